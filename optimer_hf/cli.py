@@ -1,0 +1,317 @@
+"""The `optimer` command: click functions that read files, call one stage and print its result.
+
+Results go to stdout, progress and logs to stderr. An OptimerError becomes `error: ...` and exit status 1. Heavy
+imports happen inside the commands, so that `optimer --help` answers at once.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optimer_hf.errors import ConfigError, OptimerError
+
+PATH = click.Path(path_type=Path)
+FORMAT = click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", help="What to print.")
+
+
+class Group(click.Group):
+    """Turns an OptimerError into one line and exit status 1; lets bugs show their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OptimerError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-v", "--verbose", is_flag=True, help="Show the logs of the libraries below.")
+@click.version_option(package_name="optimer-hf")
+def main(verbose: bool) -> None:
+    """Train one vector per dataset, search the merge weights, ship a recipe anyone can re-run."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR)
+    logging.getLogger("optimer_hf").setLevel(logging.INFO)
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@main.command()
+@click.argument("recipe_dir", type=PATH)
+@click.argument("out", type=PATH, required=False)
+@click.option("--short", is_flag=True, help="A smaller budget of the same run (short.yaml of the folder).")
+def run(recipe_dir: Path, out: Path | None, short: bool) -> None:
+    """Run a recipe folder from corpora to the compared merge; goes on where it was.
+
+    Writes to OUT (default: runs/NAME, with -short appended under --short).
+    """
+    from optimer_hf import pipeline
+
+    if not recipe_dir.is_dir():
+        raise ConfigError(f"{recipe_dir}: no such recipe folder.")
+    folder = recipe_dir.resolve()
+    target = out or Path("runs") / (folder.name + ("-short" if short else ""))
+    job = pipeline.Run(folder, target.resolve(), short)
+    done = pipeline.finished_summary(job)
+    if done is not None:
+        click.echo("finished already, nothing to do", err=True)
+    click.echo(done if done is not None else pipeline.run_recipe(job))
+
+
+@main.command()
+@click.argument("train_yaml", type=PATH)
+@click.argument("out", type=PATH)
+def train(train_yaml: Path, out: Path) -> None:
+    """Continually pre-train one model and write it as a vector; `accelerate launch -m optimer_hf train` uses many GPUs."""
+    from optimer_hf.convert import resolve_model
+    from optimer_hf.train import TrainConfig
+    from optimer_hf.train import train as train_model
+    from optimer_hf.vector import describe
+
+    config = TrainConfig.read(train_yaml)
+    directory = train_model(config, out)
+    if int(os.environ.get("RANK", "0")) == 0:
+        kind: Any = "checkpoint" if config.lora is None else "adapter"
+        record = describe(directory, resolve_model(config.base_model), name=config.name, kind=kind)
+        click.echo(f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of the base")
+
+
+@main.command()
+@click.argument("tuned")
+@click.option("--base", required=True, help="The model TUNED was trained from.")
+@click.argument("out", type=PATH)
+@click.option("--name", help="Name of the vector (default: that of OUT).")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", help="Stored dtype.")
+def extract(tuned: str, base: str, out: Path, name: str | None, dtype: str) -> None:
+    """Write the vector TUNED minus BASE as a delta directory; TUNED is a checkpoint or a LoRA adapter."""
+    from optimer_hf.convert import resolve_model
+    from optimer_hf.files import absolute_reference, require_empty
+    from optimer_hf.vector import extract as extract_vector
+    from optimer_hf.vector import open_vector
+
+    require_empty(out)
+    resolved = resolve_model(absolute_reference(base, Path.cwd()))
+    vector = open_vector(name or out.name, absolute_reference(tuned, Path.cwd()), resolved)
+    record = extract_vector(vector, resolved, out, dtype=dtype)
+    click.echo(f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of the base")
+
+
+@main.command()
+@click.argument("gguf", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", help="Stored dtype.")
+def convert(gguf: Path, out: Path, dtype: str) -> None:
+    """De-quantise a GGUF file that transformers reads into a safetensors directory."""
+    from optimer_hf.convert import convert_gguf
+
+    if not gguf.is_file():
+        raise ConfigError(f"{gguf}: no such file.")
+    convert_gguf(gguf, out, dtype=dtype)
+    click.echo(str(out))
+
+
+def _mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add mergekit's own flags, whose import takes seconds, only when `merge` is the command that runs."""
+    if "merge" not in sys.argv:
+        return command
+    from mergekit.options import add_merge_options
+
+    decorated: Callable[..., Any] = add_merge_options(command)
+    return decorated
+
+
+@main.command()
+@click.argument("config", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--engine", type=click.Choice(["native", "mergekit"]), help="Force the streaming writer or mergekit.")
+@_mergekit_options
+def merge(config: Path, out: Path, engine: str | None, merge_options: Any = None) -> None:
+    """Run any mergekit YAML, with the `optimer` method and all of mergekit's flags."""
+    from optimer_hf.files import require_empty
+    from optimer_hf.merge import merge as run_merge
+
+    require_empty(out)
+    if merge_options is not None:
+        merge_options.apply_global_options()
+    used = run_merge(config, out, options=merge_options, engine=engine)
+    click.echo(f"{out}: written by {'the streaming writer' if used == 'native' else 'mergekit'}")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("objective", type=PATH)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", help="Of the model.")
+@FORMAT
+def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
+    """Score a model on every term of an objective file."""
+    from transformers import AutoTokenizer
+
+    from optimer_hf.convert import resolve_model
+    from optimer_hf.evaluate import Evaluator, ObjectiveFile
+    from optimer_hf.files import absolute_reference
+    from optimer_hf.resident import ResidentModel
+
+    target = ObjectiveFile.read(objective)
+    resolved = resolve_model(absolute_reference(model, Path.cwd()))
+    resident = ResidentModel(resolved, [], dtype=dtype)
+    evaluator = Evaluator(resident.model, AutoTokenizer.from_pretrained(resolved.path), [target])
+    terms = target.at("rescore")
+    scores = evaluator.evaluate(terms, limits={term.label: target.limit_of(term) for term in terms})
+    result = {label: {"score": term.score, "n_items": len(term.items)} for label, term in scores.items()}
+    if output == "json":
+        click.echo(json.dumps(result, indent=2))
+        return
+    for term in terms:
+        limited = " (limited)" if target.limit_of(term) is not None else ""
+        click.echo(f"{term.label}: {term.metric} {result[term.label]['score']:.4f} on {result[term.label]['n_items']} items{limited}")
+
+
+@main.command()
+@click.argument("study", type=PATH)
+@click.argument("study_dir", type=PATH)
+@click.option("--objective", type=PATH, help="Objective file; needed when STUDY is a mergekit YAML.")
+@click.option("--n-trials", type=click.IntRange(min=1), help="Number of trials (default: that of the study, or 30).")
+@FORMAT
+def search(study: Path, study_dir: Path, objective: Path | None, n_trials: int | None, output: str) -> None:
+    """Search the weights of a study.yaml, or of a mergekit YAML whose base and models are the pool."""
+    from optimer_hf import recipe as recipes
+    from optimer_hf.search import search as run_search
+
+    config = _study_config(study, objective, n_trials)
+    result = run_search(config, study_dir)
+    recipe_file = study_dir / "recipe.yaml"
+    recipes.write_recipe(result, recipe_file, name=study.stem)
+    best = result.incumbent
+    if output == "json":
+        click.echo(json.dumps({"weights": best.weights, "value": result.value(best), "trial": best.number}, indent=2))
+        return
+    click.echo(f"best of {len(result.log.of('search'))} trials: {100 * result.value(best):+.2f} % over the base (trial {best.number}, {best.origin})")
+    click.echo((study_dir / "optimer.yml").read_text(encoding="utf-8"))
+    click.echo(f"build it: optimer build {recipe_file} OUT", err=True)
+
+
+def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> Any:
+    from optimer_hf.evaluate import ObjectiveFile
+    from optimer_hf.files import parse, read_yaml
+    from optimer_hf.merge import pool_of, read_merge_config
+    from optimer_hf.search import SearchConfig, StudyConfig
+
+    data = read_yaml(path)
+    if "merge_method" in data:
+        if objective is None:
+            raise ConfigError(f"{path}: a merge config says what to merge, not what for. Add --objective OBJECTIVE.yaml.")
+        base, sources = pool_of(read_merge_config(path), path)
+        target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
+        dtype = data.get("out_dtype") or data.get("dtype") or "bfloat16"
+        vectors = {name: {"source": source} for name, source in sources.items()}
+        config = parse(StudyConfig, {"base_model": base, "dtype": dtype, "vectors": vectors, "objective": target}, path)
+    elif objective is not None:
+        raise ConfigError(f"{path}: has its own objective; --objective goes with a mergekit YAML.")
+    else:
+        config = StudyConfig.read(path)
+    if n_trials is not None:
+        changed = SearchConfig.model_validate(config.search.model_dump() | {"n_trials": n_trials})
+        config = config.model_copy(update={"search": changed})
+    return config
+
+
+@main.command()
+@click.argument("study_dir", type=PATH)
+@FORMAT
+def compare(study_dir: Path, output: str) -> None:
+    """Score the baselines and the merge of a finished study on its sealed test."""
+    from optimer_hf import compare as comparisons
+    from optimer_hf.search import load_study
+
+    comparison = comparisons.compare(load_study(study_dir))
+    click.echo(json.dumps(comparisons.to_json(comparison), indent=2) if output == "json" else comparisons.to_markdown(comparison))
+
+
+@main.command()
+@click.argument("study_dir", type=PATH)
+@click.argument("recipe_yaml", type=PATH)
+@click.option("--vanilla", is_flag=True, help="Also write mergekit_config.yml for unmodified mergekit-yaml.")
+def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool) -> None:
+    """Write the incumbent of a study as recipe.yaml with its lock and merge config."""
+    from optimer_hf import recipe as recipes
+    from optimer_hf.search import load_study
+
+    study = load_study(study_dir)
+    recipes.write_recipe(study, recipe_yaml, name=study_dir.resolve().name)
+    if vanilla:
+        recipes.write_vanilla(study, recipe_yaml.resolve().parent / "mergekit_config.yml")
+    click.echo(str(recipe_yaml))
+
+
+@main.command()
+@click.argument("recipe_yaml", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--out-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Instead of the recipe's dtype.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weights file.")
+def build(recipe_yaml: Path, out: Path, out_dtype: str | None, max_shard_size: str) -> None:
+    """Build the merged model of a recipe."""
+    from accelerate.utils import convert_file_size_to_int
+
+    from optimer_hf import recipe as recipes
+
+    recipes.build(recipe_yaml, out, out_dtype=out_dtype, max_shard_size=convert_file_size_to_int(max_shard_size))
+    click.echo(str(out))
+
+
+@main.command()
+@click.argument("recipe_yaml", type=PATH)
+@click.argument("model", type=PATH)
+def verify(recipe_yaml: Path, model: Path) -> None:
+    """Check a built model against the lock of its recipe."""
+    from optimer_hf import recipe as recipes
+
+    recipes.verify(recipe_yaml, model)
+    click.echo(f"{model}: the weights are those of {recipe_yaml}")
+
+
+@main.command()
+@click.argument("files", type=PATH, nargs=-1, required=True)
+def validate(files: tuple[Path, ...]) -> None:
+    """Check study, train, objective, recipe and merge files without running them."""
+    errors = []
+    for path in files:
+        try:
+            click.echo(f"{path}: {_validate(path)}")
+        except OptimerError as error:
+            errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def _validate(path: Path) -> str:
+    from optimer_hf.evaluate import ObjectiveFile
+    from optimer_hf.files import read_yaml
+    from optimer_hf.merge import read_merge_config
+    from optimer_hf.recipe import RecipeFile
+    from optimer_hf.search import StudyConfig
+    from optimer_hf.train import TrainConfig, check_config
+
+    keys = set(read_yaml(path))
+    if "merge_method" in keys or "models" in keys:
+        read_merge_config(path)
+        return "merge config"
+    if "study" in keys and "scores" in keys:
+        RecipeFile.read(path)
+        return "recipe"
+    if "objective" in keys or "vectors" in keys:
+        StudyConfig.read(path)
+        return "study"
+    if "terms" in keys:
+        ObjectiveFile.read(path)
+        return "objective"
+    check_config(TrainConfig.read(path))
+    return "train config"

@@ -1,0 +1,206 @@
+"""A finished study -> every baseline and the merge on the sealed test, with paired intervals.
+
+Each weight set is scored on the sealed test once and kept in `sealed.jsonl`; asking again reads it from there. A row
+whose weights were chosen after sealed scores had been seen is marked.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optimer_hf.errors import ConfigError, EvaluationError
+from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, paired_interval
+from optimer_hf.progress import Meter
+from optimer_hf.retarget import best_scale, predict, retargeted
+from optimer_hf.search import Pool, ResidentPool, Study, StudyConfig, Trial, TrialLog, locked, run_trial
+
+logger = logging.getLogger(__name__)
+
+MERGE = "searched merge"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight set on the sealed test."""
+
+    name: str
+    weights: dict[str, float]
+    scores: dict[str, TermScore]
+    chosen_after_seal: bool
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the merge is compared with it: everything but the merge and re-targeted merges."""
+        return self.name != MERGE and not self.name.startswith("re-targeted")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, first the base, and the objective they are compared by."""
+
+    rows: list[Row]
+    objective: Objective
+    retarget: Mapping[str, Mapping[str, float]]
+
+    @property
+    def base(self) -> Row:
+        """The base model."""
+        return self.rows[0]
+
+    @property
+    def merge(self) -> Row:
+        """The searched merge."""
+        return next(row for row in self.rows if row.name == MERGE)
+
+    def value(self, row: Row, objective: Objective | None = None) -> float:
+        """Return the value of a row under an objective (None: that of the study)."""
+        return combine(objective or self.objective, row.scores, self.base.scores)
+
+    def best_baseline(self, objective: Objective | None = None) -> Row:
+        """Return the best of the others by its sealed value: the hardest one to beat."""
+        return max((row for row in self.rows if row.is_baseline), key=lambda row: self.value(row, objective))
+
+    def interval(self, row: Row, other: Row, objective: Objective | None = None) -> Interval:
+        """Return value(row) - value(other) with its paired 95 % interval."""
+        return paired_interval(objective or self.objective, row.scores, other.scores, self.base.scores)
+
+    def term_interval(self, row: Row, label: str) -> Interval:
+        """Return the gain of a row over the base on one term, with its interval."""
+        return self.interval(row, self.base, retargeted(self.objective, {label: 1.0}))
+
+
+def candidates(study: Study) -> dict[str, dict[str, float]]:
+    """Return every row's weights by name: base, each alone at 1.0 and at its best scale, average, sum, merge."""
+    config = study.config
+    free, fixed = list(config.free), config.fixed
+    rows = {"base": dict.fromkeys(free, 0.0) | dict.fromkeys(fixed, 0.0)}
+    for name in free:
+        rows[f"{name} at 1.0"] = {other: float(other == name) for other in free} | fixed
+    for name in free:
+        weights = best_scale(study, name)
+        rows[f"{name} at its best scale, {weights[name]:g}"] = weights
+    if len(free) > 1:
+        rows["uniform average"] = dict.fromkeys(free, 1 / len(free)) | fixed
+        rows["uniform sum"] = dict.fromkeys(free, 1.0) | fixed
+    rows[MERGE] = study.incumbent.weights
+    for name, weights in config.retarget.items():
+        rows[f"re-targeted to {name}"] = predict(study, weights).weights
+    return rows
+
+
+def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool) -> Comparison:
+    """Score all candidates on the sealed test and return them; scored ones are read, not scored again.
+
+    Raises ConfigError when the study has no `test`, EvaluationError when a row cannot be scored.
+    """
+    objective = study.config.test
+    if objective is None:
+        raise ConfigError(f"{study.directory}: study.yaml has no `test:` section, so there is nothing sealed to compare on.")
+    wanted = candidates(study)
+    with locked(study.directory):
+        log = TrialLog(study.directory / "sealed.jsonl")
+        known = {_key(trial.weights): trial for trial in log.trials}
+        missing = {name: weights for name, weights in wanted.items() if _key(weights) not in known}
+        if missing:
+            _score_missing(study, objective, missing, log, pool(study.config))
+    found = {_key(trial.weights): trial for trial in log.trials}
+    opened_at = log.trials[0].number
+    rows = [
+        Row(name, weights, found[_key(weights)].terms, found[_key(weights)].number > opened_at)
+        for name, weights in wanted.items()
+    ]
+    return Comparison(rows, objective, study.config.retarget)
+
+
+def _score_missing(
+    study: Study, objective: Objective, missing: Mapping[str, dict[str, float]], log: TrialLog, pool: Pool
+) -> None:
+    terms = objective.at("rescore")
+    limits = {term.label: objective.limit_of(term) for term in terms}
+    n_trials = len(study.log.trials)  # the seal remembers how much of the search was known when a row was chosen
+    with Meter("sealed test", len(missing), "rows") as meter:
+        for name, weights in missing.items():
+            if _key(weights) in {_key(trial.weights) for trial in log.trials}:
+                continue
+            trial = run_trial(pool, Trial(n_trials, name, "sealed", weights, "ok", {}, {}), terms, limits)
+            if trial.status == "crashed":
+                raise EvaluationError(f"sealed test: row {name!r} cannot be scored: {trial.error}")
+            log.append(trial)
+            meter.advance(1)
+
+
+def _key(weights: Mapping[str, float]) -> str:
+    return json.dumps({name: round(weight, 6) + 0.0 for name, weight in weights.items()}, sort_keys=True)
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the sealed-test table: value, then gain over the base per term in percent."""
+    labels = list(comparison.base.scores)
+    header = ["weights", *labels, "objective"]
+    lines = []
+    for row in comparison.rows:
+        each = gains(row.scores, comparison.base.scores)
+        mark = " (chosen after the seal was opened)" if row.chosen_after_seal else ""
+        if row is comparison.base:
+            cells = [f"{row.scores[label].score:.4f}" for label in labels]
+        else:
+            cells = [f"{100 * each[label]:+.2f} %" for label in labels]
+        lines.append([row.name + mark, *cells, f"{100 * comparison.value(row):+.2f} %"])
+    return header, lines
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """Return what the sealed test says, a sentence per objective: merge against the best of the others."""
+    rows = {MERGE: (comparison.merge, None)}
+    for name, weights in comparison.retarget.items():
+        row = next(row for row in comparison.rows if row.name == f"re-targeted to {name}")
+        rows[row.name] = (row, retargeted(comparison.objective, weights))
+    sentences = []
+    for name, (row, objective) in rows.items():
+        other = comparison.best_baseline(objective)
+        interval = comparison.interval(row, other, objective)
+        if not interval.excludes_zero:
+            verdict = "not told apart at 95 %"
+        else:
+            verdict = "better" if interval.low > 0 else "worse"
+        sentences.append(
+            f"{name} minus the best of the others ({other.name}): {100 * interval.difference:+.2f} points "
+            f"[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}], paired 95 % interval: {verdict}."
+        )
+    return sentences
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Return table and verdicts as Markdown."""
+    header, lines = table(comparison)
+    rows = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines]]
+    notes = "\n".join(f"* {sentence}" for sentence in verdicts(comparison))
+    return (
+        "Sealed test. First row: scores of the base; other rows: gain over the base "
+        "(losses relative, accuracies in points).\n\n" + "\n".join(rows) + "\n\n" + notes + "\n"
+    )
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Return everything as JSON values, with the interval of every row over the base and per term."""
+    labels = list(comparison.base.scores)
+    rows = []
+    for row in comparison.rows:
+        rows.append(
+            {
+                "name": row.name,
+                "weights": row.weights,
+                "chosen_after_seal": row.chosen_after_seal,
+                "value": comparison.value(row),
+                "terms": {
+                    label: {"score": row.scores[label].score, "gain": asdict(comparison.term_interval(row, label))}
+                    for label in labels
+                },
+            }
+        )
+    return {"rows": rows, "verdicts": verdicts(comparison)}

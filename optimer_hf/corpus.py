@@ -1,0 +1,255 @@
+"""Text sources -> packed blocks of tokens on disk, ready for the Trainer.
+
+Documents come in one at a time (JSONL, plain text, or anything `datasets` streams), so a corpus may be larger than
+memory. What goes out is a memory-mapped array of fixed-length blocks without padding. A document that does not fit
+the rest of a block goes on in the next one, where it starts with BOS again: every segment looks to the model like
+the beginning of a document, which is how documents are scored later.
+"""
+
+import gzip
+import json
+import lzma
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+import numpy as np
+from pydantic import model_validator
+
+from optimer_hf.errors import CorpusError
+from optimer_hf.files import FileModel, LocalPath, sha256_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100
+SHUFFLE_BUFFER = 10_000
+_OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+
+
+class CorpusConfig(FileModel):
+    """Where training text comes from: a local file, or a data set that `datasets` can stream."""
+
+    path: LocalPath | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give exactly one of 'path' (a local file) and 'dataset' (a Hub data set)")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What to call the corpus in messages and metadata; never a path of this machine."""
+        return self.path.name if self.path is not None else str(self.dataset)
+
+
+@dataclass(frozen=True)
+class PackedCorpus:
+    """Blocks of tokens on disk: int32 [n_blocks, 2, block_size], token ids and positions within the segment."""
+
+    blocks: "NDArray[np.int32]"
+    n_documents: int
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, "NDArray[np.int64]"]:
+        """Return one training example; the first token of a segment has no context and is never a label."""
+        ids, positions = self.blocks[index].astype(np.int64)
+        labels = np.where(positions == 0, IGNORED_LABEL, ids)
+        return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all blocks."""
+        return int(self.blocks.shape[0] * self.blocks.shape[2])
+
+
+# -- documents ----------------------------------------------------------------------------------------------------
+
+
+def documents(config: CorpusConfig) -> Iterator[str]:
+    """Yield the texts of a corpus in file order.
+
+    Raises CorpusError that names file and line for a missing file, malformed JSON or a missing text field.
+    """
+    if config.path is None or not _is_text_file(config.path):
+        yield from _streamed(config)
+        return
+    if not config.path.is_file():
+        raise CorpusError(f"{config.path}: no such corpus file.")
+    with _open_text(config.path) as file:
+        if ".jsonl" not in config.path.name:
+            yield file.read()
+            return
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _text_of(line, config.text_field, f"{config.path}:{number}")
+
+
+def _is_text_file(path: Path) -> bool:
+    return any(suffix in (".jsonl", ".txt", ".md") for suffix in path.suffixes)
+
+
+def _open_text(path: Path) -> TextIO:
+    opener: Any = _OPENERS.get(path.suffix, open)
+    return opener(path, "rt", encoding="utf-8")  # type: ignore[no-any-return]
+
+
+def _text_of(line: str, field: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CorpusError(f"{where}: not a JSON object ({error}).") from None
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise CorpusError(f"{where}: no text in field {field!r}; found {found}. Set `text_field`.")
+    return str(row[field])
+
+
+def _streamed(config: CorpusConfig) -> Iterator[str]:
+    import datasets
+
+    try:
+        if config.path is not None:
+            kind = config.path.suffix.lstrip(".").replace("jsonl", "json")
+            rows = datasets.load_dataset(kind, data_files=str(config.path), split="train", streaming=True)
+        else:
+            rows = datasets.load_dataset(
+                str(config.dataset), config.dataset_config, split=config.split, streaming=True
+            )
+        iterator = iter(rows)
+        for row in iterator:
+            if not isinstance(row.get(config.text_field), str):
+                raise CorpusError(
+                    f"{config.name}: no text in field {config.text_field!r}; found {sorted(row)}. Set `text_field`."
+                )
+            yield row[config.text_field]
+    except CorpusError:
+        raise
+    except Exception as error:  # `datasets` raises dozens of types for a missing or unreadable data set
+        raise CorpusError(f"{config.name}: `datasets` cannot read it ({error}).") from error
+
+
+def shuffled(texts: Iterable[str], seed: int, buffer_size: int = SHUFFLE_BUFFER) -> Iterator[str]:
+    """Yield texts in random order from a buffer, so that only `buffer_size` of them are in memory at once."""
+    rng = random.Random(seed)
+    buffer: list[str] = []
+    for text in texts:
+        if len(buffer) < buffer_size:
+            buffer.append(text)
+            continue
+        index = rng.randrange(buffer_size)
+        yield buffer[index]
+        buffer[index] = text
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+# -- packing ------------------------------------------------------------------------------------------------------
+
+
+def segments(
+    token_lists: Iterable[list[int]], *, bos: int | None, eos: int | None, block_size: int
+) -> Iterator[list[list[int]]]:
+    """Yield blocks, each a list of segments whose lengths sum to `block_size`.
+
+    A document ends with EOS when it is complete; each segment starts with BOS (if the tokenizer has one). Tokens
+    left at the end that do not fill a block are dropped. A gap too small for BOS and one token takes the next
+    token without BOS, so nothing is ever padded.
+    """
+    head = [] if bos is None else [bos]
+    tail = [] if eos is None else [eos]
+    block: list[list[int]] = []
+    room = block_size
+    for tokens in token_lists:
+        rest = tokens + tail
+        while rest:
+            prefix = head if room > len(head) else []
+            taken = room - len(prefix)
+            segment = prefix + rest[:taken]
+            rest = rest[taken:]
+            block.append(segment)
+            room -= len(segment)
+            if room == 0:
+                yield block
+                block, room = [], block_size
+
+
+def pack(
+    config: CorpusConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    block_size: int,
+    max_tokens: int | None,
+    seed: int,
+    out: Path,
+) -> PackedCorpus:
+    """Tokenise a corpus in shuffled order into `out` (a .npy file), reading no more of it than is needed.
+
+    Packs `max_tokens // block_size` blocks, or everything when `max_tokens` is None. Raises CorpusError when the
+    corpus is empty or holds fewer tokens than asked.
+    """
+    wanted = None if max_tokens is None else max(max_tokens // block_size, 1)
+    n_documents = 0
+
+    def token_lists() -> Iterator[list[int]]:
+        nonlocal n_documents
+        for text in shuffled(documents(config), seed):
+            tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if tokens:
+                n_documents += 1
+                yield list(tokens)
+
+    bos = tokenizer.bos_token_id if _starts_with_bos(tokenizer) else None
+    blocks = segments(token_lists(), bos=bos, eos=tokenizer.eos_token_id, block_size=block_size)
+    n_blocks = _write_blocks(blocks, wanted, block_size, out)
+    if n_documents == 0:
+        raise CorpusError(f"{config.name}: holds no text. Give a corpus with at least one document.")
+    if n_blocks < (wanted or 1):
+        raise CorpusError(
+            f"{config.name}: holds {n_blocks * block_size:,} tokens in {n_documents:,} documents, but max_tokens asks "
+            f"for {max_tokens or block_size:,}. Add text or lower max_tokens."
+        )
+    return load_packed(out, n_documents)
+
+
+def load_packed(path: Path, n_documents: int) -> PackedCorpus:
+    """Map packed blocks from disk."""
+    return PackedCorpus(np.load(path, mmap_mode="r"), n_documents, sha256_file(path))
+
+
+def _starts_with_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether this tokenizer puts BOS before a text; having a BOS token is not enough (Qwen, GPT-2)."""
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _write_blocks(
+    blocks: Iterable[list[list[int]]], wanted: int | None, block_size: int, out: Path
+) -> int:
+    """Write blocks as int32 [n, 2, block_size] in .npy format without holding them in memory; return n."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    raw = out.with_suffix(".raw")
+    n_blocks = 0
+    with open(raw, "wb") as file:
+        for block in blocks:
+            ids = [token for segment in block for token in segment]
+            positions = [position for segment in block for position in range(len(segment))]
+            file.write(np.asarray([ids, positions], dtype=np.int32).tobytes())
+            n_blocks += 1
+            if n_blocks == wanted:
+                break
+    if n_blocks:
+        data = np.memmap(raw, dtype=np.int32, mode="r", shape=(n_blocks, 2, block_size))
+        np.save(out, data)
+    raw.unlink()
+    return n_blocks

@@ -1,0 +1,41 @@
+"""Every error a person can cause, as one tree.
+
+    OptimerError
+      ConfigError       a YAML or JSON file that cannot be used as it is written
+      CorpusError       training text that is missing, empty or too small
+      ModelError        a base model, adapter or vector that cannot be read, or that does not fit the others
+      EvaluationError   a task, metric or score that cannot be used
+      StudyError        a study directory that cannot be continued
+      OutputError       a place that cannot be written to
+
+A message says where, what was found, what was expected and how to fix it. The command line turns an OptimerError
+into `error: ...` and exit status 1; any other exception is a bug and shows its traceback.
+"""
+
+
+class OptimerError(Exception):
+    """Base of all errors that are not bugs of this package."""
+
+
+class ConfigError(OptimerError):
+    """A configuration file has an unknown, missing or impossible value."""
+
+
+class CorpusError(OptimerError):
+    """A corpus is missing, empty, malformed or smaller than what is asked of it."""
+
+
+class ModelError(OptimerError):
+    """A model or vector cannot be read, or does not fit the base model."""
+
+
+class EvaluationError(OptimerError):
+    """A task or metric does not exist, or a score is not a finite number."""
+
+
+class StudyError(OptimerError):
+    """A study directory belongs to another config, is damaged, or is in use."""
+
+
+class OutputError(OptimerError):
+    """An output directory holds foreign files, or the disk refused to take the data."""

@@ -1,0 +1,500 @@
+"""Model + objective -> per-item scores of every term, combined values and paired intervals; lm-eval in process.
+
+An item is kept as the two numbers of a ratio: its share of the numerator and of the denominator. An accuracy is
+(1 or 0, 1), bits per byte is (bits, bytes), and the score of a term is sum / sum for both, so subsets, bootstraps and
+comparisons need no special cases. What a reader would not guess: the stock harness puts BOS twice before a rolling
+document and takes its log-softmax in the dtype of the model; `HarnessModel` does neither.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from optimer_hf.errors import EvaluationError
+from optimer_hf.files import FileModel, LocalPath, VersionedFile, did_you_mean
+from optimer_hf.head import is_plain_head, log_probabilities, softcap_of
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_BATCH = 2048
+N_BOOTSTRAP = 2000
+
+
+class Term(FileModel):
+    """One part of an objective: a metric of an lm-eval task, or bits per byte of the documents of a file."""
+
+    task: str | None = None
+    text: LocalPath | None = None
+    text_field: str = "text"
+    metric: str = "bits_per_byte"
+    name: str | None = None
+    weight: float = Field(default=1.0, ge=0)
+    limit: int | None = Field(default=None, gt=0)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    rescore_only: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.task is None) == (self.text is None):
+            raise ValueError("give exactly one of 'task' (an lm-eval task) and 'text' (a JSONL file)")
+        if self.text is not None and self.metric != "bits_per_byte":
+            raise ValueError("a 'text' term has the metric bits_per_byte")
+        return self
+
+    @property
+    def label(self) -> str:
+        """How the term is called in trials, tables and messages."""
+        return self.name or (self.task if self.task is not None else str(self.text and self.text.name.split(".")[0]))
+
+    @property
+    def task_name(self) -> str:
+        """The lm-eval task that scores the term."""
+        return self.task if self.task is not None else f"text-{self.label}"
+
+
+class Objective(FileModel):
+    """Terms and how they become one number, larger is better; terms of weight 0 are recorded and do not count."""
+
+    combine: Literal["relative_to_base", "weighted_mean", "worst"] = "relative_to_base"
+    terms: list[Term] = Field(min_length=1)
+    include_path: LocalPath | None = None
+    limit: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        labels = [term.label for term in self.terms]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two terms are called {label!r}; tell them apart with 'name'")
+        counting = [term for term in self.terms if term.weight > 0]
+        if not counting:
+            raise ValueError("every term has weight 0; at least one must count")
+        if all(term.rescore_only for term in counting):
+            raise ValueError("every counting term is rescore_only; the search needs at least one")
+        if self.combine == "weighted_mean" and len({term.metric for term in counting}) > 1:
+            raise ValueError(
+                "weighted_mean of different metrics mixes units; use combine: relative_to_base, or terms of one metric"
+            )
+        return self
+
+    def at(self, stage: Literal["search", "rescore"]) -> list[Term]:
+        """Return the terms that are scored at a stage."""
+        return [term for term in self.terms if stage == "rescore" or not term.rescore_only]
+
+    def limit_of(self, term: Term) -> int | None:
+        """Return how many items of a term the search looks at (None: all)."""
+        return term.limit if term.limit is not None else self.limit
+
+
+class ObjectiveFile(VersionedFile, Objective):
+    """An objective in a file of its own, for `optimer evaluate` and `optimer search MERGE.yml`."""
+
+
+@dataclass(frozen=True)
+class TermScore:
+    """The items of one term: [numerator, denominator] each, and the direction of the metric."""
+
+    items: list[tuple[float, float]]
+    higher_is_better: bool
+    n_tokens: int = 0
+
+    @property
+    def score(self) -> float:
+        """Sum of numerators over sum of denominators, in the unit of the metric."""
+        return sum(top for top, _ in self.items) / sum(bottom for _, bottom in self.items)
+
+
+Scores = Mapping[str, TermScore]
+
+
+# -- from scores to one number ------------------------------------------------------------------------------------
+
+
+def gain(score: float, base: float, *, higher_is_better: bool) -> float:
+    """Return how much better than the base: points for accuracies, the relative change for losses."""
+    return score - base if higher_is_better else (base - score) / abs(base)
+
+
+def gains(scores: Scores, base: Scores) -> dict[str, float]:
+    """Return the gain of every term that both have."""
+    return {
+        label: gain(term.score, base[label].score, higher_is_better=term.higher_is_better)
+        for label, term in scores.items()
+        if label in base
+    }
+
+
+def combine(objective: Objective, scores: Scores, base: Scores) -> float:
+    """Return the value of an objective, larger is better, over the terms that were scored."""
+    terms = [term for term in objective.terms if term.weight > 0 and term.label in scores]
+    weights = np.array([term.weight for term in terms])
+    if objective.combine == "weighted_mean":
+        signed = [scores[t.label].score * (1 if scores[t.label].higher_is_better else -1) for t in terms]
+        return float(np.average(signed, weights=weights))
+    each = gains(scores, base)
+    values = np.array([each[term.label] for term in terms])
+    return float(values.min() if objective.combine == "worst" else np.average(values, weights=weights))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference with its 95 % bootstrap interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the sign of the difference is settled at 95 %."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_interval(
+    objective: Objective, scores: Scores, other: Scores, base: Scores, *, seed: int = 0
+) -> Interval:
+    """Return value(scores) - value(other) with a 95 % interval from a paired bootstrap.
+
+    Items are resampled within each term, the same draw for both sides and for the base (Efron & Tibshirani 1993,
+    percentile interval, 2000 draws).
+    """
+    rng = np.random.default_rng(seed)
+    terms = [term for term in objective.terms if term.weight > 0 and term.label in scores]
+    draws = {term.label: _counts(rng, len(scores[term.label].items)) for term in terms}
+
+    def values(side: Scores) -> "NDArray[np.float64]":
+        columns = []
+        for term in terms:
+            score = _resampled(side[term.label], draws[term.label])
+            higher = side[term.label].higher_is_better
+            if objective.combine == "weighted_mean":
+                columns.append(score if higher else -score)
+            else:
+                reference = _resampled(base[term.label], draws[term.label])
+                columns.append(score - reference if higher else (reference - score) / reference)
+        table = np.array(columns)
+        if objective.combine == "worst":
+            return np.asarray(table.min(axis=0))
+        return np.asarray(np.average(table, axis=0, weights=[term.weight for term in terms]))
+
+    differences = values(scores) - values(other)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return Interval(combine(objective, scores, base) - combine(objective, other, base), float(low), float(high))
+
+
+def _counts(rng: np.random.Generator, n: int) -> "NDArray[np.float64]":
+    """Return how often each of n items is drawn, [N_BOOTSTRAP, n]."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=N_BOOTSTRAP).astype(float)
+
+
+def _resampled(term: TermScore, counts: "NDArray[np.float64]") -> "NDArray[np.float64]":
+    items = np.array(term.items)
+    return np.asarray((counts @ items[:, 0]) / (counts @ items[:, 1]))
+
+
+# -- the harness --------------------------------------------------------------------------------------------------
+
+
+class Evaluator:
+    """A model, its tokenizer and the tasks of some objectives, ready to be scored again and again."""
+
+    def __init__(self, model: Any, tokenizer: Any, objectives: Sequence[Objective]) -> None:
+        """Load the tasks; raise EvaluationError for a task, metric or file that does not exist."""
+        self._lm = _harness_model(model, tokenizer)
+        self._tasks: dict[str, Any] = {}
+        for objective in objectives:
+            self._load(objective)
+
+    def _load(self, objective: Objective) -> None:
+        wanted = [term for term in objective.terms if term.task_name not in self._tasks]
+        for term in wanted:
+            if term.text is not None and not term.text.is_file():
+                raise EvaluationError(f"term {term.label!r}: {term.text}: no such file.")
+        if wanted:
+            self._tasks |= _load_tasks(wanted, objective.include_path)
+        for term in objective.terms:
+            _check_metric(term, self._tasks[term.task_name])
+
+    def n_items(self, term: Term) -> int:
+        """Return how many items a term has in all."""
+        return len(self._tasks[term.task_name].eval_docs)
+
+    def evaluate(self, terms: Sequence[Term], *, limits: Mapping[str, int | None]) -> dict[str, TermScore]:
+        """Score terms, each on the first `limits[label]` of its items in a fixed order spread over the file.
+
+        Raises EvaluationError when a score is not a finite number.
+        """
+        from lm_eval.evaluator import evaluate
+
+        names = sorted({term.task_name for term in terms})
+        samples: dict[str, list[int]] = {}
+        for term in terms:
+            indices = spread(self.n_items(term), limits[term.label])
+            samples[term.task_name] = max(samples.get(term.task_name, []), indices, key=len)
+        tokens_before = dict(self._lm.n_tokens)
+        with _quiet_harness():
+            results = evaluate(
+                lm=self._lm,
+                task_dict={"tasks": {name: self._tasks[name] for name in names}, "groups": {}, "group_map": {}},
+                samples=samples,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        used = self._lm.n_tokens["total"] - tokens_before["total"]
+        found = {}
+        for term in terms:
+            logged = results["samples"][term.task_name]  # type: ignore[index]  # only None away from rank 0
+            items = _items(term, self._tasks[term.task_name], logged)
+            higher = results["higher_is_better"][term.task_name][_metric_name(term)]  # type: ignore[index]
+            found[term.label] = TermScore(items, bool(higher), used // len(terms))
+        return found
+
+    @property
+    def forward_seconds(self) -> float:
+        """Seconds spent inside the model so far."""
+        return self._lm.forward_seconds
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens the model has read so far."""
+        return self._lm.n_tokens["total"]
+
+
+def spread(n_items: int, limit: int | None) -> list[int]:
+    """Return `limit` indices spread evenly over range(n_items), in order; all of them when limit is None or larger.
+
+    Corpora list their sources one after another, so an even spread is stratified by source.
+    """
+    if limit is None or limit >= n_items:
+        return list(range(n_items))
+    return [(2 * index + 1) * n_items // (2 * limit) for index in range(limit)]
+
+
+def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    named = [term for term in terms if term.task is not None]
+    include = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if any(term.task not in manager.all_subtasks for term in named):
+        manager = TaskManager(include_path=include)  # ten seconds, only for tasks that ship with lm-eval
+    for term in named:
+        if term.task not in manager.all_subtasks:
+            where = f" or {include_path}" if include_path is not None else ""
+            hint = did_you_mean(str(term.task), list(manager.all_subtasks))
+            raise EvaluationError(f"term {term.label!r}: no task named {term.task!r} in lm-eval{where}.{hint}")
+    loaded: dict[str, Any] = {}
+    for term in terms:
+        spec: Any = _text_task(term) if term.text is not None else term.task
+        folder = include_path if include_path is not None and term.text is None else Path.cwd()
+        try:
+            with contextlib.chdir(folder), _quiet_harness():
+                tasks = manager.load([spec])["tasks"]
+        except Exception as error:  # lm-eval and `datasets` raise many types for a broken task
+            raise EvaluationError(f"term {term.label!r}: task {term.task_name!r} cannot be loaded ({error}).") from error
+        loaded[term.task_name] = tasks[term.task_name]
+        if term.num_fewshot is not None:
+            loaded[term.task_name].set_config(key="num_fewshot", value=term.num_fewshot)
+    return loaded
+
+
+def _text_task(term: Term) -> dict[str, Any]:
+    """Return the lm-eval task that scores each document of a JSONL file on its own, after BOS."""
+    return {
+        "task": term.task_name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(term.text)}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{" + term.text_field + "}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+        "metadata": {"version": 1},
+    }
+
+
+def _metric_name(term: Term) -> str:
+    return term.metric.split(",")[0]
+
+
+def _check_metric(term: Term, task: Any) -> None:
+    """Raise EvaluationError when the task has no such metric, or one whose score is not a ratio of sums over items."""
+    known = dict(task.aggregation())
+    name = _metric_name(term)
+    if name not in known:
+        raise EvaluationError(
+            f"term {term.label!r}: task {term.task_name!r} has no metric {name!r}.{did_you_mean(name, sorted(known))}"
+        )
+    aggregation = known[name].__name__
+    if aggregation not in ("mean", "bits_per_byte"):
+        raise EvaluationError(
+            f"term {term.label!r}: metric {name!r} is aggregated by {aggregation!r}; only means and bits_per_byte can be "
+            "compared item by item. Use one of the task's other metrics."
+        )
+
+
+def _items(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    name, _, chosen = term.metric.partition(",")
+    rows = [row for row in logged if row["filter"] == (chosen or row["filter"])]
+    if not rows:
+        filters = sorted({row["filter"] for row in logged})
+        raise EvaluationError(f"term {term.label!r}: no filter {chosen!r}; this task has {filters}.")
+    if not chosen:
+        rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
+    rows.sort(key=lambda row: row["doc_id"])
+    items = []
+    for row in rows:
+        value = row[name]
+        if isinstance(value, tuple):  # bits_per_byte: (log-likelihood in nats, bytes)
+            items.append((-float(value[0]) / math.log(2), float(value[1])))
+        else:
+            items.append((float(value), 1.0))
+    if not all(math.isfinite(top) for top, _ in items):
+        bad = next(row["doc_id"] for row, item in zip(rows, items, strict=True) if not math.isfinite(item[0]))
+        raise EvaluationError(f"term {term.label!r}: the score of item {bad} is not a finite number.")
+    return items
+
+
+@contextlib.contextmanager
+def _quiet_harness() -> Iterator[None]:
+    """Silence the harness, its progress bars and those of `datasets`; our own meter shows the trials."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "lm_eval.evaluator", "datasets")]
+    levels = [log.level for log in loggers]
+    datasets.disable_progress_bars()
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def _harness_model(model: Any, tokenizer: Any) -> Any:
+    """Return an lm-eval model over a live transformers model that scores without materialising logits."""
+    from time import perf_counter
+
+    from lm_eval import utils
+    from lm_eval.models.huggingface import HFLM
+
+    class HarnessModel(HFLM):
+        """HFLM with float32 scoring by vocabulary blocks, batches by length, and one BOS before a document."""
+
+        def __init__(self) -> None:
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
+            self.forward_seconds = 0.0
+            self.n_tokens = {"total": 0}
+            self._is_plain = is_plain_head(model)
+            self._encoded: dict[tuple[str, bool | None], list[int]] = {}
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            key = (string, add_special_tokens)
+            if kwargs:
+                return list(super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs))
+            if key not in self._encoded:
+                self._encoded[key] = list(super().tok_encode(string, add_special_tokens=add_special_tokens))
+            return self._encoded[key]
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            windows: list[tuple[None, list[int], list[int]]] = []
+            owners: list[int] = []
+            for owner, request in enumerate(requests):
+                # add_special_tokens=False: the rolling windows put BOS first themselves
+                rolling = utils.get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+                for window in map(utils.make_disjoint_window, rolling):
+                    windows.append((None, *window))
+                    owners.append(owner)
+            totals = [0.0] * len(requests)
+            for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+                totals[owner] += value
+            return totals
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
+        ) -> list[tuple[float, bool]]:
+            started = perf_counter()
+            if self._is_plain:
+                answers = _score(self.model, requests, self.max_length, self.n_tokens)
+            else:
+                answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
+                self.n_tokens["total"] += sum(len(a) + len(b) for _, a, b in requests)
+            self.forward_seconds += perf_counter() - started
+            return answers
+
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            started = perf_counter()
+            generated = super()._model_generate(context, *args, **kwargs)
+            self.forward_seconds += perf_counter() - started
+            self.n_tokens["total"] += generated.numel()
+            return generated
+
+    with _quiet_harness():
+        return HarnessModel()
+
+
+@torch.no_grad()
+def _score(
+    model: Any, requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int, n_tokens: dict[str, int]
+) -> list[tuple[float, bool]]:
+    """Return (sum of log p of the continuation in nats, is it greedy) per (text, context, continuation) request.
+
+    Equal inputs run once; batches hold inputs of like length and at most TOKENS_PER_BATCH tokens.
+    """
+    inputs: dict[tuple[int, ...], list[int]] = {}
+    for index, (_, context, continuation) in enumerate(requests):
+        tokens = tuple((context + continuation)[-(max_length + 1) : -1])
+        inputs.setdefault(tokens, []).append(index)
+    answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+    weight, softcap = model.get_output_embeddings().weight, softcap_of(model)
+    for batch in _batches(sorted(inputs, key=lambda tokens: (-len(tokens), tokens))):
+        length = len(batch[0])
+        padded = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in batch], device=model.device)
+        # right padding of a causal model changes nothing to its left, so no mask is needed
+        hidden = model.base_model(input_ids=padded, use_cache=False).last_hidden_state
+        rows: list[torch.Tensor] = []
+        targets: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for row, tokens in enumerate(batch):
+            for index in inputs[tokens]:
+                continuation = requests[index][2]
+                rows.append(hidden[row, len(tokens) - len(continuation) : len(tokens)])
+                targets.extend(continuation)
+                spans.append((index, len(continuation)))
+        labels = torch.tensor(targets, device=model.device)
+        values, greedy = log_probabilities(torch.cat(rows).to(weight.dtype), weight, labels, softcap)
+        start = 0
+        for index, n in spans:
+            answers[index] = (values[start : start + n].sum().item(), bool(greedy[start : start + n].all()))
+            start += n
+        n_tokens["total"] += sum(len(tokens) for tokens in batch)
+    return answers
+
+
+def _batches(inputs: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    batch: list[tuple[int, ...]] = []
+    for tokens in inputs:
+        if batch and (len(batch) + 1) * len(batch[0]) > TOKENS_PER_BATCH:
+            yield batch
+            batch = []
+        batch.append(tokens)
+    if batch:
+        yield batch

@@ -1,0 +1,193 @@
+"""The output layer of a language model without its logits: training loss and scoring over a large vocabulary.
+
+Hidden states come in, the summed cross entropy (with its gradient) or the log-probability of given tokens goes out.
+A 262 k vocabulary makes the logits of one block of text larger than the model; here they exist for a few thousand
+rows of the vocabulary at a time. What a reader would not guess: the gradient of the hidden states is accumulated
+together with a running softmax, as flash attention does for its values (Milakov & Gimelshein, arXiv 1805.02867), so
+a frozen head needs one pass over the vocabulary for loss and gradient together.
+"""
+
+import logging
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from optimer_hf.corpus import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+VOCABULARY_BLOCK = 4096  # rows of the head at a time: a block of logits stays in the cache of a CPU
+
+
+class HeadLoss(torch.autograd.Function):
+    """Summed cross entropy of `softcap(hidden @ weight.T)` against labels, in nats."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        """Take hidden [n, d], weight [v, d] and labels [n] (none ignored); return a float32 scalar."""
+        n, size = hidden.shape
+        largest = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
+        total = hidden.new_zeros((n, 1), dtype=torch.float32)
+        target = hidden.new_zeros((n, 1), dtype=torch.float32)
+        gradient = hidden.new_zeros((n, size), dtype=torch.float32)
+        for start, rows in _blocks(weight, hidden.dtype):
+            logits, slope = _logits(hidden, rows, softcap)
+            _pick(target, logits, labels, start)
+            new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
+            rescale = (largest - new_largest).exp_()
+            largest = new_largest
+            exponentials = logits.sub_(largest).exp_()
+            total.mul_(rescale).add_(exponentials.sum(1, keepdim=True))
+            if slope is not None:
+                exponentials *= slope
+            gradient.mul_(rescale).add_(exponentials.to(rows.dtype) @ rows)
+        target_rows = weight[labels].float()
+        if softcap is not None:
+            target_rows *= 1 - (target / softcap).square()
+        log_normaliser = largest + total.log()
+        ctx.softcap = softcap
+        ctx.save_for_backward((gradient / total - target_rows).to(hidden.dtype), hidden, weight, labels, log_normaliser)
+        return (log_normaliser - target).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
+        """Scale the stored gradient; a trainable head takes a second pass over the vocabulary."""
+        (scale,) = grad_outputs
+        gradient, hidden, weight, labels, log_normaliser = ctx.saved_tensors
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = _weight_gradient(hidden, weight, labels, log_normaliser, ctx.softcap).mul_(scale)
+        return gradient * scale, weight_gradient, None, None
+
+
+@torch.no_grad()
+def log_probabilities(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log p(label) in nats, float32 [n], and whether the label is the most likely token, bool [n].
+
+    Takes hidden [n, d], weight [v, d] and labels [n]. The softmax runs in float32 whatever the dtype of the model;
+    a log-softmax in bfloat16, as the stock harness takes it, loses 0.01 to 0.1 nats a token.
+    """
+    n = hidden.shape[0]
+    target = hidden.new_zeros((n, 1), dtype=torch.float32)
+    largest = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
+    normaliser = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
+    for start, rows in _blocks(weight, hidden.dtype):
+        logits, _ = _logits(hidden, rows, softcap)
+        _pick(target, logits, labels, start)
+        largest = torch.maximum(largest, logits.amax(1, keepdim=True))
+        normaliser = torch.logaddexp(normaliser, logits.logsumexp(1, keepdim=True))
+    return (target - normaliser)[:, 0], (target >= largest)[:, 0]
+
+
+def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Any:
+    for start in range(0, weight.shape[0], VOCABULARY_BLOCK):
+        yield start, weight[start : start + VOCABULARY_BLOCK].to(dtype)
+
+
+def _logits(
+    hidden: torch.Tensor, rows: torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (softcapped) logits in float32 and d capped / d logits, None without a cap."""
+    logits = (hidden @ rows.T).float()
+    if softcap is None:
+        return logits, None
+    bounded = torch.tanh(logits / softcap)
+    return bounded * softcap, 1 - bounded.square()
+
+
+def _pick(target: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, start: int) -> None:
+    """Copy the logits of the labels that lie in this block into target [n, 1]."""
+    inside = ((labels >= start) & (labels < start + logits.shape[1])).nonzero()[:, 0]
+    target[inside, 0] = logits[inside, labels[inside] - start]
+
+
+def _weight_gradient(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    log_normaliser: torch.Tensor,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Return d loss / d weight [v, d] in the dtype of weight."""
+    result = torch.empty_like(weight)
+    for start, rows in _blocks(weight, hidden.dtype):
+        logits, slope = _logits(hidden, rows, softcap)
+        probabilities = logits.sub_(log_normaliser).exp_()
+        inside = ((labels >= start) & (labels < start + len(rows))).nonzero()[:, 0]
+        probabilities[inside, labels[inside] - start] -= 1
+        if slope is not None:
+            probabilities *= slope
+        result[start : start + len(rows)] = probabilities.to(hidden.dtype).T @ hidden
+    return result
+
+
+# -- models -------------------------------------------------------------------------------------------------------
+
+
+def softcap_of(model: "PreTrainedModel") -> float | None:
+    """Return the soft cap of the logits (Gemma 2), None for most models."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def is_plain_head(model: "PreTrainedModel") -> bool:
+    """Whether the logits are `softcap(hidden @ weight.T)` and no more, found out by trying a few tokens.
+
+    Biases, scaled logits and multimodal wrappers say no; their stock code is used instead.
+    """
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        return False
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(8, device=model.device).unsqueeze(0) % vocabulary
+    with torch.no_grad():
+        try:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        except (AttributeError, TypeError):
+            return False
+        expected = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
+        found, _ = log_probabilities(hidden, head.weight, ids[0], softcap_of(model))
+    return torch.allclose(found, expected.gather(1, ids[0].unsqueeze(1))[:, 0], rtol=1e-2, atol=1e-2)
+
+
+def fuse_loss(model: "PreTrainedModel") -> bool:
+    """Make `model(labels=...)` return its loss through HeadLoss, where its head is plain; say whether it was."""
+    if not is_plain_head(model):
+        logger.info("%s: the fused loss does not apply, using the stock one", type(model).__name__)
+        return False
+    model.forward = MethodType(_fused_forward, model)
+    return True
+
+
+def _fused_forward(
+    self: "PreTrainedModel",
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **_: Any,
+) -> Any:
+    """Return the loss as the stock forward defines it: the sum over num_items_in_batch, or the mean."""
+    from transformers.modeling_outputs import CausalLMOutput
+
+    # use_cache=False: with a cache, transformers does not look for packed documents in position_ids
+    hidden = self.base_model(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+    targets = labels[:, 1:]
+    scored = targets != IGNORED_LABEL
+    weight = self.get_output_embeddings().weight
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        loss = HeadLoss.apply(hidden[:, :-1][scored].to(dtype), weight, targets[scored], softcap_of(self))
+    n_items = scored.sum() if num_items_in_batch is None else num_items_in_batch
+    return CausalLMOutput(loss=loss / n_items)

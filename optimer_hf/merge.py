@@ -1,0 +1,372 @@
+"""The one kernel, and two of the three ways to it: the mergekit method and the streaming writer.
+
+    theta(w) = theta_base + sum_i  w_i * v_i
+
+Base and vectors come in, a model directory goes out, whole or not at all. Sums run vector by vector in float32 in
+the order of the config and are rounded once. What a reader would not guess: a weight of exactly 0 skips its vector,
+because adding 0 * v would turn -0.0 into 0.0 and w = 0 would no longer be the base bit for bit.
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from optimer_hf.convert import ResolvedModel, resolve_model
+from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.files import absolute_reference, did_you_mean, read_yaml, staged_directory, write_text
+from optimer_hf.vector import (
+    DTYPES,
+    Checkpoint,
+    DistributionVector,
+    copy_beside_weights,
+    open_vector,
+    row_blocks,
+    write_sharded,
+)
+
+logger = logging.getLogger(__name__)
+
+METHOD = "optimer"
+MAX_SHARD_SIZE = 5 * 10**9
+TOP_LEVEL_KEYS = [
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer",
+    "tokenizer_source",
+    "chat_template",
+]
+MODEL_KEYS = ["model", "parameters"]
+
+
+def add_weighted(
+    base: torch.Tensor,
+    deltas: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return base + sum_i weights[i] * deltas[i], accumulated in float32 and rounded once to dtype (None: base.dtype).
+
+    Multiply and add are separate operations (no fused multiply-add), so that every device and mergekit's own
+    float32 task_arithmetic give the same bits. Source: arXiv 2603.28858, equation of the merge.
+    """
+    total = base.to(torch.float32, copy=True)
+    for delta, weight in zip(deltas, weights, strict=True):
+        if weight != 0:
+            total += delta.to(torch.float32) * weight
+    return total.to(dtype or base.dtype)
+
+
+def merged_rows(
+    base_rows: torch.Tensor,
+    name: str,
+    rows: slice,
+    vectors: Sequence[DistributionVector],
+    weights: Mapping[str, float],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return rows of one merged tensor in `dtype`; the resident model and the writer both come through here."""
+    used = [vector for vector in vectors if weights[vector.name] != 0 and name in vector.names]
+    deltas = [vector.delta(name, rows).to(base_rows.device) for vector in used]
+    return add_weighted(base_rows, deltas, [weights[vector.name] for vector in used], dtype)
+
+
+# -- the streaming writer -----------------------------------------------------------------------------------------
+
+
+def write_merged(
+    base: ResolvedModel,
+    vectors: Sequence[DistributionVector],
+    weights: Mapping[str, float],
+    out: Path,
+    *,
+    out_dtype: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write base + sum_i w_i v_i as a model directory that `from_pretrained` loads.
+
+    Keeps the dtype of every base tensor unless `out_dtype` is given; tokenizer, generation config, chat template and
+    licence files come from the base. `out` appears whole or not at all. Memory: a few row blocks, not the model.
+    """
+    checkpoint = Checkpoint(base.path)
+    specs = {
+        name: (_output_dtype(checkpoint.dtype(name), out_dtype), checkpoint.shape(name))
+        for name in checkpoint.names
+    }
+
+    def blocks_of(name: str) -> Iterator[torch.Tensor]:
+        dtype = specs[name][0]
+        for rows in row_blocks(checkpoint.shape(name)):
+            base_rows = checkpoint.read(name, rows)
+            merges = base_rows.is_floating_point()
+            yield merged_rows(base_rows, name, rows, vectors, weights, dtype) if merges else base_rows
+
+    with staged_directory(out) as staging:
+        write_sharded(staging, "model", specs, blocks_of, max_shard_size)
+        copy_beside_weights(base.path, staging)
+        if out_dtype is not None:
+            _set_config_dtype(staging / "config.json", out_dtype)
+
+
+def _output_dtype(stored: torch.dtype, out_dtype: str | None) -> torch.dtype:
+    return DTYPES[out_dtype] if out_dtype and stored.is_floating_point else stored
+
+
+def _set_config_dtype(path: Path, dtype: str) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    write_text(path, json.dumps(config, indent=2))
+
+
+# -- merge configs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearMerge:
+    """What the streaming writer can do of a merge config: one number per vector."""
+
+    base_model: str
+    sources: dict[str, str]
+    weights: dict[str, float]
+    out_dtype: str | None
+
+
+def read_merge_config(path: Path) -> dict[str, Any]:
+    """Return a mergekit YAML as a mapping; unknown keys, which mergekit would ignore, raise ConfigError."""
+    config = read_yaml(path)
+    _refuse_unknown(config, TOP_LEVEL_KEYS, str(path))
+    if "merge_method" not in config:
+        raise ConfigError(f"{path}: field 'merge_method' is missing. For this package's method write `merge_method: {METHOD}`.")
+    for index, model in enumerate(config.get("models") or []):
+        _refuse_unknown(model, MODEL_KEYS, f"{path}: models.{index}")
+        if "model" not in model:
+            raise ConfigError(f"{path}: models.{index}: field 'model' is missing.")
+    return config
+
+
+def _refuse_unknown(mapping: Any, known: list[str], where: str) -> None:
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where}: found {mapping!r}, expected a mapping.")
+    for key in mapping:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown field {key!r}, which mergekit would ignore.{did_you_mean(str(key), known)}")
+
+
+def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
+    """Return base model and vectors (name -> reference) of a mergekit config, names made from the last path part."""
+    folder = path.resolve().parent
+    if not config.get("base_model"):
+        raise ConfigError(f"{path}: field 'base_model' is missing. Name the model all others were trained from.")
+    base = absolute_reference(str(config["base_model"]), folder)
+    sources: dict[str, str] = {}
+    for model in config.get("models") or []:
+        source = absolute_reference(str(model["model"]), folder)
+        if source == base:
+            continue
+        stem = name = source.rstrip("/").split("/")[-1].split("@")[0]
+        number = 2
+        while name in sources:
+            name, number = f"{stem}-{number}", number + 1
+        sources[name] = source
+    if not sources:
+        raise ConfigError(f"{path}: models: found none besides the base. Give at least one model to merge.")
+    return base, sources
+
+
+def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
+    """Return the config as one number per vector, or None when only mergekit can run it."""
+    simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
+    if config["merge_method"] != METHOD or not set(config) <= simple:
+        return None
+    if config.get("dtype") not in (None, "float32", config.get("out_dtype")) and config.get("out_dtype"):
+        return None
+    base, sources = pool_of(config, path)
+    listed = [model for model in config["models"] if absolute_reference(str(model["model"]), path.resolve().parent) != base]
+    weights: dict[str, float] = {}
+    for name, model in zip(sources, listed, strict=True):
+        parameters = model.get("parameters") or {}
+        _refuse_unknown(parameters, ["weight"], f"{path}: models: {name}: parameters")
+        if "weight" not in parameters:
+            raise ConfigError(f"{path}: models: {name}: parameters.weight is missing. Give the weight of this vector.")
+        try:
+            weights[name] = float(parameters["weight"])
+        except (TypeError, ValueError):
+            return None  # a gradient list or a filter
+    return LinearMerge(base, sources, weights, config.get("out_dtype") or config.get("dtype"))
+
+
+def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = None) -> str:
+    """Run any mergekit YAML and return the engine used, 'native' or 'mergekit'.
+
+    `options` are mergekit's MergeOptions (None: its defaults). A config that needs no more than one number per vector
+    takes the streaming writer unless `engine` or an option says otherwise.
+    """
+    config = read_merge_config(path)
+    linear = linear_merge_of(config, path)
+    if engine == "native" and linear is None:
+        raise ConfigError(f"{path}: uses what only mergekit can do (method, slices, filters or gradients). Drop --engine native.")
+    if linear is not None and engine != "mergekit" and _options_are_ours(options):
+        base = resolve_model(linear.base_model)
+        vectors = [open_vector(name, source, base) for name, source in linear.sources.items()]
+        shard_size = MAX_SHARD_SIZE if options is None else options.out_shard_size
+        write_merged(base, vectors, linear.weights, out, out_dtype=linear.out_dtype, max_shard_size=shard_size)
+        write_text(out / "mergekit_config.yml", path.read_text(encoding="utf-8"))
+        return "native"
+    run_mergekit(config, path, out, options)
+    return "mergekit"
+
+
+def _options_are_ours(options: Any) -> bool:
+    """Whether the streaming writer honours every mergekit flag that differs from its default."""
+    if options is None:
+        return True
+    from mergekit.options import MergeOptions
+
+    honoured = {"out_shard_size", "quiet", "verbosity", "num_threads", "random_seed", "write_model_card", "low_cpu_memory"}
+    defaults = MergeOptions()
+    return all(
+        name in honoured or getattr(options, name) == getattr(defaults, name) for name in MergeOptions.model_fields
+    )
+
+
+# -- mergekit -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def register_method() -> None:
+    """Register `optimer` with mergekit, once per process; importing mergekit takes seconds, so only when needed."""
+    from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
+    from mergekit.merge_methods.easy_define import merge_method
+    from mergekit.merge_methods.registry import register
+
+    def kernel(group: TensorGroup, weight: PerNonBase[float]) -> torch.Tensor:
+        base = group.base.tensor  # type: ignore[union-attr]  # the contract requires a base
+        deltas = [
+            entry.tensor.float() if _is_delta(entry.id) else entry.tensor.float() - base.float()
+            for entry in group.non_base
+        ]
+        return add_weighted(base, deltas, weight.values_for(group.non_base))
+
+    kernel.__annotations__ = {"group": TensorGroup, "weight": PerNonBase[float], "return": torch.Tensor}
+    contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
+    register(merge_method(kernel, name=METHOD, pretty_name="OptiMer", reference_url="https://arxiv.org/abs/2603.28858", contract=contract))
+
+
+def _is_delta(entry_id: Any) -> bool:
+    """Whether mergekit's ModelReference names a delta directory of ours."""
+    return _directory_is_delta(str(entry_id.model.path))
+
+
+@functools.cache
+def _directory_is_delta(path: str) -> bool:
+    from optimer_hf.vector import read_record
+
+    record = read_record(Path(path)) if Path(path).is_dir() else None
+    return record is not None and record.kind == "delta"
+
+
+def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any = None) -> None:
+    """Run a config with mergekit, the `optimer` method registered, and check what it wrote.
+
+    Local paths are made absolute first: with relative ones mergekit asks the Hub for a model card and fails offline
+    after the weights are written. `out` appears whole or not at all.
+    """
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge as mergekit_run
+    from mergekit.options import MergeOptions
+
+    register_method()
+    absolute = _with_absolute_paths(dict(config), path.resolve().parent)
+    try:
+        parsed = MergeConfiguration.model_validate(absolute)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path}: mergekit does not take this config: {error}") from error
+    # the loaders are a class attribute that is never cleared: a model replaced on disk would be read from the old file
+    LoaderCache().loaders = {}
+    with staged_directory(out) as staging:
+        try:
+            mergekit_run(parsed, str(staging), options or MergeOptions(quiet=True), config_source=yaml.safe_dump(dict(config), sort_keys=False))
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"{path}: mergekit stopped: {error}") from error
+        _check_output(staging, resolve_model(str(absolute["base_model"])).path if absolute.get("base_model") else None, config)
+
+
+def _with_absolute_paths(value: Any, folder: Path) -> Any:
+    """Resolve `model` and `base_model` references anywhere in a config to local paths where they are local."""
+    if isinstance(value, list):
+        return [_with_absolute_paths(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _local_or_hub(item, folder) if key in ("model", "base_model") and isinstance(item, str) else _with_absolute_paths(item, folder)
+        for key, item in value.items()
+    }
+
+
+def _local_or_hub(text: str, folder: Path) -> str:
+    found = absolute_reference(text, folder)
+    if found.startswith("pypi:") or found.endswith(".gguf"):
+        return str(resolve_model(found).path)
+    return found.removeprefix("hf://")
+
+
+def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> None:
+    """mergekit never validates its output: compare tensor names and shapes with the base when layers are kept."""
+    if base is None or config.get("slices") or config.get("modules") or config.get("tokenizer") or config.get("tokenizer_source"):
+        return
+    merged, expected = Checkpoint(out), Checkpoint(base)
+    missing = sorted(set(expected.names) - set(merged.names) - {"lm_head.weight"})
+    wrong = [name for name in merged.names if name in expected.names and merged.shape(name) != expected.shape(name)]
+    if missing or wrong:
+        raise ModelError(
+            f"mergekit wrote {len(merged.names)} of {len(expected.names)} tensors (first missing: {missing[:1]}, first of "
+            f"another shape: {wrong[:1]}). It does not know this architecture; use `--engine native`."
+        )
+
+
+# -- export -------------------------------------------------------------------------------------------------------
+
+
+def optimer_config(base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str) -> dict[str, Any]:
+    """Return a merge config of the `optimer` method."""
+    models = [{"model": source, "parameters": {"weight": weights[name]}} for name, source in sources.items()]
+    return {"merge_method": METHOD, "base_model": base_model, "models": models, "dtype": dtype}
+
+
+def vanilla_config(base_model: str, deltas: Mapping[str, str], weights: Mapping[str, float], dtype: str) -> dict[str, Any]:
+    """Return a config that unmodified `mergekit-yaml` runs to the same weights: method linear over delta directories.
+
+    `linear` with the base at weight 1 - sum w over *checkpoints* would cancel digits in bfloat16; deltas do not.
+    """
+    entries = {base_model: 1.0} | {deltas[name]: weight for name, weight in weights.items()}
+    models = [{"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()]
+    return {
+        "merge_method": "linear",
+        "base_model": base_model,
+        "models": models,
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        "out_dtype": dtype,
+    }
+
+
+def linear_config(base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str) -> dict[str, Any]:
+    """Return the same merge over checkpoints for unmodified mergekit: base weight 1 - sum w, exact while that is small."""
+    entries = {base_model: 1.0 - sum(weights.values())} | {sources[name]: weight for name, weight in weights.items()}
+    return vanilla_config(base_model, {}, {}, dtype) | {
+        "models": [{"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()]
+    }

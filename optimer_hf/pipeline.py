@@ -1,0 +1,242 @@
+"""A recipe folder run from corpora to the compared merge, each finished stage skipped when it is run again.
+
+    recipes/NAME/  study.yaml, train-*.yaml, data/, tasks/      (inputs, never written to)
+    runs/NAME/     vectors/  study/  recipe.yaml  merged/  results.md  ledger.json      (everything that is made)
+
+`short.yaml` in the folder holds the smaller budget of `--short`: values laid over study.yaml and the train files.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from optimer_hf.errors import ConfigError, OutputError
+from optimer_hf.files import digest, parse, read_yaml, sha256_file, write_text
+
+logger = logging.getLogger(__name__)
+
+OURS = {"run.json", "vectors", "study", "deltas", "merged", "done.json", "optimer.yml", "mergekit_config.yml"}
+OURS |= {"recipe.yaml", "recipe.lock.json", "results.md", "results.json", "ledger.json"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe folder, where its results go, and which budget it runs with."""
+
+    folder: Path
+    out: Path
+    short: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the recipe: that of its folder."""
+        return self.folder.name
+
+    def inputs_digest(self) -> str:
+        """Return the digest of every input file and the budget: equal digests, nothing to do."""
+        files = {
+            str(path.relative_to(self.folder)): sha256_file(path)
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
+        }
+        return digest({"files": files, "short": self.short})
+
+
+def finished_summary(run: Run) -> str | None:
+    """Return the summary of a finished run, or None when there is something to do; reads files only, in a moment."""
+    done = run.out / "done.json"
+    if not done.exists():
+        return None
+    record = json.loads(done.read_text(encoding="utf-8"))
+    if record["inputs_sha256"] != run.inputs_digest() or not (run.out / "merged" / "config.json").exists():
+        return None
+    return summary(run)
+
+
+def summary(run: Run) -> str:
+    """Return the results and the ledger of a run as Markdown."""
+    return (run.out / "results.md").read_text(encoding="utf-8")
+
+
+def run_recipe(run: Run) -> str:
+    """Run every stage that is not finished yet and return the summary.
+
+    Raises ConfigError and CorpusError for bad input before any training, OutputError when `out` is not ours.
+    """
+    from optimer_hf import compare, recipe, search
+
+    _claim(run)
+    started = perf_counter()
+    config, trainings = load(run)
+    train_vectors(run, trainings)
+    study = search.search(config, run.out / "study")
+    comparison = compare.compare(study)
+    sealed = compare.to_json(comparison)
+    ledger = ledger_of(run, study, list(trainings))
+    recipe_file = run.out / "recipe.yaml"
+    recipe.write_recipe(study, recipe_file, name=run.name, sealed=sealed, ledger=ledger)
+    writing = perf_counter()
+    if not (run.out / "merged").exists():
+        recipe.build(recipe_file, run.out / "merged")
+    recipe.write_vanilla(study, run.out / "mergekit_config.yml")
+    ledger["write"] = {"seconds": round(perf_counter() - writing, 1)}
+    ledger["this_invocation"] = {"seconds": round(perf_counter() - started, 1)}
+    write_text(run.out / "results.json", json.dumps(sealed, indent=2))
+    write_text(run.out / "ledger.json", json.dumps(ledger, indent=2))
+    write_text(run.out / "results.md", _results(run, comparison, study, ledger))
+    write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))
+    return summary(run)
+
+
+def _claim(run: Run) -> None:
+    """Take the output directory for these inputs; refuse foreign files and the results of other inputs."""
+    foreign = {path.name for path in run.out.glob("[!.]*")} - OURS if run.out.exists() else set()
+    if foreign:
+        raise OutputError(f"{run.out}: holds files that are not ours ({sorted(foreign)[0]}). Give another output directory.")
+    marker, inputs = run.out / "run.json", run.inputs_digest()
+    if marker.exists():
+        if json.loads(marker.read_text(encoding="utf-8"))["inputs_sha256"] != inputs:
+            raise OutputError(
+                f"{run.out}: holds results of other inputs (the recipe folder changed, or --short was given or left out). "
+                "Remove it, or give another output directory."
+            )
+        return
+    if run.out.exists() and any(run.out.iterdir()):
+        raise OutputError(f"{run.out}: is not empty and was not made by `optimer run`. Give another output directory.")
+    write_text(marker, json.dumps({"inputs_sha256": inputs, "recipe": run.name, "short": run.short}))
+
+
+# -- reading a recipe folder --------------------------------------------------------------------------------------
+
+
+def load(run: Run) -> tuple[Any, dict[str, Any]]:
+    """Return the StudyConfig, its vectors pointing into `out`, and the TrainConfig of each vector to train.
+
+    Everything that can be wrong with the inputs is found here, before anything is trained.
+    """
+    from optimer_hf.corpus import documents
+    from optimer_hf.search import StudyConfig
+    from optimer_hf.train import TrainConfig, check_config
+
+    if not (run.folder / "study.yaml").exists():
+        raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
+    short = read_yaml(run.folder / "short.yaml") if run.short else {}
+    _check_short(short, run.folder / "short.yaml")
+    data = _laid_over(read_yaml(run.folder / "study.yaml"), short.get("study", {}))
+    trainings = {}
+    for name, vector in data.get("vectors", {}).items():
+        if isinstance(vector, dict) and "train" in vector:
+            file = run.folder / str(vector["train"])
+            config = parse(TrainConfig, _laid_over(read_yaml(file), short.get("train", {})), file)
+            check_config(config)
+            next(documents(config.corpus), None)
+            trainings[name] = config
+    config = parse(StudyConfig, data, run.folder / "study.yaml")
+    for name, training in trainings.items():
+        if training.base_model != config.base_model:
+            raise ConfigError(
+                f"{run.folder / 'study.yaml'}: vectors.{name} is trained from {training.base_model!r}, but base_model is "
+                f"{config.base_model!r}. Give both the same base."
+            )
+    sources = {
+        name: vector.model_copy(update={"train": None, "source": str(_vector_dir(run, name))}) if vector.train else vector
+        for name, vector in config.vectors.items()
+    }
+    return config.model_copy(update={"vectors": sources}), trainings
+
+
+def _check_short(short: Mapping[str, Any], path: Path) -> None:
+    for key in short:
+        if key not in ("format_version", "train", "study"):
+            raise ConfigError(f"{path}: unknown field {key!r}. Known: study, train.")
+
+
+def _laid_over(data: Any, changes: Any) -> Any:
+    """Return data with the values of changes, mapping by mapping."""
+    if not isinstance(data, dict) or not isinstance(changes, dict):
+        return changes
+    return {
+        key: _laid_over(data[key], changes[key]) if key in data and key in changes else data.get(key, changes.get(key))
+        for key in {**data, **changes}
+    }
+
+
+def _vector_dir(run: Run, name: str) -> Path:
+    return (run.out / "vectors" / name).resolve()
+
+
+def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
+    """Train and describe every vector that is not there yet."""
+    missing = {name: config for name, config in trainings.items() if not (_vector_dir(run, name) / "vector.json").exists()}
+    if not missing:
+        return
+    from optimer_hf.convert import resolve_model
+    from optimer_hf.train import train
+    from optimer_hf.vector import describe
+
+    for name, config in missing.items():
+        out = train(config, _vector_dir(run, name))
+        kind = "checkpoint" if config.lora is None else "adapter"
+        describe(out, resolve_model(config.base_model), name=name, kind=kind)  # type: ignore[arg-type]
+
+
+# -- ledger -------------------------------------------------------------------------------------------------------
+
+
+def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
+    """Return where the time went: seconds and tokens of training, asking, merging and evaluating."""
+    entries: dict[str, Any] = {}
+    records = [json.loads((_vector_dir(run, name) / "training.json").read_text(encoding="utf-8")) for name in names]
+    seconds = sum(record["training"]["seconds"] for record in records)
+    tokens = sum(record["corpus"]["n_tokens"] for record in records)
+    if records:
+        entries["train"] = {"seconds": round(seconds, 1), "tokens": tokens, "tokens_per_second": round(tokens / seconds)}
+    sealed = run.out / "study" / "sealed.jsonl"
+    stages = {fidelity: study.log.of(fidelity) for fidelity in ("search", "rescore")}
+    if sealed.exists():
+        from optimer_hf.search import TrialLog
+
+        stages["sealed"] = TrialLog(sealed).trials
+    for fidelity, trials in stages.items():
+        if trials:
+            entries[fidelity] = _trial_ledger(trials)
+    return entries
+
+
+def _trial_ledger(trials: list[Any]) -> dict[str, Any]:
+    """Return count, tokens and seconds of trials by phase, and the share that is not the model's forward pass."""
+    total = {phase: sum(trial.seconds.get(phase, 0.0) for trial in trials) for phase in ("ask", "merge", "evaluate", "forward")}
+    spent = total["ask"] + total["merge"] + total["evaluate"]
+    return {
+        "n": len(trials),
+        "tokens": sum(trial.n_tokens for trial in trials),
+        "seconds": round(spent, 1),
+        "ask": round(total["ask"], 2),
+        "merge": round(total["merge"], 2),
+        "forward": round(total["forward"], 1),
+        "harness": round(total["evaluate"] - total["forward"], 2),
+        "overhead_share": round(1 - total["forward"] / max(spent, 1e-9), 4),
+    }
+
+
+def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -> str:
+    from optimer_hf.compare import to_markdown
+
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in study.incumbent.weights.items())
+    rows = "\n".join(f"| {stage} | {_entry(entry)} |" for stage, entry in ledger.items())
+    return (
+        f"# {run.name}\n\nBest weights: {weights}\n\n{to_markdown(comparison)}\n## Ledger\n\n"
+        f"| stage | seconds and counts |\n| --- | --- |\n{rows}\n\n"
+        f"Merged model: `{os.path.relpath(run.out / 'merged')}`, recipe: `{os.path.relpath(run.out / 'recipe.yaml')}`\n"
+    )
+
+
+def _entry(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value:,}" for key, value in entry.items())
+
+

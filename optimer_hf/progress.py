@@ -1,0 +1,69 @@
+"""Progress of long work: a rich bar on a terminal, a plain log line every few seconds elsewhere.
+
+Comes before every stage that takes more than two seconds. Nothing here is stored; figures that last belong to the
+ledger of the stage.
+"""
+
+import logging
+import sys
+from time import perf_counter
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Meter:
+    """Counts units of one piece of work and shows rate and time left; use it as a context manager."""
+
+    def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self._first = self._done = done
+        self._started = self._last_line = perf_counter()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")]
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self._done, figures="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            logger.info("%s: %s", self.title, self._figures(""))
+
+    def advance(self, n: int, note: str = "") -> None:
+        """Count `n` more units; `note` is a short text shown with the figures."""
+        self._done += n
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, figures=self._figures(note))
+        elif perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = perf_counter()
+            logger.info("%s: %s, %s left", self.title, self._figures(note), _clock(self._seconds_left()))
+
+    def _rate(self) -> float:
+        return (self._done - self._first) / max(perf_counter() - self._started, 1e-9)
+
+    def _seconds_left(self) -> float:
+        return (self.total - self._done) / max(self._rate(), 1e-9)
+
+    def _figures(self, note: str) -> str:
+        text = f"{self._done:,}/{self.total:,} {self.unit}"
+        rate = self._rate()
+        text += f", {rate:,.0f} {self.unit}/s" if rate >= 2 else f", {1 / max(rate, 1e-9):.1f} s each"
+        return f"{text}, {note}" if note else text
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,216 @@
+"""A finished study -> recipe.yaml, recipe.lock.json and merge configs; and back: build and verify the merge.
+
+A recipe says which vectors at which weights on which base, and what that scored; its lock holds the sha256 of every
+weights file that went in and came out, so that another machine can tell whether it built the same model.
+"""
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from optimer_hf.convert import ResolvedModel, resolve_model
+from optimer_hf.errors import ModelError
+from optimer_hf.files import FileModel, ReferenceText, VersionedFile, sha256_file, write_text
+from optimer_hf.merge import MAX_SHARD_SIZE, linear_config, optimer_config, vanilla_config, write_merged
+from optimer_hf.search import Study, study_digest
+from optimer_hf.vector import CheckpointVector, DistributionVector, extract, open_vector, read_record, weight_files
+
+VERSIONED_PACKAGES = ("optimer-hf", "torch", "transformers", "peft", "mergekit", "smac", "lm-eval", "safetensors")
+LARGEST_CANCELLATION = 2.0  # beyond this sum of |w|, base weight 1 - sum w loses digits of bfloat16 checkpoints
+
+
+class Ingredient(FileModel):
+    """One vector of a recipe."""
+
+    source: ReferenceText
+    weight: float
+
+
+class RecipeFile(VersionedFile):
+    """recipe.yaml: all that is needed to build the merge, and the evidence for it."""
+
+    name: str
+    base_model: ReferenceText
+    dtype: Literal["bfloat16", "float16", "float32"]
+    vectors: dict[str, Ingredient]
+    objective: dict[str, Any]
+    scores: dict[str, Any]
+    study: dict[str, Any]
+    ledger: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every vector."""
+        return {name: ingredient.weight for name, ingredient in self.vectors.items()}
+
+
+class Lock(VersionedFile):
+    """recipe.lock.json: file name -> sha256 of the weights of base, vectors and the built model."""
+
+    base: dict[str, str]
+    vectors: dict[str, dict[str, str]]
+    output: dict[str, str] = {}
+
+
+# -- study -> recipe ----------------------------------------------------------------------------------------------
+
+
+def write_recipe(
+    study: Study, path: Path, *, name: str, sealed: Mapping[str, Any] | None = None, ledger: Mapping[str, Any] | None = None
+) -> RecipeFile:
+    """Write recipe.yaml at `path`, its lock and `optimer.yml` beside it, and return the recipe."""
+    config, incumbent = study.config, study.incumbent
+    folder = path.resolve().parent
+    base = resolve_model(config.base_model)
+    sources = {key: str(vector.source) for key, vector in config.vectors.items()}
+    recipe = {
+        "format_version": 1,
+        "name": name,
+        "base_model": _portable(config.base_model, folder),
+        "dtype": config.dtype,
+        "vectors": {
+            key: {"source": _portable(source, folder), "weight": incumbent.weights[key]}
+            for key, source in sources.items()
+        },
+        "objective": _portable_paths(config.objective.model_dump(mode="json", exclude_defaults=True), folder),
+        "scores": _scores(study, sealed),
+        "study": {
+            "sha256": study_digest(config),
+            "n_trials": len(study.log.of("search")),
+            "seed": config.search.seed,
+            "incumbent": incumbent.number,
+        },
+        "ledger": dict(ledger or {}),
+        "versions": {package: version(package) for package in VERSIONED_PACKAGES},
+    }
+    lock = Lock(
+        base=weight_files(base.path),
+        vectors={key: weight_files(resolve_model(source).path) for key, source in sources.items()},
+    )
+    lock.write(path.with_suffix(".lock.json"))
+    merge_config = optimer_config(
+        str(recipe["base_model"]), {key: _portable(source, folder) for key, source in sources.items()}, incumbent.weights, config.dtype
+    )
+    write_text(folder / "optimer.yml", yaml.safe_dump(merge_config, sort_keys=False))
+    header = f"# Build it with: optimer build {path.name} OUT\n"
+    write_text(path, header + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    return RecipeFile.read(path)
+
+
+def _portable(reference: str, folder: Path) -> str:
+    """Return a reference relative to the folder of the recipe when it is a local path."""
+    return os.path.relpath(reference, folder) if Path(reference).is_absolute() else reference
+
+
+def _portable_paths(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _portable_paths(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable_paths(item, folder) for item in value]
+    return _portable(value, folder) if isinstance(value, str) and value.startswith("/") else value
+
+
+def _scores(study: Study, sealed: Mapping[str, Any] | None) -> dict[str, Any]:
+    incumbent = study.incumbent
+    found: dict[str, Any] = {
+        incumbent.fidelity: {
+            "value": study.value(incumbent),
+            "terms": {label: term.score for label, term in incumbent.terms.items()},
+        }
+    }
+    if sealed is not None:
+        merge = next(row for row in sealed["rows"] if row["name"] == "searched merge")
+        found["sealed"] = {
+            "value": merge["value"],
+            "terms": {label: term["score"] for label, term in merge["terms"].items()},
+            "verdicts": list(sealed["verdicts"]),
+        }
+    return found
+
+
+def write_vanilla(study: Study, path: Path) -> None:
+    """Write a config at `path` that unmodified `mergekit-yaml` runs to the weights of the incumbent.
+
+    A pool of checkpoints is merged with `linear` and base weight 1 - sum w. Adapters and deltas, and sums that would
+    cancel, are written as delta directories under `deltas/` beside it, which `linear` adds to the base.
+    """
+    config, weights = study.config, study.incumbent.weights
+    base = resolve_model(config.base_model)
+    vectors = [open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()]
+    if all(isinstance(vector, CheckpointVector) for vector in vectors) and _sum_of_absolute(weights) <= LARGEST_CANCELLATION:
+        sources = {vector.name: str(vector.tuned.path) for vector in vectors if isinstance(vector, CheckpointVector)}
+        merge_config = linear_config(str(base.path), sources, weights, config.dtype)
+    else:
+        deltas = {vector.name: str(_delta_directory(vector, base, path.resolve().parent)) for vector in vectors}
+        merge_config = vanilla_config(str(base.path), deltas, weights, config.dtype)
+    write_text(path, yaml.safe_dump(merge_config, sort_keys=False))
+
+
+def _sum_of_absolute(weights: Mapping[str, float]) -> float:
+    return sum(abs(weight) for weight in weights.values())
+
+
+def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:
+    """Return the vector as a complete bfloat16 delta directory, written once."""
+    out = folder / "deltas" / vector.name
+    record = read_record(out)
+    if record is None:
+        extract(vector, base, out)
+    return out
+
+
+# -- recipe -> model ----------------------------------------------------------------------------------------------
+
+
+def build(path: Path, out: Path, *, out_dtype: str | None = None, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Build the merged model of a recipe.
+
+    Raises ModelError when base or vectors are not the locked ones, before anything is written.
+    """
+    recipe = RecipeFile.read(path)
+    lock_file = path.with_suffix(".lock.json")
+    base = resolve_model(recipe.base_model)
+    if lock_file.exists():
+        _check_lock(Lock.read(lock_file), recipe, base)
+    vectors = [open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()]
+    write_merged(base, vectors, recipe.weights, out, out_dtype=out_dtype or recipe.dtype, max_shard_size=max_shard_size)
+    if lock_file.exists() and out_dtype is None and max_shard_size == MAX_SHARD_SIZE:
+        lock = Lock.read(lock_file)
+        built = _output_files(out)
+        if not lock.output:
+            lock.model_copy(update={"output": built}).write(lock_file)
+        elif lock.output != built:
+            raise ModelError(f"{out}: differs from the model this recipe built first ({lock_file.name}). It was kept.")
+
+
+def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:
+    parts = {"base_model": (lock.base, base.path)}
+    for name, ingredient in recipe.vectors.items():
+        parts[f"vectors.{name}"] = (lock.vectors.get(name, {}), resolve_model(ingredient.source).path)
+    for field, (expected, directory) in parts.items():
+        if weight_files(directory) != expected:
+            raise ModelError(
+                f"{recipe.name}: {field}: the weights in {directory} are not the locked ones. "
+                "Fetch them again, or write the recipe anew."
+            )
+
+
+def _output_files(out: Path) -> dict[str, str]:
+    return {file.name: sha256_file(file) for file in sorted(out.glob("*.safetensors"))}
+
+
+def verify(path: Path, model: Path) -> None:
+    """Raise ModelError unless a built model has the sha256 that the lock of its recipe records."""
+    lock = Lock.read(path.with_suffix(".lock.json"))
+    if not lock.output:
+        raise ModelError(f"{path}: its lock records no built model. Run `optimer build {path} OUT` first.")
+    found = _output_files(model)
+    for name in sorted(lock.output.keys() | found.keys()):
+        if found.get(name) != lock.output.get(name):
+            raise ModelError(f"{model / name}: sha256 differs from {path.with_suffix('.lock.json').name}. Build it again.")
+

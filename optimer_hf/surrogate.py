@@ -1,0 +1,184 @@
+"""A small Gaussian process for scores as functions of merge weights, and what to ask of it.
+
+Points and scores come in as numpy arrays, posterior means and variances go out. The kernel is a Matern 5/2 on
+[w, sum w] plus a quadratic polynomial: scores of merges are smooth in the weights, close to quadratic near the
+optimum, and fall off a cliff along the sum. Hyperparameters are fitted afresh at every call from fixed starts, so
+the same trials always give the same model. (Rasmussen & Williams 2006, ch. 2, 4, 5.)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.linalg import cho_solve, solve_triangular
+from scipy.optimize import minimize
+from scipy.special import log_ndtr
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+JITTER = 1e-8
+N_CANDIDATES = 1024
+N_REFINEMENTS = 4
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Kernel variances and length scales, all on a log scale; `vector` is what the fit moves."""
+
+    vector: "Array"
+
+    @property
+    def matern(self) -> float:
+        """Variance of the Matern part."""
+        return float(np.exp(self.vector[0]))
+
+    @property
+    def quadratic(self) -> float:
+        """Variance of the quadratic part."""
+        return float(np.exp(self.vector[1]))
+
+    @property
+    def noise(self) -> float:
+        """Variance of the observation noise."""
+        return float(np.exp(self.vector[2]))
+
+    @property
+    def scales(self) -> "Array":
+        """Length scale of every feature."""
+        return np.exp(self.vector[3:])
+
+
+def _prior(d: int) -> tuple["Array", "Array"]:
+    """Return mean and standard deviation of the Gaussian prior on the log hyperparameters."""
+    mean = np.concatenate([np.log([0.3, 0.5, 1e-3]), np.full(d + 1, np.log(0.5) + 0.5 * np.log(d + 1))])
+    return mean, np.concatenate([[1.5, 2.0, 2.0], np.full(d + 1, 0.8)])
+
+
+def _features(points: "Array") -> "Array":
+    """Append the sum of the weights, so that a cliff along it does not shorten every length scale."""
+    return np.hstack([points, points.sum(axis=1, keepdims=True) * 0.5])
+
+
+def _matern(a: "Array", b: "Array", scales: "Array") -> tuple["Array", "Array"]:
+    """Return the Matern 5/2 correlation of all pairs, and the factor its derivative in log scale shares."""
+    squared = (((a[:, None] - b[None]) / scales) ** 2).sum(-1)
+    r = np.sqrt(5.0 * squared + 1e-16)
+    decay = np.exp(-r)
+    return (1 + r + r**2 / 3) * decay, 5.0 / 3.0 * (1 + r) * decay
+
+
+def _quadratic(a: "Array", b: "Array") -> "Array":
+    return (1.0 + 2.0 * (a - 0.25) @ (b - 0.25).T) ** 2
+
+
+@dataclass(frozen=True)
+class GaussianProcess:
+    """A fitted process over weights scaled to [0, 1]^d."""
+
+    points: "Array"
+    hyperparameters: Hyperparameters
+    center: float
+    spread: float
+    cholesky: "Array"
+    coefficients: "Array"
+
+    def predict(self, points: "Array") -> tuple["Array", "Array"]:
+        """Return posterior mean and variance at points [n, d], in the units of the scores."""
+        h = self.hyperparameters
+        correlation, _ = _matern(_features(points), _features(self.points), h.scales)
+        cross = h.matern * correlation + h.quadratic * _quadratic(points, self.points)
+        prior = h.matern + h.quadratic * (1 + 2 * ((points - 0.25) ** 2).sum(1)) ** 2
+        reduction = (solve_triangular(self.cholesky, cross.T, lower=True) ** 2).sum(0)
+        variance = np.maximum(prior - reduction, 1e-12)
+        return self.center + self.spread * (cross @ self.coefficients), self.spread**2 * variance
+
+
+def fit(points: "Array", scores: "Array") -> GaussianProcess:
+    """Fit a process to scores [n] at points [n, d] in [0, 1]^d by maximum a posteriori with exact gradients."""
+    d = points.shape[1]
+    center, spread = float(scores.mean()), float(max(scores.std(), 1e-9))
+    y = (scores - center) / spread
+    features, quadratic = _features(points), _quadratic(points, points)
+    distances = (features[:, None] - features[None]) ** 2
+    mean, deviation = _prior(d)
+
+    def loss(vector: "Array") -> tuple[float, "Array"]:
+        h = Hyperparameters(vector)
+        correlation, slope = _matern(features, features, h.scales)
+        kernel = h.matern * correlation + h.quadratic * quadratic + (h.noise + JITTER) * np.eye(len(y))
+        try:
+            lower = np.linalg.cholesky(kernel)
+        except np.linalg.LinAlgError:
+            return 1e10, np.zeros_like(vector)
+        inverse = cho_solve((lower, True), np.eye(len(y)))
+        alpha = inverse @ y
+        value = 0.5 * y @ alpha + np.log(np.diag(lower)).sum()
+        inner = inverse - np.outer(alpha, alpha)  # d value / d kernel, times two
+        gradient = np.empty_like(vector)
+        gradient[0] = 0.5 * h.matern * (inner * correlation).sum()
+        gradient[1] = 0.5 * h.quadratic * (inner * quadratic).sum()
+        gradient[2] = 0.5 * h.noise * np.trace(inner)
+        shared = 0.5 * h.matern * inner * slope
+        gradient[3:] = np.einsum("ij,ijk->k", shared, distances) / h.scales**2
+        z = (vector - mean) / deviation
+        return float(value + 0.5 * z @ z), gradient + z / deviation
+
+    bounds = [(-8, 4), (-8, 5), (-12, 2)] + [(-4, 4)] * (d + 1)
+    best = minimize(loss, mean, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
+    h = Hyperparameters(best.x)
+    correlation, _ = _matern(features, features, h.scales)
+    kernel = h.matern * correlation + h.quadratic * quadratic + (h.noise + JITTER) * np.eye(len(y))
+    lower = np.linalg.cholesky(kernel)
+    return GaussianProcess(points, h, center, spread, lower, cho_solve((lower, True), y))
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """A weighted sum of independent processes, one per term: the posterior of the objective."""
+
+    processes: Sequence[GaussianProcess]
+    weights: "Array"
+
+    def predict(self, points: "Array") -> tuple["Array", "Array"]:
+        """Return posterior mean and variance of the sum at points [n, d]."""
+        means, variances = zip(*(process.predict(points) for process in self.processes), strict=True)
+        return self.weights @ np.array(means), self.weights**2 @ np.array(variances)
+
+
+def log_expected_improvement(mean: "Array", variance: "Array", best: float) -> "Array":
+    """Return log E[max(f - best, 0)], larger is better, stable far below `best` (Ament et al., arXiv 2310.20708)."""
+    deviation = np.sqrt(variance)
+    z = (mean - best) / deviation
+    log_density = -0.5 * z**2 - 0.5 * np.log(2 * np.pi)
+    near = z > -8
+    result = np.empty_like(z)
+    inside = np.exp(log_density[near]) + z[near] * np.exp(log_ndtr(z[near]))
+    result[near] = np.log(np.maximum(inside, 1e-300))
+    result[~near] = log_density[~near] - 2 * np.log(-z[~near])  # phi(z) / z^2, the tail of the improvement
+    return result + np.log(deviation)
+
+
+def maximise(
+    acquisition: Callable[["Array"], "Array"], d: int, rng: np.random.Generator, near: "Array"
+) -> "Array":
+    """Return the point of [0, 1]^d with the largest acquisition: random candidates, then shrinking refinement.
+
+    Candidates are uniform, scaled Dirichlet draws (blends of a given sum), and perturbations of the points `near`.
+    """
+    uniform = rng.random((N_CANDIDATES // 2, d))
+    blends = rng.dirichlet(np.full(d, 0.7), N_CANDIDATES // 2) * rng.uniform(0, 1.6, (N_CANDIDATES // 2, 1))
+    steps = 10 ** rng.uniform(-2.5, -0.5, (len(near), N_CANDIDATES // 8, 1))
+    around = near[:, None] + steps * rng.normal(size=(len(near), N_CANDIDATES // 8, d))
+    candidates = np.clip(np.vstack([uniform, blends, around.reshape(-1, d), near]), 0, 1)
+    values = acquisition(candidates)
+    for number in range(N_REFINEMENTS):
+        best = candidates[np.argsort(-values)[:5]]
+        moves = 0.15 * 0.5**number * rng.normal(size=(48, len(best), d))
+        moves *= rng.random(moves.shape) < 0.6
+        candidates = np.clip(np.vstack([best, (best + moves).reshape(-1, d)]), 0, 1)
+        values = acquisition(candidates)
+    return np.asarray(candidates[np.argmax(values)])

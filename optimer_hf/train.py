@@ -1,0 +1,304 @@
+"""TrainConfig -> checkpoint: continual pre-training of one base model on one corpus with the HF Trainer.
+
+A LoRA run leaves a PEFT adapter in `out`, a full-parameter run a float32 model (small deltas do not survive
+bfloat16); `training.json` is written last and makes the directory complete. A killed run goes on from its last
+complete checkpoint. What a reader would not guess: the model computes its loss through `head.fuse_loss`, without
+logits, and documents packed into one block do not see each other (their positions restart, there is no cache).
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field
+
+from optimer_hf.convert import ResolvedModel, resolve_model
+from optimer_hf.corpus import CorpusConfig, PackedCorpus, load_packed, pack
+from optimer_hf.errors import ConfigError, ModelError, OutputError
+from optimer_hf.files import ReferenceText, VersionedFile, did_you_mean, digest, write_text
+from optimer_hf.head import fuse_loss
+from optimer_hf.progress import Meter
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "logging_steps": 1,
+    "save_steps": 0.1,
+    "save_total_limit": 2,  # a kill while the newest one is written leaves the one before
+    "report_to": "none",
+}
+RESERVED_TRAINER_FIELDS = {"output_dir": "the command line", "seed": "`seed`", "data_seed": "`seed`"}
+VERSIONED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+class TrainConfig(VersionedFile):
+    """One continual pre-training run; `lora` and `trainer` go to LoraConfig and TrainingArguments as they are."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base_model: ReferenceText
+    corpus: CorpusConfig
+    block_size: int = Field(default=1024, ge=8)
+    max_tokens: int | None = Field(default=None, gt=0)
+    lora: dict[str, Any] | None = None
+    trainer: dict[str, Any] = {}
+    seed: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that decides the result."""
+        return digest(self.model_dump(mode="json"))
+
+
+# -- the run ------------------------------------------------------------------------------------------------------
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise ConfigError for fields that LoraConfig or TrainingArguments do not know, before anything is loaded."""
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    for field, cls in (("lora", LoraConfig), ("trainer", TrainingArguments)):
+        known = [item.name for item in dataclasses.fields(cls) if item.init]
+        for name in getattr(config, field) or {}:
+            if name not in known:
+                raise ConfigError(
+                    f"train config {config.name!r}: {field}.{name}: unknown field of {cls.__name__}."
+                    f"{did_you_mean(name, known)}"
+                )
+    for name, owner in RESERVED_TRAINER_FIELDS.items():
+        if name in config.trainer:
+            raise ConfigError(f"train config {config.name!r}: trainer.{name}: set it through {owner}.")
+
+
+def is_trained(config: TrainConfig, out: Path) -> bool:
+    """Whether `out` holds the finished result of this config.
+
+    Raises OutputError when it belongs to another config, or holds files that are not ours.
+    """
+    for name in ("training.json", "started.json"):
+        if (out / name).exists():
+            record = json.loads((out / name).read_text(encoding="utf-8"))
+            if record["config_sha256"] != config.digest:
+                raise OutputError(
+                    f"{out}: was trained with another config. Remove it, or give another output directory."
+                )
+            return name == "training.json"
+    if out.exists() and any(not path.name.startswith(".partial-") for path in out.iterdir()):
+        raise OutputError(f"{out}: already exists and is not a training directory. Give another output directory.")
+    return False
+
+
+def train(config: TrainConfig, out: Path) -> Path:
+    """Train and return `out`; go on where an interrupted run stopped, do nothing when it is finished.
+
+    Under `accelerate launch` every process calls this, and the first one writes.
+    """
+    from accelerate import PartialState
+
+    check_config(config)
+    if is_trained(config, out):
+        return out
+    state = PartialState()
+    base = resolve_model(config.base_model)
+    with state.main_process_first():
+        packed = _packed(config, base, out, write=state.is_main_process)
+    trainer = _trainer(config, base, packed, out)
+    logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
+    started = perf_counter()
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    seconds = perf_counter() - started
+    if state.is_main_process:
+        _save(config, base, packed, trainer, out, seconds)
+    state.wait_for_everyone()
+    return out
+
+
+def _packed(config: TrainConfig, base: ResolvedModel, out: Path, *, write: bool) -> PackedCorpus:
+    """Pack the corpus once per run; the file of a killed run is used again."""
+    from transformers import AutoTokenizer
+
+    blocks, started = out / "blocks.npy", out / "started.json"
+    if not started.exists() and write:
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            packed = pack(
+                config.corpus,
+                tokenizer,
+                block_size=config.block_size,
+                max_tokens=config.max_tokens,
+                seed=config.seed,
+                out=blocks,
+            )
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+        record = {"config_sha256": config.digest, "n_documents": packed.n_documents}
+        write_text(started, json.dumps(record))
+    return load_packed(blocks, json.loads(started.read_text(encoding="utf-8"))["n_documents"])
+
+
+def _trainer(config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, out: Path) -> "Trainer":
+    from transformers import Trainer, default_data_collator, set_seed
+
+    arguments = _arguments(config, out)
+    set_seed(config.seed)
+    model = _model(config, base)
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=packed,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ is a data set
+        data_collator=default_data_collator,
+        callbacks=[_progress_callback(config)],
+    )
+
+
+def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
+    from transformers import TrainingArguments
+
+    fields: dict[str, Any] = {
+        "learning_rate": 2e-4 if config.lora is not None else 1e-5,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": config.lora is not None,
+        **TRAINER_DEFAULTS,
+        **config.trainer,
+        "output_dir": str(out / "checkpoints"),
+        "seed": config.seed,
+        "disable_tqdm": True,
+    }
+    try:
+        return TrainingArguments(**fields)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
+
+
+def _model(config: TrainConfig, base: ResolvedModel) -> Any:
+    """Load the base: as stored under LoRA (it stays frozen), in float32 for full-parameter training."""
+    from transformers import AutoModelForCausalLM
+
+    dtype: Any = torch.float32 if config.lora is None else "auto"
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    fuse_loss(model)
+    if config.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        lora = LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
+        _refuse_untying(model, lora.modules_to_save, base)
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
+
+
+def _refuse_untying(model: Any, modules_to_save: Any, base: ResolvedModel) -> None:
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and any(name in ("embed_tokens", "lm_head") for name in modules_to_save or ()):
+        raise ModelError(
+            f"lora.modules_to_save: {modules_to_save} would untie the tied embeddings of {base.reference}. "
+            "Train full parameters (leave `lora` out), or drop it from modules_to_save."
+        )
+
+
+def _progress_callback(config: TrainConfig) -> "TrainerCallback":
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        meter: Meter
+        loss = float("nan")
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            n = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            self.n_tokens = n * config.block_size
+            self.meter = Meter(
+                f"train {config.name}",
+                state.max_steps * self.n_tokens,
+                "tokens",
+                done=state.global_step * self.n_tokens,
+            )
+            if state.is_world_process_zero:
+                self.meter.__enter__()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            self.loss = (logs or {}).get("loss", self.loss)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                self.meter.advance(self.n_tokens, f"loss {self.loss:.3f}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                self.meter.__exit__(None, None, None)
+
+    return Callback()
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    """Return the newest checkpoint whose trainer_state.json, the file Trainer writes last, is whole."""
+    found = sorted((out / "checkpoints").glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        logger.info("going on from %s", path.name)
+        return str(path)
+    return None
+
+
+def _save(
+    config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, trainer: "Trainer", out: Path, seconds: float
+) -> None:
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if config.lora is not None:
+        for lora in model.peft_config.values():
+            lora.base_model_name_or_path = base.reference
+    model.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's card template; ours is written when the vector is pushed
+    write_text(out / "training.json", json.dumps(_record(config, base, packed, trainer, seconds), indent=2))
+    (out / "started.json").unlink(missing_ok=True)
+    (out / "blocks.npy").unlink(missing_ok=True)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def _record(
+    config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, trainer: "Trainer", seconds: float
+) -> Mapping[str, Any]:
+    """Return what a reader of the vector needs to know about its training; no path of this machine."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "config_sha256": config.digest,
+        "name": config.name,
+        "base_model": base.reference,
+        "corpus": {
+            "name": config.corpus.name,
+            "n_tokens": packed.n_tokens,
+            "n_documents": packed.n_documents,
+            "sha256": packed.sha256,
+        },
+        "training": {
+            "block_size": config.block_size,
+            "lora": config.lora,
+            "trainer": config.trainer,
+            "seed": config.seed,
+            "n_steps": trainer.state.global_step,
+            "losses": losses,
+            "seconds": round(seconds, 2),
+        },
+        "versions": {name: version(name) for name in VERSIONED_PACKAGES},
+    }
