@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 N_BOOTSTRAP = 2000
 
 
@@ -408,6 +408,9 @@ def _harness_model(model: Any, tokenizer: Any) -> Any:
             if key not in self._encoded:
                 self._encoded[key] = list(super().tok_encode(string, add_special_tokens=add_special_tokens))
             return self._encoded[key]
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            return list(super().loglikelihood(requests, disable_tqdm=True))
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             windows: list[tuple[None, list[int], list[int]]] = []

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VOCABULARY_BLOCK = 4096  # rows of the head at a time: a block of logits stays in the cache of a CPU
+VOCABULARY_BLOCK = 2048  # rows of the head at a time: a block of logits stays in the cache of a CPU
 
 
 class HeadLoss(torch.autograd.Function):
@@ -78,13 +78,14 @@ def log_probabilities(
     n = hidden.shape[0]
     target = hidden.new_zeros((n, 1), dtype=torch.float32)
     largest = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
-    normaliser = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
+    total = hidden.new_zeros((n, 1), dtype=torch.float32)
     for start, rows in _blocks(weight, hidden.dtype):
         logits, _ = _logits(hidden, rows, softcap)
         _pick(target, logits, labels, start)
-        largest = torch.maximum(largest, logits.amax(1, keepdim=True))
-        normaliser = torch.logaddexp(normaliser, logits.logsumexp(1, keepdim=True))
-    return (target - normaliser)[:, 0], (target >= largest)[:, 0]
+        new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
+        total.mul_((largest - new_largest).exp_()).add_(logits.sub_(new_largest).exp_().sum(1, keepdim=True))
+        largest = new_largest
+    return (target - largest - total.log())[:, 0], (target >= largest)[:, 0]
 
 
 def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Any:

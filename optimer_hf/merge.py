@@ -10,7 +10,7 @@ because adding 0 * v would turn -0.0 into 0.0 and w = 0 would no longer be the b
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from optimer_hf.vector import (
     DTYPES,
     Checkpoint,
     DistributionVector,
+    LowRank,
     copy_beside_weights,
     open_vector,
     row_blocks,
@@ -53,18 +54,23 @@ MODEL_KEYS = ["model", "parameters"]
 
 def add_weighted(
     base: torch.Tensor,
-    deltas: Sequence[torch.Tensor],
+    deltas: Iterable[torch.Tensor | LowRank],
     weights: Sequence[float],
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return base + sum_i weights[i] * deltas[i], accumulated in float32 and rounded once to dtype (None: base.dtype).
 
-    Multiply and add are separate operations (no fused multiply-add), so that every device and mergekit's own
-    float32 task_arithmetic give the same bits. Source: arXiv 2603.28858, equation of the merge.
+    Dense deltas are multiplied, then added (no fused multiply-add), so that every device and mergekit's own float32
+    task_arithmetic give the same bits. A low-rank delta is multiplied straight into the sum, which never holds it.
+    Deltas are taken one at a time. Source: arXiv 2603.28858, equation of the merge.
     """
     total = base.to(torch.float32, copy=True)
     for delta, weight in zip(deltas, weights, strict=True):
-        if weight != 0:
+        if weight == 0:
+            continue
+        if isinstance(delta, LowRank):
+            total.addmm_(delta.b, delta.a, alpha=weight * delta.scale)
+        else:
             total += delta.to(torch.float32) * weight
     return total.to(dtype or base.dtype)
 
@@ -79,7 +85,7 @@ def merged_rows(
 ) -> torch.Tensor:
     """Return rows of one merged tensor in `dtype`; the resident model and the writer both come through here."""
     used = [vector for vector in vectors if weights[vector.name] != 0 and name in vector.names]
-    deltas = [vector.delta(name, rows).to(base_rows.device) for vector in used]
+    deltas = (vector.delta(name, rows).to(base_rows.device) for vector in used)
     return add_weighted(base_rows, deltas, [weights[vector.name] for vector in used], dtype)
 
 

@@ -157,13 +157,12 @@ def _check_short(short: Mapping[str, Any], path: Path) -> None:
 
 
 def _laid_over(data: Any, changes: Any) -> Any:
-    """Return data with the values of changes, mapping by mapping."""
+    """Return data with the values of changes laid over it; a list of named mappings is changed by name."""
+    if isinstance(data, list) and isinstance(changes, dict):
+        return [_laid_over(item, changes.get(item["name"], {})) for item in data]
     if not isinstance(data, dict) or not isinstance(changes, dict):
         return changes
-    return {
-        key: _laid_over(data[key], changes[key]) if key in data and key in changes else data.get(key, changes.get(key))
-        for key in {**data, **changes}
-    }
+    return data | {key: _laid_over(data.get(key), value) for key, value in changes.items()}
 
 
 def _vector_dir(run: Run, name: str) -> Path:

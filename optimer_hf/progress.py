@@ -47,7 +47,7 @@ class Meter:
         self._done += n
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, figures=self._figures(note))
-        elif perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
+        elif self._done < self.total and perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = perf_counter()
             logger.info("%s: %s, %s left", self.title, self._figures(note), _clock(self._seconds_left()))
 

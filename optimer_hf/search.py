@@ -324,7 +324,10 @@ class Asker:
 
     def ask(self) -> dict[str, float]:
         """Return the weights to evaluate next."""
-        info = self._facade.ask()
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1):  # matrices of twenty rows: threads cost more than they bring
+            info = self._facade.ask()
         return from_unit(self._config, np.asarray(info.config.get_array()))
 
 
@@ -414,6 +417,7 @@ def _facade(config: StudyConfig, scratch: Path, trials: list[Trial]) -> tuple[An
         overwrite=True,  # SMAC asks on stdin when it finds an old run
         logging_level=False,
     )
+    logging.getLogger("smac").setLevel(logging.ERROR)  # it warns that the initial design is empty: the anchors are ours
     return facade, space
 
 

@@ -22,7 +22,7 @@ from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.files import FileModel, VersionedFile, sha256_file, staged_directory
 
-CHUNK_ELEMENTS = 4 * 2**20  # of one row block; 16 MiB in float32
+CHUNK_ELEMENTS = 2**20  # of one row block: 4 MiB in float32, so that a sum stays in the cache of a CPU
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
@@ -218,8 +218,8 @@ class DistributionVector(Protocol):
         """Tensors with a delta; all others are zero."""
         ...
 
-    def delta(self, name: str, rows: slice) -> torch.Tensor:
-        """Return rows of the delta of a tensor, float32 on the CPU."""
+    def delta(self, name: str, rows: slice) -> "torch.Tensor | LowRank":
+        """Return rows of the delta of a tensor, float32 on the CPU, dense or as the product it is stored as."""
         ...
 
 
@@ -256,20 +256,21 @@ class DeltaVector:
         return self.stored.read(name, rows).float()
 
 
-@dataclass
-class Factors:
-    """One LoRA module: delta = scale * (b @ a), or its transpose for modules stored input-first."""
+@dataclass(frozen=True)
+class LowRank:
+    """Rows of a delta as a product: scale * (b @ a), with b [rows, r] and a [r, columns] in float32."""
 
-    a: torch.Tensor
     b: torch.Tensor
+    a: torch.Tensor
     scale: float
-    transposed: bool = False
 
-    def rows(self, rows: slice) -> torch.Tensor:
-        """Return rows of the delta in float32."""
-        if self.transposed:
-            return ((self.b @ self.a[:, rows]) * self.scale).T
-        return (self.b[rows] @ self.a) * self.scale
+    def dense(self) -> torch.Tensor:
+        """Return the rows as one float32 tensor."""
+        return (self.b @ self.a) * self.scale
+
+    def to(self, device: torch.device) -> "LowRank":
+        """Return the factors on a device."""
+        return LowRank(self.b.to(device), self.a.to(device), self.scale)
 
 
 @dataclass
@@ -277,15 +278,16 @@ class AdapterVector:
     """A LoRA adapter, kept as float32 factors in memory."""
 
     name: str
-    factors: dict[str, Factors] = field(repr=False)
+    factors: dict[str, LowRank] = field(repr=False)
     kind: str = "adapter"
 
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self.factors)
 
-    def delta(self, name: str, rows: slice) -> torch.Tensor:
-        return self.factors[name].rows(rows)
+    def delta(self, name: str, rows: slice) -> LowRank:
+        whole = self.factors[name]
+        return LowRank(whole.b[rows], whole.a, whole.scale)
 
 
 # -- opening ------------------------------------------------------------------------------------------------------
@@ -365,11 +367,10 @@ def _shape_of(vector: DistributionVector, name: str, base: Checkpoint) -> tuple[
         return vector.stored.shape(name)
     assert isinstance(vector, AdapterVector)
     factors = vector.factors[name]
-    shape = (factors.b.shape[0], factors.a.shape[1])
-    return shape[::-1] if factors.transposed else shape
+    return factors.b.shape[0], factors.a.shape[1]
 
 
-def _read_factors(path: Path, base: Checkpoint, name: str) -> dict[str, Factors]:
+def _read_factors(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank]:
     """Read a PEFT LoRA adapter as factors by base tensor name; refuse what is not a sum of B @ A."""
     from peft import LoraConfig, PeftConfig
     from peft.utils.other import get_pattern_key
@@ -385,7 +386,7 @@ def _read_factors(path: Path, base: Checkpoint, name: str) -> dict[str, Factors]
         if option:
             raise ModelError(f"vector {name!r} ({path}): {reason}. Merge it into its base and give the checkpoint.")
     stored = Checkpoint(path, "adapter_model*.safetensors")
-    factors: dict[str, Factors] = {}
+    factors: dict[str, LowRank] = {}
     for key in stored.names:
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         if key.endswith(".lora_B.weight"):
@@ -399,11 +400,18 @@ def _read_factors(path: Path, base: Checkpoint, name: str) -> dict[str, Factors]
         rank = config.rank_pattern.get(rank_key, config.r)
         alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
         scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-        factors[f"{module}.weight"] = Factors(a, b, scale, transposed=bool(config.fan_in_fan_out))
+        if config.fan_in_fan_out:  # the layer stores its weight input-first: (b @ a).T
+            a, b = b.T.contiguous(), a.T.contiguous()
+        factors[f"{module}.weight"] = LowRank(b, a, scale)
     return factors
 
 
 # -- size and storage ---------------------------------------------------------------------------------------------
+
+
+def dense(delta: torch.Tensor | LowRank) -> torch.Tensor:
+    """Return rows of a delta as a tensor, however they are stored."""
+    return delta.dense() if isinstance(delta, LowRank) else delta
 
 
 def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
@@ -411,7 +419,7 @@ def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
     squares = base_squares = 0.0
     for name in sorted(vector.names):
         for rows in row_blocks(base.shape(name)):
-            squares += vector.delta(name, rows).double().square().sum().item()
+            squares += dense(vector.delta(name, rows)).double().square().sum().item()
             base_squares += base.read(name, rows).double().square().sum().item()
     if not math.isfinite(squares):
         raise ModelError(f"vector {vector.name!r}: its delta holds NaN or infinite values. Retrain it.")
@@ -460,7 +468,7 @@ def extract(
         shape = checkpoint.shape(name)
         for rows in row_blocks(shape):
             if name in moved:
-                yield vector.delta(name, rows).to(stored_dtype)
+                yield dense(vector.delta(name, rows)).to(stored_dtype)
             else:
                 n_rows = () if not shape else (rows.stop - rows.start, *shape[1:])
                 yield torch.zeros(n_rows, dtype=stored_dtype)
