@@ -156,7 +156,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def verdicts(comparison: Comparison) -> list[str]:
     """Return what the sealed test says, a sentence per objective: merge against the best of the others."""
-    rows = {MERGE: (comparison.merge, None)}
+    rows: dict[str, tuple[Row, Objective | None]] = {MERGE: (comparison.merge, None)}
     for name, weights in comparison.retarget.items():
         row = next(row for row in comparison.rows if row.name == f"re-targeted to {name}")
         rows[row.name] = (row, retargeted(comparison.objective, weights))

@@ -10,6 +10,7 @@ import gzip
 import json
 import lzma
 import random
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,20 +81,23 @@ class PackedCorpus:
 def documents(config: CorpusConfig) -> Iterator[str]:
     """Yield the texts of a corpus in file order.
 
-    Raises CorpusError that names file and line for a missing file, malformed JSON or a missing text field.
+    Raises CorpusError that names file and line for a missing or damaged file, malformed JSON or a missing text field.
     """
     if config.path is None or not _is_text_file(config.path):
         yield from _streamed(config)
         return
     if not config.path.is_file():
         raise CorpusError(f"{config.path}: no such corpus file.")
-    with _open_text(config.path) as file:
-        if ".jsonl" not in config.path.name:
-            yield file.read()
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _text_of(line, config.text_field, f"{config.path}:{number}")
+    try:
+        with _open_text(config.path) as file:
+            if ".jsonl" not in config.path.name:
+                yield file.read()
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text_of(line, config.text_field, f"{config.path}:{number}")
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
+        raise CorpusError(f"{config.path}: cannot be read as UTF-8 text ({error}).") from error
 
 
 def _is_text_file(path: Path) -> bool:
@@ -230,7 +234,7 @@ def load_packed(path: Path, n_documents: int) -> PackedCorpus:
 
 def _starts_with_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether this tokenizer puts BOS before a text; having a BOS token is not enough (Qwen, GPT-2)."""
-    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def _write_blocks(

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -19,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 
 from optimer_hf.errors import EvaluationError
-from optimer_hf.files import FileModel, LocalPath, VersionedFile, did_you_mean
+from optimer_hf.files import FileModel, LocalPath, VersionedFile, did_you_mean, digest
 from optimer_hf.head import is_plain_head, log_probabilities, softcap_of
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class Term(FileModel):
     @property
     def task_name(self) -> str:
         """The lm-eval task that scores the term."""
-        return self.task if self.task is not None else f"text-{self.label}"
+        if self.task is not None:
+            return self.task
+        return f"text-{digest([str(self.text), self.text_field])[:16]}"  # one file, one task, whatever its label
 
 
 class Objective(FileModel):
@@ -213,19 +216,7 @@ class Evaluator:
     def __init__(self, model: Any, tokenizer: Any, objectives: Sequence[Objective]) -> None:
         """Load the tasks; raise EvaluationError for a task, metric or file that does not exist."""
         self._lm = _harness_model(model, tokenizer)
-        self._tasks: dict[str, Any] = {}
-        for objective in objectives:
-            self._load(objective)
-
-    def _load(self, objective: Objective) -> None:
-        wanted = [term for term in objective.terms if term.task_name not in self._tasks]
-        for term in wanted:
-            if term.text is not None and not term.text.is_file():
-                raise EvaluationError(f"term {term.label!r}: {term.text}: no such file.")
-        if wanted:
-            self._tasks |= _load_tasks(wanted, objective.include_path)
-        for term in objective.terms:
-            _check_metric(term, self._tasks[term.task_name])
+        self._tasks = load_tasks(objectives)
 
     def n_items(self, term: Term) -> int:
         """Return how many items a term has in all."""
@@ -255,21 +246,21 @@ class Evaluator:
         used = self._lm.n_tokens["total"] - tokens_before["total"]
         found = {}
         for term in terms:
-            logged = results["samples"][term.task_name]  # type: ignore[index]  # only None away from rank 0
+            logged = results["samples"][term.task_name]
             items = _items(term, self._tasks[term.task_name], logged)
-            higher = results["higher_is_better"][term.task_name][_metric_name(term)]  # type: ignore[index]
+            higher = results["higher_is_better"][term.task_name][_metric_name(term)]
             found[term.label] = TermScore(items, bool(higher), used // len(terms))
         return found
 
     @property
     def forward_seconds(self) -> float:
         """Seconds spent inside the model so far."""
-        return self._lm.forward_seconds
+        return float(self._lm.forward_seconds)
 
     @property
     def n_tokens(self) -> int:
         """Tokens the model has read so far."""
-        return self._lm.n_tokens["total"]
+        return int(self._lm.n_tokens["total"])
 
 
 def spread(n_items: int, limit: int | None) -> list[int]:
@@ -280,6 +271,24 @@ def spread(n_items: int, limit: int | None) -> list[int]:
     if limit is None or limit >= n_items:
         return list(range(n_items))
     return [(2 * index + 1) * n_items // (2 * limit) for index in range(limit)]
+
+
+def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
+    """Return the lm-eval tasks of some objectives by name; needs no model, so it comes before anything expensive.
+
+    Raises EvaluationError for a task, metric or file that does not exist.
+    """
+    tasks: dict[str, Any] = {}
+    for objective in objectives:
+        wanted = {term.task_name: term for term in objective.terms if term.task_name not in tasks}
+        for term in wanted.values():
+            if term.text is not None and not term.text.is_file():
+                raise EvaluationError(f"term {term.label!r}: {term.text}: no such file.")
+        if wanted:
+            tasks |= _load_tasks(list(wanted.values()), objective.include_path)
+        for term in objective.terms:
+            _check_metric(term, tasks[term.task_name])
+    return tasks
 
 
 def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, Any]:
@@ -319,7 +328,7 @@ def _text_task(term: Term) -> dict[str, Any]:
         "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
-        "doc_to_target": "{{" + term.text_field + "}}",
+        "doc_to_target": itemgetter(term.text_field),  # a template would turn the document "[1, 2]" into a list
         "metric_list": [{"metric": "bits_per_byte"}],
         "metadata": {"version": 1},
     }

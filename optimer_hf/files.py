@@ -21,7 +21,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, Val
 
 from optimer_hf.errors import ConfigError, OutputError
 
-FORMAT_VERSION = 1
 ModelT = TypeVar("ModelT", bound=BaseModel)
 ATOMIC_PREFIX = ".partial-"
 
@@ -35,7 +34,7 @@ class FileModel(BaseModel):
 class VersionedFile(FileModel):
     """The top level of one of our files."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -109,7 +108,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, which YAML would silently overwrite."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(

@@ -189,6 +189,7 @@ def _fused_forward(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        loss = HeadLoss.apply(hidden[:, :-1][scored].to(dtype), weight, targets[scored], softcap_of(self))
+        picked = hidden[:, :-1][scored].to(dtype)
+        loss: torch.Tensor = HeadLoss.apply(picked, weight, targets[scored], softcap_of(self))  # type: ignore[no-untyped-call]
     n_items = scored.sum() if num_items_in_batch is None else num_items_in_batch
     return CausalLMOutput(loss=loss / n_items)

@@ -10,6 +10,7 @@ because adding 0 * v would turn -0.0 into 0.0 and w = 0 would no longer be the b
 import functools
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +61,9 @@ def add_weighted(
 ) -> torch.Tensor:
     """Return base + sum_i weights[i] * deltas[i], accumulated in float32 and rounded once to dtype (None: base.dtype).
 
-    Dense deltas are multiplied, then added (no fused multiply-add), so that every device and mergekit's own float32
-    task_arithmetic give the same bits. A low-rank delta is multiplied straight into the sum, which never holds it.
-    Deltas are taken one at a time. Source: arXiv 2603.28858, equation of the merge.
+    Dense deltas are multiplied, then added (no fused multiply-add), so that every device gives the same bits, and those
+    of mergekit's float32 task_arithmetic for one vector (it sums several before it adds the base). A low-rank delta
+    is multiplied straight into the sum, which never holds it. Deltas are taken one at a time. Source: arXiv 2603.28858, equation of the merge.
     """
     total = base.to(torch.float32, copy=True)
     for delta, weight in zip(deltas, weights, strict=True):
@@ -211,6 +212,9 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
             weights[name] = float(parameters["weight"])
         except (TypeError, ValueError):
             return None  # a gradient list or a filter
+        if not math.isfinite(weights[name]):
+            found = weights[name]
+            raise ConfigError(f"{path}: models: {name}: parameters.weight: found {found}, expected a finite number.")
     return LinearMerge(base, sources, weights, config.get("out_dtype") or config.get("dtype"))
 
 
@@ -259,7 +263,7 @@ def register_method() -> None:
     from mergekit.merge_methods.registry import register
 
     def kernel(group: TensorGroup, weight: PerNonBase[float]) -> torch.Tensor:
-        base = group.base.tensor  # type: ignore[union-attr]  # the contract requires a base
+        base = group.base.tensor  # the contract requires one
         deltas = [
             entry.tensor.float() if _is_delta(entry.id) else entry.tensor.float() - base.float()
             for entry in group.non_base
@@ -348,9 +352,9 @@ def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> No
 
 
 def optimer_config(base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str) -> dict[str, Any]:
-    """Return a merge config of the `optimer` method."""
+    """Return a merge config of the `optimer` method: float32 inputs, so that both engines round once, to `dtype`."""
     models = [{"model": source, "parameters": {"weight": weights[name]}} for name, source in sources.items()]
-    return {"merge_method": METHOD, "base_model": base_model, "models": models, "dtype": dtype}
+    return {"merge_method": METHOD, "base_model": base_model, "models": models, "dtype": "float32", "out_dtype": dtype}
 
 
 def vanilla_config(base_model: str, deltas: Mapping[str, str], weights: Mapping[str, float], dtype: str) -> dict[str, Any]:

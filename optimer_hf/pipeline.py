@@ -120,6 +120,7 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
     Everything that can be wrong with the inputs is found here, before anything is trained.
     """
     from optimer_hf.corpus import documents
+    from optimer_hf.evaluate import load_tasks
     from optimer_hf.search import StudyConfig
     from optimer_hf.train import TrainConfig, check_config
 
@@ -132,11 +133,12 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
     for name, vector in data.get("vectors", {}).items():
         if isinstance(vector, dict) and "train" in vector:
             file = run.folder / str(vector["train"])
-            config = parse(TrainConfig, _laid_over(read_yaml(file), short.get("train", {})), file)
-            check_config(config)
-            next(documents(config.corpus), None)
-            trainings[name] = config
+            training = parse(TrainConfig, _laid_over(read_yaml(file), short.get("train", {})), file)
+            check_config(training)
+            next(documents(training.corpus), None)
+            trainings[name] = training
     config = parse(StudyConfig, data, run.folder / "study.yaml")
+    load_tasks([config.objective] if config.test is None else [config.objective, config.test])
     for name, training in trainings.items():
         if training.base_model != config.base_model:
             raise ConfigError(
@@ -175,9 +177,11 @@ def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
     if not missing:
         return
     from optimer_hf.convert import resolve_model
-    from optimer_hf.train import train
+    from optimer_hf.train import prepare, train
     from optimer_hf.vector import describe
 
+    for name, config in missing.items():
+        prepare(config, _vector_dir(run, name))  # all corpora are packed and checked before the first is trained on
     for name, config in missing.items():
         out = train(config, _vector_dir(run, name))
         kind = "checkpoint" if config.lora is None else "adapter"

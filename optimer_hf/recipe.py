@@ -17,9 +17,19 @@ from optimer_hf.errors import ModelError
 from optimer_hf.files import FileModel, ReferenceText, VersionedFile, sha256_file, write_text
 from optimer_hf.merge import MAX_SHARD_SIZE, linear_config, optimer_config, vanilla_config, write_merged
 from optimer_hf.search import Study, study_digest
-from optimer_hf.vector import CheckpointVector, DistributionVector, extract, open_vector, read_record, weight_files
+from optimer_hf.vector import (
+    Checkpoint,
+    CheckpointVector,
+    DistributionVector,
+    extract,
+    norms,
+    open_vector,
+    read_record,
+    weight_files,
+)
 
 VERSIONED_PACKAGES = ("optimer-hf", "torch", "transformers", "peft", "mergekit", "smac", "lm-eval", "safetensors")
+LARGEST_BFLOAT16_DELTA = 0.05  # relative norm; above it 2^-9 of the delta moves more than 0.5 % of the output by an ulp
 LARGEST_CANCELLATION = 2.0  # beyond this sum of |w|, base weight 1 - sum w loses digits of bfloat16 checkpoints
 
 
@@ -156,11 +166,11 @@ def _sum_of_absolute(weights: Mapping[str, float]) -> float:
 
 
 def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:
-    """Return the vector as a complete bfloat16 delta directory, written once."""
+    """Return the vector as a complete delta directory, written once; in bfloat16 when that costs nothing visible."""
     out = folder / "deltas" / vector.name
-    record = read_record(out)
-    if record is None:
-        extract(vector, base, out)
+    if read_record(out) is None:
+        _, relative_norm = norms(vector, Checkpoint(base.path))
+        extract(vector, base, out, dtype="bfloat16" if relative_norm < LARGEST_BFLOAT16_DELTA else "float32")
     return out
 
 

@@ -269,7 +269,7 @@ def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
             values = [each[term.label] for term in counting]
             table[row] = values if per_term else [combine(config.objective, trial.terms, base)]
     floor = -5 * max(float(table.max()), 0.01)
-    return np.maximum(table, floor)
+    return np.asarray(np.maximum(table, floor))
 
 
 def surrogate_of(config: StudyConfig, trials: Sequence[Trial]) -> WeightedSum:
@@ -286,7 +286,7 @@ def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> 
     """Scale the free weights by their bounds to [0, 1]."""
     low, high = np.array(list(config.free.values())).T
     points = np.array([[weights[name] for name in config.free] for weights in weight_sets])
-    return np.asarray((points - low) / (high - low))
+    return np.asarray((points - low) / (high - low), dtype=np.float64)
 
 
 def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:

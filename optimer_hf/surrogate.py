@@ -83,7 +83,7 @@ class GaussianProcess:
     hyperparameters: Hyperparameters
     center: float
     spread: float
-    cholesky: "Array"
+    cholesky: "NDArray[np.floating]"
     coefficients: "Array"
 
     def predict(self, points: "Array") -> tuple["Array", "Array"]:

@@ -97,7 +97,8 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
                     f"{out}: was trained with another config. Remove it, or give another output directory."
                 )
             return name == "training.json"
-    if out.exists() and any(not path.name.startswith(".partial-") for path in out.iterdir()):
+    leftovers = (".partial-", "blocks.")  # of a run killed while it packed
+    if out.exists() and any(not path.name.startswith(leftovers) for path in out.iterdir()):
         raise OutputError(f"{out}: already exists and is not a training directory. Give another output directory.")
     return False
 
@@ -109,14 +110,13 @@ def train(config: TrainConfig, out: Path) -> Path:
     """
     from accelerate import PartialState
 
-    check_config(config)
-    if is_trained(config, out):
-        return out
     state = PartialState()
-    base = resolve_model(config.base_model)
     with state.main_process_first():
-        packed = _packed(config, base, out, write=state.is_main_process)
-    trainer = _trainer(config, base, packed, out)
+        packed = prepare(config, out)
+    if packed is None:
+        return out
+    base = resolve_model(config.base_model)
+    trainer = build_trainer(config, base, packed, out)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
     started = perf_counter()
     trainer.train(resume_from_checkpoint=_last_checkpoint(out))
@@ -127,13 +127,19 @@ def train(config: TrainConfig, out: Path) -> Path:
     return out
 
 
-def _packed(config: TrainConfig, base: ResolvedModel, out: Path, *, write: bool) -> PackedCorpus:
-    """Pack the corpus once per run; the file of a killed run is used again."""
+def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
+    """Check a run and pack its corpus into `out`, once; return None when the run is finished.
+
+    Cheap beside the training: a corpus that is too small, a bad field and a foreign directory are found here.
+    """
     from transformers import AutoTokenizer
 
+    check_config(config)
+    if is_trained(config, out):
+        return None
     blocks, started = out / "blocks.npy", out / "started.json"
-    if not started.exists() and write:
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
+    if not started.exists():
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.base_model).path)
         out.mkdir(parents=True, exist_ok=True)
         try:
             packed = pack(
@@ -152,19 +158,22 @@ def _packed(config: TrainConfig, base: ResolvedModel, out: Path, *, write: bool)
     return load_packed(blocks, json.loads(started.read_text(encoding="utf-8"))["n_documents"])
 
 
-def _trainer(config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, out: Path) -> "Trainer":
-    from transformers import Trainer, default_data_collator, set_seed
+def build_trainer(config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, out: Path) -> "Trainer":
+    """Return the Trainer of a run, its model loaded and its arguments set."""
+    from transformers import PrinterCallback, Trainer, default_data_collator, set_seed
 
     arguments = _arguments(config, out)
     set_seed(config.seed)
     model = _model(config, base)
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=packed,  # type: ignore[arg-type]  # any object with __len__ and __getitem__ is a data set
+        train_dataset=packed,  # any object with __len__ and __getitem__ is a data set
         data_collator=default_data_collator,
         callbacks=[_progress_callback(config)],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints on stdout, where results go
+    return trainer
 
 
 def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
@@ -268,7 +277,9 @@ def _save(
     if config.lora is not None:
         for lora in model.peft_config.values():
             lora.base_model_name_or_path = base.reference
-    model.save_pretrained(out)
+        model.save_pretrained(out, save_embedding_layers=False)  # "auto" would look the base up on the Hub
+    else:
+        model.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's card template; ours is written when the vector is pushed
     write_text(out / "training.json", json.dumps(_record(config, base, packed, trainer, seconds), indent=2))
     (out / "started.json").unlink(missing_ok=True)

@@ -70,10 +70,19 @@ class Checkpoint:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file}: not a readable safetensors file ({error}). Fetch it again.") from error
-            for name in handle.keys():  # noqa: SIM118  # a safe_open handle is not a mapping
+            for name in handle.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  # not a mapping
                 if name in self._handles:
                     raise ModelError(f"{file}: tensor {name!r} is in two weights files. Remove the stale file.")
                 self._handles[name] = handle
+        self._refuse_lost_shards(pattern)
+
+    def _refuse_lost_shards(self, pattern: str) -> None:
+        """A lost shard would look like tensors that no one moved: compare with the index, where there is one."""
+        for index in self.path.glob(f"{pattern}.index.json"):
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            lost = sorted({file for name, file in weight_map.items() if name not in self._handles})
+            if lost:
+                raise ModelError(f"{self.path / lost[0]}: missing, or without tensors of {index.name}. Fetch it again.")
 
     @property
     def names(self) -> list[str]:
@@ -389,10 +398,13 @@ def _read_factors(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank]
     factors: dict[str, LowRank] = {}
     for key in stored.names:
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ModelError(f"vector {name!r} ({path}): tensor {key!r} is not a LoRA factor of a linear layer.")
+        partner = key.replace(".lora_B.", ".lora_A.") if ".lora_B." in key else key.replace(".lora_A.", ".lora_B.")
+        if partner not in stored.names:
+            raise ModelError(f"vector {name!r} ({path}): tensor {partner!r} is missing. Fetch the adapter again.")
         if key.endswith(".lora_B.weight"):
             continue
-        if not key.endswith(".lora_A.weight"):
-            raise ModelError(f"vector {name!r} ({path}): tensor {key!r} is not a LoRA factor of a linear layer.")
         a = stored.read(key).float()
         b = stored.read(key.replace(".lora_A.", ".lora_B.")).float()
         rank_key = get_pattern_key(list(config.rank_pattern), module)

@@ -1,0 +1,90 @@
+"""Training speed next to a bare HF Trainer loop, on the demo's data, in one process: tokens/s, ratio, losses.
+
+    python benchmarks/demo.py [--steps 10]
+
+Both arms train the same LoRA on the same packed blocks of the demo's Japanese corpus, in the same order and dtype. The
+stock arm is transformers' own Trainer and loss; ours differs in `head.fuse_loss` alone. Rounds alternate; medians.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from transformers import AutoTokenizer, Trainer, TrainerCallback
+
+from optimer_hf import head, train
+from optimer_hf.convert import resolve_model
+from optimer_hf.corpus import pack
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "gemma-3-270m-demo"
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: object, state: object, control: object, **_: object) -> None:
+        """Start the clock."""
+        self._started = perf_counter()
+
+    def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+        """Stop the clock."""
+        self.seconds.append(perf_counter() - self._started)
+
+
+def one_arm(config: train.TrainConfig, *, fused: bool, steps: int, scratch: Path) -> tuple[list[float], list[float]]:
+    """Return seconds per step and losses of one short run."""
+    base = resolve_model(config.base_model)
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    batch = config.trainer["per_device_train_batch_size"]
+    tokens = steps * batch * config.block_size
+    blocks = pack(
+        config.corpus, tokenizer, block_size=config.block_size, max_tokens=tokens, seed=0, out=scratch / "blocks.npy"
+    )
+    keep = train.fuse_loss
+    train.fuse_loss = head.fuse_loss if fused else (lambda model: False)
+    try:
+        trainer: Trainer = train.build_trainer(config, base, blocks, scratch)
+    finally:
+        train.fuse_loss = keep
+    times = StepTimes()
+    trainer.add_callback(times)
+    trainer.args.save_strategy = "no"
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return times.seconds, [float(loss) for loss in losses]
+
+
+def main() -> None:
+    """Run both arms in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    config = train.TrainConfig.read(RECIPE / "train-ja.yaml")
+    tokens = config.trainer["per_device_train_batch_size"] * config.block_size
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    losses: dict[bool, list[float]] = {}
+    for _ in range(options.rounds):
+        for fused in (False, True):
+            with tempfile.TemporaryDirectory() as scratch:
+                found, losses[fused] = one_arm(config, fused=fused, steps=options.steps, scratch=Path(scratch))
+            seconds[fused] += found[1:]
+    stock, ours = statistics.median(seconds[False]), statistics.median(seconds[True])
+    worst = max(abs(a - b) for a, b in zip(losses[True], losses[False], strict=True))
+    print(f"threads {torch.get_num_threads()}, {tokens} tokens a step, {options.rounds} rounds of {options.steps} steps, medians")
+    print(f"stock HF Trainer   {tokens / stock:7.1f} tokens/s")
+    print(f"optimer train      {tokens / ours:7.1f} tokens/s")
+    print(f"ratio              {stock / ours:7.2f}")
+    print(f"largest difference of the losses {worst:.2e}")
+    print(json.dumps({"stock": tokens / stock, "ours": tokens / ours, "ratio": stock / ours, "loss_difference": worst}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Tiny real models, tokenizers, adapters and corpora, built in milliseconds; no network, no fakes."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TQDM_DISABLE"] = "1"
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from optimer_hf.convert import ResolvedModel
+
+PAD, EOS, BOS = 0, 1, 2
+VOCABULARY = 3 + 256
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory):
+    """Keep what tests convert and `datasets` prepares out of the user's caches."""
+    home = tmp_path_factory.mktemp("cache")
+    os.environ["OPTIMER_CACHE"] = str(home / "optimer")
+    os.environ["HF_DATASETS_CACHE"] = str(home / "datasets")
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte tokenizer that puts BOS first, as Gemma's does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": PAD, "<eos>": EOS, "<bos>": BOS} | {char: 3 + i for i, char in enumerate(alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=256
+    )
+
+
+def tiny_model(kind: str = "gemma", *, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """Return a 2-layer Gemma 3 text model (tied) or Llama (untied) with random weights."""
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
+    else:
+        config = Gemma3TextConfig(**common, head_dim=16, sliding_window=64, query_pre_attn_scalar=16)
+        model = Gemma3ForCausalLM(config)
+        with torch.no_grad():  # the norms of a fresh Gemma are all zero; real ones are not
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast):
+    """Return a function that saves a model with the tokenizer and returns its directory."""
+
+    def save(model, name: str = "model") -> Path:
+        out = tmp_path_factory.mktemp(name)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        return out
+
+    return save
+
+
+@pytest.fixture(scope="session", params=["gemma", "llama"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Architecture: Gemma 3 text (tied embeddings) or Llama (untied)."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_base(save_model):
+    """Return a function kind, dtype -> ResolvedModel of a tiny base; the same arguments give the same directory."""
+    made: dict[tuple[str, torch.dtype], ResolvedModel] = {}
+
+    def base(kind: str = "gemma", dtype: torch.dtype = torch.bfloat16) -> ResolvedModel:
+        if (kind, dtype) not in made:
+            path = save_model(tiny_model(kind, dtype=dtype), f"base-{kind}")
+            made[kind, dtype] = ResolvedModel(path, path.name)
+        return made[kind, dtype]
+
+    return base
+
+
+@pytest.fixture(scope="session")
+def make_tuned(save_model):
+    """Return a function base, seed -> directory of a fine-tune (the base plus noise)."""
+
+    def tuned(base: ResolvedModel, kind: str, seed: int, dtype: torch.dtype = torch.bfloat16, scale: float = 0.01) -> Path:
+        model = tiny_model(kind, dtype=torch.float32).from_pretrained(base.path, dtype=torch.float32)
+        torch.manual_seed(100 + seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(scale * torch.randn_like(parameter))
+        return save_model(model.to(dtype), f"tuned-{kind}-{seed}")
+
+    return tuned
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tmp_path_factory: pytest.TempPathFactory):
+    """Return a function base, seed, LoRA options -> directory of an adapter whose B is not zero."""
+
+    def adapter(base: ResolvedModel, seed: int, **options) -> Path:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+        torch.manual_seed(200 + seed)
+        config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
+        peft_model = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in peft_model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.05)
+        out = tmp_path_factory.mktemp(f"adapter-{seed}")
+        peft_model.save_pretrained(out)
+        return out
+
+    return adapter
+
+
+WORDS = {
+    "aaa": "aa ab ba aab abb baa aba bab".split(),
+    "xyz": "xx xy yx zz xz zy xyz zyx".split(),
+    "mix": "aa xy ba zz the of and".split(),
+}
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of JSONL corpora in made-up languages: <name>.train, .search, .test."""
+    import random
+
+    out = tmp_path_factory.mktemp("corpora")
+    for name, words in WORDS.items():
+        rng = random.Random(name)
+        for split, n in (("train", 120), ("search", 8), ("test", 8)):
+            with open(out / f"{name}.{split}.jsonl", "w", encoding="utf-8") as file:
+                for _ in range(n):
+                    text = " ".join(rng.choice(words) for _ in range(rng.randint(5, 30)))
+                    file.write(json.dumps({"text": text}) + "\n")
+    return out

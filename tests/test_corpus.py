@@ -1,0 +1,351 @@
+"""Packing against a naive loop, and packed documents against documents alone."""
+
+import gzip
+import json
+import lzma
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOS, EOS, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from optimer_hf.corpus import IGNORED_LABEL, SHUFFLE_BUFFER, CorpusConfig, documents, pack, segments, shuffled
+from optimer_hf.errors import CorpusError
+from optimer_hf.head import fuse_loss
+
+TOKENS = st.lists(st.lists(st.integers(3, 99), min_size=1, max_size=30), max_size=12)
+BLOCK_SIZES = st.integers(2, 17)
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> CorpusConfig:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
+    return CorpusConfig(path=path)
+
+
+def naive_blocks(token_lists: list[list[int]], bos: int | None, eos: int | None, block_size: int):
+    """Pack token by token: a document, or a block, opens a segment; BOS opens it where a token still fits behind."""
+    done: list[list[list[int]]] = []
+    block: list[list[int]] = []
+    for tokens in token_lists:
+        opens = True
+        for token in [*tokens, *([] if eos is None else [eos])]:
+            if opens:
+                room = block_size - sum(map(len, block))
+                block.append([bos] if bos is not None and room >= 2 else [])
+                opens = False
+            block[-1].append(token)
+            if sum(map(len, block)) == block_size:
+                done.append(block)
+                block, opens = [], True
+    return done
+
+
+def flat(blocks: list[list[list[int]]]) -> list[int]:
+    return [token for block in blocks for segment in block for token in segment]
+
+
+@pytest.fixture
+def no_bos_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that has a BOS token but puts none before a text, as Qwen's and GPT-2's."""
+    raw = tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    raw.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+# -- segments -----------------------------------------------------------------------------------------------------
+
+
+@given(TOKENS, st.sampled_from([BOS, None]), st.sampled_from([EOS, None]), BLOCK_SIZES)
+def test_packing_equals_a_naive_token_by_token_loop(token_lists, bos, eos, block_size):
+    packed = list(segments(token_lists, bos=bos, eos=eos, block_size=block_size))
+    assert packed == naive_blocks(token_lists, bos, eos, block_size)
+
+
+@given(TOKENS, BLOCK_SIZES)
+def test_every_token_appears_once_in_order_and_only_the_tail_is_dropped(token_lists, block_size):
+    packed = flat(list(segments(token_lists, bos=BOS, eos=EOS, block_size=block_size)))
+    kept = [token for token in packed if token != BOS]
+    everything = [token for tokens in token_lists for token in [*tokens, EOS]]
+    assert kept == everything[: len(kept)]
+    assert len(everything) - len(kept) < block_size
+
+
+@given(TOKENS, BLOCK_SIZES)
+def test_blocks_are_full_and_every_segment_but_a_gap_of_one_starts_with_bos(token_lists, block_size):
+    for block in segments(token_lists, bos=BOS, eos=EOS, block_size=block_size):
+        assert sum(map(len, block)) == block_size
+        for segment in block:
+            assert segment[0] == BOS or (len(segment) == 1 and segment is block[-1])
+            assert BOS not in segment[1:]
+            assert EOS not in segment[:-1]
+
+
+def test_a_gap_of_one_takes_a_token_without_bos_and_the_document_goes_on_with_bos():
+    packed = list(segments([[10, 11], [20, 21, 22, 23]], bos=BOS, eos=EOS, block_size=5))
+    assert packed == [[[BOS, 10, 11, EOS], [20]], [[BOS, 21, 22, 23, EOS]]]
+
+
+def test_a_gap_of_one_at_the_end_of_a_document_takes_its_eos():
+    packed = list(segments([[10, 11, 12, 13]], bos=BOS, eos=EOS, block_size=3))
+    assert packed == [[[BOS, 10, 11]], [[BOS, 12, 13]]]  # EOS alone does not fill a block
+
+
+# -- documents ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "opener"), [("a.jsonl", open), ("a.jsonl.xz", lzma.open), ("a.jsonl.gz", gzip.open)])
+def test_jsonl_gives_its_texts_in_file_order_whatever_its_compression(tmp_path, name, opener):
+    texts = ["first", "zweitens ü", "日本語\nzwei Zeilen"]
+    with opener(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write("\n\n".join(json.dumps({"text": text}) for text in texts))
+    assert list(documents(CorpusConfig(path=tmp_path / name))) == texts
+
+
+@pytest.mark.parametrize(("name", "opener"), [("a.txt", open), ("a.md", open), ("a.txt.gz", gzip.open)])
+def test_plain_text_is_one_document(tmp_path, name, opener):
+    with opener(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write("line one\n\nline two\n")
+    assert list(documents(CorpusConfig(path=tmp_path / name))) == ["line one\n\nline two\n"]
+
+
+def test_text_field_names_another_field(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["x", "y"], field="content")
+    assert list(documents(CorpusConfig(path=tmp_path / "a.jsonl", text_field="content"))) == ["x", "y"]
+
+
+def test_a_csv_file_is_streamed_by_datasets(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n\nhello,1\nworld,2\n")
+    assert list(documents(CorpusConfig(path=tmp_path / "a.csv"))) == ["hello", "world"]
+
+
+def test_a_csv_file_without_the_text_field_is_an_error_that_names_the_fields(tmp_path):
+    (tmp_path / "a.csv").write_text("body,n\nhello,1\n")
+    with pytest.raises(CorpusError, match=r"a\.csv: no text in field 'text'; found \['body', 'n'\]"):
+        list(documents(CorpusConfig(path=tmp_path / "a.csv")))
+
+
+def test_a_missing_file_of_any_kind_is_named(tmp_path):
+    for name in ("gone.jsonl", "gone.txt", "gone.csv"):
+        with pytest.raises(CorpusError, match=name.replace(".", r"\.")):
+            list(documents(CorpusConfig(path=tmp_path / name)))
+
+
+def test_a_malformed_line_is_named_by_file_and_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n{"text": \n')
+    with pytest.raises(CorpusError, match=r"a\.jsonl:3: not a JSON object"):
+        list(documents(CorpusConfig(path=tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [('{"body": "x", "id": 1}', r"\['body', 'id'\]"), ('{"text": 3}', r"\['text'\]"), ('["x"]', "list")],
+)
+def test_a_line_without_the_text_field_is_named_with_what_was_found(tmp_path, line, found):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line + "\n")
+    with pytest.raises(CorpusError, match=rf"a\.jsonl:2: no text in field 'text'; found {found}. Set `text_field`"):
+        list(documents(CorpusConfig(path=tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.txt"])
+def test_a_file_that_is_not_what_its_name_says_is_an_error_that_names_it(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00 neither UTF-8 nor compressed")
+    with pytest.raises(CorpusError, match=name.replace(".", r"\.")):
+        list(documents(CorpusConfig(path=tmp_path / name)))
+
+
+def test_a_truncated_archive_is_an_error_that_names_it(tmp_path):
+    whole = lzma.compress(json.dumps({"text": "x" * 1000}).encode())
+    (tmp_path / "a.jsonl.xz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorpusError, match=r"a\.jsonl\.xz"):
+        list(documents(CorpusConfig(path=tmp_path / "a.jsonl.xz")))
+
+
+def test_a_corpus_has_exactly_one_source(tmp_path):
+    with pytest.raises(ValidationError, match="exactly one of 'path'"):
+        CorpusConfig()
+    with pytest.raises(ValidationError, match="exactly one of 'path'"):
+        CorpusConfig(path=tmp_path / "a.jsonl", dataset="org/name")
+
+
+def test_the_name_of_a_corpus_is_never_a_path(tmp_path):
+    assert CorpusConfig(path=tmp_path / "a.jsonl").name == "a.jsonl"
+    assert CorpusConfig(dataset="org/name").name == "org/name"
+
+
+# -- shuffling ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(0, 3))
+def test_shuffling_loses_and_repeats_no_text_and_a_seed_fixes_the_order(n, buffer_size, seed):
+    texts = [str(i) for i in range(n)]
+    result = list(shuffled(texts, seed, buffer_size))
+    assert sorted(result) == sorted(texts)
+    assert result == list(shuffled(texts, seed, buffer_size))
+
+
+def test_shuffling_changes_the_order_and_another_seed_gives_another():
+    texts = [str(i) for i in range(100)]
+    assert texts != list(shuffled(texts, 0)) != list(shuffled(texts, 1))
+
+
+def test_shuffling_reads_one_text_ahead_of_its_buffer():
+    n_read = 0
+
+    def texts():
+        nonlocal n_read
+        for n_read in range(1, 1001):
+            yield str(n_read)
+
+    stream = shuffled(texts(), 0, 10)
+    for n_yielded in range(1, 6):
+        next(stream)
+        assert n_read == 10 + n_yielded
+
+
+# -- pack ---------------------------------------------------------------------------------------------------------
+
+
+def test_packed_blocks_on_disk_equal_the_naive_loop_over_shuffled_documents(tmp_path, tokenizer, corpus_dir):
+    config = CorpusConfig(path=corpus_dir / "aaa.train.jsonl")
+    packed = pack(config, tokenizer, block_size=32, max_tokens=None, seed=3, out=tmp_path / "blocks.npy")
+    token_lists = [tokenizer.encode(text)[1:] for text in shuffled(documents(config), 3)]
+    expected = naive_blocks(token_lists, BOS, EOS, 32)
+    assert packed.blocks[:, 0].tolist() == [flat([block]) for block in expected]
+    positions = [[i for segment in block for i in range(len(segment))] for block in expected]
+    assert packed.blocks[:, 1].tolist() == positions
+    assert packed.n_documents == len(token_lists) == 120
+    assert packed.n_tokens == 32 * len(expected) == 32 * len(packed)
+    assert [path.name for path in tmp_path.iterdir()] == ["blocks.npy"]
+
+
+def test_labels_are_the_tokens_except_the_first_of_each_segment(tmp_path, tokenizer, corpus_dir):
+    config = CorpusConfig(path=corpus_dir / "mix.train.jsonl")
+    packed = pack(config, tokenizer, block_size=64, max_tokens=640, seed=0, out=tmp_path / "blocks.npy")
+    for i in range(len(packed)):
+        example = packed[i]
+        first = example["position_ids"] == 0
+        assert (example["labels"][first] == IGNORED_LABEL).all()
+        assert (example["labels"][~first] == example["input_ids"][~first]).all()
+        assert {array.dtype for array in example.values()} == {np.dtype("int64")}
+
+
+def test_a_seed_fixes_the_packed_blocks_and_another_seed_changes_them(tmp_path, tokenizer, corpus_dir):
+    config = CorpusConfig(path=corpus_dir / "aaa.train.jsonl")
+    sha256 = [
+        pack(config, tokenizer, block_size=32, max_tokens=320, seed=seed, out=tmp_path / f"{i}.npy").sha256
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert sha256[0] == sha256[1] != sha256[2]
+
+
+def test_a_tokenizer_that_puts_no_bos_gets_none(tmp_path, no_bos_tokenizer):
+    config = write_jsonl(tmp_path / "a.jsonl", ["ab", "cdefghij", "klm"] * 10)
+    packed = pack(config, no_bos_tokenizer, block_size=8, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
+    assert no_bos_tokenizer.bos_token_id == BOS
+    assert BOS not in packed.blocks[:, 0]
+    assert EOS in packed.blocks[:, 0]
+
+
+def test_packing_stops_at_max_tokens_rounded_down_to_whole_blocks(tmp_path, tokenizer, corpus_dir):
+    config = CorpusConfig(path=corpus_dir / "aaa.train.jsonl")
+    packed = pack(config, tokenizer, block_size=32, max_tokens=100, seed=0, out=tmp_path / "blocks.npy")
+    assert packed.n_tokens == 96
+    assert packed.n_documents < 120
+
+
+def test_a_corpus_larger_than_the_shuffle_buffer_is_read_no_further_than_needed(tmp_path, tokenizer):
+    good = json.dumps({"text": "abcdef"}) + "\n"
+    path = tmp_path / "big.jsonl"
+    path.write_text(good * (SHUFFLE_BUFFER + 100) + "broken\n")
+    config = CorpusConfig(path=path)
+    packed = pack(config, tokenizer, block_size=8, max_tokens=400, seed=0, out=tmp_path / "blocks.npy")
+    assert packed.n_documents == 50  # `BOS abcdef EOS` fills a block; the broken line was never reached
+    with pytest.raises(CorpusError, match=rf"big\.jsonl:{SHUFFLE_BUFFER + 101}: not a JSON object"):
+        pack(config, tokenizer, block_size=8, max_tokens=8 * 101, seed=0, out=tmp_path / "more.npy")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_an_empty_corpus_is_refused(tmp_path, tokenizer, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    config = CorpusConfig(path=tmp_path / "a.jsonl")
+    with pytest.raises(CorpusError, match=r"a\.jsonl: holds no text"):
+        pack(config, tokenizer, block_size=8, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
+
+
+def test_a_corpus_with_fewer_tokens_than_asked_is_refused_with_both_counts(tmp_path, tokenizer):
+    config = write_jsonl(tmp_path / "a.jsonl", ["abcdef"] * 200)
+    with pytest.raises(CorpusError, match="holds 1,600 tokens in 200 documents, but max_tokens asks for 10,000"):
+        pack(config, tokenizer, block_size=8, max_tokens=10_000, seed=0, out=tmp_path / "blocks.npy")
+
+
+def test_a_corpus_that_does_not_fill_one_block_is_refused(tmp_path, tokenizer):
+    config = write_jsonl(tmp_path / "a.jsonl", ["abc"])
+    with pytest.raises(CorpusError, match="holds 0 tokens in 1 documents"):
+        pack(config, tokenizer, block_size=64, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
+
+
+def test_a_text_longer_than_the_model_takes_is_packed_without_a_warning(tmp_path, tokenizer):
+    config = write_jsonl(tmp_path / "a.jsonl", ["word " * 500])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = pack(config, tokenizer, block_size=64, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
+    assert packed.n_tokens > tokenizer.model_max_length
+
+
+# -- documents in one block do not see each other -----------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(tmp_path, tokenizer):
+    """Blocks with several documents each, one longer than Gemma's sliding window of 64, one that is cut."""
+    texts = ["alpha beta", "x" * 90, "the cat sat on the mat", "tiny", "another text of middling length"] * 3
+    return pack(
+        write_jsonl(tmp_path / "a.jsonl", texts), tokenizer, block_size=128, max_tokens=None, seed=0,
+        out=tmp_path / "blocks.npy",
+    )  # fmt: skip
+
+
+def starts_of(example) -> list[int]:
+    return [*np.flatnonzero(example["position_ids"] == 0).tolist(), len(example["position_ids"])]
+
+
+def test_packed_documents_get_the_logits_they_get_alone(kind, packed):
+    model = tiny_model(kind).eval()
+    n_segments = 0
+    for index in range(len(packed)):
+        example = {name: torch.from_numpy(array).unsqueeze(0) for name, array in packed[index].items()}
+        with torch.no_grad():
+            together = model(
+                input_ids=example["input_ids"], position_ids=example["position_ids"], use_cache=False
+            ).logits[0]
+            starts = starts_of(packed[index])
+            for start, end in pairwise(starts):
+                alone = model(input_ids=example["input_ids"][:, start:end], use_cache=False).logits[0]
+                torch.testing.assert_close(together[start:end], alone, rtol=1e-4, atol=1e-5)
+                n_segments += 1
+    assert n_segments > 2 * len(packed)
+
+
+def test_the_training_loss_of_a_block_is_that_of_its_documents_alone(kind, packed):
+    stock, fused = tiny_model(kind), tiny_model(kind)
+    assert fuse_loss(fused)
+    for index in range(len(packed)):
+        example = packed[index]
+        loss = fused(**{name: torch.from_numpy(array).unsqueeze(0) for name, array in example.items()}).loss
+        total, n_scored = 0.0, 0
+        starts = starts_of(example)
+        for start, end in pairwise(starts):
+            ids = torch.from_numpy(example["input_ids"][start:end])
+            with torch.no_grad():
+                logits = stock(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+            total += torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
+            n_scored += len(ids) - 1
+        assert loss.item() == pytest.approx(total / n_scored, rel=1e-5)

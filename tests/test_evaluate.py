@@ -1,0 +1,457 @@
+"""evaluate.py: scores against independent computations and the stock harness; combining, intervals, errors."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from pydantic import ValidationError
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from optimer_hf.errors import ConfigError, EvaluationError
+from optimer_hf.evaluate import (
+    Evaluator,
+    Objective,
+    ObjectiveFile,
+    TermScore,
+    combine,
+    gains,
+    load_tasks,
+    paired_interval,
+    spread,
+)
+from conftest import BOS, tiny_model
+
+CHOICE_TASK = """
+task: toy_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: choice.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metadata: {version: 1}
+"""
+F1_TASK = CHOICE_TASK.replace("toy_choice", "toy_f1").replace("acc, aggregation: mean", "f1, aggregation: f1")
+GENERATE_TASK = """
+task: toy_generate
+dataset_path: json
+dataset_kwargs: {data_files: {test: choice.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+filter_list:
+  - {name: whole, filter: [{function: take_first}]}
+  - {name: first, filter: [{function: regex, regex_pattern: "(.)"}, {function: take_first}]}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+metadata: {version: 1}
+"""
+
+
+def write_texts(path: Path, texts) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tasks_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "question": "".join(rng.choice(list("ab xy"), 12)),
+            "choices": [" " + "".join(rng.choice(list("abxy"), n)) for n in (2, 5, 3)],
+            "label": int(rng.integers(3)),
+        }
+        for _ in range(24)
+    ]
+    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "toy_choice.yaml").write_text(CHOICE_TASK, encoding="utf-8")
+    (folder / "toy_f1.yaml").write_text(F1_TASK, encoding="utf-8")
+    (folder / "toy_generate.yaml").write_text(GENERATE_TASK, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(kind):
+    return tiny_model(kind).eval()
+
+
+def evaluate_all(model, tokenizer, objective: Objective) -> dict[str, TermScore]:
+    evaluator = Evaluator(model, tokenizer, [objective])
+    return evaluator.evaluate(objective.terms, limits={t.label: objective.limit_of(t) for t in objective.terms})
+
+
+def objective_of(*terms, **options) -> Objective:
+    return Objective.model_validate({"terms": list(terms), **options})
+
+
+# -- texts --------------------------------------------------------------------------------------------------------
+
+
+def bits_and_bytes(model, text: str) -> tuple[float, float]:
+    """The definition, for a text that fits the context: BOS once, then one token a byte."""
+    ids = torch.tensor([[BOS, *reference_ids(text)]])
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
+    nats = log_p.gather(1, ids[0, 1:, None]).double().sum().item()
+    return -nats / math.log(2), len(text.encode())
+
+
+def reference_ids(text: str) -> list[int]:
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return [3 + alphabet.index(char) for char in byte_level.pre_tokenize_str(text)[0][0]] if text else []
+
+
+TEXTS = ["aa ab ba", "xyz " * 20, "é 日本", "b", " leading space", "a\nb\n"]
+
+
+def test_bits_per_byte_of_texts_equal_an_independent_computation(model, tokenizer, tmp_path):
+    objective = objective_of({"text": write_texts(tmp_path / "t.jsonl", TEXTS)})
+    found = evaluate_all(model, tokenizer, objective)["t"]
+    expected = [bits_and_bytes(model, text) for text in TEXTS]
+    for item, (bits, n_bytes) in zip(found.items, expected, strict=True):
+        assert item == pytest.approx((bits, n_bytes), rel=1e-5)
+    assert found.score == pytest.approx(sum(b for b, _ in expected) / sum(n for _, n in expected), rel=1e-5)
+    assert found.higher_is_better is False
+
+
+def test_bos_comes_once_not_twice(model, tokenizer, tmp_path):
+    path = write_texts(tmp_path / "t.jsonl", ["aa ab"])
+    (bits, _), *_ = evaluate_all(model, tokenizer, objective_of({"text": path}))["t"].items
+    ids = torch.tensor([[BOS, BOS, *reference_ids("aa ab")]])
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[1:].sum().item()
+    assert bits == pytest.approx(bits_and_bytes(model, "aa ab")[0], rel=1e-5)
+    assert bits != pytest.approx(-log_p / math.log(2), rel=1e-5)
+
+
+def test_documents_longer_than_the_context_equal_the_stock_rolling_windows(model, tokenizer, tmp_path):
+    texts = ["ab xy " * n for n in (30, 43, 90, 200)]  # 256 tokens are the context
+    found = evaluate_all(model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", texts)}))["t"]
+    raw = tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    raw.post_processor = processors.ByteLevel(trim_offsets=False)  # adds no BOS, so the stock windows have one
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=256
+    )
+    stock = HFLM(pretrained=model, tokenizer=bare, batch_size=1)
+    from lm_eval.api.instance import Instance
+
+    requests = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(texts)]
+    expected = stock.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert [bits for bits, _ in found.items] == pytest.approx([-nats / math.log(2) for nats in expected], rel=1e-5)
+
+
+def test_scores_of_a_bfloat16_model_use_a_float32_softmax(tokenizer, tmp_path):
+    model = tiny_model("gemma", dtype=torch.bfloat16).eval()
+    found = evaluate_all(model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", TEXTS[:2])}))["t"]
+    for (bits, _), text in zip(found.items, TEXTS, strict=False):
+        assert bits == pytest.approx(bits_and_bytes(model, text)[0], rel=2e-3)
+
+
+def test_a_score_follows_the_weights_of_the_live_model(tokenizer, tmp_path):
+    model = tiny_model("gemma").eval()
+    objective = objective_of({"text": write_texts(tmp_path / "t.jsonl", TEXTS)})
+    evaluator = Evaluator(model, tokenizer, [objective])
+    first = evaluator.evaluate(objective.terms, limits={"t": None})
+    model.load_state_dict(tiny_model("gemma", seed=5).state_dict())
+    second = evaluator.evaluate(objective.terms, limits={"t": None})
+    model.load_state_dict(tiny_model("gemma").state_dict())
+    assert second["t"].items != first["t"].items
+    assert evaluator.evaluate(objective.terms, limits={"t": None})["t"].items == first["t"].items
+
+
+def test_a_limit_scores_the_spread_items_and_they_equal_those_of_the_whole_file(tokenizer, tmp_path):
+    model = tiny_model("gemma").eval()
+    path = write_texts(tmp_path / "t.jsonl", [f"text number {n}" for n in range(9)])
+    whole = evaluate_all(model, tokenizer, objective_of({"text": path}))["t"].items
+    some = evaluate_all(model, tokenizer, objective_of({"text": path}, limit=3))["t"].items
+    assert [bits for bits, _ in some] == pytest.approx([whole[index][0] for index in spread(9, 3)], rel=1e-6)
+
+
+def test_search_and_test_terms_of_one_name_read_their_own_files(tokenizer, tmp_path):
+    search = objective_of({"text": write_texts(tmp_path / "ja.search.jsonl", ["aaaa"])})
+    sealed = objective_of({"text": write_texts(tmp_path / "ja.test.jsonl", ["x", "yy"])})
+    evaluator = Evaluator(tiny_model("gemma").eval(), tokenizer, [search, sealed])
+    assert search.terms[0].label == sealed.terms[0].label == "ja"
+    assert len(evaluator.evaluate(search.terms, limits={"ja": None})["ja"].items) == 1
+    assert len(evaluator.evaluate(sealed.terms, limits={"ja": None})["ja"].items) == 2
+
+
+def test_texts_that_look_like_templates_lists_or_numbers_are_scored_as_they_are(tokenizer, tmp_path):
+    model = tiny_model("gemma").eval()
+    texts = ["{{ 1 + 1 }}", "['a', 'b']", "42", "{% raw %}"]
+    found = evaluate_all(model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", texts)}))["t"]
+    assert found.items == [pytest.approx(bits_and_bytes(model, text), rel=1e-5) for text in texts]
+
+
+def test_another_text_field_is_read_and_a_missing_one_is_an_error(tokenizer, tmp_path):
+    model = tiny_model("gemma").eval()
+    (tmp_path / "t.jsonl").write_text('{"body": "aa ab"}\n', encoding="utf-8")
+    path = tmp_path / "t.jsonl"
+    found = evaluate_all(model, tokenizer, objective_of({"text": path, "text_field": "body"}))["t"]
+    assert found.items == [pytest.approx(bits_and_bytes(model, "aa ab"), rel=1e-5)]
+    with pytest.raises(EvaluationError, match="'t'"):
+        evaluate_all(model, tokenizer, objective_of({"text": path}))
+
+
+def test_tokens_are_counted(tokenizer, tmp_path):
+    objective = objective_of({"text": write_texts(tmp_path / "t.jsonl", ["aaaa", "bb"])})
+    evaluator = Evaluator(tiny_model("gemma").eval(), tokenizer, [objective])
+    evaluator.evaluate(objective.terms, limits={"t": None})
+    assert evaluator.n_tokens == 6  # BOS a a a, BOS b: the last token of a text is predicted, not read
+    assert evaluator.forward_seconds > 0
+
+
+# -- tasks of the harness -----------------------------------------------------------------------------------------
+
+
+def test_accuracies_of_a_local_task_equal_the_stock_harness(model, tokenizer, tasks_dir, monkeypatch):
+    objective = objective_of(
+        {"task": "toy_choice", "metric": "acc", "name": "acc"},
+        {"task": "toy_choice", "metric": "acc_norm", "name": "norm"},
+        include_path=tasks_dir,
+    )
+    found = evaluate_all(model, tokenizer, objective)
+    monkeypatch.chdir(tasks_dir)
+    stock = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=["toy_choice"],
+        task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    assert found["acc"].score == pytest.approx(stock["results"]["toy_choice"]["acc,none"])
+    assert found["norm"].score == pytest.approx(stock["results"]["toy_choice"]["acc_norm,none"])
+    logged = sorted(stock["samples"]["toy_choice"], key=lambda row: row["doc_id"])
+    assert [item[0] for item in found["acc"].items] == [row["acc"] for row in logged]
+    assert found["acc"].higher_is_better and len(found["acc"].items) == 24
+    assert 0 < found["acc"].score < 1
+
+
+def test_generated_answers_equal_the_stock_harness_under_the_chosen_filter(tokenizer, tasks_dir, monkeypatch):
+    model = tiny_model("llama").eval()
+    objective = objective_of(
+        {"task": "toy_generate", "metric": "exact_match,first", "limit": 4}, include_path=tasks_dir
+    )
+    found = evaluate_all(model, tokenizer, objective)["toy_generate"]
+    monkeypatch.chdir(tasks_dir)
+    stock = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        tasks=["toy_generate"],
+        task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
+        samples={"toy_generate": spread(24, 4)},
+        bootstrap_iters=0,
+    )
+    assert len(found.items) == 4
+    assert found.score == pytest.approx(stock["results"]["toy_generate"]["exact_match,first"])
+
+
+def test_examples_in_the_prompt_change_the_scores(tokenizer, tasks_dir):
+    model = tiny_model("llama").eval()
+    term = {"task": "toy_choice", "metric": "acc"}
+    plain = evaluate_all(model, tokenizer, objective_of(term, include_path=tasks_dir))["toy_choice"]
+    shots = evaluate_all(model, tokenizer, objective_of(term | {"num_fewshot": 2}, include_path=tasks_dir))
+    assert shots["toy_choice"].n_tokens > 2 * plain.n_tokens
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"task": "toy_choise", "metric": "acc"}, r"no task named 'toy_choise' in lm-eval or .*toy_choice"),
+        ({"task": "toy_choice", "metric": "accc"}, r"has no metric 'accc'.* Did you mean 'acc'"),
+        ({"task": "toy_f1", "metric": "f1"}, r"metric 'f1' is aggregated by '\w+'; only means"),
+    ],
+)
+def test_a_task_or_metric_that_cannot_be_used_is_an_error_before_any_model(tasks_dir, term, message):
+    with pytest.raises(EvaluationError, match=message):
+        load_tasks([objective_of(term, include_path=tasks_dir)])
+
+
+def test_a_missing_text_file_is_an_error_with_term_and_path(tmp_path):
+    with pytest.raises(EvaluationError, match=r"term 'none': .*none\.jsonl: no such file"):
+        load_tasks([objective_of({"text": tmp_path / "none.jsonl"})])
+
+
+def test_an_unreadable_task_file_is_an_error_with_its_name(tmp_path):
+    (tmp_path / "toy_broken.yaml").write_text(
+        CHOICE_TASK.replace("toy_choice", "toy_broken").replace("choice.jsonl", "gone.jsonl"), encoding="utf-8"
+    )
+    with pytest.raises(EvaluationError, match="task 'toy_broken' cannot be loaded"):
+        load_tasks([objective_of({"task": "toy_broken", "metric": "acc"}, include_path=tmp_path)])
+
+
+def test_an_unknown_filter_lists_those_of_the_task(tokenizer, tasks_dir):
+    objective = objective_of({"task": "toy_choice", "metric": "acc,strict", "limit": 1}, include_path=tasks_dir)
+    with pytest.raises(EvaluationError, match=r"no filter 'strict'; this task has \['none'\]"):
+        evaluate_all(tiny_model("gemma").eval(), tokenizer, objective)
+
+
+def test_scores_that_are_not_numbers_raise(tokenizer, tmp_path):
+    model = tiny_model("gemma").eval()
+    objective = objective_of({"text": write_texts(tmp_path / "t.jsonl", TEXTS)})
+    evaluator = Evaluator(model, tokenizer, [objective])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(EvaluationError, match="term 't': the score of item 0 is not a finite number"):
+        evaluator.evaluate(objective.terms, limits={"t": None})
+
+
+# -- objectives ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"terms": []}, "at least 1 item"),
+        ({"terms": [{}]}, "exactly one of 'task'"),
+        ({"terms": [{"task": "a", "text": "b"}]}, "exactly one of 'task'"),
+        ({"terms": [{"text": "a", "metric": "acc"}]}, "has the metric bits_per_byte"),
+        ({"terms": [{"text": "ja.a"}, {"text": "ja.b"}]}, "two terms are called 'ja'; tell them apart with 'name'"),
+        ({"terms": [{"task": "a", "weight": 0}]}, "every term has weight 0"),
+        ({"terms": [{"task": "a", "weight": -1}]}, "greater than or equal to 0"),
+        ({"terms": [{"task": "a", "limit": 0}]}, "greater than 0"),
+        ({"terms": [{"task": "a", "rescore_only": True}]}, "the search needs at least one"),
+        ({"combine": "weighted_mean", "terms": [{"text": "a"}, {"task": "b", "metric": "acc"}]}, "mixes units"),
+        ({"combine": "best", "terms": [{"text": "a"}]}, "weighted_mean"),
+    ],
+)
+def test_an_impossible_objective_is_refused_with_its_reason(data, message):
+    with pytest.raises(ValidationError, match=message):
+        Objective.model_validate(data)
+
+
+def test_an_objective_file_names_itself_in_its_mistakes(tmp_path):
+    (tmp_path / "objective.yaml").write_text("terms: [{task: a, metrik: acc}]\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"objective\.yaml: unknown field 'terms\.0\.metrik'.*'metric'"):
+        ObjectiveFile.read(tmp_path / "objective.yaml")
+
+
+def test_terms_for_rescoring_only_stay_out_of_the_search():
+    objective = objective_of({"text": "a"}, {"text": "b", "rescore_only": True, "limit": 7}, limit=5)
+    assert [term.label for term in objective.at("search")] == ["a"]
+    assert [term.label for term in objective.at("rescore")] == ["a", "b"]
+    assert [objective.limit_of(term) for term in objective.terms] == [5, 7]
+
+
+def losses(*values: float) -> TermScore:
+    return TermScore([(value, 1.0) for value in values], False)
+
+
+def accuracies(*values: float) -> TermScore:
+    return TermScore([(value, 1.0) for value in values], True)
+
+
+def test_score_is_the_ratio_of_sums_not_the_mean_of_ratios():
+    assert TermScore([(1.0, 1.0), (1.0, 3.0)], False).score == 0.5
+
+
+BASE = {"loss": losses(2.0, 4.0), "acc": accuracies(0, 1, 0, 1), "free": losses(1.0)}
+OTHER = {"loss": losses(1.0, 2.0), "acc": accuracies(1, 1, 0, 1), "free": losses(9.0)}
+TERMS = [
+    {"task": "a", "metric": "m", "name": "loss", "weight": 3},
+    {"task": "b", "metric": "acc", "name": "acc"},
+    {"task": "c", "metric": "m", "name": "free", "weight": 0},
+]
+
+
+def test_gains_are_relative_for_losses_and_points_for_accuracies():
+    assert gains(OTHER, BASE) == pytest.approx({"loss": 0.5, "acc": 0.25, "free": -8.0})
+
+
+def test_relative_to_base_is_the_weighted_mean_of_the_gains():
+    assert combine(objective_of(*TERMS), OTHER, BASE) == pytest.approx((3 * 0.5 + 0.25) / 4)
+
+
+def test_worst_is_the_smallest_gain_of_the_counting_terms():
+    assert combine(objective_of(*TERMS, combine="worst"), OTHER, BASE) == pytest.approx(0.25)
+
+
+def test_weighted_mean_turns_losses_around():
+    same_unit = objective_of(TERMS[0], {**TERMS[2], "weight": 1}, combine="weighted_mean")
+    assert combine(same_unit, OTHER, BASE) == pytest.approx(-(3 * 1.5 + 9) / 4)
+    assert combine(objective_of(TERMS[1], combine="weighted_mean"), OTHER, BASE) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("rule", ["relative_to_base", "worst"])
+def test_the_base_is_worth_nothing(rule):
+    assert combine(objective_of(*TERMS, combine=rule), BASE, BASE) == 0
+
+
+# -- intervals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["relative_to_base", "worst"])
+def test_the_interval_of_equal_scores_is_zero(rule):
+    interval = paired_interval(objective_of(*TERMS, combine=rule), OTHER, OTHER, BASE)
+    assert (interval.difference, interval.low, interval.high) == (0, 0, 0)
+    assert not interval.excludes_zero
+
+
+def test_the_interval_of_a_constant_improvement_is_a_point():
+    objective = objective_of({"task": "a", "metric": "m", "name": "loss"})
+    base = {"loss": losses(*[2.0] * 20)}
+    interval = paired_interval(objective, {"loss": losses(*[1.0] * 20)}, {"loss": losses(*[1.5] * 20)}, base)
+    assert (interval.difference, interval.low, interval.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert interval.excludes_zero
+
+
+def test_pairing_makes_the_interval_narrower_than_the_noise_between_items():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(5, 2, 200)
+    objective = objective_of({"task": "a", "metric": "m", "name": "loss"})
+    sides = [{"loss": losses(*(hard + shift + 0.05 * rng.normal(size=200)))} for shift in (0.0, -0.05, 0.0)]
+    assert paired_interval(objective, sides[1], sides[2], sides[0]).excludes_zero
+    assert paired_interval(objective, sides[1], sides[2], sides[0]).difference > 0
+
+
+@pytest.mark.parametrize("rule", ["relative_to_base", "weighted_mean"])
+def test_the_95_percent_interval_covers_the_truth_about_95_times_in_100(rule):
+    rng = np.random.default_rng(1)
+    objective = objective_of({"task": "a", "metric": "m", "name": "loss"}, combine=rule)
+    covered = 0
+    for _ in range(200):
+        hard = rng.gamma(9, 0.5, 80)
+        sides = [{"loss": losses(*(scale * hard + 0.3 * rng.normal(size=80)))} for scale in (1.0, 0.9, 0.95)]
+        interval = paired_interval(objective, sides[1], sides[2], sides[0])
+        truth = 0.05 if rule == "relative_to_base" else 0.05 * 4.5
+        covered += interval.low <= truth <= interval.high
+    assert 0.89 * 200 <= covered <= 0.99 * 200
+
+
+# -- spread -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 500), st.none() | st.integers(1, 600))
+def test_spread_gives_distinct_items_in_order_with_even_gaps(n_items, limit):
+    chosen = spread(n_items, limit)
+    assert len(chosen) == min(n_items, limit or n_items)
+    assert chosen == sorted(set(chosen)) and chosen[0] >= 0 and chosen[-1] < n_items
+    gaps = np.diff(chosen)
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_spread_takes_the_same_share_of_every_source():
+    chosen = spread(300, 30)
+    assert [sum(start <= index < start + 100 for index in chosen) for start in (0, 100, 200)] == [10, 10, 10]

@@ -1,0 +1,260 @@
+"""files.py: mistakes are named, references resolved, and nothing half-written stays."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from optimer_hf.errors import ConfigError, OutputError
+from optimer_hf.files import (
+    FileModel,
+    LocalPath,
+    Reference,
+    ReferenceText,
+    VersionedFile,
+    absolute_reference,
+    digest,
+    read_yaml,
+    sha256_file,
+    staged_directory,
+    write_text,
+)
+
+
+class Part(FileModel):
+    source: ReferenceText
+    share: float = Field(default=1.0, ge=0)
+
+
+class Example(VersionedFile):
+    base_model: ReferenceText
+    n_trials: int = 3
+    corpus: LocalPath | None = None
+    parts: dict[str, Part] = Field(default_factory=dict)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "example.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def mistakes(tmp_path: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Example.read(written(tmp_path, text))
+    return str(caught.value)
+
+
+def test_unknown_key_is_refused_with_the_closest_known_one(tmp_path):
+    message = mistakes(tmp_path, "base_modell: a/b\nbase_model: a/b\n")
+    assert "example.yaml" in message and "'base_modell'" in message and "Did you mean 'base_model'?" in message
+
+
+def test_unknown_key_inside_a_part_names_the_whole_field(tmp_path):
+    message = mistakes(tmp_path, "base_model: a/b\nparts: {x: {source: a/b, shar: 2}}\n")
+    assert "'parts.x.shar'" in message and "Did you mean 'share'?" in message
+
+
+def test_unknown_key_that_resembles_none_lists_what_is_known(tmp_path):
+    assert "Known: base_model, corpus" in mistakes(tmp_path, "base_model: a/b\nqqqqqq: 1\n")
+
+
+def test_missing_field_is_named(tmp_path):
+    assert mistakes(tmp_path, "n_trials: 3\n").endswith("field 'base_model' is missing.")
+
+
+def test_all_mistakes_are_listed_at_once_each_with_the_file(tmp_path):
+    lines = mistakes(tmp_path, "n_trials: many\nparts: {x: {source: a/b, share: -1}}\nwhat: 1\n").splitlines()
+    assert len(lines) == 4
+    assert all("example.yaml: " in line for line in lines)
+    assert any("n_trials: found 'many'" in line for line in lines)
+    assert any("parts.x.share: found -1" in line for line in lines)
+
+
+def test_long_wrong_values_are_shortened_in_the_message(tmp_path):
+    line = mistakes(tmp_path, f"base_model: a/b\nn_trials: {'x' * 500}\n")
+    assert "..." in line and len(line) < 400
+
+
+def test_infinite_numbers_are_refused(tmp_path):
+    assert "share" in mistakes(tmp_path, "base_model: a/b\nparts: {x: {source: a/b, share: .inf}}\n")
+
+
+def test_a_later_format_version_is_refused(tmp_path):
+    assert "format_version: found 2" in mistakes(tmp_path, "format_version: 2\nbase_model: a/b\n")
+
+
+def test_duplicate_key_is_refused_with_its_line(tmp_path):
+    message = mistakes(tmp_path, "base_model: a/b\nparts:\n  x: {source: a/b}\n  x: {source: c/d}\n")
+    assert "key 'x' is given twice" in message and "line 3" in message
+
+
+def test_invalid_yaml_is_refused_with_its_line(tmp_path):
+    message = mistakes(tmp_path, "base_model: a/b\nparts: [1, 2\n")
+    assert "not valid YAML" in message and "line 3" in message
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "an empty file"), ("- 1\n", "a list"), ("hello\n", "a str")])
+def test_a_file_that_holds_no_mapping_is_refused(tmp_path, text, found):
+    with pytest.raises(ConfigError, match=f"found {found}, expected a mapping"):
+        read_yaml(written(tmp_path, text))
+
+
+def test_missing_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
+        read_yaml(tmp_path / "binary.yaml")
+
+
+def test_a_written_file_reads_back_equal(tmp_path):
+    example = Example(base_model="a/b", parts={"é": Part(source="hf://c/d@main", share=0.1)})
+    example.write(tmp_path / "deep" / "example.json")
+    assert Example.read(tmp_path / "deep" / "example.json") == example
+    assert "é" in (tmp_path / "deep" / "example.json").read_text(encoding="utf-8")
+
+
+# -- references ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["org/name", "org/name@abc", "hf://org/name@main", "pypi:some-package"])
+def test_references_to_elsewhere_stay_as_they_are(tmp_path, text):
+    assert absolute_reference(text, tmp_path) == text
+
+
+@pytest.mark.parametrize("text", ["./model", "../model", "model", "a/b/c", "."])
+def test_references_that_look_local_become_absolute_from_the_folder(tmp_path, text):
+    assert absolute_reference(text, tmp_path) == str((tmp_path / text).resolve())
+
+
+def test_org_and_name_is_a_local_path_only_when_it_exists(tmp_path):
+    assert absolute_reference("vectors/ja", tmp_path) == "vectors/ja"
+    (tmp_path / "vectors" / "ja").mkdir(parents=True)
+    assert absolute_reference("vectors/ja", tmp_path) == str((tmp_path / "vectors/ja").resolve())
+
+
+def test_home_and_absolute_references_do_not_depend_on_the_folder(tmp_path):
+    assert absolute_reference("~/model", tmp_path) == str((Path.home() / "model").resolve())
+    assert absolute_reference(str(tmp_path / "m"), Path("elsewhere")) == str((tmp_path / "m").resolve())
+
+
+def test_relative_paths_are_relative_to_the_file_not_to_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    path = tmp_path / "sub" / "example.yaml"
+    path.write_text("base_model: ./base\ncorpus: data/x.jsonl\nparts: {x: {source: ../v}}\n", encoding="utf-8")
+    for given_path in (path, Path("..") / "sub" / "example.yaml"):
+        example = Example.read(given_path)
+        assert example.base_model == str(tmp_path.resolve() / "sub" / "base")
+        assert example.corpus == tmp_path.resolve() / "sub" / "data" / "x.jsonl"
+        assert example.parts["x"].source == str(tmp_path.resolve() / "v")
+
+
+def test_reference_splits_repository_and_revision():
+    assert Reference("hf://org/name@abc").repo == ("org/name", "abc")
+    assert Reference("org/name").repo == ("org/name", None)
+    assert Reference("pypi:thing").package == "thing" and Reference("org/name").package is None
+    assert Reference("org/name").path is None
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def test_write_text_replaces_and_leaves_no_temporary_file(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "one")
+    write_text(path, "two\n")
+    assert path.read_text(encoding="utf-8") == "two\n"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_write_text_that_fails_says_so_and_leaves_nothing(tmp_path):
+    path = tmp_path / "file"
+    (path / "inside").mkdir(parents=True)  # a directory cannot be replaced by a file
+    with pytest.raises(OutputError, match=r"cannot be written .*The old state was kept"):
+        write_text(path, "text")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert [entry.name for entry in path.iterdir()] == ["inside"]
+
+
+def test_staged_directory_appears_whole_at_the_end(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with staged_directory(out) as staging:
+        (staging / "a.txt").write_text("a")
+        assert not out.exists()
+    assert (out / "a.txt").read_text() == "a"
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()])
+def test_an_exception_inside_a_staged_directory_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)), staged_directory(tmp_path / "out") as staging:
+        (staging / "a.txt").write_text("a")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_inside_a_staged_directory_is_an_output_error(tmp_path):
+    with (
+        pytest.raises(OutputError, match=r"No space left.*Nothing was left behind"),
+        staged_directory(tmp_path / "out"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_does_not_get_into_the_next_directory(tmp_path):
+    with staged_directory(tmp_path / "out") as staging:
+        name = staging.name
+    (tmp_path / "out").rmdir()
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "stale").write_text("x")
+    with staged_directory(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_output_that_holds_files_is_refused_and_kept(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"), staged_directory(out):
+        pytest.fail("the body must not run")
+    assert (out / "mine.txt").read_text() == "mine"
+    with pytest.raises(OutputError, match="not empty"), staged_directory(out / "mine.txt"):
+        pytest.fail("the body must not run")
+
+
+def test_an_empty_output_directory_is_taken(tmp_path):
+    (tmp_path / "out").mkdir()
+    with staged_directory(tmp_path / "out") as staging:
+        (staging / "a").write_text("a")
+    assert (tmp_path / "out" / "a").exists()
+
+
+# -- digests ------------------------------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=4))
+def test_digest_does_not_depend_on_the_order_of_keys(value):
+    assert digest(value) == digest(dict(reversed(value.items())))
+
+
+@given(VALUES, VALUES)
+def test_digests_are_equal_only_for_equal_json(a, b):
+    assert (digest(a) == digest(b)) == (json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True))
+
+
+def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -1,0 +1,190 @@
+"""The fused output layer against PyTorch's cross entropy and log-softmax over whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EOS, VOCABULARY, tiny_model
+
+from optimer_hf.corpus import IGNORED_LABEL
+from optimer_hf.head import VOCABULARY_BLOCK, HeadLoss, fuse_loss, is_plain_head, log_probabilities, softcap_of
+
+SIZES = [100, VOCABULARY_BLOCK, 2 * VOCABULARY_BLOCK + 77]  # part of a block, one block, two and a part
+SOFTCAPS = [None, 5.0]
+
+
+def problem(n_vocabulary: int, dtype: torch.dtype = torch.float32, n: int = 23, size: int = 16):
+    """Return hidden [n, d], weight [v, d] and labels [n] with logits of standard deviation four."""
+    generator = torch.Generator().manual_seed(n_vocabulary)
+    hidden = torch.randn(n, size, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(n_vocabulary, size, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(n_vocabulary, (n,), generator=generator)
+    labels[:2] = torch.tensor([0, n_vocabulary - 1])
+    return hidden, weight, labels
+
+
+def logits_of(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    logits = hidden.double() @ weight.double().T
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def reference(hidden, weight, labels, softcap, scale: float = 1.0):
+    """Return loss and both gradients in float64 through whole logits."""
+    loss = F.cross_entropy(logits_of(hidden, weight, softcap), labels, reduction="sum")
+    return loss, *torch.autograd.grad(loss * scale, (hidden, weight))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# -- loss and gradients -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("n_vocabulary", SIZES)
+def test_loss_and_gradients_equal_cross_entropy_in_float32(n_vocabulary, softcap):
+    hidden, weight, labels = problem(n_vocabulary)
+    expected, hidden_gradient, weight_gradient = reference(hidden, weight, labels, softcap)
+    loss = HeadLoss.apply(hidden, weight, labels, softcap)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(hidden.grad, hidden_gradient, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad, weight_gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("n_vocabulary", SIZES)
+def test_loss_and_gradients_are_near_cross_entropy_in_bfloat16(n_vocabulary, softcap):
+    hidden, weight, labels = problem(n_vocabulary, torch.bfloat16)
+    expected, hidden_gradient, weight_gradient = reference(hidden, weight, labels, softcap)
+    loss = HeadLoss.apply(hidden, weight, labels, softcap)
+    loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    assert relative_error(hidden.grad, hidden_gradient) < 0.02
+    assert relative_error(weight.grad, weight_gradient) < 0.02
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+def test_a_factor_on_the_loss_scales_both_gradients(softcap):
+    hidden, weight, labels = problem(300)
+    _, hidden_gradient, weight_gradient = reference(hidden, weight, labels, softcap, scale=-0.37)
+    (HeadLoss.apply(hidden, weight, labels, softcap) * -0.37).backward()
+    torch.testing.assert_close(hidden.grad, hidden_gradient, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad, weight_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same_one():
+    hidden, weight, labels = problem(300)
+    _, expected, _ = reference(hidden, weight, labels, None)
+    weight = weight.detach()
+    HeadLoss.apply(hidden, weight, labels, None).backward()
+    assert weight.grad is None
+    torch.testing.assert_close(hidden.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_thousands_neither_overflow_nor_underflow():
+    hidden, weight, labels = problem(3 * VOCABULARY_BLOCK)
+    with torch.no_grad():
+        hidden *= 1000
+    expected, hidden_gradient, _ = reference(hidden, weight, labels, None)
+    loss = HeadLoss.apply(hidden, weight, labels, None)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(hidden.grad, hidden_gradient, rtol=1e-3, atol=1e-3)
+
+
+# -- scoring ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("n_vocabulary", SIZES)
+def test_log_probabilities_equal_log_softmax(n_vocabulary, softcap):
+    hidden, weight, labels = problem(n_vocabulary)
+    found, _ = log_probabilities(hidden, weight, labels, softcap)
+    expected = torch.log_softmax(logits_of(hidden, weight, softcap), -1).gather(1, labels.unsqueeze(1))[:, 0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("n_vocabulary", SIZES)
+def test_greedy_flags_mark_the_labels_that_are_the_most_likely_token(n_vocabulary, softcap):
+    hidden, weight, labels = problem(n_vocabulary, n=64)
+    best = logits_of(hidden, weight, softcap).argmax(1)
+    labels[::2] = best[::2]
+    _, greedy = log_probabilities(hidden, weight, labels, softcap)
+    assert greedy.dtype == torch.bool
+    assert greedy.tolist() == (labels == best).tolist()
+    assert 32 <= greedy.sum() < 64
+
+
+def test_log_probabilities_in_bfloat16_differ_only_by_the_rounding_of_the_logits():
+    hidden, weight, labels = problem(1000, torch.bfloat16)
+    found, _ = log_probabilities(hidden, weight, labels, None)
+    logits = (hidden @ weight.T).float()
+    expected = torch.log_softmax(logits, -1).gather(1, labels.unsqueeze(1))[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# -- models -------------------------------------------------------------------------------------------------------
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, VOCABULARY, (2, 40), generator=generator)
+    labels = ids.clone()
+    labels[0, :5] = labels[1, 20:] = IGNORED_LABEL
+    return {"input_ids": ids, "labels": labels}
+
+
+def losses_and_gradients(model, **options):
+    loss = model(**batch(), **options).loss
+    loss.backward()
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": torch.tensor(91)}])
+def test_the_fused_loss_and_its_gradients_equal_those_of_the_stock_forward(kind, options):
+    fused = tiny_model(kind)
+    assert fuse_loss(fused)
+    expected, expected_gradients = losses_and_gradients(tiny_model(kind), **options)
+    loss, gradients = losses_and_gradients(fused, **options)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_softcapped_model_is_fused_with_its_cap():
+    models = [tiny_model("gemma"), tiny_model("gemma")]
+    for model in models:
+        model.config.final_logit_softcapping = 0.5
+    assert fuse_loss(models[1])
+    assert softcap_of(models[1]) == 0.5
+    stock, fused = (losses_and_gradients(model) for model in models)
+    assert fused[0].item() == pytest.approx(stock[0].item(), rel=1e-6)
+    assert softcap_of(tiny_model("llama")) is None
+
+
+def test_a_head_with_a_bias_keeps_its_stock_forward():
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Linear(32, VOCABULARY, bias=True)
+    stock = model.forward
+    assert not fuse_loss(model)
+    assert model.forward == stock
+    assert model(**batch()).logits.shape == (2, 40, VOCABULARY)
+
+
+def test_scaled_logits_are_noticed():
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    options = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": EOS,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = GraniteConfig(**options, logits_scaling=8.0, initializer_range=1.0)
+    assert not is_plain_head(GraniteForCausalLM(config))
+    config.logits_scaling = 1.0
+    assert is_plain_head(GraniteForCausalLM(config))

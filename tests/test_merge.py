@@ -1,0 +1,527 @@
+import json
+import math
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimer_hf import vector as vector_module
+from optimer_hf.convert import ResolvedModel
+from optimer_hf.errors import ConfigError, ModelError, OutputError
+from optimer_hf.files import staged_directory
+from optimer_hf.merge import (
+    add_weighted,
+    linear_config,
+    linear_merge_of,
+    merge,
+    optimer_config,
+    pool_of,
+    read_merge_config,
+    vanilla_config,
+    write_merged,
+)
+from optimer_hf.vector import Checkpoint, LowRank, extract, open_vector
+
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(INTEGERS[tensor.dtype])
+
+
+def read_all(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint(path)
+    return {name: checkpoint.read(name) for name in checkpoint.names}
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+
+
+def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Count representable bfloat16 numbers between two tensors, element by element."""
+
+    def ordered(tensor: torch.Tensor) -> torch.Tensor:
+        found = bits(tensor).int()
+        return torch.where(found < 0, -(found & 0x7FFF), found)
+
+    return (ordered(a) - ordered(b)).abs()
+
+
+def write_config(path: Path, config: dict) -> Path:
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def merged_by(config: dict, out: Path, engine: str | None = None) -> dict[str, torch.Tensor]:
+    """Merge a config with an engine and return the tensors it wrote."""
+    used = merge(write_config(out.with_suffix(".yml"), config), out, engine=engine)
+    assert engine is None or used == engine
+    return read_all(out)
+
+
+@pytest.fixture(scope="module")
+def pool(make_base, make_tuned, make_adapter, tmp_path_factory):
+    """Return a function architecture, kind of vector, dtype -> base and two sources; made once."""
+    made: dict[tuple[str, str, torch.dtype], tuple[ResolvedModel, dict[str, Path]]] = {}
+
+    def sources(kind: str, vectors: str, dtype: torch.dtype) -> tuple[ResolvedModel, dict[str, Path]]:
+        if (kind, vectors, dtype) not in made:
+            base = make_base(kind, dtype)
+            if vectors == "adapter":
+                paths = {name: make_adapter(base, seed) for seed, name in enumerate(("ja", "math"))}
+            else:
+                paths = {name: make_tuned(base, kind, seed, dtype) for seed, name in enumerate(("ja", "math"))}
+            if vectors == "delta":
+                folder = tmp_path_factory.mktemp("deltas")
+                for name, path in paths.items():
+                    extract(open_vector(name, str(path), base), base, folder / name)
+                paths = {name: folder / name for name in paths}
+            made[kind, vectors, dtype] = base, paths
+        return made[kind, vectors, dtype]
+
+    return sources
+
+
+def open_pool(base: ResolvedModel, sources: dict[str, Path]) -> list:
+    return [open_vector(name, str(path), base) for name, path in sources.items()]
+
+
+# -- the kernel ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(0, 2**31),
+    st.lists(st.floats(-1.5, 1.5, allow_subnormal=False), min_size=1, max_size=5),
+    st.sampled_from([1e-3, 1e-1, 1.0]),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+)
+@settings(deadline=None, max_examples=40)
+def test_999_of_1000_outputs_are_the_float64_sum_correctly_rounded(seed, weights, scale, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(200, 200, generator=generator).to(dtype)
+    deltas = [scale * torch.randn(200, 200, generator=generator) for _ in weights]
+    exact = base.double() + sum(weight * delta.double() for weight, delta in zip(weights, deltas, strict=True))
+    found = add_weighted(base, deltas, weights, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert (found == exact.to(torch.bfloat16)).double().mean().item() >= 0.999
+    assert int(ulps_apart(found, exact.to(torch.bfloat16))[exact.abs() > 1e-3].max()) <= 1
+
+
+@given(st.integers(0, 2**31), st.lists(st.sampled_from([0.0, -0.0, 0.7, -1.25]), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=40)
+def test_a_vector_of_weight_zero_drops_out_bit_for_bit(seed, weights):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(8, 8, generator=generator)
+    base[0] = -0.0
+    deltas = [torch.randn(8, 8, generator=generator) for _ in weights]
+    kept = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight != 0]
+    found = add_weighted(base, deltas, weights)
+    assert torch.equal(bits(found), bits(add_weighted(base, [d for d, _ in kept], [w for _, w in kept])))
+    if not kept:
+        assert torch.equal(bits(found), bits(base))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 8), st.floats(-2, 2), st.floats(0.1, 4))
+@settings(deadline=None, max_examples=40)
+def test_a_low_rank_delta_adds_what_its_dense_form_adds(seed, rank, weight, scale):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(12, 20, generator=generator)
+    delta = LowRank(torch.randn(12, rank, generator=generator), torch.randn(rank, 20, generator=generator), scale)
+    exact = base.double() + weight * scale * (delta.b.double() @ delta.a.double())
+    torch.testing.assert_close(add_weighted(base, [delta], [weight]).double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_the_kernel_leaves_its_inputs_alone():
+    base, delta = torch.ones(3), torch.full((3,), 2.0)
+    assert add_weighted(base, [delta], [0.5]).tolist() == [2.0] * 3
+    assert base.tolist() == [1.0] * 3
+    assert delta.tolist() == [2.0] * 3
+
+
+def test_the_kernel_rounds_once_and_not_after_every_vector():
+    base = torch.ones(1, dtype=torch.bfloat16)
+    small = torch.full((1,), 2.0**-9)  # a quarter of the spacing of bfloat16 above 1: four make a step, one makes none
+    assert add_weighted(base, [small] * 4, [1.0] * 4).item() == 1 + 2.0**-7
+    assert add_weighted(base, [small], [1.0]).item() == 1.0
+
+
+def test_the_kernel_wants_a_weight_for_every_delta():
+    with pytest.raises(ValueError, match="zip"):
+        add_weighted(torch.ones(1), [torch.ones(1)], [1.0, 2.0])
+
+
+# -- engines ------------------------------------------------------------------------------------------------------
+
+# dtype of the files, `dtype` and `out_dtype` of the config
+DTYPE_CASES = [
+    ("bfloat16", {"dtype": "bfloat16"}),
+    ("float32", {"dtype": "float32"}),
+    ("bfloat16", {"dtype": "float32", "out_dtype": "bfloat16"}),
+    ("float32", {"dtype": "float32", "out_dtype": "bfloat16"}),
+    ("bfloat16", {"dtype": "float32"}),
+    ("bfloat16", {}),
+]
+
+
+@pytest.mark.parametrize("vectors", ["checkpoint", "delta"])
+@pytest.mark.parametrize(("stored", "dtypes"), DTYPE_CASES)
+def test_the_writer_equals_mergekit_bit_for_bit(pool, kind, vectors, stored, dtypes, tmp_path):
+    base, sources = pool(kind, vectors, TORCH_DTYPES[stored])
+    config = optimer_config(str(base.path), {k: str(v) for k, v in sources.items()}, {"ja": 0.6, "math": -0.35}, "x")
+    config = {key: value for key, value in config.items() if key not in ("dtype", "out_dtype")} | dtypes
+    native = merged_by(config, tmp_path / "native", "native")
+    assert_same_bits(merged_by(config, tmp_path / "mergekit", "mergekit"), native)
+    expected = TORCH_DTYPES[dtypes.get("out_dtype", dtypes.get("dtype", stored))]
+    assert {tensor.dtype for tensor in native.values()} == {expected}
+    assert any(not torch.equal(native[name].float(), tensor.float()) for name, tensor in read_all(base.path).items())
+
+
+def test_a_mixed_pool_of_checkpoint_and_delta_equals_mergekit_bit_for_bit(pool, kind, tmp_path):
+    base, checkpoints = pool(kind, "checkpoint", torch.bfloat16)
+    _, deltas = pool(kind, "delta", torch.bfloat16)
+    sources = {"a": str(checkpoints["ja"]), "b": str(deltas["math"])}
+    config = optimer_config(str(base.path), sources, {"a": 0.8, "b": 0.4}, "bfloat16")
+    native = merged_by(config, tmp_path / "native", "native")
+    assert_same_bits(merged_by(config, tmp_path / "mergekit", "mergekit"), native)
+
+
+def test_the_exported_config_of_a_float32_pool_gives_the_same_bits_from_both_engines(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.float32)
+    config = optimer_config(
+        str(base.path), {k: str(v) for k, v in sources.items()}, {"ja": 0.6, "math": 0.3}, "bfloat16"
+    )
+    default = merged_by(config, tmp_path / "default")
+    assert_same_bits(merged_by(config, tmp_path / "mergekit", "mergekit"), default)
+
+
+def test_a_float32_merge_of_one_vector_equals_task_arithmetic_of_mergekit_bit_for_bit(pool, kind, tmp_path):
+    base, sources = pool(kind, "checkpoint", torch.float32)
+    config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.6}, "float32")
+    ours = merged_by(config, tmp_path / "ours", "native")
+    assert_same_bits(merged_by(config | {"merge_method": "task_arithmetic"}, tmp_path / "theirs"), ours)
+
+
+def test_a_float32_merge_of_two_vectors_equals_task_arithmetic_up_to_the_order_of_the_sum(pool, kind, tmp_path):
+    base, sources = pool(kind, "checkpoint", torch.float32)
+    weights = {"ja": 0.6, "math": -0.3}
+    config = optimer_config(str(base.path), {k: str(v) for k, v in sources.items()}, weights, "float32")
+    ours = merged_by(config, tmp_path / "ours", "native")
+    theirs = merged_by(config | {"merge_method": "task_arithmetic"}, tmp_path / "theirs")
+    stored, tuned = read_all(base.path), {name: read_all(path) for name, path in sources.items()}
+    for name, tensor in ours.items():
+        parts = [weights[v] * (tuned[v][name].double() - stored[name].double()) for v in weights]
+        size = stored[name].double().abs() + sum(part.abs() for part in parts)
+        assert ((tensor.double() - theirs[name].double()).abs() <= 4 * 2.0**-24 * size).all(), name
+
+
+WEIGHTS_UP_TO_TWO = [{"ja": 0.6, "math": 0.3}, {"ja": 1.0, "math": 1.0}, {"ja": 1.2, "math": -0.8}]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS_UP_TO_TWO)
+@pytest.mark.parametrize("vectors", ["checkpoint", "delta"])
+def test_exports_for_unmodified_mergekit_are_within_one_ulp(pool, kind, vectors, weights, tmp_path):
+    base, sources = pool(kind, vectors, torch.bfloat16)
+    texts = {name: str(path) for name, path in sources.items()}
+    ours = merged_by(optimer_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "ours", "native")
+    export = (linear_config if vectors == "checkpoint" else vanilla_config)(str(base.path), texts, weights, "bfloat16")
+    assert export["merge_method"] == "linear"
+    theirs = merged_by(export, tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    distance = torch.cat([ulps_apart(ours[name], theirs[name]).flatten() for name in ours])
+    assert (distance <= 1).double().mean().item() >= 0.995
+
+
+def test_the_delta_export_stays_within_one_ulp_where_weights_cancel(pool, tmp_path):
+    base, sources = pool("gemma", "delta", torch.bfloat16)
+    texts, weights = {name: str(path) for name, path in sources.items()}, {"ja": 9.0, "math": -7.0}
+    ours = merged_by(optimer_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "ours", "native")
+    theirs = merged_by(vanilla_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "theirs")
+    distance = torch.cat([ulps_apart(ours[name], theirs[name]).flatten() for name in ours])
+    assert (distance <= 1).double().mean().item() >= 0.995
+
+
+def test_an_adapter_and_its_extracted_delta_merge_alike(pool, tmp_path):
+    base, sources = pool("llama", "adapter", torch.bfloat16)
+    vectors = open_pool(base, sources)
+    for vector in vectors:
+        extract(vector, base, tmp_path / vector.name, dtype="float32")
+    weights = {"ja": 0.7, "math": 0.5}
+    write_merged(base, vectors, weights, tmp_path / "from-adapters", out_dtype="float32")
+    write_merged(
+        base, open_pool(base, {n: tmp_path / n for n in weights}), weights, tmp_path / "out", out_dtype="float32"
+    )
+    found, expected = read_all(tmp_path / "from-adapters"), read_all(tmp_path / "out")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+
+
+# -- the streaming writer -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vectors", ["checkpoint", "adapter", "delta"])
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_weights_of_zero_give_the_base_bit_for_bit(pool, kind, vectors, stored, tmp_path):
+    base, sources = pool(kind, vectors, TORCH_DTYPES[stored])
+    write_merged(base, open_pool(base, sources), {"ja": 0.0, "math": 0.0}, tmp_path / "out")
+    assert_same_bits(read_all(tmp_path / "out"), read_all(base.path))
+
+
+@pytest.mark.parametrize("engine", ["native", "mergekit"])
+def test_weights_of_zero_keep_the_sign_of_negative_zeros(make_base, make_tuned, tmp_path, engine):
+    tensors = load_file(make_base("llama").path / "model.safetensors")
+    for tensor in tensors.values():
+        tensor.view(-1)[::3] = -0.0
+    AutoModelForCausalLM.from_pretrained(make_base("llama").path).config.save_pretrained(tmp_path / "base")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    tuned = make_tuned(ResolvedModel(tmp_path / "base", "base"), "llama", 1)
+    config = optimer_config(str(tmp_path / "base"), {"v": str(tuned)}, {"v": 0.0}, "bfloat16")
+    assert_same_bits(merged_by(config, tmp_path / "out", engine), tensors)
+
+
+def test_a_written_model_loads_with_its_tokenizer(pool, kind, tokenizer, tmp_path):
+    base, sources = pool(kind, "adapter", torch.bfloat16)
+    write_merged(base, open_pool(base, sources), {"ja": 0.7, "math": 0.2}, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert_same_bits(
+        {name: tensor for name, tensor in model.state_dict().items() if name in Checkpoint(base.path).names},
+        read_all(tmp_path / "out"),
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("aé").input_ids == tokenizer("aé").input_ids
+    assert model(torch.tensor([[2, 70, 71]])).logits.isfinite().all()
+
+
+def test_another_output_dtype_is_what_the_config_says_and_what_loads(pool, tmp_path):
+    base, sources = pool("gemma", "checkpoint", torch.float32)
+    write_merged(base, open_pool(base, sources), {"ja": 0.7, "math": 0.2}, tmp_path / "out", out_dtype="float16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "float16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float16
+    assert {tensor.dtype for tensor in read_all(tmp_path / "out").values()} == {torch.float16}
+
+
+def test_shards_hold_the_bits_of_the_single_file_and_load(pool, kind, tmp_path):
+    base, sources = pool(kind, "checkpoint", torch.bfloat16)
+    weights = {"ja": 0.7, "math": 0.2}
+    write_merged(base, open_pool(base, sources), weights, tmp_path / "one")
+    write_merged(base, open_pool(base, sources), weights, tmp_path / "many", max_shard_size=20_000)
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "many").glob("model-0*-of-*.safetensors"))) > 2
+    assert_same_bits(read_all(tmp_path / "many"), read_all(tmp_path / "one"))
+    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert_same_bits(many, one)
+
+
+def test_small_row_blocks_give_the_same_bits_for_dense_vectors(pool, tmp_path, monkeypatch):
+    base, sources = pool("gemma", "checkpoint", torch.bfloat16)
+    weights = {"ja": 0.7, "math": 0.2}
+    write_merged(base, open_pool(base, sources), weights, tmp_path / "whole")
+    monkeypatch.setattr(vector_module, "CHUNK_ELEMENTS", 100)
+    write_merged(base, open_pool(base, sources), weights, tmp_path / "blocks")
+    assert_same_bits(read_all(tmp_path / "blocks"), read_all(tmp_path / "whole"))
+
+
+# -- interruptions ------------------------------------------------------------------------------------------------
+
+
+def test_an_error_inside_a_staged_directory_leaves_nothing(tmp_path):
+    def fail() -> None:
+        with staged_directory(tmp_path / "out") as staging:
+            (staging / "half").write_text("half", encoding="utf-8")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_directory_is_refused_before_anything_is_written(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"out: already exists and is not empty"):
+        write_merged(base, open_pool(base, sources), {"ja": 1.0, "math": 0.0}, tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing_and_says_so(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    vectors = open_pool(base, sources)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (30_000, limits[1])
+    )  # the kernel refuses the bytes beyond, as a full disk
+    try:
+        with pytest.raises(OutputError, match=r"out: writing failed \(File too large\)\. Nothing was left behind"):
+            write_merged(base, vectors, {"ja": 1.0, "math": 0.0}, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+STALLING_WRITE = """
+import sys, time
+from pathlib import Path
+from optimer_hf.convert import ResolvedModel
+from optimer_hf.merge import write_merged
+from optimer_hf.vector import CheckpointVector, open_vector
+
+class Stalling(CheckpointVector):
+    def delta(self, name, rows):
+        if name == "model.layers.1.mlp.up_proj.weight":
+            print("in the middle", flush=True)
+            time.sleep(600)
+        return super().delta(name, rows)
+
+base, tuned, out = map(Path, sys.argv[1:])
+vector = open_vector("ja", str(tuned), ResolvedModel(base, "base"))
+stalling = Stalling(vector.name, vector.tuned, vector.base)
+write_merged(ResolvedModel(base, "base"), [stalling], {"ja": 1.0}, out, max_shard_size=8000)
+"""
+
+
+def test_a_killed_write_leaves_no_output_and_can_be_run_again(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", STALLING_WRITE, str(base.path), str(sources["ja"]), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in the middle\n"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=10) == -signal.SIGKILL
+    assert not out.exists()
+    left = list(tmp_path.rglob("*.safetensors"))
+    assert left, "the process was killed before it wrote anything"
+    vectors = [open_vector("ja", str(sources["ja"]), base)]
+    write_merged(base, vectors, {"ja": 1.0}, out, max_shard_size=8000)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert_same_bits(read_all(out), read_all(sources["ja"]))
+
+
+# -- merge configs ------------------------------------------------------------------------------------------------
+
+
+def optimer_yaml(**changes) -> dict:
+    models = [{"model": "./tuned", "parameters": {"weight": 0.5}}]
+    return {"merge_method": "optimer", "base_model": "./base", "models": models, "dtype": "bfloat16"} | changes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (optimer_yaml(paramters={}), r"c\.yml: unknown field 'paramters'.*Did you mean 'parameters'\?"),
+        (optimer_yaml(models=[{"modle": "./tuned"}]), r"models\.0: unknown field 'modle'.*Did you mean 'model'\?"),
+        (
+            optimer_yaml(models=[{"model": "a", "weight": 1}]),
+            r"models\.0: unknown field 'weight'.*Known: model, parameters",
+        ),
+        (optimer_yaml(models=[{"parameters": {}}]), r"models\.0: field 'model' is missing"),
+        (optimer_yaml(models=["./tuned"]), r"models\.0: found './tuned', expected a mapping"),
+        ({"base_model": "./base", "models": []}, r"field 'merge_method' is missing.*merge_method: optimer"),
+    ],
+)
+def test_unknown_and_missing_fields_are_errors_with_a_suggestion(tmp_path, config, message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        read_merge_config(write_config(tmp_path / "c.yml", config))
+
+
+@pytest.mark.parametrize("engine", ["native", "mergekit"])
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"wieght": 1.0}, r"tuned: parameters: unknown field 'wieght'.*Did you mean 'weight'\?"),
+        ({}, r"tuned: parameters\.weight is missing"),
+    ],
+)
+def test_a_vector_without_its_weight_is_an_error_for_both_engines(tmp_path, engine, parameters, message):
+    path = write_config(tmp_path / "c.yml", optimer_yaml(models=[{"model": "./tuned", "parameters": parameters}]))
+    with pytest.raises(ConfigError, match=message):
+        merge(path, tmp_path / "out", engine=engine)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_without_base_or_models_is_an_error(tmp_path):
+    path = tmp_path / "c.yml"
+    with pytest.raises(ConfigError, match="field 'base_model' is missing"):
+        pool_of({"models": [{"model": "a/b"}]}, path)
+    with pytest.raises(ConfigError, match="found none besides the base"):
+        pool_of({"base_model": "a/b", "models": [{"model": "a/b"}]}, path)
+
+
+def test_vectors_are_named_by_the_last_part_of_their_path(tmp_path):
+    models = [{"model": text} for text in ("org/ja@main", "./x/ja", "./x/math", "org/base")]
+    base, sources = pool_of({"base_model": "org/base", "models": models}, tmp_path / "c.yml")
+    assert base == "org/base"
+    assert sources == {"ja": "org/ja@main", "ja-2": str(tmp_path / "x/ja"), "math": str(tmp_path / "x/math")}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"merge_method": "ties"},
+        {"tokenizer_source": "union"},
+        {"models": [{"model": "./tuned", "parameters": {"weight": [0.0, 1.0]}}]},
+        {"dtype": "bfloat16", "out_dtype": "float32"},
+    ],
+)
+def test_what_only_mergekit_can_do_is_not_taken_by_the_writer(tmp_path, changes):
+    path = write_config(tmp_path / "c.yml", optimer_yaml(**changes))
+    assert linear_merge_of(read_merge_config(path), path) is None
+    with pytest.raises(ConfigError, match="only mergekit can do"):
+        merge(path, tmp_path / "out", engine="native")
+
+
+def test_the_engine_follows_the_config_and_the_options(pool, tmp_path):
+    from mergekit.options import MergeOptions
+
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "bfloat16")
+    path = write_config(tmp_path / "c.yml", config)
+    assert merge(path, tmp_path / "a") == "native"
+    assert (tmp_path / "a" / "mergekit_config.yml").read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
+    assert merge(path, tmp_path / "b", options=MergeOptions(quiet=True, out_shard_size=20_000)) == "native"
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    assert merge(path, tmp_path / "c", options=MergeOptions(quiet=True, clone_tensors=True)) == "mergekit"
+    assert_same_bits(read_all(tmp_path / "c"), read_all(tmp_path / "a"))
+
+
+def test_paths_in_a_config_are_seen_from_its_folder(pool, tmp_path, monkeypatch):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    (tmp_path / "base").symlink_to(base.path)
+    (tmp_path / "tuned").symlink_to(sources["ja"])
+    path = write_config(tmp_path / "c.yml", optimer_yaml(models=[{"model": "./tuned", "parameters": {"weight": 1.0}}]))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for engine in ("native", "mergekit"):
+        merge(path, tmp_path / engine, engine=engine)
+        assert_same_bits(read_all(tmp_path / engine), read_all(sources["ja"]))
+
+
+def test_a_config_mergekit_refuses_is_an_error_that_names_the_file(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "bfloat16")
+    path = write_config(tmp_path / "c.yml", config | {"merge_method": "no_such_method"})
+    with pytest.raises((ConfigError, ModelError), match=r"c\.yml: mergekit"):
+        merge(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_with_a_nan_weight_is_refused(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": math.nan}, "bfloat16")
+    with pytest.raises(ConfigError, match=r"c\.yml: models: .*parameters\.weight: found nan"):
+        merge(write_config(tmp_path / "c.yml", config), tmp_path / "out")

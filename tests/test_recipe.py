@@ -1,0 +1,189 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from optimer_hf.convert import ResolvedModel
+from optimer_hf.errors import ConfigError, ModelError, OutputError
+from optimer_hf.files import sha256_file
+from optimer_hf.merge import write_merged
+from optimer_hf.recipe import Lock, RecipeFile, build, verify
+from optimer_hf.vector import Checkpoint, extract, open_vector, weight_files
+
+WEIGHTS = {"ja": 0.8, "math": -0.35, "it": 1.0}
+
+
+def change_weights(directory: Path) -> None:
+    """Add a step to one element of one weights file."""
+    file = sorted(directory.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def pool(make_base, make_tuned, make_adapter, tmp_path) -> tuple[ResolvedModel, dict[str, Path]]:
+    """A base and an adapter, a delta and a checkpoint, copied so that a test may damage them."""
+    made = make_base("llama")
+    shutil.copytree(made.path, tmp_path / "base")
+    base = ResolvedModel(tmp_path / "base", "base")
+    vectors = tmp_path / "vectors"
+    shutil.copytree(make_adapter(base, 0), vectors / "ja")
+    extract(open_vector("math", str(make_tuned(base, "llama", 1)), base), base, vectors / "math")
+    shutil.copytree(make_tuned(base, "llama", 2), vectors / "it")
+    return base, {name: vectors / name for name in WEIGHTS}
+
+
+@pytest.fixture
+def recipe(pool, tmp_path) -> Path:
+    """A recipe written by hand over all three kinds of vector, with its lock, in a folder that uses relative paths."""
+    base, sources = pool
+    path = tmp_path / "recipe.yaml"
+    data = {
+        "format_version": 1,
+        "name": "demo",
+        "base_model": "./base",
+        "dtype": "bfloat16",
+        "vectors": {name: {"source": f"./vectors/{name}", "weight": weight} for name, weight in WEIGHTS.items()},
+        "objective": {},
+        "scores": {},
+        "study": {},
+    }
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    files = {name: weight_files(source) for name, source in sources.items()}
+    Lock(base=weight_files(base.path), vectors=files).write(path.with_suffix(".lock.json"))
+    return path
+
+
+def test_a_recipe_over_all_three_kinds_builds_the_weighted_sum(recipe, pool, tmp_path):
+    base, sources = pool
+    build(recipe, tmp_path / "out")
+    vectors = [open_vector(name, str(source), base) for name, source in sources.items()]
+    assert [vector.kind for vector in vectors] == ["adapter", "delta", "checkpoint"]
+    write_merged(base, vectors, WEIGHTS, tmp_path / "expected", out_dtype="bfloat16")
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "expected")
+    assert weight_files(tmp_path / "out") != weight_files(base.path)
+
+
+def test_the_first_build_locks_the_model_and_the_second_gives_it_again(recipe, tmp_path):
+    with pytest.raises(ModelError, match=r"records no built model\. Run `optimer build"):
+        verify(recipe, tmp_path / "one")
+    build(recipe, tmp_path / "one")
+    locked = Lock.read(recipe.with_suffix(".lock.json"))
+    assert locked.output == {"model.safetensors": sha256_file(tmp_path / "one" / "model.safetensors")}
+    build(recipe, tmp_path / "two")
+    verify(recipe, tmp_path / "one")
+    verify(recipe, tmp_path / "two")
+    assert Lock.read(recipe.with_suffix(".lock.json")) == locked
+
+
+@pytest.mark.parametrize("part", ["base_model", "vectors.ja", "vectors.math", "vectors.it"])
+def test_build_refuses_weights_that_are_not_the_locked_ones(recipe, pool, tmp_path, part):
+    base, sources = pool
+    directory = base.path if part == "base_model" else sources[part.removeprefix("vectors.")]
+    change_weights(directory)
+    with pytest.raises(
+        ModelError, match=rf"demo: {part}: the weights in .*{directory.name} are not the locked ones\. Fetch"
+    ):
+        build(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_build_refuses_a_vector_that_the_lock_does_not_know(recipe, tmp_path):
+    data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    data["vectors"]["code"] = {"source": "./vectors/it", "weight": 0.1}
+    recipe.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"vectors\.code: the weights in .* are not the locked ones"):
+        build(recipe, tmp_path / "out")
+
+
+def test_build_says_when_the_model_is_not_the_one_built_first(recipe, tmp_path):
+    build(recipe, tmp_path / "one")
+    data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    data["vectors"]["ja"]["weight"] = 0.5
+    recipe.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"two: differs from the model this recipe built first \(recipe\.lock\.json\)"):
+        build(recipe, tmp_path / "two")
+    with pytest.raises(ModelError, match=r"two/model\.safetensors: sha256 differs"):
+        verify(recipe, tmp_path / "two")
+    verify(recipe, tmp_path / "one")
+
+
+def test_a_recipe_without_a_lock_builds_and_writes_none(recipe, tmp_path):
+    recipe.with_suffix(".lock.json").unlink()
+    build(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not recipe.with_suffix(".lock.json").exists()
+
+
+def test_other_dtypes_and_shard_sizes_build_without_touching_the_lock(recipe, tmp_path):
+    before = recipe.with_suffix(".lock.json").read_text(encoding="utf-8")
+    build(recipe, tmp_path / "float32", out_dtype="float32")
+    build(recipe, tmp_path / "shards", max_shard_size=20_000)
+    assert Checkpoint(tmp_path / "float32").dtype("model.norm.weight") == torch.float32
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert recipe.with_suffix(".lock.json").read_text(encoding="utf-8") == before
+
+
+def test_build_refuses_a_directory_with_files(recipe, tmp_path):
+    build(recipe, tmp_path / "out")
+    with pytest.raises(OutputError, match="already exists and is not empty"):
+        build(recipe, tmp_path / "out")
+    verify(recipe, tmp_path / "out")
+
+
+def test_verify_names_a_changed_a_lost_and_a_foreign_file(recipe, tmp_path):
+    out = tmp_path / "out"
+    build(recipe, out)
+    verify(recipe, out)
+    shutil.copyfile(out / "model.safetensors", out / "other.safetensors")
+    with pytest.raises(ModelError, match=r"out/other\.safetensors: sha256 differs from recipe\.lock\.json"):
+        verify(recipe, out)
+    (out / "other.safetensors").unlink()
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(ModelError, match=r"out/model\.safetensors: sha256 differs from recipe\.lock\.json"):
+        verify(recipe, out)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"out/model\.safetensors"):
+        verify(recipe, out)
+
+
+def test_a_recipe_moves_with_its_folder(recipe, tmp_path):
+    build(recipe, tmp_path / "out")
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("base", "vectors", "recipe.yaml", "recipe.lock.json"):
+        shutil.move(tmp_path / name, moved / name)
+    build(moved / "recipe.yaml", moved / "out")
+    verify(moved / "recipe.yaml", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vektors": {}}, r"recipe\.yaml: unknown field 'vektors'\. Did you mean 'vectors'\?"),
+        ({"dtype": "int8"}, r"recipe\.yaml: dtype: found 'int8'"),
+        ({"vectors": {"ja": {"source": "./x"}}}, r"recipe\.yaml: field 'vectors\.ja\.weight' is missing"),
+        ({"vectors": {"ja": {"source": "./x", "weight": float("nan")}}}, r"vectors\.ja\.weight: found nan"),
+        ({"format_version": 2}, r"format_version: found 2"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named_by_file_and_field(recipe, change, message):
+    data = yaml.safe_load(recipe.read_text(encoding="utf-8")) | change
+    recipe.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        RecipeFile.read(recipe)
+
+
+def test_the_weights_of_a_recipe_are_those_in_the_file(recipe):
+    assert RecipeFile.read(recipe).weights == WEIGHTS
+    assert set(json.loads(recipe.with_suffix(".lock.json").read_text(encoding="utf-8"))["vectors"]) == set(WEIGHTS)

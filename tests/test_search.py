@@ -1,0 +1,468 @@
+"""search.py: anchors, resuming after any cut, crashes, locks, and a real study on tiny models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
+from optimer_hf.evaluate import Evaluator, TermScore, combine
+from optimer_hf.recipe import build, write_recipe
+from optimer_hf.search import (
+    Study,
+    StudyConfig,
+    Trial,
+    TrialLog,
+    anchors,
+    columns,
+    from_unit,
+    load_study,
+    locked,
+    search,
+    to_unit,
+)
+
+OPTIMA = {"t": [0.6, 0.3, 0.1, 0.0], "u": [0.1, 0.7, 0.0, 0.2], "q": [0.0, 0.0, 0.5, 0.5]}
+
+
+def config_of(**changes) -> StudyConfig:
+    data = {
+        "base_model": "a/b",
+        "vectors": {name: {"source": f"a/{name}"} for name in "wxyz"},
+        "objective": {
+            "terms": [
+                {"task": "t", "metric": "loss"},
+                {"task": "u", "metric": "loss"},
+                {"task": "q", "metric": "loss", "weight": 0},
+            ]
+        },
+        "search": {"n_trials": 12, "rescore_top": 2},
+    }
+    return StudyConfig.model_validate(data | changes)
+
+
+def landscape(label: str, weights) -> float:
+    """A loss with one optimum per term, and the cliff along the sum that merges have."""
+    point = np.array(list(weights.values()))
+    return 3 + ((point - OPTIMA[label]) ** 2).sum() + 0.3 * max(0, point.sum() - 1.8) ** 2
+
+
+class FunctionPool:
+    """Scores weights by a function; counts its calls."""
+
+    def __init__(self, config: StudyConfig, *, noise: float = 0.1) -> None:
+        self.noise, self.calls = noise, []
+
+    def score(self, weights, terms, limits):
+        self.calls.append((dict(weights), [term.label for term in terms], dict(limits)))
+        jitter = self.noise * np.random.default_rng(0).normal(size=4)
+        scores = {t.label: TermScore([(landscape(t.label, weights) + e, 1.0) for e in jitter], False) for t in terms}
+        return scores, {"merge": 0.0, "evaluate": 0.0}, 10
+
+
+class FailingPool(FunctionPool):
+    """Raises for some calls, by their number."""
+
+    failures: dict[int, Exception] = {}  # noqa: RUF012
+
+    def score(self, weights, terms, limits):
+        found = super().score(weights, terms, limits)
+        if len(self.calls) - 1 in self.failures:
+            raise self.failures[len(self.calls) - 1]
+        return found
+
+
+def failing_at(failures):
+    return type("FailingHere", (FailingPool,), {"failures": failures})
+
+
+def no_pool(config):
+    pytest.fail("a finished study must not open its pool")
+
+
+def outcome(study: Study):
+    """Everything of a study's trials but the clock."""
+    return [replace(trial, seconds={}, error=None) for trial in study.log.trials]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Study:
+    return search(config_of(), tmp_path_factory.mktemp("study") / "s", pool=FunctionPool)
+
+
+# -- anchors and scaling ------------------------------------------------------------------------------------------
+
+
+def test_a_search_starts_from_base_each_vector_alone_and_the_average():
+    found = anchors(config_of())
+    assert [origin for origin, _ in found] == ["base", "w alone", "x alone", "y alone", "z alone", "average"]
+    assert found[0][1] == dict.fromkeys("wxyz", 0.0)
+    assert found[2][1] == {"w": 0.0, "x": 0.7, "y": 0.0, "z": 0.0}
+    assert found[5][1] == dict.fromkeys("wxyz", 0.25)
+
+
+def test_anchors_stay_inside_the_bounds():
+    vectors = {"w": {"source": "a/w", "bounds": [0.0, 0.5]}, "x": {"source": "a/x", "bounds": [0.1, 1.0]}}
+    assert [weights for _, weights in anchors(config_of(vectors=vectors))] == [
+        {"w": 0.0, "x": 0.1},
+        {"w": 0.5, "x": 0.1},
+        {"w": 0.0, "x": 0.7},
+        {"w": 0.5, "x": 0.5},
+    ]
+
+
+def test_a_single_vector_has_no_average():
+    assert [origin for origin, _ in anchors(config_of(vectors={"w": {"source": "a/w"}}))] == ["base", "w alone"]
+
+
+def test_unit_points_and_weights_convert_both_ways():
+    config = config_of(
+        vectors={
+            "w": {"source": "a/w", "bounds": [-0.5, 1.5]},
+            "f": {"source": "a/f", "fixed": 0.3},
+            "x": {"source": "a/x"},
+        }
+    )
+    weights = from_unit(config, np.array([0.25, 1.0]))
+    assert weights == {"w": 0.0, "x": 1.5, "f": 0.3}
+    assert to_unit(config, [weights]) == pytest.approx(np.array([[0.25, 1.0]]))
+
+
+def test_fixed_vectors_keep_their_weight_in_every_trial(tmp_path):
+    vectors = {name: {"source": f"a/{name}"} for name in "wxy"} | {"z": {"source": "a/z", "fixed": 0.35}}
+    study = search(config_of(vectors=vectors), tmp_path / "s", pool=FunctionPool)
+    assert len(study.log.of("search")) == 12
+    assert all(trial.weights["z"] == 0.35 for trial in study.log.trials)
+
+
+# -- the search itself --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("combination", ["relative_to_base", "worst", "weighted_mean"])
+def test_a_smooth_landscape_is_searched_to_near_its_optimum_in_24_trials(tmp_path, combination):
+    objective = config_of().objective.model_dump() | {"combine": combination}
+    config = config_of(objective=objective, search={"n_trials": 24, "rescore_top": 2})
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    values = [study.value(trial) for trial in study.log.of("search")]
+    best_anchor = max(values[:6])
+    assert study.value(study.incumbent) > best_anchor
+    grid = np.random.default_rng(0).dirichlet(np.ones(4), 20000) * np.random.default_rng(1).uniform(0, 1.5, (20000, 1))
+    base = {label: TermScore([(landscape(label, dict.fromkeys("wxyz", 0.0)), 1.0)], False) for label in OPTIMA}
+
+    def true_value(point):
+        weights = dict(zip("wxyz", point, strict=True))
+        scores = {label: TermScore([(landscape(label, weights), 1.0)], False) for label in OPTIMA}
+        return combine(config.objective, scores, base)
+
+    optimum = max(true_value(point) for point in grid)
+    found, start = true_value(study.incumbent.weights.values()), true_value([0.0] * 4)
+    assert found - start > 0.93 * (optimum - start)
+
+
+def test_trials_record_their_origin_number_and_all_items(uninterrupted):
+    trials = uninterrupted.log.of("search")
+    assert [trial.number for trial in trials] == list(range(12))
+    assert [trial.origin for trial in trials[6:]] == ["surrogate"] * 6
+    assert all(len(trial.terms["t"].items) == 4 and set(trial.terms) == {"t", "u", "q"} for trial in trials)
+    assert len({json.dumps(trial.weights) for trial in trials}) == 12
+
+
+def test_base_and_the_best_few_are_scored_again_and_the_incumbent_is_the_best_of_them(uninterrupted):
+    rescored = uninterrupted.log.of("rescore")
+    assert [trial.number for trial in rescored][0] == 0
+    assert [trial.number for trial in rescored][1:] == [trial.number for trial in uninterrupted.ranked()[:2]]
+    assert uninterrupted.value(uninterrupted.incumbent) == max(map(uninterrupted.value, rescored))
+
+
+def test_rescoring_uses_its_own_limit_and_the_terms_that_join_for_it(tmp_path):
+    pools = []
+
+    def pool(config):
+        pools.append(FunctionPool(config))
+        return pools[-1]
+
+    terms = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss", "rescore_only": True, "limit": 9}]
+    config = config_of(
+        objective={"terms": terms, "limit": 5}, search={"n_trials": 7, "rescore_top": 1, "rescore_limit": 50}
+    )
+    search(config, tmp_path / "s", pool=pool)
+    assert pools[0].calls[0][1:] == (["t"], {"t": 5})
+    assert pools[0].calls[-1][1:] == (["t", "u"], {"t": 50, "u": 9})
+
+
+def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
+    study = search(config_of(search={"n_trials": 8, "rescore_top": 0}), tmp_path / "s", pool=FunctionPool)
+    assert study.log.of("rescore") == []
+    assert study.incumbent == study.ranked()[0]
+    assert study.is_finished
+
+
+def test_another_seed_asks_for_other_weights(uninterrupted, tmp_path):
+    config = config_of(search={"n_trials": 8, "rescore_top": 0, "seed": 1})
+    other = search(config, tmp_path / "s", pool=FunctionPool)
+    same = [a.weights == b.weights for a, b in zip(other.log.of("search"), uninterrupted.log.trials, strict=False)]
+    assert all(same[:6]) and not any(same[6:])
+
+
+# -- resuming -----------------------------------------------------------------------------------------------------
+
+
+def cut(study: Study, directory: Path, n_lines: int, n_bytes: int) -> None:
+    """Copy a study as a kill after n_lines whole lines and n_bytes of the next one would leave it."""
+    directory.mkdir()
+    (directory / "study.json").write_bytes((study.directory / "study.json").read_bytes())
+    lines = (study.directory / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    rest = lines[n_lines][:n_bytes] if n_lines < len(lines) else b""
+    (directory / "trials.jsonl").write_bytes(b"".join(lines[:n_lines]) + rest)
+
+
+@pytest.mark.parametrize("n_lines", [0, 1, 5, 6, 7, 10, 11, 12, 13, 14])
+def test_resumed_study_equals_uninterrupted_one(uninterrupted, tmp_path, n_lines):
+    cut(uninterrupted, tmp_path / "s", n_lines, 40)
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 2, 20, 200, -2, -1])
+def test_a_line_torn_at_any_byte_is_run_again(uninterrupted, tmp_path, n_bytes):
+    cut(uninterrupted, tmp_path / "s", 8, n_bytes)  # -1: all but the newline
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+    assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) == 15
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_search import FunctionPool, config_of
+from optimer_hf.search import search
+
+class SlowPool(FunctionPool):
+    def score(self, *arguments):
+        time.sleep(0.1)
+        return super().score(*arguments)
+
+search(config_of(), Path(sys.argv[1]), pool=SlowPool)
+"""
+
+
+def start_search(directory: Path) -> subprocess.Popen:
+    here = Path(__file__).parent
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(directory), str(here), str(here.parent)])
+
+
+def wait_for_lines(path: Path, n: int) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < n:
+        assert time.monotonic() < deadline, "the search did not get that far"
+        time.sleep(0.01)
+
+
+def test_a_killed_process_leaves_a_study_that_resumes_to_the_same_trials(uninterrupted, tmp_path):
+    process = start_search(tmp_path / "s")
+    wait_for_lines(tmp_path / "s" / "trials.jsonl", 8)
+    with pytest.raises(StudyError, match="another process is running this study"):
+        search(config_of(), tmp_path / "s", pool=no_pool)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 8 <= len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) < 15
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+
+
+def test_a_finished_study_does_nothing(uninterrupted):
+    before = (uninterrupted.directory / "trials.jsonl").read_bytes()
+    again = search(config_of(), uninterrupted.directory, pool=no_pool)
+    assert again.incumbent == uninterrupted.incumbent
+    assert (uninterrupted.directory / "trials.jsonl").read_bytes() == before
+
+
+def test_more_trials_go_on_from_a_finished_study_and_can_become_the_incumbent(tmp_path):
+    search(config_of(search={"n_trials": 6, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool)
+    longer = config_of(search={"n_trials": 14, "rescore_top": 2})
+    study = search(longer, tmp_path / "s", pool=FunctionPool)
+    assert [trial.number for trial in study.log.of("search")] == list(range(14))
+    assert {trial.number for trial in study.ranked()[:2]} <= {trial.number for trial in study.log.of("rescore")}
+    assert study.incumbent.origin == "surrogate"
+    assert study.is_finished
+    search(longer, tmp_path / "s", pool=no_pool)
+
+
+# -- failures -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
+    pool = failing_at({3: RuntimeError("out of memory"), 8: EvaluationError("the score of item 0 is not a finite")})
+    study = search(config_of(), tmp_path / "s", pool=pool)
+    crashed = [trial for trial in study.log.of("search") if trial.status == "crashed"]
+    assert [trial.number for trial in crashed] == [3, 8]
+    assert "RuntimeError: out of memory" in crashed[0].error and "Traceback" in crashed[0].error
+    assert crashed[0].terms == {}
+    assert len(study.log.of("search")) == 12
+    assert study.incumbent.status == "ok" and study.value(study.incumbent) > 0
+
+
+def test_a_study_with_crashed_trials_resumes_to_the_same_trials(tmp_path):
+    class CliffPool(FunctionPool):
+        def score(self, weights, terms, limits):
+            if weights["y"] > 0.5:
+                raise RuntimeError("fell off")
+            return super().score(weights, terms, limits)
+
+    whole = search(config_of(), tmp_path / "whole", pool=CliffPool)
+    assert any(trial.status == "crashed" for trial in whole.log.trials)
+    cut(whole, tmp_path / "s", 9, 10)
+    assert outcome(search(config_of(), tmp_path / "s", pool=CliffPool)) == outcome(whole)
+
+
+def test_a_study_whose_trials_mostly_crash_is_finished_all_the_same(tmp_path):
+    config = config_of(search={"n_trials": 6, "rescore_top": 3})
+    pool = failing_at({number: RuntimeError("no") for number in (2, 3, 4, 5)})
+    assert search(config, tmp_path / "s", pool=pool).is_finished
+    search(config, tmp_path / "s", pool=no_pool)
+
+
+def test_a_base_that_cannot_be_scored_ends_the_search(tmp_path):
+    with pytest.raises(EvaluationError, match="the base model itself cannot be scored: ValueError: no"):
+        search(config_of(), tmp_path / "s", pool=failing_at({0: ValueError("no")}))
+    assert TrialLog(tmp_path / "s" / "trials.jsonl").trials == []
+
+
+def test_a_model_error_is_not_a_bad_trial_and_ends_the_search(tmp_path):
+    with pytest.raises(ModelError, match="damaged"):
+        search(config_of(), tmp_path / "s", pool=failing_at({4: ModelError("damaged")}))
+
+
+def test_crashed_and_very_bad_trials_are_learned_at_a_floor():
+    def trial(loss, status="ok"):
+        terms = {"t": TermScore([(loss, 1.0)], False), "u": TermScore([(loss, 1.0)], False)} if status == "ok" else {}
+        return Trial(0, "x", "search", dict.fromkeys("wxyz", 0.0), status, terms, {})
+
+    table = columns(config_of(), [trial(2.0), trial(1.8), trial(0, "crashed"), trial(1e9)])
+    assert table[:, 0] == pytest.approx([0, 0.1, -0.5, -0.5])
+
+
+# -- the study directory ------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(uninterrupted, tmp_path):
+    cut(uninterrupted, tmp_path / "s", 9, 0)
+    path = tmp_path / "s" / "trials.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], b'{"number": 3, "ori\n', *lines[4:]]))
+    with pytest.raises(StudyError, match=r"trials\.jsonl:4: not a trial"):
+        search(config_of(), tmp_path / "s", pool=FunctionPool)
+
+
+@pytest.mark.parametrize("line", [b"[]\n", b"3\n", b"\xff\n", b'{"number": 1}\n', b"\n"])
+def test_any_line_that_is_no_trial_is_an_error(tmp_path, line):
+    (tmp_path / "trials.jsonl").write_bytes(line)
+    with pytest.raises(StudyError, match=r"trials\.jsonl:1: not a trial"):
+        TrialLog(tmp_path / "trials.jsonl")
+
+
+def test_a_trial_reads_back_equal(uninterrupted):
+    for trial in uninterrupted.log.trials:
+        assert Trial.from_json(trial.to_json()) == trial
+    assert TrialLog(uninterrupted.directory / "trials.jsonl").trials == uninterrupted.log.trials
+
+
+def test_another_config_is_refused_naming_the_fields(uninterrupted):
+    other = config_of(dtype="float32", search={"n_trials": 12, "rescore_top": 2, "seed": 9})
+    with pytest.raises(StudyError, match=r"these fields differ: dtype, search\."):
+        search(other, uninterrupted.directory, pool=no_pool)
+
+
+def test_a_directory_with_foreign_files_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(StudyError, match="is not empty and holds no study"):
+        search(config_of(), tmp_path, pool=no_pool)
+
+
+def test_loading_a_directory_without_a_study_says_how_to_make_one(tmp_path):
+    with pytest.raises(StudyError, match="holds no study .*optimer search"):
+        load_study(tmp_path)
+
+
+def test_a_loaded_study_is_the_one_that_ran(uninterrupted):
+    loaded = load_study(uninterrupted.directory)
+    assert loaded.config == uninterrupted.config and loaded.incumbent == uninterrupted.incumbent
+
+
+def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path / "s"):
+            pass
+
+
+# -- configs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vectors: {w: {}}", r"vectors\.w: .*exactly one of 'source'"),
+        ("vectors: {w: {source: a/w, train: t}}", r"exactly one of 'source'"),
+        ("vectors: {w: {source: a/w, bounds: [1, 1]}}", r"bounds \[1\.0, 1\.0\] are empty"),
+        ("vectors: {w: {source: a/w, fixed: 1}}", "every vector is fixed"),
+        ("vectors: {}", "at least 1 item"),
+        ("vectors: {w: {source: a/w}}\nretarget: {r: {nope: 1}}", r"retarget\.r: no term 'nope' is recorded"),
+        ("vectors: {w: {source: a/w}}\nsearch: {n_trails: 3}", r"'search\.n_trails'.*Did you mean 'n_trials'"),
+        ("vectors: {w: {source: a/w}}\ndtype: int8", "dtype: found 'int8'"),
+    ],
+)
+def test_an_impossible_study_is_refused_with_field_and_reason(tmp_path, text, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(f"base_model: a/b\nobjective: {{terms: [{{task: t, metric: loss}}]}}\n{text}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=message) as caught:
+        StudyConfig.read(path)
+    assert "study.yaml" in str(caught.value)
+
+
+# -- a real study -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_built_recipe_scores_what_its_incumbent_scored(tmp_path, make_base, make_adapter, corpus_dir, dtype):
+    base = make_base("gemma", torch.float32)
+    config = StudyConfig.model_validate(
+        {
+            "base_model": str(base.path),
+            "dtype": dtype,
+            "vectors": {f"v{seed}": {"source": str(make_adapter(base, seed))} for seed in (1, 2)},
+            "objective": {
+                "terms": [{"text": str(corpus_dir / f"{name}.search.jsonl")} for name in ("aaa", "xyz")],
+                "limit": 4,
+            },
+            "search": {"n_trials": 5, "rescore_top": 1},
+        }
+    )
+    study = search(config, tmp_path / "study")
+    best = study.incumbent
+    write_recipe(study, tmp_path / "recipe.yaml", name="tiny")
+    build(tmp_path / "recipe.yaml", tmp_path / "built")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "built", dtype=getattr(torch, dtype)).eval()
+    evaluator = Evaluator(model, AutoTokenizer.from_pretrained(tmp_path / "built"), [config.objective])
+    limits = dict.fromkeys(best.terms, None if best.fidelity == "rescore" else 4)
+    scores = evaluator.evaluate(config.objective.terms, limits=limits)
+    assert {label: term.items for label, term in scores.items()} == {k: term.items for k, term in best.terms.items()}
+    assert any(best.weights.values()) or study.value(best) == 0
+    assert all(trial.status == "ok" and trial.n_tokens > 0 for trial in study.log.trials)
+
+
+def test_a_vector_that_must_be_trained_first_says_so(tmp_path, make_base, make_adapter, corpus_dir):
+    base = make_base("gemma", torch.float32)
+    config = config_of(
+        base_model=str(base.path),
+        vectors={"w": {"train": "train-w.yaml"}},
+        objective={"terms": [{"text": str(corpus_dir / "aaa.search.jsonl")}]},
+    )
+    with pytest.raises(ConfigError, match=r"vectors\.w\.train: 'train-w\.yaml' has to be trained first"):
+        search(config, tmp_path / "s")

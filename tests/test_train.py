@@ -1,0 +1,298 @@
+"""Continual pre-training with the real Trainer: what a run leaves behind, refuses, and how it survives a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from optimer_hf.corpus import CorpusConfig, pack
+from optimer_hf.errors import ConfigError, CorpusError, ModelError, OutputError
+from optimer_hf.train import TRAINER_DEFAULTS, TrainConfig, check_config, is_trained, train
+
+ROOT = Path(__file__).parents[1]
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+FAST = {"learning_rate": 1e-2, "bf16": False}
+
+
+@pytest.fixture
+def make_config(make_base, corpus_dir):
+    """Return a function fields -> TrainConfig of a short float32 LoRA run on a tiny base."""
+
+    def config(kind: str = "gemma", *, lora=LORA, trainer=FAST, max_tokens: int = 640, **fields) -> TrainConfig:
+        base = make_base(kind, torch.float32)
+        corpus = CorpusConfig(path=corpus_dir / "aaa.train.jsonl")
+        return TrainConfig(
+            name="aaa", base_model=str(base.path), corpus=corpus, block_size=32, max_tokens=max_tokens,
+            lora=lora, trainer=trainer, **fields,
+        )  # fmt: skip
+
+    return config
+
+
+def record_of(out: Path) -> dict:
+    return json.loads((out / "training.json").read_text(encoding="utf-8"))
+
+
+def losses_of(out: Path) -> list[float]:
+    return record_of(out)["training"]["losses"]
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# -- what a run leaves behind -------------------------------------------------------------------------------------
+
+
+def test_a_lora_run_lowers_the_loss_and_leaves_an_adapter_and_its_record(make_config, kind, tmp_path):
+    config = make_config(kind, max_tokens=1280)
+    assert train(config, tmp_path / "out") == tmp_path / "out"
+    assert names_in(tmp_path / "out") == {"adapter_config.json", "adapter_model.safetensors", "training.json"}
+    losses = losses_of(tmp_path / "out")
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+
+
+def test_what_a_run_writes_names_no_path_of_this_machine(make_config, make_base, tmp_path):
+    train(make_config(), tmp_path / "out")
+    adapter_config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert adapter_config["base_model_name_or_path"] == make_base("gemma", torch.float32).reference
+    for name in ("adapter_config.json", "training.json"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert str(make_base("gemma", torch.float32).path.parent) not in text
+        assert str(tmp_path) not in text
+
+
+def test_the_record_says_what_was_trained_on_what(make_config, tmp_path):
+    config = make_config(seed=5)
+    train(config, tmp_path / "out")
+    record = record_of(tmp_path / "out")
+    assert record["config_sha256"] == config.digest
+    assert record["corpus"]["name"] == "aaa.train.jsonl"
+    assert record["corpus"]["n_tokens"] == 640
+    assert 0 < record["corpus"]["n_documents"] < 120
+    assert record["training"]["n_steps"] == 20
+    assert record["training"]["seed"] == 5
+    assert set(record["versions"]) == {"torch", "transformers", "peft", "accelerate", "safetensors"}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_full_parameter_run_leaves_a_float32_model(make_base, corpus_dir, tmp_path, stored):
+    base = make_base("llama", stored)
+    config = TrainConfig(
+        name="aaa", base_model=str(base.path), corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
+        block_size=32, max_tokens=1280, trainer={"learning_rate": 3e-3},
+    )  # fmt: skip
+    train(config, tmp_path / "out")
+    tensors, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(base.path / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert tensors.keys() == before.keys()
+    assert not torch.equal(tensors["lm_head.weight"], before["lm_head.weight"].float())
+    losses = losses_of(tmp_path / "out")
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+
+
+def test_the_same_config_gives_the_same_losses_and_another_seed_others(make_config, tmp_path):
+    for out, seed in (("one", 0), ("two", 0), ("other", 1)):
+        train(make_config(seed=seed), tmp_path / out)
+    assert losses_of(tmp_path / "one") == losses_of(tmp_path / "two") != losses_of(tmp_path / "other")
+
+
+def test_a_finished_run_is_not_touched_by_a_second_call(make_config, tmp_path):
+    out = train(make_config(), tmp_path / "out")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    assert train(make_config(), out) == out
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora": {"rr": 4}}, r"train config 'aaa': lora\.rr: unknown field of LoraConfig\. Did you mean 'r'\?"),
+        (
+            {"trainer": {"learning_ratee": 1e-4}},
+            r"trainer\.learning_ratee: unknown field of TrainingArguments\. Did you mean 'learning_rate'\?",
+        ),
+        ({"trainer": {"seed": 1}}, r"trainer\.seed: set it through `seed`"),
+        ({"trainer": {"output_dir": "x"}}, r"trainer\.output_dir: set it through the command line"),
+    ],
+)
+def test_a_field_nobody_knows_is_refused_before_anything_is_written(make_config, tmp_path, fields, message):
+    config = make_config(**fields)
+    with pytest.raises(ConfigError, match=message):
+        check_config(config)
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trainer": {"lr_scheduler_type": "cosinus"}}, r"train config 'aaa': trainer: .*cosinus"),
+        ({"lora": {**LORA, "target_modules": ["no_such_layer"]}}, r"train config 'aaa': lora: .*no_such_layer"),
+    ],
+)
+def test_a_value_that_a_library_refuses_is_a_config_error_and_the_corrected_config_runs(
+    make_config, tmp_path, fields, message
+):
+    with pytest.raises(ConfigError, match=message):
+        train(make_config(**fields), tmp_path / "out")
+    train(make_config(max_tokens=64), tmp_path / "out")
+    assert len(losses_of(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_untying_tied_embeddings_is_refused(make_config, tmp_path, name):
+    config = make_config(lora={**LORA, "modules_to_save": [name]})
+    with pytest.raises(ModelError, match=rf"modules_to_save: \['{name}'\] would untie .* Train full parameters"):
+        train(config, tmp_path / "out")
+
+
+def test_untied_embeddings_may_be_saved_with_the_adapter(make_config, tmp_path):
+    train(make_config("llama", lora={**LORA, "modules_to_save": ["lm_head"]}, max_tokens=64), tmp_path / "out")
+    assert any("lm_head" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+
+
+def test_a_directory_with_foreign_files_is_refused_and_left_alone(make_config, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="already exists and is not a training directory"):
+        train(make_config(), tmp_path)
+    assert names_in(tmp_path) == {"thesis.tex"}
+
+
+def test_another_config_in_the_same_directory_is_refused(make_config, tmp_path):
+    out = train(make_config(), tmp_path / "out")
+    with pytest.raises(OutputError, match="was trained with another config. Remove it"):
+        train(make_config(seed=1), out)
+    assert record_of(out)["training"]["seed"] == 0
+
+
+def test_a_corpus_that_is_too_small_leaves_no_directory(make_config, tmp_path):
+    with pytest.raises(CorpusError, match="max_tokens asks for 1,000,000"):
+        train(make_config(max_tokens=1_000_000), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- kill and go on -----------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", *map(str, words)]
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    end = monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert monotonic() < end, "the run wrote no checkpoint in time"
+        sleep(0.005)
+
+
+def test_a_killed_run_goes_on_and_gives_the_losses_of_an_uninterrupted_one(make_config, tmp_path):
+    trainer = {**FAST, "save_steps": 10}
+    config = make_config("llama", trainer=trainer, max_tokens=32 * 150)
+    config.write(tmp_path / "train.yaml")
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("optimer_hf", "train", tmp_path / "train.yaml", out),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for(lambda: (out / "checkpoints" / "checkpoint-20" / "trainer_state.json").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "training.json").exists()
+    assert not is_trained(config, out)
+
+    whole = train(config, tmp_path / "whole")
+    train(config, out)
+    assert losses_of(out) == pytest.approx(losses_of(whole), rel=1e-5)
+    resumed, expected = (load_file(path / "adapter_model.safetensors") for path in (out, whole))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-5)
+    assert names_in(out) == names_in(whole)
+
+
+def test_a_half_written_checkpoint_is_passed_over_for_the_one_before(make_config, tmp_path):
+    from optimer_hf.train import _last_checkpoint
+
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"global_st'), (100, None)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "checkpoint-5")
+    assert names_in(tmp_path / "checkpoints") == {"checkpoint-5"}
+
+
+# -- the same numbers, other ways ---------------------------------------------------------------------------------
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, tmp_path):
+    outs = {}
+    for name, batch_size in (("two", 2), ("one", 4)):
+        trainer = {**FAST, "per_device_train_batch_size": batch_size}
+        config = make_config("gemma", trainer=trainer, max_tokens=32 * 48)
+        config.write(tmp_path / f"{name}.yaml")
+        outs[name] = (config, tmp_path / name)
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
+    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0, "-m", "optimer_hf"]
+    result = subprocess.run(
+        command(*launch, *options, "train", tmp_path / "two.yaml", outs["two"][1]),
+        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("adapter, norm") == 1  # one process reports
+    train(*outs["one"])
+    assert len(losses_of(outs["one"][1])) == 12
+    assert losses_of(outs["two"][1]) == pytest.approx(losses_of(outs["one"][1]), rel=1e-4)
+
+
+def test_the_fused_run_and_a_stock_trainer_agree(make_config, make_base, kind, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = make_config(kind)
+    fused = losses_of(train(config, tmp_path / "out"))
+
+    base = make_base(kind, torch.float32).path
+    blocks = pack(
+        config.corpus, AutoTokenizer.from_pretrained(base), block_size=32, max_tokens=640, seed=0,
+        out=tmp_path / "blocks.npy",
+    )  # fmt: skip
+    set_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    model.config.use_cache = False  # with a cache, transformers does not look for packed documents
+    options = {**TRAINER_DEFAULTS, **FAST, "output_dir": str(tmp_path / "stock"), "seed": 0, "use_cpu": True}
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**options), train_dataset=blocks, data_collator=default_data_collator
+    )
+    trainer.train()
+    stock = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(stock) == 20
+    assert fused == pytest.approx(stock, abs=1e-3)
