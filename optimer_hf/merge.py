@@ -59,21 +59,25 @@ def add_weighted(
     weights: Sequence[float],
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return base + sum_i weights[i] * deltas[i], accumulated in float32 and rounded once to dtype (None: base.dtype).
+    """Return base + sum_i weights[i] * deltas[i] in float32, rounded once to dtype (None: base.dtype).
 
-    Dense deltas are multiplied, then added (no fused multiply-add), so that every device gives the same bits, and those
-    of mergekit's float32 task_arithmetic for one vector (it sums several before it adds the base). A low-rank delta
-    is multiplied straight into the sum, which never holds it. Deltas are taken one at a time. Source: arXiv 2603.28858, equation of the merge.
+    The weighted deltas are summed in order, then added to the base: deltas are small beside it. Dense ones are
+    multiplied, then added (no fused multiply-add), so that every device gives the same bits, and
+    those of mergekit's float32 task_arithmetic. A low-rank delta is multiplied straight into the
+    sum, which never holds it. Deltas are taken one at a time. Source: arXiv 2603.28858.
     """
-    total = base.to(torch.float32, copy=True)
+    total: torch.Tensor | None = None
     for delta, weight in zip(deltas, weights, strict=True):
         if weight == 0:
             continue
+        if total is None:
+            total = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
         if isinstance(delta, LowRank):
             total.addmm_(delta.b, delta.a, alpha=weight * delta.scale)
         else:
             total += delta.to(torch.float32) * weight
-    return total.to(dtype or base.dtype)
+    merged = base if total is None else total.add_(base)
+    return merged.to(dtype or base.dtype)
 
 
 def merged_rows(

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from optimer_hf.convert import resolve_model
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
-from optimer_hf.evaluate import Evaluator, Objective, Term, TermScore, combine, gains
+from optimer_hf.evaluate import Evaluator, Objective, Scores, Term, TermScore, combine, gains
 from optimer_hf.files import FileModel, ReferenceText, VersionedFile, digest, write_text
 from optimer_hf.progress import Meter
 from optimer_hf.resident import ResidentModel
@@ -265,11 +265,19 @@ def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
     table = np.full((len(trials), n_columns), -np.inf)
     for row, trial in enumerate(trials):
         if trial.status == "ok":
-            each = gains(trial.terms, base)
+            each = _surrogate_gains(config.objective, trial.terms, base)
             values = [each[term.label] for term in counting]
             table[row] = values if per_term else [combine(config.objective, trial.terms, base)]
     floor = -5 * max(float(table.max()), 0.01)
     return np.asarray(np.maximum(table, floor))
+
+
+def _surrogate_gains(objective: Objective, scores: Scores, base: Scores) -> dict[str, float]:
+    """Return gains in the unit that `combine` averages: weighted_mean takes losses as they are, not relative ones."""
+    each = gains(scores, base)
+    if objective.combine != "weighted_mean":
+        return each
+    return {label: g if base[label].higher_is_better else g * abs(base[label].score) for label, g in each.items()}
 
 
 def surrogate_of(config: StudyConfig, trials: Sequence[Trial]) -> WeightedSum:
@@ -456,9 +464,15 @@ class Study:
     @property
     def is_finished(self) -> bool:
         """Whether all trials and re-scorings have run."""
-        n_search = len(self.log.of("search"))
-        wanted = 1 + min(self.config.search.rescore_top, n_search)
-        return n_search >= self.config.search.n_trials and len(self.log.of("rescore")) >= wanted
+        return len(self.log.of("search")) >= self.config.search.n_trials and not self.to_rescore()
+
+    def to_rescore(self) -> list[Trial]:
+        """Return the trials that still have to be scored on the re-scoring items: the base, then the best few."""
+        if self.config.search.rescore_top == 0:
+            return []
+        done = {trial.number for trial in self.log.of("rescore")}
+        chosen = [self.log.of("search")[0], *self.ranked()[: self.config.search.rescore_top]]
+        return [trial for trial in {trial.number: trial for trial in chosen}.values() if trial.number not in done]
 
     def ranked(self) -> list[Trial]:
         """Return the sound search trials, best first by posterior mean (one observation is noisy, the mean less so)."""
@@ -488,7 +502,7 @@ def open_study(config: StudyConfig, directory: Path) -> Study:
     """
     file = directory / "study.json"
     if not file.exists():
-        if directory.exists() and any(path.name != ".lock" for path in directory.iterdir()):
+        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise StudyError(f"{directory}: is not empty and holds no study. Give another study directory.")
         write_text(file, config.model_dump_json(indent=2))
     recorded = json.loads(file.read_text(encoding="utf-8"))
@@ -587,12 +601,14 @@ def _run_rescore(study: Study, pool: Pool) -> None:
         term.label: config.search.rescore_limit if term.limit is None or not term.rescore_only else term.limit
         for term in terms
     }
-    chosen = [study.log.of("search")[0], *study.ranked()[: config.search.rescore_top]]
-    done = len(study.log.of("rescore"))
-    with Meter("re-score", len(chosen), "trials", done=done) as meter:
-        for trial in chosen[done:]:
+    remaining, done = study.to_rescore(), len(study.log.of("rescore"))
+    with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
+        for trial in remaining:
             again = replace(trial, fidelity="rescore", terms={}, seconds={}, n_tokens=0)
-            study.log.append(run_trial(pool, again, terms, limits))
+            rescored = run_trial(pool, again, terms, limits)
+            if trial.number == 0 and rescored.status == "crashed":
+                raise EvaluationError(f"the base model itself cannot be scored again: {rescored.error}")
+            study.log.append(rescored)
             meter.advance(1)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import BOS, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.evaluator import simple_evaluate
@@ -28,7 +29,6 @@ from optimer_hf.evaluate import (
     paired_interval,
     spread,
 )
-from conftest import BOS, tiny_model
 
 CHOICE_TASK = """
 task: toy_choice

