@@ -194,7 +194,8 @@ def search(study: Path, study_dir: Path, objective: Path | None, n_trials: int |
     if output == "json":
         click.echo(json.dumps({"weights": best.weights, "value": result.value(best), "trial": best.number}, indent=2))
         return
-    click.echo(f"best of {len(result.log.of('search'))} trials: {100 * result.value(best):+.2f} % over the base (trial {best.number}, {best.origin})")
+    gain = f"{100 * result.value(best):+.2f} % over the base (trial {best.number}, {best.origin})"
+    click.echo(f"# best of {len(result.log.of('search'))} trials: {gain}")  # a comment: stdout is a YAML file
     click.echo((study_dir / "optimer.yml").read_text(encoding="utf-8"))
     click.echo(f"build it: optimer build {recipe_file} OUT", err=True)
 
@@ -301,6 +302,8 @@ def _validate(path: Path) -> str:
     from optimer_hf.train import TrainConfig, check_config
 
     keys = set(read_yaml(path))
+    if keys and keys <= {"train", "study"}:
+        return "short budget of a recipe"
     if "merge_method" in keys or "models" in keys:
         read_merge_config(path)
         return "merge config"

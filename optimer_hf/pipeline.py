@@ -230,10 +230,11 @@ def _trial_ledger(trials: list[Any]) -> dict[str, Any]:
 def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -> str:
     from optimer_hf.compare import to_markdown
 
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in study.incumbent.weights.items())
+    best = study.incumbent
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in best.weights.items())
     rows = "\n".join(f"| {stage} | {_entry(entry)} |" for stage, entry in ledger.items())
     return (
-        f"# {run.name}\n\nBest weights: {weights}\n\n{to_markdown(comparison)}\n## Ledger\n\n"
+        f"# {run.name}\n\nBest weights: {weights} (trial {best.number}, {best.origin})\n\n{to_markdown(comparison)}\n## Ledger\n\n"
         f"| stage | seconds and counts |\n| --- | --- |\n{rows}\n\n"
         f"Merged model: `{os.path.relpath(run.out / 'merged')}`, recipe: `{os.path.relpath(run.out / 'recipe.yaml')}`\n"
     )

@@ -594,8 +594,6 @@ def _note(study: Study, trial: Trial) -> str:
 def _run_rescore(study: Study, pool: Pool) -> None:
     """Score the base and the best few on more items, with the terms that joined for this."""
     config = study.config
-    if config.search.rescore_top == 0:
-        return
     terms = config.objective.at("rescore")
     limits = {
         term.label: config.search.rescore_limit if term.limit is None or not term.rescore_only else term.limit

@@ -110,7 +110,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # without it, CPU processes do not find each other
     with state.main_process_first():
         packed = prepare(config, out)
     if packed is None:

@@ -60,7 +60,7 @@ def test_every_row_is_scored_once_and_read_from_disk_the_second_time(study):
 
 
 def test_rows_that_are_missing_after_a_crash_are_the_only_ones_scored_again(study):
-    with pytest.raises(EvaluationError, match="sealed test: row 'z at 1.0' cannot be scored: RuntimeError: no"):
+    with pytest.raises(EvaluationError, match=r"sealed test: row 'z at 1.0' cannot be scored: RuntimeError: no"):
         compare(study, pool=failing_at({4: RuntimeError("no")}))
     assert len(TrialLog(study.directory / "sealed.jsonl").trials) == 4
     comparison = compare(study, pool=CountingPool)

@@ -64,7 +64,7 @@ def write_gguf(path: Path, model, tokenizer) -> Path:
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if i < 3 else TokenType.NORMAL for i in range(len(tokens))])
-    writer.add_token_merges([])
+    writer.add_token_scores([0.0] * len(tokens))  # transformers derives the merges from them: none
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)

@@ -258,13 +258,17 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, 
         config.write(tmp_path / f"{name}.yaml")
         outs[name] = (config, tmp_path / name)
     # not `accelerate launch --cpu`, which starts a second process only through MPI; what it starts on GPUs is this
-    launch = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", 0, "-m", "optimer_hf"]
-    result = subprocess.run(
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "optimer_hf"]
+    process = subprocess.Popen(
         command(*launch, "train", tmp_path / "two.yaml", outs["two"][1]),
-        env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("adapter, norm") == 1  # one process reports
+    try:
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.terminate()  # takes the two processes with it, should they wait for each other
+    assert process.returncode == 0, stderr[-3000:]
+    assert stdout.count("adapter, norm") == 1  # one process reports
     train(*outs["one"])
     assert len(losses_of(outs["one"][1])) == 6
     assert losses_of(outs["two"][1]) == pytest.approx(losses_of(outs["one"][1]), rel=1e-4)

@@ -1,0 +1,292 @@
+"""cli.py: what a person types and sees; every command on tiny models, and errors as one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from optimer_hf.cli import main
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ["run", "train", "extract", "convert", "merge", "evaluate", "search"]
+COMMANDS += ["compare", "recipe", "build", "verify", "validate"]
+HEAVY = {"torch", "transformers", "lm_eval", "mergekit", "smac", "datasets", "scipy"}
+
+
+def optimer(*arguments, ok: bool = True):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert (result.exit_code == 0) == ok, result.output
+    return result
+
+
+def process(*arguments) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def pool(make_base, make_tuned):
+    base = make_base("llama", torch.float32)
+    return base.path, [make_tuned(base, "llama", seed, torch.float32, 0.02) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pool, corpus_dir):
+    """A folder with a mergekit YAML of somebody's fine-tunes, and an objective."""
+    out = tmp_path_factory.mktemp("folder")
+    base, tuned = pool
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in tuned]
+    config = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "dtype": "float32"}
+    (out / "my-merge.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    terms = [{"text": os.path.relpath(corpus_dir / f"{name}.search.jsonl", out)} for name in ("aaa", "xyz")]
+    (out / "obj.yaml").write_text(yaml.safe_dump({"terms": terms, "limit": 3}), encoding="utf-8")
+    return out
+
+
+def linear_config(pool, weights, **options) -> dict:
+    models = [{"model": str(p), "parameters": {"weight": w}} for p, w in zip(pool[1], weights, strict=True)]
+    return {"merge_method": "optimer", "base_model": str(pool[0]), "models": models, "dtype": "float32"} | options
+
+
+def expected_weights(pool, weights) -> dict[str, torch.Tensor]:
+    base, *tuned = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (pool[0], *pool[1]))
+    return {
+        name: tensor + sum(w * (t[name] - tensor) for w, t in zip(weights, tuned, strict=True))
+        for name, tensor in base.items()
+    }
+
+
+def assert_is_merge(directory: Path, pool, weights) -> None:
+    found = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    for name, tensor in expected_weights(pool, weights).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+# -- the shell ----------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands():
+    text = optimer("--help").output
+    for name in COMMANDS:
+        assert f"  {name} " in text
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_explains_itself(name):
+    text = optimer(name, "--help").output
+    assert "Usage:" in text and len(text.splitlines()) > 4
+
+
+def test_an_error_is_one_line_on_stderr_and_exit_status_1(tmp_path):
+    result = optimer("search", tmp_path / "none.yaml", tmp_path / "s", ok=False)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {tmp_path / 'none.yaml'}: no such file.\n"
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere"], "nowhere: no such recipe folder"),
+        (["convert", "none.gguf", "out"], "none.gguf: no such file"),
+        (["evaluate", "./none", "obj.yaml"], "no such file or directory"),
+        (["compare", "nowhere"], "holds no study"),
+        (["recipe", "nowhere", "recipe.yaml"], "holds no study"),
+        (["extract", "./none", "--base", "./none", "out"], "no such file or directory"),
+        (["search", "my-merge.yml", "s"], "Add --objective"),
+        (["merge", "obj.yaml", "out"], "obj.yaml: unknown field"),
+        (["merge", "my-merge.yml", "out", "--engine", "native"], "only mergekit can do"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_with_its_reason(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    result = optimer(*arguments, ok=False)
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and message in result.stderr
+    assert not (folder / "out").exists()
+
+
+def test_a_wrong_option_is_a_usage_error():
+    assert optimer("search", "a", "b", "--n-trials", "0", ok=False).exit_code == 2
+
+
+def test_help_answers_without_importing_torch_or_transformers():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['optimer', '--help']\n"
+        "try:\n    runpy.run_module('optimer_hf', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        f"print(sorted({HEAVY} & set(sys.modules)))"
+    )
+    result = process("-c", code)
+    assert "Usage:" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_package_runs_as_a_module_and_knows_its_version():
+    result = process("-m", "optimer_hf", "--version")
+    assert result.returncode == 0 and "version" in result.stdout
+
+
+# -- validate -----------------------------------------------------------------------------------------------------
+
+
+def test_validate_names_the_kind_of_each_good_file(folder, tmp_path):
+    study = {"base_model": "a/b", "vectors": {"w": {"source": "a/w"}}, "objective": {"terms": [{"task": "t"}]}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    lines = optimer("validate", folder / "my-merge.yml", folder / "obj.yaml", tmp_path / "study.yaml").stdout
+    assert [line.split(": ")[1] for line in lines.splitlines()] == ["merge config", "objective", "study"]
+
+
+def test_validate_reports_all_bad_files_and_still_the_good_ones(folder, tmp_path):
+    (tmp_path / "a.yaml").write_text("terms: []\n", encoding="utf-8")
+    (tmp_path / "b.yaml").write_text("base_model: a/b\nvectors: {w: {source: a/w}}\nobjectve: 1\n", encoding="utf-8")
+    result = optimer("validate", tmp_path / "a.yaml", folder / "obj.yaml", tmp_path / "b.yaml", ok=False)
+    assert result.exit_code == 1
+    assert "obj.yaml: objective" in result.stdout
+    assert "a.yaml: terms: " in result.stderr and "Did you mean 'objective'?" in result.stderr
+
+
+def test_validate_finds_mistakes_in_a_merge_config(tmp_path):
+    (tmp_path / "m.yml").write_text("merge_method: linear\nmodels: [{modle: a/b}]\n", encoding="utf-8")
+    assert "models.0: unknown field 'modle'" in optimer("validate", tmp_path / "m.yml", ok=False).stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("study.yaml")), ids=lambda path: path.parent.name)
+def test_the_recipes_of_this_repository_are_valid(path):
+    optimer("validate", *sorted(path.parent.glob("*.yaml")))
+
+
+# -- the commands -------------------------------------------------------------------------------------------------
+
+
+def test_a_mergekit_yaml_is_searched_and_comes_back_as_a_yaml_with_weights(folder, pool, tmp_path):
+    result = optimer(
+        "search", folder / "my-merge.yml", tmp_path / "s", "--objective", folder / "obj.yaml", "--n-trials", "4"
+    )
+    config = yaml.safe_load(result.stdout)
+    assert config["merge_method"] == "optimer"
+    assert [list(model["parameters"]) for model in config["models"]] == [["weight"], ["weight"]]
+    assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) >= 4
+    weights = [model["parameters"]["weight"] for model in config["models"]]
+    (tmp_path / "s" / "printed.yml").write_text(result.stdout, encoding="utf-8")
+    optimer("merge", tmp_path / "s" / "printed.yml", tmp_path / "merged")
+    assert_is_merge(tmp_path / "merged", pool, weights)
+
+    optimer("build", tmp_path / "s" / "recipe.yaml", tmp_path / "built")
+    assert_is_merge(tmp_path / "built", pool, weights)
+    assert "the weights are those of" in optimer("verify", tmp_path / "s" / "recipe.yaml", tmp_path / "built").stdout
+    assert "recipe" in optimer("validate", tmp_path / "s" / "recipe.yaml").stdout
+
+    again = optimer(
+        *("search", folder / "my-merge.yml", tmp_path / "s", "--objective", folder / "obj.yaml"),
+        *("--n-trials", "4", "--format", "json"),
+    )
+    assert list(json.loads(again.stdout)["weights"].values()) == weights
+
+
+def test_recipe_of_a_study_also_comes_as_a_config_for_unmodified_mergekit(folder, pool, tmp_path):
+    optimer("search", folder / "my-merge.yml", tmp_path / "s", "--objective", folder / "obj.yaml", "--n-trials", "2")
+    optimer("recipe", tmp_path / "s", tmp_path / "r" / "recipe.yaml", "--vanilla")
+    recipe = yaml.safe_load((tmp_path / "r" / "recipe.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((tmp_path / "r" / "mergekit_config.yml").read_text(encoding="utf-8"))
+    assert config["merge_method"] == "linear" and config["parameters"]["normalize"] is False
+    optimer("merge", tmp_path / "r" / "mergekit_config.yml", tmp_path / "merged")
+    assert_is_merge(tmp_path / "merged", pool, [entry["weight"] for entry in recipe["vectors"].values()])
+
+
+def test_verify_refuses_a_model_that_was_changed(folder, tmp_path):
+    optimer("search", folder / "my-merge.yml", tmp_path / "s", "--objective", folder / "obj.yaml", "--n-trials", "1")
+    recipe = tmp_path / "s" / "recipe.yaml"
+    assert "records no built model" in optimer("verify", recipe, tmp_path / "built", ok=False).stderr
+    optimer("build", recipe, tmp_path / "built")
+    (weights,) = (tmp_path / "built").glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "sha256 differs" in optimer("verify", recipe, tmp_path / "built", ok=False).stderr
+
+
+@pytest.mark.parametrize("engine", ["native", "mergekit"])
+def test_merge_writes_the_weighted_sum_with_either_engine(pool, tmp_path, engine):
+    (tmp_path / "m.yml").write_text(yaml.safe_dump(linear_config(pool, [0.3, 0.6])), encoding="utf-8")
+    result = optimer("merge", tmp_path / "m.yml", tmp_path / "out", "--engine", engine)
+    assert ("the streaming writer" if engine == "native" else "mergekit") in result.stdout
+    assert_is_merge(tmp_path / "out", pool, [0.3, 0.6])
+
+
+def test_merge_runs_other_methods_and_takes_the_flags_of_mergekit(folder, pool, tmp_path):
+    result = process(
+        "-m", "optimer_hf", "merge", folder / "my-merge.yml", tmp_path / "out", "--copy-tokenizer", "--quiet"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "mergekit" in result.stdout
+    assert_is_merge(tmp_path / "out", pool, [0.5, 0.5])
+
+
+def test_merge_does_not_write_over_files(folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert "not empty" in optimer("merge", folder / "my-merge.yml", tmp_path, ok=False).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_extract_writes_the_difference_as_a_delta_directory(pool, tmp_path):
+    base, tuned = pool
+    result = optimer("extract", tuned[0], "--base", base, tmp_path / "v", "--name", "first", "--dtype", "float32")
+    assert "delta, norm" in result.stdout
+    record = json.loads((tmp_path / "v" / "vector.json").read_text(encoding="utf-8"))
+    assert record["name"] == "first" and record["kind"] == "delta"
+    stored = {}
+    for file in (tmp_path / "v").glob("*.safetensors"):
+        stored |= load_file(file)
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (base, tuned[0]))
+    assert stored
+    for name, delta in stored.items():
+        torch.testing.assert_close(delta, after[name] - before[name])
+
+
+def test_evaluate_prints_scores_as_text_and_as_json(folder, pool):
+    text = optimer("evaluate", pool[0], folder / "obj.yaml", "--dtype", "float32").stdout
+    data = json.loads(
+        optimer("evaluate", pool[0], folder / "obj.yaml", "--dtype", "float32", "--format", "json").stdout
+    )
+    assert set(data) == {"aaa", "xyz"} and data["aaa"]["n_items"] == 3
+    assert f"aaa: bits_per_byte {data['aaa']['score']:.4f} on 3 items (limited)" in text
+
+
+def test_compare_without_a_sealed_test_says_what_is_missing(folder, tmp_path):
+    optimer("search", folder / "my-merge.yml", tmp_path / "s", "--objective", folder / "obj.yaml", "--n-trials", "1")
+    assert "no `test:` section" in optimer("compare", tmp_path / "s", ok=False).stderr
+
+
+def test_a_study_is_searched_and_compared(folder, pool, corpus_dir, tmp_path):
+    study = {
+        "base_model": str(pool[0]),
+        "dtype": "float32",
+        "vectors": {f"v{index}": {"source": str(path)} for index, path in enumerate(pool[1])},
+        "objective": {"terms": [{"text": str(corpus_dir / "aaa.search.jsonl")}], "limit": 3},
+        "test": {"terms": [{"text": str(corpus_dir / "aaa.test.jsonl")}]},
+        "search": {"n_trials": 5, "rescore_top": 1},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    optimer("search", tmp_path / "study.yaml", tmp_path / "s")
+    text = optimer("compare", tmp_path / "s").stdout
+    data = json.loads(optimer("compare", tmp_path / "s", "--format", "json").stdout)
+    names = [row["name"] for row in data["rows"]]
+    assert names[0] == "base" and "searched merge" in names
+    assert all(f"| {name} |" in text for name in names)
+
+
+def test_an_objective_beside_a_study_that_has_its_own_is_refused(folder, tmp_path):
+    (tmp_path / "study.yaml").write_text("base_model: a/b\n", encoding="utf-8")
+    arguments = ["search", tmp_path / "study.yaml", tmp_path / "s", "--objective", folder / "obj.yaml"]
+    assert "has its own objective" in optimer(*arguments, ok=False).stderr
