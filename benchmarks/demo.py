@@ -1,9 +1,11 @@
-"""Training speed next to a bare HF Trainer loop, on the demo's data, in one process: tokens/s, ratio, losses.
+"""Training speed next to a bare HF Trainer loop, on the demo's data, in one process: tokens/s,
+ratio, losses.
 
     python benchmarks/demo.py [--steps 10]
 
-Both arms train the same LoRA on the same packed blocks of the demo's Japanese corpus, in the same order and dtype. The
-stock arm is transformers' own Trainer and loss; ours differs in `head.fuse_loss` alone. Rounds alternate; medians.
+Both arms train the same LoRA on the same packed blocks of the demo's Japanese corpus, in the same
+order and dtype. The stock arm is transformers' own Trainer and loss; ours differs in
+`head.fuse_loss` alone. Rounds alternate; medians.
 """
 
 import argparse
@@ -38,14 +40,21 @@ class StepTimes(TrainerCallback):
         self.seconds.append(perf_counter() - self._started)
 
 
-def one_arm(config: train.TrainConfig, *, fused: bool, steps: int, scratch: Path) -> tuple[list[float], list[float]]:
+def one_arm(
+    config: train.TrainConfig, *, fused: bool, steps: int, scratch: Path
+) -> tuple[list[float], list[float]]:
     """Return seconds per step and losses of one short run."""
     base = resolve_model(config.base_model)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     batch = config.trainer["per_device_train_batch_size"]
     tokens = steps * batch * config.block_size
     blocks = pack(
-        config.corpus, tokenizer, block_size=config.block_size, max_tokens=tokens, seed=0, out=scratch / "blocks.npy"
+        config.corpus,
+        tokenizer,
+        block_size=config.block_size,
+        max_tokens=tokens,
+        seed=0,
+        out=scratch / "blocks.npy",
     )
     keep = train.fuse_loss
     train.fuse_loss = head.fuse_loss if fused else (lambda model: False)
@@ -74,16 +83,30 @@ def main() -> None:
     for _ in range(options.rounds):
         for fused in (False, True):
             with tempfile.TemporaryDirectory() as scratch:
-                found, losses[fused] = one_arm(config, fused=fused, steps=options.steps, scratch=Path(scratch))
+                found, losses[fused] = one_arm(
+                    config, fused=fused, steps=options.steps, scratch=Path(scratch)
+                )
             seconds[fused] += found[1:]
     stock, ours = statistics.median(seconds[False]), statistics.median(seconds[True])
     worst = max(abs(a - b) for a, b in zip(losses[True], losses[False], strict=True))
-    print(f"threads {torch.get_num_threads()}, {tokens} tokens a step, {options.rounds} rounds of {options.steps} steps, medians")
+    print(
+        f"threads {torch.get_num_threads()}, {tokens} tokens a step, {options.rounds} rounds of "
+        f"{options.steps} steps, medians"
+    )
     print(f"stock HF Trainer   {tokens / stock:7.1f} tokens/s")
     print(f"optimer train      {tokens / ours:7.1f} tokens/s")
     print(f"ratio              {stock / ours:7.2f}")
     print(f"largest difference of the losses {worst:.2e}")
-    print(json.dumps({"stock": tokens / stock, "ours": tokens / ours, "ratio": stock / ours, "loss_difference": worst}))
+    print(
+        json.dumps(
+            {
+                "stock": tokens / stock,
+                "ours": tokens / ours,
+                "ratio": stock / ours,
+                "loss_difference": worst,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

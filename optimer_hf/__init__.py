@@ -1,4 +1,6 @@
-"""Search the weights of `base + sum_i w_i v_i` after training, instead of fixing a data mixture before it."""
+"""Search the weights of `base + sum_i w_i v_i` after training, instead of fixing a data mixture
+before it.
+"""
 
 from importlib.metadata import version
 

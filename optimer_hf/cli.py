@@ -1,7 +1,7 @@
 """The `optimer` command: click functions that read files, call one stage and print its result.
 
-Results go to stdout, progress and logs to stderr. An OptimerError becomes `error: ...` and exit status 1. Heavy
-imports happen inside the commands, so that `optimer --help` answers at once.
+Results go to stdout, progress and logs to stderr. An OptimerError becomes `error: ...` and exit
+status 1. Heavy imports happen inside the commands, so that `optimer --help` answers at once.
 """
 
 import json
@@ -17,7 +17,9 @@ import click
 from optimer_hf.errors import ConfigError, OptimerError
 
 PATH = click.Path(path_type=Path)
-FORMAT = click.option("--format", "output", type=click.Choice(["text", "json"]), default="text", help="What to print.")
+FORMAT = click.option(
+    "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What to print."
+)
 
 
 class Group(click.Group):
@@ -36,7 +38,9 @@ class Group(click.Group):
 @click.version_option(package_name="optimer-hf")
 def main(verbose: bool) -> None:
     """Train one vector per dataset, search the merge weights, ship a recipe anyone can re-run."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR)
+    logging.basicConfig(
+        format="%(message)s", stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR
+    )
     logging.getLogger("optimer_hf").setLevel(logging.INFO)
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -48,7 +52,9 @@ def main(verbose: bool) -> None:
 @main.command()
 @click.argument("recipe_dir", type=PATH)
 @click.argument("out", type=PATH, required=False)
-@click.option("--short", is_flag=True, help="A smaller budget of the same run (short.yaml of the folder).")
+@click.option(
+    "--short", is_flag=True, help="A smaller budget of the same run (short.yaml of the folder)."
+)
 def run(recipe_dir: Path, out: Path | None, short: bool) -> None:
     """Run a recipe folder from corpora to the compared merge; goes on where it was.
 
@@ -71,7 +77,9 @@ def run(recipe_dir: Path, out: Path | None, short: bool) -> None:
 @click.argument("train_yaml", type=PATH)
 @click.argument("out", type=PATH)
 def train(train_yaml: Path, out: Path) -> None:
-    """Continually pre-train one model and write it as a vector; `accelerate launch -m optimer_hf train` uses many GPUs."""
+    """Continually pre-train one model and write it as a vector; `accelerate launch -m optimer_hf
+    train` uses many GPUs.
+    """
     from optimer_hf.convert import resolve_model
     from optimer_hf.train import TrainConfig
     from optimer_hf.train import train as train_model
@@ -82,7 +90,10 @@ def train(train_yaml: Path, out: Path) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         kind: Any = "checkpoint" if config.lora is None else "adapter"
         record = describe(directory, resolve_model(config.base_model), name=config.name, kind=kind)
-        click.echo(f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of the base")
+        click.echo(
+            f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of "
+            "the base"
+        )
 
 
 @main.command()
@@ -90,9 +101,16 @@ def train(train_yaml: Path, out: Path) -> None:
 @click.option("--base", required=True, help="The model TUNED was trained from.")
 @click.argument("out", type=PATH)
 @click.option("--name", help="Name of the vector (default: that of OUT).")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", help="Stored dtype.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    help="Stored dtype.",
+)
 def extract(tuned: str, base: str, out: Path, name: str | None, dtype: str) -> None:
-    """Write the vector TUNED minus BASE as a delta directory; TUNED is a checkpoint or a LoRA adapter."""
+    """Write the vector TUNED minus BASE as a delta directory; TUNED is a checkpoint or a LoRA
+    adapter.
+    """
     from optimer_hf.convert import resolve_model
     from optimer_hf.files import absolute_reference, require_empty
     from optimer_hf.vector import extract as extract_vector
@@ -102,13 +120,21 @@ def extract(tuned: str, base: str, out: Path, name: str | None, dtype: str) -> N
     resolved = resolve_model(absolute_reference(base, Path.cwd()))
     vector = open_vector(name or out.name, absolute_reference(tuned, Path.cwd()), resolved)
     record = extract_vector(vector, resolved, out, dtype=dtype)
-    click.echo(f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of the base")
+    click.echo(
+        f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of the "
+        "base"
+    )
 
 
 @main.command()
 @click.argument("gguf", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", help="Stored dtype.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    help="Stored dtype.",
+)
 def convert(gguf: Path, out: Path, dtype: str) -> None:
     """De-quantise a GGUF file that transformers reads into a safetensors directory."""
     from optimer_hf.convert import convert_gguf
@@ -120,7 +146,9 @@ def convert(gguf: Path, out: Path, dtype: str) -> None:
 
 
 def _mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add mergekit's own flags, whose import takes seconds, only when `merge` is the command that runs."""
+    """Add mergekit's own flags, whose import takes seconds, only when `merge` is the command that
+    runs.
+    """
     if "merge" not in sys.argv:
         return command
     from mergekit.options import add_merge_options
@@ -132,7 +160,11 @@ def _mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @main.command()
 @click.argument("config", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--engine", type=click.Choice(["native", "mergekit"]), help="Force the streaming writer or mergekit.")
+@click.option(
+    "--engine",
+    type=click.Choice(["native", "mergekit"]),
+    help="Force the streaming writer or mergekit.",
+)
 @_mergekit_options
 def merge(config: Path, out: Path, engine: str | None, merge_options: Any = None) -> None:
     """Run any mergekit YAML, with the `optimer` method and all of mergekit's flags."""
@@ -149,7 +181,12 @@ def merge(config: Path, out: Path, engine: str | None, merge_options: Any = None
 @main.command()
 @click.argument("model")
 @click.argument("objective", type=PATH)
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", help="Of the model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    help="Of the model.",
+)
 @FORMAT
 def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
     """Score a model on every term of an objective file."""
@@ -158,32 +195,48 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
     from optimer_hf.convert import resolve_model
     from optimer_hf.evaluate import Evaluator, ObjectiveFile
     from optimer_hf.files import absolute_reference
-    from optimer_hf.resident import ResidentModel
+    from optimer_hf.resident import ResidentModel, default_device
 
     target = ObjectiveFile.read(objective)
     resolved = resolve_model(absolute_reference(model, Path.cwd()))
-    resident = ResidentModel(resolved, [], dtype=dtype)
+    resident = ResidentModel(resolved, [], dtype=dtype, device=default_device())
     evaluator = Evaluator(resident.model, AutoTokenizer.from_pretrained(resolved.path), [target])
     terms = target.at("rescore")
     scores = evaluator.evaluate(terms, limits={term.label: target.limit_of(term) for term in terms})
-    result = {label: {"score": term.score, "n_items": len(term.items)} for label, term in scores.items()}
+    result = {
+        label: {"score": term.score, "n_items": len(term.items)} for label, term in scores.items()
+    }
     if output == "json":
         click.echo(json.dumps(result, indent=2))
         return
     for term in terms:
         limited = " (limited)" if target.limit_of(term) is not None else ""
-        click.echo(f"{term.label}: {term.metric} {result[term.label]['score']:.4f} on {result[term.label]['n_items']} items{limited}")
+        click.echo(
+            f"{term.label}: {term.metric} {result[term.label]['score']:.4f} on "
+            f"{result[term.label]['n_items']} items{limited}"
+        )
 
 
 @main.command()
 @click.argument("study", type=PATH)
 @click.argument("study_dir", type=PATH)
-@click.option("--objective", type=PATH, help="Objective file; needed when STUDY is a mergekit YAML.")
-@click.option("--n-trials", type=click.IntRange(min=1), help="Number of trials (default: that of the study, or 30).")
+@click.option(
+    "--objective", type=PATH, help="Objective file; needed when STUDY is a mergekit YAML."
+)
+@click.option(
+    "--n-trials",
+    type=click.IntRange(min=1),
+    help="Number of trials (default: that of the study, or 30).",
+)
 @FORMAT
-def search(study: Path, study_dir: Path, objective: Path | None, n_trials: int | None, output: str) -> None:
-    """Search the weights of a study.yaml, or of a mergekit YAML whose base and models are the pool."""
+def search(
+    study: Path, study_dir: Path, objective: Path | None, n_trials: int | None, output: str
+) -> None:
+    """Search the weights of a study.yaml, or of a mergekit YAML whose models are the pool."""
+    import yaml
+
     from optimer_hf import recipe as recipes
+    from optimer_hf.merge import optimer_config
     from optimer_hf.search import search as run_search
 
     config = _study_config(study, objective, n_trials)
@@ -192,11 +245,20 @@ def search(study: Path, study_dir: Path, objective: Path | None, n_trials: int |
     recipes.write_recipe(result, recipe_file, name=study.stem)
     best = result.incumbent
     if output == "json":
-        click.echo(json.dumps({"weights": best.weights, "value": result.value(best), "trial": best.number}, indent=2))
+        click.echo(
+            json.dumps(
+                {"weights": best.weights, "value": result.value(best), "trial": best.number},
+                indent=2,
+            )
+        )
         return
-    gain = f"{100 * result.value(best):+.2f} % over the base (trial {best.number}, {best.origin})"
-    click.echo(f"# best of {len(result.log.of('search'))} trials: {gain}")  # a comment: stdout is a YAML file
-    click.echo((study_dir / "optimer.yml").read_text(encoding="utf-8"))
+    value = f"value {result.value(best):+.4f} (trial {best.number}, {best.origin})"
+    click.echo(
+        f"# best of {len(result.log.of('search'))} trials: {value}"
+    )  # a comment: stdout is a YAML file
+    sources = {name: str(vector.source) for name, vector in config.vectors.items()}
+    found = optimer_config(config.base_model, sources, best.weights, config.dtype)
+    click.echo(yaml.safe_dump(found, sort_keys=False))
     click.echo(f"build it: optimer build {recipe_file} OUT", err=True)
 
 
@@ -209,12 +271,19 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
     data = read_yaml(path)
     if "merge_method" in data:
         if objective is None:
-            raise ConfigError(f"{path}: a merge config says what to merge, not what for. Add --objective OBJECTIVE.yaml.")
+            raise ConfigError(
+                f"{path}: a merge config says what to merge, not what for. Add --objective "
+                "OBJECTIVE.yaml."
+            )
         base, sources = pool_of(read_merge_config(path), path)
         target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
         dtype = data.get("out_dtype") or data.get("dtype") or "bfloat16"
         vectors = {name: {"source": source} for name, source in sources.items()}
-        config = parse(StudyConfig, {"base_model": base, "dtype": dtype, "vectors": vectors, "objective": target}, path)
+        config = parse(
+            StudyConfig,
+            {"base_model": base, "dtype": dtype, "vectors": vectors, "objective": target},
+            path,
+        )
     elif objective is not None:
         raise ConfigError(f"{path}: has its own objective; --objective goes with a mergekit YAML.")
     else:
@@ -234,13 +303,19 @@ def compare(study_dir: Path, output: str) -> None:
     from optimer_hf.search import load_study
 
     comparison = comparisons.compare(load_study(study_dir))
-    click.echo(json.dumps(comparisons.to_json(comparison), indent=2) if output == "json" else comparisons.to_markdown(comparison))
+    click.echo(
+        json.dumps(comparisons.to_json(comparison), indent=2)
+        if output == "json"
+        else comparisons.to_markdown(comparison)
+    )
 
 
 @main.command()
 @click.argument("study_dir", type=PATH)
 @click.argument("recipe_yaml", type=PATH)
-@click.option("--vanilla", is_flag=True, help="Also write mergekit_config.yml for unmodified mergekit-yaml.")
+@click.option(
+    "--vanilla", is_flag=True, help="Also write mergekit_config.yml for unmodified mergekit-yaml."
+)
 def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool) -> None:
     """Write the incumbent of a study as recipe.yaml with its lock and merge config."""
     from optimer_hf import recipe as recipes
@@ -256,7 +331,11 @@ def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool) -> None:
 @main.command()
 @click.argument("recipe_yaml", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--out-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Instead of the recipe's dtype.")
+@click.option(
+    "--out-dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Instead of the recipe's dtype.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weights file.")
 def build(recipe_yaml: Path, out: Path, out_dtype: str | None, max_shard_size: str) -> None:
     """Build the merged model of a recipe."""
@@ -264,7 +343,12 @@ def build(recipe_yaml: Path, out: Path, out_dtype: str | None, max_shard_size: s
 
     from optimer_hf import recipe as recipes
 
-    recipes.build(recipe_yaml, out, out_dtype=out_dtype, max_shard_size=convert_file_size_to_int(max_shard_size))
+    recipes.build(
+        recipe_yaml,
+        out,
+        out_dtype=out_dtype,
+        max_shard_size=convert_file_size_to_int(max_shard_size),
+    )
     click.echo(str(out))
 
 

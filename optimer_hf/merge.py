@@ -2,9 +2,10 @@
 
     theta(w) = theta_base + sum_i  w_i * v_i
 
-Base and vectors come in, a model directory goes out, whole or not at all. Sums run vector by vector in float32 in
-the order of the config and are rounded once. What a reader would not guess: a weight of exactly 0 skips its vector,
-because adding 0 * v would turn -0.0 into 0.0 and w = 0 would no longer be the base bit for bit.
+Base and vectors come in, a model directory goes out, whole or not at all. Sums run vector by vector
+in float32 in the order of the config and are rounded once. What a reader would not guess: a weight
+of exactly 0 skips its vector, because adding 0 * v would turn -0.0 into 0.0 and w = 0 would no
+longer be the base bit for bit.
 """
 
 import functools
@@ -21,7 +22,13 @@ import yaml
 
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ConfigError, ModelError
-from optimer_hf.files import absolute_reference, did_you_mean, read_yaml, staged_directory, write_text
+from optimer_hf.files import (
+    absolute_reference,
+    did_you_mean,
+    read_yaml,
+    staged_directory,
+    write_text,
+)
 from optimer_hf.vector import (
     DTYPES,
     Checkpoint,
@@ -59,12 +66,14 @@ def add_weighted(
     weights: Sequence[float],
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return base + sum_i weights[i] * deltas[i] in float32, rounded once to dtype (None: base.dtype).
+    """Return base + sum_i weights[i] * deltas[i] in float32, rounded once to dtype (None:
+    base.dtype).
 
-    The weighted deltas are summed in order, then added to the base: deltas are small beside it. Dense ones are
-    multiplied, then added (no fused multiply-add), so that every device gives the same bits, and
-    those of mergekit's float32 task_arithmetic. A low-rank delta is multiplied straight into the
-    sum, which never holds it. Deltas are taken one at a time. Source: arXiv 2603.28858.
+    The weighted deltas are summed in order, then added to the base: deltas are small beside it.
+    Dense ones are multiplied, then added (no fused multiply-add), so that every device gives the
+    same bits, and those of mergekit's float32 task_arithmetic. A low-rank delta is multiplied
+    straight into the sum, which never holds it. Deltas are taken one at a time. Source: arXiv
+    2603.28858.
     """
     total: torch.Tensor | None = None
     for delta, weight in zip(deltas, weights, strict=True):
@@ -88,13 +97,15 @@ def merged_rows(
     weights: Mapping[str, float],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return rows of one merged tensor in `dtype`; the resident model and the writer both come through here."""
+    """Return rows of one merged tensor in `dtype`; the resident model and the writer both come
+    through here.
+    """
     used = [vector for vector in vectors if weights[vector.name] != 0 and name in vector.names]
     deltas = (vector.delta(name, rows).to(base_rows.device) for vector in used)
     return add_weighted(base_rows, deltas, [weights[vector.name] for vector in used], dtype)
 
 
-# -- the streaming writer -----------------------------------------------------------------------------------------
+# -- the streaming writer --------------------------------------------------------------------------
 
 
 def write_merged(
@@ -108,8 +119,9 @@ def write_merged(
 ) -> None:
     """Write base + sum_i w_i v_i as a model directory that `from_pretrained` loads.
 
-    Keeps the dtype of every base tensor unless `out_dtype` is given; tokenizer, generation config, chat template and
-    licence files come from the base. `out` appears whole or not at all. Memory: a few row blocks, not the model.
+    Keeps the dtype of every base tensor unless `out_dtype` is given; tokenizer, generation config,
+    chat template and licence files come from the base. `out` appears whole or not at all. Memory: a
+    few row blocks, not the model.
     """
     checkpoint = Checkpoint(base.path)
     specs = {
@@ -122,7 +134,9 @@ def write_merged(
         for rows in row_blocks(checkpoint.shape(name)):
             base_rows = checkpoint.read(name, rows)
             merges = base_rows.is_floating_point()
-            yield merged_rows(base_rows, name, rows, vectors, weights, dtype) if merges else base_rows
+            yield (
+                merged_rows(base_rows, name, rows, vectors, weights, dtype) if merges else base_rows
+            )
 
     with staged_directory(out) as staging:
         write_sharded(staging, "model", specs, blocks_of, max_shard_size)
@@ -142,7 +156,7 @@ def _set_config_dtype(path: Path, dtype: str) -> None:
     write_text(path, json.dumps(config, indent=2))
 
 
-# -- merge configs ------------------------------------------------------------------------------------------------
+# -- merge configs ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -156,11 +170,16 @@ class LinearMerge:
 
 
 def read_merge_config(path: Path) -> dict[str, Any]:
-    """Return a mergekit YAML as a mapping; unknown keys, which mergekit would ignore, raise ConfigError."""
+    """Return a mergekit YAML as a mapping; unknown keys, which mergekit would ignore, raise
+    ConfigError.
+    """
     config = read_yaml(path)
     _refuse_unknown(config, TOP_LEVEL_KEYS, str(path))
     if "merge_method" not in config:
-        raise ConfigError(f"{path}: field 'merge_method' is missing. For this package's method write `merge_method: {METHOD}`.")
+        raise ConfigError(
+            f"{path}: field 'merge_method' is missing. For this package's method write "
+            f"`merge_method: {METHOD}`."
+        )
     for index, model in enumerate(config.get("models") or []):
         _refuse_unknown(model, MODEL_KEYS, f"{path}: models.{index}")
         if "model" not in model:
@@ -173,14 +192,21 @@ def _refuse_unknown(mapping: Any, known: list[str], where: str) -> None:
         raise ConfigError(f"{where}: found {mapping!r}, expected a mapping.")
     for key in mapping:
         if key not in known:
-            raise ConfigError(f"{where}: unknown field {key!r}, which mergekit would ignore.{did_you_mean(str(key), known)}")
+            raise ConfigError(
+                f"{where}: unknown field {key!r}, which mergekit would "
+                f"ignore.{did_you_mean(str(key), known)}"
+            )
 
 
 def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
-    """Return base model and vectors (name -> reference) of a mergekit config, names made from the last path part."""
+    """Return base model and vectors (name -> reference) of a mergekit config, names made from the
+    last path part.
+    """
     folder = path.resolve().parent
     if not config.get("base_model"):
-        raise ConfigError(f"{path}: field 'base_model' is missing. Name the model all others were trained from.")
+        raise ConfigError(
+            f"{path}: field 'base_model' is missing. Name the model all others were trained from."
+        )
     base = absolute_reference(str(config["base_model"]), folder)
     sources: dict[str, str] = {}
     for model in config.get("models") or []:
@@ -193,7 +219,9 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
             name, number = f"{stem}-{number}", number + 1
         sources[name] = source
     if not sources:
-        raise ConfigError(f"{path}: models: found none besides the base. Give at least one model to merge.")
+        raise ConfigError(
+            f"{path}: models: found none besides the base. Give at least one model to merge."
+        )
     return base, sources
 
 
@@ -202,41 +230,63 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
     simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
     if config["merge_method"] != METHOD or not set(config) <= simple:
         return None
-    if config.get("dtype") not in (None, "float32", config.get("out_dtype")) and config.get("out_dtype"):
+    if config.get("dtype") not in (None, "float32", config.get("out_dtype")) and config.get(
+        "out_dtype"
+    ):
         return None
     base, sources = pool_of(config, path)
-    listed = [model for model in config["models"] if absolute_reference(str(model["model"]), path.resolve().parent) != base]
+    listed = [
+        model
+        for model in config["models"]
+        if absolute_reference(str(model["model"]), path.resolve().parent) != base
+    ]
     weights: dict[str, float] = {}
     for name, model in zip(sources, listed, strict=True):
         parameters = model.get("parameters") or {}
         _refuse_unknown(parameters, ["weight"], f"{path}: models: {name}: parameters")
         if "weight" not in parameters:
-            raise ConfigError(f"{path}: models: {name}: parameters.weight is missing. Give the weight of this vector.")
+            raise ConfigError(
+                f"{path}: models: {name}: parameters.weight is missing. Give the weight of this "
+                "vector."
+            )
         try:
             weights[name] = float(parameters["weight"])
         except (TypeError, ValueError):
             return None  # a gradient list or a filter
         if not math.isfinite(weights[name]):
             found = weights[name]
-            raise ConfigError(f"{path}: models: {name}: parameters.weight: found {found}, expected a finite number.")
+            raise ConfigError(
+                f"{path}: models: {name}: parameters.weight: found {found}, expected a finite "
+                "number."
+            )
     return LinearMerge(base, sources, weights, config.get("out_dtype") or config.get("dtype"))
 
 
 def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = None) -> str:
     """Run any mergekit YAML and return the engine used, 'native' or 'mergekit'.
 
-    `options` are mergekit's MergeOptions (None: its defaults). A config that needs no more than one number per vector
-    takes the streaming writer unless `engine` or an option says otherwise.
+    `options` are mergekit's MergeOptions (None: its defaults). A config that needs no more than one
+    number per vector takes the streaming writer unless `engine` or an option says otherwise.
     """
     config = read_merge_config(path)
     linear = linear_merge_of(config, path)
     if engine == "native" and linear is None:
-        raise ConfigError(f"{path}: uses what only mergekit can do (method, slices, filters or gradients). Drop --engine native.")
+        raise ConfigError(
+            f"{path}: uses what only mergekit can do (method, slices, filters or gradients). Drop "
+            "--engine native."
+        )
     if linear is not None and engine != "mergekit" and _options_are_ours(options):
         base = resolve_model(linear.base_model)
         vectors = [open_vector(name, source, base) for name, source in linear.sources.items()]
         shard_size = MAX_SHARD_SIZE if options is None else options.out_shard_size
-        write_merged(base, vectors, linear.weights, out, out_dtype=linear.out_dtype, max_shard_size=shard_size)
+        write_merged(
+            base,
+            vectors,
+            linear.weights,
+            out,
+            out_dtype=linear.out_dtype,
+            max_shard_size=shard_size,
+        )
         write_text(out / "mergekit_config.yml", path.read_text(encoding="utf-8"))
         return "native"
     run_mergekit(config, path, out, options)
@@ -249,19 +299,30 @@ def _options_are_ours(options: Any) -> bool:
         return True
     from mergekit.options import MergeOptions
 
-    honoured = {"out_shard_size", "quiet", "verbosity", "num_threads", "random_seed", "write_model_card", "low_cpu_memory"}
+    honoured = {
+        "out_shard_size",
+        "quiet",
+        "verbosity",
+        "num_threads",
+        "random_seed",
+        "write_model_card",
+        "low_cpu_memory",
+    }
     defaults = MergeOptions()
     return all(
-        name in honoured or getattr(options, name) == getattr(defaults, name) for name in MergeOptions.model_fields
+        name in honoured or getattr(options, name) == getattr(defaults, name)
+        for name in MergeOptions.model_fields
     )
 
 
-# -- mergekit -----------------------------------------------------------------------------------------------------
+# -- mergekit --------------------------------------------------------------------------------------
 
 
 @functools.cache
 def register_method() -> None:
-    """Register `optimer` with mergekit, once per process; importing mergekit takes seconds, so only when needed."""
+    """Register `optimer` with mergekit, once per process; importing mergekit takes seconds, so only
+    when needed.
+    """
     from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
     from mergekit.merge_methods.easy_define import merge_method
     from mergekit.merge_methods.registry import register
@@ -274,9 +335,21 @@ def register_method() -> None:
         ]
         return add_weighted(base, deltas, weight.values_for(group.non_base))
 
-    kernel.__annotations__ = {"group": TensorGroup, "weight": PerNonBase[float], "return": torch.Tensor}
+    kernel.__annotations__ = {
+        "group": TensorGroup,
+        "weight": PerNonBase[float],
+        "return": torch.Tensor,
+    }
     contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
-    register(merge_method(kernel, name=METHOD, pretty_name="OptiMer", reference_url="https://arxiv.org/abs/2603.28858", contract=contract))
+    register(
+        merge_method(
+            kernel,
+            name=METHOD,
+            pretty_name="OptiMer",
+            reference_url="https://arxiv.org/abs/2603.28858",
+            contract=contract,
+        )
+    )
 
 
 def _is_delta(entry_id: Any) -> bool:
@@ -295,8 +368,8 @@ def _directory_is_delta(path: str) -> bool:
 def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any = None) -> None:
     """Run a config with mergekit, the `optimer` method registered, and check what it wrote.
 
-    Local paths are made absolute first: with relative ones mergekit asks the Hub for a model card and fails offline
-    after the weights are written. `out` appears whole or not at all.
+    Local paths are made absolute first: with relative ones mergekit asks the Hub for a model card
+    and fails offline after the weights are written. `out` appears whole or not at all.
     """
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache
@@ -309,24 +382,37 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
         parsed = MergeConfiguration.model_validate(absolute)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{path}: mergekit does not take this config: {error}") from error
-    # the loaders are a class attribute that is never cleared: a model replaced on disk would be read from the old file
+    # the loaders are never cleared: a model replaced on disk would be read from the old file
     LoaderCache().loaders = {}
     with staged_directory(out) as staging:
         try:
-            mergekit_run(parsed, str(staging), options or MergeOptions(quiet=True), config_source=yaml.safe_dump(dict(config), sort_keys=False))
+            mergekit_run(
+                parsed,
+                str(staging),
+                options or MergeOptions(quiet=True),
+                config_source=yaml.safe_dump(dict(config), sort_keys=False),
+            )
         except (ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"{path}: mergekit stopped: {error}") from error
-        _check_output(staging, resolve_model(str(absolute["base_model"])).path if absolute.get("base_model") else None, config)
+        _check_output(
+            staging,
+            resolve_model(str(absolute["base_model"])).path if absolute.get("base_model") else None,
+            config,
+        )
 
 
 def _with_absolute_paths(value: Any, folder: Path) -> Any:
-    """Resolve `model` and `base_model` references anywhere in a config to local paths where they are local."""
+    """Resolve `model` and `base_model` references anywhere in a config to local paths where they
+    are local.
+    """
     if isinstance(value, list):
         return [_with_absolute_paths(item, folder) for item in value]
     if not isinstance(value, dict):
         return value
     return {
-        key: _local_or_hub(item, folder) if key in ("model", "base_model") and isinstance(item, str) else _with_absolute_paths(item, folder)
+        key: _local_or_hub(item, folder)
+        if key in ("model", "base_model") and isinstance(item, str)
+        else _with_absolute_paths(item, folder)
         for key, item in value.items()
     }
 
@@ -339,35 +425,68 @@ def _local_or_hub(text: str, folder: Path) -> str:
 
 
 def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> None:
-    """mergekit never validates its output: compare tensor names and shapes with the base when layers are kept."""
-    if base is None or config.get("slices") or config.get("modules") or config.get("tokenizer") or config.get("tokenizer_source"):
+    """mergekit never validates its output: compare tensor names and shapes with the base when
+    layers are kept.
+    """
+    if (
+        base is None
+        or config.get("slices")
+        or config.get("modules")
+        or config.get("tokenizer")
+        or config.get("tokenizer_source")
+    ):
         return
     merged, expected = Checkpoint(out), Checkpoint(base)
     missing = sorted(set(expected.names) - set(merged.names) - {"lm_head.weight"})
-    wrong = [name for name in merged.names if name in expected.names and merged.shape(name) != expected.shape(name)]
+    wrong = [
+        name
+        for name in merged.names
+        if name in expected.names and merged.shape(name) != expected.shape(name)
+    ]
     if missing or wrong:
         raise ModelError(
-            f"mergekit wrote {len(merged.names)} of {len(expected.names)} tensors (first missing: {missing[:1]}, first of "
-            f"another shape: {wrong[:1]}). It does not know this architecture; use `--engine native`."
+            f"mergekit wrote {len(merged.names)} of {len(expected.names)} tensors (first missing: "
+            f"{missing[:1]}, first of "
+            f"another shape: {wrong[:1]}). It does not know this architecture; use `--engine "
+            "native`."
         )
 
 
-# -- export -------------------------------------------------------------------------------------------------------
+# -- export ----------------------------------------------------------------------------------------
 
 
-def optimer_config(base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str) -> dict[str, Any]:
-    """Return a merge config of the `optimer` method: float32 inputs, so that both engines round once, to `dtype`."""
-    models = [{"model": source, "parameters": {"weight": weights[name]}} for name, source in sources.items()]
-    return {"merge_method": METHOD, "base_model": base_model, "models": models, "dtype": "float32", "out_dtype": dtype}
+def optimer_config(
+    base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+    """Return a merge config of the `optimer` method: float32 inputs, so that both engines round
+    once, to `dtype`.
+    """
+    models = [
+        {"model": source, "parameters": {"weight": weights[name]}}
+        for name, source in sources.items()
+    ]
+    return {
+        "merge_method": METHOD,
+        "base_model": base_model,
+        "models": models,
+        "dtype": "float32",
+        "out_dtype": dtype,
+    }
 
 
-def vanilla_config(base_model: str, deltas: Mapping[str, str], weights: Mapping[str, float], dtype: str) -> dict[str, Any]:
-    """Return a config that unmodified `mergekit-yaml` runs to the same weights: method linear over delta directories.
+def vanilla_config(
+    base_model: str, deltas: Mapping[str, str], weights: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+    """Return a config that unmodified `mergekit-yaml` runs to the same weights: method linear over
+    delta directories.
 
-    `linear` with the base at weight 1 - sum w over *checkpoints* would cancel digits in bfloat16; deltas do not.
+    `linear` with the base at weight 1 - sum w over *checkpoints* would cancel digits in bfloat16;
+    deltas do not.
     """
     entries = {base_model: 1.0} | {deltas[name]: weight for name, weight in weights.items()}
-    models = [{"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()]
+    models = [
+        {"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()
+    ]
     return {
         "merge_method": "linear",
         "base_model": base_model,
@@ -378,9 +497,17 @@ def vanilla_config(base_model: str, deltas: Mapping[str, str], weights: Mapping[
     }
 
 
-def linear_config(base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str) -> dict[str, Any]:
-    """Return the same merge over checkpoints for unmodified mergekit: base weight 1 - sum w, exact while that is small."""
-    entries = {base_model: 1.0 - sum(weights.values())} | {sources[name]: weight for name, weight in weights.items()}
+def linear_config(
+    base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+    """Return the same merge over checkpoints for unmodified mergekit: base weight 1 - sum w, exact
+    while that is small.
+    """
+    entries = {base_model: 1.0 - sum(weights.values())} | {
+        sources[name]: weight for name, weight in weights.items()
+    }
     return vanilla_config(base_model, {}, {}, dtype) | {
-        "models": [{"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()]
+        "models": [
+            {"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()
+        ]
     }

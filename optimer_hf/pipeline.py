@@ -1,9 +1,11 @@
-"""A recipe folder run from corpora to the compared merge, each finished stage skipped when it is run again.
+"""A recipe folder run from corpora to the compared merge, each finished stage skipped when it is
+run again.
 
     recipes/NAME/  study.yaml, train-*.yaml, data/, tasks/      (inputs, never written to)
-    runs/NAME/     vectors/  study/  recipe.yaml  merged/  results.md  ledger.json      (everything that is made)
+    runs/NAME/     vectors/  study/  recipe.yaml  merged/  results.md  ledger.json   (what is made)
 
-`short.yaml` in the folder holds the smaller budget of `--short`: values laid over study.yaml and the train files.
+`short.yaml` in the folder holds the smaller budget of `--short`: values laid over study.yaml and
+the train files.
 """
 
 import json
@@ -20,7 +22,16 @@ from optimer_hf.files import digest, parse, read_yaml, sha256_file, write_text
 
 logger = logging.getLogger(__name__)
 
-OURS = {"run.json", "vectors", "study", "deltas", "merged", "done.json", "optimer.yml", "mergekit_config.yml"}
+OURS = {
+    "run.json",
+    "vectors",
+    "study",
+    "deltas",
+    "merged",
+    "done.json",
+    "optimer.yml",
+    "mergekit_config.yml",
+}
 OURS |= {"recipe.yaml", "recipe.lock.json", "results.md", "results.json", "ledger.json"}
 
 
@@ -48,12 +59,17 @@ class Run:
 
 
 def finished_summary(run: Run) -> str | None:
-    """Return the summary of a finished run, or None when there is something to do; reads files only, in a moment."""
+    """Return the summary of a finished run, or None when there is something to do; reads files
+    only, in a moment.
+    """
     done = run.out / "done.json"
     if not done.exists():
         return None
     record = json.loads(done.read_text(encoding="utf-8"))
-    if record["inputs_sha256"] != run.inputs_digest() or not (run.out / "merged" / "config.json").exists():
+    if (
+        record["inputs_sha256"] != run.inputs_digest()
+        or not (run.out / "merged" / "config.json").exists()
+    ):
         return None
     return summary(run)
 
@@ -66,7 +82,8 @@ def summary(run: Run) -> str:
 def run_recipe(run: Run) -> str:
     """Run every stage that is not finished yet and return the summary.
 
-    Raises ConfigError and CorpusError for bad input before any training, OutputError when `out` is not ours.
+    Raises ConfigError and CorpusError for bad input before any training, OutputError when `out` is
+    not ours.
     """
     from optimer_hf import compare, recipe, search
 
@@ -94,28 +111,40 @@ def run_recipe(run: Run) -> str:
 
 
 def _claim(run: Run) -> None:
-    """Take the output directory for these inputs; refuse foreign files and the results of other inputs."""
+    """Take the output directory for these inputs; refuse foreign files and the results of other
+    inputs.
+    """
     foreign = {path.name for path in run.out.glob("[!.]*")} - OURS if run.out.exists() else set()
     if foreign:
-        raise OutputError(f"{run.out}: holds files that are not ours ({sorted(foreign)[0]}). Give another output directory.")
+        raise OutputError(
+            f"{run.out}: holds files that are not ours ({sorted(foreign)[0]}). Give another output "
+            "directory."
+        )
     marker, inputs = run.out / "run.json", run.inputs_digest()
     if marker.exists():
         if json.loads(marker.read_text(encoding="utf-8"))["inputs_sha256"] != inputs:
             raise OutputError(
-                f"{run.out}: holds results of other inputs (the recipe folder changed, or --short was given or left out). "
+                f"{run.out}: holds results of other inputs (the recipe folder changed, or --short "
+                "was given or left out). "
                 "Remove it, or give another output directory."
             )
         return
     if run.out.exists() and any(run.out.iterdir()):
-        raise OutputError(f"{run.out}: is not empty and was not made by `optimer run`. Give another output directory.")
-    write_text(marker, json.dumps({"inputs_sha256": inputs, "recipe": run.name, "short": run.short}))
+        raise OutputError(
+            f"{run.out}: is not empty and was not made by `optimer run`. Give another output "
+            "directory."
+        )
+    write_text(
+        marker, json.dumps({"inputs_sha256": inputs, "recipe": run.name, "short": run.short})
+    )
 
 
-# -- reading a recipe folder --------------------------------------------------------------------------------------
+# -- reading a recipe folder -----------------------------------------------------------------------
 
 
 def load(run: Run) -> tuple[Any, dict[str, Any]]:
-    """Return the StudyConfig, its vectors pointing into `out`, and the TrainConfig of each vector to train.
+    """Return the StudyConfig, its vectors pointing into `out`, and the TrainConfig of each vector
+    to train.
 
     Everything that can be wrong with the inputs is found here, before anything is trained.
     """
@@ -142,11 +171,14 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
     for name, training in trainings.items():
         if training.base_model != config.base_model:
             raise ConfigError(
-                f"{run.folder / 'study.yaml'}: vectors.{name} is trained from {training.base_model!r}, but base_model is "
+                f"{run.folder / 'study.yaml'}: vectors.{name} is trained from "
+                f"{training.base_model!r}, but base_model is "
                 f"{config.base_model!r}. Give both the same base."
             )
     sources = {
-        name: vector.model_copy(update={"train": None, "source": str(_vector_dir(run, name))}) if vector.train else vector
+        name: vector.model_copy(update={"train": None, "source": str(_vector_dir(run, name))})
+        if vector.train
+        else vector
         for name, vector in config.vectors.items()
     }
     return config.model_copy(update={"vectors": sources}), trainings
@@ -159,7 +191,9 @@ def _check_short(short: Mapping[str, Any], path: Path) -> None:
 
 
 def _laid_over(data: Any, changes: Any) -> Any:
-    """Return data with the values of changes laid over it; a list of named mappings is changed by name."""
+    """Return data with the values of changes laid over it; a list of named mappings is changed by
+    name.
+    """
     if isinstance(data, list) and isinstance(changes, dict):
         return [_laid_over(item, changes.get(item["name"], {})) for item in data]
     if not isinstance(data, dict) or not isinstance(changes, dict):
@@ -173,7 +207,11 @@ def _vector_dir(run: Run, name: str) -> Path:
 
 def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
     """Train and describe every vector that is not there yet."""
-    missing = {name: config for name, config in trainings.items() if not (_vector_dir(run, name) / "vector.json").exists()}
+    missing = {
+        name: config
+        for name, config in trainings.items()
+        if not (_vector_dir(run, name) / "vector.json").exists()
+    }
     if not missing:
         return
     from optimer_hf.convert import resolve_model
@@ -181,24 +219,33 @@ def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
     from optimer_hf.vector import describe
 
     for name, config in missing.items():
-        prepare(config, _vector_dir(run, name))  # all corpora are packed and checked before the first is trained on
+        prepare(
+            config, _vector_dir(run, name)
+        )  # all corpora are packed and checked before the first is trained on
     for name, config in missing.items():
         out = train(config, _vector_dir(run, name))
         kind = "checkpoint" if config.lora is None else "adapter"
         describe(out, resolve_model(config.base_model), name=name, kind=kind)  # type: ignore[arg-type]
 
 
-# -- ledger -------------------------------------------------------------------------------------------------------
+# -- ledger ----------------------------------------------------------------------------------------
 
 
 def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
-    """Return where the time went: seconds and tokens of training, asking, merging and evaluating."""
+    """Return where the time went: seconds and tokens of every stage."""
     entries: dict[str, Any] = {}
-    records = [json.loads((_vector_dir(run, name) / "training.json").read_text(encoding="utf-8")) for name in names]
+    records = [
+        json.loads((_vector_dir(run, name) / "training.json").read_text(encoding="utf-8"))
+        for name in names
+    ]
     seconds = sum(record["training"]["seconds"] for record in records)
     tokens = sum(record["corpus"]["n_tokens"] for record in records)
     if records:
-        entries["train"] = {"seconds": round(seconds, 1), "tokens": tokens, "tokens_per_second": round(tokens / seconds)}
+        entries["train"] = {
+            "seconds": round(seconds, 1),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds),
+        }
     sealed = run.out / "study" / "sealed.jsonl"
     stages = {fidelity: study.log.of(fidelity) for fidelity in ("search", "rescore")}
     if sealed.exists():
@@ -212,8 +259,13 @@ def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
 
 
 def _trial_ledger(trials: list[Any]) -> dict[str, Any]:
-    """Return count, tokens and seconds of trials by phase, and the share that is not the model's forward pass."""
-    total = {phase: sum(trial.seconds.get(phase, 0.0) for trial in trials) for phase in ("ask", "merge", "evaluate", "forward")}
+    """Return count, tokens and seconds of trials by phase, and the share that is not the model's
+    forward pass.
+    """
+    total = {
+        phase: sum(trial.seconds.get(phase, 0.0) for trial in trials)
+        for phase in ("ask", "merge", "evaluate", "forward")
+    }
     spent = total["ask"] + total["merge"] + total["evaluate"]
     return {
         "n": len(trials),
@@ -234,13 +286,13 @@ def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -
     weights = ", ".join(f"{name} {weight:g}" for name, weight in best.weights.items())
     rows = "\n".join(f"| {stage} | {_entry(entry)} |" for stage, entry in ledger.items())
     return (
-        f"# {run.name}\n\nBest weights: {weights} (trial {best.number}, {best.origin})\n\n{to_markdown(comparison)}\n## Ledger\n\n"
+        f"# {run.name}\n\nBest weights: {weights} (trial {best.number}, "
+        f"{best.origin})\n\n{to_markdown(comparison)}\n## Ledger\n\n"
         f"| stage | seconds and counts |\n| --- | --- |\n{rows}\n\n"
-        f"Merged model: `{os.path.relpath(run.out / 'merged')}`, recipe: `{os.path.relpath(run.out / 'recipe.yaml')}`\n"
+        f"Merged model: `{os.path.relpath(run.out / 'merged')}`, recipe: "
+        f"`{os.path.relpath(run.out / 'recipe.yaml')}`\n"
     )
 
 
 def _entry(entry: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value:,}" for key, value in entry.items())
-
-

@@ -1,7 +1,7 @@
 """Progress of long work: a rich bar on a terminal, a plain log line every few seconds elsewhere.
 
-Comes before every stage that takes more than two seconds. Nothing here is stored; figures that last belong to the
-ledger of the stage.
+Comes before every stage that takes more than two seconds. Nothing here is stored; figures that last
+belong to the ledger of the stage.
 """
 
 import logging
@@ -18,7 +18,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Meter:
-    """Counts units of one piece of work and shows rate and time left; use it as a context manager."""
+    """Counts units of one piece of work and shows rate and time left; a context manager."""
 
     def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -28,14 +28,23 @@ class Meter:
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")]
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+            ]
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, completed=self._done, figures="")
+            self._task = self._bar.add_task(
+                self.title, total=self.total, completed=self._done, figures=""
+            )
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -49,7 +58,9 @@ class Meter:
             self._bar.update(self._task, completed=self._done, figures=self._figures(note))
         elif self._done < self.total and perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = perf_counter()
-            logger.info("%s: %s, %s left", self.title, self._figures(note), _clock(self._seconds_left()))
+            logger.info(
+                "%s: %s, %s left", self.title, self._figures(note), _clock(self._seconds_left())
+            )
 
     def _rate(self) -> float:
         return (self._done - self._first) / max(perf_counter() - self._started, 1e-9)
@@ -60,7 +71,9 @@ class Meter:
     def _figures(self, note: str) -> str:
         text = f"{self._done:,}/{self.total:,} {self.unit}"
         rate = self._rate()
-        text += f", {rate:,.0f} {self.unit}/s" if rate >= 2 else f", {1 / max(rate, 1e-9):.1f} s each"
+        text += (
+            f", {rate:,.0f} {self.unit}/s" if rate >= 2 else f", {1 / max(rate, 1e-9):.1f} s each"
+        )
         return f"{text}, {note}" if note else text
 
 

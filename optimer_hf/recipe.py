@@ -1,7 +1,9 @@
-"""A finished study -> recipe.yaml, recipe.lock.json and merge configs; and back: build and verify the merge.
+"""A finished study -> recipe.yaml, recipe.lock.json and merge configs; and back: build and verify
+the merge.
 
-A recipe says which vectors at which weights on which base, and what that scored; its lock holds the sha256 of every
-weights file that went in and came out, so that another machine can tell whether it built the same model.
+A recipe says which vectors at which weights on which base, and what that scored; its lock holds the
+sha256 of every weights file that went in and came out, so that another machine can tell whether it
+built the same model.
 """
 
 import os
@@ -15,7 +17,13 @@ import yaml
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ModelError
 from optimer_hf.files import FileModel, ReferenceText, VersionedFile, sha256_file, write_text
-from optimer_hf.merge import MAX_SHARD_SIZE, linear_config, optimer_config, vanilla_config, write_merged
+from optimer_hf.merge import (
+    MAX_SHARD_SIZE,
+    linear_config,
+    optimer_config,
+    vanilla_config,
+    write_merged,
+)
 from optimer_hf.search import Study, study_digest
 from optimer_hf.vector import (
     Checkpoint,
@@ -28,9 +36,22 @@ from optimer_hf.vector import (
     weight_files,
 )
 
-VERSIONED_PACKAGES = ("optimer-hf", "torch", "transformers", "peft", "mergekit", "smac", "lm-eval", "safetensors")
-LARGEST_BFLOAT16_DELTA = 0.05  # relative norm; above it 2^-9 of the delta moves more than 0.5 % of the output by an ulp
-LARGEST_CANCELLATION = 2.0  # beyond this sum of |w|, base weight 1 - sum w loses digits of bfloat16 checkpoints
+VERSIONED_PACKAGES = (
+    "optimer-hf",
+    "torch",
+    "transformers",
+    "peft",
+    "mergekit",
+    "smac",
+    "lm-eval",
+    "safetensors",
+)
+LARGEST_BFLOAT16_DELTA = (
+    0.05  # relative norm; above it 2^-9 of the delta moves more than 0.5 % of the output by an ulp
+)
+LARGEST_CANCELLATION = (
+    2.0  # beyond this sum of |w|, base weight 1 - sum w loses digits of bfloat16 checkpoints
+)
 
 
 class Ingredient(FileModel):
@@ -67,11 +88,16 @@ class Lock(VersionedFile):
     output: dict[str, str] = {}
 
 
-# -- study -> recipe ----------------------------------------------------------------------------------------------
+# -- study -> recipe -------------------------------------------------------------------------------
 
 
 def write_recipe(
-    study: Study, path: Path, *, name: str, sealed: Mapping[str, Any] | None = None, ledger: Mapping[str, Any] | None = None
+    study: Study,
+    path: Path,
+    *,
+    name: str,
+    sealed: Mapping[str, Any] | None = None,
+    ledger: Mapping[str, Any] | None = None,
 ) -> RecipeFile:
     """Write recipe.yaml at `path`, its lock and `optimer.yml` beside it, and return the recipe."""
     config, incumbent = study.config, study.incumbent
@@ -87,7 +113,9 @@ def write_recipe(
             key: {"source": _portable(source, folder), "weight": incumbent.weights[key]}
             for key, source in sources.items()
         },
-        "objective": _portable_paths(config.objective.model_dump(mode="json", exclude_defaults=True), folder),
+        "objective": _portable_paths(
+            config.objective.model_dump(mode="json", exclude_defaults=True), folder
+        ),
         "scores": _scores(study, sealed),
         "study": {
             "sha256": study_digest(config),
@@ -104,7 +132,10 @@ def write_recipe(
     )
     lock.write(path.with_suffix(".lock.json"))
     merge_config = optimer_config(
-        str(recipe["base_model"]), {key: _portable(source, folder) for key, source in sources.items()}, incumbent.weights, config.dtype
+        str(recipe["base_model"]),
+        {key: _portable(source, folder) for key, source in sources.items()},
+        incumbent.weights,
+        config.dtype,
     )
     write_text(folder / "optimer.yml", yaml.safe_dump(merge_config, sort_keys=False))
     header = f"# Build it with: optimer build {path.name} OUT\n"
@@ -144,19 +175,33 @@ def _scores(study: Study, sealed: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def write_vanilla(study: Study, path: Path) -> None:
-    """Write a config at `path` that unmodified `mergekit-yaml` runs to the weights of the incumbent.
+    """Write a config at `path` that unmodified `mergekit-yaml` runs to the weights of the
+    incumbent.
 
-    A pool of checkpoints is merged with `linear` and base weight 1 - sum w. Adapters and deltas, and sums that would
-    cancel, are written as delta directories under `deltas/` beside it, which `linear` adds to the base.
+    A pool of checkpoints is merged with `linear` and base weight 1 - sum w. Adapters and deltas,
+    and sums that would cancel, are written as delta directories under `deltas/` beside it, which
+    `linear` adds to the base.
     """
     config, weights = study.config, study.incumbent.weights
     base = resolve_model(config.base_model)
-    vectors = [open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()]
-    if all(isinstance(vector, CheckpointVector) for vector in vectors) and _sum_of_absolute(weights) <= LARGEST_CANCELLATION:
-        sources = {vector.name: str(vector.tuned.path) for vector in vectors if isinstance(vector, CheckpointVector)}
+    vectors = [
+        open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()
+    ]
+    if (
+        all(isinstance(vector, CheckpointVector) for vector in vectors)
+        and _sum_of_absolute(weights) <= LARGEST_CANCELLATION
+    ):
+        sources = {
+            vector.name: str(vector.tuned.path)
+            for vector in vectors
+            if isinstance(vector, CheckpointVector)
+        }
         merge_config = linear_config(str(base.path), sources, weights, config.dtype)
     else:
-        deltas = {vector.name: str(_delta_directory(vector, base, path.resolve().parent)) for vector in vectors}
+        deltas = {
+            vector.name: str(_delta_directory(vector, base, path.resolve().parent))
+            for vector in vectors
+        }
         merge_config = vanilla_config(str(base.path), deltas, weights, config.dtype)
     write_text(path, yaml.safe_dump(merge_config, sort_keys=False))
 
@@ -166,18 +211,27 @@ def _sum_of_absolute(weights: Mapping[str, float]) -> float:
 
 
 def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:
-    """Return the vector as a complete delta directory, written once; in bfloat16 when that costs nothing visible."""
+    """Return the vector as a complete delta directory, written once; in bfloat16 when that costs
+    nothing visible.
+    """
     out = folder / "deltas" / vector.name
     if read_record(out) is None:
         _, relative_norm = norms(vector, Checkpoint(base.path))
-        extract(vector, base, out, dtype="bfloat16" if relative_norm < LARGEST_BFLOAT16_DELTA else "float32")
+        extract(
+            vector,
+            base,
+            out,
+            dtype="bfloat16" if relative_norm < LARGEST_BFLOAT16_DELTA else "float32",
+        )
     return out
 
 
-# -- recipe -> model ----------------------------------------------------------------------------------------------
+# -- recipe -> model -------------------------------------------------------------------------------
 
 
-def build(path: Path, out: Path, *, out_dtype: str | None = None, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+def build(
+    path: Path, out: Path, *, out_dtype: str | None = None, max_shard_size: int = MAX_SHARD_SIZE
+) -> None:
     """Build the merged model of a recipe.
 
     Raises ModelError when base or vectors are not the locked ones, before anything is written.
@@ -187,21 +241,36 @@ def build(path: Path, out: Path, *, out_dtype: str | None = None, max_shard_size
     base = resolve_model(recipe.base_model)
     if lock_file.exists():
         _check_lock(Lock.read(lock_file), recipe, base)
-    vectors = [open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()]
-    write_merged(base, vectors, recipe.weights, out, out_dtype=out_dtype or recipe.dtype, max_shard_size=max_shard_size)
+    vectors = [
+        open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()
+    ]
+    write_merged(
+        base,
+        vectors,
+        recipe.weights,
+        out,
+        out_dtype=out_dtype or recipe.dtype,
+        max_shard_size=max_shard_size,
+    )
     if lock_file.exists() and out_dtype is None and max_shard_size == MAX_SHARD_SIZE:
         lock = Lock.read(lock_file)
         built = _output_files(out)
         if not lock.output:
             lock.model_copy(update={"output": built}).write(lock_file)
         elif lock.output != built:
-            raise ModelError(f"{out}: differs from the model this recipe built first ({lock_file.name}). It was kept.")
+            raise ModelError(
+                f"{out}: differs from the model this recipe built first ({lock_file.name}). It was "
+                "kept."
+            )
 
 
 def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:
     parts = {"base_model": (lock.base, base.path)}
     for name, ingredient in recipe.vectors.items():
-        parts[f"vectors.{name}"] = (lock.vectors.get(name, {}), resolve_model(ingredient.source).path)
+        parts[f"vectors.{name}"] = (
+            lock.vectors.get(name, {}),
+            resolve_model(ingredient.source).path,
+        )
     for field, (expected, directory) in parts.items():
         if weight_files(directory) != expected:
             raise ModelError(
@@ -218,9 +287,13 @@ def verify(path: Path, model: Path) -> None:
     """Raise ModelError unless a built model has the sha256 that the lock of its recipe records."""
     lock = Lock.read(path.with_suffix(".lock.json"))
     if not lock.output:
-        raise ModelError(f"{path}: its lock records no built model. Run `optimer build {path} OUT` first.")
+        raise ModelError(
+            f"{path}: its lock records no built model. Run `optimer build {path} OUT` first."
+        )
     found = _output_files(model)
     for name in sorted(lock.output.keys() | found.keys()):
         if found.get(name) != lock.output.get(name):
-            raise ModelError(f"{model / name}: sha256 differs from {path.with_suffix('.lock.json').name}. Build it again.")
-
+            raise ModelError(
+                f"{model / name}: sha256 differs from {path.with_suffix('.lock.json').name}. Build "
+                "it again."
+            )

@@ -1,7 +1,7 @@
 """Recorded trials + a new objective -> predicted best weights, without a new evaluation.
 
-Each trial records the score of every term, so the surrogate of a new weighting of the terms is a new sum of the same
-processes.
+Each trial records the score of every term, so the surrogate of a new weighting of the terms is a
+new sum of the same processes.
 """
 
 from collections.abc import Mapping
@@ -35,12 +35,17 @@ def retargeted(objective: Objective, term_weights: Mapping[str, float]) -> Objec
     unknown = sorted(set(term_weights) - labels)
     if unknown:
         raise StudyError(f"no term {unknown[0]!r} was recorded; this study has {sorted(labels)}.")
-    terms = [term.model_copy(update={"weight": term_weights.get(term.label, 0.0)}) for term in objective.terms]
+    terms = [
+        term.model_copy(update={"weight": term_weights.get(term.label, 0.0)})
+        for term in objective.terms
+    ]
     return objective.model_copy(update={"terms": terms, "combine": "relative_to_base"})
 
 
 def predict(study: Study, term_weights: Mapping[str, float] | None = None) -> Prediction:
-    """Return the weights with the best posterior mean for an objective over recorded terms (None: the study's own)."""
+    """Return the weights with the best posterior mean for an objective over recorded terms (None:
+    the study's own).
+    """
     config = study.config
     if term_weights is not None:
         objective = retargeted(config.objective, term_weights)
@@ -56,13 +61,15 @@ def predict(study: Study, term_weights: Mapping[str, float] | None = None) -> Pr
 
 
 def best_scale(study: Study, name: str) -> dict[str, float]:
-    """Return the weights of one vector alone at the scale the surrogate likes best, on a grid of SCALE_STEP."""
+    """Return the weights of one vector alone at the scale the surrogate likes best, on a grid of
+    SCALE_STEP.
+    """
     config = study.config
     low, high = config.free[name]
     scales = np.arange(max(low, 0.0), high + 1e-9, SCALE_STEP)
-    sets = [{other: float(s) * (other == name) for other in config.free} | config.fixed for s in scales]
+    sets = [
+        {other: float(s) * (other == name) for other in config.free} | config.fixed for s in scales
+    ]
     mean, _ = surrogate_of(config, study.log.of("search")).predict(to_unit(config, sets))
     best = sets[int(np.argmax(mean))]
     return {other: round(weight, 4) for other, weight in best.items()}
-
-

@@ -1,9 +1,10 @@
 """A study: SMAC ask/tell over the weights of a pool, every trial evaluated on a resident model.
 
-A StudyConfig comes in, `trials.jsonl` goes out: append-only, fsynced, and the whole state of the study. Anchors (base,
-each vector alone, uniform average) run first. A killed study goes on as if nothing had happened, because each ask
-depends only on the recorded trials and the trial's number. What a reader would not guess: SMAC's own run history is
-scratch in a temporary directory; its files are neither append-only nor safe to kill.
+A StudyConfig comes in, `trials.jsonl` goes out: append-only, fsynced, and the whole state of the
+study. Anchors (base, each vector alone, uniform average) run first. A killed study goes on as if
+nothing had happened, because each ask depends only on the recorded trials and the trial's number.
+What a reader would not guess: SMAC's own run history is scratch in a temporary directory; its files
+are neither append-only nor safe to kill.
 """
 
 import contextlib
@@ -28,8 +29,14 @@ from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyErr
 from optimer_hf.evaluate import Evaluator, Objective, Scores, Term, TermScore, combine, gains
 from optimer_hf.files import FileModel, ReferenceText, VersionedFile, digest, write_text
 from optimer_hf.progress import Meter
-from optimer_hf.resident import ResidentModel
-from optimer_hf.surrogate import GaussianProcess, WeightedSum, fit, log_expected_improvement, maximise
+from optimer_hf.resident import ResidentModel, default_device
+from optimer_hf.surrogate import (
+    GaussianProcess,
+    WeightedSum,
+    fit,
+    log_expected_improvement,
+    maximise,
+)
 from optimer_hf.vector import open_vector
 
 if TYPE_CHECKING:
@@ -54,9 +61,15 @@ class VectorConfig(FileModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.source is None) == (self.train is None):
-            raise ValueError("give exactly one of 'source' (a directory or Hub id) and 'train' (a train file of the recipe folder)")
+            raise ValueError(
+                "give exactly one of 'source' (a directory or Hub id) and 'train' (a train file of "
+                "the recipe folder)"
+            )
         if self.bounds[0] >= self.bounds[1]:
-            raise ValueError(f"bounds {list(self.bounds)} are empty; give [low, high] with low < high, or 'fixed'")
+            raise ValueError(
+                f"bounds {list(self.bounds)} are empty; give [low, high] with low < high, or "
+                "'fixed'"
+            )
         return self
 
 
@@ -70,7 +83,9 @@ class SearchConfig(FileModel):
 
 
 class StudyConfig(VersionedFile):
-    """study.yaml: base, pool, objective, sealed test, and other objectives to answer from the same trials."""
+    """study.yaml: base, pool, objective, sealed test, and other objectives to answer from the same
+    trials.
+    """
 
     base_model: ReferenceText
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -88,7 +103,13 @@ class StudyConfig(VersionedFile):
         for name, weights in self.retarget.items():
             for label in weights:
                 if label not in recorded:
-                    raise ValueError(f"retarget.{name}: no term {label!r} is recorded; terms: {sorted(recorded)}")
+                    raise ValueError(
+                        f"retarget.{name}: no term {label!r} is recorded; terms: {sorted(recorded)}"
+                    )
+                if self.test is not None and label not in {term.label for term in self.test.terms}:
+                    raise ValueError(
+                        f"retarget.{name}: the test has no term {label!r} to measure it on"
+                    )
         return self
 
     @property
@@ -101,20 +122,26 @@ class StudyConfig(VersionedFile):
     @property
     def free(self) -> dict[str, tuple[float, float]]:
         """Bounds of the vectors whose weight is searched."""
-        return {name: vector.bounds for name, vector in self.vectors.items() if vector.fixed is None}
+        return {
+            name: vector.bounds for name, vector in self.vectors.items() if vector.fixed is None
+        }
 
     @property
     def fixed(self) -> dict[str, float]:
         """Weights of the vectors that are always in the merge."""
-        return {name: vector.fixed for name, vector in self.vectors.items() if vector.fixed is not None}
+        return {
+            name: vector.fixed for name, vector in self.vectors.items() if vector.fixed is not None
+        }
 
 
-# -- trials -------------------------------------------------------------------------------------------------------
+# -- trials ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One evaluation of one weight set; `seconds` are merge, evaluate, forward (a part of evaluate) and ask."""
+    """One evaluation of one weight set; `seconds` are merge, evaluate, forward (a part of evaluate)
+    and ask.
+    """
 
     number: int
     origin: str
@@ -142,7 +169,9 @@ class Trial:
 
 
 class TrialLog:
-    """trials.jsonl: append-only, one fsync a trial; a line torn by a crash is cut off when it is opened."""
+    """trials.jsonl: append-only, one fsync a trial; a line torn by a crash is cut off when it is
+    opened.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read what is there; raise StudyError for damage that is not a torn last line."""
@@ -157,7 +186,8 @@ class TrialLog:
                 self.trials.append(Trial.from_json(line.decode()))
             except (ValueError, TypeError, KeyError):
                 raise StudyError(
-                    f"{path}:{number}: not a trial. Remove the damaged line to go on without that trial."
+                    f"{path}:{number}: not a trial. Remove the damaged line to go on without that "
+                    "trial."
                 ) from None
             whole += len(line) + 1
         if lines[-1]:
@@ -179,7 +209,9 @@ class TrialLog:
 
 
 class Pool(Protocol):
-    """What a study needs to run a trial: set weights, score terms; tests give a function of the weights instead."""
+    """What a study needs to run a trial: set weights, score terms; tests give a function of the
+    weights instead.
+    """
 
     def score(
         self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]
@@ -196,9 +228,14 @@ class ResidentPool:
         from transformers import AutoTokenizer
 
         base = resolve_model(config.base_model)
-        self.vectors = [open_vector(name, _source(name, vector), base) for name, vector in config.vectors.items()]
+        self.vectors = [
+            open_vector(name, _source(name, vector), base)
+            for name, vector in config.vectors.items()
+        ]
         self.base = base
-        self._resident = ResidentModel(base, self.vectors, dtype=config.dtype, device=_device())
+        self._resident = ResidentModel(
+            base, self.vectors, dtype=config.dtype, device=default_device()
+        )
         tokenizer = AutoTokenizer.from_pretrained(base.path)
         objectives = [config.objective] + ([config.test] if config.test is not None else [])
         self._evaluator = Evaluator(self._resident.model, tokenizer, objectives)
@@ -223,26 +260,24 @@ class ResidentPool:
 def _source(name: str, vector: VectorConfig) -> str:
     if vector.source is None:
         raise ConfigError(
-            f"vectors.{name}.train: {vector.train!r} has to be trained first. Run `optimer run` on the recipe folder, "
+            f"vectors.{name}.train: {vector.train!r} has to be trained first. Run `optimer run` on "
+            "the recipe folder, "
             "or give a 'source'."
         )
     return vector.source
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-# -- asking -------------------------------------------------------------------------------------------------------
+# -- asking ----------------------------------------------------------------------------------------
 
 
 def anchors(config: StudyConfig) -> list[tuple[str, dict[str, float]]]:
     """Return the weight sets every search starts from: base, each vector alone, uniform average."""
     free = list(config.free)
     sets = [("base", dict.fromkeys(free, 0.0))]
-    sets += [(f"{name} alone", {other: ANCHOR_WEIGHT * (other == name) for other in free}) for name in free]
+    sets += [
+        (f"{name} alone", {other: ANCHOR_WEIGHT * (other == name) for other in free})
+        for name in free
+    ]
     if len(free) > 1:
         sets.append(("average", dict.fromkeys(free, 1 / len(free))))
     result = []
@@ -253,10 +288,11 @@ def anchors(config: StudyConfig) -> list[tuple[str, dict[str, float]]]:
 
 
 def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
-    """Return what the surrogate learns, [n_trials, n_columns]: a gain per counting term, or the value for `worst`.
+    """Return what the surrogate learns, [n_trials, n_columns]: a gain per counting term, or the
+    value for `worst`.
 
-    Crashed trials and very bad ones are set to a floor, five times the best gain below the base: a Gaussian process
-    takes no infinities, and how bad a broken merge is does not matter.
+    Crashed trials and very bad ones are set to a floor, five times the best gain below the base: a
+    Gaussian process takes no infinities, and how bad a broken merge is does not matter.
     """
     base = trials[0].terms
     counting = [term for term in config.objective.at("search") if term.weight > 0]
@@ -273,11 +309,16 @@ def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
 
 
 def _surrogate_gains(objective: Objective, scores: Scores, base: Scores) -> dict[str, float]:
-    """Return gains in the unit that `combine` averages: weighted_mean takes losses as they are, not relative ones."""
+    """Return gains in the unit that `combine` averages: weighted_mean takes losses as they are, not
+    relative ones.
+    """
     each = gains(scores, base)
     if objective.combine != "weighted_mean":
         return each
-    return {label: g if base[label].higher_is_better else g * abs(base[label].score) for label, g in each.items()}
+    return {
+        label: g if base[label].higher_is_better else g * abs(base[label].score)
+        for label, g in each.items()
+    }
 
 
 def surrogate_of(config: StudyConfig, trials: Sequence[Trial]) -> WeightedSum:
@@ -298,17 +339,21 @@ def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> 
 
 
 def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:
-    """Return the full weight set of a point in [0, 1]^d, rounded to 4 digits, which is all that YAML should show."""
+    """Return the full weight set of a point in [0, 1]^d, rounded to 4 digits, which is all that
+    YAML should show.
+    """
     low, high = np.array(list(config.free.values())).T
     values = low + point * (high - low)
-    return {name: round(float(value), 4) for name, value in zip(config.free, values, strict=True)} | config.fixed
+    return {
+        name: round(float(value), 4) for name, value in zip(config.free, values, strict=True)
+    } | config.fixed
 
 
 class Asker:
     """SMAC behind a function: told every trial, asked for the next weights.
 
-    SMAC runs the loop (run history, encoder, config selector); surrogate, acquisition function and its maximiser are
-    ours, plugged into SMAC's extension points.
+    SMAC runs the loop (run history, encoder, config selector); surrogate, acquisition function and
+    its maximiser are ours, plugged into SMAC's extension points.
     """
 
     def __init__(self, config: StudyConfig) -> None:
@@ -319,7 +364,9 @@ class Asker:
         self._facade, self._space = _facade(config, Path(self._scratch.name), self._trials)
 
     def tell(self, trial: Trial) -> None:
-        """Record a finished trial; a crashed one gets a finite cost, an infinite one would break the model."""
+        """Record a finished trial; a crashed one gets a finite cost, an infinite one would break
+        the model.
+        """
         from ConfigSpace import Configuration
         from smac.runhistory.dataclasses import TrialInfo, TrialValue
 
@@ -328,7 +375,9 @@ class Asker:
         configuration = Configuration(self._space, vector=point)
         base = self._trials[0].terms
         cost = -combine(self._config.objective, trial.terms, base) if trial.status == "ok" else 1.0
-        self._facade.tell(TrialInfo(config=configuration, seed=0), TrialValue(cost=cost), save=False)
+        self._facade.tell(
+            TrialInfo(config=configuration, seed=0), TrialValue(cost=cost), save=False
+        )
 
     def ask(self) -> dict[str, float]:
         """Return the weights to evaluate next."""
@@ -344,12 +393,16 @@ def _facade(config: StudyConfig, scratch: Path, trials: list[Trial]) -> tuple[An
     from ConfigSpace import Configuration, ConfigurationSpace, Float
     from smac import BlackBoxFacade, Scenario
     from smac.acquisition.function.abstract_acquisition_function import AbstractAcquisitionFunction
-    from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAcquisitionMaximizer
+    from smac.acquisition.maximizer.abstract_acquisition_maximizer import (
+        AbstractAcquisitionMaximizer,
+    )
     from smac.main.config_selector import ConfigSelector
     from smac.model.abstract_model import AbstractModel
 
     class Surrogate(AbstractModel):
-        """One process per term, read from the trials; SMAC's combined cost only decides when to refit."""
+        """One process per term, read from the trials; SMAC's combined cost only decides when to
+        refit.
+        """
 
         posterior: WeightedSum
 
@@ -359,12 +412,16 @@ def _facade(config: StudyConfig, scratch: Path, trials: list[Trial]) -> tuple[An
             return self
 
         def _predict(
-            self, X: "Array", covariance_type: str | None = "diagonal"  # noqa: N803
+            self,
+            X: "Array",  # noqa: N803
+            covariance_type: str | None = "diagonal",
         ) -> tuple["Array", "Array | None"]:
             mean, variance = self.posterior.predict(X)
             if covariance_type is None:
                 return -mean[:, None], None
-            return -mean[:, None], (np.sqrt(variance) if covariance_type == "std" else variance)[:, None]
+            return -mean[:, None], (np.sqrt(variance) if covariance_type == "std" else variance)[
+                :, None
+            ]
 
         def predict_marginalized(self, X: "Array") -> tuple["Array", "Array"]:  # noqa: N803
             mean, variance = self.posterior.predict(X)
@@ -388,10 +445,15 @@ def _facade(config: StudyConfig, scratch: Path, trials: list[Trial]) -> tuple[An
             return log_expected_improvement(mean, variance, -self.eta)[:, None]
 
     class Maximiser(AbstractAcquisitionMaximizer):
-        """Vectorised; its randomness depends on the seed and the trial's number only, so a resumed study repeats it."""
+        """Vectorised; its randomness depends on the seed and the trial's number only, so a resumed
+        study repeats it.
+        """
 
         def maximize(
-            self, previous_configs: list[Configuration], n_points: int | None = None, random_design: Any = None
+            self,
+            previous_configs: list[Configuration],
+            n_points: int | None = None,
+            random_design: Any = None,
         ) -> Iterator[Configuration]:
             assert self.acquisition_function is not None
             rng = np.random.default_rng([config.search.seed, len(trials)])
@@ -400,9 +462,13 @@ def _facade(config: StudyConfig, scratch: Path, trials: list[Trial]) -> tuple[An
             seen = to_unit(config, [trial.weights for trial in trials])
             best = seen[np.argsort(-model.posterior.predict(seen)[0])[:5]]
             acquisition = self.acquisition_function
-            found = maximise(lambda x: np.asarray(acquisition._compute(x))[:, 0], len(config.free), rng, best)
+            found = maximise(
+                lambda x: np.asarray(acquisition._compute(x))[:, 0], len(config.free), rng, best
+            )
             jittered = np.clip(found + 0.02 * rng.normal(size=found.shape), 0, 1)
-            return iter([Configuration(self._configspace, vector=vector) for vector in (found, jittered)])
+            return iter(
+                [Configuration(self._configspace, vector=vector) for vector in (found, jittered)]
+            )
 
         def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[Any]:
             raise NotImplementedError("maximize() is overridden")
@@ -425,12 +491,16 @@ def _facade(config: StudyConfig, scratch: Path, trials: list[Trial]) -> tuple[An
         overwrite=True,  # SMAC asks on stdin when it finds an old run
         logging_level=False,
     )
-    logging.getLogger("smac").setLevel(logging.ERROR)  # it warns that the initial design is empty: the anchors are ours
+    logging.getLogger("smac").setLevel(
+        logging.ERROR
+    )  # it warns that the initial design is empty: the anchors are ours
     return facade, space
 
 
 def _open_facade(black_box: type) -> type:
-    """Return SMAC's black-box facade without its rule that the model must be one of its own processes."""
+    """Return SMAC's black-box facade without its rule that the model must be one of its own
+    processes.
+    """
     from smac.facade.abstract_facade import AbstractFacade
 
     return type("OptimerFacade", (black_box,), {"_validate": AbstractFacade._validate})
@@ -440,7 +510,7 @@ def _unused_target(config: Any, seed: int = 0) -> float:
     raise AssertionError("SMAC is only asked and told")
 
 
-# -- the study ----------------------------------------------------------------------------------------------------
+# -- the study -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -467,26 +537,41 @@ class Study:
         return len(self.log.of("search")) >= self.config.search.n_trials and not self.to_rescore()
 
     def to_rescore(self) -> list[Trial]:
-        """Return the trials that still have to be scored on the re-scoring items: the base, then the best few."""
+        """Return the trials that still have to be scored on the re-scoring items: the base, then
+        the best few.
+        """
         if self.config.search.rescore_top == 0:
             return []
         done = {trial.number for trial in self.log.of("rescore")}
         chosen = [self.log.of("search")[0], *self.ranked()[: self.config.search.rescore_top]]
-        return [trial for trial in {trial.number: trial for trial in chosen}.values() if trial.number not in done]
+        return [
+            trial
+            for trial in {trial.number: trial for trial in chosen}.values()
+            if trial.number not in done
+        ]
 
     def ranked(self) -> list[Trial]:
-        """Return the sound search trials, best first by posterior mean (one observation is noisy, the mean less so)."""
+        """Return the sound search trials, best first by posterior mean (one observation is noisy,
+        the mean less so).
+        """
         trials = self.log.of("search")
-        mean, _ = surrogate_of(self.config, trials).predict(to_unit(self.config, [t.weights for t in trials]))
+        mean, _ = surrogate_of(self.config, trials).predict(
+            to_unit(self.config, [t.weights for t in trials])
+        )
         order = np.argsort(-mean, kind="stable")
         return [trials[index] for index in order if trials[index].status == "ok"]
 
     @property
     def incumbent(self) -> Trial:
-        """The best trial: by value among the re-scored ones, by posterior mean when none was re-scored."""
+        """The best trial: by value among the re-scored ones, by posterior mean when none was
+        re-scored.
+        """
         rescored = [trial for trial in self.log.of("rescore") if trial.status == "ok"]
         if len(rescored) > 1:
-            return max(rescored, key=lambda trial: combine(self.config.objective, trial.terms, self.rescored_base))
+            return max(
+                rescored,
+                key=lambda trial: combine(self.config.objective, trial.terms, self.rescored_base),
+            )
         return self.ranked()[0]
 
     def value(self, trial: Trial) -> float:
@@ -502,15 +587,20 @@ def open_study(config: StudyConfig, directory: Path) -> Study:
     """
     file = directory / "study.json"
     if not file.exists():
-        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
-            raise StudyError(f"{directory}: is not empty and holds no study. Give another study directory.")
+        if directory.exists() and any(
+            not path.name.startswith(".") for path in directory.iterdir()
+        ):
+            raise StudyError(
+                f"{directory}: is not empty and holds no study. Give another study directory."
+            )
         write_text(file, config.model_dump_json(indent=2))
     recorded = json.loads(file.read_text(encoding="utf-8"))
     found, expected = StudyConfig.model_validate(recorded).identity, config.identity
     differing = [field for field in expected if found.get(field) != expected[field]]
     if differing:
         raise StudyError(
-            f"{directory}: holds a study of another config; these fields differ: {', '.join(differing)}. "
+            f"{directory}: holds a study of another config; these fields differ: "
+            f"{', '.join(differing)}. "
             "Give another study directory, or restore the config."
         )
     return Study(directory, config, TrialLog(directory / "trials.jsonl"))
@@ -520,7 +610,10 @@ def load_study(directory: Path) -> Study:
     """Open an existing study with the config it was made with."""
     file = directory / "study.json"
     if not file.exists():
-        raise StudyError(f"{directory}: holds no study (no study.json). Run `optimer search STUDY.yaml {directory}` first.")
+        raise StudyError(
+            f"{directory}: holds no study (no study.json). Run `optimer search STUDY.yaml "
+            f"{directory}` first."
+        )
     return open_study(StudyConfig.read(file), directory)
 
 
@@ -532,7 +625,9 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StudyError(f"{directory}: another process is running this study. Wait for it, or stop it.") from None
+            raise StudyError(
+                f"{directory}: another process is running this study. Wait for it, or stop it."
+            ) from None
         yield
 
 
@@ -541,13 +636,15 @@ def search(
 ) -> Study:
     """Run a study to its end and return it; trials that are on disk already are not run again.
 
-    Raises OptimerError for anything wrong with the config before the first trial. A trial that fails is recorded as
-    crashed and the search goes on, unless the base itself cannot be scored.
+    Raises OptimerError for anything wrong with the config before the first trial. A trial that
+    fails is recorded as crashed and the search goes on, unless the base itself cannot be scored.
     """
     with locked(directory):
         study = open_study(config, directory)
         if study.is_finished:
-            logger.info("search: %d trials are recorded, nothing to do", len(study.log.of("search")))
+            logger.info(
+                "search: %d trials are recorded, nothing to do", len(study.log.of("search"))
+            )
             return study
         runner = pool(config)
         _run_search(study, runner)
@@ -575,7 +672,12 @@ def _run_search(study: Study, pool: Pool) -> None:
                 started = perf_counter()
                 origin, weights = "surrogate", asker.ask()
             asked = perf_counter() - started
-            trial = run_trial(pool, Trial(number, origin, "search", weights, "ok", {}, {"ask": asked}), terms, limits)
+            trial = run_trial(
+                pool,
+                Trial(number, origin, "search", weights, "ok", {}, {"ask": asked}),
+                terms,
+                limits,
+            )
             if number == 0 and trial.status == "crashed":
                 raise EvaluationError(f"the base model itself cannot be scored: {trial.error}")
             study.log.append(trial)
@@ -596,7 +698,9 @@ def _run_rescore(study: Study, pool: Pool) -> None:
     config = study.config
     terms = config.objective.at("rescore")
     limits = {
-        term.label: config.search.rescore_limit if term.limit is None or not term.rescore_only else term.limit
+        term.label: config.search.rescore_limit
+        if term.limit is None or not term.rescore_only
+        else term.limit
         for term in terms
     }
     remaining, done = study.to_rescore(), len(study.log.of("rescore"))
@@ -605,7 +709,9 @@ def _run_rescore(study: Study, pool: Pool) -> None:
             again = replace(trial, fidelity="rescore", terms={}, seconds={}, n_tokens=0)
             rescored = run_trial(pool, again, terms, limits)
             if trial.number == 0 and rescored.status == "crashed":
-                raise EvaluationError(f"the base model itself cannot be scored again: {rescored.error}")
+                raise EvaluationError(
+                    f"the base model itself cannot be scored again: {rescored.error}"
+                )
             study.log.append(rescored)
             meter.advance(1)
 
@@ -613,7 +719,7 @@ def _run_rescore(study: Study, pool: Pool) -> None:
 def run_trial(
     pool: Pool, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]
 ) -> Trial:
-    """Return the trial with its scores; a failure is recorded with its traceback instead of raised."""
+    """Return the trial with its scores; a failure is recorded with its traceback, not raised."""
     try:
         scores, seconds, n_tokens = pool.score(trial.weights, terms, limits)
     except ModelError:

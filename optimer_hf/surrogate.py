@@ -1,9 +1,10 @@
 """A small Gaussian process for scores as functions of merge weights, and what to ask of it.
 
-Points and scores come in as numpy arrays, posterior means and variances go out. The kernel is a Matern 5/2 on
-[w, sum w] plus a quadratic polynomial: scores of merges are smooth in the weights, close to quadratic near the
-optimum, and fall off a cliff along the sum. Hyperparameters are fitted afresh at every call from fixed starts, so
-the same trials always give the same model. (Rasmussen & Williams 2006, ch. 2, 4, 5.)
+Points and scores come in as numpy arrays, posterior means and variances go out. The kernel is a
+Matern 5/2 on [w, sum w] plus a quadratic polynomial: scores of merges are smooth in the weights,
+close to quadratic near the optimum, and fall off a cliff along the sum. Hyperparameters are fitted
+afresh at every call from fixed starts, so the same trials always give the same model. (Rasmussen &
+Williams 2006, ch. 2, 4, 5.)
 """
 
 from collections.abc import Callable, Sequence
@@ -54,17 +55,21 @@ class Hyperparameters:
 
 def _prior(d: int) -> tuple["Array", "Array"]:
     """Return mean and standard deviation of the Gaussian prior on the log hyperparameters."""
-    mean = np.concatenate([np.log([0.3, 0.5, 1e-3]), np.full(d + 1, np.log(0.5) + 0.5 * np.log(d + 1))])
+    mean = np.concatenate(
+        [np.log([0.3, 0.5, 1e-3]), np.full(d + 1, np.log(0.5) + 0.5 * np.log(d + 1))]
+    )
     return mean, np.concatenate([[1.5, 2.0, 2.0], np.full(d + 1, 0.8)])
 
 
 def _features(points: "Array") -> "Array":
-    """Append the sum of the weights, so that a cliff along it does not shorten every length scale."""
+    """Append the sum of the weights, so that a cliff along it does not shorten all scales."""
     return np.hstack([points, points.sum(axis=1, keepdims=True) * 0.5])
 
 
 def _matern(a: "Array", b: "Array", scales: "Array") -> tuple["Array", "Array"]:
-    """Return the Matern 5/2 correlation of all pairs, and the factor its derivative in log scale shares."""
+    """Return the Matern 5/2 correlation of all pairs, and the factor its derivative in log scale
+    shares.
+    """
     squared = (((a[:, None] - b[None]) / scales) ** 2).sum(-1)
     r = np.sqrt(5.0 * squared + 1e-16)
     decay = np.exp(-r)
@@ -98,7 +103,9 @@ class GaussianProcess:
 
 
 def fit(points: "Array", scores: "Array") -> GaussianProcess:
-    """Fit a process to scores [n] at points [n, d] in [0, 1]^d by maximum a posteriori with exact gradients."""
+    """Fit a process to scores [n] at points [n, d] in [0, 1]^d by maximum a posteriori with exact
+    gradients.
+    """
     d = points.shape[1]
     center, spread = float(scores.mean()), float(max(scores.std(), 1e-9))
     y = (scores - center) / spread
@@ -109,7 +116,9 @@ def fit(points: "Array", scores: "Array") -> GaussianProcess:
     def loss(vector: "Array") -> tuple[float, "Array"]:
         h = Hyperparameters(vector)
         correlation, slope = _matern(features, features, h.scales)
-        kernel = h.matern * correlation + h.quadratic * quadratic + (h.noise + JITTER) * np.eye(len(y))
+        kernel = (
+            h.matern * correlation + h.quadratic * quadratic + (h.noise + JITTER) * np.eye(len(y))
+        )
         try:
             lower = np.linalg.cholesky(kernel)
         except np.linalg.LinAlgError:
@@ -145,12 +154,16 @@ class WeightedSum:
 
     def predict(self, points: "Array") -> tuple["Array", "Array"]:
         """Return posterior mean and variance of the sum at points [n, d]."""
-        means, variances = zip(*(process.predict(points) for process in self.processes), strict=True)
+        means, variances = zip(
+            *(process.predict(points) for process in self.processes), strict=True
+        )
         return self.weights @ np.array(means), self.weights**2 @ np.array(variances)
 
 
 def log_expected_improvement(mean: "Array", variance: "Array", best: float) -> "Array":
-    """Return log E[max(f - best, 0)], larger is better, stable far below `best` (Ament et al., arXiv 2310.20708)."""
+    """Return log E[max(f - best, 0)], larger is better, stable far below `best` (Ament et al.,
+    arXiv 2310.20708).
+    """
     deviation = np.sqrt(variance)
     z = (mean - best) / deviation
     log_density = -0.5 * z**2 - 0.5 * np.log(2 * np.pi)
@@ -158,19 +171,25 @@ def log_expected_improvement(mean: "Array", variance: "Array", best: float) -> "
     result = np.empty_like(z)
     inside = np.exp(log_density[near]) + z[near] * np.exp(log_ndtr(z[near]))
     result[near] = np.log(np.maximum(inside, 1e-300))
-    result[~near] = log_density[~near] - 2 * np.log(-z[~near])  # phi(z) / z^2, the tail of the improvement
+    result[~near] = log_density[~near] - 2 * np.log(
+        -z[~near]
+    )  # phi(z) / z^2, the tail of the improvement
     return result + np.log(deviation)
 
 
 def maximise(
     acquisition: Callable[["Array"], "Array"], d: int, rng: np.random.Generator, near: "Array"
 ) -> "Array":
-    """Return the point of [0, 1]^d with the largest acquisition: random candidates, then shrinking refinement.
+    """Return the point of [0, 1]^d with the largest acquisition: random candidates, then shrinking
+    refinement.
 
-    Candidates are uniform, scaled Dirichlet draws (blends of a given sum), and perturbations of the points `near`.
+    Candidates are uniform, scaled Dirichlet draws (blends of a given sum), and perturbations of the
+    points `near`.
     """
     uniform = rng.random((N_CANDIDATES // 2, d))
-    blends = rng.dirichlet(np.full(d, 0.7), N_CANDIDATES // 2) * rng.uniform(0, 1.6, (N_CANDIDATES // 2, 1))
+    blends = rng.dirichlet(np.full(d, 0.7), N_CANDIDATES // 2) * rng.uniform(
+        0, 1.6, (N_CANDIDATES // 2, 1)
+    )
     steps = 10 ** rng.uniform(-2.5, -0.5, (len(near), N_CANDIDATES // 8, 1))
     around = near[:, None] + steps * rng.normal(size=(len(near), N_CANDIDATES // 8, d))
     candidates = np.clip(np.vstack([uniform, blends, around.reshape(-1, d), near]), 0, 1)

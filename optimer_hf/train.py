@@ -1,9 +1,11 @@
-"""TrainConfig -> checkpoint: continual pre-training of one base model on one corpus with the HF Trainer.
+"""TrainConfig -> checkpoint: continual pre-training of one base model on one corpus with the HF
+Trainer.
 
-A LoRA run leaves a PEFT adapter in `out`, a full-parameter run a float32 model (small deltas do not survive
-bfloat16); `training.json` is written last and makes the directory complete. A killed run goes on from its last
-complete checkpoint. What a reader would not guess: the model computes its loss through `head.fuse_loss`, without
-logits, and documents packed into one block do not see each other (their positions restart, there is no cache).
+A LoRA run leaves a PEFT adapter in `out`, a full-parameter run a float32 model (small deltas do not
+survive bfloat16); `training.json` is written last and makes the directory complete. A killed run
+goes on from its last complete checkpoint. What a reader would not guess: the model computes its
+loss through `head.fuse_loss`, without logits, and documents packed into one block do not see each
+other (their positions restart, there is no cache).
 """
 
 import dataclasses
@@ -41,12 +43,18 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,  # a kill while the newest one is written leaves the one before
     "report_to": "none",
 }
-RESERVED_TRAINER_FIELDS = {"output_dir": "the command line", "seed": "`seed`", "data_seed": "`seed`"}
+RESERVED_TRAINER_FIELDS = {
+    "output_dir": "the command line",
+    "seed": "`seed`",
+    "data_seed": "`seed`",
+}
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 class TrainConfig(VersionedFile):
-    """One continual pre-training run; `lora` and `trainer` go to LoraConfig and TrainingArguments as they are."""
+    """One continual pre-training run; `lora` and `trainer` go to LoraConfig and TrainingArguments
+    as they are.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     base_model: ReferenceText
@@ -63,11 +71,11 @@ class TrainConfig(VersionedFile):
         return digest(self.model_dump(mode="json"))
 
 
-# -- the run ------------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise ConfigError for fields that LoraConfig or TrainingArguments do not know, before anything is loaded."""
+    """Raise ConfigError for what LoraConfig or TrainingArguments refuse; loads no model."""
     from peft import LoraConfig
     from transformers import TrainingArguments
 
@@ -76,12 +84,18 @@ def check_config(config: TrainConfig) -> None:
         for name in getattr(config, field) or {}:
             if name not in known:
                 raise ConfigError(
-                    f"train config {config.name!r}: {field}.{name}: unknown field of {cls.__name__}."
+                    f"train config {config.name!r}: {field}.{name}: unknown field of "
+                    f"{cls.__name__}."
                     f"{did_you_mean(name, known)}"
                 )
     for name, owner in RESERVED_TRAINER_FIELDS.items():
         if name in config.trainer:
-            raise ConfigError(f"train config {config.name!r}: trainer.{name}: set it through {owner}.")
+            raise ConfigError(
+                f"train config {config.name!r}: trainer.{name}: set it through {owner}."
+            )
+    _arguments(config, Path("unused"))
+    if config.lora is not None:
+        _lora_config(config)
 
 
 def is_trained(config: TrainConfig, out: Path) -> bool:
@@ -93,24 +107,32 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
         if (out / name).exists():
             record = json.loads((out / name).read_text(encoding="utf-8"))
             if record["config_sha256"] != config.digest:
+                if name == "started.json" and _last_checkpoint(out) is None:
+                    shutil.rmtree(out)  # a first try that never got to train
+                    return False
                 raise OutputError(
-                    f"{out}: was trained with another config. Remove it, or give another output directory."
+                    f"{out}: was trained with another config. Remove it, or give another output "
+                    "directory."
                 )
             return name == "training.json"
     leftovers = (".partial-", "blocks.")  # of a run killed while it packed
     if out.exists() and any(not path.name.startswith(leftovers) for path in out.iterdir()):
-        raise OutputError(f"{out}: already exists and is not a training directory. Give another output directory.")
+        raise OutputError(
+            f"{out}: already exists and is not a training directory. Give another output directory."
+        )
     return False
 
 
 def train(config: TrainConfig, out: Path) -> Path:
-    """Train and return `out`; go on where an interrupted run stopped, do nothing when it is finished.
+    """Train and return `out`; go on where an interrupted run stopped, do nothing when it is
+    finished.
 
     Under `accelerate launch` every process calls this, and the first one writes.
     """
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())  # without it, CPU processes do not find each other
+    # without cpu=True, processes on a machine without a GPU do not find each other
+    state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():
         packed = prepare(config, out)
     if packed is None:
@@ -130,7 +152,8 @@ def train(config: TrainConfig, out: Path) -> Path:
 def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     """Check a run and pack its corpus into `out`, once; return None when the run is finished.
 
-    Cheap beside the training: a corpus that is too small, a bad field and a foreign directory are found here.
+    Cheap beside the training: a corpus that is too small, a bad field and a foreign directory are
+    found here.
     """
     from transformers import AutoTokenizer
 
@@ -158,7 +181,9 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     return load_packed(blocks, json.loads(started.read_text(encoding="utf-8"))["n_documents"])
 
 
-def build_trainer(config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, out: Path) -> "Trainer":
+def build_trainer(
+    config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, out: Path
+) -> "Trainer":
     """Return the Trainer of a run, its model loaded and its arguments set."""
     from transformers import PrinterCallback, Trainer, default_data_collator, set_seed
 
@@ -196,7 +221,9 @@ def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
 
 
 def _model(config: TrainConfig, base: ResolvedModel) -> Any:
-    """Load the base: as stored under LoRA (it stays frozen), in float32 for full-parameter training."""
+    """Load the base: as stored under LoRA (it stays frozen), in float32 for full-parameter
+    training.
+    """
     from transformers import AutoModelForCausalLM
 
     dtype: Any = torch.float32 if config.lora is None else "auto"
@@ -204,13 +231,22 @@ def _model(config: TrainConfig, base: ResolvedModel) -> Any:
     fuse_loss(model)
     if config.lora is None:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
+    lora = _lora_config(config)
+    _refuse_untying(model, lora.modules_to_save, base)
     try:
-        lora = LoraConfig(**{"task_type": "CAUSAL_LM", **config.lora})
-        _refuse_untying(model, lora.modules_to_save, base)
         return get_peft_model(model, lora)
     except ValueError as error:
+        raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
+
+
+def _lora_config(config: TrainConfig) -> Any:
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})})
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
 
 
@@ -218,7 +254,8 @@ def _refuse_untying(model: Any, modules_to_save: Any, base: ResolvedModel) -> No
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and any(name in ("embed_tokens", "lm_head") for name in modules_to_save or ()):
         raise ModelError(
-            f"lora.modules_to_save: {modules_to_save} would untie the tied embeddings of {base.reference}. "
+            f"lora.modules_to_save: {modules_to_save} would untie the tied embeddings of "
+            f"{base.reference}. "
             "Train full parameters (leave `lora` out), or drop it from modules_to_save."
         )
 
@@ -257,8 +294,12 @@ def _progress_callback(config: TrainConfig) -> "TrainerCallback":
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    """Return the newest checkpoint whose trainer_state.json, the file Trainer writes last, is whole."""
-    found = sorted((out / "checkpoints").glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    """Return the newest checkpoint whose trainer_state.json, the file Trainer writes last, is
+    whole.
+    """
+    found = sorted(
+        (out / "checkpoints").glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])
+    )
     for path in found:
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -271,26 +312,41 @@ def _last_checkpoint(out: Path) -> str | None:
 
 
 def _save(
-    config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, trainer: "Trainer", out: Path, seconds: float
+    config: TrainConfig,
+    base: ResolvedModel,
+    packed: PackedCorpus,
+    trainer: "Trainer",
+    out: Path,
+    seconds: float,
 ) -> None:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if config.lora is not None:
         for lora in model.peft_config.values():
             lora.base_model_name_or_path = base.reference
-        model.save_pretrained(out, save_embedding_layers=False)  # "auto" would look the base up on the Hub
+        model.save_pretrained(
+            out, save_embedding_layers=False
+        )  # "auto" would look the base up on the Hub
     else:
         model.save_pretrained(out)
-    (out / "README.md").unlink(missing_ok=True)  # PEFT's card template; ours is written when the vector is pushed
-    write_text(out / "training.json", json.dumps(_record(config, base, packed, trainer, seconds), indent=2))
+    (out / "README.md").unlink(
+        missing_ok=True
+    )  # PEFT's card template; ours is written when the vector is pushed
+    write_text(
+        out / "training.json", json.dumps(_record(config, base, packed, trainer, seconds), indent=2)
+    )
     (out / "started.json").unlink(missing_ok=True)
     (out / "blocks.npy").unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def _record(
-    config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, trainer: "Trainer", seconds: float
+    config: TrainConfig,
+    base: ResolvedModel,
+    packed: PackedCorpus,
+    trainer: "Trainer",
+    seconds: float,
 ) -> Mapping[str, Any]:
-    """Return what a reader of the vector needs to know about its training; no path of this machine."""
+    """Return what a reader of the vector needs to know; no path of this machine."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "config_sha256": config.digest,

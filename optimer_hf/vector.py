@@ -1,8 +1,9 @@
 """Checkpoint, adapter or delta -> DistributionVector: what one dataset did to the base model.
 
-A vector is read lazily, a few rows of one tensor at a time, whatever its kind: a whole checkpoint (its delta is
-taken on the fly), a LoRA adapter (kept as factors; a row block of B times A is made when it is asked for), or a delta
-directory. A directory of ours is complete when `vector.json`, written last, is there.
+A vector is read lazily, a few rows of one tensor at a time, whatever its kind: a whole checkpoint
+(its delta is taken on the fly), a LoRA adapter (kept as factors; a row block of B times A is made
+when it is asked for), or a delta directory. A directory of ours is complete when `vector.json`,
+written last, is there.
 """
 
 import json
@@ -22,7 +23,9 @@ from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.files import FileModel, VersionedFile, sha256_file, staged_directory
 
-CHUNK_ELEMENTS = 2**20  # of one row block: 4 MiB in float32, so that a sum stays in the cache of a CPU
+CHUNK_ELEMENTS = (
+    2**20
+)  # of one row block: 4 MiB in float32, so that a sum stays in the cache of a CPU
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
@@ -50,39 +53,52 @@ COPIED_BESIDE_WEIGHTS = [
 ]
 
 
-# -- checkpoints on disk ------------------------------------------------------------------------------------------
+# -- checkpoints on disk ---------------------------------------------------------------------------
 
 
 class Checkpoint:
     """The tensors of a safetensors directory, single-file or sharded, read lazily."""
 
     def __init__(self, path: Path, pattern: str = "*.safetensors") -> None:
-        """Open every weights file of `path`; raise ModelError for missing, damaged or pickled weights."""
+        """Open every weights file of `path`; raise ModelError for missing, damaged or pickled
+        weights.
+        """
         self.path = path
         files = sorted(path.glob(pattern))
         if not files:
             pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
-            hint = " It holds pickled weights; convert them to safetensors first." if pickles else ""
+            hint = (
+                " It holds pickled weights; convert them to safetensors first." if pickles else ""
+            )
             raise ModelError(f"{path}: no safetensors weights in this directory.{hint}")
         self._handles: dict[str, Any] = {}
         for file in files:
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file}: not a readable safetensors file ({error}). Fetch it again.") from error
+                raise ModelError(
+                    f"{file}: not a readable safetensors file ({error}). Fetch it again."
+                ) from error
             for name in handle.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  # not a mapping
                 if name in self._handles:
-                    raise ModelError(f"{file}: tensor {name!r} is in two weights files. Remove the stale file.")
+                    raise ModelError(
+                        f"{file}: tensor {name!r} is in two weights files. Remove the stale file."
+                    )
                 self._handles[name] = handle
         self._refuse_lost_shards(pattern)
 
     def _refuse_lost_shards(self, pattern: str) -> None:
-        """A lost shard would look like tensors that no one moved: compare with the index, where there is one."""
+        """A lost shard would look like tensors that no one moved: compare with the index, where
+        there is one.
+        """
         for index in self.path.glob(f"{pattern}.index.json"):
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             lost = sorted({file for name, file in weight_map.items() if name not in self._handles})
             if lost:
-                raise ModelError(f"{self.path / lost[0]}: missing, or without tensors of {index.name}. Fetch it again.")
+                raise ModelError(
+                    f"{self.path / lost[0]}: missing, or without tensors of {index.name}. Fetch it "
+                    "again."
+                )
 
     @property
     def names(self) -> list[str]:
@@ -109,7 +125,9 @@ class Checkpoint:
 
 
 def row_blocks(shape: tuple[int, ...]) -> list[slice]:
-    """Split a tensor of this shape along its first axis into blocks of at most CHUNK_ELEMENTS elements (>= 1 row)."""
+    """Split a tensor of this shape along its first axis into blocks of at most CHUNK_ELEMENTS
+    elements (>= 1 row).
+    """
     if not shape:
         return [slice(None)]
     n_rows = max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
@@ -125,9 +143,13 @@ def weight_files(path: Path) -> dict[str, str]:
 
 
 def write_safetensors(
-    out: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], blocks: Iterable[torch.Tensor]
+    out: Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    blocks: Iterable[torch.Tensor],
 ) -> None:
-    """Write one safetensors file from row blocks that come in the order of `specs`, holding one block at a time."""
+    """Write one safetensors file from row blocks that come in the order of `specs`, holding one
+    block at a time.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in specs.items():
@@ -158,7 +180,9 @@ def write_sharded(
     blocks_of: Callable[[str], Iterable[torch.Tensor]],
     max_shard_size: int,
 ) -> None:
-    """Write tensors as `prefix.safetensors`, or as shards of at most `max_shard_size` bytes with an index."""
+    """Write tensors as `prefix.safetensors`, or as shards of at most `max_shard_size` bytes with an
+    index.
+    """
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     size = total = 0
     for name, (dtype, shape) in specs.items():
@@ -173,11 +197,15 @@ def write_sharded(
     for number, shard in enumerate(shards, start=1):
         suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
         file = f"{prefix}{suffix}.safetensors"
-        write_safetensors(out_dir / file, shard, (block for name in shard for block in blocks_of(name)))
+        write_safetensors(
+            out_dir / file, shard, (block for name in shard for block in blocks_of(name))
+        )
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out_dir / f"{prefix}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (out_dir / f"{prefix}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2), encoding="utf-8"
+        )
 
 
 def copy_beside_weights(source: Path, out: Path) -> None:
@@ -188,7 +216,7 @@ def copy_beside_weights(source: Path, out: Path) -> None:
                 shutil.copyfile(path, out / path.name)
 
 
-# -- vector.json --------------------------------------------------------------------------------------------------
+# -- vector.json -----------------------------------------------------------------------------------
 
 
 class BaseRecord(FileModel):
@@ -213,11 +241,13 @@ class VectorFile(VersionedFile):
     versions: dict[str, str] = {}
 
 
-# -- the three kinds ----------------------------------------------------------------------------------------------
+# -- the three kinds -------------------------------------------------------------------------------
 
 
 class DistributionVector(Protocol):
-    """What merging needs of a vector: its name, the tensors it moves, and rows of its delta in float32."""
+    """What merging needs of a vector: its name, the tensors it moves, and rows of its delta in
+    float32.
+    """
 
     name: str
     kind: str
@@ -228,7 +258,9 @@ class DistributionVector(Protocol):
         ...
 
     def delta(self, name: str, rows: slice) -> "torch.Tensor | LowRank":
-        """Return rows of the delta of a tensor, float32 on the CPU, dense or as the product it is stored as."""
+        """Return rows of the delta of a tensor, float32 on the CPU, dense or as the product it is
+        stored as.
+        """
         ...
 
 
@@ -267,7 +299,9 @@ class DeltaVector:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Rows of a delta as a product: scale * (b @ a), with b [rows, r] and a [r, columns] in float32."""
+    """Rows of a delta as a product: scale * (b @ a), with b [rows, r] and a [r, columns] in
+    float32.
+    """
 
     b: torch.Tensor
     a: torch.Tensor
@@ -299,20 +333,23 @@ class AdapterVector:
         return LowRank(whole.b[rows], whole.a, whole.scale)
 
 
-# -- opening ------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------
 
 
 def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVector:
-    """Open the vector that `source` (directory or Hub id) holds; its kind is recognised from its files.
+    """Open the vector that `source` (directory or Hub id) holds; its kind is recognised from its
+    files.
 
-    Raises ModelError when it was trained from another base, or when its tensors do not fit the base.
+    Raises ModelError when it was trained from another base, or when its tensors do not fit the
+    base.
     """
     resolved = resolve_model(source)
     checkpoint = Checkpoint(base.path)
     record = read_record(resolved.path)
     if record is not None and record.base.files != weight_files(base.path):
         raise ModelError(
-            f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights differ from those of "
+            f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights "
+            "differ from those of "
             f"base_model {base.reference}. Retrain it from this base, or drop it."
         )
     vector: DistributionVector
@@ -335,18 +372,22 @@ def read_record(path: Path) -> VectorFile | None:
     try:
         return VectorFile.model_validate_json(file.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise ModelError(f"{file}: not a vector.json of format version 1 ({error.errors()[0]['msg']}).") from None
+        raise ModelError(
+            f"{file}: not a vector.json of format version 1 ({error.errors()[0]['msg']})."
+        ) from None
 
 
 def _check_same_tensors(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
-    """A checkpoint must have the tensors of the base; a tied head may be stored on one side only."""
+    """A checkpoint must have the tensors of the base; a tied head may be on one side only."""
     optional = {"lm_head.weight"}
     missing = sorted(set(base.names) - set(tuned.names) - optional)
     extra = sorted(set(tuned.names) - set(base.names) - optional)
     if missing or extra:
         raise ModelError(
-            f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} tensors are missing "
-            f"(first: {missing[:1]}), {len(extra)} are unknown (first: {extra[:1]}). Use a model of the same architecture."
+            f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} "
+            "tensors are missing "
+            f"(first: {missing[:1]}), {len(extra)} are unknown (first: {extra[:1]}). Use a model "
+            "of the same architecture."
         )
 
 
@@ -354,18 +395,22 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
     known = set(base.names)
     for name in sorted(vector.names):
         if name not in known:
-            raise ModelError(f"vector {vector.name!r}: tensor {name!r} is not in the base {base.path}.")
+            raise ModelError(
+                f"vector {vector.name!r}: tensor {name!r} is not in the base {base.path}."
+            )
         found = _shape_of(vector, name, base)
         if found == base.shape(name):
             continue
         hint = "Give a vector trained from this base."
         if "embed" in name or "lm_head" in name:
             hint = (
-                "The vocabularies differ: the fine-tune added or removed tokens. Align them with mergekit's "
+                "The vocabularies differ: the fine-tune added or removed tokens. Align them with "
+                "mergekit's "
                 "`tokenizer:` through `optimer merge` first."
             )
         raise ModelError(
-            f"vector {vector.name!r}: tensor {name!r} has shape {list(found)}, the base has {list(base.shape(name))}. {hint}"
+            f"vector {vector.name!r}: tensor {name!r} has shape {list(found)}, the base has "
+            f"{list(base.shape(name))}. {hint}"
         )
 
 
@@ -380,29 +425,46 @@ def _shape_of(vector: DistributionVector, name: str, base: Checkpoint) -> tuple[
 
 
 def _read_factors(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank]:
-    """Read a PEFT LoRA adapter as factors by base tensor name; refuse what is not a sum of B @ A."""
+    """Read a PEFT LoRA adapter as factors by base tensor name; refuse what is not B @ A."""
     from peft import LoraConfig, PeftConfig
     from peft.utils.other import get_pattern_key
 
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, LoraConfig):
-        raise ModelError(f"vector {name!r} ({path}): a {config.peft_type} adapter; only LoRA is linear in its delta.")
+        raise ModelError(
+            f"vector {name!r} ({path}): a {config.peft_type} adapter; only LoRA is linear in its "
+            "delta."
+        )
     for option, reason in (
-        (config.use_dora, "DoRA rescales the merged weight, so its delta depends on the other vectors"),
+        (
+            config.use_dora,
+            "DoRA rescales the merged weight, so its delta depends on the other vectors",
+        ),
         (config.modules_to_save, "modules_to_save replaces whole modules"),
         (config.bias != "none", "trained biases are not part of B @ A"),
     ):
         if option:
-            raise ModelError(f"vector {name!r} ({path}): {reason}. Merge it into its base and give the checkpoint.")
+            raise ModelError(
+                f"vector {name!r} ({path}): {reason}. Merge it into its base and give the "
+                "checkpoint."
+            )
     stored = Checkpoint(path, "adapter_model*.safetensors")
     factors: dict[str, LowRank] = {}
     for key in stored.names:
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ModelError(f"vector {name!r} ({path}): tensor {key!r} is not a LoRA factor of a linear layer.")
-        partner = key.replace(".lora_B.", ".lora_A.") if ".lora_B." in key else key.replace(".lora_A.", ".lora_B.")
+            raise ModelError(
+                f"vector {name!r} ({path}): tensor {key!r} is not a LoRA factor of a linear layer."
+            )
+        partner = (
+            key.replace(".lora_B.", ".lora_A.")
+            if ".lora_B." in key
+            else key.replace(".lora_A.", ".lora_B.")
+        )
         if partner not in stored.names:
-            raise ModelError(f"vector {name!r} ({path}): tensor {partner!r} is missing. Fetch the adapter again.")
+            raise ModelError(
+                f"vector {name!r} ({path}): tensor {partner!r} is missing. Fetch the adapter again."
+            )
         if key.endswith(".lora_B.weight"):
             continue
         a = stored.read(key).float()
@@ -418,7 +480,7 @@ def _read_factors(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank]
     return factors
 
 
-# -- size and storage ---------------------------------------------------------------------------------------------
+# -- size and storage ------------------------------------------------------------------------------
 
 
 def dense(delta: torch.Tensor | LowRank) -> torch.Tensor:
@@ -427,28 +489,40 @@ def dense(delta: torch.Tensor | LowRank) -> torch.Tensor:
 
 
 def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
-    """Return the Frobenius norm of the delta, and that norm over the norm of the base tensors it moves."""
+    """Return the Frobenius norm of the delta, and that norm over the norm of the base tensors it
+    moves.
+    """
     squares = base_squares = 0.0
     for name in sorted(vector.names):
         for rows in row_blocks(base.shape(name)):
             squares += dense(vector.delta(name, rows)).double().square().sum().item()
             base_squares += base.read(name, rows).double().square().sum().item()
     if not math.isfinite(squares):
-        raise ModelError(f"vector {vector.name!r}: its delta holds NaN or infinite values. Retrain it.")
+        raise ModelError(
+            f"vector {vector.name!r}: its delta holds NaN or infinite values. Retrain it."
+        )
     return math.sqrt(squares), math.sqrt(squares / max(base_squares, 1e-30))
 
 
-def describe(path: Path, base: ResolvedModel, *, name: str, kind: Literal["adapter", "checkpoint"]) -> VectorFile:
-    """Write vector.json beside a trained adapter or checkpoint, with what training.json says, and return it."""
+def describe(
+    path: Path, base: ResolvedModel, *, name: str, kind: Literal["adapter", "checkpoint"]
+) -> VectorFile:
+    """Write vector.json beside a trained adapter or checkpoint, with what training.json says, and
+    return it.
+    """
     training_file = path / "training.json"
-    training = json.loads(training_file.read_text(encoding="utf-8")) if training_file.exists() else {}
+    training = (
+        json.loads(training_file.read_text(encoding="utf-8")) if training_file.exists() else {}
+    )
     (path / "vector.json").unlink(missing_ok=True)
     vector = open_vector(name, str(path.resolve()), base)
     norm, relative_norm = norms(vector, Checkpoint(base.path))
     record = VectorFile(
         name=name,
         kind=kind,
-        base=BaseRecord(reference=base.reference, commit=base.commit, files=weight_files(base.path)),
+        base=BaseRecord(
+            reference=base.reference, commit=base.commit, files=weight_files(base.path)
+        ),
         norm=norm,
         relative_norm=relative_norm,
         corpus=training.get("corpus"),
@@ -467,9 +541,11 @@ def extract(
     dtype: str = "bfloat16",
     max_shard_size: int = 5 * 10**9,
 ) -> VectorFile:
-    """Write a vector as a delta directory: a tensor for every one of the base, zeros where nothing moved.
+    """Write a vector as a delta directory: a tensor for every one of the base, zeros where nothing
+    moved.
 
-    A delta keeps its own exponent, so bfloat16 costs 2^-9 of the delta; bfloat16 *checkpoints* cost half of it.
+    A delta keeps its own exponent, so bfloat16 costs 2^-9 of the delta; bfloat16 *checkpoints* cost
+    half of it.
     """
     checkpoint = Checkpoint(base.path)
     moved = vector.names
@@ -492,7 +568,9 @@ def extract(
         record = VectorFile(
             name=vector.name,
             kind="delta",
-            base=BaseRecord(reference=base.reference, commit=base.commit, files=weight_files(base.path)),
+            base=BaseRecord(
+                reference=base.reference, commit=base.commit, files=weight_files(base.path)
+            ),
             dtype=dtype,
             norm=norm,
             relative_norm=relative_norm,

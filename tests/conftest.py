@@ -1,4 +1,4 @@
-"""Tiny real models, tokenizers, adapters and corpora, built in milliseconds; no network, no fakes."""
+"""Tiny real models, tokenizers, adapters and corpora, built in milliseconds; no network."""
 
 import json
 import os
@@ -39,13 +39,21 @@ def _caches(tmp_path_factory: pytest.TempPathFactory):
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte tokenizer that puts BOS first, as Gemma's does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<pad>": PAD, "<eos>": EOS, "<bos>": BOS} | {char: 3 + i for i, char in enumerate(alphabet)}
+    vocabulary = {"<pad>": PAD, "<eos>": EOS, "<bos>": BOS} | {
+        char: 3 + i for i, char in enumerate(alphabet)
+    }
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    raw.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=256
+        tokenizer_object=raw,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_max_length=256,
     )
 
 
@@ -67,7 +75,9 @@ def tiny_model(kind: str = "gemma", *, seed: int = 0, dtype: torch.dtype = torch
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
     else:
-        config = Gemma3TextConfig(**common, head_dim=16, sliding_window=64, query_pre_attn_scalar=16)
+        config = Gemma3TextConfig(
+            **common, head_dim=16, sliding_window=64, query_pre_attn_scalar=16
+        )
         model = Gemma3ForCausalLM(config)
         with torch.no_grad():  # the norms of a fresh Gemma are all zero; real ones are not
             for name, parameter in model.named_parameters():
@@ -97,7 +107,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def make_base(save_model):
-    """Return a function kind, dtype -> ResolvedModel of a tiny base; the same arguments give the same directory."""
+    """Return a function kind, dtype -> ResolvedModel of a tiny base; the same arguments give the
+    same directory.
+    """
     made: dict[tuple[str, torch.dtype], ResolvedModel] = {}
 
     def base(kind: str = "gemma", dtype: torch.dtype = torch.bfloat16) -> ResolvedModel:
@@ -113,8 +125,16 @@ def make_base(save_model):
 def make_tuned(save_model):
     """Return a function base, seed -> directory of a fine-tune (the base plus noise)."""
 
-    def tuned(base: ResolvedModel, kind: str, seed: int, dtype: torch.dtype = torch.bfloat16, scale: float = 0.01) -> Path:
-        model = tiny_model(kind, dtype=torch.float32).from_pretrained(base.path, dtype=torch.float32)
+    def tuned(
+        base: ResolvedModel,
+        kind: str,
+        seed: int,
+        dtype: torch.dtype = torch.bfloat16,
+        scale: float = 0.01,
+    ) -> Path:
+        model = tiny_model(kind, dtype=torch.float32).from_pretrained(
+            base.path, dtype=torch.float32
+        )
         torch.manual_seed(100 + seed)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -133,7 +153,10 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory):
 
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
         torch.manual_seed(200 + seed)
-        config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
+        config = LoraConfig(
+            **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+            | options
+        )
         peft_model = get_peft_model(model, config)
         with torch.no_grad():
             for name, parameter in peft_model.named_parameters():
@@ -147,9 +170,9 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory):
 
 
 WORDS = {
-    "aaa": "aa ab ba aab abb baa aba bab".split(),
-    "xyz": "xx xy yx zz xz zy xyz zyx".split(),
-    "mix": "aa xy ba zz the of and".split(),
+    "aaa": ["aa", "ab", "ba", "aab", "abb", "baa", "aba", "bab"],
+    "xyz": ["xx", "xy", "yx", "zz", "xz", "zy", "xyz", "zyx"],
+    "mix": ["aa", "xy", "ba", "zz", "the", "of", "and"],
 }
 
 

@@ -31,7 +31,9 @@ def optimer(*arguments, ok: bool = True):
 
 def process(*arguments) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +48,38 @@ def folder(tmp_path_factory, pool, corpus_dir):
     out = tmp_path_factory.mktemp("folder")
     base, tuned = pool
     models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in tuned]
-    config = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "dtype": "float32"}
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": models,
+        "dtype": "float32",
+    }
     (out / "my-merge.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    terms = [{"text": os.path.relpath(corpus_dir / f"{name}.search.jsonl", out)} for name in ("aaa", "xyz")]
+    terms = [
+        {"text": os.path.relpath(corpus_dir / f"{name}.search.jsonl", out)}
+        for name in ("aaa", "xyz")
+    ]
     (out / "obj.yaml").write_text(yaml.safe_dump({"terms": terms, "limit": 3}), encoding="utf-8")
     return out
 
 
 def linear_config(pool, weights, **options) -> dict:
-    models = [{"model": str(p), "parameters": {"weight": w}} for p, w in zip(pool[1], weights, strict=True)]
-    return {"merge_method": "optimer", "base_model": str(pool[0]), "models": models, "dtype": "float32"} | options
+    models = [
+        {"model": str(p), "parameters": {"weight": w}}
+        for p, w in zip(pool[1], weights, strict=True)
+    ]
+    return {
+        "merge_method": "optimer",
+        "base_model": str(pool[0]),
+        "models": models,
+        "dtype": "float32",
+    } | options
 
 
 def expected_weights(pool, weights) -> dict[str, torch.Tensor]:
-    base, *tuned = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (pool[0], *pool[1]))
+    base, *tuned = (
+        AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (pool[0], *pool[1])
+    )
     return {
         name: tensor + sum(w * (t[name] - tensor) for w, t in zip(weights, tuned, strict=True))
         for name, tensor in base.items()
@@ -72,7 +92,7 @@ def assert_is_merge(directory: Path, pool, weights) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-# -- the shell ----------------------------------------------------------------------------------------------------
+# -- the shell -------------------------------------------------------------------------------------
 
 
 def test_help_lists_the_commands():
@@ -111,7 +131,9 @@ def test_an_error_is_one_line_on_stderr_and_exit_status_1(tmp_path):
 def test_what_cannot_be_done_is_an_error_with_its_reason(folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     result = optimer(*arguments, ok=False)
-    assert result.exit_code == 1 and result.stderr.startswith("error: ") and message in result.stderr
+    assert (
+        result.exit_code == 1 and result.stderr.startswith("error: ") and message in result.stderr
+    )
     assert not (folder / "out").exists()
 
 
@@ -137,41 +159,68 @@ def test_the_package_runs_as_a_module_and_knows_its_version():
     assert result.returncode == 0 and "version" in result.stdout
 
 
-# -- validate -----------------------------------------------------------------------------------------------------
+# -- validate --------------------------------------------------------------------------------------
 
 
 def test_validate_names_the_kind_of_each_good_file(folder, tmp_path):
-    study = {"base_model": "a/b", "vectors": {"w": {"source": "a/w"}}, "objective": {"terms": [{"task": "t"}]}}
+    study = {
+        "base_model": "a/b",
+        "vectors": {"w": {"source": "a/w"}},
+        "objective": {"terms": [{"task": "t"}]},
+    }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
-    lines = optimer("validate", folder / "my-merge.yml", folder / "obj.yaml", tmp_path / "study.yaml").stdout
-    assert [line.split(": ")[1] for line in lines.splitlines()] == ["merge config", "objective", "study"]
+    lines = optimer(
+        "validate", folder / "my-merge.yml", folder / "obj.yaml", tmp_path / "study.yaml"
+    ).stdout
+    assert [line.split(": ")[1] for line in lines.splitlines()] == [
+        "merge config",
+        "objective",
+        "study",
+    ]
 
 
 def test_validate_reports_all_bad_files_and_still_the_good_ones(folder, tmp_path):
     (tmp_path / "a.yaml").write_text("terms: []\n", encoding="utf-8")
-    (tmp_path / "b.yaml").write_text("base_model: a/b\nvectors: {w: {source: a/w}}\nobjectve: 1\n", encoding="utf-8")
-    result = optimer("validate", tmp_path / "a.yaml", folder / "obj.yaml", tmp_path / "b.yaml", ok=False)
+    (tmp_path / "b.yaml").write_text(
+        "base_model: a/b\nvectors: {w: {source: a/w}}\nobjectve: 1\n", encoding="utf-8"
+    )
+    result = optimer(
+        "validate", tmp_path / "a.yaml", folder / "obj.yaml", tmp_path / "b.yaml", ok=False
+    )
     assert result.exit_code == 1
     assert "obj.yaml: objective" in result.stdout
     assert "a.yaml: terms: " in result.stderr and "Did you mean 'objective'?" in result.stderr
 
 
 def test_validate_finds_mistakes_in_a_merge_config(tmp_path):
-    (tmp_path / "m.yml").write_text("merge_method: linear\nmodels: [{modle: a/b}]\n", encoding="utf-8")
-    assert "models.0: unknown field 'modle'" in optimer("validate", tmp_path / "m.yml", ok=False).stderr
+    (tmp_path / "m.yml").write_text(
+        "merge_method: linear\nmodels: [{modle: a/b}]\n", encoding="utf-8"
+    )
+    assert (
+        "models.0: unknown field 'modle'"
+        in optimer("validate", tmp_path / "m.yml", ok=False).stderr
+    )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("study.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").rglob("study.yaml")), ids=lambda path: path.parent.name
+)
 def test_the_recipes_of_this_repository_are_valid(path):
     optimer("validate", *sorted(path.parent.glob("*.yaml")))
 
 
-# -- the commands -------------------------------------------------------------------------------------------------
+# -- the commands ----------------------------------------------------------------------------------
 
 
 def test_a_mergekit_yaml_is_searched_and_comes_back_as_a_yaml_with_weights(folder, pool, tmp_path):
     result = optimer(
-        "search", folder / "my-merge.yml", tmp_path / "s", "--objective", folder / "obj.yaml", "--n-trials", "4"
+        "search",
+        folder / "my-merge.yml",
+        tmp_path / "s",
+        "--objective",
+        folder / "obj.yaml",
+        "--n-trials",
+        "4",
     )
     config = yaml.safe_load(result.stdout)
     assert config["merge_method"] == "optimer"
@@ -184,7 +233,10 @@ def test_a_mergekit_yaml_is_searched_and_comes_back_as_a_yaml_with_weights(folde
 
     optimer("build", tmp_path / "s" / "recipe.yaml", tmp_path / "built")
     assert_is_merge(tmp_path / "built", pool, weights)
-    assert "the weights are those of" in optimer("verify", tmp_path / "s" / "recipe.yaml", tmp_path / "built").stdout
+    assert (
+        "the weights are those of"
+        in optimer("verify", tmp_path / "s" / "recipe.yaml", tmp_path / "built").stdout
+    )
     assert "recipe" in optimer("validate", tmp_path / "s" / "recipe.yaml").stdout
 
     again = optimer(
@@ -195,19 +247,39 @@ def test_a_mergekit_yaml_is_searched_and_comes_back_as_a_yaml_with_weights(folde
 
 
 def test_recipe_of_a_study_also_comes_as_a_config_for_unmodified_mergekit(folder, pool, tmp_path):
-    optimer("search", folder / "my-merge.yml", tmp_path / "s", "--objective", folder / "obj.yaml", "--n-trials", "2")
+    optimer(
+        "search",
+        folder / "my-merge.yml",
+        tmp_path / "s",
+        "--objective",
+        folder / "obj.yaml",
+        "--n-trials",
+        "2",
+    )
     optimer("recipe", tmp_path / "s", tmp_path / "r" / "recipe.yaml", "--vanilla")
     recipe = yaml.safe_load((tmp_path / "r" / "recipe.yaml").read_text(encoding="utf-8"))
     config = yaml.safe_load((tmp_path / "r" / "mergekit_config.yml").read_text(encoding="utf-8"))
     assert config["merge_method"] == "linear" and config["parameters"]["normalize"] is False
     optimer("merge", tmp_path / "r" / "mergekit_config.yml", tmp_path / "merged")
-    assert_is_merge(tmp_path / "merged", pool, [entry["weight"] for entry in recipe["vectors"].values()])
+    assert_is_merge(
+        tmp_path / "merged", pool, [entry["weight"] for entry in recipe["vectors"].values()]
+    )
 
 
 def test_verify_refuses_a_model_that_was_changed(folder, tmp_path):
-    optimer("search", folder / "my-merge.yml", tmp_path / "s", "--objective", folder / "obj.yaml", "--n-trials", "1")
+    optimer(
+        "search",
+        folder / "my-merge.yml",
+        tmp_path / "s",
+        "--objective",
+        folder / "obj.yaml",
+        "--n-trials",
+        "1",
+    )
     recipe = tmp_path / "s" / "recipe.yaml"
-    assert "records no built model" in optimer("verify", recipe, tmp_path / "built", ok=False).stderr
+    assert (
+        "records no built model" in optimer("verify", recipe, tmp_path / "built", ok=False).stderr
+    )
     optimer("build", recipe, tmp_path / "built")
     (weights,) = (tmp_path / "built").glob("*.safetensors")
     data = bytearray(weights.read_bytes())
@@ -218,7 +290,9 @@ def test_verify_refuses_a_model_that_was_changed(folder, tmp_path):
 
 @pytest.mark.parametrize("engine", ["native", "mergekit"])
 def test_merge_writes_the_weighted_sum_with_either_engine(pool, tmp_path, engine):
-    (tmp_path / "m.yml").write_text(yaml.safe_dump(linear_config(pool, [0.3, 0.6])), encoding="utf-8")
+    (tmp_path / "m.yml").write_text(
+        yaml.safe_dump(linear_config(pool, [0.3, 0.6])), encoding="utf-8"
+    )
     result = optimer("merge", tmp_path / "m.yml", tmp_path / "out", "--engine", engine)
     assert ("the streaming writer" if engine == "native" else "mergekit") in result.stdout
     assert_is_merge(tmp_path / "out", pool, [0.3, 0.6])
@@ -226,7 +300,13 @@ def test_merge_writes_the_weighted_sum_with_either_engine(pool, tmp_path, engine
 
 def test_merge_runs_other_methods_and_takes_the_flags_of_mergekit(folder, pool, tmp_path):
     result = process(
-        "-m", "optimer_hf", "merge", folder / "my-merge.yml", tmp_path / "out", "--copy-tokenizer", "--quiet"
+        "-m",
+        "optimer_hf",
+        "merge",
+        folder / "my-merge.yml",
+        tmp_path / "out",
+        "--copy-tokenizer",
+        "--quiet",
     )
     assert result.returncode == 0, result.stderr
     assert "mergekit" in result.stdout
@@ -241,14 +321,18 @@ def test_merge_does_not_write_over_files(folder, tmp_path):
 
 def test_extract_writes_the_difference_as_a_delta_directory(pool, tmp_path):
     base, tuned = pool
-    result = optimer("extract", tuned[0], "--base", base, tmp_path / "v", "--name", "first", "--dtype", "float32")
+    result = optimer(
+        "extract", tuned[0], "--base", base, tmp_path / "v", "--name", "first", "--dtype", "float32"
+    )
     assert "delta, norm" in result.stdout
     record = json.loads((tmp_path / "v" / "vector.json").read_text(encoding="utf-8"))
     assert record["name"] == "first" and record["kind"] == "delta"
     stored = {}
     for file in (tmp_path / "v").glob("*.safetensors"):
         stored |= load_file(file)
-    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (base, tuned[0]))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (base, tuned[0])
+    )
     assert stored
     for name, delta in stored.items():
         torch.testing.assert_close(delta, after[name] - before[name])
@@ -257,14 +341,24 @@ def test_extract_writes_the_difference_as_a_delta_directory(pool, tmp_path):
 def test_evaluate_prints_scores_as_text_and_as_json(folder, pool):
     text = optimer("evaluate", pool[0], folder / "obj.yaml", "--dtype", "float32").stdout
     data = json.loads(
-        optimer("evaluate", pool[0], folder / "obj.yaml", "--dtype", "float32", "--format", "json").stdout
+        optimer(
+            "evaluate", pool[0], folder / "obj.yaml", "--dtype", "float32", "--format", "json"
+        ).stdout
     )
     assert set(data) == {"aaa", "xyz"} and data["aaa"]["n_items"] == 3
     assert f"aaa: bits_per_byte {data['aaa']['score']:.4f} on 3 items (limited)" in text
 
 
 def test_compare_without_a_sealed_test_says_what_is_missing(folder, tmp_path):
-    optimer("search", folder / "my-merge.yml", tmp_path / "s", "--objective", folder / "obj.yaml", "--n-trials", "1")
+    optimer(
+        "search",
+        folder / "my-merge.yml",
+        tmp_path / "s",
+        "--objective",
+        folder / "obj.yaml",
+        "--n-trials",
+        "1",
+    )
     assert "no `test:` section" in optimer("compare", tmp_path / "s", ok=False).stderr
 
 
@@ -288,5 +382,11 @@ def test_a_study_is_searched_and_compared(folder, pool, corpus_dir, tmp_path):
 
 def test_an_objective_beside_a_study_that_has_its_own_is_refused(folder, tmp_path):
     (tmp_path / "study.yaml").write_text("base_model: a/b\n", encoding="utf-8")
-    arguments = ["search", tmp_path / "study.yaml", tmp_path / "s", "--objective", folder / "obj.yaml"]
+    arguments = [
+        "search",
+        tmp_path / "study.yaml",
+        tmp_path / "s",
+        "--objective",
+        folder / "obj.yaml",
+    ]
     assert "has its own objective" in optimer(*arguments, ok=False).stderr

@@ -1,4 +1,6 @@
-"""compare.py and retarget.py: what is scored under the seal, once, and what recorded trials predict."""
+"""compare.py and retarget.py: what is scored under the seal, once, and what recorded trials
+predict.
+"""
 
 import json
 
@@ -19,7 +21,7 @@ def with_test(**changes):
 
 
 class CountingPool(FunctionPool):
-    opened: list["CountingPool"] = []  # noqa: RUF012
+    opened: list["CountingPool"] = []
 
     def __init__(self, config):
         super().__init__(config)
@@ -43,7 +45,14 @@ def study(tmp_path):
 def test_all_baselines_stand_beside_the_merge(study):
     names = list(candidates(study))
     assert names[0] == "base" and MERGE in names
-    assert {"w at 1.0", "x at 1.0", "y at 1.0", "z at 1.0", "uniform average", "uniform sum"} <= set(names)
+    assert {
+        "w at 1.0",
+        "x at 1.0",
+        "y at 1.0",
+        "z at 1.0",
+        "uniform average",
+        "uniform sum",
+    } <= set(names)
     assert sum("at its best scale" in name for name in names) == 4
     assert candidates(study)["base"] == dict.fromkeys("wxyz", 0.0)
     assert candidates(study)["x at 1.0"] == {"w": 0, "x": 1, "y": 0, "z": 0}
@@ -60,29 +69,43 @@ def test_every_row_is_scored_once_and_read_from_disk_the_second_time(study):
 
 
 def test_rows_that_are_missing_after_a_crash_are_the_only_ones_scored_again(study):
-    with pytest.raises(EvaluationError, match=r"sealed test: row 'z at 1.0' cannot be scored: RuntimeError: no"):
+    with pytest.raises(
+        EvaluationError, match=r"sealed test: row 'z at 1.0' cannot be scored: RuntimeError: no"
+    ):
         compare(study, pool=failing_at({4: RuntimeError("no")}))
     assert len(TrialLog(study.directory / "sealed.jsonl").trials) == 4
     comparison = compare(study, pool=CountingPool)
-    assert len(CountingPool.opened[0].calls) == len({json.dumps(row.weights) for row in comparison.rows}) - 4
+    assert (
+        len(CountingPool.opened[0].calls)
+        == len({json.dumps(row.weights) for row in comparison.rows}) - 4
+    )
     assert not any(row.chosen_after_seal for row in comparison.rows)
 
 
 def test_the_sealed_test_scores_the_terms_of_the_test_section(tmp_path):
     test = {"terms": [{"task": "u", "metric": "loss"}], "limit": 7}
     compare(search(with_test(test=test), tmp_path / "s", pool=FunctionPool), pool=CountingPool)
-    assert {(tuple(labels), limits["u"]) for _, labels, limits in CountingPool.opened[0].calls} == {(("u",), 7)}
+    assert {(tuple(labels), limits["u"]) for _, labels, limits in CountingPool.opened[0].calls} == {
+        (("u",), 7)
+    }
 
 
 def test_a_candidate_chosen_after_the_seal_was_opened_is_marked(tmp_path):
-    short = search(with_test(search={"n_trials": 6, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool)
+    short = search(
+        with_test(search={"n_trials": 6, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool
+    )
     assert not any(row.chosen_after_seal for row in compare(short, pool=FunctionPool).rows)
-    longer = search(with_test(search={"n_trials": 16, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool)
+    longer = search(
+        with_test(search={"n_trials": 16, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool
+    )
     comparison = compare(longer, pool=CountingPool)
     assert comparison.merge.weights != short.incumbent.weights
     assert comparison.merge.chosen_after_seal
     assert not comparison.base.chosen_after_seal
-    assert any("searched merge (chosen after the seal was opened)" in line[0] for line in table(comparison)[1])
+    assert any(
+        "searched merge (chosen after the seal was opened)" in line[0]
+        for line in table(comparison)[1]
+    )
 
 
 def test_a_study_without_a_test_section_cannot_be_compared(tmp_path):
@@ -127,7 +150,7 @@ def test_retargeted_rows_are_scored_under_their_own_objective_and_are_no_baselin
     assert [sentence.split(" minus")[0] for sentence in verdicts(comparison)] == [MERGE, row.name]
 
 
-# -- retarget -----------------------------------------------------------------------------------------------------
+# -- retarget --------------------------------------------------------------------------------------
 
 
 def test_retarget_predicts_better_weights_for_another_objective_than_average_and_incumbent(study):
@@ -136,7 +159,9 @@ def test_retarget_predicts_better_weights_for_another_objective_than_average_and
     assert found < landscape("q", dict.fromkeys("wxyz", 0.25))
     assert found < landscape("q", study.incumbent.weights)
     base = landscape("q", dict.fromkeys("wxyz", 0.0))
-    assert prediction.value == pytest.approx((base - found) / base, abs=max(0.02, 3 * prediction.deviation))
+    assert prediction.value == pytest.approx(
+        (base - found) / base, abs=max(0.02, 3 * prediction.deviation)
+    )
 
 
 def test_retarget_to_the_own_objective_is_near_the_incumbent(study):
@@ -148,7 +173,9 @@ def test_retarget_to_the_own_objective_is_near_the_incumbent(study):
 
 
 def test_retargeting_to_a_term_that_was_not_recorded_lists_those_that_were(study):
-    with pytest.raises(StudyError, match=r"no term 'nope' was recorded; this study has \['q', 't', 'u'\]"):
+    with pytest.raises(
+        StudyError, match=r"no term 'nope' was recorded; this study has \['q', 't', 'u'\]"
+    ):
         predict(study, {"t": 1.0, "nope": 2.0})
 
 
@@ -158,7 +185,9 @@ def test_a_retargeted_objective_counts_only_the_named_terms():
 
 
 def test_the_best_scale_moves_one_vector_alone_and_keeps_fixed_ones(tmp_path):
-    vectors = {name: {"source": f"a/{name}"} for name in "wxy"} | {"z": {"source": "a/z", "fixed": 0.2}}
+    vectors = {name: {"source": f"a/{name}"} for name in "wxy"} | {
+        "z": {"source": "a/z", "fixed": 0.2}
+    }
     study = search(with_test(vectors=vectors), tmp_path / "s", pool=FunctionPool)
     weights = best_scale(study, "x")
     assert weights["w"] == weights["y"] == 0 and weights["z"] == 0.2

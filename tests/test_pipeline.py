@@ -1,4 +1,4 @@
-"""The main job on a tiny model through the command line: run, run again, kill, go on; bad folders."""
+"""The main job on a tiny model through the command line: run, again, kill, go on; bad folders."""
 
 import json
 import os
@@ -27,16 +27,25 @@ TRAIN = {
 
 @pytest.fixture
 def recipe_dir(tmp_path: Path, make_base, corpus_dir: Path) -> Path:
-    """A recipe folder: two vectors to train on made-up languages, a third language kept; sealed test; retarget."""
+    """A recipe folder: two vectors to train on made-up languages, a third language kept; sealed
+    test; retarget.
+    """
     folder = tmp_path / "recipes" / "tiny"
     folder.mkdir(parents=True)
     base = str(make_base("gemma").path)
     for name in ("aaa", "xyz"):
-        config = TRAIN | {"name": name, "base_model": base, "corpus": {"path": str(corpus_dir / f"{name}.train.jsonl")}}
+        config = TRAIN | {
+            "name": name,
+            "base_model": base,
+            "corpus": {"path": str(corpus_dir / f"{name}.train.jsonl")},
+        }
         (folder / f"train-{name}.yaml").write_text(yaml.safe_dump(config))
 
     def terms(split: str) -> list[dict[str, object]]:
-        return [{"name": name, "text": str(corpus_dir / f"{name}.{split}.jsonl")} for name in ("aaa", "xyz", "mix")]
+        return [
+            {"name": name, "text": str(corpus_dir / f"{name}.{split}.jsonl")}
+            for name in ("aaa", "xyz", "mix")
+        ]
 
     study = {
         "format_version": 1,
@@ -48,7 +57,9 @@ def recipe_dir(tmp_path: Path, make_base, corpus_dir: Path) -> Path:
         "search": {"n_trials": 7, "rescore_top": 2},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
-    (folder / "short.yaml").write_text(yaml.safe_dump({"train": {"max_tokens": 256}, "study": {"search": {"n_trials": 5}}}))
+    (folder / "short.yaml").write_text(
+        yaml.safe_dump({"train": {"max_tokens": 256}, "study": {"search": {"n_trials": 5}}})
+    )
     return folder
 
 
@@ -71,20 +82,36 @@ def test_a_run_goes_from_corpora_to_a_model_that_generates(finished: Path):
     for name in ("aaa", "xyz"):
         own = rows[f"{name} at 1.0"]["terms"][name]["gain"]
         assert own["low"] > 0, f"the vector {name} does not help its own domain"
-    assert {"base", "uniform average", "uniform sum", "searched merge", "re-targeted to only xyz"} <= rows.keys()
+    assert {
+        "base",
+        "uniform average",
+        "uniform sum",
+        "searched merge",
+        "re-targeted to only xyz",
+    } <= rows.keys()
     assert rows["searched merge"]["value"] > rows["base"]["value"]
-    assert json.loads((finished / "vectors" / "aaa" / "vector.json").read_text())["kind"] == "adapter"
+    assert (
+        json.loads((finished / "vectors" / "aaa" / "vector.json").read_text())["kind"] == "adapter"
+    )
     model = AutoModelForCausalLM.from_pretrained(finished / "merged")
     tokenizer = AutoTokenizer.from_pretrained(finished / "merged")
-    generated = model.generate(**tokenizer("aa", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    generated = model.generate(
+        **tokenizer("aa", return_tensors="pt"), max_new_tokens=4, do_sample=False
+    )
     assert generated.shape[1] == 7
     ledger = json.loads((finished / "ledger.json").read_text())
     assert ledger["train"]["tokens"] == 2048
     assert ledger["search"]["n"] == 7
 
 
-def test_the_exported_config_gives_the_same_weights_in_unmodified_mergekit(finished: Path, tmp_path: Path):
-    command = [str(Path(sys.executable).parent / "mergekit-yaml"), str(finished / "mergekit_config.yml"), str(tmp_path / "out")]
+def test_the_exported_config_gives_the_same_weights_in_unmodified_mergekit(
+    finished: Path, tmp_path: Path
+):
+    command = [
+        str(Path(sys.executable).parent / "mergekit-yaml"),
+        str(finished / "mergekit_config.yml"),
+        str(tmp_path / "out"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     ours = AutoModelForCausalLM.from_pretrained(finished / "merged", dtype="auto").state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
@@ -101,22 +128,35 @@ def test_a_finished_run_does_nothing_and_says_so_at_once(finished: Path, recipe_
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     started = time.perf_counter()
     again = subprocess.run(
-        [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(finished)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(finished)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert time.perf_counter() - started < 10
     assert "nothing to do" in again.stderr
     assert "searched merge" in again.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(finished: Path, recipe_dir: Path, tmp_path: Path):
+def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
+    finished: Path, recipe_dir: Path, tmp_path: Path
+):
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(out)]
-    marks = ["vectors/aaa/checkpoints/checkpoint-*/trainer_state.json", "vectors/xyz/started.json", "study/trials.jsonl"]
+    marks = [
+        "vectors/aaa/checkpoints/checkpoint-*/trainer_state.json",
+        "vectors/xyz/started.json",
+        "study/trials.jsonl",
+    ]
     marks += ["study/sealed.jsonl"]
     for mark in marks:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         deadline = time.monotonic() + 120
         while not list(out.glob(mark)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -126,7 +166,8 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(finished: P
     subprocess.run(command, check=True, capture_output=True)
     for name in ("aaa", "xyz"):
         whole, resumed = (
-            json.loads((run / "vectors" / name / "training.json").read_text())["training"]["losses"] for run in (finished, out)
+            json.loads((run / "vectors" / name / "training.json").read_text())["training"]["losses"]
+            for run in (finished, out)
         )
         assert resumed == pytest.approx(whole, abs=1e-6)
     one, other = (json.loads((run / "results.json").read_text()) for run in (finished, out))
@@ -183,7 +224,9 @@ def test_bad_input_is_refused_before_anything_is_trained(
     assert not (tmp_path / "out" / "vectors").exists()
 
 
-def test_a_fixed_instruct_like_vector_is_in_every_trial(finished: Path, make_base, make_tuned, corpus_dir: Path, tmp_path: Path):
+def test_a_fixed_instruct_like_vector_is_in_every_trial(
+    finished: Path, make_base, make_tuned, corpus_dir: Path, tmp_path: Path
+):
     base = make_base("gemma")
     study = {
         "base_model": str(base.path),

@@ -41,7 +41,9 @@ def pool(make_base, make_tuned, make_adapter, tmp_path) -> tuple[ResolvedModel, 
 
 @pytest.fixture
 def recipe(pool, tmp_path) -> Path:
-    """A recipe written by hand over all three kinds of vector, with its lock, in a folder that uses relative paths."""
+    """A recipe written by hand over all three kinds of vector, with its lock, in a folder that uses
+    relative paths.
+    """
     base, sources = pool
     path = tmp_path / "recipe.yaml"
     data = {
@@ -49,7 +51,10 @@ def recipe(pool, tmp_path) -> Path:
         "name": "demo",
         "base_model": "./base",
         "dtype": "bfloat16",
-        "vectors": {name: {"source": f"./vectors/{name}", "weight": weight} for name, weight in WEIGHTS.items()},
+        "vectors": {
+            name: {"source": f"./vectors/{name}", "weight": weight}
+            for name, weight in WEIGHTS.items()
+        },
         "objective": {},
         "scores": {},
         "study": {},
@@ -75,7 +80,9 @@ def test_the_first_build_locks_the_model_and_the_second_gives_it_again(recipe, t
         verify(recipe, tmp_path / "one")
     build(recipe, tmp_path / "one")
     locked = Lock.read(recipe.with_suffix(".lock.json"))
-    assert locked.output == {"model.safetensors": sha256_file(tmp_path / "one" / "model.safetensors")}
+    assert locked.output == {
+        "model.safetensors": sha256_file(tmp_path / "one" / "model.safetensors")
+    }
     build(recipe, tmp_path / "two")
     verify(recipe, tmp_path / "one")
     verify(recipe, tmp_path / "two")
@@ -88,7 +95,8 @@ def test_build_refuses_weights_that_are_not_the_locked_ones(recipe, pool, tmp_pa
     directory = base.path if part == "base_model" else sources[part.removeprefix("vectors.")]
     change_weights(directory)
     with pytest.raises(
-        ModelError, match=rf"demo: {part}: the weights in .*{directory.name} are not the locked ones\. Fetch"
+        ModelError,
+        match=rf"demo: {part}: the weights in .*{directory.name} are not the locked ones\. Fetch",
     ):
         build(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -98,7 +106,9 @@ def test_build_refuses_a_vector_that_the_lock_does_not_know(recipe, tmp_path):
     data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     data["vectors"]["code"] = {"source": "./vectors/it", "weight": 0.1}
     recipe.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    with pytest.raises(ModelError, match=r"vectors\.code: the weights in .* are not the locked ones"):
+    with pytest.raises(
+        ModelError, match=r"vectors\.code: the weights in .* are not the locked ones"
+    ):
         build(recipe, tmp_path / "out")
 
 
@@ -107,7 +117,10 @@ def test_build_says_when_the_model_is_not_the_one_built_first(recipe, tmp_path):
     data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     data["vectors"]["ja"]["weight"] = 0.5
     recipe.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    with pytest.raises(ModelError, match=r"two: differs from the model this recipe built first \(recipe\.lock\.json\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"two: differs from the model this recipe built first \(recipe\.lock\.json\)",
+    ):
         build(recipe, tmp_path / "two")
     with pytest.raises(ModelError, match=r"two/model\.safetensors: sha256 differs"):
         verify(recipe, tmp_path / "two")
@@ -142,7 +155,9 @@ def test_verify_names_a_changed_a_lost_and_a_foreign_file(recipe, tmp_path):
     build(recipe, out)
     verify(recipe, out)
     shutil.copyfile(out / "model.safetensors", out / "other.safetensors")
-    with pytest.raises(ModelError, match=r"out/other\.safetensors: sha256 differs from recipe\.lock\.json"):
+    with pytest.raises(
+        ModelError, match=r"out/other\.safetensors: sha256 differs from recipe\.lock\.json"
+    ):
         verify(recipe, out)
     (out / "other.safetensors").unlink()
     with (out / "model.safetensors").open("r+b") as file:
@@ -150,7 +165,9 @@ def test_verify_names_a_changed_a_lost_and_a_foreign_file(recipe, tmp_path):
         last = file.read(1)
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(ModelError, match=r"out/model\.safetensors: sha256 differs from recipe\.lock\.json"):
+    with pytest.raises(
+        ModelError, match=r"out/model\.safetensors: sha256 differs from recipe\.lock\.json"
+    ):
         verify(recipe, out)
     (out / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"out/model\.safetensors"):
@@ -172,8 +189,14 @@ def test_a_recipe_moves_with_its_folder(recipe, tmp_path):
     [
         ({"vektors": {}}, r"recipe\.yaml: unknown field 'vektors'\. Did you mean 'vectors'\?"),
         ({"dtype": "int8"}, r"recipe\.yaml: dtype: found 'int8'"),
-        ({"vectors": {"ja": {"source": "./x"}}}, r"recipe\.yaml: field 'vectors\.ja\.weight' is missing"),
-        ({"vectors": {"ja": {"source": "./x", "weight": float("nan")}}}, r"vectors\.ja\.weight: found nan"),
+        (
+            {"vectors": {"ja": {"source": "./x"}}},
+            r"recipe\.yaml: field 'vectors\.ja\.weight' is missing",
+        ),
+        (
+            {"vectors": {"ja": {"source": "./x", "weight": float("nan")}}},
+            r"vectors\.ja\.weight: found nan",
+        ),
         ({"format_version": 2}, r"format_version: found 2"),
     ],
 )
@@ -186,4 +209,6 @@ def test_mistakes_in_a_recipe_are_named_by_file_and_field(recipe, change, messag
 
 def test_the_weights_of_a_recipe_are_those_in_the_file(recipe):
     assert RecipeFile.read(recipe).weights == WEIGHTS
-    assert set(json.loads(recipe.with_suffix(".lock.json").read_text(encoding="utf-8"))["vectors"]) == set(WEIGHTS)
+    assert set(
+        json.loads(recipe.with_suffix(".lock.json").read_text(encoding="utf-8"))["vectors"]
+    ) == set(WEIGHTS)

@@ -31,7 +31,9 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         integer = INTEGERS[tensor.dtype]
-        assert torch.equal(found[name].contiguous().view(integer), tensor.contiguous().view(integer)), name
+        assert torch.equal(
+            found[name].contiguous().view(integer), tensor.contiguous().view(integer)
+        ), name
 
 
 def state(resident: ResidentModel) -> dict[str, torch.Tensor]:
@@ -46,7 +48,9 @@ def written(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def open_pool(make_base, make_tuned, make_adapter, tmp_path_factory):
-    """Return a function architecture, stored dtype, kinds of the three vectors -> base and open vectors."""
+    """Return a function architecture, stored dtype, kinds of the three vectors -> base and open
+    vectors.
+    """
     made: dict[tuple[str, torch.dtype, int, str], Path] = {}
 
     def source(base: ResolvedModel, kind: str, dtype: torch.dtype, seed: int, vector: str) -> Path:
@@ -63,8 +67,12 @@ def open_pool(make_base, make_tuned, make_adapter, tmp_path_factory):
 
     def pool(kind: str, stored: str, vectors: tuple[str, ...]) -> tuple[ResolvedModel, list]:
         base = make_base(kind, DTYPES[stored])
-        paths = [source(base, kind, DTYPES[stored], seed, vector) for seed, vector in enumerate(vectors)]
-        return base, [open_vector(name, str(path), base) for name, path in zip(WEIGHTS, paths, strict=False)]
+        paths = [
+            source(base, kind, DTYPES[stored], seed, vector) for seed, vector in enumerate(vectors)
+        ]
+        return base, [
+            open_vector(name, str(path), base) for name, path in zip(WEIGHTS, paths, strict=False)
+        ]
 
     return pool
 
@@ -72,20 +80,32 @@ def open_pool(make_base, make_tuned, make_adapter, tmp_path_factory):
 @pytest.mark.parametrize("vectors", POOLS.values(), ids=POOLS.keys())
 @pytest.mark.parametrize(
     ("stored", "dtype"),
-    [("bfloat16", "bfloat16"), ("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")],
+    [
+        ("bfloat16", "bfloat16"),
+        ("float32", "float32"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+    ],
 )
-def test_the_resident_model_equals_the_written_one_bit_for_bit(open_pool, kind, vectors, stored, dtype, tmp_path):
+def test_the_resident_model_equals_the_written_one_bit_for_bit(
+    open_pool, kind, vectors, stored, dtype, tmp_path
+):
     base, pool = open_pool(kind, stored, vectors)
     resident = ResidentModel(base, pool, dtype=dtype)
     resident.set_weights(WEIGHTS)
     write_merged(base, pool, WEIGHTS, tmp_path / "out", out_dtype=dtype)
     assert_same_bits(state(resident), written(tmp_path / "out"))
     resident.set_weights({})
-    assert any(not torch.equal(tensor, state(resident)[name]) for name, tensor in written(tmp_path / "out").items())
+    assert any(
+        not torch.equal(tensor, state(resident)[name])
+        for name, tensor in written(tmp_path / "out").items()
+    )
 
 
 @pytest.mark.parametrize("vectors", POOLS.values(), ids=POOLS.keys())
-def test_both_ways_agree_when_tensors_take_many_row_blocks(open_pool, kind, vectors, tmp_path, monkeypatch):
+def test_both_ways_agree_when_tensors_take_many_row_blocks(
+    open_pool, kind, vectors, tmp_path, monkeypatch
+):
     monkeypatch.setattr(vector_module, "CHUNK_ELEMENTS", 200)
     base, pool = open_pool(kind, "bfloat16", vectors)
     resident = ResidentModel(base, pool, dtype="bfloat16")
@@ -101,7 +121,11 @@ def test_the_resident_model_answers_as_the_written_one(open_pool, kind, tmp_path
     write_merged(base, pool, WEIGHTS, tmp_path / "out")
     tokens = torch.tensor([[2, 70, 71, 72, 100]])
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()(tokens).logits
+        expected = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+            .eval()(tokens)
+            .logits
+        )
         assert torch.equal(resident.model(tokens).logits, expected)
 
 
@@ -111,7 +135,10 @@ def test_embeddings_stay_tied_when_a_vector_moves_them(open_pool):
     before = resident.model.get_input_embeddings().weight.clone()
     resident.set_weights(WEIGHTS)
     assert not torch.equal(resident.model.get_input_embeddings().weight, before)
-    assert resident.model.get_output_embeddings().weight is resident.model.get_input_embeddings().weight
+    assert (
+        resident.model.get_output_embeddings().weight
+        is resident.model.get_input_embeddings().weight
+    )
 
 
 @pytest.mark.parametrize("vectors", POOLS.values(), ids=POOLS.keys())
@@ -156,7 +183,11 @@ def test_a_thousand_settings_leave_no_drift(open_pool):
 
 
 @given(
-    st.lists(st.fixed_dictionaries({}, optional={name: st.floats(-2, 2) for name in WEIGHTS}), min_size=1, max_size=4)
+    st.lists(
+        st.fixed_dictionaries({}, optional={name: st.floats(-2, 2) for name in WEIGHTS}),
+        min_size=1,
+        max_size=4,
+    )
 )
 @settings(deadline=None, max_examples=15)
 def test_the_model_depends_on_the_last_weights_only(open_pool, history):
@@ -175,7 +206,9 @@ def test_one_adapter_at_weight_one_equals_what_peft_merges(make_base, make_adapt
     resident = ResidentModel(base, [open_vector("ja", str(adapter), base)], dtype="float32")
     resident.set_weights({"ja": 1.0})
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
-    for name, tensor in PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict().items():
+    for name, tensor in (
+        PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict().items()
+    ):
         torch.testing.assert_close(state(resident)[name], tensor, rtol=0, atol=1e-6)
 
 
@@ -192,5 +225,7 @@ def test_a_vector_that_is_not_in_the_pool_is_an_error_and_changes_nothing(open_p
 
 def test_the_pool_counts_the_bytes_of_lora_factors_only(open_pool):
     base, pool = open_pool("llama", "bfloat16", POOLS["mixed"])
-    n_bytes = sum(4 * 4 * sum(Checkpoint(base.path).shape(name)) for name in pool[0].names)  # rank 4, float32
+    n_bytes = sum(
+        4 * 4 * sum(Checkpoint(base.path).shape(name)) for name in pool[0].names
+    )  # rank 4, float32
     assert ResidentModel(base, pool, dtype="bfloat16").n_pool_bytes == n_bytes

@@ -65,14 +65,17 @@ class FunctionPool:
     def score(self, weights, terms, limits):
         self.calls.append((dict(weights), [term.label for term in terms], dict(limits)))
         jitter = self.noise * np.random.default_rng(0).normal(size=4)
-        scores = {t.label: TermScore([(landscape(t.label, weights) + e, 1.0) for e in jitter], False) for t in terms}
+        scores = {
+            t.label: TermScore([(landscape(t.label, weights) + e, 1.0) for e in jitter], False)
+            for t in terms
+        }
         return scores, {"merge": 0.0, "evaluate": 0.0}, 10
 
 
 class FailingPool(FunctionPool):
     """Raises for some calls, by their number."""
 
-    failures: dict[int, Exception] = {}  # noqa: RUF012
+    failures: dict[int, Exception] = {}
 
     def score(self, weights, terms, limits):
         found = super().score(weights, terms, limits)
@@ -99,19 +102,29 @@ def uninterrupted(tmp_path_factory) -> Study:
     return search(config_of(), tmp_path_factory.mktemp("study") / "s", pool=FunctionPool)
 
 
-# -- anchors and scaling ------------------------------------------------------------------------------------------
+# -- anchors and scaling ---------------------------------------------------------------------------
 
 
 def test_a_search_starts_from_base_each_vector_alone_and_the_average():
     found = anchors(config_of())
-    assert [origin for origin, _ in found] == ["base", "w alone", "x alone", "y alone", "z alone", "average"]
+    assert [origin for origin, _ in found] == [
+        "base",
+        "w alone",
+        "x alone",
+        "y alone",
+        "z alone",
+        "average",
+    ]
     assert found[0][1] == dict.fromkeys("wxyz", 0.0)
     assert found[2][1] == {"w": 0.0, "x": 0.7, "y": 0.0, "z": 0.0}
     assert found[5][1] == dict.fromkeys("wxyz", 0.25)
 
 
 def test_anchors_stay_inside_the_bounds():
-    vectors = {"w": {"source": "a/w", "bounds": [0.0, 0.5]}, "x": {"source": "a/x", "bounds": [0.1, 1.0]}}
+    vectors = {
+        "w": {"source": "a/w", "bounds": [0.0, 0.5]},
+        "x": {"source": "a/x", "bounds": [0.1, 1.0]},
+    }
     assert [weights for _, weights in anchors(config_of(vectors=vectors))] == [
         {"w": 0.0, "x": 0.1},
         {"w": 0.5, "x": 0.1},
@@ -121,7 +134,10 @@ def test_anchors_stay_inside_the_bounds():
 
 
 def test_a_single_vector_has_no_average():
-    assert [origin for origin, _ in anchors(config_of(vectors={"w": {"source": "a/w"}}))] == ["base", "w alone"]
+    assert [origin for origin, _ in anchors(config_of(vectors={"w": {"source": "a/w"}}))] == [
+        "base",
+        "w alone",
+    ]
 
 
 def test_unit_points_and_weights_convert_both_ways():
@@ -138,13 +154,15 @@ def test_unit_points_and_weights_convert_both_ways():
 
 
 def test_fixed_vectors_keep_their_weight_in_every_trial(tmp_path):
-    vectors = {name: {"source": f"a/{name}"} for name in "wxy"} | {"z": {"source": "a/z", "fixed": 0.35}}
+    vectors = {name: {"source": f"a/{name}"} for name in "wxy"} | {
+        "z": {"source": "a/z", "fixed": 0.35}
+    }
     study = search(config_of(vectors=vectors), tmp_path / "s", pool=FunctionPool)
     assert len(study.log.of("search")) == 12
     assert all(trial.weights["z"] == 0.35 for trial in study.log.trials)
 
 
-# -- the search itself --------------------------------------------------------------------------------------------
+# -- the search itself -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("combination", ["relative_to_base", "worst", "weighted_mean"])
@@ -155,8 +173,13 @@ def test_a_smooth_landscape_is_searched_to_near_its_optimum_in_24_trials(tmp_pat
     values = [study.value(trial) for trial in study.log.of("search")]
     best_anchor = max(values[:6])
     assert study.value(study.incumbent) > best_anchor
-    grid = np.random.default_rng(0).dirichlet(np.ones(4), 20000) * np.random.default_rng(1).uniform(0, 1.5, (20000, 1))
-    base = {label: TermScore([(landscape(label, dict.fromkeys("wxyz", 0.0)), 1.0)], False) for label in OPTIMA}
+    grid = np.random.default_rng(0).dirichlet(np.ones(4), 20000) * np.random.default_rng(1).uniform(
+        0, 1.5, (20000, 1)
+    )
+    base = {
+        label: TermScore([(landscape(label, dict.fromkeys("wxyz", 0.0)), 1.0)], False)
+        for label in OPTIMA
+    }
 
     def true_value(point):
         weights = dict(zip("wxyz", point, strict=True))
@@ -172,14 +195,20 @@ def test_trials_record_their_origin_number_and_all_items(uninterrupted):
     trials = uninterrupted.log.of("search")
     assert [trial.number for trial in trials] == list(range(12))
     assert [trial.origin for trial in trials[6:]] == ["surrogate"] * 6
-    assert all(len(trial.terms["t"].items) == 4 and set(trial.terms) == {"t", "u", "q"} for trial in trials)
+    assert all(
+        len(trial.terms["t"].items) == 4 and set(trial.terms) == {"t", "u", "q"} for trial in trials
+    )
     assert len({json.dumps(trial.weights) for trial in trials}) == 12
 
 
-def test_base_and_the_best_few_are_scored_again_and_the_incumbent_is_the_best_of_them(uninterrupted):
+def test_base_and_the_best_few_are_scored_again_and_the_incumbent_is_the_best_of_them(
+    uninterrupted,
+):
     rescored = uninterrupted.log.of("rescore")
     assert rescored[0].number == 0
-    assert [trial.number for trial in rescored[1:]] == [trial.number for trial in uninterrupted.ranked()[:2]]
+    assert [trial.number for trial in rescored[1:]] == [
+        trial.number for trial in uninterrupted.ranked()[:2]
+    ]
     assert uninterrupted.value(uninterrupted.incumbent) == max(map(uninterrupted.value, rescored))
 
 
@@ -190,9 +219,13 @@ def test_rescoring_uses_its_own_limit_and_the_terms_that_join_for_it(tmp_path):
         pools.append(FunctionPool(config))
         return pools[-1]
 
-    terms = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss", "rescore_only": True, "limit": 9}]
+    terms = [
+        {"task": "t", "metric": "loss"},
+        {"task": "u", "metric": "loss", "rescore_only": True, "limit": 9},
+    ]
     config = config_of(
-        objective={"terms": terms, "limit": 5}, search={"n_trials": 7, "rescore_top": 1, "rescore_limit": 50}
+        objective={"terms": terms, "limit": 5},
+        search={"n_trials": 7, "rescore_top": 1, "rescore_limit": 50},
     )
     search(config, tmp_path / "s", pool=pool)
     assert pools[0].calls[0][1:] == (["t"], {"t": 5})
@@ -200,7 +233,9 @@ def test_rescoring_uses_its_own_limit_and_the_terms_that_join_for_it(tmp_path):
 
 
 def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
-    study = search(config_of(search={"n_trials": 8, "rescore_top": 0}), tmp_path / "s", pool=FunctionPool)
+    study = search(
+        config_of(search={"n_trials": 8, "rescore_top": 0}), tmp_path / "s", pool=FunctionPool
+    )
     assert study.log.of("rescore") == []
     assert study.incumbent == study.ranked()[0]
     assert study.is_finished
@@ -209,15 +244,18 @@ def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
 def test_another_seed_asks_for_other_weights(uninterrupted, tmp_path):
     config = config_of(search={"n_trials": 9, "rescore_top": 0, "seed": 1})
     other = search(config, tmp_path / "s", pool=FunctionPool)
-    same = [a.weights == b.weights for a, b in zip(other.log.of("search"), uninterrupted.log.trials, strict=False)]
+    same = [
+        a.weights == b.weights
+        for a, b in zip(other.log.of("search"), uninterrupted.log.trials, strict=False)
+    ]
     assert all(same[:6]) and not all(same[6:])
 
 
-# -- resuming -----------------------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------
 
 
 def cut(study: Study, directory: Path, n_lines: int, n_bytes: int) -> None:
-    """Copy a study as a kill after n_lines whole lines and n_bytes of the next one would leave it."""
+    """Copy a study as a kill after n_lines whole lines and n_bytes of the next would leave it."""
     directory.mkdir()
     (directory / "study.json").write_bytes((study.directory / "study.json").read_bytes())
     lines = (study.directory / "trials.jsonl").read_bytes().splitlines(keepends=True)
@@ -256,7 +294,9 @@ search(config_of(), Path(sys.argv[1]), pool=SlowPool)
 
 def start_search(directory: Path) -> subprocess.Popen:
     here = Path(__file__).parent
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(directory), str(here), str(here.parent)])
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(directory), str(here), str(here.parent)]
+    )
 
 
 def wait_for_lines(path: Path, n: int) -> None:
@@ -289,17 +329,24 @@ def test_more_trials_go_on_from_a_finished_study_and_can_become_the_incumbent(tm
     longer = config_of(search={"n_trials": 14, "rescore_top": 2})
     study = search(longer, tmp_path / "s", pool=FunctionPool)
     assert [trial.number for trial in study.log.of("search")] == list(range(14))
-    assert {trial.number for trial in study.ranked()[:2]} <= {trial.number for trial in study.log.of("rescore")}
+    assert {trial.number for trial in study.ranked()[:2]} <= {
+        trial.number for trial in study.log.of("rescore")
+    }
     assert study.incumbent.origin == "surrogate"
     assert study.is_finished
     search(longer, tmp_path / "s", pool=no_pool)
 
 
-# -- failures -----------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------
 
 
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
-    pool = failing_at({3: RuntimeError("out of memory"), 8: EvaluationError("the score of item 0 is not a finite")})
+    pool = failing_at(
+        {
+            3: RuntimeError("out of memory"),
+            8: EvaluationError("the score of item 0 is not a finite"),
+        }
+    )
     study = search(config_of(), tmp_path / "s", pool=pool)
     crashed = [trial for trial in study.log.of("search") if trial.status == "crashed"]
     assert [trial.number for trial in crashed] == [3, 8]
@@ -330,7 +377,9 @@ def test_a_study_whose_trials_mostly_crash_is_finished_all_the_same(tmp_path):
 
 
 def test_a_base_that_cannot_be_scored_ends_the_search(tmp_path):
-    with pytest.raises(EvaluationError, match="the base model itself cannot be scored: ValueError: no"):
+    with pytest.raises(
+        EvaluationError, match="the base model itself cannot be scored: ValueError: no"
+    ):
         search(config_of(), tmp_path / "s", pool=failing_at({0: ValueError("no")}))
     assert TrialLog(tmp_path / "s" / "trials.jsonl").trials == []
 
@@ -342,7 +391,11 @@ def test_a_model_error_is_not_a_bad_trial_and_ends_the_search(tmp_path):
 
 def test_crashed_and_very_bad_trials_are_learned_at_a_floor():
     def trial(loss, status="ok"):
-        terms = {"t": TermScore([(loss, 1.0)], False), "u": TermScore([(loss, 1.0)], False)} if status == "ok" else {}
+        terms = (
+            {"t": TermScore([(loss, 1.0)], False), "u": TermScore([(loss, 1.0)], False)}
+            if status == "ok"
+            else {}
+        )
         return Trial(0, "x", "search", dict.fromkeys("wxyz", 0.0), status, terms, {})
 
     table = columns(config_of(), [trial(2.0), trial(1.8), trial(0, "crashed"), trial(1e9)])
@@ -367,7 +420,7 @@ def test_the_surrogate_of_a_weighted_mean_learns_losses_in_their_own_unit():
     assert table[1] == pytest.approx([10.0, 0.5])
 
 
-# -- the study directory ------------------------------------------------------------------------------------------
+# -- the study directory ---------------------------------------------------------------------------
 
 
 def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(uninterrupted, tmp_path):
@@ -406,7 +459,9 @@ def test_a_directory_with_foreign_files_is_refused(tmp_path):
 
 def test_what_a_process_killed_at_the_very_start_left_is_no_obstacle(tmp_path):
     (tmp_path / ".partial-study.json").write_text("{")
-    assert search(config_of(search={"n_trials": 2, "rescore_top": 0}), tmp_path, pool=FunctionPool).is_finished
+    assert search(
+        config_of(search={"n_trials": 2, "rescore_top": 0}), tmp_path, pool=FunctionPool
+    ).is_finished
 
 
 def test_loading_a_directory_without_a_study_says_how_to_make_one(tmp_path):
@@ -425,7 +480,7 @@ def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
             pass
 
 
-# -- configs ------------------------------------------------------------------------------------------------------
+# -- configs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -436,24 +491,35 @@ def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
         ("vectors: {w: {source: a/w, bounds: [1, 1]}}", r"bounds \[1\.0, 1\.0\] are empty"),
         ("vectors: {w: {source: a/w, fixed: 1}}", "every vector is fixed"),
         ("vectors: {}", "at least 1 item"),
-        ("vectors: {w: {source: a/w}}\nretarget: {r: {nope: 1}}", r"retarget\.r: no term 'nope' is recorded"),
-        ("vectors: {w: {source: a/w}}\nsearch: {n_trails: 3}", r"'search\.n_trails'.*Did you mean 'n_trials'"),
+        (
+            "vectors: {w: {source: a/w}}\nretarget: {r: {nope: 1}}",
+            r"retarget\.r: no term 'nope' is recorded",
+        ),
+        (
+            "vectors: {w: {source: a/w}}\nsearch: {n_trails: 3}",
+            r"'search\.n_trails'.*Did you mean 'n_trials'",
+        ),
         ("vectors: {w: {source: a/w}}\ndtype: int8", "dtype: found 'int8'"),
     ],
 )
 def test_an_impossible_study_is_refused_with_field_and_reason(tmp_path, text, message):
     path = tmp_path / "study.yaml"
-    path.write_text(f"base_model: a/b\nobjective: {{terms: [{{task: t, metric: loss}}]}}\n{text}\n", encoding="utf-8")
+    path.write_text(
+        f"base_model: a/b\nobjective: {{terms: [{{task: t, metric: loss}}]}}\n{text}\n",
+        encoding="utf-8",
+    )
     with pytest.raises(ConfigError, match=message) as caught:
         StudyConfig.read(path)
     assert "study.yaml" in str(caught.value)
 
 
-# -- a real study -------------------------------------------------------------------------------------------------
+# -- a real study ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_built_recipe_scores_what_its_incumbent_scored(tmp_path, make_base, make_adapter, corpus_dir, dtype):
+def test_a_built_recipe_scores_what_its_incumbent_scored(
+    tmp_path, make_base, make_adapter, corpus_dir, dtype
+):
     base = make_base("gemma", torch.float32)
     config = StudyConfig.model_validate(
         {
@@ -461,7 +527,9 @@ def test_a_built_recipe_scores_what_its_incumbent_scored(tmp_path, make_base, ma
             "dtype": dtype,
             "vectors": {f"v{seed}": {"source": str(make_adapter(base, seed))} for seed in (1, 2)},
             "objective": {
-                "terms": [{"text": str(corpus_dir / f"{name}.search.jsonl")} for name in ("aaa", "xyz")],
+                "terms": [
+                    {"text": str(corpus_dir / f"{name}.search.jsonl")} for name in ("aaa", "xyz")
+                ],
                 "limit": 4,
             },
             "search": {"n_trials": 5, "rescore_top": 1},
@@ -471,11 +539,17 @@ def test_a_built_recipe_scores_what_its_incumbent_scored(tmp_path, make_base, ma
     best = study.incumbent
     write_recipe(study, tmp_path / "recipe.yaml", name="tiny")
     build(tmp_path / "recipe.yaml", tmp_path / "built")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "built", dtype=getattr(torch, dtype)).eval()
-    evaluator = Evaluator(model, AutoTokenizer.from_pretrained(tmp_path / "built"), [config.objective])
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "built", dtype=getattr(torch, dtype)
+    ).eval()
+    evaluator = Evaluator(
+        model, AutoTokenizer.from_pretrained(tmp_path / "built"), [config.objective]
+    )
     limits = dict.fromkeys(best.terms, None if best.fidelity == "rescore" else 4)
     scores = evaluator.evaluate(config.objective.terms, limits=limits)
-    assert {label: term.items for label, term in scores.items()} == {k: term.items for k, term in best.terms.items()}
+    assert {label: term.items for label, term in scores.items()} == {
+        k: term.items for k, term in best.terms.items()
+    }
     assert any(best.weights.values()) or study.value(best) == 0
     assert all(trial.status == "ok" and trial.n_tokens > 0 for trial in study.log.trials)
 
@@ -487,5 +561,7 @@ def test_a_vector_that_must_be_trained_first_says_so(tmp_path, make_base, make_a
         vectors={"w": {"train": "train-w.yaml"}},
         objective={"terms": [{"text": str(corpus_dir / "aaa.search.jsonl")}]},
     )
-    with pytest.raises(ConfigError, match=r"vectors\.w\.train: 'train-w\.yaml' has to be trained first"):
+    with pytest.raises(
+        ConfigError, match=r"vectors\.w\.train: 'train-w\.yaml' has to be trained first"
+    ):
         search(config, tmp_path / "s")

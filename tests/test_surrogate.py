@@ -1,4 +1,6 @@
-"""surrogate.py: the process against its own likelihood, the acquisition against Monte Carlo, the maximiser."""
+"""surrogate.py: the process against its own likelihood, the acquisition against Monte Carlo, the
+maximiser.
+"""
 
 import numpy as np
 import pytest
@@ -31,7 +33,9 @@ def fitted():
 
 
 def posterior_loss(vector, points, scores):
-    """The negative log posterior of the hyperparameters, written again from Rasmussen & Williams with cdist."""
+    """The negative log posterior of the hyperparameters, written again from Rasmussen & Williams
+    with cdist.
+    """
     d = points.shape[1]
     y = (scores - scores.mean()) / scores.std()
     features = np.hstack([points, 0.5 * points.sum(1, keepdims=True)])
@@ -39,11 +43,17 @@ def posterior_loss(vector, points, scores):
     kernel = np.exp(vector[0]) * (1 + r + r**2 / 3) * np.exp(-r)
     kernel += np.exp(vector[1]) * (1 + 2 * (points - 0.25) @ (points - 0.25).T) ** 2
     kernel += (np.exp(vector[2]) + 1e-8) * np.eye(len(y))
-    mean = np.array([np.log(0.3), np.log(0.5), np.log(1e-3)] + [np.log(0.5) + 0.5 * np.log(d + 1)] * (d + 1))
+    mean = np.array(
+        [np.log(0.3), np.log(0.5), np.log(1e-3)] + [np.log(0.5) + 0.5 * np.log(d + 1)] * (d + 1)
+    )
     deviation = np.array([1.5, 2, 2] + [0.8] * (d + 1))
     sign, determinant = np.linalg.slogdet(kernel)
     assert sign > 0
-    return 0.5 * y @ np.linalg.solve(kernel, y) + 0.5 * determinant + 0.5 * (((vector - mean) / deviation) ** 2).sum()
+    return (
+        0.5 * y @ np.linalg.solve(kernel, y)
+        + 0.5 * determinant
+        + 0.5 * (((vector - mean) / deviation) ** 2).sum()
+    )
 
 
 def test_gradient_of_the_fit_equals_finite_differences(monkeypatch):
@@ -66,7 +76,8 @@ def test_gradient_of_the_fit_equals_finite_differences(monkeypatch):
         for index in range(len(vector)):
             moved = step * np.eye(len(vector))[index]
             slope = (
-                posterior_loss(vector + moved, points, scores) - posterior_loss(vector - moved, points, scores)
+                posterior_loss(vector + moved, points, scores)
+                - posterior_loss(vector - moved, points, scores)
             ) / (2 * step)
             assert gradient[index] == pytest.approx(slope, rel=1e-4, abs=1e-5)
 
@@ -78,7 +89,9 @@ def test_the_fit_ends_where_no_small_step_of_the_hyperparameters_helps():
     here = posterior_loss(best, points, scores)
     for index in range(len(best)):
         for step in (-0.05, 0.05):
-            assert posterior_loss(best + step * np.eye(len(best))[index], points, scores) > here - 1e-3
+            assert (
+                posterior_loss(best + step * np.eye(len(best))[index], points, scores) > here - 1e-3
+            )
 
 
 def test_noiseless_smooth_scores_are_interpolated(fitted):
@@ -109,13 +122,18 @@ def test_prediction_equals_the_dense_formula(fitted):
     def kernel(a, b):
         fa, fb = (np.hstack([x, 0.5 * x.sum(1, keepdims=True)]) / h.scales for x in (a, b))
         r = np.sqrt(5) * cdist(fa, fb)
-        return h.matern * (1 + r + r**2 / 3) * np.exp(-r) + h.quadratic * (1 + 2 * (a - 0.25) @ (b - 0.25).T) ** 2
+        return (
+            h.matern * (1 + r + r**2 / 3) * np.exp(-r)
+            + h.quadratic * (1 + 2 * (a - 0.25) @ (b - 0.25).T) ** 2
+        )
 
     gram = kernel(points, points) + (h.noise + 1e-8) * np.eye(len(points))
     y = (scores - scores.mean()) / scores.std()
     mean, variance = process.predict(fresh)
     cross = kernel(fresh, points)
-    assert mean == pytest.approx(scores.mean() + scores.std() * cross @ np.linalg.solve(gram, y), abs=1e-5)
+    assert mean == pytest.approx(
+        scores.mean() + scores.std() * cross @ np.linalg.solve(gram, y), abs=1e-5
+    )
     dense = np.diag(kernel(fresh, fresh) - cross @ np.linalg.solve(gram, cross.T)) * scores.var()
     assert variance == pytest.approx(dense, rel=1e-2, abs=1e-7)
 
@@ -149,7 +167,9 @@ def test_a_weighted_sum_adds_means_and_variances(fitted):
     assert variance == pytest.approx(0.0625 * v1 + 4 * v2)
 
 
-@pytest.mark.parametrize(("mean", "deviation", "best"), [(0.0, 1.0, 0.0), (0.3, 0.2, 0.5), (2.0, 0.5, 1.0), (-1, 2, 1)])
+@pytest.mark.parametrize(
+    ("mean", "deviation", "best"), [(0.0, 1.0, 0.0), (0.3, 0.2, 0.5), (2.0, 0.5, 1.0), (-1, 2, 1)]
+)
 def test_log_expected_improvement_equals_monte_carlo(mean, deviation, best):
     draws = mean + deviation * np.random.default_rng(0).normal(size=2_000_000)
     expected = np.log(np.maximum(draws - best, 0).mean())
@@ -161,8 +181,10 @@ def test_log_expected_improvement_equals_monte_carlo(mean, deviation, best):
 @settings(deadline=None)
 def test_log_expected_improvement_equals_the_integral_down_to_the_tail(z):
     found = log_expected_improvement(np.array([z]), np.array([1.0]), 0.0)[0]
-    # E[max(z + e, 0)] with the density scaled by its value at the start of the improvement, so nothing underflows
-    scaled, _ = quad(lambda t: t * np.exp(z * t - t**2 / 2), 0, 40 + max(z, 0), points=[min(1, 1 / max(-z, 1))])
+    # E[max(z + e, 0)], the density scaled by its value where improvement starts: no underflow
+    scaled, _ = quad(
+        lambda t: t * np.exp(z * t - t**2 / 2), 0, 40 + max(z, 0), points=[min(1, 1 / max(-z, 1))]
+    )
     assert found == pytest.approx(norm.logpdf(z) + np.log(scaled), abs=0.05)
 
 
@@ -176,7 +198,9 @@ def test_log_expected_improvement_is_finite_and_increasing_far_below_the_best():
 @pytest.mark.parametrize("d", [1, 2, 4, 6])
 def test_maximise_finds_the_optimum_of_a_known_function(d):
     target = np.random.default_rng(d).uniform(0.05, 0.4, d)
-    found = maximise(lambda x: -((x - target) ** 2).sum(1), d, np.random.default_rng(0), np.full((1, d), 0.5))
+    found = maximise(
+        lambda x: -((x - target) ** 2).sum(1), d, np.random.default_rng(0), np.full((1, d), 0.5)
+    )
     assert np.abs(found - target).max() < 0.05
 
 
@@ -188,7 +212,9 @@ def test_maximise_finds_an_optimum_in_a_corner_and_stays_in_the_cube():
 
 def test_maximise_never_loses_a_point_that_it_was_given():
     peak = np.array([0.123, 0.456, 0.789])
-    found = maximise(lambda x: -(np.abs(x - peak).sum(1) ** 0.1), 3, np.random.default_rng(0), peak[None])
+    found = maximise(
+        lambda x: -(np.abs(x - peak).sum(1) ** 0.1), 3, np.random.default_rng(0), peak[None]
+    )
     assert (found == peak).all()
 
 

@@ -1,4 +1,6 @@
-"""Continual pre-training with the real Trainer: what a run leaves behind, refuses, and how it survives a kill."""
+"""Continual pre-training with the real Trainer: what a run leaves behind, refuses, and how it
+survives a kill.
+"""
 
 import json
 import os
@@ -33,13 +35,21 @@ FAST = {"learning_rate": 1e-2, "bf16": False, "save_strategy": "no"}
 def make_config(make_base, corpus_dir):
     """Return a function fields -> TrainConfig of a short float32 LoRA run on a tiny base."""
 
-    def config(kind: str = "gemma", *, lora=LORA, trainer=FAST, max_tokens: int = 192, **fields) -> TrainConfig:
+    def config(
+        kind: str = "gemma", *, lora=LORA, trainer=FAST, max_tokens: int = 192, **fields
+    ) -> TrainConfig:
         base = make_base(kind, torch.float32)
         corpus = CorpusConfig(path=corpus_dir / "aaa.train.jsonl")
         return TrainConfig(
-            name="aaa", base_model=str(base.path), corpus=corpus, block_size=32, max_tokens=max_tokens,
-            lora=lora, trainer=trainer, **fields,
-        )  # fmt: skip
+            name="aaa",
+            base_model=str(base.path),
+            corpus=corpus,
+            block_size=32,
+            max_tokens=max_tokens,
+            lora=lora,
+            trainer=trainer,
+            **fields,
+        )
 
     return config
 
@@ -56,13 +66,19 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# -- what a run leaves behind -------------------------------------------------------------------------------------
+# -- what a run leaves behind ----------------------------------------------------------------------
 
 
-def test_a_lora_run_lowers_the_loss_and_leaves_an_adapter_and_its_record(make_config, kind, tmp_path):
+def test_a_lora_run_lowers_the_loss_and_leaves_an_adapter_and_its_record(
+    make_config, kind, tmp_path
+):
     config = make_config(kind, max_tokens=32 * 30)
     assert train(config, tmp_path / "out") == tmp_path / "out"
-    assert names_in(tmp_path / "out") == {"adapter_config.json", "adapter_model.safetensors", "training.json"}
+    assert names_in(tmp_path / "out") == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    }
     losses = losses_of(tmp_path / "out")
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])  # its head is frozen
@@ -72,7 +88,9 @@ def test_a_lora_run_lowers_the_loss_and_leaves_an_adapter_and_its_record(make_co
 
 def test_what_a_run_writes_names_no_path_of_this_machine(make_config, make_base, tmp_path):
     train(make_config(), tmp_path / "out")
-    adapter_config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter_config = json.loads(
+        (tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8")
+    )
     assert adapter_config["base_model_name_or_path"] == make_base("gemma", torch.float32).reference
     for name in ("adapter_config.json", "training.json"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
@@ -97,11 +115,18 @@ def test_the_record_says_what_was_trained_on_what(make_config, tmp_path):
 def test_a_full_parameter_run_leaves_a_float32_model(make_base, corpus_dir, tmp_path, stored):
     base = make_base("llama", stored)
     config = TrainConfig(
-        name="aaa", base_model=str(base.path), corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
-        block_size=32, max_tokens=960, trainer={"learning_rate": 3e-3, "save_strategy": "no"},
-    )  # fmt: skip
+        name="aaa",
+        base_model=str(base.path),
+        corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
+        block_size=32,
+        max_tokens=960,
+        trainer={"learning_rate": 3e-3, "save_strategy": "no"},
+    )
     train(config, tmp_path / "out")
-    tensors, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(base.path / "model.safetensors")
+    tensors, before = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(base.path / "model.safetensors"),
+    )
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert tensors.keys() == before.keys()
     assert not torch.equal(tensors["lm_head.weight"], before["lm_head.weight"].float())
@@ -113,7 +138,9 @@ def test_a_full_parameter_run_leaves_a_float32_model(make_base, corpus_dir, tmp_
 def test_the_same_config_gives_the_same_losses_and_another_seed_others(make_config, tmp_path):
     for out, seed in (("one", 0), ("two", 0), ("other", 1)):
         train(make_config(seed=seed), tmp_path / out)
-    assert losses_of(tmp_path / "one") == losses_of(tmp_path / "two") != losses_of(tmp_path / "other")
+    assert (
+        losses_of(tmp_path / "one") == losses_of(tmp_path / "two") != losses_of(tmp_path / "other")
+    )
 
 
 def test_a_finished_run_is_not_touched_by_a_second_call(make_config, tmp_path):
@@ -123,22 +150,28 @@ def test_a_finished_run_is_not_touched_by_a_second_call(make_config, tmp_path):
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lora": {"rr": 4}}, r"train config 'aaa': lora\.rr: unknown field of LoraConfig\. Did you mean 'r'\?"),
+        (
+            {"lora": {"rr": 4}},
+            r"train config 'aaa': lora\.rr: unknown field of LoraConfig\. Did you mean 'r'\?",
+        ),
         (
             {"trainer": {"learning_ratee": 1e-4}},
-            r"trainer\.learning_ratee: unknown field of TrainingArguments\. Did you mean 'learning_rate'\?",
+            r"trainer\.learning_ratee: unknown field of TrainingArguments\. Did you mean "
+            r"'learning_rate'\?",
         ),
         ({"trainer": {"seed": 1}}, r"trainer\.seed: set it through `seed`"),
         ({"trainer": {"output_dir": "x"}}, r"trainer\.output_dir: set it through the command line"),
     ],
 )
-def test_a_field_nobody_knows_is_refused_before_anything_is_written(make_config, tmp_path, fields, message):
+def test_a_field_nobody_knows_is_refused_before_anything_is_written(
+    make_config, tmp_path, fields, message
+):
     config = make_config(**fields)
     with pytest.raises(ConfigError, match=message):
         check_config(config)
@@ -151,7 +184,10 @@ def test_a_field_nobody_knows_is_refused_before_anything_is_written(make_config,
     ("fields", "message"),
     [
         ({"trainer": {"lr_scheduler_type": "cosinus"}}, r"train config 'aaa': trainer: .*cosinus"),
-        ({"lora": {**LORA, "target_modules": ["no_such_layer"]}}, r"train config 'aaa': lora: .*no_such_layer"),
+        (
+            {"lora": {**LORA, "target_modules": ["no_such_layer"]}},
+            r"train config 'aaa': lora: .*no_such_layer",
+        ),
     ],
 )
 def test_a_value_that_a_library_refuses_is_a_config_error(make_config, tmp_path, fields, message):
@@ -162,13 +198,20 @@ def test_a_value_that_a_library_refuses_is_a_config_error(make_config, tmp_path,
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
 def test_untying_tied_embeddings_is_refused(make_config, tmp_path, name):
     config = make_config(lora={**LORA, "modules_to_save": [name]})
-    with pytest.raises(ModelError, match=rf"modules_to_save: \['{name}'\] would untie .* Train full parameters"):
+    with pytest.raises(
+        ModelError, match=rf"modules_to_save: \['{name}'\] would untie .* Train full parameters"
+    ):
         train(config, tmp_path / "out")
 
 
 def test_untied_embeddings_may_be_saved_with_the_adapter(make_config, tmp_path):
-    train(make_config("llama", lora={**LORA, "modules_to_save": ["lm_head"]}, max_tokens=64), tmp_path / "out")
-    assert any("lm_head" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    train(
+        make_config("llama", lora={**LORA, "modules_to_save": ["lm_head"]}, max_tokens=64),
+        tmp_path / "out",
+    )
+    assert any(
+        "lm_head" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors")
+    )
 
 
 def test_a_directory_with_foreign_files_is_refused_and_left_alone(make_config, tmp_path):
@@ -191,7 +234,7 @@ def test_a_corpus_that_is_too_small_leaves_no_directory(make_config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# -- kill and go on -----------------------------------------------------------------------------------------------
+# -- kill and go on --------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, str]:
@@ -217,9 +260,13 @@ def test_a_killed_run_goes_on_and_gives_the_losses_of_an_uninterrupted_one(make_
     out = tmp_path / "killed"
     process = subprocess.Popen(
         command("optimer_hf", "train", tmp_path / "train.yaml", out),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    wait_for(lambda: (out / "checkpoints" / "checkpoint-10" / "trainer_state.json").exists(), process)
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_for(
+        lambda: (out / "checkpoints" / "checkpoint-10" / "trainer_state.json").exists(), process
+    )
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -247,7 +294,7 @@ def test_a_half_written_checkpoint_is_passed_over_for_the_one_before(make_config
     assert names_in(tmp_path / "checkpoints") == {"checkpoint-5"}
 
 
-# -- the same numbers, other ways ---------------------------------------------------------------------------------
+# -- the same numbers, other ways ------------------------------------------------------------------
 
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, tmp_path):
@@ -257,12 +304,15 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, 
         config = make_config("gemma", trainer=trainer, max_tokens=32 * 24)
         config.write(tmp_path / f"{name}.yaml")
         outs[name] = (config, tmp_path / name)
-    # not `accelerate launch --cpu`, which starts a second process only through MPI; what it starts on GPUs is this
+    # not `accelerate launch --cpu`, which starts a second process only through MPI
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "optimer_hf"]
     process = subprocess.Popen(
         command(*launch, "train", tmp_path / "two.yaml", outs["two"][1]),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         stdout, stderr = process.communicate(timeout=60)
     finally:
@@ -282,15 +332,30 @@ def test_the_fused_run_and_a_stock_trainer_agree(make_config, make_base, kind, t
 
     base = make_base(kind, torch.float32).path
     blocks = pack(
-        config.corpus, AutoTokenizer.from_pretrained(base), block_size=32, max_tokens=192, seed=0,
+        config.corpus,
+        AutoTokenizer.from_pretrained(base),
+        block_size=32,
+        max_tokens=192,
+        seed=0,
         out=tmp_path / "blocks.npy",
-    )  # fmt: skip
+    )
     set_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **LORA))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **LORA)
+    )
     model.config.use_cache = False  # with a cache, transformers does not look for packed documents
-    options = {**TRAINER_DEFAULTS, **FAST, "output_dir": str(tmp_path / "stock"), "seed": 0, "use_cpu": True}
+    options = {
+        **TRAINER_DEFAULTS,
+        **FAST,
+        "output_dir": str(tmp_path / "stock"),
+        "seed": 0,
+        "use_cpu": True,
+    }
     trainer = Trainer(
-        model=model, args=TrainingArguments(**options), train_dataset=blocks, data_collator=default_data_collator
+        model=model,
+        args=TrainingArguments(**options),
+        train_dataset=blocks,
+        data_collator=default_data_collator,
     )
     trainer.train()
     stock = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

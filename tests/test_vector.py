@@ -66,7 +66,7 @@ def adapter(base, make_adapter) -> Path:
     return make_adapter(base, 1)
 
 
-# -- blocks and files ---------------------------------------------------------------------------------------------
+# -- blocks and files ------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 200))
@@ -108,12 +108,16 @@ def test_files_of_every_dtype_and_shape_are_read_back_by_safetensors(tmp_path):
 
 def test_a_file_with_too_few_bytes_is_an_error(tmp_path):
     with pytest.raises(OutputError, match=r"wrote 16 of 24 bytes"):
-        write_safetensors(tmp_path / "x.safetensors", {"a": (torch.float32, (6,))}, [torch.zeros(4)])
+        write_safetensors(
+            tmp_path / "x.safetensors", {"a": (torch.float32, (6,))}, [torch.zeros(4)]
+        )
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 200))
 @settings(deadline=None, max_examples=25)
-def test_shards_hold_every_tensor_once_and_keep_the_size_limit(tmp_path_factory, lengths, max_shard_size):
+def test_shards_hold_every_tensor_once_and_keep_the_size_limit(
+    tmp_path_factory, lengths, max_shard_size
+):
     out = tmp_path_factory.mktemp("shards")
     tensors = {f"t{i}": torch.arange(n, dtype=torch.float32) + i for i, n in enumerate(lengths)}
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -132,13 +136,16 @@ def test_shards_hold_every_tensor_once_and_keep_the_size_limit(tmp_path_factory,
         assert all(name in load_file(out / file) for name, file in data["weight_map"].items())
 
 
-# -- deltas -------------------------------------------------------------------------------------------------------
+# -- deltas ----------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_delta_is_tuned_minus_base_in_float32(base, tuned):
     vector = open_vector("v", str(tuned), base)
     assert isinstance(vector, CheckpointVector)
-    before, after = load_file(base.path / "model.safetensors"), load_file(tuned / "model.safetensors")
+    before, after = (
+        load_file(base.path / "model.safetensors"),
+        load_file(tuned / "model.safetensors"),
+    )
     assert vector.names == before.keys()
     for name in before:
         assert torch.equal(whole_delta(vector, name), after[name].float() - before[name].float())
@@ -154,18 +161,27 @@ def test_rows_of_a_delta_are_rows_of_the_whole_for_every_kind(base, tuned, adapt
         )
 
 
-@pytest.mark.parametrize(("dtype", "loss"), [("float32", 0.0), ("bfloat16", 2.0**-8), ("float16", 2.0**-10)])
+@pytest.mark.parametrize(
+    ("dtype", "loss"), [("float32", 0.0), ("bfloat16", 2.0**-8), ("float16", 2.0**-10)]
+)
 def test_an_extracted_delta_loses_only_what_its_dtype_loses(base, tuned, tmp_path, dtype, loss):
     source = open_vector("math", str(tuned), base)
     record = extract(source, base, tmp_path / "delta", dtype=dtype)
     stored = open_vector("math", str(tmp_path / "delta"), base)
     assert isinstance(stored, DeltaVector)
     assert read_record(tmp_path / "delta") == record
-    assert (record.kind, record.dtype, record.base.files) == ("delta", dtype, weight_files(base.path))
+    assert (record.kind, record.dtype, record.base.files) == (
+        "delta",
+        dtype,
+        weight_files(base.path),
+    )
     for name in source.names:
         assert stored.stored.dtype(name) == DTYPES[dtype]
         expected = whole_delta(source, name)
-        assert ((whole_delta(stored, name) - expected).abs() <= loss * expected.abs() + 1e-7 * (loss > 0)).all()
+        assert (
+            (whole_delta(stored, name) - expected).abs()
+            <= loss * expected.abs() + 1e-7 * (loss > 0)
+        ).all()
 
 
 def test_an_extracted_adapter_has_a_tensor_for_every_one_of_the_base(base, adapter, tmp_path):
@@ -191,7 +207,11 @@ LORA_OPTIONS = {
     "rslora": {"use_rslora": True},
     "rank_pattern": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6}},
     "alpha_pattern": {"alpha_pattern": {"v_proj": 3, r"^model\.layers\.0\.mlp\.down_proj": 32}},
-    "all of them": {"use_rslora": True, "rank_pattern": {"k_proj": 7}, "alpha_pattern": {"k_proj": 5, "o_proj": 1}},
+    "all of them": {
+        "use_rslora": True,
+        "rank_pattern": {"k_proj": 7},
+        "alpha_pattern": {"k_proj": 5, "o_proj": 1},
+    },
 }
 
 
@@ -206,7 +226,9 @@ def test_adapter_deltas_equal_what_peft_merges(base, make_adapter, options):
     assert vector.names == {name for name in before if not torch.equal(before[name], merged[name])}
     assert len(vector.names) == 14
     for name in vector.names:
-        torch.testing.assert_close(before[name] + whole_delta(vector, name), merged[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            before[name] + whole_delta(vector, name), merged[name], rtol=0, atol=1e-6
+        )
 
 
 def test_a_patterned_adapter_is_not_the_plain_one(base, make_adapter):
@@ -222,14 +244,18 @@ def test_a_low_rank_delta_is_its_scaled_product():
     assert dense(delta.to(torch.device("cpu"))).tolist() == delta.dense().tolist()
 
 
-# -- size ---------------------------------------------------------------------------------------------------------
+# -- size ------------------------------------------------------------------------------------------
 
 
 def test_norms_equal_those_of_the_flat_vectors(base, tuned, adapter):
-    stored = {name: tensor.double() for name, tensor in load_file(base.path / "model.safetensors").items()}
+    stored = {
+        name: tensor.double() for name, tensor in load_file(base.path / "model.safetensors").items()
+    }
     for source in (tuned, adapter):
         vector = open_vector("v", str(source), base)
-        delta = torch.cat([whole_delta(vector, name).double().flatten() for name in sorted(vector.names)])
+        delta = torch.cat(
+            [whole_delta(vector, name).double().flatten() for name in sorted(vector.names)]
+        )
         moved = torch.cat([stored[name].flatten() for name in sorted(vector.names)])
         norm, relative_norm = norms(vector, Checkpoint(base.path))
         assert norm == pytest.approx(delta.norm().item(), rel=1e-9)
@@ -242,8 +268,16 @@ def test_describe_writes_what_training_recorded(base, adapter, tmp_path):
     (tmp_path / "ja" / "training.json").write_text(json.dumps(training), encoding="utf-8")
     record = describe(tmp_path / "ja", base, name="ja", kind="adapter")
     assert read_record(tmp_path / "ja") == record
-    assert (record.name, record.kind, record.base.files) == ("ja", "adapter", weight_files(base.path))
-    assert (record.corpus, record.training, record.versions) == ({"tokens": 7}, {"seed": 0}, {"torch": "x"})
+    assert (record.name, record.kind, record.base.files) == (
+        "ja",
+        "adapter",
+        weight_files(base.path),
+    )
+    assert (record.corpus, record.training, record.versions) == (
+        {"tokens": 7},
+        {"seed": 0},
+        {"torch": "x"},
+    )
     assert record.norm > 0
     assert isinstance(open_vector("ja", str(tmp_path / "ja"), base), AdapterVector)
 
@@ -265,7 +299,7 @@ def test_a_vector_with_nan_is_named_by_norms_and_describe_and_extract(base, tune
     assert not (tmp_path / "delta").exists()
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,7 +345,9 @@ def test_a_vector_of_another_base_is_refused_by_the_sha256_in_its_record(
         describe(copy, base, name="ja", kind="adapter" if source == "adapter" else "checkpoint")
     open_vector("ja", str(copy), base)
     path = save_model(tiny_model("llama", seed=9, dtype=torch.bfloat16), "other")
-    with pytest.raises(ModelError, match=rf"vector 'ja'.*trained from {base.reference}.*base_model other-9"):
+    with pytest.raises(
+        ModelError, match=rf"vector 'ja'.*trained from {base.reference}.*base_model other-9"
+    ):
         open_vector("ja", str(copy), ResolvedModel(path, "other-9"))
 
 
@@ -321,8 +357,12 @@ def test_a_checkpoint_of_another_architecture_is_refused(base, make_base):
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(base, tuned, tmp_path):
-    broken = edit_weights(tuned, tmp_path / "broken", lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(ModelError, match=r"1 tensors are missing \(first: \['model\.norm\.weight'\]\)"):
+    broken = edit_weights(
+        tuned, tmp_path / "broken", lambda tensors: tensors.pop("model.norm.weight")
+    )
+    with pytest.raises(
+        ModelError, match=r"1 tensors are missing \(first: \['model\.norm\.weight'\]\)"
+    ):
         open_vector("it", str(broken), base)
 
 
@@ -341,7 +381,9 @@ def test_a_tied_head_may_be_stored_on_one_side_only(make_base, make_tuned, tmp_p
 def test_a_larger_vocabulary_is_refused_with_the_way_to_align_it(base, save_model):
     model = tiny_model("llama")
     model.resize_token_embeddings(VOCABULARY + 5)
-    with pytest.raises(ModelError, match=r"(?s)vector 'it'.*\[264, 32\], the base has \[259, 32\].*tokenizer:"):
+    with pytest.raises(
+        ModelError, match=r"(?s)vector 'it'.*\[264, 32\], the base has \[259, 32\].*tokenizer:"
+    ):
         open_vector("it", str(save_model(model, "larger")), base)
 
 
@@ -353,13 +395,17 @@ def test_a_delta_of_another_shape_is_refused(base, tuned, tmp_path):
         tensors[name] = tensors[name].T.contiguous()
 
     broken = edit_weights(tmp_path / "delta", tmp_path / "broken", transpose)
-    with pytest.raises(ModelError, match=r"mlp\.up_proj\.weight' has shape \[32, 48\], the base has \[48, 32\]"):
+    with pytest.raises(
+        ModelError, match=r"mlp\.up_proj\.weight' has shape \[32, 48\], the base has \[48, 32\]"
+    ):
         open_vector("v", str(broken), base)
 
 
 def test_a_delta_with_an_unknown_tensor_is_refused(base, tuned, tmp_path):
     extract(open_vector("v", str(tuned), base), base, tmp_path / "delta")
-    broken = edit_weights(tmp_path / "delta", tmp_path / "broken", lambda t: t.update(extra=torch.ones(2)))
+    broken = edit_weights(
+        tmp_path / "delta", tmp_path / "broken", lambda t: t.update(extra=torch.ones(2))
+    )
     with pytest.raises(ModelError, match="tensor 'extra' is not in the base"):
         open_vector("v", str(broken), base)
 
@@ -395,7 +441,9 @@ def test_a_tensor_in_two_files_is_refused(base, tuned, tmp_path):
 
 def test_a_damaged_record_is_refused_by_name(base, tuned, tmp_path):
     shutil.copytree(tuned, tmp_path / "v")
-    (tmp_path / "v" / "vector.json").write_text('{"format_version": 1, "name": "v"}', encoding="utf-8")
+    (tmp_path / "v" / "vector.json").write_text(
+        '{"format_version": 1, "name": "v"}', encoding="utf-8"
+    )
     with pytest.raises(ModelError, match=r"vector\.json: not a vector\.json of format version 1"):
         open_vector("v", str(tmp_path / "v"), base)
 

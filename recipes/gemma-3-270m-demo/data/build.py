@@ -1,8 +1,10 @@
-"""Make the data files of this folder from rows {"text", "source", "doc"}: `python build.py CORPORA BENCHMARKS`.
+"""Make the data files of this folder from rows {"text", "source", "doc"}: `python build.py CORPORA
+BENCHMARKS`.
 
-CORPORA holds `<domain>.train.jsonl.xz` and `<domain>.heldout.jsonl.xz`, BENCHMARKS `arc_easy.jsonl.xz`. Only sources
-that may be passed on are taken (README.md beside this file). Every document goes whole into one of train, search and
-test, chosen by the hash of its name; search and test items are the beginnings of passages, about 100 tokens each.
+CORPORA holds `<domain>.train.jsonl.xz` and `<domain>.heldout.jsonl.xz`, BENCHMARKS
+`arc_easy.jsonl.xz`. Only sources that may be passed on are taken (README.md beside this file).
+Every document goes whole into one of train, search and test, chosen by the hash of its name; search
+and test items are the beginnings of passages, about 100 tokens each.
 """
 
 import hashlib
@@ -41,7 +43,9 @@ def place(text: str) -> float:
 def split_of(domain: str, doc: str) -> str:
     """Return the split a whole document belongs to; the novel is split by chapter."""
     if domain == "ja":
-        return next((split for split, chapters in N_CHAPTERS_HELD_OUT.items() if doc in chapters), "train")
+        return next(
+            (split for split, chapters in N_CHAPTERS_HELD_OUT.items() if doc in chapters), "train"
+        )
     at = place(doc)
     held_out = 0.5 if domain == "en" else 0.15
     return "search" if at < held_out else "test" if at < 2 * held_out else "train"
@@ -100,7 +104,9 @@ def main(corpora: Path, benchmarks: Path) -> None:
     for domain in SOURCES:
         build_domain(corpora, domain)
     questions = sorted(rows(benchmarks, "arc_easy"), key=lambda row: place(row["query"]))
-    short = [row for row in questions if len(row["query"]) < 160 and max(map(len, row["choices"])) < 60]
+    short = [
+        row for row in questions if len(row["query"]) < 160 and max(map(len, row["choices"])) < 60
+    ]
     write("arc_easy.search", short[:60])
     write("arc_easy.test", short[60:120])
 
