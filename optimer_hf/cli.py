@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def main(verbose: bool) -> None:
     )
     logging.getLogger("optimer_hf").setLevel(logging.INFO)
     if not verbose:
+        warnings.simplefilter("ignore")  # of the libraries below: nothing a person can act on
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -266,7 +268,7 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
     from optimer_hf.evaluate import ObjectiveFile
     from optimer_hf.files import parse, read_yaml
     from optimer_hf.merge import pool_of, read_merge_config
-    from optimer_hf.search import SearchConfig, StudyConfig
+    from optimer_hf.study import SearchConfig, StudyConfig
 
     data = read_yaml(path)
     if "merge_method" in data:
@@ -300,7 +302,7 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
 def compare(study_dir: Path, output: str) -> None:
     """Score the baselines and the merge of a finished study on its sealed test."""
     from optimer_hf import compare as comparisons
-    from optimer_hf.search import load_study
+    from optimer_hf.study import load_study
 
     comparison = comparisons.compare(load_study(study_dir))
     click.echo(
@@ -319,7 +321,7 @@ def compare(study_dir: Path, output: str) -> None:
 def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool) -> None:
     """Write the incumbent of a study as recipe.yaml with its lock and merge config."""
     from optimer_hf import recipe as recipes
-    from optimer_hf.search import load_study
+    from optimer_hf.study import load_study
 
     study = load_study(study_dir)
     recipes.write_recipe(study, recipe_yaml, name=study_dir.resolve().name)
@@ -382,7 +384,7 @@ def _validate(path: Path) -> str:
     from optimer_hf.files import read_yaml
     from optimer_hf.merge import read_merge_config
     from optimer_hf.recipe import RecipeFile
-    from optimer_hf.search import StudyConfig
+    from optimer_hf.study import StudyConfig
     from optimer_hf.train import TrainConfig, check_config
 
     keys = set(read_yaml(path))

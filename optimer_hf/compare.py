@@ -14,16 +14,8 @@ from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, paired_interval
 from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
-from optimer_hf.search import (
-    Pool,
-    ResidentPool,
-    Study,
-    StudyConfig,
-    Trial,
-    TrialLog,
-    locked,
-    run_trial,
-)
+from optimer_hf.search import Pool, ResidentPool, run_trial
+from optimer_hf.study import Study, StudyConfig, Trial, TrialLog, locked
 
 logger = logging.getLogger(__name__)
 

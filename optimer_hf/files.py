@@ -8,6 +8,7 @@ file are relative to the folder of that file, never to the working directory.
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ from optimer_hf.errors import ConfigError, OutputError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 ATOMIC_PREFIX = ".partial-"
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
+SMALLEST_FREE_SPACE = 4 * 2**20  # bytes; less than this is a full disk
 
 
 class FileModel(BaseModel):
@@ -228,20 +231,40 @@ def staged_directory(out: Path) -> Iterator[Path]:
     staging = out.with_name(f"{ATOMIC_PREFIX}{out.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        if out.exists():
-            out.rmdir()
-        os.replace(staging, out)
-    except OSError as error:
+        with naming_disk_errors(out, "Nothing was left behind"):
+            staging.mkdir(parents=True)
+            yield staging
+            if out.exists():
+                out.rmdir()
+            os.replace(staging, out)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming_disk_errors(out: Path, kept: str) -> Iterator[None]:
+    """Turn a disk that refuses data into an OutputError; `kept` says what state is left.
+
+    Libraries report a full disk as errors of many types, so any error counts while it is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = None
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            reason = error.strerror
+        if reason is None and _is_full(out):
+            reason = "the disk is full"
+        if reason is None:
+            raise
         raise OutputError(
-            f"{out}: writing failed ({error.strerror or error}). Nothing was left behind; free "
-            "space or choose another place."
+            f"{out}: writing failed ({reason}). {kept}; free space or choose another place."
         ) from error
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+
+def _is_full(path: Path) -> bool:
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(existing).free < SMALLEST_FREE_SPACE
 
 
 def require_empty(out: Path) -> None:

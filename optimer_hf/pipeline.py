@@ -150,7 +150,7 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
     """
     from optimer_hf.corpus import documents
     from optimer_hf.evaluate import load_tasks
-    from optimer_hf.search import StudyConfig
+    from optimer_hf.study import StudyConfig
     from optimer_hf.train import TrainConfig, check_config
 
     if not (run.folder / "study.yaml").exists():
@@ -249,7 +249,7 @@ def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
     sealed = run.out / "study" / "sealed.jsonl"
     stages = {fidelity: study.log.of(fidelity) for fidelity in ("search", "rescore")}
     if sealed.exists():
-        from optimer_hf.search import TrialLog
+        from optimer_hf.study import TrialLog
 
         stages["sealed"] = TrialLog(sealed).trials
     for fidelity, trials in stages.items():

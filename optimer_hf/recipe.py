@@ -24,7 +24,7 @@ from optimer_hf.merge import (
     vanilla_config,
     write_merged,
 )
-from optimer_hf.search import Study, study_digest
+from optimer_hf.study import Study
 from optimer_hf.vector import (
     Checkpoint,
     CheckpointVector,
@@ -118,7 +118,7 @@ def write_recipe(
         ),
         "scores": _scores(study, sealed),
         "study": {
-            "sha256": study_digest(config),
+            "sha256": config.digest,
             "n_trials": len(study.log.of("search")),
             "seed": config.search.seed,
             "incumbent": incumbent.number,

@@ -11,7 +11,7 @@ import numpy as np
 
 from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import Objective
-from optimer_hf.search import Study, from_unit, surrogate_of, to_unit
+from optimer_hf.study import Study, from_unit, surrogate_of, to_unit
 from optimer_hf.surrogate import maximise
 
 SCALE_STEP = 0.05

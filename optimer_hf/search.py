@@ -1,42 +1,40 @@
-"""A study: SMAC ask/tell over the weights of a pool, every trial evaluated on a resident model.
+"""Running a study: SMAC asks for weights, a resident model answers with scores.
 
-A StudyConfig comes in, `trials.jsonl` goes out: append-only, fsynced, and the whole state of the
-study. Anchors (base, each vector alone, uniform average) run first. A killed study goes on as if
-nothing had happened, because each ask depends only on the recorded trials and the trial's number.
-What a reader would not guess: SMAC's own run history is scratch in a temporary directory; its files
-are neither append-only nor safe to kill.
+A StudyConfig comes in, a finished Study goes out. Anchors (base, each vector alone, uniform
+average) run first. A killed study goes on as if nothing had happened, because each ask depends only
+on the recorded trials and the trial's number. What a reader would not guess: SMAC's own run history
+is scratch in a temporary directory; its files are neither append-only nor safe to kill.
 """
 
-import contextlib
-import fcntl
-import json
 import logging
 import math
-import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from optimer_hf.convert import resolve_model
-from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
-from optimer_hf.evaluate import Evaluator, Objective, Scores, Term, TermScore, combine, gains
-from optimer_hf.files import FileModel, ReferenceText, VersionedFile, digest, write_text
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError
+from optimer_hf.evaluate import Evaluator, Term, TermScore, combine
 from optimer_hf.progress import Meter
 from optimer_hf.resident import ResidentModel, default_device
-from optimer_hf.surrogate import (
-    GaussianProcess,
-    WeightedSum,
-    fit,
-    log_expected_improvement,
-    maximise,
+from optimer_hf.study import (
+    Study,
+    StudyConfig,
+    Trial,
+    VectorConfig,
+    from_unit,
+    locked,
+    open_study,
+    surrogate_of,
+    to_unit,
 )
+from optimer_hf.surrogate import WeightedSum, log_expected_improvement, maximise
 from optimer_hf.vector import open_vector
 
 if TYPE_CHECKING:
@@ -47,165 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ANCHOR_WEIGHT = 0.7
-Fidelity = Literal["search", "rescore", "sealed"]
-
-
-class VectorConfig(FileModel):
-    """One vector of the pool: where it is, or which training run of the recipe folder makes it."""
-
-    source: ReferenceText | None = None
-    train: str | None = None
-    bounds: tuple[float, float] = (0.0, 1.5)
-    fixed: float | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if (self.source is None) == (self.train is None):
-            raise ValueError(
-                "give exactly one of 'source' (a directory or Hub id) and 'train' (a train file of "
-                "the recipe folder)"
-            )
-        if self.bounds[0] >= self.bounds[1]:
-            raise ValueError(
-                f"bounds {list(self.bounds)} are empty; give [low, high] with low < high, or "
-                "'fixed'"
-            )
-        return self
-
-
-class SearchConfig(FileModel):
-    """How long and how carefully to search."""
-
-    n_trials: int = Field(default=30, gt=0)
-    seed: int = 0
-    rescore_top: int = Field(default=3, ge=0)
-    rescore_limit: int | None = Field(default=None, gt=0)
-
-
-class StudyConfig(VersionedFile):
-    """study.yaml: base, pool, objective, sealed test, and other objectives to answer from the same
-    trials.
-    """
-
-    base_model: ReferenceText
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    vectors: dict[str, VectorConfig] = Field(min_length=1)
-    objective: Objective
-    test: Objective | None = None
-    retarget: dict[str, dict[str, float]] = {}
-    search: SearchConfig = SearchConfig()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if all(vector.fixed is not None for vector in self.vectors.values()):
-            raise ValueError("vectors: every vector is fixed, so there is nothing to search")
-        recorded = {term.label for term in self.objective.terms}
-        for name, weights in self.retarget.items():
-            for label in weights:
-                if label not in recorded:
-                    raise ValueError(
-                        f"retarget.{name}: no term {label!r} is recorded; terms: {sorted(recorded)}"
-                    )
-                if self.test is not None and label not in {term.label for term in self.test.terms}:
-                    raise ValueError(
-                        f"retarget.{name}: the test has no term {label!r} to measure it on"
-                    )
-        return self
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must not change while a study goes on: everything but the number of trials."""
-        data = self.model_dump(mode="json")
-        del data["search"]["n_trials"]
-        return data
-
-    @property
-    def free(self) -> dict[str, tuple[float, float]]:
-        """Bounds of the vectors whose weight is searched."""
-        return {
-            name: vector.bounds for name, vector in self.vectors.items() if vector.fixed is None
-        }
-
-    @property
-    def fixed(self) -> dict[str, float]:
-        """Weights of the vectors that are always in the merge."""
-        return {
-            name: vector.fixed for name, vector in self.vectors.items() if vector.fixed is not None
-        }
-
-
-# -- trials ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluation of one weight set; `seconds` are merge, evaluate, forward (a part of evaluate)
-    and ask.
-    """
-
-    number: int
-    origin: str
-    fidelity: Fidelity
-    weights: dict[str, float]
-    status: Literal["ok", "crashed"]
-    terms: dict[str, TermScore]
-    seconds: dict[str, float]
-    n_tokens: int = 0
-    error: str | None = None
-
-    def to_json(self) -> str:
-        """Return the trial as one line of trials.jsonl."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, line: str) -> "Trial":
-        """Read a line of trials.jsonl."""
-        data = json.loads(line)
-        data["terms"] = {
-            label: TermScore(**{**term, "items": [(a, b) for a, b in term["items"]]})
-            for label, term in data["terms"].items()
-        }
-        return cls(**data)
-
-
-class TrialLog:
-    """trials.jsonl: append-only, one fsync a trial; a line torn by a crash is cut off when it is
-    opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Read what is there; raise StudyError for damage that is not a torn last line."""
-        self.path = path
-        self.trials: list[Trial] = []
-        if not path.exists():
-            return
-        lines = path.read_bytes().split(b"\n")
-        whole = 0
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                self.trials.append(Trial.from_json(line.decode()))
-            except (ValueError, TypeError, KeyError):
-                raise StudyError(
-                    f"{path}:{number}: not a trial. Remove the damaged line to go on without that "
-                    "trial."
-                ) from None
-            whole += len(line) + 1
-        if lines[-1]:
-            logger.warning("%s: the last line was torn by a crash and is dropped", path.name)
-            with open(path, "r+b") as file:
-                file.truncate(whole)
-
-    def append(self, trial: Trial) -> None:
-        """Write one trial to disk before returning."""
-        with open(self.path, "ab") as file:
-            file.write(trial.to_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.trials.append(trial)
-
-    def of(self, fidelity: Fidelity) -> list[Trial]:
-        """Return the trials of one fidelity, in the order they ran."""
-        return [trial for trial in self.trials if trial.fidelity == fidelity]
 
 
 class Pool(Protocol):
@@ -285,68 +124,6 @@ def anchors(config: StudyConfig) -> list[tuple[str, dict[str, float]]]:
         clipped = {name: float(np.clip(weights[name], *config.free[name])) for name in free}
         result.append((origin, clipped | config.fixed))
     return result
-
-
-def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
-    """Return what the surrogate learns, [n_trials, n_columns]: a gain per counting term, or the
-    value for `worst`.
-
-    Crashed trials and very bad ones are set to a floor, five times the best gain below the base: a
-    Gaussian process takes no infinities, and how bad a broken merge is does not matter.
-    """
-    base = trials[0].terms
-    counting = [term for term in config.objective.at("search") if term.weight > 0]
-    per_term = config.objective.combine != "worst"
-    n_columns = len(counting) if per_term else 1
-    table = np.full((len(trials), n_columns), -np.inf)
-    for row, trial in enumerate(trials):
-        if trial.status == "ok":
-            each = _surrogate_gains(config.objective, trial.terms, base)
-            values = [each[term.label] for term in counting]
-            table[row] = values if per_term else [combine(config.objective, trial.terms, base)]
-    floor = -5 * max(float(table.max()), 0.01)
-    return np.asarray(np.maximum(table, floor))
-
-
-def _surrogate_gains(objective: Objective, scores: Scores, base: Scores) -> dict[str, float]:
-    """Return gains in the unit that `combine` averages: weighted_mean takes losses as they are, not
-    relative ones.
-    """
-    each = gains(scores, base)
-    if objective.combine != "weighted_mean":
-        return each
-    return {
-        label: g if base[label].higher_is_better else g * abs(base[label].score)
-        for label, g in each.items()
-    }
-
-
-def surrogate_of(config: StudyConfig, trials: Sequence[Trial]) -> WeightedSum:
-    """Fit the posterior of the objective to trials whose first one is the base."""
-    table = columns(config, trials)
-    points = to_unit(config, [trial.weights for trial in trials])
-    counting = [term.weight for term in config.objective.at("search") if term.weight > 0]
-    weights = np.array(counting) / sum(counting) if table.shape[1] > 1 else np.ones(1)
-    processes: list[GaussianProcess] = [fit(points, column) for column in table.T]
-    return WeightedSum(processes, weights)
-
-
-def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> "Array":
-    """Scale the free weights by their bounds to [0, 1]."""
-    low, high = np.array(list(config.free.values())).T
-    points = np.array([[weights[name] for name in config.free] for weights in weight_sets])
-    return np.asarray((points - low) / (high - low), dtype=np.float64)
-
-
-def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:
-    """Return the full weight set of a point in [0, 1]^d, rounded to 4 digits, which is all that
-    YAML should show.
-    """
-    low, high = np.array(list(config.free.values())).T
-    values = low + point * (high - low)
-    return {
-        name: round(float(value), 4) for name, value in zip(config.free, values, strict=True)
-    } | config.fixed
 
 
 class Asker:
@@ -510,125 +287,7 @@ def _unused_target(config: Any, seed: int = 0) -> float:
     raise AssertionError("SMAC is only asked and told")
 
 
-# -- the study -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study directory: its config and its trials."""
-
-    directory: Path
-    config: StudyConfig
-    log: TrialLog
-
-    @property
-    def base(self) -> dict[str, TermScore]:
-        """Scores of the base on the search items."""
-        return self.log.of("search")[0].terms
-
-    @property
-    def rescored_base(self) -> dict[str, TermScore]:
-        """Scores of the base on the re-scoring items."""
-        return self.log.of("rescore")[0].terms
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all trials and re-scorings have run."""
-        return len(self.log.of("search")) >= self.config.search.n_trials and not self.to_rescore()
-
-    def to_rescore(self) -> list[Trial]:
-        """Return the trials that still have to be scored on the re-scoring items: the base, then
-        the best few.
-        """
-        if self.config.search.rescore_top == 0:
-            return []
-        done = {trial.number for trial in self.log.of("rescore")}
-        chosen = [self.log.of("search")[0], *self.ranked()[: self.config.search.rescore_top]]
-        return [
-            trial
-            for trial in {trial.number: trial for trial in chosen}.values()
-            if trial.number not in done
-        ]
-
-    def ranked(self) -> list[Trial]:
-        """Return the sound search trials, best first by posterior mean (one observation is noisy,
-        the mean less so).
-        """
-        trials = self.log.of("search")
-        mean, _ = surrogate_of(self.config, trials).predict(
-            to_unit(self.config, [t.weights for t in trials])
-        )
-        order = np.argsort(-mean, kind="stable")
-        return [trials[index] for index in order if trials[index].status == "ok"]
-
-    @property
-    def incumbent(self) -> Trial:
-        """The best trial: by value among the re-scored ones, by posterior mean when none was
-        re-scored.
-        """
-        rescored = [trial for trial in self.log.of("rescore") if trial.status == "ok"]
-        if len(rescored) > 1:
-            return max(
-                rescored,
-                key=lambda trial: combine(self.config.objective, trial.terms, self.rescored_base),
-            )
-        return self.ranked()[0]
-
-    def value(self, trial: Trial) -> float:
-        """Return the objective of a sound trial, relative to the base at the same fidelity."""
-        base = self.base if trial.fidelity == "search" else self.rescored_base
-        return combine(self.config.objective, trial.terms, base)
-
-
-def open_study(config: StudyConfig, directory: Path) -> Study:
-    """Create a study directory, or open the one that is there.
-
-    Raises StudyError when it holds another study; the message names the fields that differ.
-    """
-    file = directory / "study.json"
-    if not file.exists():
-        if directory.exists() and any(
-            not path.name.startswith(".") for path in directory.iterdir()
-        ):
-            raise StudyError(
-                f"{directory}: is not empty and holds no study. Give another study directory."
-            )
-        write_text(file, config.model_dump_json(indent=2))
-    recorded = json.loads(file.read_text(encoding="utf-8"))
-    found, expected = StudyConfig.model_validate(recorded).identity, config.identity
-    differing = [field for field in expected if found.get(field) != expected[field]]
-    if differing:
-        raise StudyError(
-            f"{directory}: holds a study of another config; these fields differ: "
-            f"{', '.join(differing)}. "
-            "Give another study directory, or restore the config."
-        )
-    return Study(directory, config, TrialLog(directory / "trials.jsonl"))
-
-
-def load_study(directory: Path) -> Study:
-    """Open an existing study with the config it was made with."""
-    file = directory / "study.json"
-    if not file.exists():
-        raise StudyError(
-            f"{directory}: holds no study (no study.json). Run `optimer search STUDY.yaml "
-            f"{directory}` first."
-        )
-    return open_study(StudyConfig.read(file), directory)
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the study for this process; raise StudyError when a live process holds it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StudyError(
-                f"{directory}: another process is running this study. Wait for it, or stop it."
-            ) from None
-        yield
+# -- running ---------------------------------------------------------------------------------------
 
 
 def search(
@@ -730,8 +389,3 @@ def run_trial(
         return replace(trial, status="crashed", error=text)
     rounded = {phase: round(value, 4) for phase, value in (trial.seconds | seconds).items()}
     return replace(trial, terms=scores, seconds=rounded, n_tokens=n_tokens)
-
-
-def study_digest(config: StudyConfig) -> str:
-    """Return the digest that names a study in recipes."""
-    return digest(config.identity)

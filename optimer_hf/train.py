@@ -24,7 +24,14 @@ from pydantic import Field
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.corpus import CorpusConfig, PackedCorpus, load_packed, pack
 from optimer_hf.errors import ConfigError, ModelError, OutputError
-from optimer_hf.files import ReferenceText, VersionedFile, did_you_mean, digest, write_text
+from optimer_hf.files import (
+    ReferenceText,
+    VersionedFile,
+    did_you_mean,
+    digest,
+    naming_disk_errors,
+    write_text,
+)
 from optimer_hf.head import fuse_loss
 from optimer_hf.progress import Meter
 
@@ -141,10 +148,10 @@ def train(config: TrainConfig, out: Path) -> Path:
     trainer = build_trainer(config, base, packed, out)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
     started = perf_counter()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
-    seconds = perf_counter() - started
-    if state.is_main_process:
-        _save(config, base, packed, trainer, out, seconds)
+    with naming_disk_errors(out, "The last complete checkpoint is kept"):
+        trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+        if state.is_main_process:
+            _save(config, base, packed, trainer, out, perf_counter() - started)
     state.wait_for_everyone()
     return out
 

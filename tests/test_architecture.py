@@ -21,6 +21,7 @@ ORDER = [
     "resident",
     "evaluate",
     "surrogate",
+    "study",
     "search",
     "retarget",
     "compare",

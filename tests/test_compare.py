@@ -11,7 +11,8 @@ from test_search import FunctionPool, config_of, failing_at, landscape
 from optimer_hf.compare import MERGE, candidates, compare, table, to_json, to_markdown, verdicts
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.retarget import best_scale, predict, retargeted
-from optimer_hf.search import TrialLog, search
+from optimer_hf.search import search
+from optimer_hf.study import TrialLog
 
 TEST = {"terms": [{"task": name, "metric": "loss", "weight": float(name != "q")} for name in "tuq"]}
 

@@ -17,17 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
 from optimer_hf.evaluate import Evaluator, TermScore, combine
 from optimer_hf.recipe import build, write_recipe
-from optimer_hf.search import (
+from optimer_hf.search import anchors, search
+from optimer_hf.study import (
     Study,
     StudyConfig,
     Trial,
     TrialLog,
-    anchors,
     columns,
     from_unit,
     load_study,
     locked,
-    search,
     to_unit,
 )
 
