@@ -82,7 +82,7 @@ def train(train_yaml: Path, out: Path) -> None:
     """Continually pre-train one model and write it as a vector; `accelerate launch -m optimer_hf
     train` uses many GPUs.
     """
-    from optimer_hf.convert import resolve_model
+    from optimer_hf.convert import resolve_base
     from optimer_hf.train import TrainConfig
     from optimer_hf.train import train as train_model
     from optimer_hf.vector import describe
@@ -90,8 +90,9 @@ def train(train_yaml: Path, out: Path) -> None:
     config = TrainConfig.read(train_yaml)
     directory = train_model(config, out)
     if int(os.environ.get("RANK", "0")) == 0:
-        kind: Any = "checkpoint" if config.lora is None else "adapter"
-        record = describe(directory, resolve_model(config.base_model), name=config.name, kind=kind)
+        record = describe(
+            directory, resolve_base(config.base_model), name=config.name, kind=config.kind
+        )
         click.echo(
             f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of "
             "the base"
@@ -113,13 +114,13 @@ def extract(tuned: str, base: str, out: Path, name: str | None, dtype: str) -> N
     """Write the vector TUNED minus BASE as a delta directory; TUNED is a checkpoint or a LoRA
     adapter.
     """
-    from optimer_hf.convert import resolve_model
+    from optimer_hf.convert import resolve_base
     from optimer_hf.files import absolute_reference, require_empty
     from optimer_hf.vector import extract as extract_vector
     from optimer_hf.vector import open_vector
 
     require_empty(out)
-    resolved = resolve_model(absolute_reference(base, Path.cwd()))
+    resolved = resolve_base(absolute_reference(base, Path.cwd()))
     vector = open_vector(name or out.name, absolute_reference(tuned, Path.cwd()), resolved)
     record = extract_vector(vector, resolved, out, dtype=dtype)
     click.echo(
@@ -194,13 +195,13 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
     """Score a model on every term of an objective file."""
     from transformers import AutoTokenizer
 
-    from optimer_hf.convert import resolve_model
+    from optimer_hf.convert import resolve_base
     from optimer_hf.evaluate import Evaluator, ObjectiveFile
     from optimer_hf.files import absolute_reference
     from optimer_hf.resident import ResidentModel, default_device
 
     target = ObjectiveFile.read(objective)
-    resolved = resolve_model(absolute_reference(model, Path.cwd()))
+    resolved = resolve_base(absolute_reference(model, Path.cwd()))
     resident = ResidentModel(resolved, [], dtype=dtype, device=default_device())
     evaluator = Evaluator(resident.model, AutoTokenizer.from_pretrained(resolved.path), [target])
     terms = target.at("rescore")
@@ -238,7 +239,8 @@ def search(
     import yaml
 
     from optimer_hf import recipe as recipes
-    from optimer_hf.merge import optimer_config
+    from optimer_hf.files import read_yaml
+    from optimer_hf.merge import optimer_config, with_weights
     from optimer_hf.search import search as run_search
 
     config = _study_config(study, objective, n_trials)
@@ -258,8 +260,12 @@ def search(
     click.echo(
         f"# best of {len(result.log.of('search'))} trials: {value}"
     )  # a comment: stdout is a YAML file
-    sources = {name: str(vector.source) for name, vector in config.vectors.items()}
-    found = optimer_config(config.base_model, sources, best.weights, config.dtype)
+    data = read_yaml(study)
+    if "merge_method" in data:
+        found = with_weights(data, study, best.weights)
+    else:
+        sources = {name: str(vector.source) for name, vector in config.vectors.items()}
+        found = optimer_config(config.base_model, sources, best.weights, config.dtype)
     click.echo(yaml.safe_dump(found, sort_keys=False))
     click.echo(f"build it: optimer build {recipe_file} OUT", err=True)
 
@@ -278,6 +284,12 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
                 "OBJECTIVE.yaml."
             )
         base, sources = pool_of(read_merge_config(path), path)
+        if data["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
+            logging.getLogger("optimer_hf").warning(
+                "%s: weights are searched for the plain weighted sum, not for %s",
+                path,
+                data["merge_method"],
+            )
         target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
         dtype = data.get("out_dtype") or data.get("dtype") or "bfloat16"
         vectors = {name: {"source": source} for name, source in sources.items()}
@@ -345,12 +357,13 @@ def build(recipe_yaml: Path, out: Path, out_dtype: str | None, max_shard_size: s
 
     from optimer_hf import recipe as recipes
 
-    recipes.build(
-        recipe_yaml,
-        out,
-        out_dtype=out_dtype,
-        max_shard_size=convert_file_size_to_int(max_shard_size),
-    )
+    try:
+        n_bytes = int(convert_file_size_to_int(max_shard_size))
+    except ValueError:
+        raise ConfigError(
+            f"--max-shard-size: found {max_shard_size!r}, expected e.g. 5GB."
+        ) from None
+    recipes.build(recipe_yaml, out, out_dtype=out_dtype, max_shard_size=n_bytes)
     click.echo(str(out))
 
 

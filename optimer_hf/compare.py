@@ -194,6 +194,8 @@ def verdicts(comparison: Comparison) -> list[str]:
             verdict = "not told apart at 95 %"
         else:
             verdict = "better" if interval.low > 0 else "worse"
+        if objective is not None:
+            verdict += "; the best scales are those for the study's own objective"
         sentences.append(
             f"{name} minus the best of the others ({other.name}): {100 * interval.difference:+.2f} "
             "points "

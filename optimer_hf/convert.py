@@ -16,6 +16,7 @@ from typing import Any
 from optimer_hf.errors import ModelError
 from optimer_hf.files import Reference, sha256_file, staged_directory, write_text
 
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
@@ -58,6 +59,28 @@ def resolve_model(text: str) -> ResolvedModel:
     raise ModelError(
         f"{text}: expected a directory, a GGUF file or a Hub id, found a {ref.path.suffix} file."
     )
+
+
+def resolve_base(text: str) -> ResolvedModel:
+    """Return the local directory of a model that can be trained from, merged into and evaluated.
+
+    Raises ModelError when it has no config or tokenizer, or is a delta and not a model.
+    """
+    resolved = resolve_model(text)
+    if not (resolved.path / "config.json").exists():
+        raise ModelError(f"{text}: not a model directory (it has no config.json).")
+    if not any((resolved.path / name).exists() for name in TOKENIZER_FILES):
+        raise ModelError(f"{text}: has no tokenizer. Save the tokenizer of the model beside it.")
+    record = resolved.path / "vector.json"
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")).get("kind") == "delta":
+        raise ModelError(f"{text}: is a delta, not a model. Merge it into its base first.")
+    return resolved
+
+
+def moves_base(init_lora_weights: bool | str) -> bool:
+    """Whether a LoRA initialisation (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) rewrites the base."""
+    name = str(init_lora_weights).lower()
+    return name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 def _fetched(ref: Reference) -> ResolvedModel:

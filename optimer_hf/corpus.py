@@ -191,12 +191,13 @@ def segments(
     block: list[list[int]] = []
     room = block_size
     for tokens in token_lists:
-        rest = tokens + tail
-        while rest:
+        document = tokens + tail
+        start = 0
+        while start < len(document):
             prefix = head if room > len(head) else []
-            taken = room - len(prefix)
-            segment = prefix + rest[:taken]
-            rest = rest[taken:]
+            stop = start + room - len(prefix)
+            segment = prefix + document[start:stop]
+            start = stop
             block.append(segment)
             room -= len(segment)
             if room == 0:

@@ -393,6 +393,13 @@ def _check_metric(term: Term, task: Any) -> None:
             f"term {term.label!r}: task {term.task_name!r} has no metric "
             f"{name!r}.{did_you_mean(name, sorted(known))}"
         )
+    filters = [chain.name for chain in task._filters]
+    wanted = term.metric.partition(",")[2]
+    if wanted and wanted not in filters:
+        raise EvaluationError(
+            f"term {term.label!r}: task {term.task_name!r} has no filter {wanted!r}."
+            f"{did_you_mean(wanted, filters)}"
+        )
     aggregation = known[name].__name__
     if aggregation not in ("mean", "bits_per_byte"):
         raise EvaluationError(
@@ -405,11 +412,6 @@ def _check_metric(term: Term, task: Any) -> None:
 def _items(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     name, _, chosen = term.metric.partition(",")
     rows = [row for row in logged if row["filter"] == (chosen or row["filter"])]
-    if not rows:
-        filters = sorted({row["filter"] for row in logged})
-        raise EvaluationError(
-            f"term {term.label!r}: no filter {chosen!r}; this task has {filters}."
-        )
     if not chosen:
         rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
     rows.sort(key=lambda row: row["doc_id"])

@@ -9,6 +9,7 @@ file are relative to the folder of that file, never to the working directory.
 import contextlib
 import difflib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -93,7 +94,8 @@ def absolute_reference(text: str, folder: Path) -> str:
     if text.startswith(("hf://", "pypi:")):
         return text
     path = folder / Path(text).expanduser()
-    looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1
+    name = text.partition("@")[0]  # a revision may have slashes: org/name@refs/pr/1
+    looks_local = text.startswith((".", "/", "~")) or name.count("/") != 1
     return str(path.resolve()) if looks_local or path.exists() else text
 
 
@@ -279,7 +281,13 @@ def require_empty(out: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file, read in blocks."""
+    """Return the sha256 of a file; an unchanged file (size, time) is read once per process."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: Path, n_bytes: int, modified: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -225,6 +225,20 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
     return base, sources
 
 
+def with_weights(
+    config: Mapping[str, Any], path: Path, weights: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return a mergekit config with method `optimer` and these weights, local paths absolute.
+
+    dtype, tokenizer and chat template stay; parameters of another method (density, ...) go.
+    """
+    base, sources = pool_of(config, path)
+    found = optimer_config(base, sources, weights, "bfloat16")
+    if "dtype" in config or "out_dtype" in config:
+        del found["dtype"], found["out_dtype"]
+    return found | {key: config[key] for key in config if key not in (*found, "parameters")}
+
+
 def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
     """Return the config as one number per vector, or None when only mergekit can run it."""
     simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
@@ -418,6 +432,8 @@ def _with_absolute_paths(value: Any, folder: Path) -> Any:
 
 
 def _local_or_hub(text: str, folder: Path) -> str:
+    if "+" in text and not (folder / text).exists():  # mergekit's model+adapter
+        return "+".join(_local_or_hub(part, folder) for part in text.split("+"))
     found = absolute_reference(text, folder)
     if found.startswith("pypi:") or found.endswith(".gguf"):
         return str(resolve_model(found).path)

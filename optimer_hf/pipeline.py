@@ -11,6 +11,7 @@ the train files.
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,57 +87,55 @@ def run_recipe(run: Run) -> str:
     not ours.
     """
     from optimer_hf import compare, recipe, search
+    from optimer_hf.study import locked
 
-    _claim(run)
     started = perf_counter()
     config, trainings = load(run)
-    train_vectors(run, trainings)
-    study = search.search(config, run.out / "study")
-    comparison = compare.compare(study)
-    sealed = compare.to_json(comparison)
-    ledger = ledger_of(run, study, list(trainings))
-    recipe_file = run.out / "recipe.yaml"
-    recipe.write_recipe(study, recipe_file, name=run.name, sealed=sealed, ledger=ledger)
-    writing = perf_counter()
-    if not (run.out / "merged").exists():
-        recipe.build(recipe_file, run.out / "merged")
-    recipe.write_vanilla(study, run.out / "mergekit_config.yml")
-    ledger["write"] = {"seconds": round(perf_counter() - writing, 1)}
-    ledger["this_invocation"] = {"seconds": round(perf_counter() - started, 1)}
-    write_text(run.out / "results.json", json.dumps(sealed, indent=2))
-    write_text(run.out / "ledger.json", json.dumps(ledger, indent=2))
-    write_text(run.out / "results.md", _results(run, comparison, study, ledger))
-    write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))
+    _claim(run)
+    with locked(run.out):
+        train_vectors(run, trainings)
+        study = search.search(config, run.out / "study")
+        comparison = compare.compare(study)
+        sealed = compare.to_json(comparison)
+        ledger = ledger_of(run, study, list(trainings))
+        recipe_file = run.out / "recipe.yaml"
+        recipe.write_recipe(study, recipe_file, name=run.name, sealed=sealed, ledger=ledger)
+        writing = perf_counter()
+        if not recipe.is_built(recipe_file, run.out / "merged"):
+            shutil.rmtree(run.out / "merged", ignore_errors=True)
+            recipe.build(recipe_file, run.out / "merged")
+        recipe.write_vanilla(study, run.out / "mergekit_config.yml")
+        ledger["write"] = {"seconds": round(perf_counter() - writing, 1)}
+        ledger["this_invocation"] = {"seconds": round(perf_counter() - started, 1)}
+        write_text(run.out / "results.json", json.dumps(sealed, indent=2))
+        write_text(run.out / "ledger.json", json.dumps(ledger, indent=2))
+        write_text(run.out / "results.md", _results(run, comparison, study, ledger))
+        write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))
     return summary(run)
 
 
 def _claim(run: Run) -> None:
-    """Take the output directory for these inputs; refuse foreign files and the results of other
-    inputs.
-    """
+    """Take the output directory for this recipe; each stage checks its own inputs."""
     foreign = {path.name for path in run.out.glob("[!.]*")} - OURS if run.out.exists() else set()
     if foreign:
         raise OutputError(
             f"{run.out}: holds files that are not ours ({sorted(foreign)[0]}). Give another output "
             "directory."
         )
-    marker, inputs = run.out / "run.json", run.inputs_digest()
+    marker, owner = run.out / "run.json", {"recipe": run.name, "short": run.short}
     if marker.exists():
-        if json.loads(marker.read_text(encoding="utf-8"))["inputs_sha256"] != inputs:
+        if json.loads(marker.read_text(encoding="utf-8")) != owner:
             raise OutputError(
-                f"{run.out}: holds results of other inputs (the recipe folder changed, or --short "
-                "was given or left out). "
+                f"{run.out}: holds results of another recipe, or of the other budget (--short). "
                 "Remove it, or give another output directory."
             )
         return
-    if run.out.exists() and any(run.out.iterdir()):
+    if run.out.exists() and any(run.out.glob("[!.]*")):
         raise OutputError(
             f"{run.out}: is not empty and was not made by `optimer run`. Give another output "
             "directory."
         )
-    write_text(
-        marker, json.dumps({"inputs_sha256": inputs, "recipe": run.name, "short": run.short})
-    )
+    write_text(marker, json.dumps(owner))
 
 
 # -- reading a recipe folder -----------------------------------------------------------------------
@@ -159,7 +158,8 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
     _check_short(short, run.folder / "short.yaml")
     data = _laid_over(read_yaml(run.folder / "study.yaml"), short.get("study", {}))
     trainings = {}
-    for name, vector in data.get("vectors", {}).items():
+    vectors = data.get("vectors")
+    for name, vector in vectors.items() if isinstance(vectors, dict) else ():
         if isinstance(vector, dict) and "train" in vector:
             file = run.folder / str(vector["train"])
             training = parse(TrainConfig, _laid_over(read_yaml(file), short.get("train", {})), file)
@@ -195,7 +195,14 @@ def _laid_over(data: Any, changes: Any) -> Any:
     name.
     """
     if isinstance(data, list) and isinstance(changes, dict):
-        return [_laid_over(item, changes.get(item["name"], {})) for item in data]
+        names = [item.get("name") if isinstance(item, dict) else None for item in data]
+        for name in changes:
+            if name not in names:
+                raise ConfigError(f"short.yaml: nothing is named {name!r}; known: {names}.")
+        pairs = zip(names, data, strict=True)
+        return [
+            _laid_over(item, changes[name]) if name in changes else item for name, item in pairs
+        ]
     if not isinstance(data, dict) or not isinstance(changes, dict):
         return changes
     return data | {key: _laid_over(data.get(key), value) for key, value in changes.items()}
@@ -207,25 +214,19 @@ def _vector_dir(run: Run, name: str) -> Path:
 
 def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
     """Train and describe every vector that is not there yet."""
-    missing = {
-        name: config
-        for name, config in trainings.items()
-        if not (_vector_dir(run, name) / "vector.json").exists()
-    }
-    if not missing:
+    if not trainings:
         return
-    from optimer_hf.convert import resolve_model
+    from optimer_hf.convert import resolve_base
     from optimer_hf.train import prepare, train
     from optimer_hf.vector import describe
 
-    for name, config in missing.items():
-        prepare(
-            config, _vector_dir(run, name)
-        )  # all corpora are packed and checked before the first is trained on
-    for name, config in missing.items():
-        out = train(config, _vector_dir(run, name))
-        kind = "checkpoint" if config.lora is None else "adapter"
-        describe(out, resolve_model(config.base_model), name=name, kind=kind)  # type: ignore[arg-type]
+    for name, config in trainings.items():  # all are checked and packed before the first is trained
+        prepare(config, _vector_dir(run, name))
+    for name, config in trainings.items():
+        out = _vector_dir(run, name)
+        if not (out / "vector.json").exists():
+            train(config, out)
+            describe(out, resolve_base(config.base_model), name=name, kind=config.kind)
 
 
 # -- ledger ----------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
         for name in names
     ]
     seconds = sum(record["training"]["seconds"] for record in records)
-    tokens = sum(record["corpus"]["n_tokens"] for record in records)
+    tokens = sum(record["training"]["n_tokens"] for record in records)
     if records:
         entries["train"] = {
             "seconds": round(seconds, 1),

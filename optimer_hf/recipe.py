@@ -6,6 +6,7 @@ sha256 of every weights file that went in and came out, so that another machine 
 built the same model.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -14,9 +15,10 @@ from typing import Any, Literal
 
 import yaml
 
+from optimer_hf.compare import MERGE
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ModelError
-from optimer_hf.files import FileModel, ReferenceText, VersionedFile, sha256_file, write_text
+from optimer_hf.files import FileModel, ReferenceText, VersionedFile, write_text
 from optimer_hf.merge import (
     MAX_SHARD_SIZE,
     linear_config,
@@ -26,6 +28,7 @@ from optimer_hf.merge import (
 )
 from optimer_hf.study import Study
 from optimer_hf.vector import (
+    AdapterVector,
     Checkpoint,
     CheckpointVector,
     DistributionVector,
@@ -35,6 +38,8 @@ from optimer_hf.vector import (
     read_record,
     weight_files,
 )
+
+logger = logging.getLogger(__name__)
 
 VERSIONED_PACKAGES = (
     "optimer-hf",
@@ -85,6 +90,8 @@ class Lock(VersionedFile):
 
     base: dict[str, str]
     vectors: dict[str, dict[str, str]]
+    weights: dict[str, float]
+    dtype: str
     output: dict[str, str] = {}
 
 
@@ -104,14 +111,15 @@ def write_recipe(
     folder = path.resolve().parent
     base = resolve_model(config.base_model)
     sources = {key: str(vector.source) for key, vector in config.vectors.items()}
+    pinned = {key: _pinned(source, folder) for key, source in sources.items()}
     recipe = {
         "format_version": 1,
         "name": name,
-        "base_model": _portable(config.base_model, folder),
+        "base_model": _pinned(config.base_model, folder),
         "dtype": config.dtype,
         "vectors": {
-            key: {"source": _portable(source, folder), "weight": incumbent.weights[key]}
-            for key, source in sources.items()
+            key: {"source": source, "weight": incumbent.weights[key]}
+            for key, source in pinned.items()
         },
         "objective": _portable_paths(
             config.objective.model_dump(mode="json", exclude_defaults=True), folder
@@ -129,11 +137,13 @@ def write_recipe(
     lock = Lock(
         base=weight_files(base.path),
         vectors={key: weight_files(resolve_model(source).path) for key, source in sources.items()},
+        weights=incumbent.weights,
+        dtype=config.dtype,
     )
-    lock.write(path.with_suffix(".lock.json"))
+    _write_lock(lock, path.with_suffix(".lock.json"))
     merge_config = optimer_config(
         str(recipe["base_model"]),
-        {key: _portable(source, folder) for key, source in sources.items()},
+        pinned,
         incumbent.weights,
         config.dtype,
     )
@@ -141,6 +151,23 @@ def write_recipe(
     header = f"# Build it with: optimer build {path.name} OUT\n"
     write_text(path, header + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     return RecipeFile.read(path)
+
+
+def _write_lock(lock: Lock, path: Path) -> None:
+    """Write a lock; what the same inputs were built to before stays recorded."""
+    if path.exists():
+        earlier = Lock.read(path)
+        if earlier.model_copy(update={"output": {}}) == lock:
+            lock = earlier
+    lock.write(path)
+
+
+def _pinned(reference: str, folder: Path) -> str:
+    """Return a Hub reference with its commit, a local one relative to the folder of the recipe."""
+    resolved = resolve_model(reference)
+    if resolved.commit is not None:
+        return f"{resolved.reference}@{resolved.commit}"
+    return _portable(reference, folder)
 
 
 def _portable(reference: str, folder: Path) -> str:
@@ -165,7 +192,7 @@ def _scores(study: Study, sealed: Mapping[str, Any] | None) -> dict[str, Any]:
         }
     }
     if sealed is not None:
-        merge = next(row for row in sealed["rows"] if row["name"] == "searched merge")
+        merge = next(row for row in sealed["rows"] if row["name"] == MERGE)
         found["sealed"] = {
             "value": merge["value"],
             "terms": {label: term["score"] for label, term in merge["terms"].items()},
@@ -203,7 +230,8 @@ def write_vanilla(study: Study, path: Path) -> None:
             for vector in vectors
         }
         merge_config = vanilla_config(str(base.path), deltas, weights, config.dtype)
-    write_text(path, yaml.safe_dump(merge_config, sort_keys=False))
+    header = f"# Paths are of this machine. Run: mergekit-yaml {path.name} OUT\n"
+    write_text(path, header + yaml.safe_dump(merge_config, sort_keys=False))
 
 
 def _sum_of_absolute(weights: Mapping[str, float]) -> float:
@@ -254,9 +282,15 @@ def build(
     )
     if lock_file.exists() and out_dtype is None and max_shard_size == MAX_SHARD_SIZE:
         lock = Lock.read(lock_file)
-        built = _output_files(out)
+        built = weight_files(out)
         if not lock.output:
             lock.model_copy(update={"output": built}).write(lock_file)
+        elif lock.output != built and any(isinstance(vector, AdapterVector) for vector in vectors):
+            logger.warning(
+                "%s: differs in bits from the model built first; LoRA products round "
+                "differently on another processor",
+                out,
+            )
         elif lock.output != built:
             raise ModelError(
                 f"{out}: differs from the model this recipe built first ({lock_file.name}). It was "
@@ -265,6 +299,11 @@ def build(
 
 
 def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:
+    if (recipe.weights, recipe.dtype) != (lock.weights, lock.dtype):
+        raise ModelError(
+            f"{recipe.name}: weights or dtype are not the locked ones. Restore them, or delete the "
+            "lock to make this another recipe."
+        )
     parts = {"base_model": (lock.base, base.path)}
     for name, ingredient in recipe.vectors.items():
         parts[f"vectors.{name}"] = (
@@ -279,8 +318,10 @@ def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:
             )
 
 
-def _output_files(out: Path) -> dict[str, str]:
-    return {file.name: sha256_file(file) for file in sorted(out.glob("*.safetensors"))}
+def is_built(path: Path, model: Path) -> bool:
+    """Whether `model` is what the lock of a recipe says its build gave."""
+    lock = Lock.read(path.with_suffix(".lock.json"))
+    return bool(lock.output) and weight_files(model) == lock.output
 
 
 def verify(path: Path, model: Path) -> None:
@@ -290,7 +331,7 @@ def verify(path: Path, model: Path) -> None:
         raise ModelError(
             f"{path}: its lock records no built model. Run `optimer build {path} OUT` first."
         )
-    found = _output_files(model)
+    found = weight_files(model)
     for name in sorted(lock.output.keys() | found.keys()):
         if found.get(name) != lock.output.get(name):
             raise ModelError(

@@ -13,7 +13,7 @@ import torch
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ModelError
 from optimer_hf.merge import merged_rows
-from optimer_hf.vector import DTYPES, AdapterVector, Checkpoint, DistributionVector, row_blocks
+from optimer_hf.vector import DTYPES, Checkpoint, DistributionVector, row_blocks
 
 
 def default_device() -> str:
@@ -80,15 +80,3 @@ class ResidentModel:
                 target.copy_(
                     merged_rows(source, name, rows, self.vectors, self.weights, parameter.dtype)
                 )
-
-    @property
-    def n_pool_bytes(self) -> int:
-        """Bytes the pool holds in memory: LoRA factors; checkpoints and deltas stay mapped from
-        disk.
-        """
-        return sum(
-            factors.a.nbytes + factors.b.nbytes
-            for vector in self.vectors
-            if isinstance(vector, AdapterVector)
-            for factors in vector.factors.values()
-        )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from optimer_hf.convert import resolve_model
+from optimer_hf.convert import resolve_base
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError
 from optimer_hf.evaluate import Evaluator, Term, TermScore, combine
 from optimer_hf.progress import Meter
@@ -66,7 +66,7 @@ class ResidentPool:
         """Open base, vectors and tasks; every mismatch is found here, before the first trial."""
         from transformers import AutoTokenizer
 
-        base = resolve_model(config.base_model)
+        base = resolve_base(config.base_model)
         self.vectors = [
             open_vector(name, _source(name, vector), base)
             for name, vector in config.vectors.items()
@@ -122,6 +122,8 @@ def anchors(config: StudyConfig) -> list[tuple[str, dict[str, float]]]:
     result = []
     for origin, weights in sets:
         clipped = {name: float(np.clip(weights[name], *config.free[name])) for name in free}
+        if origin == "base":  # every gain is relative to it, whatever the bounds
+            clipped = weights
         result.append((origin, clipped | config.fixed))
     return result
 
@@ -133,12 +135,11 @@ class Asker:
     its maximiser are ours, plugged into SMAC's extension points.
     """
 
-    def __init__(self, config: StudyConfig) -> None:
-        """Build the facade in a scratch directory that goes away with this object."""
+    def __init__(self, config: StudyConfig, scratch: Path) -> None:
+        """Build the facade; SMAC writes its own files into `scratch`, where nobody reads them."""
         self._config = config
-        self._scratch = tempfile.TemporaryDirectory(prefix="optimer-smac-")
         self._trials: list[Trial] = []
-        self._facade, self._space = _facade(config, Path(self._scratch.name), self._trials)
+        self._facade, self._space = _facade(config, scratch, self._trials)
 
     def tell(self, trial: Trial) -> None:
         """Record a finished trial; a crashed one gets a finite cost, an infinite one would break
@@ -318,14 +319,17 @@ def _run_search(study: Study, pool: Pool) -> None:
     limits = {term.label: config.objective.limit_of(term) for term in terms}
     planned = anchors(config)
     asker: Asker | None = None
-    with Meter("search", n_trials, "trials", done=len(done)) as meter:
+    with (
+        Meter("search", n_trials, "trials", done=len(done)) as meter,
+        tempfile.TemporaryDirectory(prefix="optimer-smac-") as scratch,
+    ):
         for number in range(len(done), n_trials):
             started = perf_counter()
             if number < len(planned):
                 origin, weights = planned[number]
             else:
                 if asker is None:
-                    asker = Asker(config)
+                    asker = Asker(config, Path(scratch))
                     for trial in study.log.of("search"):
                         asker.tell(trial)
                 started = perf_counter()

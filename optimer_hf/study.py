@@ -89,8 +89,21 @@ class StudyConfig(VersionedFile):
     def _consistent(self) -> Self:
         if all(vector.fixed is not None for vector in self.vectors.values()):
             raise ValueError("vectors: every vector is fixed, so there is nothing to search")
-        recorded = {term.label for term in self.objective.terms}
+        recorded = {term.label for term in self.objective.at("search")}
+        if self.test is not None:
+            shared = {t.task_name for t in self.objective.terms} & {
+                t.task_name for t in self.test.terms
+            }
+            if shared:
+                raise ValueError(
+                    f"objective and test share {sorted(shared)[0]!r}: the sealed items would be "
+                    "ones "
+                    "the search saw. Give the test its own file, or a copy of the task over other "
+                    "items"
+                )
         for name, weights in self.retarget.items():
+            if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
+                raise ValueError(f"retarget.{name}: weights must be >= 0, and one > 0")
             for label in weights:
                 if label not in recorded:
                     raise ValueError(
@@ -104,8 +117,8 @@ class StudyConfig(VersionedFile):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change while a study goes on: everything but the number of trials."""
-        data = self.model_dump(mode="json")
+        """What must not change while a study goes on: all that decides its trials."""
+        data = self.model_dump(mode="json", exclude={"retarget"})
         del data["search"]["n_trials"]
         return data
 
@@ -229,8 +242,8 @@ def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
     """Return what the surrogate learns, [n_trials, n_columns]: a gain per counting term, or the
     value for `worst`.
 
-    Crashed trials and very bad ones are set to a floor, five times the best gain below the base: a
-    Gaussian process takes no infinities, and how bad a broken merge is does not matter.
+    Crashed trials and broken ones are set to a floor, ten times the best gain (at least 0.5) below
+    the base: a Gaussian process takes no infinities, and how bad a broken merge is does not matter.
     """
     base = trials[0].terms
     counting = [term for term in config.objective.at("search") if term.weight > 0]
@@ -242,7 +255,7 @@ def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
             each = _surrogate_gains(config.objective, trial.terms, base)
             values = [each[term.label] for term in counting]
             table[row] = values if per_term else [combine(config.objective, trial.terms, base)]
-    floor = -5 * max(float(table.max()), 0.01)
+    floor = -max(10 * float(table.max()), 0.5)
     return np.asarray(np.maximum(table, floor))
 
 
@@ -356,13 +369,16 @@ def open_study(config: StudyConfig, directory: Path) -> Study:
     recorded = json.loads(file.read_text(encoding="utf-8"))
     found, expected = StudyConfig.model_validate(recorded).identity, config.identity
     differing = [field for field in expected if found.get(field) != expected[field]]
-    if differing:
+    log = TrialLog(directory / "trials.jsonl")
+    if differing and not log.trials:  # nothing was spent on the other config
+        write_text(file, config.model_dump_json(indent=2))
+    elif differing:
         raise StudyError(
             f"{directory}: holds a study of another config; these fields differ: "
             f"{', '.join(differing)}. "
             "Give another study directory, or restore the config."
         )
-    return Study(directory, config, TrialLog(directory / "trials.jsonl"))
+    return Study(directory, config, log)
 
 
 def load_study(directory: Path) -> Study:
@@ -373,18 +389,21 @@ def load_study(directory: Path) -> Study:
             f"{directory}: holds no study (no study.json). Run `optimer search STUDY.yaml "
             f"{directory}` first."
         )
-    return open_study(StudyConfig.read(file), directory)
+    study = open_study(StudyConfig.read(file), directory)
+    if not study.is_finished:
+        raise StudyError(f"{directory}: the search is not finished. Run `optimer search` again.")
+    return study
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the study for this process; raise StudyError when a live process holds it."""
+    """Hold a directory for this process; raise StudyError when a live process holds it."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StudyError(
-                f"{directory}: another process is running this study. Wait for it, or stop it."
+                f"{directory}: another process is working in it. Wait for it, or stop it."
             ) from None
         yield

@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
 
-from optimer_hf.convert import ResolvedModel, resolve_model
+from optimer_hf.convert import ResolvedModel, moves_base, resolve_base
 from optimer_hf.corpus import CorpusConfig, PackedCorpus, load_packed, pack
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import (
@@ -55,6 +55,7 @@ RESERVED_TRAINER_FIELDS = {
     "seed": "`seed`",
     "data_seed": "`seed`",
 }
+SECONDS_FILE = "seconds.json"
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -71,6 +72,11 @@ class TrainConfig(VersionedFile):
     lora: dict[str, Any] | None = None
     trainer: dict[str, Any] = {}
     seed: int = 0
+
+    @property
+    def kind(self) -> Literal["adapter", "checkpoint"]:
+        """The kind of vector the run leaves behind."""
+        return "checkpoint" if self.lora is None else "adapter"
 
     @property
     def digest(self) -> str:
@@ -102,7 +108,7 @@ def check_config(config: TrainConfig) -> None:
             )
     _arguments(config, Path("unused"))
     if config.lora is not None:
-        _lora_config(config)
+        _refuse_moved_base(_lora_config(config), config)
 
 
 def is_trained(config: TrainConfig, out: Path) -> bool:
@@ -144,14 +150,14 @@ def train(config: TrainConfig, out: Path) -> Path:
         packed = prepare(config, out)
     if packed is None:
         return out
-    base = resolve_model(config.base_model)
+    base = resolve_base(config.base_model)
     trainer = build_trainer(config, base, packed, out)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
-    started = perf_counter()
+    before, started = _seconds_before(out), perf_counter()
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
         trainer.train(resume_from_checkpoint=_last_checkpoint(out))
         if state.is_main_process:
-            _save(config, base, packed, trainer, out, perf_counter() - started)
+            _save(config, base, packed, trainer, out, before + perf_counter() - started)
     state.wait_for_everyone()
     return out
 
@@ -169,17 +175,18 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
         return None
     blocks, started = out / "blocks.npy", out / "started.json"
     if not started.exists():
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.base_model).path)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base(config.base_model).path)
         out.mkdir(parents=True, exist_ok=True)
         try:
-            packed = pack(
-                config.corpus,
-                tokenizer,
-                block_size=config.block_size,
-                max_tokens=config.max_tokens,
-                seed=config.seed,
-                out=blocks,
-            )
+            with naming_disk_errors(out, "Nothing was left behind"):
+                packed = pack(
+                    config.corpus,
+                    tokenizer,
+                    block_size=config.block_size,
+                    max_tokens=config.max_tokens,
+                    seed=config.seed,
+                    out=blocks,
+                )
         except BaseException:
             shutil.rmtree(out, ignore_errors=True)
             raise
@@ -202,7 +209,7 @@ def build_trainer(
         args=arguments,
         train_dataset=packed,  # any object with __len__ and __getitem__ is a data set
         data_collator=default_data_collator,
-        callbacks=[_progress_callback(config)],
+        callbacks=[_callback(config, _seconds_before(out))],
     )
     trainer.remove_callback(PrinterCallback)  # it prints on stdout, where results go
     return trainer
@@ -257,6 +264,15 @@ def _lora_config(config: TrainConfig) -> Any:
         raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
 
 
+def _refuse_moved_base(lora: Any, config: TrainConfig) -> None:
+    if moves_base(lora.init_lora_weights):
+        raise ConfigError(
+            f"train config {config.name!r}: lora.init_lora_weights: "
+            f"{lora.init_lora_weights!r} changes the frozen base, so the adapter alone is not "
+            "trained minus base. Leave it at true."
+        )
+
+
 def _refuse_untying(model: Any, modules_to_save: Any, base: ResolvedModel) -> None:
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and any(name in ("embed_tokens", "lm_head") for name in modules_to_save or ()):
@@ -267,16 +283,25 @@ def _refuse_untying(model: Any, modules_to_save: Any, base: ResolvedModel) -> No
         )
 
 
-def _progress_callback(config: TrainConfig) -> "TrainerCallback":
+def _callback(config: TrainConfig, earlier_seconds: float) -> "TrainerCallback":
+    """Return what shows progress, and keeps the seconds spent beside every checkpoint."""
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
         meter: Meter
         loss = float("nan")
+        started = perf_counter()
+
+        def seconds(self) -> float:
+            return earlier_seconds + perf_counter() - self.started
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_text(folder / SECONDS_FILE, json.dumps(self.seconds()))
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            n = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            self.n_tokens = n * config.block_size
+            self.n_tokens = _tokens_per_step(config, args)
             self.meter = Meter(
                 f"train {config.name}",
                 state.max_steps * self.n_tokens,
@@ -298,6 +323,18 @@ def _progress_callback(config: TrainConfig) -> "TrainerCallback":
                 self.meter.__exit__(None, None, None)
 
     return Callback()
+
+
+def _tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
+    n_blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return int(n_blocks * config.block_size)
+
+
+def _seconds_before(out: Path) -> float:
+    """Return the seconds of training that the checkpoint to go on from stands for."""
+    checkpoint = _last_checkpoint(out)
+    file = Path(checkpoint or out) / SECONDS_FILE
+    return float(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else 0.0
 
 
 def _last_checkpoint(out: Path) -> str | None:
@@ -371,6 +408,7 @@ def _record(
             "trainer": config.trainer,
             "seed": config.seed,
             "n_steps": trainer.state.global_step,
+            "n_tokens": trainer.state.global_step * _tokens_per_step(config, trainer.args),
             "losses": losses,
             "seconds": round(seconds, 2),
         },

@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from optimer_hf.convert import ResolvedModel, resolve_model
+from optimer_hf.convert import ResolvedModel, moves_base, resolve_model
 from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.files import FileModel, VersionedFile, sha256_file, staged_directory
 
@@ -354,6 +354,8 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
         )
     vector: DistributionVector
     if (resolved.path / "adapter_config.json").exists():
+        if record is None:
+            _check_declared_base(name, resolved.path, base)
         vector = AdapterVector(name, _read_factors(resolved.path, checkpoint, name))
     elif record is not None and record.kind == "delta":
         vector = DeltaVector(name, Checkpoint(resolved.path))
@@ -375,6 +377,18 @@ def read_record(path: Path) -> VectorFile | None:
         raise ModelError(
             f"{file}: not a vector.json of format version 1 ({error.errors()[0]['msg']})."
         ) from None
+
+
+def _check_declared_base(name: str, path: Path, base: ResolvedModel) -> None:
+    """Refuse an adapter that names another Hub model as its base; a local path tells nothing."""
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    declared = str(config.get("base_model_name_or_path") or "")
+    both_on_hub = declared.count("/") == base.reference.count("/") == 1 and base.commit is not None
+    if both_on_hub and declared != base.reference:
+        raise ModelError(
+            f"vector {name!r} ({path}) was trained from {declared}, but base_model is "
+            f"{base.reference}. Retrain it from this base, or drop it."
+        )
 
 
 def _check_same_tensors(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
@@ -442,6 +456,10 @@ def _read_factors(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank]
         ),
         (config.modules_to_save, "modules_to_save replaces whole modules"),
         (config.bias != "none", "trained biases are not part of B @ A"),
+        (
+            moves_base(config.init_lora_weights),
+            f"init_lora_weights {config.init_lora_weights!r} rewrites the base weights",
+        ),
     ):
         if option:
             raise ModelError(

@@ -14,7 +14,12 @@ from optimer_hf.retarget import best_scale, predict, retargeted
 from optimer_hf.search import search
 from optimer_hf.study import TrialLog
 
-TEST = {"terms": [{"task": name, "metric": "loss", "weight": float(name != "q")} for name in "tuq"]}
+TEST = {
+    "terms": [
+        {"task": f"{name}_test", "name": name, "metric": "loss", "weight": float(name != "q")}
+        for name in "tuq"
+    ]
+}
 
 
 def with_test(**changes):
@@ -84,7 +89,7 @@ def test_rows_that_are_missing_after_a_crash_are_the_only_ones_scored_again(stud
 
 
 def test_the_sealed_test_scores_the_terms_of_the_test_section(tmp_path):
-    test = {"terms": [{"task": "u", "metric": "loss"}], "limit": 7}
+    test = {"terms": [{"task": "u_test", "name": "u", "metric": "loss"}], "limit": 7}
     compare(search(with_test(test=test), tmp_path / "s", pool=FunctionPool), pool=CountingPool)
     assert {(tuple(labels), limits["u"]) for _, labels, limits in CountingPool.opened[0].calls} == {
         (("u",), 7)

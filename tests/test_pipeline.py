@@ -187,7 +187,7 @@ def test_the_short_form_is_a_smaller_budget_of_the_same(recipe_dir: Path, tmp_pa
 def test_another_budget_does_not_overwrite_a_run(finished: Path, recipe_dir: Path):
     result = optimer("run", recipe_dir, finished, "--short")
     assert result.exit_code == 1
-    assert "results of other inputs" in result.output
+    assert "of the other budget" in result.output
 
 
 def test_an_output_directory_with_foreign_files_is_refused(recipe_dir: Path, tmp_path: Path):

@@ -61,7 +61,8 @@ def recipe(pool, tmp_path) -> Path:
     }
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     files = {name: weight_files(source) for name, source in sources.items()}
-    Lock(base=weight_files(base.path), vectors=files).write(path.with_suffix(".lock.json"))
+    lock = Lock(base=weight_files(base.path), vectors=files, weights=WEIGHTS, dtype="bfloat16")
+    lock.write(path.with_suffix(".lock.json"))
     return path
 
 
@@ -112,18 +113,14 @@ def test_build_refuses_a_vector_that_the_lock_does_not_know(recipe, tmp_path):
         build(recipe, tmp_path / "out")
 
 
-def test_build_says_when_the_model_is_not_the_one_built_first(recipe, tmp_path):
+def test_a_recipe_whose_weights_were_changed_does_not_match_its_lock(recipe, tmp_path):
     build(recipe, tmp_path / "one")
     data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     data["vectors"]["ja"]["weight"] = 0.5
     recipe.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    with pytest.raises(
-        ModelError,
-        match=r"two: differs from the model this recipe built first \(recipe\.lock\.json\)",
-    ):
+    with pytest.raises(ModelError, match="demo: weights or dtype are not the locked ones"):
         build(recipe, tmp_path / "two")
-    with pytest.raises(ModelError, match=r"two/model\.safetensors: sha256 differs"):
-        verify(recipe, tmp_path / "two")
+    assert not (tmp_path / "two").exists()
     verify(recipe, tmp_path / "one")
 
 

@@ -221,11 +221,3 @@ def test_a_vector_that_is_not_in_the_pool_is_an_error_and_changes_nothing(open_p
         resident.set_weights({"ja": 0.1, "code": 1.0})
     assert resident.weights == {"ja": 0.5}
     assert_same_bits(state(resident), before)
-
-
-def test_the_pool_counts_the_bytes_of_lora_factors_only(open_pool):
-    base, pool = open_pool("llama", "bfloat16", POOLS["mixed"])
-    n_bytes = sum(
-        4 * 4 * sum(Checkpoint(base.path).shape(name)) for name in pool[0].names
-    )  # rank 4, float32
-    assert ResidentModel(base, pool, dtype="bfloat16").n_pool_bytes == n_bytes

@@ -125,7 +125,7 @@ def test_anchors_stay_inside_the_bounds():
         "x": {"source": "a/x", "bounds": [0.1, 1.0]},
     }
     assert [weights for _, weights in anchors(config_of(vectors=vectors))] == [
-        {"w": 0.0, "x": 0.1},
+        {"w": 0.0, "x": 0.0},  # the base itself: every gain is relative to it
         {"w": 0.5, "x": 0.1},
         {"w": 0.0, "x": 0.7},
         {"w": 0.5, "x": 0.5},
@@ -308,7 +308,7 @@ def wait_for_lines(path: Path, n: int) -> None:
 def test_a_killed_process_leaves_a_study_that_resumes_to_the_same_trials(uninterrupted, tmp_path):
     process = start_search(tmp_path / "s")
     wait_for_lines(tmp_path / "s" / "trials.jsonl", 8)
-    with pytest.raises(StudyError, match="another process is running this study"):
+    with pytest.raises(StudyError, match="another process is working in it"):
         search(config_of(), tmp_path / "s", pool=no_pool)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -398,7 +398,7 @@ def test_crashed_and_very_bad_trials_are_learned_at_a_floor():
         return Trial(0, "x", "search", dict.fromkeys("wxyz", 0.0), status, terms, {})
 
     table = columns(config_of(), [trial(2.0), trial(1.8), trial(0, "crashed"), trial(1e9)])
-    assert table[:, 0] == pytest.approx([0, 0.1, -0.5, -0.5])
+    assert table[:, 0] == pytest.approx([0, 0.1, -1, -1])
 
 
 def test_a_base_that_cannot_be_scored_again_ends_the_search(tmp_path):
