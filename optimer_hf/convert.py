@@ -150,6 +150,8 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
                 **source,
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+        except ImportError as error:
+            raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ModelError(
                 f"{gguf}: transformers cannot read this GGUF file ({error})."
