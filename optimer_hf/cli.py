@@ -229,7 +229,7 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
 @click.option(
     "--n-trials",
     type=click.IntRange(min=1),
-    help="Number of trials (default: that of the study, or 30).",
+    help="Trials in all; raise it to go on (default: that of the study, or 30).",
 )
 @FORMAT
 def search(
@@ -381,7 +381,7 @@ def verify(recipe_yaml: Path, model: Path) -> None:
 @main.command()
 @click.argument("files", type=PATH, nargs=-1, required=True)
 def validate(files: tuple[Path, ...]) -> None:
-    """Check study, train, objective, recipe and merge files without running them."""
+    """Check fields and values of YAML files; models and tasks are not opened."""
     errors = []
     for path in files:
         try:
@@ -395,7 +395,7 @@ def validate(files: tuple[Path, ...]) -> None:
 def _validate(path: Path) -> str:
     from optimer_hf.evaluate import ObjectiveFile
     from optimer_hf.files import read_yaml
-    from optimer_hf.merge import read_merge_config
+    from optimer_hf.merge import linear_merge_of, read_merge_config
     from optimer_hf.recipe import RecipeFile
     from optimer_hf.study import StudyConfig
     from optimer_hf.train import TrainConfig, check_config
@@ -404,7 +404,7 @@ def _validate(path: Path) -> str:
     if keys and keys <= {"train", "study"}:
         return "short budget of a recipe"
     if "merge_method" in keys or "models" in keys:
-        read_merge_config(path)
+        linear_merge_of(read_merge_config(path), path)
         return "merge config"
     if "study" in keys and "scores" in keys:
         RecipeFile.read(path)

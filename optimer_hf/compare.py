@@ -84,6 +84,8 @@ def candidates(study: Study) -> dict[str, dict[str, float]]:
     config = study.config
     free, fixed = list(config.free), config.fixed
     rows = {"base": dict.fromkeys(free, 0.0) | dict.fromkeys(fixed, 0.0)}
+    if fixed:
+        rows["fixed vectors alone"] = dict.fromkeys(free, 0.0) | fixed
     for name in free:
         rows[f"{name} at 1.0"] = {other: float(other == name) for other in free} | fixed
     for name in free:

@@ -67,6 +67,8 @@ def resolve_base(text: str) -> ResolvedModel:
     Raises ModelError when it has no config or tokenizer, or is a delta and not a model.
     """
     resolved = resolve_model(text)
+    if (resolved.path / "adapter_config.json").exists():
+        raise ModelError(f"{text}: is an adapter, not a model. Merge it into its base first.")
     if not (resolved.path / "config.json").exists():
         raise ModelError(f"{text}: not a model directory (it has no config.json).")
     if not any((resolved.path / name).exists() for name in TOKENIZER_FILES):

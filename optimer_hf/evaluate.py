@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
+from optimer_hf.corpus import CorpusConfig, documents
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files import FileModel, LocalPath, VersionedFile, did_you_mean, digest
 from optimer_hf.head import is_plain_head, log_probabilities, softcap_of
@@ -320,6 +321,8 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
         for term in wanted.values():
             if term.text is not None and not term.text.is_file():
                 raise EvaluationError(f"term {term.label!r}: {term.text}: no such file.")
+            if term.text is not None:  # names line and field, which lm-eval would not
+                next(documents(CorpusConfig(path=term.text, text_field=term.text_field)), None)
         if wanted:
             tasks |= _load_tasks(list(wanted.values()), objective.include_path)
         for term in objective.terms:

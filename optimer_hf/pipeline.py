@@ -167,7 +167,12 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
             next(documents(training.corpus), None)
             trainings[name] = training
     config = parse(StudyConfig, data, run.folder / "study.yaml")
-    load_tasks([config.objective] if config.test is None else [config.objective, config.test])
+    if config.test is None:
+        raise ConfigError(
+            f"{run.folder / 'study.yaml'}: field 'test' is missing. A run ends with the sealed "
+            "test; name its terms, or use `optimer search`."
+        )
+    load_tasks([config.objective, config.test])
     for name, training in trainings.items():
         if training.base_model != config.base_model:
             raise ConfigError(

@@ -7,6 +7,7 @@ written last, is there.
 """
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from optimer_hf.convert import ResolvedModel, moves_base, resolve_model
 from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.files import FileModel, VersionedFile, sha256_file, staged_directory
+
+logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = (
     2**20
@@ -519,7 +522,14 @@ def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
         raise ModelError(
             f"vector {vector.name!r}: its delta holds NaN or infinite values. Retrain it."
         )
-    return math.sqrt(squares), math.sqrt(squares / max(base_squares, 1e-30))
+    relative = math.sqrt(squares / max(base_squares, 1e-30))
+    if relative > 1:
+        logger.warning(
+            "vector %s: its delta is larger than the base (%.0f %%). Is that its base?",
+            vector.name,
+            100 * relative,
+        )
+    return math.sqrt(squares), relative
 
 
 def describe(
