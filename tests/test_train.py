@@ -304,10 +304,12 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, 
         config = make_config("gemma", trainer=trainer, max_tokens=32 * 24)
         config.write(tmp_path / f"{name}.yaml")
         outs[name] = (config, tmp_path / name)
-    # not `accelerate launch --cpu`, which starts a second process only through MPI
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "optimer_hf"]
+    # --multi_gpu is accelerate's name for torchrun; --cpu starts a second process only through MPI
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+    defaults = "--mixed_precision no --dynamo_backend no --main_process_port 0"
+    launch = f"{launch} {defaults} -m optimer_hf train".split()
     process = subprocess.Popen(
-        command(*launch, "train", tmp_path / "two.yaml", outs["two"][1]),
+        command(*launch, tmp_path / "two.yaml", outs["two"][1]),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
