@@ -6,7 +6,7 @@ from there. A row whose weights were chosen after sealed scores had been seen is
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -115,11 +115,15 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
     wanted = candidates(study)
     with locked(study.directory):
         log = TrialLog(study.directory / "sealed.jsonl")
-        known = {_key(trial.weights): trial for trial in log.trials}
-        missing = {name: weights for name, weights in wanted.items() if _key(weights) not in known}
+        found = {_key(trial.weights): trial for trial in log.trials}
+        missing = {_key(weights): name for name, weights in wanted.items()}
+        for key in found:
+            missing.pop(key, None)
         if missing:
-            _score_missing(study, objective, missing, log, pool(study.config))
-    found = {_key(trial.weights): trial for trial in log.trials}
+            unscored = {name: wanted[name] for name in missing.values()}
+            for trial in _scored(study, objective, unscored, pool(study.config)):
+                log.append(trial)
+                found[_key(trial.weights)] = trial
     opened_at = log.trials[0].number
     rows = [
         Row(name, weights, found[_key(weights)].terms, found[_key(weights)].number > opened_at)
@@ -128,28 +132,22 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
     return Comparison(rows, objective, study.config.retarget)
 
 
-def _score_missing(
-    study: Study,
-    objective: Objective,
-    missing: Mapping[str, dict[str, float]],
-    log: TrialLog,
-    pool: Pool,
-) -> None:
+def _scored(
+    study: Study, objective: Objective, rows: Mapping[str, dict[str, float]], pool: Pool
+) -> Iterator[Trial]:
     terms = objective.at("rescore")
     limits = {term.label: objective.limit_of(term) for term in terms}
     n_trials = len(
         study.log.trials
     )  # the seal remembers how much of the search was known when a row was chosen
-    with Meter("sealed test", len(missing), "rows") as meter:
-        for name, weights in missing.items():
-            if _key(weights) in {_key(trial.weights) for trial in log.trials}:
-                continue
+    with Meter("sealed test", len(rows), "rows") as meter:
+        for name, weights in rows.items():
             trial = run_trial(
                 pool, Trial(n_trials, name, "sealed", weights, "ok", {}, {}), terms, limits
             )
             if trial.status == "crashed":
                 raise EvaluationError(f"sealed test: row {name!r} cannot be scored: {trial.error}")
-            log.append(trial)
+            yield trial
             meter.advance(1)
 
 
@@ -216,6 +214,19 @@ def to_markdown(comparison: Comparison) -> str:
         "Sealed test. First row: scores of the base; other rows: gain over the base "
         "(losses relative, accuracies in points).\n\n" + "\n".join(rows) + "\n\n" + notes + "\n"
     )
+
+
+def intervals_to_markdown(comparison: Comparison) -> str:
+    """Return the paired 95 % interval of every gain over the base, in percent, as Markdown."""
+    labels = list(comparison.base.scores)
+    lines = []
+    for row in comparison.rows:
+        if row is not comparison.base:
+            found = [comparison.term_interval(row, label) for label in labels]
+            cells = [f"[{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]" for gain in found]
+            lines.append([row.name, *cells])
+    rows = [["weights", *labels], ["---"] * (len(labels) + 1), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

@@ -499,18 +499,7 @@ def vanilla_config(
     `linear` with the base at weight 1 - sum w over *checkpoints* would cancel digits in bfloat16;
     deltas do not.
     """
-    entries = {base_model: 1.0} | {deltas[name]: weight for name, weight in weights.items()}
-    models = [
-        {"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()
-    ]
-    return {
-        "merge_method": "linear",
-        "base_model": base_model,
-        "models": models,
-        "parameters": {"normalize": False},
-        "dtype": "float32",
-        "out_dtype": dtype,
-    }
+    return _linear(base_model, 1.0, deltas, weights, dtype)
 
 
 def linear_config(
@@ -519,11 +508,26 @@ def linear_config(
     """Return the same merge over checkpoints for unmodified mergekit: base weight 1 - sum w, exact
     while that is small.
     """
-    entries = {base_model: 1.0 - sum(weights.values())} | {
+    return _linear(base_model, 1.0 - sum(weights.values()), sources, weights, dtype)
+
+
+def _linear(
+    base_model: str,
+    base_weight: float,
+    sources: Mapping[str, str],
+    weights: Mapping[str, float],
+    dtype: str,
+) -> dict[str, Any]:
+    entries = {base_model: base_weight} | {
         sources[name]: weight for name, weight in weights.items()
     }
-    return vanilla_config(base_model, {}, {}, dtype) | {
+    return {
+        "merge_method": "linear",
+        "base_model": base_model,
         "models": [
             {"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()
-        ]
+        ],
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        "out_dtype": dtype,
     }

@@ -32,8 +32,12 @@ OURS = {
     "done.json",
     "optimer.yml",
     "mergekit_config.yml",
+    "recipe.yaml",
+    "recipe.lock.json",
+    "results.md",
+    "results.json",
+    "ledger.json",
 }
-OURS |= {"recipe.yaml", "recipe.lock.json", "results.md", "results.json", "ledger.json"}
 
 
 @dataclass(frozen=True)
@@ -286,14 +290,15 @@ def _trial_ledger(trials: list[Any]) -> dict[str, Any]:
 
 
 def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -> str:
-    from optimer_hf.compare import to_markdown
+    from optimer_hf.compare import intervals_to_markdown, to_markdown
 
     best = study.incumbent
     weights = ", ".join(f"{name} {weight:g}" for name, weight in best.weights.items())
     rows = "\n".join(f"| {stage} | {_entry(entry)} |" for stage, entry in ledger.items())
     return (
         f"# {run.name}\n\nBest weights: {weights} (trial {best.number}, "
-        f"{best.origin})\n\n{to_markdown(comparison)}\n## Ledger\n\n"
+        f"{best.origin})\n\n{to_markdown(comparison)}\n## Paired 95 % intervals of "
+        f"the gains, in percent\n\n{intervals_to_markdown(comparison)}\n## Ledger\n\n"
         f"| stage | seconds and counts |\n| --- | --- |\n{rows}\n\n"
         f"Merged model: `{os.path.relpath(run.out / 'merged')}`, recipe: "
         f"`{os.path.relpath(run.out / 'recipe.yaml')}`\n"

@@ -8,6 +8,7 @@ built the same model.
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -110,12 +111,15 @@ def write_recipe(
     config, incumbent = study.config, study.incumbent
     folder = path.resolve().parent
     base = resolve_model(config.base_model)
-    sources = {key: str(vector.source) for key, vector in config.vectors.items()}
-    pinned = {key: _pinned(source, folder) for key, source in sources.items()}
+    sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
+    pinned = {
+        key: _pinned(str(config.vectors[key].source), source, folder)
+        for key, source in sources.items()
+    }
     recipe = {
         "format_version": 1,
         "name": name,
-        "base_model": _pinned(config.base_model, folder),
+        "base_model": _pinned(config.base_model, base, folder),
         "dtype": config.dtype,
         "vectors": {
             key: {"source": source, "weight": incumbent.weights[key]}
@@ -136,7 +140,7 @@ def write_recipe(
     }
     lock = Lock(
         base=weight_files(base.path),
-        vectors={key: weight_files(resolve_model(source).path) for key, source in sources.items()},
+        vectors={key: weight_files(source.path) for key, source in sources.items()},
         weights=incumbent.weights,
         dtype=config.dtype,
     )
@@ -162,9 +166,8 @@ def _write_lock(lock: Lock, path: Path) -> None:
     lock.write(path)
 
 
-def _pinned(reference: str, folder: Path) -> str:
+def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
     """Return a Hub reference with its commit, a local one relative to the folder of the recipe."""
-    resolved = resolve_model(reference)
     if resolved.commit is not None:
         return f"{resolved.reference}@{resolved.commit}"
     return _portable(reference, folder)
@@ -239,11 +242,14 @@ def _sum_of_absolute(weights: Mapping[str, float]) -> float:
 
 
 def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:
-    """Return the vector as a complete delta directory, written once; in bfloat16 when that costs
-    nothing visible.
+    """Return the vector as a complete delta directory, written once for the same weights; in
+    bfloat16 when that costs nothing visible.
     """
     out = folder / "deltas" / vector.name
-    if read_record(out) is None:
+    record = read_record(out)
+    current = weight_files(vector.path), weight_files(base.path)
+    if record is None or (record.source_files, record.base.files) != current:
+        shutil.rmtree(out, ignore_errors=True)
         _, relative_norm = norms(vector, Checkpoint(base.path))
         extract(
             vector,

@@ -236,6 +236,7 @@ class VectorFile(VersionedFile):
     name: str
     kind: Literal["adapter", "delta", "checkpoint"]
     base: BaseRecord
+    source_files: dict[str, str] | None = None  # sha256 of the weights a delta was taken from
     dtype: str | None = None
     norm: float
     relative_norm: float
@@ -254,6 +255,11 @@ class DistributionVector(Protocol):
 
     name: str
     kind: str
+
+    @property
+    def path(self) -> Path:
+        """The directory that holds its weights."""
+        ...
 
     @property
     def names(self) -> frozenset[str]:
@@ -277,6 +283,10 @@ class CheckpointVector:
     kind: str = "checkpoint"
 
     @property
+    def path(self) -> Path:
+        return self.tuned.path
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset(self.base.names) & frozenset(self.tuned.names)
 
@@ -291,6 +301,10 @@ class DeltaVector:
     name: str
     stored: Checkpoint
     kind: str = "delta"
+
+    @property
+    def path(self) -> Path:
+        return self.stored.path
 
     @property
     def names(self) -> frozenset[str]:
@@ -324,6 +338,7 @@ class AdapterVector:
     """A LoRA adapter, kept as float32 factors in memory."""
 
     name: str
+    path: Path
     factors: dict[str, LowRank] = field(repr=False)
     kind: str = "adapter"
 
@@ -359,7 +374,7 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     if (resolved.path / "adapter_config.json").exists():
         if record is None:
             _check_declared_base(name, resolved.path, base)
-        vector = AdapterVector(name, _read_factors(resolved.path, checkpoint, name))
+        vector = AdapterVector(name, resolved.path, _read_factors(resolved.path, checkpoint, name))
     elif record is not None and record.kind == "delta":
         vector = DeltaVector(name, Checkpoint(resolved.path))
     else:
@@ -599,6 +614,7 @@ def extract(
             base=BaseRecord(
                 reference=base.reference, commit=base.commit, files=weight_files(base.path)
             ),
+            source_files=weight_files(vector.path),
             dtype=dtype,
             norm=norm,
             relative_norm=relative_norm,

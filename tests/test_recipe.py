@@ -11,7 +11,7 @@ from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import sha256_file
 from optimer_hf.merge import write_merged
-from optimer_hf.recipe import Lock, RecipeFile, build, verify
+from optimer_hf.recipe import Lock, RecipeFile, _delta_directory, build, verify
 from optimer_hf.vector import Checkpoint, extract, open_vector, weight_files
 
 WEIGHTS = {"ja": 0.8, "math": -0.35, "it": 1.0}
@@ -207,3 +207,15 @@ def test_the_weights_of_a_recipe_are_those_in_the_file(recipe):
     assert set(
         json.loads(recipe.with_suffix(".lock.json").read_text(encoding="utf-8"))["vectors"]
     ) == set(WEIGHTS)
+
+
+def test_an_exported_delta_is_reused_until_its_vector_is_trained_again(pool, tmp_path):
+    base, sources = pool
+    vector = open_vector("ja", str(sources["ja"]), base)
+    out = _delta_directory(vector, base, tmp_path)
+    first, written = weight_files(out), (out / "vector.json").stat().st_mtime_ns
+    assert _delta_directory(vector, base, tmp_path) == out
+    assert (out / "vector.json").stat().st_mtime_ns == written
+    change_weights(sources["ja"])
+    retrained = open_vector("ja", str(sources["ja"]), base)
+    assert weight_files(_delta_directory(retrained, base, tmp_path)) != first
