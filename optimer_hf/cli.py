@@ -106,27 +106,82 @@ def train(train_yaml: Path, out: Path) -> None:
 @click.option("--name", help="Name of the vector (default: that of OUT).")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=click.Choice(["bfloat16", "float16", "float32", "int8"]),
     default="bfloat16",
-    help="Stored dtype.",
+    help="Stored dtype; int8 has a scale for every --block-size numbers.",
 )
-def extract(tuned: str, base: str, out: Path, name: str | None, dtype: str) -> None:
-    """Write the vector TUNED minus BASE as a delta directory; TUNED is a checkpoint or a LoRA
+@click.option("--block-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--from-adapter",
+    is_flag=True,
+    help="TUNED is an adapter of any type that PEFT can merge (DoRA, IA3, ...).",
+)
+def extract(
+    tuned: str,
+    base: str,
+    out: Path,
+    name: str | None,
+    dtype: str,
+    block_size: int,
+    from_adapter: bool,
+) -> None:
+    """Write the vector TUNED minus BASE as a delta directory; TUNED is a checkpoint or an
     adapter.
     """
-    from optimer_hf.convert import resolve_base
+    from optimer_hf.convert import resolve_base, resolve_model
     from optimer_hf.files import absolute_reference, require_empty
     from optimer_hf.vector import extract as extract_vector
-    from optimer_hf.vector import open_vector
+    from optimer_hf.vector import extract_any_adapter, open_vector
 
     require_empty(out)
     resolved = resolve_base(absolute_reference(base, Path.cwd()))
-    vector = open_vector(name or out.name, absolute_reference(tuned, Path.cwd()), resolved)
-    record = extract_vector(vector, resolved, out, dtype=dtype)
+    source = absolute_reference(tuned, Path.cwd())
+    if from_adapter:
+        record = extract_any_adapter(
+            name or out.name,
+            resolve_model(source),
+            resolved,
+            out,
+            dtype=dtype,
+            block_size=block_size,
+        )
+    else:
+        vector = open_vector(name or out.name, source, resolved)
+        record = extract_vector(vector, resolved, out, dtype=dtype, block_size=block_size)
     click.echo(
         f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of the "
-        "base"
+        f"base; stored in {record.dtype} with a relative error of "
+        f"{100 * (record.relative_error or 0):.3f} %"
     )
+
+
+@main.command()
+@click.argument("vectors", nargs=-1, required=True)
+@click.option("--base", required=True, help="The model the vectors were trained from.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    help="Of the merge.",
+)
+@FORMAT
+def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> None:
+    """Show norms, cosines and ranks of vectors, and whether they can be merged."""
+    from optimer_hf import geometry
+    from optimer_hf.convert import resolve_base
+    from optimer_hf.files import absolute_reference
+    from optimer_hf.merge import named_sources
+
+    resolved = resolve_base(absolute_reference(base, Path.cwd()))
+    sources = named_sources([absolute_reference(text, Path.cwd()) for text in vectors])
+    pool, refusals = geometry.open_pool(sources, resolved)
+    found = geometry.measure(pool, resolved, dtype)
+    if output == "json":
+        click.echo(json.dumps(geometry.to_json(found, refusals), indent=2))
+    else:
+        click.echo(geometry.to_markdown(found, refusals))
+    if refusals:
+        raise SystemExit(1)
 
 
 @main.command()

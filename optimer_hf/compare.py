@@ -12,6 +12,7 @@ from typing import Any
 
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, paired_interval
+from optimer_hf.files import markdown_table
 from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
 from optimer_hf.search import Pool, ResidentPool, run_trial
@@ -208,11 +209,11 @@ def verdicts(comparison: Comparison) -> list[str]:
 def to_markdown(comparison: Comparison) -> str:
     """Return table and verdicts as Markdown."""
     header, lines = table(comparison)
-    rows = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines]]
     notes = "\n".join(f"* {sentence}" for sentence in verdicts(comparison))
     return (
         "Sealed test. First row: scores of the base; other rows: gain over the base "
-        "(losses relative, accuracies in points).\n\n" + "\n".join(rows) + "\n\n" + notes + "\n"
+        "(losses relative, accuracies in points).\n\n"
+        f"{markdown_table(header, lines)}\n{notes}\n"
     )
 
 
@@ -225,8 +226,7 @@ def intervals_to_markdown(comparison: Comparison) -> str:
             found = [comparison.term_interval(row, label) for label in labels]
             cells = [f"[{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]" for gain in found]
             lines.append([row.name, *cells])
-    rows = [["weights", *labels], ["---"] * (len(labels) + 1), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+    return markdown_table(["weights", *labels], lines)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import yaml
 
+from optimer_hf.adapter import LowRank
+from optimer_hf.checkpoint import DTYPES, Checkpoint, copy_beside_weights, write_sharded
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files import (
@@ -30,14 +32,12 @@ from optimer_hf.files import (
     write_text,
 )
 from optimer_hf.vector import (
-    DTYPES,
-    Checkpoint,
+    QUANTISED,
     DistributionVector,
-    LowRank,
-    copy_beside_weights,
+    dense,
+    not_finite,
     open_vector,
-    row_blocks,
-    write_sharded,
+    read_record,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,15 +76,19 @@ def add_weighted(
     2603.28858.
     """
     total: torch.Tensor | None = None
+    weighted: torch.Tensor | None = None
     for delta, weight in zip(deltas, weights, strict=True):
         if weight == 0:
             continue
-        if total is None:
-            total = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
         if isinstance(delta, LowRank):
+            if total is None:
+                total = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
             total.addmm_(delta.b, delta.a, alpha=weight * delta.scale)
+        elif total is None:
+            total = delta.to(torch.float32) * weight
         else:
-            total += delta.to(torch.float32) * weight
+            weighted = torch.mul(delta.to(torch.float32), weight, out=weighted)
+            total += weighted
     merged = base if total is None else total.add_(base)
     return merged.to(dtype or base.dtype)
 
@@ -101,8 +105,11 @@ def merged_rows(
     through here.
     """
     used = [vector for vector in vectors if weights[vector.name] != 0 and name in vector.names]
-    deltas = (vector.delta(name, rows).to(base_rows.device) for vector in used)
-    return add_weighted(base_rows, deltas, [weights[vector.name] for vector in used], dtype)
+    if not used:
+        return base_rows.to(dtype)
+    base = base_rows.float()
+    deltas = (vector.delta(name, rows, base) for vector in used)
+    return add_weighted(base, deltas, [weights[vector.name] for vector in used], dtype)
 
 
 # -- the streaming writer --------------------------------------------------------------------------
@@ -116,12 +123,15 @@ def write_merged(
     *,
     out_dtype: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    device: str = "cpu",
 ) -> None:
     """Write base + sum_i w_i v_i as a model directory that `from_pretrained` loads.
 
     Keeps the dtype of every base tensor unless `out_dtype` is given; tokenizer, generation config,
     chat template and licence files come from the base. `out` appears whole or not at all. Memory: a
-    few row blocks, not the model.
+    few row blocks, not the model. `device` does the arithmetic.
+
+    Raises ModelError, naming tensor and vector, for values that are not finite.
     """
     checkpoint = Checkpoint(base.path)
     specs = {
@@ -129,20 +139,43 @@ def write_merged(
         for name in checkpoint.names
     }
 
-    def blocks_of(name: str) -> Iterator[torch.Tensor]:
-        dtype = specs[name][0]
-        for rows in row_blocks(checkpoint.shape(name)):
-            base_rows = checkpoint.read(name, rows)
-            merges = base_rows.is_floating_point()
-            yield (
-                merged_rows(base_rows, name, rows, vectors, weights, dtype) if merges else base_rows
-            )
+    def rows_of(name: str, rows: slice) -> torch.Tensor:
+        base_rows = checkpoint.read_rows(name, rows)
+        if not base_rows.is_floating_point():
+            return base_rows
+        base_rows = base_rows.to(device)
+        merged = merged_rows(base_rows, name, rows, vectors, weights, specs[name][0])
+        if not math.isfinite(merged.sum().item()) and not bool(merged.isfinite().all()):
+            raise _not_finite(base_rows, name, rows, vectors, merged.dtype)
+        return merged.cpu()
 
     with staged_directory(out) as staging:
-        write_sharded(staging, "model", specs, blocks_of, max_shard_size)
+        write_sharded(staging, "model", specs, rows_of, max_shard_size)
         copy_beside_weights(base.path, staging)
         if out_dtype is not None:
             _set_config_dtype(staging / "config.json", out_dtype)
+
+
+def _not_finite(
+    base_rows: torch.Tensor,
+    name: str,
+    rows: slice,
+    vectors: Sequence[DistributionVector],
+    dtype: torch.dtype,
+) -> ModelError:
+    """Return an error that says where values that are not finite come from."""
+    base = base_rows.float()
+    if not bool(base.isfinite().all()):
+        return ModelError(f"base model: tensor {name!r} holds NaN or infinite values.")
+    for vector in vectors:
+        if name not in vector.names:
+            continue
+        if not bool(dense(vector.delta(name, rows, base)).isfinite().all()):
+            return not_finite(vector, name)
+    return ModelError(
+        f"tensor {name!r}: the merge is too large for {dtype}. Use smaller weights or another "
+        "--out-dtype."
+    )
 
 
 def _output_dtype(stored: torch.dtype, out_dtype: str | None) -> torch.dtype:
@@ -208,21 +241,27 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
             f"{path}: field 'base_model' is missing. Name the model all others were trained from."
         )
     base = absolute_reference(str(config["base_model"]), folder)
-    sources: dict[str, str] = {}
-    for model in config.get("models") or []:
-        source = absolute_reference(str(model["model"]), folder)
-        if source == base:
-            continue
-        stem = name = source.rstrip("/").split("/")[-1].split("@")[0]
-        number = 2
-        while name in sources:
-            name, number = f"{stem}-{number}", number + 1
-        sources[name] = source
+    listed = [
+        absolute_reference(str(model["model"]), folder) for model in config.get("models") or []
+    ]
+    sources = named_sources([source for source in listed if source != base])
     if not sources:
         raise ConfigError(
             f"{path}: models: found none besides the base. Give at least one model to merge."
         )
     return base, sources
+
+
+def named_sources(sources: Iterable[str]) -> dict[str, str]:
+    """Name references by their last path part; the second of a name gets -2."""
+    named: dict[str, str] = {}
+    for source in sources:
+        stem = name = source.rstrip("/").split("/")[-1].split("@")[0]
+        number = 2
+        while name in named:
+            name, number = f"{stem}-{number}", number + 1
+        named[name] = source
+    return named
 
 
 def with_weights(
@@ -257,7 +296,9 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
     weights: dict[str, float] = {}
     for name, model in zip(sources, listed, strict=True):
         parameters = model.get("parameters") or {}
-        _refuse_unknown(parameters, ["weight"], f"{path}: models: {name}: parameters")
+        _refuse_unknown(parameters, ["weight", "delta"], f"{path}: models: {name}: parameters")
+        if parameters.get("delta"):
+            return None  # a delta directory of somebody else, without our vector.json
         if "weight" not in parameters:
             raise ConfigError(
                 f"{path}: models: {name}: parameters.weight is missing. Give the weight of this "
@@ -341,17 +382,23 @@ def register_method() -> None:
     from mergekit.merge_methods.easy_define import merge_method
     from mergekit.merge_methods.registry import register
 
-    def kernel(group: TensorGroup, weight: PerNonBase[float]) -> torch.Tensor:
+    def kernel(
+        group: TensorGroup, weight: PerNonBase[float], delta: PerNonBase[bool | None] = None
+    ) -> torch.Tensor:
         base = group.base.tensor  # the contract requires one
+        declared = delta.values_for(group.non_base)
         deltas = [
-            entry.tensor.float() if _is_delta(entry.id) else entry.tensor.float() - base.float()
-            for entry in group.non_base
+            entry.tensor.float()
+            if (_is_delta(entry.id) if is_delta is None else is_delta)
+            else entry.tensor.float() - base.float()
+            for entry, is_delta in zip(group.non_base, declared, strict=True)
         ]
         return add_weighted(base, deltas, weight.values_for(group.non_base))
 
     kernel.__annotations__ = {
         "group": TensorGroup,
         "weight": PerNonBase[float],
+        "delta": PerNonBase[bool | None],
         "return": torch.Tensor,
     }
     contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
@@ -367,14 +414,12 @@ def register_method() -> None:
 
 
 def _is_delta(entry_id: Any) -> bool:
-    """Whether mergekit's ModelReference names a delta directory of ours."""
+    """Whether mergekit's ModelReference is a delta directory of ours; others say `delta: true`."""
     return _directory_is_delta(str(entry_id.model.path))
 
 
 @functools.cache
 def _directory_is_delta(path: str) -> bool:
-    from optimer_hf.vector import read_record
-
     record = read_record(Path(path)) if Path(path).is_dir() else None
     return record is not None and record.kind == "delta"
 
@@ -392,6 +437,7 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
 
     register_method()
     absolute = _with_absolute_paths(dict(config), path.resolve().parent)
+    _refuse_quantised(absolute, path)
     try:
         parsed = MergeConfiguration.model_validate(absolute)
     except (ValueError, RuntimeError) as error:
@@ -429,6 +475,19 @@ def _with_absolute_paths(value: Any, folder: Path) -> Any:
         else _with_absolute_paths(item, folder)
         for key, item in value.items()
     }
+
+
+def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse int8 deltas: mergekit would not find their weights."""
+    for model in config.get("models") or []:
+        source = Path(str(model.get("model", "")))
+        record = read_record(source) if source.is_dir() else None
+        if record is not None and record.dtype == QUANTISED:
+            raise ModelError(
+                f"{path}: {source}: an int8 delta, which mergekit cannot read. Use what the "
+                "streaming writer can do, or write it again with `optimer extract --dtype "
+                "bfloat16`."
+            )
 
 
 def _local_or_hub(text: str, folder: Path) -> str:

@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import Any
 
 from optimer_hf.errors import ConfigError, OutputError
-from optimer_hf.files import digest, parse, read_yaml, sha256_file, write_text
+from optimer_hf.files import digest, markdown_table, parse, read_yaml, sha256_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -294,12 +294,12 @@ def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -
 
     best = study.incumbent
     weights = ", ".join(f"{name} {weight:g}" for name, weight in best.weights.items())
-    rows = "\n".join(f"| {stage} | {_entry(entry)} |" for stage, entry in ledger.items())
+    rows = [[stage, _entry(entry)] for stage, entry in ledger.items()]
     return (
         f"# {run.name}\n\nBest weights: {weights} (trial {best.number}, "
         f"{best.origin})\n\n{to_markdown(comparison)}\n## Paired 95 % intervals of "
         f"the gains, in percent\n\n{intervals_to_markdown(comparison)}\n## Ledger\n\n"
-        f"| stage | seconds and counts |\n| --- | --- |\n{rows}\n\n"
+        f"{markdown_table(['stage', 'seconds and counts'], rows)}\n"
         f"Merged model: `{os.path.relpath(run.out / 'merged')}`, recipe: "
         f"`{os.path.relpath(run.out / 'recipe.yaml')}`\n"
     )

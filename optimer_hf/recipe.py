@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.compare import MERGE
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ModelError
@@ -30,14 +31,11 @@ from optimer_hf.merge import (
 from optimer_hf.study import Study
 from optimer_hf.vector import (
     AdapterVector,
-    Checkpoint,
-    CheckpointVector,
     DistributionVector,
     extract,
     norms,
     open_vector,
     read_record,
-    weight_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -218,14 +216,10 @@ def write_vanilla(study: Study, path: Path) -> None:
         open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()
     ]
     if (
-        all(isinstance(vector, CheckpointVector) for vector in vectors)
+        all(vector.kind == "checkpoint" for vector in vectors)
         and _sum_of_absolute(weights) <= LARGEST_CANCELLATION
     ):
-        sources = {
-            vector.name: str(vector.tuned.path)
-            for vector in vectors
-            if isinstance(vector, CheckpointVector)
-        }
+        sources = {vector.name: str(vector.path) for vector in vectors}
         merge_config = linear_config(str(base.path), sources, weights, config.dtype)
     else:
         deltas = {

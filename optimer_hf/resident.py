@@ -6,14 +6,22 @@ streaming writer writes, bit for bit: both compute row block by row block throug
 `merge.merged_rows`.
 """
 
+import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 
+import psutil
 import torch
 
+from optimer_hf.checkpoint import DTYPES, Checkpoint, computed_ahead, matrix_rows, row_blocks
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ModelError
 from optimer_hf.merge import merged_rows
-from optimer_hf.vector import DTYPES, Checkpoint, DistributionVector, row_blocks
+from optimer_hf.vector import DistributionVector
+
+logger = logging.getLogger(__name__)
+
+LARGEST_SHARE = 0.5  # of the free memory that one vector may take: activations need some, too
 
 
 def default_device() -> str:
@@ -39,7 +47,6 @@ class ResidentModel:
         """
         from transformers import AutoModelForCausalLM
 
-        self.vectors = list(vectors)
         self.model = (
             AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype]).to(device).eval()
         )
@@ -60,6 +67,7 @@ class ResidentModel:
             base.path
         )  # as stored: a float32 base is rounded once, after the sum
         self._base = {name: checkpoint.read(name).to(device) for name in self._parameters}
+        self.vectors = [_placed(vector, device) for vector in vectors]
         self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
 
     @torch.no_grad()
@@ -72,11 +80,36 @@ class ResidentModel:
                 f"{sorted(self.weights)}."
             )
         self.weights = {name: float(weights.get(name, 0.0)) for name in self.weights}
-        for name, parameter in self._parameters.items():
-            base = self._base[name]
-            for rows in row_blocks(tuple(base.shape)):
-                target = parameter[rows] if base.dim() else parameter
-                source = base[rows] if base.dim() else base
-                target.copy_(
-                    merged_rows(source, name, rows, self.vectors, self.weights, parameter.dtype)
-                )
+        blocks = [
+            (name, rows)
+            for name, base in self._base.items()
+            for rows in row_blocks(tuple(base.shape), base.device.type)
+        ]
+        if self.model.device.type == "cpu":
+            deque(computed_ahead(self._set_rows, blocks), maxlen=0)
+        else:
+            for name, rows in blocks:
+                self._set_rows(name, rows)
+
+    def _set_rows(self, name: str, rows: slice) -> None:
+        target = matrix_rows(self._parameters[name].data, rows)
+        base_rows = matrix_rows(self._base[name], rows)
+        target.copy_(merged_rows(base_rows, name, rows, self.vectors, self.weights, target.dtype))
+
+
+def _placed(vector: DistributionVector, device: str) -> DistributionVector:
+    """Load a vector to the device, else to host memory, else leave it on disk: the first that has
+    room.
+    """
+    for place in dict.fromkeys((device, "cpu")):
+        if vector.n_bytes <= LARGEST_SHARE * free_memory(place):
+            return vector.loaded(place)
+        logger.info("vector %s: no room in the memory of %s", vector.name, place)
+    return vector
+
+
+def free_memory(device: str) -> int:
+    """Return the free memory of a device in bytes."""
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0])

@@ -2,221 +2,44 @@
 
 A vector is read lazily, a few rows of one tensor at a time, whatever its kind: a whole checkpoint
 (its delta is taken on the fly), a LoRA adapter (kept as factors; a row block of B times A is made
-when it is asked for), or a delta directory. A directory of ours is complete when `vector.json`,
-written last, is there.
+when it is asked for), or a delta directory, in floating point or block-quantised. A directory of
+ours is complete when `vector.json`, written last, is there.
 """
 
 import json
 import logging
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
-from optimer_hf.convert import ResolvedModel, moves_base, resolve_model
-from optimer_hf.errors import ModelError, OutputError
-from optimer_hf.files import FileModel, VersionedFile, sha256_file, staged_directory
+from optimer_hf.adapter import LowRank, Trained, merged_by_peft, read_adapter
+from optimer_hf.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Loaded,
+    copy_beside_weights,
+    matrix_rows,
+    matrix_shape,
+    row_blocks,
+    weight_files,
+    write_sharded,
+)
+from optimer_hf.convert import ResolvedModel, resolve_model
+from optimer_hf.errors import ModelError
+from optimer_hf.files import FileModel, VersionedFile, staged_directory
+from optimer_hf.quantize import BLOCK_SIZE, SCALES, dequantize, n_blocks, quantize
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ELEMENTS = (
-    2**20
-)  # of one row block: 4 MiB in float32, so that a sum stays in the cache of a CPU
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SAFETENSORS_DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-}
-COPIED_BESIDE_WEIGHTS = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-]
-
-
-# -- checkpoints on disk ---------------------------------------------------------------------------
-
-
-class Checkpoint:
-    """The tensors of a safetensors directory, single-file or sharded, read lazily."""
-
-    def __init__(self, path: Path, pattern: str = "*.safetensors") -> None:
-        """Open every weights file of `path`; raise ModelError for missing, damaged or pickled
-        weights.
-        """
-        self.path = path
-        files = sorted(path.glob(pattern))
-        if not files:
-            pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
-            hint = (
-                " It holds pickled weights; convert them to safetensors first." if pickles else ""
-            )
-            raise ModelError(f"{path}: no safetensors weights in this directory.{hint}")
-        self._handles: dict[str, Any] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"{file}: not a readable safetensors file ({error}). Fetch it again."
-                ) from error
-            for name in handle.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  # not a mapping
-                if name in self._handles:
-                    raise ModelError(
-                        f"{file}: tensor {name!r} is in two weights files. Remove the stale file."
-                    )
-                self._handles[name] = handle
-        self._refuse_lost_shards(pattern)
-
-    def _refuse_lost_shards(self, pattern: str) -> None:
-        """A lost shard would look like tensors that no one moved: compare with the index, where
-        there is one.
-        """
-        for index in self.path.glob(f"{pattern}.index.json"):
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            lost = sorted({file for name, file in weight_map.items() if name not in self._handles})
-            if lost:
-                raise ModelError(
-                    f"{self.path / lost[0]}: missing, or without tensors of {index.name}. Fetch it "
-                    "again."
-                )
-
-    @property
-    def names(self) -> list[str]:
-        """Tensor names, sorted."""
-        return sorted(self._handles)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header."""
-        return tuple(self._handles[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """dtype of a tensor, from the header."""
-        found = self._handles[name].get_slice(name).get_dtype()
-        for dtype, label in SAFETENSORS_DTYPES.items():
-            if label == found:
-                return dtype
-        raise ModelError(f"{self.path}: tensor {name!r} has dtype {found}, which cannot be merged.")
-
-    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """Return rows of a tensor (all of a 0-d one) in the dtype of the file."""
-        if not self.shape(name):
-            return self._handles[name].get_tensor(name)  # type: ignore[no-any-return]
-        return self._handles[name].get_slice(name)[rows]  # type: ignore[no-any-return]
-
-
-def row_blocks(shape: tuple[int, ...]) -> list[slice]:
-    """Split a tensor of this shape along its first axis into blocks of at most CHUNK_ELEMENTS
-    elements (>= 1 row).
-    """
-    if not shape:
-        return [slice(None)]
-    n_rows = max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
-    return [slice(start, min(start + n_rows, shape[0])) for start in range(0, shape[0], n_rows)]
-
-
-def weight_files(path: Path) -> dict[str, str]:
-    """Return file name -> sha256 of the weights in a directory: the identity of a model."""
-    record = path / "conversion.json"
-    if record.exists():
-        return dict(json.loads(record.read_text(encoding="utf-8"))["sha256"])
-    return {file.name: sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
-
-
-def write_safetensors(
-    out: Path,
-    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    blocks: Iterable[torch.Tensor],
-) -> None:
-    """Write one safetensors file from row blocks that come in the order of `specs`, holding one
-    block at a time.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in specs.items():
-        n_bytes = math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, offset + n_bytes],
-        }
-        offset += n_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(out, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        written = sum(file.write(_raw_bytes(block)) for block in blocks)
-    if written != offset:
-        raise OutputError(f"{out}: wrote {written:,} of {offset:,} bytes. The disk may be full.")
-
-
-def _raw_bytes(block: torch.Tensor) -> Any:
-    return block.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def write_sharded(
-    out_dir: Path,
-    prefix: str,
-    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    blocks_of: Callable[[str], Iterable[torch.Tensor]],
-    max_shard_size: int,
-) -> None:
-    """Write tensors as `prefix.safetensors`, or as shards of at most `max_shard_size` bytes with an
-    index.
-    """
-    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
-    size = total = 0
-    for name, (dtype, shape) in specs.items():
-        n_bytes = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + n_bytes > max_shard_size:
-            shards.append({})
-            size = 0
-        shards[-1][name] = (dtype, shape)
-        size += n_bytes
-        total += n_bytes
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
-        file = f"{prefix}{suffix}.safetensors"
-        write_safetensors(
-            out_dir / file, shard, (block for name in shard for block in blocks_of(name))
-        )
-        weight_map.update(dict.fromkeys(shard, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out_dir / f"{prefix}.safetensors.index.json").write_text(
-            json.dumps(index, indent=2), encoding="utf-8"
-        )
-
-
-def copy_beside_weights(source: Path, out: Path) -> None:
-    """Copy config, tokenizer, chat template and licence files of a model."""
-    for pattern in COPIED_BESIDE_WEIGHTS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, out / path.name)
+QUANTISED = "int8"
+STORED_DTYPES = [*DTYPES, QUANTISED]
+TIED_HEAD = "lm_head.weight"  # may be stored on one side only, where it is tied to the embedding
 
 
 # -- vector.json -----------------------------------------------------------------------------------
@@ -231,15 +54,22 @@ class BaseRecord(FileModel):
 
 
 class VectorFile(VersionedFile):
-    """vector.json: what the vector is, where it comes from, how large it is."""
+    """vector.json: what the vector is, where it comes from, how large it is.
+
+    `dtype`, `block_size`, `relative_error` (of the stored delta, in total and by tensor) and
+    `source_files` (sha256 of the weights it was taken from) belong to deltas.
+    """
 
     name: str
     kind: Literal["adapter", "delta", "checkpoint"]
     base: BaseRecord
-    source_files: dict[str, str] | None = None  # sha256 of the weights a delta was taken from
+    source_files: dict[str, str] | None = None
     dtype: str | None = None
+    block_size: int | None = None
     norm: float
     relative_norm: float
+    relative_error: float | None = None
+    relative_errors: dict[str, float] | None = None
     corpus: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     versions: dict[str, str] = {}
@@ -249,12 +79,17 @@ class VectorFile(VersionedFile):
 
 
 class DistributionVector(Protocol):
-    """What merging needs of a vector: its name, the tensors it moves, and rows of its delta in
-    float32.
-    """
+    """What merging needs of a vector: its name, the tensors it moves, and rows of its delta."""
 
-    name: str
-    kind: str
+    @property
+    def name(self) -> str:
+        """Its name in the pool."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """checkpoint, delta or adapter."""
+        ...
 
     @property
     def path(self) -> Path:
@@ -266,20 +101,31 @@ class DistributionVector(Protocol):
         """Tensors with a delta; all others are zero."""
         ...
 
-    def delta(self, name: str, rows: slice) -> "torch.Tensor | LowRank":
-        """Return rows of the delta of a tensor, float32 on the CPU, dense or as the product it is
-        stored as.
+    @property
+    def n_bytes(self) -> int:
+        """Memory it takes when it is loaded."""
+        ...
+
+    def delta(self, name: str, rows: slice, base: torch.Tensor) -> torch.Tensor | LowRank:
+        """Return rows of the delta of a tensor, float32, dense or as the product it is stored as.
+
+        `base` holds the same rows of the base in float32; the result is on its device. Not to be
+        changed by the caller.
         """
         ...
 
+    def loaded(self, device: str) -> "DistributionVector":
+        """Return the vector with its weights in the memory of a device."""
+        ...
 
-@dataclass
+
+@dataclass(frozen=True)
 class CheckpointVector:
     """A whole tuned model; its delta, tuned minus base, is taken in float32 when it is read."""
 
     name: str
-    tuned: Checkpoint
-    base: Checkpoint
+    tuned: Checkpoint | Loaded
+    names: frozenset[str]
     kind: str = "checkpoint"
 
     @property
@@ -287,19 +133,24 @@ class CheckpointVector:
         return self.tuned.path
 
     @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self.base.names) & frozenset(self.tuned.names)
+    def n_bytes(self) -> int:
+        return self.tuned.n_bytes(self.names)
 
-    def delta(self, name: str, rows: slice) -> torch.Tensor:
-        return self.tuned.read(name, rows).float() - self.base.read(name, rows).float()
+    def delta(self, name: str, rows: slice, base: torch.Tensor) -> torch.Tensor:
+        tuned = self.tuned.read_rows(name, rows).to(base.device)
+        return tuned.to(torch.float32, copy=True).sub_(base)
+
+    def loaded(self, device: str) -> "CheckpointVector":
+        return replace(self, tuned=Loaded(self.tuned, self.names, device))
 
 
-@dataclass
+@dataclass(frozen=True)
 class DeltaVector:
-    """Stored deltas, bf16, fp16 or fp32."""
+    """Stored deltas: bf16, fp16, fp32, or int8 with a scale per block."""
 
     name: str
-    stored: Checkpoint
+    stored: Checkpoint | Loaded
+    block_size: int | None = None
     kind: str = "delta"
 
     @property
@@ -308,47 +159,55 @@ class DeltaVector:
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self.stored.names)
+        return frozenset(name for name in self.stored.names if not name.endswith(SCALES))
 
-    def delta(self, name: str, rows: slice) -> torch.Tensor:
-        return self.stored.read(name, rows).float()
+    @property
+    def n_bytes(self) -> int:
+        return self.stored.n_bytes(self.stored.names)
+
+    def delta(self, name: str, rows: slice, base: torch.Tensor) -> torch.Tensor:
+        stored = self.stored.read_rows(name, rows).to(base.device)
+        if self.block_size is None or stored.is_floating_point():
+            return stored.float()
+        scales = self.stored.read_rows(f"{name}{SCALES}", rows).to(base.device)
+        return dequantize(stored, scales, self.block_size)
+
+    def loaded(self, device: str) -> "DeltaVector":
+        return replace(self, stored=Loaded(self.stored, self.stored.names, device))
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """Rows of a delta as a product: scale * (b @ a), with b [rows, r] and a [r, columns] in
-    float32.
-    """
-
-    b: torch.Tensor
-    a: torch.Tensor
-    scale: float
-
-    def dense(self) -> torch.Tensor:
-        """Return the rows as one float32 tensor."""
-        return (self.b @ self.a) * self.scale
-
-    def to(self, device: torch.device) -> "LowRank":
-        """Return the factors on a device."""
-        return LowRank(self.b.to(device), self.a.to(device), self.scale)
-
-
-@dataclass
 class AdapterVector:
-    """A LoRA adapter, kept as float32 factors in memory."""
+    """A LoRA adapter, kept as float32 factors in memory; biases and whole modules as trained."""
 
     name: str
     path: Path
-    factors: dict[str, LowRank] = field(repr=False)
+    parts: dict[str, LowRank | Trained] = field(repr=False)
     kind: str = "adapter"
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self.factors)
+        return frozenset(self.parts)
 
-    def delta(self, name: str, rows: slice) -> LowRank:
-        whole = self.factors[name]
-        return LowRank(whole.b[rows], whole.a, whole.scale)
+    @property
+    def n_bytes(self) -> int:
+        return sum(part.n_bytes for part in self.parts.values())
+
+    def delta(self, name: str, rows: slice, base: torch.Tensor) -> torch.Tensor | LowRank:
+        part = self.parts[name]
+        if isinstance(part, LowRank):
+            return LowRank(part.b[rows], part.a, part.scale).to(base.device)
+        return (
+            matrix_rows(part.tensor, rows).to(base.device).to(torch.float32, copy=True).sub_(base)
+        )
+
+    def loaded(self, device: str) -> "AdapterVector":
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
+
+
+def dense(delta: torch.Tensor | LowRank) -> torch.Tensor:
+    """Return rows of a delta as a tensor, however they are stored."""
+    return delta.dense() if isinstance(delta, LowRank) else delta
 
 
 # -- opening ---------------------------------------------------------------------------------------
@@ -367,19 +226,20 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     if record is not None and record.base.files != weight_files(base.path):
         raise ModelError(
             f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights "
-            "differ from those of "
-            f"base_model {base.reference}. Retrain it from this base, or drop it."
+            f"differ from those of base_model {base.reference}. Retrain it from this base, or drop "
+            "it."
         )
     vector: DistributionVector
     if (resolved.path / "adapter_config.json").exists():
         if record is None:
             _check_declared_base(name, resolved.path, base)
-        vector = AdapterVector(name, resolved.path, _read_factors(resolved.path, checkpoint, name))
+        vector = AdapterVector(name, resolved.path, read_adapter(resolved.path, checkpoint, name))
     elif record is not None and record.kind == "delta":
-        vector = DeltaVector(name, Checkpoint(resolved.path))
+        vector = _open_delta(name, resolved.path, record)
     else:
-        vector = CheckpointVector(name, Checkpoint(resolved.path), checkpoint)
-        _check_same_tensors(name, vector.tuned, checkpoint)
+        tuned = Checkpoint(resolved.path)
+        _check_same_tensors(name, tuned, checkpoint)
+        vector = CheckpointVector(name, tuned, _merged_names(tuned, checkpoint))
     _check_shapes(vector, checkpoint)
     return vector
 
@@ -391,10 +251,29 @@ def read_record(path: Path) -> VectorFile | None:
         return None
     try:
         return VectorFile.model_validate_json(file.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise ModelError(
-            f"{file}: not a vector.json of format version 1 ({error.errors()[0]['msg']})."
-        ) from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.reason
+        raise ModelError(f"{file}: not a vector.json of format version 1 ({reason}).") from None
+
+
+def _open_delta(name: str, path: Path, record: VectorFile) -> DeltaVector:
+    if record.dtype != QUANTISED:
+        return DeltaVector(name, Checkpoint(path))
+    stored, block_size = Checkpoint(path, "vector"), record.block_size or 0
+    for tensor in stored.names:
+        if tensor.endswith(SCALES) or stored.dtype(tensor) != torch.int8:
+            continue
+        *rows, n = stored.shape(tensor)
+        expected = (*rows, n_blocks(n, block_size)) if block_size > 0 else None
+        scales = f"{tensor}{SCALES}"
+        found = stored.shape(scales) if scales in stored.names else None
+        if found is None or found != expected:
+            raise ModelError(
+                f"vector {name!r} ({path}): tensor {tensor!r} has scales of shape {found}; "
+                f"block_size {record.block_size} of vector.json makes it {expected}. Fetch it "
+                "again."
+            )
+    return DeltaVector(name, stored, block_size)
 
 
 def _check_declared_base(name: str, path: Path, base: ResolvedModel) -> None:
@@ -411,16 +290,33 @@ def _check_declared_base(name: str, path: Path, base: ResolvedModel) -> None:
 
 def _check_same_tensors(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
     """A checkpoint must have the tensors of the base; a tied head may be on one side only."""
-    optional = {"lm_head.weight"}
-    missing = sorted(set(base.names) - set(tuned.names) - optional)
-    extra = sorted(set(tuned.names) - set(base.names) - optional)
+    missing = sorted(set(base.names) - set(tuned.names) - {TIED_HEAD})
+    extra = sorted(set(tuned.names) - set(base.names) - {TIED_HEAD})
     if missing or extra:
         raise ModelError(
             f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} "
-            "tensors are missing "
-            f"(first: {missing[:1]}), {len(extra)} are unknown (first: {extra[:1]}). Use a model "
-            "of the same architecture."
+            f"tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: "
+            f"{extra[:1]}). Use a model of the same architecture."
         )
+    for tensor in set(base.names) & set(tuned.names):
+        kinds = tuned.dtype(tensor), base.dtype(tensor)
+        if kinds[0].is_floating_point != kinds[1].is_floating_point:
+            raise ModelError(
+                f"vector {name!r} ({tuned.path}): tensor {tensor!r} is {kinds[0]}, in the base it "
+                f"is {kinds[1]}. Quantised models cannot be merged; use the full weights."
+            )
+        if not kinds[1].is_floating_point and not torch.equal(
+            tuned.read(tensor), base.read(tensor)
+        ):
+            raise ModelError(
+                f"vector {name!r} ({tuned.path}): tensor {tensor!r} of {kinds[1]} differs from the "
+                "base, and whole numbers cannot be merged. Use a fine-tune that left it alone."
+            )
+
+
+def _merged_names(tuned: Checkpoint, base: Checkpoint) -> frozenset[str]:
+    both = set(base.names) & set(tuned.names)
+    return frozenset(name for name in both if base.dtype(name).is_floating_point)
 
 
 def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
@@ -430,15 +326,14 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
             raise ModelError(
                 f"vector {vector.name!r}: tensor {name!r} is not in the base {base.path}."
             )
-        found = _shape_of(vector, name, base)
+        found = _shape_of(vector, name)
         if found == base.shape(name):
             continue
         hint = "Give a vector trained from this base."
         if "embed" in name or "lm_head" in name:
             hint = (
                 "The vocabularies differ: the fine-tune added or removed tokens. Align them with "
-                "mergekit's "
-                "`tokenizer:` through `optimer merge` first."
+                "mergekit's `tokenizer:` through `optimer merge` first."
             )
         raise ModelError(
             f"vector {vector.name!r}: tensor {name!r} has shape {list(found)}, the base has "
@@ -446,97 +341,42 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
         )
 
 
-def _shape_of(vector: DistributionVector, name: str, base: Checkpoint) -> tuple[int, ...]:
+def _shape_of(vector: DistributionVector, name: str) -> tuple[int, ...]:
     if isinstance(vector, CheckpointVector):
         return vector.tuned.shape(name)
     if isinstance(vector, DeltaVector):
         return vector.stored.shape(name)
     assert isinstance(vector, AdapterVector)
-    factors = vector.factors[name]
-    return factors.b.shape[0], factors.a.shape[1]
-
-
-def _read_factors(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank]:
-    """Read a PEFT LoRA adapter as factors by base tensor name; refuse what is not B @ A."""
-    from peft import LoraConfig, PeftConfig
-    from peft.utils.other import get_pattern_key
-
-    config = PeftConfig.from_pretrained(str(path))
-    if not isinstance(config, LoraConfig):
-        raise ModelError(
-            f"vector {name!r} ({path}): a {config.peft_type} adapter; only LoRA is linear in its "
-            "delta."
-        )
-    for option, reason in (
-        (
-            config.use_dora,
-            "DoRA rescales the merged weight, so its delta depends on the other vectors",
-        ),
-        (config.modules_to_save, "modules_to_save replaces whole modules"),
-        (config.bias != "none", "trained biases are not part of B @ A"),
-        (
-            moves_base(config.init_lora_weights),
-            f"init_lora_weights {config.init_lora_weights!r} rewrites the base weights",
-        ),
-    ):
-        if option:
-            raise ModelError(
-                f"vector {name!r} ({path}): {reason}. Merge it into its base and give the "
-                "checkpoint."
-            )
-    stored = Checkpoint(path, "adapter_model*.safetensors")
-    factors: dict[str, LowRank] = {}
-    for key in stored.names:
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ModelError(
-                f"vector {name!r} ({path}): tensor {key!r} is not a LoRA factor of a linear layer."
-            )
-        partner = (
-            key.replace(".lora_B.", ".lora_A.")
-            if ".lora_B." in key
-            else key.replace(".lora_A.", ".lora_B.")
-        )
-        if partner not in stored.names:
-            raise ModelError(
-                f"vector {name!r} ({path}): tensor {partner!r} is missing. Fetch the adapter again."
-            )
-        if key.endswith(".lora_B.weight"):
-            continue
-        a = stored.read(key).float()
-        b = stored.read(key.replace(".lora_A.", ".lora_B.")).float()
-        rank_key = get_pattern_key(list(config.rank_pattern), module)
-        alpha_key = get_pattern_key(list(config.alpha_pattern), module)
-        rank = config.rank_pattern.get(rank_key, config.r)
-        alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
-        scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-        if config.fan_in_fan_out:  # the layer stores its weight input-first: (b @ a).T
-            a, b = b.T.contiguous(), a.T.contiguous()
-        factors[f"{module}.weight"] = LowRank(b, a, scale)
-    return factors
+    return vector.parts[name].shape
 
 
 # -- size and storage ------------------------------------------------------------------------------
 
 
-def dense(delta: torch.Tensor | LowRank) -> torch.Tensor:
-    """Return rows of a delta as a tensor, however they are stored."""
-    return delta.dense() if isinstance(delta, LowRank) else delta
+def blocks_of(
+    vector: DistributionVector, base: Checkpoint, name: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield delta and base of one tensor in float32, row block by row block."""
+    for rows in row_blocks(base.shape(name)):
+        base_rows = base.read_rows(name, rows).float()
+        yield dense(vector.delta(name, rows, base_rows)), base_rows
 
 
 def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
     """Return the Frobenius norm of the delta, and that norm over the norm of the base tensors it
     moves.
+
+    Raises ModelError, naming the tensor, when the delta is not finite.
     """
     squares = base_squares = 0.0
     for name in sorted(vector.names):
-        for rows in row_blocks(base.shape(name)):
-            squares += dense(vector.delta(name, rows)).double().square().sum().item()
-            base_squares += base.read(name, rows).double().square().sum().item()
-    if not math.isfinite(squares):
-        raise ModelError(
-            f"vector {vector.name!r}: its delta holds NaN or infinite values. Retrain it."
-        )
+        here = 0.0
+        for delta, base_rows in blocks_of(vector, base, name):
+            here += _squares(delta)
+            base_squares += _squares(base_rows)
+        if not math.isfinite(here):
+            raise not_finite(vector, name)
+        squares += here
     relative = math.sqrt(squares / max(base_squares, 1e-30))
     if relative > 1:
         logger.warning(
@@ -545,6 +385,18 @@ def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
             100 * relative,
         )
     return math.sqrt(squares), relative
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    return tensor.double().square().sum().item()
+
+
+def not_finite(vector: DistributionVector, name: str) -> ModelError:
+    """Return the error of a vector with NaN or infinite values in a tensor."""
+    return ModelError(
+        f"vector {vector.name!r}: its delta holds NaN or infinite values (tensor {name!r}). "
+        "Retrain it, or drop it."
+    )
 
 
 def describe(
@@ -563,9 +415,7 @@ def describe(
     record = VectorFile(
         name=name,
         kind=kind,
-        base=BaseRecord(
-            reference=base.reference, commit=base.commit, files=weight_files(base.path)
-        ),
+        base=_base_record(base),
         norm=norm,
         relative_norm=relative_norm,
         corpus=training.get("corpus"),
@@ -576,49 +426,135 @@ def describe(
     return record
 
 
+def _base_record(base: ResolvedModel) -> BaseRecord:
+    return BaseRecord(reference=base.reference, commit=base.commit, files=weight_files(base.path))
+
+
 def extract(
     vector: DistributionVector,
     base: ResolvedModel,
     out: Path,
     *,
     dtype: str = "bfloat16",
+    block_size: int = BLOCK_SIZE,
     max_shard_size: int = 5 * 10**9,
 ) -> VectorFile:
-    """Write a vector as a delta directory: a tensor for every one of the base, zeros where nothing
-    moved.
+    """Write a vector as a delta directory and return its record, with the relative error of what
+    was stored.
 
-    A delta keeps its own exponent, so bfloat16 costs 2^-9 of the delta; bfloat16 *checkpoints* cost
-    half of it.
+    In a floating-point dtype it has a tensor for every one of the base (zeros where nothing moved),
+    so that mergekit reads it as a model; in `int8`, with a scale for every `block_size` numbers, it
+    has the moved ones only. A delta keeps its own exponent, so bfloat16 costs 2^-9 of it. Memory: a
+    few row blocks.
     """
     checkpoint = Checkpoint(base.path)
-    moved = vector.names
-    stored_dtype = DTYPES[dtype]
-    specs = {name: (stored_dtype, checkpoint.shape(name)) for name in checkpoint.names}
-
-    def blocks_of(name: str) -> Iterator[torch.Tensor]:
-        shape = checkpoint.shape(name)
-        for rows in row_blocks(shape):
-            if name in moved:
-                yield dense(vector.delta(name, rows)).to(stored_dtype)
-            else:
-                n_rows = () if not shape else (rows.stop - rows.start, *shape[1:])
-                yield torch.zeros(n_rows, dtype=stored_dtype)
-
     norm, relative_norm = norms(vector, checkpoint)
     with staged_directory(out) as staging:
-        write_sharded(staging, "model", specs, blocks_of, max_shard_size)
-        copy_beside_weights(base.path, staging)
+        if dtype == QUANTISED:
+            _write_quantised(vector, checkpoint, staging, block_size, max_shard_size)
+            stored = DeltaVector(vector.name, Checkpoint(staging, "vector"), block_size)
+        else:
+            _write_dense(vector, checkpoint, staging, DTYPES[dtype], max_shard_size)
+            stored = DeltaVector(vector.name, Checkpoint(staging))
+            copy_beside_weights(base.path, staging)
+        total, errors = relative_errors(vector, stored, checkpoint)
         record = VectorFile(
             name=vector.name,
             kind="delta",
-            base=BaseRecord(
-                reference=base.reference, commit=base.commit, files=weight_files(base.path)
-            ),
+            base=_base_record(base),
             source_files=weight_files(vector.path),
             dtype=dtype,
+            block_size=block_size if dtype == QUANTISED else None,
             norm=norm,
             relative_norm=relative_norm,
+            relative_error=total,
+            relative_errors=errors,
             versions={package: version(package) for package in ("torch", "safetensors")},
         )
         record.write(staging / "vector.json")
     return record
+
+
+def extract_any_adapter(
+    name: str, adapter: ResolvedModel, base: ResolvedModel, out: Path, **options: Any
+) -> VectorFile:
+    """Write an adapter of any type that PEFT can merge (DoRA, IA3, ...) as a delta directory.
+
+    Holds the whole model in memory, in float32. `options` are those of `extract`.
+    """
+    with merged_by_peft(adapter.path, base.path) as merged:
+        vector = open_vector(name, str(merged), base)
+        record = extract(vector, base, out, **options)
+    record = record.model_copy(update={"source_files": weight_files(adapter.path)})
+    record.write(out / "vector.json")
+    return record
+
+
+def _write_dense(
+    vector: DistributionVector,
+    base: Checkpoint,
+    out: Path,
+    dtype: torch.dtype,
+    max_shard_size: int,
+) -> None:
+    moved = vector.names
+
+    def rows_of(name: str, rows: slice) -> torch.Tensor:
+        base_rows = base.read_rows(name, rows)
+        if name not in moved:
+            return torch.zeros(base_rows.shape, dtype=dtype)
+        return dense(vector.delta(name, rows, base_rows.float())).to(dtype)
+
+    specs = {name: (dtype, base.shape(name)) for name in base.names}
+    write_sharded(out, "model", specs, rows_of, max_shard_size)
+
+
+def _write_quantised(
+    vector: DistributionVector, base: Checkpoint, out: Path, block_size: int, max_shard_size: int
+) -> None:
+    """Write int8 numbers and scales; tensors of one dimension (norms, biases) stay in float32."""
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name in sorted(vector.names):
+        shape = base.shape(name)
+        if len(shape) < 2:
+            specs[name] = (torch.float32, shape)
+            continue
+        specs[name] = (torch.int8, shape)
+        scales_shape = (*shape[:-1], n_blocks(shape[-1], block_size))
+        specs[f"{name}{SCALES}"] = (torch.bfloat16, scales_shape)
+
+    def delta_rows(name: str, rows: slice) -> torch.Tensor:
+        return dense(vector.delta(name, rows, base.read_rows(name, rows).float()))
+
+    def rows_of(key: str, rows: slice) -> torch.Tensor:
+        if not key.endswith(SCALES):
+            delta = delta_rows(key, rows)
+            return delta if delta.dim() < 2 else quantize(delta, block_size)[0]
+        name = key.removesuffix(SCALES)
+        _, columns = matrix_shape(base.shape(name))
+        parts = [  # a block of scales stands for many blocks of the delta
+            slice(rows.start + part.start, rows.start + part.stop)
+            for part in row_blocks((rows.stop - rows.start, columns))
+        ]
+        return torch.cat([quantize(delta_rows(name, part), block_size)[1] for part in parts])
+
+    write_sharded(out, "vector", specs, rows_of, max_shard_size)
+
+
+def relative_errors(
+    vector: DistributionVector, stored: DistributionVector, base: Checkpoint
+) -> tuple[float, dict[str, float]]:
+    """Return |stored - vector| / |vector| in total and by tensor (0 where nothing moved)."""
+    squares = error_squares = 0.0
+    by_tensor = {}
+    for name in sorted(vector.names):
+        here = error_here = 0.0
+        for rows in row_blocks(base.shape(name)):
+            base_rows = base.read_rows(name, rows).float()
+            exact = dense(vector.delta(name, rows, base_rows))
+            here += _squares(exact)
+            error_here += _squares(dense(stored.delta(name, rows, base_rows)) - exact)
+        by_tensor[name] = math.sqrt(error_here / here) if here else 0.0
+        squares += here
+        error_squares += error_here
+    return math.sqrt(error_squares / squares) if squares else 0.0, by_tensor

@@ -20,7 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from optimer_hf.checkpoint import Checkpoint, matrix_shape
 from optimer_hf.convert import ResolvedModel
+from optimer_hf.vector import dense
 
 PAD, EOS, BOS = 0, 1, 2
 VOCABULARY = 3 + 256
@@ -84,6 +86,17 @@ def tiny_model(kind: str = "gemma", *, seed: int = 0, dtype: torch.dtype = torch
                 if "norm" in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.to(dtype)
+
+
+def delta_rows(vector, base: ResolvedModel, name: str, rows: slice) -> torch.Tensor:
+    base_rows = Checkpoint(base.path).read_rows(name, rows).float()
+    return dense(vector.delta(name, rows, base_rows))
+
+
+def whole_delta(vector, base: ResolvedModel, name: str) -> torch.Tensor:
+    """Return the delta of a tensor in the matrix form."""
+    shape = Checkpoint(base.path).shape(name)
+    return delta_rows(vector, base, name, slice(0, matrix_shape(shape)[0]))
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +173,7 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory):
         peft_model = get_peft_model(model, config)
         with torch.no_grad():
             for name, parameter in peft_model.named_parameters():
-                if "lora_B" in name:
+                if "lora_B" in name or "lora_embedding_A" in name:
                     parameter.normal_(std=0.05)
         out = tmp_path_factory.mktemp(f"adapter-{seed}")
         peft_model.save_pretrained(out)

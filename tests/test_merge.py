@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimer_hf import vector as vector_module
+from optimer_hf import checkpoint as checkpoint_module
+from optimer_hf.adapter import LowRank
+from optimer_hf.checkpoint import Checkpoint
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import staged_directory
@@ -29,7 +31,7 @@ from optimer_hf.merge import (
     vanilla_config,
     write_merged,
 )
-from optimer_hf.vector import Checkpoint, LowRank, extract, open_vector
+from optimer_hf.vector import extract, open_vector
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -383,7 +385,7 @@ def test_small_row_blocks_give_the_same_bits_for_dense_vectors(pool, tmp_path, m
     base, sources = pool("gemma", "checkpoint", torch.bfloat16)
     weights = {"ja": 0.7, "math": 0.2}
     write_merged(base, open_pool(base, sources), weights, tmp_path / "whole")
-    monkeypatch.setattr(vector_module, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(checkpoint_module, "CHUNK_ELEMENTS", 100)
     write_merged(base, open_pool(base, sources), weights, tmp_path / "blocks")
     assert_same_bits(read_all(tmp_path / "blocks"), read_all(tmp_path / "whole"))
 
@@ -436,15 +438,15 @@ from optimer_hf.merge import write_merged
 from optimer_hf.vector import CheckpointVector, open_vector
 
 class Stalling(CheckpointVector):
-    def delta(self, name, rows):
+    def delta(self, name, rows, base):
         if name == "model.layers.1.mlp.up_proj.weight":
             print("in the middle", flush=True)
             time.sleep(600)
-        return super().delta(name, rows)
+        return super().delta(name, rows, base)
 
 base, tuned, out = map(Path, sys.argv[1:])
 vector = open_vector("ja", str(tuned), ResolvedModel(base, "base"))
-stalling = Stalling(vector.name, vector.tuned, vector.base)
+stalling = Stalling(vector.name, vector.tuned, vector.names)
 write_merged(ResolvedModel(base, "base"), [stalling], {"ja": 1.0}, out, max_shard_size=8000)
 """
 

@@ -7,12 +7,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import sha256_file
 from optimer_hf.merge import write_merged
 from optimer_hf.recipe import Lock, RecipeFile, _delta_directory, build, verify
-from optimer_hf.vector import Checkpoint, extract, open_vector, weight_files
+from optimer_hf.vector import extract, open_vector
 
 WEIGHTS = {"ja": 0.8, "math": -0.35, "it": 1.0}
 

@@ -9,12 +9,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from optimer_hf import vector as vector_module
+from optimer_hf import checkpoint as checkpoint_module
+from optimer_hf.checkpoint import DTYPES, Checkpoint
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ModelError
 from optimer_hf.merge import write_merged
 from optimer_hf.resident import ResidentModel
-from optimer_hf.vector import DTYPES, Checkpoint, extract, open_vector
+from optimer_hf.vector import extract, open_vector
 
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 WEIGHTS = {"ja": 0.8, "math": -0.35, "it": 1.0}
@@ -106,7 +107,7 @@ def test_the_resident_model_equals_the_written_one_bit_for_bit(
 def test_both_ways_agree_when_tensors_take_many_row_blocks(
     open_pool, kind, vectors, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(vector_module, "CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(checkpoint_module, "CHUNK_ELEMENTS", 200)
     base, pool = open_pool(kind, "bfloat16", vectors)
     resident = ResidentModel(base, pool, dtype="bfloat16")
     resident.set_weights(WEIGHTS)

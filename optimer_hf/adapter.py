@@ -1,0 +1,259 @@
+"""A PEFT adapter -> the delta of every tensor it moves, kept as small as it is stored.
+
+LoRA factors stay factors (`LowRank`): a row block of B times A is multiplied straight into the
+merge. What is not a product (biases, whole modules saved beside it) comes as it is stored, to be
+compared with the base when it is read. Adapters whose delta is not of that form (DoRA, IA3, LoHa,
+OFT ...) are merged by PEFT itself, on request.
+"""
+
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimer_hf.checkpoint import Checkpoint
+from optimer_hf.convert import moves_base
+from optimer_hf.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+PARTNERS = {
+    "lora_A": "lora_B",
+    "lora_B": "lora_A",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora_embedding_B": "lora_embedding_A",
+}
+MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Rows of a delta as a product: scale * (b @ a), with b [rows, r] and a [r, columns] in
+    float32.
+    """
+
+    b: torch.Tensor
+    a: torch.Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the product."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the factors."""
+        return self.b.nbytes + self.a.nbytes
+
+    def dense(self) -> torch.Tensor:
+        """Return the rows as one float32 tensor."""
+        return (self.b @ self.a) * self.scale
+
+    def to(self, device: torch.device | str) -> "LowRank":
+        """Return the factors on a device."""
+        return LowRank(self.b.to(device), self.a.to(device), self.scale)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A tensor as it is after training, in the dtype of the file; its delta is itself minus the
+    base.
+    """
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the tensor."""
+        return self.tensor.nbytes
+
+    def to(self, device: torch.device | str) -> "Trained":
+        """Return the tensor on a device."""
+        return Trained(self.tensor.to(device))
+
+
+def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank | Trained]:
+    """Read a PEFT LoRA adapter by base tensor name; refuse what is not a sum of products and
+    trained tensors.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error})."
+        ) from None
+    if not isinstance(config, LoraConfig):
+        raise ModelError(
+            f"vector {name!r} ({path}): a {config.peft_type} adapter; only LoRA is linear in its "
+            f"delta. {MATERIALISE}"
+        )
+    _refuse_nonlinear(config, path, name)
+    stored = Checkpoint(path, "adapter_model")
+    found: dict[str, LowRank | Trained] = {}
+    for key in stored.names:
+        target, part = _target_of(key)
+        if part == "A":
+            found[target] = _product(stored, key, config, name)
+        elif part == "B":
+            _partner(stored, key, name)
+        elif part == "B.bias":
+            found[target] = _moved_bias(stored, key, base, target, config, name)
+        elif part == "trained":
+            found[target] = Trained(stored.read(key))
+        else:
+            raise ModelError(
+                f"vector {name!r} ({path}): tensor {key!r} is not a LoRA factor of a linear or "
+                f"embedding layer. {MATERIALISE}"
+            )
+    _refuse_untied(found, base, path, name)
+    return found
+
+
+def _refuse_nonlinear(config: Any, path: Path, name: str) -> None:
+    for option, reason in (
+        (
+            config.use_dora,
+            "DoRA rescales the merged weight, so its delta depends on the other vectors",
+        ),
+        (
+            moves_base(config.init_lora_weights),
+            f"init_lora_weights {config.init_lora_weights!r} rewrites the base weights",
+        ),
+        (
+            getattr(config, "target_parameters", None),
+            "target_parameters adapts stacked expert weights",
+        ),
+    ):
+        if option:
+            raise ModelError(f"vector {name!r} ({path}): {reason}. {MATERIALISE}")
+
+
+def _target_of(key: str) -> tuple[str, str]:
+    """Return the base tensor a stored tensor belongs to, and its part: A, B, B.bias, trained, or
+    nothing known.
+    """
+    module = key.removeprefix("base_model.model.")
+    for suffix, part in (
+        (".lora_A.weight", "A"),
+        (".lora_embedding_A", "A"),
+        (".lora_B.weight", "B"),
+        (".lora_embedding_B", "B"),
+    ):
+        if module.endswith(suffix):
+            return f"{module.removesuffix(suffix)}.weight", part
+    if module.endswith(".lora_B.bias"):
+        return f"{module.removesuffix('.lora_B.bias')}.bias", "B.bias"
+    if "lora_" in module:
+        return module, ""
+    return module.replace(".base_layer.", "."), "trained"
+
+
+def _partner(stored: Checkpoint, key: str, name: str) -> str:
+    """Return the other factor of a product."""
+    factor = next(part for part in key.split(".") if part in PARTNERS)
+    partner = key.replace(f".{factor}", f".{PARTNERS[factor]}")
+    if partner not in stored.names:
+        raise ModelError(
+            f"vector {name!r} ({stored.path}): tensor {partner!r} is missing. Fetch the adapter "
+            "again."
+        )
+    return partner
+
+
+def _product(stored: Checkpoint, key: str, config: Any, name: str) -> LowRank:
+    partner = _partner(stored, key, name)
+    a, b = stored.read(key).float(), stored.read(partner).float()
+    module = key.removeprefix("base_model.model.").split(".lora_")[0]
+    if a.dim() != 2 or b.dim() != 2:
+        raise ModelError(
+            f"vector {name!r} ({stored.path}): tensor {key!r} has {a.dim()} dimensions; only "
+            f"linear and embedding layers are products of two matrices. {MATERIALISE}"
+        )
+    # embeddings and Conv1D layers store their weight input-first: (b @ a).T
+    if "lora_embedding_A" in key or config.fan_in_fan_out:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    return LowRank(b, a, _scale(config, module))
+
+
+def _moved_bias(
+    stored: Checkpoint, key: str, base: Checkpoint, target: str, config: Any, name: str
+) -> Trained:
+    if target not in base.names:
+        raise ModelError(f"vector {name!r} ({stored.path}): tensor {target!r} is not in the base.")
+    scale = _scale(config, target.removesuffix(".bias"))
+    return Trained(base.read(target).float() + scale * stored.read(key).float())
+
+
+def _scale(config: Any, module: str) -> float:
+    from peft.utils.other import get_pattern_key
+
+    rank_key = get_pattern_key(list(config.rank_pattern), module)
+    alpha_key = get_pattern_key(list(config.alpha_pattern), module)
+    rank = config.rank_pattern.get(rank_key, config.r)
+    alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
+    return float(alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)
+
+
+def _refuse_untied(
+    found: dict[str, LowRank | Trained], base: Checkpoint, path: Path, name: str
+) -> None:
+    """Refuse a head of its own beside a base whose head is its embedding."""
+    if "lm_head.weight" in found and "lm_head.weight" not in base.names:
+        raise ModelError(
+            f"vector {name!r} ({path}): adapts lm_head, but the base ties it to the embedding, so "
+            "the two would part. Train without lm_head and embed_tokens in target_modules and "
+            "modules_to_save, or with full parameters."
+        )
+    tied = "lm_head.weight" not in base.names
+    for target, delta in found.items():
+        if tied and isinstance(delta, Trained) and "embed_tokens" in target:
+            raise ModelError(
+                f"vector {name!r} ({path}): saved a copy of the tied embedding "
+                "(modules_to_save), which unties it from the head. Train the embedding with full "
+                "parameters, or leave it out."
+            )
+
+
+# -- through PEFT ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
+    """Yield a temporary float32 checkpoint: base plus any adapter that PEFT can merge.
+
+    Holds the whole model in memory, in float32. Raises ModelError for adapters without a merge.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    saved = set(config.get("modules_to_save") or [])
+    if tied and saved & {"embed_tokens", "lm_head"}:
+        raise ModelError(
+            f"{adapter}: modules_to_save {sorted(saved)} unties the tied embedding of the base. "
+            "Train the embedding with full parameters, or leave it out."
+        )
+    try:
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{adapter}: PEFT cannot merge this adapter ({error}).") from error
+    with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
+        merged.save_pretrained(folder)
+        yield Path(folder)

@@ -1,0 +1,405 @@
+"""Tensors on disk: a safetensors directory read and written a few rows at a time.
+
+A directory of any model comes in, rows of its tensors by name go out; row blocks come in, shards
+with their index go out. Headers are checked by the safetensors library; bytes are read with plain
+reads and not through a memory map, so that memory stays at a few blocks whatever the size of the
+model, and a file that shrinks meanwhile is an error and not a crash.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from optimer_hf.errors import ModelError, OutputError
+from optimer_hf.files import sha256_file
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ELEMENTS = 2**18  # of one row block: 1 MiB in float32, so that a sum stays in a CPU's cache
+GPU_CHUNK_ELEMENTS = 2**26
+BLOCKS_AHEAD = 4  # computed before they are written, per thread
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAFETENSORS_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+TORCH_DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
+INDEX = ".safetensors.index.json"
+COPIED_BESIDE_WEIGHTS = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+]
+
+T = TypeVar("T")
+# name -> dtype and shape of every tensor of a model, in the order they are written
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies, and the state of its file when the header was read."""
+
+    file: Path
+    label: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+    state: tuple[int, int]
+
+
+class Checkpoint:
+    """The tensors of a safetensors directory, single-file or sharded, read lazily."""
+
+    def __init__(self, path: Path, prefix: str = "model") -> None:
+        """Read the headers of `path`: the shards its index names, else PREFIX.safetensors, else
+        every safetensors file.
+
+        Raises ModelError for missing, damaged or pickled weights, and for an index and shards that
+        disagree.
+        """
+        self.path = path
+        self._stored: dict[str, _Stored] = {}
+        index = path / f"{prefix}{INDEX}"
+        weight_map = _read_index(index) if index.exists() else None
+        for file in _weights_files(path, prefix, weight_map):
+            for name, stored in _read_header(file).items():
+                if name in self._stored:
+                    raise ModelError(
+                        f"{file}: tensor {name!r} is in two weights files. Remove the stale file."
+                    )
+                self._stored[name] = stored
+        for name, file_name in (weight_map or {}).items():
+            if name not in self._stored or self._stored[name].file.name != file_name:
+                raise ModelError(
+                    f"{path / file_name}: lacks tensor {name!r}, which {index.name} says is there. "
+                    "Fetch both again."
+                )
+        for name in self._stored:
+            if weight_map is not None and name not in weight_map:
+                raise ModelError(
+                    f"{self._stored[name].file}: holds tensor {name!r}, which {index.name} does "
+                    "not know. Fetch both again."
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self._stored[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor, from the header; ModelError when it is none that can be merged."""
+        label = self._stored[name].label
+        if label not in TORCH_DTYPES:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} has dtype {label}, which cannot be merged."
+            )
+        return TORCH_DTYPES[label]
+
+    def n_bytes(self, names: Iterable[str]) -> int:
+        """Size of some tensors in the dtype of the file."""
+        return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in names)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a whole tensor in the dtype of the file, as fresh memory."""
+        shape = self.shape(name)
+        n_rows = matrix_shape(shape)[0]
+        return self.read_rows(name, slice(0, n_rows)).view(shape)
+
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Return rows of the matrix form of a tensor, see `matrix_shape`."""
+        stored, dtype = self._stored[name], self.dtype(name)
+        _, *columns = matrix_shape(stored.shape)
+        shape = (rows.stop - rows.start, *columns)
+        row_bytes = math.prod(columns) * dtype.itemsize
+        buffer = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
+        _read_into(buffer, stored, stored.offset + rows.start * row_bytes)
+        return buffer.view(dtype).view(shape)
+
+
+class Loaded:
+    """Some tensors of a checkpoint in the memory of a device, read in the same way."""
+
+    def __init__(self, source: "Checkpoint | Loaded", names: Iterable[str], device: str) -> None:
+        self.path: Path = source.path
+        self._tensors = {name: source.read(name).to(device) for name in names}
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor."""
+        return self._tensors[name].dtype
+
+    def n_bytes(self, names: Iterable[str]) -> int:
+        """Size of some tensors."""
+        return sum(self._tensors[name].nbytes for name in names)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor itself, not a copy."""
+        return self._tensors[name]
+
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Return rows of the matrix form of a tensor, not a copy."""
+        return matrix_rows(self._tensors[name], rows)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor as a matrix: its last axis, and all others as rows.
+
+    Vectors stay vectors, whose rows are their elements; a scalar is a vector of one. Stacked expert
+    weights become as many rows as their experts have together, so that a block of rows is small.
+    """
+    if len(shape) <= 1:
+        return (math.prod(shape),)
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def matrix_rows(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Return a view of rows of the matrix form of a tensor."""
+    return tensor.view(matrix_shape(tuple(tensor.shape)))[rows]
+
+
+def _weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | None) -> list[Path]:
+    if weight_map is not None:
+        return [path / file for file in sorted(set(weight_map.values()))]
+    if (path / f"{prefix}.safetensors").exists():
+        return [path / f"{prefix}.safetensors"]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
+        hint = " It holds pickled weights; convert them to safetensors first." if pickles else ""
+        raise ModelError(f"{path}: no safetensors weights in this directory.{hint}")
+    return files
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(
+            f"{index}: not an index of safetensors shards (no `weight_map`). Fetch it again."
+        ) from None
+    for file in files.values():
+        if Path(file).name != file:
+            raise ModelError(f"{index}: names {file!r}, which is not a file beside it.")
+        if not (index.parent / file).is_file():
+            raise ModelError(f"{index.parent / file}: missing shard. Fetch it again.")
+    return files
+
+
+def _read_header(file: Path) -> dict[str, _Stored]:
+    """Return the tensors of one file; the library checks the header, duplicates are ours to see."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+        with open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            text = opened.read(size)
+            status = os.fstat(opened.fileno())
+        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{file}: not a readable safetensors file ({error}). Fetch it again."
+        ) from None
+    entries.pop("__metadata__", None)
+    return {
+        name: _Stored(
+            file,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            8 + size + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            (status.st_size, status.st_mtime_ns),
+        )
+        for name, entry in entries.items()
+    }
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"its header names {twice!r} twice")
+    return found
+
+
+def _read_into(buffer: torch.Tensor, stored: _Stored, offset: int) -> None:
+    view = buffer.numpy().data
+    try:
+        with open(stored.file, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != stored.state:
+                raise ModelError(f"{stored.file}: was changed while it was read. Run it again.")
+            file.seek(offset)
+            done = 0
+            while done < len(view):
+                n_read = file.readinto(view[done:])
+                if not n_read:
+                    raise ModelError(f"{stored.file}: ends too early. Fetch it again.")
+                done += n_read
+    except OSError as error:
+        raise ModelError(f"{stored.file}: cannot be read ({error.strerror}).") from None
+
+
+def row_blocks(shape: tuple[int, ...], device: str = "cpu") -> list[slice]:
+    """Split the rows of a tensor's matrix form into blocks (>= 1 row) that suit a device."""
+    n_rows, *columns = matrix_shape(shape)
+    n_elements = CHUNK_ELEMENTS if device == "cpu" else GPU_CHUNK_ELEMENTS
+    step = max(1, n_elements // max(1, math.prod(columns)))
+    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+
+def weight_files(path: Path) -> dict[str, str]:
+    """Return file name -> sha256 of the weights in a directory: the identity of a model."""
+    record = path / "conversion.json"
+    if record.exists():
+        return dict(json.loads(record.read_text(encoding="utf-8"))["sha256"])
+    return {file.name: sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
+
+
+# -- computing -------------------------------------------------------------------------------------
+
+
+def computed_ahead(
+    function: Callable[[str, slice], T], arguments: Iterable[tuple[str, slice]]
+) -> Iterator[T]:
+    """Yield function(*argument) in order, computed by as many threads as torch uses, a few ahead.
+
+    Every thread computes whole blocks alone. That is faster than all threads at one block, who wait
+    for each other after every operation, and gives the same bits for any number of threads.
+    """
+    n_threads = torch.get_num_threads()
+    waiting: deque[Future[T]] = deque()
+    executor = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for argument in arguments:
+            waiting.append(executor.submit(function, *argument))
+            if len(waiting) > BLOCKS_AHEAD * n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(n_threads)  # threads that start later take the number set last
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def write_safetensors(out: Path, specs: Specs, blocks: Iterable[torch.Tensor]) -> None:
+    """Write one safetensors file from row blocks that come in the order of `specs`, holding one
+    block at a time.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in specs.items():
+        n_bytes = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + n_bytes],
+        }
+        offset += n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(out, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        written = sum(file.write(_raw_bytes(block)) for block in blocks)
+    if written != offset:
+        raise OutputError(f"{out}: wrote {written:,} of {offset:,} bytes. The disk may be full.")
+
+
+def _raw_bytes(block: torch.Tensor) -> Any:
+    return block.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def write_sharded(
+    out_dir: Path,
+    prefix: str,
+    specs: Specs,
+    rows_of: Callable[[str, slice], torch.Tensor],
+    max_shard_size: int,
+) -> None:
+    """Write tensors as `prefix.safetensors`, or as shards of at most `max_shard_size` bytes with an
+    index.
+
+    `rows_of(name, rows)` computes a row block; several threads call it, ahead of the writing.
+    """
+    shards = _shards(specs, max_shard_size)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        file = f"{prefix}{suffix}.safetensors"
+        blocks = [(name, rows) for name, (_, shape) in shard.items() for rows in row_blocks(shape)]
+        write_safetensors(out_dir / file, shard, computed_ahead(rows_of, blocks))
+        weight_map.update(dict.fromkeys(shard, file))
+    if len(shards) > 1:
+        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out_dir / f"{prefix}{INDEX}").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _shards(
+    specs: Specs, max_shard_size: int
+) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, (dtype, shape) in specs.items():
+        n_bytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + n_bytes > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, shape)
+        size += n_bytes
+    return shards
+
+
+def copy_beside_weights(source: Path, out: Path) -> None:
+    """Copy config, tokenizer, chat template and licence files of a model."""
+    for pattern in COPIED_BESIDE_WEIGHTS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, out / path.name)

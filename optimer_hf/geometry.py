@@ -1,0 +1,223 @@
+"""A pool of vectors -> how large they are, how they lie to each other, and what a merge keeps of
+them.
+
+One streaming pass over base and vectors; nothing is loaded whole. Cosines near 0 mean vectors that
+add up without disturbing each other (arXiv 2212.04089 for task vectors); the share that survives
+says how much of a delta is left once the merge is rounded to its output dtype, which for bfloat16
+is often less than half.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from optimer_hf.adapter import LowRank
+from optimer_hf.checkpoint import DTYPES, Checkpoint, computed_ahead, row_blocks
+from optimer_hf.convert import ResolvedModel
+from optimer_hf.errors import ModelError
+from optimer_hf.files import markdown_table
+from optimer_hf.merge import merged_rows
+from optimer_hf.vector import AdapterVector, DistributionVector, dense, not_finite, open_vector
+
+EVERY = 8  # row blocks that the surviving share is measured on: one of so many
+LOW_SURVIVAL = 0.5
+MODULE_GROUPS = {  # first match wins; parts of tensor names
+    "head": ("lm_head", "embed_out"),
+    "norm": ("norm", "ln_"),
+    "embedding": ("embed", "wte", "wpe"),
+    "attention": ("attn", "attention", "mixer"),
+    "mlp": ("mlp", "feed_forward", "ffn", "expert", "moe"),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and angles of the vectors of a pool; norms are Frobenius norms."""
+
+    norms: dict[str, float]
+    relative_norms: dict[str, float]
+    cosines: dict[tuple[str, str], float]
+    group_norms: dict[str, dict[str, float]]
+    effective_ranks: dict[str, float]
+    surviving: dict[str, float]
+    dtype: str
+
+
+def open_pool(
+    sources: Mapping[str, str], base: ResolvedModel
+) -> tuple[list[DistributionVector], dict[str, str]]:
+    """Return the vectors that can be merged into this base, and why the others cannot, by name."""
+    found: list[DistributionVector] = []
+    refusals: dict[str, str] = {}
+    for name, source in sources.items():
+        try:
+            found.append(open_vector(name, source, base))
+        except ModelError as error:
+            refusals[name] = str(error)
+    return found, refusals
+
+
+def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: str) -> Geometry:
+    """Return the geometry of a pool; `dtype` is that of the merge its vectors have to survive.
+
+    Raises ModelError for a vector that is not finite.
+    """
+    base = Checkpoint(model.path)
+    names = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
+    blocks = [(name, rows) for name in names for rows in row_blocks(base.shape(name))]
+
+    def products_of(name: str, rows: slice) -> tuple[torch.Tensor, float]:
+        base_rows = base.read_rows(name, rows).float()
+        return _gram(vectors, name, rows, base_rows), base_rows.double().square().sum().item()
+
+    n = len(vectors)
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    groups: dict[str, torch.Tensor] = {}
+    base_squares = dict.fromkeys((vector.name for vector in vectors), 0.0)
+    for (name, _), (products, squares) in zip(
+        blocks, computed_ahead(products_of, blocks), strict=True
+    ):
+        if not bool(products.isfinite().all()):
+            vector = vectors[int((~products.diagonal().isfinite()).nonzero()[0])]
+            raise not_finite(vector, name)
+        gram += products
+        groups[group_of(name)] = groups.get(group_of(name), 0) + products.diagonal()
+        for vector in vectors:
+            if name in vector.names:
+                base_squares[vector.name] += squares
+    norms = gram.diagonal().sqrt()
+    return Geometry(
+        {vector.name: norms[i].item() for i, vector in enumerate(vectors)},
+        {
+            vector.name: norms[i].item() / math.sqrt(max(base_squares[vector.name], 1e-30))
+            for i, vector in enumerate(vectors)
+        },
+        {
+            (vectors[i].name, vectors[j].name): (
+                gram[i, j] / (norms[i] * norms[j]).clamp_min(1e-30)
+            ).item()
+            for i in range(n)
+            for j in range(i)
+        },
+        {
+            group: {vector.name: found[i].sqrt().item() for i, vector in enumerate(vectors)}
+            for group, found in sorted(groups.items())
+        },
+        {vector.name: effective_rank(vector) for vector in vectors if vector.kind == "adapter"},
+        {
+            vector.name: surviving_share([vector], {vector.name: 1.0}, base, DTYPES[dtype])
+            for vector in vectors
+        },
+        dtype,
+    )
+
+
+def _gram(
+    vectors: Sequence[DistributionVector], name: str, rows: slice, base_rows: torch.Tensor
+) -> torch.Tensor:
+    """Return the products <v_i, v_j> over rows of one tensor, float64 [n, n]."""
+    flat = torch.zeros(len(vectors), base_rows.numel(), dtype=torch.float64)
+    for i, vector in enumerate(vectors):
+        if name in vector.names:
+            flat[i] = dense(vector.delta(name, rows, base_rows)).flatten()
+    return flat @ flat.T
+
+
+def group_of(name: str) -> str:
+    """Return the module group of a tensor, by its name."""
+    for group, parts in MODULE_GROUPS.items():
+        if any(part in name for part in parts):
+            return group
+    return "other"
+
+
+def effective_rank(vector: DistributionVector) -> float:
+    """Return the mean effective rank of the products of an adapter: exp of the entropy of their
+    singular values (Roy & Vetterli, EUSIPCO 2007).
+    """
+    assert isinstance(vector, AdapterVector)
+    ranks = []
+    for part in vector.parts.values():
+        if isinstance(part, LowRank):
+            left, right = torch.linalg.qr(part.b).R, torch.linalg.qr(part.a.T).R
+            values = torch.linalg.svdvals((left @ right.T).double())
+            shares = values / values.sum().clamp_min(1e-300)
+            ranks.append(math.exp(-torch.special.xlogy(shares, shares).sum().item()))
+    return sum(ranks) / len(ranks) if ranks else 0.0
+
+
+def surviving_share(
+    vectors: Sequence[DistributionVector],
+    weights: Mapping[str, float],
+    base: Checkpoint,
+    dtype: torch.dtype,
+) -> float:
+    """Return how much of sum_i w_i v_i is left after the merge was rounded to `dtype`.
+
+    1 - |stored - exact| / |exact|, where stored is the rounded merge minus the base; 0 when
+    rounding costs as much as the delta is large. Measured on one row block of every EVERY.
+    """
+    used = [vector for vector in vectors if weights[vector.name] != 0]
+    names = sorted(frozenset[str]().union(*(vector.names for vector in used)))
+    blocks = [(name, rows) for name in names for rows in row_blocks(base.shape(name))][::EVERY]
+
+    def squares_of(name: str, rows: slice) -> tuple[float, float]:
+        base_rows = base.read_rows(name, rows).float()
+        exact = merged_rows(base_rows, name, rows, used, weights, torch.float32) - base_rows
+        stored = merged_rows(base_rows, name, rows, used, weights, dtype).float() - base_rows
+        return exact.square().sum().item(), (stored - exact).square().sum().item()
+
+    found = list(computed_ahead(squares_of, blocks))
+    exact = sum(squares for squares, _ in found)
+    lost = sum(squares for _, squares in found)
+    return max(0.0, 1 - math.sqrt(lost / exact)) if exact else 1.0
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def to_json(found: Geometry, refusals: Mapping[str, str]) -> dict[str, Any]:
+    """Return everything as JSON values."""
+    cosines = {f"{a} {b}": value for (a, b), value in found.cosines.items()}
+    return asdict(found) | {"cosines": cosines, "refused": dict(refusals)}
+
+
+def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
+    """Return the tables of `optimer vectors`, and what can be merged."""
+    names = list(found.norms)
+    sizes = [
+        [
+            name,
+            f"{found.norms[name]:.4g}",
+            f"{100 * found.relative_norms[name]:.2f} %",
+            f"{found.effective_ranks[name]:.1f}" if name in found.effective_ranks else "",
+            f"{100 * found.surviving[name]:.0f} %",
+        ]
+        for name in names
+    ]
+    header = ["vector", "norm", "of the base", "effective rank", f"survives {found.dtype}"]
+    parts = [markdown_table(header, sizes)]
+    if len(names) > 1:
+        either = found.cosines | {(b, a): value for (a, b), value in found.cosines.items()}
+        rows = [
+            [a, *("" if a == b else f"{either[a, b]:+.3f}" for b in names[:-1])] for a in names[1:]
+        ]
+        cut = [row[: i + 2] + [""] * (len(names) - i - 2) for i, row in enumerate(rows)]
+        parts.append(markdown_table(["cosine", *names[:-1]], cut))
+    groups = [
+        [group, *(f"{norms[name]:.4g}" for name in names)]
+        for group, norms in found.group_norms.items()
+    ]
+    parts.append(markdown_table(["norm by module", *names], groups))
+    parts += [f"* {name}: can be merged into this base." for name in names]
+    low = [name for name in names if found.surviving[name] < LOW_SURVIVAL]
+    if low:
+        parts.append(
+            f"* {', '.join(low)}: less than half of the delta survives {found.dtype}; "
+            "`--out-dtype float32` keeps it."
+        )
+    parts += [f"* {name}: cannot be merged: {reason}" for name, reason in refusals.items()]
+    return "\n".join(parts)
