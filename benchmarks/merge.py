@@ -329,7 +329,8 @@ def switch(inputs: Inputs) -> dict[str, Any]:
         weights = dict(zip((vector.name for vector in pool), WEIGHTS, strict=True))
         names = frozenset[str]().union(*(vector.names for vector in pool))
         moved = Checkpoint(base).n_bytes(names)
-        n_bytes = moved * (1 + N_VECTORS) if kind == "dense" else moved
+        pool_bytes = sum(vector.n_bytes for vector in resident.vectors)
+        n_bytes = moved + pool_bytes
 
         def set_weights(resident: Any = resident, weights: Any = weights) -> dict[str, float]:
             started = perf_counter()
@@ -341,7 +342,6 @@ def switch(inputs: Inputs) -> dict[str, Any]:
         ours, copies = repeat(
             max(5, inputs.rounds), set_weights, lambda n=n_bytes: copy_bytes(n, inputs.device)
         )
-        pool_bytes = sum(vector.n_bytes for vector in pool)
         found[kind] = ours | {"copies": copies["seconds"], "pool_bytes": pool_bytes}
         print(
             f"  4 {kind:5} vectors {ours['seconds']:7.3f} s, copying the same bytes once "

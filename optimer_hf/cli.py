@@ -170,7 +170,7 @@ def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> Non
     from optimer_hf import geometry
     from optimer_hf.convert import resolve_base
     from optimer_hf.files import absolute_reference
-    from optimer_hf.merge import named_sources
+    from optimer_hf.merge_config import named_sources
 
     resolved = resolve_base(absolute_reference(base, Path.cwd()))
     sources = named_sources([absolute_reference(text, Path.cwd()) for text in vectors])
@@ -227,7 +227,7 @@ def _mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def merge(config: Path, out: Path, engine: str | None, merge_options: Any = None) -> None:
     """Run any mergekit YAML, with the `optimer` method and all of mergekit's flags."""
     from optimer_hf.files import require_empty
-    from optimer_hf.merge import merge as run_merge
+    from optimer_hf.merge_config import merge as run_merge
 
     require_empty(out)
     if merge_options is not None:
@@ -295,7 +295,7 @@ def search(
 
     from optimer_hf import recipe as recipes
     from optimer_hf.files import read_yaml
-    from optimer_hf.merge import optimer_config, with_weights
+    from optimer_hf.merge_config import optimer_config, with_weights
     from optimer_hf.search import search as run_search
 
     config = _study_config(study, objective, n_trials)
@@ -328,7 +328,7 @@ def search(
 def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> Any:
     from optimer_hf.evaluate import ObjectiveFile
     from optimer_hf.files import parse, read_yaml
-    from optimer_hf.merge import pool_of, read_merge_config
+    from optimer_hf.merge_config import pool_of, read_merge_config
     from optimer_hf.study import SearchConfig, StudyConfig
 
     data = read_yaml(path)
@@ -450,7 +450,7 @@ def validate(files: tuple[Path, ...]) -> None:
 def _validate(path: Path) -> str:
     from optimer_hf.evaluate import ObjectiveFile
     from optimer_hf.files import read_yaml
-    from optimer_hf.merge import linear_merge_of, read_merge_config
+    from optimer_hf.merge_config import linear_merge_of, read_merge_config
     from optimer_hf.recipe import RecipeFile
     from optimer_hf.study import StudyConfig
     from optimer_hf.train import TrainConfig, check_config

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 
 from optimer_hf.adapter import LowRank
-from optimer_hf.checkpoint import DTYPES, Checkpoint, computed_ahead, row_blocks
+from optimer_hf.checkpoint import Checkpoint, computed_ahead, row_blocks
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ModelError
 from optimer_hf.files import markdown_table
-from optimer_hf.merge import merged_rows
+from optimer_hf.merge import LOW_SURVIVAL, surviving_share
 from optimer_hf.vector import AdapterVector, DistributionVector, dense, not_finite, open_vector
 
-EVERY = 8  # row blocks that the surviving share is measured on: one of so many
-LOW_SURVIVAL = 0.5
 MODULE_GROUPS = {  # first match wins; parts of tensor names
     "head": ("lm_head", "embed_out"),
     "norm": ("norm", "ln_"),
@@ -108,7 +106,7 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
         },
         {vector.name: effective_rank(vector) for vector in vectors if vector.kind == "adapter"},
         {
-            vector.name: surviving_share([vector], {vector.name: 1.0}, base, DTYPES[dtype])
+            vector.name: surviving_share(base, [vector], {vector.name: 1.0}, dtype)
             for vector in vectors
         },
         dtype,
@@ -147,33 +145,6 @@ def effective_rank(vector: DistributionVector) -> float:
             shares = values / values.sum().clamp_min(1e-300)
             ranks.append(math.exp(-torch.special.xlogy(shares, shares).sum().item()))
     return sum(ranks) / len(ranks) if ranks else 0.0
-
-
-def surviving_share(
-    vectors: Sequence[DistributionVector],
-    weights: Mapping[str, float],
-    base: Checkpoint,
-    dtype: torch.dtype,
-) -> float:
-    """Return how much of sum_i w_i v_i is left after the merge was rounded to `dtype`.
-
-    1 - |stored - exact| / |exact|, where stored is the rounded merge minus the base; 0 when
-    rounding costs as much as the delta is large. Measured on one row block of every EVERY.
-    """
-    used = [vector for vector in vectors if weights[vector.name] != 0]
-    names = sorted(frozenset[str]().union(*(vector.names for vector in used)))
-    blocks = [(name, rows) for name in names for rows in row_blocks(base.shape(name))][::EVERY]
-
-    def squares_of(name: str, rows: slice) -> tuple[float, float]:
-        base_rows = base.read_rows(name, rows).float()
-        exact = merged_rows(base_rows, name, rows, used, weights, torch.float32) - base_rows
-        stored = merged_rows(base_rows, name, rows, used, weights, dtype).float() - base_rows
-        return exact.square().sum().item(), (stored - exact).square().sum().item()
-
-    found = list(computed_ahead(squares_of, blocks))
-    exact = sum(squares for squares, _ in found)
-    lost = sum(squares for _, squares in found)
-    return max(0.0, 1 - math.sqrt(lost / exact)) if exact else 1.0
 
 
 # -- tables ----------------------------------------------------------------------------------------

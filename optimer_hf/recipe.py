@@ -21,13 +21,8 @@ from optimer_hf.compare import MERGE
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ModelError
 from optimer_hf.files import FileModel, ReferenceText, VersionedFile, write_text
-from optimer_hf.merge import (
-    MAX_SHARD_SIZE,
-    linear_config,
-    optimer_config,
-    vanilla_config,
-    write_merged,
-)
+from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
+from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.study import Study
 from optimer_hf.vector import (
     AdapterVector,

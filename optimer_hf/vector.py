@@ -9,8 +9,9 @@ ours is complete when `vector.json`, written last, is there.
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -141,7 +142,7 @@ class CheckpointVector:
         return tuned.to(torch.float32, copy=True).sub_(base)
 
     def loaded(self, device: str) -> "CheckpointVector":
-        return replace(self, tuned=Loaded(self.tuned, self.names, device))
+        return replace(self, tuned=_loaded(self.tuned, self.names, device))
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class DeltaVector:
     def path(self) -> Path:
         return self.stored.path
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         return frozenset(name for name in self.stored.names if not name.endswith(SCALES))
 
@@ -173,7 +174,7 @@ class DeltaVector:
         return dequantize(stored, scales, self.block_size)
 
     def loaded(self, device: str) -> "DeltaVector":
-        return replace(self, stored=Loaded(self.stored, self.stored.names, device))
+        return replace(self, stored=_loaded(self.stored, self.stored.names, device))
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class AdapterVector:
     parts: dict[str, LowRank | Trained] = field(repr=False)
     kind: str = "adapter"
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         return frozenset(self.parts)
 
@@ -203,6 +204,23 @@ class AdapterVector:
 
     def loaded(self, device: str) -> "AdapterVector":
         return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
+
+
+def _loaded(source: Checkpoint | Loaded, names: Iterable[str], device: str) -> Loaded:
+    return Loaded(source.path, {name: source.read(name).to(device) for name in names})
+
+
+def expanded(vector: DistributionVector, base: Checkpoint, device: str) -> DeltaVector:
+    """Return a vector as float32 deltas in the memory of a device: more bytes than as it is stored,
+    less work to merge, and the same bits.
+    """
+    tensors = {}
+    for name in vector.names:
+        shape = base.shape(name)
+        rows = slice(0, matrix_shape(shape)[0])
+        base_rows = base.read_rows(name, rows).to(device).float()
+        tensors[name] = dense(vector.delta(name, rows, base_rows)).view(shape)
+    return DeltaVector(vector.name, Loaded(vector.path, tensors))
 
 
 def dense(delta: torch.Tensor | LowRank) -> torch.Tensor:

@@ -21,6 +21,7 @@ ORDER = [
     "quantize",
     "vector",
     "merge",
+    "merge_config",
     "geometry",
     "resident",
     "evaluate",

@@ -17,7 +17,7 @@ from optimer_hf.cli import main
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["run", "train", "extract", "convert", "merge", "evaluate", "search"]
-COMMANDS += ["compare", "recipe", "build", "verify", "validate"]
+COMMANDS += ["compare", "recipe", "build", "verify", "validate", "vectors"]
 HEAVY = {"torch", "transformers", "lm_eval", "mergekit", "smac", "datasets", "scipy"}
 
 
@@ -336,6 +336,49 @@ def test_extract_writes_the_difference_as_a_delta_directory(pool, tmp_path):
     assert stored
     for name, delta in stored.items():
         torch.testing.assert_close(delta, after[name] - before[name])
+
+
+def test_extract_says_what_int8_costs(pool, tmp_path):
+    base, tuned = pool
+    result = optimer("extract", tuned[0], "--base", base, tmp_path / "v", "--dtype", "int8")
+    record = json.loads((tmp_path / "v" / "vector.json").read_text(encoding="utf-8"))
+    assert f"stored in int8 with a relative error of {100 * record['relative_error']:.3f} %" in (
+        result.stdout
+    )
+    assert (record["dtype"], record["block_size"]) == ("int8", 64)
+
+
+def test_extract_takes_an_adapter_that_is_no_lora_through_peft(
+    pool, make_adapter, make_base, tmp_path
+):
+    base, _ = pool
+    adapter = make_adapter(make_base("llama", torch.float32), 5, use_dora=True)
+    refused = optimer("extract", adapter, "--base", base, tmp_path / "v", ok=False)
+    assert "--from-adapter" in refused.stderr
+    optimer("extract", adapter, "--from-adapter", "--base", base, tmp_path / "v")
+    assert json.loads((tmp_path / "v" / "vector.json").read_text())["kind"] == "delta"
+
+
+def test_vectors_shows_a_pool_and_fails_where_one_cannot_be_merged(pool, make_base, tmp_path):
+    base, tuned = pool
+    result = optimer("vectors", *tuned, "--base", base)
+    assert result.stdout.count("can be merged into this base.") == 2
+    assert "| cosine |" in result.stdout and "survives bfloat16" in result.stdout
+    other = make_base("gemma").path
+    data = json.loads(
+        optimer("vectors", tuned[0], other, "--base", base, "--format", "json", ok=False).stdout
+    )
+    assert list(data["norms"]) == [tuned[0].name]
+    assert list(data["refused"]) == [other.name]
+
+
+def test_a_merge_says_how_much_of_its_delta_survives(folder, pool, tmp_path, caplog):
+    config = yaml.safe_load((folder / "my-merge.yml").read_text(encoding="utf-8"))
+    config |= {"merge_method": "optimer", "out_dtype": "bfloat16"}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    with caplog.at_level("INFO", logger="optimer_hf"):
+        optimer("merge", tmp_path / "merge.yml", tmp_path / "out")
+    assert "of the merged delta survives bfloat16" in caplog.text
 
 
 def test_evaluate_prints_scores_as_text_and_as_json(folder, pool):

@@ -1,6 +1,7 @@
 import json
 import math
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from optimer_hf.checkpoint import Checkpoint
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import staged_directory
-from optimer_hf.merge import (
-    add_weighted,
+from optimer_hf.merge import add_weighted, write_merged
+from optimer_hf.merge_config import (
     linear_config,
     linear_merge_of,
     merge,
@@ -29,7 +30,6 @@ from optimer_hf.merge import (
     pool_of,
     read_merge_config,
     vanilla_config,
-    write_merged,
 )
 from optimer_hf.vector import extract, open_vector
 
@@ -617,3 +617,159 @@ def test_a_merge_with_a_nan_weight_is_refused(pool, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"c\.yml: models: .*parameters\.weight: found nan"):
         merge(write_config(tmp_path / "c.yml", config), tmp_path / "out")
+
+
+# -- what only mergekit does -----------------------------------------------------------------------
+
+
+def optimer_models(sources: dict[str, Path], **parameters: dict) -> list[dict]:
+    return [{"model": str(path), "parameters": parameters[name]} for name, path in sources.items()]
+
+
+def expected_merge(base: Path, sources: dict[str, Path], weight_of) -> dict[str, torch.Tensor]:
+    """Return base + sum of weight_of(vector, tensor) * (tuned - base) in float32."""
+    merged = {}
+    for name, tensor in read_all(base).items():
+        total = torch.zeros(tensor.shape)
+        for vector, path in sources.items():
+            delta = Checkpoint(path).read(name).float() - tensor.float()
+            total += delta * weight_of(vector, name)
+        merged[name] = (total + tensor.float()).to(torch.bfloat16)
+    return merged
+
+
+def test_filtered_weights_reach_their_tensors(pool, kind, tmp_path):
+    base, sources = pool(kind, "checkpoint", torch.bfloat16)
+    filtered = [{"filter": "mlp", "value": 0.5}, {"filter": "self_attn", "value": 0.25}]
+    models = optimer_models(
+        sources, ja={"weight": [*filtered, {"value": 0.0}]}, math={"weight": 0.125}
+    )
+    config = optimer_yaml(base_model=str(base.path), models=models, dtype="float32")
+    found = merged_by(config | {"out_dtype": "bfloat16"}, tmp_path / "out")
+
+    def weight_of(vector: str, name: str) -> float:
+        if vector == "math":
+            return 0.125
+        return 0.5 if "mlp" in name else 0.25 if "self_attn" in name else 0.0
+
+    assert_same_bits(found, expected_merge(base.path, sources, weight_of))
+
+
+def test_a_gradient_list_runs_from_the_first_layer_to_the_last(pool, kind, tmp_path):
+    base, sources = pool(kind, "checkpoint", torch.bfloat16)
+    models = optimer_models(sources, ja={"weight": [0.0, 1.0]}, math={"weight": 0.0})
+    config = optimer_yaml(base_model=str(base.path), models=models, dtype="float32")
+    found = merged_by(config | {"out_dtype": "bfloat16"}, tmp_path / "out")
+    expected = expected_merge(
+        base.path, sources, lambda vector, name: float(vector == "ja" and ".layers.1." in name)
+    )
+    inside = {name: tensor for name, tensor in expected.items() if ".layers." in name}
+    assert_same_bits({name: found[name] for name in inside}, inside)
+
+
+def test_slices_take_layers_from_their_models(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    layer = [
+        {"model": str(base.path), "layer_range": [1, 2]},
+        {
+            "model": str(sources["ja"]),
+            "layer_range": [1, 2],
+            "parameters": {"weight": 0.5},
+        },
+    ]
+    config = {
+        "merge_method": "optimer",
+        "base_model": str(base.path),
+        "slices": [{"sources": layer}],
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    found = merged_by(config, tmp_path / "out", "mergekit")
+    whole = expected_merge(base.path, {"ja": sources["ja"]}, lambda vector, name: 0.5)
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert_same_bits({"x": found[name.format(0)]}, {"x": whole[name.format(1)]})
+    assert name.format(1) not in found
+
+
+def test_added_tokens_are_refused_with_the_way_and_mergekit_goes_it(
+    make_base, save_model, tokenizer, tmp_path
+):
+    base = make_base("llama")
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    model.resize_token_embeddings(len(tokenizer) + 1)
+    tuned = save_model(model, "larger")
+    larger = AutoTokenizer.from_pretrained(tuned)
+    larger.add_tokens(["<new>"])
+    larger.save_pretrained(tuned)
+    config = optimer_config(str(base.path), {"it": str(tuned)}, {"it": 0.5}, "bfloat16")
+    with pytest.raises(ModelError, match=r"vocabularies differ.*`tokenizer:`"):
+        merged_by(config, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    merged_by(config | {"tokenizer": {"source": "union"}}, tmp_path / "out", "mergekit")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.get_input_embeddings().weight.shape[0] >= len(tokenizer) + 1
+    assert "<new>" in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_delta_directory_of_somebody_else_is_declared_in_the_config(pool, declared, tmp_path):
+    base, sources = pool("llama", "delta", torch.bfloat16)
+    shutil.copytree(sources["ja"], tmp_path / "delta")
+    (tmp_path / "delta" / "vector.json").unlink()
+    models = optimer_models({"ja": tmp_path / "delta"}, ja={"weight": 0.5, "delta": declared})
+    config = optimer_yaml(base_model=str(base.path), models=models, dtype="float32")
+    found = merged_by(config | {"out_dtype": "bfloat16"}, tmp_path / "out")
+    ours = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "bfloat16")
+    same = merged_by(ours, tmp_path / "ours", "native")
+    assert all(torch.equal(bits(found[name]), bits(same[name])) for name in same) == declared
+
+
+def test_an_int8_delta_is_merged_by_the_writer_and_refused_for_mergekit(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    extract(open_vector("ja", str(sources["ja"]), base), base, tmp_path / "ja", dtype="int8")
+    config = optimer_config(str(base.path), {"ja": str(tmp_path / "ja")}, {"ja": 0.5}, "float32")
+    found = merged_by(config, tmp_path / "out")
+    exact = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "float32")
+    for name, tensor in merged_by(exact, tmp_path / "exact").items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-4)
+    with pytest.raises(ModelError, match=r"an int8 delta, which mergekit cannot read"):
+        merged_by(config, tmp_path / "theirs", "mergekit")
+
+
+# -- values that are not finite --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["base", "vector"])
+def test_values_that_are_not_finite_are_named_and_nothing_is_written(pool, tmp_path, where, value):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    broken = base.path if where == "base" else sources["math"]
+    shutil.copytree(broken, tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    if where == "base":
+        base = ResolvedModel(tmp_path / "broken", "broken")
+        message = r"base model: tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"
+    else:
+        sources = sources | {"math": tmp_path / "broken"}
+        message = r"vector 'math'.*tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"
+    with pytest.raises(ModelError, match=message):
+        write_merged(base, open_pool(base, sources), {"ja": 0.5, "math": 0.5}, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_merge_too_large_for_its_dtype_is_refused(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.float32)
+    weights = {"ja": 1e7, "math": 0.0}
+    with pytest.raises(ModelError, match=r"too large for torch\.float16"):
+        write_merged(base, open_pool(base, sources), weights, tmp_path / "out", out_dtype="float16")
+
+
+def test_a_sum_that_overflows_while_its_values_do_not_is_no_error(make_base, tmp_path):
+    tensors = load_file(make_base("llama", torch.float16).path / "model.safetensors")
+    tensors["model.embed_tokens.weight"].fill_(6e4)  # finite, but their sum is not in float16
+    shutil.copytree(make_base("llama", torch.float16).path, tmp_path / "base")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    write_merged(ResolvedModel(tmp_path / "base", "base"), [], {}, tmp_path / "out")
+    assert_same_bits(read_all(tmp_path / "out"), tensors)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimer_hf import checkpoint as checkpoint_module
+from optimer_hf import resident as resident_module
 from optimer_hf.checkpoint import DTYPES, Checkpoint
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ModelError
@@ -222,3 +223,41 @@ def test_a_vector_that_is_not_in_the_pool_is_an_error_and_changes_nothing(open_p
         resident.set_weights({"ja": 0.1, "code": 1.0})
     assert resident.weights == {"ja": 0.5}
     assert_same_bits(state(resident), before)
+
+
+# -- where a pool lies -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vectors", POOLS.values(), ids=POOLS.keys())
+@pytest.mark.parametrize("room", ["all", "as stored", "none"])
+def test_a_pool_gives_the_same_bits_wherever_it_has_room(open_pool, monkeypatch, vectors, room):
+    base, pool = open_pool("llama", "bfloat16", vectors)
+    largest = max(vector.n_bytes for vector in pool)
+    free = {"all": 10**12, "as stored": 2 * largest, "none": 0}[room]
+    monkeypatch.setattr(resident_module, "free_memory", lambda device: free)
+    resident = ResidentModel(base, pool, dtype="bfloat16")
+    resident.set_weights(WEIGHTS)
+    found = state(resident)
+    monkeypatch.setattr(resident_module, "free_memory", lambda device: 10**12)
+    reference = ResidentModel(base, pool, dtype="bfloat16")
+    reference.set_weights(WEIGHTS)
+    assert_same_bits(found, state(reference))
+    in_memory = [
+        not isinstance(getattr(v, "stored", None) or getattr(v, "tuned", None), Checkpoint)
+        for v in resident.vectors
+    ]
+    assert all(in_memory) == (room != "none" or vectors == POOLS["adapter"])
+
+
+def test_low_rank_vectors_stay_factors_in_memory(open_pool):
+    base, pool = open_pool("llama", "bfloat16", POOLS["adapter"])
+    dense_base, dense_pool = open_pool("llama", "bfloat16", POOLS["checkpoint"])
+    lora = ResidentModel(base, pool, dtype="bfloat16")
+    dense = ResidentModel(dense_base, dense_pool, dtype="bfloat16")
+    assert [vector.kind for vector in lora.vectors] == ["adapter"] * 3
+    factors, whole = (sum(v.n_bytes for v in model.vectors) for model in (lora, dense))
+    assert factors < whole
+
+
+def test_free_memory_is_that_of_this_machine():
+    assert 10**6 < resident_module.free_memory("cpu") < 10**14

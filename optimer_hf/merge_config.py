@@ -1,0 +1,449 @@
+"""mergekit's YAML -> a merged model, by the streaming writer or by mergekit; and back: export.
+
+A merge config of any method comes in; one that needs no more than a number per vector takes the
+writer, everything else mergekit, with the `optimer` method registered. What a reader would not
+guess: mergekit ignores unknown keys, asks the Hub about relative paths, and does not look at what
+it wrote; all three are seen to here.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from optimer_hf.checkpoint import Checkpoint
+from optimer_hf.convert import resolve_model
+from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.files import (
+    absolute_reference,
+    did_you_mean,
+    read_yaml,
+    staged_directory,
+    write_text,
+)
+from optimer_hf.merge import MAX_SHARD_SIZE, add_weighted, write_merged
+from optimer_hf.vector import QUANTISED, open_vector, read_record
+
+METHOD = "optimer"
+TOP_LEVEL_KEYS = [
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer",
+    "tokenizer_source",
+    "chat_template",
+]
+MODEL_KEYS = ["model", "parameters"]
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearMerge:
+    """What the streaming writer can do of a merge config: one number per vector."""
+
+    base_model: str
+    sources: dict[str, str]
+    weights: dict[str, float]
+    out_dtype: str | None
+
+
+def read_merge_config(path: Path) -> dict[str, Any]:
+    """Return a mergekit YAML as a mapping; unknown keys, which mergekit would ignore, raise
+    ConfigError.
+    """
+    config = read_yaml(path)
+    _refuse_unknown(config, TOP_LEVEL_KEYS, str(path))
+    if "merge_method" not in config:
+        raise ConfigError(
+            f"{path}: field 'merge_method' is missing. For this package's method write "
+            f"`merge_method: {METHOD}`."
+        )
+    for index, model in enumerate(config.get("models") or []):
+        _refuse_unknown(model, MODEL_KEYS, f"{path}: models.{index}")
+        if "model" not in model:
+            raise ConfigError(f"{path}: models.{index}: field 'model' is missing.")
+    return config
+
+
+def _refuse_unknown(mapping: Any, known: list[str], where: str) -> None:
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where}: found {mapping!r}, expected a mapping.")
+    for key in mapping:
+        if key not in known:
+            raise ConfigError(
+                f"{where}: unknown field {key!r}, which mergekit would "
+                f"ignore.{did_you_mean(str(key), known)}"
+            )
+
+
+def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
+    """Return base model and vectors (name -> reference) of a mergekit config, names made from the
+    last path part.
+    """
+    folder = path.resolve().parent
+    if not config.get("base_model"):
+        raise ConfigError(
+            f"{path}: field 'base_model' is missing. Name the model all others were trained from."
+        )
+    base = absolute_reference(str(config["base_model"]), folder)
+    listed = [
+        absolute_reference(str(model["model"]), folder) for model in config.get("models") or []
+    ]
+    sources = named_sources([source for source in listed if source != base])
+    if not sources:
+        raise ConfigError(
+            f"{path}: models: found none besides the base. Give at least one model to merge."
+        )
+    return base, sources
+
+
+def named_sources(sources: Iterable[str]) -> dict[str, str]:
+    """Name references by their last path part; the second of a name gets -2."""
+    named: dict[str, str] = {}
+    for source in sources:
+        stem = name = source.rstrip("/").split("/")[-1].split("@")[0]
+        number = 2
+        while name in named:
+            name, number = f"{stem}-{number}", number + 1
+        named[name] = source
+    return named
+
+
+def with_weights(
+    config: Mapping[str, Any], path: Path, weights: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return a mergekit config with method `optimer` and these weights, local paths absolute.
+
+    dtype, tokenizer and chat template stay; parameters of another method (density, ...) go.
+    """
+    base, sources = pool_of(config, path)
+    found = optimer_config(base, sources, weights, "bfloat16")
+    if "dtype" in config or "out_dtype" in config:
+        del found["dtype"], found["out_dtype"]
+    return found | {key: config[key] for key in config if key not in (*found, "parameters")}
+
+
+def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
+    """Return the config as one number per vector, or None when only mergekit can run it."""
+    simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
+    if config["merge_method"] != METHOD or not set(config) <= simple:
+        return None
+    if config.get("dtype") not in (None, "float32", config.get("out_dtype")) and config.get(
+        "out_dtype"
+    ):
+        return None
+    base, sources = pool_of(config, path)
+    listed = [
+        model
+        for model in config["models"]
+        if absolute_reference(str(model["model"]), path.resolve().parent) != base
+    ]
+    weights: dict[str, float] = {}
+    for name, model in zip(sources, listed, strict=True):
+        parameters = model.get("parameters") or {}
+        _refuse_unknown(parameters, ["weight", "delta"], f"{path}: models: {name}: parameters")
+        if parameters.get("delta"):
+            return None  # a delta directory of somebody else, without our vector.json
+        if "weight" not in parameters:
+            raise ConfigError(
+                f"{path}: models: {name}: parameters.weight is missing. Give the weight of this "
+                "vector."
+            )
+        try:
+            weights[name] = float(parameters["weight"])
+        except (TypeError, ValueError):
+            return None  # a gradient list or a filter
+        if not math.isfinite(weights[name]):
+            found = weights[name]
+            raise ConfigError(
+                f"{path}: models: {name}: parameters.weight: found {found}, expected a finite "
+                "number."
+            )
+    return LinearMerge(base, sources, weights, config.get("out_dtype") or config.get("dtype"))
+
+
+def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = None) -> str:
+    """Run any mergekit YAML and return the engine used, 'native' or 'mergekit'.
+
+    `options` are mergekit's MergeOptions (None: its defaults). A config that needs no more than one
+    number per vector takes the streaming writer unless `engine` or an option says otherwise.
+    """
+    config = read_merge_config(path)
+    linear = linear_merge_of(config, path)
+    if engine == "native" and linear is None:
+        raise ConfigError(
+            f"{path}: uses what only mergekit can do (method, slices, filters or gradients). Drop "
+            "--engine native."
+        )
+    if linear is not None and engine != "mergekit" and _options_are_ours(options):
+        base = resolve_model(linear.base_model)
+        vectors = [open_vector(name, source, base) for name, source in linear.sources.items()]
+        shard_size = MAX_SHARD_SIZE if options is None else options.out_shard_size
+        write_merged(
+            base,
+            vectors,
+            linear.weights,
+            out,
+            out_dtype=linear.out_dtype,
+            max_shard_size=shard_size,
+        )
+        write_text(out / "mergekit_config.yml", path.read_text(encoding="utf-8"))
+        return "native"
+    run_mergekit(config, path, out, options)
+    return "mergekit"
+
+
+def _options_are_ours(options: Any) -> bool:
+    """Whether the streaming writer honours every mergekit flag that differs from its default."""
+    if options is None:
+        return True
+    from mergekit.options import MergeOptions
+
+    honoured = {
+        "out_shard_size",
+        "quiet",
+        "verbosity",
+        "num_threads",
+        "random_seed",
+        "write_model_card",
+        "low_cpu_memory",
+    }
+    defaults = MergeOptions()
+    return all(
+        name in honoured or getattr(options, name) == getattr(defaults, name)
+        for name in MergeOptions.model_fields
+    )
+
+
+# -- mergekit --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def register_method() -> None:
+    """Register `optimer` with mergekit, once per process; importing mergekit takes seconds, so only
+    when needed.
+    """
+    from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
+    from mergekit.merge_methods.easy_define import merge_method
+    from mergekit.merge_methods.registry import register
+
+    def kernel(
+        group: TensorGroup, weight: PerNonBase[float], delta: PerNonBase[bool | None] = None
+    ) -> torch.Tensor:
+        base = group.base.tensor  # the contract requires one
+        declared = delta.values_for(group.non_base)
+        deltas = [
+            entry.tensor.float()
+            if (_is_delta(entry.id) if is_delta is None else is_delta)
+            else entry.tensor.float() - base.float()
+            for entry, is_delta in zip(group.non_base, declared, strict=True)
+        ]
+        return add_weighted(base, deltas, weight.values_for(group.non_base))
+
+    kernel.__annotations__ = {
+        "group": TensorGroup,
+        "weight": PerNonBase[float],
+        "delta": PerNonBase[bool | None],
+        "return": torch.Tensor,
+    }
+    contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
+    register(
+        merge_method(
+            kernel,
+            name=METHOD,
+            pretty_name="OptiMer",
+            reference_url="https://arxiv.org/abs/2603.28858",
+            contract=contract,
+        )
+    )
+
+
+def _is_delta(entry_id: Any) -> bool:
+    """Whether mergekit's ModelReference is a delta directory of ours; others say `delta: true`."""
+    return _directory_is_delta(str(entry_id.model.path))
+
+
+@functools.cache
+def _directory_is_delta(path: str) -> bool:
+    record = read_record(Path(path)) if Path(path).is_dir() else None
+    return record is not None and record.kind == "delta"
+
+
+def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any = None) -> None:
+    """Run a config with mergekit, the `optimer` method registered, and check what it wrote.
+
+    Local paths are made absolute first: with relative ones mergekit asks the Hub for a model card
+    and fails offline after the weights are written. `out` appears whole or not at all.
+    """
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge as mergekit_run
+    from mergekit.options import MergeOptions
+
+    register_method()
+    absolute = _with_absolute_paths(dict(config), path.resolve().parent)
+    _refuse_quantised(absolute, path)
+    try:
+        parsed = MergeConfiguration.model_validate(absolute)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path}: mergekit does not take this config: {error}") from error
+    # the loaders are never cleared: a model replaced on disk would be read from the old file
+    LoaderCache().loaders = {}
+    with staged_directory(out) as staging:
+        try:
+            mergekit_run(
+                parsed,
+                str(staging),
+                options or MergeOptions(quiet=True),
+                config_source=yaml.safe_dump(dict(config), sort_keys=False),
+            )
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"{path}: mergekit stopped: {error}") from error
+        _check_output(
+            staging,
+            resolve_model(str(absolute["base_model"])).path if absolute.get("base_model") else None,
+            config,
+        )
+
+
+def _with_absolute_paths(value: Any, folder: Path) -> Any:
+    """Resolve `model` and `base_model` references anywhere in a config to local paths where they
+    are local.
+    """
+    if isinstance(value, list):
+        return [_with_absolute_paths(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _local_or_hub(item, folder)
+        if key in ("model", "base_model") and isinstance(item, str)
+        else _with_absolute_paths(item, folder)
+        for key, item in value.items()
+    }
+
+
+def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse int8 deltas: mergekit would not find their weights."""
+    for model in config.get("models") or []:
+        source = Path(str(model.get("model", "")))
+        record = read_record(source) if source.is_dir() else None
+        if record is not None and record.dtype == QUANTISED:
+            raise ModelError(
+                f"{path}: {source}: an int8 delta, which mergekit cannot read. Use what the "
+                "streaming writer can do, or write it again with `optimer extract --dtype "
+                "bfloat16`."
+            )
+
+
+def _local_or_hub(text: str, folder: Path) -> str:
+    if "+" in text and not (folder / text).exists():  # mergekit's model+adapter
+        return "+".join(_local_or_hub(part, folder) for part in text.split("+"))
+    found = absolute_reference(text, folder)
+    if found.startswith("pypi:") or found.endswith(".gguf"):
+        return str(resolve_model(found).path)
+    return found.removeprefix("hf://")
+
+
+def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> None:
+    """mergekit never validates its output: compare tensor names and shapes with the base when
+    layers are kept.
+    """
+    if (
+        base is None
+        or config.get("slices")
+        or config.get("modules")
+        or config.get("tokenizer")
+        or config.get("tokenizer_source")
+    ):
+        return
+    merged, expected = Checkpoint(out), Checkpoint(base)
+    missing = sorted(set(expected.names) - set(merged.names) - {"lm_head.weight"})
+    wrong = [
+        name
+        for name in merged.names
+        if name in expected.names and merged.shape(name) != expected.shape(name)
+    ]
+    if missing or wrong:
+        raise ModelError(
+            f"mergekit wrote {len(merged.names)} of {len(expected.names)} tensors (first missing: "
+            f"{missing[:1]}, first of "
+            f"another shape: {wrong[:1]}). It does not know this architecture; use `--engine "
+            "native`."
+        )
+
+
+# -- export ----------------------------------------------------------------------------------------
+
+
+def optimer_config(
+    base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+    """Return a merge config of the `optimer` method: float32 inputs, so that both engines round
+    once, to `dtype`.
+    """
+    models = [
+        {"model": source, "parameters": {"weight": weights[name]}}
+        for name, source in sources.items()
+    ]
+    return {
+        "merge_method": METHOD,
+        "base_model": base_model,
+        "models": models,
+        "dtype": "float32",
+        "out_dtype": dtype,
+    }
+
+
+def vanilla_config(
+    base_model: str, deltas: Mapping[str, str], weights: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+    """Return a config that unmodified `mergekit-yaml` runs to the same weights: method linear over
+    delta directories.
+
+    `linear` with the base at weight 1 - sum w over *checkpoints* would cancel digits in bfloat16;
+    deltas do not.
+    """
+    return _linear(base_model, 1.0, deltas, weights, dtype)
+
+
+def linear_config(
+    base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+    """Return the same merge over checkpoints for unmodified mergekit: base weight 1 - sum w, exact
+    while that is small.
+    """
+    return _linear(base_model, 1.0 - sum(weights.values()), sources, weights, dtype)
+
+
+def _linear(
+    base_model: str,
+    base_weight: float,
+    sources: Mapping[str, str],
+    weights: Mapping[str, float],
+    dtype: str,
+) -> dict[str, Any]:
+    entries = {base_model: base_weight} | {
+        sources[name]: weight for name, weight in weights.items()
+    }
+    return {
+        "merge_method": "linear",
+        "base_model": base_model,
+        "models": [
+            {"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()
+        ],
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        "out_dtype": dtype,
+    }

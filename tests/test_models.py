@@ -1,0 +1,106 @@
+"""Merges of many architectures: the writer works from tensor names and knows none of them."""
+
+import pytest
+import torch
+import transformers
+from conftest import VOCABULARY
+
+from optimer_hf.checkpoint import Checkpoint
+from optimer_hf.convert import ResolvedModel
+from optimer_hf.merge import write_merged
+from optimer_hf.vector import extract, open_vector
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED = COMMON | {"num_key_value_heads": 2}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+def gemma3_multimodal():
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    return transformers.Gemma3Config(
+        text_config=GROUPED | {"head_dim": 16},
+        vision_config=vision
+        | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False},
+        mm_tokens_per_image=1,
+    )
+
+
+ARCHITECTURES = {
+    "Gemma3ForConditionalGeneration": gemma3_multimodal,
+    "LlamaForCausalLM": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "Qwen3ForCausalLM": lambda: transformers.Qwen3Config(**GROUPED, head_dim=8),
+    "MistralForCausalLM": lambda: transformers.MistralConfig(**GROUPED),
+    "GPTNeoXForCausalLM": lambda: transformers.GPTNeoXConfig(**COMMON),
+    "MambaForCausalLM": lambda: transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2
+    ),
+    "MixtralForCausalLM": lambda: transformers.MixtralConfig(**GROUPED, **EXPERTS),
+    "Qwen3MoeForCausalLM": lambda: transformers.Qwen3MoeConfig(
+        **GROUPED, moe_intermediate_size=16, num_experts=3, num_experts_per_tok=2, head_dim=8
+    ),
+    "GptOssForCausalLM": lambda: transformers.GptOssConfig(**GROUPED, **EXPERTS, head_dim=8),
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda name: name)
+def models(request, tmp_path_factory):
+    """Class, base and two fine-tunes of an architecture, in bfloat16."""
+    cls = getattr(transformers, request.param)
+    torch.manual_seed(0)
+    model = cls(ARCHITECTURES[request.param]()).to(torch.bfloat16)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder / "base")
+    for name in ("ja", "math"):
+        tuned = cls.from_pretrained(folder / "base", dtype=torch.bfloat16)
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        tuned.save_pretrained(folder / name)
+    return cls, ResolvedModel(folder / "base", "base"), [folder / "ja", folder / "math"]
+
+
+@pytest.mark.parametrize("stored", ["checkpoint", "delta", "int8"])
+def test_every_architecture_is_merged_by_its_tensor_names_and_loads(models, stored, tmp_path):
+    cls, base, tuned = models
+    pool = [open_vector(path.name, str(path), base) for path in tuned]
+    weights = {"ja": 0.7123, "math": -0.4057}  # of 0.7 times five steps, half is a tie
+    exact = {
+        name: Checkpoint(base.path).read(name).double()
+        + sum(
+            weights[path.name]
+            * (Checkpoint(path).read(name).double() - Checkpoint(base.path).read(name).double())
+            for path in tuned
+        )
+        for name in Checkpoint(base.path).names
+    }
+    if stored != "checkpoint":
+        dtype = "int8" if stored == "int8" else "float32"
+        for vector in pool:
+            extract(vector, base, tmp_path / vector.name, dtype=dtype)
+        pool = [open_vector(path.name, str(tmp_path / path.name), base) for path in tuned]
+    write_merged(base, pool, weights, tmp_path / "out", max_shard_size=30_000)
+    merged = Checkpoint(tmp_path / "out")
+    assert merged.names == Checkpoint(base.path).names
+    right = []
+    for name in merged.names:
+        assert merged.shape(name) == Checkpoint(base.path).shape(name)
+        found, expected = merged.read(name), exact[name].to(torch.bfloat16)
+        if stored == "int8":
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
+        else:
+            right.append((found == expected).flatten())
+    assert stored == "int8" or torch.cat(right).double().mean().item() >= 0.999
+    loaded, information = cls.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not information["missing_keys"]
+    assert not information["unexpected_keys"]
+    out = loaded(input_ids=torch.tensor([[2, 70, 71]])).logits
+    assert out.shape == (1, 3, loaded.config.get_text_config().vocab_size)
+    assert out.isfinite().all()
