@@ -6,9 +6,8 @@ compared with the base when it is read. Adapters whose delta is not of that form
 OFT ...) are merged by PEFT itself, on request.
 """
 
-import json
-import logging
 import math
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +17,9 @@ from typing import Any
 
 import torch
 
-from optimer_hf.checkpoint import Checkpoint
+from optimer_hf.checkpoint import TIED_HEAD, Checkpoint, has_tied_head
 from optimer_hf.convert import moves_base
 from optimer_hf.errors import ModelError
-
-logger = logging.getLogger(__name__)
 
 PARTNERS = {
     "lora_A": "lora_B",
@@ -30,6 +27,16 @@ PARTNERS = {
     "lora_embedding_A": "lora_embedding_B",
     "lora_embedding_B": "lora_embedding_A",
 }
+FROZEN_COPY = ".base_layer.weight"  # of an adapted embedding: PEFT saves it beside the factors
+VARIANTS = [  # of LoraConfig: each changes what the factors mean
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+]
 MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
 
 
@@ -93,7 +100,7 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
 
     try:
         config = PeftConfig.from_pretrained(str(path))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"vector {name!r} ({path}): adapter_config.json cannot be read ({error})."
         ) from None
@@ -107,6 +114,13 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     found: dict[str, LowRank | Trained] = {}
     for key in stored.names:
         target, part = _target_of(key)
+        if key.endswith(FROZEN_COPY):
+            _refuse_moved(stored, key, base, target, name)
+            continue
+        if part != "B" and target in found:
+            raise ModelError(
+                f"vector {name!r} ({path}): adapts {target!r} in two ways. {MATERIALISE}"
+            )
         if part == "A":
             found[target] = _product(stored, key, config, name)
         elif part == "B":
@@ -134,10 +148,8 @@ def _refuse_nonlinear(config: Any, path: Path, name: str) -> None:
             moves_base(config.init_lora_weights),
             f"init_lora_weights {config.init_lora_weights!r} rewrites the base weights",
         ),
-        (
-            getattr(config, "target_parameters", None),
-            "target_parameters adapts stacked expert weights",
-        ),
+        (config.target_parameters, "target_parameters adapts stacked expert weights"),
+        *((getattr(config, field, None), f"{field} is no plain LoRA") for field in VARIANTS),
     ):
         if option:
             raise ModelError(f"vector {name!r} ({path}): {reason}. {MATERIALISE}")
@@ -184,42 +196,68 @@ def _product(stored: Checkpoint, key: str, config: Any, name: str) -> LowRank:
             f"vector {name!r} ({stored.path}): tensor {key!r} has {a.dim()} dimensions; only "
             f"linear and embedding layers are products of two matrices. {MATERIALISE}"
         )
+    rank, scale = _rank_and_scale(config, module, stored.path, name)
+    if not a.shape[0] == b.shape[1] == rank:
+        raise ModelError(
+            f"vector {name!r} ({stored.path}): {module} has factors of shape {list(a.shape)} and "
+            f"{list(b.shape)}, but rank {rank} in adapter_config.json. Fetch the adapter again."
+        )
     # embeddings and Conv1D layers store their weight input-first: (b @ a).T
     if "lora_embedding_A" in key or config.fan_in_fan_out:
         a, b = b.T.contiguous(), a.T.contiguous()
-    return LowRank(b, a, _scale(config, module))
+    return LowRank(b, a, scale)
+
+
+def _refuse_moved(stored: Checkpoint, key: str, base: Checkpoint, target: str, name: str) -> None:
+    if target not in base.names:  # the alias of a tied embedding
+        return
+    copy, tensor = stored.read(key), base.read(target)
+    if copy.shape != tensor.shape or not torch.equal(copy.to(tensor.dtype), tensor):
+        raise ModelError(
+            f"vector {name!r} ({stored.path}): tensor {key!r} differs from the base: the embedding "
+            "was resized or trained. Train the embedding with full parameters, or leave it out."
+        )
 
 
 def _moved_bias(
     stored: Checkpoint, key: str, base: Checkpoint, target: str, config: Any, name: str
 ) -> Trained:
     if target not in base.names:
-        raise ModelError(f"vector {name!r} ({stored.path}): tensor {target!r} is not in the base.")
-    scale = _scale(config, target.removesuffix(".bias"))
+        raise ModelError(
+            f"vector {name!r} ({stored.path}): tensor {target!r} is not in the base. {MATERIALISE}"
+        )
+    _, scale = _rank_and_scale(config, target.removesuffix(".bias"), stored.path, name)
     return Trained(base.read(target).float() + scale * stored.read(key).float())
 
 
-def _scale(config: Any, module: str) -> float:
+def _rank_and_scale(config: Any, module: str, path: Path, name: str) -> tuple[int, float]:
+    """Return rank and scale of a module's product, as PEFT finds them."""
     from peft.utils.other import get_pattern_key
 
-    rank_key = get_pattern_key(list(config.rank_pattern), module)
-    alpha_key = get_pattern_key(list(config.alpha_pattern), module)
-    rank = config.rank_pattern.get(rank_key, config.r)
-    alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
-    return float(alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)
+    try:
+        rank_key = get_pattern_key(list(config.rank_pattern), module)
+        alpha_key = get_pattern_key(list(config.alpha_pattern), module)
+        rank = config.rank_pattern.get(rank_key, config.r)
+        alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
+        return rank, float(alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as error:
+        raise ModelError(
+            f"vector {name!r} ({path}): adapter_config.json has no usable rank and alpha for "
+            f"{module} ({error})."
+        ) from None
 
 
 def _refuse_untied(
     found: dict[str, LowRank | Trained], base: Checkpoint, path: Path, name: str
 ) -> None:
     """Refuse a head of its own beside a base whose head is its embedding."""
-    if "lm_head.weight" in found and "lm_head.weight" not in base.names:
+    tied = has_tied_head(base)
+    if tied and TIED_HEAD in found:
         raise ModelError(
             f"vector {name!r} ({path}): adapts lm_head, but the base ties it to the embedding, so "
             "the two would part. Train without lm_head and embed_tokens in target_modules and "
             "modules_to_save, or with full parameters."
         )
-    tied = "lm_head.weight" not in base.names
     for target, delta in found.items():
         if tied and isinstance(delta, Trained) and "embed_tokens" in target:
             raise ModelError(
@@ -241,15 +279,17 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    if not (adapter / "adapter_config.json").exists():
+        raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
+    stored = Checkpoint(adapter, "adapter_model")  # PEFT would take pickled weights
+    if has_tied_head(Checkpoint(base)):
+        untying = [key for key in stored.names if _unties(key)]
+        if untying:
+            raise ModelError(
+                f"{adapter}: tensor {untying[0]!r} belongs to half of the tied embedding of the "
+                "base. Train the embedding with full parameters, or leave it out."
+            )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    saved = set(config.get("modules_to_save") or [])
-    if tied and saved & {"embed_tokens", "lm_head"}:
-        raise ModelError(
-            f"{adapter}: modules_to_save {sorted(saved)} unties the tied embedding of the base. "
-            "Train the embedding with full parameters, or leave it out."
-        )
     try:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
@@ -257,3 +297,12 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
         merged.save_pretrained(folder)
         yield Path(folder)
+
+
+def _unties(key: str) -> bool:
+    """Whether a stored tensor adapts the head, or replaces the embedding."""
+    _, part = _target_of(key)
+    parts = key.split(".")
+    if key.endswith(FROZEN_COPY):
+        return False
+    return "lm_head" in parts or (part == "trained" and "embed_tokens" in parts)

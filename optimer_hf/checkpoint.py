@@ -7,13 +7,13 @@ model, and a file that shrinks meanwhile is an error and not a crash.
 """
 
 import json
-import logging
 import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,11 +24,9 @@ from safetensors import SafetensorError, safe_open
 from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.files import sha256_file
 
-logger = logging.getLogger(__name__)
-
 CHUNK_ELEMENTS = 2**19  # of one row block: 2 MiB in float32, so that a sum stays in a CPU's cache
-GPU_CHUNK_ELEMENTS = 2**26
-BLOCKS_AHEAD = 4  # computed before they are written, per thread
+GPU_CHUNK_ELEMENTS = 2**24
+BLOCKS_AHEAD = 2  # computed before they are written, per thread
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
@@ -44,6 +42,7 @@ SAFETENSORS_DTYPES = {
 }
 TORCH_DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
 INDEX = ".safetensors.index.json"
+TIED_HEAD = "lm_head.weight"  # may be left out of a file where it is tied to the embedding
 COPIED_BESIDE_WEIGHTS = [
     "config.json",
     "generation_config.json",
@@ -54,7 +53,10 @@ COPIED_BESIDE_WEIGHTS = [
     "merges.txt",
     "chat_template*",
     "*processor_config.json",
-    "LICENSE*",
+    "*.model",
+    "LICEN[SC]E*",
+    "COPYING*",
+    "USE_POLICY*",
     "NOTICE*",
 ]
 
@@ -82,8 +84,8 @@ class Checkpoint:
     """The tensors of a safetensors directory, single-file or sharded, read lazily."""
 
     def __init__(self, path: Path, prefix: str = "model") -> None:
-        """Read the headers of `path`: the shards its index names, else PREFIX.safetensors, else
-        every safetensors file.
+        """Read the headers of `path`: PREFIX.safetensors, else the shards its index names, as
+        transformers does; else every safetensors file.
 
         Raises ModelError for missing, damaged or pickled weights, and for an index and shards that
         disagree.
@@ -91,7 +93,8 @@ class Checkpoint:
         self.path = path
         self._stored: dict[str, _Stored] = {}
         index = path / f"{prefix}{INDEX}"
-        weight_map = _read_index(index) if index.exists() else None
+        sharded = index.exists() and not (path / f"{prefix}.safetensors").exists()
+        weight_map = _read_index(index) if sharded else None
         for file in _weights_files(path, prefix, weight_map):
             for name, stored in _read_header(file).items():
                 if name in self._stored:
@@ -287,17 +290,28 @@ def _read_into(buffer: torch.Tensor, stored: _Stored, offset: int) -> None:
 def row_blocks(shape: tuple[int, ...], device: str = "cpu") -> list[slice]:
     """Split the rows of a tensor's matrix form into blocks (>= 1 row) that suit a device."""
     n_rows, *columns = matrix_shape(shape)
-    n_elements = CHUNK_ELEMENTS if device == "cpu" else GPU_CHUNK_ELEMENTS
+    n_elements = CHUNK_ELEMENTS if device.startswith("cpu") else GPU_CHUNK_ELEMENTS
     step = max(1, n_elements // max(1, math.prod(columns)))
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
 def weight_files(path: Path) -> dict[str, str]:
-    """Return file name -> sha256 of the weights in a directory: the identity of a model."""
-    record = path / "conversion.json"
-    if record.exists():
-        return dict(json.loads(record.read_text(encoding="utf-8"))["sha256"])
-    return {file.name: sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
+    """Return file name -> sha256 of the weights in a directory: the identity of a model.
+
+    Of an adapter its config counts, too: rank and alpha scale the weights.
+    """
+    files = [*path.glob("*.safetensors"), *path.glob("adapter_config.json")]
+    return {file.name: sha256_file(file) for file in sorted(files)}
+
+
+def has_tied_head(checkpoint: Checkpoint) -> bool:
+    """Whether the output layer of a model is its embedding: not stored, or stored as a copy."""
+    if TIED_HEAD not in checkpoint.names:
+        return True
+    file = checkpoint.path / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    text = config.get("text_config") or {}
+    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
 
 # -- computing -------------------------------------------------------------------------------------
@@ -305,7 +319,7 @@ def weight_files(path: Path) -> dict[str, str]:
 
 def computed_ahead(
     function: Callable[[str, slice], T], arguments: Iterable[tuple[str, slice]]
-) -> Iterator[T]:
+) -> Generator[T]:
     """Yield function(*argument) in order, computed by as many threads as torch uses, a few ahead.
 
     Every thread computes whole blocks alone. That is faster than all threads at one block, who wait
@@ -362,19 +376,24 @@ def write_sharded(
     specs: Specs,
     rows_of: Callable[[str, slice], torch.Tensor],
     max_shard_size: int,
+    device: str = "cpu",
 ) -> None:
     """Write tensors as `prefix.safetensors`, or as shards of at most `max_shard_size` bytes with an
     index.
 
-    `rows_of(name, rows)` computes a row block; several threads call it, ahead of the writing.
+    `rows_of(name, rows)` computes a row block, of a size that suits `device`; several threads call
+    it, ahead of the writing.
     """
     shards = _shards(specs, max_shard_size)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
         file = f"{prefix}{suffix}.safetensors"
-        blocks = [(name, rows) for name, (_, shape) in shard.items() for rows in row_blocks(shape)]
-        write_safetensors(out_dir / file, shard, computed_ahead(rows_of, blocks))
+        blocks = [
+            (name, rows) for name, (_, shape) in shard.items() for rows in row_blocks(shape, device)
+        ]
+        with closing(computed_ahead(rows_of, blocks)) as computed:
+            write_safetensors(out_dir / file, shard, computed)
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
         total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())

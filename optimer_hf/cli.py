@@ -153,6 +153,10 @@ def extract(
         f"base; stored in {record.dtype} with a relative error of "
         f"{100 * (record.relative_error or 0):.3f} %"
     )
+    errors = record.relative_errors or {}
+    if errors:
+        worst, error = max(errors.items(), key=lambda pair: pair[1])
+        click.echo(f"largest of a tensor: {100 * error:.3f} % ({worst})")
 
 
 @main.command()
@@ -406,7 +410,12 @@ def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool) -> None:
     help="Instead of the recipe's dtype.",
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weights file.")
-def build(recipe_yaml: Path, out: Path, out_dtype: str | None, max_shard_size: str) -> None:
+@click.option(
+    "--device", default="cpu", show_default=True, help="cpu or cuda: does the arithmetic."
+)
+def build(
+    recipe_yaml: Path, out: Path, out_dtype: str | None, max_shard_size: str, device: str
+) -> None:
     """Build the merged model of a recipe."""
     from accelerate.utils import convert_file_size_to_int
 
@@ -418,7 +427,7 @@ def build(recipe_yaml: Path, out: Path, out_dtype: str | None, max_shard_size: s
         raise ConfigError(
             f"--max-shard-size: found {max_shard_size!r}, expected e.g. 5GB."
         ) from None
-    recipes.build(recipe_yaml, out, out_dtype=out_dtype, max_shard_size=n_bytes)
+    recipes.build(recipe_yaml, out, out_dtype=out_dtype, max_shard_size=n_bytes, device=device)
     click.echo(str(out))
 
 

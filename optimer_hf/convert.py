@@ -70,16 +70,22 @@ def resolve_base(text: str) -> ResolvedModel:
     Raises ModelError when it has no config or tokenizer, or is a delta and not a model.
     """
     resolved = resolve_model(text)
-    if (resolved.path / "adapter_config.json").exists():
-        raise ModelError(f"{text}: is an adapter, not a model. Merge it into its base first.")
-    if not (resolved.path / "config.json").exists():
-        raise ModelError(f"{text}: not a model directory (it has no config.json).")
+    refuse_other_than_models(resolved)
     if not any((resolved.path / name).exists() for name in TOKENIZER_FILES):
         raise ModelError(f"{text}: has no tokenizer. Save the tokenizer of the model beside it.")
-    record = resolved.path / "vector.json"
+    return resolved
+
+
+def refuse_other_than_models(resolved: ResolvedModel) -> None:
+    """Raise ModelError for an adapter, a delta, or a directory without a config."""
+    path, text = resolved.path, resolved.reference
+    if (path / "adapter_config.json").exists():
+        raise ModelError(f"{text}: is an adapter, not a model. Merge it into its base first.")
+    if not (path / "config.json").exists():
+        raise ModelError(f"{text}: not a model directory (it has no config.json).")
+    record = path / "vector.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8")).get("kind") == "delta":
         raise ModelError(f"{text}: is a delta, not a model. Merge it into its base first.")
-    return resolved
 
 
 def moves_base(init_lora_weights: bool | str) -> bool:

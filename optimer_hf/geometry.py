@@ -2,7 +2,7 @@
 them.
 
 One streaming pass over base and vectors; nothing is loaded whole. Cosines near 0 mean vectors that
-add up without disturbing each other (arXiv 2212.04089 for task vectors); the share that survives
+add up without disturbing each other (arXiv 2212.04089); the share that survives
 says how much of a delta is left once the merge is rounded to its output dtype, which for bfloat16
 is often less than half.
 """
@@ -20,7 +20,14 @@ from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ModelError
 from optimer_hf.files import markdown_table
 from optimer_hf.merge import LOW_SURVIVAL, surviving_share
-from optimer_hf.vector import AdapterVector, DistributionVector, dense, not_finite, open_vector
+from optimer_hf.vector import (
+    AdapterVector,
+    DistributionVector,
+    dense,
+    not_finite,
+    open_vector,
+    read_record,
+)
 
 MODULE_GROUPS = {  # first match wins; parts of tensor names
     "head": ("lm_head", "embed_out"),
@@ -41,6 +48,7 @@ class Geometry:
     group_norms: dict[str, dict[str, float]]
     effective_ranks: dict[str, float]
     surviving: dict[str, float]
+    recorded: dict[str, bool]  # whether a vector records the sha256 of its base
     dtype: str
 
 
@@ -76,7 +84,7 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
     groups: dict[str, torch.Tensor] = {}
     base_squares = dict.fromkeys((vector.name for vector in vectors), 0.0)
     for (name, _), (products, squares) in zip(
-        blocks, computed_ahead(products_of, blocks), strict=True
+        blocks, list(computed_ahead(products_of, blocks)), strict=True
     ):
         if not bool(products.isfinite().all()):
             vector = vectors[int((~products.diagonal().isfinite()).nonzero()[0])]
@@ -109,6 +117,7 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
             vector.name: surviving_share(base, [vector], {vector.name: 1.0}, dtype)
             for vector in vectors
         },
+        {vector.name: read_record(vector.path) is not None for vector in vectors},
         dtype,
     )
 
@@ -183,7 +192,7 @@ def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
         for group, norms in found.group_norms.items()
     ]
     parts.append(markdown_table(["norm by module", *names], groups))
-    parts += [f"* {name}: can be merged into this base." for name in names]
+    parts += [f"* {name}: can be merged into this base{_trust(found, name)}." for name in names]
     low = [name for name in names if found.surviving[name] < LOW_SURVIVAL]
     if low:
         parts.append(
@@ -192,3 +201,9 @@ def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
         )
     parts += [f"* {name}: cannot be merged: {reason}" for name, reason in refusals.items()]
     return "\n".join(parts)
+
+
+def _trust(found: Geometry, name: str) -> str:
+    if found.recorded[name]:
+        return " (same sha256, tensors and vocabulary)"
+    return " (same tensors and vocabulary; it does not record which base it was trained from)"

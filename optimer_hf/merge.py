@@ -19,9 +19,11 @@ import torch
 from optimer_hf.adapter import LowRank
 from optimer_hf.checkpoint import (
     DTYPES,
+    TIED_HEAD,
     Checkpoint,
     computed_ahead,
     copy_beside_weights,
+    has_tied_head,
     row_blocks,
     write_sharded,
 )
@@ -111,9 +113,11 @@ def write_merged(
     Raises ModelError, naming tensor and vector, for values that are not finite.
     """
     checkpoint = Checkpoint(base.path)
+    left_out = {TIED_HEAD} if has_tied_head(checkpoint) else set()  # a copy of the embedding
     specs = {
         name: (_output_dtype(checkpoint.dtype(name), out_dtype), checkpoint.shape(name))
         for name in checkpoint.names
+        if name not in left_out
     }
 
     def rows_of(name: str, rows: slice) -> torch.Tensor:
@@ -123,11 +127,12 @@ def write_merged(
         base_rows = base_rows.to(device)
         merged = merged_rows(base_rows, name, rows, vectors, weights, specs[name][0])
         if not math.isfinite(merged.sum().item()) and not bool(merged.isfinite().all()):
-            raise _not_finite(base_rows, name, rows, vectors, merged.dtype)
+            used = [vector for vector in vectors if weights[vector.name] != 0]
+            raise _not_finite(base_rows, name, rows, used, merged.dtype)
         return merged.cpu()
 
     with staged_directory(out) as staging:
-        write_sharded(staging, "model", specs, rows_of, max_shard_size)
+        write_sharded(staging, "model", specs, rows_of, max_shard_size, device)
         copy_beside_weights(base.path, staging)
         if out_dtype is not None:
             _set_config_dtype(staging / "config.json", out_dtype)

@@ -8,16 +8,17 @@ it wrote; all three are seen to here.
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from pydantic import BaseModel
 
-from optimer_hf.checkpoint import Checkpoint
-from optimer_hf.convert import resolve_model
+from optimer_hf.checkpoint import DTYPES, TIED_HEAD, Checkpoint
+from optimer_hf.convert import refuse_other_than_models, resolve_model
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files import (
     absolute_reference,
@@ -30,6 +31,7 @@ from optimer_hf.merge import MAX_SHARD_SIZE, add_weighted, write_merged
 from optimer_hf.vector import QUANTISED, open_vector, read_record
 
 METHOD = "optimer"
+REFERENCES = ("model", "base_model", "source", "tokenizer_source")
 TOP_LEVEL_KEYS = [
     "merge_method",
     "base_model",
@@ -70,7 +72,10 @@ def read_merge_config(path: Path) -> dict[str, Any]:
             f"{path}: field 'merge_method' is missing. For this package's method write "
             f"`merge_method: {METHOD}`."
         )
-    for index, model in enumerate(config.get("models") or []):
+    models = config.get("models") or []
+    if not isinstance(models, list):
+        raise ConfigError(f"{path}: models: found {models!r}, expected a list of models.")
+    for index, model in enumerate(models):
         _refuse_unknown(model, MODEL_KEYS, f"{path}: models.{index}")
         if "model" not in model:
             raise ConfigError(f"{path}: models.{index}: field 'model' is missing.")
@@ -144,6 +149,9 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         "out_dtype"
     ):
         return None
+    dtypes = {config.get("dtype"), config.get("out_dtype")} - {None}
+    if not dtypes <= DTYPES.keys():
+        return None
     base, sources = pool_of(config, path)
     listed = [
         model
@@ -189,6 +197,7 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
         )
     if linear is not None and engine != "mergekit" and _options_are_ours(options):
         base = resolve_model(linear.base_model)
+        refuse_other_than_models(base)
         vectors = [open_vector(name, source, base) for name, source in linear.sources.items()]
         shard_size = MAX_SHARD_SIZE if options is None else options.out_shard_size
         write_merged(
@@ -198,6 +207,7 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
             out,
             out_dtype=linear.out_dtype,
             max_shard_size=shard_size,
+            device="cpu" if options is None else options.device,
         )
         write_text(out / "mergekit_config.yml", path.read_text(encoding="utf-8"))
         return "native"
@@ -219,6 +229,8 @@ def _options_are_ours(options: Any) -> bool:
         "random_seed",
         "write_model_card",
         "low_cpu_memory",
+        "cuda",
+        "device",
     }
     defaults = MergeOptions()
     return all(
@@ -272,12 +284,8 @@ def register_method() -> None:
 
 def _is_delta(entry_id: Any) -> bool:
     """Whether mergekit's ModelReference is a delta directory of ours; others say `delta: true`."""
-    return _directory_is_delta(str(entry_id.model.path))
-
-
-@functools.cache
-def _directory_is_delta(path: str) -> bool:
-    record = read_record(Path(path)) if Path(path).is_dir() else None
+    path = Path(str(entry_id.model.path))
+    record = read_record(path) if path.is_dir() else None
     return record is not None and record.kind == "delta"
 
 
@@ -295,10 +303,13 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     register_method()
     absolute = _with_absolute_paths(dict(config), path.resolve().parent)
     _refuse_quantised(absolute, path)
+    base = absolute.get("base_model")
+    base_path = resolve_model(str(base).split("+")[0]).path if base else None
     try:
         parsed = MergeConfiguration.model_validate(absolute)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{path}: mergekit does not take this config: {error}") from error
+    _refuse_ignored(absolute, parsed, _parameters_of(parsed.merge_method), str(path))
     # the loaders are never cleared: a model replaced on disk would be read from the old file
     LoaderCache().loaders = {}
     with staged_directory(out) as staging:
@@ -311,24 +322,18 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
             )
         except (ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"{path}: mergekit stopped: {error}") from error
-        _check_output(
-            staging,
-            resolve_model(str(absolute["base_model"])).path if absolute.get("base_model") else None,
-            config,
-        )
+        _check_output(staging, base_path, config)
 
 
 def _with_absolute_paths(value: Any, folder: Path) -> Any:
-    """Resolve `model` and `base_model` references anywhere in a config to local paths where they
-    are local.
-    """
+    """Resolve references anywhere in a config to local paths where they are local."""
     if isinstance(value, list):
         return [_with_absolute_paths(item, folder) for item in value]
     if not isinstance(value, dict):
         return value
     return {
         key: _local_or_hub(item, folder)
-        if key in ("model", "base_model") and isinstance(item, str)
+        if key in REFERENCES and isinstance(item, str) and item not in ("union", "base")
         else _with_absolute_paths(item, folder)
         for key, item in value.items()
     }
@@ -336,8 +341,8 @@ def _with_absolute_paths(value: Any, folder: Path) -> Any:
 
 def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
     """Refuse int8 deltas: mergekit would not find their weights."""
-    for model in config.get("models") or []:
-        source = Path(str(model.get("model", "")))
+    for text in _models_in(config):
+        source = Path(text)
         record = read_record(source) if source.is_dir() else None
         if record is not None and record.dtype == QUANTISED:
             raise ModelError(
@@ -345,6 +350,45 @@ def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
                 "streaming writer can do, or write it again with `optimer extract --dtype "
                 "bfloat16`."
             )
+
+
+def _models_in(value: Any) -> Iterator[str]:
+    """Yield the models named anywhere in a config."""
+    for item in value if isinstance(value, list) else ():
+        yield from _models_in(item)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key == "model" and isinstance(item, str):
+            yield item
+        else:
+            yield from _models_in(item)
+
+
+def _parameters_of(method: str) -> list[str] | None:
+    """Return the names of the parameters that a merge method reads; None when there is no such."""
+    from mergekit.merge_methods.registry import registered_methods
+
+    for known in registered_methods():
+        if known.spec.name == method:
+            return [parameter.name for parameter in known.spec.parameters]
+    return None
+
+
+def _refuse_ignored(given: Any, parsed: Any, parameters: list[str] | None, where: str) -> None:
+    """Refuse keys that mergekit's models would drop without a word, at any depth."""
+    if isinstance(given, list) and isinstance(parsed, list):
+        for index, (item, model) in enumerate(zip(given, parsed, strict=True)):
+            _refuse_ignored(item, model, parameters, f"{where}.{index}")
+    elif isinstance(given, dict) and isinstance(parsed, dict):
+        for key, item in given.items():
+            _refuse_ignored(item, parsed.get(key), parameters, f"{where}.{key}")
+    elif isinstance(given, dict) and isinstance(parsed, BaseModel):
+        _refuse_unknown(given, list(type(parsed).model_fields), where)
+        for key, item in given.items():
+            if key == "parameters" and isinstance(item, dict):
+                if parameters is not None:
+                    _refuse_unknown(item, parameters, f"{where}: parameters")
+            else:
+                _refuse_ignored(item, getattr(parsed, key), parameters, f"{where}: {key}")
 
 
 def _local_or_hub(text: str, folder: Path) -> str:
@@ -369,7 +413,7 @@ def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> No
     ):
         return
     merged, expected = Checkpoint(out), Checkpoint(base)
-    missing = sorted(set(expected.names) - set(merged.names) - {"lm_head.weight"})
+    missing = sorted(set(expected.names) - set(merged.names) - {TIED_HEAD})
     wrong = [
         name
         for name in merged.names

@@ -1,7 +1,7 @@
 """Rows of a delta <-> int8 numbers with a scale per block: half the bytes of bfloat16.
 
 Symmetric rounding to 255 levels of the largest value of a block (absmax; Dettmers et al., arXiv
-2110.02861, in its linear form). Task vectors have a narrow range and quantise well (arXiv
+2110.02861, in its linear form). Deltas have a narrow range and quantise well (arXiv
 2503.06921). Blocks run along the last axis, so that rows can be read without their neighbours.
 """
 

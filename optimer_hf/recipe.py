@@ -235,10 +235,13 @@ def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Pa
     bfloat16 when that costs nothing visible.
     """
     out = folder / "deltas" / vector.name
+    if out.resolve() == vector.path.resolve():
+        return out
     record = read_record(out)
     current = weight_files(vector.path), weight_files(base.path)
     if record is None or (record.source_files, record.base.files) != current:
-        shutil.rmtree(out, ignore_errors=True)
+        if record is not None and record.kind == "delta":  # of ours, and of an earlier training
+            shutil.rmtree(out)
         _, relative_norm = norms(vector, Checkpoint(base.path))
         extract(
             vector,
@@ -253,9 +256,14 @@ def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Pa
 
 
 def build(
-    path: Path, out: Path, *, out_dtype: str | None = None, max_shard_size: int = MAX_SHARD_SIZE
+    path: Path,
+    out: Path,
+    *,
+    out_dtype: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    device: str = "cpu",
 ) -> None:
-    """Build the merged model of a recipe.
+    """Build the merged model of a recipe; `device` does the arithmetic.
 
     Raises ModelError when base or vectors are not the locked ones, before anything is written.
     """
@@ -274,6 +282,7 @@ def build(
         out,
         out_dtype=out_dtype or recipe.dtype,
         max_shard_size=max_shard_size,
+        device=device,
     )
     if lock_file.exists() and out_dtype is None and max_shard_size == MAX_SHARD_SIZE:
         lock = Lock.read(lock_file)

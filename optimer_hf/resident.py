@@ -52,19 +52,20 @@ class ResidentModel:
         self.model = (
             AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype]).to(device).eval()
         )
-        parameters = dict(self.model.named_parameters())  # a tied parameter appears once
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        once = {name for name, _ in self.model.named_parameters()}  # tied ones under one name
         moved = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
-        tied = {
-            name for name, _ in self.model.named_parameters(remove_duplicate=False)
-        } - parameters.keys()
-        unknown = [name for name in moved if name not in parameters and name not in tied]
+        unknown = [name for name in moved if name not in parameters]
         if unknown:
             raise ModelError(
                 f"{base.reference}: {type(self.model).__name__} has no parameter {unknown[0]!r} "
                 "that the vectors move. "
                 "Evaluate a built merge instead."
             )
-        self._parameters = {name: parameters[name] for name in moved if name in parameters}
+        by_parameter = {  # the embedding's name wins over its alias
+            id(parameters[name]): name for name in sorted(moved, key=lambda name: name in once)
+        }
+        self._parameters = {name: parameters[name] for name in by_parameter.values()}
         checkpoint = Checkpoint(
             base.path
         )  # as stored: a float32 base is rounded once, after the sum

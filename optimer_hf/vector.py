@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from optimer_hf.adapter import LowRank, Trained, merged_by_peft, read_adapter
 from optimer_hf.checkpoint import (
     DTYPES,
+    TIED_HEAD,
     Checkpoint,
     Loaded,
     copy_beside_weights,
@@ -39,8 +40,6 @@ from optimer_hf.quantize import BLOCK_SIZE, SCALES, dequantize, n_blocks, quanti
 logger = logging.getLogger(__name__)
 
 QUANTISED = "int8"
-STORED_DTYPES = [*DTYPES, QUANTISED]
-TIED_HEAD = "lm_head.weight"  # may be stored on one side only, where it is tied to the embedding
 
 
 # -- vector.json -----------------------------------------------------------------------------------
@@ -241,12 +240,8 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     resolved = resolve_model(source)
     checkpoint = Checkpoint(base.path)
     record = read_record(resolved.path)
-    if record is not None and record.base.files != weight_files(base.path):
-        raise ModelError(
-            f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights "
-            f"differ from those of base_model {base.reference}. Retrain it from this base, or drop "
-            "it."
-        )
+    if record is not None:
+        _check_recorded_base(name, source, record, base)
     vector: DistributionVector
     if (resolved.path / "adapter_config.json").exists():
         if record is None:
@@ -294,10 +289,24 @@ def _open_delta(name: str, path: Path, record: VectorFile) -> DeltaVector:
     return DeltaVector(name, stored, block_size)
 
 
+def _check_recorded_base(name: str, source: str, record: VectorFile, base: ResolvedModel) -> None:
+    if record.base.files != weight_files(base.path):
+        raise ModelError(
+            f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights "
+            f"differ from those of base_model {base.reference}. Retrain it from this base, or drop "
+            "it."
+        )
+
+
 def _check_declared_base(name: str, path: Path, base: ResolvedModel) -> None:
     """Refuse an adapter that names another Hub model as its base; a local path tells nothing."""
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    declared = str(config.get("base_model_name_or_path") or "")
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        declared = str(config.get("base_model_name_or_path") or "")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(
+            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error})."
+        ) from None
     both_on_hub = declared.count("/") == base.reference.count("/") == 1 and base.commit is not None
     if both_on_hub and declared != base.reference:
         raise ModelError(
@@ -316,6 +325,12 @@ def _check_same_tensors(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
             f"tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: "
             f"{extra[:1]}). Use a model of the same architecture."
         )
+    for one, other in ((tuned, base), (base, tuned)):
+        if TIED_HEAD in one.names and TIED_HEAD not in other.names and not _head_is_copy(one):
+            raise ModelError(
+                f"vector {name!r} ({tuned.path}): {one.path} has an output layer of its own "
+                f"({TIED_HEAD}), {other.path} ties it to the embedding. Tie it, or untie the other."
+            )
     for tensor in set(base.names) & set(tuned.names):
         kinds = tuned.dtype(tensor), base.dtype(tensor)
         if kinds[0].is_floating_point != kinds[1].is_floating_point:
@@ -332,6 +347,23 @@ def _check_same_tensors(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
             )
 
 
+def _head_is_copy(checkpoint: Checkpoint) -> bool:
+    """Whether the stored output layer holds the same numbers as the embedding."""
+    shape, dtype = checkpoint.shape(TIED_HEAD), checkpoint.dtype(TIED_HEAD)
+    twins = [
+        name
+        for name in checkpoint.names
+        if "embed" in name and (checkpoint.shape(name), checkpoint.dtype(name)) == (shape, dtype)
+    ]
+    return any(
+        all(
+            torch.equal(checkpoint.read_rows(TIED_HEAD, rows), checkpoint.read_rows(twin, rows))
+            for rows in row_blocks(shape)
+        )
+        for twin in twins
+    )
+
+
 def _merged_names(tuned: Checkpoint, base: Checkpoint) -> frozenset[str]:
     both = set(base.names) & set(tuned.names)
     return frozenset(name for name in both if base.dtype(name).is_floating_point)
@@ -342,7 +374,9 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
     for name in sorted(vector.names):
         if name not in known:
             raise ModelError(
-                f"vector {vector.name!r}: tensor {name!r} is not in the base {base.path}."
+                f"vector {vector.name!r}: tensor {name!r} is not in the base {base.path}. Give a "
+                "vector trained from this base; for an adapter whose module names differ, see "
+                "`optimer extract --from-adapter`."
             )
         found = _shape_of(vector, name)
         if found == base.shape(name):
@@ -392,6 +426,8 @@ def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
         for delta, base_rows in blocks_of(vector, base, name):
             here += _squares(delta)
             base_squares += _squares(base_rows)
+        if not math.isfinite(base_squares):
+            raise ModelError(f"base model: tensor {name!r} holds NaN or infinite values.")
         if not math.isfinite(here):
             raise not_finite(vector, name)
         squares += here
@@ -500,6 +536,11 @@ def extract_any_adapter(
 
     Holds the whole model in memory, in float32. `options` are those of `extract`.
     """
+    record = read_record(adapter.path)
+    if record is None and (adapter.path / "adapter_config.json").exists():
+        _check_declared_base(name, adapter.path, base)
+    elif record is not None:
+        _check_recorded_base(name, str(adapter.path), record, base)
     with merged_by_peft(adapter.path, base.path) as merged:
         vector = open_vector(name, str(merged), base)
         record = extract(vector, base, out, **options)

@@ -1,16 +1,19 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import VOCABULARY, whole_delta
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from optimer_hf.adapter import LowRank
 from optimer_hf.convert import ResolvedModel
-from optimer_hf.errors import ModelError
+from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.vector import AdapterVector, dense, extract_any_adapter, open_vector
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -175,6 +178,71 @@ def test_an_adapter_with_half_a_factor_is_refused(base, adapter, tmp_path, facto
         open_vector("ja", str(tmp_path / "half"), base)
 
 
+def test_an_embedding_that_was_trained_beside_its_factors_is_refused(base, make_adapter, tmp_path):
+    adapter = make_adapter(base, 3, target_modules=["embed_tokens"])
+    shutil.copytree(adapter, tmp_path / "v")
+    file = tmp_path / "v" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (copy,) = (name for name in tensors if name.endswith("base_layer.weight"))
+    tensors[copy] += 1
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"vector 'ja'.*differs from the base"):
+        open_vector("ja", str(tmp_path / "v"), base)
+
+
+def test_factors_of_another_rank_than_the_config_says_are_refused(base, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "v")
+    file = tmp_path / "v" / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"r": 8}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"vector 'ja'.*but rank 8 in adapter_config\.json"):
+        open_vector("ja", str(tmp_path / "v"), base)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 20),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.text(max_size=3), max_size=2),
+    st.dictionaries(st.sampled_from(["q_proj", "(", "up_proj"]), st.integers(-1, 3), max_size=2),
+)
+FIELDS = [
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "target_modules",
+    "no_such_field",
+    "base_model_name_or_path",
+]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
+@settings(
+    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_a_mutated_config_gives_a_vector_or_our_error_and_nothing_else(
+    base, adapter, tmp_path_factory, changes
+):
+    out = tmp_path_factory.getbasetemp() / "mutated-adapter"
+    shutil.copytree(adapter, out, dirs_exist_ok=True)
+    file = out / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | changes), encoding="utf-8")
+    try:
+        open_vector("ja", str(out), base)
+    except OptimerError as error:
+        assert "'ja'" in str(error)
+
+
 # -- through PEFT ----------------------------------------------------------------------------------
 
 
@@ -208,7 +276,7 @@ def test_any_adapter_becomes_the_delta_that_peft_merges(base, make_adapter, tmp_
     assert squares > 0
     assert errors <= loss**2 * squares + 1e-9
     assert record.relative_error <= loss
-    assert record.source_files.keys() == {"adapter_model.safetensors"}
+    assert record.source_files.keys() == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_an_adapter_peft_cannot_merge_is_refused_and_leaves_nothing(base, tmp_path):

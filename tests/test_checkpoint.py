@@ -15,7 +15,6 @@ from optimer_hf.checkpoint import (
     Checkpoint,
     Loaded,
     computed_ahead,
-    matrix_rows,
     matrix_shape,
     row_blocks,
     write_safetensors,
@@ -112,7 +111,6 @@ def test_row_blocks_of_a_file_and_of_memory_are_the_rows_of_the_matrix_form(
         assert torch.equal(source.read("x"), tensor)
         for rows in row_blocks(shape):
             assert torch.equal(source.read_rows("x", rows), matrix[rows])
-    assert matrix_rows(tensor, slice(0, 1)).data_ptr() == tensor.data_ptr()
 
 
 def test_blocks_are_computed_by_several_threads_and_come_in_order():
@@ -140,6 +138,7 @@ def test_blocks_are_computed_by_several_threads_and_come_in_order():
 
 def test_an_error_in_a_thread_stops_the_rest():
     started = []
+    threads = torch.get_num_threads()
 
     def compute(name: str, rows: slice) -> None:
         started.append(rows.start)
@@ -147,8 +146,9 @@ def test_an_error_in_a_thread_stops_the_rest():
             raise ModelError("three")
 
     with pytest.raises(ModelError, match="three"):
-        list(computed_ahead(compute, [("x", slice(i, i + 1)) for i in range(1000)]))
-    assert len(started) < 100
+        list(computed_ahead(compute, [("x", slice(i, i + 1)) for i in range(10_000)]))
+    assert len(started) < 100 * threads
+    assert torch.get_num_threads() == threads
 
 
 # -- damaged directories ---------------------------------------------------------------------------
@@ -174,6 +174,11 @@ def test_a_directory_of_shards_is_read_through_its_index(sharded):
 def test_a_file_the_index_does_not_name_is_left_out_as_transformers_does(sharded):
     save_file({"stale": torch.ones(1)}, sharded / "consolidated.safetensors")
     assert Checkpoint(sharded).names == ["t0", "t1", "t2"]
+
+
+def test_a_single_file_wins_over_a_stale_index_as_in_transformers(sharded):
+    save_file({"whole": torch.ones(1)}, sharded / "model.safetensors")
+    assert Checkpoint(sharded).names == ["whole"]
 
 
 def test_a_missing_shard_is_named(sharded):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from optimer_hf.merge_config import (
     read_merge_config,
     vanilla_config,
 )
+from optimer_hf.resident import ResidentModel
 from optimer_hf.vector import extract, open_vector
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -349,6 +351,30 @@ def test_a_written_model_loads_with_its_tokenizer(pool, kind, tokenizer, tmp_pat
         AutoTokenizer.from_pretrained(tmp_path / "out")("aé").input_ids == tokenizer("aé").input_ids
     )
     assert model(torch.tensor([[2, 70, 71]])).logits.isfinite().all()
+
+
+def test_a_stored_copy_of_a_tied_head_stays_tied(make_base, make_adapter, tmp_path):
+    made = make_base("gemma")
+    shutil.copytree(made.path, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
+    base = ResolvedModel(tmp_path / "base", "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT on adapting one half of a tied pair
+        adapter = make_adapter(made, 1, target_modules=["embed_tokens"])
+    vector = open_vector("v", str(adapter), base)
+    write_merged(base, [vector], {"v": 1.0}, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    embedding = loaded.get_input_embeddings().weight
+    assert loaded.get_output_embeddings().weight is embedding
+    assert not torch.equal(embedding, tensors["lm_head.weight"])
+    resident = ResidentModel(base, [vector], dtype="bfloat16")
+    resident.set_weights({"v": 1.0})
+    assert torch.equal(resident.model.get_input_embeddings().weight, embedding)
 
 
 def test_another_output_dtype_is_what_the_config_says_and_what_loads(pool, tmp_path):
@@ -709,6 +735,59 @@ def test_added_tokens_are_refused_with_the_way_and_mergekit_goes_it(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.get_input_embeddings().weight.shape[0] >= len(tokenizer) + 1
     assert "<new>" in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["models"][0]["parameters"].update(wieght=1), r"unknown field 'wieght'"),
+        (lambda c: c.update(parameters={"normalise": True}), r"unknown field 'normalise'"),
+        (lambda c: c.update(tokenizer={"sourse": "base"}), r"tokenizer: unknown field 'sourse'"),
+        (lambda c: c.update(tokenizer={"source": "base", "pad": 1}), r"unknown field 'pad'"),
+        (lambda c: c["models"].append("x"), r"models\.2: found 'x'"),
+        (lambda c: c.update(models=5), r"models: found 5, expected a list"),
+    ],
+)
+def test_a_key_that_mergekit_would_drop_is_refused_at_any_depth(pool, change, message, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    texts = {name: str(path) for name, path in sources.items()}
+    config = optimer_config(str(base.path), texts, {"ja": 0.5, "math": 0.5}, "bfloat16")
+    config["merge_method"] = "ties"
+    for model in config["models"]:
+        model["parameters"]["density"] = 0.5
+    merged_by(config, tmp_path / "good")
+    change(config)
+    with pytest.raises(ConfigError, match=message):
+        merged_by(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_slices_with_a_misspelt_key_are_refused(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    source = {"model": str(sources["ja"]), "layer_range": [0, 2], "layer_rnage": [0, 1]}
+    config = {
+        "merge_method": "passthrough",
+        "base_model": str(base.path),
+        "slices": [{"sources": [source]}],
+        "dtype": "bfloat16",
+    }
+    with pytest.raises(ConfigError, match=r"slices\.0: sources\.0: unknown field 'layer_rnage'"):
+        merged_by(config, tmp_path / "out")
+
+
+def test_a_base_that_is_no_model_is_refused_before_anything_is_written(pool, tmp_path):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    shutil.copytree(base.path, tmp_path / "base")
+    (tmp_path / "base" / "config.json").unlink()
+    _, deltas = pool("llama", "delta", torch.bfloat16)
+    for path, message in (
+        (tmp_path / "base", "no config.json"),
+        (deltas["ja"], "is a delta, not a model"),
+    ):
+        config = optimer_config(str(path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "bfloat16")
+        with pytest.raises(ModelError, match=message):
+            merged_by(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("declared", [True, False])

@@ -220,3 +220,17 @@ def test_an_exported_delta_is_reused_until_its_vector_is_trained_again(pool, tmp
     change_weights(sources["ja"])
     retrained = open_vector("ja", str(sources["ja"]), base)
     assert weight_files(_delta_directory(retrained, base, tmp_path)) != first
+    itself = open_vector("ja", str(out), base)
+    before = weight_files(out)
+    assert _delta_directory(itself, base, tmp_path) == out
+    assert weight_files(out) == before
+
+
+def test_a_directory_that_is_not_ours_is_not_replaced_by_an_exported_delta(pool, tmp_path):
+    base, sources = pool
+    vector = open_vector("ja", str(sources["ja"]), base)
+    (tmp_path / "deltas" / "ja").mkdir(parents=True)
+    (tmp_path / "deltas" / "ja" / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match="not empty"):
+        _delta_directory(vector, base, tmp_path)
+    assert (tmp_path / "deltas" / "ja" / "mine.txt").exists()

@@ -25,6 +25,7 @@ POOLS = {
     "adapter": ("adapter", "adapter", "adapter"),
     "delta": ("delta", "delta", "delta"),
     "mixed": ("adapter", "delta", "checkpoint"),
+    "quantised": ("int8", "int8", "adapter with a saved norm"),
 }
 
 
@@ -59,12 +60,19 @@ def open_pool(make_base, make_tuned, make_adapter, tmp_path_factory):
         key = (kind, dtype, seed, vector)
         if key not in made and vector == "adapter":
             made[key] = make_adapter(base, seed)
+        elif key not in made and vector == "adapter with a saved norm":
+            made[key] = make_adapter(base, seed, modules_to_save=["norm"])
+            file = made[key] / "adapter_model.safetensors"
+            tensors = load_file(file)
+            tensors["base_model.model.model.norm.weight"] += 0.1
+            save_file(tensors, file)
         elif key not in made and vector == "checkpoint":
             made[key] = make_tuned(base, kind, seed, dtype)
         elif key not in made:
             tuned = source(base, kind, dtype, seed, "checkpoint")
             made[key] = tmp_path_factory.mktemp("deltas") / "delta"
-            extract(open_vector("x", str(tuned), base), base, made[key])
+            stored = "int8" if vector == "int8" else "bfloat16"
+            extract(open_vector("x", str(tuned), base), base, made[key], dtype=stored)
         return made[key]
 
     def pool(kind: str, stored: str, vectors: tuple[str, ...]) -> tuple[ResolvedModel, list]:

@@ -216,6 +216,26 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(base, tuned, tmp_path):
         open_vector("it", str(broken), base)
 
 
+def test_whole_numbers_that_differ_from_the_base_are_refused(base, tuned, tmp_path):
+    copies = {}
+    for name, path, value in (("base", base.path, 1), ("same", tuned, 1), ("other", tuned, 2)):
+        counts = torch.tensor([value])
+        copies[name] = edit_weights(path, tmp_path / name, lambda t, c=counts: t.update(counts=c))
+    counted = ResolvedModel(copies["base"], "base")
+    assert "counts" not in open_vector("it", str(copies["same"]), counted).names
+    with pytest.raises(ModelError, match=r"vector 'it'.*tensor 'counts'.*whole numbers cannot"):
+        open_vector("it", str(copies["other"]), counted)
+
+
+def test_a_quantised_model_is_refused_as_a_vector(base, tuned, tmp_path):
+    def quantise(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+
+    broken = edit_weights(tuned, tmp_path / "broken", quantise)
+    with pytest.raises(ModelError, match=r"model\.norm\.weight' is torch\.int8.*full weights"):
+        open_vector("it", str(broken), base)
+
+
 def test_a_tied_head_may_be_stored_on_one_side_only(make_base, make_tuned, tmp_path):
     base = make_base("gemma")
     tuned = make_tuned(base, "gemma", 1)
@@ -226,6 +246,20 @@ def test_a_tied_head_may_be_stored_on_one_side_only(make_base, make_tuned, tmp_p
 
     vector = open_vector("it", str(edit_weights(tuned, tmp_path / "headed", store_head)), base)
     assert vector.names == frozenset(Checkpoint(base.path).names)
+
+
+@pytest.mark.parametrize("headed", ["base", "tuned"])
+def test_a_head_of_its_own_on_one_side_only_is_refused(make_base, make_tuned, tmp_path, headed):
+    base = make_base("gemma")
+    tuned = make_tuned(base, "gemma", 1)
+
+    def store_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.5
+
+    changed = edit_weights(base.path if headed == "base" else tuned, tmp_path / "x", store_head)
+    base = ResolvedModel(changed, "base") if headed == "base" else base
+    with pytest.raises(ModelError, match=r"vector 'it'.*has an output layer of its own"):
+        open_vector("it", str(tuned if headed == "base" else changed), base)
 
 
 def test_a_larger_vocabulary_is_refused_with_the_way_to_align_it(base, save_model):
