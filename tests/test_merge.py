@@ -461,7 +461,7 @@ import sys, time
 from pathlib import Path
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.merge import write_merged
-from optimer_hf.vector import CheckpointVector, open_vector
+from optimer_hf.vector import CheckpointVector, extract, open_vector
 
 class Stalling(CheckpointVector):
     def delta(self, name, rows, base):
@@ -470,17 +470,24 @@ class Stalling(CheckpointVector):
             time.sleep(600)
         return super().delta(name, rows, base)
 
-base, tuned, out = map(Path, sys.argv[1:])
+what, base, tuned, out = sys.argv[1], *map(Path, sys.argv[2:])
 vector = open_vector("ja", str(tuned), ResolvedModel(base, "base"))
 stalling = Stalling(vector.name, vector.tuned, vector.names)
-write_merged(ResolvedModel(base, "base"), [stalling], {"ja": 1.0}, out, max_shard_size=8000)
+if what == "merge":
+    write_merged(ResolvedModel(base, "base"), [stalling], {"ja": 1.0}, out, max_shard_size=8000)
+else:
+    import optimer_hf.vector
+    optimer_hf.vector.norms = lambda vector, base: (1.0, 0.1)  # stall in the writing that follows
+    extract(stalling, ResolvedModel(base, "base"), out, dtype=what, max_shard_size=8000)
 """
 
 
-def test_a_killed_write_leaves_no_output_and_can_be_run_again(pool, tmp_path):
+@pytest.mark.parametrize("what", ["merge", "bfloat16", "int8"])
+def test_a_killed_write_leaves_no_output_and_can_be_run_again(pool, what, tmp_path):
     base, sources = pool("llama", "checkpoint", torch.bfloat16)
     out = tmp_path / "out"
-    command = [sys.executable, "-c", STALLING_WRITE, str(base.path), str(sources["ja"]), str(out)]
+    arguments = [what, str(base.path), str(sources["ja"]), str(out)]
+    command = [sys.executable, "-c", STALLING_WRITE, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "in the middle\n"
@@ -489,10 +496,14 @@ def test_a_killed_write_leaves_no_output_and_can_be_run_again(pool, tmp_path):
     assert not out.exists()
     left = list(tmp_path.rglob("*.safetensors"))
     assert left, "the process was killed before it wrote anything"
-    vectors = [open_vector("ja", str(sources["ja"]), base)]
-    write_merged(base, vectors, {"ja": 1.0}, out, max_shard_size=8000)
+    vector = open_vector("ja", str(sources["ja"]), base)
+    if what == "merge":
+        write_merged(base, [vector], {"ja": 1.0}, out, max_shard_size=8000)
+        assert_same_bits(read_all(out), read_all(sources["ja"]))
+    else:
+        extract(vector, base, out, dtype=what, max_shard_size=8000)
+        assert open_vector("ja", str(out), base).names == vector.names
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert_same_bits(read_all(out), read_all(sources["ja"]))
 
 
 # -- merge configs ---------------------------------------------------------------------------------
