@@ -31,7 +31,6 @@ from optimer_hf.merge import MAX_SHARD_SIZE, add_weighted, write_merged
 from optimer_hf.vector import QUANTISED, open_vector, read_record
 
 METHOD = "optimer"
-REFERENCES = ("model", "base_model", "source", "tokenizer_source")
 TOP_LEVEL_KEYS = [
     "merge_method",
     "base_model",
@@ -301,6 +300,7 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     from mergekit.options import MergeOptions
 
     register_method()
+    _refuse_unknown_method(config["merge_method"], path)
     absolute = _with_absolute_paths(dict(config), path.resolve().parent)
     _refuse_quantised(absolute, path)
     base = absolute.get("base_model")
@@ -333,7 +333,7 @@ def _with_absolute_paths(value: Any, folder: Path) -> Any:
         return value
     return {
         key: _local_or_hub(item, folder)
-        if key in REFERENCES and isinstance(item, str) and item not in ("union", "base")
+        if isinstance(item, str) and _is_reference(key, item)
         else _with_absolute_paths(item, folder)
         for key, item in value.items()
     }
@@ -352,6 +352,13 @@ def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
             )
 
 
+def _is_reference(key: str, text: str) -> bool:
+    """Whether a field names a model; for tokenizers, `union` and `base` are words of mergekit."""
+    if key in ("source", "tokenizer_source"):
+        return text not in ("union", "base")
+    return key in ("model", "base_model")
+
+
 def _models_in(value: Any) -> Iterator[str]:
     """Yield the models named anywhere in a config."""
     for item in value if isinstance(value, list) else ():
@@ -363,17 +370,25 @@ def _models_in(value: Any) -> Iterator[str]:
             yield from _models_in(item)
 
 
-def _parameters_of(method: str) -> list[str] | None:
-    """Return the names of the parameters that a merge method reads; None when there is no such."""
+def _refuse_unknown_method(method: Any, path: Path) -> None:
     from mergekit.merge_methods.registry import registered_methods
 
-    for known in registered_methods():
-        if known.spec.name == method:
-            return [parameter.name for parameter in known.spec.parameters]
-    return None
+    known = [registered.spec.name for registered in registered_methods()]
+    if method not in known:
+        raise ConfigError(
+            f"{path}: mergekit has no merge_method {method!r}.{did_you_mean(str(method), known)}"
+        )
 
 
-def _refuse_ignored(given: Any, parsed: Any, parameters: list[str] | None, where: str) -> None:
+def _parameters_of(method: str) -> list[str]:
+    """Return the names of the parameters that a merge method reads."""
+    from mergekit.merge_methods.registry import registered_methods
+
+    found = {registered.spec.name: registered.spec for registered in registered_methods()}
+    return [parameter.name for parameter in found[method].parameters]
+
+
+def _refuse_ignored(given: Any, parsed: Any, parameters: list[str], where: str) -> None:
     """Refuse keys that mergekit's models would drop without a word, at any depth."""
     if isinstance(given, list) and isinstance(parsed, list):
         for index, (item, model) in enumerate(zip(given, parsed, strict=True)):
@@ -385,8 +400,7 @@ def _refuse_ignored(given: Any, parsed: Any, parameters: list[str] | None, where
         _refuse_unknown(given, list(type(parsed).model_fields), where)
         for key, item in given.items():
             if key == "parameters" and isinstance(item, dict):
-                if parameters is not None:
-                    _refuse_unknown(item, parameters, f"{where}: parameters")
+                _refuse_unknown(item, parameters, f"{where}: parameters")
             else:
                 _refuse_ignored(item, getattr(parsed, key), parameters, f"{where}: {key}")
 

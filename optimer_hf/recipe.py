@@ -335,6 +335,8 @@ def verify(path: Path, model: Path) -> None:
         raise ModelError(
             f"{path}: its lock records no built model. Run `optimer build {path} OUT` first."
         )
+    if not model.is_dir():
+        raise ModelError(f"{model}: no such model. Build it: `optimer build {path} {model}`.")
     found = weight_files(model)
     for name in sorted(lock.output.keys() | found.keys()):
         if found.get(name) != lock.output.get(name):

@@ -382,7 +382,8 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
         if found == base.shape(name):
             continue
         hint = "Give a vector trained from this base."
-        if "embed" in name or "lm_head" in name:
+        same_width = found[1:] == base.shape(name)[1:]
+        if same_width and ("embed" in name or "lm_head" in name):
             hint = (
                 "The vocabularies differ: the fine-tune added or removed tokens. Align them with "
                 "mergekit's `tokenizer:` through `optimer merge` first."

@@ -271,6 +271,16 @@ def test_a_larger_vocabulary_is_refused_with_the_way_to_align_it(base, save_mode
         open_vector("it", str(save_model(model, "larger")), base)
 
 
+def test_another_width_is_not_taken_for_another_vocabulary(base, save_model):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(base.path)
+    config.hidden_size = 64
+    wider = save_model(LlamaForCausalLM(config), "wider")
+    with pytest.raises(ModelError, match=r"has shape .*Give a vector trained from this base"):
+        open_vector("it", str(wider), base)
+
+
 def test_a_delta_of_another_shape_is_refused(base, tuned, tmp_path):
     extract(open_vector("v", str(tuned), base), base, tmp_path / "delta")
 
