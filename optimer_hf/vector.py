@@ -239,13 +239,9 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     """
     resolved = resolve_model(source)
     checkpoint = Checkpoint(base.path)
-    record = read_record(resolved.path)
-    if record is not None:
-        _check_recorded_base(name, source, record, base)
+    record = _record_of_this_base(name, source, resolved.path, base)
     vector: DistributionVector
     if (resolved.path / "adapter_config.json").exists():
-        if record is None:
-            _check_declared_base(name, resolved.path, base)
         vector = AdapterVector(name, resolved.path, read_adapter(resolved.path, checkpoint, name))
     elif record is not None and record.kind == "delta":
         vector = _open_delta(name, resolved.path, record)
@@ -289,13 +285,21 @@ def _open_delta(name: str, path: Path, record: VectorFile) -> DeltaVector:
     return DeltaVector(name, stored, block_size)
 
 
-def _check_recorded_base(name: str, source: str, record: VectorFile, base: ResolvedModel) -> None:
-    if record.base.files != weight_files(base.path):
+def _record_of_this_base(
+    name: str, source: str, path: Path, base: ResolvedModel
+) -> VectorFile | None:
+    """Return the vector.json of a directory; refuse a vector that says it has another base."""
+    record = read_record(path)
+    if record is None:
+        if (path / "adapter_config.json").exists():
+            _check_declared_base(name, path, base)
+    elif record.base.files != weight_files(base.path):
         raise ModelError(
             f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights "
             f"differ from those of base_model {base.reference}. Retrain it from this base, or drop "
             "it."
         )
+    return record
 
 
 def _check_declared_base(name: str, path: Path, base: ResolvedModel) -> None:
@@ -537,11 +541,7 @@ def extract_any_adapter(
 
     Holds the whole model in memory, in float32. `options` are those of `extract`.
     """
-    record = read_record(adapter.path)
-    if record is None and (adapter.path / "adapter_config.json").exists():
-        _check_declared_base(name, adapter.path, base)
-    elif record is not None:
-        _check_recorded_base(name, str(adapter.path), record, base)
+    _record_of_this_base(name, str(adapter.path), adapter.path, base)
     with merged_by_peft(adapter.path, base.path) as merged:
         vector = open_vector(name, str(merged), base)
         record = extract(vector, base, out, **options)
