@@ -11,7 +11,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from optimer_hf.checkpoint import TIED_HEAD, Checkpoint, has_tied_head
 from optimer_hf.convert import moves_base
 from optimer_hf.errors import ModelError
+from optimer_hf.kernel import LowRank, Trained
 
 PARTNERS = {
     "lora_A": "lora_B",
@@ -38,58 +38,6 @@ VARIANTS = [  # of LoraConfig: each changes what the factors mean
     "velora_config",
 ]
 MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """Rows of a delta as a product: scale * (b @ a), with b [rows, r] and a [r, columns] in
-    float32.
-    """
-
-    b: torch.Tensor
-    a: torch.Tensor
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the product."""
-        return self.b.shape[0], self.a.shape[1]
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the factors."""
-        return self.b.nbytes + self.a.nbytes
-
-    def dense(self) -> torch.Tensor:
-        """Return the rows as one float32 tensor."""
-        return (self.b @ self.a) * self.scale
-
-    def to(self, device: torch.device | str) -> "LowRank":
-        """Return the factors on a device."""
-        return LowRank(self.b.to(device), self.a.to(device), self.scale)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A tensor as it is after training, in the dtype of the file; its delta is itself minus the
-    base.
-    """
-
-    tensor: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-        return tuple(self.tensor.shape)
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the tensor."""
-        return self.tensor.nbytes
-
-    def to(self, device: torch.device | str) -> "Trained":
-        """Return the tensor on a device."""
-        return Trained(self.tensor.to(device))
 
 
 def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank | Trained]:

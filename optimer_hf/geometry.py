@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from optimer_hf.adapter import LowRank
 from optimer_hf.checkpoint import Checkpoint, computed_ahead, row_blocks
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ModelError
 from optimer_hf.files import markdown_table
+from optimer_hf.kernel import LowRank
 from optimer_hf.merge import LOW_SURVIVAL, surviving_share
 from optimer_hf.vector import (
     AdapterVector,
     DistributionVector,
-    dense,
+    dense_rows,
     not_finite,
     open_vector,
     read_record,
@@ -129,7 +129,7 @@ def _gram(
     flat = torch.zeros(len(vectors), base_rows.numel(), dtype=torch.float64)
     for i, vector in enumerate(vectors):
         if name in vector.names:
-            flat[i] = dense(vector.delta(name, rows, base_rows)).flatten()
+            flat[i] = dense_rows(vector, name, rows, base_rows).flatten()
     return flat @ flat.T
 
 

@@ -1,22 +1,18 @@
-"""The one kernel, and the streaming writer that takes it to disk.
+"""The streaming writer: base and vectors -> a merged model directory, whole or not at all.
 
-    theta(w) = theta_base + sum_i  w_i * v_i
-
-Base and vectors come in, a model directory goes out, whole or not at all. Sums run vector by vector
-in float32 in the order of the config and are rounded once. What a reader would not guess: a weight
-of exactly 0 skips its vector, because adding 0 * v would turn -0.0 into 0.0 and w = 0 would no
-longer be the base bit for bit.
+A few row blocks of every input are in memory at a time; the sums are those of `kernel`. What a
+reader would not guess: the writer learns from a block's sum whether all its values are finite, and
+looks for the culprit only then.
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from optimer_hf.adapter import LowRank
 from optimer_hf.checkpoint import (
     DTYPES,
     TIED_HEAD,
@@ -30,46 +26,14 @@ from optimer_hf.checkpoint import (
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ModelError
 from optimer_hf.files import staged_directory, write_text
-from optimer_hf.vector import DistributionVector, dense, not_finite
+from optimer_hf.kernel import add_weighted
+from optimer_hf.vector import DistributionVector, dense_rows, not_finite
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = 5 * 10**9
 SURVIVAL_BLOCKS = 32
 LOW_SURVIVAL = 0.5
-
-
-def add_weighted(
-    base: torch.Tensor,
-    deltas: Iterable[torch.Tensor | LowRank],
-    weights: Sequence[float],
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Return base + sum_i weights[i] * deltas[i] in float32, rounded once to dtype (None:
-    base.dtype).
-
-    The weighted deltas are summed in order, then added to the base: deltas are small beside it.
-    Dense ones are multiplied, then added (no fused multiply-add), so that every device gives the
-    same bits, and those of mergekit's float32 task_arithmetic. A low-rank delta is multiplied
-    straight into the sum, which never holds it. Deltas are taken one at a time. Source: arXiv
-    2603.28858.
-    """
-    total: torch.Tensor | None = None
-    weighted: torch.Tensor | None = None
-    for delta, weight in zip(deltas, weights, strict=True):
-        if weight == 0:
-            continue
-        if isinstance(delta, LowRank):
-            if total is None:
-                total = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
-            total.addmm_(delta.b, delta.a, alpha=weight * delta.scale)
-        elif total is None:
-            total = delta.to(torch.float32) * weight
-        else:
-            weighted = torch.mul(delta.to(torch.float32), weight, out=weighted)
-            total += weighted
-    merged = base if total is None else total.add_(base)
-    return merged.to(dtype or base.dtype)
 
 
 def merged_rows(
@@ -84,11 +48,8 @@ def merged_rows(
     through here.
     """
     used = [vector for vector in vectors if weights[vector.name] != 0 and name in vector.names]
-    if not used:
-        return base_rows.to(dtype)
-    base = base_rows.float()
-    deltas = (vector.delta(name, rows, base) for vector in used)
-    return add_weighted(base, deltas, [weights[vector.name] for vector in used], dtype)
+    deltas = [vector.delta(name, rows, base_rows.device) for vector in used]
+    return add_weighted(base_rows, deltas, [weights[vector.name] for vector in used], dtype)
 
 
 # -- the streaming writer --------------------------------------------------------------------------
@@ -189,7 +150,7 @@ def _not_finite(
     for vector in vectors:
         if name not in vector.names:
             continue
-        if not bool(dense(vector.delta(name, rows, base)).isfinite().all()):
+        if not bool(dense_rows(vector, name, rows, base).isfinite().all()):
             return not_finite(vector, name)
     return ModelError(
         f"tensor {name!r}: the merge is too large for {dtype}. Use smaller weights or another "

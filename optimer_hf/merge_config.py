@@ -27,7 +27,8 @@ from optimer_hf.files import (
     staged_directory,
     write_text,
 )
-from optimer_hf.merge import MAX_SHARD_SIZE, add_weighted, write_merged
+from optimer_hf.kernel import Delta, Trained, add_weighted
+from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
 from optimer_hf.vector import QUANTISED, open_vector, read_record
 
 METHOD = "optimer"
@@ -253,15 +254,15 @@ def register_method() -> None:
     def kernel(
         group: TensorGroup, weight: PerNonBase[float], delta: PerNonBase[bool | None] = None
     ) -> torch.Tensor:
-        base = group.base.tensor  # the contract requires one
         declared = delta.values_for(group.non_base)
-        deltas = [
-            entry.tensor.float()
+        deltas: list[Delta] = [
+            entry.tensor
             if (_is_delta(entry.id) if is_delta is None else is_delta)
-            else entry.tensor.float() - base.float()
+            else Trained(entry.tensor)
             for entry, is_delta in zip(group.non_base, declared, strict=True)
         ]
-        return add_weighted(base, deltas, weight.values_for(group.non_base))
+        weights = weight.values_for(group.non_base)
+        return add_weighted(group.base.tensor, deltas, weights)  # the contract requires a base
 
     kernel.__annotations__ = {
         "group": TensorGroup,

@@ -7,7 +7,6 @@ streaming writer writes, bit for bit: both compute row block by row block throug
 """
 
 import logging
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -18,12 +17,11 @@ from optimer_hf.checkpoint import DTYPES, Checkpoint, computed_ahead, matrix_row
 from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ModelError
 from optimer_hf.merge import merged_rows
-from optimer_hf.vector import DistributionVector, expanded
+from optimer_hf.vector import DistributionVector
 
 logger = logging.getLogger(__name__)
 
 LARGEST_SHARE = 0.5  # of the free memory that one vector may take: activations need some, too
-LARGEST_EXPANDED_SHARE = 0.15  # the same, for float32 deltas
 
 
 def default_device() -> str:
@@ -70,7 +68,7 @@ class ResidentModel:
             base.path
         )  # as stored: a float32 base is rounded once, after the sum
         self._base = {name: checkpoint.read(name).to(device) for name in self._parameters}
-        self.vectors = [_placed(vector, checkpoint, device) for vector in vectors]
+        self.vectors = [_placed(vector, device) for vector in vectors]
         self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
 
     @torch.no_grad()
@@ -100,15 +98,12 @@ class ResidentModel:
         target.copy_(merged_rows(base_rows, name, rows, self.vectors, self.weights, target.dtype))
 
 
-def _placed(vector: DistributionVector, base: Checkpoint, device: str) -> DistributionVector:
+def _placed(vector: DistributionVector, device: str) -> DistributionVector:
     """Load a vector to the device, else to host memory, else leave it on disk: the first that has
-    room. Dense ones are expanded to float32 where that takes little of the memory.
+    room.
     """
-    n_expanded = 4 * sum(math.prod(base.shape(name)) for name in vector.names)
     for place in dict.fromkeys((device, "cpu")):
         free = free_memory(place)
-        if vector.kind != "adapter" and n_expanded <= LARGEST_EXPANDED_SHARE * free:
-            return expanded(vector, base, place)
         if vector.n_bytes <= LARGEST_SHARE * free:
             return vector.loaded(place)
         logger.info("vector %s: no room in the memory of %s", vector.name, place)

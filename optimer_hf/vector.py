@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from pydantic import ValidationError
 
-from optimer_hf.adapter import LowRank, Trained, merged_by_peft, read_adapter
+from optimer_hf.adapter import merged_by_peft, read_adapter
 from optimer_hf.checkpoint import (
     DTYPES,
     TIED_HEAD,
@@ -35,6 +35,7 @@ from optimer_hf.checkpoint import (
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ModelError
 from optimer_hf.files import FileModel, VersionedFile, staged_directory
+from optimer_hf.kernel import Delta, LowRank, Trained, dense
 from optimer_hf.quantize import BLOCK_SIZE, SCALES, dequantize, n_blocks, quantize
 
 logger = logging.getLogger(__name__)
@@ -106,11 +107,9 @@ class DistributionVector(Protocol):
         """Memory it takes when it is loaded."""
         ...
 
-    def delta(self, name: str, rows: slice, base: torch.Tensor) -> torch.Tensor | LowRank:
-        """Return rows of the delta of a tensor, float32, dense or as the product it is stored as.
-
-        `base` holds the same rows of the base in float32; the result is on its device. Not to be
-        changed by the caller.
+    def delta(self, name: str, rows: slice, device: torch.device | str) -> Delta:
+        """Return rows of the delta of a tensor on a device, in the form it is stored in; see
+        `kernel.dense`. Not to be changed by the caller.
         """
         ...
 
@@ -121,7 +120,7 @@ class DistributionVector(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointVector:
-    """A whole tuned model; its delta, tuned minus base, is taken in float32 when it is read."""
+    """A whole tuned model; its delta, tuned minus base, is taken in float32 when it is merged."""
 
     name: str
     tuned: Checkpoint | Loaded
@@ -136,9 +135,8 @@ class CheckpointVector:
     def n_bytes(self) -> int:
         return self.tuned.n_bytes(self.names)
 
-    def delta(self, name: str, rows: slice, base: torch.Tensor) -> torch.Tensor:
-        tuned = self.tuned.read_rows(name, rows).to(base.device)
-        return tuned.to(torch.float32, copy=True).sub_(base)
+    def delta(self, name: str, rows: slice, device: torch.device | str) -> Trained:
+        return Trained(self.tuned.read_rows(name, rows).to(device))
 
     def loaded(self, device: str) -> "CheckpointVector":
         return replace(self, tuned=_loaded(self.tuned, self.names, device))
@@ -165,11 +163,11 @@ class DeltaVector:
     def n_bytes(self) -> int:
         return self.stored.n_bytes(self.stored.names)
 
-    def delta(self, name: str, rows: slice, base: torch.Tensor) -> torch.Tensor:
-        stored = self.stored.read_rows(name, rows).to(base.device)
+    def delta(self, name: str, rows: slice, device: torch.device | str) -> torch.Tensor:
+        stored = self.stored.read_rows(name, rows).to(device)
         if self.block_size is None or stored.is_floating_point():
-            return stored.float()
-        scales = self.stored.read_rows(f"{name}{SCALES}", rows).to(base.device)
+            return stored
+        scales = self.stored.read_rows(f"{name}{SCALES}", rows).to(device)
         return dequantize(stored, scales, self.block_size)
 
     def loaded(self, device: str) -> "DeltaVector":
@@ -193,13 +191,11 @@ class AdapterVector:
     def n_bytes(self) -> int:
         return sum(part.n_bytes for part in self.parts.values())
 
-    def delta(self, name: str, rows: slice, base: torch.Tensor) -> torch.Tensor | LowRank:
+    def delta(self, name: str, rows: slice, device: torch.device | str) -> LowRank | Trained:
         part = self.parts[name]
         if isinstance(part, LowRank):
-            return LowRank(part.b[rows], part.a, part.scale).to(base.device)
-        return (
-            matrix_rows(part.tensor, rows).to(base.device).to(torch.float32, copy=True).sub_(base)
-        )
+            return LowRank(part.b[rows], part.a, part.scale).to(device)
+        return Trained(matrix_rows(part.tensor, rows).to(device))
 
     def loaded(self, device: str) -> "AdapterVector":
         return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
@@ -209,22 +205,11 @@ def _loaded(source: Checkpoint | Loaded, names: Iterable[str], device: str) -> L
     return Loaded(source.path, {name: source.read(name).to(device) for name in names})
 
 
-def expanded(vector: DistributionVector, base: Checkpoint, device: str) -> DeltaVector:
-    """Return a vector as float32 deltas in the memory of a device: more bytes than as it is stored,
-    less work to merge, and the same bits.
-    """
-    tensors = {}
-    for name in vector.names:
-        shape = base.shape(name)
-        rows = slice(0, matrix_shape(shape)[0])
-        base_rows = base.read_rows(name, rows).to(device).float()
-        tensors[name] = dense(vector.delta(name, rows, base_rows)).view(shape)
-    return DeltaVector(vector.name, Loaded(vector.path, tensors))
-
-
-def dense(delta: torch.Tensor | LowRank) -> torch.Tensor:
-    """Return rows of a delta as a tensor, however they are stored."""
-    return delta.dense() if isinstance(delta, LowRank) else delta
+def dense_rows(
+    vector: DistributionVector, name: str, rows: slice, base_rows: torch.Tensor
+) -> torch.Tensor:
+    """Return rows of a delta in float32, given the same rows of the base."""
+    return dense(vector.delta(name, rows, base_rows.device), base_rows)
 
 
 # -- opening ---------------------------------------------------------------------------------------
@@ -416,7 +401,7 @@ def blocks_of(
     """Yield delta and base of one tensor in float32, row block by row block."""
     for rows in row_blocks(base.shape(name)):
         base_rows = base.read_rows(name, rows).float()
-        yield dense(vector.delta(name, rows, base_rows)), base_rows
+        yield dense_rows(vector, name, rows, base_rows), base_rows
 
 
 def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
@@ -563,7 +548,7 @@ def _write_dense(
         base_rows = base.read_rows(name, rows)
         if name not in moved:
             return torch.zeros(base_rows.shape, dtype=dtype)
-        return dense(vector.delta(name, rows, base_rows.float())).to(dtype)
+        return dense_rows(vector, name, rows, base_rows).to(dtype)
 
     specs = {name: (dtype, base.shape(name)) for name in base.names}
     write_sharded(out, "model", specs, rows_of, max_shard_size)
@@ -584,7 +569,7 @@ def _write_quantised(
         specs[f"{name}{SCALES}"] = (torch.bfloat16, scales_shape)
 
     def delta_rows(name: str, rows: slice) -> torch.Tensor:
-        return dense(vector.delta(name, rows, base.read_rows(name, rows).float()))
+        return dense_rows(vector, name, rows, base.read_rows(name, rows))
 
     def rows_of(key: str, rows: slice) -> torch.Tensor:
         if not key.endswith(SCALES):
@@ -611,9 +596,9 @@ def relative_errors(
         here = error_here = 0.0
         for rows in row_blocks(base.shape(name)):
             base_rows = base.read_rows(name, rows).float()
-            exact = dense(vector.delta(name, rows, base_rows))
+            exact = dense_rows(vector, name, rows, base_rows)
             here += _squares(exact)
-            error_here += _squares(dense(stored.delta(name, rows, base_rows)) - exact)
+            error_here += _squares(dense_rows(stored, name, rows, base_rows) - exact)
         by_tensor[name] = math.sqrt(error_here / here) if here else 0.0
         squares += here
         error_squares += error_here

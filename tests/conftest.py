@@ -22,7 +22,7 @@ from transformers import (
 
 from optimer_hf.checkpoint import Checkpoint, matrix_shape
 from optimer_hf.convert import ResolvedModel
-from optimer_hf.vector import dense
+from optimer_hf.vector import dense_rows
 
 PAD, EOS, BOS = 0, 1, 2
 VOCABULARY = 3 + 256
@@ -88,9 +88,26 @@ def tiny_model(kind: str = "gemma", *, seed: int = 0, dtype: torch.dtype = torch
     return model.to(dtype)
 
 
+INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a tensor: unlike its numbers, -0.0 and 0.0 are not equal."""
+    return tensor.contiguous().view(INTEGERS[tensor.dtype])
+
+
+def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Count representable bfloat16 numbers between two tensors, element by element."""
+
+    def ordered(tensor: torch.Tensor) -> torch.Tensor:
+        found = bits(tensor).int()
+        return torch.where(found < 0, -(found & 0x7FFF), found)
+
+    return (ordered(a) - ordered(b)).abs()
+
+
 def delta_rows(vector, base: ResolvedModel, name: str, rows: slice) -> torch.Tensor:
-    base_rows = Checkpoint(base.path).read_rows(name, rows).float()
-    return dense(vector.delta(name, rows, base_rows))
+    return dense_rows(vector, name, rows, Checkpoint(base.path).read_rows(name, rows))
 
 
 def whole_delta(vector, base: ResolvedModel, name: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ ORDER = [
     "head",
     "train",
     "checkpoint",
+    "kernel",
     "adapter",
     "quantize",
     "vector",
