@@ -15,8 +15,8 @@ from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, 
 from optimer_hf.files import markdown_table
 from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
-from optimer_hf.search import Pool, ResidentPool, run_trial
 from optimer_hf.study import Study, StudyConfig, Trial, TrialLog, locked
+from optimer_hf.trial import Pool, ResidentPool, run_trial
 
 logger = logging.getLogger(__name__)
 

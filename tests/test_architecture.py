@@ -28,6 +28,8 @@ ORDER = [
     "evaluate",
     "surrogate",
     "study",
+    "trial",
+    "ask",
     "search",
     "retarget",
     "compare",

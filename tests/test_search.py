@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimer_hf.ask import anchors
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
 from optimer_hf.evaluate import Evaluator, TermScore, combine
 from optimer_hf.recipe import build, write_recipe
-from optimer_hf.search import anchors, search
+from optimer_hf.search import search
 from optimer_hf.study import (
     Study,
     StudyConfig,

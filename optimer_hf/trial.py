@@ -1,0 +1,97 @@
+"""One trial: weights and terms in, scores out; a failure is a recorded crash.
+
+A Pool is whatever can do that: a resident model with the harness, or in tests a plain function of
+the weights. What a reader would not guess: only a ModelError ends a search; any other failure
+belongs to the weights that were tried.
+"""
+
+import logging
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Protocol
+
+from optimer_hf.convert import resolve_base
+from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.evaluate import Evaluator, Term, TermScore
+from optimer_hf.resident import ResidentModel, default_device
+from optimer_hf.study import StudyConfig, Trial, VectorConfig
+from optimer_hf.vector import open_vector
+
+logger = logging.getLogger(__name__)
+
+
+class Pool(Protocol):
+    """What a study needs to run a trial: set weights, score terms; tests give a function of the
+    weights instead.
+    """
+
+    def score(
+        self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]
+    ) -> tuple[dict[str, TermScore], dict[str, float], int]:
+        """Return scores by term label, seconds by phase, and tokens read."""
+        ...
+
+
+class ResidentPool:
+    """The real pool: a resident model and the harness."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        """Open base, vectors and tasks; every mismatch is found here, before the first trial."""
+        from transformers import AutoTokenizer
+
+        base = resolve_base(config.base_model)
+        self.vectors = [
+            open_vector(name, _source(name, vector), base)
+            for name, vector in config.vectors.items()
+        ]
+        self.base = base
+        self._resident = ResidentModel(
+            base, self.vectors, dtype=config.dtype, device=default_device()
+        )
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        objectives = [config.objective] + ([config.test] if config.test is not None else [])
+        self._evaluator = Evaluator(self._resident.model, tokenizer, objectives)
+
+    def score(
+        self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]
+    ) -> tuple[dict[str, TermScore], dict[str, float], int]:
+        """Merge in place and evaluate."""
+        started = perf_counter()
+        self._resident.set_weights(weights)
+        merged = perf_counter()
+        forward, tokens = self._evaluator.forward_seconds, self._evaluator.n_tokens
+        scores = self._evaluator.evaluate(terms, limits=limits)
+        seconds = {
+            "merge": merged - started,
+            "evaluate": perf_counter() - merged,
+            "forward": self._evaluator.forward_seconds - forward,
+        }
+        return scores, seconds, self._evaluator.n_tokens - tokens
+
+
+def _source(name: str, vector: VectorConfig) -> str:
+    if vector.source is None:
+        raise ConfigError(
+            f"vectors.{name}.train: {vector.train!r} has to be trained first. Run `optimer run` on "
+            "the recipe folder, "
+            "or give a 'source'."
+        )
+    return vector.source
+
+
+def run_trial(
+    pool: Pool, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]
+) -> Trial:
+    """Return the trial with its scores; a failure is recorded with its traceback, not raised."""
+    try:
+        scores, seconds, n_tokens = pool.score(trial.weights, terms, limits)
+    except ModelError:
+        raise
+    except Exception as error:  # one bad weight set must not end a search of hours
+        text = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
+        logger.warning("trial %d crashed: %s", trial.number, error)
+        return replace(trial, status="crashed", error=text)
+    rounded = {phase: round(value, 4) for phase, value in (trial.seconds | seconds).items()}
+    return replace(trial, terms=scores, seconds=rounded, n_tokens=n_tokens)
