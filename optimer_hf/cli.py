@@ -10,16 +10,25 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from optimer_hf.errors import ConfigError, OptimerError
+from optimer_hf.errors import ConfigError, OptimerError, StudyError
 
 PATH = click.Path(path_type=Path)
 FORMAT = click.option(
     "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What to print."
+)
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes of this machine that run trials side by side, a model each.",
+)
+SCHEDULER = click.option(
+    "--scheduler", help="Address of a Dask scheduler whose workers run the trials."
 )
 
 
@@ -290,30 +299,35 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
     type=click.IntRange(min=1),
     help="Trials in all; raise it to go on (default: that of the study, or 30).",
 )
+@WORKERS
+@SCHEDULER
 @FORMAT
 def search(
-    study: Path, study_dir: Path, objective: Path | None, n_trials: int | None, output: str
+    study: Path,
+    study_dir: Path,
+    objective: Path | None,
+    n_trials: int | None,
+    workers: int | None,
+    scheduler: str | None,
+    output: str,
 ) -> None:
     """Search the weights of a study.yaml, or of a mergekit YAML whose models are the pool."""
     import yaml
 
     from optimer_hf import recipe as recipes
     from optimer_hf.files import read_yaml
+    from optimer_hf.ledger import ledger
     from optimer_hf.merge_config import optimer_config, with_weights
     from optimer_hf.search import search as run_search
 
     config = _study_config(study, objective, n_trials)
-    result = run_search(config, study_dir)
+    _one_of(workers, scheduler)
+    result = run_search(config, study_dir, n_workers=workers, scheduler=scheduler)
     recipe_file = study_dir / "recipe.yaml"
-    recipes.write_recipe(result, recipe_file, name=study.stem)
+    recipes.write_recipe(result, recipe_file, name=study.stem, ledger=ledger(result))
     best = result.incumbent
     if output == "json":
-        click.echo(
-            json.dumps(
-                {"weights": best.weights, "value": result.value(best), "trial": best.number},
-                indent=2,
-            )
-        )
+        click.echo(json.dumps(_study_json(result), indent=2))
         return
     value = f"value {result.value(best):+.4f} (trial {best.number}, {best.origin})"
     click.echo(
@@ -326,7 +340,102 @@ def search(
         sources = {name: str(vector.source) for name, vector in config.vectors.items()}
         found = optimer_config(config.base_model, sources, best.weights, config.dtype)
     click.echo(yaml.safe_dump(found, sort_keys=False))
+    _say_front(result)
+    for stage, entry in ledger(result).items():
+        click.echo(f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}", err=True)
     click.echo(f"build it: optimer build {recipe_file} OUT", err=True)
+
+
+def _one_of(workers: int | None, scheduler: str | None) -> None:
+    if workers is not None and scheduler is not None:
+        raise ConfigError("--workers starts a cluster and --scheduler uses one; give one of them.")
+
+
+def _study_json(study: Any) -> dict[str, Any]:
+    from optimer_hf.ledger import ledger
+    from optimer_hf.retarget import front
+
+    best = study.incumbent
+    choices = [
+        {"trial": choice.trial.number, "weights": choice.trial.weights, "gains": choice.gains}
+        for choice in front(study)
+    ]
+    found = {"weights": best.weights, "value": study.value(best), "trial": best.number}
+    return found | {"front": choices, "ledger": ledger(study)}
+
+
+def _say_front(study: Any) -> None:
+    """Print the Pareto front of several terms, numbered for `optimer recipe --pick`."""
+    from optimer_hf.files import markdown_table
+    from optimer_hf.retarget import front
+
+    choices = front(study)
+    if not choices or len(choices[0].gains) < 2:
+        return
+    click.echo("Pareto front: no trial beats one of these in every term", err=True)
+    rows = [
+        [str(number), str(choice.trial.number), *(f"{g:+.4f}" for g in choice.gains.values())]
+        for number, choice in enumerate(choices, start=1)
+    ]
+    click.echo(markdown_table(["pick", "trial", *choices[0].gains], rows), err=True)
+
+
+@main.command()
+@click.argument("study_dir", type=PATH)
+@click.argument("objective", type=PATH)
+@click.argument("out", type=PATH, required=False)
+@click.option(
+    "--n-trials",
+    type=click.IntRange(min=1),
+    help="Real trials that verify the prediction, in a study of their own at OUT.",
+)
+@WORKERS
+@SCHEDULER
+@FORMAT
+def retarget(
+    study_dir: Path,
+    objective: Path,
+    out: Path | None,
+    n_trials: int | None,
+    workers: int | None,
+    scheduler: str | None,
+    output: str,
+) -> None:
+    """Predict the best weights for another OBJECTIVE over the terms a study recorded."""
+    from optimer_hf import retarget as retargeting
+    from optimer_hf.evaluate import ObjectiveFile
+    from optimer_hf.study import load_study
+
+    if (out is None) != (n_trials is None):
+        raise ConfigError("OUT and --n-trials go together: the study that verifies, and its size.")
+    _one_of(workers, scheduler)
+    study = load_study(study_dir)
+    target = retargeting.over_record(study, ObjectiveFile.read(objective))
+    prediction = retargeting.predict(study, target)
+    found: dict[str, Any] = {"prediction": asdict(prediction)}
+    if output == "text":
+        _say_prediction(prediction, bool(target.constraints))
+    if out is not None and n_trials is not None:
+        verified = retargeting.search_on(
+            study, target, out, n_trials, n_workers=workers, scheduler=scheduler
+        )
+        found["verified"] = _study_json(verified)
+        if output == "text":
+            best = verified.incumbent
+            click.echo(f"verified: value {verified.value(best):+.4f} (trial {best.number})")
+            click.echo(json.dumps(best.weights))
+    if output == "json":
+        click.echo(json.dumps(found, indent=2))
+
+
+def _say_prediction(prediction: Any, constrained: bool) -> None:
+    value = f"value {prediction.value:+.4f} +- {prediction.deviation:.4f}"
+    click.echo(f"predicted: {value} (posterior mean and standard deviation)")
+    click.echo(json.dumps(prediction.weights))
+    for label, term in prediction.terms.items():
+        click.echo(f"  {label}: gain {term.value:+.4f} +- {term.deviation:.4f}")
+    if constrained:
+        click.echo(f"  constraints kept with probability {prediction.feasible:.2f}")
 
 
 def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> Any:
@@ -389,15 +498,28 @@ def compare(study_dir: Path, output: str) -> None:
 @click.option(
     "--vanilla", is_flag=True, help="Also write mergekit_config.yml for unmodified mergekit-yaml."
 )
-def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool) -> None:
+@click.option(
+    "--pick",
+    type=click.IntRange(min=1),
+    help="A point of the Pareto front, as `optimer search` numbers them, not the incumbent.",
+)
+def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool, pick: int | None) -> None:
     """Write the incumbent of a study as recipe.yaml with its lock and merge config."""
     from optimer_hf import recipe as recipes
+    from optimer_hf.ledger import ledger
+    from optimer_hf.retarget import front
     from optimer_hf.study import load_study
 
     study = load_study(study_dir)
-    recipes.write_recipe(study, recipe_yaml, name=study_dir.resolve().name)
+    choices = front(study) if pick is not None else []
+    if pick is not None and pick > len(choices):
+        raise StudyError(f"--pick {pick}: the front of {study_dir} has {len(choices)} points.")
+    trial = choices[pick - 1].trial if pick is not None else None
+    name = study_dir.resolve().name
+    recipes.write_recipe(study, recipe_yaml, name=name, ledger=ledger(study), pick=trial)
     if vanilla:
-        recipes.write_vanilla(study, recipe_yaml.resolve().parent / "mergekit_config.yml")
+        folder = recipe_yaml.resolve().parent
+        recipes.write_vanilla(study, folder / "mergekit_config.yml", pick=trial)
     click.echo(str(recipe_yaml))
 
 

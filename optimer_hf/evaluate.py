@@ -76,24 +76,48 @@ class Term(FileModel):
         return f"text-{digest([str(self.text), self.text_field])[:16]}"
 
 
+class Constraint(Term):
+    """A term that must not get worse than the base by more than a share of the base's score.
+
+    With the label of a term it is about that term, and nothing is scored twice.
+    """
+
+    weight: Literal[0] = 0
+    max_relative_to_base: float = Field(ge=0)
+
+
 class Objective(FileModel):
     """Terms and how they become one number, larger is better; terms of weight 0 are recorded and do
-    not count.
+    not count. Merges that break a constraint are out.
     """
 
     combine: Literal["relative_to_base", "weighted_mean", "worst"] = "relative_to_base"
     terms: list[Term] = Field(min_length=1)
+    constraints: list[Constraint] = []
     include_path: LocalPath | None = None
     limit: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        labels = [term.label for term in self.terms]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise ValueError(f"two terms are called {label!r}; tell them apart with 'name'")
+        for group, what in ((self.terms, "terms"), (self.constraints, "constraints")):
+            labels = [term.label for term in group]
+            for label in labels:
+                if labels.count(label) > 1:
+                    raise ValueError(
+                        f"two {what} are called {label!r}; tell them apart with 'name'"
+                    )
+        by_label = {term.label: term for term in self.terms}
+        for constraint in self.constraints:
+            same = by_label.get(constraint.label)
+            if same is not None and (
+                (same.task_name, same.metric) != (constraint.task_name, constraint.metric)
+            ):
+                raise ValueError(
+                    f"constraint {constraint.label!r} is called as a term with another task or "
+                    "metric; tell them apart with 'name'"
+                )
         shots: dict[str | None, int | None] = {}
-        for term in self.terms:
+        for term in self.scored:
             if (
                 term.task is not None
                 and shots.setdefault(term.task, term.num_fewshot) != term.num_fewshot
@@ -114,9 +138,15 @@ class Objective(FileModel):
             )
         return self
 
+    @property
+    def scored(self) -> list[Term]:
+        """Every term, and every constraint that is not one of them."""
+        labels = {term.label for term in self.terms}
+        return [*self.terms, *(term for term in self.constraints if term.label not in labels)]
+
     def at(self, stage: Literal["search", "rescore"]) -> list[Term]:
-        """Return the terms that are scored at a stage."""
-        return [term for term in self.terms if stage == "rescore" or not term.rescore_only]
+        """Return the terms and constraints that are scored at a stage."""
+        return [term for term in self.scored if stage == "rescore" or not term.rescore_only]
 
     def limit_of(self, term: Term) -> int | None:
         """Return how many items of a term the search looks at (None: all)."""
@@ -174,6 +204,23 @@ def combine(objective: Objective, scores: Scores, base: Scores) -> float:
     values = np.array([each[term.label] for term in terms])
     return float(
         values.min() if objective.combine == "worst" else np.average(values, weights=weights)
+    )
+
+
+def headroom(constraint: Constraint, score: TermScore, base: TermScore) -> float:
+    """Return how far a score is from breaking a constraint, as a share of the base's score; less
+    than 0 breaks it.
+    """
+    better = score.score - base.score if score.higher_is_better else base.score - score.score
+    return constraint.max_relative_to_base + better / max(abs(base.score), 1e-12)
+
+
+def feasible(objective: Objective, scores: Scores, base: Scores) -> bool:
+    """Return whether scores keep every constraint that was scored."""
+    return all(
+        headroom(constraint, scores[constraint.label], base[constraint.label]) >= 0
+        for constraint in objective.constraints
+        if constraint.label in scores
     )
 
 
@@ -317,7 +364,7 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
     """
     tasks: dict[str, Any] = {}
     for objective in objectives:
-        wanted = {term.task_name: term for term in objective.terms if term.task_name not in tasks}
+        wanted = {term.task_name: term for term in objective.scored if term.task_name not in tasks}
         for term in wanted.values():
             if term.text is not None and not term.text.is_file():
                 raise EvaluationError(f"term {term.label!r}: {term.text}: no such file.")
@@ -325,7 +372,7 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
                 next(documents(CorpusConfig(path=term.text, text_field=term.text_field)), None)
         if wanted:
             tasks |= _load_tasks(list(wanted.values()), objective.include_path)
-        for term in objective.terms:
+        for term in objective.scored:
             _check_metric(term, tasks[term.task_name])
     return tasks
 

@@ -101,19 +101,19 @@ def run_recipe(run: Run) -> str:
         study = search.search(config, run.out / "study")
         comparison = compare.compare(study)
         sealed = compare.to_json(comparison)
-        ledger = ledger_of(run, study, list(trainings))
+        spent = ledger_of(run, study, list(trainings))
         recipe_file = run.out / "recipe.yaml"
-        recipe.write_recipe(study, recipe_file, name=run.name, sealed=sealed, ledger=ledger)
+        recipe.write_recipe(study, recipe_file, name=run.name, sealed=sealed, ledger=spent)
         writing = perf_counter()
         if not recipe.is_built(recipe_file, run.out / "merged"):
             shutil.rmtree(run.out / "merged", ignore_errors=True)
             recipe.build(recipe_file, run.out / "merged")
         recipe.write_vanilla(study, run.out / "mergekit_config.yml")
-        ledger["write"] = {"seconds": round(perf_counter() - writing, 1)}
-        ledger["this_invocation"] = {"seconds": round(perf_counter() - started, 1)}
+        spent["write"] = {"seconds": round(perf_counter() - writing, 1)}
+        spent["this_invocation"] = {"seconds": round(perf_counter() - started, 1)}
         write_text(run.out / "results.json", json.dumps(sealed, indent=2))
-        write_text(run.out / "ledger.json", json.dumps(ledger, indent=2))
-        write_text(run.out / "results.md", _results(run, comparison, study, ledger))
+        write_text(run.out / "ledger.json", json.dumps(spent, indent=2))
+        write_text(run.out / "results.md", _results(run, comparison, study, spent))
         write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))
     return summary(run)
 
@@ -243,6 +243,9 @@ def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
 
 def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
     """Return where the time went: seconds and tokens of every stage."""
+    from optimer_hf.ledger import ledger, trial_ledger
+    from optimer_hf.study import TrialLog
+
     entries: dict[str, Any] = {}
     records = [
         json.loads((_vector_dir(run, name) / "training.json").read_text(encoding="utf-8"))
@@ -256,37 +259,11 @@ def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
             "tokens": tokens,
             "tokens_per_second": round(tokens / seconds),
         }
+    entries |= ledger(study)
     sealed = run.out / "study" / "sealed.jsonl"
-    stages = {fidelity: study.log.of(fidelity) for fidelity in ("search", "rescore")}
     if sealed.exists():
-        from optimer_hf.study import TrialLog
-
-        stages["sealed"] = TrialLog(sealed).trials
-    for fidelity, trials in stages.items():
-        if trials:
-            entries[fidelity] = _trial_ledger(trials)
+        entries["sealed"] = trial_ledger(TrialLog(sealed).trials)
     return entries
-
-
-def _trial_ledger(trials: list[Any]) -> dict[str, Any]:
-    """Return count, tokens and seconds of trials by phase, and the share that is not the model's
-    forward pass.
-    """
-    total = {
-        phase: sum(trial.seconds.get(phase, 0.0) for trial in trials)
-        for phase in ("ask", "merge", "evaluate", "forward")
-    }
-    spent = total["ask"] + total["merge"] + total["evaluate"]
-    return {
-        "n": len(trials),
-        "tokens": sum(trial.n_tokens for trial in trials),
-        "seconds": round(spent, 1),
-        "ask": round(total["ask"], 2),
-        "merge": round(total["merge"], 2),
-        "forward": round(total["forward"], 1),
-        "harness": round(total["evaluate"] - total["forward"], 2),
-        "overhead_share": round(1 - total["forward"] / max(spent, 1e-9), 4),
-    }
 
 
 def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from optimer_hf.errors import ModelError
 from optimer_hf.files import FileModel, ReferenceText, VersionedFile, write_text
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
-from optimer_hf.study import Study
+from optimer_hf.study import Study, Trial
 from optimer_hf.vector import (
     AdapterVector,
     DistributionVector,
@@ -99,9 +99,13 @@ def write_recipe(
     name: str,
     sealed: Mapping[str, Any] | None = None,
     ledger: Mapping[str, Any] | None = None,
+    pick: Trial | None = None,
 ) -> RecipeFile:
-    """Write recipe.yaml at `path`, its lock and `optimer.yml` beside it, and return the recipe."""
-    config, incumbent = study.config, study.incumbent
+    """Write recipe.yaml at `path`, its lock and `optimer.yml` beside it, and return the recipe.
+
+    `pick` is the trial to write (None: the incumbent), for instance one of the front.
+    """
+    config, incumbent = study.config, pick or study.incumbent
     folder = path.resolve().parent
     base = resolve_model(config.base_model)
     sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
@@ -121,7 +125,7 @@ def write_recipe(
         "objective": _portable_paths(
             config.objective.model_dump(mode="json", exclude_defaults=True), folder
         ),
-        "scores": _scores(study, sealed),
+        "scores": _scores(study, incumbent, sealed),
         "study": {
             "sha256": config.digest,
             "n_trials": len(study.log.of("search")),
@@ -179,8 +183,7 @@ def _portable_paths(value: Any, folder: Path) -> Any:
     return _portable(value, folder) if isinstance(value, str) and value.startswith("/") else value
 
 
-def _scores(study: Study, sealed: Mapping[str, Any] | None) -> dict[str, Any]:
-    incumbent = study.incumbent
+def _scores(study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         incumbent.fidelity: {
             "value": study.value(incumbent),
@@ -197,15 +200,15 @@ def _scores(study: Study, sealed: Mapping[str, Any] | None) -> dict[str, Any]:
     return found
 
 
-def write_vanilla(study: Study, path: Path) -> None:
+def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> None:
     """Write a config at `path` that unmodified `mergekit-yaml` runs to the weights of the
-    incumbent.
+    incumbent, or of the trial `pick`.
 
     A pool of checkpoints is merged with `linear` and base weight 1 - sum w. Adapters and deltas,
     and sums that would cancel, are written as delta directories under `deltas/` beside it, which
     `linear` adds to the base.
     """
-    config, weights = study.config, study.incumbent.weights
+    config, weights = study.config, (pick or study.incumbent).weights
     base = resolve_model(config.base_model)
     vectors = [
         open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()

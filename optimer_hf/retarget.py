@@ -1,29 +1,66 @@
-"""Recorded trials + a new objective -> predicted best weights, without a new evaluation.
+"""Recorded trials + a new objective -> predicted best weights and fronts, without a new evaluation.
 
 Each trial records the score of every term, so the surrogate of a new weighting of the terms is a
-new sum of the same processes.
+new sum of the same processes. What a reader would not guess: to verify a prediction is to search,
+in a study of its own that begins with the trials of the old one.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from optimer_hf.errors import StudyError
-from optimer_hf.evaluate import Objective
-from optimer_hf.study import Study, from_unit, surrogate_of, to_unit
+from optimer_hf.evaluate import Objective, Term, feasible, gains
+from optimer_hf.files import write_text
+from optimer_hf.search import search
+from optimer_hf.study import (
+    Study,
+    StudyConfig,
+    Surrogate,
+    Trial,
+    from_unit,
+    locked,
+    open_study,
+    surrogate_of,
+    to_unit,
+    within_total,
+)
 from optimer_hf.surrogate import maximise
+from optimer_hf.trial import Pool, ResidentPool
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
 
 SCALE_STEP = 0.05
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A posterior mean with its standard deviation."""
+
+    value: float
+    deviation: float
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """Weights, and the value the surrogate expects of them with its standard deviation."""
+    """Weights, the value the surrogate expects of them, the gain of every term that counts, and the
+    probability that they keep the constraints.
+    """
 
     weights: dict[str, float]
     value: float
     deviation: float
+    terms: dict[str, Estimate]
+    feasible: float
+
+
+# -- new objectives --------------------------------------------------------------------------------
 
 
 def retargeted(objective: Objective, term_weights: Mapping[str, float]) -> Objective:
@@ -31,10 +68,8 @@ def retargeted(objective: Objective, term_weights: Mapping[str, float]) -> Objec
 
     Raises StudyError for a term that was not recorded.
     """
-    labels = {term.label for term in objective.terms}
-    unknown = sorted(set(term_weights) - labels)
-    if unknown:
-        raise StudyError(f"no term {unknown[0]!r} was recorded; this study has {sorted(labels)}.")
+    for label in term_weights:
+        _named(objective.scored, label)
     terms = [
         term.model_copy(update={"weight": term_weights.get(term.label, 0.0)})
         for term in objective.terms
@@ -42,22 +77,90 @@ def retargeted(objective: Objective, term_weights: Mapping[str, float]) -> Objec
     return objective.model_copy(update={"terms": terms, "combine": "relative_to_base"})
 
 
-def predict(study: Study, term_weights: Mapping[str, float] | None = None) -> Prediction:
-    """Return the weights with the best posterior mean for an objective over recorded terms (None:
-    the study's own).
+def over_record(study: Study, target: Objective) -> Objective:
+    """Return a new objective over the terms that a study recorded, matched by label.
+
+    Weights, combination and constraints are those of `target`; task, metric and items those of the
+    record. Raises StudyError for a term that was not recorded.
     """
-    config = study.config
-    if term_weights is not None:
-        objective = retargeted(config.objective, term_weights)
-        config = config.model_copy(update={"objective": objective})
+    recorded = study.config.objective
+
+    def matched(term: Term) -> dict[str, Any]:
+        known = _named(recorded.at("search"), term.label)
+        return known.model_dump(exclude={"weight", "max_relative_to_base"}) | {
+            "limit": recorded.limit_of(known)
+        }
+
+    return Objective.model_validate(
+        {
+            "combine": target.combine,
+            "terms": [matched(term) | {"weight": term.weight} for term in target.terms],
+            "constraints": [
+                matched(term) | {"max_relative_to_base": term.max_relative_to_base}
+                for term in target.constraints
+            ],
+            "include_path": recorded.include_path,
+        }
+    )
+
+
+def _named(terms: Sequence[Term], label: str) -> Term:
+    for term in terms:
+        if term.label == label:
+            return term
+    raise StudyError(
+        f"no term {label!r} was recorded; this study has {sorted(term.label for term in terms)}."
+    )
+
+
+# -- predicting ------------------------------------------------------------------------------------
+
+
+def predict(study: Study, target: Objective | Mapping[str, float] | None = None) -> Prediction:
+    """Return the weights with the best posterior mean for an objective over recorded terms, given
+    whole or as term weights (None: the study's own).
+    """
+    config = _config_for(study, target)
     trials = study.log.of("search")
     posterior = surrogate_of(config, trials)
     points = to_unit(config, [trial.weights for trial in trials])
-    near = points[np.argsort(-posterior.predict(points)[0])[:5]]
+    near = points[np.argsort(-posterior.ranking(points), kind="stable")[:5]]
     rng = np.random.default_rng(config.search.seed)
-    best = maximise(lambda x: posterior.predict(x)[0], points.shape[1], rng, near)
+    best = maximise(
+        posterior.ranking,
+        points.shape[1],
+        rng,
+        near,
+        allowed=lambda found: within_total(config, found),
+    )
     mean, variance = posterior.predict(best[None])
-    return Prediction(from_unit(config, best), float(mean[0]), float(np.sqrt(variance[0])))
+    return Prediction(
+        from_unit(config, best),
+        float(mean[0]),
+        float(np.sqrt(variance[0])),
+        _terms_at(config, posterior, best),
+        float(np.exp(posterior.log_feasibility(best[None])[0])),
+    )
+
+
+def _config_for(study: Study, target: Objective | Mapping[str, float] | None) -> StudyConfig:
+    if target is None:
+        return study.config
+    if not isinstance(target, Objective):
+        target = retargeted(study.config.objective, target)
+    return study.config.model_copy(update={"objective": target})
+
+
+def _terms_at(config: StudyConfig, posterior: Surrogate, point: "Array") -> dict[str, Estimate]:
+    labels = [term.label for term in config.objective.at("search") if term.weight > 0]
+    processes = posterior.objective.processes
+    if len(processes) != len(labels):  # `worst` has one process for all
+        return {}
+    found = {}
+    for label, process in zip(labels, processes, strict=True):
+        mean, variance = process.predict(point[None])
+        found[label] = Estimate(float(mean[0]), float(np.sqrt(variance[0])))
+    return found
 
 
 def best_scale(study: Study, name: str) -> dict[str, float]:
@@ -73,3 +176,71 @@ def best_scale(study: Study, name: str) -> dict[str, float]:
     mean, _ = surrogate_of(config, study.log.of("search")).predict(to_unit(config, sets))
     best = sets[int(np.argmax(mean))]
     return {other: round(weight, 4) for other, weight in best.items()}
+
+
+# -- the front -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A trial that no other one beats in every term, with the gains of the terms that count."""
+
+    trial: Trial
+    gains: dict[str, float]
+
+
+def front(study: Study) -> list[Choice]:
+    """Return the Pareto front of the search trials: sound, within the constraints, and beaten in
+    every term by none. Gains are those measured on the search items; sorted by the first term.
+    """
+    objective = study.config.objective
+    labels = [term.label for term in objective.at("search") if term.weight > 0]
+    sound = [
+        Choice(trial, {label: gains(trial.terms, study.base)[label] for label in labels})
+        for trial in study.log.of("search")
+        if trial.status == "ok" and feasible(objective, trial.terms, study.base)
+    ]
+    table = np.array([list(choice.gains.values()) for choice in sound])
+    kept = [
+        choice
+        for choice, row in zip(sound, table, strict=True)
+        if not ((table >= row).all(axis=1) & (table > row).any(axis=1)).any()
+    ]
+    return sorted(kept, key=lambda choice: -choice.gains[labels[0]])
+
+
+# -- verifying -------------------------------------------------------------------------------------
+
+
+def search_on(
+    study: Study,
+    target: Objective,
+    directory: Path,
+    n_trials: int,
+    *,
+    pool: Callable[[StudyConfig], Pool] = ResidentPool,
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+) -> Study:
+    """Search on for a new objective from the trials of a study, `n_trials` real ones more, the
+    predicted weights first; return the new study, whose directory begins with the old trials.
+    """
+    recorded = study.log.of("search")
+    terms = {term.label for term in target.at("search")}
+    seeds = [
+        replace(trial, terms={label: s for label, s in trial.terms.items() if label in terms})
+        for trial in recorded
+    ]
+    settings = study.config.search.model_copy(update={"n_trials": len(recorded) + n_trials})
+    config = study.config.model_copy(
+        update={"objective": target, "test": None, "retarget": {}, "search": settings}
+    )
+    with locked(directory):
+        opened = open_study(config, directory)
+        if not opened.log.trials:
+            text = "".join(f"{trial.to_json()}\n" for trial in seeds)
+            write_text(opened.log.path, text)
+    first = {len(recorded): ("prediction", predict(study, target).weights)}
+    return search(
+        config, directory, pool=pool, n_workers=n_workers, scheduler=scheduler, planned=first
+    )

@@ -8,13 +8,17 @@ append-only nor safe to kill.
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol
 
 from optimer_hf.ask import Asker, anchors
 from optimer_hf.errors import EvaluationError
+from optimer_hf.evaluate import Term
 from optimer_hf.progress import Meter
 from optimer_hf.study import Study, StudyConfig, Trial, locked, open_study
 from optimer_hf.trial import Pool, ResidentPool, run_trial
@@ -23,12 +27,22 @@ logger = logging.getLogger(__name__)
 
 
 def search(
-    config: StudyConfig, directory: Path, *, pool: Callable[[StudyConfig], Pool] = ResidentPool
+    config: StudyConfig,
+    directory: Path,
+    *,
+    pool: Callable[[StudyConfig], Pool] = ResidentPool,
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+    planned: Mapping[int, tuple[str, Mapping[str, float]]] | None = None,
 ) -> Study:
     """Run a study to its end and return it; trials that are on disk already are not run again.
 
+    Trials run in this process, or on `n_workers` processes of this machine, or on the workers of a
+    Dask scheduler. `planned` trials, origin and weights by number, are not asked for.
+
     Raises OptimerError for anything wrong with the config before the first trial. A trial that
-    fails is recorded as crashed and the search goes on, unless the base itself cannot be scored.
+    fails is recorded as crashed and the search goes on, unless the base itself cannot be scored or
+    nothing else could.
     """
     with locked(directory):
         study = open_study(config, directory)
@@ -37,47 +51,130 @@ def search(
                 "search: %d trials are recorded, nothing to do", len(study.log.of("search"))
             )
             return study
-        runner = pool(config)
-        _run_search(study, runner)
-        _run_rescore(study, runner)
+        with _runner(config, pool, n_workers, scheduler) as runner:
+            _run_search(study, runner, planned or {})
+            _run_rescore(study, runner)
     return study
 
 
-def _run_search(study: Study, pool: Pool) -> None:
-    config, n_trials = study.config, study.config.search.n_trials
-    done = study.log.of("search")
+class Runner(Protocol):
+    """Where trials run: one in this process, or many elsewhere."""
+
+    @property
+    def n_slots(self) -> int:
+        """How many trials may run at once."""
+        ...
+
+    def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
+        """Start a trial."""
+        ...
+
+    def next_finished(self) -> Trial:
+        """Wait for one of the trials that were started."""
+        ...
+
+
+class Here:
+    """One trial at a time, in this process."""
+
+    n_slots = 1
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._submitted: deque[tuple[Trial, Sequence[Term], Mapping[str, int | None]]] = deque()
+
+    def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
+        self._submitted.append((trial, terms, limits))
+
+    def next_finished(self) -> Trial:
+        return run_trial(self._pool, *self._submitted.popleft())
+
+
+def _runner(
+    config: StudyConfig,
+    pool: Callable[[StudyConfig], Pool],
+    n_workers: int | None,
+    scheduler: str | None,
+) -> AbstractContextManager[Runner]:
+    if n_workers is None and scheduler is None:
+        return nullcontext(Here(pool(config)))
+    from optimer_hf.workers import Workers
+
+    return Workers(config, n_workers=n_workers, scheduler=scheduler, pool=pool)
+
+
+def _run_search(
+    study: Study, runner: Runner, planned: Mapping[int, tuple[str, Mapping[str, float]]]
+) -> None:
+    config = study.config
+    done = {trial.number for trial in study.log.of("search")}
     terms = config.objective.at("search")
     limits = {term.label: config.objective.limit_of(term) for term in terms}
-    planned = anchors(config)
-    asker: Asker | None = None
+    waiting = deque(number for number in range(config.search.n_trials) if number not in done)
+    running: dict[int, Trial] = {}
     with (
-        Meter("search", n_trials, "trials", done=len(done)) as meter,
+        Meter("search", config.search.n_trials, "trials", done=len(done)) as meter,
         tempfile.TemporaryDirectory(prefix="optimer-smac-") as scratch,
     ):
-        for number in range(len(done), n_trials):
-            started = perf_counter()
-            if number < len(planned):
-                origin, weights = planned[number]
-            else:
-                if asker is None:
-                    asker = Asker(config, Path(scratch))
-                    for trial in study.log.of("search"):
-                        asker.tell(trial)
-                started = perf_counter()
-                origin, weights = "surrogate", asker.ask()
-            asked = perf_counter() - started
-            trial = run_trial(
-                pool,
-                Trial(number, origin, "search", weights, "ok", {}, {"ask": asked}),
-                terms,
-                limits,
-            )
-            if number == 0 and trial.status == "crashed":
-                raise EvaluationError(f"the base model itself cannot be scored: {trial.error}")
-            study.log.append(trial)
-            if asker is not None:
-                asker.tell(trial)
-            meter.advance(1, _note(study, trial))
+        plan = _Plan(study, Path(scratch), planned)
+        while waiting or running:
+            while waiting and len(running) < runner.n_slots:
+                if running and not study.log.of("search"):
+                    break  # gains are relative to the base, so it comes first and alone
+                trial = plan.next_trial(waiting.popleft(), list(running.values()))
+                running[trial.number] = trial
+                runner.submit(trial, terms, limits)
+            finished = runner.next_finished()
+            del running[finished.number]
+            _check_sound(study, finished)
+            study.log.append(finished)
+            plan.tell(finished)
+            meter.advance(1, _note(study, finished))
+
+
+class _Plan:
+    """What the next trial is: an anchor, a planned one, or what the surrogate asks for."""
+
+    def __init__(
+        self, study: Study, scratch: Path, planned: Mapping[int, tuple[str, Mapping[str, float]]]
+    ) -> None:
+        self._study, self._scratch = study, scratch
+        self._planned = dict(planned) | dict(enumerate(anchors(study.config)))
+        self._asker: Asker | None = None
+
+    def next_trial(self, number: int, running: Sequence[Trial]) -> Trial:
+        """Return trial `number`, not yet run."""
+        if number in self._planned:
+            origin, planned = self._planned[number]
+            return Trial(number, origin, "search", dict(planned), "ok", {}, {"ask": 0.0})
+        if self._asker is None:
+            self._asker = Asker(self._study.config, self._scratch)
+            for trial in self._study.log.of("search"):
+                self._asker.tell(trial)
+        started = perf_counter()
+        weights = self._asker.ask(number, [trial.weights for trial in running])
+        seconds = {"ask": perf_counter() - started}
+        return Trial(number, "surrogate", "search", weights, "ok", {}, seconds)
+
+    def tell(self, trial: Trial) -> None:
+        """Tell the surrogate a finished trial; one that is not made yet reads the log."""
+        if self._asker is not None:
+            self._asker.tell(trial)
+
+
+def _check_sound(study: Study, finished: Trial) -> None:
+    """End a search whose base cannot be scored, or whose anchors all crash."""
+    if finished.status == "ok":
+        return
+    if finished.number == 0:
+        raise EvaluationError(f"the base model itself cannot be scored: {finished.error}")
+    others = [trial for trial in study.log.of("search") if trial.number != 0]
+    n_others = len(anchors(study.config)) - 1
+    if len(others) == n_others - 1 and all(trial.status == "crashed" for trial in others):
+        first = min([*others, finished], key=lambda trial: trial.number)
+        raise EvaluationError(
+            f"none of the {n_others} first merges can be scored; the first one: {first.error}"
+        )
 
 
 def _note(study: Study, trial: Trial) -> str:
@@ -87,7 +184,7 @@ def _note(study: Study, trial: Trial) -> str:
     return f"{study.value(trial):+.4f}, best {best:+.4f}"
 
 
-def _run_rescore(study: Study, pool: Pool) -> None:
+def _run_rescore(study: Study, runner: Runner) -> None:
     """Score the base and the best few on more items, with the terms that joined for this."""
     config = study.config
     terms = config.objective.at("rescore")
@@ -97,12 +194,21 @@ def _run_rescore(study: Study, pool: Pool) -> None:
         else term.limit
         for term in terms
     }
-    remaining, done = study.to_rescore(), len(study.log.of("rescore"))
+    remaining, done = deque(study.to_rescore()), len(study.log.of("rescore"))
+    n_running = 0
     with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
-        for trial in remaining:
-            again = replace(trial, fidelity="rescore", terms={}, seconds={}, n_tokens=0)
-            rescored = run_trial(pool, again, terms, limits)
-            if trial.number == 0 and rescored.status == "crashed":
+        while remaining or n_running:
+            while remaining and n_running < runner.n_slots:
+                if n_running and not study.log.of("rescore"):
+                    break  # the base first, as above
+                again = replace(
+                    remaining.popleft(), fidelity="rescore", terms={}, seconds={}, n_tokens=0
+                )
+                runner.submit(again, terms, limits)
+                n_running += 1
+            rescored = runner.next_finished()
+            n_running -= 1
+            if rescored.number == 0 and rescored.status == "crashed":
                 raise EvaluationError(
                     f"the base model itself cannot be scored again: {rescored.error}"
                 )

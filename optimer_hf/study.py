@@ -17,9 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
+from scipy.special import log_ndtr
 
 from optimer_hf.errors import StudyError
-from optimer_hf.evaluate import Objective, Scores, TermScore, combine, gains
+from optimer_hf.evaluate import (
+    Objective,
+    Scores,
+    TermScore,
+    combine,
+    feasible,
+    gains,
+    headroom,
+)
 from optimer_hf.files import (
     FileModel,
     ReferenceText,
@@ -64,9 +73,18 @@ class VectorConfig(FileModel):
 
 
 class SearchConfig(FileModel):
-    """How long and how carefully to search."""
+    """How long, how and how carefully to search.
+
+    `surrogate`: a Gaussian process per term (ours, inside SMAC), SMAC's own process of the combined
+    value, SMAC's random forest, or none. `total`: bounds of the sum of the searched weights, which
+    makes the search one over directions and scales. `pareto`: spread the trials along the front of
+    the terms (ParEGO) instead of seeking the one optimum of the objective.
+    """
 
     n_trials: int = Field(default=30, gt=0)
+    surrogate: Literal["per_term", "black_box", "random_forest", "random"] = "per_term"
+    total: tuple[float, float] | None = None
+    pareto: bool = False
     seed: int = 0
     rescore_top: int = Field(default=3, ge=0)
     rescore_limit: int | None = Field(default=None, gt=0)
@@ -89,10 +107,11 @@ class StudyConfig(VersionedFile):
     def _consistent(self) -> Self:
         if all(vector.fixed is not None for vector in self.vectors.values()):
             raise ValueError("vectors: every vector is fixed, so there is nothing to search")
+        self._check_search()
         recorded = {term.label for term in self.objective.at("search")}
         if self.test is not None:
-            shared = {t.task_name for t in self.objective.terms} & {
-                t.task_name for t in self.test.terms
+            shared = {t.task_name for t in self.objective.scored} & {
+                t.task_name for t in self.test.scored
             }
             if shared:
                 raise ValueError(
@@ -114,6 +133,27 @@ class StudyConfig(VersionedFile):
                         f"retarget.{name}: the test has no term {label!r} to measure it on"
                     )
         return self
+
+    def _check_search(self) -> None:
+        search = self.search
+        counting = [term for term in self.objective.at("search") if term.weight > 0]
+        if search.pareto and len(counting) < 2:
+            raise ValueError("search.pareto: a front needs two terms that count")
+        if search.surrogate in ("per_term", "random"):
+            pass
+        elif search.total is not None or self.objective.constraints or search.pareto:
+            raise ValueError(
+                f"search.surrogate {search.surrogate!r} knows no total, constraints or pareto; use "
+                "per_term"
+            )
+        if search.total is not None:
+            lows, highs = zip(*self.free.values(), strict=True)
+            low, high = search.total
+            if min(lows) < 0 or not max(sum(lows), 0) <= low < high or low > sum(highs):
+                raise ValueError(
+                    f"search.total {list(search.total)} cannot be met; give [low, high] with 0 <= "
+                    "low < high, within the sums that the bounds (none below 0) allow"
+                )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -160,6 +200,7 @@ class Trial:
     seconds: dict[str, float]
     n_tokens: int = 0
     error: str | None = None
+    worker: str | None = None
 
     def to_json(self) -> str:
         """Return the trial as one line of trials.jsonl."""
@@ -224,6 +265,7 @@ def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> 
     """Scale the free weights by their bounds to [0, 1]."""
     low, high = np.array(list(config.free.values())).T
     points = np.array([[weights[name] for name in config.free] for weights in weight_sets])
+    points = points.reshape(-1, len(config.free))
     return np.asarray((points - low) / (high - low), dtype=np.float64)
 
 
@@ -236,6 +278,17 @@ def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:
     return {
         name: round(float(value), 4) for name, value in zip(config.free, values, strict=True)
     } | config.fixed
+
+
+def within_total(config: StudyConfig, points: "Array") -> "Array":
+    """Scale points [n, d] of the box so that their weights sum to what `search.total` allows."""
+    if config.search.total is None:
+        return points
+    low, high = np.array(list(config.free.values())).T
+    weights = low + points * (high - low)
+    total = np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+    scaled = weights * np.clip(total, *config.search.total) / total
+    return np.asarray((np.clip(scaled, low, high) - low) / (high - low))
 
 
 def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
@@ -272,14 +325,78 @@ def _surrogate_gains(objective: Objective, scores: Scores, base: Scores) -> dict
     }
 
 
-def surrogate_of(config: StudyConfig, trials: Sequence[Trial]) -> WeightedSum:
-    """Fit the posterior of the objective to trials whose first one is the base."""
+@dataclass(frozen=True)
+class Surrogate:
+    """What the record says of weights that were not tried: the objective, and by constraint how far
+    it is from being broken.
+    """
+
+    objective: WeightedSum
+    constraints: Sequence[GaussianProcess] = ()
+
+    def predict(self, points: "Array") -> tuple["Array", "Array"]:
+        """Return posterior mean and variance of the objective at points [n, d] in [0, 1]."""
+        return self.objective.predict(points)
+
+    def log_feasibility(self, points: "Array") -> "Array":
+        """Return the log of the probability that points keep every constraint, [n]."""
+        total = np.zeros(len(points))
+        for process in self.constraints:
+            mean, variance = process.predict(points)
+            total += log_ndtr(mean / np.sqrt(variance))
+        return total
+
+    def ranking(self, points: "Array") -> "Array":
+        """Return the posterior mean of the objective, -inf where a constraint is more likely broken
+        than not.
+        """
+        kept = self.log_feasibility(points) >= np.log(0.5) * max(len(self.constraints), 1)
+        return np.where(kept, self.predict(points)[0], -np.inf)
+
+    def conditioned(self, points: "Array") -> "Surrogate":
+        """Return the surrogate as if points [n, d] were measured where it expects them: trials that
+        still run are not asked for again.
+        """
+        if not len(points):
+            return self
+        return Surrogate(
+            self.objective.conditioned(points),
+            [process.conditioned(points) for process in self.constraints],
+        )
+
+
+def surrogate_of(
+    config: StudyConfig, trials: Sequence[Trial], preference: "Array | None" = None
+) -> Surrogate:
+    """Fit the posterior of the objective and its constraints to trials whose first one is the base.
+
+    With a `preference` [n_terms] it is that of ParEGO's scalarised terms instead (Knowles, IEEE
+    TEVC 2006): the least weighted gain, plus 5 % of their sum.
+    """
     table = columns(config, trials)
     points = to_unit(config, [trial.weights for trial in trials])
+    if preference is not None:
+        scaled = table / np.maximum(np.abs(table).max(axis=0), 1e-12) * preference
+        table = (scaled.min(axis=1) + 0.05 * scaled.sum(axis=1))[:, None]
     counting = [term.weight for term in config.objective.at("search") if term.weight > 0]
     weights = np.array(counting) / sum(counting) if table.shape[1] > 1 else np.ones(1)
-    processes: list[GaussianProcess] = [fit(points, column) for column in table.T]
-    return WeightedSum(processes, weights)
+    processes = [fit(points, column) for column in table.T]
+    limits = [fit(points, column) for column in _headrooms(config, trials).T]
+    return Surrogate(WeightedSum(processes, weights), limits)
+
+
+def _headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
+    """Return the headroom of every constraint, [n_trials, n_constraints]; broken merges have broken
+    it by as much as the base keeps it, at least.
+    """
+    base = trials[0].terms
+    known = [c for c in config.objective.constraints if c.label in base]
+    table = np.full((len(trials), len(known)), -np.inf)
+    for row, trial in enumerate(trials):
+        if trial.status == "ok":
+            table[row] = [headroom(c, trial.terms[c.label], base[c.label]) for c in known]
+    floor = -np.array([max(c.max_relative_to_base, 0.05) for c in known])
+    return np.asarray(np.maximum(table, floor))
 
 
 # -- the study directory ---------------------------------------------------------------------------
@@ -324,13 +441,11 @@ class Study:
 
     def ranked(self) -> list[Trial]:
         """Return the sound search trials, best first by posterior mean (one observation is noisy,
-        the mean less so).
+        the mean less so); those that break a constraint come last.
         """
         trials = self.log.of("search")
-        mean, _ = surrogate_of(self.config, trials).predict(
-            to_unit(self.config, [t.weights for t in trials])
-        )
-        order = np.argsort(-mean, kind="stable")
+        points = to_unit(self.config, [t.weights for t in trials])
+        order = np.argsort(-surrogate_of(self.config, trials).ranking(points), kind="stable")
         return [trials[index] for index in order if trials[index].status == "ok"]
 
     @property
@@ -338,8 +453,13 @@ class Study:
         """The best trial: by value among the re-scored ones, by posterior mean when none was
         re-scored.
         """
-        rescored = [trial for trial in self.log.of("rescore") if trial.status == "ok"]
-        if len(rescored) > 1:
+        rescored = [
+            trial
+            for trial in self.log.of("rescore")
+            if trial.status == "ok"
+            and feasible(self.config.objective, trial.terms, self.rescored_base)
+        ]  # the base keeps every constraint
+        if len(self.log.of("rescore")) > 1:
             return max(
                 rescored,
                 key=lambda trial: combine(self.config.objective, trial.terms, self.rescored_base),

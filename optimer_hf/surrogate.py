@@ -8,7 +8,7 @@ Williams 2006, ch. 2, 4, 5.)
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -101,6 +101,26 @@ class GaussianProcess:
         variance = np.maximum(prior - reduction, 1e-12)
         return self.center + self.spread * (cross @ self.coefficients), self.spread**2 * variance
 
+    def conditioned(self, points: "Array") -> "GaussianProcess":
+        """Return the process as if points [n, d] were measured, too, each at its posterior mean.
+
+        The mean stays as it is everywhere and the variance shrinks around them (Desautels et al.,
+        JMLR 2014); hyperparameters stay.
+        """
+        h, everywhere = self.hyperparameters, np.vstack([self.points, points])
+        expected = (self.predict(points)[0] - self.center) / self.spread
+        measured = self.cholesky @ (self.cholesky.T @ self.coefficients)
+        lower = np.linalg.cholesky(_covariance(everywhere, h))
+        coefficients = cho_solve((lower, True), np.concatenate([measured, expected]))
+        return replace(self, points=everywhere, cholesky=lower, coefficients=coefficients)
+
+
+def _covariance(points: "Array", h: Hyperparameters) -> "Array":
+    """Return the covariance of scores measured at points, noise included, [n, n]."""
+    correlation, _ = _matern(_features(points), _features(points), h.scales)
+    noise = (h.noise + JITTER) * np.eye(len(points))
+    return np.asarray(h.matern * correlation + h.quadratic * _quadratic(points, points) + noise)
+
 
 def fit(points: "Array", scores: "Array") -> GaussianProcess:
     """Fit a process to scores [n] at points [n, d] in [0, 1]^d by maximum a posteriori with exact
@@ -139,9 +159,7 @@ def fit(points: "Array", scores: "Array") -> GaussianProcess:
     bounds = [(-8, 4), (-8, 5), (-12, 2)] + [(-4, 4)] * (d + 1)
     best = minimize(loss, mean, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
     h = Hyperparameters(best.x)
-    correlation, _ = _matern(features, features, h.scales)
-    kernel = h.matern * correlation + h.quadratic * quadratic + (h.noise + JITTER) * np.eye(len(y))
-    lower = np.linalg.cholesky(kernel)
+    lower = np.linalg.cholesky(_covariance(points, h))
     return GaussianProcess(points, h, center, spread, lower, cho_solve((lower, True), y))
 
 
@@ -158,6 +176,10 @@ class WeightedSum:
             *(process.predict(points) for process in self.processes), strict=True
         )
         return self.weights @ np.array(means), self.weights**2 @ np.array(variances)
+
+    def conditioned(self, points: "Array") -> "WeightedSum":
+        """Return the sum of the processes conditioned on points, see there."""
+        return replace(self, processes=[process.conditioned(points) for process in self.processes])
 
 
 def log_expected_improvement(mean: "Array", variance: "Array", best: float) -> "Array":
@@ -178,13 +200,18 @@ def log_expected_improvement(mean: "Array", variance: "Array", best: float) -> "
 
 
 def maximise(
-    acquisition: Callable[["Array"], "Array"], d: int, rng: np.random.Generator, near: "Array"
+    acquisition: Callable[["Array"], "Array"],
+    d: int,
+    rng: np.random.Generator,
+    near: "Array",
+    *,
+    allowed: Callable[["Array"], "Array"] = lambda points: points,
 ) -> "Array":
     """Return the point of [0, 1]^d with the largest acquisition: random candidates, then shrinking
     refinement.
 
     Candidates are uniform, scaled Dirichlet draws (blends of a given sum), and perturbations of the
-    points `near`.
+    points `near`; `allowed` moves points into the part of the box that is searched.
     """
     uniform = rng.random((N_CANDIDATES // 2, d))
     blends = rng.dirichlet(np.full(d, 0.7), N_CANDIDATES // 2) * rng.uniform(
@@ -192,12 +219,12 @@ def maximise(
     )
     steps = 10 ** rng.uniform(-2.5, -0.5, (len(near), N_CANDIDATES // 8, 1))
     around = near[:, None] + steps * rng.normal(size=(len(near), N_CANDIDATES // 8, d))
-    candidates = np.clip(np.vstack([uniform, blends, around.reshape(-1, d), near]), 0, 1)
+    candidates = allowed(np.clip(np.vstack([uniform, blends, around.reshape(-1, d), near]), 0, 1))
     values = acquisition(candidates)
     for number in range(N_REFINEMENTS):
         best = candidates[np.argsort(-values)[:5]]
         moves = 0.15 * 0.5**number * rng.normal(size=(48, len(best), d))
         moves *= rng.random(moves.shape) < 0.6
-        candidates = np.clip(np.vstack([best, (best + moves).reshape(-1, d)]), 0, 1)
+        candidates = allowed(np.clip(np.vstack([best, (best + moves).reshape(-1, d)]), 0, 1))
         values = acquisition(candidates)
     return np.asarray(candidates[np.argmax(values)])

@@ -1,0 +1,216 @@
+"""SMAC's extension points, filled with our surrogate: model, acquisition function and maximiser.
+
+SMAC keeps the loop (run history, intensifier, config selector). The components share a `Record`,
+which holds what SMAC's run history cannot: scores by term, trials that still run, the number of the
+trial that is asked for. What a reader would not guess: SMAC imports slowly, so only `ask` imports
+this module, inside a function.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from ConfigSpace import Configuration, ConfigurationSpace, Float
+from smac import BlackBoxFacade, HyperparameterOptimizationFacade, Scenario
+from smac.acquisition.function.abstract_acquisition_function import AbstractAcquisitionFunction
+from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAcquisitionMaximizer
+from smac.facade.abstract_facade import AbstractFacade
+from smac.main.config_selector import ConfigSelector
+from smac.model.abstract_model import AbstractModel
+
+from optimer_hf.study import StudyConfig, Surrogate, Trial, surrogate_of, to_unit, within_total
+from optimer_hf.surrogate import log_expected_improvement, maximise
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+@dataclass
+class Record:
+    """What the components know: finished trials, weights that still run, the next number."""
+
+    config: StudyConfig
+    trials: list[Trial] = field(default_factory=list)
+    pending: list[dict[str, float]] = field(default_factory=list)
+    number: int = 0
+
+    @property
+    def points(self) -> "Array":
+        """Finished trials in [0, 1]^d."""
+        return to_unit(self.config, [trial.weights for trial in self.trials])
+
+    def surrogate(self) -> Surrogate:
+        """Fit the surrogate to the record; with `pareto`, for a preference that is the number's
+        own.
+        """
+        if not self.config.search.pareto:
+            return surrogate_of(self.config, self.trials)
+        rng = np.random.default_rng([self.config.search.seed, self.number, 1])
+        n_terms = sum(term.weight > 0 for term in self.config.objective.at("search"))
+        return surrogate_of(self.config, self.trials, rng.dirichlet(np.ones(n_terms)))
+
+
+class Model(AbstractModel):
+    """The surrogate of the record; SMAC's combined cost only decides when to refit."""
+
+    def __init__(self, record: Record, space: ConfigurationSpace) -> None:
+        super().__init__(space, seed=record.config.search.seed)
+        self._record = record
+        self._fitted: Surrogate | None = None
+
+    def _train(self, X: "Array", y: "Array") -> Self:  # noqa: N803  # SMAC's names
+        self._fitted = None if self._record.config.search.pareto else self._record.surrogate()
+        self._is_trained = True
+        return self
+
+    @property
+    def posterior(self) -> Surrogate:
+        """The fitted surrogate."""
+        return self._fitted or self._record.surrogate()
+
+    def _predict(
+        self,
+        X: "Array",  # noqa: N803
+        covariance_type: str | None = "diagonal",
+    ) -> tuple["Array", "Array | None"]:
+        mean, variance = self.posterior.predict(X)
+        if covariance_type is None:
+            return -mean[:, None], None
+        return -mean[:, None], (np.sqrt(variance) if covariance_type == "std" else variance)[
+            :, None
+        ]
+
+    def predict_marginalized(self, X: "Array") -> tuple["Array", "Array"]:  # noqa: N803
+        mean, variance = self.posterior.predict(X)
+        return -mean[:, None], variance[:, None]
+
+
+class FeasibleImprovement(AbstractAcquisitionFunction):
+    """log EI over the best posterior mean among the trials, as observed scores are noisy, plus the
+    log probability that every constraint is kept (Gardner et al., ICML 2014).
+    """
+
+    posterior: Surrogate
+    best: float
+
+    @property
+    def name(self) -> str:
+        return "log expected feasible improvement"
+
+    def _update(self, **kwargs: Any) -> None:
+        pass  # the maximiser sets posterior and best for every ask
+
+    def _compute(self, X: "Array") -> "Array":  # noqa: N803
+        mean, variance = self.posterior.predict(X)
+        improvement = log_expected_improvement(mean, variance, self.best)
+        return np.asarray(improvement + self.posterior.log_feasibility(X))[:, None]
+
+
+class Maximiser(AbstractAcquisitionMaximizer):
+    """Vectorised; its randomness depends on the seed and the trial's number only, so a resumed
+    study repeats it.
+    """
+
+    def __init__(self, record: Record, space: ConfigurationSpace) -> None:
+        super().__init__(space, challengers=1, seed=record.config.search.seed)
+        self._record = record
+
+    def maximize(
+        self,
+        previous_configs: list[Configuration],
+        n_points: int | None = None,
+        random_design: Any = None,
+    ) -> Iterator[Configuration]:
+        record, acquisition = self._record, self.acquisition_function
+        assert isinstance(acquisition, FeasibleImprovement)
+        assert isinstance(acquisition.model, Model)
+        fitted, config = acquisition.model.posterior, record.config
+        means = fitted.ranking(record.points)
+        acquisition.best = float(means.max())
+        acquisition.posterior = fitted.conditioned(to_unit(config, record.pending))
+        rng = np.random.default_rng([config.search.seed, record.number])
+        found = maximise(
+            lambda points: acquisition._compute(points)[:, 0],
+            len(config.free),
+            rng,
+            record.points[np.argsort(-means, kind="stable")[:5]],
+            allowed=lambda points: within_total(config, points),
+        )
+        moved = np.clip(found + 0.02 * rng.normal(size=found.shape), 0, 1)
+        jittered = within_total(config, moved[None])[0]  # SMAC takes it when it knows the first
+        return iter(
+            [Configuration(self._configspace, vector=vector) for vector in (found, jittered)]
+        )
+
+    def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[Any]:
+        raise NotImplementedError("maximize() is overridden")
+
+
+class _Facade(BlackBoxFacade):
+    """SMAC's black-box facade without its rule that the model must be one of its own processes."""
+
+    def _validate(self) -> None:
+        AbstractFacade._validate(self)
+
+
+def unit_space(config: StudyConfig, seed: int) -> ConfigurationSpace:
+    """Return SMAC's space of unit weights."""
+    space = ConfigurationSpace(seed=seed)
+    space.add([Float(name, (0.0, 1.0)) for name in config.free])
+    return space
+
+
+def facade_of(record: Record, scratch: Path) -> Any:
+    """Return SMAC's black-box facade with our components; it writes its own files into `scratch`,
+    where nobody reads them.
+    """
+    space = unit_space(record.config, record.config.search.seed)
+    scenario = _scenario(space, scratch, record.config.search.seed)
+    return _Facade(
+        scenario,
+        _unused_target,
+        model=Model(record, space),
+        acquisition_function=FeasibleImprovement(),
+        acquisition_maximizer=Maximiser(record, space),
+        random_design=BlackBoxFacade.get_random_design(scenario, probability=1e-9),
+        config_selector=ConfigSelector(scenario, retrain_after=1),
+        **_driven_by_us(BlackBoxFacade, scenario),
+    )
+
+
+def stock_facade_of(record: Record, scratch: Path) -> Any:
+    """Return one of SMAC's own facades as it comes, for one ask: seeded by the trial's number, as
+    SMAC does not restore the state of its generators.
+    """
+    config = record.config
+    facades = {"black_box": BlackBoxFacade, "random_forest": HyperparameterOptimizationFacade}
+    seed = int(np.random.default_rng([config.search.seed, record.number]).integers(2**31))
+    scenario = _scenario(unit_space(config, seed), scratch, seed)
+    facade = facades[config.search.surrogate]
+    return facade(scenario, _unused_target, **_driven_by_us(facade, scenario))
+
+
+def _scenario(space: ConfigurationSpace, scratch: Path, seed: int) -> Scenario:
+    return Scenario(space, deterministic=True, n_trials=10**6, output_directory=scratch, seed=seed)
+
+
+def _driven_by_us(facade: Any, scenario: Scenario) -> dict[str, Any]:
+    """Return what every facade needs when it is only asked and told."""
+    logging.getLogger("smac").setLevel(
+        logging.ERROR
+    )  # it warns that the initial design is empty: the anchors are ours
+    return {
+        "initial_design": facade.get_initial_design(scenario, n_configs=0),
+        "intensifier": facade.get_intensifier(scenario, max_config_calls=1),
+        "overwrite": True,  # SMAC asks on stdin when it finds an old run
+        "logging_level": False,
+    }
+
+
+def _unused_target(config: Any, seed: int = 0) -> float:
+    raise AssertionError("SMAC is only asked and told")
