@@ -130,9 +130,9 @@ class Maximiser(AbstractAcquisitionMaximizer):
         assert isinstance(acquisition, FeasibleImprovement)
         assert isinstance(acquisition.model, Model)
         fitted, config = acquisition.model.posterior, record.config
-        means = fitted.ranking(record.points)
-        acquisition.best = float(means.max())
-        acquisition.posterior = fitted.conditioned(to_unit(config, record.pending))
+        means, pending = fitted.ranking(record.points), to_unit(config, record.pending)
+        acquisition.best = float(max(means.max(), *fitted.ranking(pending), -np.inf))
+        acquisition.posterior = fitted.conditioned(pending)
         rng = np.random.default_rng([config.search.seed, record.number])
         found = maximise(
             lambda points: acquisition._compute(points)[:, 0],

@@ -308,7 +308,11 @@ def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
             each = _surrogate_gains(config.objective, trial.terms, base)
             values = [each[term.label] for term in counting]
             table[row] = values if per_term else [combine(config.objective, trial.terms, base)]
-    floor = -max(10 * float(table.max()), 0.5)
+    return _floored(table)
+
+
+def _floored(table: "Array") -> "Array":
+    floor = -max(10 * float(table.max(initial=0.0)), 0.5)
     return np.asarray(np.maximum(table, floor))
 
 
@@ -386,17 +390,14 @@ def surrogate_of(
 
 
 def _headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
-    """Return the headroom of every constraint, [n_trials, n_constraints]; broken merges have broken
-    it by as much as the base keeps it, at least.
-    """
+    """Return the headroom of every constraint, [n_trials, n_constraints], with the same floor."""
     base = trials[0].terms
     known = [c for c in config.objective.constraints if c.label in base]
     table = np.full((len(trials), len(known)), -np.inf)
     for row, trial in enumerate(trials):
         if trial.status == "ok":
             table[row] = [headroom(c, trial.terms[c.label], base[c.label]) for c in known]
-    floor = -np.array([max(c.max_relative_to_base, 0.05) for c in known])
-    return np.asarray(np.maximum(table, floor))
+    return _floored(table)
 
 
 # -- the study directory ---------------------------------------------------------------------------

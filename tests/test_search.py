@@ -1,7 +1,9 @@
 """search.py: anchors, resuming after any cut, crashes, locks, and a real study on tiny models."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -263,17 +265,23 @@ def cut(study: Study, directory: Path, n_lines: int, n_bytes: int) -> None:
     (directory / "trials.jsonl").write_bytes(b"".join(lines[:n_lines]) + rest)
 
 
-@pytest.mark.parametrize("n_lines", [0, 1, 5, 6, 7, 10, 11, 12, 13, 14])
-def test_resumed_study_equals_uninterrupted_one(uninterrupted, tmp_path, n_lines):
+@pytest.mark.parametrize("n_lines", range(15))
+def test_every_prefix_of_a_log_resumes_to_the_uninterrupted_study(uninterrupted, tmp_path, n_lines):
     cut(uninterrupted, tmp_path / "s", n_lines, 40)
     assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
-
-
-@pytest.mark.parametrize("n_bytes", [0, 1, 2, 20, 200, -2, -1])
-def test_a_line_torn_at_any_byte_is_run_again(uninterrupted, tmp_path, n_bytes):
-    cut(uninterrupted, tmp_path / "s", 8, n_bytes)  # -1: all but the newline
-    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
     assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) == 15
+
+
+def test_a_line_torn_at_any_byte_is_cut_off_and_leaves_the_prefix(uninterrupted, tmp_path):
+    whole = (uninterrupted.directory / "trials.jsonl").read_bytes()
+    log, n_whole = tmp_path / "trials.jsonl", 0
+    for number, line in enumerate(whole.splitlines(keepends=True)):
+        for n_bytes in range(len(line)):
+            torn = whole[: n_whole + n_bytes]
+            log.write_bytes(torn)
+            assert len(TrialLog(log).trials) == number
+            assert log.read_bytes() == whole[:n_whole]
+        n_whole += len(line)
 
 
 SCRIPT = """
@@ -314,6 +322,16 @@ def test_a_killed_process_leaves_a_study_that_resumes_to_the_same_trials(uninter
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 8 <= len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) < 15
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+
+
+def test_five_kills_at_random_moments_leave_the_same_study(uninterrupted, tmp_path):
+    for _ in range(5):
+        process = start_search(tmp_path / "s")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=random.SystemRandom().uniform(1, 6))  # any moment, other ones
+        process.kill()
+        process.wait()
     assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
 
 
@@ -382,6 +400,14 @@ def test_a_base_that_cannot_be_scored_ends_the_search(tmp_path):
     ):
         search(config_of(), tmp_path / "s", pool=failing_at({0: ValueError("no")}))
     assert TrialLog(tmp_path / "s" / "trials.jsonl").trials == []
+
+
+def test_anchors_that_all_crash_end_the_search_with_the_first_cause(tmp_path):
+    pool = failing_at({number: ValueError(f"cause {number}") for number in range(1, 30)})
+    message = "none of the 5 first merges can be scored; the first one: ValueError: cause 1"
+    with pytest.raises(EvaluationError, match=message):
+        search(config_of(), tmp_path / "s", pool=pool)
+    assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5  # the base, and four of them
 
 
 def test_a_model_error_is_not_a_bad_trial_and_ends_the_search(tmp_path):

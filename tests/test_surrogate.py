@@ -223,3 +223,16 @@ def test_hyperparameters_are_read_off_a_log_scale():
     assert (h.matern, h.quadratic, h.noise) == pytest.approx((1, 2, 3))
     assert h.scales == pytest.approx([4, 5])
     assert isinstance(fit(np.eye(2), np.array([0.0, 1.0])), GaussianProcess)
+
+
+def test_conditioning_keeps_the_mean_and_shrinks_the_variance_near_the_points():
+    rng = np.random.default_rng(3)
+    points = rng.random((20, 3))
+    process = fit(points, np.sin(3 * points).sum(1) + 0.01 * rng.normal(size=20))
+    pending, elsewhere = rng.random((4, 3)), rng.random((50, 3))
+    told = process.conditioned(pending)
+    mean, variance = process.predict(elsewhere)
+    told_mean, told_variance = told.predict(elsewhere)
+    assert told_mean == pytest.approx(mean, abs=1e-4)
+    assert (told_variance <= variance + 1e-9).all()
+    assert (told.predict(pending)[1] < 0.7 * process.predict(pending)[1]).all()

@@ -1,0 +1,151 @@
+"""ask.py and smac_parts.py: every surrogate asks inside the box, and pending trials are not asked
+for again.
+"""
+
+import numpy as np
+import pytest
+from test_search import FunctionPool, config_of
+
+from optimer_hf.ask import Asker, anchors
+from optimer_hf.errors import StudyError
+from optimer_hf.evaluate import feasible
+from optimer_hf.files import parse
+from optimer_hf.search import search
+from optimer_hf.study import StudyConfig, Trial
+
+SURROGATES = ["per_term", "black_box", "random_forest", "random"]
+TERMS = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss"}]
+
+
+def told(config: StudyConfig, scratch) -> Asker:
+    """Return an asker that knows the anchors."""
+    asker, pool = Asker(config, scratch), FunctionPool(config)
+    for number, (origin, weights) in enumerate(anchors(config)):
+        terms, *_ = pool.score(weights, config.objective.at("search"), {})
+        asker.tell(Trial(number, origin, "search", weights, "ok", terms, {}))
+    return asker
+
+
+def apart(a: dict, b: dict) -> float:
+    return float(np.linalg.norm(np.array(list(a.values())) - np.array(list(b.values()))))
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_every_surrogate_asks_inside_the_bounds_and_resumes_to_the_same_trials(surrogate, tmp_path):
+    config = config_of(search={"n_trials": 9, "rescore_top": 0, "surrogate": surrogate})
+    whole = search(config, tmp_path / "whole", pool=FunctionPool).log.trials
+    assert all(0 <= w <= 1.5 for trial in whole for w in trial.weights.values())
+    assert len({tuple(trial.weights.values()) for trial in whole}) == 9
+    half = tmp_path / "half"
+    half.mkdir()
+    for name in ("study.json", "trials.jsonl"):
+        lines = (tmp_path / "whole" / name).read_bytes().splitlines(keepends=True)
+        (half / name).write_bytes(b"".join(lines[:7] if name == "trials.jsonl" else lines))
+    resumed = search(config, half, pool=FunctionPool).log.trials
+    assert [trial.weights for trial in resumed] == [trial.weights for trial in whole]
+
+
+def test_weights_asked_while_others_run_keep_their_distance_from_them(tmp_path):
+    asker = told(config_of(), tmp_path)
+    pending: list[dict[str, float]] = []
+    for number in range(6, 12):
+        pending.append(asker.ask(number, pending))
+    distances = [apart(a, b) for i, a in enumerate(pending) for b in pending[:i]]
+    assert min(distances) > 0.02
+    blind = [asker.ask(number) for number in (12, 13)]  # without them, the best place is the same
+    assert apart(*blind) < 0.5 * min(distances)
+
+
+def test_asking_again_for_a_number_gives_the_same_weights(tmp_path):
+    first, second = told(config_of(), tmp_path / "a"), told(config_of(), tmp_path / "b")
+    assert first.ask(7) == second.ask(7)
+    assert first.ask(8) != first.ask(9)
+
+
+@pytest.mark.parametrize("surrogate", ["per_term", "random"])
+def test_a_total_bounds_the_sum_of_the_weights_in_every_trial_but_the_base(surrogate, tmp_path):
+    settings = {"n_trials": 12, "rescore_top": 0, "surrogate": surrogate, "total": [0.8, 1.2]}
+    trials = search(config_of(search=settings), tmp_path / "s", pool=FunctionPool).log.trials
+    assert sum(trials[0].weights.values()) == 0
+    for trial in trials[1:]:
+        assert 0.8 - 4e-4 <= sum(trial.weights.values()) <= 1.2 + 4e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"surrogate": "black_box", "pareto": True}, "knows no total, constraints or pareto"),
+        ({"surrogate": "random_forest", "total": [0, 1]}, "knows no total, constraints or pareto"),
+        ({"total": [1.0, 1.0]}, "search.total .* cannot be met"),
+        ({"total": [7.0, 8.0]}, "search.total .* cannot be met"),
+        ({"surrogate": "tpe"}, "per_term"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message, tmp_path):
+    from optimer_hf.errors import ConfigError
+
+    data = config_of().model_dump(mode="json") | {"search": settings}
+    with pytest.raises(ConfigError, match=message):
+        parse(StudyConfig, data, tmp_path / "study.yaml")
+
+
+# -- constraints and fronts ------------------------------------------------------------------------
+
+
+def test_constraints_are_kept_by_the_incumbent_and_by_most_of_what_is_asked(tmp_path):
+    constraint = {"task": "q", "metric": "loss", "max_relative_to_base": 0.02}
+    free = config_of(objective={"terms": TERMS}, search={"n_trials": 24, "rescore_top": 2})
+    bound = config_of(
+        objective={"terms": TERMS, "constraints": [constraint]},
+        search={"n_trials": 24, "rescore_top": 2},
+    )
+    ignored = search(free, tmp_path / "free", pool=FunctionPool).incumbent
+    study = search(bound, tmp_path / "bound", pool=FunctionPool)
+    pool = FunctionPool(bound)
+    terms = bound.objective.at("search")
+    assert [term.label for term in terms] == ["t", "u", "q"]
+    base, *_ = pool.score(dict.fromkeys("wxyz", 0.0), terms, {})
+
+    def keeps(weights) -> bool:
+        return feasible(bound.objective, pool.score(weights, terms, {})[0], base)
+
+    assert not keeps(ignored.weights), "the constraint must bind for this test to mean anything"
+    assert keeps(study.incumbent.weights)
+    assert study.value(study.incumbent) > 0
+    asked = [trial for trial in study.log.of("search") if trial.origin == "surrogate"]
+    assert np.mean([keeps(trial.weights) for trial in asked[6:]]) > 0.5
+
+
+def test_pareto_spreads_the_trials_along_the_front(tmp_path):
+    from optimer_hf.retarget import front
+
+    settings = {"n_trials": 24, "rescore_top": 0}
+    one = search(config_of(search=settings), tmp_path / "one", pool=FunctionPool)
+    many = search(config_of(search=settings | {"pareto": True}), tmp_path / "m", pool=FunctionPool)
+
+    def width(study) -> float:
+        gains = np.array([list(choice.gains.values()) for choice in front(study)])
+        return float(np.ptp(gains, axis=0).min())
+
+    assert width(many) > width(one)
+    assert len(front(many)) >= 4
+    gains = np.array([list(choice.gains.values()) for choice in front(many)])
+    assert (np.diff(gains[:, 0]) <= 0).all() and (np.diff(gains[:, 1]) >= 0).all()
+
+
+def test_a_constraint_named_as_a_term_of_another_task_is_refused(tmp_path):
+    from optimer_hf.errors import ConfigError
+
+    constraint = {"task": "x", "name": "t", "metric": "loss", "max_relative_to_base": 0.1}
+    data = config_of().model_dump(mode="json") | {
+        "objective": {"terms": TERMS, "constraints": [constraint]}
+    }
+    with pytest.raises(ConfigError, match="constraint 't' is called as a term with another task"):
+        parse(StudyConfig, data, tmp_path / "study.yaml")
+
+
+def test_a_front_of_an_unknown_study_is_an_error(tmp_path):
+    from optimer_hf.study import load_study
+
+    with pytest.raises(StudyError, match="holds no study"):
+        load_study(tmp_path)

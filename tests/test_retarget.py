@@ -1,0 +1,106 @@
+"""retarget.py: new objectives from recorded trials, and real trials that go on from them."""
+
+import numpy as np
+import pytest
+from test_search import OPTIMA, FunctionPool, config_of, landscape
+
+from optimer_hf.errors import StudyError
+from optimer_hf.evaluate import Objective
+from optimer_hf.retarget import over_record, predict, search_on
+from optimer_hf.search import search
+
+
+def no_pool(config):
+    pytest.fail("nothing may be evaluated")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    settings = {"n_trials": 30, "rescore_top": 2}
+    return search(config_of(search=settings), tmp_path_factory.mktemp("r") / "s", pool=FunctionPool)
+
+
+def objective(**weights: float) -> Objective:
+    return Objective.model_validate(
+        {
+            "terms": [
+                {"task": "anything", "name": name, "metric": "loss", "weight": weight}
+                for name, weight in weights.items()
+            ]
+        }
+    )
+
+
+def regret(weights, label: str) -> float:
+    """Return the loss above the optimum, as a share of what the optimum gains over the base."""
+    best = landscape(label, dict(zip("wxyz", OPTIMA[label], strict=True)))
+    base = landscape(label, dict.fromkeys("wxyz", 0.0))
+    return (landscape(label, weights) - best) / (base - best)
+
+
+@pytest.mark.parametrize("label", ["t", "u", "q"])
+def test_any_recorded_term_can_become_the_objective_without_a_trial(study, label):
+    found = predict(study, over_record(study, objective(**{label: 1.0})))
+    assert regret(found.weights, label) < 0.05
+    assert list(found.terms) == [label]
+    assert found.terms[label].value == pytest.approx(found.value)
+    assert 0 < found.deviation < 0.1
+
+
+def test_an_objective_over_the_record_takes_tasks_and_items_from_it(study):
+    found = over_record(study, objective(q=2.0, t=1.0))
+    assert [(term.label, term.task, term.weight) for term in found.terms] == [
+        ("q", "q", 2.0),
+        ("t", "t", 1.0),
+    ]
+
+
+def test_a_term_that_was_not_recorded_is_an_error_that_names_the_recorded_ones(study):
+    with pytest.raises(
+        StudyError, match=r"no term 'v' was recorded; this study has \['q', 't', 'u'\]"
+    ):
+        over_record(study, objective(v=1.0))
+
+
+def test_a_prediction_keeps_the_constraints_of_the_new_objective(study):
+    free = over_record(study, objective(t=1.0))
+    constraint = {"task": "x", "name": "q", "metric": "loss", "max_relative_to_base": 0.0}
+    target = objective(t=1.0).model_dump() | {"constraints": [constraint]}
+    bound = over_record(study, Objective.model_validate(target))
+    assert predict(study, free).feasible == 1.0
+    unbound, found = predict(study, free).weights, predict(study, bound)
+    base = landscape("q", dict.fromkeys("wxyz", 0.0))
+    assert landscape("q", unbound) > base, "the constraint must bind"
+    assert landscape("q", found.weights) <= base * 1.003
+    assert found.feasible >= 0.5
+
+
+def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study, tmp_path):
+    target = over_record(study, objective(q=1.0))
+    opened = []
+
+    class Pool(FunctionPool):
+        def __init__(self, config):
+            super().__init__(config)
+            opened.append(self)
+
+    found = search_on(study, target, tmp_path / "new", 3, pool=Pool)
+    trials = found.log.of("search")
+    assert len(trials) == 33
+    assert [t.weights for t in trials[:30]] == [t.weights for t in study.log.of("search")]
+    assert trials[30].origin == "prediction"
+    assert trials[30].weights == predict(study, target).weights
+    assert {label for trial in trials for label in trial.terms} == {"q"}
+    assert len(opened[0].calls) == 3 + 3  # and the base and two best again
+    assert regret(found.incumbent.weights, "q") < 0.05
+    again = search_on(study, target, tmp_path / "new", 3, pool=no_pool)
+    assert again.incumbent == found.incumbent
+
+
+def test_uncertainty_is_larger_far_from_what_was_tried(study):
+    from optimer_hf.study import surrogate_of, to_unit
+
+    surrogate = surrogate_of(study.config, study.log.of("search"))
+    best = to_unit(study.config, [study.incumbent.weights])
+    _, variance = surrogate.predict(np.vstack([best, np.ones_like(best)]))
+    assert variance[1] > 4 * variance[0]
