@@ -195,6 +195,8 @@ def _run_rescore(study: Study, runner: Runner) -> None:
         for term in terms
     }
     remaining, done = deque(study.to_rescore()), len(study.log.of("rescore"))
+    if not remaining:
+        return
     n_running = 0
     with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
         while remaining or n_running:

@@ -487,8 +487,7 @@ def open_study(config: StudyConfig, directory: Path) -> Study:
                 f"{directory}: is not empty and holds no study. Give another study directory."
             )
         write_text(file, config.model_dump_json(indent=2))
-    recorded = json.loads(file.read_text(encoding="utf-8"))
-    found, expected = StudyConfig.model_validate(recorded).identity, config.identity
+    found, expected = StudyConfig.read(file).identity, config.identity
     differing = [field for field in expected if found.get(field) != expected[field]]
     log = TrialLog(directory / "trials.jsonl")
     if differing and not log.trials:  # nothing was spent on the other config

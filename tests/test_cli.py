@@ -17,7 +17,7 @@ from optimer_hf.cli import main
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["run", "train", "extract", "convert", "merge", "evaluate", "search"]
-COMMANDS += ["compare", "recipe", "build", "verify", "validate", "vectors"]
+COMMANDS += ["retarget", "compare", "recipe", "build", "verify", "validate", "vectors"]
 HEAVY = {"torch", "transformers", "lm_eval", "mergekit", "smac", "datasets", "scipy"}
 
 
@@ -433,3 +433,69 @@ def test_an_objective_beside_a_study_that_has_its_own_is_refused(folder, tmp_pat
         folder / "obj.yaml",
     ]
     assert "has its own objective" in optimer(*arguments, ok=False).stderr
+
+
+# -- fronts, other objectives, workers -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searched(folder):
+    study = folder / "two-terms"
+    result = optimer(
+        *("search", folder / "my-merge.yml", study, "--objective", folder / "obj.yaml"),
+        *("--n-trials", 6, "--workers", 2),
+    )
+    return study, result
+
+
+def test_search_prints_front_and_ledger_beside_the_merge_config(searched):
+    _, result = searched
+    assert yaml.safe_load(result.stdout)["merge_method"] == "optimer"
+    assert "Pareto front" in result.stderr and "| pick | trial | aaa" in result.stderr
+    assert "search: n 6, items 36, tokens" in result.stderr
+
+
+def test_a_point_of_the_front_becomes_a_recipe(searched, tmp_path):
+    study, _ = searched
+    optimer("recipe", study, tmp_path / "recipe.yaml", "--pick", 1)
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    trials = [json.loads(line) for line in (study / "trials.jsonl").read_text().splitlines()]
+    search_trials = [trial for trial in trials if trial["fidelity"] == "search"]
+    best = min(search_trials, key=lambda t: sum(a for a, _ in t["terms"]["aaa"]["items"]))
+    assert recipe["study"]["incumbent"] == best["number"]
+    assert recipe["ledger"]["search"]["n"] == 6
+    result = optimer("recipe", study, tmp_path / "recipe.yaml", "--pick", 99, ok=False)
+    assert "--pick 99: the front of" in result.stderr
+
+
+def test_another_objective_is_answered_from_the_record_and_verified(searched, tmp_path):
+    study, _ = searched
+    target = tmp_path / "target.yaml"
+    terms = [{"text": "xyz.search.jsonl", "weight": 1.0}]
+    target.write_text(yaml.safe_dump({"terms": terms}), encoding="utf-8")
+    before = (study / "trials.jsonl").read_bytes()
+    text = optimer("retarget", study, target).stdout
+    assert "predicted: value" in text and "xyz: gain" in text
+    found = json.loads(
+        optimer(
+            *("retarget", study, target, tmp_path / "new", "--n-trials", 1, "--format", "json")
+        ).stdout
+    )
+    assert found["verified"]["ledger"]["search"]["n"] == 7
+    assert (study / "trials.jsonl").read_bytes() == before
+    lines = (tmp_path / "new" / "trials.jsonl").read_text().splitlines()
+    assert json.loads(lines[6])["weights"] == found["prediction"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("retarget", "S", "T", "--n-trials", "3"), "OUT and --n-trials go together"),
+        (
+            ("retarget", "S", "T", "O", "--n-trials", "3", "--workers", "2", "--scheduler", "x"),
+            "--workers starts a cluster and --scheduler uses one",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments, message):
+    assert message in optimer(*arguments, ok=False).stderr

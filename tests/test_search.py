@@ -410,6 +410,35 @@ def test_anchors_that_all_crash_end_the_search_with_the_first_cause(tmp_path):
     assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5  # the base, and four of them
 
 
+def test_two_workers_run_the_same_number_of_trials_each_once_the_base_first(tmp_path):
+    config = config_of(search={"n_trials": 12, "rescore_top": 2})
+    study = search(config, tmp_path / "s", pool=FunctionPool, n_workers=2)
+    trials = study.log.of("search")
+    assert sorted(trial.number for trial in trials) == list(range(12))
+    assert trials[0].origin == "base"
+    assert len({trial.worker for trial in trials}) == 2
+    pool = FunctionPool(config)
+    for trial in trials:
+        expected, *_ = pool.score(trial.weights, config.objective.at("search"), {})
+        assert trial.terms == expected
+    assert study.is_finished and study.value(study.incumbent) > 0.1
+    again = search(config, tmp_path / "s", pool=no_pool, n_workers=2)
+    assert again.incumbent == study.incumbent
+
+
+def test_trials_lost_with_a_killed_search_on_workers_are_asked_for_again(tmp_path):
+    config = config_of(search={"n_trials": 12, "rescore_top": 0})
+    whole = search(config, tmp_path / "whole", pool=FunctionPool)
+    lines = (whole.directory / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "study.json").write_bytes((whole.directory / "study.json").read_bytes())
+    lost = lines[:3] + lines[4:7] + lines[8:9]  # 3 and 7 ran beside others when it was killed
+    (tmp_path / "s" / "trials.jsonl").write_bytes(b"".join(lost))
+    found = search(config, tmp_path / "s", pool=FunctionPool).log.of("search")
+    assert sorted(trial.number for trial in found) == list(range(12))
+    assert found[7].number == 3 and found[7].origin == "y alone"
+
+
 def test_a_model_error_is_not_a_bad_trial_and_ends_the_search(tmp_path):
     with pytest.raises(ModelError, match="damaged"):
         search(config_of(), tmp_path / "s", pool=failing_at({4: ModelError("damaged")}))
@@ -475,6 +504,18 @@ def test_another_config_is_refused_naming_the_fields(uninterrupted):
     other = config_of(dtype="float32", search={"n_trials": 12, "rescore_top": 2, "seed": 9})
     with pytest.raises(StudyError, match=r"these fields differ: dtype, search\."):
         search(other, uninterrupted.directory, pool=no_pool)
+
+
+def test_a_study_of_a_newer_format_is_refused(uninterrupted, tmp_path):
+    cut(uninterrupted, tmp_path / "s", 3, 0)
+    file = tmp_path / "s" / "study.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    for opened in (
+        lambda: search(config_of(), tmp_path / "s", pool=no_pool),
+        lambda: load_study(tmp_path / "s"),
+    ):
+        with pytest.raises(ConfigError, match=r"study\.json: format_version"):
+            opened()
 
 
 def test_a_directory_with_foreign_files_is_refused(tmp_path):

@@ -1,0 +1,244 @@
+"""Trials on the processes of a Dask cluster, local or anywhere, each with one resident pool.
+
+A StudyConfig comes in with a number of local processes or the address of a scheduler; trials go out
+through `submit` and come back from `next_finished` in the order they finish. What a reader would
+not guess: Dask runs a trial again elsewhere when its worker dies, so a trial may start more than
+once, but it comes back once.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from types import TracebackType
+from typing import Self
+from uuid import uuid4
+
+import torch
+from dask.system import CPU_COUNT
+from distributed import (
+    CancelledError,
+    Client,
+    Future,
+    KilledWorker,
+    LocalCluster,
+    get_worker,
+    wait,
+)
+
+from optimer_hf.errors import ConfigError, OptimerError, StudyError
+from optimer_hf.evaluate import Term
+from optimer_hf.study import StudyConfig, Trial
+from optimer_hf.trial import Pool, ResidentPool, run_trial
+
+logger = logging.getLogger(__name__)
+
+WAIT_FOR_SCHEDULER = 10  # seconds
+WAIT_FOR_WORKERS = 600  # seconds without any worker before a search gives up
+SECONDS_BETWEEN_WARNINGS = 30
+
+
+@dataclass(frozen=True)
+class _Request:
+    """All that a worker process has to know to run a trial; `session` names its open pool."""
+
+    session: str
+    config: str
+    pool: Callable[[StudyConfig], Pool]
+    trial: Trial
+    terms: list[Term]
+    limits: dict[str, int | None]
+    n_threads: int | None
+
+
+class Workers:
+    """Trials on the processes of a Dask cluster, one resident pool each; a context manager."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        *,
+        n_workers: int | None = None,
+        scheduler: str | None = None,
+        pool: Callable[[StudyConfig], Pool] = ResidentPool,
+    ) -> None:
+        """Take exactly one of a number of local processes and the address of a scheduler."""
+        if (n_workers is None) == (scheduler is None):
+            raise ConfigError(
+                f"workers: found n_workers {n_workers!r} and scheduler {scheduler!r}. Give one of "
+                "them: a number of processes on this machine, or the address of a Dask scheduler."
+            )
+        self._config, self._pool = config.model_dump_json(), pool
+        self._n_workers, self._scheduler = n_workers, scheduler
+        # not the config alone: a vector may be trained again between two searches
+        self._session = f"{config.digest}-{uuid4()}"
+        self._pending: dict[Future, Trial] = {}
+
+    def __enter__(self) -> Self:
+        """Start or find the cluster; raise StudyError when no scheduler answers."""
+        with contextlib.ExitStack() as stack:
+            cluster = self._scheduler or stack.enter_context(_local_cluster(self._n_workers or 1))
+            self._client = stack.enter_context(_connected(cluster))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(OSError):  # a scheduler that is gone needs no tidying
+            self._client.cancel(list(self._pending))
+            if self._scheduler is not None:
+                self._client.run(_forget, self._session, on_error="ignore")
+        self._pending.clear()
+        self._stack.close()
+
+    @property
+    def n_slots(self) -> int:
+        """How many trials may run at once now: one per worker; waits while there is no worker."""
+        return len(self._addresses())
+
+    def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
+        """Hand a trial to an idle worker, or to whichever is idle first, and return at once."""
+        n_threads = max(1, CPU_COUNT // self._n_workers) if self._n_workers is not None else None
+        request = _Request(
+            self._session, self._config, self._pool, trial, list(terms), dict(limits), n_threads
+        )
+        with self._naming_lost_scheduler():
+            # Dask takes an idle worker first. Naming one (`workers=`) would leave the trial waiting
+            # for ever once all workers die, even with `allow_other_workers`
+            self._pending[self._client.submit(_run, request, pure=False)] = trial
+
+    def next_finished(self) -> Trial:
+        """Wait for a submitted trial and return it as `run_trial` does, with its worker's name.
+
+        A trial that killed all the workers Dask gave it comes back as crashed. Raises ModelError
+        (or the OptimerError that it was) when a worker cannot open its pool, and StudyError when
+        there is no worker for ten minutes or the scheduler is lost.
+        """
+        with self._naming_lost_scheduler():
+            future = self._first_done()
+            trial = self._pending.pop(future)
+            if future.status != "error":
+                finished: Trial = future.result()
+                return finished
+        error = future.exception()
+        if "deserialization" in str(error) and isinstance(error.__cause__, ImportError):
+            raise StudyError(
+                f"{self._client.scheduler.address}: the Dask scheduler or a worker cannot load a "
+                f"trial ({error.__cause__}). Install the optimer-hf that runs here there, too."
+            ) from error
+        if not isinstance(error, KilledWorker):
+            raise error
+        n_deaths = error.allowed_failures + 1
+        text = (
+            f"KilledWorker: its worker died {n_deaths} times, the usual reason is too little "
+            "memory. The log of the workers says more."
+        )
+        logger.warning("trial %d crashed: %s", trial.number, text)
+        return replace(trial, status="crashed", error=text)
+
+    def _first_done(self) -> Future:
+        while True:
+            with contextlib.suppress(TimeoutError), self._client.as_current():
+                done = wait(
+                    list(self._pending),
+                    timeout=SECONDS_BETWEEN_WARNINGS,
+                    return_when="FIRST_COMPLETED",
+                ).done
+                return next(future for future in self._pending if future in done)
+            self._addresses()
+
+    def _addresses(self) -> list[str]:
+        """Return the workers there are, and wait for one while there is none."""
+        started = perf_counter()
+        with self._naming_lost_scheduler():
+            while not (found := list(self._client.nthreads())):
+                waited = perf_counter() - started
+                if waited > WAIT_FOR_WORKERS:
+                    raise StudyError(
+                        f"{self._client.scheduler.address}: the scheduler has had no worker for "
+                        f"{waited:.0f} s. Start workers for it and run the same command again; "
+                        "finished trials are kept."
+                    )
+                try:
+                    self._client.wait_for_workers(1, timeout=SECONDS_BETWEEN_WARNINGS)
+                except TimeoutError:
+                    logger.warning(
+                        "no worker for %.0f s, waiting up to %d s",
+                        perf_counter() - started,
+                        WAIT_FOR_WORKERS,
+                    )
+        return found
+
+    @contextlib.contextmanager
+    def _naming_lost_scheduler(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, CancelledError) as error:
+            raise StudyError(
+                f"{self._client.scheduler.address}: the connection to the Dask scheduler was lost "
+                f"({error}). Start it and run the same command again; finished trials are kept."
+            ) from error
+
+
+def _local_cluster(n_workers: int) -> LocalCluster:
+    """Return processes on this machine, without Dask's limit: a model may fill the memory."""
+    return LocalCluster(
+        n_workers=n_workers,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        memory_limit=0,
+        # even without a dashboard the scheduler listens on 8787, and warns when that port is taken
+        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+    )
+
+
+def _connected(cluster: LocalCluster | str) -> Client:
+    try:
+        return Client(cluster, timeout=WAIT_FOR_SCHEDULER, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"scheduler {cluster!r}: no Dask scheduler answered within {WAIT_FOR_SCHEDULER} s "
+            f"({error}). Start one with `dask scheduler` and give the address that it prints, like "
+            "tcp://HOST:8786."
+        ) from error
+
+
+# -- in a worker process ---------------------------------------------------------------------------
+
+_open_pools: dict[str, Pool] = {}  # by session; one at most, because a model fills the memory
+_one_at_a_time = threading.Lock()
+
+
+def _run(request: _Request) -> Trial:
+    """Run a trial in this process; an OptimerError that ends the search names the worker."""
+    worker = get_worker()
+    # a worker without a name is called by its address, and trials are published
+    name = worker.id if "://" in str(worker.name) else str(worker.name)
+    with _one_at_a_time:
+        # Dask starts workers with OMP_NUM_THREADS=1
+        torch.set_num_threads(request.n_threads or worker.state.nthreads)
+        try:
+            trial = run_trial(_pool_of(request), request.trial, request.terms, request.limits)
+        except OptimerError as error:
+            raise type(error)(f"worker {name}: {error}") from None
+    return replace(trial, worker=name)
+
+
+def _pool_of(request: _Request) -> Pool:
+    if request.session not in _open_pools:
+        _open_pools.clear()
+        config = StudyConfig.model_validate_json(request.config)
+        _open_pools[request.session] = request.pool(config)
+    return _open_pools[request.session]
+
+
+def _forget(session: str) -> None:
+    """Free the memory that a finished search takes in a worker that lives on."""
+    _open_pools.pop(session, None)
