@@ -340,6 +340,7 @@ def search(
         sources = {name: str(vector.source) for name, vector in config.vectors.items()}
         found = optimer_config(config.base_model, sources, best.weights, config.dtype)
     click.echo(yaml.safe_dump(found, sort_keys=False))
+    _say_intervals(result)
     _say_front(result)
     for stage, entry in ledger(result).items():
         click.echo(f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}", err=True)
@@ -360,8 +361,27 @@ def _study_json(study: Any) -> dict[str, Any]:
         {"trial": choice.trial.number, "weights": choice.trial.weights, "gains": choice.gains}
         for choice in front(study)
     ]
-    found = {"weights": best.weights, "value": study.value(best), "trial": best.number}
+    found = {
+        "weights": best.weights,
+        "value": study.value(best),
+        "trial": best.number,
+        "over_base": asdict(study.over_base(best)),
+    }
+    if (other := study.over_next()) is not None:
+        found["over_next"] = {"trial": other[0].number} | asdict(other[1])
     return found | {"front": choices, "ledger": ledger(study)}
+
+
+def _say_intervals(study: Any) -> None:
+    """Print the differences that matter with their paired 95 % intervals."""
+    best = study.incumbent
+    found = [("the base", study.over_base(best))]
+    if (other := study.over_next()) is not None:
+        found.append((f"the next best, trial {other[0].number}", other[1]))
+    for what, interval in found:
+        told = "" if interval.excludes_zero else ": not told apart"
+        text = f"{interval.difference:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{told}"
+        click.echo(f"minus {what}: {text}", err=True)
 
 
 def _say_front(study: Any) -> None:

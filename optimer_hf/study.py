@@ -21,6 +21,7 @@ from scipy.special import log_ndtr
 
 from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import (
+    Interval,
     Objective,
     Scores,
     TermScore,
@@ -28,6 +29,7 @@ from optimer_hf.evaluate import (
     feasible,
     gains,
     headroom,
+    paired_interval,
 )
 from optimer_hf.files import (
     FileModel,
@@ -471,6 +473,28 @@ class Study:
         """Return the objective of a sound trial, relative to the base at the same fidelity."""
         base = self.base if trial.fidelity == "search" else self.rescored_base
         return combine(self.config.objective, trial.terms, base)
+
+    def over_base(self, trial: Trial) -> Interval:
+        """Return how much better than the base a sound trial is, item by item, at its fidelity."""
+        base = self.log.of(trial.fidelity)[0].terms
+        return paired_interval(self.config.objective, trial.terms, base, base)
+
+    def over_next(self) -> tuple[Trial, Interval] | None:
+        """Return the best of the other trials that met the incumbent on the same items, and how
+        much better than it the incumbent is; None when there is no other.
+        """
+        best = self.incumbent
+        others = [
+            trial
+            for trial in self.log.of(best.fidelity)
+            if trial.status == "ok" and trial.number != best.number
+        ]
+        if not others:
+            return None
+        base = self.log.of(best.fidelity)[0].terms
+        objective = self.config.objective
+        other = max(others, key=lambda trial: combine(objective, trial.terms, base))
+        return other, paired_interval(objective, best.terms, other.terms, base)
 
 
 def open_study(config: StudyConfig, directory: Path) -> Study:

@@ -129,15 +129,15 @@ class Workers:
         error = future.exception()
         if "deserialization" in str(error) and isinstance(error.__cause__, ImportError):
             raise StudyError(
-                f"{self._client.scheduler.address}: the Dask scheduler or a worker cannot load a "
-                f"trial ({error.__cause__}). Install the optimer-hf that runs here there, too."
+                f"{self._client.scheduler.address}: the Dask scheduler cannot load a trial "
+                f"({error.__cause__}). Install the optimer-hf that runs here there, too."
             ) from error
         if not isinstance(error, KilledWorker):
             raise error
         n_deaths = error.allowed_failures + 1
         text = (
-            f"KilledWorker: its worker died {n_deaths} times, the usual reason is too little "
-            "memory. The log of the workers says more."
+            f"KilledWorker: its worker died {n_deaths} times. It has too little memory, or another "
+            "optimer-hf than this machine, or none; the log of the workers says which."
         )
         logger.warning("trial %d crashed: %s", trial.number, text)
         return replace(trial, status="crashed", error=text)
@@ -162,8 +162,8 @@ class Workers:
                 if waited > WAIT_FOR_WORKERS:
                     raise StudyError(
                         f"{self._client.scheduler.address}: the scheduler has had no worker for "
-                        f"{waited:.0f} s. Start workers for it and run the same command again; "
-                        "finished trials are kept."
+                        f"{waited:.0f} s. Start workers for it, with optimer-hf installed, and run "
+                        "the same command again; finished trials are kept."
                     )
                 try:
                     self._client.wait_for_workers(1, timeout=SECONDS_BETWEEN_WARNINGS)

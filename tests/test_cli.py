@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -453,6 +454,8 @@ def test_search_prints_front_and_ledger_beside_the_merge_config(searched):
     assert yaml.safe_load(result.stdout)["merge_method"] == "optimer"
     assert "Pareto front" in result.stderr and "| pick | trial | aaa" in result.stderr
     assert "search: n 6, items 36, tokens" in result.stderr
+    assert re.search(r"minus the base: \+\d\.\d{4} \[[+-]\d\.\d{4}, \+\d\.\d{4}\]", result.stderr)
+    assert "minus the next best, trial" in result.stderr
 
 
 def test_a_point_of_the_front_becomes_a_recipe(searched, tmp_path):

@@ -243,6 +243,18 @@ def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
     assert study.is_finished
 
 
+def test_the_incumbent_is_compared_in_pairs_with_the_base_and_the_next_best(uninterrupted):
+    best, found = uninterrupted.incumbent, uninterrupted.over_next()
+    assert found is not None
+    other, interval = found
+    assert other.number != best.number and other.fidelity == best.fidelity
+    difference = uninterrupted.value(best) - uninterrupted.value(other)
+    assert interval.difference == pytest.approx(difference)
+    assert interval.low <= difference <= interval.high
+    assert uninterrupted.over_base(best).difference == pytest.approx(uninterrupted.value(best))
+    assert uninterrupted.over_base(best).excludes_zero
+
+
 def test_another_seed_asks_for_other_weights(uninterrupted, tmp_path):
     config = config_of(search={"n_trials": 9, "rescore_top": 0, "seed": 1})
     other = search(config, tmp_path / "s", pool=FunctionPool)

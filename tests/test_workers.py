@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from uuid import uuid4
 
@@ -100,6 +101,13 @@ class AbsentPool(FunctionPool):
 
     def __init__(self, config):
         raise ModelError(f"{config.base_model}: no config.json. Give a directory with a model.")
+
+
+class UnknownPool:
+    """Is pickled here and cannot be loaded anywhere else."""
+
+    def __reduce__(self):
+        return import_module, ("not_installed",)
 
 
 def files(directory: Path, what: str) -> list[int]:
@@ -281,6 +289,15 @@ def test_a_worker_without_the_model_ends_the_search_and_is_named(tmp_path, clust
     with (
         Workers(config, scheduler=cluster.scheduler_address, pool=AbsentPool) as workers,
         pytest.raises(ModelError, match=r"^worker [01]: .*no config\.json\. Give a directory"),
+    ):
+        run(workers, config, [0])
+
+
+def test_a_scheduler_that_cannot_load_a_trial_is_told_what_to_install(tmp_path, cluster):
+    config = config_of(tmp_path)
+    with (
+        Workers(config, scheduler=cluster.scheduler_address, pool=UnknownPool()) as workers,
+        pytest.raises(StudyError, match=r"No module named 'not_installed'.*Install the optimer-hf"),
     ):
         run(workers, config, [0])
 
