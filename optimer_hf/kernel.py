@@ -93,9 +93,11 @@ def add_weighted(
     deltas: Sequence[Delta],
     weights: Sequence[float],
     dtype: torch.dtype | None = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return base + sum_i weights[i] * deltas[i] in float32, rounded once to dtype (None:
-    base.dtype).
+    base.dtype), or to `out` and its dtype.
 
     The weighted deltas are summed in order, then added to the base: deltas are small beside it.
     Dense ones are multiplied, then added (no fused multiply-add), so that every device gives the
@@ -103,15 +105,20 @@ def add_weighted(
     straight into the sum, which never holds it. A weight of 0 skips its delta: adding 0 * v would
     turn -0.0 into 0.0, and w = 0 would not be the base bit for bit. Source: arXiv 2603.28858.
     """
-    dtype = dtype or base.dtype
+    dtype = out.dtype if out is not None else dtype or base.dtype
     used = [pair for pair in zip(deltas, weights, strict=True) if pair[1] != 0]
+    kept, factors = [delta for delta, _ in used], [weight for _, weight in used]
     if not used:
-        return base.to(dtype)
-    in_one_pass = base.device.type == "cpu" and not any(
-        isinstance(delta, LowRank) for delta, _ in used
-    )
-    add = _add_in_one_pass if in_one_pass else add_in_steps
-    return add(base, [delta for delta, _ in used], [weight for _, weight in used], dtype)
+        merged = base.to(dtype)
+    elif base.device.type != "cpu" or any(isinstance(delta, LowRank) for delta in kept):
+        merged = add_in_steps(base, kept, factors, dtype)
+    elif out is not None and out.is_contiguous() and dtype in (torch.bfloat16, torch.float32):
+        return _add_in_one_pass(base, kept, factors, out)
+    else:
+        wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        fresh = torch.empty(base.shape, dtype=wide)
+        merged = _add_in_one_pass(base, kept, factors, fresh).to(dtype)
+    return merged if out is None else out.copy_(merged)
 
 
 def add_in_steps(
@@ -137,15 +144,14 @@ def add_in_steps(
 
 
 def _add_in_one_pass(
-    base: torch.Tensor, deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype
+    base: torch.Tensor, deltas: Sequence[Delta], weights: Sequence[float], out: torch.Tensor
 ) -> torch.Tensor:
+    """Write the sum to `out`, contiguous, bfloat16 or float32, and return it."""
     inputs = [
         _readable(delta.tensor if isinstance(delta, Trained) else delta)
         for delta in (base, *deltas)
         if not isinstance(delta, LowRank)
     ]
-    rounded = dtype == torch.bfloat16
-    out = torch.empty(base.shape, dtype=torch.bfloat16 if rounded else torch.float32)
     _one_pass(
         np.array([tensor.data_ptr() for tensor in (out, *inputs)], dtype=np.intp),
         np.array([tensor.dtype == torch.bfloat16 for tensor in (out, *inputs)]),
@@ -153,7 +159,7 @@ def _add_in_one_pass(
         np.array(weights, dtype=np.float32),
         base.numel(),
     )
-    return out.to(dtype)
+    return out
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:

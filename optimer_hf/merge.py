@@ -43,13 +43,16 @@ def merged_rows(
     vectors: Sequence[DistributionVector],
     weights: Mapping[str, float],
     dtype: torch.dtype,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return rows of one merged tensor in `dtype`; the resident model and the writer both come
-    through here.
+    """Return rows of one merged tensor in `dtype`, written to `out` if it is given; the resident
+    model and the writer both come through here.
     """
     used = [vector for vector in vectors if weights[vector.name] != 0 and name in vector.names]
     deltas = [vector.delta(name, rows, base_rows.device) for vector in used]
-    return add_weighted(base_rows, deltas, [weights[vector.name] for vector in used], dtype)
+    used_weights = [weights[vector.name] for vector in used]
+    return add_weighted(base_rows, deltas, used_weights, dtype, out=out)
 
 
 # -- the streaming writer --------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class ResidentModel:
     def _set_rows(self, name: str, rows: slice) -> None:
         target = matrix_rows(self._parameters[name].data, rows)
         base_rows = matrix_rows(self._base[name], rows)
-        target.copy_(merged_rows(base_rows, name, rows, self.vectors, self.weights, target.dtype))
+        merged_rows(base_rows, name, rows, self.vectors, self.weights, target.dtype, out=target)
 
 
 def _placed(vector: DistributionVector, device: str) -> DistributionVector:

@@ -150,6 +150,22 @@ def test_one_pass_reads_views_and_transposed_tensors_as_they_are():
     assert found.shape == (27, 40)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["dense", "product", "none"])
+def test_a_sum_can_be_written_in_place_whatever_the_layout(dtype, form):
+    base = torch.randn(6, 8).to(dtype)
+    delta = (
+        torch.randn(6, 8)
+        if form != "product"
+        else LowRank(torch.randn(6, 2), torch.randn(2, 8), 1.0)
+    )
+    weight = 0.0 if form == "none" else 0.5
+    expected = add_weighted(base, [delta], [weight])
+    for out in (torch.zeros(6, 8, dtype=dtype), torch.zeros(8, 6, dtype=dtype).t()):
+        assert add_weighted(base, [delta], [weight], out=out) is out
+        assert torch.equal(out, expected)
+
+
 def test_nothing_at_all_can_be_merged():
     assert add_weighted(torch.ones(0, 4), [torch.ones(0, 4)], [1.0]).shape == (0, 4)
 
