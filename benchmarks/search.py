@@ -1,0 +1,804 @@
+"""Our search against Optuna's TPE, CMA-ES, random search and stock SMAC, side by side in one run.
+
+    pip install optuna cma
+    python benchmarks/search.py [--seeds 20] [--only NAME ...] [--processes 2] [--without-smac]
+
+Scores are functions of the weights, so no model is needed: synthetic landscapes (a seed is a
+landscape), and real pools whose recorded trials are interpolated. Regret is the share, in %, of the
+gain from the base to the best point of the box that the recommended weights miss; it is computed on
+noise-free scores. Every sampler searches the box [0, 1]^d and recommends its best observed point;
+ours alone starts from the anchors, sees the terms, and recommends by posterior mean. What a reader
+would not guess: the best point is sought numerically after the samplers have run, from their
+recommendations, too, and a run fails where one of them beats it.
+"""
+
+import argparse
+import json
+import logging
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.interpolate import RBFInterpolator
+from scipy.optimize import minimize
+from scipy.stats import norm, rankdata
+from threadpoolctl import threadpool_limits
+
+from optimer_hf.ask import Asker, anchors
+from optimer_hf.evaluate import Term, TermScore
+from optimer_hf.retarget import predict
+from optimer_hf.search import search
+from optimer_hf.study import Study, StudyConfig, Trial, TrialLog
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+    Scores = Callable[[Array], Array]
+
+N_TERMS, N_ITEMS = 4, 100
+N_ITEMS_SEARCH = 33  # a fixed third of the items
+DIMENSIONS = (4, 8)
+KINDS = ("smooth", "cliff", "accuracy")
+CHECKPOINTS, TPE_TRIALS = (20, 50), 100
+BAR = f"tpe@{TPE_TRIALS}"
+RETARGET_TRIALS, N_OBJECTIVES = 60, 5
+RETARGET_BARS = {("smooth", 4): 1, ("smooth", 8): 3, ("accuracy", 4): 3, ("accuracy", 8): 8}
+ITEMS_BAR = 1 / 5
+POOLS = Path(__file__).parent / "real_pool.json"
+
+
+# -- landscapes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Scores of every term over the box [0, 1]^d, and how they are observed.
+
+    `scores` maps points [n, d] to noise-free scores [n, n_terms]; `observe` draws the items of one
+    evaluation of one point [d], [n_terms, n_items], whose means are the observed scores.
+    """
+
+    d: int
+    scores: "Scores"
+    observe: "Callable[[Array, np.random.Generator], Array]"
+    higher_is_better: bool
+
+    def gains(self, points: "Array") -> "Array":
+        """Return the noise-free gain of every term over the base, [n, n_terms]: points for
+        accuracies, relative for losses.
+        """
+        base = self.scores(np.zeros((1, self.d)))
+        return self.relative_to_base(self.scores(points), base)
+
+    def relative_to_base(self, scores: "Array", base: "Array") -> "Array":
+        """Return gains of scores over those of the base."""
+        return scores - base if self.higher_is_better else (base - scores) / base
+
+    def observed_value(self, point: "Array", rng: np.random.Generator) -> float:
+        """Return one noisy value of the uniform objective: what samplers without terms see."""
+        found = self.observe(point, rng).mean(axis=1)
+        base = self.scores(np.zeros((1, self.d)))[0]
+        return float(self.relative_to_base(found, base).mean())
+
+
+def owners(rng: np.random.Generator, d: int) -> "Array":
+    """Return which vectors are made for which term, 0 or 1, [n_terms, d]."""
+    own = np.zeros((N_TERMS, d))
+    own[np.arange(d) % N_TERMS, rng.permutation(d)] = 1.0
+    return own
+
+
+def softplus(values: "Array", width: float) -> "Array":
+    """Return max(values, 0) with its corner rounded."""
+    return width * np.logaddexp(0, values / width)
+
+
+def valley(rng: np.random.Generator, d: int) -> "Scores":
+    """Return losses shaped as on the real pool: steep near the base, flat around sum 1, rising.
+
+    Every vector helps every term (exponential decay), its own term more; pairs of vectors clash;
+    the rise beyond sum 1 has exponent 1.5.
+    """
+    own, size = owners(rng, d), (N_TERMS, d)
+    shared = rng.uniform(0.5, 1.2, size)
+    special = rng.uniform(0.0, 0.15, size) + own * rng.uniform(1.0, 2.0, size)
+    clash = 0.3 * np.triu(rng.random((N_TERMS, d, d)) * (rng.random((N_TERMS, d, d)) < 0.3), 1)
+    level, rise = rng.uniform(1.8, 2.6, N_TERMS), rng.uniform(0.08, 0.25, N_TERMS)
+    drop, decay = rng.uniform(0.3, 0.7, N_TERMS), rng.uniform(0.2, 0.4, N_TERMS)
+    reward = rng.uniform(0.3, 0.8, N_TERMS)
+
+    def losses(points: "Array") -> "Array":
+        beyond = softplus(points.sum(axis=1, keepdims=True) - 1.0, 0.15)
+        clashes = np.einsum("ni,tij,nj->nt", points, clash, points)
+        gained = drop * np.exp(-(points @ shared.T) / decay)
+        gained += reward * np.exp(-2.0 * (points @ special.T))
+        return level + gained + rise * beyond**1.5 + clashes
+
+    return losses
+
+
+def skewed(rng: np.random.Generator, d: int) -> "Scores":
+    """Return losses that grow with a power other than 2 of a distance that is steeper on one side,
+    in directions that mix the vectors, with a ripple; a term feels its own vectors most.
+    """
+    own, size = owners(rng, d), (N_TERMS, d)
+    optima = rng.normal(0.03, 0.05, size) + own * rng.uniform(0.1, 0.7, size) * (4 / d) ** 0.6
+    mixing = (0.4 + 0.7 * own)[:, None] * np.eye(d) + 0.12 * rng.normal(size=(N_TERMS, d, d))
+    skew = rng.uniform(-0.5, 0.5, size)
+    power = np.where(rng.random(N_TERMS) < 0.5, 1.3, 2.7) + rng.uniform(-0.2, 0.3, N_TERMS)
+    level, depth = rng.uniform(1.5, 2.5, N_TERMS), rng.uniform(0.4, 1.0, N_TERMS)
+    waves, phase = rng.normal(size=size) * 5 / np.sqrt(d), rng.uniform(0, 2 * np.pi, N_TERMS)
+
+    def losses(points: "Array") -> "Array":
+        moved = np.einsum("tij,ntj->nti", mixing, points[:, None] - optima)
+        moved = moved + skew * (np.sqrt(moved**2 + 0.01) - 0.1)
+        distance = np.sqrt((moved**2).sum(-1) + 4e-4)
+        ripple = 0.04 * depth * np.sin(points @ waves.T + phase)
+        return level + depth * distance**power + ripple
+
+    return losses
+
+
+FAMILIES: dict[str, Callable[[np.random.Generator, int], "Scores"]] = {
+    "valley": valley,
+    "skewed": skewed,
+}
+
+
+def family_of(seed: int) -> str:
+    """Return the family of a seed: they alternate."""
+    return list(FAMILIES)[seed % len(FAMILIES)]
+
+
+def synthetic(kind: str, d: int, seed: int) -> Landscape:
+    """Return the landscape of a seed."""
+    rng = np.random.default_rng([seed, d, zlib.crc32(b"optimer-hf")])
+    smooth = FAMILIES[family_of(seed)](rng, d)
+    probes = np.random.default_rng(0).random((2048, d))
+    if kind in ("accuracy", "items"):
+        return accuracy(smooth, d, rng, fixed_items=kind == "items")
+    deviation = 0.01 * float(smooth(probes).mean(axis=1).std()) * np.sqrt(N_TERMS * N_ITEMS)
+    edge = rng.uniform(1.7, 1.9)
+
+    def with_cliff(points: "Array") -> "Array":
+        beyond = np.maximum(points.sum(axis=1, keepdims=True) - edge, 0.0)
+        return smooth(points) + 3.0 * np.tanh((beyond / 0.3) ** 2)
+
+    scores = with_cliff if kind == "cliff" else smooth
+
+    def observe(point: "Array", rng: np.random.Generator) -> "Array":
+        noise = deviation * rng.normal(size=(N_TERMS, N_ITEMS))
+        return scores(point[None])[0][:, None] + noise
+
+    return Landscape(d, scores, observe, higher_is_better=False)
+
+
+def accuracy(smooth: "Scores", d: int, rng: np.random.Generator, *, fixed_items: bool) -> Landscape:
+    """Return accuracies: an item is solved when its loss is below its threshold.
+
+    An item's loss is that of its term plus a linear function of the weights of its own; a few items
+    are always or never solved. The population's accuracy has a closed form. Each evaluation sees
+    other items (binomial noise), or the same `fixed_items`.
+    """
+    base = smooth(np.zeros((1, d)))[0]
+    reachable = base - smooth(blends(np.random.default_rng(0), 4096, d)).min(axis=0)
+    middle, width, own_slope = base - 0.6 * reachable, 0.3 * reachable, 0.15 * reachable
+    low, high = rng.uniform(0.1, 0.3, N_TERMS), rng.uniform(0.6, 0.9, N_TERMS)
+
+    def scores(points: "Array") -> "Array":
+        spread = np.sqrt(width**2 + (points**2).sum(axis=1, keepdims=True) * own_slope**2)
+        return low + (high - low) * norm.cdf((middle - smooth(points)) / spread)
+
+    luck = rng.random((N_TERMS, N_ITEMS))
+    slopes = own_slope[:, None, None] * rng.normal(size=(N_TERMS, N_ITEMS, d))
+    thresholds = middle[:, None] + width[:, None] * rng.normal(size=(N_TERMS, N_ITEMS))
+
+    def observe(point: "Array", rng: np.random.Generator) -> "Array":
+        if not fixed_items:
+            drawn = rng.random((N_TERMS, N_ITEMS))
+            return (drawn < scores(point[None])[0][:, None]).astype(np.float64)
+        solved = smooth(point[None])[0][:, None] + slopes @ point <= thresholds
+        solved = (luck < low[:, None]) | (solved & (luck < high[:, None]))
+        return solved.astype(np.float64)
+
+    return Landscape(d, scores, observe, higher_is_better=True)
+
+
+def recorded(name: str) -> Landscape:
+    """Return a recorded real pool, each term interpolated exactly by a thin-plate spline."""
+    pool = json.loads(POOLS.read_text(encoding="utf-8"))[name]
+    points = np.array([point["weights"] for point in pool["points"]])
+    losses = np.array([point["losses"] for point in pool["points"]])
+    scores = RBFInterpolator(points, losses, kernel="thin_plate_spline")
+    return Landscape(
+        points.shape[1], scores, lambda point, rng: scores(point[None])[0][:, None], False
+    )
+
+
+def error_of(pool: Mapping[str, Any]) -> float:
+    """Return the median error of the interpolation at recorded points that it was not given, in %
+    of the best recorded gain.
+    """
+    points = np.array([point["weights"] for point in pool["points"]])
+    losses = np.array([point["losses"] for point in pool["points"]])
+    relative = 1 - losses / losses[0]  # the base comes first
+    errors = []
+    for left_out in range(1, len(points)):
+        kept = np.arange(len(points)) != left_out
+        spline = RBFInterpolator(points[kept], relative[kept], kernel="thin_plate_spline")
+        predicted = spline(points[left_out][None])[0].mean()
+        errors.append(abs(predicted - relative[left_out].mean()))
+    return 100 * float(np.median(errors) / relative.mean(axis=1).max())
+
+
+def landscape_of(kind: str, d: int, seed: int) -> Landscape:
+    """Return a synthetic landscape, or for other kinds the recorded pool of that name."""
+    return synthetic(kind, d, seed) if kind in (*KINDS, "items") else recorded(kind)
+
+
+# -- regret ----------------------------------------------------------------------------------------
+
+
+def blends(rng: np.random.Generator, n: int, d: int) -> "Array":
+    """Return random blends with sums up to 2, inside the box."""
+    return np.minimum(rng.dirichlet(np.full(d, 0.7), n) * rng.uniform(0, 2, (n, 1)), 1.0)
+
+
+def best_value(value: "Callable[[Array], Array]", d: int, starts: "Array") -> float:
+    """Return the maximum of a noise-free value over the box: L-BFGS-B from the best random points
+    and from `starts`, then shrinking random steps.
+    """
+    rng = np.random.default_rng(0)
+    scattered = np.vstack([rng.random((4096, d)), blends(rng, 4096, d)])
+    starts = np.vstack([scattered[np.argsort(-value(scattered))[:8]], starts])
+    bounds = [(0.0, 1.0)] * d
+    climbed = [minimize(lambda x: -value(x[None])[0], x, bounds=bounds).x for x in starts]
+    points = np.vstack([starts, climbed])
+    best = points[np.argmax(value(points))]
+    for number in range(20):
+        steps = 0.1 * 0.7**number * rng.normal(size=(256, d)) * (rng.random((256, d)) < 0.6)
+        near = np.vstack([best, np.clip(best + steps, 0, 1)])
+        best = near[np.argmax(value(near))]
+    return float(value(best[None])[0])
+
+
+def regrets(landscape: Landscape, term_weights: "Array", points: "Array") -> list[float]:
+    """Return the regret of points in % of the gain base -> optimum; the base itself has 100."""
+
+    def value(at: "Array") -> "Array":
+        return landscape.gains(at) @ term_weights
+
+    best = best_value(value, landscape.d, points)
+    found = 100 * (1 - value(points) / best)
+    assert found.min() >= -0.5, f"a recommendation beats the optimum by {-found.min():.2f} %"
+    return [float(regret) for regret in found]
+
+
+def uniform_regrets(landscape: Landscape, points: Sequence["Array"]) -> list[float]:
+    """Return the regret of points under equal weights of all terms."""
+    n_terms = landscape.scores(np.zeros((1, landscape.d))).shape[1]
+    return regrets(landscape, np.full(n_terms, 1 / n_terms), np.array(points))
+
+
+# -- samplers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What a sampler that sees one noisy value a trial has tried."""
+
+    points: list["Array"]
+    values: list[float]
+
+    def recommended(self, n_trials: int) -> "Array":
+        """Return the best observed point of the first trials."""
+        return self.points[int(np.argmax(self.values[:n_trials]))]
+
+
+def noise_of(sampler: str, seed: int) -> np.random.Generator:
+    """Return the observation noise of one run."""
+    return np.random.default_rng([seed, zlib.crc32(sampler.encode())])
+
+
+def observe_all(
+    sampler: str, landscape: Landscape, seed: int, points: Iterable["Array"]
+) -> Observations:
+    """Evaluate points in order; a generator of points may look at the values in between."""
+    rng, found = noise_of(sampler, seed), Observations([], [])
+    for point in points:
+        found.points.append(point)
+        found.values.append(landscape.observed_value(point, rng))
+    return found
+
+
+def random_search(landscape: Landscape, seed: int, n_trials: int) -> Observations:
+    """Try uniform points of the box."""
+    points = np.random.default_rng([seed, 1]).random((n_trials, landscape.d))
+    return observe_all("random", landscape, seed, points)
+
+
+def optuna_tpe(landscape: Landscape, seed: int, n_trials: int) -> Observations:
+    """Run Optuna's TPE with its defaults."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize")
+    rng, found = noise_of("tpe", seed), Observations([], [])
+    for _ in range(n_trials):
+        trial = study.ask()
+        point = np.array([trial.suggest_float(f"w{i}", 0, 1) for i in range(landscape.d)])
+        found.points.append(point)
+        found.values.append(landscape.observed_value(point, rng))
+        study.tell(trial, found.values[-1])
+    return found
+
+
+def cma_es(landscape: Landscape, seed: int, n_trials: int) -> Observations:
+    """Run CMA-ES from the uniform average, the best start that one knows, with step 0.2."""
+    import cma
+
+    options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}
+    strategy = cma.CMAEvolutionStrategy(np.full(landscape.d, 1 / landscape.d), 0.2, options)
+    rng, found = noise_of("cma", seed), Observations([], [])
+    while len(found.points) < n_trials:
+        population = [np.array(point) for point in strategy.ask()]
+        values = [landscape.observed_value(point, rng) for point in population]
+        strategy.tell(population, [-value for value in values])
+        found.points.extend(population)
+        found.values.extend(values)
+    return found
+
+
+def stock_smac(facade_name: str, landscape: Landscape, seed: int, n_trials: int) -> Observations:
+    """Run an unchanged SMAC facade through ask and tell, with its own initial design.
+
+    `n_trials` is its real budget: told that it has a million, it would take its whole Sobol design
+    (8 or 10 points a dimension) before the first ask of its model.
+    """
+    import smac
+    from ConfigSpace import ConfigurationSpace, Float
+    from smac.runhistory.dataclasses import TrialValue
+
+    names = [f"w{i}" for i in range(landscape.d)]
+    space = ConfigurationSpace(seed=seed)
+    space.add([Float(name, (0.0, 1.0)) for name in names])
+    rng, found = noise_of(facade_name, seed), Observations([], [])
+    with tempfile.TemporaryDirectory() as scratch:
+        scenario = smac.Scenario(
+            space,
+            deterministic=True,
+            n_trials=n_trials,
+            seed=seed,
+            output_directory=Path(scratch),
+        )
+        facade = getattr(smac, facade_name)(
+            scenario, unused_target, overwrite=True, logging_level=False
+        )
+        for _ in range(n_trials):
+            info = facade.ask()
+            found.points.append(np.array([info.config[name] for name in names]))
+            found.values.append(landscape.observed_value(found.points[-1], rng))
+            facade.tell(info, TrialValue(cost=-found.values[-1]), save=False)
+    return found
+
+
+def unused_target(config: Any, seed: int = 0) -> float:
+    """Stand where SMAC wants a function; it is only asked and told."""
+    raise AssertionError("SMAC is only asked and told")
+
+
+def smac_gp(landscape: Landscape, seed: int, n_trials: int) -> Observations:
+    """Run SMAC's black-box facade, a Gaussian process."""
+    return stock_smac("BlackBoxFacade", landscape, seed, n_trials)
+
+
+def smac_forest(landscape: Landscape, seed: int, n_trials: int) -> Observations:
+    """Run SMAC's facade for hyperparameters, a random forest."""
+    return stock_smac("HyperparameterOptimizationFacade", landscape, seed, n_trials)
+
+
+OTHERS = {"tpe": optuna_tpe, "cma": cma_es, "random": random_search}
+STOCK_SMAC = {"smac-gp": smac_gp, "smac-forest": smac_forest}
+
+
+# -- ours ------------------------------------------------------------------------------------------
+
+
+def config_of(landscape: Landscape, seed: int, n_trials: int) -> StudyConfig:
+    """Return a study of a landscape: its terms with equal weights, its box, nothing re-scored."""
+    n_terms = landscape.scores(np.zeros((1, landscape.d))).shape[1]
+    metric = "acc" if landscape.higher_is_better else "loss"
+    return StudyConfig.model_validate(
+        {
+            "base_model": "a/base",
+            "vectors": {
+                f"v{i}": {"source": f"a/v{i}", "bounds": [0.0, 1.0]} for i in range(landscape.d)
+            },
+            "objective": {"terms": [{"task": f"t{t}", "metric": metric} for t in range(n_terms)]},
+            "search": {"n_trials": n_trials, "seed": seed, "rescore_top": 0},
+        }
+    )
+
+
+def point_of(weights: Mapping[str, float]) -> "Array":
+    """Return weights as a point."""
+    return np.array(list(weights.values()))
+
+
+def term_scores(landscape: Landscape, items: "Array") -> dict[str, TermScore]:
+    """Return observed items [n_terms, n_items] as a trial records them."""
+    return {
+        f"t{t}": TermScore([(float(item), 1.0) for item in row], landscape.higher_is_better)
+        for t, row in enumerate(items)
+    }
+
+
+def optimer_trials(
+    landscape: Landscape, config: StudyConfig, *, n_items: int = N_ITEMS
+) -> list[Trial]:
+    """Run our search without a study directory, on the first items of every term."""
+    planned, trials = anchors(config), list[Trial]()
+    rng = noise_of("optimer", config.search.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        asker = Asker(config, Path(scratch))
+        for number in range(config.search.n_trials):
+            is_anchor = number < len(planned)
+            origin, weights = planned[number] if is_anchor else ("surrogate", asker.ask(number))
+            scores = term_scores(landscape, landscape.observe(point_of(weights), rng)[:, :n_items])
+            trial = Trial(number, origin, "search", weights, "ok", scores, {})
+            trials.append(trial)
+            asker.tell(trial)
+    return trials
+
+
+def ranked(config: StudyConfig, trials: Sequence[Trial]) -> list["Array"]:
+    """Return the points of trials, best first by posterior mean, as a study ranks them."""
+    log = TrialLog(Path("never-written") / "trials.jsonl")
+    log.trials = list(trials)
+    return [point_of(trial.weights) for trial in Study(log.path.parent, config, log).ranked()]
+
+
+# -- what is measured ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is run."""
+
+    seeds: int
+    smac_seeds: int
+    processes: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One landscape and one seed, run in one process; with stock SMAC where it takes part."""
+
+    kind: str
+    d: int
+    seed: int
+    with_smac: bool = False
+
+
+def run_jobs(
+    name: str, function: Callable[[Job], dict[str, Any]], jobs: Sequence[Job], processes: int
+) -> list[dict[str, Any]]:
+    """Run jobs in one or more processes, each on one thread, and return their results in order."""
+    started, found = perf_counter(), list[dict[str, Any]]()
+    with multiprocessing.get_context("spawn").Pool(processes, initializer=one_thread) as pool:
+        for number, result in enumerate(pool.imap(function, jobs), start=1):
+            found.append(result)
+            seconds = perf_counter() - started
+            print(f"\r{name}: {number}/{len(jobs)}, {seconds:.0f} s", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return found
+
+
+def one_thread() -> None:
+    """Keep a worker to one thread, and quiet: SMAC and scikit-learn warn about stock SMAC."""
+    threadpool_limits(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def compare_samplers(job: Job) -> dict[str, Any]:
+    """Return the regret of every sampler at the checkpoints on one landscape."""
+    landscape = landscape_of(job.kind, job.d, job.seed)
+    config = config_of(landscape, job.seed, max(CHECKPOINTS))
+    trials = optimer_trials(landscape, config)
+    recommended = {("optimer", n): ranked(config, trials[:n])[0] for n in CHECKPOINTS}
+    for name, sampler in (OTHERS | STOCK_SMAC if job.with_smac else OTHERS).items():
+        counts = (*CHECKPOINTS, TPE_TRIALS) if name == "tpe" else CHECKPOINTS
+        observed = sampler(landscape, job.seed, max(counts))
+        recommended |= {(name, n): observed.recommended(n) for n in counts}
+    found = uniform_regrets(landscape, list(recommended.values()))
+    return {
+        "kind": job.kind,
+        "d": job.d,
+        "seed": job.seed,
+        "regret": {f"{name}@{n}": r for (name, n), r in zip(recommended, found, strict=True)},
+    }
+
+
+def samplers(options: Options) -> dict[str, Any]:
+    """Regret of our search and of others after 20 and 50 trials on synthetic landscapes."""
+    print(f"\nsamplers: regret in % of the gain, medians; {options.seeds} landscapes a row")
+    return compare(options, [(kind, d) for d in DIMENSIONS for kind in KINDS], "samplers")
+
+
+def real(options: Options) -> dict[str, Any]:
+    """The same on recorded real pools."""
+    print("\nreal: recorded pools, each term interpolated by a thin-plate spline; a seed is a run")
+    pools = json.loads(POOLS.read_text(encoding="utf-8"))
+    for name, pool in pools.items():
+        print(f"  {name}: {len(pool['points'])} recorded points; one that is left out is ", end="")
+        print(f"predicted within {error_of(pool):.1f} % of the best recorded gain (median)")
+    return compare(options, [(name, len(pool["vectors"])) for name, pool in pools.items()], "real")
+
+
+def compare(options: Options, rows: Sequence[tuple[str, int]], name: str) -> dict[str, Any]:
+    """Run all samplers on landscapes; print medians and ranks beside TPE's at 100 trials."""
+    jobs = [
+        Job(kind, d, seed, with_smac=seed < options.smac_seeds)
+        for kind, d in rows
+        for seed in range(options.seeds)
+    ]
+    found = run_jobs(name, compare_samplers, jobs, options.processes)
+    columns = list({column: None for result in found for column in result["regret"]})
+    print(f"  {'':19}" + "".join(f"{column:>{len(column) + 2}}" for column in columns))
+    table = {}
+    for kind, d in rows:
+        results = [r for r in found if (r["kind"], r["d"]) == (kind, d)]
+        table[f"{kind} {d}"] = print_row(f"{kind}, {d} vectors", results, columns)
+        if kind in KINDS:
+            for family in FAMILIES:
+                some = [r for r in results if family_of(r["seed"]) == family]
+                table[f"{kind} {d} {family}"] = print_row(f"  {family}", some, columns)
+    ranks = ranks_of(found, columns)
+    print(f"  bar: no more than {BAR}; median rank at {CHECKPOINTS[-1]} trials (bar 1): ", end="")
+    print(", ".join(f"{name} {rank:g}" for name, rank in ranks.items()))
+    return {"regret": table, "rank": ranks, "runs": found}
+
+
+def print_row(
+    label: str, results: Sequence[Mapping[str, Any]], columns: Sequence[str]
+) -> dict[str, float]:
+    """Print and return the median regret of every column over the runs that have it."""
+    row = {}
+    for column in columns:
+        values = [r["regret"][column] for r in results if column in r["regret"]]
+        if values:
+            row[column] = statistics.median(values)
+    width = {column: len(column) + 2 for column in columns}
+    cells = "".join(f"{row[c]:{width[c]}.2f}" if c in row else " " * width[c] for c in columns)
+    above = [str(n) for n in CHECKPOINTS if row and row[f"optimer@{n}"] > row[BAR]]
+    if row:
+        print(f"  {label:19}{cells}" + f"  above {BAR} at {', '.join(above)}" * bool(above))
+    return row
+
+
+def ranks_of(results: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, float]:
+    """Return the median rank at the last checkpoint over the runs in which every sampler took
+    part.
+    """
+    compared = [column for column in columns if column.endswith(f"@{CHECKPOINTS[-1]}")]
+    complete = [r["regret"] for r in results if all(column in r["regret"] for column in compared)]
+    ranks = np.array([rankdata([regret[c] for c in compared]) for regret in complete])
+    medians = np.median(ranks, axis=0)
+    return {c.split("@")[0]: float(rank) for c, rank in zip(compared, medians, strict=True)}
+
+
+def spend_items(job: Job) -> dict[str, Any]:
+    """Return the items that TPE and our search evaluate, on one landscape of fixed items.
+
+    Ours is stopped after every number of trials in turn; each stop pays for the trials so far and
+    for re-scoring the base and the best three on all items, and recommends the best of the three.
+    """
+    landscape = landscape_of("items", job.d, job.seed)
+    observed = optuna_tpe(landscape, job.seed, TPE_TRIALS)
+    theirs = [observed.recommended(n) for n in range(1, TPE_TRIALS + 1)]
+    config = config_of(landscape, job.seed, max(CHECKPOINTS))
+    trials = optimer_trials(landscape, config, n_items=N_ITEMS_SEARCH)
+    first, rng = len(anchors(config)), np.random.default_rng(0)
+    ours = []
+    for n in range(first, len(trials) + 1):
+        best = ranked(config, trials[:n])[:3]
+        ours.append(max(best, key=lambda point: landscape.observed_value(point, rng)))
+    found = uniform_regrets(landscape, [*ours, *theirs])
+    our_regrets, their_regrets = found[: len(ours)], found[len(ours) :]
+    rescored = (3 + 1) * N_TERMS * N_ITEMS
+    costs = [n * N_TERMS * N_ITEMS_SEARCH + rescored for n in range(first, len(trials) + 1)]
+    target = their_regrets[-1]
+    reached = (c for c, r in zip(costs, our_regrets, strict=True) if r <= target)
+    tpe_first = next(n for n, r in enumerate(their_regrets, start=1) if r <= target)
+    return {
+        "d": job.d,
+        "seed": job.seed,
+        "tpe_regret": target,
+        "tpe_items": TPE_TRIALS * N_TERMS * N_ITEMS,
+        "tpe_first_items": tpe_first * N_TERMS * N_ITEMS,
+        "optimer_items": next(reached, None),
+        "optimer_regrets": dict(zip(costs, our_regrets, strict=True)),
+    }
+
+
+def summary_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return medians over runs as shares of the items of TPE's trials; None is never."""
+    whole, n_runs = runs[0]["tpe_items"], len(runs)
+    target = statistics.median(run["tpe_regret"] for run in runs)
+    medians = {
+        cost: statistics.median(run["optimer_regrets"][cost] for run in runs)
+        for cost in runs[0]["optimer_regrets"]
+    }
+    reached = sorted(run["optimer_items"] or math.inf for run in runs)
+    each = statistics.median(reached) / whole
+    together = next((cost for cost, r in medians.items() if r <= target), math.inf) / whole
+    return {
+        "tpe_regret": target,
+        "optimer_regret": list(medians.values())[-1],
+        "ratio": each if each < math.inf else None,
+        "ratio_of_medians": together if together < math.inf else None,
+        "reached": sum(run["optimer_items"] is not None for run in runs) / n_runs,
+        "tpe_first": statistics.median(run["tpe_first_items"] for run in runs) / whole,
+    }
+
+
+def items(options: Options) -> dict[str, Any]:
+    """Items evaluated until our search on a third of the items is as good as TPE's 100 trials."""
+    jobs = [Job("items", d, seed) for d in DIMENSIONS for seed in range(options.seeds)]
+    found = run_jobs("items", spend_items, jobs, options.processes)
+    print(
+        f"\nitems: those evaluated until as good as {TPE_TRIALS} trials of TPE, which take", end=""
+    )
+    print(f" {found[0]['tpe_items']:,}; ours on {N_ITEMS_SEARCH} of {N_ITEMS} a term, 3 re-scored")
+    table = {}
+    for d in DIMENSIONS:
+        row = table[d] = summary_of([run for run in found if run["d"] == d])
+        print(f"  {d} vectors: {share(row['ratio'])} of them, median of runs", end="")
+        print(f" (bar {share(ITEMS_BAR)}{missed(row['ratio'], ITEMS_BAR)})", end="")
+        print(f"; {row['reached']:.0%} of the runs get there within {max(CHECKPOINTS)} trials")
+        print(f"    {share(row['ratio_of_medians'])} until the median regret is TPE's, ", end="")
+        print(f"{row['tpe_regret']:.2f} %; at the end {row['optimer_regret']:.2f} %")
+        print(f"    TPE itself was there for the first time after {share(row['tpe_first'])}")
+    return {"table": table, "runs": found}
+
+
+def share(value: float | None) -> str:
+    """Return a share as text."""
+    return "never" if value is None else f"{value:.3f}"
+
+
+def missed(value: float | None, bar: float) -> str:
+    """Return a mark for a value above its bar."""
+    return ", missed" if value is None or value > bar else ""
+
+
+class LandscapePool:
+    """Scores weights by a landscape: what a study needs instead of a model."""
+
+    def __init__(self, landscape: Landscape, seed: int) -> None:
+        self.landscape, self.rng = landscape, noise_of("optimer", seed)
+
+    def score(
+        self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]
+    ) -> tuple[dict[str, TermScore], dict[str, float], int]:
+        """Observe the landscape once."""
+        found = self.landscape.observe(point_of(weights), self.rng)
+        return term_scores(self.landscape, found), {"merge": 0.0, "evaluate": 0.0}, 0
+
+
+def retarget_study(job: Job) -> dict[str, Any]:
+    """Return the regret of weights predicted for random objectives from one recorded study."""
+    landscape = landscape_of(job.kind, job.d, job.seed)
+    config = config_of(landscape, job.seed, RETARGET_TRIALS)
+    objectives = np.random.default_rng([job.seed, 2]).dirichlet(np.ones(N_TERMS), N_OBJECTIVES)
+    found, kept = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "study"
+        study = search(config, directory, pool=lambda _: LandscapePool(landscape, job.seed))
+        incumbent = point_of(study.incumbent.weights)
+        for objective in objectives:
+            named = {f"t{t}": float(weight) for t, weight in enumerate(objective)}
+            point = point_of(predict(study, named).weights)
+            new, old = regrets(landscape, objective, np.array([point, incumbent]))
+            found.append(new)
+            kept.append(old)
+    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": found, "incumbent": kept}
+
+
+def retarget(options: Options) -> dict[str, Any]:
+    """Regret of weights predicted for new objectives from 60 recorded trials, no new ones."""
+    rows = [(kind, d) for kind in ("smooth", "accuracy", "items") for d in DIMENSIONS]
+    jobs = [Job(kind, d, seed) for kind, d in rows for seed in range(options.seeds)]
+    found = run_jobs("retarget", retarget_study, jobs, options.processes)
+    print(f"\nretarget: regret in % for new objectives after {RETARGET_TRIALS} trials, medians")
+    table = {}
+    for kind, d in rows:
+        runs = [run for run in found if (run["kind"], run["d"]) == (kind, d)]
+        predicted = statistics.median(regret for run in runs for regret in run["regret"])
+        kept = statistics.median(regret for run in runs for regret in run["incumbent"])
+        table[f"{kind} {d}"] = {"predicted": predicted, "incumbent": kept}
+        bar = RETARGET_BARS.get((kind, d))
+        note = "no bar" if bar is None else f"bar {bar}{missed(predicted, bar)}"
+        name = {"smooth": "loss", "items": "accuracy, fixed items"}.get(kind, kind)
+        print(f"  {name:21} {d} vectors {predicted:6.2f} ({note}); old incumbent {kept:6.2f}")
+    return {"table": table, "runs": found}
+
+
+def asking(options: Options) -> dict[str, Any]:
+    """Seconds of an ask with 100 recorded trials, 8 vectors and 4 terms, on one core."""
+    seconds = []
+    with threadpool_limits(1):
+        for seed in range(max(3, options.seeds // 4) + 1):
+            landscape = landscape_of("smooth", 8, seed)
+            config = config_of(landscape, seed, 100)
+            rng = noise_of("optimer", seed)
+            points = [point_of(weights) for _, weights in anchors(config)]
+            points.extend(blends(rng, 100 - len(points), 8))
+            with tempfile.TemporaryDirectory() as scratch:
+                asker = Asker(config, Path(scratch))
+                for number, point in enumerate(points):
+                    weights = dict(zip(config.free, map(float, point), strict=True))
+                    scores = term_scores(landscape, landscape.observe(point, rng))
+                    asker.tell(Trial(number, "told", "search", weights, "ok", scores, {}))
+                started = perf_counter()
+                asker.ask(len(points))
+                seconds.append(perf_counter() - started)
+    seconds = seconds[1:]  # the first one imports
+    median = statistics.median(seconds)
+    print(f"\nasking: {median:.3f} s an ask at 100 trials, 8 vectors, 4 terms, one core ", end="")
+    print(f"(of {len(seconds)}: {min(seconds):.3f} to {max(seconds):.3f})")
+    return {"median": median, "seconds": seconds}
+
+
+MEASUREMENTS = {
+    function.__name__: function for function in (samplers, real, items, retarget, asking)
+}
+
+
+def check_installed() -> None:
+    """Stop with what to install where Optuna or cma is missing."""
+    try:
+        import cma  # noqa: F401
+        import optuna  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"error: {error}. Run `pip install optuna cma`; only this benchmark needs them.")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--smac-seeds", type=int, default=10, help="Stock SMAC is slow.")
+    parser.add_argument("--without-smac", action="store_true", help="Leave stock SMAC out.")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="Two seeds and no stock SMAC.")
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    parsed = parser.parse_args()
+    check_installed()
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"  # inherited by the processes of the pool
+    options = Options(
+        seeds=2 if parsed.quick else parsed.seeds,
+        smac_seeds=0 if parsed.without_smac or parsed.quick else parsed.smac_seeds,
+        processes=parsed.processes,
+    )
+    print(f"{options.seeds} seeds ({options.smac_seeds} for stock SMAC), medians")
+    found = {name: MEASUREMENTS[name](options) for name in parsed.only}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
