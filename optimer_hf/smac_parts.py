@@ -7,8 +7,9 @@ this module, inside a function.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+
+USUAL_TOTAL, TOTAL_DEVIATION = 1.5, 0.5  # of the weights of good merges
+PRIOR_TRIALS = 30  # the prior counts as this many trials
 
 
 @dataclass
@@ -92,11 +96,16 @@ class Model(AbstractModel):
 
 class FeasibleImprovement(AbstractAcquisitionFunction):
     """log EI over the best posterior mean among the trials, as observed scores are noisy, plus the
-    log probability that every constraint is kept (Gardner et al., ICML 2014).
+    log probability that every constraint is kept (Gardner et al., ICML 2014), plus a prior that
+    fades with the number of trials (Hvarfner et al., ICLR 2022, eq. 6).
+
+    The prior is what is known of merges: weights whose sum is far beyond 1 break the model. Without
+    it the first asks go to far corners of the box, where nothing was measured.
     """
 
     posterior: Surrogate
     best: float
+    log_prior: Callable[["Array"], "Array"]
 
     @property
     def name(self) -> str:
@@ -108,7 +117,18 @@ class FeasibleImprovement(AbstractAcquisitionFunction):
     def _compute(self, X: "Array") -> "Array":  # noqa: N803
         mean, variance = self.posterior.predict(X)
         improvement = log_expected_improvement(mean, variance, self.best)
-        return np.asarray(improvement + self.posterior.log_feasibility(X))[:, None]
+        found = improvement + self.posterior.log_feasibility(X) + self.log_prior(X)
+        return np.asarray(found)[:, None]
+
+
+def log_prior_of_total(config: StudyConfig, n_trials: int, points: "Array") -> "Array":
+    """Return the log prior of points [n, d] after n_trials: a half normal density of the sum of
+    absolute weights beyond USUAL_TOTAL.
+    """
+    low, high = np.array(list(config.free.values())).T
+    total = np.abs(low + points * (high - low)).sum(axis=1)
+    beyond = np.maximum(total - USUAL_TOTAL, 0) / TOTAL_DEVIATION
+    return np.asarray(-0.5 * beyond**2 * PRIOR_TRIALS / n_trials)
 
 
 class Maximiser(AbstractAcquisitionMaximizer):
@@ -133,6 +153,7 @@ class Maximiser(AbstractAcquisitionMaximizer):
         means, pending = fitted.ranking(record.points), to_unit(config, record.pending)
         acquisition.best = float(max(means.max(), *fitted.ranking(pending), -np.inf))
         acquisition.posterior = fitted.conditioned(pending)
+        acquisition.log_prior = partial(log_prior_of_total, config, len(record.trials))
         rng = np.random.default_rng([config.search.seed, record.number])
         found = maximise(
             lambda points: acquisition._compute(points)[:, 0],

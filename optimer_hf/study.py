@@ -80,7 +80,8 @@ class SearchConfig(FileModel):
     `surrogate`: a Gaussian process per term (ours, inside SMAC), SMAC's own process of the combined
     value, SMAC's random forest, or none. `total`: bounds of the sum of the searched weights, which
     makes the search one over directions and scales. `pareto`: spread the trials along the front of
-    the terms (ParEGO) instead of seeking the one optimum of the objective.
+    the terms, another weighting of them for each (after ParEGO; Knowles, IEEE TEVC 2006), instead
+    of seeking the one optimum of the objective.
     """
 
     n_trials: int = Field(default=30, gt=0)
@@ -139,8 +140,10 @@ class StudyConfig(VersionedFile):
     def _check_search(self) -> None:
         search = self.search
         counting = [term for term in self.objective.at("search") if term.weight > 0]
-        if search.pareto and len(counting) < 2:
-            raise ValueError("search.pareto: a front needs two terms that count")
+        if search.pareto and (len(counting) < 2 or self.objective.combine == "worst"):
+            raise ValueError(
+                "search.pareto: a front needs two terms that count, and combine is not 'worst'"
+            )
         if search.surrogate in ("per_term", "random"):
             pass
         elif search.total is not None or self.objective.constraints or search.pareto:
@@ -376,16 +379,15 @@ def surrogate_of(
 ) -> Surrogate:
     """Fit the posterior of the objective and its constraints to trials whose first one is the base.
 
-    With a `preference` [n_terms] it is that of ParEGO's scalarised terms instead (Knowles, IEEE
-    TEVC 2006): the least weighted gain, plus 5 % of their sum.
+    A `preference` [n_terms] weights the terms instead of the objective, each relative to the best
+    gain that was seen of it.
     """
     table = columns(config, trials)
     points = to_unit(config, [trial.weights for trial in trials])
-    if preference is not None:
-        scaled = table / np.maximum(np.abs(table).max(axis=0), 1e-12) * preference
-        table = (scaled.min(axis=1) + 0.05 * scaled.sum(axis=1))[:, None]
     counting = [term.weight for term in config.objective.at("search") if term.weight > 0]
     weights = np.array(counting) / sum(counting) if table.shape[1] > 1 else np.ones(1)
+    if preference is not None:
+        weights = preference / np.maximum(table.max(axis=0), 1e-6)
     processes = [fit(points, column) for column in table.T]
     limits = [fit(points, column) for column in _headrooms(config, trials).T]
     return Surrogate(WeightedSum(processes, weights), limits)
