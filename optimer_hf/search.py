@@ -34,11 +34,13 @@ def search(
     n_workers: int | None = None,
     scheduler: str | None = None,
     planned: Mapping[int, tuple[str, Mapping[str, float]]] | None = None,
+    runner: "Runner | None" = None,
 ) -> Study:
     """Run a study to its end and return it; trials that are on disk already are not run again.
 
     Trials run in this process, or on `n_workers` processes of this machine, or on the workers of a
-    Dask scheduler. `planned` trials, origin and weights by number, are not asked for.
+    Dask scheduler, or with a `runner` that is open already. `planned` trials, origin and weights by
+    number, are not asked for.
 
     Raises OptimerError for anything wrong with the config before the first trial. A trial that
     fails is recorded as crashed and the search goes on, unless the base itself cannot be scored or
@@ -51,9 +53,10 @@ def search(
                 "search: %d trials are recorded, nothing to do", len(study.log.of("search"))
             )
             return study
-        with _runner(config, pool, n_workers, scheduler) as runner:
-            _run_search(study, runner, planned or {})
-            _run_rescore(study, runner)
+        chosen = nullcontext(runner) if runner else _runner(config, pool, n_workers, scheduler)
+        with chosen as opened:
+            _run_search(study, opened, planned or {})
+            _run_rescore(study, opened)
     return study
 
 
