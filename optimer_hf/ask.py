@@ -7,15 +7,12 @@ on the trials told and the number asked for, so that a resumed search needs no r
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from optimer_hf.evaluate import combine
 from optimer_hf.study import StudyConfig, Trial, from_unit, to_unit, within_total
-
-if TYPE_CHECKING:
-    pass
 
 ANCHOR_WEIGHT = 0.7
 
@@ -47,7 +44,7 @@ class Asker:
         from optimer_hf.smac_parts import Record, facade_of
 
         self._config, self._scratch = config, scratch
-        self._record: Record = Record(config)
+        self._record = Record(config)
         self._facade = (
             facade_of(self._record, scratch) if config.search.surrogate == "per_term" else None
         )
@@ -91,8 +88,12 @@ class Asker:
 
         point = np.clip(to_unit(self._config, [trial.weights])[0], 0, 1)
         configuration = Configuration(facade.scenario.configspace, vector=point)
-        cost = 1.0
-        if trial.status == "ok":
-            base = self._record.trials[0].terms
-            cost = -combine(self._config.objective, trial.terms, base)
+        cost = self._cost(trial) if trial.status == "ok" else self._cost_of_crashed()
         facade.tell(TrialInfo(config=configuration, seed=0), TrialValue(cost=cost), save=False)
+
+    def _cost(self, trial: Trial) -> float:
+        return -combine(self._config.objective, trial.terms, self._record.trials[0].terms)
+
+    def _cost_of_crashed(self) -> float:
+        sound = [trial for trial in self._record.trials if trial.status == "ok"]
+        return max(self._cost(trial) for trial in sound) + 0.5

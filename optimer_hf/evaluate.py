@@ -208,11 +208,11 @@ def combine(objective: Objective, scores: Scores, base: Scores) -> float:
 
 
 def headroom(constraint: Constraint, score: TermScore, base: TermScore) -> float:
-    """Return how far a score is from breaking a constraint, as a share of the base's score; less
-    than 0 breaks it.
+    """Return how far a score is from breaking a constraint, as a share of the base's score (in its
+    unit, where that is 0); less than 0 breaks it.
     """
     better = score.score - base.score if score.higher_is_better else base.score - score.score
-    return constraint.max_relative_to_base + better / max(abs(base.score), 1e-12)
+    return constraint.max_relative_to_base + better / (abs(base.score) or 1.0)
 
 
 def feasible(objective: Objective, scores: Scores, base: Scores) -> bool:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numba.extending import intrinsic
 
+from optimer_hf.errors import ModelError
+
 TILE = 1024  # numbers: three float32 tiles take 12 KiB
 
 
@@ -103,10 +105,17 @@ def add_weighted(
     Dense ones are multiplied, then added (no fused multiply-add), so that every device gives the
     same bits, and those of mergekit's float32 task_arithmetic. A low-rank delta is multiplied
     straight into the sum, which never holds it. A weight of 0 skips its delta: adding 0 * v would
-    turn -0.0 into 0.0, and w = 0 would not be the base bit for bit. Source: arXiv 2603.28858.
+    turn -0.0 into 0.0, and w = 0 would not be the base bit for bit. Raises ModelError for shapes
+    that differ. Source: arXiv 2603.28858.
     """
     dtype = out.dtype if out is not None else dtype or base.dtype
     used = [pair for pair in zip(deltas, weights, strict=True) if pair[1] != 0]
+    for delta, _ in used:
+        if tuple(delta.shape) != tuple(base.shape):
+            raise ModelError(
+                f"a delta of shape {list(delta.shape)} cannot be added to a base tensor of shape "
+                f"{list(base.shape)}. Use a model of the same architecture and vocabulary."
+            )
     kept, factors = [delta for delta, _ in used], [weight for _, weight in used]
     if not used:
         merged = base.to(dtype)

@@ -21,6 +21,7 @@ from optimer_hf.study import (
     StudyConfig,
     Surrogate,
     Trial,
+    TrialLog,
     from_unit,
     locked,
     open_study,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 SCALE_STEP = 0.05
+PREDICTION = "prediction"  # origin of the trial that verifies one
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def retargeted(objective: Objective, term_weights: Mapping[str, float]) -> Objec
     for label in term_weights:
         _named(objective.scored, label)
     terms = [
-        term.model_copy(update={"weight": term_weights.get(term.label, 0.0)})
-        for term in objective.terms
+        Term.model_validate(term.model_dump(exclude={"max_relative_to_base"}) | {"weight": weight})
+        for term in objective.scored
+        for weight in [term_weights.get(term.label, 0.0)]
     ]
     return objective.model_copy(update={"terms": terms, "combine": "relative_to_base"})
 
@@ -147,6 +150,8 @@ def _config_for(study: Study, target: Objective | Mapping[str, float] | None) ->
     if target is None:
         return study.config
     if not isinstance(target, Objective):
+        for label in target:
+            _named(study.config.objective.at("search"), label)
         target = retargeted(study.config.objective, target)
     return study.config.model_copy(update={"objective": target})
 
@@ -169,12 +174,12 @@ def best_scale(study: Study, name: str) -> dict[str, float]:
     """
     config = study.config
     low, high = config.free[name]
-    scales = np.arange(max(low, 0.0), high + 1e-9, SCALE_STEP)
+    scales = np.arange(low, high + 1e-9, SCALE_STEP)
     sets = [
         {other: float(s) * (other == name) for other in config.free} | config.fixed for s in scales
     ]
-    mean, _ = surrogate_of(config, study.log.of("search")).predict(to_unit(config, sets))
-    best = sets[int(np.argmax(mean))]
+    ranking = surrogate_of(config, study.log.of("search")).ranking(to_unit(config, sets))
+    best = sets[int(np.argmax(ranking))]
     return {other: round(weight, 4) for other, weight in best.items()}
 
 
@@ -225,22 +230,27 @@ def search_on(
     """Search on for a new objective from the trials of a study, `n_trials` real ones more, the
     predicted weights first; return the new study, whose directory begins with the old trials.
     """
-    recorded = study.log.of("search")
     terms = {term.label for term in target.at("search")}
     seeds = [
         replace(trial, terms={label: s for label, s in trial.terms.items() if label in terms})
-        for trial in recorded
+        for trial in study.log.of("search")
     ]
-    settings = study.config.search.model_copy(update={"n_trials": len(recorded) + n_trials})
-    config = study.config.model_copy(
-        update={"objective": target, "test": None, "retarget": {}, "search": settings}
+    earlier = TrialLog(directory / "trials.jsonl", repair=False).of("search")
+    n_seeds = next((t.number for t in earlier if t.origin == PREDICTION), len(earlier or seeds))
+    config = StudyConfig.model_validate(
+        study.config.model_dump()
+        | {"objective": target.model_dump(), "test": None, "retarget": {}}
+        | {
+            "search": study.config.search.model_dump()
+            | {"n_trials": n_seeds + n_trials, "surrogate": "per_term", "pareto": False}
+        }
     )
     with locked(directory):
         opened = open_study(config, directory)
         if not opened.log.trials:
             text = "".join(f"{trial.to_json()}\n" for trial in seeds)
             write_text(opened.log.path, text)
-    first = {len(recorded): ("prediction", predict(study, target).weights)}
+    first = {n_seeds: (PREDICTION, predict(study, target).weights)}
     return search(
         config, directory, pool=pool, n_workers=n_workers, scheduler=scheduler, planned=first
     )

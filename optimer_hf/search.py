@@ -18,7 +18,7 @@ from typing import Protocol
 
 from optimer_hf.ask import Asker, anchors
 from optimer_hf.errors import EvaluationError
-from optimer_hf.evaluate import Term
+from optimer_hf.evaluate import Term, feasible
 from optimer_hf.progress import Meter
 from optimer_hf.study import Study, StudyConfig, Trial, locked, open_study
 from optimer_hf.trial import Pool, ResidentPool, run_trial
@@ -142,7 +142,7 @@ class _Plan:
         self, study: Study, scratch: Path, planned: Mapping[int, tuple[str, Mapping[str, float]]]
     ) -> None:
         self._study, self._scratch = study, scratch
-        self._planned = dict(planned) | dict(enumerate(anchors(study.config)))
+        self._planned = dict(enumerate(anchors(study.config))) | dict(planned)
         self._asker: Asker | None = None
 
     def next_trial(self, number: int, running: Sequence[Trial]) -> Trial:
@@ -183,7 +183,12 @@ def _check_sound(study: Study, finished: Trial) -> None:
 def _note(study: Study, trial: Trial) -> str:
     if trial.status == "crashed":
         return "crashed"
-    best = max(study.value(t) for t in study.log.of("search") if t.status == "ok")
+    objective = study.config.objective
+    best = max(
+        study.value(t)
+        for t in study.log.of("search")
+        if t.status == "ok" and feasible(objective, t.terms, study.base)
+    )
     return f"{study.value(trial):+.4f}, best {best:+.4f}"
 
 

@@ -22,7 +22,15 @@ from smac.facade.abstract_facade import AbstractFacade
 from smac.main.config_selector import ConfigSelector
 from smac.model.abstract_model import AbstractModel
 
-from optimer_hf.study import StudyConfig, Surrogate, Trial, surrogate_of, to_unit, within_total
+from optimer_hf.study import (
+    StudyConfig,
+    Surrogate,
+    Trial,
+    from_unit,
+    surrogate_of,
+    to_unit,
+    within_total,
+)
 from optimer_hf.surrogate import log_expected_improvement, maximise
 
 if TYPE_CHECKING:
@@ -30,8 +38,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-USUAL_TOTAL, TOTAL_DEVIATION = 1.5, 0.5  # of the weights of good merges
+USUAL_TOTAL, TOTAL_DEVIATION = 1.3, 0.5  # of the weights of good merges
 PRIOR_TRIALS = 30  # the prior counts as this many trials
+N_NEIGHBOURS = 100
 
 
 @dataclass
@@ -42,6 +51,7 @@ class Record:
     trials: list[Trial] = field(default_factory=list)
     pending: list[dict[str, float]] = field(default_factory=list)
     number: int = 0
+    _fitted: tuple[tuple[int, int], Surrogate] | None = None
 
     @property
     def points(self) -> "Array":
@@ -49,33 +59,34 @@ class Record:
         return to_unit(self.config, [trial.weights for trial in self.trials])
 
     def surrogate(self) -> Surrogate:
-        """Fit the surrogate to the record; with `pareto`, for a preference that is the number's
-        own.
+        """Return the surrogate of the record, fitted once for a number of trials; with `pareto`,
+        for a preference that is the next number's own.
         """
-        if not self.config.search.pareto:
-            return surrogate_of(self.config, self.trials)
-        rng = np.random.default_rng([self.config.search.seed, self.number, 1])
-        n_terms = sum(term.weight > 0 for term in self.config.objective.at("search"))
-        return surrogate_of(self.config, self.trials, rng.dirichlet(np.ones(n_terms)))
+        pareto = self.config.search.pareto
+        state = (len(self.trials), self.number if pareto else 0)
+        if self._fitted is None or self._fitted[0] != state:
+            rng = np.random.default_rng([self.config.search.seed, self.number, 1])
+            n_terms = sum(term.weight > 0 for term in self.config.objective.at("search"))
+            preference = rng.dirichlet(np.ones(n_terms)) if pareto else None
+            self._fitted = state, surrogate_of(self.config, self.trials, preference)
+        return self._fitted[1]
 
 
 class Model(AbstractModel):
-    """The surrogate of the record; SMAC's combined cost only decides when to refit."""
+    """The surrogate of the record; SMAC's combined costs are not used."""
 
     def __init__(self, record: Record, space: ConfigurationSpace) -> None:
         super().__init__(space, seed=record.config.search.seed)
         self._record = record
-        self._fitted: Surrogate | None = None
 
     def _train(self, X: "Array", y: "Array") -> Self:  # noqa: N803  # SMAC's names
-        self._fitted = None if self._record.config.search.pareto else self._record.surrogate()
         self._is_trained = True
         return self
 
     @property
     def posterior(self) -> Surrogate:
-        """The fitted surrogate."""
-        return self._fitted or self._record.surrogate()
+        """The surrogate of the record as it is now."""
+        return self._record.surrogate()
 
     def _predict(
         self,
@@ -150,8 +161,10 @@ class Maximiser(AbstractAcquisitionMaximizer):
         assert isinstance(acquisition, FeasibleImprovement)
         assert isinstance(acquisition.model, Model)
         fitted, config = acquisition.model.posterior, record.config
-        means, pending = fitted.ranking(record.points), to_unit(config, record.pending)
-        acquisition.best = float(max(means.max(), *fitted.ranking(pending), -np.inf))
+        pending = to_unit(config, record.pending)
+        tried = np.vstack([record.points, pending])
+        ranking = fitted.ranking(tried)
+        acquisition.best = float(fitted.predict(tried)[0][np.argmax(ranking)])
         acquisition.posterior = fitted.conditioned(pending)
         acquisition.log_prior = partial(log_prior_of_total, config, len(record.trials))
         rng = np.random.default_rng([config.search.seed, record.number])
@@ -159,14 +172,26 @@ class Maximiser(AbstractAcquisitionMaximizer):
             lambda points: acquisition._compute(points)[:, 0],
             len(config.free),
             rng,
-            record.points[np.argsort(-means, kind="stable")[:5]],
+            tried[np.argsort(-ranking, kind="stable")[:5]],
             allowed=lambda points: within_total(config, points),
         )
-        moved = np.clip(found + 0.02 * rng.normal(size=found.shape), 0, 1)
-        jittered = within_total(config, moved[None])[0]  # SMAC takes it when it knows the first
-        return iter(
-            [Configuration(self._configspace, vector=vector) for vector in (found, jittered)]
-        )
+        untried = self._untried(found, rng)
+        return iter([Configuration(self._configspace, vector=untried)])
+
+    def _untried(self, found: "Array", rng: np.random.Generator) -> "Array":
+        """Return the point, or one nearby when its weights were tried: SMAC would refuse it and
+        draw a random one, with a generator that a resumed search has in another state.
+        """
+        record = self._record
+        known = [trial.weights for trial in record.trials] + record.pending
+        point = found
+        for step in range(N_NEIGHBOURS):
+            weights = from_unit(record.config, point)
+            if weights not in known:
+                return np.asarray(to_unit(record.config, [weights])[0])
+            moved = found + 0.02 * 1.1**step * rng.normal(size=found.shape)
+            point = within_total(record.config, np.clip(moved, 0, 1)[None])[0]
+        return point
 
     def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[Any]:
         raise NotImplementedError("maximize() is overridden")

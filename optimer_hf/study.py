@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LIKELY_KEPT = 0.45  # just below one half: the base lies on the edge of a constraint of 0
 Fidelity = Literal["search", "rescore", "sealed"]
 
 
@@ -227,8 +228,12 @@ class TrialLog:
     opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read what is there; raise StudyError for damage that is not a torn last line."""
+    def __init__(self, path: Path, *, repair: bool = True) -> None:
+        """Read what is there; raise StudyError for damage that is not a torn last line.
+
+        A torn line is cut off with `repair`, which only the holder of the lock may do: what looks
+        torn may be a line that a running search is writing.
+        """
         self.path = path
         self.trials: list[Trial] = []
         if not path.exists():
@@ -244,7 +249,7 @@ class TrialLog:
                     "trial."
                 ) from None
             whole += len(line) + 1
-        if lines[-1]:
+        if lines[-1] and repair:
             logger.warning("%s: the last line was torn by a crash and is dropped", path.name)
             with open(path, "r+b") as file:
                 file.truncate(whole)
@@ -286,14 +291,18 @@ def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:
 
 
 def within_total(config: StudyConfig, points: "Array") -> "Array":
-    """Scale points [n, d] of the box so that their weights sum to what `search.total` allows."""
+    """Move points [n, d] of the box towards a corner until their weights sum to what `search.total`
+    allows.
+    """
     if config.search.total is None:
         return points
     low, high = np.array(list(config.free.values())).T
-    weights = low + points * (high - low)
-    total = np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
-    scaled = weights * np.clip(total, *config.search.total) / total
-    return np.asarray((np.clip(scaled, low, high) - low) / (high - low))
+    total = (low + points * (high - low)).sum(axis=1, keepdims=True)
+    least, most = config.search.total
+    down = (most - low.sum()) / np.maximum(total - low.sum(), 1e-12)  # towards the low corner
+    up = (least - total) / np.maximum(high.sum() - total, 1e-12)  # towards the high corner
+    raised = points + np.clip(up, 0, 1) * (1 - points)
+    return np.asarray(np.where(total > most, points * np.clip(down, 0, 1), raised))
 
 
 def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
@@ -356,11 +365,15 @@ class Surrogate:
         return total
 
     def ranking(self, points: "Array") -> "Array":
-        """Return the posterior mean of the objective, -inf where a constraint is more likely broken
-        than not.
+        """Return the posterior mean of the objective; where a constraint is likely broken, far
+        below it, and the lower the more likely.
         """
-        kept = self.log_feasibility(points) >= np.log(0.5) * max(len(self.constraints), 1)
-        return np.where(kept, self.predict(points)[0], -np.inf)
+        kept = np.full(len(points), True)
+        for process in self.constraints:
+            mean, variance = process.predict(points)
+            kept &= log_ndtr(mean / np.sqrt(variance)) >= np.log(LIKELY_KEPT)
+        broken = np.maximum(self.log_feasibility(points), -1e5) - 1e6
+        return np.where(kept, self.predict(points)[0], broken)
 
     def conditioned(self, points: "Array") -> "Surrogate":
         """Return the surrogate as if points [n, d] were measured where it expects them: trials that
@@ -379,15 +392,15 @@ def surrogate_of(
 ) -> Surrogate:
     """Fit the posterior of the objective and its constraints to trials whose first one is the base.
 
-    A `preference` [n_terms] weights the terms instead of the objective, each relative to the best
-    gain that was seen of it.
+    A `preference` [n_terms] weights the terms instead of the objective, each relative to how far
+    its best trial is from the middle one.
     """
     table = columns(config, trials)
     points = to_unit(config, [trial.weights for trial in trials])
     counting = [term.weight for term in config.objective.at("search") if term.weight > 0]
     weights = np.array(counting) / sum(counting) if table.shape[1] > 1 else np.ones(1)
     if preference is not None:
-        weights = preference / np.maximum(table.max(axis=0), 1e-6)
+        weights = preference / np.maximum(table.max(axis=0) - np.median(table, axis=0), 1e-6)
     processes = [fit(points, column) for column in table.T]
     limits = [fit(points, column) for column in _headrooms(config, trials).T]
     return Surrogate(WeightedSum(processes, weights), limits)
@@ -401,7 +414,7 @@ def _headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
     for row, trial in enumerate(trials):
         if trial.status == "ok":
             table[row] = [headroom(c, trial.terms[c.label], base[c.label]) for c in known]
-    return _floored(table)
+    return np.column_stack([_floored(column) for column in table.T]) if known else table
 
 
 # -- the study directory ---------------------------------------------------------------------------
@@ -428,7 +441,8 @@ class Study:
     @property
     def is_finished(self) -> bool:
         """Whether all trials and re-scorings have run."""
-        return len(self.log.of("search")) >= self.config.search.n_trials and not self.to_rescore()
+        done = {trial.number for trial in self.log.of("search")}
+        return done >= set(range(self.config.search.n_trials)) and not self.to_rescore()
 
     def to_rescore(self) -> list[Trial]:
         """Return the trials that still have to be scored on the re-scoring items: the base, then
@@ -469,7 +483,8 @@ class Study:
                 rescored,
                 key=lambda trial: combine(self.config.objective, trial.terms, self.rescored_base),
             )
-        return self.ranked()[0]
+        objective = self.config.objective
+        return next(t for t in self.ranked() if feasible(objective, t.terms, self.base))
 
     def value(self, trial: Trial) -> float:
         """Return the objective of a sound trial, relative to the base at the same fidelity."""
@@ -485,22 +500,23 @@ class Study:
         """Return the best of the other trials that met the incumbent on the same items, and how
         much better than it the incumbent is; None when there is no other.
         """
-        best = self.incumbent
+        best, objective = self.incumbent, self.config.objective
+        base = self.log.of(best.fidelity)[0].terms
         others = [
             trial
             for trial in self.log.of(best.fidelity)
-            if trial.status == "ok" and trial.number != best.number
+            if trial.status == "ok"
+            and trial.number != best.number
+            and feasible(objective, trial.terms, base)
         ]
         if not others:
             return None
-        base = self.log.of(best.fidelity)[0].terms
-        objective = self.config.objective
         other = max(others, key=lambda trial: combine(objective, trial.terms, base))
         return other, paired_interval(objective, best.terms, other.terms, base)
 
 
-def open_study(config: StudyConfig, directory: Path) -> Study:
-    """Create a study directory, or open the one that is there.
+def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> Study:
+    """Create a study directory, or open the one that is there; see TrialLog for `repair`.
 
     Raises StudyError when it holds another study; the message names the fields that differ.
     """
@@ -513,9 +529,12 @@ def open_study(config: StudyConfig, directory: Path) -> Study:
                 f"{directory}: is not empty and holds no study. Give another study directory."
             )
         write_text(file, config.model_dump_json(indent=2))
-    found, expected = StudyConfig.read(file).identity, config.identity
+    recorded = StudyConfig.read(file)
+    found, expected = recorded.identity, config.identity
     differing = [field for field in expected if found.get(field) != expected[field]]
-    log = TrialLog(directory / "trials.jsonl")
+    log = TrialLog(directory / "trials.jsonl", repair=repair)
+    if not differing and recorded.search.n_trials < config.search.n_trials:
+        write_text(file, config.model_dump_json(indent=2))
     if differing and not log.trials:  # nothing was spent on the other config
         write_text(file, config.model_dump_json(indent=2))
     elif differing:
@@ -535,7 +554,7 @@ def load_study(directory: Path) -> Study:
             f"{directory}: holds no study (no study.json). Run `optimer search STUDY.yaml "
             f"{directory}` first."
         )
-    study = open_study(StudyConfig.read(file), directory)
+    study = open_study(StudyConfig.read(file), directory, repair=False)
     if not study.is_finished:
         raise StudyError(f"{directory}: the search is not finished. Run `optimer search` again.")
     return study

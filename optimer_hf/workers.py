@@ -224,6 +224,8 @@ def _run(request: _Request) -> Trial:
     with _one_at_a_time:
         # Dask starts workers with OMP_NUM_THREADS=1
         torch.set_num_threads(request.n_threads or worker.state.nthreads)
+        if request.n_threads is not None and torch.cuda.is_available():  # a GPU each, in turn
+            torch.cuda.set_device(int(worker.name) % torch.cuda.device_count())
         try:
             trial = run_trial(_pool_of(request), request.trial, request.terms, request.limits)
         except OptimerError as error:

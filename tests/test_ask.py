@@ -8,11 +8,11 @@ from test_search import FunctionPool, config_of
 
 from optimer_hf.ask import Asker, anchors
 from optimer_hf.errors import StudyError
-from optimer_hf.evaluate import feasible
+from optimer_hf.evaluate import TermScore, feasible
 from optimer_hf.files import parse
-from optimer_hf.retarget import front
+from optimer_hf.retarget import front, predict
 from optimer_hf.search import search
-from optimer_hf.study import StudyConfig, Trial
+from optimer_hf.study import StudyConfig, Trial, from_unit, to_unit, within_total
 
 SURROGATES = ["per_term", "black_box", "random_forest", "random"]
 TERMS = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss"}]
@@ -99,9 +99,9 @@ def test_the_first_weights_asked_for_stay_near_the_usual_total(tmp_path):
 def test_the_prior_of_the_total_fades_with_the_trials():
     from optimer_hf.smac_parts import log_prior_of_total
 
-    points = np.array([[0.0] * 4, [0.25] * 4, [1.0] * 4])  # sums 0, 1.5, 6 of bounds [0, 1.5]
+    points = np.array([[0.0] * 4, [0.25] * 4, [1.0] * 4])  # sums 0, 1.5, 6
     early = log_prior_of_total(config_of(), 6, points)
-    assert early[:2].tolist() == [0, 0] and early[2] < -100
+    assert early[0] == 0 and -1 < early[1] < 0 and early[2] < -100
     assert log_prior_of_total(config_of(), 60, points)[2] == pytest.approx(early[2] / 10)
 
 
@@ -140,6 +140,43 @@ def covered(study) -> float:
             area += first * (second - reached)
             reached = second
     return area
+
+
+def test_a_constraint_to_be_no_worse_than_the_base_leaves_a_search_and_a_prediction(tmp_path):
+    constraint = {"task": "q", "metric": "loss", "max_relative_to_base": 0}
+    config = config_of(
+        objective={"terms": TERMS, "constraints": [constraint]},
+        search={"n_trials": 20, "rescore_top": 0},
+    )
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    assert feasible(config.objective, study.incumbent.terms, study.base)
+    assert study.value(study.incumbent) > 0
+    assert predict(study).feasible > 0.4
+    other = study.over_next()
+    assert other is not None and other[1].difference >= 0
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.5, 0.075], [0.2, 0.1], [1.5, 1.5]])
+def test_any_point_is_moved_to_an_allowed_total(weights):
+    vectors = {name: {"source": f"a/{name}"} for name in "wx"}
+    config = config_of(vectors=vectors, search={"total": [2.0, 2.9]})
+    point = within_total(config, to_unit(config, [dict(zip("wx", weights, strict=True))]))
+    found = list(from_unit(config, point[0]).values())
+    assert 2.0 - 2e-4 <= sum(found) <= 2.9 + 2e-4
+    assert all(0 <= weight <= 1.5 for weight in found)
+
+
+def test_a_front_is_searched_where_no_merge_improves_one_of_the_terms(tmp_path):
+    class OnlyDown(FunctionPool):
+        def score(self, weights, terms, limits):
+            scores, *rest = super().score(weights, terms, limits)
+            loss = 3 + sum(weights.values())
+            scores["u"] = TermScore([(loss, 1.0)], False)
+            return scores, *rest
+
+    settings = {"n_trials": 20, "rescore_top": 0, "pareto": True}
+    study = search(config_of(search=settings), tmp_path / "s", pool=OnlyDown)
+    assert len(front(study)) >= 6  # not all of them at the base
 
 
 def test_pareto_spreads_the_trials_along_the_front(tmp_path):

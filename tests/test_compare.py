@@ -48,6 +48,19 @@ def study(tmp_path):
     return search(with_test(), tmp_path / "s", pool=FunctionPool)
 
 
+def test_constraints_of_the_test_are_scored_and_shown_like_terms(tmp_path):
+    constraint = {"task": "c_test", "name": "q", "metric": "loss", "max_relative_to_base": 0.1}
+    terms = TEST["terms"][:2]
+    study = search(
+        with_test(test={"terms": terms, "constraints": [constraint]}),
+        tmp_path / "s",
+        pool=FunctionPool,
+    )
+    comparison = compare(study, pool=FunctionPool)
+    assert set(comparison.merge.scores) == {"t", "u", "q"}
+    assert to_json(comparison) and to_markdown(comparison)
+
+
 def test_all_baselines_stand_beside_the_merge(study):
     names = list(candidates(study))
     assert names[0] == "base" and MERGE in names

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimer_hf import kernel
+from optimer_hf.errors import ModelError
 from optimer_hf.kernel import LowRank, Trained, add_in_steps, add_weighted, dense
 
 
@@ -164,6 +165,15 @@ def test_a_sum_can_be_written_in_place_whatever_the_layout(dtype, form):
     for out in (torch.zeros(6, 8, dtype=dtype), torch.zeros(8, 6, dtype=dtype).t()):
         assert add_weighted(base, [delta], [weight], out=out) is out
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [torch.ones(3), Trained(torch.ones(9)), LowRank(torch.ones(2, 1), torch.ones(1, 4), 1.0)],
+)
+def test_shapes_that_differ_are_refused_before_memory_is_read(delta):
+    with pytest.raises(ModelError, match=r"a delta of shape .* cannot be added to a base tensor"):
+        add_weighted(torch.zeros(8), [delta], [1.0])
 
 
 def test_nothing_at_all_can_be_merged():

@@ -6,7 +6,7 @@ from test_search import OPTIMA, FunctionPool, config_of, landscape
 
 from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import Objective
-from optimer_hf.retarget import over_record, predict, search_on
+from optimer_hf.retarget import best_scale, over_record, predict, search_on
 from optimer_hf.search import search
 
 
@@ -95,6 +95,46 @@ def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study,
     assert regret(found.incumbent.weights, "q") < 0.05
     again = search_on(study, target, tmp_path / "new", 3, pool=no_pool)
     assert again.incumbent == found.incumbent
+
+
+@pytest.mark.parametrize("settings", [{"pareto": True}, {"surrogate": "random_forest"}])
+def test_any_study_can_be_searched_on(settings, tmp_path):
+    config = config_of(search={"n_trials": 8, "rescore_top": 0} | settings)
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    constraint = {"task": "x", "name": "q", "metric": "loss", "max_relative_to_base": 0.1}
+    target = objective(t=1.0).model_dump() | {"constraints": [constraint]}
+    over = over_record(study, Objective.model_validate(target))
+    found = search_on(study, over, tmp_path / "new", 1, pool=FunctionPool)
+    assert found.log.of("search")[8].origin == "prediction"
+    longer = search(
+        config.model_copy(update={"search": config.search.model_copy(update={"n_trials": 10})}),
+        tmp_path / "s",
+        pool=FunctionPool,
+    )
+    assert search_on(longer, over, tmp_path / "new", 1, pool=no_pool).incumbent == found.incumbent
+
+
+def test_a_prediction_comes_first_even_in_a_study_shorter_than_its_anchors(tmp_path):
+    short = search(
+        config_of(search={"n_trials": 3, "rescore_top": 0}), tmp_path / "s", pool=FunctionPool
+    )
+    found = search_on(
+        short, over_record(short, objective(t=1.0)), tmp_path / "n", 1, pool=FunctionPool
+    )
+    assert found.log.of("search")[3].origin == "prediction"
+
+
+def test_a_vector_that_only_subtracts_has_a_best_scale(tmp_path):
+    vectors = {name: {"source": f"a/{name}"} for name in "xyz"}
+    vectors["w"] = {"source": "a/w", "bounds": [-1.0, -0.2]}
+    config = config_of(vectors=vectors, search={"n_trials": 8, "rescore_top": 0})
+
+    class InOrder(FunctionPool):
+        def score(self, weights, terms, limits):
+            return super().score({name: weights[name] for name in "wxyz"}, terms, limits)
+
+    study = search(config, tmp_path / "s", pool=InOrder)
+    assert -1.0 <= best_scale(study, "w")["w"] <= -0.2
 
 
 def test_uncertainty_is_larger_far_from_what_was_tried(study):

@@ -284,6 +284,40 @@ def test_every_prefix_of_a_log_resumes_to_the_uninterrupted_study(uninterrupted,
     assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) == 15
 
 
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        {"w": {"source": "a/w", "bounds": [-0.5, 1.3]}},  # the optimum of `far` is in a corner
+        {"w": {"source": "a/w", "bounds": [0.0, 0.01]}, "x": {"source": "a/x", "fixed": 1.0}},
+    ],
+)
+def test_weights_that_were_tried_are_not_asked_again_whether_resumed_or_not(vectors, tmp_path):
+    class FarPool(FunctionPool):
+        def score(self, weights, terms, limits):
+            self.calls.append(weights)
+            loss = 3 - 0.5 * weights["w"]
+            return {t.label: TermScore([(loss, 1.0)], False) for t in terms}, {}, 1
+
+    config = config_of(vectors=vectors, search={"n_trials": 14, "rescore_top": 0})
+    whole = search(config, tmp_path / "whole", pool=FarPool)
+    asked = [trial.weights["w"] for trial in whole.log.trials[2:]]
+    assert len(set(asked)) == len(asked)
+    for n_lines in (3, 6, 10, 13):
+        cut(whole, tmp_path / f"s{n_lines}", n_lines, 10)
+        resumed = search(config, tmp_path / f"s{n_lines}", pool=FarPool)
+        assert outcome(resumed) == outcome(whole)
+
+
+def test_a_reader_leaves_the_line_that_a_running_search_is_writing(uninterrupted, tmp_path):
+    cut(uninterrupted, tmp_path / "s", 15, 0)
+    log = tmp_path / "s" / "trials.jsonl"
+    with open(log, "ab") as file:
+        file.write(b'{"number": 15, "ori')
+    before = log.read_bytes()
+    load_study(tmp_path / "s")
+    assert log.read_bytes() == before
+
+
 def test_a_line_torn_at_any_byte_is_cut_off_and_leaves_the_prefix(uninterrupted, tmp_path):
     whole = (uninterrupted.directory / "trials.jsonl").read_bytes()
     log, n_whole = tmp_path / "trials.jsonl", 0
