@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 SCALE_STEP = 0.05
+CAUTION = 0.5  # standard deviations; weights far from all trials can have a high mean by chance
 PREDICTION = "prediction"  # origin of the trial that verifies one
 
 
@@ -120,8 +121,8 @@ def _named(terms: Sequence[Term], label: str) -> Term:
 
 
 def predict(study: Study, target: Objective | Mapping[str, float] | None = None) -> Prediction:
-    """Return the weights with the best posterior mean for an objective over recorded terms, given
-    whole or as term weights (None: the study's own).
+    """Return the weights with the best posterior mean, less CAUTION standard deviations, for an
+    objective over recorded terms, given whole or as term weights (None: the study's own).
     """
     config = _config_for(study, target)
     trials = study.log.of("search")
@@ -130,7 +131,7 @@ def predict(study: Study, target: Objective | Mapping[str, float] | None = None)
     near = points[np.argsort(-posterior.ranking(points), kind="stable")[:5]]
     rng = np.random.default_rng(config.search.seed)
     best = maximise(
-        posterior.ranking,
+        lambda found: posterior.ranking(found, CAUTION),
         points.shape[1],
         rng,
         near,

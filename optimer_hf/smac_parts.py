@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-USUAL_TOTAL, TOTAL_DEVIATION = 1.5, 0.5  # of the weights of good merges
+USUAL_TOTAL, TOTAL_DEVIATION = 1.2, 0.5  # of the weights of good merges
 PRIOR_TRIALS = 30  # the prior counts as this many trials
 N_NEIGHBOURS = 100
 

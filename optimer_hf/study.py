@@ -364,16 +364,17 @@ class Surrogate:
             total += log_ndtr(mean / np.sqrt(variance))
         return total
 
-    def ranking(self, points: "Array") -> "Array":
-        """Return the posterior mean of the objective; where a constraint is likely broken, far
-        below it, and the lower the more likely.
+    def ranking(self, points: "Array", caution: float = 0.0) -> "Array":
+        """Return the posterior mean of the objective less `caution` standard deviations; where a
+        constraint is likely broken, far below it, and the lower the more likely.
         """
         kept = np.full(len(points), True)
         for process in self.constraints:
             mean, variance = process.predict(points)
             kept &= log_ndtr(mean / np.sqrt(variance)) >= np.log(LIKELY_KEPT)
         broken = np.maximum(self.log_feasibility(points), -1e5) - 1e6
-        return np.where(kept, self.predict(points)[0], broken)
+        mean, variance = self.predict(points)
+        return np.where(kept, mean - caution * np.sqrt(variance), broken)
 
     def conditioned(self, points: "Array") -> "Surrogate":
         """Return the surrogate as if points [n, d] were measured where it expects them: trials that

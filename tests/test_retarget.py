@@ -6,8 +6,9 @@ from test_search import OPTIMA, FunctionPool, config_of, landscape
 
 from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import Objective
-from optimer_hf.retarget import best_scale, over_record, predict, search_on
+from optimer_hf.retarget import CAUTION, best_scale, over_record, predict, search_on
 from optimer_hf.search import search
+from optimer_hf.study import surrogate_of, to_unit
 
 
 def no_pool(config):
@@ -45,6 +46,17 @@ def test_any_recorded_term_can_become_the_objective_without_a_trial(study, label
     assert list(found.terms) == [label]
     assert found.terms[label].value == pytest.approx(found.value)
     assert 0 < found.deviation < 0.1
+
+
+def test_a_prediction_is_careful_where_nothing_was_measured(study):
+    posterior = surrogate_of(study.config, study.log.of("search"))
+    points = np.array([[0.3] * 4, [1.0] * 4])
+    mean, variance = posterior.predict(points)
+    np.testing.assert_allclose(posterior.ranking(points, 0.5), mean - 0.5 * np.sqrt(variance))
+    found = predict(study)
+    at = to_unit(study.config, [found.weights])
+    tried = posterior.ranking(to_unit(study.config, [t.weights for t in study.log.trials]), CAUTION)
+    assert posterior.ranking(at, CAUTION)[0] >= tried.max() - 1e-6
 
 
 def test_an_objective_over_the_record_takes_tasks_and_items_from_it(study):
