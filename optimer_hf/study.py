@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LIKELY_KEPT = 0.45  # just below one half: the base lies on the edge of a constraint of 0
+EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
 Fidelity = Literal["search", "rescore", "sealed"]
 
 
@@ -366,12 +366,13 @@ class Surrogate:
 
     def ranking(self, points: "Array", caution: float = 0.0) -> "Array":
         """Return the posterior mean of the objective less `caution` standard deviations; where a
-        constraint is likely broken, far below it, and the lower the more likely.
+        constraint is not expected to be kept by as many, far below it, and the lower the more
+        likely it is broken.
         """
         kept = np.full(len(points), True)
         for process in self.constraints:
             mean, variance = process.predict(points)
-            kept &= log_ndtr(mean / np.sqrt(variance)) >= np.log(LIKELY_KEPT)
+            kept &= mean >= (caution - EDGE) * np.sqrt(variance)
         broken = np.maximum(self.log_feasibility(points), -1e5) - 1e6
         mean, variance = self.predict(points)
         return np.where(kept, mean - caution * np.sqrt(variance), broken)
