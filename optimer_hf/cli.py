@@ -544,6 +544,77 @@ def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool, pick: int | None) 
 
 
 @main.command()
+@click.argument("source", type=PATH)
+@click.argument("train_yaml", type=PATH, nargs=-1)
+@click.option("--out", type=PATH, help="Write the mixture of the TRAIN_YAMLs here.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Of the mixture (default: those of all its vectors together).",
+)
+@click.option("--tokens", multiple=True, metavar="NAME=N", help="Tokens a vector was trained on.")
+@FORMAT
+def ratios(
+    source: Path,
+    train_yaml: tuple[Path, ...],
+    out: Path | None,
+    max_tokens: int | None,
+    tokens: tuple[str, ...],
+    output: str,
+) -> None:
+    """Turn the weights of a study directory or a recipe.yaml (SOURCE) into mixture ratios.
+
+    With the train files of its vectors and --out, also writes the run that retrains with them.
+    """
+    from optimer_hf import ratios as ratio
+    from optimer_hf.train import TrainConfig
+
+    weights, sources = _weights_of(source)
+    given = _numbers(tokens, sources)
+    known = given | ratio.training_tokens({n: s for n, s in sources.items() if n not in given})
+    found = ratio.ratios(weights, known)
+    if (out is None) != (not train_yaml):
+        raise ConfigError("TRAIN_YAML and --out go together: what to mix, and where to write it.")
+    if out is not None:
+        trainings = {training.name: training for training in map(TrainConfig.read, train_yaml)}
+        n_tokens = max_tokens or sum(known[name] for name in found.shares)
+        mixed = ratio.mixture(trainings, found.shares, name="mixture", max_tokens=n_tokens)
+        ratio.write_mixture(mixed, out)
+    if output == "json":
+        click.echo(json.dumps(asdict(found), indent=2))
+        return
+    for name, share in found.shares.items():
+        click.echo(f"{name}: {100 * share:.2f} %  (weight {weights[name]:g})")
+    for name in found.left_out:
+        click.echo(f"{name}: left out (weight {weights[name]:g} is not above 0)")
+    if out is not None:
+        click.echo(f"train it: optimer train {out} OUT", err=True)
+
+
+def _weights_of(source: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """Return weights and sources of the vectors of a study directory or of a recipe."""
+    from optimer_hf.recipe import RecipeFile
+    from optimer_hf.study import load_study
+
+    if source.is_dir():
+        study = load_study(source)
+        vectors = study.config.vectors
+        return study.incumbent.weights, {name: str(v.source) for name, v in vectors.items()}
+    recipe = RecipeFile.read(source)
+    return recipe.weights, {name: vector.source for name, vector in recipe.vectors.items()}
+
+
+def _numbers(given: tuple[str, ...], names: dict[str, str]) -> dict[str, int]:
+    found = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in names or not number.isdigit() or int(number) == 0:
+            raise ConfigError(f"--tokens {text!r}: expected NAME=N with one of {sorted(names)}.")
+        found[name] = int(number)
+    return found
+
+
+@main.command()
 @click.argument("recipe_yaml", type=PATH)
 @click.argument("out", type=PATH)
 @click.option(

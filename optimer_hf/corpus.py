@@ -1,4 +1,5 @@
-"""Text sources -> packed blocks of tokens on disk, ready for the Trainer.
+"""Text sources, or mixtures of them by ratio -> packed blocks of tokens on disk, ready for the
+Trainer.
 
 Documents come in one at a time (JSONL, plain text, or anything `datasets` streams), so a corpus may
 be larger than memory. What goes out is a memory-mapped array of fixed-length blocks without
@@ -12,13 +13,13 @@ import json
 import lzma
 import random
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from optimer_hf.errors import CorpusError
 from optimer_hf.files import FileModel, LocalPath, sha256_file
@@ -55,6 +56,27 @@ class CorpusConfig(FileModel):
         return self.path.name if self.path is not None else str(self.dataset)
 
 
+class MixturePart(CorpusConfig):
+    """One corpus of a mixture: its share of the tokens, and whether it is repeated when it is too
+    small for that.
+    """
+
+    share: float = Field(gt=0, le=1)
+    upsample: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one corpus gave: tokens, the documents they are from, and how many documents were read
+    again because the corpus was too small for its share.
+    """
+
+    name: str
+    n_tokens: int
+    n_documents: int
+    n_repeats: int = 0
+
+
 @dataclass(frozen=True)
 class PackedCorpus:
     """Blocks of tokens on disk: int32 [n_blocks, 2, block_size], token ids and positions within the
@@ -62,8 +84,8 @@ class PackedCorpus:
     """
 
     blocks: "NDArray[np.int32]"
-    n_documents: int
     sha256: str
+    parts: list[Part] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -80,6 +102,11 @@ class PackedCorpus:
     def n_tokens(self) -> int:
         """Tokens in all blocks."""
         return int(self.blocks.shape[0] * self.blocks.shape[2])
+
+    @property
+    def n_documents(self) -> int:
+        """Different documents in all blocks."""
+        return sum(part.n_documents for part in self.parts)
 
 
 # -- documents -------------------------------------------------------------------------------------
@@ -221,15 +248,87 @@ def pack(
     CorpusError when the corpus is empty or holds fewer tokens than asked.
     """
     wanted = None if max_tokens is None else max(max_tokens // block_size, 1)
-    n_documents = 0
+    part = _pack(config, tokenizer, block_size, wanted, seed, out)
+    if part.n_tokens < (wanted or 1) * block_size:
+        raise CorpusError(
+            f"{_holds(part)}, but max_tokens asks for {max_tokens or block_size:,}. Add text or "
+            "lower max_tokens."
+        )
+    return load_packed(out, [part])
+
+
+def pack_mixture(
+    mixture: Sequence[MixturePart],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    block_size: int,
+    max_tokens: int,
+    seed: int,
+    out: Path,
+) -> PackedCorpus:
+    """Pack several corpora into `out`, each with its share of `max_tokens`, exact to a block; the
+    blocks of a corpus stay together, as Trainer shuffles them.
+
+    Raises CorpusError when a corpus is smaller than its share and may not be repeated.
+    """
+    counts = shared_out([part.share for part in mixture], max(max_tokens // block_size, 1))
+    files, parts = [], []
+    for number, (config, n_blocks) in enumerate(zip(mixture, counts, strict=True)):
+        if n_blocks == 0:
+            parts.append(Part(config.name, 0, 0))
+            continue
+        files.append(out.with_name(f"{out.stem}.{number}.npy"))
+        part = _pack(
+            config, tokenizer, block_size, n_blocks, seed, files[-1], repeat=config.upsample
+        )
+        if part.n_tokens < n_blocks * block_size:
+            raise CorpusError(
+                f"{_holds(part)}, but its share of {config.share:g} asks for "
+                f"{n_blocks * block_size:,}. Add text, lower its share or max_tokens, or set "
+                "`upsample: true` to repeat it."
+            )
+        parts.append(part)
+    _concatenate(files, out)
+    return load_packed(out, parts)
+
+
+def shared_out(shares: Sequence[float], n: int) -> list[int]:
+    """Return n things dealt out by shares that sum to 1, each within one of its exact part (the
+    largest remainders get what is left).
+    """
+    exact = np.array(shares) * n
+    counts = np.floor(exact + 1e-9).astype(int)
+    for index in np.argsort(counts - exact, kind="stable")[: n - int(counts.sum())]:
+        counts[index] += 1
+    return [int(count) for count in counts]
+
+
+def _pack(
+    config: CorpusConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    block_size: int,
+    wanted: int | None,
+    seed: int,
+    out: Path,
+    *,
+    repeat: bool = False,
+) -> Part:
+    """Write up to `wanted` blocks and return what they are made of; with `repeat` the corpus is
+    read again, in another order, until there are as many.
+    """
+    n_documents, n_repeats = 0, 0
 
     def token_lists() -> Iterator[list[int]]:
-        nonlocal n_documents
-        for text in shuffled(documents(config), seed):
-            tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            if tokens:
-                n_documents += 1
-                yield list(tokens)
+        nonlocal n_documents, n_repeats
+        n_passes = 0
+        while n_passes == 0 or (repeat and n_documents):
+            for text in shuffled(documents(config), seed + n_passes):
+                tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                if tokens:
+                    n_documents += n_passes == 0
+                    n_repeats += n_passes > 0
+                    yield list(tokens)
+            n_passes += 1
 
     bos = tokenizer.bos_token_id if _starts_with_bos(tokenizer) else None
     blocks = segments(token_lists(), bos=bos, eos=tokenizer.eos_token_id, block_size=block_size)
@@ -238,18 +337,30 @@ def pack(
         raise CorpusError(
             f"{config.name}: holds no text. Give a corpus with at least one document."
         )
-    if n_blocks < (wanted or 1):
-        raise CorpusError(
-            f"{config.name}: holds {n_blocks * block_size:,} tokens in {n_documents:,} documents, "
-            "but max_tokens asks "
-            f"for {max_tokens or block_size:,}. Add text or lower max_tokens."
-        )
-    return load_packed(out, n_documents)
+    return Part(config.name, n_blocks * block_size, n_documents, n_repeats)
 
 
-def load_packed(path: Path, n_documents: int) -> PackedCorpus:
+def _holds(part: Part) -> str:
+    return f"{part.name}: holds {part.n_tokens:,} tokens in {part.n_documents:,} documents"
+
+
+def load_packed(path: Path, parts: Sequence[Part]) -> PackedCorpus:
     """Map packed blocks from disk."""
-    return PackedCorpus(np.load(path, mmap_mode="r"), n_documents, sha256_file(path))
+    return PackedCorpus(np.load(path, mmap_mode="r"), sha256_file(path), list(parts))
+
+
+def _concatenate(files: Sequence[Path], out: Path) -> None:
+    """Move the blocks of some files into one, file after file, without holding them in memory."""
+    arrays = [np.load(file, mmap_mode="r") for file in files]
+    shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
+    whole = np.lib.format.open_memmap(out, mode="w+", dtype=np.int32, shape=shape)
+    start = 0
+    for array in arrays:
+        whole[start : start + len(array)] = array
+        start += len(array)
+    whole.flush()
+    for file in files:
+        file.unlink()
 
 
 def _starts_with_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:

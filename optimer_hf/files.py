@@ -99,6 +99,16 @@ def absolute_reference(text: str, folder: Path) -> str:
     return str(path.resolve()) if looks_local or path.exists() else text
 
 
+def portable(value: Any, folder: Path) -> Any:
+    """Return a value of a file of ours with every absolute path in it relative to a folder."""
+    if isinstance(value, dict):
+        return {key: portable(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item, folder) for item in value]
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return os.path.relpath(value, folder) if is_path else value
+
+
 def _folder(info: ValidationInfo) -> Path:
     return Path((info.context or {}).get("folder", "."))
 

@@ -168,7 +168,8 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
             file = run.folder / str(vector["train"])
             training = parse(TrainConfig, _laid_over(read_yaml(file), short.get("train", {})), file)
             check_config(training)
-            next(documents(training.corpus), None)
+            for corpus in training.corpora:
+                next(documents(corpus), None)
             trainings[name] = training
     config = parse(StudyConfig, data, run.folder / "study.yaml")
     if config.test is None:

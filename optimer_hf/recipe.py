@@ -7,7 +7,6 @@ built the same model.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.compare import MERGE
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ModelError
-from optimer_hf.files import FileModel, ReferenceText, VersionedFile, write_text
+from optimer_hf.files import FileModel, ReferenceText, VersionedFile, portable, write_text
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.study import Study, Trial
@@ -122,7 +121,7 @@ def write_recipe(
             key: {"source": source, "weight": incumbent.weights[key]}
             for key, source in pinned.items()
         },
-        "objective": _portable_paths(
+        "objective": portable(
             config.objective.model_dump(mode="json", exclude_defaults=True), folder
         ),
         "scores": _scores(study, incumbent, sealed),
@@ -167,20 +166,7 @@ def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
     """Return a Hub reference with its commit, a local one relative to the folder of the recipe."""
     if resolved.commit is not None:
         return f"{resolved.reference}@{resolved.commit}"
-    return _portable(reference, folder)
-
-
-def _portable(reference: str, folder: Path) -> str:
-    """Return a reference relative to the folder of the recipe when it is a local path."""
-    return os.path.relpath(reference, folder) if Path(reference).is_absolute() else reference
-
-
-def _portable_paths(value: Any, folder: Path) -> Any:
-    if isinstance(value, dict):
-        return {key: _portable_paths(item, folder) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_portable_paths(item, folder) for item in value]
-    return _portable(value, folder) if isinstance(value, str) and value.startswith("/") else value
+    return str(portable(reference, folder))
 
 
 def _scores(study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -12,17 +12,25 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from optimer_hf.convert import ResolvedModel, moves_base, resolve_base
-from optimer_hf.corpus import CorpusConfig, PackedCorpus, load_packed, pack
+from optimer_hf.corpus import (
+    CorpusConfig,
+    MixturePart,
+    PackedCorpus,
+    Part,
+    load_packed,
+    pack,
+    pack_mixture,
+)
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import (
     ReferenceText,
@@ -60,18 +68,36 @@ VERSIONED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensor
 
 
 class TrainConfig(VersionedFile):
-    """One continual pre-training run; `lora` and `trainer` go to LoraConfig and TrainingArguments
-    as they are.
+    """One continual pre-training run on a corpus, or on a mixture of corpora by ratio; `lora` and
+    `trainer` go to LoraConfig and TrainingArguments as they are.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     base_model: ReferenceText
-    corpus: CorpusConfig
+    corpus: CorpusConfig | None = None
+    mixture: list[MixturePart] | None = Field(default=None, min_length=1)
     block_size: int = Field(default=1024, ge=8)
     max_tokens: int | None = Field(default=None, gt=0)
     lora: dict[str, Any] | None = None
     trainer: dict[str, Any] = {}
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if (self.corpus is None) == (self.mixture is None):
+            raise ValueError("give exactly one of 'corpus' and 'mixture'")
+        if self.mixture is not None:
+            if self.max_tokens is None:
+                raise ValueError("a mixture needs max_tokens: shares are shares of it")
+            total = sum(part.share for part in self.mixture)
+            if abs(total - 1) > 1e-6:
+                raise ValueError(f"the shares of the mixture sum to {total:g}, not to 1")
+        return self
+
+    @property
+    def corpora(self) -> Sequence[CorpusConfig]:
+        """The corpus, or those of the mixture."""
+        return self.mixture or ([self.corpus] if self.corpus is not None else [])
 
     @property
     def kind(self) -> Literal["adapter", "checkpoint"]:
@@ -81,7 +107,8 @@ class TrainConfig(VersionedFile):
     @property
     def digest(self) -> str:
         """Digest of everything that decides the result."""
-        return digest(self.model_dump(mode="json"))
+        absent = {"mixture"} if self.mixture is None else {"corpus"}
+        return digest(self.model_dump(mode="json", exclude=absent))
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -179,20 +206,44 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
         out.mkdir(parents=True, exist_ok=True)
         try:
             with naming_disk_errors(out, "Nothing was left behind"):
-                packed = pack(
-                    config.corpus,
-                    tokenizer,
-                    block_size=config.block_size,
-                    max_tokens=config.max_tokens,
-                    seed=config.seed,
-                    out=blocks,
-                )
+                packed = _packed(config, tokenizer, blocks)
         except BaseException:
             shutil.rmtree(out, ignore_errors=True)
             raise
-        record = {"config_sha256": config.digest, "n_documents": packed.n_documents}
-        write_text(started, json.dumps(record))
-    return load_packed(blocks, json.loads(started.read_text(encoding="utf-8"))["n_documents"])
+        parts = [dataclasses.asdict(part) for part in packed.parts]
+        write_text(started, json.dumps({"config_sha256": config.digest, "parts": parts}))
+    parts = json.loads(started.read_text(encoding="utf-8"))["parts"]
+    return load_packed(blocks, [Part(**part) for part in parts])
+
+
+def _packed(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
+    """Pack the corpus or the mixture of a run, and tell of documents that are read again."""
+    if config.corpus is not None:
+        return pack(
+            config.corpus,
+            tokenizer,
+            block_size=config.block_size,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            out=out,
+        )
+    packed = pack_mixture(
+        config.mixture or [],
+        tokenizer,
+        block_size=config.block_size,
+        max_tokens=config.max_tokens or 0,
+        seed=config.seed,
+        out=out,
+    )
+    for part in packed.parts:
+        if part.n_repeats:
+            logger.warning(
+                "%s: up-sampled: %s documents are read again (%.2f passes)",
+                part.name,
+                f"{part.n_repeats:,}",
+                1 + part.n_repeats / part.n_documents,
+            )
+    return packed
 
 
 def build_trainer(
@@ -397,10 +448,11 @@ def _record(
         "name": config.name,
         "base_model": base.reference,
         "corpus": {
-            "name": config.corpus.name,
+            "name": " + ".join(part.name for part in packed.parts),
             "n_tokens": packed.n_tokens,
             "n_documents": packed.n_documents,
             "sha256": packed.sha256,
+            **({"parts": [dataclasses.asdict(p) for p in packed.parts]} if config.mixture else {}),
         },
         "training": {
             "block_size": config.block_size,

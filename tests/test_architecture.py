@@ -37,6 +37,7 @@ ORDER = [
     "retarget",
     "compare",
     "recipe",
+    "ratios",
     "pipeline",
     "cli",
 ]

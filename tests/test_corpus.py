@@ -21,9 +21,13 @@ from optimer_hf.corpus import (
     IGNORED_LABEL,
     SHUFFLE_BUFFER,
     CorpusConfig,
+    MixturePart,
+    Part,
     documents,
     pack,
+    pack_mixture,
     segments,
+    shared_out,
     shuffled,
 )
 from optimer_hf.errors import CorpusError
@@ -424,3 +428,71 @@ def test_the_training_loss_of_a_block_is_that_of_its_documents_alone(kind, packe
             total += torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
             n_scored += len(ids) - 1
         assert loss.item() == pytest.approx(total / n_scored, rel=1e-5)
+
+
+# -- mixtures --------------------------------------------------------------------------------------
+
+
+def part(path, share, **fields) -> MixturePart:
+    return MixturePart(path=path, share=share, **fields)
+
+
+def test_a_mixture_has_exactly_the_shares_asked_for(tmp_path, tokenizer, corpus_dir):
+    mixture = [
+        part(corpus_dir / "aaa.train.jsonl", 0.3),
+        part(corpus_dir / "mix.train.jsonl", 0.7),
+    ]
+    packed = pack_mixture(
+        mixture, tokenizer, block_size=32, max_tokens=32 * 20, seed=5, out=tmp_path / "blocks.npy"
+    )
+    assert [p.n_tokens for p in packed.parts] == [32 * 6, 32 * 14]
+    for number, config, blocks in (
+        (0, mixture[0], packed.blocks[:6]),
+        (1, mixture[1], packed.blocks[6:]),
+    ):
+        alone = pack(
+            config,
+            tokenizer,
+            block_size=32,
+            max_tokens=packed.parts[number].n_tokens,
+            seed=5,
+            out=tmp_path / f"{number}.npy",
+        )
+        assert (alone.blocks == blocks).all()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"blocks.npy", "0.npy", "1.npy"}, "nothing else is left behind"
+
+
+@given(
+    st.lists(st.floats(0.001, 1), min_size=1, max_size=6),
+    st.integers(1, 5000),
+)
+def test_things_are_dealt_out_within_one_of_their_exact_part(sizes, n):
+    shares = [size / sum(sizes) for size in sizes]
+    counts = shared_out(shares, n)
+    assert sum(counts) == n
+    assert all(abs(c - share * n) < 1 + 1e-6 for c, share in zip(counts, shares, strict=True))
+
+
+def test_a_corpus_smaller_than_its_share_is_refused_unless_it_may_be_repeated(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", ["abcdef"] * 4)  # 4 x 8 tokens with BOS and EOS
+    write_jsonl(tmp_path / "b.jsonl", ["ghijkl"] * 100)
+    settings = {"block_size": 8, "max_tokens": 160, "seed": 0, "out": tmp_path / "blocks.npy"}
+    mixture = [part(tmp_path / "a.jsonl", 0.5), part(tmp_path / "b.jsonl", 0.5)]
+    with pytest.raises(
+        CorpusError, match=r"a.jsonl: holds 32 tokens in 4 documents, but its share of 0.5 asks for"
+    ):
+        pack_mixture(mixture, tokenizer, **settings)
+    mixture[0] = part(tmp_path / "a.jsonl", 0.5, upsample=True)
+    packed = pack_mixture(mixture, tokenizer, **settings)
+    assert packed.parts[0] == Part("a.jsonl", 80, 4, 6)
+    assert packed.parts[1] == Part("b.jsonl", 80, 10, 0)
+
+
+def test_an_empty_corpus_is_not_repeated_for_ever(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("", encoding="utf-8")
+    mixture = [part(tmp_path / "a.jsonl", 1.0, upsample=True)]
+    with pytest.raises(CorpusError, match="holds no text"):
+        pack_mixture(
+            mixture, tokenizer, block_size=8, max_tokens=80, seed=0, out=tmp_path / "blocks.npy"
+        )

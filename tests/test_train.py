@@ -24,7 +24,7 @@ from transformers import (
 
 from optimer_hf.corpus import CorpusConfig, pack
 from optimer_hf.errors import ConfigError, CorpusError, ModelError, OutputError
-from optimer_hf.train import TRAINER_DEFAULTS, TrainConfig, check_config, is_trained, train
+from optimer_hf.train import TRAINER_DEFAULTS, TrainConfig, check_config, is_trained, prepare, train
 
 ROOT = Path(__file__).parents[1]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -363,3 +363,36 @@ def test_the_fused_run_and_a_stock_trainer_agree(make_config, make_base, kind, t
     stock = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(stock) == 6
     assert fused == pytest.approx(stock, abs=1e-3)
+
+
+# -- mixtures --------------------------------------------------------------------------------------
+
+
+def test_a_mixture_needs_shares_that_sum_to_one_and_a_budget(tmp_path):
+    def config(shares, **fields):
+        parts = [{"path": tmp_path / "a.jsonl", "share": share} for share in shares]
+        return TrainConfig(name="m", base_model="a/b", mixture=parts, **fields)
+
+    with pytest.raises(ValueError, match=r"the shares of the mixture sum to 0\.9, not to 1"):
+        config([0.5, 0.4], max_tokens=64)
+    with pytest.raises(ValueError, match="a mixture needs max_tokens"):
+        config([0.5, 0.5])
+    with pytest.raises(ValueError, match="exactly one of 'corpus' and 'mixture'"):
+        TrainConfig(name="m", base_model="a/b")
+
+
+def test_a_killed_run_on_a_mixture_goes_on_with_the_same_blocks(make_config, corpus_dir, tmp_path):
+    parts = [
+        {"path": corpus_dir / "aaa.train.jsonl", "share": 0.5},
+        {"path": corpus_dir / "mix.train.jsonl", "share": 0.5},
+    ]
+    fields = make_config().model_dump() | {"corpus": None, "mixture": parts, "max_tokens": 256}
+    fields["trainer"] = {"learning_rate": 1e-2, "bf16": False, "save_steps": 2}
+    config = TrainConfig.model_validate(fields)
+    train(config, tmp_path / "whole")
+    prepare(config, tmp_path / "resumed")  # killed after packing
+    train(config, tmp_path / "resumed")
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "resumed")
+    found = record_of(tmp_path / "resumed")["corpus"]
+    assert [part["n_tokens"] for part in found["parts"]] == [128, 128]
+    assert found["n_documents"] == sum(part["n_documents"] for part in found["parts"])
