@@ -655,6 +655,90 @@ def verify(recipe_yaml: Path, model: Path) -> None:
     click.echo(f"{model}: the weights are those of {recipe_yaml}")
 
 
+@main.command("check-overlap")
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option(
+    "--n",
+    type=click.IntRange(min=1),
+    default=13,
+    show_default=True,
+    help="Units in common: words, in scripts without spaces characters.",
+)
+@click.option("--text-field", default="text", show_default=True, help="Of the corpus files.")
+@FORMAT
+def check_overlap(files: tuple[Path, ...], n: int, text_field: str, output: str) -> None:
+    """Look for the items of objectives in training corpora; exit status 1 when one is found.
+
+    FILES are corpora (JSONL, text, train.yaml) and objectives (objective.yaml, study.yaml with its
+    sealed test), in any order. An item shorter than N is looked for as a whole, from 8 units on.
+    """
+    from optimer_hf import overlap
+    from optimer_hf.files import markdown_table
+
+    corpora, objectives = _corpora_and_objectives(files, text_field)
+    terms = overlap.check_overlap(corpora, objectives, n=n)
+    if output == "json":
+        found = [asdict(term) | {"share": term.share} for term in terms]
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        header = ["term", "items", "overlapping", "share", "too short"]
+        rows = [
+            [
+                term.term,
+                f"{term.n_items:,}",
+                f"{len(term.overlaps):,}",
+                f"{100 * term.share:.2f} %",
+                f"{term.n_too_short:,}",
+            ]
+            for term in terms
+        ]
+        click.echo(markdown_table(header, rows))
+        for term in terms:
+            for each in term.overlaps[:5]:
+                where = f"document {each.document} of {each.corpus}"
+                click.echo(f"{term.term}: item {each.item} and {where}: {each.ngram}", err=True)
+    if any(term.overlaps for term in terms):
+        raise SystemExit(1)
+
+
+def _corpora_and_objectives(files: tuple[Path, ...], text_field: str) -> tuple[list[Any], Any]:
+    from optimer_hf.corpus import CorpusConfig
+    from optimer_hf.evaluate import Objective, ObjectiveFile
+    from optimer_hf.files import read_yaml
+    from optimer_hf.study import StudyConfig
+    from optimer_hf.train import TrainConfig
+
+    corpora: list[CorpusConfig] = []
+    objectives: dict[str, Objective] = {}
+    for path in files:
+        keys = set(read_yaml(path)) if path.suffix in (".yaml", ".yml") else None
+        if keys is None:
+            corpora.append(CorpusConfig(path=path.resolve(), text_field=text_field))
+        elif "objective" in keys and "scores" not in keys:  # a recipe has both
+            study = StudyConfig.read(path)
+            objectives[f"{path} objective"] = study.objective
+            if study.test is not None:
+                objectives[f"{path} test"] = study.test
+        elif "terms" in keys:
+            objectives[str(path)] = ObjectiveFile.read(path)
+        elif keys & {"corpus", "mixture"}:
+            corpora.extend(TrainConfig.read(path).corpora)
+        else:
+            raise ConfigError(
+                f"{path}: found the fields {', '.join(sorted(map(str, keys)))}, expected those of "
+                "an objective, a study or a train config. Give one of these, or a corpus file."
+            )
+    if not corpora or not objectives:
+        missing = "objective" if corpora else "corpus"
+        kinds = (
+            "an objective.yaml or a study.yaml"
+            if corpora
+            else "a JSONL or text file, or a train.yaml"
+        )
+        raise ConfigError(f"check-overlap: found no {missing} among the files. Add {kinds}.")
+    return corpora, objectives
+
+
 @main.command()
 @click.argument("files", type=PATH, nargs=-1, required=True)
 def validate(files: tuple[Path, ...]) -> None:

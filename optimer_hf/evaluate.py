@@ -11,8 +11,8 @@ the model; `HarnessModel` does neither.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -33,45 +33,89 @@ logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 1024
 N_BOOTSTRAP = 2000
+GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
+AGGREGATIONS = ("mean", "bits_per_byte", "weighted_perplexity", "perplexity")
+REPORTED = (
+    "arc_challenge",
+    "arc_easy",
+    "bbh",
+    "boolq",
+    "ceval",
+    "cmmlu",
+    "gpqa",
+    "gsm8k",
+    "hellaswag",
+    "hendrycks_math",
+    "humaneval",
+    "ifeval",
+    "jcommonsenseqa",
+    "jmmlu",
+    "lambada",
+    "math500",
+    "mbpp",
+    "mgsm",
+    "minerva_math",
+    "mmlu",
+    "openbookqa",
+    "piqa",
+    "triviaqa",
+    "truthfulqa",
+    "winogrande",
+)
 
 
 class Term(FileModel):
-    """One part of an objective: a metric of an lm-eval task, or bits per byte of the documents of a
-    file.
+    """One part of an objective: a metric of an lm-eval task, bits per byte or perplexity of the
+    documents of a file, or a Python function of the model, named here and given to `ResidentPool`.
+
+    `generation` goes to lm-eval as generation_kwargs. `hash_range` takes the items whose hash, as a
+    number in [0, 1), is in [low, high): the same task can serve the search and the sealed test.
     """
 
     task: str | None = None
     text: LocalPath | None = None
+    function: str | None = None
     text_field: str = "text"
     metric: str = "bits_per_byte"
+    higher_is_better: bool | None = None
     name: str | None = None
     weight: float = Field(default=1.0, ge=0)
     limit: int | None = Field(default=None, gt=0)
     num_fewshot: int | None = Field(default=None, ge=0)
+    generation: dict[str, Any] = {}
+    hash_range: tuple[float, float] = (0.0, 1.0)
     rescore_only: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.task is None) == (self.text is None):
+        if sum(source is not None for source in (self.task, self.text, self.function)) != 1:
             raise ValueError(
-                "give exactly one of 'task' (an lm-eval task) and 'text' (a JSONL file)"
+                "give exactly one of 'task' (an lm-eval task), 'text' (a JSONL file) and 'function'"
             )
-        if self.text is not None and self.metric != "bits_per_byte":
-            raise ValueError("a 'text' term has the metric bits_per_byte")
+        if self.text is not None and self.metric not in ("bits_per_byte", "byte_perplexity"):
+            raise ValueError("a 'text' term has the metric bits_per_byte or byte_perplexity")
+        if (self.function is None) != (self.higher_is_better is None):
+            raise ValueError(
+                "'higher_is_better' goes with 'function': lm-eval tasks know their direction"
+            )
+        if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
+            raise ValueError(f"hash_range {list(self.hash_range)}: expected 0 <= low < high <= 1")
         return self
 
     @property
     def label(self) -> str:
         """How the term is called in trials, tables and messages."""
-        return self.name or (
-            self.task if self.task is not None else str(self.text and self.text.name.split(".")[0])
-        )
+        if self.text is not None:
+            return self.name or self.text.name.split(".")[0]
+        return str(self.name or self.task or self.function)
 
     @property
     def task_name(self) -> str:
         """The lm-eval task that scores the term."""
         if self.task is not None:
             return self.task
+        if self.function is not None:
+            return f"function-{self.function}"
         # one file, one task, whatever its label: search and test use the same labels
         return f"text-{digest([str(self.text), self.text_field])[:16]}"
 
@@ -96,6 +140,9 @@ class Objective(FileModel):
     constraints: list[Constraint] = []
     include_path: LocalPath | None = None
     limit: int | None = Field(default=None, gt=0)
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+    system_instruction: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -116,15 +163,13 @@ class Objective(FileModel):
                     f"constraint {constraint.label!r} is called as a term with another task or "
                     "metric; tell them apart with 'name'"
                 )
-        shots: dict[str | None, int | None] = {}
+        settings: dict[str, Any] = {}
         for term in self.scored:
-            if (
-                term.task is not None
-                and shots.setdefault(term.task, term.num_fewshot) != term.num_fewshot
-            ):
+            asked = (term.num_fewshot, term.generation, term.hash_range)
+            if settings.setdefault(term.task_name, asked) != asked:
                 raise ValueError(
-                    f"task {term.task!r} is given twice with different num_fewshot; copy it under "
-                    "another name"
+                    f"task {term.task!r} is given twice with different num_fewshot, generation or "
+                    "hash_range; copy it under another name"
                 )
         counting = [term for term in self.terms if term.weight > 0]
         if not counting:
@@ -152,6 +197,15 @@ class Objective(FileModel):
         """Return how many items of a term the search looks at (None: all)."""
         return term.limit if term.limit is not None else self.limit
 
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """How lm-eval turns items into prompts, under its own names."""
+        return {
+            "apply_chat_template": self.apply_chat_template,
+            "fewshot_as_multiturn": self.fewshot_as_multiturn,
+            "system_instruction": self.system_instruction,
+        }
+
 
 class ObjectiveFile(VersionedFile, Objective):
     """An objective in a file of its own, for `optimer evaluate` and `optimer search MERGE.yml`."""
@@ -159,16 +213,20 @@ class ObjectiveFile(VersionedFile, Objective):
 
 @dataclass(frozen=True)
 class TermScore:
-    """The items of one term: [numerator, denominator] each, and the direction of the metric."""
+    """The items of one term: [numerator, denominator] each, and the direction of the metric; a
+    perplexity is two to the power of the ratio (numerators are in bits).
+    """
 
     items: list[tuple[float, float]]
     higher_is_better: bool
     n_tokens: int = 0
+    is_perplexity: bool = False
 
     @property
     def score(self) -> float:
         """Sum of numerators over sum of denominators, in the unit of the metric."""
-        return sum(top for top, _ in self.items) / sum(bottom for _, bottom in self.items)
+        ratio = sum(top for top, _ in self.items) / sum(bottom for _, bottom in self.items)
+        return float(2**ratio) if self.is_perplexity else ratio
 
 
 Scores = Mapping[str, TermScore]
@@ -279,23 +337,59 @@ def _counts(rng: np.random.Generator, n: int) -> "NDArray[np.float64]":
 
 def _resampled(term: TermScore, counts: "NDArray[np.float64]") -> "NDArray[np.float64]":
     items = np.array(term.items)
-    return np.asarray((counts @ items[:, 0]) / (counts @ items[:, 1]))
+    ratio = (counts @ items[:, 0]) / (counts @ items[:, 1])
+    return np.asarray(2**ratio if term.is_perplexity else ratio)
 
 
 # -- the harness -----------------------------------------------------------------------------------
 
 
+Scorer = Callable[[Any, Any, int | None], Sequence[float]]
+
+
 class Evaluator:
     """A model, its tokenizer and the tasks of some objectives, ready to be scored."""
 
-    def __init__(self, model: Any, tokenizer: Any, objectives: Sequence[Objective]) -> None:
-        """Load the tasks; raise EvaluationError for a task, metric or file that does not exist."""
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        objectives: Sequence[Objective],
+        *,
+        functions: Mapping[str, Scorer] | None = None,
+    ) -> None:
+        """Load the tasks. `functions` score the terms that name them: (model, tokenizer, limit) ->
+        a number per item.
+
+        Raises EvaluationError for a task, metric, file or function that does not exist.
+        """
         self._lm = _harness_model(model, tokenizer)
-        self._tasks = load_tasks(objectives)
+        self.tasks = load_tasks(objectives)
+        self._prompting = objectives[0].prompting
+        self._functions = dict(functions or {})
+        self._within: dict[tuple[str, tuple[float, float]], list[int]] = {}
+        for term in (term for objective in objectives for term in objective.scored):
+            if term.function is not None and term.function not in self._functions:
+                raise EvaluationError(
+                    f"term {term.label!r}: no function {term.function!r} was given; functions "
+                    "come from Python: search(..., pool=partial(ResidentPool, functions={...}))."
+                )
+            if term.function is None and not self._indices(term):
+                raise EvaluationError(
+                    f"term {term.label!r}: no item of {term.task_name!r} is in hash_range "
+                    f"{list(term.hash_range)}."
+                )
 
     def n_items(self, term: Term) -> int:
         """Return how many items a term has in all."""
-        return len(self._tasks[term.task_name].eval_docs)
+        return len(self._indices(term))
+
+    def _indices(self, term: Term) -> list[int]:
+        """Return the items of a term that are in its hash range."""
+        key = (term.task_name, term.hash_range)
+        if key not in self._within:
+            self._within[key] = items_within(self.tasks[term.task_name], term.hash_range)
+        return self._within[key]
 
     def evaluate(
         self, terms: Sequence[Term], *, limits: Mapping[str, int | None]
@@ -305,34 +399,58 @@ class Evaluator:
 
         Raises EvaluationError when a score is not a finite number.
         """
+        before = self.n_tokens
+        found = self._harness_scores([term for term in terms if term.function is None], limits)
+        used = self.n_tokens - before
+        for term in terms:
+            if term.function is None:
+                found[term.label] = replace(found[term.label], n_tokens=used // len(terms))
+            else:
+                found[term.label] = self._function_score(term, limits[term.label])
+        return {term.label: found[term.label] for term in terms}
+
+    def _harness_scores(
+        self, terms: Sequence[Term], limits: Mapping[str, int | None]
+    ) -> dict[str, TermScore]:
         from lm_eval.evaluator import evaluate
 
-        names = sorted({term.task_name for term in terms})
         samples: dict[str, list[int]] = {}
         for term in terms:
-            indices = spread(self.n_items(term), limits[term.label])
+            within = self._indices(term)
+            indices = [within[index] for index in spread(len(within), limits[term.label])]
             samples[term.task_name] = max(samples.get(term.task_name, []), indices, key=len)
-        tokens_before = dict(self._lm.n_tokens)
+        if not samples:
+            return {}
+        tasks = {name: self.tasks[name] for name in sorted(samples)}
         with _quiet_harness():
             results = evaluate(
                 lm=self._lm,
-                task_dict={
-                    "tasks": {name: self._tasks[name] for name in names},
-                    "groups": {},
-                    "group_map": {},
-                },
+                task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
                 samples=samples,
                 bootstrap_iters=0,
                 log_samples=True,
+                **self._prompting,
             )
-        used = self._lm.n_tokens["total"] - tokens_before["total"]
         found = {}
         for term in terms:
-            logged = results["samples"][term.task_name]
-            items = _items(term, self._tasks[term.task_name], logged)
-            higher = results["higher_is_better"][term.task_name][_metric_name(term)]
-            found[term.label] = TermScore(items, bool(higher), used // len(terms))
+            task = self.tasks[term.task_name]
+            items = _items(term, results["samples"][term.task_name])
+            higher = task.higher_is_better()[_metric_name(term)]
+            found[term.label] = TermScore(
+                items, bool(higher), is_perplexity=_aggregation(term, task).endswith("perplexity")
+            )
         return found
+
+    def _function_score(self, term: Term, limit: int | None) -> TermScore:
+        function = self._functions[str(term.function)]
+        with torch.no_grad():
+            values = [float(value) for value in function(self._lm.model, self._lm.tokenizer, limit)]
+        if not values or not all(map(math.isfinite, values)):
+            raise EvaluationError(
+                f"term {term.label!r}: function {term.function!r} gave {values[:5]!r}, expected a "
+                "finite number per item."
+            )
+        return TermScore([(value, 1.0) for value in values], bool(term.higher_is_better))
 
     @property
     def forward_seconds(self) -> float:
@@ -356,6 +474,63 @@ def spread(n_items: int, limit: int | None) -> list[int]:
     return [(2 * index + 1) * n_items // (2 * limit) for index in range(limit)]
 
 
+def items_within(task: Any, hash_range: tuple[float, float]) -> list[int]:
+    """Return the indices of a task's items whose hash, as a number in [0, 1), is in the range."""
+    low, high = hash_range
+    if (low, high) == (0.0, 1.0):
+        return list(range(len(task.eval_docs)))
+    places = (int(item[:12], 16) / 16**12 for item in item_hashes(task))
+    return [index for index, place in enumerate(places) if low <= place < high]
+
+
+def item_hashes(task: Any) -> list[str]:
+    """Return a digest of prompt, target and choices of every item of a task."""
+    has_choices = task.config.doc_to_choice is not None
+    return [
+        digest(
+            [
+                str(task.doc_to_text(doc)),
+                str(task.doc_to_target(doc)),
+                [str(choice) for choice in task.doc_to_choice(doc)] if has_choices else [],
+            ]
+        )
+        for doc in task.eval_docs
+    ]
+
+
+def check_disjoint(objective: Objective, test: Objective, tasks: Mapping[str, Any]) -> None:
+    """Raise EvaluationError when an item of the sealed test is one the search may look at."""
+    seen: dict[str, str] = {}
+    for part in (objective, test):
+        for term in part.scored:
+            if term.function is not None:
+                continue
+            task = tasks[term.task_name]
+            hashes = item_hashes(task)
+            found = {hashes[index] for index in items_within(task, term.hash_range)}
+            if part is objective:
+                seen |= dict.fromkeys(found, term.label)
+            elif shared := found & seen.keys():
+                raise EvaluationError(
+                    f"test term {term.label!r}: {len(shared)} of its {len(found)} items are items "
+                    f"of the search, too (term {seen[min(shared)]!r}). Give the test other items: "
+                    "a file of its own, or another hash_range."
+                )
+
+
+def warn_of_reported_benchmarks(objective: Objective) -> None:
+    """Log a warning for terms whose benchmark is usually reported: weights are fitted to it."""
+    for term in objective.scored:
+        name = next((name for name in REPORTED if (term.task or "").startswith(name)), None)
+        if name is not None:
+            logger.warning(
+                "objective term %r: %s is usually reported, and the weights are fitted to it; do "
+                "not report its score as if it were unseen, and seal other items for the test",
+                term.label,
+                name,
+            )
+
+
 def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
     """Return the lm-eval tasks of some objectives by name; needs no model, so it comes before
     anything expensive.
@@ -364,7 +539,8 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
     """
     tasks: dict[str, Any] = {}
     for objective in objectives:
-        wanted = {term.task_name: term for term in objective.scored if term.task_name not in tasks}
+        named = [term for term in objective.scored if term.function is None]
+        wanted = {term.task_name: term for term in named if term.task_name not in tasks}
         for term in wanted.values():
             if term.text is not None and not term.text.is_file():
                 raise EvaluationError(f"term {term.label!r}: {term.text}: no such file.")
@@ -372,7 +548,7 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
                 next(documents(CorpusConfig(path=term.text, text_field=term.text_field)), None)
         if wanted:
             tasks |= _load_tasks(list(wanted.values()), objective.include_path)
-        for term in objective.scored:
+        for term in named:
             _check_metric(term, tasks[term.task_name])
     return tasks
 
@@ -405,10 +581,37 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
             raise EvaluationError(
                 f"term {term.label!r}: task {term.task_name!r} cannot be loaded ({error})."
             ) from error
-        loaded[term.task_name] = tasks[term.task_name]
-        if term.num_fewshot is not None:
-            loaded[term.task_name].set_config(key="num_fewshot", value=term.num_fewshot)
+        loaded[term.task_name] = _with_settings(tasks[term.task_name], term)
     return loaded
+
+
+def _with_settings(task: Any, term: Term) -> Any:
+    """Return a task with the few-shot and generation settings of its term, which builds its
+    requests once for the same items.
+    """
+    if term.num_fewshot is not None:
+        task.set_config(key="num_fewshot", value=term.num_fewshot)
+    if task.OUTPUT_TYPE == "generate_until":
+        cap = {"max_gen_toks": GENERATION_CAP} | (task.config.generation_kwargs or {})
+        task.set_config(key="generation_kwargs", value=cap | term.generation)
+    elif term.generation:
+        raise EvaluationError(
+            f"term {term.label!r}: 'generation' is for tasks that generate; {term.task_name!r} is "
+            f"of type {task.OUTPUT_TYPE!r}."
+        )
+    build, built = task.build_all_requests, dict[str, list[Any]]()
+
+    def build_once(**settings: Any) -> None:
+        key = repr(settings["samples"])
+        if key not in built:
+            build(**settings)
+            built[key] = task._instances
+        for instance in built[key]:
+            instance.resps, instance.filtered_resps = [], {}
+        task._instances = built[key]
+
+    task.build_all_requests = build_once
+    return task
 
 
 def _text_task(term: Term) -> dict[str, Any]:
@@ -423,7 +626,7 @@ def _text_task(term: Term) -> dict[str, Any]:
         "doc_to_target": itemgetter(
             term.text_field
         ),  # a template would turn the document "[1, 2]" into a list
-        "metric_list": [{"metric": "bits_per_byte"}],
+        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
         "metadata": {"version": 1},
     }
 
@@ -450,16 +653,24 @@ def _check_metric(term: Term, task: Any) -> None:
             f"term {term.label!r}: task {term.task_name!r} has no filter {wanted!r}."
             f"{did_you_mean(wanted, filters)}"
         )
-    aggregation = known[name].__name__
-    if aggregation not in ("mean", "bits_per_byte"):
+    if _aggregation(term, task) not in AGGREGATIONS:
         raise EvaluationError(
-            f"term {term.label!r}: metric {name!r} is aggregated by {aggregation!r}; only means "
-            "and bits_per_byte can be "
-            "compared item by item. Use one of the task's other metrics."
+            f"term {term.label!r}: metric {name!r} is aggregated by {_aggregation(term, task)!r}; "
+            "only means, bits_per_byte and perplexities can be compared item by item. Use one of "
+            "the task's other metrics."
+        )
+    if task.higher_is_better().get(name) is None:
+        raise EvaluationError(
+            f"term {term.label!r}: metric {name!r} of task {term.task_name!r} has no direction. "
+            "Set `higher_is_better` in the metric_list of the task."
         )
 
 
-def _items(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+def _aggregation(term: Term, task: Any) -> str:
+    return str(task.aggregation()[_metric_name(term)].__name__)
+
+
+def _items(term: Term, logged: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     name, _, chosen = term.metric.partition(",")
     rows = [row for row in logged if row["filter"] == (chosen or row["filter"])]
     if not chosen:
@@ -468,8 +679,10 @@ def _items(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> list[t
     items = []
     for row in rows:
         value = row[name]
-        if isinstance(value, tuple):  # bits_per_byte: (log-likelihood in nats, bytes)
+        if isinstance(value, tuple):  # (log-likelihood in nats, bytes or words)
             items.append((-float(value[0]) / math.log(2), float(value[1])))
+        elif name == "perplexity":  # log-likelihood in nats
+            items.append((-float(value) / math.log(2), 1.0))
         else:
             items.append((float(value), 1.0))
     if not all(math.isfinite(top) for top, _ in items):

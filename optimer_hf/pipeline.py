@@ -152,7 +152,7 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
     Everything that can be wrong with the inputs is found here, before anything is trained.
     """
     from optimer_hf.corpus import documents
-    from optimer_hf.evaluate import load_tasks
+    from optimer_hf.evaluate import check_disjoint, load_tasks
     from optimer_hf.study import StudyConfig
     from optimer_hf.train import TrainConfig, check_config
 
@@ -177,7 +177,7 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
             f"{run.folder / 'study.yaml'}: field 'test' is missing. A run ends with the sealed "
             "test; name its terms, or use `optimer search`."
         )
-    load_tasks([config.objective, config.test])
+    check_disjoint(config.objective, config.test, load_tasks([config.objective, config.test]))
     for name, training in trainings.items():
         if training.base_model != config.base_model:
             raise ConfigError(

@@ -18,9 +18,16 @@ from typing import Protocol
 
 from optimer_hf.ask import Asker, anchors
 from optimer_hf.errors import EvaluationError
-from optimer_hf.evaluate import Term, feasible
+from optimer_hf.evaluate import Term, feasible, warn_of_reported_benchmarks
 from optimer_hf.progress import Meter
-from optimer_hf.study import Study, StudyConfig, Trial, locked, open_study
+from optimer_hf.study import (
+    Study,
+    StudyConfig,
+    Trial,
+    locked,
+    open_study,
+    say_what_tells_nothing,
+)
 from optimer_hf.trial import Pool, ResidentPool, run_trial
 
 logger = logging.getLogger(__name__)
@@ -55,8 +62,10 @@ def search(
             return study
         chosen = nullcontext(runner) if runner else _runner(config, pool, n_workers, scheduler)
         with chosen as opened:
+            warn_of_reported_benchmarks(config.objective)
             _run_search(study, opened, planned or {})
             _run_rescore(study, opened)
+    say_what_tells_nothing(study)
     return study
 
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST = 0.8  # of the items of a term
 EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
 Fidelity = Literal["search", "rescore", "sealed"]
 
@@ -114,15 +115,19 @@ class StudyConfig(VersionedFile):
         self._check_search()
         recorded = {term.label for term in self.objective.at("search")}
         if self.test is not None:
-            shared = {t.task_name for t in self.objective.scored} & {
-                t.task_name for t in self.test.scored
-            }
-            if shared:
+            searched = {term.task_name: term.hash_range for term in self.objective.scored}
+            for term in self.test.scored:
+                low, high = searched.get(term.task_name, (2.0, 2.0))
+                if term.hash_range[0] < high and low < term.hash_range[1]:
+                    raise ValueError(
+                        f"objective and test share {term.task_name!r}: the sealed items would be "
+                        "ones the search saw. Give the test its own file, or the two parts of the "
+                        "items: hash_range [0, 0.5] and [0.5, 1]"
+                    )
+            if self.objective.prompting != self.test.prompting:
                 raise ValueError(
-                    f"objective and test share {sorted(shared)[0]!r}: the sealed items would be "
-                    "ones "
-                    "the search saw. Give the test its own file, or a copy of the task over other "
-                    "items"
+                    "objective and test must have the same apply_chat_template, "
+                    "fewshot_as_multiturn and system_instruction"
                 )
         for name, weights in self.retarget.items():
             if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
@@ -515,6 +520,24 @@ class Study:
             return None
         other = max(others, key=lambda trial: combine(objective, trial.terms, base))
         return other, paired_interval(objective, best.terms, other.terms, base)
+
+
+def say_what_tells_nothing(study: Study) -> None:
+    """Log a warning for every term most of whose items all trials score alike: they cost time and
+    carry no information.
+    """
+    trials = [trial for trial in study.log.of("search") if trial.status == "ok"]
+    for label in trials[0].terms:
+        columns = list(zip(*(trial.terms[label].items for trial in trials), strict=True))
+        alike = sum(len(set(column)) == 1 for column in columns)
+        if len(trials) > 2 and alike > MOST * len(columns):
+            logger.warning(
+                "term %r: all trials score %d of %d items alike; such items tell nothing apart. "
+                "Take harder or easier ones, or a continuous metric (bits_per_byte)",
+                label,
+                alike,
+                len(columns),
+            )
 
 
 def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> Study:

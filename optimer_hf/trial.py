@@ -14,7 +14,7 @@ from typing import Protocol
 
 from optimer_hf.convert import resolve_base
 from optimer_hf.errors import ConfigError, ModelError
-from optimer_hf.evaluate import Evaluator, Term, TermScore
+from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoint
 from optimer_hf.resident import ResidentModel, default_device
 from optimer_hf.study import StudyConfig, Trial, VectorConfig
 from optimer_hf.vector import open_vector
@@ -37,8 +37,13 @@ class Pool(Protocol):
 class ResidentPool:
     """The real pool: a resident model and the harness."""
 
-    def __init__(self, config: StudyConfig) -> None:
-        """Open base, vectors and tasks; every mismatch is found here, before the first trial."""
+    def __init__(
+        self, config: StudyConfig, *, functions: Mapping[str, Scorer] | None = None
+    ) -> None:
+        """Open base, vectors and tasks; every mismatch is found here, before the first trial.
+
+        `functions` score the terms that name them, see Evaluator.
+        """
         from transformers import AutoTokenizer
 
         base = resolve_base(config.base_model)
@@ -52,7 +57,11 @@ class ResidentPool:
         )
         tokenizer = AutoTokenizer.from_pretrained(base.path)
         objectives = [config.objective] + ([config.test] if config.test is not None else [])
-        self._evaluator = Evaluator(self._resident.model, tokenizer, objectives)
+        self._evaluator = Evaluator(
+            self._resident.model, tokenizer, objectives, functions=functions
+        )
+        if config.test is not None:
+            check_disjoint(config.objective, config.test, self._evaluator.tasks)
 
     def score(
         self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]

@@ -26,6 +26,7 @@ ORDER = [
     "geometry",
     "resident",
     "evaluate",
+    "overlap",
     "surrogate",
     "study",
     "trial",

@@ -25,11 +25,14 @@ from optimer_hf.evaluate import (
     Objective,
     ObjectiveFile,
     TermScore,
+    check_disjoint,
     combine,
     gains,
+    items_within,
     load_tasks,
     paired_interval,
     spread,
+    warn_of_reported_benchmarks,
 )
 
 CHOICE_TASK = """
@@ -540,3 +543,158 @@ def test_spread_takes_the_same_share_of_every_source():
         10,
         10,
     ]
+
+
+# -- perplexities, functions, generation, hash ranges ----------------------------------------------
+
+
+def test_byte_perplexity_is_two_to_the_bits_per_byte(model, tokenizer, tmp_path):
+    path = write_texts(tmp_path / "a.jsonl", ["some text", "and some more of it", "x y z"])
+    objective = objective_of(
+        {"text": str(path), "name": "bits"},
+        {"text": str(path), "name": "perplexity", "metric": "byte_perplexity"},
+    )
+    found = evaluate_all(model, tokenizer, objective)
+    assert found["perplexity"].score == pytest.approx(2 ** found["bits"].score)
+    assert not found["perplexity"].higher_is_better
+    worse = TermScore(
+        [(top + 8, bottom) for top, bottom in found["perplexity"].items], False, 0, True
+    )
+    better = paired_interval(
+        objective_of({"text": "p", "name": "perplexity", "metric": "byte_perplexity"}),
+        found,
+        {"perplexity": worse},
+        found,
+    )
+    assert better.low > 0, "an interval of perplexities resamples perplexities"
+    assert better.difference == pytest.approx(worse.score / found["perplexity"].score - 1)
+
+
+def test_a_python_function_can_be_a_term(tokenizer):
+    model = tiny_model().eval()
+
+    def norms(model, tokenizer, limit):
+        return [float(p.detach().norm()) for p in list(model.parameters())[:limit]]
+
+    objective = objective_of({"function": "norms", "higher_is_better": False, "limit": 3})
+    evaluator = Evaluator(model, tokenizer, [objective], functions={"norms": norms})
+    found = evaluator.evaluate(objective.terms, limits={"norms": 3})["norms"]
+    assert [top for top, _ in found.items] == norms(model, tokenizer, 3)
+    assert not found.higher_is_better
+    with pytest.raises(EvaluationError, match="no function 'norms' was given; functions come from"):
+        Evaluator(model, tokenizer, [objective])
+    broken = Evaluator(
+        model, tokenizer, [objective], functions={"norms": lambda *_: [float("nan")]}
+    )
+    with pytest.raises(EvaluationError, match="expected a finite number per item"):
+        broken.evaluate(objective.terms, limits={"norms": 3})
+
+
+def test_generation_options_reach_the_harness_and_a_cap_is_always_set(tokenizer, tasks_dir):
+    term = {"task": "toy_generate", "metric": "exact_match,whole", "generation": {"temperature": 1}}
+    objective = objective_of(term, include_path=str(tasks_dir))
+    options = load_tasks([objective])["toy_generate"].config.generation_kwargs
+    assert (options["temperature"], options["max_gen_toks"], options["until"]) == (1, 4, ["\n"])
+    uncapped = tasks_dir / "uncapped"
+    uncapped.mkdir()
+    text = GENERATE_TASK.replace(", max_gen_toks: 4", "").replace("choice.jsonl", "../choice.jsonl")
+    (uncapped / "t.yaml").write_text(text, encoding="utf-8")
+    objective = objective_of(term, include_path=str(uncapped))
+    assert load_tasks([objective])["toy_generate"].config.generation_kwargs["max_gen_toks"] == 256
+
+
+def test_generation_options_of_a_task_that_does_not_generate_are_refused(tasks_dir):
+    term = {"task": "toy_choice", "metric": "acc", "generation": {"temperature": 1}}
+    with pytest.raises(EvaluationError, match="'generation' is for tasks that generate"):
+        load_tasks([objective_of(term, include_path=str(tasks_dir))])
+
+
+def test_a_metric_without_a_direction_is_refused(tasks_dir, tmp_path):
+    text = CHOICE_TASK.replace(", higher_is_better: true", ", higher_is_better: null")
+    (tmp_path / "t.yaml").write_text(
+        text.replace("choice.jsonl", str(tasks_dir / "choice.jsonl")), encoding="utf-8"
+    )
+    with pytest.raises(EvaluationError, match="'acc' of task 'toy_choice' has no direction"):
+        load_tasks(
+            [objective_of({"task": "toy_choice", "metric": "acc"}, include_path=str(tmp_path))]
+        )
+
+
+def test_a_chat_template_wraps_the_prompts(tokenizer, tasks_dir):
+    model = tiny_model().eval()
+    chatty = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}> ",
+    )
+    term = {"task": "toy_choice", "metric": "acc"}
+    plain, wrapped = (
+        objective_of(term, include_path=str(tasks_dir), apply_chat_template=chat)
+        for chat in (False, True)
+    )
+    tokens = []
+    for objective in (plain, wrapped):
+        evaluator = Evaluator(model, chatty, [objective])
+        evaluator.evaluate(objective.terms, limits={"toy_choice": 4})
+        tokens.append(evaluator.n_tokens)
+    assert tokens[1] > tokens[0] + 4 * len("[user]  >")
+
+
+def test_hash_ranges_split_the_items_of_a_task_and_never_overlap(tokenizer, tasks_dir):
+    model = tiny_model().eval()
+    term = {"task": "toy_choice", "metric": "acc"}
+    halves = [
+        objective_of(term | {"hash_range": span}, include_path=str(tasks_dir))
+        for span in ([0, 0.5], [0.5, 1])
+    ]
+    whole = objective_of(term, include_path=str(tasks_dir))
+    tasks = load_tasks([whole])
+    parts = [items_within(tasks["toy_choice"], h.terms[0].hash_range) for h in halves]
+    assert sorted(parts[0] + parts[1]) == list(range(24))
+    check_disjoint(*halves, tasks)
+    everything = evaluate_all(model, tokenizer, whole)["toy_choice"].items
+    for half, indices in zip(halves, parts, strict=True):
+        found = evaluate_all(model, tokenizer, half)["toy_choice"].items
+        assert found == [everything[index] for index in indices]
+    with pytest.raises(EvaluationError, match=r"no item of 'toy_choice' is in hash_range"):
+        empty = objective_of(term | {"hash_range": [0.999999, 1]}, include_path=str(tasks_dir))
+        Evaluator(model, tokenizer, [empty])
+
+
+def test_sealed_items_that_the_search_sees_are_refused(tmp_path):
+    search = write_texts(tmp_path / "search.jsonl", ["one", "two", "three"])
+    test = write_texts(tmp_path / "test.jsonl", ["four", "two", "five"])
+    objectives = [objective_of({"text": str(path), "name": "t"}) for path in (search, test)]
+    with pytest.raises(
+        EvaluationError, match=r"test term 't': 1 of its 3 items are items of the search, too"
+    ):
+        check_disjoint(*objectives, load_tasks(objectives))
+
+
+def test_requests_are_built_once_and_answered_anew(tokenizer, tasks_dir):
+    model = tiny_model().eval()
+    objective = objective_of(
+        {"task": "toy_choice", "metric": "acc_norm"}, include_path=str(tasks_dir)
+    )
+    evaluator = Evaluator(model, tokenizer, [objective])
+    task = evaluator.tasks["toy_choice"]
+    limits = {"toy_choice": 10}
+    first = evaluator.evaluate(objective.terms, limits=limits)
+    requests = task.instances
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    second = evaluator.evaluate(objective.terms, limits=limits)
+    assert all(a is b for a, b in zip(task.instances, requests, strict=True))
+    fresh = Evaluator(model, tokenizer, [objective]).evaluate(objective.terms, limits=limits)
+    assert second["toy_choice"].items == fresh["toy_choice"].items != first["toy_choice"].items
+
+
+def test_benchmarks_that_are_usually_reported_are_warned_of(caplog):
+    warn_of_reported_benchmarks(objective_of({"task": "gsm8k_cot", "metric": "exact_match"}))
+    assert "gsm8k is usually reported" in caplog.text
+    caplog.clear()
+    warn_of_reported_benchmarks(objective_of({"task": "my_own_task", "metric": "acc"}))
+    assert not caplog.text
