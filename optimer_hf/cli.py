@@ -498,13 +498,48 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
 
 @main.command()
 @click.argument("study_dir", type=PATH)
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Also TIES, DARE-TIES, Model Stock, and random vectors of equal norm.",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Also a model trained from the base, for instance on a data mixture.",
+)
+@click.option("--figure", type=PATH, help="Also write a figure (.png, .svg, .pdf).")
 @FORMAT
-def compare(study_dir: Path, output: str) -> None:
+def compare(
+    study_dir: Path, everything: bool, models: tuple[str, ...], figure: Path | None, output: str
+) -> None:
     """Score the baselines and the merge of a finished study on its sealed test."""
+    from dataclasses import replace
+
     from optimer_hf import compare as comparisons
+    from optimer_hf.files import absolute_reference
     from optimer_hf.study import load_study
 
-    comparison = comparisons.compare(load_study(study_dir))
+    study = load_study(study_dir)
+    known = study.config.baselines
+    named = dict(text.partition("=")[::2] for text in models)
+    if not all(name and source for name, source in named.items()):
+        raise ConfigError(f"--model {models[0]!r}: expected NAME=MODEL.")
+    sources = {name: absolute_reference(source, Path.cwd()) for name, source in named.items()}
+    changes: dict[str, Any] = {"models": known.models | sources}
+    if everything:
+        changes |= {
+            "merge_methods": ["ties", "dare_ties", "model_stock"],
+            "random_vectors": True,
+        }
+    baselines = known.model_copy(update=changes)
+    config = study.config.model_copy(update={"baselines": baselines})
+    comparison = comparisons.compare(replace(study, config=config))
+    if figure is not None:
+        comparisons.write_figure(comparison, figure)
     click.echo(
         json.dumps(comparisons.to_json(comparison), indent=2)
         if output == "json"

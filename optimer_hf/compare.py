@@ -1,4 +1,5 @@
-"""A finished study -> every baseline and the merge on the sealed test, with paired intervals.
+"""A finished study -> every baseline and the merge on the sealed test, with paired intervals, as a
+table, JSON and a figure.
 
 Each weight set is scored on the sealed test once and kept in `sealed.jsonl`; asking again reads it
 from there. A row whose weights were chosen after sealed scores had been seen is marked.
@@ -6,16 +7,30 @@ from there. A row whose weights were chosen after sealed scores had been seen is
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from optimer_hf import baselines
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, paired_interval
-from optimer_hf.files import markdown_table
+from optimer_hf.files import markdown_table, slug
 from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
-from optimer_hf.study import Study, StudyConfig, Trial, TrialLog, locked
+from optimer_hf.search import search
+from optimer_hf.study import (
+    Baselines,
+    SearchConfig,
+    Study,
+    StudyConfig,
+    Trial,
+    TrialLog,
+    VectorConfig,
+    locked,
+)
 from optimer_hf.trial import Pool, ResidentPool, run_trial
 
 logger = logging.getLogger(__name__)
@@ -113,24 +128,95 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
             f"{study.directory}: study.yaml has no `test:` section, so there is nothing sealed to "
             "compare on."
         )
-    wanted = candidates(study)
+    if study.config.baselines.mixtures:
+        logger.warning("mixtures of `baselines` are trained by `optimer run`; they are left out")
+    scratch = study.directory / "scratch"
     with locked(study.directory):
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
         log = TrialLog(study.directory / "sealed.jsonl")
         found = {_key(trial.weights): trial for trial in log.trials}
-        missing = {_key(weights): name for name, weights in wanted.items()}
-        for key in found:
-            missing.pop(key, None)
-        if missing:
-            unscored = {name: wanted[name] for name in missing.values()}
-            for trial in _scored(study, objective, unscored, pool(study.config)):
-                log.append(trial)
-                found[_key(trial.weights)] = trial
+        wanted = _weight_rows(study, objective, log, found, pool)
+        for model in baselines.models(study):
+            wanted[model.name] = model.weights
+            if _key(model.weights) not in found:
+                sources = model.make(scratch)
+                row = {model.name: model.weights}
+                _score(study, objective, row, log, found, pool(_with_pool(study.config, sources)))
+        shutil.rmtree(scratch, ignore_errors=True)
     opened_at = log.trials[0].number
     rows = [
         Row(name, weights, found[_key(weights)].terms, found[_key(weights)].number > opened_at)
-        for name, weights in wanted.items()
+        for name, weights in _in_order(wanted).items()
     ]
     return Comparison(rows, objective, study.config.retarget)
+
+
+def _weight_rows(
+    study: Study,
+    objective: Objective,
+    log: TrialLog,
+    found: dict[str, Trial],
+    pool: Callable[[StudyConfig], Pool],
+) -> dict[str, dict[str, float]]:
+    """Score all rows that are weights of the study's own pool, which is opened at most once, and
+    return their weights.
+    """
+
+    @cache
+    def opened() -> Pool:
+        return pool(study.config)
+
+    wanted = candidates(study)
+    for name, settings in study.config.baselines.searches.items():
+        config = _searched_otherwise(study.config, settings.model_dump())
+        directory = study.directory / "searches" / slug(name)
+        wanted[name] = search(config, directory, pool=lambda _: opened()).incumbent.weights
+    missing = {_key(weights): name for name, weights in wanted.items()}
+    unscored = {name: wanted[name] for key, name in missing.items() if key not in found}
+    if unscored:
+        _score(study, objective, unscored, log, found, opened())
+    return wanted
+
+
+def _searched_otherwise(config: StudyConfig, settings: dict[str, Any]) -> StudyConfig:
+    limit = settings.pop("limit")
+    changes: dict[str, Any] = {
+        "search": SearchConfig(**settings),
+        "test": None,
+        "retarget": {},
+        "baselines": Baselines(),
+    }
+    if limit is not None:
+        terms = [term.model_copy(update={"limit": None}) for term in config.objective.terms]
+        changed = {"limit": limit, "terms": terms}
+        changes["objective"] = config.objective.model_copy(update=changed)
+    return config.model_copy(update=changes)
+
+
+def _with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
+    vectors = {name: VectorConfig(source=source) for name, source in sources.items()}
+    return config.model_copy(update={"vectors": vectors})
+
+
+def _in_order(wanted: Mapping[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return the rows with the merge, and what it was re-targeted to, behind all baselines."""
+    last = [name for name in wanted if name == MERGE or name.startswith("re-targeted")]
+    first = [name for name in wanted if name not in last]
+    return {name: wanted[name] for name in [*first, *last]}
+
+
+def _score(
+    study: Study,
+    objective: Objective,
+    rows: Mapping[str, dict[str, float]],
+    log: TrialLog,
+    found: dict[str, Trial],
+    pool: Pool,
+) -> None:
+    """Score rows on the sealed test, each written to disk before the next."""
+    for trial in _scored(study, objective, rows, pool):
+        log.append(trial)
+        found[_key(trial.weights)] = trial
 
 
 def _scored(
@@ -166,7 +252,11 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     percent.
     """
     labels = list(comparison.base.scores)
-    header = ["weights", *labels, "objective"]
+    limits = {
+        term.label: comparison.objective.limit_of(term) for term in comparison.objective.scored
+    }
+    marked = [f"{x} (first {limits[x]})" if limits[x] is not None else x for x in labels]
+    header = ["weights", *marked, "objective"]
     lines = []
     for row in comparison.rows:
         each = gains(row.scores, comparison.base.scores)
@@ -250,3 +340,32 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             }
         )
     return {"rows": rows, "verdicts": verdicts(comparison)}
+
+
+def write_figure(comparison: Comparison, path: Path) -> None:
+    """Write the value of every row, in percent over the base, with its paired 95 % interval, as a
+    figure; the suffix of `path` says the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = sorted(comparison.rows[1:], key=comparison.value)
+    found = [comparison.interval(row, comparison.base) for row in rows]
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for at, (row, interval) in enumerate(zip(rows, found, strict=True)):
+        middle = 100 * interval.difference
+        sides = [[middle - 100 * interval.low], [100 * interval.high - middle]]
+        axes.errorbar(
+            middle,
+            at,
+            xerr=[[max(side[0], 0)] for side in sides],
+            fmt="o",
+            color="tab:gray" if row.is_baseline else "tab:red",
+            capsize=3,
+        )
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("sealed objective over the base, in percent, with paired 95 % intervals")
+    figure.savefig(path)

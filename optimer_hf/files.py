@@ -224,6 +224,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # -- writing ---------------------------------------------------------------------------------------
 
 
+def slug(name: str) -> str:
+    """Return a name as a file or directory may be called."""
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or "unnamed"
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: after a crash it holds the old text or the new one."""
     temporary = path.with_name(f"{ATOMIC_PREFIX}{path.name}")

@@ -13,13 +13,21 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from optimer_hf.errors import ConfigError, OutputError
-from optimer_hf.files import digest, markdown_table, parse, read_yaml, sha256_file, write_text
+from optimer_hf.files import (
+    digest,
+    markdown_table,
+    parse,
+    read_yaml,
+    sha256_file,
+    slug,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +36,8 @@ OURS = {
     "vectors",
     "study",
     "deltas",
+    "mixtures",
+    "comparison.png",
     "merged",
     "done.json",
     "optimer.yml",
@@ -99,7 +109,7 @@ def run_recipe(run: Run) -> str:
     with locked(run.out):
         train_vectors(run, trainings)
         study = search.search(config, run.out / "study")
-        comparison = compare.compare(study)
+        comparison = compare.compare(with_mixtures(run, study, trainings))
         sealed = compare.to_json(comparison)
         spent = ledger_of(run, study, list(trainings))
         recipe_file = run.out / "recipe.yaml"
@@ -111,6 +121,7 @@ def run_recipe(run: Run) -> str:
         recipe.write_vanilla(study, run.out / "mergekit_config.yml")
         spent["write"] = {"seconds": round(perf_counter() - writing, 1)}
         spent["this_invocation"] = {"seconds": round(perf_counter() - started, 1)}
+        compare.write_figure(comparison, run.out / "comparison.png")
         write_text(run.out / "results.json", json.dumps(sealed, indent=2))
         write_text(run.out / "ledger.json", json.dumps(spent, indent=2))
         write_text(run.out / "results.md", _results(run, comparison, study, spent))
@@ -185,6 +196,7 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
                 f"{training.base_model!r}, but base_model is "
                 f"{config.base_model!r}. Give both the same base."
             )
+    _check_mixtures(config, trainings, run.folder / "study.yaml")
     sources = {
         name: vector.model_copy(update={"train": None, "source": str(_vector_dir(run, name))})
         if vector.train
@@ -192,6 +204,28 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
         for name, vector in config.vectors.items()
     }
     return config.model_copy(update={"vectors": sources}), trainings
+
+
+def _check_mixtures(config: Any, trainings: Mapping[str, Any], path: Path) -> None:
+    """Refuse mixtures that could not be trained after the search."""
+    from optimer_hf.ratios import mixture
+
+    if not config.baselines.mixtures:
+        return
+    for name in config.vectors:
+        if name not in trainings or trainings[name].max_tokens is None:
+            raise ConfigError(
+                f"{path}: baselines.mixtures: vector {name!r} is not trained here with max_tokens, "
+                "so no mixture has its text. Train it in this folder, or leave the mixtures out."
+            )
+    for name, baseline in config.baselines.mixtures.items():
+        shares = baseline.shares
+        mixture(
+            trainings,
+            shares if isinstance(shares, dict) else dict.fromkeys(trainings, 1.0),
+            name=slug(name),
+            max_tokens=1,
+        )
 
 
 def _check_short(short: Mapping[str, Any], path: Path) -> None:
@@ -237,6 +271,30 @@ def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
         if not (out / "vector.json").exists():
             train(config, out)
             describe(out, resolve_base(config.base_model), name=name, kind=config.kind)
+
+
+def with_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> Any:
+    """Train the data mixtures that `baselines` asks for, with the settings of the vectors, and
+    return the study with them among its models.
+    """
+    from optimer_hf.ratios import mixture, ratios
+    from optimer_hf.train import train
+
+    wanted = study.config.baselines
+    tokens = {name: int(training.max_tokens or 0) for name, training in trainings.items()}
+    models = dict(wanted.models)
+    for name, baseline in wanted.mixtures.items():
+        shares = baseline.shares
+        if shares == "uniform":
+            shares = dict.fromkeys(trainings, 1.0)
+        elif shares == "searched":
+            shares = ratios(study.incumbent.weights, tokens).shares
+        n_tokens = sum(tokens.values()) // (1 if baseline.budget == "all" else len(tokens))
+        out = run.out / "mixtures" / slug(name)
+        train(mixture(trainings, shares, name=slug(name), max_tokens=n_tokens), out)
+        models[name] = str(out)
+    baselines = wanted.model_copy(update={"models": models, "mixtures": {}})
+    return replace(study, config=study.config.model_copy(update={"baselines": baselines}))
 
 
 # -- ledger ----------------------------------------------------------------------------------------

@@ -95,9 +95,40 @@ class SearchConfig(FileModel):
     rescore_limit: int | None = Field(default=None, gt=0)
 
 
+class SearchBaseline(SearchConfig):
+    """Another search to compare with, by other settings: `limit` items a term instead of the
+    objective's.
+    """
+
+    limit: int | None = Field(default=None, gt=0)
+
+
+class MixtureBaseline(FileModel):
+    """A data mixture that `optimer run` trains to compare with: shares by vector (or those that its
+    weights read as), with the tokens of all vectors together or of one.
+    """
+
+    shares: dict[str, float] | Literal["uniform", "searched"] = "uniform"
+    budget: Literal["all", "one"] = "all"
+
+
+class Baselines(FileModel):
+    """What to compare the merge with beyond weights of its own pool.
+
+    `models` are adapters or checkpoints trained from the base, by what to call them; random
+    vectors are merged with the weights of the incumbent.
+    """
+
+    merge_methods: list[Literal["ties", "dare_ties", "model_stock"]] = []
+    random_vectors: bool = False
+    searches: dict[str, SearchBaseline] = {}
+    models: dict[str, ReferenceText] = {}
+    mixtures: dict[str, MixtureBaseline] = {}
+
+
 class StudyConfig(VersionedFile):
-    """study.yaml: base, pool, objective, sealed test, and other objectives to answer from the same
-    trials.
+    """study.yaml: base, pool, objective, sealed test, other objectives to answer from the same
+    trials, and what to compare with.
     """
 
     base_model: ReferenceText
@@ -107,6 +138,7 @@ class StudyConfig(VersionedFile):
     test: Objective | None = None
     retarget: dict[str, dict[str, float]] = {}
     search: SearchConfig = SearchConfig()
+    baselines: Baselines = Baselines()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -143,6 +175,18 @@ class StudyConfig(VersionedFile):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _known_shares(self) -> Self:
+        for name, mixture in self.baselines.mixtures.items():
+            shares = mixture.shares if isinstance(mixture.shares, dict) else {}
+            unknown = [vector for vector in shares if vector not in self.vectors]
+            if unknown:
+                raise ValueError(
+                    f"baselines.mixtures.{name}: no vector is called {unknown[0]!r}; vectors: "
+                    f"{sorted(self.vectors)}"
+                )
+        return self
+
     def _check_search(self) -> None:
         search = self.search
         counting = [term for term in self.objective.at("search") if term.weight > 0]
@@ -169,7 +213,7 @@ class StudyConfig(VersionedFile):
     @property
     def identity(self) -> dict[str, Any]:
         """What must not change while a study goes on: all that decides its trials."""
-        data = self.model_dump(mode="json", exclude={"retarget"})
+        data = self.model_dump(mode="json", exclude={"retarget", "baselines"})
         del data["search"]["n_trials"]
         return data
 

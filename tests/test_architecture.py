@@ -36,6 +36,7 @@ ORDER = [
     "search",
     "ledger",
     "retarget",
+    "baselines",
     "compare",
     "recipe",
     "ratios",

@@ -74,6 +74,11 @@ class FunctionPool:
         return scores, {"merge": 0.0, "evaluate": 0.0}, 10
 
 
+def no_pool_for(what: str):
+    """Return a pool that must not be opened."""
+    return lambda config: pytest.fail(f"{what} is scored already, no pool may be opened")
+
+
 class FailingPool(FunctionPool):
     """Raises for some calls, by their number."""
 

@@ -1,0 +1,215 @@
+"""baselines.py: other merges, random vectors and mixtures beside the searched merge, all real."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import whole_delta
+from test_pipeline import optimer, recipe_dir  # noqa: F401
+from test_search import FunctionPool, config_of, no_pool_for
+from transformers import AutoModelForCausalLM
+
+from optimer_hf.baselines import write_random_like
+from optimer_hf.checkpoint import Checkpoint
+from optimer_hf.compare import MERGE, compare, write_figure
+from optimer_hf.resident import ResidentModel
+from optimer_hf.search import search
+from optimer_hf.study import StudyConfig
+from optimer_hf.vector import norms, open_vector
+
+ALL = {"merge_methods": ["ties", "dare_ties", "model_stock"], "random_vectors": True}
+
+
+def deltas(vector, base):
+    return {name: whole_delta(vector, base, name).float() for name in sorted(vector.names)}
+
+
+# -- random vectors --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["adapter", "checkpoint"])
+def test_a_random_vector_has_the_norm_of_every_tensor_and_no_direction_in_common(
+    stored, make_base, make_adapter, make_tuned, tmp_path
+):
+    base = make_base("gemma", torch.float32)
+    path = make_adapter(base, 0) if stored == "adapter" else make_tuned(base, "gemma", 0)
+    real = open_vector("v", str(path), base)
+    write_random_like(real, base, tmp_path / "random", seed=3)
+    noise = open_vector("v", str(tmp_path / "random"), base)
+    assert noise.kind == ("adapter" if stored == "adapter" else "delta")
+    found, expected = deltas(noise, base), deltas(real, base)
+    for name, delta in expected.items():
+        tolerance = 1e-5 if stored == "adapter" else 3e-3  # stored in bfloat16
+        assert found[name].norm().item() == pytest.approx(delta.norm().item(), rel=tolerance), name
+        if stored == "adapter":
+            rank = torch.linalg.matrix_rank(found[name].double(), rtol=1e-5)
+            assert rank == torch.linalg.matrix_rank(delta.double(), rtol=1e-5)
+    flat = [torch.cat([delta.flatten() for delta in side.values()]) for side in (found, expected)]
+    cosine = torch.nn.functional.cosine_similarity(*flat, dim=0)
+    assert abs(cosine) < 6 / len(flat[0]) ** 0.5 + 0.02
+    assert norms(noise, Checkpoint(base.path)) == pytest.approx(
+        norms(real, Checkpoint(base.path)), rel=3e-3
+    )
+
+
+def test_a_seed_fixes_a_random_vector(make_base, make_adapter, tmp_path):
+    base = make_base("gemma", torch.float32)
+    real = open_vector("v", str(make_adapter(base, 0)), base)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_random_like(real, base, tmp_path / name, seed=seed)
+    a, b, c = (deltas(open_vector("v", str(tmp_path / n), base), base) for n in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not any(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_an_adapter_with_more_than_linear_factors_becomes_a_delta(
+    make_base, make_adapter, tmp_path
+):
+    base = make_base("gemma", torch.float32)
+    path = make_adapter(base, 0, modules_to_save=["norm"])
+    write_random_like(open_vector("v", str(path), base), base, tmp_path / "random", seed=0)
+    assert open_vector("v", str(tmp_path / "random"), base).kind == "delta"
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_study(make_base, make_adapter, corpus_dir, tmp_path):
+    base = make_base("gemma")
+
+    def terms(split):
+        return [
+            {"name": name, "text": str(corpus_dir / f"{name}.{split}.jsonl")}
+            for name in ("aaa", "xyz")
+        ]
+
+    config = StudyConfig.model_validate(
+        {
+            "base_model": str(base.path),
+            "vectors": {
+                name: {"source": str(make_adapter(base, n))} for n, name in enumerate("ab")
+            },
+            "objective": {"terms": terms("search"), "limit": 3},
+            "test": {"terms": terms("test")},
+            "search": {"n_trials": 5, "rescore_top": 1},
+            "baselines": ALL,
+        }
+    )
+    return search(config, tmp_path / "study")
+
+
+def test_mergekits_methods_and_random_vectors_stand_beside_the_merge(real_study):
+    comparison = compare(real_study)
+    names = [row.name for row in comparison.rows]
+    assert names[-5:] == ["ties", "dare_ties", "model_stock", "random vectors of equal norm", MERGE]
+    assert not (real_study.directory / "scratch").exists()
+    scores = [row.scores["aaa"].items for row in comparison.rows[-5:]]
+    assert len({json.dumps(items) for items in scores}) == 5
+    assert not any(row.chosen_after_seal for row in comparison.rows)
+    again = compare(real_study, pool=lambda config: pytest.fail("everything is scored already"))
+    assert again == comparison
+
+
+def test_a_ties_row_scores_what_mergekit_wrote(real_study, tmp_path):
+    from optimer_hf.baselines import models
+    from optimer_hf.convert import resolve_base
+
+    ties = models(real_study)[0]
+    (source,) = ties.make(tmp_path / "scratch").values()
+    base = resolve_base(real_study.config.base_model)
+    vector = open_vector("ties", source, base)
+    resident = ResidentModel(base, [vector], dtype="bfloat16")
+    resident.set_weights({"ties": 1.0})
+    written = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
+    for name, tensor in resident.model.state_dict().items():
+        torch.testing.assert_close(
+            tensor.float(), written[name].bfloat16().float(), rtol=1e-2, atol=1e-6
+        )
+
+
+def test_other_searches_and_models_become_rows(make_base, make_adapter, tmp_path):
+    changes = {
+        "test": {"terms": [{"task": "t_test", "name": "t", "metric": "loss"}]},
+        "baselines": {
+            "searches": {
+                "best of 8 random weights": {"surrogate": "random", "n_trials": 8, "limit": 2}
+            },
+            "models": {"mixture CPT": "you/mixture"},
+        },
+    }
+    study = search(config_of(**changes), tmp_path / "s", pool=FunctionPool)
+    comparison = compare(study, pool=FunctionPool)
+    names = [row.name for row in comparison.rows]
+    assert names[-3:] == ["best of 8 random weights", "mixture CPT", MERGE]
+    other = tmp_path / "s" / "searches" / "best-of-8-random-weights"
+    assert len((other / "trials.jsonl").read_text().splitlines()) == 8 + 4
+    (weight,) = next(row for row in comparison.rows if row.name == "mixture CPT").weights.values()
+    assert weight == 1.0
+    assert compare(study, pool=no_pool_for("everything")) == comparison
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_figure_shows_every_row(suffix, tmp_path):
+    changes = {"test": {"terms": [{"task": "t_test", "name": "t", "metric": "loss"}]}}
+    study = search(config_of(**changes), tmp_path / "s", pool=FunctionPool)
+    comparison = compare(study, pool=FunctionPool)
+    file = tmp_path / f"figure.{suffix}"
+    write_figure(comparison, file)
+    assert file.stat().st_size > 5000
+    if suffix == "svg":
+        assert file.read_text().count("<!-- ") >= len(comparison.rows) - 1
+
+
+# -- mixtures --------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):  # noqa: F811
+    file = recipe_dir / "study.yaml"
+    study = yaml.safe_load(file.read_text())
+    study["baselines"] = {
+        "mixtures": {
+            "uniform mixture": {},
+            "uniform mixture, one budget": {"budget": "one"},
+            "found ratios": {"shares": "searched"},
+        }
+    }
+    file.write_text(yaml.safe_dump(study))
+    out = tmp_path / "run"
+    result = optimer("run", recipe_dir, out)
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert rows["uniform mixture"]["value"] > 0, "it was trained on what the test asks for"
+    records = {
+        path.name: json.loads((path / "training.json").read_text())
+        for path in (out / "mixtures").iterdir()
+    }
+    assert records["uniform-mixture"]["training"]["n_tokens"] == 2048
+    assert records["uniform-mixture--one-budget"]["training"]["n_tokens"] == 1024
+    parts = records["found-ratios"]["corpus"]["parts"]
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    weights = {name: max(v["weight"], 0) for name, v in recipe["vectors"].items()}
+    for part, name in zip(parts, [n for n, w in weights.items() if w > 0], strict=True):
+        share = weights[name] / sum(weights.values())
+        assert part["n_tokens"] / 2048 == pytest.approx(share, abs=32 / 2048)
+    assert (out / "comparison.png").exists()
+
+
+def test_mixtures_of_vectors_that_are_not_trained_here_are_refused(recipe_dir, tmp_path):  # noqa: F811
+    file = recipe_dir / "study.yaml"
+    study = yaml.safe_load(file.read_text())
+    study["vectors"]["xyz"] = {"source": "you/xyz"}
+    study["baselines"] = {"mixtures": {"uniform": {}}}
+    file.write_text(yaml.safe_dump(study))
+    result = optimer("run", recipe_dir, tmp_path / "run")
+    assert result.exit_code == 1
+    assert "vector 'xyz' is not trained here with max_tokens" in result.output
+    with pytest.raises(ValueError, match="no vector is called 'q'"):
+        config_of(baselines={"mixtures": {"m": {"shares": {"q": 1.0}}}})
+
+
+def test_a_model_of_the_command_line_needs_a_name(tmp_path):
+    search(config_of(), tmp_path / "s", pool=FunctionPool)
+    result = optimer("compare", tmp_path / "s", "--model", "nonsense")
+    assert result.exit_code == 1 and "expected NAME=MODEL" in result.output
