@@ -66,22 +66,36 @@ def main(verbose: bool) -> None:
 @click.option(
     "--short", is_flag=True, help="A smaller budget of the same run (short.yaml of the folder)."
 )
-def run(recipe_dir: Path, out: Path | None, short: bool) -> None:
+@click.option(
+    "--tokens", help="Tokens every vector is trained on, e.g. 1_000_000 (default: the folder's)."
+)
+def run(recipe_dir: Path, out: Path | None, short: bool, tokens: str | None) -> None:
     """Run a recipe folder from corpora to the compared merge; goes on where it was.
 
-    Writes to OUT (default: runs/NAME, with -short appended under --short).
+    Writes to OUT (default: runs/NAME, with -short or -TOKENS appended).
     """
     from optimer_hf import pipeline
 
     if not recipe_dir.is_dir():
         raise ConfigError(f"{recipe_dir}: no such recipe folder.")
     folder = recipe_dir.resolve()
-    target = out or Path("runs") / (folder.name + ("-short" if short else ""))
-    job = pipeline.Run(folder, target.resolve(), short)
+    n_tokens = _n_tokens(tokens)
+    suffix = ("-short" if short else "") + (f"-{n_tokens}" if n_tokens else "")
+    target = out or Path("runs") / (folder.name + suffix)
+    job = pipeline.Run(folder, target.resolve(), short, n_tokens)
     done = pipeline.finished_summary(job)
     if done is not None:
         click.echo("finished already, nothing to do", err=True)
     click.echo(done if done is not None else pipeline.run_recipe(job))
+
+
+def _n_tokens(text: str | None) -> int | None:
+    if text is None:
+        return None
+    plain = text.replace("_", "").replace(",", "")
+    if not plain.isdigit() or int(plain) == 0:
+        raise ConfigError(f"--tokens {text!r}: expected a number of tokens, e.g. 1_000_000.")
+    return int(plain)
 
 
 @main.command()

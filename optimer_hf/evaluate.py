@@ -816,6 +816,11 @@ def _score(
     """
     inputs: dict[tuple[int, ...], list[int]] = {}
     for index, (_, context, continuation) in enumerate(requests):
+        if len(continuation) > max_length:
+            raise EvaluationError(
+                f"an item asks for the likelihood of {len(continuation)} tokens, but the model's "
+                f"window is {max_length}. Leave such items out, or score them as a 'text' term."
+            )
         tokens = tuple((context + continuation)[-(max_length + 1) : -1])
         inputs.setdefault(tokens, []).append(index)
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)

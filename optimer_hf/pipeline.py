@@ -52,11 +52,14 @@ OURS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe folder, where its results go, and which budget it runs with."""
+    """A recipe folder, where its results go, and which budget it runs with: the short one, other
+    tokens per vector.
+    """
 
     folder: Path
     out: Path
     short: bool
+    tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -70,7 +73,12 @@ class Run:
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
         }
-        return digest({"files": files, "short": self.short})
+        return digest({"files": files} | self.budget)
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What the command line changes of the folder's budget."""
+        return {"short": self.short} | ({"tokens": self.tokens} if self.tokens else {})
 
 
 def finished_summary(run: Run) -> str | None:
@@ -137,11 +145,11 @@ def _claim(run: Run) -> None:
             f"{run.out}: holds files that are not ours ({sorted(foreign)[0]}). Give another output "
             "directory."
         )
-    marker, owner = run.out / "run.json", {"recipe": run.name, "short": run.short}
+    marker, owner = run.out / "run.json", {"recipe": run.name} | run.budget
     if marker.exists():
         if json.loads(marker.read_text(encoding="utf-8")) != owner:
             raise OutputError(
-                f"{run.out}: holds results of another recipe, or of the other budget (--short). "
+                f"{run.out}: holds results of another recipe, or budget (--short, --tokens). "
                 "Remove it, or give another output directory."
             )
         return
@@ -171,13 +179,14 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
         raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
     short = read_yaml(run.folder / "short.yaml") if run.short else {}
     _check_short(short, run.folder / "short.yaml")
+    changes = short.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
     data = _laid_over(read_yaml(run.folder / "study.yaml"), short.get("study", {}))
     trainings = {}
     vectors = data.get("vectors")
     for name, vector in vectors.items() if isinstance(vectors, dict) else ():
         if isinstance(vector, dict) and "train" in vector:
             file = run.folder / str(vector["train"])
-            training = parse(TrainConfig, _laid_over(read_yaml(file), short.get("train", {})), file)
+            training = parse(TrainConfig, _laid_over(read_yaml(file), changes), file)
             check_config(training)
             for corpus in training.corpora:
                 next(documents(corpus), None)

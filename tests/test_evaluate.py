@@ -698,3 +698,16 @@ def test_benchmarks_that_are_usually_reported_are_warned_of(caplog):
     caplog.clear()
     warn_of_reported_benchmarks(objective_of({"task": "my_own_task", "metric": "acc"}))
     assert not caplog.text
+
+
+def test_an_answer_longer_than_the_window_is_an_error_with_both_lengths(tokenizer, tasks_dir):
+    model = tiny_model().eval()
+    row = {"question": "q", "choices": [" a", " " + "b" * 400], "label": 0}
+    folder = tasks_dir / "long"
+    folder.mkdir()
+    (folder / "long.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    text = CHOICE_TASK.replace("toy_choice", "toy_long").replace("choice.jsonl", "long.jsonl")
+    (folder / "t.yaml").write_text(text, encoding="utf-8")
+    objective = objective_of({"task": "toy_long", "metric": "acc"}, include_path=str(folder))
+    with pytest.raises(EvaluationError, match=r"likelihood of 401 tokens, .* window is 256"):
+        evaluate_all(model, tokenizer, objective)
