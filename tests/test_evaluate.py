@@ -709,5 +709,5 @@ def test_an_answer_longer_than_the_window_is_an_error_with_both_lengths(tokenize
     text = CHOICE_TASK.replace("toy_choice", "toy_long").replace("choice.jsonl", "long.jsonl")
     (folder / "t.yaml").write_text(text, encoding="utf-8")
     objective = objective_of({"task": "toy_long", "metric": "acc"}, include_path=str(folder))
-    with pytest.raises(EvaluationError, match=r"likelihood of 401 tokens, .* window is 256"):
+    with pytest.raises(EvaluationError, match=r"likelihood of 402 tokens, .* window is 256"):
         evaluate_all(model, tokenizer, objective)
