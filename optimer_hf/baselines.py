@@ -6,6 +6,7 @@ the study's base. What a reader would not guess: merged LoRA pools of random dir
 good (arXiv 2602.12323), so the random control keeps rank and norm of every tensor of the real one.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.convert import ResolvedModel, resolve_base
+from optimer_hf.errors import ConfigError
 from optimer_hf.files import digest, staged_directory, write_text
 from optimer_hf.merge import write_merged
 from optimer_hf.merge_config import run_mergekit
 from optimer_hf.study import Study, StudyConfig
 from optimer_hf.vector import DistributionVector, dense_rows, extract, open_vector
+
+logger = logging.getLogger(__name__)
 
 MERGE_METHODS: dict[str, Callable[[int], dict[str, float]]] = {
     # parameters of every model among n: those of mergekit's own examples, its defaults otherwise
@@ -47,13 +51,32 @@ class Model:
 def models(study: Study) -> list[Model]:
     """Return the models that `baselines` of a study asks for, not yet built."""
     config, wanted = study.config, study.config.baselines
-    found = [_merged_by(method, config) for method in wanted.merge_methods]
+    for name, source in wanted.models.items():
+        if Path(source).is_absolute() and not Path(source).is_dir():
+            raise ConfigError(f"baselines.models: {name!r}: {source}: no such directory.")
+    found = []
+    for method in wanted.merge_methods:
+        if method == "model_stock" and len(config.free) < 2:
+            logger.warning("model_stock needs two vectors; it is left out")
+            continue
+        found.append(_merged_by(method, config))
     if wanted.random_vectors:
         found.append(_random(config, study.incumbent.weights))
-    for name, source in wanted.models.items():
-        key = f"{name} ({_sha256_of(source)})"
-        found.append(Model(name, {key: 1.0}, lambda _, key=key, source=source: {key: source}))  # type: ignore[misc]
-    return found
+    found.extend(_as_it_is(name, source) for name, source in wanted.models.items())
+    return [_beside_fixed(model, config) for model in found]
+
+
+def _as_it_is(name: str, source: str) -> Model:
+    key = f"{name} ({_sha256_of(source)})"
+    return Model(name, {key: 1.0}, lambda scratch: {key: source})
+
+
+def _beside_fixed(model: Model, config: StudyConfig) -> Model:
+    """Add the fixed vectors at their weights, as every other row has them."""
+    fixed = {name: str(config.vectors[name].source) for name in config.fixed}
+    return Model(
+        model.name, model.weights | config.fixed, lambda scratch: model.make(scratch) | fixed
+    )
 
 
 def _sha256_of(source: str) -> str:
@@ -63,7 +86,8 @@ def _sha256_of(source: str) -> str:
 
 
 def _sources(config: StudyConfig) -> dict[str, str]:
-    return {name: str(vector.source) for name, vector in config.vectors.items()}
+    """Return where the searched vectors are."""
+    return {name: str(config.vectors[name].source) for name in config.free}
 
 
 # -- mergekit --------------------------------------------------------------------------------------
@@ -126,7 +150,7 @@ def _random(config: StudyConfig, weights: Mapping[str, float]) -> Model:
         return made
 
     return Model(
-        "random vectors of equal norm", {names[name]: w for name, w in weights.items()}, make
+        "random vectors of equal norm", {names[name]: weights[name] for name in names}, make
     )
 
 

@@ -93,7 +93,7 @@ def _n_tokens(text: str | None) -> int | None:
     if text is None:
         return None
     plain = text.replace("_", "").replace(",", "")
-    if not plain.isdigit() or int(plain) == 0:
+    if not plain.isdecimal() or int(plain) == 0:
         raise ConfigError(f"--tokens {text!r}: expected a number of tokens, e.g. 1_000_000.")
     return int(plain)
 
@@ -539,9 +539,12 @@ def compare(
 
     study = load_study(study_dir)
     known = study.config.baselines
+    for text in models:
+        if not all(text.partition("=")[::2]):
+            raise ConfigError(f"--model {text!r}: expected NAME=MODEL.")
     named = dict(text.partition("=")[::2] for text in models)
-    if not all(name and source for name, source in named.items()):
-        raise ConfigError(f"--model {models[0]!r}: expected NAME=MODEL.")
+    if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--figure {figure}: expected a name that ends in .png, .svg or .pdf.")
     sources = {name: absolute_reference(source, Path.cwd()) for name, source in named.items()}
     changes: dict[str, Any] = {"models": known.models | sources}
     if everything:
@@ -626,7 +629,7 @@ def ratios(
         raise ConfigError("TRAIN_YAML and --out go together: what to mix, and where to write it.")
     if out is not None:
         trainings = {training.name: training for training in map(TrainConfig.read, train_yaml)}
-        n_tokens = max_tokens or sum(known[name] for name in found.shares)
+        n_tokens = max_tokens or sum(known.values())
         mixed = ratio.mixture(trainings, found.shares, name="mixture", max_tokens=n_tokens)
         ratio.write_mixture(mixed, out)
     if output == "json":
@@ -657,7 +660,7 @@ def _numbers(given: tuple[str, ...], names: dict[str, str]) -> dict[str, int]:
     found = {}
     for text in given:
         name, _, number = text.partition("=")
-        if name not in names or not number.isdigit() or int(number) == 0:
+        if name not in names or not number.isdecimal() or int(number) == 0:
             raise ConfigError(f"--tokens {text!r}: expected NAME=N with one of {sorted(names)}.")
         found[name] = int(number)
     return found

@@ -5,6 +5,7 @@ Each weight set is scored on the sealed test once and kept in `sealed.jsonl`; as
 from there. A row whose weights were chosen after sealed scores had been seen is marked.
 """
 
+import gc
 import json
 import logging
 import shutil
@@ -17,13 +18,11 @@ from typing import Any
 from optimer_hf import baselines
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, paired_interval
-from optimer_hf.files import markdown_table, slug
+from optimer_hf.files import digest, markdown_table, slug, write_text
 from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
 from optimer_hf.search import search
 from optimer_hf.study import (
-    Baselines,
-    SearchConfig,
     Study,
     StudyConfig,
     Trial,
@@ -36,6 +35,7 @@ from optimer_hf.trial import Pool, ResidentPool, run_trial
 logger = logging.getLogger(__name__)
 
 MERGE = "searched merge"
+RETARGETED = "re-targeted to "
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,14 @@ class Row:
     chosen_after_seal: bool
 
     @property
+    def title(self) -> str:
+        """The name, marked when the row was chosen after sealed scores had been seen."""
+        return self.name + " (chosen after the seal was opened)" * self.chosen_after_seal
+
+    @property
     def is_baseline(self) -> bool:
         """Whether the merge is compared with it: all but the merge and re-targeted merges."""
-        return self.name != MERGE and not self.name.startswith("re-targeted")
+        return self.name != MERGE and not self.name.startswith(RETARGETED)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def candidates(study: Study) -> dict[str, dict[str, float]]:
         rows["uniform sum"] = dict.fromkeys(free, 1.0) | fixed
     rows[MERGE] = study.incumbent.weights
     for name, weights in config.retarget.items():
-        rows[f"re-targeted to {name}"] = predict(study, weights).weights
+        rows[f"{RETARGETED}{name}"] = predict(study, weights).weights
     return rows
 
 
@@ -131,66 +136,80 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
     if study.config.baselines.mixtures:
         logger.warning("mixtures of `baselines` are trained by `optimer run`; they are left out")
     scratch = study.directory / "scratch"
-    with locked(study.directory):
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-        log = TrialLog(study.directory / "sealed.jsonl")
-        found = {_key(trial.weights): trial for trial in log.trials}
-        wanted = _weight_rows(study, objective, log, found, pool)
-        for model in baselines.models(study):
-            wanted[model.name] = model.weights
-            if _key(model.weights) not in found:
-                sources = model.make(scratch)
-                row = {model.name: model.weights}
-                _score(study, objective, row, log, found, pool(_with_pool(study.config, sources)))
-        shutil.rmtree(scratch, ignore_errors=True)
-    opened_at = log.trials[0].number
-    rows = [
-        Row(name, weights, found[_key(weights)].terms, found[_key(weights)].number > opened_at)
-        for name, weights in _in_order(wanted).items()
-    ]
-    return Comparison(rows, objective, study.config.retarget)
-
-
-def _weight_rows(
-    study: Study,
-    objective: Objective,
-    log: TrialLog,
-    found: dict[str, Trial],
-    pool: Callable[[StudyConfig], Pool],
-) -> dict[str, dict[str, float]]:
-    """Score all rows that are weights of the study's own pool, which is opened at most once, and
-    return their weights.
-    """
 
     @cache
     def opened() -> Pool:
         return pool(study.config)
 
-    wanted = candidates(study)
+    with locked(study.directory):
+        models = {model.name: model for model in baselines.models(study)}
+        wanted = _rows(study, models, opened)
+        log = TrialLog(study.directory / "sealed.jsonl")
+        planned = _planned(study.directory, log, wanted)
+        found = {_key(trial.weights): trial for trial in log.trials}
+        missing = {_key(weights): name for name, weights in wanted.items()}
+        rows = {wanted_name: wanted[wanted_name] for wanted_name in missing.values()}
+        unscored = {name: weights for name, weights in rows.items() if _key(weights) not in found}
+        own = {name: weights for name, weights in unscored.items() if name not in models}
+        if own:
+            found |= _score(study, objective, own, log, opened())
+        opened.cache_clear()
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            for name in (name for name in unscored if name in models):
+                gc.collect()  # the harness holds its model in a cycle
+                config = _with_pool(study.config, models[name].make(scratch))
+                found |= _score(study, objective, {name: wanted[name]}, log, pool(config))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return Comparison(
+        [
+            Row(name, weights, found[_key(weights)].terms, _key(weights) not in planned)
+            for name, weights in wanted.items()
+        ],
+        objective,
+        study.config.retarget,
+    )
+
+
+def _rows(
+    study: Study, models: Mapping[str, baselines.Model], opened: Callable[[], Pool]
+) -> dict[str, dict[str, float]]:
+    """Return the weights of every row, the merge and what it was re-targeted to behind all others;
+    other searches run here, before anything sealed is scored.
+
+    Raises ConfigError when two rows are called alike.
+    """
+    own = candidates(study)
+    last = [name for name in own if name == MERGE or name.startswith(RETARGETED)]
+    taken = [*own, *study.config.baselines.searches, *models]
+    for name in taken:
+        if taken.count(name) > 1 or (name.startswith(RETARGETED) and name not in own):
+            raise ConfigError(f"baselines: {name!r} is the name of another row. Give another name.")
+    found = {name: weights for name, weights in own.items() if name not in last}
     for name, settings in study.config.baselines.searches.items():
-        config = _searched_otherwise(study.config, settings.model_dump())
-        directory = study.directory / "searches" / slug(name)
-        wanted[name] = search(config, directory, pool=lambda _: opened()).incumbent.weights
-    missing = {_key(weights): name for name, weights in wanted.items()}
-    unscored = {name: wanted[name] for key, name in missing.items() if key not in found}
-    if unscored:
-        _score(study, objective, unscored, log, found, opened())
-    return wanted
+        config = study.config.searched_otherwise(settings)
+        folder = f"{slug(name)}-{digest(settings.model_dump(mode='json'))[:6]}"
+        directory = study.directory / "searches" / folder
+        found[name] = search(config, directory, pool=lambda _: opened()).incumbent.weights
+    found |= {name: model.weights for name, model in models.items()}
+    return found | {name: own[name] for name in last}
 
 
-def _searched_otherwise(config: StudyConfig, settings: dict[str, Any]) -> StudyConfig:
-    limit = settings.pop("limit")
-    changes: dict[str, Any] = {
-        "search": SearchConfig(**settings),
-        "test": None,
-        "retarget": {},
-        "baselines": Baselines(),
-    }
-    if limit is not None:
-        terms = [term.model_copy(update={"limit": None}) for term in config.objective.terms]
-        changed = {"limit": limit, "terms": terms}
-        changes["objective"] = config.objective.model_copy(update=changed)
-    return config.model_copy(update=changes)
+def _planned(
+    directory: Path, log: TrialLog, wanted: Mapping[str, dict[str, float]]
+) -> frozenset[str]:
+    """Return the rows that were chosen before the seal was opened; they are written down at the
+    first opening, before the first score.
+    """
+    file = directory / "sealed.json"
+    if not file.exists():
+        first = [trial for trial in log.trials if trial.number == log.trials[0].number]
+        rows = {trial.origin: trial.weights for trial in first} or dict(wanted)
+        plan = {name: _key(weights) for name, weights in rows.items()}
+        write_text(file, json.dumps({"format_version": 1, "rows": plan}, indent=2))
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return frozenset(rows.values())
 
 
 def _with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
@@ -198,25 +217,19 @@ def _with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
     return config.model_copy(update={"vectors": vectors})
 
 
-def _in_order(wanted: Mapping[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the rows with the merge, and what it was re-targeted to, behind all baselines."""
-    last = [name for name in wanted if name == MERGE or name.startswith("re-targeted")]
-    first = [name for name in wanted if name not in last]
-    return {name: wanted[name] for name in [*first, *last]}
-
-
 def _score(
     study: Study,
     objective: Objective,
     rows: Mapping[str, dict[str, float]],
     log: TrialLog,
-    found: dict[str, Trial],
     pool: Pool,
-) -> None:
-    """Score rows on the sealed test, each written to disk before the next."""
+) -> dict[str, Trial]:
+    """Score rows on the sealed test, each on disk before the next; return them by key."""
+    found = {}
     for trial in _scored(study, objective, rows, pool):
         log.append(trial)
         found[_key(trial.weights)] = trial
+    return found
 
 
 def _scored(
@@ -248,24 +261,22 @@ def _key(weights: Mapping[str, float]) -> str:
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the sealed-test table: value, then gain over the base per term in
-    percent.
+    """Return header and rows of the sealed-test table: gain over the base per term in percent, then
+    value; terms under a `limit` say how many items were scored.
     """
     labels = list(comparison.base.scores)
-    limits = {
-        term.label: comparison.objective.limit_of(term) for term in comparison.objective.scored
-    }
-    marked = [f"{x} (first {limits[x]})" if limits[x] is not None else x for x in labels]
+    objective, base = comparison.objective, comparison.base.scores
+    limited = {term.label for term in objective.scored if objective.limit_of(term) is not None}
+    marked = [f"{x} ({len(base[x].items)} items)" if x in limited else x for x in labels]
     header = ["weights", *marked, "objective"]
     lines = []
     for row in comparison.rows:
         each = gains(row.scores, comparison.base.scores)
-        mark = " (chosen after the seal was opened)" if row.chosen_after_seal else ""
         if row is comparison.base:
             cells = [f"{row.scores[label].score:.4f}" for label in labels]
         else:
             cells = [f"{100 * each[label]:+.2f} %" for label in labels]
-        lines.append([row.name + mark, *cells, f"{100 * comparison.value(row):+.2f} %"])
+        lines.append([row.title, *cells, f"{100 * comparison.value(row):+.2f} %"])
     return header, lines
 
 
@@ -275,7 +286,7 @@ def verdicts(comparison: Comparison) -> list[str]:
     """
     rows: dict[str, tuple[Row, Objective | None]] = {MERGE: (comparison.merge, None)}
     for name, weights in comparison.retarget.items():
-        row = next(row for row in comparison.rows if row.name == f"re-targeted to {name}")
+        row = next(row for row in comparison.rows if row.name == f"{RETARGETED}{name}")
         rows[row.name] = (row, retargeted(comparison.objective, weights))
     sentences = []
     for name, (row, objective) in rows.items():
@@ -315,7 +326,7 @@ def intervals_to_markdown(comparison: Comparison) -> str:
         if row is not comparison.base:
             found = [comparison.term_interval(row, label) for label in labels]
             cells = [f"[{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]" for gain in found]
-            lines.append([row.name, *cells])
+            lines.append([row.title, *cells])
     return markdown_table(["weights", *labels], lines)
 
 
@@ -330,6 +341,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "weights": row.weights,
                 "chosen_after_seal": row.chosen_after_seal,
                 "value": comparison.value(row),
+                "over_base": asdict(comparison.interval(row, comparison.base)),
+                "merge_minus": asdict(comparison.interval(comparison.merge, row)),
                 "terms": {
                     label: {
                         "score": row.scores[label].score,
@@ -365,7 +378,7 @@ def write_figure(comparison: Comparison, path: Path) -> None:
             color="tab:gray" if row.is_baseline else "tab:red",
             capsize=3,
         )
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("sealed objective over the base, in percent, with paired 95 % intervals")
     figure.savefig(path)

@@ -11,6 +11,7 @@ the model; `HarnessModel` does neither.
 import contextlib
 import logging
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -64,6 +65,9 @@ REPORTED = (
 )
 
 
+ONLY_OF_ITEMS = {"metric", "text_field", "num_fewshot", "generation", "hash_range"}
+
+
 class Term(FileModel):
     """One part of an objective: a metric of an lm-eval task, bits per byte or perplexity of the
     documents of a file, or a Python function of the model, named here and given to `ResidentPool`.
@@ -98,6 +102,9 @@ class Term(FileModel):
             raise ValueError(
                 "'higher_is_better' goes with 'function': lm-eval tasks know their direction"
             )
+        given = self.model_fields_set & ONLY_OF_ITEMS
+        if self.function is not None and given:
+            raise ValueError(f"{sorted(given)[0]!r} says nothing to a 'function'; leave it out")
         if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
             raise ValueError(f"hash_range {list(self.hash_range)}: expected 0 <= low < high <= 1")
         return self
@@ -108,6 +115,11 @@ class Term(FileModel):
         if self.text is not None:
             return self.name or self.text.name.split(".")[0]
         return str(self.name or self.task or self.function)
+
+    @property
+    def settings(self) -> tuple[int | None, dict[str, Any]]:
+        """How the task is asked: the same for all terms of one task."""
+        return self.num_fewshot, self.generation
 
     @property
     def task_name(self) -> str:
@@ -164,8 +176,8 @@ class Objective(FileModel):
                     "metric; tell them apart with 'name'"
                 )
         settings: dict[str, Any] = {}
-        for term in self.scored:
-            asked = (term.num_fewshot, term.generation, term.hash_range)
+        for term in (*self.terms, *self.constraints):
+            asked = (term.settings, term.hash_range)
             if settings.setdefault(term.task_name, asked) != asked:
                 raise ValueError(
                     f"task {term.task!r} is given twice with different num_fewshot, generation or "
@@ -237,7 +249,7 @@ Scores = Mapping[str, TermScore]
 
 def gain(score: float, base: float, *, higher_is_better: bool) -> float:
     """Return how much better than the base: points for accuracies, relative change for losses."""
-    return score - base if higher_is_better else (base - score) / abs(base)
+    return score - base if higher_is_better else (base - score) / (abs(base) or 1.0)
 
 
 def gains(scores: Scores, base: Scores) -> dict[str, float]:
@@ -317,7 +329,8 @@ def paired_interval(
                 columns.append(score if higher else -score)
             else:
                 reference = _resampled(base[term.label], draws[term.label])
-                columns.append(score - reference if higher else (reference - score) / reference)
+                size = np.where(reference == 0, 1.0, np.abs(reference))
+                columns.append(score - reference if higher else (reference - score) / size)
         table = np.array(columns)
         if objective.combine == "worst":
             return np.asarray(table.min(axis=0))
@@ -380,10 +393,6 @@ class Evaluator:
                     f"{list(term.hash_range)}."
                 )
 
-    def n_items(self, term: Term) -> int:
-        """Return how many items a term has in all."""
-        return len(self._indices(term))
-
     def _indices(self, term: Term) -> list[int]:
         """Return the items of a term that are in its hash range."""
         key = (term.task_name, term.hash_range)
@@ -423,21 +432,27 @@ class Evaluator:
             return {}
         tasks = {name: self.tasks[name] for name in sorted(samples)}
         with _quiet_harness():
-            results = evaluate(
-                lm=self._lm,
-                task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
-                samples=samples,
-                bootstrap_iters=0,
-                log_samples=True,
-                **self._prompting,
-            )
+            try:
+                results = evaluate(
+                    lm=self._lm,
+                    task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
+                    samples=samples,
+                    bootstrap_iters=0,
+                    log_samples=True,
+                    **self._prompting,
+                )
+            except OverflowError as error:  # of lm-eval's perplexities
+                raise EvaluationError(
+                    f"{sorted(tasks)}: a score is not a finite number."
+                ) from error
         found = {}
         for term in terms:
             task = self.tasks[term.task_name]
-            items = _items(term, results["samples"][term.task_name])
+            aggregation = _aggregation(term, task)
+            items = _items(term, results["samples"][term.task_name], aggregation)
             higher = task.higher_is_better()[_metric_name(term)]
-            found[term.label] = TermScore(
-                items, bool(higher), is_perplexity=_aggregation(term, task).endswith("perplexity")
+            found[term.label] = _sound(
+                term, TermScore(items, bool(higher), 0, aggregation.endswith("perplexity"))
             )
         return found
 
@@ -483,6 +498,11 @@ def items_within(task: Any, hash_range: tuple[float, float]) -> list[int]:
     return [index for index, place in enumerate(places) if low <= place < high]
 
 
+def _row_hashes(task: Any) -> list[str]:
+    """Return a digest of every row that the items of a task are made from."""
+    return [digest(repr(doc)) for doc in task.eval_docs]
+
+
 def item_hashes(task: Any) -> list[str]:
     """Return a digest of prompt, target and choices of every item of a task."""
     has_choices = task.config.doc_to_choice is not None
@@ -506,15 +526,16 @@ def check_disjoint(objective: Objective, test: Objective, tasks: Mapping[str, An
             if term.function is not None:
                 continue
             task = tasks[term.task_name]
-            hashes = item_hashes(task)
-            found = {hashes[index] for index in items_within(task, term.hash_range)}
+            rows, items = _row_hashes(task), item_hashes(task)
+            found = [(rows[index], items[index]) for index in items_within(task, term.hash_range)]
             if part is objective:
-                seen |= dict.fromkeys(found, term.label)
-            elif shared := found & seen.keys():
+                seen |= {each: term.label for pair in found for each in pair}
+            elif shared := [pair for pair in found if seen.keys() & set(pair)]:
+                first = next(seen[each] for each in shared[0] if each in seen)
                 raise EvaluationError(
                     f"test term {term.label!r}: {len(shared)} of its {len(found)} items are items "
-                    f"of the search, too (term {seen[min(shared)]!r}). Give the test other items: "
-                    "a file of its own, or another hash_range."
+                    f"of the search, too (term {first!r}). Give the test other items: a file of "
+                    "its own, or another hash_range."
                 )
 
 
@@ -599,6 +620,12 @@ def _with_settings(task: Any, term: Term) -> Any:
             f"term {term.label!r}: 'generation' is for tasks that generate; {term.task_name!r} is "
             f"of type {task.OUTPUT_TYPE!r}."
         )
+    if term.num_fewshot and term.hash_range != (0.0, 1.0) and not _has_other_examples(task):
+        raise EvaluationError(
+            f"term {term.label!r}: the examples of num_fewshot come from the items themselves, so "
+            "hash_range would not keep sealed ones out. Give the task a fewshot_split."
+        )
+    _draw_examples_by_item(task)
     build, built = task.build_all_requests, dict[str, list[Any]]()
 
     def build_once(**settings: Any) -> None:
@@ -612,6 +639,25 @@ def _with_settings(task: Any, term: Term) -> Any:
 
     task.build_all_requests = build_once
     return task
+
+
+def _has_other_examples(task: Any) -> bool:
+    """Whether few-shot examples come from another split than the items."""
+    split = task.config.fewshot_split or task.config.training_split or task.config.validation_split
+    return split is not None and split != (task.config.test_split or task.config.validation_split)
+
+
+def _draw_examples_by_item(task: Any) -> None:
+    """Draw the examples before an item with a seed of its own: lm-eval's drawing depends on what
+    was drawn before, and so on limits, resumes and workers.
+    """
+    plain = task.fewshot_context
+
+    def context(doc: Any, *arguments: Any, **settings: Any) -> Any:
+        task.set_fewshot_seed(zlib.crc32(repr(doc).encode()))
+        return plain(doc, *arguments, **settings)
+
+    task.fewshot_context = context
 
 
 def _text_task(term: Term) -> dict[str, Any]:
@@ -670,7 +716,19 @@ def _aggregation(term: Term, task: Any) -> str:
     return str(task.aggregation()[_metric_name(term)].__name__)
 
 
-def _items(term: Term, logged: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+def _sound(term: Term, found: TermScore) -> TermScore:
+    """Return a score that is a finite number; raise EvaluationError for another."""
+    try:
+        if math.isfinite(found.score):
+            return found
+    except (OverflowError, ZeroDivisionError):
+        pass
+    raise EvaluationError(f"term {term.label!r}: the score is not a finite number.")
+
+
+def _items(
+    term: Term, logged: Sequence[Mapping[str, Any]], aggregation: str
+) -> list[tuple[float, float]]:
     name, _, chosen = term.metric.partition(",")
     rows = [row for row in logged if row["filter"] == (chosen or row["filter"])]
     if not chosen:
@@ -681,7 +739,7 @@ def _items(term: Term, logged: Sequence[Mapping[str, Any]]) -> list[tuple[float,
         value = row[name]
         if isinstance(value, tuple):  # (log-likelihood in nats, bytes or words)
             items.append((-float(value[0]) / math.log(2), float(value[1])))
-        elif name == "perplexity":  # log-likelihood in nats
+        elif aggregation == "perplexity":  # log-likelihood in nats
             items.append((-float(value) / math.log(2), 1.0))
         else:
             items.append((float(value), 1.0))

@@ -110,6 +110,8 @@ def check_overlap(
     for name, objective in objectives.items():
         tasks = load_tasks([objective])
         for term in objective.scored:
+            if term.function is not None:  # only it knows its items
+                continue
             texts[f"{name}: {term.label}"] = item_texts(term, tasks[term.task_name])
     return find_overlaps(corpora, texts, n=n)
 

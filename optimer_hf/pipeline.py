@@ -192,6 +192,12 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
                 next(documents(corpus), None)
             trainings[name] = training
     config = parse(StudyConfig, data, run.folder / "study.yaml")
+    scored = [term for part in (config.objective, config.test) if part for term in part.scored]
+    if any(term.function is not None for term in scored):
+        raise ConfigError(
+            f"{run.folder / 'study.yaml'}: terms with a 'function' are for Python, where functions "
+            "are given to ResidentPool; `optimer run` has none."
+        )
     if config.test is None:
         raise ConfigError(
             f"{run.folder / 'study.yaml'}: field 'test' is missing. A run ends with the sealed "
@@ -292,15 +298,20 @@ def with_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> Any:
     wanted = study.config.baselines
     tokens = {name: int(training.max_tokens or 0) for name, training in trainings.items()}
     models = dict(wanted.models)
+    weights = study.incumbent.weights
     for name, baseline in wanted.mixtures.items():
         shares = baseline.shares
         if shares == "uniform":
             shares = dict.fromkeys(trainings, 1.0)
+        elif shares == "searched" and not any(weight > 0 for weight in weights.values()):
+            logger.warning("mixture %r: no weight is above 0, so it has no ratios", name)
+            continue
         elif shares == "searched":
-            shares = ratios(study.incumbent.weights, tokens).shares
+            shares = ratios(weights, tokens).shares
         n_tokens = sum(tokens.values()) // (1 if baseline.budget == "all" else len(tokens))
-        out = run.out / "mixtures" / slug(name)
-        train(mixture(trainings, shares, name=slug(name), max_tokens=n_tokens), out)
+        config = mixture(trainings, shares, name=slug(name), max_tokens=n_tokens)
+        out = run.out / "mixtures" / f"{config.name}-{config.digest[:6]}"
+        train(config, out)
         models[name] = str(out)
     baselines = wanted.model_copy(update={"models": models, "mixtures": {}})
     return replace(study, config=study.config.model_copy(update={"baselines": baselines}))

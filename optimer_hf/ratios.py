@@ -83,6 +83,11 @@ def mixture(
         raise ConfigError(f"mixture {name!r}: shares must be >= 0, and one > 0.")
     first = trainings[next(iter(shares))]
     _check_alike(name, [trainings[key] for key in shares])
+    if "max_steps" in first.trainer:
+        raise ConfigError(
+            f"mixture {name!r}: trainer.max_steps fixes the length of a run, not its tokens. Use "
+            "max_tokens in the train files."
+        )
     total = sum(shares.values())
     parts = [
         MixturePart(

@@ -104,6 +104,7 @@ def over_record(study: Study, target: Objective) -> Objective:
                 for term in target.constraints
             ],
             "include_path": recorded.include_path,
+            **recorded.prompting,
         }
     )
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST = 0.8  # of the items of a term
+ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
 EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
 Fidelity = Literal["search", "rescore", "sealed"]
 
@@ -148,7 +148,13 @@ class StudyConfig(VersionedFile):
         recorded = {term.label for term in self.objective.at("search")}
         if self.test is not None:
             searched = {term.task_name: term.hash_range for term in self.objective.scored}
+            asked = {term.task_name: term.settings for term in self.objective.scored}
             for term in self.test.scored:
+                if asked.get(term.task_name, term.settings) != term.settings:
+                    raise ValueError(
+                        f"objective and test ask {term.task_name!r} with different num_fewshot or "
+                        "generation; copy it under another name"
+                    )
                 low, high = searched.get(term.task_name, (2.0, 2.0))
                 if term.hash_range[0] < high and low < term.hash_range[1]:
                     raise ValueError(
@@ -175,8 +181,27 @@ class StudyConfig(VersionedFile):
                     )
         return self
 
+    def searched_otherwise(self, settings: SearchBaseline) -> "StudyConfig":
+        """Return the study with another search, without test and baselines of its own."""
+        objective = self.objective.model_dump()
+        if settings.limit is not None:
+            objective["limit"] = settings.limit
+            for term in (*objective["terms"], *objective["constraints"]):
+                term["limit"] = None
+        search = settings.model_dump(exclude={"limit"})
+        search["total"] = search["total"] or self.search.total
+        own = self.model_dump(exclude={"test", "retarget", "baselines"})
+        return StudyConfig.model_validate(own | {"objective": objective, "search": search})
+
     @model_validator(mode="after")
-    def _known_shares(self) -> Self:
+    def _known_baselines(self) -> Self:
+        for settings in self.baselines.searches.values():
+            self.searched_otherwise(settings)
+        groups = (self.baselines.searches, self.baselines.models, self.baselines.mixtures)
+        names = [name for group in groups for name in group]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"baselines: two are called {name!r}; give each its own name")
         for name, mixture in self.baselines.mixtures.items():
             shares = mixture.shares if isinstance(mixture.shares, dict) else {}
             unknown = [vector for vector in shares if vector not in self.vectors]
@@ -572,9 +597,9 @@ def say_what_tells_nothing(study: Study) -> None:
     """
     trials = [trial for trial in study.log.of("search") if trial.status == "ok"]
     for label in trials[0].terms:
-        columns = list(zip(*(trial.terms[label].items for trial in trials), strict=True))
+        columns = list(zip(*(trial.terms[label].items for trial in trials), strict=False))
         alike = sum(len(set(column)) == 1 for column in columns)
-        if len(trials) > 2 and alike > MOST * len(columns):
+        if len(trials) > 2 and alike > ALIKE_SHARE * len(columns):
             logger.warning(
                 "term %r: all trials score %d of %d items alike; such items tell nothing apart. "
                 "Take harder or easier ones, or a continuous metric (bits_per_byte)",
@@ -602,8 +627,10 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     found, expected = recorded.identity, config.identity
     differing = [field for field in expected if found.get(field) != expected[field]]
     log = TrialLog(directory / "trials.jsonl", repair=repair)
-    if not differing and recorded.search.n_trials < config.search.n_trials:
-        write_text(file, config.model_dump_json(indent=2))
+    if not differing and repair and recorded != config:  # more trials, other baselines
+        longest = max(recorded.search.n_trials, config.search.n_trials)
+        search = config.search.model_copy(update={"n_trials": longest})
+        write_text(file, config.model_copy(update={"search": search}).model_dump_json(indent=2))
     if differing and not log.trials:  # nothing was spent on the other config
         write_text(file, config.model_dump_json(indent=2))
     elif differing:

@@ -212,7 +212,7 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
             raise
         parts = [dataclasses.asdict(part) for part in packed.parts]
         write_text(started, json.dumps({"config_sha256": config.digest, "parts": parts}))
-    parts = json.loads(started.read_text(encoding="utf-8"))["parts"]
+    parts = json.loads(started.read_text(encoding="utf-8")).get("parts", [])
     return load_packed(blocks, [Part(**part) for part in parts])
 
 

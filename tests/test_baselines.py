@@ -7,12 +7,20 @@ import torch
 import yaml
 from conftest import whole_delta
 from test_pipeline import optimer, recipe_dir  # noqa: F401
-from test_search import FunctionPool, config_of, no_pool_for
+from test_search import FunctionPool, config_of, failing_at, no_pool_for
 from transformers import AutoModelForCausalLM
 
-from optimer_hf.baselines import write_random_like
+from optimer_hf.baselines import models, write_random_like
 from optimer_hf.checkpoint import Checkpoint
-from optimer_hf.compare import MERGE, compare, write_figure
+from optimer_hf.compare import (
+    MERGE,
+    compare,
+    intervals_to_markdown,
+    to_json,
+    to_markdown,
+    write_figure,
+)
+from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.resident import ResidentModel
 from optimer_hf.search import search
 from optimer_hf.study import StudyConfig
@@ -113,7 +121,6 @@ def test_mergekits_methods_and_random_vectors_stand_beside_the_merge(real_study)
 
 
 def test_a_ties_row_scores_what_mergekit_wrote(real_study, tmp_path):
-    from optimer_hf.baselines import models
     from optimer_hf.convert import resolve_base
 
     ties = models(real_study)[0]
@@ -143,7 +150,7 @@ def test_other_searches_and_models_become_rows(make_base, make_adapter, tmp_path
     comparison = compare(study, pool=FunctionPool)
     names = [row.name for row in comparison.rows]
     assert names[-3:] == ["best of 8 random weights", "mixture CPT", MERGE]
-    other = tmp_path / "s" / "searches" / "best-of-8-random-weights"
+    (other,) = (tmp_path / "s" / "searches").glob("best-of-8-random-weights-*")
     assert len((other / "trials.jsonl").read_text().splitlines()) == 8 + 4
     (weight,) = next(row for row in comparison.rows if row.name == "mixture CPT").weights.values()
     assert weight == 1.0
@@ -182,7 +189,7 @@ def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):  # no
     rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
     assert rows["uniform mixture"]["value"] > 0, "it was trained on what the test asks for"
     records = {
-        path.name: json.loads((path / "training.json").read_text())
+        path.name[:-7]: json.loads((path / "training.json").read_text())
         for path in (out / "mixtures").iterdir()
     }
     assert records["uniform-mixture"]["training"]["n_tokens"] == 2048
@@ -213,3 +220,73 @@ def test_a_model_of_the_command_line_needs_a_name(tmp_path):
     search(config_of(), tmp_path / "s", pool=FunctionPool)
     result = optimer("compare", tmp_path / "s", "--model", "nonsense")
     assert result.exit_code == 1 and "expected NAME=MODEL" in result.output
+
+
+# -- honesty ---------------------------------------------------------------------------------------
+
+
+SEALED = {"test": {"terms": [{"task": "t_test", "name": "t", "metric": "loss"}]}}
+
+
+@pytest.mark.parametrize("name", ["base", MERGE, "x at 1.0", "re-targeted to something"])
+def test_a_model_cannot_take_the_name_of_another_row(name, tmp_path):
+    study = search(
+        config_of(**SEALED, baselines={"models": {name: "you/model"}}),
+        tmp_path / "s",
+        pool=FunctionPool,
+    )
+    with pytest.raises(ConfigError, match="is the name of another row"):
+        compare(study, pool=FunctionPool)
+    with pytest.raises(ValueError, match="two are called 'm'"):
+        config_of(baselines={"models": {"m": "you/m"}, "mixtures": {"m": {}}})
+
+
+def test_what_joins_after_the_seal_was_opened_is_marked_everywhere(tmp_path):
+    study = search(config_of(**SEALED), tmp_path / "s", pool=FunctionPool)
+    compare(study, pool=FunctionPool)
+    changes = {"models": {"later": "you/model"}, "random_vectors": False}
+    later = search(config_of(**SEALED, baselines=changes), tmp_path / "s", pool=FunctionPool)
+    comparison = compare(later, pool=FunctionPool)
+    marked = [row.name for row in comparison.rows if row.chosen_after_seal]
+    assert marked == ["later"]
+    for text in (to_markdown(comparison), intervals_to_markdown(comparison)):
+        assert "later (chosen after the seal was opened)" in text
+    rows = {row["name"]: row for row in to_json(comparison)["rows"]}
+    assert rows[MERGE]["merge_minus"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    assert rows["later"]["merge_minus"]["difference"] == pytest.approx(
+        rows[MERGE]["value"] - rows["later"]["value"]
+    )
+
+
+def test_rows_planned_before_a_crash_are_not_marked_when_they_are_scored_later(tmp_path):
+    config = config_of(**SEALED, baselines={"models": {"m": "you/model"}})
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    with pytest.raises(EvaluationError):
+        compare(study, pool=failing_at({3: RuntimeError("no")}))
+    assert not any(row.chosen_after_seal for row in compare(study, pool=FunctionPool).rows)
+
+
+def test_a_missing_model_is_found_before_anything_is_scored(tmp_path):
+    config = config_of(**SEALED, baselines={"models": {"m": str(tmp_path / "none")}})
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    with pytest.raises(ConfigError, match=r"'m': .*none: no such directory"):
+        compare(study, pool=no_pool_for("nothing"))
+
+
+def test_fixed_vectors_are_in_every_row(make_base, make_adapter, tmp_path):
+    base = make_base("gemma")
+    vectors = {name: {"source": str(make_adapter(base, n))} for n, name in enumerate("wxyz")}
+    vectors["z"] |= {"fixed": 0.5}
+    changes = {"base_model": str(base.path), "vectors": vectors, "baselines": ALL}
+    study = search(config_of(**SEALED, **changes), tmp_path / "s", pool=FunctionPool)
+    for model in models(study):
+        assert model.weights["z"] == 0.5
+        sources = model.make(tmp_path / "scratch")
+        assert sources["z"] == vectors["z"]["source"] and sources.keys() == model.weights.keys()
+
+
+def test_a_search_baseline_that_could_not_run_is_refused_with_the_study():
+    constraint = {"task": "c", "metric": "loss", "max_relative_to_base": 0.1}
+    objective = {"terms": [{"task": "t", "metric": "loss"}], "constraints": [constraint]}
+    with pytest.raises(ValueError, match="'black_box' knows no total, constraints or pareto"):
+        config_of(objective=objective, baselines={"searches": {"x": {"surrogate": "black_box"}}})

@@ -711,3 +711,56 @@ def test_an_answer_longer_than_the_window_is_an_error_with_both_lengths(tokenize
     objective = objective_of({"task": "toy_long", "metric": "acc"}, include_path=str(folder))
     with pytest.raises(EvaluationError, match=r"likelihood of 402 tokens, .* window is 256"):
         evaluate_all(model, tokenizer, objective)
+
+
+def test_examples_in_the_prompt_do_not_depend_on_what_was_scored_before(tokenizer, tasks_dir):
+    model = tiny_model().eval()
+    term = {"task": "toy_choice", "metric": "acc_norm", "num_fewshot": 3}
+    objective = objective_of(term, include_path=str(tasks_dir))
+
+    def prompts(*limits):
+        evaluator = Evaluator(model, tokenizer, [objective])
+        for limit in limits:
+            evaluator.evaluate(objective.terms, limits={"toy_choice": limit})
+        return {i.doc_id: i.args[0] for i in evaluator.tasks["toy_choice"].instances}
+
+    whole = prompts(None)
+    assert prompts(6, None) == prompts(6, 12, None) == whole
+    assert len({prompt[:20] for prompt in whole.values()}) > 3, "items have examples of their own"
+
+
+def test_examples_from_the_items_themselves_do_not_go_with_a_hash_range(tasks_dir):
+    term = {"task": "toy_choice", "metric": "acc", "num_fewshot": 1, "hash_range": [0, 0.5]}
+    with pytest.raises(EvaluationError, match="examples of num_fewshot come from the items"):
+        load_tasks([objective_of(term, include_path=str(tasks_dir))])
+
+
+def test_the_same_rows_under_another_template_are_refused_in_the_sealed_test(tasks_dir, tmp_path):
+    text = CHOICE_TASK.replace("toy_choice", "toy_other").replace("{{question}}", "Q: {{question}}")
+    (tmp_path / "t.yaml").write_text(
+        text.replace("choice.jsonl", str(tasks_dir / "choice.jsonl")), encoding="utf-8"
+    )
+    search = objective_of({"task": "toy_choice", "metric": "acc"}, include_path=str(tasks_dir))
+    test = objective_of({"task": "toy_other", "metric": "acc"}, include_path=str(tmp_path))
+    with pytest.raises(EvaluationError, match="24 of its 24 items are items of the search"):
+        check_disjoint(search, test, load_tasks([search]) | load_tasks([test]))
+
+
+def test_gains_of_negative_losses_and_zero_bases_have_the_right_sign():
+    def losses(*values):
+        return {"f": TermScore([(value, 1.0) for value in values], False)}
+
+    objective = objective_of({"function": "f", "higher_is_better": False})
+    found = paired_interval(objective, losses(-3, -3.2), losses(-2, -2), losses(-2, -2))
+    assert 0 < found.low <= found.difference <= found.high
+    assert gains(losses(1.0), losses(0.0)) == {"f": -1.0}
+
+
+def test_a_perplexity_beyond_all_numbers_is_an_error_not_a_crash(tokenizer, tmp_path):
+    path = write_texts(tmp_path / "a.jsonl", ["some text"])
+    model = tiny_model().eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e5)
+    objective = objective_of({"text": str(path), "metric": "byte_perplexity"})
+    with pytest.raises(EvaluationError, match="not a finite number"):
+        evaluate_all(model, tokenizer, objective)

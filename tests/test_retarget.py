@@ -8,7 +8,7 @@ from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import Objective
 from optimer_hf.retarget import CAUTION, best_scale, over_record, predict, search_on
 from optimer_hf.search import search
-from optimer_hf.study import surrogate_of, to_unit
+from optimer_hf.study import Study, surrogate_of, to_unit
 
 
 def no_pool(config):
@@ -150,9 +150,16 @@ def test_a_vector_that_only_subtracts_has_a_best_scale(tmp_path):
 
 
 def test_uncertainty_is_larger_far_from_what_was_tried(study):
-    from optimer_hf.study import surrogate_of, to_unit
+    from optimer_hf.study import Study, surrogate_of, to_unit
 
     surrogate = surrogate_of(study.config, study.log.of("search"))
     best = to_unit(study.config, [study.incumbent.weights])
     _, variance = surrogate.predict(np.vstack([best, np.ones_like(best)]))
     assert variance[1] > 4 * variance[0]
+
+
+def test_an_objective_over_the_record_prompts_as_the_record_did(study):
+    chatty = study.config.objective.model_copy(update={"apply_chat_template": True})
+    config = study.config.model_copy(update={"objective": chatty})
+    recorded = Study(study.directory, config, study.log)
+    assert over_record(recorded, objective(q=1.0)).prompting == chatty.prompting
