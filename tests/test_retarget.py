@@ -150,7 +150,7 @@ def test_a_vector_that_only_subtracts_has_a_best_scale(tmp_path):
 
 
 def test_uncertainty_is_larger_far_from_what_was_tried(study):
-    from optimer_hf.study import Study, surrogate_of, to_unit
+    from optimer_hf.study import surrogate_of, to_unit
 
     surrogate = surrogate_of(study.config, study.log.of("search"))
     best = to_unit(study.config, [study.incumbent.weights])
