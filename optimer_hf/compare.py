@@ -381,4 +381,6 @@ def write_figure(comparison: Comparison, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [row.title for row in rows])
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("sealed objective over the base, in percent, with paired 95 % intervals")
-    figure.savefig(path)
+    partial = path.with_name(f".partial-{path.name}")
+    figure.savefig(partial)
+    partial.replace(path)

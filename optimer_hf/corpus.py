@@ -10,6 +10,7 @@ documents are scored later.
 
 import gzip
 import json
+import logging
 import lzma
 import random
 import zlib
@@ -27,6 +28,8 @@ from optimer_hf.files import FileModel, LocalPath, sha256_file
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 SHUFFLE_BUFFER = 10_000
@@ -275,6 +278,7 @@ def pack_mixture(
     files, parts = [], []
     for number, (config, n_blocks) in enumerate(zip(mixture, counts, strict=True)):
         if n_blocks == 0:
+            logger.warning("%s: its share of %g is less than a block", config.name, config.share)
             parts.append(Part(config.name, 0, 0))
             continue
         files.append(out.with_name(f"{out.stem}.{number}.npy"))

@@ -102,9 +102,12 @@ class Term(FileModel):
             raise ValueError(
                 "'higher_is_better' goes with 'function': lm-eval tasks know their direction"
             )
-        given = self.model_fields_set & ONLY_OF_ITEMS
+        changed = self.model_dump(exclude_defaults=True)  # a study that is read again sets all
+        given = ONLY_OF_ITEMS & changed.keys()
         if self.function is not None and given:
             raise ValueError(f"{sorted(given)[0]!r} says nothing to a 'function'; leave it out")
+        if self.text is not None and given & {"num_fewshot", "generation"}:
+            raise ValueError("a 'text' term has no num_fewshot and no generation; leave them out")
         if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
             raise ValueError(f"hash_range {list(self.hash_range)}: expected 0 <= low < high <= 1")
         return self
@@ -188,7 +191,7 @@ class Objective(FileModel):
             raise ValueError("every term has weight 0; at least one must count")
         if all(term.rescore_only for term in counting):
             raise ValueError("every counting term is rescore_only; the search needs at least one")
-        if self.combine == "weighted_mean" and len({term.metric for term in counting}) > 1:
+        if self.combine == "weighted_mean" and len({t.function or t.metric for t in counting}) > 1:
             raise ValueError(
                 "weighted_mean of different metrics mixes units; use combine: relative_to_base, or "
                 "terms of one metric"
@@ -409,11 +412,12 @@ class Evaluator:
         Raises EvaluationError when a score is not a finite number.
         """
         before = self.n_tokens
-        found = self._harness_scores([term for term in terms if term.function is None], limits)
-        used = self.n_tokens - before
+        of_harness = [term for term in terms if term.function is None]
+        found = self._harness_scores(of_harness, limits)
+        used = (self.n_tokens - before) // max(len(of_harness), 1)
         for term in terms:
             if term.function is None:
-                found[term.label] = replace(found[term.label], n_tokens=used // len(terms))
+                found[term.label] = replace(found[term.label], n_tokens=used)
             else:
                 found[term.label] = self._function_score(term, limits[term.label])
         return {term.label: found[term.label] for term in terms}

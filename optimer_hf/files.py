@@ -30,6 +30,9 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, 
 SMALLEST_FREE_SPACE = 4 * 2**20  # bytes; less than this is a full disk
 
 
+FREE_TEXT = ("system_instruction", "generation")  # may begin with a slash and is no path
+
+
 class FileModel(BaseModel):
     """A part of one of our files: frozen, and unknown keys are errors."""
 
@@ -102,7 +105,9 @@ def absolute_reference(text: str, folder: Path) -> str:
 def portable(value: Any, folder: Path) -> Any:
     """Return a value of a file of ours with every absolute path in it relative to a folder."""
     if isinstance(value, dict):
-        return {key: portable(item, folder) for key, item in value.items()}
+        return {
+            key: item if key in FREE_TEXT else portable(item, folder) for key, item in value.items()
+        }
     if isinstance(value, list):
         return [portable(item, folder) for item in value]
     is_path = isinstance(value, str) and Path(value).is_absolute()

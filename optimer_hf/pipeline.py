@@ -339,6 +339,17 @@ def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
             "tokens_per_second": round(tokens / seconds),
         }
     entries |= ledger(study)
+    mixed = [
+        json.loads(file.read_text(encoding="utf-8"))["training"]
+        for file in sorted((run.out / "mixtures").glob("*/training.json"))
+    ]
+    if mixed:
+        seconds = sum(record["seconds"] for record in mixed)
+        tokens = sum(record["n_tokens"] for record in mixed)
+        entries["mixtures"] = {"n": len(mixed), "seconds": round(seconds, 1), "tokens": tokens}
+    others = sorted((run.out / "study" / "searches").glob("*/trials.jsonl"))
+    if others:
+        entries["other searches"] = trial_ledger([t for o in others for t in TrialLog(o).trials])
     sealed = run.out / "study" / "sealed.jsonl"
     if sealed.exists():
         entries["sealed"] = trial_ledger(TrialLog(sealed).trials)

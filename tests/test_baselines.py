@@ -201,6 +201,8 @@ def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):  # no
         share = weights[name] / sum(weights.values())
         assert part["n_tokens"] / 2048 == pytest.approx(share, abs=32 / 2048)
     assert (out / "comparison.png").exists()
+    ledger = json.loads((out / "ledger.json").read_text())
+    assert ledger["mixtures"]["n"] == 3 and ledger["mixtures"]["tokens"] == 2048 + 1024 + 2048
 
 
 def test_mixtures_of_vectors_that_are_not_trained_here_are_refused(recipe_dir, tmp_path):  # noqa: F811

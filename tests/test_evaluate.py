@@ -764,3 +764,16 @@ def test_a_perplexity_beyond_all_numbers_is_an_error_not_a_crash(tokenizer, tmp_
     objective = objective_of({"text": str(path), "metric": "byte_perplexity"})
     with pytest.raises(EvaluationError, match="not a finite number"):
         evaluate_all(model, tokenizer, objective)
+
+
+def test_options_that_say_nothing_to_a_term_are_refused_and_a_written_one_reads_back():
+    function = {"function": "f", "higher_is_better": True}
+    with pytest.raises(ValueError, match="'num_fewshot' says nothing to a 'function'"):
+        objective_of(function | {"num_fewshot": 3})
+    with pytest.raises(ValueError, match="a 'text' term has no num_fewshot and no generation"):
+        objective_of({"text": "a.jsonl", "num_fewshot": 3})
+    with pytest.raises(ValueError, match="weighted_mean of different metrics mixes units"):
+        objective_of(function, {"text": "a.jsonl"}, combine="weighted_mean")
+    for term in (function, {"text": "a.jsonl"}):
+        objective = objective_of(term)
+        assert Objective.model_validate(objective.model_dump()) == objective

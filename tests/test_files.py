@@ -17,6 +17,7 @@ from optimer_hf.files import (
     VersionedFile,
     absolute_reference,
     digest,
+    portable,
     read_yaml,
     sha256_file,
     staged_directory,
@@ -285,3 +286,12 @@ def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
         sha256_file(tmp_path / "f")
         == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
+
+
+def test_free_text_that_begins_with_a_slash_is_no_path(tmp_path):
+    value = {
+        "path": str(tmp_path / "a"),
+        "system_instruction": "/no_think",
+        "generation": {"x": "/"},
+    }
+    assert portable(value, tmp_path) == value | {"path": "a"}
