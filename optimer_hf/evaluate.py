@@ -4,15 +4,15 @@ in process.
 An item is kept as the two numbers of a ratio: its share of the numerator and of the denominator. An
 accuracy is (1 or 0, 1), bits per byte is (bits, bytes), and the score of a term is sum / sum for
 both, so subsets, bootstraps and comparisons need no special cases. What a reader would not guess:
-the stock harness puts BOS twice before a rolling document and takes its log-softmax in the dtype of
-the model; `HarnessModel` does neither.
+prompts, few-shot examples included, depend on nothing but the item, so that every trial is asked
+the same, after a resume and on any worker.
 """
 
 import contextlib
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -25,14 +25,13 @@ from pydantic import Field, model_validator
 from optimer_hf.corpus import CorpusConfig, documents
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files import FileModel, LocalPath, VersionedFile, did_you_mean, digest
-from optimer_hf.head import is_plain_head, log_probabilities, softcap_of
+from optimer_hf.harness import harness_model, quiet_harness
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = 1024
 N_BOOTSTRAP = 2000
 GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
 AGGREGATIONS = ("mean", "bits_per_byte", "weighted_perplexity", "perplexity")
@@ -379,7 +378,7 @@ class Evaluator:
 
         Raises EvaluationError for a task, metric, file or function that does not exist.
         """
-        self._lm = _harness_model(model, tokenizer)
+        self._lm = harness_model(model, tokenizer)
         self.tasks = load_tasks(objectives)
         self._prompting = objectives[0].prompting
         self._functions = dict(functions or {})
@@ -435,7 +434,7 @@ class Evaluator:
         if not samples:
             return {}
         tasks = {name: self.tasks[name] for name in sorted(samples)}
-        with _quiet_harness():
+        with quiet_harness():
             try:
                 results = evaluate(
                     lm=self._lm,
@@ -600,7 +599,7 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
         spec: Any = _text_task(term) if term.text is not None else term.task
         folder = include_path if include_path is not None and term.text is None else Path.cwd()
         try:
-            with contextlib.chdir(folder), _quiet_harness():
+            with contextlib.chdir(folder), quiet_harness():
                 tasks = manager.load([spec])["tasks"]
         except Exception as error:  # lm-eval and `datasets` raise many types for a broken task
             raise EvaluationError(
@@ -757,173 +756,3 @@ def _items(
             f"term {term.label!r}: the score of item {bad} is not a finite number."
         )
     return items
-
-
-@contextlib.contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """Silence the harness, its progress bars and those of `datasets`; our own meter shows the
-    trials.
-    """
-    import datasets
-
-    loggers = [
-        logging.getLogger(name) for name in ("lm_eval", "lm-eval", "lm_eval.evaluator", "datasets")
-    ]
-    levels = [log.level for log in loggers]
-    datasets.disable_progress_bars()
-    for log in loggers:
-        log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)
-
-
-def _harness_model(model: Any, tokenizer: Any) -> Any:
-    """Return an lm-eval model over a live transformers model that scores without materialising
-    logits.
-    """
-    from time import perf_counter
-
-    from lm_eval import utils
-    from lm_eval.models.huggingface import HFLM
-
-    class HarnessModel(HFLM):
-        """HFLM with float32 scoring by vocabulary blocks, batches by length, and one BOS before a
-        document.
-        """
-
-        def __init__(self) -> None:
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
-            self.forward_seconds = 0.0
-            self.n_tokens = {"total": 0}
-            self._is_plain = is_plain_head(model)
-            self._encoded: dict[tuple[str, bool | None], list[int]] = {}
-
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-        ) -> list[int]:
-            key = (string, add_special_tokens)
-            if kwargs:
-                return list(
-                    super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
-                )
-            if key not in self._encoded:
-                self._encoded[key] = list(
-                    super().tok_encode(string, add_special_tokens=add_special_tokens)
-                )
-            return self._encoded[key]
-
-        def loglikelihood(
-            self, requests: list[Any], disable_tqdm: bool = False
-        ) -> list[tuple[float, bool]]:
-            return list(super().loglikelihood(requests, disable_tqdm=True))
-
-        def loglikelihood_rolling(
-            self, requests: list[Any], disable_tqdm: bool = False
-        ) -> list[float]:
-            windows: list[tuple[None, list[int], list[int]]] = []
-            owners: list[int] = []
-            for owner, request in enumerate(requests):
-                # add_special_tokens=False: the rolling windows put BOS first themselves
-                rolling = utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length,
-                    context_len=1,
-                )
-                for window in map(utils.make_disjoint_window, rolling):
-                    windows.append((None, *window))
-                    owners.append(owner)
-            totals = [0.0] * len(requests)
-            for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-                totals[owner] += value
-            return totals
-
-        def _loglikelihood_tokens(
-            self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
-        ) -> list[tuple[float, bool]]:
-            started = perf_counter()
-            if self._is_plain:
-                answers = _score(self.model, requests, self.max_length, self.n_tokens)
-            else:
-                answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
-                self.n_tokens["total"] += sum(len(a) + len(b) for _, a, b in requests)
-            self.forward_seconds += perf_counter() - started
-            return answers
-
-        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            started = perf_counter()
-            generated = super()._model_generate(context, *args, **kwargs)
-            self.forward_seconds += perf_counter() - started
-            self.n_tokens["total"] += generated.numel()
-            return generated
-
-    with _quiet_harness():
-        return HarnessModel()
-
-
-@torch.no_grad()
-def _score(
-    model: Any,
-    requests: Sequence[tuple[Any, list[int], list[int]]],
-    max_length: int,
-    n_tokens: dict[str, int],
-) -> list[tuple[float, bool]]:
-    """Return (sum of log p of the continuation in nats, is it greedy) per (text, context,
-    continuation) request.
-
-    Equal inputs run once; batches hold inputs of like length and at most TOKENS_PER_BATCH tokens.
-    """
-    inputs: dict[tuple[int, ...], list[int]] = {}
-    for index, (_, context, continuation) in enumerate(requests):
-        if len(continuation) > max_length:
-            raise EvaluationError(
-                f"an item asks for the likelihood of {len(continuation)} tokens, but the model's "
-                f"window is {max_length}. Leave such items out, or score them as a 'text' term."
-            )
-        tokens = tuple((context + continuation)[-(max_length + 1) : -1])
-        inputs.setdefault(tokens, []).append(index)
-    answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-    weight, softcap = model.get_output_embeddings().weight, softcap_of(model)
-    for batch in _batches(sorted(inputs, key=lambda tokens: (-len(tokens), tokens))):
-        length = len(batch[0])
-        padded = torch.tensor(
-            [[*tokens, *[0] * (length - len(tokens))] for tokens in batch], device=model.device
-        )
-        # right padding of a causal model changes nothing to its left, so no mask is needed
-        hidden = model.base_model(input_ids=padded, use_cache=False).last_hidden_state
-        rows: list[torch.Tensor] = []
-        targets: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for row, tokens in enumerate(batch):
-            for index in inputs[tokens]:
-                continuation = requests[index][2]
-                rows.append(hidden[row, len(tokens) - len(continuation) : len(tokens)])
-                targets.extend(continuation)
-                spans.append((index, len(continuation)))
-        labels = torch.tensor(targets, device=model.device)
-        values, greedy = log_probabilities(
-            torch.cat(rows).to(weight.dtype), weight, labels, softcap
-        )
-        start = 0
-        for index, n in spans:
-            answers[index] = (
-                values[start : start + n].sum().item(),
-                bool(greedy[start : start + n].all()),
-            )
-            start += n
-        n_tokens["total"] += sum(len(tokens) for tokens in batch)
-    return answers
-
-
-def _batches(inputs: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    batch: list[tuple[int, ...]] = []
-    for tokens in inputs:
-        if batch and (len(batch) + 1) * len(batch[0]) > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(tokens)
-    if batch:
-        yield batch

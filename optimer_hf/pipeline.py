@@ -149,8 +149,8 @@ def _claim(run: Run) -> None:
     if marker.exists():
         if json.loads(marker.read_text(encoding="utf-8")) != owner:
             raise OutputError(
-                f"{run.out}: holds results of another recipe, or budget (--short, --tokens). "
-                "Remove it, or give another output directory."
+                f"{run.out}: holds results of another recipe, or of the other budget "
+                "(--short, --tokens). Remove it, or give another output directory."
             )
         return
     if run.out.exists() and any(run.out.glob("[!.]*")):

@@ -25,6 +25,7 @@ ORDER = [
     "merge_config",
     "geometry",
     "resident",
+    "harness",
     "evaluate",
     "overlap",
     "surrogate",
