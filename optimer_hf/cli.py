@@ -792,6 +792,107 @@ def _corpora_and_objectives(files: tuple[Path, ...], text_field: str) -> tuple[l
 
 
 @main.command()
+@click.argument("directory", type=PATH)
+@click.argument("repo")
+@click.option(
+    "--private/--public", default=None, help="Of a new repository (default: the account's choice)."
+)
+@click.option("--revision", help="Branch to push to (default: main); made when it is missing.")
+@click.option("--create-pr", is_flag=True, help="Propose the change as a pull request.")
+@click.option("--commit-message", help="First line of the commit.")
+@click.option("--tag", help="Tag the commit, after everything has arrived.")
+@click.option("--license", "licence", help="Licence of the card (default: that of the inputs).")
+@click.option(
+    "--vectors", is_flag=True, help="Push the local vectors of a recipe first, to REPO-<name>."
+)
+@click.option("--dry-run", is_flag=True, help="Show files, sizes and the card; send nothing.")
+@click.option("--token", help="Instead of that of `hf auth login`.")
+@FORMAT
+def push(directory: Path, repo: str, output: str, **options: Any) -> None:
+    """Push a vector, a recipe or a merged model to the Hub, in one commit."""
+    from optimer_hf import hub
+
+    done = hub.push(directory, repo, **options)
+    if output == "json":
+        click.echo(hub.to_json(done))
+        return
+    for each in (*done.vectors, done):
+        _say_push(each, options["dry_run"])
+
+
+def _say_push(done: Any, dry_run: bool) -> None:
+    for name, n_bytes in done.sent.items():
+        click.echo(f"{name}: {n_bytes:,} bytes")
+    for name in done.deleted:
+        click.echo(f"{name}: deleted")
+    size = f"{len(done.sent)} files, {sum(done.sent.values()):,} bytes"
+    if dry_run:
+        click.echo(f"{done.card}\nwould send {size} to {done.repo_id}; nothing was sent")
+    elif done.pull_request:
+        click.echo(f"proposed: {done.pull_request}")
+    elif not done.sent and not done.deleted:
+        click.echo(f"{done.repo_id}@{done.commit}: has everything already")
+    else:
+        click.echo(f"{done.repo_id}@{done.commit}: {size} sent")
+
+
+@main.command()
+@click.argument("repo")
+@click.argument("out", type=PATH, required=False)
+@click.option("--revision", help="Branch, tag or commit (also as REPO@REVISION).")
+@click.option("--update", is_flag=True, help="Take what REPO is now, and say what moved.")
+@click.option("--token", help="Instead of that of `hf auth login`.")
+@FORMAT
+def pull(repo: str, out: Path | None, output: str, **options: Any) -> None:
+    """Pull a vector, a recipe or a merged model; of a recipe only its small files.
+
+    Writes to OUT (default: the name of the repository).
+    """
+    from optimer_hf import hub
+
+    done = hub.pull(repo, out, **options)
+    if output == "json":
+        click.echo(hub.to_json(done))
+        return
+    for line in done.moved:
+        click.echo(f"moved: {line}")
+    for each in done.inputs:
+        size = f"{each.n_bytes:,} bytes" if each.n_bytes is not None else "size unknown"
+        gated = ", gated: ask for access first" if each.gated else ""
+        click.echo(f"to fetch: {each.reference} ({size}, licence {each.licence or '?'}{gated})")
+    click.echo(f"{done.path}: {done.kind} {done.repo_id}@{done.commit}")
+    if done.kind == "recipe":
+        _say_disk(done)
+
+
+def _say_disk(done: Any) -> None:
+    import shutil
+
+    needed = sum(each.n_bytes or 0 for each in done.inputs)
+    free = shutil.disk_usage(done.path).free
+    if needed > free:
+        click.echo(f"warning: {needed:,} bytes to fetch, {free:,} free on this disk", err=True)
+    click.echo(f"build it: optimer build {done.path / 'recipe.yaml'} OUT")
+
+
+@main.group("recipes")
+def recipes_group() -> None:
+    """Recipes of other people."""
+
+
+@recipes_group.command("list")
+@click.option("--token", help="Instead of that of `hf auth login`.")
+def list_recipes(token: str | None) -> None:
+    """List the recipe folders here, and on the Hub the repositories with our tag."""
+    from optimer_hf import hub
+
+    for study in sorted(Path("recipes").glob("*/study.yaml")):
+        click.echo(f"{study.parent}: run it with `optimer run {study.parent}`")
+    for repo_id, changed in hub.recipes(token=token):
+        click.echo(f"{repo_id} ({changed}): take it with `optimer pull {repo_id}`")
+
+
+@main.command()
 @click.argument("files", type=PATH, nargs=-1, required=True)
 def validate(files: tuple[Path, ...]) -> None:
     """Check fields and values of YAML files; models and tasks are not opened."""

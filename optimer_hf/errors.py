@@ -7,6 +7,7 @@
       EvaluationError   a task, metric or score that cannot be used
       StudyError        a study directory that cannot be continued
       OutputError       a place that cannot be written to
+      HubError          what cannot be pushed or pulled, or a Hub that refuses
 
 A message says where, what was found, what was expected and how to fix it. The command line turns an
 OptimerError into `error: ...` and exit status 1; any other exception is a bug and shows its
@@ -40,3 +41,7 @@ class StudyError(OptimerError):
 
 class OutputError(OptimerError):
     """An output directory holds foreign files, or the disk refused to take the data."""
+
+
+class HubError(OptimerError):
+    """Something may not be published or trusted, or the Hub refuses or cannot be reached."""

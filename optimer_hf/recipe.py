@@ -71,6 +71,7 @@ class RecipeFile(VersionedFile):
     study: dict[str, Any]
     ledger: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    derived_from: str | None = None  # the recipe it continues: org/name@commit
 
     @property
     def weights(self) -> dict[str, float]:
@@ -79,10 +80,13 @@ class RecipeFile(VersionedFile):
 
 
 class Lock(VersionedFile):
-    """recipe.lock.json: file name -> sha256 of the weights of base, vectors and the built model."""
+    """recipe.lock.json: file name -> sha256 of the weights of base, vectors and the built model;
+    `kinds` says which vectors are adapters, deltas and checkpoints.
+    """
 
     base: dict[str, str]
     vectors: dict[str, dict[str, str]]
+    kinds: dict[str, str] = {}
     weights: dict[str, float]
     dtype: str
     output: dict[str, str] = {}
@@ -137,6 +141,9 @@ def write_recipe(
     lock = Lock(
         base=weight_files(base.path),
         vectors={key: weight_files(source.path) for key, source in sources.items()},
+        kinds={
+            key: open_vector(key, str(config.vectors[key].source), base).kind for key in sources
+        },
         weights=incumbent.weights,
         dtype=config.dtype,
     )
@@ -157,7 +164,7 @@ def _write_lock(lock: Lock, path: Path) -> None:
     """Write a lock; what the same inputs were built to before stays recorded."""
     if path.exists():
         earlier = Lock.read(path)
-        if earlier.model_copy(update={"output": {}}) == lock:
+        if earlier.model_copy(update={"output": {}, "kinds": lock.kinds}) == lock:
             lock = earlier
     lock.write(path)
 
@@ -289,6 +296,15 @@ def build(
                 f"{out}: differs from the model this recipe built first ({lock_file.name}). It was "
                 "kept."
             )
+        _write_beside(recipe, Lock.read(lock_file), out)
+
+
+def _write_beside(recipe: RecipeFile, lock: Lock, out: Path) -> None:
+    """Write into a built model how it was built, so that it can be verified and published."""
+    lock.model_copy(update={"output": weight_files(out)}).write(out / "recipe.lock.json")
+    data = portable(recipe.model_dump(mode="json", exclude_none=True), out.resolve())
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    write_text(out / "recipe.yaml", text)
 
 
 def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:

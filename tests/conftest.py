@@ -2,14 +2,25 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from minihub.running import HOME, HUB, stop
+
+# The client reads its endpoint when it is imported. The suite is offline; the tests of the Hub go
+# online, to a server of our own and nowhere else.
+os.environ["HF_ENDPOINT"] = HUB.endpoint
+os.environ["HF_HOME"] = str(HOME)
+os.environ["HF_TOKEN"] = ""
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
 import torch
+from huggingface_hub import constants
+from minihub import HubServer
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -35,6 +46,21 @@ def _caches(tmp_path_factory: pytest.TempPathFactory):
     os.environ["OPTIMER_CACHE"] = str(home / "optimer")
     os.environ["HF_DATASETS_CACHE"] = str(home / "datasets")
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The local Hub, online for one test; no token of a user may reach its storage hosts."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    HUB.faults.clear()
+    HUB.log.clear()
+    HUB.leaks.clear()
+    yield HUB
+    assert not HUB.leaks, HUB.leaks
+
+
+def pytest_unconfigure() -> None:
+    stop()
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,9 @@ ORDER = [
     "compare",
     "recipe",
     "ratios",
+    "publish",
+    "card",
+    "hub",
     "pipeline",
     "cli",
 ]

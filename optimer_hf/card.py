@@ -1,0 +1,107 @@
+"""Facts of a vector, recipe or merged model -> the model card that the Hub shows.
+
+A card is YAML metadata and a text. Between two marks the text is ours and is written anew at every
+push; what a person writes outside of them, and metadata that we do not set, stays.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+BEGIN = "<!-- optimer: written anew by every push; write above or below -->"
+END = "<!-- optimer: end -->"
+RELATIONS = {"vector": "adapter", "recipe": "merge", "model": "merge"}
+TAGS = {
+    "vector": ["optimer", "optimer-vector"],
+    "recipe": ["optimer", "optimer-recipe", "mergekit", "merge"],
+    "model": ["optimer", "mergekit", "merge"],
+}
+LISTS = ("tags", "base_model", "datasets", "language")  # a person may add to them
+PERMISSIVE = frozenset({"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0"})
+
+
+def strictest_licence(licences: Mapping[str, str | None]) -> str | None:
+    """Return the licence that binds a work made of inputs (name -> licence), or None when it cannot
+    be told: one is missing, or two bind in different ways. Never a guess.
+    """
+    found = {licence.lower() for licence in licences.values() if licence}
+    if not found or None in licences.values():
+        return None
+    binding = found - PERMISSIVE
+    if len(binding) == 1:
+        return binding.pop()
+    if binding:
+        return None
+    return found.pop() if len(found) == 1 else "apache-2.0" if "apache-2.0" in found else None
+
+
+def metadata_of(
+    kind: str, licence: str, base_models: Sequence[str], results: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the metadata of a card; `results` is a model-index entry."""
+    metadata: dict[str, Any] = {"license": licence}
+    metadata["library_name"] = "transformers" if kind == "model" else "optimer"
+    if base_models:
+        metadata["base_model"] = list(dict.fromkeys(base_models))
+        metadata["base_model_relation"] = RELATIONS[kind]
+    metadata["tags"] = TAGS[kind]
+    if kind == "model":
+        metadata["pipeline_tag"] = "text-generation"
+    if results is not None:
+        metadata["model-index"] = [dict(results)]
+    return metadata
+
+
+def model_index(
+    name: str, scores: Mapping[str, float], metrics: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return sealed scores (term -> score, term -> metric) as the Hub's model-index entry."""
+    return {
+        "name": name,
+        "results": [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": f"{label} (sealed test)", "type": label},
+                "metrics": [{"type": metrics.get(label, "score"), "value": round(score, 6)}],
+            }
+            for label, score in scores.items()
+        ],
+    }
+
+
+def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str | None) -> str:
+    """Return a card; what a person added to the `existing` one stays."""
+    environment = Environment(
+        loader=PackageLoader("optimer_hf", "."), undefined=StrictUndefined, autoescape=False
+    )
+    template = environment.get_template("model_card.md.jinja")
+    text = template.render(begin=BEGIN, end=END, **facts).strip()
+    theirs, body = split(existing or "")
+    begin, end = body.find(BEGIN), body.find(END)
+    if begin >= 0 and end > begin:
+        text = body[:begin] + text + body[end + len(END) :]
+    elif body.strip():
+        text = f"{text}\n\n{body.strip()}"
+    merged = {**theirs, **metadata}
+    for key in LISTS:
+        mine, others = metadata.get(key, []), theirs.get(key, [])
+        others = [others] if isinstance(others, str) else others
+        if others:
+            merged[key] = list(dict.fromkeys([*mine, *others]))
+    head = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n{text.strip()}\n"
+
+
+def split(card: str) -> tuple[dict[str, Any], str]:
+    """Return metadata and text of a card."""
+    match = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", card, re.DOTALL)
+    if match is None:
+        return {}, card
+    try:
+        metadata = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        metadata = None
+    return (metadata if isinstance(metadata, dict) else {}), card[match.end() :]

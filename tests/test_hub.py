@@ -1,0 +1,648 @@
+"""Push and pull against a real Hub server (tests/minihub), with the real client."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from huggingface_hub import CommitOperationAdd, HfApi
+from safetensors.torch import load_file
+
+from optimer_hf import hub as hubs
+from optimer_hf.checkpoint import weight_files
+from optimer_hf.convert import resolve_model
+from optimer_hf.errors import HubError, ModelError, OptimerError
+from optimer_hf.publish import publication
+from optimer_hf.recipe import Lock, RecipeFile, build, verify
+from optimer_hf.vector import describe, extract, open_vector
+
+ALICE, BOB = "hf_alice_write", "hf_bob_write"
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    monkeypatch.setattr(hubs.time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture(scope="module")
+def published_base(make_base):
+    """alice/base: a tiny model with a licence, on the server; returns its pinned reference."""
+    from huggingface_hub import constants
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    api = HfApi(token=ALICE)
+    api.create_repo("alice/base", exist_ok=True)
+    (make_base().path / "README.md").write_text("---\nlicense: gemma\n---\n")
+    commit = api.upload_folder(repo_id="alice/base", folder_path=make_base().path).oid
+    yield f"alice/base@{commit}"
+    patch.undo()
+
+
+@pytest.fixture
+def base(hub, published_base):
+    return resolve_model(published_base)
+
+
+@pytest.fixture
+def name(request):
+    """A repository name of its own for every test."""
+    return "r" + str(abs(hash(request.node.name)) % 10**8)
+
+
+@pytest.fixture
+def make_vector(base, make_adapter, make_tuned, tmp_path):
+    """Return a function kind, seed -> directory of a complete vector of the published base."""
+
+    def vector(kind: str, seed: int = 0) -> Path:
+        out = tmp_path / f"{kind}-{seed}"
+        if kind == "delta":
+            tuned = make_tuned(base, "gemma", seed)
+            extract(open_vector("v", str(tuned), base), base, out)
+            return out
+        made = make_adapter(base, seed) if kind == "adapter" else make_tuned(base, "gemma", seed)
+        made.rename(out)
+        config = out / "adapter_config.json"
+        if config.exists():
+            data = json.loads(config.read_text())
+            config.write_text(json.dumps(data | {"base_model_name_or_path": "alice/base"}))
+        describe(out, base, name=f"v{seed}", kind=kind)
+        return out
+
+    return vector
+
+
+@pytest.fixture
+def make_recipe(published_base, make_vector, base, tmp_path):
+    """Return a function kind -> folder of a recipe over two local vectors of that kind."""
+
+    def recipe(kind: str = "adapter", weights=(0.5, 0.25)) -> Path:
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        paths = {f"v{seed}": make_vector(kind, seed) for seed in range(2)}
+        chosen = dict(zip(paths, weights, strict=True))
+        data = {
+            "format_version": 1,
+            "name": "tiny",
+            "base_model": published_base,
+            "dtype": "bfloat16",
+            "vectors": {
+                key: {"source": str(path), "weight": chosen[key]} for key, path in paths.items()
+            },
+            "objective": {"terms": [{"text": str(tmp_path / "ja.jsonl"), "name": "ja"}]},
+            "scores": {"sealed": {"value": 0.1, "terms": {"ja": 1.5}, "verdicts": ["better."]}},
+            "study": {"n_trials": 4},
+            "ledger": {"search": {"n": 4, "items": 20, "tokens": 100, "seconds": 3.0}},
+        }
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(data))
+        lock = Lock(
+            base=weight_files(base.path),
+            vectors={key: weight_files(path) for key, path in paths.items()},
+            kinds=dict.fromkeys(paths, kind),
+            weights=chosen,
+            dtype="bfloat16",
+        )
+        lock.write(folder / "recipe.lock.json")
+        return folder
+
+    return recipe
+
+
+def run_cli(*arguments, hub, xet: bool = True, **environment) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own, online."""
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": ALICE,
+        "HF_HUB_DISABLE_XET": "0" if xet else "1",
+        **environment,
+    }
+    command = [sys.executable, "-m", "optimer_hf", *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+# -- round trips -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adapter", "delta", "checkpoint"])
+def test_a_pushed_vector_comes_back_with_the_same_sha256(hub, make_vector, name, kind, tmp_path):
+    vector = make_vector(kind)
+    pushed = hubs.push(vector, f"alice/{name}", token=ALICE)
+    pulled = hubs.pull(f"alice/{name}", tmp_path / "back", token=ALICE)
+    assert pulled.kind == "vector"
+    assert pulled.commit == pushed.commit
+    assert weight_files(tmp_path / "back") == weight_files(vector)
+    assert (tmp_path / "back" / "vector.json").read_bytes() == (vector / "vector.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["adapter", "delta", "checkpoint"])
+def test_a_stranger_builds_the_same_model_from_a_pushed_recipe(
+    hub, make_recipe, name, kind, tmp_path
+):
+    folder = make_recipe(kind)
+    build(folder / "recipe.yaml", tmp_path / "mine")
+    done = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    assert [each.repo_id for each in done.vectors] == [f"alice/{name}-v0", f"alice/{name}-v1"]
+    pulled = hubs.pull(f"alice/{name}", tmp_path / "theirs", token=BOB)
+    assert pulled.kind == "recipe"
+    assert len(pulled.inputs) == 3
+    assert all(each.licence == "gemma" and each.n_bytes for each in pulled.inputs)
+    recipe = tmp_path / "theirs" / "recipe.yaml"
+    assert "gemma" in (tmp_path / "theirs" / "README.md").read_text()
+    assert str(tmp_path) not in recipe.read_text()
+    build(recipe, tmp_path / "built")
+    assert weight_files(tmp_path / "built") == weight_files(tmp_path / "mine")
+    verify(recipe, tmp_path / "built")
+
+
+def test_a_built_model_is_pushed_verified_and_used(hub, make_recipe, name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = make_recipe("delta")
+    build(folder / "recipe.yaml", tmp_path / "model")
+    hubs.push(tmp_path / "model", f"alice/{name}", token=ALICE, vectors=True)
+    pulled = hubs.pull(f"alice/{name}", tmp_path / "back", token=ALICE)
+    assert pulled.kind == "model"
+    verify(tmp_path / "back" / "recipe.yaml", tmp_path / "back")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    info = HfApi(token=ALICE).model_info(f"alice/{name}")
+    assert {"merge", "mergekit", "optimer", "license:gemma"} <= set(info.tags)
+    assert info.model_index[0]["results"][0]["metrics"][0]["value"] == 1.5
+
+
+@pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+def test_the_command_line_pushes_and_pulls_over_both_transports(
+    hub, make_vector, name, xet, tmp_path
+):
+    vector = make_vector("delta", seed=5 + xet)
+    pushed = run_cli("push", vector, f"alice/{name}", hub=hub, xet=xet)
+    assert pushed.returncode == 0, pushed.stderr
+    assert bool(hub.calls("POST /cas/v1/xorbs")) == xet
+    assert bool(hub.calls("PUT /_lfs/put")) != xet
+    home = str(tmp_path / "home")  # an empty cache: the bytes come from the server
+    pulled = run_cli("pull", f"alice/{name}", tmp_path / "back", hub=hub, xet=xet, HF_HOME=home)
+    assert pulled.returncode == 0, pulled.stderr
+    assert weight_files(tmp_path / "back") == weight_files(vector)
+    assert ALICE not in pushed.stdout + pushed.stderr + pulled.stdout + pulled.stderr
+
+
+def test_hf_download_and_git_clone_give_what_was_pushed(hub, make_vector, name, tmp_path):
+    vector = make_vector("adapter")
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ALICE}
+    hf = str(Path(sys.executable).with_name("hf"))
+    out = tmp_path / "out"
+    command = [hf, "download", f"alice/{name}", "--local-dir", str(out), "--quiet"]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    assert weight_files(out) == weight_files(vector)
+    clone = tmp_path / "clone"
+    git_env = {**os.environ, "GIT_LFS_SKIP_SMUDGE": "1", "GIT_CONFIG_GLOBAL": "/dev/null"}
+    command = ["git", "clone", "-q", f"{hub.endpoint}/alice/{name}", str(clone)]
+    subprocess.run(command, env=git_env, check=True)
+    listed = HfApi(token=ALICE).list_repo_files(f"alice/{name}")
+    assert sorted(path.name for path in clone.iterdir() if path.is_file()) == sorted(listed)
+
+
+def test_unmodified_mergekit_runs_the_exported_config(hub, make_recipe, name, tmp_path):
+    folder = make_recipe("delta")
+    build(folder / "recipe.yaml", tmp_path / "mine")
+    hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    hubs.pull(f"alice/{name}", tmp_path / "theirs", token=ALICE)
+    config = tmp_path / "theirs" / "mergekit_config.yml"
+    assert f"alice/{name}-v0@" in config.read_text()
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ALICE}
+    mergekit = str(Path(sys.executable).with_name("mergekit-yaml"))
+    command = [
+        mergekit,
+        str(config),
+        str(tmp_path / "vanilla"),
+        "--lora-merge-cache",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = load_file(tmp_path / "mine" / "model.safetensors")
+    theirs = load_file(next((tmp_path / "vanilla").glob("*.safetensors")))
+    same = [
+        torch.isclose(ours[key], theirs[key], rtol=2**-7, atol=0).float().mean() for key in ours
+    ]
+    assert min(same) > 0.995
+
+
+# -- what a push leaves alone, and what it refuses -------------------------------------------------
+
+
+def test_a_second_push_sends_nothing(hub, make_vector, name):
+    vector = make_vector("adapter")
+    first = hubs.push(vector, f"alice/{name}", token=ALICE)
+    hub.log.clear()
+    second = hubs.push(vector, f"alice/{name}", token=ALICE)
+    assert (second.commit, second.sent, second.deleted) == (first.commit, {}, ())
+    assert not hub.calls("POST .*/commit/")
+
+
+def test_a_dry_run_sends_nothing_and_shows_the_card(hub, make_vector, name):
+    done = hubs.push(make_vector("adapter"), f"alice/{name}", token=ALICE, dry_run=True)
+    assert done.commit is None
+    assert "adapter_model.safetensors" in done.sent
+    assert "license: gemma" in done.card
+    assert not hub.calls("^(POST|PUT) ")
+
+
+def test_what_a_person_wrote_into_the_card_survives(hub, make_vector, name):
+    vector = make_vector("adapter")
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    api = HfApi(token=ALICE)
+    card = Path(api.hf_hub_download(f"alice/{name}", "README.md")).read_text()
+    edited = card.replace("tags:\n", "tags:\n- japanese\n").replace(
+        "---\n\n", "---\n\nMy words.\n\n"
+    )
+    edited = edited.replace("license:", "my_field: 7\nlicense:") + "\nMore words.\n"
+    api.upload_file(
+        path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id=f"alice/{name}"
+    )
+    record = json.loads((vector / "vector.json").read_text())
+    (vector / "vector.json").write_text(json.dumps(record | {"norm": 123.0}))
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    again = Path(api.hf_hub_download(f"alice/{name}", "README.md")).read_text()
+    for kept in ("japanese", "My words.", "More words.", "my_field: 7", "| norm | 123 "):
+        assert kept in again
+    assert again.count("# v0") == 1
+
+
+def test_only_files_of_the_allow_list_travel(hub, make_vector, name):
+    vector = make_vector("adapter")
+    for file in (".env", "optimizer.pt", "training_args.bin", "notes.txt", "trainer_state.json"):
+        (vector / file).write_text("secret")
+    done = hubs.push(vector, f"alice/{name}", token=ALICE)
+    there = set(HfApi(token=ALICE).list_repo_files(f"alice/{name}")) - {".gitattributes"}
+    assert there == set(done.sent)
+    assert there == {"README.md", "vector.json", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_local_or_unpinned_input_is_refused(hub, make_recipe, name):
+    folder = make_recipe()
+    with pytest.raises(HubError, match=r"vectors\.v0\.source: .* lies on this machine.*--vectors"):
+        hubs.push(folder, f"alice/{name}", token=ALICE)
+    recipe = folder / "recipe.yaml"
+    data = yaml.safe_load(recipe.read_text()) | {"base_model": "alice/base"}
+    recipe.write_text(yaml.safe_dump(data))
+    with pytest.raises(HubError, match=r"base_model: 'alice/base' is not pinned"):
+        hubs.push(folder, f"alice/{name}", token=ALICE)
+
+
+def test_a_path_of_this_machine_or_a_token_is_refused(hub, make_vector, name):
+    vector = make_vector("adapter")
+    config = vector / "adapter_config.json"
+    clean = json.loads(config.read_text())
+    config.write_text(json.dumps(clean | {"base_model_name_or_path": str(vector)}, indent=2))
+    with pytest.raises(HubError, match=r"adapter_config\.json: line \d+: holds a path of this"):
+        hubs.push(vector, f"alice/{name}", token=ALICE)
+    config.write_text(json.dumps(clean | {"revision": "hf_" + "a" * 34}, indent=2))
+    with pytest.raises(HubError, match=r"holds a token \(hf_aaa\.\.\.\)"):
+        hubs.push(vector, f"alice/{name}", token=ALICE)
+    assert not hub.calls("/commit/")
+
+
+def test_a_private_input_is_refused_in_a_public_recipe(hub, make_recipe, make_vector, name):
+    folder = make_recipe()
+    recipe = folder / "recipe.yaml"
+    data = yaml.safe_load(recipe.read_text())
+    for key in data["vectors"]:
+        pushed = hubs.push(
+            Path(data["vectors"][key]["source"]), f"alice/{name}-{key}", token=ALICE, private=True
+        )
+        data["vectors"][key]["source"] = f"{pushed.repo_id}@{pushed.commit}"
+    recipe.write_text(yaml.safe_dump(data))
+    with pytest.raises(HubError, match="is private, so a public recipe"):
+        hubs.push(folder, f"alice/{name}", token=ALICE, private=False)
+    assert hubs.push(folder, f"alice/{name}", token=ALICE, private=True).commit
+
+
+def test_a_licence_that_cannot_be_told_is_asked_for(hub, make_vector, name, make_base):
+    api = HfApi(token=ALICE)
+    api.create_repo(f"alice/{name}-base", exist_ok=True)
+    weights = make_base().path / "model.safetensors"
+    commit = api.upload_file(
+        path_or_fileobj=weights, path_in_repo=weights.name, repo_id=f"alice/{name}-base"
+    ).oid
+    vector = make_vector("adapter")
+    record = json.loads((vector / "vector.json").read_text())
+    record["base"] |= {"reference": f"alice/{name}-base", "commit": commit}
+    (vector / "vector.json").write_text(json.dumps(record))
+    with pytest.raises(HubError, match=r"licence cannot be told .* --license"):
+        hubs.push(vector, f"alice/{name}", token=ALICE)
+    assert hubs.push(vector, f"alice/{name}", token=ALICE, licence="mit").commit
+
+
+def test_a_repository_of_another_kind_or_visibility_is_refused(hub, make_vector, make_recipe, name):
+    hubs.push(make_vector("adapter", 7), f"alice/{name}", token=ALICE)
+    with pytest.raises(HubError, match="holds a vector, and this is a recipe"):
+        hubs.push(make_recipe(), f"alice/{name}", token=ALICE, vectors=True)
+    with pytest.raises(HubError, match="is public, and --private was asked"):
+        hubs.push(make_vector("adapter", 8), f"alice/{name}", token=ALICE, private=True)
+
+
+def test_a_tag_comes_last_and_does_not_move(hub, make_vector, name):
+    vector = make_vector("adapter")
+    first = hubs.push(vector, f"alice/{name}", token=ALICE, tag="v1.0")
+    order = [record.path for record in hub.calls("POST .*/(commit|tag)/")]
+    assert "/commit/" in order[0] and "/tag/" in order[-1]
+    assert hubs.push(vector, f"alice/{name}", token=ALICE, tag="v1.0").commit == first.commit
+    record = json.loads((vector / "vector.json").read_text())
+    (vector / "vector.json").write_text(json.dumps(record | {"norm": 5.0}))
+    with pytest.raises(HubError, match=r"tag 'v1\.0' is at .* already, and a tag does not move"):
+        hubs.push(vector, f"alice/{name}", token=ALICE, tag="v1.0")
+
+
+def test_a_branch_and_a_pull_request_leave_main_alone(hub, make_vector, name):
+    vector = make_vector("adapter")
+    first = hubs.push(vector, f"alice/{name}", token=ALICE)
+    record = json.loads((vector / "vector.json").read_text())
+    (vector / "vector.json").write_text(json.dumps(record | {"norm": 5.0}))
+    hubs.push(vector, f"alice/{name}", token=ALICE, revision="next")
+    proposed = hubs.push(vector, f"alice/{name}", token=BOB, create_pr=True)
+    assert "/discussions/1" in proposed.pull_request
+    assert HfApi(token=ALICE).model_info(f"alice/{name}").sha == first.commit
+
+
+# -- faults of the Hub -----------------------------------------------------------------------------
+
+
+def test_two_pushers_lose_nothing(hub, make_vector, name, monkeypatch, caplog):
+    hubs.push(make_vector("adapter", 1), f"alice/{name}", token=ALICE)
+    api, original = HfApi(token=ALICE), hubs._changes
+    calls = []
+
+    def changes(*arguments):
+        found = original(*arguments)
+        if not calls:
+            api.create_commit(
+                f"alice/{name}",
+                [CommitOperationAdd("theirs.md", b"meanwhile")],
+                commit_message="another person",
+            )
+        calls.append(1)
+        return found
+
+    monkeypatch.setattr(hubs, "_changes", changes)
+    done = hubs.push(make_vector("adapter", 2), f"alice/{name}", token=ALICE)
+    assert len(calls) == 2
+    assert "somebody else pushed" in caplog.text
+    there = api.list_repo_files(f"alice/{name}", revision=done.commit)
+    assert {"theirs.md", "vector.json"} <= set(there)
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}], ids=["503", "dropped"])
+def test_a_passing_fault_at_the_commit_is_tried_again(hub, make_vector, name, fault):
+    hub.inject("POST .*/commit/main", times=2, **fault)
+    done = hubs.push(make_vector("adapter"), f"alice/{name}", token=ALICE)
+    assert HfApi(token=ALICE).model_info(f"alice/{name}").sha == done.commit
+
+
+def test_a_used_up_commit_quota_says_when_to_go_on(hub, make_vector, name):
+    vector = make_vector("adapter", 11)
+    hub.inject(
+        "POST .*/commit/main",
+        429,
+        times=99,
+        headers={"RateLimit": '"api";r=12;t=1800'},
+        body="You have exceeded our rate limit for repository commits",
+    )
+    with pytest.raises(HubError, match=r"commits of a repository is used up .* again in 1800 s"):
+        hubs.push(vector, f"alice/{name}", token=ALICE)
+    hub.faults.clear()
+    hub.log.clear()
+    assert hubs.push(vector, f"alice/{name}", token=ALICE).commit
+    assert not hub.calls("POST /cas/v1/xorbs")  # the weights had arrived before
+
+
+def test_a_request_quota_is_waited_for(hub, make_vector, name):
+    hub.inject("GET /api/models/alice", 429, times=1, headers={"RateLimit": '"api";r=0;t=2'})
+    assert hubs.push(make_vector("adapter"), f"alice/{name}", token=ALICE).commit
+
+
+def test_a_push_killed_in_mid_upload_goes_on(hub, make_vector, name):
+    vector = make_vector("delta", 21)
+    hub.inject("POST .*/commit/main", 503, times=99, headers={"Retry-After": "30"})
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ALICE}
+    command = [sys.executable, "-m", "optimer_hf", "push", str(vector), f"alice/{name}"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not hub.calls("POST .*/commit/main") and time.monotonic() < deadline:
+        time.monotonic()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert "vector.json" not in HfApi(token=ALICE).list_repo_files(f"alice/{name}")
+    hub.faults.clear()
+    hub.log.clear()
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    assert not hub.calls("POST /cas/v1/xorbs")
+    assert "vector.json" in HfApi(token=ALICE).list_repo_files(f"alice/{name}")
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "said"),
+    [
+        ("hf_nobody", "alice/x", r"token is wrong or missing \(401\).*hf auth login"),
+        ("hf_alice_read", "alice/x", r"403.*write"),
+        (BOB, "alice/base", r"403.*--create-pr"),
+        (ALICE, "not a name", "no name of a repository"),
+        (ALICE, "base", "expected a repository as name/repository"),
+    ],
+)
+def test_a_refused_push_says_what_to_do(hub, make_vector, token, repo, said):
+    with pytest.raises(HubError, match=said):
+        hubs.push(make_vector("adapter"), repo, token=token, licence="mit")
+
+
+def test_a_refused_pull_says_what_to_do(hub, make_vector, name, tmp_path):
+    with pytest.raises(HubError, match="404"):
+        hubs.pull("alice/none-such", tmp_path / "out", token=ALICE)
+    hubs.push(make_vector("adapter"), f"alice/{name}", token=ALICE)
+    with pytest.raises(HubError, match="no such revision"):
+        hubs.pull(f"alice/{name}@v9", tmp_path / "out", token=ALICE)
+    HfApi(token=ALICE).update_repo_settings(f"alice/{name}", gated="auto")
+    with pytest.raises(HubError, match=r"is gated \(403\)"):
+        hubs.pull(f"alice/{name}", tmp_path / "out", token=BOB)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_renamed_repository_is_found(hub, make_vector, name, tmp_path):
+    vector = make_vector("adapter")
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    HfApi(token=ALICE).move_repo(f"alice/{name}", f"alice/{name}-new")
+    hubs.pull(f"alice/{name}", tmp_path / "back", token=ALICE)
+    assert weight_files(tmp_path / "back") == weight_files(vector)
+
+
+# -- what a pull does not trust --------------------------------------------------------------------
+
+
+def test_a_damaged_blob_is_refused_and_fetched_again(hub, make_vector, name, tmp_path):
+    vector = make_vector("adapter", 31)
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    sha256 = weight_files(vector)["adapter_model.safetensors"]
+    blob = hub.materialize(sha256)
+    right = blob.read_bytes()
+    blob.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    env = {"HF_HOME": str(tmp_path / "home")}
+    arguments = ("pull", f"alice/{name}", tmp_path / "back")
+    done = run_cli(*arguments, hub=hub, xet=False, **env)
+    assert done.returncode == 1
+    assert "damaged" in done.stderr
+    assert not (tmp_path / "back").exists()
+    blob.write_bytes(right)
+    assert run_cli(*arguments, hub=hub, xet=False, **env).returncode == 0
+
+
+def test_a_moved_tag_is_refused_without_update(hub, make_recipe, name, tmp_path):
+    folder = make_recipe()
+    first = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True, tag="v1")
+    out = tmp_path / "theirs"
+    hubs.pull(f"alice/{name}@v1", out, token=ALICE)
+    recipe = folder / "recipe.yaml"
+    data = yaml.safe_load(recipe.read_text())
+    data["vectors"]["v0"]["weight"] = 0.75
+    recipe.write_text(yaml.safe_dump(data))
+    lock = Lock.read(folder / "recipe.lock.json")
+    weights = {"v0": 0.75, "v1": 0.25}
+    lock.model_copy(update={"weights": weights}).write(folder / "recipe.lock.json")
+    second = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    api = HfApi(token=ALICE)
+    api.delete_tag(f"alice/{name}", tag="v1")
+    api.create_tag(f"alice/{name}", tag="v1", revision=second.commit)
+    with pytest.raises(HubError, match=rf"was pulled at {first.commit}.*--update"):
+        hubs.pull(f"alice/{name}@v1", out, token=ALICE)
+    moved = hubs.pull(f"alice/{name}@v1", out, token=ALICE, update=True).moved
+    assert any("vectors.v0: 0.5 x " in line and "-> 0.75 x" in line for line in moved)
+    assert RecipeFile.read(out / "recipe.yaml").weights == weights
+
+
+def test_other_weights_behind_a_pinned_input_do_not_build(hub, make_recipe, name, tmp_path):
+    folder = make_recipe("delta")
+    hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    out = tmp_path / "theirs"
+    hubs.pull(f"alice/{name}", out, token=ALICE)
+    lock = json.loads((out / "recipe.lock.json").read_text())
+    first = next(iter(lock["vectors"]["v0"]))
+    lock["vectors"]["v0"][first] = "0" * 64
+    (out / "recipe.lock.json").write_text(json.dumps(lock))
+    with pytest.raises(ModelError, match=r"vectors\.v0: the weights .* not the locked ones"):
+        build(out / "recipe.yaml", tmp_path / "built")
+    assert not (tmp_path / "built").exists()
+
+
+def test_a_repository_of_pickles_is_refused(hub, name, tmp_path):
+    api = HfApi(token=ALICE)
+    api.create_repo(f"alice/{name}")
+    api.upload_file(
+        path_or_fileobj=b"\x80\x04.", path_in_repo="pytorch_model.bin", repo_id=f"alice/{name}"
+    )
+    with pytest.raises(HubError, match="pickled weights only"):
+        hubs.pull(f"alice/{name}", tmp_path / "out", token=ALICE)
+
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data | {"base_model": "/etc/passwd"}, "may not name local files"),
+        (lambda data: data | {"base_model": "../../secret"}, "may not name local files"),
+        (lambda data: data | {"base_model": "alice/base@main"}, "40-digit commit"),
+        (lambda data: data | {"surprise": 1}, "unknown field 'surprise'"),
+        (lambda data: data | {"vectors": {"v0": {"source": "hf://../x@y", "weight": 1}}}, "local"),
+        (lambda data: BOMB, "aliases"),
+        (lambda data: "x" * 2**21, "at most 1 MiB"),
+        (lambda data: data | {"vectors": [1]}, "recipe"),
+    ],
+    ids=["absolute", "traversal", "unpinned", "unknown", "odd", "bomb", "oversized", "type"],
+)
+def test_a_hostile_recipe_is_refused(hub, make_recipe, name, tmp_path, change, said):
+    hubs.push(make_recipe(), f"alice/{name}", token=ALICE, vectors=True)
+    api = HfApi(token=ALICE)
+    data = yaml.safe_load(Path(api.hf_hub_download(f"alice/{name}", "recipe.yaml")).read_text())
+    changed = change(data)
+    text = changed if isinstance(changed, str) else yaml.safe_dump(changed)
+    api.upload_file(
+        path_or_fileobj=text.encode(), path_in_repo="recipe.yaml", repo_id=f"alice/{name}"
+    )
+    with pytest.raises(OptimerError, match=said):
+        hubs.pull(f"alice/{name}", tmp_path / "out", token=ALICE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_in_a_repository_is_neither_fetched_nor_run(hub, make_recipe, name, tmp_path):
+    folder = make_recipe("checkpoint")
+    config = tmp_path / "checkpoint-0" / "config.json"
+    data = json.loads(config.read_text())
+    config.write_text(json.dumps(data | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
+    hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')\nclass Evil: pass\n"
+    HfApi(token=ALICE).upload_file(
+        path_or_fileobj=code.encode(), path_in_repo="evil.py", repo_id=f"alice/{name}-v0"
+    )
+    hubs.pull(f"alice/{name}-v0", tmp_path / "vector", token=ALICE)
+    hubs.pull(f"alice/{name}", tmp_path / "theirs", token=ALICE)
+    build(tmp_path / "theirs" / "recipe.yaml", tmp_path / "built")
+    assert not (tmp_path / "vector" / "evil.py").exists()
+    assert not ran.exists()
+
+
+def test_a_pull_and_a_build_work_offline_from_the_cache(
+    hub, make_recipe, name, tmp_path, monkeypatch
+):
+    hubs.push(make_recipe("delta"), f"alice/{name}", token=ALICE, vectors=True)
+    hubs.pull(f"alice/{name}", tmp_path / "online", token=ALICE)
+    build(tmp_path / "online" / "recipe.yaml", tmp_path / "first")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.log.clear()
+    hubs.pull(f"alice/{name}", tmp_path / "offline")
+    build(tmp_path / "offline" / "recipe.yaml", tmp_path / "second")
+    assert weight_files(tmp_path / "second") == weight_files(tmp_path / "first")
+    assert not hub.log
+    with pytest.raises(HubError, match="not in the cache"):
+        hubs.pull("alice/never-seen", tmp_path / "other")
+
+
+def test_a_second_pull_changes_nothing_and_foreign_files_are_kept(hub, make_vector, name, tmp_path):
+    hubs.push(make_vector("adapter"), f"alice/{name}", token=ALICE)
+    out = tmp_path / "back"
+    first = hubs.pull(f"alice/{name}", out, token=ALICE)
+    assert hubs.pull(f"alice/{name}", out, token=ALICE).commit == first.commit
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(OptimerError, match="not empty"):
+        hubs.pull(f"alice/{name}", tmp_path / "mine", token=ALICE)
+
+
+def test_no_token_is_in_any_file(hub, make_recipe, name, tmp_path):
+    folder = make_recipe()
+    hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    hubs.pull(f"alice/{name}", tmp_path / "theirs", token=ALICE)
+    for path in [*folder.rglob("*"), *(tmp_path / "theirs").rglob("*")]:
+        assert not path.is_file() or ALICE.encode() not in path.read_bytes()
+
+
+def test_recipes_on_the_hub_are_listed_by_their_tag(hub, make_recipe, name):
+    hubs.push(make_recipe(), f"alice/{name}", token=ALICE, vectors=True)
+    listed = dict(hubs.recipes(token=ALICE))
+    assert f"alice/{name}" in listed
+    assert f"alice/{name}-v0" not in listed
+
+
+def test_a_directory_of_nothing_of_ours_is_refused(tmp_path, save_model):
+    with pytest.raises(HubError, match=r"neither vector\.json nor recipe\.yaml"):
+        publication(save_model(tiny_model()))
