@@ -575,7 +575,10 @@ def compare(
     type=click.IntRange(min=1),
     help="A point of the Pareto front, as `optimer search` numbers them, not the incumbent.",
 )
-def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool, pick: int | None) -> None:
+@click.option("--derived-from", metavar="REPO@COMMIT", help="The recipe on the Hub it continues.")
+def recipe(
+    study_dir: Path, recipe_yaml: Path, vanilla: bool, pick: int | None, derived_from: str | None
+) -> None:
     """Write the incumbent of a study as recipe.yaml with its lock and merge config."""
     from optimer_hf import recipe as recipes
     from optimer_hf.ledger import ledger
@@ -587,8 +590,8 @@ def recipe(study_dir: Path, recipe_yaml: Path, vanilla: bool, pick: int | None) 
     if pick is not None and pick > len(choices):
         raise StudyError(f"--pick {pick}: the front of {study_dir} has {len(choices)} points.")
     trial = choices[pick - 1].trial if pick is not None else None
-    name = study_dir.resolve().name
-    recipes.write_recipe(study, recipe_yaml, name=name, ledger=ledger(study), pick=trial)
+    facts = {"name": study_dir.resolve().name, "derived_from": derived_from}
+    recipes.write_recipe(study, recipe_yaml, **facts, ledger=ledger(study), pick=trial)
     if vanilla:
         folder = recipe_yaml.resolve().parent
         recipes.write_vanilla(study, folder / "mergekit_config.yml", pick=trial)

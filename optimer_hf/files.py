@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from optimer_hf.errors import ConfigError, OutputError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 ATOMIC_PREFIX = ".partial-"
+COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, in full
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
 SMALLEST_FREE_SPACE = 4 * 2**20  # bytes; less than this is a full disk
 
@@ -85,6 +87,16 @@ class Reference:
         """Hub repository id and revision (None: the default branch)."""
         repo_id, _, revision = self.text.removeprefix("hf://").partition("@")
         return repo_id, revision or None
+
+
+def is_pinned(reference: str) -> bool:
+    """Whether a reference names the same bytes for everybody: a Hub repository at a commit, or a
+    package, whose weights the lock knows.
+    """
+    ref = Reference(reference)
+    if ref.path is not None:
+        return False
+    return ref.package is not None or COMMIT.fullmatch(ref.repo[1] or "") is not None
 
 
 def absolute_reference(text: str, folder: Path) -> str:

@@ -10,14 +10,12 @@ import hashlib
 import json
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -30,9 +28,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -50,6 +46,7 @@ from optimer_hf.files import (
     staged_directory,
 )
 from optimer_hf.publish import (
+    ALLOWED,
     LARGEST_TEXT,
     PICKLES,
     WEIGHTS,
@@ -62,16 +59,12 @@ from optimer_hf.publish import (
     publication,
 )
 from optimer_hf.recipe import RecipeFile
+from optimer_hf.remote import TRIES, explained, git_blob, tried
 
 logger = logging.getLogger(__name__)
-
-ResultT = TypeVar("ResultT")
 CARD = "README.md"
 RECORD = "hub.json"
 MOST_FILES = 250  # of one commit
-TRIES = 4  # of a request that a passing fault of the Hub broke
-LONGEST_WAIT = 60.0  # seconds between two tries
-TRANSIENT = (408, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -146,7 +139,7 @@ def push(
     anything is sent where that is possible.
     """
     api = HfApi(token=token)
-    with _explained(repo_id):
+    with explained(repo_id):
         validate_repo_id(repo_id)
         if repo_id.count("/") != 1:
             raise HubError(f"{repo_id!r}: expected a repository as name/repository.")
@@ -191,7 +184,7 @@ class _Target:
         for revision in (self.revision, None):
             request = partial(self.api.model_info, self.repo_id, revision=revision)
             try:
-                return _tried(request)
+                return tried(request)
             except GatedRepoError:
                 raise
             except RevisionNotFoundError:
@@ -204,7 +197,7 @@ class _Target:
 
     def listing(self, commit: str) -> dict[str, Any]:
         """Return file name -> entry (size, blob_id, lfs) at a commit."""
-        entries = _tried(
+        entries = tried(
             lambda: list(self.api.list_repo_tree(self.repo_id, revision=commit, recursive=True))
         )
         return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
@@ -212,7 +205,7 @@ class _Target:
     def card(self, commit: str) -> str | None:
         """Return the card at a commit."""
         try:
-            path = _tried(lambda: self.api.hf_hub_download(self.repo_id, CARD, revision=commit))
+            path = tried(lambda: self.api.hf_hub_download(self.repo_id, CARD, revision=commit))
         except EntryNotFoundError:
             return None
         return Path(path).read_text(encoding="utf-8")
@@ -261,7 +254,7 @@ def _metadata(
     for ref in references:
         if ref.repo[0] in ours:
             continue  # pushed a moment ago, or not at all in a dry run
-        described = _described(target.api, ref)
+        described = _described_input(target.api, ref)
         if described.private and not is_private:
             raise HubError(
                 f"{ref.text}: is private, so a public {found.kind} could not be built by others. "
@@ -280,10 +273,19 @@ def _metadata(
     return card.metadata_of(found.kind, chosen, names, _model_index(found))
 
 
-def _described(api: HfApi, ref: Reference) -> Any:
-    repo_id, revision = ref.repo
+def _described(api: HfApi, repo_id: str, revision: str | None) -> Any:
+    """Return what the Hub says of a repository, under its name of today, with sizes of files."""
+    info = tried(partial(api.model_info, repo_id, revision=revision, files_metadata=True))
+    if info.id == repo_id:
+        return info
+    logger.warning("%s is called %s now; change the name where you use it", repo_id, info.id)
+    return tried(partial(api.model_info, info.id, revision=revision, files_metadata=True))
+
+
+def _described_input(api: HfApi, ref: Reference) -> Any:
+    """Return what the Hub says of an input; raise HubError when it is not there for this token."""
     try:
-        return _tried(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+        return _described(api, *ref.repo)
     except GatedRepoError:
         raise
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -346,7 +348,7 @@ def _commit(target: _Target, request: _Request) -> Push:
     for _ in range(TRIES):
         info = target.info()
         if info is None and not request.dry_run:
-            _tried(
+            tried(
                 lambda: target.api.create_repo(
                     target.repo_id, private=target.private, exist_ok=True
                 )
@@ -360,7 +362,7 @@ def _commit(target: _Target, request: _Request) -> Push:
         if not operations:
             return _tagged(target, request.tag, replace(done, commit=info.sha))
         if target.revision and not request.create_pr:
-            _tried(
+            tried(
                 lambda: target.api.create_branch(
                     target.repo_id, branch=target.branch, exist_ok=True
                 )
@@ -388,7 +390,7 @@ def _send(target: _Target, request: _Request, operations: list[Any], parent: str
     found = request.found
     record = found.vector or found.recipe
     assert record is not None
-    return _tried(
+    return tried(
         lambda: target.api.create_commit(
             target.repo_id,
             list(operations),
@@ -438,12 +440,7 @@ def _is_same(data: Path | bytes, entry: Any) -> bool:
     if entry.lfs is not None:
         found = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else sha256_file(data)
         return bool(found == entry.lfs.sha256)
-    return bool(_git_blob(data if isinstance(data, bytes) else data.read_bytes()) == entry.blob_id)
-
-
-def _git_blob(data: bytes) -> str:
-    """Return the id git gives a file: the sha1 of a header and the content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return bool(git_blob(data if isinstance(data, bytes) else data.read_bytes()) == entry.blob_id)
 
 
 def _refuse_moved_tag(
@@ -451,7 +448,7 @@ def _refuse_moved_tag(
 ) -> None:
     if tag is None:
         return
-    refs = _tried(lambda: target.api.list_repo_refs(target.repo_id))
+    refs = tried(lambda: target.api.list_repo_refs(target.repo_id))
     there = {ref.name: ref.target_commit for ref in refs.tags}.get(tag)
     if there is not None and (changes or there != head):
         raise HubError(
@@ -462,7 +459,7 @@ def _refuse_moved_tag(
 
 def _tagged(target: _Target, tag: str | None, done: Push) -> Push:
     if tag is not None and done.commit is not None:
-        _tried(
+        tried(
             lambda: target.api.create_tag(
                 target.repo_id, tag=tag, revision=done.commit, exist_ok=True
             )
@@ -492,27 +489,39 @@ def pull(
     name, given = ref.repo
     revision = revision or given
     target = out or Path(name.rpartition("/")[2])
-    with _explained(name):
+    with explained(name):
         validate_repo_id(name)
         if constants.is_offline_mode():
             return _pull_offline(name, revision, target)
         api = HfApi(token=token)
-        info = _tried(lambda: api.model_info(name, revision=revision, files_metadata=True))
+        info = _described(api, name, revision)
+        name = info.id
         listed = {file.rfilename: file for file in info.siblings or []}
         kind = _kind_of_remote(name, listed)
         _refuse_oversized(name, kind, listed)
         wanted = [file for file in listed if is_allowed(kind, file) or file == CARD]
         before = _pulled_before(target, name, info.sha, update)
-        snapshot = Path(
-            _tried(
-                lambda: snapshot_download(
-                    name, revision=info.sha, allow_patterns=wanted, token=token
-                )
-            )
-        )
+        snapshot = _snapshot(name, (revision, info.sha), wanted, token)
         for file in wanted:
             _check_content(name, snapshot / file, listed[file])
         return _finish(api, (name, revision, info.sha), kind, snapshot, wanted, target, before)
+
+
+def _snapshot(
+    repo_id: str, revisions: tuple[str | None, str], names: list[str], token: str | None
+) -> Path:
+    """Return the cached files of a commit, fetched under the name that was asked for, so that the
+    cache answers to that name offline.
+    """
+    path = Path()
+    for revision in revisions:
+        request = partial(
+            snapshot_download, repo_id, revision=revision, allow_patterns=names, token=token
+        )
+        path = Path(tried(request))
+        if path.name == revisions[1]:
+            break
+    return path
 
 
 def _kind_of_remote(repo_id: str, names: Mapping[str, Any]) -> Kind:
@@ -544,7 +553,7 @@ def _check_content(repo_id: str, path: Path, file: Any) -> None:
     if file.lfs is not None:
         is_right = sha256_file(path.resolve()) == file.lfs.sha256
     else:
-        is_right = _git_blob(path.read_bytes()) == file.blob_id
+        is_right = git_blob(path.read_bytes()) == file.blob_id
     if not is_right:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -656,7 +665,7 @@ def _inputs(api: HfApi, recipe: RecipeFile) -> tuple[Input, ...]:
             found.append(Input(text, None, None, False))
             continue
         try:
-            info = _described(api, ref)
+            info = _described_input(api, ref)
         except (HubError, HfHubHTTPError) as error:
             logger.warning("%s", error)
             found.append(Input(text, None, None, True))
@@ -673,7 +682,12 @@ def _is_pickle(name: str) -> bool:
 def _pull_offline(repo_id: str, revision: str | None, target: Path) -> Pull:
     """Pull from the cache what was pulled before."""
     try:
-        snapshot = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        patterns = [CARD, *(pattern for kind in ALLOWED for pattern in ALLOWED[kind])]
+        snapshot = Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=patterns, local_files_only=True
+            )
+        )
     except LocalEntryNotFoundError:
         raise HubError(
             f"{repo_id}: is not in the cache, and the Hub is offline (HF_HUB_OFFLINE). Go online "
@@ -692,7 +706,7 @@ def _pull_offline(repo_id: str, revision: str | None, target: Path) -> Pull:
 
 def recipes(*, token: str | None = None, limit: int = 50) -> Iterator[tuple[str, str]]:
     """Yield repository and the time of the last change of the recipes that carry our tag."""
-    with _explained("recipes"):
+    with explained("recipes"):
         for info in HfApi(token=token).list_models(
             filter=card.TAGS["recipe"][1], sort="last_modified", limit=limit
         ):
@@ -700,100 +714,7 @@ def recipes(*, token: str | None = None, limit: int = 50) -> Iterator[tuple[str,
             yield info.id, changed.strftime("%Y-%m-%d") if changed is not None else ""
 
 
-# -- what the Hub refuses --------------------------------------------------------------------------
-
-
-def _tried(request: Callable[[], ResultT]) -> ResultT:
-    """Return the answer of a request; ask again after faults that pass."""
-    from httpx2 import TransportError  # the client's own dependency
-
-    for attempt in range(TRIES):
-        try:
-            return request()
-        except HfHubHTTPError as error:
-            wait = _wait(error, attempt)
-            if wait is None or attempt == TRIES - 1:
-                raise
-        except TransportError:
-            wait = 2.0**attempt
-            if attempt == TRIES - 1:
-                raise
-        logger.warning("the Hub does not answer; trying again in %.0f s", wait)
-        time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
-def _wait(error: HfHubHTTPError, attempt: int) -> float | None:
-    """Return the seconds until a request may be sent again; None: it makes no sense now."""
-    status = error.response.status_code
-    if status in TRANSIENT:
-        return min(float(_seconds_left(error) or 2.0**attempt), LONGEST_WAIT)
-    if status == 429 and not _is_commit_quota(error):
-        wait = float(_seconds_left(error) or 2.0**attempt)
-        return wait if wait <= LONGEST_WAIT else None
-    return None
-
-
-def _seconds_left(error: HfHubHTTPError) -> int | None:
-    """Return what Retry-After, or `t` of the RateLimit header, says."""
-    headers = error.response.headers
-    text = headers.get("retry-after") or headers.get("ratelimit", "").rpartition("t=")[2]
-    return int(text) if text.strip().isdecimal() else None
-
-
-def _is_commit_quota(error: HfHubHTTPError) -> bool:
-    return "rate limit for repository commits" in str(error)
-
-
-@contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
-    """Turn what the client raises into a HubError that says what to do."""
-    from httpx2 import HTTPError
-
-    try:
-        yield
-    except HFValidationError as error:
-        raise HubError(
-            f"{repo_id!r}: no name of a repository. {str(error).splitlines()[0]}"
-        ) from None
-    except OfflineModeIsEnabled:
-        raise HubError(f"{repo_id}: the Hub is offline (HF_HUB_OFFLINE). Unset it.") from None
-    except HfHubHTTPError as error:
-        raise HubError(f"{repo_id}: {_advice(error)}") from None
-    except (HTTPError, ConnectionError) as error:
-        raise HubError(
-            f"{repo_id}: the Hub cannot be reached ({type(error).__name__}). Files that arrived "
-            "stay there: run the same command again."
-        ) from None
-
-
-def _advice(error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    if isinstance(error, GatedRepoError):
-        return f"is gated ({status}). Ask for access on its page, then `hf auth login`."
-    if status == 401:
-        return "not found, or the token is wrong or missing (401). Log in with `hf auth login`."
-    if status == 403:
-        return (
-            f"the token may not do this (403: {error.server_message}). Take a token with write "
-            "access to the namespace, or propose the change with --create-pr."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return "has no such revision (404). Check the branch, tag or commit."
-    if status == 404:
-        return "not found (404). Check the name; a private one needs `hf auth login`."
-    if status == 429:
-        seconds = _seconds_left(error)
-        when = f"in {seconds} s" if seconds is not None else "in about an hour"
-        what = "commits of a repository" if _is_commit_quota(error) else "requests"
-        return (
-            f"the Hub's quota of {what} is used up (429). What was sent stays there; run the same "
-            f"command again {when}."
-        )
-    return (
-        f"the Hub answered {status} ({error.server_message or 'no reason given'}). Files that "
-        "arrived stay there: run the same command again."
-    )
+# -- output ----------------------------------------------------------------------------------------
 
 
 def to_json(result: Push | Pull) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from optimer_hf.errors import HubError
-from optimer_hf.files import Reference, parse, parse_yaml, read_yaml
+from optimer_hf.files import COMMIT, Reference, is_pinned, parse, parse_yaml, read_yaml
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile
 from optimer_hf.vector import VectorFile, read_record
@@ -60,7 +60,6 @@ TEXT = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja")
 TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")  # hold any text
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 LOCAL_PATH = re.compile(r"(?<![\w/.:-])(/[\w.-]+(?:/[\w.-]+)+)")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -244,16 +243,6 @@ def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def is_pinned(reference: str) -> bool:
-    """Whether a reference names the same bytes for everybody: a Hub repository at a commit, or a
-    package, whose weights the lock knows.
-    """
-    ref = Reference(reference)
-    if ref.path is not None:
-        return False
-    return ref.package is not None or COMMIT.fullmatch(ref.repo[1] or "") is not None
-
-
 def _refuse_unpinned(where: str, reference: str) -> None:
     if is_pinned(reference):
         return
@@ -312,9 +301,10 @@ def check_pulled(kind: Kind, directory: Path) -> RecipeFile | VectorFile:
         assert record is not None
         return record
     data = read_yaml(directory / "recipe.yaml")
+    vectors = data.get("vectors")
     references = {"base_model": data.get("base_model")} | {
         f"vectors.{name}.source": item.get("source")
-        for name, item in (data.get("vectors") or {}).items()
+        for name, item in (vectors.items() if isinstance(vectors, dict) else ())
         if isinstance(item, dict)
     }
     for where, reference in references.items():

@@ -18,8 +18,15 @@ import yaml
 from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.compare import MERGE
 from optimer_hf.convert import ResolvedModel, resolve_model
-from optimer_hf.errors import ModelError
-from optimer_hf.files import FileModel, ReferenceText, VersionedFile, portable, write_text
+from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.files import (
+    FileModel,
+    ReferenceText,
+    VersionedFile,
+    is_pinned,
+    portable,
+    write_text,
+)
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.study import Study, Trial
@@ -103,11 +110,19 @@ def write_recipe(
     sealed: Mapping[str, Any] | None = None,
     ledger: Mapping[str, Any] | None = None,
     pick: Trial | None = None,
+    derived_from: str | None = None,
 ) -> RecipeFile:
     """Write recipe.yaml at `path`, its lock and `optimer.yml` beside it, and return the recipe.
 
-    `pick` is the trial to write (None: the incumbent), for instance one of the front.
+    `pick` is the trial to write (None: the incumbent), for instance one of the front;
+    `derived_from` the recipe it continues, org/name@commit. Raises ConfigError when that is not
+    pinned.
     """
+    if derived_from is not None and not is_pinned(derived_from):
+        raise ConfigError(
+            f"--derived-from: found {derived_from!r}, expected org/name@<40-digit commit>, as "
+            "`optimer pull` prints it."
+        )
     config, incumbent = study.config, pick or study.incumbent
     folder = path.resolve().parent
     base = resolve_model(config.base_model)
@@ -138,6 +153,8 @@ def write_recipe(
         "ledger": dict(ledger or {}),
         "versions": {package: version(package) for package in VERSIONED_PACKAGES},
     }
+    if derived_from is not None:
+        recipe["derived_from"] = derived_from
     lock = Lock(
         base=weight_files(base.path),
         vectors={key: weight_files(source.path) for key, source in sources.items()},

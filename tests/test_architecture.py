@@ -43,6 +43,7 @@ ORDER = [
     "ratios",
     "publish",
     "card",
+    "remote",
     "hub",
     "pipeline",
     "cli",

@@ -16,9 +16,11 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 
 from optimer_hf import hub as hubs
+from optimer_hf import remote
 from optimer_hf.checkpoint import weight_files
 from optimer_hf.convert import resolve_model
 from optimer_hf.errors import HubError, ModelError, OptimerError
+from optimer_hf.files import sha256_file
 from optimer_hf.publish import publication
 from optimer_hf.recipe import Lock, RecipeFile, build, verify
 from optimer_hf.vector import describe, extract, open_vector
@@ -28,7 +30,7 @@ ALICE, BOB = "hf_alice_write", "hf_bob_write"
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    monkeypatch.setattr(hubs.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +208,13 @@ def test_hf_download_and_git_clone_give_what_was_pushed(hub, make_vector, name, 
     git_env = {**os.environ, "GIT_LFS_SKIP_SMUDGE": "1", "GIT_CONFIG_GLOBAL": "/dev/null"}
     command = ["git", "clone", "-q", f"{hub.endpoint}/alice/{name}", str(clone)]
     subprocess.run(command, env=git_env, check=True)
-    listed = HfApi(token=ALICE).list_repo_files(f"alice/{name}")
-    assert sorted(path.name for path in clone.iterdir() if path.is_file()) == sorted(listed)
+    for path in out.rglob("*"):
+        if path.is_file() and ".cache" not in path.parts:
+            cloned = (clone / path.name).read_text()
+            if path.suffix == ".safetensors":  # a pointer, as git-lfs keeps it
+                assert f"oid sha256:{sha256_file(path)}" in cloned
+            else:
+                assert cloned == path.read_text()
 
 
 def test_unmodified_mergekit_runs_the_exported_config(hub, make_recipe, name, tmp_path):
@@ -475,11 +482,13 @@ def test_a_refused_pull_says_what_to_do(hub, make_vector, name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_renamed_repository_is_found(hub, make_vector, name, tmp_path):
+def test_a_renamed_repository_is_found_and_told(hub, make_vector, name, tmp_path, caplog):
     vector = make_vector("adapter")
     hubs.push(vector, f"alice/{name}", token=ALICE)
     HfApi(token=ALICE).move_repo(f"alice/{name}", f"alice/{name}-new")
-    hubs.pull(f"alice/{name}", tmp_path / "back", token=ALICE)
+    pulled = hubs.pull(f"alice/{name}", tmp_path / "back", token=ALICE)
+    assert pulled.repo_id == f"alice/{name}-new"
+    assert f"is called alice/{name}-new now" in caplog.text
     assert weight_files(tmp_path / "back") == weight_files(vector)
 
 
@@ -646,3 +655,73 @@ def test_recipes_on_the_hub_are_listed_by_their_tag(hub, make_recipe, name):
 def test_a_directory_of_nothing_of_ours_is_refused(tmp_path, save_model):
     with pytest.raises(HubError, match=r"neither vector\.json nor recipe\.yaml"):
         publication(save_model(tiny_model()))
+
+
+def test_the_command_line_lists_and_shows(hub, make_recipe, name, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from optimer_hf.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    (tmp_path / "recipes" / "mine").mkdir(parents=True)
+    (tmp_path / "recipes" / "mine" / "study.yaml").write_text("")
+    folder, token = make_recipe(), ["--token", ALICE]
+    shown = CliRunner().invoke(
+        main, ["push", str(folder), f"alice/{name}", "--vectors", "--dry-run", *token]
+    )
+    assert "would send 6 files" in shown.output
+    assert f"to alice/{name}; nothing was sent" in shown.output
+    pushed = CliRunner().invoke(
+        main, ["push", str(folder), f"alice/{name}", "--vectors", "--format", "json", *token]
+    )
+    assert json.loads(pushed.stdout)["vectors"][0]["repo_id"] == f"alice/{name}-v0"
+    again = CliRunner().invoke(main, ["push", str(folder), f"alice/{name}", "--vectors", *token])
+    assert again.output.count("has everything already") == 3
+    listed = CliRunner().invoke(main, ["recipes", "list", *token])
+    assert "recipes/mine: run it with" in listed.output
+    assert f"optimer pull alice/{name}" in listed.output
+    pulled = CliRunner().invoke(main, ["pull", f"hf://alice/{name}", *token])
+    assert "licence gemma" in pulled.output
+    assert f"build it: optimer build {name}/recipe.yaml OUT" in pulled.output
+
+
+def test_a_pulled_study_is_retargeted_without_its_data(hub, make_recipe, name, tmp_path):
+    """The record travels with a recipe: its study opens where neither data nor vectors are."""
+    from optimer_hf.study import StudyConfig, Trial, load_study
+
+    folder = make_recipe()
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    config = StudyConfig.model_validate(
+        {
+            "base_model": recipe["base_model"],
+            "vectors": {key: {"source": v["source"]} for key, v in recipe["vectors"].items()},
+            "objective": {"terms": [{"text": str(tmp_path / "ja.jsonl"), "name": "ja"}]},
+            "search": {"n_trials": 4, "rescore_top": 0},
+        }
+    )
+    (folder / "study").mkdir()
+    (folder / "study" / "study.json").write_text(config.model_dump_json(indent=2))
+    term = {"items": [(1.0, 2.0)], "higher_is_better": False, "n_tokens": 3}
+    with open(folder / "study" / "trials.jsonl", "w") as file:
+        for number in range(4):
+            weights = {"v0": 0.1 * number, "v1": 0.2}
+            trial = {
+                "number": number,
+                "origin": "search",
+                "fidelity": "search",
+                "weights": weights,
+                "status": "ok",
+                "terms": {"ja": term},
+                "seconds": {},
+                "worker": "tcp://node7:1",
+            }
+            file.write(json.dumps(trial) + "\n")
+    hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    hubs.pull(f"alice/{name}", tmp_path / "theirs", token=ALICE)
+    study = tmp_path / "theirs" / "study"
+    assert "node7" not in (study / "trials.jsonl").read_text()
+    assert str(tmp_path) not in (study / "study.json").read_text()
+    opened = load_study(study)
+    assert [trial.weights["v1"] for trial in opened.log.trials] == [0.2] * 4
+    assert isinstance(opened.log.trials[0], Trial)

@@ -195,7 +195,8 @@ class HubServer:
         except HubError as e:
             resp = self.error(e)
         except web.HTTPException as e:
-            resp = e
+            rec.status = e.status
+            raise
         except (ValueError, KeyError, json.JSONDecodeError) as e:
             resp = self.error(HubError(400, f"{type(e).__name__}: {e}"))
         rec.status = resp.status
