@@ -590,8 +590,14 @@ def recipe(
     if pick is not None and pick > len(choices):
         raise StudyError(f"--pick {pick}: the front of {study_dir} has {len(choices)} points.")
     trial = choices[pick - 1].trial if pick is not None else None
-    facts = {"name": study_dir.resolve().name, "derived_from": derived_from}
-    recipes.write_recipe(study, recipe_yaml, **facts, ledger=ledger(study), pick=trial)
+    recipes.write_recipe(
+        study,
+        recipe_yaml,
+        name=study_dir.resolve().name,
+        ledger=ledger(study),
+        pick=trial,
+        derived_from=derived_from,
+    )
     if vanilla:
         folder = recipe_yaml.resolve().parent
         recipes.write_vanilla(study, folder / "mergekit_config.yml", pick=trial)
