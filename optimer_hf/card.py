@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from optimer_hf.files import markdown_table
+
 BEGIN = "<!-- optimer: written anew by every push; write above or below -->"
 END = "<!-- optimer: end -->"
 RELATIONS = {"vector": "adapter", "recipe": "merge", "model": "merge"}
@@ -20,6 +22,13 @@ TAGS = {
     "model": ["optimer", "mergekit", "merge"],
 }
 LISTS = ("tags", "base_model", "datasets", "language")  # a person may add to them
+HEADINGS = {
+    "search": "On the search split",
+    "rescore": "On the full search split",
+    "sealed": "On the sealed test, scored once and after the search",
+}
+MEASURED = ("train", "search", "rescore", "sealed", "write")  # parts of a ledger
+WIDEST_BAR = 20  # characters
 PERMISSIVE = frozenset({"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0"})
 
 
@@ -55,6 +64,12 @@ def metadata_of(
     return metadata
 
 
+def datasets_of(corpus: Mapping[str, Any] | None) -> list[str]:
+    """Return the Hub data sets that a corpus was made of; local files have no slash in their name."""
+    parts = str((corpus or {}).get("name", "")).split(" + ")
+    return [part for part in parts if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
+
+
 def model_index(
     name: str, scores: Mapping[str, float], metrics: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -70,6 +85,35 @@ def model_index(
             for label, score in scores.items()
         ],
     }
+
+
+def recipe_facts(
+    weights: Mapping[str, float], ledger: Mapping[str, Any], results: str
+) -> dict[str, Any]:
+    """Return the weights as bars, what the parts of the work cost, and the table of the sealed test
+    out of results.md.
+    """
+    largest = max((abs(weight) for weight in weights.values()), default=0.0) or 1.0
+    bars = {
+        name: ("-" if weight < 0 else "") + "█" * round(WIDEST_BAR * abs(weight) / largest)
+        for name, weight in weights.items()
+    }
+    rows = [
+        [part, *(str(ledger[part].get(key, "")) for key in ("n", "items", "tokens", "seconds"))]
+        for part in MEASURED
+        if part in ledger
+    ]
+    costs = markdown_table(["part", "trials", "items", "tokens", "seconds"], rows) if rows else ""
+    return {"bars": bars, "costs": costs, "results": _sealed_table(results), "headings": HEADINGS}
+
+
+def _sealed_table(results: str) -> str:
+    lines = results.splitlines()
+    begin = next((n for n, line in enumerate(lines) if line.startswith("|")), len(lines))
+    end = next((n for n in range(begin, len(lines)) if not lines[n].startswith("|")), len(lines))
+    if begin == end:
+        return ""
+    return "\n".join(["Gain over the base on the sealed test:", "", *lines[begin:end]])
 
 
 def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str | None) -> str:

@@ -21,6 +21,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    RepoFile,
     constants,
     snapshot_download,
 )
@@ -200,7 +201,7 @@ class _Target:
         entries = tried(
             lambda: list(self.api.list_repo_tree(self.repo_id, revision=commit, recursive=True))
         )
-        return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def card(self, commit: str) -> str | None:
         """Return the card at a commit."""
@@ -270,7 +271,9 @@ def _metadata(
             "--license apache-2.0, gemma, ..."
         )
     names = [ref.repo[0] for ref in references]
-    return card.metadata_of(found.kind, chosen, names, _model_index(found))
+    metadata = card.metadata_of(found.kind, chosen, names, _model_index(found))
+    datasets = card.datasets_of(found.vector.corpus) if found.vector is not None else []
+    return metadata | ({"datasets": datasets} if datasets else {})
 
 
 def _described(api: HfApi, repo_id: str, revision: str | None) -> Any:
@@ -316,31 +319,20 @@ def _model_index(found: Publication) -> dict[str, Any] | None:
 
 def _card(target: _Target, request: _Request, existing: str | None) -> str:
     found = request.found
-    record = found.vector or found.recipe
-    assert record is not None
-    facts = {
+    facts: dict[str, Any] = {
         "kind": found.kind,
-        "title": record.name,
+        "title": found.name,
         "repo_id": target.repo_id,
         "vector": found.vector,
         "recipe": found.recipe,
         "recipe_text": found.text("recipe.yaml").strip(),
-        "merge_config": found.text(
-            "mergekit_config.yml" if "mergekit_config.yml" in found.files else "optimer.yml"
-        ).strip(),
-        "results": _sealed_table(found.text("results.md")),
+        "merge_config": (found.text("mergekit_config.yml") or found.text("optimer.yml")).strip(),
+        "figure": "comparison.png" in found.files,
     }
+    if found.recipe is not None:
+        results = found.text("results.md")
+        facts |= card.recipe_facts(found.recipe.weights, found.recipe.ledger, results)
     return card.render(request.metadata, facts, existing)
-
-
-def _sealed_table(results: str) -> str:
-    """Return the table of the sealed test out of results.md."""
-    lines = results.splitlines()
-    table = [number for number, line in enumerate(lines) if line.startswith("|")]
-    if not table:
-        return ""
-    end = next((n for n in range(table[0], len(lines)) if not lines[n].startswith("|")), len(lines))
-    return "\n".join(["Gain over the base on the sealed test:", "", *lines[table[0] : end]])
 
 
 def _commit(target: _Target, request: _Request) -> Push:
@@ -388,13 +380,11 @@ def _commit(target: _Target, request: _Request) -> Push:
 
 def _send(target: _Target, request: _Request, operations: list[Any], parent: str) -> Any:
     found = request.found
-    record = found.vector or found.recipe
-    assert record is not None
     return tried(
         lambda: target.api.create_commit(
             target.repo_id,
             list(operations),
-            commit_message=request.message or f"Upload {found.kind} {record.name} (optimer-hf)",
+            commit_message=request.message or f"Upload {found.kind} {found.name} (optimer-hf)",
             revision=target.branch,
             parent_commit=parent,
             create_pr=request.create_pr or None,
@@ -611,7 +601,7 @@ def _finish(
         for name in set(before.files) - set(files):
             (target / name).unlink(missing_ok=True)
         pulled.write(target / RECORD)
-    inputs = _inputs(api, record) if api is not None and isinstance(record, RecipeFile) else ()
+    inputs = _inputs(api, record) if api is not None and kind == "recipe" else ()
     return Pull(repo_id, commit, kind, target, tuple(files), inputs, moved)
 
 

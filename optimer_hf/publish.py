@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from optimer_hf.errors import HubError
-from optimer_hf.files import COMMIT, Reference, is_pinned, parse, parse_yaml, read_yaml
+from optimer_hf.files import COMMIT, FREE_TEXT, Reference, is_pinned, parse, parse_yaml, read_yaml
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile
 from optimer_hf.vector import VectorFile, read_record
@@ -71,6 +71,13 @@ class Publication:
     vector: VectorFile | None = None
     recipe: RecipeFile | None = None
     inputs: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """Its name in its own metadata."""
+        record = self.vector or self.recipe
+        assert record is not None
+        return record.name
 
     def text(self, name: str) -> str:
         """Return the content of a text file of it, empty when it has none of that name."""
@@ -218,12 +225,14 @@ def _yaml(data: Any) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Return a value with every absolute path in it cut down to the name of the file."""
+    """Return a value with every path in it, absolute or relative, cut down to the file's name."""
     if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
+        return {
+            key: item if key in FREE_TEXT else without_folders(item) for key, item in value.items()
+        }
     if isinstance(value, list):
         return [without_folders(item) for item in value]
-    is_path = isinstance(value, str) and value.startswith("/") and "\n" not in value
+    is_path = isinstance(value, str) and value.startswith(("/", "./", "../"))
     return Path(value).name if is_path else value
 
 

@@ -98,7 +98,7 @@ def make_recipe(published_base, make_vector, base, tmp_path):
             "vectors": {
                 key: {"source": str(path), "weight": chosen[key]} for key, path in paths.items()
             },
-            "objective": {"terms": [{"text": str(tmp_path / "ja.jsonl"), "name": "ja"}]},
+            "objective": {"terms": [{"text": "../private/ja.jsonl", "name": "ja"}]},
             "scores": {"sealed": {"value": 0.1, "terms": {"ja": 1.5}, "verdicts": ["better."]}},
             "study": {"n_trials": 4},
             "ledger": {"search": {"n": 4, "items": 20, "tokens": 100, "seconds": 3.0}},
@@ -159,6 +159,7 @@ def test_a_stranger_builds_the_same_model_from_a_pushed_recipe(
     recipe = tmp_path / "theirs" / "recipe.yaml"
     assert "gemma" in (tmp_path / "theirs" / "README.md").read_text()
     assert str(tmp_path) not in recipe.read_text()
+    assert "private" not in recipe.read_text()
     build(recipe, tmp_path / "built")
     assert weight_files(tmp_path / "built") == weight_files(tmp_path / "mine")
     verify(recipe, tmp_path / "built")
