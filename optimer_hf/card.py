@@ -65,7 +65,7 @@ def metadata_of(
 
 
 def datasets_of(corpus: Mapping[str, Any] | None) -> list[str]:
-    """Return the Hub data sets that a corpus was made of; local files have no slash in their name."""
+    """Return the Hub data sets a corpus was made of; local files have no slash in their name."""
     parts = str((corpus or {}).get("name", "")).split(" + ")
     return [part for part in parts if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
 
