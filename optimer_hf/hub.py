@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from huggingface_hub.utils import validate_repo_id
 from pydantic import ValidationError
 
 from optimer_hf import card
+from optimer_hf.checkpoint import weight_files
 from optimer_hf.errors import HubError
 from optimer_hf.files import (
     ATOMIC_PREFIX,
@@ -59,7 +60,7 @@ from optimer_hf.publish import (
     local_vectors,
     publication,
 )
-from optimer_hf.recipe import RecipeFile
+from optimer_hf.recipe import Lock, RecipeFile
 from optimer_hf.remote import TRIES, explained, git_blob, tried
 
 logger = logging.getLogger(__name__)
@@ -139,32 +140,46 @@ def push(
     `<repo_id>-<name>`, and pins the recipe to them. Raises HubError, with what to do, before
     anything is sent where that is possible.
     """
-    api = HfApi(token=token)
+    if create_pr and tag is not None:
+        raise HubError(
+            "--tag with --create-pr: a proposal has no tag yet. Tag it once it is merged."
+        )
     with explained(repo_id):
         validate_repo_id(repo_id)
         if repo_id.count("/") != 1:
             raise HubError(f"{repo_id!r}: expected a repository as name/repository.")
-        options = {"private": private, "token": token, "dry_run": dry_run, "licence": licence}
-        pushes = _push_vectors(directory, repo_id, options) if vectors else {}
-        pinned = {
-            name: f"{done.repo_id}@{done.commit or '0' * 40}" for name, done in pushes.items()
-        }
-        found = publication(directory, pinned)
-        target = _Target(api, repo_id, revision, private)
+        target = _Target(HfApi(token=token), repo_id, revision, private)
+        paths = _vectors_to_push(directory) if vectors else {}
+        foreseen = {name: f"{repo_id}-{name}@{'0' * 40}" for name in paths}
+        found = publication(directory, foreseen)
         _refuse_other_kind(target, found)
-        metadata = _metadata(target, found, licence, {done.repo_id for done in pushes.values()})
+        metadata = _metadata(target, found, licence, foreseen.values())
+        pushes: dict[str, Push] = {}
+        for name, path in paths.items():
+            options = {"private": private, "token": token, "licence": licence, "dry_run": dry_run}
+            pushes[name] = push(path, f"{repo_id}-{name}", **options)  # type: ignore[arg-type]
+        if paths and not dry_run:
+            pinned = {name: f"{each.repo_id}@{each.commit}" for name, each in pushes.items()}
+            found = publication(directory, pinned)
+            metadata = _metadata(target, found, licence)
         request = _Request(found, metadata, commit_message, create_pr, tag, dry_run)
         done = _commit(target, request)
     return replace(done, vectors=tuple(pushes.values()))
 
 
-def _push_vectors(directory: Path, repo_id: str, options: Mapping[str, Any]) -> dict[str, Push]:
+def _vectors_to_push(directory: Path) -> dict[str, Path]:
+    """Return the local vectors of a recipe; raise HubError unless they are the locked ones."""
     if not (directory / "recipe.yaml").exists():
         raise HubError(f"{directory}: --vectors belongs to a recipe, and it has no recipe.yaml.")
-    return {
-        name: push(path, f"{repo_id}-{name}", **options)
-        for name, path in local_vectors(directory).items()
-    }
+    paths = local_vectors(directory)
+    lock = Lock.read(directory / "recipe.lock.json")
+    for name, path in paths.items():
+        if not path.is_dir() or weight_files(path) != lock.vectors.get(name):
+            raise HubError(
+                f"{directory / 'recipe.yaml'}: vectors.{name}: the weights in {path} are not the "
+                "locked ones. Write the recipe again."
+            )
+    return paths
 
 
 @dataclass(frozen=True)
@@ -243,9 +258,14 @@ def _refuse_other_kind(target: _Target, found: Publication) -> None:
 
 
 def _metadata(
-    target: _Target, found: Publication, licence: str | None, ours: set[str]
+    target: _Target,
+    found: Publication,
+    licence: str | None,
+    foreseen: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return the metadata of the card, after a look at every input on the Hub."""
+    """Return the metadata of the card, after a look at every input on the Hub but the `foreseen`
+    ones, which are not there yet.
+    """
     info = target.info()
     is_private = info.private if info is not None else target.private is True
     references = [ref for ref in map(Reference, found.inputs) if ref.package is None]
@@ -253,8 +273,8 @@ def _metadata(
         text: None for text in found.inputs if text.startswith("pypi:")
     }
     for ref in references:
-        if ref.repo[0] in ours:
-            continue  # pushed a moment ago, or not at all in a dry run
+        if ref.text in foreseen:
+            continue
         described = _described_input(target.api, ref)
         if described.private and not is_private:
             raise HubError(
@@ -263,7 +283,12 @@ def _metadata(
             )
         licences[ref.text] = _licence_of(described)
     existing = card.split(target.card(info.sha) or "")[0] if info is not None else {}
-    chosen = licence or card.strictest_licence(licences) or existing.get("license")
+    strictest = card.strictest_licence(licences)
+    chosen = licence or strictest or existing.get("license")
+    if licence and strictest and licence.lower() != strictest:
+        logger.warning(
+            "%s: --license %s, but its inputs are under %s", target.repo_id, licence, strictest
+        )
     if not chosen:
         listed = ", ".join(f"{name}: {found or 'unknown'}" for name, found in licences.items())
         raise HubError(
@@ -353,7 +378,7 @@ def _commit(target: _Target, request: _Request) -> Push:
         _refuse_moved_tag(target, request.tag, done, info.sha, bool(operations))
         if not operations:
             return _tagged(target, request.tag, replace(done, commit=info.sha))
-        if target.revision and not request.create_pr:
+        if target.revision and not target.revision.startswith("refs/") and not request.create_pr:
             tried(
                 lambda: target.api.create_branch(
                     target.repo_id, branch=target.branch, exist_ok=True

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from optimer_hf.checkpoint import weight_files
 from optimer_hf.errors import HubError
 from optimer_hf.files import COMMIT, FREE_TEXT, Reference, is_pinned, parse, parse_yaml, read_yaml
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
@@ -172,6 +173,10 @@ def _recipe(
     )
     if kind == "model" and not lock.output:
         raise HubError(f"{directory}: its lock records no model. Run `optimer build` again.")
+    if kind == "model" and weight_files(directory) != lock.output:
+        raise HubError(
+            f"{directory}: its weights are not the locked ones. Run `optimer build` again."
+        )
     data = recipe.model_dump(mode="json", exclude_none=True)
     header = "# Build it with: optimer build recipe.yaml OUT\n"
     files["recipe.yaml"] = (header + _yaml(data)).encode()

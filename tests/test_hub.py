@@ -334,6 +334,28 @@ def test_a_private_input_is_refused_in_a_public_recipe(hub, make_recipe, make_ve
     assert hubs.push(folder, f"alice/{name}", token=ALICE, private=True).commit
 
 
+def test_weights_that_are_not_the_locked_ones_are_refused(hub, make_recipe, name, tmp_path):
+    folder = make_recipe("delta")
+    build(folder / "recipe.yaml", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(HubError, match="its weights are not the locked ones"):
+        hubs.push(tmp_path / "model", f"alice/{name}", token=ALICE, vectors=True)
+    delta = tmp_path / "delta-1" / "model.safetensors"
+    delta.write_bytes(delta.read_bytes()[:-1] + b"x")
+    with pytest.raises(HubError, match=r"vectors\.v1: the weights .* are not the locked ones"):
+        hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    assert not hub.calls("POST .*/commit/")
+
+
+def test_private_vectors_of_an_earlier_push_do_not_end_in_a_public_recipe(hub, make_recipe, name):
+    folder = make_recipe()
+    for number in range(2):
+        HfApi(token=ALICE).create_repo(f"alice/{name}-v{number}", private=True)
+    with pytest.raises(HubError, match="is private, so a public recipe"):
+        hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+
+
 def test_a_licence_that_cannot_be_told_is_asked_for(hub, make_vector, name, make_base):
     api = HfApi(token=ALICE)
     api.create_repo(f"alice/{name}-base", exist_ok=True)
