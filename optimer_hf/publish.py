@@ -24,6 +24,7 @@ from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile
 from optimer_hf.vector import VectorFile, read_record
 
 Kind = Literal["vector", "recipe", "model"]
+CARD = "README.md"
 WEIGHTS = "*.safetensors"
 RECIPE_FILES = ["recipe.yaml", "recipe.lock.json", "optimer.yml", "mergekit_config.yml"]
 MODEL_FILES = [

@@ -7,18 +7,22 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from httpx2 import HTTPError, TransportError
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
+    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from optimer_hf.errors import HubError
+from optimer_hf.files import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -120,3 +124,32 @@ def _advice(error: HfHubHTTPError) -> str:
 def git_blob(data: bytes) -> str:
     """Return the id git gives a file: the sha1 of a header and the content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def described(api: HfApi, repo_id: str, revision: str | None) -> Any:
+    """Return what the Hub says of a repository, under its name of today, with sizes of files."""
+    info = tried(partial(api.model_info, repo_id, revision=revision, files_metadata=True))
+    if info.id == repo_id:
+        return info
+    logger.warning("%s is called %s now; change the name where you use it", repo_id, info.id)
+    return tried(partial(api.model_info, info.id, revision=revision, files_metadata=True))
+
+
+def described_input(api: HfApi, ref: Reference) -> Any:
+    """Return what the Hub says of an input; raise HubError when it is not there for this token."""
+    try:
+        return described(api, *ref.repo)
+    except GatedRepoError:
+        raise
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise HubError(
+            f"{ref.text}: is not on the Hub, or not for you ({error.response.status_code}). Check "
+            "the name and commit, and log in with `hf auth login`."
+        ) from None
+
+
+def licence_of(info: Any) -> str | None:
+    """Return the licence that the card of a repository names."""
+    data = info.card_data.to_dict() if info.card_data is not None else {}
+    licence = data.get("license")
+    return licence if isinstance(licence, str) else None

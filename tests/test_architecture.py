@@ -44,6 +44,8 @@ ORDER = [
     "publish",
     "card",
     "remote",
+    "push",
+    "pull",
     "hub",
     "pipeline",
     "cli",

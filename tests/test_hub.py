@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 
 from optimer_hf import hub as hubs
+from optimer_hf import push as pushes
 from optimer_hf import remote
 from optimer_hf.checkpoint import weight_files
 from optimer_hf.convert import resolve_model
@@ -408,7 +409,7 @@ def test_a_branch_and_a_pull_request_leave_main_alone(hub, make_vector, name):
 
 def test_two_pushers_lose_nothing(hub, make_vector, name, monkeypatch, caplog):
     hubs.push(make_vector("adapter", 1), f"alice/{name}", token=ALICE)
-    api, original = HfApi(token=ALICE), hubs._changes
+    api, original = HfApi(token=ALICE), pushes._changes
     calls = []
 
     def changes(*arguments):
@@ -422,7 +423,7 @@ def test_two_pushers_lose_nothing(hub, make_vector, name, monkeypatch, caplog):
         calls.append(1)
         return found
 
-    monkeypatch.setattr(hubs, "_changes", changes)
+    monkeypatch.setattr(pushes, "_changes", changes)
     done = hubs.push(make_vector("adapter", 2), f"alice/{name}", token=ALICE)
     assert len(calls) == 2
     assert "somebody else pushed" in caplog.text
