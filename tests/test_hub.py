@@ -479,6 +479,17 @@ def test_a_push_killed_in_mid_upload_goes_on(hub, make_vector, name):
     assert "vector.json" in HfApi(token=ALICE).list_repo_files(f"alice/{name}")
 
 
+def test_a_download_that_is_cut_goes_on(hub, make_vector, name, tmp_path):
+    vector = make_vector("delta", 41)
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    hub.inject("GET /_cdn/", times=2, after_bytes=5000)
+    home = str(tmp_path / "home")
+    done = run_cli("pull", f"alice/{name}", tmp_path / "back", hub=hub, xet=False, HF_HOME=home)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.calls("GET /_cdn/")) == 3
+    assert weight_files(tmp_path / "back") == weight_files(vector)
+
+
 @pytest.mark.parametrize(
     ("token", "repo", "said"),
     [
