@@ -8,8 +8,10 @@ the sha256 of the file.
 
 import functools
 import importlib
+import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,9 +114,16 @@ def _fetched(ref: Reference) -> ResolvedModel:
 
 
 def _packaged_gguf(package: str) -> Path:
-    """Return the GGUF file that an installed package makes with its `assemble()` function."""
+    """Return the GGUF file that an installed package makes with its `assemble()` function.
+
+    Only a distribution that somebody has installed under this name is imported, so that a recipe of
+    others cannot name any module.
+    """
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", package) is None:
+        raise ModelError(f"pypi:{package}: no name of a package. Expected letters, digits, - or _.")
     name = package.replace("-", "_")
     try:
+        importlib.metadata.distribution(package)
         module = importlib.import_module(name)
         assemble = module.assemble
     except ModuleNotFoundError:

@@ -3,6 +3,7 @@ safetensors.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,13 @@ def test_a_package_that_is_not_installed_is_refused_with_the_command_that_instal
 def test_a_package_without_a_model_is_refused():
     with pytest.raises(ModelError, match=r"pypi:pytest: has no assemble\(\) function"):
         resolve_model("pypi:pytest")
+
+
+@pytest.mark.parametrize("package", ["this", "os.path", "../x"])
+def test_no_module_is_imported_that_is_no_installed_package(package):
+    with pytest.raises(ModelError, match=r"not installed|no name of a package"):
+        resolve_model(f"pypi:{package}")
+    assert package not in sys.modules or package == "os.path"
 
 
 @pytest.mark.parametrize("text", ["no-such-org/no-such-model", "hf://no-such-org/no-such-model@v1"])
