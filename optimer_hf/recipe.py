@@ -182,7 +182,7 @@ def _write_lock(lock: Lock, path: Path) -> None:
     if path.exists():
         earlier = Lock.read(path)
         if earlier.model_copy(update={"output": {}, "kinds": lock.kinds}) == lock:
-            lock = earlier
+            lock = lock.model_copy(update={"output": earlier.output})
     lock.write(path)
 
 
@@ -313,13 +313,16 @@ def build(
                 f"{out}: differs from the model this recipe built first ({lock_file.name}). It was "
                 "kept."
             )
-        _write_beside(recipe, Lock.read(lock_file), out)
+    if lock_file.exists() and max_shard_size == MAX_SHARD_SIZE:
+        _write_beside(recipe, Lock.read(lock_file), out, out_dtype or recipe.dtype)
 
 
-def _write_beside(recipe: RecipeFile, lock: Lock, out: Path) -> None:
+def _write_beside(recipe: RecipeFile, lock: Lock, out: Path, dtype: str) -> None:
     """Write into a built model how it was built, so that it can be verified and published."""
-    lock.model_copy(update={"output": weight_files(out)}).write(out / "recipe.lock.json")
-    data = portable(recipe.model_dump(mode="json", exclude_none=True), out.resolve())
+    built = {"output": weight_files(out), "dtype": dtype}
+    lock.model_copy(update=built).write(out / "recipe.lock.json")
+    built_recipe = recipe.model_copy(update={"dtype": dtype})
+    data = portable(built_recipe.model_dump(mode="json", exclude_none=True), out.resolve())
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     write_text(out / "recipe.yaml", text)
 
