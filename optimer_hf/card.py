@@ -5,23 +5,26 @@ push; what a person writes outside of them, and metadata that we do not set, sta
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from optimer_hf.errors import HubError
 from optimer_hf.files import markdown_table
 
 BEGIN = "<!-- optimer: written anew by every push; write above or below -->"
 END = "<!-- optimer: end -->"
-RELATIONS = {"vector": "adapter", "recipe": "merge", "model": "merge"}
+RELATIONS = {"adapter": "adapter", "delta": "finetune", "checkpoint": "finetune"}  # of vectors
 TAGS = {
     "vector": ["optimer", "optimer-vector"],
     "recipe": ["optimer", "optimer-recipe", "mergekit", "merge"],
     "model": ["optimer", "mergekit", "merge"],
 }
-LISTS = ("tags", "base_model", "datasets", "language")  # a person may add to them
+SHARED = ("tags", "language")  # lists that a person may add to
+THEIRS = ("library_name", "pipeline_tag")  # what a person wrote there stays
 HEADINGS = {
     "search": "On the search split",
     "rescore": "On the full search split",
@@ -29,33 +32,60 @@ HEADINGS = {
 }
 MEASURED = ("train", "search", "rescore", "sealed", "write")  # parts of a ledger
 WIDEST_BAR = 20  # characters
-PERMISSIVE = frozenset({"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0"})
+PERMISSIVE = frozenset(
+    {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "0bsd", "unlicense", "cc0-1.0"}
+)
+BINDING = frozenset(  # a work made of such a part and permissive ones is under its licence
+    {
+        "gemma",
+        *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4"),
+        *("gpl-2.0", "gpl-3.0", "lgpl-2.1", "lgpl-3.0", "agpl-3.0", "mpl-2.0"),
+        *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
+    }
+)
+UNSPOKEN = frozenset({"other", "unknown"})  # names of no licence
+
+
+@dataclass(frozen=True)
+class Origins:
+    """What the inputs of a work say of themselves: licences by name, models, data, languages."""
+
+    licences: Mapping[str, str | None]
+    base_models: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
 
 
 def strictest_licence(licences: Mapping[str, str | None]) -> str | None:
     """Return the licence that binds a work made of inputs (name -> licence), or None when it cannot
-    be told: one is missing, or two bind in different ways. Never a guess.
+    be told: one is missing or names none, or two bind in different ways. Never a guess.
     """
     found = {licence.lower() for licence in licences.values() if licence}
-    if not found or None in licences.values():
+    if not found or None in licences.values() or found & UNSPOKEN:
         return None
+    if len(found) == 1:
+        return found.pop()
     binding = found - PERMISSIVE
-    if len(binding) == 1:
-        return binding.pop()
     if binding:
-        return None
-    return found.pop() if len(found) == 1 else "apache-2.0" if "apache-2.0" in found else None
+        return binding.pop() if len(binding) == 1 and binding <= BINDING else None
+    return "apache-2.0" if "apache-2.0" in found else None
 
 
 def metadata_of(
-    kind: str, licence: str, base_models: Sequence[str], results: Mapping[str, Any] | None
+    kind: str, relation: str, licence: str, origins: Origins, results: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the metadata of a card; `results` is a model-index entry."""
+    """Return the metadata of a card; `relation` is that to the base models, `results` a model-index
+    entry.
+    """
     metadata: dict[str, Any] = {"license": licence}
     metadata["library_name"] = "transformers" if kind == "model" else "optimer"
-    if base_models:
-        metadata["base_model"] = list(dict.fromkeys(base_models))
-        metadata["base_model_relation"] = RELATIONS[kind]
+    if origins.base_models:
+        metadata["base_model"] = list(dict.fromkeys(origins.base_models))
+        metadata["base_model_relation"] = relation
+    if origins.datasets:
+        metadata["datasets"] = list(dict.fromkeys(origins.datasets))
+    if origins.languages:
+        metadata["language"] = list(dict.fromkeys(origins.languages))
     metadata["tags"] = TAGS[kind]
     if kind == "model":
         metadata["pipeline_tag"] = "text-generation"
@@ -129,8 +159,8 @@ def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str 
         text = body[:begin] + text + body[end + len(END) :]
     elif body.strip():
         text = f"{text}\n\n{body.strip()}"
-    merged = {**theirs, **metadata}
-    for key in LISTS:
+    merged = {**theirs, **metadata, **{key: theirs[key] for key in THEIRS if key in theirs}}
+    for key in SHARED:
         mine, others = metadata.get(key, []), theirs.get(key, [])
         others = [others] if isinstance(others, str) else others
         if others:
@@ -140,12 +170,20 @@ def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str 
 
 
 def split(card: str) -> tuple[dict[str, Any], str]:
-    """Return metadata and text of a card."""
+    """Return metadata and text of a card; raise HubError for metadata that is no YAML mapping."""
     match = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", card, re.DOTALL)
     if match is None:
         return {}, card
     try:
         metadata = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        metadata = None
-    return (metadata if isinstance(metadata, dict) else {}), card[match.end() :]
+    except yaml.YAMLError as error:
+        raise HubError(
+            f"README.md on the Hub: its metadata is not valid YAML. {' '.join(str(error).split())} "
+            "Mend it there, then push again."
+        ) from None
+    if metadata is not None and not isinstance(metadata, dict):
+        raise HubError(
+            f"README.md on the Hub: its metadata is a {type(metadata).__name__}, expected a "
+            "mapping of fields to values. Mend it there, then push again."
+        )
+    return metadata or {}, card[match.end() :]

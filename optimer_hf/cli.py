@@ -12,11 +12,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
+
+if TYPE_CHECKING:
+    from optimer_hf.hub import Pull, Push
 
 PATH = click.Path(path_type=Path)
 FORMAT = click.option(
@@ -829,7 +832,7 @@ def push(directory: Path, repo: str, output: str, **options: Any) -> None:
         _say_push(each, options["dry_run"])
 
 
-def _say_push(done: Any, dry_run: bool) -> None:
+def _say_push(done: "Push", dry_run: bool) -> None:
     for name, n_bytes in done.sent.items():
         click.echo(f"{name}: {n_bytes:,} bytes")
     for name in done.deleted:
@@ -838,11 +841,12 @@ def _say_push(done: Any, dry_run: bool) -> None:
     if dry_run:
         click.echo(f"{done.card}\nwould send {size} to {done.repo_id}; nothing was sent")
     elif done.pull_request:
-        click.echo(f"proposed: {done.pull_request}")
+        click.echo(f"proposed{'' if done.sent else ' already'}: {done.pull_request}")
     elif not done.sent and not done.deleted:
         click.echo(f"{done.repo_id}@{done.commit}: has everything already")
     else:
-        click.echo(f"{done.repo_id}@{done.commit}: {size} sent")
+        unchanged = f", {len(done.unchanged)} unchanged" if done.unchanged else ""
+        click.echo(f"{done.repo_id}@{done.commit}: {size} sent{unchanged}")
 
 
 @main.command()
@@ -866,6 +870,9 @@ def pull(repo: str, out: Path | None, output: str, **options: Any) -> None:
     for line in done.moved:
         click.echo(f"moved: {line}")
     for each in done.inputs:
+        if each.reference.startswith("pypi:"):
+            click.echo(f"to run: {each.reference} (code of a package that you have to install)")
+            continue
         size = f"{each.n_bytes:,} bytes" if each.n_bytes is not None else "size unknown"
         gated = ", gated: ask for access first" if each.gated else ""
         click.echo(f"to fetch: {each.reference} ({size}, licence {each.licence or '?'}{gated})")
@@ -874,7 +881,7 @@ def pull(repo: str, out: Path | None, output: str, **options: Any) -> None:
         _say_disk(done)
 
 
-def _say_disk(done: Any) -> None:
+def _say_disk(done: "Pull") -> None:
     import shutil
 
     needed = sum(each.n_bytes or 0 for each in done.inputs)

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,17 +147,18 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)  # refuses keys that cannot be one
+        twice = [key for key, count in Counter(keys).items() if count > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice[0]!r} is given twice", node.start_mark
+            )
+        return mapping
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping a YAML (or JSON) file holds; raise ConfigError with the line when it does
-    not parse.
+    """Return the mapping that a YAML file holds, or a JSON file (`.json`); raise ConfigError with
+    the line when it does not parse.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -164,15 +166,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
-    return parse_yaml(text, path)
+    return _parse_json(text, path) if path.suffix == ".json" else _parse_yaml(text, path)
 
 
-def parse_yaml(text: str, path: Path) -> dict[str, Any]:
-    """Return the mapping that YAML text holds; `path` is only named in errors."""
+def _parse_json(text: str, path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(text, object_pairs_hook=functools.partial(_unique, path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON. {error}.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply.") from None
+    return _mapping(data, path)
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ConfigError(f"{path}: not valid JSON. key {key!r} is given twice.")
+    return mapping
+
+
+def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML. {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply.") from None
+    return _mapping(data, path)
+
+
+def _mapping(data: Any, path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise ConfigError(f"{path}: found {found}, expected a mapping of fields to values.")

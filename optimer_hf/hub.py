@@ -19,7 +19,7 @@ from optimer_hf.remote import explained
 __all__ = ["Input", "Pull", "Push", "pull", "push", "recipes", "to_json"]
 
 
-def recipes(*, token: str | None = None, limit: int = 50) -> Iterator[tuple[str, str]]:
+def recipes(*, token: str | None = None, limit: int | None = None) -> Iterator[tuple[str, str]]:
     """Yield repository and the time of the last change of the recipes that carry our tag."""
     with explained("recipes"):
         for info in HfApi(token=token).list_models(

@@ -7,10 +7,8 @@ else can fetch is refused before anything leaves the machine.
 
 import json
 import re
-import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,50 +16,35 @@ import yaml
 
 from optimer_hf.checkpoint import weight_files
 from optimer_hf.errors import HubError
-from optimer_hf.files import COMMIT, FREE_TEXT, Reference, is_pinned, parse, parse_yaml, read_yaml
+from optimer_hf.files import FREE_TEXT, Reference, is_pinned
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
+from optimer_hf.private import VOCABULARIES, refuse_private
 from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile
 from optimer_hf.vector import VectorFile, read_record
 
 Kind = Literal["vector", "recipe", "model"]
 CARD = "README.md"
-WEIGHTS = "*.safetensors"
-RECIPE_FILES = ["recipe.yaml", "recipe.lock.json", "optimer.yml", "mergekit_config.yml"]
-MODEL_FILES = [
+WEIGHTS = re.compile(r"(model|vector)(-\d{5}-of-\d{5})?\.safetensors|adapter_model\.safetensors")
+IDENTITY = re.compile(rf"{WEIGHTS.pattern}|adapter_config\.json")  # what a lock knows
+LEGAL = frozenset(
+    {"LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md", "USE_POLICY.md"}
+)
+RECIPE_FILES = frozenset({"recipe.yaml", "recipe.lock.json", "optimer.yml", "mergekit_config.yml"})
+MODEL_FILES = VOCABULARIES | {
     "config.json",
     "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
+    "tokenizer_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "chat_template.jinja",
-    "*.safetensors.index.json",
-    WEIGHTS,
-]
-LEGAL = ["LICENSE*", "NOTICE*"]
-ALLOWED: dict[Kind, list[str]] = {
-    "vector": ["vector.json", "adapter_config.json", *MODEL_FILES, *LEGAL],
-    "recipe": [
-        *RECIPE_FILES,
-        "results.json",
-        "results.md",
-        "comparison.png",
-        "study/study.json",
-        "study/trials.jsonl",
-        "study/sealed.jsonl",
-        *LEGAL,
-    ],
-    "model": [*RECIPE_FILES, *MODEL_FILES, *LEGAL],
+    "model.safetensors.index.json",
+    "vector.safetensors.index.json",
 }
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-TEXT = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja")
-TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")  # hold any text
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
-LOCAL_PATH = re.compile(r"(?<![\w/.:-])(/[\w.-]+(?:/[\w.-]+)+)")
+STUDY_FILES = frozenset({"study/study.json", "study/trials.jsonl", "study/sealed.jsonl"})
+ALLOWED: dict[Kind, frozenset[str]] = {
+    "vector": LEGAL | MODEL_FILES | {"vector.json", "adapter_config.json"},
+    "recipe": LEGAL | RECIPE_FILES | STUDY_FILES | {"results.json", "results.md", "comparison.png"},
+    "model": LEGAL | MODEL_FILES | RECIPE_FILES,
+}
 
 
 @dataclass(frozen=True)
@@ -70,16 +53,8 @@ class Publication:
 
     kind: Kind
     files: Mapping[str, Path | bytes]
-    vector: VectorFile | None = None
-    recipe: RecipeFile | None = None
-    inputs: tuple[str, ...] = field(default=())
-
-    @property
-    def name(self) -> str:
-        """Its name in its own metadata."""
-        record = self.vector or self.recipe
-        assert record is not None
-        return record.name
+    record: VectorFile | RecipeFile
+    inputs: tuple[str, ...]
 
     def text(self, name: str) -> str:
         """Return the content of a text file of it, empty when it has none of that name."""
@@ -94,13 +69,13 @@ def kind_of(names: Collection[str]) -> Kind | None:
         return "vector"
     if "recipe.yaml" not in names:
         return None
-    return "model" if any(fnmatchcase(name, WEIGHTS) for name in names) else "recipe"
+    return "model" if any(map(WEIGHTS.fullmatch, names)) else "recipe"
 
 
 def is_allowed(kind: Kind, name: str) -> bool:
     """Whether a file of this name belongs into a repository of this kind."""
-    patterns = [pattern for pattern in ALLOWED[kind] if ("/" in pattern) == ("/" in name)]
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    is_weights = kind != "recipe" and WEIGHTS.fullmatch(name) is not None
+    return is_weights or name in ALLOWED[kind]
 
 
 def local_vectors(directory: Path) -> dict[str, Path]:
@@ -128,12 +103,18 @@ def publication(directory: Path, pushed: Mapping[str, str] | None = None) -> Pub
     files: dict[str, Path | bytes] = {
         name: directory / name for name in names if is_allowed(kind, name)
     }
+    unknown = sorted(weight_files(directory).keys() - files.keys()) if kind != "recipe" else []
+    if unknown:
+        raise HubError(
+            f"{directory}: holds weights of unknown use ({', '.join(unknown)}), which would count "
+            "as its own. Move them elsewhere."
+        )
     if kind == "vector":
         found = _vector(directory, files)
     else:
         found = _recipe(kind, directory, files, pushed or {})
-    for name in found.files:
-        _refuse_private_content(name, found, directory)
+    for name, content in found.files.items():
+        refuse_private(directory / name, content)
     return found
 
 
@@ -146,12 +127,12 @@ def _files(directory: Path) -> Iterator[Path]:
 def _vector(directory: Path, files: dict[str, Path | bytes]) -> Publication:
     record = read_record(directory)
     assert record is not None  # vector.json is there
-    if not any(fnmatchcase(name, WEIGHTS) for name in files):
+    if not any(map(WEIGHTS.fullmatch, files)):
         raise HubError(f"{directory}: has vector.json but no safetensors weights. Write it again.")
     base = record.base
     reference = f"{base.reference}@{base.commit}" if base.commit else base.reference
     _refuse_unpinned("vector.json: base", reference)
-    return Publication("vector", files, vector=record, inputs=(reference,))
+    return Publication("vector", files, record, (reference,))
 
 
 def _recipe(
@@ -172,12 +153,8 @@ def _recipe(
     recipe = recipe.model_copy(
         update={"vectors": vectors, "objective": without_folders(recipe.objective)}
     )
-    if kind == "model" and not lock.output:
-        raise HubError(f"{directory}: its lock records no model. Run `optimer build` again.")
-    if kind == "model" and weight_files(directory) != lock.output:
-        raise HubError(
-            f"{directory}: its weights are not the locked ones. Run `optimer build` again."
-        )
+    if kind == "model":
+        _refuse_other_model(directory, lock)
     data = recipe.model_dump(mode="json", exclude_none=True)
     header = "# Build it with: optimer build recipe.yaml OUT\n"
     files["recipe.yaml"] = (header + _yaml(data)).encode()
@@ -188,10 +165,18 @@ def _recipe(
     vanilla = vanilla_of(recipe, lock)
     if vanilla is not None:
         files["mergekit_config.yml"] = _yaml(vanilla).encode()
-    for name in ("study/study.json", "study/trials.jsonl", "study/sealed.jsonl"):
-        if name in files:
-            files[name] = _study_file(directory / name, sources)
-    return Publication(kind, files, recipe=recipe, inputs=(recipe.base_model, *sources.values()))
+    for name in STUDY_FILES & files.keys():
+        files[name] = _study_file(directory / name, sources)
+    return Publication(kind, files, recipe, (recipe.base_model, *sources.values()))
+
+
+def _refuse_other_model(directory: Path, lock: Lock) -> None:
+    if not lock.output:
+        raise HubError(f"{directory}: its lock records no model. Run `optimer build` again.")
+    if weight_files(directory) != lock.output:
+        raise HubError(
+            f"{directory}: its weights are not the locked ones. Run `optimer build` again."
+        )
 
 
 def vanilla_of(recipe: RecipeFile, lock: Lock) -> dict[str, Any] | None:
@@ -206,16 +191,15 @@ def vanilla_of(recipe: RecipeFile, lock: Lock) -> dict[str, Any] | None:
     base = _plain(recipe.base_model)
     plain = {name: _plain(source) for name, source in sources.items()}
     files = [set(found) for found in lock.vectors.values()]
-    arguments = (recipe.weights, recipe.dtype)
-    if all(any(name.startswith("vector") for name in found) for found in files):
+    if any(name.startswith("vector") for found in files for name in found):
         return None  # int8: mergekit reads no scales
-    if all("adapter_config.json" in found for found in files):
+    arguments = (recipe.weights, recipe.dtype)
+    kinds = {lock.kinds.get(name) for name in plain}
+    if kinds == {"adapter"}:
         plain = {name: f"{base}+{source}" for name, source in plain.items()}
-    elif any("adapter_config.json" in found for found in files):
-        return None
-    if all(lock.kinds.get(name) == "delta" for name in plain):
+    elif kinds == {"delta"}:
         return vanilla_config(base, plain, *arguments)
-    if "delta" in lock.kinds.values():
+    elif kinds != {"checkpoint"}:
         return None
     total = sum(abs(weight) for weight in recipe.weights.values())
     return linear_config(base, plain, *arguments) if total <= LARGEST_CANCELLATION else None
@@ -250,12 +234,23 @@ def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
             vector["source"] = sources.get(name, vector["source"])
         return json.dumps(without_folders(data), indent=2, ensure_ascii=False).encode()
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        trial = json.loads(line)
-        error = trial.get("error")
-        trial |= {"worker": None, "error": error.strip().splitlines()[-1] if error else None}
+    for trial in _trials(path):
+        reason = str(trial.get("error") or "").strip().splitlines()
+        kind = reason[0].partition(":")[0] if reason else None  # its text may name hosts or paths
+        trial |= {"worker": None, "error": kind}
         lines.append(json.dumps(trial, ensure_ascii=False))
     return ("\n".join(lines) + "\n").encode()
+
+
+def _trials(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the trials of a log; a last line that a kill cut off is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise HubError(f"{path}: line {number} is no trial.") from None
 
 
 def _refuse_unpinned(where: str, reference: str) -> None:
@@ -270,94 +265,3 @@ def _refuse_unpinned(where: str, reference: str) -> None:
         f"{where}: {reference!r} is not pinned, expected org/name@<40-digit commit>. Write the "
         "recipe or vector again: the commit is looked up then."
     )
-
-
-def _refuse_private_content(name: str, found: Publication, directory: Path) -> None:
-    """Raise HubError when a text file names a path of this machine, its host, or a token."""
-    if not name.endswith(TEXT) or Path(name).name.startswith(TOKENIZERS):
-        return
-    for number, line in enumerate(found.text(name).splitlines(), start=1):
-        for what, secret in _secrets_in(line):
-            raise HubError(
-                f"{directory / name}: line {number}: holds {what} ({secret}), which is not "
-                "published. Replace it and push again."
-            )
-
-
-def _secrets_in(line: str) -> Iterator[tuple[str, str]]:
-    token = TOKEN.search(line)
-    if token is not None:
-        yield "a token", f"{token[0][:6]}..."
-    for candidate in LOCAL_PATH.findall(line):
-        if Path(candidate).exists() or Path(candidate).is_relative_to(Path.home()):
-            yield "a path of this machine", candidate
-    host = socket.gethostname()
-    if len(host) > 5 and host != "localhost" and re.search(rf"\b{re.escape(host)}\b", line):
-        yield "the name of this machine", host
-
-
-# -- what comes from others ------------------------------------------------------------------------
-
-LARGEST_TEXT = 64 * 2**20  # bytes of a file beside weights: tokenizers reach 33 MB
-LARGEST_YAML = 2**20
-
-
-def check_pulled(kind: Kind, directory: Path) -> RecipeFile | VectorFile:
-    """Validate what was pulled, strictly, and return its record.
-
-    Raises HubError for YAML with aliases (a few lines can grow to gigabytes), oversized files and
-    inputs that are not pinned; ConfigError for unknown keys.
-    """
-    for path in _files(directory):
-        if path.suffix in (".yaml", ".yml"):
-            _refuse_bomb(path)
-    if kind == "vector":
-        record = read_record(directory)
-        assert record is not None
-        return record
-    data = read_yaml(directory / "recipe.yaml")
-    vectors = data.get("vectors")
-    references = {"base_model": data.get("base_model")} | {
-        f"vectors.{name}.source": item.get("source")
-        for name, item in (vectors.items() if isinstance(vectors, dict) else ())
-        if isinstance(item, dict)
-    }
-    for where, reference in references.items():
-        if not isinstance(reference, str) or not _is_remote(reference):
-            raise HubError(
-                f"{directory / 'recipe.yaml'}: {where}: found {reference!r}, expected org/name@"
-                "<40-digit commit> or pypi:package. A recipe of others may not name local files."
-            )
-    recipe = parse(RecipeFile, data, directory / "recipe.yaml")
-    lock = Lock.read(directory / "recipe.lock.json")
-    if set(lock.vectors) != set(recipe.vectors):
-        raise HubError(
-            f"{directory / 'recipe.lock.json'}: locks the vectors {sorted(lock.vectors)}, but the "
-            f"recipe has {sorted(recipe.vectors)}. Ask its author to push it again."
-        )
-    return recipe
-
-
-def _is_remote(reference: str) -> bool:
-    if reference.startswith("pypi:"):
-        return re.fullmatch(r"[A-Za-z0-9._-]+", reference.removeprefix("pypi:")) is not None
-    name, _, revision = reference.removeprefix("hf://").partition("@")
-    parts = name.split("/")
-    return (
-        len(parts) == 2
-        and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part) for part in parts)
-        and COMMIT.fullmatch(revision) is not None
-    )
-
-
-def _refuse_bomb(path: Path) -> None:
-    if path.stat().st_size > LARGEST_YAML:
-        raise HubError(f"{path.name}: has {path.stat().st_size} bytes, expected at most 1 MiB.")
-    try:
-        events: Iterable[Any] = yaml.parse(path.read_text(encoding="utf-8"))
-        has_alias = any(isinstance(event, yaml.AliasEvent) for event in events)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        parse_yaml(path.read_text(encoding="utf-8", errors="replace"), path)
-        raise HubError(f"{path.name}: is not YAML text.") from None
-    if has_alias:
-        raise HubError(f"{path.name}: uses YAML aliases, which no recipe of ours does. Refused.")

@@ -1,24 +1,26 @@
 """A vector, recipe or merged model from the Hub.
 
-A pull resolves the revision to a commit once, takes the files of an allow-list, and believes their
-sha256, not the transfer. What was pulled stays at its commit until an update is asked for.
+A pull resolves the revision to a commit once, takes the files of an allow-list, small ones first,
+and believes their sha256, not the transfer. What was pulled stays at its commit until an update is
+asked for, and what was edited since is never overwritten.
 """
 
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from httpx2 import HTTPError
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
-from optimer_hf.errors import HubError
+from optimer_hf.errors import HubError, OptimerError
 from optimer_hf.files import (
     ATOMIC_PREFIX,
     Reference,
@@ -27,22 +29,17 @@ from optimer_hf.files import (
     sha256_file,
     staged_directory,
 )
-from optimer_hf.publish import (
-    ALLOWED,
-    CARD,
-    LARGEST_TEXT,
-    PICKLES,
-    WEIGHTS,
-    Kind,
-    check_pulled,
-    is_allowed,
-    kind_of,
-)
-from optimer_hf.recipe import RecipeFile
+from optimer_hf.publish import ALLOWED, CARD, WEIGHTS, Kind, is_allowed, kind_of
+from optimer_hf.recipe import Lock, RecipeFile
 from optimer_hf.remote import described, described_input, explained, git_blob, licence_of, tried
+from optimer_hf.untrusted import LARGEST_TEXT, check_pulled, refuse_other_weights
+from optimer_hf.vector import VectorFile
 
 logger = logging.getLogger(__name__)
 RECORD = "hub.json"
+LOCK = "recipe.lock.json"
+PENDING = ".update"  # a complete update that is not yet in place
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,36 @@ class Pull:
 
 
 class PulledFile(VersionedFile):
-    """hub.json: where a pulled directory came from."""
+    """hub.json: where a pulled directory came from; `files` maps names to sha256."""
 
     repo_id: str
     revision: str | None
     commit: str
     files: dict[str, str]
+
+    @field_validator("files")
+    @classmethod
+    def _only_ours(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if name != CARD and not any(is_allowed(kind, name) for kind in ALLOWED):
+                raise ValueError(f"{name!r} is no file that a pull writes")
+        return files
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The files of one commit in the cache."""
+
+    repo_id: str
+    revision: str | None
+    commit: str
+    kind: Kind
+    names: tuple[str, ...]
+    path: Path
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {name: sha256_file((self.path / name).resolve()) for name in self.names}
 
 
 def pull(
@@ -98,45 +119,88 @@ def pull(
     target = out or Path(name.rpartition("/")[2])
     with explained(name):
         validate_repo_id(name)
+        _put_pending_in_place(target)
         if constants.is_offline_mode():
-            return _pull_offline(name, revision, target)
+            return _place(None, _cached(name, revision), target, update=False)
         api = HfApi(token=token)
         info = described(api, name, revision)
-        name = info.id
         listed = {file.rfilename: file for file in info.siblings or []}
-        kind = _kind_of_remote(name, listed)
-        _refuse_oversized(name, kind, listed)
-        wanted = [file for file in listed if is_allowed(kind, file) or file == CARD]
-        before = _pulled_before(target, name, info.sha, update)
-        snapshot = _snapshot(name, (revision, info.sha), wanted, token)
-        for file in wanted:
-            _check_content(name, snapshot / file, listed[file])
-        return _finish(api, (name, revision, info.sha), kind, snapshot, wanted, target, before)
+        snapshot = _Snapshot(
+            info.id,
+            revision,
+            str(info.sha),
+            _kind_of_remote(info.id, listed),
+            (),
+            Path(constants.HF_HUB_CACHE),
+        )
+        _refuse_oversized(snapshot, listed)
+        _refuse_change(target, snapshot, update)
+        return _place(api, _fetched(snapshot, listed, target, token), target, update)
 
 
-def _snapshot(
-    repo_id: str, revisions: tuple[str | None, str], names: list[str], token: str | None
-) -> Path:
-    """Return the cached files of a commit, fetched under the name that was asked for, so that the
-    cache answers to that name offline.
-    """
+# -- the cache -------------------------------------------------------------------------------------
+
+
+def _fetched(
+    snapshot: _Snapshot, listed: Mapping[str, Any], target: Path, token: str | None
+) -> _Snapshot:
+    """Fetch and check the small files, then the weights."""
+    wanted = [name for name in listed if is_allowed(snapshot.kind, name) or name == CARD]
+    small = tuple(name for name in wanted if WEIGHTS.fullmatch(name) is None)
+    first = replace(snapshot, names=small, path=_download(snapshot, small, token))
+    _refuse_damaged(first, listed)
+    _record_of(first)
+    if len(small) == len(wanted):
+        return first
+    sizes = {name: listed[name].size or 0 for name in wanted if name not in small}
+    _refuse_full_disk(first, sizes, target)
+    whole = replace(first, names=tuple(wanted), path=_download(first, tuple(wanted), token))
+    _refuse_damaged(whole, listed)
+    return whole
+
+
+def _download(snapshot: _Snapshot, names: tuple[str, ...], token: str | None) -> Path:
+    """Return the cached files of a commit; the cache then answers to the revision offline, too."""
     path = Path()
-    for revision in revisions:
+    for revision in (snapshot.revision, snapshot.commit):
         request = partial(
-            snapshot_download, repo_id, revision=revision, allow_patterns=names, token=token
+            snapshot_download,
+            snapshot.repo_id,
+            revision=revision,
+            allow_patterns=list(names),
+            token=token,
         )
         path = Path(tried(request))
-        if path.name == revisions[1]:
+        if path.name == snapshot.commit:
             break
     return path
 
 
-def _kind_of_remote(repo_id: str, names: Mapping[str, Any]) -> Kind:
+def _cached(repo_id: str, revision: str | None) -> _Snapshot:
+    """Return what the cache holds of a repository that was pulled before."""
+    try:
+        patterns = [CARD, "*.safetensors", *sorted(frozenset().union(*ALLOWED.values()))]
+        found = snapshot_download(
+            repo_id, revision=revision, allow_patterns=patterns, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        raise HubError(
+            f"{repo_id}: is not in the cache, and the Hub is offline (HF_HUB_OFFLINE). Go online "
+            "once and pull it."
+        ) from None
+    path = Path(found)
+    names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+    kind = _kind_of_remote(repo_id, names)
+    wanted = tuple(sorted(name for name in names if is_allowed(kind, name) or name == CARD))
+    return _Snapshot(repo_id, revision, path.name, kind, wanted, path)
+
+
+def _kind_of_remote(repo_id: str, names: Collection[str]) -> Kind:
     kind = kind_of(list(names))
     if kind is not None:
         return kind
-    has_weights = any(Path(name).match(WEIGHTS) for name in names)
-    if not has_weights and any(Path(name).match(pattern) for pattern in PICKLES for name in names):
+    has_weights = any(name.endswith(".safetensors") for name in names)
+    if not has_weights and any(name.endswith(PICKLES) for name in names):
         raise HubError(
             f"{repo_id}: holds pickled weights only, which can run code when they are read. Ask "
             "its author for safetensors."
@@ -147,102 +211,177 @@ def _kind_of_remote(repo_id: str, names: Mapping[str, Any]) -> Kind:
     )
 
 
-def _refuse_oversized(repo_id: str, kind: Kind, listed: Mapping[str, Any]) -> None:
+def _refuse_oversized(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
     for name, file in listed.items():
-        if is_allowed(kind, name) and not Path(name).match(WEIGHTS) and file.size > LARGEST_TEXT:
+        is_text = is_allowed(snapshot.kind, name) and WEIGHTS.fullmatch(name) is None
+        if (is_text or name == CARD) and (file.size or 0) > LARGEST_TEXT:
             raise HubError(
-                f"{repo_id}: {name} has {file.size} bytes, expected at most {LARGEST_TEXT}."
+                f"{snapshot.repo_id}: {name} has {file.size} bytes, expected at most "
+                f"{LARGEST_TEXT}."
             )
 
 
-def _check_content(repo_id: str, path: Path, file: Any) -> None:
-    """Raise HubError unless a downloaded file is what the Hub lists; a bad one leaves the cache."""
-    if file.lfs is not None:
-        is_right = sha256_file(path.resolve()) == file.lfs.sha256
-    else:
-        is_right = git_blob(path.read_bytes()) == file.blob_id
-    if not is_right:
-        path.resolve().unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        raise HubError(
-            f"{repo_id}: {path.name} was damaged on its way: its sha256 is not the one the Hub "
-            "lists. It was removed from the cache; pull again."
-        )
+def _refuse_full_disk(snapshot: _Snapshot, sizes: Mapping[str, int], target: Path) -> None:
+    """Raise HubError when the weights fit neither into the cache nor beside it."""
+    folder = next(each for each in (target.absolute(), *target.absolute().parents) if each.exists())
+    to_fetch = sum(size for name, size in sizes.items() if not (snapshot.path / name).exists())
+    to_copy = sum(size for name, size in sizes.items() if not (target / name).exists())
+    needed: dict[int, int] = {}
+    for place, n_bytes in ((snapshot.path, to_fetch), (folder, to_copy)):
+        device = place.stat().st_dev
+        needed[device] = needed.get(device, 0) + n_bytes
+        free = shutil.disk_usage(place).free
+        if needed[device] > free:
+            raise HubError(
+                f"{snapshot.repo_id}: needs {needed[device]:,} bytes on the disk of {place}, which "
+                f"has {free:,} free. Free space, or set HF_HOME to another disk."
+            )
 
 
-def _pulled_before(target: Path, repo_id: str, commit: str, update: bool) -> PulledFile | None:
-    """Return the record of an earlier pull into a directory; refuse to change it unasked."""
+def _refuse_damaged(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
+    """Raise HubError unless every file is what the Hub lists; a bad one leaves the cache."""
+    for name in snapshot.names:
+        path, file = snapshot.path / name, listed[name]
+        if not path.exists():
+            raise HubError(f"{snapshot.repo_id}: {name} did not arrive. Pull again.")
+        if file.lfs is not None:
+            is_right = sha256_file(path.resolve()) == file.lfs.sha256
+        else:
+            is_right = git_blob(path.read_bytes()) == file.blob_id
+        if not is_right:
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise HubError(
+                f"{snapshot.repo_id}: {name} was damaged on its way: its sha256 is not the one the "
+                "Hub lists. It was removed from the cache; pull again."
+            )
+
+
+def _record_of(snapshot: _Snapshot) -> RecipeFile | VectorFile:
+    """Validate the small files of a snapshot and return its record."""
+    with TemporaryDirectory() as scratch:
+        for name in snapshot.names:  # the cache holds links to files without an ending
+            if WEIGHTS.fullmatch(name) is None:
+                copy = Path(scratch) / name
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(snapshot.path / name, copy)
+        try:
+            return check_pulled(snapshot.kind, Path(scratch))
+        except OptimerError as error:
+            text = str(error).replace(f"{scratch}/", f"{snapshot.repo_id}: ")
+            raise type(error)(text) from None
+        except (ValidationError, ValueError, TypeError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise HubError(
+                f"{snapshot.repo_id}: holds a file that cannot be used ({reason})."
+            ) from None
+
+
+# -- the directory ---------------------------------------------------------------------------------
+
+
+def _refuse_change(target: Path, snapshot: _Snapshot, update: bool) -> PulledFile | None:
+    """Return the record of an earlier pull into a directory; refuse to change it unasked, or to
+    overwrite what was edited since.
+    """
     if not (target / RECORD).exists():
         require_empty(target)
         return None
     before = PulledFile.read(target / RECORD)
-    if before.repo_id != repo_id:
+    if before.repo_id != snapshot.repo_id:
         raise HubError(
-            f"{target}: was pulled from {before.repo_id}. Give another directory for {repo_id}."
+            f"{target}: was pulled from {before.repo_id}. Give another directory for "
+            f"{snapshot.repo_id}."
         )
-    if before.commit != commit and not update:
+    if before.commit != snapshot.commit and not update:
         raise HubError(
-            f"{target}: was pulled at {before.commit}; {repo_id} is at {commit} now. --update "
-            f"takes it and says what moved; {repo_id}@{before.commit} stays."
+            f"{target}: was pulled at {before.commit}; {snapshot.repo_id} is at {snapshot.commit} "
+            f"now. --update takes it and says what moved; {snapshot.repo_id}@{before.commit} stays."
+        )
+    here = target.resolve()
+    for name in before.files:
+        if not (target / name).parent.resolve().is_relative_to(here):
+            raise HubError(
+                f"{target}: {name} lies behind a link to another place. Remove the link."
+            )
+    edited = [
+        name
+        for name, sha256 in before.files.items()
+        if name != LOCK and (target / name).exists() and sha256_file(target / name) != sha256
+    ]  # a build adds its sha256 to the lock
+    if edited:
+        raise HubError(
+            f"{target}: {', '.join(edited)} changed here since the pull. Move the directory away, "
+            "or pull to another one."
         )
     return before
 
 
-def _finish(
-    api: HfApi | None,
-    source: tuple[str, str | None, str],
-    kind: Kind,
-    snapshot: Path,
-    names: list[str],
-    target: Path,
-    before: PulledFile | None,
-) -> Pull:
-    """Check what a snapshot holds and put it in place; hub.json comes last."""
-    repo_id, revision, commit = source
-    with TemporaryDirectory() as scratch:
-        for name in names:  # the small files under their own names, for the messages
-            if not Path(name).match(WEIGHTS):
-                copy = Path(scratch) / name
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(snapshot / name, copy)
-        record = _checked(repo_id, kind, Path(scratch))
-    files = {name: sha256_file((snapshot / name).resolve()) for name in names}
-    moved = _moved(before, target, commit, files, record) if before is not None else ()
-    pulled = PulledFile(repo_id=repo_id, revision=revision, commit=commit, files=files)
+def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -> Pull:
+    """Check what a snapshot holds and put it in place, whole or not at all."""
+    before = _refuse_change(target, snapshot, update)
+    record, digests = _record_of(snapshot), snapshot.digests
+    if snapshot.kind == "model":
+        refuse_other_weights(snapshot.repo_id, Lock.read(snapshot.path / LOCK), digests)
+    moved = _moved(before, target, snapshot.commit, digests, record) if before is not None else ()
+    pulled = PulledFile(
+        repo_id=snapshot.repo_id,
+        revision=snapshot.revision,
+        commit=snapshot.commit,
+        files=digests,
+    )
     if before is None:
         with staged_directory(target) as staging:
-            _copy(snapshot, files, staging)
+            _copy(snapshot, digests, staging)
             pulled.write(staging / RECORD)
     else:
-        _copy(snapshot, files, target)
-        for name in set(before.files) - set(files):
-            (target / name).unlink(missing_ok=True)
-        pulled.write(target / RECORD)
-    inputs = _inputs(api, record) if api is not None and kind == "recipe" else ()
-    return Pull(repo_id, commit, kind, target, tuple(files), inputs, moved)
+        staging = target / f"{ATOMIC_PREFIX}update"
+        shutil.rmtree(staging, ignore_errors=True)
+        missing = {
+            name: sha256
+            for name, sha256 in digests.items()
+            if not (target / name).exists() or before.files.get(name) != sha256
+        }
+        staging.mkdir()
+        _copy(snapshot, missing, staging)
+        pulled.write(staging / RECORD)
+        staging.replace(target / PENDING)
+        _put_pending_in_place(target)
+    done = Pull(
+        snapshot.repo_id, snapshot.commit, snapshot.kind, target, tuple(digests), moved=moved
+    )
+    if api is None or snapshot.kind != "recipe" or not isinstance(record, RecipeFile):
+        return done
+    return replace(done, inputs=_inputs(api, record))
 
 
-def _checked(repo_id: str, kind: Kind, directory: Path) -> Any:
-    try:
-        return check_pulled(kind, directory)
-    except (ValidationError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise HubError(f"{repo_id}: holds a file that cannot be used ({reason}).") from None
+def _put_pending_in_place(target: Path) -> None:
+    """Finish an update that has arrived whole, also one that a kill interrupted; hub.json last."""
+    pending = target / PENDING
+    if not pending.is_dir():
+        return
+    new, old = PulledFile.read(pending / RECORD), PulledFile.read(target / RECORD)
+    for name in old.files.keys() - new.files.keys():
+        (target / name).unlink(missing_ok=True)
+    for name in [*new.files, RECORD]:
+        if (pending / name).exists():
+            (target / name).parent.mkdir(exist_ok=True)
+            (pending / name).replace(target / name)
+    shutil.rmtree(pending)
 
 
-def _copy(snapshot: Path, files: Mapping[str, str], target: Path) -> None:
-    for name, sha256 in files.items():
-        out = target / name
-        if out.is_file() and sha256_file(out) == sha256:
-            continue
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f"{ATOMIC_PREFIX}{out.name}")
-        shutil.copyfile(snapshot / name, partial)
-        partial.replace(out)
+def _copy(snapshot: _Snapshot, names: Collection[str], target: Path) -> None:
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(snapshot.path / name, target / name)
 
 
 def _moved(
-    before: PulledFile, target: Path, commit: str, files: Mapping[str, str], record: Any
+    before: PulledFile,
+    target: Path,
+    commit: str,
+    digests: Mapping[str, str],
+    record: RecipeFile | VectorFile,
 ) -> tuple[str, ...]:
     """Say what differs between a pulled directory and what is pulled now."""
     if before.commit == commit:
@@ -257,9 +396,12 @@ def _moved(
             if was != now:
                 shown = [f"{v.weight:.4g} x {v.source}" if v else "none" for v in (was, now)]
                 lines.append(f"vectors.{name}: {shown[0]} -> {shown[1]}")
-    names = sorted(before.files.keys() | files.keys())
-    changed = [name for name in names if before.files.get(name) != files.get(name)]
+    names = sorted(before.files.keys() | digests.keys())
+    changed = [name for name in names if before.files.get(name) != digests.get(name)]
     return (*lines, f"files: {', '.join(changed)}")
+
+
+# -- what a build will fetch -----------------------------------------------------------------------
 
 
 def _inputs(api: HfApi, recipe: RecipeFile) -> tuple[Input, ...]:
@@ -273,36 +415,12 @@ def _inputs(api: HfApi, recipe: RecipeFile) -> tuple[Input, ...]:
             continue
         try:
             info = described_input(api, ref)
-        except (HubError, HfHubHTTPError) as error:
+        except (HubError, HTTPError, ConnectionError) as error:  # the recipe itself is in place
             logger.warning("%s", error)
             found.append(Input(text, None, None, True))
             continue
-        sizes = [file.size or 0 for file in info.siblings or [] if not _is_pickle(file.rfilename)]
+        sizes = [
+            file.size or 0 for file in info.siblings or [] if not file.rfilename.endswith(PICKLES)
+        ]
         found.append(Input(text, sum(sizes), licence_of(info), bool(info.gated)))
     return tuple(found)
-
-
-def _is_pickle(name: str) -> bool:
-    return any(Path(name).match(pattern) for pattern in PICKLES)
-
-
-def _pull_offline(repo_id: str, revision: str | None, target: Path) -> Pull:
-    """Pull from the cache what was pulled before."""
-    try:
-        patterns = [CARD, *(pattern for kind in ALLOWED for pattern in ALLOWED[kind])]
-        snapshot = Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=patterns, local_files_only=True
-            )
-        )
-    except LocalEntryNotFoundError:
-        raise HubError(
-            f"{repo_id}: is not in the cache, and the Hub is offline (HF_HUB_OFFLINE). Go online "
-            "once and pull it."
-        ) from None
-    names = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()]
-    kind = _kind_of_remote(repo_id, dict.fromkeys(names))
-    wanted = sorted(name for name in names if is_allowed(kind, name) or name == CARD)
-    before = _pulled_before(target, repo_id, snapshot.name, update=False)
-    source = (repo_id, revision, snapshot.name)
-    return _finish(None, source, kind, snapshot, wanted, target, before)

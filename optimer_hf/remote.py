@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from httpx2 import HTTPError, TransportError
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -30,6 +31,9 @@ ResultT = TypeVar("ResultT")
 TRIES = 4  # of a request that a passing fault of the Hub broke
 LONGEST_WAIT = 60.0  # seconds between two tries
 TRANSIENT = (408, 500, 502, 503, 504)
+UNREACHABLE = (
+    "the Hub cannot be reached. Files that arrived stay there: run the same command again."
+)
 
 
 def tried(request: Callable[[], ResultT]) -> ResultT:
@@ -41,9 +45,13 @@ def tried(request: Callable[[], ResultT]) -> ResultT:
             wait = _wait(error, attempt)
             if wait is None or attempt == TRIES - 1:
                 raise
-        except TransportError:
-            wait = 2.0**attempt
-            if attempt == TRIES - 1:
+        except OfflineModeIsEnabled:
+            raise
+        except (TransportError, LocalEntryNotFoundError) as error:
+            # the second is what the client makes of any fault when the cache has no copy
+            cause = error.__cause__
+            wait = _wait(cause, attempt) if isinstance(cause, HfHubHTTPError) else 2.0**attempt
+            if wait is None or attempt == TRIES - 1:
                 raise
         logger.warning("the Hub does not answer; trying again in %.0f s", wait)
         time.sleep(wait)
@@ -83,13 +91,14 @@ def explained(repo_id: str) -> Iterator[None]:
         ) from None
     except OfflineModeIsEnabled:
         raise HubError(f"{repo_id}: the Hub is offline (HF_HUB_OFFLINE). Unset it.") from None
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise HubError(f"{repo_id}: {_advice(error.__cause__)}") from None
+        raise HubError(f"{repo_id}: {UNREACHABLE}") from None
     except HfHubHTTPError as error:
         raise HubError(f"{repo_id}: {_advice(error)}") from None
     except (HTTPError, ConnectionError) as error:
-        raise HubError(
-            f"{repo_id}: the Hub cannot be reached ({type(error).__name__}). Files that arrived "
-            "stay there: run the same command again."
-        ) from None
+        raise HubError(f"{repo_id}: {UNREACHABLE} ({type(error).__name__})") from None
 
 
 def _advice(error: HfHubHTTPError) -> str:
@@ -126,7 +135,7 @@ def git_blob(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def described(api: HfApi, repo_id: str, revision: str | None) -> Any:
+def described(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo:
     """Return what the Hub says of a repository, under its name of today, with sizes of files."""
     info = tried(partial(api.model_info, repo_id, revision=revision, files_metadata=True))
     if info.id == repo_id:
@@ -135,7 +144,7 @@ def described(api: HfApi, repo_id: str, revision: str | None) -> Any:
     return tried(partial(api.model_info, info.id, revision=revision, files_metadata=True))
 
 
-def described_input(api: HfApi, ref: Reference) -> Any:
+def described_input(api: HfApi, ref: Reference) -> ModelInfo:
     """Return what the Hub says of an input; raise HubError when it is not there for this token."""
     try:
         return described(api, *ref.repo)
@@ -148,8 +157,13 @@ def described_input(api: HfApi, ref: Reference) -> Any:
         ) from None
 
 
-def licence_of(info: Any) -> str | None:
+def stated(info: ModelInfo, field: str) -> list[str]:
+    """Return what the card of a repository states in a field: nothing, one text or several."""
+    value = info.card_data.to_dict().get(field) if info.card_data is not None else None
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str)]
+
+
+def licence_of(info: ModelInfo) -> str | None:
     """Return the licence that the card of a repository names."""
-    data = info.card_data.to_dict() if info.card_data is not None else {}
-    licence = data.get("license")
-    return licence if isinstance(licence, str) else None
+    return next(iter(stated(info, "license")), None)

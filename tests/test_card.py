@@ -2,8 +2,19 @@
 
 import pytest
 
-from optimer_hf.card import BEGIN, END, datasets_of, metadata_of, model_index, recipe_facts, split
+from optimer_hf.card import (
+    BEGIN,
+    END,
+    Origins,
+    datasets_of,
+    metadata_of,
+    model_index,
+    recipe_facts,
+    render,
+    split,
+)
 from optimer_hf.card import strictest_licence as strictest
+from optimer_hf.errors import HubError
 
 
 @pytest.mark.parametrize(
@@ -16,6 +27,11 @@ from optimer_hf.card import strictest_licence as strictest
         ({"a": "gemma", "b": "llama3"}, None),
         ({"a": "gemma", "b": None}, None),
         ({"a": "mit", "b": "bsd-3-clause"}, None),
+        ({"a": "mit", "b": "unlicense"}, None),
+        ({"a": "apache-2.0", "b": "unlicense"}, "apache-2.0"),
+        ({"a": "other"}, None),
+        ({"a": "apache-2.0", "b": "house-rules"}, None),
+        ({"a": "house-rules", "b": "house-rules"}, "house-rules"),
         ({}, None),
     ],
 )
@@ -24,16 +40,20 @@ def test_the_strictest_licence_is_told_or_not_guessed(licences, expected):
 
 
 def test_metadata_says_how_a_vector_and_a_merge_stand_to_their_base():
-    vector = metadata_of("vector", "mit", ["org/base"], None)
+    vector = metadata_of("vector", "adapter", "mit", Origins({}, ("org/base",)), None)
     assert (vector["base_model_relation"], vector["library_name"]) == ("adapter", "optimer")
-    merge = metadata_of("model", "mit", ["org/base", "org/v", "org/base"], model_index("m", {}, {}))
+    origins = Origins({}, ("org/base", "org/v", "org/base"), ("org/wiki",), ("ja",))
+    merge = metadata_of("model", "merge", "mit", origins, model_index("m", {}, {}))
+    assert (merge["datasets"], merge["language"]) == (["org/wiki"], ["ja"])
     assert merge["base_model"] == ["org/base", "org/v"]
     assert (merge["base_model_relation"], merge["library_name"]) == ("merge", "transformers")
 
 
 def test_a_card_without_metadata_is_all_text():
     assert split("# Mine\n") == ({}, "# Mine\n")
-    assert split("---\n- a list\n---\ntext\n") == ({}, "text\n")
+    for broken in ("- a list", "a: ["):
+        with pytest.raises(HubError, match="Mend it there"):
+            split(f"---\n{broken}\n---\ntext\n")
     assert split("---\nlicense: mit\n---\ntext\n") == ({"license": "mit"}, "text\n")
 
 
@@ -50,3 +70,20 @@ def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
 def test_only_data_sets_of_the_hub_are_named_as_such():
     assert datasets_of({"name": "ja.train.jsonl.xz + org/wiki"}) == ["org/wiki"]
     assert datasets_of(None) == []
+
+
+def test_a_card_keeps_what_a_person_set_and_drops_what_no_longer_holds():
+    existing = (
+        "---\nlicense: other\nlicense_name: house\npipeline_tag: fill-mask\n"
+        "base_model: [org/old]\ntags: mine\n---\ntext\n"
+    )
+    metadata = metadata_of("model", "merge", "other", Origins({}, ("org/new",)), None)
+    facts = {"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""}
+    facts |= {"merge_configs": {}, "figure": False, "bars": {}, "costs": "", "headings": {}}
+    recipe = {"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}}
+    written, _ = split(
+        render(metadata, {**facts, "recipe": recipe | {"derived_from": None}}, existing)
+    )
+    assert (written["license_name"], written["pipeline_tag"]) == ("house", "fill-mask")
+    assert written["base_model"] == ["org/new"]
+    assert "mine" in written["tags"] and "merge" in written["tags"]

@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 
 from optimer_hf import hub as hubs
+from optimer_hf import pull as pulls
 from optimer_hf import push as pushes
 from optimer_hf import remote
 from optimer_hf.checkpoint import weight_files
@@ -404,6 +405,130 @@ def test_a_branch_and_a_pull_request_leave_main_alone(hub, make_vector, name):
     assert HfApi(token=ALICE).model_info(f"alice/{name}").sha == first.commit
 
 
+def _changed(vector: Path, **fields) -> None:
+    record = json.loads((vector / "vector.json").read_text())
+    (vector / "vector.json").write_text(json.dumps(record | fields))
+
+
+def test_a_proposal_is_made_once(hub, make_vector, make_recipe, name):
+    vector = make_vector("adapter", 3)
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    _changed(vector, norm=5.0)
+    first = hubs.push(vector, f"alice/{name}", token=BOB, create_pr=True)
+    again = hubs.push(vector, f"alice/{name}", token=BOB, create_pr=True)
+    assert (again.pull_request, again.commit, again.sent) == (first.pull_request, first.commit, {})
+    with pytest.raises(HubError, match="--vectors with --create-pr"):
+        hubs.push(make_recipe(), f"alice/{name}", create_pr=True, vectors=True)
+
+
+def test_a_branch_is_made_also_when_it_equals_main(hub, make_vector, name):
+    vector = make_vector("adapter")
+    first = hubs.push(vector, f"alice/{name}", token=ALICE)
+    assert hubs.push(vector, f"alice/{name}", token=ALICE, revision="same").commit == first.commit
+    branches = HfApi(token=ALICE).list_repo_refs(f"alice/{name}").branches
+    assert {"main", "same"} == {branch.name for branch in branches}
+
+
+def test_the_model_of_somebody_is_not_replaced_and_a_licence_file_stays(
+    hub, make_vector, name, published_base
+):
+    vector = make_vector("checkpoint")
+    with pytest.raises(HubError, match=r"holds files of somebody's model \(config\.json"):
+        hubs.push(vector, "alice/base", token=ALICE)
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    api = HfApi(token=ALICE)
+    api.upload_file(path_or_fileobj=b"terms", path_in_repo="LICENSE", repo_id=f"alice/{name}")
+    (vector / "generation_config.json").unlink()
+    done = hubs.push(vector, f"alice/{name}", token=ALICE)
+    assert done.deleted == ("generation_config.json",)
+    assert "LICENSE" in api.list_repo_files(f"alice/{name}")
+
+
+def test_a_licence_that_was_said_once_stays(hub, make_vector, name, caplog):
+    vector = make_vector("adapter")
+    hubs.push(vector, f"alice/{name}", token=ALICE, licence="mit")
+    assert "--license says mit, but its inputs are under gemma" in caplog.text
+    _changed(vector, norm=5.0)
+    assert "license: mit" in hubs.push(vector, f"alice/{name}", token=ALICE).card
+    assert "its card says mit, but its inputs are under gemma" in caplog.text
+
+
+def test_the_card_of_a_recipe_names_data_and_languages_of_its_vectors(hub, make_recipe, name):
+    folder = make_recipe()
+    hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    api = HfApi(token=ALICE)
+    card = Path(api.hf_hub_download(f"alice/{name}-v0", "README.md")).read_text()
+    card = card.replace("tags:\n", "language: ja\ndatasets:\n- org/wiki\ntags:\n", 1)
+    api.upload_file(
+        path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=f"alice/{name}-v0"
+    )
+    again = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    assert "language:\n- ja\n" in again.card and "- org/wiki\n" in again.card
+    assert "## Merge config for mergekit with optimer-hf installed" in again.card
+
+
+def test_vectors_of_an_account_that_is_private_by_default(hub, make_recipe, name):
+    """The recipe exists already and is private; its vectors follow it without --private."""
+    HfApi(token=ALICE).create_repo(f"alice/{name}", private=True)
+    hubs.push(make_recipe(), f"alice/{name}", token=ALICE, vectors=True)
+    assert HfApi(token=ALICE).model_info(f"alice/{name}-v1").private
+
+
+def test_nothing_is_sent_when_one_vector_cannot_be(hub, make_recipe, name, tmp_path):
+    folder = make_recipe("delta")
+    config = tmp_path / "delta-1" / "config.json"
+    data = json.loads(config.read_text())
+    config.write_text(json.dumps(data | {"_name_or_path": "/scratch/ann/gemma"}))
+    with pytest.raises(HubError, match=r"_name_or_path: holds a path \(/scratch/ann/gemma\)"):
+        hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    config.write_text(json.dumps(data))
+    (tmp_path / "delta-0" / "vector.json").unlink()
+    with pytest.raises(HubError, match=r"vectors\.v0: .* has no vector\.json"):
+        hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    assert not hub.calls("POST .*/(commit|repos/create)")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer_config.json", '{"auth": "hf_%s"}' % ("a" * 34)),
+        ("tokenizer.json", '{"model": "hf_%s"}' % ("a" * 34)),
+        ("LICENSE", "signed: hf_" + "a" * 34),
+        ("generation_config.json", '{"cache": "~/models/x"}'),
+        ("generation_config.json", '{"cache": "file:///models/x"}'),
+        ("adapter_config.json", '{"base_model_name_or_path": "/scratch/ann/gemma"}'),
+    ],
+)
+def test_secrets_are_found_in_every_kind_of_file(make_vector, file, text):
+    vector = make_vector("adapter")
+    (vector / file).write_text(text)
+    with pytest.raises(HubError, match=rf"{file}: .*holds a (token|path)"):
+        publication(vector)
+
+
+def test_a_path_in_the_header_of_weights_is_found(make_vector):
+    from safetensors.torch import save_file
+
+    vector = make_vector("adapter")
+    weights = vector / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"trained_in": "/scratch/ann/run"})
+    with pytest.raises(HubError, match=r"trained_in: holds a path"):
+        publication(vector)
+
+
+@pytest.mark.parametrize(
+    "file", ["vocab.pkl", "LICENSE.env", "tokenizer_secrets.json", ".partial-model.safetensors"]
+)
+def test_only_exact_names_are_published(make_vector, file):
+    vector = make_vector("adapter")
+    (vector / file).write_bytes(b"x")
+    if file.endswith("safetensors"):
+        with pytest.raises(HubError, match="weights of unknown use"):
+            publication(vector)
+    else:
+        assert file not in publication(vector).files
+
+
 # -- faults of the Hub -----------------------------------------------------------------------------
 
 
@@ -495,7 +620,6 @@ def test_a_download_that_is_cut_goes_on(hub, make_vector, name, tmp_path):
     [
         ("hf_nobody", "alice/x", r"token is wrong or missing \(401\).*hf auth login"),
         ("hf_alice_read", "alice/x", r"403.*write"),
-        (BOB, "alice/base", r"403.*--create-pr"),
         (ALICE, "not a name", "no name of a repository"),
         (ALICE, "base", "expected a repository as name/repository"),
     ],
@@ -503,6 +627,12 @@ def test_a_download_that_is_cut_goes_on(hub, make_vector, name, tmp_path):
 def test_a_refused_push_says_what_to_do(hub, make_vector, token, repo, said):
     with pytest.raises(HubError, match=said):
         hubs.push(make_vector("adapter"), repo, token=token, licence="mit")
+
+
+def test_a_push_without_the_right_to_write_points_to_a_proposal(hub, make_vector, name):
+    hubs.push(make_vector("adapter", 1), f"alice/{name}", token=ALICE)
+    with pytest.raises(HubError, match=r"403.*--create-pr"):
+        hubs.push(make_vector("adapter", 2), f"alice/{name}", token=BOB)
 
 
 def test_a_refused_pull_says_what_to_do(hub, make_vector, name, tmp_path):
@@ -525,6 +655,29 @@ def test_a_renamed_repository_is_found_and_told(hub, make_vector, name, tmp_path
     assert pulled.repo_id == f"alice/{name}-new"
     assert f"is called alice/{name}-new now" in caplog.text
     assert weight_files(tmp_path / "back") == weight_files(vector)
+
+
+def test_a_card_that_cannot_be_read_now_is_not_overwritten(hub, make_vector, name):
+    vector = make_vector("adapter")
+    hubs.push(vector, f"alice/{name}", token=ALICE)
+    _changed(vector, norm=5.0)
+    hub.inject("(GET|HEAD) /alice/.*README.md", 503, times=99)
+    with pytest.raises(HubError, match="the Hub answered 503"):
+        hubs.push(vector, f"alice/{name}", token=ALICE)
+    assert len(hub.calls("POST .*/commit/")) == 1
+    hub.faults.clear()
+    hub.inject("(GET|HEAD) /alice/.*README.md", 503, times=2)
+    assert hubs.push(vector, f"alice/{name}", token=ALICE).sent
+
+
+def test_a_pull_through_faults_ends_well_or_says_so(hub, make_vector, name, tmp_path):
+    hubs.push(make_vector("adapter"), f"alice/{name}", token=ALICE)
+    hub.inject("(GET|HEAD) /alice/.*vector.json", 503, times=99)
+    with pytest.raises(HubError, match=r"503|cannot be reached|did not arrive"):
+        hubs.pull(f"alice/{name}", tmp_path / "out", token=ALICE)
+    assert not (tmp_path / "out").exists()
+    hub.faults.clear()
+    hubs.pull(f"alice/{name}", tmp_path / "out", token=ALICE)
 
 
 # -- what a pull does not trust --------------------------------------------------------------------
@@ -623,6 +776,137 @@ def test_a_hostile_recipe_is_refused(hub, make_recipe, name, tmp_path, change, s
     with pytest.raises(OptimerError, match=said):
         hubs.pull(f"alice/{name}", tmp_path / "out", token=ALICE)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("recipe.lock.json", BOMB, "not valid JSON"),
+        ("recipe.lock.json", "[" * 10**5, "nested too deeply"),
+        ("recipe.yaml", "[" * 10**5, "nested too deeply|not valid YAML"),
+        ("recipe.lock.json", '{"base": {}, "base": {}}', "given twice"),
+    ],
+    ids=["bomb", "deep-json", "deep-yaml", "twice"],
+)
+def test_a_hostile_file_is_refused(hub, make_recipe, name, tmp_path, file, text, said):
+    hubs.push(make_recipe(), f"alice/{name}", token=ALICE, vectors=True)
+    HfApi(token=ALICE).upload_file(
+        path_or_fileobj=text.encode(), path_in_repo=file, repo_id=f"alice/{name}"
+    )
+    with pytest.raises(OptimerError, match=said) as raised:
+        hubs.pull(f"alice/{name}", tmp_path / "out", token=ALICE)
+    assert "/tmp" not in str(raised.value) and f"alice/{name}" in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_counts_as_small_and_is_refused_when_it_is_not(
+    hub, make_vector, name, tmp_path, monkeypatch
+):
+    hubs.push(make_vector("adapter"), f"alice/{name}", token=ALICE)
+    size = HfApi(token=ALICE).get_paths_info(f"alice/{name}", "README.md")[0].size
+    monkeypatch.setattr(pulls, "LARGEST_TEXT", size - 1)
+    with pytest.raises(HubError, match=rf"README\.md has {size} bytes, expected at most"):
+        hubs.pull(f"alice/{name}", tmp_path / "out", token=ALICE)
+
+
+def test_a_model_with_other_weights_than_its_lock_is_refused(
+    hub, make_recipe, name, tmp_path, monkeypatch
+):
+    folder = make_recipe("delta")
+    hubs.push(folder, f"alice/{name}-r", token=ALICE, vectors=True)
+    hubs.pull(f"alice/{name}-r", tmp_path / "recipe", token=ALICE)
+    build(tmp_path / "recipe" / "recipe.yaml", tmp_path / "model")
+    hubs.push(tmp_path / "model", f"alice/{name}", token=ALICE)
+    other = (tmp_path / "delta-0" / "model.safetensors").read_bytes()
+    HfApi(token=ALICE).upload_file(
+        path_or_fileobj=other, path_in_repo="model.safetensors", repo_id=f"alice/{name}"
+    )
+    with pytest.raises(HubError, match=r"not those of its own recipe\.lock\.json"):
+        hubs.pull(f"alice/{name}", tmp_path / "out", token=ALICE)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"not those of its own recipe\.lock\.json"):
+        hubs.pull(f"alice/{name}", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_fit_are_not_fetched(hub, make_vector, name, tmp_path, monkeypatch):
+    hubs.push(make_vector("checkpoint", 41), f"alice/{name}", token=ALICE)
+    usage = pulls.shutil.disk_usage(tmp_path)._replace(free=50_000)
+    monkeypatch.setattr(pulls.shutil, "disk_usage", lambda path: usage)
+    hub.log.clear()
+    with pytest.raises(HubError, match=r"needs [\d,]+ bytes on the disk of .* 50,000 free"):
+        hubs.pull(f"alice/{name}", tmp_path / "out", token=ALICE)
+    assert not hub.calls("model.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def _two_versions(make_vector, name, out: Path) -> tuple[str, str]:
+    """Push a vector, pull it to `out`, push a changed one; return both commits."""
+    vector = make_vector("adapter")
+    first = hubs.push(vector, f"alice/{name}", token=ALICE)
+    hubs.pull(f"alice/{name}", out, token=ALICE)
+    _changed(vector, norm=5.0)
+    second = hubs.push(vector, f"alice/{name}", token=ALICE)
+    return str(first.commit), str(second.commit)
+
+
+def test_an_update_does_not_overwrite_edits(hub, make_vector, name, tmp_path):
+    out = tmp_path / "out"
+    _two_versions(make_vector, name, out)
+    edited = (out / "adapter_config.json").read_text() + " "
+    (out / "adapter_config.json").write_text(edited)
+    with pytest.raises(HubError, match=r"adapter_config\.json changed here since the pull"):
+        hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
+    assert (out / "adapter_config.json").read_text() == edited
+
+
+def test_an_update_that_was_killed_is_finished(hub, make_vector, name, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    _, second = _two_versions(make_vector, name, out)
+    old = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "mine.txt").write_text("mine")
+
+    def killed(target: Path) -> None:
+        raise KeyboardInterrupt
+
+    finish = pulls._put_pending_in_place
+    calls = iter([finish, killed])
+    monkeypatch.setattr(pulls, "_put_pending_in_place", lambda target: next(calls)(target))
+    with pytest.raises(KeyboardInterrupt):
+        hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
+    assert {key: (out / key).read_bytes() for key in old} == old
+    monkeypatch.setattr(pulls, "_put_pending_in_place", finish)
+    assert hubs.pull(f"alice/{name}", out, token=ALICE, update=True).commit == second
+    assert json.loads((out / "vector.json").read_text())["norm"] == 5.0
+    assert json.loads((out / "hub.json").read_text())["commit"] == second
+    assert {path.name for path in out.iterdir()} == {*old, "mine.txt"}
+
+
+@pytest.mark.parametrize("file", ["../victim", "/etc/hosts", "notes.txt"])
+def test_a_record_of_a_pull_cannot_name_other_files(hub, make_vector, name, tmp_path, file):
+    out = tmp_path / "out"
+    _two_versions(make_vector, name, out)
+    record = json.loads((out / "hub.json").read_text())
+    record["files"][file] = "0" * 64
+    (out / "hub.json").write_text(json.dumps(record))
+    (tmp_path / "victim").write_text("mine")
+    with pytest.raises(OptimerError, match="is no file that a pull writes"):
+        hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
+    assert (tmp_path / "victim").exists()
+
+
+def test_an_update_does_not_follow_links_out_of_its_directory(hub, make_recipe, name, tmp_path):
+    folder, out = make_recipe(), tmp_path / "out"
+    (folder / "study").mkdir()
+    (folder / "study" / "trials.jsonl").write_text('{"number": 0}\n')
+    hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    hubs.pull(f"alice/{name}", out, token=ALICE)
+    (out / "study").rename(tmp_path / "elsewhere")
+    (out / "study").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HubError, match="lies behind a link"):
+        hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
 
 
 def test_code_in_a_repository_is_neither_fetched_nor_run(hub, make_recipe, name, tmp_path):
@@ -760,3 +1044,17 @@ def test_a_pulled_study_is_retargeted_without_its_data(hub, make_recipe, name, t
     opened = load_study(study)
     assert [trial.weights["v1"] for trial in opened.log.trials] == [0.2] * 4
     assert isinstance(opened.log.trials[0], Trial)
+
+
+def test_a_torn_record_is_pushed_without_its_torn_line(make_recipe, make_vector):
+    folder = make_recipe()
+    (folder / "study").mkdir()
+    crash = {"number": 1, "worker": "tcp://node7:1", "error": "RuntimeError: on node7\nTraceback"}
+    lines = [json.dumps({"number": 0, "error": "  "}), json.dumps(crash), '{"number": 2, "wei']
+    (folder / "study" / "trials.jsonl").write_text("\n".join(lines))
+    pushed = {f"v{n}": f"alice/v{n}@{'0' * 40}" for n in range(2)}
+    written = publication(folder, pushed).text("study/trials.jsonl").splitlines()
+    assert [json.loads(line)["error"] for line in written] == [None, "RuntimeError"]
+    (folder / "study" / "trials.jsonl").write_text("\n".join([lines[2], lines[0]]))
+    with pytest.raises(HubError, match="line 1 is no trial"):
+        publication(folder, pushed)
