@@ -569,6 +569,32 @@ def compare(
 
 @main.command()
 @click.argument("study_dir", type=PATH)
+@click.argument("out", type=PATH, required=False)
+@click.option("--figures", type=PATH, help="Also write every figure as PNG into this directory.")
+@click.option(
+    "--no-vectors", is_flag=True, help="Leave out the cosines, which read every vector once."
+)
+def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: bool) -> None:
+    """Write one HTML page about a study, finished or not: what it found, how sure, at what cost.
+
+    Writes to OUT (default: report.html in STUDY_DIR). A directory that `optimer run` wrote will
+    do, too.
+    """
+    from optimer_hf.report import write_report
+    from optimer_hf.study import load_study
+
+    inner = study_dir / "study"
+    study = load_study(inner if inner.is_dir() else study_dir, unfinished=True)
+    page = out or study_dir / "report.html"
+    if page.is_dir():
+        raise ConfigError(f"{page}: is a directory. Give the name of a file, e.g. report.html.")
+    for panel in write_report(study, page, figures=figures, vectors=not no_vectors):
+        click.echo(f"{panel.title}: {panel.conclusion}")
+    click.echo(str(page), err=True)
+
+
+@main.command()
+@click.argument("study_dir", type=PATH)
 @click.argument("recipe_yaml", type=PATH)
 @click.option(
     "--vanilla", is_flag=True, help="Also write mergekit_config.yml for unmodified mergekit-yaml."

@@ -9,8 +9,8 @@ import gc
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         models = {model.name: model for model in baselines.models(study)}
         wanted = _rows(study, models, opened)
         log = TrialLog(study.directory / "sealed.jsonl")
-        planned = _planned(study.directory, log, wanted)
+        planned = _planned(study.directory, log.trials, wanted)
         found = {_key(trial.weights): trial for trial in log.trials}
         missing = {_key(weights): name for name, weights in wanted.items()}
         rows = {wanted_name: wanted[wanted_name] for wanted_name in missing.values()}
@@ -170,6 +170,36 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         objective,
         study.config.retarget,
     )
+
+
+def recorded(study: Study) -> Comparison | None:
+    """Return the rows that were scored so far, without scoring any; None while the incumbent is not
+    among them.
+    """
+    trials = TrialLog(study.directory / "sealed.jsonl", repair=False).trials
+    if study.config.test is None or not trials:
+        return None
+    planned = _planned(study.directory, trials, {})
+    found = {
+        trial.origin: Row(
+            trial.origin, trial.weights, trial.terms, _key(trial.weights) not in planned
+        )
+        for trial in trials
+    }
+    base = next((row for row in found.values() if not any(row.weights.values())), None)
+    merge = found.get(MERGE)
+    if base is None or merge is None or _key(merge.weights) != _key(study.incumbent.weights):
+        return None
+    targets = [row for name, row in found.items() if name.startswith(RETARGETED)]
+    # of rows with equal weights one was scored, under the name of the last
+    others = [row for row in found.values() if row is not base and row.is_baseline]
+    retarget = {
+        name: weights
+        for name, weights in study.config.retarget.items()
+        if f"{RETARGETED}{name}" in found
+    }
+    rows = [replace(base, name="base"), *others, merge, *targets]
+    return Comparison(rows, study.config.test, retarget)
 
 
 def _rows(
@@ -197,14 +227,14 @@ def _rows(
 
 
 def _planned(
-    directory: Path, log: TrialLog, wanted: Mapping[str, dict[str, float]]
+    directory: Path, trials: Sequence[Trial], wanted: Mapping[str, dict[str, float]]
 ) -> frozenset[str]:
     """Return the rows that were chosen before the seal was opened; they are written down at the
     first opening, before the first score.
     """
     file = directory / "sealed.json"
     if not file.exists():
-        first = [trial for trial in log.trials if trial.number == log.trials[0].number]
+        first = [trial for trial in trials if trial.number == trials[0].number]
         rows = {trial.origin: trial.weights for trial in first} or dict(wanted)
         plan = {name: _key(weights) for name, weights in rows.items()}
         write_text(file, json.dumps({"format_version": 1, "rows": plan}, indent=2))

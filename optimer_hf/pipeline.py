@@ -2,7 +2,8 @@
 run again.
 
     recipes/NAME/  study.yaml, train-*.yaml, data/, tasks/      (inputs, never written to)
-    runs/NAME/     vectors/  study/  recipe.yaml  merged/  results.md  ledger.json   (what is made)
+    runs/NAME/     vectors/  study/  recipe.yaml  merged/  results.md  report.html  ledger.json
+                                                                   (what is made)
 
 `short.yaml` in the folder holds the smaller budget of `--short`: values laid over study.yaml and
 the train files.
@@ -45,6 +46,7 @@ OURS = {
     "recipe.yaml",
     "recipe.lock.json",
     "results.md",
+    "report.html",
     "results.json",
     "ledger.json",
 }
@@ -108,7 +110,7 @@ def run_recipe(run: Run) -> str:
     Raises ConfigError and CorpusError for bad input before any training, OutputError when `out` is
     not ours.
     """
-    from optimer_hf import compare, recipe, search
+    from optimer_hf import compare, recipe, report, search
     from optimer_hf.study import locked
 
     started = perf_counter()
@@ -130,6 +132,7 @@ def run_recipe(run: Run) -> str:
         spent["write"] = {"seconds": round(perf_counter() - writing, 1)}
         spent["this_invocation"] = {"seconds": round(perf_counter() - started, 1)}
         compare.write_figure(comparison, run.out / "comparison.png")
+        report.write_report(study, run.out / "report.html")
         write_text(run.out / "results.json", json.dumps(sealed, indent=2))
         write_text(run.out / "ledger.json", json.dumps(spent, indent=2))
         write_text(run.out / "results.md", _results(run, comparison, study, spent))

@@ -642,8 +642,10 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     return Study(directory, config, log)
 
 
-def load_study(directory: Path) -> Study:
-    """Open an existing study with the config it was made with."""
+def load_study(directory: Path, *, unfinished: bool = False) -> Study:
+    """Open an existing study with the config it was made with; `unfinished` takes one that has
+    scored the base.
+    """
     file = directory / "study.json"
     if not file.exists():
         raise StudyError(
@@ -651,7 +653,9 @@ def load_study(directory: Path) -> Study:
             f"{directory}` first."
         )
     study = open_study(StudyConfig.read(file), directory, repair=False)
-    if not study.is_finished:
+    if unfinished and not study.log.of("search"):
+        raise StudyError(f"{directory}: has no trial yet. Run `optimer search` first.")
+    if not unfinished and not study.is_finished:
         raise StudyError(f"{directory}: the search is not finished. Run `optimer search` again.")
     return study
 

@@ -11,6 +11,7 @@ other (their positions restart, there is no cache).
 import dataclasses
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -362,8 +363,13 @@ def _callback(config: TrainConfig, earlier_seconds: float) -> "TrainerCallback":
             if state.is_world_process_zero:
                 self.meter.__enter__()
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any
+        ) -> None:
             self.loss = (logs or {}).get("loss", self.loss)
+            is_whole = not (args.fsdp or args.deepspeed)  # no process has the tensors otherwise
+            if "loss" in (logs or {}) and config.lora is not None and is_whole:
+                state.log_history[-1]["norm"] = lora_norm(model)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
@@ -374,6 +380,20 @@ def _callback(config: TrainConfig, earlier_seconds: float) -> "TrainerCallback":
                 self.meter.__exit__(None, None, None)
 
     return Callback()
+
+
+def lora_norm(model: Any) -> float:
+    """Return the Frobenius norm of what the LoRA layers of a model add to it, their products never
+    formed: |BA|^2 = <B^T B, A A^T>.
+    """
+    total = 0.0
+    for module in model.modules():
+        for name, a in getattr(module, "lora_A", {}).items():
+            left, right = a.weight.detach().float(), module.lora_B[name].weight.detach().float()
+            if left.ndim == right.ndim == 2:
+                product = ((right.T @ right) * (left @ left.T)).sum()
+                total += float(module.scaling[name]) ** 2 * float(product)
+    return math.sqrt(max(total, 0.0))
 
 
 def _tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
@@ -442,7 +462,9 @@ def _record(
     seconds: float,
 ) -> Mapping[str, Any]:
     """Return what a reader of the vector needs to know; no path of this machine."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    norms = [entry["norm"] for entry in history if "norm" in entry]
     return {
         "config_sha256": config.digest,
         "name": config.name,
@@ -462,6 +484,7 @@ def _record(
             "n_steps": trainer.state.global_step,
             "n_tokens": trainer.state.global_step * _tokens_per_step(config, trainer.args),
             "losses": losses,
+            **({"norms": norms} if norms else {}),
             "seconds": round(seconds, 2),
         },
         "versions": {name: version(name) for name in VERSIONED_PACKAGES},

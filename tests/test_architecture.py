@@ -39,6 +39,7 @@ ORDER = [
     "retarget",
     "baselines",
     "compare",
+    "report",
     "recipe",
     "ratios",
     "private",

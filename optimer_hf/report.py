@@ -1,0 +1,592 @@
+"""A study -> one self-contained HTML page and its figures: what a person should conclude, a
+sentence and a picture each.
+
+Trials, sealed scores, training records and vectors come in; nothing is evaluated. What a reader
+would not guess: figures are SVG without a background, their ink is the colour of the page's text,
+so one picture serves light and dark; text stays text.
+"""
+
+import io
+import itertools
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from optimer_hf import compare, geometry
+from optimer_hf.compare import MERGE, Comparison, Row
+from optimer_hf.convert import resolve_base
+from optimer_hf.errors import ModelError, OptimerError
+from optimer_hf.evaluate import gains
+from optimer_hf.files import write_text
+from optimer_hf.ledger import PHASES, ledger
+from optimer_hf.retarget import front
+from optimer_hf.study import Study, Surrogate, Trial, surrogate_of, to_unit
+from optimer_hf.vector import VectorFile, read_record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+logger = logging.getLogger(__name__)
+
+INK = "#1b1b1f"  # becomes the colour of the page's text
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito 2008
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "font.size": 9,
+    "legend.frameon": False,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "optimer",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+WIDTH = 5.2  # inches: at 72 points an inch, a phone shows a figure at its own size
+N_POINTS = 61  # of a slice
+NEARLY_PARALLEL = 0.2  # cosine
+SETTLED = 0.02  # of the gain that the last fifth of the trials may still add
+NO_PAIR = 2  # terms a front needs
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure with what to conclude from it and what it shows, for those who cannot see it."""
+
+    name: str
+    title: str
+    conclusion: str
+    shows: str
+    figure: "Figure"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the objective of a study is counted in."""
+
+    factor: float
+    text: str
+
+    @classmethod
+    def of(cls, study: Study) -> "Unit":
+        """Percent over the base, or the unit of the terms under `weighted_mean`."""
+        if study.config.objective.combine == "weighted_mean":
+            return cls(1.0, "objective over the base")
+        return cls(100.0, "objective over the base, %")
+
+    def show(self, value: float) -> str:
+        """Return a difference as text."""
+        return f"{self.factor * value:+.2f}" + (" %" if self.factor > 1 else "")
+
+
+def write_report(
+    study: Study, out: Path, *, figures: Path | None = None, vectors: bool = True
+) -> list[Panel]:
+    """Write the page at `out`, the figures as PNG into `figures`, and return the panels.
+
+    `vectors=False` leaves out the cosines, which need every vector read once. Raises StudyError for
+    a study without a trial.
+    """
+    import matplotlib
+    from cycler import cycler
+
+    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
+    with matplotlib.rc_context(style):
+        panels = list(_panels(study, vectors))
+        pictures = [(panel, Markup(_svg(panel))) for panel in panels]
+        for panel in panels if figures is not None else []:
+            _write_png(panel.figure, Path(str(figures)) / f"{panel.name}.png")
+    environment = Environment(
+        loader=PackageLoader("optimer_hf", "."), undefined=StrictUndefined, autoescape=True
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=study.directory.resolve().name,
+        summary=_summary(study),
+        pictures=pictures,
+        weights=study.incumbent.weights,
+        pinned=_pinned(study),
+    )
+    write_text(out, page)
+    return panels
+
+
+def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
+    """Return the panels that this study has something to show in."""
+    unit, trials = Unit.of(study), [t for t in study.log.of("search") if t.status == "ok"]
+    posterior = surrogate_of(study.config, study.log.of("search"))
+    comparison = compare.recorded(study)
+    yield _progress(study, trials, unit)
+    yield _weights(study, posterior)
+    yield _slices(study, posterior, trials, unit)
+    yield _terms(study, comparison)
+    if comparison is not None:
+        yield _sealed(comparison)
+    if len([t for t in study.config.objective.terms if t.weight > 0]) >= NO_PAIR:
+        yield _front(study, trials)
+    if vectors and (found := _cosines(study)) is not None:
+        yield found
+    records = _records(study)
+    for key, build in (("losses", _losses), ("norms", _norms)):
+        trained = {name: record.training or {} for name, record in records.items()}
+        series = {name: training[key] for name, training in trained.items() if training.get(key)}
+        if series:
+            yield build(series, records)
+    yield _ledger(study)
+
+
+def _summary(study: Study) -> str:
+    best, interval = study.incumbent, study.over_base(study.incumbent)
+    unit = Unit.of(study)
+    told = "" if interval.excludes_zero else ", not told apart from the base"
+    state = "" if study.is_finished else " The search is not finished."
+    return (
+        f"The best of {len(study.log.of('search'))} trials is number {best.number} "
+        f"({best.origin}): {unit.show(interval.difference)} over the base on the items of the "
+        f"search, 95 % interval {unit.show(interval.low)} to {unit.show(interval.high)}{told}."
+        f"{state}"
+    )
+
+
+# -- the search ------------------------------------------------------------------------------------
+
+
+def _progress(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
+    base = study.value(trials[0])
+    values = np.array([unit.factor * (study.value(trial) - base) for trial in trials])
+    best = np.maximum.accumulate(values)
+    cost = np.cumsum([_seconds(trial) for trial in trials]) / 60
+    figure, axes = _figure(2 * 2.1, rows=2)
+    for axis, x, label in ((axes[0], [t.number for t in trials], "trial"), (axes[1], cost, "min")):
+        low = max(values.min(), -2 * max(best[-1], 1e-9))  # a broken merge must not hide the rest
+        axis.plot(x, np.maximum(values, low), "o", markersize=4, alpha=0.6, label="trial")
+        axis.step(x, best, where="post", color=COLOURS[1], label="best so far")
+        axis.set_xlabel({"trial": "trial", "min": "minutes of trials"}[label])
+        axis.set_ylabel("gain, %" if unit.factor > 1 else "gain")
+    axes[0].legend(loc="lower right")
+    last = trials[int(np.argmax(values))].number
+    late = max(len(trials) // 5, 1)
+    gained = best[-1] - best[-1 - late] if len(trials) > late else best[-1]
+    told = f"the last {late} trials raised the best score (trial {last}) by {gained:.2f}: " + (
+        "more trials may find more" if gained > SETTLED * best[-1] else "the search has settled"
+    )
+    return Panel(
+        "progress",
+        "Best merge over trials and over cost",
+        f"{told[0].upper()}{told[1:]}.",
+        f"Value of {len(trials)} trials and the best so far, {best[-1]:.2f} at the end, over the "
+        f"number of the trial and over {cost[-1]:.1f} minutes.",
+        figure,
+    )
+
+
+def _weights(study: Study, posterior: Surrogate) -> Panel:
+    free, best = study.config.free, study.incumbent.weights
+    ranges = {name: _alike(study, posterior, name) for name in free}
+    figure, axes = _figure(0.9 + 0.34 * len(free))
+    for at, (name, (low, high)) in enumerate(ranges.items()):
+        axes[0].plot([low, high], [at, at], linewidth=7, alpha=0.35, color=COLOURS[0])
+        axes[0].plot(best[name], at, "o", color=COLOURS[1])
+        axes[0].annotate(
+            f"{best[name]:g}", (best[name], at), (0, 7), textcoords="offset points", ha="center"
+        )
+    axes[0].set_yticks(range(len(free)), list(free))
+    axes[0].set_ylim(-0.6, len(free) - 0.3)
+    axes[0].set_xlabel("weight")
+    sizes = {name: high - low for name, (low, high) in ranges.items()}
+    tight, loose = min(sizes, key=lambda n: sizes[n]), max(sizes, key=lambda n: sizes[n])
+    told = f"The weight of {tight} is known best ({ranges[tight][0]:.2f} to {ranges[tight][1]:.2f})"
+    if tight != loose:
+        low, high = ranges[loose]
+        told += f"; that of {loose} could be anywhere from {low:.2f} to {high:.2f}"
+    rows = "; ".join(f"{n} {best[n]:g} ({a:.2f} to {b:.2f})" for n, (a, b) in ranges.items())
+    return Panel(
+        "weights",
+        "Weights, and how sure they are",
+        f"{told}: inside its bar, the others held, a weight cannot be told from the best one.",
+        f"Weight of every vector and its range: {rows}.",
+        figure,
+    )
+
+
+def _alike(study: Study, posterior: Surrogate, name: str) -> tuple[float, float]:
+    """Return the smallest and largest weight of a vector, the others held, whose posterior mean is
+    within one standard deviation of the incumbent's.
+    """
+    grid, points = _slice(study, name)
+    here = to_unit(study.config, [study.incumbent.weights])
+    mean, variance = posterior.predict(points)
+    best = posterior.predict(here)[0][0]
+    weight = study.incumbent.weights[name]
+    within = [*grid[mean + np.sqrt(variance) >= best], weight]
+    return float(min(within)), float(max(within))
+
+
+def _slice(study: Study, name: str) -> tuple["Array", "Array"]:
+    """Return a grid of weights of one vector, and the points [n, d] with the others held at the
+    incumbent.
+    """
+    low, high = study.config.free[name]
+    grid = np.linspace(low, high, N_POINTS)
+    sets = [study.incumbent.weights | {name: float(weight)} for weight in grid]
+    return grid, to_unit(study.config, sets)
+
+
+def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: Unit) -> Panel:
+    free = list(study.config.free)
+    base = study.value(trials[0])
+    points = to_unit(study.config, [trial.weights for trial in trials])
+    here = to_unit(study.config, [study.incumbent.weights])[0]
+    figure, axes = _figure(1.75 * -(-len(free) // 2), rows=-(-len(free) // 2), columns=2)
+    gained = {}
+    for at, (name, axis) in enumerate(zip(free, axes, strict=False)):
+        grid, line = _slice(study, name)
+        mean, variance = (a * unit.factor**p for p, a in enumerate(posterior.predict(line), 1))
+        deviation = np.sqrt(variance)
+        axis.fill_between(grid, mean - 2 * deviation, mean + 2 * deviation, alpha=0.2, linewidth=0)
+        axis.plot(grid, mean)
+        off = np.linalg.norm(np.delete(points - here, at, axis=1), axis=1)
+        values = [unit.factor * (study.value(trial) - base) for trial in trials]
+        x = [trial.weights[name] for trial in trials]
+        axis.scatter(x, values, s=10, alpha=np.exp(-4 * off), color=COLOURS[1], linewidths=0)
+        axis.axvline(study.incumbent.weights[name], color=INK, linewidth=0.7, linestyle=":")
+        low = float((mean - 2 * deviation).min())
+        axis.set_ylim(max(low, -2 * max(float(mean.max()), 1e-9)), None)
+        axis.set_title(name, fontsize=9)
+        gained[name] = float(mean.max() - mean[int(np.argmin(np.abs(grid)))]) / unit.factor
+    for axis in axes[len(free) :]:
+        axis.set_visible(False)
+    figure.supxlabel("weight, the others as in the merge", fontsize=9)
+    figure.supylabel(unit.text, fontsize=9)
+    most = max(gained, key=lambda name: gained[name])
+    idle = [name for name in free if gained[name] < 0.001]
+    told = (
+        f"{most} matters most: its best weight gains {unit.show(gained[most])} over leaving it out"
+    )
+    if idle:
+        told += f"; {', '.join(idle)} add{'s' if len(idle) == 1 else ''} nothing"
+    return Panel(
+        "slices",
+        "What each weight does",
+        f"{told}.",
+        "Posterior mean with two standard deviations along the weight of every vector, and the "
+        "trials, the fainter the further they are from the line.",
+        figure,
+    )
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+def _terms(study: Study, comparison: Comparison | None) -> Panel:
+    found = comparison or _of_search(study)
+    where = "sealed test" if comparison is not None else "items of the search"
+    rows = [row for row in found.rows[1:] if _is_shown(row, found)]
+    labels = list(found.base.scores)
+    figure, axes = _figure((0.5 + 0.2 * len(rows)) * len(labels), rows=len(labels))
+    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+    for axis, label in zip(axes, labels, strict=True):
+        for at, row in enumerate(reversed(rows)):
+            interval = found.term_interval(row, label)
+            _draw_interval(axis, at, interval, row.name == MERGE)
+            if row.name == MERGE:
+                side = "better" if interval.low > 0 else "worse"
+                verdicts[side if interval.excludes_zero else "not told apart"].append(label)
+        axis.axvline(0, color=INK, linewidth=0.7)
+        axis.set_yticks(range(len(rows)), [_short(row.title) for row in reversed(rows)], fontsize=8)
+        axis.set_title(label, fontsize=9)
+    axes[-1].set_xlabel("gain over the base, %, 95 % interval (accuracies: points)")
+    said = "; ".join(f"{side} in {', '.join(each)}" for side, each in verdicts.items() if each)
+    return Panel(
+        "terms",
+        f"Scores per term, {where}",
+        f"The merge against the base: {said}.",
+        f"Gain of {len(rows)} merges over the base in {', '.join(labels)}, with paired 95 % "
+        "intervals.",
+        figure,
+    )
+
+
+def _is_shown(row: Row, comparison: Comparison) -> bool:
+    """The vectors alone, the average, the best other row and the merge."""
+    alone = row.name.endswith((" at 1.0", " alone"))
+    average = row.name in ("uniform average", "average")
+    return alone or average or row.name in (MERGE, comparison.best_baseline().name)
+
+
+def _of_search(study: Study) -> Comparison:
+    """Return anchors and incumbent on the search items, as if they were a comparison."""
+    trials = [trial for trial in study.log.of("search") if trial.status == "ok"]
+    anchors = [t for t in trials if t.origin in ("base", "average") or t.origin.endswith(" alone")]
+    best = study.incumbent.number
+    rows = [Row(t.origin, t.weights, t.terms, False) for t in anchors]
+    rows += [Row(MERGE, t.weights, t.terms, False) for t in trials if t.number == best]
+    return Comparison(rows, study.config.objective, {})
+
+
+def _draw_interval(axis: "Axes", at: float, interval: Any, marked: bool) -> None:
+    middle, low, high = (100 * v for v in (interval.difference, interval.low, interval.high))
+    colour = COLOURS[1] if marked else COLOURS[0]
+    axis.plot([low, high], [at, at], color=colour, linewidth=1.4)
+    axis.plot(middle, at, "o", color=colour, markersize=4)
+
+
+def _sealed(comparison: Comparison) -> Panel:
+    rows = sorted(comparison.rows[1:], key=comparison.value)
+    figure, axes = _figure(0.8 + 0.2 * len(rows))
+    for at, row in enumerate(rows):
+        _draw_interval(axes[0], at, comparison.interval(row, comparison.base), not row.is_baseline)
+    axes[0].axvline(0, color=INK, linewidth=0.7)
+    axes[0].set_yticks(range(len(rows)), [_short(row.title) for row in rows], fontsize=8)
+    axes[0].set_xlabel("objective over the base, %, paired 95 % interval")
+    values = "; ".join(f"{row.title} {100 * comparison.value(row):+.2f}" for row in reversed(rows))
+    told = compare.verdicts(comparison)[0]
+    return Panel(
+        "sealed",
+        "Everything on the sealed test",
+        f"{told[0].upper()}{told[1:]}",
+        f"Objective of every row over the base in percent: {values}.",
+        figure,
+    )
+
+
+def _front(study: Study, trials: Sequence[Trial]) -> Panel:
+    choices = front(study)
+    labels = list(choices[0].gains)[:3]
+    pairs = list(itertools.combinations(labels, 2))
+    figure, axes = _figure(2.3 * len(pairs), rows=len(pairs))
+    everywhere = {t.number: gains(t.terms, study.base) for t in trials}
+    best = study.incumbent.number
+    for axis, (a, b) in zip(axes, pairs, strict=True):
+        axis.plot(*_columns(everywhere.values(), a, b), "o", markersize=4, alpha=0.35)
+        kept = [choice.gains for choice in choices]
+        axis.plot(*_columns(kept, a, b), "o", markersize=5, color=COLOURS[2], label="not beaten")
+        axis.plot(*_columns([everywhere[best]], a, b), "D", color=COLOURS[1], label="merge")
+        for at, values in ((a, axis.set_xlim), (b, axis.set_ylim)):
+            shown = np.array([each[at] for each in kept]) * 100
+            room = 0.6 * max(float(np.ptp(shown)), 0.1)
+            values(shown.min() - room, shown.max() + room)
+        axis.set_xlabel(f"{a}, gain in %")
+        axis.set_ylabel(f"{b}, gain in %")
+    axes[0].legend(loc="best")
+    return Panel(
+        "front",
+        "Pareto front",
+        f"{len(choices)} of {len(trials)} trials are beaten by no other in every term; another one "
+        "than the merge is taken with `optimer recipe --pick`.",
+        f"Gains of the trials in {' against '.join(labels)}.",
+        figure,
+    )
+
+
+def _columns(points: Any, a: str, b: str) -> tuple[list[float], list[float]]:
+    rows = list(points)
+    return [100 * row[a] for row in rows], [100 * row[b] for row in rows]
+
+
+# -- vectors and their training --------------------------------------------------------------------
+
+
+def _cosines(study: Study) -> Panel | None:
+    """Return the angles of the pool, or None when a vector or the base cannot be read any more."""
+    config = study.config
+    sources = {name: str(vector.source) for name, vector in config.vectors.items()}
+    if len(sources) < NO_PAIR:
+        return None
+    try:
+        base = resolve_base(config.base_model)
+        pool, refusals = geometry.open_pool(sources, base)
+        if refusals:
+            raise ModelError("; ".join(refusals.values()))
+        found = geometry.measure(pool, base, config.dtype)
+    except OptimerError as error:
+        logger.warning("the report has no cosines: %s", error)
+        return None
+    names = list(sources)
+    table = np.eye(len(names))
+    for (a, b), value in found.cosines.items():
+        table[names.index(a), names.index(b)] = table[names.index(b), names.index(a)] = value
+    figure, axes = _figure(1.0 + 0.45 * len(names))
+    axes[0].imshow(table, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", alpha=0.6)
+    for i, j in itertools.product(range(len(names)), repeat=2):
+        axes[0].text(j, i, f"{table[i, j]:+.2f}", ha="center", va="center", fontsize=8)
+    axes[0].set_xticks(range(len(names)), names)
+    axes[0].set_yticks(range(len(names)), names)
+    (a, b), value = max(found.cosines.items(), key=lambda pair: abs(pair[1]))
+    told = (
+        "pull in the same direction, so their weights compete"
+        if value > NEARLY_PARALLEL
+        else "work against each other"
+        if value < -NEARLY_PARALLEL
+        else "are all but orthogonal, and so are all others"
+    )
+    return Panel(
+        "cosines",
+        "Angles between the vectors",
+        f"{a} and {b} (cosine {value:+.2f}) {told}.",
+        "Cosines: " + "; ".join(f"{a}, {b} {v:+.3f}" for (a, b), v in found.cosines.items()) + ".",
+        figure,
+    )
+
+
+def _records(study: Study) -> dict[str, VectorFile]:
+    paths = {name: Path(str(vector.source)) for name, vector in study.config.vectors.items()}
+    found = {name: read_record(path) for name, path in paths.items() if path.is_dir()}
+    return {name: record for name, record in found.items() if record is not None}
+
+
+def _losses(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile]) -> Panel:
+    figure = _over_tokens(series, records, "training loss, nats a token")
+    parts = {n: max(len(values) // 5, 1) for n, values in series.items()}
+    ends = {n: (np.mean(v[: parts[n]]), np.mean(v[-parts[n] :])) for n, v in series.items()}
+    said = ", ".join(f"{name} {first:.2f} to {last:.2f}" for name, (first, last) in ends.items())
+    return Panel(
+        "losses",
+        "Loss along continual pre-training",
+        f"Means of the first and the last fifth: {said}. Each step reads another text: only a fall "
+        "beyond the scatter tells, and what was learned the scores say.",
+        f"Training loss of {', '.join(series)} over tokens.",
+        figure,
+    )
+
+
+def _norms(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile]) -> Panel:
+    figure = _over_tokens(series, records, "norm of the vector")
+    shares = {n: values[-1] / max(values[len(values) // 2], 1e-30) for n, values in series.items()}
+    most = max(shares, key=lambda name: shares[name])
+    return Panel(
+        "norms",
+        "Growth of the vectors",
+        f"In the second half of its training {most} grew most, by "
+        f"{100 * (shares[most] - 1):.0f} %.",
+        "Norm over tokens, at the end: "
+        + ", ".join(f"{name} {values[-1]:.3g}" for name, values in series.items())
+        + ".",
+        figure,
+    )
+
+
+def _over_tokens(
+    series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile], label: str
+) -> "Figure":
+    figure, axes = _figure(2.4)
+    for name, values in series.items():
+        n_tokens = int((records[name].training or {})["n_tokens"])
+        axes[0].plot(np.linspace(0, n_tokens, len(values) + 1)[1:], values, label=name)
+    axes[0].set_xlabel("tokens")
+    axes[0].set_ylabel(label)
+    axes[0].legend(fontsize=8, ncols=2)
+    return figure
+
+
+# -- cost and evidence -----------------------------------------------------------------------------
+
+
+def _ledger(study: Study) -> Panel:
+    spent = ledger(study)
+    stages = {f"{s}, {p}": spent[s][p] for s in ("search", "rescore") if s in spent for p in _PARTS}
+    trained = [record.training or {} for record in _records(study).values()]
+    if seconds := sum(float(training.get("seconds", 0.0)) for training in trained):
+        stages = {"training of the vectors": seconds} | stages
+    figure, axes = _figure(0.8 + 0.24 * len(stages))
+    axes[0].barh(range(len(stages)), [seconds / 60 for seconds in stages.values()])
+    axes[0].set_yticks(range(len(stages)), list(stages), fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("minutes")
+    total = sum(stages.values())
+    most = max(stages, key=lambda stage: stages[stage])
+    told = f"{100 * stages[most] / max(total, 1e-9):.0f} % of {total / 60:.1f} min went into {most}"
+    if "data_mixture" in spent:
+        ratio = spent["data_mixture"]
+        told += (
+            f"; as many data mixtures would have cost {ratio['ratio_search_only']} times the "
+            f"search, {ratio['ratio_end_to_end']} times with the training of the vectors"
+        )
+    return Panel(
+        "ledger",
+        "Where the time went",
+        f"{told}.",
+        "; ".join(f"{stage}: {seconds:.1f} s" for stage, seconds in stages.items()),
+        figure,
+    )
+
+
+_PARTS = (*(phase for phase in PHASES if phase != "evaluate"), "harness")
+
+
+def _pinned(study: Study) -> list[tuple[str, str]]:
+    """Return what the study stands on, with the digests that are known."""
+    records = _records(study)
+    rows = [("study", study.config.digest), ("base model", study.config.base_model)]
+    bases = {record.base.reference: record.base.files for record in records.values()}
+    rows += [
+        (f"base model, {name}", f"sha256 {value}")
+        for files in list(bases.values())[:1]
+        for name, value in files.items()
+    ]
+    for name, vector in study.config.vectors.items():
+        corpus = (records[name].corpus or {}) if name in records else {}
+        source = Path(str(vector.source))
+        text = source.name if source.is_absolute() else str(vector.source)
+        rows.append((f"vector {name}", text))
+        if "sha256" in corpus:
+            rows.append((f"corpus of {name}", f"{corpus.get('name')}, sha256 {corpus['sha256']}"))
+    versions: dict[str, str] = {}
+    for record in records.values():
+        versions |= record.versions
+    return rows + [(name, version) for name, version in versions.items()]
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+
+
+def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Sequence["Axes"]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _short(title: str) -> str:
+    return title if len(title) <= 34 else f"{title[:32]}…"
+
+
+def _seconds(trial: Trial) -> float:
+    return sum(value for phase, value in trial.seconds.items() if phase != "forward")
+
+
+def _svg(panel: Panel) -> str:
+    """Return a figure as an inline SVG with a text for screen readers; ids are unique in a page."""
+    buffer = io.StringIO()
+    panel.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'((?:\bid=|href=)"#?|url\(#)', rf"\g<1>{panel.name}-", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    label = str(Markup.escape(panel.shows))
+    text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return text.replace(INK, "currentColor").strip()
+
+
+def _write_png(figure: "Figure", path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    figure.savefig(partial, format="png", dpi=160, facecolor="white")
+    partial.replace(path)
