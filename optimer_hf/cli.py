@@ -7,6 +7,7 @@ status 1. Heavy imports happen inside the commands, so that `optimer --help` ans
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,8 +36,13 @@ SCHEDULER = click.option(
 )
 
 
+RESUMABLE = {"run", "train", "search", "compare", "retarget", "push", "pull"}
+
+
 class Group(click.Group):
-    """Turns an OptimerError into one line and exit status 1; lets bugs show their traceback."""
+    """Turns an OptimerError into one line and exit status 1, Ctrl-C into one line and 130; lets
+    bugs show their traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -44,6 +50,16 @@ class Group(click.Group):
         except OptimerError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo(f"\ninterrupted. {_what_is_kept(ctx.invoked_subcommand)}", err=True)
+            ctx.exit(130)
+
+
+def _what_is_kept(command: str | None) -> str:
+    if command not in RESUMABLE:
+        return "Nothing half-written was left behind."
+    kept = "Finished stages and trials and the last checkpoint are kept"
+    return f"{kept}; to go on: optimer {shlex.join(sys.argv[1:])}"
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -946,6 +962,15 @@ def validate(files: tuple[Path, ...]) -> None:
             errors.append(str(error))
     if errors:
         raise ConfigError("\n".join(errors))
+
+
+@main.command("schema")
+@click.argument("kind", type=click.Choice(["study", "train", "objective", "recipe"]))
+def print_schema(kind: str) -> None:
+    """Print the JSON Schema of a KIND of file, for editors."""
+    from optimer_hf.schema import schema
+
+    click.echo(schema(kind))
 
 
 def _validate(path: Path) -> str:

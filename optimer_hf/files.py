@@ -51,8 +51,8 @@ class VersionedFile(FileModel):
     def read(cls, path: Path) -> Self:
         """Read and validate a YAML or JSON file.
 
-        Raises ConfigError that lists every mistake with its field, the value found and what was
-        expected.
+        Raises ConfigError that lists every mistake with its line, its field, the value found and
+        what was expected.
         """
         return parse(cls, read_yaml(path), path)
 
@@ -211,8 +211,36 @@ def parse(cls: type[ModelT], data: Mapping[str, Any], path: Path) -> ModelT:
     try:
         return cls.model_validate(data, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        lines = [describe_mistake(cls, mistake) for mistake in error.errors()]
-        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
+        raise ConfigError(
+            "\n".join(
+                f"{path}{_at_line(path, mistake['loc'])}: {describe_mistake(cls, mistake)}"
+                for mistake in error.errors()
+            )
+        ) from None
+
+
+def _at_line(path: Path, location: Sequence[str | int]) -> str:
+    """Return `:LINE` of a field of a YAML file, or of the innermost part of it that is there."""
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return ""
+    node, line = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), 0
+    for part in location:
+        inner = _inner(node, part)
+        if inner is None:
+            break
+        line, node = inner
+    return f":{line}" if line else ""
+
+
+def _inner(node: yaml.Node | None, part: str | int) -> tuple[int, yaml.Node] | None:
+    """Return the line and the node of a key or an item of a YAML node."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == str(part):
+                return key.start_mark.line + 1, value
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        return node.value[part].start_mark.line + 1, node.value[part]
+    return None
 
 
 def describe_mistake(cls: type[BaseModel], mistake: Mapping[str, Any]) -> str:

@@ -116,7 +116,7 @@ def write_report(
         loader=PackageLoader("optimer_hf", "."), undefined=StrictUndefined, autoescape=True
     )
     page = environment.get_template("report.html.jinja").render(
-        title=study.directory.resolve().name,
+        title=_title(study),
         summary=_summary(study),
         pictures=pictures,
         weights=study.incumbent.weights,
@@ -148,6 +148,11 @@ def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
         if series:
             yield build(series, records)
     yield _ledger(study)
+
+
+def _title(study: Study) -> str:
+    directory = study.directory.resolve()
+    return directory.parent.name if directory.name == "study" else directory.name
 
 
 def _summary(study: Study) -> str:

@@ -41,6 +41,7 @@ ORDER = [
     "compare",
     "report",
     "recipe",
+    "schema",
     "ratios",
     "private",
     "publish",

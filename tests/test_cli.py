@@ -190,7 +190,7 @@ def test_validate_reports_all_bad_files_and_still_the_good_ones(folder, tmp_path
     )
     assert result.exit_code == 1
     assert "obj.yaml: objective" in result.stdout
-    assert "a.yaml: terms: " in result.stderr and "Did you mean 'objective'?" in result.stderr
+    assert "a.yaml:1: terms: " in result.stderr and "Did you mean 'objective'?" in result.stderr
 
 
 def test_validate_finds_mistakes_in_a_merge_config(tmp_path):
@@ -502,3 +502,13 @@ def test_another_objective_is_answered_from_the_record_and_verified(searched, tm
 )
 def test_options_that_do_not_go_together_are_refused(arguments, message):
     assert message in optimer(*arguments, ok=False).stderr
+
+
+def test_a_shell_completes_commands():
+    command = [sys.executable, "-m", "optimer_hf"]
+    asked = {"COMP_WORDS": "optimer rep", "COMP_CWORD": "1", "_OPTIMER_COMPLETE": "bash_complete"}
+    code = "from optimer_hf.cli import main; main(prog_name='optimer')"
+    found = subprocess.run(
+        [*command[:1], "-c", code], env=os.environ | asked, capture_output=True, text=True
+    )
+    assert found.stdout.split() == ["plain,report"]

@@ -1,6 +1,7 @@
 """files.py: mistakes are named, references resolved, and nothing half-written stays."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_all_mistakes_are_listed_at_once_each_with_the_file(tmp_path):
         tmp_path, "n_trials: many\nparts: {x: {source: a/b, share: -1}}\nwhat: 1\n"
     ).splitlines()
     assert len(lines) == 4
-    assert all("example.yaml: " in line for line in lines)
+    assert all(re.search(r"example\.yaml(:\d+)?: ", line) for line in lines)
     assert any("n_trials: found 'many'" in line for line in lines)
     assert any("parts.x.share: found -1" in line for line in lines)
 
@@ -295,3 +296,27 @@ def test_free_text_that_begins_with_a_slash_is_no_path(tmp_path):
         "generation": {"x": "/"},
     }
     assert portable(value, tmp_path) == value | {"path": "a"}
+
+
+def test_mistakes_of_a_file_come_all_at_once_with_their_lines(tmp_path: Path):
+    from optimer_hf.study import StudyConfig
+
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "base_model: org/base\n"
+        "vectors:\n"
+        "  a: {source: org/a}\n"
+        "  b:\n"
+        "    sorce: org/b\n"
+        "    bounds: [0, x]\n"
+        "objective:\n"
+        "  terms:\n"
+        "    - task: piqa\n"
+        "      wieght: 2\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        StudyConfig.read(path)
+    lines = str(error.value).splitlines()
+    assert {line.removeprefix(f"{path}:").split(":")[0] for line in lines} == {"5", "6", "10"}
+    assert any("Did you mean 'weight'?" in line for line in lines)
+    assert all(line.startswith(f"{path}:") for line in lines)

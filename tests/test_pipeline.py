@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,3 +245,29 @@ def test_a_fixed_instruct_like_vector_is_in_every_trial(
     assert result.exit_code == 0, result.output
     lines = (tmp_path / "study" / "trials.jsonl").read_text().splitlines()
     assert {json.loads(line)["weights"]["it"] for line in lines} == {1.0}
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(recipe_dir: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(out)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("vectors/*/*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert f"to go on: optimer run {recipe_dir} {out}" in said
+    assert "Traceback" not in said
+
+
+def test_a_run_leaves_a_report_with_the_training_of_its_vectors(finished: Path):
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<figure id="(\w+)"', text)
+    assert {"progress", "weights", "sealed", "cosines", "losses", "norms", "ledger"} <= set(shown)
+    record = json.loads((finished / "vectors" / "aaa" / "vector.json").read_text())
+    norms = record["training"]["norms"]
+    assert len(norms) == len(record["training"]["losses"])
+    assert norms[-1] == pytest.approx(record["norm"], rel=0.01)
