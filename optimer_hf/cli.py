@@ -95,17 +95,67 @@ def run(recipe_dir: Path, out: Path | None, short: bool, tokens: str | None) -> 
     """
     from optimer_hf import pipeline
 
+    job = _job(recipe_dir, out, short, tokens)
+    done = pipeline.finished_summary(job)
+    if done is not None:
+        click.echo("finished already, nothing to do", err=True)
+    click.echo(done if done is not None else pipeline.run_recipe(job))
+
+
+@main.command("plan")
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH, required=False)
+@click.option("--short", is_flag=True, help="Of `optimer run --short`.")
+@click.option("--tokens", help="Of `optimer run --tokens`.")
+@click.option("--fetch", is_flag=True, help="Fetch the base for the probe if it is not here.")
+@FORMAT
+def plan_command(
+    source: Path, out: Path | None, short: bool, tokens: str | None, fetch: bool, output: str
+) -> None:
+    """Say what a recipe folder or a study.yaml (SOURCE) will take: time, memory, disk, downloads.
+
+    Runs a few real training steps and items. The plan of a recipe folder is kept in OUT, and
+    `optimer run` compares it with what it took.
+    """
+    from optimer_hf import pipeline, plan
+    from optimer_hf.study import StudyConfig
+
+    job = None
+    if source.is_dir():
+        job = _job(source, out, short, tokens)
+        config = pipeline.load(job)[0]
+    elif out is not None or short or tokens:
+        raise ConfigError(f"{source}: OUT, --short and --tokens go with a recipe folder.")
+    else:
+        config = StudyConfig.read(source)
+    missing = plan.downloads(config)
+    for each in missing:
+        click.echo(plan.said(each), err=True)
+    if not fetch and any(each.reference == config.base_model for each in missing):
+        raise ConfigError(
+            f"{config.base_model}: is not on this disk, and the probe needs it. Add --fetch."
+        )
+    if job is not None:
+        found = pipeline.plan_run(job)
+    else:
+        found = plan.plan(config, {}, Path.cwd(), is_run=False)
+    if output == "json":
+        click.echo(json.dumps(plan.to_json(found), indent=2))
+    else:
+        click.echo(plan.to_markdown(found))
+
+
+def _job(recipe_dir: Path, out: Path | None, short: bool, tokens: str | None) -> Any:
+    """Return the run of a recipe folder, with results in OUT or under runs/."""
+    from optimer_hf import pipeline
+
     if not recipe_dir.is_dir():
         raise ConfigError(f"{recipe_dir}: no such recipe folder.")
     folder = recipe_dir.resolve()
     n_tokens = _n_tokens(tokens)
     suffix = ("-short" if short else "") + (f"-{n_tokens}" if n_tokens else "")
     target = out or Path("runs") / (folder.name + suffix)
-    job = pipeline.Run(folder, target.resolve(), short, n_tokens)
-    done = pipeline.finished_summary(job)
-    if done is not None:
-        click.echo("finished already, nothing to do", err=True)
-    click.echo(done if done is not None else pipeline.run_recipe(job))
+    return pipeline.Run(folder, target.resolve(), short, n_tokens)
 
 
 def _n_tokens(text: str | None) -> int | None:

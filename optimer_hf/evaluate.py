@@ -402,6 +402,10 @@ class Evaluator:
             self._within[key] = items_within(self.tasks[term.task_name], term.hash_range)
         return self._within[key]
 
+    def n_items(self, term: Term) -> int:
+        """Return how many items a term of the harness has."""
+        return len(self._indices(term))
+
     def evaluate(
         self, terms: Sequence[Term], *, limits: Mapping[str, int | None]
     ) -> dict[str, TermScore]:

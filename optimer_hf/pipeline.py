@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 OURS = {
     "run.json",
+    "plan.json",
     "vectors",
     "study",
     "deltas",
@@ -110,7 +111,7 @@ def run_recipe(run: Run) -> str:
     Raises ConfigError and CorpusError for bad input before any training, OutputError when `out` is
     not ours.
     """
-    from optimer_hf import compare, recipe, report, search
+    from optimer_hf import compare, plan, recipe, report, search
     from optimer_hf.study import locked
 
     started = perf_counter()
@@ -130,7 +131,8 @@ def run_recipe(run: Run) -> str:
             recipe.build(recipe_file, run.out / "merged")
         recipe.write_vanilla(study, run.out / "mergekit_config.yml")
         spent["write"] = {"seconds": round(perf_counter() - writing, 1)}
-        spent["this_invocation"] = {"seconds": round(perf_counter() - started, 1)}
+        seconds = round(perf_counter() - started, 1)
+        spent["this_invocation"] = {"seconds": seconds, "peak_bytes": plan.peak_memory()}
         compare.write_figure(comparison, run.out / "comparison.png")
         report.write_report(study, run.out / "report.html")
         write_text(run.out / "results.json", json.dumps(sealed, indent=2))
@@ -138,6 +140,21 @@ def run_recipe(run: Run) -> str:
         write_text(run.out / "results.md", _results(run, comparison, study, spent))
         write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))
     return summary(run)
+
+
+def plan_run(run: Run) -> Any:
+    """Probe this machine, write plan.json into `out` and return the plan; the run compares it with
+    what it took.
+    """
+    from optimer_hf import plan
+    from optimer_hf.study import locked
+
+    config, trainings = load(run)
+    _claim(run)
+    with locked(run.out):
+        found = plan.plan(config, trainings, run.out, is_run=True)
+        write_text(run.out / "plan.json", json.dumps(plan.to_json(found), indent=2))
+    return found
 
 
 def _claim(run: Run) -> None:
@@ -370,9 +387,21 @@ def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -
         f"{best.origin})\n\n{to_markdown(comparison)}\n## Paired 95 % intervals of "
         f"the gains, in percent\n\n{intervals_to_markdown(comparison)}\n## Ledger\n\n"
         f"{markdown_table(['stage', 'seconds and counts'], rows)}\n"
+        f"{_against_plan(run, ledger)}"
         f"Merged model: `{os.path.relpath(run.out / 'merged')}`, recipe: "
         f"`{os.path.relpath(run.out / 'recipe.yaml')}`\n"
     )
+
+
+def _against_plan(run: Run, ledger: Mapping[str, Any]) -> str:
+    from optimer_hf import plan
+
+    file = run.out / "plan.json"
+    if not file.exists():
+        return ""
+    planned = json.loads(file.read_text(encoding="utf-8"))
+    table = plan.against(planned, ledger, int(ledger["this_invocation"]["peak_bytes"]))
+    return f"## Planned and taken\n\n{table}\n"
 
 
 def _entry(entry: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ asked for, and what was edited since is never overwritten.
 
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -352,7 +352,8 @@ def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -
     )
     if api is None or snapshot.kind != "recipe" or not isinstance(record, RecipeFile):
         return done
-    return replace(done, inputs=_inputs(api, record))
+    references = [record.base_model, *(item.source for item in record.vectors.values())]
+    return replace(done, inputs=inputs_of(api, references))
 
 
 def _put_pending_in_place(target: Path) -> None:
@@ -404,9 +405,8 @@ def _moved(
 # -- what a build will fetch -----------------------------------------------------------------------
 
 
-def _inputs(api: HfApi, recipe: RecipeFile) -> tuple[Input, ...]:
-    """Return what building a recipe will fetch."""
-    references = [recipe.base_model, *(item.source for item in recipe.vectors.values())]
+def inputs_of(api: HfApi, references: Sequence[str]) -> tuple[Input, ...]:
+    """Return what the Hub says of models; one that cannot be asked for is taken as gated."""
     found = []
     for text in dict.fromkeys(references):
         ref = Reference(text)

@@ -51,6 +51,7 @@ ORDER = [
     "push",
     "pull",
     "hub",
+    "plan",
     "pipeline",
     "cli",
 ]

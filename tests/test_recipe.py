@@ -185,11 +185,11 @@ def test_a_recipe_moves_with_its_folder(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vektors": {}}, r"recipe\.yaml: unknown field 'vektors'\. Did you mean 'vectors'\?"),
-        ({"dtype": "int8"}, r"recipe\.yaml: dtype: found 'int8'"),
+        ({"vektors": {}}, r"recipe\.yaml:\d+: unknown field 'vektors'\. Did you mean 'vectors'\?"),
+        ({"dtype": "int8"}, r"recipe\.yaml:\d+: dtype: found 'int8'"),
         (
             {"vectors": {"ja": {"source": "./x"}}},
-            r"recipe\.yaml: field 'vectors\.ja\.weight' is missing",
+            r"recipe\.yaml:\d+: field 'vectors\.ja\.weight' is missing",
         ),
         (
             {"vectors": {"ja": {"source": "./x", "weight": float("nan")}}},

@@ -1,0 +1,367 @@
+"""A study or a recipe folder -> what it will take before it runs: time, memory, disk, downloads.
+
+Configs come in, an estimate per stage goes out. It rests on a short probe on this machine, real
+training steps and real items on the real base; nothing else is guessed. What a reader would not
+guess: the memory is that of the probe itself, which loads what the run loads.
+"""
+
+import json
+import logging
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import psutil
+import torch
+
+from optimer_hf.convert import ResolvedModel, resolve_base
+from optimer_hf.errors import ModelError
+from optimer_hf.evaluate import Evaluator, Term
+from optimer_hf.files import Reference, digest, markdown_table
+from optimer_hf.progress import Meter
+from optimer_hf.pull import Input, inputs_of
+from optimer_hf.resident import ResidentModel, default_device
+from optimer_hf.study import SearchConfig, StudyConfig
+from optimer_hf.train import TrainConfig, train
+
+logger = logging.getLogger(__name__)
+
+PROBE_STEPS = 4  # of training
+PROBE_ITEMS = 4  # of every term
+FREE_SHARE = 0.9  # of memory and disk that a run may fill
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: its work, and the seconds it is expected to take."""
+
+    name: str
+    work: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; bytes of memory are those of one process, of disk those of its results.
+
+    `device_bytes` is the memory of the accelerator, 0 without one.
+    """
+
+    stages: tuple[Stage, ...]
+    memory_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    downloads: tuple[Input, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured: seconds an item by term, tokens a second of training by config, and bytes
+    of what a training leaves behind.
+    """
+
+    item_seconds: Mapping[str, float]
+    n_items: Mapping[str, int]
+    token_rates: Mapping[str, float]
+    vector_bytes: Mapping[str, int]
+
+
+def downloads(config: StudyConfig) -> tuple[Input, ...]:
+    """Return what has to come from the Hub, with sizes and licences; what is in the cache already
+    is left out.
+    """
+    references = [config.base_model, *(v.source for v in config.vectors.values() if v.source)]
+    wanted = [text for text in dict.fromkeys(references) if _is_to_fetch(Reference(text))]
+    if not wanted:
+        return ()
+    from huggingface_hub import HfApi
+
+    return inputs_of(HfApi(), wanted)
+
+
+def _is_to_fetch(ref: Reference) -> bool:
+    if ref.path is not None or ref.package is not None:
+        return False
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot_download(ref.repo[0], revision=ref.repo[1], local_files_only=True)
+    except LocalEntryNotFoundError:
+        return True
+    return False
+
+
+def plan(
+    config: StudyConfig, trainings: Mapping[str, TrainConfig], out: Path, *, is_run: bool
+) -> Plan:
+    """Probe this machine and return the plan of a search, or of a whole run with `is_run`; the base
+    has to be here.
+
+    Raises ModelError when the base does not fit into memory.
+    """
+    base = resolve_base(config.base_model)
+    try:
+        probe = _probed(config, trainings, base)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{config.base_model}: a training step does not fit into the accelerator's memory "
+            f"({error}). Lower trainer.per_device_train_batch_size or block_size, or train a LoRA."
+        ) from None
+    stages = [stage for stage in _stages(config, trainings, probe, is_run) if stage.seconds > 0]
+    model_bytes = sum(file.stat().st_size for file in base.path.glob("*.safetensors"))
+    disk = sum(probe.vector_bytes[_key(training)] for training in trainings.values())
+    disk += max(probe.vector_bytes.values(), default=0) * len(config.baselines.mixtures)
+    disk += model_bytes if is_run else 0
+    memory = peak_memory() + _dense_pool_bytes(config)
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return Plan(
+        tuple(stages), memory, int(device), disk, downloads(config), _warnings(memory, disk, out)
+    )
+
+
+def _dense_pool_bytes(config: StudyConfig) -> int:
+    """Return the bytes of the vectors that are whole models or deltas: a pool keeps them all in
+    memory; adapters are small.
+    """
+    paths = [Path(vector.source) for vector in config.vectors.values() if vector.source]
+    return sum(
+        file.stat().st_size
+        for path in paths
+        if path.is_dir() and not (path / "adapter_config.json").exists()
+        for file in path.glob("*.safetensors")
+    )
+
+
+def _warnings(memory: int, disk: int, out: Path) -> tuple[str, ...]:
+    found = []
+    total = psutil.virtual_memory().total
+    if memory > FREE_SHARE * total:
+        found.append(
+            f"memory: {_size(memory)} expected, {_size(total)} here. Lower "
+            "trainer.per_device_train_batch_size or block_size, or train LoRA vectors (`lora:`)."
+        )
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if disk > FREE_SHARE * free:
+        found.append(
+            f"disk: {_size(disk)} expected, {_size(free)} free. Give an OUT on another disk."
+        )
+    return tuple(found)
+
+
+# -- the probe -------------------------------------------------------------------------------------
+
+
+def _probed(
+    config: StudyConfig, trainings: Mapping[str, TrainConfig], base: ResolvedModel
+) -> Probe:
+    kinds = {_key(training): training for training in trainings.values()}
+    terms = _terms(config)
+    rates, sizes, seconds, counts = {}, {}, {}, {}
+    with Meter("probe", len(kinds) + len(terms), "parts") as meter:
+        for key, training in kinds.items():
+            rates[key], sizes[key] = _training_rate(training)
+            meter.advance(1)
+        evaluator = _evaluator(config, base)
+        evaluator.evaluate(terms[:1], limits={terms[0].label: 1})  # the first call is slower
+        for term in terms:
+            began = perf_counter()
+            scored = evaluator.evaluate([term], limits={term.label: PROBE_ITEMS})[term.label]
+            seconds[_item_key(term)] = (perf_counter() - began) / len(scored.items)
+            counts[_item_key(term)] = evaluator.n_items(term)
+            meter.advance(1)
+    return Probe(seconds, counts, rates, sizes)
+
+
+def _terms(config: StudyConfig) -> list[Term]:
+    """Return the terms of search and sealed test that the harness can score without a person's
+    Python.
+    """
+    tested = config.test.scored if config.test is not None else []
+    return [term for term in (*config.objective.scored, *tested) if term.function is None]
+
+
+def _evaluator(config: StudyConfig, base: ResolvedModel) -> Evaluator:
+    from transformers import AutoTokenizer
+
+    objectives = [config.objective] + ([config.test] if config.test is not None else [])
+    resident = ResidentModel(base, [], dtype=config.dtype, device=default_device())
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    return Evaluator(resident.model, tokenizer, objectives)
+
+
+def _training_rate(config: TrainConfig) -> tuple[float, int]:
+    """Return the tokens a second of a few real steps, and the bytes they leave behind."""
+    settings = config.trainer
+    blocks = int(settings.get("per_device_train_batch_size", 8))
+    blocks *= int(settings.get("gradient_accumulation_steps", 1))
+    n_tokens = PROBE_STEPS * blocks * config.block_size
+    n_tokens = min(n_tokens, config.max_tokens or n_tokens)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "probe"
+        train(config.model_copy(update={"max_tokens": n_tokens}), out)
+        record = json.loads((out / "training.json").read_text(encoding="utf-8"))["training"]
+        n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return record["n_tokens"] / max(record["seconds"], 1e-9), n_bytes
+
+
+def _key(training: TrainConfig) -> str:
+    """Trainings with equal keys take equally long for a token."""
+    text = {"name", "corpus", "mixture", "max_tokens", "seed"}
+    return digest(training.model_dump(mode="json", exclude=text))
+
+
+def _item_key(term: Term) -> str:
+    return digest([term.task_name, term.metric, list(term.hash_range)])
+
+
+# -- from the probe to the stages ------------------------------------------------------------------
+
+
+def _stages(
+    config: StudyConfig, trainings: Mapping[str, TrainConfig], probe: Probe, is_run: bool
+) -> list[Stage]:
+    tokens = {name: training.max_tokens or 0 for name, training in trainings.items()}
+    stages = [
+        Stage(f"train {name}", f"{tokens[name]:,} tokens", tokens[name] / rate)
+        for name, training in trainings.items()
+        for rate in [probe.token_rates[_key(training)]]
+    ]
+    stages += _searching(config, config.search, config.objective.limit, probe, "")
+    if not is_run or config.test is None:
+        return stages
+    each = config.baselines
+    mixed = sum(
+        sum(tokens.values()) // (1 if mixture.budget == "all" else max(len(tokens), 1))
+        for mixture in each.mixtures.values()
+    )
+    slowest = min(probe.token_rates.values(), default=1.0)
+    stages.append(Stage("mixtures", f"{mixed:,} tokens", mixed / slowest))
+    for name, settings in each.searches.items():
+        stages += _searching(config, settings, settings.limit, probe, f"{name}: ")
+    n_rows = _n_rows(config)
+    limits = {term.label: config.test.limit_of(term) for term in config.test.at("rescore")}
+    items, seconds = _scoring(config.test.at("rescore"), limits, probe)
+    stages.append(Stage("sealed test", f"{n_rows} rows of {items:,} items", n_rows * seconds))
+    return stages
+
+
+def _searching(
+    config: StudyConfig, search: SearchConfig, limit: int | None, probe: Probe, prefix: str
+) -> list[Stage]:
+    """Return the trials and re-scorings of a search; `limit` is that of terms without their own."""
+    terms = config.objective.at("search")
+    limits = {term.label: term.limit if term.limit is not None else limit for term in terms}
+    items, seconds = _scoring(terms, limits, probe)
+    work = f"{search.n_trials} trials of {items:,} items"
+    stages = [Stage(f"{prefix}search", work, search.n_trials * seconds)]
+    if search.rescore_top:
+        again = config.objective.at("rescore")
+        items, seconds = _scoring(again, {t.label: search.rescore_limit for t in again}, probe)
+        n = search.rescore_top + 1
+        work = f"{n} trials of {items:,} items"
+        stages.append(Stage(f"{prefix}re-score", work, n * seconds))
+    return stages
+
+
+def _scoring(
+    terms: Sequence[Term], limits: Mapping[str, int | None], probe: Probe
+) -> tuple[int, float]:
+    """Return the items and seconds of scoring terms once."""
+    n_items, seconds = 0, 0.0
+    for term in terms:
+        if term.function is None:
+            n = probe.n_items[_item_key(term)]
+            n = n if limits[term.label] is None else min(n, int(limits[term.label] or 0))
+            n_items += n
+            seconds += n * probe.item_seconds[_item_key(term)]
+    return n_items, seconds
+
+
+def _n_rows(config: StudyConfig) -> int:
+    """Return the rows of the sealed test, at most: rows with equal weights are scored once."""
+    free, each = len(config.free), config.baselines
+    own = 1 + bool(config.fixed) + 2 * free + 2 * (free > 1) + 1 + len(config.retarget)
+    others = len(each.merge_methods) + each.random_vectors + len(each.searches)
+    return own + others + len(each.models) + len(each.mixtures)
+
+
+# -- telling ---------------------------------------------------------------------------------------
+
+
+def to_json(found: Plan) -> dict[str, Any]:
+    """Return a plan as JSON values."""
+    return asdict(found) | {"seconds": round(found.seconds, 1)}
+
+
+def to_markdown(found: Plan) -> str:
+    """Return a plan as a table and a few lines."""
+    rows = [[stage.name, stage.work, _clock(stage.seconds)] for stage in found.stages]
+    rows.append(["together", "", _clock(found.seconds)])
+    lines = [markdown_table(["stage", "work", "time"], rows)]
+    device = f", {_size(found.device_bytes)} on the accelerator" if found.device_bytes else ""
+    lines.append(f"memory: {_size(found.memory_bytes)}{device}")
+    lines.append(f"disk: {_size(found.disk_bytes)}")
+    lines += [said(each) for each in found.downloads]
+    lines += [f"warning: {warning}" for warning in found.warnings]
+    return "\n".join(lines)
+
+
+def said(each: Input) -> str:
+    """Return a download in words."""
+    size = f"{_size(each.n_bytes)}" if each.n_bytes is not None else "size unknown"
+    return f"to fetch: {each.reference} ({size}, licence {each.licence or '?'})"
+
+
+def against(planned: Mapping[str, Any], ledger: Mapping[str, Any], peak_bytes: int) -> str:
+    """Return a plan, as JSON values, beside what the run took, by stage, as Markdown."""
+    expected: dict[str, float] = {}
+    for stage in planned["stages"]:
+        key = _ledger_key(stage["name"])
+        expected[key] = expected.get(key, 0.0) + stage["seconds"]
+    rows = [
+        [key, f"{seconds:,.0f} s", f"{taken:,.0f} s", f"{seconds / max(taken, 1e-9):.2f}"]
+        for key, seconds in expected.items()
+        if (taken := float(ledger.get(key, {}).get("seconds", 0.0)))
+    ]
+    planned_bytes = int(planned["memory_bytes"])
+    ratio = f"{planned_bytes / max(peak_bytes, 1):.2f}"
+    rows.append(["memory", _size(planned_bytes), _size(peak_bytes), ratio])
+    return markdown_table(["stage", "planned", "taken", "ratio"], rows)
+
+
+def _ledger_key(name: str) -> str:
+    if name.startswith("train "):
+        return "train"
+    if ": " in name:
+        return "other searches"
+    return {"re-score": "rescore", "sealed test": "sealed"}.get(name, name)
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak * (1 if sys.platform == "darwin" else 1024))
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

@@ -1,0 +1,84 @@
+"""plan.py: what a run will take, measured on the real base, and compared with what it took."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from test_pipeline import finished, optimer, recipe_dir  # noqa: F401
+
+from optimer_hf import plan
+from optimer_hf.pipeline import Run, load
+from optimer_hf.study import StudyConfig
+
+
+def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_path: Path):  # noqa: F811
+    out = tmp_path / "out"
+    result = optimer("plan", recipe_dir, out, "--format", "json")
+    assert result.exit_code == 0, result.output
+    planned = json.loads(result.stdout)
+    work = {stage["name"]: stage["work"] for stage in planned["stages"]}
+    assert work["train aaa"] == work["train xyz"] == "1,024 tokens"
+    assert all(stage["seconds"] > 0 for stage in planned["stages"])
+    assert planned["memory_bytes"] > 50e6 and planned["downloads"] == []
+
+    assert optimer("run", recipe_dir, out).exit_code == 0
+    spent = json.loads((out / "ledger.json").read_text())
+    for stage, entry in (("search", "search"), ("re-score", "rescore")):
+        n, items = work[stage].split(" trials of ")
+        assert int(n) == spent[entry]["n"]
+        assert int(n) * int(items.split()[0].replace(",", "")) == spent[entry]["items"]
+    rows, items = work["sealed test"].split(" rows of ")
+    assert int(rows) >= spent["sealed"]["n"]  # rows with equal weights are scored once
+    assert spent["sealed"]["items"] == spent["sealed"]["n"] * int(items.split()[0])
+    table = (out / "results.md").read_text().partition("## Planned and taken")[2]
+    assert all(f"| {stage} |" in table for stage in ("train", "search", "sealed", "memory"))
+
+
+def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_path: Path):  # noqa: F811
+    study = json.loads((finished / "study" / "study.json").read_text())
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    result = optimer("plan", path)
+    assert result.exit_code == 0, result.output
+    assert "| search | 7 trials of" in result.stdout and "train" not in result.stdout
+    assert optimer("plan", path, "--short").exit_code == 1
+
+
+def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Path):  # noqa: F811
+    config, trainings = load(Run(recipe_dir, tmp_path / "out", False))
+    more = config.model_dump() | {
+        "baselines": {
+            "searches": {"chance": {"surrogate": "random", "n_trials": 5, "limit": 3}},
+            "mixtures": {"mixed": {"budget": "one"}},
+            "merge_methods": ["ties"],
+        }
+    }
+    found = plan.plan(StudyConfig.model_validate(more), trainings, tmp_path, is_run=True)
+    work = {stage.name: stage.work for stage in found.stages}
+    assert work["mixtures"] == "1,024 tokens"
+    assert work["chance: search"] == "5 trials of 9 items"
+
+
+def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(tmp_path: Path):
+    found = plan._warnings(10**15, 10**18, tmp_path / "not" / "yet")
+    assert "per_device_train_batch_size" in found[0] and "another disk" in found[1]
+    assert plan._warnings(1, 1, tmp_path) == ()
+
+
+def test_a_base_that_is_not_here_is_not_fetched_unasked(tmp_path: Path, hub):
+    study = {
+        "base_model": "nobody/nothing",
+        "vectors": {"w": {"source": "nobody/vector"}},
+        "objective": {"terms": [{"task": "piqa"}]},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    result = optimer("plan", path)
+    assert result.exit_code == 1
+    assert "nobody/nothing: is not on this disk" in result.output and "--fetch" in result.output
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (300, "5 min"), (9000, "2.5 h")])
+def test_times_are_readable(seconds: float, text: str):
+    assert plan._clock(seconds) == text
