@@ -2,7 +2,8 @@
 
 Configs come in, an estimate per stage goes out. It rests on a short probe on this machine, real
 training steps and real items on the real base; nothing else is guessed. What a reader would not
-guess: the memory is that of the probe itself, which loads what the run loads.
+guess: the memory is that of the probe itself, which loads what the run loads (and what is still to
+be fetched on top).
 """
 
 import json
@@ -29,6 +30,7 @@ from optimer_hf.pull import Input, inputs_of
 from optimer_hf.resident import ResidentModel, default_device
 from optimer_hf.study import SearchConfig, StudyConfig
 from optimer_hf.train import TrainConfig, train
+from optimer_hf.vector import open_vector
 
 logger = logging.getLogger(__name__)
 
@@ -125,24 +127,10 @@ def plan(
     disk = sum(probe.vector_bytes[_key(training)] for training in trainings.values())
     disk += max(probe.vector_bytes.values(), default=0) * len(config.baselines.mixtures)
     disk += model_bytes if is_run else 0
-    memory = peak_memory() + _dense_pool_bytes(config)
+    fetched = downloads(config)
+    memory = peak_memory() + sum(each.n_bytes or 0 for each in fetched)
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return Plan(
-        tuple(stages), memory, int(device), disk, downloads(config), _warnings(memory, disk, out)
-    )
-
-
-def _dense_pool_bytes(config: StudyConfig) -> int:
-    """Return the bytes of the vectors that are whole models or deltas: a pool keeps them all in
-    memory; adapters are small.
-    """
-    paths = [Path(vector.source) for vector in config.vectors.values() if vector.source]
-    return sum(
-        file.stat().st_size
-        for path in paths
-        if path.is_dir() and not (path / "adapter_config.json").exists()
-        for file in path.glob("*.safetensors")
-    )
+    return Plan(tuple(stages), memory, int(device), disk, fetched, _warnings(memory, disk, out))
 
 
 def _warnings(memory: int, disk: int, out: Path) -> tuple[str, ...]:
@@ -171,11 +159,15 @@ def _probed(
     kinds = {_key(training): training for training in trainings.values()}
     terms = _terms(config)
     rates, sizes, seconds, counts = {}, {}, {}, {}
-    with Meter("probe", len(kinds) + len(terms), "parts") as meter:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Meter("probe", len(kinds) + len(terms), "parts") as meter,
+    ):
         for key, training in kinds.items():
-            rates[key], sizes[key] = _training_rate(training)
+            rates[key], sizes[key] = _training_rate(training, Path(scratch) / key)
             meter.advance(1)
-        evaluator = _evaluator(config, base)
+        trained = {n: str(Path(scratch) / _key(training)) for n, training in trainings.items()}
+        evaluator = _evaluator(config, base, trained)
         evaluator.evaluate(terms[:1], limits={terms[0].label: 1})  # the first call is slower
         for term in terms:
             began = perf_counter()
@@ -194,27 +186,35 @@ def _terms(config: StudyConfig) -> list[Term]:
     return [term for term in (*config.objective.scored, *tested) if term.function is None]
 
 
-def _evaluator(config: StudyConfig, base: ResolvedModel) -> Evaluator:
+def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, str]) -> Evaluator:
+    """Return what a trial runs, with a pool as large as that of the study: vectors that are here,
+    and for those to be trained what the probe trained.
+    """
     from transformers import AutoTokenizer
 
+    sources = {name: str(vector.source) for name, vector in config.vectors.items()} | trained
+    pool = [
+        open_vector(name, source, base)
+        for name, source in sources.items()
+        if not _is_to_fetch(Reference(source))
+    ]
     objectives = [config.objective] + ([config.test] if config.test is not None else [])
-    resident = ResidentModel(base, [], dtype=config.dtype, device=default_device())
+    resident = ResidentModel(base, pool, dtype=config.dtype, device=default_device())
+    resident.set_weights({vector.name: 0.5 for vector in pool})
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     return Evaluator(resident.model, tokenizer, objectives)
 
 
-def _training_rate(config: TrainConfig) -> tuple[float, int]:
-    """Return the tokens a second of a few real steps, and the bytes they leave behind."""
+def _training_rate(config: TrainConfig, out: Path) -> tuple[float, int]:
+    """Train a few real steps into `out`; return tokens a second, and the bytes left behind."""
     settings = config.trainer
     blocks = int(settings.get("per_device_train_batch_size", 8))
     blocks *= int(settings.get("gradient_accumulation_steps", 1))
     n_tokens = PROBE_STEPS * blocks * config.block_size
     n_tokens = min(n_tokens, config.max_tokens or n_tokens)
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "probe"
-        train(config.model_copy(update={"max_tokens": n_tokens}), out)
-        record = json.loads((out / "training.json").read_text(encoding="utf-8"))["training"]
-        n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    train(config.model_copy(update={"max_tokens": n_tokens}), out)
+    record = json.loads((out / "training.json").read_text(encoding="utf-8"))["training"]
+    n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return record["n_tokens"] / max(record["seconds"], 1e-9), n_bytes
 
 
@@ -337,6 +337,10 @@ def against(planned: Mapping[str, Any], ledger: Mapping[str, Any], peak_bytes: i
         for key, seconds in expected.items()
         if (taken := float(ledger.get(key, {}).get("seconds", 0.0)))
     ]
+    known = [key for key in expected if ledger.get(key, {}).get("seconds")]
+    sums = [sum(expected[k] for k in known), sum(float(ledger[k]["seconds"]) for k in known)]
+    whole = f"{sums[0] / max(sums[1], 1e-9):.2f}"
+    rows.append(["together", f"{sums[0]:,.0f} s", f"{sums[1]:,.0f} s", whole])
     planned_bytes = int(planned["memory_bytes"])
     ratio = f"{planned_bytes / max(peak_bytes, 1):.2f}"
     rows.append(["memory", _size(planned_bytes), _size(peak_bytes), ratio])

@@ -415,7 +415,7 @@ def test_an_impossible_objective_is_refused_with_its_reason(data, message):
 def test_an_objective_file_names_itself_in_its_mistakes(tmp_path):
     (tmp_path / "objective.yaml").write_text("terms: [{task: a, metrik: acc}]\n", encoding="utf-8")
     with pytest.raises(
-        ConfigError, match=r"objective\.yaml: unknown field 'terms\.0\.metrik'.*'metric'"
+        ConfigError, match=r"objective\.yaml:1: unknown field 'terms\.0\.metrik'.*'metric'"
     ):
         ObjectiveFile.read(tmp_path / "objective.yaml")
 

@@ -249,7 +249,12 @@ def test_a_fixed_instruct_like_vector_is_in_every_trial(
 
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(recipe_dir: Path, tmp_path: Path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(out)]
+    # a shell without job control starts what runs in the background with SIGINT ignored
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from optimer_hf.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "run", str(recipe_dir), str(out)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
