@@ -192,7 +192,7 @@ def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, s
     """
     from transformers import AutoTokenizer
 
-    sources = {name: str(vector.source) for name, vector in config.vectors.items()} | trained
+    sources = {name: str(vector.source) for name, vector in config.vectors.items()} | dict(trained)
     pool = [
         open_vector(name, source, base)
         for name, source in sources.items()
