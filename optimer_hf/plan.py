@@ -28,7 +28,7 @@ from optimer_hf.files import Reference, digest, markdown_table
 from optimer_hf.progress import Meter
 from optimer_hf.pull import Input, inputs_of
 from optimer_hf.resident import ResidentModel, default_device
-from optimer_hf.study import SearchConfig, StudyConfig
+from optimer_hf.study import StudyConfig
 from optimer_hf.train import TrainConfig, train
 from optimer_hf.vector import open_vector
 
@@ -168,7 +168,8 @@ def _probed(
             meter.advance(1)
         trained = {n: str(Path(scratch) / _key(training)) for n, training in trainings.items()}
         evaluator = _evaluator(config, base, trained)
-        evaluator.evaluate(terms[:1], limits={terms[0].label: 1})  # the first call is slower
+        for term in terms[:1]:  # the first call is slower
+            evaluator.evaluate([term], limits={term.label: 1})
         for term in terms:
             began = perf_counter()
             scored = evaluator.evaluate([term], limits={term.label: PROBE_ITEMS})[term.label]
@@ -240,7 +241,7 @@ def _stages(
         for name, training in trainings.items()
         for rate in [probe.token_rates[_key(training)]]
     ]
-    stages += _searching(config, config.search, config.objective.limit, probe, "")
+    stages += _searching(config, probe, "")
     if not is_run or config.test is None:
         return stages
     each = config.baselines
@@ -251,7 +252,7 @@ def _stages(
     slowest = min(probe.token_rates.values(), default=1.0)
     stages.append(Stage("mixtures", f"{mixed:,} tokens", mixed / slowest))
     for name, settings in each.searches.items():
-        stages += _searching(config, settings, settings.limit, probe, f"{name}: ")
+        stages += _searching(config.searched_otherwise(settings), probe, f"{name}: ")
     n_rows = _n_rows(config)
     limits = {term.label: config.test.limit_of(term) for term in config.test.at("rescore")}
     items, seconds = _scoring(config.test.at("rescore"), limits, probe)
@@ -259,17 +260,16 @@ def _stages(
     return stages
 
 
-def _searching(
-    config: StudyConfig, search: SearchConfig, limit: int | None, probe: Probe, prefix: str
-) -> list[Stage]:
-    """Return the trials and re-scorings of a search; `limit` is that of terms without their own."""
-    terms = config.objective.at("search")
-    limits = {term.label: term.limit if term.limit is not None else limit for term in terms}
+def _searching(config: StudyConfig, probe: Probe, prefix: str) -> list[Stage]:
+    """Return the trials and re-scorings of the search of a study."""
+    search, objective = config.search, config.objective
+    terms = objective.at("search")
+    limits = {term.label: objective.limit_of(term) for term in terms}
     items, seconds = _scoring(terms, limits, probe)
     work = f"{search.n_trials} trials of {items:,} items"
     stages = [Stage(f"{prefix}search", work, search.n_trials * seconds)]
     if search.rescore_top:
-        again = config.objective.at("rescore")
+        again = objective.at("rescore")
         items, seconds = _scoring(again, {t.label: search.rescore_limit for t in again}, probe)
         n = search.rescore_top + 1
         work = f"{n} trials of {items:,} items"

@@ -23,7 +23,7 @@ from optimer_hf import compare, geometry
 from optimer_hf.compare import MERGE, Comparison, Row
 from optimer_hf.convert import resolve_base
 from optimer_hf.errors import ModelError, OptimerError
-from optimer_hf.evaluate import gains
+from optimer_hf.evaluate import Interval, gains
 from optimer_hf.files import write_text
 from optimer_hf.ledger import PHASES, ledger
 from optimer_hf.retarget import front
@@ -136,7 +136,7 @@ def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
     yield _slices(study, posterior, trials, unit)
     yield _terms(study, comparison)
     if comparison is not None:
-        yield _sealed(comparison)
+        yield _sealed(comparison, unit)
     if len([t for t in study.config.objective.terms if t.weight > 0]) >= NO_PAIR:
         yield _front(study, trials)
     if vectors and (found := _cosines(study)) is not None:
@@ -344,28 +344,34 @@ def _of_search(study: Study) -> Comparison:
     return Comparison(rows, study.config.objective, {})
 
 
-def _draw_interval(axis: "Axes", at: float, interval: Any, marked: bool) -> None:
-    middle, low, high = (100 * v for v in (interval.difference, interval.low, interval.high))
+def _draw_interval(
+    axis: "Axes", at: float, interval: Interval, marked: bool, factor: float = 100.0
+) -> None:
+    middle, low, high = (factor * v for v in (interval.difference, interval.low, interval.high))
     colour = COLOURS[1] if marked else COLOURS[0]
     axis.plot([low, high], [at, at], color=colour, linewidth=1.4)
     axis.plot(middle, at, "o", color=colour, markersize=4)
 
 
-def _sealed(comparison: Comparison) -> Panel:
+def _sealed(comparison: Comparison, unit: Unit) -> Panel:
     rows = sorted(comparison.rows[1:], key=comparison.value)
     figure, axes = _figure(0.8 + 0.2 * len(rows))
     for at, row in enumerate(rows):
-        _draw_interval(axes[0], at, comparison.interval(row, comparison.base), not row.is_baseline)
+        interval = comparison.interval(row, comparison.base)
+        _draw_interval(axes[0], at, interval, not row.is_baseline, unit.factor)
     axes[0].axvline(0, color=INK, linewidth=0.7)
     axes[0].set_yticks(range(len(rows)), [_short(row.title) for row in rows], fontsize=8)
-    axes[0].set_xlabel("objective over the base, %, paired 95 % interval")
-    values = "; ".join(f"{row.title} {100 * comparison.value(row):+.2f}" for row in reversed(rows))
+    axes[0].set_xlabel(f"{unit.text}, paired 95 % interval")
+    base = comparison.value(comparison.base)
+    values = "; ".join(
+        f"{row.title} {unit.show(comparison.value(row) - base)}" for row in reversed(rows)
+    )
     told = compare.verdicts(comparison)[0]
     return Panel(
         "sealed",
         "Everything on the sealed test",
         f"{told[0].upper()}{told[1:]}",
-        f"Objective of every row over the base in percent: {values}.",
+        f"Objective of every row over the base: {values}.",
         figure,
     )
 

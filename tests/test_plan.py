@@ -49,7 +49,10 @@ def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Pat
     config, trainings = load(Run(recipe_dir, tmp_path / "out", False))
     more = config.model_dump() | {
         "baselines": {
-            "searches": {"chance": {"surrogate": "random", "n_trials": 5, "limit": 3}},
+            "searches": {
+                "chance": {"surrogate": "random", "n_trials": 5, "limit": 3},
+                "longer": {"n_trials": 9},
+            },
             "mixtures": {"mixed": {"budget": "one"}},
             "merge_methods": ["ties"],
         }
@@ -58,6 +61,7 @@ def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Pat
     work = {stage.name: stage.work for stage in found.stages}
     assert work["mixtures"] == "1,024 tokens"
     assert work["chance: search"] == "5 trials of 9 items"
+    assert work["longer: search"].removeprefix("9") == work["search"].removeprefix("7")
 
 
 def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(tmp_path: Path):

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 from test_compare import with_test
-from test_search import FunctionPool, config_of
+from test_search import FunctionPool, config_of, failing_at
 
 from optimer_hf import compare
 from optimer_hf.cli import main
@@ -125,6 +125,32 @@ def test_a_study_of_one_vector_has_a_report(tmp_path):
     found = search(config, tmp_path / "s", pool=FunctionPool)
     panels = write_report(found, tmp_path / "r.html")
     assert "cosines" not in {panel.name for panel in panels}
+
+
+@pytest.mark.parametrize("combine", ["weighted_mean", "worst"])
+def test_every_way_to_combine_terms_has_a_report(tmp_path, combine):
+    config = with_test(search={"n_trials": 7, "rescore_top": 2})
+    data = config.model_dump()
+    for part in ("objective", "test"):
+        data[part]["combine"] = combine
+    found = search(type(config).model_validate(data), tmp_path / "s", pool=FunctionPool)
+    compare.compare(found, pool=FunctionPool)
+    panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
+    assert set(panels) == set(FIGURES)
+    percent = " %" in panels["sealed"].shows
+    assert percent == (combine == "worst")
+
+
+def test_crashed_trials_and_constraints_leave_a_report(tmp_path):
+    objective = {
+        "terms": [{"task": name, "metric": "loss"} for name in "tu"],
+        "constraints": [{"task": "q", "metric": "loss", "max_relative_to_base": 0.1}],
+    }
+    config = config_of(objective=objective, search={"n_trials": 9, "rescore_top": 2})
+    pool = failing_at({7: RuntimeError("no")})
+    found = search(config, tmp_path / "s", pool=pool)
+    assert any(trial.status == "crashed" for trial in found.log.of("search"))
+    assert write_report(found, tmp_path / "r.html")
 
 
 def test_an_empty_study_is_refused(study, tmp_path):
