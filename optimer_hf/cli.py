@@ -171,8 +171,9 @@ def _n_tokens(text: str | None) -> int | None:
 @click.argument("train_yaml", type=PATH)
 @click.argument("out", type=PATH)
 def train(train_yaml: Path, out: Path) -> None:
-    """Continually pre-train one model and write it as a vector; `accelerate launch -m optimer_hf
-    train` uses many GPUs.
+    """Continually pre-train one model and write it as a vector.
+
+    `accelerate launch -m optimer_hf train` uses many GPUs.
     """
     from optimer_hf.convert import resolve_base
     from optimer_hf.train import TrainConfig
@@ -217,8 +218,9 @@ def extract(
     block_size: int,
     from_adapter: bool,
 ) -> None:
-    """Write the vector TUNED minus BASE as a delta directory; TUNED is a checkpoint or an
-    adapter.
+    """Write the vector TUNED minus BASE as a delta directory.
+
+    TUNED is a checkpoint or an adapter.
     """
     from optimer_hf.convert import resolve_base, resolve_model
     from optimer_hf.files import absolute_reference, require_empty

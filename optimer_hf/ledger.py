@@ -13,12 +13,12 @@ from typing import Any
 from optimer_hf.study import Study, Trial
 from optimer_hf.vector import read_record
 
-PHASES = ("ask", "merge", "evaluate", "forward")
+PHASES = ("ask", "merge", "evaluate", "forward", "cpu")
 
 
 def trial_ledger(trials: Sequence[Trial]) -> dict[str, Any]:
-    """Return count, items, tokens and seconds of trials by phase, and the share that is not the
-    model's forward pass.
+    """Return count, items, tokens and seconds of trials by phase, their CPU-seconds (asking
+    aside), and the share that is not the model's forward pass.
     """
     total = {phase: sum(trial.seconds.get(phase, 0.0) for trial in trials) for phase in PHASES}
     spent = total["ask"] + total["merge"] + total["evaluate"]
@@ -27,6 +27,7 @@ def trial_ledger(trials: Sequence[Trial]) -> dict[str, Any]:
         "items": sum(len(score.items) for trial in trials for score in trial.terms.values()),
         "tokens": sum(trial.n_tokens for trial in trials),
         "seconds": round(spent, 1),
+        "cpu_seconds": round(total["cpu"], 1),
         "ask": round(total["ask"], 2),
         "merge": round(total["merge"], 2),
         "forward": round(total["forward"], 1),

@@ -350,23 +350,15 @@ def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
         json.loads((_vector_dir(run, name) / "training.json").read_text(encoding="utf-8"))
         for name in names
     ]
-    seconds = sum(record["training"]["seconds"] for record in records)
-    tokens = sum(record["training"]["n_tokens"] for record in records)
     if records:
-        entries["train"] = {
-            "seconds": round(seconds, 1),
-            "tokens": tokens,
-            "tokens_per_second": round(tokens / seconds),
-        }
+        entries["train"] = _training_entry([record["training"] for record in records])
     entries |= ledger(study)
     mixed = [
         json.loads(file.read_text(encoding="utf-8"))["training"]
         for file in sorted((run.out / "mixtures").glob("*/training.json"))
     ]
     if mixed:
-        seconds = sum(record["seconds"] for record in mixed)
-        tokens = sum(record["n_tokens"] for record in mixed)
-        entries["mixtures"] = {"n": len(mixed), "seconds": round(seconds, 1), "tokens": tokens}
+        entries["mixtures"] = {"n": len(mixed)} | _training_entry(mixed)
     others = sorted((run.out / "study" / "searches").glob("*/trials.jsonl"))
     if others:
         entries["other searches"] = trial_ledger([t for o in others for t in TrialLog(o).trials])
@@ -374,6 +366,17 @@ def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
     if sealed.exists():
         entries["sealed"] = trial_ledger(TrialLog(sealed).trials)
     return entries
+
+
+def _training_entry(records: list[Mapping[str, Any]]) -> dict[str, Any]:
+    seconds = sum(record["seconds"] for record in records)
+    tokens = sum(record["n_tokens"] for record in records)
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(record.get("cpu_seconds", 0.0) for record in records), 1),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds),
+    }
 
 
 def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -> str:

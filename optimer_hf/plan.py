@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import psutil
@@ -25,7 +24,7 @@ from optimer_hf.convert import ResolvedModel, resolve_base
 from optimer_hf.errors import ModelError
 from optimer_hf.evaluate import Evaluator, Term
 from optimer_hf.files import Reference, digest, markdown_table
-from optimer_hf.progress import Meter
+from optimer_hf.progress import Cost, Meter
 from optimer_hf.pull import Input, inputs_of
 from optimer_hf.resident import ResidentModel, default_device
 from optimer_hf.study import StudyConfig
@@ -41,11 +40,11 @@ FREE_SHARE = 0.9  # of memory and disk that a run may fill
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: its work, and the seconds it is expected to take."""
+    """One stage of a run: its work, and the time it is expected to take."""
 
     name: str
     work: str
-    seconds: float
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,20 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
-    def seconds(self) -> float:
+    def cost(self) -> Cost:
         """Of all stages."""
-        return sum(stage.seconds for stage in self.stages)
+        return sum((stage.cost for stage in self.stages), Cost())
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured: seconds an item by term, tokens a second of training by config, and bytes
-    of what a training leaves behind.
+    """What was measured: the time of an item by term and of a token of training by config, and
+    bytes of what a training leaves behind.
     """
 
-    item_seconds: Mapping[str, float]
+    item_costs: Mapping[str, Cost]
     n_items: Mapping[str, int]
-    token_rates: Mapping[str, float]
+    token_costs: Mapping[str, Cost]
     vector_bytes: Mapping[str, int]
 
 
@@ -122,7 +121,9 @@ def plan(
             f"{config.base_model}: a training step does not fit into the accelerator's memory "
             f"({error}). Lower trainer.per_device_train_batch_size or block_size, or train a LoRA."
         ) from None
-    stages = [stage for stage in _stages(config, trainings, probe, is_run) if stage.seconds > 0]
+    stages = [
+        stage for stage in _stages(config, trainings, probe, is_run) if stage.cost.seconds > 0
+    ]
     model_bytes = sum(file.stat().st_size for file in base.path.glob("*.safetensors"))
     disk = sum(probe.vector_bytes[_key(training)] for training in trainings.values())
     disk += max(probe.vector_bytes.values(), default=0) * len(config.baselines.mixtures)
@@ -158,25 +159,25 @@ def _probed(
 ) -> Probe:
     kinds = {_key(training): training for training in trainings.values()}
     terms = _terms(config)
-    rates, sizes, seconds, counts = {}, {}, {}, {}
+    token_costs, sizes, item_costs, counts = {}, {}, {}, {}
     with (
         tempfile.TemporaryDirectory() as scratch,
         Meter("probe", len(kinds) + len(terms), "parts") as meter,
     ):
         for key, training in kinds.items():
-            rates[key], sizes[key] = _training_rate(training, Path(scratch) / key)
+            token_costs[key], sizes[key] = _training_cost(training, Path(scratch) / key)
             meter.advance(1)
         trained = {n: str(Path(scratch) / _key(training)) for n, training in trainings.items()}
         evaluator = _evaluator(config, base, trained)
         for term in terms[:1]:  # the first call is slower
             evaluator.evaluate([term], limits={term.label: 1})
         for term in terms:
-            began = perf_counter()
+            began = Cost.now()
             scored = evaluator.evaluate([term], limits={term.label: PROBE_ITEMS})[term.label]
-            seconds[_item_key(term)] = (perf_counter() - began) / len(scored.items)
+            item_costs[_item_key(term)] = began.since() * (1 / len(scored.items))
             counts[_item_key(term)] = evaluator.n_items(term)
             meter.advance(1)
-    return Probe(seconds, counts, rates, sizes)
+    return Probe(item_costs, counts, token_costs, sizes)
 
 
 def _terms(config: StudyConfig) -> list[Term]:
@@ -206,8 +207,8 @@ def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, s
     return Evaluator(resident.model, tokenizer, objectives)
 
 
-def _training_rate(config: TrainConfig, out: Path) -> tuple[float, int]:
-    """Train a few real steps into `out`; return tokens a second, and the bytes left behind."""
+def _training_cost(config: TrainConfig, out: Path) -> tuple[Cost, int]:
+    """Train a few real steps into `out`; return the time of a token, and the bytes left behind."""
     settings = config.trainer
     blocks = int(settings.get("per_device_train_batch_size", 8))
     blocks *= int(settings.get("gradient_accumulation_steps", 1))
@@ -216,7 +217,7 @@ def _training_rate(config: TrainConfig, out: Path) -> tuple[float, int]:
     train(config.model_copy(update={"max_tokens": n_tokens}), out)
     record = json.loads((out / "training.json").read_text(encoding="utf-8"))["training"]
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return record["n_tokens"] / max(record["seconds"], 1e-9), n_bytes
+    return Cost(record["seconds"], record["cpu_seconds"]) * (1 / record["n_tokens"]), n_bytes
 
 
 def _key(training: TrainConfig) -> str:
@@ -237,9 +238,12 @@ def _stages(
 ) -> list[Stage]:
     tokens = {name: training.max_tokens or 0 for name, training in trainings.items()}
     stages = [
-        Stage(f"train {name}", f"{tokens[name]:,} tokens", tokens[name] / rate)
+        Stage(
+            f"train {name}",
+            f"{tokens[name]:,} tokens",
+            probe.token_costs[_key(training)] * tokens[name],
+        )
         for name, training in trainings.items()
-        for rate in [probe.token_rates[_key(training)]]
     ]
     stages += _searching(config, probe, "")
     if not is_run or config.test is None:
@@ -249,14 +253,14 @@ def _stages(
         sum(tokens.values()) // (1 if mixture.budget == "all" else max(len(tokens), 1))
         for mixture in each.mixtures.values()
     )
-    slowest = min(probe.token_rates.values(), default=1.0)
-    stages.append(Stage("mixtures", f"{mixed:,} tokens", mixed / slowest))
+    slowest = max(probe.token_costs.values(), key=lambda cost: cost.seconds, default=Cost())
+    stages.append(Stage("mixtures", f"{mixed:,} tokens", slowest * mixed))
     for name, settings in each.searches.items():
         stages += _searching(config.searched_otherwise(settings), probe, f"{name}: ")
     n_rows = _n_rows(config)
     limits = {term.label: config.test.limit_of(term) for term in config.test.at("rescore")}
-    items, seconds = _scoring(config.test.at("rescore"), limits, probe)
-    stages.append(Stage("sealed test", f"{n_rows} rows of {items:,} items", n_rows * seconds))
+    items, cost = _scoring(config.test.at("rescore"), limits, probe)
+    stages.append(Stage("sealed test", f"{n_rows} rows of {items:,} items", cost * n_rows))
     return stages
 
 
@@ -265,30 +269,30 @@ def _searching(config: StudyConfig, probe: Probe, prefix: str) -> list[Stage]:
     search, objective = config.search, config.objective
     terms = objective.at("search")
     limits = {term.label: objective.limit_of(term) for term in terms}
-    items, seconds = _scoring(terms, limits, probe)
+    items, cost = _scoring(terms, limits, probe)
     work = f"{search.n_trials} trials of {items:,} items"
-    stages = [Stage(f"{prefix}search", work, search.n_trials * seconds)]
+    stages = [Stage(f"{prefix}search", work, cost * search.n_trials)]
     if search.rescore_top:
         again = objective.at("rescore")
-        items, seconds = _scoring(again, {t.label: search.rescore_limit for t in again}, probe)
+        items, cost = _scoring(again, {t.label: search.rescore_limit for t in again}, probe)
         n = search.rescore_top + 1
         work = f"{n} trials of {items:,} items"
-        stages.append(Stage(f"{prefix}re-score", work, n * seconds))
+        stages.append(Stage(f"{prefix}re-score", work, cost * n))
     return stages
 
 
 def _scoring(
     terms: Sequence[Term], limits: Mapping[str, int | None], probe: Probe
-) -> tuple[int, float]:
-    """Return the items and seconds of scoring terms once."""
-    n_items, seconds = 0, 0.0
+) -> tuple[int, Cost]:
+    """Return the items and time of scoring terms once."""
+    n_items, cost = 0, Cost()
     for term in terms:
         if term.function is None:
             n = probe.n_items[_item_key(term)]
             n = n if limits[term.label] is None else min(n, int(limits[term.label] or 0))
             n_items += n
-            seconds += n * probe.item_seconds[_item_key(term)]
-    return n_items, seconds
+            cost += probe.item_costs[_item_key(term)] * n
+    return n_items, cost
 
 
 def _n_rows(config: StudyConfig) -> int:
@@ -304,13 +308,13 @@ def _n_rows(config: StudyConfig) -> int:
 
 def to_json(found: Plan) -> dict[str, Any]:
     """Return a plan as JSON values."""
-    return asdict(found) | {"seconds": round(found.seconds, 1)}
+    return asdict(found) | {"cost": asdict(found.cost)}
 
 
 def to_markdown(found: Plan) -> str:
     """Return a plan as a table and a few lines."""
-    rows = [[stage.name, stage.work, _clock(stage.seconds)] for stage in found.stages]
-    rows.append(["together", "", _clock(found.seconds)])
+    rows = [[stage.name, stage.work, _clock(stage.cost.seconds)] for stage in found.stages]
+    rows.append(["together", "", _clock(found.cost.seconds)])
     lines = [markdown_table(["stage", "work", "time"], rows)]
     device = f", {_size(found.device_bytes)} on the accelerator" if found.device_bytes else ""
     lines.append(f"memory: {_size(found.memory_bytes)}{device}")
@@ -328,23 +332,32 @@ def said(each: Input) -> str:
 
 def against(planned: Mapping[str, Any], ledger: Mapping[str, Any], peak_bytes: int) -> str:
     """Return a plan, as JSON values, beside what the run took, by stage, as Markdown."""
-    expected: dict[str, float] = {}
+    expected: dict[str, Cost] = {}
     for stage in planned["stages"]:
         key = _ledger_key(stage["name"])
-        expected[key] = expected.get(key, 0.0) + stage["seconds"]
-    rows = [
-        [key, f"{seconds:,.0f} s", f"{taken:,.0f} s", f"{seconds / max(taken, 1e-9):.2f}"]
-        for key, seconds in expected.items()
-        if (taken := float(ledger.get(key, {}).get("seconds", 0.0)))
-    ]
-    known = [key for key in expected if ledger.get(key, {}).get("seconds")]
-    sums = [sum(expected[k] for k in known), sum(float(ledger[k]["seconds"]) for k in known)]
-    whole = f"{sums[0] / max(sums[1], 1e-9):.2f}"
-    rows.append(["together", f"{sums[0]:,.0f} s", f"{sums[1]:,.0f} s", whole])
+        expected[key] = expected.get(key, Cost()) + Cost(**stage["cost"])
+    taken = {
+        key: Cost(entry["seconds"], entry["cpu_seconds"])
+        for key in expected
+        if (entry := ledger.get(key, {})).get("cpu_seconds")
+    }
+    rows = [_side_by_side(key, expected[key], cost) for key, cost in taken.items()]
+    together = [sum((costs[key] for key in taken), Cost()) for costs in (expected, taken)]
+    rows.append(_side_by_side("together", *together))
+    header = ["stage", "planned", "taken", "ratio", "CPU-seconds planned", "taken", "ratio"]
     planned_bytes = int(planned["memory_bytes"])
     ratio = f"{planned_bytes / max(peak_bytes, 1):.2f}"
-    rows.append(["memory", _size(planned_bytes), _size(peak_bytes), ratio])
-    return markdown_table(["stage", "planned", "taken", "ratio"], rows)
+    memory = f"Memory: planned {_size(planned_bytes)}, taken {_size(peak_bytes)}, ratio {ratio}"
+    return f"{markdown_table(header, rows)}\n{memory}\n"
+
+
+def _side_by_side(name: str, planned: Cost, taken: Cost) -> list[str]:
+    pairs = [(planned.seconds, taken.seconds), (planned.cpu_seconds, taken.cpu_seconds)]
+    return [name] + [
+        text
+        for left, right in pairs
+        for text in (f"{left:,.0f} s", f"{right:,.0f} s", f"{left / max(right, 1e-9):.2f}")
+    ]
 
 
 def _ledger_key(name: str) -> str:

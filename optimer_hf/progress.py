@@ -1,4 +1,5 @@
-"""Progress of long work: a rich bar on a terminal, a plain log line every few seconds elsewhere.
+"""Progress of long work: a rich bar on a terminal, a plain log line every few seconds elsewhere;
+and what work has cost.
 
 Comes before every stage that takes more than two seconds. Nothing here is stored; figures that last
 belong to the ledger of the stage.
@@ -6,7 +7,8 @@ belong to the ledger of the stage.
 
 import logging
 import sys
-from time import perf_counter
+from dataclasses import dataclass
+from time import perf_counter, process_time
 from types import TracebackType
 from typing import Self
 
@@ -15,6 +17,29 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds on the clock, and CPU-seconds of all threads of this process."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @classmethod
+    def now(cls) -> "Cost":
+        """Return both counters; only their differences mean anything."""
+        return cls(perf_counter(), process_time())
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
+
+    def __mul__(self, n: float) -> "Cost":
+        return Cost(self.seconds * n, self.cpu_seconds * n)
+
+    def since(self) -> "Cost":
+        """Return what has been spent since this moment."""
+        return Cost.now() + self * -1
 
 
 class Meter:

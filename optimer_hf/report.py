@@ -25,7 +25,7 @@ from optimer_hf.convert import resolve_base
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.evaluate import Interval, gains
 from optimer_hf.files import write_text
-from optimer_hf.ledger import PHASES, ledger
+from optimer_hf.ledger import ledger
 from optimer_hf.retarget import front
 from optimer_hf.study import Study, Surrogate, Trial, surrogate_of, to_unit
 from optimer_hf.vector import VectorFile, read_record
@@ -537,7 +537,7 @@ def _ledger(study: Study) -> Panel:
     )
 
 
-_PARTS = (*(phase for phase in PHASES if phase != "evaluate"), "harness")
+_PARTS = ("ask", "merge", "forward", "harness")
 
 
 def _pinned(study: Study) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from optimer_hf.study import (
     open_study,
     say_what_tells_nothing,
 )
+from optimer_hf.tracking import Tracker
 from optimer_hf.trial import Pool, ResidentPool, run_trial
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,11 @@ def search(
                 "search: %d trials are recorded, nothing to do", len(study.log.of("search"))
             )
             return study
+        tracker = Tracker(config.search.report_to, directory)  # what it lacks is said at once
         chosen = nullcontext(runner) if runner else _runner(config, pool, n_workers, scheduler)
-        with chosen as opened:
+        with chosen as opened, tracker:
             warn_of_reported_benchmarks(config.objective)
-            _run_search(study, opened, planned or {})
+            _run_search(study, opened, planned or {}, tracker)
             _run_rescore(study, opened)
     say_what_tells_nothing(study)
     return study
@@ -116,7 +118,10 @@ def _runner(
 
 
 def _run_search(
-    study: Study, runner: Runner, planned: Mapping[int, tuple[str, Mapping[str, float]]]
+    study: Study,
+    runner: Runner,
+    planned: Mapping[int, tuple[str, Mapping[str, float]]],
+    tracker: Tracker,
 ) -> None:
     config = study.config
     done = {trial.number for trial in study.log.of("search")}
@@ -142,6 +147,7 @@ def _run_search(
             study.log.append(finished)
             plan.tell(finished)
             meter.advance(1, _note(study, finished))
+            tracker.log(finished.number, _figures(study, finished))
 
 
 class _Plan:
@@ -192,13 +198,27 @@ def _check_sound(study: Study, finished: Trial) -> None:
 def _note(study: Study, trial: Trial) -> str:
     if trial.status == "crashed":
         return "crashed"
-    objective = study.config.objective
-    best = max(
+    return f"{study.value(trial):+.4f}, best {_best(study):+.4f}"
+
+
+def _best(study: Study) -> float:
+    """Return the best value of the trials so far that break no constraint."""
+    return max(
         study.value(t)
         for t in study.log.of("search")
-        if t.status == "ok" and feasible(objective, t.terms, study.base)
+        if t.status == "ok" and feasible(study.config.objective, t.terms, study.base)
     )
-    return f"{study.value(trial):+.4f}, best {best:+.4f}"
+
+
+def _figures(study: Study, trial: Trial) -> dict[str, float]:
+    """Return what a tracking tool shows of a trial: weights, and what they scored unless it
+    crashed.
+    """
+    figures = {f"weight/{name}": weight for name, weight in trial.weights.items()}
+    if trial.status == "ok":
+        figures |= {"objective": study.value(trial), "best": _best(study)}
+        figures |= {f"score/{label}": score.score for label, score in trial.terms.items()}
+    return figures
 
 
 def _run_rescore(study: Study, runner: Runner) -> None:

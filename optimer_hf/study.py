@@ -83,7 +83,8 @@ class SearchConfig(FileModel):
     value, SMAC's random forest, or none. `total`: bounds of the sum of the searched weights, which
     makes the search one over directions and scales. `pareto`: spread the trials along the front of
     the terms, another weighting of them for each (after ParEGO; Knowles, IEEE TEVC 2006), instead
-    of seeking the one optimum of the objective.
+    of seeking the one optimum of the objective. `report_to`: where trials are shown as they come,
+    by the names of the HF Trainer's `report_to` (tensorboard, wandb, ...).
     """
 
     n_trials: int = Field(default=30, gt=0)
@@ -93,6 +94,7 @@ class SearchConfig(FileModel):
     seed: int = 0
     rescore_top: int = Field(default=3, ge=0)
     rescore_limit: int | None = Field(default=None, gt=0)
+    report_to: list[str] = []
 
 
 class SearchBaseline(SearchConfig):
@@ -239,7 +241,7 @@ class StudyConfig(VersionedFile):
     def identity(self) -> dict[str, Any]:
         """What must not change while a study goes on: all that decides its trials."""
         data = self.model_dump(mode="json", exclude={"retarget", "baselines"})
-        del data["search"]["n_trials"]
+        del data["search"]["n_trials"], data["search"]["report_to"]
         return data
 
     @property

@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -42,7 +41,7 @@ from optimer_hf.files import (
     write_text,
 )
 from optimer_hf.head import fuse_loss
-from optimer_hf.progress import Meter
+from optimer_hf.progress import Cost, Meter
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -64,7 +63,7 @@ RESERVED_TRAINER_FIELDS = {
     "seed": "`seed`",
     "data_seed": "`seed`",
 }
-SECONDS_FILE = "seconds.json"
+SPENT_FILE = "spent.json"
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -181,11 +180,11 @@ def train(config: TrainConfig, out: Path) -> Path:
     base = resolve_base(config.base_model)
     trainer = build_trainer(config, base, packed, out)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
-    before, started = _seconds_before(out), perf_counter()
+    before, started = _spent_before(out), Cost.now()
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
         trainer.train(resume_from_checkpoint=_last_checkpoint(out))
         if state.is_main_process:
-            _save(config, base, packed, trainer, out, before + perf_counter() - started)
+            _save(config, base, packed, trainer, out, before + started.since())
     state.wait_for_everyone()
     return out
 
@@ -261,7 +260,7 @@ def build_trainer(
         args=arguments,
         train_dataset=packed,  # any object with __len__ and __getitem__ is a data set
         data_collator=default_data_collator,
-        callbacks=[_callback(config, _seconds_before(out))],
+        callbacks=[_callback(config, _spent_before(out))],
     )
     trainer.remove_callback(PrinterCallback)  # it prints on stdout, where results go
     return trainer
@@ -335,22 +334,20 @@ def _refuse_untying(model: Any, modules_to_save: Any, base: ResolvedModel) -> No
         )
 
 
-def _callback(config: TrainConfig, earlier_seconds: float) -> "TrainerCallback":
-    """Return what shows progress, and keeps the seconds spent beside every checkpoint."""
+def _callback(config: TrainConfig, earlier: Cost) -> "TrainerCallback":
+    """Return what shows progress, and keeps the time spent beside every checkpoint."""
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
         meter: Meter
         loss = float("nan")
-        started = perf_counter()
-
-        def seconds(self) -> float:
-            return earlier_seconds + perf_counter() - self.started
+        started = Cost.now()
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_text(folder / SECONDS_FILE, json.dumps(self.seconds()))
+                spent = dataclasses.asdict(earlier + self.started.since())
+                write_text(folder / SPENT_FILE, json.dumps(spent))
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.n_tokens = _tokens_per_step(config, args)
@@ -401,11 +398,11 @@ def _tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
     return int(n_blocks * config.block_size)
 
 
-def _seconds_before(out: Path) -> float:
-    """Return the seconds of training that the checkpoint to go on from stands for."""
+def _spent_before(out: Path) -> Cost:
+    """Return the time of training that the checkpoint to go on from stands for."""
     checkpoint = _last_checkpoint(out)
-    file = Path(checkpoint or out) / SECONDS_FILE
-    return float(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else 0.0
+    file = Path(checkpoint or out) / SPENT_FILE
+    return Cost(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else Cost()
 
 
 def _last_checkpoint(out: Path) -> str | None:
@@ -432,7 +429,7 @@ def _save(
     packed: PackedCorpus,
     trainer: "Trainer",
     out: Path,
-    seconds: float,
+    spent: Cost,
 ) -> None:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if config.lora is not None:
@@ -447,7 +444,7 @@ def _save(
         missing_ok=True
     )  # PEFT's card template; ours is written when the vector is pushed
     write_text(
-        out / "training.json", json.dumps(_record(config, base, packed, trainer, seconds), indent=2)
+        out / "training.json", json.dumps(_record(config, base, packed, trainer, spent), indent=2)
     )
     (out / "started.json").unlink(missing_ok=True)
     (out / "blocks.npy").unlink(missing_ok=True)
@@ -459,7 +456,7 @@ def _record(
     base: ResolvedModel,
     packed: PackedCorpus,
     trainer: "Trainer",
-    seconds: float,
+    spent: Cost,
 ) -> Mapping[str, Any]:
     """Return what a reader of the vector needs to know; no path of this machine."""
     history = trainer.state.log_history
@@ -485,7 +482,8 @@ def _record(
             "n_tokens": trainer.state.global_step * _tokens_per_step(config, trainer.args),
             "losses": losses,
             **({"norms": norms} if norms else {}),
-            "seconds": round(seconds, 2),
+            "seconds": round(spent.seconds, 2),
+            "cpu_seconds": round(spent.cpu_seconds, 2),
         },
         "versions": {name: version(name) for name in VERSIONED_PACKAGES},
     }

@@ -15,6 +15,7 @@ from typing import Protocol
 from optimer_hf.convert import resolve_base
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoint
+from optimer_hf.progress import Cost
 from optimer_hf.resident import ResidentModel, default_device
 from optimer_hf.study import StudyConfig, Trial, VectorConfig
 from optimer_hf.vector import open_vector
@@ -94,6 +95,7 @@ def run_trial(
     pool: Pool, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]
 ) -> Trial:
     """Return the trial with its scores; a failure is recorded with its traceback, not raised."""
+    started = Cost.now()
     try:
         scores, seconds, n_tokens = pool.score(trial.weights, terms, limits)
     except ModelError:
@@ -102,5 +104,6 @@ def run_trial(
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
         logger.warning("trial %d crashed: %s", trial.number, error)
         return replace(trial, status="crashed", error=text)
-    rounded = {phase: round(value, 4) for phase, value in (trial.seconds | seconds).items()}
+    seconds = trial.seconds | seconds | {"cpu": started.since().cpu_seconds}
+    rounded = {phase: round(value, 4) for phase, value in seconds.items()}
     return replace(trial, terms=scores, seconds=rounded, n_tokens=n_tokens)

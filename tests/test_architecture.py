@@ -32,6 +32,7 @@ ORDER = [
     "study",
     "trial",
     "workers",
+    "tracking",
     "smac_parts",
     "ask",
     "search",

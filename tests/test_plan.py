@@ -19,7 +19,9 @@ def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_pat
     planned = json.loads(result.stdout)
     work = {stage["name"]: stage["work"] for stage in planned["stages"]}
     assert work["train aaa"] == work["train xyz"] == "1,024 tokens"
-    assert all(stage["seconds"] > 0 for stage in planned["stages"])
+    assert all(
+        stage["cost"][key] > 0 for stage in planned["stages"] for key in ("seconds", "cpu_seconds")
+    )
     assert planned["memory_bytes"] > 50e6 and planned["downloads"] == []
 
     assert optimer("run", recipe_dir, out).exit_code == 0
@@ -32,7 +34,8 @@ def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_pat
     assert int(rows) >= spent["sealed"]["n"]  # rows with equal weights are scored once
     assert spent["sealed"]["items"] == spent["sealed"]["n"] * int(items.split()[0])
     table = (out / "results.md").read_text().partition("## Planned and taken")[2]
-    assert all(f"| {stage} |" in table for stage in ("train", "search", "sealed", "memory"))
+    assert all(f"| {stage} |" in table for stage in ("train", "search", "sealed", "together"))
+    assert "Memory: planned" in table
 
 
 def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_path: Path):  # noqa: F811

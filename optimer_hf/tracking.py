@@ -1,0 +1,55 @@
+"""Trials in TensorBoard, Weights & Biases, or whatever else the HF Trainer reports to.
+
+Finished trials come in; the Trainer's own reporting callbacks carry them out, so that a search and
+the trainings of its vectors stand side by side in one tool. What a reader would not guess: the step
+of a trial is its number, and the callbacks put `train/` before every name.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import ConfigError
+
+
+class Tracker:
+    """Sends figures of trials to the tools named in `search.report_to`; a context manager."""
+
+    def __init__(self, report_to: Sequence[str], directory: Path) -> None:
+        """Open the tools; TensorBoard writes to `directory`/runs.
+
+        Raises ConfigError for a tool that transformers does not know, or that is not installed.
+        """
+        self._callbacks: list[Any] = []
+        if not report_to:
+            return
+        from transformers import TrainerControl, TrainerState, TrainingArguments
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        name = str(directory.resolve().name)
+        try:
+            self._callbacks = [
+                callback() for callback in get_reporting_integration_callbacks(list(report_to))
+            ]
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ConfigError(f"search.report_to: {error}") from error
+        self._args = TrainingArguments(
+            output_dir=str(directory), report_to="none", run_name=name, use_cpu=True
+        )
+        self._state, self._control = TrainerState(), TrainerControl()
+
+    def __enter__(self) -> "Tracker":
+        self._call("on_train_begin")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._call("on_train_end")
+
+    def log(self, number: int, values: Mapping[str, float]) -> None:
+        """Send the figures of trial `number`."""
+        self._call("on_log", step=number, logs=dict(values))
+
+    def _call(self, event: str, step: int = 0, **values: Any) -> None:
+        for callback in self._callbacks:
+            self._state.global_step = step
+            getattr(callback, event)(self._args, self._state, self._control, model=None, **values)
