@@ -1,7 +1,7 @@
 """Our search against Optuna's TPE, CMA-ES, random search and stock SMAC, side by side in one run.
 
     pip install optuna cma
-    python benchmarks/search.py [--seeds 20] [--only NAME ...] [--processes 2] [--without-smac]
+    python benchmarks/search.py [--seeds 20] [--only NAME ...] [--processes 2] [--others DIR]
 
 Scores are functions of the weights, so no model is needed: synthetic landscapes (a seed is a
 landscape), and real pools whose recorded trials are interpolated. Regret is the share, in %, of the
@@ -37,6 +37,7 @@ from threadpoolctl import threadpool_limits
 
 from optimer_hf.ask import Asker, anchors
 from optimer_hf.evaluate import Term, TermScore
+from optimer_hf.files import write_text
 from optimer_hf.retarget import predict
 from optimer_hf.search import search
 from optimer_hf.study import Study, StudyConfig, Trial, TrialLog
@@ -413,6 +414,21 @@ OTHERS = {"tpe": optuna_tpe, "cma": cma_es, "random": random_search}
 STOCK_SMAC = {"smac-gp": smac_gp, "smac-forest": smac_forest}
 
 
+def recommended_by(name: str, job: "Job") -> dict[tuple[str, int], "Array"]:
+    """Return what another sampler recommends at the checkpoints; kept in `job.others`, if given."""
+    counts = (*CHECKPOINTS, TPE_TRIALS) if name == "tpe" else CHECKPOINTS
+    file = job.others and job.others / f"{name}-{job.kind}-{job.d}-{job.seed}.json"
+    if file and file.exists():
+        points = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        landscape = landscape_of(job.kind, job.d, job.seed)
+        observed = (OTHERS | STOCK_SMAC)[name](landscape, job.seed, max(counts))
+        points = {str(n): list(map(float, observed.recommended(n))) for n in counts}
+        if file:
+            write_text(file, json.dumps(points))
+    return {(name, n): np.array(points[str(n)]) for n in counts}
+
+
 # -- ours ------------------------------------------------------------------------------------------
 
 
@@ -475,11 +491,12 @@ def ranked(config: StudyConfig, trials: Sequence[Trial]) -> list["Array"]:
 
 @dataclass(frozen=True)
 class Options:
-    """How much is run."""
+    """How much is run, and where what others recommend is kept."""
 
     seeds: int
     smac_seeds: int
     processes: int
+    others: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -490,6 +507,7 @@ class Job:
     d: int
     seed: int
     with_smac: bool = False
+    others: Path | None = None
 
 
 def run_jobs(
@@ -519,10 +537,8 @@ def compare_samplers(job: Job) -> dict[str, Any]:
     config = config_of(landscape, job.seed, max(CHECKPOINTS))
     trials = optimer_trials(landscape, config)
     recommended = {("optimer", n): ranked(config, trials[:n])[0] for n in CHECKPOINTS}
-    for name, sampler in (OTHERS | STOCK_SMAC if job.with_smac else OTHERS).items():
-        counts = (*CHECKPOINTS, TPE_TRIALS) if name == "tpe" else CHECKPOINTS
-        observed = sampler(landscape, job.seed, max(counts))
-        recommended |= {(name, n): observed.recommended(n) for n in counts}
+    for name in OTHERS | STOCK_SMAC if job.with_smac else OTHERS:
+        recommended |= recommended_by(name, job)
     found = uniform_regrets(landscape, list(recommended.values()))
     return {
         "kind": job.kind,
@@ -551,7 +567,7 @@ def real(options: Options) -> dict[str, Any]:
 def compare(options: Options, rows: Sequence[tuple[str, int]], name: str) -> dict[str, Any]:
     """Run all samplers on landscapes; print medians and ranks beside TPE's at 100 trials."""
     jobs = [
-        Job(kind, d, seed, with_smac=seed < options.smac_seeds)
+        Job(kind, d, seed, with_smac=seed < options.smac_seeds, others=options.others)
         for kind, d in rows
         for seed in range(options.seeds)
     ]
@@ -781,9 +797,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--smac-seeds", type=int, default=10, help="Stock SMAC is slow.")
+    parser.add_argument("--smac-seeds", type=int, default=20, help="Stock SMAC is slow.")
     parser.add_argument("--without-smac", action="store_true", help="Leave stock SMAC out.")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--others",
+        type=Path,
+        help="Keep here what the other samplers recommend, which does not depend on our code.",
+    )
     parser.add_argument("--quick", action="store_true", help="Two seeds and no stock SMAC.")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parsed = parser.parse_args()
@@ -794,6 +815,7 @@ def main() -> None:
         seeds=2 if parsed.quick else parsed.seeds,
         smac_seeds=0 if parsed.without_smac or parsed.quick else parsed.smac_seeds,
         processes=parsed.processes,
+        others=parsed.others,
     )
     print(f"{options.seeds} seeds ({options.smac_seeds} for stock SMAC), medians")
     found = {name: MEASUREMENTS[name](options) for name in parsed.only}
