@@ -1,7 +1,7 @@
 """Our search against Optuna's TPE, CMA-ES, random search and stock SMAC, side by side in one run.
 
     pip install optuna cma
-    python benchmarks/search.py [--seeds 20] [--only NAME ...] [--processes 2] [--others DIR]
+    python benchmarks/search.py [--seeds 20] [--only NAME ...] [--processes 2] [--others FILE]
 
 Scores are functions of the weights, so no model is needed: synthetic landscapes (a seed is a
 landscape), and real pools whose recorded trials are interpolated. Regret is the share, in %, of the
@@ -25,6 +25,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,6 @@ from threadpoolctl import threadpool_limits
 
 from optimer_hf.ask import Asker, anchors
 from optimer_hf.evaluate import Term, TermScore
-from optimer_hf.files import write_text
 from optimer_hf.retarget import predict
 from optimer_hf.search import search
 from optimer_hf.study import Study, StudyConfig, Trial, TrialLog
@@ -415,18 +415,31 @@ STOCK_SMAC = {"smac-gp": smac_gp, "smac-forest": smac_forest}
 
 
 def recommended_by(name: str, job: "Job") -> dict[tuple[str, int], "Array"]:
-    """Return what another sampler recommends at the checkpoints; kept in `job.others`, if given."""
+    """Return what another sampler recommends at the checkpoints, [d] each; a line of `job.others`,
+    if given, keeps it.
+    """
     counts = (*CHECKPOINTS, TPE_TRIALS) if name == "tpe" else CHECKPOINTS
-    file = job.others and job.others / f"{name}-{job.kind}-{job.d}-{job.seed}.json"
-    if file and file.exists():
-        points = json.loads(file.read_text(encoding="utf-8"))
-    else:
+    key = f"{name} {job.kind} {job.d} {job.seed}"
+    kept = kept_by_others(job.others)
+    if key not in kept:
         landscape = landscape_of(job.kind, job.d, job.seed)
         observed = (OTHERS | STOCK_SMAC)[name](landscape, job.seed, max(counts))
-        points = {str(n): list(map(float, observed.recommended(n))) for n in counts}
-        if file:
-            write_text(file, json.dumps(points))
-    return {(name, n): np.array(points[str(n)]) for n in counts}
+        kept[key] = [[round(w, 6) for w in observed.recommended(n)] for n in counts]
+        if job.others:
+            with open(
+                job.others, "a", encoding="utf-8"
+            ) as file:  # a short line: whole or not at all
+                file.write(json.dumps({key: kept[key]}) + "\n")
+    return {(name, n): np.array(point) for n, point in zip(counts, kept[key], strict=True)}
+
+
+@cache
+def kept_by_others(file: Path | None) -> dict[str, list[list[float]]]:
+    """Return recommendations that an earlier run kept."""
+    if file is None or not file.exists():
+        return {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {key: points for line in lines for key, points in json.loads(line).items()}
 
 
 # -- ours ------------------------------------------------------------------------------------------
@@ -568,8 +581,8 @@ def compare(options: Options, rows: Sequence[tuple[str, int]], name: str) -> dic
     """Run all samplers on landscapes; print medians and ranks beside TPE's at 100 trials."""
     jobs = [
         Job(kind, d, seed, with_smac=seed < options.smac_seeds, others=options.others)
-        for kind, d in rows
         for seed in range(options.seeds)
+        for kind, d in rows
     ]
     found = run_jobs(name, compare_samplers, jobs, options.processes)
     columns = list({column: None for result in found for column in result["regret"]})
@@ -803,7 +816,8 @@ def main() -> None:
     parser.add_argument(
         "--others",
         type=Path,
-        help="Keep here what the other samplers recommend, which does not depend on our code.",
+        help="Keep what the other samplers recommend, which does not depend on our code, and take "
+        "from here what an earlier run kept.",
     )
     parser.add_argument("--quick", action="store_true", help="Two seeds and no stock SMAC.")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))

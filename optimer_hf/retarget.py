@@ -244,7 +244,12 @@ def search_on(
         | {"objective": target.model_dump(), "test": None, "retarget": {}}
         | {
             "search": study.config.search.model_dump()
-            | {"n_trials": n_seeds + n_trials, "surrogate": "per_term", "pareto": False}
+            | {
+                "n_trials": n_seeds + n_trials,
+                "surrogate": "per_term",
+                "pareto": False,
+                "spread": False,
+            }
         }
     )
     with locked(directory):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 USUAL_TOTAL, TOTAL_DEVIATION = 1.2, 0.5  # of the weights of good merges
 PRIOR_TRIALS = 30  # the prior counts as this many trials
 N_NEIGHBOURS = 100
+SPREAD_FROM, SPREAD_EVERY = 20, 2  # trials
 
 
 @dataclass
@@ -59,17 +60,25 @@ class Record:
         return to_unit(self.config, [trial.weights for trial in self.trials])
 
     def surrogate(self) -> Surrogate:
-        """Return the surrogate of the record, fitted once for a number of trials; with `pareto`,
-        for a preference that is the next number's own.
-        """
-        pareto = self.config.search.pareto
-        state = (len(self.trials), self.number if pareto else 0)
+        """Return the surrogate of the record, fitted once for a number of trials and preference."""
+        spreads = _spreads(self.config, self.number)
+        state = (len(self.trials), self.number if spreads else 0)
         if self._fitted is None or self._fitted[0] != state:
             rng = np.random.default_rng([self.config.search.seed, self.number, 1])
             n_terms = sum(term.weight > 0 for term in self.config.objective.at("search"))
-            preference = rng.dirichlet(np.ones(n_terms)) if pareto else None
+            preference = rng.dirichlet(np.ones(n_terms)) if spreads else None
             self._fitted = state, surrogate_of(self.config, self.trials, preference)
         return self._fitted[1]
+
+
+def _spreads(config: StudyConfig, number: int) -> bool:
+    """Return whether trial `number` is asked for under a random preference over the terms: all are
+    with `pareto`, every other one with `spread` once the objective's own optimum is roughly known.
+    """
+    if config.search.pareto:
+        return True
+    in_turn = number >= SPREAD_FROM and number % SPREAD_EVERY == 0
+    return config.search.spread and in_turn and config.objective.combine != "worst"
 
 
 class Model(AbstractModel):

@@ -83,14 +83,17 @@ class SearchConfig(FileModel):
     value, SMAC's random forest, or none. `total`: bounds of the sum of the searched weights, which
     makes the search one over directions and scales. `pareto`: spread the trials along the front of
     the terms, another weighting of them for each (after ParEGO; Knowles, IEEE TEVC 2006), instead
-    of seeking the one optimum of the objective. `report_to`: where trials are shown as they come,
-    by the names of the HF Trainer's `report_to` (tensorboard, wandb, ...).
+    of seeking the one optimum of the objective. `spread`: do so with every other trial from the
+    twentieth on, which makes a study ready for other objectives and, where scores are noisy, keeps
+    it from settling on a lucky place. `report_to`: where trials are shown as they come, by the
+    names of the HF Trainer's `report_to` (tensorboard, wandb, ...).
     """
 
     n_trials: int = Field(default=30, gt=0)
     surrogate: Literal["per_term", "black_box", "random_forest", "random"] = "per_term"
     total: tuple[float, float] | None = None
     pareto: bool = False
+    spread: bool = True
     seed: int = 0
     rescore_top: int = Field(default=3, ge=0)
     rescore_limit: int | None = Field(default=None, gt=0)

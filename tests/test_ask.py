@@ -189,6 +189,38 @@ def test_pareto_spreads_the_trials_along_the_front(tmp_path):
     assert (np.diff(gains[:, 0]) <= 0).all() and (np.diff(gains[:, 1]) >= 0).all()
 
 
+def test_late_trials_spread_over_other_objectives_and_resume_to_the_same(tmp_path):
+    settings = {"n_trials": 26, "rescore_top": 0}
+    spread = search(config_of(search=settings), tmp_path / "spread", pool=FunctionPool)
+    alone = search(
+        config_of(search=settings | {"spread": False}), tmp_path / "alone", pool=FunctionPool
+    )
+    weights = [[trial.weights for trial in study.log.trials] for study in (spread, alone)]
+    assert weights[0][:20] == weights[1][:20] and weights[0][20] != weights[1][20]
+    assert covered(spread) > 1.02 * covered(alone)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for name, n_lines in (("study.json", None), ("trials.jsonl", 22)):
+        lines = (tmp_path / "spread" / name).read_bytes().splitlines(keepends=True)
+        (cut / name).write_bytes(b"".join(lines[:n_lines]))
+    resumed = search(config_of(search=settings), cut, pool=FunctionPool)
+    assert [trial.weights for trial in resumed.log.trials] == weights[0]
+
+
+def test_a_search_for_the_worst_term_does_not_spread(tmp_path):
+    settings = {"n_trials": 22, "rescore_top": 0}
+    objective = {"terms": TERMS, "combine": "worst"}
+    found = [
+        search(
+            config_of(search=settings | {"spread": spread}, objective=objective),
+            tmp_path / str(spread),
+            pool=FunctionPool,
+        ).log.trials
+        for spread in (True, False)
+    ]
+    assert [trial.weights for trial in found[0]] == [trial.weights for trial in found[1]]
+
+
 def test_a_constraint_named_as_a_term_of_another_task_is_refused(tmp_path):
     from optimer_hf.errors import ConfigError
 
