@@ -6,6 +6,7 @@ would not guess: figures are SVG without a background, their ink is the colour o
 so one picture serves light and dark; text stays text.
 """
 
+import contextlib
 import io
 import itertools
 import logging
@@ -24,7 +25,7 @@ from optimer_hf.compare import MERGE, Comparison, Row
 from optimer_hf.convert import resolve_base
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.evaluate import Interval, gains
-from optimer_hf.files import write_text
+from optimer_hf.files import FileModel, VersionedFile, write_text
 from optimer_hf.ledger import ledger
 from optimer_hf.retarget import front
 from optimer_hf.study import Study, Surrogate, Trial, surrogate_of, to_unit
@@ -63,6 +64,9 @@ N_POINTS = 61  # of a slice
 NEARLY_PARALLEL = 0.2  # cosine
 SETTLED = 0.02  # of the gain that the last fifth of the trials may still add
 NO_PAIR = 2  # terms a front needs
+FIGURES = "figures"  # the folder of a card's figures, beside recipe.yaml
+CAPTIONS = f"{FIGURES}/captions.json"
+CARD_FIGURES = ("sealed", "terms", "weights", "progress", "slices", "front", "cosines")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,20 @@ class Panel:
     conclusion: str
     shows: str
     figure: "Figure"
+
+
+class Caption(FileModel):
+    """What a figure on disk shows and what to conclude from it."""
+
+    title: str
+    conclusion: str
+
+
+class Captions(VersionedFile):
+    """captions.json beside the figures: the weights of the merge they are of, and their texts."""
+
+    weights: dict[str, float]
+    captions: dict[str, Caption]
 
 
 @dataclass(frozen=True)
@@ -98,20 +116,17 @@ class Unit:
 def write_report(
     study: Study, out: Path, *, figures: Path | None = None, vectors: bool = True
 ) -> list[Panel]:
-    """Write the page at `out`, the figures as PNG into `figures`, and return the panels.
+    """Write the page at `out`, the figures as PNG with their captions into `figures`, and return
+    the panels.
 
     `vectors=False` leaves out the cosines, which need every vector read once. Raises StudyError for
     a study without a trial.
     """
-    import matplotlib
-    from cycler import cycler
-
-    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
-    with matplotlib.rc_context(style):
+    with _style():
         panels = list(_panels(study, vectors))
+        if figures is not None:
+            _write_figures(study, panels, figures)
         pictures = [(panel, Markup(_svg(panel))) for panel in panels]
-        for panel in panels if figures is not None else []:
-            _write_png(panel.figure, Path(str(figures)) / f"{panel.name}.png")
     environment = Environment(
         loader=PackageLoader("optimer_hf", "."), undefined=StrictUndefined, autoescape=True
     )
@@ -124,6 +139,23 @@ def write_report(
     )
     write_text(out, page)
     return panels
+
+
+def write_figures(study: Study, folder: Path) -> None:
+    """Write the figures of a card as PNG with their captions into a folder, but those that read
+    vectors.
+    """
+    with _style():
+        panels = [panel for panel in _panels(study, False) if panel.name in CARD_FIGURES]
+        _write_figures(study, panels, folder)
+
+
+def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:
+    for panel in panels:
+        _write_png(panel.figure, folder / f"{panel.name}.png")
+    captions = {p.name: Caption(title=p.title, conclusion=p.conclusion) for p in panels}
+    record = Captions(weights=study.incumbent.weights, captions=captions)
+    record.write(folder / Path(CAPTIONS).name)
 
 
 def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
@@ -566,6 +598,16 @@ def _pinned(study: Study) -> list[tuple[str, str]]:
 # -- drawing ---------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+    from cycler import cycler
+
+    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
+    with matplotlib.rc_context(style):
+        yield
+
+
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Sequence["Axes"]]:
     from matplotlib.figure import Figure
 
@@ -597,7 +639,8 @@ def _svg(panel: Panel) -> str:
 
 
 def _write_png(figure: "Figure", path: Path) -> None:
+    """Write a figure without metadata: the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, format="png", dpi=160, facecolor="white")
+    figure.savefig(partial, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     partial.replace(path)

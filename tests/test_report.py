@@ -14,7 +14,7 @@ from test_search import FunctionPool, config_of, failing_at
 
 from optimer_hf import compare
 from optimer_hf.cli import main
-from optimer_hf.report import write_report
+from optimer_hf.report import CARD_FIGURES, Captions, write_figures, write_report
 from optimer_hf.search import search
 from optimer_hf.study import TrialLog, load_study
 
@@ -166,9 +166,24 @@ def test_figures_are_written_as_png(study, tmp_path):
     arguments = ["report", str(study.directory), str(tmp_path / "r.html")]
     result = CliRunner().invoke(main, [*arguments, "--figures", str(tmp_path / "figures")])
     assert result.exit_code == 0, result.output
-    found = {path.stem: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    found = {path.stem: path.read_bytes() for path in (tmp_path / "figures").glob("*.png")}
     assert set(found) == set(FIGURES)
     assert all(content.startswith(b"\x89PNG") for content in found.values())
+    record = Captions.read(tmp_path / "figures" / "captions.json")
+    assert record.weights == study.incumbent.weights
+    assert list(record.captions) == FIGURES
+
+
+def test_figures_of_a_card_are_the_same_bytes_whoever_draws_them(study, tmp_path):
+    write_report(study, tmp_path / "r.html", figures=tmp_path / "with the page")
+    for folder in ("once", "twice"):
+        write_figures(study, tmp_path / folder)
+    drawn = {path.name for path in (tmp_path / "once").glob("*.png")}
+    assert drawn == {f"{name}.png" for name in FIGURES if name in CARD_FIGURES}
+    for name in drawn:
+        found = {path.read_bytes() for path in tmp_path.glob(f"*/{name}")}
+        assert len(found) == 1
+        assert b"tEXt" not in found.pop()[:200]  # the version of matplotlib
 
 
 # -- in a browser ----------------------------------------------------------------------------------
