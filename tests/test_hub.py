@@ -29,7 +29,6 @@ from optimer_hf.publish import publication
 from optimer_hf.recipe import Lock, RecipeFile, build, verify
 from optimer_hf.report import Captions, write_figures
 from optimer_hf.search import search
-from optimer_hf.study import load_study
 from optimer_hf.vector import describe, extract, open_vector
 
 ALICE, BOB = "hf_alice_write", "hf_bob_write"
@@ -1051,21 +1050,6 @@ def test_a_pulled_study_is_retargeted_without_its_data(hub, make_recipe, name, t
     assert isinstance(opened.log.trials[0], Trial)
 
 
-@pytest.fixture
-def make_drawn_recipe(make_recipe, tmp_path):
-    """Return a function -> folder of a recipe of what a real search found, with its figures."""
-
-    def recipe() -> Path:
-        vectors = {name: {"source": f"a/{name}"} for name in ("v0", "v1")}
-        config = test_search.config_of(vectors=vectors, search={"n_trials": 5, "rescore_top": 0})
-        study = search(config, tmp_path / "search", pool=FunctionPool)
-        folder = make_recipe("delta", tuple(study.incumbent.weights.values()))
-        write_figures(study, folder / "figures")
-        return folder
-
-    return recipe
-
-
 class FunctionPool(test_search.FunctionPool):
     """Scores two weights."""
 
@@ -1073,8 +1057,28 @@ class FunctionPool(test_search.FunctionPool):
         return super().score(dict(weights) | {"y": 0.0, "z": 0.0}, terms, limits)
 
 
-def test_figures_travel_with_a_recipe_and_stand_in_its_card(hub, make_drawn_recipe, name, tmp_path):
-    folder = make_drawn_recipe()
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A real search over two vectors, and the folder of its figures."""
+    folder = tmp_path_factory.mktemp("drawn")
+    vectors = {name: {"source": f"a/{name}"} for name in ("v0", "v1")}
+    config = test_search.config_of(vectors=vectors, search={"n_trials": 5, "rescore_top": 0})
+    study = search(config, folder / "search", pool=FunctionPool)
+    write_figures(study, folder / "figures")
+    return study, folder / "figures"
+
+
+@pytest.fixture
+def drawn_recipe(drawn, make_recipe) -> Path:
+    """The folder of a recipe of what a search found, with its figures."""
+    study, figures = drawn
+    folder = make_recipe("delta", tuple(study.incumbent.weights.values()))
+    shutil.copytree(figures, folder / "figures")
+    return folder
+
+
+def test_figures_travel_with_a_recipe_and_stand_in_its_card(hub, drawn_recipe, name, tmp_path):
+    folder = drawn_recipe
     (folder / "figures" / "notes.png").write_text("mine")
     hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     there = HfApi(token=ALICE).list_repo_files(f"alice/{name}")
@@ -1090,28 +1094,26 @@ def test_figures_travel_with_a_recipe_and_stand_in_its_card(hub, make_drawn_reci
         assert (tmp_path / "theirs" / "figures" / file).read_bytes() == written
 
 
-def test_figures_that_were_drawn_again_are_not_sent_again(hub, make_drawn_recipe, name, tmp_path):
-    folder = make_drawn_recipe()
+def test_figures_that_were_drawn_again_are_not_sent_again(hub, drawn, drawn_recipe, name):
+    folder = drawn_recipe
     first = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     shutil.rmtree(folder / "figures")
-    write_figures(load_study(tmp_path / "search"), folder / "figures")
+    write_figures(drawn[0], folder / "figures")
     second = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     assert (second.commit, second.sent, second.deleted) == (first.commit, {}, ())
     assert "figures/weights.png" in second.unchanged
 
 
-def test_a_built_model_takes_the_figures_of_its_recipe_along(
-    hub, make_drawn_recipe, name, tmp_path
-):
-    folder = make_drawn_recipe()
+def test_a_built_model_takes_the_figures_of_its_recipe_along(hub, drawn_recipe, name, tmp_path):
+    folder = drawn_recipe
     build(folder / "recipe.yaml", tmp_path / "model")
     done = hubs.push(tmp_path / "model", f"alice/{name}", token=ALICE, vectors=True)
     assert "(figures/weights.png)" in done.card
     assert {"figures/weights.png", "figures/captions.json"} <= done.sent.keys()
 
 
-def test_figures_of_another_merge_stay_at_home(hub, make_drawn_recipe, name, caplog):
-    folder = make_drawn_recipe()
+def test_figures_of_another_merge_stay_at_home(hub, drawn_recipe, name, caplog):
+    folder = drawn_recipe
     captions = folder / "figures" / "captions.json"
     Captions.read(captions).model_copy(update={"weights": {"v0": 1.0, "v1": 0.0}}).write(captions)
     done = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
