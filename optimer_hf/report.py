@@ -234,7 +234,7 @@ def _progress(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
 
 def _weights(study: Study, posterior: Surrogate) -> Panel:
     free, best = study.config.free, study.incumbent.weights
-    ranges = {name: _alike(study, posterior, name) for name in free}
+    ranges = {name: _alike(study, posterior, best, name) for name in free}
     figure, axes = _figure(0.9 + 0.34 * len(free))
     for at, (name, (low, high)) in enumerate(ranges.items()):
         axes[0].plot([low, high], [at, at], linewidth=7, alpha=0.35, color=COLOURS[0])
@@ -261,38 +261,39 @@ def _weights(study: Study, posterior: Surrogate) -> Panel:
     )
 
 
-def _alike(study: Study, posterior: Surrogate, name: str) -> tuple[float, float]:
-    """Return the smallest and largest weight of a vector, the others held, whose posterior mean is
-    within one standard deviation of the incumbent's.
+def _alike(
+    study: Study, posterior: Surrogate, weights: Mapping[str, float], name: str
+) -> tuple[float, float]:
+    """Return the smallest and largest weight of a vector, the others held at `weights`, whose
+    posterior mean is within one standard deviation of the best one's.
     """
-    grid, points = _slice(study, name)
-    here = to_unit(study.config, [study.incumbent.weights])
+    grid, points = _slice(study, weights, name)
+    here = to_unit(study.config, [weights])
     mean, variance = posterior.predict(points)
     best = posterior.predict(here)[0][0]
-    weight = study.incumbent.weights[name]
-    within = [*grid[mean + np.sqrt(variance) >= best], weight]
+    within = [*grid[mean + np.sqrt(variance) >= best], weights[name]]
     return float(min(within)), float(max(within))
 
 
-def _slice(study: Study, name: str) -> tuple["Array", "Array"]:
-    """Return a grid of weights of one vector, and the points [n, d] with the others held at the
-    incumbent.
+def _slice(study: Study, weights: Mapping[str, float], name: str) -> tuple["Array", "Array"]:
+    """Return a grid of weights of one vector, and the points [n, d] with the others held at
+    `weights`.
     """
     low, high = study.config.free[name]
     grid = np.linspace(low, high, N_POINTS)
-    sets = [study.incumbent.weights | {name: float(weight)} for weight in grid]
+    sets = [{**weights, name: float(weight)} for weight in grid]
     return grid, to_unit(study.config, sets)
 
 
 def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: Unit) -> Panel:
-    free = list(study.config.free)
+    free, best = list(study.config.free), study.incumbent.weights
     base = study.value(trials[0])
     points = to_unit(study.config, [trial.weights for trial in trials])
-    here = to_unit(study.config, [study.incumbent.weights])[0]
+    here = to_unit(study.config, [best])[0]
     figure, axes = _figure(1.75 * -(-len(free) // 2), rows=-(-len(free) // 2), columns=2)
     gained = {}
     for at, (name, axis) in enumerate(zip(free, axes, strict=False)):
-        grid, line = _slice(study, name)
+        grid, line = _slice(study, best, name)
         mean, variance = (a * unit.factor**p for p, a in enumerate(posterior.predict(line), 1))
         deviation = np.sqrt(variance)
         axis.fill_between(grid, mean - 2 * deviation, mean + 2 * deviation, alpha=0.2, linewidth=0)
@@ -301,7 +302,7 @@ def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: U
         values = [unit.factor * (study.value(trial) - base) for trial in trials]
         x = [trial.weights[name] for trial in trials]
         axis.scatter(x, values, s=10, alpha=np.exp(-4 * off), color=COLOURS[1], linewidths=0)
-        axis.axvline(study.incumbent.weights[name], color=INK, linewidth=0.7, linestyle=":")
+        axis.axvline(best[name], color=INK, linewidth=0.7, linestyle=":")
         low = float((mean - 2 * deviation).min())
         axis.set_ylim(max(low, -2 * max(float(mean.max()), 1e-9)), None)
         axis.set_title(name, fontsize=9)
