@@ -495,7 +495,7 @@ def _records(study: Study) -> dict[str, VectorFile]:
 
 
 def _losses(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile]) -> Panel:
-    figure = _over_tokens(series, records, "training loss, nats a token")
+    figure = _over_tokens(series, records, "training loss, nats a token", {})
     parts = {n: max(len(values) // 5, 1) for n, values in series.items()}
     ends = {n: (np.mean(v[: parts[n]]), np.mean(v[-parts[n] :])) for n, v in series.items()}
     said = ", ".join(f"{name} {first:.2f} to {last:.2f}" for name, (first, last) in ends.items())
@@ -510,7 +510,8 @@ def _losses(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorF
 
 
 def _norms(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile]) -> Panel:
-    figure = _over_tokens(series, records, "norm of the vector")
+    steps = {name: (records[name].training or {}).get("norm_steps") for name in series}
+    figure = _over_tokens(series, records, "norm of the vector", steps)
     shares = {n: values[-1] / max(values[len(values) // 2], 1e-30) for n, values in series.items()}
     most = max(shares, key=lambda name: shares[name])
     return Panel(
@@ -526,12 +527,18 @@ def _norms(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFi
 
 
 def _over_tokens(
-    series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile], label: str
+    series: Mapping[str, Sequence[float]],
+    records: Mapping[str, VectorFile],
+    label: str,
+    steps: Mapping[str, Sequence[int] | None],
 ) -> "Figure":
+    """Draw values over the tokens read; without the steps they are of, evenly spread."""
     figure, axes = _figure(2.4)
     for name, values in series.items():
-        n_tokens = int((records[name].training or {})["n_tokens"])
-        axes[0].plot(np.linspace(0, n_tokens, len(values) + 1)[1:], values, label=name)
+        training = records[name].training or {}
+        at = steps.get(name) or np.linspace(0, training["n_steps"], len(values) + 1)[1:]
+        x = np.asarray(at) * training["n_tokens"] / max(training["n_steps"], 1)
+        axes[0].plot(x, values, label=name)
     axes[0].set_xlabel("tokens")
     axes[0].set_ylabel(label)
     axes[0].legend(fontsize=8, ncols=2)
