@@ -22,8 +22,7 @@ from markupsafe import Markup
 
 from optimer_hf import compare, geometry
 from optimer_hf.compare import MERGE, Comparison, Row
-from optimer_hf.convert import resolve_base
-from optimer_hf.errors import ModelError, OptimerError
+from optimer_hf.errors import OptimerError
 from optimer_hf.evaluate import Interval, gains
 from optimer_hf.files import FileModel, VersionedFile, write_text
 from optimer_hf.ledger import ledger
@@ -119,7 +118,8 @@ def write_report(
     """Write the page at `out`, the figures as PNG with their captions into `figures`, and return
     the panels.
 
-    `vectors=False` leaves out the cosines, which need every vector read once. Raises StudyError for
+    `vectors=False` leaves out the cosines, for which every vector is read once; what was measured
+    is kept in geometry.json of the study. Raises StudyError for
     a study without a trial.
     """
     with _style():
@@ -453,17 +453,14 @@ def _cosines(study: Study) -> Panel | None:
     if len(sources) < NO_PAIR:
         return None
     try:
-        base = resolve_base(config.base_model)
-        pool, refusals = geometry.open_pool(sources, base)
-        if refusals:
-            raise ModelError("; ".join(refusals.values()))
-        found = geometry.measure(pool, base, config.dtype)
+        kept = study.directory / "geometry.json"
+        found = geometry.kept(sources, config.base_model, config.dtype, kept)
     except OptimerError as error:
         logger.warning("the report has no cosines: %s", error)
         return None
     names = list(sources)
     table = np.eye(len(names))
-    for (a, b), value in found.cosines.items():
+    for a, b, value in found.cosines:
         table[names.index(a), names.index(b)] = table[names.index(b), names.index(a)] = value
     figure, axes = _figure(1.0 + 0.45 * len(names))
     axes[0].imshow(table, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", alpha=0.6)
@@ -471,7 +468,7 @@ def _cosines(study: Study) -> Panel | None:
         axes[0].text(j, i, f"{table[i, j]:+.2f}", ha="center", va="center", fontsize=8)
     axes[0].set_xticks(range(len(names)), names)
     axes[0].set_yticks(range(len(names)), names)
-    (a, b), value = max(found.cosines.items(), key=lambda pair: abs(pair[1]))
+    a, b, value = max(found.cosines, key=lambda pair: abs(pair[2]))
     told = (
         "pull in the same direction, so their weights compete"
         if value > NEARLY_PARALLEL
@@ -483,7 +480,7 @@ def _cosines(study: Study) -> Panel | None:
         "cosines",
         "Angles between the vectors",
         f"{a} and {b} (cosine {value:+.2f}) {told}.",
-        "Cosines: " + "; ".join(f"{a}, {b} {v:+.3f}" for (a, b), v in found.cosines.items()) + ".",
+        "Cosines: " + "; ".join(f"{a}, {b} {v:+.3f}" for a, b, v in found.cosines) + ".",
         figure,
     )
 
