@@ -2,8 +2,8 @@
 sentence and a picture each.
 
 Trials, sealed scores, training records and vectors come in; nothing is evaluated. What a reader
-would not guess: figures are SVG without a background, their ink is the colour of the page's text,
-so one picture serves light and dark; text stays text.
+would not guess: figures are SVG without a background, their ink and main colours are those of the
+page, so one picture serves light and dark; text stays text.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from optimer_hf import compare, geometry
 from optimer_hf.compare import MERGE, Comparison, Row
 from optimer_hf.errors import OptimerError
 from optimer_hf.evaluate import Interval, gains
-from optimer_hf.files import FileModel, VersionedFile, write_text
+from optimer_hf.files import FileModel, Reference, VersionedFile, write_text
 from optimer_hf.ledger import ledger
 from optimer_hf.retarget import front
 from optimer_hf.study import Study, Surrogate, Trial, surrogate_of, to_unit
@@ -39,16 +39,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INK = "#1b1b1f"  # becomes the colour of the page's text
+INK = "#1b1b1f"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito 2008
+PAGE_COLOURS = {  # what a page in dark mode has another shade of
+    INK: "currentColor",
+    COLOURS[0]: "var(--blue)",
+    COLOURS[1]: "var(--accent)",
+}
 STYLE = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.h_pad": 0.08,  # inches: a title keeps away from the ticks above it
     "figure.facecolor": "none",
+    "figure.labelsize": 9,
     "font.size": 9,
+    "legend.fontsize": 8.5,
     "legend.frameon": False,
     "savefig.facecolor": "none",
     "svg.fonttype": "none",
@@ -243,8 +252,10 @@ def _weights(study: Study, posterior: Surrogate) -> Panel:
             f"{best[name]:g}", (best[name], at), (0, 7), textcoords="offset points", ha="center"
         )
     axes[0].set_yticks(range(len(free)), list(free))
-    axes[0].set_ylim(-0.6, len(free) - 0.3)
-    axes[0].set_xlabel("weight")
+    axes[0].set_ylim(len(free) - 0.4, -0.8)
+    lowest, highest = min(low for low, _ in free.values()), max(high for _, high in free.values())
+    axes[0].set_xlim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
+    axes[0].set_xlabel("weight, as far as it was searched")
     sizes = {name: high - low for name, (low, high) in ranges.items()}
     tight, loose = min(sizes, key=lambda n: sizes[n]), max(sizes, key=lambda n: sizes[n])
     told = f"The weight of {tight} is known best ({ranges[tight][0]:.2f} to {ranges[tight][1]:.2f})"
@@ -255,10 +266,19 @@ def _weights(study: Study, posterior: Surrogate) -> Panel:
     return Panel(
         "weights",
         "Weights, and how sure they are",
-        f"{told}: inside its bar, the others held, a weight cannot be told from the best one.",
+        f"{told}: inside its bar, the others held, a weight cannot be told from the best one."
+        f"{_at_an_edge(free, best)}",
         f"Weight of every vector and its range: {rows}.",
         figure,
     )
+
+
+def _at_an_edge(free: Mapping[str, tuple[float, float]], best: Mapping[str, float]) -> str:
+    """Return what to do about weights at the end of their bounds; 0 is an end of its own."""
+    found = [name for name, bounds in free.items() if best[name] in bounds and best[name] != 0]
+    if not found:
+        return ""
+    return f" At the end of the bounds, where wider ones may find more: {', '.join(found)}."
 
 
 def _alike(
@@ -290,7 +310,7 @@ def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: U
     base = study.value(trials[0])
     points = to_unit(study.config, [trial.weights for trial in trials])
     here = to_unit(study.config, [best])[0]
-    figure, axes = _figure(1.75 * -(-len(free) // 2), rows=-(-len(free) // 2), columns=2)
+    figure, axes = _figure(1.9 * -(-len(free) // 2), rows=-(-len(free) // 2), columns=2)
     gained = {}
     for at, (name, axis) in enumerate(zip(free, axes, strict=False)):
         grid, line = _slice(study, best, name)
@@ -305,12 +325,12 @@ def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: U
         axis.axvline(best[name], color=INK, linewidth=0.7, linestyle=":")
         low = float((mean - 2 * deviation).min())
         axis.set_ylim(max(low, -2 * max(float(mean.max()), 1e-9)), None)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(name)
         gained[name] = float(mean.max() - mean[int(np.argmin(np.abs(grid)))]) / unit.factor
     for axis in axes[len(free) :]:
         axis.set_visible(False)
-    figure.supxlabel("weight, the others as in the merge", fontsize=9)
-    figure.supylabel(unit.text, fontsize=9)
+    figure.supxlabel("weight, the others as in the merge")
+    figure.supylabel(unit.text)
     most = max(gained, key=lambda name: gained[name])
     idle = [name for name in free if gained[name] < 0.001]
     told = (
@@ -336,7 +356,7 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
     where = "sealed test" if comparison is not None else "items of the search"
     rows = [row for row in found.rows[1:] if _is_shown(row, found)]
     labels = list(found.base.scores)
-    figure, axes = _figure((0.5 + 0.2 * len(rows)) * len(labels), rows=len(labels))
+    figure, axes = _figure((0.65 + 0.2 * len(rows)) * len(labels), rows=len(labels))
     verdicts: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
     for axis, label in zip(axes, labels, strict=True):
         for at, row in enumerate(reversed(rows)):
@@ -346,9 +366,10 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
                 side = "better" if interval.low > 0 else "worse"
                 verdicts[side if interval.excludes_zero else "not told apart"].append(label)
         axis.axvline(0, color=INK, linewidth=0.7)
-        axis.set_yticks(range(len(rows)), [_short(row.title) for row in reversed(rows)], fontsize=8)
-        axis.set_title(label, fontsize=9)
-    axes[-1].set_xlabel("gain over the base, %, 95 % interval (accuracies: points)")
+        axis.set_yticks(range(len(rows)), [_short(row.title) for row in reversed(rows)])
+        axis.set_ylim(-0.7, len(rows) - 0.3)
+        axis.set_title(label)
+    figure.supxlabel("gain over the base, %, 95 % interval (accuracies: points)")
     said = "; ".join(f"{side} in {', '.join(each)}" for side, each in verdicts.items() if each)
     return Panel(
         "terms",
@@ -393,8 +414,8 @@ def _sealed(comparison: Comparison, unit: Unit) -> Panel:
         interval = comparison.interval(row, comparison.base)
         _draw_interval(axes[0], at, interval, not row.is_baseline, unit.factor)
     axes[0].axvline(0, color=INK, linewidth=0.7)
-    axes[0].set_yticks(range(len(rows)), [_short(row.title) for row in rows], fontsize=8)
-    axes[0].set_xlabel(f"{unit.text}, paired 95 % interval")
+    axes[0].set_yticks(range(len(rows)), [_short(row.title) for row in rows])
+    figure.supxlabel(f"{unit.text}, paired 95 % interval")
     base = comparison.value(comparison.base)
     values = "; ".join(
         f"{row.title} {unit.show(comparison.value(row) - base)}" for row in reversed(rows)
@@ -431,8 +452,9 @@ def _front(study: Study, trials: Sequence[Trial]) -> Panel:
     return Panel(
         "front",
         "Pareto front",
-        f"{len(choices)} of {len(trials)} trials are beaten by no other in every term; another one "
-        "than the merge is taken with `optimer recipe --pick`.",
+        f"{len(choices)} of {len(trials)} trials are beaten by no other in every term; one of them "
+        "other than the merge is taken with optimer recipe --pick."
+        + ("" if len(choices[0].gains) == len(labels) else " The first three terms are drawn."),
         f"Gains of the trials in {' against '.join(labels)}.",
         figure,
     )
@@ -463,9 +485,11 @@ def _cosines(study: Study) -> Panel | None:
     for a, b, value in found.cosines:
         table[names.index(a), names.index(b)] = table[names.index(b), names.index(a)] = value
     figure, axes = _figure(1.0 + 0.45 * len(names))
-    axes[0].imshow(table, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", alpha=0.6)
+    axes[0].set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
     for i, j in itertools.product(range(len(names)), repeat=2):
-        axes[0].text(j, i, f"{table[i, j]:+.2f}", ha="center", va="center", fontsize=8)
+        shade = {"color": COLOURS[int(table[i, j] < 0)], "alpha": 0.6 * abs(table[i, j])}
+        axes[0].bar(j, 1, width=1, bottom=i - 0.5, linewidth=0, **shade)
+        axes[0].text(j, i, f"{table[i, j]:+.2f}", ha="center", va="center")
     axes[0].set_xticks(range(len(names)), names)
     axes[0].set_yticks(range(len(names)), names)
     a, b, value = max(found.cosines, key=lambda pair: abs(pair[2]))
@@ -538,7 +562,7 @@ def _over_tokens(
         axes[0].plot(x, values, label=name)
     axes[0].set_xlabel("tokens")
     axes[0].set_ylabel(label)
-    axes[0].legend(fontsize=8, ncols=2)
+    axes[0].legend(ncols=2)
     return figure
 
 
@@ -553,7 +577,7 @@ def _ledger(study: Study) -> Panel:
         stages = {"training of the vectors": seconds} | stages
     figure, axes = _figure(0.8 + 0.24 * len(stages))
     axes[0].barh(range(len(stages)), [seconds / 60 for seconds in stages.values()])
-    axes[0].set_yticks(range(len(stages)), list(stages), fontsize=8)
+    axes[0].set_yticks(range(len(stages)), list(stages))
     axes[0].invert_yaxis()
     axes[0].set_xlabel("minutes")
     total = sum(stages.values())
@@ -580,7 +604,7 @@ _PARTS = ("ask", "merge", "forward", "harness")
 def _pinned(study: Study) -> list[tuple[str, str]]:
     """Return what the study stands on, with the digests that are known."""
     records = _records(study)
-    rows = [("study", study.config.digest), ("base model", study.config.base_model)]
+    rows = [("study", study.config.digest), ("base model", _shown(study.config.base_model))]
     bases = {record.base.reference: record.base.files for record in records.values()}
     rows += [
         (f"base model, {name}", f"sha256 {value}")
@@ -589,15 +613,19 @@ def _pinned(study: Study) -> list[tuple[str, str]]:
     ]
     for name, vector in study.config.vectors.items():
         corpus = (records[name].corpus or {}) if name in records else {}
-        source = Path(str(vector.source))
-        text = source.name if source.is_absolute() else str(vector.source)
-        rows.append((f"vector {name}", text))
+        rows.append((f"vector {name}", _shown(str(vector.source))))
         if "sha256" in corpus:
             rows.append((f"corpus of {name}", f"{corpus.get('name')}, sha256 {corpus['sha256']}"))
     versions: dict[str, str] = {}
     for record in records.values():
         versions |= record.versions
     return rows + [(name, version) for name, version in versions.items()]
+
+
+def _shown(reference: str) -> str:
+    """Return a reference as others may read it: of a local path the last part."""
+    path = Reference(reference).path
+    return path.name if path is not None else reference
 
 
 # -- drawing ---------------------------------------------------------------------------------------
@@ -635,12 +663,14 @@ def _svg(panel: Panel) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'((?:\bid=|href=)"#?|url\(#)', rf"\g<1>{panel.name}-", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.name}-", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     label = str(Markup.escape(panel.shows))
     text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    return text.replace(INK, "currentColor").strip()
+    for colour, name in PAGE_COLOURS.items():
+        text = text.replace(colour, name)
+    return text.strip()
 
 
 def _write_png(figure: "Figure", path: Path) -> None:

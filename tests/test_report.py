@@ -57,6 +57,7 @@ def test_the_page_loads_nothing_and_runs_nothing(page):
     assert "<script" not in text and "@import" not in text
     assert not re.findall(r'(?:src|href)="(?!#|data:)', text)
     assert not re.findall(r"url\((?!#)", text)
+    assert "<image" not in text
 
 
 def test_names_are_escaped(page):
@@ -205,6 +206,8 @@ def test_a_second_report_reads_no_weights_and_a_changed_vector_is_read(
     config = config_of(base_model=str(base.path), vectors=vectors, search=search_of)
     study = search(config, tmp_path / "s", pool=FunctionPool)
     first = read_again(study, tmp_path)
+    assert str(tmp_path) not in first[1].decode()
+    assert base.path.name in first[1].decode() and str(base.path) not in first[1].decode()
     for name in "wxyz":  # nothing can be read any more, and nothing has to be
         file = tmp_path / name / "model.safetensors"
         state = file.stat()
