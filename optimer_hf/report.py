@@ -307,7 +307,7 @@ def _slice(study: Study, weights: Mapping[str, float], name: str) -> tuple["Arra
 
 def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: Unit) -> Panel:
     free, best = list(study.config.free), study.incumbent.weights
-    base = study.value(trials[0])
+    values = [unit.factor * (study.value(t) - study.value(trials[0])) for t in trials]
     points = to_unit(study.config, [trial.weights for trial in trials])
     here = to_unit(study.config, [best])[0]
     figure, axes = _figure(1.9 * -(-len(free) // 2), rows=-(-len(free) // 2), columns=2)
@@ -319,7 +319,6 @@ def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: U
         axis.fill_between(grid, mean - 2 * deviation, mean + 2 * deviation, alpha=0.2, linewidth=0)
         axis.plot(grid, mean)
         off = np.linalg.norm(np.delete(points - here, at, axis=1), axis=1)
-        values = [unit.factor * (study.value(trial) - base) for trial in trials]
         x = [trial.weights[name] for trial in trials]
         axis.scatter(x, values, s=10, alpha=np.exp(-4 * off), color=COLOURS[1], linewidths=0)
         axis.axvline(best[name], color=INK, linewidth=0.7, linestyle=":")
