@@ -56,6 +56,27 @@ class Origins:
     languages: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A figure in the repository: its file, what it shows, and what to conclude from it."""
+
+    path: str
+    title: str
+    conclusion: str = ""
+
+    @property
+    def markdown(self) -> str:
+        """The picture under its sentence, which is its text for those who cannot see it, too."""
+        title, conclusion = _escaped(self.title), _escaped(self.conclusion)
+        said = f"**{title}.** {conclusion}\n\n" if conclusion else ""
+        return f"{said}![{conclusion or title}]({self.path})"
+
+
+def _escaped(text: str) -> str:
+    """Return a text in one line that Markdown shows as it is, whatever names are in it."""
+    return re.sub(r"([\\`*_\[\]<>|!~$&])", r"\\\1", " ".join(text.split()))
+
+
 def strictest_licence(licences: Mapping[str, str | None]) -> str | None:
     """Return the licence that binds a work made of inputs (name -> licence), or None when it cannot
     be told: one is missing or names none, or two bind in different ways. Never a guess.

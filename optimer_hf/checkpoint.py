@@ -300,8 +300,19 @@ def weight_files(path: Path) -> dict[str, str]:
 
     Of an adapter its config counts, too: rank and alpha scale the weights.
     """
-    files = [*path.glob("*.safetensors"), *path.glob("adapter_config.json")]
-    return {file.name: sha256_file(file) for file in sorted(files)}
+    return {file.name: sha256_file(file) for file in _identity(path)}
+
+
+def weight_states(path: Path) -> dict[str, tuple[int, int]]:
+    """Return file name -> size in bytes and time of change in ns of the weights in a directory:
+    what tells that a model is still the same without reading it.
+    """
+    states = {file.name: file.stat() for file in _identity(path)}
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
+
+
+def _identity(path: Path) -> list[Path]:
+    return sorted([*path.glob("*.safetensors"), *path.glob("adapter_config.json")])
 
 
 def has_tied_head(checkpoint: Checkpoint) -> bool:

@@ -676,8 +676,9 @@ def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: 
 def recipe(
     study_dir: Path, recipe_yaml: Path, vanilla: bool, pick: int | None, derived_from: str | None
 ) -> None:
-    """Write the incumbent of a study as recipe.yaml with its lock and merge config."""
+    """Write the incumbent of a study as recipe.yaml with its lock, merge config and figures."""
     from optimer_hf import recipe as recipes
+    from optimer_hf import report as reports
     from optimer_hf.ledger import ledger
     from optimer_hf.retarget import front
     from optimer_hf.study import load_study
@@ -695,8 +696,10 @@ def recipe(
         pick=trial,
         derived_from=derived_from,
     )
+    folder = recipe_yaml.resolve().parent
+    if trial is None:  # the figures of a study are of its incumbent
+        reports.write_figures(study, folder / reports.FIGURES)
     if vanilla:
-        folder = recipe_yaml.resolve().parent
         recipes.write_vanilla(study, folder / "mergekit_config.yml", pick=trial)
     click.echo(str(recipe_yaml))
 

@@ -7,17 +7,19 @@ says how much of a delta is left once the merge is rounded to its output dtype, 
 is often less than half.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from optimer_hf.checkpoint import Checkpoint, computed_ahead, row_blocks
-from optimer_hf.convert import ResolvedModel
-from optimer_hf.errors import ModelError
-from optimer_hf.files import markdown_table
+from optimer_hf.checkpoint import Checkpoint, computed_ahead, row_blocks, weight_states
+from optimer_hf.convert import ResolvedModel, resolve_base, resolve_model
+from optimer_hf.errors import ConfigError, ModelError, OutputError
+from optimer_hf.files import VersionedFile, markdown_table
 from optimer_hf.kernel import LowRank
 from optimer_hf.merge import LOW_SURVIVAL, surviving_share
 from optimer_hf.vector import (
@@ -28,6 +30,10 @@ from optimer_hf.vector import (
     open_vector,
     read_record,
 )
+
+logger = logging.getLogger(__name__)
+
+States = dict[str, tuple[int, int]]  # file name -> size in bytes, time of change in ns
 
 MODULE_GROUPS = {  # first match wins; parts of tensor names
     "head": ("lm_head", "embed_out"),
@@ -50,6 +56,17 @@ class Geometry:
     surviving: dict[str, float]
     recorded: dict[str, bool]  # whether a vector records the sha256 of its base
     dtype: str
+
+
+class GeometryFile(VersionedFile):
+    """geometry.json: norms and cosines of a pool, and the state of the files they were read from;
+    a vector or base that is changed has another state.
+    """
+
+    base: States
+    vectors: dict[str, States]
+    norms: dict[str, float]
+    cosines: list[tuple[str, str, float]]
 
 
 def open_pool(
@@ -120,6 +137,38 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
         {vector.name: read_record(vector.path) is not None for vector in vectors},
         dtype,
     )
+
+
+def kept(sources: Mapping[str, str], base_model: str, dtype: str, path: Path) -> GeometryFile:
+    """Return norms and cosines of a pool as kept at `path`; measure and keep them when they are not
+    there, or when weights have changed since.
+
+    Reads no weights for what is kept. Raises ModelError for a vector that cannot be merged into
+    this base.
+    """
+    base = resolve_base(base_model)
+    states = {name: weight_states(resolve_model(text).path) for name, text in sources.items()}
+    try:
+        found = GeometryFile.read(path)
+        if (found.base, found.vectors) == (weight_states(base.path), states):
+            return found
+    except ConfigError as error:
+        logger.debug("%s", error)
+    pool, refusals = open_pool(sources, base)
+    if refusals:
+        raise ModelError("; ".join(refusals.values()))
+    measured = measure(pool, base, dtype)
+    found = GeometryFile(
+        base=weight_states(base.path),
+        vectors=states,
+        norms=measured.norms,
+        cosines=[(a, b, value) for (a, b), value in measured.cosines.items()],
+    )
+    try:
+        found.write(path)
+    except OutputError as error:  # of somebody else's study
+        logger.warning("cosines are not kept: %s", error)
+    return found
 
 
 def _gram(

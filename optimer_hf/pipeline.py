@@ -2,8 +2,8 @@
 run again.
 
     recipes/NAME/  study.yaml, train-*.yaml, data/, tasks/      (inputs, never written to)
-    runs/NAME/     vectors/  study/  recipe.yaml  merged/  results.md  report.html  ledger.json
-                                                                   (what is made)
+    runs/NAME/     vectors/  study/  recipe.yaml  merged/  results.md  report.html  figures/
+                   ledger.json                                     (what is made)
 
 `short.yaml` in the folder holds the smaller budget of `--short`: values laid over study.yaml and
 the train files.
@@ -48,6 +48,7 @@ OURS = {
     "recipe.lock.json",
     "results.md",
     "report.html",
+    "figures",
     "results.json",
     "ledger.json",
 }
@@ -123,6 +124,7 @@ def run_recipe(run: Run) -> str:
         comparison = compare.compare(with_mixtures(run, study, trainings))
         sealed = compare.to_json(comparison)
         spent = ledger_of(run, study, list(trainings))
+        report.write_report(study, run.out / "report.html", figures=run.out / report.FIGURES)
         recipe_file = run.out / "recipe.yaml"
         recipe.write_recipe(study, recipe_file, name=run.name, sealed=sealed, ledger=spent)
         writing = perf_counter()
@@ -134,7 +136,6 @@ def run_recipe(run: Run) -> str:
         seconds = round(perf_counter() - started, 1)
         spent["this_invocation"] = {"seconds": seconds, "peak_bytes": plan.peak_memory()}
         compare.write_figure(comparison, run.out / "comparison.png")
-        report.write_report(study, run.out / "report.html")
         write_text(run.out / "results.json", json.dumps(sealed, indent=2))
         write_text(run.out / "ledger.json", json.dumps(spent, indent=2))
         write_text(run.out / "results.md", _results(run, comparison, study, spent))

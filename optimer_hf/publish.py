@@ -6,6 +6,7 @@ else can fetch is refused before anything leaves the machine.
 """
 
 import json
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from optimer_hf.files import FREE_TEXT, Reference, is_pinned
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.private import VOCABULARIES, refuse_private
 from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile
+from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.vector import VectorFile, read_record
 
+logger = logging.getLogger(__name__)
 Kind = Literal["vector", "recipe", "model"]
 CARD = "README.md"
 WEIGHTS = re.compile(r"(model|vector)(-\d{5}-of-\d{5})?\.safetensors|adapter_model\.safetensors")
@@ -40,10 +43,15 @@ MODEL_FILES = VOCABULARIES | {
     "vector.safetensors.index.json",
 }
 STUDY_FILES = frozenset({"study/study.json", "study/trials.jsonl", "study/sealed.jsonl"})
+FIGURE_FILES = frozenset({CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)})
 ALLOWED: dict[Kind, frozenset[str]] = {
     "vector": LEGAL | MODEL_FILES | {"vector.json", "adapter_config.json"},
-    "recipe": LEGAL | RECIPE_FILES | STUDY_FILES | {"results.json", "results.md", "comparison.png"},
-    "model": LEGAL | MODEL_FILES | RECIPE_FILES,
+    "recipe": LEGAL
+    | RECIPE_FILES
+    | STUDY_FILES
+    | FIGURE_FILES
+    | {"results.json", "results.md", "comparison.png"},
+    "model": LEGAL | MODEL_FILES | RECIPE_FILES | FIGURE_FILES,
 }
 
 
@@ -119,7 +127,7 @@ def publication(directory: Path, pushed: Mapping[str, str] | None = None) -> Pub
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    for folder in (directory, directory / "study"):
+    for folder in (directory, directory / "study", directory / FIGURES):
         if folder.is_dir():
             yield from sorted(path for path in folder.iterdir() if path.is_file())
 
@@ -167,7 +175,23 @@ def _recipe(
         files["mergekit_config.yml"] = _yaml(vanilla).encode()
     for name in STUDY_FILES & files.keys():
         files[name] = _study_file(directory / name, sources)
+    if not _shows(directory, recipe):
+        files = {name: content for name, content in files.items() if name not in FIGURE_FILES}
     return Publication(kind, files, recipe, (recipe.base_model, *sources.values()))
+
+
+def _shows(directory: Path, recipe: RecipeFile) -> bool:
+    """Whether the figures of a directory are of this merge."""
+    if not (directory / CAPTIONS).exists():
+        return False
+    is_same = Captions.read(directory / CAPTIONS).weights == recipe.weights
+    if not is_same:
+        logger.warning(
+            "%s: is of other weights than recipe.yaml, so the card has no figures. `optimer report "
+            "--figures` draws those of a study.",
+            directory / CAPTIONS,
+        )
+    return is_same
 
 
 def _refuse_other_model(directory: Path, lock: Lock) -> None:

@@ -55,6 +55,7 @@ from optimer_hf.remote import (
     stated,
     tried,
 )
+from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.vector import VectorFile
 
 logger = logging.getLogger(__name__)
@@ -391,7 +392,7 @@ def _card(
         "repo_id": repo_id,
         "recipe_text": found.text("recipe.yaml").strip(),
         "merge_configs": {title: text for title, text in configs.items() if text},
-        "figure": "comparison.png" in found.files,
+        "figures": _figures(found),
     }
     if isinstance(record, VectorFile):
         facts["vector"] = record
@@ -399,6 +400,21 @@ def _card(
         facts["recipe"] = record
         facts |= card.recipe_facts(record.weights, record.ledger, found.text("results.md"))
     return card.render(metadata, facts, existing)
+
+
+def _figures(found: Publication) -> list[card.Picture]:
+    """Return the figures of a publication for its card; comparison.png when it has no others."""
+    pictures = []
+    if CAPTIONS in found.files:
+        texts = Captions.model_validate_json(found.text(CAPTIONS)).captions
+        pictures = [
+            card.Picture(f"{FIGURES}/{name}.png", texts[name].title, texts[name].conclusion)
+            for name in CARD_FIGURES
+            if name in texts and f"{FIGURES}/{name}.png" in found.files
+        ]
+    elif "comparison.png" in found.files:
+        pictures = [card.Picture("comparison.png", "Gains over the base on the sealed test")]
+    return pictures
 
 
 # -- the commit ------------------------------------------------------------------------------------

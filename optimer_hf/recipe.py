@@ -29,6 +29,7 @@ from optimer_hf.files import (
 )
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
+from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES
 from optimer_hf.study import Study, Trial
 from optimer_hf.vector import (
     AdapterVector,
@@ -315,6 +316,17 @@ def build(
             )
     if lock_file.exists() and max_shard_size == MAX_SHARD_SIZE:
         _write_beside(recipe, Lock.read(lock_file), out, out_dtype or recipe.dtype)
+        _copy_figures(path.parent, out)
+
+
+def _copy_figures(source: Path, out: Path) -> None:
+    """Copy the figures beside a recipe into the model built from it, for its card."""
+    if not (source / CAPTIONS).exists():
+        return
+    (out / FIGURES).mkdir(exist_ok=True)
+    for name in (CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)):
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
 
 
 def _write_beside(recipe: RecipeFile, lock: Lock, out: Path, dtype: str) -> None:

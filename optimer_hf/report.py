@@ -2,10 +2,11 @@
 sentence and a picture each.
 
 Trials, sealed scores, training records and vectors come in; nothing is evaluated. What a reader
-would not guess: figures are SVG without a background, their ink is the colour of the page's text,
-so one picture serves light and dark; text stays text.
+would not guess: figures are SVG without a background, their ink and main colours are those of the
+page, so one picture serves light and dark; text stays text.
 """
 
+import contextlib
 import io
 import itertools
 import logging
@@ -21,10 +22,9 @@ from markupsafe import Markup
 
 from optimer_hf import compare, geometry
 from optimer_hf.compare import MERGE, Comparison, Row
-from optimer_hf.convert import resolve_base
-from optimer_hf.errors import ModelError, OptimerError
+from optimer_hf.errors import OptimerError
 from optimer_hf.evaluate import Interval, gains
-from optimer_hf.files import write_text
+from optimer_hf.files import FileModel, Reference, VersionedFile, write_text
 from optimer_hf.ledger import ledger
 from optimer_hf.retarget import front
 from optimer_hf.study import Study, Surrogate, Trial, surrogate_of, to_unit
@@ -39,16 +39,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INK = "#1b1b1f"  # becomes the colour of the page's text
+INK = "#1b1b1f"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito 2008
+PAGE_COLOURS = {  # what a page in dark mode has another shade of
+    INK: "currentColor",
+    COLOURS[0]: "var(--blue)",
+    COLOURS[1]: "var(--accent)",
+}
 STYLE = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.h_pad": 0.08,  # inches: a title keeps away from the ticks above it
     "figure.facecolor": "none",
+    "figure.labelsize": 9,
     "font.size": 9,
+    "legend.fontsize": 8.5,
     "legend.frameon": False,
     "savefig.facecolor": "none",
     "svg.fonttype": "none",
@@ -63,6 +72,9 @@ N_POINTS = 61  # of a slice
 NEARLY_PARALLEL = 0.2  # cosine
 SETTLED = 0.02  # of the gain that the last fifth of the trials may still add
 NO_PAIR = 2  # terms a front needs
+FIGURES = "figures"  # the folder of a card's figures, beside recipe.yaml
+CAPTIONS = f"{FIGURES}/captions.json"
+CARD_FIGURES = ("sealed", "terms", "weights", "progress", "slices", "front", "cosines")
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,20 @@ class Panel:
     conclusion: str
     shows: str
     figure: "Figure"
+
+
+class Caption(FileModel):
+    """What a figure on disk shows and what to conclude from it."""
+
+    title: str
+    conclusion: str
+
+
+class Captions(VersionedFile):
+    """captions.json beside the figures: the weights of the merge they are of, and their texts."""
+
+    weights: dict[str, float]
+    captions: dict[str, Caption]
 
 
 @dataclass(frozen=True)
@@ -98,20 +124,18 @@ class Unit:
 def write_report(
     study: Study, out: Path, *, figures: Path | None = None, vectors: bool = True
 ) -> list[Panel]:
-    """Write the page at `out`, the figures as PNG into `figures`, and return the panels.
+    """Write the page at `out`, the figures as PNG with their captions into `figures`, and return
+    the panels.
 
-    `vectors=False` leaves out the cosines, which need every vector read once. Raises StudyError for
+    `vectors=False` leaves out the cosines, for which every vector is read once; what was measured
+    is kept in geometry.json of the study. Raises StudyError for
     a study without a trial.
     """
-    import matplotlib
-    from cycler import cycler
-
-    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
-    with matplotlib.rc_context(style):
+    with _style():
         panels = list(_panels(study, vectors))
+        if figures is not None:
+            _write_figures(study, panels, figures)
         pictures = [(panel, Markup(_svg(panel))) for panel in panels]
-        for panel in panels if figures is not None else []:
-            _write_png(panel.figure, Path(str(figures)) / f"{panel.name}.png")
     environment = Environment(
         loader=PackageLoader("optimer_hf", "."), undefined=StrictUndefined, autoescape=True
     )
@@ -124,6 +148,23 @@ def write_report(
     )
     write_text(out, page)
     return panels
+
+
+def write_figures(study: Study, folder: Path) -> None:
+    """Write the figures of a card as PNG with their captions into a folder, but those that read
+    vectors.
+    """
+    with _style():
+        panels = [panel for panel in _panels(study, False) if panel.name in CARD_FIGURES]
+        _write_figures(study, panels, folder)
+
+
+def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:
+    for panel in panels:
+        _write_png(panel.figure, folder / f"{panel.name}.png")
+    captions = {p.name: Caption(title=p.title, conclusion=p.conclusion) for p in panels}
+    record = Captions(weights=study.incumbent.weights, captions=captions)
+    record.write(folder / Path(CAPTIONS).name)
 
 
 def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
@@ -202,7 +243,7 @@ def _progress(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
 
 def _weights(study: Study, posterior: Surrogate) -> Panel:
     free, best = study.config.free, study.incumbent.weights
-    ranges = {name: _alike(study, posterior, name) for name in free}
+    ranges = {name: _alike(study, posterior, best, name) for name in free}
     figure, axes = _figure(0.9 + 0.34 * len(free))
     for at, (name, (low, high)) in enumerate(ranges.items()):
         axes[0].plot([low, high], [at, at], linewidth=7, alpha=0.35, color=COLOURS[0])
@@ -211,8 +252,10 @@ def _weights(study: Study, posterior: Surrogate) -> Panel:
             f"{best[name]:g}", (best[name], at), (0, 7), textcoords="offset points", ha="center"
         )
     axes[0].set_yticks(range(len(free)), list(free))
-    axes[0].set_ylim(-0.6, len(free) - 0.3)
-    axes[0].set_xlabel("weight")
+    axes[0].set_ylim(len(free) - 0.4, -0.8)
+    lowest, highest = min(low for low, _ in free.values()), max(high for _, high in free.values())
+    axes[0].set_xlim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
+    axes[0].set_xlabel("weight, as far as it was searched")
     sizes = {name: high - low for name, (low, high) in ranges.items()}
     tight, loose = min(sizes, key=lambda n: sizes[n]), max(sizes, key=lambda n: sizes[n])
     told = f"The weight of {tight} is known best ({ranges[tight][0]:.2f} to {ranges[tight][1]:.2f})"
@@ -223,61 +266,70 @@ def _weights(study: Study, posterior: Surrogate) -> Panel:
     return Panel(
         "weights",
         "Weights, and how sure they are",
-        f"{told}: inside its bar, the others held, a weight cannot be told from the best one.",
+        f"{told}: inside its bar, the others held, a weight cannot be told from the best one."
+        f"{_at_an_edge(free, best)}",
         f"Weight of every vector and its range: {rows}.",
         figure,
     )
 
 
-def _alike(study: Study, posterior: Surrogate, name: str) -> tuple[float, float]:
-    """Return the smallest and largest weight of a vector, the others held, whose posterior mean is
-    within one standard deviation of the incumbent's.
+def _at_an_edge(free: Mapping[str, tuple[float, float]], best: Mapping[str, float]) -> str:
+    """Return what to do about weights at the end of their bounds; 0 is an end of its own."""
+    found = [name for name, bounds in free.items() if best[name] in bounds and best[name] != 0]
+    if not found:
+        return ""
+    return f" At the end of the bounds, where wider ones may find more: {', '.join(found)}."
+
+
+def _alike(
+    study: Study, posterior: Surrogate, weights: Mapping[str, float], name: str
+) -> tuple[float, float]:
+    """Return the smallest and largest weight of a vector, the others held at `weights`, whose
+    posterior mean is within one standard deviation of the best one's.
     """
-    grid, points = _slice(study, name)
-    here = to_unit(study.config, [study.incumbent.weights])
+    grid, points = _slice(study, weights, name)
+    here = to_unit(study.config, [weights])
     mean, variance = posterior.predict(points)
     best = posterior.predict(here)[0][0]
-    weight = study.incumbent.weights[name]
-    within = [*grid[mean + np.sqrt(variance) >= best], weight]
+    within = [*grid[mean + np.sqrt(variance) >= best], weights[name]]
     return float(min(within)), float(max(within))
 
 
-def _slice(study: Study, name: str) -> tuple["Array", "Array"]:
-    """Return a grid of weights of one vector, and the points [n, d] with the others held at the
-    incumbent.
+def _slice(study: Study, weights: Mapping[str, float], name: str) -> tuple["Array", "Array"]:
+    """Return a grid of weights of one vector, and the points [n, d] with the others held at
+    `weights`.
     """
     low, high = study.config.free[name]
     grid = np.linspace(low, high, N_POINTS)
-    sets = [study.incumbent.weights | {name: float(weight)} for weight in grid]
+    sets = [{**weights, name: float(weight)} for weight in grid]
     return grid, to_unit(study.config, sets)
 
 
 def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: Unit) -> Panel:
-    free = list(study.config.free)
-    base = study.value(trials[0])
+    free, best = list(study.config.free), study.incumbent.weights
+    values = [unit.factor * (study.value(t) - study.value(trials[0])) for t in trials]
     points = to_unit(study.config, [trial.weights for trial in trials])
-    here = to_unit(study.config, [study.incumbent.weights])[0]
-    figure, axes = _figure(1.75 * -(-len(free) // 2), rows=-(-len(free) // 2), columns=2)
+    here = to_unit(study.config, [best])[0]
+    figure, axes = _figure(1.9 * -(-len(free) // 2), rows=-(-len(free) // 2), columns=2)
     gained = {}
     for at, (name, axis) in enumerate(zip(free, axes, strict=False)):
-        grid, line = _slice(study, name)
+        grid, line = _slice(study, best, name)
         mean, variance = (a * unit.factor**p for p, a in enumerate(posterior.predict(line), 1))
         deviation = np.sqrt(variance)
         axis.fill_between(grid, mean - 2 * deviation, mean + 2 * deviation, alpha=0.2, linewidth=0)
         axis.plot(grid, mean)
         off = np.linalg.norm(np.delete(points - here, at, axis=1), axis=1)
-        values = [unit.factor * (study.value(trial) - base) for trial in trials]
         x = [trial.weights[name] for trial in trials]
         axis.scatter(x, values, s=10, alpha=np.exp(-4 * off), color=COLOURS[1], linewidths=0)
-        axis.axvline(study.incumbent.weights[name], color=INK, linewidth=0.7, linestyle=":")
+        axis.axvline(best[name], color=INK, linewidth=0.7, linestyle=":")
         low = float((mean - 2 * deviation).min())
         axis.set_ylim(max(low, -2 * max(float(mean.max()), 1e-9)), None)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(name)
         gained[name] = float(mean.max() - mean[int(np.argmin(np.abs(grid)))]) / unit.factor
     for axis in axes[len(free) :]:
         axis.set_visible(False)
-    figure.supxlabel("weight, the others as in the merge", fontsize=9)
-    figure.supylabel(unit.text, fontsize=9)
+    figure.supxlabel("weight, the others as in the merge")
+    figure.supylabel(unit.text)
     most = max(gained, key=lambda name: gained[name])
     idle = [name for name in free if gained[name] < 0.001]
     told = (
@@ -303,7 +355,7 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
     where = "sealed test" if comparison is not None else "items of the search"
     rows = [row for row in found.rows[1:] if _is_shown(row, found)]
     labels = list(found.base.scores)
-    figure, axes = _figure((0.5 + 0.2 * len(rows)) * len(labels), rows=len(labels))
+    figure, axes = _figure((0.65 + 0.2 * len(rows)) * len(labels), rows=len(labels))
     verdicts: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
     for axis, label in zip(axes, labels, strict=True):
         for at, row in enumerate(reversed(rows)):
@@ -313,9 +365,10 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
                 side = "better" if interval.low > 0 else "worse"
                 verdicts[side if interval.excludes_zero else "not told apart"].append(label)
         axis.axvline(0, color=INK, linewidth=0.7)
-        axis.set_yticks(range(len(rows)), [_short(row.title) for row in reversed(rows)], fontsize=8)
-        axis.set_title(label, fontsize=9)
-    axes[-1].set_xlabel("gain over the base, %, 95 % interval (accuracies: points)")
+        axis.set_yticks(range(len(rows)), [_short(row.title) for row in reversed(rows)])
+        axis.set_ylim(-0.7, len(rows) - 0.3)
+        axis.set_title(label)
+    figure.supxlabel("gain over the base, %, 95 % interval (accuracies: points)")
     said = "; ".join(f"{side} in {', '.join(each)}" for side, each in verdicts.items() if each)
     return Panel(
         "terms",
@@ -360,8 +413,8 @@ def _sealed(comparison: Comparison, unit: Unit) -> Panel:
         interval = comparison.interval(row, comparison.base)
         _draw_interval(axes[0], at, interval, not row.is_baseline, unit.factor)
     axes[0].axvline(0, color=INK, linewidth=0.7)
-    axes[0].set_yticks(range(len(rows)), [_short(row.title) for row in rows], fontsize=8)
-    axes[0].set_xlabel(f"{unit.text}, paired 95 % interval")
+    axes[0].set_yticks(range(len(rows)), [_short(row.title) for row in rows])
+    figure.supxlabel(f"{unit.text}, paired 95 % interval")
     base = comparison.value(comparison.base)
     values = "; ".join(
         f"{row.title} {unit.show(comparison.value(row) - base)}" for row in reversed(rows)
@@ -398,8 +451,9 @@ def _front(study: Study, trials: Sequence[Trial]) -> Panel:
     return Panel(
         "front",
         "Pareto front",
-        f"{len(choices)} of {len(trials)} trials are beaten by no other in every term; another one "
-        "than the merge is taken with `optimer recipe --pick`.",
+        f"{len(choices)} of {len(trials)} trials are beaten by no other in every term; one of them "
+        "other than the merge is taken with optimer recipe --pick."
+        + ("" if len(choices[0].gains) == len(labels) else " The first three terms are drawn."),
         f"Gains of the trials in {' against '.join(labels)}.",
         figure,
     )
@@ -420,25 +474,24 @@ def _cosines(study: Study) -> Panel | None:
     if len(sources) < NO_PAIR:
         return None
     try:
-        base = resolve_base(config.base_model)
-        pool, refusals = geometry.open_pool(sources, base)
-        if refusals:
-            raise ModelError("; ".join(refusals.values()))
-        found = geometry.measure(pool, base, config.dtype)
+        kept = study.directory / "geometry.json"
+        found = geometry.kept(sources, config.base_model, config.dtype, kept)
     except OptimerError as error:
         logger.warning("the report has no cosines: %s", error)
         return None
     names = list(sources)
     table = np.eye(len(names))
-    for (a, b), value in found.cosines.items():
+    for a, b, value in found.cosines:
         table[names.index(a), names.index(b)] = table[names.index(b), names.index(a)] = value
     figure, axes = _figure(1.0 + 0.45 * len(names))
-    axes[0].imshow(table, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", alpha=0.6)
+    axes[0].set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
     for i, j in itertools.product(range(len(names)), repeat=2):
-        axes[0].text(j, i, f"{table[i, j]:+.2f}", ha="center", va="center", fontsize=8)
+        shade = {"color": COLOURS[int(table[i, j] < 0)], "alpha": 0.6 * abs(table[i, j])}
+        axes[0].bar(j, 1, width=1, bottom=i - 0.5, linewidth=0, **shade)
+        axes[0].text(j, i, f"{table[i, j]:+.2f}", ha="center", va="center")
     axes[0].set_xticks(range(len(names)), names)
     axes[0].set_yticks(range(len(names)), names)
-    (a, b), value = max(found.cosines.items(), key=lambda pair: abs(pair[1]))
+    a, b, value = max(found.cosines, key=lambda pair: abs(pair[2]))
     told = (
         "pull in the same direction, so their weights compete"
         if value > NEARLY_PARALLEL
@@ -450,7 +503,7 @@ def _cosines(study: Study) -> Panel | None:
         "cosines",
         "Angles between the vectors",
         f"{a} and {b} (cosine {value:+.2f}) {told}.",
-        "Cosines: " + "; ".join(f"{a}, {b} {v:+.3f}" for (a, b), v in found.cosines.items()) + ".",
+        "Cosines: " + "; ".join(f"{a}, {b} {v:+.3f}" for a, b, v in found.cosines) + ".",
         figure,
     )
 
@@ -462,7 +515,7 @@ def _records(study: Study) -> dict[str, VectorFile]:
 
 
 def _losses(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile]) -> Panel:
-    figure = _over_tokens(series, records, "training loss, nats a token")
+    figure = _over_tokens(series, records, "training loss, nats a token", {})
     parts = {n: max(len(values) // 5, 1) for n, values in series.items()}
     ends = {n: (np.mean(v[: parts[n]]), np.mean(v[-parts[n] :])) for n, v in series.items()}
     said = ", ".join(f"{name} {first:.2f} to {last:.2f}" for name, (first, last) in ends.items())
@@ -477,7 +530,8 @@ def _losses(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorF
 
 
 def _norms(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile]) -> Panel:
-    figure = _over_tokens(series, records, "norm of the vector")
+    steps = {name: (records[name].training or {}).get("norm_steps") for name in series}
+    figure = _over_tokens(series, records, "norm of the vector", steps)
     shares = {n: values[-1] / max(values[len(values) // 2], 1e-30) for n, values in series.items()}
     most = max(shares, key=lambda name: shares[name])
     return Panel(
@@ -493,15 +547,21 @@ def _norms(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFi
 
 
 def _over_tokens(
-    series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile], label: str
+    series: Mapping[str, Sequence[float]],
+    records: Mapping[str, VectorFile],
+    label: str,
+    steps: Mapping[str, Sequence[int] | None],
 ) -> "Figure":
+    """Draw values over the tokens read; without the steps they are of, evenly spread."""
     figure, axes = _figure(2.4)
     for name, values in series.items():
-        n_tokens = int((records[name].training or {})["n_tokens"])
-        axes[0].plot(np.linspace(0, n_tokens, len(values) + 1)[1:], values, label=name)
+        training = records[name].training or {}
+        at = steps.get(name) or np.linspace(0, training["n_steps"], len(values) + 1)[1:]
+        x = np.asarray(at) * training["n_tokens"] / max(training["n_steps"], 1)
+        axes[0].plot(x, values, label=name)
     axes[0].set_xlabel("tokens")
     axes[0].set_ylabel(label)
-    axes[0].legend(fontsize=8, ncols=2)
+    axes[0].legend(ncols=2)
     return figure
 
 
@@ -516,7 +576,7 @@ def _ledger(study: Study) -> Panel:
         stages = {"training of the vectors": seconds} | stages
     figure, axes = _figure(0.8 + 0.24 * len(stages))
     axes[0].barh(range(len(stages)), [seconds / 60 for seconds in stages.values()])
-    axes[0].set_yticks(range(len(stages)), list(stages), fontsize=8)
+    axes[0].set_yticks(range(len(stages)), list(stages))
     axes[0].invert_yaxis()
     axes[0].set_xlabel("minutes")
     total = sum(stages.values())
@@ -543,7 +603,7 @@ _PARTS = ("ask", "merge", "forward", "harness")
 def _pinned(study: Study) -> list[tuple[str, str]]:
     """Return what the study stands on, with the digests that are known."""
     records = _records(study)
-    rows = [("study", study.config.digest), ("base model", study.config.base_model)]
+    rows = [("study", study.config.digest), ("base model", _shown(study.config.base_model))]
     bases = {record.base.reference: record.base.files for record in records.values()}
     rows += [
         (f"base model, {name}", f"sha256 {value}")
@@ -552,9 +612,7 @@ def _pinned(study: Study) -> list[tuple[str, str]]:
     ]
     for name, vector in study.config.vectors.items():
         corpus = (records[name].corpus or {}) if name in records else {}
-        source = Path(str(vector.source))
-        text = source.name if source.is_absolute() else str(vector.source)
-        rows.append((f"vector {name}", text))
+        rows.append((f"vector {name}", _shown(str(vector.source))))
         if "sha256" in corpus:
             rows.append((f"corpus of {name}", f"{corpus.get('name')}, sha256 {corpus['sha256']}"))
     versions: dict[str, str] = {}
@@ -563,7 +621,23 @@ def _pinned(study: Study) -> list[tuple[str, str]]:
     return rows + [(name, version) for name, version in versions.items()]
 
 
+def _shown(reference: str) -> str:
+    """Return a reference as others may read it: of a local path the last part."""
+    path = Reference(reference).path
+    return path.name if path is not None else reference
+
+
 # -- drawing ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+    from cycler import cycler
+
+    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
+    with matplotlib.rc_context(style):
+        yield
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Sequence["Axes"]]:
@@ -588,16 +662,19 @@ def _svg(panel: Panel) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'((?:\bid=|href=)"#?|url\(#)', rf"\g<1>{panel.name}-", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.name}-", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     label = str(Markup.escape(panel.shows))
     text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    return text.replace(INK, "currentColor").strip()
+    for colour, name in PAGE_COLOURS.items():
+        text = text.replace(colour, name)
+    return text.strip()
 
 
 def _write_png(figure: "Figure", path: Path) -> None:
+    """Write a figure without metadata: the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, format="png", dpi=160, facecolor="white")
+    figure.savefig(partial, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     partial.replace(path)

@@ -11,7 +11,6 @@ other (their positions restart, there is no cache).
 import dataclasses
 import json
 import logging
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -40,6 +39,7 @@ from optimer_hf.files import (
     naming_disk_errors,
     write_text,
 )
+from optimer_hf.growth import full_norm, is_due, lora_norm, refuse_sharded
 from optimer_hf.head import fuse_loss
 from optimer_hf.progress import Cost, Meter
 
@@ -260,7 +260,7 @@ def build_trainer(
         args=arguments,
         train_dataset=packed,  # any object with __len__ and __getitem__ is a data set
         data_collator=default_data_collator,
-        callbacks=[_callback(config, _spent_before(out))],
+        callbacks=[_callback(config, base.path, _spent_before(out))],
     )
     trainer.remove_callback(PrinterCallback)  # it prints on stdout, where results go
     return trainer
@@ -334,14 +334,17 @@ def _refuse_untying(model: Any, modules_to_save: Any, base: ResolvedModel) -> No
         )
 
 
-def _callback(config: TrainConfig, earlier: Cost) -> "TrainerCallback":
-    """Return what shows progress, and keeps the time spent beside every checkpoint."""
+def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallback":
+    """Return what shows progress, keeps the time spent beside every checkpoint, and notes how the
+    vector grows.
+    """
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
         meter: Meter
         loss = float("nan")
         started = Cost.now()
+        is_measured = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
@@ -364,9 +367,8 @@ def _callback(config: TrainConfig, earlier: Cost) -> "TrainerCallback":
             self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any
         ) -> None:
             self.loss = (logs or {}).get("loss", self.loss)
-            is_whole = not (args.fsdp or args.deepspeed)  # no process has the tensors otherwise
-            if "loss" in (logs or {}) and config.lora is not None and is_whole:
-                state.log_history[-1]["norm"] = lora_norm(model)
+            if "loss" in (logs or {}) and state.is_world_process_zero and self.is_measured:
+                self.is_measured = _note_norm(config, base, model, state)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
@@ -379,18 +381,20 @@ def _callback(config: TrainConfig, earlier: Cost) -> "TrainerCallback":
     return Callback()
 
 
-def lora_norm(model: Any) -> float:
-    """Return the Frobenius norm of what the LoRA layers of a model add to it, their products never
-    formed: |BA|^2 = <B^T B, A A^T>.
+def _note_norm(config: TrainConfig, base: Path, model: Any, state: Any) -> bool:
+    """Write the norm of the vector so far into the last entry of a run's log; return whether it can
+    be told, and say why not.
     """
-    total = 0.0
-    for module in model.modules():
-        for name, a in getattr(module, "lora_A", {}).items():
-            left, right = a.weight.detach().float(), module.lora_B[name].weight.detach().float()
-            if left.ndim == right.ndim == 2:
-                product = ((right.T @ right) * (left @ left.T)).sum()
-                total += float(module.scaling[name]) ** 2 * float(product)
-    return math.sqrt(max(total, 0.0))
+    try:
+        refuse_sharded(model)
+        if config.lora is not None:
+            state.log_history[-1]["norm"] = lora_norm(model)
+        elif is_due(state.log_history, state.max_steps):
+            state.log_history[-1]["norm"] = full_norm(model, base)
+    except ModelError as error:
+        logger.info("train %s: no norms along the run: %s", config.name, error)
+        return False
+    return True
 
 
 def _tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
@@ -461,7 +465,7 @@ def _record(
     """Return what a reader of the vector needs to know; no path of this machine."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    norms = [entry["norm"] for entry in history if "norm" in entry]
+    norms = {entry["step"]: entry["norm"] for entry in history if "norm" in entry}
     return {
         "config_sha256": config.digest,
         "name": config.name,
@@ -481,7 +485,7 @@ def _record(
             "n_steps": trainer.state.global_step,
             "n_tokens": trainer.state.global_step * _tokens_per_step(config, trainer.args),
             "losses": losses,
-            **({"norms": norms} if norms else {}),
+            **({"norms": [*norms.values()], "norm_steps": [*norms]} if norms else {}),
             "seconds": round(spent.seconds, 2),
             "cpu_seconds": round(spent.cpu_seconds, 2),
         },

@@ -6,6 +6,7 @@ from optimer_hf.card import (
     BEGIN,
     END,
     Origins,
+    Picture,
     datasets_of,
     metadata_of,
     model_index,
@@ -67,6 +68,13 @@ def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
     assert BEGIN != END
 
 
+def test_a_figure_stands_under_its_sentence_which_is_its_text_too():
+    drawn = Picture("figures/a.png", "A *title*", "x matters\nmost](evil) <b>").markdown
+    said = r"x matters most\](evil) \<b\>"
+    assert drawn == rf"**A \*title\*.** {said}" + f"\n\n![{said}](figures/a.png)"
+    assert Picture("c.png", "Gains").markdown == "![Gains](c.png)"
+
+
 def test_only_data_sets_of_the_hub_are_named_as_such():
     assert datasets_of({"name": "ja.train.jsonl.xz + org/wiki"}) == ["org/wiki"]
     assert datasets_of(None) == []
@@ -79,7 +87,7 @@ def test_a_card_keeps_what_a_person_set_and_drops_what_no_longer_holds():
     )
     metadata = metadata_of("model", "merge", "other", Origins({}, ("org/new",)), None)
     facts = {"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""}
-    facts |= {"merge_configs": {}, "figure": False, "bars": {}, "costs": "", "headings": {}}
+    facts |= {"merge_configs": {}, "figures": [], "bars": {}, "costs": "", "headings": {}}
     recipe = {"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}}
     written, _ = split(
         render(metadata, {**facts, "recipe": recipe | {"derived_from": None}}, existing)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import test_search
 import torch
 import yaml
 from conftest import tiny_model
@@ -25,6 +27,8 @@ from optimer_hf.errors import HubError, ModelError, OptimerError
 from optimer_hf.files import sha256_file
 from optimer_hf.publish import publication
 from optimer_hf.recipe import Lock, RecipeFile, build, verify
+from optimer_hf.report import Captions, write_figures
+from optimer_hf.search import search
 from optimer_hf.vector import describe, extract, open_vector
 
 ALICE, BOB = "hf_alice_write", "hf_bob_write"
@@ -1044,6 +1048,78 @@ def test_a_pulled_study_is_retargeted_without_its_data(hub, make_recipe, name, t
     opened = load_study(study)
     assert [trial.weights["v1"] for trial in opened.log.trials] == [0.2] * 4
     assert isinstance(opened.log.trials[0], Trial)
+
+
+class FunctionPool(test_search.FunctionPool):
+    """Scores two weights."""
+
+    def score(self, weights, terms, limits):
+        return super().score(dict(weights) | {"y": 0.0, "z": 0.0}, terms, limits)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A real search over two vectors, and the folder of its figures."""
+    folder = tmp_path_factory.mktemp("drawn")
+    vectors = {name: {"source": f"a/{name}"} for name in ("v0", "v1")}
+    config = test_search.config_of(vectors=vectors, search={"n_trials": 5, "rescore_top": 0})
+    study = search(config, folder / "search", pool=FunctionPool)
+    write_figures(study, folder / "figures")
+    return study, folder / "figures"
+
+
+@pytest.fixture
+def drawn_recipe(drawn, make_recipe) -> Path:
+    """The folder of a recipe of what a search found, with its figures."""
+    study, figures = drawn
+    folder = make_recipe("delta", tuple(study.incumbent.weights.values()))
+    shutil.copytree(figures, folder / "figures")
+    return folder
+
+
+def test_figures_travel_with_a_recipe_and_stand_in_its_card(hub, drawn_recipe, name, tmp_path):
+    folder = drawn_recipe
+    (folder / "figures" / "notes.png").write_text("mine")
+    hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    there = HfApi(token=ALICE).list_repo_files(f"alice/{name}")
+    drawn = ["captions.json", "front.png", "progress.png", "slices.png", "terms.png", "weights.png"]
+    assert sorted(f for f in there if "/" in f) == [f"figures/{file}" for file in drawn]
+    hubs.pull(f"alice/{name}", tmp_path / "theirs", token=BOB)
+    card = (tmp_path / "theirs" / "README.md").read_text()
+    texts = Captions.read(folder / "figures" / "captions.json").captions
+    for file in drawn[1:]:
+        said = texts[file.removesuffix(".png")].conclusion
+        assert f"![{said.replace('`', chr(92) + '`')}](figures/{file})" in card
+        written = (folder / "figures" / file).read_bytes()
+        assert (tmp_path / "theirs" / "figures" / file).read_bytes() == written
+
+
+def test_figures_that_were_drawn_again_are_not_sent_again(hub, drawn, drawn_recipe, name):
+    folder = drawn_recipe
+    first = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    shutil.rmtree(folder / "figures")
+    write_figures(drawn[0], folder / "figures")
+    second = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    assert (second.commit, second.sent, second.deleted) == (first.commit, {}, ())
+    assert "figures/weights.png" in second.unchanged
+
+
+def test_a_built_model_takes_the_figures_of_its_recipe_along(hub, drawn_recipe, name, tmp_path):
+    folder = drawn_recipe
+    build(folder / "recipe.yaml", tmp_path / "model")
+    done = hubs.push(tmp_path / "model", f"alice/{name}", token=ALICE, vectors=True)
+    assert "(figures/weights.png)" in done.card
+    assert {"figures/weights.png", "figures/captions.json"} <= done.sent.keys()
+
+
+def test_figures_of_another_merge_stay_at_home(hub, drawn_recipe, name, caplog):
+    folder = drawn_recipe
+    captions = folder / "figures" / "captions.json"
+    Captions.read(captions).model_copy(update={"weights": {"v0": 1.0, "v1": 0.0}}).write(captions)
+    done = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    assert not any(file.startswith("figures/") for file in done.sent)
+    assert "figures/" not in done.card
+    assert "is of other weights than recipe.yaml" in caplog.text
 
 
 def test_a_torn_record_is_pushed_without_its_torn_line(make_recipe, make_vector):

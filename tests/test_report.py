@@ -1,5 +1,6 @@
 """report.py: one page that stands alone, says what a study found, and is read on a phone."""
 
+import os
 import re
 import shutil
 from collections import Counter
@@ -14,7 +15,8 @@ from test_search import FunctionPool, config_of, failing_at
 
 from optimer_hf import compare
 from optimer_hf.cli import main
-from optimer_hf.report import write_report
+from optimer_hf.geometry import kept
+from optimer_hf.report import CARD_FIGURES, Captions, write_figures, write_report
 from optimer_hf.search import search
 from optimer_hf.study import TrialLog, load_study
 
@@ -55,6 +57,7 @@ def test_the_page_loads_nothing_and_runs_nothing(page):
     assert "<script" not in text and "@import" not in text
     assert not re.findall(r'(?:src|href)="(?!#|data:)', text)
     assert not re.findall(r"url\((?!#)", text)
+    assert "<image" not in text
 
 
 def test_names_are_escaped(page):
@@ -166,9 +169,66 @@ def test_figures_are_written_as_png(study, tmp_path):
     arguments = ["report", str(study.directory), str(tmp_path / "r.html")]
     result = CliRunner().invoke(main, [*arguments, "--figures", str(tmp_path / "figures")])
     assert result.exit_code == 0, result.output
-    found = {path.stem: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    found = {path.stem: path.read_bytes() for path in (tmp_path / "figures").glob("*.png")}
     assert set(found) == set(FIGURES)
     assert all(content.startswith(b"\x89PNG") for content in found.values())
+    record = Captions.read(tmp_path / "figures" / "captions.json")
+    assert record.weights == study.incumbent.weights
+    assert list(record.captions) == FIGURES
+
+
+def test_figures_of_a_card_are_the_same_bytes_whoever_draws_them(study, tmp_path):
+    write_report(study, tmp_path / "r.html", figures=tmp_path / "with the page")
+    for folder in ("once", "twice"):
+        write_figures(study, tmp_path / folder)
+    drawn = {path.name for path in (tmp_path / "once").glob("*.png")}
+    assert drawn == {f"{name}.png" for name in FIGURES if name in CARD_FIGURES}
+    for name in drawn:
+        found = {path.read_bytes() for path in tmp_path.glob(f"*/{name}")}
+        assert len(found) == 1
+        assert b"tEXt" not in found.pop()[:200]  # the version of matplotlib
+
+
+def read_again(study, tmp_path) -> tuple[str, bytes]:
+    """Return what the report says of the cosines, and its page."""
+    panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
+    return panels["cosines"].shows, (tmp_path / "r.html").read_bytes()
+
+
+def test_a_second_report_reads_no_weights_and_a_changed_vector_is_read(
+    make_base, make_tuned, tmp_path
+):
+    base = make_base("llama")
+    for seed, name in enumerate("wxyz"):
+        shutil.copytree(make_tuned(base, "llama", seed), tmp_path / name)
+    vectors = {name: {"source": str(tmp_path / name)} for name in "wxyz"}
+    search_of = {"n_trials": 7, "rescore_top": 2}
+    config = config_of(base_model=str(base.path), vectors=vectors, search=search_of)
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    first = read_again(study, tmp_path)
+    assert str(tmp_path) not in first[1].decode()
+    assert base.path.name in first[1].decode() and str(base.path) not in first[1].decode()
+    for name in "wxyz":  # nothing can be read any more, and nothing has to be
+        file = tmp_path / name / "model.safetensors"
+        state = file.stat()
+        (tmp_path / f"{name}.kept").write_bytes(file.read_bytes())
+        file.write_bytes(bytes(state.st_size))
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert read_again(study, tmp_path) == first
+    for name, other in zip("wxyz", "wxyy", strict=True):
+        file = tmp_path / name / "model.safetensors"
+        file.write_bytes((tmp_path / f"{other}.kept").read_bytes())
+    assert "z, y +1.000" in read_again(study, tmp_path)[0]
+
+
+def test_a_report_of_a_study_that_cannot_be_written_to_has_its_cosines(
+    make_base, make_tuned, tmp_path, caplog
+):
+    base = make_base("llama")
+    sources = {name: str(make_tuned(base, "llama", seed)) for seed, name in enumerate("ab")}
+    (tmp_path / "geometry.json").mkdir()  # in the way; a test that runs as root may write anywhere
+    found = kept(sources, str(base.path), "bfloat16", tmp_path / "geometry.json")
+    assert len(found.cosines) == 1 and "cosines are not kept" in caplog.text
 
 
 # -- in a browser ----------------------------------------------------------------------------------

@@ -324,6 +324,8 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, 
     train(*outs["one"])
     assert len(losses_of(outs["one"][1])) == 6
     assert losses_of(outs["two"][1]) == pytest.approx(losses_of(outs["one"][1]), rel=1e-4)
+    norms = [record_of(outs[name][1])["training"]["norms"] for name in ("two", "one")]
+    assert len(norms[0]) == 6 and norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_the_fused_run_and_a_stock_trainer_agree(make_config, make_base, kind, tmp_path):

@@ -1,0 +1,87 @@
+"""A model in training -> the norm of its vector so far: how fast one dataset moves it.
+
+Of a LoRA model the products are never formed; of a full-parameter one the base is read again from
+disk, a few rows at a time, so that no second copy of the model is held. That costs one pass over
+the base for a point, so a run has few of them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from optimer_hf.checkpoint import Checkpoint, matrix_rows, row_blocks
+from optimer_hf.errors import ModelError
+
+N_NORMS = 16  # of a full-parameter run
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+
+def lora_norm(model: Any) -> float:
+    """Return the Frobenius norm of what the LoRA layers of a model add to it, their products never
+    formed: |BA|^2 = <B^T B, A A^T>.
+    """
+    total = 0.0
+    for module in model.modules():
+        for name, a in getattr(module, "lora_A", {}).items():
+            left, right = a.weight.detach().float(), module.lora_B[name].weight.detach().float()
+            if left.ndim == right.ndim == 2:
+                product = ((right.T @ right) * (left @ left.T)).sum()
+                total += float(module.scaling[name]) ** 2 * float(product)
+    return math.sqrt(max(total, 0.0))
+
+
+def full_norm(model: Any, base: Path) -> float:
+    """Return the Frobenius norm of a model minus the base in a directory; a tied head counts once.
+
+    Raises ModelError when a parameter is nowhere in the base. Memory: a few row blocks, and one
+    parameter where transformers stores it in another form (fused experts).
+    """
+    checkpoint, squares = Checkpoint(base), 0.0
+    known = set(checkpoint.names)
+    for name, parameter in model.named_parameters():
+        for key, tensor in _as_stored(model, name, parameter.detach()).items():
+            if key not in known or checkpoint.shape(key) != tuple(tensor.shape):
+                raise ModelError(f"{base}: holds no tensor {key!r} of shape {list(tensor.shape)}.")
+            squares += _moved(tensor.contiguous(), checkpoint, key)
+    return math.sqrt(squares)
+
+
+def _as_stored(model: Any, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a parameter under the names, and in the form, that its checkpoint has it."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        return dict(revert_weight_conversion(model, {name: parameter}))
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{name}: has no form of its own in a checkpoint ({error}).") from error
+
+
+def _moved(tensor: torch.Tensor, base: Checkpoint, name: str) -> float:
+    """Return |tensor - base|^2 in float32, row block by row block."""
+    squares = 0.0
+    for rows in row_blocks(tuple(tensor.shape), tensor.device.type):
+        before = base.read_rows(name, rows).to(tensor.device).float()
+        after = matrix_rows(tensor, rows).float()
+        squares += torch.linalg.vector_norm(after - before).item() ** 2
+    return squares
+
+
+def refuse_sharded(model: Any) -> None:
+    """Raise ModelError when no process holds the whole parameters of a model in training."""
+    from accelerate.state import AcceleratorState
+
+    kind = AcceleratorState().distributed_type.value
+    if kind in SHARDED or any(isinstance(each, DTensor) for each in model.parameters()):
+        raise ModelError(f"no process holds the whole model ({kind}).")
+
+
+def is_due(history: Sequence[Mapping[str, Any]], n_steps: int) -> bool:
+    """Whether the last entry of the log of a full-parameter run is to have a norm: N_NORMS of them,
+    evenly spread over `n_steps`, wherever the run was interrupted.
+    """
+    noted = max((entry["step"] for entry in history if "norm" in entry), default=0)
+    return bool(history[-1]["step"] * N_NORMS // n_steps > noted * N_NORMS // n_steps)
