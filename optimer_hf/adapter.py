@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from optimer_hf.checkpoint import TIED_HEAD, Checkpoint, has_tied_head
-from optimer_hf.convert import moves_base
+from optimer_hf.convert import ResolvedModel, loaded_model, moves_base
 from optimer_hf.errors import ModelError
 from optimer_hf.kernel import LowRank, Trained
 
@@ -225,7 +225,6 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
     Holds the whole model in memory, in float32. Raises ModelError for adapters without a merge.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
@@ -237,7 +236,7 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
                 f"{adapter}: tensor {untying[0]!r} belongs to half of the tied embedding of the "
                 "base. Train the embedding with full parameters, or leave it out."
             )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = loaded_model(ResolvedModel(base, base.name), torch.float32)
     try:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:

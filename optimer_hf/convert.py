@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimer_hf.checkpoint import Checkpoint
 from optimer_hf.errors import ModelError
-from optimer_hf.files import Reference, sha256_file, staged_directory, write_text
+from optimer_hf.files import Reference, is_there, sha256_file, staged_directory, write_text
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
@@ -53,7 +54,7 @@ def resolve_model(text: str) -> ResolvedModel:
         return ResolvedModel(_converted(_packaged_gguf(ref.package)), text)
     if ref.path is None:
         return _fetched(ref)
-    if not ref.path.exists():
+    if not is_there(ref.path):
         raise ModelError(
             f"{text}: no such file or directory, and not a Hub id of the form org/name."
         )
@@ -88,6 +89,50 @@ def refuse_other_than_models(resolved: ResolvedModel) -> None:
     record = path / "vector.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8")).get("kind") == "delta":
         raise ModelError(f"{text}: is a delta, not a model. Merge it into its base first.")
+
+
+def loaded_model(base: ResolvedModel, dtype: Any) -> Any:
+    """Return the causal language model of a directory; ModelError says why it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    with _naming_unloadable(base, "model"):
+        return AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+
+
+def loaded_tokenizer(base: ResolvedModel) -> Any:
+    """Return the tokenizer of a directory; ModelError says why it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    with _naming_unloadable(base, "tokenizer"):
+        return AutoTokenizer.from_pretrained(base.path)
+
+
+def empty_model(base: ResolvedModel) -> Any:
+    """Return the model of a directory without its weights, which costs next to nothing: what its
+    config, its index and its layers rule out is found before anything long.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    Checkpoint(base.path)
+    with _naming_unloadable(base, "model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path))
+
+
+@contextmanager
+def _naming_unloadable(base: ResolvedModel, what: str) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, ModelError):
+        raise
+    except Exception as error:  # transformers and tokenizers raise dozens of types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+        raise ModelError(
+            f"{base.path}: transformers cannot load the {what} ({reason}). Fetch it again, or save "
+            "it with `save_pretrained`."
+        ) from error
 
 
 def moves_base(init_lora_weights: bool | str) -> bool:

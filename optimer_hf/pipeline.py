@@ -207,7 +207,7 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
         if isinstance(vector, dict) and "train" in vector:
             file = run.folder / str(vector["train"])
             training = parse(TrainConfig, _laid_over(read_yaml(file), changes), file)
-            check_config(training)
+            check_config(training, file)
             for corpus in training.corpora:
                 next(documents(corpus), None)
             trainings[name] = training
