@@ -19,6 +19,7 @@ import torch
 from optimer_hf.checkpoint import TIED_HEAD, Checkpoint, has_tied_head
 from optimer_hf.convert import ResolvedModel, loaded_model, moves_base
 from optimer_hf.errors import ModelError
+from optimer_hf.files import first_line
 from optimer_hf.kernel import LowRank, Trained
 
 PARTNERS = {
@@ -50,7 +51,8 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
         config = PeftConfig.from_pretrained(str(path))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error})."
+            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error}). Fetch the "
+            "adapter again."
         ) from None
     if not isinstance(config, LoraConfig):
         raise ModelError(
@@ -239,8 +241,18 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
     model = loaded_model(ResolvedModel(base, base.name), torch.float32)
     try:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{adapter}: PEFT cannot merge this adapter ({error}).") from error
+    except (
+        AttributeError,
+        NotImplementedError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        KeyError,
+    ) as error:
+        raise ModelError(
+            f"{adapter}: PEFT cannot merge this adapter ({first_line(error)}). Give the base it "
+            "was trained from, or fetch it again."
+        ) from error
     with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
         merged.save_pretrained(folder)
         yield Path(folder)

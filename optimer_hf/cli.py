@@ -296,7 +296,7 @@ def convert(gguf: Path, out: Path, dtype: str) -> None:
     from optimer_hf.convert import convert_gguf
 
     if not gguf.is_file():
-        raise ConfigError(f"{gguf}: no such file.")
+        raise ConfigError(f"{gguf}: no such file. Expected a GGUF file.")
     convert_gguf(gguf, out, dtype=dtype)
     click.echo(str(out))
 
@@ -1028,7 +1028,11 @@ def print_schema(kind: str) -> None:
 def _validate(path: Path) -> str:
     from optimer_hf.evaluate import ObjectiveFile
     from optimer_hf.files import read_yaml
-    from optimer_hf.merge_config import linear_merge_of, read_merge_config
+    from optimer_hf.merge_config import (
+        linear_merge_of,
+        read_merge_config,
+        refuse_unknown_method,
+    )
     from optimer_hf.recipe import RecipeFile
     from optimer_hf.study import StudyConfig
     from optimer_hf.train import TrainConfig, check_config
@@ -1037,7 +1041,9 @@ def _validate(path: Path) -> str:
     if keys and keys <= {"train", "study"}:
         return "short budget of a recipe"
     if "merge_method" in keys or "models" in keys:
-        linear_merge_of(read_merge_config(path), path)
+        config = read_merge_config(path)
+        refuse_unknown_method(config["merge_method"], path)
+        linear_merge_of(config, path)
         return "merge config"
     if "study" in keys and "scores" in keys:
         RecipeFile.read(path)

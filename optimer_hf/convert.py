@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,15 @@ from typing import Any
 
 from optimer_hf.checkpoint import Checkpoint
 from optimer_hf.errors import ModelError
-from optimer_hf.files import Reference, is_there, sha256_file, staged_directory, write_text
+from optimer_hf.files import (
+    Reference,
+    first_line,
+    is_there,
+    read_yaml,
+    sha256_file,
+    staged_directory,
+    write_text,
+)
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
@@ -63,7 +72,8 @@ def resolve_model(text: str) -> ResolvedModel:
     if ref.path.suffix == ".gguf":
         return ResolvedModel(_converted(ref.path), ref.path.name)
     raise ModelError(
-        f"{text}: expected a directory, a GGUF file or a Hub id, found a {ref.path.suffix} file."
+        f"{text}: expected a directory, a GGUF file or a Hub id, found a "
+        f"{ref.path.suffix or 'plain'} file."
     )
 
 
@@ -87,7 +97,7 @@ def refuse_other_than_models(resolved: ResolvedModel) -> None:
     if not (path / "config.json").exists():
         raise ModelError(f"{text}: not a model directory (it has no config.json).")
     record = path / "vector.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf-8")).get("kind") == "delta":
+    if record.exists() and read_yaml(record).get("kind") == "delta":
         raise ModelError(f"{text}: is a delta, not a model. Merge it into its base first.")
 
 
@@ -128,10 +138,9 @@ def _naming_unloadable(base: ResolvedModel, what: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, ModelError):
         raise
     except Exception as error:  # transformers and tokenizers raise dozens of types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise ModelError(
-            f"{base.path}: transformers cannot load the {what} ({reason}). Fetch it again, or save "
-            "it with `save_pretrained`."
+            f"{base.path}: transformers cannot load the {what} ({first_line(error)}). Fetch it "
+            "again, or save it with `save_pretrained`."
         ) from error
 
 
@@ -217,9 +226,17 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
         except ImportError as error:
             raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
-        except (ValueError, KeyError, NotImplementedError) as error:
+        except (
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+            NotImplementedError,
+            struct.error,
+        ) as error:
             raise ModelError(
-                f"{gguf}: transformers cannot read this GGUF file ({error})."
+                f"{gguf}: transformers cannot read this GGUF file ({first_line(error)}). Fetch it "
+                "again, or convert the original weights."
             ) from error
         _forget_quantisation(model)
         model.save_pretrained(staging)

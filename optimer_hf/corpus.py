@@ -141,7 +141,7 @@ def documents(config: CorpusConfig) -> Iterator[str]:
 def _refuse_unreadable(path: Path) -> None:
     """Raise CorpusError for what is no file, or none of a known format."""
     if not path.is_file():
-        found = "is a directory, expected a file" if path.is_dir() else "no such corpus file"
+        found = "is a directory, expected a file" if path.is_dir() else "no such file"
         raise CorpusError(f"{path}: {found}.")
     known = path.suffix in (*_OPENERS, *TEXT, *TABLES)
     if not known or not {*path.suffixes} & {*TEXT, *TABLES}:

@@ -23,7 +23,7 @@ import torch
 from pydantic import ConfigDict, Field
 
 from optimer_hf.corpus import CorpusConfig, documents
-from optimer_hf.errors import EvaluationError
+from optimer_hf.errors import CorpusError, EvaluationError
 from optimer_hf.files import FileModel, LocalPath, Mistake, VersionedFile, did_you_mean, digest
 from optimer_hf.harness import harness_model, quiet_harness
 
@@ -604,7 +604,11 @@ def _check_text(term: Term, path: Path) -> None:
         raise EvaluationError(
             f"term {term.label!r}: {path}: expected a JSONL file, whose name ends in .jsonl."
         )
-    if not any(documents(CorpusConfig(path=path, text_field=term.text_field))):
+    try:
+        n_texts = sum(map(bool, documents(CorpusConfig(path=path, text_field=term.text_field))))
+    except CorpusError as error:
+        raise EvaluationError(f"term {term.label!r}: {error}") from None
+    if not n_texts:
         raise EvaluationError(f"term {term.label!r}: {path}: holds no text to score.")
 
 

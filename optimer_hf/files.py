@@ -394,6 +394,15 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or "unnamed"
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error of a library says, in one line: of several mistakes the first."""
+    if isinstance(error, ValidationError):
+        mistake = error.errors()[0]
+        return f"{_with_field(mistake['loc'], mistake['msg'])}; found {shown(mistake['input'])}"
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def make_directory(path: Path) -> None:
     """Make a directory and its parents unless it is there; raise OutputError where that cannot
     be.
@@ -445,7 +454,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with naming_disk_errors(out, "Nothing was left behind"):
-            make_directory(staging)
+            make_directory(out.parent)
+            staging.mkdir()
             yield staging
             if out.exists():
                 out.rmdir()
@@ -462,6 +472,8 @@ def naming_disk_errors(out: Path, kept: str) -> Iterator[None]:
     """
     try:
         yield
+    except OutputError:
+        raise
     except Exception as error:
         reason = None
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -54,6 +54,17 @@ logger = logging.getLogger(__name__)
 
 ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
 EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
+ROWS = {  # of every comparison, beside those that a vector or a target names
+    "base",
+    "fixed vectors alone",
+    "uniform average",
+    "uniform sum",
+    "searched merge",
+    "random vectors of equal norm",
+    "ties",
+    "dare_ties",
+    "model_stock",
+}
 Fidelity = Literal["search", "rescore", "sealed"]
 
 
@@ -231,7 +242,10 @@ class StudyConfig(VersionedFile):
         for field in ("searches", "models", "mixtures"):
             for name in getattr(self.baselines, field):
                 if name in names:
-                    told = f"baselines: two are called {name!r}; give each its own name"
+                    told = f"two are called {name!r}; give each its own name"
+                    yield ("baselines", field, name), told
+                elif self._names_a_row(name):
+                    told = f"{name!r} is the name of another row. Give another name"
                     yield ("baselines", field, name), told
                 names.add(name)
         for name, mixture in self.baselines.mixtures.items():
@@ -239,6 +253,11 @@ class StudyConfig(VersionedFile):
                 if vector not in self.vectors:
                     told = f"no vector is called {vector!r}; vectors: {sorted(self.vectors)}"
                     yield ("baselines", "mixtures", name, "shares", vector), told
+
+    def _names_a_row(self, name: str) -> bool:
+        """Whether every comparison has, or may have, a row of this name."""
+        of_vectors = tuple(f"{vector} at " for vector in self.vectors)
+        return name in ROWS or name.startswith(("re-targeted to ", *of_vectors))
 
     def _mistakes_of_search(self, other: SearchConfig | None = None) -> Iterator[Mistake]:
         """Yield what is wrong with the search, or with another one over the same objective."""

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from optimer_hf.errors import ConfigError, CorpusError, EvaluationError
+from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import (
     Evaluator,
     Objective,
@@ -255,7 +255,8 @@ def test_another_text_field_is_read_and_a_missing_one_is_an_error(tokenizer, tmp
     path = tmp_path / "t.jsonl"
     found = evaluate_all(model, tokenizer, objective_of({"text": path, "text_field": "body"}))["t"]
     assert found.items == [pytest.approx(bits_and_bytes(model, "aa ab"), rel=1e-5)]
-    with pytest.raises(CorpusError, match=r"t\.jsonl:1: no text in field 'text'; found \['body'\]"):
+    expected = r"term 't': .*t\.jsonl:1: no text in field 'text'; found \['body'\]"
+    with pytest.raises(EvaluationError, match=expected):
         evaluate_all(model, tokenizer, objective_of({"text": path}))
 
 

@@ -208,7 +208,7 @@ def test_an_output_directory_with_foreign_files_is_refused(recipe_dir: Path, tmp
         ("study.yaml", {"search": {"n_trails": 3}}, "search.n_trails"),
         ("train-xyz.yaml", {"max_tokens": "many"}, "max_tokens"),
         ("train-xyz.yaml", {"trainer": {"lerning_rate": 1}}, "Did you mean 'learning_rate'?"),
-        ("train-xyz.yaml", {"corpus": {"path": "nowhere.jsonl"}}, "no such corpus file"),
+        ("train-xyz.yaml", {"corpus": {"path": "nowhere.jsonl"}}, "no such file"),
         ("train-xyz.yaml", {"base_model": "another/base"}, "Give both the same base"),
         ("study.yaml", {"retarget": {"x": {"klingon": 1}}}, "klingon"),
     ],
