@@ -620,12 +620,13 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
         raise EvaluationError(f"include_path: {include_path}: no such directory of tasks.")
     include = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=include, include_defaults=False)
-    if any(term.task not in manager.all_subtasks for term in named):
+    groups = {*manager.all_groups, *manager.all_tags}
+    if any(term.task not in {*manager.all_subtasks, *groups} for term in named):
         manager = TaskManager(
             include_path=include
         )  # ten seconds, only for tasks that ship with lm-eval
     for term in named:
-        if term.task in (*manager.all_groups, *manager.all_tags):
+        if term.task in {*manager.all_groups, *manager.all_tags}:
             raise EvaluationError(
                 f"term {term.label!r}: {term.task!r} is a group of tasks in lm-eval. Name its "
                 "tasks, each in a term of its own."
