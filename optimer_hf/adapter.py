@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from optimer_hf.checkpoint import TIED_HEAD, Checkpoint, has_tied_head
-from optimer_hf.convert import moves_base
+from optimer_hf.convert import ResolvedModel, loaded_model, moves_base
 from optimer_hf.errors import ModelError
+from optimer_hf.files import first_line
 from optimer_hf.kernel import LowRank, Trained
 
 PARTNERS = {
@@ -50,7 +51,8 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
         config = PeftConfig.from_pretrained(str(path))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error})."
+            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error}). Fetch the "
+            "adapter again."
         ) from None
     if not isinstance(config, LoraConfig):
         raise ModelError(
@@ -225,7 +227,6 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
     Holds the whole model in memory, in float32. Raises ModelError for adapters without a merge.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
@@ -237,11 +238,21 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
                 f"{adapter}: tensor {untying[0]!r} belongs to half of the tied embedding of the "
                 "base. Train the embedding with full parameters, or leave it out."
             )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = loaded_model(ResolvedModel(base, base.name), torch.float32)
     try:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{adapter}: PEFT cannot merge this adapter ({error}).") from error
+    except (
+        AttributeError,
+        NotImplementedError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        KeyError,
+    ) as error:
+        raise ModelError(
+            f"{adapter}: PEFT cannot merge this adapter ({first_line(error)}). Give the base it "
+            "was trained from, or fetch it again."
+        ) from error
     with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
         merged.save_pretrained(folder)
         yield Path(folder)

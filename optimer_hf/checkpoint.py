@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from optimer_hf.errors import ModelError, OutputError
-from optimer_hf.files import sha256_file
+from optimer_hf.files import read_yaml, sha256_file
 
 CHUNK_ELEMENTS = 2**19  # of one row block: 2 MiB in float32, so that a sum stays in a CPU's cache
 GPU_CHUNK_ELEMENTS = 2**24
@@ -320,7 +320,7 @@ def has_tied_head(checkpoint: Checkpoint) -> bool:
     if TIED_HEAD not in checkpoint.names:
         return True
     file = checkpoint.path / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    config = read_yaml(file) if file.exists() else {}
     text = config.get("text_config") or {}
     return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 

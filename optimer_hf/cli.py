@@ -296,7 +296,7 @@ def convert(gguf: Path, out: Path, dtype: str) -> None:
     from optimer_hf.convert import convert_gguf
 
     if not gguf.is_file():
-        raise ConfigError(f"{gguf}: no such file.")
+        raise ConfigError(f"{gguf}: no such file. Expected a GGUF file.")
     convert_gguf(gguf, out, dtype=dtype)
     click.echo(str(out))
 
@@ -346,9 +346,7 @@ def merge(config: Path, out: Path, engine: str | None, merge_options: Any = None
 @FORMAT
 def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
     """Score a model on every term of an objective file."""
-    from transformers import AutoTokenizer
-
-    from optimer_hf.convert import resolve_base
+    from optimer_hf.convert import loaded_tokenizer, resolve_base
     from optimer_hf.evaluate import Evaluator, ObjectiveFile
     from optimer_hf.files import absolute_reference
     from optimer_hf.resident import ResidentModel, default_device
@@ -356,7 +354,7 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
     target = ObjectiveFile.read(objective)
     resolved = resolve_base(absolute_reference(model, Path.cwd()))
     resident = ResidentModel(resolved, [], dtype=dtype, device=default_device())
-    evaluator = Evaluator(resident.model, AutoTokenizer.from_pretrained(resolved.path), [target])
+    evaluator = Evaluator(resident.model, loaded_tokenizer(resolved), [target])
     terms = target.at("rescore")
     scores = evaluator.evaluate(terms, limits={term.label: target.limit_of(term) for term in terms})
     result = {
@@ -605,7 +603,7 @@ def compare(
     from dataclasses import replace
 
     from optimer_hf import compare as comparisons
-    from optimer_hf.files import absolute_reference
+    from optimer_hf.files import absolute_reference, make_directory
     from optimer_hf.study import load_study
 
     study = load_study(study_dir)
@@ -616,6 +614,8 @@ def compare(
     named = dict(text.partition("=")[::2] for text in models)
     if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--figure {figure}: expected a name that ends in .png, .svg or .pdf.")
+    if figure is not None:
+        make_directory(figure.parent)
     sources = {name: absolute_reference(source, Path.cwd()) for name, source in named.items()}
     changes: dict[str, Any] = {"models": known.models | sources}
     if everything:
@@ -1031,7 +1031,11 @@ def print_schema(kind: str) -> None:
 def _validate(path: Path) -> str:
     from optimer_hf.evaluate import ObjectiveFile
     from optimer_hf.files import read_yaml
-    from optimer_hf.merge_config import linear_merge_of, read_merge_config
+    from optimer_hf.merge_config import (
+        linear_merge_of,
+        read_merge_config,
+        refuse_unknown_method,
+    )
     from optimer_hf.recipe import RecipeFile
     from optimer_hf.study import StudyConfig
     from optimer_hf.train import TrainConfig, check_config
@@ -1040,7 +1044,9 @@ def _validate(path: Path) -> str:
     if keys and keys <= {"train", "study"}:
         return "short budget of a recipe"
     if "merge_method" in keys or "models" in keys:
-        linear_merge_of(read_merge_config(path), path)
+        config = read_merge_config(path)
+        refuse_unknown_method(config["merge_method"], path)
+        linear_merge_of(config, path)
         return "merge config"
     if "study" in keys and "scores" in keys:
         RecipeFile.read(path)
@@ -1051,5 +1057,5 @@ def _validate(path: Path) -> str:
     if "terms" in keys:
         ObjectiveFile.read(path)
         return "objective"
-    check_config(TrainConfig.read(path))
+    check_config(TrainConfig.read(path), path)
     return "train config"

@@ -18,7 +18,7 @@ from typing import Any
 from optimer_hf import baselines
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, paired_interval
-from optimer_hf.files import digest, markdown_table, slug, write_text
+from optimer_hf.files import VersionedFile, digest, markdown_table, replacing, slug
 from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
 from optimer_hf.search import search
@@ -96,6 +96,12 @@ class Comparison:
     def term_interval(self, row: Row, label: str) -> Interval:
         """Return the gain of a row over the base on one term, with its interval."""
         return self.interval(row, self.base, retargeted(self.objective, {label: 1.0}))
+
+
+class Seal(VersionedFile):
+    """sealed.json: the rows chosen before the first sealed score was seen, by name."""
+
+    rows: dict[str, str]
 
 
 def candidates(study: Study) -> dict[str, dict[str, float]]:
@@ -236,10 +242,8 @@ def _planned(
     if not file.exists():
         first = [trial for trial in trials if trial.number == trials[0].number]
         rows = {trial.origin: trial.weights for trial in first} or dict(wanted)
-        plan = {name: _key(weights) for name, weights in rows.items()}
-        write_text(file, json.dumps({"format_version": 1, "rows": plan}, indent=2))
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return frozenset(rows.values())
+        Seal(rows={name: _key(weights) for name, weights in rows.items()}).write(file)
+    return frozenset(Seal.read(file).rows.values())
 
 
 def _with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
@@ -276,7 +280,8 @@ def _scored(
                 pool, Trial(n_trials, name, "sealed", weights, "ok", {}, {}), terms, limits
             )
             if trial.status == "crashed":
-                raise EvaluationError(f"sealed test: row {name!r} cannot be scored: {trial.error}")
+                reason = str(trial.error).partition("\n")[0]
+                raise EvaluationError(f"sealed test: row {name!r} cannot be scored: {reason}")
             yield trial
             meter.advance(1)
 
@@ -411,6 +416,5 @@ def write_figure(comparison: Comparison, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [row.title for row in rows])
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("sealed objective over the base, in percent, with paired 95 % intervals")
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial)

@@ -12,14 +12,24 @@ import importlib.metadata
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimer_hf.checkpoint import Checkpoint
 from optimer_hf.errors import ModelError
-from optimer_hf.files import Reference, sha256_file, staged_directory, write_text
+from optimer_hf.files import (
+    Reference,
+    first_line,
+    is_there,
+    read_yaml,
+    sha256_file,
+    staged_directory,
+    write_text,
+)
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
 FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
@@ -53,7 +63,7 @@ def resolve_model(text: str) -> ResolvedModel:
         return ResolvedModel(_converted(_packaged_gguf(ref.package)), text)
     if ref.path is None:
         return _fetched(ref)
-    if not ref.path.exists():
+    if not is_there(ref.path):
         raise ModelError(
             f"{text}: no such file or directory, and not a Hub id of the form org/name."
         )
@@ -62,7 +72,8 @@ def resolve_model(text: str) -> ResolvedModel:
     if ref.path.suffix == ".gguf":
         return ResolvedModel(_converted(ref.path), ref.path.name)
     raise ModelError(
-        f"{text}: expected a directory, a GGUF file or a Hub id, found a {ref.path.suffix} file."
+        f"{text}: expected a directory, a GGUF file or a Hub id, found a "
+        f"{ref.path.suffix or 'plain'} file."
     )
 
 
@@ -86,8 +97,51 @@ def refuse_other_than_models(resolved: ResolvedModel) -> None:
     if not (path / "config.json").exists():
         raise ModelError(f"{text}: not a model directory (it has no config.json).")
     record = path / "vector.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf-8")).get("kind") == "delta":
+    if record.exists() and read_yaml(record).get("kind") == "delta":
         raise ModelError(f"{text}: is a delta, not a model. Merge it into its base first.")
+
+
+def loaded_model(base: ResolvedModel, dtype: Any) -> Any:
+    """Return the causal language model of a directory; ModelError says why it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    with _naming_unloadable(base, "model"):
+        return AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+
+
+def loaded_tokenizer(base: ResolvedModel) -> Any:
+    """Return the tokenizer of a directory; ModelError says why it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    with _naming_unloadable(base, "tokenizer"):
+        return AutoTokenizer.from_pretrained(base.path)
+
+
+def empty_model(base: ResolvedModel) -> Any:
+    """Return the model of a directory without its weights, which costs next to nothing: what its
+    config, its index and its layers rule out is found before anything long.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    Checkpoint(base.path)
+    with _naming_unloadable(base, "model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path))
+
+
+@contextmanager
+def _naming_unloadable(base: ResolvedModel, what: str) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, ModelError):
+        raise
+    except Exception as error:  # transformers and tokenizers raise dozens of types
+        raise ModelError(
+            f"{base.path}: transformers cannot load the {what} ({first_line(error)}). Fetch it "
+            "again, or save it with `save_pretrained`."
+        ) from error
 
 
 def moves_base(init_lora_weights: bool | str) -> bool:
@@ -172,9 +226,17 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
         except ImportError as error:
             raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
-        except (ValueError, KeyError, NotImplementedError) as error:
+        except (
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+            NotImplementedError,
+            struct.error,
+        ) as error:
             raise ModelError(
-                f"{gguf}: transformers cannot read this GGUF file ({error})."
+                f"{gguf}: transformers cannot read this GGUF file ({first_line(error)}). Fetch it "
+                "again, or convert the original weights."
             ) from error
         _forget_quantisation(model)
         model.save_pretrained(staging)

@@ -13,17 +13,18 @@ import json
 import logging
 import lzma
 import random
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from optimer_hf.errors import CorpusError
-from optimer_hf.files import FileModel, LocalPath, sha256_file
+from optimer_hf.files import FileModel, LocalPath, Mistake, make_directory, sha256_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 SHUFFLE_BUFFER = 10_000
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may name them, no tokenizer takes them
+TEXT = (".jsonl", ".txt", ".md")
+TABLES = (".json", ".csv", ".parquet", ".arrow")  # what `datasets` reads
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -45,13 +49,9 @@ class CorpusConfig(FileModel):
     split: str = "train"
     text_field: str = "text"
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def mistakes(self) -> Iterator[Mistake]:
         if (self.path is None) == (self.dataset is None):
-            raise ValueError(
-                "give exactly one of 'path' (a local file) and 'dataset' (a Hub data set)"
-            )
-        return self
+            yield (), "give exactly one of 'path' (a local file) and 'dataset' (a Hub data set)"
 
     @property
     def name(self) -> str:
@@ -121,11 +121,11 @@ def documents(config: CorpusConfig) -> Iterator[str]:
     Raises CorpusError that names file and line for a missing or damaged file, malformed JSON or a
     missing text field.
     """
+    if config.path is not None:
+        _refuse_unreadable(config.path)
     if config.path is None or not _is_text_file(config.path):
         yield from _streamed(config)
         return
-    if not config.path.is_file():
-        raise CorpusError(f"{config.path}: no such corpus file.")
     try:
         with _open_text(config.path) as file:
             if ".jsonl" not in config.path.name:
@@ -138,8 +138,21 @@ def documents(config: CorpusConfig) -> Iterator[str]:
         raise CorpusError(f"{config.path}: cannot be read as UTF-8 text ({error}).") from error
 
 
+def _refuse_unreadable(path: Path) -> None:
+    """Raise CorpusError for what is no file, or none of a known format."""
+    if not path.is_file():
+        found = "is a directory, expected a file" if path.is_dir() else "no such file"
+        raise CorpusError(f"{path}: {found}.")
+    known = path.suffix in (*_OPENERS, *TEXT, *TABLES)
+    if not known or not {*path.suffixes} & {*TEXT, *TABLES}:
+        raise CorpusError(
+            f"{path}: found a file that ends in {path.suffix!r}. Expected {', '.join(TEXT)} (as it "
+            f"is, or as .gz or .xz), {', '.join(TABLES)}."
+        )
+
+
 def _is_text_file(path: Path) -> bool:
-    return any(suffix in (".jsonl", ".txt", ".md") for suffix in path.suffixes)
+    return any(suffix in TEXT for suffix in path.suffixes)
 
 
 def _open_text(path: Path) -> TextIO:
@@ -150,11 +163,15 @@ def _open_text(path: Path) -> TextIO:
 def _text_of(line: str, field: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise CorpusError(f"{where}: not a JSON object ({error}).") from None
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{where}: not a JSON object ({error.msg}).") from None
+    except RecursionError:
+        raise CorpusError(f"{where}: is nested too deeply.") from None
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise CorpusError(f"{where}: no text in field {field!r}; found {found}. Set `text_field`.")
+    if not row[field].isascii() and SURROGATE.search(row[field]):
+        raise CorpusError(f"{where}: holds half a character (\\ud800 to \\udfff). Remove it.")
     return str(row[field])
 
 
@@ -380,7 +397,7 @@ def _write_blocks(
     """Write blocks as int32 [n, 2, block_size] in .npy format without holding them in memory;
     return n.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(out.parent)
     raw = out.with_suffix(".raw")
     n_blocks = 0
     with open(raw, "wb") as file:

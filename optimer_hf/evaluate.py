@@ -12,19 +12,19 @@ import contextlib
 import logging
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field
 
 from optimer_hf.corpus import CorpusConfig, documents
-from optimer_hf.errors import EvaluationError
-from optimer_hf.files import FileModel, LocalPath, VersionedFile, did_you_mean, digest
+from optimer_hf.errors import CorpusError, EvaluationError
+from optimer_hf.files import FileModel, LocalPath, Mistake, VersionedFile, did_you_mean, digest
 from optimer_hf.harness import harness_model, quiet_harness
 
 if TYPE_CHECKING:
@@ -89,27 +89,35 @@ class Term(FileModel):
     hash_range: tuple[float, float] = (0.0, 1.0)
     rescore_only: bool = False
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def mistakes(self) -> Iterator[Mistake]:
         if sum(source is not None for source in (self.task, self.text, self.function)) != 1:
-            raise ValueError(
-                "give exactly one of 'task' (an lm-eval task), 'text' (a JSONL file) and 'function'"
+            yield (
+                (),
+                "give exactly one of 'task' (an lm-eval task), 'text' (a JSONL file) and "
+                "'function'",
             )
         if self.text is not None and self.metric not in ("bits_per_byte", "byte_perplexity"):
-            raise ValueError("a 'text' term has the metric bits_per_byte or byte_perplexity")
+            yield (
+                ("metric",),
+                f"found {self.metric!r}. A 'text' term has the metric bits_per_byte or "
+                "byte_perplexity",
+            )
         if (self.function is None) != (self.higher_is_better is None):
-            raise ValueError(
-                "'higher_is_better' goes with 'function': lm-eval tasks know their direction"
+            yield (
+                ("higher_is_better",),
+                "'higher_is_better' goes with 'function': lm-eval tasks know their direction",
             )
         changed = self.model_dump(exclude_defaults=True)  # a study that is read again sets all
-        given = ONLY_OF_ITEMS & changed.keys()
-        if self.function is not None and given:
-            raise ValueError(f"{sorted(given)[0]!r} says nothing to a 'function'; leave it out")
-        if self.text is not None and given & {"num_fewshot", "generation"}:
-            raise ValueError("a 'text' term has no num_fewshot and no generation; leave them out")
+        for field in sorted(ONLY_OF_ITEMS & changed.keys()):
+            if self.function is not None:
+                yield (field,), f"{field!r} says nothing to a 'function'; leave it out"
+            elif self.text is not None and field in ("num_fewshot", "generation"):
+                yield (field,), "a 'text' term has no num_fewshot and no generation; leave it out"
         if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
-            raise ValueError(f"hash_range {list(self.hash_range)}: expected 0 <= low < high <= 1")
-        return self
+            yield (
+                ("hash_range",),
+                f"found {list(self.hash_range)}. Expected [low, high] with 0 <= low < high <= 1",
+            )
 
     @property
     def label(self) -> str:
@@ -158,44 +166,48 @@ class Objective(FileModel):
     fewshot_as_multiturn: bool = False
     system_instruction: str | None = None
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for group, what in ((self.terms, "terms"), (self.constraints, "constraints")):
-            labels = [term.label for term in group]
-            for label in labels:
-                if labels.count(label) > 1:
-                    raise ValueError(
-                        f"two {what} are called {label!r}; tell them apart with 'name'"
-                    )
-        by_label = {term.label: term for term in self.terms}
-        for constraint in self.constraints:
-            same = by_label.get(constraint.label)
-            if same is not None and (
-                (same.task_name, same.metric) != (constraint.task_name, constraint.metric)
-            ):
-                raise ValueError(
-                    f"constraint {constraint.label!r} is called as a term with another task or "
-                    "metric; tell them apart with 'name'"
-                )
-        settings: dict[str, Any] = {}
-        for term in (*self.terms, *self.constraints):
-            asked = (term.settings, term.hash_range)
-            if settings.setdefault(term.task_name, asked) != asked:
-                raise ValueError(
-                    f"task {term.task!r} is given twice with different num_fewshot, generation or "
-                    "hash_range; copy it under another name"
-                )
+    def mistakes(self) -> Iterator[Mistake]:
+        yield from self._mistakes_of_names()
         counting = [term for term in self.terms if term.weight > 0]
         if not counting:
-            raise ValueError("every term has weight 0; at least one must count")
-        if all(term.rescore_only for term in counting):
-            raise ValueError("every counting term is rescore_only; the search needs at least one")
+            yield ("terms",), "every term has weight 0; at least one must count"
+        elif all(term.rescore_only for term in counting):
+            yield ("terms",), "every counting term is rescore_only; the search needs at least one"
         if self.combine == "weighted_mean" and len({t.function or t.metric for t in counting}) > 1:
-            raise ValueError(
-                "weighted_mean of different metrics mixes units; use combine: relative_to_base, or "
-                "terms of one metric"
+            yield (
+                ("combine",),
+                "weighted_mean of different metrics mixes units; use combine: relative_to_base, "
+                "or terms of one metric",
             )
-        return self
+
+    def _mistakes_of_names(self) -> Iterator[Mistake]:
+        by_label = {term.label: term for term in self.terms}
+        settings: dict[str, Any] = {}
+        for group, terms in (("terms", self.terms), ("constraints", self.constraints)):
+            labels = [term.label for term in terms]
+            for index, term in enumerate(terms):
+                where = (group, index)
+                if term.label in labels[:index]:
+                    yield (
+                        where,
+                        f"two {group} are called {term.label!r}; tell them apart with 'name'",
+                    )
+                same = by_label.get(term.label, term)
+                if (same.task_name, same.metric) != (term.task_name, term.metric) and (
+                    group == "constraints"
+                ):
+                    yield (
+                        where,
+                        f"constraint {term.label!r} is called as a term with another task or "
+                        "metric; tell them apart with 'name'",
+                    )
+                asked = (term.settings, term.hash_range)
+                if settings.setdefault(term.task_name, asked) != asked:
+                    yield (
+                        where,
+                        f"task {term.task!r} is given twice with different num_fewshot, "
+                        "generation or hash_range; copy it under another name",
+                    )
 
     @property
     def scored(self) -> list[Term]:
@@ -225,11 +237,16 @@ class ObjectiveFile(VersionedFile, Objective):
     """An objective in a file of its own, for `optimer evaluate` and `optimer search MERGE.yml`."""
 
 
+STRICT_RECORD = ConfigDict(extra="forbid", allow_inf_nan=False)  # of what is read back from a log
+
+
 @dataclass(frozen=True)
 class TermScore:
     """The items of one term: [numerator, denominator] each, and the direction of the metric; a
     perplexity is two to the power of the ratio (numerators are in bits).
     """
+
+    __pydantic_config__ = STRICT_RECORD
 
     items: list[tuple[float, float]]
     higher_is_better: bool
@@ -570,10 +587,8 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
         named = [term for term in objective.scored if term.function is None]
         wanted = {term.task_name: term for term in named if term.task_name not in tasks}
         for term in wanted.values():
-            if term.text is not None and not term.text.is_file():
-                raise EvaluationError(f"term {term.label!r}: {term.text}: no such file.")
-            if term.text is not None:  # names line and field, which lm-eval would not
-                next(documents(CorpusConfig(path=term.text, text_field=term.text_field)), None)
+            if term.text is not None:
+                _check_text(term, term.text)
         if wanted:
             tasks |= _load_tasks(list(wanted.values()), objective.include_path)
         for term in named:
@@ -581,17 +596,41 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
     return tasks
 
 
+def _check_text(term: Term, path: Path) -> None:
+    """Read the documents of a term: a mistake is told with its line and field, which lm-eval would
+    not do, or only in the middle of a search.
+    """
+    if path.is_file() and not {*path.suffixes} & {".jsonl", ".json"}:
+        raise EvaluationError(
+            f"term {term.label!r}: {path}: expected a JSONL file, whose name ends in .jsonl."
+        )
+    try:
+        n_texts = sum(map(bool, documents(CorpusConfig(path=path, text_field=term.text_field))))
+    except CorpusError as error:
+        raise EvaluationError(f"term {term.label!r}: {error}") from None
+    if not n_texts:
+        raise EvaluationError(f"term {term.label!r}: {path}: holds no text to score.")
+
+
 def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     named = [term for term in terms if term.task is not None]
+    if include_path is not None and not include_path.is_dir():
+        raise EvaluationError(f"include_path: {include_path}: no such directory of tasks.")
     include = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=include, include_defaults=False)
-    if any(term.task not in manager.all_subtasks for term in named):
+    groups = {*manager.all_groups, *manager.all_tags}
+    if any(term.task not in {*manager.all_subtasks, *groups} for term in named):
         manager = TaskManager(
             include_path=include
         )  # ten seconds, only for tasks that ship with lm-eval
     for term in named:
+        if term.task in {*manager.all_groups, *manager.all_tags}:
+            raise EvaluationError(
+                f"term {term.label!r}: {term.task!r} is a group of tasks in lm-eval. Name its "
+                "tasks, each in a term of its own."
+            )
         if term.task not in manager.all_subtasks:
             where = f" or {include_path}" if include_path is not None else ""
             hint = did_you_mean(str(term.task), list(manager.all_subtasks))
@@ -619,7 +658,9 @@ def _with_settings(task: Any, term: Term) -> Any:
     """
     if term.num_fewshot is not None:
         task.set_config(key="num_fewshot", value=term.num_fewshot)
+        _refuse_too_many_examples(task, term)
     if task.OUTPUT_TYPE == "generate_until":
+        _refuse_unknown_generation(term)
         cap = {"max_gen_toks": GENERATION_CAP} | (task.config.generation_kwargs or {})
         task.set_config(key="generation_kwargs", value=cap | term.generation)
     elif term.generation:
@@ -646,6 +687,27 @@ def _with_settings(task: Any, term: Term) -> Any:
 
     task.build_all_requests = build_once
     return task
+
+
+def _refuse_too_many_examples(task: Any, term: Term) -> None:
+    n_examples = len(task.sampler.fewshot_docs()) if term.num_fewshot else 0
+    n_own = 0 if _has_other_examples(task) else 1  # an item is no example for itself
+    if (term.num_fewshot or 0) > n_examples - n_own:
+        raise EvaluationError(
+            f"term {term.label!r}: num_fewshot: found {term.num_fewshot}, but {term.task_name!r} "
+            f"has {n_examples} examples to draw from. Lower it."
+        )
+
+
+def _refuse_unknown_generation(term: Term) -> None:
+    from transformers import GenerationConfig
+
+    known = ["until", "max_gen_toks", *(key for key in vars(GenerationConfig()) if key[0] != "_")]
+    for key in term.generation:
+        if key not in known:
+            raise EvaluationError(
+                f"term {term.label!r}: generation: unknown field {key!r}.{did_you_mean(key, known)}"
+            )
 
 
 def _has_other_examples(task: Any) -> bool:

@@ -14,15 +14,22 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from optimer_hf.errors import ConfigError, OutputError
 
@@ -36,10 +43,32 @@ SMALLEST_FREE_SPACE = 4 * 2**20  # bytes; less than this is a full disk
 FREE_TEXT = ("system_instruction", "generation")  # may begin with a slash and is no path
 
 
+Mistake = tuple[Sequence[str | int], str]  # where in a file, and what is wrong there
+
+
+class FieldError(ValueError):
+    """What a model finds wrong between its fields: places within it, and what is wrong there."""
+
+    def __init__(self, found: Sequence[Mistake]) -> None:
+        super().__init__("; ".join(_with_field(*each) for each in found))
+        self.found = found
+
+
 class FileModel(BaseModel):
     """A part of one of our files: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what is wrong between sound fields; all of it is told at once."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _without_mistakes(self) -> Self:
+        found = list(self.mistakes())
+        if found:
+            raise FieldError(found)
+        return self
 
 
 class VersionedFile(FileModel):
@@ -75,7 +104,7 @@ class Reference:
     @property
     def path(self) -> Path | None:
         """The local path, or None when the reference names something elsewhere."""
-        path = Path(self.text).expanduser()
+        path = expanded(Path(self.text))
         return path if path.is_absolute() else None
 
     @property
@@ -109,10 +138,26 @@ def absolute_reference(text: str, folder: Path) -> str:
     """
     if text.startswith(("hf://", "pypi:")):
         return text
-    path = folder / Path(text).expanduser()
+    path = folder / expanded(Path(text))
     name = text.partition("@")[0]  # a revision may have slashes: org/name@refs/pr/1
     looks_local = text.startswith((".", "/", "~")) or name.count("/") != 1
-    return str(path.resolve()) if looks_local or path.exists() else text
+    return str(path.resolve()) if looks_local or is_there(path) else text
+
+
+def expanded(path: Path) -> Path:
+    """Return a path with `~` replaced; as it is when nobody has that name."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists; one that cannot, for instance a name that is too long, does not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def portable(value: Any, folder: Path) -> Any:
@@ -135,7 +180,7 @@ ReferenceText = Annotated[
     str, AfterValidator(lambda text, info: absolute_reference(text, _folder(info)))
 ]
 LocalPath = Annotated[
-    Path, AfterValidator(lambda path, info: (_folder(info) / path.expanduser()).resolve())
+    Path, AfterValidator(lambda path, info: (_folder(info) / expanded(path)).resolve())
 ]
 
 
@@ -143,17 +188,28 @@ LocalPath = Annotated[
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, which YAML would silently overwrite."""
+    """SafeLoader that refuses duplicate keys, which YAML would silently overwrite, and reads 2e-4
+    as the number it is in YAML 1.2 and in JSON.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         mapping = super().construct_mapping(node, deep)  # refuses keys that cannot be one
-        twice = [key for key, count in Counter(keys).items() if count > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice[0]!r} is given twice", node.start_mark
-            )
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
         return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"),
+    [*"-+0123456789"],
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -164,6 +220,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory, expected a file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
     return _parse_json(text, path) if path.suffix == ".json" else _parse_yaml(text, path)
@@ -173,7 +231,7 @@ def _parse_json(text: str, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(text, object_pairs_hook=functools.partial(_unique, path))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON. {error}.") from None
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON. {error.msg}.") from None
     except RecursionError:
         raise ConfigError(f"{path}: is nested too deeply.") from None
     return _mapping(data, path)
@@ -182,7 +240,8 @@ def _parse_json(text: str, path: Path) -> dict[str, Any]:
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        keys = [key for key, _ in pairs]
+        key = next(key for key in keys if keys.count(key) > 1)
         raise ConfigError(f"{path}: not valid JSON. key {key!r} is given twice.")
     return mapping
 
@@ -190,8 +249,13 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML. {' '.join(str(error).split())}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark is not None else ""
+        told = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{path}{line}: not valid YAML. {told}.") from None
+    except (yaml.YAMLError, ValueError) as error:  # the second: a date like 2020-13-01
+        raise ConfigError(f"{path}: not valid YAML. {' '.join(str(error).split())}.") from None
     except RecursionError:
         raise ConfigError(f"{path}: is nested too deeply.") from None
     return _mapping(data, path)
@@ -211,17 +275,20 @@ def parse(cls: type[ModelT], data: Mapping[str, Any], path: Path) -> ModelT:
     try:
         return cls.model_validate(data, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise ConfigError(
-            "\n".join(
-                f"{path}{_at_line(path, mistake['loc'])}: {describe_mistake(cls, mistake)}"
-                for mistake in error.errors()
-            )
-        ) from None
+        mistakes = [each for mistake in error.errors() for each in _described(cls, mistake)]
+        raise ConfigError(listed(path, mistakes)) from None
 
 
-def _at_line(path: Path, location: Sequence[str | int]) -> str:
+def listed(origin: Path | str, mistakes: Iterable[Mistake]) -> str:
+    """Return mistakes, a line each: the file with its line, or what else they come from, and what
+    is wrong there.
+    """
+    return "\n".join(f"{origin}{_at_line(origin, where)}: {message}" for where, message in mistakes)
+
+
+def _at_line(path: Path | str, location: Sequence[str | int]) -> str:
     """Return `:LINE` of a field of a YAML file, or of the innermost part of it that is there."""
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+    if isinstance(path, str) or path.suffix not in (".yaml", ".yml") or not path.is_file():
         return ""
     node, line = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), 0
     for part in location:
@@ -243,18 +310,43 @@ def _inner(node: yaml.Node | None, part: str | int) -> tuple[int, yaml.Node] | N
     return None
 
 
-def describe_mistake(cls: type[BaseModel], mistake: Mapping[str, Any]) -> str:
-    """Say field, found and expected of one pydantic error in one line."""
-    field = ".".join(str(part) for part in mistake["loc"]) or "the file"
-    if mistake["type"] == "extra_forbidden":
-        name = str(mistake["loc"][-1])
-        return f"unknown field {field!r}.{did_you_mean(name, _field_names(cls))}"
-    if mistake["type"] == "missing":
-        return f"field {field!r} is missing."
-    message = mistake["msg"].removeprefix("Value error, ")
-    found = repr(mistake["input"])
-    shown = found if len(found) <= 80 else f"{found[:77]}..."
-    return f"{field}: found {shown}. {message.rstrip('.')}."
+def _described(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield place, field, found and expected of one pydantic error, each in one line."""
+    where = tuple(mistake["loc"])
+    field, message = _dotted(where), mistake["msg"].rstrip(".")
+    cause = mistake.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        for inner, text in cause.found:
+            yield (*where, *inner), f"{_with_field((*where, *inner), text)}."
+    elif mistake["type"] == "extra_forbidden":
+        hint = did_you_mean(str(where[-1]), _fields_at(cls, where[:-1]))
+        yield where, f"unknown field {field!r}.{hint}"
+    elif mistake["type"] == "missing":
+        yield where, f"field {field!r} is missing."
+    else:
+        hint = ""
+        if mistake["type"] == "literal_error" and isinstance(mistake["input"], str):
+            close = did_you_mean(mistake["input"], re.findall("'(.+?)'", message))
+            hint = close if "mean" in close else ""
+        found = shown(mistake["input"])
+        message = message.removeprefix("Value error, ")
+        yield where, f"{field}: found {found}. {message}.{hint}"
+
+
+def _dotted(where: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in where)
+
+
+def _with_field(where: Sequence[str | int], message: str) -> str:
+    return f"{_dotted(where)}: {message}" if where else message
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: a few parts of a large one."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxdict, brief.maxlist = 3, 3, 5
+    brief.maxstring = brief.maxother = 80
+    return brief.repr(value)
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -265,15 +357,18 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f" Known: {', '.join(sorted(known))}." if len(known) <= 30 else ""
 
 
-def _field_names(cls: type[BaseModel], seen: frozenset[type] = frozenset()) -> list[str]:
-    """Names of all fields of a model and of the models inside it."""
-    names: list[str] = []
-    for name, field in cls.model_fields.items():
-        names.append(name)
-        for inner in _models_in(field.annotation):
-            if inner not in seen:
-                names.extend(_field_names(inner, seen | {cls}))
-    return list(dict.fromkeys(names))
+def _fields_at(cls: type[BaseModel], where: Sequence[str | int]) -> list[str]:
+    """Return the names of the fields that a place in a file may have."""
+    models: list[type[BaseModel]] = [cls]
+    for part in where:
+        inner = [
+            found
+            for model in models
+            if part in model.model_fields
+            for found in _models_in(model.model_fields[str(part)].annotation)
+        ]
+        models = inner or models  # a key of a mapping or an item of a list
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -299,21 +394,52 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or "unnamed"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: after a crash it holds the old text or the new one."""
+def first_line(error: Exception) -> str:
+    """Return what an error of a library says, in one line: of several mistakes the first."""
+    if isinstance(error, ValidationError):
+        mistake = error.errors()[0]
+        return f"{_with_field(mistake['loc'], mistake['msg'])}; found {shown(mistake['input'])}"
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents unless it is there; raise OutputError where that cannot
+    be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be made a directory ({error.strerror}). Give another place."
+        ) from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling to write; it replaces `path` at the end: after a crash the file
+    holds the old content or the new one.
+    """
+    make_directory(path.parent)
     temporary = path.with_name(f"{ATOMIC_PREFIX}{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text if text.endswith("\n") else text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}). The old state was kept."
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically: after a crash it holds the old text or the new one."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text if text.endswith("\n") else text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -328,7 +454,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with naming_disk_errors(out, "Nothing was left behind"):
-            staging.mkdir(parents=True)
+            make_directory(out.parent)
+            staging.mkdir()
             yield staging
             if out.exists():
                 out.rmdir()
@@ -345,6 +472,8 @@ def naming_disk_errors(out: Path, kept: str) -> Iterator[None]:
     """
     try:
         yield
+    except OutputError:
+        raise
     except Exception as error:
         reason = None
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
@@ -359,13 +488,13 @@ def naming_disk_errors(out: Path, kept: str) -> Iterator[None]:
 
 
 def _is_full(path: Path) -> bool:
-    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    existing = next((folder for folder in (path, *path.parents) if is_there(folder)), Path.cwd())
     return shutil.disk_usage(existing).free < SMALLEST_FREE_SPACE
 
 
 def require_empty(out: Path) -> None:
     """Raise OutputError unless `out` is absent or an empty directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_there(out) and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(
             f"{out}: already exists and is not empty. Remove it or give another output directory."
         )

@@ -24,8 +24,8 @@ from optimer_hf.checkpoint import (
     write_sharded,
 )
 from optimer_hf.convert import ResolvedModel
-from optimer_hf.errors import ModelError
-from optimer_hf.files import staged_directory, write_text
+from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.files import first_line, staged_directory, write_text
 from optimer_hf.kernel import add_weighted
 from optimer_hf.vector import DistributionVector, dense_rows, not_finite
 
@@ -76,6 +76,7 @@ def write_merged(
 
     Raises ModelError, naming tensor and vector, for values that are not finite.
     """
+    _refuse_absent(device)
     checkpoint = Checkpoint(base.path)
     left_out = {TIED_HEAD} if has_tied_head(checkpoint) else set()  # a copy of the embedding
     specs = {
@@ -108,6 +109,17 @@ def write_merged(
             out_dtype or "the dtype of the base",
             "" if share >= LOW_SURVIVAL else "; float32 output keeps it",
         )
+
+
+def _refuse_absent(device: str) -> None:
+    """Raise ConfigError for a device that torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second: torch without CUDA
+        raise ConfigError(
+            f"--device: found {device!r}, which torch cannot use here ({first_line(error)}). Give "
+            "cpu."
+        ) from None
 
 
 def surviving_share(

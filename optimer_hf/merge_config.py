@@ -8,7 +8,7 @@ it wrote; all three are seen to here.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,13 @@ from optimer_hf.checkpoint import DTYPES, TIED_HEAD, Checkpoint
 from optimer_hf.convert import refuse_other_than_models, resolve_model
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files import (
+    DISK_ERRORS,
+    Mistake,
     absolute_reference,
     did_you_mean,
+    first_line,
+    is_there,
+    listed,
     read_yaml,
     staged_directory,
     write_text,
@@ -46,6 +51,7 @@ TOP_LEVEL_KEYS = [
     "chat_template",
 ]
 MODEL_KEYS = ["model", "parameters"]
+MERGEKIT_DTYPES = [*DTYPES, "float64", "int64"]
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -66,20 +72,49 @@ def read_merge_config(path: Path) -> dict[str, Any]:
     ConfigError.
     """
     config = read_yaml(path)
-    _refuse_unknown(config, TOP_LEVEL_KEYS, str(path))
+    found = list(_mistakes(config))
+    if found:
+        raise ConfigError(listed(path, found))
+    return config
+
+
+def _mistakes(config: Mapping[str, Any]) -> Iterator[Mistake]:
+    for key in config:
+        if key not in TOP_LEVEL_KEYS:
+            yield (key,), _unknown(key, TOP_LEVEL_KEYS)
     if "merge_method" not in config:
-        raise ConfigError(
-            f"{path}: field 'merge_method' is missing. For this package's method write "
-            f"`merge_method: {METHOD}`."
+        yield (
+            (),
+            "field 'merge_method' is missing. For this package's method write "
+            f"`merge_method: {METHOD}`.",
         )
+    for field in ("dtype", "out_dtype"):
+        name = str(config.get(field) or "float32").removeprefix("torch.")
+        if name not in MERGEKIT_DTYPES:
+            hint = did_you_mean(name, MERGEKIT_DTYPES)
+            yield (field,), f"{field}: found {config[field]!r}, no dtype of a merge.{hint}"
     models = config.get("models") or []
     if not isinstance(models, list):
-        raise ConfigError(f"{path}: models: found {models!r}, expected a list of models.")
+        yield ("models",), f"models: found {models!r}, expected a list of models."
+        return
     for index, model in enumerate(models):
-        _refuse_unknown(model, MODEL_KEYS, f"{path}: models.{index}")
+        where = ("models", index)
+        if not isinstance(model, dict):
+            yield where, f"models.{index}: found {model!r}, expected a mapping."
+            continue
+        for key in model:
+            if key not in MODEL_KEYS:
+                yield (*where, key), f"models.{index}: {_unknown(key, MODEL_KEYS)}"
         if "model" not in model:
-            raise ConfigError(f"{path}: models.{index}: field 'model' is missing.")
-    return config
+            yield where, f"models.{index}: field 'model' is missing."
+        elif not isinstance(model["model"], str | dict):
+            found = model["model"]
+            yield where, f"models.{index}.model: found {found!r}, expected a path or a Hub id."
+
+
+def _unknown(key: Any, known: Sequence[str]) -> str:
+    hint = did_you_mean(str(key), list(known))
+    return f"unknown field {key!r}, which mergekit would ignore.{hint}"
 
 
 def _refuse_unknown(mapping: Any, known: list[str], where: str) -> None:
@@ -87,10 +122,7 @@ def _refuse_unknown(mapping: Any, known: list[str], where: str) -> None:
         raise ConfigError(f"{where}: found {mapping!r}, expected a mapping.")
     for key in mapping:
         if key not in known:
-            raise ConfigError(
-                f"{where}: unknown field {key!r}, which mergekit would "
-                f"ignore.{did_you_mean(str(key), known)}"
-            )
+            raise ConfigError(f"{where}: {_unknown(key, known)}")
 
 
 def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
@@ -169,10 +201,15 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
                 f"{path}: models: {name}: parameters.weight is missing. Give the weight of this "
                 "vector."
             )
+        if isinstance(parameters["weight"], list | dict):
+            return None  # a gradient or a filter
         try:
             weights[name] = float(parameters["weight"])
         except (TypeError, ValueError):
-            return None  # a gradient list or a filter
+            raise ConfigError(
+                f"{path}: models: {name}: parameters.weight: found {parameters['weight']!r}, "
+                "expected a number."
+            ) from None
         if not math.isfinite(weights[name]):
             found = weights[name]
             raise ConfigError(
@@ -300,16 +337,16 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     from mergekit.merge import run_merge as mergekit_run
     from mergekit.options import MergeOptions
 
-    register_method()
-    _refuse_unknown_method(config["merge_method"], path)
+    refuse_unknown_method(config["merge_method"], path)
     absolute = _with_absolute_paths(dict(config), path.resolve().parent)
-    _refuse_quantised(absolute, path)
+    _refuse_unreadable(absolute, path)
     base = absolute.get("base_model")
     base_path = resolve_model(str(base).split("+")[0]).path if base else None
     try:
         parsed = MergeConfiguration.model_validate(absolute)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"{path}: mergekit does not take this config: {error}") from error
+        reason = first_line(error)
+        raise ConfigError(f"{path}: mergekit does not take this config: {reason}.") from error
     _refuse_ignored(absolute, parsed, _parameters_of(parsed.merge_method), str(path))
     # the loaders are never cleared: a model replaced on disk would be read from the old file
     LoaderCache().loaders = {}
@@ -321,8 +358,10 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
                 options or MergeOptions(quiet=True),
                 config_source=yaml.safe_dump(dict(config), sort_keys=False),
             )
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"{path}: mergekit stopped: {error}") from error
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            raise ModelError(f"{path}: mergekit stopped: {first_line(error)}") from error
         _check_output(staging, base_path, config)
 
 
@@ -340,10 +379,15 @@ def _with_absolute_paths(value: Any, folder: Path) -> Any:
     }
 
 
-def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse int8 deltas: mergekit would not find their weights."""
+def _refuse_unreadable(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse what is not there, which mergekit would ask the Hub for, and int8 deltas, whose
+    weights it would not find.
+    """
     for text in _models_in(config):
         source = Path(text)
+        for part in text.split("+") if not is_there(source) else ():
+            if Path(part).is_absolute() and not is_there(Path(part)):
+                raise ModelError(f"{path}: model {part}: no such directory.")
         record = read_record(source) if source.is_dir() else None
         if record is not None and record.dtype == QUANTISED:
             raise ModelError(
@@ -371,7 +415,9 @@ def _models_in(value: Any) -> Iterator[str]:
             yield from _models_in(item)
 
 
-def _refuse_unknown_method(method: Any, path: Path) -> None:
+def refuse_unknown_method(method: Any, path: Path) -> None:
+    """Raise ConfigError for a merge method that mergekit, with ours, does not have."""
+    register_method()
     from mergekit.merge_methods.registry import registered_methods
 
     known = [registered.spec.name for registered in registered_methods()]

@@ -92,9 +92,9 @@ def finished_summary(run: Run) -> str | None:
     done = run.out / "done.json"
     if not done.exists():
         return None
-    record = json.loads(done.read_text(encoding="utf-8"))
+    record = read_yaml(done)
     if (
-        record["inputs_sha256"] != run.inputs_digest()
+        record.get("inputs_sha256") != run.inputs_digest()
         or not (run.out / "merged" / "config.json").exists()
     ):
         return None
@@ -117,6 +117,7 @@ def run_recipe(run: Run) -> str:
 
     started = perf_counter()
     config, trainings = load(run)
+    _check_given(config, trainings)
     _claim(run)
     with locked(run.out):
         train_vectors(run, trainings)
@@ -168,7 +169,7 @@ def _claim(run: Run) -> None:
         )
     marker, owner = run.out / "run.json", {"recipe": run.name} | run.budget
     if marker.exists():
-        if json.loads(marker.read_text(encoding="utf-8")) != owner:
+        if read_yaml(marker) != owner:
             raise OutputError(
                 f"{run.out}: holds results of another recipe, or of the other budget "
                 "(--short, --tokens). Remove it, or give another output directory."
@@ -208,7 +209,7 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
         if isinstance(vector, dict) and "train" in vector:
             file = run.folder / str(vector["train"])
             training = parse(TrainConfig, _laid_over(read_yaml(file), changes), file)
-            check_config(training)
+            check_config(training, file)
             for corpus in training.corpora:
                 next(documents(corpus), None)
             trainings[name] = training
@@ -242,6 +243,22 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
     return config.model_copy(update={"vectors": sources}), trainings
 
 
+def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
+    """Open the vectors and models that are not trained here, and look for the tools that trials are
+    reported to: what cannot be used would be found after the training, or after the search.
+    """
+    from optimer_hf.convert import resolve_base
+    from optimer_hf.tracking import callbacks_of
+    from optimer_hf.vector import open_vector
+
+    for search in (config.search, *config.baselines.searches.values()):
+        callbacks_of(search.report_to)
+    given = {name: v.source for name, v in config.vectors.items() if name not in trainings}
+    base = resolve_base(config.base_model)
+    for name, source in {**given, **config.baselines.models}.items():
+        open_vector(name, str(source), base)
+
+
 def _check_mixtures(config: Any, trainings: Mapping[str, Any], path: Path) -> None:
     """Refuse mixtures that could not be trained after the search."""
     from optimer_hf.ratios import mixture
@@ -268,6 +285,11 @@ def _check_short(short: Mapping[str, Any], path: Path) -> None:
     for key in short:
         if key not in ("format_version", "train", "study"):
             raise ConfigError(f"{path}: unknown field {key!r}. Known: study, train.")
+    for key in ("train", "study"):
+        if not isinstance(short.get(key, {}), dict):
+            raise ConfigError(
+                f"{path}: {key}: found {short[key]!r}, expected a mapping of fields to values."
+            )
 
 
 def _laid_over(data: Any, changes: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from optimer_hf.convert import ResolvedModel, resolve_base
+from optimer_hf.convert import ResolvedModel, loaded_tokenizer, resolve_base
 from optimer_hf.errors import ModelError
 from optimer_hf.evaluate import Evaluator, Term
 from optimer_hf.files import Reference, digest, markdown_table
@@ -192,8 +192,6 @@ def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, s
     """Return what a trial runs, with a pool as large as that of the study: vectors that are here,
     and for those to be trained what the probe trained.
     """
-    from transformers import AutoTokenizer
-
     sources = {name: str(vector.source) for name, vector in config.vectors.items()} | dict(trained)
     pool = [
         open_vector(name, source, base)
@@ -203,8 +201,7 @@ def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, s
     objectives = [config.objective] + ([config.test] if config.test is not None else [])
     resident = ResidentModel(base, pool, dtype=config.dtype, device=default_device())
     resident.set_weights({vector.name: 0.5 for vector in pool})
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    return Evaluator(resident.model, tokenizer, objectives)
+    return Evaluator(resident.model, loaded_tokenizer(base), objectives)
 
 
 def _training_cost(config: TrainConfig, out: Path) -> tuple[Cost, int]:

@@ -367,7 +367,11 @@ def is_built(path: Path, model: Path) -> bool:
 
 def verify(path: Path, model: Path) -> None:
     """Raise ModelError unless a built model has the sha256 that the lock of its recipe records."""
-    lock = Lock.read(path.with_suffix(".lock.json"))
+    lock_file = path.with_suffix(".lock.json")
+    if not path.is_file() or not lock_file.is_file():
+        lacking = f"has no {lock_file.name} beside it" if path.is_file() else "no such recipe file"
+        raise ConfigError(f"{path}: {lacking}. `optimer recipe STUDY_DIR {path}` writes both.")
+    lock = Lock.read(lock_file)
     if not lock.output:
         raise ModelError(
             f"{path}: its lock records no built model. Run `optimer build {path} OUT` first."
@@ -378,6 +382,5 @@ def verify(path: Path, model: Path) -> None:
     for name in sorted(lock.output.keys() | found.keys()):
         if found.get(name) != lock.output.get(name):
             raise ModelError(
-                f"{model / name}: sha256 differs from {path.with_suffix('.lock.json').name}. Build "
-                "it again."
+                f"{model / name}: sha256 differs from {lock_file.name}. Build it again."
             )

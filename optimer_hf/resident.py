@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from optimer_hf.checkpoint import DTYPES, Checkpoint, computed_ahead, matrix_rows, row_blocks
-from optimer_hf.convert import ResolvedModel
+from optimer_hf.convert import ResolvedModel, loaded_model
 from optimer_hf.errors import ModelError
 from optimer_hf.merge import merged_rows
 from optimer_hf.vector import DistributionVector
@@ -45,11 +45,7 @@ class ResidentModel:
         Raises ModelError when a vector moves a tensor that the loaded model does not have under
         that name.
         """
-        from transformers import AutoModelForCausalLM
-
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype]).to(device).eval()
-        )
+        self.model = loaded_model(base, DTYPES[dtype]).to(device).eval()
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         once = {name for name, _ in self.model.named_parameters()}  # tied ones under one name
         moved = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))

@@ -185,14 +185,19 @@ def _check_sound(study: Study, finished: Trial) -> None:
     if finished.status == "ok":
         return
     if finished.number == 0:
-        raise EvaluationError(f"the base model itself cannot be scored: {finished.error}")
+        raise EvaluationError(f"the base model itself cannot be scored: {_reason(finished)}")
     others = [trial for trial in study.log.of("search") if trial.number != 0]
     n_others = len(anchors(study.config)) - 1
     if len(others) == n_others - 1 and all(trial.status == "crashed" for trial in others):
         first = min([*others, finished], key=lambda trial: trial.number)
         raise EvaluationError(
-            f"none of the {n_others} first merges can be scored; the first one: {first.error}"
+            f"none of the {n_others} first merges can be scored; the first one: {_reason(first)}"
         )
+
+
+def _reason(crashed: Trial) -> str:
+    """Return the first line of what a trial crashed with; the traceback is in the log."""
+    return str(crashed.error).partition("\n")[0]
 
 
 def _note(study: Study, trial: Trial) -> str:
@@ -249,7 +254,7 @@ def _run_rescore(study: Study, runner: Runner) -> None:
             n_running -= 1
             if rescored.number == 0 and rescored.status == "crashed":
                 raise EvaluationError(
-                    f"the base model itself cannot be scored again: {rescored.error}"
+                    f"the base model itself cannot be scored again: {_reason(rescored)}"
                 )
             study.log.append(rescored)
             meter.advance(1)

@@ -10,17 +10,19 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter
 from scipy.special import log_ndtr
 
 from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import (
+    STRICT_RECORD,
     Interval,
     Objective,
     Scores,
@@ -33,9 +35,11 @@ from optimer_hf.evaluate import (
 )
 from optimer_hf.files import (
     FileModel,
+    Mistake,
     ReferenceText,
     VersionedFile,
     digest,
+    make_directory,
     naming_disk_errors,
     write_text,
 )
@@ -50,6 +54,17 @@ logger = logging.getLogger(__name__)
 
 ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
 EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
+ROWS = {  # of every comparison, beside those that a vector or a target names
+    "base",
+    "fixed vectors alone",
+    "uniform average",
+    "uniform sum",
+    "searched merge",
+    "random vectors of equal norm",
+    "ties",
+    "dare_ties",
+    "model_stock",
+}
 Fidelity = Literal["search", "rescore", "sealed"]
 
 
@@ -61,19 +76,19 @@ class VectorConfig(FileModel):
     bounds: tuple[float, float] = (0.0, 1.5)
     fixed: float | None = None
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def mistakes(self) -> Iterator[Mistake]:
         if (self.source is None) == (self.train is None):
-            raise ValueError(
-                "give exactly one of 'source' (a directory or Hub id) and 'train' (a train file of "
-                "the recipe folder)"
+            yield (
+                (),
+                "give exactly one of 'source' (a directory or Hub id) and 'train' (a train file "
+                "of the recipe folder)",
             )
         if self.bounds[0] >= self.bounds[1]:
-            raise ValueError(
+            yield (
+                ("bounds",),
                 f"bounds {list(self.bounds)} are empty; give [low, high] with low < high, or "
-                "'fixed'"
+                "'fixed'",
             )
-        return self
 
 
 class SearchConfig(FileModel):
@@ -94,7 +109,7 @@ class SearchConfig(FileModel):
     total: tuple[float, float] | None = None
     pareto: bool = False
     spread: bool = True
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     rescore_top: int = Field(default=3, ge=0)
     rescore_limit: int | None = Field(default=None, gt=0)
     report_to: list[str] = []
@@ -115,6 +130,11 @@ class MixtureBaseline(FileModel):
 
     shares: dict[str, float] | Literal["uniform", "searched"] = "uniform"
     budget: Literal["all", "one"] = "all"
+
+    def mistakes(self) -> Iterator[Mistake]:
+        shares = self.shares.values() if isinstance(self.shares, dict) else [1.0]
+        if not sum(shares) > 0 or min(shares) < 0:
+            yield ("shares",), "shares must be >= 0, and one > 0"
 
 
 class Baselines(FileModel):
@@ -145,46 +165,65 @@ class StudyConfig(VersionedFile):
     search: SearchConfig = SearchConfig()
     baselines: Baselines = Baselines()
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if all(vector.fixed is not None for vector in self.vectors.values()):
-            raise ValueError("vectors: every vector is fixed, so there is nothing to search")
-        self._check_search()
-        recorded = {term.label for term in self.objective.at("search")}
-        if self.test is not None:
-            searched = {term.task_name: term.hash_range for term in self.objective.scored}
-            asked = {term.task_name: term.settings for term in self.objective.scored}
-            for term in self.test.scored:
-                if asked.get(term.task_name, term.settings) != term.settings:
-                    raise ValueError(
-                        f"objective and test ask {term.task_name!r} with different num_fewshot or "
-                        "generation; copy it under another name"
-                    )
-                low, high = searched.get(term.task_name, (2.0, 2.0))
-                if term.hash_range[0] < high and low < term.hash_range[1]:
-                    raise ValueError(
-                        f"objective and test share {term.task_name!r}: the sealed items would be "
-                        "ones the search saw. Give the test its own file, or the two parts of the "
-                        "items: hash_range [0, 0.5] and [0.5, 1]"
-                    )
-            if self.objective.prompting != self.test.prompting:
-                raise ValueError(
-                    "objective and test must have the same apply_chat_template, "
-                    "fewshot_as_multiturn and system_instruction"
+    def mistakes(self) -> Iterator[Mistake]:
+        for name in self.vectors:
+            if re.fullmatch(r"[^./][^/]*", name) is None:  # directories are called so
+                yield (
+                    ("vectors", name),
+                    f"found the name {name!r}. Expected one without '/' that does not begin with "
+                    "'.'",
                 )
+        if all(vector.fixed is not None for vector in self.vectors.values()):
+            yield ("vectors",), "every vector is fixed, so there is nothing to search"
+            return
+        yield from self._mistakes_of_search()
+        yield from self._mistakes_of_test()
+        yield from self._mistakes_of_retarget()
+        yield from self._mistakes_of_baselines()
+
+    def _mistakes_of_test(self) -> Iterator[Mistake]:
+        if self.test is None:
+            return
+        searched = {term.task_name: term.hash_range for term in self.objective.scored}
+        asked = {term.task_name: term.settings for term in self.objective.scored}
+        for term in self.test.scored:
+            group: list[Any] = self.test.terms if term in self.test.terms else self.test.constraints
+            where = ("test", "terms" if group is self.test.terms else "constraints")
+            place, shared = (*where, group.index(term)), term.task or term.text or term.function
+            if asked.get(term.task_name, term.settings) != term.settings:
+                yield (
+                    place,
+                    f"objective and test ask '{shared}' with different num_fewshot or generation; "
+                    "copy it under another name",
+                )
+            low, high = searched.get(term.task_name, (2.0, 2.0))
+            if term.hash_range[0] < high and low < term.hash_range[1]:
+                yield (
+                    place,
+                    f"objective and test share '{shared}': the sealed items would be ones the "
+                    "search saw. Give the test its own file, or the two parts of the items: "
+                    "hash_range [0, 0.5] and [0.5, 1]",
+                )
+        if self.objective.prompting != self.test.prompting:
+            yield (
+                ("test",),
+                "objective and test must have the same apply_chat_template, fewshot_as_multiturn "
+                "and system_instruction",
+            )
+
+    def _mistakes_of_retarget(self) -> Iterator[Mistake]:
+        recorded = {term.label for term in self.objective.at("search")}
+        tested = {term.label for term in self.test.terms} if self.test is not None else recorded
         for name, weights in self.retarget.items():
             if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
-                raise ValueError(f"retarget.{name}: weights must be >= 0, and one > 0")
+                yield ("retarget", name), "weights must be >= 0, and one > 0"
             for label in weights:
                 if label not in recorded:
-                    raise ValueError(
-                        f"retarget.{name}: no term {label!r} is recorded; terms: {sorted(recorded)}"
-                    )
-                if self.test is not None and label not in {term.label for term in self.test.terms}:
-                    raise ValueError(
-                        f"retarget.{name}: the test has no term {label!r} to measure it on"
-                    )
-        return self
+                    told = f"no term {label!r} is recorded; terms: {sorted(recorded)}"
+                    yield ("retarget", name, label), told
+                elif label not in tested:
+                    told = f"the test has no term {label!r} to measure it on"
+                    yield ("retarget", name, label), told
 
     def searched_otherwise(self, settings: SearchBaseline) -> "StudyConfig":
         """Return the study with another search, without test and baselines of its own."""
@@ -198,46 +237,56 @@ class StudyConfig(VersionedFile):
         own = self.model_dump(exclude={"test", "retarget", "baselines"})
         return StudyConfig.model_validate(own | {"objective": objective, "search": search})
 
-    @model_validator(mode="after")
-    def _known_baselines(self) -> Self:
-        for settings in self.baselines.searches.values():
-            self.searched_otherwise(settings)
-        groups = (self.baselines.searches, self.baselines.models, self.baselines.mixtures)
-        names = [name for group in groups for name in group]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"baselines: two are called {name!r}; give each its own name")
+    def _mistakes_of_baselines(self) -> Iterator[Mistake]:
+        for name, settings in self.baselines.searches.items():
+            for where, told in self._mistakes_of_search(settings):
+                yield ("baselines", "searches", name, *where[1:]), told
+        names: set[str] = set()
+        for field in ("searches", "models", "mixtures"):
+            for name in getattr(self.baselines, field):
+                if name in names:
+                    told = f"two are called {name!r}; give each its own name"
+                    yield ("baselines", field, name), told
+                elif self._names_a_row(name):
+                    told = f"{name!r} is the name of another row. Give another name"
+                    yield ("baselines", field, name), told
+                names.add(name)
         for name, mixture in self.baselines.mixtures.items():
-            shares = mixture.shares if isinstance(mixture.shares, dict) else {}
-            unknown = [vector for vector in shares if vector not in self.vectors]
-            if unknown:
-                raise ValueError(
-                    f"baselines.mixtures.{name}: no vector is called {unknown[0]!r}; vectors: "
-                    f"{sorted(self.vectors)}"
-                )
-        return self
+            for vector in mixture.shares if isinstance(mixture.shares, dict) else ():
+                if vector not in self.vectors:
+                    told = f"no vector is called {vector!r}; vectors: {sorted(self.vectors)}"
+                    yield ("baselines", "mixtures", name, "shares", vector), told
 
-    def _check_search(self) -> None:
-        search = self.search
+    def _names_a_row(self, name: str) -> bool:
+        """Whether every comparison has, or may have, a row of this name."""
+        of_vectors = tuple(f"{vector} at " for vector in self.vectors)
+        return name in ROWS or name.startswith(("re-targeted to ", *of_vectors))
+
+    def _mistakes_of_search(self, other: SearchConfig | None = None) -> Iterator[Mistake]:
+        """Yield what is wrong with the search, or with another one over the same objective."""
+        search = other or self.search
+        total = search.total or self.search.total
         counting = [term for term in self.objective.at("search") if term.weight > 0]
         if search.pareto and (len(counting) < 2 or self.objective.combine == "worst"):
-            raise ValueError(
-                "search.pareto: a front needs two terms that count, and combine is not 'worst'"
+            yield (
+                ("search", "pareto"),
+                "a front needs two terms that count, and combine is not 'worst'",
             )
-        if search.surrogate in ("per_term", "random"):
-            pass
-        elif search.total is not None or self.objective.constraints or search.pareto:
-            raise ValueError(
-                f"search.surrogate {search.surrogate!r} knows no total, constraints or pareto; use "
-                "per_term"
+        if search.surrogate not in ("per_term", "random") and (
+            total is not None or self.objective.constraints or search.pareto
+        ):
+            yield (
+                ("search", "surrogate"),
+                f"{search.surrogate!r} knows no total, constraints or pareto; use per_term",
             )
-        if search.total is not None:
+        if total is not None:
             lows, highs = zip(*self.free.values(), strict=True)
-            low, high = search.total
+            low, high = total
             if min(lows) < 0 or not max(sum(lows), 0) <= low < high or low > sum(highs):
-                raise ValueError(
-                    f"search.total {list(search.total)} cannot be met; give [low, high] with 0 <= "
-                    "low < high, within the sums that the bounds (none below 0) allow"
+                yield (
+                    ("search", "total"),
+                    f"{list(total)} cannot be met; give [low, high] with 0 <= low < high, within "
+                    "the sums that the bounds (none below 0) allow",
                 )
 
     @property
@@ -276,6 +325,8 @@ class Trial:
     and ask.
     """
 
+    __pydantic_config__ = STRICT_RECORD
+
     number: int
     origin: str
     fidelity: Fidelity
@@ -294,12 +345,10 @@ class Trial:
     @classmethod
     def from_json(cls, line: str) -> "Trial":
         """Read a line of trials.jsonl."""
-        data = json.loads(line)
-        data["terms"] = {
-            label: TermScore(**{**term, "items": [(a, b) for a, b in term["items"]]})
-            for label, term in data["terms"].items()
-        }
-        return cls(**data)
+        return _TRIAL.validate_json(line)
+
+
+_TRIAL = TypeAdapter(Trial)
 
 
 class TrialLog:
@@ -317,12 +366,15 @@ class TrialLog:
         self.trials: list[Trial] = []
         if not path.exists():
             return
-        lines = path.read_bytes().split(b"\n")
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise StudyError(f"{path}: cannot be read ({error.strerror}).") from None
         whole = 0
         for number, line in enumerate(lines[:-1], start=1):
             try:
                 self.trials.append(Trial.from_json(line.decode()))
-            except (ValueError, TypeError, KeyError):
+            except ValueError:
                 raise StudyError(
                     f"{path}:{number}: not a trial. Remove the damaged line to go on without that "
                     "trial."
@@ -632,6 +684,8 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     found, expected = recorded.identity, config.identity
     differing = [field for field in expected if found.get(field) != expected[field]]
     log = TrialLog(directory / "trials.jsonl", repair=repair)
+    if not differing:
+        _check_record(config, log)
     if not differing and repair and recorded != config:  # more trials, other baselines
         longest = max(recorded.search.n_trials, config.search.n_trials)
         search = config.search.model_copy(update={"n_trials": longest})
@@ -645,6 +699,35 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
             "Give another study directory, or restore the config."
         )
     return Study(directory, config, log)
+
+
+def _check_record(config: StudyConfig, log: TrialLog) -> None:
+    """Raise StudyError for trials that do not belong to a config, or lack the base, which comes
+    first because every gain is relative to it.
+    """
+    stages: tuple[Literal["search", "rescore"], ...] = ("search", "rescore")
+    for stage in stages:
+        trials = log.of(stage)
+        if trials and trials[0].number != 0:
+            raise StudyError(
+                f"{log.path}: its first {stage} trial is number {trials[0].number}, expected 0, "
+                "the base that all others are compared with. Restore its line, or remove the file."
+            )
+        labels = [term.label for term in config.objective.at(stage)]
+        for trial in trials:
+            lacking = [name for name in config.vectors if name not in trial.weights]
+            lacking += [
+                label for label in labels if trial.status == "ok" and not _has(trial, label)
+            ]
+            if lacking:
+                raise StudyError(
+                    f"{log.path}: trial {trial.number} ({stage}) lacks {lacking[0]!r}, which the "
+                    "study has. Remove its line to go on without that trial."
+                )
+
+
+def _has(trial: Trial, label: str) -> bool:
+    return label in trial.terms and bool(trial.terms[label].items)
 
 
 def load_study(directory: Path, *, unfinished: bool = False) -> Study:
@@ -668,8 +751,10 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold a directory for this process; raise StudyError when a live process holds it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as file:
+    make_directory(directory)
+    with naming_disk_errors(directory, "Nothing was changed"):
+        lock = open(directory / ".lock", "w")  # noqa: SIM115
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -12,6 +12,19 @@ from typing import Any
 from optimer_hf.errors import ConfigError
 
 
+def callbacks_of(report_to: Sequence[str]) -> list[Any]:
+    """Return the Trainer's callbacks of some tools.
+
+    Raises ConfigError for a tool that transformers does not know, or that is not installed.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        return [callback() for callback in get_reporting_integration_callbacks(list(report_to))]
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"search.report_to: {error}") from error
+
+
 class Tracker:
     """Sends figures of trials to the tools named in `search.report_to`; a context manager."""
 
@@ -24,15 +37,9 @@ class Tracker:
         if not report_to:
             return
         from transformers import TrainerControl, TrainerState, TrainingArguments
-        from transformers.integrations import get_reporting_integration_callbacks
 
         name = str(directory.resolve().name)
-        try:
-            self._callbacks = [
-                callback() for callback in get_reporting_integration_callbacks(list(report_to))
-            ]
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise ConfigError(f"search.report_to: {error}") from error
+        self._callbacks = callbacks_of(report_to)
         self._args = TrainingArguments(
             output_dir=str(directory), report_to="none", run_name=name, use_cpu=True
         )

@@ -12,15 +12,22 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from optimer_hf.convert import ResolvedModel, moves_base, resolve_base
+from optimer_hf.convert import (
+    ResolvedModel,
+    empty_model,
+    loaded_model,
+    loaded_tokenizer,
+    moves_base,
+    resolve_base,
+)
 from optimer_hf.corpus import (
     CorpusConfig,
     MixturePart,
@@ -32,11 +39,17 @@ from optimer_hf.corpus import (
 )
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import (
+    Mistake,
     ReferenceText,
     VersionedFile,
     did_you_mean,
     digest,
+    is_there,
+    listed,
+    make_directory,
     naming_disk_errors,
+    read_yaml,
+    shown,
     write_text,
 )
 from optimer_hf.growth import full_norm, is_due, lora_norm, refuse_sharded
@@ -63,6 +76,16 @@ RESERVED_TRAINER_FIELDS = {
     "seed": "`seed`",
     "data_seed": "`seed`",
 }
+UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
+    "eval_strategy": "There is nothing to evaluate on; `optimer evaluate` scores a model",
+    "do_eval": "There is nothing to evaluate on; `optimer evaluate` scores a model",
+    "do_predict": "There is nothing to predict; `optimer evaluate` scores a model",
+    "push_to_hub": "`optimer push` publishes a vector",
+    "resume_from_checkpoint": "A killed run goes on by itself",
+    "label_smoothing_factor": "The loss is computed without logits, which smoothing needs",
+}
+ABOVE_ZERO = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}
+PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
 SPENT_FILE = "spent.json"
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
@@ -80,19 +103,17 @@ class TrainConfig(VersionedFile):
     max_tokens: int | None = Field(default=None, gt=0)
     lora: dict[str, Any] | None = None
     trainer: dict[str, Any] = {}
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
-    @model_validator(mode="after")
-    def _one_text(self) -> Self:
+    def mistakes(self) -> Iterator[Mistake]:
         if (self.corpus is None) == (self.mixture is None):
-            raise ValueError("give exactly one of 'corpus' and 'mixture'")
+            yield (), "give exactly one of 'corpus' and 'mixture'"
         if self.mixture is not None:
             if self.max_tokens is None:
-                raise ValueError("a mixture needs max_tokens: shares are shares of it")
+                yield ("mixture",), "a mixture needs max_tokens: shares are shares of it"
             total = sum(part.share for part in self.mixture)
             if abs(total - 1) > 1e-6:
-                raise ValueError(f"the shares of the mixture sum to {total:g}, not to 1")
-        return self
+                yield ("mixture",), f"the shares of the mixture sum to {total:g}, not to 1"
 
     @property
     def corpora(self) -> Sequence[CorpusConfig]:
@@ -114,28 +135,79 @@ class TrainConfig(VersionedFile):
 # -- the run ---------------------------------------------------------------------------------------
 
 
-def check_config(config: TrainConfig) -> None:
-    """Raise ConfigError for what LoraConfig or TrainingArguments refuse; loads no model."""
+def check_config(config: TrainConfig, path: Path | None = None) -> None:
+    """Raise ConfigError for what LoraConfig, TrainingArguments, the optimizer and the scheduler
+    refuse, with the lines of the file at `path`; loads no model.
+    """
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-    for field, cls in (("lora", LoraConfig), ("trainer", TrainingArguments)):
-        known = [item.name for item in dataclasses.fields(cls) if item.init]
-        for name in getattr(config, field) or {}:
-            if name not in known:
-                raise ConfigError(
-                    f"train config {config.name!r}: {field}.{name}: unknown field of "
-                    f"{cls.__name__}."
-                    f"{did_you_mean(name, known)}"
-                )
-    for name, owner in RESERVED_TRAINER_FIELDS.items():
-        if name in config.trainer:
-            raise ConfigError(
-                f"train config {config.name!r}: trainer.{name}: set it through {owner}."
-            )
-    _arguments(config, Path("unused"))
+    found = [
+        *_mistakes_of_fields("lora", config.lora or {}, LoraConfig),
+        *_mistakes_of_fields("trainer", config.trainer, TrainingArguments),
+        *_mistakes_of_trainer(config.trainer),
+    ]
+    if found:
+        origin = path or f"train config {config.name!r}"
+        raise ConfigError(listed(origin, [(at, f"{'.'.join(at)}: {told}") for at, told in found]))
+    _check_optimizer(config, _arguments(config, Path("unused")))
     if config.lora is not None:
         _refuse_moved_base(_lora_config(config), config)
+
+
+def _mistakes_of_fields(
+    name: str, given: Mapping[str, Any], cls: Any
+) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield fields that a dataclass does not have, and numbers and switches that are none: its
+    authors check them late, or not at all.
+    """
+    known, hints = [item.name for item in dataclasses.fields(cls) if item.init], None
+    for field, value in given.items():
+        if field not in known:
+            hint = did_you_mean(field, known)
+            yield (name, field), f"unknown field of {cls.__name__}.{hint}"
+            continue
+        hints = hints or get_type_hints(cls)
+        if set(get_args(hints[field]) or [hints[field]]) <= PLAIN:
+            try:
+                config = ConfigDict(strict=True, allow_inf_nan=False)
+                TypeAdapter(hints[field], config=config).validate_python(value)
+            except ValidationError as error:
+                yield (name, field), f"found {shown(value)}. {error.errors()[0]['msg']}."
+
+
+def _mistakes_of_trainer(given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    for field, value in given.items():
+        if field in RESERVED_TRAINER_FIELDS:
+            yield ("trainer", field), f"set it through {RESERVED_TRAINER_FIELDS[field]}."
+        if field in UNUSABLE and value not in (None, False, 0, "no"):
+            yield ("trainer", field), f"found {shown(value)}. {UNUSABLE[field]}; leave it out."
+        if field in ABOVE_ZERO and isinstance(value, int | float) and not value > 0:
+            yield ("trainer", field), f"found {value!r}. Expected a number above 0."
+
+
+def _check_optimizer(config: TrainConfig, arguments: "TrainingArguments") -> None:
+    """Make the optimizer and the scheduler of a run for one number: what they refuse, Trainer would
+    say only once the model is loaded and the corpus packed.
+    """
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        get_reporting_integration_callbacks(arguments.report_to)
+        if arguments.deepspeed or arguments.fsdp or "optim_target_modules" in config.trainer:
+            return  # those make the optimizer from the model itself
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
 
 
 def is_trained(config: TrainConfig, out: Path) -> bool:
@@ -145,8 +217,8 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
     """
     for name in ("training.json", "started.json"):
         if (out / name).exists():
-            record = json.loads((out / name).read_text(encoding="utf-8"))
-            if record["config_sha256"] != config.digest:
+            record = read_yaml(out / name)
+            if record.get("config_sha256") != config.digest:
                 if name == "started.json" and _last_checkpoint(out) is None:
                     shutil.rmtree(out)  # a first try that never got to train
                     return False
@@ -156,7 +228,8 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
                 )
             return name == "training.json"
     leftovers = (".partial-", "blocks.")  # of a run killed while it packed
-    if out.exists() and any(not path.name.startswith(leftovers) for path in out.iterdir()):
+    found = out.iterdir() if out.is_dir() else [out] if is_there(out) else []
+    if any(not path.name.startswith(leftovers) for path in found):
         raise OutputError(
             f"{out}: already exists and is not a training directory. Give another output directory."
         )
@@ -195,15 +268,15 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     Cheap beside the training: a corpus that is too small, a bad field and a foreign directory are
     found here.
     """
-    from transformers import AutoTokenizer
-
     check_config(config)
     if is_trained(config, out):
         return None
     blocks, started = out / "blocks.npy", out / "started.json"
-    if not started.exists():
-        tokenizer = AutoTokenizer.from_pretrained(resolve_base(config.base_model).path)
-        out.mkdir(parents=True, exist_ok=True)
+    if not (started.exists() and blocks.exists()):
+        base = resolve_base(config.base_model)
+        tokenizer = loaded_tokenizer(base)
+        _adapted(empty_model(base), config, base)
+        make_directory(out)
         try:
             with naming_disk_errors(out, "Nothing was left behind"):
                 packed = _packed(config, tokenizer, blocks)
@@ -255,13 +328,16 @@ def build_trainer(
     arguments = _arguments(config, out)
     set_seed(config.seed)
     model = _model(config, base)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=packed,  # any object with __len__ and __getitem__ is a data set
-        data_collator=default_data_collator,
-        callbacks=[_callback(config, base.path, _spent_before(out))],
-    )
+    try:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=packed,  # any object with __len__ and __getitem__ is a data set
+            data_collator=default_data_collator,
+            callbacks=[_callback(config, base.path, _spent_before(out))],
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints on stdout, where results go
     return trainer
 
@@ -289,11 +365,13 @@ def _model(config: TrainConfig, base: ResolvedModel) -> Any:
     """Load the base: as stored under LoRA (it stays frozen), in float32 for full-parameter
     training.
     """
-    from transformers import AutoModelForCausalLM
-
-    dtype: Any = torch.float32 if config.lora is None else "auto"
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    model = loaded_model(base, torch.float32 if config.lora is None else "auto")
     fuse_loss(model)
+    return _adapted(model, config, base)
+
+
+def _adapted(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:
+    """Return a model with the LoRA layers of a run, if it has any."""
     if config.lora is None:
         return model
     from peft import get_peft_model
@@ -302,7 +380,7 @@ def _model(config: TrainConfig, base: ResolvedModel) -> Any:
     _refuse_untying(model, lora.modules_to_save, base)
     try:
         return get_peft_model(model, lora)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
-from optimer_hf.convert import resolve_base
+from optimer_hf.convert import loaded_tokenizer, resolve_base
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoint
 from optimer_hf.progress import Cost
@@ -45,8 +45,6 @@ class ResidentPool:
 
         `functions` score the terms that name them, see Evaluator.
         """
-        from transformers import AutoTokenizer
-
         base = resolve_base(config.base_model)
         self.vectors = [
             open_vector(name, _source(name, vector), base)
@@ -56,7 +54,7 @@ class ResidentPool:
         self._resident = ResidentModel(
             base, self.vectors, dtype=config.dtype, device=default_device()
         )
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        tokenizer = loaded_tokenizer(base)
         objectives = [config.objective] + ([config.test] if config.test is not None else [])
         self._evaluator = Evaluator(
             self._resident.model, tokenizer, objectives, functions=functions
@@ -103,6 +101,7 @@ def run_trial(
     except Exception as error:  # one bad weight set must not end a search of hours
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
         logger.warning("trial %d crashed: %s", trial.number, error)
+        logger.debug("trial %d", trial.number, exc_info=True)
         return replace(trial, status="crashed", error=text)
     seconds = trial.seconds | seconds | {"cpu": started.since().cpu_seconds}
     rounded = {phase: round(value, 4) for phase, value in seconds.items()}

@@ -222,7 +222,10 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     Raises ModelError when it was trained from another base, or when its tensors do not fit the
     base.
     """
-    resolved = resolve_model(source)
+    try:
+        resolved = resolve_model(source)
+    except ModelError as error:
+        raise ModelError(f"vector {name!r}: {error}") from error
     checkpoint = Checkpoint(base.path)
     record = _record_of_this_base(name, source, resolved.path, base)
     vector: DistributionVector
@@ -294,7 +297,8 @@ def _check_declared_base(name: str, path: Path, base: ResolvedModel) -> None:
         declared = str(config.get("base_model_name_or_path") or "")
     except (ValueError, AttributeError) as error:
         raise ModelError(
-            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error})."
+            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error}). Fetch the "
+            "adapter again."
         ) from None
     both_on_hub = declared.count("/") == base.reference.count("/") == 1 and base.commit is not None
     if both_on_hub and declared != base.reference:

@@ -202,11 +202,11 @@ def _local_cluster(n_workers: int) -> LocalCluster:
 def _connected(cluster: LocalCluster | str) -> Client:
     try:
         return Client(cluster, timeout=WAIT_FOR_SCHEDULER, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AssertionError) as error:  # the last: Dask's own, on a timeout
         raise StudyError(
             f"scheduler {cluster!r}: no Dask scheduler answered within {WAIT_FOR_SCHEDULER} s "
-            f"({error}). Start one with `dask scheduler` and give the address that it prints, like "
-            "tcp://HOST:8786."
+            f"({error or type(error).__name__}). Start one with `dask scheduler` and give the "
+            "address that it prints, like tcp://HOST:8786."
         ) from error
 
 

@@ -193,6 +193,37 @@ def test_validate_reports_all_bad_files_and_still_the_good_ones(folder, tmp_path
     assert "a.yaml:1: terms: " in result.stderr and "Did you mean 'objective'?" in result.stderr
 
 
+def test_validate_tells_all_mistakes_of_a_file_each_with_its_line(tmp_path):
+    terms = [{"task": "t", "num_fewshot": 1}, {"task": "t"}]
+    study = {
+        "base_model": "a/b",
+        "vectors": {"w": {"source": "a/w", "bounds": [1.0, 0.0]}, "x": {"train": "t.yaml"}},
+        "objective": {"terms": terms, "combine": "wurst"},
+        "search": {"seed": -1, "n_trails": 3},
+    }
+    train = {
+        "name": "n",
+        "base_model": "a/b",
+        "corpus": {"path": "x.jsonl"},
+        "lora": {"alpha": 8},
+        "trainer": {"learning_rate": "high", "gradient_accumulation_steps": 0},
+    }
+    for name, data in (("study.yaml", study), ("train.yaml", train)):
+        text = yaml.safe_dump(data, sort_keys=False)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    result = optimer("validate", tmp_path / "study.yaml", tmp_path / "train.yaml", ok=False)
+    lines = result.stderr.removeprefix("error: ").replace(f"{tmp_path}/", "").splitlines()
+    assert [line.rpartition(".yaml:")[2][:35] for line in lines] == [
+        "5: vectors.w.bounds: bounds [1.0, 0",
+        "16: objective.combine: found 'wurst",
+        "18: search.seed: found -1. Input sh",
+        "19: unknown field 'search.n_trails'",
+        "6: lora.alpha: unknown field of Lor",
+        "8: trainer.learning_rate: found 'hi",
+        "9: trainer.gradient_accumulation_st",
+    ]
+
+
 def test_validate_finds_mistakes_in_a_merge_config(tmp_path):
     (tmp_path / "m.yml").write_text(
         "merge_method: linear\nmodels: [{modle: a/b}]\n", encoding="utf-8"
@@ -201,6 +232,8 @@ def test_validate_finds_mistakes_in_a_merge_config(tmp_path):
         "models.0: unknown field 'modle'"
         in optimer("validate", tmp_path / "m.yml", ok=False).stderr
     )
+    (tmp_path / "m.yml").write_text("merge_method: linaer\n", encoding="utf-8")
+    assert "Did you mean 'linear'?" in optimer("validate", tmp_path / "m.yml", ok=False).stderr
 
 
 @pytest.mark.parametrize(
@@ -469,6 +502,20 @@ def test_a_point_of_the_front_becomes_a_recipe(searched, tmp_path):
     assert recipe["ledger"]["search"]["n"] == 6
     result = optimer("recipe", study, tmp_path / "recipe.yaml", "--pick", 99, ok=False)
     assert "--pick 99: the front of" in result.stderr
+
+
+def test_a_figure_that_cannot_be_written_is_refused_before_anything_is_scored(searched, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    figure = tmp_path / "file" / "x.png"
+    result = optimer("compare", searched[0], "--figure", figure, ok=False)
+    assert "file: cannot be made a directory" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["x", "0", "-5", "1e6"])
+def test_tokens_that_are_no_number_are_refused(tmp_path, text):
+    assert f"--tokens '{text}': expected a number" in (
+        optimer("run", tmp_path, "--tokens", text, ok=False).stderr
+    )
 
 
 def test_another_objective_is_answered_from_the_record_and_verified(searched, tmp_path):

@@ -211,3 +211,21 @@ def test_the_best_scale_moves_one_vector_alone_and_keeps_fixed_ones(tmp_path):
     weights = best_scale(study, "x")
     assert weights["w"] == weights["y"] == 0 and weights["z"] == 0.2
     assert weights["x"] == pytest.approx(0.5, abs=0.15)  # the optimum of (t + u) / 2 along x
+
+
+def test_a_damaged_seal_is_named(study):
+    compare(study, pool=FunctionPool)
+    (study.directory / "sealed.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"sealed\.json: field 'rows' is missing"):
+        compare(study, pool=no_pool)
+
+
+@pytest.mark.parametrize("name", ["base", "w at 1.0", "re-targeted to x", "ties"])
+def test_a_baseline_called_as_a_row_of_every_comparison_is_refused(name):
+    with pytest.raises(ValueError, match="is the name of another row"):
+        config_of(baselines={"models": {name: "a/b"}})
+
+
+def test_shares_below_zero_are_refused():
+    with pytest.raises(ValueError, match="shares must be >= 0, and one > 0"):
+        config_of(baselines={"mixtures": {"m": {"shares": {"w": -1.0}}}})

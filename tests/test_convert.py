@@ -3,6 +3,7 @@ safetensors.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,8 +14,17 @@ from gguf import GGUFWriter, TokenType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimer_hf.convert import ResolvedModel, cache_dir, convert_gguf, resolve_model
-from optimer_hf.errors import ModelError, OutputError
+from optimer_hf.convert import (
+    ResolvedModel,
+    cache_dir,
+    convert_gguf,
+    empty_model,
+    loaded_model,
+    loaded_tokenizer,
+    resolve_base,
+    resolve_model,
+)
+from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import sha256_file
 
 LAYER_NAMES = {
@@ -259,3 +269,35 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("OPTIMER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_dir() == tmp_path / "xdg" / "optimer"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "what"),
+    [
+        ("config.json", "{", "model"),
+        ("config.json", '{"model_type": "klingon"}', "model"),
+        ("tokenizer.json", "{", "tokenizer"),
+    ],
+)
+def test_a_model_that_transformers_cannot_load_is_named(make_base, tmp_path, file, text, what):
+    path = tmp_path / "base"
+    shutil.copytree(make_base("llama").path, path)
+    (path / file).write_text(text)
+    load = loaded_tokenizer if what == "tokenizer" else empty_model
+    with pytest.raises(ModelError, match=rf"base: transformers cannot load the {what} \("):
+        load(ResolvedModel(path, "base"))
+    if what == "model":
+        with pytest.raises(ModelError, match="transformers cannot load the model"):
+            loaded_model(ResolvedModel(path, "base"), torch.float32)
+
+
+def test_a_damaged_record_of_a_vector_is_named(make_base, tmp_path):
+    shutil.copytree(make_base("llama").path, tmp_path / "base")
+    (tmp_path / "base" / "vector.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"vector\.json: found a list, expected a mapping"):
+        resolve_base(str(tmp_path / "base"))
+
+
+def test_a_name_that_is_too_long_is_no_model():
+    with pytest.raises(ModelError, match="no such file or directory"):
+        resolve_model("/" + "x" * 300)

@@ -194,6 +194,30 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error_that_names_it(tmp_pat
         list(documents(CorpusConfig(path=tmp_path / name)))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"text": "a\\ud800b"}', r"a\.jsonl:1: holds half a character"),
+        ("a.jsonl", "[" * 10**5, r"a\.jsonl:1: is nested too deeply"),
+        ("a.foo", "x", r"a\.foo: found a file that ends in '\.foo'\. Expected \.jsonl"),
+        ("a.jsonl.zst", "x", r"found a file that ends in '\.zst'\. .* \.gz or \.xz"),
+        ("a.parquet", "x", r"a\.parquet: `datasets` cannot read it"),
+    ],
+)
+def test_text_that_no_tokenizer_takes_and_unknown_formats_are_refused(
+    tmp_path, name, text, message
+):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CorpusError, match=message):
+        list(documents(CorpusConfig(path=tmp_path / name)))
+
+
+def test_a_directory_is_no_corpus(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(CorpusError, match=r"a\.jsonl: is a directory, expected a file"):
+        list(documents(CorpusConfig(path=tmp_path / "a.jsonl")))
+
+
 def test_a_truncated_archive_is_an_error_that_names_it(tmp_path):
     whole = lzma.compress(json.dumps({"text": "x" * 1000}).encode())
     (tmp_path / "a.jsonl.xz").write_bytes(whole[: len(whole) // 2])

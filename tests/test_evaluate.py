@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from optimer_hf.errors import ConfigError, CorpusError, EvaluationError
+from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import (
     Evaluator,
     Objective,
@@ -255,7 +255,8 @@ def test_another_text_field_is_read_and_a_missing_one_is_an_error(tokenizer, tmp
     path = tmp_path / "t.jsonl"
     found = evaluate_all(model, tokenizer, objective_of({"text": path, "text_field": "body"}))["t"]
     assert found.items == [pytest.approx(bits_and_bytes(model, "aa ab"), rel=1e-5)]
-    with pytest.raises(CorpusError, match=r"t\.jsonl:1: no text in field 'text'; found \['body'\]"):
+    expected = r"term 't': .*t\.jsonl:1: no text in field 'text'; found \['body'\]"
+    with pytest.raises(EvaluationError, match=expected):
         evaluate_all(model, tokenizer, objective_of({"text": path}))
 
 
@@ -351,6 +352,49 @@ def test_a_task_or_metric_that_cannot_be_used_is_an_error_before_any_model(
 def test_a_missing_text_file_is_an_error_with_term_and_path(tmp_path):
     with pytest.raises(EvaluationError, match=r"term 'none': .*none\.jsonl: no such file"):
         load_tasks([objective_of({"text": tmp_path / "none.jsonl"})])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', r"term 't': .*t\.jsonl:2: no text in field"),
+        ("t.jsonl", '{"text": ""}\n', r"term 't': .*t\.jsonl: holds no text to score"),
+        ("t.txt", "hello", r"term 't': .*t\.txt: expected a JSONL file"),
+    ],
+)
+def test_a_text_file_is_read_to_its_end_before_it_is_scored(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(EvaluationError, match=message):
+        load_tasks([objective_of({"text": tmp_path / name})])
+
+
+def test_a_group_of_tasks_and_a_missing_folder_of_tasks_are_named(tasks_dir, tmp_path):
+    (tmp_path / "group.yaml").write_text("group: toys\ntask: [toy_choice]\n")
+    for path in tasks_dir.glob("*.yaml"):
+        (tmp_path / path.name).write_text(path.read_text())
+    term = {"task": "toys", "metric": "acc"}
+    with pytest.raises(EvaluationError, match=r"'toys' is a group of tasks .* Name its tasks"):
+        load_tasks([objective_of(term, include_path=tmp_path)])
+    with pytest.raises(EvaluationError, match=r"include_path: .*gone: no such directory"):
+        load_tasks([objective_of(term, include_path=tmp_path / "gone")])
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (
+            {"task": "toy_choice", "metric": "acc", "num_fewshot": 99},
+            r"num_fewshot: found 99, but 'toy_choice' has \d+ examples to draw from\. Lower it",
+        ),
+        (
+            {"task": "toy_generate", "metric": "exact_match", "generation": {"temprature": 1}},
+            r"generation: unknown field 'temprature'\. Did you mean 'temperature'\?",
+        ),
+    ],
+)
+def test_settings_that_no_item_can_be_asked_with_are_refused(tasks_dir, term, message):
+    with pytest.raises(EvaluationError, match=message):
+        load_tasks([objective_of(term, include_path=tasks_dir)])
 
 
 def test_an_unreadable_task_file_is_an_error_with_its_name(tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -93,6 +95,51 @@ def test_infinite_numbers_are_refused(tmp_path):
     )
 
 
+class Whole(VersionedFile):
+    parts: dict[str, Part] = Field(default_factory=dict)
+    limits: list[int] = []
+    kind: Literal["fast", "slow"] = "fast"
+
+    def mistakes(self):
+        yield from ((("parts", name), "its name has a blank") for name in self.parts if " " in name)
+        if len(self.limits) < 2:
+            yield ("limits",), "give at least two"
+
+
+def test_mistakes_between_fields_are_told_at_once_each_with_its_line(tmp_path):
+    path = written(tmp_path, "parts:\n  a b: {source: a/b}\n  c d: {source: a/b}\nlimits: [1]\n")
+    with pytest.raises(ConfigError) as caught:
+        Whole.read(path)
+    assert str(caught.value).splitlines() == [
+        f"{path}:2: parts.a b: its name has a blank.",
+        f"{path}:3: parts.c d: its name has a blank.",
+        f"{path}:4: limits: give at least two.",
+    ]
+
+
+def test_a_choice_that_is_none_gets_the_closest_one(tmp_path):
+    with pytest.raises(ConfigError, match=r":1: kind: found 'fsat'\..*Did you mean 'fast'\?"):
+        Whole.read(written(tmp_path, "kind: fsat\nlimits: [1, 2]\n"))
+
+
+def test_an_unknown_field_is_compared_with_those_of_its_place_only(tmp_path):
+    message = mistakes(tmp_path, "base_model: a/b\nsource: 1\nparts: {x: {source: a/b, corpus: 1}}")
+    assert "unknown field 'source'. Known: base_model, corpus" in message
+    assert "unknown field 'parts.x.corpus'. Known: share, source." in message
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path):
+    path = written(tmp_path, "a: 2e-4\nb: -1E+3\nc: 1.e2\nd: 2e\ne: '2e-4'\n")
+    assert list(read_yaml(path).values()) == [2e-4, -1000.0, 100.0, "2e", "2e-4"]
+
+
+def test_a_value_that_aliases_make_huge_is_shown_in_part(tmp_path):
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"{x}: &{x} [{', '.join([f'*{y}'] * 10)}]" for y, x in pairwise("abcdefgh")]
+    message = mistakes(tmp_path, "\n".join([*lines, "base_model: *h", ""]))
+    assert "base_model: found [[" in message and len(message) < 3000
+
+
 def test_a_later_format_version_is_refused(tmp_path):
     assert "format_version: found 2" in mistakes(tmp_path, "format_version: 2\nbase_model: a/b\n")
 
@@ -101,12 +148,12 @@ def test_duplicate_key_is_refused_with_its_line(tmp_path):
     message = mistakes(
         tmp_path, "base_model: a/b\nparts:\n  x: {source: a/b}\n  x: {source: c/d}\n"
     )
-    assert "key 'x' is given twice" in message and "line 3" in message
+    assert "example.yaml:4: not valid YAML. key 'x' is given twice." in message
 
 
 def test_invalid_yaml_is_refused_with_its_line(tmp_path):
     message = mistakes(tmp_path, "base_model: a/b\nparts: [1, 2\n")
-    assert "not valid YAML" in message and "line 3" in message
+    assert "example.yaml:3: not valid YAML" in message and "expected ',' or ']'" in message
 
 
 @pytest.mark.parametrize(
@@ -115,6 +162,25 @@ def test_invalid_yaml_is_refused_with_its_line(tmp_path):
 def test_a_file_that_holds_no_mapping_is_refused(tmp_path, text, found):
     with pytest.raises(ConfigError, match=f"found {found}, expected a mapping"):
         read_yaml(written(tmp_path, text))
+
+
+def test_a_directory_in_place_of_a_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is a directory, expected a file"):
+        read_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1,\n "b": }', r"example\.json:2: not valid JSON\. Expecting value"),
+        ('{"a": 1, "a": 2}', r"example\.json: not valid JSON\. key 'a' is given twice"),
+        ("[" * 10**5, r"example\.json: is nested too deeply"),
+    ],
+)
+def test_invalid_json_is_refused(tmp_path, text, message):
+    (tmp_path / "example.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(tmp_path / "example.json")
 
 
 def test_missing_and_binary_files_are_refused(tmp_path):
@@ -151,6 +217,14 @@ def test_org_and_name_is_a_local_path_only_when_it_exists(tmp_path):
     assert absolute_reference("vectors/ja", tmp_path) == "vectors/ja"
     (tmp_path / "vectors" / "ja").mkdir(parents=True)
     assert absolute_reference("vectors/ja", tmp_path) == str((tmp_path / "vectors/ja").resolve())
+
+
+def test_a_home_that_nobody_has_and_a_name_that_is_too_long_are_names_like_any_other(tmp_path):
+    assert absolute_reference("~nobody-at-all/m", tmp_path) == str(tmp_path / "~nobody-at-all/m")
+    assert Reference("~nobody-at-all/m").path is None
+    assert absolute_reference(f"org/{'x' * 300}", tmp_path) == f"org/{'x' * 300}"
+    example = Example(base_model="a/b", corpus="~nobody-at-all/x")
+    assert example.corpus == Path("~nobody-at-all/x").resolve()
 
 
 def test_home_and_absolute_references_do_not_depend_on_the_folder(tmp_path):
@@ -320,3 +394,16 @@ def test_mistakes_of_a_file_come_all_at_once_with_their_lines(tmp_path: Path):
     assert {line.removeprefix(f"{path}:").split(":")[0] for line in lines} == {"5", "6", "10"}
     assert any("Did you mean 'weight'?" in line for line in lines)
     assert all(line.startswith(f"{path}:") for line in lines)
+
+
+@pytest.mark.parametrize("write", [lambda out: write_text(out, "x"), lambda out: staged(out)])
+def test_a_place_under_a_file_is_refused(tmp_path, write):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match=r"file: cannot be made a directory \(.*Give another"):
+        write(tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def staged(out: Path) -> None:
+    with staged_directory(out):
+        pytest.fail("nothing may be written")

@@ -430,7 +430,7 @@ def optimer_yaml(**changes) -> dict:
     [
         (
             optimer_yaml(paramters={}),
-            r"c\.yml: unknown field 'paramters'.*Did you mean 'parameters'\?",
+            r"c\.yml:8: unknown field 'paramters'.*Did you mean 'parameters'\?",
         ),
         (
             optimer_yaml(models=[{"modle": "./tuned"}]),
@@ -442,6 +442,12 @@ def optimer_yaml(**changes) -> dict:
         ),
         (optimer_yaml(models=[{"parameters": {}}]), r"models\.0: field 'model' is missing"),
         (optimer_yaml(models=["./tuned"]), r"models\.0: found './tuned', expected a mapping"),
+        (optimer_yaml(models=[{"model": 5}]), r"models\.0\.model: found 5, expected a path"),
+        (optimer_yaml(dtype="bfloat61"), r"c\.yml:\d+: dtype: found .*Did you mean 'bfloat16'\?"),
+        (
+            optimer_yaml(models=[{"modle": "./tuned"}], dtyp="float32"),
+            r"c\.yml:\d+: unknown field 'dtyp'.*\n.*c\.yml:\d+: models\.0: unknown field 'modle'",
+        ),
         (
             {"base_model": "./base", "models": []},
             r"field 'merge_method' is missing.*merge_method: optimer",
@@ -459,6 +465,7 @@ def test_unknown_and_missing_fields_are_errors_with_a_suggestion(tmp_path, confi
     [
         ({"wieght": 1.0}, r"tuned: parameters: unknown field 'wieght'.*Did you mean 'weight'\?"),
         ({}, r"tuned: parameters\.weight is missing"),
+        ({"weight": "x"}, r"tuned: parameters\.weight: found 'x', expected a number"),
     ],
 )
 def test_a_vector_without_its_weight_is_an_error_for_both_engines(
@@ -552,6 +559,14 @@ def test_a_config_mergekit_refuses_is_an_error_that_names_the_file(pool, tmp_pat
     with pytest.raises(ConfigError, match=r"c\.yml: mergekit has no .*Did you mean 'optimer'\?"):
         merge(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_named_before_mergekit_asks_the_hub(pool, tmp_path):
+    models = [{"model": str(tmp_path / "gone"), "parameters": {"weight": 1.0}}]
+    base, _ = pool("llama", "checkpoint", torch.float32)
+    config = optimer_yaml(base_model=str(base.path), models=models, merge_method="ties")
+    with pytest.raises(ModelError, match=r"c\.yml: model .*gone: no such directory"):
+        merge(write_config(tmp_path / "c.yml", config), tmp_path / "out")
 
 
 def test_a_merge_with_a_nan_weight_is_refused(pool, tmp_path):

@@ -372,7 +372,7 @@ def test_a_study_is_checked_with_its_sealed_test_against_the_corpora_of_its_trai
             "found no objective among the files. Add an objective.yaml or a study.yaml",
         ),
         (["quiz.yaml", "clean.txt"], "quiz.yaml: found the fields dataset_kwargs, dataset_path"),
-        (["objective.yaml", "none.jsonl"], "none.jsonl: no such corpus file"),
+        (["objective.yaml", "none.jsonl"], "none.jsonl: no such file"),
         (["objective.yaml", "held-out.jsonl"], "no text in field 'text'; found ['body']"),
     ],
 )

@@ -208,9 +208,17 @@ def test_an_output_directory_with_foreign_files_is_refused(recipe_dir: Path, tmp
         ("study.yaml", {"search": {"n_trails": 3}}, "search.n_trails"),
         ("train-xyz.yaml", {"max_tokens": "many"}, "max_tokens"),
         ("train-xyz.yaml", {"trainer": {"lerning_rate": 1}}, "Did you mean 'learning_rate'?"),
-        ("train-xyz.yaml", {"corpus": {"path": "nowhere.jsonl"}}, "no such corpus file"),
+        ("train-xyz.yaml", {"corpus": {"path": "nowhere.jsonl"}}, "no such file"),
         ("train-xyz.yaml", {"base_model": "another/base"}, "Give both the same base"),
         ("study.yaml", {"retarget": {"x": {"klingon": 1}}}, "klingon"),
+        ("study.yaml", {"baselines": {"models": {"m": "./gone"}}}, "vector 'm': "),
+        ("study.yaml", {"search": {"report_to": ["tensorbord"]}}, "search.report_to: tensorbord"),
+        ("study.yaml", {"objective": {"terms": [{"function": "f"}]}}, "higher_is_better"),
+        (
+            "study.yaml",
+            {"objective": {"terms": [{"function": "f", "higher_is_better": True}]}, "retarget": {}},
+            "terms with a 'function' are for Python",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_trained(
@@ -223,6 +231,42 @@ def test_bad_input_is_refused_before_anything_is_trained(
     assert result.output.startswith("error: ")
     assert message in result.output
     assert not (tmp_path / "out" / "vectors").exists()
+
+
+@pytest.mark.parametrize(
+    ("short", "message"),
+    [
+        ({"trian": {}}, "short.yaml: unknown field 'trian'. Known: study, train."),
+        ({"train": "x"}, "short.yaml: train: found 'x', expected a mapping"),
+        (
+            {"study": {"objective": {"terms": {"klingon": {"weight": 2}}}}},
+            "short.yaml: nothing is named 'klingon'; known: ['aaa', 'xyz', 'mix']",
+        ),
+    ],
+)
+def test_mistakes_of_the_short_budget_are_named(recipe_dir: Path, tmp_path, short, message):
+    (recipe_dir / "short.yaml").write_text(yaml.safe_dump(short))
+    result = optimer("run", recipe_dir, tmp_path / "out", "--short")
+    assert result.exit_code == 1 and message in result.output
+
+
+def test_a_given_vector_that_is_not_there_ends_a_run_before_it_trains(recipe_dir: Path, tmp_path):
+    path = recipe_dir / "study.yaml"
+    study = yaml.safe_load(path.read_text())
+    study["vectors"]["it"] = {"source": "./gone", "fixed": 1.0}
+    path.write_text(yaml.safe_dump(study))
+    result = optimer("run", recipe_dir, tmp_path / "out")
+    assert result.exit_code == 1 and "vector 'it': " in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_marks_of_a_run_are_named(recipe_dir: Path, tmp_path: Path):
+    for name in ("run.json", "done.json"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("{")
+        result = optimer("run", recipe_dir, out)
+        assert result.exit_code == 1 and f"{name}:1: not valid JSON" in result.output
 
 
 def test_a_fixed_instruct_like_vector_is_in_every_trial(

@@ -172,6 +172,20 @@ def test_verify_names_a_changed_a_lost_and_a_foreign_file(recipe, tmp_path):
         verify(recipe, out)
 
 
+def test_verify_says_what_is_lacking(recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"gone\.yaml: no such recipe file"):
+        verify(tmp_path / "gone.yaml", tmp_path)
+    recipe.with_suffix(".lock.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no .*lock\.json beside it\. `optimer recipe"):
+        verify(recipe, tmp_path)
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"--device: found 'gpu', which torch cannot use here"):
+        build(recipe, tmp_path / "out", device="gpu")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_recipe_moves_with_its_folder(recipe, tmp_path):
     build(recipe, tmp_path / "out")
     moved = tmp_path / "elsewhere"

@@ -17,7 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.ask import anchors
-from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
+from optimer_hf.errors import (
+    ConfigError,
+    EvaluationError,
+    ModelError,
+    OutputError,
+    StudyError,
+)
 from optimer_hf.evaluate import Evaluator, TermScore, combine
 from optimer_hf.recipe import build, write_recipe
 from optimer_hf.search import search
@@ -448,8 +454,9 @@ def test_a_study_whose_trials_mostly_crash_is_finished_all_the_same(tmp_path):
 def test_a_base_that_cannot_be_scored_ends_the_search(tmp_path):
     with pytest.raises(
         EvaluationError, match="the base model itself cannot be scored: ValueError: no"
-    ):
+    ) as caught:
         search(config_of(), tmp_path / "s", pool=failing_at({0: ValueError("no")}))
+    assert "Traceback" not in str(caught.value)
     assert TrialLog(tmp_path / "s" / "trials.jsonl").trials == []
 
 
@@ -545,6 +552,43 @@ def test_any_line_that_is_no_trial_is_an_error(tmp_path, line):
         TrialLog(tmp_path / "trials.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda trials: trials.pop(0), "its first search trial is number 1, expected 0, the base"),
+        (lambda trials: trials[2]["weights"].pop("w"), r"trial 2 \(search\) lacks 'w'"),
+        (lambda trials: trials[2]["terms"].pop("t"), r"trial 2 \(search\) lacks 't'"),
+        (lambda trials: trials[2]["terms"]["t"].update(items=[]), r"trial 2 \(search\) lacks 't'"),
+        (
+            lambda trials: trials[2]["terms"]["t"].update(items=[[float("nan"), 1]]),
+            r"trials\.jsonl:3: not a trial",
+        ),
+    ],
+)
+def test_a_record_that_the_study_cannot_go_on_from_is_refused(
+    uninterrupted, tmp_path, change, message
+):
+    cut(uninterrupted, tmp_path / "s", 9, 0)
+    path = tmp_path / "s" / "trials.jsonl"
+    trials = [json.loads(line) for line in path.read_text().splitlines()]
+    change(trials)
+    path.write_text("".join(f"{json.dumps(trial)}\n" for trial in trials))
+    with pytest.raises(StudyError, match=message):
+        search(config_of(), tmp_path / "s", pool=no_pool)
+
+
+def test_a_study_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="file: cannot be made a directory"):
+        search(config_of(), tmp_path / "file", pool=no_pool)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".."])
+def test_a_vector_whose_name_is_no_file_name_is_refused(name):
+    with pytest.raises(ValueError, match="Expected one without '/'"):
+        config_of(vectors={name: {"source": "a/b"}})
+
+
 def test_a_trial_reads_back_equal(uninterrupted):
     for trial in uninterrupted.log.trials:
         assert Trial.from_json(trial.to_json()) == trial
@@ -611,7 +655,7 @@ def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
         ("vectors: {}", "at least 1 item"),
         (
             "vectors: {w: {source: a/w}}\nretarget: {r: {nope: 1}}",
-            r"retarget\.r: no term 'nope' is recorded",
+            r"retarget\.r\.nope: no term 'nope' is recorded",
         ),
         (
             "vectors: {w: {source: a/w}}\nsearch: {n_trails: 3}",

@@ -167,6 +167,21 @@ def test_a_finished_run_is_not_touched_by_a_second_call(make_config, tmp_path):
         ),
         ({"trainer": {"seed": 1}}, r"trainer\.seed: set it through `seed`"),
         ({"trainer": {"output_dir": "x"}}, r"trainer\.output_dir: set it through the command line"),
+        ({"trainer": {"learning_rate": "high"}}, r"trainer\.learning_rate: found 'high'\. Input"),
+        (
+            {"trainer": {"weight_decay": float("nan")}},
+            r"trainer\.weight_decay: found nan\. .*finite",
+        ),
+        ({"lora": {"r": "4"}}, r"lora\.r: found '4'\. Input should be a valid integer"),
+        (
+            {"trainer": {"per_device_train_batch_size": 0}},
+            r"trainer\.per_device_train_batch_size: found 0\. Expected a number above 0",
+        ),
+        ({"trainer": {"eval_strategy": "epoch"}}, r"eval_strategy: found 'epoch'.*leave it out"),
+        ({"trainer": {"push_to_hub": True}}, r"push_to_hub: found True.*`optimer push`"),
+        ({"trainer": {"learning_rate": -1.0}}, r"train config 'aaa': trainer: .*learning rate"),
+        ({"trainer": {"report_to": "tensorbord"}}, r"train config 'aaa': trainer: tensorbord"),
+        ({"trainer": {"lr_scheduler_kwargs": {"x": 1}}}, r"train config 'aaa': trainer: .*'x'"),
     ],
 )
 def test_a_field_nobody_knows_is_refused_before_anything_is_written(
@@ -193,6 +208,33 @@ def test_a_field_nobody_knows_is_refused_before_anything_is_written(
 def test_a_value_that_a_library_refuses_is_a_config_error(make_config, tmp_path, fields, message):
     with pytest.raises(ConfigError, match=message):
         train(make_config(**fields), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fields", [{"r": -1}, {"lora_dropout": 2.0}, {"target_modules": 5}])
+def test_layers_that_cannot_be_made_are_refused_before_the_corpus_is_packed(
+    make_config, tmp_path, fields
+):
+    with pytest.raises(ConfigError, match="train config 'aaa': lora: "):
+        train(make_config(lora={**LORA, **fields}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_record_of_a_run_that_is_damaged_is_named(make_config, tmp_path):
+    (tmp_path / "training.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"training\.json:1: not valid JSON"):
+        train(make_config(), tmp_path)
+    (tmp_path / "training.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"was trained with another config\. Remove it"):
+        train(make_config(), tmp_path)
+
+
+def test_a_file_in_place_of_the_output_directory_is_refused(make_config, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="already exists and is not a training directory"):
+        train(make_config(), tmp_path / "out")
+    with pytest.raises(OutputError, match="cannot be made a directory"):
+        train(make_config(), tmp_path / "out" / "deeper")
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
