@@ -141,7 +141,7 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         )
     if study.config.baselines.mixtures:
         logger.warning("mixtures of `baselines` are trained by `optimer run`; they are left out")
-    scratch = study.directory / "scratch"
+    scratch = study.directory.resolve() / "scratch"  # seen from the YAML of mergekit
 
     @cache
     def opened() -> Pool:

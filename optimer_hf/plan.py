@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from optimer_hf.convert import ResolvedModel, loaded_tokenizer, resolve_base
+from optimer_hf.convert import FETCHED, ResolvedModel, loaded_tokenizer, resolve_base
 from optimer_hf.errors import ModelError
 from optimer_hf.evaluate import Evaluator, Term
 from optimer_hf.files import Reference, digest, markdown_table
@@ -99,7 +99,9 @@ def _is_to_fetch(ref: Reference) -> bool:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        snapshot_download(ref.repo[0], revision=ref.repo[1], local_files_only=True)
+        snapshot_download(
+            ref.repo[0], revision=ref.repo[1], local_files_only=True, allow_patterns=FETCHED
+        )
     except LocalEntryNotFoundError:
         return True
     return False

@@ -1,6 +1,8 @@
 """baselines.py: other merges, random vectors and mixtures beside the searched merge, all real."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,8 +110,12 @@ def real_study(make_base, make_adapter, corpus_dir, tmp_path):
     return search(config, tmp_path / "study")
 
 
-def test_mergekits_methods_and_random_vectors_stand_beside_the_merge(real_study):
-    comparison = compare(real_study)
+def test_mergekits_methods_and_random_vectors_stand_beside_the_merge(
+    real_study, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    relative = replace(real_study, directory=Path("study"))  # as `optimer compare study` has it
+    comparison = compare(relative)
     names = [row.name for row in comparison.rows]
     assert names[-5:] == ["ties", "dare_ties", "model_stock", "random vectors of equal norm", MERGE]
     assert not (real_study.directory / "scratch").exists()

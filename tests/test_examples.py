@@ -1,4 +1,4 @@
-"""What ships is valid: merge configs, recipe folders, and the YAML of the README."""
+"""What ships is valid: merge configs and recipe folders."""
 
 import re
 from pathlib import Path
@@ -68,13 +68,3 @@ def test_the_data_of_a_recipe_stay_small():
     for folder in RECIPES:
         files = [path for path in (folder / "data").rglob("*") if "-more." not in path.name]
         assert sum(path.stat().st_size for path in files) < 3_000_000
-
-
-def test_the_study_in_the_readme_is_valid(tmp_path: Path):
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert blocks
-    for number, block in enumerate(blocks):
-        path = tmp_path / f"{number}.yaml"
-        path.write_text(block)
-        result = CliRunner().invoke(main, ["validate", str(path)])
-        assert result.exit_code == 0, result.output

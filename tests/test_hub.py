@@ -25,10 +25,12 @@ from optimer_hf.checkpoint import weight_files
 from optimer_hf.convert import resolve_model
 from optimer_hf.errors import HubError, ModelError, OptimerError
 from optimer_hf.files import sha256_file
+from optimer_hf.plan import downloads
 from optimer_hf.publish import publication
 from optimer_hf.recipe import Lock, RecipeFile, build, verify
 from optimer_hf.report import Captions, write_figures
 from optimer_hf.search import search
+from optimer_hf.study import StudyConfig
 from optimer_hf.vector import describe, extract, open_vector
 
 ALICE, BOB = "hf_alice_write", "hf_bob_write"
@@ -222,6 +224,15 @@ def test_hf_download_and_git_clone_give_what_was_pushed(hub, make_vector, name, 
                 assert f"oid sha256:{sha256_file(path)}" in cloned
             else:
                 assert cloned == path.read_text()
+
+
+def test_what_was_fetched_is_no_download_of_a_plan(base, published_base):
+    objective = {"terms": [{"task": "none"}]}
+    study = {"base_model": published_base, "vectors": {"v": {"source": "./v"}}}
+    config = StudyConfig.model_validate(study | {"objective": objective})
+    assert downloads(config) == ()
+    shutil.rmtree(base.path.parents[1])
+    assert [each.reference for each in downloads(config)] == [published_base]
 
 
 def test_unmodified_mergekit_runs_the_exported_config(hub, make_recipe, name, tmp_path):
