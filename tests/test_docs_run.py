@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,6 +274,7 @@ class Terminal:
             self.start(shlex.split(line)[-1])
         elif line.endswith("&"):
             self.start(line.removesuffix("&"))
+            wait_for(self.port)
         elif line.startswith("accelerate launch "):
             # The training of the page, here; test_train has the same with two processes:
             # test_two_processes_give_the_losses_of_one_with_twice_the_batch
@@ -313,6 +315,15 @@ def terminal() -> Iterator[Terminal]:
         opened = Terminal(free.getsockname()[1])
     yield opened
     opened.close()
+
+
+def wait_for(port: int) -> None:
+    """Wait until somebody listens, as long as a busy machine takes to start a program."""
+    for _ in range(240):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"nobody listens on port {port}")
 
 
 def run_optimer(line: str) -> None:
