@@ -215,9 +215,9 @@ def test_validate_tells_all_mistakes_of_a_file_each_with_its_line(tmp_path):
     lines = result.stderr.removeprefix("error: ").replace(f"{tmp_path}/", "").splitlines()
     assert [line.rpartition(".yaml:")[2][:35] for line in lines] == [
         "5: vectors.w.bounds: bounds [1.0, 0",
-        "16: objective.combine: found 'wurst",
-        "18: search.seed: found -1. Input sh",
-        "19: unknown field 'search.n_trails'",
+        "15: objective.combine: found 'wurst",
+        "17: search.seed: found -1. Input sh",
+        "18: unknown field 'search.n_trails'",
         "6: lora.alpha: unknown field of Lor",
         "8: trainer.learning_rate: found 'hi",
         "9: trainer.gradient_accumulation_st",
