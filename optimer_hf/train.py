@@ -82,6 +82,7 @@ UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
     "do_predict": "There is nothing to predict; `optimer evaluate` scores a model",
     "push_to_hub": "`optimer push` publishes a vector",
     "resume_from_checkpoint": "A killed run goes on by itself",
+    "use_liger_kernel": "The loss of a run is computed without logits already",
     "label_smoothing_factor": "The loss is computed without logits, which smoothing needs",
 }
 ABOVE_ZERO = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}

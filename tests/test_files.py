@@ -129,8 +129,8 @@ def test_an_unknown_field_is_compared_with_those_of_its_place_only(tmp_path):
 
 
 def test_exponents_without_a_point_are_numbers(tmp_path):
-    path = written(tmp_path, "a: 2e-4\nb: -1E+3\nc: 1.e2\nd: 2e\ne: '2e-4'\n")
-    assert list(read_yaml(path).values()) == [2e-4, -1000.0, 100.0, "2e", "2e-4"]
+    path = written(tmp_path, "a: 2e-4\nb: -1E+3\nc: 1.e2\nd: 2e\ne: '2e-4'\nf: 12e4f6\n")
+    assert list(read_yaml(path).values()) == [2e-4, -1000.0, 100.0, "2e", "2e-4", "12e4f6"]
 
 
 def test_a_value_that_aliases_make_huge_is_shown_in_part(tmp_path):
