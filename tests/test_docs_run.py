@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import click
@@ -380,15 +379,6 @@ def bash(line: str) -> None:
         timeout=300,
     )
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr[-3000:]}"
-
-
-def wait_for(port: int) -> None:
-    """Wait until a server answers, as a person does who watches it start."""
-    end = monotonic() + 120
-    with socket.socket() as client:
-        while client.connect_ex(("127.0.0.1", port)) != 0:
-            assert monotonic() < end, f"nothing answers at {port}"
-            sleep(0.1)
 
 
 def write_yaml(text: str) -> None:
