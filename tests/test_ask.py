@@ -77,8 +77,8 @@ def test_a_total_bounds_the_sum_of_the_weights_in_every_trial_but_the_base(surro
     [
         ({"surrogate": "black_box", "pareto": True}, "knows no total, constraints or pareto"),
         ({"surrogate": "random_forest", "total": [0, 1]}, "knows no total, constraints or pareto"),
-        ({"total": [1.0, 1.0]}, "search.total .* cannot be met"),
-        ({"total": [7.0, 8.0]}, "search.total .* cannot be met"),
+        ({"total": [1.0, 1.0]}, "search.total: .* cannot be met"),
+        ({"total": [7.0, 8.0]}, "search.total: .* cannot be met"),
         ({"surrogate": "tpe"}, "per_term"),
     ],
 )

@@ -25,7 +25,7 @@ from optimer_hf.compare import (
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.resident import ResidentModel
 from optimer_hf.search import search
-from optimer_hf.study import StudyConfig
+from optimer_hf.study import Baselines, StudyConfig
 from optimer_hf.vector import norms, open_vector
 
 ALL = {"merge_methods": ["ties", "dare_ties", "model_stock"], "random_vectors": True}
@@ -238,13 +238,12 @@ SEALED = {"test": {"terms": [{"task": "t_test", "name": "t", "metric": "loss"}]}
 
 @pytest.mark.parametrize("name", ["base", MERGE, "x at 1.0", "re-targeted to something"])
 def test_a_model_cannot_take_the_name_of_another_row(name, tmp_path):
-    study = search(
-        config_of(**SEALED, baselines={"models": {name: "you/model"}}),
-        tmp_path / "s",
-        pool=FunctionPool,
-    )
+    with pytest.raises(ValueError, match="is the name of another row"):
+        config_of(baselines={"models": {name: "you/model"}})
+    study = search(config_of(**SEALED), tmp_path / "s", pool=FunctionPool)
+    joined = study.config.model_copy(update={"baselines": Baselines(models={name: "you/model"})})
     with pytest.raises(ConfigError, match="is the name of another row"):
-        compare(study, pool=FunctionPool)
+        compare(replace(study, config=joined), pool=FunctionPool)
     with pytest.raises(ValueError, match="two are called 'm'"):
         config_of(baselines={"models": {"m": "you/m"}, "mixtures": {"m": {}}})
 

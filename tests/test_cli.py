@@ -125,7 +125,7 @@ def test_an_error_is_one_line_on_stderr_and_exit_status_1(tmp_path):
         (["recipe", "nowhere", "recipe.yaml"], "holds no study"),
         (["extract", "./none", "--base", "./none", "out"], "no such file or directory"),
         (["search", "my-merge.yml", "s"], "Add --objective"),
-        (["merge", "obj.yaml", "out"], "obj.yaml: unknown field"),
+        (["merge", "obj.yaml", "out"], "obj.yaml:1: unknown field 'limit'"),
         (["merge", "my-merge.yml", "out", "--engine", "native"], "only mergekit can do"),
     ],
 )
