@@ -282,7 +282,8 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
             with naming_disk_errors(out, "Nothing was left behind"):
                 packed = _packed(config, tokenizer, blocks)
         except BaseException:
-            shutil.rmtree(out, ignore_errors=True)
+            if not started.exists():  # a run that has begun to train keeps its checkpoints
+                shutil.rmtree(out, ignore_errors=True)
             raise
         parts = [dataclasses.asdict(part) for part in packed.parts]
         write_text(started, json.dumps({"config_sha256": config.digest, "parts": parts}))
