@@ -358,7 +358,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, 
         text=True,
     )
     try:
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=180)
     finally:
         process.terminate()  # takes the two processes with it, should they wait for each other
     assert process.returncode == 0, stderr[-3000:]
