@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.convert import ResolvedModel, resolve_base
 from optimer_hf.errors import ConfigError
-from optimer_hf.files import digest, staged_directory, write_text
+from optimer_hf.files import digest, staged_directory, write_text, yaml_text
 from optimer_hf.merge import write_merged
 from optimer_hf.merge_config import run_mergekit
 from optimer_hf.study import Study, StudyConfig
@@ -129,7 +128,7 @@ def _merge_with_mergekit(
         "dtype": "float32",
     }
     file = scratch / f"{method}.yml"
-    write_text(file, yaml.safe_dump(merge_config, sort_keys=False))
+    write_text(file, yaml_text(merge_config))
     run_mergekit(merge_config, file, out, MergeOptions(random_seed=SEED, write_model_card=False))
 
 

@@ -395,10 +395,8 @@ def search(
     output: str,
 ) -> None:
     """Search the weights of a study.yaml, or of a mergekit YAML whose models are the pool."""
-    import yaml
-
     from optimer_hf import recipe as recipes
-    from optimer_hf.files import read_yaml
+    from optimer_hf.files import read_yaml, yaml_text
     from optimer_hf.ledger import ledger
     from optimer_hf.merge_config import optimer_config, with_weights
     from optimer_hf.search import search as run_search
@@ -422,7 +420,7 @@ def search(
     else:
         sources = {name: str(vector.source) for name, vector in config.vectors.items()}
         found = optimer_config(config.base_model, sources, best.weights, config.dtype)
-    click.echo(yaml.safe_dump(found, sort_keys=False))
+    click.echo(yaml_text(found))
     _say_intervals(result)
     _say_front(result)
     for stage, entry in ledger(result).items():

@@ -165,6 +165,8 @@ def _text_of(line: str, field: str, where: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise CorpusError(f"{where}: not a JSON object ({error.msg}).") from None
+    except ValueError as error:  # a number with thousands of digits
+        raise CorpusError(f"{where}: not a JSON object ({error}).") from None
     except RecursionError:
         raise CorpusError(f"{where}: is nested too deeply.") from None
     if not isinstance(row, dict) or not isinstance(row.get(field), str):

@@ -691,7 +691,7 @@ def _with_settings(task: Any, term: Term) -> Any:
 
 def _refuse_too_many_examples(task: Any, term: Term) -> None:
     n_examples = len(task.sampler.fewshot_docs()) if term.num_fewshot else 0
-    n_own = 0 if _has_other_examples(task) else 1  # an item is no example for itself
+    n_own = int(task.fewshot_cfg.split == task.config.test_split)  # an item is none for itself
     if (term.num_fewshot or 0) > n_examples - n_own:
         raise EvaluationError(
             f"term {term.label!r}: num_fewshot: found {term.num_fewshot}, but {term.task_name!r} "
@@ -702,7 +702,8 @@ def _refuse_too_many_examples(task: Any, term: Term) -> None:
 def _refuse_unknown_generation(term: Term) -> None:
     from transformers import GenerationConfig
 
-    known = ["until", "max_gen_toks", *(key for key in vars(GenerationConfig()) if key[0] != "_")]
+    lengths = ["max_gen_toks", "max_tokens", "max_completion_tokens"]  # lm-eval's names of one
+    known = ["until", *lengths, *(key for key in vars(GenerationConfig()) if key[0] != "_")]
     for key in term.generation:
         if key not in known:
             raise EvaluationError(

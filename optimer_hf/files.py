@@ -205,11 +205,21 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    [*"-+0123456789"],
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what _Loader would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        [*"-+0123456789"],
+    )
+
+
+def yaml_text(data: Mapping[str, Any]) -> str:
+    """Return data as YAML that `read_yaml` reads back equal."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -427,7 +437,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror}). The old state was kept."
+            f"{path}: cannot be written ({error.strerror or error}). The old state was kept."
         ) from None
     finally:
         with contextlib.suppress(OSError):

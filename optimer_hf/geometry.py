@@ -147,10 +147,11 @@ def kept(sources: Mapping[str, str], base_model: str, dtype: str, path: Path) ->
     this base.
     """
     base = resolve_base(base_model)
+    state = weight_states(base.path)
     states = {name: weight_states(resolve_model(text).path) for name, text in sources.items()}
     try:
         found = GeometryFile.read(path)
-        if (found.base, found.vectors) == (weight_states(base.path), states):
+        if (found.base, found.vectors) == (state, states):
             return found
     except ConfigError as error:
         logger.debug("%s", error)
@@ -159,7 +160,7 @@ def kept(sources: Mapping[str, str], base_model: str, dtype: str, path: Path) ->
         raise ModelError("; ".join(refusals.values()))
     measured = measure(pool, base, dtype)
     found = GeometryFile(
-        base=weight_states(base.path),
+        base=state,
         vectors=states,
         norms=measured.norms,
         cosines=[(a, b, value) for (a, b), value in measured.cosines.items()],

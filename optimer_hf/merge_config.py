@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import BaseModel
 
 from optimer_hf.checkpoint import DTYPES, TIED_HEAD, Checkpoint
@@ -31,6 +30,7 @@ from optimer_hf.files import (
     read_yaml,
     staged_directory,
     write_text,
+    yaml_text,
 )
 from optimer_hf.kernel import Delta, Trained, add_weighted
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
@@ -356,7 +356,7 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
                 parsed,
                 str(staging),
                 options or MergeOptions(quiet=True),
-                config_source=yaml.safe_dump(dict(config), sort_keys=False),
+                config_source=yaml_text(config),
             )
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:

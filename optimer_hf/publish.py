@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from optimer_hf.checkpoint import weight_files
 from optimer_hf.errors import HubError
-from optimer_hf.files import FREE_TEXT, Reference, is_pinned
+from optimer_hf.files import FREE_TEXT, Reference, is_pinned, yaml_text
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.private import VOCABULARIES, refuse_private
 from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile
@@ -165,14 +163,14 @@ def _recipe(
         _refuse_other_model(directory, lock)
     data = recipe.model_dump(mode="json", exclude_none=True)
     header = "# Build it with: optimer build recipe.yaml OUT\n"
-    files["recipe.yaml"] = (header + _yaml(data)).encode()
+    files["recipe.yaml"] = (header + yaml_text(data)).encode()
     sources = {name: item.source for name, item in vectors.items()}
     config = optimer_config(recipe.base_model, sources, recipe.weights, recipe.dtype)
-    files["optimer.yml"] = _yaml(config).encode()
+    files["optimer.yml"] = yaml_text(config).encode()
     files.pop("mergekit_config.yml", None)
     vanilla = vanilla_of(recipe, lock)
     if vanilla is not None:
-        files["mergekit_config.yml"] = _yaml(vanilla).encode()
+        files["mergekit_config.yml"] = yaml_text(vanilla).encode()
     for name in STUDY_FILES & files.keys():
         files[name] = _study_file(directory / name, sources)
     if not _shows(directory, recipe):
@@ -232,10 +230,6 @@ def vanilla_of(recipe: RecipeFile, lock: Lock) -> dict[str, Any] | None:
 def _plain(reference: str) -> str:
     """Return a Hub reference as mergekit writes it."""
     return reference.removeprefix("hf://")
-
-
-def _yaml(data: Any) -> str:
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def without_folders(value: Any) -> Any:

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from optimer_hf.corpus import CorpusConfig, MixturePart
 from optimer_hf.errors import ConfigError
-from optimer_hf.files import portable, write_text
+from optimer_hf.files import portable, write_text, yaml_text
 from optimer_hf.train import TrainConfig
 from optimer_hf.vector import read_record
 
@@ -129,5 +127,5 @@ def write_mixture(config: TrainConfig, path: Path) -> None:
     """Write a train config as YAML with its paths relative to where it lies."""
     data = {"format_version": 1} | config.model_dump(mode="json", exclude_defaults=True)
     header = f"# Shares found from merge weights. Run: optimer train {path.name} OUT\n"
-    text = yaml.safe_dump(portable(data, path.resolve().parent), sort_keys=False)
+    text = yaml_text(portable(data, path.resolve().parent))
     write_text(path, header + text)

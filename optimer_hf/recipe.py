@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.compare import MERGE
 from optimer_hf.convert import ResolvedModel, resolve_model
@@ -26,6 +24,7 @@ from optimer_hf.files import (
     is_pinned,
     portable,
     write_text,
+    yaml_text,
 )
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
@@ -172,9 +171,9 @@ def write_recipe(
         incumbent.weights,
         config.dtype,
     )
-    write_text(folder / "optimer.yml", yaml.safe_dump(merge_config, sort_keys=False))
+    write_text(folder / "optimer.yml", yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
-    write_text(path, header + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    write_text(path, header + yaml_text(recipe))
     return RecipeFile.read(path)
 
 
@@ -237,7 +236,7 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
         }
         merge_config = vanilla_config(str(base.path), deltas, weights, config.dtype)
     header = f"# Paths are of this machine. Run: mergekit-yaml {path.name} OUT\n"
-    write_text(path, header + yaml.safe_dump(merge_config, sort_keys=False))
+    write_text(path, header + yaml_text(merge_config))
 
 
 def _sum_of_absolute(weights: Mapping[str, float]) -> float:
@@ -324,7 +323,7 @@ def _copy_figures(source: Path, out: Path) -> None:
     if not (source / CAPTIONS).exists():
         return
     (out / FIGURES).mkdir(exist_ok=True)
-    for name in (CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)):
+    for name in (*(f"{FIGURES}/{name}.png" for name in CARD_FIGURES), CAPTIONS):
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
 
@@ -335,7 +334,7 @@ def _write_beside(recipe: RecipeFile, lock: Lock, out: Path, dtype: str) -> None
     lock.model_copy(update=built).write(out / "recipe.lock.json")
     built_recipe = recipe.model_copy(update={"dtype": dtype})
     data = portable(built_recipe.model_dump(mode="json", exclude_none=True), out.resolve())
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    text = yaml_text(data)
     write_text(out / "recipe.yaml", text)
 
 

@@ -24,7 +24,7 @@ from optimer_hf import compare, geometry
 from optimer_hf.compare import MERGE, Comparison, Row
 from optimer_hf.errors import OptimerError
 from optimer_hf.evaluate import Interval, gains
-from optimer_hf.files import FileModel, Reference, VersionedFile, write_text
+from optimer_hf.files import FileModel, Reference, VersionedFile, replacing, write_text
 from optimer_hf.ledger import ledger
 from optimer_hf.retarget import front
 from optimer_hf.study import Study, Surrogate, Trial, surrogate_of, to_unit
@@ -674,7 +674,6 @@ def _svg(panel: Panel) -> str:
 
 def _write_png(figure: "Figure", path: Path) -> None:
     """Write a figure without metadata: the same figure gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    partial.replace(path)
+    bare = {"Software": None}
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=160, facecolor="white", metadata=bare)

@@ -78,7 +78,9 @@ def _spreads(config: StudyConfig, number: int) -> bool:
     if config.search.pareto:
         return True
     in_turn = number >= SPREAD_FROM and number % SPREAD_EVERY == 0
-    return config.search.spread and in_turn and config.objective.combine != "worst"
+    n_terms = sum(term.weight > 0 for term in config.objective.at("search"))
+    has_several = n_terms > 1 and config.objective.combine != "worst"
+    return config.search.spread and in_turn and has_several
 
 
 class Model(AbstractModel):

@@ -100,8 +100,8 @@ class SearchConfig(FileModel):
     the terms, another weighting of them for each (after ParEGO; Knowles, IEEE TEVC 2006), instead
     of seeking the one optimum of the objective. `spread`: do so with every other trial from the
     twentieth on, which makes a study ready for other objectives and, where scores are noisy, keeps
-    it from settling on a lucky place. `report_to`: where trials are shown as they come, by the
-    names of the HF Trainer's `report_to` (tensorboard, wandb, ...).
+    it from settling on a lucky place (`per_term` only). `report_to`: where trials are shown as they
+    come, by the names of the HF Trainer's `report_to` (tensorboard, wandb, ...).
     """
 
     n_trials: int = Field(default=30, gt=0)

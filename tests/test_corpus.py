@@ -520,3 +520,10 @@ def test_an_empty_corpus_is_not_repeated_for_ever(tmp_path, tokenizer):
         pack_mixture(
             mixture, tokenizer, block_size=8, max_tokens=80, seed=0, out=tmp_path / "blocks.npy"
         )
+
+
+def test_a_number_of_thousands_of_digits_is_an_error_of_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "n": ' + "1" * 5000 + "}\n")
+    with pytest.raises(CorpusError, match=r"a\.jsonl:2: not a JSON object"):
+        list(documents(CorpusConfig(path=path)))

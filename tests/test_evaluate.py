@@ -397,6 +397,17 @@ def test_settings_that_no_item_can_be_asked_with_are_refused(tasks_dir, term, me
         load_tasks([objective_of(term, include_path=tasks_dir)])
 
 
+def test_all_samples_of_a_task_may_be_examples(tmp_path, tasks_dir):
+    samples = [{"question": "a", "choices": ["b", "c"], "label": 0}] * 2
+    task = CHOICE_TASK.replace("choice.jsonl", str(tasks_dir / "choice.jsonl"))
+    task += f"fewshot_config: {{sampler: first_n, samples: {samples}}}\n"
+    (tmp_path / "toy_choice.yaml").write_text(task)
+    term = {"task": "toy_choice", "metric": "acc"}
+    assert load_tasks([objective_of(term | {"num_fewshot": 2}, include_path=tmp_path)])
+    with pytest.raises(EvaluationError, match="found 3, but 'toy_choice' has 2 examples"):
+        load_tasks([objective_of(term | {"num_fewshot": 3}, include_path=tmp_path)])
+
+
 def test_an_unreadable_task_file_is_an_error_with_its_name(tmp_path):
     (tmp_path / "toy_broken.yaml").write_text(
         CHOICE_TASK.replace("toy_choice", "toy_broken").replace("choice.jsonl", "gone.jsonl"),

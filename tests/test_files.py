@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -25,6 +25,7 @@ from optimer_hf.files import (
     sha256_file,
     staged_directory,
     write_text,
+    yaml_text,
 )
 
 
@@ -407,3 +408,16 @@ def test_a_place_under_a_file_is_refused(tmp_path, write):
 def staged(out: Path) -> None:
     with staged_directory(out):
         pytest.fail("nothing may be written")
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z0-9.+-]{1,8}", fullmatch=True),
+        st.from_regex(r"[0-9.eE+-]{1,8}", fullmatch=True) | st.text() | st.floats(allow_nan=False),
+    )
+)
+@example({"1e6": "2e-4", "3e5-model": "1e3 tokens"})
+def test_what_is_written_as_yaml_is_read_back_equal(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("yaml") / "data.yaml"
+    write_text(file, yaml_text(data))
+    assert read_yaml(file) == data

@@ -425,6 +425,21 @@ def test_a_mixture_needs_shares_that_sum_to_one_and_a_budget(tmp_path):
         TrainConfig(name="m", base_model="a/b")
 
 
+def test_a_run_without_its_packed_corpus_keeps_its_checkpoints(make_config, tmp_path):
+    config, out = make_config("llama"), tmp_path / "out"
+    prepare(config, out)
+    checkpoint = out / "checkpoints" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (out / "blocks.npy").unlink()
+    moved = config.model_copy(
+        update={"corpus": config.corpus.model_copy(update={"path": tmp_path / "gone.jsonl"})}
+    )
+    (out / "started.json").write_text(json.dumps({"config_sha256": moved.digest}))
+    with pytest.raises(CorpusError):
+        prepare(moved, out)
+    assert checkpoint.exists()
+
+
 def test_a_killed_run_on_a_mixture_goes_on_with_the_same_blocks(make_config, corpus_dir, tmp_path):
     parts = [
         {"path": corpus_dir / "aaa.train.jsonl", "share": 0.5},
