@@ -63,14 +63,14 @@ def _what_is_kept(command: str | None) -> str:
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-v", "--verbose", is_flag=True, help="Show the logs of the libraries below.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks, and logs of libraries.")
 @click.version_option(package_name="optimer-hf")
 def main(verbose: bool) -> None:
     """Train one vector per dataset, search the merge weights, ship a recipe anyone can re-run."""
     logging.basicConfig(
         format="%(message)s", stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR
     )
-    logging.getLogger("optimer_hf").setLevel(logging.INFO)
+    logging.getLogger("optimer_hf").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         warnings.simplefilter("ignore")  # of the libraries below: nothing a person can act on
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

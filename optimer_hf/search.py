@@ -196,7 +196,7 @@ def _check_sound(study: Study, finished: Trial) -> None:
 
 
 def _reason(crashed: Trial) -> str:
-    """Return the first line of what a trial crashed with; the traceback is in the log."""
+    """Return the first line of what a trial crashed with; `optimer -v` shows the traceback."""
     return str(crashed.error).partition("\n")[0]
 
 

@@ -1,6 +1,7 @@
 """cli.py: what a person types and sees; every command on tiny models, and errors as one line."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -559,3 +560,13 @@ def test_a_shell_completes_commands():
         [*command[:1], "-c", code], env=os.environ | asked, capture_output=True, text=True
     )
     assert found.stdout.split() == ["plain,report"]
+
+
+def test_verbose_lets_the_traceback_of_a_crashed_trial_through():
+    logger = logging.getLogger("optimer_hf.trial")
+    try:
+        for options, shown in ((["-v"], True), ([], False)):
+            assert CliRunner().invoke(main, [*options, "schema", "study"]).exit_code == 0
+            assert logger.isEnabledFor(logging.DEBUG) is shown
+    finally:
+        logging.getLogger("optimer_hf").setLevel(logging.NOTSET)
