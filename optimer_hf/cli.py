@@ -346,10 +346,10 @@ def merge(config: Path, out: Path, engine: str | None, merge_options: Any = None
 @FORMAT
 def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
     """Score a model on every term of an objective file."""
-    from optimer_hf.convert import loaded_tokenizer, resolve_base
+    from optimer_hf.convert import default_device, loaded_tokenizer, resolve_base
     from optimer_hf.evaluate import Evaluator, ObjectiveFile
     from optimer_hf.files import absolute_reference
-    from optimer_hf.resident import ResidentModel, default_device
+    from optimer_hf.resident import ResidentModel
 
     target = ObjectiveFile.read(objective)
     resolved = resolve_base(absolute_reference(model, Path.cwd()))

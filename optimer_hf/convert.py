@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from optimer_hf.checkpoint import Checkpoint
 from optimer_hf.errors import ModelError
 from optimer_hf.files import (
@@ -109,6 +111,27 @@ def loaded_model(base: ResolvedModel, dtype: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
 
 
+def default_device() -> str:
+    """Return where models run: the first GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def multiplied_in(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Return the dtype in which a device multiplies matrices of `dtype`: float32 where it cannot.
+
+    A CPU without AVX-512 or the like has no kernels for 16 bits, and PyTorch's fallback is 6 to 75
+    times slower than float32 (benchmarks/precision.py).
+    """
+    probe = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if device != "cpu" or dtype not in probe:
+        return dtype
+    supported = getattr(torch.ops.mkldnn, probe[dtype], None)  # none: built without mkldnn
+    return dtype if supported is not None and supported() else torch.float32
+
+
 def loaded_tokenizer(base: ResolvedModel) -> Any:
     """Return the tokenizer of a directory; ModelError says why it cannot be loaded."""
     from transformers import AutoTokenizer
@@ -121,7 +144,6 @@ def empty_model(base: ResolvedModel) -> Any:
     """Return the model of a directory without its weights, which costs next to nothing: what its
     config, its index and its layers rule out is found before anything long.
     """
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     Checkpoint(base.path)
@@ -131,8 +153,6 @@ def empty_model(base: ResolvedModel) -> Any:
 
 @contextmanager
 def _naming_unloadable(base: ResolvedModel, what: str) -> Iterator[None]:
-    import torch
-
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, ModelError):
@@ -207,7 +227,6 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
     Raises ModelError when the file is not GGUF, or of an architecture that transformers does not
     know.
     """
-    import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -20,13 +20,19 @@ from typing import Any
 import psutil
 import torch
 
-from optimer_hf.convert import FETCHED, ResolvedModel, loaded_tokenizer, resolve_base
+from optimer_hf.convert import (
+    FETCHED,
+    ResolvedModel,
+    default_device,
+    loaded_tokenizer,
+    resolve_base,
+)
 from optimer_hf.errors import ModelError
 from optimer_hf.evaluate import Evaluator, Term
 from optimer_hf.files import Reference, digest, markdown_table
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.pull import Input, inputs_of
-from optimer_hf.resident import ResidentModel, default_device
+from optimer_hf.resident import ResidentModel
 from optimer_hf.study import StudyConfig
 from optimer_hf.train import TrainConfig, train
 from optimer_hf.vector import open_vector

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from optimer_hf.checkpoint import DTYPES, Checkpoint, computed_ahead, matrix_rows, row_blocks
-from optimer_hf.convert import ResolvedModel, loaded_model
+from optimer_hf.convert import ResolvedModel, loaded_model, multiplied_in
 from optimer_hf.errors import ModelError
 from optimer_hf.merge import merged_rows
 from optimer_hf.vector import DistributionVector
@@ -22,11 +22,6 @@ from optimer_hf.vector import DistributionVector
 logger = logging.getLogger(__name__)
 
 LARGEST_SHARE = 0.5  # of the free memory that one vector may take: activations need some, too
-
-
-def default_device() -> str:
-    """Return where models are evaluated: the first GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class ResidentModel:
@@ -42,10 +37,19 @@ class ResidentModel:
     ) -> None:
         """Load the base in `dtype`; the weights start at zero.
 
+        On a device that cannot multiply in `dtype` the parameters are float32 numbers, rounded to
+        `dtype` all the same.
+
         Raises ModelError when a vector moves a tensor that the loaded model does not have under
         that name.
         """
-        self.model = loaded_model(base, DTYPES[dtype]).to(device).eval()
+        self.dtype = DTYPES[dtype]
+        held_in = multiplied_in(self.dtype, device)
+        self.model = loaded_model(base, held_in).to(device).eval()
+        if held_in != self.dtype:
+            for tensor in self.model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.to(self.dtype))
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         once = {name for name, _ in self.model.named_parameters()}  # tied ones under one name
         moved = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
@@ -91,7 +95,10 @@ class ResidentModel:
     def _set_rows(self, name: str, rows: slice) -> None:
         target = matrix_rows(self._parameters[name].data, rows)
         base_rows = matrix_rows(self._base[name], rows)
-        merged_rows(base_rows, name, rows, self.vectors, self.weights, target.dtype, out=target)
+        out = target if target.dtype == self.dtype else None
+        merged = merged_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)
+        if out is None:
+            target.copy_(merged)
 
 
 def _placed(vector: DistributionVector, device: str) -> DistributionVector:

@@ -22,10 +22,12 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from optimer_hf.convert import (
     ResolvedModel,
+    default_device,
     empty_model,
     loaded_model,
     loaded_tokenizer,
     moves_base,
+    multiplied_in,
     resolve_base,
 )
 from optimer_hf.corpus import (
@@ -246,7 +248,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     from accelerate import PartialState
 
     # without cpu=True, processes on a machine without a GPU do not find each other
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=default_device() == "cpu")
     with state.main_process_first():
         packed = prepare(config, out)
     if packed is None:
@@ -329,7 +331,7 @@ def build_trainer(
 
     arguments = _arguments(config, out)
     set_seed(config.seed)
-    model = _model(config, base)
+    model = _model(config, base, arguments)
     try:
         trainer = Trainer(
             model=model,
@@ -347,10 +349,11 @@ def build_trainer(
 def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
+    device = default_device()
     fields: dict[str, Any] = {
         "learning_rate": 2e-4 if config.lora is not None else 1e-5,
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": config.lora is not None,
+        "use_cpu": device == "cpu",
+        "bf16": config.lora is not None and multiplied_in(torch.bfloat16, device) == torch.bfloat16,
         **TRAINER_DEFAULTS,
         **config.trainer,
         "output_dir": str(out / "checkpoints"),
@@ -363,11 +366,12 @@ def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
         raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
 
 
-def _model(config: TrainConfig, base: ResolvedModel) -> Any:
-    """Load the base: as stored under LoRA (it stays frozen), in float32 for full-parameter
-    training.
+def _model(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArguments") -> Any:
+    """Load the base: as stored where a LoRA is trained in mixed precision (the base stays frozen),
+    else in float32.
     """
-    model = loaded_model(base, torch.float32 if config.lora is None else "auto")
+    mixed = config.lora is not None and (arguments.bf16 or arguments.fp16)
+    model = loaded_model(base, "auto" if mixed else torch.float32)
     fuse_loss(model)
     return _adapted(model, config, base)
 
@@ -422,7 +426,7 @@ def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallbac
 
     class Callback(TrainerCallback):
         meter: Meter
-        loss = float("nan")
+        loss = ""
         started = Cost.now()
         is_measured = True
 
@@ -446,13 +450,15 @@ def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallbac
         def on_log(
             self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any
         ) -> None:
-            self.loss = (logs or {}).get("loss", self.loss)
-            if "loss" in (logs or {}) and state.is_world_process_zero and self.is_measured:
+            if "loss" not in (logs or {}):
+                return
+            self.loss = f"loss {logs['loss']:.3f}"
+            if state.is_world_process_zero and self.is_measured:
                 self.is_measured = _note_norm(config, base, model, state)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
-                self.meter.advance(self.n_tokens, f"loss {self.loss:.3f}")
+                self.meter.advance(self.n_tokens, self.loss)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
@@ -562,6 +568,7 @@ def _record(
             "lora": config.lora,
             "trainer": config.trainer,
             "seed": config.seed,
+            "mixed_precision": trainer.accelerator.mixed_precision,
             "n_steps": trainer.state.global_step,
             "n_tokens": trainer.state.global_step * _tokens_per_step(config, trainer.args),
             "losses": losses,

@@ -12,11 +12,11 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
-from optimer_hf.convert import loaded_tokenizer, resolve_base
+from optimer_hf.convert import default_device, loaded_tokenizer, resolve_base
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoint
 from optimer_hf.progress import Cost
-from optimer_hf.resident import ResidentModel, default_device
+from optimer_hf.resident import ResidentModel
 from optimer_hf.study import StudyConfig, Trial, VectorConfig
 from optimer_hf.vector import open_vector
 

@@ -21,6 +21,7 @@ from optimer_hf.convert import (
     empty_model,
     loaded_model,
     loaded_tokenizer,
+    multiplied_in,
     resolve_base,
     resolve_model,
 )
@@ -301,3 +302,20 @@ def test_a_damaged_record_of_a_vector_is_named(make_base, tmp_path):
 def test_a_name_that_is_too_long_is_no_model():
     with pytest.raises(ModelError, match="no such file or directory"):
         resolve_model("/" + "x" * 300)
+
+
+# -- where models run ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("supported", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "flag"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")], ids=["bf16", "fp16"]
+)
+def test_sixteen_bits_are_multiplied_in_float32_where_the_processor_has_no_kernels(
+    monkeypatch, dtype, flag, supported
+):
+    name = f"_is_mkldnn_{flag}_supported"
+    monkeypatch.setattr(torch.ops.mkldnn, name, lambda: supported, raising=False)
+    assert multiplied_in(dtype, "cpu") == (dtype if supported else torch.float32)
+    assert multiplied_in(dtype, "cuda") == dtype
+    assert multiplied_in(torch.float32, "cpu") == torch.float32

@@ -40,7 +40,12 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 def state(resident: ResidentModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
+    """The parameters in the dtype asked for; held in float32 or not, they are numbers of it."""
+    found = {}
+    for name, tensor in resident.model.state_dict().items():
+        found[name] = tensor.to(resident.dtype, copy=True)
+        assert torch.equal(found[name].to(tensor.dtype), tensor), name
+    return found
 
 
 def written(path: Path) -> dict[str, torch.Tensor]:
@@ -112,6 +117,33 @@ def test_the_resident_model_equals_the_written_one_bit_for_bit(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("held", ["as asked", "float32"])
+def test_a_device_without_16_bit_products_holds_the_same_numbers_in_float32(
+    open_pool, dtype, held, tmp_path, monkeypatch
+):
+    chosen = dtype if held == "as asked" else torch.float32
+    monkeypatch.setattr(resident_module, "multiplied_in", lambda dtype, device: chosen)
+    base, pool = open_pool("tied", "float32", POOLS["mixed"])
+    name = str(dtype).removeprefix("torch.")
+    resident = ResidentModel(base, pool, dtype=name)
+    assert {tensor.dtype for tensor in resident.model.parameters()} == {chosen}
+    resident.set_weights(WEIGHTS)
+    write_merged(base, pool, WEIGHTS, tmp_path / "out", out_dtype=name)
+    assert_same_bits(state(resident), written(tmp_path / "out"))
+
+
+def test_rotary_frequencies_are_never_rounded(open_pool):
+    """A buffer that transformers keeps in float32 stays what it was, whatever is multiplied."""
+    base, pool = open_pool("tied", "bfloat16", POOLS["adapter"])
+    asked, wide = (ResidentModel(base, pool, dtype=name) for name in ("bfloat16", "float32"))
+    buffers = dict(wide.model.named_buffers())
+    assert buffers
+    for name, buffer in asked.model.named_buffers():
+        if buffer.dtype == torch.float32 and "scale" not in name:
+            assert torch.equal(buffer, buffers[name]), name
+
+
 @pytest.mark.parametrize("vectors", POOLS.values(), ids=POOLS.keys())
 def test_both_ways_agree_when_tensors_take_many_row_blocks(
     open_pool, kind, vectors, tmp_path, monkeypatch
@@ -132,7 +164,7 @@ def test_the_resident_model_answers_as_the_written_one(open_pool, kind, tmp_path
     tokens = torch.tensor([[2, 70, 71, 72, 100]])
     with torch.no_grad():
         expected = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=resident.model.dtype)
             .eval()(tokens)
             .logits
         )

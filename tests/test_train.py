@@ -22,9 +22,18 @@ from transformers import (
     set_seed,
 )
 
+from optimer_hf import train as train_module
 from optimer_hf.corpus import CorpusConfig, pack
 from optimer_hf.errors import ConfigError, CorpusError, ModelError, OutputError
-from optimer_hf.train import TRAINER_DEFAULTS, TrainConfig, check_config, is_trained, prepare, train
+from optimer_hf.train import (
+    TRAINER_DEFAULTS,
+    TrainConfig,
+    build_trainer,
+    check_config,
+    is_trained,
+    prepare,
+    train,
+)
 
 ROOT = Path(__file__).parents[1]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -109,6 +118,35 @@ def test_the_record_says_what_was_trained_on_what(make_config, tmp_path):
     assert record["training"]["n_steps"] == 6
     assert record["training"]["seed"] == 5
     assert set(record["versions"]) == {"torch", "transformers", "peft", "accelerate", "safetensors"}
+
+
+@pytest.mark.parametrize("multiplied", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_lora_is_trained_in_bfloat16_where_the_machine_multiplies_it_else_in_float32(
+    make_base, corpus_dir, tmp_path, monkeypatch, multiplied, asked
+):
+    monkeypatch.setattr(train_module, "multiplied_in", lambda dtype, device: multiplied)
+    base = make_base("gemma", torch.bfloat16)
+    config = TrainConfig(
+        name="aaa",
+        base_model=str(base.path),
+        corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
+        block_size=32,
+        max_tokens=64,
+        lora=LORA,
+        trainer={"save_strategy": "no"} | ({} if asked is None else {"bf16": asked}),
+    )
+    packed = prepare(config, tmp_path / "out")
+    trainer = build_trainer(config, base, packed, tmp_path / "out")
+    is_mixed = asked if asked is not None else multiplied == torch.bfloat16
+    frozen = {p.dtype for p in trainer.model.parameters() if not p.requires_grad}
+    trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert trainer.args.bf16 == is_mixed
+    assert frozen == {torch.bfloat16 if is_mixed else torch.float32}
+    assert trained == {torch.float32}
+    train(config, tmp_path / "out")
+    expected = "bf16" if is_mixed else "no"
+    assert record_of(tmp_path / "out")["training"]["mixed_precision"] == expected
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
