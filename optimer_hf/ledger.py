@@ -6,7 +6,7 @@ number of trials. What a reader would not guess: two ratios are given, because t
 be paid for, too, unless somebody else has trained them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,21 @@ from optimer_hf.vector import read_record
 PHASES = ("ask", "merge", "evaluate", "forward", "cpu")
 
 
-def trial_ledger(trials: Sequence[Trial]) -> dict[str, Any]:
+def trial_ledger(trials: Sequence[Trial], taken_over: Collection[str] = ()) -> dict[str, Any]:
     """Return count, items, tokens and seconds of trials by phase, their CPU-seconds (asking
-    aside), and the share that is not the model's forward pass.
+    aside), and the share that is not the model's forward pass. Items of terms whose scores were
+    `taken_over` cost nothing and do not count.
     """
     total = {phase: sum(trial.seconds.get(phase, 0.0) for trial in trials) for phase in PHASES}
     spent = total["ask"] + total["merge"] + total["evaluate"]
     return {
         "n": len(trials),
-        "items": sum(len(score.items) for trial in trials for score in trial.terms.values()),
+        "items": sum(
+            len(score.items)
+            for trial in trials
+            for label, score in trial.terms.items()
+            if label not in taken_over
+        ),
         "tokens": sum(trial.n_tokens for trial in trials),
         "seconds": round(spent, 1),
         "cpu_seconds": round(total["cpu"], 1),
@@ -41,7 +47,7 @@ def ledger(study: Study) -> dict[str, Any]:
     vectors say what their training took.
     """
     found: dict[str, Any] = {
-        fidelity: trial_ledger(trials)
+        fidelity: trial_ledger(trials, study.known_on_all_items if fidelity == "rescore" else ())
         for fidelity in ("search", "rescore")
         if (trials := study.log.of(fidelity))
     }

@@ -227,17 +227,19 @@ def _figures(study: Study, trial: Trial) -> dict[str, float]:
 
 
 def _run_rescore(study: Study, runner: Runner) -> None:
-    """Score the base and the best few on more items, with the terms that joined for this."""
-    config = study.config
-    terms = config.objective.at("rescore")
-    limits = {
-        term.label: config.search.rescore_limit
-        if term.limit is None or not term.rescore_only
-        else term.limit
-        for term in terms
-    }
+    """Score the base and the best few on more items, with the terms that joined for this; scores
+    that were taken on those items already are taken over.
+    """
     remaining, done = deque(study.to_rescore()), len(study.log.of("rescore"))
     if not remaining:
+        return
+    config, known = study.config, study.known_on_all_items
+    terms = [term for term in config.objective.at("rescore") if term.label not in known]
+    limits = {term.label: config.rescore_limit_of(term) for term in terms}
+    if not terms:
+        logger.info("re-score: the search saw every item, so its scores are taken over")
+        for trial in remaining:
+            study.log.append(study.with_known(_again(trial)))
         return
     n_running = 0
     with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
@@ -245,10 +247,7 @@ def _run_rescore(study: Study, runner: Runner) -> None:
             while remaining and n_running < runner.n_slots:
                 if n_running and not study.log.of("rescore"):
                     break  # the base first, as above
-                again = replace(
-                    remaining.popleft(), fidelity="rescore", terms={}, seconds={}, n_tokens=0
-                )
-                runner.submit(again, terms, limits)
+                runner.submit(_again(remaining.popleft()), terms, limits)
                 n_running += 1
             rescored = runner.next_finished()
             n_running -= 1
@@ -256,5 +255,9 @@ def _run_rescore(study: Study, runner: Runner) -> None:
                 raise EvaluationError(
                     f"the base model itself cannot be scored again: {_reason(rescored)}"
                 )
-            study.log.append(rescored)
+            study.log.append(study.with_known(rescored))
             meter.advance(1)
+
+
+def _again(trial: Trial) -> Trial:
+    return replace(trial, fidelity="rescore", terms={}, seconds={}, n_tokens=0)

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from optimer_hf.evaluate import (
     Interval,
     Objective,
     Scores,
+    Term,
     TermScore,
     combine,
     feasible,
@@ -164,6 +165,16 @@ class StudyConfig(VersionedFile):
     retarget: dict[str, dict[str, float]] = {}
     search: SearchConfig = SearchConfig()
     baselines: Baselines = Baselines()
+
+    def rescore_limit_of(self, term: Term) -> int | None:
+        """Return how many items of a term re-scoring looks at (None: all): never fewer than the
+        search.
+        """
+        if term.rescore_only and term.limit is not None:
+            return term.limit
+        limits = [self.search.rescore_limit]
+        limits += [] if term.rescore_only else [self.objective.limit_of(term)]
+        return None if None in limits else max(limit for limit in limits if limit is not None)
 
     def mistakes(self) -> Iterator[Mistake]:
         for name in self.vectors:
@@ -590,6 +601,29 @@ class Study:
             for trial in {trial.number: trial for trial in chosen}.values()
             if trial.number not in done
         ]
+
+    @property
+    def known_on_all_items(self) -> set[str]:
+        """The terms that the search has scored on every item of re-scoring, so that scoring them
+        again would tell nothing.
+        """
+        known, objective = set(), self.config.objective
+        for term in objective.at("search"):
+            limit, n_items = objective.limit_of(term), len(self.base[term.label].items)
+            saw_all = term.function is None and limit is not None and n_items < limit
+            if saw_all or limit == self.config.rescore_limit_of(term):
+                known.add(term.label)
+        return known
+
+    def with_known(self, rescored: Trial) -> Trial:
+        """Return a re-scored trial with the scores that it takes over from the search."""
+        if rescored.status == "crashed":
+            return rescored
+        (searched,) = (t for t in self.log.of("search") if t.number == rescored.number)
+        known = {label: searched.terms[label] for label in self.known_on_all_items}
+        labels = [term.label for term in self.config.objective.at("rescore")]
+        found = known | rescored.terms
+        return replace(rescored, terms={label: found[label] for label in labels})
 
     def ranked(self) -> list[Trial]:
         """Return the sound search trials, best first by posterior mean (one observation is noisy,

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.ask import anchors
+from optimer_hf.convert import multiplied_in
 from optimer_hf.errors import (
     ConfigError,
     EvaluationError,
@@ -25,6 +26,7 @@ from optimer_hf.errors import (
     StudyError,
 )
 from optimer_hf.evaluate import Evaluator, TermScore, combine
+from optimer_hf.ledger import ledger
 from optimer_hf.recipe import build, write_recipe
 from optimer_hf.search import search
 from optimer_hf.study import (
@@ -51,7 +53,8 @@ def config_of(**changes) -> StudyConfig:
                 {"task": "t", "metric": "loss"},
                 {"task": "u", "metric": "loss"},
                 {"task": "q", "metric": "loss", "weight": 0},
-            ]
+            ],
+            "limit": 4,
         },
         "search": {"n_trials": 12, "rescore_top": 2},
     }
@@ -237,12 +240,58 @@ def test_rescoring_uses_its_own_limit_and_the_terms_that_join_for_it(tmp_path):
         {"task": "u", "metric": "loss", "rescore_only": True, "limit": 9},
     ]
     config = config_of(
-        objective={"terms": terms, "limit": 5},
+        objective={"terms": terms, "limit": 4},
         search={"n_trials": 7, "rescore_top": 1, "rescore_limit": 50},
     )
     search(config, tmp_path / "s", pool=pool)
-    assert pools[0].calls[0][1:] == (["t"], {"t": 5})
+    assert pools[0].calls[0][1:] == (["t"], {"t": 4})
     assert pools[0].calls[-1][1:] == (["t", "u"], {"t": 50, "u": 9})
+
+
+@pytest.mark.parametrize(
+    ("limit", "rescore_limit"),
+    [(None, None), (4, 4), (None, 3), (4, 3), (9, None), (9, 12)],
+    ids=["all and all", "as many", "all, then fewer", "fewer", "more than there are", "both more"],
+)
+@pytest.mark.parametrize("joins", [False, True], ids=["", "a term joins"])
+def test_items_that_the_search_saw_are_not_scored_again(tmp_path, limit, rescore_limit, joins):
+    """The pool has four items a term."""
+    pools = []
+
+    def pool(config):
+        pools.append(FunctionPool(config))
+        return pools[-1]
+
+    terms = [{"task": "t", "metric": "loss"}]
+    terms += [{"task": "u", "metric": "loss", "rescore_only": True}] if joins else []
+    settings = {"n_trials": 7, "rescore_top": 2, "rescore_limit": rescore_limit}
+    config = config_of(objective={"terms": terms, "limit": limit}, search=settings)
+    study = search(config, tmp_path / "s", pool=pool)
+    assert {tuple(labels) for _, labels, _ in pools[0].calls[:7]} == {("t",)}
+    assert [labels for _, labels, _ in pools[0].calls[7:]] == ([["u"]] * 3 if joins else [])
+    searched = {trial.number: trial for trial in study.log.of("search")}
+    rescored = study.log.of("rescore")
+    assert rescored[0].number == 0 and len(rescored) == 3
+    for trial in rescored:
+        assert trial.terms["t"] == searched[trial.number].terms["t"]
+        assert list(trial.terms) == (["t", "u"] if joins else ["t"])
+    assert ledger(study)["rescore"]["items"] == (12 if joins else 0)
+    assert ledger(study)["search"]["items"] == 28
+    assert study.is_finished
+    assert outcome(search(config, tmp_path / "s", pool=no_pool)) == outcome(study)
+
+
+def test_rescoring_looks_at_more_items_or_at_more_terms(tmp_path):
+    config = config_of(search={"n_trials": 7, "rescore_top": 1})
+    pools = []
+
+    def pool(config):
+        pools.append(FunctionPool(config))
+        return pools[-1]
+
+    study = search(config, tmp_path / "s", pool=pool)
+    assert study.known_on_all_items == set()
+    assert pools[0].calls[-1][1:] == (["t", "u", "q"], dict.fromkeys("tuq"))
 
 
 def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
@@ -702,7 +751,7 @@ def test_a_built_recipe_scores_what_its_incumbent_scored(
     write_recipe(study, tmp_path / "recipe.yaml", name="tiny")
     build(tmp_path / "recipe.yaml", tmp_path / "built")
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "built", dtype=getattr(torch, dtype)
+        tmp_path / "built", dtype=multiplied_in(getattr(torch, dtype), "cpu")
     ).eval()
     evaluator = Evaluator(
         model, AutoTokenizer.from_pretrained(tmp_path / "built"), [config.objective]
