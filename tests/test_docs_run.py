@@ -59,8 +59,7 @@ NO_COMMANDS = {
 CHANGED = {
     "n_trials: 30": "n_trials: 6",
     "rescore_top: 3": "rescore_top: 1",
-    "limit: 100": "limit: 2",
-    "rescore_limit: 300": "rescore_limit: 4",
+    "rescore_limit: 300": "rescore_limit: 6",
     "limit: 100": "limit: 4",
     "max_gen_toks: 160": "max_gen_toks: 5",
     "block_size: 1024": "block_size: 32",
