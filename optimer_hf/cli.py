@@ -542,7 +542,7 @@ def _say_prediction(prediction: Any, constrained: bool) -> None:
 def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> Any:
     from optimer_hf.evaluate import ObjectiveFile
     from optimer_hf.files import parse, read_yaml
-    from optimer_hf.merge_config import pool_of, read_merge_config
+    from optimer_hf.merge_config import not_searched, pool_of, read_merge_config
     from optimer_hf.study import SearchConfig, StudyConfig
 
     data = read_yaml(path)
@@ -553,11 +553,11 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
                 "OBJECTIVE.yaml."
             )
         base, sources = pool_of(read_merge_config(path), path)
-        if data["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
+        if dropped := not_searched(data):
             logging.getLogger("optimer_hf").warning(
-                "%s: weights are searched for the plain weighted sum, not for %s",
+                "%s: one number per vector of a plain weighted sum is searched; not kept: %s",
                 path,
-                data["merge_method"],
+                ", ".join(dropped),
             )
         target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
         dtype = data.get("out_dtype") or data.get("dtype") or "bfloat16"

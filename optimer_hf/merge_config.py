@@ -158,6 +158,21 @@ def named_sources(sources: Iterable[str]) -> dict[str, str]:
     return named
 
 
+def not_searched(config: Mapping[str, Any]) -> list[str]:
+    """Return what a config sets beyond one number per vector, by field: a search keeps none of
+    it.
+    """
+    found = []
+    if config["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
+        found.append(f"merge_method: {config['merge_method']}")
+    blocks = {f"models: {model['model']}": model for model in config.get("models") or []}
+    for where, block in {"": config, **blocks}.items():
+        for name, value in (block.get("parameters") or {}).items():
+            if name not in ("weight", "delta") or isinstance(value, list | dict):
+                found.append(f"{where}: parameters.{name}".removeprefix(": "))
+    return found
+
+
 def with_weights(
     config: Mapping[str, Any], path: Path, weights: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -175,6 +190,8 @@ def with_weights(
 def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
     """Return the config as one number per vector, or None when only mergekit can run it."""
     simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
+    if config.get("tokenizer_source") in ("base", config.get("base_model")):
+        simple.add("tokenizer_source")  # it is the base's anyway
     if config["merge_method"] != METHOD or not set(config) <= simple:
         return None
     if config.get("dtype") not in (None, "float32", config.get("out_dtype")) and config.get(
@@ -380,14 +397,21 @@ def _with_absolute_paths(value: Any, folder: Path) -> Any:
 
 
 def _refuse_unreadable(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse what is not there, which mergekit would ask the Hub for, and int8 deltas, whose
-    weights it would not find.
+    """Refuse what is not there, which mergekit would ask the Hub for, and adapters and int8 deltas,
+    whose weights it would not find.
     """
     for text in _models_in(config):
         source = Path(text)
         for part in text.split("+") if not is_there(source) else ():
             if Path(part).is_absolute() and not is_there(Path(part)):
                 raise ModelError(f"{path}: model {part}: no such directory.")
+        if (source / "adapter_config.json").exists():
+            raise ModelError(
+                f"{path}: {source}: an adapter, which mergekit reads merged into its base and "
+                "rounded, as BASE+ADAPTER. Leave out what only mergekit can do (lists and filters "
+                "of weights, tokenizers, slices), or merge the delta that `optimer extract "
+                "--dtype bfloat16` writes of it."
+            )
         record = read_record(source) if source.is_dir() else None
         if record is not None and record.dtype == QUANTISED:
             raise ModelError(

@@ -24,6 +24,7 @@ from optimer_hf.merge import write_merged
 from optimer_hf.merge_config import (
     linear_config,
     linear_merge_of,
+    not_searched,
     merge,
     optimer_config,
     pool_of,
@@ -746,6 +747,45 @@ def test_an_int8_delta_is_merged_by_the_writer_and_refused_for_mergekit(pool, tm
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-4)
     with pytest.raises(ModelError, match=r"an int8 delta, which mergekit cannot read"):
         merged_by(config, tmp_path / "theirs", "mergekit")
+
+
+def test_an_adapter_is_refused_for_mergekit_with_the_way_round(pool, tmp_path):
+    base, sources = pool("llama", "adapter", torch.bfloat16)
+    config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "float32")
+    config["models"][0]["parameters"]["weight"] = [0.2, 0.8]
+    with pytest.raises(ModelError, match=r"an adapter, which mergekit .*`optimer extract"):
+        merged_by(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", ["base", "the base by name"])
+def test_the_base_named_as_the_tokenizer_is_what_the_writer_does_anyway(pool, tmp_path, source):
+    base, sources = pool("llama", "adapter", torch.bfloat16)
+    config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "float32")
+    named = "base" if source == "base" else str(base.path)
+    found = merged_by(config | {"tokenizer_source": named}, tmp_path / "out", "native")
+    assert_same_bits(found, merged_by(config, tmp_path / "plain"))
+
+
+def test_a_search_names_what_it_does_not_keep_of_a_config():
+    config = optimer_yaml(
+        merge_method="ties",
+        parameters={"density": 0.5, "weight": 1.0},
+        models=[
+            {"model": "a", "parameters": {"weight": [0, 1]}},
+            {"model": "b", "parameters": {"weight": 0.5, "delta": True}},
+            {"model": "c", "parameters": {"weight": [{"filter": "mlp", "value": 1}], "t": 1}},
+            {"model": "d"},
+        ],
+    )
+    assert not_searched(config) == [
+        "merge_method: ties",
+        "parameters.density",
+        "models: a: parameters.weight",
+        "models: c: parameters.weight",
+        "models: c: parameters.t",
+    ]
+    assert not_searched(optimer_yaml()) == []
 
 
 # -- values that are not finite --------------------------------------------------------------------
