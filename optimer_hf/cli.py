@@ -712,6 +712,12 @@ def recipe(
     help="Of the mixture (default: those of all its vectors together).",
 )
 @click.option("--tokens", multiple=True, metavar="NAME=N", help="Tokens a vector was trained on.")
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="NAME",
+    help="A vector that no corpus stands behind, such as an instruction vector.",
+)
 @FORMAT
 def ratios(
     source: Path,
@@ -719,6 +725,7 @@ def ratios(
     out: Path | None,
     max_tokens: int | None,
     tokens: tuple[str, ...],
+    without: tuple[str, ...],
     output: str,
 ) -> None:
     """Turn the weights of a study directory or a recipe.yaml (SOURCE) into mixture ratios.
@@ -729,6 +736,11 @@ def ratios(
     from optimer_hf.train import TrainConfig
 
     weights, sources = _weights_of(source)
+    for name in without:
+        if name not in sources:
+            raise ConfigError(f"--without {name}: no vector is called so; known: {[*sources]}.")
+    weights = {name: weight for name, weight in weights.items() if name not in without}
+    sources = {name: sources[name] for name in weights}
     given = _numbers(tokens, sources)
     known = given | ratio.training_tokens({n: s for n, s in sources.items() if n not in given})
     found = ratio.ratios(weights, known)
@@ -746,6 +758,8 @@ def ratios(
         click.echo(f"{name}: {100 * share:.2f} %  (weight {weights[name]:g})")
     for name in found.left_out:
         click.echo(f"{name}: left out (weight {weights[name]:g} is not above 0)")
+    for name in without:
+        click.echo(f"{name}: left out (--without)")
     if out is not None:
         click.echo(f"train it: optimer train {out} OUT", err=True)
 

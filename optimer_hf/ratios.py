@@ -57,7 +57,7 @@ def training_tokens(sources: Mapping[str, str]) -> dict[str, int]:
             raise ConfigError(
                 f"vector {name!r} ({source}) does not say how many tokens it was trained on (no "
                 "training record in its vector.json). Train it with `optimer train`, or give "
-                f"--tokens {name}=N."
+                f"--tokens {name}=N; if no corpus stands behind it, leave it out: --without {name}."
             )
         found[name] = int(training["n_tokens"])
     return found
@@ -75,7 +75,7 @@ def mixture(
     if unknown:
         raise ConfigError(
             f"mixture {name!r}: no training run is called {unknown[0]!r}; known: "
-            f"{sorted(trainings)}. Give its train file, too."
+            f"{sorted(trainings)}. Give its train file, too, or leave the vector out."
         )
     if not sum(shares.values()) > 0 or min(shares.values()) < 0:
         raise ConfigError(f"mixture {name!r}: shares must be >= 0, and one > 0.")

@@ -115,6 +115,10 @@ def test_from_a_recipe_to_a_model_trained_on_the_mixture(make_base, corpus_dir, 
     assert found.exit_code == 0, found.output
     assert "aaa: 75.00 %  (weight 0.6)" in found.output
     mixed = TrainConfig.read(out)
+    alone = CliRunner().invoke(
+        main, ["ratios", str(tmp_path / "recipe.yaml"), "--without", "mix", "--format", "json"]
+    )
+    assert json.loads(alone.output) == {"shares": {"aaa": 1.0}, "left_out": []}
     assert mixed.max_tokens == 640, "the tokens of both vectors"
     train(mixed, tmp_path / "mixed")
     record = json.loads((tmp_path / "mixed" / "training.json").read_text(encoding="utf-8"))
@@ -138,6 +142,8 @@ def test_ratios_of_the_command_line_refuses_what_does_not_fit(tmp_path):
         (["--tokens", "b=1"], "--tokens 'b=1': expected NAME=N with one of ['a']"),
         (["--tokens", "a=1", "--out", "x.yaml"], "TRAIN_YAML and --out go together"),
         ([], "vector 'a' (a/v) does not say how many tokens"),
+        (["--without", "b"], "--without b: no vector is called so; known: ['a']"),
+        (["--without", "a"], "no weight is above 0"),
     ):
         found = CliRunner().invoke(main, ["ratios", str(file), *arguments])
         assert found.exit_code == 1 and message in found.output
