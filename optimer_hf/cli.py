@@ -188,7 +188,7 @@ def train(train_yaml: Path, out: Path) -> None:
         )
         click.echo(
             f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of "
-            "the base"
+            "the tensors it moves"
         )
 
 
@@ -244,7 +244,7 @@ def extract(
         record = extract_vector(vector, resolved, out, dtype=dtype, block_size=block_size)
     click.echo(
         f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of the "
-        f"base; stored in {record.dtype} with a relative error of "
+        f"tensors it moves; stored in {record.dtype} with a relative error of "
         f"{100 * (record.relative_error or 0):.3f} %"
     )
     errors = record.relative_errors or {}
@@ -423,8 +423,11 @@ def search(
     click.echo(yaml_text(found))
     _say_intervals(result)
     _say_front(result)
+    click.echo("\nwhere the time went (seconds):", err=True)
     for stage, entry in ledger(result).items():
         click.echo(f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}", err=True)
+    if config.test is not None:
+        click.echo(f"compare it: optimer compare {study_dir}", err=True)
     click.echo(f"build it: optimer build {recipe_file} OUT", err=True)
 
 
@@ -456,7 +459,8 @@ def _study_json(study: Any) -> dict[str, Any]:
 def _say_intervals(study: Any) -> None:
     """Print the differences that matter with their paired 95 % intervals."""
     best = study.incumbent
-    found = [("the base", study.over_base(best))]
+    along = ", ".join(f"{name} at {weight:g}" for name, weight in study.config.fixed.items())
+    found = [(f"the base with {along}" if along else "the base", study.over_base(best))]
     if (other := study.over_next()) is not None:
         found.append((f"the next best, trial {other[0].number}", other[1]))
     for what, interval in found:

@@ -576,6 +576,28 @@ def warn_of_reported_benchmarks(objective: Objective) -> None:
             )
 
 
+def warn_of_other_weights(objective: Objective, test: Objective) -> None:
+    """Log a warning for a sealed test that weighs the terms of the objective otherwise: its
+    `objective` column is then another objective than the one that was searched.
+    """
+    weights = {term.label: term.weight for term in objective.terms}
+    shared = {term.label: term.weight for term in test.terms if term.label in weights}
+    total, again = sum(weights[label] for label in shared), sum(shared.values())
+    for label, weight in shared.items():
+        if not math.isclose(weight * total, weights[label] * again, abs_tol=1e-9):
+            logger.warning(
+                "sealed test, term %r: weight %g of %g, but %g of %g in the objective, so the "
+                "test asks for something else. Give its terms the weights of the objective, "
+                "unless you mean that",
+                label,
+                weight,
+                again,
+                weights[label],
+                total,
+            )
+            return
+
+
 def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
     """Return the lm-eval tasks of some objectives by name; needs no model, so it comes before
     anything expensive.

@@ -228,7 +228,13 @@ def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
         ]
         for name in names
     ]
-    header = ["vector", "norm", "of the base", "effective rank", f"survives {found.dtype}"]
+    header = [
+        "vector",
+        "norm",
+        "of the tensors it moves",
+        "effective rank",
+        f"survives {found.dtype}",
+    ]
     if not names:
         return "\n".join(f"* {name}: cannot be merged: {why}" for name, why in refusals.items())
     parts = [markdown_table(header, sizes)]

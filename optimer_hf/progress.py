@@ -49,6 +49,7 @@ class Meter:
         self.title, self.total, self.unit = title, total, unit
         self._first = self._done = done
         self._started = self._last_line = perf_counter()
+        self._note = ""
         self._bar: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -74,17 +75,18 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None:
-            logger.info("%s: %s", self.title, self._figures(""))
+            logger.info("%s: %s", self.title, self._figures())
 
     def advance(self, n: int, note: str = "") -> None:
         """Count `n` more units; `note` is a short text shown with the figures."""
         self._done += n
+        self._note = note
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, figures=self._figures(note))
+            self._bar.update(self._task, completed=self._done, figures=self._figures())
         elif self._done < self.total and perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = perf_counter()
             logger.info(
-                "%s: %s, %s left", self.title, self._figures(note), _clock(self._seconds_left())
+                "%s: %s, %s left", self.title, self._figures(), _clock(self._seconds_left())
             )
 
     def _rate(self) -> float:
@@ -93,13 +95,13 @@ class Meter:
     def _seconds_left(self) -> float:
         return (self.total - self._done) / max(self._rate(), 1e-9)
 
-    def _figures(self, note: str) -> str:
+    def _figures(self) -> str:
         text = f"{self._done:,}/{self.total:,} {self.unit}"
         rate = self._rate()
         text += (
             f", {rate:,.0f} {self.unit}/s" if rate >= 2 else f", {1 / max(rate, 1e-9):.1f} s each"
         )
-        return f"{text}, {note}" if note else text
+        return f"{text}, {self._note}" if self._note else text
 
 
 def _clock(seconds: float) -> str:

@@ -18,7 +18,12 @@ from typing import Protocol
 
 from optimer_hf.ask import Asker, anchors
 from optimer_hf.errors import EvaluationError
-from optimer_hf.evaluate import Term, feasible, warn_of_reported_benchmarks
+from optimer_hf.evaluate import (
+    Term,
+    feasible,
+    warn_of_other_weights,
+    warn_of_reported_benchmarks,
+)
 from optimer_hf.progress import Meter
 from optimer_hf.study import (
     Study,
@@ -65,6 +70,8 @@ def search(
         chosen = nullcontext(runner) if runner else _runner(config, pool, n_workers, scheduler)
         with chosen as opened, tracker:
             warn_of_reported_benchmarks(config.objective)
+            if config.test is not None:
+                warn_of_other_weights(config.objective, config.test)
             _run_search(study, opened, planned or {}, tracker)
             _run_rescore(study, opened)
     say_what_tells_nothing(study)
@@ -129,6 +136,8 @@ def _run_search(
     limits = {term.label: config.objective.limit_of(term) for term in terms}
     waiting = deque(number for number in range(config.search.n_trials) if number not in done)
     running: dict[int, Trial] = {}
+    if done and waiting:
+        logger.info("search: going on from trial %d of %d", waiting[0], config.search.n_trials)
     with (
         Meter("search", config.search.n_trials, "trials", done=len(done)) as meter,
         tempfile.TemporaryDirectory(prefix="optimer-smac-") as scratch,

@@ -252,13 +252,17 @@ def train(config: TrainConfig, out: Path) -> Path:
     with state.main_process_first():
         packed = prepare(config, out)
     if packed is None:
+        logger.info("train %s: %s is trained, nothing to do", config.name, out)
         return out
     base = resolve_base(config.base_model)
     trainer = build_trainer(config, base, packed, out)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
     before, started = _spent_before(out), Cost.now()
+    checkpoint = _last_checkpoint(out)
+    if checkpoint is not None:
+        logger.info("train %s: going on from %s", config.name, Path(checkpoint).name)
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
-        trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+        trainer.train(resume_from_checkpoint=checkpoint)
         if state.is_main_process:
             _save(config, base, packed, trainer, out, before + started.since())
     state.wait_for_everyone()
@@ -508,7 +512,6 @@ def _last_checkpoint(out: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(path, ignore_errors=True)
             continue
-        logger.info("going on from %s", path.name)
         return str(path)
     return None
 

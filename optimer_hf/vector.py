@@ -410,7 +410,7 @@ def blocks_of(
 
 def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
     """Return the Frobenius norm of the delta, and that norm over the norm of the base tensors it
-    moves.
+    moves (an adapter moves few of them).
 
     Raises ModelError, naming the tensor, when the delta is not finite.
     """
@@ -428,7 +428,8 @@ def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
     relative = math.sqrt(squares / max(base_squares, 1e-30))
     if relative > 1:
         logger.warning(
-            "vector %s: its delta is larger than the base (%.0f %%). Is that its base?",
+            "vector %s: its delta is larger than the base tensors it moves (%.0f %%). Is that its "
+            "base?",
             vector.name,
             100 * relative,
         )

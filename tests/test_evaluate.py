@@ -32,6 +32,7 @@ from optimer_hf.evaluate import (
     load_tasks,
     paired_interval,
     spread,
+    warn_of_other_weights,
     warn_of_reported_benchmarks,
 )
 
@@ -753,6 +754,29 @@ def test_benchmarks_that_are_usually_reported_are_warned_of(caplog):
     caplog.clear()
     warn_of_reported_benchmarks(objective_of({"task": "my_own_task", "metric": "acc"}))
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("weights", "tested", "warned"),
+    [
+        ((1, 1), (1, 1), False),
+        ((0.5, 1), (1, 2), False),
+        ((1, 0), (1, 0), False),
+        ((1, 0.5), (1, 1), True),
+        ((1, 0), (1, 1), True),
+    ],
+)
+def test_a_sealed_test_that_weighs_its_terms_otherwise_is_warned_of(
+    caplog, weights, tested, warned
+):
+    searched, sealed = (
+        objective_of(
+            *({"task": t, "metric": "acc", "weight": w} for t, w in zip("ab", pair, strict=False))
+        )
+        for pair in (weights, tested)
+    )
+    warn_of_other_weights(searched, sealed)
+    assert ("so the test asks for something else" in caplog.text) == warned
 
 
 def test_an_answer_longer_than_the_window_is_an_error_with_both_lengths(tokenizer, tasks_dir):

@@ -24,8 +24,8 @@ from optimer_hf.merge import write_merged
 from optimer_hf.merge_config import (
     linear_config,
     linear_merge_of,
-    not_searched,
     merge,
+    not_searched,
     optimer_config,
     pool_of,
     read_merge_config,

@@ -338,10 +338,15 @@ def cut(study: Study, directory: Path, n_lines: int, n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("n_lines", range(15))
-def test_every_prefix_of_a_log_resumes_to_the_uninterrupted_study(uninterrupted, tmp_path, n_lines):
+def test_every_prefix_of_a_log_resumes_to_the_uninterrupted_study(
+    uninterrupted, tmp_path, n_lines, caplog
+):
     cut(uninterrupted, tmp_path / "s", n_lines, 40)
+    caplog.set_level("INFO")
     assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
     assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) == 15
+    told = f"going on from trial {n_lines} of 12" in caplog.text
+    assert told == (0 < n_lines < 12)
 
 
 @pytest.mark.parametrize(

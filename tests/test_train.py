@@ -333,7 +333,9 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
         sleep(0.005)
 
 
-def test_a_killed_run_goes_on_and_gives_the_losses_of_an_uninterrupted_one(make_config, tmp_path):
+def test_a_killed_run_goes_on_and_gives_the_losses_of_an_uninterrupted_one(
+    make_config, tmp_path, caplog
+):
     trainer = {**FAST, "save_strategy": "steps", "save_steps": 5}
     config = make_config("llama", trainer=trainer, max_tokens=32 * 60)
     config.write(tmp_path / "train.yaml")
@@ -354,7 +356,11 @@ def test_a_killed_run_goes_on_and_gives_the_losses_of_an_uninterrupted_one(make_
     assert not is_trained(config, out)
 
     whole = train(config, tmp_path / "whole")
+    caplog.set_level("INFO")
     train(config, out)
+    assert caplog.text.count("going on from checkpoint-") == 1
+    train(config, out)
+    assert "is trained, nothing to do" in caplog.text
     assert losses_of(out) == pytest.approx(losses_of(whole), rel=1e-5)
     resumed, expected = (load_file(path / "adapter_model.safetensors") for path in (out, whole))
     for name, tensor in expected.items():
