@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
+from optimer_hf.files import is_there
 
 if TYPE_CHECKING:
     from optimer_hf.hub import Pull, Push
@@ -1024,11 +1025,16 @@ def list_recipes(token: str | None) -> None:
 @main.command()
 @click.argument("files", type=PATH, nargs=-1, required=True)
 def validate(files: tuple[Path, ...]) -> None:
-    """Check fields and values of YAML files; models and tasks are not opened."""
+    """Check fields and values of YAML files, and name local files that are not there; models and
+    tasks are not opened.
+    """
     errors = []
     for path in files:
         try:
-            click.echo(f"{path}: {_validate(path)}")
+            what, config = _validated(path)
+            click.echo(f"{path}: a valid {what}")
+            for absent in _absent(config):
+                click.echo(f"  not there (yet): {absent}")
         except OptimerError as error:
             errors.append(str(error))
     if errors:
@@ -1044,11 +1050,13 @@ def print_schema(kind: str) -> None:
     click.echo(schema(kind))
 
 
-def _validate(path: Path) -> str:
+def _validated(path: Path) -> tuple[str, Any]:
+    """Return what a file is, and its fields with local paths absolute."""
     from optimer_hf.evaluate import ObjectiveFile
-    from optimer_hf.files import read_yaml
+    from optimer_hf.files import absolute_reference, read_yaml
     from optimer_hf.merge_config import (
         linear_merge_of,
+        models_in,
         read_merge_config,
         refuse_unknown_method,
     )
@@ -1058,20 +1066,33 @@ def _validate(path: Path) -> str:
 
     keys = set(read_yaml(path))
     if keys and keys <= {"train", "study"}:
-        return "short budget of a recipe"
+        return "short budget of a recipe", {}
     if "merge_method" in keys or "models" in keys:
         config = read_merge_config(path)
         refuse_unknown_method(config["merge_method"], path)
         linear_merge_of(config, path)
-        return "merge config"
+        folder = path.resolve().parent
+        return "merge config", [absolute_reference(text, folder) for text in models_in(config)]
     if "study" in keys and "scores" in keys:
-        RecipeFile.read(path)
-        return "recipe"
+        return "recipe", RecipeFile.read(path).model_dump()
     if "objective" in keys or "vectors" in keys:
-        StudyConfig.read(path)
-        return "study"
+        return "study", StudyConfig.read(path).model_dump()
     if "terms" in keys:
-        ObjectiveFile.read(path)
-        return "objective"
-    check_config(TrainConfig.read(path), path)
-    return "train config"
+        return "objective", ObjectiveFile.read(path).model_dump()
+    training = TrainConfig.read(path)
+    check_config(training, path)
+    return "train config", training.model_dump()
+
+
+def _absent(value: Any) -> Iterator[Path]:
+    """Yield the local paths in a config that lead nowhere."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif isinstance(value, str | Path):
+        if Path(value).is_absolute() and not is_there(Path(value)):
+            yield Path(value)
+        return
+    elif not isinstance(value, list | tuple):
+        return
+    for item in value:
+        yield from _absent(item)

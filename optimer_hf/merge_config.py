@@ -400,7 +400,7 @@ def _refuse_unreadable(config: Mapping[str, Any], path: Path) -> None:
     """Refuse what is not there, which mergekit would ask the Hub for, and adapters and int8 deltas,
     whose weights it would not find.
     """
-    for text in _models_in(config):
+    for text in models_in(config):
         source = Path(text)
         for part in text.split("+") if not is_there(source) else ():
             if Path(part).is_absolute() and not is_there(Path(part)):
@@ -428,15 +428,15 @@ def _is_reference(key: str, text: str) -> bool:
     return key in ("model", "base_model")
 
 
-def _models_in(value: Any) -> Iterator[str]:
+def models_in(value: Any) -> Iterator[str]:
     """Yield the models named anywhere in a config."""
     for item in value if isinstance(value, list) else ():
-        yield from _models_in(item)
+        yield from models_in(item)
     for key, item in value.items() if isinstance(value, dict) else ():
         if key == "model" and isinstance(item, str):
             yield item
         else:
-            yield from _models_in(item)
+            yield from models_in(item)
 
 
 def refuse_unknown_method(method: Any, path: Path) -> None:

@@ -173,23 +173,26 @@ def _recipe(
         files["mergekit_config.yml"] = yaml_text(vanilla).encode()
     for name in STUDY_FILES & files.keys():
         files[name] = _study_file(directory / name, sources)
-    if not _shows(directory, recipe):
-        files = {name: content for name, content in files.items() if name not in FIGURE_FILES}
+    shown = _shown(directory, recipe)
+    files = {n: content for n, content in files.items() if n not in FIGURE_FILES or n in shown}
     return Publication(kind, files, recipe, (recipe.base_model, *sources.values()))
 
 
-def _shows(directory: Path, recipe: RecipeFile) -> bool:
-    """Whether the figures of a directory are of this merge."""
+def _shown(directory: Path, recipe: RecipeFile) -> set[str]:
+    """Return the figures of a directory that are of this merge, and their captions; a PNG without
+    a caption is of an earlier one.
+    """
     if not (directory / CAPTIONS).exists():
-        return False
-    is_same = Captions.read(directory / CAPTIONS).weights == recipe.weights
-    if not is_same:
+        return set()
+    found = Captions.read(directory / CAPTIONS)
+    if found.weights != recipe.weights:
         logger.warning(
             "%s: is of other weights than recipe.yaml, so the card has no figures. `optimer report "
             "--figures` draws those of a study.",
             directory / CAPTIONS,
         )
-    return is_same
+        return set()
+    return {CAPTIONS, *(f"{FIGURES}/{name}.png" for name in found.captions)}
 
 
 def _refuse_other_model(directory: Path, lock: Lock) -> None:

@@ -290,7 +290,7 @@ class StudyConfig(VersionedFile):
                 ("search", "surrogate"),
                 f"{search.surrogate!r} knows no total, constraints or pareto; use per_term",
             )
-        if total is not None:
+        if total is not None and (other is None or other.total is not None):
             lows, highs = zip(*self.free.values(), strict=True)
             low, high = total
             if min(lows) < 0 or not max(sum(lows), 0) <= low < high or low > sum(highs):

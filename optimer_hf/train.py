@@ -172,8 +172,9 @@ def _mistakes_of_fields(
             continue
         hints = hints or get_type_hints(cls)
         if set(get_args(hints[field]) or [hints[field]]) <= PLAIN:
-            try:
-                config = ConfigDict(strict=True, allow_inf_nan=False)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            try:  # 16.0 is as good as 16 and 1 as true, but "16" is no number
+                config = ConfigDict(strict=not is_number, allow_inf_nan=False)
                 TypeAdapter(hints[field], config=config).validate_python(value)
             except ValidationError as error:
                 yield (name, field), f"found {shown(value)}. {error.errors()[0]['msg']}."
@@ -198,7 +199,10 @@ def _check_optimizer(config: TrainConfig, arguments: "TrainingArguments") -> Non
 
     try:
         get_reporting_integration_callbacks(arguments.report_to)
-        if arguments.deepspeed or arguments.fsdp or "optim_target_modules" in config.trainer:
+        of_model = (
+            arguments.deepspeed or arguments.fsdp or str(arguments.optim).lower().endswith("lomo")
+        )
+        if of_model or "optim_target_modules" in config.trainer:
             return  # those make the optimizer from the model itself
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
@@ -292,9 +296,24 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
                 shutil.rmtree(out, ignore_errors=True)
             raise
         parts = [dataclasses.asdict(part) for part in packed.parts]
-        write_text(started, json.dumps({"config_sha256": config.digest, "parts": parts}))
+        record = {"config_sha256": config.digest, "parts": parts, "blocks_sha256": packed.sha256}
+        if started.exists():
+            _refuse_other_blocks(read_yaml(started), record, out, blocks)
+        write_text(started, json.dumps(record))
     parts = json.loads(started.read_text(encoding="utf-8")).get("parts", [])
     return load_packed(blocks, [Part(**part) for part in parts])
+
+
+def _refuse_other_blocks(
+    before: Mapping[str, Any], now: Mapping[str, Any], out: Path, blocks: Path
+) -> None:
+    """Refuse a corpus that changed after a run began on it and lost its packed blocks."""
+    if before.get("blocks_sha256", now["blocks_sha256"]) != now["blocks_sha256"]:
+        blocks.unlink()
+        raise OutputError(
+            f"{out}: the run began on another text than its corpus holds now. Restore the corpus, "
+            "or remove the directory to begin again."
+        )
 
 
 def _packed(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:

@@ -175,9 +175,9 @@ def test_validate_names_the_kind_of_each_good_file(folder, tmp_path):
         "validate", folder / "my-merge.yml", folder / "obj.yaml", tmp_path / "study.yaml"
     ).stdout
     assert [line.split(": ")[1] for line in lines.splitlines()] == [
-        "merge config",
-        "objective",
-        "study",
+        "a valid merge config",
+        "a valid objective",
+        "a valid study",
     ]
 
 
@@ -190,7 +190,7 @@ def test_validate_reports_all_bad_files_and_still_the_good_ones(folder, tmp_path
         "validate", tmp_path / "a.yaml", folder / "obj.yaml", tmp_path / "b.yaml", ok=False
     )
     assert result.exit_code == 1
-    assert "obj.yaml: objective" in result.stdout
+    assert "obj.yaml: a valid objective" in result.stdout
     assert "a.yaml:1: terms: " in result.stderr and "Did you mean 'objective'?" in result.stderr
 
 
@@ -242,6 +242,37 @@ def test_validate_finds_mistakes_in_a_merge_config(tmp_path):
 )
 def test_the_recipes_of_this_repository_are_valid(path):
     optimer("validate", *sorted(path.parent.glob("*.yaml")))
+
+
+def test_validate_names_local_files_that_are_not_there(tmp_path):
+    (tmp_path / "here.jsonl").touch()
+    (tmp_path / "study.yaml").write_text(
+        "base_model: a/b\nvectors: {x: {source: ./x}, y: {source: c/y}}\n"
+        "objective: {terms: [{text: here.jsonl}, {text: gone.jsonl}]}\n"
+        "test: {include_path: tasks, terms: [{task: t, metric: acc}]}\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "train.yaml").write_text(
+        "name: x\nbase_model: a/b\ncorpus: {path: corpus.jsonl}\nmax_tokens: 1_024\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "m.yml").write_text(
+        "merge_method: linear\nmodels: [{model: ./tuned, parameters: {weight: 1}}]\n",
+        encoding="utf-8",
+    )
+    found = optimer(
+        "validate", *(tmp_path / name for name in ("study.yaml", "train.yaml", "m.yml"))
+    )
+    assert found.stdout.replace(f"{tmp_path}/", "").splitlines() == [
+        "study.yaml: a valid study",
+        "  not there (yet): x",
+        "  not there (yet): gone.jsonl",
+        "  not there (yet): tasks",
+        "train.yaml: a valid train config",
+        "  not there (yet): corpus.jsonl",
+        "m.yml: a valid merge config",
+        "  not there (yet): tuned",
+    ]
 
 
 # -- the commands ----------------------------------------------------------------------------------

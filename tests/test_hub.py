@@ -1091,9 +1091,12 @@ def drawn_recipe(drawn, make_recipe) -> Path:
 def test_figures_travel_with_a_recipe_and_stand_in_its_card(hub, drawn_recipe, name, tmp_path):
     folder = drawn_recipe
     (folder / "figures" / "notes.png").write_text("mine")
+    captions = Captions.read(folder / "figures" / "captions.json")
+    kept = {name: text for name, text in captions.captions.items() if name != "front"}
+    captions.model_copy(update={"captions": kept}).write(folder / "figures" / "captions.json")
     hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     there = HfApi(token=ALICE).list_repo_files(f"alice/{name}")
-    drawn = ["captions.json", "front.png", "progress.png", "slices.png", "terms.png", "weights.png"]
+    drawn = ["captions.json", "progress.png", "slices.png", "terms.png", "weights.png"]
     assert sorted(f for f in there if "/" in f) == [f"figures/{file}" for file in drawn]
     hubs.pull(f"alice/{name}", tmp_path / "theirs", token=BOB)
     card = (tmp_path / "theirs" / "README.md").read_text()

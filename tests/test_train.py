@@ -192,6 +192,22 @@ def test_a_finished_run_is_not_touched_by_a_second_call(make_config, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora": {**LORA, "lora_alpha": 16.0, "use_rslora": 1}},
+        {"trainer": {**FAST, "learning_rate": 1, "num_train_epochs": 2}},
+        {"trainer": {**FAST, "optim": "lomo"}},
+        {"trainer": {**FAST, "optim": "adalomo"}},
+    ],
+    ids=["numbers", "integers", "lomo", "adalomo"],
+)
+def test_numbers_as_good_as_the_type_and_optimizers_of_the_model_are_let_through(
+    make_config, fields
+):
+    check_config(make_config(**fields))
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         (
@@ -482,6 +498,24 @@ def test_a_run_without_its_packed_corpus_keeps_its_checkpoints(make_config, tmp_
     with pytest.raises(CorpusError):
         prepare(moved, out)
     assert checkpoint.exists()
+
+
+def test_a_corpus_that_changed_under_a_run_without_its_blocks_is_refused(make_config, tmp_path):
+    text = make_config().corpus.path.read_text(encoding="utf-8")
+    file, out = tmp_path / "corpus.jsonl", tmp_path / "out"
+    file.write_text(text, encoding="utf-8")
+    config = make_config("llama")
+    config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"path": file})})
+    first = prepare(config, out)
+    (out / "blocks.npy").unlink()
+    assert prepare(config, out).sha256 == first.sha256
+    (out / "blocks.npy").unlink()
+    file.write_text("".join(reversed(text.splitlines(True))), encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(OutputError, match="began on another text"):
+            prepare(config, out)
+    file.write_text(text, encoding="utf-8")
+    assert prepare(config, out).sha256 == first.sha256
 
 
 def test_a_killed_run_on_a_mixture_goes_on_with_the_same_blocks(make_config, corpus_dir, tmp_path):
