@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -521,6 +521,9 @@ def retarget(
     found: dict[str, Any] = {"prediction": asdict(prediction)}
     if output == "text":
         _say_prediction(prediction, bool(target.constraints))
+        if out is None:
+            again = f"optimer retarget {study_dir} {objective} OUT --n-trials 3"
+            click.echo(f"verify it with three trials: {again}", err=True)
     if out is not None and n_trials is not None:
         verified = retargeting.search_on(
             study, target, out, n_trials, n_workers=workers, scheduler=scheduler
@@ -529,7 +532,8 @@ def retarget(
         if output == "text":
             best = verified.incumbent
             click.echo(f"verified: value {verified.value(best):+.4f} (trial {best.number})")
-            click.echo(json.dumps(best.weights))
+            click.echo(f"  weights: {_weights_text(best.weights)}")
+            click.echo(f"build it: optimer recipe {out} recipe.yaml, then optimer build", err=True)
     if output == "json":
         click.echo(json.dumps(found, indent=2))
 
@@ -537,11 +541,15 @@ def retarget(
 def _say_prediction(prediction: Any, constrained: bool) -> None:
     value = f"value {prediction.value:+.4f} +- {prediction.deviation:.4f}"
     click.echo(f"predicted: {value} (posterior mean and standard deviation)")
-    click.echo(json.dumps(prediction.weights))
+    click.echo(f"  weights: {_weights_text(prediction.weights)}")
     for label, term in prediction.terms.items():
         click.echo(f"  {label}: gain {term.value:+.4f} +- {term.deviation:.4f}")
     if constrained:
         click.echo(f"  constraints kept with probability {prediction.feasible:.2f}")
+
+
+def _weights_text(weights: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items())
 
 
 def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> Any:

@@ -263,12 +263,14 @@ def _weights(study: Study, posterior: Surrogate) -> Panel:
         low, high = ranges[loose]
         told += f"; that of {loose} could be anywhere from {low:.2f} to {high:.2f}"
     rows = "; ".join(f"{n} {best[n]:g} ({a:.2f} to {b:.2f})" for n, (a, b) in ranges.items())
+    fixed = ", ".join(f"{name} {weight:g}" for name, weight in study.config.fixed.items())
+    held = f" Fixed by the study, in every trial: {fixed}." if fixed else ""
     return Panel(
         "weights",
         "Weights, and how sure they are",
         f"{told}: inside its bar, the others held, a weight cannot be told from the best one."
-        f"{_at_an_edge(free, best)}",
-        f"Weight of every vector and its range: {rows}.",
+        f"{_at_an_edge(free, best)}{held}",
+        f"Weight of every vector and its range: {rows}.{held}",
         figure,
     )
 

@@ -558,6 +558,7 @@ def test_another_objective_is_answered_from_the_record_and_verified(searched, tm
     before = (study / "trials.jsonl").read_bytes()
     text = optimer("retarget", study, target).stdout
     assert "predicted: value" in text and "xyz: gain" in text
+    assert re.search(r"weights: \S+ [\d.]+, \S+ [\d.]+\n", text)
     found = json.loads(
         optimer(
             *("retarget", study, target, tmp_path / "new", "--n-trials", 1, "--format", "json")

@@ -130,6 +130,18 @@ def test_a_study_of_one_vector_has_a_report(tmp_path):
     assert "cosines" not in {panel.name for panel in panels}
 
 
+def test_weights_that_are_fixed_stand_beside_the_searched_ones(tmp_path):
+    vectors = {
+        "w": {"source": "/nowhere/w"},
+        "x": {"source": "/nowhere/x", "fixed": 0.5},
+    } | {name: {"source": f"/nowhere/{name}"} for name in "yz"}
+    config = config_of(vectors=vectors, search={"n_trials": 6, "rescore_top": 0})
+    found = search(config, tmp_path / "s", pool=FunctionPool)
+    panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
+    assert "Fixed by the study, in every trial: x 0.5." in panels["weights"].conclusion
+    assert "Fixed by the study, in every trial: x 0.5." in panels["weights"].shows
+
+
 @pytest.mark.parametrize("combine", ["weighted_mean", "worst"])
 def test_every_way_to_combine_terms_has_a_report(tmp_path, combine):
     config = with_test(search={"n_trials": 7, "rescore_top": 2})
