@@ -22,12 +22,12 @@ from optimer_hf.errors import ConfigError
 from optimer_hf.files import digest, staged_directory, write_text, yaml_text
 from optimer_hf.merge import write_merged
 from optimer_hf.merge_config import run_mergekit
-from optimer_hf.study import Study, StudyConfig
+from optimer_hf.study import RANDOM, MergeMethod, Study, StudyConfig
 from optimer_hf.vector import DistributionVector, dense_rows, extract, open_vector
 
 logger = logging.getLogger(__name__)
 
-MERGE_METHODS: dict[str, Callable[[int], dict[str, float]]] = {
+MERGE_METHODS: dict[MergeMethod, Callable[[int], dict[str, float]]] = {
     # parameters of every model among n: those of mergekit's own examples, its defaults otherwise
     "ties": lambda n: {"weight": 1.0, "density": 0.5},
     "dare_ties": lambda n: {"weight": 1 / n, "density": 0.5},
@@ -92,7 +92,7 @@ def _sources(config: StudyConfig) -> dict[str, str]:
 # -- mergekit --------------------------------------------------------------------------------------
 
 
-def _merged_by(method: str, config: StudyConfig) -> Model:
+def _merged_by(method: MergeMethod, config: StudyConfig) -> Model:
     inputs = {name: _sha256_of(source) for name, source in _sources(config).items()}
     parameters = MERGE_METHODS[method](len(inputs))
     key = f"{method} ({digest([method, parameters, inputs])[:8]})"
@@ -148,9 +148,7 @@ def _random(config: StudyConfig, weights: Mapping[str, float]) -> Model:
             made[names[name]] = str(out)
         return made
 
-    return Model(
-        "random vectors of equal norm", {names[name]: weights[name] for name in names}, make
-    )
+    return Model(RANDOM, {names[name]: weights[name] for name in names}, make)
 
 
 def write_random_like(

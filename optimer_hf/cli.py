@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -615,7 +615,7 @@ def compare(
 
     from optimer_hf import compare as comparisons
     from optimer_hf.files import absolute_reference, make_directory
-    from optimer_hf.study import load_study
+    from optimer_hf.study import MergeMethod, load_study
 
     study = load_study(study_dir)
     known = study.config.baselines
@@ -631,7 +631,7 @@ def compare(
     changes: dict[str, Any] = {"models": known.models | sources}
     if everything:
         changes |= {
-            "merge_methods": ["ties", "dare_ties", "model_stock"],
+            "merge_methods": [*get_args(MergeMethod)],
             "random_vectors": True,
         }
     baselines = known.model_copy(update=changes)

@@ -23,6 +23,12 @@ from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
 from optimer_hf.search import search
 from optimer_hf.study import (
+    AVERAGE,
+    BASE,
+    FIXED_ALONE,
+    MERGE,
+    RETARGETED,
+    SUM,
     Study,
     StudyConfig,
     Trial,
@@ -33,9 +39,6 @@ from optimer_hf.study import (
 from optimer_hf.trial import Pool, ResidentPool, run_trial
 
 logger = logging.getLogger(__name__)
-
-MERGE = "searched merge"
-RETARGETED = "re-targeted to "
 
 
 @dataclass(frozen=True)
@@ -110,17 +113,17 @@ def candidates(study: Study) -> dict[str, dict[str, float]]:
     """
     config = study.config
     free, fixed = list(config.free), config.fixed
-    rows = {"base": dict.fromkeys(free, 0.0) | dict.fromkeys(fixed, 0.0)}
+    rows = {BASE: dict.fromkeys(free, 0.0) | dict.fromkeys(fixed, 0.0)}
     if fixed:
-        rows["fixed vectors alone"] = dict.fromkeys(free, 0.0) | fixed
+        rows[FIXED_ALONE] = dict.fromkeys(free, 0.0) | fixed
     for name in free:
         rows[f"{name} at 1.0"] = {other: float(other == name) for other in free} | fixed
     for name in free:
         weights = best_scale(study, name)
         rows[f"{name} at its best scale, {weights[name]:g}"] = weights
     if len(free) > 1:
-        rows["uniform average"] = dict.fromkeys(free, 1 / len(free)) | fixed
-        rows["uniform sum"] = dict.fromkeys(free, 1.0) | fixed
+        rows[AVERAGE] = dict.fromkeys(free, 1 / len(free)) | fixed
+        rows[SUM] = dict.fromkeys(free, 1.0) | fixed
     rows[MERGE] = study.incumbent.weights
     for name, weights in config.retarget.items():
         rows[f"{RETARGETED}{name}"] = predict(study, weights).weights
@@ -204,7 +207,7 @@ def recorded(study: Study) -> Comparison | None:
         for name, weights in study.config.retarget.items()
         if f"{RETARGETED}{name}" in found
     }
-    rows = [replace(base, name="base"), *others, merge, *targets]
+    rows = [replace(base, name=BASE), *others, merge, *targets]
     return Comparison(rows, study.config.test, retarget)
 
 

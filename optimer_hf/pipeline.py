@@ -255,7 +255,7 @@ def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
         callbacks_of(search.report_to)
     given = {name: v.source for name, v in config.vectors.items() if name not in trainings}
     base = resolve_base(config.base_model)
-    for name, source in {**given, **config.baselines.models}.items():
+    for name, source in (*given.items(), *config.baselines.models.items()):
         open_vector(name, str(source), base)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimer_hf.checkpoint import Checkpoint, weight_files
-from optimer_hf.compare import MERGE
 from optimer_hf.convert import ResolvedModel, resolve_model
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files import (
@@ -29,7 +28,7 @@ from optimer_hf.files import (
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES
-from optimer_hf.study import Study, Trial
+from optimer_hf.study import MERGE, Study, Trial
 from optimer_hf.vector import (
     AdapterVector,
     DistributionVector,

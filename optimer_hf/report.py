@@ -21,13 +21,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from optimer_hf import compare, geometry
-from optimer_hf.compare import MERGE, Comparison, Row
+from optimer_hf.compare import Comparison, Row
 from optimer_hf.errors import OptimerError
 from optimer_hf.evaluate import Interval, gains
 from optimer_hf.files import FileModel, Reference, VersionedFile, replacing, write_text
 from optimer_hf.ledger import ledger
 from optimer_hf.retarget import front
-from optimer_hf.study import Study, Surrogate, Trial, surrogate_of, to_unit
+from optimer_hf.study import AVERAGE, MERGE, Study, Surrogate, Trial, surrogate_of, to_unit
 from optimer_hf.vector import VectorFile, read_record
 
 if TYPE_CHECKING:
@@ -385,7 +385,7 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
 def _is_shown(row: Row, comparison: Comparison) -> bool:
     """The vectors alone, the average, the best other row and the merge."""
     alone = row.name.endswith((" at 1.0", " alone"))
-    average = row.name in ("uniform average", "average")
+    average = row.name in (AVERAGE, "average")
     return alone or average or row.name in (MERGE, comparison.best_baseline().name)
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -55,17 +55,12 @@ logger = logging.getLogger(__name__)
 
 ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
 EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
-ROWS = {  # of every comparison, beside those that a vector or a target names
-    "base",
-    "fixed vectors alone",
-    "uniform average",
-    "uniform sum",
-    "searched merge",
-    "random vectors of equal norm",
-    "ties",
-    "dare_ties",
-    "model_stock",
-}
+MergeMethod = Literal["ties", "dare_ties", "model_stock"]
+BASE, FIXED_ALONE, MERGE = "base", "fixed vectors alone", "searched merge"
+AVERAGE, SUM, RANDOM = "uniform average", "uniform sum", "random vectors of equal norm"
+RETARGETED = "re-targeted to "
+# rows of every comparison, beside those that a vector or a target names
+ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
 Fidelity = Literal["search", "rescore", "sealed"]
 
 
@@ -145,7 +140,7 @@ class Baselines(FileModel):
     vectors are merged with the weights of the incumbent.
     """
 
-    merge_methods: list[Literal["ties", "dare_ties", "model_stock"]] = []
+    merge_methods: list[MergeMethod] = []
     random_vectors: bool = False
     searches: dict[str, SearchBaseline] = {}
     models: dict[str, ReferenceText] = {}
@@ -271,7 +266,7 @@ class StudyConfig(VersionedFile):
     def _names_a_row(self, name: str) -> bool:
         """Whether every comparison has, or may have, a row of this name."""
         of_vectors = tuple(f"{vector} at " for vector in self.vectors)
-        return name in ROWS or name.startswith(("re-targeted to ", *of_vectors))
+        return name in ROWS or name.startswith((RETARGETED, *of_vectors))
 
     def _mistakes_of_search(self, other: SearchConfig | None = None) -> Iterator[Mistake]:
         """Yield what is wrong with the search, or with another one over the same objective."""
