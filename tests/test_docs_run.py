@@ -48,6 +48,7 @@ NOT_RUN = {
     "python benchmarks/demo.py": "minutes, and the base of the demo",
     "python benchmarks/merge.py": "minutes, and gigabytes of weights",
     "python benchmarks/search.py": "hours",
+    "python benchmarks/precision.py": "the base of the demo",
     'python3 -m venv "${VENV:-.venv}"': "the two blocks that .ci/run takes from the README",
 }
 NO_COMMANDS = {

@@ -417,6 +417,7 @@ def staged(out: Path) -> None:
     )
 )
 @example({"1e6": "2e-4", "3e5-model": "1e3 tokens"})
+@example({"0": "\x85", "1": "a\u2028b\u2029", "2": "a\r\nb\n\n", "3": "\ufeffa"})
 def test_what_is_written_as_yaml_is_read_back_equal(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("yaml") / "data.yaml"
     write_text(file, yaml_text(data))
