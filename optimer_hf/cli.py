@@ -23,7 +23,25 @@ from optimer_hf.files import is_there
 if TYPE_CHECKING:
     from optimer_hf.hub import Pull, Push
 
+
+class _Given(click.Path):
+    """An input: a name that leads nowhere is told before the libraries load, which takes
+    seconds.
+    """
+
+    def __init__(self, expected: str) -> None:
+        super().__init__(path_type=Path)
+        self._expected = expected
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not is_there(Path(value)):
+            raise ConfigError(f"{value}: {self._expected}.")
+        return super().convert(value, param, ctx)
+
+
 PATH = click.Path(path_type=Path)
+INPUT = _Given("no such file")
+STUDY = _Given("no such directory. `optimer search STUDY.yaml STUDY_DIR` makes a study")
 FORMAT = click.option(
     "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What to print."
 )
@@ -104,7 +122,7 @@ def run(recipe_dir: Path, out: Path | None, short: bool, tokens: str | None) -> 
 
 
 @main.command("plan")
-@click.argument("source", type=PATH)
+@click.argument("source", type=INPUT)
 @click.argument("out", type=PATH, required=False)
 @click.option("--short", is_flag=True, help="Of `optimer run --short`.")
 @click.option("--tokens", help="Of `optimer run --tokens`.")
@@ -169,7 +187,7 @@ def _n_tokens(text: str | None) -> int | None:
 
 
 @main.command()
-@click.argument("train_yaml", type=PATH)
+@click.argument("train_yaml", type=INPUT)
 @click.argument("out", type=PATH)
 def train(train_yaml: Path, out: Path) -> None:
     """Continually pre-train one model and write it as a vector.
@@ -284,7 +302,7 @@ def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> Non
 
 
 @main.command()
-@click.argument("gguf", type=PATH)
+@click.argument("gguf", type=INPUT)
 @click.argument("out", type=PATH)
 @click.option(
     "--dtype",
@@ -315,7 +333,7 @@ def _mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @main.command()
-@click.argument("config", type=PATH)
+@click.argument("config", type=INPUT)
 @click.argument("out", type=PATH)
 @click.option(
     "--engine",
@@ -337,7 +355,7 @@ def merge(config: Path, out: Path, engine: str | None, merge_options: Any = None
 
 @main.command()
 @click.argument("model")
-@click.argument("objective", type=PATH)
+@click.argument("objective", type=INPUT)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -373,10 +391,10 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
 
 
 @main.command()
-@click.argument("study", type=PATH)
+@click.argument("study", type=INPUT)
 @click.argument("study_dir", type=PATH)
 @click.option(
-    "--objective", type=PATH, help="Objective file; needed when STUDY is a mergekit YAML."
+    "--objective", type=INPUT, help="Objective file; needed when STUDY is a mergekit YAML."
 )
 @click.option(
     "--n-trials",
@@ -487,8 +505,8 @@ def _say_front(study: Any) -> None:
 
 
 @main.command()
-@click.argument("study_dir", type=PATH)
-@click.argument("objective", type=PATH)
+@click.argument("study_dir", type=STUDY)
+@click.argument("objective", type=INPUT)
 @click.argument("out", type=PATH, required=False)
 @click.option(
     "--n-trials",
@@ -591,7 +609,7 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
 
 
 @main.command()
-@click.argument("study_dir", type=PATH)
+@click.argument("study_dir", type=STUDY)
 @click.option(
     "--all",
     "everything",
@@ -647,7 +665,7 @@ def compare(
 
 
 @main.command()
-@click.argument("study_dir", type=PATH)
+@click.argument("study_dir", type=STUDY)
 @click.argument("out", type=PATH, required=False)
 @click.option("--figures", type=PATH, help="Also write every figure as PNG into this directory.")
 @click.option(
@@ -673,7 +691,7 @@ def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: 
 
 
 @main.command()
-@click.argument("study_dir", type=PATH)
+@click.argument("study_dir", type=STUDY)
 @click.argument("recipe_yaml", type=PATH)
 @click.option(
     "--vanilla", is_flag=True, help="Also write mergekit_config.yml for unmodified mergekit-yaml."
@@ -716,8 +734,8 @@ def recipe(
 
 
 @main.command()
-@click.argument("source", type=PATH)
-@click.argument("train_yaml", type=PATH, nargs=-1)
+@click.argument("source", type=INPUT)
+@click.argument("train_yaml", type=INPUT, nargs=-1)
 @click.option("--out", type=PATH, help="Write the mixture of the TRAIN_YAMLs here.")
 @click.option(
     "--max-tokens",
@@ -801,7 +819,7 @@ def _numbers(given: tuple[str, ...], names: dict[str, str]) -> dict[str, int]:
 
 
 @main.command()
-@click.argument("recipe_yaml", type=PATH)
+@click.argument("recipe_yaml", type=INPUT)
 @click.argument("out", type=PATH)
 @click.option(
     "--out-dtype",
@@ -831,7 +849,7 @@ def build(
 
 
 @main.command()
-@click.argument("recipe_yaml", type=PATH)
+@click.argument("recipe_yaml", type=INPUT)
 @click.argument("model", type=PATH)
 def verify(recipe_yaml: Path, model: Path) -> None:
     """Check a built model against the lock of its recipe."""
@@ -842,7 +860,7 @@ def verify(recipe_yaml: Path, model: Path) -> None:
 
 
 @main.command("check-overlap")
-@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.argument("files", type=INPUT, nargs=-1, required=True)
 @click.option(
     "--n",
     type=click.IntRange(min=1),
@@ -926,7 +944,7 @@ def _corpora_and_objectives(files: tuple[Path, ...], text_field: str) -> tuple[l
 
 
 @main.command()
-@click.argument("directory", type=PATH)
+@click.argument("directory", type=INPUT)
 @click.argument("repo")
 @click.option(
     "--private/--public", default=None, help="Of a new repository (default: the account's choice)."

@@ -116,14 +116,21 @@ def test_an_error_is_one_line_on_stderr_and_exit_status_1(tmp_path):
     assert result.stdout == ""
 
 
+def test_an_input_that_is_not_there_is_told_before_the_libraries_load(tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "optimer_hf", "search", "none.yaml", "s"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 1 and "error: none.yaml: no such file.\n" in found.stderr
+    assert " torch\n" not in found.stderr and " scipy\n" not in found.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "nowhere"], "nowhere: no such recipe folder"),
         (["convert", "none.gguf", "out"], "none.gguf: no such file"),
         (["evaluate", "./none", "obj.yaml"], "no such file or directory"),
-        (["compare", "nowhere"], "holds no study"),
-        (["recipe", "nowhere", "recipe.yaml"], "holds no study"),
+        (["compare", "nowhere"], "nowhere: no such directory. `optimer search"),
+        (["recipe", ".", "recipe.yaml"], "holds no study"),
         (["extract", "./none", "--base", "./none", "out"], "no such file or directory"),
         (["search", "my-merge.yml", "s"], "Add --objective"),
         (["merge", "obj.yaml", "out"], "obj.yaml:1: unknown field 'limit'"),
@@ -573,9 +580,9 @@ def test_another_objective_is_answered_from_the_record_and_verified(searched, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("retarget", "S", "T", "--n-trials", "3"), "OUT and --n-trials go together"),
+        (("retarget", ".", ".", "--n-trials", "3"), "OUT and --n-trials go together"),
         (
-            ("retarget", "S", "T", "O", "--n-trials", "3", "--workers", "2", "--scheduler", "x"),
+            ("retarget", ".", ".", "O", "--n-trials", "3", "--workers", "2", "--scheduler", "x"),
             "--workers starts a cluster and --scheduler uses one",
         ),
     ],
