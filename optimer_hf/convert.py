@@ -120,16 +120,18 @@ def multiplied_in(dtype: torch.dtype, device: str) -> torch.dtype:
     """Return the dtype in which a device multiplies matrices of `dtype`: float32 where it cannot.
 
     A CPU without AVX-512 or the like has no kernels for 16 bits, and PyTorch's fallback is 6 to 75
-    times slower than float32 (benchmarks/precision.py).
+    times slower than float32 (benchmarks/precision.py); GPUs before Ampere have none for bfloat16.
     """
-    probe = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }
-    if device != "cpu" or dtype not in probe:
-        return dtype
-    supported = getattr(torch.ops.mkldnn, probe[dtype], None)  # none: built without mkldnn
-    return dtype if supported is not None and supported() else torch.float32
+    if device == "cpu":
+        probes = {
+            torch.bfloat16: "_is_mkldnn_bf16_supported",
+            torch.float16: "_is_mkldnn_fp16_supported",
+        }
+        probe = getattr(torch.ops.mkldnn, probes.get(dtype, ""), lambda: dtype not in probes)
+        return dtype if probe() else torch.float32
+    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32
+    return dtype
 
 
 def loaded_tokenizer(base: ResolvedModel) -> Any:

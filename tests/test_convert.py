@@ -317,5 +317,18 @@ def test_sixteen_bits_are_multiplied_in_float32_where_the_processor_has_no_kerne
     name = f"_is_mkldnn_{flag}_supported"
     monkeypatch.setattr(torch.ops.mkldnn, name, lambda: supported, raising=False)
     assert multiplied_in(dtype, "cpu") == (dtype if supported else torch.float32)
-    assert multiplied_in(dtype, "cuda") == dtype
     assert multiplied_in(torch.float32, "cpu") == torch.float32
+
+
+def test_a_build_without_mkldnn_multiplies_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert multiplied_in(torch.bfloat16, "cpu") == torch.float32
+    assert multiplied_in(torch.float32, "cpu") == torch.float32
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_an_old_gpu_multiplies_bfloat16_in_float32(monkeypatch, supported):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    expected = torch.bfloat16 if supported else torch.float32
+    assert multiplied_in(torch.bfloat16, "cuda") == expected
+    assert multiplied_in(torch.float16, "cuda") == torch.float16
