@@ -1,11 +1,12 @@
 """Two Dask workers against one, on the real model: the same number of trials of a finished study.
 
     optimer run recipes/gemma-3-270m-demo --short
-    python benchmarks/workers.py [--study runs/gemma-3-270m-demo-short/study] [--trials 10]
+    python benchmarks/workers.py [--study runs/.../study] [--trials 10] [--seeds 3]
 
 Both arms run the study's config on a cluster of single-threaded processes, without re-scoring, from
 an empty directory; seconds exclude loading the models, which a first trial does on every worker.
-The best value is that of the incumbent, on the same items in both arms.
+The best value is that of the incumbent, on the same items in both arms. Arms alternate, seed by
+seed; medians.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import logging
 import tempfile
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 from distributed import Client, LocalCluster
@@ -66,20 +68,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", type=Path, default=Path("runs/gemma-3-270m-demo-short/study"))
     parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     config = StudyConfig.read(options.study / "study.json")
-    settings = config.search.model_copy(update={"n_trials": options.trials, "rescore_top": 0})
-    config = config.model_copy(update={"search": settings, "test": None, "retarget": {}})
-    found = {n_workers: run(config, n_workers) for n_workers in (1, 2)}
-    print(f"{options.trials} trials, one thread a worker")
-    for n_workers, arm in found.items():
-        print(
-            f"{n_workers} worker(s) {arm['seconds']:7.1f} s {arm['per_minute']:6.1f} trials/min, "
-            f"best value {arm['value']:+.4f}"
+    found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    print(f"{options.trials} trials, one thread a worker, {options.seeds} seeds")
+    print("seed  trials/min, 1 and 2 workers  ratio  best value, 1 and 2 workers")
+    for seed in range(options.seeds):
+        settings = config.search.model_copy(
+            update={"n_trials": options.trials, "rescore_top": 0, "seed": seed}
         )
-    ratio = found[2]["per_minute"] / found[1]["per_minute"]
-    print(f"throughput {ratio:.2f}x (bar 1.6x)")
+        asked = config.model_copy(update={"search": settings, "test": None, "retarget": {}})
+        for n_workers, arm in found.items():
+            arm.append(run(asked, n_workers))
+        one, two = found[1][-1], found[2][-1]
+        print(
+            f"{seed:4}  {one['per_minute']:10.1f} {two['per_minute']:10.1f} "
+            f"{two['per_minute'] / one['per_minute']:12.2f}x  "
+            f"{one['value']:+10.4f} {two['value']:+10.4f}",
+            flush=True,
+        )
+    pairs = list(zip(found[1], found[2], strict=True))
+    ratio = median(two["per_minute"] / one["per_minute"] for one, two in pairs)
+    difference = median(two["value"] - one["value"] for one, two in pairs)
+    print(f"throughput {ratio:.2f}x (bar 1.6x), best value {difference:+.4f} (medians of pairs)")
     print(json.dumps(found))
 
 
