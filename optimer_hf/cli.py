@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
-from optimer_hf.files import is_there
+from optimer_hf.files import FREE_TEXT, is_there
 
 if TYPE_CHECKING:
     from optimer_hf.hub import Pull, Push
@@ -41,6 +41,7 @@ class _Given(click.Path):
 
 PATH = click.Path(path_type=Path)
 INPUT = _Given("no such file")
+DIRECTORY = _Given("no such directory")
 STUDY = _Given("no such directory. `optimer search STUDY.yaml STUDY_DIR` makes a study")
 FORMAT = click.option(
     "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What to print."
@@ -442,9 +443,7 @@ def search(
     click.echo(yaml_text(found))
     _say_intervals(result)
     _say_front(result)
-    click.echo("\nwhere the time went (seconds):", err=True)
-    for stage, entry in ledger(result).items():
-        click.echo(f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}", err=True)
+    _say_ledger(ledger(result))
     if config.test is not None:
         click.echo(f"compare it: optimer compare {study_dir}", err=True)
     click.echo(f"build it: optimer build {recipe_file} OUT", err=True)
@@ -486,6 +485,12 @@ def _say_intervals(study: Any) -> None:
         told = "" if interval.excludes_zero else ": not told apart"
         text = f"{interval.difference:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{told}"
         click.echo(f"minus {what}: {text}", err=True)
+
+
+def _say_ledger(found: Mapping[str, Any]) -> None:
+    click.echo("\nwhere the time went (seconds):", err=True)
+    for stage, entry in found.items():
+        click.echo(f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}", err=True)
 
 
 def _say_front(study: Any) -> None:
@@ -573,7 +578,7 @@ def _weights_text(weights: Mapping[str, float]) -> str:
 def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> Any:
     from optimer_hf.evaluate import ObjectiveFile
     from optimer_hf.files import parse, read_yaml
-    from optimer_hf.merge_config import not_searched, pool_of, read_merge_config
+    from optimer_hf.merge_config import not_searched, read_merge_config, searched_pool
     from optimer_hf.study import SearchConfig, StudyConfig
 
     data = read_yaml(path)
@@ -583,7 +588,7 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
                 f"{path}: a merge config says what to merge, not what for. Add --objective "
                 "OBJECTIVE.yaml."
             )
-        base, sources = pool_of(read_merge_config(path), path)
+        base, sources = searched_pool(read_merge_config(path), path)
         if dropped := not_searched(data):
             logging.getLogger("optimer_hf").warning(
                 "%s: one number per vector of a plain weighted sum is searched; not kept: %s",
@@ -766,15 +771,11 @@ def ratios(
     from optimer_hf import ratios as ratio
     from optimer_hf.train import TrainConfig
 
-    weights, sources = _weights_of(source)
-    for name in without:
-        if name not in sources:
-            raise ConfigError(f"--without {name}: no vector is called so; known: {[*sources]}.")
-    weights = {name: weight for name, weight in weights.items() if name not in without}
-    sources = {name: sources[name] for name in weights}
+    weights, sources = _weights_of(source, without)
     given = _numbers(tokens, sources)
     known = given | ratio.training_tokens({n: s for n, s in sources.items() if n not in given})
     found = ratio.ratios(weights, known)
+    found.left_out.extend(without)
     if (out is None) != (not train_yaml):
         raise ConfigError("TRAIN_YAML and --out go together: what to mix, and where to write it.")
     if out is not None:
@@ -788,24 +789,32 @@ def ratios(
     for name, share in found.shares.items():
         click.echo(f"{name}: {100 * share:.2f} %  (weight {weights[name]:g})")
     for name in found.left_out:
-        click.echo(f"{name}: left out (weight {weights[name]:g} is not above 0)")
-    for name in without:
-        click.echo(f"{name}: left out (--without)")
+        why = "--without" if name in without else f"weight {weights[name]:g} is not above 0"
+        click.echo(f"{name}: left out ({why})")
     if out is not None:
         click.echo(f"train it: optimer train {out} OUT", err=True)
 
 
-def _weights_of(source: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """Return weights and sources of the vectors of a study directory or of a recipe."""
+def _weights_of(source: Path, without: tuple[str, ...]) -> tuple[dict[str, float], dict[str, str]]:
+    """Return weights and sources of the vectors of a study directory or of a recipe, but those of
+    some names.
+    """
     from optimer_hf.recipe import RecipeFile
     from optimer_hf.study import load_study
 
     if source.is_dir():
         study = load_study(source)
-        vectors = study.config.vectors
-        return study.incumbent.weights, {name: str(v.source) for name, v in vectors.items()}
-    recipe = RecipeFile.read(source)
-    return recipe.weights, {name: vector.source for name, vector in recipe.vectors.items()}
+        weights = study.incumbent.weights
+        sources = {name: str(v.source) for name, v in study.config.vectors.items()}
+    else:
+        recipe = RecipeFile.read(source)
+        weights = recipe.weights
+        sources = {name: vector.source for name, vector in recipe.vectors.items()}
+    for name in without:
+        if name not in sources:
+            raise ConfigError(f"--without {name}: no vector is called so; known: {[*sources]}.")
+    kept = [name for name in sources if name not in without]
+    return {name: weights[name] for name in kept}, {name: sources[name] for name in kept}
 
 
 def _numbers(given: tuple[str, ...], names: dict[str, str]) -> dict[str, int]:
@@ -944,7 +953,7 @@ def _corpora_and_objectives(files: tuple[Path, ...], text_field: str) -> tuple[l
 
 
 @main.command()
-@click.argument("directory", type=INPUT)
+@click.argument("directory", type=DIRECTORY)
 @click.argument("repo")
 @click.option(
     "--private/--public", default=None, help="Of a new repository (default: the account's choice)."
@@ -1098,7 +1107,9 @@ def _validated(path: Path) -> tuple[str, Any]:
         refuse_unknown_method(config["merge_method"], path)
         linear_merge_of(config, path)
         folder = path.resolve().parent
-        return "merge config", [absolute_reference(text, folder) for text in models_in(config)]
+        named = [*models_in(config), str(config.get("base_model") or "")]
+        parts = [part for text in named for part in text.split("+") if part]
+        return "merge config", [absolute_reference(part, folder) for part in parts]
     if "study" in keys and "scores" in keys:
         return "recipe", RecipeFile.read(path).model_dump()
     if "objective" in keys or "vectors" in keys:
@@ -1113,7 +1124,7 @@ def _validated(path: Path) -> tuple[str, Any]:
 def _absent(value: Any) -> Iterator[Path]:
     """Yield the local paths in a config that lead nowhere."""
     if isinstance(value, dict):
-        value = value.values()
+        value = [item for key, item in value.items() if key not in FREE_TEXT]
     elif isinstance(value, str | Path):
         if Path(value).is_absolute() and not is_there(Path(value)):
             yield Path(value)

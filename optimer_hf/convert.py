@@ -119,19 +119,22 @@ def default_device() -> str:
 def multiplied_in(dtype: torch.dtype, device: str) -> torch.dtype:
     """Return the dtype in which a device multiplies matrices of `dtype`: float32 where it cannot.
 
-    A CPU without AVX-512 or the like has no kernels for 16 bits, and PyTorch's fallback is 6 to 75
+    A CPU without AVX-512 or the like has no kernels for 16 bits, and PyTorch's fallback is 6 to 90
     times slower than float32 (benchmarks/precision.py); GPUs before Ampere have none for bfloat16.
     """
-    if device == "cpu":
-        probes = {
-            torch.bfloat16: "_is_mkldnn_bf16_supported",
-            torch.float16: "_is_mkldnn_fp16_supported",
-        }
-        probe = getattr(torch.ops.mkldnn, probes.get(dtype, ""), lambda: dtype not in probes)
-        return dtype if probe() else torch.float32
-    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32
-    return dtype
+    if dtype == torch.float32:
+        return dtype
+    if device != "cpu":
+        has_kernels = dtype == torch.float16 or torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+    elif not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        has_kernels = False
+    elif dtype == torch.bfloat16:
+        has_kernels = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        has_kernels = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype if has_kernels else torch.float32
 
 
 def loaded_tokenizer(base: ResolvedModel) -> Any:

@@ -243,7 +243,8 @@ STRICT_RECORD = ConfigDict(extra="forbid", allow_inf_nan=False)  # of what is re
 @dataclass(frozen=True)
 class TermScore:
     """The items of one term: [numerator, denominator] each, and the direction of the metric; a
-    perplexity is two to the power of the ratio (numerators are in bits).
+    perplexity is two to the power of the ratio (numerators are in bits). `taken_over`: scored for
+    the search and copied to re-scoring.
     """
 
     __pydantic_config__ = STRICT_RECORD
@@ -252,6 +253,7 @@ class TermScore:
     higher_is_better: bool
     n_tokens: int = 0
     is_perplexity: bool = False
+    taken_over: bool = False
 
     @property
     def score(self) -> float:
@@ -580,7 +582,8 @@ def warn_of_other_weights(objective: Objective, test: Objective) -> None:
     """Log a warning for a sealed test that weighs the terms of the objective otherwise: its
     `objective` column is then another objective than the one that was searched.
     """
-    weights = {term.label: term.weight for term in objective.terms}
+    weights = {term.label: 0.0 for term in objective.constraints}
+    weights |= {term.label: term.weight for term in objective.terms}
     shared = {term.label: term.weight for term in test.terms if term.label in weights}
     total, again = sum(weights[label] for label in shared), sum(shared.values())
     for label, weight in shared.items():

@@ -6,7 +6,7 @@ number of trials. What a reader would not guess: two ratios are given, because t
 be paid for, too, unless somebody else has trained them.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from optimer_hf.vector import read_record
 PHASES = ("ask", "merge", "evaluate", "forward", "cpu")
 
 
-def trial_ledger(trials: Sequence[Trial], taken_over: Collection[str] = ()) -> dict[str, Any]:
+def trial_ledger(trials: Sequence[Trial]) -> dict[str, Any]:
     """Return count, items, tokens and seconds of trials by phase, their CPU-seconds (asking
-    aside), and the share that is not the model's forward pass. Items of terms whose scores were
-    `taken_over` cost nothing and do not count.
+    aside), and the share that is not the model's forward pass. Items of scores that were taken over
+    cost nothing and do not count.
     """
     total = {phase: sum(trial.seconds.get(phase, 0.0) for trial in trials) for phase in PHASES}
     spent = total["ask"] + total["merge"] + total["evaluate"]
@@ -28,8 +28,8 @@ def trial_ledger(trials: Sequence[Trial], taken_over: Collection[str] = ()) -> d
         "items": sum(
             len(score.items)
             for trial in trials
-            for label, score in trial.terms.items()
-            if label not in taken_over
+            for score in trial.terms.values()
+            if not score.taken_over
         ),
         "tokens": sum(trial.n_tokens for trial in trials),
         "seconds": round(spent, 1),
@@ -38,7 +38,7 @@ def trial_ledger(trials: Sequence[Trial], taken_over: Collection[str] = ()) -> d
         "merge": round(total["merge"], 2),
         "forward": round(total["forward"], 1),
         "harness": round(total["evaluate"] - total["forward"], 2),
-        "overhead_share": round(1 - total["forward"] / max(spent, 1e-9), 4),
+        "overhead_share": round(1 - total["forward"] / spent, 4) if spent else 0.0,
     }
 
 
@@ -47,7 +47,7 @@ def ledger(study: Study) -> dict[str, Any]:
     vectors say what their training took.
     """
     found: dict[str, Any] = {
-        fidelity: trial_ledger(trials, study.known_on_all_items if fidelity == "rescore" else ())
+        fidelity: trial_ledger(trials)
         for fidelity in ("search", "rescore")
         if (trials := study.log.of(fidelity))
     }

@@ -158,6 +158,27 @@ def named_sources(sources: Iterable[str]) -> dict[str, str]:
     return named
 
 
+def searched_pool(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
+    """Return base model and vectors of a config whose weights are to be searched.
+
+    Raises ConfigError for a delta directory without our vector.json, which would be opened as a
+    checkpoint.
+    """
+    folder = path.resolve().parent
+    for model in config.get("models") or []:
+        source = Path(absolute_reference(str(model["model"]), folder))
+        if not (model.get("parameters") or {}).get("delta"):
+            continue
+        record = read_record(source) if source.is_dir() else None
+        if record is None or record.kind != "delta":
+            raise ConfigError(
+                f"{path}: models: {model['model']}: parameters.delta: a search tells a delta "
+                "directory by its vector.json, and finds none here. Write the delta with `optimer "
+                "extract`."
+            )
+    return pool_of(config, path)
+
+
 def not_searched(config: Mapping[str, Any]) -> list[str]:
     """Return what a config sets beyond one number per vector, by field: a search keeps none of
     it.

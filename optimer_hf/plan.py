@@ -278,20 +278,16 @@ def _searching(config: StudyConfig, probe: Probe, prefix: str) -> list[Stage]:
     work = f"{search.n_trials} trials of {items:,} items"
     stages = [Stage(f"{prefix}search", work, cost * search.n_trials)]
     if search.rescore_top:
-        again = [t for t in objective.at("rescore") if not _is_known(config, t, probe)]
+        again = [
+            term
+            for term in objective.at("rescore")
+            if not config.takes_over(term, probe.n_items.get(_item_key(term)))
+        ]
         items, cost = _scoring(again, {t.label: config.rescore_limit_of(t) for t in again}, probe)
         n = search.rescore_top + 1
         work = f"{n} trials of {items:,} items"
         stages.append(Stage(f"{prefix}re-score", work, cost * n))
     return stages
-
-
-def _is_known(config: StudyConfig, term: Term, probe: Probe) -> bool:
-    """Whether re-scoring takes the scores of a term over from the search."""
-    if term.rescore_only or term.function is not None:
-        return term.function is not None
-    limit, again = config.objective.limit_of(term), config.rescore_limit_of(term)
-    return limit == again or (limit or 0) > probe.n_items[_item_key(term)]
 
 
 def _scoring(

@@ -9,6 +9,7 @@ streaming writer writes, bit for bit: both compute row block by row block throug
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -44,12 +45,7 @@ class ResidentModel:
         that name.
         """
         self.dtype = DTYPES[dtype]
-        held_in = multiplied_in(self.dtype, device)
-        self.model = loaded_model(base, held_in).to(device).eval()
-        if held_in != self.dtype:
-            for tensor in self.model.state_dict().values():
-                if tensor.is_floating_point():
-                    tensor.copy_(tensor.to(self.dtype))
+        self.model = _rounded_model(base, self.dtype, device)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         once = {name for name, _ in self.model.named_parameters()}  # tied ones under one name
         moved = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
@@ -99,6 +95,17 @@ class ResidentModel:
         merged = merged_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)
         if out is None:
             target.copy_(merged)
+
+
+def _rounded_model(base: ResolvedModel, dtype: torch.dtype, device: str) -> Any:
+    """Return a model whose weights are numbers of `dtype`, held in what the device multiplies."""
+    held_in = multiplied_in(dtype, device)
+    model = loaded_model(base, held_in).to(device).eval()
+    if held_in != dtype:
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))
+    return model
 
 
 def _placed(vector: DistributionVector, device: str) -> DistributionVector:

@@ -242,13 +242,11 @@ def _run_rescore(study: Study, runner: Runner) -> None:
     remaining, done = deque(study.to_rescore()), len(study.log.of("rescore"))
     if not remaining:
         return
-    config, known = study.config, study.known_on_all_items
-    terms = [term for term in config.objective.at("rescore") if term.label not in known]
-    limits = {term.label: config.rescore_limit_of(term) for term in terms}
+    terms, limits = study.rescore_plan()
     if not terms:
-        logger.info("re-score: the search saw every item, so its scores are taken over")
+        logger.info("re-score: the search scored the same items, so its scores are taken over")
         for trial in remaining:
-            study.log.append(study.with_known(_again(trial)))
+            study.log.append(study.with_searched(_again(trial)))
         return
     n_running = 0
     with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
@@ -264,7 +262,7 @@ def _run_rescore(study: Study, runner: Runner) -> None:
                 raise EvaluationError(
                     f"the base model itself cannot be scored again: {_reason(rescored)}"
                 )
-            study.log.append(study.with_known(rescored))
+            study.log.append(study.with_searched(rescored))
             meter.advance(1)
 
 

@@ -171,6 +171,16 @@ class StudyConfig(VersionedFile):
         limits += [] if term.rescore_only else [self.objective.limit_of(term)]
         return None if None in limits else max(limit for limit in limits if limit is not None)
 
+    def takes_over(self, term: Term, n_items: int | None) -> bool:
+        """Whether re-scoring takes over the scores of a term, because the search has looked at all
+        that it would look at; `n_items` are those of the term, as far as they are known.
+        """
+        if term.rescore_only:
+            return False
+        limit = self.objective.limit_of(term)
+        has_seen_all = n_items is not None and limit is not None and n_items < limit
+        return has_seen_all or limit == self.rescore_limit_of(term)
+
     def mistakes(self) -> Iterator[Mistake]:
         for name in self.vectors:
             if re.fullmatch(r"[^./][^/]*", name) is None:  # directories are called so
@@ -597,27 +607,40 @@ class Study:
             if trial.number not in done
         ]
 
-    @property
-    def known_on_all_items(self) -> set[str]:
-        """The terms that the search has scored on every item of re-scoring, so that scoring them
-        again would tell nothing.
+    def rescore_plan(self) -> tuple[list[Term], dict[str, int | None]]:
+        """Return the terms that re-scoring has to score, and how many items of each (None: all);
+        the scores of the others are taken over. All trials meet on the items on which the base was
+        re-scored, whatever version did it.
         """
-        known, objective = set(), self.config.objective
-        for term in objective.at("search"):
-            limit, n_items = objective.limit_of(term), len(self.base[term.label].items)
-            saw_all = term.function is None and limit is not None and n_items < limit
-            if saw_all or limit == self.config.rescore_limit_of(term):
-                known.add(term.label)
-        return known
+        terms = self.config.objective.at("rescore")
+        limits = {term.label: self.config.rescore_limit_of(term) for term in terms}
+        searched, rescored = (
+            {label: len(score.items) for label, score in trials[0].terms.items()} if trials else {}
+            for trials in (self.log.of("search"), self.log.of("rescore"))
+        )
+        to_score = []
+        for term in terms:
+            if term.function is not None:
+                is_known = self.config.takes_over(term, None)
+            else:
+                n_items = searched.get(term.label)
+                n_again = rescored.get(term.label, n_items)
+                is_known = self.config.takes_over(term, n_items) and n_again == n_items
+                if term.label in rescored:
+                    limits[term.label] = n_again
+            if not is_known:
+                to_score.append(term)
+        return to_score, limits
 
-    def with_known(self, rescored: Trial) -> Trial:
+    def with_searched(self, rescored: Trial) -> Trial:
         """Return a re-scored trial with the scores that it takes over from the search."""
         if rescored.status == "crashed":
             return rescored
         (searched,) = (t for t in self.log.of("search") if t.number == rescored.number)
-        known = {label: searched.terms[label] for label in self.known_on_all_items}
+        found = {
+            label: replace(score, taken_over=True) for label, score in searched.terms.items()
+        } | rescored.terms
         labels = [term.label for term in self.config.objective.at("rescore")]
-        found = known | rescored.terms
         return replace(rescored, terms={label: found[label] for label in labels})
 
     def ranked(self) -> list[Trial]:

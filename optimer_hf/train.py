@@ -172,9 +172,8 @@ def _mistakes_of_fields(
             continue
         hints = hints or get_type_hints(cls)
         if set(get_args(hints[field]) or [hints[field]]) <= PLAIN:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            try:  # 16.0 is as good as 16 and 1 as true, but "16" is no number
-                config = ConfigDict(strict=not is_number, allow_inf_nan=False)
+            try:
+                config = ConfigDict(strict=True, allow_inf_nan=False)
                 TypeAdapter(hints[field], config=config).validate_python(value)
             except ValidationError as error:
                 yield (name, field), f"found {shown(value)}. {error.errors()[0]['msg']}."
@@ -296,24 +295,18 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
                 shutil.rmtree(out, ignore_errors=True)
             raise
         parts = [dataclasses.asdict(part) for part in packed.parts]
-        record = {"config_sha256": config.digest, "parts": parts, "blocks_sha256": packed.sha256}
-        if started.exists():
-            _refuse_other_blocks(read_yaml(started), record, out, blocks)
-        write_text(started, json.dumps(record))
-    parts = json.loads(started.read_text(encoding="utf-8")).get("parts", [])
-    return load_packed(blocks, [Part(**part) for part in parts])
-
-
-def _refuse_other_blocks(
-    before: Mapping[str, Any], now: Mapping[str, Any], out: Path, blocks: Path
-) -> None:
-    """Refuse a corpus that changed after a run began on it and lost its packed blocks."""
-    if before.get("blocks_sha256", now["blocks_sha256"]) != now["blocks_sha256"]:
+        if not started.exists():
+            record = {"config_sha256": config.digest, "parts": parts}
+            write_text(started, json.dumps(record | {"blocks_sha256": packed.sha256}))
+    record = json.loads(started.read_text(encoding="utf-8"))
+    found = load_packed(blocks, [Part(**part) for part in record.get("parts", [])])
+    if record.get("blocks_sha256", found.sha256) != found.sha256:
         blocks.unlink()
         raise OutputError(
             f"{out}: the run began on another text than its corpus holds now. Restore the corpus, "
             "or remove the directory to begin again."
         )
+    return found
 
 
 def _packed(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:

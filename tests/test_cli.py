@@ -255,8 +255,10 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
     (tmp_path / "here.jsonl").touch()
     (tmp_path / "study.yaml").write_text(
         "base_model: a/b\nvectors: {x: {source: ./x}, y: {source: c/y}}\n"
-        "objective: {terms: [{text: here.jsonl}, {text: gone.jsonl}]}\n"
-        "test: {include_path: tasks, terms: [{task: t, metric: acc}]}\n",
+        "objective:\n  system_instruction: /no_think\n"
+        "  terms: [{text: here.jsonl}, {text: gone.jsonl}]\n"
+        "test:\n  system_instruction: /no_think\n"
+        "  include_path: tasks\n  terms: [{task: t, metric: acc}]\n",
         encoding="utf-8",
     )
     (tmp_path / "train.yaml").write_text(
@@ -264,7 +266,9 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
         encoding="utf-8",
     )
     (tmp_path / "m.yml").write_text(
-        "merge_method: linear\nmodels: [{model: ./tuned, parameters: {weight: 1}}]\n",
+        "merge_method: linear\nbase_model: ./base\nmodels:\n"
+        "- {model: ./tuned, parameters: {weight: 1}}\n"
+        "- {model: org/a+org/b, parameters: {weight: 1}}\n",
         encoding="utf-8",
     )
     found = optimer(
@@ -279,6 +283,7 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
         "  not there (yet): corpus.jsonl",
         "m.yml: a valid merge config",
         "  not there (yet): tuned",
+        "  not there (yet): base",
     ]
 
 

@@ -779,6 +779,15 @@ def test_a_sealed_test_that_weighs_its_terms_otherwise_is_warned_of(
     assert ("so the test asks for something else" in caplog.text) == warned
 
 
+def test_a_constraint_that_counts_in_the_sealed_test_is_warned_of(caplog):
+    math, en = ({"task": name, "metric": "acc"} for name in ("math", "en"))
+    searched = objective_of(math, constraints=[{**en, "max_relative_to_base": 0.1}])
+    warn_of_other_weights(searched, objective_of(math, {**en, "weight": 0}))
+    assert not caplog.text
+    warn_of_other_weights(searched, objective_of(math, en))
+    assert "so the test asks for something else" in caplog.text
+
+
 def test_an_answer_longer_than_the_window_is_an_error_with_both_lengths(tokenizer, tasks_dir):
     model = tiny_model().eval()
     row = {"question": "q", "choices": [" a", " " + "b" * 400], "label": 0}

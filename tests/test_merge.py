@@ -29,6 +29,7 @@ from optimer_hf.merge_config import (
     optimer_config,
     pool_of,
     read_merge_config,
+    searched_pool,
     vanilla_config,
 )
 from optimer_hf.resident import ResidentModel
@@ -765,6 +766,22 @@ def test_the_base_named_as_the_tokenizer_is_what_the_writer_does_anyway(pool, tm
     named = "base" if source == "base" else str(base.path)
     found = merged_by(config | {"tokenizer_source": named}, tmp_path / "out", "native")
     assert_same_bits(found, merged_by(config, tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "of somebody else"])
+def test_a_delta_directory_is_searched_with_our_record_only(pool, tmp_path, ours):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    extract(open_vector("ja", str(sources["ja"]), base), base, tmp_path / "ja")
+    if not ours:
+        (tmp_path / "ja" / "vector.json").unlink()
+    models = [{"model": "./ja", "parameters": {"weight": 0.5, "delta": True}}]
+    config = optimer_yaml(base_model=str(base.path), models=models)
+    path = write_config(tmp_path / "c.yml", config)
+    if ours:
+        assert searched_pool(config, path)[1] == {"ja": str(tmp_path / "ja")}
+        return
+    with pytest.raises(ConfigError, match=r"c\.yml: models: \./ja: parameters\.delta: .*extract"):
+        searched_pool(config, path)
 
 
 def test_a_search_names_what_it_does_not_keep_of_a_config():

@@ -118,7 +118,7 @@ def test_from_a_recipe_to_a_model_trained_on_the_mixture(make_base, corpus_dir, 
     alone = CliRunner().invoke(
         main, ["ratios", str(tmp_path / "recipe.yaml"), "--without", "mix", "--format", "json"]
     )
-    assert json.loads(alone.output) == {"shares": {"aaa": 1.0}, "left_out": []}
+    assert json.loads(alone.output) == {"shares": {"aaa": 1.0}, "left_out": ["mix"]}
     assert mixed.max_tokens == 640, "the tokens of both vectors"
     train(mixed, tmp_path / "mixed")
     record = json.loads((tmp_path / "mixed" / "training.json").read_text(encoding="utf-8"))

@@ -133,8 +133,9 @@ def test_a_device_without_16_bit_products_holds_the_same_numbers_in_float32(
     assert_same_bits(state(resident), written(tmp_path / "out"))
 
 
-def test_rotary_frequencies_are_never_rounded(open_pool):
+def test_rotary_frequencies_are_never_rounded(open_pool, monkeypatch):
     """A buffer that transformers keeps in float32 stays what it was, whatever is multiplied."""
+    monkeypatch.setattr(resident_module, "multiplied_in", lambda dtype, device: torch.float32)
     base, pool = open_pool("tied", "bfloat16", POOLS["adapter"])
     asked, wide = (ResidentModel(base, pool, dtype=name) for name in ("bfloat16", "float32"))
     buffers = dict(wide.model.named_buffers())

@@ -273,12 +273,46 @@ def test_items_that_the_search_saw_are_not_scored_again(tmp_path, limit, rescore
     rescored = study.log.of("rescore")
     assert rescored[0].number == 0 and len(rescored) == 3
     for trial in rescored:
-        assert trial.terms["t"] == searched[trial.number].terms["t"]
+        assert trial.terms["t"] == replace(searched[trial.number].terms["t"], taken_over=True)
         assert list(trial.terms) == (["t", "u"] if joins else ["t"])
     assert ledger(study)["rescore"]["items"] == (12 if joins else 0)
     assert ledger(study)["search"]["items"] == 28
     assert study.is_finished
     assert outcome(search(config, tmp_path / "s", pool=no_pool)) == outcome(study)
+
+
+class LimitedPool(FunctionPool):
+    """Scores as many of its four items as it is asked for."""
+
+    def score(self, weights, terms, limits):
+        scores, *rest = super().score(weights, terms, limits)
+        cut = {k: replace(s, items=s.items[: limits[k]]) for k, s in scores.items()}
+        return cut, *rest
+
+
+def test_a_study_rescored_on_fewer_items_goes_on_with_those(tmp_path):
+    """As versions did that re-scored `rescore_limit` items even where the search saw more."""
+    pools = []
+
+    def pool(config):
+        pools.append(LimitedPool(config))
+        return pools[-1]
+
+    objective = {"terms": [{"task": "t", "metric": "loss"}]}
+    settings = {"n_trials": 7, "rescore_top": 4, "rescore_limit": 3}
+    study = search(config_of(objective=objective, search=settings), tmp_path / "s", pool=pool)
+    lines = []
+    for trial in study.log.trials[:9]:  # killed while it re-scored
+        if trial.fidelity == "rescore":
+            score = replace(trial.terms["t"], items=trial.terms["t"].items[:3], taken_over=False)
+            trial = replace(trial, terms={"t": score})
+        lines.append(trial.to_json() + "\n")
+    (tmp_path / "s" / "trials.jsonl").write_text("".join(lines), encoding="utf-8")
+    found = search(config_of(objective=objective, search=settings), tmp_path / "s", pool=pool)
+    asked = [limits for _, _, limits in pools[1].calls]
+    assert asked and all(limits == {"t": 3} for limits in asked)
+    assert {len(trial.terms["t"].items) for trial in found.log.of("rescore")} == {3}
+    assert found.over_base(found.incumbent) and found.over_next()
 
 
 def test_rescoring_looks_at_more_items_or_at_more_terms(tmp_path):
@@ -289,8 +323,7 @@ def test_rescoring_looks_at_more_items_or_at_more_terms(tmp_path):
         pools.append(FunctionPool(config))
         return pools[-1]
 
-    study = search(config, tmp_path / "s", pool=pool)
-    assert study.known_on_all_items == set()
+    search(config, tmp_path / "s", pool=pool)
     assert pools[0].calls[-1][1:] == (["t", "u", "q"], dict.fromkeys("tuq"))
 
 
