@@ -7,6 +7,7 @@ the sha256 of the file.
 """
 
 import functools
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -107,6 +108,7 @@ def loaded_model(base: ResolvedModel, dtype: Any) -> Any:
     """Return the causal language model of a directory; ModelError says why it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
+    gc.collect()  # a model before this one, which the Trainer's cycles of references keep
     with _naming_unloadable(base, "model"):
         return AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
 
