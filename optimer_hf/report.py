@@ -71,6 +71,7 @@ WIDTH = 5.2  # inches: at 72 points an inch, a phone shows a figure at its own s
 N_POINTS = 61  # of a slice
 NEARLY_PARALLEL = 0.2  # cosine
 SETTLED = 0.02  # of the gain that the last fifth of the trials may still add
+FEWEST_LATE = 5  # trials that must have brought nothing before a search has settled
 NO_PAIR = 2  # terms a front needs
 FIGURES = "figures"  # the folder of a card's figures, beside recipe.yaml
 CAPTIONS = f"{FIGURES}/captions.json"
@@ -226,7 +227,7 @@ def _progress(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
         axis.set_ylabel("gain, %" if unit.factor > 1 else "gain")
     axes[0].legend(loc="lower right")
     last = trials[int(np.argmax(values))].number
-    late = max(len(trials) // 5, 1)
+    late = min(max(len(trials) // 5, FEWEST_LATE), len(trials))
     gained = best[-1] - best[-1 - late] if len(trials) > late else best[-1]
     told = f"the last {late} trials raised the best score (trial {last}) by {gained:.2f}: " + (
         "more trials may find more" if gained > SETTLED * best[-1] else "the search has settled"

@@ -138,6 +138,7 @@ def test_weights_that_are_fixed_stand_beside_the_searched_ones(tmp_path):
     config = config_of(vectors=vectors, search={"n_trials": 6, "rescore_top": 0})
     found = search(config, tmp_path / "s", pool=FunctionPool)
     panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
+    assert panels["progress"].conclusion.startswith("The last 5 trials raised the best score")
     assert "Fixed by the study, in every trial: x 0.5." in panels["weights"].conclusion
     assert "Fixed by the study, in every trial: x 0.5." in panels["weights"].shows
 
