@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
-from optimer_hf.files import FREE_TEXT, is_there
 
 if TYPE_CHECKING:
     from optimer_hf.hub import Pull, Push
@@ -34,6 +33,8 @@ class _Given(click.Path):
         self._expected = expected
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from optimer_hf.files import is_there
+
         if not is_there(Path(value)):
             raise ConfigError(f"{value}: {self._expected}.")
         return super().convert(value, param, ctx)
@@ -1123,6 +1124,8 @@ def _validated(path: Path) -> tuple[str, Any]:
 
 def _absent(value: Any) -> Iterator[Path]:
     """Yield the local paths in a config that lead nowhere."""
+    from optimer_hf.files import FREE_TEXT, is_there
+
     if isinstance(value, dict):
         value = [item for key, item in value.items() if key not in FREE_TEXT]
     elif isinstance(value, str | Path):
