@@ -475,20 +475,28 @@ def term_scores(landscape: Landscape, items: "Array") -> dict[str, TermScore]:
 
 
 def optimer_trials(
-    landscape: Landscape, config: StudyConfig, *, n_items: int = N_ITEMS
+    landscape: Landscape, config: StudyConfig, *, n_items: int = N_ITEMS, n_workers: int = 1
 ) -> list[Trial]:
-    """Run our search without a study directory, on the first items of every term."""
+    """Run our search without a study directory, on the first items of every term.
+
+    With several workers, whose trials take equally long, a trial is asked for while the ones before
+    it still run.
+    """
     planned, trials = anchors(config), list[Trial]()
-    rng = noise_of("optimer", config.search.seed)
+    rng, n_told = noise_of("optimer", config.search.seed), 0
     with tempfile.TemporaryDirectory() as scratch:
         asker = Asker(config, Path(scratch))
         for number in range(config.search.n_trials):
-            is_anchor = number < len(planned)
-            origin, weights = planned[number] if is_anchor else ("surrogate", asker.ask(number))
+            if number - n_told == n_workers:
+                asker.tell(trials[n_told])
+                n_told += 1
+            if number < len(planned):
+                origin, weights = planned[number]
+            else:
+                running = [trial.weights for trial in trials[n_told:]]
+                origin, weights = "surrogate", asker.ask(number, running)
             scores = term_scores(landscape, landscape.observe(point_of(weights), rng)[:, :n_items])
-            trial = Trial(number, origin, "search", weights, "ok", scores, {})
-            trials.append(trial)
-            asker.tell(trial)
+            trials.append(Trial(number, origin, "search", weights, "ok", scores, {}))
     return trials
 
 
@@ -578,21 +586,49 @@ def against_tpe(job: Job) -> dict[str, Any]:
     return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": found}
 
 
+def against_one_worker(job: Job) -> dict[str, Any]:
+    """Return our regret at the last checkpoint with two workers, and with one."""
+    landscape = landscape_of(job.kind, job.d, job.seed)
+    config = config_of(landscape, job.seed, CHECKPOINTS[-1])
+    points = [
+        ranked(config, optimer_trials(landscape, config, n_workers=n_workers))[0]
+        for n_workers in (2, 1)
+    ]
+    found = uniform_regrets(landscape, points)
+    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": found}
+
+
 def paired(options: Options) -> dict[str, Any]:
     """Our regret at 20 trials against TPE's at 100, on enough landscapes to tell them apart."""
-    n_trials = CHECKPOINTS[0]
+    print(f"\npaired: ours at {CHECKPOINTS[0]} trials against {BAR}", end="")
+    rows = [(kind, d) for d in DIMENSIONS for kind in KINDS if kind != "accuracy"]
+    return compare_pairs(options, "paired", against_tpe, rows, options.paired_seeds)
+
+
+def parallel(options: Options) -> dict[str, Any]:
+    """Our regret with two workers, who ask while the other's trial runs, against one's."""
+    print(f"\nparallel: two workers against one, at {CHECKPOINTS[-1]} trials", end="")
+    rows = [(kind, d) for d in DIMENSIONS for kind in KINDS if kind != "cliff"]
+    return compare_pairs(options, "parallel", against_one_worker, rows, options.seeds)
+
+
+def compare_pairs(
+    options: Options,
+    name: str,
+    function: Callable[[Job], dict[str, Any]],
+    rows: Sequence[tuple[str, int]],
+    n_seeds: int,
+) -> dict[str, Any]:
+    """Run one comparison on landscapes; print medians and their difference with its interval."""
     print(
-        f"\npaired: median regret in % at {n_trials} trials against {BAR}, and their difference ",
+        f": median regret in %, and the difference with its 95 % bootstrap interval; {n_seeds} ",
         end="",
     )
-    print(f"with its 95 % bootstrap interval; {options.paired_seeds} landscapes a row")
-    rows = [(kind, d) for d in DIMENSIONS for kind in KINDS if kind != "accuracy"]
+    print("landscapes a row")
     jobs = [
-        Job(kind, d, seed, others=options.others)
-        for kind, d in rows
-        for seed in range(options.paired_seeds)
+        Job(kind, d, seed, others=options.others) for kind, d in rows for seed in range(n_seeds)
     ]
-    found = run_jobs("paired", against_tpe, jobs, options.processes)
+    found = run_jobs(name, function, jobs, options.processes)
     table = {}
     for kind, d in rows:
         both = np.array([r["regret"] for r in found if (r["kind"], r["d"]) == (kind, d)]).T
@@ -839,7 +875,8 @@ def asking(options: Options) -> dict[str, Any]:
 
 
 MEASUREMENTS = {
-    function.__name__: function for function in (samplers, paired, real, items, retarget, asking)
+    function.__name__: function
+    for function in (samplers, paired, parallel, real, items, retarget, asking)
 }
 
 

@@ -662,7 +662,9 @@ def compare(
     config = study.config.model_copy(update={"baselines": baselines})
     comparison = comparisons.compare(replace(study, config=config))
     if figure is not None:
-        comparisons.write_figure(comparison, figure)
+        from optimer_hf.report import write_sealed_figure
+
+        write_sealed_figure(study, comparison, figure)
     click.echo(
         json.dumps(comparisons.to_json(comparison), indent=2)
         if output == "json"

@@ -18,7 +18,7 @@ from typing import Any
 from optimer_hf import baselines
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, paired_interval
-from optimer_hf.files import VersionedFile, digest, markdown_table, replacing, slug
+from optimer_hf.files import VersionedFile, digest, markdown_table, slug
 from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
 from optimer_hf.search import search
@@ -391,33 +391,3 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             }
         )
     return {"rows": rows, "verdicts": verdicts(comparison)}
-
-
-def write_figure(comparison: Comparison, path: Path) -> None:
-    """Write the value of every row, in percent over the base, with its paired 95 % interval, as a
-    figure; the suffix of `path` says the format.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = sorted(comparison.rows[1:], key=comparison.value)
-    found = [comparison.interval(row, comparison.base) for row in rows]
-    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for at, (row, interval) in enumerate(zip(rows, found, strict=True)):
-        middle = 100 * interval.difference
-        sides = [[middle - 100 * interval.low], [100 * interval.high - middle]]
-        axes.errorbar(
-            middle,
-            at,
-            xerr=[[max(side[0], 0)] for side in sides],
-            fmt="o",
-            color="tab:gray" if row.is_baseline else "tab:red",
-            capsize=3,
-        )
-    axes.set_yticks(range(len(rows)), [row.title for row in rows])
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("sealed objective over the base, in percent, with paired 95 % intervals")
-    with replacing(path) as partial:
-        figure.savefig(partial)

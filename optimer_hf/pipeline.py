@@ -32,27 +32,6 @@ from optimer_hf.files import (
 
 logger = logging.getLogger(__name__)
 
-OURS = {
-    "run.json",
-    "plan.json",
-    "vectors",
-    "study",
-    "deltas",
-    "mixtures",
-    "comparison.png",
-    "merged",
-    "done.json",
-    "optimer.yml",
-    "mergekit_config.yml",
-    "recipe.yaml",
-    "recipe.lock.json",
-    "results.md",
-    "report.html",
-    "figures",
-    "results.json",
-    "ledger.json",
-}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -136,7 +115,6 @@ def run_recipe(run: Run) -> str:
         spent["write"] = {"seconds": round(perf_counter() - writing, 1)}
         seconds = round(perf_counter() - started, 1)
         spent["this_invocation"] = {"seconds": seconds, "peak_bytes": plan.peak_memory()}
-        compare.write_figure(comparison, run.out / "comparison.png")
         write_text(run.out / "results.json", json.dumps(sealed, indent=2))
         write_text(run.out / "ledger.json", json.dumps(spent, indent=2))
         write_text(run.out / "results.md", _results(run, comparison, study, spent))
@@ -161,12 +139,6 @@ def plan_run(run: Run) -> Any:
 
 def _claim(run: Run) -> None:
     """Take the output directory for this recipe; each stage checks its own inputs."""
-    foreign = {path.name for path in run.out.glob("[!.]*")} - OURS if run.out.exists() else set()
-    if foreign:
-        raise OutputError(
-            f"{run.out}: holds files that are not ours ({sorted(foreign)[0]}). Give another output "
-            "directory."
-        )
     marker, owner = run.out / "run.json", {"recipe": run.name} | run.budget
     if marker.exists():
         if read_yaml(marker) != owner:
@@ -175,10 +147,10 @@ def _claim(run: Run) -> None:
                 "(--short, --tokens). Remove it, or give another output directory."
             )
         return
-    if run.out.exists() and any(run.out.glob("[!.]*")):
+    if found := sorted(path.name for path in run.out.glob("[!.]*")):
         raise OutputError(
-            f"{run.out}: is not empty and was not made by `optimer run`. Give another output "
-            "directory."
+            f"{run.out}: is not empty ({found[0]}) and was not made by `optimer run`. Give another "
+            "output directory."
         )
     write_text(marker, json.dumps(owner))
 

@@ -44,11 +44,7 @@ STUDY_FILES = frozenset({"study/study.json", "study/trials.jsonl", "study/sealed
 FIGURE_FILES = frozenset({CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)})
 ALLOWED: dict[Kind, frozenset[str]] = {
     "vector": LEGAL | MODEL_FILES | {"vector.json", "adapter_config.json"},
-    "recipe": LEGAL
-    | RECIPE_FILES
-    | STUDY_FILES
-    | FIGURE_FILES
-    | {"results.json", "results.md", "comparison.png"},
+    "recipe": LEGAL | RECIPE_FILES | STUDY_FILES | FIGURE_FILES | {"results.json", "results.md"},
     "model": LEGAL | MODEL_FILES | RECIPE_FILES | FIGURE_FILES,
 }
 

@@ -403,18 +403,15 @@ def _card(
 
 
 def _figures(found: Publication) -> list[card.Picture]:
-    """Return the figures of a publication for its card; comparison.png when it has no others."""
-    pictures = []
-    if CAPTIONS in found.files:
-        texts = Captions.model_validate_json(found.text(CAPTIONS)).captions
-        pictures = [
-            card.Picture(f"{FIGURES}/{name}.png", texts[name].title, texts[name].conclusion)
-            for name in CARD_FIGURES
-            if name in texts and f"{FIGURES}/{name}.png" in found.files
-        ]
-    elif "comparison.png" in found.files:
-        pictures = [card.Picture("comparison.png", "Gains over the base on the sealed test")]
-    return pictures
+    """Return the figures of a publication for its card."""
+    if CAPTIONS not in found.files:
+        return []
+    texts = Captions.model_validate_json(found.text(CAPTIONS)).captions
+    return [
+        card.Picture(f"{FIGURES}/{name}.png", texts[name].title, texts[name].conclusion)
+        for name in CARD_FIGURES
+        if name in texts and f"{FIGURES}/{name}.png" in found.files
+    ]
 
 
 # -- the commit ------------------------------------------------------------------------------------

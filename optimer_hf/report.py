@@ -160,9 +160,17 @@ def write_figures(study: Study, folder: Path) -> None:
         _write_figures(study, panels, folder)
 
 
+def write_sealed_figure(study: Study, comparison: Comparison, path: Path) -> None:
+    """Write the gain of every row over the base with its paired 95 % interval as a figure; the
+    suffix of `path` (.png, .svg, .pdf) says the format.
+    """
+    with _style():
+        _write_figure(_sealed(comparison, Unit.of(study)).figure, path)
+
+
 def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:
     for panel in panels:
-        _write_png(panel.figure, folder / f"{panel.name}.png")
+        _write_figure(panel.figure, folder / f"{panel.name}.png")
     captions = {p.name: Caption(title=p.title, conclusion=p.conclusion) for p in panels}
     record = Captions(weights=study.incumbent.weights, captions=captions)
     record.write(folder / Path(CAPTIONS).name)
@@ -675,8 +683,12 @@ def _svg(panel: Panel) -> str:
     return text.strip()
 
 
-def _write_png(figure: "Figure", path: Path) -> None:
+def _write_figure(figure: "Figure", path: Path) -> None:
     """Write a figure without metadata: the same figure gives the same bytes."""
-    bare = {"Software": None}
+    bare: dict[str, dict[str, Any]] = {
+        ".png": {"Software": None},
+        ".svg": {"Date": None, "Creator": None},
+        ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
     with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=160, facecolor="white", metadata=bare)
+        figure.savefig(partial, dpi=160, facecolor="white", metadata=bare[path.suffix])

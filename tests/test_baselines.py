@@ -20,9 +20,9 @@ from optimer_hf.compare import (
     intervals_to_markdown,
     to_json,
     to_markdown,
-    write_figure,
 )
 from optimer_hf.errors import ConfigError, EvaluationError
+from optimer_hf.report import write_sealed_figure
 from optimer_hf.resident import ResidentModel
 from optimer_hf.search import search
 from optimer_hf.study import Baselines, StudyConfig
@@ -163,16 +163,17 @@ def test_other_searches_and_models_become_rows(make_base, make_adapter, tmp_path
     assert compare(study, pool=no_pool_for("everything")) == comparison
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg"])
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_the_figure_shows_every_row(suffix, tmp_path):
     changes = {"test": {"terms": [{"task": "t_test", "name": "t", "metric": "loss"}]}}
     study = search(config_of(**changes), tmp_path / "s", pool=FunctionPool)
     comparison = compare(study, pool=FunctionPool)
     file = tmp_path / f"figure.{suffix}"
-    write_figure(comparison, file)
+    write_sealed_figure(study, comparison, file)
     assert file.stat().st_size > 5000
     if suffix == "svg":
-        assert file.read_text().count("<!-- ") >= len(comparison.rows) - 1
+        for row in comparison.rows[1:]:
+            assert row.title in file.read_text()
 
 
 # -- mixtures --------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):  # no
     for part, name in zip(parts, [n for n, w in weights.items() if w > 0], strict=True):
         share = weights[name] / sum(weights.values())
         assert part["n_tokens"] / 2048 == pytest.approx(share, abs=32 / 2048)
-    assert (out / "comparison.png").exists()
+    assert (out / "figures" / "sealed.png").exists()
     ledger = json.loads((out / "ledger.json").read_text())
     assert ledger["mixtures"]["n"] == 3 and ledger["mixtures"]["tokens"] == 2048 + 1024 + 2048
 

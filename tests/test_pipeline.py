@@ -126,6 +126,7 @@ def test_the_exported_config_gives_the_same_weights_in_unmodified_mergekit(
 
 
 def test_a_finished_run_does_nothing_and_says_so_at_once(finished: Path, recipe_dir: Path):
+    (finished / "notes.txt").write_text("a file of the user's beside ours")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     started = time.perf_counter()
     again = subprocess.run(
