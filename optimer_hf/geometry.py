@@ -89,6 +89,42 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
     Raises ModelError for a vector that is not finite.
     """
     base = Checkpoint(model.path)
+    products = _products(vectors, base)
+    norms = products.gram.diagonal().sqrt()
+    cosines = products.gram / torch.outer(norms, norms).clamp_min(1e-30)
+    names = [vector.name for vector in vectors]
+
+    def by_name(values: torch.Tensor) -> dict[str, float]:
+        return dict(zip(names, values.tolist(), strict=True))
+
+    return Geometry(
+        by_name(norms),
+        by_name(norms / products.base_squares.clamp_min(1e-30).sqrt()),
+        {(names[i], names[j]): cosines[i, j].item() for i in range(len(names)) for j in range(i)},
+        {group: by_name(squares.sqrt()) for group, squares in sorted(products.groups.items())},
+        {vector.name: effective_rank(vector) for vector in vectors if vector.kind == "adapter"},
+        {
+            vector.name: surviving_share(base, [vector], {vector.name: 1.0}, dtype)
+            for vector in vectors
+        },
+        {vector.name: read_record(vector.path) is not None for vector in vectors},
+        dtype,
+    )
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Inner products of vectors, float64: of all pairs [n, n], squares by module group [n], and
+    squares of those tensors of the base that a vector changes [n].
+    """
+
+    gram: torch.Tensor
+    groups: dict[str, torch.Tensor]
+    base_squares: torch.Tensor
+
+
+def _products(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Products:
+    """Return the inner products of vectors in one pass over them and the base."""
     names = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
     blocks = [(name, rows) for name in names for rows in row_blocks(base.shape(name))]
 
@@ -98,8 +134,8 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
 
     n = len(vectors)
     gram = torch.zeros(n, n, dtype=torch.float64)
+    base_squares = torch.zeros(n, dtype=torch.float64)
     groups: dict[str, torch.Tensor] = {}
-    base_squares = dict.fromkeys((vector.name for vector in vectors), 0.0)
     for (name, _), (products, squares) in zip(
         blocks, list(computed_ahead(products_of, blocks)), strict=True
     ):
@@ -108,35 +144,8 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
             raise not_finite(vector, name)
         gram += products
         groups[group_of(name)] = groups.get(group_of(name), 0) + products.diagonal()
-        for vector in vectors:
-            if name in vector.names:
-                base_squares[vector.name] += squares
-    norms = gram.diagonal().sqrt()
-    return Geometry(
-        {vector.name: norms[i].item() for i, vector in enumerate(vectors)},
-        {
-            vector.name: norms[i].item() / math.sqrt(max(base_squares[vector.name], 1e-30))
-            for i, vector in enumerate(vectors)
-        },
-        {
-            (vectors[i].name, vectors[j].name): (
-                gram[i, j] / (norms[i] * norms[j]).clamp_min(1e-30)
-            ).item()
-            for i in range(n)
-            for j in range(i)
-        },
-        {
-            group: {vector.name: found[i].sqrt().item() for i, vector in enumerate(vectors)}
-            for group, found in sorted(groups.items())
-        },
-        {vector.name: effective_rank(vector) for vector in vectors if vector.kind == "adapter"},
-        {
-            vector.name: surviving_share(base, [vector], {vector.name: 1.0}, dtype)
-            for vector in vectors
-        },
-        {vector.name: read_record(vector.path) is not None for vector in vectors},
-        dtype,
-    )
+        base_squares += squares * torch.tensor([name in vector.names for vector in vectors])
+    return _Products(gram, groups, base_squares)
 
 
 def kept(sources: Mapping[str, str], base_model: str, dtype: str, path: Path) -> GeometryFile:

@@ -147,34 +147,38 @@ def _score(
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     weight, softcap = model.get_output_embeddings().weight, softcap_of(model)
     for batch in _batches(sorted(inputs, key=lambda tokens: (-len(tokens), tokens))):
-        length = len(batch[0])
-        padded = torch.tensor(
-            [[*tokens, *[0] * (length - len(tokens))] for tokens in batch], device=model.device
+        hidden = _hidden(model, batch)
+        asked = [(row, index) for row, tokens in enumerate(batch) for index in inputs[tokens]]
+        continuations = [requests[index][2] for _, index in asked]
+        rows = [
+            hidden[row, len(batch[row]) - len(continuation) : len(batch[row])]
+            for (row, _), continuation in zip(asked, continuations, strict=True)
+        ]
+        targets = torch.tensor(
+            [token for continuation in continuations for token in continuation],
+            device=model.device,
         )
-        # right padding of a causal model changes nothing to its left, so no mask is needed
-        hidden = model.base_model(input_ids=padded, use_cache=False).last_hidden_state
-        rows: list[torch.Tensor] = []
-        targets: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for row, tokens in enumerate(batch):
-            for index in inputs[tokens]:
-                continuation = requests[index][2]
-                rows.append(hidden[row, len(tokens) - len(continuation) : len(tokens)])
-                targets.extend(continuation)
-                spans.append((index, len(continuation)))
-        labels = torch.tensor(targets, device=model.device)
         values, greedy = log_probabilities(
-            torch.cat(rows).to(weight.dtype), weight, labels, softcap
+            torch.cat(rows).to(weight.dtype), weight, targets, softcap
         )
-        start = 0
-        for index, n in spans:
-            answers[index] = (
-                values[start : start + n].sum().item(),
-                bool(greedy[start : start + n].all()),
-            )
-            start += n
+        lengths = [len(continuation) for continuation in continuations]
+        parts = (torch.split(each, lengths) for each in (values, greedy))
+        for (_, index), value, is_greedy in zip(asked, *parts, strict=True):
+            answers[index] = value.sum().item(), bool(is_greedy.all())
         n_tokens["total"] += sum(len(tokens) for tokens in batch)
     return answers
+
+
+def _hidden(model: Any, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Return the last hidden states of inputs, the longest first, [n, length, width].
+
+    Right padding of a causal model changes nothing to its left, so no mask is needed.
+    """
+    length = len(batch[0])
+    padded = [[*tokens, *[0] * (length - len(tokens))] for tokens in batch]
+    input_ids = torch.tensor(padded, device=model.device)
+    hidden: torch.Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden
 
 
 def _batches(inputs: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

@@ -164,48 +164,18 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
 
     Everything that can be wrong with the inputs is found here, before anything is trained.
     """
-    from optimer_hf.corpus import documents
-    from optimer_hf.evaluate import check_disjoint, load_tasks
     from optimer_hf.study import StudyConfig
-    from optimer_hf.train import TrainConfig, check_config
 
-    if not (run.folder / "study.yaml").exists():
+    file = run.folder / "study.yaml"
+    if not file.exists():
         raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
     short = read_yaml(run.folder / "short.yaml") if run.short else {}
     _check_short(short, run.folder / "short.yaml")
     changes = short.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
-    data = _laid_over(read_yaml(run.folder / "study.yaml"), short.get("study", {}))
-    trainings = {}
-    vectors = data.get("vectors")
-    for name, vector in vectors.items() if isinstance(vectors, dict) else ():
-        if isinstance(vector, dict) and "train" in vector:
-            file = run.folder / str(vector["train"])
-            training = parse(TrainConfig, _laid_over(read_yaml(file), changes), file)
-            check_config(training, file)
-            for corpus in training.corpora:
-                next(documents(corpus), None)
-            trainings[name] = training
-    config = parse(StudyConfig, data, run.folder / "study.yaml")
-    scored = [term for part in (config.objective, config.test) if part for term in part.scored]
-    if any(term.function is not None for term in scored):
-        raise ConfigError(
-            f"{run.folder / 'study.yaml'}: terms with a 'function' are for Python, where functions "
-            "are given to ResidentPool; `optimer run` has none."
-        )
-    if config.test is None:
-        raise ConfigError(
-            f"{run.folder / 'study.yaml'}: field 'test' is missing. A run ends with the sealed "
-            "test; name its terms, or use `optimer search`."
-        )
-    check_disjoint(config.objective, config.test, load_tasks([config.objective, config.test]))
-    for name, training in trainings.items():
-        if training.base_model != config.base_model:
-            raise ConfigError(
-                f"{run.folder / 'study.yaml'}: vectors.{name} is trained from "
-                f"{training.base_model!r}, but base_model is "
-                f"{config.base_model!r}. Give both the same base."
-            )
-    _check_mixtures(config, trainings, run.folder / "study.yaml")
+    data = _laid_over(read_yaml(file), short.get("study", {}))
+    trainings = _trainings(run.folder, data, changes)
+    config = parse(StudyConfig, data, file)
+    _check_study(config, trainings, file)
     sources = {
         name: vector.model_copy(update={"train": None, "source": str(_vector_dir(run, name))})
         if vector.train
@@ -213,6 +183,50 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
         for name, vector in config.vectors.items()
     }
     return config.model_copy(update={"vectors": sources}), trainings
+
+
+def _trainings(
+    folder: Path, study: Mapping[str, Any], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the TrainConfig of every vector to train, with the changes of the budget."""
+    from optimer_hf.corpus import documents
+    from optimer_hf.train import TrainConfig, check_config
+
+    vectors, trainings = study.get("vectors"), {}
+    for name, vector in vectors.items() if isinstance(vectors, dict) else ():
+        if isinstance(vector, dict) and "train" in vector:
+            file = folder / str(vector["train"])
+            training = parse(TrainConfig, _laid_over(read_yaml(file), changes), file)
+            check_config(training, file)
+            for corpus in training.corpora:
+                next(documents(corpus), None)
+            trainings[name] = training
+    return trainings
+
+
+def _check_study(config: Any, trainings: Mapping[str, Any], file: Path) -> None:
+    """Raise ConfigError for a study that a run cannot carry out."""
+    from optimer_hf.evaluate import check_disjoint, load_tasks
+
+    scored = [term for part in (config.objective, config.test) if part for term in part.scored]
+    if any(term.function is not None for term in scored):
+        raise ConfigError(
+            f"{file}: terms with a 'function' are for Python, where functions are given to "
+            "ResidentPool; `optimer run` has none."
+        )
+    if config.test is None:
+        raise ConfigError(
+            f"{file}: field 'test' is missing. A run ends with the sealed test; name its terms, or "
+            "use `optimer search`."
+        )
+    check_disjoint(config.objective, config.test, load_tasks([config.objective, config.test]))
+    for name, training in trainings.items():
+        if training.base_model != config.base_model:
+            raise ConfigError(
+                f"{file}: vectors.{name} is trained from {training.base_model!r}, but base_model "
+                f"is {config.base_model!r}. Give both the same base."
+            )
+    _check_mixtures(config, trainings, file)
 
 
 def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:

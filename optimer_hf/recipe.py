@@ -126,32 +126,18 @@ def write_recipe(
     folder = path.resolve().parent
     base = resolve_model(config.base_model)
     sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
+    base_model = _pinned(config.base_model, base, folder)
     pinned = {
         key: _pinned(str(config.vectors[key].source), source, folder)
         for key, source in sources.items()
     }
-    recipe = {
-        "format_version": 1,
-        "name": name,
-        "base_model": _pinned(config.base_model, base, folder),
-        "dtype": config.dtype,
-        "vectors": {
-            key: {"source": source, "weight": incumbent.weights[key]}
-            for key, source in pinned.items()
-        },
-        "objective": portable(
-            config.objective.model_dump(mode="json", exclude_defaults=True), folder
-        ),
-        "scores": _scores(study, incumbent, sealed),
-        "study": {
-            "sha256": config.digest,
-            "n_trials": len(study.log.of("search")),
-            "seed": config.search.seed,
-            "incumbent": incumbent.number,
-        },
-        "ledger": dict(ledger or {}),
-        "versions": {package: version(package) for package in VERSIONED_PACKAGES},
+    vectors = {
+        key: {"source": source, "weight": incumbent.weights[key]} for key, source in pinned.items()
     }
+    recipe = {"format_version": 1, "name": name, "base_model": base_model, "dtype": config.dtype}
+    recipe |= {"vectors": vectors} | _evidence(study, incumbent, sealed, folder)
+    recipe |= {"ledger": dict(ledger or {})}
+    recipe |= {"versions": {package: version(package) for package in VERSIONED_PACKAGES}}
     if derived_from is not None:
         recipe["derived_from"] = derived_from
     lock = Lock(
@@ -164,16 +150,28 @@ def write_recipe(
         dtype=config.dtype,
     )
     _write_lock(lock, path.with_suffix(".lock.json"))
-    merge_config = optimer_config(
-        str(recipe["base_model"]),
-        pinned,
-        incumbent.weights,
-        config.dtype,
-    )
+    merge_config = optimer_config(base_model, pinned, incumbent.weights, config.dtype)
     write_text(folder / "optimer.yml", yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
     write_text(path, header + yaml_text(recipe))
     return RecipeFile.read(path)
+
+
+def _evidence(
+    study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None, folder: Path
+) -> dict[str, Any]:
+    """Return what was asked of the merge, how it scored, and in which search it was found."""
+    objective = study.config.objective.model_dump(mode="json", exclude_defaults=True)
+    return {
+        "objective": portable(objective, folder),
+        "scores": _scores(study, incumbent, sealed),
+        "study": {
+            "sha256": study.config.digest,
+            "n_trials": len(study.log.of("search")),
+            "seed": study.config.search.seed,
+            "incumbent": incumbent.number,
+        },
+    }
 
 
 def _write_lock(lock: Lock, path: Path) -> None:
@@ -296,25 +294,29 @@ def build(
         max_shard_size=max_shard_size,
         device=device,
     )
-    if lock_file.exists() and out_dtype is None and max_shard_size == MAX_SHARD_SIZE:
-        lock = Lock.read(lock_file)
-        built = weight_files(out)
-        if not lock.output:
-            lock.model_copy(update={"output": built}).write(lock_file)
-        elif lock.output != built and any(isinstance(vector, AdapterVector) for vector in vectors):
-            logger.warning(
-                "%s: differs in bits from the model built first; LoRA products round "
-                "differently on another processor",
-                out,
-            )
-        elif lock.output != built:
-            raise ModelError(
-                f"{out}: differs from the model this recipe built first ({lock_file.name}). It was "
-                "kept."
-            )
     if lock_file.exists() and max_shard_size == MAX_SHARD_SIZE:
+        if out_dtype is None:
+            _keep_output(lock_file, out, any(isinstance(v, AdapterVector) for v in vectors))
         _write_beside(recipe, Lock.read(lock_file), out, out_dtype or recipe.dtype)
         _copy_figures(path.parent, out)
+
+
+def _keep_output(lock_file: Path, out: Path, has_adapters: bool) -> None:
+    """Lock the files of the first build, and compare those of a later one."""
+    lock, built = Lock.read(lock_file), weight_files(out)
+    if not lock.output:
+        lock.model_copy(update={"output": built}).write(lock_file)
+    elif lock.output != built and has_adapters:
+        logger.warning(
+            "%s: differs in bits from the model built first; LoRA products round differently on "
+            "another processor",
+            out,
+        )
+    elif lock.output != built:
+        raise ModelError(
+            f"{out}: differs from the model this recipe built first ({lock_file.name}). It was "
+            "kept."
+        )
 
 
 def _copy_figures(source: Path, out: Path) -> None:
