@@ -45,21 +45,7 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     """Read a PEFT LoRA adapter by base tensor name; refuse what is not a sum of products and
     trained tensors.
     """
-    from peft import LoraConfig, PeftConfig
-
-    try:
-        config = PeftConfig.from_pretrained(str(path))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error}). Fetch the "
-            "adapter again."
-        ) from None
-    if not isinstance(config, LoraConfig):
-        raise ModelError(
-            f"vector {name!r} ({path}): a {config.peft_type} adapter; only LoRA is linear in its "
-            f"delta. {MATERIALISE}"
-        )
-    _refuse_nonlinear(config, path, name)
+    config = _config_of(path, name)
     stored = Checkpoint(path, "adapter_model")
     found: dict[str, LowRank | Trained] = {}
     for key in stored.names:
@@ -86,6 +72,26 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
             )
     _refuse_untied(found, base, path, name)
     return found
+
+
+def _config_of(path: Path, name: str) -> Any:
+    """Return the LoraConfig of an adapter whose delta is a sum of products."""
+    from peft import LoraConfig, PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error}). Fetch the "
+            "adapter again."
+        ) from None
+    if not isinstance(config, LoraConfig):
+        raise ModelError(
+            f"vector {name!r} ({path}): a {config.peft_type} adapter; only LoRA is linear in its "
+            f"delta. {MATERIALISE}"
+        )
+    _refuse_nonlinear(config, path, name)
+    return config
 
 
 def _refuse_nonlinear(config: Any, path: Path, name: str) -> None:

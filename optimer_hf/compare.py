@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -144,7 +145,6 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         )
     if study.config.baselines.mixtures:
         logger.warning("mixtures of `baselines` are trained by `optimer run`; they are left out")
-    scratch = study.directory.resolve() / "scratch"  # seen from the YAML of mergekit
 
     @cache
     def opened() -> Pool:
@@ -163,14 +163,11 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         if own:
             found |= _score(study, objective, own, log, opened())
         opened.cache_clear()
-        try:
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        with _scratch_of(study) as scratch:
             for name in (name for name in unscored if name in models):
                 gc.collect()  # the harness holds its model in a cycle
                 config = _with_pool(study.config, models[name].make(scratch))
                 found |= _score(study, objective, {name: wanted[name]}, log, pool(config))
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return Comparison(
         [
             Row(name, weights, found[_key(weights)].terms, _key(weights) not in planned)
@@ -179,6 +176,17 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         objective,
         study.config.retarget,
     )
+
+
+@contextmanager
+def _scratch_of(study: Study) -> Iterator[Path]:
+    """Return where models of baselines are built, empty before and gone afterwards."""
+    scratch = study.directory.resolve() / "scratch"  # seen from the YAML of mergekit
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def recorded(study: Study) -> Comparison | None:

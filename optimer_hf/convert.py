@@ -235,35 +235,12 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
     know.
     """
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with open(gguf, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{gguf}: not a GGUF file (its first four bytes are not 'GGUF').")
     with staged_directory(out) as staging, _gguf_read_once():
-        source: dict[str, Any] = {"gguf_file": gguf.name}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                dtype=getattr(torch, dtype),
-                quantization_config=GgufConfig(dequantize=True),
-                **source,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-        except ImportError as error:
-            raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
-        except (
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-            NotImplementedError,
-            struct.error,
-        ) as error:
-            raise ModelError(
-                f"{gguf}: transformers cannot read this GGUF file ({first_line(error)}). Fetch it "
-                "again, or convert the original weights."
-            ) from error
+        model, tokenizer = _read_gguf(gguf, dtype)
         _forget_quantisation(model)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -279,6 +256,35 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
             },
         }
         write_text(staging / "conversion.json", json.dumps(record, indent=2))
+
+
+def _read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
+    """Return model and tokenizer of a GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source: dict[str, Any] = {"gguf_file": gguf.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            dtype=getattr(torch, dtype),
+            quantization_config=GgufConfig(dequantize=True),
+            **source,
+        )
+        return model, AutoTokenizer.from_pretrained(gguf.parent, **source)
+    except ImportError as error:
+        raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        NotImplementedError,
+        struct.error,
+    ) as error:
+        raise ModelError(
+            f"{gguf}: transformers cannot read this GGUF file ({first_line(error)}). Fetch it "
+            "again, or convert the original weights."
+        ) from error
 
 
 @contextmanager

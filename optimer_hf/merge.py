@@ -102,13 +102,16 @@ def write_merged(
         if out_dtype is not None:
             _set_config_dtype(staging / "config.json", out_dtype)
     if any(weights[vector.name] != 0 for vector in vectors):
-        share = surviving_share(checkpoint, vectors, weights, out_dtype)
-        logger.info(
-            "%.0f %% of the merged delta survives %s%s",
-            100 * share,
-            out_dtype or "the dtype of the base",
-            "" if share >= LOW_SURVIVAL else "; float32 output keeps it",
-        )
+        _tell_survival(surviving_share(checkpoint, vectors, weights, out_dtype), out_dtype)
+
+
+def _tell_survival(share: float, out_dtype: str | None) -> None:
+    logger.info(
+        "%.0f %% of the merged delta survives %s%s",
+        100 * share,
+        out_dtype or "the dtype of the base",
+        "" if share >= LOW_SURVIVAL else "; float32 output keeps it",
+    )
 
 
 def _refuse_absent(device: str) -> None:

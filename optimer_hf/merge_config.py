@@ -234,27 +234,23 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         _refuse_unknown(parameters, ["weight", "delta"], f"{path}: models: {name}: parameters")
         if parameters.get("delta"):
             return None  # a delta directory of somebody else, without our vector.json
-        if "weight" not in parameters:
-            raise ConfigError(
-                f"{path}: models: {name}: parameters.weight is missing. Give the weight of this "
-                "vector."
-            )
-        if isinstance(parameters["weight"], list | dict):
+        if isinstance(parameters.get("weight"), list | dict):
             return None  # a gradient or a filter
-        try:
-            weights[name] = float(parameters["weight"])
-        except (TypeError, ValueError):
-            raise ConfigError(
-                f"{path}: models: {name}: parameters.weight: found {parameters['weight']!r}, "
-                "expected a number."
-            ) from None
-        if not math.isfinite(weights[name]):
-            found = weights[name]
-            raise ConfigError(
-                f"{path}: models: {name}: parameters.weight: found {found}, expected a finite "
-                "number."
-            )
+        weights[name] = _number(parameters, f"{path}: models: {name}: parameters.weight")
     return LinearMerge(base, sources, weights, config.get("out_dtype") or config.get("dtype"))
+
+
+def _number(parameters: Mapping[str, Any], where: str) -> float:
+    """Return the weight of a vector; raise ConfigError for one that is missing or no number."""
+    if "weight" not in parameters:
+        raise ConfigError(f"{where} is missing. Give the weight of this vector.")
+    try:
+        weight = float(parameters["weight"])
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: found {parameters['weight']!r}, expected a number.") from None
+    if not math.isfinite(weight):
+        raise ConfigError(f"{where}: found {weight}, expected a finite number.")
+    return weight
 
 
 def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = None) -> str:
