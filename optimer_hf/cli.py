@@ -109,14 +109,28 @@ def main(verbose: bool) -> None:
 @click.option(
     "--tokens", help="Tokens every vector is trained on, e.g. 1_000_000 (default: the folder's)."
 )
-def run(recipe_dir: Path, out: Path | None, short: bool, tokens: str | None) -> None:
+@click.option(
+    "--seeds",
+    "n_seeds",
+    type=click.IntRange(min=1),
+    help="Run it under this many seeds and say how far the results move with them.",
+)
+def run(
+    recipe_dir: Path, out: Path | None, short: bool, tokens: str | None, n_seeds: int | None
+) -> None:
     """Run a recipe folder from corpora to the compared merge; goes on where it was.
 
-    Writes to OUT (default: runs/NAME, with -short or -TOKENS appended).
+    Writes to OUT (default: runs/NAME, with -short, -TOKENS or -seeds appended). With --seeds, OUT
+    has a whole run in every seed-K, whose trainings and searches have K added to their seeds.
     """
     from optimer_hf import pipeline
 
-    job = _job(recipe_dir, out, short, tokens)
+    job = _job(recipe_dir, out, short, tokens, "-seeds" * (n_seeds is not None))
+    if n_seeds is not None:
+        from optimer_hf.seeds import run_seeds
+
+        click.echo(run_seeds(job, n_seeds))
+        return
     done = pipeline.finished_summary(job)
     if done is not None:
         click.echo("finished already, nothing to do", err=True)
@@ -166,7 +180,9 @@ def plan_command(
         click.echo(plan.to_markdown(found))
 
 
-def _job(recipe_dir: Path, out: Path | None, short: bool, tokens: str | None) -> Any:
+def _job(
+    recipe_dir: Path, out: Path | None, short: bool, tokens: str | None, suffix: str = ""
+) -> Any:
     """Return the run of a recipe folder, with results in OUT or under runs/."""
     from optimer_hf import pipeline
 
@@ -174,7 +190,7 @@ def _job(recipe_dir: Path, out: Path | None, short: bool, tokens: str | None) ->
         raise ConfigError(f"{recipe_dir}: no such recipe folder.")
     folder = recipe_dir.resolve()
     n_tokens = _n_tokens(tokens)
-    suffix = ("-short" if short else "") + (f"-{n_tokens}" if n_tokens else "")
+    suffix = ("-short" if short else "") + (f"-{n_tokens}" if n_tokens else "") + suffix
     target = out or Path("runs") / (folder.name + suffix)
     return pipeline.Run(folder, target.resolve(), short, n_tokens)
 

@@ -41,6 +41,8 @@ from optimer_hf.trial import Pool, ResidentPool, run_trial
 
 logger = logging.getLogger(__name__)
 
+AT_BEST_SCALE = " at its best scale"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -121,7 +123,7 @@ def candidates(study: Study) -> dict[str, dict[str, float]]:
         rows[f"{name} at 1.0"] = {other: float(other == name) for other in free} | fixed
     for name in free:
         weights = best_scale(study, name)
-        rows[f"{name} at its best scale, {weights[name]:g}"] = weights
+        rows[f"{name}{AT_BEST_SCALE}, {weights[name]:g}"] = weights
     if len(free) > 1:
         rows[AVERAGE] = dict.fromkeys(free, 1 / len(free)) | fixed
         rows[SUM] = dict.fromkeys(free, 1.0) | fixed

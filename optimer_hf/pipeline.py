@@ -36,13 +36,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Run:
     """A recipe folder, where its results go, and which budget it runs with: the short one, other
-    tokens per vector.
+    tokens per vector; `seed` is added to the seeds of every training and search.
     """
 
     folder: Path
     out: Path
     short: bool
     tokens: int | None = None
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -61,7 +62,8 @@ class Run:
     @property
     def budget(self) -> dict[str, Any]:
         """What the command line changes of the folder's budget."""
-        return {"short": self.short} | ({"tokens": self.tokens} if self.tokens else {})
+        changed = {"tokens": self.tokens, "seed": self.seed}
+        return {"short": self.short} | {name: value for name, value in changed.items() if value}
 
 
 def finished_summary(run: Run) -> str | None:
@@ -97,7 +99,7 @@ def run_recipe(run: Run) -> str:
     started = perf_counter()
     config, trainings = load(run)
     _check_given(config, trainings)
-    _claim(run)
+    claim(run.out, {"recipe": run.name} | run.budget)
     with locked(run.out):
         train_vectors(run, trainings)
         study = search.search(config, run.out / "study")
@@ -130,26 +132,29 @@ def plan_run(run: Run) -> Any:
     from optimer_hf.study import locked
 
     config, trainings = load(run)
-    _claim(run)
+    claim(run.out, {"recipe": run.name} | run.budget)
     with locked(run.out):
         found = plan.plan(config, trainings, run.out, is_run=True)
         write_text(run.out / "plan.json", json.dumps(plan.to_json(found), indent=2))
     return found
 
 
-def _claim(run: Run) -> None:
-    """Take the output directory for this recipe; each stage checks its own inputs."""
-    marker, owner = run.out / "run.json", {"recipe": run.name} | run.budget
+def claim(out: Path, owner: Mapping[str, Any]) -> None:
+    """Take an output directory for a run; each stage checks its own inputs.
+
+    Raises OutputError for one that holds something else.
+    """
+    marker = out / "run.json"
     if marker.exists():
         if read_yaml(marker) != owner:
             raise OutputError(
-                f"{run.out}: holds results of another recipe, or of the other budget "
-                "(--short, --tokens). Remove it, or give another output directory."
+                f"{out}: holds results of another recipe, or of the other budget (--short, "
+                "--tokens, --seeds). Remove it, or give another output directory."
             )
         return
-    if found := sorted(path.name for path in run.out.glob("[!.]*")):
+    if found := sorted(path.name for path in out.glob("[!.]*")):
         raise OutputError(
-            f"{run.out}: is not empty ({found[0]}) and was not made by `optimer run`. Give another "
+            f"{out}: is not empty ({found[0]}) and was not made by `optimer run`. Give another "
             "output directory."
         )
     write_text(marker, json.dumps(owner))
@@ -173,7 +178,10 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
     _check_short(short, run.folder / "short.yaml")
     changes = short.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
     data = _laid_over(read_yaml(file), short.get("study", {}))
-    trainings = _trainings(run.folder, data, changes)
+    trainings = {
+        name: _seeded(training, run.seed)
+        for name, training in _trainings(run.folder, data, changes).items()
+    }
     config = parse(StudyConfig, data, file)
     _check_study(config, trainings, file)
     sources = {
@@ -182,7 +190,18 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
         else vector
         for name, vector in config.vectors.items()
     }
-    return config.model_copy(update={"vectors": sources}), trainings
+    searches = {name: _seeded(s, run.seed) for name, s in config.baselines.searches.items()}
+    changed = {
+        "vectors": sources,
+        "search": _seeded(config.search, run.seed),
+        "baselines": config.baselines.model_copy(update={"searches": searches}),
+    }
+    return config.model_copy(update=changed), trainings
+
+
+def _seeded(config: Any, seed: int) -> Any:
+    """Return a training or search with `seed` added to its own."""
+    return config.model_copy(update={"seed": (config.seed + seed) % 2**32})
 
 
 def _trainings(

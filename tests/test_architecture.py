@@ -55,6 +55,7 @@ ORDER = [
     "hub",
     "plan",
     "pipeline",
+    "seeds",
     "cli",
 ]
 

@@ -1,0 +1,151 @@
+"""A recipe folder run under several seeds -> how far its results move with them.
+
+    OUT/  seed-0/  seed-1/  ...      whole runs, each finished one skipped when it is run again
+          results.md  results.json   every row's gain by seed, means, intervals over the seeds
+
+Intervals of one run are over test items; only runs with other seeds say how much of a difference is
+the luck of a training or a search. What a reader would not guess: a run of OUT/seed-0 is the
+folder's own, whose seeds are moved by 0.
+"""
+
+import json
+import logging
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optimer_hf.compare import AT_BEST_SCALE
+from optimer_hf.files import markdown_table, write_text
+from optimer_hf.pipeline import Run, claim, finished_summary, load, run_recipe
+from optimer_hf.study import MERGE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Numbers by seed, and the mean with its 95 % t interval over the seeds (of one: nothing)."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean, by Student's t distribution over the seeds."""
+        from scipy.stats import t
+
+        n = len(self.values)
+        if n == 1:
+            return None
+        half = float(t.ppf(0.975, n - 1)) * statistics.stdev(self.values) / math.sqrt(n)
+        return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class SeededRow:
+    """A row of the sealed test in all runs: gain over the base, and the merge minus it."""
+
+    name: str
+    gain: Spread
+    merge_minus: Spread
+
+
+def run_seeds(run: Run, n_seeds: int) -> str:
+    """Run a recipe folder under `n_seeds` seeds into folders of `run.out`, and return the summary.
+
+    Finished runs are kept, so that more seeds can be added later. Raises what `run_recipe` raises.
+    """
+    load(run)
+    claim(run.out, {"recipe": run.name, "seeds": True} | run.budget)
+    runs = [replace(run, out=run.out / f"seed-{seed}", seed=seed) for seed in range(n_seeds)]
+    for each in runs:
+        logger.info("seed %d of %d", each.seed + 1, n_seeds)
+        if finished_summary(each) is None:
+            run_recipe(each)
+    results = [json.loads((each.out / "results.json").read_text("utf-8")) for each in runs]
+    rows, merges = rows_of(results), [_by_name(result)[MERGE]["weights"] for result in results]
+    text = f"# {run.name}\n\n{to_markdown(rows, merges)}"
+    write_text(run.out / "results.json", json.dumps(to_json(rows, merges), indent=2))
+    write_text(run.out / "results.md", text)
+    return text
+
+
+def rows_of(results: Sequence[Mapping[str, Any]]) -> list[SeededRow]:
+    """Return the rows that every run has, in the order of the first one, from their
+    results.json.
+    """
+    tables = [_by_name(result) for result in results]
+    return [
+        SeededRow(
+            name,
+            Spread([table[name]["value"] for table in tables]),
+            Spread([table[name]["merge_minus"]["difference"] for table in tables]),
+        )
+        for name in tables[0]
+        if all(name in table for table in tables)
+    ]
+
+
+def _by_name(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return rows by name, without the scale that a seed has found."""
+    scale = re.compile(rf"({AT_BEST_SCALE}), \S+$")
+    return {scale.sub(r"\1", row["name"]): row for row in result["rows"]}
+
+
+def to_markdown(rows: Sequence[SeededRow], merges: Sequence[Mapping[str, float]]) -> str:
+    """Return the tables of rows and of the weights found."""
+    n_seeds = len(merges)
+    numbers = [
+        [
+            row.name,
+            f"{100 * row.gain.mean:+.2f}",
+            f"{100 * min(row.gain.values):+.2f} ... {100 * max(row.gain.values):+.2f}",
+            "" if row.name == MERGE else _shown(row.merge_minus),
+        ]
+        for row in rows[1:]
+    ]
+    header = ["row", "gain", "smallest ... largest", "merge minus row"]
+    weights = [
+        [f"seed-{seed}", *(f"{weight:g}" for weight in found.values())]
+        for seed, found in enumerate(merges)
+    ]
+    return (
+        f"Sealed test under {n_seeds} seeds of training and search: gain over the base in percent "
+        "(accuracies: points), mean, smallest and largest; and the searched merge minus the row in "
+        "points, mean with its 95 % interval over the seeds (Student's t).\n\n"
+        f"{markdown_table(header, numbers)}\nWeights of the merge:\n\n"
+        f"{markdown_table(['seed', *merges[0]], weights)}"
+    )
+
+
+def _shown(spread: Spread) -> str:
+    text = f"{100 * spread.mean:+.2f}"
+    if spread.interval is not None:
+        text += " [{:+.2f}, {:+.2f}]".format(*(100 * end for end in spread.interval))
+    return text
+
+
+def to_json(rows: Sequence[SeededRow], merges: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return everything as JSON values."""
+    return {
+        "merges": list(merges),
+        "rows": [
+            {
+                "name": row.name,
+                "gain": _values(row.gain),
+                "merge_minus": _values(row.merge_minus),
+            }
+            for row in rows
+        ],
+    }
+
+
+def _values(spread: Spread) -> dict[str, Any]:
+    return {"values": spread.values, "mean": spread.mean, "interval": spread.interval}
