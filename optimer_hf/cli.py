@@ -655,6 +655,7 @@ def compare(
 
     from optimer_hf import compare as comparisons
     from optimer_hf.files import absolute_reference, make_directory
+    from optimer_hf.report import FIGURE_METADATA, write_sealed_figure
     from optimer_hf.study import MergeMethod, load_study
 
     study = load_study(study_dir)
@@ -663,9 +664,10 @@ def compare(
         if not all(text.partition("=")[::2]):
             raise ConfigError(f"--model {text!r}: expected NAME=MODEL.")
     named = dict(text.partition("=")[::2] for text in models)
-    if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--figure {figure}: expected a name that ends in .png, .svg or .pdf.")
     if figure is not None:
+        if figure.suffix not in FIGURE_METADATA:
+            suffixes = ", ".join(FIGURE_METADATA)
+            raise ConfigError(f"--figure {figure}: expected a name that ends in one of {suffixes}.")
         make_directory(figure.parent)
     sources = {name: absolute_reference(source, Path.cwd()) for name, source in named.items()}
     changes: dict[str, Any] = {"models": known.models | sources}
@@ -678,8 +680,6 @@ def compare(
     config = study.config.model_copy(update={"baselines": baselines})
     comparison = comparisons.compare(replace(study, config=config))
     if figure is not None:
-        from optimer_hf.report import write_sealed_figure
-
         write_sealed_figure(study, comparison, figure)
     click.echo(
         json.dumps(comparisons.to_json(comparison), indent=2)

@@ -144,7 +144,9 @@ def _products(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Produ
             raise not_finite(vector, name)
         gram += products
         groups[group_of(name)] = groups.get(group_of(name), 0) + products.diagonal()
-        base_squares += squares * torch.tensor([name in vector.names for vector in vectors])
+        for i, vector in enumerate(vectors):
+            if name in vector.names:
+                base_squares[i] += squares
     return _Products(gram, groups, base_squares)
 
 

@@ -74,10 +74,9 @@ def finished_summary(run: Run) -> str | None:
     if not done.exists():
         return None
     record = read_yaml(done)
-    if (
-        record.get("inputs_sha256") != run.inputs_digest()
-        or not (run.out / "merged" / "config.json").exists()
-    ):
+    results = ("merged/config.json", "results.json", "results.md")
+    is_whole = all((run.out / name).exists() for name in results)
+    if not is_whole or record.get("inputs_sha256") != run.inputs_digest():
         return None
     return summary(run)
 
@@ -146,15 +145,16 @@ def claim(out: Path, owner: Mapping[str, Any]) -> None:
     """
     marker = out / "run.json"
     if marker.exists():
-        if read_yaml(marker) != owner:
+        if (found := read_yaml(marker)) != owner:
             raise OutputError(
                 f"{out}: holds results of another recipe, or of the other budget (--short, "
-                "--tokens, --seeds). Remove it, or give another output directory."
+                f"--tokens, --seeds): found {found}, expected {dict(owner)}. Give another output "
+                "directory."
             )
         return
-    if found := sorted(path.name for path in out.glob("[!.]*")):
+    if others := sorted(path.name for path in out.glob("[!.]*")):
         raise OutputError(
-            f"{out}: is not empty ({found[0]}) and was not made by `optimer run`. Give another "
+            f"{out}: is not empty ({others[0]}) and was not made by `optimer run`. Give another "
             "output directory."
         )
     write_text(marker, json.dumps(owner))

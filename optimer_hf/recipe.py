@@ -131,13 +131,19 @@ def write_recipe(
         key: _pinned(str(config.vectors[key].source), source, folder)
         for key, source in sources.items()
     }
-    vectors = {
-        key: {"source": source, "weight": incumbent.weights[key]} for key, source in pinned.items()
+    recipe = {
+        "format_version": 1,
+        "name": name,
+        "base_model": base_model,
+        "dtype": config.dtype,
+        "vectors": {
+            key: {"source": source, "weight": incumbent.weights[key]}
+            for key, source in pinned.items()
+        },
+        **_evidence(study, incumbent, sealed, folder),
+        "ledger": dict(ledger or {}),
+        "versions": {package: version(package) for package in VERSIONED_PACKAGES},
     }
-    recipe = {"format_version": 1, "name": name, "base_model": base_model, "dtype": config.dtype}
-    recipe |= {"vectors": vectors} | _evidence(study, incumbent, sealed, folder)
-    recipe |= {"ledger": dict(ledger or {})}
-    recipe |= {"versions": {package: version(package) for package in VERSIONED_PACKAGES}}
     if derived_from is not None:
         recipe["derived_from"] = derived_from
     lock = Lock(

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from optimer_hf import compare, geometry
 from optimer_hf.compare import Comparison, Row
 from optimer_hf.errors import OptimerError
-from optimer_hf.evaluate import Interval, gains
+from optimer_hf.evaluate import Interval, Objective, gains
 from optimer_hf.files import FileModel, Reference, VersionedFile, replacing, write_text
 from optimer_hf.ledger import ledger
 from optimer_hf.retarget import front
@@ -75,6 +75,11 @@ FEWEST_LATE = 5  # trials that must have brought nothing before a search has set
 NO_PAIR = 2  # terms a front needs
 FIGURES = "figures"  # the folder of a card's figures, beside recipe.yaml
 CAPTIONS = f"{FIGURES}/captions.json"
+FIGURE_METADATA = {  # of a figure file, by suffix; what would differ from one drawing to the next
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
 CARD_FIGURES = ("sealed", "terms", "weights", "progress", "slices", "front", "cosines")
 
 
@@ -111,9 +116,9 @@ class Unit:
     text: str
 
     @classmethod
-    def of(cls, study: Study) -> "Unit":
+    def of(cls, objective: Objective) -> "Unit":
         """Percent over the base, or the unit of the terms under `weighted_mean`."""
-        if study.config.objective.combine == "weighted_mean":
+        if objective.combine == "weighted_mean":
             return cls(1.0, "objective over the base")
         return cls(100.0, "objective over the base, %")
 
@@ -162,10 +167,10 @@ def write_figures(study: Study, folder: Path) -> None:
 
 def write_sealed_figure(study: Study, comparison: Comparison, path: Path) -> None:
     """Write the gain of every row over the base with its paired 95 % interval as a figure; the
-    suffix of `path` (.png, .svg, .pdf) says the format.
+    suffix of `path`, one of FIGURE_METADATA, says the format.
     """
     with _style():
-        _write_figure(_sealed(comparison, Unit.of(study)).figure, path)
+        _write_figure(_sealed(comparison, Unit.of(study.config.objective)).figure, path)
 
 
 def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:
@@ -178,7 +183,10 @@ def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:
 
 def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
     """Return the panels that this study has something to show in."""
-    unit, trials = Unit.of(study), [t for t in study.log.of("search") if t.status == "ok"]
+    unit, trials = (
+        Unit.of(study.config.objective),
+        [t for t in study.log.of("search") if t.status == "ok"],
+    )
     posterior = surrogate_of(study.config, study.log.of("search"))
     comparison = compare.recorded(study)
     yield _progress(study, trials, unit)
@@ -207,7 +215,7 @@ def _title(study: Study) -> str:
 
 def _summary(study: Study) -> str:
     best, interval = study.incumbent, study.over_base(study.incumbent)
-    unit = Unit.of(study)
+    unit = Unit.of(study.config.objective)
     told = "" if interval.excludes_zero else ", not told apart from the base"
     state = "" if study.is_finished else " The search is not finished."
     return (
@@ -376,10 +384,10 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
                 side = "better" if interval.low > 0 else "worse"
                 verdicts[side if interval.excludes_zero else "not told apart"].append(label)
         axis.axvline(0, color=INK, linewidth=0.7)
-        axis.set_yticks(range(len(rows)), [_short(row.title) for row in reversed(rows)])
+        axis.set_yticks(range(len(rows)), [_label(row) for row in reversed(rows)])
         axis.set_ylim(-0.7, len(rows) - 0.3)
         axis.set_title(label)
-    figure.supxlabel("gain over the base, %, 95 % interval (accuracies: points)")
+    figure.supxlabel("gain over the base, %, 95 % interval (accuracies: points)" + _note(rows))
     said = "; ".join(f"{side} in {', '.join(each)}" for side, each in verdicts.items() if each)
     return Panel(
         "terms",
@@ -424,8 +432,8 @@ def _sealed(comparison: Comparison, unit: Unit) -> Panel:
         interval = comparison.interval(row, comparison.base)
         _draw_interval(axes[0], at, interval, not row.is_baseline, unit.factor)
     axes[0].axvline(0, color=INK, linewidth=0.7)
-    axes[0].set_yticks(range(len(rows)), [_short(row.title) for row in rows])
-    figure.supxlabel(f"{unit.text}, paired 95 % interval")
+    axes[0].set_yticks(range(len(rows)), [_label(row) for row in rows])
+    figure.supxlabel(f"{unit.text}, paired 95 % interval{_note(rows)}")
     base = comparison.value(comparison.base)
     values = "; ".join(
         f"{row.title} {unit.show(comparison.value(row) - base)}" for row in reversed(rows)
@@ -658,8 +666,14 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", S
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _short(title: str) -> str:
-    return title if len(title) <= 34 else f"{title[:32]}…"
+def _label(row: Row) -> str:
+    """Return the name of a row as it fits beside a figure, with a star that `_note` explains."""
+    name = row.name if len(row.name) <= 34 else f"{row.name[:32]}…"
+    return name + " *" * row.chosen_after_seal
+
+
+def _note(rows: Sequence[Row]) -> str:
+    return "\n* chosen after the seal was opened" * any(row.chosen_after_seal for row in rows)
 
 
 def _seconds(trial: Trial) -> float:
@@ -685,10 +699,6 @@ def _svg(panel: Panel) -> str:
 
 def _write_figure(figure: "Figure", path: Path) -> None:
     """Write a figure without metadata: the same figure gives the same bytes."""
-    bare: dict[str, dict[str, Any]] = {
-        ".png": {"Software": None},
-        ".svg": {"Date": None, "Creator": None},
-        ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-    }
+    bare: Any = FIGURE_METADATA[path.suffix]
     with replacing(path) as partial:
-        figure.savefig(partial, dpi=160, facecolor="white", metadata=bare[path.suffix])
+        figure.savefig(partial, dpi=160, facecolor="white", metadata=bare)

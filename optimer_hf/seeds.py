@@ -20,6 +20,7 @@ from typing import Any
 from optimer_hf.compare import AT_BEST_SCALE
 from optimer_hf.files import markdown_table, write_text
 from optimer_hf.pipeline import Run, claim, finished_summary, load, run_recipe
+from optimer_hf.report import Unit
 from optimer_hf.study import MERGE
 
 logger = logging.getLogger(__name__)
@@ -62,16 +63,21 @@ def run_seeds(run: Run, n_seeds: int) -> str:
 
     Finished runs are kept, so that more seeds can be added later. Raises what `run_recipe` raises.
     """
-    load(run)
+    unit = Unit.of(load(run)[0].objective)
     claim(run.out, {"recipe": run.name, "seeds": True} | run.budget)
     runs = [replace(run, out=run.out / f"seed-{seed}", seed=seed) for seed in range(n_seeds)]
     for each in runs:
-        logger.info("seed %d of %d", each.seed + 1, n_seeds)
+        logger.info("%s of %d seeds", each.out.name, n_seeds)
         if finished_summary(each) is None:
             run_recipe(each)
     results = [json.loads((each.out / "results.json").read_text("utf-8")) for each in runs]
     rows, merges = rows_of(results), [_by_name(result)[MERGE]["weights"] for result in results]
-    text = f"# {run.name}\n\n{to_markdown(rows, merges)}"
+    text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}"
+    left_out = sorted(
+        {name for each in results for name in _by_name(each)} - {r.name for r in rows}
+    )
+    if left_out:
+        text += f"\nNot in every run, and left out: {', '.join(left_out)}.\n"
     write_text(run.out / "results.json", json.dumps(to_json(rows, merges), indent=2))
     write_text(run.out / "results.md", text)
     return text
@@ -85,7 +91,7 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[SeededRow]:
     return [
         SeededRow(
             name,
-            Spread([table[name]["value"] for table in tables]),
+            Spread([table[name]["over_base"]["difference"] for table in tables]),
             Spread([table[name]["merge_minus"]["difference"] for table in tables]),
         )
         for name in tables[0]
@@ -99,15 +105,16 @@ def _by_name(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {scale.sub(r"\1", row["name"]): row for row in result["rows"]}
 
 
-def to_markdown(rows: Sequence[SeededRow], merges: Sequence[Mapping[str, float]]) -> str:
+def to_markdown(
+    rows: Sequence[SeededRow], merges: Sequence[Mapping[str, float]], unit: Unit
+) -> str:
     """Return the tables of rows and of the weights found."""
-    n_seeds = len(merges)
     numbers = [
         [
             row.name,
-            f"{100 * row.gain.mean:+.2f}",
-            f"{100 * min(row.gain.values):+.2f} ... {100 * max(row.gain.values):+.2f}",
-            "" if row.name == MERGE else _shown(row.merge_minus),
+            unit.show(row.gain.mean),
+            f"{unit.show(min(row.gain.values))} ... {unit.show(max(row.gain.values))}",
+            "" if row.name == MERGE else _shown(row.merge_minus, unit),
         ]
         for row in rows[1:]
     ]
@@ -117,18 +124,19 @@ def to_markdown(rows: Sequence[SeededRow], merges: Sequence[Mapping[str, float]]
         for seed, found in enumerate(merges)
     ]
     return (
-        f"Sealed test under {n_seeds} seeds of training and search: gain over the base in percent "
-        "(accuracies: points), mean, smallest and largest; and the searched merge minus the row in "
-        "points, mean with its 95 % interval over the seeds (Student's t).\n\n"
+        f"Sealed test under {len(merges)} seeds of training and search, {unit.text}: mean, "
+        "smallest and largest; and the searched merge minus the row, mean with its 95 % interval "
+        "over the seeds (Student's t). Test items, random vectors and the masks of DARE are the "
+        "same in every run, so their luck is not in the intervals.\n\n"
         f"{markdown_table(header, numbers)}\nWeights of the merge:\n\n"
         f"{markdown_table(['seed', *merges[0]], weights)}"
     )
 
 
-def _shown(spread: Spread) -> str:
-    text = f"{100 * spread.mean:+.2f}"
+def _shown(spread: Spread, unit: Unit) -> str:
+    text = unit.show(spread.mean)
     if spread.interval is not None:
-        text += " [{:+.2f}, {:+.2f}]".format(*(100 * end for end in spread.interval))
+        text += f" [{', '.join(map(unit.show, spread.interval))}]"
     return text
 
 

@@ -173,7 +173,13 @@ def test_the_figure_shows_every_row(suffix, tmp_path):
     assert file.stat().st_size > 5000
     if suffix == "svg":
         for row in comparison.rows[1:]:
-            assert row.title in file.read_text()
+            assert row.name in file.read_text()
+        assert "chosen after" not in file.read_text()
+        late = replace(comparison.rows[1], name="m" * 60, chosen_after_seal=True)
+        rows = [late if row.name == "uniform average" else row for row in comparison.rows]
+        write_sealed_figure(study, replace(comparison, rows=rows), file)
+        assert f"{'m' * 32}… *" in file.read_text()
+        assert "* chosen after the seal was opened" in file.read_text()
 
 
 # -- mixtures --------------------------------------------------------------------------------------

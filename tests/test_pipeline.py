@@ -16,6 +16,8 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.cli import main
+from optimer_hf.errors import OutputError
+from optimer_hf.pipeline import claim
 
 TRAIN = {
     "format_version": 1,
@@ -126,7 +128,6 @@ def test_the_exported_config_gives_the_same_weights_in_unmodified_mergekit(
 
 
 def test_a_finished_run_does_nothing_and_says_so_at_once(finished: Path, recipe_dir: Path):
-    (finished / "notes.txt").write_text("a file of the user's beside ours")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     started = time.perf_counter()
     again = subprocess.run(
@@ -190,6 +191,26 @@ def test_another_budget_does_not_overwrite_a_run(finished: Path, recipe_dir: Pat
     result = optimer("run", recipe_dir, finished, "--short")
     assert result.exit_code == 1
     assert "of the other budget" in result.output
+
+
+def test_a_file_of_the_users_beside_a_run_does_not_stop_it(tmp_path: Path):
+    owner = {"recipe": "tiny", "short": True}
+    claim(tmp_path, owner)
+    (tmp_path / "notes.txt").write_text("x")
+    claim(tmp_path, owner)
+    with pytest.raises(OutputError, match=r"found \{.*expected \{.*Give another output"):
+        claim(tmp_path, owner | {"tokens": 2})
+
+
+@pytest.mark.parametrize("lost", ["results.json", "results.md"])
+def test_a_run_whose_results_are_lost_is_not_finished(finished: Path, recipe_dir: Path, lost: str):
+    before = (finished / "results.json").read_text()
+    (finished / lost).unlink()
+    result = optimer("run", recipe_dir, finished)
+    assert result.exit_code == 0, result.output
+    assert "nothing to do" not in result.stderr
+    assert "searched merge" in (finished / "results.md").read_text()
+    assert (finished / "results.json").read_text() == before
 
 
 def test_an_output_directory_with_foreign_files_is_refused(recipe_dir: Path, tmp_path: Path):

@@ -8,13 +8,15 @@ import yaml
 from scipy.stats import ttest_1samp
 from test_pipeline import optimer, recipe_dir  # noqa: F401
 
+from optimer_hf.report import Unit
 from optimer_hf.seeds import Spread, rows_of, to_markdown
 
 
 def row(name: str, value: float, merge: float, **weights: float) -> dict[str, object]:
     return {
         "name": name,
-        "value": value,
+        "value": value - 1,  # what `weighted_mean` gives: no gain over the base
+        "over_base": {"difference": value},
         "merge_minus": {"difference": merge - value},
         "weights": weights,
     }
@@ -37,8 +39,11 @@ def test_rows_are_joined_by_name_whatever_scale_a_seed_has_found():
     assert (base.name, scaled.name) == ("base", "a at its best scale")
     assert scaled.gain.values == [0.1, 0.2]
     assert scaled.merge_minus.mean == pytest.approx(0.15)
-    table = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}])
-    assert "| a at its best scale | +15.00 | +10.00 ... +20.00 | +15.00 [-48.53, +78.53] |" in table
+    table = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(100.0, "in percent"))
+    cells = "| +15.00 % | +10.00 % ... +20.00 % | +15.00 % [-48.53 %, +78.53 %] |"
+    assert f"| a at its best scale {cells}" in table
+    raw = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(1.0, "bits per byte"))
+    assert "| +0.15 | +0.10 ... +0.20 |" in raw
     assert "| seed-1 | 0.75 |" in table
 
 
@@ -78,9 +83,18 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
     ]
     lasts = [json.loads(path.read_text().splitlines()[4])["weights"] for path in tried]
     assert lasts[0] != lasts[1], "a search of the baselines has another seed, too"
-    table = {r["name"]: r for r in json.loads((out / "results.json").read_text())["rows"]}
-    values = [r["value"] for result in results[1:] for r in result["rows"] if r["name"] == "base"]
-    assert table["base"]["gain"]["values"] == values == [0.0, 0.0]
+    summary = json.loads((out / "results.json").read_text())
+    table = {found["name"]: found for found in summary["rows"]}
+    for name in ("searched merge", "xyz at 1.0"):
+        rows = [next(r for r in result["rows"] if r["name"] == name) for result in results[1:]]
+        gains = [r["over_base"]["difference"] for r in rows]
+        assert table[name]["gain"]["values"] == gains and gains[0] != gains[1]
+        lost = [r["merge_minus"]["difference"] for r in rows]
+        assert table[name]["merge_minus"]["values"] == lost
+    merges = [
+        next(r for r in result["rows"] if r["name"] == "searched merge") for result in results
+    ]
+    assert summary["merges"] == [r["weights"] for r in merges[1:]]
 
     refused = optimer("run", recipe_dir, out, "--short")
     assert refused.exit_code == 1 and "--seeds" in refused.output

@@ -1,16 +1,18 @@
-"""The one server of the test suite, started when this is imported."""
+"""The one server of a test process, started when this is imported."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
 from .server import HubServer
 
-_scratch = tempfile.TemporaryDirectory(prefix="hub-")
-HOME = Path(_scratch.name) / "hf"
-HUB = HubServer(Path(_scratch.name) / "server").__enter__()
+# no TemporaryDirectory: a forked child that exits would remove it under its parent
+_scratch = Path(tempfile.mkdtemp(prefix="hub-"))
+HOME = _scratch / "hf"
+HUB = HubServer(_scratch / "server").__enter__()
 
 
 def stop() -> None:
     """Stop the server and remove what it stored."""
     HUB.__exit__()
-    _scratch.cleanup()
+    shutil.rmtree(_scratch, ignore_errors=True)
