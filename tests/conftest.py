@@ -61,7 +61,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     assert not HUB.leaks, HUB.leaks
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionfinish() -> None:  # not later: pytest-xdist ends its processes then
     stop()
 
 
