@@ -755,6 +755,7 @@ def recipe(
     if vanilla:
         recipes.write_vanilla(study, folder / "mergekit_config.yml", pick=trial)
     click.echo(str(recipe_yaml))
+    click.echo(f"beside it: {recipe_yaml.stem}.lock.json, {recipes.MERGE_CONFIG}", err=True)
 
 
 @main.command()

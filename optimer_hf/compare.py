@@ -44,6 +44,11 @@ logger = logging.getLogger(__name__)
 AT_BEST_SCALE = " at its best scale"
 
 
+def titled(name: str, chosen_after_seal: bool) -> str:
+    """Return the name of a row, marked when it was chosen after sealed scores had been seen."""
+    return name + " (chosen after the seal was opened)" * chosen_after_seal
+
+
 @dataclass(frozen=True)
 class Row:
     """One weight set on the sealed test."""
@@ -56,7 +61,7 @@ class Row:
     @property
     def title(self) -> str:
         """The name, marked when the row was chosen after sealed scores had been seen."""
-        return self.name + " (chosen after the seal was opened)" * self.chosen_after_seal
+        return titled(self.name, self.chosen_after_seal)
 
     @property
     def is_baseline(self) -> bool:
@@ -359,9 +364,10 @@ def to_markdown(comparison: Comparison) -> str:
     """Return table and verdicts as Markdown."""
     header, lines = table(comparison)
     notes = "\n".join(f"* {sentence}" for sentence in verdicts(comparison))
+    own = " The objective is the study's own for re-targeted merges, too; below they are by theirs."
     return (
         "Sealed test. First row: scores of the base; other rows: gain over the base "
-        "(losses relative, accuracies in points).\n\n"
+        f"(losses relative, accuracies in points).{own * bool(comparison.retarget)}\n\n"
         f"{markdown_table(header, lines)}\n{notes}\n"
     )
 

@@ -452,6 +452,21 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def differences(found: Any, expected: Any, where: str = "") -> list[str]:
+    """Return what differs between two values as they come from JSON, a line per field."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        pairs = [(key, found.get(key), expected.get(key)) for key in expected | found]
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        pairs = [(str(i), *pair) for i, pair in enumerate(zip(found, expected, strict=True))]
+    else:
+        return [] if found == expected else [f"{where}: found {found!r}, expected {expected!r}"]
+    return [
+        text
+        for key, one, other in pairs
+        for text in differences(one, other, f"{where}.{key}" if where else key)
+    ]
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: after a crash it holds the old text or the new one."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -135,6 +135,12 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
             f"{path}: field 'base_model' is missing. Name the model all others were trained from."
         )
     base = absolute_reference(str(config["base_model"]), folder)
+    for layered in ("slices", "modules"):
+        if config.get(layered):
+            raise ConfigError(
+                f"{path}: {layered}: its models have a weight a layer, or none, and no pool can be "
+                "read from them. List the vectors under `models:` to search their weights."
+            )
     listed = [
         absolute_reference(str(model["model"]), folder) for model in config.get("models") or []
     ]

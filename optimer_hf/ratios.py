@@ -12,7 +12,7 @@ from typing import Any
 
 from optimer_hf.corpus import CorpusConfig, MixturePart
 from optimer_hf.errors import ConfigError
-from optimer_hf.files import portable, write_text, yaml_text
+from optimer_hf.files import differences, portable, write_text, yaml_text
 from optimer_hf.train import TrainConfig
 from optimer_hf.vector import read_record
 
@@ -115,11 +115,10 @@ def _check_alike(name: str, trainings: Sequence[TrainConfig]) -> None:
     own = {"name", "corpus", "mixture", "max_tokens", "seed"}
     first, *others = (training.model_dump(exclude=own) for training in trainings)
     for training, other in zip(trainings[1:], others, strict=True):
-        differing = [field for field in first if first[field] != other[field]]
-        if differing:
+        if differing := differences(other, first):
             raise ConfigError(
-                f"mixture {name!r}: {trainings[0].name!r} and {training.name!r} were trained with "
-                f"another {differing[0]}; a mixture needs one setting. Train them alike."
+                f"mixture {name!r}: {training.name!r} was trained with another setting than "
+                f"{trainings[0].name!r} ({differing[0]}); a mixture needs one. Train them alike."
             )
 
 

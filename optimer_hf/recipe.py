@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.convert import ResolvedModel, resolve_model
-from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import (
     FileModel,
     ReferenceText,
     VersionedFile,
     is_pinned,
+    is_there,
     portable,
     write_text,
     yaml_text,
@@ -40,6 +41,7 @@ from optimer_hf.vector import (
 
 logger = logging.getLogger(__name__)
 
+MERGE_CONFIG, MADE_HERE = "optimer.yml", "# Written beside a recipe by optimer-hf.\n"
 VERSIONED_PACKAGES = (
     "optimer-hf",
     "torch",
@@ -115,7 +117,7 @@ def write_recipe(
 
     `pick` is the trial to write (None: the incumbent), for instance one of the front;
     `derived_from` the recipe it continues, org/name@commit. Raises ConfigError when that is not
-    pinned.
+    pinned, OutputError where files of somebody else would be lost.
     """
     if derived_from is not None and not is_pinned(derived_from):
         raise ConfigError(
@@ -124,6 +126,7 @@ def write_recipe(
         )
     config, incumbent = study.config, pick or study.incumbent
     folder = path.resolve().parent
+    _refuse_foreign(path, folder / MERGE_CONFIG)
     base = resolve_model(config.base_model)
     sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
     base_model = _pinned(config.base_model, base, folder)
@@ -157,10 +160,27 @@ def write_recipe(
     )
     _write_lock(lock, path.with_suffix(".lock.json"))
     merge_config = optimer_config(base_model, pinned, incumbent.weights, config.dtype)
-    write_text(folder / "optimer.yml", yaml_text(merge_config))
+    write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
     write_text(path, header + yaml_text(recipe))
     return RecipeFile.read(path)
+
+
+def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
+    """Raise OutputError for a file of somebody else's where one of a recipe goes."""
+    foreign = None
+    if is_there(recipe):
+        try:
+            RecipeFile.read(recipe)
+        except ConfigError:
+            foreign = recipe
+    elif is_there(merge_config) and not merge_config.read_bytes().startswith(MADE_HERE.encode()):
+        foreign = merge_config
+    if foreign is not None:
+        raise OutputError(
+            f"{foreign}: exists and was not written with a recipe. Move it, or give the recipe a "
+            "folder of its own."
+        )
 
 
 def _evidence(

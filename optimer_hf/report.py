@@ -70,6 +70,7 @@ STYLE = {
 WIDTH = 5.2  # inches: at 72 points an inch, a phone shows a figure at its own size
 N_POINTS = 61  # of a slice
 NEARLY_PARALLEL = 0.2  # cosine
+TOLD_APART = 0.005  # width of a range of weights that two decimals show
 SETTLED = 0.02  # of the gain that the last fifth of the trials may still add
 FEWEST_LATE = 5  # trials that must have brought nothing before a search has settled
 NO_PAIR = 2  # terms a front needs
@@ -245,8 +246,10 @@ def _progress(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
     last = trials[int(np.argmax(values))].number
     late = min(max(len(trials) // 5, FEWEST_LATE), len(trials))
     gained = best[-1] - best[-1 - late] if len(trials) > late else best[-1]
-    told = f"the last {late} trials raised the best score (trial {last}) by {gained:.2f}: " + (
-        "more trials may find more" if gained > SETTLED * best[-1] else "the search has settled"
+    has_settled = gained <= SETTLED * best[-1]
+    raised = f"by {unit.show(gained / unit.factor)}" if gained > 0 else "by nothing"
+    told = f"the last {late} trials raised the best score (trial {last}) {raised}: " + (
+        "the search has settled" if has_settled else "more trials may find more"
     )
     return Panel(
         "progress",
@@ -276,7 +279,7 @@ def _weights(study: Study, posterior: Surrogate) -> Panel:
     sizes = {name: high - low for name, (low, high) in ranges.items()}
     tight, loose = min(sizes, key=lambda n: sizes[n]), max(sizes, key=lambda n: sizes[n])
     told = f"The weight of {tight} is known best ({ranges[tight][0]:.2f} to {ranges[tight][1]:.2f})"
-    if tight != loose:
+    if sizes[loose] >= TOLD_APART and tight != loose:
         low, high = ranges[loose]
         told += f"; that of {loose} could be anywhere from {low:.2f} to {high:.2f}"
     rows = "; ".join(f"{n} {best[n]:g} ({a:.2f} to {b:.2f})" for n, (a, b) in ranges.items())

@@ -84,13 +84,14 @@ def retargeted(objective: Objective, term_weights: Mapping[str, float]) -> Objec
 def over_record(study: Study, target: Objective) -> Objective:
     """Return a new objective over the terms that a study recorded, matched by label.
 
-    Weights, combination and constraints are those of `target`; task, metric and items those of the
-    record. Raises StudyError for a term that was not recorded.
+    Weights, combination and constraints are those of `target`; the items those of the record.
+    Raises StudyError for a term that was not recorded, or from another source or in another metric.
     """
     recorded = study.config.objective
 
     def matched(term: Term) -> dict[str, Any]:
         known = _named(recorded.at("search"), term.label)
+        _refuse_other_source(term, known)
         return known.model_dump(exclude={"weight", "max_relative_to_base"}) | {
             "limit": recorded.limit_of(known)
         }
@@ -107,6 +108,26 @@ def over_record(study: Study, target: Objective) -> Objective:
             **recorded.prompting,
         }
     )
+
+
+def _refuse_other_source(term: Term, known: Term) -> None:
+    """Raise StudyError for a term that looks at something else than the one recorded as it. Of
+    files the names are compared: a study may have been moved.
+    """
+
+    def source_of(term: Term) -> str:
+        return str(term.text.name if term.text is not None else term.task or term.function)
+
+    for field, found, expected in (
+        ("source", source_of(term), source_of(known)),
+        ("metric", term.metric, known.metric),
+    ):
+        if found != expected:
+            raise StudyError(
+                f"term {term.label!r}: {field} {found!r}, but the study recorded {expected!r} "
+                "under that name. Nothing else can be answered from its record: give the recorded "
+                "one, or search a study of its own."
+            )
 
 
 def _named(terms: Sequence[Term], label: str) -> Term:

@@ -39,6 +39,7 @@ from optimer_hf.files import (
     Mistake,
     ReferenceText,
     VersionedFile,
+    differences,
     digest,
     make_directory,
     naming_disk_errors,
@@ -734,7 +735,7 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
         write_text(file, config.model_dump_json(indent=2))
     recorded = StudyConfig.read(file)
     found, expected = recorded.identity, config.identity
-    differing = [field for field in expected if found.get(field) != expected[field]]
+    differing = differences(expected, found)
     log = TrialLog(directory / "trials.jsonl", repair=repair)
     if not differing:
         _check_record(config, log)
@@ -745,10 +746,12 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     if differing and not log.trials:  # nothing was spent on the other config
         write_text(file, config.model_dump_json(indent=2))
     elif differing:
+        asks_otherwise = all(text.startswith("objective.") for text in differing)
         raise StudyError(
             f"{directory}: holds a study of another config; these fields differ: "
-            f"{', '.join(differing)}. "
-            "Give another study directory, or restore the config."
+            f"{'; '.join(differing)}. Give another study directory, or restore the config."
+            + " `optimer retarget` answers other objectives from its trials."
+            * asks_otherwise
         )
     return Study(directory, config, log)
 

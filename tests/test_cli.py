@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimer_hf.cli import main
+from optimer_hf.files import write_text
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["run", "train", "extract", "convert", "merge", "evaluate", "search"]
@@ -544,6 +545,15 @@ def test_a_point_of_the_front_becomes_a_recipe(searched, tmp_path):
     best = min(search_trials, key=lambda t: sum(a for a, _ in t["terms"]["aaa"]["items"]))
     assert recipe["study"]["incumbent"] == best["number"]
     assert recipe["ledger"]["search"]["n"] == 6
+    again = optimer("recipe", study, tmp_path / "recipe.yaml", "--pick", 1)
+    assert "recipe.lock.json, optimer.yml" in again.stderr
+    theirs = tmp_path / "theirs"
+    for name in ("optimer.yml", "notes.yaml"):
+        write_text(theirs / name, "merge_method: ties")
+    for name, lost in (("recipe.yaml", "optimer.yml"), ("notes.yaml", "notes.yaml")):
+        refused = optimer("recipe", study, theirs / name, ok=False)
+        assert f"{lost}: exists and was not written with a recipe" in refused.stderr
+    assert {path.read_text() for path in theirs.iterdir()} == {"merge_method: ties\n"}
     result = optimer("recipe", study, tmp_path / "recipe.yaml", "--pick", 99, ok=False)
     assert "--pick 99: the front of" in result.stderr
 

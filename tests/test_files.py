@@ -19,6 +19,7 @@ from optimer_hf.files import (
     ReferenceText,
     VersionedFile,
     absolute_reference,
+    differences,
     digest,
     portable,
     read_yaml,
@@ -422,3 +423,14 @@ def test_what_is_written_as_yaml_is_read_back_equal(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("yaml") / "data.yaml"
     write_text(file, yaml_text(data))
     assert read_yaml(file) == data
+
+
+def test_differences_name_every_field_that_differs_and_both_values():
+    found = {"a": 1, "b": {"c": [1, 2], "d": [1]}, "e": None}
+    expected = {"a": 1, "b": {"c": [1, 3], "d": [1, 2]}, "f": 2}
+    assert differences(found, expected) == [
+        "b.c.1: found 2, expected 3",
+        "b.d: found [1], expected [1, 2]",
+        "f: found None, expected 2",
+    ]
+    assert differences(found, found) == []

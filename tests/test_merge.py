@@ -487,6 +487,8 @@ def test_a_config_without_base_or_models_is_an_error(tmp_path):
         pool_of({"models": [{"model": "a/b"}]}, path)
     with pytest.raises(ConfigError, match="found none besides the base"):
         pool_of({"base_model": "a/b", "models": [{"model": "a/b"}]}, path)
+    with pytest.raises(ConfigError, match="slices: its models have a weight a layer"):
+        pool_of({"base_model": "a/b", "slices": [{"sources": [{"model": "a/c"}]}]}, path)
 
 
 def test_vectors_are_named_by_the_last_part_of_their_path(tmp_path):

@@ -64,7 +64,9 @@ def test_a_mixture_keeps_the_settings_of_the_runs_and_flattens_their_own_mixture
 
 def test_runs_that_are_not_alike_are_not_mixed(tmp_path):
     runs = {"a": run("a", tmp_path / "a"), "b": run("b", tmp_path / "b", block_size=64)}
-    with pytest.raises(ConfigError, match="'a' and 'b' were trained with another block_size"):
+    with pytest.raises(
+        ConfigError, match=r"'b' was trained with another setting than 'a' \(block_size: found 64"
+    ):
         mixture(runs, {"a": 0.5, "b": 0.5}, name="m", max_tokens=1)
     with pytest.raises(ConfigError, match="no training run is called 'c'; known: \\['a', 'b'\\]"):
         mixture(runs, {"c": 1.0}, name="m", max_tokens=1)

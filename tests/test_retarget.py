@@ -25,7 +25,7 @@ def objective(**weights: float) -> Objective:
     return Objective.model_validate(
         {
             "terms": [
-                {"task": "anything", "name": name, "metric": "loss", "weight": weight}
+                {"task": name, "metric": "loss", "weight": weight}
                 for name, weight in weights.items()
             ]
         }
@@ -46,6 +46,20 @@ def test_any_recorded_term_can_become_the_objective_without_a_trial(study, label
     assert list(found.terms) == [label]
     assert found.terms[label].value == pytest.approx(found.value)
     assert 0 < found.deviation < 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "other", "name": "t"}, "'t': source 'other', but the study recorded 't'"),
+        ({"text": "t.jsonl"}, r"source 't\.jsonl', but the study recorded 't'"),
+        ({"task": "t", "metric": "acc"}, "metric 'acc', but the study recorded 'loss'"),
+    ],
+)
+def test_a_term_of_the_same_name_that_looks_at_something_else_is_refused(study, changes, message):
+    target = Objective.model_validate({"terms": [{"metric": "bits_per_byte"} | changes]})
+    with pytest.raises(StudyError, match=message):
+        over_record(study, target)
 
 
 def test_a_prediction_is_careful_where_nothing_was_measured(study):
@@ -76,7 +90,7 @@ def test_a_term_that_was_not_recorded_is_an_error_that_names_the_recorded_ones(s
 
 def test_a_prediction_keeps_the_constraints_of_the_new_objective(study):
     free = over_record(study, objective(t=1.0))
-    constraint = {"task": "x", "name": "q", "metric": "loss", "max_relative_to_base": 0.0}
+    constraint = {"task": "q", "metric": "loss", "max_relative_to_base": 0.0}
     target = objective(t=1.0).model_dump() | {"constraints": [constraint]}
     bound = over_record(study, Objective.model_validate(target))
     assert predict(study, free).feasible == 1.0
@@ -113,7 +127,7 @@ def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study,
 def test_any_study_can_be_searched_on(settings, tmp_path):
     config = config_of(search={"n_trials": 8, "rescore_top": 0} | settings)
     study = search(config, tmp_path / "s", pool=FunctionPool)
-    constraint = {"task": "x", "name": "q", "metric": "loss", "max_relative_to_base": 0.1}
+    constraint = {"task": "q", "metric": "loss", "max_relative_to_base": 0.1}
     target = objective(t=1.0).model_dump() | {"constraints": [constraint]}
     over = over_record(study, Objective.model_validate(target))
     found = search_on(study, over, tmp_path / "new", 1, pool=FunctionPool)

@@ -684,7 +684,8 @@ def test_a_trial_reads_back_equal(uninterrupted):
 
 def test_another_config_is_refused_naming_the_fields(uninterrupted):
     other = config_of(dtype="float32", search={"n_trials": 12, "rescore_top": 2, "seed": 9})
-    with pytest.raises(StudyError, match=r"these fields differ: dtype, search\."):
+    told = r"dtype: found 'float32', expected 'bfloat16'; search\.seed: found 9, expected 0"
+    with pytest.raises(StudyError, match=f"these fields differ: {told}"):
         search(other, uninterrupted.directory, pool=no_pool)
 
 

@@ -19,6 +19,7 @@ def row(name: str, value: float, merge: float, **weights: float) -> dict[str, ob
         "over_base": {"difference": value},
         "merge_minus": {"difference": merge - value},
         "weights": weights,
+        "chosen_after_seal": False,
     }
 
 
@@ -35,13 +36,14 @@ def test_rows_are_joined_by_name_whatever_scale_a_seed_has_found():
         {"rows": [row("base", 0.0, 0.4), row("a at its best scale, 1.05", 0.2, 0.4)]},
     ]
     results[1]["rows"].append(row("mixture, 50 : 50", 0.1, 0.4))  # one seed has no such row
+    results[1]["rows"][1]["chosen_after_seal"] = True
     base, scaled = rows_of(results)
     assert (base.name, scaled.name) == ("base", "a at its best scale")
     assert scaled.gain.values == [0.1, 0.2]
     assert scaled.merge_minus.mean == pytest.approx(0.15)
     table = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(100.0, "in percent"))
     cells = "| +15.00 % | +10.00 % ... +20.00 % | +15.00 % [-48.53 %, +78.53 %] |"
-    assert f"| a at its best scale {cells}" in table
+    assert f"| a at its best scale (chosen after the seal was opened) {cells}" in table
     raw = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(1.0, "bits per byte"))
     assert "| +0.15 | +0.10 ... +0.20 |" in raw
     assert "| seed-1 | 0.75 |" in table
