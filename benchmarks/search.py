@@ -624,11 +624,8 @@ def compare_pairs(
     n_seeds: int,
 ) -> dict[str, Any]:
     """Run one comparison on landscapes; print medians and their difference with its interval."""
-    print(
-        f": median regret in %, and the difference with its 95 % bootstrap interval; {n_seeds} ",
-        end="",
-    )
-    print("landscapes a row")
+    print(": median regret in %, and the difference with its 95 % bootstrap interval; ", end="")
+    print(f"{n_seeds} landscapes a row")
     jobs = [
         Job(kind, d, seed, others=options.others) for kind, d in rows for seed in range(n_seeds)
     ]
