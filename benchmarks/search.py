@@ -519,6 +519,11 @@ class Options:
     paired_seeds: int
     processes: int
     others: Path | None = None
+    rows: Sequence[str] = ()
+
+    def chosen(self, rows: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Return the rows (kind, number of vectors) that `--rows` names, or all."""
+        return [(kind, d) for kind, d in rows if not self.rows or f"{kind}-{d}" in self.rows]
 
 
 @dataclass(frozen=True)
@@ -612,7 +617,7 @@ def parallel(options: Options) -> dict[str, Any]:
     is recommended lies before the cliff, so cliffs would say the same as smooth landscapes.
     """
     print(f"\nparallel: two workers against one, at {CHECKPOINTS[-1]} trials", end="")
-    rows = [(kind, d) for d in DIMENSIONS for kind in KINDS if kind != "cliff"]
+    rows = [(kind, d) for d in DIMENSIONS for kind in KINDS if kind != "cliff"] + pool_rows()
     return compare_pairs(options, "parallel", against_one_worker, rows, options.seeds)
 
 
@@ -626,6 +631,7 @@ def compare_pairs(
     """Run one comparison on landscapes; print medians and their difference with its interval."""
     print(": median regret in %, and the difference with its 95 % bootstrap interval; ", end="")
     print(f"{n_seeds} landscapes a row")
+    rows = options.chosen(rows)
     jobs = [
         Job(kind, d, seed, others=options.others) for kind, d in rows for seed in range(n_seeds)
     ]
@@ -657,11 +663,24 @@ def real(options: Options) -> dict[str, Any]:
     for name, pool in pools.items():
         print(f"  {name}: {len(pool['points'])} recorded points; one that is left out is ", end="")
         print(f"predicted within {error_of(pool):.1f} % of the best recorded gain (median)")
-    return compare(options, [(name, len(pool["vectors"])) for name, pool in pools.items()], "real")
+    return compare(options, pool_rows(), "real")
+
+
+def row_names() -> list[str]:
+    """Return what `--rows` chooses from: kind and number of vectors."""
+    rows = [(kind, d) for kind in (*KINDS, "items") for d in DIMENSIONS] + pool_rows()
+    return [f"{kind}-{d}" for kind, d in rows]
+
+
+def pool_rows() -> list[tuple[str, int]]:
+    """Return name and number of vectors of every recorded pool."""
+    pools = json.loads(POOLS.read_text(encoding="utf-8"))
+    return [(name, len(pool["vectors"])) for name, pool in pools.items()]
 
 
 def compare(options: Options, rows: Sequence[tuple[str, int]], name: str) -> dict[str, Any]:
     """Run all samplers on landscapes; print medians and ranks beside TPE's at 100 trials."""
+    rows = options.chosen(rows)
     jobs = [
         Job(kind, d, seed, with_smac=seed < options.smac_seeds, others=options.others)
         for seed in range(options.seeds)
@@ -769,14 +788,15 @@ def summary_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def items(options: Options) -> dict[str, Any]:
     """Items evaluated until our search on a third of the items is as good as TPE's 100 trials."""
-    jobs = [Job("items", d, seed) for d in DIMENSIONS for seed in range(options.seeds)]
+    dimensions = [d for _, d in options.chosen(("items", d) for d in DIMENSIONS)]
+    jobs = [Job("items", d, seed) for d in dimensions for seed in range(options.seeds)]
     found = run_jobs("items", spend_items, jobs, options.processes)
     print(
         f"\nitems: those evaluated until as good as {TPE_TRIALS} trials of TPE, which take", end=""
     )
     print(f" {found[0]['tpe_items']:,}; ours on {N_ITEMS_SEARCH} of {N_ITEMS} a term, 3 re-scored")
     table = {}
-    for d in DIMENSIONS:
+    for d in dimensions:
         row = table[d] = summary_of([run for run in found if run["d"] == d])
         print(f"  {d} vectors: {share(row['ratio'])} of them, median of runs", end="")
         print(f" (bar {share(ITEMS_BAR)}{missed(row['ratio'], ITEMS_BAR)})", end="")
@@ -832,21 +852,35 @@ def retarget_study(job: Job) -> dict[str, Any]:
 
 def retarget(options: Options) -> dict[str, Any]:
     """Regret of weights predicted for new objectives from 60 recorded trials, no new ones."""
-    rows = [(kind, d) for kind in ("smooth", "accuracy", "items") for d in DIMENSIONS]
+    rows = options.chosen((kind, d) for kind in ("smooth", "accuracy", "items") for d in DIMENSIONS)
     jobs = [Job(kind, d, seed) for kind, d in rows for seed in range(options.seeds)]
     found = run_jobs("retarget", retarget_study, jobs, options.processes)
-    print(f"\nretarget: regret in % for new objectives after {RETARGET_TRIALS} trials, medians")
+    print(f"\nretarget: regret in % for new objectives after {RETARGET_TRIALS} trials; ", end="")
+    print(f"medians, their 95 % bootstrap intervals; {options.seeds} studies a row")
     table = {}
     for kind, d in rows:
         runs = [run for run in found if (run["kind"], run["d"]) == (kind, d)]
-        predicted = statistics.median(regret for run in runs for regret in run["regret"])
+        regrets_of = np.array([run["regret"] for run in runs])
+        predicted, interval = float(np.median(regrets_of)), median_interval(regrets_of)
         kept = statistics.median(regret for run in runs for regret in run["incumbent"])
-        table[f"{kind} {d}"] = {"predicted": predicted, "incumbent": kept}
+        table[f"{kind} {d}"] = {"predicted": predicted, "interval": interval, "incumbent": kept}
         bar = RETARGET_BARS.get((kind, d))
         note = "no bar" if bar is None else f"bar {bar}{missed(predicted, bar)}"
         name = {"smooth": "loss", "items": "accuracy, fixed items"}.get(kind, kind)
-        print(f"  {name:21} {d} vectors {predicted:6.2f} ({note}); old incumbent {kept:6.2f}")
+        print(f"  {name:21} {d} vectors {predicted:6.2f} ", end="")
+        print("[{:.2f}, {:.2f}] ".format(*interval), end="")
+        print(f"({note}); old incumbent {kept:6.2f}")
     return {"table": table, "runs": found}
+
+
+def median_interval(by_study: "Array") -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the median of [n_studies, n], studies drawn whole: what
+    is asked of one study is not independent.
+    """
+    drawn = np.random.default_rng(0).integers(len(by_study), size=(10_000, len(by_study)))
+    medians = np.median(by_study[drawn].reshape(len(drawn), -1), axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def asking(options: Options) -> dict[str, Any]:
@@ -906,6 +940,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="Two seeds and no stock SMAC.")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    parser.add_argument(
+        "--rows", nargs="+", choices=row_names(), default=[], help="Only these landscapes."
+    )
     parsed = parser.parse_args()
     check_installed()
     if min(parsed.seeds, parsed.paired_seeds) < 2:
@@ -918,6 +955,7 @@ def main() -> None:
         paired_seeds=2 if parsed.quick else parsed.paired_seeds,
         processes=parsed.processes,
         others=parsed.others,
+        rows=parsed.rows,
     )
     print(f"{options.seeds} seeds ({options.smac_seeds} for stock SMAC), medians")
     found = {name: MEASUREMENTS[name](options) for name in parsed.only}
