@@ -45,6 +45,7 @@ from optimer_hf.files import (
     ReferenceText,
     VersionedFile,
     did_you_mean,
+    differences,
     digest,
     is_there,
     listed,
@@ -127,6 +128,11 @@ class TrainConfig(VersionedFile):
     def kind(self) -> Literal["adapter", "checkpoint"]:
         """The kind of vector the run leaves behind."""
         return "checkpoint" if self.lora is None else "adapter"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields that a run's record repeats: those that name no file of this machine."""
+        return self.model_dump(mode="json", include={"block_size", "lora", "trainer", "seed"})
 
     @property
     def digest(self) -> str:
@@ -228,9 +234,13 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
                 if name == "started.json" and _last_checkpoint(out) is None:
                     shutil.rmtree(out)  # a first try that never got to train
                     return False
+                known, settings = record.get("training", {}), config.settings
+                recorded = {field: known.get(field) for field in settings}
+                differing = differences(recorded, settings) if known else []
                 raise OutputError(
-                    f"{out}: was trained with another config. Remove it, or give another output "
-                    "directory."
+                    f"{out}: was trained with another config; what differs: "
+                    f"{'; '.join(differing) or 'base_model, corpus or max_tokens'}. "
+                    "Remove it, or give another output directory."
                 )
             return name == "training.json"
     leftovers = (".partial-", "blocks.")  # of a run killed while it packed
@@ -296,7 +306,7 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
             raise
         parts = [dataclasses.asdict(part) for part in packed.parts]
         if not started.exists():
-            record = {"config_sha256": config.digest, "parts": parts}
+            record = {"config_sha256": config.digest, "training": config.settings, "parts": parts}
             write_text(started, json.dumps(record | {"blocks_sha256": packed.sha256}))
     record = json.loads(started.read_text(encoding="utf-8"))
     found = load_packed(blocks, [Part(**part) for part in record.get("parts", [])])
@@ -579,10 +589,7 @@ def _record(
             **({"parts": [dataclasses.asdict(p) for p in packed.parts]} if config.mixture else {}),
         },
         "training": {
-            "block_size": config.block_size,
-            "lora": config.lora,
-            "trainer": config.trainer,
-            "seed": config.seed,
+            **config.settings,
             "mixed_precision": trainer.accelerator.mixed_precision,
             "n_steps": trainer.state.global_step,
             "n_tokens": trainer.state.global_step * _tokens_per_step(config, trainer.args),

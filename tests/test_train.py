@@ -276,7 +276,10 @@ def test_a_record_of_a_run_that_is_damaged_is_named(make_config, tmp_path):
     with pytest.raises(ConfigError, match=r"training\.json:1: not valid JSON"):
         train(make_config(), tmp_path)
     (tmp_path / "training.json").write_text("{}")
-    with pytest.raises(OutputError, match=r"was trained with another config\. Remove it"):
+    differing = "base_model, corpus or max_tokens"
+    with pytest.raises(
+        OutputError, match=rf"another config; what differs: {differing}\. Remove it"
+    ):
         train(make_config(), tmp_path)
 
 
@@ -316,8 +319,16 @@ def test_a_directory_with_foreign_files_is_refused_and_left_alone(make_config, t
 
 def test_another_config_in_the_same_directory_is_refused(make_config, tmp_path):
     out = train(make_config(), tmp_path / "out")
-    with pytest.raises(OutputError, match=r"was trained with another config\. Remove it"):
+    differing = "seed: found 0, expected 1"
+    with pytest.raises(
+        OutputError, match=rf"another config; what differs: {differing}\. Remove it"
+    ):
         train(make_config(seed=1), out)
+    lora = {**LORA, "r": LORA["r"] + 1}
+    with pytest.raises(OutputError, match=r"differs: lora\.r: found \d+, expected \d+\. Remove it"):
+        train(make_config(lora=lora), out)
+    with pytest.raises(OutputError, match=r"differs: base_model, corpus or max_tokens\. Remove it"):
+        train(make_config(max_tokens=32), out)
     assert record_of(out)["training"]["seed"] == 0
 
 
