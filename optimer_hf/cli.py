@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -594,8 +594,13 @@ def _weights_text(weights: Mapping[str, float]) -> str:
 
 def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> Any:
     from optimer_hf.evaluate import ObjectiveFile
-    from optimer_hf.files import parse, read_yaml
-    from optimer_hf.merge_config import not_searched, read_merge_config, searched_pool
+    from optimer_hf.files import parse, read_yaml, refuse_absent
+    from optimer_hf.merge_config import (
+        not_searched,
+        read_merge_config,
+        searched_pool,
+        with_absolute_references,
+    )
     from optimer_hf.study import SearchConfig, StudyConfig
 
     data = read_yaml(path)
@@ -605,14 +610,16 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
                 f"{path}: a merge config says what to merge, not what for. Add --objective "
                 "OBJECTIVE.yaml."
             )
-        base, sources = searched_pool(read_merge_config(path), path)
+        merge_config = read_merge_config(path)
+        target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
+        refuse_absent({path: with_absolute_references(merge_config, path), objective: target})
+        base, sources = searched_pool(merge_config, path)
         if dropped := not_searched(data):
             logging.getLogger("optimer_hf").warning(
                 "%s: one number per vector of a plain weighted sum is searched; not kept: %s",
                 path,
                 ", ".join(dropped),
             )
-        target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
         dtype = data.get("out_dtype") or data.get("dtype") or "bfloat16"
         vectors = {name: {"source": source} for name, source in sources.items()}
         config = parse(
@@ -624,6 +631,7 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
         raise ConfigError(f"{path}: has its own objective; --objective goes with a mergekit YAML.")
     else:
         config = StudyConfig.read(path)
+        refuse_absent({path: config.model_dump()})
     if n_trials is not None:
         changed = SearchConfig.model_validate(config.search.model_dump() | {"n_trials": n_trials})
         config = config.model_copy(update={"search": changed})
@@ -1078,18 +1086,22 @@ def list_recipes(token: str | None) -> None:
 
 
 @main.command()
+@click.option("--strict", is_flag=True, help="A local file that is not there is an error.")
 @click.argument("files", type=PATH, nargs=-1, required=True)
-def validate(files: tuple[Path, ...]) -> None:
+def validate(files: tuple[Path, ...], strict: bool) -> None:
     """Check fields and values of YAML files, and name local files that are not there; models and
     tasks are not opened.
     """
+    from optimer_hf.files import absent, refuse_absent
+
     errors = []
     for path in files:
         try:
             what, config = _validated(path)
-            click.echo(f"{path}: a valid {what}")
-            for absent in _absent(config):
-                click.echo(f"  not there (yet): {absent}")
+            gone = absent(path, config)
+            if strict:
+                refuse_absent({path: config})
+            click.echo("\n".join([f"{path}: a valid {what}", *gone.splitlines()]))
         except OptimerError as error:
             errors.append(str(error))
     if errors:
@@ -1108,12 +1120,12 @@ def print_schema(kind: str) -> None:
 def _validated(path: Path) -> tuple[str, Any]:
     """Return what a file is, and its fields with local paths absolute."""
     from optimer_hf.evaluate import ObjectiveFile
-    from optimer_hf.files import absolute_reference, read_yaml
+    from optimer_hf.files import read_yaml
     from optimer_hf.merge_config import (
         linear_merge_of,
-        models_in,
         read_merge_config,
         refuse_unknown_method,
+        with_absolute_references,
     )
     from optimer_hf.recipe import RecipeFile
     from optimer_hf.study import StudyConfig
@@ -1126,10 +1138,7 @@ def _validated(path: Path) -> tuple[str, Any]:
         config = read_merge_config(path)
         refuse_unknown_method(config["merge_method"], path)
         linear_merge_of(config, path)
-        folder = path.resolve().parent
-        named = [*models_in(config), str(config.get("base_model") or "")]
-        parts = [part for text in named for part in text.split("+") if part]
-        return "merge config", [absolute_reference(part, folder) for part in parts]
+        return "merge config", with_absolute_references(config, path)
     if "study" in keys and "scores" in keys:
         return "recipe", RecipeFile.read(path).model_dump()
     if "objective" in keys or "vectors" in keys:
@@ -1139,19 +1148,3 @@ def _validated(path: Path) -> tuple[str, Any]:
     training = TrainConfig.read(path)
     check_config(training, path)
     return "train config", training.model_dump()
-
-
-def _absent(value: Any) -> Iterator[Path]:
-    """Yield the local paths in a config that lead nowhere."""
-    from optimer_hf.files import FREE_TEXT, is_there
-
-    if isinstance(value, dict):
-        value = [item for key, item in value.items() if key not in FREE_TEXT]
-    elif isinstance(value, str | Path):
-        if Path(value).is_absolute() and not is_there(Path(value)):
-            yield Path(value)
-        return
-    elif not isinstance(value, list | tuple):
-        return
-    for item in value:
-        yield from _absent(item)

@@ -304,6 +304,38 @@ def listed(origin: Path | str, mistakes: Iterable[Mistake]) -> str:
     return "\n".join(f"{origin}{_at_line(origin, where)}: {message}" for where, message in mistakes)
 
 
+def absent(path: Path, config: Any) -> str:
+    """Return the local files that a config, read from `path`, names and that are not there, a line
+    each as in `listed`.
+    """
+    return listed(path, _absent(config, ()))
+
+
+def refuse_absent(configs: Mapping[Path, Any]) -> None:
+    """Raise ConfigError for local files that configs, by the files they were read from, name and
+    that are not there.
+    """
+    found = [text for path, config in configs.items() if (text := absent(path, config))]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _absent(value: Any, at: tuple[str | int, ...]) -> Iterator[Mistake]:
+    if isinstance(value, str | Path):
+        parts = [] if is_there(Path(value)) else str(value).split("+")  # mergekit's BASE+ADAPTER
+        for part in parts:
+            if Path(part).is_absolute() and not is_there(Path(part)):
+                yield at, f"{_dotted(at)}: {part}: no such file or directory."
+        return
+    items: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, dict):
+        items = [(key, item) for key, item in value.items() if key not in FREE_TEXT]
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, item in items:
+        yield from _absent(item, (*at, key))
+
+
 def _at_line(path: Path | str, location: Sequence[str | int]) -> str:
     """Return `:LINE` of a field of a YAML file, or of the innermost part of it that is there."""
     if isinstance(path, str) or path.suffix not in (".yaml", ".yml") or not path.is_file():

@@ -8,7 +8,7 @@ it wrote; all three are seen to here.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from optimer_hf.files import (
     is_there,
     listed,
     read_yaml,
+    refuse_absent,
     staged_directory,
     write_text,
     yaml_text,
@@ -272,6 +273,7 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
             f"{path}: uses what only mergekit can do (method, slices, filters or gradients). Drop "
             "--engine native."
         )
+    refuse_absent({path: with_absolute_references(config, path)})
     if linear is not None and engine != "mergekit" and _options_are_ours(options):
         base = resolve_model(linear.base_model)
         refuse_other_than_models(base)
@@ -378,7 +380,7 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     from mergekit.options import MergeOptions
 
     refuse_unknown_method(config["merge_method"], path)
-    absolute = _with_absolute_paths(dict(config), path.resolve().parent)
+    absolute = _with_references(dict(config), path, _readable)
     _refuse_unreadable(absolute, path)
     base = absolute.get("base_model")
     base_path = resolve_model(str(base).split("+")[0]).path if base else None
@@ -405,29 +407,31 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
         _check_output(staging, base_path, config)
 
 
-def _with_absolute_paths(value: Any, folder: Path) -> Any:
-    """Resolve references anywhere in a config to local paths where they are local."""
+def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a config, read from `path`, with absolute local models; nothing is opened."""
+    return dict(_with_references(dict(config), path, lambda reference: reference))
+
+
+def _with_references(value: Any, path: Path, replaced: Callable[[str], str]) -> Any:
+    """Replace references anywhere in a config, once absolute; of MODEL+ADAPTER each part."""
     if isinstance(value, list):
-        return [_with_absolute_paths(item, folder) for item in value]
+        return [_with_references(item, path, replaced) for item in value]
     if not isinstance(value, dict):
         return value
-    return {
-        key: _local_or_hub(item, folder)
-        if isinstance(item, str) and _is_reference(key, item)
-        else _with_absolute_paths(item, folder)
-        for key, item in value.items()
-    }
+    folder, result = path.resolve().parent, {}
+    for key, item in value.items():
+        if isinstance(item, str) and _is_reference(key, item):
+            parts = [item] if is_there(folder / item) else item.split("+")
+            result[key] = "+".join(replaced(absolute_reference(part, folder)) for part in parts)
+        else:
+            result[key] = _with_references(item, path, replaced)
+    return result
 
 
 def _refuse_unreadable(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse what is not there, which mergekit would ask the Hub for, and adapters and int8 deltas,
-    whose weights it would not find.
-    """
+    """Refuse adapters and int8 deltas, whose weights mergekit would not find."""
     for text in models_in(config):
         source = Path(text)
-        for part in text.split("+") if not is_there(source) else ():
-            if Path(part).is_absolute() and not is_there(Path(part)):
-                raise ModelError(f"{path}: model {part}: no such directory.")
         if (source / "adapter_config.json").exists():
             raise ModelError(
                 f"{path}: {source}: an adapter, which mergekit reads merged into its base and "
@@ -499,13 +503,11 @@ def _refuse_ignored(given: Any, parsed: Any, parameters: list[str], where: str) 
                 _refuse_ignored(item, getattr(parsed, key), parameters, f"{where}: {key}")
 
 
-def _local_or_hub(text: str, folder: Path) -> str:
-    if "+" in text and not (folder / text).exists():  # mergekit's model+adapter
-        return "+".join(_local_or_hub(part, folder) for part in text.split("+"))
-    found = absolute_reference(text, folder)
-    if found.startswith("pypi:") or found.endswith(".gguf"):
-        return str(resolve_model(found).path)
-    return found.removeprefix("hf://")
+def _readable(reference: str) -> str:
+    """Return a reference as mergekit reads it: a directory or a Hub id."""
+    if reference.startswith("pypi:") or reference.endswith(".gguf"):
+        return str(resolve_model(reference).path)
+    return reference.removeprefix("hf://")
 
 
 def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> None:

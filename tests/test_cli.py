@@ -277,15 +277,24 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
     )
     assert found.stdout.replace(f"{tmp_path}/", "").splitlines() == [
         "study.yaml: a valid study",
-        "  not there (yet): x",
-        "  not there (yet): gone.jsonl",
-        "  not there (yet): tasks",
+        "study.yaml:2: vectors.x.source: x: no such file or directory.",
+        "study.yaml:5: objective.terms.1.text: gone.jsonl: no such file or directory.",
+        "study.yaml:8: test.include_path: tasks: no such file or directory.",
         "train.yaml: a valid train config",
-        "  not there (yet): corpus.jsonl",
+        "train.yaml:3: corpus.path: corpus.jsonl: no such file or directory.",
         "m.yml: a valid merge config",
-        "  not there (yet): tuned",
-        "  not there (yet): base",
+        "m.yml:2: base_model: base: no such file or directory.",
+        "m.yml:4: models.0.model: tuned: no such file or directory.",
     ]
+    (tmp_path / "obj.yaml").write_text("terms: [{text: gone.jsonl}]\n", encoding="utf-8")
+    for arguments in (["study.yaml"], ["m.yml", "--objective", tmp_path / "obj.yaml"]):
+        found = optimer("search", tmp_path / arguments[0], *arguments[1:], tmp_path / "s", ok=False)
+        assert "gone.jsonl: no such file or directory." in found.stderr
+        assert f"{arguments[0]}:2: " in found.stderr
+        assert not (tmp_path / "s").exists()
+    found = optimer("validate", "--strict", tmp_path / "study.yaml", tmp_path / "m.yml", ok=False)
+    assert found.stdout == ""
+    assert found.stderr.count("no such file or directory.") == 5
 
 
 # -- the commands ----------------------------------------------------------------------------------

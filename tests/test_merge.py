@@ -569,7 +569,8 @@ def test_a_model_that_is_not_there_is_named_before_mergekit_asks_the_hub(pool, t
     models = [{"model": str(tmp_path / "gone"), "parameters": {"weight": 1.0}}]
     base, _ = pool("llama", "checkpoint", torch.float32)
     config = optimer_yaml(base_model=str(base.path), models=models, merge_method="ties")
-    with pytest.raises(ModelError, match=r"c\.yml: model .*gone: no such directory"):
+    expected = r"c\.yml:\d+: models\.0\.model: .*gone: no such file or directory\.$"
+    with pytest.raises(ConfigError, match=expected):
         merge(write_config(tmp_path / "c.yml", config), tmp_path / "out")
 
 
