@@ -40,9 +40,25 @@ class _Given(click.Path):
         return super().convert(value, param, ctx)
 
 
+class _Recipe(_Given):
+    """A recipe file, or the directory of a study, a run or a model that has one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if not path.is_dir():
+            return path
+        if not (path / "recipe.yaml").is_file():
+            raise ConfigError(
+                f"{path}: a directory without recipe.yaml. Give a recipe file, or a directory that "
+                "`optimer search`, `run` or `build` wrote."
+            )
+        return path / "recipe.yaml"
+
+
 PATH = click.Path(path_type=Path)
 INPUT = _Given("no such file")
 DIRECTORY = _Given("no such directory")
+RECIPE = _Recipe("no such file")
 STUDY = _Given("no such directory. `optimer search STUDY.yaml STUDY_DIR` makes a study")
 FORMAT = click.option(
     "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What to print."
@@ -856,7 +872,7 @@ def _numbers(given: tuple[str, ...], names: dict[str, str]) -> dict[str, int]:
 
 
 @main.command()
-@click.argument("recipe_yaml", type=INPUT)
+@click.argument("recipe_yaml", type=RECIPE)
 @click.argument("out", type=PATH)
 @click.option(
     "--out-dtype",
@@ -870,7 +886,7 @@ def _numbers(given: tuple[str, ...], names: dict[str, str]) -> dict[str, int]:
 def build(
     recipe_yaml: Path, out: Path, out_dtype: str | None, max_shard_size: str, device: str
 ) -> None:
-    """Build the merged model of a recipe."""
+    """Build the merged model of a recipe, given as a file or by the directory it lies in."""
     from accelerate.utils import convert_file_size_to_int
 
     from optimer_hf import recipe as recipes
@@ -886,7 +902,7 @@ def build(
 
 
 @main.command()
-@click.argument("recipe_yaml", type=INPUT)
+@click.argument("recipe_yaml", type=RECIPE)
 @click.argument("model", type=PATH)
 def verify(recipe_yaml: Path, model: Path) -> None:
     """Check a built model against the lock of its recipe."""

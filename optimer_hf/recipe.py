@@ -403,6 +403,10 @@ def verify(path: Path, model: Path) -> None:
             f"{path}: its lock records no built model. Run `optimer build {path} OUT` first."
         )
     if not model.is_dir():
+        if is_there(model):
+            raise ModelError(
+                f"{model}: a file; expected the directory of a model after the recipe."
+            )
         raise ModelError(f"{model}: no such model. Build it: `optimer build {path} {model}`.")
     found = weight_files(model)
     for name in sorted(lock.output.keys() | found.keys()):

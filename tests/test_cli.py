@@ -319,7 +319,8 @@ def test_a_mergekit_yaml_is_searched_and_comes_back_as_a_yaml_with_weights(folde
     optimer("merge", tmp_path / "s" / "printed.yml", tmp_path / "merged")
     assert_is_merge(tmp_path / "merged", pool, weights)
 
-    optimer("build", tmp_path / "s" / "recipe.yaml", tmp_path / "built")
+    assert "without recipe.yaml" in optimer("build", tmp_path, tmp_path / "b", ok=False).stderr
+    optimer("build", tmp_path / "s", tmp_path / "built")  # its recipe.yaml
     assert_is_merge(tmp_path / "built", pool, weights)
     assert (
         "the weights are those of"

@@ -88,6 +88,10 @@ def test_the_first_build_locks_the_model_and_the_second_gives_it_again(recipe, t
     build(recipe, tmp_path / "two")
     with pytest.raises(ModelError, match=r"none: no such model\. Build it"):
         verify(recipe, tmp_path / "none")
+    with pytest.raises(
+        ModelError, match=r"recipe\.yaml: a file; expected the directory of a model"
+    ):
+        verify(recipe, recipe)
     verify(recipe, tmp_path / "one")
     verify(recipe, tmp_path / "two")
     assert Lock.read(recipe.with_suffix(".lock.json")) == locked
