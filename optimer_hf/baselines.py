@@ -129,7 +129,8 @@ def _merge_with_mergekit(
     }
     file = scratch / f"{method}.yml"
     write_text(file, yaml_text(merge_config))
-    run_mergekit(merge_config, file, out, MergeOptions(random_seed=SEED, write_model_card=False))
+    options = MergeOptions(random_seed=SEED, write_model_card=False, quiet=True)
+    run_mergekit(merge_config, file, out, options)
 
 
 # -- random vectors --------------------------------------------------------------------------------
