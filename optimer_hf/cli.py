@@ -722,14 +722,12 @@ def compare(
 def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: bool) -> None:
     """Write one HTML page about a study, finished or not: what it found, how sure, at what cost.
 
-    Writes to OUT (default: report.html in STUDY_DIR). A directory that `optimer run` wrote will
-    do, too.
+    Writes to OUT (default: report.html in STUDY_DIR).
     """
     from optimer_hf.report import write_report
     from optimer_hf.study import load_study
 
-    inner = study_dir / "study"
-    study = load_study(inner if inner.is_dir() else study_dir, unfinished=True)
+    study = load_study(study_dir, unfinished=True)
     page = out or study_dir / "report.html"
     if page.is_dir():
         raise ConfigError(f"{page}: is a directory. Give the name of a file, e.g. report.html.")

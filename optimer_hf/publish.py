@@ -20,6 +20,7 @@ from optimer_hf.merge_config import linear_config, optimer_config, vanilla_confi
 from optimer_hf.private import VOCABULARIES, refuse_private
 from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES, Captions
+from optimer_hf.study import hint_of_seeds
 from optimer_hf.vector import VectorFile, read_record
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def publication(directory: Path, pushed: Mapping[str, str] | None = None) -> Pub
         raise HubError(
             f"{directory}: found neither vector.json nor recipe.yaml, so this is no vector, recipe "
             "or merged model. `optimer extract`, `optimer recipe` and `optimer build` write them."
+            + hint_of_seeds(directory)
         )
     files: dict[str, Path | bytes] = {
         name: directory / name for name in names if is_allowed(kind, name)

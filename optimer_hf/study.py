@@ -786,14 +786,16 @@ def _has(trial: Trial, label: str) -> bool:
 
 
 def load_study(directory: Path, *, unfinished: bool = False) -> Study:
-    """Open an existing study with the config it was made with; `unfinished` takes one that has
-    scored the base.
+    """Open an existing study, or that of a run's directory, with the config it was made with;
+    `unfinished` takes one that has scored the base.
     """
+    if not (directory / "study.json").exists() and (directory / "study" / "study.json").exists():
+        directory = directory / "study"
     file = directory / "study.json"
     if not file.exists():
         raise StudyError(
-            f"{directory}: holds no study (no study.json). Run `optimer search STUDY.yaml "
-            f"{directory}` first."
+            f"{directory}: holds no study (no study.json)."
+            + (hint_of_seeds(directory) or f" Run `optimer search STUDY.yaml {directory}` first.")
         )
     study = open_study(StudyConfig.read(file), directory, repair=False)
     if unfinished and not study.log.of("search"):
@@ -801,6 +803,12 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
     if not unfinished and not study.is_finished:
         raise StudyError(f"{directory}: the search is not finished. Run `optimer search` again.")
     return study
+
+
+def hint_of_seeds(directory: Path) -> str:
+    """Return what to give instead of the directory of `optimer run --seeds`, or nothing."""
+    runs = sorted(path.parent for path in directory.glob("seed-*/study"))
+    return f" It holds whole runs: give one of them, e.g. {runs[0]}." if runs else ""
 
 
 @contextlib.contextmanager

@@ -342,6 +342,8 @@ def test_a_run_leaves_a_report_with_the_training_of_its_vectors(finished: Path):
     norms = record["training"]["norms"]
     assert len(norms) == len(record["training"]["losses"])
     assert norms[-1] == pytest.approx(record["norm"], rel=0.01)
+    compared = optimer("compare", finished)  # the study of a run goes by the run's directory, too
+    assert compared.exit_code == 0 and "searched merge" in compared.stdout
     for folder in (finished, finished / "merged"):
         drawn = {path.name for path in (folder / "figures").iterdir()}
         assert {"captions.json", "progress.png", "weights.png", "sealed.png"} <= drawn

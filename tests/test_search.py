@@ -715,7 +715,7 @@ def test_what_a_process_killed_at_the_very_start_left_is_no_obstacle(tmp_path):
 
 
 def test_loading_a_directory_without_a_study_says_how_to_make_one(tmp_path):
-    with pytest.raises(StudyError, match=r"holds no study .*optimer search"):
+    with pytest.raises(StudyError, match=r"holds no study .*\. Run `optimer search"):
         load_study(tmp_path)
 
 

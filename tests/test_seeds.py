@@ -100,3 +100,8 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
 
     refused = optimer("run", recipe_dir, out, "--short")
     assert refused.exit_code == 1 and "--seeds" in refused.output
+    for command in (["report"], ["compare"], ["push", "--dry-run"]):
+        name, *options = command
+        told = optimer(name, out, *["me/it"] * (name == "push"), *options)
+        assert told.exit_code == 1
+        assert f"It holds whole runs: give one of them, e.g. {out / 'seed-0'}." in told.output
