@@ -141,7 +141,7 @@ def run(
     """
     from optimer_hf import pipeline
 
-    job = _job(recipe_dir, out, short, tokens, "-seeds" * (n_seeds is not None))
+    job = _job(recipe_dir, out, short, tokens, n_seeds)
     if n_seeds is not None:
         from optimer_hf.seeds import run_seeds
 
@@ -158,25 +158,33 @@ def run(
 @click.argument("out", type=PATH, required=False)
 @click.option("--short", is_flag=True, help="Of `optimer run --short`.")
 @click.option("--tokens", help="Of `optimer run --tokens`.")
+@click.option("--seeds", "n_seeds", type=click.IntRange(min=1), help="Of `optimer run --seeds`.")
 @click.option("--fetch", is_flag=True, help="Fetch the base for the probe if it is not here.")
 @FORMAT
 def plan_command(
-    source: Path, out: Path | None, short: bool, tokens: str | None, fetch: bool, output: str
+    source: Path,
+    out: Path | None,
+    short: bool,
+    tokens: str | None,
+    n_seeds: int | None,
+    fetch: bool,
+    output: str,
 ) -> None:
     """Say what a recipe folder or a study.yaml (SOURCE) will take: time, memory, disk, downloads.
 
     Runs a few real training steps and items. The plan of a recipe folder is kept in OUT, and
-    `optimer run` compares it with what it took.
+    `optimer run` compares it with what it took; with --seeds, that of the first seed.
     """
     from optimer_hf import pipeline, plan
+    from optimer_hf.seeds import runs_of
     from optimer_hf.study import StudyConfig
 
     job = None
     if source.is_dir():
-        job = _job(source, out, short, tokens)
+        job = _job(source, out, short, tokens, n_seeds)
         config = pipeline.load(job)[0]
-    elif out is not None or short or tokens:
-        raise ConfigError(f"{source}: OUT, --short and --tokens go with a recipe folder.")
+    elif out is not None or short or tokens or n_seeds:
+        raise ConfigError(f"{source}: OUT, --short, --tokens and --seeds go with a recipe folder.")
     else:
         config = StudyConfig.read(source)
     missing = plan.downloads(config)
@@ -187,17 +195,17 @@ def plan_command(
             f"{config.base_model}: is not on this disk, and the probe needs it. Add --fetch."
         )
     if job is not None:
-        found = pipeline.plan_run(job)
+        found = pipeline.plan_run(runs_of(job, n_seeds)[0] if n_seeds else job)
     else:
         found = plan.plan(config, {}, Path.cwd(), is_run=False)
     if output == "json":
         click.echo(json.dumps(plan.to_json(found), indent=2))
     else:
-        click.echo(plan.to_markdown(found))
+        click.echo(plan.to_markdown(found, n_seeds or 1))
 
 
 def _job(
-    recipe_dir: Path, out: Path | None, short: bool, tokens: str | None, suffix: str = ""
+    recipe_dir: Path, out: Path | None, short: bool, tokens: str | None, n_seeds: int | None
 ) -> Any:
     """Return the run of a recipe folder, with results in OUT or under runs/."""
     from optimer_hf import pipeline
@@ -206,7 +214,8 @@ def _job(
         raise ConfigError(f"{recipe_dir}: no such recipe folder.")
     folder = recipe_dir.resolve()
     n_tokens = _n_tokens(tokens)
-    suffix = ("-short" if short else "") + (f"-{n_tokens}" if n_tokens else "") + suffix
+    suffix = ("-short" if short else "") + (f"-{n_tokens}" if n_tokens else "")
+    suffix += "-seeds" if n_seeds else ""
     target = out or Path("runs") / (folder.name + suffix)
     return pipeline.Run(folder, target.resolve(), short, n_tokens)
 

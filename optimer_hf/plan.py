@@ -320,14 +320,17 @@ def to_json(found: Plan) -> dict[str, Any]:
     return asdict(found) | {"cost": asdict(found.cost)}
 
 
-def to_markdown(found: Plan) -> str:
-    """Return a plan as a table and a few lines."""
+def to_markdown(found: Plan, n_runs: int = 1) -> str:
+    """Return a plan as a table and a few lines; `n_runs` such runs are to follow each other."""
     rows = [[stage.name, stage.work, _clock(stage.cost.seconds)] for stage in found.stages]
     rows.append(["together", "", _clock(found.cost.seconds)])
     lines = [markdown_table(["stage", "work", "time"], rows)]
     device = f", {_size(found.device_bytes)} on the accelerator" if found.device_bytes else ""
     lines.append(f"memory: {_size(found.memory_bytes)}{device}")
     lines.append(f"disk: {_size(found.disk_bytes)}")
+    if n_runs > 1:
+        seconds, n_bytes = n_runs * found.cost.seconds, n_runs * found.disk_bytes
+        lines.append(f"all {n_runs} seeds: {_clock(seconds)}, disk {_size(n_bytes)}")
     lines += [said(each) for each in found.downloads]
     lines += [f"warning: {warning}" for warning in found.warnings]
     return "\n".join(lines)

@@ -65,8 +65,7 @@ def run_seeds(run: Run, n_seeds: int) -> str:
     Finished runs are kept, so that more seeds can be added later. Raises what `run_recipe` raises.
     """
     unit = Unit.of(load(run)[0].objective)
-    claim(run.out, {"recipe": run.name, "seeds": True} | run.budget)
-    runs = [replace(run, out=run.out / f"seed-{seed}", seed=seed) for seed in range(n_seeds)]
+    runs = runs_of(run, n_seeds)
     for each in runs:
         logger.info("%s of %d seeds", each.out.name, n_seeds)
         if finished_summary(each) is None:
@@ -87,6 +86,14 @@ def run_seeds(run: Run, n_seeds: int) -> str:
     write_text(run.out / "results.json", json.dumps(to_json(rows, merges), indent=2))
     write_text(run.out / "results.md", text)
     return text
+
+
+def runs_of(run: Run, n_seeds: int) -> list[Run]:
+    """Take `run.out` for runs under several seeds, and return them. Raises OutputError for one that
+    holds something else.
+    """
+    claim(run.out, {"recipe": run.name, "seeds": True} | run.budget)
+    return [replace(run, out=run.out / f"seed-{seed}", seed=seed) for seed in range(n_seeds)]
 
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> list[SeededRow]:

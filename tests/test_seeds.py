@@ -56,8 +56,12 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
     study["baselines"] = {"searches": {"random": {"surrogate": "random", "n_trials": 5}}}
     file.write_text(yaml.safe_dump(study))
     out, alone = tmp_path / "seeds", tmp_path / "alone"
+    planned = optimer("plan", recipe_dir, out, "--short", "--seeds", "2")
+    assert planned.exit_code == 0, planned.output
+    assert "all 2 seeds: " in planned.stdout
     first = optimer("run", recipe_dir, out, "--short", "--seeds", "1")
     assert first.exit_code == 0, first.output
+    assert "Memory: planned" in (out / "seed-0" / "results.md").read_text()
     kept = {path: path.stat().st_mtime_ns for path in (out / "seed-0").rglob("*") if path.is_file()}
     both = optimer("run", recipe_dir, out, "--short", "--seeds", "2")
     assert both.exit_code == 0, both.output
