@@ -618,40 +618,16 @@ def _weights_text(weights: Mapping[str, float]) -> str:
 
 
 def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> Any:
-    from optimer_hf.evaluate import ObjectiveFile
-    from optimer_hf.files import parse, read_yaml, refuse_absent
-    from optimer_hf.merge_config import (
-        not_searched,
-        read_merge_config,
-        searched_pool,
-        with_absolute_references,
-    )
+    from optimer_hf.files import read_yaml, refuse_absent
     from optimer_hf.study import SearchConfig, StudyConfig
 
-    data = read_yaml(path)
-    if "merge_method" in data:
+    if "merge_method" in read_yaml(path):
         if objective is None:
             raise ConfigError(
                 f"{path}: a merge config says what to merge, not what for. Add --objective "
                 "OBJECTIVE.yaml."
             )
-        merge_config = read_merge_config(path)
-        target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
-        refuse_absent({path: with_absolute_references(merge_config, path), objective: target})
-        base, sources = searched_pool(merge_config, path)
-        if dropped := not_searched(data):
-            logging.getLogger("optimer_hf").warning(
-                "%s: one number per vector of a plain weighted sum is searched; not kept: %s",
-                path,
-                ", ".join(dropped),
-            )
-        dtype = data.get("out_dtype") or data.get("dtype") or "bfloat16"
-        vectors = {name: {"source": source} for name, source in sources.items()}
-        config = parse(
-            StudyConfig,
-            {"base_model": base, "dtype": dtype, "vectors": vectors, "objective": target},
-            path,
-        )
+        config = _study_of_merge_config(path, objective)
     elif objective is not None:
         raise ConfigError(f"{path}: has its own objective; --objective goes with a mergekit YAML.")
     else:
@@ -661,6 +637,37 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
         changed = SearchConfig.model_validate(config.search.model_dump() | {"n_trials": n_trials})
         config = config.model_copy(update={"search": changed})
     return config
+
+
+def _study_of_merge_config(path: Path, objective: Path) -> Any:
+    """Return the study whose pool are the models of a mergekit YAML."""
+    from optimer_hf.evaluate import ObjectiveFile
+    from optimer_hf.files import parse, refuse_absent
+    from optimer_hf.merge_config import (
+        not_searched,
+        read_merge_config,
+        searched_pool,
+        with_absolute_references,
+    )
+    from optimer_hf.study import StudyConfig
+
+    data = read_merge_config(path)
+    target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
+    refuse_absent({path: with_absolute_references(data, path), objective: target})
+    base, sources = searched_pool(data, path)
+    if dropped := not_searched(data):
+        logging.getLogger("optimer_hf").warning(
+            "%s: one number per vector of a plain weighted sum is searched; not kept: %s",
+            path,
+            ", ".join(dropped),
+        )
+    fields = {
+        "base_model": base,
+        "dtype": data.get("out_dtype") or data.get("dtype") or "bfloat16",
+        "vectors": {name: {"source": source} for name, source in sources.items()},
+        "objective": target,
+    }
+    return parse(StudyConfig, fields, path)
 
 
 @main.command()

@@ -229,33 +229,11 @@ def to_json(found: Geometry, refusals: Mapping[str, str]) -> dict[str, Any]:
 def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
     """Return the tables of `optimer vectors`, and what can be merged."""
     names = list(found.norms)
-    sizes = [
-        [
-            name,
-            f"{found.norms[name]:.4g}",
-            f"{100 * found.relative_norms[name]:.2f} %",
-            f"{found.effective_ranks[name]:.1f}" if name in found.effective_ranks else "",
-            f"{100 * found.surviving[name]:.0f} %",
-        ]
-        for name in names
-    ]
-    header = [
-        "vector",
-        "norm",
-        "of the tensors it moves",
-        "effective rank",
-        f"survives {found.dtype}",
-    ]
     if not names:
         return "\n".join(f"* {name}: cannot be merged: {why}" for name, why in refusals.items())
-    parts = [markdown_table(header, sizes)]
+    parts = [_sizes(found)]
     if len(names) > 1:
-        either = found.cosines | {(b, a): value for (a, b), value in found.cosines.items()}
-        rows = [
-            [a, *("" if a == b else f"{either[a, b]:+.3f}" for b in names[:-1])] for a in names[1:]
-        ]
-        cut = [row[: i + 2] + [""] * (len(names) - i - 2) for i, row in enumerate(rows)]
-        parts.append(markdown_table(["cosine", *names[:-1]], cut))
+        parts.append(_cosines(found))
     groups = [
         [group, *(f"{norms[name]:.4g}" for name in names)]
         for group, norms in found.group_norms.items()
@@ -270,6 +248,34 @@ def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
         )
     parts += [f"* {name}: cannot be merged: {reason}" for name, reason in refusals.items()]
     return "\n".join(parts)
+
+
+def _sizes(found: Geometry) -> str:
+    """Return the table of one row a vector."""
+    rows = [
+        [
+            name,
+            f"{norm:.4g}",
+            f"{100 * found.relative_norms[name]:.2f} %",
+            f"{found.effective_ranks[name]:.1f}" if name in found.effective_ranks else "",
+            f"{100 * found.surviving[name]:.0f} %",
+        ]
+        for name, norm in found.norms.items()
+    ]
+    survives = f"survives {found.dtype}"
+    header = ["vector", "norm", "of the tensors it moves", "effective rank", survives]
+    return markdown_table(header, rows)
+
+
+def _cosines(found: Geometry) -> str:
+    """Return the table of cosines, the part below its diagonal."""
+    names = list(found.norms)
+    either = found.cosines | {(b, a): value for (a, b), value in found.cosines.items()}
+    rows = [
+        [a, *(f"{either[a, b]:+.3f}" for b in names[: i + 1]), *[""] * (len(names) - i - 2)]
+        for i, a in enumerate(names[1:])
+    ]
+    return markdown_table(["cosine", *names[:-1]], rows)
 
 
 def _trust(found: Geometry, name: str) -> str:

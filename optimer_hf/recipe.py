@@ -29,7 +29,7 @@ from optimer_hf.files import (
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES
-from optimer_hf.study import MERGE, Study, Trial
+from optimer_hf.study import MERGE, Study, StudyConfig, Trial
 from optimer_hf.vector import (
     AdapterVector,
     DistributionVector,
@@ -149,21 +149,31 @@ def write_recipe(
     }
     if derived_from is not None:
         recipe["derived_from"] = derived_from
-    lock = Lock(
-        base=weight_files(base.path),
-        vectors={key: weight_files(source.path) for key, source in sources.items()},
-        kinds={
-            key: open_vector(key, str(config.vectors[key].source), base).kind for key in sources
-        },
-        weights=incumbent.weights,
-        dtype=config.dtype,
-    )
+    lock = _lock_of(config, base, sources, incumbent.weights)
     _write_lock(lock, path.with_suffix(".lock.json"))
     merge_config = optimer_config(base_model, pinned, incumbent.weights, config.dtype)
     write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
     write_text(path, header + yaml_text(recipe))
     return RecipeFile.read(path)
+
+
+def _lock_of(
+    config: StudyConfig,
+    base: ResolvedModel,
+    sources: Mapping[str, ResolvedModel],
+    weights: Mapping[str, float],
+) -> Lock:
+    """Return the lock of a merge that is not built yet; `sources` by vector."""
+    return Lock(
+        base=weight_files(base.path),
+        vectors={key: weight_files(source.path) for key, source in sources.items()},
+        kinds={
+            key: open_vector(key, str(config.vectors[key].source), base).kind for key in sources
+        },
+        weights=dict(weights),
+        dtype=config.dtype,
+    )
 
 
 def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
