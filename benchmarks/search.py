@@ -820,6 +820,8 @@ def missed(value: float | None, bar: float) -> str:
 class LandscapePool:
     """Scores weights by a landscape: what a study needs instead of a model."""
 
+    inputs: dict[str, str] = {}
+
     def __init__(self, landscape: Landscape, seed: int) -> None:
         self.landscape, self.rng = landscape, noise_of("optimer", seed)
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from optimer_hf.errors import ModelError, OutputError
-from optimer_hf.files import read_yaml, sha256_file
+from optimer_hf.files import digest, fingerprint, read_yaml, sha256_file
 
 CHUNK_ELEMENTS = 2**19  # of one row block: 2 MiB in float32, so that a sum stays in a CPU's cache
 GPU_CHUNK_ELEMENTS = 2**24
@@ -309,6 +309,11 @@ def weight_states(path: Path) -> dict[str, tuple[int, int]]:
     """
     states = {file.name: file.stat() for file in _identity(path)}
     return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
+
+
+def weights_fingerprint(path: Path) -> str:
+    """Return a digest that tells the weights in a directory from others, see `fingerprint`."""
+    return digest({file.name: fingerprint(file) for file in _identity(path)})
 
 
 def _identity(path: Path) -> list[Path]:

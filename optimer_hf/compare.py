@@ -155,7 +155,9 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
 
     @cache
     def opened() -> Pool:
-        return pool(study.config)
+        found = pool(study.config)
+        study.check_inputs(found.inputs)
+        return found
 
     with locked(study.directory):
         models = {model.name: model for model in baselines.models(study)}

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 N_BOOTSTRAP = 2000
 GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
+N_ASKED = 32  # items of a term whose prompts its digest looks at
 AGGREGATIONS = ("mean", "bits_per_byte", "weighted_perplexity", "perplexity")
 REPORTED = (
     "arc_challenge",
@@ -421,6 +422,17 @@ class Evaluator:
             self._within[key] = items_within(self.tasks[term.task_name], term.hash_range)
         return self._within[key]
 
+    def items_digest(self, term: Term) -> str | None:
+        """Return a digest of the items of a term: their rows, and of a few what is asked; None for
+        a term that a function scores.
+        """
+        if term.function is not None:
+            return None
+        task, within = self.tasks[term.task_name], self._indices(term)
+        docs, few = list(task.eval_docs), spread(len(within), N_ASKED)
+        asked = [_item_hash(task, docs[within[index]]) for index in few]
+        return digest([[repr(docs[index]) for index in within], asked])
+
     def n_items(self, term: Term) -> int:
         """Return how many items a term of the harness has."""
         return len(self._indices(term))
@@ -531,17 +543,13 @@ def _row_hashes(task: Any) -> list[str]:
 
 def item_hashes(task: Any) -> list[str]:
     """Return a digest of prompt, target and choices of every item of a task."""
+    return [_item_hash(task, doc) for doc in task.eval_docs]
+
+
+def _item_hash(task: Any, doc: Any) -> str:
     has_choices = task.config.doc_to_choice is not None
-    return [
-        digest(
-            [
-                str(task.doc_to_text(doc)),
-                str(task.doc_to_target(doc)),
-                [str(choice) for choice in task.doc_to_choice(doc)] if has_choices else [],
-            ]
-        )
-        for doc in task.eval_docs
-    ]
+    choices = [str(choice) for choice in task.doc_to_choice(doc)] if has_choices else []
+    return digest([str(task.doc_to_text(doc)), str(task.doc_to_target(doc)), choices])
 
 
 def check_disjoint(objective: Objective, test: Objective, tasks: Mapping[str, Any]) -> None:

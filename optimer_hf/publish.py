@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from optimer_hf.checkpoint import weight_files
 from optimer_hf.errors import HubError
-from optimer_hf.files import FREE_TEXT, Reference, is_pinned, yaml_text
+from optimer_hf.files import Reference, is_pinned, without_folders, yaml_text
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.private import VOCABULARIES, refuse_private
 from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile
@@ -231,18 +231,6 @@ def vanilla_of(recipe: RecipeFile, lock: Lock) -> dict[str, Any] | None:
 def _plain(reference: str) -> str:
     """Return a Hub reference as mergekit writes it."""
     return reference.removeprefix("hf://")
-
-
-def without_folders(value: Any) -> Any:
-    """Return a value with every path in it, absolute or relative, cut down to the file's name."""
-    if isinstance(value, dict):
-        return {
-            key: item if key in FREE_TEXT else without_folders(item) for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    is_path = isinstance(value, str) and value.startswith(("/", "./", "../"))
-    return Path(value).name if is_path else value
 
 
 def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:

@@ -61,7 +61,7 @@ def search(
     """
     with locked(directory):
         study = open_study(config, directory)
-        if study.is_finished:
+        if study.is_finished and not study.has_moved:
             logger.info(
                 "search: %d trials are recorded, nothing to do", len(study.log.of("search"))
             )
@@ -69,6 +69,7 @@ def search(
         tracker = Tracker(config.search.report_to, directory)  # what it lacks is said at once
         chosen = nullcontext(runner) if runner else _runner(config, pool, n_workers, scheduler)
         with chosen as opened, tracker:
+            study.check_inputs(opened.inputs)
             warn_of_reported_benchmarks(config.objective)
             if config.test is not None:
                 warn_of_other_weights(config.objective, config.test)
@@ -86,6 +87,11 @@ class Runner(Protocol):
         """How many trials may run at once."""
         ...
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What its pool scores, see Pool."""
+        ...
+
     def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
         """Start a trial."""
         ...
@@ -101,7 +107,7 @@ class Here:
     n_slots = 1
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+        self._pool, self.inputs = pool, pool.inputs
         self._submitted: deque[tuple[Trial, Sequence[Term], Mapping[str, int | None]]] = deque()
 
     def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:

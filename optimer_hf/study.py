@@ -43,6 +43,7 @@ from optimer_hf.files import (
     digest,
     make_directory,
     naming_disk_errors,
+    without_folders,
     write_text,
 )
 from optimer_hf.surrogate import GaussianProcess, WeightedSum, fit
@@ -63,6 +64,7 @@ RETARGETED = "re-targeted to "
 # rows of every comparison, beside those that a vector or a target names
 ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
 Fidelity = Literal["search", "rescore", "sealed"]
+STUDY_FILE, INPUTS_FILE = "study.json", "inputs.json"
 
 
 class VectorConfig(FileModel):
@@ -570,6 +572,12 @@ def _headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
 # -- the study directory ---------------------------------------------------------------------------
 
 
+class Inputs(VersionedFile):
+    """inputs.json: what the trials of a study scored, digests by the field that names it."""
+
+    digests: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Study:
     """A study directory: its config and its trials."""
@@ -577,6 +585,25 @@ class Study:
     directory: Path
     config: StudyConfig
     log: TrialLog
+    has_moved: bool = False
+
+    def check_inputs(self, found: Mapping[str, str]) -> None:
+        """Raise StudyError when what a pool scores, digests by field, is not what it was when the
+        study began; inputs.json keeps that. A study whose files lie elsewhere now is taken on.
+        """
+        file = self.directory / INPUTS_FILE
+        known = Inputs.read(file).digests if file.exists() and self.log.trials else {}
+        changed = sorted(name for name in known.keys() & found if known[name] != found[name])
+        if changed:
+            raise StudyError(
+                f"{self.directory}: {', '.join(changed)}: not the weights or items with which the "
+                "study began, so new scores could not be compared with its trials. Restore them, "
+                "or give another study directory."
+            )
+        if (digests := {**known, **found}) != known:
+            Inputs(digests=digests).write(file)
+        if self.has_moved:
+            _record_config(self.config, self.directory / STUDY_FILE)
 
     @property
     def base(self) -> dict[str, TermScore]:
@@ -722,9 +749,11 @@ def say_what_tells_nothing(study: Study) -> None:
 def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> Study:
     """Create a study directory, or open the one that is there; see TrialLog for `repair`.
 
-    Raises StudyError when it holds another study; the message names the fields that differ.
+    One that differs in nothing but the folders of its files `has_moved`: `check_inputs` has to say
+    that they are the same files. Raises StudyError when it holds another study; the message names
+    the fields that differ.
     """
-    file = directory / "study.json"
+    file = directory / STUDY_FILE
     if not file.exists():
         if directory.exists() and any(
             not path.name.startswith(".") for path in directory.iterdir()
@@ -737,15 +766,18 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     found, expected = recorded.identity, config.identity
     differing = differences(expected, found)
     log = TrialLog(directory / "trials.jsonl", repair=repair)
-    if not differing:
+    has_moved = (
+        bool(differing and log.trials)
+        and (directory / INPUTS_FILE).exists()
+        and not differences(without_folders(expected), without_folders(found))
+    )
+    if not differing or has_moved:
         _check_record(config, log)
     if not differing and repair and recorded != config:  # more trials, other baselines
-        longest = max(recorded.search.n_trials, config.search.n_trials)
-        search = config.search.model_copy(update={"n_trials": longest})
-        write_text(file, config.model_copy(update={"search": search}).model_dump_json(indent=2))
+        _record_config(config, file)
     if differing and not log.trials:  # nothing was spent on the other config
         write_text(file, config.model_dump_json(indent=2))
-    elif differing:
+    elif differing and not has_moved:
         asks_otherwise = all(text.startswith("objective.") for text in differing)
         raise StudyError(
             f"{directory}: holds a study of another config; these fields differ: "
@@ -753,7 +785,14 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
             + " `optimer retarget` answers other objectives from its trials."
             * asks_otherwise
         )
-    return Study(directory, config, log)
+    return Study(directory, config, log, has_moved)
+
+
+def _record_config(config: StudyConfig, file: Path) -> None:
+    """Write a config over the one recorded; of the numbers of trials the larger one is kept."""
+    longest = max(StudyConfig.read(file).search.n_trials, config.search.n_trials)
+    search = config.search.model_copy(update={"n_trials": longest})
+    write_text(file, config.model_copy(update={"search": search}).model_dump_json(indent=2))
 
 
 def _check_record(config: StudyConfig, log: TrialLog) -> None:
@@ -789,9 +828,9 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
     """Open an existing study, or that of a run's directory, with the config it was made with;
     `unfinished` takes one that has scored the base.
     """
-    if not (directory / "study.json").exists() and (directory / "study" / "study.json").exists():
+    if not (directory / STUDY_FILE).exists() and (directory / "study" / STUDY_FILE).exists():
         directory = directory / "study"
-    file = directory / "study.json"
+    file = directory / STUDY_FILE
     if not file.exists():
         raise StudyError(
             f"{directory}: holds no study (no study.json)."

@@ -47,12 +47,14 @@ from optimer_hf.files import (
     did_you_mean,
     differences,
     digest,
+    fingerprint,
     is_there,
     listed,
     make_directory,
     naming_disk_errors,
     read_yaml,
     shown,
+    without_folders,
     write_text,
 )
 from optimer_hf.growth import full_norm, is_due, lora_norm, refuse_sharded
@@ -136,9 +138,14 @@ class TrainConfig(VersionedFile):
 
     @property
     def digest(self) -> str:
-        """Digest of everything that decides the result."""
+        """Digest of everything that decides the result, wherever it lies."""
         absent = {"mixture"} if self.mixture is None else {"corpus"}
-        return digest(self.model_dump(mode="json", exclude=absent))
+        return digest(without_folders(self.model_dump(mode="json", exclude=absent)))
+
+    @property
+    def corpus_files(self) -> list[Path]:
+        """Local files of the corpus, or of those of the mixture."""
+        return [corpus.path for corpus in self.corpora if corpus.path is not None]
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -225,7 +232,8 @@ def _check_optimizer(config: TrainConfig, arguments: "TrainingArguments") -> Non
 def is_trained(config: TrainConfig, out: Path) -> bool:
     """Whether `out` holds the finished result of this config.
 
-    Raises OutputError when it belongs to another config, or holds files that are not ours.
+    Raises OutputError when it belongs to another config or to another text of the same name, or
+    holds files that are not ours.
     """
     for name in ("training.json", "started.json"):
         if (out / name).exists():
@@ -242,6 +250,7 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
                     f"{'; '.join(differing) or 'base_model, corpus or max_tokens'}. "
                     "Remove it, or give another output directory."
                 )
+            _refuse_other_text(config, record, out)
             return name == "training.json"
     leftovers = (".partial-", "blocks.")  # of a run killed while it packed
     found = out.iterdir() if out.is_dir() else [out] if is_there(out) else []
@@ -250,6 +259,19 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
             f"{out}: already exists and is not a training directory. Give another output directory."
         )
     return False
+
+
+def _refuse_other_text(config: TrainConfig, record: Mapping[str, Any], out: Path) -> None:
+    """Raise OutputError for a corpus that is not the one a run recorded; one that is gone from the
+    disk may be.
+    """
+    known = record.get("corpus_files", [])
+    for path, found in zip(config.corpus_files, known, strict=False):
+        if path.is_file() and fingerprint(path) != found:
+            raise OutputError(
+                f"{out}: was trained on another text than {path} holds now. Restore the text, or "
+                "remove the directory to train again."
+            )
 
 
 def train(config: TrainConfig, out: Path) -> Path:
@@ -306,7 +328,12 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
             raise
         parts = [dataclasses.asdict(part) for part in packed.parts]
         if not started.exists():
-            record = {"config_sha256": config.digest, "training": config.settings, "parts": parts}
+            record = {
+                "config_sha256": config.digest,
+                "training": config.settings,
+                "corpus_files": [fingerprint(path) for path in config.corpus_files],
+                "parts": parts,
+            }
             write_text(started, json.dumps(record | {"blocks_sha256": packed.sha256}))
     record = json.loads(started.read_text(encoding="utf-8"))
     found = load_packed(blocks, [Part(**part) for part in record.get("parts", [])])
@@ -558,9 +585,9 @@ def _save(
     (out / "README.md").unlink(
         missing_ok=True
     )  # PEFT's card template; ours is written when the vector is pushed
-    write_text(
-        out / "training.json", json.dumps(_record(config, base, packed, trainer, spent), indent=2)
-    )
+    record = dict(_record(config, base, packed, trainer, spent))
+    record["corpus_files"] = read_yaml(out / "started.json").get("corpus_files", [])
+    write_text(out / "training.json", json.dumps(record, indent=2))
     (out / "started.json").unlink(missing_ok=True)
     (out / "blocks.npy").unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
+from optimer_hf.checkpoint import weights_fingerprint
 from optimer_hf.convert import default_device, loaded_tokenizer, resolve_base
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoint
@@ -27,6 +28,13 @@ class Pool(Protocol):
     """What a study needs to run a trial: set weights, score terms; tests give a function of the
     weights instead.
     """
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What is merged and scored: digests of base, vectors and items, wherever they lie, by the
+        field of the study that names them.
+        """
+        ...
 
     def score(
         self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]
@@ -55,12 +63,26 @@ class ResidentPool:
             base, self.vectors, dtype=config.dtype, device=default_device()
         )
         tokenizer = loaded_tokenizer(base)
-        objectives = [config.objective] + ([config.test] if config.test is not None else [])
+        self._objectives = {"objective": config.objective}
+        if config.test is not None:
+            self._objectives["test"] = config.test
         self._evaluator = Evaluator(
-            self._resident.model, tokenizer, objectives, functions=functions
+            self._resident.model, tokenizer, list(self._objectives.values()), functions=functions
         )
         if config.test is not None:
             check_disjoint(config.objective, config.test, self._evaluator.tasks)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of base, vectors and items, see Pool."""
+        found = {"base_model": weights_fingerprint(self.base.path)} | {
+            f"vectors.{vector.name}": weights_fingerprint(vector.path) for vector in self.vectors
+        }
+        for name, objective in self._objectives.items():
+            for term in objective.scored:
+                if (items := self._evaluator.items_digest(term)) is not None:
+                    found[f"{name}.{term.label}"] = items
+        return found
 
     def score(
         self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from uuid import uuid4
 
 import torch
@@ -41,16 +41,23 @@ SECONDS_BETWEEN_WARNINGS = 30
 
 
 @dataclass(frozen=True)
-class _Request:
-    """All that a worker process has to know to run a trial; `session` names its open pool."""
+class _Opening:
+    """All that a worker process has to know to open its pool; `session` names an open one."""
 
     session: str
     config: str
     pool: Callable[[StudyConfig], Pool]
+    n_threads: int | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """All that a worker process has to know to run a trial."""
+
+    opening: _Opening
     trial: Trial
     terms: list[Term]
     limits: dict[str, int | None]
-    n_threads: int | None
 
 
 class Workers:
@@ -70,10 +77,11 @@ class Workers:
                 f"workers: found n_workers {n_workers!r} and scheduler {scheduler!r}. Give one of "
                 "them: a number of processes on this machine, or the address of a Dask scheduler."
             )
-        self._config, self._pool = config.model_dump_json(), pool
         self._n_workers, self._scheduler = n_workers, scheduler
+        n_threads = max(1, CPU_COUNT // n_workers) if n_workers is not None else None
         # not the config alone: a vector may be trained again between two searches
         self._session = f"{config.digest}-{uuid4()}"
+        self._opening = _Opening(self._session, config.model_dump_json(), pool, n_threads)
         self._pending: dict[Future, Trial] = {}
 
     def __enter__(self) -> Self:
@@ -102,12 +110,24 @@ class Workers:
         """How many trials may run at once now: one per worker; waits while there is no worker."""
         return len(self._addresses())
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the pool of a worker scores, see Pool; waits for a worker and opens its pool.
+
+        Raises what `next_finished` raises, and StudyError when all workers die of it.
+        """
+        self._addresses()
+        with self._naming_lost_scheduler():
+            future = self._client.submit(_inputs, self._opening, pure=False)
+            self._first_done([future])
+        found = self._outcome(future)
+        if isinstance(found, str):
+            raise StudyError(f"{self._client.scheduler.address}: no pool could be opened. {found}")
+        return dict(found)
+
     def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
         """Hand a trial to an idle worker, or to whichever is idle first, and return at once."""
-        n_threads = max(1, CPU_COUNT // self._n_workers) if self._n_workers is not None else None
-        request = _Request(
-            self._session, self._config, self._pool, trial, list(terms), dict(limits), n_threads
-        )
+        request = _Request(self._opening, trial, list(terms), dict(limits))
         with self._naming_lost_scheduler():
             # Dask takes an idle worker first. Naming one (`workers=`) would leave the trial waiting
             # for ever once all workers die, even with `allow_other_workers`
@@ -121,11 +141,20 @@ class Workers:
         there is no worker for ten minutes or the scheduler is lost.
         """
         with self._naming_lost_scheduler():
-            future = self._first_done()
+            future = self._first_done(list(self._pending))
             trial = self._pending.pop(future)
+        found = self._outcome(future)
+        if isinstance(found, str):
+            logger.warning("trial %d crashed: %s", trial.number, found)
+            return replace(trial, status="crashed", error=found)
+        finished: Trial = found
+        return finished
+
+    def _outcome(self, future: Future) -> Any:
+        """Return the result of a task that is done, or, as text, that it killed its workers."""
+        with self._naming_lost_scheduler():
             if future.status != "error":
-                finished: Trial = future.result()
-                return finished
+                return future.result()
         error = future.exception()
         if "deserialization" in str(error) and isinstance(error.__cause__, ImportError):
             raise StudyError(
@@ -134,23 +163,21 @@ class Workers:
             ) from error
         if not isinstance(error, KilledWorker):
             raise error
-        n_deaths = error.allowed_failures + 1
-        text = (
-            f"KilledWorker: its worker died {n_deaths} times. It has too little memory, or another "
-            "optimer-hf than this machine, or none; the log of the workers says which."
+        return (
+            f"KilledWorker: its worker died {error.allowed_failures + 1} times. It has too little "
+            "memory, or another optimer-hf than this machine, or none; the log of the workers says "
+            "which."
         )
-        logger.warning("trial %d crashed: %s", trial.number, text)
-        return replace(trial, status="crashed", error=text)
 
-    def _first_done(self) -> Future:
+    def _first_done(self, futures: Sequence[Future]) -> Future:
         while True:
             with contextlib.suppress(TimeoutError), self._client.as_current():
                 done = wait(
-                    list(self._pending),
+                    list(futures),
                     timeout=SECONDS_BETWEEN_WARNINGS,
                     return_when="FIRST_COMPLETED",
                 ).done
-                return next(future for future in self._pending if future in done)
+                return next(future for future in futures if future in done)
             self._addresses()
 
     def _addresses(self) -> list[str]:
@@ -217,28 +244,43 @@ _one_at_a_time = threading.Lock()
 
 
 def _run(request: _Request) -> Trial:
-    """Run a trial in this process; an OptimerError that ends the search names the worker."""
+    """Run a trial in this process."""
+    with _opened(request.opening) as (name, pool):
+        trial = run_trial(pool, request.trial, request.terms, request.limits)
+    return replace(trial, worker=name)
+
+
+def _inputs(opening: _Opening) -> dict[str, str]:
+    """Return what the pool of this process scores."""
+    with _opened(opening) as (_, pool):
+        return pool.inputs
+
+
+@contextlib.contextmanager
+def _opened(opening: _Opening) -> Iterator[tuple[str, Pool]]:
+    """Give the name of this worker and its pool, to one task at a time; an OptimerError, which ends
+    the search, names the worker.
+    """
     worker = get_worker()
     # a worker without a name is called by its address, and trials are published
     name = worker.id if "://" in str(worker.name) else str(worker.name)
     with _one_at_a_time:
         # Dask starts workers with OMP_NUM_THREADS=1
-        torch.set_num_threads(request.n_threads or worker.state.nthreads)
-        if request.n_threads is not None and torch.cuda.is_available():  # a GPU each, in turn
+        torch.set_num_threads(opening.n_threads or worker.state.nthreads)
+        if opening.n_threads is not None and torch.cuda.is_available():  # a GPU each, in turn
             torch.cuda.set_device(int(worker.name) % torch.cuda.device_count())
         try:
-            trial = run_trial(_pool_of(request), request.trial, request.terms, request.limits)
+            yield name, _pool_of(opening)
         except OptimerError as error:
             raise type(error)(f"worker {name}: {error}") from None
-    return replace(trial, worker=name)
 
 
-def _pool_of(request: _Request) -> Pool:
-    if request.session not in _open_pools:
+def _pool_of(opening: _Opening) -> Pool:
+    if opening.session not in _open_pools:
         _open_pools.clear()
-        config = StudyConfig.model_validate_json(request.config)
-        _open_pools[request.session] = request.pool(config)
-    return _open_pools[request.session]
+        config = StudyConfig.model_validate_json(opening.config)
+        _open_pools[opening.session] = opening.pool(config)
+    return _open_pools[opening.session]
 
 
 def _forget(session: str) -> None:

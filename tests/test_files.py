@@ -1,6 +1,7 @@
 """files.py: mistakes are named, references resolved, and nothing half-written stays."""
 
 import json
+import random
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from optimer_hf.files import (
     absolute_reference,
     differences,
     digest,
+    fingerprint,
     portable,
     read_yaml,
     sha256_file,
@@ -434,3 +436,16 @@ def test_differences_name_every_field_that_differs_and_both_values():
         "f: found None, expected 2",
     ]
     assert differences(found, found) == []
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 100_000, 5 * 2**20])
+def test_a_fingerprint_tells_versions_of_a_file_apart(tmp_path, n_bytes):
+    content = random.Random(0).randbytes(n_bytes)
+    (tmp_path / "f").write_bytes(content)
+    (tmp_path / "g").write_bytes(content)
+    found = fingerprint(tmp_path / "f")
+    assert found == fingerprint(tmp_path / "g")
+    for other in (content + b"x", random.Random(1).randbytes(n_bytes), content[:-1]):
+        if other != content:
+            (tmp_path / "g").write_bytes(other)
+            assert found != fingerprint(tmp_path / "g")

@@ -144,6 +144,26 @@ def test_a_finished_run_does_nothing_and_says_so_at_once(finished: Path, recipe_
     }
 
 
+def test_a_run_that_was_moved_is_not_done_again(finished: Path, recipe_dir: Path, tmp_path: Path):
+    names = (
+        "results.json",
+        "study/trials.jsonl",
+        "study/sealed.jsonl",
+        "vectors/aaa/training.json",
+    )
+    before = [(finished / name).read_bytes() for name in names]
+    recipe, out = tmp_path / "moved" / "tiny", tmp_path / "moved" / "out"
+    recipe.parent.mkdir()
+    recipe_dir.rename(recipe)
+    finished.rename(out)
+    (out / "done.json").unlink()  # otherwise there is nothing to do at once
+    again = optimer("run", recipe, out)
+    assert again.exit_code == 0, again.output
+    assert [(out / name).read_bytes() for name in names] == before
+    compared = optimer("compare", out)
+    assert compared.exit_code == 0, compared.output
+
+
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
     finished: Path, recipe_dir: Path, tmp_path: Path

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,8 @@ def landscape(label: str, weights) -> float:
 
 class FunctionPool:
     """Scores weights by a function; counts its calls."""
+
+    inputs: dict[str, str] = {}
 
     def __init__(self, config: StudyConfig, *, noise: float = 0.1) -> None:
         self.noise, self.calls = noise, []
@@ -802,6 +805,61 @@ def test_a_built_recipe_scores_what_its_incumbent_scored(
     }
     assert any(best.weights.values()) or study.value(best) == 0
     assert all(trial.status == "ok" and trial.n_tokens > 0 for trial in study.log.trials)
+
+
+def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
+    tmp_path, make_base, make_adapter, corpus_dir
+):
+    base = make_base("gemma", torch.float32)
+    adapters = {f"v{seed}": make_adapter(base, seed) for seed in (1, 2, 3)}
+    text = (corpus_dir / "aaa.search.jsonl").read_text()
+
+    def searched(place: str, n_trials: int):
+        folder = tmp_path / place
+        config = {
+            "base_model": str(folder / "base"),
+            "vectors": {name: {"source": str(folder / name)} for name in ("v1", "v2")},
+            "objective": {"terms": [{"name": "t", "text": str(folder / "t.jsonl")}], "limit": 3},
+            "search": {"n_trials": n_trials, "rescore_top": 0},
+        }
+        return search(StudyConfig.model_validate(config), folder / "s")
+
+    shutil.copytree(base.path, tmp_path / "one" / "base")
+    for name in ("v1", "v2"):
+        shutil.copytree(adapters[name], tmp_path / "one" / name)
+    (tmp_path / "one" / "t.jsonl").write_text(text)
+    began = (searched("one", 4).directory / "trials.jsonl").read_bytes()
+
+    (tmp_path / "one").rename(tmp_path / "two")
+    study = searched("two", 5)
+    assert (study.directory / "trials.jsonl").read_bytes().startswith(began)
+    assert len(study.log.of("search")) == 5
+    (tmp_path / "two").rename(tmp_path / "three")
+    assert len(searched("three", 4).log.of("search")) == 5  # finished, and taken on
+    there = load_study(tmp_path / "three" / "s").config
+    assert there.base_model == str(tmp_path / "three" / "base") and there.search.n_trials == 5
+
+    def refused(what: str) -> None:
+        with pytest.raises(StudyError, match=rf"s: {what}: not the weights or items with"):
+            searched("three", 6)
+        (tmp_path / "three").rename(tmp_path / "four")
+        with pytest.raises(StudyError, match=rf"s: {what}: not the weights or items with"):
+            searched("four", 5)  # finished, but elsewhere: looked at once more
+        (tmp_path / "four").rename(tmp_path / "three")
+
+    (tmp_path / "three" / "t.jsonl").write_text(text.replace("a", "b", 1))
+    refused(r"objective\.t")
+    (tmp_path / "three" / "t.jsonl").write_text(text)
+    shutil.rmtree(tmp_path / "three" / "v2")
+    shutil.copytree(adapters["v3"], tmp_path / "three" / "v2")
+    refused(r"vectors\.v2")
+    shutil.copytree(adapters["v2"], tmp_path / "three" / "v2", dirs_exist_ok=True)
+    assert len(searched("three", 6).log.of("search")) == 6
+
+    (tmp_path / "three" / "s" / "inputs.json").unlink()  # of an earlier version: nothing to go by
+    (tmp_path / "three").rename(tmp_path / "five")
+    with pytest.raises(StudyError, match="these fields differ: base_model: found"):
+        searched("five", 6)
 
 
 def test_a_vector_that_must_be_trained_first_says_so(tmp_path, make_base, make_adapter, corpus_dir):

@@ -48,11 +48,10 @@ def make_config(make_base, corpus_dir):
         kind: str = "gemma", *, lora=LORA, trainer=FAST, max_tokens: int = 192, **fields
     ) -> TrainConfig:
         base = make_base(kind, torch.float32)
-        corpus = CorpusConfig(path=corpus_dir / "aaa.train.jsonl")
+        fields = {"corpus": CorpusConfig(path=corpus_dir / "aaa.train.jsonl")} | fields
         return TrainConfig(
             name="aaa",
             base_model=str(base.path),
-            corpus=corpus,
             block_size=32,
             max_tokens=max_tokens,
             lora=lora,
@@ -308,6 +307,22 @@ def test_untied_embeddings_may_be_saved_with_the_adapter(make_config, tmp_path):
     assert any(
         "lm_head" in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors")
     )
+
+
+def test_a_run_is_known_wherever_it_lies_and_by_its_text(make_config, corpus_dir, tmp_path):
+    text = tmp_path / "one" / "aaa.jsonl"
+    text.parent.mkdir()
+    text.write_bytes((corpus_dir / "aaa.train.jsonl").read_bytes())
+    train(make_config(corpus=CorpusConfig(path=text)), tmp_path / "one" / "out")
+    (tmp_path / "one").rename(tmp_path / "two")
+    out, text = tmp_path / "two" / "out", tmp_path / "two" / "aaa.jsonl"
+    config = make_config(corpus=CorpusConfig(path=text))
+    assert is_trained(config, out)
+    text.write_bytes(text.read_bytes().replace(b"a", b"b", 1))
+    with pytest.raises(OutputError, match=rf"was trained on another text than {text} holds now"):
+        train(config, out)
+    text.unlink()  # a trained vector does not need it
+    assert is_trained(config, out)
 
 
 def test_a_directory_with_foreign_files_is_refused_and_left_alone(make_config, tmp_path):

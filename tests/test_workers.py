@@ -17,6 +17,7 @@ from distributed import Client, LocalCluster
 import optimer_hf.workers as workers_module
 from optimer_hf.errors import ConfigError, ModelError, StudyError
 from optimer_hf.evaluate import TermScore
+from optimer_hf.search import search
 from optimer_hf.study import StudyConfig, Trial
 from optimer_hf.trial import ResidentPool, run_trial
 from optimer_hf.workers import Workers
@@ -24,13 +25,14 @@ from optimer_hf.workers import Workers
 LIMITS = {"t": 3}
 
 
-def config_of(directory: Path) -> StudyConfig:
+def config_of(directory: Path, n_trials: int = 30) -> StudyConfig:
     """A study whose base is a directory, where the pools below leave files."""
     return StudyConfig.model_validate(
         {
             "base_model": str(directory),
             "vectors": {"w": {"source": "a/w"}},
-            "objective": {"terms": [{"task": "t", "metric": "loss"}]},
+            "objective": {"limit": 2, "terms": [{"task": "t", "metric": "loss"}]},
+            "search": {"n_trials": n_trials, "rescore_top": 0},
         }
     )
 
@@ -41,6 +43,8 @@ def trial_of(number: int) -> Trial:
 
 class FunctionPool:
     """Scores weights by a function; leaves a file when it opens, and one for each trial."""
+
+    inputs = {"vectors.w": "one"}
 
     def __init__(self, config):
         self.directory = Path(config.base_model)
@@ -101,6 +105,19 @@ class AbsentPool(FunctionPool):
 
     def __init__(self, config):
         raise ModelError(f"{config.base_model}: no config.json. Give a directory with a model.")
+
+
+class DeadlyToOpenPool(FunctionPool):
+    """Kills its worker before it is open."""
+
+    def __init__(self, config):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class OtherPool(FunctionPool):
+    """Scores by other weights than FunctionPool."""
+
+    inputs = {"vectors.w": "another"}
 
 
 class UnknownPool:
@@ -284,6 +301,25 @@ def test_a_trial_that_kills_every_worker_comes_back_as_crashed(tmp_path, cluster
         trial = run(workers, config, [4])[4]
     assert replace(trial, error=None) == replace(trial_of(4), status="crashed")
     assert "its worker died 2 times" in trial.error
+
+
+def test_a_pool_that_kills_every_worker_ends_the_search(tmp_path, cluster):
+    config = config_of(tmp_path)
+    with (
+        Workers(config, scheduler=cluster.scheduler_address, pool=DeadlyToOpenPool) as workers,
+        pytest.raises(StudyError, match=r"no pool could be opened\. .*its worker died 2 times"),
+    ):
+        _ = workers.inputs
+
+
+def test_workers_that_see_other_weights_end_the_search_before_a_trial(tmp_path):
+    begun = config_of(tmp_path, n_trials=2)
+    search(begun, tmp_path / "s", pool=FunctionPool, n_workers=1)
+    n_before = len(files(tmp_path, "started"))
+    longer = config_of(tmp_path, n_trials=3)
+    with pytest.raises(StudyError, match=r"vectors\.w: not the weights or items"):
+        search(longer, tmp_path / "s", pool=OtherPool, n_workers=1)
+    assert len(files(tmp_path, "started")) == n_before
 
 
 def test_a_worker_without_the_model_ends_the_search_and_is_named(tmp_path, cluster):
