@@ -140,6 +140,17 @@ def test_any_study_can_be_searched_on(settings, tmp_path):
     assert search_on(longer, over, tmp_path / "new", 1, pool=no_pool).incumbent == found.incumbent
 
 
+def test_what_is_searched_on_has_to_be_what_the_old_trials_scored(tmp_path):
+    pools = [type(name, (FunctionPool,), {"inputs": {"vectors.w": name}}) for name in ("A", "B")]
+    study = search(
+        config_of(search={"n_trials": 8, "rescore_top": 0}), tmp_path / "s", pool=pools[0]
+    )
+    over = over_record(study, objective(t=1.0))
+    with pytest.raises(StudyError, match=r"vectors\.w: not the weights or items"):
+        search_on(study, over, tmp_path / "other", 1, pool=pools[1])
+    assert search_on(study, over, tmp_path / "same", 1, pool=pools[0]).is_finished
+
+
 def test_a_prediction_comes_first_even_in_a_study_shorter_than_its_anchors(tmp_path):
     short = search(
         config_of(search={"n_trials": 3, "rescore_top": 0}), tmp_path / "s", pool=FunctionPool
