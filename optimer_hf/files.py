@@ -161,6 +161,16 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield the strings of a value of a file of ours that may name files."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        value = [item for key, item in value.items() if key not in FREE_TEXT]
+    for item in value if isinstance(value, list) else ():
+        yield from strings_in(item)
+
+
 def portable(value: Any, folder: Path) -> Any:
     """Return a value of a file of ours with every absolute path in it relative to a folder."""
     if isinstance(value, dict):

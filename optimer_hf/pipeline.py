@@ -9,6 +9,7 @@ run again.
 the train files.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -22,11 +23,15 @@ from typing import Any
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files import (
     digest,
+    expanded,
+    fingerprint,
+    is_there,
     markdown_table,
     parse,
     read_yaml,
     sha256_file,
     slug,
+    strings_in,
     write_text,
 )
 
@@ -57,7 +62,21 @@ class Run:
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
         }
-        return digest({"files": files} | self.budget)
+        return digest({"files": files, "elsewhere": self._elsewhere()} | self.budget)
+
+    def _elsewhere(self) -> dict[str, dict[str, str]]:
+        """Return fingerprints of the files that the folder's YAML files name and that lie outside
+        of it, of a directory (a model, tasks) those right in it.
+        """
+        found = {}
+        for file in sorted(self.folder.glob("*.yaml")):
+            with contextlib.suppress(ConfigError):  # none of ours, or told when it is read
+                for text in strings_in(read_yaml(file)):
+                    path = (self.folder / expanded(Path(text))).resolve()
+                    if is_there(path) and not path.is_relative_to(self.folder):
+                        files = sorted(path.iterdir()) if path.is_dir() else [path]
+                        found[text] = {f.name: fingerprint(f) for f in files if f.is_file()}
+        return found
 
     @property
     def budget(self) -> dict[str, Any]:

@@ -164,6 +164,21 @@ def test_a_run_that_was_moved_is_not_done_again(finished: Path, recipe_dir: Path
     assert compared.exit_code == 0, compared.output
 
 
+def test_a_finished_run_notices_other_text_outside_its_folder(
+    finished: Path, recipe_dir: Path, corpus_dir: Path
+):
+    file = corpus_dir / "aaa.train.jsonl"
+    text = file.read_text()
+    assert "nothing to do" in optimer("run", recipe_dir, finished).stderr
+    try:
+        file.write_text(text.replace("a", "b", 1))
+        again = optimer("run", recipe_dir, finished)
+    finally:
+        file.write_text(text)
+    assert again.exit_code == 1
+    assert f"was trained on another text than {file} holds now" in again.stderr
+
+
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
     finished: Path, recipe_dir: Path, tmp_path: Path
