@@ -29,7 +29,7 @@ from optimer_hf.files import (
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
 from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES
-from optimer_hf.study import MERGE, Study, StudyConfig, Trial
+from optimer_hf.study import MERGE, Study, StudyConfig, Trial, weights_digests
 from optimer_hf.vector import (
     AdapterVector,
     DistributionVector,
@@ -117,7 +117,8 @@ def write_recipe(
 
     `pick` is the trial to write (None: the incumbent), for instance one of the front;
     `derived_from` the recipe it continues, org/name@commit. Raises ConfigError when that is not
-    pinned, OutputError where files of somebody else would be lost.
+    pinned, OutputError where files of somebody else would be lost, StudyError when weights are no
+    longer those that the trials scored.
     """
     if derived_from is not None and not is_pinned(derived_from):
         raise ConfigError(
@@ -129,6 +130,7 @@ def write_recipe(
     _refuse_foreign(path, folder / MERGE_CONFIG)
     base = resolve_model(config.base_model)
     sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
+    study.check_inputs(weights_digests(base.path, {k: s.path for k, s in sources.items()}))
     base_model = _pinned(config.base_model, base, folder)
     pinned = {
         key: _pinned(str(config.vectors[key].source), source, folder)

@@ -69,7 +69,7 @@ def search(
         tracker = Tracker(config.search.report_to, directory)  # what it lacks is said at once
         chosen = nullcontext(runner) if runner else _runner(config, pool, n_workers, scheduler)
         with chosen as opened, tracker:
-            study.check_inputs(opened.inputs)
+            study.go_on_with(opened.inputs)
             warn_of_reported_benchmarks(config.objective)
             if config.test is not None:
                 warn_of_other_weights(config.objective, config.test)

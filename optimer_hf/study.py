@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 from scipy.special import log_ndtr
 
+from optimer_hf.checkpoint import weights_fingerprint
 from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import (
     STRICT_RECORD,
@@ -578,6 +579,13 @@ class Inputs(VersionedFile):
     digests: dict[str, str]
 
 
+def weights_digests(base: Path, vectors: Mapping[str, Path]) -> dict[str, str]:
+    """Return digests of the weights of a study, for `Study.check_inputs`."""
+    return {"base_model": weights_fingerprint(base)} | {
+        f"vectors.{name}": weights_fingerprint(path) for name, path in vectors.items()
+    }
+
+
 @dataclass(frozen=True)
 class Study:
     """A study directory: its config and its trials."""
@@ -587,23 +595,34 @@ class Study:
     log: TrialLog
     has_moved: bool = False
 
-    def check_inputs(self, found: Mapping[str, str]) -> None:
-        """Raise StudyError when what a pool scores, digests by field, is not what it was when the
-        study began; inputs.json keeps that. A study whose files lie elsewhere now is taken on.
-        """
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the trials scored, digests by field; empty for a study that did not record it."""
         file = self.directory / INPUTS_FILE
-        known = Inputs.read(file).digests if file.exists() and self.log.trials else {}
+        return Inputs.read(file).digests if file.exists() and self.log.trials else {}
+
+    def go_on_with(self, found: Mapping[str, str]) -> None:
+        """Record what a pool scores, digests by field, and where the files of a study that has
+        moved lie now. Raises StudyError as `check_inputs`.
+        """
+        self.check_inputs(found)
+        digests = {**self.inputs, **found}
+        if digests != self.inputs:
+            Inputs(digests=digests).write(self.directory / INPUTS_FILE)
+        if self.has_moved:
+            _record_config(self.config, self.directory / STUDY_FILE)
+
+    def check_inputs(self, found: Mapping[str, str]) -> None:
+        """Raise StudyError when weights or items, digests by field, are not those that the trials
+        scored.
+        """
+        known = self.inputs
         changed = sorted(name for name in known.keys() & found if known[name] != found[name])
         if changed:
             raise StudyError(
-                f"{self.directory}: {', '.join(changed)}: not the weights or items with which the "
-                "study began, so new scores could not be compared with its trials. Restore them, "
-                "or give another study directory."
+                f"{self.directory}: {', '.join(changed)}: not the weights or items that its trials "
+                "scored. Restore them, or search again in another study directory."
             )
-        if (digests := {**known, **found}) != known:
-            Inputs(digests=digests).write(file)
-        if self.has_moved:
-            _record_config(self.config, self.directory / STUDY_FILE)
 
     @property
     def base(self) -> dict[str, TermScore]:

@@ -12,13 +12,12 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
-from optimer_hf.checkpoint import weights_fingerprint
 from optimer_hf.convert import default_device, loaded_tokenizer, resolve_base
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoint
 from optimer_hf.progress import Cost
 from optimer_hf.resident import ResidentModel
-from optimer_hf.study import StudyConfig, Trial, VectorConfig
+from optimer_hf.study import StudyConfig, Trial, VectorConfig, weights_digests
 from optimer_hf.vector import open_vector
 
 logger = logging.getLogger(__name__)
@@ -75,9 +74,8 @@ class ResidentPool:
     @property
     def inputs(self) -> dict[str, str]:
         """Digests of base, vectors and items, see Pool."""
-        found = {"base_model": weights_fingerprint(self.base.path)} | {
-            f"vectors.{vector.name}": weights_fingerprint(vector.path) for vector in self.vectors
-        }
+        paths = {vector.name: vector.path for vector in self.vectors}
+        found = weights_digests(self.base.path, paths)
         for name, objective in self._objectives.items():
             for term in objective.scored:
                 if (items := self._evaluator.items_digest(term)) is not None:

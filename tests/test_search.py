@@ -835,15 +835,20 @@ def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
     assert (study.directory / "trials.jsonl").read_bytes().startswith(began)
     assert len(study.log.of("search")) == 5
     (tmp_path / "two").rename(tmp_path / "three")
-    assert len(searched("three", 4).log.of("search")) == 5  # finished, and taken on
+    finished = searched("three", 4)
+    assert len(finished.log.of("search")) == 5  # all there, and taken on
     there = load_study(tmp_path / "three" / "s").config
     assert there.base_model == str(tmp_path / "three" / "base") and there.search.n_trials == 5
 
     def refused(what: str) -> None:
-        with pytest.raises(StudyError, match=rf"s: {what}: not the weights or items with"):
+        with pytest.raises(
+            StudyError, match=rf"s: {what}: not the weights or items that its trials scored"
+        ):
             searched("three", 6)
         (tmp_path / "three").rename(tmp_path / "four")
-        with pytest.raises(StudyError, match=rf"s: {what}: not the weights or items with"):
+        with pytest.raises(
+            StudyError, match=rf"s: {what}: not the weights or items that its trials scored"
+        ):
             searched("four", 5)  # finished, but elsewhere: looked at once more
         (tmp_path / "four").rename(tmp_path / "three")
 
@@ -853,6 +858,9 @@ def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
     shutil.rmtree(tmp_path / "three" / "v2")
     shutil.copytree(adapters["v3"], tmp_path / "three" / "v2")
     refused(r"vectors\.v2")
+    with pytest.raises(StudyError, match=r"vectors\.v2: not the weights"):
+        write_recipe(finished, tmp_path / "recipe.yaml", name="tiny")
+    assert not (tmp_path / "recipe.yaml").exists()
     shutil.copytree(adapters["v2"], tmp_path / "three" / "v2", dirs_exist_ok=True)
     assert len(searched("three", 6).log.of("search")) == 6
 
