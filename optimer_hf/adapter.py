@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from optimer_hf.checkpoint import TIED_HEAD, Checkpoint, has_tied_head
-from optimer_hf.convert import ResolvedModel, loaded_model, moves_base
+from optimer_hf.convert import ResolvedModel, loaded_model, moves_base, stored_names
 from optimer_hf.errors import ModelError
 from optimer_hf.files import first_line
 from optimer_hf.kernel import LowRank, Trained
@@ -48,8 +48,9 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     config = _config_of(path, name)
     stored = Checkpoint(path, "adapter_model")
     found: dict[str, LowRank | Trained] = {}
+    targets = _targets(stored, base)
     for key in stored.names:
-        target, part = _target_of(key)
+        target, part = targets[key]
         if key.endswith(FROZEN_COPY):
             _refuse_moved(stored, key, base, target, name)
             continue
@@ -109,6 +110,17 @@ def _refuse_nonlinear(config: Any, path: Path, name: str) -> None:
     ):
         if option:
             raise ModelError(f"vector {name!r} ({path}): {reason}. {MATERIALISE}")
+
+
+def _targets(stored: Checkpoint, base: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Return base tensor and part of every stored tensor, see `_target_of`; PEFT names modules as
+    the loaded model does, which is not always as the checkpoint does.
+    """
+    found = {key: _target_of(key) for key in stored.names}
+    if all(target in base.names or target == TIED_HEAD for target, _ in found.values()):
+        return found
+    names = stored_names(ResolvedModel(base.path, base.path.name))
+    return {key: (names.get(target, target), part) for key, (target, part) in found.items()}
 
 
 def _target_of(key: str) -> tuple[str, str]:

@@ -15,14 +15,14 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optimer_hf.checkpoint import Checkpoint
+from optimer_hf.checkpoint import Checkpoint, matrix_rows
 from optimer_hf.errors import ModelError
 from optimer_hf.files import (
     Reference,
@@ -156,6 +156,96 @@ def empty_model(base: ResolvedModel) -> Any:
     Checkpoint(base.path)
     with _naming_unloadable(base, "model"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path))
+
+
+_Place = tuple[torch.Size, list[int], int]  # shape, steps and offset, in numbers
+
+
+def as_stored(model: Any, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a parameter under the names, and in the form, that its checkpoint has it: transformers
+    renames (multimodal Gemma 3) and fuses (experts) while it loads.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        return dict(revert_weight_conversion(model, {name: parameter}))
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{name}: has no form of its own in a checkpoint ({error}).") from error
+
+
+def stored_views(model: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model's checkpoint by name, each a view of the parameter that holds
+    it: writing to one changes the model. A tied head has the name of its own, too.
+
+    Tensors that are spread over several parameters, or whose rows are not regular parts of one, are
+    left out.
+    """
+    found: dict[str, torch.Tensor] = {}
+    known: dict[Any, list[_Place | None]] = {}  # of one layer: others are stored alike
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        whole = parameter.data
+        with suppress(ModelError):
+            stored = as_stored(model, name, whole)
+            if any(not _shares_memory(tensor, whole) for tensor in stored.values()):
+                layer = (re.sub(r"\d+", "#", name), whole.shape)
+                if layer not in known:
+                    known[layer] = _places(model, name, whole.shape)
+                stored = {
+                    key: whole.as_strided(shape, steps, offset + whole.storage_offset())
+                    for key, place in zip(stored, known[layer], strict=True)
+                    if place is not None
+                    for shape, steps, offset in [place]
+                }
+            found |= {key: tensor for key, tensor in stored.items() if _has_rows(tensor)}
+    return found
+
+
+def _has_rows(tensor: torch.Tensor) -> bool:
+    """Whether the matrix form of a tensor is a view of it."""
+    try:
+        matrix_rows(tensor, slice(None))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _shares_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _places(model: Any, name: str, shape: torch.Size) -> list["_Place | None"]:
+    """Return where in a parameter the tensors lie that its checkpoint has as copies of parts of it,
+    found out by storing the numbers of the places; None where they lie in no regular steps.
+    """
+    n = shape.numel()
+    numbers = torch.arange(n, dtype=torch.int32 if n < 2**31 else torch.int64).view(shape)
+    found: list[_Place | None] = []
+    for stored in as_stored(model, name, numbers).values():
+        first = (0,) * stored.dim()
+        offset = int(stored[first])
+        steps = [
+            int(stored.select(d, 1)[first[1:]]) - offset if size > 1 else 0
+            for d, size in enumerate(stored.shape)
+        ]
+        try:
+            is_regular = torch.equal(numbers.as_strided(stored.shape, steps, offset), stored)
+        except RuntimeError:  # steps back, or beyond the end
+            is_regular = False
+        found.append((stored.shape, steps, offset) if is_regular else None)
+    return found
+
+
+def stored_names(base: ResolvedModel) -> dict[str, str]:
+    """Return the name in the checkpoint of every parameter that is one tensor there; loads no
+    weights.
+    """
+    model, found = empty_model(base), {}
+    for name, parameter in model.named_parameters():
+        with suppress(ModelError):
+            keys = list(as_stored(model, name, parameter.data))
+            if len(keys) == 1:
+                found[name] = keys[0]
+    return found
 
 
 @contextmanager

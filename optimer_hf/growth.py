@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from optimer_hf.checkpoint import Checkpoint, matrix_rows, row_blocks
+from optimer_hf.convert import as_stored
 from optimer_hf.errors import ModelError
 
 N_NORMS = 16  # of a full-parameter run
@@ -43,21 +44,11 @@ def full_norm(model: Any, base: Path) -> float:
     checkpoint, squares = Checkpoint(base), 0.0
     known = set(checkpoint.names)
     for name, parameter in model.named_parameters():
-        for key, tensor in _as_stored(model, name, parameter.detach()).items():
+        for key, tensor in as_stored(model, name, parameter.detach()).items():
             if key not in known or checkpoint.shape(key) != tuple(tensor.shape):
                 raise ModelError(f"{base}: holds no tensor {key!r} of shape {list(tensor.shape)}.")
             squares += _moved(tensor.contiguous(), checkpoint, key)
     return math.sqrt(squares)
-
-
-def _as_stored(model: Any, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a parameter under the names, and in the form, that its checkpoint has it."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    try:
-        return dict(revert_weight_conversion(model, {name: parameter}))
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: has no form of its own in a checkpoint ({error}).") from error
 
 
 def _moved(tensor: torch.Tensor, base: Checkpoint, name: str) -> float:

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from optimer_hf.checkpoint import DTYPES, Checkpoint, computed_ahead, matrix_rows, row_blocks
-from optimer_hf.convert import ResolvedModel, loaded_model, multiplied_in
+from optimer_hf.convert import ResolvedModel, loaded_model, multiplied_in, stored_views
 from optimer_hf.errors import ModelError
 from optimer_hf.merge import merged_rows
 from optimer_hf.vector import DistributionVector
@@ -46,20 +46,19 @@ class ResidentModel:
         """
         self.dtype = DTYPES[dtype]
         self.model = _rounded_model(base, self.dtype, device)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        once = {name for name, _ in self.model.named_parameters()}  # tied ones under one name
+        views = stored_views(self.model)
         moved = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
-        unknown = [name for name in moved if name not in parameters]
+        unknown = [name for name in moved if name not in views]
         if unknown:
             raise ModelError(
                 f"{base.reference}: {type(self.model).__name__} has no parameter {unknown[0]!r} "
                 "that the vectors move. "
                 "Evaluate a built merge instead."
             )
-        by_parameter = {  # the embedding's name wins over its alias
-            id(parameters[name]): name for name in sorted(moved, key=lambda name: name in once)
+        by_place = {  # the first name, that of the embedding, wins over its alias
+            views[name].data_ptr(): name for name in sorted(moved, key=[*views].index, reverse=True)
         }
-        self._parameters = {name: parameters[name] for name in by_parameter.values()}
+        self._parameters = {name: views[name] for name in by_place.values()}
         checkpoint = Checkpoint(
             base.path
         )  # as stored: a float32 base is rounded once, after the sum
@@ -89,7 +88,7 @@ class ResidentModel:
                 self._set_rows(name, rows)
 
     def _set_rows(self, name: str, rows: slice) -> None:
-        target = matrix_rows(self._parameters[name].data, rows)
+        target = matrix_rows(self._parameters[name], rows)
         base_rows = matrix_rows(self._base[name], rows)
         out = target if target.dtype == self.dtype else None
         merged = merged_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)

@@ -3,12 +3,18 @@
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY
+from conftest import VOCABULARY, bits
+from peft import LoraConfig, get_peft_model
 
-from optimer_hf.checkpoint import Checkpoint
-from optimer_hf.convert import ResolvedModel
+from optimer_hf.checkpoint import TIED_HEAD, Checkpoint
+from optimer_hf.convert import ResolvedModel, resolve_base
+from optimer_hf.corpus import CorpusConfig
 from optimer_hf.merge import write_merged
-from optimer_hf.vector import extract, open_vector
+from optimer_hf.resident import ResidentModel
+from optimer_hf.search import search
+from optimer_hf.study import StudyConfig
+from optimer_hf.train import TrainConfig, train
+from optimer_hf.vector import describe, extract, open_vector
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -104,3 +110,84 @@ def test_every_architecture_is_merged_by_its_tensor_names_and_loads(models, stor
     out = loaded(input_ids=torch.tensor([[2, 70, 71]])).logits
     assert out.shape == (1, 3, loaded.config.get_text_config().vocab_size)
     assert out.isfinite().all()
+
+
+def test_every_architecture_is_searched_in_place_with_the_weights_that_are_written(
+    models, tmp_path
+):
+    _, base, tuned = models
+    pool = [open_vector(path.name, str(path), base) for path in tuned]
+    resident = ResidentModel(base, pool, dtype="bfloat16")
+    names = set(Checkpoint(base.path).names)
+    for number, weights in enumerate(({"ja": 0.7, "math": -0.4}, {"ja": 0.0, "math": 0.0})):
+        write_merged(base, pool, weights, tmp_path / f"written-{number}")
+        resident.set_weights(weights)
+        resident.model.save_pretrained(tmp_path / f"held-{number}")  # float32 on some machines
+        written, held = (Checkpoint(tmp_path / f"{kind}-{number}") for kind in ("written", "held"))
+        assert names <= {*held.names, TIED_HEAD}
+        for name in names.intersection(held.names):
+            assert torch.equal(bits(held.read(name).to(torch.bfloat16)), bits(written.read(name)))
+
+
+@pytest.mark.parametrize("name", ["Gemma3ForConditionalGeneration", "MixtralForCausalLM"])
+def test_adapters_of_models_that_transformers_renames_are_merged_as_peft_merges_them(
+    name, tmp_path
+):
+    torch.manual_seed(0)
+    getattr(transformers, name)(ARCHITECTURES[name]()).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    targets = {"target_modules": ["q_proj", "o_proj"], "r": 4, "lora_alpha": 8}
+    adapted = get_peft_model(model, LoraConfig(**targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = ResolvedModel(tmp_path / "base", "base")
+    vector = open_vector("v", str(tmp_path / "adapter"), base)
+    assert vector.names <= set(Checkpoint(base.path).names)
+    write_merged(base, [vector], {"v": 1.0}, tmp_path / "out", out_dtype="float32")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "expected")
+    ours, theirs = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "expected")
+    for key in vector.names:
+        torch.testing.assert_close(ours.read(key), theirs.read(key))
+        assert not torch.equal(ours.read(key), Checkpoint(base.path).read(key))
+    resident = ResidentModel(base, [vector], dtype="float32")
+    resident.set_weights({"v": 1.0})
+    ids = torch.tensor([[2, 70, 71]])
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "expected")(ids).logits
+    torch.testing.assert_close(resident.model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_multimodal_gemma_is_trained_and_searched(save_model, corpus_dir, tmp_path):
+    torch.manual_seed(0)
+    path = save_model(transformers.Gemma3ForConditionalGeneration(gemma3_multimodal()))
+    for name in ("aaa", "xyz"):
+        config = TrainConfig(
+            name=name,
+            base_model=str(path),
+            corpus=CorpusConfig(path=corpus_dir / f"{name}.train.jsonl"),
+            block_size=32,
+            max_tokens=512,
+            lora={"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+            trainer={"learning_rate": 2e-2, "per_device_train_batch_size": 4, "bf16": False},
+        )
+        train(config, tmp_path / name)
+        describe(tmp_path / name, resolve_base(str(path)), name=name, kind="adapter")
+    terms = [{"text": str(corpus_dir / f"{name}.search.jsonl")} for name in ("aaa", "xyz")]
+    study = search(
+        StudyConfig.model_validate(
+            {
+                "base_model": str(path),
+                "dtype": "float32",
+                "vectors": {name: {"source": str(tmp_path / name)} for name in ("aaa", "xyz")},
+                "objective": {"limit": 4, "terms": terms},
+                "search": {"n_trials": 4, "rescore_top": 0},
+            }
+        ),
+        tmp_path / "study",
+    )
+    alone = study.log.of("search")[1]
+    assert alone.origin == "aaa alone"
+    own = next(label for label in alone.terms if label.startswith("aaa"))
+    assert alone.terms[own].score < study.base[own].score, "the vector helps its own domain"
