@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from optimer_hf.adapter import targets_of
+from optimer_hf.checkpoint import TIED_HEAD, Checkpoint
 from optimer_hf.convert import (
     ResolvedModel,
     default_device,
@@ -317,7 +319,7 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     if not (started.exists() and blocks.exists()):
         base = resolve_base(config.base_model)
         tokenizer = loaded_tokenizer(base)
-        _adapted(empty_model(base), config, base)
+        _refuse_no_vector(_adapted(empty_model(base), config, base), config, base)
         make_directory(out)
         try:
             with naming_disk_errors(out, "Nothing was left behind"):
@@ -441,6 +443,26 @@ def _adapted(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:
         return get_peft_model(model, lora)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
+
+
+def _refuse_no_vector(model: Any, config: TrainConfig, base: ResolvedModel) -> None:
+    """Raise ModelError for a LoRA of parameters that are no tensors of the base's checkpoint: it
+    would be trained and then fit no merge.
+    """
+    if config.lora is None:
+        return
+    from peft import get_peft_model_state_dict
+
+    checkpoint = Checkpoint(base.path)
+    keys = get_peft_model_state_dict(model, save_embedding_layers=False)
+    known = {*checkpoint.names, TIED_HEAD}
+    unknown = [name for name, _ in targets_of(keys, checkpoint).values() if name not in known]
+    if unknown:
+        raise ModelError(
+            f"train config {config.name!r}: lora: adapts {unknown[0]!r}, which the checkpoint of "
+            f"{base.reference} stores in another form, so that it could not be merged. Choose "
+            "other target_modules, or train all parameters."
+        )
 
 
 def _lora_config(config: TrainConfig) -> Any:

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from optimer_hf.checkpoint import TIED_HEAD, Checkpoint
 from optimer_hf.convert import ResolvedModel, resolve_base
 from optimer_hf.corpus import CorpusConfig
+from optimer_hf.errors import ModelError
 from optimer_hf.merge import write_merged
 from optimer_hf.resident import ResidentModel
 from optimer_hf.search import search
@@ -191,3 +192,20 @@ def test_a_multimodal_gemma_is_trained_and_searched(save_model, corpus_dir, tmp_
     assert alone.origin == "aaa alone"
     own = next(label for label in alone.terms if label.startswith("aaa"))
     assert alone.terms[own].score < study.base[own].score, "the vector helps its own domain"
+
+
+def test_a_lora_of_what_the_checkpoint_does_not_hold_is_refused_before_it_is_trained(
+    save_model, corpus_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("optimer_hf.adapter.stored_names", lambda base: {})  # names of no use
+    config = TrainConfig(
+        name="aaa",
+        base_model=str(
+            save_model(transformers.Gemma3ForConditionalGeneration(gemma3_multimodal()))
+        ),
+        corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
+        lora={"target_modules": ["q_proj"]},
+    )
+    with pytest.raises(ModelError, match=r"lora: adapts 'model.* in another form"):
+        train(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
