@@ -1,9 +1,9 @@
 """A live model plus its pool in memory: `set_weights(w)` in place, no disk, no reload.
 
-Every trial of a search goes through here. The base values of the tensors that a vector moves are
-kept beside the model, so a thousand settings leave no drift, and the values equal what the
-streaming writer writes, bit for bit: both compute row block by row block through
-`merge.merged_rows`.
+Every trial of a search goes through here. Every setting begins from the base values of the tensors
+that a vector moves, kept beside the model where there is room, so a thousand settings leave no
+drift; and the values equal what the streaming writer writes, bit for bit: both compute row block by
+row block through `merge.merged_rows`.
 """
 
 import logging
@@ -14,7 +14,14 @@ from typing import Any
 import psutil
 import torch
 
-from optimer_hf.checkpoint import DTYPES, Checkpoint, computed_ahead, matrix_rows, row_blocks
+from optimer_hf.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Loaded,
+    computed_ahead,
+    matrix_rows,
+    row_blocks,
+)
 from optimer_hf.convert import ResolvedModel, loaded_model, multiplied_in, stored_views
 from optimer_hf.errors import ModelError
 from optimer_hf.merge import merged_rows
@@ -22,6 +29,7 @@ from optimer_hf.vector import DistributionVector
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SHARE_OF_BASE = 0.75  # of the free memory that the values of the base may take
 LARGEST_SHARE = 0.5  # of the free memory that one vector may take: activations need some, too
 
 
@@ -59,10 +67,8 @@ class ResidentModel:
             views[name].data_ptr(): name for name in sorted(moved, key=[*views].index, reverse=True)
         }
         self._parameters = {name: views[name] for name in by_place.values()}
-        checkpoint = Checkpoint(
-            base.path
-        )  # as stored: a float32 base is rounded once, after the sum
-        self._base = {name: checkpoint.read(name).to(device) for name in self._parameters}
+        # as stored: a float32 base is rounded once, after the sum
+        self._base = _placed_base(Checkpoint(base.path), list(self._parameters), device)
         self.vectors = [_placed(vector, device) for vector in vectors]
         self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
 
@@ -78,8 +84,8 @@ class ResidentModel:
         self.weights = {name: float(weights.get(name, 0.0)) for name in self.weights}
         blocks = [
             (name, rows)
-            for name, base in self._base.items()
-            for rows in row_blocks(tuple(base.shape), base.device.type)
+            for name, parameter in self._parameters.items()
+            for rows in row_blocks(tuple(parameter.shape), parameter.device.type)
         ]
         if self.model.device.type == "cpu":
             deque(computed_ahead(self._set_rows, blocks), maxlen=0)
@@ -89,7 +95,7 @@ class ResidentModel:
 
     def _set_rows(self, name: str, rows: slice) -> None:
         target = matrix_rows(self._parameters[name], rows)
-        base_rows = matrix_rows(self._base[name], rows)
+        base_rows = self._base.read_rows(name, rows).to(target.device)
         out = target if target.dtype == self.dtype else None
         merged = merged_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)
         if out is None:
@@ -105,6 +111,17 @@ def _rounded_model(base: ResolvedModel, dtype: torch.dtype, device: str) -> Any:
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(dtype))
     return model
+
+
+def _placed_base(checkpoint: Checkpoint, names: Sequence[str], device: str) -> Checkpoint | Loaded:
+    """Load tensors of the base to the device, else to host memory, else leave them on disk."""
+    n_bytes = checkpoint.n_bytes(names)
+    for place in dict.fromkeys((device, "cpu")):
+        if n_bytes <= LARGEST_SHARE_OF_BASE * free_memory(place):
+            tensors = {name: checkpoint.read(name).to(place) for name in names}
+            return Loaded(checkpoint.path, tensors)
+        logger.info("base: no room for a second copy in the memory of %s", place)
+    return checkpoint
 
 
 def _placed(vector: DistributionVector, device: str) -> DistributionVector:

@@ -288,6 +288,8 @@ def test_a_pool_gives_the_same_bits_wherever_it_has_room(open_pool, monkeypatch,
         for v in resident.vectors
     ]
     assert all(in_memory) == (room != "none" or vectors == POOLS["adapter"])
+    held = Checkpoint(base.path).n_bytes(resident._base.names)
+    assert isinstance(resident._base, Checkpoint) == (held > 0.75 * free)
 
 
 def test_low_rank_vectors_stay_factors_in_memory(open_pool):
