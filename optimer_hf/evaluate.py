@@ -11,6 +11,7 @@ the same, after a resume and on any worker.
 import contextlib
 import logging
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -431,7 +432,8 @@ class Evaluator:
         task, within = self.tasks[term.task_name], self._indices(term)
         docs, few = list(task.eval_docs), spread(len(within), N_ASKED)
         asked = [_item_hash(task, docs[within[index]]) for index in few]
-        return digest([[repr(docs[index]) for index in within], asked])
+        rows = [re.sub(r" at 0x[0-9a-f]+", "", repr(docs[index])) for index in within]
+        return digest([rows, asked])  # without addresses of images and the like
 
     def n_items(self, term: Term) -> int:
         """Return how many items a term of the harness has."""
