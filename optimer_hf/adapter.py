@@ -9,7 +9,7 @@ OFT ...) are merged by PEFT itself, on request.
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     config = _config_of(path, name)
     stored = Checkpoint(path, "adapter_model")
     found: dict[str, LowRank | Trained] = {}
-    targets = targets_of(stored.names, base)
+    targets = _targets(stored, base)
     for key in stored.names:
         target, part = targets[key]
         if key.endswith(FROZEN_COPY):
@@ -112,13 +112,13 @@ def _refuse_nonlinear(config: Any, path: Path, name: str) -> None:
             raise ModelError(f"vector {name!r} ({path}): {reason}. {MATERIALISE}")
 
 
-def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, str]]:
-    """Return base tensor and part (A, B, B.bias, trained, or nothing known) of every tensor of an
-    adapter; PEFT names modules as the loaded model does, which is not always as the checkpoint
-    does.
+def _targets(stored: Checkpoint, base: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Return base tensor and part of every tensor of an adapter, see `_target_of`; PEFT names
+    modules as the loaded model does, which is not always as the checkpoint does.
     """
-    found = {key: _target_of(key) for key in keys}
-    if all(target in base.names or target == TIED_HEAD for target, _ in found.values()):
+    found = {key: _target_of(key) for key in stored.names}
+    known = {*base.names, TIED_HEAD}
+    if all(target in known for target, _ in found.values()):
         return found
     names = stored_names(ResolvedModel(base.path, base.path.name))
     return {key: (names.get(target, target), part) for key, (target, part) in found.items()}

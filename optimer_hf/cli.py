@@ -176,7 +176,7 @@ def plan_command(
     `optimer run` compares it with what it took; with --seeds, that of the first seed.
     """
     from optimer_hf import pipeline, plan
-    from optimer_hf.seeds import runs_of
+    from optimer_hf.seeds import claimed_runs
     from optimer_hf.study import StudyConfig
 
     job = None
@@ -195,7 +195,7 @@ def plan_command(
             f"{config.base_model}: is not on this disk, and the probe needs it. Add --fetch."
         )
     if job is not None:
-        found = pipeline.plan_run(runs_of(job, n_seeds)[0] if n_seeds else job)
+        found = pipeline.plan_run(claimed_runs(job, n_seeds)[0] if n_seeds else job)
     else:
         found = plan.plan(config, {}, Path.cwd(), is_run=False)
     if output == "json":
@@ -632,7 +632,7 @@ def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> A
         raise ConfigError(f"{path}: has its own objective; --objective goes with a mergekit YAML.")
     else:
         config = StudyConfig.read(path)
-        refuse_absent({path: config.model_dump()})
+        refuse_absent({path: config.model_dump(exclude={"baselines"})})  # `compare` reads those
     if n_trials is not None:
         changed = SearchConfig.model_validate(config.search.model_dump() | {"n_trials": n_trials})
         config = config.model_copy(update={"search": changed})
@@ -1122,15 +1122,15 @@ def validate(files: tuple[Path, ...], strict: bool) -> None:
     """Check fields and values of YAML files, and name local files that are not there; models and
     tasks are not opened.
     """
-    from optimer_hf.files import absent, refuse_absent
+    from optimer_hf.files import absent
 
     errors = []
     for path in files:
         try:
             what, config = _validated(path)
             gone = absent(path, config)
-            if strict:
-                refuse_absent({path: config})
+            if strict and gone:
+                raise ConfigError(gone)
             click.echo("\n".join([f"{path}: a valid {what}", *gone.splitlines()]))
         except OptimerError as error:
             errors.append(str(error))

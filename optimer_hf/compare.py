@@ -29,6 +29,7 @@ from optimer_hf.study import (
     FIXED_ALONE,
     MERGE,
     RETARGETED,
+    SEALED_FILE,
     SUM,
     Study,
     StudyConfig,
@@ -156,13 +157,13 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
     @cache
     def opened() -> Pool:
         found = pool(study.config)
-        study.check_inputs(found.inputs)
+        study.go_on_with(found.inputs)
         return found
 
     with locked(study.directory):
         models = {model.name: model for model in baselines.models(study)}
         wanted = _rows(study, models, opened)
-        log = TrialLog(study.directory / "sealed.jsonl")
+        log = TrialLog(study.directory / SEALED_FILE)
         planned = _planned(study.directory, log.trials, wanted)
         found = {_key(trial.weights): trial for trial in log.trials}
         missing = {_key(weights): name for name, weights in wanted.items()}
@@ -202,7 +203,7 @@ def recorded(study: Study) -> Comparison | None:
     """Return the rows that were scored so far, without scoring any; None while the incumbent is not
     among them.
     """
-    trials = TrialLog(study.directory / "sealed.jsonl", repair=False).trials
+    trials = TrialLog(study.directory / SEALED_FILE, repair=False).trials
     if study.config.test is None or not trials:
         return None
     planned = _planned(study.directory, trials, {})

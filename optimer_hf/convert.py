@@ -169,6 +169,8 @@ def as_stored(model: Any, name: str, parameter: torch.Tensor) -> dict[str, torch
 
     try:
         return dict(revert_weight_conversion(model, {name: parameter}))
+    except torch.OutOfMemoryError:
+        raise
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name}: has no form of its own in a checkpoint ({error}).") from error
 
@@ -185,37 +187,51 @@ def stored_views(model: Any) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         whole = parameter.data
         with suppress(ModelError):
-            stored = as_stored(model, name, whole)
-            if any(not _shares_memory(tensor, whole) for tensor in stored.values()):
-                layer = (re.sub(r"\d+", "#", name), whole.shape)
-                if layer not in known:
-                    known[layer] = _places(model, name, whole.shape)
-                stored = {
-                    key: whole.as_strided(shape, steps, offset + whole.storage_offset())
-                    for key, place in zip(stored, known[layer], strict=True)
-                    if place is not None
-                    for shape, steps, offset in [place]
-                }
-            found |= {key: tensor for key, tensor in stored.items() if _has_rows(tensor)}
+            stored = _names_as_stored(model, name, whole)
+            if isinstance(stored, str):
+                found[stored] = whole
+                continue
+            layer = (re.sub(r"(?<=\.)\d+(?=\.)", "#", name), whole.shape)
+            if layer not in known:
+                known[layer] = _places(model, name, whole.shape)
+            for key, place in zip(stored, known[layer], strict=True):
+                if place is not None:
+                    shape, steps, offset = place
+                    view = whole.as_strided(shape, steps, offset + whole.storage_offset())
+                    if _has_rows(view):
+                        found[key] = view
     return found
 
 
-def _has_rows(tensor: torch.Tensor) -> bool:
-    """Whether the matrix form of a tensor is a view of it."""
-    try:
-        matrix_rows(tensor, slice(None))
-    except RuntimeError:
-        return False
-    return True
+def stored_names(base: ResolvedModel) -> dict[str, str]:
+    """Return the name in the checkpoint of every parameter that is stored as it is; reads no
+    weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _naming_unloadable(base, "model"):
+        model = AutoModelForCausalLM.from_pretrained(base.path, device_map="meta")
+    found = {}
+    for name, parameter in model.named_parameters():
+        with suppress(ModelError):
+            stored = _names_as_stored(model, name, parameter.data)
+            if isinstance(stored, str):
+                found[name] = stored
+    return found
 
 
-def _shares_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _names_as_stored(model: Any, name: str, whole: torch.Tensor) -> str | list[str]:
+    """Return the name of a parameter that is stored as it is, or those of its parts."""
+    probe = torch.empty_like(whole, device="meta")
+    stored = as_stored(model, name, probe)
+    if len(stored) == 1 and next(iter(stored.values())) is probe:
+        return next(iter(stored))
+    return list(stored)
 
 
-def _places(model: Any, name: str, shape: torch.Size) -> list["_Place | None"]:
-    """Return where in a parameter the tensors lie that its checkpoint has as copies of parts of it,
-    found out by storing the numbers of the places; None where they lie in no regular steps.
+def _places(model: Any, name: str, shape: torch.Size) -> list[_Place | None]:
+    """Return where in a parameter the tensors lie that its checkpoint has of it, found out by
+    storing the numbers of the places; None where they lie in no regular steps.
     """
     n = shape.numel()
     numbers = torch.arange(n, dtype=torch.int32 if n < 2**31 else torch.int64).view(shape)
@@ -235,17 +251,13 @@ def _places(model: Any, name: str, shape: torch.Size) -> list["_Place | None"]:
     return found
 
 
-def stored_names(base: ResolvedModel) -> dict[str, str]:
-    """Return the name in the checkpoint of every parameter that is one tensor there; loads no
-    weights.
-    """
-    model, found = empty_model(base), {}
-    for name, parameter in model.named_parameters():
-        with suppress(ModelError):
-            keys = list(as_stored(model, name, parameter.data))
-            if len(keys) == 1:
-                found[name] = keys[0]
-    return found
+def _has_rows(tensor: torch.Tensor) -> bool:
+    """Whether the matrix form of a tensor is a view of it."""
+    try:
+        matrix_rows(tensor, slice(None))
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager

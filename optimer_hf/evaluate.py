@@ -36,6 +36,16 @@ logger = logging.getLogger(__name__)
 N_BOOTSTRAP = 2000
 GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
 N_ASKED = 32  # items of a term whose prompts its digest looks at
+ASKED_BY = (  # and fields of lm-eval's task that say how they are asked and scored
+    "output_type",
+    "num_fewshot",
+    "description",
+    "fewshot_delimiter",
+    "target_delimiter",
+    "generation_kwargs",
+    "filter_list",
+    "metric_list",
+)
 AGGREGATIONS = ("mean", "bits_per_byte", "weighted_perplexity", "perplexity")
 REPORTED = (
     "arc_challenge",
@@ -424,16 +434,18 @@ class Evaluator:
         return self._within[key]
 
     def items_digest(self, term: Term) -> str | None:
-        """Return a digest of the items of a term: their rows, and of a few what is asked; None for
-        a term that a function scores.
+        """Return a digest of the items of a term: their rows, of a few what is asked, and how they
+        are scored; None for a term that a function scores.
         """
         if term.function is not None:
             return None
         task, within = self.tasks[term.task_name], self._indices(term)
         docs, few = list(task.eval_docs), spread(len(within), N_ASKED)
         asked = [_item_hash(task, docs[within[index]]) for index in few]
-        rows = [re.sub(r" at 0x[0-9a-f]+", "", repr(docs[index])) for index in within]
-        return digest([rows, asked])  # without addresses of images and the like
+        how = [repr(getattr(task.config, name, None)) for name in ASKED_BY]
+        rows = [repr(docs[index]) for index in within]
+        # without the addresses of functions, images and the like
+        return digest([re.sub(r" at 0x[0-9a-f]+", "", text) for text in (*how, *rows)] + asked)
 
     def n_items(self, term: Term) -> int:
         """Return how many items a term of the harness has."""

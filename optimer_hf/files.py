@@ -37,14 +37,15 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 ATOMIC_PREFIX = ".partial-"
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, in full
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
-N_PIECES, PIECE = 64, 2**16  # of a fingerprint; bytes
+N_PIECES, PIECE = 1024, 2**16  # of a fingerprint, 64 MiB together; bytes
 SMALLEST_FREE_SPACE = 4 * 2**20  # bytes; less than this is a full disk
 
 
 FREE_TEXT = ("system_instruction", "generation")  # may begin with a slash and is no path
 
 
-Mistake = tuple[Sequence[str | int], str]  # where in a file, and what is wrong there
+Place = Sequence[str | int]  # where in a file: keys and indices
+Mistake = tuple[Place, str]  # and what is wrong there
 
 
 class FieldError(ValueError):
@@ -161,14 +162,36 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def strings_in(value: Any) -> Iterator[str]:
-    """Yield the strings of a value of a file of ours that may name files."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        value = [item for key, item in value.items() if key not in FREE_TEXT]
-    for item in value if isinstance(value, list) else ():
-        yield from strings_in(item)
+def strings_in(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[Place, str]]:
+    """Yield the texts and paths of a value of a file of ours that may name files, with where they
+    stand in it.
+    """
+    if isinstance(value, str | Path):
+        yield at, str(value)
+    items: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, dict):
+        items = [(key, item) for key, item in value.items() if key not in FREE_TEXT]
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, item in items:
+        yield from strings_in(item, (*at, key))
+
+
+def relocated(value: Any, old: Path, new: Path) -> Any:
+    """Return a value of a file of ours with paths that lead nowhere replaced by those that lie to
+    `new` as they lay to `old`, where something is there.
+    """
+    if isinstance(value, dict):
+        return {
+            key: item if key in FREE_TEXT else relocated(item, old, new)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [relocated(item, old, new) for item in value]
+    if not isinstance(value, str) or not Path(value).is_absolute() or is_there(Path(value)):
+        return value
+    moved = Path(os.path.normpath(new / os.path.relpath(value, old)))
+    return str(moved) if is_there(moved) else value
 
 
 def portable(value: Any, folder: Path) -> Any:
@@ -331,7 +354,14 @@ def absent(path: Path, config: Any) -> str:
     """Return the local files that a config, read from `path`, names and that are not there, a line
     each as in `listed`.
     """
-    return listed(path, _absent(config, ()))
+    return listed(
+        path,
+        (
+            (at, f"{_dotted(at)}: {text}: no such file or directory.")
+            for at, text in strings_in(config)
+            if Path(text).is_absolute() and not is_there(Path(text))
+        ),
+    )
 
 
 def refuse_absent(configs: Mapping[Path, Any]) -> None:
@@ -341,22 +371,6 @@ def refuse_absent(configs: Mapping[Path, Any]) -> None:
     found = [text for path, config in configs.items() if (text := absent(path, config))]
     if found:
         raise ConfigError("\n".join(found))
-
-
-def _absent(value: Any, at: tuple[str | int, ...]) -> Iterator[Mistake]:
-    if isinstance(value, str | Path):
-        parts = [] if is_there(Path(value)) else str(value).split("+")  # mergekit's BASE+ADAPTER
-        for part in parts:
-            if Path(part).is_absolute() and not is_there(Path(part)):
-                yield at, f"{_dotted(at)}: {part}: no such file or directory."
-        return
-    items: Iterable[tuple[str | int, Any]] = ()
-    if isinstance(value, dict):
-        items = [(key, item) for key, item in value.items() if key not in FREE_TEXT]
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    for key, item in items:
-        yield from _absent(item, (*at, key))
 
 
 def _at_line(path: Path | str, location: Sequence[str | int]) -> str:
@@ -598,10 +612,9 @@ def sha256_file(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of a file's size and of pieces spread over it, of a small one the whole.
-
-    Tells two versions of weights or of a text apart in milliseconds; where equality must be proved,
-    `sha256_file` does.
+    """Return a digest of a file up to N_PIECES * PIECE bytes, of a larger one its size and as many
+    pieces spread over it: what tells two versions apart in a fraction of a second. Where equality
+    must be proved, `sha256_file` does.
     """
     size = path.stat().st_size
     places = list(range(0, size, PIECE))

@@ -408,12 +408,16 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
 
 
 def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return a config, read from `path`, with absolute local models; nothing is opened."""
-    return dict(_with_references(dict(config), path, lambda reference: reference))
+    """Return a config, read from `path`, with absolute local models, MODEL+ADAPTER as a list;
+    nothing is opened.
+    """
+    return dict(
+        _with_references(dict(config), path, lambda parts: parts if parts[1:] else parts[0])
+    )
 
 
-def _with_references(value: Any, path: Path, replaced: Callable[[str], str]) -> Any:
-    """Replace references anywhere in a config, once absolute; of MODEL+ADAPTER each part."""
+def _with_references(value: Any, path: Path, replaced: Callable[[list[str]], Any]) -> Any:
+    """Replace references anywhere in a config, once absolute, MODEL+ADAPTER in parts."""
     if isinstance(value, list):
         return [_with_references(item, path, replaced) for item in value]
     if not isinstance(value, dict):
@@ -422,7 +426,7 @@ def _with_references(value: Any, path: Path, replaced: Callable[[str], str]) -> 
     for key, item in value.items():
         if isinstance(item, str) and _is_reference(key, item):
             parts = [item] if is_there(folder / item) else item.split("+")
-            result[key] = "+".join(replaced(absolute_reference(part, folder)) for part in parts)
+            result[key] = replaced([absolute_reference(part, folder) for part in parts])
         else:
             result[key] = _with_references(item, path, replaced)
     return result
@@ -503,11 +507,14 @@ def _refuse_ignored(given: Any, parsed: Any, parameters: list[str], where: str) 
                 _refuse_ignored(item, getattr(parsed, key), parameters, f"{where}: {key}")
 
 
-def _readable(reference: str) -> str:
-    """Return a reference as mergekit reads it: a directory or a Hub id."""
-    if reference.startswith("pypi:") or reference.endswith(".gguf"):
-        return str(resolve_model(reference).path)
-    return reference.removeprefix("hf://")
+def _readable(parts: Sequence[str]) -> str:
+    """Return a reference, in parts, as mergekit reads it: directories or Hub ids."""
+    return "+".join(
+        str(resolve_model(part).path)
+        if part.startswith("pypi:") or part.endswith(".gguf")
+        else part.removeprefix("hf://")
+        for part in parts
+    )
 
 
 def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> None:

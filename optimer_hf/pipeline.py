@@ -69,10 +69,10 @@ class Run:
         of it, of a directory (a model, tasks) those right in it.
         """
         found = {}
-        for file in sorted(self.folder.glob("*.yaml")):
+        for file in sorted([*self.folder.rglob("*.yaml"), *self.folder.rglob("*.yml")]):
             with contextlib.suppress(ConfigError):  # none of ours, or told when it is read
-                for text in strings_in(read_yaml(file)):
-                    path = (self.folder / expanded(Path(text))).resolve()
+                for _, text in strings_in(read_yaml(file)):
+                    path = (file.parent / expanded(Path(text))).resolve()
                     if is_there(path) and not path.is_relative_to(self.folder):
                         files = sorted(path.iterdir()) if path.is_dir() else [path]
                         found[text] = {f.name: fingerprint(f) for f in files if f.is_file()}

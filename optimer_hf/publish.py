@@ -41,7 +41,9 @@ MODEL_FILES = VOCABULARIES | {
     "model.safetensors.index.json",
     "vector.safetensors.index.json",
 }
-STUDY_FILES = frozenset({"study/study.json", "study/trials.jsonl", "study/sealed.jsonl"})
+STUDY_FILES = frozenset(
+    {"study/study.json", "study/inputs.json", "study/trials.jsonl", "study/sealed.jsonl"}
+)
 FIGURE_FILES = frozenset({CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)})
 ALLOWED: dict[Kind, frozenset[str]] = {
     "vector": LEGAL | MODEL_FILES | {"vector.json", "adapter_config.json"},
@@ -240,6 +242,9 @@ def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
         for name, vector in data.get("vectors", {}).items():
             vector["source"] = sources.get(name, vector["source"])
         return json.dumps(without_folders(data), indent=2, ensure_ascii=False).encode()
+    if path.name == "inputs.json":
+        digests = json.loads(path.read_text(encoding="utf-8")) | {"folder": None}
+        return json.dumps(digests, indent=2).encode()
     lines = []
     for trial in _trials(path):
         reason = str(trial.get("error") or "").strip().splitlines()

@@ -63,8 +63,9 @@ class ResidentModel:
                 "that the vectors move. "
                 "Evaluate a built merge instead."
             )
+        places = {name: place for place, name in enumerate(views)}
         by_place = {  # the first name, that of the embedding, wins over its alias
-            views[name].data_ptr(): name for name in sorted(moved, key=[*views].index, reverse=True)
+            views[name].data_ptr(): name for name in sorted(moved, key=places.__getitem__)[::-1]
         }
         self._parameters = {name: views[name] for name in by_place.values()}
         # as stored: a float32 base is rounded once, after the sum

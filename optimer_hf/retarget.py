@@ -5,7 +5,6 @@ new sum of the same processes. What a reader would not guess: to verify a predic
 in a study of its own that begins with the trials of the old one.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from optimer_hf.files import write_text
 from optimer_hf.search import search
 from optimer_hf.study import (
     INPUTS_FILE,
+    Inputs,
     Study,
     StudyConfig,
     Surrogate,
@@ -278,10 +278,10 @@ def search_on(
     with locked(directory):
         opened = open_study(config, directory)
         if not opened.log.trials:
+            if study.inputs:  # first: what the old trials scored has to be what new ones score
+                Inputs(digests=study.inputs).write(directory / INPUTS_FILE)
             text = "".join(f"{trial.to_json()}\n" for trial in seeds)
             write_text(opened.log.path, text)
-            if (study.directory / INPUTS_FILE).exists():  # they have to be those of the old trials
-                shutil.copyfile(study.directory / INPUTS_FILE, directory / INPUTS_FILE)
     first = {n_seeds: (PREDICTION, predict(study, target).weights)}
     return search(
         config, directory, pool=pool, n_workers=n_workers, scheduler=scheduler, planned=first

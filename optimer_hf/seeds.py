@@ -65,7 +65,7 @@ def run_seeds(run: Run, n_seeds: int) -> str:
     Finished runs are kept, so that more seeds can be added later. Raises what `run_recipe` raises.
     """
     unit = Unit.of(load(run)[0].objective)
-    runs = runs_of(run, n_seeds)
+    runs = claimed_runs(run, n_seeds)
     for each in runs:
         logger.info("%s of %d seeds", each.out.name, n_seeds)
         if finished_summary(each) is None:
@@ -88,7 +88,7 @@ def run_seeds(run: Run, n_seeds: int) -> str:
     return text
 
 
-def runs_of(run: Run, n_seeds: int) -> list[Run]:
+def claimed_runs(run: Run, n_seeds: int) -> list[Run]:
     """Take `run.out` for runs under several seeds, and return them. Raises OutputError for one that
     holds something else.
     """

@@ -44,6 +44,7 @@ from optimer_hf.files import (
     digest,
     make_directory,
     naming_disk_errors,
+    relocated,
     without_folders,
     write_text,
 )
@@ -65,7 +66,7 @@ RETARGETED = "re-targeted to "
 # rows of every comparison, beside those that a vector or a target names
 ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
 Fidelity = Literal["search", "rescore", "sealed"]
-STUDY_FILE, INPUTS_FILE = "study.json", "inputs.json"
+STUDY_FILE, INPUTS_FILE, SEALED_FILE = "study.json", "inputs.json", "sealed.jsonl"
 
 
 class VectorConfig(FileModel):
@@ -574,9 +575,12 @@ def _headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
 
 
 class Inputs(VersionedFile):
-    """inputs.json: what the trials of a study scored, digests by the field that names it."""
+    """inputs.json: what the trials of a study scored, digests by the field that names it, and the
+    folder in which the study lay then.
+    """
 
     digests: dict[str, str]
+    folder: str | None = None
 
 
 def weights_digests(base: Path, vectors: Mapping[str, Path]) -> dict[str, str]:
@@ -599,16 +603,28 @@ class Study:
     def inputs(self) -> dict[str, str]:
         """What the trials scored, digests by field; empty for a study that did not record it."""
         file = self.directory / INPUTS_FILE
-        return Inputs.read(file).digests if file.exists() and self.log.trials else {}
+        if not file.exists() or not self.log.trials:
+            return {}
+        digests = Inputs.read(file).digests
+        if (self.directory / SEALED_FILE).exists():
+            return digests
+        return {name: found for name, found in digests.items() if not name.startswith("test.")}
 
     def go_on_with(self, found: Mapping[str, str]) -> None:
         """Record what a pool scores, digests by field, and where the files of a study that has
         moved lie now. Raises StudyError as `check_inputs`.
         """
         self.check_inputs(found)
-        digests = {**self.inputs, **found}
-        if digests != self.inputs:
-            Inputs(digests=digests).write(self.directory / INPUTS_FILE)
+        file, folder = self.directory / INPUTS_FILE, str(self.directory.resolve())
+        if self.log.trials and found and not file.exists():
+            logger.warning(
+                "%s: does not know what its trials scored (of an earlier version); taken to be the "
+                "weights and items that are there now",
+                self.directory,
+            )
+        record = Inputs(digests={**self.inputs, **found}, folder=folder)
+        if not file.exists() or Inputs.read(file) != record:
+            record.write(file)
         if self.has_moved:
             _record_config(self.config, self.directory / STUDY_FILE)
 
@@ -855,12 +871,24 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
             f"{directory}: holds no study (no study.json)."
             + (hint_of_seeds(directory) or f" Run `optimer search STUDY.yaml {directory}` first.")
         )
-    study = open_study(StudyConfig.read(file), directory, repair=False)
+    study = open_study(_config_here(directory), directory, repair=False)
     if unfinished and not study.log.of("search"):
         raise StudyError(f"{directory}: has no trial yet. Run `optimer search` first.")
     if not unfinished and not study.is_finished:
         raise StudyError(f"{directory}: the search is not finished. Run `optimer search` again.")
     return study
+
+
+def _config_here(directory: Path) -> StudyConfig:
+    """Return the config of a study; where it has moved together with its files, with their places
+    now.
+    """
+    config, file = StudyConfig.read(directory / STUDY_FILE), directory / INPUTS_FILE
+    before = Inputs.read(file).folder if file.exists() else None
+    if before is None or Path(before) == directory.resolve():
+        return config
+    data = config.model_dump(mode="json")
+    return StudyConfig.model_validate(relocated(data, Path(before), directory.resolve()))
 
 
 def hint_of_seeds(directory: Path) -> str:

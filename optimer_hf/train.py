@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from optimer_hf.adapter import targets_of
-from optimer_hf.checkpoint import TIED_HEAD, Checkpoint
+from optimer_hf.checkpoint import weights_fingerprint
 from optimer_hf.convert import (
     ResolvedModel,
     default_device,
@@ -44,6 +43,7 @@ from optimer_hf.corpus import (
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import (
     Mistake,
+    Reference,
     ReferenceText,
     VersionedFile,
     did_you_mean,
@@ -140,14 +140,26 @@ class TrainConfig(VersionedFile):
 
     @property
     def digest(self) -> str:
-        """Digest of everything that decides the result, wherever it lies."""
+        """Digest of everything that decides the result; of local files the names, see `inputs`."""
         absent = {"mixture"} if self.mixture is None else {"corpus"}
-        return digest(without_folders(self.model_dump(mode="json", exclude=absent)))
+        data = self.model_dump(mode="json", exclude=absent)
+        for part in (data, data.get("corpus") or {}, *data.get("mixture", ())):
+            part |= without_folders({k: part[k] for k in ("base_model", "path") if k in part})
+        return digest(data)
 
     @property
-    def corpus_files(self) -> list[Path]:
-        """Local files of the corpus, or of those of the mixture."""
-        return [corpus.path for corpus in self.corpora if corpus.path is not None]
+    def inputs(self) -> dict[str, str]:
+        """Digests of the local base and of the local texts that are there now, by field."""
+        found = {}
+        base = Reference(self.base_model).path
+        if base is not None and is_there(base):
+            found["base_model"] = fingerprint(base) if base.is_file() else weights_fingerprint(base)
+        for number, corpus in enumerate(self.corpora):
+            if corpus.path is not None and is_there(corpus.path):
+                found["corpus" if self.mixture is None else f"mixture.{number}"] = fingerprint(
+                    corpus.path
+                )
+        return found
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -234,25 +246,20 @@ def _check_optimizer(config: TrainConfig, arguments: "TrainingArguments") -> Non
 def is_trained(config: TrainConfig, out: Path) -> bool:
     """Whether `out` holds the finished result of this config.
 
-    Raises OutputError when it belongs to another config or to another text of the same name, or
-    holds files that are not ours.
+    Raises OutputError when it belongs to another config, or to another base or text of the same
+    name, or holds files that are not ours.
     """
     for name in ("training.json", "started.json"):
         if (out / name).exists():
             record = read_yaml(out / name)
-            if record.get("config_sha256") != config.digest:
+            if other := _what_differs(config, record):
                 if name == "started.json" and _last_checkpoint(out) is None:
                     shutil.rmtree(out)  # a first try that never got to train
                     return False
-                known, settings = record.get("training", {}), config.settings
-                recorded = {field: known.get(field) for field in settings}
-                differing = differences(recorded, settings) if known else []
                 raise OutputError(
-                    f"{out}: was trained with another config; what differs: "
-                    f"{'; '.join(differing) or 'base_model, corpus or max_tokens'}. "
-                    "Remove it, or give another output directory."
+                    f"{out}: was trained with another {other}. Remove it, or give another output "
+                    "directory."
                 )
-            _refuse_other_text(config, record, out)
             return name == "training.json"
     leftovers = (".partial-", "blocks.")  # of a run killed while it packed
     found = out.iterdir() if out.is_dir() else [out] if is_there(out) else []
@@ -263,17 +270,19 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
     return False
 
 
-def _refuse_other_text(config: TrainConfig, record: Mapping[str, Any], out: Path) -> None:
-    """Raise OutputError for a corpus that is not the one a run recorded; one that is gone from the
-    disk may be.
+def _what_differs(config: TrainConfig, record: Mapping[str, Any]) -> str:
+    """Return in which config, base or text a run differs from the one recorded, or nothing. Files
+    that are gone from the disk may be.
     """
-    known = record.get("corpus_files", [])
-    for path, found in zip(config.corpus_files, known, strict=False):
-        if path.is_file() and fingerprint(path) != found:
-            raise OutputError(
-                f"{out}: was trained on another text than {path} holds now. Restore the text, or "
-                "remove the directory to train again."
-            )
+    if record.get("config_sha256") != config.digest:
+        known, settings = record.get("training", {}), config.settings
+        recorded = {field: known.get(field) for field in settings}
+        differing = differences(recorded, settings) if known else []
+        names = "; ".join(differing) or "base_model, corpus or max_tokens"
+        return f"config; what differs: {names}"
+    known = record.get("inputs", {})
+    changed = [field for field, found in config.inputs.items() if known.get(field, found) != found]
+    return f"content of {', '.join(changed)}, under the same name" if changed else ""
 
 
 def train(config: TrainConfig, out: Path) -> Path:
@@ -319,7 +328,7 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     if not (started.exists() and blocks.exists()):
         base = resolve_base(config.base_model)
         tokenizer = loaded_tokenizer(base)
-        _refuse_no_vector(_adapted(empty_model(base), config, base), config, base)
+        _adapted(empty_model(base), config, base)
         make_directory(out)
         try:
             with naming_disk_errors(out, "Nothing was left behind"):
@@ -333,7 +342,7 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
             record = {
                 "config_sha256": config.digest,
                 "training": config.settings,
-                "corpus_files": [fingerprint(path) for path in config.corpus_files],
+                "inputs": config.inputs,
                 "parts": parts,
             }
             write_text(started, json.dumps(record | {"blocks_sha256": packed.sha256}))
@@ -443,26 +452,6 @@ def _adapted(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:
         return get_peft_model(model, lora)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
-
-
-def _refuse_no_vector(model: Any, config: TrainConfig, base: ResolvedModel) -> None:
-    """Raise ModelError for a LoRA of parameters that are no tensors of the base's checkpoint: it
-    would be trained and then fit no merge.
-    """
-    if config.lora is None:
-        return
-    from peft import get_peft_model_state_dict
-
-    checkpoint = Checkpoint(base.path)
-    keys = get_peft_model_state_dict(model, save_embedding_layers=False)
-    known = {*checkpoint.names, TIED_HEAD}
-    unknown = [name for name, _ in targets_of(keys, checkpoint).values() if name not in known]
-    if unknown:
-        raise ModelError(
-            f"train config {config.name!r}: lora: adapts {unknown[0]!r}, which the checkpoint of "
-            f"{base.reference} stores in another form, so that it could not be merged. Choose "
-            "other target_modules, or train all parameters."
-        )
 
 
 def _lora_config(config: TrainConfig) -> Any:
@@ -607,8 +596,8 @@ def _save(
     (out / "README.md").unlink(
         missing_ok=True
     )  # PEFT's card template; ours is written when the vector is pushed
-    record = dict(_record(config, base, packed, trainer, spent))
-    record["corpus_files"] = read_yaml(out / "started.json").get("corpus_files", [])
+    inputs = read_yaml(out / "started.json").get("inputs", {})
+    record = _record(config, base, packed, trainer, spent) | {"inputs": inputs}
     write_text(out / "training.json", json.dumps(record, indent=2))
     (out / "started.json").unlink(missing_ok=True)
     (out / "blocks.npy").unlink(missing_ok=True)
@@ -621,7 +610,7 @@ def _record(
     packed: PackedCorpus,
     trainer: "Trainer",
     spent: Cost,
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """Return what a reader of the vector needs to know; no path of this machine."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]

@@ -42,12 +42,15 @@ SECONDS_BETWEEN_WARNINGS = 30
 
 @dataclass(frozen=True)
 class _Opening:
-    """All that a worker process has to know to open its pool; `session` names an open one."""
+    """All that a worker process has to know to open its pool; `session` names an open one, and
+    `inputs` are those of the first that was opened.
+    """
 
     session: str
     config: str
     pool: Callable[[StudyConfig], Pool]
     n_threads: int | None
+    inputs: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class _Request:
     trial: Trial
     terms: list[Term]
     limits: dict[str, int | None]
+
+
+class _AllDiedError(Exception):
+    """A task killed all the workers that Dask gave it."""
 
 
 class Workers:
@@ -120,10 +127,13 @@ class Workers:
         with self._naming_lost_scheduler():
             future = self._client.submit(_inputs, self._opening, pure=False)
             self._first_done([future])
-        found = self._outcome(future)
-        if isinstance(found, str):
-            raise StudyError(f"{self._client.scheduler.address}: no pool could be opened. {found}")
-        return dict(found)
+        try:
+            inputs: dict[str, str] = self._outcome(future)
+        except _AllDiedError as error:
+            address = self._client.scheduler.address
+            raise StudyError(f"{address}: no pool could be opened. {error}") from None
+        self._opening = replace(self._opening, inputs=inputs)
+        return inputs
 
     def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
         """Hand a trial to an idle worker, or to whichever is idle first, and return at once."""
@@ -143,15 +153,17 @@ class Workers:
         with self._naming_lost_scheduler():
             future = self._first_done(list(self._pending))
             trial = self._pending.pop(future)
-        found = self._outcome(future)
-        if isinstance(found, str):
-            logger.warning("trial %d crashed: %s", trial.number, found)
-            return replace(trial, status="crashed", error=found)
-        finished: Trial = found
+        try:
+            finished: Trial = self._outcome(future)
+        except _AllDiedError as error:
+            logger.warning("trial %d crashed: %s", trial.number, error)
+            return replace(trial, status="crashed", error=str(error))
         return finished
 
     def _outcome(self, future: Future) -> Any:
-        """Return the result of a task that is done, or, as text, that it killed its workers."""
+        """Return the result of a task that is done. Raises _AllDiedError when it killed its
+        workers.
+        """
         with self._naming_lost_scheduler():
             if future.status != "error":
                 return future.result()
@@ -163,7 +175,7 @@ class Workers:
             ) from error
         if not isinstance(error, KilledWorker):
             raise error
-        return (
+        raise _AllDiedError(
             f"KilledWorker: its worker died {error.allowed_failures + 1} times. It has too little "
             "memory, or another optimer-hf than this machine, or none; the log of the workers says "
             "which."
@@ -279,7 +291,14 @@ def _pool_of(opening: _Opening) -> Pool:
     if opening.session not in _open_pools:
         _open_pools.clear()
         config = StudyConfig.model_validate_json(opening.config)
-        _open_pools[opening.session] = opening.pool(config)
+        pool = opening.pool(config)
+        own, first = pool.inputs, opening.inputs or {}
+        if differing := sorted(name for name in first if first[name] != own.get(name)):
+            raise StudyError(
+                f"{', '.join(differing)}: other weights or items than the first worker sees. Give "
+                "all workers the same files."
+            )
+        _open_pools[opening.session] = pool
     return _open_pools[opening.session]
 
 

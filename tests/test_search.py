@@ -831,6 +831,7 @@ def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
     began = (searched("one", 4).directory / "trials.jsonl").read_bytes()
 
     (tmp_path / "one").rename(tmp_path / "two")
+    assert load_study(tmp_path / "two" / "s").config.base_model == str(tmp_path / "two" / "base")
     study = searched("two", 5)
     assert (study.directory / "trials.jsonl").read_bytes().startswith(began)
     assert len(study.log.of("search")) == 5

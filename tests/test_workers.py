@@ -120,6 +120,14 @@ class OtherPool(FunctionPool):
     inputs = {"vectors.w": "another"}
 
 
+class OwnPool(FunctionPool):
+    """Sees other weights in every process."""
+
+    @property
+    def inputs(self):
+        return {"vectors.w": str(os.getpid())}
+
+
 class UnknownPool:
     """Is pickled here and cannot be loaded anywhere else."""
 
@@ -320,6 +328,11 @@ def test_workers_that_see_other_weights_end_the_search_before_a_trial(tmp_path):
     with pytest.raises(StudyError, match=r"vectors\.w: not the weights or items"):
         search(longer, tmp_path / "s", pool=OtherPool, n_workers=1)
     assert len(files(tmp_path, "started")) == n_before
+
+
+def test_workers_that_see_different_weights_end_the_search(tmp_path):
+    with pytest.raises(StudyError, match=r"worker \d: vectors\.w: other weights or items than"):
+        search(config_of(tmp_path, n_trials=8), tmp_path / "s", pool=OwnPool, n_workers=2)
 
 
 def test_a_worker_without_the_model_ends_the_search_and_is_named(tmp_path, cluster):
