@@ -615,6 +615,8 @@ class Study:
         moved lie now. Raises StudyError as `check_inputs`.
         """
         self.check_inputs(found)
+        if self.has_moved:
+            _record_config(self.config, self.directory / STUDY_FILE)
         file, folder = self.directory / INPUTS_FILE, str(self.directory.resolve())
         if self.log.trials and found and not file.exists():
             logger.warning(
@@ -625,8 +627,6 @@ class Study:
         record = Inputs(digests={**self.inputs, **found}, folder=folder)
         if not file.exists() or Inputs.read(file) != record:
             record.write(file)
-        if self.has_moved:
-            _record_config(self.config, self.directory / STUDY_FILE)
 
     def check_inputs(self, found: Mapping[str, str]) -> None:
         """Raise StudyError when weights or items, digests by field, are not those that the trials
