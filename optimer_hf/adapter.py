@@ -9,7 +9,7 @@ OFT ...) are merged by PEFT itself, on request.
 import math
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     config = _config_of(path, name)
     stored = Checkpoint(path, "adapter_model")
     found: dict[str, LowRank | Trained] = {}
-    targets = _targets(stored, base)
+    targets = targets_of(stored.names, base)
     for key in stored.names:
         target, part = targets[key]
         if key.endswith(FROZEN_COPY):
@@ -112,11 +112,26 @@ def _refuse_nonlinear(config: Any, path: Path, name: str) -> None:
             raise ModelError(f"vector {name!r} ({path}): {reason}. {MATERIALISE}")
 
 
-def _targets(stored: Checkpoint, base: Checkpoint) -> dict[str, tuple[str, str]]:
+def refuse_unfit(keys: Iterable[str], base: Checkpoint, where: str) -> None:
+    """Raise ModelError for a LoRA, by the names of its tensors, of layers that are no tensors of
+    the base's checkpoint: it would be trained and then fit no merge.
+    """
+    products = [target for target, part in targets_of(keys, base).values() if part == "A"]
+    known = {*base.names, TIED_HEAD}
+    if unfit := sorted(name for name in products if name not in known):
+        fit = sorted({name.split(".")[-2] for name in products if name in known})
+        raise ModelError(
+            f"{where}: adapts {unfit[0].removesuffix('.weight')!r}, which the checkpoint stores in "
+            f"another form (fused experts), so that it would fit no merge. Name the layers: "
+            f"target_modules: [{', '.join(fit)}]."
+        )
+
+
+def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, str]]:
     """Return base tensor and part of every tensor of an adapter, see `_target_of`; PEFT names
     modules as the loaded model does, which is not always as the checkpoint does.
     """
-    found = {key: _target_of(key) for key in stored.names}
+    found = {key: _target_of(key) for key in keys}
     known = {*base.names, TIED_HEAD}
     if all(target in known for target, _ in found.values()):
         return found

@@ -73,6 +73,7 @@ SCHEDULER = click.option(
 )
 
 
+N_SHOWN = 12  # points of a front
 RESUMABLE = {"run", "train", "search", "compare", "retarget", "push", "pull"}
 
 
@@ -238,11 +239,14 @@ def train(train_yaml: Path, out: Path) -> None:
     `accelerate launch -m optimer_hf train` uses many GPUs.
     """
     from optimer_hf.convert import resolve_base
+    from optimer_hf.files import refuse_absent
     from optimer_hf.train import TrainConfig
     from optimer_hf.train import train as train_model
     from optimer_hf.vector import describe
 
     config = TrainConfig.read(train_yaml)
+    if not (out / "training.json").exists():  # a trained vector needs its corpus no more
+        refuse_absent({train_yaml: config.model_dump()})
     directory = train_model(config, out)
     if int(os.environ.get("RANK", "0")) == 0:
         record = describe(
@@ -544,9 +548,13 @@ def _say_front(study: Any) -> None:
     if not choices or len(choices[0].gains) < 2:
         return
     click.echo("Pareto front: no trial beats one of these in every term", err=True)
+    numbers = [n * (len(choices) - 1) // (N_SHOWN - 1) for n in range(N_SHOWN)]
+    shown = [(n, choices[n]) for n in numbers] if len(choices) > N_SHOWN else enumerate(choices)
+    if len(choices) > N_SHOWN:
+        click.echo(f"{N_SHOWN} of its {len(choices)} points; --format json has all", err=True)
     rows = [
-        [str(number), str(choice.trial.number), *(f"{g:+.4f}" for g in choice.gains.values())]
-        for number, choice in enumerate(choices, start=1)
+        [str(n + 1), str(choice.trial.number), *(f"{g:+.4f}" for g in choice.gains.values())]
+        for n, choice in shown
     ]
     click.echo(markdown_table(["pick", "trial", *choices[0].gains], rows), err=True)
 
@@ -598,7 +606,8 @@ def retarget(
             best = verified.incumbent
             click.echo(f"verified: value {verified.value(best):+.4f} (trial {best.number})")
             click.echo(f"  weights: {_weights_text(best.weights)}")
-            click.echo(f"build it: optimer recipe {out} recipe.yaml, then optimer build", err=True)
+            click.echo(f"build it: optimer recipe {out} recipe.yaml", err=True)
+            click.echo("          optimer build recipe.yaml OUT", err=True)
     if output == "json":
         click.echo(json.dumps(found, indent=2))
 
@@ -1172,7 +1181,11 @@ def _validated(path: Path) -> tuple[str, Any]:
     if "study" in keys and "scores" in keys:
         return "recipe", RecipeFile.read(path).model_dump()
     if "objective" in keys or "vectors" in keys:
-        return "study", StudyConfig.read(path).model_dump()
+        study = StudyConfig.read(path).model_dump()
+        for vector in study["vectors"].values():
+            if vector["train"] is not None:
+                vector["train"] = str(path.resolve().parent / vector["train"])
+        return "study", study
     if "terms" in keys:
         return "objective", ObjectiveFile.read(path).model_dump()
     training = TrainConfig.read(path)

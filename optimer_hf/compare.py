@@ -28,6 +28,7 @@ from optimer_hf.study import (
     BASE,
     FIXED_ALONE,
     MERGE,
+    OF_TEST,
     RETARGETED,
     SEALED_FILE,
     SUM,
@@ -177,7 +178,10 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
             for name in (name for name in unscored if name in models):
                 gc.collect()  # the harness holds its model in a cycle
                 config = _with_pool(study.config, models[name].make(scratch))
-                found |= _score(study, objective, {name: wanted[name]}, log, pool(config))
+                of_model = pool(config)
+                seen = of_model.inputs
+                study.check_inputs({key: seen[key] for key in seen if key.startswith(OF_TEST)})
+                found |= _score(study, objective, {name: wanted[name]}, log, of_model)
     return Comparison(
         [
             Row(name, weights, found[_key(weights)].terms, _key(weights) not in planned)

@@ -178,8 +178,8 @@ def strings_in(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[Pla
 
 
 def relocated(value: Any, old: Path, new: Path) -> Any:
-    """Return a value of a file of ours with paths that lead nowhere replaced by those that lie to
-    `new` as they lay to `old`, where something is there.
+    """Return a value of a file of ours with paths replaced by those that lie to `new` as they lay
+    to `old`, where something is there: a copied folder has its own files.
     """
     if isinstance(value, dict):
         return {
@@ -188,7 +188,7 @@ def relocated(value: Any, old: Path, new: Path) -> Any:
         }
     if isinstance(value, list):
         return [relocated(item, old, new) for item in value]
-    if not isinstance(value, str) or not Path(value).is_absolute() or is_there(Path(value)):
+    if not isinstance(value, str) or not Path(value).is_absolute():
         return value
     moved = Path(os.path.normpath(new / os.path.relpath(value, old)))
     return str(moved) if is_there(moved) else value

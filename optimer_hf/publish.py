@@ -269,9 +269,12 @@ def _refuse_unpinned(where: str, reference: str) -> None:
     if is_pinned(reference):
         return
     if Reference(reference).path is not None or "/" not in reference:
+        remedy = "Push it first (`--vectors` pushes the vectors of a recipe along)"
+        if where.endswith(("base", "base_model")):
+            remedy = "Upload the base first (`hf upload org/name PATH`)"
         raise HubError(
-            f"{where}: {reference!r} lies on this machine, where nobody else can fetch it. Push it "
-            "first (`--vectors` pushes the vectors of a recipe along) or name it by its Hub id."
+            f"{where}: {reference!r} lies on this machine, where nobody else can fetch it. "
+            f"{remedy} or name it by its Hub id."
         )
     raise HubError(
         f"{where}: {reference!r} is not pinned, expected org/name@<40-digit commit>. Write the "

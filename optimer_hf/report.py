@@ -125,7 +125,8 @@ class Unit:
 
     def show(self, value: float) -> str:
         """Return a difference as text."""
-        return f"{self.factor * value:+.2f}" + (" %" if self.factor > 1 else "")
+        rounded = round(self.factor * value, 2) + 0.0  # no -0.00
+        return f"{rounded:+.2f}" + (" %" if self.factor > 1 else "")
 
 
 def write_report(

@@ -67,6 +67,7 @@ RETARGETED = "re-targeted to "
 ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
 Fidelity = Literal["search", "rescore", "sealed"]
 STUDY_FILE, INPUTS_FILE, SEALED_FILE = "study.json", "inputs.json", "sealed.jsonl"
+OF_TEST = "test."  # digests of the items of the sealed test
 
 
 class VectorConfig(FileModel):
@@ -608,7 +609,7 @@ class Study:
         digests = Inputs.read(file).digests
         if (self.directory / SEALED_FILE).exists():
             return digests
-        return {name: found for name, found in digests.items() if not name.startswith("test.")}
+        return {name: found for name, found in digests.items() if not name.startswith(OF_TEST)}
 
     def go_on_with(self, found: Mapping[str, str]) -> None:
         """Record what a pool scores, digests by field, and where the files of a study that has
@@ -635,9 +636,11 @@ class Study:
         known = self.inputs
         changed = sorted(name for name in known.keys() & found if known[name] != found[name])
         if changed:
+            of_test = all(name.startswith(OF_TEST) for name in changed)
+            what = "items that its sealed rows" if of_test else "weights or items that its trials"
             raise StudyError(
-                f"{self.directory}: {', '.join(changed)}: not the weights or items that its trials "
-                "scored. Restore them, or search again in another study directory."
+                f"{self.directory}: {', '.join(changed)}: not the {what} scored. Restore them, or "
+                "search again in another study directory."
             )
 
     @property

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from optimer_hf.checkpoint import weights_fingerprint
+from optimer_hf.adapter import refuse_unfit
+from optimer_hf.checkpoint import Checkpoint, weights_fingerprint
 from optimer_hf.convert import (
     ResolvedModel,
     default_device,
@@ -136,7 +137,8 @@ class TrainConfig(VersionedFile):
     @property
     def settings(self) -> dict[str, Any]:
         """The fields that a run's record repeats: those that name no file of this machine."""
-        return self.model_dump(mode="json", include={"block_size", "lora", "trainer", "seed"})
+        fields = {"block_size", "max_tokens", "lora", "trainer", "seed"}
+        return self.model_dump(mode="json", include=fields)
 
     @property
     def digest(self) -> str:
@@ -278,7 +280,7 @@ def _what_differs(config: TrainConfig, record: Mapping[str, Any]) -> str:
         known, settings = record.get("training", {}), config.settings
         recorded = {field: known.get(field) for field in settings}
         differing = differences(recorded, settings) if known else []
-        names = "; ".join(differing) or "base_model, corpus or max_tokens"
+        names = "; ".join(differing) or "base_model or corpus"
         return f"config; what differs: {names}"
     known = record.get("inputs", {})
     changed = [field for field, found in config.inputs.items() if known.get(field, found) != found]
@@ -321,6 +323,8 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     Cheap beside the training: a corpus that is too small, a bad field and a foreign directory are
     found here.
     """
+    from peft import get_peft_model_state_dict
+
     check_config(config)
     if is_trained(config, out):
         return None
@@ -328,7 +332,10 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     if not (started.exists() and blocks.exists()):
         base = resolve_base(config.base_model)
         tokenizer = loaded_tokenizer(base)
-        _adapted(empty_model(base), config, base)
+        adapted = _adapted(empty_model(base), config, base)
+        if config.lora is not None:
+            keys = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            refuse_unfit(keys, Checkpoint(base.path), f"train config {config.name!r}: lora")
         make_directory(out)
         try:
             with naming_disk_errors(out, "Nothing was left behind"):

@@ -429,7 +429,7 @@ def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
     if relative > 1:
         logger.warning(
             "vector %s: its delta is larger than the base tensors it moves (%.0f %%). Is that its "
-            "base?",
+            "base, and was the learning rate not too high?",
             vector.name,
             100 * relative,
         )

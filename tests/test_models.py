@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from optimer_hf.checkpoint import TIED_HEAD, Checkpoint
 from optimer_hf.convert import ResolvedModel, resolve_base
 from optimer_hf.corpus import CorpusConfig
+from optimer_hf.errors import ModelError
 from optimer_hf.merge import write_merged
 from optimer_hf.resident import ResidentModel
 from optimer_hf.search import search
@@ -213,3 +214,27 @@ def test_a_multimodal_gemma_is_trained_and_searched(save_model, corpus_dir, tmp_
     assert alone.origin == "aaa alone"
     own = next(label for label in alone.terms if label.startswith("aaa"))
     assert alone.terms[own].score < study.base[own].score, "the vector helps its own domain"
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern:RuntimeWarning"
+)  # PEFT's own
+def test_a_lora_of_fused_experts_is_refused_before_it_is_trained(save_model, corpus_dir, tmp_path):
+    torch.manual_seed(0)
+    path = save_model(transformers.MixtralForCausalLM(ARCHITECTURES["MixtralForCausalLM"]()))
+    config = TrainConfig(
+        name="aaa",
+        base_model=str(path),
+        corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
+        block_size=32,
+        max_tokens=128,
+        lora={"r": 4, "target_modules": "all-linear"},
+        trainer={"bf16": False},
+    )
+    told = r"adapts 'model\.layers\.0\.mlp\.experts.*: \[k_proj, o_proj, q_proj, v_proj\]\."
+    with pytest.raises(ModelError, match=told):
+        train(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    named = {"r": 4, "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"]}
+    train(config.model_copy(update={"lora": named}), tmp_path / "out")
+    open_vector("aaa", str(tmp_path / "out"), resolve_base(str(path)))
