@@ -21,7 +21,7 @@ from optimer_hf.compare import (
     to_json,
     to_markdown,
 )
-from optimer_hf.errors import ConfigError, EvaluationError
+from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.report import write_sealed_figure
 from optimer_hf.resident import ResidentModel
 from optimer_hf.search import search
@@ -270,6 +270,19 @@ def test_what_joins_after_the_seal_was_opened_is_marked_everywhere(tmp_path):
     assert rows["later"]["merge_minus"]["difference"] == pytest.approx(
         rows[MERGE]["value"] - rows["later"]["value"]
     )
+
+
+def test_rows_of_another_sealed_test_do_not_join_a_table(tmp_path):
+    def pool_of(test: str):
+        return type("Pool", (FunctionPool,), {"inputs": {"test.t": test}})
+
+    study = search(config_of(**SEALED), tmp_path / "s", pool=pool_of("draft"))
+    compare(study, pool=pool_of("final"))  # nothing was sealed with the draft
+    joined = study.config.model_copy(update={"baselines": Baselines(models={"later": "you/model"})})
+    later = replace(study, config=joined)
+    with pytest.raises(StudyError, match=r"test\.t: not the items that its sealed rows scored"):
+        compare(later, pool=pool_of("another"))
+    assert "later" in [row.name for row in compare(later, pool=pool_of("final")).rows]
 
 
 def test_rows_planned_before_a_crash_are_not_marked_when_they_are_scored_later(tmp_path):

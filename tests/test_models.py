@@ -231,7 +231,7 @@ def test_a_lora_of_fused_experts_is_refused_before_it_is_trained(save_model, cor
         lora={"r": 4, "target_modules": "all-linear"},
         trainer={"bf16": False},
     )
-    told = r"adapts 'model\.layers\.0\.mlp\.experts.*: \[k_proj, o_proj, q_proj, v_proj\]\."
+    told = r"adapts 'model\.layers\.0\.mlp\.experts.*: \[gate, k_proj, o_proj, q_proj, v_proj\]\."
     with pytest.raises(ModelError, match=told):
         train(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
