@@ -147,6 +147,8 @@ def run(
         from optimer_hf.seeds import run_seeds
 
         click.echo(run_seeds(job, n_seeds))
+        told = "every seed-K there has its results.md, report.html and merged/"
+        click.echo(f"{job.out / 'results.md'}; {told}", err=True)
         return
     done = pipeline.finished_summary(job)
     if done is not None:

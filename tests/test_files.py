@@ -25,6 +25,7 @@ from optimer_hf.files import (
     fingerprint,
     portable,
     read_yaml,
+    relocated,
     sha256_file,
     staged_directory,
     write_text,
@@ -449,3 +450,14 @@ def test_a_fingerprint_tells_versions_of_a_file_apart(tmp_path, n_bytes):
         if other != content:
             (tmp_path / "g").write_bytes(other)
             assert found != fingerprint(tmp_path / "g")
+
+
+def test_a_folder_that_was_moved_or_copied_has_its_own_files(tmp_path):
+    for place in ("one", "two"):
+        (tmp_path / place / "study").mkdir(parents=True)
+        (tmp_path / place / "text").touch()
+    (tmp_path / "elsewhere").touch()
+    value = {"own": [str(tmp_path / "one" / "text")], "far": str(tmp_path / "elsewhere"), "n": 1}
+    value |= {"gone": str(tmp_path / "one" / "gone"), "hub": "org/name"}
+    found = relocated(value, tmp_path / "one" / "study", tmp_path / "two" / "study")
+    assert found == value | {"own": [str(tmp_path / "two" / "text")]}
