@@ -177,10 +177,8 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         with _scratch_of(study) as scratch:
             for name in (name for name in unscored if name in models):
                 gc.collect()  # the harness holds its model in a cycle
-                config = _with_pool(study.config, models[name].make(scratch))
-                of_model = pool(config)
-                seen = of_model.inputs
-                study.check_inputs({key: seen[key] for key in seen if key.startswith(OF_TEST)})
+                of_model = pool(_with_pool(study.config, models[name].make(scratch)))
+                _refuse_other_test(study, of_model)
                 found |= _score(study, objective, {name: wanted[name]}, log, of_model)
     return Comparison(
         [
@@ -190,6 +188,12 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         objective,
         study.config.retarget,
     )
+
+
+def _refuse_other_test(study: Study, pool: Pool) -> None:
+    """Raise StudyError when a pool of other vectors has other sealed items than the study."""
+    inputs = pool.inputs
+    study.check_inputs({key: inputs[key] for key in inputs if key.startswith(OF_TEST)})
 
 
 @contextmanager
