@@ -80,7 +80,6 @@ TASKS = (re.compile(r"^( *)terms:", flags=re.M), r"\1include_path: tasks\n\1term
 # What the words in capitals stand for in the world; OUT is new each time.
 PLACEHOLDERS = {
     "RECIPE_DIR": "my-recipe",
-    "RUN_DIR": "runs/my-recipe",
     "STUDY_DIR": "my-study",
     "STUDY.yaml": "study.yaml",
     "TRAIN.yaml": "train-math.yaml",
