@@ -16,7 +16,7 @@ import os
 import re
 import reprlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -181,41 +181,40 @@ def relocated(value: Any, old: Path, new: Path) -> Any:
     """Return a value of a file of ours with paths replaced by those that lie to `new` as they lay
     to `old`, where something is there: a copied folder has its own files.
     """
-    if isinstance(value, dict):
-        return {
-            key: item if key in FREE_TEXT else relocated(item, old, new)
-            for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [relocated(item, old, new) for item in value]
-    if not isinstance(value, str) or not Path(value).is_absolute():
-        return value
-    moved = Path(os.path.normpath(new / os.path.relpath(value, old)))
-    return str(moved) if is_there(moved) else value
+
+    def moved(text: str) -> str:
+        if not Path(text).is_absolute():
+            return text
+        path = Path(os.path.normpath(new / os.path.relpath(text, old)))
+        return str(path) if is_there(path) else text
+
+    return _with_texts(value, moved)
 
 
 def portable(value: Any, folder: Path) -> Any:
     """Return a value of a file of ours with every absolute path in it relative to a folder."""
-    if isinstance(value, dict):
-        return {
-            key: item if key in FREE_TEXT else portable(item, folder) for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [portable(item, folder) for item in value]
-    is_path = isinstance(value, str) and Path(value).is_absolute()
-    return os.path.relpath(value, folder) if is_path else value
+    return _with_texts(
+        value, lambda text: os.path.relpath(text, folder) if Path(text).is_absolute() else text
+    )
 
 
 def without_folders(value: Any) -> Any:
     """Return a value with every path in it, absolute or relative, cut down to the file's name."""
+    return _with_texts(
+        value, lambda text: Path(text).name if text.startswith(("/", "./", "../")) else text
+    )
+
+
+def _with_texts(value: Any, replaced: Callable[[str], str]) -> Any:
+    """Return a value of a file of ours with the texts in it replaced that may name files."""
     if isinstance(value, dict):
         return {
-            key: item if key in FREE_TEXT else without_folders(item) for key, item in value.items()
+            key: item if key in FREE_TEXT else _with_texts(item, replaced)
+            for key, item in value.items()
         }
     if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    is_path = isinstance(value, str) and value.startswith(("/", "./", "../"))
-    return Path(value).name if is_path else value
+        return [_with_texts(item, replaced) for item in value]
+    return replaced(value) if isinstance(value, str) else value
 
 
 def _folder(info: ValidationInfo) -> Path:
