@@ -156,7 +156,8 @@ def fit(points: "Array", scores: "Array") -> GaussianProcess:
         z = (vector - mean) / deviation
         return float(value + 0.5 * z @ z), gradient + z / deviation
 
-    bounds = [(-8, 4), (-8, 5), (-12, 2)] + [(-4, 4)] * (d + 1)
+    # noise down to e^-16: the same items scored again score the same; e^-18 would be the JITTER
+    bounds = [(-8, 4), (-8, 5), (-16, 2)] + [(-4, 4)] * (d + 1)
     best = minimize(loss, mean, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
     h = Hyperparameters(best.x)
     lower = np.linalg.cholesky(_covariance(points, h))

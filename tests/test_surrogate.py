@@ -96,7 +96,19 @@ def test_the_fit_ends_where_no_small_step_of_the_hyperparameters_helps():
 
 def test_noiseless_smooth_scores_are_interpolated(fitted):
     points, scores, process = fitted
-    assert process.predict(points)[0] == pytest.approx(scores, abs=0.02 * scores.std())
+    assert process.predict(points)[0] == pytest.approx(scores, abs=5e-4 * scores.std())
+
+
+@pytest.mark.parametrize("d", [1, 4, 8])
+def test_noiseless_scores_of_crowded_points_do_not_break_the_fit(d):
+    rng = np.random.default_rng(d)
+    around = 0.4 + 10 ** rng.uniform(-4, 0, (100, 1)) * rng.normal(size=(100, d))
+    points = np.clip(around, 0, 1)
+    scores = -((points - 0.4) ** 2).sum(axis=1)
+    process = fit(points, scores).conditioned(points[-3:] + 1e-4).conditioned(points[-2:])
+    mean, variance = process.predict(points)
+    assert mean == pytest.approx(scores, abs=5e-4 * scores.std())
+    assert np.isfinite(variance).all()
 
 
 def test_unseen_points_of_a_smooth_function_are_predicted(fitted):
