@@ -33,7 +33,6 @@ MERGE_METHODS: dict[MergeMethod, Callable[[int], dict[str, float]]] = {
     "dare_ties": lambda n: {"weight": 1 / n, "density": 0.5},
     "model_stock": lambda n: {},
 }
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def _sources(config: StudyConfig) -> dict[str, str]:
 def _merged_by(method: MergeMethod, config: StudyConfig) -> Model:
     inputs = {name: _sha256_of(source) for name, source in _sources(config).items()}
     parameters = MERGE_METHODS[method](len(inputs))
-    key = f"{method} ({digest([method, parameters, inputs])[:8]})"
+    key = f"{method} ({digest([method, parameters, inputs, config.search.seed])[:8]})"
 
     def make(scratch: Path) -> dict[str, str]:
         out = scratch / method
@@ -129,7 +128,7 @@ def _merge_with_mergekit(
     }
     file = scratch / f"{method}.yml"
     write_text(file, yaml_text(merge_config))
-    options = MergeOptions(random_seed=SEED, write_model_card=False, quiet=True)
+    options = MergeOptions(random_seed=config.search.seed, write_model_card=False, quiet=True)
     run_mergekit(merge_config, file, out, options)
 
 
@@ -137,15 +136,16 @@ def _merge_with_mergekit(
 
 
 def _random(config: StudyConfig, weights: Mapping[str, float]) -> Model:
-    sources = _sources(config)
-    key = digest([{name: _sha256_of(source) for name, source in sources.items()}, SEED])[:8]
+    sources, seed = _sources(config), config.search.seed
+    key = digest([{name: _sha256_of(source) for name, source in sources.items()}, seed])[:8]
     names = {name: f"random {name} ({key})" for name in sources}
 
     def make(scratch: Path) -> dict[str, str]:
         base, made = resolve_base(config.base_model), {}
-        for number, (name, source) in enumerate(sources.items()):
+        for name, source in sources.items():
             out = scratch / "random" / name
-            write_random_like(open_vector(name, source, base), base, out, seed=SEED + number)
+            own_seed = int(digest([seed, name])[:12], 16)
+            write_random_like(open_vector(name, source, base), base, out, seed=own_seed)
             made[names[name]] = str(out)
         return made
 

@@ -143,7 +143,8 @@ class Baselines(FileModel):
     """What to compare the merge with beyond weights of its own pool.
 
     `models` are adapters or checkpoints trained from the base, by what to call them; random
-    vectors are merged with the weights of the incumbent.
+    vectors are merged with the weights of the incumbent, and drawn, as DARE's masks are, by the
+    seed of the search.
     """
 
     merge_methods: list[MergeMethod] = []

@@ -13,7 +13,7 @@ from test_search import FunctionPool, config_of, failing_at, no_pool_for
 from transformers import AutoModelForCausalLM
 
 from optimer_hf.baselines import models, write_random_like
-from optimer_hf.checkpoint import Checkpoint
+from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.compare import (
     MERGE,
     compare,
@@ -22,6 +22,7 @@ from optimer_hf.compare import (
     to_markdown,
 )
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
+from optimer_hf.files import digest
 from optimer_hf.report import write_sealed_figure
 from optimer_hf.resident import ResidentModel
 from optimer_hf.search import search
@@ -140,6 +141,23 @@ def test_a_ties_row_scores_what_mergekit_wrote(real_study, tmp_path):
         torch.testing.assert_close(
             tensor.float(), written[name].bfloat16().float(), rtol=1e-2, atol=1e-6
         )
+
+
+def test_the_seed_of_the_search_draws_random_vectors_and_the_masks_of_dare(real_study, tmp_path):
+    def built(seed, folder):
+        config = real_study.config.model_copy(
+            update={"search": real_study.config.search.model_copy(update={"seed": seed})}
+        )
+        found = {}
+        for model in models(replace(real_study, config=config)):
+            if model.name in ("dare_ties", "random vectors of equal norm"):
+                found |= model.make(tmp_path / folder)
+        return {key: digest(weight_files(Path(path))) for key, path in found.items()}
+
+    first, again, other = built(0, "first"), built(0, "again"), built(1, "other")
+    assert len(first) == 3 and first == again
+    assert not set(first) & set(other), "scores of one seed are not read as those of another"
+    assert not set(first.values()) & set(other.values())
 
 
 def test_other_searches_and_models_become_rows(make_base, make_adapter, tmp_path):
