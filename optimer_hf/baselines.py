@@ -94,7 +94,8 @@ def _sources(config: StudyConfig) -> dict[str, str]:
 def _merged_by(method: MergeMethod, config: StudyConfig) -> Model:
     inputs = {name: _sha256_of(source) for name, source in _sources(config).items()}
     parameters = MERGE_METHODS[method](len(inputs))
-    key = f"{method} ({digest([method, parameters, inputs, config.search.seed])[:8]})"
+    drawn_by = [config.search.seed] if method == "dare_ties" else []
+    key = f"{method} ({digest([method, parameters, inputs, *drawn_by])[:8]})"
 
     def make(scratch: Path) -> dict[str, str]:
         out = scratch / method
@@ -136,16 +137,16 @@ def _merge_with_mergekit(
 
 
 def _random(config: StudyConfig, weights: Mapping[str, float]) -> Model:
-    sources, seed = _sources(config), config.search.seed
-    key = digest([{name: _sha256_of(source) for name, source in sources.items()}, seed])[:8]
+    sources = _sources(config)
+    seeds = {name: int(digest([config.search.seed, name])[:12], 16) for name in sources}
+    key = digest({name: [_sha256_of(source), seeds[name]] for name, source in sources.items()})[:8]
     names = {name: f"random {name} ({key})" for name in sources}
 
     def make(scratch: Path) -> dict[str, str]:
         base, made = resolve_base(config.base_model), {}
         for name, source in sources.items():
             out = scratch / "random" / name
-            own_seed = int(digest([seed, name])[:12], 16)
-            write_random_like(open_vector(name, source, base), base, out, seed=own_seed)
+            write_random_like(open_vector(name, source, base), base, out, seed=seeds[name])
             made[names[name]] = str(out)
         return made
 

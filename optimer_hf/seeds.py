@@ -140,9 +140,9 @@ def to_markdown(
     return (
         f"Sealed test under {len(merges)} seeds of training and search, {unit.text}: mean, "
         "smallest and largest; and the searched merge minus the row, mean with its 95 % interval "
-        "over the seeds (Student's t). Test items are the same in every run, so their luck is not "
-        "in the intervals. Re-targeted merges are measured by the study's own objective here; "
-        "results.md of every run has theirs.\n\n"
+        "over the seeds (Student's t). Test items, and vectors and models that are given, are the "
+        "same in every run, so their luck is not in the intervals. Re-targeted merges are measured "
+        "by the study's own objective here; results.md of every run has theirs.\n\n"
         f"{markdown_table(header, numbers)}\nWeights of the merge:\n\n"
         f"{markdown_table(['seed', *merges[0]], weights)}"
     )

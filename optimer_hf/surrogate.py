@@ -156,7 +156,7 @@ def fit(points: "Array", scores: "Array") -> GaussianProcess:
         z = (vector - mean) / deviation
         return float(value + 0.5 * z @ z), gradient + z / deviation
 
-    # noise down to e^-16: the same items scored again score the same; e^-18 would be the JITTER
+    # losses on fixed items can be smooth to e^-16 of their variance; JITTER is e^-18.4
     bounds = [(-8, 4), (-8, 5), (-16, 2)] + [(-4, 4)] * (d + 1)
     best = minimize(loss, mean, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
     h = Hyperparameters(best.x)

@@ -152,12 +152,16 @@ def test_the_seed_of_the_search_draws_random_vectors_and_the_masks_of_dare(real_
         for model in models(replace(real_study, config=config)):
             if model.name in ("dare_ties", "random vectors of equal norm"):
                 found |= model.make(tmp_path / folder)
+            else:
+                kept.append(model.weights)
         return {key: digest(weight_files(Path(path))) for key, path in found.items()}
 
+    kept = []
     first, again, other = built(0, "first"), built(0, "again"), built(1, "other")
     assert len(first) == 3 and first == again
     assert not set(first) & set(other), "scores of one seed are not read as those of another"
     assert not set(first.values()) & set(other.values())
+    assert kept[:2] == kept[-2:], "TIES and Model Stock draw nothing"
 
 
 def test_other_searches_and_models_become_rows(make_base, make_adapter, tmp_path):
