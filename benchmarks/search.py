@@ -697,10 +697,8 @@ def compare(options: Options, rows: Sequence[tuple[str, int]], name: str) -> dic
             for family in FAMILIES:
                 some = [r for r in results if family_of(r["seed"]) == family]
                 table[f"{kind} {d} {family}"] = print_row(f"  {family}", some, columns)
-    ranks = ranks_of(found, columns)
-    print(f"  bar: no more than {BAR}; median rank at {CHECKPOINTS[-1]} trials (bar 1): ", end="")
-    print(", ".join(f"{name} {rank:g}" for name, rank in ranks.items()))
-    return {"regret": table, "rank": ranks, "runs": found}
+    print(f"  bar: no more than {BAR}; ", end="")
+    return {"regret": table, "rank": print_ranks(found), "runs": found}
 
 
 def print_row(
@@ -720,15 +718,19 @@ def print_row(
     return row
 
 
-def ranks_of(results: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, float]:
-    """Return the median rank at the last checkpoint over the runs in which every sampler took
-    part.
+def print_ranks(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Print and return the median rank at the last checkpoint over the runs in which every sampler
+    took part.
     """
+    columns = {column: None for result in results for column in result["regret"]}
     compared = [column for column in columns if column.endswith(f"@{CHECKPOINTS[-1]}")]
     complete = [r["regret"] for r in results if all(column in r["regret"] for column in compared)]
     ranks = np.array([rankdata([regret[c] for c in compared]) for regret in complete])
-    medians = np.median(ranks, axis=0)
-    return {c.split("@")[0]: float(rank) for c, rank in zip(compared, medians, strict=True)}
+    medians = dict(zip(compared, np.median(ranks, axis=0), strict=True))
+    found = {column.split("@")[0]: float(rank) for column, rank in medians.items()}
+    print(f"median rank at {CHECKPOINTS[-1]} trials over {len(ranks)} runs (bar 1): ", end="")
+    print(", ".join(f"{name} {rank:g}" for name, rank in found.items()))
+    return found
 
 
 def spend_items(job: Job) -> dict[str, Any]:
@@ -961,6 +963,9 @@ def main() -> None:
     )
     print(f"{options.seeds} seeds ({options.smac_seeds} for stock SMAC), medians")
     found = {name: MEASUREMENTS[name](options) for name in parsed.only}
+    if "samplers" in found and "real" in found:
+        print("\nsamplers and real together: ", end="")
+        found["both"] = {"rank": print_ranks(found["samplers"]["runs"] + found["real"]["runs"])}
     print(json.dumps(found))
 
 
