@@ -16,6 +16,7 @@ from optimer_hf.errors import EvaluationError
 from optimer_hf.head import is_plain_head, log_probabilities, softcap_of
 
 TOKENS_PER_BATCH = 1024
+GPU_TOKENS_PER_BATCH = 4096  # fewer do not fill it; more take the memory that the vectors are given
 
 
 @contextlib.contextmanager
@@ -133,7 +134,7 @@ def _score(
     """Return (sum of log p of the continuation in nats, is it greedy) per (text, context,
     continuation) request.
 
-    Equal inputs run once; batches hold inputs of like length and at most TOKENS_PER_BATCH tokens.
+    Equal inputs run once; batches hold inputs of like length, as many tokens as suit the device.
     """
     inputs: dict[tuple[int, ...], list[int]] = {}
     for index, (_, context, continuation) in enumerate(requests):
@@ -146,7 +147,8 @@ def _score(
         inputs.setdefault(tokens, []).append(index)
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     weight, softcap = model.get_output_embeddings().weight, softcap_of(model)
-    for batch in _batches(sorted(inputs, key=lambda tokens: (-len(tokens), tokens))):
+    in_order = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))
+    for batch in batches(in_order, model.device.type):
         hidden = _hidden(model, batch)
         asked = [(row, index) for row, tokens in enumerate(batch) for index in inputs[tokens]]
         continuations = [requests[index][2] for _, index in asked]
@@ -162,7 +164,8 @@ def _score(
             torch.cat(rows).to(weight.dtype), weight, targets, softcap
         )
         lengths = [len(continuation) for continuation in continuations]
-        parts = (torch.split(each, lengths) for each in (values, greedy))
+        # on the host: one wait for the device a batch, not one an item
+        parts = (torch.split(each.cpu(), lengths) for each in (values, greedy))
         for (_, index), value, is_greedy in zip(asked, *parts, strict=True):
             answers[index] = value.sum().item(), bool(is_greedy.all())
         n_tokens["total"] += sum(len(tokens) for tokens in batch)
@@ -181,10 +184,16 @@ def _hidden(model: Any, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
     return hidden
 
 
-def _batches(inputs: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+def batches(
+    inputs: Sequence[tuple[int, ...]], device: str = "cpu"
+) -> Iterator[list[tuple[int, ...]]]:
+    """Split inputs, the longest first, into batches (>= 1 input) of as many tokens, padding
+    included, as suit a device.
+    """
+    n_tokens = TOKENS_PER_BATCH if device == "cpu" else GPU_TOKENS_PER_BATCH
     batch: list[tuple[int, ...]] = []
     for tokens in inputs:
-        if batch and (len(batch) + 1) * len(batch[0]) > TOKENS_PER_BATCH:
+        if batch and (len(batch) + 1) * len(batch[0]) > n_tokens:
             yield batch
             batch = []
         batch.append(tokens)

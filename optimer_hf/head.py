@@ -10,6 +10,7 @@ the vocabulary for loss and gradient together.
 """
 
 import logging
+from collections.abc import Iterator
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VOCABULARY_BLOCK = 2048  # rows of the head at a time: a block of logits stays in the cache of a CPU
+GPU_LOGITS = (
+    1 << 26
+)  # logits at a time on a GPU, 256 MiB in float32: few launches, each of them large
 
 
 class HeadLoss(torch.autograd.Function):
@@ -42,9 +46,9 @@ class HeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((n, 1), dtype=torch.float32)
         target = hidden.new_zeros((n, 1), dtype=torch.float32)
         gradient = hidden.new_zeros((n, size), dtype=torch.float32)
-        for start, rows in _blocks(weight, hidden.dtype):
+        for start, rows in _blocks(weight, hidden):
             logits, slope = _logits(hidden, rows, softcap)
-            _pick(target, logits, labels, start)
+            target = _picked(target, logits, labels, start)
             new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
             rescale = (largest - new_largest).exp_()
             largest = new_largest
@@ -95,9 +99,9 @@ def log_probabilities(
     target = hidden.new_zeros((n, 1), dtype=torch.float32)
     largest = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
     total = hidden.new_zeros((n, 1), dtype=torch.float32)
-    for start, rows in _blocks(weight, hidden.dtype):
+    for start, rows in _blocks(weight, hidden):
         logits, _ = _logits(hidden, rows, softcap)
-        _pick(target, logits, labels, start)
+        target = _picked(target, logits, labels, start)
         new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
         total.mul_((largest - new_largest).exp_()).add_(
             logits.sub_(new_largest).exp_().sum(1, keepdim=True)
@@ -106,9 +110,18 @@ def log_probabilities(
     return (target - largest - total.log())[:, 0], (target >= largest)[:, 0]
 
 
-def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Any:
-    for start in range(0, weight.shape[0], VOCABULARY_BLOCK):
-        yield start, weight[start : start + VOCABULARY_BLOCK].to(dtype)
+def _blocks(weight: torch.Tensor, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (first row, rows of the head in the dtype of hidden), as many as suit the device."""
+    step = rows_at_a_time(len(hidden), hidden.device.type)
+    for start in range(0, weight.shape[0], step):
+        yield start, weight[start : start + step].to(hidden.dtype)
+
+
+def rows_at_a_time(n: int, device: str) -> int:
+    """Return how many rows of a head suit a device for n hidden states."""
+    if device == "cpu":
+        return VOCABULARY_BLOCK
+    return max(VOCABULARY_BLOCK, GPU_LOGITS // max(1, n))
 
 
 def _logits(
@@ -122,10 +135,20 @@ def _logits(
     return bounded * softcap, 1 - bounded.square()
 
 
-def _pick(target: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, start: int) -> None:
-    """Copy the logits of the labels that lie in this block into target [n, 1]."""
-    inside = ((labels >= start) & (labels < start + logits.shape[1])).nonzero()[:, 0]
-    target[inside, 0] = logits[inside, labels[inside] - start]
+def _picked(
+    target: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, start: int
+) -> torch.Tensor:
+    """Return target [n, 1] with the logits of the labels that lie in this block."""
+    columns, is_inside = _columns(labels, start, logits.shape[1])
+    return torch.where(is_inside, logits.gather(1, columns), target)
+
+
+def _columns(labels: torch.Tensor, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns of the labels in a block of logits and whether they lie in it, both
+    [n, 1]; a list of those that do would have to wait for the device.
+    """
+    columns = (labels - start).unsqueeze(1)
+    return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)
 
 
 def _weight_gradient(
@@ -137,11 +160,11 @@ def _weight_gradient(
 ) -> torch.Tensor:
     """Return d loss / d weight [v, d] in the dtype of weight."""
     result = torch.empty_like(weight)
-    for start, rows in _blocks(weight, hidden.dtype):
+    for start, rows in _blocks(weight, hidden):
         logits, slope = _logits(hidden, rows, softcap)
         probabilities = logits.sub_(log_normaliser).exp_()
-        inside = ((labels >= start) & (labels < start + len(rows))).nonzero()[:, 0]
-        probabilities[inside, labels[inside] - start] -= 1
+        columns, is_inside = _columns(labels, start, len(rows))
+        probabilities.scatter_add_(1, columns, -is_inside.to(probabilities.dtype))
         if slope is not None:
             probabilities *= slope
         result[start : start + len(rows)] = probabilities.to(hidden.dtype).T @ hidden

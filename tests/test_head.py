@@ -7,11 +7,13 @@ from conftest import EOS, VOCABULARY, tiny_model
 
 from optimer_hf.corpus import IGNORED_LABEL
 from optimer_hf.head import (
+    GPU_LOGITS,
     VOCABULARY_BLOCK,
     HeadLoss,
     fuse_loss,
     is_plain_head,
     log_probabilities,
+    rows_at_a_time,
     softcap_of,
 )
 
@@ -207,3 +209,28 @@ def test_scaled_logits_are_noticed():
     assert not is_plain_head(GraniteForCausalLM(config))
     config.logits_scaling = 1.0
     assert is_plain_head(GraniteForCausalLM(config))
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+def test_a_gpu_takes_as_many_rows_of_the_vocabulary_as_its_logits_have_room_for():
+    assert rows_at_a_time(512, "cpu") == VOCABULARY_BLOCK
+    assert rows_at_a_time(512, "cuda") == GPU_LOGITS // 512
+    assert rows_at_a_time(10**6, "cuda") == VOCABULARY_BLOCK
+    assert rows_at_a_time(0, "cuda") == GPU_LOGITS
+
+
+def test_the_number_of_rows_at_a_time_changes_no_result(monkeypatch):
+    hidden, weight, labels = problem(2 * VOCABULARY_BLOCK + 77)
+    found = []
+    for rows in (VOCABULARY_BLOCK, 3 * VOCABULARY_BLOCK, 130):
+        monkeypatch.setattr("optimer_hf.head.rows_at_a_time", lambda n, device, rows=rows: rows)
+        loss = HeadLoss.apply(hidden, weight, labels, None)
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+        found.append(
+            (loss.detach(), *gradients, log_probabilities(hidden, weight, labels, None)[0])
+        )
+    for other in found[1:]:
+        for value, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
