@@ -421,10 +421,11 @@ def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     device = default_device()
+    has_kernels = multiplied_in(torch.bfloat16, device) == torch.bfloat16
     fields: dict[str, Any] = {
         "learning_rate": 2e-4 if config.lora is not None else 1e-5,
         "use_cpu": device == "cpu",
-        "bf16": config.lora is not None and multiplied_in(torch.bfloat16, device) == torch.bfloat16,
+        "bf16": has_kernels and not config.trainer.get("fp16"),
         **TRAINER_DEFAULTS,
         **config.trainer,
         "output_dir": str(out / "checkpoints"),
@@ -439,7 +440,7 @@ def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
 
 def _model(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArguments") -> Any:
     """Load the base: as stored where a LoRA is trained in mixed precision (the base stays frozen),
-    else in float32.
+    else in float32, which full-parameter runs keep beside the 16 bits they multiply.
     """
     mixed = config.lora is not None and (arguments.bf16 or arguments.fp16)
     model = loaded_model(base, "auto" if mixed else torch.float32)

@@ -120,10 +120,11 @@ def test_the_record_says_what_was_trained_on_what(make_config, tmp_path):
     assert set(record["versions"]) == {"torch", "transformers", "peft", "accelerate", "safetensors"}
 
 
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 @pytest.mark.parametrize("multiplied", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("asked", [None, True, False])
-def test_a_lora_is_trained_in_bfloat16_where_the_machine_multiplies_it_else_in_float32(
-    make_base, corpus_dir, tmp_path, monkeypatch, multiplied, asked
+def test_a_run_multiplies_in_bfloat16_where_the_machine_does_else_in_float32(
+    make_base, corpus_dir, tmp_path, monkeypatch, multiplied, asked, lora
 ):
     monkeypatch.setattr(train_module, "multiplied_in", lambda dtype, device: multiplied)
     base = make_base("gemma", torch.bfloat16)
@@ -133,7 +134,7 @@ def test_a_lora_is_trained_in_bfloat16_where_the_machine_multiplies_it_else_in_f
         corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
         block_size=32,
         max_tokens=64,
-        lora=LORA,
+        lora=lora,
         trainer={"save_strategy": "no"} | ({} if asked is None else {"bf16": asked}),
     )
     packed = prepare(config, tmp_path / "out")
@@ -142,11 +143,30 @@ def test_a_lora_is_trained_in_bfloat16_where_the_machine_multiplies_it_else_in_f
     frozen = {p.dtype for p in trainer.model.parameters() if not p.requires_grad}
     trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
     assert trainer.args.bf16 == is_mixed
-    assert frozen == {torch.bfloat16 if is_mixed else torch.float32}
+    assert frozen == ({torch.bfloat16 if is_mixed else torch.float32} if lora else set())
     assert trained == {torch.float32}
     train(config, tmp_path / "out")
     expected = "bf16" if is_mixed else "no"
     assert record_of(tmp_path / "out")["training"]["mixed_precision"] == expected
+
+
+def test_who_asks_for_float16_is_not_given_bfloat16_besides(
+    make_base, corpus_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_module, "multiplied_in", lambda dtype, device: dtype)
+    base = make_base("gemma", torch.float32)
+    config = TrainConfig(
+        name="aaa",
+        base_model=str(base.path),
+        corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
+        block_size=32,
+        max_tokens=64,
+        lora=LORA,
+        trainer={"fp16": True},
+    )
+    packed = prepare(config, tmp_path / "out")
+    arguments = build_trainer(config, base, packed, tmp_path / "out").args
+    assert (arguments.fp16, arguments.bf16) == (True, False)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -474,6 +494,21 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, 
     assert losses_of(outs["two"][1]) == pytest.approx(losses_of(outs["one"][1]), rel=1e-4)
     norms = [record_of(outs[name][1])["training"]["norms"] for name in ("two", "one")]
     assert len(norms[0]) == 6 and norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_activation_checkpointing_changes_no_loss(make_config, tmp_path, lora):
+    losses = [
+        losses_of(
+            train(
+                make_config(lora=lora, trainer={**FAST, "activation_checkpointing": asked}),
+                tmp_path / str(asked),
+            )
+        )
+        for asked in (True, False)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_the_fused_run_and_a_stock_trainer_agree(make_config, make_base, kind, tmp_path):
