@@ -2,7 +2,7 @@
 
 Of a LoRA model the products are never formed; of a full-parameter one the base is read again from
 disk, a few rows at a time, so that no second copy of the model is held. That costs one pass over
-the base for a point, so a run has few of them.
+the base for a point, and a GPU waits for either, so a run has few of them.
 """
 
 import math
@@ -17,7 +17,7 @@ from optimer_hf.checkpoint import Checkpoint, matrix_rows, row_blocks
 from optimer_hf.convert import as_stored
 from optimer_hf.errors import ModelError
 
-N_NORMS = 16  # of a full-parameter run
+N_NORMS = 16  # of a run
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
@@ -25,14 +25,18 @@ def lora_norm(model: Any) -> float:
     """Return the Frobenius norm of what the LoRA layers of a model add to it, their products never
     formed: |BA|^2 = <B^T B, A A^T>.
     """
-    total = 0.0
+    squares = []
     for module in model.modules():
         for name, a in getattr(module, "lora_A", {}).items():
             left, right = a.weight.detach().float(), module.lora_B[name].weight.detach().float()
             if left.ndim == right.ndim == 2:
                 product = ((right.T @ right) * (left @ left.T)).sum()
-                total += float(module.scaling[name]) ** 2 * float(product)
-    return math.sqrt(max(total, 0.0))
+                squares.append(product * float(module.scaling[name]) ** 2)
+    if not squares:
+        return 0.0
+    device = squares[0].device  # of several, the first
+    total = torch.stack([each.to(device) for each in squares]).sum()
+    return float(total.clamp(min=0).sqrt())
 
 
 def full_norm(model: Any, base: Path) -> float:
@@ -71,8 +75,8 @@ def refuse_sharded(model: Any) -> None:
 
 
 def is_due(history: Sequence[Mapping[str, Any]], n_steps: int) -> bool:
-    """Whether the last entry of the log of a full-parameter run is to have a norm: N_NORMS of them,
-    evenly spread over `n_steps`, wherever the run was interrupted.
+    """Whether the last entry of the log of a run is to have a norm: N_NORMS of them, evenly spread
+    over `n_steps`, wherever the run was interrupted.
     """
     noted = max((entry["step"] for entry in history if "norm" in entry), default=0)
     return bool(history[-1]["step"] * N_NORMS // n_steps > noted * N_NORMS // n_steps)

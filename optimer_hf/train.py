@@ -545,10 +545,9 @@ def _note_norm(config: TrainConfig, base: Path, model: Any, state: Any) -> bool:
     """
     try:
         refuse_sharded(model)
-        if config.lora is not None:
-            state.log_history[-1]["norm"] = lora_norm(model)
-        elif is_due(state.log_history, state.max_steps):
-            state.log_history[-1]["norm"] = full_norm(model, base)
+        if is_due(state.log_history, state.max_steps):
+            norm = full_norm(model, base) if config.lora is None else lora_norm(model)
+            state.log_history[-1]["norm"] = norm
     except ModelError as error:
         logger.info("train %s: no norms along the run: %s", config.name, error)
         return False

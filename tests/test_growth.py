@@ -84,10 +84,12 @@ def training_of(out) -> dict:
     return json.loads((out / "training.json").read_text(encoding="utf-8"))["training"]
 
 
-def test_a_full_run_ends_at_the_norm_of_its_vector(config, make_base, tmp_path):
-    out = train(config, tmp_path / "out")
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+def test_a_run_ends_at_the_norm_of_its_vector(config, make_base, tmp_path, kind):
+    lora = {"r": 4, "target_modules": "all-linear"} if kind == "adapter" else None
+    out = train(config.model_copy(update={"lora": lora}), tmp_path / "out")
     found = training_of(out)
-    record = describe(out, make_base("llama", torch.bfloat16), name="aaa", kind="checkpoint")
+    record = describe(out, make_base("llama", torch.bfloat16), name="aaa", kind=kind)
     assert found["norms"][-1] == pytest.approx(record.norm, rel=1e-5)
     assert found["norm_steps"][-1] == found["n_steps"] == 20
     assert len(found["norms"]) == len(found["norm_steps"]) == N_NORMS
