@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from optimer_hf.checkpoint import Checkpoint, matrix_rows, row_blocks
 from optimer_hf.convert import as_stored
 from optimer_hf.errors import ModelError
 
 N_NORMS = 16  # of a run
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 def lora_norm(model: Any) -> float:
@@ -63,15 +61,6 @@ def _moved(tensor: torch.Tensor, base: Checkpoint, name: str) -> float:
         after = matrix_rows(tensor, rows).float()
         squares += torch.linalg.vector_norm(after - before).item() ** 2
     return squares
-
-
-def refuse_sharded(model: Any) -> None:
-    """Raise ModelError when no process holds the whole parameters of a model in training."""
-    from accelerate.state import AcceleratorState
-
-    kind = AcceleratorState().distributed_type.value
-    if kind in SHARDED or any(isinstance(each, DTensor) for each in model.parameters()):
-        raise ModelError(f"no process holds the whole model ({kind}).")
 
 
 def is_due(history: Sequence[Mapping[str, Any]], n_steps: int) -> bool:

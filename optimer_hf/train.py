@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
@@ -60,7 +61,7 @@ from optimer_hf.files import (
     without_folders,
     write_text,
 )
-from optimer_hf.growth import full_norm, is_due, lora_norm, refuse_sharded
+from optimer_hf.growth import full_norm, is_due, lora_norm
 from optimer_hf.head import fuse_loss
 from optimer_hf.progress import Cost, Meter
 
@@ -96,6 +97,8 @@ UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
 ABOVE_ZERO = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}
 PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
 SPENT_FILE = "spent.json"
+LONGEST_WAIT = 6 * 3600  # seconds; the first process packs a billion tokens in half an hour
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -293,10 +296,7 @@ def train(config: TrainConfig, out: Path) -> Path:
 
     Under `accelerate launch` every process calls this, and the first one writes.
     """
-    from accelerate import PartialState
-
-    # without cpu=True, processes on a machine without a GPU do not find each other
-    state = PartialState(cpu=default_device() == "cpu")
+    state = _processes(config)
     with state.main_process_first():
         packed = prepare(config, out)
     if packed is None:
@@ -315,6 +315,17 @@ def train(config: TrainConfig, out: Path) -> Path:
             _save(config, base, packed, trainer, out, before + started.since())
     state.wait_for_everyone()
     return out
+
+
+def _processes(config: TrainConfig) -> Any:
+    """Join the processes of `accelerate launch`, if there are more, that wait as long for each
+    other as packing a corpus and writing a model take.
+    """
+    from accelerate import PartialState
+
+    wait = timedelta(seconds=int(config.trainer.get("ddp_timeout", LONGEST_WAIT)))
+    # without cpu=True, processes on a machine without a GPU do not find each other
+    return PartialState(cpu=default_device() == "cpu", timeout=wait)
 
 
 def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
@@ -413,8 +424,19 @@ def build_trainer(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
+    _refuse_sharded(trainer.accelerator.distributed_type.value, config.name)
     trainer.remove_callback(PrinterCallback)  # it prints on stdout, where results go
     return trainer
+
+
+def _refuse_sharded(kind: str, name: str) -> None:
+    """Raise ConfigError where no process holds the whole model, which one has to write."""
+    if kind in SHARDED:
+        raise ConfigError(
+            f"train config {name!r}: accelerate launch: found {kind}, expected whole models (one "
+            "GPU each, or --multi_gpu). Train a LoRA (`lora:`) where the model does not fit, or "
+            "train it with another tool and take the vector with `optimer extract`."
+        )
 
 
 def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
@@ -433,9 +455,13 @@ def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
         "disable_tqdm": True,
     }
     try:
-        return TrainingArguments(**fields)
+        arguments = TrainingArguments(**fields)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
+    if arguments.n_gpu > 1:  # DataParallel, which the Trainer would take, copies no fused loss
+        logger.info("train: one GPU of %d; `accelerate launch` takes them all", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _model(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArguments") -> Any:
@@ -544,7 +570,6 @@ def _note_norm(config: TrainConfig, base: Path, model: Any, state: Any) -> bool:
     be told, and say why not.
     """
     try:
-        refuse_sharded(model)
         if is_due(state.log_history, state.max_steps):
             norm = full_norm(model, base) if config.lora is None else lora_norm(model)
             state.log_history[-1]["norm"] = norm

@@ -1,15 +1,12 @@
 """growth.py: the norm along a run is that of the vector it leaves behind, at a few steps."""
 
 import json
-import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from optimer_hf import growth
 from optimer_hf.corpus import CorpusConfig
 from optimer_hf.errors import ModelError
 from optimer_hf.growth import N_NORMS, full_norm, is_due
@@ -115,20 +112,3 @@ def test_a_full_run_that_was_stopped_has_the_norms_of_an_uninterrupted_one(
     assert stopped["norm_steps"] == whole["norm_steps"]
     assert stopped["norms"] == pytest.approx(whole["norms"], rel=1e-4)
     assert len(measured) < 2 * N_NORMS  # those of the checkpoint it went on from are kept
-
-
-def test_a_sharded_run_says_why_it_has_no_norms(config, tmp_path, monkeypatch, caplog):
-    state = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"))
-    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: state)
-    with pytest.raises(ModelError, match=r"no process holds the whole model \(FSDP\)"):
-        growth.refuse_sharded(tiny_model())
-    monkeypatch.undo()
-
-    def refuse(model):
-        raise ModelError("no process holds the whole model (FSDP).")
-
-    monkeypatch.setattr("optimer_hf.train.refuse_sharded", refuse)
-    with caplog.at_level(logging.INFO):
-        out = train(config, tmp_path / "out")
-    assert "norms" not in training_of(out)
-    assert caplog.text.count("train aaa: no norms along the run: no process holds") == 1

@@ -496,6 +496,52 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, 
     assert len(norms[0]) == 6 and norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
+def test_a_sharded_run_is_refused_before_it_trains(make_config, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ConfigError, match=r"'aaa': accelerate launch: found FSDP, expected whole"):
+        train(make_config(), tmp_path / "out")
+    assert not (tmp_path / "out" / "training.json").exists()
+
+
+def test_of_several_gpus_one_process_takes_one(make_config, make_base, tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    class OnTwoGPUs(TrainingArguments):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 2  # what TrainingArguments finds on a machine with two
+
+    monkeypatch.setattr("transformers.TrainingArguments", OnTwoGPUs)
+    config = make_config()
+    packed = prepare(config, tmp_path / "out")
+    trainer = build_trainer(config, make_base("gemma", torch.float32), packed, tmp_path / "out")
+    assert isinstance(trainer.args, OnTwoGPUs)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == trainer.args.per_device_train_batch_size
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [({}, 6 * 3600), ({"ddp_timeout": 60}, 60)])
+def test_processes_wait_as_long_as_packing_takes(
+    make_config, tmp_path, monkeypatch, asked, seconds
+):
+    found = {}
+
+    class Stop(Exception):
+        pass
+
+    def state(**options):
+        found.update(options)
+        raise Stop
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    with pytest.raises(Stop):
+        train(make_config(trainer={**FAST, **asked}), tmp_path / "out")
+    assert found["timeout"].total_seconds() == seconds
+
+
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 def test_activation_checkpointing_changes_no_loss(make_config, tmp_path, lora):
     losses = [
