@@ -26,6 +26,7 @@ from optimer_hf.files import digest, fingerprint, read_yaml, sha256_file
 
 CHUNK_ELEMENTS = 2**19  # of one row block: 2 MiB in float32, so that a sum stays in a CPU's cache
 GPU_CHUNK_ELEMENTS = 2**24
+GPU_THREADS = 2  # one reads while the other's blocks are computed; each holds some of GPU memory
 BLOCKS_AHEAD = 2  # computed before they are written, per thread
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {
@@ -334,14 +335,18 @@ def has_tied_head(checkpoint: Checkpoint) -> bool:
 
 
 def computed_ahead(
-    function: Callable[[str, slice], T], arguments: Iterable[tuple[str, slice]]
+    function: Callable[[str, slice], T],
+    arguments: Iterable[tuple[str, slice]],
+    device: str = "cpu",
 ) -> Generator[T]:
-    """Yield function(*argument) in order, computed by as many threads as torch uses, a few ahead.
+    """Yield function(*argument) in order, computed a few ahead: by as many threads as torch uses
+    where the CPU does it, else by two that read for the device.
 
     Every thread computes whole blocks alone. That is faster than all threads at one block, who wait
     for each other after every operation, and gives the same bits for any number of threads.
     """
-    n_threads = torch.get_num_threads()
+    n_torch = torch.get_num_threads()
+    n_threads = n_torch if device.startswith("cpu") else GPU_THREADS
     waiting: deque[Future[T]] = deque()
     executor = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -353,7 +358,7 @@ def computed_ahead(
             yield waiting.popleft().result()
     finally:
         executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(n_threads)  # threads that start later take the number set last
+        torch.set_num_threads(n_torch)  # threads that start later take the number set last
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -408,7 +413,7 @@ def write_sharded(
         blocks = [
             (name, rows) for name, (_, shape) in shard.items() for rows in row_blocks(shape, device)
         ]
-        with closing(computed_ahead(rows_of, blocks)) as computed:
+        with closing(computed_ahead(rows_of, blocks, device)) as computed:
             write_safetensors(out_dir / file, shard, computed)
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:

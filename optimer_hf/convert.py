@@ -109,6 +109,7 @@ def loaded_model(base: ResolvedModel, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     gc.collect()  # a model before this one, which the Trainer's cycles of references keep
+    torch.cuda.empty_cache()  # its memory, too, counts as taken before; nothing without a GPU
     with _naming_unloadable(base, "model"):
         return AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
 

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from optimer_hf.convert import (
@@ -30,6 +29,7 @@ from optimer_hf.convert import (
 from optimer_hf.errors import ModelError
 from optimer_hf.evaluate import Evaluator, Term
 from optimer_hf.files import Reference, digest, markdown_table
+from optimer_hf.memory import total_memory
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.pull import Input, inputs_of
 from optimer_hf.resident import ResidentModel
@@ -144,7 +144,7 @@ def plan(
 
 def _warnings(memory: int, disk: int, out: Path) -> tuple[str, ...]:
     found = []
-    total = psutil.virtual_memory().total
+    total = total_memory()
     if memory > FREE_SHARE * total:
         found.append(
             f"memory: {_size(memory)} expected, {_size(total)} here. Lower "

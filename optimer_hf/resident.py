@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 
 from optimer_hf.checkpoint import (
@@ -24,6 +23,7 @@ from optimer_hf.checkpoint import (
 )
 from optimer_hf.convert import ResolvedModel, loaded_model, multiplied_in, stored_views
 from optimer_hf.errors import ModelError
+from optimer_hf.memory import free_memory
 from optimer_hf.merge import merged_rows
 from optimer_hf.vector import DistributionVector
 
@@ -135,10 +135,3 @@ def _placed(vector: DistributionVector, device: str) -> DistributionVector:
             return vector.loaded(place)
         logger.info("vector %s: no room in the memory of %s", vector.name, place)
     return vector
-
-
-def free_memory(device: str) -> int:
-    """Return the free memory of a device in bytes."""
-    if device == "cpu":
-        return int(psutil.virtual_memory().available)
-    return int(torch.cuda.mem_get_info(device)[0])

@@ -1,0 +1,66 @@
+"""How much memory this process may still take, on a device or in the host.
+
+A container or a batch job (Docker, Kubernetes, SLURM) often has less than the machine: its control
+group, or one above it, has a limit, and who takes more is killed.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+NAMES = {  # of (limit, taken, what of it the system gives up when asked) in version 1 and 2
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+def free_memory(device: str) -> int:
+    """Return the free memory of a device in bytes, of the CPU what this process may take."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    left = [max(0, limit - taken) for limit, taken in _limits()]
+    return min([int(psutil.virtual_memory().available), *left])
+
+
+def total_memory() -> int:
+    """Return the memory in bytes that this process may take when nothing else runs."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Yield (limit, taken) in bytes of the control groups this process is in that have a limit."""
+    try:
+        own = [line.split(":", 2) for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines()]
+    except OSError:  # no Linux
+        return
+    for _, controllers, path in own:
+        version = 1 if controllers else 2
+        if version == 1 and "memory" not in controllers.split(","):
+            continue
+        root = CONTROL_GROUPS / ("memory" if version == 1 else "")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if (found := _limit(folder, *NAMES[version])) is not None:
+                yield found
+            if folder == root:
+                break
+
+
+def _limit(folder: Path, limit: str, taken: str, given_up: str) -> tuple[int, int] | None:
+    """Return (limit, taken) of one control group, None without a limit or where it is not shown."""
+    try:
+        most = (folder / limit).read_text(encoding="utf-8").strip()
+        if most == "max":
+            return None
+        statistics = dict(
+            line.split()
+            for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+        )
+        used = int((folder / taken).read_text(encoding="utf-8"))
+        return int(most), used - int(statistics.get(given_up, 0))
+    except (OSError, ValueError):
+        return None
