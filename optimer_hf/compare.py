@@ -176,10 +176,9 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         opened.cache_clear()
         with _scratch_of(study) as scratch:
             for name in (name for name in unscored if name in models):
-                gc.collect()  # the harness holds its model in a cycle
-                of_model = pool(_with_pool(study.config, models[name].make(scratch)))
-                _refuse_other_test(study, of_model)
-                found |= _score(study, objective, {name: wanted[name]}, log, of_model)
+                gc.collect()  # the harness holds its model, the one before, in a cycle
+                made = _with_pool(study.config, models[name].make(scratch))
+                found |= _score_other(study, objective, {name: wanted[name]}, log, pool, made)
     return Comparison(
         [
             Row(name, weights, found[_key(weights)].terms, _key(weights) not in planned)
@@ -190,10 +189,22 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
     )
 
 
-def _refuse_other_test(study: Study, pool: Pool) -> None:
-    """Raise StudyError when a pool of other vectors has other sealed items than the study."""
-    inputs = pool.inputs
+def _score_other(
+    study: Study,
+    objective: Objective,
+    rows: Mapping[str, dict[str, float]],
+    log: TrialLog,
+    pool: Callable[[StudyConfig], Pool],
+    config: StudyConfig,
+) -> dict[str, Trial]:
+    """Score rows of a pool of other vectors, which is dropped before the next one is made.
+
+    Raises StudyError when it has other sealed items than the study.
+    """
+    opened = pool(config)
+    inputs = opened.inputs
     study.check_inputs({key: inputs[key] for key in inputs if key.startswith(OF_TEST)})
+    return _score(study, objective, rows, log, opened)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ in a study of its own that begins with the trials of the old one.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,12 +257,17 @@ def search_on(
     predicted weights first; return the new study, whose directory begins with the old trials.
     """
     terms = {term.label for term in target.at("search")}
-    seeds = [
-        replace(trial, terms={label: s for label, s in trial.terms.items() if label in terms})
-        for trial in study.log.of("search")
+    in_order = sorted(study.log.of("search"), key=lambda trial: trial.number)
+    seeds = [  # numbered without gaps, which a search by several workers can leave
+        replace(
+            trial,
+            number=number,
+            terms={label: s for label, s in trial.terms.items() if label in terms},
+        )
+        for number, trial in enumerate(in_order)
     ]
     earlier = TrialLog(directory / "trials.jsonl", repair=False).of("search")
-    n_seeds = next((t.number for t in earlier if t.origin == PREDICTION), len(earlier or seeds))
+    n_seeds = _n_seeds(earlier) if earlier else len(seeds)
     config = StudyConfig.model_validate(
         study.config.model_dump()
         | {"objective": target.model_dump(), "test": None, "retarget": {}}
@@ -286,3 +292,12 @@ def search_on(
     return search(
         config, directory, pool=pool, n_workers=n_workers, scheduler=scheduler, planned=first
     )
+
+
+def _n_seeds(earlier: Sequence[Trial]) -> int:
+    """Return how many trials a search for a new objective began with: the number of its prediction,
+    the first open one where that was not finished before others of several workers.
+    """
+    numbers = {trial.number for trial in earlier}
+    first_open = next(number for number in count() if number not in numbers)
+    return next((trial.number for trial in earlier if trial.origin == PREDICTION), first_open)

@@ -1,8 +1,8 @@
 """One trial: weights and terms in, scores out; a failure is a recorded crash.
 
 A Pool is whatever can do that: a resident model with the harness, or in tests a plain function of
-the weights. What a reader would not guess: only a ModelError ends a search; any other failure
-belongs to the weights that were tried.
+the weights. What a reader would not guess: only a ModelError and a failed device end a search; any
+other failure belongs to the weights that were tried.
 """
 
 import logging
@@ -12,9 +12,12 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
+import torch
+
 from optimer_hf.convert import default_device, loaded_tokenizer, resolve_base
-from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError
 from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoint
+from optimer_hf.files import first_line
 from optimer_hf.progress import Cost
 from optimer_hf.resident import ResidentModel
 from optimer_hf.study import StudyConfig, Trial, VectorConfig, weights_digests
@@ -112,12 +115,20 @@ def _source(name: str, vector: VectorConfig) -> str:
 def run_trial(
     pool: Pool, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]
 ) -> Trial:
-    """Return the trial with its scores; a failure is recorded with its traceback, not raised."""
+    """Return the trial with its scores; a failure is recorded with its traceback, not raised.
+
+    Raises EvaluationError when the device itself has failed, which no weights are to blame for.
+    """
     started = Cost.now()
     try:
         scores, seconds, n_tokens = pool.score(trial.weights, terms, limits)
     except ModelError:
         raise
+    except torch.AcceleratorError as error:  # every later one of this process would fail like it
+        raise EvaluationError(
+            f"trial {trial.number}: the device failed ({first_line(error)}). Run the same command "
+            "again: finished trials are kept, and this one is done anew."
+        ) from error
     except Exception as error:  # one bad weight set must not end a search of hours
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
         logger.warning("trial %d crashed: %s", trial.number, error)

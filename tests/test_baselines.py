@@ -1,6 +1,7 @@
 """baselines.py: other merges, random vectors and mixtures beside the searched merge, all real."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +184,22 @@ def test_other_searches_and_models_become_rows(make_base, make_adapter, tmp_path
     (weight,) = next(row for row in comparison.rows if row.name == "mixture CPT").weights.values()
     assert weight == 1.0
     assert compare(study, pool=no_pool_for("everything")) == comparison
+
+
+def test_no_two_models_of_baselines_are_held_at_once(tmp_path):
+    alive = weakref.WeakSet()
+    held = []
+
+    class Pool(FunctionPool):
+        def __init__(self, config):
+            held.append(len(alive))
+            super().__init__(config)
+            alive.add(self)
+
+    config = config_of(**SEALED, baselines={"models": {name: f"you/{name}" for name in "abc"}})
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    compare(study, pool=Pool)
+    assert held == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

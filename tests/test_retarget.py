@@ -1,5 +1,7 @@
 """retarget.py: new objectives from recorded trials, and real trials that go on from them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from test_search import OPTIMA, FunctionPool, config_of, landscape
@@ -8,7 +10,7 @@ from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import Objective
 from optimer_hf.retarget import CAUTION, best_scale, over_record, predict, search_on
 from optimer_hf.search import search
-from optimer_hf.study import Study, surrogate_of, to_unit
+from optimer_hf.study import Study, TrialLog, surrogate_of, to_unit
 
 
 def no_pool(config):
@@ -121,6 +123,32 @@ def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study,
     assert regret(found.incumbent.weights, "q") < 0.05
     again = search_on(study, target, tmp_path / "new", 3, pool=no_pool)
     assert again.incumbent == found.incumbent
+
+
+def test_a_killed_search_whose_prediction_was_not_finished_first_tries_it_all_the_same(
+    study, tmp_path
+):
+    target = over_record(study, objective(q=1.0))
+    whole = search_on(study, target, tmp_path / "whole", 3, pool=FunctionPool).log.of("search")
+    search_on(study, target, tmp_path / "new", 3, pool=FunctionPool)
+    log = tmp_path / "new" / "trials.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[:30], lines[31]]))  # of two workers, the other one was faster
+    found = search_on(study, target, tmp_path / "new", 3, pool=FunctionPool).log.of("search")
+    assert sorted(trial.number for trial in found) == list(range(33))
+    assert {trial.number for trial in found if trial.origin == "prediction"} == {30}
+    assert whole[30].weights in [trial.weights for trial in found]
+
+
+def test_a_record_with_gaps_is_searched_on_without_them(study, tmp_path):
+    kept = [trial for trial in study.log.trials if trial.number != 7]
+    (tmp_path / "gaps").mkdir()
+    (tmp_path / "gaps" / "trials.jsonl").write_text("".join(f"{t.to_json()}\n" for t in kept))
+    gaps = replace(study, log=TrialLog(tmp_path / "gaps" / "trials.jsonl"))
+    target = over_record(gaps, objective(q=1.0))
+    found = search_on(gaps, target, tmp_path / "new", 3, pool=FunctionPool).log.of("search")
+    assert sorted(trial.number for trial in found) == list(range(32))
+    assert found[29].origin == "prediction"
 
 
 @pytest.mark.parametrize("settings", [{"pareto": True}, {"surrogate": "random_forest"}])

@@ -521,6 +521,14 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
     assert study.incumbent.status == "ok" and study.value(study.incumbent) > 0
 
 
+def test_a_device_that_fails_ends_the_search_and_blames_no_weights(tmp_path, uninterrupted):
+    pool = failing_at({5: torch.AcceleratorError("CUDA error: an illegal memory access")})
+    with pytest.raises(EvaluationError, match=r"trial 5: the device failed \(CUDA error: an ill"):
+        search(config_of(), tmp_path / "s", pool=pool)
+    assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+
+
 def test_a_study_with_crashed_trials_resumes_to_the_same_trials(tmp_path):
     class CliffPool(FunctionPool):
         def score(self, weights, terms, limits):
