@@ -695,7 +695,14 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
             raise EvaluationError(
                 f"term {term.label!r}: task {term.task_name!r} cannot be loaded ({error})."
             ) from error
-        loaded[term.task_name] = _with_settings(tasks[term.task_name], term)
+        task = tasks[term.task_name]
+        if getattr(task, "UNSAFE_CODE", False):
+            raise EvaluationError(
+                f"term {term.label!r}: {term.task_name!r} runs the code that a model writes, which "
+                "a search does not. Score the likelihood of the reference solutions instead, as "
+                "the tasks of recipes/gemma-3-270m-paper do."
+            )
+        loaded[term.task_name] = _with_settings(task, term)
     return loaded
 
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VOCABULARY_BLOCK = 2048  # rows of the head at a time: a block of logits stays in the cache of a CPU
-GPU_LOGITS = (
-    1 << 26
-)  # logits at a time on a GPU, 256 MiB in float32: few launches, each of them large
+GPU_LOGITS = 2**26  # at a time on a GPU, 256 MiB in float32: few launches, each of them large
+PROBE_TOKENS = 8  # of a document that a model is tried on
+LARGEST_CHANGE = 1e-4  # of a hidden state, relative, by what is masked: rounding
 
 
 class HeadLoss(torch.autograd.Function):
@@ -189,7 +189,7 @@ def is_plain_head(model: "PreTrainedModel") -> bool:
     if head is None or getattr(head, "bias", None) is not None:
         return False
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(8, device=model.device).unsqueeze(0) % vocabulary
+    ids = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0) % vocabulary
     with torch.no_grad():
         try:
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -200,6 +200,29 @@ def is_plain_head(model: "PreTrainedModel") -> bool:
     return torch.allclose(
         found, expected.gather(1, ids[0].unsqueeze(1))[:, 0], rtol=1e-2, atol=1e-2
     )
+
+
+def keeps_documents_apart(model: "PreTrainedModel") -> bool:
+    """Whether a second document in a block, its positions beginning anew, is read as if it stood
+    alone, found out by trying a few tokens.
+
+    Attention masks follow the positions; the state of recurrent and convolutional layers runs on.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(3 * PROBE_TOKENS, device=model.device) % vocabulary
+    one, another, second = ids.split(PROBE_TOKENS)
+    blocks = torch.stack([torch.cat([first, second]) for first in (one, another)])
+    positions = torch.arange(PROBE_TOKENS, device=model.device).repeat(2, 2)
+    with torch.no_grad():
+        try:
+            hidden = model.base_model(
+                input_ids=blocks, position_ids=positions, use_cache=False
+            ).last_hidden_state
+        except (AttributeError, TypeError):  # nothing that takes positions
+            return False
+    after_one, after_another = hidden[:, PROBE_TOKENS:].float()
+    change = (after_one - after_another).abs().max()
+    return bool(change <= LARGEST_CHANGE * after_one.abs().mean())
 
 
 def fuse_loss(model: "PreTrainedModel") -> bool:
@@ -240,7 +263,9 @@ def _fused_forward(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        picked = hidden[:, :-1][scored].to(dtype)
-        loss: torch.Tensor = HeadLoss.apply(picked, weight, targets[scored], softcap_of(self))  # type: ignore[no-untyped-call]
+        places = scored.flatten().nonzero()[:, 0]  # once: the host waits for it
+        picked = hidden[:, :-1].flatten(0, 1)[places].to(dtype)
+        labels_of = targets.flatten()[places]
+        loss: torch.Tensor = HeadLoss.apply(picked, weight, labels_of, softcap_of(self))  # type: ignore[no-untyped-call]
     n_items = scored.sum() if num_items_in_batch is None else num_items_in_batch
     return CausalLMOutput(loss=loss / n_items)

@@ -62,7 +62,7 @@ from optimer_hf.files import (
     write_text,
 )
 from optimer_hf.growth import full_norm, is_due, lora_norm
-from optimer_hf.head import fuse_loss
+from optimer_hf.head import fuse_loss, keeps_documents_apart
 from optimer_hf.progress import Cost, Meter
 
 if TYPE_CHECKING:
@@ -471,6 +471,13 @@ def _model(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArgumen
     mixed = config.lora is not None and (arguments.bf16 or arguments.fp16)
     model = loaded_model(base, "auto" if mixed else torch.float32)
     fuse_loss(model)
+    if not keeps_documents_apart(model):
+        logger.warning(
+            "train %s: layers of %s carry their state from one document of a block into the next, "
+            "so documents packed together are not trained as if they stood alone",
+            config.name,
+            type(model).__name__,
+        )
     return _adapted(model, config, base)
 
 

@@ -385,6 +385,16 @@ def test_a_text_file_is_read_to_its_end_before_it_is_scored(tmp_path, name, text
         load_tasks([objective_of({"text": tmp_path / name})])
 
 
+def test_a_task_that_runs_what_a_model_writes_is_refused_before_anything_is_loaded(
+    tasks_dir, tmp_path
+):
+    (tmp_path / "choice.jsonl").write_text((tasks_dir / "choice.jsonl").read_text())
+    (tmp_path / "toy.yaml").write_text(GENERATE_TASK + "unsafe_code: true\n")
+    term = {"task": "toy_generate", "metric": "exact_match"}
+    with pytest.raises(EvaluationError, match=r"'toy_generate' runs the code that a model writes"):
+        load_tasks([objective_of(term, include_path=tmp_path)])
+
+
 def test_a_group_of_tasks_and_a_missing_folder_of_tasks_are_named(tasks_dir, tmp_path):
     (tmp_path / "group.yaml").write_text("group: toys\ntask: [toy_choice]\n")
     for path in tasks_dir.glob("*.yaml"):
