@@ -44,17 +44,21 @@ SAFETENSORS_DTYPES = {
 TORCH_DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
 INDEX = ".safetensors.index.json"
 TIED_HEAD = "lm_head.weight"  # may be left out of a file where it is tied to the embedding
-COPIED_BESIDE_WEIGHTS = [
-    "config.json",
-    "generation_config.json",
+GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
+OF_TOKENIZER = [
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "chat_template*",
-    "*processor_config.json",
     "*.model",
+]
+COPIED_BESIDE_WEIGHTS = [
+    "config.json",
+    GENERATION_CONFIG,
+    *OF_TOKENIZER,
+    "*processor_config.json",
     "LICEN[SC]E*",
     "COPYING*",
     "USE_POLICY*",
@@ -317,6 +321,18 @@ def weights_fingerprint(path: Path) -> str:
     return digest({file.name: fingerprint(file) for file in _identity(path)})
 
 
+def tokenizer_files(path: Path) -> dict[str, str]:
+    """Return file name -> sha256 of what comes with a tokenizer in a directory: its files, its chat
+    template, and generation_config.json, which knows the tokens that end an answer.
+    """
+    return {file.name: sha256_file(file) for file in _of_tokenizer(path)}
+
+
+def _of_tokenizer(path: Path) -> list[Path]:
+    found = {file for pattern in (*OF_TOKENIZER, GENERATION_CONFIG) for file in path.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
+
+
 def _identity(path: Path) -> list[Path]:
     return sorted([*path.glob("*.safetensors"), *path.glob("adapter_config.json")])
 
@@ -437,9 +453,14 @@ def _shards(
     return shards
 
 
-def copy_beside_weights(source: Path, out: Path) -> None:
-    """Copy config, tokenizer, chat template and licence files of a model."""
+def copy_beside_weights(source: Path, out: Path, *, tokenizer: Path | None = None) -> None:
+    """Copy config, tokenizer, chat template and licence files of a model; with `tokenizer` the
+    `tokenizer_files` come from there.
+    """
     for pattern in COPIED_BESIDE_WEIGHTS:
         for path in source.glob(pattern):
-            if path.is_file():
+            is_replaced = tokenizer is not None and pattern in OF_TOKENIZER
+            if path.is_file() and not is_replaced:
                 shutil.copyfile(path, out / path.name)
+    for path in _of_tokenizer(tokenizer) if tokenizer is not None else ():
+        shutil.copyfile(path, out / path.name)

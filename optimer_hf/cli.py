@@ -466,7 +466,7 @@ def search(
     from optimer_hf import recipe as recipes
     from optimer_hf.files import read_yaml, yaml_text
     from optimer_hf.ledger import ledger
-    from optimer_hf.merge_config import optimer_config, with_weights
+    from optimer_hf.merge_config import optimer_config, with_tokenizer, with_weights
     from optimer_hf.search import search as run_search
 
     config = _study_config(study, objective, n_trials)
@@ -488,6 +488,7 @@ def search(
     else:
         sources = {name: str(vector.source) for name, vector in config.vectors.items()}
         found = optimer_config(config.base_model, sources, best.weights, config.dtype)
+        found = with_tokenizer(found, config.tokenizer_reference)
     click.echo(yaml_text(found))
     _say_intervals(result)
     _say_front(result)
@@ -658,6 +659,7 @@ def _study_of_merge_config(path: Path, objective: Path) -> Any:
         not_searched,
         read_merge_config,
         searched_pool,
+        tokenizer_of,
         with_absolute_references,
     )
     from optimer_hf.study import StudyConfig
@@ -678,6 +680,9 @@ def _study_of_merge_config(path: Path, objective: Path) -> Any:
         "vectors": {name: {"source": source} for name, source in sources.items()},
         "objective": target,
     }
+    if (reference := tokenizer_of(data, path)) is not None:
+        by_source = {source: name for name, source in sources.items()}
+        fields["tokenizer_source"] = by_source.get(reference, reference)
     return parse(StudyConfig, fields, path)
 
 

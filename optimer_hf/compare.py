@@ -288,7 +288,8 @@ def _planned(
 
 def _with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
     vectors = {name: VectorConfig(source=source) for name, source in sources.items()}
-    return config.model_copy(update={"vectors": vectors})
+    changes = {"vectors": vectors, "tokenizer_source": config.tokenizer_reference}
+    return config.model_copy(update=changes)
 
 
 def _score(

@@ -65,7 +65,7 @@ def resolve_model(text: str) -> ResolvedModel:
     if ref.package is not None:
         return ResolvedModel(_converted(_packaged_gguf(ref.package)), text)
     if ref.path is None:
-        return _fetched(ref)
+        return _fetched(ref, FETCHED)
     if not is_there(ref.path):
         raise ModelError(
             f"{text}: no such file or directory, and not a Hub id of the form org/name."
@@ -78,6 +78,16 @@ def resolve_model(text: str) -> ResolvedModel:
         f"{text}: expected a directory, a GGUF file or a Hub id, found a "
         f"{ref.path.suffix or 'plain'} file."
     )
+
+
+def resolve_tokenizer(text: str) -> ResolvedModel:
+    """Return the local directory of a model whose tokenizer is wanted: of one on the Hub everything
+    but the weights is fetched.
+    """
+    ref = Reference(text)
+    if ref.path is not None or ref.package is not None:
+        return resolve_model(text)
+    return _fetched(ref, [pattern for pattern in FETCHED if pattern != "*.safetensors"])
 
 
 def resolve_base(text: str) -> ResolvedModel:
@@ -280,13 +290,13 @@ def moves_base(init_lora_weights: bool | str) -> bool:
     return name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
-def _fetched(ref: Reference) -> ResolvedModel:
+def _fetched(ref: Reference, patterns: list[str]) -> ResolvedModel:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo_id, revision = ref.repo
     try:
-        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=FETCHED))
+        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(

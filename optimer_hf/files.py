@@ -224,6 +224,26 @@ def _folder(info: ValidationInfo) -> Path:
 ReferenceText = Annotated[
     str, AfterValidator(lambda text, info: absolute_reference(text, _folder(info)))
 ]
+
+
+def _vector_or_reference(text: str | None, info: ValidationInfo) -> str | None:
+    """Return the name of a vector of the same file as it is, another reference absolute; None for
+    `base`.
+    """
+    vectors = info.data.get("vectors")  # None where they have mistakes of their own
+    if text is None or text == "base":
+        return None
+    if vectors is None or text in vectors:
+        return text
+    is_word = not text.startswith((".", "/", "~", "pypi:")) and "/" not in text
+    if is_word and not is_there(_folder(info) / text):
+        raise ValueError(
+            f"expected 'base', a vector ({', '.join(vectors)}) or a model (org/name, a directory)"
+        )
+    return absolute_reference(text, _folder(info))
+
+
+TokenizerSource = Annotated[str | None, AfterValidator(_vector_or_reference)]
 LocalPath = Annotated[
     Path, AfterValidator(lambda path, info: (_folder(info) / expanded(path)).resolve())
 ]

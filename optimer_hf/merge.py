@@ -65,14 +65,16 @@ def write_merged(
     out: Path,
     *,
     out_dtype: str | None = None,
+    tokenizer: ResolvedModel | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     device: str = "cpu",
 ) -> None:
     """Write base + sum_i w_i v_i as a model directory that `from_pretrained` loads.
 
-    Keeps the dtype of every base tensor unless `out_dtype` is given; tokenizer, generation config,
-    chat template and licence files come from the base. `out` appears whole or not at all. Memory: a
-    few row blocks, not the model. `device` does the arithmetic.
+    Keeps the dtype of every base tensor unless `out_dtype` is given; config and licence files come
+    from the base; tokenizer, chat template and generation config, too, or from `tokenizer`. `out`
+    appears whole or not at all. Memory: a few row blocks, not the model. `device` does the
+    arithmetic.
 
     Raises ModelError, naming tensor and vector, for values that are not finite.
     """
@@ -98,7 +100,7 @@ def write_merged(
 
     with staged_directory(out) as staging:
         write_sharded(staging, "model", specs, rows_of, max_shard_size, device)
-        copy_beside_weights(base.path, staging)
+        copy_beside_weights(base.path, staging, tokenizer=tokenizer.path if tokenizer else None)
         if out_dtype is not None:
             _set_config_dtype(staging / "config.json", out_dtype)
     if any(weights[vector.name] != 0 for vector in vectors):

@@ -8,6 +8,7 @@ it wrote; all three are seen to here.
 
 import functools
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from optimer_hf.checkpoint import DTYPES, TIED_HEAD, Checkpoint
-from optimer_hf.convert import refuse_other_than_models, resolve_model
+from optimer_hf.checkpoint import DTYPES, GENERATION_CONFIG, TIED_HEAD, Checkpoint
+from optimer_hf.convert import (
+    ResolvedModel,
+    refuse_other_than_models,
+    resolve_model,
+    resolve_tokenizer,
+)
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files import (
     DISK_ERRORS,
@@ -29,12 +35,14 @@ from optimer_hf.files import (
     listed,
     read_yaml,
     refuse_absent,
+    shown,
     staged_directory,
     write_text,
     yaml_text,
 )
 from optimer_hf.kernel import Delta, Trained, add_weighted
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
+from optimer_hf.tokenizer import opened_tokenizer
 from optimer_hf.vector import QUANTISED, open_vector, read_record
 
 METHOD = "optimer"
@@ -60,12 +68,15 @@ MERGEKIT_DTYPES = [*DTYPES, "float64", "int64"]
 
 @dataclass(frozen=True)
 class LinearMerge:
-    """What the streaming writer can do of a merge config: one number per vector."""
+    """What the streaming writer can do of a merge config: one number per vector, and a model's
+    tokenizer (None: the base's).
+    """
 
     base_model: str
     sources: dict[str, str]
     weights: dict[str, float]
     out_dtype: str | None
+    tokenizer_source: str | None = None
 
 
 def read_merge_config(path: Path) -> dict[str, Any]:
@@ -165,6 +176,35 @@ def named_sources(sources: Iterable[str]) -> dict[str, str]:
     return named
 
 
+def tokenizer_of(config: Mapping[str, Any], path: Path) -> str | None:
+    """Return the model whose tokenizer a mergekit config takes, None for that of the base, too
+    where it `makes_tokenizer`.
+    """
+    source = _tokenizer_source(config)
+    if source == "base" or makes_tokenizer(config):
+        return None
+    folder = path.resolve().parent
+    reference = absolute_reference(str(source), folder)
+    base = config.get("base_model")
+    return None if base and reference == absolute_reference(str(base), folder) else reference
+
+
+def makes_tokenizer(config: Mapping[str, Any]) -> bool:
+    """Whether a config asks for a tokenizer that no model has as it is: a union, tokens of its own,
+    an adapter on a model.
+    """
+    block, source = config.get("tokenizer"), _tokenizer_source(config)
+    is_simple = not block or (isinstance(block, dict) and set(block) == {"source"})
+    is_named = isinstance(source, str) and source != "union" and "+" not in source
+    return not (is_simple and is_named)
+
+
+def _tokenizer_source(config: Mapping[str, Any]) -> Any:
+    block = config.get("tokenizer")
+    named = block.get("source") if isinstance(block, dict) else None
+    return named or config.get("tokenizer_source") or "base"
+
+
 def searched_pool(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
     """Return base model and vectors of a config whose weights are to be searched.
 
@@ -187,8 +227,8 @@ def searched_pool(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str,
 
 
 def not_searched(config: Mapping[str, Any]) -> list[str]:
-    """Return what a config sets beyond one number per vector, by field: a search keeps none of
-    it.
+    """Return what a config sets beyond one number per vector and a model's tokenizer, by field: a
+    search keeps none of it.
     """
     found = []
     if config["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
@@ -198,6 +238,11 @@ def not_searched(config: Mapping[str, Any]) -> list[str]:
         for name, value in (block.get("parameters") or {}).items():
             if name not in ("weight", "delta") or isinstance(value, list | dict):
                 found.append(f"{where}: parameters.{name}".removeprefix(": "))
+    if makes_tokenizer(config):
+        field = "tokenizer" if config.get("tokenizer") else "tokenizer_source"
+        found.append(f"{field}: {shown(config[field])}")
+    if config.get("chat_template"):
+        found.append(f"chat_template: {shown(config['chat_template'])}")
     return found
 
 
@@ -212,14 +257,15 @@ def with_weights(
     found = optimer_config(base, sources, weights, "bfloat16")
     if "dtype" in config or "out_dtype" in config:
         del found["dtype"], found["out_dtype"]
-    return found | {key: config[key] for key in config if key not in (*found, "parameters")}
+    kept = _with_references(dict(config), path, "+".join)
+    return found | {key: kept[key] for key in config if key not in (*found, "parameters")}
 
 
 def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
     """Return the config as one number per vector, or None when only mergekit can run it."""
     simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
-    if config.get("tokenizer_source") in ("base", config.get("base_model")):
-        simple.add("tokenizer_source")  # it is the base's anyway
+    if not makes_tokenizer(config):
+        simple |= {"tokenizer", "tokenizer_source"}
     if config["merge_method"] != METHOD or not set(config) <= simple:
         return None
     if config.get("dtype") not in (None, "float32", config.get("out_dtype")) and config.get(
@@ -244,7 +290,8 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         if isinstance(parameters.get("weight"), list | dict):
             return None  # a gradient or a filter
         weights[name] = _number(parameters, f"{path}: models: {name}: parameters.weight")
-    return LinearMerge(base, sources, weights, config.get("out_dtype") or config.get("dtype"))
+    out_dtype = config.get("out_dtype") or config.get("dtype")
+    return LinearMerge(base, sources, weights, out_dtype, tokenizer_of(config, path))
 
 
 def _number(parameters: Mapping[str, Any], where: str) -> float:
@@ -277,21 +324,37 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
     if linear is not None and engine != "mergekit" and _options_are_ours(options):
         base = resolve_model(linear.base_model)
         refuse_other_than_models(base)
-        vectors = [open_vector(name, source, base) for name, source in linear.sources.items()]
-        shard_size = MAX_SHARD_SIZE if options is None else options.out_shard_size
-        write_merged(
-            base,
-            vectors,
-            linear.weights,
-            out,
-            out_dtype=linear.out_dtype,
-            max_shard_size=shard_size,
-            device="cpu" if options is None else options.device,
-        )
-        write_text(out / "mergekit_config.yml", path.read_text(encoding="utf-8"))
-        return "native"
-    run_mergekit(config, path, out, options)
+        try:
+            tokenizer = opened_tokenizer(base, linear.tokenizer_source)
+        except ConfigError:
+            if engine == "native":
+                raise
+        else:
+            _write(linear, base, tokenizer, out, options)
+            write_text(out / "mergekit_config.yml", path.read_text(encoding="utf-8"))
+            return "native"
+    run_mergekit(config, path, out, options)  # which can put tokens in another order
     return "mergekit"
+
+
+def _write(
+    linear: LinearMerge,
+    base: ResolvedModel,
+    tokenizer: ResolvedModel | None,
+    out: Path,
+    options: Any,
+) -> None:
+    """Write a merge with the streaming writer."""
+    write_merged(
+        base,
+        [open_vector(name, source, base) for name, source in linear.sources.items()],
+        linear.weights,
+        out,
+        out_dtype=linear.out_dtype,
+        tokenizer=tokenizer,
+        max_shard_size=MAX_SHARD_SIZE if options is None else options.out_shard_size,
+        device="cpu" if options is None else options.device,
+    )
 
 
 def _options_are_ours(options: Any) -> bool:
@@ -405,6 +468,15 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
                 raise
             raise ModelError(f"{path}: mergekit stopped: {first_line(error)}") from error
         _check_output(staging, base_path, config)
+        _copy_generation_config(config, path, staging)
+
+
+def _copy_generation_config(config: Mapping[str, Any], path: Path, out: Path) -> None:
+    """Copy that of the model whose tokenizer a config takes: mergekit writes none then."""
+    reference = tokenizer_of(config, path)
+    source = None if reference is None else resolve_tokenizer(reference).path / GENERATION_CONFIG
+    if source is not None and source.exists():
+        shutil.copyfile(source, out / GENERATION_CONFIG)
 
 
 def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -546,6 +618,11 @@ def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> No
 
 
 # -- export ----------------------------------------------------------------------------------------
+
+
+def with_tokenizer(config: Mapping[str, Any], source: str | Path | None) -> dict[str, Any]:
+    """Return a merge config that takes the tokenizer of a model (None: as it is)."""
+    return {**config} if source is None else {**config, "tokenizer_source": str(source)}
 
 
 def optimer_config(

@@ -264,6 +264,11 @@ def _check_study(config: Any, trainings: Mapping[str, Any], file: Path) -> None:
                 f"{file}: vectors.{name} is trained from {training.base_model!r}, but base_model "
                 f"is {config.base_model!r}. Give both the same base."
             )
+    if config.tokenizer_source in trainings:
+        raise ConfigError(
+            f"{file}: tokenizer_source: the vector {config.tokenizer_source!r} is trained here, "
+            "with the tokenizer of the base. Leave the field out, or name another model."
+        )
     _check_mixtures(config, trainings, file)
 
 
@@ -272,6 +277,7 @@ def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
     reported to: what cannot be used would be found after the training, or after the search.
     """
     from optimer_hf.convert import resolve_base
+    from optimer_hf.tokenizer import opened_tokenizer
     from optimer_hf.tracking import callbacks_of
     from optimer_hf.vector import open_vector
 
@@ -279,6 +285,7 @@ def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
         callbacks_of(search.report_to)
     given = {name: v.source for name, v in config.vectors.items() if name not in trainings}
     base = resolve_base(config.base_model)
+    opened_tokenizer(base, config.tokenizer_reference)
     for name, source in (*given.items(), *config.baselines.models.items()):
         open_vector(name, str(source), base)
 

@@ -34,6 +34,7 @@ from optimer_hf.progress import Cost, Meter
 from optimer_hf.pull import Input, inputs_of
 from optimer_hf.resident import ResidentModel
 from optimer_hf.study import StudyConfig
+from optimer_hf.tokenizer import opened_tokenizer
 from optimer_hf.train import TrainConfig, train
 from optimer_hf.vector import open_vector
 
@@ -209,7 +210,10 @@ def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, s
     objectives = [config.objective] + ([config.test] if config.test is not None else [])
     resident = ResidentModel(base, pool, dtype=config.dtype, device=default_device())
     resident.set_weights({vector.name: 0.5 for vector in pool})
-    return Evaluator(resident.model, loaded_tokenizer(base), objectives)
+    reference = config.tokenizer_reference
+    is_here = reference is not None and not _is_to_fetch(Reference(reference))
+    tokenizer = opened_tokenizer(base, reference) if is_here else None
+    return Evaluator(resident.model, loaded_tokenizer(tokenizer or base), objectives)
 
 
 def _training_cost(config: TrainConfig, out: Path) -> tuple[Cost, int]:

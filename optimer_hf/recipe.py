@@ -13,12 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from optimer_hf.checkpoint import Checkpoint, weight_files
-from optimer_hf.convert import ResolvedModel, resolve_model
+from optimer_hf.checkpoint import Checkpoint, tokenizer_files, weight_files
+from optimer_hf.convert import ResolvedModel, resolve_model, resolve_tokenizer
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import (
     FileModel,
     ReferenceText,
+    TokenizerSource,
     VersionedFile,
     is_pinned,
     is_there,
@@ -27,9 +28,15 @@ from optimer_hf.files import (
     yaml_text,
 )
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
-from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
+from optimer_hf.merge_config import (
+    linear_config,
+    optimer_config,
+    vanilla_config,
+    with_tokenizer,
+)
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES
-from optimer_hf.study import MERGE, Study, StudyConfig, Trial, weights_digests
+from optimer_hf.study import MERGE, Study, StudyConfig, Trial, model_digests
+from optimer_hf.tokenizer import is_within_embedding, opened_tokenizer, tokenizer_path
 from optimer_hf.vector import (
     AdapterVector,
     DistributionVector,
@@ -68,12 +75,16 @@ class Ingredient(FileModel):
 
 
 class RecipeFile(VersionedFile):
-    """recipe.yaml: all that is needed to build the merge, and the evidence for it."""
+    """recipe.yaml: all that is needed to build the merge, and the evidence for it.
+
+    `tokenizer_source`: the vector or the model whose tokenizer the merge has, if not the base's.
+    """
 
     name: str
     base_model: ReferenceText
     dtype: Literal["bfloat16", "float16", "float32"]
     vectors: dict[str, Ingredient]
+    tokenizer_source: TokenizerSource = None
     objective: dict[str, Any]
     scores: dict[str, Any]
     study: dict[str, Any]
@@ -86,15 +97,23 @@ class RecipeFile(VersionedFile):
         """Weight of every vector."""
         return {name: ingredient.weight for name, ingredient in self.vectors.items()}
 
+    @property
+    def tokenizer_reference(self) -> str | None:
+        """The model whose tokenizer the merge has; None: the base."""
+        named = self.vectors.get(self.tokenizer_source or "")
+        return self.tokenizer_source if named is None else named.source
+
 
 class Lock(VersionedFile):
-    """recipe.lock.json: file name -> sha256 of the weights of base, vectors and the built model;
-    `kinds` says which vectors are adapters, deltas and checkpoints.
+    """recipe.lock.json: file name -> sha256 of the weights of base, vectors and the built model,
+    and of the tokenizer, if it is not the base's; `kinds` says which vectors are adapters, deltas
+    and checkpoints.
     """
 
     base: dict[str, str]
     vectors: dict[str, dict[str, str]]
     kinds: dict[str, str] = {}
+    tokenizer: dict[str, str] = {}
     weights: dict[str, float]
     dtype: str
     output: dict[str, str] = {}
@@ -130,7 +149,7 @@ def write_recipe(
     _refuse_foreign(path, folder / MERGE_CONFIG)
     base = resolve_model(config.base_model)
     sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
-    study.check_inputs(weights_digests(base.path, {k: s.path for k, s in sources.items()}))
+    _check_inputs(study, base, sources)
     base_model = _pinned(config.base_model, base, folder)
     pinned = {
         key: _pinned(str(config.vectors[key].source), source, folder)
@@ -145,6 +164,7 @@ def write_recipe(
             key: {"source": source, "weight": incumbent.weights[key]}
             for key, source in pinned.items()
         },
+        **_tokenizer_field(config, folder),
         **_evidence(study, incumbent, sealed, folder),
         "ledger": dict(ledger or {}),
         "versions": {package: version(package) for package in VERSIONED_PACKAGES},
@@ -153,8 +173,7 @@ def write_recipe(
         recipe["derived_from"] = derived_from
     lock = _lock_of(config, base, sources, incumbent.weights)
     _write_lock(lock, path.with_suffix(".lock.json"))
-    merge_config = optimer_config(base_model, pinned, incumbent.weights, config.dtype)
-    write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
+    write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(_merge_config(recipe)))
     header = f"# Build it with: optimer build {path.name} OUT\n"
     write_text(path, header + yaml_text(recipe))
     return RecipeFile.read(path)
@@ -173,9 +192,44 @@ def _lock_of(
         kinds={
             key: open_vector(key, str(config.vectors[key].source), base).kind for key in sources
         },
+        tokenizer=_tokenizer_digests(config.tokenizer_reference),
         weights=dict(weights),
         dtype=config.dtype,
     )
+
+
+def _check_inputs(study: Study, base: ResolvedModel, sources: Mapping[str, ResolvedModel]) -> None:
+    """Raise StudyError when weights or tokenizer are no longer those that the trials scored."""
+    paths = {key: source.path for key, source in sources.items()}
+    tokenizer = tokenizer_path(study.config.tokenizer_reference)
+    study.check_inputs(model_digests(base.path, paths, tokenizer))
+
+
+def _merge_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a recipe for `optimer merge`."""
+    sources = {key: vector["source"] for key, vector in recipe["vectors"].items()}
+    weights = {key: vector["weight"] for key, vector in recipe["vectors"].items()}
+    found = optimer_config(recipe["base_model"], sources, weights, recipe["dtype"])
+    named = recipe.get("tokenizer_source")
+    return with_tokenizer(found, sources.get(named, named))
+
+
+def _tokenizer_field(config: StudyConfig, folder: Path) -> dict[str, str]:
+    """Return whose tokenizer a merge has as a recipe says it: a vector by its name, a model pinned
+    as vectors are; nothing for the base's.
+    """
+    named = config.tokenizer_source
+    if named is None or named in config.vectors:
+        return {} if named is None else {"tokenizer_source": named}
+    pinned = _pinned(named, resolve_tokenizer(named), folder)
+    is_word = Path(named).is_absolute() and "/" not in pinned  # could name a vector, or be `base`
+    return {"tokenizer_source": f"./{pinned}" if is_word else pinned}
+
+
+def _tokenizer_digests(reference: str | None) -> dict[str, str]:
+    """Return file name -> sha256 of a tokenizer that is not the base's; nothing for the base's."""
+    path = tokenizer_path(reference)
+    return {} if path is None else tokenizer_files(path)
 
 
 def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
@@ -251,7 +305,7 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
 
     A pool of checkpoints is merged with `linear` and base weight 1 - sum w. Adapters and deltas,
     and sums that would cancel, are written as delta directories under `deltas/` beside it, which
-    `linear` adds to the base.
+    `linear` adds to the base. What mergekit does not write of another tokenizer, a comment says.
     """
     config, weights = study.config, (pick or study.incumbent).weights
     base = resolve_model(config.base_model)
@@ -263,15 +317,26 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
         and _sum_of_absolute(weights) <= LARGEST_CANCELLATION
     ):
         sources = {vector.name: str(vector.path) for vector in vectors}
-        merge_config = linear_config(str(base.path), sources, weights, config.dtype)
+        found = linear_config(str(base.path), sources, weights, config.dtype)
     else:
         deltas = {
             vector.name: str(_delta_directory(vector, base, path.resolve().parent))
             for vector in vectors
         }
-        merge_config = vanilla_config(str(base.path), deltas, weights, config.dtype)
+        found = vanilla_config(str(base.path), deltas, weights, config.dtype)
     header = f"# Paths are of this machine. Run: mergekit-yaml {path.name} OUT\n"
-    write_text(path, header + yaml_text(merge_config))
+    if config.tokenizer_reference is not None:
+        source = resolve_tokenizer(config.tokenizer_reference)
+        is_taken = is_within_embedding(base, source)
+        header += untaken_note(str(source.path), is_taken)
+        found = with_tokenizer(found, source.path if is_taken else None)
+    write_text(path, header + yaml_text(found))
+
+
+def untaken_note(source: str, tokenizer_is_taken: bool) -> str:
+    """Return a comment that says what mergekit does not write of a model's tokenizer."""
+    what = "" if tokenizer_is_taken else "tokenizer, chat template and "
+    return f"# mergekit does not write {what}generation_config.json of {source}: copy into OUT.\n"
 
 
 def _sum_of_absolute(weights: Mapping[str, float]) -> float:
@@ -320,6 +385,7 @@ def build(
     base = resolve_model(recipe.base_model)
     if lock_file.exists():
         _check_lock(Lock.read(lock_file), recipe, base)
+    tokenizer = opened_tokenizer(base, recipe.tokenizer_reference)
     vectors = [
         open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()
     ]
@@ -329,6 +395,7 @@ def build(
         recipe.weights,
         out,
         out_dtype=out_dtype or recipe.dtype,
+        tokenizer=tokenizer,
         max_shard_size=max_shard_size,
         device=device,
     )
@@ -395,6 +462,12 @@ def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:
                 f"{recipe.name}: {field}: the weights in {directory} are not the locked ones. "
                 "Fetch them again, or write the recipe anew."
             )
+    if _tokenizer_digests(recipe.tokenizer_reference) != lock.tokenizer:
+        raise ModelError(
+            f"{recipe.name}: tokenizer_source: found {recipe.tokenizer_reference or 'base'}, whose "
+            "tokenizer, chat template or generation config is not the locked one. Fetch it again, "
+            "or write the recipe anew."
+        )
 
 
 def is_built(path: Path, model: Path) -> bool:

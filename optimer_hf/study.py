@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 from scipy.special import log_ndtr
 
-from optimer_hf.checkpoint import weights_fingerprint
+from optimer_hf.checkpoint import tokenizer_files, weights_fingerprint
 from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import (
     STRICT_RECORD,
@@ -39,6 +39,7 @@ from optimer_hf.files import (
     FileModel,
     Mistake,
     ReferenceText,
+    TokenizerSource,
     VersionedFile,
     differences,
     digest,
@@ -157,11 +158,16 @@ class Baselines(FileModel):
 class StudyConfig(VersionedFile):
     """study.yaml: base, pool, objective, sealed test, other objectives to answer from the same
     trials, and what to compare with.
+
+    `tokenizer_source`: whose tokenizer, chat template and generation config score and ship with the
+    merge: `base` (the default), a vector of the pool, or a model. It has to give the tokens of the
+    base their ids.
     """
 
     base_model: ReferenceText
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     vectors: dict[str, VectorConfig] = Field(min_length=1)
+    tokenizer_source: TokenizerSource = None
     objective: Objective
     test: Objective | None = None
     retarget: dict[str, dict[str, float]] = {}
@@ -317,12 +323,20 @@ class StudyConfig(VersionedFile):
         """What must not change while a study goes on: all that decides its trials."""
         data = self.model_dump(mode="json", exclude={"retarget", "baselines"})
         del data["search"]["n_trials"], data["search"]["report_to"]
+        if self.tokenizer_source is None:  # studies are older than the field
+            del data["tokenizer_source"]
         return data
 
     @property
     def digest(self) -> str:
         """Digest of the identity; names the study in recipes."""
         return digest(self.identity)
+
+    @property
+    def tokenizer_reference(self) -> str | None:
+        """The model whose tokenizer the merge has; None: the base."""
+        named = self.vectors.get(self.tokenizer_source or "")
+        return self.tokenizer_source if named is None else named.source
 
     @property
     def free(self) -> dict[str, tuple[float, float]]:
@@ -585,11 +599,18 @@ class Inputs(VersionedFile):
     folder: str | None = None
 
 
-def weights_digests(base: Path, vectors: Mapping[str, Path]) -> dict[str, str]:
-    """Return digests of the weights of a study, for `Study.check_inputs`."""
-    return {"base_model": weights_fingerprint(base)} | {
+def model_digests(
+    base: Path, vectors: Mapping[str, Path], tokenizer: Path | None
+) -> dict[str, str]:
+    """Return digests of the weights of a study and of its tokenizer, if that is not the base's, for
+    `Study.check_inputs`.
+    """
+    found = {"base_model": weights_fingerprint(base)} | {
         f"vectors.{name}": weights_fingerprint(path) for name, path in vectors.items()
     }
+    if tokenizer is not None:
+        found["tokenizer_source"] = digest(tokenizer_files(tokenizer))
+    return found
 
 
 @dataclass(frozen=True)

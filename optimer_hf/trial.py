@@ -20,7 +20,8 @@ from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoi
 from optimer_hf.files import first_line
 from optimer_hf.progress import Cost
 from optimer_hf.resident import ResidentModel
-from optimer_hf.study import StudyConfig, Trial, VectorConfig, weights_digests
+from optimer_hf.study import StudyConfig, Trial, VectorConfig, model_digests
+from optimer_hf.tokenizer import opened_tokenizer, take_generation_config
 from optimer_hf.vector import open_vector
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class ResidentPool:
         `functions` score the terms that name them, see Evaluator.
         """
         base = resolve_base(config.base_model)
+        self._tokenizer = opened_tokenizer(base, config.tokenizer_reference)
         self.vectors = [
             open_vector(name, _source(name, vector), base)
             for name, vector in config.vectors.items()
@@ -64,7 +66,14 @@ class ResidentPool:
         self._resident = ResidentModel(
             base, self.vectors, dtype=config.dtype, device=default_device()
         )
-        tokenizer = loaded_tokenizer(base)
+        tokenizer = loaded_tokenizer(self._tokenizer or base)
+        if self._tokenizer is not None:
+            take_generation_config(self._resident.model, self._tokenizer)
+        if config.objective.apply_chat_template and tokenizer.chat_template is None:
+            raise ConfigError(
+                "objective.apply_chat_template: the tokenizer has no chat template. Name a vector "
+                "or a model whose tokenizer has one as tokenizer_source."
+            )
         self._objectives = {"objective": config.objective}
         if config.test is not None:
             self._objectives["test"] = config.test
@@ -78,7 +87,8 @@ class ResidentPool:
     def inputs(self) -> dict[str, str]:
         """Digests of base, vectors and items, see Pool."""
         paths = {vector.name: vector.path for vector in self.vectors}
-        found = weights_digests(self.base.path, paths)
+        tokenizer = None if self._tokenizer is None else self._tokenizer.path
+        found = model_digests(self.base.path, paths, tokenizer)
         for name, objective in self._objectives.items():
             for term in objective.scored:
                 if (items := self._evaluator.items_digest(term)) is not None:

@@ -23,6 +23,7 @@ ORDER = [
     "train",
     "quantize",
     "vector",
+    "tokenizer",
     "merge",
     "merge_config",
     "geometry",
