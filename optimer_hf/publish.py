@@ -16,9 +16,14 @@ from typing import Any, Literal
 from optimer_hf.checkpoint import weight_files
 from optimer_hf.errors import HubError
 from optimer_hf.files import Reference, is_pinned, without_folders, yaml_text
-from optimer_hf.merge_config import linear_config, optimer_config, vanilla_config
+from optimer_hf.merge_config import (
+    linear_config,
+    optimer_config,
+    vanilla_config,
+    with_tokenizer,
+)
 from optimer_hf.private import VOCABULARIES, refuse_private
-from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile
+from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile, untaken_note
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.study import hint_of_seeds
 from optimer_hf.vector import VectorFile, read_record
@@ -156,6 +161,10 @@ def _recipe(
     _refuse_unpinned(f"{file}: base_model", recipe.base_model)
     for name, item in vectors.items():
         _refuse_unpinned(f"{file}: vectors.{name}.source", item.source)
+    tokenizer = recipe.tokenizer_source
+    others = [] if tokenizer is None or tokenizer in vectors else [tokenizer]
+    for reference in others:
+        _refuse_unpinned(f"{file}: tokenizer_source", reference)
     recipe = recipe.model_copy(
         update={"vectors": vectors, "objective": without_folders(recipe.objective)}
     )
@@ -166,16 +175,24 @@ def _recipe(
     files["recipe.yaml"] = (header + yaml_text(data)).encode()
     sources = {name: item.source for name, item in vectors.items()}
     config = optimer_config(recipe.base_model, sources, recipe.weights, recipe.dtype)
-    files["optimer.yml"] = yaml_text(config).encode()
+    files["optimer.yml"] = yaml_text(with_tokenizer(config, recipe.tokenizer_reference)).encode()
     files.pop("mergekit_config.yml", None)
     vanilla = vanilla_of(recipe, lock)
     if vanilla is not None:
-        files["mergekit_config.yml"] = yaml_text(vanilla).encode()
+        files["mergekit_config.yml"] = (_note_of(recipe) + yaml_text(vanilla)).encode()
     for name in STUDY_FILES & files.keys():
         files[name] = _study_file(directory / name, sources)
     shown = _shown(directory, recipe)
     files = {n: content for n, content in files.items() if n not in FIGURE_FILES or n in shown}
-    return Publication(kind, files, recipe, (recipe.base_model, *sources.values()))
+    return Publication(kind, files, recipe, (recipe.base_model, *sources.values(), *others))
+
+
+def _note_of(recipe: RecipeFile) -> str:
+    """Return what to copy beside what mergekit writes: whether it takes the tokenizer only the
+    models could tell, so that its config names none.
+    """
+    reference = recipe.tokenizer_reference
+    return "" if reference is None else untaken_note(reference, False)
 
 
 def _shown(directory: Path, recipe: RecipeFile) -> set[str]:

@@ -40,6 +40,9 @@ def check_pulled(kind: Kind, directory: Path) -> RecipeFile | VectorFile:
         for name, item in (vectors.items() if isinstance(vectors, dict) else ())
         if isinstance(item, dict)
     }
+    named = data.get("tokenizer_source")
+    if named not in (None, "base", *(vectors if isinstance(vectors, dict) else ())):
+        references["tokenizer_source"] = named
     for where, reference in references.items():
         _refuse_local(f"{directory / 'recipe.yaml'}: {where}", reference)
     recipe = parse(RecipeFile, data, directory / "recipe.yaml")

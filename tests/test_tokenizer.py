@@ -19,13 +19,15 @@ from optimer_hf.checkpoint import weight_files
 from optimer_hf.cli import _study_of_merge_config, main
 from optimer_hf.compare import _with_pool
 from optimer_hf.convert import ResolvedModel
-from optimer_hf.errors import ConfigError, ModelError, StudyError
+from optimer_hf.errors import ConfigError, HubError, ModelError, StudyError
 from optimer_hf.merge_config import linear_merge_of, merge, not_searched, with_weights
+from optimer_hf.publish import publication
 from optimer_hf.recipe import Lock, RecipeFile, build, write_recipe, write_vanilla
 from optimer_hf.search import search
 from optimer_hf.study import StudyConfig, VectorConfig, load_study
 from optimer_hf.tokenizer import opened_tokenizer
 from optimer_hf.trial import ResidentPool
+from optimer_hf.untrusted import check_pulled
 from optimer_hf.vector import extract, open_vector
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -367,7 +369,7 @@ def test_a_tokenizer_with_other_tokens_is_left_to_mergekit(models, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "theirs").get_vocab()["a"] == tokens["a"]
 
 
-# -- runs ------------------------------------------------------------------------------------------
+# -- runs and the Hub ------------------------------------------------------------------------------
 
 
 def test_a_run_refuses_the_tokenizer_of_a_vector_that_it_trains(models, tmp_path):
@@ -390,3 +392,33 @@ def test_a_run_refuses_the_tokenizer_of_a_vector_that_it_trains(models, tmp_path
     result = CliRunner().invoke(main, ["run", str(folder), str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "tokenizer_source: the vector 'ja' is trained here" in result.output
+
+
+def test_a_published_recipe_names_no_tokenizer_of_this_machine(models, tmp_path):
+    pinned = f"org/model@{'0' * 40}"
+    recipe = {
+        "name": "chat",
+        "base_model": pinned,
+        "dtype": "bfloat16",
+        "vectors": {"it": {"source": f"org/it@{'1' * 40}", "weight": 1.0}},
+        "objective": {},
+        "scores": {},
+        "study": {},
+    }
+    lock = Lock(base={}, vectors={"it": {}}, kinds={"it": "checkpoint"}, weights={}, dtype="")
+    lock.write(tmp_path / "recipe.lock.json")
+    file = tmp_path / "recipe.yaml"
+    chosen = f"org/tokenizer@{'2' * 40}"
+    for named, reference in {"it": f"org/it@{'1' * 40}", chosen: chosen}.items():
+        file.write_text(yaml.safe_dump(recipe | {"tokenizer_source": named}), encoding="utf-8")
+        found = publication(tmp_path)
+        assert yaml.safe_load(found.text("optimer.yml"))["tokenizer_source"] == reference
+        assert f"generation_config.json of {reference}: copy" in found.text("mergekit_config.yml")
+        assert reference in found.inputs and len(found.inputs) == len(set(found.inputs))
+        assert check_pulled("recipe", tmp_path).tokenizer_source == named
+    for named, error in {str(models["it"]): HubError, "org/it": HubError}.items():
+        file.write_text(yaml.safe_dump(recipe | {"tokenizer_source": named}), encoding="utf-8")
+        with pytest.raises(error, match=r"recipe\.yaml: tokenizer_source: "):
+            publication(tmp_path)
+        with pytest.raises(error, match=r"tokenizer_source: found .* may not name local files"):
+            check_pulled("recipe", tmp_path)
