@@ -30,6 +30,7 @@ from optimer_hf.files import (
     Mistake,
     absolute_reference,
     did_you_mean,
+    expanded,
     first_line,
     is_there,
     listed,
@@ -139,7 +140,9 @@ def _refuse_unknown(mapping: Any, known: list[str], where: str) -> None:
 
 def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
     """Return base model and vectors (name -> reference) of a mergekit config, names made from the
-    last path part.
+    last path part; of BASE+ADAPTER the vector is the adapter.
+
+    Raises ConfigError where no pool can be read from it.
     """
     folder = path.resolve().parent
     if not config.get("base_model"):
@@ -153,15 +156,51 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
                 f"{path}: {layered}: its models have a weight a layer, or none, and no pool can be "
                 "read from them. List the vectors under `models:` to search their weights."
             )
-    listed = [
-        absolute_reference(str(model["model"]), folder) for model in config.get("models") or []
-    ]
+    for where, text in _merged_first(config, path):
+        raise ConfigError(
+            f"{path}: {where}: found {text!r}, an adapter of another model than base_model "
+            f"({config['base_model']}), expected BASE or BASE+ADAPTER. Merge the adapter into its "
+            "model and give the result."
+        )
+    listed = [_reference_of(model, base, folder) or "" for model in config.get("models") or []]
     sources = named_sources([source for source in listed if source != base])
     if not sources:
         raise ConfigError(
             f"{path}: models: found none besides the base. Give at least one model to merge."
         )
     return base, sources
+
+
+def _reference_of(entry: Mapping[str, Any], base: str, folder: Path) -> str | None:
+    """Return the absolute reference of an entry of `models`, of BASE+ADAPTER that of the adapter;
+    None for an adapter of another model. A path that exists may have a `+` in it.
+    """
+    text = str(entry["model"])
+    if not _has_adapter(text, folder):
+        return absolute_reference(text, folder)
+    for place, char in enumerate(text):  # the base itself may have a `+`, too
+        if char == "+" and absolute_reference(text[:place], folder) == base:
+            return absolute_reference(text[place + 1 :], folder)
+    return None
+
+
+def _has_adapter(text: str, folder: Path) -> bool:
+    """Whether a reference is mergekit's MODEL+ADAPTER."""
+    return "+" in text and not is_there(folder / expanded(Path(text)))
+
+
+def _merged_first(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str]]:
+    """Yield field and text of every MODEL+ADAPTER that is no vector: mergekit merges it into a
+    model first.
+    """
+    folder, text = path.resolve().parent, str(config["base_model"])
+    base = absolute_reference(text, folder)
+    if _has_adapter(text, folder):
+        yield "base_model", text
+        return
+    for index, model in enumerate(config.get("models") or []):
+        if _reference_of(model, base, folder) is None:
+            yield f"models.{index}.model", str(model["model"])
 
 
 def named_sources(sources: Iterable[str]) -> dict[str, str]:
@@ -275,12 +314,11 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
     dtypes = {config.get("dtype"), config.get("out_dtype")} - {None}
     if not dtypes <= DTYPES.keys():
         return None
+    if config.get("base_model") and any(_merged_first(config, path)):
+        return None
     base, sources = pool_of(config, path)
-    listed = [
-        model
-        for model in config["models"]
-        if absolute_reference(str(model["model"]), path.resolve().parent) != base
-    ]
+    folder = path.resolve().parent
+    listed = [model for model in config["models"] if _reference_of(model, base, folder) != base]
     weights: dict[str, float] = {}
     for name, model in zip(sources, listed, strict=True):
         parameters = model.get("parameters") or {}
@@ -445,6 +483,8 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     refuse_unknown_method(config["merge_method"], path)
     absolute = _with_references(dict(config), path, _readable)
     _refuse_unreadable(absolute, path)
+    if options is None or options.lora_merge_cache is None:
+        _refuse_unmerged(absolute, path)
     base = absolute.get("base_model")
     base_path = resolve_model(str(base).split("+")[0]).path if base else None
     try:
@@ -521,6 +561,17 @@ def _refuse_unreadable(config: Mapping[str, Any], path: Path) -> None:
                 f"{path}: {source}: an int8 delta, which mergekit cannot read. Use what the "
                 "streaming writer can do, or write it again with `optimer extract --dtype "
                 "bfloat16`."
+            )
+
+
+def _refuse_unmerged(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse MODEL+ADAPTER where mergekit has no directory to merge it in."""
+    for text in (str(config.get("base_model") or ""), *models_in(config)):
+        if _has_adapter(text, path.resolve().parent):
+            raise ConfigError(
+                f"{path}: {text}: mergekit merges the adapter into its model first, and needs a "
+                "directory for that. Give --lora-merge-cache DIR; an adapter of base_model under "
+                f"`merge_method: {METHOD}` needs none where every weight is one number."
             )
 
 

@@ -6,6 +6,7 @@ when it is asked for), or a delta directory, in floating point or block-quantise
 ours is complete when `vector.json`, written last, is there.
 """
 
+import functools
 import json
 import logging
 import math
@@ -219,8 +220,8 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     """Open the vector that `source` (directory or Hub id) holds; its kind is recognised from its
     files.
 
-    Raises ModelError when it was trained from another base, or when its tensors do not fit the
-    base.
+    Raises ModelError when it records other weights of its base, or when its tensors do not fit the
+    base. An adapter that fits and only names another base gets a warning.
     """
     try:
         resolved = resolve_model(source)
@@ -238,6 +239,8 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
         _check_same_tensors(name, tuned, checkpoint)
         vector = CheckpointVector(name, tuned, _merged_names(tuned, checkpoint))
     _check_shapes(vector, checkpoint)
+    if vector.kind == "adapter" and record is None:
+        _warn_of_another_base(name, resolved.path, base)
     return vector
 
 
@@ -276,12 +279,9 @@ def _open_delta(name: str, path: Path, record: VectorFile) -> DeltaVector:
 def _record_of_this_base(
     name: str, source: str, path: Path, base: ResolvedModel
 ) -> VectorFile | None:
-    """Return the vector.json of a directory; refuse a vector that says it has another base."""
+    """Return the vector.json of a directory; refuse a vector that records another base."""
     record = read_record(path)
-    if record is None:
-        if (path / "adapter_config.json").exists():
-            _check_declared_base(name, path, base)
-    elif record.base.files != weight_files(base.path):
+    if record is not None and record.base.files != weight_files(base.path):
         raise ModelError(
             f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights "
             f"differ from those of base_model {base.reference}. Retrain it from this base, or drop "
@@ -290,22 +290,26 @@ def _record_of_this_base(
     return record
 
 
-def _check_declared_base(name: str, path: Path, base: ResolvedModel) -> None:
-    """Refuse an adapter that names another Hub model as its base; a local path tells nothing."""
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        declared = str(config.get("base_model_name_or_path") or "")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(
-            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error}). Fetch the "
-            "adapter again."
-        ) from None
-    both_on_hub = declared.count("/") == base.reference.count("/") == 1 and base.commit is not None
-    if both_on_hub and declared != base.reference:
-        raise ModelError(
-            f"vector {name!r} ({path}) was trained from {declared}, but base_model is "
-            f"{base.reference}. Retrain it from this base, or drop it."
+def _warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
+    """Warn of an adapter that names another Hub model as its base. A name proves nothing: QLoRA
+    names the quantised copy, others a mirror. A local path tells nothing at all.
+    """
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    declared = str(config.get("base_model_name_or_path") or "")
+    is_hub_id = declared.count("/") == 1 and not declared.startswith((".", "/", "~"))
+    if is_hub_id and base.commit is not None and declared != base.reference:
+        _warn_once(
+            f"vector {name!r} ({path}): its adapter_config.json names {declared} as its base, and "
+            f"base_model is {base.reference}. Its shapes fit. That is right where the one is a "
+            "mirror or a quantised copy (QLoRA) of the other; an adapter of other weights has to "
+            "be trained again."
         )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """A vector is opened many times in a run, and its warning is read once."""
+    logger.warning("%s", message)
 
 
 def _check_same_tensors(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
@@ -531,7 +535,8 @@ def extract_any_adapter(
 
     Holds the whole model in memory, in float32. `options` are those of `extract`.
     """
-    _record_of_this_base(name, str(adapter.path), adapter.path, base)
+    if _record_of_this_base(name, str(adapter.path), adapter.path, base) is None:
+        _warn_of_another_base(name, adapter.path, base)
     with merged_by_peft(adapter.path, base.path) as merged:
         vector = open_vector(name, str(merged), base)
         record = extract(vector, base, out, **options)

@@ -300,6 +300,21 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
 # -- the commands ----------------------------------------------------------------------------------
 
 
+def test_a_mergekit_yaml_of_base_plus_adapter_is_searched(
+    folder, make_base, make_adapter, tmp_path
+):
+    base = make_base("llama", torch.float32)
+    adapter = make_adapter(base, 1)
+    config = yaml.safe_load((folder / "my-merge.yml").read_text())
+    config["models"] = [{"model": f"{base.path}+{adapter}", "parameters": {"weight": 0.5}}]
+    path = tmp_path / "m.yml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    objective = ("--objective", folder / "obj.yaml")
+    result = optimer("search", path, tmp_path / "s", *objective, "--n-trials", "3")
+    (model,) = yaml.safe_load(result.stdout)["models"]
+    assert model["model"] == str(adapter)
+
+
 def test_a_mergekit_yaml_is_searched_and_comes_back_as_a_yaml_with_weights(folder, pool, tmp_path):
     result = optimer(
         "search",

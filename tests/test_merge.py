@@ -481,6 +481,53 @@ def test_a_vector_without_its_weight_is_an_error_for_both_engines(
     assert not (tmp_path / "out").exists()
 
 
+BASE = "google/gemma-3-270m"
+
+
+def test_the_vector_of_base_plus_adapter_is_the_adapter(tmp_path):
+    texts = [f"{BASE}+you/lora", f"{BASE}+./lora", "./a+b", BASE]
+    (tmp_path / "a+b").mkdir()  # a path that exists wins
+    config = {"base_model": BASE, "models": [{"model": text} for text in texts]}
+    local = {"lora-2": str(tmp_path / "lora"), "a+b": str(tmp_path / "a+b")}
+    expected = {"lora": "you/lora"} | local
+    assert searched_pool(config, tmp_path / "c.yml") == (BASE, expected)
+    models = [{"model": "./a+b+you/lora"}]
+    base, sources = pool_of({"base_model": "./a+b", "models": models}, tmp_path / "c.yml")
+    assert (base, sources) == (str(tmp_path / "a+b"), {"lora": "you/lora"})
+
+
+@pytest.mark.parametrize(
+    ("field", "base", "model"),
+    [("models.0.model", BASE, "google/other+you/lora"), ("base_model", f"{BASE}+you/lora", "a/b")],
+)
+def test_an_adapter_of_another_model_is_no_vector(tmp_path, field, base, model):
+    path = write_config(
+        tmp_path / "c.yml", optimer_yaml(base_model=base, models=[{"model": model}])
+    )
+    config = read_merge_config(path)
+    with pytest.raises(
+        ConfigError, match=rf"{field}: found .*another model than base_model.*Merge"
+    ):
+        searched_pool(config, path)
+    assert linear_merge_of(config, path) is None  # mergekit merges it first
+
+
+def test_base_plus_adapter_is_merged_as_the_adapter_is(pool, tmp_path):
+    base, sources = pool("llama", "adapter", torch.float32)
+    other, _ = pool("llama", "checkpoint", torch.float32)
+    weights = {"ja": 0.5, "math": -0.25}
+    plain = {name: str(path) for name, path in sources.items()}
+    layered = {name: f"{base.path}+{path}" for name, path in sources.items()}
+    config = optimer_config(str(base.path), layered, weights, "float32")
+    plain_config = optimer_config(str(base.path), plain, weights, "float32")
+    found = merged_by(config, tmp_path / "a", "native")
+    assert_same_bits(found, merged_by(plain_config, tmp_path / "b", "native"))
+    shutil.copytree(other.path, tmp_path / "other")
+    config["models"][0]["model"] = f"{tmp_path / 'other'}+{sources['ja']}"
+    with pytest.raises(ConfigError, match=r"other\+.*Give --lora-merge-cache DIR"):
+        merged_by(config, tmp_path / "c")
+
+
 def test_a_config_without_base_or_models_is_an_error(tmp_path):
     path = tmp_path / "c.yml"
     with pytest.raises(ConfigError, match="field 'base_model' is missing"):

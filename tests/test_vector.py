@@ -22,6 +22,7 @@ from optimer_hf.vector import (
     VectorFile,
     describe,
     extract,
+    extract_any_adapter,
     norms,
     open_vector,
     read_record,
@@ -199,6 +200,55 @@ def test_a_vector_of_another_base_is_refused_by_the_sha256_in_its_record(
         ModelError, match=rf"vector 'ja'.*trained from {base.reference}.*base_model other-9"
     ):
         open_vector("ja", str(copy), ResolvedModel(path, "other-9"))
+
+
+MIRROR = "unsloth/gemma-3-270m-it-unsloth-bnb-4bit"
+
+
+def declaring(adapter: Path, declared: str, out: Path) -> Path:
+    """Return a copy of an adapter that names a base."""
+    shutil.copytree(adapter, out)
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = declared
+    (out / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return out
+
+
+def test_an_adapter_that_names_another_base_and_fits_is_opened_with_one_warning(
+    base, adapter, make_base, tmp_path, caplog
+):
+    published = ResolvedModel(base.path, "google/gemma-3-270m-it", "0" * 40)
+    copy = declaring(adapter, MIRROR, tmp_path / "ja")
+    for _ in range(2):
+        opened = open_vector("ja", str(copy), published)
+    assert opened.names == open_vector("ja", str(adapter), base).names
+    (record,) = caplog.records
+    assert MIRROR in record.message and published.reference in record.message
+    assert "has to be trained again" in record.message
+    extract_any_adapter("ja2", ResolvedModel(copy, "ja"), published, tmp_path / "delta")
+    assert len(caplog.records) == 2
+    gemma = ResolvedModel(make_base("gemma").path, published.reference, published.commit)
+    with pytest.raises(ModelError, match="vector 'ja'"):
+        open_vector("ja", str(copy), gemma)
+
+
+@pytest.mark.parametrize("declared", ["google/gemma-3-270m-it", "/models/gemma", "./gemma", ""])
+def test_an_adapter_that_names_this_base_or_a_local_one_has_no_warning(
+    base, adapter, tmp_path, declared, caplog
+):
+    published = ResolvedModel(base.path, "google/gemma-3-270m-it", "0" * 40)
+    open_vector("ja", str(declaring(adapter, declared, tmp_path / "ja")), published)
+    assert caplog.records == []
+
+
+def test_a_record_of_other_weights_is_refused_also_where_the_name_is_right(
+    base, adapter, save_model, tmp_path
+):
+    copy = declaring(adapter, "google/gemma-3-270m-it", tmp_path / "ja")
+    describe(copy, base, name="ja", kind="adapter")
+    path = save_model(tiny_model("llama", seed=9, dtype=torch.bfloat16), "other")
+    with pytest.raises(ModelError, match=r"vector 'ja'.*whose weights differ"):
+        open_vector("ja", str(copy), ResolvedModel(path, "google/gemma-3-270m-it", "0" * 40))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(base, make_base):
