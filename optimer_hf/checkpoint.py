@@ -6,6 +6,7 @@ reads and not through a memory map, so that memory stays at a few blocks whateve
 model, and a file that shrinks meanwhile is an error and not a crash.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -384,6 +385,18 @@ def write_safetensors(out: Path, specs: Specs, blocks: Iterable[torch.Tensor]) -
     """Write one safetensors file from row blocks that come in the order of `specs`, holding one
     block at a time.
     """
+    with open(out, "wb") as file:
+        written, expected = _write_all(file, specs, blocks)
+    if written != expected:
+        raise OutputError(f"{out}: wrote {written:,} of {expected:,} bytes. The disk may be full.")
+
+
+class _Sink(Protocol):
+    def write(self, data: Any, /) -> int: ...
+
+
+def _write_all(sink: _Sink, specs: Specs, blocks: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """Write header and row blocks; return the bytes of the blocks, and those expected."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in specs.items():
@@ -396,11 +409,8 @@ def write_safetensors(out: Path, specs: Specs, blocks: Iterable[torch.Tensor]) -
         offset += n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(out, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        written = sum(file.write(_raw_bytes(block)) for block in blocks)
-    if written != offset:
-        raise OutputError(f"{out}: wrote {written:,} of {offset:,} bytes. The disk may be full.")
+    sink.write(len(text).to_bytes(8, "little") + text)
+    return sum(sink.write(_raw_bytes(block)) for block in blocks), offset
 
 
 def _raw_bytes(block: torch.Tensor) -> Any:
@@ -421,11 +431,9 @@ def write_sharded(
     `rows_of(name, rows)` computes a row block, of a size that suits `device`; several threads call
     it, ahead of the writing.
     """
-    shards = _shards(specs, max_shard_size)
+    shards = _named_shards(prefix, specs, max_shard_size)
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
-        file = f"{prefix}{suffix}.safetensors"
+    for file, shard in shards.items():
         blocks = [
             (name, rows) for name, (_, shape) in shard.items() for rows in row_blocks(shape, device)
         ]
@@ -436,6 +444,46 @@ def write_sharded(
         total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out_dir / f"{prefix}{INDEX}").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+class _Hash:
+    """A file that is not kept, only its sha256."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any, /) -> int:
+        self.sha256.update(data)
+        return len(data)
+
+
+def files_in_shards(path: Path, max_shard_size: int) -> dict[str, str]:
+    """Return file name -> sha256 that the model in a directory has when `write_sharded` writes it
+    in shards of at most `max_shard_size` bytes. Memory: a row block.
+    """
+    checkpoint, found = Checkpoint(path), {}
+    specs = {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint.names}
+    for file, shard in _named_shards("model", specs, max_shard_size).items():
+        sink = _Hash()
+        blocks = (
+            checkpoint.read_rows(name, rows)
+            for name, (_, shape) in shard.items()
+            for rows in row_blocks(shape)
+        )
+        _write_all(sink, shard, blocks)
+        found[file] = sink.sha256.hexdigest()
+    return found
+
+
+def _named_shards(prefix: str, specs: Specs, max_shard_size: int) -> dict[str, Specs]:
+    """Return file name -> what is in it."""
+    shards = _shards(specs, max_shard_size)
+    if len(shards) == 1:
+        return {f"{prefix}.safetensors": shards[0]}
+    return {
+        f"{prefix}-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
 
 
 def _shards(

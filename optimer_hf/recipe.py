@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from optimer_hf.checkpoint import Checkpoint, tokenizer_files, weight_files
+from optimer_hf.checkpoint import Checkpoint, files_in_shards, tokenizer_files, weight_files
 from optimer_hf.convert import ResolvedModel, resolve_model, resolve_tokenizer
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import (
@@ -48,6 +48,7 @@ from optimer_hf.vector import (
 
 logger = logging.getLogger(__name__)
 
+LOCK = "recipe.lock.json"  # beside a built model
 MERGE_CONFIG, MADE_HERE = "optimer.yml", "# Written beside a recipe by optimer-hf.\n"
 VERSIONED_PACKAGES = (
     "optimer-hf",
@@ -107,7 +108,7 @@ class RecipeFile(VersionedFile):
 class Lock(VersionedFile):
     """recipe.lock.json: file name -> sha256 of the weights of base, vectors and the built model,
     and of the tokenizer, if it is not the base's; `kinds` says which vectors are adapters, deltas
-    and checkpoints.
+    and checkpoints, `max_shard_size` how large a file of the built model may be, in bytes.
     """
 
     base: dict[str, str]
@@ -117,6 +118,7 @@ class Lock(VersionedFile):
     weights: dict[str, float]
     dtype: str
     output: dict[str, str] = {}
+    max_shard_size: int = MAX_SHARD_SIZE
 
 
 # -- study -> recipe -------------------------------------------------------------------------------
@@ -270,8 +272,9 @@ def _write_lock(lock: Lock, path: Path) -> None:
     """Write a lock; what the same inputs were built to before stays recorded."""
     if path.exists():
         earlier = Lock.read(path)
-        if earlier.model_copy(update={"output": {}, "kinds": lock.kinds}) == lock:
-            lock = lock.model_copy(update={"output": earlier.output})
+        built = {"output": earlier.output, "max_shard_size": earlier.max_shard_size}
+        if lock.model_copy(update={**built, "kinds": earlier.kinds}) == earlier:
+            lock = lock.model_copy(update=built)
     lock.write(path)
 
 
@@ -399,25 +402,34 @@ def build(
         max_shard_size=max_shard_size,
         device=device,
     )
-    if lock_file.exists() and max_shard_size == MAX_SHARD_SIZE:
+    if lock_file.exists():
+        built = _lock_of_built(lock_file, out, out_dtype or recipe.dtype, max_shard_size)
         if out_dtype is None:
-            _keep_output(lock_file, out, any(isinstance(v, AdapterVector) for v in vectors))
-        _write_beside(recipe, Lock.read(lock_file), out, out_dtype or recipe.dtype)
+            _keep_output(lock_file, out, built, any(isinstance(v, AdapterVector) for v in vectors))
+        _write_beside(recipe, built, out)
         _copy_figures(path.parent, out)
 
 
-def _keep_output(lock_file: Path, out: Path, has_adapters: bool) -> None:
+def _lock_of_built(lock_file: Path, out: Path, dtype: str, max_shard_size: int) -> Lock:
+    """Return the lock of a recipe as it is of one model built from it."""
+    built = {"output": weight_files(out), "dtype": dtype, "max_shard_size": max_shard_size}
+    return Lock.read(lock_file).model_copy(update=built)
+
+
+def _keep_output(lock_file: Path, out: Path, built: Lock, has_adapters: bool) -> None:
     """Lock the files of the first build, and compare those of a later one."""
-    lock, built = Lock.read(lock_file), weight_files(out)
+    lock = Lock.read(lock_file)
     if not lock.output:
-        lock.model_copy(update={"output": built}).write(lock_file)
-    elif lock.output != built and has_adapters:
+        built.write(lock_file)
+        return
+    found = _as_locked(out, built, lock)
+    if lock.output != found and has_adapters:
         logger.warning(
             "%s: differs in bits from the model built first; LoRA products round differently on "
             "another processor",
             out,
         )
-    elif lock.output != built:
+    elif lock.output != found:
         raise ModelError(
             f"{out}: differs from the model this recipe built first ({lock_file.name}). It was "
             "kept."
@@ -434,11 +446,20 @@ def _copy_figures(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-def _write_beside(recipe: RecipeFile, lock: Lock, out: Path, dtype: str) -> None:
+def _as_locked(model: Path, built: Lock, lock: Lock) -> dict[str, str]:
+    """Return file name -> sha256 of a model in shards as large as those of a lock; `built` is what
+    is known of the model itself.
+    """
+    found = weight_files(model)
+    if found == lock.output or built.max_shard_size == lock.max_shard_size:
+        return found
+    return files_in_shards(model, lock.max_shard_size)
+
+
+def _write_beside(recipe: RecipeFile, built: Lock, out: Path) -> None:
     """Write into a built model how it was built, so that it can be verified and published."""
-    built = {"output": weight_files(out), "dtype": dtype}
-    lock.model_copy(update=built).write(out / "recipe.lock.json")
-    built_recipe = recipe.model_copy(update={"dtype": dtype})
+    built.write(out / LOCK)
+    built_recipe = recipe.model_copy(update={"dtype": built.dtype})
     data = portable(built_recipe.model_dump(mode="json", exclude_none=True), out.resolve())
     text = yaml_text(data)
     write_text(out / "recipe.yaml", text)
@@ -477,7 +498,9 @@ def is_built(path: Path, model: Path) -> bool:
 
 
 def verify(path: Path, model: Path) -> None:
-    """Raise ModelError unless a built model has the sha256 that the lock of its recipe records."""
+    """Raise ModelError unless a built model has the sha256 that the lock of its recipe records; one
+    in other shards than the locked one is hashed as if it were in those.
+    """
     lock_file = path.with_suffix(".lock.json")
     if not path.is_file() or not lock_file.is_file():
         lacking = f"has no {lock_file.name} beside it" if path.is_file() else "no such recipe file"
@@ -493,7 +516,8 @@ def verify(path: Path, model: Path) -> None:
                 f"{model}: a file; expected the directory of a model after the recipe."
             )
         raise ModelError(f"{model}: no such model. Build it: `optimer build {path} {model}`.")
-    found = weight_files(model)
+    beside = model / LOCK
+    found = _as_locked(model, Lock.read(beside) if beside.exists() else lock, lock)
     for name in sorted(lock.output.keys() | found.keys()):
         if found.get(name) != lock.output.get(name):
             raise ModelError(

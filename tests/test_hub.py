@@ -173,15 +173,19 @@ def test_a_stranger_builds_the_same_model_from_a_pushed_recipe(
     verify(recipe, tmp_path / "built")
 
 
-def test_a_built_model_is_pushed_verified_and_used(hub, make_recipe, name, tmp_path):
+@pytest.mark.parametrize("max_shard_size", [5 * 10**9, 30_000])
+def test_a_built_model_is_pushed_verified_and_used(
+    hub, make_recipe, name, tmp_path, max_shard_size
+):
     from transformers import AutoModelForCausalLM
 
     folder = make_recipe("delta")
-    build(folder / "recipe.yaml", tmp_path / "model")
+    build(folder / "recipe.yaml", tmp_path / "model", max_shard_size=max_shard_size)
     hubs.push(tmp_path / "model", f"alice/{name}", token=ALICE, vectors=True)
     pulled = hubs.pull(f"alice/{name}", tmp_path / "back", token=ALICE)
     assert pulled.kind == "model"
     verify(tmp_path / "back" / "recipe.yaml", tmp_path / "back")
+    verify(folder / "recipe.yaml", tmp_path / "back")
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     info = HfApi(token=ALICE).model_info(f"alice/{name}")
     assert {"merge", "mergekit", "optimer", "license:gemma"} <= set(info.tags)
