@@ -12,10 +12,11 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -44,6 +45,8 @@ SAFETENSORS_DTYPES = {
 }
 TORCH_DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
 INDEX = ".safetensors.index.json"
+ANY_WEIGHTS = "*.safetensors"
+PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth")  # no training_args.bin, optimizer.pt
 TIED_HEAD = "lm_head.weight"  # may be left out of a file where it is tied to the embedding
 GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
 OF_TOKENIZER = [
@@ -214,15 +217,35 @@ def _weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | None
         return [path / file for file in sorted(set(weight_map.values()))]
     if (path / f"{prefix}.safetensors").exists():
         return [path / f"{prefix}.safetensors"]
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob(ANY_WEIGHTS))
     if not files:
-        pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
-        hint = " It holds pickled weights; convert them to safetensors first." if pickles else ""
-        raise ModelError(f"{path}: no safetensors weights in this directory.{hint}")
+        refuse_pickled(str(path), sorted(file.name for file in path.glob("*")))
+        raise ModelError(f"{path}: no safetensors weights in this directory.")
     return files
 
 
+def refuse_pickled(where: str, names: Sequence[str]) -> None:
+    """Raise ModelError when the files of a place without safetensors are pickled weights."""
+    for name in names:
+        if any(fnmatch(name, pattern) for pattern in PICKLES):
+            raise ModelError(
+                f"{where}: has no safetensors weights, only pickled ones ({name}), which can run "
+                "code when they are read. If you trust them, load model and tokenizer with "
+                "transformers (an adapter with PEFT), save both with `save_pretrained(DIRECTORY)`, "
+                "which writes safetensors, and give DIRECTORY."
+            )
+
+
 def _read_index(index: Path) -> dict[str, str]:
+    """Return tensor -> file of the shards beside an index."""
+    files = _weight_map(index)
+    for file in files.values():
+        if not (index.parent / file).is_file():
+            raise ModelError(f"{index.parent / file}: missing shard. Fetch it again.")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: str(file) for name, file in weight_map.items()}
@@ -233,8 +256,6 @@ def _read_index(index: Path) -> dict[str, str]:
     for file in files.values():
         if Path(file).name != file:
             raise ModelError(f"{index}: names {file!r}, which is not a file beside it.")
-        if not (index.parent / file).is_file():
-            raise ModelError(f"{index.parent / file}: missing shard. Fetch it again.")
     return files
 
 
@@ -302,7 +323,8 @@ def row_blocks(shape: tuple[int, ...], device: str = "cpu") -> list[slice]:
 
 
 def weight_files(path: Path) -> dict[str, str]:
-    """Return file name -> sha256 of the weights in a directory: the identity of a model.
+    """Return file name -> sha256 of the weights that are read of a directory: the identity of a
+    model.
 
     Of an adapter its config counts, too: rank and alpha scale the weights.
     """
@@ -335,7 +357,22 @@ def _of_tokenizer(path: Path) -> list[Path]:
 
 
 def _identity(path: Path) -> list[Path]:
-    return sorted([*path.glob("*.safetensors"), *path.glob("adapter_config.json")])
+    if (path / "adapter_config.json").exists():
+        return sorted([*path.glob(ANY_WEIGHTS), path / "adapter_config.json"])
+    names = weight_names(path)
+    if names == [ANY_WEIGHTS]:
+        return sorted(path.glob(ANY_WEIGHTS))
+    return [path / name for name in names if (path / name).is_file()]  # Checkpoint names the others
+
+
+def weight_names(path: Path) -> list[str]:
+    """Return the names of the weights files that `Checkpoint` reads of a model, here or still to be
+    fetched, or ANY_WEIGHTS; others (Mistral's consolidated.safetensors) are copies of them.
+    """
+    whole, index = "model.safetensors", path / f"model{INDEX}"
+    if (path / whole).exists():
+        return [whole]
+    return sorted(set(_weight_map(index).values())) if index.exists() else [ANY_WEIGHTS]
 
 
 def has_tied_head(checkpoint: Checkpoint) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from optimer_hf.checkpoint import Checkpoint, matrix_rows
+from optimer_hf.checkpoint import ANY_WEIGHTS, Checkpoint, matrix_rows, refuse_pickled, weight_names
 from optimer_hf.errors import ModelError
 from optimer_hf.files import (
     Reference,
@@ -35,7 +35,7 @@ from optimer_hf.files import (
 )
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
-FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def resolve_model(text: str) -> ResolvedModel:
     if ref.package is not None:
         return ResolvedModel(_converted(_packaged_gguf(ref.package)), text)
     if ref.path is None:
-        return _fetched(ref, FETCHED)
+        return _fetched(ref)
     if not is_there(ref.path):
         raise ModelError(
             f"{text}: no such file or directory, and not a Hub id of the form org/name."
@@ -87,7 +87,7 @@ def resolve_tokenizer(text: str) -> ResolvedModel:
     ref = Reference(text)
     if ref.path is not None or ref.package is not None:
         return resolve_model(text)
-    return _fetched(ref, [pattern for pattern in FETCHED if pattern != "*.safetensors"])
+    return _fetched(ref, with_weights=False)
 
 
 def resolve_base(text: str) -> ResolvedModel:
@@ -290,13 +290,44 @@ def moves_base(init_lora_weights: bool | str) -> bool:
     return name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
-def _fetched(ref: Reference, patterns: list[str]) -> ResolvedModel:
+def snapshot(
+    ref: Reference, *, with_weights: bool = True, local_files_only: bool = False
+) -> Path:
+    """Return the cached files of a Hub model, fetching what is missing: of weights only those that
+    are read. What is in the cache at a commit is not asked for again.
+
+    Raises the errors of huggingface_hub; LocalEntryNotFoundError where the cache lacks a file and
+    nothing may be fetched.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo_id, revision = ref.repo
+    first = [*BESIDE_WEIGHTS, "model.safetensors"] if with_weights else BESIDE_WEIGHTS
+    path = Path(
+        snapshot_download(
+            repo_id, revision=revision, allow_patterns=first, local_files_only=local_files_only
+        )
+    )
+    if not with_weights:
+        return path
+    is_adapter = (path / "adapter_config.json").exists()
+    wanted = [ANY_WEIGHTS] if is_adapter else weight_names(path)
+    if wanted != ["model.safetensors"]:
+        snapshot_download(
+            repo_id,
+            revision=path.name,
+            allow_patterns=[*wanted, "config.json"],  # the client warns where nothing matches
+            ignore_patterns="*/*",  # conversions for other programs
+            local_files_only=local_files_only,
+        )
+    return path
+
+
+def _fetched(ref: Reference, *, with_weights: bool = True) -> ResolvedModel:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        path = snapshot(ref, with_weights=with_weights)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -304,7 +335,21 @@ def _fetched(ref: Reference, patterns: list[str]) -> ResolvedModel:
             "log in with "
             "`hf auth login`, or give a local directory."
         ) from error
-    return ResolvedModel(path, repo_id, path.name)
+    if with_weights and not any(path.glob(ANY_WEIGHTS)):
+        refuse_pickled(ref.text, _names_on_hub(ref.repo[0], path.name))
+    return ResolvedModel(path, ref.repo[0], path.name)
+
+
+def _names_on_hub(repo_id: str, commit: str) -> list[str]:
+    """Return the files of a repository, none where the Hub cannot be asked."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return sorted(HfApi().list_repo_files(repo_id, revision=commit))
+    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled):
+        return []
 
 
 def _packaged_gguf(package: str) -> Path:

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from optimer_hf.checkpoint import weight_states
 from optimer_hf.convert import (
-    FETCHED,
     ResolvedModel,
     default_device,
     loaded_tokenizer,
     resolve_base,
+    snapshot,
 )
 from optimer_hf.errors import ModelError
 from optimer_hf.evaluate import Evaluator, Term
@@ -102,13 +103,10 @@ def downloads(config: StudyConfig) -> tuple[Input, ...]:
 def _is_to_fetch(ref: Reference) -> bool:
     if ref.path is not None or ref.package is not None:
         return False
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        snapshot_download(
-            ref.repo[0], revision=ref.repo[1], local_files_only=True, allow_patterns=FETCHED
-        )
+        snapshot(ref, local_files_only=True)
     except LocalEntryNotFoundError:
         return True
     return False
@@ -133,7 +131,7 @@ def plan(
     stages = [
         stage for stage in _stages(config, trainings, probe, is_run) if stage.cost.seconds > 0
     ]
-    model_bytes = sum(file.stat().st_size for file in base.path.glob("*.safetensors"))
+    model_bytes = sum(n_bytes for n_bytes, _ in weight_states(base.path).values())
     disk = sum(probe.vector_bytes[_key(training)] for training in trainings.values())
     disk += max(probe.vector_bytes.values(), default=0) * len(config.baselines.mixtures)
     disk += model_bytes if is_run else 0

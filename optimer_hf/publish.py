@@ -111,10 +111,13 @@ def publication(directory: Path, pushed: Mapping[str, str] | None = None) -> Pub
             "or merged model. `optimer extract`, `optimer recipe` and `optimer build` write them."
             + hint_of_seeds(directory)
         )
+    read = weight_files(directory) if kind != "recipe" else {}
     files: dict[str, Path | bytes] = {
-        name: directory / name for name in names if is_allowed(kind, name)
+        name: directory / name
+        for name in names
+        if is_allowed(kind, name) and (name in read or WEIGHTS.fullmatch(name) is None)
     }
-    unknown = sorted(weight_files(directory).keys() - files.keys()) if kind != "recipe" else []
+    unknown = sorted(read.keys() - files.keys())
     if unknown:
         raise HubError(
             f"{directory}: holds weights of unknown use ({', '.join(unknown)}), which would count "

@@ -17,6 +17,9 @@ from optimer_hf.checkpoint import (
     computed_ahead,
     matrix_shape,
     row_blocks,
+    weight_files,
+    weight_states,
+    weights_fingerprint,
     write_safetensors,
     write_sharded,
 )
@@ -172,13 +175,37 @@ def test_a_directory_of_shards_is_read_through_its_index(sharded):
 
 
 def test_a_file_the_index_does_not_name_is_left_out_as_transformers_does(sharded):
+    before = weight_files(sharded), weight_states(sharded), weights_fingerprint(sharded)
+    assert len(before[0]) == 3
     save_file({"stale": torch.ones(1)}, sharded / "consolidated.safetensors")
     assert Checkpoint(sharded).names == ["t0", "t1", "t2"]
+    assert (weight_files(sharded), weight_states(sharded), weights_fingerprint(sharded)) == before
 
 
 def test_a_single_file_wins_over_a_stale_index_as_in_transformers(sharded):
     save_file({"whole": torch.ones(1)}, sharded / "model.safetensors")
     assert Checkpoint(sharded).names == ["whole"]
+    assert weight_files(sharded).keys() == {"model.safetensors"}
+
+
+def test_all_files_count_where_nothing_says_which_are_read_and_in_an_adapter(tmp_path):
+    for name in ("consolidated", "b"):
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    both = {"b.safetensors", "consolidated.safetensors"}
+    assert weight_files(tmp_path).keys() == both
+    save_file({"c": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert weight_files(tmp_path).keys() == {"model.safetensors"}
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert weight_files(tmp_path).keys() == {*both, "model.safetensors", "adapter_config.json"}
+
+
+@pytest.mark.parametrize("name", ["", "..", "gone.safetensors"])
+def test_a_shard_that_is_not_there_has_no_part_in_the_identity(sharded, name):
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"t0": name}}), encoding="utf-8")
+    assert weight_files(sharded) == {}
+    with pytest.raises(ModelError):
+        Checkpoint(sharded)
 
 
 def test_a_missing_shard_is_named(sharded):
@@ -225,7 +252,11 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
 
 def test_a_directory_with_pickles_only_is_refused(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"no safetensors weights.*pickled"):
+    message = r"no safetensors weights.*pytorch_model\.bin.*`save_pretrained\(DIRECTORY\)`"
+    with pytest.raises(ModelError, match=message):
+        Checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "optimizer.pt")
+    with pytest.raises(ModelError, match=r"no safetensors weights in this directory\.$"):
         Checkpoint(tmp_path)
 
 

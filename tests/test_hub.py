@@ -14,7 +14,7 @@ import test_search
 import torch
 import yaml
 from conftest import tiny_model
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from safetensors.torch import load_file
 
 from optimer_hf import hub as hubs
@@ -22,9 +22,10 @@ from optimer_hf import pull as pulls
 from optimer_hf import push as pushes
 from optimer_hf import remote
 from optimer_hf.checkpoint import weight_files
-from optimer_hf.convert import resolve_model
+from optimer_hf.convert import ResolvedModel, resolve_base, resolve_model
 from optimer_hf.errors import HubError, ModelError, OptimerError
 from optimer_hf.files import sha256_file
+from optimer_hf.merge import write_merged
 from optimer_hf.plan import downloads
 from optimer_hf.publish import publication
 from optimer_hf.recipe import Lock, RecipeFile, build, verify
@@ -546,6 +547,74 @@ def test_only_exact_names_are_published(make_vector, file):
             publication(vector)
     else:
         assert file not in publication(vector).files
+
+
+# -- bases from the Hub ----------------------------------------------------------------------------
+
+
+def published(repo_id: str, files: dict[str, bytes | Path]) -> str:
+    """Make a repository of these files and return its pinned reference."""
+    api = HfApi(token=ALICE)
+    api.create_repo(repo_id, exist_ok=True)
+    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+    return f"{repo_id}@{api.create_commit(repo_id, operations, commit_message='x').oid}"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_of_weights_only_those_that_are_read_are_fetched_and_count(
+    hub, make_base, name, sharded, tmp_path, monkeypatch
+):
+    source = make_base("llama")
+    if sharded:
+        write_merged(source, [], {}, tmp_path / "shards", max_shard_size=30_000)
+        source = ResolvedModel(tmp_path / "shards", "shards")
+    files: dict[str, bytes | Path] = {path.name: path for path in source.path.iterdir()}
+    more = ("consolidated.safetensors", "onnx/model.safetensors", "onnx/x.safetensors")
+    reference = published(f"alice/{name}", files | {each: each.encode() for each in more})
+    found = resolve_model(reference)
+    assert weight_files(found.path) == weight_files(source.path)
+    assert (len(weight_files(source.path)) > 1) == sharded
+    fetched = {str(p.relative_to(found.path)) for p in found.path.rglob("*") if p.is_file()}
+    assert not fetched & set(more)
+    assert resolve_base(reference) == found
+    hub.log.clear()
+    assert resolve_model(reference) == found and hub.log == []  # all of a commit is in the cache
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model(reference) == found
+    (found.path / sorted(weight_files(found.path))[-1]).unlink()
+    with pytest.raises(ModelError, match="cannot be fetched"):
+        resolve_model(reference)
+
+
+def test_an_adapter_and_a_repository_without_an_index_are_fetched_whole(
+    hub, make_base, make_adapter, name
+):
+    adapter = make_adapter(make_base("llama"), 1)
+    files: dict[str, bytes | Path] = {p.name: p for p in adapter.iterdir() if p.suffix != ".md"}
+    found = resolve_model(published(f"alice/{name}", files))
+    assert weight_files(found.path) == weight_files(adapter)
+    weights = make_base("llama").path / "model.safetensors"
+    found = resolve_model(published(f"alice/{name}-2", {"consolidated.safetensors": weights}))
+    assert weight_files(found.path).keys() == {"consolidated.safetensors"}
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin"])
+def test_a_repository_of_pickled_weights_is_named_with_the_way_to_convert_them(hub, name, file):
+    reference = published(f"alice/{name}", {"config.json": b"{}", file: b"x"})
+    message = rf"{reference}: has no safetensors weights.*{file}.*save_pretrained"
+    with pytest.raises(ModelError, match=message):
+        resolve_model(reference)
+
+
+def test_weights_that_are_not_read_are_not_published(make_recipe, tmp_path):
+    build(make_recipe("delta") / "recipe.yaml", tmp_path / "model")
+    stale = ("model-00001-of-00002.safetensors", "consolidated.safetensors")
+    for each in stale:
+        (tmp_path / "model" / each).write_bytes(b"x")
+    recipe = yaml.safe_load((tmp_path / "model" / "recipe.yaml").read_text())
+    pins = {key: f"alice/{key}@{'0' * 40}" for key in recipe["vectors"]}
+    found = publication(tmp_path / "model", pins)
+    assert "model.safetensors" in found.files and not found.files.keys() & set(stale)
 
 
 # -- faults of the Hub -----------------------------------------------------------------------------
