@@ -12,7 +12,8 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,24 @@ from optimer_hf.convert import (
 )
 from optimer_hf.errors import ModelError
 from optimer_hf.evaluate import Evaluator, Term
-from optimer_hf.files import Reference, digest, markdown_table
+from optimer_hf.files import Reference, digest, first_line, markdown_table
 from optimer_hf.memory import total_memory
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.pull import Input, inputs_of
 from optimer_hf.resident import ResidentModel
 from optimer_hf.study import StudyConfig
 from optimer_hf.tokenizer import opened_tokenizer
-from optimer_hf.train import TrainConfig, train
+from optimer_hf.train import TRAINER_DEFAULTS, TrainConfig, train
 from optimer_hf.vector import open_vector
 
 logger = logging.getLogger(__name__)
 
 PROBE_STEPS = 4  # of training
 PROBE_ITEMS = 4  # of every term
+TRIAL_REMEDY = (  # a trial holds the model, and beside it base and vectors where there is room
+    "Set `dtype: bfloat16`, write the vectors as int8 deltas (`optimer extract --dtype int8`), or "
+    "take an accelerator with more memory; CUDA_VISIBLE_DEVICES= searches on the processor."
+)
 FREE_SHARE = 0.9  # of memory and disk that a run may fill
 
 
@@ -118,16 +123,10 @@ def plan(
     """Probe this machine and return the plan of a search, or of a whole run with `is_run`; the base
     has to be here.
 
-    Raises ModelError when the base does not fit into memory.
+    Raises ModelError when a training step or a trial does not fit into the accelerator's memory.
     """
     base = resolve_base(config.base_model)
-    try:
-        probe = _probed(config, trainings, base)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{config.base_model}: a training step does not fit into the accelerator's memory "
-            f"({error}). Lower trainer.per_device_train_batch_size or block_size, or train a LoRA."
-        ) from None
+    probe = _probed(config, trainings, base)
     stages = [
         stage for stage in _stages(config, trainings, probe, is_run) if stage.cost.seconds > 0
     ]
@@ -175,16 +174,28 @@ def _probed(
             token_costs[key], sizes[key] = _training_cost(training, Path(scratch) / key)
             meter.advance(1)
         trained = {n: str(Path(scratch) / _key(training)) for n, training in trainings.items()}
-        evaluator = _evaluator(config, base, trained)
-        for term in terms[:1]:  # the first call is slower
-            evaluator.evaluate([term], limits={term.label: 1})
-        for term in terms:
-            began = Cost.now()
-            scored = evaluator.evaluate([term], limits={term.label: PROBE_ITEMS})[term.label]
-            item_costs[_item_key(term)] = began.since() * (1 / len(scored.items))
-            counts[_item_key(term)] = evaluator.n_items(term)
-            meter.advance(1)
+        with _fitting(f"{config.base_model}: a trial", TRIAL_REMEDY):
+            evaluator = _evaluator(config, base, trained)
+            for term in terms[:1]:  # the first call is slower
+                evaluator.evaluate([term], limits={term.label: 1})
+            for term in terms:
+                began = Cost.now()
+                scored = evaluator.evaluate([term], limits={term.label: PROBE_ITEMS})[term.label]
+                item_costs[_item_key(term)] = began.since() * (1 / len(scored.items))
+                counts[_item_key(term)] = evaluator.n_items(term)
+                meter.advance(1)
     return Probe(item_costs, counts, token_costs, sizes)
+
+
+@contextmanager
+def _fitting(what: str, remedy: str) -> Iterator[None]:
+    """Raise ModelError, with what to do, for what does not fit into an accelerator."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{what} does not fit into the accelerator's memory ({first_line(error)}) {remedy}"
+        ) from None
 
 
 def _terms(config: StudyConfig) -> list[Term]:
@@ -216,12 +227,15 @@ def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, s
 
 def _training_cost(config: TrainConfig, out: Path) -> tuple[Cost, int]:
     """Train a few real steps into `out`; return the time of a token, and the bytes left behind."""
-    settings = config.trainer
-    blocks = int(settings.get("per_device_train_batch_size", 8))
+    settings = {**TRAINER_DEFAULTS, **config.trainer}
+    blocks = int(settings["per_device_train_batch_size"])
     blocks *= int(settings.get("gradient_accumulation_steps", 1))
     n_tokens = PROBE_STEPS * blocks * config.block_size
     n_tokens = min(n_tokens, config.max_tokens or n_tokens)
-    train(config.model_copy(update={"max_tokens": n_tokens}), out)
+    lora = ", or train a LoRA (`lora:`)" if config.lora is None else ""
+    remedy = f"Lower trainer.per_device_train_batch_size or block_size{lora}."
+    with _fitting(f"{config.base_model}: a training step of {config.name!r}", remedy):
+        train(config.model_copy(update={"max_tokens": n_tokens}), out)
     record = json.loads((out / "training.json").read_text(encoding="utf-8"))["training"]
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Cost(record["seconds"], record["cpu_seconds"]) * (1 / record["n_tokens"]), n_bytes

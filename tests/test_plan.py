@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_pipeline import finished, optimer, recipe_dir  # noqa: F401
 
 from optimer_hf import plan
+from optimer_hf.errors import ModelError
 from optimer_hf.pipeline import Run, load
 from optimer_hf.study import StudyConfig
 
@@ -71,6 +73,48 @@ def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(tmp_path: Path
     found = plan._warnings(10**15, 10**18, tmp_path / "not" / "yet")
     assert "per_device_train_batch_size" in found[0] and "another disk" in found[1]
     assert plan._warnings(1, 1, tmp_path) == ()
+
+
+@pytest.mark.parametrize(("changes", "blocks"), [({}, 1), ({"gradient_accumulation_steps": 2}, 2)])
+def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
+    recipe_dir: Path,  # noqa: F811
+    tmp_path: Path,
+    changes: dict[str, int],
+    blocks: int,
+):
+    _, trainings = load(Run(recipe_dir, tmp_path / "out", False))
+    config = trainings["aaa"].model_copy(update={"trainer": {"bf16": False, **changes}})
+    plan._training_cost(config, tmp_path / "probe")
+    record = json.loads((tmp_path / "probe" / "training.json").read_text())["training"]
+    assert record["n_tokens"] == plan.PROBE_STEPS * blocks * config.block_size
+
+
+@pytest.mark.parametrize(
+    ("failing", "changes", "message"),
+    [
+        ("train", {}, r"a training step of '\w+' does not fit .* or block_size\.$"),
+        ("train", {"lora": None}, r"a training step of '\w+' does not fit .* or train a LoRA"),
+        ("ResidentModel", None, r"a trial does not fit .*--dtype int8((?!train).)*$"),
+    ],
+    ids=["LoRA", "full parameters", "without training"],
+)
+def test_what_does_not_fit_into_an_accelerator_is_said_of_the_stage_that_does_not(
+    recipe_dir: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    changes: dict[str, None] | None,
+    message: str,
+):
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    config, trainings = load(Run(recipe_dir, tmp_path / "out", False))
+    monkeypatch.setattr(plan, failing, full)
+    monkeypatch.setattr(plan, "open_vector", lambda *arguments: None)
+    chosen = {n: t.model_copy(update=changes) for n, t in trainings.items() if changes is not None}
+    with pytest.raises(ModelError, match=message):
+        plan.plan(config, chosen, tmp_path, is_run=False)
 
 
 def test_a_base_that_is_not_here_is_not_fetched_unasked(tmp_path: Path, hub):
