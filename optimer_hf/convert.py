@@ -290,9 +290,7 @@ def moves_base(init_lora_weights: bool | str) -> bool:
     return name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
-def snapshot(
-    ref: Reference, *, with_weights: bool = True, local_files_only: bool = False
-) -> Path:
+def snapshot(ref: Reference, *, with_weights: bool = True, local_files_only: bool = False) -> Path:
     """Return the cached files of a Hub model, fetching what is missing: of weights only those that
     are read. What is in the cache at a commit is not asked for again.
 

@@ -695,14 +695,7 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
             raise EvaluationError(
                 f"term {term.label!r}: task {term.task_name!r} cannot be loaded ({error})."
             ) from error
-        task = tasks[term.task_name]
-        if getattr(task, "UNSAFE_CODE", False):
-            raise EvaluationError(
-                f"term {term.label!r}: {term.task_name!r} runs the code that a model writes, which "
-                "a search does not. Score the likelihood of the reference solutions instead, as "
-                "the tasks of recipes/gemma-3-270m-paper do."
-            )
-        loaded[term.task_name] = _with_settings(task, term)
+        loaded[term.task_name] = _with_settings(tasks[term.task_name], term)
     return loaded
 
 
@@ -710,6 +703,12 @@ def _with_settings(task: Any, term: Term) -> Any:
     """Return a task with the few-shot and generation settings of its term, which builds its
     requests once for the same items.
     """
+    if getattr(task, "UNSAFE_CODE", False):
+        raise EvaluationError(
+            f"term {term.label!r}: {term.task_name!r} runs the code that a model writes, which a "
+            "search does not. Score the likelihood of the reference solutions instead, as the "
+            "tasks of recipes/gemma-3-270m-paper do."
+        )
     if term.num_fewshot is not None:
         task.set_config(key="num_fewshot", value=term.num_fewshot)
         _refuse_too_many_examples(task, term)
