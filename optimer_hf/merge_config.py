@@ -483,8 +483,7 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     refuse_unknown_method(config["merge_method"], path)
     absolute = _with_references(dict(config), path, _readable)
     _refuse_unreadable(absolute, path)
-    if options is None or options.lora_merge_cache is None:
-        _refuse_unmerged(absolute, path)
+    _refuse_unmerged(absolute, path, options)
     base = absolute.get("base_model")
     base_path = resolve_model(str(base).split("+")[0]).path if base else None
     try:
@@ -564,8 +563,10 @@ def _refuse_unreadable(config: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _refuse_unmerged(config: Mapping[str, Any], path: Path) -> None:
+def _refuse_unmerged(config: Mapping[str, Any], path: Path, options: Any) -> None:
     """Refuse MODEL+ADAPTER where mergekit has no directory to merge it in."""
+    if options is not None and options.lora_merge_cache is not None:
+        return
     for text in (str(config.get("base_model") or ""), *models_in(config)):
         if _has_adapter(text, path.resolve().parent):
             raise ConfigError(
