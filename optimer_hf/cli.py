@@ -414,15 +414,17 @@ def merge(config: Path, out: Path, engine: str | None, merge_options: Any = None
 @FORMAT
 def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
     """Score a model on every term of an objective file."""
-    from optimer_hf.convert import default_device, loaded_tokenizer, resolve_base
+    from optimer_hf.convert import default_device, resolve_base
     from optimer_hf.evaluate import Evaluator, ObjectiveFile
     from optimer_hf.files import absolute_reference
     from optimer_hf.resident import ResidentModel
+    from optimer_hf.tokenizer import scoring_tokenizer
 
     target = ObjectiveFile.read(objective)
     resolved = resolve_base(absolute_reference(model, Path.cwd()))
+    tokenizer = scoring_tokenizer(resolved, None, apply_chat_template=target.apply_chat_template)
     resident = ResidentModel(resolved, [], dtype=dtype, device=default_device())
-    evaluator = Evaluator(resident.model, loaded_tokenizer(resolved), [target])
+    evaluator = Evaluator(resident.model, tokenizer, [target])
     terms = target.at("rescore")
     scores = evaluator.evaluate(terms, limits={term.label: target.limit_of(term) for term in terms})
     result = {

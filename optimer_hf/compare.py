@@ -199,11 +199,15 @@ def _score_other(
 ) -> dict[str, Trial]:
     """Score rows of a pool of other vectors, which is dropped before the next one is made.
 
-    Raises StudyError when it has other sealed items than the study.
+    Raises StudyError when all else is not what the study has: base, tokenizer and sealed items.
     """
     opened = pool(config)
-    inputs = opened.inputs
-    study.check_inputs({key: inputs[key] for key in inputs if key.startswith(OF_TEST)})
+    common = {
+        key: digest
+        for key, digest in opened.inputs.items()
+        if key.startswith(OF_TEST) or key in ("base_model", "tokenizer_source")
+    }
+    study.check_inputs(common)
     return _score(study, objective, rows, log, opened)
 
 

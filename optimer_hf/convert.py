@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 
-from optimer_hf.checkpoint import ANY_WEIGHTS, Checkpoint, matrix_rows, refuse_pickled, weight_names
+from optimer_hf.checkpoint import (
+    ANY_WEIGHTS,
+    OF_TOKENIZER,
+    Checkpoint,
+    matrix_rows,
+    refuse_pickled,
+    weight_names,
+)
 from optimer_hf.errors import ModelError
 from optimer_hf.files import (
     Reference,
@@ -35,7 +42,7 @@ from optimer_hf.files import (
 )
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
-BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+BESIDE_WEIGHTS = ["*.json", *OF_TOKENIZER, "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)

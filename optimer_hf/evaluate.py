@@ -703,7 +703,7 @@ def _with_settings(task: Any, term: Term) -> Any:
     """Return a task with the few-shot and generation settings of its term, which builds its
     requests once for the same items.
     """
-    if getattr(task, "UNSAFE_CODE", False):
+    if getattr(task, "UNSAFE_CODE", False):  # lm-eval gives it to such tasks alone
         raise EvaluationError(
             f"term {term.label!r}: {term.task_name!r} runs the code that a model writes, which a "
             "search does not. Score the likelihood of the reference solutions instead, as the "

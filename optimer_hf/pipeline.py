@@ -277,7 +277,7 @@ def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
     reported to: what cannot be used would be found after the training, or after the search.
     """
     from optimer_hf.convert import resolve_base
-    from optimer_hf.tokenizer import opened_tokenizer
+    from optimer_hf.tokenizer import opened_tokenizer, scoring_tokenizer
     from optimer_hf.tracking import callbacks_of
     from optimer_hf.vector import open_vector
 
@@ -285,7 +285,11 @@ def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
         callbacks_of(search.report_to)
     given = {name: v.source for name, v in config.vectors.items() if name not in trainings}
     base = resolve_base(config.base_model)
-    opened_tokenizer(base, config.tokenizer_reference)
+    scoring_tokenizer(
+        base,
+        opened_tokenizer(base, config.tokenizer_reference),
+        apply_chat_template=config.objective.apply_chat_template,
+    )
     for name, source in (*given.items(), *config.baselines.models.items()):
         open_vector(name, str(source), base)
 

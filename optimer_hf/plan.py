@@ -24,7 +24,6 @@ from optimer_hf.checkpoint import weight_states
 from optimer_hf.convert import (
     ResolvedModel,
     default_device,
-    loaded_tokenizer,
     resolve_base,
     snapshot,
 )
@@ -36,7 +35,7 @@ from optimer_hf.progress import Cost, Meter
 from optimer_hf.pull import Input, inputs_of
 from optimer_hf.resident import ResidentModel
 from optimer_hf.study import StudyConfig
-from optimer_hf.tokenizer import opened_tokenizer
+from optimer_hf.tokenizer import opened_tokenizer, scoring_tokenizer
 from optimer_hf.train import TRAINER_DEFAULTS, TrainConfig, train
 from optimer_hf.vector import open_vector
 
@@ -219,10 +218,12 @@ def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, s
     objectives = [config.objective] + ([config.test] if config.test is not None else [])
     resident = ResidentModel(base, pool, dtype=config.dtype, device=default_device())
     resident.set_weights({vector.name: 0.5 for vector in pool})
-    reference = config.tokenizer_reference
-    is_here = reference is not None and not _is_to_fetch(Reference(reference))
-    tokenizer = opened_tokenizer(base, reference) if is_here else None
-    return Evaluator(resident.model, loaded_tokenizer(tokenizer or base), objectives)
+    tokenizer = scoring_tokenizer(  # a few MB where it has to be fetched
+        base,
+        opened_tokenizer(base, config.tokenizer_reference),
+        apply_chat_template=config.objective.apply_chat_template,
+    )
+    return Evaluator(resident.model, tokenizer, objectives)
 
 
 def _training_cost(config: TrainConfig, out: Path) -> tuple[Cost, int]:

@@ -23,7 +23,7 @@ from optimer_hf.merge_config import (
     with_tokenizer,
 )
 from optimer_hf.private import VOCABULARIES, refuse_private
-from optimer_hf.recipe import LARGEST_CANCELLATION, Lock, RecipeFile, untaken_note
+from optimer_hf.recipe import LARGEST_CANCELLATION, LOCK, Lock, RecipeFile, untaken_note
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.study import hint_of_seeds
 from optimer_hf.vector import VectorFile, read_record
@@ -36,7 +36,7 @@ IDENTITY = re.compile(rf"{WEIGHTS.pattern}|adapter_config\.json")  # what a lock
 LEGAL = frozenset(
     {"LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md", "USE_POLICY.md"}
 )
-RECIPE_FILES = frozenset({"recipe.yaml", "recipe.lock.json", "optimer.yml", "mergekit_config.yml"})
+RECIPE_FILES = frozenset({"recipe.yaml", LOCK, "optimer.yml", "mergekit_config.yml"})
 MODEL_FILES = VOCABULARIES | {
     "config.json",
     "generation_config.json",
@@ -65,6 +65,7 @@ class Publication:
     files: Mapping[str, Path | bytes]
     record: VectorFile | RecipeFile
     inputs: tuple[str, ...]
+    lender: str | None = None  # of the inputs, one that gives its tokenizer and no weights
 
     def text(self, name: str) -> str:
         """Return the content of a text file of it, empty when it has none of that name."""
@@ -153,9 +154,9 @@ def _recipe(
     kind: Kind, directory: Path, files: dict[str, Path | bytes], pushed: Mapping[str, str]
 ) -> Publication:
     file = directory / "recipe.yaml"
-    if "recipe.lock.json" not in files:
-        raise HubError(f"{file}: has no recipe.lock.json beside it. Write the recipe again.")
-    lock = Lock.read(directory / "recipe.lock.json")
+    if LOCK not in files:
+        raise HubError(f"{file}: has no {LOCK} beside it. Write the recipe again.")
+    lock = Lock.read(directory / LOCK)
     recipe = RecipeFile.read(file)
     vectors = {
         name: item.model_copy(update={"source": pushed.get(name, item.source)})
@@ -165,9 +166,9 @@ def _recipe(
     for name, item in vectors.items():
         _refuse_unpinned(f"{file}: vectors.{name}.source", item.source)
     tokenizer = recipe.tokenizer_source
-    others = [] if tokenizer is None or tokenizer in vectors else [tokenizer]
-    for reference in others:
-        _refuse_unpinned(f"{file}: tokenizer_source", reference)
+    lender = None if tokenizer is None or tokenizer in vectors else tokenizer
+    if lender is not None:
+        _refuse_unpinned(f"{file}: tokenizer_source", lender)
     recipe = recipe.model_copy(
         update={"vectors": vectors, "objective": without_folders(recipe.objective)}
     )
@@ -187,15 +188,15 @@ def _recipe(
         files[name] = _study_file(directory / name, sources)
     shown = _shown(directory, recipe)
     files = {n: content for n, content in files.items() if n not in FIGURE_FILES or n in shown}
-    return Publication(kind, files, recipe, (recipe.base_model, *sources.values(), *others))
+    inputs = [recipe.base_model, *sources.values()]
+    lender = None if lender in inputs else lender
+    return Publication(kind, files, recipe, (*inputs, *filter(None, [lender])), lender)
 
 
 def _note_of(recipe: RecipeFile) -> str:
-    """Return what to copy beside what mergekit writes: whether it takes the tokenizer only the
-    models could tell, so that its config names none.
-    """
+    """Return what to copy beside what mergekit writes."""
     reference = recipe.tokenizer_reference
-    return "" if reference is None else untaken_note(reference, False)
+    return "" if reference is None else untaken_note(reference)
 
 
 def _shown(directory: Path, recipe: RecipeFile) -> set[str]:

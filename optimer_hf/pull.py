@@ -30,14 +30,13 @@ from optimer_hf.files import (
     staged_directory,
 )
 from optimer_hf.publish import ALLOWED, CARD, WEIGHTS, Kind, is_allowed, kind_of
-from optimer_hf.recipe import Lock, RecipeFile
+from optimer_hf.recipe import LOCK, Lock, RecipeFile
 from optimer_hf.remote import described, described_input, explained, git_blob, licence_of, tried
 from optimer_hf.untrusted import LARGEST_TEXT, check_pulled, refuse_other_weights
 from optimer_hf.vector import VectorFile
 
 logger = logging.getLogger(__name__)
 RECORD = "hub.json"
-LOCK = "recipe.lock.json"
 PENDING = ".update"  # a complete update that is not yet in place
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -353,6 +352,8 @@ def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -
     if api is None or snapshot.kind != "recipe" or not isinstance(record, RecipeFile):
         return done
     references = [record.base_model, *(item.source for item in record.vectors.values())]
+    if record.tokenizer_reference is not None:
+        references.append(record.tokenizer_reference)
     return replace(done, inputs=inputs_of(api, references))
 
 
@@ -392,6 +393,9 @@ def _moved(
         old = RecipeFile.read(target / "recipe.yaml")
         if old.base_model != record.base_model:
             lines.append(f"base_model: {old.base_model} -> {record.base_model}")
+        if old.tokenizer_source != record.tokenizer_source:
+            named = [each.tokenizer_source or "base" for each in (old, record)]
+            lines.append(f"tokenizer_source: {' -> '.join(named)}")
         for name in sorted(old.vectors.keys() | record.vectors.keys()):
             was, now = old.vectors.get(name), record.vectors.get(name)
             if was != now:
@@ -419,8 +423,14 @@ def inputs_of(api: HfApi, references: Sequence[str]) -> tuple[Input, ...]:
             logger.warning("%s", error)
             found.append(Input(text, None, None, True))
             continue
-        sizes = [
-            file.size or 0 for file in info.siblings or [] if not file.rfilename.endswith(PICKLES)
-        ]
+        sizes = [file.size or 0 for file in info.siblings or [] if _is_fetched(file.rfilename)]
         found.append(Input(text, sum(sizes), licence_of(info), bool(info.gated)))
     return tuple(found)
+
+
+def _is_fetched(name: str) -> bool:
+    """Whether a file of a model is fetched: no pickled weights, conversions and copies of weights
+    (see `convert.snapshot`; of Mistral's two it takes the one that transformers reads).
+    """
+    is_copy = "/" in name or name.startswith("consolidated")
+    return not is_copy and not name.endswith(PICKLES)

@@ -45,7 +45,7 @@ from optimer_hf.publish import (
     local_vectors,
     publication,
 )
-from optimer_hf.recipe import Lock, RecipeFile
+from optimer_hf.recipe import LOCK, Lock, RecipeFile
 from optimer_hf.remote import (
     TRIES,
     described_input,
@@ -112,7 +112,7 @@ def push(
         if repo_id.count("/") != 1:
             raise HubError(f"{repo_id!r}: expected a repository as name/repository.")
         target = _Target(HfApi(token=token), repo_id, revision)
-        _warn_of_unbuilt(directory / "recipe.lock.json")
+        _warn_of_unbuilt(directory / LOCK)
         if vectors:
             return _push_with_vectors(directory, target, asked)
         found, info = publication(directory), target.info()
@@ -184,7 +184,7 @@ def _vectors_to_push(directory: Path) -> Collection[str]:
     if not (directory / "recipe.yaml").exists():
         raise HubError(f"{directory}: --vectors belongs to a recipe, and it has no recipe.yaml.")
     paths = local_vectors(directory)
-    lock = Lock.read(directory / "recipe.lock.json")
+    lock = Lock.read(directory / LOCK)
     for name, path in paths.items():
         where = f"{directory / 'recipe.yaml'}: vectors.{name}"
         if not path.is_dir() or weight_files(path) != lock.vectors.get(name):
@@ -331,7 +331,9 @@ def _origins(
         if ref.package is not None:
             licences[text] = None
             continue
-        base_models.append(ref.repo[0])
+        is_merged = text != found.lender
+        if is_merged:
+            base_models.append(ref.repo[0])
         if text in foreseen:
             continue
         there = described_input(api, ref)
@@ -341,7 +343,7 @@ def _origins(
                 "Push with --private, or make the input public."
             )
         licences[text] = licence_of(there)
-        if text != base:  # what the base was made of, its own card says
+        if text != base and is_merged:  # what the base was made of, its own card says
             datasets += stated(there, "datasets")
             languages += stated(there, "language")
     return card.Origins(licences, tuple(base_models), tuple(datasets), tuple(languages))

@@ -36,7 +36,7 @@ from optimer_hf.merge_config import (
 )
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES
 from optimer_hf.study import MERGE, Study, StudyConfig, Trial, model_digests
-from optimer_hf.tokenizer import is_within_embedding, opened_tokenizer, tokenizer_path
+from optimer_hf.tokenizer import opened_tokenizer, tokenizer_path
 from optimer_hf.vector import (
     AdapterVector,
     DistributionVector,
@@ -329,17 +329,18 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
         found = vanilla_config(str(base.path), deltas, weights, config.dtype)
     header = f"# Paths are of this machine. Run: mergekit-yaml {path.name} OUT\n"
     if config.tokenizer_reference is not None:
-        source = resolve_tokenizer(config.tokenizer_reference)
-        is_taken = is_within_embedding(base, source)
-        header += untaken_note(str(source.path), is_taken)
-        found = with_tokenizer(found, source.path if is_taken else None)
+        header += untaken_note(str(resolve_tokenizer(config.tokenizer_reference).path))
     write_text(path, header + yaml_text(found))
 
 
-def untaken_note(source: str, tokenizer_is_taken: bool) -> str:
-    """Return a comment that says what mergekit does not write of a model's tokenizer."""
-    what = "" if tokenizer_is_taken else "tokenizer, chat template and "
-    return f"# mergekit does not write {what}generation_config.json of {source}: copy into OUT.\n"
+def untaken_note(source: str) -> str:
+    """Return a comment that says whose tokenizer to copy beside what mergekit writes. Given a
+    tokenizer, mergekit cuts the embedding to its tokens, which makes another model.
+    """
+    return (
+        f"# Copy tokenizer, chat template and (if there is one) generation_config.json of {source} "
+        "into OUT.\n"
+    )
 
 
 def _sum_of_absolute(weights: Mapping[str, float]) -> float:
@@ -498,8 +499,9 @@ def is_built(path: Path, model: Path) -> bool:
 
 
 def verify(path: Path, model: Path) -> None:
-    """Raise ModelError unless a built model has the sha256 that the lock of its recipe records; one
-    in other shards than the locked one is hashed as if it were in those.
+    """Raise ModelError unless a built model has the sha256 that the lock of its recipe records, and
+    the tokenizer, if that is not the base's; one in other shards than the locked one is hashed as
+    if it were in those.
     """
     lock_file = path.with_suffix(".lock.json")
     if not path.is_file() or not lock_file.is_file():
@@ -522,4 +524,10 @@ def verify(path: Path, model: Path) -> None:
         if found.get(name) != lock.output.get(name):
             raise ModelError(
                 f"{model / name}: sha256 differs from {lock_file.name}. Build it again."
+            )
+    has = tokenizer_files(model)
+    for name in sorted(lock.tokenizer):
+        if has.get(name) != lock.tokenizer[name]:
+            raise ModelError(
+                f"{model / name}: not the tokenizer that {lock_file.name} records. Build it again."
             )

@@ -267,7 +267,7 @@ def search_on(
         for number, trial in enumerate(in_order)
     ]
     earlier = TrialLog(directory / "trials.jsonl", repair=False).of("search")
-    n_seeds = _n_seeds(earlier) if earlier else len(seeds)
+    n_seeds = _n_seeds(earlier, seeds) if earlier else len(seeds)
     config = StudyConfig.model_validate(
         study.config.model_dump()
         | {"objective": target.model_dump(), "test": None, "retarget": {}}
@@ -294,10 +294,12 @@ def search_on(
     )
 
 
-def _n_seeds(earlier: Sequence[Trial]) -> int:
+def _n_seeds(earlier: Sequence[Trial], seeds: Sequence[Trial]) -> int:
     """Return how many trials a search for a new objective began with: the number of its prediction,
     the first open one where that was not finished before others of several workers.
     """
     numbers = {trial.number for trial in earlier}
     first_open = next(number for number in count() if number not in numbers)
-    return next((trial.number for trial in earlier if trial.origin == PREDICTION), first_open)
+    inherited = {trial.number for trial in seeds if trial.origin == PREDICTION}
+    own = {trial.number for trial in earlier if trial.origin == PREDICTION} - inherited
+    return min(own, default=first_open)

@@ -35,8 +35,30 @@ def opened_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedMode
             f"tokenizer_source: {reference}: a delta, which has the tokenizer of the base. Give "
             "the model it was extracted from."
         )
+    if not any((base.path / name).exists() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"base_model: {base.reference}: has no tokenizer, whose tokens those of "
+            f"tokenizer_source could be compared with. Save it beside the model."
+        )
     _check_tokens(base, source, reference)
     return source
+
+
+def scoring_tokenizer(
+    base: ResolvedModel, source: ResolvedModel | None, *, apply_chat_template: bool
+) -> Any:
+    """Return the tokenizer that models are scored with: that of `source`, None for the base's.
+
+    Raises ConfigError when a chat template is asked for and it has none.
+    """
+    tokenizer = loaded_tokenizer(source or base)
+    if apply_chat_template and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"objective.apply_chat_template: the tokenizer of {(source or base).reference} has no "
+            "chat template. A study names a vector or a model whose tokenizer has one as "
+            "tokenizer_source."
+        )
+    return tokenizer
 
 
 def tokenizer_path(reference: str | None) -> Path | None:
@@ -63,14 +85,6 @@ def _check_tokens(base: ResolvedModel, source: ResolvedModel, reference: str) ->
             f"tokenizer_source: {reference}: its tokenizer gives the token {beyond[0]!r} the "
             f"id {new[beyond[0]]}, but the embedding of the base has {n_rows} rows. {GIVE_A_MODEL}"
         )
-
-
-def is_within_embedding(base: ResolvedModel, source: ResolvedModel) -> bool:
-    """Whether every token of a tokenizer has a row in the embedding of the base: mergekit stops
-    where one has none.
-    """
-    numbers: dict[str, int] = loaded_tokenizer(source).get_vocab()
-    return max(numbers.values()) < _embedding_rows(base)
 
 
 def _embedding_rows(base: ResolvedModel) -> int:

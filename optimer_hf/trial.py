@@ -14,14 +14,14 @@ from typing import Protocol
 
 import torch
 
-from optimer_hf.convert import default_device, loaded_tokenizer, resolve_base
+from optimer_hf.convert import default_device, resolve_base
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError
 from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoint
 from optimer_hf.files import first_line
 from optimer_hf.progress import Cost
 from optimer_hf.resident import ResidentModel
 from optimer_hf.study import StudyConfig, Trial, VectorConfig, model_digests
-from optimer_hf.tokenizer import opened_tokenizer, take_generation_config
+from optimer_hf.tokenizer import opened_tokenizer, scoring_tokenizer, take_generation_config
 from optimer_hf.vector import open_vector
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,9 @@ class ResidentPool:
         """
         base = resolve_base(config.base_model)
         self._tokenizer = opened_tokenizer(base, config.tokenizer_reference)
+        tokenizer = scoring_tokenizer(
+            base, self._tokenizer, apply_chat_template=config.objective.apply_chat_template
+        )
         self.vectors = [
             open_vector(name, _source(name, vector), base)
             for name, vector in config.vectors.items()
@@ -66,14 +69,8 @@ class ResidentPool:
         self._resident = ResidentModel(
             base, self.vectors, dtype=config.dtype, device=default_device()
         )
-        tokenizer = loaded_tokenizer(self._tokenizer or base)
         if self._tokenizer is not None:
             take_generation_config(self._resident.model, self._tokenizer)
-        if config.objective.apply_chat_template and tokenizer.chat_template is None:
-            raise ConfigError(
-                "objective.apply_chat_template: the tokenizer has no chat template. Name a vector "
-                "or a model whose tokenizer has one as tokenizer_source."
-            )
         self._objectives = {"objective": config.objective}
         if config.test is not None:
             self._objectives["test"] = config.test

@@ -14,7 +14,7 @@ import yaml
 from optimer_hf.errors import HubError
 from optimer_hf.files import COMMIT, parse, read_yaml
 from optimer_hf.publish import IDENTITY, Kind
-from optimer_hf.recipe import Lock, RecipeFile
+from optimer_hf.recipe import LOCK, Lock, RecipeFile
 from optimer_hf.vector import VectorFile, read_record
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a file beside weights: tokenizers reach 33 MB
@@ -46,7 +46,7 @@ def check_pulled(kind: Kind, directory: Path) -> RecipeFile | VectorFile:
     for where, reference in references.items():
         _refuse_local(f"{directory / 'recipe.yaml'}: {where}", reference)
     recipe = parse(RecipeFile, data, directory / "recipe.yaml")
-    lock = Lock.read(directory / "recipe.lock.json")
+    lock = Lock.read(directory / LOCK)
     if set(lock.vectors) != set(recipe.vectors):
         raise HubError(
             f"{directory / 'recipe.lock.json'}: locks the vectors {sorted(lock.vectors)}, but the "

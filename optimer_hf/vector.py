@@ -535,9 +535,10 @@ def extract_any_adapter(
 
     Holds the whole model in memory, in float32. `options` are those of `extract`.
     """
-    if _record_of_this_base(name, str(adapter.path), adapter.path, base) is None:
-        _warn_of_another_base(name, adapter.path, base)
+    recorded = _record_of_this_base(name, str(adapter.path), adapter.path, base)
     with merged_by_peft(adapter.path, base.path) as merged:
+        if recorded is None:
+            _warn_of_another_base(name, adapter.path, base)
         vector = open_vector(name, str(merged), base)
         record = extract(vector, base, out, **options)
     record = record.model_copy(update={"source_files": weight_files(adapter.path)})

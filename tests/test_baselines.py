@@ -324,6 +324,19 @@ def test_rows_of_another_sealed_test_do_not_join_a_table(tmp_path):
     assert "later" in [row.name for row in compare(later, pool=pool_of("final")).rows]
 
 
+def test_a_later_model_is_scored_with_the_tokenizer_of_the_rows_beside_it(tmp_path):
+    pools = [
+        type(name, (FunctionPool,), {"inputs": {"tokenizer_source": name}}) for name in ("A", "B")
+    ]
+    study = search(config_of(**SEALED), tmp_path / "s", pool=pools[0])
+    compare(study, pool=pools[0])
+    joined = study.config.model_copy(update={"baselines": Baselines(models={"later": "you/model"})})
+    later = replace(study, config=joined)
+    with pytest.raises(StudyError, match=r"tokenizer_source: not the weights or items"):
+        compare(later, pool=pools[1])
+    assert "later" in [row.name for row in compare(later, pool=pools[0]).rows]
+
+
 def test_rows_planned_before_a_crash_are_not_marked_when_they_are_scored_later(tmp_path):
     config = config_of(**SEALED, baselines={"models": {"m": "you/model"}})
     study = search(config, tmp_path / "s", pool=FunctionPool)

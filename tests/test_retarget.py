@@ -140,6 +140,19 @@ def test_a_killed_search_whose_prediction_was_not_finished_first_tries_it_all_th
     assert whole[30].weights in [trial.weights for trial in found]
 
 
+def test_a_search_for_a_new_objective_is_searched_on_for_another(study, tmp_path):
+    first = search_on(
+        study, over_record(study, objective(q=1.0)), tmp_path / "1", 3, pool=FunctionPool
+    )
+    target = over_record(first, objective(q=0.5))
+    search_on(first, target, tmp_path / "2", 3, pool=FunctionPool)
+    log = tmp_path / "2" / "trials.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:33]))  # killed at once
+    found = search_on(first, target, tmp_path / "2", 3, pool=FunctionPool).log.of("search")
+    assert sorted(trial.number for trial in found) == list(range(36))
+    assert [trial.number for trial in found if trial.origin == "prediction"] == [30, 33]
+
+
 def test_a_record_with_gaps_is_searched_on_without_them(study, tmp_path):
     kept = [trial for trial in study.log.trials if trial.number != 7]
     (tmp_path / "gaps").mkdir()

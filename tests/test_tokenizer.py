@@ -22,7 +22,7 @@ from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ConfigError, HubError, ModelError, StudyError
 from optimer_hf.merge_config import linear_merge_of, merge, not_searched, with_weights
 from optimer_hf.publish import publication
-from optimer_hf.recipe import Lock, RecipeFile, build, write_recipe, write_vanilla
+from optimer_hf.recipe import Lock, RecipeFile, build, verify, write_recipe, write_vanilla
 from optimer_hf.search import search
 from optimer_hf.study import StudyConfig, VectorConfig, load_study
 from optimer_hf.tokenizer import opened_tokenizer
@@ -276,31 +276,32 @@ def test_the_exported_configs_give_the_same_model_with_the_same_tokenizer(
     assert_is_instruct(tmp_path / "ours")
     assert weight_files(tmp_path / "ours") == weight_files(tmp_path / "built")
     write_vanilla(study, tmp_path / "vanilla.yml")
-    config = yaml.safe_load((tmp_path / "vanilla.yml").read_text(encoding="utf-8"))
+    text = (tmp_path / "vanilla.yml").read_text(encoding="utf-8")
+    assert (
+        "# Copy tokenizer, chat template and (if there is one) generation_config.json of " in text
+    )
+    config = yaml.safe_load(text)
+    assert not config.keys() & {"tokenizer", "tokenizer_source"}  # mergekit would cut the embedding
     theirs = tmp_path / "theirs"
     run_merge(MergeConfiguration.model_validate(config), str(theirs), MergeOptions(quiet=True))
-    assert AutoTokenizer.from_pretrained(theirs).chat_template == TEMPLATE
     built = load_file(tmp_path / "built" / "model.safetensors")
     for name, tensor in load_file(theirs / "model.safetensors").items():
         torch.testing.assert_close(tensor, built[name], rtol=2**-7, atol=1e-3)
 
 
-def test_what_mergekit_cannot_take_of_a_tokenizer_the_exported_config_says(models, tmp_path):
-    shutil.copytree(models["base"], tmp_path / "base")
-    for directory in (tmp_path / "base", models["it"]):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        tokenizer.add_tokens(["<image>"])
-        tokenizer.save_pretrained(directory)
-    pool = models | {"base": tmp_path / "base"}
-    study = search(study_of(pool, tmp_path, tokenizer_source="it"), tmp_path / "study")
-    write_vanilla(study, tmp_path / "vanilla.yml")
-    text = (tmp_path / "vanilla.yml").read_text(encoding="utf-8")
-    assert "does not write tokenizer, chat template and generation_config.json of " in text
-    config = MergeConfiguration.model_validate(yaml.safe_load(text))
-    run_merge(config, str(tmp_path / "theirs"), MergeOptions(quiet=True))
+def test_a_tokenizer_that_was_changed_after_the_build_is_not_verified(study, tmp_path):
     write_recipe(study, tmp_path / "recipe.yaml", name="chat")
-    assert merge(tmp_path / "optimer.yml", tmp_path / "ours") == "native"
-    assert_is_instruct(tmp_path / "ours")
+    build(tmp_path / "recipe.yaml", tmp_path / "built")
+    verify(tmp_path / "recipe.yaml", tmp_path / "built")
+    GenerationConfig(eos_token_id=3).save_pretrained(tmp_path / "built")
+    with pytest.raises(ModelError, match=r"generation_config\.json: not the tokenizer that recipe"):
+        verify(tmp_path / "recipe.yaml", tmp_path / "built")
+
+
+def test_a_base_without_a_tokenizer_has_none_to_compare(models, tmp_path):
+    shutil.copytree(models["base"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ConfigError, match="base_model: bare: has no tokenizer, whose tokens"):
+        opened_tokenizer(ResolvedModel(tmp_path / "bare", "bare"), str(models["it"]))
 
 
 # -- mergekit's YAML -------------------------------------------------------------------------------
@@ -372,7 +373,7 @@ def test_a_tokenizer_with_other_tokens_is_left_to_mergekit(models, tmp_path):
 # -- runs and the Hub ------------------------------------------------------------------------------
 
 
-def test_a_run_refuses_the_tokenizer_of_a_vector_that_it_trains(models, tmp_path):
+def test_a_run_refuses_before_it_trains_what_could_not_be_scored(models, tmp_path):
     folder = tmp_path / "recipe"
     folder.mkdir()
     training = {"name": "ja", "base_model": str(models["base"]), "corpus": {"path": "x.jsonl"}}
@@ -392,6 +393,14 @@ def test_a_run_refuses_the_tokenizer_of_a_vector_that_it_trains(models, tmp_path
     result = CliRunner().invoke(main, ["run", str(folder), str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "tokenizer_source: the vector 'ja' is trained here" in result.output
+    study["tokenizer_source"] = "base"
+    for asked in ("objective", "test"):
+        study[asked] = study[asked] | {"apply_chat_template": True}
+    (folder / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    result = CliRunner().invoke(main, ["run", str(folder), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "apply_chat_template: the tokenizer of" in result.output
+    assert not (tmp_path / "out" / "vectors").exists()
 
 
 def test_a_published_recipe_names_no_tokenizer_of_this_machine(models, tmp_path):
@@ -413,7 +422,8 @@ def test_a_published_recipe_names_no_tokenizer_of_this_machine(models, tmp_path)
         file.write_text(yaml.safe_dump(recipe | {"tokenizer_source": named}), encoding="utf-8")
         found = publication(tmp_path)
         assert yaml.safe_load(found.text("optimer.yml"))["tokenizer_source"] == reference
-        assert f"generation_config.json of {reference}: copy" in found.text("mergekit_config.yml")
+        assert f"generation_config.json of {reference} into" in found.text("mergekit_config.yml")
+        assert found.lender == (None if named == "it" else chosen)
         assert reference in found.inputs and len(found.inputs) == len(set(found.inputs))
         assert check_pulled("recipe", tmp_path).tokenizer_source == named
     for named, error in {str(models["it"]): HubError, "org/it": HubError}.items():
