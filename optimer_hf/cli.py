@@ -672,7 +672,8 @@ def _study_of_merge_config(path: Path, objective: Path) -> Any:
     base, sources = searched_pool(data, path)
     if dropped := not_searched(data):
         logging.getLogger("optimer_hf").warning(
-            "%s: one number per vector of a plain weighted sum is searched; not kept: %s",
+            "%s: one number per vector of a plain weighted sum is searched; not kept in what is "
+            "scored and built, only in the YAML that is printed: %s",
             path,
             ", ".join(dropped),
         )
@@ -788,6 +789,7 @@ def recipe(
     """Write the incumbent of a study as recipe.yaml with its lock, merge config and figures."""
     from optimer_hf import recipe as recipes
     from optimer_hf import report as reports
+    from optimer_hf.compare import recorded, to_json
     from optimer_hf.ledger import ledger
     from optimer_hf.retarget import front
     from optimer_hf.study import load_study
@@ -797,10 +799,12 @@ def recipe(
     if pick is not None and pick > len(choices):
         raise StudyError(f"--pick {pick}: the front of {study_dir} has {len(choices)} points.")
     trial = choices[pick - 1].trial if pick is not None else None
+    sealed = recorded(study) if trial is None else None  # the sealed merge is the incumbent
     recipes.write_recipe(
         study,
         recipe_yaml,
         name=study_dir.resolve().name,
+        sealed=None if sealed is None else to_json(sealed),
         ledger=ledger(study),
         pick=trial,
         derived_from=derived_from,
@@ -808,10 +812,12 @@ def recipe(
     folder = recipe_yaml.resolve().parent
     if trial is None:  # the figures of a study are of its incumbent
         reports.write_figures(study, folder / reports.FIGURES)
+    beside = [f"{recipe_yaml.stem}.lock.json", recipes.MERGE_CONFIG]
     if vanilla:
         recipes.write_vanilla(study, folder / "mergekit_config.yml", pick=trial)
+        beside += ["mergekit_config.yml, with deltas/ where it needs them"]
     click.echo(str(recipe_yaml))
-    click.echo(f"beside it: {recipe_yaml.stem}.lock.json, {recipes.MERGE_CONFIG}", err=True)
+    click.echo(f"beside it: {', '.join(beside)}", err=True)
 
 
 @main.command()

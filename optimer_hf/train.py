@@ -488,6 +488,7 @@ def _adapted(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:
     from peft import get_peft_model
 
     lora = _lora_config(config)
+    _refuse_unmatched(model, config.lora.get("target_modules"), config.name)
     _refuse_untying(model, lora.modules_to_save, base)
     try:
         return get_peft_model(model, lora)
@@ -502,6 +503,22 @@ def _lora_config(config: TrainConfig) -> Any:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
+
+
+def _refuse_unmatched(model: Any, target_modules: Any, name: str) -> None:
+    """Raise ConfigError for a name among target_modules that no layer has: PEFT says nothing where
+    another one matches.
+    """
+    if not isinstance(target_modules, list):
+        return  # none, a word of PEFT or a pattern, or what PEFT refuses
+    layers = [layer for layer, _ in model.named_modules()]
+    for wanted in target_modules:
+        if not any(layer == wanted or layer.endswith(f".{wanted}") for layer in layers):
+            hint = did_you_mean(wanted, sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise ConfigError(
+                f"train config {name!r}: lora: target_modules: found {wanted!r}, which no layer of "
+                f"{type(model).__name__} is called.{hint}"
+            )
 
 
 def _refuse_moved_base(lora: Any, config: TrainConfig) -> None:

@@ -522,11 +522,19 @@ def test_a_study_is_searched_and_compared(folder, pool, corpus_dir, tmp_path):
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     optimer("search", tmp_path / "study.yaml", tmp_path / "s")
+    optimer("recipe", tmp_path / "s", tmp_path / "before" / "recipe.yaml")
     text = optimer("compare", tmp_path / "s").stdout
     data = json.loads(optimer("compare", tmp_path / "s", "--format", "json").stdout)
     names = [row["name"] for row in data["rows"]]
     assert names[0] == "base" and "searched merge" in names
     assert all(f"| {name} |" in text for name in names)
+    optimer("recipe", tmp_path / "s", tmp_path / "after" / "recipe.yaml")
+    scores = [
+        yaml.safe_load((tmp_path / when / "recipe.yaml").read_text(encoding="utf-8"))["scores"]
+        for when in ("before", "after")
+    ]
+    assert "sealed" not in scores[0]
+    assert scores[1]["sealed"]["verdicts"] == data["verdicts"]
 
 
 def test_an_objective_beside_a_study_that_has_its_own_is_refused(folder, tmp_path):
