@@ -151,20 +151,12 @@ def test_a_run_multiplies_in_bfloat16_where_the_machine_does_else_in_float32(
 
 
 def test_who_asks_for_float16_is_not_given_bfloat16_besides(
-    make_base, corpus_dir, tmp_path, monkeypatch
+    make_config, make_base, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train_module, "multiplied_in", lambda dtype, device: dtype)
-    base = make_base("gemma", torch.float32)
-    config = TrainConfig(
-        name="aaa",
-        base_model=str(base.path),
-        corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
-        block_size=32,
-        max_tokens=64,
-        lora=LORA,
-        trainer={"fp16": True},
-    )
+    config = make_config(trainer={"fp16": True})
     packed = prepare(config, tmp_path / "out")
+    base = make_base("gemma", torch.float32)
     arguments = build_trainer(config, base, packed, tmp_path / "out").args
     assert (arguments.fp16, arguments.bf16) == (True, False)
 
