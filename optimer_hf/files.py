@@ -244,6 +244,15 @@ def _vector_or_reference(text: str | None, info: ValidationInfo) -> str | None:
 
 
 TokenizerSource = Annotated[str | None, AfterValidator(_vector_or_reference)]
+
+
+def tokenizer_reference(named: str | None, sources: Mapping[str, str | None]) -> str | None:
+    """Return the model that a TokenizerSource names, by the sources of the vectors beside it; None:
+    the base.
+    """
+    return None if named is None else sources.get(named, named)
+
+
 LocalPath = Annotated[
     Path, AfterValidator(lambda path, info: (_folder(info) / expanded(path)).resolve())
 ]

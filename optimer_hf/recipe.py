@@ -24,6 +24,7 @@ from optimer_hf.files import (
     is_pinned,
     is_there,
     portable,
+    tokenizer_reference,
     write_text,
     yaml_text,
 )
@@ -101,8 +102,8 @@ class RecipeFile(VersionedFile):
     @property
     def tokenizer_reference(self) -> str | None:
         """The model whose tokenizer the merge has; None: the base."""
-        named = self.vectors.get(self.tokenizer_source or "")
-        return self.tokenizer_source if named is None else named.source
+        sources = {name: vector.source for name, vector in self.vectors.items()}
+        return tokenizer_reference(self.tokenizer_source, sources)
 
 
 class Lock(VersionedFile):
@@ -212,8 +213,7 @@ def _merge_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
     sources = {key: vector["source"] for key, vector in recipe["vectors"].items()}
     weights = {key: vector["weight"] for key, vector in recipe["vectors"].items()}
     found = optimer_config(recipe["base_model"], sources, weights, recipe["dtype"])
-    named = recipe.get("tokenizer_source")
-    return with_tokenizer(found, sources.get(named, named))
+    return with_tokenizer(found, tokenizer_reference(recipe.get("tokenizer_source"), sources))
 
 
 def _tokenizer_field(config: StudyConfig, folder: Path) -> dict[str, str]:

@@ -46,6 +46,7 @@ from optimer_hf.files import (
     make_directory,
     naming_disk_errors,
     relocated,
+    tokenizer_reference,
     without_folders,
     write_text,
 )
@@ -335,8 +336,8 @@ class StudyConfig(VersionedFile):
     @property
     def tokenizer_reference(self) -> str | None:
         """The model whose tokenizer the merge has; None: the base."""
-        named = self.vectors.get(self.tokenizer_source or "")
-        return self.tokenizer_source if named is None else named.source
+        sources = {name: vector.source for name, vector in self.vectors.items()}
+        return tokenizer_reference(self.tokenizer_source, sources)
 
     @property
     def free(self) -> dict[str, tuple[float, float]]:
