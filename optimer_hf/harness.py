@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optimer_hf.errors import EvaluationError
-from optimer_hf.head import is_plain_head, log_probabilities, softcap_of
+from optimer_hf.head import is_plain_head, log_probabilities, plain_weight, softcap_of
 
 TOKENS_PER_BATCH = 1024
 GPU_TOKENS_PER_BATCH = 4096  # fewer do not fill it; more take the memory that the vectors are given
@@ -146,7 +146,8 @@ def _score(
         tokens = tuple((context + continuation)[-(max_length + 1) : -1])
         inputs.setdefault(tokens, []).append(index)
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-    weight, softcap = model.get_output_embeddings().weight, softcap_of(model)
+    weight, softcap = plain_weight(model), softcap_of(model)
+    assert weight is not None  # the head of a model that is scored here is plain
     in_order = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))
     for batch in batches(in_order, model.device.type):
         hidden = _hidden(model, batch)

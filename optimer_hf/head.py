@@ -179,14 +179,43 @@ def softcap_of(model: "PreTrainedModel") -> float | None:
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
-def is_plain_head(model: "PreTrainedModel") -> bool:
-    """Whether the logits are `softcap(hidden @ weight.T)` and no more, found out by trying a few
-    tokens.
+def plain_weight(model: "PreTrainedModel") -> torch.Tensor | None:
+    """Return the weight [v, d] of a head that is one matrix product and nothing else, or None.
 
-    Biases, scaled logits and multimodal wrappers say no; their stock code is used instead.
+    Layers that stand in for the head (LoRA, DoRA, trained tokens, quantised weights), a bias,
+    hooks and parametrisations say None: they compute other logits than their weight does. The
+    trained copy of a head that is saved as a whole (`modules_to_save`) is a head itself.
     """
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
+    head: Any = model.get_output_embeddings()
+    if type(head).__name__ == "ModulesToSaveWrapper" and not _is_hooked(head):  # of PEFT
+        head = _head_in_use(head)
+    if type(head) is not torch.nn.Linear or head.bias is not None or _is_hooked(head):
+        return None
+    return head.weight
+
+
+def _is_hooked(layer: torch.nn.Module) -> bool:
+    """Whether something else runs where a layer is called."""
+    return bool("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _head_in_use(wrapper: Any) -> Any:
+    """Return the head that the wrapper of a saved module computes with; None of several."""
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return wrapper.original_module
+    (name, *others) = wrapper.active_adapters
+    return None if others else wrapper.modules_to_save[name]
+
+
+def is_plain_head(model: "PreTrainedModel") -> bool:
+    """Whether the logits are `softcap(hidden @ weight.T)` and no more: the layer is plain, and a
+    few tokens that are tried agree.
+
+    Biases, adapters, scaled logits and multimodal wrappers say no; their stock code is used
+    instead.
+    """
+    weight = plain_weight(model)
+    if weight is None:
         return False
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0) % vocabulary
@@ -196,7 +225,7 @@ def is_plain_head(model: "PreTrainedModel") -> bool:
         except (AttributeError, TypeError):
             return False
         expected = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
-        found, _ = log_probabilities(hidden, head.weight, ids[0], softcap_of(model))
+        found, _ = log_probabilities(hidden, weight, ids[0], softcap_of(model))
     return torch.allclose(
         found, expected.gather(1, ids[0].unsqueeze(1))[:, 0], rtol=1e-2, atol=1e-2
     )
@@ -228,8 +257,10 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
 def fuse_loss(model: "PreTrainedModel") -> bool:
     """Make `model(labels=...)` return its loss through HeadLoss, where its head is plain; say
     whether it was.
+
+    A head that is adapted afterwards keeps the stock loss, which goes through its adapter.
     """
-    if not is_plain_head(model):
+    if "forward" in vars(model) or not is_plain_head(model):
         logger.info("%s: the fused loss does not apply, using the stock one", type(model).__name__)
         return False
     model.forward = MethodType(_fused_forward, model)
@@ -250,6 +281,11 @@ def _fused_forward(
     """
     from transformers.modeling_outputs import CausalLMOutput
 
+    weight = plain_weight(self)
+    if weight is None:  # adapted since `fuse_loss`
+        return _stock_forward(
+            self, input_ids, labels, position_ids, attention_mask, num_items_in_batch
+        )
     # use_cache=False: with a cache, transformers does not look for packed documents in position_ids
     hidden = self.base_model(
         input_ids=input_ids,
@@ -259,7 +295,6 @@ def _fused_forward(
     ).last_hidden_state
     targets = labels[:, 1:]
     scored = targets != IGNORED_LABEL
-    weight = self.get_output_embeddings().weight
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
@@ -269,3 +304,24 @@ def _fused_forward(
         loss: torch.Tensor = HeadLoss.apply(picked, weight, labels_of, softcap_of(self))  # type: ignore[no-untyped-call]
     n_items = scored.sum() if num_items_in_batch is None else num_items_in_batch
     return CausalLMOutput(loss=loss / n_items)
+
+
+def _stock_forward(
+    self: "PreTrainedModel",
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> Any:
+    """Return what the class of a model computes, through whatever stands in for its head."""
+    counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+    return type(self).forward(
+        self,
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+        **counted,
+    )

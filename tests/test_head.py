@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import EOS, VOCABULARY, tiny_model
+from peft import LoraConfig, get_peft_model
 
 from optimer_hf.corpus import IGNORED_LABEL
 from optimer_hf.head import (
@@ -191,6 +192,95 @@ def test_a_head_with_a_bias_keeps_its_stock_forward():
     assert not fuse_loss(model)
     assert model.forward == stock
     assert model(**batch()).logits.shape == (2, 40, VOCABULARY)
+
+
+def adapt_with_bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+
+
+def adapt_with_hook(model):
+    model.lm_head.register_forward_hook(lambda layer, given, logits: 2 * logits)
+
+
+def adapt_with_pre_hook(model):
+    model.lm_head.register_forward_pre_hook(lambda layer, given: (2 * given[0],))
+
+
+def adapt_with_another_forward(model):
+    stock = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 2 * stock(hidden)
+
+
+def adapt_with_parametrisation(model):
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
+HEADS = {  # ways to adapt a head: options of LoraConfig, or a function
+    "lora": {"target_modules": ["q_proj", "lm_head"]},
+    "rslora": {"target_modules": ["lm_head"], "use_rslora": True, "rank_pattern": {"lm_head": 2}},
+    "dora": {"target_modules": ["lm_head"], "use_dora": True},
+    "lora with a bias": {"target_modules": ["lm_head"], "lora_bias": True},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 6, 7]}},
+    "tokens of both": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [5, 9]},
+    },
+    "bias": adapt_with_bias,
+    "hook": adapt_with_hook,
+    "pre-hook": adapt_with_pre_hook,
+    "another forward": adapt_with_another_forward,
+    "parametrisation": adapt_with_parametrisation,
+}
+
+
+def adapted(way, fused: bool):
+    """Return a Llama whose head is adapted after its loss was fused, every factor moved."""
+    model = tiny_model("llama")
+    if fused:
+        assert fuse_loss(model)
+    torch.manual_seed(3)
+    if not isinstance(way, dict):
+        way(model)
+        return model
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **way)
+    whole = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return whole
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed:peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": torch.tensor(91)}])
+@pytest.mark.parametrize("way", HEADS.values(), ids=HEADS)
+def test_an_adapted_head_gets_the_loss_and_the_gradients_of_the_stock_forward(way, options):
+    expected, expected_gradients = losses_and_gradients(adapted(way, fused=False), **options)
+    loss, gradients = losses_and_gradients(adapted(way, fused=True), **options)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in expected_gradients.items():
+        if gradient is None:
+            assert gradients[name] is None, name
+        else:
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    trained = [gradients[name] for name in gradients if "lm_head" in name]
+    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in trained)
+
+
+def test_a_head_saved_as_a_whole_keeps_the_fused_loss():
+    model = adapted(HEADS["saved"], fused=True)
+    assert model(**batch()).get("logits") is None
+    with model.disable_adapter():
+        assert model(**batch()).get("logits") is None
+
+
+@pytest.mark.parametrize("way", HEADS.values(), ids=HEADS)
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed:peft.utils.warning.PeftWarning")
+def test_an_adapted_head_is_scored_through_its_adapter(way):
+    model = adapted(way, fused=False)
+    inner = model.get_base_model() if isinstance(way, dict) else model
+    assert is_plain_head(inner) == (way is HEADS["saved"])
 
 
 def test_scaled_logits_are_noticed():

@@ -322,6 +322,15 @@ def test_untied_embeddings_may_be_saved_with_the_adapter(make_config, tmp_path):
     )
 
 
+def test_a_lora_on_an_untied_head_is_trained(make_config, tmp_path):
+    lora = {**LORA, "target_modules": ["q_proj", "lm_head"]}
+    train(make_config("llama", lora=lora, max_tokens=64), tmp_path / "out")
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    moved = {name for name, tensor in adapter.items() if "lora_B" in name and tensor.any()}
+    assert any("lm_head" in name for name in moved)
+    assert any("q_proj" in name for name in moved)
+
+
 def test_a_run_is_known_wherever_it_lies_and_by_its_text(make_config, corpus_dir, tmp_path):
     text = tmp_path / "one" / "aaa.jsonl"
     text.parent.mkdir()
