@@ -15,6 +15,7 @@ import json
 import os
 import re
 import reprlib
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -35,6 +37,11 @@ from optimer_hf.errors import ConfigError, OutputError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 ATOMIC_PREFIX = ".partial-"
+COMPLETE = f"{ATOMIC_PREFIX}complete"  # a staged directory that only has to be moved out of there
+LONGEST_NAME = 200  # bytes; file systems take 255, and what hides a name is added
+WAIT_SECONDS = 60.0
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, in full
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
 N_PIECES, PIECE = 1024, 2**16  # of a fingerprint, 64 MiB together; bytes
@@ -532,21 +539,27 @@ def make_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to write; it replaces `path` at the end: after a crash the file
-    holds the old content or the new one.
+    """Yield a temporary sibling to write; it replaces `path` at the end: after a crash or a power
+    cut the file holds the old content or the new one.
     """
     make_directory(path.parent)
-    temporary = path.with_name(f"{ATOMIC_PREFIX}{path.name}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with exclusive(path, wait=True) as alone:
+            if alone:
+                _remove_leftovers(path.parent, path.name)
+            temporary = path.with_name(_staging_name(path.name))
+            try:
+                yield temporary
+                _sync(temporary)
+                os.replace(temporary, path)
+                _sync(path.parent)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error}). The old state was kept."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def differences(found: Any, expected: Any, where: str = "") -> list[str]:
@@ -566,32 +579,177 @@ def differences(found: Any, expected: Any, where: str = "") -> list[str]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically: after a crash it holds the old text or the new one."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text if text.endswith("\n") else text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as temporary:
+        temporary.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def staged_directory(out: Path) -> Iterator[Path]:
-    """Yield an empty sibling of `out` to write into, and move it into place at the end.
+    """Yield an empty directory of this process to write into, and move it to `out` at the end.
 
-    `out` appears whole or not at all. Raises OutputError when `out` holds files already, before
-    anything is written, and when the disk refuses data, after the partial directory was removed.
+    `out` appears whole or not at all, also after a power cut. Raises OutputError when `out` holds
+    files already or another process is writing it, before anything is written, and when the disk
+    refuses data, after the partial directory was removed.
     """
     require_empty(out)
-    staging = out.with_name(f"{ATOMIC_PREFIX}{out.name}")
-    shutil.rmtree(staging, ignore_errors=True)
+    place = Path(os.path.realpath(out))
+    with naming_disk_errors(out, "Nothing was left behind"):
+        make_directory(place.parent)
+        inside = _stages_inside(place)
+        parent = place if inside else place.parent
+        with exclusive(place, beside=parent) as alone:
+            require_empty(out)
+            if alone:
+                _remove_leftovers(parent, place.name)
+            staging = parent / _staging_name(place.name)
+            try:
+                staging.mkdir()
+                yield staging
+                _sync_all(staging)
+                if inside:
+                    _fill(place, staging.rename(place / COMPLETE))
+                else:
+                    _move(staging, out, place)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stages_inside(place: Path) -> bool:
+    """Whether a directory that is there cannot be replaced by another: a mount point, a working
+    directory, one in a folder that cannot be written to, or with leftovers in it.
+    """
+    return place.is_dir() and (
+        place.is_mount()
+        or Path.cwd().is_relative_to(place)
+        or not os.access(place.parent, os.W_OK)
+        or any(place.iterdir())
+    )
+
+
+def _move(staging: Path, out: Path, place: Path) -> None:
+    """Move a staged directory into place; `out` is how a message names the place."""
     try:
-        with naming_disk_errors(out, "Nothing was left behind"):
-            make_directory(out.parent)
-            staging.mkdir()
-            yield staging
-            if out.exists():
-                out.rmdir()
-            os.replace(staging, out)
+        if place.exists():
+            place.rmdir()  # not every file system replaces an empty directory
+        os.replace(staging, place)
+    except OSError:
+        require_empty(out)  # says so when somebody wrote into it meanwhile
+        raise
+    _sync(place.parent)
+
+
+def _fill(place: Path, complete: Path) -> None:
+    """Move what a complete staged directory inside `place` holds into `place`."""
+    for entry in sorted(complete.iterdir()):
+        os.replace(entry, place / entry.name)
+    complete.rmdir()
+    _sync(place)
+
+
+def finish_move(out: Path) -> None:
+    """Finish a `staged_directory` that was complete, and killed while it was moved to `out`."""
+    if is_there(out / COMPLETE):
+        place = Path(os.path.realpath(out))
+        with naming_disk_errors(out, "It is not complete"), exclusive(place, beside=place):
+            _fill(place, place / COMPLETE)
+
+
+# -- locks and leftovers ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exclusive(place: Path, *, wait: bool = False, beside: Path | None = None) -> Iterator[bool]:
+    """Hold a place for this process while it is written; not re-entrant, gone with the process.
+
+    The lock is a hidden file in `beside` (None: the folder of `place`), which has to be there.
+    Raises OutputError when another process holds the place, with `wait` only after WAIT_SECONDS.
+    Yields whether the file system has locks at all.
+    """
+    folder = place.parent if beside is None else beside
+    file = folder / _hidden(place.name, ".lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            has_locks = stack.enter_context(locking(file, WAIT_SECONDS if wait else 0))
+        except Timeout:
+            raise OutputError(
+                f"{place}: another process is writing it. Wait for it, or give another place."
+            ) from None
+        try:
+            yield has_locks
+        finally:
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locking(file: Path, seconds: float = 0.0) -> Iterator[bool]:
+    """Hold a lock file for this process; one that a dead process left is free.
+
+    Raises filelock.Timeout when a live process holds it for longer than `seconds`. Yields whether
+    the file system has locks: without them nothing is held.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        yield False
+        return
+    try:
+        yield True
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        lock.release()
+
+
+def _staging_name(name: str) -> str:
+    """Return a name that no other process uses while it writes `name`; its suffix stays."""
+    return _hidden(name, f"{secrets.token_hex(4)}-", before=True)
+
+
+def _hidden(name: str, mark: str, *, before: bool = False) -> str:
+    """Return `name` hidden and marked; a name that would become too long by its digest."""
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + Path(name).suffix[:16]
+    return f"{ATOMIC_PREFIX}{mark}{name}" if before else f"{ATOMIC_PREFIX}{name}{mark}"
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what processes left that died while they wrote `name`; the caller holds its lock."""
+    ending = _hidden(name, "", before=True).removeprefix(ATOMIC_PREFIX)
+    for entry in folder.glob(f"{ATOMIC_PREFIX}????????-*"):
+        mark, _, rest = entry.name.removeprefix(ATOMIC_PREFIX).partition("-")
+        if rest == ending and re.fullmatch("[0-9a-f]{8}", mark):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    entry.unlink()
+
+
+def _sync_all(folder: Path) -> None:
+    """Have the disk hold every file of a folder before the folder is moved into place."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file or the entries of a directory, where the file system can say so."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # our own file, made unreadable on purpose
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -623,11 +781,18 @@ def _is_full(path: Path) -> bool:
 
 
 def require_empty(out: Path) -> None:
-    """Raise OutputError unless `out` is absent or an empty directory."""
-    if is_there(out) and (not out.is_dir() or any(out.iterdir())):
+    """Raise OutputError unless `out` is absent or an empty directory; what a killed process left in
+    it while it wrote `out` does not count.
+    """
+    finish_move(out)
+    if is_there(out) and (not out.is_dir() or _others_in(out)):
         raise OutputError(
             f"{out}: already exists and is not empty. Remove it or give another output directory."
         )
+
+
+def _others_in(out: Path) -> bool:
+    return any(not entry.name.startswith(ATOMIC_PREFIX) for entry in out.iterdir())
 
 
 # -- digests ---------------------------------------------------------------------------------------

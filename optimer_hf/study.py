@@ -6,7 +6,6 @@ so a study can be read, ranked and re-targeted without a model.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+from filelock import Timeout
 from pydantic import Field, TypeAdapter
 from scipy.special import log_ndtr
 
@@ -43,6 +43,7 @@ from optimer_hf.files import (
     VersionedFile,
     differences,
     digest,
+    locking,
     make_directory,
     naming_disk_errors,
     relocated,
@@ -927,12 +928,11 @@ def hint_of_seeds(directory: Path) -> str:
 def locked(directory: Path) -> Iterator[None]:
     """Hold a directory for this process; raise StudyError when a live process holds it."""
     make_directory(directory)
-    with naming_disk_errors(directory, "Nothing was changed"):
-        lock = open(directory / ".lock", "w")  # noqa: SIM115
-    with lock as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with naming_disk_errors(directory, "Nothing was changed"):
+                stack.enter_context(locking(directory / ".lock"))
+        except Timeout:
             raise StudyError(
                 f"{directory}: another process is working in it. Wait for it, or stop it."
             ) from None

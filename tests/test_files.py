@@ -1,13 +1,19 @@
 """files.py: mistakes are named, references resolved, and nothing half-written stays."""
 
+import contextlib
+import errno
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from filelock import FileLock
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import Field
@@ -26,6 +32,7 @@ from optimer_hf.files import (
     portable,
     read_yaml,
     relocated,
+    require_empty,
     sha256_file,
     staged_directory,
     write_text,
@@ -309,15 +316,153 @@ def test_a_full_disk_inside_a_staged_directory_is_an_output_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_does_not_get_into_the_next_directory(tmp_path):
-    with staged_directory(tmp_path / "out") as staging:
-        name = staging.name
-    (tmp_path / "out").rmdir()
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "stale").write_text("x")
+WRITER = """
+import sys
+from pathlib import Path
+from optimer_hf.files import replacing, staged_directory
+with staged_directory(Path("out")) as staging, replacing(Path("file.txt")) as partial:
+    (staging / "stale").write_text("x")
+    partial.write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_place_that_another_process_writes_is_refused_until_it_ends_or_dies(tmp_path):
+    command = [sys.executable, "-c", WRITER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdin=pipe, stdout=pipe) as writer:
+        writer.stdout.readline()
+        assert len(list(tmp_path.iterdir())) == 4  # two locks, a directory, a file
+        with (
+            pytest.raises(OutputError, match=r"out: another process is writing it\. Wait"),
+            staged_directory(tmp_path / "out"),
+        ):
+            pytest.fail("the body must not run")
+        assert len(list(tmp_path.iterdir())) == 4
+        writer.kill()
+    assert len(list(tmp_path.iterdir())) == 4
     with staged_directory(tmp_path / "out"):
         pass
+    write_text(tmp_path / "file.txt", "whole")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file.txt", "out"]
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_only_leftovers_of_the_same_name_are_removed(tmp_path):
+    names = [".partial-0a1b2c3d-out2", ".partial-mine-out", ".partial-0a1b2c3d-x-out", ".partial-"]
+    for name in [*names, ".partial-0a1b2c3d-out"]:
+        (tmp_path / name).mkdir()
+    with staged_directory(tmp_path / "out"):
+        pass
+    assert {entry.name for entry in tmp_path.iterdir()} == {*names, "out"}
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 255, "ä" * 127, "a b\n'[c]*?", "-rf", ".partial-x", "~", "out.lock", "\udcff"]
+)
+def test_any_name_that_a_file_system_takes_can_be_written(tmp_path, name):
+    with staged_directory(tmp_path / name) as staging:
+        (staging / "a").write_text("a")
+    assert [os.fsencode(entry.name) for entry in tmp_path.iterdir()] == [os.fsencode(name)]
+    write_text(tmp_path / name / name, "b")
+    assert {entry.name for entry in (tmp_path / name).iterdir()} == {"a", name}
+
+
+def test_a_staged_directory_has_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").mkdir()
+    with staged_directory(tmp_path / "out"):
+        pass
+    write_text(tmp_path / "file", "x")
+    (tmp_path / "usual" / "file").write_text("x")
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual" / "file").stat().st_mode
+
+
+def test_links_are_followed_to_the_directory_they_name(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, target in {"link": "empty", "dangling": "absent"}.items():
+        (tmp_path / name).symlink_to(target)
+        with staged_directory(tmp_path / name) as staging:
+            (staging / "a").write_text("a")
+        assert (tmp_path / target / "a").exists() and (tmp_path / name).is_symlink()
+
+
+def test_what_is_staged_is_on_the_disk_before_it_is_moved(tmp_path, monkeypatch):
+    events = []
+    sync, move = os.fsync, os.replace
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (events.append(str(Path(f"/proc/self/fd/{fd}").readlink())), sync(fd)),
+    )
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("move"), move(*paths)))
+    with staged_directory(tmp_path / "out") as staging:
+        (staging / "deep").mkdir()
+        (staging / "deep" / "a").write_text("a")
+    before, after = events[: events.index("move")], events[events.index("move") + 1 :]
+    assert set(before) == {str(staging), str(staging / "deep"), str(staging / "deep" / "a")}
+    assert after == [str(tmp_path)]
+
+
+def test_a_directory_that_cannot_be_replaced_is_filled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with staged_directory(Path()) as staging:  # the working directory
+        assert staging.parent == tmp_path
+        (staging / "a").write_text("a")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(OutputError, match="not empty"), staged_directory(Path()):
+        pytest.fail("the body must not run")
+
+
+@pytest.mark.parametrize("n_moved", range(4))
+def test_a_directory_whose_filling_was_killed_is_whole_at_the_next_look(
+    tmp_path, monkeypatch, n_moved
+):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    move, moved = os.replace, []
+
+    def dying(*paths):
+        if len(moved) == n_moved:
+            raise KeyboardInterrupt
+        moved.append(move(*paths))
+
+    with (
+        monkeypatch.context() as patch,
+        contextlib.suppress(KeyboardInterrupt),
+        staged_directory(tmp_path / "out") as staging,
+    ):
+        for name in "abc":
+            (staging / name).write_text(name)
+        patch.setattr(os, "replace", dying)
+    with pytest.raises(OutputError, match="not empty"):
+        require_empty(tmp_path / "out")
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == set("abc")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_written_into_an_output_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="not empty"), staged_directory(out) as staging:
+        (staging / "a").write_text("a")
+        out.mkdir()
+        (out / "mine").write_text("mine")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert [entry.name for entry in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch, number):
+    def refuse(lock, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    (tmp_path / ".partial-0a1b2c3d-out").mkdir()  # of a process that may be alive
+    with staged_directory(tmp_path / "out") as staging:
+        write_text(staging / "a", "a")
+    assert (tmp_path / "out" / "a").read_text() == "a\n"
+    assert (tmp_path / ".partial-0a1b2c3d-out").exists()
 
 
 def test_an_output_that_holds_files_is_refused_and_kept(tmp_path):
