@@ -52,7 +52,7 @@ class Asker:
     def tell(self, trial: Trial) -> None:
         """Record a finished trial; the first one is the base."""
         self._record.trials.append(trial)
-        if self._facade is not None:
+        if self._facade is not None and not trial.is_blameless:
             self._tell(self._facade, trial)
 
     def ask(self, number: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
@@ -76,7 +76,8 @@ class Asker:
 
         facade = stock_facade_of(self._record, self._scratch)
         for trial in self._record.trials:
-            self._tell(facade, trial)
+            if not trial.is_blameless:
+                self._tell(facade, trial)
         return facade
 
     def _tell(self, facade: Any, trial: Trial) -> None:

@@ -24,6 +24,7 @@ from optimer_hf.evaluate import (
     warn_of_other_weights,
     warn_of_reported_benchmarks,
 )
+from optimer_hf.faults import naming_faults
 from optimer_hf.progress import Meter
 from optimer_hf.study import (
     Study,
@@ -57,7 +58,7 @@ def search(
 
     Raises OptimerError for anything wrong with the config before the first trial. A trial that
     fails is recorded as crashed and the search goes on, unless the base itself cannot be scored or
-    nothing else could.
+    nothing else could, or the failure is not the fault of its weights (see `run_trial`).
     """
     with locked(directory):
         study = open_study(config, directory)
@@ -124,7 +125,8 @@ def _runner(
     scheduler: str | None,
 ) -> AbstractContextManager[Runner]:
     if n_workers is None and scheduler is None:
-        return nullcontext(Here(pool(config)))
+        with naming_faults("opening base, vectors and tasks"):
+            return nullcontext(Here(pool(config)))
     from optimer_hf.workers import Workers
 
     return Workers(config, n_workers=n_workers, scheduler=scheduler, pool=pool)

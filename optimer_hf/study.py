@@ -35,6 +35,7 @@ from optimer_hf.evaluate import (
     headroom,
     paired_interval,
 )
+from optimer_hf.faults import was_environmental
 from optimer_hf.files import (
     FileModel,
     Mistake,
@@ -381,6 +382,11 @@ class Trial:
         """Return the trial as one line of trials.jsonl."""
         return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
 
+    @property
+    def is_blameless(self) -> bool:
+        """Whether it crashed by no fault of its weights, which earlier versions recorded, too."""
+        return self.status == "crashed" and was_environmental(self.error or "")
+
     @classmethod
     def from_json(cls, line: str) -> "Trial":
         """Read a line of trials.jsonl."""
@@ -565,8 +571,10 @@ def surrogate_of(
     """Fit the posterior of the objective and its constraints to trials whose first one is the base.
 
     A `preference` [n_terms] weights the terms instead of the objective, each relative to how far
-    its best trial is from the middle one.
+    its best trial is from the middle one. Trials that crashed by no fault of their weights say
+    nothing.
     """
+    trials = [trial for trial in trials if not trial.is_blameless]
     table = columns(config, trials)
     points = to_unit(config, [trial.weights for trial in trials])
     counting = [term.weight for term in config.objective.at("search") if term.weight > 0]

@@ -1,8 +1,8 @@
 """One trial: weights and terms in, scores out; a failure is a recorded crash.
 
 A Pool is whatever can do that: a resident model with the harness, or in tests a plain function of
-the weights. What a reader would not guess: only a ModelError and a failed device end a search; any
-other failure belongs to the weights that were tried.
+the weights. What a reader would not guess: memory that ran out, a full disk and the like are not
+the weights' fault. Such a trial is tried once more and then ends the search, unrecorded.
 """
 
 import logging
@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 
 from optimer_hf.convert import default_device, resolve_base
-from optimer_hf.errors import ConfigError, EvaluationError, ModelError
+from optimer_hf.errors import ConfigError, EvaluationError, OptimerError
 from optimer_hf.evaluate import Evaluator, Scorer, Term, TermScore, check_disjoint
+from optimer_hf.faults import collect_memory, is_environmental
 from optimer_hf.files import first_line
 from optimer_hf.progress import Cost
 from optimer_hf.resident import ResidentModel
@@ -122,24 +123,49 @@ def _source(name: str, vector: VectorConfig) -> str:
 def run_trial(
     pool: Pool, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]
 ) -> Trial:
-    """Return the trial with its scores; a failure is recorded with its traceback, not raised.
+    """Return the trial with its scores, or as crashed with the traceback of the failure.
 
-    Raises EvaluationError when the device itself has failed, which no weights are to blame for.
+    What is not the weights' fault (see `faults`) is tried once more, after memory was freed. Raises
+    EvaluationError when it fails so again, and any other OptimerError of the pool as it is.
+    """
+    fault = _attempted(pool, trial, terms, limits)
+    if isinstance(fault, Trial):
+        return fault
+    logger.warning("trial %d: %s; it is tried once more", trial.number, fault)
+    collect_memory()  # the frames that failed, and what they held, are gone by now
+    fault = _attempted(pool, trial, terms, limits)
+    if isinstance(fault, Trial):
+        return fault
+    raise EvaluationError(
+        f"trial {trial.number}: {fault}, twice. That is not the fault of its weights, so it is not "
+        "recorded. Free memory, disk or device and run the same command again: finished trials "
+        "are kept, and this one is done anew."
+    )
+
+
+def _attempted(
+    pool: Pool, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]
+) -> Trial | str:
+    """Return the trial with its scores or as crashed; in one line what failed, if not by its fault.
+
+    Raises EvaluationError when the device has failed, after which no try of this process can do.
     """
     started = Cost.now()
     try:
         scores, seconds, n_tokens = pool.score(trial.weights, terms, limits)
-    except ModelError:
-        raise
-    except torch.AcceleratorError as error:  # every later one of this process would fail like it
-        raise EvaluationError(
-            f"trial {trial.number}: the device failed ({first_line(error)}). Run the same command "
-            "again: finished trials are kept, and this one is done anew."
-        ) from error
     except Exception as error:  # one bad weight set must not end a search of hours
+        if isinstance(error, OptimerError) and not isinstance(error, EvaluationError):
+            raise
+        if isinstance(error, torch.AcceleratorError):
+            raise EvaluationError(
+                f"trial {trial.number}: the device failed ({first_line(error)}). Run the same "
+                "command again: finished trials are kept, and this one is done anew."
+            ) from error
+        logger.debug("trial %d", trial.number, exc_info=True)
+        if is_environmental(error):
+            return f"{type(error).__name__}: {first_line(error)}"
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
         logger.warning("trial %d crashed: %s", trial.number, error)
-        logger.debug("trial %d", trial.number, exc_info=True)
         return replace(trial, status="crashed", error=text)
     seconds = trial.seconds | seconds | {"cpu": started.since().cpu_seconds}
     rounded = {phase: round(value, 4) for phase, value in seconds.items()}

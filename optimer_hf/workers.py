@@ -30,6 +30,7 @@ from distributed import (
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.evaluate import Term
+from optimer_hf.faults import naming_faults
 from optimer_hf.study import StudyConfig, Trial
 from optimer_hf.trial import Pool, ResidentPool, run_trial
 
@@ -146,9 +147,9 @@ class Workers:
     def next_finished(self) -> Trial:
         """Wait for a submitted trial and return it as `run_trial` does, with its worker's name.
 
-        A trial that killed all the workers Dask gave it comes back as crashed. Raises ModelError
-        (or the OptimerError that it was) when a worker cannot open its pool, and StudyError when
-        there is no worker for ten minutes or the scheduler is lost.
+        Raises ModelError (or the OptimerError that it was) when a worker cannot open its pool, and
+        StudyError when a trial killed all the workers Dask gave it, when there is no worker for ten
+        minutes, or when the scheduler is lost.
         """
         with self._naming_lost_scheduler():
             future = self._first_done(list(self._pending))
@@ -156,8 +157,10 @@ class Workers:
         try:
             finished: Trial = self._outcome(future)
         except _AllDiedError as error:
-            logger.warning("trial %d crashed: %s", trial.number, error)
-            return replace(trial, status="crashed", error=str(error))
+            raise StudyError(
+                f"trial {trial.number}: {error} Run the same command again: finished trials are "
+                "kept, and this one is done anew."
+            ) from None
         return finished
 
     def _outcome(self, future: Future) -> Any:
@@ -174,7 +177,8 @@ class Workers:
                 f"({error.__cause__}). Install the optimer-hf that runs here there, too."
             ) from error
         if not isinstance(error, KilledWorker):
-            raise error
+            with naming_faults(f"{self._client.scheduler.address}: a worker"):
+                raise error
         raise _AllDiedError(
             f"KilledWorker: its worker died {error.allowed_failures + 1} times. It has too little "
             "memory, or another optimer-hf than this machine, or none; the log of the workers says "

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "optimer_hf"
 ORDER = [
     "errors",
     "files",
+    "faults",
     "memory",
     "progress",
     "corpus",

@@ -1,6 +1,7 @@
 """search.py: anchors, resuming after any cut, crashes, locks, and a real study on tiny models."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -15,8 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distributed.comm import CommClosedError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import optimer_hf.trial as trial_module
 from optimer_hf.ask import anchors
 from optimer_hf.convert import multiplied_in
 from optimer_hf.errors import (
@@ -39,8 +43,10 @@ from optimer_hf.study import (
     from_unit,
     load_study,
     locked,
+    surrogate_of,
     to_unit,
 )
+from optimer_hf.trial import run_trial
 
 OPTIMA = {"t": [0.6, 0.3, 0.1, 0.0], "u": [0.1, 0.7, 0.0, 0.2], "q": [0.0, 0.0, 0.5, 0.5]}
 
@@ -114,6 +120,10 @@ def no_pool(config):
 def outcome(study: Study):
     """Everything of a study's trials but the clock."""
     return [replace(trial, seconds={}, error=None) for trial in study.log.trials]
+
+
+def outcome_of(directory: Path):
+    return [replace(t, seconds={}) for t in TrialLog(directory / "trials.jsonl").trials]
 
 
 @pytest.fixture(scope="module")
@@ -508,14 +518,15 @@ def test_more_trials_go_on_from_a_finished_study_and_can_become_the_incumbent(tm
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
     pool = failing_at(
         {
-            3: RuntimeError("out of memory"),
+            3: RuntimeError("probability tensor contains either inf, nan or element < 0"),
             8: EvaluationError("the score of item 0 is not a finite"),
         }
     )
     study = search(config_of(), tmp_path / "s", pool=pool)
     crashed = [trial for trial in study.log.of("search") if trial.status == "crashed"]
     assert [trial.number for trial in crashed] == [3, 8]
-    assert "RuntimeError: out of memory" in crashed[0].error and "Traceback" in crashed[0].error
+    assert "RuntimeError: probability tensor" in crashed[0].error
+    assert "Traceback" in crashed[0].error
     assert crashed[0].terms == {}
     assert len(study.log.of("search")) == 12
     assert study.incumbent.status == "ok" and study.value(study.incumbent) > 0
@@ -527,6 +538,102 @@ def test_a_device_that_fails_ends_the_search_and_blames_no_weights(tmp_path, uni
         search(config_of(), tmp_path / "s", pool=pool)
     assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5
     assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+
+
+def caused_by(cause: Exception) -> Exception:
+    error = ValueError("the task cannot be scored")
+    error.__cause__ = cause
+    return error
+
+
+NO_FAULT_OF_WEIGHTS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"),
+    RuntimeError("can't start new thread"),
+    MemoryError(),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EMFILE, "Too many open files"),
+    ConnectionResetError("reset by peer"),
+    TimeoutError("the Hub did not answer"),
+    FileNotFoundError("items.jsonl"),
+    ModuleNotFoundError("No module named 'sacrebleu'"),
+    SafetensorError("Error while deserializing header"),
+    CommClosedError("the worker is gone"),
+    caused_by(MemoryError()),
+    ExceptionGroup("two", [ValueError("no"), MemoryError()]),
+]
+FAULT_OF_WEIGHTS = [
+    EvaluationError("the score of item 0 is not a finite number"),
+    OverflowError("math range error"),
+    ZeroDivisionError("float division by zero"),
+    FloatingPointError("invalid value"),
+    ValueError("generation stopped at a token that is none"),
+    RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"),
+    np.linalg.LinAlgError("singular"),
+    KeyError("resps"),
+    AssertionError("no"),
+]
+
+
+def test_lack_of_memory_ends_the_search_unrecorded(tmp_path, uninterrupted):
+    error, expected = torch.OutOfMemoryError("CUDA out of memory."), outcome(uninterrupted)
+    once = search(config_of(), tmp_path / "once", pool=failing_at({7: error}))
+    assert outcome(once) == expected  # tried again
+    with pytest.raises(EvaluationError, match=r"trial 7: .*, twice\. .* this one is done anew"):
+        search(config_of(), tmp_path / "s", pool=failing_at({7: error, 8: error}))
+    assert outcome_of(tmp_path / "s") == expected[:7]
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == expected
+
+
+@pytest.mark.parametrize("error", NO_FAULT_OF_WEIGHTS, ids=repr)
+def test_what_is_not_the_fault_of_the_weights_is_tried_twice_and_raised(error, monkeypatch):
+    freed = []
+    monkeypatch.setattr(trial_module, "collect_memory", lambda: freed.append(True))
+    config = config_of()
+    asked = (Trial(3, "x", "search", dict.fromkeys("wxyz", 0.1), "ok", {}, {}), [], {})
+    assert run_trial(failing_at({0: error})(config), *asked).status == "ok"
+    with pytest.raises(EvaluationError, match=r"trial 3: .*, twice\."):
+        run_trial(failing_at({0: error, 1: error})(config), *asked)
+    assert len(freed) == 2
+
+
+@pytest.mark.parametrize("error", FAULT_OF_WEIGHTS, ids=repr)
+def test_what_the_weights_break_is_a_crashed_trial(error):
+    asked = (Trial(3, "x", "search", dict.fromkeys("wxyz", 0.1), "ok", {}, {}), [], {})
+    crashed = run_trial(failing_at({0: error})(config_of()), *asked)
+    assert crashed.status == "crashed" and not crashed.is_blameless
+
+
+def test_a_pool_that_cannot_be_opened_for_lack_of_memory_is_one_line(tmp_path):
+    def opened(config):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(EvaluationError, match=r"opening base.*CUDA out of memory\.\. Free memory"):
+        search(config_of(), tmp_path / "s", pool=opened)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "OutOfMemoryError: CUDA out of memory.\nTraceback",
+        "MemoryError",
+        "KilledWorker: its worker died 4 times. It has too little memory",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate",
+        "FileNotFoundError: [Errno 2] No such file or directory",
+        "ConnectionError",
+    ],
+)
+def test_an_old_crash_for_lack_of_memory_teaches_the_surrogate_nothing(error, uninterrupted):
+    config, trials = config_of(), uninterrupted.log.of("search")
+    crash = replace(trials[9], status="crashed", terms={}, error=error)
+    points = np.random.default_rng(0).random((5, 4))
+    with_crash = surrogate_of(config, [*trials[:9], crash]).predict(points)
+    without = surrogate_of(config, trials[:9]).predict(points)
+    assert np.array_equal(with_crash, without)
+    blamed = replace(crash, error="ValueError: the score is not a number")
+    assert not np.array_equal(surrogate_of(config, [*trials[:9], blamed]).predict(points), without)
 
 
 def test_a_study_with_crashed_trials_resumes_to_the_same_trials(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from distributed import Client, LocalCluster
 
 import optimer_hf.workers as workers_module
-from optimer_hf.errors import ConfigError, ModelError, StudyError
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
 from optimer_hf.evaluate import TermScore
 from optimer_hf.search import search
 from optimer_hf.study import StudyConfig, Trial
@@ -98,6 +98,14 @@ class DeadlyPool(FunctionPool):
 
     def score(self, weights, terms, limits):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class GreedyPool(FunctionPool):
+    """Finds no memory left."""
+
+    def score(self, weights, terms, limits):
+        super().score(weights, terms, limits)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 class AbsentPool(FunctionPool):
@@ -303,12 +311,23 @@ def test_a_trial_goes_on_when_the_only_worker_is_killed_and_starts_again(tmp_pat
     assert len(set(files(tmp_path, "opened"))) == 2
 
 
-def test_a_trial_that_kills_every_worker_comes_back_as_crashed(tmp_path, cluster):
+def test_a_trial_that_kills_every_worker_ends_the_search_and_blames_no_weights(tmp_path, cluster):
     config = config_of(tmp_path)
-    with Workers(config, scheduler=cluster.scheduler_address, pool=DeadlyPool) as workers:
-        trial = run(workers, config, [4])[4]
-    assert replace(trial, error=None) == replace(trial_of(4), status="crashed")
-    assert "its worker died 2 times" in trial.error
+    with (
+        Workers(config, scheduler=cluster.scheduler_address, pool=DeadlyPool) as workers,
+        pytest.raises(StudyError, match=r"trial 4: .*its worker died 2 times.* is done anew"),
+    ):
+        run(workers, config, [4])
+
+
+def test_a_worker_that_lacks_memory_tries_again_and_then_ends_the_search(tmp_path, cluster):
+    config = config_of(tmp_path)
+    with (
+        Workers(config, scheduler=cluster.scheduler_address, pool=GreedyPool) as workers,
+        pytest.raises(EvaluationError, match=r"worker .*: trial 4: OutOfMemoryError: .*, twice"),
+    ):
+        run(workers, config, [4])
+    assert len(files(tmp_path, "started")) == 2
 
 
 def test_a_pool_that_kills_every_worker_ends_the_search(tmp_path, cluster):
