@@ -17,7 +17,7 @@ import re
 import reprlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -273,17 +273,30 @@ class _Loader(yaml.SafeLoader):
     as the number it is in YAML 1.2 and in JSON.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)  # refuses keys that cannot be one
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._flat: set[int] = set()  # ids of the mappings whose merge keys were replaced
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Replace `<<` by what it names, which keys of the mapping itself may override."""
+        if id(node) not in self._flat:
+            self._flat.add(id(node))
+            self._refuse_duplicates(node)
+            super().flatten_mapping(node)
+
+    def _refuse_duplicates(self, node: yaml.MappingNode) -> None:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # which SafeLoader names
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
                 )
             seen.add(key)
-        return mapping
 
 
 class _Dumper(yaml.SafeDumper):

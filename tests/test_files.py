@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 from filelock import FileLock
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -161,6 +162,27 @@ def test_duplicate_key_is_refused_with_its_line(tmp_path):
         tmp_path, "base_model: a/b\nparts:\n  x: {source: a/b}\n  x: {source: c/d}\n"
     )
     assert "example.yaml:4: not valid YAML. key 'x' is given twice." in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n",
+        "a: &a {x: 1, y: 2}\nb: {x: 3, <<: *a}\n",
+        "a: {x: 1, y: 2}\nb: {<<: [{x: 3}, {x: 4, y: 2}]}\n",
+        "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  <<: {x: 3}\n",
+        "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 2}\nd: [{<<: *b}, {<<: *b}]\n",
+    ],
+)
+def test_merge_keys_are_read_as_pyyaml_reads_them(tmp_path, text):
+    found = read_yaml(written(tmp_path, text))
+    assert found == yaml.safe_load(text) and found["b"] == {"x": 3, "y": 2}
+
+
+def test_a_duplicate_key_beside_a_merge_key_is_refused(tmp_path):
+    for text in ("a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}\n", "b: {<<: {y: 1, y: 2}}\n"):
+        with pytest.raises(ConfigError, match="key 'y' is given twice"):
+            read_yaml(written(tmp_path, text))
 
 
 def test_invalid_yaml_is_refused_with_its_line(tmp_path):
