@@ -8,23 +8,19 @@ with BOS again: every segment looks to the model like the beginning of a documen
 documents are scored later.
 """
 
-import gzip
-import json
 import logging
-import lzma
 import random
-import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from optimer_hf.errors import CorpusError
-from optimer_hf.files import FileModel, LocalPath, Mistake, make_directory, sha256_file
+from optimer_hf.files import FileModel, LocalPath, LocalText, Mistake, make_directory, sha256_file
+from optimer_hf.texts import fingerprint_of_texts, say_left_out, text_in, texts_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,29 +30,46 @@ logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 SHUFFLE_BUFFER = 10_000
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may name them, no tokenizer takes them
-TEXT = (".jsonl", ".txt", ".md")
-TABLES = (".json", ".csv", ".parquet", ".arrow")  # what `datasets` reads
-_OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+SHUFFLED_CHARACTERS = 256 * 2**20  # in the buffer at once: a corpus of books is not held whole
+
+
+DataFiles = LocalText | list[LocalText] | dict[str, LocalText | list[LocalText]]
 
 
 class CorpusConfig(FileModel):
-    """Where training text comes from: a local file, or a data set that `datasets` can stream."""
+    """Where training text comes from: local files (`path`: a file, a folder of shards or a glob),
+    or a data set that `datasets` can stream, whose `dataset_config`, `data_files` and `split` are
+    those of `load_dataset`.
+    """
 
     path: LocalPath | None = None
-    dataset: str | None = None
-    dataset_config: str | None = None
+    dataset: LocalText | None = None
+    dataset_config: str | None = Field(
+        default=None, validation_alias=AliasChoices("dataset_config", "name")
+    )
+    data_files: DataFiles | None = None
     split: str = "train"
     text_field: str = "text"
 
     def mistakes(self) -> Iterator[Mistake]:
         if (self.path is None) == (self.dataset is None):
-            yield (), "give exactly one of 'path' (a local file) and 'dataset' (a Hub data set)"
+            yield (), "give exactly one of 'path' (local files) and 'dataset' (for `datasets`)"
+        for field_ in ("dataset_config", "data_files"):
+            if self.path is not None and getattr(self, field_) is not None:
+                yield (field_,), f"'{field_}' goes with 'dataset'; leave it out beside 'path'"
 
     @property
     def name(self) -> str:
         """What to call the corpus in messages and metadata; never a path of this machine."""
-        return self.path.name if self.path is not None else str(self.dataset)
+        if self.path is not None:
+            return self.path.name
+        dataset = str(self.dataset)
+        return Path(dataset).name if Path(dataset).is_absolute() else dataset
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Digest of the local files it is read from; None where none are there."""
+        return None if self.path is None else fingerprint_of_texts(self.path)
 
 
 class MixturePart(CorpusConfig):
@@ -118,107 +131,68 @@ class PackedCorpus:
 def documents(config: CorpusConfig) -> Iterator[str]:
     """Yield the texts of a corpus in file order.
 
-    Raises CorpusError that names file and line for a missing or damaged file, malformed JSON or a
-    missing text field.
+    Raises CorpusError that names file and row for what is absent, damaged, malformed or without the
+    text field.
     """
     if config.path is not None:
-        _refuse_unreadable(config.path)
-    if config.path is None or not _is_text_file(config.path):
+        yield from texts_of(config.path, config.text_field)
+    else:
         yield from _streamed(config)
-        return
-    try:
-        with _open_text(config.path) as file:
-            if ".jsonl" not in config.path.name:
-                yield file.read()
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _text_of(line, config.text_field, f"{config.path}:{number}")
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
-        raise CorpusError(f"{config.path}: cannot be read as UTF-8 text ({error}).") from error
-
-
-def _refuse_unreadable(path: Path) -> None:
-    """Raise CorpusError for what is no file, or none of a known format."""
-    if not path.is_file():
-        found = "is a directory, expected a file" if path.is_dir() else "no such file"
-        raise CorpusError(f"{path}: {found}.")
-    known = path.suffix in (*_OPENERS, *TEXT, *TABLES)
-    if not known or not {*path.suffixes} & {*TEXT, *TABLES}:
-        raise CorpusError(
-            f"{path}: found a file that ends in {path.suffix!r}. Expected {', '.join(TEXT)} (as it "
-            f"is, or as .gz or .xz), {', '.join(TABLES)}."
-        )
-
-
-def _is_text_file(path: Path) -> bool:
-    return any(suffix in TEXT for suffix in path.suffixes)
-
-
-def _open_text(path: Path) -> TextIO:
-    opener: Any = _OPENERS.get(path.suffix, open)
-    return opener(path, "rt", encoding="utf-8")  # type: ignore[no-any-return]
-
-
-def _text_of(line: str, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{where}: not a JSON object ({error.msg}).") from None
-    except ValueError as error:  # a number with thousands of digits
-        raise CorpusError(f"{where}: not a JSON object ({error}).") from None
-    except RecursionError:
-        raise CorpusError(f"{where}: is nested too deeply.") from None
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise CorpusError(f"{where}: no text in field {field!r}; found {found}. Set `text_field`.")
-    if not row[field].isascii() and SURROGATE.search(row[field]):
-        raise CorpusError(f"{where}: holds half a character (\\ud800 to \\udfff). Remove it.")
-    return str(row[field])
 
 
 def _streamed(config: CorpusConfig) -> Iterator[str]:
     import datasets
 
+    n_null = 0
     try:
-        if config.path is not None:
-            kind = config.path.suffix.lstrip(".").replace("jsonl", "json")
-            rows = datasets.load_dataset(
-                kind, data_files=str(config.path), split="train", streaming=True
-            )
-        else:
-            rows = datasets.load_dataset(
-                str(config.dataset), config.dataset_config, split=config.split, streaming=True
-            )
-        iterator = iter(rows)
-        for row in iterator:
-            if not isinstance(row.get(config.text_field), str):
-                raise CorpusError(
-                    f"{config.name}: no text in field {config.text_field!r}; found {sorted(row)}. "
-                    "Set `text_field`."
-                )
-            yield row[config.text_field]
+        rows = datasets.load_dataset(
+            str(config.dataset),
+            config.dataset_config,
+            data_files=config.data_files,
+            split=config.split,
+            streaming=True,
+        )
+        for row in rows:
+            text = text_in(row, config.text_field, config.name)
+            n_null += text is None
+            if text is not None:
+                yield text
     except CorpusError:
         raise
     except (
         Exception
     ) as error:  # `datasets` raises dozens of types for a missing or unreadable data set
         raise CorpusError(f"{config.name}: `datasets` cannot read it ({error}).") from error
+    finally:
+        say_left_out(config.name, config.text_field, n_null)
 
 
-def shuffled(texts: Iterable[str], seed: int, buffer_size: int = SHUFFLE_BUFFER) -> Iterator[str]:
-    """Yield texts in random order from a buffer, so that only `buffer_size` of them are in memory
-    at once.
+def shuffled(
+    texts: Iterable[str],
+    seed: int,
+    buffer_size: int = SHUFFLE_BUFFER,
+    n_characters: int = SHUFFLED_CHARACTERS,
+) -> Iterator[str]:
+    """Yield texts in random order from a buffer that holds at most `buffer_size` of them, and no
+    more than `n_characters` in all but for one text.
     """
     rng = random.Random(seed)
     buffer: list[str] = []
+    held = 0
     for text in texts:
+        held += len(text)
         if len(buffer) < buffer_size:
             buffer.append(text)
-            continue
-        index = rng.randrange(buffer_size)
-        yield buffer[index]
-        buffer[index] = text
+        else:
+            index = rng.randrange(buffer_size)
+            held -= len(buffer[index])
+            yield buffer[index]
+            buffer[index] = text
+        while held > n_characters and len(buffer) > 1:
+            index = rng.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            held -= len(buffer[-1])
+            yield buffer.pop()
     rng.shuffle(buffer)
     yield from buffer
 

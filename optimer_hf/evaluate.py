@@ -27,6 +27,7 @@ from optimer_hf.corpus import CorpusConfig, documents
 from optimer_hf.errors import CorpusError, EvaluationError
 from optimer_hf.files import FileModel, LocalPath, Mistake, VersionedFile, did_you_mean, digest
 from optimer_hf.harness import harness_model, quiet_harness
+from optimer_hf.texts import has_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -647,9 +648,11 @@ def _check_text(term: Term, path: Path) -> None:
     """Read the documents of a term: a mistake is told with its line and field, which lm-eval would
     not do, or only in the middle of a search.
     """
-    if path.is_file() and not {*path.suffixes} & {".jsonl", ".json"}:
+    if path.is_dir() or (path.is_file() and not has_rows(path)):
+        found = "a folder" if path.is_dir() else f"a file that ends in {path.suffix!r}"
         raise EvaluationError(
-            f"term {term.label!r}: {path}: expected a JSONL file, whose name ends in .jsonl."
+            f"term {term.label!r}: {path}: found {found}, expected a JSONL file, or another with a "
+            "document in each row (.json, .csv, .parquet)."
         )
     try:
         n_texts = sum(map(bool, documents(CorpusConfig(path=path, text_field=term.text_field))))
@@ -784,11 +787,18 @@ def _draw_examples_by_item(task: Any) -> None:
 
 
 def _text_task(term: Term) -> dict[str, Any]:
-    """Return the lm-eval task that scores each document of a JSONL file on its own, after BOS."""
+    """Return the lm-eval task that scores each document of a file on its own, after BOS."""
+    corpus = CorpusConfig(path=term.text, text_field=term.text_field)
+
+    def rows(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_dict({term.text_field: list(documents(corpus))})}
+
     return {
         "task": term.task_name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(term.text)}},
+        "custom_dataset": rows,  # `datasets` would read texts that look like dates as dates
         "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import errno
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -265,6 +266,14 @@ LocalPath = Annotated[
 ]
 
 
+def _local_text(text: str, info: ValidationInfo) -> str:
+    is_local = text.startswith((".", "/", "~"))
+    return str((_folder(info) / expanded(Path(text))).resolve()) if is_local else text
+
+
+LocalText = Annotated[str, AfterValidator(_local_text)]  # a path if it is written like one
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -407,9 +416,14 @@ def absent(path: Path, config: Any) -> str:
         (
             (at, f"{_dotted(at)}: {text}: no such file or directory.")
             for at, text in strings_in(config)
-            if Path(text).is_absolute() and not is_there(Path(text))
+            if Path(text).is_absolute() and not _is_matched(text)
         ),
     )
+
+
+def _is_matched(text: str) -> bool:
+    """Return whether a path is there, or is a pattern that matches a file."""
+    return is_there(Path(text)) or bool(glob.has_magic(text) and glob.glob(text, recursive=True))  # noqa: PTH207
 
 
 def refuse_absent(configs: Mapping[Path, Any]) -> None:

@@ -149,7 +149,10 @@ class TrainConfig(VersionedFile):
         absent = {"mixture"} if self.mixture is None else {"corpus"}
         data = self.model_dump(mode="json", exclude=absent)
         for part in (data, data.get("corpus") or {}, *data.get("mixture", ())):
-            part |= without_folders({k: part[k] for k in ("base_model", "path") if k in part})
+            named = ("base_model", "path", "dataset", "data_files")
+            part |= without_folders({key: part[key] for key in named if key in part})
+            if part.get("data_files", "") is None:  # a field that runs before it did not have
+                del part["data_files"]
         return digest(data)
 
     @property
@@ -160,10 +163,8 @@ class TrainConfig(VersionedFile):
         if base is not None and is_there(base):
             found["base_model"] = fingerprint(base) if base.is_file() else weights_fingerprint(base)
         for number, corpus in enumerate(self.corpora):
-            if corpus.path is not None and is_there(corpus.path):
-                found["corpus" if self.mixture is None else f"mixture.{number}"] = fingerprint(
-                    corpus.path
-                )
+            if (text := corpus.fingerprint) is not None:
+                found["corpus" if self.mixture is None else f"mixture.{number}"] = text
         return found
 
 

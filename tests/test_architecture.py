@@ -14,6 +14,7 @@ ORDER = [
     "faults",
     "memory",
     "progress",
+    "texts",
     "corpus",
     "checkpoint",
     "convert",

@@ -1,22 +1,30 @@
 """Packing against a naive loop, and packed documents against documents alone."""
 
+import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
+import tracemalloc
 import warnings
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import BOS, EOS, tiny_model
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from optimer_hf import texts as texts_module
 from optimer_hf.corpus import (
     IGNORED_LABEL,
     SHUFFLE_BUFFER,
@@ -175,7 +183,7 @@ def test_a_malformed_line_is_named_by_file_and_line(tmp_path):
     ("line", "found"),
     [
         ('{"body": "x", "id": 1}', r"\['body', 'id'\]"),
-        ('{"text": 3}', r"\['text'\]"),
+        ('{"text": 3}', "a value of type int there"),
         ('["x"]', "list"),
     ],
 )
@@ -200,7 +208,8 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error_that_names_it(tmp_pat
         ("a.jsonl", '{"text": "a\\ud800b"}', r"a\.jsonl:1: holds half a character"),
         ("a.jsonl", "[" * 10**5, r"a\.jsonl:1: is nested too deeply"),
         ("a.foo", "x", r"a\.foo: found a file that ends in '\.foo'\. Expected \.jsonl"),
-        ("a.jsonl.zst", "x", r"found a file that ends in '\.zst'\. .* \.gz or \.xz"),
+        ("a.parquet.gz", "x", r"found a file that ends in '\.gz'\. Expected \.jsonl"),
+        ("a.zst", "x", r"found a file that ends in '\.zst'\. Expected \.jsonl"),
         ("a.parquet", "x", r"a\.parquet: `datasets` cannot read it"),
     ],
 )
@@ -210,12 +219,6 @@ def test_text_that_no_tokenizer_takes_and_unknown_formats_are_refused(
     (tmp_path / name).write_text(text)
     with pytest.raises(CorpusError, match=message):
         list(documents(CorpusConfig(path=tmp_path / name)))
-
-
-def test_a_directory_is_no_corpus(tmp_path):
-    (tmp_path / "a.jsonl").mkdir()
-    with pytest.raises(CorpusError, match=r"a\.jsonl: is a directory, expected a file"):
-        list(documents(CorpusConfig(path=tmp_path / "a.jsonl")))
 
 
 def test_a_truncated_archive_is_an_error_that_names_it(tmp_path):
@@ -527,3 +530,218 @@ def test_a_number_of_thousands_of_digits_is_an_error_of_its_line(tmp_path):
     path.write_text('{"text": "a"}\n{"text": "b", "n": ' + "1" * 5000 + "}\n")
     with pytest.raises(CorpusError, match=r"a\.jsonl:2: not a JSON object"):
         list(documents(CorpusConfig(path=path)))
+
+
+# -- other people's files --------------------------------------------------------------------------
+
+UNTIDY = [
+    "2024-01-01",
+    "12:30",
+    "1e5",
+    "NA",
+    "null",
+    "true",
+    "007",
+    'with "quotes", a comma\tand a tab',
+    "two\nlines",
+    "日本語",
+]
+
+
+def as_rows(kind: str, rows: list[dict[str, str | None]]) -> str:
+    """Return rows in a text format."""
+    if kind in (".jsonl", ".ndjson"):
+        return "".join(json.dumps(row) + "\n" for row in rows)
+    if kind == ".json":
+        return json.dumps(rows, indent=1)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["n", "text"], delimiter="," if kind == ".csv" else "\t")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_any(path: Path, text: str) -> Path:
+    """Write a text, compressed as the name says."""
+    data, kind = text.encode(), path.suffix.lower()
+    if kind == ".zst":
+        half = len(data) // 2  # two frames, as parallel compressors write them
+        data = b"".join(pa.compress(x, "zstd", asbytes=True) for x in (data[:half], data[half:]))
+    packed = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}.get(kind, bytes)
+    path.write_bytes(packed(data))
+    return path
+
+
+def texts(path: Path, **settings) -> list[str]:
+    return list(documents(CorpusConfig(path=path, **settings)))
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz", ".bz2", ".zst", ".GZ"])
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".JSONL"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_text_is_the_text_that_stands_in_the_file(tmp_path, kind, compression, mark):
+    rows = [{"n": str(number), "text": text} for number, text in enumerate(UNTIDY)]
+    path = write_any(tmp_path / f"a{kind}{compression}", mark + as_rows(kind.lower(), rows))
+    assert texts(path) == UNTIDY
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "A.PARQUET"])
+def test_tables_give_the_texts_of_their_column(tmp_path, name):
+    table = pa.table({"n": list(range(len(UNTIDY) + 1)), "text": [*UNTIDY, None]})
+    if name.endswith(".arrow"):
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, tmp_path / name)
+    assert texts(tmp_path / name) == UNTIDY
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
+def test_rows_whose_text_is_null_are_left_out_and_counted(tmp_path, kind, caplog):
+    rows = [{"text": "a"}, {"text": None}, {"text": "b"}, {"text": None}]
+    path = write_any(tmp_path / f"nulls{tmp_path.name}{kind}", as_rows(kind, rows))
+    assert texts(path) == ["a", "b"]
+    assert f"{path.name}: left out 2 rows whose 'text' is null" in caplog.text
+
+
+def test_a_json_array_is_read_element_by_element_across_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts_module, "CHUNK", 7)
+    rows = [{"text": "x" * n} for n in range(40)]
+    for indent in (None, 2):
+        (tmp_path / "a.json").write_text(" \n" + json.dumps(rows, indent=indent) + "\n")
+        assert texts(tmp_path / "a.json") == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '[{"text": "a"}, {"text": ', r"a\.json: row 2: not a JSON value"),
+        ("a.json", '[{"text": "a"}', r"a\.json: row 2: not a JSON value"),
+        ("a.json", '["a"]', r"a\.json: row 1: no text in field 'text'; found str"),
+        ("a.json", '{"text":\n "a"}', r"a\.json:1: not a JSON object"),
+        ("a.jsonl", '{"text": "' + "x" * 200 + '"}', r"a\.jsonl:1: a line of more than 100"),
+        ("a.json", '[{"text": "' + "x" * 300 + '"}]', r"a\.json: row 1: not a JSON value"),
+        ("a.csv", 'text\n"' + "x" * 50 + "\n" + "x" * 60, r"a\.csv: cannot be read .*field larger"),
+        ("a.csv", 'text\n"x', r"a\.csv: cannot be read .*unexpected end"),
+        ("a.txt", "short\n" + "x" * 200, r"a\.txt:2: a line of more than 100"),
+    ],
+)
+def test_damaged_and_endless_rows_are_named(tmp_path, monkeypatch, name, text, message):
+    monkeypatch.setattr(texts_module, "LONGEST_ROW", 100)
+    monkeypatch.setattr(texts_module, "CHUNK", 10)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CorpusError, match=message):
+        texts(tmp_path / name)
+
+
+def test_a_large_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts_module, "LONGEST_TEXT", 50)
+    lines = [f"line {number}\n" for number in range(30)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    found = texts(tmp_path / "a.txt")
+    assert "".join(found) == "".join(lines)
+    assert all(len(part) <= 50 and part.endswith("\n") for part in found)
+
+
+def test_a_small_archive_of_a_long_text_is_read_in_parts(tmp_path):
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+        for _ in range(64):
+            file.write(("x" * 1023 + "\n") * 1024)
+    tracemalloc.start()
+    n_characters = sum(map(len, documents(CorpusConfig(path=tmp_path / "a.txt.gz"))))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert n_characters == 64 * 2**20
+    assert peak < 32 * 2**20
+
+
+def test_a_folder_and_a_pattern_give_their_shards_in_order_of_name(tmp_path):
+    folder = tmp_path / "shards"
+    (folder / "more").mkdir(parents=True)
+    for name in ("b.jsonl", "a.jsonl.gz", "more/c.JSONL"):
+        kind = ".jsonl"
+        write_any(folder / name, as_rows(kind, [{"text": name}]) if kind else "")
+    write_any(folder / "README.md", "what it is")
+    write_any(folder / ".hidden.jsonl", "damaged")
+    assert sorted(texts(folder)) == ["a.jsonl.gz", "b.jsonl", "more/c.JSONL"]
+    assert texts(folder / "*.jsonl*") == ["a.jsonl.gz", "b.jsonl"]
+    assert texts(folder / "**" / "*.[Jj]*") == ["a.jsonl.gz", "b.jsonl", "more/c.JSONL"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
+    write_any(tmp_path / "a[1].jsonl", as_rows(".jsonl", [{"text": "a"}]))
+    assert texts(tmp_path / "a[1].jsonl") == ["a"]
+
+
+def test_a_data_set_saved_by_datasets_is_read_whole(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    assert texts(tmp_path / "saved") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "no shards in this folder"),
+        (["notes.pdf"], "no shards in this folder"),
+        (["a.jsonl", "b.csv"], r"several formats \(\.csv, \.jsonl\)\. Name those to read"),
+        (["train-0.jsonl", "test-0.jsonl"], r"several splits \(train-0\.jsonl and test-0\.jsonl"),
+        (["data/a.jsonl", "validation/a.jsonl"], "several splits"),
+    ],
+)
+def test_a_folder_that_is_no_single_corpus_is_refused(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_any(tmp_path / name, "")
+    with pytest.raises(CorpusError, match=message):
+        texts(tmp_path)
+
+
+def test_a_pattern_without_a_match_is_refused(tmp_path):
+    with pytest.raises(CorpusError, match=r"\*\.jsonl: no file matches this pattern"):
+        texts(tmp_path / "*.jsonl")
+
+
+def test_a_data_set_takes_the_arguments_of_load_dataset(tmp_path):
+    write_any(tmp_path / "a.csv", "text\nfirst\n")
+    write_any(tmp_path / "b.csv", "text\nsecond\n")
+    for files in ("./a.csv", ["./b.csv"], {"train": "./a.csv", "other": ["./b.csv"]}):
+        config = CorpusConfig.model_validate(
+            {"dataset": "csv", "name": "default", "data_files": files},
+            context={"folder": tmp_path},
+        )
+        assert config.dataset_config == "default"
+        assert list(documents(config)) == (["second"] if files == ["./b.csv"] else ["first"])
+
+
+def test_arguments_of_load_dataset_beside_a_path_are_refused(tmp_path):
+    with pytest.raises(ValidationError, match="'data_files' goes with 'dataset'"):
+        CorpusConfig(path=tmp_path / "a.jsonl", data_files="b.jsonl")
+
+
+def test_shuffling_holds_no_more_characters_than_it_may():
+    held, most = 0, 0
+
+    def source():
+        nonlocal held, most
+        for number in range(200):
+            text = chr(97 + number % 26) * (1 + number % 90)
+            held += len(text)
+            most = max(most, held)
+            yield text
+
+    found = []
+    for text in shuffled(source(), seed=1, buffer_size=50, n_characters=300):
+        held -= len(text)
+        found.append(text)
+    assert sorted(found) == sorted(chr(97 + n % 26) * (1 + n % 90) for n in range(200))
+    assert most <= 300 + 2 * 90
+
+
+def test_texts_that_changed_in_a_folder_change_the_fingerprint_of_its_corpus(tmp_path):
+    config = CorpusConfig(path=tmp_path)
+    assert config.fingerprint is None
+    write_any(tmp_path / "a.jsonl", "{}")
+    before = config.fingerprint
+    write_any(tmp_path / "a.jsonl", "{} ")
+    assert None not in (before, config.fingerprint)
+    assert before != config.fingerprint

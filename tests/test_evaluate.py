@@ -244,7 +244,16 @@ def test_texts_that_look_like_templates_lists_or_numbers_are_scored_as_they_are(
     tokenizer, tmp_path
 ):
     model = tiny_model("gemma").eval()
-    texts = ["{{ 1 + 1 }}", "['a', 'b']", "42", "{% raw %}"]
+    texts = ["{{ 1 + 1 }}", "['a', 'b']", "42", "{% raw %}", "2024-01-01", "12:30:00", "null"]
+    found = evaluate_all(
+        model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", texts)})
+    )["t"]
+    assert found.items == [pytest.approx(bits_and_bytes(model, text), rel=1e-5) for text in texts]
+
+
+def test_texts_that_all_look_like_dates_are_scored_as_text(tokenizer, tmp_path):
+    model = tiny_model("gemma").eval()
+    texts = [f"2024-01-{day:02d}" for day in range(1, 4)]
     found = evaluate_all(
         model, tokenizer, objective_of({"text": write_texts(tmp_path / "t.jsonl", texts)})
     )["t"]
@@ -376,7 +385,11 @@ def test_a_missing_text_file_is_an_error_with_term_and_path(tmp_path):
     [
         ("t.jsonl", '{"text": "a"}\n{"txt": "b"}\n', r"term 't': .*t\.jsonl:2: no text in field"),
         ("t.jsonl", '{"text": ""}\n', r"term 't': .*t\.jsonl: holds no text to score"),
-        ("t.txt", "hello", r"term 't': .*t\.txt: expected a JSONL file"),
+        (
+            "t.txt",
+            "hello",
+            r"term 't': .*t\.txt: found a file that ends in '\.txt', expected a JSONL file",
+        ),
     ],
 )
 def test_a_text_file_is_read_to_its_end_before_it_is_scored(tmp_path, name, text, message):
