@@ -21,6 +21,7 @@ from optimer_hf.convert import ResolvedModel, loaded_model, moves_base, stored_n
 from optimer_hf.errors import ModelError
 from optimer_hf.files import first_line
 from optimer_hf.kernel import LowRank, Trained
+from optimer_hf.loader import model_with_adapter, read_adapter_config
 
 PARTNERS = {
     "lora_A": "lora_B",
@@ -77,10 +78,10 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
 
 def _config_of(path: Path, name: str) -> Any:
     """Return the LoraConfig of an adapter whose delta is a sum of products."""
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
     try:
-        config = PeftConfig.from_pretrained(str(path))
+        config = read_adapter_config(path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"vector {name!r} ({path}): adapter_config.json cannot be read ({error}). Fetch the "
@@ -260,8 +261,6 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
 
     Holds the whole model in memory, in float32. Raises ModelError for adapters without a merge.
     """
-    from peft import PeftModel
-
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
     stored = Checkpoint(adapter, "adapter_model")  # PEFT would take pickled weights
@@ -274,7 +273,7 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
             )
     model = loaded_model(ResolvedModel(base, base.name), torch.float32)
     try:
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        merged = model_with_adapter(model, adapter).merge_and_unload()
     except (
         AttributeError,
         NotImplementedError,

@@ -49,14 +49,19 @@ ANY_WEIGHTS = "*.safetensors"
 PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth")  # no training_args.bin, optimizer.pt
 TIED_HEAD = "lm_head.weight"  # may be left out of a file where it is tied to the embedding
 GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
-OF_TOKENIZER = [
-    "tokenizer*",
+OF_TOKENIZER = [  # data by their endings: a tokenizer.py is code
+    "tokenizer*.json",
+    "tokenizer*.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
     "merges.txt",
-    "chat_template*",
+    "chat_template*.jinja",
+    "chat_template*.json",
     "*.model",
+    "*.tiktoken",
 ]
 COPIED_BESIDE_WEIGHTS = [
     "config.json",

@@ -40,6 +40,13 @@ from optimer_hf.files import (
     staged_directory,
     write_text,
 )
+from optimer_hf.loader import (
+    model_without_weights,
+    read_gguf,
+    read_model,
+    read_tokenizer,
+    refuse_code,
+)
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
 BESIDE_WEIGHTS = ["*.json", *OF_TOKENIZER, "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
@@ -62,12 +69,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("OPTIMER_CACHE", str(Path(home) / "optimer")))
 
 
-def resolve_model(text: str) -> ResolvedModel:
+def resolve_model(text: str, *, may_run_code: bool = False) -> ResolvedModel:
     """Return the local directory of a model, adapter or vector, fetching or converting it when
     needed.
 
-    Raises ModelError when the reference names nothing that can be had.
+    Raises ModelError when the reference names nothing that can be had, or a model whose configs
+    name code of its own; mergekit may be trusted with that.
     """
+    resolved = _resolved(text)
+    if not may_run_code:
+        refuse_code(resolved.path)
+    return resolved
+
+
+def _resolved(text: str) -> ResolvedModel:
     ref = Reference(text)
     if ref.package is not None:
         return ResolvedModel(_converted(_packaged_gguf(ref.package)), text)
@@ -94,7 +109,9 @@ def resolve_tokenizer(text: str) -> ResolvedModel:
     ref = Reference(text)
     if ref.path is not None or ref.package is not None:
         return resolve_model(text)
-    return _fetched(ref, with_weights=False)
+    found = _fetched(ref, with_weights=False)
+    refuse_code(found.path)
+    return found
 
 
 def resolve_base(text: str) -> ResolvedModel:
@@ -123,12 +140,9 @@ def refuse_other_than_models(resolved: ResolvedModel) -> None:
 
 def loaded_model(base: ResolvedModel, dtype: Any) -> Any:
     """Return the causal language model of a directory; ModelError says why it cannot be loaded."""
-    from transformers import AutoModelForCausalLM
-
     gc.collect()  # a model before this one, which the Trainer's cycles of references keep
     torch.cuda.empty_cache()  # its memory, too, counts as taken before; nothing without a GPU
-    with _naming_unloadable(base, "model"):
-        return AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    return read_model(base.path, dtype=dtype)
 
 
 def default_device() -> str:
@@ -159,21 +173,15 @@ def multiplied_in(dtype: torch.dtype, device: str) -> torch.dtype:
 
 def loaded_tokenizer(base: ResolvedModel) -> Any:
     """Return the tokenizer of a directory; ModelError says why it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    with _naming_unloadable(base, "tokenizer"):
-        return AutoTokenizer.from_pretrained(base.path)
+    return read_tokenizer(base.path)
 
 
 def empty_model(base: ResolvedModel) -> Any:
     """Return the model of a directory without its weights, which costs next to nothing: what its
     config, its index and its layers rule out is found before anything long.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     Checkpoint(base.path)
-    with _naming_unloadable(base, "model"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path))
+    return model_without_weights(base.path)
 
 
 _Place = tuple[torch.Size, list[int], int]  # shape, steps and offset, in numbers
@@ -225,10 +233,7 @@ def stored_names(base: ResolvedModel) -> dict[str, str]:
     """Return the name in the checkpoint of every parameter that is stored as it is; reads no
     weights.
     """
-    from transformers import AutoModelForCausalLM
-
-    with _naming_unloadable(base, "model"):
-        model = AutoModelForCausalLM.from_pretrained(base.path, device_map="meta")
+    model = read_model(base.path, device_map="meta")
     found = {}
     for name, parameter in model.named_parameters():
         with suppress(ModelError):
@@ -276,19 +281,6 @@ def _has_rows(tensor: torch.Tensor) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-@contextmanager
-def _naming_unloadable(base: ResolvedModel, what: str) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, ModelError):
-        raise
-    except Exception as error:  # transformers and tokenizers raise dozens of types
-        raise ModelError(
-            f"{base.path}: transformers cannot load the {what} ({first_line(error)}). Fetch it "
-            "again, or save it with `save_pretrained`."
-        ) from error
 
 
 def moves_base(init_lora_weights: bool | str) -> bool:
@@ -423,17 +415,8 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
 
 def _read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
     """Return model and tokenizer of a GGUF file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    source: dict[str, Any] = {"gguf_file": gguf.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            dtype=getattr(torch, dtype),
-            quantization_config=GgufConfig(dequantize=True),
-            **source,
-        )
-        return model, AutoTokenizer.from_pretrained(gguf.parent, **source)
+        return read_gguf(gguf, getattr(torch, dtype))
     except ImportError as error:
         raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
     except (

@@ -543,7 +543,7 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or "unnamed"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an error of a library says, in one line: of several mistakes the first."""
     if isinstance(error, ValidationError):
         mistake = error.errors()[0]

@@ -55,7 +55,9 @@ def harness_model(model: Any, tokenizer: Any) -> Any:
         """
 
         def __init__(self) -> None:
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
+            super().__init__(
+                pretrained=model, tokenizer=tokenizer, batch_size=8, trust_remote_code=False
+            )
             self.forward_seconds = 0.0
             self.n_tokens = {"total": 0}
             self._is_plain = is_plain_head(model)

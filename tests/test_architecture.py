@@ -17,6 +17,7 @@ ORDER = [
     "texts",
     "corpus",
     "checkpoint",
+    "loader",
     "convert",
     "head",
     "growth",
@@ -86,15 +87,51 @@ def test_every_module_has_its_place_in_the_order():
     assert modules == set(ORDER)
 
 
+LOADING = {"from_pretrained", "from_config", "get_class_from_dynamic_module"}
+TAKES_NO_FLAG = {"PeftConfig", "PeftModel"}  # PEFT imports nothing that an adapter names
+
+
+def trees() -> dict[str, ast.Module]:
+    return {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
+
+
+def names_in(tree: ast.Module) -> set[str]:
+    nodes = list(ast.walk(tree))
+    return {node.id for node in nodes if isinstance(node, ast.Name)} | {
+        node.attr for node in nodes if isinstance(node, ast.Attribute)
+    }
+
+
+def test_one_module_lets_transformers_and_peft_read_a_model():
+    assert {name for name, tree in trees().items() if names_in(tree) & LOADING} == {"loader"}
+    for name, tree in trees().items():
+        imported = [
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module == "transformers"
+            for alias in node.names
+        ]
+        assert "pipeline" not in imported, name
+
+
+def test_every_loading_call_says_that_no_code_is_trusted():
+    calls = [
+        node
+        for node in ast.walk(trees()["loader"])
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in LOADING
+    ]
+    assert calls
+    for call in calls:
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if ast.unparse(call.func.value) not in TAKES_NO_FLAG:
+            assert keywords.get("trust_remote_code") == "False", ast.unparse(call)
+
+
 def test_no_module_trusts_remote_code_or_pickles():
-    for path in PACKAGE.glob("*.py"):
-        names = {
-            node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)
-        }
-        keywords = {
-            node.arg
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.keyword)
-        }
-        assert "trust_remote_code" not in keywords
-        assert "pickle" not in names
+    for name, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", name
+        assert not names_in(tree) & {"pickle", "cloudpickle", "dill"}, name

@@ -997,7 +997,9 @@ def test_an_update_does_not_follow_links_out_of_its_directory(hub, make_recipe, 
         hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
 
 
-def test_code_in_a_repository_is_neither_fetched_nor_run(hub, make_recipe, name, tmp_path):
+def test_code_in_a_repository_is_neither_fetched_nor_run_and_named_by_a_build(
+    hub, make_recipe, name, tmp_path
+):
     folder = make_recipe("checkpoint")
     config = tmp_path / "checkpoint-0" / "config.json"
     data = json.loads(config.read_text())
@@ -1010,9 +1012,11 @@ def test_code_in_a_repository_is_neither_fetched_nor_run(hub, make_recipe, name,
     )
     hubs.pull(f"alice/{name}-v0", tmp_path / "vector", token=ALICE)
     hubs.pull(f"alice/{name}", tmp_path / "theirs", token=ALICE)
-    build(tmp_path / "theirs" / "recipe.yaml", tmp_path / "built")
+    with pytest.raises(ModelError, match=r"config\.json: `auto_map` names code of the model"):
+        build(tmp_path / "theirs" / "recipe.yaml", tmp_path / "built")
     assert not (tmp_path / "vector" / "evil.py").exists()
     assert not ran.exists()
+    assert not (tmp_path / "built").exists()
 
 
 def test_a_pull_and_a_build_work_offline_from_the_cache(

@@ -1,0 +1,228 @@
+"""The only place that lets transformers and PEFT read somebody's model: a directory comes in; a
+model, a config, a tokenizer or an adapter goes out, and none of its code has run.
+
+`trust_remote_code` is False in every call: unset, transformers asks on the terminal, and a script
+that answers "y" runs whatever came with the model. What a reader would not guess: besides
+`auto_map`, a config can name code as a kernel repository or as PEFT's Megatron module; one large
+number in it keeps transformers busy for hours; and a weight that is missing is drawn at random.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimer_hf.errors import ModelError, OptimerError
+from optimer_hf.files import first_line, shown
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
+CONFIGS = "*config*.json"  # of the model (also config.5.0.0.json), tokenizer, processor, adapter
+PARTS = re.compile(r"layers?$|blocks?$|heads?$|experts?$|labels$|depth$|stages?$|codebooks?$")
+SIZES = re.compile(r"size|dim|embd|vocab|d_model|d_ff|width|rank|positions|embeddings|n_inner|ctx")
+MOST_PARTS, LARGEST_SIZE = 10_000, 2**25  # layers, heads; columns, rows of a vocabulary, positions
+LARGEST_CONFIG = 64 * 2**20  # bytes; a tokenizer_config.json of 100,000 added tokens has 20 MB
+KERNELS = ("attn_implementation", "experts_implementation")
+
+
+# -- what is refused before anything is loaded -----------------------------------------------------
+
+
+def refuse_code(path: Path) -> None:
+    """Raise ModelError for a directory whose configs name Python code of the model's own, or cannot
+    be read.
+
+    The code is refused also where transformers has the architecture itself: the two may differ, and
+    a merge would point to code that it lacks.
+    """
+    for file in sorted(path.glob(CONFIGS)):
+        if not file.is_file():
+            continue
+        config = read_settings(file)
+        if config.get("auto_map"):
+            raise ModelError(
+                f"{file}: `auto_map` names code of the model ({shown(config['auto_map'])}), which "
+                "is never run. Where transformers has the architecture itself, take `auto_map` out "
+                "of a copy of the directory."
+            )
+        kernels = [str(config.get(key) or config.get(f"_{key}") or "") for key in KERNELS]
+        found = next((text for text in kernels if "/" in text), None)
+        if found is not None or config.get("megatron_config"):
+            named = found or config.get("megatron_core")
+            raise ModelError(
+                f"{file}: names code to load ({shown(named)}), which is never run. Take it out of "
+                "a copy of the directory."
+            )
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the mapping that a JSON file of a model holds, as transformers reads it: of a key that
+    is given twice the last. Raises ModelError for anything else.
+    """
+    try:
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it is larger than {LARGEST_CONFIG:,} bytes")
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error) if not isinstance(error, RecursionError) else "nested too deeply"
+        raise ModelError(
+            f"{file}: cannot be read as JSON ({reason}). Fetch the model again."
+        ) from None
+    if not isinstance(settings, dict):
+        raise ModelError(
+            f"{file}: found {shown(settings)}, expected a mapping. Fetch the model again."
+        )
+    return settings
+
+
+def refuse_absurd(path: Path) -> None:
+    """Raise ModelError for a config.json with a number of layers, heads or labels, or a size, that
+    no model has: transformers would make them all before it compares them with the weights.
+    """
+    file = path / CONFIG
+    for key, number in _numbers_in(read_settings(file)):
+        limit = MOST_PARTS if PARTS.search(key) else LARGEST_SIZE if SIZES.search(key) else None
+        if limit is not None and not 0 <= abs(number) <= limit:
+            raise ModelError(
+                f"{file}: {key}: found {shown(number)}, expected at most {limit:,}. Fetch the "
+                "model again."
+            )
+
+
+def _numbers_in(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers_in(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value
+
+
+@contextmanager
+def naming_unloadable(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a model into a ModelError that names it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, OptimerError):
+        raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # dozens of types; a panic of tokenizers is no Exception
+        raise ModelError(
+            f"{path}: transformers cannot load the {what} ({first_line(error)}). Fetch it again, "
+            "or save it with `save_pretrained`."
+        ) from error
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def read_config(path: Path) -> Any:
+    """Return transformers' config of a model directory."""
+    from transformers import AutoConfig
+
+    refuse_code(path)
+    refuse_absurd(path)
+    with naming_unloadable(path, "model"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+def read_model(path: Path, **options: Any) -> Any:
+    """Return the causal language model of a directory; `options` are those of `from_pretrained`.
+
+    Raises ModelError, also for a weight that its config asks for and the files lack: transformers
+    would draw it at random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(path)
+    with naming_unloadable(path, "model"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    _refuse_missing(path, found)
+    return model
+
+
+def _refuse_missing(path: Path, found: dict[str, Any]) -> None:
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path}: lacks the tensor {missing[0]!r}, which its config asks for "
+            f"({len(missing)} in all). Fetch the weights again, or mend the config."
+        )
+
+
+def model_without_weights(path: Path) -> Any:
+    """Return the causal language model of a directory on the device `meta`."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(path)
+    with naming_unloadable(path, "model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def read_tokenizer(path: Path) -> Any:
+    """Return the tokenizer of a model directory; ModelError says why it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    refuse_code(path)
+    with naming_unloadable(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+def read_generation_config(path: Path) -> Any | None:
+    """Return transformers' generation config of a model directory, None where it has none."""
+    from transformers import GenerationConfig
+
+    file = path / GENERATION_CONFIG
+    if not file.exists():
+        return None
+    settings = read_settings(file)
+    with naming_unloadable(file, "generation config"):
+        return GenerationConfig.from_dict(settings)
+
+
+def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return model and tokenizer of a GGUF file, de-quantised to `dtype`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    common: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    model, found = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        trust_remote_code=False,
+        dtype=dtype,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+        **common,
+    )
+    _refuse_missing(file, found)
+    return model, AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **common)
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+def read_adapter_config(path: Path) -> Any:
+    """Return PEFT's config of an adapter directory; raises whatever PEFT raises."""
+    from peft import PeftConfig
+
+    refuse_code(path)
+    return PeftConfig.from_pretrained(str(path))
+
+
+def model_with_adapter(model: Any, path: Path) -> Any:
+    """Return a model with an adapter on it; raises whatever PEFT raises."""
+    from peft import PeftModel
+
+    refuse_code(path)
+    return PeftModel.from_pretrained(model, str(path))
