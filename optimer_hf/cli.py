@@ -9,8 +9,9 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -78,14 +79,16 @@ RESUMABLE = {"run", "train", "search", "compare", "retarget", "push", "pull"}
 
 
 class Group(click.Group):
-    """Turns an OptimerError into one line and exit status 1, Ctrl-C into one line and 130; lets
-    bugs show their traceback.
+    """Turns an OptimerError into one line and exit status 1 (with -v after its traceback), Ctrl-C
+    into one line and 130; lets bugs show their traceback.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except OptimerError as error:
+            if ctx.params.get("verbose"):
+                click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
@@ -369,19 +372,32 @@ def convert(gguf: Path, out: Path, dtype: str) -> None:
     click.echo(str(out))
 
 
-def _mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add mergekit's own flags, whose import takes seconds, only when `merge` is the command that
-    runs.
+class _Merge(click.Command):
+    """`optimer merge`: mergekit's own flags are added when its command line is read, since their
+    import takes seconds.
     """
-    if "merge" not in sys.argv:
-        return command
-    from mergekit.options import add_merge_options
 
-    decorated: Callable[..., Any] = add_merge_options(command)
-    return decorated
+    _is_complete = False
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the parameters with those of mergekit, and let the callback take them."""
+        if not self._is_complete:
+            from mergekit.options import add_merge_options
+
+            callback: Any = add_merge_options(self.callback)
+            self.params += reversed(callback.__click_params__)
+            self.callback, self._is_complete = callback, True
+        return super().get_params(ctx)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the flags; a value that mergekit cannot read is a usage error."""
+        try:
+            return super().parse_args(ctx, args)
+        except (ValueError, LookupError) as error:  # of its sizes: --out-shard-size x
+            raise click.UsageError(f"mergekit cannot read a flag's value ({error}).", ctx) from None
 
 
-@main.command()
+@main.command(cls=_Merge)
 @click.argument("config", type=INPUT)
 @click.argument("out", type=PATH)
 @click.option(
@@ -389,15 +405,16 @@ def _mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(["native", "mergekit"]),
     help="Force the streaming writer or mergekit.",
 )
-@_mergekit_options
-def merge(config: Path, out: Path, engine: str | None, merge_options: Any = None) -> None:
+def merge(config: Path, out: Path, engine: str | None, merge_options: Any) -> None:
     """Run any mergekit YAML, with the `optimer` method and all of mergekit's flags."""
     from optimer_hf.files import require_empty
     from optimer_hf.merge_config import merge as run_merge
 
     require_empty(out)
-    if merge_options is not None:
-        merge_options.apply_global_options()
+    merge_options.apply_global_options()
+    if merge_options.verbosity:  # which mergekit sets only where nobody set up logging before
+        level = logging.INFO if merge_options.verbosity == 1 else logging.DEBUG
+        logging.getLogger().setLevel(level)
     used = run_merge(config, out, options=merge_options, engine=engine)
     click.echo(f"{out}: written by {'the streaming writer' if used == 'native' else 'mergekit'}")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 import yaml
@@ -15,7 +16,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from optimer_hf.cli import main
+from optimer_hf.cli import Group, main
+from optimer_hf.errors import ConfigError
 from optimer_hf.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -151,17 +153,54 @@ def test_a_wrong_option_is_a_usage_error():
     assert optimer("search", "a", "b", "--n-trials", "0", ok=False).exit_code == 2
 
 
-def test_help_answers_without_importing_torch_or_transformers():
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pull", "--help", "merge"], ["evaluate", "some-model", "merge"]]
+)
+def test_help_and_bad_inputs_answer_without_importing_torch_or_mergekit(arguments, tmp_path):
     code = (
         "import sys, runpy\n"
-        "sys.argv = ['optimer', '--help']\n"
+        f"sys.argv = ['optimer', *{arguments}]\n"
         "try:\n    runpy.run_module('optimer_hf', run_name='__main__')\n"
         "except SystemExit:\n    pass\n"
         f"print(sorted({HEAVY} & set(sys.modules)))"
     )
     result = process("-c", code)
-    assert "Usage:" in result.stdout
+    assert "Usage:" in result.stdout or "merge: no such file" in result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_size_that_mergekit_cannot_read_is_a_usage_error(folder, tmp_path):
+    flags = ["--out-shard-size", "much"]
+    result = CliRunner().invoke(main, ["merge", str(folder / "my-merge.yml"), "out", *flags])
+    assert result.exit_code == 2 and "cannot read a flag's value (much)" in result.stderr
+
+
+def test_verbose_shows_the_traceback_of_an_error_and_without_it_is_one_line(tmp_path):
+    line = f"error: {tmp_path / 'none.yaml'}: no such file.\n"
+    for flags in ([], ["-v"]):
+        arguments = ["-m", "optimer_hf", *flags, "search", tmp_path / "none.yaml", tmp_path / "s"]
+        result = process(*arguments)
+        before = result.stderr.removesuffix(line)
+        assert result.returncode == 1 and before != result.stderr
+        assert before.startswith("Traceback (most recent call last):\n") == bool(flags)
+        assert bool(before) == bool(flags)
+
+
+def test_the_traceback_of_an_error_has_its_causes():
+    @click.group(cls=Group)
+    @click.option("-v", "--verbose", is_flag=True)
+    def group(verbose: bool) -> None: ...
+
+    @group.command()
+    def fail() -> None:
+        try:
+            json.loads("{")
+        except ValueError as error:
+            raise ConfigError("c.json: not valid JSON.") from error
+
+    assert CliRunner().invoke(group, ["fail"]).stderr == "error: c.json: not valid JSON.\n"
+    found = CliRunner().invoke(group, ["-v", "fail"]).stderr
+    assert re.search(r"(?s)JSONDecodeError.*direct cause.*ConfigError.*\nerror: c\.json", found)
 
 
 def test_the_package_runs_as_a_module_and_knows_its_version():
