@@ -9,19 +9,20 @@ OFT ...) are merged by PEFT itself, on request.
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optimer_hf.checkpoint import TIED_HEAD, Checkpoint, has_tied_head
+from optimer_hf.checkpoint import Checkpoint
 from optimer_hf.convert import ResolvedModel, loaded_model, moves_base, stored_names
 from optimer_hf.errors import ModelError
 from optimer_hf.files import first_line
 from optimer_hf.kernel import LowRank, Trained
 from optimer_hf.loader import model_with_adapter, read_adapter_config
+from optimer_hf.ties import Ties, ties_of
 
 PARTNERS = {
     "lora_A": "lora_B",
@@ -30,6 +31,7 @@ PARTNERS = {
     "lora_embedding_B": "lora_embedding_A",
 }
 FROZEN_COPY = ".base_layer.weight"  # of an adapted embedding: PEFT saves it beside the factors
+TOKENS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding, as they are after training
 VARIANTS = [  # of LoraConfig: each changes what the factors mean
     "alora_invocation_tokens",
     "arrow_config",
@@ -39,6 +41,15 @@ VARIANTS = [  # of LoraConfig: each changes what the factors mean
     "use_qalora",
     "velora_config",
 ]
+FACTORS_TWICE = (
+    "PEFT's merge would add the product twice. Drop --from-adapter: the factors are read as they "
+    "are."
+)
+FACTORS_APART = (
+    "PEFT gives each its own factors, which part on a GPU. Train the embedding with "
+    "modules_to_save and ensure_weight_tying, with full parameters (leave `lora` out), or not at "
+    "all."
+)
 MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
 
 
@@ -49,11 +60,11 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     config = _config_of(path, name)
     stored = Checkpoint(path, "adapter_model")
     found: dict[str, LowRank | Trained] = {}
-    targets = targets_of(stored.names, base)
+    targets, ties = targets_of(stored.names, base), ties_of(base)
     for key in stored.names:
         target, part = targets[key]
         if key.endswith(FROZEN_COPY):
-            _refuse_moved(stored, key, base, target, name)
+            _refuse_moved(stored, key, base, ties.kept(target), name)
             continue
         if part != "B" and target in found:
             raise ModelError(
@@ -72,8 +83,7 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
                 f"vector {name!r} ({path}): tensor {key!r} is not a LoRA factor of a linear or "
                 f"embedding layer. {MATERIALISE}"
             )
-    _refuse_untied(found, base, path, name)
-    return found
+    return _joined(found, ties, f"vector {name!r} ({path})")
 
 
 def _config_of(path: Path, name: str) -> Any:
@@ -113,19 +123,23 @@ def _refuse_nonlinear(config: Any, path: Path, name: str) -> None:
             raise ModelError(f"vector {name!r} ({path}): {reason}. {MATERIALISE}")
 
 
-def refuse_unfit(keys: Iterable[str], base: Checkpoint, where: str) -> None:
-    """Raise ModelError for a LoRA, by the names of its tensors, of layers that are no tensors of
-    the base's checkpoint: it would be trained and then fit no merge.
+def refuse_unfit(keys: Sequence[str], base: Checkpoint, where: str) -> None:
+    """Raise ModelError for a LoRA, by the names of its tensors, that would be trained and then fit
+    no merge: of layers that are no tensors of the base's checkpoint, or of a part of what the base
+    ties.
     """
     products = [target for target, part in targets_of(keys, base).values() if part == "A"]
-    known = {*base.names, TIED_HEAD}
-    if unfit := sorted(name for name in products if name not in known):
+    known, ties = set(base.names), ties_of(base)
+    if unfit := sorted(name for name in products if ties.kept(name) not in known):
         fit = sorted({name.split(".")[-2] for name in products if name in known})
         raise ModelError(
             f"{where}: adapts {unfit[0].removesuffix('.weight')!r}, which the checkpoint stores in "
             f"another form (fused experts), so that it would fit no merge. Name the layers: "
             f"target_modules: [{', '.join(fit)}]."
         )
+    kinds = _kinds_of(keys, base)
+    refuse_parted(kinds, ties, where)
+    _refuse_both_factors(kinds, ties, where, FACTORS_APART)
 
 
 def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, str]]:
@@ -133,8 +147,8 @@ def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, st
     modules as the loaded model does, which is not always as the checkpoint does.
     """
     found = {key: _target_of(key) for key in keys}
-    known = {*base.names, TIED_HEAD}
-    if all(target in known for target, _ in found.values()):
+    known, ties = set(base.names), ties_of(base)
+    if all(ties.kept(target) in known for target, _ in found.values()):
         return found
     names = stored_names(ResolvedModel(base.path, base.path.name))
     return {key: (names.get(target, target), part) for key, (target, part) in found.items()}
@@ -155,6 +169,8 @@ def _target_of(key: str) -> tuple[str, str]:
             return f"{module.removesuffix(suffix)}.weight", part
     if module.endswith(".lora_B.bias"):
         return f"{module.removesuffix('.lora_B.bias')}.bias", "B.bias"
+    if module.endswith(TOKENS):
+        return f"{module.removesuffix(TOKENS)}.weight", TOKENS
     if "lora_" in module:
         return module, ""
     return module.replace(".base_layer.", "."), "trained"
@@ -194,7 +210,7 @@ def _product(stored: Checkpoint, key: str, config: Any, name: str) -> LowRank:
 
 
 def _refuse_moved(stored: Checkpoint, key: str, base: Checkpoint, target: str, name: str) -> None:
-    if target not in base.names:  # the alias of a tied embedding
+    if target not in base.names:
         return
     copy, tensor = stored.read(key), base.read(target)
     if copy.shape != tensor.shape or not torch.equal(copy.to(tensor.dtype), tensor):
@@ -232,24 +248,50 @@ def _rank_and_scale(config: Any, module: str, path: Path, name: str) -> tuple[in
         ) from None
 
 
-def _refuse_untied(
-    found: dict[str, LowRank | Trained], base: Checkpoint, path: Path, name: str
-) -> None:
-    """Refuse a head of its own beside a base whose head is its embedding."""
-    tied = has_tied_head(base)
-    if tied and TIED_HEAD in found:
-        raise ModelError(
-            f"vector {name!r} ({path}): adapts lm_head, but the base ties it to the embedding, so "
-            "the two would part. Train without lm_head and embed_tokens in target_modules and "
-            "modules_to_save, or with full parameters."
+def _joined(
+    found: Mapping[str, LowRank | Trained], ties: Ties, where: str
+) -> dict[str, LowRank | Trained]:
+    """Return the parts of an adapter by stored tensor: one for tensors that are one in the base,
+    which the adapter has to move alike, as PEFT does with `ensure_weight_tying`.
+    """
+    refuse_parted({name: type(part).__name__ for name, part in found.items()}, ties, where)
+    joined: dict[str, LowRank | Trained] = {}
+    for name, part in sorted(found.items(), key=lambda item: item[0] != ties.kept(item[0])):
+        other = joined.setdefault(ties.kept(name), part)
+        if not _are_alike(part, other):
+            raise _parted([name], [ties.kept(name)], where)
+    return joined
+
+
+def _are_alike(one: LowRank | Trained, other: LowRank | Trained) -> bool:
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return (
+            one.scale == other.scale and torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
         )
-    for target, delta in found.items():
-        if tied and isinstance(delta, Trained) and "embed_tokens" in target:
-            raise ModelError(
-                f"vector {name!r} ({path}): saved a copy of the tied embedding "
-                "(modules_to_save), which unties it from the head. Train the embedding with full "
-                "parameters, or leave it out."
-            )
+    if isinstance(one, Trained) and isinstance(other, Trained):
+        return torch.equal(one.tensor, other.tensor)
+    return False
+
+
+def refuse_parted(found: Mapping[str, str], ties: Ties, where: str) -> None:
+    """Raise ModelError where an adapter, by tensor and kind of its parts, moves one of the tensors
+    that are one in the base and leaves another, or moves them in different ways.
+    """
+    for group in ties.groups:
+        moved = {name: kind for name, kind in found.items() if ties.group_of(name) == group}
+        names = {ties.class_names.get(name, name) for name in moved}
+        left = [name for name in group if name not in names]
+        if moved and (left or len(set(moved.values())) > 1):
+            raise _parted(sorted(moved), left, where)
+
+
+def _parted(moved: Sequence[str], left: Sequence[str], where: str) -> ModelError:
+    other = f"leaves {left[0]!r} as it is" if left else "does not move them alike"
+    return ModelError(
+        f"{where}: trains {' and '.join(map(repr, moved))} and {other}, but the base ties them to "
+        "one tensor: the model as trained has two, and a merge has one. Train the embedding with "
+        "full parameters, with modules_to_save and ensure_weight_tying, or not at all."
+    )
 
 
 # -- through PEFT ----------------------------------------------------------------------------------
@@ -264,13 +306,9 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
     stored = Checkpoint(adapter, "adapter_model")  # PEFT would take pickled weights
-    if has_tied_head(Checkpoint(base)):
-        untying = [key for key in stored.names if _unties(key)]
-        if untying:
-            raise ModelError(
-                f"{adapter}: tensor {untying[0]!r} belongs to half of the tied embedding of the "
-                "base. Train the embedding with full parameters, or leave it out."
-            )
+    kinds, ties = _kinds_of(stored.names, Checkpoint(base)), ties_of(Checkpoint(base))
+    refuse_parted(kinds, ties, str(adapter))
+    _refuse_both_factors(kinds, ties, str(adapter), FACTORS_TWICE)
     model = loaded_model(ResolvedModel(base, base.name), torch.float32)
     try:
         merged = model_with_adapter(model, adapter).merge_and_unload()
@@ -291,10 +329,24 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _unties(key: str) -> bool:
-    """Whether a stored tensor adapts the head, or replaces the embedding."""
-    _, part = _target_of(key)
-    parts = key.split(".")
-    if key.endswith(FROZEN_COPY):
-        return False
-    return "lm_head" in parts or (part == "trained" and "embed_tokens" in parts)
+def _kinds_of(keys: Iterable[str], base: Checkpoint) -> dict[str, str]:
+    """Return how PEFT moves the tensors of a base, by the names of an adapter's tensors. Tokens of
+    a tied embedding it trains and merges in both halves.
+    """
+    ties, kinds = ties_of(base), dict[str, str]()
+    for key, (target, part) in targets_of(keys, base).items():
+        group = ties.group_of(target)
+        if part == TOKENS and group and target == group[0]:
+            kinds |= dict.fromkeys(group, part)
+        elif not key.endswith(FROZEN_COPY):
+            kinds[target] = part if part in (TOKENS, "trained") else "product"
+    return kinds
+
+
+def _refuse_both_factors(kinds: Mapping[str, str], ties: Ties, where: str, advice: str) -> None:
+    for target, kind in kinds.items():
+        if kind == "product" and (group := ties.group_of(target)):
+            raise ModelError(
+                f"{where}: adapts both {' and '.join(map(repr, group))}, which the base ties to "
+                f"one tensor. {advice}"
+            )

@@ -6,6 +6,7 @@ reads and not through a memory map, so that memory stays at a few blocks whateve
 model, and a file that shrinks meanwhile is an error and not a crash.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from optimer_hf.errors import ModelError, OutputError
-from optimer_hf.files import digest, fingerprint, read_yaml, sha256_file
+from optimer_hf.files import digest, fingerprint, sha256_file
 
 CHUNK_ELEMENTS = 2**19  # of one row block: 2 MiB in float32, so that a sum stays in a CPU's cache
 GPU_CHUNK_ELEMENTS = 2**24
@@ -47,7 +48,6 @@ TORCH_DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
 INDEX = ".safetensors.index.json"
 ANY_WEIGHTS = "*.safetensors"
 PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth")  # no training_args.bin, optimizer.pt
-TIED_HEAD = "lm_head.weight"  # may be left out of a file where it is tied to the embedding
 GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
 OF_TOKENIZER = [  # data by their endings: a tokenizer.py is code
     "tokenizer*.json",
@@ -129,10 +129,23 @@ class Checkpoint:
                     "not know. Fetch both again."
                 )
 
+    def renamed(self, old_names: Mapping[str, str]) -> "Checkpoint":
+        """Return the same tensors under other names, new name -> name here; others are left out."""
+        found = copy.copy(self)
+        found._stored = {new: self._stored[old] for new, old in old_names.items()}
+        return found
+
     @property
     def names(self) -> list[str]:
         """Tensor names, sorted."""
         return sorted(self._stored)
+
+    @property
+    def state(self) -> frozenset[tuple[str, tuple[int, int]]]:
+        """Name, size in bytes and time of change in ns of every file: what tells that the tensors
+        are still the same.
+        """
+        return frozenset((stored.file.name, stored.state) for stored in self._stored.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -378,16 +391,6 @@ def weight_names(path: Path) -> list[str]:
     if (path / whole).exists():
         return [whole]
     return sorted(set(_weight_map(index).values())) if index.exists() else [ANY_WEIGHTS]
-
-
-def has_tied_head(checkpoint: Checkpoint) -> bool:
-    """Whether the output layer of a model is its embedding: not stored, or stored as a copy."""
-    if TIED_HEAD not in checkpoint.names:
-        return True
-    file = checkpoint.path / "config.json"
-    config = read_yaml(file) if file.exists() else {}
-    text = config.get("text_config") or {}
-    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
 
 # -- computing -------------------------------------------------------------------------------------

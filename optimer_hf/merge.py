@@ -15,11 +15,9 @@ import torch
 
 from optimer_hf.checkpoint import (
     DTYPES,
-    TIED_HEAD,
     Checkpoint,
     computed_ahead,
     copy_beside_weights,
-    has_tied_head,
     row_blocks,
     write_sharded,
 )
@@ -27,6 +25,7 @@ from optimer_hf.convert import ResolvedModel
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files import first_line, staged_directory, write_text
 from optimer_hf.kernel import add_weighted
+from optimer_hf.ties import ties_of
 from optimer_hf.vector import DistributionVector, dense_rows, not_finite
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ def write_merged(
     """
     _refuse_absent(device)
     checkpoint = Checkpoint(base.path)
-    left_out = {TIED_HEAD} if has_tied_head(checkpoint) else set()  # a copy of the embedding
+    left_out = ties_of(checkpoint).copies  # a tied head, which its model class fills in
     specs = {
         name: (_output_dtype(checkpoint.dtype(name), out_dtype), checkpoint.shape(name))
         for name in checkpoint.names

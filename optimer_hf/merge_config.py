@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from optimer_hf.checkpoint import DTYPES, GENERATION_CONFIG, TIED_HEAD, Checkpoint
+from optimer_hf.checkpoint import DTYPES, GENERATION_CONFIG, Checkpoint
 from optimer_hf.convert import (
     ResolvedModel,
     refuse_other_than_models,
@@ -43,6 +43,7 @@ from optimer_hf.files import (
 )
 from optimer_hf.kernel import Delta, Trained, add_weighted
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
+from optimer_hf.ties import ties_of
 from optimer_hf.tokenizer import opened_tokenizer
 from optimer_hf.vector import QUANTISED, open_vector, read_record
 
@@ -661,7 +662,9 @@ def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> No
     ):
         return
     merged, expected = Checkpoint(out), Checkpoint(base)
-    missing = sorted(set(expected.names) - set(merged.names) - {TIED_HEAD})
+    ties, copies = ties_of(merged), ties_of(expected).copies
+    wanted = [name for name in expected.names if name not in copies]
+    missing = [name for name in wanted if ties.kept(name) not in merged.names]
     wrong = [
         name
         for name in merged.names

@@ -64,6 +64,7 @@ from optimer_hf.files import (
 from optimer_hf.growth import full_norm, is_due, lora_norm
 from optimer_hf.head import fuse_loss, keeps_documents_apart
 from optimer_hf.progress import Cost, Meter
+from optimer_hf.ties import ties_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -345,9 +346,10 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
         base = resolve_base(config.base_model)
         tokenizer = loaded_tokenizer(base)
         adapted = _adapted(empty_model(base), config, base)
+        ties_of(Checkpoint(base.path))
         if config.lora is not None:
             keys = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-            refuse_unfit(keys, Checkpoint(base.path), f"train config {config.name!r}: lora")
+            refuse_unfit([*keys], Checkpoint(base.path), f"train config {config.name!r}: lora")
         make_directory(out)
         try:
             with naming_disk_errors(out, "Nothing was left behind"):
@@ -490,7 +492,6 @@ def _adapted(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:
 
     lora = _lora_config(config)
     _refuse_unmatched(model, config.lora.get("target_modules"), config.name)
-    _refuse_untying(model, lora.modules_to_save, base)
     try:
         return get_peft_model(model, lora)
     except (ValueError, TypeError) as error:
@@ -528,16 +529,6 @@ def _refuse_moved_base(lora: Any, config: TrainConfig) -> None:
             f"train config {config.name!r}: lora.init_lora_weights: "
             f"{lora.init_lora_weights!r} changes the frozen base, so the adapter alone is not "
             "trained minus base. Leave it at true."
-        )
-
-
-def _refuse_untying(model: Any, modules_to_save: Any, base: ResolvedModel) -> None:
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and any(name in ("embed_tokens", "lm_head") for name in modules_to_save or ()):
-        raise ModelError(
-            f"lora.modules_to_save: {modules_to_save} would untie the tied embeddings of "
-            f"{base.reference}. "
-            "Train full parameters (leave `lora` out), or drop it from modules_to_save."
         )
 
 

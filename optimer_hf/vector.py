@@ -23,7 +23,6 @@ from pydantic import ValidationError
 from optimer_hf.adapter import merged_by_peft, read_adapter
 from optimer_hf.checkpoint import (
     DTYPES,
-    TIED_HEAD,
     Checkpoint,
     Loaded,
     copy_beside_weights,
@@ -38,6 +37,7 @@ from optimer_hf.errors import ModelError
 from optimer_hf.files import FileModel, VersionedFile, staged_directory
 from optimer_hf.kernel import Delta, LowRank, Trained, dense
 from optimer_hf.quantize import BLOCK_SIZE, SCALES, dequantize, n_blocks, quantize
+from optimer_hf.ties import are_equal, ties_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,11 +145,14 @@ class CheckpointVector:
 
 @dataclass(frozen=True)
 class DeltaVector:
-    """Stored deltas: bf16, fp16, fp32, or int8 with a scale per block."""
+    """Stored deltas: bf16, fp16, fp32, or int8 with a scale per block; `copies`, of a tied head,
+    are stored, too, and not read.
+    """
 
     name: str
     stored: Checkpoint | Loaded
     block_size: int | None = None
+    copies: frozenset[str] = frozenset()
     kind: str = "delta"
 
     @property
@@ -158,7 +161,8 @@ class DeltaVector:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        return frozenset(name for name in self.stored.names if not name.endswith(SCALES))
+        found = frozenset(name for name in self.stored.names if not name.endswith(SCALES))
+        return found - self.copies
 
     @property
     def n_bytes(self) -> int:
@@ -233,10 +237,11 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     if (resolved.path / "adapter_config.json").exists():
         vector = AdapterVector(name, resolved.path, read_adapter(resolved.path, checkpoint, name))
     elif record is not None and record.kind == "delta":
-        vector = _open_delta(name, resolved.path, record)
+        delta = _open_delta(name, resolved.path, record)
+        vector = replace(delta, copies=ties_of(checkpoint).copies)
     else:
-        tuned = Checkpoint(resolved.path)
-        _check_same_tensors(name, tuned, checkpoint)
+        tuned = _by_names_of(checkpoint, Checkpoint(resolved.path), name)
+        _check_same_kinds(name, tuned, checkpoint)
         vector = CheckpointVector(name, tuned, _merged_names(tuned, checkpoint))
     _check_shapes(vector, checkpoint)
     if vector.kind == "adapter" and record is None:
@@ -312,23 +317,48 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def _check_same_tensors(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
-    """A checkpoint must have the tensors of the base; a tied head may be on one side only."""
-    missing = sorted(set(base.names) - set(tuned.names) - {TIED_HEAD})
-    extra = sorted(set(tuned.names) - set(base.names) - {TIED_HEAD})
-    if missing or extra:
+def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
+    """Return a tuned checkpoint by the names of the base, whose tensors it must have: of tensors
+    that are one in either, the one that is stored stands for the others.
+    """
+    of_base = ties_of(base)
+    try:
+        of_tuned = ties_of(tuned)
+    except ModelError as error:
+        raise ModelError(f"vector {name!r}: {error}") from error
+    stored = {key: of_tuned.kept(key) for key in base.names if key not in of_base.copies}
+    missing = sorted(key for key, found in stored.items() if found not in tuned.names)
+    rest = sorted(set(tuned.names) - set(stored.values()) - of_tuned.copies)
+    parted = [key for key in rest if of_base.kept(key) in stored]
+    if missing or len(rest) > len(parted):
+        extra = [key for key in rest if key not in parted]
         raise ModelError(
             f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} "
             f"tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: "
             f"{extra[:1]}). Use a model of the same architecture."
         )
-    for one, other in ((tuned, base), (base, tuned)):
-        if TIED_HEAD in one.names and TIED_HEAD not in other.names and not _head_is_copy(one):
+    for key in parted:
+        kept = of_base.kept(key)
+        if not are_equal(tuned, key, stored[kept]):
             raise ModelError(
-                f"vector {name!r} ({tuned.path}): {one.path} has an output layer of its own "
-                f"({TIED_HEAD}), {other.path} ties it to the embedding. Tie it, or untie the other."
+                f"vector {name!r} ({tuned.path}): has a tensor {key!r} of its own, which the base "
+                f"{base.path} ties to {kept!r}. A merge has the form of the base and would drop "
+                "it. Untie the base first (save it with the head as a tensor and "
+                "tie_word_embeddings: false), or use a fine-tune with a tied head."
             )
-    for tensor in set(base.names) & set(tuned.names):
+    for key, found in stored.items():
+        if of_tuned.is_assumed and found != key:
+            raise ModelError(
+                f"vector {name!r} ({tuned.path}): lacks tensor {key!r}, and neither its config "
+                f"nor its model class says that it is {found!r}. Write tie_word_embeddings into "
+                "its config.json."
+            )
+    return tuned.renamed(stored)
+
+
+def _check_same_kinds(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
+    """Refuse quantised tensors, and whole numbers other than those of the base."""
+    for tensor in tuned.names:
         kinds = tuned.dtype(tensor), base.dtype(tensor)
         if kinds[0].is_floating_point != kinds[1].is_floating_point:
             raise ModelError(
@@ -344,26 +374,8 @@ def _check_same_tensors(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def _head_is_copy(checkpoint: Checkpoint) -> bool:
-    """Whether the stored output layer holds the same numbers as the embedding."""
-    shape, dtype = checkpoint.shape(TIED_HEAD), checkpoint.dtype(TIED_HEAD)
-    twins = [
-        name
-        for name in checkpoint.names
-        if "embed" in name and (checkpoint.shape(name), checkpoint.dtype(name)) == (shape, dtype)
-    ]
-    return any(
-        all(
-            torch.equal(checkpoint.read_rows(TIED_HEAD, rows), checkpoint.read_rows(twin, rows))
-            for rows in row_blocks(shape)
-        )
-        for twin in twins
-    )
-
-
 def _merged_names(tuned: Checkpoint, base: Checkpoint) -> frozenset[str]:
-    both = set(base.names) & set(tuned.names)
-    return frozenset(name for name in both if base.dtype(name).is_floating_point)
+    return frozenset(name for name in tuned.names if base.dtype(name).is_floating_point)
 
 
 def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
@@ -553,9 +565,10 @@ def _write_dense(
     dtype: torch.dtype,
     max_shard_size: int,
 ) -> None:
-    moved = vector.names
+    moved, ties = vector.names, ties_of(base)
 
-    def rows_of(name: str, rows: slice) -> torch.Tensor:
+    def rows_of(key: str, rows: slice) -> torch.Tensor:
+        name = ties.kept(key)  # of a copy the same delta: mergekit keeps it equal then
         base_rows = base.read_rows(name, rows)
         if name not in moved:
             return torch.zeros(base_rows.shape, dtype=dtype)

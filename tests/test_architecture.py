@@ -19,6 +19,7 @@ ORDER = [
     "checkpoint",
     "loader",
     "convert",
+    "ties",
     "head",
     "growth",
     "kernel",

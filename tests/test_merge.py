@@ -271,7 +271,8 @@ def test_a_stored_copy_of_a_tied_head_stays_tied(make_base, make_adapter, tmp_pa
     base = ResolvedModel(tmp_path / "base", "base")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT on adapting one half of a tied pair
-        adapter = make_adapter(made, 1, target_modules=["embed_tokens"])
+        options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+        adapter = make_adapter(made, 1, **options)
     vector = open_vector("v", str(adapter), base)
     write_merged(base, [vector], {"v": 1.0}, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

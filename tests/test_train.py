@@ -303,13 +303,16 @@ def test_a_file_in_place_of_the_output_directory_is_refused(make_config, tmp_pat
         train(make_config(), tmp_path / "out" / "deeper")
 
 
+@pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
-def test_untying_tied_embeddings_is_refused(make_config, tmp_path, name):
-    config = make_config(lora={**LORA, "modules_to_save": [name]})
-    with pytest.raises(
-        ModelError, match=rf"modules_to_save: \['{name}'\] would untie .* Train full parameters"
-    ):
+@pytest.mark.parametrize("field", ["modules_to_save", "target_modules"])
+def test_half_of_a_tied_pair_is_refused_before_the_corpus_is_packed(
+    make_config, tmp_path, name, field
+):
+    config = make_config(lora={**LORA, field: [name]})
+    with pytest.raises(ModelError, match=rf"lora: trains .*{name}.* but the base ties them"):
         train(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_untied_embeddings_may_be_saved_with_the_adapter(make_config, tmp_path):
