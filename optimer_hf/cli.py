@@ -4,14 +4,18 @@ Results go to stdout, progress and logs to stderr. An OptimerError becomes `erro
 status 1. Heavy imports happen inside the commands, so that `optimer --help` answers at once.
 """
 
+import contextlib
 import json
 import logging
 import os
+import re
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -75,32 +79,96 @@ SCHEDULER = click.option(
 
 
 N_SHOWN = 12  # points of a front
+SECRET = re.compile(r"\b(hf_|api_org_|sk-|github_pat_|ghp_)[A-Za-z0-9_-]{8,}")
+SECRET_NAME = re.compile("TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)
 RESUMABLE = {"run", "train", "search", "compare", "retarget", "push", "pull"}
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM or SIGHUP; as after Ctrl-C, everything tidies up on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class Group(click.Group):
     """Turns an OptimerError into one line and exit status 1 (with -v after its traceback), Ctrl-C
-    into one line and 130; lets bugs show their traceback.
+    into one line and 130, SIGTERM into 143, SIGHUP into 129; lets bugs show their traceback.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _raising_signals():
+                return super().invoke(ctx)
         except OptimerError as error:
             if ctx.params.get("verbose"):
                 click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo(f"\ninterrupted. {_what_is_kept(ctx.invoked_subcommand)}", err=True)
-            ctx.exit(130)
+        except KeyboardInterrupt as error:
+            told = f"\ninterrupted. {_what_is_kept(ctx.invoked_subcommand, sys.argv[1:])}"
+            with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+                click.echo(told, err=True)
+            number = error.number if isinstance(error, _TerminatedError) else signal.SIGINT
+            ctx.exit(128 + number)
 
 
-def _what_is_kept(command: str | None) -> str:
+@contextlib.contextmanager
+def _raising_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise in the main thread, unless they are ignored (nohup) or somebody
+    else's; further ones do not disturb the tidying up.
+    """
+
+    process = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != process:  # one forked from it, which has nothing to tidy up
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        for each in taken:
+            signal.signal(each, signal.SIG_IGN)
+        raise _TerminatedError(number)
+
+    taken = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _what_is_kept(command: str | None, arguments: Sequence[str]) -> str:
+    """Return what an interrupted command left, and the command that goes on, without secrets."""
     if command not in RESUMABLE:
         return "Nothing half-written was left behind."
     kept = "Finished stages and trials and the last checkpoint are kept"
-    return f"{kept}; to go on: optimer {shlex.join(sys.argv[1:])}"
+    shown = _without_secrets(arguments)
+    hint = "" if len(shown) == len(arguments) else ", with your --token"
+    return f"{kept}; to go on: optimer {shlex.join(shown)}{hint}"
+
+
+def _without_secrets(arguments: Sequence[str]) -> list[str]:
+    """Return a command line without --token and its value, and with `...` for whatever holds a
+    token, or the value of an environment variable that is one.
+    """
+    secrets = [value for key, value in os.environ.items() if SECRET_NAME.search(key) and value]
+    shown, follows = [], False
+    for argument in arguments:
+        is_secret = SECRET.search(argument) or any(
+            len(secret) > 7 and secret in argument for secret in secrets
+        )
+        if not (follows or argument == "--token" or argument.startswith("--token=")):
+            shown.append("..." if is_secret else argument)
+        follows = argument == "--token" and not follows
+    return shown
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,9 +4,13 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import pytest
@@ -18,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from optimer_hf.cli import Group, main
 from optimer_hf.errors import ConfigError
-from optimer_hf.files import write_text
+from optimer_hf.files import staged_directory, write_text
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["run", "train", "extract", "convert", "merge", "evaluate", "search"]
@@ -117,6 +121,70 @@ def test_an_error_is_one_line_on_stderr_and_exit_status_1(tmp_path):
     assert result.exit_code == 1
     assert result.stderr == f"error: {tmp_path / 'none.yaml'}: no such file.\n"
     assert result.stdout == ""
+
+
+ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "status"), ENDINGS)
+def test_a_signal_tidies_up_says_how_to_go_on_and_is_the_exit_status(
+    tmp_path, monkeypatch, number, status
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def interrupted(*arguments, **options):
+        with TemporaryDirectory(), staged_directory(tmp_path / "out") as staging:
+            (staging / "half").write_text("half")
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    monkeypatch.setattr("optimer_hf.hub.pull", interrupted)
+    monkeypatch.setattr(sys, "argv", ["optimer", "pull", "a/b"])
+    result = optimer("pull", "a/b", ok=False)
+    assert result.exit_code == status
+    assert "interrupted. Finished" in result.stderr
+    assert result.stderr.endswith("; to go on: optimer pull a/b\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_signals_that_are_ignored_or_of_others_stay_so(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "optimer_hf.hub.pull", lambda *_, **__: found.append(signal.getsignal(signal.SIGHUP))
+    )
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        CliRunner().invoke(main, ["pull", "a/b"])
+        assert found == [signal.SIG_IGN] == [signal.getsignal(signal.SIGHUP)]
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+SECRET = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["--token", SECRET], "optimer pull a/b --update, with your --token\n"),
+        ([f"--token={SECRET}"], "optimer pull a/b --update, with your --token\n"),
+        (["--token", "--token"], "optimer pull a/b --update, with your --token\n"),
+        (["--revision", SECRET], "optimer pull a/b --revision ... --update\n"),
+        (["--out", "of-the-environment"], "optimer pull a/b --out ... --update\n"),
+        (["--out", "tokens"], "optimer pull a/b --out tokens --update\n"),
+    ],
+)
+def test_no_token_is_shown_with_the_command_that_goes_on(monkeypatch, given, shown):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimer_hf.hub.pull", interrupted)
+    monkeypatch.setenv("HF_TOKEN", "of-the-environment")
+    monkeypatch.setattr(sys, "argv", ["optimer", "pull", "a/b", *given, "--update"])
+    result = optimer("pull", "a/b", ok=False)
+    assert result.exit_code == 130
+    assert result.stderr.endswith(f"to go on: {shown}")
 
 
 def test_an_input_that_is_not_there_is_told_before_the_libraries_load(tmp_path):
