@@ -546,14 +546,20 @@ def _shards(
     return shards
 
 
-def copy_beside_weights(source: Path, out: Path, *, tokenizer: Path | None = None) -> None:
-    """Copy config, tokenizer, chat template and licence files of a model; with `tokenizer` the
+def files_beside_weights(source: Path, *, tokenizer: Path | None = None) -> list[Path]:
+    """Return config, tokenizer, chat template and licence files of a model; with `tokenizer` the
     `tokenizer_files` come from there.
     """
-    for pattern in COPIED_BESIDE_WEIGHTS:
-        for path in source.glob(pattern):
-            is_replaced = tokenizer is not None and pattern in OF_TOKENIZER
-            if path.is_file() and not is_replaced:
-                shutil.copyfile(path, out / path.name)
-    for path in _of_tokenizer(tokenizer) if tokenizer is not None else ():
+    patterns = [
+        pattern
+        for pattern in COPIED_BESIDE_WEIGHTS
+        if tokenizer is None or pattern not in OF_TOKENIZER
+    ]
+    found = [path for pattern in patterns for path in source.glob(pattern) if path.is_file()]
+    return found if tokenizer is None else [*found, *_of_tokenizer(tokenizer)]
+
+
+def copy_beside_weights(source: Path, out: Path, *, tokenizer: Path | None = None) -> None:
+    """Copy the `files_beside_weights` of a model."""
+    for path in files_beside_weights(source, tokenizer=tokenizer):
         shutil.copyfile(path, out / path.name)

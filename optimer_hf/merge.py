@@ -8,7 +8,7 @@ looks for the culprit only then.
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -67,13 +67,14 @@ def write_merged(
     tokenizer: ResolvedModel | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     device: str = "cpu",
+    complete: Callable[[Path], None] | None = None,
 ) -> None:
     """Write base + sum_i w_i v_i as a model directory that `from_pretrained` loads.
 
     Keeps the dtype of every base tensor unless `out_dtype` is given; config and licence files come
     from the base; tokenizer, chat template and generation config, too, or from `tokenizer`. `out`
-    appears whole or not at all. Memory: a few row blocks, not the model. `device` does the
-    arithmetic.
+    appears whole or not at all, with what `complete` adds to the directory that it is given before.
+    Memory: a few row blocks, not the model. `device` does the arithmetic.
 
     Raises ModelError, naming tensor and vector, for values that are not finite.
     """
@@ -102,6 +103,8 @@ def write_merged(
         copy_beside_weights(base.path, staging, tokenizer=tokenizer.path if tokenizer else None)
         if out_dtype is not None:
             _set_config_dtype(staging / "config.json", out_dtype)
+        if complete is not None:
+            complete(staging)
     if any(weights[vector.name] != 0 for vector in vectors):
         _tell_survival(surviving_share(checkpoint, vectors, weights, out_dtype), out_dtype)
 

@@ -369,8 +369,7 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
             if engine == "native":
                 raise
         else:
-            _write(linear, base, tokenizer, out, options)
-            write_text(out / "mergekit_config.yml", path.read_text(encoding="utf-8"))
+            _write(linear, base, tokenizer, out, options, path.read_text(encoding="utf-8"))
             return "native"
     run_mergekit(config, path, out, options)  # which can put tokens in another order
     return "mergekit"
@@ -382,8 +381,9 @@ def _write(
     tokenizer: ResolvedModel | None,
     out: Path,
     options: Any,
+    config: str,
 ) -> None:
-    """Write a merge with the streaming writer."""
+    """Write a merge, and the text of its config, with the streaming writer."""
     write_merged(
         base,
         [open_vector(name, source, base) for name, source in linear.sources.items()],
@@ -393,6 +393,7 @@ def _write(
         tokenizer=tokenizer,
         max_shard_size=MAX_SHARD_SIZE if options is None else options.out_shard_size,
         device="cpu" if options is None else options.device,
+        complete=lambda staging: write_text(staging / "mergekit_config.yml", config),
     )
 
 

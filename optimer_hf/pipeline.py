@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,10 @@ from optimer_hf.files import (
 )
 
 logger = logging.getLogger(__name__)
+RESULTS = (  # of a finished run, whose figures are in its model, too
+    *(f"merged/{name}" for name in ("config.json", "recipe.yaml", "recipe.lock.json")),
+    *("merged/figures/captions.json", "results.json", "results.md"),
+)
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,7 @@ def finished_summary(run: Run) -> str | None:
     if not done.exists():
         return None
     record = read_yaml(done)
-    results = ("merged/config.json", "results.json", "results.md")
-    is_whole = all((run.out / name).exists() for name in results)
+    is_whole = all((run.out / name).exists() for name in RESULTS)
     if not is_whole or record.get("inputs_sha256") != run.inputs_digest():
         return None
     return summary(run)
@@ -128,9 +130,7 @@ def run_recipe(run: Run) -> str:
         recipe_file = run.out / "recipe.yaml"
         recipe.write_recipe(study, recipe_file, name=run.name, sealed=sealed, ledger=spent)
         writing = perf_counter()
-        if not recipe.is_built(recipe_file, run.out / "merged"):
-            shutil.rmtree(run.out / "merged", ignore_errors=True)
-            recipe.build(recipe_file, run.out / "merged")
+        recipe.build(recipe_file, run.out / "merged", replace=True)
         recipe.write_vanilla(study, run.out / "mergekit_config.yml")
         spent["write"] = {"seconds": round(perf_counter() - writing, 1)}
         seconds = round(perf_counter() - started, 1)

@@ -8,22 +8,31 @@ built the same model.
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from optimer_hf.checkpoint import Checkpoint, files_in_shards, tokenizer_files, weight_files
+from optimer_hf.checkpoint import (
+    Checkpoint,
+    files_beside_weights,
+    files_in_shards,
+    tokenizer_files,
+    weight_files,
+)
 from optimer_hf.convert import ResolvedModel, resolve_model, resolve_tokenizer
-from optimer_hf.errors import ConfigError, ModelError, OutputError
+from optimer_hf.errors import ConfigError, ModelError, OptimerError, OutputError
 from optimer_hf.files import (
     FileModel,
     ReferenceText,
     TokenizerSource,
     VersionedFile,
+    finish_move,
     is_pinned,
     is_there,
     portable,
+    replacing,
     tokenizer_reference,
     write_text,
     yaml_text,
@@ -379,21 +388,27 @@ def build(
     out_dtype: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     device: str = "cpu",
+    replace: bool = False,
 ) -> None:
-    """Build the merged model of a recipe; `device` does the arithmetic.
+    """Build the merged model of a recipe; `device` does the arithmetic, `replace` takes the place
+    of another model in `out`.
 
-    Raises ModelError when base or vectors are not the locked ones, before anything is written.
+    The model appears with its recipe, lock and figures. One that is in `out` already, whole and of
+    this recipe and lock, stays; what is beside its weights is brought up to date. Raises ModelError
+    when base or vectors are not the locked ones, before anything is written.
     """
     recipe = RecipeFile.read(path)
     lock_file = path.with_suffix(".lock.json")
     base = resolve_model(recipe.base_model)
-    if lock_file.exists():
-        _check_lock(Lock.read(lock_file), recipe, base)
+    lock = Lock.read(lock_file) if lock_file.exists() else None
+    if lock is not None:
+        _check_lock(lock, recipe, base)
     tokenizer = opened_tokenizer(base, recipe.tokenizer_reference)
     vectors = [
         open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()
     ]
-    write_merged(
+    write = partial(
+        write_merged,
         base,
         vectors,
         recipe.weights,
@@ -403,18 +418,48 @@ def build(
         max_shard_size=max_shard_size,
         device=device,
     )
-    if lock_file.exists():
-        built = _lock_of_built(lock_file, out, out_dtype or recipe.dtype, max_shard_size)
-        if out_dtype is None:
-            _keep_output(lock_file, out, built, any(isinstance(v, AdapterVector) for v in vectors))
-        _write_beside(recipe, built, out)
-        _copy_figures(path.parent, out)
+    if lock is None:
+        write()
+        return
+    asked = {"dtype": out_dtype or recipe.dtype, "max_shard_size": max_shard_size}
+    beside = files_beside_weights(base.path, tokenizer=tokenizer.path if tokenizer else None)
+    finish_move(out)
+    built = _lock_of_built(lock, out, asked, [file.name for file in beside])
+    if built is not None:
+        logger.info("%s: holds the model of this recipe already; nothing to build", out)
+        _write_beside(recipe, path.parent, built, out, out)
+    else:
+        if replace and is_there(out):
+            shutil.rmtree(out)
+        write(
+            complete=lambda staging: _write_beside(
+                recipe, path.parent, _with_output(lock, staging, asked), staging, out
+            )
+        )
+        built = Lock.read(out / LOCK)
+    if out_dtype is None:
+        _keep_output(lock_file, out, built, any(isinstance(v, AdapterVector) for v in vectors))
 
 
-def _lock_of_built(lock_file: Path, out: Path, dtype: str, max_shard_size: int) -> Lock:
-    """Return the lock of a recipe as it is of one model built from it."""
-    built = {"output": weight_files(out), "dtype": dtype, "max_shard_size": max_shard_size}
-    return Lock.read(lock_file).model_copy(update=built)
+def _with_output(lock: Lock, model: Path, asked: Mapping[str, Any]) -> Lock:
+    """Return the lock of a recipe as it is of a model built from it, with what was asked of it."""
+    return lock.model_copy(update={"output": weight_files(model), **asked})
+
+
+def _lock_of_built(
+    lock: Lock, model: Path, asked: Mapping[str, Any], beside: Sequence[str]
+) -> Lock | None:
+    """Return the lock of a model that is what a build after `lock` gives, with the files `beside`
+    its weights; None when there is another one, or none.
+    """
+    if not all((model / name).is_file() for name in beside):
+        return None
+    try:
+        built = _with_output(lock, model, asked)
+        recorded = Lock.read(model / LOCK) if is_there(model / LOCK) else None
+    except OptimerError:
+        return None
+    return built if built.output and built in (lock, recorded) else None
 
 
 def _keep_output(lock_file: Path, out: Path, built: Lock, has_adapters: bool) -> None:
@@ -423,7 +468,9 @@ def _keep_output(lock_file: Path, out: Path, built: Lock, has_adapters: bool) ->
     if not lock.output:
         built.write(lock_file)
         return
-    found = _as_locked(out, built, lock)
+    found = built.output
+    if found != lock.output and built.max_shard_size != lock.max_shard_size:
+        found = files_in_shards(out, lock.max_shard_size)
     if lock.output != found and has_adapters:
         logger.warning(
             "%s: differs in bits from the model built first; LoRA products round differently on "
@@ -437,33 +484,23 @@ def _keep_output(lock_file: Path, out: Path, built: Lock, has_adapters: bool) ->
         )
 
 
-def _copy_figures(source: Path, out: Path) -> None:
-    """Copy the figures beside a recipe into the model built from it, for its card."""
-    if not (source / CAPTIONS).exists():
-        return
-    (out / FIGURES).mkdir(exist_ok=True)
-    for name in (*(f"{FIGURES}/{name}.png" for name in CARD_FIGURES), CAPTIONS):
-        if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
-
-
-def _as_locked(model: Path, built: Lock, lock: Lock) -> dict[str, str]:
-    """Return file name -> sha256 of a model in shards as large as those of a lock; `built` is what
-    is known of the model itself.
+def _write_beside(recipe: RecipeFile, figures: Path, built: Lock, model: Path, out: Path) -> None:
+    """Write into a built model how it was built, so that it can be verified and published, and the
+    figures of its card, which lie in a folder of the recipe; what is there stays. `out` is where
+    the model will be.
     """
-    found = weight_files(model)
-    if found == lock.output or built.max_shard_size == lock.max_shard_size:
-        return found
-    return files_in_shards(model, lock.max_shard_size)
-
-
-def _write_beside(recipe: RecipeFile, built: Lock, out: Path) -> None:
-    """Write into a built model how it was built, so that it can be verified and published."""
-    built.write(out / LOCK)
     built_recipe = recipe.model_copy(update={"dtype": built.dtype})
     data = portable(built_recipe.model_dump(mode="json", exclude_none=True), out.resolve())
-    text = yaml_text(data)
-    write_text(out / "recipe.yaml", text)
+    files = {"recipe.yaml": yaml_text(data).encode()}
+    if (figures / CAPTIONS).exists():
+        names = (*(f"{FIGURES}/{name}.png" for name in CARD_FIGURES), CAPTIONS)
+        files |= {name: (figures / name).read_bytes() for name in names if is_there(figures / name)}
+    for name, data in files.items():
+        if not is_there(model / name) or (model / name).read_bytes() != data:
+            with replacing(model / name) as partial:
+                partial.write_bytes(data)
+    if not is_there(model / LOCK) or Lock.read(model / LOCK) != built:
+        built.write(model / LOCK)
 
 
 def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:
@@ -492,12 +529,6 @@ def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:
         )
 
 
-def is_built(path: Path, model: Path) -> bool:
-    """Whether `model` is what the lock of a recipe says its build gave."""
-    lock = Lock.read(path.with_suffix(".lock.json"))
-    return bool(lock.output) and weight_files(model) == lock.output
-
-
 def verify(path: Path, model: Path) -> None:
     """Raise ModelError unless a built model has the sha256 that the lock of its recipe records, and
     the tokenizer, if that is not the base's; one in other shards than the locked one is hashed as
@@ -519,7 +550,9 @@ def verify(path: Path, model: Path) -> None:
             )
         raise ModelError(f"{model}: no such model. Build it: `optimer build {path} {model}`.")
     beside = model / LOCK
-    found = _as_locked(model, Lock.read(beside) if beside.exists() else lock, lock)
+    built, found = Lock.read(beside) if beside.exists() else lock, weight_files(model)
+    if found != lock.output and built.max_shard_size != lock.max_shard_size:
+        found = files_in_shards(model, lock.max_shard_size)
     for name in sorted(lock.output.keys() | found.keys()):
         if found.get(name) != lock.output.get(name):
             raise ModelError(

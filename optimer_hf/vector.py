@@ -503,14 +503,15 @@ def extract(
     dtype: str = "bfloat16",
     block_size: int = BLOCK_SIZE,
     max_shard_size: int = 5 * 10**9,
+    source: Path | None = None,
 ) -> VectorFile:
     """Write a vector as a delta directory and return its record, with the relative error of what
     was stored.
 
     In a floating-point dtype it has a tensor for every one of the base (zeros where nothing moved),
     so that mergekit reads it as a model; in `int8`, with a scale for every `block_size` numbers, it
-    has the moved ones only. A delta keeps its own exponent, so bfloat16 costs 2^-9 of it. Memory: a
-    few row blocks.
+    has the moved ones only. A delta keeps its own exponent, so bfloat16 costs 2^-9 of it. `source`
+    holds the weights that the record names (None: those of the vector). Memory: a few row blocks.
     """
     checkpoint = Checkpoint(base.path)
     norm, relative_norm = norms(vector, checkpoint)
@@ -527,7 +528,7 @@ def extract(
             name=vector.name,
             kind="delta",
             base=_base_record(base),
-            source_files=weight_files(vector.path),
+            source_files=weight_files(vector.path if source is None else source),
             dtype=dtype,
             block_size=block_size if dtype == QUANTISED else None,
             norm=norm,
@@ -552,10 +553,7 @@ def extract_any_adapter(
         if recorded is None:
             _warn_of_another_base(name, adapter.path, base)
         vector = open_vector(name, str(merged), base)
-        record = extract(vector, base, out, **options)
-    record = record.model_copy(update={"source_files": weight_files(adapter.path)})
-    record.write(out / "vector.json")
-    return record
+        return extract(vector, base, out, source=adapter.path, **options)
 
 
 def _write_dense(

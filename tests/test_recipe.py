@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -173,11 +174,75 @@ def test_a_build_in_other_shards_is_compared_with_the_first(recipe, tmp_path):
         build(recipe, tmp_path / "two", max_shard_size=20_000)
 
 
-def test_build_refuses_a_directory_with_files(recipe, tmp_path):
+def test_build_refuses_a_directory_with_another_model_or_files(recipe, tmp_path):
+    out = tmp_path / "out"
+    build(recipe, out, out_dtype="float32")
+    for other in ({}, {"out_dtype": "float16"}, {"out_dtype": "float32", "max_shard_size": 9000}):
+        with pytest.raises(OutputError, match="already exists and is not empty"):
+            build(recipe, out, **other)
+    verify(out / "recipe.yaml", out)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="already exists and is not empty"):
+        build(recipe, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("lost", [[], ["recipe.yaml"], ["recipe.yaml", "recipe.lock.json"]])
+def test_a_model_that_is_built_already_is_completed(recipe, tmp_path, caplog, lost):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "captions.json").write_text("{}")
     build(recipe, tmp_path / "out")
+    expected = contents(tmp_path / "out")
+    assert {"recipe.yaml", "recipe.lock.json", "figures/captions.json"} < expected.keys()
+    changed = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    for name in lost:
+        (tmp_path / "out" / name).unlink()
+    shutil.rmtree(tmp_path / "out" / "figures")
+    with caplog.at_level("INFO"):
+        build(recipe, tmp_path / "out")
+    assert "out: holds the model of this recipe already" in caplog.text
+    assert contents(tmp_path / "out") == expected
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == changed
+
+
+def test_a_model_whose_build_was_killed_before_it_was_locked_is_locked(recipe, tmp_path):
+    lock = recipe.with_suffix(".lock.json")
+    unlocked = lock.read_bytes()
+    build(recipe, tmp_path / "out")
+    locked = lock.read_bytes()
+    lock.write_bytes(unlocked)
+    build(recipe, tmp_path / "out")
+    assert lock.read_bytes() == locked != unlocked
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json"])
+def test_a_model_that_lost_a_file_is_not_taken_as_built(recipe, tmp_path, name):
+    build(recipe, tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
     with pytest.raises(OutputError, match="already exists and is not empty"):
         build(recipe, tmp_path / "out")
+    build(recipe, tmp_path / "out", replace=True)
     verify(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / name).is_file()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_what_is_built_is_hashed_before_it_is_moved_into_place(recipe, tmp_path, monkeypatch):
+    move = os.replace
+
+    def damaging(source, target):
+        move(source, target)
+        if Path(target).name == "out":  # as another writer of the same files would
+            change_weights(Path(target))
+
+    monkeypatch.setattr(os, "replace", damaging)
+    build(recipe, tmp_path / "out")
+    with pytest.raises(ModelError, match="sha256 differs from"):
+        verify(recipe, tmp_path / "out")
 
 
 def test_verify_names_a_changed_and_a_lost_file_and_passes_one_that_is_not_read(recipe, tmp_path):
