@@ -22,9 +22,9 @@ from pydantic import ValidationError, field_validator
 
 from optimer_hf.errors import HubError, OptimerError
 from optimer_hf.files import (
-    ATOMIC_PREFIX,
     Reference,
     VersionedFile,
+    exclusive,
     require_empty,
     sha256_file,
     staged_directory,
@@ -283,10 +283,10 @@ def _refuse_change(target: Path, snapshot: _Snapshot, update: bool) -> PulledFil
     """Return the record of an earlier pull into a directory; refuse to change it unasked, or to
     overwrite what was edited since.
     """
-    if not (target / RECORD).exists():
+    before = _record_in(target)
+    if before is None:
         require_empty(target)
         return None
-    before = PulledFile.read(target / RECORD)
     if before.repo_id != snapshot.repo_id:
         raise HubError(
             f"{target}: was pulled from {before.repo_id}. Give another directory for "
@@ -318,34 +318,27 @@ def _refuse_change(target: Path, snapshot: _Snapshot, update: bool) -> PulledFil
 
 def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -> Pull:
     """Check what a snapshot holds and put it in place, whole or not at all."""
-    before = _refuse_change(target, snapshot, update)
+    is_there = _refuse_change(target, snapshot, update) is not None
     record, digests = _record_of(snapshot), snapshot.digests
     if snapshot.kind == "model":
         refuse_other_weights(snapshot.repo_id, Lock.read(snapshot.path / LOCK), digests)
-    moved = _moved(before, target, snapshot.commit, digests, record) if before is not None else ()
     pulled = PulledFile(
         repo_id=snapshot.repo_id,
         revision=snapshot.revision,
         commit=snapshot.commit,
         files=digests,
     )
-    if before is None:
+    moved: tuple[str, ...] = ()
+    if is_there:
+        with exclusive(target, beside=target):
+            before = _refuse_change(target, snapshot, update) or pulled  # read under the lock
+            moved = _moved(before, target, snapshot.commit, digests, record)
+            _stage_update(snapshot, pulled, before, target)
+            _finish_update(target)
+    else:
         with staged_directory(target) as staging:
             _copy(snapshot, digests, staging)
             pulled.write(staging / RECORD)
-    else:
-        staging = target / f"{ATOMIC_PREFIX}update"
-        shutil.rmtree(staging, ignore_errors=True)
-        missing = {
-            name: sha256
-            for name, sha256 in digests.items()
-            if not (target / name).exists() or before.files.get(name) != sha256
-        }
-        staging.mkdir()
-        _copy(snapshot, missing, staging)
-        pulled.write(staging / RECORD)
-        staging.replace(target / PENDING)
-        _put_pending_in_place(target)
     done = Pull(
         snapshot.repo_id, snapshot.commit, snapshot.kind, target, tuple(digests), moved=moved
     )
@@ -357,19 +350,45 @@ def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -
     return replace(done, inputs=inputs_of(api, references))
 
 
+def _stage_update(
+    snapshot: _Snapshot, pulled: PulledFile, before: PulledFile, target: Path
+) -> None:
+    """Put what differs from an earlier pull, and its record, into PENDING, whole or not at all."""
+    missing = {
+        name
+        for name, sha256 in pulled.files.items()
+        if not (target / name).exists() or before.files.get(name) != sha256
+    }
+    with staged_directory(target / PENDING) as staging:
+        _copy(snapshot, missing, staging)
+        pulled.write(staging / RECORD)
+
+
 def _put_pending_in_place(target: Path) -> None:
-    """Finish an update that has arrived whole, also one that a kill interrupted; hub.json last."""
+    """Finish an update that has arrived whole and that a kill interrupted."""
+    if (target / PENDING).is_dir():
+        with exclusive(target, beside=target):
+            _finish_update(target)
+
+
+def _finish_update(target: Path) -> None:
+    """Move an update that has arrived whole into place; hub.json last, so that without it all that
+    is left to do is to remove what is empty.
+    """
     pending = target / PENDING
-    if not pending.is_dir():
-        return
-    new, old = PulledFile.read(pending / RECORD), PulledFile.read(target / RECORD)
-    for name in old.files.keys() - new.files.keys():
-        (target / name).unlink(missing_ok=True)
-    for name in [*new.files, RECORD]:
-        if (pending / name).exists():
-            (target / name).parent.mkdir(exist_ok=True)
-            (pending / name).replace(target / name)
-    shutil.rmtree(pending)
+    if (pending / RECORD).exists():
+        new, old = PulledFile.read(pending / RECORD), _record_in(target)
+        for name in () if old is None else old.files.keys() - new.files.keys():
+            (target / name).unlink(missing_ok=True)
+        for name in [*new.files, RECORD]:
+            if (pending / name).exists():
+                (target / name).parent.mkdir(exist_ok=True)
+                (pending / name).replace(target / name)
+    shutil.rmtree(pending, ignore_errors=True)
+
+
+def _record_in(target: Path) -> PulledFile | None:
+    return PulledFile.read(target / RECORD) if (target / RECORD).exists() else None
 
 
 def _copy(snapshot: _Snapshot, names: Collection[str], target: Path) -> None:

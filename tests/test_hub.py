@@ -23,8 +23,8 @@ from optimer_hf import push as pushes
 from optimer_hf import remote
 from optimer_hf.checkpoint import weight_files
 from optimer_hf.convert import ResolvedModel, resolve_base, resolve_model
-from optimer_hf.errors import HubError, ModelError, OptimerError
-from optimer_hf.files import sha256_file
+from optimer_hf.errors import HubError, ModelError, OptimerError, OutputError
+from optimer_hf.files import exclusive, sha256_file
 from optimer_hf.merge import write_merged
 from optimer_hf.plan import downloads
 from optimer_hf.publish import publication
@@ -959,17 +959,44 @@ def test_an_update_that_was_killed_is_finished(hub, make_vector, name, tmp_path,
     def killed(target: Path) -> None:
         raise KeyboardInterrupt
 
-    finish = pulls._put_pending_in_place
-    calls = iter([finish, killed])
-    monkeypatch.setattr(pulls, "_put_pending_in_place", lambda target: next(calls)(target))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pulls, "_finish_update", killed)
         hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
     assert {key: (out / key).read_bytes() for key in old} == old
-    monkeypatch.setattr(pulls, "_put_pending_in_place", finish)
     assert hubs.pull(f"alice/{name}", out, token=ALICE, update=True).commit == second
     assert json.loads((out / "vector.json").read_text())["norm"] == 5.0
     assert json.loads((out / "hub.json").read_text())["commit"] == second
     assert {path.name for path in out.iterdir()} == {*old, "mine.txt"}
+
+
+@pytest.mark.parametrize("lost", [[], ["hub.json"]])
+def test_an_update_that_only_has_to_be_tidied_up_is_finished(
+    hub, make_vector, name, tmp_path, monkeypatch, lost
+):
+    out = tmp_path / "out"
+    _, second = _two_versions(make_vector, name, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(pulls.shutil, "rmtree", lambda *_, **__: None)
+        hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
+    assert not (out / ".update" / "hub.json").exists()
+    for file in lost:  # with an update that is whole
+        shutil.copytree(out, out / ".update", dirs_exist_ok=True, ignore=lambda *_: [".update"])
+        (out / file).unlink()
+    assert hubs.pull(f"alice/{name}", out, token=ALICE).commit == second
+    assert json.loads((out / "hub.json").read_text())["commit"] == second
+    assert not (out / ".update").exists()
+
+
+def test_two_pulls_of_one_directory_do_not_mix(hub, make_vector, name, tmp_path):
+    out = tmp_path / "out"
+    _two_versions(make_vector, name, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with (
+        exclusive(out, beside=out),
+        pytest.raises(OutputError, match="out: another process is writing it"),
+    ):
+        hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("file", ["../victim", "/etc/hosts", "notes.txt"])
