@@ -42,8 +42,8 @@ VARIANTS = [  # of LoraConfig: each changes what the factors mean
     "velora_config",
 ]
 FACTORS_TWICE = (
-    "PEFT's merge would add the product twice. Drop --from-adapter: the factors are read as they "
-    "are."
+    "PEFT's merge would add the product twice. Read the factors as they are: `optimer extract "
+    "ADAPTER --base BASE OUT`, without --from-adapter."
 )
 FACTORS_APART = (
     "PEFT gives each its own factors, which part on a GPU. Train the embedding with "
@@ -305,10 +305,7 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
     """
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
-    stored = Checkpoint(adapter, "adapter_model")  # PEFT would take pickled weights
-    kinds, ties = _kinds_of(stored.names, Checkpoint(base)), ties_of(Checkpoint(base))
-    refuse_parted(kinds, ties, str(adapter))
-    _refuse_both_factors(kinds, ties, str(adapter), FACTORS_TWICE)
+    refuse_unmerged_by_peft(adapter, base)
     model = loaded_model(ResolvedModel(base, base.name), torch.float32)
     try:
         merged = model_with_adapter(model, adapter).merge_and_unload()
@@ -327,6 +324,16 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
         merged.save_pretrained(folder)
         yield Path(folder)
+
+
+def refuse_unmerged_by_peft(adapter: Path, base: Path) -> None:
+    """Raise ModelError for an adapter that PEFT would merge into another model than it is: of a
+    part of what the base ties, or with factors of both halves, which it would add twice.
+    """
+    stored = Checkpoint(adapter, "adapter_model")  # PEFT would take pickled weights
+    kinds, ties = _kinds_of(stored.names, Checkpoint(base)), ties_of(Checkpoint(base))
+    refuse_parted(kinds, ties, str(adapter))
+    _refuse_both_factors(kinds, ties, str(adapter), FACTORS_TWICE)
 
 
 def _kinds_of(keys: Iterable[str], base: Checkpoint) -> dict[str, str]:

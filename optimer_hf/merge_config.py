@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from optimer_hf.checkpoint import DTYPES, GENERATION_CONFIG, Checkpoint
+from optimer_hf.adapter import refuse_unmerged_by_peft
+from optimer_hf.checkpoint import ANY_WEIGHTS, DTYPES, GENERATION_CONFIG, Checkpoint
 from optimer_hf.convert import (
     ResolvedModel,
     refuse_other_than_models,
@@ -43,7 +44,7 @@ from optimer_hf.files import (
 )
 from optimer_hf.kernel import Delta, Trained, add_weighted
 from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
-from optimer_hf.ties import ties_of
+from optimer_hf.ties import are_equal, ties_of
 from optimer_hf.tokenizer import opened_tokenizer
 from optimer_hf.vector import QUANTISED, open_vector, read_record
 
@@ -61,6 +62,7 @@ TOP_LEVEL_KEYS = [
     "tokenizer_source",
     "chat_template",
 ]
+RANDOM_METHODS = ("dare", "della")
 MODEL_KEYS = ["model", "parameters"]
 MERGEKIT_DTYPES = [*DTYPES, "float64", "int64"]
 
@@ -488,6 +490,8 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     absolute = _with_references(dict(config), path, readable)
     _refuse_unreadable(absolute, path)
     _refuse_unmerged(absolute, path, options)
+    models = _checkpoints_of(absolute, trusted)
+    _refuse_mixed_heads(models, str(config["merge_method"]), path)
     base = absolute.get("base_model")
     base_text = str(base).split("+")[0]
     base_path = resolve_model(base_text, may_run_code=trusted).path if base else None
@@ -497,6 +501,8 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
         reason = first_line(error)
         raise ConfigError(f"{path}: mergekit does not take this config: {reason}.") from error
     _refuse_ignored(absolute, parsed, _parameters_of(parsed.merge_method), str(path))
+    if models:
+        _refuse_unknown_head(models[0], parsed, options or MergeOptions(quiet=True), path)
     # the loaders are never cleared: a model replaced on disk would be read from the old file
     LoaderCache().loaders = {}
     with staged_directory(out) as staging:
@@ -578,6 +584,84 @@ def _refuse_unmerged(config: Mapping[str, Any], path: Path, options: Any) -> Non
                 f"{path}: {text}: mergekit merges the adapter into its model first, and needs a "
                 "directory for that. Give --lora-merge-cache DIR; an adapter of base_model under "
                 f"`merge_method: {METHOD}` needs none where every weight is one number."
+            )
+
+
+def _checkpoints_of(config: Mapping[str, Any], may_run_code: bool) -> list[Checkpoint]:
+    """Return the models of a config, the base first. Raises ModelError for an adapter that PEFT,
+    which merges it for mergekit, would make another model of.
+    """
+    texts = [str(config["base_model"])] if config.get("base_model") else []
+    found = []
+    for text in dict.fromkeys([*texts, *models_in(config)]):
+        reference, *adapters = [text] if is_there(Path(text)) else text.split("+")
+        model = resolve_model(reference, may_run_code=may_run_code).path
+        if not any(model.glob(ANY_WEIGHTS)):
+            continue  # pickled weights, which mergekit may read
+        found.append(Checkpoint(model))
+        for adapter in adapters:
+            refuse_unmerged_by_peft(resolve_model(adapter).path, model)
+    return found
+
+
+def _refuse_mixed_heads(models: Sequence[Checkpoint], method: str, path: Path) -> None:
+    """Refuse models that mergekit, which merges by name, would give the head of another: it leaves
+    out what the base does not store, and merges a copy with the models that store one.
+    """
+    for other in models[1:]:
+        _refuse_other_head(other, models[0], path)
+    if models and method.startswith(RANDOM_METHODS):
+        ties = ties_of(models[0])
+        for copy in sorted(ties.copies):
+            raise ModelError(
+                f"{path}: {models[0].path}: stores {copy!r}, a copy of {ties.kept(copy)!r}, and "
+                f"{method} drops numbers of each at random, so that the two would part. Save the "
+                "models without it (`save_pretrained`)."
+            )
+
+
+def _refuse_unknown_head(base: Checkpoint, parsed: Any, options: Any, path: Path) -> None:
+    """Refuse a head that mergekit's description of the architecture lacks: it would be left out."""
+    from mergekit.architecture import get_architecture_info
+    from transformers import PretrainedConfig
+
+    head = ties_of(base).head
+    if head is None:
+        return
+    try:
+        config: PretrainedConfig = parsed.referenced_models()[0].config(
+            trust_remote_code=options.trust_remote_code
+        )
+        weights = get_architecture_info(parsed, options).all_weights(config)
+    except (ValueError, RuntimeError, KeyError, OSError, AttributeError):
+        return  # which mergekit says itself
+    known = {name for weight in weights for name in (weight.name, *(weight.aliases or ()))}
+    if not known & {head, ties_of(base).class_names[head]}:
+        raise ModelError(
+            f"{path}: mergekit does not know {head!r} of {base.path}, which has a head of its own, "
+            f"and would leave it out. Use what `merge_method: {METHOD}` can do with a number per "
+            "model (`--engine native`)."
+        )
+
+
+def _refuse_other_head(other: Checkpoint, base: Checkpoint, path: Path) -> None:
+    of_other, of_base = ties_of(other), ties_of(base)
+    for group in (*of_base.groups, *of_other.groups):
+        here = [name for name in other.names if of_other.class_names[name] in group]
+        there = [name for name in base.names if of_base.class_names[name] in group]
+        if here != there:
+            name = sorted({*here} ^ {*there})[0]
+            stores, lacks = (other, base) if name in here else (base, other)
+            raise ModelError(
+                f"{path}: {stores.path}: stores tensor {name!r}, which {lacks.path} ties to "
+                "another and does not store, and mergekit merges by name. Save both alike; an "
+                f"{METHOD} merge with a number per model needs no mergekit."
+            )
+        if group in of_base.groups and not all(are_equal(other, here[0], name) for name in here):
+            raise ModelError(
+                f"{path}: {other.path}: has a tensor {here[-1]!r} of its own, which {base.path} "
+                f"ties to {here[0]!r}. The merge has the form of the latter: give a base with a "
+                "head of its own, or a model with a tied one."
             )
 
 

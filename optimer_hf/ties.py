@@ -19,6 +19,7 @@ import torch
 from optimer_hf.checkpoint import Checkpoint, row_blocks
 from optimer_hf.errors import ModelError
 from optimer_hf.files import first_line
+from optimer_hf.loader import CONFIG, read_settings, refuse_absurd
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +34,15 @@ class Ties:
 
     `groups` are names as the model class has them, the tensor that the others repeat first;
     `stored` maps those names, and the names in the file, to the stored tensor that holds them all.
-    `is_assumed`: the model class could not be built, and the config does not say.
+    `head` is the stored output layer that is a tensor of its own. `is_assumed`: the model class
+    could not be built, and the config does not say.
     """
 
     groups: Sequence[tuple[str, ...]] = ()
     stored: Mapping[str, str] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
     class_names: Mapping[str, str] = field(default_factory=dict)
+    head: str | None = None
     is_assumed: bool = False
 
     def kept(self, name: str) -> str:
@@ -58,8 +61,10 @@ def ties_of(checkpoint: Checkpoint) -> Ties:
     Raises ModelError for a copy that differs, which programs load differently, and for a head that
     is neither stored nor tied, which transformers would make up.
     """
-    file = checkpoint.path / "config.json"
-    config = file.read_text(encoding="utf-8") if file.exists() else "{}"
+    file, config = checkpoint.path / CONFIG, "{}"
+    if file.exists():
+        refuse_absurd(checkpoint.path)
+        config = json.dumps(read_settings(file))
     return _ties(checkpoint.path, config, checkpoint.state)
 
 
@@ -71,10 +76,14 @@ def _ties(path: Path, config_text: str, state: Any) -> Ties:
     if model is None:
         groups, is_assumed = _groups_by_name(checkpoint.names, config)
         class_names = {name: name for name in checkpoint.names}
+        heads = [name for name in checkpoint.names if name.endswith(HEADS)]
     else:
         groups, is_assumed = _groups_of(model), False
         class_names = _class_names(model, checkpoint.names)
-        _refuse_headless(checkpoint, model, groups, class_names)
+        head = _name_of(model, model.get_output_embeddings())
+        heads = [name for name, found in class_names.items() if found == head]
+        if head is not None and not heads:
+            _refuse_headless(checkpoint, model, head, groups, class_names)
     stored: dict[str, str] = {}
     copies: set[str] = set()
     for group in groups:
@@ -83,7 +92,8 @@ def _ties(path: Path, config_text: str, state: Any) -> Ties:
             _refuse_differing(checkpoint, members[0], copy)
         stored |= dict.fromkeys([*group, *members], members[0]) if members else {}
         copies |= set(members[1:])
-    return Ties(tuple(groups), stored, frozenset(copies), class_names, is_assumed)
+    own = next((name for name in heads if name not in stored), None)
+    return Ties(tuple(groups), stored, frozenset(copies), class_names, own, is_assumed)
 
 
 def _refuse_differing(checkpoint: Checkpoint, kept: str, copy: str) -> None:
@@ -99,15 +109,13 @@ def _refuse_differing(checkpoint: Checkpoint, kept: str, copy: str) -> None:
 def _refuse_headless(
     checkpoint: Checkpoint,
     model: Any,
+    head: str,
     groups: Sequence[tuple[str, ...]],
     class_names: Mapping[str, str],
 ) -> None:
-    head = _name_of(model, model.get_output_embeddings())
     embedding = _name_of(model, model.get_input_embeddings())
-    stored = set(class_names.values())
-    if head is None or head in stored or embedding not in stored:
-        return
-    if not any(head in group for group in groups):
+    is_tied = any(head in group for group in groups)
+    if embedding in class_names.values() and not is_tied:
         raise ModelError(
             f"{checkpoint.path}: lacks tensor {head!r}, and the config does not tie it to "
             f"{embedding!r}, so that transformers would make it up. Fetch the weights again, or "

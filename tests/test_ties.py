@@ -1,0 +1,214 @@
+"""Head and embedding, one tensor or two, in base and fine-tune: at weight 1 a merge is the tuned
+model, or it is refused by the name of the tensor.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import VOCABULARY
+from safetensors.torch import load_file, save_file
+
+from optimer_hf.checkpoint import Checkpoint, weight_files
+from optimer_hf.convert import ResolvedModel
+from optimer_hf.errors import ModelError
+from optimer_hf.merge_config import merge
+from optimer_hf.recipe import Lock, build
+from optimer_hf.resident import ResidentModel
+from optimer_hf.vector import extract, norms, open_vector
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+FORMS = ["tied by the config", "tied by the class", "untied", "tied, with a copy"]
+IDS = torch.arange(3, 35)[None]
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.double().eval()(input_ids=IDS, use_cache=False).logits
+
+
+def logits_of(path: Path, auto=transformers.AutoModelForCausalLM) -> torch.Tensor:
+    return logits(auto.from_pretrained(path, dtype=torch.float64))
+
+
+def assert_equal_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def edit_config(path: Path, **changes) -> None:
+    file = path / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in config.items() if value is not None}
+    file.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def edit_weights(path: Path, change) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def randomised(model, seed: int):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def store_copy(tensors) -> None:
+    tensors[HEAD] = tensors[EMBEDDING].clone()
+
+
+@pytest.fixture(scope="module")
+def saved(save_model):
+    """Return a function form, seed -> directory of a tiny Gemma, which ties by its class."""
+    made = {}
+
+    def save(form: str, seed: int) -> Path:
+        if (form, seed) not in made:
+            config = transformers.GemmaConfig(**SIZES, tie_word_embeddings=form != "untied")
+            path = save_model(randomised(transformers.GemmaForCausalLM(config), seed))
+            edit_config(path, tie_word_embeddings=form != "untied")
+            if form == "tied by the class":
+                edit_config(path, tie_word_embeddings=None)
+            if form == "tied, with a copy":
+                edit_weights(path, store_copy)
+            assert (HEAD in Checkpoint(path).names) == (form in ("untied", "tied, with a copy"))
+            made[form, seed] = path
+        return made[form, seed]
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def reference(saved):
+    """Return a function form, seed -> logits of the model in float64."""
+    made = {}
+
+    def found(form: str, seed: int) -> torch.Tensor:
+        if (form, seed) not in made:
+            made[form, seed] = logits_of(saved(form, seed))
+        return made[form, seed]
+
+    return found
+
+
+def write_config(path: Path, base: Path, source: Path, method: str = "optimer") -> Path:
+    config = {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": [{"model": str(source), "parameters": {"weight": 1.0}}],
+        "dtype": "float32",
+    }
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, base: Path, source: Path) -> Path:
+    path = folder / "recipe.yaml"
+    data = {
+        "format_version": 1,
+        "name": "demo",
+        "base_model": str(base),
+        "dtype": "float32",
+        "vectors": {"v": {"source": str(source), "weight": 1.0}},
+        "objective": {},
+        "scores": {},
+        "study": {},
+    }
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    lock = Lock(
+        base=weight_files(base),
+        vectors={"v": weight_files(source)},
+        weights={"v": 1.0},
+        dtype="float32",
+    )
+    lock.write(path.with_suffix(".lock.json"))
+    return path
+
+
+def by_writer(base: Path, source: Path, folder: Path) -> torch.Tensor:
+    assert merge(write_config(folder / "m.yml", base, source), folder / "out") == "native"
+    return logits_of(folder / "out")
+
+
+def by_mergekit(base: Path, source: Path, folder: Path) -> torch.Tensor:
+    merge(write_config(folder / "m.yml", base, source), folder / "out", engine="mergekit")
+    return logits_of(folder / "out")
+
+
+def by_recipe(base: Path, source: Path, folder: Path) -> torch.Tensor:
+    build(write_recipe(folder, base, source), folder / "out")
+    return logits_of(folder / "out")
+
+
+def by_search(base: Path, source: Path, folder: Path) -> torch.Tensor:
+    resolved = ResolvedModel(base, "base")
+    pool = [open_vector("v", str(source), resolved)]
+    resident = ResidentModel(resolved, pool, dtype="float32")
+    resident.set_weights({"v": 0.3})
+    resident.set_weights({"v": 1.0})
+    return logits(resident.model)
+
+
+def by_delta(base: Path, source: Path, folder: Path) -> torch.Tensor:
+    resolved = ResolvedModel(base, "base")
+    vector = open_vector("v", str(source), resolved)
+    record = extract(vector, resolved, folder / "delta", dtype="float32")
+    assert record.norm == pytest.approx(norms(vector, Checkpoint(base))[0])
+    return by_writer(base, folder / "delta", folder)
+
+
+def by_delta_and_mergekit(base: Path, source: Path, folder: Path) -> torch.Tensor:
+    resolved = ResolvedModel(base, "base")
+    extract(open_vector("v", str(source), resolved), resolved, folder / "delta", dtype="float32")
+    return by_mergekit(base, folder / "delta", folder)
+
+
+WAYS = {
+    "writer": by_writer,
+    "mergekit": by_mergekit,
+    "recipe": by_recipe,
+    "search": by_search,
+    "delta": by_delta,
+    "delta, mergekit": by_delta_and_mergekit,
+}
+
+
+# -- fine-tunes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("of_base", "of_tuned"), [*itertools.product(FORMS, FORMS)])
+def test_weight_one_is_the_fine_tune_or_is_refused_by_name(
+    saved, reference, tmp_path, of_base, of_tuned, way
+):
+    base, tuned = saved(of_base, 0), saved(of_tuned, 1)
+    stores_head = {form: HEAD in Checkpoint(saved(form, 0)).names for form in FORMS}
+    would_drop = of_tuned == "untied" and of_base != "untied"
+    by_name = way == "mergekit" and stores_head[of_base] != stores_head[of_tuned]
+    by_name |= "mergekit" in way and of_base == "untied"  # its Gemma has no head
+    if would_drop or by_name:
+        with pytest.raises(ModelError, match=r"lm_head\.weight"):
+            WAYS[way](base, tuned, tmp_path)
+        assert not (tmp_path / "out").exists()
+        return
+    assert_equal_logits(WAYS[way](base, tuned, tmp_path), reference(of_tuned, 1))
