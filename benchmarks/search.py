@@ -40,7 +40,7 @@ from optimer_hf.ask import Asker, anchors
 from optimer_hf.evaluate import Term, TermScore
 from optimer_hf.retarget import predict
 from optimer_hf.search import search
-from optimer_hf.study import Study, StudyConfig, Trial, TrialLog
+from optimer_hf.study import DecisionLog, Study, StudyConfig, Trial, TrialLog
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -504,7 +504,9 @@ def ranked(config: StudyConfig, trials: Sequence[Trial]) -> list["Array"]:
     """Return the points of trials, best first by posterior mean, as a study ranks them."""
     log = TrialLog(Path("never-written") / "trials.jsonl")
     log.trials = list(trials)
-    return [point_of(trial.weights) for trial in Study(log.path.parent, config, log).ranked()]
+    decisions = DecisionLog(log.path.with_name("decisions.jsonl"))
+    study = Study(log.path.parent, config, log, decisions)
+    return [point_of(trial.weights) for trial in study.ranked()]
 
 
 # -- what is measured ------------------------------------------------------------------------------

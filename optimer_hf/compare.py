@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,20 @@ def candidates(study: Study) -> dict[str, dict[str, float]]:
     for name in free:
         rows[f"{name} at 1.0"] = {other: float(other == name) for other in free} | fixed
     for name in free:
-        weights = best_scale(study, name)
+        weights = study.row(f"{name}{AT_BEST_SCALE}", partial(best_scale, study, name))
         rows[f"{name}{AT_BEST_SCALE}, {weights[name]:g}"] = weights
     if len(free) > 1:
         rows[AVERAGE] = dict.fromkeys(free, 1 / len(free)) | fixed
         rows[SUM] = dict.fromkeys(free, 1.0) | fixed
     rows[MERGE] = study.incumbent.weights
-    for name, weights in config.retarget.items():
-        rows[f"{RETARGETED}{name}"] = predict(study, weights).weights
+    for name, target in config.retarget.items():
+        asked = f"{RETARGETED}{name} {json.dumps(target, sort_keys=True)}"
+        rows[f"{RETARGETED}{name}"] = study.row(asked, partial(_predicted, study, target))
     return rows
+
+
+def _predicted(study: Study, target: Mapping[str, float]) -> dict[str, float]:
+    return predict(study, target).weights
 
 
 def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool) -> Comparison:

@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -250,7 +251,9 @@ class ObjectiveFile(VersionedFile, Objective):
     """An objective in a file of its own, for `optimer evaluate` and `optimer search MERGE.yml`."""
 
 
-STRICT_RECORD = ConfigDict(extra="forbid", allow_inf_nan=False)  # of what is read back from a log
+STRICT_RECORD = ConfigDict(
+    extra="forbid", allow_inf_nan=False, strict=True
+)  # of what is read back from a log
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,7 @@ class TermScore:
     is_perplexity: bool = False
     taken_over: bool = False
 
-    @property
+    @cached_property
     def score(self) -> float:
         """Sum of numerators over sum of denominators, in the unit of the metric."""
         ratio = sum(top for top, _ in self.items) / sum(bottom for _, bottom in self.items)

@@ -24,8 +24,9 @@ from optimer_hf.merge_config import (
 )
 from optimer_hf.private import VOCABULARIES, refuse_private
 from optimer_hf.recipe import LARGEST_CANCELLATION, LOCK, Lock, RecipeFile, untaken_note
+from optimer_hf.record import read_lines
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES, Captions
-from optimer_hf.study import hint_of_seeds
+from optimer_hf.study import DECISIONS_FILE, hint_of_seeds
 from optimer_hf.vector import VectorFile, read_record
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,13 @@ MODEL_FILES = VOCABULARIES | {
     "vector.safetensors.index.json",
 }
 STUDY_FILES = frozenset(
-    {"study/study.json", "study/inputs.json", "study/trials.jsonl", "study/sealed.jsonl"}
+    {
+        "study/study.json",
+        "study/inputs.json",
+        "study/trials.jsonl",
+        "study/decisions.jsonl",
+        "study/sealed.jsonl",
+    }
 )
 FIGURE_FILES = frozenset({CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)})
 ALLOWED: dict[Kind, frozenset[str]] = {
@@ -267,6 +274,8 @@ def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
         digests = json.loads(path.read_text(encoding="utf-8")) | {"folder": None}
         return json.dumps(digests, indent=2).encode()
     lines = []
+    if path.name == DECISIONS_FILE:
+        return b"".join(line + b"\n" for line in read_lines(path, repair=False))
     for trial in _trials(path):
         reason = str(trial.get("error") or "").strip().splitlines()
         kind = reason[0].partition(":")[0] if reason else None  # its text may name hosts or paths

@@ -19,6 +19,7 @@ from optimer_hf.files import write_text
 from optimer_hf.search import search
 from optimer_hf.study import (
     INPUTS_FILE,
+    TRIALS_FILE,
     Inputs,
     Study,
     StudyConfig,
@@ -266,7 +267,7 @@ def search_on(
         )
         for number, trial in enumerate(in_order)
     ]
-    earlier = TrialLog(directory / "trials.jsonl", repair=False).of("search")
+    earlier = TrialLog(directory / TRIALS_FILE, repair=False).of("search")
     n_seeds = _n_seeds(earlier, seeds) if earlier else len(seeds)
     config = StudyConfig.model_validate(
         study.config.model_dump()

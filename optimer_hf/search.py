@@ -7,6 +7,7 @@ append-only nor safe to kill.
 """
 
 import logging
+import math
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +27,14 @@ from optimer_hf.evaluate import (
 )
 from optimer_hf.faults import naming_faults
 from optimer_hf.progress import Meter
+from optimer_hf.record import Rules, mistakes_of_score, unusable_gain
 from optimer_hf.study import (
     Study,
     StudyConfig,
     Trial,
     locked,
     open_study,
+    rules_of,
     say_what_tells_nothing,
 )
 from optimer_hf.tracking import Tracker
@@ -62,6 +65,7 @@ def search(
     """
     with locked(directory):
         study = open_study(config, directory)
+        study.decide(to_disk=True)
         if study.is_finished and not study.has_moved:
             logger.info(
                 "search: %d trials are recorded, nothing to do", len(study.log.of("search"))
@@ -75,7 +79,9 @@ def search(
             if config.test is not None:
                 warn_of_other_weights(config.objective, config.test)
             _run_search(study, opened, planned or {}, tracker)
+            study.decide(to_disk=True)
             _run_rescore(study, opened)
+            study.decide(to_disk=True)
     say_what_tells_nothing(study)
     return study
 
@@ -146,6 +152,7 @@ def _run_search(
     running: dict[int, Trial] = {}
     if done and waiting:
         logger.info("search: going on from trial %d of %d", waiting[0], config.search.n_trials)
+    best, rules = _Best(study), _rules(study)
     with (
         Meter("search", config.search.n_trials, "trials", done=len(done)) as meter,
         tempfile.TemporaryDirectory(prefix="optimer-smac-") as scratch,
@@ -158,13 +165,15 @@ def _run_search(
                 trial = plan.next_trial(waiting.popleft(), list(running.values()))
                 running[trial.number] = trial
                 runner.submit(trial, terms, limits)
-            finished = runner.next_finished()
+            finished = _usable(rules, runner.next_finished())
             del running[finished.number]
             _check_sound(study, finished)
             study.log.append(finished)
+            rules.add(finished)
             plan.tell(finished)
-            meter.advance(1, _note(study, finished))
-            tracker.log(finished.number, _figures(study, finished))
+            best.take(finished)
+            meter.advance(1, _note(study, finished, best.value))
+            tracker.log(finished.number, _figures(study, finished, best.value))
 
 
 class _Plan:
@@ -217,28 +226,68 @@ def _reason(crashed: Trial) -> str:
     return str(crashed.error).partition("\n")[0]
 
 
-def _note(study: Study, trial: Trial) -> str:
+def _rules(study: Study) -> Rules:
+    """Return what the trials to come have to be, given those that are there."""
+    longest = 1 + max((trial.number for trial in study.log.trials), default=0)
+    rules = rules_of(study.config, max(study.config.search.n_trials, longest))
+    for trial in study.log.trials:
+        rules.add(trial)
+    return rules
+
+
+def _usable(rules: Rules, finished: Trial) -> Trial:
+    """Return a finished trial, as crashed where its scores are numbers that nothing can be made of.
+
+    Raises EvaluationError for scores that cannot be compared with those of the base: then no trial
+    of this search can.
+    """
+    base = rules.first(finished.fidelity)
+    for label, term in finished.terms.items():
+        wrong = next(mistakes_of_score(term), None)
+        if wrong is None and base is not None and label in base.terms:
+            wrong = unusable_gain(term, base.terms[label])
+        if wrong is not None:
+            error = f"EvaluationError: term {label!r}: {wrong}"
+            return replace(finished, status="crashed", terms={}, error=error)
+    for wrong in rules.mistakes(finished):
+        is_first = base is None and finished.status != "ok"  # which is said of the base elsewhere
+        if not is_first:
+            raise EvaluationError(
+                f"trial {finished.number}: {wrong}. A pool or function has to score the same items "
+                "of the same terms every time."
+            )
+    return finished
+
+
+class _Best:
+    """The best value of the trials so far that break no constraint."""
+
+    def __init__(self, study: Study) -> None:
+        self._study, self.value = study, -math.inf
+        for trial in study.log.of("search"):
+            self.take(trial)
+
+    def take(self, trial: Trial) -> None:
+        """Look at a trial that is in the log."""
+        if trial.status == "ok" and feasible(
+            self._study.config.objective, trial.terms, self._study.base
+        ):
+            self.value = max(self.value, self._study.value(trial))
+
+
+def _note(study: Study, trial: Trial, best: float) -> str:
     if trial.status == "crashed":
         return "crashed"
-    return f"{study.value(trial):+.4f}, best {_best(study):+.4f}"
+    return f"{study.value(trial):+.4f}, best {best:+.4f}"
 
 
-def _best(study: Study) -> float:
-    """Return the best value of the trials so far that break no constraint."""
-    return max(
-        study.value(t)
-        for t in study.log.of("search")
-        if t.status == "ok" and feasible(study.config.objective, t.terms, study.base)
-    )
-
-
-def _figures(study: Study, trial: Trial) -> dict[str, float]:
+def _figures(study: Study, trial: Trial, best: float) -> dict[str, float]:
     """Return what a tracking tool shows of a trial: weights, and what they scored unless it
     crashed.
     """
     figures = {f"weight/{name}": weight for name, weight in trial.weights.items()}
     if trial.status == "ok":
-        figures |= {"objective": study.value(trial), "best": _best(study)}
+        figures |= {"objective": study.value(trial), "best": best}
         figures |= {f"score/{label}": score.score for label, score in trial.terms.items()}
     return figures
 
@@ -256,7 +305,7 @@ def _run_rescore(study: Study, runner: Runner) -> None:
         for trial in remaining:
             study.log.append(study.with_searched(_again(trial)))
         return
-    n_running = 0
+    n_running, rules = 0, _rules(study)
     with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
         while remaining or n_running:
             while remaining and n_running < runner.n_slots:
@@ -264,14 +313,20 @@ def _run_rescore(study: Study, runner: Runner) -> None:
                     break  # the base first, as above
                 runner.submit(_again(remaining.popleft()), terms, limits)
                 n_running += 1
-            rescored = runner.next_finished()
+            rescored = _rescored(study, rules, runner.next_finished())
             n_running -= 1
             if rescored.number == 0 and rescored.status == "crashed":
                 raise EvaluationError(
                     f"the base model itself cannot be scored again: {_reason(rescored)}"
                 )
-            study.log.append(study.with_searched(rescored))
+            study.log.append(rescored)
+            rules.add(rescored)
             meter.advance(1)
+
+
+def _rescored(study: Study, rules: Rules, trial: Trial) -> Trial:
+    """Return a trial that was scored again with the scores that it takes over, see `_usable`."""
+    return _usable(rules, study.with_searched(trial))
 
 
 def _again(trial: Trial) -> Trial:

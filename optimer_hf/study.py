@@ -8,10 +8,9 @@ so a study can be read, ranked and re-targeted without a model.
 import contextlib
 import json
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -44,14 +43,17 @@ from optimer_hf.files import (
     VersionedFile,
     differences,
     digest,
+    first_line,
     locking,
     make_directory,
     naming_disk_errors,
     relocated,
+    shown,
     tokenizer_reference,
     without_folders,
     write_text,
 )
+from optimer_hf.record import Rules, append_line, check_trials, read_lines
 from optimer_hf.surrogate import GaussianProcess, WeightedSum, fit
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LARGEST_WEIGHT = 1e6
 ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
 EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
 MergeMethod = Literal["ties", "dare_ties", "model_stock"]
@@ -70,7 +73,8 @@ RETARGETED = "re-targeted to "
 # rows of every comparison, beside those that a vector or a target names
 ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
 Fidelity = Literal["search", "rescore", "sealed"]
-STUDY_FILE, INPUTS_FILE, SEALED_FILE = "study.json", "inputs.json", "sealed.jsonl"
+STUDY_FILE, INPUTS_FILE = "study.json", "inputs.json"
+TRIALS_FILE, DECISIONS_FILE, SEALED_FILE = "trials.jsonl", "decisions.jsonl", "sealed.jsonl"
 OF_TEST = "test."  # digests of the items of the sealed test
 
 
@@ -274,14 +278,14 @@ class StudyConfig(VersionedFile):
             for where, told in self._mistakes_of_search(settings):
                 yield ("baselines", "searches", name, *where[1:]), told
         names: set[str] = set()
-        for field in ("searches", "models", "mixtures"):
-            for name in getattr(self.baselines, field):
+        for group in ("searches", "models", "mixtures"):
+            for name in getattr(self.baselines, group):
                 if name in names:
                     told = f"two are called {name!r}; give each its own name"
-                    yield ("baselines", field, name), told
+                    yield ("baselines", group, name), told
                 elif self._names_a_row(name):
                     told = f"{name!r} is the name of another row. Give another name"
-                    yield ("baselines", field, name), told
+                    yield ("baselines", group, name), told
                 names.add(name)
         for name, mixture in self.baselines.mixtures.items():
             for vector in mixture.shares if isinstance(mixture.shares, dict) else ():
@@ -402,46 +406,89 @@ class TrialLog:
     """
 
     def __init__(self, path: Path, *, repair: bool = True) -> None:
-        """Read what is there; raise StudyError for damage that is not a torn last line.
-
-        A torn line is cut off with `repair`, which only the holder of the lock may do: what looks
-        torn may be a line that a running search is writing.
-        """
+        """Read what is there, see `read_lines`; raise StudyError for a line that is no trial."""
         self.path = path
         self.trials: list[Trial] = []
-        if not path.exists():
-            return
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise StudyError(f"{path}: cannot be read ({error.strerror}).") from None
-        whole = 0
-        for number, line in enumerate(lines[:-1], start=1):
+        for number, line in enumerate(read_lines(path, repair=repair), start=1):
             try:
                 self.trials.append(Trial.from_json(line.decode()))
-            except ValueError:
+            except (ValueError, RecursionError, OverflowError) as error:
                 raise StudyError(
-                    f"{path}:{number}: not a trial. Remove the damaged line to go on without that "
-                    "trial."
+                    f"{path}:{number}: not a trial ({first_line(error)}). Remove the damaged line "
+                    "to go on without that trial."
                 ) from None
-            whole += len(line) + 1
-        if lines[-1] and repair:
-            logger.warning("%s: the last line was torn by a crash and is dropped", path.name)
-            with open(path, "r+b") as file:
-                file.truncate(whole)
 
     def append(self, trial: Trial) -> None:
         """Write one trial to disk before returning."""
-        kept = "All trials before this one are kept"
-        with naming_disk_errors(self.path, kept), open(self.path, "ab") as file:
-            file.write(trial.to_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, trial.to_json())
         self.trials.append(trial)
 
     def of(self, fidelity: Fidelity) -> list[Trial]:
         """Return the trials of one fidelity, in the order they ran."""
         return [trial for trial in self.trials if trial.fidelity == fidelity]
+
+    def first(self, fidelity: Fidelity) -> Trial:
+        """Return the first trial of one fidelity, the base."""
+        return next(trial for trial in self.trials if trial.fidelity == fidelity)
+
+
+# -- what was decided ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided when the search was done: which trials are scored again, and, once they are,
+    which is the best; numbers of trials. `trials` is a digest of the search trials it is about.
+
+    `rows` are weights that the surrogate chose from these trials for the sealed test, by name.
+    """
+
+    __pydantic_config__ = STRICT_RECORD
+
+    trials: str
+    rescore: list[int]
+    incumbent: int | None = None
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+_DECISION = TypeAdapter(Decision)
+
+
+class DecisionLog:
+    """decisions.jsonl: append-only, a line for each decision, the last one about the trials counts.
+
+    A decision is read and never made again: a later version may fit another surrogate.
+    """
+
+    def __init__(self, path: Path, *, repair: bool = True) -> None:
+        """Read what is there, see `read_lines`; raise StudyError for a line that is none."""
+        self.path = path
+        self.decisions: list[Decision] = []
+        for number, line in enumerate(read_lines(path, repair=repair), start=1):
+            try:
+                self.decisions.append(_DECISION.validate_json(line))
+            except (ValueError, RecursionError, OverflowError) as error:
+                raise StudyError(
+                    f"{path}:{number}: not a decision ({first_line(error)}). Remove the line: what "
+                    "it said is decided again."
+                ) from None
+
+    def add(self, decision: Decision, *, to_disk: bool) -> None:
+        """Take a decision; `to_disk` writes it down before returning."""
+        if to_disk:
+            append_line(self.path, json.dumps(asdict(decision)))
+        self.decisions.append(decision)
+
+    def about(self, trials: Sequence[Trial]) -> Decision | None:
+        """Return what was decided last about these search trials."""
+        if not self.decisions:
+            return None
+        key = _digest_of(trials)
+        return next((each for each in reversed(self.decisions) if each.trials == key), None)
+
+
+def _digest_of(trials: Sequence[Trial]) -> str:
+    return digest([[trial.number, trial.status, trial.weights] for trial in trials])
 
 
 # -- the surrogate of the record -------------------------------------------------------------------
@@ -630,6 +677,7 @@ class Study:
     directory: Path
     config: StudyConfig
     log: TrialLog
+    decisions: DecisionLog
     has_moved: bool = False
 
     @property
@@ -678,32 +726,97 @@ class Study:
     @property
     def base(self) -> dict[str, TermScore]:
         """Scores of the base on the search items."""
-        return self.log.of("search")[0].terms
+        return self.log.first("search").terms
 
     @property
     def rescored_base(self) -> dict[str, TermScore]:
         """Scores of the base on the re-scoring items."""
-        return self.log.of("rescore")[0].terms
+        return self.log.first("rescore").terms
+
+    @property
+    def decision(self) -> Decision | None:
+        """What was decided about the search trials that are there."""
+        return self.decisions.about(self.log.of("search"))
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether all trials of the search have run."""
+        done = {trial.number for trial in self.log.of("search")}
+        return len(done) >= self.config.search.n_trials and done >= set(
+            range(self.config.search.n_trials)
+        )
 
     @property
     def is_finished(self) -> bool:
-        """Whether all trials and re-scorings have run."""
-        done = {trial.number for trial in self.log.of("search")}
-        return done >= set(range(self.config.search.n_trials)) and not self.to_rescore()
+        """Whether all trials and re-scorings have run, and the best trial is decided."""
+        if not self.is_searched:
+            return False
+        decision = self.decision
+        is_decided = decision is not None and decision.incumbent is not None
+        return is_decided and not self.to_rescore()
 
     def to_rescore(self) -> list[Trial]:
-        """Return the trials that still have to be scored on the re-scoring items: the base, then
-        the best few.
+        """Return the trials that still have to be scored on the re-scoring items, as was decided:
+        the base, then the best few.
+        """
+        decision = self.decision
+        if decision is None:
+            return []
+        done = {trial.number for trial in self.log.of("rescore")}
+        searched = {trial.number: trial for trial in self.log.of("search")}
+        return [searched[number] for number in decision.rescore if number not in done]
+
+    def decide(self, *, to_disk: bool) -> None:
+        """Decide what can be decided now and was not: which trials to score again once all have
+        run, which is the best once they are scored. `to_disk` is for the holder of the lock.
+
+        A study of an earlier version, which wrote nothing down, is decided when it is read.
+        """
+        if not self.is_searched:
+            return
+        decision = self.decision
+        if decision is None:
+            trials = self.log.of("search")
+            decision = Decision(_digest_of(trials), self._worth_rescoring())
+            self.decisions.add(decision, to_disk=to_disk)
+        if decision.incumbent is None and not self.to_rescore():
+            decision = replace(decision, incumbent=self.best_so_far().number)
+            self.decisions.add(decision, to_disk=to_disk)
+
+    def row(self, name: str, choose: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Return the weights of a row of the sealed test, chosen once from the trials there are and
+        then written down, which is for the holder of the lock.
+        """
+        decision = self.decision
+        if decision is None:
+            return choose()
+        if name not in decision.rows:
+            rows = decision.rows | {name: choose()}
+            self.decisions.add(replace(decision, rows=rows), to_disk=True)
+            return rows[name]
+        return decision.rows[name]
+
+    def take_best_so_far(self) -> None:
+        """Take the best trial so far as the incumbent of a study that still runs, in this process
+        only.
+        """
+        if (decision := self.decision) is None or decision.incumbent is None:
+            rescore = decision.rescore if decision is not None else []
+            key, best = _digest_of(self.log.of("search")), self.best_so_far().number
+            self.decisions.add(Decision(key, rescore, best), to_disk=False)
+
+    def _worth_rescoring(self) -> list[int]:
+        """Return the numbers of the base and the best few; those that were scored again after the
+        last search trial, if there are as many.
         """
         if self.config.search.rescore_top == 0:
             return []
-        done = {trial.number for trial in self.log.of("rescore")}
-        chosen = [self.log.of("search")[0], *self.ranked()[: self.config.search.rescore_top]]
-        return [
-            trial
-            for trial in {trial.number: trial for trial in chosen}.values()
-            if trial.number not in done
-        ]
+        last = max(i for i, trial in enumerate(self.log.trials) if trial.fidelity == "search")
+        again = [trial.number for trial in self.log.trials[last + 1 :]]
+        if len(again) == 1 + self.config.search.rescore_top and again[0] == 0:
+            return again
+        best = [trial.number for trial in self.ranked()[: self.config.search.rescore_top]]
+        return list(dict.fromkeys([0, *best]))
 
     def rescore_plan(self) -> tuple[list[Term], dict[str, int | None]]:
         """Return the terms that re-scoring has to score, and how many items of each (None: all);
@@ -752,21 +865,35 @@ class Study:
 
     @property
     def incumbent(self) -> Trial:
-        """The best trial: by value among the re-scored ones, by posterior mean when none was
+        """The best trial, as was decided, with its scores of re-scoring if others have some, too.
+
+        Raises StudyError while it is not decided.
+        """
+        decision = self.decision
+        if decision is None or decision.incumbent is None:
+            raise StudyError(
+                f"{self.directory}: the search is not finished. Run `optimer search` again."
+            )
+        candidates = self._candidates() or self.log.of("search")
+        return next(trial for trial in candidates if trial.number == decision.incumbent)
+
+    def _candidates(self) -> list[Trial]:
+        """Return the re-scored trials that may be the best; none while only the base is one."""
+        rescored = self.log.of("rescore")
+        if len(rescored) < 2:
+            return []
+        base = rescored[0].terms  # it keeps every constraint
+        objective = self.config.objective
+        return [t for t in rescored if t.status == "ok" and feasible(objective, t.terms, base)]
+
+    def best_so_far(self) -> Trial:
+        """Return the best trial: by value among the re-scored ones, by posterior mean when none was
         re-scored.
         """
-        rescored = [
-            trial
-            for trial in self.log.of("rescore")
-            if trial.status == "ok"
-            and feasible(self.config.objective, trial.terms, self.rescored_base)
-        ]  # the base keeps every constraint
-        if len(self.log.of("rescore")) > 1:
-            return max(
-                rescored,
-                key=lambda trial: combine(self.config.objective, trial.terms, self.rescored_base),
-            )
         objective = self.config.objective
+        if candidates := self._candidates():
+            base = self.rescored_base
+            return max(candidates, key=lambda trial: combine(objective, trial.terms, base))
         return next(t for t in self.ranked() if feasible(objective, t.terms, self.base))
 
     def value(self, trial: Trial) -> float:
@@ -776,7 +903,7 @@ class Study:
 
     def over_base(self, trial: Trial) -> Interval:
         """Return how much better than the base a sound trial is, item by item, at its fidelity."""
-        base = self.log.of(trial.fidelity)[0].terms
+        base = self.log.first(trial.fidelity).terms
         return paired_interval(self.config.objective, trial.terms, base, base)
 
     def over_next(self) -> tuple[Trial, Interval] | None:
@@ -784,7 +911,7 @@ class Study:
         much better than it the incumbent is; None when there is no other.
         """
         best, objective = self.incumbent, self.config.objective
-        base = self.log.of(best.fidelity)[0].terms
+        base = self.log.first(best.fidelity).terms
         others = [
             trial
             for trial in self.log.of(best.fidelity)
@@ -835,14 +962,16 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     recorded = StudyConfig.read(file)
     found, expected = recorded.identity, config.identity
     differing = differences(expected, found)
-    log = TrialLog(directory / "trials.jsonl", repair=repair)
+    log = TrialLog(directory / TRIALS_FILE, repair=repair)
     has_moved = (
         bool(differing and log.trials)
         and (directory / INPUTS_FILE).exists()
         and not differences(without_folders(expected), without_folders(found))
     )
+    decisions = DecisionLog(directory / DECISIONS_FILE, repair=repair)
+    study = Study(directory, config, log, decisions, has_moved)
     if not differing or has_moved:
-        _check_record(config, log)
+        _check_record(study, max(recorded.search.n_trials, config.search.n_trials))
     if not differing and repair and recorded != config:  # more trials, other baselines
         _record_config(config, file)
     if differing and not log.trials:  # nothing was spent on the other config
@@ -855,7 +984,7 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
             + " `optimer retarget` answers other objectives from its trials."
             * asks_otherwise
         )
-    return Study(directory, config, log, has_moved)
+    return study
 
 
 def _record_config(config: StudyConfig, file: Path) -> None:
@@ -865,33 +994,63 @@ def _record_config(config: StudyConfig, file: Path) -> None:
     write_text(file, config.model_copy(update={"search": search}).model_dump_json(indent=2))
 
 
-def _check_record(config: StudyConfig, log: TrialLog) -> None:
-    """Raise StudyError for trials that do not belong to a config, or lack the base, which comes
-    first because every gain is relative to it.
+def rules_of(config: StudyConfig, n_trials: int) -> Rules:
+    """Return what a study of `n_trials` says of its trials."""
+    fixed = {name: (weight, weight) for name, weight in config.fixed.items()}
+    labels = {
+        "search": [term.label for term in config.objective.at("search")],
+        "rescore": [term.label for term in config.objective.at("rescore")],
+    }
+    return Rules(
+        config.free | fixed, dict.fromkeys(config.free, 0.0) | config.fixed, labels, n_trials
+    )
+
+
+def _rules_of_sealed(config: StudyConfig) -> Rules:
+    terms = config.test.at("rescore") if config.test is not None else []
+    return Rules({}, {}, {"sealed": [term.label for term in terms]}, 0)
+
+
+def _check_record(study: Study, n_trials: int) -> None:
+    """Raise StudyError for anything in the record of a study that its config, or the rest of the
+    record, contradicts; `n_trials` are those of the longest search in its directory.
     """
-    stages: tuple[Literal["search", "rescore"], ...] = ("search", "rescore")
-    for stage in stages:
-        trials = log.of(stage)
-        if trials and trials[0].number != 0:
+    config, directory = study.config, study.directory
+    check_trials(study.log.path, study.log.trials, rules_of(config, n_trials))
+    sealed = directory / SEALED_FILE
+    if config.test is not None and sealed.exists():
+        check_trials(sealed, TrialLog(sealed, repair=False).trials, _rules_of_sealed(config))
+    if (directory / INPUTS_FILE).exists():
+        Inputs.read(directory / INPUTS_FILE)
+    decision = study.decision
+    if decision is None:
+        return
+    sound = {trial.number for trial in study.log.of("search") if trial.status == "ok"}
+    rescored = {trial.number for trial in study._candidates()} or sound
+    at = f"{study.decisions.path}:{study.decisions.decisions.index(decision) + 1}"
+    for name, weights in decision.rows.items():
+        if weights.keys() != config.vectors.keys():
             raise StudyError(
-                f"{log.path}: its first {stage} trial is number {trials[0].number}, expected 0, "
-                "the base that all others are compared with. Restore its line, or remove the file."
+                f"{at}: found weights of {sorted(weights)} for {name!r}, expected "
+                f"{sorted(config.vectors)}. Remove the line: what it said is decided again."
             )
-        labels = [term.label for term in config.objective.at(stage)]
-        for trial in trials:
-            lacking = [name for name in config.vectors if name not in trial.weights]
-            lacking += [
-                label for label in labels if trial.status == "ok" and not _has(trial, label)
-            ]
-            if lacking:
+        for vector, weight in weights.items():
+            if not abs(weight) <= LARGEST_WEIGHT:
                 raise StudyError(
-                    f"{log.path}: trial {trial.number} ({stage}) lacks {lacking[0]!r}, which the "
-                    "study has. Remove its line to go on without that trial."
+                    f"{at}: found {vector} at {weight!r}, expected at most {LARGEST_WEIGHT:g}. "
+                    "Remove the line: what it said is decided again."
                 )
-
-
-def _has(trial: Trial, label: str) -> bool:
-    return label in trial.terms and bool(trial.terms[label].items)
+    for number in (*decision.rescore, decision.incumbent or 0):
+        if number not in sound:
+            raise StudyError(
+                f"{at}: found trial {shown(number)}, expected one that was scored. Remove the "
+                "line: what it said is decided again."
+            )
+    if decision.incumbent is not None and decision.incumbent not in rescored:
+        raise StudyError(
+            f"{at}: found incumbent {decision.incumbent}, expected one that was scored again and "
+            "keeps every constraint. Remove the line: what it said is decided again."
+        )
 
 
 def load_study(directory: Path, *, unfinished: bool = False) -> Study:
@@ -909,6 +1068,9 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
     study = open_study(_config_here(directory), directory, repair=False)
     if unfinished and not study.log.of("search"):
         raise StudyError(f"{directory}: has no trial yet. Run `optimer search` first.")
+    study.decide(to_disk=False)
+    if unfinished:
+        study.take_best_so_far()
     if not unfinished and not study.is_finished:
         raise StudyError(f"{directory}: the search is not finished. Run `optimer search` again.")
     return study

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from optimer_hf.errors import HubError
-from optimer_hf.files import COMMIT, parse, read_yaml
+from optimer_hf.files import COMMIT, parse, read_yaml, shown, strings_in
 from optimer_hf.publish import IDENTITY, Kind
 from optimer_hf.recipe import LOCK, Lock, RecipeFile
+from optimer_hf.study import INPUTS_FILE, STUDY_FILE, Inputs, StudyConfig, open_study
 from optimer_hf.vector import VectorFile, read_record
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a file beside weights: tokenizers reach 33 MB
@@ -52,7 +53,41 @@ def check_pulled(kind: Kind, directory: Path) -> RecipeFile | VectorFile:
             f"{directory / 'recipe.lock.json'}: locks the vectors {sorted(lock.vectors)}, but the "
             f"recipe has {sorted(recipe.vectors)}. Ask its author to push it again."
         )
+    if (directory / "study" / STUDY_FILE).exists():
+        _check_study(directory / "study")
     return recipe
+
+
+def _check_study(directory: Path) -> None:
+    """Raise an OptimerError for a study that cannot be read, or that names files elsewhere than
+    beside it: a push leaves only the names of local files.
+    """
+    file = directory / STUDY_FILE
+    data = read_yaml(file)
+    for at, text in strings_in(data):
+        is_file = at[-1] in ("text", "include_path")
+        is_reference = at[-1] in ("source", "base_model", "tokenizer_source") or "models" in at
+        if is_file or (is_reference and not _is_named_elsewhere(text)):
+            _refuse_folders(f"{file}: {'.'.join(map(str, at))}", text)
+    inputs = directory / INPUTS_FILE
+    if inputs.exists() and Inputs.read(inputs).folder is not None:
+        raise HubError(f"{inputs}: folder: found one, expected null. Ask its author to push again.")
+    open_study(StudyConfig.read(file), directory, repair=False)
+
+
+def _is_named_elsewhere(reference: str) -> bool:
+    """Whether a reference, pinned or not, is one to the Hub or to a package."""
+    unpinned = reference.removeprefix("hf://").partition("@")[0]
+    return _is_remote(reference) or _is_remote(f"{unpinned}@{'0' * 40}")
+
+
+def _refuse_folders(where: str, text: str) -> None:
+    """Raise HubError for a text that as a path leads out of the folder that it stands in."""
+    if re.search(r"[/\\\0]", text) or text.startswith(("~", ".")):
+        raise HubError(
+            f"{where}: found {shown(text)}, expected a model on the Hub or the name of a file. "
+            "What comes from others may not name local files."
+        )
 
 
 def refuse_other_weights(repo_id: str, lock: Lock, digests: Mapping[str, str]) -> None:

@@ -35,6 +35,7 @@ ORDER = [
     "harness",
     "evaluate",
     "overlap",
+    "record",
     "surrogate",
     "study",
     "trial",

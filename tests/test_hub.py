@@ -1143,7 +1143,7 @@ def test_a_pulled_study_is_retargeted_without_its_data(hub, make_recipe, name, t
     term = {"items": [(1.0, 2.0)], "higher_is_better": False, "n_tokens": 3}
     with open(folder / "study" / "trials.jsonl", "w") as file:
         for number in range(4):
-            weights = {"v0": 0.1 * number, "v1": 0.2}
+            weights = {"v0": 0.1 * number, "v1": 0.2 * (number > 0)}
             trial = {
                 "number": number,
                 "origin": "search",
@@ -1161,7 +1161,7 @@ def test_a_pulled_study_is_retargeted_without_its_data(hub, make_recipe, name, t
     assert "node7" not in (study / "trials.jsonl").read_text()
     assert str(tmp_path) not in (study / "study.json").read_text()
     opened = load_study(study)
-    assert [trial.weights["v1"] for trial in opened.log.trials] == [0.2] * 4
+    assert [trial.weights["v1"] for trial in opened.log.trials] == [0.0, 0.2, 0.2, 0.2]
     assert isinstance(opened.log.trials[0], Trial)
 
 

@@ -18,7 +18,7 @@ from optimer_hf.cli import main
 from optimer_hf.geometry import kept
 from optimer_hf.report import CARD_FIGURES, Captions, write_figures, write_report
 from optimer_hf.search import search
-from optimer_hf.study import TrialLog, load_study
+from optimer_hf.study import DecisionLog, TrialLog, load_study
 
 FIGURES = ["progress", "weights", "slices", "terms", "sealed", "front", "ledger"]
 
@@ -104,8 +104,10 @@ def test_recorded_rows_are_those_that_compare_scored(study):
 
 
 def test_a_merge_that_was_not_scored_has_no_sealed_figure(study, tmp_path):
-    longer = replace(study, log=TrialLog(tmp_path / "trials.jsonl"))
+    empty = TrialLog(tmp_path / "trials.jsonl"), DecisionLog(tmp_path / "decisions.jsonl")
+    longer = replace(study, log=empty[0], decisions=empty[1])
     longer.log.trials = [t for t in study.log.trials if t.fidelity == "search"][:4]
+    longer.take_best_so_far()
     assert compare.recorded(longer) is None
     assert "sealed" not in {panel.name for panel in write_report(longer, tmp_path / "r.html")}
 

@@ -10,7 +10,7 @@ from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import Objective
 from optimer_hf.retarget import CAUTION, best_scale, over_record, predict, search_on
 from optimer_hf.search import search
-from optimer_hf.study import Study, TrialLog, surrogate_of, to_unit
+from optimer_hf.study import TrialLog, surrogate_of, to_unit
 
 
 def no_pool(config):
@@ -228,5 +228,5 @@ def test_uncertainty_is_larger_far_from_what_was_tried(study):
 def test_an_objective_over_the_record_prompts_as_the_record_did(study):
     chatty = study.config.objective.model_copy(update={"apply_chat_template": True})
     config = study.config.model_copy(update={"objective": chatty})
-    recorded = Study(study.directory, config, study.log)
+    recorded = replace(study, config=config)
     assert over_record(recorded, objective(q=1.0)).prompting == chatty.prompting

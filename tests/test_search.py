@@ -760,10 +760,16 @@ def test_any_line_that_is_no_trial_is_an_error(tmp_path, line):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda trials: trials.pop(0), "its first search trial is number 1, expected 0, the base"),
-        (lambda trials: trials[2]["weights"].pop("w"), r"trial 2 \(search\) lacks 'w'"),
-        (lambda trials: trials[2]["terms"].pop("t"), r"trial 2 \(search\) lacks 't'"),
-        (lambda trials: trials[2]["terms"]["t"].update(items=[]), r"trial 2 \(search\) lacks 't'"),
+        (
+            lambda trials: trials.pop(0),
+            r":1: trial 1 \(search\): found it first, expected",
+        ),
+        (lambda trials: trials[2]["weights"].pop("w"), r":3: trial 2 \(search\): lacks 'w'"),
+        (lambda trials: trials[2]["terms"].pop("t"), r":3: trial 2 \(search\): lacks 't'"),
+        (
+            lambda trials: trials[2]["terms"]["t"].update(items=[]),
+            r":3: trial 2 \(search\): lacks 't'",
+        ),
         (
             lambda trials: trials[2]["terms"]["t"].update(items=[[float("nan"), 1]]),
             r"trials\.jsonl:3: not a trial",
