@@ -554,6 +554,7 @@ def search(
     from optimer_hf.files import read_yaml, yaml_text
     from optimer_hf.ledger import ledger
     from optimer_hf.merge_config import optimer_config, with_tokenizer, with_weights
+    from optimer_hf.mergekit_yaml import is_for_mergekit, read_merge_config
     from optimer_hf.search import search as run_search
 
     config = _study_config(study, objective, n_trials)
@@ -569,9 +570,8 @@ def search(
     click.echo(
         f"# best of {len(result.log.of('search'))} trials: {value}"
     )  # a comment: stdout is a YAML file
-    data = read_yaml(study)
-    if "merge_method" in data:
-        found = with_weights(data, study, best.weights)
+    if is_for_mergekit(read_yaml(study)):
+        found = with_weights(read_merge_config(study, warns=False), study, best.weights)
     else:
         sources = {name: str(vector.source) for name, vector in config.vectors.items()}
         found = optimer_config(config.base_model, sources, best.weights, config.dtype)
@@ -718,9 +718,10 @@ def _weights_text(weights: Mapping[str, float]) -> str:
 
 def _study_config(path: Path, objective: Path | None, n_trials: int | None) -> Any:
     from optimer_hf.files import read_yaml, refuse_absent
+    from optimer_hf.mergekit_yaml import is_for_mergekit
     from optimer_hf.study import SearchConfig, StudyConfig
 
-    if "merge_method" in read_yaml(path):
+    if is_for_mergekit(read_yaml(path)):
         if objective is None:
             raise ConfigError(
                 f"{path}: a merge config says what to merge, not what for. Add --objective "
@@ -744,11 +745,11 @@ def _study_of_merge_config(path: Path, objective: Path) -> Any:
     from optimer_hf.files import parse, refuse_absent
     from optimer_hf.merge_config import (
         not_searched,
-        read_merge_config,
         searched_pool,
         tokenizer_of,
         with_absolute_references,
     )
+    from optimer_hf.mergekit_yaml import read_merge_config
     from optimer_hf.study import StudyConfig
 
     data = read_merge_config(path)
@@ -1262,10 +1263,9 @@ def _validated(path: Path) -> tuple[str, Any]:
     from optimer_hf.files import read_yaml
     from optimer_hf.merge_config import (
         linear_merge_of,
-        read_merge_config,
-        refuse_unknown_method,
         with_absolute_references,
     )
+    from optimer_hf.mergekit_yaml import is_for_mergekit, read_merge_config
     from optimer_hf.recipe import RecipeFile
     from optimer_hf.study import StudyConfig
     from optimer_hf.train import TrainConfig, check_config
@@ -1273,9 +1273,8 @@ def _validated(path: Path) -> tuple[str, Any]:
     keys = set(read_yaml(path))
     if keys and keys <= {"train", "study"}:
         return "short budget of a recipe", {}
-    if "merge_method" in keys or "models" in keys:
+    if is_for_mergekit(keys):
         config = read_merge_config(path)
-        refuse_unknown_method(config["merge_method"], path)
         linear_merge_of(config, path)
         return "merge config", with_absolute_references(config, path)
     if "study" in keys and "scores" in keys:

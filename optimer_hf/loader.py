@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,40 @@ def model_without_weights(path: Path) -> Any:
     config = read_config(path)
     with naming_unloadable(path, "model"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the files of a model fit its config: tensors that they lack, that nothing reads, and of
+    another shape.
+    """
+
+    missing: frozenset[str]
+    unread: frozenset[str]
+    misshapen: frozenset[str]
+
+
+def loading_of(path: Path) -> Loading:
+    """Return how transformers would load a model directory, of any class; reads no weights."""
+    import transformers
+
+    config = read_config(path)
+    names = config.architectures or ["AutoModelForCausalLM"]
+    with naming_unloadable(path, "model"):
+        _, found = getattr(transformers, names[0]).from_pretrained(
+            path,
+            config=config,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    shapes = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    return Loading(
+        frozenset(found["missing_keys"]), frozenset(found["unexpected_keys"]), frozenset(shapes)
+    )
 
 
 def read_tokenizer(path: Path) -> Any:

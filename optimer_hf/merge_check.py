@@ -1,0 +1,100 @@
+"""A merged model that lies in its staging directory -> an error unless it is what its config
+promises.
+
+mergekit does not look at what it wrote: it logs that a tokenizer could not be copied, a layer count
+not be set, and reports success. So names, shapes, dtypes, values, tokenizer and chat template are
+compared here, for both engines. What a reader would not guess: faults that the model has which gave
+the config, unread buffers for instance, are not the merge's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.checkpoint import ANY_WEIGHTS, DTYPES, Checkpoint
+from optimer_hf.convert import TOKENIZER_FILES
+from optimer_hf.errors import ModelError
+from optimer_hf.loader import CONFIG, Loading, loading_of, read_settings, read_tokenizer
+from optimer_hf.ties import ties_of
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a merge config and its flags say of the output."""
+
+    config_of: Path | None  # the model that gives config and layers; None: not at hand
+    dtype: str | None = None
+    tokenizer: bool = True
+    chat_template: str | None = None
+    runs_code: bool = False  # a person lets mergekit run the model's own code, which we do not
+
+
+def check_merged(out: Path, promise: Promise) -> None:
+    """Raise ModelError, naming the first fault, for a merge that is not what was promised.
+
+    Reads every tensor once, and lets transformers compare names and shapes.
+    """
+    if not (out / CONFIG).is_file():
+        raise ModelError("the merge has no config.json.")
+    merged = Checkpoint(out)
+    ties_of(merged)  # refuses a head that the config ties and that differs from the embedding
+    faults = [*_dtype_faults(merged, promise.dtype), *_value_faults(merged)]
+    if not promise.runs_code:
+        faults += _loading_faults(merged, promise.config_of)
+    if promise.tokenizer:
+        faults += _tokenizer_faults(out, promise)
+    if faults:
+        raise ModelError(f"the merge is not what its config asks for: {faults[0]}")
+
+
+def _dtype_faults(merged: Checkpoint, dtype: str | None) -> Iterator[str]:
+    if dtype not in DTYPES:
+        return
+    for name in merged.names:
+        found = merged.dtype(name)
+        if found.is_floating_point and found != DTYPES[dtype]:
+            yield f"tensor {name!r} was written as {found}, expected {dtype}."
+    settings = read_settings(merged.path / CONFIG)
+    named = settings.get("dtype", settings.get("torch_dtype"))
+    if named != dtype:
+        yield f"config.json names the dtype {named}, expected {dtype}."
+
+
+def _value_faults(merged: Checkpoint) -> Iterator[str]:
+    for name in merged.names:
+        tensor = merged.read(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            yield f"tensor {name!r} holds NaN or infinite values."
+
+
+def _loading_faults(merged: Checkpoint, config_of: Path | None) -> Iterator[str]:
+    """Yield where files and config do not fit, unless those of the model behind it do not."""
+    found = loading_of(merged.path)
+    nothing = Loading(frozenset(), frozenset(), frozenset())
+    is_compared = config_of is not None and any(config_of.glob(ANY_WEIGHTS))  # mergekit reads .bin
+    known = loading_of(config_of) if config_of is not None and is_compared else nothing
+    n_written = len(merged.names)
+    for what, names in (
+        ("lacks", found.missing - known.missing),
+        ("has another shape of", found.misshapen - known.misshapen),
+        ("has no place for", found.unread - known.unread),
+    ):
+        if names:
+            subject = "the model of its config.json" if "place" in what else "it"
+            yield (
+                f"{subject} {what} {min(names)!r} ({len(names)} in all, of {n_written} tensors "
+                "written). mergekit may not know this architecture; `--engine native` does not "
+                "need to."
+            )
+
+
+def _tokenizer_faults(out: Path, promise: Promise) -> Iterator[str]:
+    if not any((out / name).is_file() for name in TOKENIZER_FILES):
+        yield "it has no tokenizer. With --no-copy-tokenizer none is expected."
+        return
+    if promise.runs_code:
+        return
+    found: Any = read_tokenizer(out).chat_template
+    if promise.chat_template is not None and found != promise.chat_template:
+        yield "its tokenizer lacks the chat template that was asked for."
