@@ -24,7 +24,8 @@ class Promise:
     """What a merge config and its flags say of the output."""
 
     config_of: Path | None  # the model that gives config and layers; None: not at hand
-    dtype: str | None = None
+    dtype: str | None = None  # that config.json names
+    out_dtype: str | None = None  # of every tensor; without it some methods compute in another
     tokenizer: bool = True
     chat_template: str | None = None
     runs_code: bool = False  # a person lets mergekit run the model's own code, which we do not
@@ -39,7 +40,7 @@ def check_merged(out: Path, promise: Promise) -> None:
         raise ModelError("the merge has no config.json.")
     merged = Checkpoint(out)
     ties_of(merged)  # refuses a head that the config ties and that differs from the embedding
-    faults = [*_dtype_faults(merged, promise.dtype), *_value_faults(merged)]
+    faults = [*_dtype_faults(merged, promise), *_value_faults(merged)]
     if not promise.runs_code:
         faults += _loading_faults(merged, promise.config_of)
     if promise.tokenizer:
@@ -48,17 +49,16 @@ def check_merged(out: Path, promise: Promise) -> None:
         raise ModelError(f"the merge is not what its config asks for: {faults[0]}")
 
 
-def _dtype_faults(merged: Checkpoint, dtype: str | None) -> Iterator[str]:
-    if dtype not in DTYPES:
-        return
-    for name in merged.names:
+def _dtype_faults(merged: Checkpoint, promise: Promise) -> Iterator[str]:
+    expected = DTYPES.get(promise.out_dtype or "")
+    for name in merged.names if expected is not None else ():
         found = merged.dtype(name)
-        if found.is_floating_point and found != DTYPES[dtype]:
-            yield f"tensor {name!r} was written as {found}, expected {dtype}."
+        if found.is_floating_point and found != expected:
+            yield f"tensor {name!r} was written as {found}, expected {expected}."
     settings = read_settings(merged.path / CONFIG)
     named = settings.get("dtype", settings.get("torch_dtype"))
-    if named != dtype:
-        yield f"config.json names the dtype {named}, expected {dtype}."
+    if promise.dtype is not None and named != promise.dtype:
+        yield f"config.json names the dtype {named}, expected {promise.dtype}."
 
 
 def _value_faults(merged: Checkpoint) -> Iterator[str]:

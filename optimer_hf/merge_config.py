@@ -285,7 +285,7 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
     used = {key for key, value in config.items() if key != "parameters" or value}
     if config["merge_method"] != METHOD or not used <= simple:
         return None
-    given = {key: _dtype_of(config, key) for key in ("dtype", "out_dtype")}
+    given = {key: config.get(key) for key in ("dtype", "out_dtype")}
     if given["out_dtype"] and given["dtype"] not in (None, "float32", given["out_dtype"]):
         return None
     if not set(given.values()) - {None} <= DTYPES.keys():
@@ -311,11 +311,6 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         weights[name] = float(parameters["weight"])
     out_dtype = given["out_dtype"] or given["dtype"]
     return LinearMerge(base, sources, weights, out_dtype, tokenizer_of(config, path))
-
-
-def _dtype_of(config: Mapping[str, Any], key: str) -> str | None:
-    name = config.get(key)
-    return None if name is None else str(name).removeprefix("torch.")
 
 
 def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = None) -> str:
@@ -373,7 +368,8 @@ def _write(
         if not options.copy_tokenizer:
             for name in tokenizer_files(staging):
                 (staging / name).unlink()
-        check_merged(staging, Promise(base.path, linear.out_dtype, options.copy_tokenizer))
+        dtype = linear.out_dtype
+        check_merged(staging, Promise(base.path, dtype, dtype, options.copy_tokenizer))
         if options.write_model_card:
             _write_card(parsed_by_mergekit(config, path), path, out.name, staging)
 
@@ -599,7 +595,8 @@ def _promise(config: Mapping[str, Any], parsed: Any, path: Path, options: Any) -
     expected = chat_templates().get(template or "", template)
     return Promise(
         donor,
-        _dtype_of(config, "out_dtype") or _dtype_of(config, "dtype"),
+        config.get("out_dtype", config.get("dtype")),
+        config.get("out_dtype"),
         has_tokenizer,
         None if template == "auto" else expected,
         options.trust_remote_code,

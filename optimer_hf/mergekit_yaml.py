@@ -224,6 +224,9 @@ def read_merge_config(path: Path, *, warns: bool = True) -> dict[str, Any]:
         method = config["merge_method"]
         logger.warning("%s: not read by merge_method %s, and left out: %s", path, method, named)
     read: dict[str, Any] = _without(config, ignored)
+    for field in ("dtype", "out_dtype"):
+        if field in read:  # mergekit would copy the prefix into config.json, which then fails
+            read[field] = str(read[field]).removeprefix("torch.")
     parsed_by_mergekit(read, path)
     return read
 
