@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,16 +32,22 @@ from optimer_hf.checkpoint import (
 from optimer_hf.errors import ModelError
 from optimer_hf.files import (
     Reference,
-    first_line,
     is_there,
     read_yaml,
     sha256_file,
     staged_directory,
     write_text,
 )
+from optimer_hf.gguf_config import FACTORS, fitted_config
+from optimer_hf.gguf_header import GgufHeader, read_header
 from optimer_hf.loader import (
+    gguf_model_without_weights,
+    gguf_names_read,
     model_without_weights,
+    naming_unreadable_gguf,
     read_gguf,
+    read_gguf_config,
+    read_gguf_tokenizer,
     read_model,
     read_tokenizer,
     refuse_code,
@@ -391,11 +396,11 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
     """
     import transformers
 
-    with open(gguf, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{gguf}: not a GGUF file (its first four bytes are not 'GGUF').")
+    header = read_header(gguf)
     with staged_directory(out) as staging, _gguf_read_once():
-        model, tokenizer = _read_gguf(gguf, dtype)
+        model = gguf_model(header, getattr(torch, dtype))
+        with naming_unreadable_gguf(gguf):
+            tokenizer = read_gguf_tokenizer(gguf)
         _forget_quantisation(model)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -413,24 +418,35 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
         write_text(staging / "conversion.json", json.dumps(record, indent=2))
 
 
-def _read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
-    """Return model and tokenizer of a GGUF file."""
-    try:
-        return read_gguf(gguf, getattr(torch, dtype))
-    except ImportError as error:
-        raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        NotImplementedError,
-        struct.error,
-    ) as error:
+def gguf_model(header: GgufHeader, dtype: torch.dtype) -> Any:
+    """Return the model of a GGUF file after everything in the file was accounted for.
+
+    Raises ModelError for a tensor or a key that changes the function and that nobody reads.
+    """
+    with naming_unreadable_gguf(header.path):
+        config = fitted_config(read_gguf_config(header.path), header)
+        _refuse_unread_tensors(gguf_model_without_weights(config), header)
+        return read_gguf(header.path, config, dtype)
+
+
+def _refuse_unread_tensors(model: Any, header: GgufHeader) -> None:
+    """Raise ModelError for tensors that no parameter takes, and for more parameters than the file
+    has numbers.
+    """
+    unread = sorted(header.tensors.keys() - gguf_names_read(model, header) - FACTORS)
+    if unread:
         raise ModelError(
-            f"{gguf}: transformers cannot read this GGUF file ({first_line(error)}). Fetch it "
-            "again, or convert the original weights."
-        ) from error
+            f"{header.path}: transformers has no place for the tensor {unread[0]!r} "
+            f"({len(unread)} in all), so that the model would be another one. Convert the original "
+            "weights instead."
+        )
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    n_stored = sum(tensor.n_elements for tensor in header.tensors.values())
+    if n_parameters > n_stored:
+        raise ModelError(
+            f"{header.path}: describes a model of {n_parameters:,} parameters and holds "
+            f"{n_stored:,} numbers. Fetch it again."
+        )
 
 
 @contextmanager

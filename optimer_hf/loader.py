@@ -9,7 +9,7 @@ number in it keeps transformers busy for hours; and a weight that is missing is 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.files import first_line, shown
+from optimer_hf.gguf_header import GgufHeader
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
@@ -227,21 +228,133 @@ def read_generation_config(path: Path) -> Any | None:
         return GenerationConfig.from_dict(settings)
 
 
-def read_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return model and tokenizer of a GGUF file, de-quantised to `dtype`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+# -- GGUF ------------------------------------------------------------------------------------------
 
-    common: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+
+@contextmanager
+def naming_unreadable_gguf(file: Path) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a GGUF file into a ModelError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, OptimerError):
+        raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except ImportError as error:
+        raise ModelError(f"{file}: reading GGUF needs a package: {error}") from error
+    except BaseException as error:
+        raise ModelError(
+            f"{file}: transformers cannot read this GGUF file ({first_line(error)}). Fetch it "
+            "again, or convert the original weights."
+        ) from error
+
+
+def read_gguf_config(file: Path) -> Any:
+    """Return transformers' own reading of the metadata of a GGUF file."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False, local_files_only=True
+    )
+
+
+def gguf_keys_read(header: GgufHeader) -> set[str]:
+    """Return the keys of the architecture, without its prefix, that transformers itself reads."""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+
+    name = header.architecture
+    if name in GGUF_CONFIG_ARCHS:
+        metadata = _Recording(header.metadata)
+        GGUF_CONFIG_ARCHS[name](metadata, tuple(header.tensors))
+        return {key.removeprefix(f"{name}.") for key in metadata.read}
+    for known in (name, name.replace("-", "_"), name.replace("moe", "_moe")):
+        if known in GGUF_CONFIG_MAPPING:
+            return {key for key, value in GGUF_CONFIG_MAPPING[known].items() if value is not None}
+    raise ValueError(f"GGUF model with architecture {name} is not supported yet")
+
+
+class _Recording(dict[str, Any]):
+    """A dictionary that knows which of its keys were looked at."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        super().__init__(data)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+
+def gguf_numbers(header: GgufHeader, name: str, n_rows: int) -> Any:
+    """Return the first rows of a tensor of a GGUF file, as a float32 array."""
+    from gguf import GGUFReader, dequantize
+
+    tensor = next(each for each in GGUFReader(header.path).tensors if each.name == name)
+    return dequantize(tensor.data[:n_rows], tensor.tensor_type)
+
+
+def read_gguf(file: Path, config: Any, dtype: torch.dtype) -> Any:
+    """Return the model of a GGUF file, de-quantised to `dtype`.
+
+    Raises ModelError for tensors that the config asks for and the file lacks.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     model, found = AutoModelForCausalLM.from_pretrained(
         file.parent,
-        trust_remote_code=False,
+        gguf_file=file.name,
+        config=config,
         dtype=dtype,
         quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+        local_files_only=True,
         output_loading_info=True,
-        **common,
     )
     _refuse_missing(file, found)
-    return model, AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **common)
+    return model
+
+
+def read_gguf_tokenizer(file: Path) -> Any:
+    """Return the tokenizer of a GGUF file."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False, local_files_only=True
+    )
+
+
+def gguf_model_without_weights(config: Any) -> Any:
+    """Return the model of a config that was read from a GGUF file, on the device `meta`."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def gguf_names_read(model: Any, header: GgufHeader) -> set[str]:
+    """Return the tensors of a GGUF file that transformers reads into a model: others it skips."""
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    if header.architecture in GGUF_CONFIG_ARCHS:
+        return set(header.tensors)  # loading refuses what no rule renames
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
+    known = get_gguf_hf_weights_map(model, processor(config={}))
+    return {name for name in header.tensors if name in known or _is_stack_of(known, name)}
+
+
+def _is_stack_of(known: Mapping[str, str], name: str) -> bool:
+    """Whether a tensor holds all experts of a layer, whose parameter has no suffix."""
+    return name.endswith("_exps.weight") and name.removesuffix(".weight") in known
 
 
 # -- adapters --------------------------------------------------------------------------------------
