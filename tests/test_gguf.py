@@ -711,7 +711,7 @@ def test_a_damaged_gguf_file_is_named_and_leaves_nothing_behind(tmp_path, whole,
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["m.gguf"]
 
 
-Mutation = tuple[float, int, bytes]  # where, how many bytes go, and what comes for them
+Mutation = tuple[float, bytes, bool]  # where, the new bytes, and whether others make room
 
 
 @settings(
@@ -721,7 +721,11 @@ Mutation = tuple[float, int, bytes]  # where, how many bytes go, and what comes 
 )
 @given(
     st.lists(
-        st.tuples(st.floats(0, 1), st.integers(0, 8), st.binary(min_size=1, max_size=8)),
+        st.tuples(
+            st.floats(0, 1),
+            st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([HUGE, b"\xff", b"\0"])),
+            st.sampled_from([True, True, True, False]),
+        ),
         min_size=1,
         max_size=3,
     )
@@ -731,9 +735,9 @@ def test_a_gguf_file_with_other_bytes_converts_or_is_an_optimer_error(
 ):
     header = whole.index(b"blk.1.ffn_down") + 64  # what comes later are numbers of weights
     data = bytearray(whole)
-    for place, n_bytes, new in mutations:
+    for place, new, makes_room in mutations:
         at = int(place * header)
-        data[at : at + n_bytes] = new
+        data[at : at + len(new) * makes_room] = new
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (tmp_path / "m.gguf").write_bytes(data)
     try:
