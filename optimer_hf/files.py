@@ -18,12 +18,11 @@ import re
 import reprlib
 import secrets
 import shutil
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from filelock import FileLock, Timeout
 from pydantic import (
     AfterValidator,
@@ -35,6 +34,9 @@ from pydantic import (
 )
 
 from optimer_hf.errors import ConfigError, OutputError
+from optimer_hf.reading import line_of
+from optimer_hf.reading import read_yaml as read_yaml
+from optimer_hf.reading import yaml_text as yaml_text
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 ATOMIC_PREFIX = ".partial-"
@@ -166,7 +168,7 @@ def is_there(path: Path) -> bool:
     """Whether a path exists; one that cannot, for instance a name that is too long, does not."""
     try:
         return path.exists()
-    except OSError:
+    except (OSError, ValueError):  # the second: a null byte
         return False
 
 
@@ -277,118 +279,6 @@ LocalText = Annotated[str, AfterValidator(_local_text)]  # a path if it is writt
 # -- reading ---------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, which YAML would silently overwrite, and reads 2e-4
-    as the number it is in YAML 1.2 and in JSON.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self._flat: set[int] = set()  # ids of the mappings whose merge keys were replaced
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Replace `<<` by what it names, which keys of the mapping itself may override."""
-        if id(node) not in self._flat:
-            self._flat.add(id(node))
-            self._refuse_duplicates(node)
-            super().flatten_mapping(node)
-
-    def _refuse_duplicates(self, node: yaml.MappingNode) -> None:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # which SafeLoader names
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what _Loader would read as a number, and line breaks other than \\n,
-    which it would fold.
-    """
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        [*"-+0123456789"],
-    )
-
-
-def yaml_text(data: Mapping[str, Any]) -> str:
-    """Return data as YAML that `read_yaml` reads back equal."""
-    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds, or a JSON file (`.json`); raise ConfigError with
-    the line when it does not parse.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file.") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a directory, expected a file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
-    return _parse_json(text, path) if path.suffix == ".json" else _parse_yaml(text, path)
-
-
-def _parse_json(text: str, path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(text, object_pairs_hook=functools.partial(_unique, path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON. {error.msg}.") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply.") from None
-    return _mapping(data, path)
-
-
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        keys = [key for key, _ in pairs]
-        key = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"{path}: not valid JSON. key {key!r} is given twice.")
-    return mapping
-
-
-def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark is not None else ""
-        told = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{path}{line}: not valid YAML. {told}.") from None
-    except (yaml.YAMLError, ValueError) as error:  # the second: a date like 2020-13-01
-        raise ConfigError(f"{path}: not valid YAML. {' '.join(str(error).split())}.") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply.") from None
-    return _mapping(data, path)
-
-
-def _mapping(data: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        found = "an empty file" if data is None else f"a {type(data).__name__}"
-        raise ConfigError(f"{path}: found {found}, expected a mapping of fields to values.")
-    return data
-
-
 def parse(cls: type[ModelT], data: Mapping[str, Any], path: Path) -> ModelT:
     """Validate `data`, read from `path`, as a `cls`; raise one ConfigError that names every
     mistake.
@@ -439,24 +329,8 @@ def _at_line(path: Path | str, location: Sequence[str | int]) -> str:
     """Return `:LINE` of a field of a YAML file, or of the innermost part of it that is there."""
     if isinstance(path, str) or path.suffix not in (".yaml", ".yml") or not path.is_file():
         return ""
-    node, line = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), 0
-    for part in location:
-        inner = _inner(node, part)
-        if inner is None:
-            break
-        line, node = inner
+    line = line_of(path, location)
     return f":{line}" if line else ""
-
-
-def _inner(node: yaml.Node | None, part: str | int) -> tuple[int, yaml.Node] | None:
-    """Return the line and the node of a key or an item of a YAML node."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == str(part):
-                return key.start_mark.line + 1, value
-    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-        return node.value[part].start_mark.line + 1, node.value[part]
-    return None
 
 
 def _described(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mistake]:

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "optimer_hf"
 ORDER = [
     "errors",
+    "reading",
     "files",
     "faults",
     "memory",

@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +56,9 @@ def written(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "example.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+WRITABLE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 
 
 def mistakes(tmp_path: Path, text: str) -> str:
@@ -144,13 +146,6 @@ def test_an_unknown_field_is_compared_with_those_of_its_place_only(tmp_path):
 def test_exponents_without_a_point_are_numbers(tmp_path):
     path = written(tmp_path, "a: 2e-4\nb: -1E+3\nc: 1.e2\nd: 2e\ne: '2e-4'\nf: 12e4f6\n")
     assert list(read_yaml(path).values()) == [2e-4, -1000.0, 100.0, "2e", "2e-4", "12e4f6"]
-
-
-def test_a_value_that_aliases_make_huge_is_shown_in_part(tmp_path):
-    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-    lines += [f"{x}: &{x} [{', '.join([f'*{y}'] * 10)}]" for y, x in pairwise("abcdefgh")]
-    message = mistakes(tmp_path, "\n".join([*lines, "base_model: *h", ""]))
-    assert "base_model: found [[" in message and len(message) < 3000
 
 
 def test_a_later_format_version_is_refused(tmp_path):
@@ -584,7 +579,7 @@ def staged(out: Path) -> None:
 @given(
     st.dictionaries(
         st.from_regex(r"[a-z0-9.+-]{1,8}", fullmatch=True),
-        st.from_regex(r"[0-9.eE+-]{1,8}", fullmatch=True) | st.text() | st.floats(allow_nan=False),
+        st.from_regex(r"[0-9.eE+-]{1,8}", fullmatch=True) | WRITABLE | st.floats(allow_nan=False),
     )
 )
 @example({"1e6": "2e-4", "3e5-model": "1e3 tokens"})

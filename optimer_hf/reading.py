@@ -1,0 +1,285 @@
+"""A YAML or JSON file of anybody's -> a mapping of plain values, or one ConfigError that names the
+line.
+
+Nothing in a file decides how long reading it takes: its size, its depth, and the number of values
+that its aliases stand for are counted before any value is made.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optimer_hf.errors import ConfigError
+
+LARGEST_YAML = 2**20  # bytes; people write these files
+LARGEST_JSON = 2**26  # bytes; programs write these: a record may hold the loss of every step
+DEEPEST = 100  # levels
+MOST_VALUES = 100_000  # in a YAML file, each as often as its aliases repeat it
+LARGEST_WHOLE = 2**63 - 1
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no file name and no UTF-8 text can hold them
+MERGE = "tag:yaml.org,2002:merge"
+WHOLE = "tag:yaml.org,2002:int"
+
+_Parser: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # 5 times as fast
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds, or a JSON file (`.json`).
+
+    Raises ConfigError, with the line where there is one, for what is absent, no UTF-8, too large,
+    nested too deeply, malformed, or no mapping.
+    """
+    is_json = path.suffix == ".json"
+    text = _text_of(path, LARGEST_JSON if is_json else LARGEST_YAML)
+    data = _parse_json(text, path) if is_json else _parse_yaml(text, path)
+    if not isinstance(data, dict):
+        found = "an empty file" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(f"{path}: found {found}, expected a mapping of fields to values.")
+    return data
+
+
+def read_json(path: Path) -> Any:
+    """Return the value that a JSON file holds; raises the ConfigErrors of `read_yaml`."""
+    return _parse_json(_text_of(path, LARGEST_JSON), path)
+
+
+def yaml_text(data: Mapping[str, Any]) -> str:
+    """Return data as YAML that `read_yaml` reads back equal."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def line_of(path: Path, location: Sequence[str | int]) -> int | None:
+    """Return the line of a field of a YAML file that `read_yaml` has read, or of the innermost part
+    of its location that is there; None where there is none.
+    """
+    node, line = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_Parser), None
+    for part in location:
+        inner = _inner(node, part)
+        if inner is None:
+            break
+        line, node = inner
+    return line
+
+
+def _inner(node: yaml.Node | None, part: str | int) -> tuple[int, yaml.Node] | None:
+    """Return the line and the node of a key or an item of a YAML node."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == str(part):
+                return key.start_mark.line + 1, value
+    elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        return node.value[part].start_mark.line + 1, node.value[part]
+    return None
+
+
+def _text_of(path: Path, largest: int) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(largest + 1)
+        if len(data) <= largest:
+            return data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory, expected a file.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
+    raise ConfigError(f"{path}: has more than {largest:,} bytes. Expected a smaller file.")
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+
+
+def _parse_json(text: str, path: Path) -> Any:
+    try:
+        data = json.loads(
+            text, object_pairs_hook=functools.partial(_unique, path), parse_int=_whole_number
+        )
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON. {error.msg}.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON. {error}.") from None
+    _refuse_unwritable(data, path)
+    return data
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        seen: set[str] = set()
+        key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ConfigError(f"{path}: not valid JSON. key {key!r} is given twice.")
+    return mapping
+
+
+def _refuse_unwritable(data: Any, path: Path) -> None:
+    waiting = [data]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str) and UNWRITABLE.search(value):
+            raise ConfigError(f"{path}: not valid JSON. {_unwritable(value)}.")
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > len(str(-LARGEST_WHOLE)) or abs(int(text)) > LARGEST_WHOLE:
+        raise ValueError(f"a whole number of {len(text)} digits, expected at most {LARGEST_WHOLE}")
+    return int(text)
+
+
+def _unwritable(text: str) -> str:
+    return f"found {text[:80]!r}, which holds a null byte or half a character"
+
+
+# -- YAML ------------------------------------------------------------------------------------------
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    try:
+        _refuse_deep(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _refuse_bomb(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark is not None else ""
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{path}{line}: not valid YAML. {reason}.") from None
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML does not allow
+        raise ConfigError(f"{path}: not valid YAML. {' '.join(str(error).split())}.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply.") from None
+
+
+def _refuse_deep(text: str) -> None:
+    """Raise YAMLError for more levels than DEEPEST: nodes of them would exhaust the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Parser):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested too deeply, expected at most {DEEPEST} levels",
+                problem_mark=event.start_mark,
+            )
+
+
+def _refuse_bomb(root: yaml.Node) -> None:
+    """Raise YAMLError where aliases stand for more values than MOST_VALUES, or for themselves."""
+    sizes: dict[int, int | None] = {}  # by id of a node; None: it is being counted
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = None
+            sizes[id(node)] = 1 + sum(map(size, _children(node)))
+        n_values = sizes[id(node)]
+        if n_values is None or n_values > MOST_VALUES:
+            problem = (
+                "an alias stands for a value that holds it"
+                if n_values is None
+                else f"stands for more than {MOST_VALUES:,} values"
+            )
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return n_values
+
+    size(root)
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+class _Loader(_Parser):  # type: ignore[misc]
+    """Safe loader that refuses duplicate keys, which YAML would silently overwrite, and reads 2e-4
+    as the number it is in YAML 1.2 and in JSON.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._flat: set[int] = set()  # ids of the mappings whose merge keys were replaced
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node; whatever goes wrong there is an error of its line."""
+        try:
+            value = super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # PyYAML looks up and converts what a tag says without a check
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise _problem(node, f"{node.tag} cannot be made of this value ({reason})") from None
+        if isinstance(value, str) and UNWRITABLE.search(value):
+            raise _problem(node, _unwritable(value))
+        return value
+
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        """Return an integer of at most 64 bits."""
+        if len(node.value) > 4 * len(str(LARGEST_WHOLE)):  # 64 binary digits, 0b and underscores
+            raise _problem(node, f"a whole number of {len(node.value)} digits")
+        number: int = self.construct_yaml_int(node)
+        if abs(number) > LARGEST_WHOLE:
+            raise _problem(node, f"a whole number above {LARGEST_WHOLE}")
+        return number
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Replace `<<` by what it names, which keys of the mapping itself may override."""
+        if id(node) not in self._flat:
+            self._flat.add(id(node))
+            self._refuse_duplicates(node)
+            super().flatten_mapping(node)
+
+    def _refuse_duplicates(self, node: yaml.MappingNode) -> None:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # which the loader names
+            if key in seen:
+                raise _problem(key_node, f"key {key!r} is given twice")
+            seen.add(key)
+
+
+def _problem(node: yaml.Node, text: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what _Loader would read as a number, and line breaks other than \\n,
+    which it would fold.
+    """
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+_Loader.add_constructor(WHOLE, _Loader.construct_whole_number)
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        [*"-+0123456789"],
+    )
