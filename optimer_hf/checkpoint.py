@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from optimer_hf.errors import ModelError, OutputError
-from optimer_hf.files import digest, fingerprint, sha256_file
+from optimer_hf.errors import ConfigError, ModelError, OutputError
+from optimer_hf.files import digest, fingerprint, first_line, is_there, sha256_file
+from optimer_hf.reading import read_json
 
 CHUNK_ELEMENTS = 2**19  # of one row block: 2 MiB in float32, so that a sum stays in a CPU's cache
 GPU_CHUNK_ELEMENTS = 2**24
@@ -73,6 +74,10 @@ COPIED_BESIDE_WEIGHTS = [
     "USE_POLICY*",
     "NOTICE*",
 ]
+
+LARGEST_HEADER = 2**25  # bytes; 100,000 tensors take 12 million
+MOST_TENSORS = 100_000  # in one file
+LONGEST_AXIS = 2**40  # more than any file holds: safetensors takes every shape of no elements
 
 T = TypeVar("T")
 # name -> dtype and shape of every tensor of a model, in the order they are written
@@ -258,16 +263,16 @@ def _read_index(index: Path) -> dict[str, str]:
     """Return tensor -> file of the shards beside an index."""
     files = _weight_map(index)
     for file in files.values():
-        if not (index.parent / file).is_file():
+        if not is_there(index.parent / file) or not (index.parent / file).is_file():
             raise ModelError(f"{index.parent / file}: missing shard. Fetch it again.")
     return files
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         files = {name: str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ConfigError, KeyError, TypeError, AttributeError):
         raise ModelError(
             f"{index}: not an index of safetensors shards (no `weight_map`). Fetch it again."
         ) from None
@@ -278,31 +283,39 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path) -> dict[str, _Stored]:
-    """Return the tensors of one file; the library checks the header, duplicates are ours to see."""
+    """Return the tensors of one file; the library checks the header, sizes and duplicates are ours
+    to see.
+    """
     try:
-        with safe_open(file, framework="pt"):
-            pass
         with open(file, "rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
-            text = opened.read(size)
+            text = opened.read(min(size, LARGEST_HEADER + 1))
             status = os.fstat(opened.fileno())
+        if len(text) > LARGEST_HEADER or text.count(b'"data_offsets"') > MOST_TENSORS:
+            raise ValueError(
+                f"its header names more than {MOST_TENSORS:,} tensors or has more than "
+                f"{LARGEST_HEADER:,} bytes"
+            )
+        with safe_open(file, framework="pt"):
+            pass
         entries = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (SafetensorError, OSError, ValueError) as error:
+        entries.pop("__metadata__", None)
+        return {name: _stored(file, entry, 8 + size, status) for name, entry in entries.items()}
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # what safetensors lets pass may still be of any form
         raise ModelError(
-            f"{file}: not a readable safetensors file ({error}). Fetch it again."
+            f"{file}: not a readable safetensors file ({first_line(error)}). Fetch it again."
         ) from None
-    entries.pop("__metadata__", None)
-    return {
-        name: _Stored(
-            file,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            8 + size + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-            (status.st_size, status.st_mtime_ns),
-        )
-        for name, entry in entries.items()
-    }
+
+
+def _stored(file: Path, entry: Any, start: int, status: os.stat_result) -> _Stored:
+    """Return where a tensor lies, by its entry in a header that ends at byte `start`."""
+    shape, (first, last) = tuple(map(int, entry["shape"])), entry["data_offsets"]
+    if max(shape, default=0) > LONGEST_AXIS:
+        raise ValueError(f"a tensor of shape {list(shape)}, expected axes up to {LONGEST_AXIS:,}")
+    state = (status.st_size, status.st_mtime_ns)
+    return _Stored(file, str(entry["dtype"]), shape, start + first, last - first, state)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -335,6 +348,8 @@ def _read_into(buffer: torch.Tensor, stored: _Stored, offset: int) -> None:
 def row_blocks(shape: tuple[int, ...], device: str = "cpu") -> list[slice]:
     """Split the rows of a tensor's matrix form into blocks (>= 1 row) that suit a device."""
     n_rows, *columns = matrix_shape(shape)
+    if 0 in columns:  # rows without elements need no blocks
+        return [slice(0, n_rows)]
     n_elements = CHUNK_ELEMENTS if device.startswith("cpu") else GPU_CHUNK_ELEMENTS
     step = max(1, n_elements // max(1, math.prod(columns)))
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]

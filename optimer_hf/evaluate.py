@@ -96,9 +96,9 @@ class Term(FileModel):
     metric: str = "bits_per_byte"
     higher_is_better: bool | None = None
     name: str | None = None
-    weight: float = Field(default=1.0, ge=0)
-    limit: int | None = Field(default=None, gt=0)
-    num_fewshot: int | None = Field(default=None, ge=0)
+    weight: float = Field(default=1.0, ge=0, le=1e6)
+    limit: int | None = Field(default=None, gt=0, le=10**7)
+    num_fewshot: int | None = Field(default=None, ge=0, le=1000)
     generation: dict[str, Any] = {}
     hash_range: tuple[float, float] = (0.0, 1.0)
     rescore_only: bool = False
@@ -175,7 +175,7 @@ class Objective(FileModel):
     terms: list[Term] = Field(min_length=1)
     constraints: list[Constraint] = []
     include_path: LocalPath | None = None
-    limit: int | None = Field(default=None, gt=0)
+    limit: int | None = Field(default=None, gt=0, le=10**7)
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = False
     system_instruction: str | None = None

@@ -33,6 +33,7 @@ from optimer_hf.files import (
     strings_in,
     write_text,
 )
+from optimer_hf.reading import read_json
 
 logger = logging.getLogger(__name__)
 RESULTS = (  # of a finished run, whose figures are in its model, too
@@ -404,15 +405,12 @@ def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
     from optimer_hf.study import TrialLog
 
     entries: dict[str, Any] = {}
-    records = [
-        json.loads((_vector_dir(run, name) / "training.json").read_text(encoding="utf-8"))
-        for name in names
-    ]
+    records = [read_json(_vector_dir(run, name) / "training.json") for name in names]
     if records:
         entries["train"] = _training_entry([record["training"] for record in records])
     entries |= ledger(study)
     mixed = [
-        json.loads(file.read_text(encoding="utf-8"))["training"]
+        read_json(file)["training"]
         for file in sorted((run.out / "mixtures").glob("*/training.json"))
     ]
     if mixed:
@@ -460,7 +458,7 @@ def _against_plan(run: Run, ledger: Mapping[str, Any]) -> str:
     file = run.out / "plan.json"
     if not file.exists():
         return ""
-    planned = json.loads(file.read_text(encoding="utf-8"))
+    planned = read_json(file)
     table = plan.against(planned, ledger, int(ledger["this_invocation"]["peak_bytes"]))
     return f"## Planned and taken\n\n{table}\n"
 

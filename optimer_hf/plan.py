@@ -6,7 +6,6 @@ guess: the memory is that of the probe itself, which loads what the run loads (a
 be fetched on top).
 """
 
-import json
 import logging
 import resource
 import shutil
@@ -33,6 +32,7 @@ from optimer_hf.files import Reference, digest, first_line, markdown_table
 from optimer_hf.memory import total_memory
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.pull import Input, inputs_of
+from optimer_hf.reading import read_json
 from optimer_hf.resident import ResidentModel
 from optimer_hf.study import StudyConfig
 from optimer_hf.tokenizer import opened_tokenizer, scoring_tokenizer
@@ -237,7 +237,7 @@ def _training_cost(config: TrainConfig, out: Path) -> tuple[Cost, int]:
     remedy = f"Lower trainer.per_device_train_batch_size or block_size{lora}."
     with _fitting(f"{config.base_model}: a training step of {config.name!r}", remedy):
         train(config.model_copy(update={"max_tokens": n_tokens}), out)
-    record = json.loads((out / "training.json").read_text(encoding="utf-8"))["training"]
+    record = read_json(out / "training.json")["training"]
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Cost(record["seconds"], record["cpu_seconds"]) * (1 / record["n_tokens"]), n_bytes
 

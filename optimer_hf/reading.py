@@ -170,6 +170,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
 def _refuse_deep(text: str) -> None:
     """Raise YAMLError for more levels than DEEPEST: nodes of them would exhaust the stack."""
     depth = 0
+    event: Any
     for event in yaml.parse(text, Loader=_Parser):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
@@ -209,7 +210,7 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
         yield from node.value
 
 
-class _Loader(_Parser):  # type: ignore[misc]
+class _Loader(_Parser):
     """Safe loader that refuses duplicate keys, which YAML would silently overwrite, and reads 2e-4
     as the number it is in YAML 1.2 and in JSON.
     """

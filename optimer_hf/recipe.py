@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from optimer_hf.checkpoint import (
     Checkpoint,
     files_beside_weights,
@@ -82,7 +84,7 @@ class Ingredient(FileModel):
     """One vector of a recipe."""
 
     source: ReferenceText
-    weight: float
+    weight: float = Field(ge=-1e4, le=1e4)
 
 
 class RecipeFile(VersionedFile):

@@ -20,6 +20,7 @@ from typing import Any
 from optimer_hf.compare import AT_BEST_SCALE, titled
 from optimer_hf.files import markdown_table, write_text
 from optimer_hf.pipeline import Run, claim, finished_summary, load, run_recipe
+from optimer_hf.reading import read_json
 from optimer_hf.report import Unit
 from optimer_hf.study import MERGE
 
@@ -70,7 +71,7 @@ def run_seeds(run: Run, n_seeds: int) -> str:
         logger.info("%s of %d seeds", each.out.name, n_seeds)
         if finished_summary(each) is None:
             run_recipe(each)
-    results = [json.loads((each.out / "results.json").read_text("utf-8")) for each in runs]
+    results = [read_json(each.out / "results.json") for each in runs]
     rows, merges = rows_of(results), [_by_name(result)[MERGE]["weights"] for result in results]
     text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}"
     left_out = sorted(

@@ -112,8 +112,8 @@ class TrainConfig(VersionedFile):
     base_model: ReferenceText
     corpus: CorpusConfig | None = None
     mixture: list[MixturePart] | None = Field(default=None, min_length=1)
-    block_size: int = Field(default=1024, ge=8)
-    max_tokens: int | None = Field(default=None, gt=0)
+    block_size: int = Field(default=1024, ge=8, le=2**20)
+    max_tokens: int | None = Field(default=None, gt=0, le=10**13)
     lora: dict[str, Any] | None = None
     trainer: dict[str, Any] = {}
     seed: int = Field(default=0, ge=0, lt=2**32)

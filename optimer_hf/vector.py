@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from optimer_hf.adapter import merged_by_peft, read_adapter
 from optimer_hf.checkpoint import (
@@ -33,10 +33,11 @@ from optimer_hf.checkpoint import (
     write_sharded,
 )
 from optimer_hf.convert import ResolvedModel, resolve_model
-from optimer_hf.errors import ModelError
+from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files import FileModel, VersionedFile, staged_directory
 from optimer_hf.kernel import Delta, LowRank, Trained, dense
 from optimer_hf.quantize import BLOCK_SIZE, SCALES, dequantize, n_blocks, quantize
+from optimer_hf.reading import read_json
 from optimer_hf.ties import are_equal, ties_of
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class VectorFile(VersionedFile):
     base: BaseRecord
     source_files: dict[str, str] | None = None
     dtype: str | None = None
-    block_size: int | None = None
+    block_size: int | None = Field(default=None, gt=0, le=2**20)
     norm: float
     relative_norm: float
     relative_error: float | None = None
@@ -255,9 +256,9 @@ def read_record(path: Path) -> VectorFile | None:
     if not file.exists():
         return None
     try:
-        return VectorFile.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.reason
+        return VectorFile.model_validate(read_json(file))
+    except (ConfigError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ModelError(f"{file}: not a vector.json of format version 1 ({reason}).") from None
 
 
