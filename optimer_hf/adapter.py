@@ -6,22 +6,30 @@ compared with the base when it is read. Adapters whose delta is not of that form
 OFT ...) are merged by PEFT itself, on request.
 """
 
-import math
-import re
+import functools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Embedding, Linear
 
+from optimer_hf.adapter_config import (
+    is_targeted,
+    rank_and_scale,
+    read_options,
+    saved_modules,
+    why_not_weighted,
+)
 from optimer_hf.checkpoint import Checkpoint
-from optimer_hf.convert import ResolvedModel, loaded_model, moves_base, stored_names
+from optimer_hf.convert import ResolvedModel, empty_model, loaded_model
 from optimer_hf.errors import ModelError
 from optimer_hf.files import first_line
 from optimer_hf.kernel import LowRank, Trained
-from optimer_hf.loader import model_with_adapter, read_adapter_config
+from optimer_hf.loader import model_with_adapter
 from optimer_hf.ties import Ties, ties_of
 
 PARTNERS = {
@@ -30,17 +38,15 @@ PARTNERS = {
     "lora_embedding_A": "lora_embedding_B",
     "lora_embedding_B": "lora_embedding_A",
 }
+PARTS = {  # of a stored tensor, by the end of its name
+    ".lora_A.weight": "A",
+    ".lora_embedding_A": "embedding A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_B": "B",
+    ".lora_B.bias": "B.bias",
+    ".token_adapter.trainable_tokens_delta": "tokens",  # rows, as they are after training
+}
 FROZEN_COPY = ".base_layer.weight"  # of an adapted embedding: PEFT saves it beside the factors
-TOKENS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding, as they are after training
-VARIANTS = [  # of LoraConfig: each changes what the factors mean
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-]
 FACTORS_TWICE = (
     "PEFT's merge would add the product twice. Read the factors as they are: `optimer extract "
     "ADAPTER --base BASE OUT`, without --from-adapter."
@@ -51,76 +57,127 @@ FACTORS_APART = (
     "all."
 )
 MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
+PREFIX = "base_model.model."
+CACHED = 16  # models whose layers are remembered
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA and its base, before anything of it is read: the fields of its config, and the shape
+    of each of its tensors by name. `where` begins and `advice` ends what is said of it.
+    """
+
+    options: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    base: Checkpoint
+    where: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a stored tensor is of a base tensor; `module` is named as in the adapter, `rank` and
+    `scale` are of products and of the bias of B.
+    """
+
+    key: str
+    kind: str
+    target: str
+    module: str
+    rank: int = 0
+    scale: float = 0.0
+    is_transposed: bool = False
 
 
 def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank | Trained]:
-    """Read a PEFT LoRA adapter by base tensor name; refuse what is not a sum of products and
-    trained tensors.
+    """Read a PEFT LoRA adapter by base tensor name.
+
+    Raises ModelError for what is not a sum of products and trained tensors, and for a tensor that
+    would not be used.
     """
-    config = _config_of(path, name)
+    where = f"vector {name!r} ({path})"
+    options = read_options(path, where)
+    refuse_options(options, where, MATERIALISE)
     stored = Checkpoint(path, "adapter_model")
+    shapes = {key: stored.shape(key) for key in stored.names}
     found: dict[str, LowRank | Trained] = {}
-    targets, ties = targets_of(stored.names, base), ties_of(base)
-    for key in stored.names:
-        target, part = targets[key]
-        if key.endswith(FROZEN_COPY):
-            _refuse_moved(stored, key, base, ties.kept(target), name)
-            continue
-        if part != "B" and target in found:
-            raise ModelError(
-                f"vector {name!r} ({path}): adapts {target!r} in two ways. {MATERIALISE}"
-            )
-        if part == "A":
-            found[target] = _product(stored, key, config, name)
-        elif part == "B":
-            _partner(stored, key, name)
-        elif part == "B.bias":
-            found[target] = _moved_bias(stored, key, base, target, config, name)
-        elif part == "trained":
-            found[target] = Trained(stored.read(key))
+    for part in parts_of(Lora(options, shapes, base, where, MATERIALISE)):
+        if part.kind == "copy":
+            _refuse_moved(stored, part, base, where)
+        elif part.kind == "B.bias":
+            bias = base.read(part.target).float() + part.scale * stored.read(part.key).float()
+            found[part.target] = Trained(bias)
+        elif part.kind == "trained":
+            found[part.target] = Trained(stored.read(part.key))
         else:
-            raise ModelError(
-                f"vector {name!r} ({path}): tensor {key!r} is not a LoRA factor of a linear or "
-                f"embedding layer. {MATERIALISE}"
-            )
-    return _joined(found, ties, f"vector {name!r} ({path})")
+            found[part.target] = _product(stored, part)
+    return _joined(found, ties_of(base), where)
 
 
-def _config_of(path: Path, name: str) -> Any:
-    """Return the LoraConfig of an adapter whose delta is a sum of products."""
-    from peft import LoraConfig
+def refuse_options(options: Mapping[str, Any], where: str, advice: str) -> None:
+    """Raise ModelError for fields of a LoRA whose delta cannot be weighted."""
+    if reason := why_not_weighted(options):
+        raise ModelError(f"{where}: {reason}. {advice}")
 
-    try:
-        config = read_adapter_config(path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+
+def parts_of(lora: Lora) -> list[Part]:
+    """Return what the tensors of a LoRA are of the tensors of its base.
+
+    Raises ModelError, naming it, for a tensor that would be left out or that fits no layer.
+    """
+    found: dict[str, Part] = {}
+    copies = []
+    for key, (target, kind) in targets_of(lora.shapes, lora.base).items():
+        part = Part(key, kind, target, _module_of(key))
+        _refuse_unused(part, lora)
+        if key.endswith(FROZEN_COPY):
+            copies.append(replace(part, kind="copy"))
+            continue
+        if kind in ("A", "embedding A", "B"):
+            partner = _partner_of(part, lora)
+            if kind == "B":
+                continue
+            part = _checked_product(part, partner, lora)
+        elif kind == "B.bias":
+            part = _checked_bias(part, lora)
+        if target in found:
+            raise ModelError(f"{lora.where}: adapts {target!r} in two ways. {lora.advice}")
+        found[target] = part
+    _refuse_unsaved(found, lora)
+    return [*found.values(), *copies]
+
+
+def _refuse_unused(part: Part, lora: Lora) -> None:
+    if part.kind in ("", "tokens"):
         raise ModelError(
-            f"vector {name!r} ({path}): adapter_config.json cannot be read ({error}). Fetch the "
-            "adapter again."
-        ) from None
-    if not isinstance(config, LoraConfig):
-        raise ModelError(
-            f"vector {name!r} ({path}): a {config.peft_type} adapter; only LoRA is linear in its "
-            f"delta. {MATERIALISE}"
+            f"{lora.where}: tensor {part.key!r} is not a LoRA factor of a linear or embedding "
+            f"layer. {lora.advice}"
         )
-    _refuse_nonlinear(config, path, name)
-    return config
+    is_of_layer = part.kind != "trained" or ".base_layer." in part.key
+    if is_of_layer and not is_targeted(lora.options, part.module):
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} adapts a layer that target_modules, "
+            "exclude_modules or layers_to_transform of its config leave out, so PEFT would ignore "
+            "it. Mend the config, or remove the tensor."
+        )
+    if ties_of(lora.base).kept(part.target) not in lora.base.names:
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} is of {part.target!r}, which is not in the base "
+            f"{lora.base.path}. Give an adapter that was trained from this base; for one whose "
+            "modules have other names, see `optimer extract --from-adapter`."
+        )
 
 
-def _refuse_nonlinear(config: Any, path: Path, name: str) -> None:
-    for option, reason in (
-        (
-            config.use_dora,
-            "DoRA rescales the merged weight, so its delta depends on the other vectors",
-        ),
-        (
-            moves_base(config.init_lora_weights),
-            f"init_lora_weights {config.init_lora_weights!r} rewrites the base weights",
-        ),
-        (config.target_parameters, "target_parameters adapts stacked expert weights"),
-        *((getattr(config, field, None), f"{field} is no plain LoRA") for field in VARIANTS),
-    ):
-        if option:
-            raise ModelError(f"vector {name!r} ({path}): {reason}. {MATERIALISE}")
+def _refuse_unsaved(held: Iterable[str], lora: Lora) -> None:
+    """Refuse a module of modules_to_save that the base has and the adapter does not hold."""
+    names = [f".{target}" for target in held]
+    for module in saved_modules(lora.options):
+        in_base = any(f".{module}." in f".{tensor}" for tensor in lora.base.names)
+        if in_base and not any(f".{module}." in name for name in names):
+            raise ModelError(
+                f"{lora.where}: modules_to_save names {module!r}, of which the file holds no "
+                "tensor. Fetch the adapter again."
+            )
 
 
 def refuse_unfit(keys: Sequence[str], base: Checkpoint, where: str) -> None:
@@ -128,7 +185,7 @@ def refuse_unfit(keys: Sequence[str], base: Checkpoint, where: str) -> None:
     no merge: of layers that are no tensors of the base's checkpoint, or of a part of what the base
     ties.
     """
-    products = [target for target, part in targets_of(keys, base).values() if part == "A"]
+    products = [target for target, part in targets_of(keys, base).values() if part.endswith("A")]
     known, ties = set(base.names), ties_of(base)
     if unfit := sorted(name for name in products if ties.kept(name) not in known):
         fit = sorted({name.split(".")[-2] for name in products if name in known})
@@ -150,102 +207,147 @@ def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, st
     known, ties = set(base.names), ties_of(base)
     if all(ties.kept(target) in known for target, _ in found.values()):
         return found
-    names = stored_names(ResolvedModel(base.path, base.path.name))
+    places: dict[str, list[str]] = {}
+    for stored, name in ties.class_names.items():
+        places.setdefault(name, []).append(stored)
+    names = {name: stored[0] for name, stored in places.items() if len(stored) == 1}
     return {key: (names.get(target, target), part) for key, (target, part) in found.items()}
 
 
 def _target_of(key: str) -> tuple[str, str]:
-    """Return the base tensor a stored tensor belongs to, and its part: A, B, B.bias, trained, or
+    """Return the base tensor a stored tensor belongs to, and its part, see PARTS: `trained`, or
     nothing known.
     """
-    module = key.removeprefix("base_model.model.")
-    for suffix, part in (
-        (".lora_A.weight", "A"),
-        (".lora_embedding_A", "A"),
-        (".lora_B.weight", "B"),
-        (".lora_embedding_B", "B"),
-    ):
+    module = key.removeprefix(PREFIX)
+    for suffix, part in PARTS.items():
         if module.endswith(suffix):
-            return f"{module.removesuffix(suffix)}.weight", part
-    if module.endswith(".lora_B.bias"):
-        return f"{module.removesuffix('.lora_B.bias')}.bias", "B.bias"
-    if module.endswith(TOKENS):
-        return f"{module.removesuffix(TOKENS)}.weight", TOKENS
+            kind = "bias" if part == "B.bias" else "weight"
+            return f"{module.removesuffix(suffix)}.{kind}", part
     if "lora_" in module:
         return module, ""
     return module.replace(".base_layer.", "."), "trained"
 
 
-def _partner(stored: Checkpoint, key: str, name: str) -> str:
+def _module_of(key: str) -> str:
+    """Return the layer of a stored tensor, named as in the adapter."""
+    module = key.removeprefix(PREFIX).split(".lora_")[0]
+    return module if ".lora_" in key else module.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def _partner_of(part: Part, lora: Lora) -> str:
     """Return the other factor of a product."""
-    factor = next(part for part in key.split(".") if part in PARTNERS)
-    partner = key.replace(f".{factor}", f".{PARTNERS[factor]}")
-    if partner not in stored.names:
-        raise ModelError(
-            f"vector {name!r} ({stored.path}): tensor {partner!r} is missing. Fetch the adapter "
-            "again."
-        )
+    factor = next(piece for piece in reversed(part.key.split(".")) if piece in PARTNERS)
+    before, _, after = part.key.rpartition(f".{factor}")
+    partner = f"{before}.{PARTNERS[factor]}{after}"
+    if partner not in lora.shapes:
+        raise ModelError(f"{lora.where}: tensor {partner!r} is missing. Fetch the adapter again.")
     return partner
 
 
-def _product(stored: Checkpoint, key: str, config: Any, name: str) -> LowRank:
-    partner = _partner(stored, key, name)
+def _checked_product(part: Part, partner: str, lora: Lora) -> Part:
+    """Return a product with its rank, its scale and its direction."""
+    a, b = lora.shapes[part.key], lora.shapes[partner]
+    if len(a) != 2 or len(b) != 2:
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} has {len(a)} dimensions; only linear and embedding "
+            f"layers are products of two matrices. {lora.advice}"
+        )
+    rank, scale = _rank_and_scale(part.module, lora)
+    if not a[0] == b[1] == rank:
+        raise ModelError(
+            f"{lora.where}: {part.module} has factors of shape {list(a)} and {list(b)}, but rank "
+            f"{rank} in adapter_config.json. Fetch the adapter again."
+        )
+    is_transposed = _is_transposed(part, (b[0], a[1]), lora)
+    return replace(part, rank=rank, scale=scale, is_transposed=is_transposed)
+
+
+def _checked_bias(part: Part, lora: Lora) -> Part:
+    """Return the bias of a factor B, which PEFT adds to that of the layer, with its scale."""
+    if part.key.removesuffix("bias") + "weight" not in lora.shapes:
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} has no factors. Fetch the adapter again."
+        )
+    found, expected = lora.shapes[part.key], lora.base.shape(part.target)
+    if found != expected:
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} has shape {list(found)}, {part.target!r} of the "
+            f"base has {list(expected)}. {lora.advice}"
+        )
+    rank, scale = _rank_and_scale(part.module, lora)
+    return replace(part, rank=rank, scale=scale)
+
+
+def _rank_and_scale(module: str, lora: Lora) -> tuple[int, float]:
+    try:
+        return rank_and_scale(lora.options, module)
+    except ValueError as error:
+        raise ModelError(
+            f"{lora.where}: adapter_config.json has no usable rank and alpha for {module}: found "
+            f"{error}. Fetch the adapter again."
+        ) from None
+
+
+def _is_transposed(part: Part, shape: tuple[int, int], lora: Lora) -> bool:
+    """Whether a layer stores its weight input-first, (b @ a).T: embeddings and GPT-2's Conv1D. Its
+    class says so; the config of an adapter may be wrong, and a square matrix fits either way.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    layers, ties = _layers_of(lora.base), ties_of(lora.base)
+    layer = layers.get(ties.class_names.get(part.target, part.target)) if layers else None
+    is_embedding = part.kind == "embedding A"
+    if layer is not None and issubclass(layer, Conv1D | Linear | Embedding):
+        if issubclass(layer, Embedding) is not is_embedding:
+            raise ModelError(
+                f"{lora.where}: tensor {part.key!r} is not a factor of a {layer.__name__}, which "
+                f"{part.target!r} belongs to. Fetch the adapter again."
+            )
+        return is_embedding or issubclass(layer, Conv1D)
+    if not layers and not is_embedding and shape[0] == shape[1]:
+        raise ModelError(
+            f"{lora.where}: transformers does not know the class of the base {lora.base.path}, so "
+            f"nothing says which way round the square {part.target!r} is stored. Merge the adapter "
+            "with the program that trained it."
+        )
+    return is_embedding or lora.base.shape(ties.kept(part.target)) == shape[::-1] != shape
+
+
+def _layers_of(base: Checkpoint) -> Mapping[str, type]:
+    """Return the class of the layer of every weight, by its name in the model; none where
+    transformers does not know the model.
+    """
+    config = base.path / "config.json"
+    changed = config.stat().st_mtime_ns if config.exists() else 0
+    return _layers(base.path, changed)
+
+
+@functools.lru_cache(maxsize=CACHED)
+def _layers(path: Path, changed: int) -> Mapping[str, type]:
+    """`changed` is of the config: what is remembered holds for it as it is."""
+    try:
+        model = empty_model(ResolvedModel(path, path.name))
+    except ModelError:
+        return {}
+    return {f"{name}.weight": type(module) for name, module in model.named_modules()}
+
+
+def _product(stored: Checkpoint, part: Part) -> LowRank:
+    key = part.key
+    partner = key.replace(".lora_embedding_A", ".lora_embedding_B").replace(".lora_A", ".lora_B")
     a, b = stored.read(key).float(), stored.read(partner).float()
-    module = key.removeprefix("base_model.model.").split(".lora_")[0]
-    if a.dim() != 2 or b.dim() != 2:
-        raise ModelError(
-            f"vector {name!r} ({stored.path}): tensor {key!r} has {a.dim()} dimensions; only "
-            f"linear and embedding layers are products of two matrices. {MATERIALISE}"
-        )
-    rank, scale = _rank_and_scale(config, module, stored.path, name)
-    if not a.shape[0] == b.shape[1] == rank:
-        raise ModelError(
-            f"vector {name!r} ({stored.path}): {module} has factors of shape {list(a.shape)} and "
-            f"{list(b.shape)}, but rank {rank} in adapter_config.json. Fetch the adapter again."
-        )
-    # embeddings and Conv1D layers store their weight input-first: (b @ a).T
-    if "lora_embedding_A" in key or config.fan_in_fan_out:
+    if part.is_transposed:
         a, b = b.T.contiguous(), a.T.contiguous()
-    return LowRank(b, a, scale)
+    return LowRank(b, a, part.scale)
 
 
-def _refuse_moved(stored: Checkpoint, key: str, base: Checkpoint, target: str, name: str) -> None:
-    if target not in base.names:
-        return
-    copy, tensor = stored.read(key), base.read(target)
+def _refuse_moved(stored: Checkpoint, part: Part, base: Checkpoint, where: str) -> None:
+    copy, tensor = stored.read(part.key), base.read(ties_of(base).kept(part.target))
     if copy.shape != tensor.shape or not torch.equal(copy.to(tensor.dtype), tensor):
         raise ModelError(
-            f"vector {name!r} ({stored.path}): tensor {key!r} differs from the base: the embedding "
-            "was resized or trained. Train the embedding with full parameters, or leave it out."
+            f"{where}: tensor {part.key!r} differs from the base: the embedding was resized or "
+            "trained. Train the embedding with full parameters, or leave it out."
         )
-
-
-def _moved_bias(
-    stored: Checkpoint, key: str, base: Checkpoint, target: str, config: Any, name: str
-) -> Trained:
-    if target not in base.names:
-        raise ModelError(
-            f"vector {name!r} ({stored.path}): tensor {target!r} is not in the base. {MATERIALISE}"
-        )
-    _, scale = _rank_and_scale(config, target.removesuffix(".bias"), stored.path, name)
-    return Trained(base.read(target).float() + scale * stored.read(key).float())
-
-
-def _rank_and_scale(config: Any, module: str, path: Path, name: str) -> tuple[int, float]:
-    """Return rank and scale of a module's product, as PEFT finds them."""
-    from peft.utils.other import get_pattern_key
-
-    try:
-        rank_key = get_pattern_key(list(config.rank_pattern), module)
-        alpha_key = get_pattern_key(list(config.alpha_pattern), module)
-        rank = config.rank_pattern.get(rank_key, config.r)
-        alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
-        return rank, float(alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as error:
-        raise ModelError(
-            f"vector {name!r} ({path}): adapter_config.json has no usable rank and alpha for "
-            f"{module} ({error})."
-        ) from None
 
 
 def _joined(
@@ -343,10 +445,10 @@ def _kinds_of(keys: Iterable[str], base: Checkpoint) -> dict[str, str]:
     ties, kinds = ties_of(base), dict[str, str]()
     for key, (target, part) in targets_of(keys, base).items():
         group = ties.group_of(target)
-        if part == TOKENS and group and target == group[0]:
+        if part == "tokens" and group and target == group[0]:
             kinds |= dict.fromkeys(group, part)
         elif not key.endswith(FROZEN_COPY):
-            kinds[target] = part if part in (TOKENS, "trained") else "product"
+            kinds[target] = part if part in ("tokens", "trained") else "product"
     return kinds
 
 

@@ -288,12 +288,6 @@ def _has_rows(tensor: torch.Tensor) -> bool:
     return True
 
 
-def moves_base(init_lora_weights: bool | str) -> bool:
-    """Whether a LoRA initialisation (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) rewrites the base."""
-    name = str(init_lora_weights).lower()
-    return name.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
-
-
 def snapshot(ref: Reference, *, with_weights: bool = True, local_files_only: bool = False) -> Path:
     """Return the cached files of a Hub model, fetching what is missing: of weights only those that
     are read. What is in the cache at a commit is not asked for again.

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from optimer_hf.adapter import refuse_unfit
+from optimer_hf.adapter import Lora, parts_of, refuse_unfit
+from optimer_hf.adapter_config import FIELD_OF, patterns_of, why_not_trained, why_not_weighted
 from optimer_hf.checkpoint import Checkpoint, weights_fingerprint
 from optimer_hf.convert import (
     ResolvedModel,
@@ -29,7 +30,6 @@ from optimer_hf.convert import (
     empty_model,
     loaded_model,
     loaded_tokenizer,
-    moves_base,
     multiplied_in,
     resolve_base,
 )
@@ -52,6 +52,7 @@ from optimer_hf.files import (
     differences,
     digest,
     fingerprint,
+    first_line,
     is_there,
     listed,
     make_directory,
@@ -63,6 +64,7 @@ from optimer_hf.files import (
 )
 from optimer_hf.growth import full_norm, is_due, lora_norm
 from optimer_hf.head import fuse_loss, keeps_documents_apart
+from optimer_hf.patterns import ends_with, is_literal, matches
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.ties import ties_of
 
@@ -91,12 +93,15 @@ UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
     "do_eval": "There is nothing to evaluate on; `optimer evaluate` scores a model",
     "do_predict": "There is nothing to predict; `optimer evaluate` scores a model",
     "push_to_hub": "`optimer push` publishes a vector",
+    "hub_model_id": "`optimer push` publishes a vector",
     "resume_from_checkpoint": "A killed run goes on by itself",
     "use_liger_kernel": "The loss of a run is computed without logits already",
     "label_smoothing_factor": "The loss is computed without logits, which smoothing needs",
 }
+SECRET = {"hub_token", "push_to_hub_token"}  # fields that are neither shown nor written
 ABOVE_ZERO = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}
 PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
+MEND_LORA = "What is trained so fits no merge. Change or drop the field."
 SPENT_FILE = "spent.json"
 LONGEST_WAIT = 6 * 3600  # seconds; the first process packs a billion tokens in half an hour
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -189,7 +194,9 @@ def check_config(config: TrainConfig, path: Path | None = None) -> None:
         raise ConfigError(listed(origin, [(at, f"{'.'.join(at)}: {told}") for at, told in found]))
     _check_optimizer(config, _arguments(config, Path("unused")))
     if config.lora is not None:
-        _refuse_moved_base(_lora_config(config), config)
+        options = _lora_config(config).to_dict()
+        if reason := why_not_weighted(options) or why_not_trained(options):
+            raise ConfigError(f"train config {config.name!r}: lora: {reason}. {MEND_LORA}")
 
 
 def _mistakes_of_fields(
@@ -217,6 +224,8 @@ def _mistakes_of_trainer(given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, 
     for field, value in given.items():
         if field in RESERVED_TRAINER_FIELDS:
             yield ("trainer", field), f"set it through {RESERVED_TRAINER_FIELDS[field]}."
+        if field in SECRET and value is not None:
+            yield ("trainer", field), "found a token, which would be written down. Leave it out."
         if field in UNUSABLE and value not in (None, False, 0, "no"):
             yield ("trainer", field), f"found {shown(value)}. {UNUSABLE[field]}; leave it out."
         if field in ABOVE_ZERO and isinstance(value, int | float) and not value > 0:
@@ -336,8 +345,6 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     Cheap beside the training: a corpus that is too small, a bad field and a foreign directory are
     found here.
     """
-    from peft import get_peft_model_state_dict
-
     check_config(config)
     if is_trained(config, out):
         return None
@@ -348,8 +355,7 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
         adapted = _adapted(empty_model(base), config, base)
         ties_of(Checkpoint(base.path))
         if config.lora is not None:
-            keys = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-            refuse_unfit([*keys], Checkpoint(base.path), f"train config {config.name!r}: lora")
+            _refuse_unweighted(adapted, config, base)
         make_directory(out)
         try:
             with naming_disk_errors(out, "Nothing was left behind"):
@@ -492,10 +498,51 @@ def _adapted(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:
 
     lora = _lora_config(config)
     _refuse_unmatched(model, config.lora.get("target_modules"), config.name)
+    _resolve_patterns(lora, model, f"train config {config.name!r}: lora")
     try:
         return get_peft_model(model, lora)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # PEFT looks at few of its fields before it uses them
+        raise ConfigError(f"train config {config.name!r}: lora: {first_line(error)}") from error
+
+
+def _resolve_patterns(lora: Any, model: Any, where: str) -> None:
+    """Have PEFT match none of the patterns that could keep it busy, and write down by layer what
+    rank_pattern and alpha_pattern say where that depends on patterns or on their order.
+
+    A saved adapter_config.json has its keys sorted, and a reader compiles no pattern of others.
+    """
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if any(own == "weight" for own, _ in module.named_parameters(recurse=False))
+    ]
+    if others := patterns_of(lora.to_dict()):
+        matches(others, [name for name, _ in model.named_modules()], where)
+    for field in FIELD_OF:
+        given: dict[str, Any] = getattr(lora, field) or {}
+        fitting = {key: _fitting(key, layers, f"{where}.{field}") for key in given}
+        for key, found in fitting.items():
+            if not found:
+                raise ConfigError(f"{where}.{field}: found {key!r}, which fits no layer.")
+        n_fits = sum(len(found) for found in fitting.values())
+        by_layer = {name: given[key] for key in reversed(given) for name in fitting[key]}
+        if n_fits > len(by_layer) or not all(is_literal(key) for key in given):
+            setattr(lora, field, {_only(name, layers): by_layer[name] for name in sorted(by_layer)})
+
+
+def _fitting(key: str, layers: Sequence[str], where: str) -> list[str]:
+    """Return the layers that a key of rank_pattern or alpha_pattern fits."""
+    if is_literal(key):
+        return [name for name in layers if ends_with(name, key)]
+    (found,) = matches([rf"(.*\.)?({key})$"], layers, where)
+    return [name for name, fits in zip(layers, found, strict=True) if fits]
+
+
+def _only(name: str, layers: Sequence[str]) -> str:
+    """Return the key that fits a layer and no other."""
+    return f"^{name}" if any(layer.endswith(f".{name}") for layer in layers) else name
 
 
 def _lora_config(config: TrainConfig) -> Any:
@@ -503,8 +550,8 @@ def _lora_config(config: TrainConfig) -> Any:
 
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"train config {config.name!r}: lora: {error}") from error
+    except Exception as error:  # its authors check few fields, and late
+        raise ConfigError(f"train config {config.name!r}: lora: {first_line(error)}") from error
 
 
 def _refuse_unmatched(model: Any, target_modules: Any, name: str) -> None:
@@ -523,13 +570,19 @@ def _refuse_unmatched(model: Any, target_modules: Any, name: str) -> None:
             )
 
 
-def _refuse_moved_base(lora: Any, config: TrainConfig) -> None:
-    if moves_base(lora.init_lora_weights):
-        raise ConfigError(
-            f"train config {config.name!r}: lora.init_lora_weights: "
-            f"{lora.init_lora_weights!r} changes the frozen base, so the adapter alone is not "
-            "trained minus base. Leave it at true."
-        )
+def _refuse_unweighted(adapted: Any, config: TrainConfig, base: ResolvedModel) -> None:
+    """Raise ConfigError for a LoRA whose adapter `open_vector` would refuse once it is trained."""
+    from peft import get_peft_model_state_dict
+
+    where, checkpoint = f"train config {config.name!r}: lora", Checkpoint(base.path)
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    options = adapted.peft_config["default"].to_dict()
+    refuse_unfit([*state], checkpoint, where)
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    try:
+        parts_of(Lora(options, shapes, checkpoint, where, MEND_LORA))
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallback":

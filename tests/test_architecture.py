@@ -26,6 +26,8 @@ ORDER = [
     "head",
     "growth",
     "kernel",
+    "patterns",
+    "adapter_config",
     "adapter",
     "train",
     "quantize",
