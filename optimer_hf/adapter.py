@@ -8,6 +8,7 @@ OFT ...) are merged by PEFT itself, on request.
 
 import functools
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,10 @@ import torch
 from torch.nn import Embedding, Linear
 
 from optimer_hf.adapter_config import (
+    FIELDS,
+    REPLACING,
     is_targeted,
+    patterns_of,
     rank_and_scale,
     read_options,
     saved_modules,
@@ -29,7 +33,8 @@ from optimer_hf.convert import ResolvedModel, empty_model, loaded_model
 from optimer_hf.errors import ModelError
 from optimer_hf.files import first_line
 from optimer_hf.kernel import LowRank, Trained
-from optimer_hf.loader import model_with_adapter
+from optimer_hf.loader import model_with_adapter, read_adapter_config
+from optimer_hf.patterns import matches
 from optimer_hf.ties import Ties, ties_of
 
 PARTNERS = {
@@ -105,8 +110,10 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
         if part.kind == "copy":
             _refuse_moved(stored, part, base, where)
         elif part.kind == "B.bias":
-            bias = base.read(part.target).float() + part.scale * stored.read(part.key).float()
-            found[part.target] = Trained(bias)
+            before = found.get(part.target)
+            bias = before.tensor if isinstance(before, Trained) else base.read(part.target)
+            added = part.scale * stored.read(part.key).float()
+            found[part.target] = Trained(bias.float() + added)
         elif part.kind == "trained":
             found[part.target] = Trained(stored.read(part.key))
         else:
@@ -126,28 +133,29 @@ def parts_of(lora: Lora) -> list[Part]:
     Raises ModelError, naming it, for a tensor that would be left out or that fits no layer.
     """
     found: dict[str, Part] = {}
-    copies = []
+    last = []
     for key, (target, kind) in targets_of(lora.shapes, lora.base).items():
         part = Part(key, kind, target, _module_of(key))
-        _refuse_unused(part, lora)
+        _refuse_left_out(part, lora)
         if key.endswith(FROZEN_COPY):
-            copies.append(replace(part, kind="copy"))
+            last.append(replace(part, kind="copy"))
             continue
         if kind in ("A", "embedding A", "B"):
             partner = _partner_of(part, lora)
             if kind == "B":
                 continue
             part = _checked_product(part, partner, lora)
-        elif kind == "B.bias":
-            part = _checked_bias(part, lora)
+        elif kind == "B.bias":  # on top of a bias that is trained itself
+            last.append(_checked_bias(part, lora))
+            continue
         if target in found:
             raise ModelError(f"{lora.where}: adapts {target!r} in two ways. {lora.advice}")
         found[target] = part
     _refuse_unsaved(found, lora)
-    return [*found.values(), *copies]
+    return [*found.values(), *last]
 
 
-def _refuse_unused(part: Part, lora: Lora) -> None:
+def _refuse_left_out(part: Part, lora: Lora) -> None:
     if part.kind in ("", "tokens"):
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} is not a LoRA factor of a linear or embedding "
@@ -409,29 +417,94 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
         raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
     refuse_unmerged_by_peft(adapter, base)
     model = loaded_model(ResolvedModel(base, base.name), torch.float32)
-    try:
+    with _naming_unmergeable(adapter):
         merged = model_with_adapter(model, adapter).merge_and_unload()
-    except (
-        AttributeError,
-        NotImplementedError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        KeyError,
-    ) as error:
-        raise ModelError(
-            f"{adapter}: PEFT cannot merge this adapter ({first_line(error)}). Give the base it "
-            "was trained from, or fetch it again."
-        ) from error
     with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
         merged.save_pretrained(folder)
         yield Path(folder)
 
 
-def refuse_unmerged_by_peft(adapter: Path, base: Path) -> None:
-    """Raise ModelError for an adapter that PEFT would merge into another model than it is: of a
-    part of what the base ties, or with factors of both halves, which it would add twice.
+@contextmanager
+def _naming_unmergeable(adapter: Path) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, ModelError):
+        raise
+    except Exception as error:  # PEFT raises dozens of types
+        raise ModelError(
+            f"{adapter}: PEFT cannot merge this adapter ({first_line(error)}). Give the base it "
+            "was trained from, or fetch it again."
+        ) from error
+
+
+def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
+    """Raise ModelError for an adapter, of any type, that PEFT would put on its base in part, with
+    no more than a warning; or whose layers are not those of the base.
+
+    PEFT is asked on an empty model. Where a type needs the weights for that, they are loaded.
     """
+    where = str(adapter)
+    options, stored = read_options(adapter, where), Checkpoint(adapter, "adapter_model")
+    for field in REPLACING:
+        if options.get(field):
+            raise ModelError(
+                f"{where}: {FIELDS[field]}, so that no merge into the base has its function."
+            )
+    model = empty_model(base)
+    if patterns := patterns_of(options):
+        matches(patterns, [name for name, _ in model.named_modules()], where)
+    with _naming_unmergeable(adapter):
+        config = read_adapter_config(adapter)
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"{where}: PEFT cannot merge this adapter ({config.peft_type.value} adds tokens and "
+            "moves no weight)."
+        )
+    if "init_lora_weights" in vars(config):
+        config.init_lora_weights = True  # a decomposition of weights that are not there
+    with _naming_unmergeable(adapter):
+        try:
+            unused = _unused(model, config, stored)
+        except RuntimeError as error:
+            if "meta" not in str(error):  # not: a tensor without numbers
+                raise _misfit(where, first_line(error)) from error
+            unused = _unused(loaded_model(base, torch.float32), config, stored)
+    if unused:
+        raise _misfit(where, f"{unused[0]!r} and {len(unused) - 1} more")
+
+
+def _misfit(where: str, found: str) -> ModelError:
+    return ModelError(
+        f"{where}: tensors that fit no layer of the base, or are missing beside others: {found}. "
+        "PEFT would leave them out. Give the base it was trained from, or fetch it again."
+    )
+
+
+def _unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
+    """Return the tensors of an adapter that PEFT finds no place for on a model, and those that are
+    missing beside others of their layer.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    device = next(model.parameters()).device
+    with warnings.catch_warnings(), torch.device(device):
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, config)
+        given = {
+            key: torch.empty(stored.shape(key), dtype=stored.dtype(key)) for key in stored.names
+        }
+        found = set_peft_model_state_dict(adapted, given)
+        known = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    layers = {_module_of(key) for key in stored.names}
+    missing = [key for key in known if key not in given and _module_of(key) in layers]
+    return [key.replace(".default", "") for key in found.unexpected_keys] + sorted(missing)
+
+
+def refuse_unmerged_by_peft(adapter: Path, base: Path) -> None:
+    """Raise ModelError for an adapter that PEFT would merge into another model than it is: in part,
+    of a part of what the base ties, or with factors of both halves, which it would add twice.
+    """
+    _refuse_unused(adapter, ResolvedModel(base, base.name))
     stored = Checkpoint(adapter, "adapter_model")  # PEFT would take pickled weights
     kinds, ties = _kinds_of(stored.names, Checkpoint(base)), ties_of(Checkpoint(base))
     refuse_parted(kinds, ties, str(adapter))

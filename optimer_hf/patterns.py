@@ -24,9 +24,7 @@ json.dump([[bool(p.match(name)) for name in given["names"]] for p in patterns], 
 """
 
 
-def matches(
-    patterns: Sequence[str], names: Sequence[str], where: str, seconds: float = SECONDS
-) -> list[list[bool]]:
+def matches(patterns: Sequence[str], names: Sequence[str], where: str) -> list[list[bool]]:
     """Return by pattern and name whether `re.match` finds one at the start of the other.
 
     Raises ConfigError for what is no regular expression, and for one that takes too long.
@@ -35,11 +33,11 @@ def matches(
     given = json.dumps({"patterns": list(patterns), "names": list(names)})
     try:
         run = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=seconds, check=False
+            command, input=given, capture_output=True, text=True, timeout=SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(
-            f"{where}: its patterns take longer than {seconds:g} s to match {len(names):,} names "
+            f"{where}: its patterns take longer than {SECONDS:g} s to match {len(names):,} names "
             f"(first: {patterns[0][:80]!r}). Write the names out, or a simpler pattern."
         ) from None
     if run.returncode:
