@@ -683,9 +683,7 @@ def _refuse_unknown_head(base: Checkpoint, parsed: Any, options: Any, path: Path
     if head is None:
         return
     try:
-        config: PretrainedConfig = parsed.referenced_models()[0].config(
-            trust_remote_code=options.trust_remote_code
-        )
+        config: PretrainedConfig = parsed.referenced_models()[0].config(trust_remote_code=False)
         weights = get_architecture_info(parsed, options).all_weights(config)
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError):
         return  # which mergekit says itself
