@@ -66,7 +66,7 @@ from optimer_hf.growth import full_norm, is_due, lora_norm
 from optimer_hf.head import fuse_loss, keeps_documents_apart
 from optimer_hf.patterns import ends_with, is_literal, matches
 from optimer_hf.progress import Cost, Meter
-from optimer_hf.ties import ties_of
+from optimer_hf.ties import Ties, ties_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -353,7 +353,7 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
         base = resolve_base(config.base_model)
         tokenizer = loaded_tokenizer(base)
         adapted = _adapted(empty_model(base), config, base)
-        ties_of(Checkpoint(base.path))
+        _refuse_saved_apart(config, ties_of(Checkpoint(base.path)))
         if config.lora is not None:
             _refuse_unweighted(adapted, config, base)
         make_directory(out)
@@ -583,6 +583,22 @@ def _refuse_unweighted(adapted: Any, config: TrainConfig, base: ResolvedModel) -
         parts_of(Lora(options, shapes, checkpoint, where, MEND_LORA))
     except ModelError as error:
         raise ConfigError(str(error)) from None
+
+
+def _refuse_saved_apart(config: TrainConfig, ties: Ties) -> None:
+    """Raise ConfigError where modules_to_save would train two copies of one tensor of the base."""
+    lora = config.lora or {}
+    modules = lora.get("modules_to_save") or []
+    for group in ties.groups:
+        layers = [f".{name.removesuffix('.weight')}" for name in group]
+        saved = [module for module in modules if any(at.endswith(f".{module}") for at in layers)]
+        if saved and not lora.get("ensure_weight_tying"):
+            raise ConfigError(
+                f"train config {config.name!r}: lora: modules_to_save: {saved[0]!r} would get a "
+                f"copy of its own, but the base ties {' and '.join(map(repr, group))} to one "
+                "tensor, and a merge has one. Add ensure_weight_tying: true, train full "
+                "parameters (leave `lora` out), or drop it."
+            )
 
 
 def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallback":

@@ -11,15 +11,18 @@ import torch
 import transformers
 import yaml
 from conftest import VOCABULARY
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from optimer_hf.checkpoint import Checkpoint, weight_files
 from optimer_hf.convert import ResolvedModel
-from optimer_hf.errors import ModelError
+from optimer_hf.corpus import CorpusConfig
+from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.merge_config import merge
 from optimer_hf.recipe import Lock, build
 from optimer_hf.resident import ResidentModel
-from optimer_hf.vector import extract, norms, open_vector
+from optimer_hf.train import TrainConfig, train
+from optimer_hf.vector import extract, extract_any_adapter, norms, open_vector
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -196,8 +199,13 @@ WAYS = {
 # -- fine-tunes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("of_base", "of_tuned"), [*itertools.product(FORMS, FORMS)])
+@pytest.mark.parametrize(
+    ("of_base", "of_tuned", "way"),
+    [
+        *itertools.product(FORMS, FORMS, ["writer", "mergekit", "search"]),
+        *itertools.product(FORMS[1:], FORMS[1:], ["recipe", "delta", "delta, mergekit"]),
+    ],
+)
 def test_weight_one_is_the_fine_tune_or_is_refused_by_name(
     saved, reference, tmp_path, of_base, of_tuned, way
 ):
@@ -212,3 +220,139 @@ def test_weight_one_is_the_fine_tune_or_is_refused_by_name(
         assert not (tmp_path / "out").exists()
         return
     assert_equal_logits(WAYS[way](base, tuned, tmp_path), reference(of_tuned, 1))
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+TIED = {"ensure_weight_tying": True}
+PLAIN = {"target_modules": ["q_proj"]}
+ADAPTERS = {
+    "factors, embedding": {"target_modules": ["embed_tokens"]},
+    "factors, head": {"target_modules": ["lm_head"]},
+    "factors, both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "factors, embedding, tied": {"target_modules": ["embed_tokens"], **TIED},
+    "factors, head, tied": {"target_modules": ["lm_head", "q_proj"], **TIED},
+    "saved embedding": {**PLAIN, "modules_to_save": ["embed_tokens"]},
+    "saved head": {**PLAIN, "modules_to_save": ["lm_head"]},
+    "saved both": {**PLAIN, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved embedding, tied": {**PLAIN, "modules_to_save": ["embed_tokens"], **TIED},
+    "tokens": {**PLAIN, "trainable_token_indices": [5, 9]},
+    "tokens of the head": {**PLAIN, "trainable_token_indices": {"lm_head": [5, 9]}},
+    "tokens of both": {
+        **PLAIN,
+        "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [5, 9]},
+    },
+}
+MOVE_BOTH = {"factors, embedding, tied", "factors, head, tied", "saved embedding, tied"}
+MERGED_BY_PEFT = {"saved embedding, tied", "tokens", "tokens of both"}
+NAMES = r"lm_head|embed_tokens|trainable_token"
+QUIET = [
+    pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You have requested .ensure_weight_tying:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def adapter(saved, tmp_path_factory):
+    """Return a function form of the base, kind -> directory of an adapter and the logits of the
+    model that PEFT trained, not merged, in float64.
+    """
+    made = {}
+
+    def make(form: str, kind: str) -> tuple[Path, torch.Tensor]:
+        if (form, kind) not in made:
+            base = saved(form, 0)
+            model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            options = json.loads(json.dumps(ADAPTERS[kind]))  # PEFT changes the lists
+            lora = LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **options)
+            model = get_peft_model(model, lora)
+            torch.manual_seed(3)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(0.3 * torch.randn_like(parameter))
+            path = tmp_path_factory.mktemp("adapter")
+            model.save_pretrained(path)
+            model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+            made[form, kind] = path, logits(PeftModel.from_pretrained(model, str(path)))
+        return made[form, kind]
+
+    return make
+
+
+def by_peft(base: Path, source: Path, folder: Path) -> torch.Tensor:
+    resolved = ResolvedModel(base, "base")
+    extract_any_adapter(
+        "v", ResolvedModel(source, "v"), resolved, folder / "delta", dtype="float32"
+    )
+    return by_writer(base, folder / "delta", folder)
+
+
+def quiet(function):
+    for mark in QUIET:
+        function = mark(function)
+    return function
+
+
+def is_accepted(form: str, kind: str, way: str) -> bool:
+    """Whether an adapter has a delta: a tied pair is moved alike, and PEFT's own merge does so."""
+    if way == "from-adapter":
+        return form == "untied" or kind in MERGED_BY_PEFT
+    return "tokens" not in kind and (form == "untied" or kind in MOVE_BOTH)
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("form", "kind", "way"),
+    [
+        *itertools.product(FORMS, ADAPTERS, ["writer"]),
+        *itertools.product(FORMS[1:3], ADAPTERS, ["search", "from-adapter"]),
+    ],
+)
+def test_weight_one_is_the_adapter_as_trained_or_is_refused_by_name(
+    saved, adapter, tmp_path, form, kind, way
+):
+    base, (path, expected) = saved(form, 0), adapter(form, kind)
+    run = by_peft if way == "from-adapter" else WAYS[way]
+    if is_accepted(form, kind, way):
+        assert_equal_logits(run(base, path, tmp_path), expected)
+        return
+    with pytest.raises(ModelError, match=NAMES):
+        run(base, path, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        *(("tied by the class", kind) for kind in ADAPTERS if "tokens" not in kind),
+        ("untied", "factors, both"),
+        ("untied", "saved both"),
+    ],
+)
+def test_a_run_is_refused_before_it_packs_or_leaves_what_a_merge_gives(
+    saved, corpus_dir, tmp_path, form, kind
+):
+    base = saved(form, 0)
+    config = TrainConfig(
+        format_version=1,
+        name="v",
+        base_model=str(base),
+        corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
+        block_size=16,
+        max_tokens=16,
+        lora={"r": 2, "lora_alpha": 4, **json.loads(json.dumps(ADAPTERS[kind]))},
+        trainer={"learning_rate": 0.1, "bf16": False, "warmup_steps": 0, "save_strategy": "no"},
+    )
+    if form == "tied by the class" and kind != "saved embedding, tied":
+        with pytest.raises((ModelError, ConfigError), match=NAMES):
+            train(config, tmp_path / "v")
+        assert not (tmp_path / "v").exists()
+        return
+    train(config, tmp_path / "v")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    expected = logits(PeftModel.from_pretrained(model, str(tmp_path / "v")))
+    assert (expected - logits_of(base)).norm() > 1e-3 * expected.norm()
+    assert_equal_logits(by_writer(base, tmp_path / "v", tmp_path), expected)
