@@ -506,7 +506,7 @@ def staged_directory(out: Path) -> Iterator[Path]:
             try:
                 staging.mkdir()
                 yield staging
-                _sync_all(staging)
+                sync_all(staging)
                 if inside:
                     _fill(place, staging.rename(place / COMPLETE))
                 else:
@@ -630,8 +630,8 @@ def _remove_leftovers(folder: Path, name: str) -> None:
                     entry.unlink()
 
 
-def _sync_all(folder: Path) -> None:
-    """Have the disk hold every file of a folder before the folder is moved into place."""
+def sync_all(folder: Path) -> None:
+    """Have the disk hold every file of a folder, so that a power cut does not lose any."""
     for path in folder.rglob("*"):
         if not path.is_symlink():
             _sync(path)

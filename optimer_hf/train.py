@@ -59,6 +59,7 @@ from optimer_hf.files import (
     naming_disk_errors,
     read_yaml,
     shown,
+    sync_all,
     without_folders,
     write_text,
 )
@@ -347,6 +348,7 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     """
     check_config(config)
     if is_trained(config, out):
+        _tidy(out)  # a kill may have left it
         return None
     blocks, started = out / "blocks.npy", out / "started.json"
     if not (started.exists() and blocks.exists()):
@@ -715,7 +717,13 @@ def _save(
     )  # PEFT's card template; ours is written when the vector is pushed
     inputs = read_yaml(out / "started.json").get("inputs", {})
     record = _record(config, base, packed, trainer, spent) | {"inputs": inputs}
+    sync_all(out)
     write_text(out / "training.json", json.dumps(record, indent=2))
+    _tidy(out)
+
+
+def _tidy(out: Path) -> None:
+    """Remove from a finished vector what only its training needed."""
     (out / "started.json").unlink(missing_ok=True)
     (out / "blocks.npy").unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

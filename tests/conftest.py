@@ -41,6 +41,14 @@ PAD, EOS, BOS = 0, 1, 2
 VOCABULARY = 3 + 256
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-event",
+        action="store_true",
+        help="Kill every command of test_kills.py at all events, not at a sample of them.",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory: pytest.TempPathFactory):
     """Keep what tests convert and `datasets` prepares out of the user's caches."""

@@ -1,0 +1,329 @@
+"""A command killed at every event of the file system, started again, and compared with a run that
+nobody interrupted.
+
+Run as a process of its own: `python kills.py SCRATCH`, requests as JSON lines on stdin, answers as
+JSON lines on stdout. It imports what the commands import, once, and forks a child for every try, so
+that a kill costs a fraction of a second. A child counts what it does to the files below SCRATCH
+(opening to write, renaming, making, removing, syncing; of writers in Rust and C++ the calls), and
+kills itself with SIGKILL right before the event it was told.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = {  # audit events -> which of their arguments are paths, and directories they are in
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((0, 2), (1, 3)),
+    "os.symlink": ((1, 2),),
+    "os.mkdir": ((0, 2),),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.truncate": ((0, None),),
+}
+OUTSIDE_PYTHON = (  # writers that no audit event sees: module, function
+    ("safetensors.torch", "serialize_file"),
+    ("safetensors.torch", "save_file"),
+    ("transformers.modeling_utils", "safe_save_file"),
+    ("peft.peft_model", "safe_save_file"),
+    ("torch", "save"),
+)
+SECONDS = 300  # a child that takes longer hangs
+TIMED = re.compile(  # what may differ from run to run: how long it took, and in what memory
+    r"\b(seconds\": )\{[^}]*\}|\b((?:seconds|cpu_seconds|ask|merge|forward|harness|overhead_share"
+    r"|tokens_per_second|peak_bytes|\w+_runtime|\w+_per_second)\"?: ?)[-+\d.e]+"
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended: exit status (negative: the signal), what it did to files, what it said."""
+
+    status: int
+    events: list[str]
+    said: str
+
+
+class Driver:
+    """Tries commands in one working directory below `scratch`, which is always the same path."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.work = scratch, scratch / "work"
+        self.repo: str | None = None  # what a push makes, removed before every try
+
+    def reference(self, start: str, arguments: Sequence[str], result: str) -> Outcome:
+        """Run a command uninterrupted from a state and keep what it leaves as `result`."""
+        self._put(start)
+        _forked_import(self.scratch / "modules.json")
+        outcome = self._child(arguments)
+        if outcome.status == 0:
+            shutil.rmtree(self.scratch / result, ignore_errors=True)
+            shutil.copytree(self.work, self.scratch / result, symlinks=True)
+        return outcome
+
+    def killed_at(self, start: str, arguments: Sequence[str], number: int) -> list[Outcome]:
+        """Kill a command right before an event and start it again until it ends by itself."""
+        self._put(start)
+        killed = self._child(arguments, kill_at=number)
+        if killed.status != -signal.SIGKILL:
+            return [killed]
+        return [killed, self._child(arguments)]
+
+    def found(self, ignored: str) -> dict[str, str]:
+        """Return file -> digest of what a command left here and on the Hub."""
+        there = {} if self.repo is None else repository(self.repo)
+        return contents(self.work, ignored) | there
+
+    def _put(self, state: str) -> None:
+        for path in (self.work, self.scratch / "tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        (self.scratch / "tmp").mkdir()
+        if self.repo is not None:
+            removed_repository(self.repo)
+        shutil.copytree(self.scratch / state, self.work, symlinks=True)
+
+    def _child(self, arguments: Sequence[str], kill_at: int | None = None) -> Outcome:
+        said, events = self.scratch / "said.txt", self.scratch / "events.txt"
+        for path in (said, events):
+            path.write_text("")
+        child = os.fork()
+        if child == 0:
+            _be_child(self.work, arguments, said, events, kill_at, self.scratch / "modules.json")
+        deadline, status = time.monotonic() + SECONDS, None
+        while status is None and time.monotonic() < deadline:
+            ended, code = os.waitpid(child, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(code) if ended else None
+            time.sleep(0.01)
+        if status is None:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            status = -999
+        return Outcome(status, events.read_text().splitlines(), said.read_text())
+
+
+def _forked_import(names: Path) -> None:
+    """Import what the children before imported, so that the next ones find it imported."""
+    for name in json.loads(names.read_text()) if names.exists() else ():
+        if name not in sys.modules:
+            try:
+                importlib.import_module(name)
+            except Exception:  # an optional part of a library
+                continue
+    assert threading.active_count() == 1, threading.enumerate()
+
+
+def _be_child(
+    work: Path,
+    arguments: Sequence[str],
+    said: Path,
+    events: Path,
+    kill_at: int | None,
+    modules: Path,
+) -> None:
+    """Run the command in this process, which is a fork, and end it."""
+    status = 70
+    try:
+        os.setsid()
+        os.chdir(work)
+        with open(said, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        log = os.open(events, os.O_WRONLY | os.O_APPEND)
+        _count_events(str(work), log, kill_at)
+        sys.argv = ["optimer", *arguments]
+        from optimer_hf.cli import main
+
+        main(list(arguments))
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if kill_at is None:
+            known = json.loads(modules.read_text()) if modules.exists() else []
+            modules.write_text(json.dumps(sorted({*known, *sys.modules} - {"__main__"})))
+        os._exit(status)
+
+
+def _count_events(work: str, log: int, kill_at: int | None) -> None:
+    """Note every change below `work` in the file `log`; SIGKILL right before number `kill_at`."""
+    lock, count = threading.Lock(), 0
+    seen = threading.local()
+
+    def note(what: str) -> None:
+        nonlocal count
+        with lock:
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.write(log, f"{what}\n".encode(errors="replace"))
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if getattr(seen, "busy", False) or (event != "open" and event not in CHANGES):
+            return
+        seen.busy = True
+        try:
+            if event == "open":
+                path, _, flags = arguments
+                if isinstance(path, int) or not flags & WRITING:
+                    return
+                paths = [_absolute(path, None)]
+            else:
+                paths = [
+                    _absolute(arguments[at], arguments[folder] if folder is not None else None)
+                    for at, folder in CHANGES[event]
+                ]
+            if any(path.startswith(f"{work}/") for path in paths):
+                note(f"{event} {' '.join(path.removeprefix(work) for path in paths)}")
+        finally:
+            seen.busy = False
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            note(f"before {name}")
+            result = function(*args, **options)
+            note(f"after {name}")
+            return result
+
+        return call
+
+    for module, name in OUTSIDE_PYTHON:
+        if module in sys.modules and hasattr(sys.modules[module], name):
+            function = getattr(sys.modules[module], name)
+            setattr(sys.modules[module], name, counted(f"{module}.{name}", function))
+    os.fsync = counted("os.fsync", os.fsync)
+    sys.addaudithook(hook)
+
+
+def _absolute(path: Any, folder: int | None) -> str:
+    text = os.fsdecode(path) if not isinstance(path, int) else f"/proc/self/fd/{path}"
+    if folder is not None and folder >= 0:
+        text = str(Path(f"/proc/self/fd/{folder}").readlink() / text)
+    return os.path.abspath(text)  # noqa: PTH100 - a link that is removed is not what it names
+
+
+# -- the repository of a push ----------------------------------------------------------------------
+
+
+def removed_repository(repo: str) -> None:
+    """Remove a repository from the local Hub, if it is there."""
+    owner, _, name = repo.partition("/")
+    with contextlib.suppress(urllib.error.HTTPError):
+        _asked("/api/repos/delete", "DELETE", {"organization": owner, "name": name})
+
+
+def repository(repo: str) -> dict[str, str]:
+    """Return file -> digest of what a repository of the local Hub holds."""
+    files = _asked(f"/api/models/{repo}/tree/main?recursive=true")
+    return {
+        f"hub:{file['path']}": file.get("lfs", {}).get("oid", file["oid"])
+        for file in files
+        if file["type"] == "file"
+    }
+
+
+def _asked(path: str, method: str = "GET", body: Any = None) -> Any:
+    request = urllib.request.Request(
+        os.environ["HF_ENDPOINT"] + path,
+        method=method,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={
+            "authorization": f"Bearer {os.environ['HF_TOKEN']}",
+            "content-type": "application/json",
+        },
+    )
+    with urllib.request.urlopen(request) as answer:
+        return None if method == "DELETE" else json.loads(answer.read())
+
+
+# -- comparing -------------------------------------------------------------------------------------
+
+
+def contents(folder: Path, ignored: str) -> dict[str, str]:
+    """Return file -> sha256 of its content, but for times, of what does not match `ignored`."""
+    return dict(_digests(folder, re.compile(ignored)))
+
+
+def _digests(folder: Path, ignored: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and not ignored.search(name):
+            data = path.read_bytes()
+            if path.suffix in (".json", ".jsonl", ".yaml", ".yml", ".md", ".html"):
+                data = TIMED.sub(r"\1\2T", data.decode()).encode()
+            yield name, hashlib.sha256(data).hexdigest()
+
+
+def differing(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    """Return which files differ, are missing, or are too many."""
+    wrong = []
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            is_there = "too many" if name not in expected else "differs"
+            wrong.append(f"{name}: {is_there if name in found else 'missing'}")
+    return wrong
+
+
+def tried(driver: Driver, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Kill one command as often as asked, and return how often it failed, and how."""
+    start, arguments, ignored = request["start"], request["arguments"], request["ignored"]
+    result = request["result"]
+    driver.repo = request.get("repo")
+    whole = driver.reference(start, arguments, result)
+    if whole.status != 0:
+        return {"n_events": 0, "tried": 0, "failed": [f"uninterrupted: {whole.said}"]}
+    expected = driver.found(ignored)
+    numbers = list(range(1, len(whole.events) + 1))
+    if request["sample"] is not None:
+        chosen = random.Random(request["seed"]).sample(
+            numbers, min(request["sample"], len(numbers))
+        )
+        numbers = sorted(chosen)
+    failed = []
+    for number in numbers:
+        outcomes = driver.killed_at(start, arguments, number)
+        last = outcomes[-1]
+        found = differing(driver.found(ignored), expected)
+        ended = last.status == 0 or re.search(request["accepted"], last.said) is not None
+        if not ended or found:
+            event = whole.events[number - 1]
+            tail = " | ".join(last.said.strip().splitlines()[-3:])
+            failed.append(f"{number} ({event}): exit {last.status}, {found}, {tail}")
+        told = f"{request['name']} {number}/{len(whole.events)}: {len(failed)} failed\n"
+        sys.stderr.write(told)
+        sys.stderr.flush()
+    return {"n_events": len(whole.events), "tried": len(numbers), "failed": failed}
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    import torch
+
+    torch.set_num_threads(1)
+    driver = Driver(Path(sys.argv[1]))
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(tried(driver, json.loads(line))) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
