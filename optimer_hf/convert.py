@@ -8,8 +8,6 @@ the sha256 of the file.
 
 import functools
 import gc
-import importlib
-import importlib.metadata
 import json
 import os
 import re
@@ -29,10 +27,13 @@ from optimer_hf.checkpoint import (
     refuse_pickled,
     weight_names,
 )
-from optimer_hf.errors import ModelError
+from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.files import (
+    UNTIL_FREE,
     Reference,
     is_there,
+    locking,
+    make_directory,
     read_yaml,
     sha256_file,
     staged_directory,
@@ -52,8 +53,10 @@ from optimer_hf.loader import (
     read_tokenizer,
     refuse_code,
 )
+from optimer_hf.packages import packaged_gguf
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
+CONVERSION = 2  # what it makes of the same file; 1 dropped what transformers does not read
 BESIDE_WEIGHTS = ["*.json", *OF_TOKENIZER, "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
@@ -90,7 +93,7 @@ def resolve_model(text: str, *, may_run_code: bool = False) -> ResolvedModel:
 def _resolved(text: str) -> ResolvedModel:
     ref = Reference(text)
     if ref.package is not None:
-        return ResolvedModel(_converted(_packaged_gguf(ref.package)), text)
+        return ResolvedModel(_converted(packaged_gguf(ref.package, cache_dir() / "gguf")), text)
     if ref.path is None:
         return _fetched(ref)
     if not is_there(ref.path):
@@ -348,35 +351,20 @@ def _names_on_hub(repo_id: str, commit: str) -> list[str]:
         return []
 
 
-def _packaged_gguf(package: str) -> Path:
-    """Return the GGUF file that an installed package makes with its `assemble()` function.
-
-    Only a distribution that somebody has installed under this name is imported, so that a recipe of
-    others cannot name any module.
-    """
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", package) is None:
-        raise ModelError(f"pypi:{package}: no name of a package. Expected letters, digits, - or _.")
-    name = package.replace("-", "_")
-    try:
-        importlib.metadata.distribution(package)
-        module = importlib.import_module(name)
-        assemble = module.assemble
-    except ModuleNotFoundError:
-        raise ModelError(f"pypi:{package}: not installed. Run `pip install {package}`.") from None
-    except AttributeError:
-        raise ModelError(
-            f"pypi:{package}: has no assemble() function that returns a GGUF file."
-        ) from None
-    target = cache_dir() / "gguf" / name / f"{package}.gguf"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return Path(assemble(target))
-
-
 def _converted(gguf: Path) -> Path:
-    """Return the cached conversion of a GGUF file, making it when it is not there yet."""
-    out = cache_dir() / "converted" / f"{gguf.stem}-{sha256_file(gguf)[:16]}"
-    if not (out / "conversion.json").exists():
-        convert_gguf(gguf, out)
+    """Return the cached conversion of a GGUF file, making it when it is not there yet: of several
+    processes one converts, and the others wait.
+    """
+    folder = cache_dir() / "converted"
+    out = folder / f"{gguf.stem}-{sha256_file(gguf)[:16]}-{CONVERSION}"
+    make_directory(folder)
+    with locking(folder / f".{out.name}.lock", UNTIL_FREE):
+        try:
+            if not (out / "conversion.json").exists():
+                convert_gguf(gguf, out)
+        except OutputError:  # where the file system has no locks, another process was faster
+            if not (out / "conversion.json").exists():
+                raise
     return out
 
 
@@ -390,7 +378,10 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
     """
     import transformers
 
-    header = read_header(gguf)
+    try:
+        header = read_header(gguf)
+    except ImportError as error:
+        raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
     with staged_directory(out) as staging, _gguf_read_once():
         model = gguf_model(header, getattr(torch, dtype))
         with naming_unreadable_gguf(gguf):

@@ -43,6 +43,7 @@ ATOMIC_PREFIX = ".partial-"
 COMPLETE = f"{ATOMIC_PREFIX}complete"  # a staged directory that only has to be moved out of there
 LONGEST_NAME = 200  # bytes; file systems take 255, and what hides a name is added
 WAIT_SECONDS = 60.0
+UNTIL_FREE = -1.0  # seconds: as long as the process lives that holds a lock
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, in full

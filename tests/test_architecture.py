@@ -3,6 +3,7 @@ libraries.
 """
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ ORDER = [
     "gguf_header",
     "loader",
     "gguf_config",
+    "packages",
     "convert",
     "ties",
     "head",
@@ -101,6 +103,7 @@ LOADING = {"from_pretrained", "from_config", "get_class_from_dynamic_module"}
 TAKES_NO_FLAG = {"PeftConfig", "PeftModel"}  # PEFT imports nothing that an adapter names
 
 
+@functools.cache
 def trees() -> dict[str, ast.Module]:
     return {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
 
