@@ -34,6 +34,7 @@ from optimer_hf.errors import ModelError
 from optimer_hf.files import first_line
 from optimer_hf.kernel import LowRank, Trained
 from optimer_hf.loader import model_with_adapter, read_adapter_config
+from optimer_hf.names import names_in
 from optimer_hf.patterns import matches
 from optimer_hf.ties import Ties, ties_of
 
@@ -213,13 +214,9 @@ def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, st
     """
     found = {key: _target_of(key) for key in keys}
     known, ties = set(base.names), ties_of(base)
-    if all(ties.kept(target) in known for target, _ in found.values()):
-        return found
-    places: dict[str, list[str]] = {}
-    for stored, name in ties.class_names.items():
-        places.setdefault(name, []).append(stored)
-    names = {name: stored[0] for name, stored in places.items() if len(stored) == 1}
-    return {key: (names.get(target, target), part) for key, (target, part) in found.items()}
+    others = {target for target, _ in found.values() if ties.kept(target) not in known}
+    names = names_in(base, others)
+    return {key: (names.get(target, [target])[0], part) for key, (target, part) in found.items()}
 
 
 def _target_of(key: str) -> tuple[str, str]:

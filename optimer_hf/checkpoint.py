@@ -7,8 +7,10 @@ model, and a file that shrinks meanwhile is an error and not a crash.
 """
 
 import copy
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,6 +29,8 @@ from safetensors import safe_open
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import digest, fingerprint, first_line, is_there, sha256_file
 from optimer_hf.reading import read_json
+
+logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**19  # of one row block: 2 MiB in float32, so that a sum stays in a CPU's cache
 GPU_CHUNK_ELEMENTS = 2**24
@@ -49,6 +53,9 @@ TORCH_DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
 INDEX = ".safetensors.index.json"
 ANY_WEIGHTS = "*.safetensors"
 PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth")  # no training_args.bin, optimizer.pt
+# put into names by torch.compile, FSDP and activation checkpointing, anywhere; by DDP at the front
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+OUTER_WRAPPER = "module."
 GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
 OF_TOKENIZER = [  # data by their endings: a tokenizer.py is code
     "tokenizer*.json",
@@ -133,6 +140,32 @@ class Checkpoint:
                     f"{self._stored[name].file}: holds tensor {name!r}, which {index.name} does "
                     "not know. Fetch both again."
                 )
+        self._unwrap()
+
+    def _unwrap(self) -> None:
+        """Take the names of wrappers out of those of the tensors, and say so once."""
+        unwrapped = unwrapped_names(self._stored)
+        self.wrappers = wrappers_in(unwrapped)
+        self.n_wrappers = max(
+            (name.count(".") - plain.count(".") for name, plain in unwrapped.items()), default=0
+        )
+        if not self.wrappers:
+            return
+        first: dict[str, str] = {}
+        for name, plain in unwrapped.items():
+            if plain in first:
+                raise ModelError(
+                    f"{self.path}: holds both {first[plain]!r} and {name!r}, which are one tensor "
+                    f"without the prefix of a wrapper ({', '.join(self.wrappers)}). Remove the "
+                    "stale one."
+                )
+            first[plain] = name
+        self._stored = {plain: self._stored[name] for plain, name in first.items()}
+        warn_once(
+            logger,
+            f"{self.path}: its tensor names have the prefix {', '.join(self.wrappers)} of a "
+            "wrapper (torch.compile, DDP, FSDP), which is taken off",
+        )
 
     def renamed(self, old_names: Mapping[str, str]) -> "Checkpoint":
         """Return the same tensors under other names, new name -> name here; others are left out."""
@@ -217,6 +250,34 @@ class Loaded:
     def read_rows(self, name: str, rows: slice) -> torch.Tensor:
         """Return rows of the matrix form of a tensor, not a copy."""
         return matrix_rows(self._tensors[name], rows)
+
+
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Return every tensor name without the parts that wrappers of a module put into it; `module.`
+    belongs to one only where all names begin with it, those of an adapter after PEFT's own prefix.
+    """
+    plain = {
+        name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names
+    }
+    for front in ("", "base_model.model."):
+        outer = front + OUTER_WRAPPER
+        while plain and all(name.startswith(outer) for name in plain.values()):
+            plain = {key: front + name.removeprefix(outer) for key, name in plain.items()}
+    return plain
+
+
+def wrappers_in(unwrapped: Mapping[str, str]) -> list[str]:
+    """Return the prefixes that `unwrapped_names` took off, each once."""
+    inner = [f"{part}." for part in WRAPPERS if any(part in name.split(".") for name in unwrapped)]
+    dropped = [set(name.split(".")) - set(plain.split(".")) for name, plain in unwrapped.items()]
+    is_outer = any(OUTER_WRAPPER.rstrip(".") in parts for parts in dropped)
+    return inner + [OUTER_WRAPPER] * is_outer
+
+
+@functools.cache
+def warn_once(log: logging.Logger, message: str) -> None:
+    """Say what a run meets many times, as a model is opened many times, and a user reads once."""
+    log.warning("%s", message)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

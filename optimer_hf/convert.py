@@ -22,6 +22,8 @@ import torch
 from optimer_hf.checkpoint import (
     ANY_WEIGHTS,
     OF_TOKENIZER,
+    OUTER_WRAPPER,
+    WRAPPERS,
     Checkpoint,
     matrix_rows,
     refuse_pickled,
@@ -150,7 +152,23 @@ def loaded_model(base: ResolvedModel, dtype: Any) -> Any:
     """Return the causal language model of a directory; ModelError says why it cannot be loaded."""
     gc.collect()  # a model before this one, which the Trainer's cycles of references keep
     torch.cuda.empty_cache()  # its memory, too, counts as taken before; nothing without a GPU
-    return read_model(base.path, dtype=dtype)
+    unwrapping = unwrapping_patterns(Checkpoint(base.path))
+    model = read_model(base.path, dtype=dtype, key_mapping=unwrapping or None)
+    if unwrapping:  # or the model would be saved with the names of wrappers, too
+        model._weight_conversions = model._weight_conversions[len(unwrapping) :]
+    return model
+
+
+def unwrapping_patterns(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return patterns, each to be replaced once, that take the names of wrappers out of those of a
+    file, as `Checkpoint` does.
+    """
+    inner, found = "|".join(WRAPPERS), {}
+    for number in range(checkpoint.n_wrappers):  # a rule of transformers replaces one place
+        found[rf"(?#{number})(?:^|(?<=\.))(?:{inner})\."] = ""
+        if OUTER_WRAPPER in checkpoint.wrappers:
+            found[rf"(?#{number})^module\."] = ""
+    return found
 
 
 def default_device() -> str:
@@ -234,20 +252,6 @@ def stored_views(model: Any) -> dict[str, torch.Tensor]:
                     view = whole.as_strided(shape, steps, offset + whole.storage_offset())
                     if _has_rows(view):
                         found[key] = view
-    return found
-
-
-def stored_names(base: ResolvedModel) -> dict[str, str]:
-    """Return the name in the checkpoint of every parameter that is stored as it is; reads no
-    weights.
-    """
-    model = read_model(base.path, device_map="meta")
-    found = {}
-    for name, parameter in model.named_parameters():
-        with suppress(ModelError):
-            stored = _names_as_stored(model, name, parameter.data)
-            if isinstance(stored, str):
-                found[name] = stored
     return found
 
 

@@ -4,6 +4,7 @@
       ConfigError       a YAML or JSON file that cannot be used as it is written
       CorpusError       training text that is missing, empty or too small
       ModelError        a base model or vector that cannot be read, or that does not fit
+        VocabularyError the tokens of a vector are not those of its base
       EvaluationError   a task, metric or score that cannot be used
       StudyError        a study directory that cannot be continued
       OutputError       a place that cannot be written to
@@ -29,6 +30,10 @@ class CorpusError(OptimerError):
 
 class ModelError(OptimerError):
     """A model or vector cannot be read, or does not fit the base model."""
+
+
+class VocabularyError(ModelError):
+    """A vector has other tokens than its base, so that its rows are not those of the base."""
 
 
 class EvaluationError(OptimerError):

@@ -15,6 +15,7 @@ import torch
 from optimer_hf.checkpoint import Checkpoint, matrix_rows, row_blocks
 from optimer_hf.convert import as_stored
 from optimer_hf.errors import ModelError
+from optimer_hf.names import names_in
 
 N_NORMS = 16  # of a run
 
@@ -44,12 +45,18 @@ def full_norm(model: Any, base: Path) -> float:
     parameter where transformers stores it in another form (fused experts).
     """
     checkpoint, squares = Checkpoint(base), 0.0
-    known = set(checkpoint.names)
+    stored = [
+        key
+        for name, parameter in model.named_parameters()
+        for key in as_stored(model, name, parameter.detach().to("meta"))
+    ]
+    known = names_in(checkpoint, stored)
     for name, parameter in model.named_parameters():
         for key, tensor in as_stored(model, name, parameter.detach()).items():
-            if key not in known or checkpoint.shape(key) != tuple(tensor.shape):
+            here = known.get(key, [""])[0]
+            if not here or checkpoint.shape(here) != tuple(tensor.shape):
                 raise ModelError(f"{base}: holds no tensor {key!r} of shape {list(tensor.shape)}.")
-            squares += _moved(tensor.contiguous(), checkpoint, key)
+            squares += _moved(tensor.contiguous(), checkpoint, here)
     return math.sqrt(squares)
 
 

@@ -207,6 +207,37 @@ def loading_of(path: Path) -> Loading:
     )
 
 
+def whole_model_without_weights(path: Path) -> Any:
+    """Return the model of a directory on the device `meta` as its config describes it: with images,
+    where it has them, although only its language part is trained and evaluated.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = read_config(path)
+    with naming_unloadable(path, "model"), torch.device("meta"):
+        for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+            if type(config) in auto._model_mapping:
+                return auto.from_config(config, trust_remote_code=False)
+        named = [getattr(transformers, name, None) for name in config.architectures or ()]
+        known = [cls for cls in named if cls is not None and hasattr(cls, "_from_config")]
+        if not known:
+            raise ValueError(f"it has no class for {config.model_type}")
+        return known[0]._from_config(config)
+
+
+def text_model_without_weights(path: Path) -> Any | None:
+    """Return the language part of a multimodal model on the device `meta`; None for others."""
+    from transformers import AutoModelForCausalLM
+
+    whole = read_config(path)
+    config = whole.get_text_config()
+    if config is whole or type(config) not in AutoModelForCausalLM._model_mapping:
+        return None
+    with naming_unloadable(path, "model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def read_tokenizer(path: Path) -> Any:
     """Return the tokenizer of a model directory; ModelError says why it cannot be loaded."""
     from transformers import AutoTokenizer

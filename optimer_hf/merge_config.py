@@ -31,7 +31,7 @@ from optimer_hf.convert import (
     resolve_model,
     resolve_tokenizer,
 )
-from optimer_hf.errors import ConfigError, ModelError, OptimerError
+from optimer_hf.errors import ConfigError, ModelError, OptimerError, VocabularyError
 from optimer_hf.files import (
     DISK_ERRORS,
     digest,
@@ -344,8 +344,9 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
             if engine == "native":
                 raise
         else:
-            _write(linear, base, tokenizer, config, path, out, options)
-            return "native"
+            with contextlib.suppress(*_for_mergekit(config, engine)):
+                _write(linear, base, tokenizer, config, path, out, options)
+                return "native"
     run_mergekit(config, path, out, options)  # which can put tokens in another order
     return "mergekit"
 
@@ -384,6 +385,12 @@ def _write(
         device=options.device,
         complete=complete,
     )
+
+
+def _for_mergekit(config: Mapping[str, Any], engine: str | None) -> list[type[ModelError]]:
+    """Return what the writer refuses and mergekit does: tokens that a config asks it to align."""
+    is_asked = bool(config.get("tokenizer") or config.get("tokenizer_source"))
+    return [VocabularyError] if is_asked and engine != "native" else []
 
 
 def _flags_of_mergekit(options: Any) -> list[str]:

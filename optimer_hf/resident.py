@@ -20,11 +20,13 @@ from optimer_hf.checkpoint import (
     computed_ahead,
     matrix_rows,
     row_blocks,
+    warn_once,
 )
-from optimer_hf.convert import ResolvedModel, loaded_model, multiplied_in, stored_views
+from optimer_hf.convert import ResolvedModel, loaded_model, multiplied_in
 from optimer_hf.errors import ModelError
 from optimer_hf.memory import free_memory
 from optimer_hf.merge import merged_rows
+from optimer_hf.names import ClassNames, summary, views_in
 from optimer_hf.vector import DistributionVector
 
 logger = logging.getLogger(__name__)
@@ -54,15 +56,11 @@ class ResidentModel:
         """
         self.dtype = DTYPES[dtype]
         self.model = _rounded_model(base, self.dtype, device)
-        views = stored_views(self.model)
-        moved = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
-        unknown = [name for name in moved if name not in views]
-        if unknown:
-            raise ModelError(
-                f"{base.reference}: {type(self.model).__name__} has no parameter {unknown[0]!r} "
-                "that the vectors move. "
-                "Evaluate a built merge instead."
-            )
+        views = views_in(Checkpoint(base.path), self.model)
+        every = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
+        moved = [name for name in every if name in views]
+        if unknown := [name for name in every if name not in views]:
+            self._refuse_loaded(unknown, base)
         places = {name: place for place, name in enumerate(views)}
         by_place = {  # the first name, that of the embedding, wins over its alias
             views[name].data_ptr(): name for name in sorted(moved, key=places.__getitem__)[::-1]
@@ -72,6 +70,23 @@ class ResidentModel:
         self._base = _placed_base(Checkpoint(base.path), list(self._parameters), device)
         self.vectors = [_placed(vector, device) for vector in vectors]
         self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
+
+    def _refuse_loaded(self, unknown: Sequence[str], base: ResolvedModel) -> None:
+        """Refuse tensors that the model holds in another form; those that it does not load at all
+        (a vision tower) change nothing that is evaluated.
+        """
+        names = ClassNames.of(self.model)
+        for name, key in names.keys(unknown).items():
+            if key.parameter in names.parameters:
+                raise ModelError(
+                    f"{base.reference}: {type(self.model).__name__} has no parameter {name!r} "
+                    "that the vectors move. Evaluate a built merge instead."
+                )
+        warn_once(
+            logger,
+            f"{base.reference}: {type(self.model).__name__} does not load {len(unknown)} tensors "
+            f"that the vectors move ({summary(unknown)}); a merge that is written moves them",
+        )
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, float]) -> None:

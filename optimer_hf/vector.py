@@ -6,7 +6,6 @@ when it is asked for), or a delta directory, in floating point or block-quantise
 ours is complete when `vector.json`, written last, is there.
 """
 
-import functools
 import json
 import logging
 import math
@@ -29,13 +28,15 @@ from optimer_hf.checkpoint import (
     matrix_rows,
     matrix_shape,
     row_blocks,
+    warn_once,
     weight_files,
     write_sharded,
 )
-from optimer_hf.convert import ResolvedModel, resolve_model
-from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.convert import TOKENIZER_FILES, ResolvedModel, loaded_tokenizer, resolve_model
+from optimer_hf.errors import ConfigError, ModelError, VocabularyError
 from optimer_hf.files import FileModel, VersionedFile, staged_directory
 from optimer_hf.kernel import Delta, LowRank, Trained, dense
+from optimer_hf.names import Match, match, names_in, summary, vocabulary_names
 from optimer_hf.quantize import BLOCK_SIZE, SCALES, dequantize, n_blocks, quantize
 from optimer_hf.reading import read_json
 from optimer_hf.ties import are_equal, ties_of
@@ -43,6 +44,10 @@ from optimer_hf.ties import are_equal, ties_of
 logger = logging.getLogger(__name__)
 
 QUANTISED = "int8"
+OTHER_TOKENS = (
+    "The vocabularies differ: the fine-tune added or removed tokens. Align them with mergekit's "
+    "`tokenizer:` through `optimer merge` first."
+)
 
 
 # -- vector.json -----------------------------------------------------------------------------------
@@ -122,11 +127,16 @@ class DistributionVector(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointVector:
-    """A whole tuned model; its delta, tuned minus base, is taken in float32 when it is merged."""
+    """A whole tuned model; its delta, tuned minus base, is taken in float32 when it is merged.
+
+    Where the base is padded and the tuned model is not, its tensors of the vocabulary end early:
+    the rows that it lacks are those of `padding`, the base, and do not move.
+    """
 
     name: str
     tuned: Checkpoint | Loaded
     names: frozenset[str]
+    padding: Checkpoint | Loaded | None = None
     kind: str = "checkpoint"
 
     @property
@@ -137,11 +147,24 @@ class CheckpointVector:
     def n_bytes(self) -> int:
         return self.tuned.n_bytes(self.names)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, with the rows that only the base has."""
+        is_padded = self.padding is not None and name in self.padding.names
+        return (self.padding if is_padded and self.padding else self.tuned).shape(name)
+
     def delta(self, name: str, rows: slice, device: torch.device | str) -> Trained:
-        return Trained(self.tuned.read_rows(name, rows).to(device))
+        n_rows = matrix_shape(self.tuned.shape(name))[0]
+        if self.padding is None or rows.stop <= n_rows:
+            return Trained(self.tuned.read_rows(name, rows).to(device))
+        trained = self.tuned.read_rows(name, slice(min(rows.start, n_rows), n_rows))
+        unmoved = self.padding.read_rows(name, slice(max(rows.start, n_rows), rows.stop))
+        dtype = torch.promote_types(trained.dtype, unmoved.dtype)
+        return Trained(torch.cat([part.to(device, dtype) for part in (trained, unmoved)]))
 
     def loaded(self, device: str) -> "CheckpointVector":
-        return replace(self, tuned=_loaded(self.tuned, self.names, device))
+        tuned = _loaded(self.tuned, self.names, device)
+        padding = self.padding and _loaded(self.padding, self.padding.names, device)
+        return replace(self, tuned=tuned, padding=padding)
 
 
 @dataclass(frozen=True)
@@ -236,14 +259,18 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     record = _record_of_this_base(name, source, resolved.path, base)
     vector: DistributionVector
     if (resolved.path / "adapter_config.json").exists():
-        vector = AdapterVector(name, resolved.path, read_adapter(resolved.path, checkpoint, name))
+        parts = read_adapter(resolved.path, checkpoint, name)
+        stored = names_in(checkpoint, parts)  # two of a tensor that the base has twice
+        parts = {known: parts[key] for key in parts for known in stored.get(key, [key])}
+        vector = AdapterVector(name, resolved.path, parts)
     elif record is not None and record.kind == "delta":
         delta = _open_delta(name, resolved.path, record)
         vector = replace(delta, copies=ties_of(checkpoint).copies)
     else:
         tuned = _by_names_of(checkpoint, Checkpoint(resolved.path), name)
         _check_same_kinds(name, tuned, checkpoint)
-        vector = CheckpointVector(name, tuned, _merged_names(tuned, checkpoint))
+        padding = _padding(name, tuned, checkpoint)
+        vector = CheckpointVector(name, tuned, _merged_names(tuned, checkpoint), padding)
     _check_shapes(vector, checkpoint)
     if vector.kind == "adapter" and record is None:
         _warn_of_another_base(name, resolved.path, base)
@@ -304,57 +331,74 @@ def _warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
     declared = str(config.get("base_model_name_or_path") or "")
     is_hub_id = declared.count("/") == 1 and not declared.startswith((".", "/", "~"))
     if is_hub_id and base.commit is not None and declared != base.reference:
-        _warn_once(
+        warn_once(
+            logger,
             f"vector {name!r} ({path}): its adapter_config.json names {declared} as its base, and "
             f"base_model is {base.reference}. Its shapes fit. That is right where the one is a "
             "mirror or a quantised copy (QLoRA) of the other; an adapter of other weights has to "
-            "be trained again."
+            "be trained again.",
         )
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    """A vector is opened many times in a run, and its warning is read once."""
-    logger.warning("%s", message)
-
-
 def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
-    """Return a tuned checkpoint by the names of the base, whose tensors it must have: of tensors
-    that are one in either, the one that is stored stands for the others.
+    """Return a tuned checkpoint by the names of the base, without what is no part of it; refuse one
+    that lacks a part of the base, or has others. Of tensors that are one in either, the one that is
+    stored stands for the others.
     """
     of_base = ties_of(base)
     try:
-        of_tuned = ties_of(tuned)
+        of_tuned, found = ties_of(tuned), match(tuned, base)
     except ModelError as error:
         raise ModelError(f"vector {name!r}: {error}") from error
-    stored = {key: of_tuned.kept(key) for key in base.names if key not in of_base.copies}
-    missing = sorted(key for key, found in stored.items() if found not in tuned.names)
-    rest = sorted(set(tuned.names) - set(stored.values()) - of_tuned.copies)
-    parted = [key for key in rest if of_base.kept(key) in stored]
-    if missing or len(rest) > len(parted):
-        extra = [key for key in rest if key not in parted]
+    copies = {other for key, other in found.tuned_names.items() if key in of_base.copies}
+    stored = {key: found.tuned_names[key] for key in found.tuned_names.keys() - of_base.copies}
+    lacking = set(found.missing) - of_base.copies
+    kept = {key: of_tuned.kept(of_base.class_names.get(key, key)) for key in lacking}
+    tied = {key: other for key, other in kept.items() if other in tuned.names}
+    missing = sorted(lacking - tied.keys())
+    rest = {*found.unknown, *copies} - {*stored.values(), *tied.values()} - of_tuned.copies
+    groups = {key: of_base.group_of(of_tuned.class_names.get(key, key)) for key in sorted(rest)}
+    parted = {key: of_base.kept(group[0]) for key, group in groups.items() if group}
+    extra = sorted(key for key in rest if parted.get(key) not in stored)
+    if missing or extra:
         raise ModelError(
             f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} "
             f"tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: "
             f"{extra[:1]}). Use a model of the same architecture."
+            + (f" Names were compared as they are: {found.reason}" if found.reason else "")
         )
-    for key in parted:
-        kept = of_base.kept(key)
-        if not are_equal(tuned, key, stored[kept]):
+    for key, one in parted.items():
+        if not are_equal(tuned, key, stored[one]):
             raise ModelError(
                 f"vector {name!r} ({tuned.path}): has a tensor {key!r} of its own, which the base "
-                f"{base.path} ties to {kept!r}. A merge has the form of the base and would drop "
+                f"{base.path} ties to {one!r}. A merge has the form of the base and would drop "
                 "it. Untie the base first (save it with the head as a tensor and "
                 "tie_word_embeddings: false), or use a fine-tune with a tied head."
             )
-    for key, found in stored.items():
-        if of_tuned.is_assumed and found != key:
+    for key, other in tied.items():
+        if of_tuned.is_assumed:
             raise ModelError(
                 f"vector {name!r} ({tuned.path}): lacks tensor {key!r}, and neither its config "
-                f"nor its model class says that it is {found!r}. Write tie_word_embeddings into "
+                f"nor its model class says that it is {other!r}. Write tie_word_embeddings into "
                 "its config.json."
             )
-    return tuned.renamed(stored)
+    _tell_differences(name, tuned, found)
+    return tuned.renamed(stored | tied)
+
+
+def _tell_differences(name: str, tuned: Checkpoint, found: Match) -> None:
+    if found.unmoved:
+        warn_once(
+            logger,
+            f"vector {name!r} ({tuned.path}): does without {len(found.unmoved)} tensors of the "
+            f"base ({summary(found.unmoved)}), which a merge leaves as they are",
+        )
+    if found.left_out:
+        warn_once(
+            logger,
+            f"vector {name!r} ({tuned.path}): {len(found.left_out)} tensors that the base does not "
+            f"have and its class does not load ({summary(found.left_out)}) are left out",
+        )
 
 
 def _check_same_kinds(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
@@ -391,22 +435,57 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
         found = _shape_of(vector, name)
         if found == base.shape(name):
             continue
-        hint = "Give a vector trained from this base."
-        same_width = found[1:] == base.shape(name)[1:]
-        if same_width and ("embed" in name or "lm_head" in name):
-            hint = (
-                "The vocabularies differ: the fine-tune added or removed tokens. Align them with "
-                "mergekit's `tokenizer:` through `optimer merge` first."
-            )
-        raise ModelError(
+        differs = (
             f"vector {vector.name!r}: tensor {name!r} has shape {list(found)}, the base has "
-            f"{list(base.shape(name))}. {hint}"
+            f"{list(base.shape(name))}."
         )
+        if found[1:] == base.shape(name)[1:] and name in vocabulary_names(base):
+            raise VocabularyError(f"{differs} {OTHER_TOKENS}")
+        raise ModelError(f"{differs} Give a vector trained from this base.")
+
+
+def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | None:
+    """Return the tensors of the vocabulary of which the base has more rows than a tuned model; None
+    where there is none.
+
+    Raises VocabularyError where those rows belong to tokens.
+    """
+    short = [
+        key
+        for key in tuned.names
+        if tuned.shape(key)[1:] == base.shape(key)[1:]
+        and tuned.shape(key)[:1] < base.shape(key)[:1]
+    ]
+    padded = sorted(vocabulary_names(base).intersection(short)) if short else []
+    if not padded:
+        return None
+    n_rows = min(tuned.shape(key)[0] for key in padded)
+    differs = (
+        f"vector {name!r} ({tuned.path}): tensor {padded[0]!r} has {n_rows} rows, the base has "
+        f"{base.shape(padded[0])[0]}"
+    )
+    try:
+        tokens = loaded_tokenizer(ResolvedModel(base.path, base.path.name)).get_vocab()
+    except ModelError as error:
+        raise VocabularyError(
+            f"{differs}, and whether those are tokens cannot be told: {error}"
+        ) from error
+    at_end = sorted(tokens, key=tokens.__getitem__)
+    if lost := [t for t in at_end if n_rows <= tokens[t] < base.shape(padded[0])[0]]:
+        raise VocabularyError(f"{differs}, of which {lost[0]!r} is a token. {OTHER_TOKENS}")
+    if any((tuned.path / file).exists() for file in TOKENIZER_FILES):
+        own = loaded_tokenizer(ResolvedModel(tuned.path, tuned.path.name)).get_vocab()
+        if other := [token for token in at_end if own.get(token) != tokens[token]]:
+            raise VocabularyError(
+                f"{differs}, and its token {other[0]!r} has the id {own.get(other[0])}, that of "
+                f"the base {tokens[other[0]]}. {OTHER_TOKENS}"
+            )
+    return base.renamed({key: key for key in padded})
 
 
 def _shape_of(vector: DistributionVector, name: str) -> tuple[int, ...]:
     if isinstance(vector, CheckpointVector):
-        return vector.tuned.shape(name)
+        return vector.shape(name)
     if isinstance(vector, DeltaVector):
         return vector.stored.shape(name)
     assert isinstance(vector, AdapterVector)

@@ -25,6 +25,7 @@ ORDER = [
     "packages",
     "convert",
     "ties",
+    "names",
     "head",
     "growth",
     "kernel",
