@@ -27,6 +27,7 @@ class Promise:
     dtype: str | None = None  # that config.json names
     out_dtype: str | None = None  # of every tensor; without it some methods compute in another
     tokenizer: bool = True
+    new_tokenizer: bool = False  # written by transformers; others are copied as they are
     chat_template: str | None = None
     runs_code: bool = False  # a person lets mergekit run the model's own code, which we do not
 
@@ -36,17 +37,25 @@ def check_merged(out: Path, promise: Promise) -> None:
 
     Reads every tensor once, and lets transformers compare names and shapes.
     """
+    try:
+        fault = next(_faults(out, promise), None)
+    except ModelError as error:
+        fault = str(error).replace(str(out), "the merge")
+    if fault is not None:
+        raise ModelError(f"the merge is not what its config asks for: {fault}")
+
+
+def _faults(out: Path, promise: Promise) -> Iterator[str]:
     if not (out / CONFIG).is_file():
-        raise ModelError("the merge has no config.json.")
+        yield "it has no config.json."
     merged = Checkpoint(out)
-    ties_of(merged)  # refuses a head that the config ties and that differs from the embedding
-    faults = [*_dtype_faults(merged, promise), *_value_faults(merged)]
-    if not promise.runs_code:
-        faults += _loading_faults(merged, promise.config_of)
+    yield from _dtype_faults(merged, promise)
+    yield from _value_faults(merged)
     if promise.tokenizer:
-        faults += _tokenizer_faults(out, promise)
-    if faults:
-        raise ModelError(f"the merge is not what its config asks for: {faults[0]}")
+        yield from _tokenizer_faults(out, promise)
+    if not promise.runs_code:
+        yield from _loading_faults(merged, promise.config_of)
+    ties_of(merged)  # refuses a head that the config ties and that differs from the embedding
 
 
 def _dtype_faults(merged: Checkpoint, promise: Promise) -> Iterator[str]:
@@ -65,7 +74,10 @@ def _value_faults(merged: Checkpoint) -> Iterator[str]:
     for name in merged.names:
         tensor = merged.read(name)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            yield f"tensor {name!r} holds NaN or infinite values."
+            yield (
+                f"tensor {name!r} holds NaN or infinite values. Use smaller weights, or `dtype: "
+                "float32`."
+            )
 
 
 def _loading_faults(merged: Checkpoint, config_of: Path | None) -> Iterator[str]:
@@ -93,7 +105,7 @@ def _tokenizer_faults(out: Path, promise: Promise) -> Iterator[str]:
     if not any((out / name).is_file() for name in TOKENIZER_FILES):
         yield "it has no tokenizer. With --no-copy-tokenizer none is expected."
         return
-    if promise.runs_code:
+    if promise.runs_code or not promise.new_tokenizer:
         return
     found: Any = read_tokenizer(out).chat_template
     if promise.chat_template is not None and found != promise.chat_template:

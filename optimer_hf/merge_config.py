@@ -364,6 +364,7 @@ def _write(
     donor = (tokenizer or base).path
     if options.copy_tokenizer:
         _refuse_no_tokenizer(donor, path)
+        read_tokenizer(donor)  # refuses one that cannot be loaded
 
     def complete(staging: Path) -> None:
         if not options.copy_tokenizer:
@@ -495,8 +496,11 @@ def _naming_failures(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
-        kind = f"{type(error).__name__} " if isinstance(error, LookupError) else ""
-        raise ModelError(f"{path}: mergekit stopped: {kind}{first_line(error)}") from error
+        reason = first_line(error)
+        if isinstance(error, KeyError):  # ids, of tokens that it aligns; else names
+            what = "token" if isinstance(error.args[0], int) else "entry"
+            reason = f"it found no {what} {reason} in one of the models"
+        raise ModelError(f"{path}: mergekit stopped: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -605,6 +609,7 @@ def _promise(config: Mapping[str, Any], parsed: Any, path: Path, options: Any) -
         config.get("out_dtype", config.get("dtype")),
         config.get("out_dtype"),
         has_tokenizer,
+        builds or template is not None,
         None if template == "auto" else expected,
         options.trust_remote_code,
     )

@@ -223,7 +223,8 @@ def read_merge_config(path: Path, *, warns: bool = True) -> dict[str, Any]:
         named = ", ".join(".".join(map(str, place)) for place in ignored)
         method = config["merge_method"]
         logger.warning("%s: not read by merge_method %s, and left out: %s", path, method, named)
-    read: dict[str, Any] = _without(config, ignored)
+    known = next(fields for _, _, fields in _blocks(config))
+    read: dict[str, Any] = _without({k: v for k, v in config.items() if k in known}, ignored)
     for field in ("dtype", "out_dtype"):
         if field in read:  # mergekit would copy the prefix into config.json, which then fails
             read[field] = str(read[field]).removeprefix("torch.")
@@ -473,14 +474,15 @@ def _value_mistakes(parameter: Any, value: Any, at: Place) -> Iterator[Mistake]:
     else:
         kinds = (parameter.value_type, *get_args(parameter.value_type))
         expected = next((text for kind, text in EXPECTED.items() if kind in kinds), "another one")
+        if value is None:
+            yield at, f"found nothing, expected {expected}."
+            return
         try:
             found = parameter.validate(value)
         except ValueError:
             yield at, f"found {shown(value)}, expected {expected}."
             return
-        if value is None:
-            yield at, f"found nothing, expected {expected}."
-        elif isinstance(found, float) and not math.isfinite(found):
+        if isinstance(found, float) and not math.isfinite(found):
             yield at, f"found {found}, expected a finite number."
 
 
