@@ -86,18 +86,19 @@ def _loading_faults(merged: Checkpoint, config_of: Path | None) -> Iterator[str]
     nothing = Loading(frozenset(), frozenset(), frozenset())
     is_compared = config_of is not None and any(config_of.glob(ANY_WEIGHTS))  # mergekit reads .bin
     known = loading_of(config_of) if config_of is not None and is_compared else nothing
-    n_written = len(merged.names)
     for what, names in (
-        ("lacks", found.missing - known.missing),
-        ("has another shape of", found.misshapen - known.misshapen),
-        ("has no place for", found.unread - known.unread),
+        ("it lacks", found.missing - known.missing),
+        (
+            "its config.json, that of the base, has another shape of",
+            found.misshapen - known.misshapen,
+        ),
+        ("its config.json has no place for", found.unread - known.unread),
     ):
         if names:
-            subject = "the model of its config.json" if "place" in what else "it"
             yield (
-                f"{subject} {what} {min(names)!r} ({len(names)} in all, of {n_written} tensors "
-                "written). mergekit may not know this architecture; `--engine native` does not "
-                "need to."
+                f"{what} {min(names)!r} ({len(names)} in all, of {len(merged.names)} tensors "
+                "written). Give a model that has it as base_model; if all have, mergekit does not "
+                "know this architecture."
             )
 
 
