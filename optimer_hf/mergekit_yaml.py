@@ -448,7 +448,7 @@ def _misplaced(
 ) -> str | None:
     """Return what is wrong with a key outside of parameters that mergekit does not read there."""
     if key in parameters and key != "int8_mask":
-        under = "It belongs under `parameters:`."
+        under = "It belongs under `parameters:`; mergekit merges as if it were not written."
         return f"unknown field {key!r}, which mergekit would ignore there. {under}"
     if key in _harmless() or (is_top and key in NOTES):
         return None
