@@ -551,11 +551,13 @@ def search(
 ) -> None:
     """Search the weights of a study.yaml, or of a mergekit YAML whose models are the pool."""
     from optimer_hf import recipe as recipes
+    from optimer_hf.evaluate import Unit
     from optimer_hf.files import read_yaml, yaml_text
     from optimer_hf.ledger import ledger
     from optimer_hf.merge_config import optimer_config, with_tokenizer, with_weights
     from optimer_hf.mergekit_yaml import is_for_mergekit, read_merge_config
     from optimer_hf.search import search as run_search
+    from optimer_hf.study import ITEMS_OF
 
     config = _study_config(study, objective, n_trials)
     _one_of(workers, scheduler)
@@ -566,10 +568,11 @@ def search(
     if output == "json":
         click.echo(json.dumps(_study_json(result), indent=2))
         return
-    value = f"value {result.value(best):+.4f} (trial {best.number}, {best.origin})"
-    click.echo(
-        f"# best of {len(result.log.of('search'))} trials: {value}"
-    )  # a comment: stdout is a YAML file
+    gain = Unit.of(config.objective).show(result.over_base(best).difference)
+    click.echo(  # a comment: stdout is a YAML file
+        f"# best of {len(result.log.of('search'))} trials: number {best.number} ({best.origin}), "
+        f"{gain} over {result.baseline} on {ITEMS_OF[best.fidelity]}"
+    )
     if is_for_mergekit(read_yaml(study)):
         found = with_weights(read_merge_config(study, warns=False), study, best.weights)
     else:
@@ -603,24 +606,23 @@ def _study_json(study: Any) -> dict[str, Any]:
         "weights": best.weights,
         "value": study.value(best),
         "trial": best.number,
-        "over_base": asdict(study.over_base(best)),
+        "over_base": study.over_base(best).to_json(),
     }
     if (other := study.over_next()) is not None:
-        found["over_next"] = {"trial": other[0].number} | asdict(other[1])
+        found["over_next"] = {"trial": other[0].number} | other[1].to_json()
     return found | {"front": choices, "ledger": ledger(study)}
 
 
 def _say_intervals(study: Any) -> None:
     """Print the differences that matter with their paired 95 % intervals."""
-    best = study.incumbent
-    along = ", ".join(f"{name} at {weight:g}" for name, weight in study.config.fixed.items())
-    found = [(f"the base with {along}" if along else "the base", study.over_base(best))]
+    from optimer_hf.evaluate import Unit, said_of
+
+    best, unit = study.incumbent, Unit.of(study.config.objective)
+    said = said_of(study.over_base(best), unit, is_gain=True)
+    click.echo(f"minus {study.baseline}: {said}", err=True)
     if (other := study.over_next()) is not None:
-        found.append((f"the next best, trial {other[0].number}", other[1]))
-    for what, interval in found:
-        told = "" if interval.excludes_zero else ": not told apart"
-        text = f"{interval.difference:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]{told}"
-        click.echo(f"minus {what}: {text}", err=True)
+        said = said_of(other[1], unit, is_gain=False)
+        click.echo(f"minus the next best, trial {other[0].number}: {said}", err=True)
 
 
 def _say_ledger(found: Mapping[str, Any]) -> None:

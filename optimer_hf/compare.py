@@ -11,15 +11,25 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from optimer_hf import baselines
 from optimer_hf.errors import ConfigError, EvaluationError
-from optimer_hf.evaluate import Interval, Objective, TermScore, combine, gains, paired_interval
+from optimer_hf.evaluate import (
+    Objective,
+    TermScore,
+    Unit,
+    combine,
+    gains,
+    paired_interval,
+    said_of,
+    shown_value,
+)
 from optimer_hf.files import VersionedFile, digest, markdown_table, slug
+from optimer_hf.intervals import Interval
 from optimer_hf.progress import Meter
 from optimer_hf.retarget import best_scale, predict, retargeted
 from optimer_hf.search import search
@@ -347,7 +357,7 @@ def _key(weights: Mapping[str, float]) -> str:
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the sealed-test table: gain over the base per term in percent, then
-    value; terms under a `limit` say how many items were scored.
+    of the objective in its unit; terms under a `limit` say how many items were scored.
     """
     labels = list(comparison.base.scores)
     objective, base = comparison.objective, comparison.base.scores
@@ -361,7 +371,9 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             cells = [f"{row.scores[label].score:.4f}" for label in labels]
         else:
             cells = [f"{100 * each[label]:+.2f} %" for label in labels]
-        lines.append([row.title, *cells, f"{100 * comparison.value(row):+.2f} %"])
+        is_base = row is comparison.base
+        value = shown_value(objective, row.scores, comparison.base.scores, is_base=is_base)
+        lines.append([row.title, *cells, value])
     return header, lines
 
 
@@ -377,18 +389,10 @@ def verdicts(comparison: Comparison) -> list[str]:
     for name, (row, objective) in rows.items():
         other = comparison.best_baseline(objective)
         interval = comparison.interval(row, other, objective)
-        if not interval.excludes_zero:
-            verdict = "not told apart at 95 %"
-        else:
-            verdict = "better" if interval.low > 0 else "worse"
+        said = said_of(interval, Unit.of(objective or comparison.objective), is_gain=False)
         if objective is not None:
-            verdict += "; the best scales are those for the study's own objective"
-        sentences.append(
-            f"{name} minus the best of the others ({other.name}): {100 * interval.difference:+.2f} "
-            "points "
-            f"[{100 * interval.low:+.2f}, {100 * interval.high:+.2f}], paired 95 % interval: "
-            f"{verdict}."
-        )
+            said += "; the best scales are those for the study's own objective"
+        sentences.append(f"{name} minus the best of the others ({other.name}): {said}.")
     return sentences
 
 
@@ -397,42 +401,51 @@ def to_markdown(comparison: Comparison) -> str:
     header, lines = table(comparison)
     notes = "\n".join(f"* {sentence}" for sentence in verdicts(comparison))
     own = " The objective is the study's own for re-targeted merges, too; below they are by theirs."
+    unit = Unit.of(comparison.objective)
+    mean = f" The objective is a mean in {unit.name}; a gain in it is larger when it is better."
     return (
         "Sealed test. First row: scores of the base; other rows: gain over the base "
-        f"(losses relative, accuracies in points).{own * bool(comparison.retarget)}\n\n"
+        f"(losses relative, accuracies in points).{mean * bool(unit.name)}"
+        f"{own * bool(comparison.retarget)}\n\n"
         f"{markdown_table(header, lines)}\n{notes}\n"
     )
 
 
 def intervals_to_markdown(comparison: Comparison) -> str:
     """Return the paired 95 % interval of every gain over the base, in percent, as Markdown."""
-    labels = list(comparison.base.scores)
-    lines = []
+    labels, unit = list(comparison.base.scores), Unit(100.0, "gain over the base, %")
+    lines, kinds, few = [], set(), dict[str, str]()
     for row in comparison.rows:
         if row is not comparison.base:
-            found = [comparison.term_interval(row, label) for label in labels]
-            cells = [f"[{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]" for gain in found]
-            lines.append([row.title, *cells])
-    return markdown_table(["weights", *labels], lines)
+            found = {label: comparison.term_interval(row, label) for label in labels}
+            lines.append([row.title, *map(unit.show_interval, found.values())])
+            kinds |= {interval.kind for interval in found.values() if interval.kind != "none"}
+            few |= {label: i.verdict for label, i in found.items() if i.has_few_items}
+    notes = [f"* Kind of the intervals: {', '.join(sorted(kinds))}."] if kinds else []
+    notes += [f"* {label}: {verdict}." for label, verdict in few.items()]
+    return "\n".join([markdown_table(["weights", *labels], lines), *notes]).rstrip("\n") + "\n"
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Return everything as JSON values, with the interval of every row per term."""
-    labels = list(comparison.base.scores)
+    labels, unit = list(comparison.base.scores), Unit.of(comparison.objective)
     rows = []
     for row in comparison.rows:
+        over_base = comparison.interval(row, comparison.base)
         rows.append(
             {
                 "name": row.name,
                 "weights": row.weights,
                 "chosen_after_seal": row.chosen_after_seal,
                 "value": comparison.value(row),
-                "over_base": asdict(comparison.interval(row, comparison.base)),
-                "merge_minus": asdict(comparison.interval(comparison.merge, row)),
+                "over_base": over_base.to_json(),
+                "summary": f"over the base {said_of(over_base, unit, is_gain=True)}",
+                "merge_minus": comparison.interval(comparison.merge, row).to_json(),
                 "terms": {
                     label: {
                         "score": row.scores[label].score,
-                        "gain": asdict(comparison.term_interval(row, label)),
+                        "n_items": len(row.scores[label].items),
+                        "gain": comparison.term_interval(row, label).to_json(),
                     }
                     for label in labels
                 },

@@ -14,7 +14,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -28,6 +28,7 @@ from optimer_hf.corpus import CorpusConfig, documents
 from optimer_hf.errors import CorpusError, EvaluationError
 from optimer_hf.files import FileModel, LocalPath, Mistake, VersionedFile, did_you_mean, digest
 from optimer_hf.harness import harness_model, quiet_harness
+from optimer_hf.intervals import Interval, Paired, interval_of
 from optimer_hf.texts import has_rows
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-N_BOOTSTRAP = 2000
 GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
 N_ASKED = 32  # items of a term whose prompts its digest looks at
 ASKED_BY = (  # and fields of lm-eval's task that say how they are asked and scored
@@ -122,11 +122,11 @@ class Term(FileModel):
                 "'higher_is_better' goes with 'function': lm-eval tasks know their direction",
             )
         changed = self.model_dump(exclude_defaults=True)  # a study that is read again sets all
-        for field in sorted(ONLY_OF_ITEMS & changed.keys()):
+        for name in sorted(ONLY_OF_ITEMS & changed.keys()):
             if self.function is not None:
-                yield (field,), f"{field!r} says nothing to a 'function'; leave it out"
-            elif self.text is not None and field in ("num_fewshot", "generation"):
-                yield (field,), "a 'text' term has no num_fewshot and no generation; leave it out"
+                yield (name,), f"{name!r} says nothing to a 'function'; leave it out"
+            elif self.text is not None and name in ("num_fewshot", "generation"):
+                yield (name,), "a 'text' term has no num_fewshot and no generation; leave it out"
         if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
             yield (
                 ("hash_range",),
@@ -141,9 +141,10 @@ class Term(FileModel):
         return str(self.name or self.task or self.function)
 
     @property
-    def settings(self) -> tuple[int | None, dict[str, Any]]:
-        """How the task is asked: the same for all terms of one task."""
-        return self.num_fewshot, self.generation
+    def asked_as(self) -> str:
+        """Names the task as this term asks it; terms that ask alike share the answers."""
+        settings = [self.num_fewshot, self.generation]
+        return self.task_name + (f" {digest(settings)[:8]}" if settings != [None, {}] else "")
 
     @property
     def task_name(self) -> str:
@@ -164,6 +165,20 @@ class Constraint(Term):
 
     weight: Literal[0] = 0
     max_relative_to_base: float = Field(ge=0)
+
+
+def _asked_otherwise(constraint: Term, term: Term) -> str | None:
+    """Return the field in which a constraint that is about a term asks for something else; what it
+    leaves out is as in the term.
+    """
+    if constraint.task_name != term.task_name:
+        return "task"
+    if constraint.metric != term.metric:
+        return "metric"
+    changed = constraint.model_dump(exclude_defaults=True).keys()
+    fields = ("limit", "num_fewshot", "generation", "hash_range", "rescore_only")
+    unlike = (name for name in fields if getattr(constraint, name) != getattr(term, name))
+    return next((name for name in unlike if name in changed), None)
 
 
 class Objective(FileModel):
@@ -196,7 +211,6 @@ class Objective(FileModel):
 
     def _mistakes_of_names(self) -> Iterator[Mistake]:
         by_label = {term.label: term for term in self.terms}
-        settings: dict[str, Any] = {}
         for group, terms in (("terms", self.terms), ("constraints", self.constraints)):
             labels = [term.label for term in terms]
             for index, term in enumerate(terms):
@@ -206,21 +220,12 @@ class Objective(FileModel):
                         where,
                         f"two {group} are called {term.label!r}; tell them apart with 'name'",
                     )
-                same = by_label.get(term.label, term)
-                if (same.task_name, same.metric) != (term.task_name, term.metric) and (
-                    group == "constraints"
-                ):
+                known = by_label.get(term.label, term)
+                if group == "constraints" and (differing := _asked_otherwise(term, known)):
                     yield (
-                        where,
-                        f"constraint {term.label!r} is called as a term with another task or "
-                        "metric; tell them apart with 'name'",
-                    )
-                asked = (term.settings, term.hash_range)
-                if settings.setdefault(term.task_name, asked) != asked:
-                    yield (
-                        where,
-                        f"task {term.task!r} is given twice with different num_fewshot, "
-                        "generation or hash_range; copy it under another name",
+                        (*where, differing),
+                        f"constraint {term.label!r} is called as a term with another {differing}; "
+                        "leave it out, or tell them apart with 'name'",
                     )
 
     @property
@@ -260,7 +265,8 @@ STRICT_RECORD = ConfigDict(
 class TermScore:
     """The items of one term: [numerator, denominator] each, and the direction of the metric; a
     perplexity is two to the power of the ratio (numerators are in bits). `taken_over`: scored for
-    the search and copied to re-scoring.
+    the search and copied to re-scoring. `documents`: a checksum of the row behind each item, where
+    there is one; it says which items of several terms are of one document.
     """
 
     __pydantic_config__ = STRICT_RECORD
@@ -270,12 +276,18 @@ class TermScore:
     n_tokens: int = 0
     is_perplexity: bool = False
     taken_over: bool = False
+    documents: list[int] = field(default_factory=list)
 
     @cached_property
     def score(self) -> float:
         """Sum of numerators over sum of denominators, in the unit of the metric."""
         ratio = sum(top for top, _ in self.items) / sum(bottom for _, bottom in self.items)
         return float(2**ratio) if self.is_perplexity else ratio
+
+    @cached_property
+    def table(self) -> "NDArray[np.float64]":
+        """The items, [n, 2]."""
+        return np.array(self.items, dtype=np.float64).reshape(-1, 2)
 
 
 Scores = Mapping[str, TermScore]
@@ -331,64 +343,124 @@ def feasible(objective: Objective, scores: Scores, base: Scores) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A difference with its 95 % bootstrap interval."""
-
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the sign of the difference is settled at 95 %."""
-        return self.low > 0 or self.high < 0
-
-
 def paired_interval(
     objective: Objective, scores: Scores, other: Scores, base: Scores, *, seed: int = 0
 ) -> Interval:
-    """Return value(scores) - value(other) with a 95 % interval from a paired bootstrap.
+    """Return value(scores) - value(other) with a 95 % interval over the items that all three have.
 
-    Items are resampled within each term, the same draw for both sides and for the base (Efron &
-    Tibshirani 1993, percentile interval, 2000 draws).
+    Terms that share documents are resampled together; see `intervals`. Raises EvaluationError when
+    the sides were not scored on the same items.
     """
-    rng = np.random.default_rng(seed)
     terms = [term for term in objective.terms if term.weight > 0 and term.label in scores]
-    draws = {term.label: _counts(rng, len(scores[term.label].items)) for term in terms}
+    if all(scores[term.label] is other[term.label] for term in terms):
+        fewest = min(terms, key=lambda term: len(scores[term.label].items))
+        n_fewest = len(scores[fewest.label].items)
+        return Interval(0.0, -math.inf, math.inf, "none", n_fewest, fewest.label)
+    paired = []
+    for term in terms:
+        sides = scores[term.label], other[term.label], base[term.label]
+        _check_paired(term, sides)
+        own = Paired(
+            term.label,
+            term.weight,
+            sides[0].higher_is_better,
+            sides[0].is_perplexity,
+            _documents_of(term, sides[0]),
+            (sides[0].table, sides[1].table, sides[2].table),
+        )
+        paired.append(own)
+    return interval_of(paired, objective.combine, seed=seed)
 
-    def values(side: Scores) -> "NDArray[np.float64]":
-        columns = []
-        for term in terms:
-            score = _resampled(side[term.label], draws[term.label])
-            higher = side[term.label].higher_is_better
-            if objective.combine == "weighted_mean":
-                columns.append(score if higher else -score)
-            else:
-                reference = _resampled(base[term.label], draws[term.label])
-                size = np.where(reference == 0, 1.0, np.abs(reference))
-                columns.append(score - reference if higher else (reference - score) / size)
-        table = np.array(columns)
-        if objective.combine == "worst":
-            return np.asarray(table.min(axis=0))
-        return np.asarray(np.average(table, axis=0, weights=[term.weight for term in terms]))
 
-    differences = values(scores) - values(other)
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return Interval(
-        combine(objective, scores, base) - combine(objective, other, base), float(low), float(high)
+def _check_paired(term: Term, sides: Sequence[TermScore]) -> None:
+    counts = sorted({len(side.items) for side in sides})
+    known = [side.documents for side in sides if side.documents]
+    if len(counts) > 1:
+        found = f"{counts[0]} and {counts[-1]} items"
+    elif any(documents != known[0] for documents in known):
+        found = "other documents"
+    else:
+        return
+    raise EvaluationError(
+        f"term {term.label!r}: two models were scored on {found}, so they cannot be compared item "
+        "by item. Score them again on the same items."
     )
 
 
-def _counts(rng: np.random.Generator, n: int) -> "NDArray[np.float64]":
-    """Return how often each of n items is drawn, [N_BOOTSTRAP, n]."""
-    return rng.multinomial(n, np.full(n, 1 / n), size=N_BOOTSTRAP).astype(float)
+def _documents_of(term: Term, score: TermScore) -> "NDArray[np.int64]":
+    """Return numbers of the documents behind items, [n]. Where they were not recorded, terms of one
+    task and one length are taken to have the same.
+    """
+    if score.documents:
+        return np.array(score.documents, dtype=np.int64)
+    n = len(score.items)
+    source = zlib.crc32(repr((term.task_name, term.hash_range, n)).encode())
+    return np.arange(n, dtype=np.int64) + ((source + 1) << 31)
 
 
-def _resampled(term: TermScore, counts: "NDArray[np.float64]") -> "NDArray[np.float64]":
-    items = np.array(term.items)
-    ratio = (counts @ items[:, 0]) / (counts @ items[:, 1])
-    return np.asarray(2**ratio if term.is_perplexity else ratio)
+# -- in words --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the values of an objective are counted in: the number shown is `factor` times a value,
+    with `digits` decimals, in percent or in what `name` says. `text` describes a gain.
+    """
+
+    factor: float
+    text: str
+    name: str = ""
+    digits: int = 2
+
+    @classmethod
+    def of(cls, objective: Objective) -> "Unit":
+        """Percent over the base, or the metric of the terms under `weighted_mean`."""
+        if objective.combine != "weighted_mean":
+            return cls(100.0, "objective over the base, %")
+        term = next(term for term in objective.terms if term.weight > 0)
+        name = term.function or _metric_name(term)
+        return cls(1.0, f"objective over the base, {name}", name, 4)
+
+    def show(self, gain: float) -> str:
+        """Return a gain, larger is better, as text."""
+        return f"{self.number(gain)}{' %' if self.factor > 1 else self.name and f' {self.name}'}"
+
+    def show_difference(self, difference: float) -> str:
+        """Return a difference of two gains as text: of percentages it is points."""
+        return f"{self.number(difference)} points" if self.factor > 1 else self.show(difference)
+
+    def show_interval(self, interval: Interval) -> str:
+        """Return the ends of an interval as text."""
+        if interval.kind == "none":
+            return "no interval"
+        return f"[{self.number(interval.low)}, {self.number(interval.high)}]"
+
+    def number(self, value: float) -> str:
+        """Return a value as a number with its sign, and never as -0.00."""
+        return f"{round(self.factor * value, self.digits) + 0.0:+.{self.digits}f}"
+
+
+def said_of(interval: Interval, unit: Unit, *, is_gain: bool) -> str:
+    """Return a difference with its interval, the kind of it, and the verdict, as text; `is_gain`
+    says that it is one over the base, not one between two merges.
+    """
+    show = unit.show if is_gain else unit.show_difference
+    found = show(interval.difference)
+    if interval.kind != "none":
+        found += f" {unit.show_interval(interval)}, paired 95 % interval ({interval.kind})"
+    return f"{found}: {interval.verdict}"
+
+
+def shown_value(objective: Objective, scores: Scores, base: Scores, *, is_base: bool) -> str:
+    """Return the objective as tables show it: over the base, or under `weighted_mean` for the base
+    itself as the mean that it is.
+    """
+    unit, value = Unit.of(objective), combine(objective, scores, base)
+    if not is_base or objective.combine != "weighted_mean":
+        return unit.show(value - combine(objective, base, base))
+    counting = [term.label for term in objective.terms if term.weight > 0]
+    lower_is_better = not any(base[label].higher_is_better for label in counting)
+    return f"{-value if lower_is_better else value:.{unit.digits}f} {unit.name}"
 
 
 # -- the harness -----------------------------------------------------------------------------------
@@ -430,11 +502,16 @@ class Evaluator:
                     f"{list(term.hash_range)}."
                 )
 
+    def _chosen(self, term: Term, limit: int | None) -> list[int]:
+        """Return the items that a term is scored on."""
+        within = self._indices(term)
+        return [within[index] for index in spread(len(within), limit)]
+
     def _indices(self, term: Term) -> list[int]:
         """Return the items of a term that are in its hash range."""
         key = (term.task_name, term.hash_range)
         if key not in self._within:
-            self._within[key] = items_within(self.tasks[term.task_name], term.hash_range)
+            self._within[key] = items_within(self.tasks[term.asked_as], term.hash_range)
         return self._within[key]
 
     def items_digest(self, term: Term) -> str | None:
@@ -443,13 +520,12 @@ class Evaluator:
         """
         if term.function is not None:
             return None
-        task, within = self.tasks[term.task_name], self._indices(term)
+        task, within = self.tasks[term.asked_as], self._indices(term)
         docs, few = list(task.eval_docs), spread(len(within), N_ASKED)
         asked = [_item_hash(task, docs[within[index]]) for index in few]
         how = [repr(getattr(task.config, name, None)) for name in ASKED_BY]
-        rows = [repr(docs[index]) for index in within]
-        # without the addresses of functions, images and the like
-        return digest([re.sub(r" at 0x[0-9a-f]+", "", text) for text in (*how, *rows)] + asked)
+        rows = [docs[index] for index in within]
+        return digest([*map(_without_addresses, how), *map(_plain, rows), *asked])
 
     def n_items(self, term: Term) -> int:
         """Return how many items a term of the harness has."""
@@ -479,11 +555,11 @@ class Evaluator:
     ) -> dict[str, TermScore]:
         from lm_eval.evaluator import evaluate
 
+        chosen = {term.label: self._chosen(term, limits[term.label]) for term in terms}
         samples: dict[str, list[int]] = {}
-        for term in terms:
-            within = self._indices(term)
-            indices = [within[index] for index in spread(len(within), limits[term.label])]
-            samples[term.task_name] = max(samples.get(term.task_name, []), indices, key=len)
+        for term in terms:  # each item is asked once, whatever the number of terms that look at it
+            known = samples.get(term.asked_as, [])
+            samples[term.asked_as] = sorted({*known, *chosen[term.label]})
         if not samples:
             return {}
         tasks = {name: self.tasks[name] for name in sorted(samples)}
@@ -503,13 +579,9 @@ class Evaluator:
                 ) from error
         found = {}
         for term in terms:
-            task = self.tasks[term.task_name]
-            aggregation = _aggregation(term, task)
-            items = _items(term, results["samples"][term.task_name], aggregation)
-            higher = task.higher_is_better()[_metric_name(term)]
-            found[term.label] = _sound(
-                term, TermScore(items, bool(higher), 0, aggregation.endswith("perplexity"))
-            )
+            task, own = self.tasks[term.asked_as], {*chosen[term.label]}
+            logged = [row for row in results["samples"][term.asked_as] if row["doc_id"] in own]
+            found[term.label] = _sound(term, _term_score(term, task, logged))
         return found
 
     def _function_score(self, term: Term, limit: int | None) -> TermScore:
@@ -577,7 +649,7 @@ def check_disjoint(objective: Objective, test: Objective, tasks: Mapping[str, An
         for term in part.scored:
             if term.function is not None:
                 continue
-            task = tasks[term.task_name]
+            task = tasks[term.asked_as]
             rows, items = _row_hashes(task), item_hashes(task)
             found = [(rows[index], items[index]) for index in items_within(task, term.hash_range)]
             if part is objective:
@@ -628,22 +700,24 @@ def warn_of_other_weights(objective: Objective, test: Objective) -> None:
 
 
 def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
-    """Return the lm-eval tasks of some objectives by name; needs no model, so it comes before
-    anything expensive.
+    """Return the lm-eval tasks of some objectives by `asked_as`, and by name as the first of its
+    terms asks it; needs no model, so it comes before anything expensive.
 
     Raises EvaluationError for a task, metric or file that does not exist.
     """
     tasks: dict[str, Any] = {}
     for objective in objectives:
         named = [term for term in objective.scored if term.function is None]
-        wanted = {term.task_name: term for term in named if term.task_name not in tasks}
+        wanted = {term.asked_as: term for term in named if term.asked_as not in tasks}
         for term in wanted.values():
             if term.text is not None:
                 _check_text(term, term.text)
         if wanted:
             tasks |= _load_tasks(list(wanted.values()), objective.include_path)
         for term in named:
-            _check_metric(term, tasks[term.task_name])
+            tasks.setdefault(term.task_name, tasks[term.asked_as])
+            _check_metric(term, tasks[term.asked_as])
+            _refuse_sealed_examples(term, tasks[term.asked_as])
     return tasks
 
 
@@ -701,7 +775,7 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
             raise EvaluationError(
                 f"term {term.label!r}: task {term.task_name!r} cannot be loaded ({error})."
             ) from error
-        loaded[term.task_name] = _with_settings(tasks[term.task_name], term)
+        loaded[term.asked_as] = _with_settings(tasks[term.task_name], term)
     return loaded
 
 
@@ -727,11 +801,6 @@ def _with_settings(task: Any, term: Term) -> Any:
             f"term {term.label!r}: 'generation' is for tasks that generate; {term.task_name!r} is "
             f"of type {task.OUTPUT_TYPE!r}."
         )
-    if term.num_fewshot and term.hash_range != (0.0, 1.0) and not _has_other_examples(task):
-        raise EvaluationError(
-            f"term {term.label!r}: the examples of num_fewshot come from the items themselves, so "
-            "hash_range would not keep sealed ones out. Give the task a fewshot_split."
-        )
     _draw_examples_by_item(task)
     build, built = task.build_all_requests, dict[str, list[Any]]()
 
@@ -746,6 +815,15 @@ def _with_settings(task: Any, term: Term) -> Any:
 
     task.build_all_requests = build_once
     return task
+
+
+def _refuse_sealed_examples(term: Term, task: Any) -> None:
+    has_examples = bool(task.config.num_fewshot)  # of the term, or of the task itself
+    if has_examples and term.hash_range != (0.0, 1.0) and not _has_other_examples(task):
+        raise EvaluationError(
+            f"term {term.label!r}: the examples of num_fewshot come from the items themselves, so "
+            "hash_range would not keep sealed ones out. Give the task a fewshot_split."
+        )
 
 
 def _refuse_too_many_examples(task: Any, term: Term) -> None:
@@ -862,30 +940,44 @@ def _sound(term: Term, found: TermScore) -> TermScore:
     raise EvaluationError(f"term {term.label!r}: the score is not a finite number.")
 
 
-def _items(
-    term: Term, logged: Sequence[Mapping[str, Any]], aggregation: str
-) -> list[tuple[float, float]]:
+def _term_score(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> TermScore:
+    """Return the score of a term from what lm-eval logged of its items, all filters of each."""
     name, _, chosen = term.metric.partition(",")
     rows = [row for row in logged if row["filter"] == (chosen or row["filter"])]
     if not chosen:
         rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
     rows.sort(key=lambda row: row["doc_id"])
-    items = []
-    for row in rows:
-        value = row[name]
-        if isinstance(value, tuple):  # (log-likelihood in nats, bytes or words)
-            items.append((-float(value[0]) / math.log(2), float(value[1])))
-        elif aggregation == "perplexity":  # log-likelihood in nats
-            items.append((-float(value) / math.log(2), 1.0))
-        else:
-            items.append((float(value), 1.0))
-    if not all(math.isfinite(top) for top, _ in items):
-        bad = next(
-            row["doc_id"]
-            for row, item in zip(rows, items, strict=True)
-            if not math.isfinite(item[0])
-        )
-        raise EvaluationError(
-            f"term {term.label!r}: the score of item {bad} is not a finite number."
-        )
-    return items
+    aggregation = _aggregation(term, task)
+    items = [_item(row[name], aggregation) for row in rows]
+    for row, (top, _) in zip(rows, items, strict=True):
+        if not math.isfinite(top):
+            raise EvaluationError(
+                f"term {term.label!r}: the score of item {row['doc_id']} is not a finite number."
+            )
+    higher, is_perplexity = task.higher_is_better()[name], aggregation.endswith("perplexity")
+    documents = [_document(term, row["doc"]) for row in rows]
+    return TermScore(items, bool(higher), 0, is_perplexity, documents=documents)
+
+
+def _item(value: Any, aggregation: str) -> tuple[float, float]:
+    """Return numerator and denominator of an item out of lm-eval's value of it."""
+    if isinstance(value, tuple):  # (log-likelihood in nats, bytes or words)
+        return -float(value[0]) / math.log(2), float(value[1])
+    if aggregation == "perplexity":  # log-likelihood in nats
+        return -float(value) / math.log(2), 1.0
+    return float(value), 1.0
+
+
+def _document(term: Term, row: Any) -> int:
+    """Return a checksum of what an item is made from: of a document of a file its text."""
+    return zlib.crc32((row[term.text_field] if term.text is not None else _plain(row)).encode())
+
+
+def _plain(row: Any) -> str:
+    """Return a row as text."""
+    return _without_addresses(repr(row))
+
+
+def _without_addresses(text: str) -> str:
+    """Return a text without the addresses of functions, images and the like."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -112,7 +112,7 @@ def check_overlap(
         for term in objective.scored:
             if term.function is not None:  # only it knows its items
                 continue
-            texts[f"{name}: {term.label}"] = item_texts(term, tasks[term.task_name])
+            texts[f"{name}: {term.label}"] = item_texts(term, tasks[term.asked_as])
     return find_overlaps(corpora, texts, n=n)
 
 

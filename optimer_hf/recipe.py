@@ -25,6 +25,7 @@ from optimer_hf.checkpoint import (
 )
 from optimer_hf.convert import ResolvedModel, resolve_model, resolve_tokenizer
 from optimer_hf.errors import ConfigError, ModelError, OptimerError, OutputError
+from optimer_hf.evaluate import Unit, said_of
 from optimer_hf.files import (
     FileModel,
     ReferenceText,
@@ -297,9 +298,11 @@ def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
 
 
 def _scores(study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None) -> dict[str, Any]:
+    said = said_of(study.over_base(incumbent), Unit.of(study.config.objective), is_gain=True)
     found: dict[str, Any] = {
         incumbent.fidelity: {
             "value": study.value(incumbent),
+            "summary": f"over {study.baseline} {said}",
             "terms": {label: term.score for label, term in incumbent.terms.items()},
         }
     }
@@ -307,6 +310,7 @@ def _scores(study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None) ->
         merge = next(row for row in sealed["rows"] if row["name"] == MERGE)
         found["sealed"] = {
             "value": merge["value"],
+            "summary": merge.get("summary"),
             "terms": {label: term["score"] for label, term in merge["terms"].items()},
             "verdicts": list(sealed["verdicts"]),
         }

@@ -23,11 +23,21 @@ from markupsafe import Markup
 from optimer_hf import compare, geometry
 from optimer_hf.compare import Comparison, Row
 from optimer_hf.errors import OptimerError
-from optimer_hf.evaluate import Interval, Objective, gains
+from optimer_hf.evaluate import Unit, gains, said_of
 from optimer_hf.files import FileModel, Reference, VersionedFile, replacing, write_text
+from optimer_hf.intervals import Interval
 from optimer_hf.ledger import ledger
 from optimer_hf.retarget import front
-from optimer_hf.study import AVERAGE, MERGE, Study, Surrogate, Trial, surrogate_of, to_unit
+from optimer_hf.study import (
+    AVERAGE,
+    ITEMS_OF,
+    MERGE,
+    Study,
+    Surrogate,
+    Trial,
+    surrogate_of,
+    to_unit,
+)
 from optimer_hf.vector import VectorFile, read_record
 
 if TYPE_CHECKING:
@@ -109,26 +119,6 @@ class Captions(VersionedFile):
     captions: dict[str, Caption]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What the objective of a study is counted in."""
-
-    factor: float
-    text: str
-
-    @classmethod
-    def of(cls, objective: Objective) -> "Unit":
-        """Percent over the base, or the unit of the terms under `weighted_mean`."""
-        if objective.combine == "weighted_mean":
-            return cls(1.0, "objective over the base")
-        return cls(100.0, "objective over the base, %")
-
-    def show(self, value: float) -> str:
-        """Return a difference as text."""
-        rounded = round(self.factor * value, 2) + 0.0  # no -0.00
-        return f"{rounded:+.2f}" + (" %" if self.factor > 1 else "")
-
-
 def write_report(
     study: Study, out: Path, *, figures: Path | None = None, vectors: bool = True
 ) -> list[Panel]:
@@ -149,7 +139,7 @@ def write_report(
     )
     page = environment.get_template("report.html.jinja").render(
         title=_title(study),
-        summary=_summary(study),
+        summary=_summary(study, compare.recorded(study)),
         pictures=pictures,
         weights=study.incumbent.weights,
         pinned=_pinned(study),
@@ -172,7 +162,7 @@ def write_sealed_figure(study: Study, comparison: Comparison, path: Path) -> Non
     suffix of `path`, one of FIGURE_METADATA, says the format.
     """
     with _style():
-        _write_figure(_sealed(comparison, Unit.of(study.config.objective)).figure, path)
+        _write_figure(_sealed(comparison).figure, path)
 
 
 def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:
@@ -196,7 +186,7 @@ def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
     yield _slices(study, posterior, trials, unit)
     yield _terms(study, comparison)
     if comparison is not None:
-        yield _sealed(comparison, unit)
+        yield _sealed(comparison)
     if len([t for t in study.config.objective.terms if t.weight > 0]) >= NO_PAIR:
         yield _front(study, trials)
     if vectors and (found := _cosines(study)) is not None:
@@ -215,16 +205,23 @@ def _title(study: Study) -> str:
     return directory.parent.name if directory.name == "study" else directory.name
 
 
-def _summary(study: Study) -> str:
-    best, interval = study.incumbent, study.over_base(study.incumbent)
-    unit = Unit.of(study.config.objective)
-    told = "" if interval.excludes_zero else ", not told apart from the base"
+def _summary(study: Study, comparison: Comparison | None) -> str:
+    """Return what the sealed test says, where it was scored, and the score that the merge was
+    chosen by, which is another number.
+    """
+    best = study.incumbent
+    said = said_of(study.over_base(best), Unit.of(study.config.objective), is_gain=True)
     state = "" if study.is_finished else " The search is not finished."
-    return (
+    chosen = (
         f"The best of {len(study.log.of('search'))} trials is number {best.number} "
-        f"({best.origin}): {unit.show(interval.difference)} over the base on the items of the "
-        f"search, 95 % interval {unit.show(interval.low)} to {unit.show(interval.high)}{told}."
-        f"{state}"
+        f"({best.origin}): on {ITEMS_OF[best.fidelity]}, over {study.baseline}, {said}."
+    )
+    if comparison is None:
+        return f"{chosen} Weights are chosen by this score, so it flatters them.{state}"
+    sealed = compare.verdicts(comparison)[0]
+    return (
+        f"On the sealed test: {sealed} {chosen} Weights are chosen by that score, so it flatters "
+        f"them; the sealed one does not.{state}"
     )
 
 
@@ -242,9 +239,10 @@ def _progress(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
         axis.plot(x, np.maximum(values, low), "o", markersize=4, alpha=0.6, label="trial")
         axis.step(x, best, where="post", color=COLOURS[1], label="best so far")
         axis.set_xlabel({"trial": "trial", "min": "minutes of trials"}[label])
-        axis.set_ylabel("gain, %" if unit.factor > 1 else "gain")
+    figure.supylabel(f"{unit.text.replace('the base', study.baseline)}, items of the search")
     axes[0].legend(loc="lower right")
-    last = trials[int(np.argmax(values))].number
+    numbers = [trial.number for trial in trials]
+    last = numbers[int(np.argmax(values))]
     late = min(max(len(trials) // 5, FEWEST_LATE), len(trials))
     gained = best[-1] - best[-1 - late] if len(trials) > late else best[-1]
     has_settled = gained <= SETTLED * best[-1]
@@ -252,11 +250,17 @@ def _progress(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
     told = f"the last {late} trials raised the best score (trial {last}) {raised}: " + (
         "the search has settled" if has_settled else "more trials may find more"
     )
+    told += (
+        f". On the items of the search, over {study.baseline}, trial {last} has "
+        f"{unit.show(best[-1] / unit.factor)}, the merge (trial {study.incumbent.number}) "
+        f"{unit.show(values[numbers.index(study.incumbent.number)] / unit.factor)}"
+    )
     return Panel(
         "progress",
         "Best merge over trials and over cost",
         f"{told[0].upper()}{told[1:]}.",
-        f"Value of {len(trials)} trials and the best so far, {best[-1]:.2f} at the end, over the "
+        f"Gain of {len(trials)} trials over {study.baseline} on the items of the search and the "
+        f"best so far, {unit.show(best[-1] / unit.factor)} at the end, over the "
         f"number of the trial and over {cost[-1]:.1f} minutes.",
         figure,
     )
@@ -380,24 +384,24 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
     labels = list(found.base.scores)
     figure, axes = _figure((0.65 + 0.2 * len(rows)) * len(labels), rows=len(labels))
     verdicts: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+    baseline = "the base" if comparison is not None else study.baseline
     for axis, label in zip(axes, labels, strict=True):
         for at, row in enumerate(reversed(rows)):
             interval = found.term_interval(row, label)
             _draw_interval(axis, at, interval, row.name == MERGE)
             if row.name == MERGE:
-                side = "better" if interval.low > 0 else "worse"
-                verdicts[side if interval.excludes_zero else "not told apart"].append(label)
+                verdicts.setdefault(interval.answer, []).append(label)
         axis.axvline(0, color=INK, linewidth=0.7)
         axis.set_yticks(range(len(rows)), [_label(row) for row in reversed(rows)])
         axis.set_ylim(-0.7, len(rows) - 0.3)
         axis.set_title(label)
-    figure.supxlabel("gain over the base, %, 95 % interval (accuracies: points)" + _note(rows))
+    figure.supxlabel(f"gain over {baseline}, %, 95 % interval (accuracies: points){_note(rows)}")
     said = "; ".join(f"{side} in {', '.join(each)}" for side, each in verdicts.items() if each)
     return Panel(
         "terms",
         f"Scores per term, {where}",
-        f"The merge against the base: {said}.",
-        f"Gain of {len(rows)} merges over the base in {', '.join(labels)}, with paired 95 % "
+        f"The merge against {baseline}: {said}.",
+        f"Gain of {len(rows)} merges over {baseline} in {', '.join(labels)}, with paired 95 % "
         "intervals.",
         figure,
     )
@@ -425,11 +429,13 @@ def _draw_interval(
 ) -> None:
     middle, low, high = (factor * v for v in (interval.difference, interval.low, interval.high))
     colour = COLOURS[1] if marked else COLOURS[0]
-    axis.plot([low, high], [at, at], color=colour, linewidth=1.4)
+    if interval.kind != "none":
+        axis.plot([low, high], [at, at], color=colour, linewidth=1.4)
     axis.plot(middle, at, "o", color=colour, markersize=4)
 
 
-def _sealed(comparison: Comparison, unit: Unit) -> Panel:
+def _sealed(comparison: Comparison) -> Panel:
+    unit = Unit.of(comparison.objective)
     rows = sorted(comparison.rows[1:], key=comparison.value)
     figure, axes = _figure(0.8 + 0.2 * len(rows))
     for at, row in enumerate(rows):

@@ -21,6 +21,7 @@ from optimer_hf.ask import Asker, anchors
 from optimer_hf.errors import EvaluationError
 from optimer_hf.evaluate import (
     Term,
+    Unit,
     feasible,
     warn_of_other_weights,
     warn_of_reported_benchmarks,
@@ -278,7 +279,8 @@ class _Best:
 def _note(study: Study, trial: Trial, best: float) -> str:
     if trial.status == "crashed":
         return "crashed"
-    return f"{study.value(trial):+.4f}, best {best:+.4f}"
+    unit, base = Unit.of(study.config.objective), study.value(study.log.first("search"))
+    return f"{unit.show(study.value(trial) - base)}, best {unit.show(best - base)}"
 
 
 def _figures(study: Study, trial: Trial, best: float) -> dict[str, float]:

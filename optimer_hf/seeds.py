@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optimer_hf.compare import AT_BEST_SCALE, titled
+from optimer_hf.evaluate import Unit
 from optimer_hf.files import markdown_table, write_text
 from optimer_hf.pipeline import Run, claim, finished_summary, load, run_recipe
 from optimer_hf.reading import read_json
-from optimer_hf.report import Unit
 from optimer_hf.study import MERGE
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Spread:
-    """Numbers by seed, and the mean with its 95 % t interval over the seeds (of one: nothing)."""
+    """Numbers by seed, and the mean with its 95 % t interval over the seeds (of one, or of equal
+    numbers: nothing).
+    """
 
     values: list[float]
 
@@ -44,7 +46,7 @@ class Spread:
         from scipy.stats import t
 
         n = len(self.values)
-        if n == 1:
+        if len(set(self.values)) == 1:
             return None
         half = float(t.ppf(0.975, n - 1)) * statistics.stdev(self.values) / math.sqrt(n)
         return self.mean - half, self.mean + half
@@ -65,7 +67,8 @@ def run_seeds(run: Run, n_seeds: int) -> str:
 
     Finished runs are kept, so that more seeds can be added later. Raises what `run_recipe` raises.
     """
-    unit = Unit.of(load(run)[0].objective)
+    config = load(run)[0]
+    unit = Unit.of(config.test or config.objective)
     runs = claimed_runs(run, n_seeds)
     for each in runs:
         logger.info("%s of %d seeds", each.out.name, n_seeds)
@@ -74,6 +77,11 @@ def run_seeds(run: Run, n_seeds: int) -> str:
     results = [read_json(each.out / "results.json") for each in runs]
     rows, merges = rows_of(results), [_by_name(result)[MERGE]["weights"] for result in results]
     text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}"
+    answers = {
+        row["over_base"].get("verdict", "") for result in results for row in result["rows"][1:]
+    }
+    few = sorted(answer for answer in answers if answer.startswith("too few"))
+    text += "".join(f"\nWithin a run, the sealed test has {answer}.\n" for answer in few)
     left_out = sorted(
         {name for each in results for name in _by_name(each)} - {r.name for r in rows}
     )

@@ -23,7 +23,6 @@ from optimer_hf.checkpoint import tokenizer_files, weights_fingerprint
 from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import (
     STRICT_RECORD,
-    Interval,
     Objective,
     Scores,
     Term,
@@ -53,6 +52,7 @@ from optimer_hf.files import (
     without_folders,
     write_text,
 )
+from optimer_hf.intervals import Interval
 from optimer_hf.record import Rules, append_line, check_trials, read_lines
 from optimer_hf.surrogate import GaussianProcess, WeightedSum, fit
 
@@ -73,6 +73,11 @@ RETARGETED = "re-targeted to "
 # rows of every comparison, beside those that a vector or a target names
 ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
 Fidelity = Literal["search", "rescore", "sealed"]
+ITEMS_OF: dict[Fidelity, str] = {  # what a score is of, by fidelity
+    "search": "the items of the search",
+    "rescore": "the items on which the best trials were scored again",
+    "sealed": "the sealed test",
+}
 STUDY_FILE, INPUTS_FILE = "study.json", "inputs.json"
 TRIALS_FILE, DECISIONS_FILE, SEALED_FILE = "trials.jsonl", "decisions.jsonl", "sealed.jsonl"
 OF_TEST = "test."  # digests of the items of the sealed test
@@ -220,20 +225,13 @@ class StudyConfig(VersionedFile):
     def _mistakes_of_test(self) -> Iterator[Mistake]:
         if self.test is None:
             return
-        searched = {term.task_name: term.hash_range for term in self.objective.scored}
-        asked = {term.task_name: term.settings for term in self.objective.scored}
+        searched = [(term.task_name, *term.hash_range) for term in self.objective.scored]
         for term in self.test.scored:
             group: list[Any] = self.test.terms if term in self.test.terms else self.test.constraints
             where = ("test", "terms" if group is self.test.terms else "constraints")
             place, shared = (*where, group.index(term)), term.task or term.text or term.function
-            if asked.get(term.task_name, term.settings) != term.settings:
-                yield (
-                    place,
-                    f"objective and test ask '{shared}' with different num_fewshot or generation; "
-                    "copy it under another name",
-                )
-            low, high = searched.get(term.task_name, (2.0, 2.0))
-            if term.hash_range[0] < high and low < term.hash_range[1]:
+            low, high = term.hash_range
+            if any(name == term.task_name and low < b and a < high for name, a, b in searched):
                 yield (
                     place,
                     f"objective and test share '{shared}': the sealed items would be ones the "
@@ -727,6 +725,12 @@ class Study:
     def base(self) -> dict[str, TermScore]:
         """Scores of the base on the search items."""
         return self.log.first("search").terms
+
+    @property
+    def baseline(self) -> str:
+        """What the gains of a search are over: fixed vectors are in every trial, the first too."""
+        along = ", ".join(f"{name} at {weight:g}" for name, weight in self.config.fixed.items())
+        return f"the base with {along}" if along else "the base"
 
     @property
     def rescored_base(self) -> dict[str, TermScore]:

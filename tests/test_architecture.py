@@ -44,6 +44,7 @@ ORDER = [
     "geometry",
     "resident",
     "harness",
+    "intervals",
     "evaluate",
     "overlap",
     "record",

@@ -674,7 +674,7 @@ def test_search_prints_front_and_ledger_beside_the_merge_config(searched):
     assert yaml.safe_load(result.stdout)["merge_method"] == "optimer"
     assert "Pareto front" in result.stderr and "| pick | trial | aaa" in result.stderr
     assert "search: n 6, items 36, tokens" in result.stderr
-    assert re.search(r"minus the base: \+\d\.\d{4} \[[+-]\d\.\d{4}, \+\d\.\d{4}\]", result.stderr)
+    assert re.search(r"minus the base: \+\d+\.\d\d % \[[+-]\d+\.\d\d, \+\d+\.\d\d\]", result.stderr)
     assert "minus the next best, trial" in result.stderr
 
 

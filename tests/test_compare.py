@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_search import FunctionPool, config_of, failing_at, landscape
+from test_search import FunctionPool, TellingPool, config_of, failing_at, landscape
 
 from optimer_hf.compare import MERGE, candidates, compare, table, to_json, to_markdown, verdicts
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
@@ -45,7 +45,7 @@ def no_pool(config):
 
 @pytest.fixture
 def study(tmp_path):
-    return search(with_test(), tmp_path / "s", pool=FunctionPool)
+    return search(with_test(), tmp_path / "s", pool=TellingPool)
 
 
 def test_constraints_of_the_test_are_scored_and_shown_like_terms(tmp_path):
@@ -134,7 +134,7 @@ def test_a_study_without_a_test_section_cannot_be_compared(tmp_path):
 
 
 def test_the_merge_is_compared_with_the_best_of_the_others(study):
-    comparison = compare(study, pool=FunctionPool)
+    comparison = compare(study, pool=TellingPool)
     others = [row for row in comparison.rows if row.name != MERGE]
     assert comparison.best_baseline().name == max(others, key=comparison.value).name
     interval = comparison.interval(comparison.merge, comparison.best_baseline())

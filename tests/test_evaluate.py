@@ -4,6 +4,7 @@ errors.
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from optimer_hf.evaluate import (
     Evaluator,
     Objective,
     ObjectiveFile,
+    Term,
     TermScore,
     check_disjoint,
     combine,
@@ -354,6 +356,124 @@ def test_examples_in_the_prompt_change_the_scores(tokenizer, tasks_dir):
     assert shots["toy_choice"].n_tokens > 2 * plain.n_tokens
 
 
+# -- several terms of one task ---------------------------------------------------------------------
+
+EXAMPLES = [{"question": q, "choices": [" a", " b"], "label": n % 2} for n, q in enumerate("pqrs")]
+PAIRS = [  # of terms of one task that differ in one field
+    ({"limit": 2}, {"limit": 6}),
+    ({"limit": 6}, {"limit": 2}),
+    ({"limit": 5}, {}),
+    ({"limit": 100}, {"limit": 1}),
+    ({"metric": "acc"}, {"metric": "acc_norm"}),
+    ({"num_fewshot": 2}, {}),
+    ({"num_fewshot": 1}, {"num_fewshot": 3, "limit": 4}),
+    ({"hash_range": [0, 0.5]}, {"hash_range": [0.5, 1]}),
+    ({"hash_range": [0, 0.6], "limit": 3}, {"hash_range": [0.3, 1]}),
+    ({"hash_range": [0, 0.6]}, {}),
+    ({"weight": 0}, {"weight": 2}),
+    ({"rescore_only": True, "limit": 3}, {"limit": 4}),
+]
+GENERATED = [
+    ({"generation": {"max_gen_toks": 1}}, {"generation": {"max_gen_toks": 6}}),
+    ({"generation": {"until": ["a"]}}, {}),
+    ({"metric": "exact_match,whole"}, {"metric": "exact_match,first", "limit": 3}),
+]
+
+
+CASES = [("toy_choice", "acc_norm", pair) for pair in PAIRS]
+CASES += [("toy_generate", "exact_match,first", pair) for pair in GENERATED]
+
+
+@pytest.fixture(scope="module")
+def alone(tokenizer, tasks_dir, tmp_path_factory):
+    """Return the terms of all cases by name, an evaluator of them, and a function that returns what
+    stock lm-eval gives each item of a term.
+    """
+    folder, model = tmp_path_factory.mktemp("alone"), tiny_model("llama").eval()
+    for text in (CHOICE_TASK, GENERATE_TASK):
+        task = text.replace("choice.jsonl", str(tasks_dir / "choice.jsonl"))
+        task += f"fewshot_config: {{sampler: first_n, samples: {EXAMPLES}}}\n"
+        task = task.replace('"{{choices[label]}}"', '"a"')  # some answers are right
+        (folder / f"{text.split()[1]}.yaml").write_text(task, encoding="utf-8")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+
+    @cache
+    def logged(task, num_fewshot, generation):
+        return simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=24),
+            tasks=[task],
+            num_fewshot=num_fewshot,
+            gen_kwargs=generation and json.loads(generation),
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=True,
+        )["samples"][task]
+
+    def items_of(term, task):
+        generation = term.get("generation")
+        found = logged(term["task"], term.get("num_fewshot"), generation and json.dumps(generation))
+        name, _, chain = term["metric"].partition(",")
+        kept = [row for row in found if row["filter"] == (chain or found[0]["filter"])]
+        kept.sort(key=lambda row: row["doc_id"])
+        within = items_within(task, tuple(term.get("hash_range", (0.0, 1.0))))
+        chosen = [within[index] for index in spread(len(within), term.get("limit"))]
+        return chosen, [kept[index][name] for index in chosen]
+
+    terms = {
+        name: {"task": task, "metric": metric, "name": name} | fields
+        for at, (task, metric, pair) in enumerate(CASES)
+        for name, fields in zip((f"{at}a", f"{at}b"), pair, strict=True)
+    }
+    evaluator = Evaluator(model, tokenizer, [objective_of(*terms.values(), include_path=folder)])
+    return terms, evaluator, items_of
+
+
+@pytest.mark.parametrize("at", range(len(CASES)))
+def test_terms_of_one_task_are_each_scored_as_lm_eval_scores_them_alone(alone, at):
+    terms, evaluator, items_of = alone
+    pair = [terms[f"{at}{name}"] for name in "ab"]
+    found = evaluator.evaluate(
+        [Term.model_validate(term) for term in pair],
+        limits={term["name"]: term.get("limit") for term in pair},
+    )
+    places = []
+    for term in pair:
+        chosen, expected = items_of(term, evaluator.tasks[term["task"]])
+        places.append(set(chosen))
+        assert [top for top, _ in found[term["name"]].items] == pytest.approx(expected)
+    documents = [set(score.documents) for score in found.values()]
+    assert len(documents[0] & documents[1]) == len(places[0] & places[1])
+    assert [len(each) for each in documents] == [len(each) for each in places]
+
+
+def test_terms_of_one_file_are_each_scored_on_their_own_items(tokenizer, tmp_path):
+    model, texts = tiny_model("gemma").eval(), [f"text number {n}" for n in range(9)]
+    path = write_texts(tmp_path / "t.jsonl", texts)
+    limits = {"a": 2, "b": 5, "c": None}
+    terms = [{"text": path, "name": name, "limit": limit} for name, limit in limits.items()]
+    terms[1]["metric"] = "byte_perplexity"
+    found = evaluate_all(model, tokenizer, objective_of(*terms))
+    for name, limit in limits.items():
+        expected = [bits_and_bytes(model, texts[index]) for index in spread(9, limit)]
+        assert found[name].items == [pytest.approx(item, rel=1e-5) for item in expected]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("limit", 3), ("num_fewshot", 1), ("generation", {"until": ["x"]}), ("hash_range", [0, 0.5])],
+)
+def test_a_constraint_about_a_term_asks_as_the_term_does(field, value):
+    term = {"task": "a", "metric": "acc"}
+    limited = {**term, field: value}
+    bound = {"max_relative_to_base": 0.1}
+    with pytest.raises(ValidationError, match=f"'a' is called as a term with another {field}"):
+        objective_of(term, constraints=[limited | bound])
+    assert objective_of(limited, constraints=[term | bound]).scored == [
+        objective_of(limited).terms[0]
+    ]
+    assert objective_of(limited, constraints=[limited | bound])
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
@@ -574,19 +694,20 @@ def test_the_base_is_worth_nothing(rule):
 
 
 @pytest.mark.parametrize("rule", ["relative_to_base", "worst"])
-def test_the_interval_of_equal_scores_is_zero(rule):
+def test_scores_beside_themselves_have_no_interval(rule):
     interval = paired_interval(objective_of(*TERMS, combine=rule), OTHER, OTHER, BASE)
-    assert (interval.difference, interval.low, interval.high) == (0, 0, 0)
-    assert not interval.excludes_zero
+    assert (interval.difference, interval.low, interval.high) == (0, -math.inf, math.inf)
+    assert interval.kind == "none" and not interval.excludes_zero
 
 
-def test_the_interval_of_a_constant_improvement_is_a_point():
+def test_a_constant_improvement_is_settled_and_no_certain_number():
     objective = objective_of({"task": "a", "metric": "m", "name": "loss"})
     base = {"loss": losses(*[2.0] * 20)}
     interval = paired_interval(
         objective, {"loss": losses(*[1.0] * 20)}, {"loss": losses(*[1.5] * 20)}, base
     )
-    assert (interval.difference, interval.low, interval.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert interval.difference == pytest.approx(0.25)
+    assert 0 < interval.low < 0.22 and 0.25 < interval.high < 0.3
     assert interval.excludes_zero
 
 
@@ -644,7 +765,8 @@ def test_spread_takes_the_same_share_of_every_source():
 
 
 def test_byte_perplexity_is_two_to_the_bits_per_byte(model, tokenizer, tmp_path):
-    path = write_texts(tmp_path / "a.jsonl", ["some text", "and some more of it", "x y z"])
+    texts = ["some text", "and some more of it", "x y z", *(f"text {n} of ten" for n in range(10))]
+    path = write_texts(tmp_path / "a.jsonl", texts)
     objective = objective_of(
         {"text": str(path), "name": "bits"},
         {"text": str(path), "name": "perplexity", "metric": "byte_perplexity"},
@@ -878,7 +1000,8 @@ def test_gains_of_negative_losses_and_zero_bases_have_the_right_sign():
         return {"f": TermScore([(value, 1.0) for value in values], False)}
 
     objective = objective_of({"function": "f", "higher_is_better": False})
-    found = paired_interval(objective, losses(-3, -3.2), losses(-2, -2), losses(-2, -2))
+    better, base = losses(*np.linspace(-3, -3.2, 12)), losses(*[-2] * 12)
+    found = paired_interval(objective, better, base, base)
     assert 0 < found.low <= found.difference <= found.high
     assert gains(losses(1.0), losses(0.0)) == {"f": -1.0}
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 from test_compare import with_test
-from test_search import FunctionPool, config_of, failing_at
+from test_search import FunctionPool, TellingPool, config_of, failing_at
 
 from optimer_hf import compare
 from optimer_hf.cli import main
@@ -26,9 +26,9 @@ FIGURES = ["progress", "weights", "slices", "terms", "sealed", "front", "ledger"
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     found = search(
-        with_test(), tmp_path_factory.mktemp("report") / "a <b> & $c_1$", pool=FunctionPool
+        with_test(), tmp_path_factory.mktemp("report") / "a <b> & $c_1$", pool=TellingPool
     )
-    compare.compare(found, pool=FunctionPool)
+    compare.compare(found, pool=TellingPool)
     return found
 
 
