@@ -590,8 +590,9 @@ def extract(
 
     In a floating-point dtype it has a tensor for every one of the base (zeros where nothing moved),
     so that mergekit reads it as a model; in `int8`, with a scale for every `block_size` numbers, it
-    has the moved ones only. A delta keeps its own exponent, so bfloat16 costs 2^-9 of it. `source`
-    holds the weights that the record names (None: those of the vector). Memory: a few row blocks.
+    has the moved ones only. A delta keeps its own exponent, so bfloat16 moves each number by at
+    most 2^-8 of it. `source` holds the weights that the record names (None: those of the vector).
+    Memory: a few row blocks.
     """
     checkpoint = Checkpoint(base.path)
     norm, relative_norm = norms(vector, checkpoint)
