@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
@@ -95,7 +96,10 @@ class Workers:
     def __enter__(self) -> Self:
         """Start or find the cluster; raise StudyError when no scheduler answers."""
         with contextlib.ExitStack() as stack:
-            cluster = self._scheduler or stack.enter_context(_local_cluster(self._n_workers or 1))
+            if (cluster := self._scheduler) is None:  # Dask never removes its own scratch directory
+                scratch = TemporaryDirectory(prefix="optimer-dask-", ignore_cleanup_errors=True)
+                folder = stack.enter_context(scratch)
+                cluster = stack.enter_context(_local_cluster(self._n_workers or 1, folder))
             self._client = stack.enter_context(_connected(cluster))
             self._stack = stack.pop_all()
         return self
@@ -229,7 +233,7 @@ class Workers:
             ) from error
 
 
-def _local_cluster(n_workers: int) -> LocalCluster:
+def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:
     """Return processes on this machine, without Dask's limit: a model may fill the memory."""
     return LocalCluster(
         n_workers=n_workers,
@@ -237,6 +241,7 @@ def _local_cluster(n_workers: int) -> LocalCluster:
         processes=True,
         dashboard_address=None,
         memory_limit=0,
+        local_directory=scratch,
         # even without a dashboard the scheduler listens on 8787, and warns when that port is taken
         scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
     )

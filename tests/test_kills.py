@@ -22,8 +22,8 @@ from optimer_hf.convert import ResolvedModel
 from optimer_hf.vector import describe
 
 ALICE = "hf_alice_write"
-N_SAMPLED = 3  # events of a command
-CACHES = r"^(hf|cache)/"
+N_SAMPLED = 2  # events of a command
+IGNORED = r"^(hf|cache)/|(^|/)\.partial-[^/]*\.lock$"  # caches, and locks that nobody holds
 EXISTS = "already exists and is not empty"  # a finished output, which stays as it is
 
 # command line; the command whose results it starts from
@@ -156,7 +156,7 @@ def tried(scratch: Path, first_commit: str) -> Iterator[Callable[..., dict[str, 
                 "arguments": [text.replace("FIRST", first_commit) for text in arguments],
                 "sample": sample,
                 "seed": seed,
-                "ignored": CACHES,
+                "ignored": IGNORED,
                 "accepted": EXISTS if name in ("extract", "merge", "mergekit") else "(?!)",
                 "repo": "alice/pushed" if name == "push" else None,
             }
