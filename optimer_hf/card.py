@@ -4,6 +4,7 @@ A card is YAML metadata and a text. Between two marks the text is ours and is wr
 push; what a person writes outside of them, and metadata that we do not set, stays.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from optimer_hf.errors import HubError
+from optimer_hf.errors import ConfigError, HubError
 from optimer_hf.files import markdown_table
+from optimer_hf.reading import parse_yaml
 
 BEGIN = "<!-- optimer: written anew by every push; write above or below -->"
 END = "<!-- optimer: end -->"
@@ -75,6 +77,25 @@ class Picture:
 def _escaped(text: str) -> str:
     """Return a text in one line that Markdown shows as it is, whatever names are in it."""
     return re.sub(r"([\\`*_\[\]<>|!~$&])", r"\\\1", " ".join(text.split()))
+
+
+def _as_code(text: str) -> str:
+    """Return a text in one line between backticks that it cannot end."""
+    line = " ".join(str(text).split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if "`" in line else ""
+    return f"{ticks}{space}{line}{space}{ticks}".replace("|", "\\|")
+
+
+def _as_key(name: str) -> str:
+    """Return a name as a key of YAML."""
+    return name if re.fullmatch(r"[A-Za-z][\w.-]*", name) else json.dumps(name)
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """Return a text as a code block that no line of it can end."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}{language}\n{text}\n{ticks}"
 
 
 def strictest_licence(licences: Mapping[str, str | None]) -> str | None:
@@ -159,7 +180,7 @@ def recipe_facts(
 
 
 def _sealed_table(results: str) -> str:
-    lines = results.splitlines()
+    lines = [_harmless(line) for line in results.splitlines()]
     begin = next((n for n, line in enumerate(lines) if line.startswith("|")), len(lines))
     end = next((n for n in range(begin, len(lines)) if not lines[n].startswith("|")), len(lines))
     if begin == end:
@@ -167,15 +188,22 @@ def _sealed_table(results: str) -> str:
     return "\n".join(["Gain over the base on the sealed test:", "", *lines[begin:end]])
 
 
+def _harmless(line: str) -> str:
+    """Return a line of a Markdown table of ours without what names in it could add: HTML, links."""
+    return line.replace("<", "&lt;").replace("](", "]\\(").replace("![", "\\![")
+
+
 def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str | None) -> str:
     """Return a card; what a person added to the `existing` one stays."""
     environment = Environment(
         loader=PackageLoader("optimer_hf", "."), undefined=StrictUndefined, autoescape=False
     )
+    environment.filters |= {"text": _escaped, "code": _as_code, "key": _as_key, "fenced": _fenced}
     template = environment.get_template("model_card.md.jinja")
-    text = template.render(begin=BEGIN, end=END, **facts).strip()
+    inner = template.render(**facts).strip().replace("<!-- optimer:", "<! -- optimer:")
+    text = f"{BEGIN}\n{inner}\n{END}"
     theirs, body = split(existing or "")
-    begin, end = body.find(BEGIN), body.find(END)
+    begin, end = body.find(BEGIN), body.rfind(END)  # names in older cards may hold marks
     if begin >= 0 and end > begin:
         text = body[:begin] + text + body[end + len(END) :]
     elif body.strip():
@@ -196,12 +224,9 @@ def split(card: str) -> tuple[dict[str, Any], str]:
     if match is None:
         return {}, card
     try:
-        metadata = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
-        raise HubError(
-            f"README.md on the Hub: its metadata is not valid YAML. {' '.join(str(error).split())} "
-            "Mend it there, then push again."
-        ) from None
+        metadata = parse_yaml(match[1], "README.md on the Hub")
+    except ConfigError as error:
+        raise HubError(f"{error} Mend it there, then push again.") from None
     if metadata is not None and not isinstance(metadata, dict):
         raise HubError(
             f"README.md on the Hub: its metadata is a {type(metadata).__name__}, expected a "

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -58,8 +59,10 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 OUTER_WRAPPER = "module."
 GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
 OF_TOKENIZER = [  # data by their endings: a tokenizer.py is code
-    "tokenizer*.json",
-    "tokenizer*.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.txt",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -71,16 +74,19 @@ OF_TOKENIZER = [  # data by their endings: a tokenizer.py is code
     "*.model",
     "*.tiktoken",
 ]
+LEGAL = [
+    name + ending
+    for name in ("LICEN[SC]E", "LICEN[SC]E[-_]*", "COPYING", "USE_POLICY", "NOTICE")
+    for ending in ("", ".txt", ".md", ".rst", ".html")
+]
 COPIED_BESIDE_WEIGHTS = [
     "config.json",
     GENERATION_CONFIG,
     *OF_TOKENIZER,
     "*processor_config.json",
-    "LICEN[SC]E*",
-    "COPYING*",
-    "USE_POLICY*",
-    "NOTICE*",
+    *LEGAL,
 ]
+OTHER = re.compile(r"LICEN[SC]E[-_].*\.(?!txt$|md$|rst$|html$)\w*[a-z]\w*", re.IGNORECASE)
 
 LARGEST_HEADER = 2**25  # bytes; 100,000 tensors take 12 million
 MOST_TENSORS = 100_000  # in one file
@@ -622,6 +628,17 @@ def _shards(
     return shards
 
 
+def is_beside_weights(name: str, patterns: Sequence[str] = COPIED_BESIDE_WEIGHTS) -> bool:
+    """Return whether a file of this name is copied with a model: its config, tokenizer and licence,
+    and never code.
+    """
+    return (
+        "/" not in name
+        and OTHER.fullmatch(name) is None
+        and any(fnmatch(name, pattern) for pattern in patterns)
+    )
+
+
 def files_beside_weights(source: Path, *, tokenizer: Path | None = None) -> list[Path]:
     """Return config, tokenizer, chat template and licence files of a model; with `tokenizer` the
     `tokenizer_files` come from there.
@@ -631,7 +648,11 @@ def files_beside_weights(source: Path, *, tokenizer: Path | None = None) -> list
         for pattern in COPIED_BESIDE_WEIGHTS
         if tokenizer is None or pattern not in OF_TOKENIZER
     ]
-    found = [path for pattern in patterns for path in source.glob(pattern) if path.is_file()]
+    found = [
+        path
+        for path in sorted(source.glob("*"))
+        if path.is_file() and is_beside_weights(path.name, patterns)
+    ]
     return found if tokenizer is None else [*found, *_of_tokenizer(tokenizer)]
 
 

@@ -21,6 +21,7 @@ import torch
 
 from optimer_hf.checkpoint import (
     ANY_WEIGHTS,
+    LEGAL,
     OF_TOKENIZER,
     OUTER_WRAPPER,
     WRAPPERS,
@@ -43,6 +44,7 @@ from optimer_hf.files import (
 )
 from optimer_hf.gguf_config import FACTORS, fitted_config
 from optimer_hf.gguf_header import GgufHeader, read_header
+from optimer_hf.guard import hub_answers
 from optimer_hf.loader import (
     gguf_model_without_weights,
     gguf_names_read,
@@ -59,7 +61,7 @@ from optimer_hf.packages import packaged_gguf
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
 CONVERSION = 2  # what it makes of the same file; 1 dropped what transformers does not read
-BESIDE_WEIGHTS = ["*.json", *OF_TOKENIZER, "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+BESIDE_WEIGHTS = ["*.json", *OF_TOKENIZER, "*.txt", "*.jinja", *LEGAL]
 
 
 @dataclass(frozen=True)
@@ -306,23 +308,25 @@ def snapshot(ref: Reference, *, with_weights: bool = True, local_files_only: boo
 
     repo_id, revision = ref.repo
     first = [*BESIDE_WEIGHTS, "model.safetensors"] if with_weights else BESIDE_WEIGHTS
-    path = Path(
-        snapshot_download(
-            repo_id, revision=revision, allow_patterns=first, local_files_only=local_files_only
+    with hub_answers():
+        path = Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=first, local_files_only=local_files_only
+            )
         )
-    )
     if not with_weights:
         return path
     is_adapter = (path / "adapter_config.json").exists()
     wanted = [ANY_WEIGHTS] if is_adapter else weight_names(path)
     if wanted != ["model.safetensors"]:
-        snapshot_download(
-            repo_id,
-            revision=path.name,
-            allow_patterns=[*wanted, "config.json"],  # the client warns where nothing matches
-            ignore_patterns="*/*",  # conversions for other programs
-            local_files_only=local_files_only,
-        )
+        with hub_answers():
+            snapshot_download(
+                repo_id,
+                revision=path.name,
+                allow_patterns=[*wanted, "config.json"],  # the client warns where nothing matches
+                ignore_patterns="*/*",  # conversions for other programs
+                local_files_only=local_files_only,
+            )
     return path
 
 

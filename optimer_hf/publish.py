@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from optimer_hf.checkpoint import weight_files
+from optimer_hf.checkpoint import LEGAL, is_beside_weights, weight_files
 from optimer_hf.errors import HubError
 from optimer_hf.files import Reference, is_pinned, without_folders, yaml_text
 from optimer_hf.merge_config import (
@@ -22,7 +22,7 @@ from optimer_hf.merge_config import (
     vanilla_config,
     with_tokenizer,
 )
-from optimer_hf.private import VOCABULARIES, refuse_private
+from optimer_hf.private import refuse_private
 from optimer_hf.recipe import LARGEST_CANCELLATION, LOCK, Lock, RecipeFile, untaken_note
 from optimer_hf.record import read_lines
 from optimer_hf.report import CAPTIONS, CARD_FIGURES, FIGURES, Captions
@@ -34,19 +34,8 @@ Kind = Literal["vector", "recipe", "model"]
 CARD = "README.md"
 WEIGHTS = re.compile(r"(model|vector)(-\d{5}-of-\d{5})?\.safetensors|adapter_model\.safetensors")
 IDENTITY = re.compile(rf"{WEIGHTS.pattern}|adapter_config\.json")  # what a lock knows
-LEGAL = frozenset(
-    {"LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md", "USE_POLICY.md"}
-)
 RECIPE_FILES = frozenset({"recipe.yaml", LOCK, "optimer.yml", "mergekit_config.yml"})
-MODEL_FILES = VOCABULARIES | {
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "model.safetensors.index.json",
-    "vector.safetensors.index.json",
-}
+INDEX_FILES = frozenset({"model.safetensors.index.json", "vector.safetensors.index.json"})
 STUDY_FILES = frozenset(
     {
         "study/study.json",
@@ -57,10 +46,10 @@ STUDY_FILES = frozenset(
     }
 )
 FIGURE_FILES = frozenset({CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)})
-ALLOWED: dict[Kind, frozenset[str]] = {
-    "vector": LEGAL | MODEL_FILES | {"vector.json", "adapter_config.json"},
-    "recipe": LEGAL | RECIPE_FILES | STUDY_FILES | FIGURE_FILES | {"results.json", "results.md"},
-    "model": LEGAL | MODEL_FILES | RECIPE_FILES | FIGURE_FILES,
+ALLOWED: dict[Kind, frozenset[str]] = {  # beside what is_beside_weights allows
+    "vector": INDEX_FILES | {"vector.json", "adapter_config.json"},
+    "recipe": RECIPE_FILES | STUDY_FILES | FIGURE_FILES | {"results.json", "results.md"},
+    "model": INDEX_FILES | RECIPE_FILES | FIGURE_FILES,
 }
 
 
@@ -92,8 +81,14 @@ def kind_of(names: Collection[str]) -> Kind | None:
 
 def is_allowed(kind: Kind, name: str) -> bool:
     """Whether a file of this name belongs into a repository of this kind."""
-    is_weights = kind != "recipe" and WEIGHTS.fullmatch(name) is not None
-    return is_weights or name in ALLOWED[kind]
+    if kind != "recipe" and (WEIGHTS.fullmatch(name) or is_beside_weights(name)):
+        return True
+    return name in ALLOWED[kind] or is_legal(name)
+
+
+def is_legal(name: str) -> bool:
+    """Whether a file of this name is a licence, a notice or a policy."""
+    return is_beside_weights(name, LEGAL)
 
 
 def local_vectors(directory: Path) -> dict[str, Path]:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import ValidationError, field_validator
 
+from optimer_hf.checkpoint import COPIED_BESIDE_WEIGHTS
 from optimer_hf.errors import HubError, OptimerError
 from optimer_hf.files import (
     Reference,
@@ -178,7 +179,8 @@ def _download(snapshot: _Snapshot, names: tuple[str, ...], token: str | None) ->
 def _cached(repo_id: str, revision: str | None) -> _Snapshot:
     """Return what the cache holds of a repository that was pulled before."""
     try:
-        patterns = [CARD, "*.safetensors", *sorted(frozenset().union(*ALLOWED.values()))]
+        named = sorted(frozenset().union(*ALLOWED.values()))
+        patterns = [CARD, "*.safetensors", *COPIED_BESIDE_WEIGHTS, *named]
         found = snapshot_download(
             repo_id, revision=revision, allow_patterns=patterns, local_files_only=True
         )

@@ -37,10 +37,10 @@ from optimer_hf.errors import HubError
 from optimer_hf.files import Reference, sha256_file
 from optimer_hf.publish import (
     CARD,
-    LEGAL,
     Kind,
     Publication,
     is_allowed,
+    is_legal,
     kind_of,
     local_vectors,
     publication,
@@ -272,7 +272,7 @@ def _refuse_other_content(target: _Target, info: ModelInfo, found: Publication) 
             f"{target.repo_id}: holds a {there}, and this is a {found.kind}. Give another "
             "repository."
         )
-    foreign = [name for name in names if is_allowed(found.kind, name) and name not in LEGAL]
+    foreign = [name for name in names if is_allowed(found.kind, name) and not is_legal(name)]
     if there is None and foreign:
         raise HubError(
             f"{target.repo_id}: holds files of somebody's model ({', '.join(foreign[:3])} ...), "
@@ -482,7 +482,9 @@ def _changes(
     """Return what differs from the head of a branch, and the operations that make it equal."""
     changed = {name: data for name, data in files.items() if not _is_same(data, there.get(name))}
     stale = [
-        name for name in there if name not in files and is_allowed(kind, name) and name not in LEGAL
+        name
+        for name in there
+        if name not in files and is_allowed(kind, name) and not is_legal(name)
     ]
     n_changes = len(changed) + len(stale)
     if n_changes > MOST_FILES:

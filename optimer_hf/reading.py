@@ -36,7 +36,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     is_json = path.suffix == ".json"
     text = _text_of(path, LARGEST_JSON if is_json else LARGEST_YAML)
-    data = _parse_json(text, path) if is_json else _parse_yaml(text, path)
+    data = _parse_json(text, path) if is_json else parse_yaml(text, path)
     if not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise ConfigError(f"{path}: found {found}, expected a mapping of fields to values.")
@@ -144,7 +144,8 @@ def _unwritable(text: str) -> str:
 # -- YAML ------------------------------------------------------------------------------------------
 
 
-def _parse_yaml(text: str, path: Path) -> Any:
+def parse_yaml(text: str, path: Path | str) -> Any:
+    """Return the value of a YAML text; raises ConfigErrors that name `path`."""
     try:
         _refuse_deep(text)
         loader = _Loader(text)

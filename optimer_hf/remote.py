@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 
 from optimer_hf.errors import HubError
 from optimer_hf.files import Reference
+from optimer_hf.guard import hub_answers
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,14 @@ UNREACHABLE = (
 
 
 def tried(request: Callable[[], ResultT]) -> ResultT:
-    """Return the answer of a request; ask again after faults that pass."""
+    """Return the answer of a request; ask again after faults that pass.
+
+    Raises HubError for an answer that no Hub gives.
+    """
     for attempt in range(TRIES):
         try:
-            return request()
+            with hub_answers():
+                return request()
         except HfHubHTTPError as error:
             wait = _wait(error, attempt)
             if wait is None or attempt == TRIES - 1:

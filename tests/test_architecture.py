@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "reading",
     "files",
+    "guard",
     "faults",
     "memory",
     "progress",

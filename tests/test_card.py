@@ -1,6 +1,7 @@
 """Cards: licences are never guessed, and what a person writes stays."""
 
 import pytest
+from markdown_it import MarkdownIt
 
 from optimer_hf.card import (
     BEGIN,
@@ -95,3 +96,54 @@ def test_a_card_keeps_what_a_person_set_and_drops_what_no_longer_holds():
     assert (written["license_name"], written["pipeline_tag"]) == ("house", "fill-mask")
     assert written["base_model"] == ["org/new"]
     assert "mine" in written["tags"] and "merge" in written["tags"]
+
+
+EVIL = [
+    "x\n# Heading",
+    "![p](http://evil/x.png)",
+    "[click](http://evil)",
+    "<img src=x onerror=alert(1)>",
+    "a | b | c",
+    "`</code>`",
+    "```\n# out of the fence\n```",
+    "<!-- optimer: end -->",
+    "$$x$$ <http://evil>",
+]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_names_add_nothing_to_a_card_but_their_letters(evil):
+    table = f"| row | gain |\n| --- | --- |\n| {evil.splitlines()[0]} | 1 |"
+    facts = {"kind": "recipe", "title": evil, "repo_id": "o/r", "recipe_text": f"a: {evil}"}
+    facts |= {"merge_configs": {evil: evil}, "figures": [Picture("figures/a.png", evil, evil)]}
+    facts |= recipe_facts({evil: 1.0}, {}, table) | {"headings": {"sealed": "On the sealed test"}}
+    scores = {"sealed": {"terms": {evil: 0.5}, "value": 0.1, "verdicts": [evil]}}
+    recipe = {"vectors": {evil: {"weight": 1.0, "source": evil}}, "base_model": evil}
+    recipe |= {"dtype": "float32", "scores": scores, "derived_from": evil}
+
+    def pushed(existing: str | None) -> str:
+        return render({"license": "mit"}, {**facts, "recipe": recipe}, existing)
+
+    card = pushed(None)
+    assert card.count(END) == 1
+    assert pushed(pushed(card + "\nmine\n")) == pushed(card + "\nmine\n")
+    tokens = MarkdownIt("commonmark").enable("table").parse(split(card)[1])
+    inline = [child for token in tokens for child in token.children or []]
+    assert {t.content.strip() for t in [*tokens, *inline] if t.type.startswith("html")} == {
+        BEGIN,
+        END,
+    }
+    assert not [t for t in inline if t.type == "link_open"]
+    assert [t.attrs["src"] for t in inline if t.type == "image"] == ["figures/a.png"]
+    headings = [t for t in tokens if t.type == "heading_open"]
+    assert len(headings) == 6
+
+
+def test_marks_that_an_older_card_has_too_many_of_are_healed():
+    facts = {"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""}
+    facts |= {"merge_configs": {}, "figures": [], "bars": {}, "costs": "", "headings": {}}
+    recipe = {"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}}
+    facts |= {"recipe": recipe | {"derived_from": None}}
+    old = f"above\n{BEGIN}\nx {END} y\n{END}\nbelow\n"
+    card = render({}, facts, old)
+    assert card.count(END) == 1 and "above" in card and "below" in card and "x " + END not in card

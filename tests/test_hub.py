@@ -21,12 +21,13 @@ from optimer_hf import hub as hubs
 from optimer_hf import pull as pulls
 from optimer_hf import push as pushes
 from optimer_hf import remote
-from optimer_hf.checkpoint import weight_files
+from optimer_hf.checkpoint import copy_beside_weights, weight_files
 from optimer_hf.convert import ResolvedModel, resolve_base, resolve_model
 from optimer_hf.errors import HubError, ModelError, OptimerError, OutputError
 from optimer_hf.files import exclusive, sha256_file
 from optimer_hf.merge import write_merged
 from optimer_hf.plan import downloads
+from optimer_hf.private import refuse_private
 from optimer_hf.publish import publication
 from optimer_hf.recipe import Lock, RecipeFile, build, verify
 from optimer_hf.report import Captions, write_figures
@@ -526,6 +527,71 @@ def test_secrets_are_found_in_every_kind_of_file(make_vector, file, text):
         publication(vector)
 
 
+@pytest.mark.parametrize(
+    "token",
+    [
+        "hf_" + "a1" * 17,
+        "api_org_" + "Ab" * 17,
+        "hf_jwt_eyJhbGciOiJFZERTQSJ9.eyJyZWFkIjp0cnVl",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmN",
+        "sk-proj-" + "x9" * 20,
+        "AKIA" + "ABCD1234EFGH5678",
+        "ghp_" + "a" * 36,
+        "github_pat_" + "a" * 40,
+        "glpat-" + "b" * 20,
+        "xoxb-1234567890-abc",
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+    ],
+)
+@pytest.mark.parametrize("file", ["tokenizer.json", "README.md", "vector.json"])
+def test_tokens_of_every_known_form_are_refused(file, token):
+    text = json.dumps({"note": f"made with {token}"})
+    with pytest.raises(HubError, match="holds a token") as error:
+        refuse_private(Path(file), text.encode())
+    assert token not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "MY_SECRET", "DB_PASSWORD", "SOME_TOKEN"])
+def test_the_values_of_secret_variables_are_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "0123456789abcdef" * 2)
+    monkeypatch.setenv("SSH_KEY_PATH", "/home/someone/key")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with pytest.raises(HubError, match=rf"holds the value of {name} \(012\.\.\.\)"):
+        refuse_private(Path("recipe.yaml"), b"note: 0123456789abcdef0123456789abcdef")
+    refuse_private(Path("recipe.yaml"), b"note: false, 0123456789")
+
+
+def test_the_token_in_use_is_refused_whatever_it_looks_like(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "plain-company-token")
+    with pytest.raises(HubError, match=r"holds the (token in use|value of HF_TOKEN)"):
+        refuse_private(Path("README.md"), b"see plain-company-token")
+
+
+@pytest.mark.parametrize("field", ["api_key", "wandb_api_key", "hub_token", "auth.password"])
+def test_a_field_that_is_called_a_secret_is_refused(field):
+    data = {field: "5f" * 20}
+    with pytest.raises(HubError, match=rf"{field}: holds what its name says is a secret"):
+        refuse_private(Path("results.json"), json.dumps(data).encode())
+    refuse_private(
+        Path("results.json"), json.dumps({"eos_token": "<eos>", "commit": "5f" * 20}).encode()
+    )
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("LICENSE-MODEL", "LICENCE", "COPYING", "LICENSE.rst", "USE_POLICY.txt", "NOTICE.md"),
+        *("spiece.model", "vocab.bpe", "chat_template.json", "qwen.tiktoken", "tekken.json"),
+    ],
+)
+def test_what_a_build_copies_beside_weights_is_published(make_vector, tmp_path, file):
+    vector = make_vector("adapter")
+    (vector / file).write_text("{}")
+    copy_beside_weights(vector, tmp_path)
+    assert (tmp_path / file).is_file()
+    assert file in publication(vector).files
+
+
 def test_a_path_in_the_header_of_weights_is_found(make_vector):
     from safetensors.torch import save_file
 
@@ -537,7 +603,11 @@ def test_a_path_in_the_header_of_weights_is_found(make_vector):
 
 
 @pytest.mark.parametrize(
-    "file", ["vocab.pkl", "LICENSE.env", "tokenizer_secrets.json", ".partial-model.safetensors"]
+    "file",
+    [
+        *("vocab.pkl", "LICENSE.env", "tokenizer_secrets.json", ".partial-model.safetensors"),
+        *("LICENSE-tool.py", "tokenizer.py", "NOTICE.sh", "LICENSE_x.pkl"),
+    ],
 )
 def test_only_exact_names_are_published(make_vector, file):
     vector = make_vector("adapter")
