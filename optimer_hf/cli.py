@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
+from optimer_hf.printable import VisibleFormatter, visible
 
 if TYPE_CHECKING:
     from optimer_hf.hub import Pull, Push
@@ -78,6 +79,11 @@ SCHEDULER = click.option(
 )
 
 
+def _echo(message: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text on stdout or stderr, see `visible`."""
+    click.echo(visible(str(message)), err=err, nl=nl)
+
+
 N_SHOWN = 12  # points of a front
 SECRET = re.compile(r"\b(hf_|api_org_|sk-|github_pat_|ghp_)[A-Za-z0-9_-]{8,}")
 SECRET_NAME = re.compile("TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)
@@ -103,13 +109,13 @@ class Group(click.Group):
                 return super().invoke(ctx)
         except OptimerError as error:
             if ctx.params.get("verbose"):
-                click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-            click.echo(f"error: {error}", err=True)
+                _echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            _echo(f"error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt as error:
             told = f"\ninterrupted. {_what_is_kept(ctx.invoked_subcommand, sys.argv[1:])}"
             with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
-                click.echo(told, err=True)
+                _echo(told, err=True)
             number = error.number if isinstance(error, _TerminatedError) else signal.SIGINT
             ctx.exit(128 + number)
 
@@ -176,9 +182,9 @@ def _without_secrets(arguments: Sequence[str]) -> list[str]:
 @click.version_option(package_name="optimer-hf")
 def main(verbose: bool) -> None:
     """Train one vector per dataset, search the merge weights, ship a recipe anyone can re-run."""
-    logging.basicConfig(
-        format="%(message)s", stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(VisibleFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.ERROR)
     logging.getLogger("optimer_hf").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         warnings.simplefilter("ignore")  # of the libraries below: nothing a person can act on
@@ -217,14 +223,14 @@ def run(
     if n_seeds is not None:
         from optimer_hf.seeds import run_seeds
 
-        click.echo(run_seeds(job, n_seeds))
+        _echo(run_seeds(job, n_seeds))
         told = "every seed-K there has its results.md, report.html and merged/"
-        click.echo(f"{job.out / 'results.md'}; {told}", err=True)
+        _echo(f"{job.out / 'results.md'}; {told}", err=True)
         return
     done = pipeline.finished_summary(job)
     if done is not None:
-        click.echo("finished already, nothing to do", err=True)
-    click.echo(done if done is not None else pipeline.run_recipe(job))
+        _echo("finished already, nothing to do", err=True)
+    _echo(done if done is not None else pipeline.run_recipe(job))
 
 
 @main.command("plan")
@@ -263,7 +269,7 @@ def plan_command(
         config = StudyConfig.read(source)
     missing = plan.downloads(config)
     for each in missing:
-        click.echo(plan.said(each), err=True)
+        _echo(plan.said(each), err=True)
     if not fetch and any(each.reference == config.base_model for each in missing):
         raise ConfigError(
             f"{config.base_model}: is not on this disk, and the probe needs it. Add --fetch."
@@ -273,9 +279,9 @@ def plan_command(
     else:
         found = plan.plan(config, {}, Path.cwd(), is_run=False)
     if output == "json":
-        click.echo(json.dumps(plan.to_json(found), indent=2))
+        _echo(json.dumps(plan.to_json(found), indent=2))
     else:
-        click.echo(plan.to_markdown(found, n_seeds or 1))
+        _echo(plan.to_markdown(found, n_seeds or 1))
 
 
 def _job(
@@ -325,7 +331,7 @@ def train(train_yaml: Path, out: Path) -> None:
         record = describe(
             directory, resolve_base(config.base_model), name=config.name, kind=config.kind
         )
-        click.echo(
+        _echo(
             f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of "
             "the tensors it moves"
         )
@@ -381,7 +387,7 @@ def extract(
     else:
         vector = open_vector(name or out.name, source, resolved)
         record = extract_vector(vector, resolved, out, dtype=dtype, block_size=block_size)
-    click.echo(
+    _echo(
         f"{out}: {record.kind}, norm {record.norm:.4g}, {100 * record.relative_norm:.2f} % of the "
         f"tensors it moves; stored in {record.dtype} with a relative error of "
         f"{100 * (record.relative_error or 0):.3f} %"
@@ -389,7 +395,7 @@ def extract(
     errors = record.relative_errors or {}
     if errors:
         worst, error = max(errors.items(), key=lambda pair: pair[1])
-        click.echo(f"largest of a tensor: {100 * error:.3f} % ({worst})")
+        _echo(f"largest of a tensor: {100 * error:.3f} % ({worst})")
 
 
 @main.command()
@@ -414,9 +420,9 @@ def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> Non
     pool, refusals = geometry.open_pool(sources, resolved)
     found = geometry.measure(pool, resolved, dtype)
     if output == "json":
-        click.echo(json.dumps(geometry.to_json(found, refusals), indent=2))
+        _echo(json.dumps(geometry.to_json(found, refusals), indent=2))
     else:
-        click.echo(geometry.to_markdown(found, refusals))
+        _echo(geometry.to_markdown(found, refusals))
     if refusals:
         raise SystemExit(1)
 
@@ -437,7 +443,7 @@ def convert(gguf: Path, out: Path, dtype: str) -> None:
     if not gguf.is_file():
         raise ConfigError(f"{gguf}: no such file. Expected a GGUF file.")
     convert_gguf(gguf, out, dtype=dtype)
-    click.echo(str(out))
+    _echo(str(out))
 
 
 class _Merge(click.Command):
@@ -484,7 +490,7 @@ def merge(config: Path, out: Path, engine: str | None, merge_options: Any) -> No
         level = logging.INFO if merge_options.verbosity == 1 else logging.DEBUG
         logging.getLogger().setLevel(level)
     used = run_merge(config, out, options=merge_options, engine=engine)
-    click.echo(f"{out}: written by {'the streaming writer' if used == 'native' else 'mergekit'}")
+    _echo(f"{out}: written by {'the streaming writer' if used == 'native' else 'mergekit'}")
 
 
 @main.command()
@@ -516,11 +522,11 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
         label: {"score": term.score, "n_items": len(term.items)} for label, term in scores.items()
     }
     if output == "json":
-        click.echo(json.dumps(result, indent=2))
+        _echo(json.dumps(result, indent=2))
         return
     for term in terms:
         limited = " (limited)" if target.limit_of(term) is not None else ""
-        click.echo(
+        _echo(
             f"{term.label}: {term.metric} {result[term.label]['score']:.4f} on "
             f"{result[term.label]['n_items']} items{limited}"
         )
@@ -566,10 +572,10 @@ def search(
     recipes.write_recipe(result, recipe_file, name=study.stem, ledger=ledger(result))
     best = result.incumbent
     if output == "json":
-        click.echo(json.dumps(_study_json(result), indent=2))
+        _echo(json.dumps(_study_json(result), indent=2))
         return
     gain = Unit.of(config.objective).show(result.over_base(best).difference)
-    click.echo(  # a comment: stdout is a YAML file
+    _echo(  # a comment: stdout is a YAML file
         f"# best of {len(result.log.of('search'))} trials: number {best.number} ({best.origin}), "
         f"{gain} over {result.baseline} on {ITEMS_OF[best.fidelity]}"
     )
@@ -579,13 +585,13 @@ def search(
         sources = {name: str(vector.source) for name, vector in config.vectors.items()}
         found = optimer_config(config.base_model, sources, best.weights, config.dtype)
         found = with_tokenizer(found, config.tokenizer_reference)
-    click.echo(yaml_text(found))
+    _echo(yaml_text(found))
     _say_intervals(result)
     _say_front(result)
     _say_ledger(ledger(result))
     if config.test is not None:
-        click.echo(f"compare it: optimer compare {study_dir}", err=True)
-    click.echo(f"build it: optimer build {recipe_file} OUT", err=True)
+        _echo(f"compare it: optimer compare {study_dir}", err=True)
+    _echo(f"build it: optimer build {recipe_file} OUT", err=True)
 
 
 def _one_of(workers: int | None, scheduler: str | None) -> None:
@@ -619,16 +625,16 @@ def _say_intervals(study: Any) -> None:
 
     best, unit = study.incumbent, Unit.of(study.config.objective)
     said = said_of(study.over_base(best), unit, is_gain=True)
-    click.echo(f"minus {study.baseline}: {said}", err=True)
+    _echo(f"minus {study.baseline}: {said}", err=True)
     if (other := study.over_next()) is not None:
         said = said_of(other[1], unit, is_gain=False)
-        click.echo(f"minus the next best, trial {other[0].number}: {said}", err=True)
+        _echo(f"minus the next best, trial {other[0].number}: {said}", err=True)
 
 
 def _say_ledger(found: Mapping[str, Any]) -> None:
-    click.echo("\nwhere the time went (seconds):", err=True)
+    _echo("\nwhere the time went (seconds):", err=True)
     for stage, entry in found.items():
-        click.echo(f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}", err=True)
+        _echo(f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}", err=True)
 
 
 def _say_front(study: Any) -> None:
@@ -639,16 +645,16 @@ def _say_front(study: Any) -> None:
     choices = front(study)
     if not choices or len(choices[0].gains) < 2:
         return
-    click.echo("Pareto front: no trial beats one of these in every term", err=True)
+    _echo("Pareto front: no trial beats one of these in every term", err=True)
     numbers = [n * (len(choices) - 1) // (N_SHOWN - 1) for n in range(N_SHOWN)]
     shown = [(n, choices[n]) for n in numbers] if len(choices) > N_SHOWN else enumerate(choices)
     if len(choices) > N_SHOWN:
-        click.echo(f"{N_SHOWN} of its {len(choices)} points; --format json has all", err=True)
+        _echo(f"{N_SHOWN} of its {len(choices)} points; --format json has all", err=True)
     rows = [
         [str(n + 1), str(choice.trial.number), *(f"{g:+.4f}" for g in choice.gains.values())]
         for n, choice in shown
     ]
-    click.echo(markdown_table(["pick", "trial", *choices[0].gains], rows), err=True)
+    _echo(markdown_table(["pick", "trial", *choices[0].gains], rows), err=True)
 
 
 @main.command()
@@ -688,7 +694,7 @@ def retarget(
         _say_prediction(prediction, bool(target.constraints))
         if out is None:
             again = f"optimer retarget {study_dir} {objective} OUT --n-trials 3"
-            click.echo(f"verify it with three trials: {again}", err=True)
+            _echo(f"verify it with three trials: {again}", err=True)
     if out is not None and n_trials is not None:
         verified = retargeting.search_on(
             study, target, out, n_trials, n_workers=workers, scheduler=scheduler
@@ -696,22 +702,22 @@ def retarget(
         found["verified"] = _study_json(verified)
         if output == "text":
             best = verified.incumbent
-            click.echo(f"verified: value {verified.value(best):+.4f} (trial {best.number})")
-            click.echo(f"  weights: {_weights_text(best.weights)}")
-            click.echo(f"build it: optimer recipe {out} recipe.yaml", err=True)
-            click.echo("          optimer build recipe.yaml OUT", err=True)
+            _echo(f"verified: value {verified.value(best):+.4f} (trial {best.number})")
+            _echo(f"  weights: {_weights_text(best.weights)}")
+            _echo(f"build it: optimer recipe {out} recipe.yaml", err=True)
+            _echo("          optimer build recipe.yaml OUT", err=True)
     if output == "json":
-        click.echo(json.dumps(found, indent=2))
+        _echo(json.dumps(found, indent=2))
 
 
 def _say_prediction(prediction: Any, constrained: bool) -> None:
     value = f"value {prediction.value:+.4f} +- {prediction.deviation:.4f}"
-    click.echo(f"predicted: {value} (posterior mean and standard deviation)")
-    click.echo(f"  weights: {_weights_text(prediction.weights)}")
+    _echo(f"predicted: {value} (posterior mean and standard deviation)")
+    _echo(f"  weights: {_weights_text(prediction.weights)}")
     for label, term in prediction.terms.items():
-        click.echo(f"  {label}: gain {term.value:+.4f} +- {term.deviation:.4f}")
+        _echo(f"  {label}: gain {term.value:+.4f} +- {term.deviation:.4f}")
     if constrained:
-        click.echo(f"  constraints kept with probability {prediction.feasible:.2f}")
+        _echo(f"  constraints kept with probability {prediction.feasible:.2f}")
 
 
 def _weights_text(weights: Mapping[str, float]) -> str:
@@ -828,7 +834,7 @@ def compare(
     comparison = comparisons.compare(replace(study, config=config))
     if figure is not None:
         write_sealed_figure(study, comparison, figure)
-    click.echo(
+    _echo(
         json.dumps(comparisons.to_json(comparison), indent=2)
         if output == "json"
         else comparisons.to_markdown(comparison)
@@ -855,8 +861,8 @@ def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: 
     if page.is_dir():
         raise ConfigError(f"{page}: is a directory. Give the name of a file, e.g. report.html.")
     for panel in write_report(study, page, figures=figures, vectors=not no_vectors):
-        click.echo(f"{panel.title}: {panel.conclusion}")
-    click.echo(str(page), err=True)
+        _echo(f"{panel.title}: {panel.conclusion}")
+    _echo(str(page), err=True)
 
 
 @main.command()
@@ -904,8 +910,8 @@ def recipe(
     if vanilla:
         recipes.write_vanilla(study, folder / "mergekit_config.yml", pick=trial)
         beside += ["mergekit_config.yml, with deltas/ where it needs them"]
-    click.echo(str(recipe_yaml))
-    click.echo(f"beside it: {', '.join(beside)}", err=True)
+    _echo(str(recipe_yaml))
+    _echo(f"beside it: {', '.join(beside)}", err=True)
 
 
 @main.command()
@@ -954,15 +960,15 @@ def ratios(
         mixed = ratio.mixture(trainings, found.shares, name="mixture", max_tokens=n_tokens)
         ratio.write_mixture(mixed, out)
     if output == "json":
-        click.echo(json.dumps(asdict(found), indent=2))
+        _echo(json.dumps(asdict(found), indent=2))
         return
     for name, share in found.shares.items():
-        click.echo(f"{name}: {100 * share:.2f} %  (weight {weights[name]:g})")
+        _echo(f"{name}: {100 * share:.2f} %  (weight {weights[name]:g})")
     for name in found.left_out:
         why = "--without" if name in without else f"weight {weights[name]:g} is not above 0"
-        click.echo(f"{name}: left out ({why})")
+        _echo(f"{name}: left out ({why})")
     if out is not None:
-        click.echo(f"train it: optimer train {out} OUT", err=True)
+        _echo(f"train it: optimer train {out} OUT", err=True)
 
 
 def _weights_of(source: Path, without: tuple[str, ...]) -> tuple[dict[str, float], dict[str, str]]:
@@ -1024,7 +1030,7 @@ def build(
             f"--max-shard-size: found {max_shard_size!r}, expected e.g. 5GB."
         ) from None
     recipes.build(recipe_yaml, out, out_dtype=out_dtype, max_shard_size=n_bytes, device=device)
-    click.echo(str(out))
+    _echo(str(out))
 
 
 @main.command()
@@ -1035,7 +1041,7 @@ def verify(recipe_yaml: Path, model: Path) -> None:
     from optimer_hf import recipe as recipes
 
     recipes.verify(recipe_yaml, model)
-    click.echo(f"{model}: the weights are those of {recipe_yaml}")
+    _echo(f"{model}: the weights are those of {recipe_yaml}")
 
 
 @main.command("check-overlap")
@@ -1062,7 +1068,7 @@ def check_overlap(files: tuple[Path, ...], n: int, text_field: str, output: str)
     terms = overlap.check_overlap(corpora, objectives, n=n)
     if output == "json":
         found = [asdict(term) | {"share": term.share} for term in terms]
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        _echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         header = ["term", "items", "overlapping", "share", "too short"]
         rows = [
@@ -1075,11 +1081,11 @@ def check_overlap(files: tuple[Path, ...], n: int, text_field: str, output: str)
             ]
             for term in terms
         ]
-        click.echo(markdown_table(header, rows))
+        _echo(markdown_table(header, rows))
         for term in terms:
             for each in term.overlaps[:5]:
                 where = f"document {each.document} of {each.corpus}"
-                click.echo(f"{term.term}: item {each.item} and {where}: {each.ngram}", err=True)
+                _echo(f"{term.term}: item {each.item} and {where}: {each.ngram}", err=True)
     if any(term.overlaps for term in terms):
         raise SystemExit(1)
 
@@ -1145,7 +1151,7 @@ def push(directory: Path, repo: str, output: str, **options: Any) -> None:
 
     done = hub.push(directory, repo, **options)
     if output == "json":
-        click.echo(hub.to_json(done))
+        _echo(hub.to_json(done))
         return
     for each in (*done.vectors, done):
         _say_push(each, options["dry_run"])
@@ -1153,19 +1159,19 @@ def push(directory: Path, repo: str, output: str, **options: Any) -> None:
 
 def _say_push(done: "Push", dry_run: bool) -> None:
     for name, n_bytes in done.sent.items():
-        click.echo(f"{name}: {n_bytes:,} bytes")
+        _echo(f"{name}: {n_bytes:,} bytes")
     for name in done.deleted:
-        click.echo(f"{name}: deleted")
+        _echo(f"{name}: deleted")
     size = f"{len(done.sent)} files, {sum(done.sent.values()):,} bytes"
     if dry_run:
-        click.echo(f"{done.card}\nwould send {size} to {done.repo_id}; nothing was sent")
+        _echo(f"{done.card}\nwould send {size} to {done.repo_id}; nothing was sent")
     elif done.pull_request:
-        click.echo(f"proposed{'' if done.sent else ' already'}: {done.pull_request}")
+        _echo(f"proposed{'' if done.sent else ' already'}: {done.pull_request}")
     elif not done.sent and not done.deleted:
-        click.echo(f"{done.repo_id}@{done.commit}: has everything already")
+        _echo(f"{done.repo_id}@{done.commit}: has everything already")
     else:
         unchanged = f", {len(done.unchanged)} unchanged" if done.unchanged else ""
-        click.echo(f"{done.repo_id}@{done.commit}: {size} sent{unchanged}")
+        _echo(f"{done.repo_id}@{done.commit}: {size} sent{unchanged}")
 
 
 @main.command()
@@ -1184,18 +1190,18 @@ def pull(repo: str, out: Path | None, output: str, **options: Any) -> None:
 
     done = hub.pull(repo, out, **options)
     if output == "json":
-        click.echo(hub.to_json(done))
+        _echo(hub.to_json(done))
         return
     for line in done.moved:
-        click.echo(f"moved: {line}")
+        _echo(f"moved: {line}")
     for each in done.inputs:
         if each.reference.startswith("pypi:"):
-            click.echo(f"to run: {each.reference} (code of a package that you have to install)")
+            _echo(f"to run: {each.reference} (code of a package that you have to install)")
             continue
         size = f"{each.n_bytes:,} bytes" if each.n_bytes is not None else "size unknown"
         gated = ", gated: ask for access first" if each.gated else ""
-        click.echo(f"to fetch: {each.reference} ({size}, licence {each.licence or '?'}{gated})")
-    click.echo(f"{done.path}: {done.kind} {done.repo_id}@{done.commit}")
+        _echo(f"to fetch: {each.reference} ({size}, licence {each.licence or '?'}{gated})")
+    _echo(f"{done.path}: {done.kind} {done.repo_id}@{done.commit}")
     if done.kind == "recipe":
         _say_disk(done)
 
@@ -1206,8 +1212,8 @@ def _say_disk(done: "Pull") -> None:
     needed = sum(each.n_bytes or 0 for each in done.inputs)
     free = shutil.disk_usage(done.path).free
     if needed > free:
-        click.echo(f"warning: {needed:,} bytes to fetch, {free:,} free on this disk", err=True)
-    click.echo(f"build it: optimer build {done.path / 'recipe.yaml'} OUT")
+        _echo(f"warning: {needed:,} bytes to fetch, {free:,} free on this disk", err=True)
+    _echo(f"build it: optimer build {done.path / 'recipe.yaml'} OUT")
 
 
 @main.group("recipes")
@@ -1222,9 +1228,9 @@ def list_recipes(token: str | None) -> None:
     from optimer_hf import hub
 
     for study in sorted(Path("recipes").glob("*/study.yaml")):
-        click.echo(f"{study.parent}: run it with `optimer run {study.parent}`")
+        _echo(f"{study.parent}: run it with `optimer run {study.parent}`")
     for repo_id, changed in hub.recipes(token=token):
-        click.echo(f"{repo_id} ({changed}): take it with `optimer pull {repo_id}`")
+        _echo(f"{repo_id} ({changed}): take it with `optimer pull {repo_id}`")
 
 
 @main.command()
@@ -1243,7 +1249,7 @@ def validate(files: tuple[Path, ...], strict: bool) -> None:
             gone = absent(path, config)
             if strict and gone:
                 raise ConfigError(gone)
-            click.echo("\n".join([f"{path}: a valid {what}", *gone.splitlines()]))
+            _echo("\n".join([f"{path}: a valid {what}", *gone.splitlines()]))
         except OptimerError as error:
             errors.append(str(error))
     if errors:
@@ -1256,7 +1262,7 @@ def print_schema(kind: str) -> None:
     """Print the JSON Schema of a KIND of file, for editors."""
     from optimer_hf.schema import schema
 
-    click.echo(schema(kind))
+    _echo(schema(kind))
 
 
 def _validated(path: Path) -> tuple[str, Any]:

@@ -15,6 +15,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from optimer_hf.printable import visible
+
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -46,7 +48,7 @@ class Meter:
     """Counts units of one piece of work and shows rate and time left; a context manager."""
 
     def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
-        self.title, self.total, self.unit = title, total, unit
+        self.title, self.total, self.unit = visible(title), total, unit
         self._first = self._done = done
         self._started = self._last_line = perf_counter()
         self._note = ""
@@ -55,9 +57,9 @@ class Meter:
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
             columns = [
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
             ]
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self._bar.start()
@@ -80,7 +82,7 @@ class Meter:
     def advance(self, n: int, note: str = "") -> None:
         """Count `n` more units; `note` is a short text shown with the figures."""
         self._done += n
-        self._note = note
+        self._note = visible(note)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, figures=self._figures())
         elif self._done < self.total and perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:

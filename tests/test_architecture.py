@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "optimer_hf"
 ORDER = [
     "errors",
+    "printable",
     "reading",
     "files",
     "guard",
@@ -153,3 +154,13 @@ def test_no_module_trusts_remote_code_or_pickles():
                 allowed = {"merge_config": "options.trust_remote_code"}
                 assert ast.unparse(node.value) in {"False", allowed.get(name)}, name
         assert not names_in(tree) & {"pickle", "cloudpickle", "dill"}, name
+
+
+def test_the_command_line_prints_through_one_function():
+    calls = [
+        ast.unparse(node)
+        for node in ast.walk(trees()["cli"])
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("click.echo", "click.secho", "print")
+    ]
+    assert calls == ["click.echo(visible(str(message)), err=err, nl=nl)"]
