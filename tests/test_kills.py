@@ -22,7 +22,7 @@ from optimer_hf.convert import ResolvedModel
 from optimer_hf.vector import describe
 
 ALICE = "hf_alice_write"
-N_SAMPLED = 2  # events of a command
+N_SAMPLED = 1  # event of a command
 IGNORED = r"^(hf|cache)/|(^|/)\.partial-[^/]*\.lock$"  # caches, and locks that nobody holds
 EXISTS = "already exists and is not empty"  # a finished output, which stays as it is
 
