@@ -57,6 +57,7 @@ from optimer_hf.mergekit_yaml import (
     registered_parameters,
     with_models,
 )
+from optimer_hf.names import match, summary
 from optimer_hf.ties import are_equal, ties_of
 from optimer_hf.tokenizer import opened_tokenizer
 from optimer_hf.vector import QUANTISED, open_vector, read_record
@@ -448,6 +449,7 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     )
     promise = _promise(config, parsed, path, options)
     models = _checkpoints_of(parsed)
+    _refuse_other_names(models, path)
     _refuse_mixed_heads(models, parsed.merge_method, path)
     if models:
         _refuse_unknown_head(models[0], parsed, options, path)
@@ -462,6 +464,8 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
         for message in dict.fromkeys(heard):
             logger.warning("mergekit: %s", message)
         _warn_of_idle_filters(config, staging, path)
+        if models and not config.get("slices") and not config.get("modules"):
+            _warn_of_left_out(models[0], Checkpoint(staging), path)
         _copy_generation_config(config, path, staging)
         if options.write_model_card:
             _write_card(named, path, out.name, staging)
@@ -668,6 +672,38 @@ def _checkpoints_of(parsed: Any) -> list[Checkpoint]:
         if model.lora is not None:
             refuse_unmerged_by_peft(Path(model.lora.path), path)
     return list(found.values())
+
+
+def _refuse_other_names(models: Sequence[Checkpoint], path: Path) -> None:
+    """Refuse models that call one tensor by two names: mergekit merges by name."""
+    advice = (
+        f"and mergekit merges by name. Save both alike; an {METHOD} merge with a number per model "
+        "needs no mergekit."
+    )
+    for model in models:
+        if model.wrappers:
+            raise ModelError(
+                f"{path}: {model.path}: its tensor names have the prefix "
+                f"{', '.join(model.wrappers)} of a wrapper (torch.compile, DDP, FSDP), {advice}"
+            )
+    for other in models[1:]:
+        for name, called in match(other, models[0]).tuned_names.items():
+            if name != called:
+                raise ModelError(
+                    f"{path}: {other.path}: calls {called!r} what {models[0].path} calls {name!r}, "
+                    f"{advice}"
+                )
+
+
+def _warn_of_left_out(base: Checkpoint, merged: Checkpoint, path: Path) -> None:
+    if left := sorted(set(base.names) - set(merged.names) - ties_of(base).copies):
+        logger.warning(
+            "%s: mergekit left out %d tensors of the base (%s), which its model class does not "
+            "load; the streaming writer keeps them",
+            path,
+            len(left),
+            summary(left),
+        )
 
 
 def _refuse_mixed_heads(models: Sequence[Checkpoint], method: str, path: Path) -> None:

@@ -2,6 +2,8 @@
 model class does not load. The reference is the tuned model as transformers or PEFT runs it.
 """
 
+import copy
+import json
 import shutil
 from collections.abc import Callable
 
@@ -14,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from optimer_hf.checkpoint import Checkpoint, unwrapped_names
 from optimer_hf.convert import ResolvedModel, loaded_model
-from optimer_hf.errors import ModelError
+from optimer_hf.errors import ModelError, VocabularyError
+from optimer_hf.files import write_text, yaml_text
 from optimer_hf.growth import full_norm
 from optimer_hf.merge import write_merged
+from optimer_hf.merge_config import merge
 from optimer_hf.resident import ResidentModel
 from optimer_hf.ties import ties_of
 from optimer_hf.vector import extract, open_vector
@@ -151,7 +155,6 @@ PAIRS: dict[str, tuple[str, Edit, Edit]] = {
     "Llama, frequencies of the fine-tune": ("llama", same, adding(**FREQUENCIES, **MTP)),
     "Llama, frequencies of both": ("llama", adding(**FREQUENCIES), adding(**OTHERS)),
     "compiled": ("llama", same, under("_orig_mod.")),
-    "DDP": ("llama", same, under("module.")),
     "compiled in DDP": ("llama", same, under("module._orig_mod.")),
     "DDP in compiled": ("llama", same, under("_orig_mod.module.")),
     "compiled inside": ("llama", same, inside("model.", "_orig_mod.")),
@@ -337,9 +340,9 @@ def test_an_adapter_of_a_wrapped_model_is_that_of_the_model(llama, edit, tmp_pat
 def test_what_a_fine_tune_does_without_and_has_more_is_said_once(llama, tmp_path, caplog):
     base, tuned = llama
     copies = [ResolvedModel(tmp_path / "base", "base"), tmp_path / "tuned"]
-    for source, copy, more in ((base.path, copies[0].path, MTP), (tuned, copies[1], FREQUENCIES)):
-        shutil.copytree(source, copy)
-        rewrite(copy, adding(**more))
+    for source, out, more in ((base.path, copies[0].path, MTP), (tuned, copies[1], FREQUENCIES)):
+        shutil.copytree(source, out)
+        rewrite(out, adding(**more))
     for _ in range(2):
         vector = open_vector("v", str(copies[1]), copies[0])
     told = [record.message for record in caplog.records]
@@ -398,3 +401,154 @@ def test_a_damaged_fine_tune_or_another_model_is_refused_by_name(
         rewrite(tmp_path / name, edit)
     with pytest.raises(ModelError, match=told):
         open_vector("v", str(tmp_path / "tuned"), ResolvedModel(tmp_path / "base", "base"))
+
+
+@pytest.mark.parametrize(
+    ("of_base", "of_tuned", "told"),
+    [
+        (without("model."), same, r"calls 'model\.embed_tokens\.weight' what .* calls 'embed_to"),
+        (same, without("model."), r"calls 'embed_tokens\.weight' what .* calls 'model\.embed_to"),
+        (same, under("_orig_mod."), r"have the prefix _orig_mod\. of a wrapper"),
+        (under("module."), same, r"have the prefix module\. of a wrapper"),
+    ],
+)
+def test_mergekit_which_merges_by_name_is_not_given_two_names_of_a_tensor(
+    llama, tokenizer, of_base, of_tuned, told, tmp_path
+):
+    paths = {"base": llama[0].path, "tuned": llama[1]}
+    for (name, source), edit in zip(paths.items(), (of_base, of_tuned), strict=True):
+        shutil.copytree(source, tmp_path / name)
+        rewrite(tmp_path / name, edit)
+        tokenizer.save_pretrained(tmp_path / name)
+    config = {
+        "merge_method": "optimer",
+        "base_model": "base",
+        "models": [{"model": "tuned", "parameters": {"weight": 1.0}}],
+    }
+    write_text(tmp_path / "merge.yml", yaml_text(config))
+    with pytest.raises(ModelError, match=told):
+        merge(tmp_path / "merge.yml", tmp_path / "out", engine="mergekit")
+    assert merge(tmp_path / "merge.yml", tmp_path / "out") == "native"
+
+
+def test_what_mergekit_leaves_out_of_a_base_is_said(llama, tokenizer, tmp_path, caplog):
+    shutil.copytree(llama[0].path, tmp_path / "base")
+    rewrite(tmp_path / "base", adding(**MTP))
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = {
+        "merge_method": "optimer",
+        "base_model": "base",
+        "models": [{"model": str(llama[1]), "parameters": {"weight": 1.0}}],
+    }
+    write_text(tmp_path / "merge.yml", yaml_text(config))
+    merge(tmp_path / "merge.yml", tmp_path / "out", engine="mergekit")
+    told = "mergekit left out 2 tensors of the base (mtp.fc.weight, mtp.norm.weight)"
+    assert any(told in record.message for record in caplog.records)
+
+
+# -- a padded base and a fine-tune that is cut to its tokens ---------------------------------------
+
+PADDED = VOCABULARY + 13
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def padded(request, save_model):
+    """A base with more rows than tokens, in bfloat16, and a fine-tune that is cut to its tokens."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **GROUPED | {"vocab_size": PADDED}, tie_word_embeddings=request.param
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    base = save_model(model)
+    cut = noisy(model.float())
+    cut.resize_token_embeddings(VOCABULARY)
+    return ResolvedModel(base, "base"), save_model(cut)
+
+
+@pytest.mark.parametrize("engine", ["native", "mergekit"])
+def test_a_fine_tune_that_is_cut_to_its_tokens_is_merged_as_mergekit_does(padded, engine, tmp_path):
+    base, tuned = padded
+    config = {
+        "merge_method": "optimer",
+        "base_model": str(base.path),
+        "models": [{"model": str(tuned), "parameters": {"weight": 0.7}}],
+        "dtype": "float32",
+        "out_dtype": "float32",
+        "tokenizer_source": "base",
+    }
+    write_text(tmp_path / "merge.yml", yaml_text(config))
+    assert merge(tmp_path / "merge.yml", tmp_path / "out", engine=engine) == engine
+    merged, before, after = (Checkpoint(path) for path in (tmp_path / "out", base.path, tuned))
+    assert set(merged.names) == set(before.names)
+    for name in merged.names:
+        found, b, t = (each.read(name).double() for each in (merged, before, after))
+        n = len(t)
+        torch.testing.assert_close(found[:n], b[:n] + 0.7 * (t - b[:n]), rtol=0, atol=1e-6)
+        if engine == "native":
+            assert torch.equal(found[n:], b[n:]), "padding stays, and the shape of the base"
+
+
+def test_logits_of_its_tokens_are_those_of_the_cut_fine_tune_in_every_form(padded, tmp_path):
+    base, tuned = padded
+    expected = logits(in_transformers(tuned))
+    vector = open_vector("v", str(tuned), base)
+    resident = ResidentModel(base, [vector], dtype="float32")
+    resident.set_weights({"v": 1.0})
+    assert close(logits(resident.model)[..., :VOCABULARY], expected)
+    for dtype, error in (("float32", 1e-5), ("int8", 2e-2)):
+        extract(vector, base, tmp_path / dtype, dtype=dtype)
+        delta = open_vector("v", str(tmp_path / dtype), base)
+        write_merged(base, [delta], {"v": 1.0}, tmp_path / f"of-{dtype}", out_dtype="float32")
+        found = logits(in_transformers(tmp_path / f"of-{dtype}"))[..., :VOCABULARY]
+        assert float((found - expected).norm() / expected.norm()) < error
+
+
+@pytest.mark.parametrize("case", ["too short", "other ids", "no tokenizer"])
+def test_rows_that_are_tokens_are_no_padding(padded, tokenizer, case, tmp_path):
+    base, tuned = (
+        shutil.copytree(path, tmp_path / path.name) for path in (padded[0].path, padded[1])
+    )
+    if case == "too short":
+        model = in_transformers(tuned)
+        model.resize_token_embeddings(VOCABULARY - 4)
+        model.save_pretrained(tuned)
+        told = r"255 rows, the base has 272, of which .* is a token.*`tokenizer:`"
+    elif case == "other ids":
+        file = tuned / "tokenizer.json"
+        content = json.loads(file.read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["!"], vocabulary["A"] = vocabulary["A"], vocabulary["!"]
+        file.write_text(json.dumps(content))
+        told = r"its token '!' has the id \d+, that of the base \d+"
+    else:
+        for file in base.glob("tokenizer*"):
+            file.unlink()
+        told = "whether those are tokens cannot be told"
+    with pytest.raises(VocabularyError, match=told):
+        open_vector("v", str(tuned), ResolvedModel(base, "base"))
+
+
+def test_tokens_that_a_fine_tune_added_are_left_to_mergekit_where_it_is_asked(
+    padded, tokenizer, tmp_path
+):
+    base, tuned = padded
+    model = in_transformers(tuned)
+    model.resize_token_embeddings(PADDED + 1)
+    model.save_pretrained(tmp_path / "tuned")
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens([f"<new {number}>" for number in range(PADDED + 1 - VOCABULARY)])
+    longer.save_pretrained(tmp_path / "tuned")
+    config = {
+        "merge_method": "optimer",
+        "base_model": str(base.path),
+        "models": [{"model": "tuned", "parameters": {"weight": 1.0}}],
+        "dtype": "float32",
+    }
+    write_text(tmp_path / "plain.yml", yaml_text(config))
+    write_text(tmp_path / "merge.yml", yaml_text(config | {"tokenizer_source": "base"}))
+    for file, engine in (("plain.yml", None), ("merge.yml", "native")):
+        with pytest.raises(VocabularyError, match="added or removed tokens"):
+            merge(tmp_path / file, tmp_path / "out", engine=engine)
+    assert merge(tmp_path / "merge.yml", tmp_path / "out") == "mergekit"
+    found = logits(in_transformers(tmp_path / "out"))
+    assert close(found, logits(model)[..., :VOCABULARY])
