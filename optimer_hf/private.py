@@ -99,7 +99,7 @@ def _tokens(line: str) -> Iterator[tuple[str, str]]:
         yield "a token", f"{token[0][:6]}..."
     for name, value in _own_secrets():
         if value in line:
-            yield f"the value of {name}", f"{value[:3]}..."
+            yield name, f"{value[:3]}..."
 
 
 def _own_secrets() -> Iterator[tuple[str, str]]:
@@ -112,7 +112,7 @@ def _own_secrets() -> Iterator[tuple[str, str]]:
     for name, value in os.environ.items():
         is_text = value.isalpha() or value.isdecimal() or value.startswith(("/", "~", "."))
         if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET and not is_text:
-            yield name, value
+            yield f"the value of {name}", value
 
 
 def _secrets(line: str) -> Iterator[tuple[str, str]]:
