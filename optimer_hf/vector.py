@@ -375,6 +375,12 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
                 "it. Untie the base first (save it with the head as a tensor and "
                 "tie_word_embeddings: false), or use a fine-tune with a tied head."
             )
+    if of_base.settings != of_tuned.settings:
+        raise ModelError(
+            f"vector {name!r} ({tuned.path}): its config.json says {of_tuned.settings}, that of "
+            f"the base {of_base.settings}: a merge has the config of the base, so that at weight 1 "
+            "its logits would be others. Use a fine-tune that left these settings alone."
+        )
     for key, other in tied.items():
         if of_tuned.is_assumed:
             raise ModelError(

@@ -4,6 +4,7 @@ model, or it is refused by the name of the tensor.
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.merge_config import merge
 from optimer_hf.recipe import Lock, build
 from optimer_hf.resident import ResidentModel
+from optimer_hf.ties import ties_of
 from optimer_hf.train import TrainConfig, train
 from optimer_hf.vector import extract, extract_any_adapter, norms, open_vector
 
@@ -222,6 +224,128 @@ def test_weight_one_is_the_fine_tune_or_is_refused_by_name(
     assert_equal_logits(WAYS[way](base, tuned, tmp_path), reference(of_tuned, 1))
 
 
+# -- other classes ---------------------------------------------------------------------------------
+
+COMMON = {key: size for key, size in SIZES.items() if key != "head_dim"}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SHORT = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+
+
+def gemma3(tied: bool):
+    text = transformers.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=8, sliding_window=32)
+    return transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config=text,
+            vision_config=VISION,
+            mm_tokens_per_image=4,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def of_kind(name: str):
+    """Return a function tied -> fresh model, of a class called name."""
+    head = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    sizes = SHORT if "GPT2" in name else {"n_layer": 1, "n_head": 2, **COMMON}
+    config_class = getattr(transformers, name)
+
+    def make(tied: bool):
+        config = config_class(**sizes, tie_word_embeddings=tied)
+        return head[config_class](config)
+
+    return make
+
+
+CLASSES = {  # and the file's name for a head of its own
+    "a head called otherwise": (of_kind("GPTNeoXConfig"), "embed_out.weight"),
+    "a class that ties by default": (of_kind("CohereConfig"), HEAD),
+    "an embedding called otherwise": (of_kind("GPT2Config"), HEAD),
+    "a bias of the head": (of_kind("PhiConfig"), HEAD),
+    "no attention": (of_kind("MambaConfig"), HEAD),
+    "text and images": (gemma3, "language_model.lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize(("make", "head"), CLASSES.values(), ids=CLASSES.keys())
+def test_every_class_keeps_its_head(save_model, tmp_path, make, head):
+    tied, untied = save_model(randomised(make(True), 0)), save_model(randomised(make(False), 1))
+    other = save_model(randomised(make(True), 2))
+    auto = transformers.AutoModelForCausalLM
+    for base, tuned in ((tied, other), (untied, tied)):
+        folder = tmp_path / tuned.name
+        folder.mkdir()
+        assert_equal_logits(by_writer(base, tuned, folder), logits_of(tuned, auto))
+    assert ties_of(Checkpoint(untied)).head == head
+    with pytest.raises(ModelError, match=f"has a tensor '{head}' of its own"):
+        open_vector("v", str(untied), ResolvedModel(tied, "base"))
+
+
+def test_a_fine_tune_that_scales_its_logits_otherwise_is_refused(save_model):
+    base, tuned = (save_model(of_kind("CohereConfig")(True), f"scaled-{seed}") for seed in range(2))
+    edit_config(tuned, logit_scale=0.5)
+    with pytest.raises(ModelError, match=r"'logit_scale': 0\.5.*'logit_scale': 0\.0625"):
+        open_vector("v", str(tuned), ResolvedModel(base, "base"))
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """Return a function form -> copy of a directory, to be changed."""
+
+    def copy(form: str, seed: int = 0) -> Path:
+        return Path(shutil.copytree(saved(form, seed), tmp_path / f"copy-{seed}"))
+
+    return copy
+
+
+def test_a_head_that_is_neither_stored_nor_tied_is_refused(copied):
+    base = copied("untied")
+    edit_weights(base, lambda tensors: tensors.pop(HEAD))
+    with pytest.raises(ModelError, match=r"lacks tensor 'lm_head\.weight'.*make it up"):
+        ties_of(Checkpoint(base))
+
+
+def test_a_copy_that_was_rounded_is_another_tensor(copied):
+    base = copied("tied, with a copy")
+
+    def round_head(tensors):
+        tensors[HEAD] = tensors[HEAD].bfloat16()
+
+    edit_weights(base, round_head)
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' differs from .*tie_word_embeddings"):
+        ties_of(Checkpoint(base))
+
+
+def test_a_file_that_stores_the_head_in_place_of_the_embedding_is_read(saved, copied, tmp_path):
+    base, tuned = saved("tied by the class", 0), copied("tied, with a copy", 1)
+    edit_weights(tuned, lambda tensors: tensors.pop(EMBEDDING))
+    expected = logits_of(saved("tied, with a copy", 1))
+    assert_equal_logits(by_writer(base, tuned, tmp_path), expected)
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_without_a_known_class_the_config_and_the_names_say_what_is_tied(copied, is_silent):
+    base = copied("tied by the config")
+    edit_config(base, model_type="new", **({"tie_word_embeddings": None} if is_silent else {}))
+    ties = ties_of(Checkpoint(base))
+    assert (ties.groups, ties.is_assumed) == (((EMBEDDING, HEAD),), is_silent)
+    untied = copied("untied", 1)
+    edit_config(untied, model_type="new", tie_word_embeddings=None)
+    assert ties_of(Checkpoint(untied)).groups == ()
+    resolved = ResolvedModel(untied, "base")
+    if is_silent:
+        with pytest.raises(ModelError, match=r"lacks tensor 'lm_head\.weight'.*neither its config"):
+            open_vector("v", str(base), resolved)
+    else:
+        open_vector("v", str(base), resolved)
+
+
 # -- adapters --------------------------------------------------------------------------------------
 
 TIED = {"ensure_weight_tying": True}
@@ -307,7 +431,8 @@ def is_accepted(form: str, kind: str, way: str) -> bool:
     ("form", "kind", "way"),
     [
         *itertools.product(FORMS, ADAPTERS, ["writer"]),
-        *itertools.product(FORMS[1:3], ADAPTERS, ["search", "from-adapter"]),
+        *itertools.product(FORMS[1:3], ADAPTERS, ["from-adapter"]),
+        *itertools.product(FORMS[1:3], sorted(MOVE_BOTH), ["search"]),
     ],
 )
 def test_weight_one_is_the_adapter_as_trained_or_is_refused_by_name(
