@@ -45,7 +45,7 @@ class Ties:
     `stored` maps those names, and the names in the file, to the stored tensor that holds them all.
     `head` is the stored output layer that is a tensor of its own. `is_assumed`: the model class
     could not be built, and the config does not say. `settings` are those that scale embeddings and
-    logits.
+    logits, None without a class.
     """
 
     groups: Sequence[tuple[str, ...]] = ()
@@ -54,7 +54,7 @@ class Ties:
     class_names: Mapping[str, str] = field(default_factory=dict)
     head: str | None = None
     is_assumed: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
 
     def kept(self, name: str) -> str:
         """Return the stored tensor that holds the values of a tensor, itself where none is tied."""
@@ -104,8 +104,10 @@ def _ties(path: Path, config_text: str, state: Any) -> Ties:
         stored |= dict.fromkeys([*group, *members], members[0]) if members else {}
         copies |= set(members[1:])
     own = next((name for name in heads if name not in stored), None)
-    text = config if model is None else model.config.get_text_config(decoder=True).to_dict()
-    settings = {name: text[name] for name in SETTINGS if text.get(name) is not None}
+    settings = None
+    if model is not None:
+        text = model.config.get_text_config(decoder=True).to_dict()
+        settings = {name: text[name] for name in SETTINGS if text.get(name) is not None}
     return Ties(tuple(groups), stored, frozenset(copies), class_names, own, is_assumed, settings)
 
 

@@ -375,7 +375,7 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
                 "it. Untie the base first (save it with the head as a tensor and "
                 "tie_word_embeddings: false), or use a fine-tune with a tied head."
             )
-    if of_base.settings != of_tuned.settings:
+    if None not in (of_base.settings, of_tuned.settings) and of_base.settings != of_tuned.settings:
         raise ModelError(
             f"vector {name!r} ({tuned.path}): its config.json says {of_tuned.settings}, that of "
             f"the base {of_base.settings}: a merge has the config of the base, so that at weight 1 "
