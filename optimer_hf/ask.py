@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from optimer_hf.evaluate import combine
-from optimer_hf.study import StudyConfig, Trial, from_unit, to_unit, within_total
+from optimer_hf.study import StudyConfig, Trial, columns, from_unit, to_unit, within_total
+from optimer_hf.surrogate import informative
 
 ANCHOR_WEIGHT = 0.7
 
@@ -37,23 +38,22 @@ def anchors(config: StudyConfig) -> list[tuple[str, dict[str, float]]]:
 
 
 class Asker:
-    """Told every finished trial, asked for the next weights."""
+    """Told every finished trial, asked for the next weights.
+
+    SMAC is made anew for every ask: it compares each configuration with all others that it knows,
+    which takes minutes at a thousand, and our components need none of what it would remember.
+    """
 
     def __init__(self, config: StudyConfig, scratch: Path) -> None:
         """Prepare SMAC; it writes its own files into `scratch`, where nobody reads them."""
-        from optimer_hf.smac_parts import Record, facade_of
+        from optimer_hf.smac_parts import Record
 
         self._config, self._scratch = config, scratch
         self._record = Record(config)
-        self._facade = (
-            facade_of(self._record, scratch) if config.search.surrogate == "per_term" else None
-        )
 
     def tell(self, trial: Trial) -> None:
         """Record a finished trial; the first one is the base."""
         self._record.trials.append(trial)
-        if self._facade is not None and not trial.is_blameless:
-            self._tell(self._facade, trial)
 
     def ask(self, number: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
         """Return the weights to try as trial `number`, while `pending` weights are still being
@@ -67,17 +67,25 @@ class Asker:
             point = within_total(self._config, rng.random((1, len(self._config.free))))[0]
             return from_unit(self._config, point)
         with threadpool_limits(1):  # matrices of twenty rows: threads cost more than they bring
-            facade = self._facade or self._stock_facade()
-            info = facade.ask()
+            info = self._facade().ask()
         return from_unit(self._config, np.asarray(info.config.get_array()))
 
-    def _stock_facade(self) -> Any:
-        from optimer_hf.smac_parts import stock_facade_of
+    def _facade(self) -> Any:
+        """Return a facade that knows what it needs: ours the base, so that it does not draw at
+        random; one of SMAC's own all trials, or as many as the surrogate would look at.
+        """
+        from optimer_hf.smac_parts import facade_of, stock_facade_of
 
-        facade = stock_facade_of(self._record, self._scratch)
-        for trial in self._record.trials:
-            if not trial.is_blameless:
-                self._tell(facade, trial)
+        trials = [trial for trial in self._record.trials if not trial.is_blameless]
+        if self._config.search.surrogate == "per_term":
+            facade, known = facade_of(self._record, self._scratch), trials[:1]
+        else:
+            facade = stock_facade_of(self._record, self._scratch)
+            points = to_unit(self._config, [trial.weights for trial in trials])
+            values = columns(self._config, trials).mean(axis=1, keepdims=True)
+            known = [trials[index] for index in informative(points, values)]
+        for trial in known:
+            self._tell(facade, trial)
         return facade
 
     def _tell(self, facade: Any, trial: Trial) -> None:

@@ -54,11 +54,6 @@ class Record:
     number: int = 0
     _fitted: tuple[tuple[int, int], Surrogate] | None = None
 
-    @property
-    def points(self) -> "Array":
-        """Finished trials in [0, 1]^d."""
-        return to_unit(self.config, [trial.weights for trial in self.trials])
-
     def surrogate(self) -> Surrogate:
         """Return the surrogate of the record, fitted once for a number of trials and preference."""
         spreads = _spreads(self.config, self.number)
@@ -112,8 +107,10 @@ class Model(AbstractModel):
         ]
 
     def predict_marginalized(self, X: "Array") -> tuple["Array", "Array"]:  # noqa: N803
-        mean, variance = self.posterior.predict(X)
-        return -mean[:, None], variance[:, None]
+        """Return nothing of use: SMAC looks for its best trial with it, one by one, and no
+        component of ours asks which one that is.
+        """
+        return np.zeros((len(X), 1)), np.ones((len(X), 1))
 
 
 class FeasibleImprovement(AbstractAcquisitionFunction):
@@ -173,7 +170,7 @@ class Maximiser(AbstractAcquisitionMaximizer):
         assert isinstance(acquisition.model, Model)
         fitted, config = acquisition.model.posterior, record.config
         pending = to_unit(config, record.pending)
-        tried = np.vstack([record.points, pending])
+        tried = np.vstack([fitted.points, pending])
         ranking = fitted.ranking(tried)
         acquisition.best = float(fitted.predict(tried)[0][np.argmax(ranking)])
         acquisition.posterior = fitted.conditioned(pending)

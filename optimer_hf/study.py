@@ -54,7 +54,7 @@ from optimer_hf.files import (
 )
 from optimer_hf.intervals import Interval
 from optimer_hf.record import Rules, append_line, check_trials, read_lines
-from optimer_hf.surrogate import GaussianProcess, WeightedSum, fit
+from optimer_hf.surrogate import GaussianProcess, WeightedSum, fit, informative
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -573,6 +573,11 @@ class Surrogate:
     objective: WeightedSum
     constraints: Sequence[GaussianProcess] = ()
 
+    @property
+    def points(self) -> "Array":
+        """The trials that it was fitted to, in [0, 1]^d."""
+        return self.objective.processes[0].points
+
     def predict(self, points: "Array") -> tuple["Array", "Array"]:
         """Return posterior mean and variance of the objective at points [n, d] in [0, 1]."""
         return self.objective.predict(points)
@@ -613,7 +618,8 @@ class Surrogate:
 def surrogate_of(
     config: StudyConfig, trials: Sequence[Trial], preference: "Array | None" = None
 ) -> Surrogate:
-    """Fit the posterior of the objective and its constraints to trials whose first one is the base.
+    """Fit the posterior of the objective and its constraints to trials whose first one is the base,
+    of many to the `informative` ones.
 
     A `preference` [n_terms] weights the terms instead of the objective, each relative to how far
     its best trial is from the middle one. Trials that crashed by no fault of their weights say
@@ -624,10 +630,11 @@ def surrogate_of(
     points = to_unit(config, [trial.weights for trial in trials])
     counting = [term.weight for term in config.objective.at("search") if term.weight > 0]
     weights = np.array(counting) / sum(counting) if table.shape[1] > 1 else np.ones(1)
+    kept = informative(points, np.column_stack([table @ weights, table]))
     if preference is not None:
         weights = preference / np.maximum(table.max(axis=0) - np.median(table, axis=0), 1e-6)
-    processes = [fit(points, column) for column in table.T]
-    limits = [fit(points, column) for column in _headrooms(config, trials).T]
+    processes = [fit(points[kept], column[kept]) for column in table.T]
+    limits = [fit(points[kept], column[kept]) for column in _headrooms(config, trials).T]
     return Surrogate(WeightedSum(processes, weights), limits)
 
 

@@ -2,10 +2,13 @@
 for again.
 """
 
+import time
+
 import numpy as np
 import pytest
 from test_search import FunctionPool, config_of
 
+import optimer_hf.surrogate as surrogate_module
 from optimer_hf.ask import Asker, anchors
 from optimer_hf.errors import StudyError
 from optimer_hf.evaluate import TermScore, feasible
@@ -237,3 +240,61 @@ def test_a_front_of_an_unknown_study_is_an_error(tmp_path):
 
     with pytest.raises(StudyError, match="holds no study"):
         load_study(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"pareto": True}, {"total": [0.5, 1.2]}],
+    ids=["plain", "pareto", "total"],
+)
+def test_a_search_beyond_the_bound_resumes_to_the_same_trials(settings, tmp_path, monkeypatch):
+    """Of more trials than N_KEPT the surrogate looks at some, which are the same after a resume."""
+    monkeypatch.setattr(surrogate_module, "N_KEPT", 12)
+    config = config_of(search={"n_trials": 20, "rescore_top": 2} | settings)
+    whole = search(config, tmp_path / "whole", pool=FunctionPool)
+    for n_lines in (13, 17):
+        half = tmp_path / f"half-{n_lines}"
+        half.mkdir()
+        (half / "study.json").write_bytes((tmp_path / "whole" / "study.json").read_bytes())
+        lines = (tmp_path / "whole" / "trials.jsonl").read_bytes().splitlines(keepends=True)
+        (half / "trials.jsonl").write_bytes(b"".join(lines[:n_lines]))
+        resumed = search(config, half, pool=FunctionPool)
+        assert [t.weights for t in resumed.log.trials] == [t.weights for t in whole.log.trials]
+    values = [whole.value(trial) for trial in whole.log.of("search")]
+    assert max(values[12:]) > max(values[:6])
+
+
+def test_asking_beyond_the_bound_keeps_constraints_and_avoids_what_still_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(surrogate_module, "N_KEPT", 12)
+    objective = config_of().objective.model_dump() | {
+        "constraints": [{"task": "q", "metric": "loss", "max_relative_to_base": 0.02}]
+    }
+    config = config_of(objective=objective, search={"n_trials": 20, "rescore_top": 0})
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    asker = Asker(config, tmp_path)
+    for trial in study.log.of("search"):
+        asker.tell(trial)
+    first = asker.ask(20)
+    second = asker.ask(21, [first])
+    assert first != second
+    assert study.incumbent.status == "ok"
+
+
+def test_asking_after_two_thousand_trials_of_sixteen_vectors_takes_a_moment(tmp_path):
+    vectors = {f"v{index}": {"source": f"a/v{index}"} for index in range(16)}
+    terms = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss"}]
+    config = config_of(vectors=vectors, objective={"terms": terms})
+    rng, asker = np.random.default_rng(0), Asker(config, tmp_path)
+    weights = dict.fromkeys(vectors, 0.0)
+    for number in range(2001):
+        loss = 3 + sum((weight - 0.05) ** 2 for weight in weights.values())
+        scores = {label: TermScore([(loss, 1.0)] * 4, False) for label in "tu"}
+        asker.tell(Trial(number, "x", "search", weights, "ok", scores, {}))
+        weights = dict(zip(vectors, rng.dirichlet(np.ones(16)).round(4).tolist(), strict=True))
+        if number == 1999:
+            asker.ask(2000)  # imports SMAC
+    started = time.process_time()
+    asker.ask(2001)
+    assert time.process_time() - started < 1.0  # 0.15 s on an idle core

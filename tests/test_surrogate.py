@@ -16,6 +16,7 @@ from optimer_hf.surrogate import (
     Hyperparameters,
     WeightedSum,
     fit,
+    informative,
     log_expected_improvement,
     maximise,
 )
@@ -248,3 +249,43 @@ def test_conditioning_keeps_the_mean_and_shrinks_the_variance_near_the_points():
     assert told_mean == pytest.approx(mean, abs=1e-4)
     assert (told_variance <= variance + 1e-9).all()
     assert (told.predict(pending)[1] < 0.7 * process.predict(pending)[1]).all()
+
+
+@pytest.mark.parametrize("d", [1, 2, 7, 8, 9, 16, 17, 40, 128])
+def test_squared_distances_are_the_plain_ones_to_the_last_bit(d):
+    rng = np.random.default_rng(d)
+    a, b, scales = rng.normal(size=(301, d)), rng.normal(size=(70, d)), rng.random(d) + 0.1
+    plain = (((a[:, None] - b[None]) / scales) ** 2).sum(-1)
+    assert np.array_equal(surrogate._squared_distances(a, b, scales), plain)
+
+
+def test_up_to_the_bound_a_process_is_fitted_to_every_point():
+    points = np.random.default_rng(0).random((surrogate.N_KEPT, 3))
+    assert np.array_equal(informative(points, points), np.arange(surrogate.N_KEPT))
+
+
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(101, 400), distinct=st.integers(1, 400))
+@settings(max_examples=25, deadline=None)
+def test_of_many_points_the_first_the_newest_the_best_and_far_ones_are_kept(seed, n, distinct):
+    rng = np.random.default_rng(seed)
+    points = rng.random((distinct, 4))[rng.integers(distinct, size=n)]
+    values = rng.normal(size=(n, 2))
+    kept = informative(points, values)
+    assert np.array_equal(kept, informative(points.copy(), values.copy()))
+    assert np.all(np.diff(kept) > 0) and len(kept) <= surrogate.N_KEPT
+    n_distinct = len(np.unique(points, axis=0))
+    assert len(kept) == surrogate.N_KEPT or n_distinct < surrogate.N_KEPT + 1
+    assert {0, *range(n - 25, n), *np.argmax(values, axis=0)} <= set(kept)
+    if distinct <= 20:  # each different point is there
+        assert len(np.unique(points[kept], axis=0)) == len(np.unique(points, axis=0))
+
+
+def test_a_process_of_many_points_predicts_near_the_best_as_one_of_all():
+    rng = np.random.default_rng(0)
+    points = rng.random((260, 3))
+    scores = smooth(points) + 0.01 * rng.normal(size=260)
+    kept = informative(points, scores[:, None])
+    near = 0.4 + 0.1 * rng.normal(size=(50, 3))
+    few, all_of_them = fit(points[kept], scores[kept]), fit(points, scores)
+    assert few.predict(near)[0] == pytest.approx(all_of_them.predict(near)[0], abs=0.02)
+    assert few.predict(near)[0] == pytest.approx(smooth(near), abs=0.03)
