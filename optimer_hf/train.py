@@ -8,9 +8,11 @@ loss through `head.fuse_loss`, without logits, and documents packed into one blo
 other (their positions restart, there is no cache).
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -44,6 +46,7 @@ from optimer_hf.corpus import (
 )
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import (
+    ATOMIC_PREFIX,
     Mistake,
     Reference,
     ReferenceText,
@@ -51,6 +54,7 @@ from optimer_hf.files import (
     did_you_mean,
     differences,
     digest,
+    exclusive,
     fingerprint,
     first_line,
     is_there,
@@ -68,6 +72,7 @@ from optimer_hf.head import fuse_loss, keeps_documents_apart
 from optimer_hf.patterns import ends_with, is_literal, matches
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.ties import Ties, ties_of
+from optimer_hf.training_state import drop_damaged, newest_whole, seal
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -96,6 +101,8 @@ UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
     "push_to_hub": "`optimer push` publishes a vector",
     "hub_model_id": "`optimer push` publishes a vector",
     "resume_from_checkpoint": "A killed run goes on by itself",
+    "save_only_model": "A killed run goes on with its optimizer, which a checkpoint has to hold",
+    "ignore_data_skip": "A killed run goes on with the next block, not with the first",
     "use_liger_kernel": "The loss of a run is computed without logits already",
     "label_smoothing_factor": "The loss is computed without logits, which smoothing needs",
 }
@@ -103,6 +110,8 @@ SECRET = {"hub_token", "push_to_hub_token"}  # fields that are neither shown nor
 ABOVE_ZERO = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}
 PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
 MEND_LORA = "What is trained so fits no merge. Change or drop the field."
+STARTED, BLOCKS, CHECKPOINTS = "started.json", "blocks.npy", "checkpoints"  # of a run that goes on
+LEFTOVERS = (ATOMIC_PREFIX, "blocks.")  # of a run killed while it packed
 SPENT_FILE = "spent.json"
 LONGEST_WAIT = 6 * 3600  # seconds; the first process packs a billion tokens in half an hour
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -261,26 +270,22 @@ def _check_optimizer(config: TrainConfig, arguments: "TrainingArguments") -> Non
 
 
 def is_trained(config: TrainConfig, out: Path) -> bool:
-    """Whether `out` holds the finished result of this config.
+    """Whether `out` holds the finished result of this config; changes nothing.
 
     Raises OutputError when it belongs to another config, or to another base or text of the same
     name, or holds files that are not ours.
     """
-    for name in ("training.json", "started.json"):
+    for name in ("training.json", STARTED):
         if (out / name).exists():
-            record = read_yaml(out / name)
-            if other := _what_differs(config, record):
-                if name == "started.json" and _last_checkpoint(out) is None:
-                    shutil.rmtree(out)  # a first try that never got to train
-                    return False
+            if other := _what_differs(config, read_yaml(out / name)):
+                was = "was trained" if name == "training.json" else "holds a run that began"
                 raise OutputError(
-                    f"{out}: was trained with another {other}. Remove it, or give another output "
+                    f"{out}: {was} with another {other}. Remove it, or give another output "
                     "directory."
                 )
             return name == "training.json"
-    leftovers = (".partial-", "blocks.")  # of a run killed while it packed
     found = out.iterdir() if out.is_dir() else [out] if is_there(out) else []
-    if any(not path.name.startswith(leftovers) for path in found):
+    if any(not path.name.startswith(LEFTOVERS) for path in found):
         raise OutputError(
             f"{out}: already exists and is not a training directory. Give another output directory."
         )
@@ -306,27 +311,48 @@ def train(config: TrainConfig, out: Path) -> Path:
     """Train and return `out`; go on where an interrupted run stopped, do nothing when it is
     finished.
 
-    Under `accelerate launch` every process calls this, and the first one writes.
+    Under `accelerate launch` every process calls this, and the first one writes. Raises OutputError
+    when another run writes `out`.
     """
     state = _processes(config)
-    with state.main_process_first():
-        packed = prepare(config, out)
-    if packed is None:
-        logger.info("train %s: %s is trained, nothing to do", config.name, out)
-        return out
+    with contextlib.ExitStack() as stack:
+        with state.main_process_first():
+            check_config(config)
+            if is_trained(config, out):
+                _tidy(out)
+                logger.info("train %s: %s is trained, nothing to do", config.name, out)
+                return out
+            if state.is_main_process:
+                stack.enter_context(_held(out))
+            packed = _prepared(config, out)
+        if packed is not None:  # by the run that held `out` until now
+            _run(config, out, packed, state)
+    return out
+
+
+def _held(out: Path) -> contextlib.AbstractContextManager[bool]:
+    """Hold an output directory for this run; its lock stands beside it."""
+    place = Path(os.path.realpath(out))
+    make_directory(place.parent)
+    return exclusive(place)
+
+
+def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> None:
+    if state.is_main_process:
+        drop_damaged(out / CHECKPOINTS)
+    state.wait_for_everyone()
     base = resolve_base(config.base_model)
     trainer = build_trainer(config, base, packed, out)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
     before, started = _spent_before(out), Cost.now()
-    checkpoint = _last_checkpoint(out)
+    checkpoint = newest_whole(out / CHECKPOINTS)
     if checkpoint is not None:
-        logger.info("train %s: going on from %s", config.name, Path(checkpoint).name)
+        logger.info("train %s: going on from %s", config.name, checkpoint.name)
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if state.is_main_process:
             _save(config, base, packed, trainer, out, before + started.since())
     state.wait_for_everyone()
-    return out
 
 
 def _processes(config: TrainConfig) -> Any:
@@ -350,40 +376,80 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
     if is_trained(config, out):
         _tidy(out)  # a kill may have left it
         return None
-    blocks, started = out / "blocks.npy", out / "started.json"
-    if not (started.exists() and blocks.exists()):
-        base = resolve_base(config.base_model)
-        tokenizer = loaded_tokenizer(base)
-        adapted = _adapted(empty_model(base), config, base)
-        _refuse_saved_apart(config, ties_of(Checkpoint(base.path)))
-        if config.lora is not None:
-            _refuse_unweighted(adapted, config, base)
-        make_directory(out)
-        try:
-            with naming_disk_errors(out, "Nothing was left behind"):
-                packed = _packed(config, tokenizer, blocks)
-        except BaseException:
-            if not started.exists():  # a run that has begun to train keeps its checkpoints
-                shutil.rmtree(out, ignore_errors=True)
-            raise
-        parts = [dataclasses.asdict(part) for part in packed.parts]
-        if not started.exists():
-            record = {
-                "config_sha256": config.digest,
-                "training": config.settings,
-                "inputs": config.inputs,
-                "parts": parts,
-            }
-            write_text(started, json.dumps(record | {"blocks_sha256": packed.sha256}))
+    with _held(out):
+        return _prepared(config, out)
+
+
+def _prepared(config: TrainConfig, out: Path) -> PackedCorpus | None:
+    """Do what `prepare` does where this process holds `out`."""
+    if is_trained(config, out):
+        return None
+    started = out / STARTED
+    if not started.exists():
+        return _begun(config, out)
     record = json.loads(started.read_text(encoding="utf-8"))
-    found = load_packed(blocks, [Part(**part) for part in record.get("parts", [])])
-    if record.get("blocks_sha256", found.sha256) != found.sha256:
-        blocks.unlink()
+    found = _blocks_of(record, out)
+    if found is None or _is_other(record, found):  # lost or damaged
+        found = _packed(config, _checked(config), out / BLOCKS)
+    if _is_other(record, found):
+        (out / BLOCKS).unlink()
         raise OutputError(
             f"{out}: the run began on another text than its corpus holds now. Restore the corpus, "
             "or remove the directory to begin again."
         )
     return found
+
+
+def _begun(config: TrainConfig, out: Path) -> PackedCorpus:
+    """Pack the corpus of a new run; what fails leaves nothing behind."""
+    tokenizer = _checked(config)
+    is_new = not out.exists()
+    make_directory(out)
+    try:
+        with naming_disk_errors(out, "Nothing was left behind"):
+            packed = _packed(config, tokenizer, out / BLOCKS)
+    except BaseException:
+        for path in out.glob(f"{LEFTOVERS[1]}*"):
+            path.unlink(missing_ok=True)
+        if is_new:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
+    record = {
+        "config_sha256": config.digest,
+        "training": config.settings,
+        "inputs": config.inputs,
+        "parts": [dataclasses.asdict(part) for part in packed.parts],
+        "blocks_sha256": packed.sha256,
+    }
+    write_text(out / STARTED, json.dumps(record))
+    return load_packed(out / BLOCKS, packed.parts)
+
+
+def _checked(config: TrainConfig) -> Any:
+    """Return the tokenizer of a run whose base and LoRA pass every check that its vector will have
+    to pass, without the weights.
+    """
+    base = resolve_base(config.base_model)
+    tokenizer = loaded_tokenizer(base)
+    adapted = _adapted(empty_model(base), config, base)
+    _refuse_saved_apart(config, ties_of(Checkpoint(base.path)))
+    if config.lora is not None:
+        _refuse_unweighted(adapted, config, base)
+    return tokenizer
+
+
+def _blocks_of(record: Mapping[str, Any], out: Path) -> PackedCorpus | None:
+    """Return the packed corpus of a run that began, None where it cannot be read."""
+    try:
+        parts = [Part(**part) for part in record.get("parts", [])]
+        return load_packed(out / BLOCKS, parts)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _is_other(record: Mapping[str, Any], found: PackedCorpus) -> bool:
+    return bool(record.get("blocks_sha256", found.sha256) != found.sha256)
 
 
 def _packed(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
@@ -461,7 +527,7 @@ def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
         "bf16": has_kernels and not config.trainer.get("fp16"),
         **TRAINER_DEFAULTS,
         **config.trainer,
-        "output_dir": str(out / "checkpoints"),
+        "output_dir": str(out / CHECKPOINTS),
         "seed": config.seed,
         "disable_tqdm": True,
     }
@@ -501,6 +567,8 @@ def _adapted(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:
     lora = _lora_config(config)
     _refuse_unmatched(model, config.lora.get("target_modules"), config.name)
     _resolve_patterns(lora, model, f"train config {config.name!r}: lora")
+    if model.device.type == "meta" and str(lora.init_lora_weights).lower() == "mica":
+        lora.init_lora_weights = True  # it takes the weights apart, and there are none
     try:
         return get_peft_model(model, lora)
     except (torch.OutOfMemoryError, MemoryError):
@@ -616,10 +684,12 @@ def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallbac
         is_measured = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            args.distributed_state.wait_for_everyone()  # each process writes a file of its own
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 spent = dataclasses.asdict(earlier + self.started.since())
                 write_text(folder / SPENT_FILE, json.dumps(spent))
+                seal(folder)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.n_tokens = _tokens_per_step(config, args)
@@ -673,26 +743,10 @@ def _tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
 
 def _spent_before(out: Path) -> Cost:
     """Return the time of training that the checkpoint to go on from stands for."""
-    checkpoint = _last_checkpoint(out)
-    file = Path(checkpoint or out) / SPENT_FILE
-    return Cost(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else Cost()
-
-
-def _last_checkpoint(out: Path) -> str | None:
-    """Return the newest checkpoint whose trainer_state.json, the file Trainer writes last, is
-    whole.
-    """
-    found = sorted(
-        (out / "checkpoints").glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])
-    )
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
-            continue
-        return str(path)
-    return None
+    checkpoint = newest_whole(out / CHECKPOINTS)
+    if checkpoint is None:
+        return Cost()
+    return Cost(**json.loads((checkpoint / SPENT_FILE).read_text(encoding="utf-8")))
 
 
 def _save(
@@ -715,7 +769,7 @@ def _save(
     (out / "README.md").unlink(
         missing_ok=True
     )  # PEFT's card template; ours is written when the vector is pushed
-    inputs = read_yaml(out / "started.json").get("inputs", {})
+    inputs = read_yaml(out / STARTED).get("inputs", {})
     record = _record(config, base, packed, trainer, spent) | {"inputs": inputs}
     sync_all(out)
     write_text(out / "training.json", json.dumps(record, indent=2))
@@ -724,9 +778,9 @@ def _save(
 
 def _tidy(out: Path) -> None:
     """Remove from a finished vector what only its training needed."""
-    (out / "started.json").unlink(missing_ok=True)
-    (out / "blocks.npy").unlink(missing_ok=True)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    (out / STARTED).unlink(missing_ok=True)
+    (out / BLOCKS).unlink(missing_ok=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def _record(

@@ -34,6 +34,7 @@ ORDER = [
     "patterns",
     "adapter_config",
     "adapter",
+    "training_state",
     "train",
     "quantize",
     "vector",

@@ -361,13 +361,52 @@ def test_a_run_on_another_base_of_the_same_name_is_refused(make_config, make_bas
         train(other, out)
 
 
-def test_a_first_try_on_a_text_that_was_mended_begins_again(make_config, corpus_dir, tmp_path):
+def test_a_first_try_on_a_text_that_was_mended_is_refused_and_left_alone(
+    make_config, corpus_dir, tmp_path
+):
     text = tmp_path / "aaa.jsonl"
     text.write_bytes((corpus_dir / "aaa.train.jsonl").read_bytes())
-    config = make_config(corpus=CorpusConfig(path=text))
-    first = prepare(config, tmp_path / "out")  # killed before its first checkpoint
+    config, out = make_config(corpus=CorpusConfig(path=text)), tmp_path / "out"
+    prepare(config, out)  # killed before its first checkpoint
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     text.write_bytes(text.read_bytes().replace(b"a", b"b"))
-    assert prepare(config, tmp_path / "out").sha256 != first.sha256
+    with pytest.raises(OutputError, match="a run that began with another content of corpus"):
+        prepare(config, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_whether_a_run_is_finished_is_found_out_without_a_change(make_config, tmp_path):
+    (tmp_path / "started.json").write_text('{"config_sha256": "of another config"}')
+    (tmp_path / "my-notes.txt").write_text("years of work")
+    broken = tmp_path / "checkpoints" / "checkpoint-3"
+    broken.mkdir(parents=True)
+    (broken / "trainer_state.json").write_text("{")
+    for ask in (is_trained, prepare, train):
+        with pytest.raises(OutputError, match="a run that began with another config"):
+            ask(make_config(), tmp_path)
+    assert names_in(tmp_path) == {"started.json", "my-notes.txt", "checkpoints"}
+    assert names_in(broken) == {"trainer_state.json"}
+
+
+def test_what_lies_beside_a_run_is_kept(make_config, tmp_path):
+    config = make_config(trainer={**FAST, "save_strategy": "steps", "save_steps": 3})
+    prepare(config, tmp_path)
+    (tmp_path / "my-notes.txt").write_text("years of work")
+    train(config, tmp_path)
+    assert (tmp_path / "my-notes.txt").read_text() == "years of work"
+
+
+def test_a_directory_that_another_run_writes_is_refused(make_config, tmp_path):
+    out = tmp_path / "out"
+    with train_module._held(out):
+        for begin in (train, prepare):
+            with pytest.raises(OutputError, match=r"out: another process is writing it"):
+                begin(make_config(), out)
+        assert not out.exists()
+        with pytest.raises(OutputError, match="another process"):
+            train(make_config(), tmp_path / "a" / ".." / "out")
+    train(make_config(max_tokens=64), out)
+    assert names_in(tmp_path) <= {"out", "a"}
 
 
 def test_a_directory_with_foreign_files_is_refused_and_left_alone(make_config, tmp_path):
@@ -454,16 +493,88 @@ def test_a_killed_run_goes_on_and_gives_the_losses_of_an_uninterrupted_one(
     assert names_in(out) == names_in(whole)
 
 
-def test_a_half_written_checkpoint_is_passed_over_for_the_one_before(make_config, tmp_path):
-    from optimer_hf.train import _last_checkpoint
+def interrupted(*_) -> None:
+    raise KeyboardInterrupt
 
-    for step, state in ((5, '{"global_step": 5}'), (10, '{"global_st'), (100, None)):
-        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "checkpoint-5")
-    assert names_in(tmp_path / "checkpoints") == {"checkpoint-5"}
+
+@pytest.fixture(scope="module")
+def killed(make_base, corpus_dir, tmp_path_factory):
+    """A run that was killed when it was about to write its result, and what it would have been."""
+    config = TrainConfig(
+        name="aaa",
+        base_model=str(make_base("llama", torch.float32).path),
+        corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
+        block_size=32,
+        max_tokens=192,
+        lora=LORA | {"lora_dropout": 0.3},  # draws numbers
+        trainer={**FAST, "save_strategy": "steps", "save_steps": 2},
+    )
+    out = tmp_path_factory.mktemp("run") / "killed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "_save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, out)
+    assert names_in(out / "checkpoints") == {"checkpoint-4", "checkpoint-6"}
+    whole = shutil.copytree(out, out.parent / "whole")
+    return config, out, load_file(train(config, whole) / "adapter_model.safetensors")
+
+
+def damage(file: str, change):
+    def done(out: Path) -> None:
+        path = out / file
+        path.write_bytes(change(path.read_bytes()))
+
+    return done
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def one_bit(data: bytes) -> bytes:
+    return data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+
+
+def drop_every_checkpoint(out: Path) -> None:
+    for path in (out / "checkpoints").iterdir():
+        damage("optimizer.pt", half)(path)
+
+
+def add_other_names(out: Path) -> None:
+    for name in ("checkpoint-old", "checkpoint-", "checkpoint-7.bak", "checkpoint--1"):
+        (out / "checkpoints" / name).mkdir()
+    (out / "checkpoints" / "checkpoint-9").write_text("a file")
+    (out / "checkpoints" / "checkpoint-8").mkdir()
+
+
+NEWEST = "checkpoints/checkpoint-6"
+DAMAGES = {
+    "nothing": lambda out: None,
+    "half an optimizer": damage(f"{NEWEST}/optimizer.pt", half),
+    "no scheduler": lambda out: (out / NEWEST / "scheduler.pt").unlink(),
+    "a foreign random state": damage(f"{NEWEST}/rng_state.pth", lambda data: b"not a pickle"),
+    "half an adapter": damage(f"{NEWEST}/adapter_model.safetensors", half),
+    "a bit of an adapter": damage(f"{NEWEST}/adapter_model.safetensors", one_bit),
+    "half a state": damage(f"{NEWEST}/trainer_state.json", half),
+    "a garbled time": damage(f"{NEWEST}/spent.json", lambda data: b"{}"),
+    "a garbled seal": damage(f"{NEWEST}/sealed.json", lambda data: b"[]"),
+    "every checkpoint": drop_every_checkpoint,
+    "other names": add_other_names,
+    "half of the blocks": damage("blocks.npy", half),
+    "a bit of the blocks": damage("blocks.npy", one_bit),
+    "foreign blocks": damage("blocks.npy", lambda data: b"not an array"),
+}
+
+
+@pytest.mark.parametrize("harm", DAMAGES.values(), ids=DAMAGES)
+def test_a_run_goes_on_from_what_is_not_damaged_to_the_same_result(killed, tmp_path, harm):
+    config, run, expected = killed
+    out = shutil.copytree(run, tmp_path / "out")
+    harm(out)
+    found = load_file(train(config, out) / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 # -- the same numbers, other ways ------------------------------------------------------------------
