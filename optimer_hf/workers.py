@@ -28,6 +28,7 @@ from distributed import (
     get_worker,
     wait,
 )
+from distributed.security import Security
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.evaluate import Term
@@ -234,8 +235,13 @@ class Workers:
 
 
 def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:
-    """Return processes on this machine, without Dask's limit: a model may fill the memory."""
+    """Return processes on this machine, without Dask's limit: a model may fill the memory.
+
+    They take connections with the keys of this process only: every user of a machine reaches its
+    loopback interface, and whoever reaches a scheduler can run code in it.
+    """
     return LocalCluster(
+        security=Security.temporary(),
         n_workers=n_workers,
         threads_per_worker=1,
         processes=True,

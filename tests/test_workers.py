@@ -1,5 +1,6 @@
 """workers.py: trials on real Dask clusters, whose workers die, have no model, or are not there."""
 
+import asyncio
 import logging
 import os
 import signal
@@ -7,12 +8,14 @@ import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import dask
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, rpc
+from distributed.security import Security
 
 import optimer_hf.workers as workers_module
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
@@ -208,6 +211,40 @@ def test_two_local_workers_score_what_one_process_scores_and_open_once_each(tmp_
         seconds = trial.seconds | {"cpu": expected.seconds["cpu"]}
         assert replace(trial, worker=None, seconds=seconds) == expected
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::RuntimeWarning")
+def test_nobody_without_the_keys_runs_code_on_local_workers(tmp_path):
+    """Every user of a machine reaches its loopback interface."""
+    config = config_of(tmp_path)
+    with Workers(config, n_workers=1, pool=FunctionPool) as workers:
+        scheduler = workers._client.scheduler.address
+        assert scheduler.startswith("tls://127.0.0.1:")
+        addresses = [scheduler, *workers._client.scheduler_info()["workers"]]
+        strangers = [("tcp://", None), ("tls://", Security.temporary())]
+        for address in addresses:
+            for protocol, security in strangers:
+                with pytest.raises(OSError):  # it never gets as far as an answer
+                    called(address.replace("tls://", protocol), security)
+        assert run(workers, config, [1])[1].status == "ok"
+
+
+def called(address: str, security: Security | None) -> Any:
+    """Ask a scheduler or a worker who it is, as a client does before it sends code."""
+
+    async def call() -> Any:
+        arguments = {} if security is None else security.get_connection_args("client")
+        remote = rpc(address, connection_args=arguments, timeout=5)
+        try:
+            return await asyncio.wait_for(remote.identity(), timeout=5)
+        finally:
+            await remote.close_rpc()
+
+    return asyncio.run(call())
+
+
+def test_a_stranger_is_answered_where_there_are_no_keys(cluster):
+    assert called(cluster.scheduler_address, None)["type"] == "Scheduler"
 
 
 def test_local_workers_share_the_cores(tmp_path):
