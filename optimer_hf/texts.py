@@ -31,6 +31,8 @@ CHUNK = 2**20  # characters
 WILDCARDS = re.compile(r"[*?\[]")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may name them, no tokenizer takes them
 BETWEEN_ROWS = re.compile(r"[\s,]*")
+ABOUT = re.compile(r"(readme|licen[cs]e)\b", re.IGNORECASE)  # texts about a corpus
+POINTER = "version https://git-lfs.github.com/spec/"  # to a file that was not fetched
 HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|dev|valid|validation|held-?out)(?![a-z])")
 PLAIN = (".txt", ".md")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -83,7 +85,7 @@ def files_of(path: Path) -> list[Path]:
         found = [path]
     elif WILDCARDS.search(str(path)):
         matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
-        found = sorted(file for file in matches if file.is_file())
+        found = _each_once(sorted(file for file in matches if _is_file(file)))
         if not found:
             raise CorpusError(f"{path}: no file matches this pattern.")
     else:
@@ -102,15 +104,16 @@ def _files_in(folder: Path) -> list[Path]:
     """Return the shards in a folder and its sub-folders; plain text beside rows (README.md) is left
     out.
     """
-    saved = (folder / "state.json").is_file()  # by `Dataset.save_to_disk`
+    if (folder / "state.json").is_file():
+        return _saved_by_datasets(folder)
+    if (folder / "dataset_dict.json").is_file():
+        return _saved_split(folder)
     by_format: dict[str, list[Path]] = {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in (Path(parent) / name for name in sorted(names) if not name.startswith(".")):
-            kind = _format(file)
-            if kind is not None and file.is_file() and not (saved and kind != ".arrow"):
-                by_format.setdefault("text" if kind in PLAIN else kind, []).append(file)
+    for file in _walked(folder):
+        kind = str(_format(file))
+        by_format.setdefault("text" if kind in PLAIN else kind, []).append(file)
     plain = by_format.pop("text", [])
+    plain = [file for file in plain if not ABOUT.match(file.name)] or plain
     if not by_format and not plain:
         raise CorpusError(
             f"{folder}: no shards in this folder. Expected files that end in "
@@ -121,9 +124,81 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder}: found files of several formats ({', '.join(sorted(by_format))}). Name "
             f"those to read with a pattern: path: {folder.name}/*{min(by_format)}"
         )
-    found = sorted(next(iter(by_format.values()), plain))
+    found = _each_once(sorted(next(iter(by_format.values()), plain)))
     _refuse_held_out(folder, found)
     return found
+
+
+def _walked(folder: Path) -> Iterator[Path]:
+    """Yield the files of a known format below a folder; linked folders are entered once."""
+    entered: set[Path] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if Path(parent).resolve() in entered:
+            folders.clear()
+            continue
+        entered.add(Path(parent).resolve())
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (Path(parent) / name for name in sorted(names) if not name.startswith("."))
+        yield from (file for file in files if _format(file) is not None and _is_file(file))
+
+
+def _is_file(file: Path) -> bool:
+    """Whether this is a file; raises CorpusError for a link that leads nowhere, a shard that is
+    missing.
+    """
+    if file.is_symlink() and not is_there(Path(os.path.realpath(file))):
+        raise CorpusError(
+            f"{file}: is a link to {file.readlink()}, which is not there. Fetch the file, or "
+            "remove the link."
+        )
+    return file.is_file()
+
+
+def _each_once(files: list[Path]) -> list[Path]:
+    """Return files without those that are another of them through a link; raises CorpusError for
+    a file and a compressed copy of it.
+    """
+    found: dict[Path, Path] = {}
+    by_name: dict[Path, Path] = {}
+    for file in files:
+        if found.setdefault(file.resolve(), file) != file:
+            continue
+        plain = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+        other = by_name.setdefault(plain, file)
+        if other != file:
+            raise CorpusError(
+                f"{file}: stands beside {other.name}, and one is a copy of the other by its name. "
+                "Remove one of them."
+            )
+    return list(found.values())
+
+
+def _saved_by_datasets(folder: Path) -> list[Path]:
+    """Return the files of a `Dataset.save_to_disk`; `cache-*.arrow`, which `map` leaves beside
+    them, are others.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CorpusError(f"{folder / 'state.json'}: names no data files ({error}).") from None
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CorpusError(f"{folder}: {name[:80]!r}, which state.json names, is not there.")
+    return [folder / name for name in names]
+
+
+def _saved_split(folder: Path) -> list[Path]:
+    """Return the files of the only split of a `DatasetDict.save_to_disk`."""
+    splits = sorted(file.parent for file in folder.glob("*/state.json"))
+    if len(splits) != 1:
+        names = [split.name for split in splits]
+        first = "train" if "train" in names or not names else names[0]
+        raise CorpusError(
+            f"{folder}: holds the splits {names} of a DatasetDict. Name the one to read: "
+            f"path: {folder.name}/{first}"
+        )
+    return _saved_by_datasets(splits[0])
 
 
 def _refuse_held_out(folder: Path, found: list[Path]) -> None:
@@ -215,7 +290,9 @@ def _parts(text: TextIO, file: Path) -> Iterator[str]:
     """Yield plain text as one document, or cut at line ends into parts of about LONGEST_TEXT."""
     part: list[str] = []
     n_characters = 0
-    for _, line in _lines(text, file):
+    for number, line in _lines(text, file):
+        if number == 1 and line.startswith(POINTER):
+            raise CorpusError(f"{file}: is a pointer of Git LFS. Fetch the file: git lfs pull.")
         if part and n_characters + len(line) > LONGEST_TEXT:
             yield "".join(part)
             part, n_characters = [], 0
@@ -260,6 +337,7 @@ def _array(text: TextIO, file: Path) -> Iterator[tuple[Any, str]]:
     while True:
         start = BETWEEN_ROWS.match(buffer, start).end()  # type: ignore[union-attr]
         if buffer[start : start + 1] == "]":
+            _refuse_more(buffer[start + 1 :], text, file)
             return
         where = f"{file}: row {number}"
         try:
@@ -276,6 +354,17 @@ def _array(text: TextIO, file: Path) -> Iterator[tuple[Any, str]]:
             number += 1
 
 
+def _refuse_more(after: str, text: TextIO, file: Path) -> None:
+    """Raise CorpusError for anything but space after a JSON array: it would be left out."""
+    while after:
+        if found := after.strip():
+            raise CorpusError(
+                f"{file}: goes on after its array with {found[:20]!r}. Expected one array, or a "
+                "row a line (.jsonl)."
+            )
+        after = text.read(CHUNK)
+
+
 def _separated(
     text: TextIO, file: Path, field: str, delimiter: str
 ) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -288,15 +377,25 @@ def _separated(
         raise CorpusError(
             f"{file}: no text in field {field!r}; found {list(names)}. Set `text_field`."
         )
+    if names.count(field) > 1:
+        raise CorpusError(f"{file}: has {names.count(field)} columns {field!r}, expected one.")
     for row in reader:
+        if None in row:
+            raise CorpusError(
+                f"{file}:{reader.line_num}: has more values than the {len(names)} columns. Quote "
+                "texts that hold a separator."
+            )
         yield row, f"{file}:{reader.line_num}"
 
 
 def _table(file: Path, kind: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yield the rows of a file that `datasets` reads."""
     import datasets
+    from pyarrow import parquet
 
     try:
+        if kind == ".parquet" and parquet.read_metadata(file).num_rows == 0:
+            return  # `datasets` asks for batches of no rows then
         rows = datasets.load_dataset(
             kind.lstrip("."), data_files=glob.escape(str(file)), split="train", streaming=True
         )

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import BOS, EOS, tiny_model
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -694,6 +694,95 @@ def test_a_folder_that_is_no_single_corpus_is_refused(tmp_path, names, message):
         write_any(tmp_path / name, "")
     with pytest.raises(CorpusError, match=message):
         texts(tmp_path)
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder with a shard, a link to it, a link to a folder of shards and one to itself."""
+    folder = tmp_path / "linked"
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    write_any(folder / "a.jsonl", as_rows(".jsonl", [{"text": "a"}]))
+    write_any(tmp_path / "elsewhere" / "b.jsonl", as_rows(".jsonl", [{"text": "b"}]))
+    (folder / "again.jsonl").symlink_to(folder / "a.jsonl")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (folder / "self").symlink_to(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.jsonl"])
+def test_every_shard_that_links_lead_to_is_read_once(linked, pattern):
+    assert texts(linked / pattern) == ["a", "b"]
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl"])
+def test_a_link_to_a_shard_that_is_not_there_is_refused(linked, pattern):
+    (linked / "z.jsonl").symlink_to("nowhere")
+    with pytest.raises(CorpusError, match=r"z\.jsonl: is a link to nowhere, which is not there"):
+        texts(linked / pattern)
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl*"])
+def test_a_shard_and_its_compressed_copy_are_refused(tmp_path, pattern):
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        write_any(tmp_path / name, as_rows(".jsonl", [{"text": "a"}]))
+    with pytest.raises(
+        CorpusError, match=r"a\.jsonl\.gz: stands beside a\.jsonl, and one is a copy"
+    ):
+        texts(tmp_path / pattern)
+
+
+def test_what_map_leaves_in_a_saved_data_set_is_not_read(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path)
+    load_from_disk(tmp_path).map(lambda row: {"text": row["text"] + "!"})
+    assert len(list(tmp_path.glob("*.arrow"))) == 2
+    assert texts(tmp_path) == ["a", "b"]
+    (tmp_path / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(CorpusError, match=r"arrow', which state\.json names, is not there"):
+        texts(tmp_path)
+
+
+def test_a_saved_dict_of_one_split_is_read_and_of_two_is_refused(tmp_path):
+    rows = Dataset.from_dict({"text": ["a", "b"]})
+    DatasetDict(train=rows).save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
+    assert texts(tmp_path / "one") == ["a", "b"]
+    with pytest.raises(CorpusError, match=r"the splits \['test', 'train'\].* path: two/train"):
+        texts(tmp_path / "two")
+    assert texts(tmp_path / "two" / "train") == ["a", "b"]
+
+
+def test_an_empty_shard_of_a_table_is_read_as_empty(tmp_path):
+    for name, found in (("a", []), ("b", ["x"])):
+        pq.write_table(
+            pa.table({"text": pa.array(found, pa.string())}), tmp_path / f"{name}.parquet"
+        )
+    assert texts(tmp_path) == ["x"]
+
+
+def test_texts_about_a_corpus_of_plain_text_are_left_out(tmp_path):
+    for name in ("a.txt", "README.md", "LICENSE.txt"):
+        write_any(tmp_path / name, name)
+    assert texts(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '[{"text": "a"}]\n[{"text": "b"}]', r"goes on after its array with '\[\{\"text"),
+        ("a.json", '[{"text": "a"}]' + " " * 3 * 2**20 + "x", "goes on after its array with 'x'"),
+        ("a.csv", "n,text\n1,b\n2,Hello, world\n", r"a\.csv:3: has more values than the 2 columns"),
+        ("a.csv", "text,text\na,b\n", r"a\.csv: has 2 columns 'text', expected one"),
+        (
+            "a.txt",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:a\n",
+            "pointer of Git LFS",
+        ),
+    ],
+)
+def test_a_file_of_which_something_would_be_lost_is_refused(tmp_path, name, text, message):
+    with pytest.raises(CorpusError, match=message):
+        texts(write_any(tmp_path / name, text))
 
 
 def test_a_pattern_without_a_match_is_refused(tmp_path):
