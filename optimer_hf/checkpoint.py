@@ -326,12 +326,25 @@ def refuse_pickled(where: str, names: Sequence[str]) -> None:
             )
 
 
+def missing_shards(index: Path) -> list[str]:
+    """Return the files beside an index that it names and that are not there."""
+    return sorted(
+        file
+        for file in set(_weight_map(index).values())
+        if not is_there(index.parent / file) or not (index.parent / file).is_file()
+    )
+
+
 def _read_index(index: Path) -> dict[str, str]:
     """Return tensor -> file of the shards beside an index."""
     files = _weight_map(index)
-    for file in files.values():
-        if not is_there(index.parent / file) or not (index.parent / file).is_file():
-            raise ModelError(f"{index.parent / file}: missing shard. Fetch it again.")
+    missing = missing_shards(index)
+    if missing:
+        shown_names = ", ".join(missing[:5]) + (" ..." if missing[5:] else "")
+        raise ModelError(
+            f"{index.parent}: missing shard {shown_names} ({len(missing)} of "
+            f"{len(set(files.values()))} that {index.name} names). Fetch it again."
+        )
     return files
 
 

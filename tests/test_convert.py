@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from gguf import GGUFWriter, TokenType
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +26,7 @@ from optimer_hf.convert import (
     multiplied_in,
     resolve_base,
     resolve_model,
+    resolve_tokenizer,
 )
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import sha256_file
@@ -365,6 +367,75 @@ def test_a_hub_model_that_cannot_be_fetched_is_refused_with_what_to_check(text):
         ModelError, match=rf"{text}: cannot be fetched from the Hub .*hf auth login"
     ):
         resolve_model(text)
+
+
+COMMIT = "a" * 40
+
+
+@pytest.fixture
+def cached(make_base, tmp_path, monkeypatch):
+    """Return a function that puts a sharded model into a cache of the Hub, without some files."""
+
+    def put(*without: str, sharded: bool = False) -> Path:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        repo = tmp_path / "hub" / "models--me--tuned"
+        path = repo / "snapshots" / COMMIT
+        shutil.copytree(make_base("llama").path, path)
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(COMMIT)
+        if sharded:
+            (path / "model.safetensors").unlink()
+            tiny_model("llama").save_pretrained(path, max_shard_size="30KB")
+        for pattern in without:
+            for file in list(path.glob(pattern)):
+                file.unlink()
+                if pattern == "tokenizer.json":
+                    file.symlink_to(repo / "blobs" / "gone")
+        return path
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("without", "sharded", "named"),
+    [
+        (["model.safetensors"], False, "model.safetensors"),
+        (["config.json"], False, "config.json"),
+        (["config.json", "model.safetensors"], False, "config.json, model.safetensors"),
+        (["model-00001-of*"], True, "model-00001-of"),
+        (["model-00001-of*", "model-00002-of*"], True, "model-00001-of.*model-00002-of"),
+        (["tokenizer.json"], False, "tokenizer.json"),  # a link to a file that is gone
+    ],
+)
+@pytest.mark.parametrize("reference", ["me/tuned", f"hf://me/tuned@{COMMIT}"])
+def test_an_incomplete_cache_offline_is_named_with_what_it_lacks(
+    cached, without, sharded, named, reference
+):
+    cached(*without, sharded=sharded)
+    with pytest.raises(
+        ModelError, match=rf"me/tuned at commit {COMMIT} .*lacks {named}.*HF_HUB_OFFLINE is set"
+    ):
+        resolve_model(reference)
+
+
+def test_a_whole_cache_is_enough_offline(cached):
+    path = cached(sharded=True)
+    assert resolve_model("me/tuned") == ResolvedModel(path, "me/tuned", COMMIT)
+    assert resolve_tokenizer("me/tuned").path == path
+
+
+def test_a_cache_without_tokenizer_is_named(cached):
+    cached("tokenizer*")
+    with pytest.raises(ModelError, match=rf"has no tokenizer in the cache at commit {COMMIT}"):
+        resolve_base("me/tuned")
+    with pytest.raises(ModelError, match=r"me/tuned at commit .*lacks tokenizer\.json"):
+        resolve_tokenizer("me/tuned")
+
+
+def test_a_directory_that_lacks_shards_of_its_index_names_them(cached):
+    path = cached("model-00001-of*", "model-00002-of*", sharded=True)
+    with pytest.raises(ModelError, match=r"missing shard model-00001.*, model-00002.* \(2 of"):
+        empty_model(ResolvedModel(path, "local"))
 
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
