@@ -249,7 +249,7 @@ def _key(training: TrainConfig) -> str:
 
 
 def _item_key(term: Term) -> str:
-    return digest([term.task_name, term.metric, list(term.hash_range)])
+    return digest([term.asked_as, term.metric, list(term.hash_range)])
 
 
 # -- from the probe to the stages ------------------------------------------------------------------
