@@ -540,7 +540,7 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
 )
 @click.option(
     "--n-trials",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=10_000),
     help="Trials in all; raise it to go on (default: that of the study, or 30).",
 )
 @WORKERS
@@ -663,7 +663,7 @@ def _say_front(study: Any) -> None:
 @click.argument("out", type=PATH, required=False)
 @click.option(
     "--n-trials",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=10_000),
     help="Real trials that verify the prediction, in a study of their own at OUT.",
 )
 @WORKERS

@@ -18,6 +18,9 @@ import re
 import reprlib
 import secrets
 import shutil
+import stat
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +53,9 @@ COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, in full
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
 N_PIECES, PIECE = 1024, 2**16  # of a fingerprint, 64 MiB together; bytes
 SMALLEST_FREE_SPACE = 4 * 2**20  # bytes; less than this is a full disk
+
+
+SECONDS_TO_LOCK = 60  # between the making of a scratch directory and its lock, at most
 
 
 FREE_TEXT = ("system_instruction", "generation")  # may begin with a slash and is no path
@@ -604,6 +610,28 @@ def locking(file: Path, seconds: float = 0.0) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def scratch_directory(prefix: str) -> Iterator[Path]:
+    """Yield an empty temporary directory that is gone afterwards, and remove those with the same
+    prefix that dead processes of this user left.
+    """
+    root = Path(tempfile.gettempdir())
+    for left in root.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError, Timeout):
+            status = left.lstat()
+            is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+            if not is_own or time.time() - status.st_mtime < SECONDS_TO_LOCK:
+                continue
+            with locking(left / ".lock") as is_held:
+                if is_held:
+                    shutil.rmtree(left, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as made,
+        locking(Path(made) / ".lock"),
+    ):
+        yield Path(made)
 
 
 def _staging_name(name: str) -> str:

@@ -19,6 +19,7 @@ from optimer_hf.files import write_text
 from optimer_hf.search import search
 from optimer_hf.study import (
     INPUTS_FILE,
+    LARGEST_SEARCH,
     TRIALS_FILE,
     Inputs,
     Study,
@@ -269,6 +270,11 @@ def search_on(
     ]
     earlier = TrialLog(directory / TRIALS_FILE, repair=False).of("search")
     n_seeds = _n_seeds(earlier, seeds) if earlier else len(seeds)
+    if n_seeds + n_trials > LARGEST_SEARCH:
+        raise StudyError(
+            f"{directory}: found {n_seeds} recorded trials and {n_trials} more, expected at most "
+            f"{LARGEST_SEARCH}. Ask for fewer."
+        )
     config = StudyConfig.model_validate(
         study.config.model_dump()
         | {"objective": target.model_dump(), "test": None, "retarget": {}}

@@ -8,7 +8,6 @@ append-only nor safe to kill.
 
 import logging
 import math
-import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +26,7 @@ from optimer_hf.evaluate import (
     warn_of_reported_benchmarks,
 )
 from optimer_hf.faults import naming_faults
+from optimer_hf.files import scratch_directory
 from optimer_hf.progress import Meter
 from optimer_hf.record import Rules, mistakes_of_score, unusable_gain
 from optimer_hf.study import (
@@ -156,9 +156,9 @@ def _run_search(
     best, rules = _Best(study), _rules(study)
     with (
         Meter("search", config.search.n_trials, "trials", done=len(done)) as meter,
-        tempfile.TemporaryDirectory(prefix="optimer-smac-") as scratch,
+        scratch_directory("optimer-smac-") as scratch,
     ):
-        plan = _Plan(study, Path(scratch), planned)
+        plan = _Plan(study, scratch, planned)
         while waiting or running:
             while waiting and len(running) < runner.n_slots:
                 if running and not study.log.of("search"):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 from filelock import Timeout
@@ -63,7 +63,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LARGEST_WEIGHT = 1e6
+LARGEST_WEIGHT = 1000.0  # of a vector; merges break far below
+LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
+MOST_VECTORS, NARROWEST = 1000, 1e-3
 ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
 EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
 MergeMethod = Literal["ties", "dare_ties", "model_stock"]
@@ -72,6 +74,9 @@ AVERAGE, SUM, RANDOM = "uniform average", "uniform sum", "random vectors of equa
 RETARGETED = "re-targeted to "
 # rows of every comparison, beside those that a vector or a target names
 ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
+Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
+Total = Annotated[float, Field(le=LARGEST_WEIGHT * MOST_VECTORS)]
+Share = Annotated[float, Field(le=1e6)]
 Fidelity = Literal["search", "rescore", "sealed"]
 ITEMS_OF: dict[Fidelity, str] = {  # what a score is of, by fidelity
     "search": "the items of the search",
@@ -88,8 +93,8 @@ class VectorConfig(FileModel):
 
     source: ReferenceText | None = None
     train: str | None = None
-    bounds: tuple[float, float] = (0.0, 1.5)
-    fixed: float | None = None
+    bounds: tuple[Weight, Weight] = (0.0, 1.5)
+    fixed: Weight | None = None
 
     def mistakes(self) -> Iterator[Mistake]:
         if (self.source is None) == (self.train is None):
@@ -98,7 +103,11 @@ class VectorConfig(FileModel):
                 "give exactly one of 'source' (a directory or Hub id) and 'train' (a train file "
                 "of the recipe folder)",
             )
-        if self.bounds[0] >= self.bounds[1]:
+        low, high = self.bounds
+        if low < high < low + NARROWEST:
+            told = f"bounds {[low, high]} are closer than {NARROWEST:g}; give 'fixed' instead"
+            yield ("bounds",), told
+        if low >= high:
             yield (
                 ("bounds",),
                 f"bounds {list(self.bounds)} are empty; give [low, high] with low < high, or "
@@ -119,14 +128,14 @@ class SearchConfig(FileModel):
     come, by the names of the HF Trainer's `report_to` (tensorboard, wandb, ...).
     """
 
-    n_trials: int = Field(default=30, gt=0)
+    n_trials: int = Field(default=30, gt=0, le=LARGEST_SEARCH)
     surrogate: Literal["per_term", "black_box", "random_forest", "random"] = "per_term"
-    total: tuple[float, float] | None = None
+    total: tuple[Total, Total] | None = None
     pareto: bool = False
     spread: bool = True
     seed: int = Field(default=0, ge=0, lt=2**32)
-    rescore_top: int = Field(default=3, ge=0)
-    rescore_limit: int | None = Field(default=None, gt=0)
+    rescore_top: int = Field(default=3, ge=0, le=LARGEST_SEARCH)
+    rescore_limit: int | None = Field(default=None, gt=0, le=LARGEST_LIMIT)
     report_to: list[str] = []
 
 
@@ -135,7 +144,7 @@ class SearchBaseline(SearchConfig):
     objective's.
     """
 
-    limit: int | None = Field(default=None, gt=0)
+    limit: int | None = Field(default=None, gt=0, le=LARGEST_LIMIT)
 
 
 class MixtureBaseline(FileModel):
@@ -143,7 +152,7 @@ class MixtureBaseline(FileModel):
     weights read as), with the tokens of all vectors together or of one.
     """
 
-    shares: dict[str, float] | Literal["uniform", "searched"] = "uniform"
+    shares: dict[str, Share] | Literal["uniform", "searched"] = "uniform"
     budget: Literal["all", "one"] = "all"
 
     def mistakes(self) -> Iterator[Mistake]:
@@ -178,11 +187,11 @@ class StudyConfig(VersionedFile):
 
     base_model: ReferenceText
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    vectors: dict[str, VectorConfig] = Field(min_length=1)
+    vectors: dict[str, VectorConfig] = Field(min_length=1, max_length=MOST_VECTORS)
     tokenizer_source: TokenizerSource = None
     objective: Objective
     test: Objective | None = None
-    retarget: dict[str, dict[str, float]] = {}
+    retarget: dict[str, dict[str, Share]] = {}
     search: SearchConfig = SearchConfig()
     baselines: Baselines = Baselines()
 

@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
@@ -33,6 +32,7 @@ from distributed.security import Security
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.evaluate import Term
 from optimer_hf.faults import naming_faults
+from optimer_hf.files import scratch_directory
 from optimer_hf.study import StudyConfig, Trial
 from optimer_hf.trial import Pool, ResidentPool, run_trial
 
@@ -98,9 +98,8 @@ class Workers:
         """Start or find the cluster; raise StudyError when no scheduler answers."""
         with contextlib.ExitStack() as stack:
             if (cluster := self._scheduler) is None:  # Dask never removes its own scratch directory
-                scratch = TemporaryDirectory(prefix="optimer-dask-", ignore_cleanup_errors=True)
-                folder = stack.enter_context(scratch)
-                cluster = stack.enter_context(_local_cluster(self._n_workers or 1, folder))
+                scratch = stack.enter_context(scratch_directory("optimer-dask-"))
+                cluster = stack.enter_context(_local_cluster(self._n_workers or 1, str(scratch)))
             self._client = stack.enter_context(_connected(cluster))
             self._stack = stack.pop_all()
         return self

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ from optimer_hf.files import (
     read_yaml,
     relocated,
     require_empty,
+    scratch_directory,
     sha256_file,
     staged_directory,
     write_text,
@@ -623,3 +625,21 @@ def test_a_folder_that_was_moved_or_copied_has_its_own_files(tmp_path):
     value |= {"gone": str(tmp_path / "one" / "gone"), "hub": "org/name"}
     found = relocated(value, tmp_path / "one" / "study", tmp_path / "two" / "study")
     assert found == value | {"own": [str(tmp_path / "two" / "text")]}
+
+
+def test_scratch_of_a_dead_process_is_removed_and_that_of_a_living_one_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, elsewhere, link = tmp_path / "x-dead", tmp_path / "elsewhere", tmp_path / "x-link"
+    young = tmp_path / "x-young"
+    for made in (dead, elsewhere, young):
+        made.mkdir()
+        (made / "file").touch()
+    link.symlink_to(elsewhere)
+    with scratch_directory("x-") as living:
+        for old in (dead, living):
+            os.utime(old, (0, 0))
+        with scratch_directory("x-") as other:
+            assert living.is_dir() and other.is_dir() and other != living
+            assert not dead.exists() and (young / "file").exists()
+            assert (elsewhere / "file").exists()
+    assert not living.exists() and not other.exists()

@@ -882,6 +882,32 @@ def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
             r"'search\.n_trails'.*Did you mean 'n_trials'",
         ),
         ("vectors: {w: {source: a/w}}\ndtype: int8", "dtype: found 'int8'"),
+        *(
+            (
+                f"vectors: {{w: {{source: a/w}}}}\nsearch: {{{field}: {value}}}",
+                rf"{field}: found .*less",
+            )
+            for field, value in [
+                ("n_trials", 10_001),
+                ("rescore_top", 10**9),
+                ("rescore_limit", 10**18),
+                ("seed", 2**40),
+            ]
+        ),
+        (f"vectors: {{w: {{source: a/w}}}}\nsearch: {{n_trials: {'9' * 4000}}}", "4000 digits"),
+        ("vectors: {w: {source: a/w, bounds: [-1e308, 1e308]}}", r"bounds\.0: found -1e\+308"),
+        ("vectors: {w: {source: a/w, bounds: [0, 1e9]}}", r"bounds\.1: found 1000000000"),
+        ("vectors: {w: {source: a/w, bounds: [0, 1e-300]}}", r"are closer than 0\.001"),
+        ("vectors: {w: {source: a/w}, f: {source: a/f, fixed: 1e308}}", r"fixed: found 1e\+308"),
+        ("vectors: {w: {source: a/w}}\nsearch: {total: [0, 1e308]}", r"total\.1: found 1e\+308"),
+        (
+            "vectors: {w: {source: a/w}}\nretarget: {r: {t: 1e308}}",
+            r"retarget\.r\.t: found 1e\+308",
+        ),
+        (
+            "vectors: {w: {source: a/w}}\nbaselines: {searches: {s: {limit: 1000000000}}}",
+            r"limit: found 1000000000",
+        ),
     ],
 )
 def test_an_impossible_study_is_refused_with_field_and_reason(tmp_path, text, message):
