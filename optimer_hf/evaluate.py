@@ -705,6 +705,7 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
 
     Raises EvaluationError for a task, metric or file that does not exist.
     """
+    _refuse_two_folders(objectives)
     tasks: dict[str, Any] = {}
     for objective in objectives:
         named = [term for term in objective.scored if term.function is None]
@@ -719,6 +720,24 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
             _check_metric(term, tasks[term.asked_as])
             _refuse_sealed_examples(term, tasks[term.asked_as])
     return tasks
+
+
+def _refuse_two_folders(objectives: Sequence[Objective]) -> None:
+    """Raise EvaluationError for a task that two objectives look up in different folders: it is one
+    task by its name, in records and in tables.
+    """
+    folders: dict[str, Path] = {}
+    for objective in objectives:
+        for term in objective.scored:
+            if term.task is None or objective.include_path is None:
+                continue
+            folder = folders.setdefault(term.task, objective.include_path)
+            if folder != objective.include_path:
+                raise EvaluationError(
+                    f"term {term.label!r}: task {term.task!r} is looked up in two folders "
+                    f"(include_path: {folder} and {objective.include_path}). Give objective and "
+                    "test the same include_path."
+                )
 
 
 def _check_text(term: Term, path: Path) -> None:

@@ -1027,3 +1027,11 @@ def test_options_that_say_nothing_to_a_term_are_refused_and_a_written_one_reads_
     for term in (function, {"text": "a.jsonl"}):
         objective = objective_of(term)
         assert Objective.model_validate(objective.model_dump()) == objective
+
+
+def test_a_task_that_two_objectives_look_up_in_different_folders_is_refused(tmp_path):
+    terms = {"terms": [{"task": "arc", "metric": "acc"}]}
+    folders = [tmp_path / "a", tmp_path / "b"]
+    objectives = [Objective.model_validate(terms | {"include_path": each}) for each in folders]
+    with pytest.raises(EvaluationError, match="task 'arc' is looked up in two folders"):
+        load_tasks(objectives)
