@@ -18,7 +18,6 @@ from optimer_hf.convert import (
     resolve_base,
     resolve_model,
     resolve_tokenizer,
-    stored_names,
 )
 from optimer_hf.errors import ModelError
 from optimer_hf.loader import (
@@ -67,7 +66,6 @@ LOADERS = {
     "config": read_config,
     "model": lambda path: loaded_model(ResolvedModel(path, "m"), torch.float32),
     "empty model": lambda path: empty_model(ResolvedModel(path, "m")),
-    "stored names": lambda path: stored_names(ResolvedModel(path, "m")),
     "tokenizer": lambda path: loaded_tokenizer(ResolvedModel(path, "m")),
     "adapter config": read_adapter_config,
     "adapter": lambda path: model_with_adapter(tiny_model("llama"), path),
