@@ -104,7 +104,7 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     where = f"vector {name!r} ({path})"
     options = read_options(path, where)
     refuse_options(options, where, MATERIALISE)
-    stored = Checkpoint(path, "adapter_model")
+    stored = _opened(path, where)
     shapes = {key: stored.shape(key) for key in stored.names}
     found: dict[str, LowRank | Trained] = {}
     for part in parts_of(Lora(options, shapes, base, where, MATERIALISE)):
@@ -120,6 +120,14 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
         else:
             found[part.target] = _product(stored, part)
     return _joined(found, ties_of(base), where)
+
+
+def _opened(path: Path, where: str) -> Checkpoint:
+    """Return the tensors of an adapter; raises ModelError where there are none."""
+    stored = Checkpoint(path, "adapter_model")
+    if not stored.names:
+        raise ModelError(f"{where}: holds no tensors, so it moves nothing. Fetch it again.")
+    return stored
 
 
 def refuse_options(options: Mapping[str, Any], where: str, advice: str) -> None:
@@ -365,7 +373,7 @@ def _joined(
     joined: dict[str, LowRank | Trained] = {}
     for name, part in sorted(found.items(), key=lambda item: item[0] != ties.kept(item[0])):
         other = joined.setdefault(ties.kept(name), part)
-        if not _are_alike(part, other):
+        if part is not other and not _are_alike(part, other):  # NaN is not even like itself
             raise _parted([name], [ties.kept(name)], where)
     return joined
 
@@ -441,7 +449,13 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
     PEFT is asked on an empty model. Where a type needs the weights for that, they are loaded.
     """
     where = str(adapter)
-    options, stored = read_options(adapter, where), Checkpoint(adapter, "adapter_model")
+    options, stored = read_options(adapter, where), _opened(adapter, where)
+    if stored.wrappers:
+        raise ModelError(
+            f"{where}: its tensor names have the prefix {', '.join(stored.wrappers)} of a wrapper, "
+            "under which PEFT finds none of them. Rename the tensors; a LoRA can be read as it is, "
+            "without --from-adapter."
+        )
     for field in REPLACING:
         if options.get(field):
             raise ModelError(

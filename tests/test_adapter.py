@@ -170,6 +170,46 @@ def test_an_adapter_with_half_a_factor_is_refused(base, adapter, tmp_path, facto
         open_vector("ja", str(tmp_path / "half"), base)
 
 
+def changed_adapter(adapter, out, change):
+    """Return a copy of an adapter with its tensors changed."""
+    shutil.copytree(adapter, out)
+    file = out / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    return out
+
+
+def test_an_adapter_without_tensors_is_refused(base, adapter, tmp_path):
+    empty = changed_adapter(adapter, tmp_path / "empty", lambda _: {})
+    with pytest.raises(ModelError, match=r"vector 'ja'.*holds no tensors"):
+        open_vector("ja", str(empty), base)
+    with pytest.raises(ModelError, match=r"empty: holds no tensors"):
+        extract_any_adapter("v", ResolvedModel(empty, "v"), base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_names_of_a_wrapper_that_peft_would_not_find_are_refused(base, adapter, tmp_path, prefix):
+    def wrapped(tensors):
+        return {
+            f"{prefix}_orig_mod.{name.removeprefix(prefix)}": tensor
+            for name, tensor in tensors.items()
+        }
+
+    path = changed_adapter(adapter, tmp_path / "wrapped", wrapped)
+    with pytest.raises(ModelError, match=r"wrapped: its tensor names have the prefix _orig_mod"):
+        extract_any_adapter("v", ResolvedModel(path, "v"), base, tmp_path / "out")
+    assert open_vector("ja", str(path), base).names == open_vector("ja", str(adapter), base).names
+
+
+def test_factors_that_are_not_finite_are_not_taken_for_parted_halves(base, adapter, tmp_path):
+    def broken(tensors):
+        return {name: tensor * float("nan") for name, tensor in tensors.items()}
+
+    path = changed_adapter(adapter, tmp_path / "broken", broken)
+    vector = open_vector("ja", str(path), base)
+    assert whole_delta(vector, base, sorted(vector.names)[0]).isnan().all()
+
+
 def test_an_embedding_that_was_trained_beside_its_factors_is_refused(base, make_adapter, tmp_path):
     adapter = make_adapter(base, 3, target_modules=["embed_tokens"])
     shutil.copytree(adapter, tmp_path / "v")
