@@ -51,6 +51,12 @@ def refuse_code(path: Path) -> None:
                 "is never run. Where transformers has the architecture itself, take `auto_map` out "
                 "of a copy of the directory."
             )
+        if config.get("transformers_weights"):
+            raise ModelError(
+                f"{file}: `transformers_weights` names another weights file "
+                f"({shown(config['transformers_weights'])}) than those that are merged. Take it "
+                "out of a copy of the directory."
+            )
         kernels = [str(config.get(key) or config.get(f"_{key}") or "") for key in KERNELS]
         found = next((text for text in kernels if "/" in text), None)
         if found is not None or config.get("megatron_config"):

@@ -267,3 +267,12 @@ def test_a_config_that_does_not_fit_is_a_model_error_or_changes_nothing(copied, 
 def test_a_weight_that_the_files_lack_is_named_and_not_drawn_at_random(copied):
     with pytest.raises(ModelError, match=r"lacks the tensor 'model\.layers\.2\..*9 in all"):
         read_model(copied(num_hidden_layers=3))
+
+
+def test_a_config_that_names_another_weights_file_is_refused(make_base, tmp_path):
+    shutil.copytree(make_base("llama").path, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    settings = json.loads(config.read_text()) | {"transformers_weights": "other.safetensors"}
+    config.write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="`transformers_weights` names another weights file"):
+        resolve_base(str(tmp_path / "base"))
