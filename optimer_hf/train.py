@@ -108,6 +108,14 @@ UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
 }
 SECRET = {"hub_token", "push_to_hub_token"}  # fields that are neither shown nor written
 ABOVE_ZERO = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}
+BOUNDS = {  # of numbers that size something, which no library checks before it starts
+    "dataloader_num_workers": (0, 256),
+    "dataloader_prefetch_factor": (1, 1024),
+    "num_train_epochs": (0, 10**6),
+    "per_device_train_batch_size": (1, 2**20),
+    "gradient_accumulation_steps": (1, 2**20),
+    "max_steps": (-1, 10**9),
+}
 PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
 MEND_LORA = "What is trained so fits no merge. Change or drop the field."
 STARTED, BLOCKS, CHECKPOINTS = "started.json", "blocks.npy", "checkpoints"  # of a run that goes on
@@ -240,6 +248,10 @@ def _mistakes_of_trainer(given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, 
             yield ("trainer", field), f"found {shown(value)}. {UNUSABLE[field]}; leave it out."
         if field in ABOVE_ZERO and isinstance(value, int | float) and not value > 0:
             yield ("trainer", field), f"found {value!r}. Expected a number above 0."
+        elif field in BOUNDS and isinstance(value, int | float):
+            least, most = BOUNDS[field]
+            if not least <= value <= most:
+                yield ("trainer", field), f"found {value!r}. Expected {least:,} to {most:,}."
 
 
 def _check_optimizer(config: TrainConfig, arguments: "TrainingArguments") -> None:

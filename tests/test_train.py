@@ -787,3 +787,19 @@ def test_a_killed_run_on_a_mixture_goes_on_with_the_same_blocks(make_config, cor
     found = record_of(tmp_path / "resumed")["corpus"]
     assert [part["n_tokens"] for part in found["parts"]] == [128, 128]
     assert found["n_documents"] == sum(part["n_documents"] for part in found["parts"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dataloader_num_workers", -1),
+        ("dataloader_num_workers", 10**6),
+        ("dataloader_prefetch_factor", 0),
+        ("num_train_epochs", 1e300),
+        ("per_device_train_batch_size", 10**9),
+        ("gradient_accumulation_steps", 10**18),
+    ],
+)
+def test_a_number_that_sizes_something_is_bounded_before_the_run(make_config, field, value):
+    with pytest.raises(ConfigError, match=rf"trainer\.{field}: found .* Expected \d"):
+        check_config(make_config(trainer=FAST | {field: value}))
