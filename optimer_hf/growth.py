@@ -21,15 +21,18 @@ N_NORMS = 16  # of a run
 
 
 def lora_norm(model: Any) -> float:
-    """Return the Frobenius norm of what the LoRA layers of a model add to it, their products never
-    formed: |BA|^2 = <B^T B, A A^T>.
+    """Return the Frobenius norm of what the LoRA layers of a model add to it: |BA|^2 =
+    <B^T B, A A^T>, or the product itself where its smaller side is below the rank.
     """
     squares = []
     for module in model.modules():
         for name, a in getattr(module, "lora_A", {}).items():
             left, right = a.weight.detach().float(), module.lora_B[name].weight.detach().float()
             if left.ndim == right.ndim == 2:
-                product = ((right.T @ right) * (left @ left.T)).sum()
+                if min(len(right), left.shape[1]) < len(left):
+                    product = (right @ left).square().sum()
+                else:
+                    product = ((right.T @ right) * (left @ left.T)).sum()
                 squares.append(product * float(module.scaling[name]) ** 2)
     if not squares:
         return 0.0

@@ -68,6 +68,7 @@ LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
 MOST_VECTORS, NARROWEST = 1000, 1e-3
 ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
 EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
+LONGEST_NAME = 200  # characters of a vector's name
 MergeMethod = Literal["ties", "dare_ties", "model_stock"]
 BASE, FIXED_ALONE, MERGE = "base", "fixed vectors alone", "searched merge"
 AVERAGE, SUM, RANDOM = "uniform average", "uniform sum", "random vectors of equal norm"
@@ -216,6 +217,10 @@ class StudyConfig(VersionedFile):
         return has_seen_all or limit == self.rescore_limit_of(term)
 
     def mistakes(self) -> Iterator[Mistake]:
+        for name in self.vectors:
+            if not name.isprintable() or not 0 < len(name.strip()) <= LONGEST_NAME:
+                told = f"found {name[:80]!r}. Expected a name of visible characters"
+                yield ("vectors", name), told
         for name in self.vectors:
             if re.fullmatch(r"[^./][^/]*", name) is None:  # directories are called so
                 yield (

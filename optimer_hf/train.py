@@ -107,7 +107,10 @@ UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
     "label_smoothing_factor": "The loss is computed without logits, which smoothing needs",
 }
 SECRET = {"hub_token", "push_to_hub_token"}  # fields that are neither shown nor written
-ABOVE_ZERO = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}
+ABOVE_ZERO = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("logging_steps", "save_steps"),
+}
 BOUNDS = {  # of numbers that size something, which no library checks before it starts
     "dataloader_num_workers": (0, 256),
     "dataloader_prefetch_factor": (1, 1024),
@@ -116,6 +119,7 @@ BOUNDS = {  # of numbers that size something, which no library checks before it 
     "gradient_accumulation_steps": (1, 2**20),
     "max_steps": (-1, 10**9),
 }
+LORA_BOUNDS = {"r": (1, 2**16), "lora_alpha": (-(10**6), 10**6), "lora_dropout": (0, 1)}
 PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
 MEND_LORA = "What is trained so fits no merge. Change or drop the field."
 STARTED, BLOCKS, CHECKPOINTS = "started.json", "blocks.npy", "checkpoints"  # of a run that goes on
@@ -207,6 +211,8 @@ def check_config(config: TrainConfig, path: Path | None = None) -> None:
         *_mistakes_of_fields("trainer", config.trainer, TrainingArguments),
         *_mistakes_of_trainer(config.trainer),
     ]
+    for field, value in (config.lora or {}).items():
+        found += _out_of_bounds("lora", field, value, LORA_BOUNDS)
     if found:
         origin = path or f"train config {config.name!r}"
         raise ConfigError(listed(origin, [(at, f"{'.'.join(at)}: {told}") for at, told in found]))
@@ -248,10 +254,17 @@ def _mistakes_of_trainer(given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, 
             yield ("trainer", field), f"found {shown(value)}. {UNUSABLE[field]}; leave it out."
         if field in ABOVE_ZERO and isinstance(value, int | float) and not value > 0:
             yield ("trainer", field), f"found {value!r}. Expected a number above 0."
-        elif field in BOUNDS and isinstance(value, int | float):
-            least, most = BOUNDS[field]
-            if not least <= value <= most:
-                yield ("trainer", field), f"found {value!r}. Expected {least:,} to {most:,}."
+        else:
+            yield from _out_of_bounds("trainer", field, value, BOUNDS)
+
+
+def _out_of_bounds(
+    part: str, field: str, value: Any, bounds: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[tuple[str, str], str]]:
+    if field in bounds and isinstance(value, int | float):
+        least, most = bounds[field]
+        if not least <= value <= most:
+            yield (part, field), f"found {value!r}. Expected {least:,} to {most:,}."
 
 
 def _check_optimizer(config: TrainConfig, arguments: "TrainingArguments") -> None:

@@ -798,8 +798,18 @@ def test_a_killed_run_on_a_mixture_goes_on_with_the_same_blocks(make_config, cor
         ("num_train_epochs", 1e300),
         ("per_device_train_batch_size", 10**9),
         ("gradient_accumulation_steps", 10**18),
+        ("logging_steps", -1),
+        ("save_steps", 0),
     ],
 )
 def test_a_number_that_sizes_something_is_bounded_before_the_run(make_config, field, value):
-    with pytest.raises(ConfigError, match=rf"trainer\.{field}: found .* Expected \d"):
+    with pytest.raises(ConfigError, match=rf"trainer\.{field}: found .* Expected (\d|a number)"):
         check_config(make_config(trainer=FAST | {field: value}))
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "lora_dropout"])
+def test_a_number_of_a_lora_that_no_run_survives_is_refused(make_config, field):
+    config = make_config()
+    changed = config.model_copy(update={"lora": {"r": 4, "lora_alpha": 8} | {field: 10**18}})
+    with pytest.raises(ConfigError, match=rf"lora\.{field}: found .* Expected"):
+        check_config(changed)
