@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from optimer_hf.convert import ResolvedModel, empty_model, loaded_model
 from optimer_hf.errors import ModelError
 from optimer_hf.files import first_line
 from optimer_hf.kernel import LowRank, Trained
-from optimer_hf.loader import model_with_adapter, read_adapter_config
+from optimer_hf.loader import model_with_adapter, read_adapter_config, refuse_lack_of_memory
 from optimer_hf.names import names_in
 from optimer_hf.patterns import matches
 from optimer_hf.ties import Ties, ties_of
@@ -78,6 +79,16 @@ class Lora:
     base: Checkpoint
     where: str
     advice: str
+
+    @cached_property
+    def ties(self) -> Ties:
+        """Which tensors of the base are one."""
+        return ties_of(self.base)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Tensors of the base."""
+        return frozenset(self.base.names)
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,7 @@ def _refuse_left_out(part: Part, lora: Lora) -> None:
             "exclude_modules or layers_to_transform of its config leave out, so PEFT would ignore "
             "it. Mend the config, or remove the tensor."
         )
-    if ties_of(lora.base).kept(part.target) not in lora.base.names:
+    if lora.ties.kept(part.target) not in lora.names:
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} is of {part.target!r}, which is not in the base "
             f"{lora.base.path}. Give an adapter that was trained from this base; for one whose "
@@ -307,7 +318,7 @@ def _is_transposed(part: Part, shape: tuple[int, int], lora: Lora) -> bool:
     """
     from transformers.pytorch_utils import Conv1D
 
-    layers, ties = _layers_of(lora.base), ties_of(lora.base)
+    layers, ties = _layers_of(lora.base), lora.ties
     layer = layers.get(ties.class_names.get(part.target, part.target)) if layers else None
     is_embedding = part.kind == "embedding A"
     if layer is not None and issubclass(layer, Conv1D | Linear | Embedding):
@@ -436,6 +447,7 @@ def _naming_unmergeable(adapter: Path) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, ModelError):
         raise
     except Exception as error:  # PEFT raises dozens of types
+        refuse_lack_of_memory(error, adapter)
         raise ModelError(
             f"{adapter}: PEFT cannot merge this adapter ({first_line(error)}). Give the base it "
             "was trained from, or fetch it again."

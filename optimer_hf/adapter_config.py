@@ -52,6 +52,7 @@ FIELDS: dict[str, str] = {  # of LoraConfig; any other text is the reason of a r
     "corda_config": HARMLESS,
     "lora_ga_config": HARMLESS,
     "qalora_group_size": HARMLESS,
+    **dict.fromkeys(("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"), HARMLESS),  # ms-swift's
     "use_dora": "DoRA rescales the merged weight, so its delta depends on the other vectors",
     "layer_replication": "layer_replication gives the model other layers than its base has",
     "target_parameters": "target_parameters adapts stacked expert weights",

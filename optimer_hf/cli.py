@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -85,8 +84,6 @@ def _echo(message: object, *, err: bool = False, nl: bool = True) -> None:
 
 
 N_SHOWN = 12  # points of a front
-SECRET = re.compile(r"\b(hf_|api_org_|sk-|github_pat_|ghp_)[A-Za-z0-9_-]{8,}")
-SECRET_NAME = re.compile("TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)
 RESUMABLE = {"run", "train", "search", "compare", "retarget", "push", "pull"}
 
 
@@ -165,12 +162,12 @@ def _without_secrets(arguments: Sequence[str]) -> list[str]:
     """Return a command line without --token and its value, and with `...` for whatever holds a
     token, or the value of an environment variable that is one.
     """
-    secrets = [value for key, value in os.environ.items() if SECRET_NAME.search(key) and value]
+    from optimer_hf.secret import TOKEN, own_secrets
+
+    secrets = own_secrets().values()
     shown, follows = [], False
     for argument in arguments:
-        is_secret = SECRET.search(argument) or any(
-            len(secret) > 7 and secret in argument for secret in secrets
-        )
+        is_secret = TOKEN.search(argument) or any(secret in argument for secret in secrets)
         if not (follows or argument == "--token" or argument.startswith("--token=")):
             shown.append("..." if is_secret else argument)
         follows = argument == "--token" and not follows

@@ -35,7 +35,10 @@ CLASSES: tuple[type[BaseException], ...] = (
     torch.OutOfMemoryError,
     torch.AcceleratorError,
 )
-LIBRARIES = ("distributed", "dask", "httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+LIBRARIES = (
+    *("distributed", "dask", "httpx", "httpcore", "httpx2", "httpcore2"),
+    *("requests", "urllib3", "huggingface_hub"),
+)
 NAMES = frozenset(  # under which trials have recorded them
     {
         *(
@@ -47,7 +50,8 @@ NAMES = frozenset(  # under which trials have recorded them
         "_ArrayMemoryError",
         "AcceleratorError",
         "SafetensorError",
-        "KilledWorker",
+        *("KilledWorker", "CommClosedError", "HfHubHTTPError", "LocalEntryNotFoundError"),
+        *("ConnectTimeout", "ReadTimeout", "ConnectError", "ReadError", "RemoteProtocolError"),
     }
 )
 

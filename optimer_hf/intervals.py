@@ -37,7 +37,7 @@ Kind = Literal["bootstrap-t", "Student's t", "none"]
 Answer = Literal[
     "better",
     "worse",
-    "not told apart",
+    "no significant difference",
     "too few items to tell",
     "no interval, because all items differ alike",
 ]
@@ -75,7 +75,7 @@ class Interval:
         if self.kind == "none":
             return "no interval, because all items differ alike"
         if not self.excludes_zero:
-            return "not told apart"
+            return "no significant difference"
         return "better" if self.low > 0 else "worse"
 
     @property
@@ -83,7 +83,7 @@ class Interval:
         """The answer and, unless there is one, what it is due to."""
         if self.has_few_items:
             return f"{self.answer} ({self.n_fewest} in term {self.fewest_in!r})"
-        return self.answer + " at 95 %" * (self.answer == "not told apart")
+        return self.answer + " at 95 %" * (self.answer == "no significant difference")
 
     def to_json(self) -> dict[str, Any]:
         """Return the interval as JSON values; ends that are infinite are null."""

@@ -23,6 +23,11 @@ from optimer_hf.gguf_header import GgufHeader
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
+READ = {  # by a library; others of such names may hold anything
+    *("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+}
+NO_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|annot allocate memory", re.IGNORECASE)
 CONFIGS = "*config*.json"  # of the model (also config.5.0.0.json), tokenizer, processor, adapter
 PARTS = re.compile(r"layers?$|blocks?$|heads?$|experts?$|labels$|depth$|stages?$|codebooks?$")
 SIZES = re.compile(r"size|dim|embd|vocab|d_model|d_ff|width|rank|positions|embeddings|n_inner|ctx")
@@ -42,7 +47,7 @@ def refuse_code(path: Path) -> None:
     a merge would point to code that it lacks.
     """
     for file in sorted(path.glob(CONFIGS)):
-        if not file.is_file():
+        if not file.is_file() or _is_list(file):
             continue
         config = read_settings(file)
         if config.get("auto_map"):
@@ -65,6 +70,12 @@ def refuse_code(path: Path) -> None:
                 f"{file}: names code to load ({shown(named)}), which is never run. Take it out of "
                 "a copy of the directory."
             )
+
+
+def _is_list(file: Path) -> bool:
+    """Return whether a file is of no library: a list in a name that none of them reads."""
+    with open(file, "rb") as opened:
+        return file.name not in READ and opened.read(64).lstrip()[:1] == b"["
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -109,6 +120,17 @@ def _numbers_in(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield key, value
 
 
+def refuse_lack_of_memory(error: BaseException, where: object) -> None:
+    """Raise ModelError where the memory of a CPU has run out, which torch says by a RuntimeError;
+    what was read is not at fault.
+    """
+    if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+        raise ModelError(
+            f"{where}: does not fit into the memory that is free ({first_line(error)}). Free some, "
+            "or take a larger machine."
+        ) from error
+
+
 @contextmanager
 def naming_unloadable(path: Path, what: str) -> Iterator[None]:
     """Turn whatever a library raises while it reads a model into a ModelError that names it."""
@@ -119,6 +141,7 @@ def naming_unloadable(path: Path, what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # dozens of types; a panic of tokenizers is no Exception
+        refuse_lack_of_memory(error, path)
         raise ModelError(
             f"{path}: transformers cannot load the {what} ({first_line(error)}). Fetch it again, "
             "or save it with `save_pretrained`."

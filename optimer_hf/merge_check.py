@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimer_hf.checkpoint import ANY_WEIGHTS, DTYPES, Checkpoint
+from optimer_hf.checkpoint import ANY_WEIGHTS, DTYPES, Checkpoint, row_blocks
 from optimer_hf.convert import TOKENIZER_FILES
 from optimer_hf.errors import ModelError
 from optimer_hf.loader import CONFIG, Loading, loading_of, read_settings, read_tokenizer
@@ -72,8 +72,8 @@ def _dtype_faults(merged: Checkpoint, promise: Promise) -> Iterator[str]:
 
 def _value_faults(merged: Checkpoint) -> Iterator[str]:
     for name in merged.names:
-        tensor = merged.read(name)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        blocks = row_blocks(merged.shape(name)) if merged.dtype(name).is_floating_point else []
+        if not all(bool(merged.read_rows(name, rows).isfinite().all()) for rows in blocks):
             yield (
                 f"tensor {name!r} holds NaN or infinite values. Use smaller weights, or `dtype: "
                 "float32`."

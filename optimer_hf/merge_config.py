@@ -43,7 +43,13 @@ from optimer_hf.files import (
     staged_directory,
     write_text,
 )
-from optimer_hf.loader import CONFIG, GENERATION_CONFIG, read_settings, read_tokenizer
+from optimer_hf.loader import (
+    CONFIG,
+    GENERATION_CONFIG,
+    read_settings,
+    read_tokenizer,
+    refuse_lack_of_memory,
+)
 from optimer_hf.merge import write_merged
 from optimer_hf.merge_check import Promise, check_merged
 from optimer_hf.merge_method import METHOD
@@ -500,6 +506,7 @@ def _naming_failures(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
+        refuse_lack_of_memory(error, path)
         reason = first_line(error)
         if isinstance(error, KeyError):  # ids, of tokens that it aligns; else names
             what = "token" if isinstance(error.args[0], int) else "entry"

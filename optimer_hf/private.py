@@ -5,16 +5,16 @@ these. Weights count by their header, vocabularies (which hold any text) by toke
 """
 
 import json
-import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import HubError
 from optimer_hf.files import FREE_TEXT
 from optimer_hf.reading import parse_yaml
+from optimer_hf.secret import SHORTEST_SECRET, TOKEN, own_secrets
 
 VOCABULARIES = frozenset(
     {
@@ -31,22 +31,10 @@ VOCABULARIES = frozenset(
     }
 )
 STRUCTURED = (".json", ".jsonl", ".yaml", ".yml", ".safetensors")
-TOKEN = re.compile(
-    r"\b(?:"
-    r"hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}|hf_jwt_[\w.-]{20,}"  # Hugging Face
-    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+"  # any JSON web token
-    r"|sk-[\w-]{20,}|AIza[\w-]{35}|gsk_[A-Za-z0-9]{20,}|r8_[A-Za-z0-9]{30,}"  # of model providers
-    r"|(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS
-    r"|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
-    r"|xox[abeprs]-[\w-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-AgE[\w-]{20,}"
-    r")(?![\w-])|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
-SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # of a variable
 SECRET_FIELD = re.compile(  # of a file: an API key of W&B is 40 hex digits, as a commit is
     r"(^|[._-])(api_?key|(access|auth|hub|secret)_?(token|key)|secret|password|passwd)$",
     re.IGNORECASE,
 )
-SHORTEST_SECRET = 8  # characters
 LOCAL_PATH = re.compile(r"(?<![\w/.:-])(/[\w.-]+(?:/[\w.-]+)+)")  # within a text
 PATH_VALUE = re.compile(r"(file:/|~[\w.-]*/|/[^\s/]+/|[A-Za-z]:\\)\S.*")  # a whole value
 
@@ -57,12 +45,12 @@ def refuse_private(where: Path, content: Path | bytes) -> None:
     """
     if where.suffix == ".png":
         return
-    text = _text(content)
+    text, secrets = _text(content), own_secrets()
     is_vocabulary = (
         where.name in VOCABULARIES or where.match("*.model") or where.match("*.tiktoken")
     )
     for number, line in enumerate(text.splitlines(), start=1):
-        found = _tokens(line) if is_vocabulary else _secrets(line)
+        found = _tokens(line, secrets) if is_vocabulary else _secrets(line, secrets)
         for what, secret in found:
             raise HubError(
                 f"{where}: line {number}: holds {what} ({secret}), which is not published. Replace "
@@ -93,30 +81,17 @@ def _text(content: Path | bytes) -> str:
     return data.decode("utf-8", errors="replace")
 
 
-def _tokens(line: str) -> Iterator[tuple[str, str]]:
+def _tokens(line: str, secrets: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     token = TOKEN.search(line)
     if token is not None:
         yield "a token", f"{token[0][:6]}..."
-    for name, value in _own_secrets():
+    for name, value in secrets.items():
         if value in line:
             yield name, f"{value[:3]}..."
 
 
-def _own_secrets() -> Iterator[tuple[str, str]]:
-    """Yield the token in use and the variables that are called secrets, with their values."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    if token:
-        yield "the token in use", token
-    for name, value in os.environ.items():
-        is_text = value.isalpha() or value.isdecimal() or value.startswith(("/", "~", "."))
-        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET and not is_text:
-            yield f"the value of {name}", value
-
-
-def _secrets(line: str) -> Iterator[tuple[str, str]]:
-    yield from _tokens(line)
+def _secrets(line: str, secrets: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    yield from _tokens(line, secrets)
     for candidate in LOCAL_PATH.findall(line):
         if Path(candidate).exists() or Path(candidate).is_relative_to(Path.home()):
             yield "a path of this machine", candidate

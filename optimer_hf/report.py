@@ -383,7 +383,7 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
     rows = [row for row in found.rows[1:] if _is_shown(row, found)]
     labels = list(found.base.scores)
     figure, axes = _figure((0.65 + 0.2 * len(rows)) * len(labels), rows=len(labels))
-    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
     baseline = "the base" if comparison is not None else study.baseline
     for axis, label in zip(axes, labels, strict=True):
         for at, row in enumerate(reversed(rows)):

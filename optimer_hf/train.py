@@ -356,10 +356,13 @@ def train(config: TrainConfig, out: Path) -> Path:
 
 
 def _held(out: Path) -> contextlib.AbstractContextManager[bool]:
-    """Hold an output directory for this run; its lock stands beside it."""
+    """Hold an output directory for this run; its lock stands beside it, or in it where nothing may
+    be written beside it.
+    """
     place = Path(os.path.realpath(out))
     make_directory(place.parent)
-    return exclusive(place)
+    is_inside = place.is_dir() and not os.access(place.parent, os.W_OK)
+    return exclusive(place, beside=place if is_inside else None)
 
 
 def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> None:

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "optimer_hf"
 ORDER = [
     "errors",
     "printable",
+    "secret",
     "reading",
     "files",
     "guard",

@@ -785,6 +785,12 @@ def test_a_file_of_which_something_would_be_lost_is_refused(tmp_path, name, text
         texts(write_any(tmp_path / name, text))
 
 
+def test_plain_text_may_be_called_testing(tmp_path):
+    for name in ("guide.md", "install.md", "testing.md"):
+        write_any(tmp_path / name, name)
+    assert texts(tmp_path) == ["guide.md", "install.md", "testing.md"]
+
+
 def test_a_pattern_without_a_match_is_refused(tmp_path):
     with pytest.raises(CorpusError, match=r"\*\.jsonl: no file matches this pattern"):
         texts(tmp_path / "*.jsonl")

@@ -556,9 +556,11 @@ def test_the_values_of_secret_variables_are_refused(monkeypatch, name):
     monkeypatch.setenv(name, "0123456789abcdef" * 2)
     monkeypatch.setenv("SSH_KEY_PATH", "/home/someone/key")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("TOKENIZER_NAME", "google/gemma-3-270m")
     with pytest.raises(HubError, match=rf"holds the value of {name} \(012\.\.\.\)"):
         refuse_private(Path("recipe.yaml"), b"note: 0123456789abcdef0123456789abcdef")
-    refuse_private(Path("recipe.yaml"), b"note: false, 0123456789")
+    refuse_private(Path("recipe.yaml"), b"note: false, 0123456789, google/gemma-3-270m")
+    refuse_private(Path("recipe.yaml"), b"corpus: sk-en-translation-corpus-of-web-pages-v1")
 
 
 def test_the_token_in_use_is_refused_whatever_it_looks_like(monkeypatch):

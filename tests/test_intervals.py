@@ -171,7 +171,7 @@ def test_equal_answers_are_no_proof_that_all_answers_are_equal(n, value):
     first, second = ({"t": term_score(np.full(n, value), higher=True)} for _ in range(2))
     found = paired_interval(objective_of("t"), first, second, second)
     assert found.difference == 0 and found.low < -1 / n and found.high > 1 / n
-    assert found.answer == "not told apart"
+    assert found.answer == "no significant difference"
 
 
 @pytest.mark.parametrize("level", [0.0, 2.0])
