@@ -52,7 +52,6 @@ FIELDS: dict[str, str] = {  # of LoraConfig; any other text is the reason of a r
     "corda_config": HARMLESS,
     "lora_ga_config": HARMLESS,
     "qalora_group_size": HARMLESS,
-    **dict.fromkeys(("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"), HARMLESS),  # ms-swift's
     "use_dora": "DoRA rescales the merged weight, so its delta depends on the other vectors",
     "layer_replication": "layer_replication gives the model other layers than its base has",
     "target_parameters": "target_parameters adapts stacked expert weights",
@@ -66,6 +65,9 @@ FIELDS: dict[str, str] = {  # of LoraConfig; any other text is the reason of a r
     "use_qalora": "use_qalora pools the input of the layer",
     "velora_config": "velora_config compresses what the layer keeps",
 }
+OTHERS = dict.fromkeys(  # fields that ms-swift writes beside PEFT's; of training
+    ("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"), HARMLESS
+)
 KEEPING_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 FIELD_OF = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 REPLACING = ("layer_replication",)  # the layers, so that no merge into the base has the function
@@ -100,7 +102,7 @@ def why_not_weighted(options: Mapping[str, Any]) -> str | None:
     if str(start).lower() not in KEEPING_INITS:
         return f"init_lora_weights {str(start)[:80]!r} rewrites the base weights"
     for field, value in options.items():
-        decision = FIELDS.get(field)
+        decision = FIELDS.get(field) or OTHERS.get(field)
         if decision is None and value and value != _default_of(field):
             return f"{field[:80]}: {_short(value)} is no field of a LoRA that this version knows"
         if decision not in (None, HANDLED, HARMLESS) and not _says_nothing(value):

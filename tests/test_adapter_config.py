@@ -491,3 +491,9 @@ def test_patterns_are_matched_in_a_process_with_limits(monkeypatch):
     monkeypatch.setattr("optimer_hf.patterns.SECONDS", 0.3)
     with pytest.raises(ConfigError, match=r"file: its patterns take longer than 0\.3 s"):
         matches([HANGING], ["model.layers.0.self_attn.q_proj"], "file")
+
+
+def test_fields_that_ms_swift_writes_beside_those_of_peft_are_known():
+    found = LoraConfig().to_dict() | {"lora_dtype": None, "lorap_emb_lr": 1e-06}
+    assert why_not_weighted(found) is None
+    assert "bogus" in str(why_not_weighted(found | {"bogus": 1}))
