@@ -218,9 +218,10 @@ def loading_of(path: Path) -> Loading:
     import transformers
 
     config = read_config(path)
-    names = config.architectures or ["AutoModelForCausalLM"]
+    named = getattr(transformers, (config.architectures or [""])[0], None)  # may be TRL's
+    model_class = named or transformers.AutoModelForCausalLM
     with naming_unloadable(path, "model"):
-        _, found = getattr(transformers, names[0]).from_pretrained(
+        _, found = model_class.from_pretrained(
             path,
             config=config,
             trust_remote_code=False,

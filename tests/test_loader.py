@@ -21,6 +21,7 @@ from optimer_hf.convert import (
 )
 from optimer_hf.errors import ModelError
 from optimer_hf.loader import (
+    loading_of,
     model_with_adapter,
     read_adapter_config,
     read_config,
@@ -276,3 +277,11 @@ def test_a_config_that_names_another_weights_file_is_refused(make_base, tmp_path
     config.write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="`transformers_weights` names another weights file"):
         resolve_base(str(tmp_path / "base"))
+
+
+def test_a_class_that_transformers_lacks_is_loaded_as_a_causal_model(make_base, tmp_path):
+    shutil.copytree(make_base("llama").path, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    named = {"architectures": ["LlamaForCausalLMWithValueHead"]}  # TRL's
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    assert loading_of(tmp_path / "base").missing == frozenset()
