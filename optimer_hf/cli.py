@@ -25,6 +25,7 @@ from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.printable import VisibleFormatter, visible
 
 if TYPE_CHECKING:
+    from optimer_hf.evaluate import Objective
     from optimer_hf.hub import Pull, Push
 
 
@@ -677,7 +678,7 @@ def retarget(
 ) -> None:
     """Predict the best weights for another OBJECTIVE over the terms a study recorded."""
     from optimer_hf import retarget as retargeting
-    from optimer_hf.evaluate import ObjectiveFile
+    from optimer_hf.evaluate import ObjectiveFile, Unit
     from optimer_hf.study import load_study
 
     if (out is None) != (n_trials is None):
@@ -688,7 +689,7 @@ def retarget(
     prediction = retargeting.predict(study, target)
     found: dict[str, Any] = {"prediction": asdict(prediction)}
     if output == "text":
-        _say_prediction(prediction, bool(target.constraints))
+        _say_prediction(prediction, target)
         if out is None:
             again = f"optimer retarget {study_dir} {objective} OUT --n-trials 3"
             _echo(f"verify it with three trials: {again}", err=True)
@@ -699,7 +700,8 @@ def retarget(
         found["verified"] = _study_json(verified)
         if output == "text":
             best = verified.incumbent
-            _echo(f"verified: value {verified.value(best):+.4f} (trial {best.number})")
+            shown = Unit.of(target).show(verified.value(best))
+            _echo(f"verified: value {shown} (trial {best.number})")
             _echo(f"  weights: {_weights_text(best.weights)}")
             _echo(f"build it: optimer recipe {out} recipe.yaml", err=True)
             _echo("          optimer build recipe.yaml OUT", err=True)
@@ -707,13 +709,20 @@ def retarget(
         _echo(json.dumps(found, indent=2))
 
 
-def _say_prediction(prediction: Any, constrained: bool) -> None:
-    value = f"value {prediction.value:+.4f} +- {prediction.deviation:.4f}"
-    _echo(f"predicted: {value} (posterior mean and standard deviation)")
+def _say_prediction(prediction: Any, target: "Objective") -> None:
+    from optimer_hf.evaluate import Unit
+
+    unit = Unit.of(target)
+
+    def shown(found: Any) -> str:
+        deviation = f"{unit.factor * found.deviation:.{unit.digits}f}"
+        return f"{unit.show(found.value)} +- {deviation}"
+
+    _echo(f"predicted: value {shown(prediction)} (posterior mean and standard deviation)")
     _echo(f"  weights: {_weights_text(prediction.weights)}")
     for label, term in prediction.terms.items():
-        _echo(f"  {label}: gain {term.value:+.4f} +- {term.deviation:.4f}")
-    if constrained:
+        _echo(f"  {label}: gain {shown(term)}")
+    if target.constraints:
         _echo(f"  constraints kept with probability {prediction.feasible:.2f}")
 
 
@@ -763,8 +772,7 @@ def _study_of_merge_config(path: Path, objective: Path) -> Any:
     base, sources = searched_pool(data, path)
     if dropped := not_searched(data):
         logging.getLogger("optimer_hf").warning(
-            "%s: one number per vector of a plain weighted sum is searched; not kept in what is "
-            "scored and built, only in the YAML that is printed: %s",
+            "%s: one plain weight per model is searched, scored and built; left out: %s",
             path,
             ", ".join(dropped),
         )

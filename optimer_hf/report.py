@@ -361,8 +361,10 @@ def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: U
     idle = [name for name in free if gained[name] < 0.001]
     told = (
         f"{most} matters most: its best weight gains {unit.show(gained[most])} over leaving it out"
+        if gained[most] >= 0.001
+        else f"none of {', '.join(free)} gains more than {unit.show(0.001)} over leaving it out"
     )
-    if idle:
+    if idle and gained[most] >= 0.001:
         told += f"; {', '.join(idle)} add{'s' if len(idle) == 1 else ''} nothing"
     return Panel(
         "slices",
