@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from optimer_hf.checkpoint import GENERATION_CONFIG
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.files import first_line, shown
 from optimer_hf.gguf_header import GgufHeader
 
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
 READ = {  # by a library; others of such names may hold anything
     *("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -170,8 +170,15 @@ def read_model(path: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = read_config(path)
+    model, found = _loaded(AutoModelForCausalLM, path, config, **options)
+    _refuse_missing(path, found)
+    return model
+
+
+def _loaded(model_class: Any, path: Path, config: Any, **options: Any) -> tuple[Any, Any]:
+    """Return a model of a class, and what transformers says of the tensors of its files."""
     with naming_unloadable(path, "model"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = model_class.from_pretrained(
             path,
             config=config,
             trust_remote_code=False,
@@ -180,8 +187,7 @@ def read_model(path: Path, **options: Any) -> Any:
             output_loading_info=True,
             **options,
         )
-    _refuse_missing(path, found)
-    return model
+    return model, found
 
 
 def _refuse_missing(path: Path, found: dict[str, Any]) -> None:
@@ -220,17 +226,7 @@ def loading_of(path: Path) -> Loading:
     config = read_config(path)
     named = getattr(transformers, (config.architectures or [""])[0], None)  # may be TRL's
     model_class = named or transformers.AutoModelForCausalLM
-    with naming_unloadable(path, "model"):
-        _, found = model_class.from_pretrained(
-            path,
-            config=config,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            device_map="meta",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    _, found = _loaded(model_class, path, config, device_map="meta", ignore_mismatched_sizes=True)
     shapes = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
     return Loading(
         frozenset(found["missing_keys"]), frozenset(found["unexpected_keys"]), frozenset(shapes)
