@@ -7,7 +7,6 @@ model, and a file that shrinks meanwhile is an error and not a crash.
 """
 
 import copy
-import functools
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from safetensors import safe_open
 
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files import digest, fingerprint, first_line, is_there, sha256_file
+from optimer_hf.printable import warn_once
 from optimer_hf.reading import read_json
 
 logger = logging.getLogger(__name__)
@@ -224,6 +224,18 @@ class Checkpoint:
         _read_into(buffer, stored, stored.offset + rows.start * row_bytes)
         return buffer.view(dtype).view(shape)
 
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, whatever their dtypes."""
+        shape, is_same = self.shape(one), self.dtype(one) == self.dtype(other)
+
+        def rows_of(name: str, rows: slice) -> torch.Tensor:
+            found = self.read_rows(name, rows)
+            return found if is_same else found.double()
+
+        return shape == self.shape(other) and all(
+            torch.equal(rows_of(one, rows), rows_of(other, rows)) for rows in row_blocks(shape)
+        )
+
 
 class Loaded:
     """Tensors in memory, read as those of a checkpoint are; `path` says where they came from."""
@@ -278,12 +290,6 @@ def wrappers_in(unwrapped: Mapping[str, str]) -> list[str]:
     dropped = [set(name.split(".")) - set(plain.split(".")) for name, plain in unwrapped.items()]
     is_outer = any(OUTER_WRAPPER.rstrip(".") in parts for parts in dropped)
     return inner + [OUTER_WRAPPER] * is_outer
-
-
-@functools.cache
-def warn_once(log: logging.Logger, message: str) -> None:
-    """Say what a run meets many times, as a model is opened many times, and a user reads once."""
-    log.warning("%s", message)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from optimer_hf.adapter import refuse_unmerged_by_peft
 from optimer_hf.checkpoint import (
     ANY_WEIGHTS,
     DTYPES,
+    GENERATION_CONFIG,
     Checkpoint,
     tokenizer_files,
     weights_fingerprint,
@@ -45,7 +46,6 @@ from optimer_hf.files import (
 )
 from optimer_hf.loader import (
     CONFIG,
-    GENERATION_CONFIG,
     read_settings,
     read_tokenizer,
     refuse_lack_of_memory,
@@ -64,7 +64,7 @@ from optimer_hf.mergekit_yaml import (
     with_models,
 )
 from optimer_hf.names import match, summary
-from optimer_hf.ties import are_equal, ties_of
+from optimer_hf.ties import ties_of
 from optimer_hf.tokenizer import opened_tokenizer
 from optimer_hf.vector import QUANTISED, open_vector, read_record
 
@@ -764,7 +764,7 @@ def _refuse_other_head(other: Checkpoint, base: Checkpoint, path: Path) -> None:
                 "another and does not store, and mergekit merges by name. Save both alike; an "
                 f"{METHOD} merge with a number per model needs no mergekit."
             )
-        if group in of_base.groups and not all(are_equal(other, here[0], name) for name in here):
+        if group in of_base.groups and not all(other.are_equal(here[0], name) for name in here):
             raise ModelError(
                 f"{path}: {other.path}: has a tensor {here[-1]!r} of its own, which {base.path} "
                 f"ties to {here[0]!r}. The merge has the form of the latter: give a base with a "

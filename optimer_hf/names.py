@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from optimer_hf.checkpoint import Checkpoint, row_blocks
+from optimer_hf.checkpoint import Checkpoint
 from optimer_hf.convert import stored_views
 from optimer_hf.errors import ModelError
 from optimer_hf.loader import text_model_without_weights, whole_model_without_weights
@@ -308,13 +308,9 @@ def _match(tuned: Checkpoint, base: Checkpoint, layout: Layout) -> Match:
 
 def _is_copy(checkpoint: Checkpoint, name: str, other: str | None) -> bool:
     """Whether a tensor is stored under another name, too, with the same numbers."""
-    if other is None:
+    if other is None or checkpoint.dtype(name) != checkpoint.dtype(other):
         return False
-    shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
-    return (shape, dtype) == (checkpoint.shape(other), checkpoint.dtype(other)) and all(
-        torch.equal(checkpoint.read_rows(name, rows), checkpoint.read_rows(other, rows))
-        for rows in row_blocks(shape)
-    )
+    return checkpoint.are_equal(name, other)
 
 
 def summary(names: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ could set the title of a window, move the cursor over what was printed, or turn 
 line around.
 """
 
+import functools
 import logging
 import re
 
@@ -23,3 +24,9 @@ class VisibleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
+
+
+@functools.cache
+def warn_once(log: logging.Logger, message: str) -> None:
+    """Say what a run meets many times, as a model is opened many times, and a user reads once."""
+    log.warning("%s", message)

@@ -20,13 +20,13 @@ from optimer_hf.checkpoint import (
     computed_ahead,
     matrix_rows,
     row_blocks,
-    warn_once,
 )
 from optimer_hf.convert import ResolvedModel, loaded_model, multiplied_in
 from optimer_hf.errors import ModelError
 from optimer_hf.memory import free_memory
 from optimer_hf.merge import merged_rows
 from optimer_hf.names import ClassNames, summary, views_in
+from optimer_hf.printable import warn_once
 from optimer_hf.vector import DistributionVector
 
 logger = logging.getLogger(__name__)

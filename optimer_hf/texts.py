@@ -7,7 +7,6 @@ through `datasets`. A plain text file is one document, or several where it is la
 
 import bz2
 import csv
-import functools
 import glob
 import gzip
 import json
@@ -22,6 +21,7 @@ from typing import Any, TextIO
 
 from optimer_hf.errors import CorpusError
 from optimer_hf.files import digest, fingerprint, is_there
+from optimer_hf.printable import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -249,13 +249,7 @@ def _texts_of_file(file: Path, field: str) -> Iterator[str]:
 def say_left_out(name: str, field: str, n_null: int) -> None:
     """Warn of rows of a corpus whose text is null, if there are any."""
     if n_null:
-        _warn_once(f"{name}: left out {n_null:,} rows whose {field!r} is null")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """A corpus is read several times in a run, and its warning is read once."""
-    logger.warning("%s", message)
+        warn_once(logger, f"{name}: left out {n_null:,} rows whose {field!r} is null")
 
 
 def _open_text(file: Path, newline: str | None = None) -> TextIO:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from optimer_hf.checkpoint import Checkpoint, row_blocks
+from optimer_hf.checkpoint import Checkpoint
 from optimer_hf.errors import ModelError
 from optimer_hf.files import first_line
 from optimer_hf.loader import CONFIG, read_settings, refuse_absurd
@@ -112,7 +112,7 @@ def _ties(path: Path, config_text: str, state: Any) -> Ties:
 
 
 def _refuse_differing(checkpoint: Checkpoint, kept: str, copy: str) -> None:
-    if not are_equal(checkpoint, kept, copy):
+    if not checkpoint.are_equal(kept, copy):
         raise ModelError(
             f"{checkpoint.path}: tensor {copy!r} differs from {kept!r}, and the config ties them "
             "(tie_word_embeddings, which many models have by default): some programs load both, "
@@ -145,17 +145,6 @@ def _name_of(model: Any, module: Any) -> str | None:
     of_module = next((name for name, found in model.named_modules() if found is module), None)
     names = [name for name, parameter in named if parameter is weight and weight is not None]
     return next((name for name in names if name == f"{of_module}.weight"), None)
-
-
-def are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint hold the same numbers, whatever their dtypes."""
-    shape = checkpoint.shape(one)
-    return shape == checkpoint.shape(other) and all(
-        torch.equal(
-            checkpoint.read_rows(one, rows).double(), checkpoint.read_rows(other, rows).double()
-        )
-        for rows in row_blocks(shape)
-    )
 
 
 # -- by the model class ----------------------------------------------------------------------------

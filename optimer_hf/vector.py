@@ -28,7 +28,6 @@ from optimer_hf.checkpoint import (
     matrix_rows,
     matrix_shape,
     row_blocks,
-    warn_once,
     weight_files,
     write_sharded,
 )
@@ -37,9 +36,10 @@ from optimer_hf.errors import ConfigError, ModelError, VocabularyError
 from optimer_hf.files import FileModel, VersionedFile, staged_directory
 from optimer_hf.kernel import Delta, LowRank, Trained, dense
 from optimer_hf.names import Match, match, names_in, summary, vocabulary_names
+from optimer_hf.printable import warn_once
 from optimer_hf.quantize import BLOCK_SIZE, SCALES, dequantize, n_blocks, quantize
 from optimer_hf.reading import read_json
-from optimer_hf.ties import are_equal, ties_of
+from optimer_hf.ties import ties_of
 
 logger = logging.getLogger(__name__)
 
@@ -368,7 +368,7 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
             + (f" Names were compared as they are: {found.reason}" if found.reason else "")
         )
     for key, one in parted.items():
-        if not are_equal(tuned, key, stored[one]):
+        if not tuned.are_equal(key, stored[one]):
             raise ModelError(
                 f"vector {name!r} ({tuned.path}): has a tensor {key!r} of its own, which the base "
                 f"{base.path} ties to {one!r}. A merge has the form of the base and would drop "
