@@ -81,6 +81,7 @@ class Driver:
         self._put(start)
         _forked_import(self.scratch / "modules.json")
         outcome = self._child(arguments)
+        _forked_import(self.scratch / "modules.json")
         if outcome.status == 0:
             shutil.rmtree(self.scratch / result, ignore_errors=True)
             shutil.copytree(self.work, self.scratch / result, symlinks=True)
