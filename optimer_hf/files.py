@@ -44,8 +44,11 @@ from optimer_hf.reading import yaml_text as yaml_text
 ModelT = TypeVar("ModelT", bound=BaseModel)
 ATOMIC_PREFIX = ".partial-"
 COMPLETE = f"{ATOMIC_PREFIX}complete"  # a staged directory that only has to be moved out of there
+INSTEAD = f"{ATOMIC_PREFIX}instead"  # and the same, once what is there was removed
+WHOLE = "complete-"  # and a directory beside the one whose place it takes
 LONGEST_NAME = 200  # bytes; file systems take 255, and what hides a name is added
 WAIT_SECONDS = 60.0
+SWEEP_SECONDS = 0.3  # for as long a lock may be held by who removes it
 UNTIL_FREE = -1.0  # seconds: as long as the process lives that holds a lock
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
@@ -492,21 +495,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def staged_directory(out: Path) -> Iterator[Path]:
+def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty directory of this process to write into, and move it to `out` at the end.
 
-    `out` appears whole or not at all, also after a power cut. Raises OutputError when `out` holds
-    files already or another process is writing it, before anything is written, and when the disk
+    `out` appears whole or not at all, also after a power cut; with `replace` a directory that is
+    there stays as it is until then. Raises OutputError when `out` holds files already (without
+    `replace`) or another process is writing it, before anything is written, and when the disk
     refuses data, after the partial directory was removed.
     """
-    require_empty(out)
+    require = _require_directory if replace else require_empty
+    require(out)
     place = Path(os.path.realpath(out))
-    with naming_disk_errors(out, "Nothing was left behind"):
+    kept = "The old state was kept" if replace else "Nothing was left behind"
+    with naming_disk_errors(out, kept):
         make_directory(place.parent)
-        inside = _stages_inside(place)
+        inside = _stages_inside(place, replace)
         parent = place if inside else place.parent
         with exclusive(place, beside=parent) as alone:
-            require_empty(out)
+            require(out)
             if alone:
                 _remove_leftovers(parent, place.name)
             staging = parent / _staging_name(place.name)
@@ -515,22 +521,27 @@ def staged_directory(out: Path) -> Iterator[Path]:
                 yield staging
                 sync_all(staging)
                 if inside:
-                    _fill(place, staging.rename(place / COMPLETE))
+                    staging.rename(place / (INSTEAD if replace else COMPLETE))
+                    _fill(place)
+                elif replace:
+                    os.replace(staging, _whole_beside(place))
+                    _swap(place)
                 else:
                     _move(staging, out, place)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
 
 
-def _stages_inside(place: Path) -> bool:
+def _stages_inside(place: Path, replace: bool) -> bool:
     """Whether a directory that is there cannot be replaced by another: a mount point, a working
-    directory, one in a folder that cannot be written to, or with leftovers in it.
+    directory, one in a folder that cannot be written to, or (without `replace`) with leftovers in
+    it.
     """
     return place.is_dir() and (
         place.is_mount()
         or Path.cwd().is_relative_to(place)
         or not os.access(place.parent, os.W_OK)
-        or any(place.iterdir())
+        or (not replace and any(place.iterdir()))
     )
 
 
@@ -546,20 +557,60 @@ def _move(staging: Path, out: Path, place: Path) -> None:
     _sync(place.parent)
 
 
-def _fill(place: Path, complete: Path) -> None:
-    """Move what a complete staged directory inside `place` holds into `place`."""
-    for entry in sorted(complete.iterdir()):
+def _whole_beside(place: Path) -> Path:
+    """Return where a whole directory waits that only has to take the place of another."""
+    return place.with_name(_hidden(place.name, WHOLE, before=True))
+
+
+def _swap(place: Path) -> None:
+    """Put the whole directory beside `place` there, and remove what was there until now."""
+    old = place.with_name(_staging_name(place.name))
+    if is_there(place):
+        os.replace(place, old)
+    os.replace(_whole_beside(place), place)
+    _sync(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_half_filled(place: Path) -> bool:
+    return is_there(place / COMPLETE) or is_there(place / INSTEAD)
+
+
+def _fill(place: Path) -> None:
+    """Move what a complete staged directory inside `place` holds into `place`; what is there is
+    removed before when it is to be replaced.
+    """
+    if is_there(place / INSTEAD):
+        for entry in place.iterdir():
+            if not entry.name.startswith(ATOMIC_PREFIX):
+                _remove(entry)
+        os.replace(place / INSTEAD, place / COMPLETE)
+    for entry in sorted((place / COMPLETE).iterdir()):
         os.replace(entry, place / entry.name)
-    complete.rmdir()
+    (place / COMPLETE).rmdir()
     _sync(place)
 
 
 def finish_move(out: Path) -> None:
-    """Finish a `staged_directory` that was complete, and killed while it was moved to `out`."""
-    if is_there(out / COMPLETE):
-        place = Path(os.path.realpath(out))
-        with naming_disk_errors(out, "It is not complete"), exclusive(place, beside=place):
-            _fill(place, place / COMPLETE)
+    """Finish a `staged_directory` that was complete, and killed while it was moved to `out`, and
+    remove what dead processes left that wrote `out`: old states and locks.
+    """
+    place = Path(os.path.realpath(out))
+    for folder in (place.parent, place):
+        remove_dead_locks(folder)
+    with naming_disk_errors(out, "It is not complete"):
+        if _is_half_filled(place):
+            with exclusive(place, beside=place):
+                if _is_half_filled(place):
+                    _fill(place)
+        if is_there(_whole_beside(place)):
+            with exclusive(place):
+                if is_there(_whole_beside(place)):
+                    _swap(place)
+    if _leftovers(place.parent, place.name):
+        with contextlib.suppress(OutputError, OSError), exclusive(place) as alone:
+            if alone:
+                _remove_leftovers(place.parent, place.name)
 
 
 # -- locks and leftovers ---------------------------------------------------------------------------
@@ -570,14 +621,17 @@ def exclusive(place: Path, *, wait: bool = False, beside: Path | None = None) ->
     """Hold a place for this process while it is written; not re-entrant, gone with the process.
 
     The lock is a hidden file in `beside` (None: the folder of `place`), which has to be there.
-    Raises OutputError when another process holds the place, with `wait` only after WAIT_SECONDS.
+    Locks that dead processes left in either are removed. Raises OutputError when another process
+    holds the place, with `wait` only after WAIT_SECONDS.
     Yields whether the file system has locks at all.
     """
     folder = place.parent if beside is None else beside
     file = folder / _hidden(place.name, ".lock")
+    for each in {folder, place.parent}:
+        remove_dead_locks(each)
     with contextlib.ExitStack() as stack:
         try:
-            has_locks = stack.enter_context(locking(file, WAIT_SECONDS if wait else 0))
+            has_locks = stack.enter_context(locking(file, WAIT_SECONDS if wait else SWEEP_SECONDS))
         except Timeout:
             raise OutputError(
                 f"{place}: another process is writing it. Wait for it, or give another place."
@@ -587,6 +641,18 @@ def exclusive(place: Path, *, wait: bool = False, beside: Path | None = None) ->
         finally:
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
+
+
+def remove_dead_locks(folder: Path) -> None:
+    """Remove the locks of `exclusive` in a folder that no process holds.
+
+    Each is unlinked while it is held, and who waited for it takes another of that name.
+    """
+    with contextlib.suppress(OSError):  # a name that is too long
+        for file in list(folder.glob(f"{ATOMIC_PREFIX}*.lock")):
+            with contextlib.suppress(OSError, Timeout), locking(file) as is_held:
+                if is_held:
+                    file.unlink()
 
 
 @contextlib.contextmanager
@@ -648,15 +714,28 @@ def _hidden(name: str, mark: str, *, before: bool = False) -> str:
 
 def _remove_leftovers(folder: Path, name: str) -> None:
     """Remove what processes left that died while they wrote `name`; the caller holds its lock."""
+    for entry in _leftovers(folder, name):
+        _remove(entry)
+
+
+def _leftovers(folder: Path, name: str) -> list[Path]:
+    """Return what processes stage in a folder that write `name`, or left there when they died."""
     ending = _hidden(name, "", before=True).removeprefix(ATOMIC_PREFIX)
+    found = []
     for entry in folder.glob(f"{ATOMIC_PREFIX}????????-*"):
         mark, _, rest = entry.name.removeprefix(ATOMIC_PREFIX).partition("-")
         if rest == ending and re.fullmatch("[0-9a-f]{8}", mark):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    entry.unlink()
+            found.append(entry)
+    return found
+
+
+def _remove(entry: Path) -> None:
+    """Remove a file, a link or a whole directory, as far as that is allowed."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            entry.unlink()
 
 
 def sync_all(folder: Path) -> None:
@@ -719,6 +798,13 @@ def require_empty(out: Path) -> None:
         raise OutputError(
             f"{out}: already exists and is not empty. Remove it or give another output directory."
         )
+
+
+def _require_directory(out: Path) -> None:
+    """Raise OutputError for a file where a directory is to be replaced."""
+    finish_move(out)
+    if is_there(out) and not out.is_dir():
+        raise OutputError(f"{out}: a file; expected a directory. Remove it or give another one.")
 
 
 def _others_in(out: Path) -> bool:

@@ -68,13 +68,15 @@ def write_merged(
     max_shard_size: int = MAX_SHARD_SIZE,
     device: str = "cpu",
     complete: Callable[[Path], None] | None = None,
+    replace: bool = False,
 ) -> None:
     """Write base + sum_i w_i v_i as a model directory that `from_pretrained` loads.
 
     Keeps the dtype of every base tensor unless `out_dtype` is given; config and licence files come
     from the base; tokenizer, chat template and generation config, too, or from `tokenizer`. `out`
     appears whole or not at all, with what `complete` adds to the directory that it is given before.
-    Memory: a few row blocks, not the model. `device` does the arithmetic.
+    With `replace` it takes the place of what is there. Memory: a few row blocks, not the model.
+    `device` does the arithmetic.
 
     Raises ModelError, naming tensor and vector, for values that are not finite.
     """
@@ -98,7 +100,7 @@ def write_merged(
             raise _not_finite(base_rows, name, rows, used, merged.dtype)
         return merged.cpu()
 
-    with staged_directory(out) as staging:
+    with staged_directory(out, replace=replace) as staging:
         write_sharded(staging, "model", specs, rows_of, max_shard_size, device)
         copy_beside_weights(base.path, staging, tokenizer=tokenizer.path if tokenizer else None)
         if out_dtype is not None:

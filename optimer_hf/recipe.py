@@ -7,7 +7,6 @@ built the same model.
 """
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -372,14 +371,13 @@ def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Pa
     record = read_record(out)
     current = weight_files(vector.path), weight_files(base.path)
     if record is None or (record.source_files, record.base.files) != current:
-        if record is not None and record.kind == "delta":  # of ours, and of an earlier training
-            shutil.rmtree(out)
         _, relative_norm = norms(vector, Checkpoint(base.path))
         extract(
             vector,
             base,
             out,
             dtype="bfloat16" if relative_norm < LARGEST_BFLOAT16_DELTA else "float32",
+            replace=record is not None and record.kind == "delta",  # of an earlier training
         )
     return out
 
@@ -396,8 +394,8 @@ def build(
     device: str = "cpu",
     replace: bool = False,
 ) -> None:
-    """Build the merged model of a recipe; `device` does the arithmetic, `replace` takes the place
-    of another model in `out`.
+    """Build the merged model of a recipe; `device` does the arithmetic, and with `replace` it takes
+    the place of another model in `out`, which stays until then.
 
     The model appears with its recipe, lock and figures. One that is in `out` already, whole and of
     this recipe and lock, stays; what is beside its weights is brought up to date. Raises ModelError
@@ -423,6 +421,7 @@ def build(
         tokenizer=tokenizer,
         max_shard_size=max_shard_size,
         device=device,
+        replace=replace,
     )
     if lock is None:
         write()
@@ -435,8 +434,6 @@ def build(
         logger.info("%s: holds the model of this recipe already; nothing to build", out)
         _write_beside(recipe, path.parent, built, out, out)
     else:
-        if replace and is_there(out):
-            shutil.rmtree(out)
         write(
             complete=lambda staging: _write_beside(
                 recipe, path.parent, _with_output(lock, staging, asked), staging, out

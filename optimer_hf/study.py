@@ -47,6 +47,7 @@ from optimer_hf.files import (
     make_directory,
     naming_disk_errors,
     relocated,
+    remove_dead_locks,
     shown,
     tokenizer_reference,
     without_folders,
@@ -1131,4 +1132,5 @@ def locked(directory: Path) -> Iterator[None]:
             raise StudyError(
                 f"{directory}: another process is working in it. Wait for it, or stop it."
             ) from None
+        remove_dead_locks(directory)
         yield

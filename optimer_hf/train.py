@@ -62,6 +62,7 @@ from optimer_hf.files import (
     make_directory,
     naming_disk_errors,
     read_yaml,
+    remove_dead_locks,
     shown,
     sync_all,
     without_folders,
@@ -805,10 +806,12 @@ def _save(
 
 
 def _tidy(out: Path) -> None:
-    """Remove from a finished vector what only its training needed."""
+    """Remove from a finished vector what only its training needed, and locks of killed ones."""
     (out / STARTED).unlink(missing_ok=True)
     (out / BLOCKS).unlink(missing_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    for folder in (out, Path(os.path.realpath(out)).parent):
+        remove_dead_locks(folder)
 
 
 def _record(

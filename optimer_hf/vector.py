@@ -590,6 +590,7 @@ def extract(
     block_size: int = BLOCK_SIZE,
     max_shard_size: int = 5 * 10**9,
     source: Path | None = None,
+    replace: bool = False,
 ) -> VectorFile:
     """Write a vector as a delta directory and return its record, with the relative error of what
     was stored.
@@ -597,12 +598,12 @@ def extract(
     In a floating-point dtype it has a tensor for every one of the base (zeros where nothing moved),
     so that mergekit reads it as a model; in `int8`, with a scale for every `block_size` numbers, it
     has the moved ones only. A delta keeps its own exponent, so bfloat16 moves each number by at
-    most 2^-8 of it. `source` holds the weights that the record names (None: those of the vector).
-    Memory: a few row blocks.
+    most 2^-8 of it. `source` holds the weights that the record names (None: those of the vector);
+    with `replace` it takes the place of what is in `out`. Memory: a few row blocks.
     """
     checkpoint = Checkpoint(base.path)
     norm, relative_norm = norms(vector, checkpoint)
-    with staged_directory(out) as staging:
+    with staged_directory(out, replace=replace) as staging:
         if dtype == QUANTISED:
             _write_quantised(vector, checkpoint, staging, block_size, max_shard_size)
             stored = DeltaVector(vector.name, Checkpoint(staging, "vector"), block_size)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,10 +30,13 @@ from optimer_hf.files import (
     absolute_reference,
     differences,
     digest,
+    exclusive,
     fingerprint,
+    finish_move,
     portable,
     read_yaml,
     relocated,
+    remove_dead_locks,
     require_empty,
     scratch_directory,
     sha256_file,
@@ -459,6 +463,114 @@ def test_a_directory_whose_filling_was_killed_is_whole_at_the_next_look(
         require_empty(tmp_path / "out")
     assert {entry.name for entry in (tmp_path / "out").iterdir()} == set("abc")
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def killed_at(number, function):
+    """Call a function in a fork that ends without a word at a change of the file system; return
+    whether it came so far.
+    """
+    child = os.fork()
+    if child == 0:
+        left = number
+
+        def count(event, arguments):
+            nonlocal left
+            left -= event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+            if left < 0:
+                os._exit(9)
+
+        sys.addaudithook(count)
+        function()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("is_mount", [False, True])
+def test_a_directory_whose_replacement_was_killed_is_the_old_or_the_new_one(
+    tmp_path, monkeypatch, is_mount
+):
+    monkeypatch.setattr(Path, "is_mount", lambda path: is_mount and path.name == "out")
+    out = tmp_path / "top" / "out"
+    old, new = {"a": "old", "b": "old", "sub": None}, {"a": "new", "c": "new"}
+
+    def write_old():
+        shutil.rmtree(tmp_path / "top", ignore_errors=True)
+        (out / "sub").mkdir(parents=True)
+        for name in "ab":
+            (out / name).write_text("old")
+
+    def replace():
+        with staged_directory(out, replace=True) as staging:
+            for name in "ac":
+                (staging / name).write_text("new")
+
+    def found():
+        return {path.name: None if path.is_dir() else path.read_text() for path in out.iterdir()}
+
+    number, states = 0, []
+    while write_old() or killed_at(number, replace):
+        finish_move(out)
+        assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+        states.append({k: v for k, v in found().items() if not k.startswith(".partial-")})
+        replace()  # as the next start does
+        assert found() == new
+        assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+        number += 1
+    assert number >= 6
+    first_new = states.index(new)
+    assert all(state == old for state in states[:first_new])
+    assert all(state == new for state in states[first_new:])
+
+
+def test_a_failed_replacement_leaves_the_old_directory(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("old")
+    with (
+        pytest.raises(OutputError, match=r"No space left.*The old state was kept"),
+        staged_directory(out, replace=True) as staging,
+    ):
+        (staging / "a").write_text("new")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert (out / "a").read_text() == "old"
+    with (
+        pytest.raises(OutputError, match="a file; expected a directory"),
+        staged_directory(out / "a", replace=True),
+    ):
+        pytest.fail("the body must not run")
+
+
+def test_locks_of_dead_processes_are_removed_and_those_of_live_ones_are_not(tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / f".partial-{name}.lock").touch()
+    (tmp_path / "mine.lock").touch()
+    with exclusive(tmp_path / "out"):
+        remove_dead_locks(tmp_path)
+        assert {entry.name for entry in tmp_path.iterdir()} == {".partial-out.lock", "mine.lock"}
+    remove_dead_locks(tmp_path / "absent")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.lock"]
+
+
+CONTENDER = """
+import sys
+from pathlib import Path
+from optimer_hf.files import exclusive, remove_dead_locks
+for _ in range(int(sys.argv[1])):
+    remove_dead_locks(Path())
+    with exclusive(Path("counter"), wait=True):
+        count = int(Path("counter").read_text())
+        Path("counter").write_text(str(count + 1))
+"""
+
+
+def test_a_place_has_one_writer_while_others_remove_its_lock(tmp_path):
+    (tmp_path / "counter").write_text("0")
+    command = [sys.executable, "-c", CONTENDER, "30"]
+    writers = [subprocess.Popen(command, cwd=tmp_path) for _ in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert (tmp_path / "counter").read_text() == "90"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["counter"]
 
 
 def test_what_was_written_into_an_output_meanwhile_is_kept(tmp_path):

@@ -23,7 +23,7 @@ from optimer_hf.vector import describe
 
 ALICE = "hf_alice_write"
 N_SAMPLED = 1  # event of a command
-IGNORED = r"^(hf|cache)/|(^|/)\.partial-[^/]*\.lock$"  # caches, and locks that nobody holds
+IGNORED = r"^(hf|cache)/"  # caches
 EXISTS = "already exists and is not empty"  # a finished output, which stays as it is
 
 # command line; the command whose results it starts from

@@ -226,6 +226,21 @@ def test_a_model_that_lost_a_file_is_not_taken_as_built(recipe, tmp_path, name):
     assert (tmp_path / "out" / name).is_file()
 
 
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_model_is_kept_until_the_one_that_replaces_it_is_whole(recipe, tmp_path, monkeypatch):
+    build(recipe, tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    kept = contents(tmp_path / "out")
+    monkeypatch.setattr("optimer_hf.merge.copy_beside_weights", full_disk)
+    with pytest.raises(OutputError, match=r"out: .*No space left.*The old state was kept"):
+        build(recipe, tmp_path / "out", replace=True)
+    assert contents(tmp_path / "out") == kept
+    assert not list(tmp_path.glob(".partial-*"))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
