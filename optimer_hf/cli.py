@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -26,6 +26,7 @@ from optimer_hf.printable import VisibleFormatter, visible
 
 if TYPE_CHECKING:
     from optimer_hf.evaluate import Objective
+    from optimer_hf.files import VersionedFile
     from optimer_hf.hub import Pull, Push
 
 
@@ -212,8 +213,9 @@ def run(
 ) -> None:
     """Run a recipe folder from corpora to the compared merge; goes on where it was.
 
-    Writes to OUT (default: runs/NAME, with -short, -TOKENS or -seeds appended). With --seeds, OUT
-    has a whole run in every seed-K, whose trainings and searches have K added to their seeds.
+    RECIPE_DIR holds a study.yaml and the train files of its vectors. Writes to OUT (default:
+    runs/NAME, with -short, -TOKENS or -seeds appended). With --seeds, OUT has a whole run in every
+    seed-K, whose trainings and searches have K added to their seeds.
     """
     from optimer_hf import pipeline
 
@@ -313,7 +315,9 @@ def _n_tokens(text: str | None) -> int | None:
 def train(train_yaml: Path, out: Path) -> None:
     """Continually pre-train one model and write it as a vector.
 
-    `accelerate launch -m optimer_hf train` uses many GPUs.
+    TRAIN_YAML names the base and the corpus. OUT gets an adapter or a full model, and a killed run
+    goes on there when the same command is given again. `accelerate launch -m optimer_hf train`
+    uses many GPUs.
     """
     from optimer_hf.convert import resolve_base
     from optimer_hf.files import refuse_absent
@@ -363,7 +367,7 @@ def extract(
 ) -> None:
     """Write the vector TUNED minus BASE as a delta directory.
 
-    TUNED is a checkpoint or an adapter.
+    TUNED is a checkpoint or an adapter: a directory or a Hub id. OUT has to be new or empty.
     """
     from optimer_hf.convert import resolve_base, resolve_model
     from optimer_hf.files import absolute_reference, require_empty
@@ -407,7 +411,10 @@ def extract(
 )
 @FORMAT
 def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> None:
-    """Show norms, cosines and ranks of vectors, and whether they can be merged."""
+    """Show norms, cosines and ranks of vectors, and whether they can be merged.
+
+    VECTORS are adapters, deltas and checkpoints: directories or Hub ids.
+    """
     from optimer_hf import geometry
     from optimer_hf.convert import resolve_base
     from optimer_hf.files import absolute_reference
@@ -435,7 +442,10 @@ def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> Non
     help="Stored dtype.",
 )
 def convert(gguf: Path, out: Path, dtype: str) -> None:
-    """De-quantise a GGUF file that transformers reads into a safetensors directory."""
+    """De-quantise a GGUF file that transformers reads into a safetensors directory.
+
+    GGUF is the file; OUT gets weights, config and tokenizer, and has to be new or empty.
+    """
     from optimer_hf.convert import convert_gguf
 
     if not gguf.is_file():
@@ -478,7 +488,11 @@ class _Merge(click.Command):
     help="Force the streaming writer or mergekit.",
 )
 def merge(config: Path, out: Path, engine: str | None, merge_options: Any) -> None:
-    """Run any mergekit YAML, with the `optimer` method and all of mergekit's flags."""
+    """Run any mergekit YAML, with the `optimer` method and all of mergekit's flags.
+
+    CONFIG is the YAML file. OUT gets the merged model with its tokenizer, whole or not at all, and
+    has to be new or empty.
+    """
     from optimer_hf.files import require_empty
     from optimer_hf.merge_config import merge as run_merge
 
@@ -502,7 +516,10 @@ def merge(config: Path, out: Path, engine: str | None, merge_options: Any) -> No
 )
 @FORMAT
 def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
-    """Score a model on every term of an objective file."""
+    """Score a model on every term of an objective file.
+
+    MODEL is a directory or a Hub id, OBJECTIVE a YAML file with `terms`.
+    """
     from optimer_hf.convert import default_device, resolve_base
     from optimer_hf.evaluate import Evaluator, ObjectiveFile
     from optimer_hf.files import absolute_reference
@@ -553,7 +570,11 @@ def search(
     scheduler: str | None,
     output: str,
 ) -> None:
-    """Search the weights of a study.yaml, or of a mergekit YAML whose models are the pool."""
+    """Search the weights of a study.yaml, or of a mergekit YAML whose models are the pool.
+
+    STUDY is that file. STUDY_DIR gets the trials and the recipe of the best; given again, the same
+    command goes on there. Prints the best merge as a mergekit YAML.
+    """
     from optimer_hf import recipe as recipes
     from optimer_hf.evaluate import Unit
     from optimer_hf.files import read_yaml, yaml_text
@@ -637,19 +658,21 @@ def _say_ledger(found: Mapping[str, Any]) -> None:
 
 def _say_front(study: Any) -> None:
     """Print the Pareto front of several terms, numbered for `optimer recipe --pick`."""
+    from optimer_hf.evaluate import OF_TERMS
     from optimer_hf.files import markdown_table
     from optimer_hf.retarget import front
 
     choices = front(study)
     if not choices or len(choices[0].gains) < 2:
         return
-    _echo("Pareto front: no trial beats one of these in every term", err=True)
+    said = f"gains over {study.baseline}, losses relative, accuracies in points"
+    _echo(f"Pareto front: no trial beats one of these in every term ({said})", err=True)
     numbers = [n * (len(choices) - 1) // (N_SHOWN - 1) for n in range(N_SHOWN)]
     shown = [(n, choices[n]) for n in numbers] if len(choices) > N_SHOWN else enumerate(choices)
     if len(choices) > N_SHOWN:
         _echo(f"{N_SHOWN} of its {len(choices)} points; --format json has all", err=True)
     rows = [
-        [str(n + 1), str(choice.trial.number), *(f"{g:+.4f}" for g in choice.gains.values())]
+        [str(n + 1), str(choice.trial.number), *map(OF_TERMS.show, choice.gains.values())]
         for n, choice in shown
     ]
     _echo(markdown_table(["pick", "trial", *choices[0].gains], rows), err=True)
@@ -676,7 +699,10 @@ def retarget(
     scheduler: str | None,
     output: str,
 ) -> None:
-    """Predict the best weights for another OBJECTIVE over the terms a study recorded."""
+    """Predict the best weights for another OBJECTIVE over the terms a study recorded.
+
+    STUDY_DIR holds the study. With --n-trials, OUT gets the study that verifies the prediction.
+    """
     from optimer_hf import retarget as retargeting
     from optimer_hf.evaluate import ObjectiveFile, Unit
     from optimer_hf.study import load_study
@@ -700,7 +726,7 @@ def retarget(
         found["verified"] = _study_json(verified)
         if output == "text":
             best = verified.incumbent
-            shown = Unit.of(target).show(verified.value(best))
+            shown = Unit.of(target).show(verified.over_base(best).difference)
             _echo(f"verified: value {shown} (trial {best.number})")
             _echo(f"  weights: {_weights_text(best.weights)}")
             _echo(f"build it: optimer recipe {out} recipe.yaml", err=True)
@@ -808,7 +834,10 @@ def _study_of_merge_config(path: Path, objective: Path) -> Any:
 def compare(
     study_dir: Path, everything: bool, models: tuple[str, ...], figure: Path | None, output: str
 ) -> None:
-    """Score the baselines and the merge of a finished study on its sealed test."""
+    """Score the baselines and the merge of a finished study on its sealed test.
+
+    STUDY_DIR holds the study, and keeps the scores.
+    """
     from dataclasses import replace
 
     from optimer_hf import compare as comparisons
@@ -885,7 +914,10 @@ def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: 
 def recipe(
     study_dir: Path, recipe_yaml: Path, vanilla: bool, pick: int | None, derived_from: str | None
 ) -> None:
-    """Write the incumbent of a study as recipe.yaml with its lock, merge config and figures."""
+    """Write the incumbent of a study as recipe.yaml with its lock, merge config and figures.
+
+    STUDY_DIR holds the study. RECIPE_YAML is the file to write; the others go beside it.
+    """
     from optimer_hf import recipe as recipes
     from optimer_hf import report as reports
     from optimer_hf.compare import recorded, to_json
@@ -947,7 +979,8 @@ def ratios(
 ) -> None:
     """Turn the weights of a study directory or a recipe.yaml (SOURCE) into mixture ratios.
 
-    With the train files of its vectors and --out, also writes the run that retrains with them.
+    With the train files of its vectors (TRAIN_YAML ...) and --out, also writes the run that
+    retrains with them.
     """
     from optimer_hf import ratios as ratio
     from optimer_hf.train import TrainConfig
@@ -1023,7 +1056,13 @@ def _numbers(given: tuple[str, ...], names: dict[str, str]) -> dict[str, int]:
 def build(
     recipe_yaml: Path, out: Path, out_dtype: str | None, max_shard_size: str, device: str
 ) -> None:
-    """Build the merged model of a recipe, given as a file or by the directory it lies in."""
+    """Build the merged model of a recipe and write it to OUT.
+
+    RECIPE_YAML is the file, or the directory it lies in. Base and vectors that are not on this disk
+    are fetched, checked against the lock of the recipe, and added with its weights. OUT gets the
+    weights as safetensors with config, tokenizer, recipe and lock, whole or not at all. A model of
+    the same recipe that is there already stays; anything else there is refused.
+    """
     from accelerate.utils import convert_file_size_to_int
 
     from optimer_hf import recipe as recipes
@@ -1042,7 +1081,10 @@ def build(
 @click.argument("recipe_yaml", type=RECIPE)
 @click.argument("model", type=PATH)
 def verify(recipe_yaml: Path, model: Path) -> None:
-    """Check a built model against the lock of its recipe."""
+    """Check a built model against the lock of its recipe.
+
+    RECIPE_YAML is the file, or the directory it lies in; MODEL is what `optimer build` wrote.
+    """
     from optimer_hf import recipe as recipes
 
     recipes.verify(recipe_yaml, model)
@@ -1151,7 +1193,10 @@ def _corpora_and_objectives(files: tuple[Path, ...], text_field: str) -> tuple[l
 @click.option("--token", help="Instead of that of `hf auth login`.")
 @FORMAT
 def push(directory: Path, repo: str, output: str, **options: Any) -> None:
-    """Push a vector, a recipe or a merged model to the Hub, in one commit."""
+    """Push a vector, a recipe or a merged model to the Hub, in one commit.
+
+    DIRECTORY is what is pushed, REPO where to: org/name, made when it is missing.
+    """
     from optimer_hf import hub
 
     done = hub.push(directory, repo, **options)
@@ -1189,7 +1234,7 @@ def _say_push(done: "Push", dry_run: bool) -> None:
 def pull(repo: str, out: Path | None, output: str, **options: Any) -> None:
     """Pull a vector, a recipe or a merged model; of a recipe only its small files.
 
-    Writes to OUT (default: the name of the repository).
+    REPO is org/name, org/name@REVISION too. Writes to OUT (default: the name of the repository).
     """
     from optimer_hf import hub
 
@@ -1242,8 +1287,10 @@ def list_recipes(token: str | None) -> None:
 @click.option("--strict", is_flag=True, help="A local file that is not there is an error.")
 @click.argument("files", type=PATH, nargs=-1, required=True)
 def validate(files: tuple[Path, ...], strict: bool) -> None:
-    """Check fields and values of YAML files, and name local files that are not there; models and
-    tasks are not opened.
+    """Check fields and values of YAML files, and name local files that are not there.
+
+    FILES are studies, train files, objectives, recipes and mergekit YAMLs. Models and tasks are not
+    opened.
     """
     from optimer_hf.files import absent
 
@@ -1251,12 +1298,14 @@ def validate(files: tuple[Path, ...], strict: bool) -> None:
     for path in files:
         try:
             what, config = _validated(path)
-            gone = absent(path, config)
-            if strict and gone:
-                raise ConfigError(gone)
-            _echo("\n".join([f"{path}: a valid {what}", *gone.splitlines()]))
         except OptimerError as error:
-            errors.append(str(error))
+            errors += [str(error), *filter(None, [strict and _absent_beside_mistakes(path)])]
+            continue
+        gone = absent(path, config)
+        if strict and gone:
+            errors.append(gone)
+        else:
+            _echo("\n".join([f"{path}: a valid {what}", *gone.splitlines()]))
     if errors:
         raise ConfigError("\n".join(errors))
 
@@ -1272,15 +1321,9 @@ def print_schema(kind: str) -> None:
 
 def _validated(path: Path) -> tuple[str, Any]:
     """Return what a file is, and its fields with local paths absolute."""
-    from optimer_hf.evaluate import ObjectiveFile
     from optimer_hf.files import read_yaml
-    from optimer_hf.merge_config import (
-        linear_merge_of,
-        with_absolute_references,
-    )
+    from optimer_hf.merge_config import linear_merge_of, with_absolute_references
     from optimer_hf.mergekit_yaml import is_for_mergekit, read_merge_config
-    from optimer_hf.recipe import RecipeFile
-    from optimer_hf.study import StudyConfig
     from optimer_hf.train import TrainConfig, check_config
 
     keys = set(read_yaml(path))
@@ -1290,16 +1333,44 @@ def _validated(path: Path) -> tuple[str, Any]:
         config = read_merge_config(path)
         linear_merge_of(config, path)
         return "merge config", with_absolute_references(config, path)
+    what, cls = _kind_of(keys)
+    found = cls.read(path)
+    if isinstance(found, TrainConfig):
+        check_config(found, path)
+    fields = found.model_dump()
+    for vector in fields["vectors"].values() if what == "study" else ():
+        if vector["train"] is not None:
+            vector["train"] = str(path.resolve().parent / vector["train"])
+    return what, fields
+
+
+def _kind_of(keys: Collection[str]) -> tuple[str, type["VersionedFile"]]:
+    """Return what a file of ours with these keys is."""
+    from optimer_hf.evaluate import ObjectiveFile
+    from optimer_hf.recipe import RecipeFile
+    from optimer_hf.study import StudyConfig
+    from optimer_hf.train import TrainConfig
+
     if "study" in keys and "scores" in keys:
-        return "recipe", RecipeFile.read(path).model_dump()
+        return "recipe", RecipeFile
     if "objective" in keys or "vectors" in keys:
-        study = StudyConfig.read(path).model_dump()
-        for vector in study["vectors"].values():
-            if vector["train"] is not None:
-                vector["train"] = str(path.resolve().parent / vector["train"])
-        return "study", study
-    if "terms" in keys:
-        return "objective", ObjectiveFile.read(path).model_dump()
-    training = TrainConfig.read(path)
-    check_config(training, path)
-    return "train config", training.model_dump()
+        return "study", StudyConfig
+    return ("objective", ObjectiveFile) if "terms" in keys else ("train config", TrainConfig)
+
+
+def _absent_beside_mistakes(path: Path) -> str:
+    """Return the local files that a file with mistakes names and that are not there, as `absent`
+    does; nothing where it is no YAML.
+    """
+    from optimer_hf.files import absent_of_data, read_yaml
+    from optimer_hf.mergekit_yaml import absent_models, is_for_mergekit
+
+    try:
+        data = read_yaml(path)
+    except ConfigError:
+        return ""
+    return (
+        absent_models(data, path)
+        if is_for_mergekit(data)
+        else absent_of_data(_kind_of(data)[1], data, path)
+    )

@@ -19,6 +19,7 @@ from typing import Any
 from optimer_hf import baselines
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.evaluate import (
+    OF_TERMS,
     Objective,
     TermScore,
     Unit,
@@ -370,7 +371,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         if row is comparison.base:
             cells = [f"{row.scores[label].score:.4f}" for label in labels]
         else:
-            cells = [f"{100 * each[label]:+.2f} %" for label in labels]
+            cells = [OF_TERMS.show(each[label]) for label in labels]
         is_base = row is comparison.base
         value = shown_value(objective, row.scores, comparison.base.scores, is_base=is_base)
         lines.append([row.title, *cells, value])
@@ -413,12 +414,12 @@ def to_markdown(comparison: Comparison) -> str:
 
 def intervals_to_markdown(comparison: Comparison) -> str:
     """Return the paired 95 % interval of every gain over the base, in percent, as Markdown."""
-    labels, unit = list(comparison.base.scores), Unit(100.0, "gain over the base, %")
+    labels = list(comparison.base.scores)
     lines, kinds, few = [], set(), dict[str, str]()
     for row in comparison.rows:
         if row is not comparison.base:
             found = {label: comparison.term_interval(row, label) for label in labels}
-            lines.append([row.title, *map(unit.show_interval, found.values())])
+            lines.append([row.title, *map(OF_TERMS.show_interval, found.values())])
             kinds |= {interval.kind for interval in found.values() if interval.kind != "none"}
             few |= {label: i.verdict for label, i in found.items() if i.has_few_items}
     notes = [f"* Kind of the intervals: {', '.join(sorted(kinds))}."] if kinds else []

@@ -241,8 +241,15 @@ def _folder(info: ValidationInfo) -> Path:
     return Path((info.context or {}).get("folder", "."))
 
 
+def _noted(info: ValidationInfo, text: str, absolute: str) -> str:
+    """Return what a text of a field names, and note it for `absent_of_data`."""
+    (info.context or {}).get("noted", {})[str(info.field_name), text] = absolute
+    return absolute
+
+
 ReferenceText = Annotated[
-    str, AfterValidator(lambda text, info: absolute_reference(text, _folder(info)))
+    str,
+    AfterValidator(lambda text, info: _noted(info, text, absolute_reference(text, _folder(info)))),
 ]
 
 
@@ -260,7 +267,7 @@ def _vector_or_reference(text: str | None, info: ValidationInfo) -> str | None:
         raise ValueError(
             f"expected 'base', a vector ({', '.join(vectors)}) or a model (org/name, a directory)"
         )
-    return absolute_reference(text, _folder(info))
+    return _noted(info, text, absolute_reference(text, _folder(info)))
 
 
 TokenizerSource = Annotated[str | None, AfterValidator(_vector_or_reference)]
@@ -273,14 +280,24 @@ def tokenizer_reference(named: str | None, sources: Mapping[str, str | None]) ->
     return None if named is None else sources.get(named, named)
 
 
-LocalPath = Annotated[
-    Path, AfterValidator(lambda path, info: (_folder(info) / expanded(path)).resolve())
-]
+def _local_path(path: Path, info: ValidationInfo) -> Path:
+    return Path(_noted(info, str(path), str((_folder(info) / expanded(path)).resolve())))
+
+
+LocalPath = Annotated[Path, AfterValidator(_local_path)]
+
+
+def _relative_text(text: str, info: ValidationInfo) -> str:
+    _local_path(Path(text), info)
+    return text
+
+
+RelativeText = Annotated[str, AfterValidator(_relative_text)]  # a path, kept as it is written
 
 
 def _local_text(text: str, info: ValidationInfo) -> str:
     is_local = text.startswith((".", "/", "~"))
-    return str((_folder(info) / expanded(Path(text))).resolve()) if is_local else text
+    return str(_local_path(Path(text), info)) if is_local else text
 
 
 LocalText = Annotated[str, AfterValidator(_local_text)]  # a path if it is written like one
@@ -319,6 +336,20 @@ def absent(path: Path, config: Any) -> str:
             if Path(text).is_absolute() and not _is_matched(text)
         ),
     )
+
+
+def absent_of_data(cls: type[BaseModel], data: Mapping[str, Any], path: Path) -> str:
+    """Return what `absent` does of data, read from `path`, that may not make a sound `cls`."""
+    noted: dict[tuple[str, str], str] = {}
+    with contextlib.suppress(ValidationError):
+        cls.model_validate(data, context={"folder": path.resolve().parent, "noted": noted})
+    found = []
+    for at, text in strings_in(data):
+        names = ((str(part), each) for part in at for each in (text, str(Path(text))))
+        absolute = next((noted[name] for name in names if name in noted), text)
+        if Path(absolute).is_absolute() and not _is_matched(absolute):
+            found.append((at, f"{_dotted(at)}: {absolute}: no such file or directory."))
+    return listed(path, found)
 
 
 def _is_matched(text: str) -> bool:

@@ -20,6 +20,7 @@ from optimer_hf.errors import ConfigError
 from optimer_hf.files import (
     Mistake,
     Place,
+    absent,
     absolute_reference,
     did_you_mean,
     expanded,
@@ -185,6 +186,21 @@ def _is_model(at: Place, value: Any) -> bool:
         case (*_, "model" | "base_model"):
             return value is not None
     return False
+
+
+def absent_models(config: Mapping[str, Any], path: Path) -> str:
+    """Return the local models that a config with mistakes, read from `path`, names and that are not
+    there, as `files.absent` does.
+    """
+
+    def absolute(value: Any) -> Any:
+        try:
+            parts = model_name(value, path.resolve().parent).parts
+            return parts if parts[1:] else parts[0]
+        except ValueError:  # a mistake of its own
+            return None
+
+    return absent(path, dict[str, Any](with_models(config, absolute)))
 
 
 # -- reading ---------------------------------------------------------------------------------------

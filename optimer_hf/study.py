@@ -38,6 +38,7 @@ from optimer_hf.files import (
     FileModel,
     Mistake,
     ReferenceText,
+    RelativeText,
     TokenizerSource,
     VersionedFile,
     differences,
@@ -94,7 +95,7 @@ class VectorConfig(FileModel):
     """One vector of the pool: where it is, or which training run of the recipe folder makes it."""
 
     source: ReferenceText | None = None
-    train: str | None = None
+    train: RelativeText | None = None
     bounds: tuple[Weight, Weight] = (0.0, 1.5)
     fixed: Weight | None = None
 

@@ -276,6 +276,20 @@ def test_the_package_runs_as_a_module_and_knows_its_version():
     assert result.returncode == 0 and "version" in result.stdout
 
 
+def commands(group=main):
+    for command in group.commands.values():
+        yield from commands(command) if isinstance(command, click.Group) else [command]
+
+
+@pytest.mark.parametrize("command", [*commands()], ids=lambda command: command.name)
+def test_the_help_of_a_command_says_what_each_argument_is(command):
+    context = click.Context(command, info_name=command.name)
+    for argument in command.get_params(context):
+        if isinstance(argument, click.Argument):
+            name = argument.make_metavar(context).strip("[].")
+            assert name in command.help or set(name) & set("{|}"), (command.name, name)
+
+
 # -- validate --------------------------------------------------------------------------------------
 
 
@@ -402,6 +416,49 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
     found = optimer("validate", "--strict", tmp_path / "study.yaml", tmp_path / "m.yml", ok=False)
     assert found.stdout == ""
     assert found.stderr.count("no such file or directory.") == 5
+
+
+def test_strict_names_wrong_fields_and_absent_files_together(tmp_path):
+    (tmp_path / "here.jsonl").touch()
+    files = {
+        "study.yaml": "base_model: ./base\nvectors: {x: {source: ./x}, y: {train: y.yaml}}\n"
+        "objective:\n  limit: 0\n  terms: [{text: here.jsonl}, {text: gone.jsonl}]\n"
+        "baselines: {models: {m: ./m}}\n",
+        "train.yaml": "name: x\nbase_model: ./base\n"
+        "mixture: [{path: gone.jsonl, share: 1}]\nmax_tokens: 0\n",
+        "other.yaml": "name: x\nbase_model: ./base\ncorpus: {path: c.jsonl}\nlora: {x: 1}\n",
+        "obj.yaml": "terms: [{text: gone.jsonl, weight: x}]\ninclude_path: tasks\n",
+        "m.yml": "merge_method: linear\nmodels:\n- {model: ./tuned, parameters: {wight: 1}}\n"
+        "- {model: ./base+./adapter, parameters: {weight: 1}}\n- {model: 5}\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = optimer("validate", "--strict", *(tmp_path / name for name in files), ok=False)
+    lines = found.stderr.removeprefix("error: ").replace(f"{tmp_path}/", "").splitlines()
+    absent = [line for line in lines if line.endswith(": no such file or directory.")]
+    assert [line.rpartition(": no ")[0] for line in absent] == [
+        "study.yaml:1: base_model: base",
+        "study.yaml:2: vectors.x.source: x",
+        "study.yaml:2: vectors.y.train: y.yaml",
+        "study.yaml:5: objective.terms.1.text: gone.jsonl",
+        "study.yaml:6: baselines.models.m: m",
+        "train.yaml:2: base_model: base",
+        "train.yaml:3: mixture.0.path: gone.jsonl",
+        "other.yaml:2: base_model: base",
+        "other.yaml:3: corpus.path: c.jsonl",
+        "obj.yaml:1: terms.0.text: gone.jsonl",
+        "obj.yaml:2: include_path: tasks",
+        "m.yml:3: models.0.model: tuned",
+        "m.yml:4: models.1.model.0: base",
+        "m.yml:4: models.1.model.1: adapter",
+    ]
+    wrong = [line.split(" ")[1] for line in lines if line not in absent]
+    assert wrong == [
+        *("objective.limit:", "max_tokens:", "lora.x:", "terms.0.weight:"),
+        *("models.2.model:", "models.0.parameters:"),
+    ]
+    plain = optimer("validate", *(tmp_path / name for name in files), ok=False)
+    assert "no such file" not in plain.stderr
 
 
 # -- the commands ----------------------------------------------------------------------------------

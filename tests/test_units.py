@@ -4,17 +4,21 @@ everywhere.
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from test_search import FunctionPool, config_of
 
-from optimer_hf import card, compare
+from optimer_hf import card, compare, retarget
+from optimer_hf.cli import _say_front, main
 from optimer_hf.evaluate import TermScore, Unit, said_of
 from optimer_hf.recipe import _scores
 from optimer_hf.report import write_report
+from optimer_hf.retarget import front
 from optimer_hf.search import search
-from optimer_hf.study import Study
+from optimer_hf.study import Study, load_study
 
 
 class Losses(FunctionPool):
@@ -57,7 +61,7 @@ def study_of(directory, rule="relative_to_base", pool=Losses, searched=None, **c
 
 @pytest.mark.parametrize("pool", [Losses, Accuracies], ids=["losses", "accuracies"])
 @pytest.mark.parametrize("rule", ["relative_to_base", "weighted_mean", "worst"])
-def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, rule, pool):
+def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, capsys, rule, pool):
     study = study_of(tmp_path / "s", rule, pool)
     comparison = compare.compare(study, pool=pool)
     base, merge = (
@@ -89,6 +93,26 @@ def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, rule, pool):
     best = max(map(study.value, study.log.of("search"))) - study.value(study.log.of("search")[0])
     assert f"best so far, {unit.show(best)} at the end" in panels["progress"].shows
     assert shown in compare.to_markdown(comparison)
+    _say_front(study)
+    printed = capsys.readouterr().err
+    assert f"gains over {study.baseline}" in printed
+    for choice in front(study)[:1]:
+        row = [f"{100 * gain:+.2f} %" for gain in choice.gains.values()]
+        assert f"| {choice.trial.number} | {' | '.join(row)} |" in printed
+
+
+def test_a_verified_prediction_is_a_gain_over_the_base_as_the_prediction_is(tmp_path, monkeypatch):
+    study = study_of(tmp_path / "s", "weighted_mean")
+    monkeypatch.setattr(retarget, "search_on", partial(retarget.search_on, pool=Losses))
+    objective = study.config.objective.model_dump(mode="json")
+    objective["terms"][0]["weight"] = 3.0
+    (tmp_path / "o.yaml").write_text(json.dumps(objective), encoding="utf-8")
+    arguments = [tmp_path / "s", tmp_path / "o.yaml", tmp_path / "new", "--n-trials", 2]
+    found = CliRunner().invoke(main, ["retarget", *map(str, arguments)])
+    new = load_study(tmp_path / "new")
+    base = new.log.first(new.incumbent.fidelity)
+    gain = new.value(new.incumbent) - new.value(base)
+    assert f"verified: value {gain:+.4f} bits_per_byte (trial" in found.stdout, found.output
 
 
 def test_sealed_numbers_are_in_the_unit_of_the_test_not_of_the_search(tmp_path):
