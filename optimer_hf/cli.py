@@ -1299,7 +1299,8 @@ def validate(files: tuple[Path, ...], strict: bool) -> None:
         try:
             what, config = _validated(path)
         except OptimerError as error:
-            errors += [str(error), *filter(None, [strict and _absent_beside_mistakes(path)])]
+            errors += [str(error)]
+            errors += filter(None, [_absent_beside_mistakes(path)]) if strict else []
             continue
         gone = absent(path, config)
         if strict and gone:
