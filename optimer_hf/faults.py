@@ -26,11 +26,9 @@ MESSAGES = re.compile(
     r"|can't start new thread|DataLoader worker|received \d+ items of ancdata",
     re.IGNORECASE,
 )
+BUILTINS = (MemoryError, OSError, EOFError, ImportError)  # OSError: files, disks, connections
 CLASSES: tuple[type[BaseException], ...] = (
-    MemoryError,
-    OSError,  # files, disks, connections, timeouts
-    EOFError,
-    ImportError,
+    *BUILTINS,
     SafetensorError,
     torch.OutOfMemoryError,
     torch.AcceleratorError,
@@ -44,7 +42,7 @@ NAMES = frozenset(  # under which trials have recorded them
         *(
             name
             for name, found in vars(builtins).items()
-            if isinstance(found, type) and issubclass(found, CLASSES)
+            if isinstance(found, type) and issubclass(found, BUILTINS)
         ),
         "OutOfMemoryError",
         "_ArrayMemoryError",
