@@ -3,12 +3,14 @@
 A StudyConfig comes in with a number of local processes or the address of a scheduler; trials go out
 through `submit` and come back from `next_finished` in the order they finish. What a reader would
 not guess: Dask runs a trial again elsewhere when its worker dies, so a trial may start more than
-once, but it comes back once.
+once, but it comes back once. One that killed every worker it had is tried again alone; if these
+workers then score the base, it is recorded as crashed, and else the machine is at fault.
 """
 
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -92,7 +94,8 @@ class Workers:
         # not the config alone: a vector may be trained again between two searches
         self._session = f"{config.digest}-{uuid4()}"
         self._opening = _Opening(self._session, config.model_dump_json(), pool, n_threads)
-        self._pending: dict[Future, Trial] = {}
+        self._pending: dict[Future, _Request] = {}
+        self._lost: deque[_Request] = deque()  # killed their workers, and are tried again alone
 
     def __enter__(self) -> Self:
         """Start or find the cluster; raise StudyError when no scheduler answers."""
@@ -119,8 +122,10 @@ class Workers:
 
     @property
     def n_slots(self) -> int:
-        """How many trials may run at once now: one per worker; waits while there is no worker."""
-        return len(self._addresses())
+        """How many trials may run at once now: one per worker, and only one while a trial is to
+        run alone; waits while there is no worker.
+        """
+        return 1 if self._lost else len(self._addresses())
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -142,29 +147,67 @@ class Workers:
 
     def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
         """Hand a trial to an idle worker, or to whichever is idle first, and return at once."""
-        request = _Request(self._opening, trial, list(terms), dict(limits))
+        self._submit(_Request(self._opening, trial, list(terms), dict(limits)))
+
+    def _submit(self, request: _Request) -> None:
         with self._naming_lost_scheduler():
             # Dask takes an idle worker first. Naming one (`workers=`) would leave the trial waiting
             # for ever once all workers die, even with `allow_other_workers`
-            self._pending[self._client.submit(_run, request, pure=False)] = trial
+            self._pending[self._client.submit(_run, request, pure=False)] = request
 
     def next_finished(self) -> Trial:
-        """Wait for a submitted trial and return it as `run_trial` does, with its worker's name.
+        """Wait for a submitted trial and return it as `run_trial` does, with its worker's name; as
+        crashed when it killed its workers, alone, too, and these can score the base.
 
         Raises ModelError (or the OptimerError that it was) when a worker cannot open its pool, and
-        StudyError when a trial killed all the workers Dask gave it, when there is no worker for ten
-        minutes, or when the scheduler is lost.
+        StudyError when a trial and the base killed all the workers Dask gave them, when there is no
+        worker for ten minutes, or when the scheduler is lost.
         """
+        while self._pending:
+            with self._naming_lost_scheduler():
+                future = self._first_done(list(self._pending))
+            request = self._pending.pop(future)
+            try:
+                return self._trial_of(future)
+            except _AllDiedError as error:
+                number = request.trial.number
+                logger.warning("trial %d: %s It is tried once more, alone", number, error)
+                self._lost.append(request)
+        return self._tried_alone(self._lost.popleft())
+
+    def _tried_alone(self, request: _Request) -> Trial:
+        """Return a trial that killed its workers before, see `next_finished`; no other runs now."""
+        trial = request.trial
+        base = replace(trial, weights=dict.fromkeys(trial.weights, 0.0))
+        try:
+            return self._run_now(request)
+        except _AllDiedError as error:
+            fault = error
+        try:
+            if trial.weights == base.weights:
+                raise fault
+            self._run_now(replace(request, trial=base))
+        except _AllDiedError:
+            weights = ", ".join(f"{name} {weight:.4g}" for name, weight in trial.weights.items())
+            raise StudyError(
+                f"trial {trial.number} (weights: {weights}): {fault} It died of this trial alone, "
+                "too, and of the base, so the weights are not at fault. Give the workers more "
+                "memory, or start fewer of them, and run the same command again: finished trials "
+                "are kept, and this one is done anew."
+            ) from None
+        error_text = f"{fault} It died of this trial alone, too, and then scored the base."
+        logger.warning("trial %d is recorded as crashed: %s", trial.number, error_text)
+        return replace(trial, status="crashed", error=error_text)
+
+    def _run_now(self, request: _Request) -> Trial:
+        self._submit(request)
         with self._naming_lost_scheduler():
             future = self._first_done(list(self._pending))
-            trial = self._pending.pop(future)
-        try:
-            finished: Trial = self._outcome(future)
-        except _AllDiedError as error:
-            raise StudyError(
-                f"trial {trial.number}: {error} Run the same command again: finished trials are "
-                "kept, and this one is done anew."
-            ) from None
+        self._pending.pop(future)
+        return self._trial_of(future)
+
+    def _trial_of(self, future: Future) -> Trial:
+        finished: Trial = self._outcome(future)
         return finished
 
     def _outcome(self, future: Future) -> Any:

@@ -348,13 +348,47 @@ def test_a_trial_goes_on_when_the_only_worker_is_killed_and_starts_again(tmp_pat
     assert len(set(files(tmp_path, "opened"))) == 2
 
 
-def test_a_trial_that_kills_every_worker_ends_the_search_and_blames_no_weights(tmp_path, cluster):
+def test_a_trial_that_kills_every_worker_ends_the_search_when_the_base_does_too(
+    tmp_path, cluster, monkeypatch
+):
+    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
     config = config_of(tmp_path)
+    message = (
+        r"^trial 4 \(weights: w 0\.4\): .*its worker died.* so the weights are not at fault\. .*"
+        r"start fewer of them, and run the same command again: .*this one is done anew\.$"
+    )
     with (
         Workers(config, scheduler=cluster.scheduler_address, pool=DeadlyPool) as workers,
-        pytest.raises(StudyError, match=r"trial 4: .*its worker died 2 times.* is done anew"),
+        pytest.raises(StudyError, match=message),
     ):
         run(workers, config, [4])
+
+
+class HeavyPool(FunctionPool):
+    """Kills its worker for one vector of weights."""
+
+    def score(self, weights, terms, limits):
+        scores = super().score(weights, terms, limits)
+        if weights["w"] == 0.4:
+            self.leave("heavy")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return scores
+
+
+def test_a_trial_that_kills_workers_which_score_the_base_is_recorded_and_the_others_go_on(
+    tmp_path, cluster, monkeypatch
+):
+    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
+    config = config_of(tmp_path)
+    with Workers(config, scheduler=cluster.scheduler_address, pool=HeavyPool) as workers:
+        finished = run(workers, config, [4, 0, 5, 6])
+    assert {number: trial.status for number, trial in finished.items()} == {
+        **dict.fromkeys((0, 5, 6), "ok"),
+        4: "crashed",
+    }
+    assert len(files(tmp_path, "heavy")) == 2  # and once alone
+    assert finished[4].is_blameless  # the surrogate learns nothing of it
+    assert "then scored the base" in finished[4].error
 
 
 def test_a_worker_that_lacks_memory_tries_again_and_then_ends_the_search(tmp_path, cluster):
