@@ -10,9 +10,11 @@ from time import process_time
 
 import numpy as np
 
-from optimer_hf.ask import Asker, anchors
-from optimer_hf.evaluate import TermScore
-from optimer_hf.study import StudyConfig, Trial, from_unit
+from optimer_hf.scoring.scores import TermScore
+from optimer_hf.searching.smac import Asker
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.space import anchors, from_unit
+from optimer_hf.study.trials import Trial
 
 SIZES = (200, 500, 1000, 2000)
 VECTORS = (4, 16)

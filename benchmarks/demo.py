@@ -20,9 +20,11 @@ from time import perf_counter
 import torch
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
-from optimer_hf import head, train
-from optimer_hf.convert import resolve_model
-from optimer_hf.corpus import pack
+from optimer_hf.models import head
+from optimer_hf.models.resolve import resolve_model
+from optimer_hf.training import trainer as trainer_module
+from optimer_hf.training.config import TrainConfig
+from optimer_hf.training.packing import pack
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "gemma-3-270m-demo"
 
@@ -43,7 +45,7 @@ class StepTimes(TrainerCallback):
 
 
 def one_arm(
-    config: train.TrainConfig, *, fused: bool, steps: int, scratch: Path, float32: bool = False
+    config: TrainConfig, *, fused: bool, steps: int, scratch: Path, float32: bool = False
 ) -> tuple[list[float], list[float]]:
     """Return seconds per step and losses of one short run, as configured or all in float32."""
     if float32:
@@ -60,12 +62,12 @@ def one_arm(
         seed=0,
         out=scratch / "blocks.npy",
     )
-    keep = train.fuse_loss
-    train.fuse_loss = head.fuse_loss if fused else (lambda model: False)
+    keep = trainer_module.fuse_loss
+    trainer_module.fuse_loss = head.fuse_loss if fused else (lambda model: False)
     try:
-        trainer: Trainer = train.build_trainer(config, base, blocks, scratch)
+        trainer: Trainer = trainer_module.build_trainer(config, base, blocks, scratch)
     finally:
-        train.fuse_loss = keep
+        trainer_module.fuse_loss = keep
     times = StepTimes()
     trainer.add_callback(times)
     trainer.args.save_strategy = "no"
@@ -81,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--float32-steps", type=int, default=4)
     options = parser.parse_args()
-    config = train.TrainConfig.read(RECIPE / "train-ja.yaml")
+    config = TrainConfig.read(RECIPE / "train-ja.yaml")
     tokens = config.trainer["per_device_train_batch_size"] * config.block_size
     seconds: dict[bool, list[float]] = {True: [], False: []}
     losses: dict[bool, list[float]] = {}

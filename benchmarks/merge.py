@@ -62,7 +62,7 @@ def gemma_shapes() -> dict[str, tuple[int, ...]]:
 
 def write_model(out: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
     """Write base (seed 0) or tuned weights (base plus a little) in bfloat16, block by block."""
-    from optimer_hf.checkpoint import write_sharded
+    from optimer_hf.models.shards import write_sharded
 
     out.mkdir(parents=True)
     config = gemma_config()
@@ -105,10 +105,10 @@ def write_adapter(out: Path, base: Path, seed: int) -> None:
 def child(kind: str, base: Path, sources: list[Path], out: Path, device: str) -> float:
     """Run one merge and return its seconds."""
     if kind == "native":
-        from optimer_hf.convert import ResolvedModel
-        from optimer_hf.kernel import add_weighted
-        from optimer_hf.merge import write_merged
-        from optimer_hf.vector import open_vector
+        from optimer_hf.merging.kernel import add_weighted
+        from optimer_hf.merging.writer import write_merged
+        from optimer_hf.models.layout import ResolvedModel
+        from optimer_hf.vectors.opening import open_vector
 
         add_weighted(torch.ones(1), [torch.ones(1)], [1.0])  # loads what was compiled: 0.4 s
         if any((source / "adapter_config.json").exists() for source in sources):
@@ -319,10 +319,10 @@ def large(inputs: Inputs) -> dict[str, Any]:
 
 def switch(inputs: Inputs) -> dict[str, Any]:
     """`set_weights` with 4 dense vectors and with 4 LoRA vectors, against memory copies."""
-    from optimer_hf.checkpoint import Checkpoint
-    from optimer_hf.convert import ResolvedModel
-    from optimer_hf.resident import ResidentModel
-    from optimer_hf.vector import open_vector
+    from optimer_hf.merging.resident import ResidentModel
+    from optimer_hf.models.checkpoint import Checkpoint
+    from optimer_hf.models.layout import ResolvedModel
+    from optimer_hf.vectors.opening import open_vector
 
     base, tuned = inputs.models("small", gemma_shapes())
     model = ResolvedModel(base, "base")
@@ -382,11 +382,11 @@ def copy_bytes(n_bytes: int, device: str) -> dict[str, float]:
 
 def accuracy(inputs: Inputs) -> dict[str, Any]:
     """Share of bfloat16 outputs that are the float64 sum correctly rounded."""
-    from optimer_hf.checkpoint import Checkpoint
-    from optimer_hf.convert import ResolvedModel
-    from optimer_hf.kernel import LowRank, dense
-    from optimer_hf.merge import merged_rows
-    from optimer_hf.vector import open_vector
+    from optimer_hf.merging.writer import merged_rows
+    from optimer_hf.models.checkpoint import Checkpoint
+    from optimer_hf.models.layout import ResolvedModel
+    from optimer_hf.vectors.forms import LowRank, dense
+    from optimer_hf.vectors.opening import open_vector
 
     base, tuned = inputs.models("small", gemma_shapes())
     model, checkpoint = ResolvedModel(base, "base"), Checkpoint(base)

@@ -17,8 +17,8 @@ from time import perf_counter
 import torch
 from demo import RECIPE, one_arm
 
-from optimer_hf import train
-from optimer_hf.convert import default_device, multiplied_in
+from optimer_hf.models.live import default_device, multiplied_in
+from optimer_hf.training import config as train
 
 ROUNDS = 3
 ROWS, INPUTS, OUTPUTS = 512, 640, 2048  # tokens and a linear layer of Gemma 3 270M

@@ -36,11 +36,15 @@ from scipy.optimize import minimize
 from scipy.stats import bootstrap, norm, rankdata
 from threadpoolctl import threadpool_limits
 
-from optimer_hf.ask import Asker, anchors
-from optimer_hf.evaluate import Term, TermScore
-from optimer_hf.retarget import predict
-from optimer_hf.search import search
-from optimer_hf.study import DecisionLog, Study, StudyConfig, Trial, TrialLog
+from optimer_hf.scoring.objective import Term
+from optimer_hf.scoring.scores import TermScore
+from optimer_hf.searching.loop import search
+from optimer_hf.searching.smac import Asker
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.directory import Study
+from optimer_hf.study.prediction import predict
+from optimer_hf.study.space import anchors
+from optimer_hf.study.trials import DecisionLog, Trial, TrialLog
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -19,10 +19,11 @@ from time import perf_counter
 
 from distributed import Client, LocalCluster
 
-from optimer_hf.ask import anchors
-from optimer_hf.search import search
-from optimer_hf.study import StudyConfig, Trial
-from optimer_hf.workers import Workers
+from optimer_hf.searching.loop import search
+from optimer_hf.searching.workers import Workers
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.space import anchors
+from optimer_hf.study.trials import Trial
 
 
 def warm_up(config: StudyConfig, workers: Workers, n_workers: int) -> None:

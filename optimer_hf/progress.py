@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from optimer_hf.printable import visible
 
 logger = logging.getLogger(__name__)
+
+
 SECONDS_BETWEEN_LINES = 15.0
 
 

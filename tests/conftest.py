@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from minihub.running import HOME, HUB, stop
+from tests.support.minihub.running import HOME, HUB, stop
 
 # The client reads its endpoint when it is imported. The suite is offline; the tests of the Hub go
 # online, to a server of our own and nowhere else.
@@ -22,7 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads only w
 import pytest
 import torch
 from huggingface_hub import constants
-from minihub import HubServer
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -33,9 +32,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from optimer_hf.checkpoint import Checkpoint, matrix_shape
-from optimer_hf.convert import ResolvedModel
-from optimer_hf.vector import dense_rows
+from optimer_hf.models.blocks import matrix_shape
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.vectors.vector import dense_rows
+from tests.support.minihub import HubServer
 
 PAD, EOS, BOS = 0, 1, 2
 VOCABULARY = 3 + 256

@@ -18,8 +18,8 @@ import yaml
 from huggingface_hub import HfApi, constants
 
 from optimer_hf import hub as hubs
-from optimer_hf.convert import ResolvedModel
-from optimer_hf.vector import describe
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.vectors.delta import describe
 
 ALICE = "hf_alice_write"
 N_SAMPLED = 1  # event of a command
@@ -141,7 +141,7 @@ def tried(scratch: Path, first_commit: str) -> Iterator[Callable[..., dict[str, 
         "PYTHONPATH": os.pathsep.join([str(Path(hubs.__file__).parent.parent), *sys.path]),
     }
     environment.pop("HF_HUB_CACHE", None)
-    command = [sys.executable, str(Path(__file__).with_name("kills.py")), str(scratch)]
+    command = [sys.executable, str(Path(__file__).with_name("support") / "kills.py"), str(scratch)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as driver:
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from optimer_hf.overlap import N, Ngram, ngrams
+from optimer_hf.scoring.overlap import N, Ngram, ngrams
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]

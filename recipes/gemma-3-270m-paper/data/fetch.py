@@ -23,7 +23,7 @@ from pathlib import Path
 from build import HERE, Row, place, read, split_of, write
 from lxml import etree, html
 
-from optimer_hf.overlap import N, Ngram, ngrams
+from optimer_hf.scoring.overlap import N, Ngram, ngrams
 
 CAMPAIGNS = ["dm", "ei", "httt", "low", "nr", "sota", "thot", "trow", "utbs"]  # the long ones
 WESNOTH = ["wesnoth-1.16-data", *(f"wesnoth-1.16-{name}" for name in CAMPAIGNS)]

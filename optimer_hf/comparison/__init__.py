@@ -1,0 +1,1 @@
+"""The sealed test: the merge against every baseline."""

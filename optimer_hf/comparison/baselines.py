@@ -1,0 +1,242 @@
+"""Models to compare a searched merge with that are no weights of its own pool: merges by mergekit's
+other methods, random vectors of equal norm, and models trained on data mixtures.
+
+A study comes in, a list of models goes out that are built when they are scored, each as vectors on
+the study's base. What a reader would not guess: merged LoRA pools of random directions can look
+good (arXiv 2602.12323), so the random control keeps rank and norm of every tensor of the real one.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.digest import digest
+from optimer_hf.files.reading import yaml_text
+from optimer_hf.files.staging import staged_directory, write_text
+from optimer_hf.merging.mergekit import run_mergekit
+from optimer_hf.merging.writer import write_merged
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.models.resolve import resolve_base
+from optimer_hf.study.config import RANDOM, MergeMethod, StudyConfig
+from optimer_hf.study.directory import Study
+from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.vector import DistributionVector, dense_rows
+
+logger = logging.getLogger(__name__)
+
+
+MERGE_METHODS: dict[MergeMethod, Callable[[int], dict[str, float]]] = {
+    # parameters of every model among n: those of mergekit's own examples, its defaults otherwise
+    "ties": lambda n: {"weight": 1.0, "density": 0.5},
+    "dare_ties": lambda n: {"weight": 1 / n, "density": 0.5},
+    "model_stock": lambda n: {},
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to compare with: how it is called, what it is known by once it was scored, and how to
+    make its vectors in a scratch directory.
+    """
+
+    name: str
+    weights: dict[str, float]
+    make: Callable[[Path], dict[str, str]]
+
+
+def models(study: Study) -> list[Model]:
+    """Return the models that `baselines` of a study asks for, not yet built."""
+    config, wanted = study.config, study.config.baselines
+    for name, source in wanted.models.items():
+        if Path(source).is_absolute() and not Path(source).is_dir():
+            raise ConfigError(f"baselines.models: {name!r}: {source}: no such directory.")
+    found = []
+    for method in wanted.merge_methods:
+        if method == "model_stock" and len(config.free) < 2:
+            logger.warning("model_stock needs two vectors; it is left out")
+            continue
+        found.append(_merged_by(method, config))
+    if wanted.random_vectors:
+        found.append(_random(config, study.incumbent.weights))
+    found.extend(_as_it_is(name, source) for name, source in wanted.models.items())
+    return [_beside_fixed(model, config) for model in found]
+
+
+def _as_it_is(name: str, source: str) -> Model:
+    key = f"{name} ({_sha256_of(source)})"
+    return Model(name, {key: 1.0}, lambda scratch: {key: source})
+
+
+def _beside_fixed(model: Model, config: StudyConfig) -> Model:
+    """Add the fixed vectors at their weights, as every other row has them."""
+    fixed = {name: str(config.vectors[name].source) for name in config.fixed}
+    return Model(
+        model.name, model.weights | config.fixed, lambda scratch: model.make(scratch) | fixed
+    )
+
+
+def _sha256_of(source: str) -> str:
+    """Return a short digest of the weights of a local model; of the reference of another."""
+    path = Path(source)
+    return digest(weight_files(path) if path.is_dir() else source)[:8]
+
+
+def _sources(config: StudyConfig) -> dict[str, str]:
+    """Return where the searched vectors are."""
+    return {name: str(config.vectors[name].source) for name in config.free}
+
+
+# -- mergekit --------------------------------------------------------------------------------------
+
+
+def _merged_by(method: MergeMethod, config: StudyConfig) -> Model:
+    inputs = {name: _sha256_of(source) for name, source in _sources(config).items()}
+    parameters = MERGE_METHODS[method](len(inputs))
+    drawn_by = [config.search.seed] if method == "dare_ties" else []
+    key = f"{method} ({digest([method, parameters, inputs, *drawn_by])[:8]})"
+
+    def make(scratch: Path) -> dict[str, str]:
+        out = scratch / method
+        _merge_with_mergekit(method, parameters, config, scratch, out)
+        return {key: str(out)}
+
+    return Model(method, {key: 1.0}, make)
+
+
+def _merge_with_mergekit(
+    method: str, parameters: Mapping[str, float], config: StudyConfig, scratch: Path, out: Path
+) -> None:
+    """Merge the pool with a method of mergekit in float32; the vectors are written as whole
+    checkpoints first, which is what it reads.
+    """
+    from mergekit.options import MergeOptions
+
+    base = resolve_base(config.base_model)
+    tuned = []
+    for name, source in _sources(config).items():
+        path = scratch / "vectors" / name
+        tuned.append(path)
+        if not path.exists():  # the next method needs them, too
+            vector = open_vector(name, source, base)
+            write_merged(base, [vector], {name: 1.0}, path, out_dtype="float32")
+    merge_config: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": str(base.path),
+        "models": [{"model": str(path), "parameters": dict(parameters)} for path in tuned],
+        "dtype": "float32",
+    }
+    file = scratch / f"{method}.yml"
+    write_text(file, yaml_text(merge_config))
+    options = MergeOptions(random_seed=config.search.seed, write_model_card=False, quiet=True)
+    run_mergekit(merge_config, file, out, options)
+
+
+# -- random vectors --------------------------------------------------------------------------------
+
+
+def _random(config: StudyConfig, weights: Mapping[str, float]) -> Model:
+    sources = _sources(config)
+    seeds = {name: int(digest([config.search.seed, name])[:12], 16) for name in sources}
+    key = digest({name: [_sha256_of(source), seeds[name]] for name, source in sources.items()})[:8]
+    names = {name: f"random {name} ({key})" for name in sources}
+
+    def make(scratch: Path) -> dict[str, str]:
+        base, made = resolve_base(config.base_model), {}
+        for name, source in sources.items():
+            out = scratch / "random" / name
+            write_random_like(open_vector(name, source, base), base, out, seed=seeds[name])
+            made[names[name]] = str(out)
+        return made
+
+    return Model(RANDOM, {names[name]: weights[name] for name in names}, make)
+
+
+def write_random_like(
+    vector: DistributionVector, base: ResolvedModel, out: Path, *, seed: int
+) -> None:
+    """Write a vector of Gaussian noise that has, tensor by tensor, the norm of the given one; an
+    adapter stays one of the same rank.
+    """
+    stored = load_file(vector.path / "adapter_model.safetensors") if _is_lora(vector) else None
+    if stored is None:
+        extract(_RandomVector(vector, Checkpoint(base.path), seed), base, out)
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for key in sorted(stored):
+        if ".lora_A." in key:
+            partner = key.replace(".lora_A.", ".lora_B.")
+            stored[key], stored[partner] = _random_product(stored[key], stored[partner], generator)
+    with staged_directory(out) as staging:
+        save_file(stored, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.copy(vector.path / "adapter_config.json", staging)
+
+
+def _is_lora(vector: DistributionVector) -> bool:
+    """Whether an adapter holds nothing but pairs of linear LoRA factors."""
+    file = vector.path / "adapter_model.safetensors"
+    if vector.kind != "adapter" or not file.exists():
+        return False
+    names = Checkpoint(vector.path, "adapter_model").names
+    return all(".lora_A." in name or ".lora_B.w" in name for name in names)
+
+
+def _random_product(
+    a: torch.Tensor, b: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return Gaussian factors [rank, in], [out, rank] whose product has the norm of b @ a."""
+    new_a, new_b = (torch.randn(t.shape, generator=generator) for t in (a, b))
+    factor = (_norm_of_product(a, b) / _norm_of_product(new_a, new_b)).sqrt()
+    return (new_a * factor).to(a.dtype), (new_b * factor).to(b.dtype)
+
+
+def _norm_of_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the Frobenius norm of b @ a, from two Gram matrices [rank, rank]."""
+    a, b = a.double(), b.double()
+    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True)
+class _RandomVector:
+    """Noise in place of a vector, drawn afresh and alike whenever rows are read."""
+
+    like: DistributionVector
+    base: Checkpoint
+    seed: int
+    kind: str = "delta"
+
+    @property
+    def name(self) -> str:
+        return self.like.name
+
+    @property
+    def path(self) -> Path:
+        return self.like.path
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.like.names
+
+    @property
+    def n_bytes(self) -> int:
+        return self.like.n_bytes
+
+    def delta(self, name: str, rows: slice, device: torch.device | str) -> torch.Tensor:
+        """Return noise with the norm of these rows, float32."""
+        real = dense_rows(self.like, name, rows, self.base.read_rows(name, rows)).float()
+        text = digest([self.seed, name, rows.start])
+        generator = torch.Generator().manual_seed(int(text[:12], 16))
+        noise = torch.randn(real.shape, generator=generator)
+        factor: float = real.norm().item() / max(noise.norm().item(), 1e-30)
+        return noise.mul_(factor).to(device)
+
+    def loaded(self, device: str) -> DistributionVector:
+        return self

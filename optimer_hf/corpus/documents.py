@@ -1,0 +1,83 @@
+"""Text sources -> documents, in file order or shuffled."""
+
+import random
+from collections.abc import Iterable, Iterator
+
+from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.corpus.texts import say_left_out, text_in, texts_of
+from optimer_hf.errors import CorpusError
+
+SHUFFLE_BUFFER = 10_000
+SHUFFLED_CHARACTERS = 256 * 2**20  # in the buffer at once: a corpus of books is not held whole
+
+
+# -- documents -------------------------------------------------------------------------------------
+
+
+def documents(config: CorpusConfig) -> Iterator[str]:
+    """Yield the texts of a corpus in file order.
+
+    Raises CorpusError that names file and row for what is absent, damaged, malformed or without the
+    text field.
+    """
+    if config.path is not None:
+        yield from texts_of(config.path, config.text_field)
+    else:
+        yield from _streamed(config)
+
+
+def _streamed(config: CorpusConfig) -> Iterator[str]:
+    import datasets
+
+    n_null = 0
+    try:
+        rows = datasets.load_dataset(
+            str(config.dataset),
+            config.dataset_config,
+            data_files=config.data_files,
+            split=config.split,
+            streaming=True,
+        )
+        for row in rows:
+            text = text_in(row, config.text_field, config.name)
+            n_null += text is None
+            if text is not None:
+                yield text
+    except CorpusError:
+        raise
+    except (
+        Exception
+    ) as error:  # `datasets` raises dozens of types for a missing or unreadable data set
+        raise CorpusError(f"{config.name}: `datasets` cannot read it ({error}).") from error
+    finally:
+        say_left_out(config.name, config.text_field, n_null)
+
+
+def shuffled(
+    texts: Iterable[str],
+    seed: int,
+    buffer_size: int = SHUFFLE_BUFFER,
+    n_characters: int = SHUFFLED_CHARACTERS,
+) -> Iterator[str]:
+    """Yield texts in random order from a buffer that holds at most `buffer_size` of them, and no
+    more than `n_characters` in all but for one text.
+    """
+    rng = random.Random(seed)
+    buffer: list[str] = []
+    held = 0
+    for text in texts:
+        held += len(text)
+        if len(buffer) < buffer_size:
+            buffer.append(text)
+        else:
+            index = rng.randrange(buffer_size)
+            held -= len(buffer[index])
+            yield buffer[index]
+            buffer[index] = text
+        while held > n_characters and len(buffer) > 1:
+            index = rng.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            held -= len(buffer[-1])
+            yield buffer.pop()
+    rng.shuffle(buffer)
+    yield from buffer

@@ -1,0 +1,433 @@
+"""Local files -> documents, in file order, with one row in memory at a time.
+
+A path is a file, a folder of shards or a glob. JSON Lines, JSON arrays, CSV and TSV are read here,
+so that a text that looks like a date or a number stays the text it is; Parquet and Arrow come
+through `datasets`. A plain text file is one document, or several where it is large.
+"""
+
+import bz2
+import csv
+import glob
+import gzip
+import json
+import logging
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from optimer_hf.errors import CorpusError
+from optimer_hf.files.digest import digest, fingerprint
+from optimer_hf.files.reference import is_there
+from optimer_hf.printable import warn_once
+
+logger = logging.getLogger(__name__)
+
+
+LONGEST_ROW = 64 * 2**20  # characters; more is no document, but a damaged or hostile file
+LONGEST_TEXT = 4 * 2**20  # characters of a plain text file that make one document
+CHUNK = 2**20  # characters
+WILDCARDS = re.compile(r"[*?\[]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may name them, no tokenizer takes them
+BETWEEN_ROWS = re.compile(r"[\s,]*")
+ABOUT = re.compile(r"(readme|licen[cs]e)\b", re.IGNORECASE)  # texts about a corpus
+POINTER = "version https://git-lfs.github.com/spec/"  # to a file that was not fetched
+HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|dev|valid|validation|held-?out)(?![a-z])")
+PLAIN = (".txt", ".md")
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLES = (".parquet", ".arrow")  # what `datasets` reads
+COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+
+
+def texts_of(path: Path, field: str) -> Iterator[str]:
+    """Yield the documents of a file, a folder or a glob: the texts in `field` of its rows, or plain
+    text. Rows whose text is null are left out; a warning says how many.
+
+    Raises CorpusError that names file and row for what is absent, damaged, malformed, without the
+    field, or longer than LONGEST_ROW.
+    """
+    for file in files_of(path):
+        yield from _texts_of_file(file, field)
+
+
+def has_rows(file: Path) -> bool:
+    """Return whether the name of a file says that it holds rows rather than plain text."""
+    return _format(file) in (*ROWS, *TABLES)
+
+
+def fingerprint_of_texts(path: Path) -> str | None:
+    """Return a digest of the files that a path stands for, or None where there are none."""
+    try:
+        found = files_of(path)
+    except CorpusError:
+        return None
+    if found == [path]:
+        return fingerprint(path)
+    folder = os.path.commonpath([file.parent for file in found])
+    return digest({file.relative_to(folder).as_posix(): fingerprint(file) for file in found})
+
+
+# -- which files -----------------------------------------------------------------------------------
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that a path stands for: itself, or those of a folder or a glob, by name.
+
+    Raises CorpusError where there is none, where one is of an unknown format, and where a folder
+    holds several formats or a held-out split.
+    """
+    if is_there(path):
+        if path.is_dir():
+            return _files_in(path)
+        if not path.is_file():
+            raise CorpusError(f"{path}: is no regular file.")
+        found = [path]
+    elif WILDCARDS.search(str(path)):
+        matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
+        found = _each_once(sorted(file for file in matches if _is_file(file)))
+        if not found:
+            raise CorpusError(f"{path}: no file matches this pattern.")
+    else:
+        raise CorpusError(f"{path}: no such file.")
+    for file in found:
+        if _format(file) is None:
+            raise CorpusError(
+                f"{file}: found a file that ends in {file.suffix!r}. Expected "
+                f"{', '.join((*ROWS, *PLAIN))} (as it is, or as {', '.join(COMPRESSIONS)}) or "
+                f"{', '.join(TABLES)}."
+            )
+    return found
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the shards in a folder and its sub-folders; plain text beside rows (README.md) is left
+    out.
+    """
+    if (folder / "state.json").is_file():
+        return _saved_by_datasets(folder)
+    if (folder / "dataset_dict.json").is_file():
+        return _saved_split(folder)
+    by_format: dict[str, list[Path]] = {}
+    for file in _walked(folder):
+        kind = str(_format(file))
+        by_format.setdefault("text" if kind in PLAIN else kind, []).append(file)
+    plain = by_format.pop("text", [])
+    plain = [file for file in plain if not ABOUT.match(file.name)] or plain
+    if not by_format and not plain:
+        raise CorpusError(
+            f"{folder}: no shards in this folder. Expected files that end in "
+            f"{', '.join((*ROWS, *TABLES, *PLAIN))}."
+        )
+    if len(by_format) > 1:
+        raise CorpusError(
+            f"{folder}: found files of several formats ({', '.join(sorted(by_format))}). Name "
+            f"those to read with a pattern: path: {folder.name}/*{min(by_format)}"
+        )
+    found = _each_once(sorted(next(iter(by_format.values()), plain)))
+    if _format(found[0]) not in PLAIN:  # a guide may be called testing.md
+        _refuse_held_out(folder, found)
+    return found
+
+
+def _walked(folder: Path) -> Iterator[Path]:
+    """Yield the files of a known format below a folder; linked folders are entered once."""
+    entered: set[Path] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if Path(parent).resolve() in entered:
+            folders.clear()
+            continue
+        entered.add(Path(parent).resolve())
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (Path(parent) / name for name in sorted(names) if not name.startswith("."))
+        yield from (file for file in files if _format(file) is not None and _is_file(file))
+
+
+def _is_file(file: Path) -> bool:
+    """Whether this is a file; raises CorpusError for a link that leads nowhere, a shard that is
+    missing.
+    """
+    if file.is_symlink() and not is_there(Path(os.path.realpath(file))):
+        raise CorpusError(
+            f"{file}: is a link to {file.readlink()}, which is not there. Fetch the file, or "
+            "remove the link."
+        )
+    return file.is_file()
+
+
+def _each_once(files: list[Path]) -> list[Path]:
+    """Return files without those that are another of them through a link; raises CorpusError for
+    a file and a compressed copy of it.
+    """
+    found: dict[Path, Path] = {}
+    by_name: dict[Path, Path] = {}
+    for file in files:
+        if found.setdefault(file.resolve(), file) != file:
+            continue
+        plain = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+        other = by_name.setdefault(plain, file)
+        if other != file:
+            raise CorpusError(
+                f"{file}: stands beside {other.name}, and one is a copy of the other by its name. "
+                "Remove one of them."
+            )
+    return list(found.values())
+
+
+def _saved_by_datasets(folder: Path) -> list[Path]:
+    """Return the files of a `Dataset.save_to_disk`; `cache-*.arrow`, which `map` leaves beside
+    them, are others.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CorpusError(f"{folder / 'state.json'}: names no data files ({error}).") from None
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CorpusError(f"{folder}: {name[:80]!r}, which state.json names, is not there.")
+    return [folder / name for name in names]
+
+
+def _saved_split(folder: Path) -> list[Path]:
+    """Return the files of the only split of a `DatasetDict.save_to_disk`."""
+    splits = sorted(file.parent for file in folder.glob("*/state.json"))
+    if len(splits) != 1:
+        names = [split.name for split in splits]
+        first = "train" if "train" in names or not names else names[0]
+        raise CorpusError(
+            f"{folder}: holds the splits {names} of a DatasetDict. Name the one to read: "
+            f"path: {folder.name}/{first}"
+        )
+    return _saved_by_datasets(splits[0])
+
+
+def _refuse_held_out(folder: Path, found: list[Path]) -> None:
+    """Raise CorpusError for a test or validation split beside others: text to be kept back."""
+    relative = [file.relative_to(folder).as_posix() for file in found]
+    held_out = [name for name in relative if HELD_OUT.search(name.lower())]
+    if held_out and len(held_out) < len(found):
+        other = next(name for name in relative if name not in held_out)
+        raise CorpusError(
+            f"{folder}: holds several splits ({other} and {held_out[0]}). Name the files to read "
+            f"with a pattern, for instance path: {folder.name}/{other}"
+        )
+
+
+def _format(file: Path) -> str | None:
+    """Return the format that a file name ends in, whatever its case and compression; None for one
+    that is not known.
+    """
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+        return suffixes[-1] if suffixes and suffixes[-1] in (*ROWS, *PLAIN) else None
+    return suffixes[-1] if suffixes and suffixes[-1] in (*ROWS, *TABLES, *PLAIN) else None
+
+
+# -- reading one -----------------------------------------------------------------------------------
+
+
+def _texts_of_file(file: Path, field: str) -> Iterator[str]:
+    kind, n_null = _format(file), 0
+    try:
+        if kind in PLAIN:
+            with _open_text(file) as text:
+                yield from _parts(text, file)
+            return
+        for row, where in _rows(file, field, str(kind)):
+            document = text_in(row, field, where)
+            n_null += document is None
+            if document is not None:
+                yield document
+    except (OSError, EOFError, UnicodeError, lzma.LZMAError, zlib.error, csv.Error) as error:
+        raise CorpusError(f"{file}: cannot be read as UTF-8 text ({error}).") from error
+    finally:
+        say_left_out(file.name, field, n_null)
+
+
+def say_left_out(name: str, field: str, n_null: int) -> None:
+    """Warn of rows of a corpus whose text is null, if there are any."""
+    if n_null:
+        warn_once(logger, f"{name}: left out {n_null:,} rows whose {field!r} is null")
+
+
+def _open_text(file: Path, newline: str | None = None) -> TextIO:
+    """Open a text file, compressed or not, and pass over a byte order mark."""
+    suffix = file.suffix.lower()
+    if suffix == ".zst":
+        import io
+
+        import pyarrow
+
+        raw = pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd")
+        return io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
+    opener: Any = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}.get(suffix, open)
+    return opener(  # type: ignore[no-any-return]
+        file, "rt", encoding="utf-8-sig", newline=newline
+    )
+
+
+def _lines(text: TextIO, file: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers."""
+    number = 0
+    while line := text.readline(LONGEST_ROW + 1):
+        number += 1
+        if len(line) > LONGEST_ROW:
+            raise CorpusError(
+                f"{file}:{number}: a line of more than {LONGEST_ROW:,} characters. Split the text "
+                "into documents."
+            )
+        yield number, line
+
+
+def _parts(text: TextIO, file: Path) -> Iterator[str]:
+    """Yield plain text as one document, or cut at line ends into parts of about LONGEST_TEXT."""
+    part: list[str] = []
+    n_characters = 0
+    for number, line in _lines(text, file):
+        if number == 1 and line.startswith(POINTER):
+            raise CorpusError(f"{file}: is a pointer of Git LFS. Fetch the file: git lfs pull.")
+        if part and n_characters + len(line) > LONGEST_TEXT:
+            yield "".join(part)
+            part, n_characters = [], 0
+        part.append(line)
+        n_characters += len(line)
+    if part:
+        yield "".join(part)
+
+
+def _rows(file: Path, field: str, kind: str) -> Iterator[tuple[Any, str]]:
+    """Yield the rows of a file, each with what to call it in an error."""
+    if kind in TABLES:
+        yield from _table(file, kind)
+        return
+    if kind in (".csv", ".tsv"):
+        with _open_text(file, newline="") as text:
+            yield from _separated(text, file, field, "," if kind == ".csv" else "\t")
+        return
+    with _open_text(file) as text:
+        if kind == ".json" and _first_character(file) == "[":
+            yield from _array(text, file)
+            return
+        for number, line in _lines(text, file):
+            if line.strip():
+                yield _parsed(line, f"{file}:{number}"), f"{file}:{number}"
+
+
+def _first_character(file: Path) -> str:
+    """Return the first character of a file that is no space."""
+    with _open_text(file) as text:
+        while (character := text.read(1)).isspace():
+            pass
+    return character
+
+
+def _array(text: TextIO, file: Path) -> Iterator[tuple[Any, str]]:
+    """Yield the elements of a JSON array as they are read."""
+    decoder = json.JSONDecoder()
+    while text.read(1) != "[":
+        pass
+    buffer, start, number = "", 0, 1
+    while True:
+        start = BETWEEN_ROWS.match(buffer, start).end()  # type: ignore[union-attr]
+        if buffer[start : start + 1] == "]":
+            _refuse_more(buffer[start + 1 :], text, file)
+            return
+        where = f"{file}: row {number}"
+        try:
+            row, start = decoder.raw_decode(buffer, start)
+        except json.JSONDecodeError as error:
+            more = text.read(max(CHUNK, len(buffer) - start))
+            if not more or len(buffer) - start > LONGEST_ROW:
+                raise CorpusError(f"{where}: not a JSON value ({error.msg}).") from None
+            buffer, start = buffer[start:] + more, 0
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(f"{where}: not a JSON value ({error}).") from None
+        else:
+            yield row, where
+            number += 1
+
+
+def _refuse_more(after: str, text: TextIO, file: Path) -> None:
+    """Raise CorpusError for anything but space after a JSON array: it would be left out."""
+    while after:
+        if found := after.strip():
+            raise CorpusError(
+                f"{file}: goes on after its array with {found[:20]!r}. Expected one array, or a "
+                "row a line (.jsonl)."
+            )
+        after = text.read(CHUNK)
+
+
+def _separated(
+    text: TextIO, file: Path, field: str, delimiter: str
+) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the rows of a CSV or TSV file; every value is the text that stands there."""
+    csv.field_size_limit(LONGEST_ROW)  # of the process; 131,072 where nobody sets it
+    lines = (line for _, line in _lines(text, file))
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    names = reader.fieldnames or []
+    if names and field not in names:
+        raise CorpusError(
+            f"{file}: no text in field {field!r}; found {list(names)}. Set `text_field`."
+        )
+    if names.count(field) > 1:
+        raise CorpusError(f"{file}: has {names.count(field)} columns {field!r}, expected one.")
+    for row in reader:
+        if None in row:
+            raise CorpusError(
+                f"{file}:{reader.line_num}: has more values than the {len(names)} columns. Quote "
+                "texts that hold a separator."
+            )
+        yield row, f"{file}:{reader.line_num}"
+
+
+def _table(file: Path, kind: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the rows of a file that `datasets` reads."""
+    import datasets
+    from pyarrow import parquet
+
+    try:
+        if kind == ".parquet" and parquet.read_metadata(file).num_rows == 0:
+            return  # `datasets` asks for batches of no rows then
+        rows = datasets.load_dataset(
+            kind.lstrip("."), data_files=glob.escape(str(file)), split="train", streaming=True
+        )
+        for number, row in enumerate(rows, start=1):
+            yield row, f"{file}: row {number}"
+    except CorpusError:
+        raise
+    except Exception as error:  # `datasets` raises dozens of types for a file it cannot read
+        raise CorpusError(f"{file}: `datasets` cannot read it ({error}).") from error
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{where}: not a JSON object ({error.msg}).") from None
+    except ValueError as error:  # a number with thousands of digits
+        raise CorpusError(f"{where}: not a JSON object ({error}).") from None
+    except RecursionError:
+        raise CorpusError(f"{where}: is nested too deeply.") from None
+
+
+def text_in(row: Any, field: str, where: str) -> str | None:
+    """Return the text of a row, or None where it is null."""
+    if not isinstance(row, Mapping) or field not in row:
+        found = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise CorpusError(f"{where}: no text in field {field!r}; found {found}. Set `text_field`.")
+    text = row[field]
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise CorpusError(
+            f"{where}: no text in field {field!r}; found a value of type {type(text).__name__} "
+            "there. Set `text_field`."
+        )
+    if not text.isascii() and SURROGATE.search(text):
+        raise CorpusError(f"{where}: holds half a character (\\ud800 to \\udfff). Remove it.")
+    return text

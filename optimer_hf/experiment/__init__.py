@@ -1,0 +1,1 @@
+"""`optimer run`: a folder of inputs from corpora to the compared merge."""

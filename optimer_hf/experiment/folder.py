@@ -1,0 +1,239 @@
+"""A folder of inputs -> the trainings, study and baselines of a run, checked."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.digest import digest, fingerprint, sha256_file
+from optimer_hf.files.model import parse
+from optimer_hf.files.paths import strings_in
+from optimer_hf.files.reading import read_yaml
+from optimer_hf.files.reference import expanded, is_there
+from optimer_hf.files.text import slug
+
+RESULTS = (  # of a finished run, whose figures are in its model, too
+    *(f"merged/{name}" for name in ("config.json", "recipe.yaml", "recipe.lock.json")),
+    *("merged/figures/captions.json", "results.json", "results.md"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe folder, where its results go, and which budget it runs with: the short one, other
+    tokens per vector; `seed` is added to the seeds of every training and search.
+    """
+
+    folder: Path
+    out: Path
+    short: bool
+    tokens: int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the recipe: that of its folder."""
+        return self.folder.name
+
+    def inputs_digest(self) -> str:
+        """Return the digest of every input file and the budget: equal digests, nothing to do."""
+        files = {
+            str(path.relative_to(self.folder)): sha256_file(path)
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
+        }
+        return digest({"files": files, "elsewhere": self._elsewhere()} | self.budget)
+
+    def _elsewhere(self) -> dict[str, dict[str, str]]:
+        """Return fingerprints of the files that the folder's YAML files name and that lie outside
+        of it, of a directory (a model, tasks) those right in it.
+        """
+        found = {}
+        for file in sorted([*self.folder.rglob("*.yaml"), *self.folder.rglob("*.yml")]):
+            with contextlib.suppress(ConfigError):  # none of ours, or told when it is read
+                for _, text in strings_in(read_yaml(file)):
+                    path = (file.parent / expanded(Path(text))).resolve()
+                    if is_there(path) and not path.is_relative_to(self.folder):
+                        files = sorted(path.iterdir()) if path.is_dir() else [path]
+                        found[text] = {f.name: fingerprint(f) for f in files if f.is_file()}
+        return found
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What the command line changes of the folder's budget."""
+        changed = {"tokens": self.tokens, "seed": self.seed}
+        return {"short": self.short} | {name: value for name, value in changed.items() if value}
+
+
+# -- reading a recipe folder -----------------------------------------------------------------------
+
+
+def load(run: Run) -> tuple[Any, dict[str, Any]]:
+    """Return the StudyConfig, its vectors pointing into `out`, and the TrainConfig of each vector
+    to train.
+
+    Everything that can be wrong with the inputs is found here, before anything is trained.
+    """
+    from optimer_hf.study.config import StudyConfig
+
+    file = run.folder / "study.yaml"
+    if not file.exists():
+        raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
+    short = read_yaml(run.folder / "short.yaml") if run.short else {}
+    _check_short(short, run.folder / "short.yaml")
+    changes = short.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
+    data = _laid_over(read_yaml(file), short.get("study", {}))
+    trainings = {
+        name: _seeded(training, run.seed)
+        for name, training in _trainings(run.folder, data, changes).items()
+    }
+    config = parse(StudyConfig, data, file)
+    _check_study(config, trainings, file)
+    sources = {
+        name: vector.model_copy(update={"train": None, "source": str(_vector_dir(run, name))})
+        if vector.train
+        else vector
+        for name, vector in config.vectors.items()
+    }
+    searches = {name: _seeded(s, run.seed) for name, s in config.baselines.searches.items()}
+    changed = {
+        "vectors": sources,
+        "search": _seeded(config.search, run.seed),
+        "baselines": config.baselines.model_copy(update={"searches": searches}),
+    }
+    return config.model_copy(update=changed), trainings
+
+
+def _seeded(config: Any, seed: int) -> Any:
+    """Return a training or search with `seed` added to its own."""
+    return config.model_copy(update={"seed": (config.seed + seed) % 2**32})
+
+
+def _trainings(
+    folder: Path, study: Mapping[str, Any], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the TrainConfig of every vector to train, with the changes of the budget."""
+    from optimer_hf.corpus.documents import documents
+    from optimer_hf.training.checks import check_config
+    from optimer_hf.training.config import TrainConfig
+
+    vectors, trainings = study.get("vectors"), {}
+    for name, vector in vectors.items() if isinstance(vectors, dict) else ():
+        if isinstance(vector, dict) and "train" in vector:
+            file = folder / str(vector["train"])
+            training = parse(TrainConfig, _laid_over(read_yaml(file), changes), file)
+            check_config(training, file)
+            for corpus in training.corpora:
+                next(documents(corpus), None)
+            trainings[name] = training
+    return trainings
+
+
+def _check_study(config: Any, trainings: Mapping[str, Any], file: Path) -> None:
+    """Raise ConfigError for a study that a run cannot carry out."""
+    from optimer_hf.scoring.items import check_disjoint
+    from optimer_hf.scoring.tasks import load_tasks
+
+    scored = [term for part in (config.objective, config.test) if part for term in part.scored]
+    if any(term.function is not None for term in scored):
+        raise ConfigError(
+            f"{file}: terms with a 'function' are for Python, where functions are given to "
+            "ResidentPool; `optimer run` has none."
+        )
+    if config.test is None:
+        raise ConfigError(
+            f"{file}: field 'test' is missing. A run ends with the sealed test; name its terms, or "
+            "use `optimer search`."
+        )
+    check_disjoint(config.objective, config.test, load_tasks([config.objective, config.test]))
+    for name, training in trainings.items():
+        if training.base_model != config.base_model:
+            raise ConfigError(
+                f"{file}: vectors.{name} is trained from {training.base_model!r}, but base_model "
+                f"is {config.base_model!r}. Give both the same base."
+            )
+    if config.tokenizer_source in trainings:
+        raise ConfigError(
+            f"{file}: tokenizer_source: the vector {config.tokenizer_source!r} is trained here, "
+            "with the tokenizer of the base. Leave the field out, or name another model."
+        )
+    _check_mixtures(config, trainings, file)
+
+
+def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
+    """Open the vectors and models that are not trained here, and look for the tools that trials are
+    reported to: what cannot be used would be found after the training, or after the search.
+    """
+    from optimer_hf.merging.tokenizer import opened_tokenizer, scoring_tokenizer
+    from optimer_hf.models.resolve import resolve_base
+    from optimer_hf.searching.tracking import callbacks_of
+    from optimer_hf.vectors.opening import open_vector
+
+    for search in (config.search, *config.baselines.searches.values()):
+        callbacks_of(search.report_to)
+    given = {name: v.source for name, v in config.vectors.items() if name not in trainings}
+    base = resolve_base(config.base_model)
+    scoring_tokenizer(
+        base,
+        opened_tokenizer(base, config.tokenizer_reference),
+        apply_chat_template=config.objective.apply_chat_template,
+    )
+    for name, source in (*given.items(), *config.baselines.models.items()):
+        open_vector(name, str(source), base)
+
+
+def _check_mixtures(config: Any, trainings: Mapping[str, Any], path: Path) -> None:
+    """Refuse mixtures that could not be trained after the search."""
+    from optimer_hf.training.mixture import mixture
+
+    if not config.baselines.mixtures:
+        return
+    for name in config.vectors:
+        if name not in trainings or trainings[name].max_tokens is None:
+            raise ConfigError(
+                f"{path}: baselines.mixtures: vector {name!r} is not trained here with max_tokens, "
+                "so no mixture has its text. Train it in this folder, or leave the mixtures out."
+            )
+    for name, baseline in config.baselines.mixtures.items():
+        shares = baseline.shares
+        mixture(
+            trainings,
+            shares if isinstance(shares, dict) else dict.fromkeys(trainings, 1.0),
+            name=slug(name),
+            max_tokens=1,
+        )
+
+
+def _check_short(short: Mapping[str, Any], path: Path) -> None:
+    for key in short:
+        if key not in ("format_version", "train", "study"):
+            raise ConfigError(f"{path}: unknown field {key!r}. Known: study, train.")
+    for key in ("train", "study"):
+        if not isinstance(short.get(key, {}), dict):
+            raise ConfigError(
+                f"{path}: {key}: found {short[key]!r}, expected a mapping of fields to values."
+            )
+
+
+def _laid_over(data: Any, changes: Any) -> Any:
+    """Return data with the values of changes laid over it; a list of named mappings is changed by
+    name.
+    """
+    if isinstance(data, list) and isinstance(changes, dict):
+        names = [item.get("name") if isinstance(item, dict) else None for item in data]
+        for name in changes:
+            if name not in names:
+                raise ConfigError(f"short.yaml: nothing is named {name!r}; known: {names}.")
+        pairs = zip(names, data, strict=True)
+        return [
+            _laid_over(item, changes[name]) if name in changes else item for name, item in pairs
+        ]
+    if not isinstance(data, dict) or not isinstance(changes, dict):
+        return changes
+    return data | {key: _laid_over(data.get(key), value) for key, value in changes.items()}
+
+
+def _vector_dir(run: Run, name: str) -> Path:
+    return (run.out / "vectors" / name).resolve()

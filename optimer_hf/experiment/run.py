@@ -1,0 +1,233 @@
+"""A folder of inputs run from corpora to the compared merge; a finished stage is skipped."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from optimer_hf.errors import OutputError
+from optimer_hf.experiment.folder import RESULTS, Run, _check_given, _vector_dir, load
+from optimer_hf.files.reading import read_json, read_yaml
+from optimer_hf.files.staging import write_text
+from optimer_hf.files.text import markdown_table, slug
+
+logger = logging.getLogger(__name__)
+
+
+def finished_summary(run: Run) -> str | None:
+    """Return the summary of a finished run, or None when there is something to do; reads files
+    only, in a moment.
+    """
+    done = run.out / "done.json"
+    if not done.exists():
+        return None
+    record = read_yaml(done)
+    is_whole = all((run.out / name).exists() for name in RESULTS)
+    if not is_whole or record.get("inputs_sha256") != run.inputs_digest():
+        return None
+    return summary(run)
+
+
+def summary(run: Run) -> str:
+    """Return the results and the ledger of a run as Markdown."""
+    return (run.out / "results.md").read_text(encoding="utf-8")
+
+
+def run_recipe(run: Run) -> str:
+    """Run every stage that is not finished yet and return the summary.
+
+    Raises ConfigError and CorpusError for bad input before any training, OutputError when `out` is
+    not ours.
+    """
+    from optimer_hf.comparison.sealed import compare
+    from optimer_hf.comparison.tables import to_json
+    from optimer_hf.experiment import plan
+    from optimer_hf.recipes.build import build
+    from optimer_hf.recipes.write import write_recipe, write_vanilla
+    from optimer_hf.report.captions import FIGURES
+    from optimer_hf.report.page import write_report
+    from optimer_hf.searching import loop as search
+    from optimer_hf.study.directory import locked
+
+    started = perf_counter()
+    config, trainings = load(run)
+    _check_given(config, trainings)
+    claim(run.out, {"recipe": run.name} | run.budget)
+    with locked(run.out):
+        train_vectors(run, trainings)
+        study = search.search(config, run.out / "study")
+        comparison = compare(with_mixtures(run, study, trainings))
+        sealed = to_json(comparison)
+        spent = ledger_of(run, study, list(trainings))
+        write_report(study, run.out / "report.html", figures=run.out / FIGURES)
+        recipe_file = run.out / "recipe.yaml"
+        write_recipe(study, recipe_file, name=run.name, sealed=sealed, ledger=spent)
+        writing = perf_counter()
+        build(recipe_file, run.out / "merged", replace=True)
+        write_vanilla(study, run.out / "mergekit_config.yml")
+        spent["write"] = {"seconds": round(perf_counter() - writing, 1)}
+        seconds = round(perf_counter() - started, 1)
+        spent["this_invocation"] = {"seconds": seconds, "peak_bytes": plan.peak_memory()}
+        write_text(run.out / "results.json", json.dumps(sealed, indent=2))
+        write_text(run.out / "ledger.json", json.dumps(spent, indent=2))
+        write_text(run.out / "results.md", _results(run, comparison, study, spent))
+        write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))
+    return summary(run)
+
+
+def plan_run(run: Run) -> Any:
+    """Probe this machine, write plan.json into `out` and return the plan; the run compares it with
+    what it took.
+    """
+    from optimer_hf.experiment import plan
+    from optimer_hf.study.directory import locked
+
+    config, trainings = load(run)
+    claim(run.out, {"recipe": run.name} | run.budget)
+    with locked(run.out):
+        found = plan.plan(config, trainings, run.out, is_run=True)
+        write_text(run.out / "plan.json", json.dumps(plan.to_json(found), indent=2))
+    return found
+
+
+def claim(out: Path, owner: Mapping[str, Any]) -> None:
+    """Take an output directory for a run; each stage checks its own inputs.
+
+    Raises OutputError for one that holds something else.
+    """
+    marker = out / "run.json"
+    if marker.exists():
+        if (found := read_yaml(marker)) != owner:
+            raise OutputError(
+                f"{out}: holds results of another recipe, or of the other budget (--short, "
+                f"--tokens, --seeds): found {found}, expected {dict(owner)}. Give another output "
+                "directory."
+            )
+        return
+    if others := sorted(path.name for path in out.glob("[!.]*")):
+        raise OutputError(
+            f"{out}: is not empty ({others[0]}) and was not made by `optimer run`. Give another "
+            "output directory."
+        )
+    write_text(marker, json.dumps(owner))
+
+
+def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
+    """Train and describe every vector that is not there yet."""
+    if not trainings:
+        return
+    from optimer_hf.models.resolve import resolve_base
+    from optimer_hf.training.run import prepare, train
+    from optimer_hf.vectors.delta import describe
+
+    for name, config in trainings.items():  # all are checked and packed before the first is trained
+        prepare(config, _vector_dir(run, name))
+    for name, config in trainings.items():
+        out = _vector_dir(run, name)
+        if not (out / "vector.json").exists():
+            train(config, out)
+            describe(out, resolve_base(config.base_model), name=name, kind=config.kind)
+
+
+def with_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> Any:
+    """Train the data mixtures that `baselines` asks for, with the settings of the vectors, and
+    return the study with them among its models.
+    """
+    from optimer_hf.training.mixture import mixture, ratios
+    from optimer_hf.training.run import train
+
+    wanted = study.config.baselines
+    tokens = {name: int(training.max_tokens or 0) for name, training in trainings.items()}
+    models = dict(wanted.models)
+    weights = study.incumbent.weights
+    for name, baseline in wanted.mixtures.items():
+        shares = baseline.shares
+        if shares == "uniform":
+            shares = dict.fromkeys(trainings, 1.0)
+        elif shares == "searched" and not any(weight > 0 for weight in weights.values()):
+            logger.warning("mixture %r: no weight is above 0, so it has no ratios", name)
+            continue
+        elif shares == "searched":
+            shares = ratios(weights, tokens).shares
+        n_tokens = sum(tokens.values()) // (1 if baseline.budget == "all" else len(tokens))
+        config = mixture(trainings, shares, name=slug(name), max_tokens=n_tokens)
+        out = run.out / "mixtures" / f"{config.name}-{config.digest[:6]}"
+        train(config, out)
+        models[name] = str(out)
+    baselines = wanted.model_copy(update={"models": models, "mixtures": {}})
+    return replace(study, config=study.config.model_copy(update={"baselines": baselines}))
+
+
+# -- ledger ----------------------------------------------------------------------------------------
+
+
+def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
+    """Return where the time went: seconds and tokens of every stage."""
+    from optimer_hf.comparison.ledger import ledger, trial_ledger
+    from optimer_hf.study.trials import TrialLog
+
+    entries: dict[str, Any] = {}
+    records = [read_json(_vector_dir(run, name) / "training.json") for name in names]
+    if records:
+        entries["train"] = _training_entry([record["training"] for record in records])
+    entries |= ledger(study)
+    mixed = [
+        read_json(file)["training"]
+        for file in sorted((run.out / "mixtures").glob("*/training.json"))
+    ]
+    if mixed:
+        entries["mixtures"] = {"n": len(mixed)} | _training_entry(mixed)
+    others = sorted((run.out / "study" / "searches").glob("*/trials.jsonl"))
+    if others:
+        entries["other searches"] = trial_ledger([t for o in others for t in TrialLog(o).trials])
+    sealed = run.out / "study" / "sealed.jsonl"
+    if sealed.exists():
+        entries["sealed"] = trial_ledger(TrialLog(sealed).trials)
+    return entries
+
+
+def _training_entry(records: list[Mapping[str, Any]]) -> dict[str, Any]:
+    seconds = sum(record["seconds"] for record in records)
+    tokens = sum(record["n_tokens"] for record in records)
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(record.get("cpu_seconds", 0.0) for record in records), 1),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds),
+    }
+
+
+def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -> str:
+    from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
+
+    best = study.incumbent
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in best.weights.items())
+    rows = [[stage, _entry(entry)] for stage, entry in ledger.items()]
+    return (
+        f"# {run.name}\n\nBest weights: {weights} (trial {best.number}, "
+        f"{best.origin})\n\n{to_markdown(comparison)}\n## Paired 95 % intervals of "
+        f"the gains, in percent\n\n{intervals_to_markdown(comparison)}\n## Ledger\n\n"
+        f"{markdown_table(['stage', 'seconds and counts'], rows)}\n"
+        f"{_against_plan(run, ledger)}"
+        f"Merged model: `{os.path.relpath(run.out / 'merged')}`, recipe: "
+        f"`{os.path.relpath(run.out / 'recipe.yaml')}`\n"
+    )
+
+
+def _against_plan(run: Run, ledger: Mapping[str, Any]) -> str:
+    from optimer_hf.experiment import plan
+
+    file = run.out / "plan.json"
+    if not file.exists():
+        return ""
+    planned = read_json(file)
+    table = plan.against(planned, ledger, int(ledger["this_invocation"]["peak_bytes"]))
+    return f"## Planned and taken\n\n{table}\n"
+
+
+def _entry(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value:,}" for key, value in entry.items())

@@ -1,0 +1,198 @@
+"""Strict file models: YAML or JSON comes in; a record or an error that names the field goes out."""
+
+import contextlib
+import glob
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.paths import Place, strings_in
+from optimer_hf.files.reading import line_of
+from optimer_hf.files.reading import read_yaml as read_yaml
+from optimer_hf.files.reference import _local_path, is_there
+from optimer_hf.files.staging import write_text
+from optimer_hf.files.text import _dotted, _with_field, did_you_mean, shown
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+WHOLE = "complete-"  # and a directory beside the one whose place it takes
+
+Mistake = tuple[Place, str]  # and what is wrong there
+
+
+class FieldError(ValueError):
+    """What a model finds wrong between its fields: places within it, and what is wrong there."""
+
+    def __init__(self, found: Sequence[Mistake]) -> None:
+        super().__init__("; ".join(_with_field(*each) for each in found))
+        self.found = found
+
+
+class FileModel(BaseModel):
+    """A part of one of our files: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what is wrong between sound fields; all of it is told at once."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _without_mistakes(self) -> Self:
+        found = list(self.mistakes())
+        if found:
+            raise FieldError(found)
+        return self
+
+
+class VersionedFile(FileModel):
+    """The top level of one of our files."""
+
+    format_version: Literal[1] = 1
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read and validate a YAML or JSON file.
+
+        Raises ConfigError that lists every mistake with its line, its field, the value found and
+        what was expected.
+        """
+        return parse(cls, read_yaml(path), path)
+
+    def write(self, path: Path) -> None:
+        """Write as JSON (which is YAML too), atomically."""
+        write_text(path, json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False))
+
+
+def _relative_text(text: str, info: ValidationInfo) -> str:
+    _local_path(Path(text), info)
+    return text
+
+
+RelativeText = Annotated[str, AfterValidator(_relative_text)]  # a path, kept as it is written
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def parse(cls: type[ModelT], data: Mapping[str, Any], path: Path) -> ModelT:
+    """Validate `data`, read from `path`, as a `cls`; raise one ConfigError that names every
+    mistake.
+    """
+    try:
+        return cls.model_validate(data, context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        mistakes = [each for mistake in error.errors() for each in _described(cls, mistake)]
+        raise ConfigError(listed(path, mistakes)) from None
+
+
+def listed(origin: Path | str, mistakes: Iterable[Mistake]) -> str:
+    """Return mistakes, a line each: the file with its line, or what else they come from, and what
+    is wrong there.
+    """
+    return "\n".join(f"{origin}{_at_line(origin, where)}: {message}" for where, message in mistakes)
+
+
+def absent(path: Path, config: Any) -> str:
+    """Return the local files that a config, read from `path`, names and that are not there, a line
+    each as in `listed`.
+    """
+    return listed(
+        path,
+        (
+            (at, f"{_dotted(at)}: {text}: no such file or directory.")
+            for at, text in strings_in(config)
+            if Path(text).is_absolute() and not _is_matched(text)
+        ),
+    )
+
+
+def absent_of_data(cls: type[BaseModel], data: Mapping[str, Any], path: Path) -> str:
+    """Return what `absent` does of data, read from `path`, that may not make a sound `cls`."""
+    noted: dict[tuple[str, str], str] = {}
+    with contextlib.suppress(ValidationError):
+        cls.model_validate(data, context={"folder": path.resolve().parent, "noted": noted})
+    found = []
+    for at, text in strings_in(data):
+        names = ((str(part), each) for part in at for each in (text, str(Path(text))))
+        absolute = next((noted[name] for name in names if name in noted), text)
+        if Path(absolute).is_absolute() and not _is_matched(absolute):
+            found.append((at, f"{_dotted(at)}: {absolute}: no such file or directory."))
+    return listed(path, found)
+
+
+def _is_matched(text: str) -> bool:
+    """Return whether a path is there, or is a pattern that matches a file."""
+    return is_there(Path(text)) or bool(glob.has_magic(text) and glob.glob(text, recursive=True))  # noqa: PTH207
+
+
+def refuse_absent(configs: Mapping[Path, Any]) -> None:
+    """Raise ConfigError for local files that configs, by the files they were read from, name and
+    that are not there.
+    """
+    found = [text for path, config in configs.items() if (text := absent(path, config))]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _at_line(path: Path | str, location: Sequence[str | int]) -> str:
+    """Return `:LINE` of a field of a YAML file, or of the innermost part of it that is there."""
+    if isinstance(path, str) or path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return ""
+    line = line_of(path, location)
+    return f":{line}" if line else ""
+
+
+def _described(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield place, field, found and expected of one pydantic error, each in one line."""
+    where = tuple(mistake["loc"])
+    field, message = _dotted(where), mistake["msg"].rstrip(".")
+    cause = mistake.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        for inner, text in cause.found:
+            yield (*where, *inner), f"{_with_field((*where, *inner), text)}."
+    elif mistake["type"] == "extra_forbidden":
+        hint = did_you_mean(str(where[-1]), _fields_at(cls, where[:-1]))
+        yield where, f"unknown field {field!r}.{hint}"
+    elif mistake["type"] == "missing":
+        yield where, f"field {field!r} is missing."
+    else:
+        hint = ""
+        if mistake["type"] == "literal_error" and isinstance(mistake["input"], str):
+            close = did_you_mean(mistake["input"], re.findall("'(.+?)'", message))
+            hint = close if "mean" in close else ""
+        found = shown(mistake["input"])
+        message = message.removeprefix("Value error, ")
+        yield where, f"{field}: found {found}. {message}.{hint}"
+
+
+def _fields_at(cls: type[BaseModel], where: Sequence[str | int]) -> list[str]:
+    """Return the names of the fields that a place in a file may have."""
+    models: list[type[BaseModel]] = [cls]
+    for part in where:
+        inner = [
+            found
+            for model in models
+            if part in model.model_fields
+            for found in _models_in(model.model_fields[str(part)].annotation)
+        ]
+        models = inner or models  # a key of a mapping or an item of a list
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in getattr(annotation, "__args__", ()) for model in _models_in(arg)]

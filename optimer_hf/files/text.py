@@ -1,0 +1,58 @@
+"""Values as text: Markdown tables, slugs, the first line of an error, `did you mean`."""
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+
+def _dotted(where: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in where)
+
+
+def _with_field(where: Sequence[str | int], message: str) -> str:
+    return f"{_dotted(where)}: {message}" if where else message
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: a few parts of a large one."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxdict, brief.maxlist = 3, 3, 5
+    brief.maxstring = brief.maxother = 80
+    return brief.repr(value)
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return ` Did you mean 'x'?`, or the list of what is known when nothing is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(sorted(known))}." if len(known) <= 30 else ""
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def slug(name: str) -> str:
+    """Return a name as a file or directory may be called."""
+    return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or "unnamed"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of a library says, in one line: of several mistakes the first."""
+    if isinstance(error, ValidationError):
+        mistake = error.errors()[0]
+        return f"{_with_field(mistake['loc'], mistake['msg'])}; found {shown(mistake['input'])}"
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

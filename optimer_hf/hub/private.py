@@ -1,0 +1,122 @@
+"""What only this machine may know: tokens, its paths, its name.
+
+A file that is to be published comes in; an error that names the place goes out when it holds any of
+these. Weights count by their header, vocabularies (which hold any text) by tokens alone.
+"""
+
+import json
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import HubError
+from optimer_hf.files.paths import FREE_TEXT
+from optimer_hf.files.reading import parse_yaml
+from optimer_hf.files.secret import SHORTEST_SECRET, TOKEN, own_secrets
+
+VOCABULARIES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "vocab.bpe",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+    }
+)
+STRUCTURED = (".json", ".jsonl", ".yaml", ".yml", ".safetensors")
+SECRET_FIELD = re.compile(  # of a file: an API key of W&B is 40 hex digits, as a commit is
+    r"(^|[._-])(api_?key|(access|auth|hub|secret)_?(token|key)|secret|password|passwd)$",
+    re.IGNORECASE,
+)
+LOCAL_PATH = re.compile(r"(?<![\w/.:-])(/[\w.-]+(?:/[\w.-]+)+)")  # within a text
+PATH_VALUE = re.compile(r"(file:/|~[\w.-]*/|/[^\s/]+/|[A-Za-z]:\\)\S.*")  # a whole value
+
+
+def refuse_private(where: Path, content: Path | bytes) -> None:
+    """Raise HubError when a file, named `where` in the message, holds a token, a path of this
+    machine or its name.
+    """
+    if where.suffix == ".png":
+        return
+    text, secrets = _text(content), own_secrets()
+    is_vocabulary = (
+        where.name in VOCABULARIES or where.match("*.model") or where.match("*.tiktoken")
+    )
+    for number, line in enumerate(text.splitlines(), start=1):
+        found = _tokens(line, secrets) if is_vocabulary else _secrets(line, secrets)
+        for what, secret in found:
+            raise HubError(
+                f"{where}: line {number}: holds {what} ({secret}), which is not published. Replace "
+                "it and push again."
+            )
+    if is_vocabulary or where.suffix not in STRUCTURED:
+        return
+    for field, value in _values(where.suffix, text):
+        if SECRET_FIELD.search(field) and len(value) >= SHORTEST_SECRET:
+            raise HubError(
+                f"{where}: {field}: holds what its name says is a secret ({value[:3]}...), which "
+                "is not published. Remove it and push again."
+            )
+        if PATH_VALUE.fullmatch(value):
+            raise HubError(
+                f"{where}: {field}: holds a path ({value}), which means nothing elsewhere and is "
+                "not published. Replace it and push again."
+            )
+
+
+def _text(content: Path | bytes) -> str:
+    """Return the text of a file; of weights the metadata in their header."""
+    if isinstance(content, Path) and content.suffix == ".safetensors":
+        with open(content, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return json.dumps(header.get("__metadata__", {}))
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return data.decode("utf-8", errors="replace")
+
+
+def _tokens(line: str, secrets: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    token = TOKEN.search(line)
+    if token is not None:
+        yield "a token", f"{token[0][:6]}..."
+    for name, value in secrets.items():
+        if value in line:
+            yield name, f"{value[:3]}..."
+
+
+def _secrets(line: str, secrets: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    yield from _tokens(line, secrets)
+    for candidate in LOCAL_PATH.findall(line):
+        if Path(candidate).exists() or Path(candidate).is_relative_to(Path.home()):
+            yield "a path of this machine", candidate
+    host = socket.gethostname()
+    if len(host) > 5 and host != "localhost" and re.search(rf"\b{re.escape(host)}\b", line):
+        yield "the name of this machine", host
+
+
+def _values(suffix: str, text: str) -> Iterator[tuple[str, str]]:
+    """Yield field and value of every string in a structured file but those that may be any text."""
+    if suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), start=1):
+            yield from _strings(json.loads(line), f"line {number}")
+    elif text.strip():
+        is_json = suffix in (".json", ".safetensors")
+        yield from _strings(json.loads(text) if is_json else parse_yaml(text, "file"), "")
+
+
+def _strings(value: Any, field: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield field, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in FREE_TEXT:
+                yield from _strings(item, f"{field}.{key}".strip("."))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _strings(item, f"{field}.{index}".strip("."))

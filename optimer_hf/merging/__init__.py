@@ -1,0 +1,1 @@
+"""Base plus weighted vectors, as a model directory or in memory; mergekit."""

@@ -1,0 +1,284 @@
+"""A pool of vectors -> how large they are, how they lie to each other, and what a merge keeps of
+them.
+
+One streaming pass over base and vectors; nothing is loaded whole. Cosines near 0 mean vectors that
+add up without disturbing each other (arXiv 2212.04089); the share that survives
+says how much of a delta is left once the merge is rounded to its output dtype, which for bfloat16
+is often less than half.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimer_hf.errors import ConfigError, ModelError, OutputError
+from optimer_hf.files.model import VersionedFile
+from optimer_hf.files.text import markdown_table
+from optimer_hf.merging.writer import LOW_SURVIVAL, surviving_share
+from optimer_hf.models.blocks import computed_ahead, row_blocks
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.layout import ResolvedModel, weight_states
+from optimer_hf.models.resolve import resolve_base, resolve_model
+from optimer_hf.vectors.delta import not_finite
+from optimer_hf.vectors.forms import LowRank
+from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.record import read_record
+from optimer_hf.vectors.vector import AdapterVector, DistributionVector, dense_rows
+
+logger = logging.getLogger(__name__)
+
+
+States = dict[str, tuple[int, int]]  # file name -> size in bytes, time of change in ns
+
+MODULE_GROUPS = {  # first match wins; parts of tensor names
+    "head": ("lm_head", "embed_out"),
+    "norm": ("norm", "ln_"),
+    "embedding": ("embed", "wte", "wpe"),
+    "attention": ("attn", "attention", "mixer"),
+    "mlp": ("mlp", "feed_forward", "ffn", "expert", "moe"),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and angles of the vectors of a pool; norms are Frobenius norms."""
+
+    norms: dict[str, float]
+    relative_norms: dict[str, float]
+    cosines: dict[tuple[str, str], float]
+    group_norms: dict[str, dict[str, float]]
+    effective_ranks: dict[str, float]
+    surviving: dict[str, float]
+    recorded: dict[str, bool]  # whether a vector records the sha256 of its base
+    dtype: str
+
+
+class GeometryFile(VersionedFile):
+    """geometry.json: norms and cosines of a pool, and the state of the files they were read from;
+    a vector or base that is changed has another state.
+    """
+
+    base: States
+    vectors: dict[str, States]
+    norms: dict[str, float]
+    cosines: list[tuple[str, str, float]]
+
+
+def open_pool(
+    sources: Mapping[str, str], base: ResolvedModel
+) -> tuple[list[DistributionVector], dict[str, str]]:
+    """Return the vectors that can be merged into this base, and why the others cannot, by name."""
+    found: list[DistributionVector] = []
+    refusals: dict[str, str] = {}
+    for name, source in sources.items():
+        try:
+            found.append(open_vector(name, source, base))
+        except ModelError as error:
+            refusals[name] = str(error)
+    return found, refusals
+
+
+def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: str) -> Geometry:
+    """Return the geometry of a pool; `dtype` is that of the merge its vectors have to survive.
+
+    Raises ModelError for a vector that is not finite.
+    """
+    base = Checkpoint(model.path)
+    products = _products(vectors, base)
+    norms = products.gram.diagonal().sqrt()
+    cosines = products.gram / torch.outer(norms, norms).clamp_min(1e-30)
+    names = [vector.name for vector in vectors]
+
+    def by_name(values: torch.Tensor) -> dict[str, float]:
+        return dict(zip(names, values.tolist(), strict=True))
+
+    return Geometry(
+        by_name(norms),
+        by_name(norms / products.base_squares.clamp_min(1e-30).sqrt()),
+        {(names[i], names[j]): cosines[i, j].item() for i in range(len(names)) for j in range(i)},
+        {group: by_name(squares.sqrt()) for group, squares in sorted(products.groups.items())},
+        {vector.name: effective_rank(vector) for vector in vectors if vector.kind == "adapter"},
+        {
+            vector.name: surviving_share(base, [vector], {vector.name: 1.0}, dtype)
+            for vector in vectors
+        },
+        {vector.name: read_record(vector.path) is not None for vector in vectors},
+        dtype,
+    )
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Inner products of vectors, float64: of all pairs [n, n], squares by module group [n], and
+    squares of those tensors of the base that a vector changes [n].
+    """
+
+    gram: torch.Tensor
+    groups: dict[str, torch.Tensor]
+    base_squares: torch.Tensor
+
+
+def _products(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Products:
+    """Return the inner products of vectors in one pass over them and the base."""
+    names = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
+    blocks = [(name, rows) for name in names for rows in row_blocks(base.shape(name))]
+
+    def products_of(name: str, rows: slice) -> tuple[torch.Tensor, float]:
+        base_rows = base.read_rows(name, rows).float()
+        return _gram(vectors, name, rows, base_rows), base_rows.double().square().sum().item()
+
+    n = len(vectors)
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    base_squares = torch.zeros(n, dtype=torch.float64)
+    groups: dict[str, torch.Tensor] = {}
+    for (name, _), (products, squares) in zip(
+        blocks, list(computed_ahead(products_of, blocks)), strict=True
+    ):
+        if not bool(products.isfinite().all()):
+            vector = vectors[int((~products.diagonal().isfinite()).nonzero()[0])]
+            raise not_finite(vector, name)
+        gram += products
+        groups[group_of(name)] = groups.get(group_of(name), 0) + products.diagonal()
+        for i, vector in enumerate(vectors):
+            if name in vector.names:
+                base_squares[i] += squares
+    return _Products(gram, groups, base_squares)
+
+
+def kept(sources: Mapping[str, str], base_model: str, dtype: str, path: Path) -> GeometryFile:
+    """Return norms and cosines of a pool as kept at `path`; measure and keep them when they are not
+    there, or when weights have changed since.
+
+    Reads no weights for what is kept. Raises ModelError for a vector that cannot be merged into
+    this base.
+    """
+    base = resolve_base(base_model)
+    state = weight_states(base.path)
+    states = {name: weight_states(resolve_model(text).path) for name, text in sources.items()}
+    try:
+        found = GeometryFile.read(path)
+        if (found.base, found.vectors) == (state, states):
+            return found
+    except ConfigError as error:
+        logger.debug("%s", error)
+    pool, refusals = open_pool(sources, base)
+    if refusals:
+        raise ModelError("; ".join(refusals.values()))
+    measured = measure(pool, base, dtype)
+    found = GeometryFile(
+        base=state,
+        vectors=states,
+        norms=measured.norms,
+        cosines=[(a, b, value) for (a, b), value in measured.cosines.items()],
+    )
+    try:
+        found.write(path)
+    except OutputError as error:  # of somebody else's study
+        logger.warning("cosines are not kept: %s", error)
+    return found
+
+
+def _gram(
+    vectors: Sequence[DistributionVector], name: str, rows: slice, base_rows: torch.Tensor
+) -> torch.Tensor:
+    """Return the products <v_i, v_j> over rows of one tensor, float64 [n, n]."""
+    flat = torch.zeros(len(vectors), base_rows.numel(), dtype=torch.float64)
+    for i, vector in enumerate(vectors):
+        if name in vector.names:
+            flat[i] = dense_rows(vector, name, rows, base_rows).flatten()
+    return flat @ flat.T
+
+
+def group_of(name: str) -> str:
+    """Return the module group of a tensor, by its name."""
+    for group, parts in MODULE_GROUPS.items():
+        if any(part in name for part in parts):
+            return group
+    return "other"
+
+
+def effective_rank(vector: DistributionVector) -> float:
+    """Return the mean effective rank of the products of an adapter: exp of the entropy of their
+    singular values (Roy & Vetterli, EUSIPCO 2007).
+    """
+    assert isinstance(vector, AdapterVector)
+    ranks = []
+    for part in vector.parts.values():
+        if isinstance(part, LowRank):
+            left, right = torch.linalg.qr(part.b).R, torch.linalg.qr(part.a.T).R
+            values = torch.linalg.svdvals((left @ right.T).double())
+            shares = values / values.sum().clamp_min(1e-300)
+            ranks.append(math.exp(-torch.special.xlogy(shares, shares).sum().item()))
+    return sum(ranks) / len(ranks) if ranks else 0.0
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def to_json(found: Geometry, refusals: Mapping[str, str]) -> dict[str, Any]:
+    """Return everything as JSON values."""
+    cosines = {f"{a} {b}": value for (a, b), value in found.cosines.items()}
+    return asdict(found) | {"cosines": cosines, "refused": dict(refusals)}
+
+
+def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
+    """Return the tables of `optimer vectors`, and what can be merged."""
+    names = list(found.norms)
+    if not names:
+        return "\n".join(f"* {name}: cannot be merged: {why}" for name, why in refusals.items())
+    parts = [_sizes(found)]
+    if len(names) > 1:
+        parts.append(_cosines(found))
+    groups = [
+        [group, *(f"{norms[name]:.4g}" for name in names)]
+        for group, norms in found.group_norms.items()
+    ]
+    parts.append(markdown_table(["norm by module", *names], groups))
+    parts += [f"* {name}: can be merged into this base{_trust(found, name)}." for name in names]
+    low = [name for name in names if found.surviving[name] < LOW_SURVIVAL]
+    if low:
+        parts.append(
+            f"* {', '.join(low)}: less than half of the delta survives {found.dtype}; "
+            "`--out-dtype float32` keeps it."
+        )
+    parts += [f"* {name}: cannot be merged: {reason}" for name, reason in refusals.items()]
+    return "\n".join(parts)
+
+
+def _sizes(found: Geometry) -> str:
+    """Return the table of one row a vector."""
+    rows = [
+        [
+            name,
+            f"{norm:.4g}",
+            f"{100 * found.relative_norms[name]:.2f} %",
+            f"{found.effective_ranks[name]:.1f}" if name in found.effective_ranks else "",
+            f"{100 * found.surviving[name]:.0f} %",
+        ]
+        for name, norm in found.norms.items()
+    ]
+    survives = f"survives {found.dtype}"
+    header = ["vector", "norm", "of the tensors it moves", "effective rank", survives]
+    return markdown_table(header, rows)
+
+
+def _cosines(found: Geometry) -> str:
+    """Return the table of cosines, the part below its diagonal."""
+    names = list(found.norms)
+    either = found.cosines | {(b, a): value for (a, b), value in found.cosines.items()}
+    rows = [
+        [a, *(f"{either[a, b]:+.3f}" for b in names[: i + 1]), *[""] * (len(names) - i - 2)]
+        for i, a in enumerate(names[1:])
+    ]
+    return markdown_table(["cosine", *names[:-1]], rows)
+
+
+def _trust(found: Geometry, name: str) -> str:
+    if found.recorded[name]:
+        return " (same sha256, tensors and vocabulary)"
+    return " (same tensors and vocabulary; of the base it was trained from no sha256 is recorded)"

@@ -1,0 +1,62 @@
+"""The merge method `optimer`, as mergekit runs it: base plus weighted vectors, by the kernel of the
+streaming writer.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimer_hf.merging.kernel import add_weighted
+from optimer_hf.vectors.forms import Delta, Trained
+from optimer_hf.vectors.record import read_record
+
+METHOD = "optimer"
+
+
+@functools.cache
+def register_method() -> None:
+    """Register `optimer` with mergekit, once per process; importing mergekit takes seconds, so only
+    when needed.
+    """
+    from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
+    from mergekit.merge_methods.easy_define import merge_method
+    from mergekit.merge_methods.registry import register
+
+    def kernel(
+        group: TensorGroup, weight: PerNonBase[float], delta: PerNonBase[bool | None] = None
+    ) -> torch.Tensor:
+        declared = delta.values_for(group.non_base)
+        deltas: list[Delta] = [
+            entry.tensor
+            if (_is_delta(entry.id) if is_delta is None else is_delta)
+            else Trained(entry.tensor)
+            for entry, is_delta in zip(group.non_base, declared, strict=True)
+        ]
+        weights = weight.values_for(group.non_base)
+        return add_weighted(group.base.tensor, deltas, weights)  # the contract requires a base
+
+    kernel.__annotations__ = {
+        "group": TensorGroup,
+        "weight": PerNonBase[float],
+        "delta": PerNonBase[bool | None],
+        "return": torch.Tensor,
+    }
+    contract = InputContract(base=BasePolicy.REQUIRED, min_non_base=1)
+    register(
+        merge_method(
+            kernel,
+            name=METHOD,
+            pretty_name="OptiMer",
+            reference_url="https://arxiv.org/abs/2603.28858",
+            contract=contract,
+        )
+    )
+
+
+def _is_delta(entry_id: Any) -> bool:
+    """Whether mergekit's ModelReference is a delta directory of ours; others say `delta: true`."""
+    path = Path(str(entry_id.model.path))
+    record = read_record(path) if path.is_dir() else None
+    return record is not None and record.kind == "delta"

@@ -1,0 +1,351 @@
+"""mergekit's YAML <-> a pool of vectors and weights."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.text import shown
+from optimer_hf.merging.mergekit_method import METHOD
+from optimer_hf.merging.mergekit_yaml import ModelName, model_name, with_models
+from optimer_hf.models.checkpoint import DTYPES, Checkpoint
+from optimer_hf.vectors.record import read_record
+
+logger = logging.getLogger(__name__)
+
+
+# -- what a config names ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearMerge:
+    """What the streaming writer can do of a merge config: one number per vector, and a model's
+    tokenizer (None: the base's).
+    """
+
+    base_model: str
+    sources: dict[str, str]
+    weights: dict[str, float]
+    out_dtype: str | None
+    tokenizer_source: str | None = None
+
+
+def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
+    """Return base model and vectors (name -> reference) of a mergekit config, names made from the
+    last path part; of BASE+ADAPTER the vector is the adapter.
+
+    Raises ConfigError where no pool can be read from it.
+    """
+    if not config.get("base_model"):
+        raise ConfigError(
+            f"{path}: field 'base_model' is missing. Name the model all others were trained from."
+        )
+    for layered in ("slices", "modules"):
+        if config.get(layered):
+            raise ConfigError(
+                f"{path}: {layered}: its models have a weight a layer, or none, and no pool can be "
+                "read from them. List the vectors under `models:` to search their weights."
+            )
+    for where, name in _no_vectors(config, path):
+        at = f"{path}: {where}: found {str(name)!r}"
+        if name.architecture is not None:
+            raise ConfigError(
+                f"{at} with override_architecture, which only mergekit reads. Leave it out: a "
+                "vector has the architecture of its base."
+            )
+        raise ConfigError(
+            f"{at}, an adapter of another model than base_model ({_base_of(config, path)}), "
+            "expected BASE or BASE+ADAPTER. Merge the adapter into its model and give the result."
+        )
+    base = _base_of(config, path).model
+    sources = named_sources([name.parts[-1] for name in _vectors_of(config, path)])
+    if not sources:
+        raise ConfigError(
+            f"{path}: models: found none besides the base. Give at least one model to merge."
+        )
+    return base, sources
+
+
+def _name(value: Any, path: Path) -> ModelName:
+    return model_name(value, path.resolve().parent)
+
+
+def _base_of(config: Mapping[str, Any], path: Path) -> ModelName:
+    return _name(config["base_model"], path)
+
+
+def _vectors_of(config: Mapping[str, Any], path: Path) -> list[ModelName]:
+    """Return the entries of `models` that are not the base."""
+    names = [_name(entry["model"], path) for entry in config.get("models") or []]
+    return [name for name in names if name != _base_of(config, path)]
+
+
+def _no_vectors(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, ModelName]]:
+    """Yield field and name of every model that only mergekit can read: an adapter that is merged
+    into another model than the base first, an architecture that is not the model's own.
+    """
+    base = _base_of(config, path)
+    if base != ModelName(base.model):
+        yield "base_model", base
+        return
+    for index, entry in enumerate(config.get("models") or []):
+        name = _name(entry["model"], path)
+        if name.architecture or (name.adapter and name.model != base.model):
+            yield f"models.{index}.model", name
+
+
+def named_sources(sources: Iterable[str]) -> dict[str, str]:
+    """Name references by their last path part; the second of a name gets -2."""
+    named: dict[str, str] = {}
+    for source in sources:
+        stem = name = source.rstrip("/").split("/")[-1].split("@")[0]
+        number = 2
+        while name in named:
+            name, number = f"{stem}-{number}", number + 1
+        named[name] = source
+    return named
+
+
+def tokenizer_of(config: Mapping[str, Any], path: Path) -> str | None:
+    """Return the model whose tokenizer a mergekit config takes, None for that of the base, too
+    where it `makes_tokenizer`.
+    """
+    source = _tokenizer_source(config)
+    if source == "base" or makes_tokenizer(config):
+        return None
+    reference = _name(source, path).model
+    base = config.get("base_model")
+    return None if base and reference == _base_of(config, path).model else reference
+
+
+def makes_tokenizer(config: Mapping[str, Any]) -> bool:
+    """Whether a config asks for a tokenizer that no model has as it is: a union, tokens or rows of
+    its own, an adapter on a model.
+    """
+    block, source = config.get("tokenizer"), _tokenizer_source(config)
+    is_simple = not block or not set(block) - {"source"}
+    has_adapter = isinstance(source, Mapping) and source.get("lora") is not None
+    is_named = source != "union" and not has_adapter and "+" not in str(source)
+    return not (is_simple and is_named)
+
+
+def _tokenizer_source(config: Mapping[str, Any]) -> Any:
+    block = config.get("tokenizer")
+    if block is not None:
+        return block.get("source") or "union"  # mergekit's default where the block is given
+    return config.get("tokenizer_source") or "base"
+
+
+def searched_pool(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
+    """Return base model and vectors of a config whose weights are to be searched.
+
+    Raises ConfigError for a delta directory without our vector.json, which would be opened as a
+    checkpoint.
+    """
+    base, sources = pool_of(config, path)
+    for entry in config.get("models") or []:
+        name = _name(entry["model"], path)
+        source = Path(name.parts[-1])
+        if not (entry.get("parameters") or {}).get("delta"):
+            continue
+        record = read_record(source) if source.is_dir() else None
+        if record is None or record.kind != "delta":
+            raise ConfigError(
+                f"{path}: models: {_text(entry['model'])}: parameters.delta: a search tells a "
+                "delta directory by its vector.json, and finds none here. Write the delta with "
+                "`optimer extract`."
+            )
+    return base, sources
+
+
+def not_searched(config: Mapping[str, Any]) -> list[str]:
+    """Return what a config sets beyond one number per vector and a model's tokenizer, by field: a
+    search keeps none of it.
+    """
+    found = []
+    if config["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
+        found.append(f"merge_method: {config['merge_method']}")
+    entries = config.get("models") or []
+    blocks = {f"models: {_text(entry['model'])}": entry for entry in entries}
+    for where, block in {"": config, **blocks}.items():
+        for name, value in (block.get("parameters") or {}).items():
+            if _is_unsearched(name, value):
+                found.append(f"{where}: parameters.{name}".removeprefix(": "))
+    if makes_tokenizer(config):
+        field = "tokenizer" if config.get("tokenizer") else "tokenizer_source"
+        found.append(f"{field}: {shown(config.get(field))}")
+    if config.get("chat_template"):
+        found.append(f"chat_template: {shown(config['chat_template'])}")
+    return found
+
+
+def _is_unsearched(name: str, value: Any) -> bool:
+    if name == "int8_mask" or (name == "normalize" and value is False):
+        return False  # the sum that is searched is not normalised either
+    return name not in ("weight", "delta") or isinstance(value, list | dict)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)
+
+
+def with_weights(
+    config: Mapping[str, Any], path: Path, weights: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return a mergekit config with method `optimer` and these weights, local paths absolute.
+
+    dtype, tokenizer and chat template stay; parameters of another method (density, ...) go.
+    """
+    base, sources = pool_of(config, path)
+    found = optimer_config(base, sources, weights, "bfloat16")
+    if "dtype" in config or "out_dtype" in config:
+        del found["dtype"], found["out_dtype"]
+    kept = with_models(config, lambda value: _shortest(_name(value, path)))
+    return found | {key: kept[key] for key in config if key not in (*found, "parameters")}
+
+
+def _shortest(name: ModelName) -> Any:
+    """Return a reference as text, in the long form where text says something else."""
+    plain = name.architecture is None and not any("+" in part for part in name.parts)
+    return str(name) if plain else name.long_form
+
+
+def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a config, read from `path`, with absolute local models, MODEL+ADAPTER as a list;
+    nothing is opened.
+    """
+
+    def absolute(value: Any) -> Any:
+        parts = _name(value, path).parts
+        return parts if parts[1:] else parts[0]
+
+    return with_models(config, absolute)
+
+
+# -- merging ---------------------------------------------------------------------------------------
+
+
+def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
+    """Return the config as one number per vector, or None when only mergekit can run it."""
+    simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
+    if not makes_tokenizer(config):
+        simple |= {"tokenizer", "tokenizer_source"}
+    used = {key for key, value in config.items() if key != "parameters" or value}
+    if config["merge_method"] != METHOD or not used <= simple:
+        return None
+    given = {key: config.get(key) for key in ("dtype", "out_dtype")}
+    if given["out_dtype"] and given["dtype"] not in (None, "float32", given["out_dtype"]):
+        return None
+    if not set(given.values()) - {None} <= DTYPES.keys():
+        return None
+    if config.get("base_model") and any(_no_vectors(config, path)):
+        return None
+    base, sources = pool_of(config, path)
+    weights: dict[str, float] = {}
+    entries = [
+        entry for entry in config["models"] if _name(entry["model"], path) != _base_of(config, path)
+    ]
+    for name, entry in zip(sources, entries, strict=True):
+        parameters = entry.get("parameters") or {}
+        if parameters.get("delta"):
+            return None  # a delta directory of somebody else, without our vector.json
+        if isinstance(parameters.get("weight"), list | dict):
+            return None  # a gradient or a filter
+        if "weight" not in parameters:
+            raise ConfigError(
+                f"{path}: models: {name}: parameters.weight is missing. Give the weight of this "
+                "vector."
+            )
+        weights[name] = float(parameters["weight"])
+    out_dtype = given["out_dtype"] or given["dtype"]
+    return LinearMerge(base, sources, weights, out_dtype, tokenizer_of(config, path))
+
+
+def _warn_of_idle_filters(config: Any, merged: Path, path: Path) -> None:
+    """Warn of filters that are in the name of no tensor."""
+    names = Checkpoint(merged).names
+    for text in sorted(set(_filters_in(config))):
+        if text != "*" and not any(text in name for name in names):
+            logger.warning("%s: the filter %r is in the name of no tensor", path, text)
+
+
+def _filters_in(value: Any) -> Iterator[str]:
+    for item in value if isinstance(value, list) else ():
+        yield from _filters_in(item)
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        if key == "filter" and isinstance(item, str):
+            yield item
+        else:
+            yield from _filters_in(item)
+
+
+# -- export ----------------------------------------------------------------------------------------
+
+
+def with_tokenizer(config: Mapping[str, Any], source: str | Path | None) -> dict[str, Any]:
+    """Return a merge config that takes the tokenizer of a model (None: as it is)."""
+    return {**config} if source is None else {**config, "tokenizer_source": str(source)}
+
+
+def optimer_config(
+    base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+    """Return a merge config of the `optimer` method: float32 inputs, so that both engines round
+    once, to `dtype`.
+    """
+    models = [
+        {"model": source, "parameters": {"weight": weights[name]}}
+        for name, source in sources.items()
+    ]
+    return {
+        "merge_method": METHOD,
+        "base_model": base_model,
+        "models": models,
+        "dtype": "float32",
+        "out_dtype": dtype,
+    }
+
+
+def vanilla_config(
+    base_model: str, deltas: Mapping[str, str], weights: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+    """Return a config that unmodified `mergekit-yaml` runs to the same weights: method linear over
+    delta directories.
+
+    `linear` with the base at weight 1 - sum w over *checkpoints* would cancel digits in bfloat16;
+    deltas do not.
+    """
+    return _linear(base_model, 1.0, deltas, weights, dtype)
+
+
+def linear_config(
+    base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
+) -> dict[str, Any]:
+    """Return the same merge over checkpoints for unmodified mergekit: base weight 1 - sum w, exact
+    while that is small.
+    """
+    return _linear(base_model, 1.0 - sum(weights.values()), sources, weights, dtype)
+
+
+def _linear(
+    base_model: str,
+    base_weight: float,
+    sources: Mapping[str, str],
+    weights: Mapping[str, float],
+    dtype: str,
+) -> dict[str, Any]:
+    entries = {base_model: base_weight} | {
+        sources[name]: weight for name, weight in weights.items()
+    }
+    return {
+        "merge_method": "linear",
+        "base_model": base_model,
+        "models": [
+            {"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()
+        ],
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        "out_dtype": dtype,
+    }

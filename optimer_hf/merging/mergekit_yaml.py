@@ -1,0 +1,523 @@
+"""mergekit's YAML: a file comes in, a config goes out in which mergekit reads every key, with its
+models as ModelName.
+
+mergekit drops keys that it does not know without a word. Here a key that no merge method knows is a
+mistake, and one that only other methods know is left out with a warning. What a reader would not
+guess: keys that hold nothing but YAML anchors are neither.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.model import Mistake, absent, listed
+from optimer_hf.files.paths import Place
+from optimer_hf.files.reading import read_yaml
+from optimer_hf.files.reference import absolute_reference, expanded, is_there
+from optimer_hf.files.text import did_you_mean, first_line, shown
+from optimer_hf.merging.mergekit_method import register_method
+
+logger = logging.getLogger(__name__)
+
+
+DTYPES_OF_MERGES = ["bfloat16", "float16", "float32", "float64", "int64"]
+FORMER_PARAMETERS = {"embed_slerp"}  # that older versions read, and that recipes still carry
+NOTES = {"name", "random_seed"}  # of other programs that read these files
+OTHER_PROGRAMS = {"experts": "mergekit-moe", "genome": "mergekit-evolve"}
+WORDS = ("union", "base")  # for a tokenizer: no models
+EXPECTED = {float: "a number", int: "a whole number", bool: "true or false"}
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model of a config: `org/name@revision`, an absolute path, `pypi:...`; an adapter that is
+    merged into it first; and the architecture it is read as, where that is not its own.
+    """
+
+    model: str
+    adapter: str | None = None
+    architecture: str | None = None
+
+    @property
+    def parts(self) -> list[str]:
+        """The references to what is on a disk or on the Hub."""
+        return [self.model] if self.adapter is None else [self.model, self.adapter]
+
+    def __str__(self) -> str:
+        return "+".join(self.parts)
+
+    @property
+    def long_form(self) -> dict[str, Any]:
+        """The reference as a mapping, which unlike MODEL+ADAPTER allows + and @ in paths."""
+        found: dict[str, Any] = {"model": _long_path(self.model)}
+        if self.adapter is not None:
+            found["lora"] = _long_path(self.adapter)
+        if self.architecture is not None:
+            found["override_architecture"] = self.architecture
+        return found
+
+
+def _long_path(reference: str) -> dict[str, str]:
+    text = reference.removeprefix("hf://")
+    name, at, revision = text.partition("@")
+    is_local = text.startswith(("/", "pypi:"))
+    return {"path": text} if is_local or not at else {"path": name, "revision": revision}
+
+
+def model_name(value: Any, folder: Path) -> ModelName:
+    """Return a reference of a config, as text or in the long form, with local paths absolute; of a
+    local path the revision is left out, as mergekit does.
+
+    Raises ValueError that says what was found and expected.
+    """
+    if isinstance(value, str):
+        model, adapter = _split(value, folder)
+        return ModelName(_absolute(model, folder), adapter and _absolute(adapter, folder))
+    if not isinstance(value, Mapping):
+        raise ValueError(f"found {shown(value)}, expected a path or a Hub id.")
+    _refuse_other_keys(value, ["model", "lora", "override_architecture"])
+    if value.get("model") is None:
+        raise ValueError(f"found {shown(value)}, expected {{model: {{path: ...}}}}.")
+    adapter = value.get("lora")
+    return ModelName(
+        _of_long_path(value["model"], folder),
+        None if adapter is None else _of_long_path(adapter, folder),
+        value.get("override_architecture"),
+    )
+
+
+def _of_long_path(value: Any, folder: Path) -> str:
+    if isinstance(value, str):
+        return _absolute(value, folder)
+    if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
+        raise ValueError(f"found {shown(value)}, expected {{path: ..., revision: ...}}.")
+    _refuse_other_keys(value, ["path", "revision"])
+    path, revision = value["path"], value.get("revision")
+    return _absolute(path if revision is None else f"{path}@{revision}", folder)
+
+
+def _refuse_other_keys(value: Mapping[Any, Any], known: list[str]) -> None:
+    for key in value:
+        if key not in known:
+            raise ValueError(_unknown(key, known))
+
+
+def _unknown(key: Any, known: Sequence[str]) -> str:
+    hint = did_you_mean(str(key), list(known))
+    return f"unknown field {key!r}, which mergekit would ignore.{hint}"
+
+
+def _split(text: str, folder: Path) -> tuple[str, str | None]:
+    """Return MODEL and ADAPTER; a path that exists may have a `+` in it."""
+    if "+" not in text or _exists(text, folder):
+        return text, None
+    pairs = [(text[:place], text[place + 1 :]) for place, char in enumerate(text) if char == "+"]
+    for model, adapter in pairs:
+        parts = (model, adapter)
+        if all(part and ("+" not in part or _exists(part, folder)) for part in parts):
+            return model, adapter
+    raise ValueError(f"found {text!r}, expected MODEL or MODEL+ADAPTER.")
+
+
+def _absolute(text: str, folder: Path) -> str:
+    path, at, _ = text.partition("@")
+    if at and not _exists(text, folder) and _exists(path, folder):
+        return absolute_reference(path, folder)
+    return absolute_reference(text, folder)
+
+
+def _exists(text: str, folder: Path) -> bool:
+    return is_there(folder / expanded(Path(text)))
+
+
+def with_models(config: Mapping[str, Any], changed: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a config with every reference to a model changed."""
+    found = _with_models(dict(config), (), lambda _, value: changed(value))
+    assert isinstance(found, dict)
+    return found
+
+
+def models_of(config: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
+    """Yield every reference to a model in a config, with its place."""
+    found: list[tuple[Place, Any]] = []
+    _with_models(dict(config), (), lambda at, value: found.append((at, value)))
+    yield from found
+
+
+def _with_models(value: Any, at: Place, changed: Callable[[Place, Any], Any]) -> Any:
+    if isinstance(value, list):
+        return [_with_models(item, (*at, i), changed) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: changed((*at, key), item)
+        if _is_model((*at, key), item)
+        else _with_models(item, (*at, key), changed)
+        for key, item in value.items()
+    }
+
+
+def _is_model(at: Place, value: Any) -> bool:
+    """Whether a place in a config is one of a reference to a model."""
+    match at:
+        case ("tokenizer_source",) | ("tokenizer", "source"):
+            return value is not None and value not in WORDS
+        case ("tokenizer", "tokens", _, "source"):
+            return value is not None and not (isinstance(value, dict) and "kind" in value)
+        case (*_, "parameters", _) | ("modules", _) | ("tokenizer", "tokens", _):
+            return False
+        case (*_, "model" | "base_model"):
+            return value is not None
+    return False
+
+
+def absent_models(config: Mapping[str, Any], path: Path) -> str:
+    """Return the local models that a config with mistakes, read from `path`, names and that are not
+    there, as `files.absent` does.
+    """
+
+    def absolute(value: Any) -> Any:
+        try:
+            parts = model_name(value, path.resolve().parent).parts
+            return parts if parts[1:] else parts[0]
+        except ValueError:  # a mistake of its own
+            return None
+
+    return absent(path, dict[str, Any](with_models(config, absolute)))
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def is_for_mergekit(keys: Collection[str]) -> bool:
+    """Whether a file with these keys is one of mergekit, or of a program that comes with it."""
+    if "merge_method" in keys or "experts" in keys or "genome" in keys:
+        return True
+    return "models" in keys
+
+
+def read_merge_config(path: Path, *, warns: bool = True) -> dict[str, Any]:
+    """Return a mergekit YAML as a mapping without the keys that mergekit ignores, which a warning
+    names.
+
+    Raises ConfigError, a line a mistake, for keys that no merge method of mergekit knows, values
+    that its method does not take, and whatever else mergekit would refuse before it opens a model.
+    Importing mergekit takes seconds.
+    """
+    config = {key: value for key, value in read_yaml(path).items() if value is not None}
+    _refuse_other_programs(config, path)
+    found = list(_mistakes(config, path))
+    ignored: list[Place] = []
+    parameters = _parameters_of(config.get("merge_method"))
+    for at, block, known in _blocks(config):
+        if isinstance(block, Mapping):
+            for place, message in _stray(at, block, known, parameters, path):
+                if message is None:
+                    ignored.append(place)
+                else:
+                    found.append((place, message))
+    if found:
+        raise ConfigError(listed(path, found))
+    if ignored and warns:
+        named = ", ".join(".".join(map(str, place)) for place in ignored)
+        method = config["merge_method"]
+        logger.warning("%s: not read by merge_method %s, and left out: %s", path, method, named)
+    known = next(fields for _, _, fields in _blocks(config))
+    read: dict[str, Any] = _without({k: v for k, v in config.items() if k in known}, ignored)
+    for field in ("dtype", "out_dtype"):
+        if field in read:  # mergekit would copy the prefix into config.json, which then fails
+            read[field] = str(read[field]).removeprefix("torch.")
+    parsed_by_mergekit(read, path)
+    return read
+
+
+def parsed_by_mergekit(config: Mapping[str, Any], path: Path) -> Any:
+    """Return mergekit's own view of a config; raise ConfigError for what it refuses.
+
+    Models are referred to in the order of the file. mergekit's order changes from run to run, and
+    its first model gives config and tokenizer where there is no base_model, and ids to new tokens.
+    """
+    folder = path.resolve().parent
+    long = with_models(config, lambda value: model_name(value, folder).long_form)
+    try:
+        return _ordered_configuration().model_validate(long)
+    except (ValueError, RuntimeError) as error:
+        reason = first_line(error)
+        raise ConfigError(f"{path}: mergekit does not take this config: {reason}.") from error
+
+
+@functools.cache
+def _ordered_configuration() -> Any:
+    from mergekit.common import ModelReference
+    from mergekit.config import MergeConfiguration
+
+    class OrderedConfiguration(MergeConfiguration):
+        def referenced_models(self) -> list[ModelReference]:
+            layers = [self, *(self.modules or {}).values()]
+            found = [self.base_model] if self.base_model else []
+            for layer in layers:
+                found += [entry.model for entry in layer.models or ()]
+                for piece in layer.slices or ():
+                    found += [source.model for source in piece.sources]
+            return list(dict.fromkeys(found))
+
+    return OrderedConfiguration
+
+
+def _refuse_other_programs(config: Mapping[str, Any], path: Path) -> None:
+    for key, program in OTHER_PROGRAMS.items():
+        if key in config and "merge_method" not in config:
+            raise ConfigError(
+                f"{path}: found {key!r}, a config of {program}, expected one of mergekit-yaml, "
+                "with `merge_method`."
+            )
+
+
+def _without(value: Any, places: Sequence[Place], at: Place = ()) -> Any:
+    """Return a value without some places in it."""
+    if isinstance(value, list):
+        return [_without(item, places, (*at, i)) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without(item, places, (*at, key))
+        for key, item in value.items()
+        if (*at, key) not in places
+    }
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def _mistakes(config: Mapping[str, Any], path: Path) -> Iterator[Mistake]:
+    """Yield what is wrong with the values of a config."""
+    method, known = config.get("merge_method"), list(registered_parameters())
+    if method is None:
+        example = "For this package's method write `merge_method: optimer`."
+        yield (), f"field 'merge_method' is missing. {example}"
+    elif method not in known:
+        hint = did_you_mean(str(method), known)
+        yield ("merge_method",), f"mergekit has no merge_method {method!r}.{hint}"
+    for field in ("dtype", "out_dtype"):
+        name = str(config.get(field) or "float32").removeprefix("torch.")
+        if name not in DTYPES_OF_MERGES:
+            hint = did_you_mean(name, DTYPES_OF_MERGES)
+            yield (field,), f"{field}: found {config[field]!r}, no dtype of a merge.{hint}"
+    for field in ("models", "slices"):
+        if not isinstance(config.get(field, []), list):
+            yield (field,), f"{field}: found {shown(config[field])}, expected a list."
+    for at, block, _ in _blocks(config):
+        dotted = ".".join(map(str, at))
+        if not isinstance(block, Mapping):
+            yield at, f"{dotted}: found {shown(block)}, expected a mapping."
+        elif at[-2:-1] in (("models",), ("sources",)) and block.get("model") is None:
+            yield at, f"{dotted}: field 'model' is missing."
+    for at, value in models_of(config):
+        try:
+            model_name(value, path.resolve().parent)
+        except ValueError as error:
+            yield at, f"{'.'.join(map(str, at))}: {error}"
+    yield from _template_mistakes(config.get("chat_template"))
+
+
+def _template_mistakes(template: Any) -> Iterator[Mistake]:
+    """Yield what mergekit would find only after the merge: a chat template is `auto`, the name of
+    one of its own, or the template itself.
+    """
+    if template is None or template == "auto":
+        return
+    if isinstance(template, str) and "{" in template and len(template) >= 20:
+        return
+    known = [*chat_templates(), "auto"]
+    if template not in known:
+        hint = did_you_mean(str(template), known)
+        expected = "expected auto, a name or a Jinja template."
+        yield ("chat_template",), f"chat_template: found {shown(template)}, {expected}{hint}"
+
+
+def chat_templates() -> dict[str, str]:
+    """Return the chat templates that mergekit has, by name."""
+    import importlib.resources
+
+    from mergekit._data import chat_templates as folder
+
+    files = importlib.resources.files(folder).iterdir()
+    return {
+        file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8")
+        for file in files
+        if file.name.endswith(".jinja")
+    }
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def registered_parameters() -> dict[str, dict[str, Any]]:
+    """Return the merge methods of mergekit and of this package, with the parameters they read."""
+    from mergekit.merge_methods.registry import registered_methods
+
+    register_method()
+    return {
+        method.spec.name: {parameter.name: parameter for parameter in method.spec.parameters}
+        for method in registered_methods()
+    }
+
+
+def _parameters_of(method: Any) -> dict[str, Any]:
+    return registered_parameters().get(method, {}) if isinstance(method, str) else {}
+
+
+def _blocks(config: Mapping[str, Any]) -> Iterator[tuple[Place, Any, list[str]]]:
+    """Yield the mappings of a config that are not parameters, each with its place and the fields
+    that mergekit reads there.
+    """
+    from mergekit import config as schema
+    from mergekit.tokenizer import config as tokenizers
+
+    yield (), config, list(schema.MergeConfiguration.model_fields)
+    yield from _layers(config, ())
+    for at, module in _entries(config.get("modules"), ("modules",)):
+        yield at, module, list(schema.OutputModuleDefinition.model_fields)
+        if isinstance(module, Mapping):
+            yield from _layers(module, at)
+    tokenizer = config.get("tokenizer")
+    if tokenizer is None:
+        return
+    yield ("tokenizer",), tokenizer, list(tokenizers.TokenizerConfig.model_fields)
+    tokens = tokenizer.get("tokens") if isinstance(tokenizer, Mapping) else None
+    kinds = {"model_token": tokenizers.ModelTokenEmbedding, "zero": tokenizers.ZeroEmbedding}
+    for at, token in _entries(tokens, ("tokenizer", "tokens")):
+        yield at, token, list(tokenizers.TokenEmbeddingConfig.model_fields)
+        source = token.get("source") if isinstance(token, Mapping) else None
+        if isinstance(source, Mapping) and source.get("kind") in kinds:
+            yield (*at, "source"), source, list(kinds[source["kind"]].model_fields)
+
+
+def _layers(block: Mapping[str, Any], at: Place) -> Iterator[tuple[Place, Any, list[str]]]:
+    from mergekit import config as schema
+
+    for place, model in _entries(block.get("models"), (*at, "models")):
+        yield place, model, list(schema.InputModelDefinition.model_fields)
+    for place, piece in _entries(block.get("slices"), (*at, "slices")):
+        yield place, piece, list(schema.OutputSliceDefinition.model_fields)
+        sources = piece.get("sources") if isinstance(piece, Mapping) else None
+        for inner, source in _entries(sources, (*place, "sources")):
+            yield inner, source, list(schema.InputSliceDefinition.model_fields)
+
+
+def _entries(value: Any, at: Place) -> Iterator[tuple[Place, Any]]:
+    """Yield the entries of a list or of a mapping; what is neither is for mergekit to refuse."""
+    if isinstance(value, list):
+        yield from (((*at, index), item) for index, item in enumerate(value))
+    if isinstance(value, Mapping):
+        yield from (((*at, key), item) for key, item in value.items())
+
+
+def _stray(
+    at: Place, block: Mapping[Any, Any], known: list[str], parameters: Mapping[str, Any], path: Path
+) -> Iterator[tuple[Place, str | None]]:
+    """Yield the keys that mergekit would ignore, and values that its method does not take: what is
+    wrong there, None for a key without effect.
+    """
+    where = ".".join(map(str, at))
+    for key in block:
+        if key not in known and not (at == () and key in _anchored(path)):
+            message = _misplaced(key, known, parameters, at == ())
+            yield (*at, key), message and f"{where}: {message}".removeprefix(": ")
+    given = block.get("parameters")
+    if given is None or "parameters" not in known:
+        return
+    at, where = (*at, "parameters"), f"{where}.parameters".removeprefix(".")
+    if not isinstance(given, Mapping):
+        yield at, f"{where}: found {shown(given)}, expected a mapping."
+        return
+    for key, value in given.items():
+        if key in parameters:
+            for place, message in _value_mistakes(parameters[key], value, (*at, key)):
+                yield place, f"{where}.{key}: {message}"
+        elif key in _harmless():
+            yield (*at, key), None
+        else:
+            yield (*at, key), f"{where}: {_unknown(key, list(parameters))}"
+
+
+def _misplaced(
+    key: Any, known: list[str], parameters: Mapping[str, Any], is_top: bool
+) -> str | None:
+    """Return what is wrong with a key outside of parameters that mergekit does not read there."""
+    if key in parameters and key != "int8_mask":
+        under = "It belongs under `parameters:`; mergekit merges as if it were not written."
+        return f"unknown field {key!r}, which mergekit would ignore there. {under}"
+    if key in _harmless() or (is_top and key in NOTES):
+        return None
+    return _unknown(key, known)
+
+
+@functools.cache
+def _harmless() -> frozenset[str]:
+    """Return the parameters of any merge method: where one does not read them they do nothing."""
+    return frozenset(FORMER_PARAMETERS).union(*registered_parameters().values())
+
+
+def _value_mistakes(parameter: Any, value: Any, at: Place) -> Iterator[Mistake]:
+    """Yield what a merge method does not take of a value, a gradient or a list of filters."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if key not in ("filter", "value"):
+                yield (*at, key), _unknown(key, ["filter", "value"])
+        yield from _value_mistakes(parameter, value.get("value"), at)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _value_mistakes(parameter, item, (*at, index))
+    else:
+        kinds = (parameter.value_type, *get_args(parameter.value_type))
+        expected = next((text for kind, text in EXPECTED.items() if kind in kinds), "another one")
+        if value is None:
+            yield at, f"found nothing, expected {expected}."
+            return
+        try:
+            found = parameter.validate(value)
+        except ValueError:
+            yield at, f"found {shown(value)}, expected {expected}."
+            return
+        if isinstance(found, float) and not math.isfinite(found):
+            yield at, f"found {found}, expected a finite number."
+
+
+def _anchored(path: Path) -> set[str]:
+    """Return the top-level keys of a YAML file that define an anchor which another one uses."""
+    if path.suffix == ".json":
+        return set()
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    defined: dict[int, str] = {}  # id of a node -> the first key with it
+    found = set()
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        for node in _nodes(value):
+            first = defined.setdefault(id(node), key.value)
+            if first != key.value:
+                found.add(first)
+    return found
+
+
+def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield a YAML node and the nodes within it, each once."""
+    seen, left = set(), [node]
+    while left:
+        found = left.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        for part in found.value if isinstance(found, yaml.CollectionNode) else ():
+            left += part if isinstance(part, tuple) else [part]

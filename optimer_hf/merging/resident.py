@@ -1,0 +1,148 @@
+"""A live model plus its pool in memory: `set_weights(w)` in place, no disk, no reload.
+
+Every trial of a search goes through here. Every setting begins from the base values of the tensors
+that a vector moves, kept beside the model where there is room, so a thousand settings leave no
+drift; and the values equal what the streaming writer writes, bit for bit: both compute row block by
+row block through `merge.merged_rows`.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from optimer_hf.errors import ModelError
+from optimer_hf.merging.writer import merged_rows
+from optimer_hf.models.blocks import computed_ahead, matrix_rows, row_blocks
+from optimer_hf.models.checkpoint import DTYPES, Checkpoint, Loaded
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.live import loaded_model, multiplied_in
+from optimer_hf.models.memory import free_memory
+from optimer_hf.models.names import ClassNames, summary, views_in
+from optimer_hf.printable import warn_once
+from optimer_hf.vectors.vector import DistributionVector
+
+logger = logging.getLogger(__name__)
+
+
+LARGEST_SHARE_OF_BASE = 0.75  # of the free memory that the values of the base may take
+LARGEST_SHARE = 0.5  # of the free memory that one vector may take: activations need some, too
+
+
+class ResidentModel:
+    """A model whose parameters are base + sum_i w_i v_i for the weights last set."""
+
+    def __init__(
+        self,
+        base: ResolvedModel,
+        vectors: Sequence[DistributionVector],
+        *,
+        dtype: str,
+        device: str = "cpu",
+    ) -> None:
+        """Load the base in `dtype`; the weights start at zero.
+
+        On a device that cannot multiply in `dtype` the parameters are float32 numbers, rounded to
+        `dtype` all the same.
+
+        Raises ModelError when a vector moves a tensor that the loaded model does not have under
+        that name.
+        """
+        self.dtype = DTYPES[dtype]
+        self.model = _rounded_model(base, self.dtype, device)
+        views = views_in(Checkpoint(base.path), self.model)
+        every = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
+        moved = [name for name in every if name in views]
+        if unknown := [name for name in every if name not in views]:
+            self._refuse_loaded(unknown, base)
+        places = {name: place for place, name in enumerate(views)}
+        by_place = {  # the first name, that of the embedding, wins over its alias
+            views[name].data_ptr(): name for name in sorted(moved, key=places.__getitem__)[::-1]
+        }
+        self._parameters = {name: views[name] for name in by_place.values()}
+        # as stored: a float32 base is rounded once, after the sum
+        self._base = _placed_base(Checkpoint(base.path), list(self._parameters), device)
+        self.vectors = [_placed(vector, device) for vector in vectors]
+        self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
+
+    def _refuse_loaded(self, unknown: Sequence[str], base: ResolvedModel) -> None:
+        """Refuse tensors that the model holds in another form; those that it does not load at all
+        (a vision tower) change nothing that is evaluated.
+        """
+        names = ClassNames.of(self.model)
+        for name, key in names.keys(unknown).items():
+            if key.parameter in names.parameters:
+                raise ModelError(
+                    f"{base.reference}: {type(self.model).__name__} has no parameter {name!r} "
+                    "that the vectors move. Evaluate a built merge instead."
+                )
+        warn_once(
+            logger,
+            f"{base.reference}: {type(self.model).__name__} does not load {len(unknown)} tensors "
+            f"that the vectors move ({summary(unknown)}); a merge that is written moves them",
+        )
+
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Make the parameters base + sum_i w_i v_i; vectors that are not named get weight 0."""
+        unknown = set(weights) - self.weights.keys()
+        if unknown:
+            raise ModelError(
+                f"no vector named {sorted(unknown)[0]!r} in the pool; known: "
+                f"{sorted(self.weights)}."
+            )
+        self.weights = {name: float(weights.get(name, 0.0)) for name in self.weights}
+        blocks = [
+            (name, rows)
+            for name, parameter in self._parameters.items()
+            for rows in row_blocks(tuple(parameter.shape), parameter.device.type)
+        ]
+        if self.model.device.type == "cpu":
+            deque(computed_ahead(self._set_rows, blocks), maxlen=0)
+        else:
+            for name, rows in blocks:
+                self._set_rows(name, rows)
+
+    def _set_rows(self, name: str, rows: slice) -> None:
+        target = matrix_rows(self._parameters[name], rows)
+        base_rows = self._base.read_rows(name, rows).to(target.device)
+        out = target if target.dtype == self.dtype else None
+        merged = merged_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)
+        if out is None:
+            target.copy_(merged)
+
+
+def _rounded_model(base: ResolvedModel, dtype: torch.dtype, device: str) -> Any:
+    """Return a model whose weights are numbers of `dtype`, held in what the device multiplies."""
+    held_in = multiplied_in(dtype, device)
+    model = loaded_model(base, held_in).to(device).eval()
+    if held_in != dtype:
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))
+    return model
+
+
+def _placed_base(checkpoint: Checkpoint, names: Sequence[str], device: str) -> Checkpoint | Loaded:
+    """Load tensors of the base to the device, else to host memory, else leave them on disk."""
+    n_bytes = checkpoint.n_bytes(names)
+    for place in dict.fromkeys((device, "cpu")):
+        if n_bytes <= LARGEST_SHARE_OF_BASE * free_memory(place):
+            tensors = {name: checkpoint.read(name).to(place) for name in names}
+            return Loaded(checkpoint.path, tensors)
+        logger.info("base: no room for a second copy in the memory of %s", place)
+    return checkpoint
+
+
+def _placed(vector: DistributionVector, device: str) -> DistributionVector:
+    """Load a vector to the device, else to host memory, else leave it on disk: the first that has
+    room.
+    """
+    for place in dict.fromkeys((device, "cpu")):
+        free = free_memory(place)
+        if vector.n_bytes <= LARGEST_SHARE * free:
+            return vector.loaded(place)
+        logger.info("vector %s: no room in the memory of %s", vector.name, place)
+    return vector

@@ -1,0 +1,190 @@
+"""The streaming writer: base and vectors -> a merged model directory, whole or not at all.
+
+A few row blocks of every input are in memory at a time; the sums are those of `kernel`. What a
+reader would not guess: the writer learns from a block's sum whether all its values are finite, and
+looks for the culprit only then.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.files.staging import staged_directory, write_text
+from optimer_hf.files.text import first_line
+from optimer_hf.merging.kernel import add_weighted
+from optimer_hf.models.blocks import computed_ahead, row_blocks
+from optimer_hf.models.checkpoint import DTYPES, Checkpoint
+from optimer_hf.models.layout import MAX_SHARD_SIZE, ResolvedModel, copy_beside_weights
+from optimer_hf.models.shards import write_sharded
+from optimer_hf.models.ties import ties_of
+from optimer_hf.vectors.delta import not_finite
+from optimer_hf.vectors.vector import DistributionVector, dense_rows
+
+logger = logging.getLogger(__name__)
+
+
+SURVIVAL_BLOCKS = 32
+LOW_SURVIVAL = 0.5
+
+
+def merged_rows(
+    base_rows: torch.Tensor,
+    name: str,
+    rows: slice,
+    vectors: Sequence[DistributionVector],
+    weights: Mapping[str, float],
+    dtype: torch.dtype,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return rows of one merged tensor in `dtype`, written to `out` if it is given; the resident
+    model and the writer both come through here.
+    """
+    used = [vector for vector in vectors if weights[vector.name] != 0 and name in vector.names]
+    deltas = [vector.delta(name, rows, base_rows.device) for vector in used]
+    used_weights = [weights[vector.name] for vector in used]
+    return add_weighted(base_rows, deltas, used_weights, dtype, out=out)
+
+
+# -- the streaming writer --------------------------------------------------------------------------
+
+
+def write_merged(
+    base: ResolvedModel,
+    vectors: Sequence[DistributionVector],
+    weights: Mapping[str, float],
+    out: Path,
+    *,
+    out_dtype: str | None = None,
+    tokenizer: ResolvedModel | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    device: str = "cpu",
+    complete: Callable[[Path], None] | None = None,
+    replace: bool = False,
+) -> None:
+    """Write base + sum_i w_i v_i as a model directory that `from_pretrained` loads.
+
+    Keeps the dtype of every base tensor unless `out_dtype` is given; config and licence files come
+    from the base; tokenizer, chat template and generation config, too, or from `tokenizer`. `out`
+    appears whole or not at all, with what `complete` adds to the directory that it is given before.
+    With `replace` it takes the place of what is there. Memory: a few row blocks, not the model.
+    `device` does the arithmetic.
+
+    Raises ModelError, naming tensor and vector, for values that are not finite.
+    """
+    _refuse_absent(device)
+    checkpoint = Checkpoint(base.path)
+    left_out = ties_of(checkpoint).copies  # a tied head, which its model class fills in
+    specs = {
+        name: (_output_dtype(checkpoint.dtype(name), out_dtype), checkpoint.shape(name))
+        for name in checkpoint.names
+        if name not in left_out
+    }
+
+    def rows_of(name: str, rows: slice) -> torch.Tensor:
+        base_rows = checkpoint.read_rows(name, rows)
+        if not base_rows.is_floating_point():
+            return base_rows
+        base_rows = base_rows.to(device)
+        merged = merged_rows(base_rows, name, rows, vectors, weights, specs[name][0])
+        if not math.isfinite(merged.sum().item()) and not bool(merged.isfinite().all()):
+            used = [vector for vector in vectors if weights[vector.name] != 0]
+            raise _not_finite(base_rows, name, rows, used, merged.dtype)
+        return merged.cpu()
+
+    with staged_directory(out, replace=replace) as staging:
+        write_sharded(staging, "model", specs, rows_of, max_shard_size, device)
+        copy_beside_weights(base.path, staging, tokenizer=tokenizer.path if tokenizer else None)
+        if out_dtype is not None:
+            _set_config_dtype(staging / "config.json", out_dtype)
+        if complete is not None:
+            complete(staging)
+    if any(weights[vector.name] != 0 for vector in vectors):
+        _tell_survival(surviving_share(checkpoint, vectors, weights, out_dtype), out_dtype)
+
+
+def _tell_survival(share: float, out_dtype: str | None) -> None:
+    logger.info(
+        "%.0f %% of the merged delta survives %s%s",
+        100 * share,
+        out_dtype or "the dtype of the base",
+        "" if share >= LOW_SURVIVAL else "; float32 output keeps it",
+    )
+
+
+def _refuse_absent(device: str) -> None:
+    """Raise ConfigError for a device that torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second: torch without CUDA
+        raise ConfigError(
+            f"--device: found {device!r}, which torch cannot use here ({first_line(error)}). Give "
+            "cpu."
+        ) from None
+
+
+def surviving_share(
+    base: Checkpoint,
+    vectors: Sequence[DistributionVector],
+    weights: Mapping[str, float],
+    out_dtype: str | None,
+) -> float:
+    """Return how much of sum_i w_i v_i is left after the merge was rounded to its output dtype.
+
+    1 - |stored - exact| / |exact|, where stored is the rounded merge minus the base; 0 when
+    rounding costs as much as the delta is large. Measured on SURVIVAL_BLOCKS row blocks, evenly
+    spread over the tensors that move.
+    """
+    used = [vector for vector in vectors if weights[vector.name] != 0]
+    names = sorted(frozenset[str]().union(*(vector.names for vector in used)))
+    blocks = [(name, rows) for name in names for rows in row_blocks(base.shape(name))]
+
+    def squares_of(name: str, rows: slice) -> tuple[float, float]:
+        base_rows = base.read_rows(name, rows).float()
+        merged = merged_rows(base_rows, name, rows, used, weights, torch.float32)
+        lost = merged.to(_output_dtype(base.dtype(name), out_dtype)).float() - merged
+        return (merged - base_rows).square().sum().item(), lost.square().sum().item()
+
+    sample = blocks[:: -(-len(blocks) // SURVIVAL_BLOCKS)] if blocks else []
+    found = list(computed_ahead(squares_of, sample))
+    exact = sum(squares for squares, _ in found)
+    lost = sum(squares for _, squares in found)
+    return max(0.0, 1 - math.sqrt(lost / exact)) if exact else 1.0
+
+
+def _not_finite(
+    base_rows: torch.Tensor,
+    name: str,
+    rows: slice,
+    vectors: Sequence[DistributionVector],
+    dtype: torch.dtype,
+) -> ModelError:
+    """Return an error that says where values that are not finite come from."""
+    base = base_rows.float()
+    if not bool(base.isfinite().all()):
+        return ModelError(f"base model: tensor {name!r} holds NaN or infinite values.")
+    for vector in vectors:
+        if name not in vector.names:
+            continue
+        if not bool(dense_rows(vector, name, rows, base).isfinite().all()):
+            return not_finite(vector, name)
+    return ModelError(
+        f"tensor {name!r}: the merge is too large for {dtype}. Use smaller weights or another "
+        "--out-dtype."
+    )
+
+
+def _output_dtype(stored: torch.dtype, out_dtype: str | None) -> torch.dtype:
+    return DTYPES[out_dtype] if out_dtype and stored.is_floating_point else stored
+
+
+def _set_config_dtype(path: Path, dtype: str) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    write_text(path, json.dumps(config, indent=2))

@@ -1,0 +1,310 @@
+"""Tensors on disk: a safetensors directory read and written a few rows at a time.
+
+A directory of any model comes in, rows of its tensors by name go out; row blocks come in, shards
+with their index go out. Headers are checked by the safetensors library; bytes are read with plain
+reads and not through a memory map, so that memory stays at a few blocks whatever the size of the
+model, and a file that shrinks meanwhile is an error and not a crash.
+"""
+
+import copy
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from optimer_hf.errors import ModelError
+from optimer_hf.files.text import first_line
+from optimer_hf.models.blocks import matrix_rows, matrix_shape, row_blocks
+from optimer_hf.models.layout import INDEX, _read_index, _weights_files
+from optimer_hf.printable import warn_once
+
+logger = logging.getLogger(__name__)
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAFETENSORS_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+TORCH_DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
+
+# put into names by torch.compile, FSDP and activation checkpointing, anywhere; by DDP at the front
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+OUTER_WRAPPER = "module."
+
+LARGEST_HEADER = 2**25  # bytes; 100,000 tensors take 12 million
+MOST_TENSORS = 100_000  # in one file
+LONGEST_AXIS = 2**40  # more than any file holds: safetensors takes every shape of no elements
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies, and the state of its file when the header was read."""
+
+    file: Path
+    label: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+    state: tuple[int, int]
+
+
+class Checkpoint:
+    """The tensors of a safetensors directory, single-file or sharded, read lazily."""
+
+    def __init__(self, path: Path, prefix: str = "model") -> None:
+        """Read the headers of `path`: PREFIX.safetensors, else the shards its index names, as
+        transformers does; else every safetensors file.
+
+        Raises ModelError for missing, damaged or pickled weights, and for an index and shards that
+        disagree.
+        """
+        self.path = path
+        self._stored: dict[str, _Stored] = {}
+        index = path / f"{prefix}{INDEX}"
+        sharded = index.exists() and not (path / f"{prefix}.safetensors").exists()
+        weight_map = _read_index(index) if sharded else None
+        for file in _weights_files(path, prefix, weight_map):
+            for name, stored in _read_header(file).items():
+                if name in self._stored:
+                    raise ModelError(
+                        f"{file}: tensor {name!r} is in two weights files. Remove the stale file."
+                    )
+                self._stored[name] = stored
+        for name, file_name in (weight_map or {}).items():
+            if name not in self._stored or self._stored[name].file.name != file_name:
+                raise ModelError(
+                    f"{path / file_name}: lacks tensor {name!r}, which {index.name} says is there. "
+                    "Fetch both again."
+                )
+        for name in self._stored:
+            if weight_map is not None and name not in weight_map:
+                raise ModelError(
+                    f"{self._stored[name].file}: holds tensor {name!r}, which {index.name} does "
+                    "not know. Fetch both again."
+                )
+        self._unwrap()
+
+    def _unwrap(self) -> None:
+        """Take the names of wrappers out of those of the tensors, and say so once."""
+        unwrapped = unwrapped_names(self._stored)
+        self.wrappers = wrappers_in(unwrapped)
+        self.n_wrappers = max(
+            (name.count(".") - plain.count(".") for name, plain in unwrapped.items()), default=0
+        )
+        if not self.wrappers:
+            return
+        first: dict[str, str] = {}
+        for name, plain in unwrapped.items():
+            if plain in first:
+                raise ModelError(
+                    f"{self.path}: holds both {first[plain]!r} and {name!r}, which are one tensor "
+                    f"without the prefix of a wrapper ({', '.join(self.wrappers)}). Remove the "
+                    "stale one."
+                )
+            first[plain] = name
+        self._stored = {plain: self._stored[name] for plain, name in first.items()}
+        warn_once(
+            logger,
+            f"{self.path}: its tensor names have the prefix {', '.join(self.wrappers)} of a "
+            "wrapper (torch.compile, DDP, FSDP), which is taken off",
+        )
+
+    def renamed(self, old_names: Mapping[str, str]) -> "Checkpoint":
+        """Return the same tensors under other names, new name -> name here; others are left out."""
+        found = copy.copy(self)
+        found._stored = {new: self._stored[old] for new, old in old_names.items()}
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self._stored)
+
+    @property
+    def state(self) -> frozenset[tuple[str, tuple[int, int]]]:
+        """Name, size in bytes and time of change in ns of every file: what tells that the tensors
+        are still the same.
+        """
+        return frozenset((stored.file.name, stored.state) for stored in self._stored.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self._stored[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor, from the header; ModelError when it is none that can be merged."""
+        label = self._stored[name].label
+        if label not in TORCH_DTYPES:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} has dtype {label}, which cannot be merged."
+            )
+        return TORCH_DTYPES[label]
+
+    def n_bytes(self, names: Iterable[str]) -> int:
+        """Size of some tensors in the dtype of the file."""
+        return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in names)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a whole tensor in the dtype of the file, as fresh memory."""
+        shape = self.shape(name)
+        n_rows = matrix_shape(shape)[0]
+        return self.read_rows(name, slice(0, n_rows)).view(shape)
+
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Return rows of the matrix form of a tensor, see `matrix_shape`."""
+        stored, dtype = self._stored[name], self.dtype(name)
+        _, *columns = matrix_shape(stored.shape)
+        shape = (rows.stop - rows.start, *columns)
+        row_bytes = math.prod(columns) * dtype.itemsize
+        buffer = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
+        _read_into(buffer, stored, stored.offset + rows.start * row_bytes)
+        return buffer.view(dtype).view(shape)
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, whatever their dtypes."""
+        shape, is_same = self.shape(one), self.dtype(one) == self.dtype(other)
+
+        def rows_of(name: str, rows: slice) -> torch.Tensor:
+            found = self.read_rows(name, rows)
+            return found if is_same else found.double()
+
+        return shape == self.shape(other) and all(
+            torch.equal(rows_of(one, rows), rows_of(other, rows)) for rows in row_blocks(shape)
+        )
+
+
+class Loaded:
+    """Tensors in memory, read as those of a checkpoint are; `path` says where they came from."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.path = path
+        self._tensors = tensors
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor."""
+        return self._tensors[name].dtype
+
+    def n_bytes(self, names: Iterable[str]) -> int:
+        """Size of some tensors."""
+        return sum(self._tensors[name].nbytes for name in names)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor itself, not a copy."""
+        return self._tensors[name]
+
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Return rows of the matrix form of a tensor, not a copy."""
+        return matrix_rows(self._tensors[name], rows)
+
+
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Return every tensor name without the parts that wrappers of a module put into it; `module.`
+    belongs to one only where all names begin with it, those of an adapter after PEFT's own prefix.
+    """
+    plain = {
+        name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names
+    }
+    for front in ("", "base_model.model."):
+        outer = front + OUTER_WRAPPER
+        while plain and all(name.startswith(outer) for name in plain.values()):
+            plain = {key: front + name.removeprefix(outer) for key, name in plain.items()}
+    return plain
+
+
+def wrappers_in(unwrapped: Mapping[str, str]) -> list[str]:
+    """Return the prefixes that `unwrapped_names` took off, each once."""
+    inner = [f"{part}." for part in WRAPPERS if any(part in name.split(".") for name in unwrapped)]
+    dropped = [set(name.split(".")) - set(plain.split(".")) for name, plain in unwrapped.items()]
+    is_outer = any(OUTER_WRAPPER.rstrip(".") in parts for parts in dropped)
+    return inner + [OUTER_WRAPPER] * is_outer
+
+
+def _read_header(file: Path) -> dict[str, _Stored]:
+    """Return the tensors of one file; the library checks the header, sizes and duplicates are ours
+    to see.
+    """
+    try:
+        with open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            text = opened.read(min(size, LARGEST_HEADER + 1))
+            status = os.fstat(opened.fileno())
+        if len(text) > LARGEST_HEADER or text.count(b'"data_offsets"') > MOST_TENSORS:
+            raise ValueError(
+                f"its header names more than {MOST_TENSORS:,} tensors or has more than "
+                f"{LARGEST_HEADER:,} bytes"
+            )
+        with safe_open(file, framework="pt"):
+            pass
+        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+        entries.pop("__metadata__", None)
+        return {name: _stored(file, entry, 8 + size, status) for name, entry in entries.items()}
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # what safetensors lets pass may still be of any form
+        raise ModelError(
+            f"{file}: not a readable safetensors file ({first_line(error)}). Fetch it again."
+        ) from None
+
+
+def _stored(file: Path, entry: Any, start: int, status: os.stat_result) -> _Stored:
+    """Return where a tensor lies, by its entry in a header that ends at byte `start`."""
+    shape, (first, last) = tuple(map(int, entry["shape"])), entry["data_offsets"]
+    if max(shape, default=0) > LONGEST_AXIS:
+        raise ValueError(f"a tensor of shape {list(shape)}, expected axes up to {LONGEST_AXIS:,}")
+    state = (status.st_size, status.st_mtime_ns)
+    return _Stored(file, str(entry["dtype"]), shape, start + first, last - first, state)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"its header names {twice!r} twice")
+    return found
+
+
+def _read_into(buffer: torch.Tensor, stored: _Stored, offset: int) -> None:
+    view = buffer.numpy().data
+    try:
+        with open(stored.file, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != stored.state:
+                raise ModelError(f"{stored.file}: was changed while it was read. Run it again.")
+            file.seek(offset)
+            done = 0
+            while done < len(view):
+                n_read = file.readinto(view[done:])
+                if not n_read:
+                    raise ModelError(f"{stored.file}: ends too early. Fetch it again.")
+                done += n_read
+    except OSError as error:
+        raise ModelError(f"{stored.file}: cannot be read ({error.strerror}).") from None

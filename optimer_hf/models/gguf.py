@@ -1,0 +1,137 @@
+"""A GGUF file -> safetensors, config and tokenizer, once, in the cache."""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimer_hf.errors import ModelError, OutputError
+from optimer_hf.files.digest import sha256_file
+from optimer_hf.files.locks import UNTIL_FREE, locking
+from optimer_hf.files.paths import cache_dir
+from optimer_hf.files.staging import make_directory, staged_directory, write_text
+from optimer_hf.models.gguf_config import FACTORS, fitted_config
+from optimer_hf.models.gguf_header import GgufHeader, read_header
+from optimer_hf.models.loader import (
+    gguf_model_without_weights,
+    gguf_names_read,
+    naming_unreadable_gguf,
+    read_gguf,
+    read_gguf_config,
+    read_gguf_tokenizer,
+)
+
+CONVERSION = 2  # what it makes of the same file; 1 dropped what transformers does not read
+
+
+def _converted(gguf: Path) -> Path:
+    """Return the cached conversion of a GGUF file, making it when it is not there yet: of several
+    processes one converts, and the others wait.
+    """
+    folder = cache_dir() / "converted"
+    out = folder / f"{gguf.stem}-{sha256_file(gguf)[:16]}-{CONVERSION}"
+    make_directory(folder)
+    with locking(folder / f".{out.name}.lock", UNTIL_FREE):
+        try:
+            if not (out / "conversion.json").exists():
+                convert_gguf(gguf, out)
+        except OutputError:  # where the file system has no locks, another process was faster
+            if not (out / "conversion.json").exists():
+                raise
+    return out
+
+
+def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
+    """De-quantise a GGUF file into `out`: safetensors weights in `dtype`, config, tokenizer,
+    conversion.json.
+
+    Takes any architecture that transformers reads from GGUF. `out` appears whole or not at all.
+    Raises ModelError when the file is not GGUF, or of an architecture that transformers does not
+    know.
+    """
+    import transformers
+
+    try:
+        header = read_header(gguf)
+    except ImportError as error:
+        raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
+    with staged_directory(out) as staging, _gguf_read_once():
+        model = gguf_model(header, getattr(torch, dtype))
+        with naming_unreadable_gguf(gguf):
+            tokenizer = read_gguf_tokenizer(gguf)
+        _forget_quantisation(model)
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        record = {
+            "format_version": 1,
+            "source": gguf.name,
+            "source_sha256": sha256_file(gguf),
+            "dtype": dtype,
+            "note": "de-quantised from GGUF; not the original weights",
+            "transformers": transformers.__version__,
+            "sha256": {
+                path.name: sha256_file(path) for path in sorted(staging.glob("*.safetensors"))
+            },
+        }
+        write_text(staging / "conversion.json", json.dumps(record, indent=2))
+
+
+def gguf_model(header: GgufHeader, dtype: torch.dtype) -> Any:
+    """Return the model of a GGUF file after everything in the file was accounted for.
+
+    Raises ModelError for a tensor or a key that changes the function and that nobody reads.
+    """
+    with naming_unreadable_gguf(header.path):
+        config = fitted_config(read_gguf_config(header.path), header)
+        _refuse_unread_tensors(gguf_model_without_weights(config), header)
+        return read_gguf(header.path, config, dtype)
+
+
+def _refuse_unread_tensors(model: Any, header: GgufHeader) -> None:
+    """Raise ModelError for tensors that no parameter takes, and for more parameters than the file
+    has numbers.
+    """
+    unread = sorted(header.tensors.keys() - gguf_names_read(model, header) - FACTORS)
+    if unread:
+        raise ModelError(
+            f"{header.path}: transformers has no place for the tensor {unread[0]!r} "
+            f"({len(unread)} in all), so that the model would be another one. Convert the original "
+            "weights instead."
+        )
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    n_stored = sum(tensor.n_elements for tensor in header.tensors.values())
+    if n_parameters > n_stored:
+        raise ModelError(
+            f"{header.path}: describes a model of {n_parameters:,} parameters and holds "
+            f"{n_stored:,} numbers. Fetch it again."
+        )
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Let transformers share one GGUFReader: it makes one each for config, weights and tokenizer,
+    and a reader walks the whole vocabulary in Python (15 s for 262 k tokens).
+    """
+    try:
+        import gguf
+    except ImportError:  # transformers says what to install
+        yield
+        return
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Drop the marks that make save_pretrained refuse a model that was read from GGUF."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
+    model.config.__dict__.pop("_name_or_path", None)

@@ -1,0 +1,176 @@
+"""What a Hub answers, checked before huggingface_hub believes it.
+
+The client makes paths of the commit ids, etags and file names that a server sends, and writes as
+many bytes as arrive. A server that is broken, hostile or no Hub at all (a captive portal) must not
+write outside the cache, fill the disk, or end in a traceback. The checks hang on the client's own
+hooks, so they hold for every download, the ones that transformers makes included.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+from huggingface_hub import set_client_factory
+from huggingface_hub.utils import _http
+
+from optimer_hf.errors import HubError
+from optimer_hf.files.reference import COMMIT
+from optimer_hf.files.text import first_line
+
+HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+ETAG = re.compile(r"[\w.+=-]{1,200}")
+FILE = re.compile(r"/resolve/[^/]+/(.+)")
+REPO = re.compile(r"/(revision|tree)(/.*)?$")  # what follows its name in a path of the API
+LARGEST_ANSWER = 2**26  # bytes of JSON
+SLACK = 2**10  # bytes; what a file may have beyond its listed size before it is cut off
+LIMIT = "optimer_limit"  # extension of a request, which its redirects inherit
+
+_sizes: dict[tuple[str, str], int] = {}  # (path of a repository at the Hub, file) -> listed size
+
+
+def guard_hub() -> None:
+    """Check all answers of Hubs from now on, in every client that huggingface_hub makes."""
+    plain = _http._GLOBAL_CLIENT_FACTORY
+    if not isinstance(plain, functools.partial) or plain.func is not _guarded:
+        set_client_factory(functools.partial(_guarded, plain))
+
+
+@contextmanager
+def hub_answers() -> Iterator[None]:
+    """Guard the requests within; turn what the client raises over nonsense into a HubError."""
+    from huggingface_hub.errors import HFValidationError
+
+    guard_hub()
+    try:
+        yield
+    except HFValidationError:
+        raise
+    except (ValueError, TypeError, AssertionError, LookupError, AttributeError) as error:
+        raise HubError(
+            f"the Hub gave an answer that cannot be used ({first_line(error)}). Check the network "
+            "(a login page?) and HF_ENDPOINT."
+        ) from error
+    except RecursionError:
+        raise HubError("the Hub gave an answer that is nested too deeply.") from None
+
+
+def _guarded(plain: Callable[[], httpx2.Client]) -> httpx2.Client:
+    client = plain()
+    hooks = client.event_hooks
+    client.event_hooks = {
+        "request": [*hooks["request"], _ask],
+        "response": [*hooks["response"], _check],
+    }
+    return client
+
+
+def _ask(request: httpx2.Request) -> None:
+    """Ask for files as they are: how many bytes a packed one has, nobody knows."""
+    if FILE.search(request.url.path):
+        request.headers["Accept-Encoding"] = "identity"
+
+
+def _check(response: httpx2.Response) -> None:
+    """Raise HubError for an answer that the client must not see."""
+    request = response.request
+    limits = request.extensions
+    for name in ("x-repo-commit", "etag", "x-linked-etag"):
+        value = response.headers.get(name)
+        pattern = COMMIT if name == "x-repo-commit" else ETAG
+        is_of_file = FILE.search(request.url.path) is not None
+        if is_of_file and value is not None and not pattern.fullmatch(_plain(value)):
+            raise _nonsense(request, f"the header {name}: {value[:80]!r}")
+    if "/api/" in request.url.path:
+        limits.setdefault(LIMIT, LARGEST_ANSWER)
+    elif (size := _listed_size(request.url.path)) is not None:
+        limits.setdefault(LIMIT, size + SLACK)
+        packed = response.headers.get("content-encoding", "identity")
+        if packed != "identity" and response.is_success:
+            raise _nonsense(request, f"a file packed with {packed[:20]!r}")
+    if LIMIT in limits and request.method == "GET":
+        response.stream = _Bounded(response.stream, limits[LIMIT], request)
+    if request.method == "GET" and "/api/models/" in request.url.path and response.is_success:
+        _check_answer(request, response)
+
+
+def _plain(etag: str) -> str:
+    return etag.removeprefix("W/").strip('"')
+
+
+class _Bounded(httpx2.SyncByteStream):
+    """A stream of a response that may have so many bytes."""
+
+    def __init__(self, stream: Any, limit: int, request: httpx2.Request) -> None:
+        self._stream, self._limit, self._request = stream, limit, request
+
+    def __iter__(self) -> Iterator[bytes]:
+        n_bytes = 0
+        for chunk in self._stream:
+            n_bytes += len(chunk)
+            if n_bytes > self._limit:
+                raise _nonsense(self._request, f"more than the {self._limit:,} bytes expected")
+            yield chunk
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _listed_size(path: str) -> int | None:
+    found = FILE.search(path)
+    if found is None:
+        return None
+    return _sizes.get((path[: found.start()].strip("/"), found[1]))
+
+
+# -- descriptions and listings ---------------------------------------------------------------------
+
+
+def _check_answer(request: httpx2.Request, response: httpx2.Response) -> None:
+    """Check the description of a repository, or a page of its files, and remember their sizes."""
+    try:
+        answer = json.loads(response.read())
+        repo = re.sub(
+            r"/(revision|tree|resolve)/.*", "", request.url.path.partition("/api/models/")[2]
+        )
+        if "/tree/" in request.url.path:
+            files = [(entry["path"], entry) for entry in answer if entry["type"] == "file"]
+        elif isinstance(answer, dict) and "siblings" in answer:
+            if not COMMIT.fullmatch(answer["sha"]):
+                raise ValueError(f"the commit {answer['sha'][:80]!r}")
+            files = [(entry["rfilename"], entry) for entry in answer["siblings"]]
+        else:
+            return
+        for name, entry in files:
+            _check_file(name, entry)
+            if isinstance(entry.get("size"), int):
+                _sizes[repo.strip("/"), name] = entry["size"]
+    except HubError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _nonsense(request, f"{type(error).__name__}: {str(error)[:100]}") from None
+
+
+def _check_file(name: Any, entry: Any) -> None:
+    """Raise ValueError or TypeError for a file that cannot be one."""
+    parts = name.split("/")
+    if not name or len(name) > 1000 or {"", ".", ".."} & {*parts} or "\\" in name or "\0" in name:
+        raise ValueError(f"the file name {name[:80]!r}")
+    size = entry.get("size")
+    if size is not None and (not isinstance(size, int) or size < 0):
+        raise ValueError(f"the size {size!r} of {name[:80]!r}")
+    lfs = entry.get("lfs") or {}
+    hashes = [entry.get("oid"), entry.get("blobId"), entry.get("xetHash"), lfs.get("oid")]
+    for value in (*hashes, lfs.get("sha256")):
+        if value is not None and not HASH.fullmatch(value.removeprefix("sha256:")):
+            raise ValueError(f"the hash {value[:80]!r} of {name[:80]!r}")
+
+
+def _nonsense(request: httpx2.Request, found: str) -> HubError:
+    return HubError(
+        f"{request.url.host}: found {found} in the answer to {request.url.path[:100]}, which is no "
+        "answer of a Hub. Check the network (a login page?), HF_ENDPOINT and the repository."
+    )

@@ -1,0 +1,221 @@
+"""The files of a model directory: weights, what identifies it, and what lies beside the weights."""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.files.digest import digest, fingerprint, sha256_file
+from optimer_hf.files.reading import read_json
+from optimer_hf.files.reference import is_there
+
+INDEX = ".safetensors.index.json"
+ANY_WEIGHTS = "*.safetensors"
+PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth")  # no training_args.bin, optimizer.pt
+
+GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
+OF_TOKENIZER = [  # data by their endings: a tokenizer.py is code
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.txt",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "chat_template*.jinja",
+    "chat_template*.json",
+    "*.model",
+    "*.tiktoken",
+]
+LEGAL = [
+    name + ending
+    for name in ("LICEN[SC]E", "LICEN[SC]E[-_]*", "COPYING", "USE_POLICY", "NOTICE")
+    for ending in ("", ".txt", ".md", ".rst", ".html")
+]
+COPIED_BESIDE_WEIGHTS = [
+    "config.json",
+    GENERATION_CONFIG,
+    *OF_TOKENIZER,
+    "*processor_config.json",
+    *LEGAL,
+]
+OTHER = re.compile(r"LICEN[SC]E[-_].*\.(?!txt$|md$|rst$|html$)\w*[a-z]\w*", re.IGNORECASE)
+
+
+def _weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | None) -> list[Path]:
+    if weight_map is not None:
+        return [path / file for file in sorted(set(weight_map.values()))]
+    if (path / f"{prefix}.safetensors").exists():
+        return [path / f"{prefix}.safetensors"]
+    files = sorted(path.glob(ANY_WEIGHTS))
+    if not files:
+        refuse_pickled(str(path), sorted(file.name for file in path.glob("*")))
+        raise ModelError(f"{path}: no safetensors weights in this directory.")
+    return files
+
+
+def refuse_pickled(where: str, names: Sequence[str]) -> None:
+    """Raise ModelError when the files of a place without safetensors are pickled weights."""
+    for name in names:
+        if any(fnmatch(name, pattern) for pattern in PICKLES):
+            raise ModelError(
+                f"{where}: has no safetensors weights, only pickled ones ({name}), which can run "
+                "code when they are read. If you trust them, load model and tokenizer with "
+                "transformers (an adapter with PEFT), save both with `save_pretrained(DIRECTORY)`, "
+                "which writes safetensors, and give DIRECTORY."
+            )
+
+
+def missing_shards(index: Path) -> list[str]:
+    """Return the files beside an index that it names and that are not there."""
+    return sorted(
+        file
+        for file in set(_weight_map(index).values())
+        if not is_there(index.parent / file) or not (index.parent / file).is_file()
+    )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return tensor -> file of the shards beside an index."""
+    files = _weight_map(index)
+    missing = missing_shards(index)
+    if missing:
+        shown_names = ", ".join(missing[:5]) + (" ..." if missing[5:] else "")
+        raise ModelError(
+            f"{index.parent}: missing shard {shown_names} ({len(missing)} of "
+            f"{len(set(files.values()))} that {index.name} names). Fetch it again."
+        )
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = read_json(index)["weight_map"]
+        files = {name: str(file) for name, file in weight_map.items()}
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        raise ModelError(
+            f"{index}: not an index of safetensors shards (no `weight_map`). Fetch it again."
+        ) from None
+    for file in files.values():
+        if Path(file).name != file:
+            raise ModelError(f"{index}: names {file!r}, which is not a file beside it.")
+    return files
+
+
+def weight_files(path: Path) -> dict[str, str]:
+    """Return file name -> sha256 of the weights that are read of a directory: the identity of a
+    model.
+
+    Of an adapter its config counts, too: rank and alpha scale the weights.
+    """
+    return {file.name: sha256_file(file) for file in _identity(path)}
+
+
+def weight_states(path: Path) -> dict[str, tuple[int, int]]:
+    """Return file name -> size in bytes and time of change in ns of the weights in a directory:
+    what tells that a model is still the same without reading it.
+    """
+    states = {file.name: file.stat() for file in _identity(path)}
+    return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
+
+
+def weights_fingerprint(path: Path) -> str:
+    """Return a digest that tells the weights in a directory from others, see `fingerprint`."""
+    return digest({file.name: fingerprint(file) for file in _identity(path)})
+
+
+def tokenizer_files(path: Path) -> dict[str, str]:
+    """Return file name -> sha256 of what comes with a tokenizer in a directory: its files, its chat
+    template, and generation_config.json, which knows the tokens that end an answer.
+    """
+    return {file.name: sha256_file(file) for file in _of_tokenizer(path)}
+
+
+def _of_tokenizer(path: Path) -> list[Path]:
+    found = {file for pattern in (*OF_TOKENIZER, GENERATION_CONFIG) for file in path.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
+
+
+def _identity(path: Path) -> list[Path]:
+    if (path / "adapter_config.json").exists():
+        return sorted([*path.glob(ANY_WEIGHTS), path / "adapter_config.json"])
+    names = weight_names(path)
+    if names == [ANY_WEIGHTS]:
+        return sorted(path.glob(ANY_WEIGHTS))
+    return [path / name for name in names if (path / name).is_file()]  # Checkpoint names the others
+
+
+def weight_names(path: Path) -> list[str]:
+    """Return the names of the weights files that `Checkpoint` reads of a model, here or still to be
+    fetched, or ANY_WEIGHTS; others (Mistral's consolidated.safetensors) are copies of them.
+    """
+    whole, index = "model.safetensors", path / f"model{INDEX}"
+    if (path / whole).exists():
+        return [whole]
+    return sorted(set(_weight_map(index).values())) if index.exists() else [ANY_WEIGHTS]
+
+
+def is_beside_weights(name: str, patterns: Sequence[str] = COPIED_BESIDE_WEIGHTS) -> bool:
+    """Return whether a file of this name is copied with a model: its config, tokenizer and licence,
+    and never code.
+    """
+    return (
+        "/" not in name
+        and OTHER.fullmatch(name) is None
+        and any(fnmatch(name, pattern) for pattern in patterns)
+    )
+
+
+def files_beside_weights(source: Path, *, tokenizer: Path | None = None) -> list[Path]:
+    """Return config, tokenizer, chat template and licence files of a model; with `tokenizer` the
+    `tokenizer_files` come from there.
+    """
+    patterns = [
+        pattern
+        for pattern in COPIED_BESIDE_WEIGHTS
+        if tokenizer is None or pattern not in OF_TOKENIZER
+    ]
+    found = [
+        path
+        for path in sorted(source.glob("*"))
+        if path.is_file() and is_beside_weights(path.name, patterns)
+    ]
+    return found if tokenizer is None else [*found, *_of_tokenizer(tokenizer)]
+
+
+def copy_beside_weights(source: Path, out: Path, *, tokenizer: Path | None = None) -> None:
+    """Copy the `files_beside_weights` of a model."""
+    for path in files_beside_weights(source, tokenizer=tokenizer):
+        shutil.copyfile(path, out / path.name)
+
+
+def model_digests(
+    base: Path, vectors: Mapping[str, Path], tokenizer: Path | None
+) -> dict[str, str]:
+    """Return digests of the weights of a study and of its tokenizer, if that is not the base's, for
+    `Study.check_inputs`.
+    """
+    found = {"base_model": weights_fingerprint(base)} | {
+        f"vectors.{name}": weights_fingerprint(path) for name, path in vectors.items()
+    }
+    if tokenizer is not None:
+        found["tokenizer_source"] = digest(tokenizer_files(tokenizer))
+    return found
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model on this disk, and how another machine would find it."""
+
+    path: Path
+    reference: str
+    commit: str | None = None
+
+
+MAX_SHARD_SIZE = 5 * 10**9

@@ -1,0 +1,326 @@
+"""Tensor names of two checkpoints of one model -> which tensor of the one is which of the other.
+
+One model is stored under many names: of the bare model or of the one with a head (`h.0...` and
+`transformer.h.0...`), of a multimodal model or of its language part, with buffers that older
+programs saved and without. What all of them mean is decided by the model class, built without its
+weights, with the rules by which transformers loads a file; only headers are read. Names that are
+the same on both sides need no class.
+"""
+
+import functools
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from optimer_hf.errors import ModelError
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.loader import text_model_without_weights, whole_model_without_weights
+from optimer_hf.models.stored import stored_views
+
+BUFFERS = re.compile(  # computed when a model is made, and saved by older programs
+    r"(^|\.)((rotary_emb|rotary|rotary_pos_emb)\.\w+|(\w+_)?inv_freq|position_ids|masked_bias"
+    r"|(attn|attention|self_attn|self_attention|crossattention)\.bias|cos_cached|sin_cached"
+    r"|_extra_state)$"
+)
+BESIDE_MODEL = re.compile(r"^(model\.)?(mtp|v_head)\.")  # more tokens at once; PPO's value head
+N_NAMES_SHOWN = 3
+
+
+class Key(NamedTuple):
+    """What a tensor of a file is to a class: the parameter that it goes into, and which part of it
+    where transformers puts several together (experts).
+    """
+
+    parameter: str
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """What a model class calls its parameters, and where its text model and its heads are."""
+
+    model: Any
+    parameters: frozenset[str]
+    decoder: str
+    vocabulary: frozenset[str]  # embedding and output layer
+
+    @classmethod
+    def of(cls, model: Any) -> "ClassNames":
+        """Read the names of a model, with or without weights."""
+        modules = {id(module): name for name, module in model.named_modules()}
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        prefixes = tuple(f"{modules[id(end)]}." for end in ends if id(end) in modules)
+        parameters = frozenset(model.state_dict())
+        return cls(
+            model,
+            parameters,
+            modules.get(id(model.get_decoder()), ""),
+            frozenset(name for name in parameters if name.startswith(prefixes)),
+        )
+
+    def keys(self, names: Iterable[str]) -> dict[str, Key]:
+        """Return what the tensors of a file are, by the rules by which transformers loads it; some
+        of them depend on all names, so all come at once.
+        """
+        from transformers import core_model_loading as loading
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        rules = get_model_conversion_mapping(self.model)
+        renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+        known = dict.fromkeys(self.parameters, True)
+        prefix = self.model.base_model_prefix
+        found = {}
+        for name in sorted(names, key=loading.dot_natural_key):
+            parameter, source = loading.rename_source_key(
+                name, renamings, converters, prefix, known
+            )
+            if parameter not in known and name in known:
+                found[name] = Key(name)
+            elif source is None:
+                found[name] = Key(parameter)
+            else:
+                own = loading.apply_renamings(name, renamings)
+                whole, _ = loading.apply_converters(own, converters)
+                found[name] = Key(parameter, _without_common_front(own, whole))
+        return found
+
+
+def _without_common_front(name: str, other: str) -> str:
+    parts, others = name.split("."), other.split(".")
+    while parts and others and parts[0] == others[0]:
+        del parts[0], others[0]
+    return ".".join(parts)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The class of a base, and that of its language part alone where it is multimodal."""
+
+    whole: ClassNames
+    text: ClassNames | None
+
+    def keys(self, names: Iterable[str]) -> dict[str, Key]:
+        """Return what the tensors of a file are to the class of the base; a file of its language
+        part alone has the names of that.
+        """
+        found = self.whole.keys(names)
+        if self.text is not None:
+            others = [name for name, key in found.items() if not self.loads(key)]
+            for name, key in self.text.keys(others).items():
+                if key.parameter in self.text.parameters:
+                    found[name] = Key(self._in_whole(key.parameter), key.part)
+        return found
+
+    def loads(self, key: Key) -> bool:
+        """Whether the class has a parameter for a tensor."""
+        return key.parameter in self.whole.parameters
+
+    def _in_whole(self, parameter: str) -> str:
+        assert self.text is not None
+        front = f"{self.text.decoder}."
+        if not parameter.startswith(front):
+            return parameter
+        return f"{self.whole.decoder}.{parameter.removeprefix(front)}"
+
+    def part_beside_text(self, key: Key) -> str | None:
+        """Return the name of the part of a multimodal model (its vision tower) that a parameter
+        belongs to; None for the text model and its heads.
+        """
+        decoder = self.whole.decoder
+        in_text = key.parameter.startswith(f"{decoder}.") or key.parameter in self.whole.vocabulary
+        if self.text is None or in_text or not decoder:
+            return None
+        parts, others = key.parameter.split("."), decoder.split(".")
+        common = 0
+        while common < len(others) and parts[common] == others[common]:
+            common += 1
+        return ".".join(parts[: common + 1])
+
+    def is_beside(self, name: str, key: Key) -> bool:
+        """Whether a tensor, which the class has no parameter for, is known to be no part of the
+        model: a buffer, or for other programs.
+        """
+        model, config = self.whole.model, self.whole.model.config.get_text_config()
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        if BUFFERS.search(name) or BESIDE_MODEL.search(name):
+            return True
+        if any(re.search(pattern, text) for pattern in ignored for text in {name, key.parameter}):
+            return True
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        n_layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+        n_more = int(getattr(config, "num_nextn_predict_layers", 0) or 0)
+        return layer is not None and n_layers <= int(layer[1]) < n_layers + n_more
+
+
+def layout_of(path: Path) -> Layout:
+    """Return what the class of a model directory calls its parameters; ModelError where
+    transformers has no class for its config.
+    """
+    config = path / "config.json"
+    return _layout_of(path, config.stat().st_mtime_ns if config.exists() else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _layout_of(path: Path, changed: int) -> Layout:
+    text = text_model_without_weights(path)
+    whole = ClassNames.of(whole_model_without_weights(path))
+    return Layout(whole, None if text is None else ClassNames.of(text))
+
+
+# -- names of a loaded model -----------------------------------------------------------------------
+
+
+def names_in(base: Checkpoint, names: Collection[str]) -> dict[str, list[str]]:
+    """Return the names that a base stores tensors under which others, a program or another file,
+    call `names`; those that it does not have are left out.
+    """
+    known = set(base.names)
+    same = {name: [name] for name in names if name in known}
+    if len(same) == len(set(names)) and not _may_repeat(known):
+        return same
+    try:
+        layout = layout_of(base.path)
+    except ModelError:  # a class that transformers does not know has the names of its file
+        return same
+    stored = _by_key(base, layout)
+    found = {name: stored[key] for name, key in layout.keys(names).items() if key in stored}
+    return same | found
+
+
+def _may_repeat(names: Collection[str]) -> bool:
+    """Whether a file may have one tensor twice, with and without the prefix of its class."""
+    return any(name.partition(".")[2] in names for name in names)
+
+
+def _by_key(base: Checkpoint, layout: Layout) -> dict[Key, list[str]]:
+    """Return the names of what a base stores; ModelError for two versions of one parameter."""
+    found: dict[Key, list[str]] = {}
+    for name, key in layout.keys(base.names).items():
+        found.setdefault(key, []).append(name)
+    for first, *others in found.values():
+        for name in others:
+            if not _is_copy(base, name, first):
+                raise ModelError(
+                    f"{base.path}: tensors {first!r} and {name!r} are one parameter of "
+                    f"{type(layout.whole.model).__name__}, with other numbers. Remove the stale "
+                    "one."
+                )
+    return found
+
+
+def views_in(base: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
+    """Return `stored_views` of a model by the names in the file of its base; a name that the base
+    does not have (a tied head) stays.
+    """
+    views = stored_views(model)
+    names = names_in(base, views)
+    return {known: view for name, view in views.items() for known in names.get(name, [name])}
+
+
+def vocabulary_names(base: Checkpoint) -> frozenset[str]:
+    """Return the tensors of a base with a row for every token."""
+    try:
+        layout = layout_of(base.path)
+    except ModelError:
+        return frozenset(name for name in base.names if "embed" in name or "lm_head" in name)
+    keys = layout.keys(base.names)
+    return frozenset(name for name in keys if keys[name].parameter in layout.whole.vocabulary)
+
+
+# -- two files -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Match:
+    """How the tensors of a tuned model and of its base belong together.
+
+    `tuned_names` has the tuned name of every tensor that both have, by its name in the base;
+    `unmoved` are those of the base that the tuned model does without, `left_out` those of the tuned
+    model that are no part of it. `missing` (of the base) and `unknown` (of the tuned model) are
+    parts of the one that the other should have, unless they are tied to others.
+    """
+
+    tuned_names: dict[str, str]
+    unmoved: list[str]
+    left_out: list[str]
+    missing: list[str]
+    unknown: list[str]
+    reason: str = ""  # why names were not mapped by the class
+
+
+def match(tuned: Checkpoint, base: Checkpoint) -> Match:
+    """Find out which tensor of a tuned model is which of its base."""
+    both = {name: name for name in set(base.names) & set(tuned.names)}
+    only_base = sorted(set(base.names) - set(tuned.names))
+    only_tuned = sorted(set(tuned.names) - set(base.names))
+    is_plain = not only_base and not only_tuned and not any(map(BUFFERS.search, both))
+    if is_plain and not _may_repeat(both):
+        return Match(both, [], [], [], [])
+    try:
+        layout = layout_of(base.path)
+    except ModelError as error:
+        return Match(both, [], [], only_base, only_tuned, str(error))
+    return _match(tuned, base, layout)
+
+
+def _match(tuned: Checkpoint, base: Checkpoint, layout: Layout) -> Match:
+    of_base = {name: key for key, names in _by_key(base, layout).items() for name in names}
+    of_tuned = layout.keys(tuned.names)
+    by_key: dict[Key, str] = {}
+    for name, key in of_tuned.items():
+        by_key.setdefault(key, name)
+    pairs = {name: name if name in of_tuned else by_key.get(key) for name, key in of_base.items()}
+    found = {
+        name: other
+        for name, other in pairs.items()
+        if other is not None and (layout.loads(of_base[name]) or not BUFFERS.search(name))
+    }
+    lacking = [name for name, other in pairs.items() if other is None]
+    parts = {layout.part_beside_text(key) for key in of_tuned.values() if layout.loads(key)}
+    unmoved = [
+        name
+        for name in lacking
+        if not layout.loads(of_base[name])
+        or layout.part_beside_text(of_base[name]) not in (None, *parts)
+    ]
+    paired = set(pairs.values())
+    keys = {of_tuned[name]: name for name in paired if name is not None}
+    extra = [name for name in of_tuned if name not in paired]
+    left_out = [
+        name
+        for name in extra
+        if _is_copy(tuned, name, keys.get(of_tuned[name]))
+        or (not layout.loads(of_tuned[name]) and layout.is_beside(name, of_tuned[name]))
+    ]
+    return Match(
+        found,
+        sorted(unmoved),
+        sorted(left_out),
+        sorted(set(lacking) - set(unmoved)),
+        sorted(set(extra) - set(left_out)),
+    )
+
+
+def _is_copy(checkpoint: Checkpoint, name: str, other: str | None) -> bool:
+    """Whether a tensor is stored under another name, too, with the same numbers."""
+    if other is None or checkpoint.dtype(name) != checkpoint.dtype(other):
+        return False
+    return checkpoint.are_equal(name, other)
+
+
+def summary(names: Iterable[str]) -> str:
+    """Return a few words for many tensor names: those of all layers are one."""
+    kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    fronts = list(dict.fromkeys(_front(kind) for kind in kinds)) if len(kinds) > 3 else kinds
+    shown = ", ".join(fronts[:N_NAMES_SHOWN])
+    return f"{shown}, ..." if len(fronts) > N_NAMES_SHOWN else shown
+
+
+def _front(name: str) -> str:
+    parts = name.split(".")
+    return ".".join([*parts[: min(2, len(parts) - 1)], "*"])

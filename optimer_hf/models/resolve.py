@@ -1,0 +1,232 @@
+"""Any reference to a base -> a directory with config.json, safetensors weights and a tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import ModelError
+from optimer_hf.files.paths import cache_dir
+from optimer_hf.files.reading import read_yaml
+from optimer_hf.files.reference import Reference, is_there
+from optimer_hf.models.gguf import _converted
+from optimer_hf.models.guard import hub_answers
+from optimer_hf.models.layout import (
+    ANY_WEIGHTS,
+    INDEX,
+    LEGAL,
+    OF_TOKENIZER,
+    ResolvedModel,
+    missing_shards,
+    refuse_pickled,
+    weight_names,
+)
+from optimer_hf.models.loader import refuse_code
+from optimer_hf.models.packages import packaged_gguf
+
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
+BESIDE_WEIGHTS = ["*.json", *OF_TOKENIZER, "*.txt", "*.jinja", *LEGAL]
+
+
+def resolve_model(text: str, *, may_run_code: bool = False) -> ResolvedModel:
+    """Return the local directory of a model, adapter or vector, fetching or converting it when
+    needed.
+
+    Raises ModelError when the reference names nothing that can be had, or a model whose configs
+    name code of its own; mergekit may be trusted with that.
+    """
+    resolved = _resolved(text, may_run_code=may_run_code)
+    if not may_run_code:
+        refuse_code(resolved.path)
+    return resolved
+
+
+def _resolved(text: str, *, may_run_code: bool) -> ResolvedModel:
+    ref = Reference(text)
+    if ref.package is not None:
+        return ResolvedModel(_converted(packaged_gguf(ref.package, cache_dir() / "gguf")), text)
+    if ref.path is None:
+        return _fetched(ref, may_run_code=may_run_code)
+    if not is_there(ref.path):
+        raise ModelError(
+            f"{text}: no such file or directory, and not a Hub id of the form org/name."
+        )
+    if ref.path.is_dir():
+        return ResolvedModel(ref.path, ref.path.name)
+    if ref.path.suffix == ".gguf":
+        return ResolvedModel(_converted(ref.path), ref.path.name)
+    raise ModelError(
+        f"{text}: expected a directory, a GGUF file or a Hub id, found a "
+        f"{ref.path.suffix or 'plain'} file."
+    )
+
+
+def resolve_tokenizer(text: str) -> ResolvedModel:
+    """Return the local directory of a model whose tokenizer is wanted: of one on the Hub everything
+    but the weights is fetched.
+    """
+    ref = Reference(text)
+    if ref.path is not None or ref.package is not None:
+        return resolve_model(text)
+    found = _fetched(ref, with_weights=False)
+    refuse_code(found.path)
+    return found
+
+
+def resolve_base(text: str) -> ResolvedModel:
+    """Return the local directory of a model that can be trained from, merged into and evaluated.
+
+    Raises ModelError when it has no config or tokenizer, or is a delta and not a model.
+    """
+    resolved = resolve_model(text)
+    refuse_other_than_models(resolved)
+    if not any((resolved.path / name).exists() for name in TOKENIZER_FILES):
+        cached = f" in the cache at commit {resolved.commit}" if resolved.commit else ""
+        raise ModelError(
+            f"{text}: has no tokenizer{cached}. Save the tokenizer of the model beside it"
+            f"{', or fetch the rest of the repository' if cached else ''}."
+        )
+    return resolved
+
+
+def refuse_other_than_models(resolved: ResolvedModel) -> None:
+    """Raise ModelError for an adapter, a delta, or a directory without a config."""
+    path, text = resolved.path, resolved.reference
+    if (path / "adapter_config.json").exists():
+        raise ModelError(f"{text}: is an adapter, not a model. Merge it into its base first.")
+    if not (path / "config.json").exists():
+        raise ModelError(f"{text}: not a model directory (it has no config.json).")
+    if _is_delta(path):
+        raise ModelError(f"{text}: is a delta, not a model. Merge it into its base first.")
+
+
+def snapshot(
+    ref: Reference,
+    *,
+    with_weights: bool = True,
+    local_files_only: bool = False,
+    may_run_code: bool = False,
+) -> Path:
+    """Return the cached files of a Hub model, fetching what is missing: of weights only those that
+    are read. What is in the cache at a commit is not asked for again.
+
+    Raises the errors of huggingface_hub; LocalEntryNotFoundError where the cache lacks a file and
+    nothing may be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo_id, revision = ref.repo
+
+    def fetch(**chosen: Any) -> str:
+        with hub_answers():
+            return str(snapshot_download(repo_id, local_files_only=local_files_only, **chosen))
+
+    path = Path(fetch(revision=revision, allow_patterns=BESIDE_WEIGHTS))
+    if with_weights:
+        if not may_run_code:
+            refuse_code(path)  # before gigabytes are fetched
+        # config.json everywhere: the client warns where nothing matches
+        if not (path / "adapter_config.json").exists():
+            fetch(revision=path.name, allow_patterns=["model.safetensors", "config.json"])
+            wanted = weight_names(path)
+        else:
+            wanted = [ANY_WEIGHTS]
+        if wanted != ["model.safetensors"]:
+            fetch(
+                revision=path.name,
+                allow_patterns=[*wanted, "config.json"],
+                ignore_patterns="*/*",  # conversions for other programs
+            )
+    lacking = missing_files(path, with_weights=with_weights)
+    if lacking and local_files_only:
+        raise LocalEntryNotFoundError(f"the cache lacks {', '.join(lacking)}")
+    return path
+
+
+def missing_files(path: Path, *, with_weights: bool = True) -> list[str]:
+    """Return what a model, an adapter or a vector in a cached snapshot lacks of its files; of the
+    links to files that are gone, too.
+    """
+    lacking = sorted(
+        file.name for file in path.iterdir() if file.is_symlink() and not file.exists()
+    )
+    if not with_weights:
+        has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
+        return lacking or ([] if has_tokenizer else TOKENIZER_FILES[:1])
+    if (path / "adapter_config.json").exists():
+        weights = "adapter_model.safetensors"
+    elif _is_delta(path):
+        weights = "vector.safetensors"
+    else:
+        weights = "model.safetensors"
+        lacking += [] if (path / "config.json").exists() else ["config.json"]
+    indices = list(path.glob(f"*{INDEX}"))
+    if not any(file.is_file() for file in path.glob(ANY_WEIGHTS)) and not indices:
+        lacking.append(weights)
+    if not (path / weights).is_file():
+        lacking += [file for index in indices if index.is_file() for file in missing_shards(index)]
+    return sorted(set(lacking))
+
+
+def _is_delta(path: Path) -> bool:
+    record = path / "vector.json"
+    return record.is_file() and read_yaml(record).get("kind") == "delta"
+
+
+def _fetched(
+    ref: Reference, *, with_weights: bool = True, may_run_code: bool = False
+) -> ResolvedModel:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = snapshot(ref, with_weights=with_weights, may_run_code=may_run_code)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = f"it is not in the cache, and {_why_offline()}."
+        raise ModelError(
+            f"{ref.text}: cannot be fetched from the Hub ({reason}) Check the name and revision, "
+            "log in with "
+            "`hf auth login`, or give a local directory."
+        ) from error
+    _refuse_incomplete(ref, path, with_weights=with_weights)
+    return ResolvedModel(path, ref.repo[0], path.name)
+
+
+def _why_offline() -> str:
+    from huggingface_hub import constants
+
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+
+
+def _refuse_incomplete(ref: Reference, path: Path, *, with_weights: bool) -> None:
+    """Raise ModelError for a snapshot that lacks files after a download that was interrupted."""
+    lacking = missing_files(path, with_weights=with_weights)
+    if not lacking:
+        return
+    repo_id = ref.repo[0]
+    on_hub = _names_on_hub(repo_id, path.name)
+    names = [*on_hub, *(file.name for file in path.iterdir())]
+    if with_weights and not any(name.endswith(".safetensors") for name in names):
+        refuse_pickled(ref.text, sorted(names))
+    if on_hub:  # what the repository has not either, whoever needs it says
+        lacking = [name for name in lacking if name in on_hub]
+    if not lacking:
+        return
+    files = ", ".join(lacking[:5]) + (" ..." if lacking[5:] else "")
+    raise ModelError(
+        f"{ref.text}: the copy of {repo_id} at commit {path.name} in the cache is incomplete: it "
+        f"lacks {files}, and {_why_offline()}. Run `hf download {repo_id} --revision {path.name}` "
+        "where the Hub can be reached, or give a local directory."
+    )
+
+
+def _names_on_hub(repo_id: str, commit: str) -> list[str]:
+    """Return the files of a repository, none where the Hub cannot be asked."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return sorted(HfApi().list_repo_files(repo_id, revision=commit))
+    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled):
+        return []

@@ -1,0 +1,142 @@
+"""Safetensors shards written from blocks of rows, whole tensors never in memory."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from optimer_hf.errors import OutputError
+from optimer_hf.models.blocks import computed_ahead, row_blocks
+from optimer_hf.models.checkpoint import SAFETENSORS_DTYPES, Checkpoint
+from optimer_hf.models.layout import INDEX
+
+# name -> dtype and shape of every tensor of a model, in the order they are written
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def write_safetensors(out: Path, specs: Specs, blocks: Iterable[torch.Tensor]) -> None:
+    """Write one safetensors file from row blocks that come in the order of `specs`, holding one
+    block at a time.
+    """
+    with open(out, "wb") as file:
+        written, expected = _write_all(file, specs, blocks)
+    if written != expected:
+        raise OutputError(f"{out}: wrote {written:,} of {expected:,} bytes. The disk may be full.")
+
+
+class _Sink(Protocol):
+    def write(self, data: Any, /) -> int: ...
+
+
+def _write_all(sink: _Sink, specs: Specs, blocks: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """Write header and row blocks; return the bytes of the blocks, and those expected."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in specs.items():
+        n_bytes = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + n_bytes],
+        }
+        offset += n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sink.write(len(text).to_bytes(8, "little") + text)
+    return sum(sink.write(_raw_bytes(block)) for block in blocks), offset
+
+
+def _raw_bytes(block: torch.Tensor) -> Any:
+    return block.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def write_sharded(
+    out_dir: Path,
+    prefix: str,
+    specs: Specs,
+    rows_of: Callable[[str, slice], torch.Tensor],
+    max_shard_size: int,
+    device: str = "cpu",
+) -> None:
+    """Write tensors as `prefix.safetensors`, or as shards of at most `max_shard_size` bytes with an
+    index.
+
+    `rows_of(name, rows)` computes a row block, of a size that suits `device`; several threads call
+    it, ahead of the writing.
+    """
+    shards = _named_shards(prefix, specs, max_shard_size)
+    weight_map: dict[str, str] = {}
+    for file, shard in shards.items():
+        blocks = [
+            (name, rows) for name, (_, shape) in shard.items() for rows in row_blocks(shape, device)
+        ]
+        with closing(computed_ahead(rows_of, blocks, device)) as computed:
+            write_safetensors(out_dir / file, shard, computed)
+        weight_map.update(dict.fromkeys(shard, file))
+    if len(shards) > 1:
+        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out_dir / f"{prefix}{INDEX}").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+class _Hash:
+    """A file that is not kept, only its sha256."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any, /) -> int:
+        self.sha256.update(data)
+        return len(data)
+
+
+def files_in_shards(path: Path, max_shard_size: int) -> dict[str, str]:
+    """Return file name -> sha256 that the model in a directory has when `write_sharded` writes it
+    in shards of at most `max_shard_size` bytes. Memory: a row block.
+    """
+    checkpoint, found = Checkpoint(path), {}
+    specs = {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint.names}
+    for file, shard in _named_shards("model", specs, max_shard_size).items():
+        sink = _Hash()
+        blocks = (
+            checkpoint.read_rows(name, rows)
+            for name, (_, shape) in shard.items()
+            for rows in row_blocks(shape)
+        )
+        _write_all(sink, shard, blocks)
+        found[file] = sink.sha256.hexdigest()
+    return found
+
+
+def _named_shards(prefix: str, specs: Specs, max_shard_size: int) -> dict[str, Specs]:
+    """Return file name -> what is in it."""
+    shards = _shards(specs, max_shard_size)
+    if len(shards) == 1:
+        return {f"{prefix}.safetensors": shards[0]}
+    return {
+        f"{prefix}-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def _shards(
+    specs: Specs, max_shard_size: int
+) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, (dtype, shape) in specs.items():
+        n_bytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + n_bytes > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, shape)
+        size += n_bytes
+    return shards

@@ -1,0 +1,218 @@
+"""A recipe -> its merged model, and whether a model is the one that was locked."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import ConfigError, ModelError, OptimerError
+from optimer_hf.files.paths import portable
+from optimer_hf.files.reading import yaml_text
+from optimer_hf.files.reference import is_there
+from optimer_hf.files.staging import finish_move, replacing
+from optimer_hf.merging.tokenizer import opened_tokenizer
+from optimer_hf.merging.writer import write_merged
+from optimer_hf.models.layout import (
+    MAX_SHARD_SIZE,
+    ResolvedModel,
+    files_beside_weights,
+    tokenizer_files,
+    weight_files,
+)
+from optimer_hf.models.resolve import resolve_model
+from optimer_hf.models.shards import files_in_shards
+from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
+from optimer_hf.recipes.write import _tokenizer_digests
+from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES
+from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.vector import AdapterVector
+
+logger = logging.getLogger(__name__)
+
+
+# -- recipe -> model -------------------------------------------------------------------------------
+
+
+def build(
+    path: Path,
+    out: Path,
+    *,
+    out_dtype: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    device: str = "cpu",
+    replace: bool = False,
+) -> None:
+    """Build the merged model of a recipe; `device` does the arithmetic, and with `replace` it takes
+    the place of another model in `out`, which stays until then.
+
+    The model appears with its recipe, lock and figures. One that is in `out` already, whole and of
+    this recipe and lock, stays; what is beside its weights is brought up to date. Raises ModelError
+    when base or vectors are not the locked ones, before anything is written.
+    """
+    recipe = RecipeFile.read(path)
+    lock_file = path.with_suffix(".lock.json")
+    base = resolve_model(recipe.base_model)
+    lock = Lock.read(lock_file) if lock_file.exists() else None
+    if lock is not None:
+        _check_lock(lock, recipe, base)
+    tokenizer = opened_tokenizer(base, recipe.tokenizer_reference)
+    vectors = [
+        open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()
+    ]
+    write = partial(
+        write_merged,
+        base,
+        vectors,
+        recipe.weights,
+        out,
+        out_dtype=out_dtype or recipe.dtype,
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        device=device,
+        replace=replace,
+    )
+    if lock is None:
+        write()
+        return
+    asked = {"dtype": out_dtype or recipe.dtype, "max_shard_size": max_shard_size}
+    beside = files_beside_weights(base.path, tokenizer=tokenizer.path if tokenizer else None)
+    finish_move(out)
+    built = _lock_of_built(lock, out, asked, [file.name for file in beside])
+    if built is not None:
+        logger.info("%s: holds the model of this recipe already; nothing to build", out)
+        _write_beside(recipe, path.parent, built, out, out)
+    else:
+        write(
+            complete=lambda staging: _write_beside(
+                recipe, path.parent, _with_output(lock, staging, asked), staging, out
+            )
+        )
+        built = Lock.read(out / LOCK)
+    if out_dtype is None:
+        _keep_output(lock_file, out, built, any(isinstance(v, AdapterVector) for v in vectors))
+
+
+def _with_output(lock: Lock, model: Path, asked: Mapping[str, Any]) -> Lock:
+    """Return the lock of a recipe as it is of a model built from it, with what was asked of it."""
+    return lock.model_copy(update={"output": weight_files(model), **asked})
+
+
+def _lock_of_built(
+    lock: Lock, model: Path, asked: Mapping[str, Any], beside: Sequence[str]
+) -> Lock | None:
+    """Return the lock of a model that is what a build after `lock` gives, with the files `beside`
+    its weights; None when there is another one, or none.
+    """
+    if not all((model / name).is_file() for name in beside):
+        return None
+    try:
+        built = _with_output(lock, model, asked)
+        recorded = Lock.read(model / LOCK) if is_there(model / LOCK) else None
+    except OptimerError:
+        return None
+    return built if built.output and built in (lock, recorded) else None
+
+
+def _keep_output(lock_file: Path, out: Path, built: Lock, has_adapters: bool) -> None:
+    """Lock the files of the first build, and compare those of a later one."""
+    lock = Lock.read(lock_file)
+    if not lock.output:
+        built.write(lock_file)
+        return
+    found = built.output
+    if found != lock.output and built.max_shard_size != lock.max_shard_size:
+        found = files_in_shards(out, lock.max_shard_size)
+    if lock.output != found and has_adapters:
+        logger.warning(
+            "%s: differs in bits from the model built first; LoRA products round differently on "
+            "another processor",
+            out,
+        )
+    elif lock.output != found:
+        raise ModelError(
+            f"{out}: differs from the model this recipe built first ({lock_file.name}). It was "
+            "kept."
+        )
+
+
+def _write_beside(recipe: RecipeFile, figures: Path, built: Lock, model: Path, out: Path) -> None:
+    """Write into a built model how it was built, so that it can be verified and published, and the
+    figures of its card, which lie in a folder of the recipe; what is there stays. `out` is where
+    the model will be.
+    """
+    built_recipe = recipe.model_copy(update={"dtype": built.dtype})
+    data = portable(built_recipe.model_dump(mode="json", exclude_none=True), out.resolve())
+    files = {"recipe.yaml": yaml_text(data).encode()}
+    if (figures / CAPTIONS).exists():
+        names = (*(f"{FIGURES}/{name}.png" for name in CARD_FIGURES), CAPTIONS)
+        files |= {name: (figures / name).read_bytes() for name in names if is_there(figures / name)}
+    for name, data in files.items():
+        if not is_there(model / name) or (model / name).read_bytes() != data:
+            with replacing(model / name) as partial:
+                partial.write_bytes(data)
+    if not is_there(model / LOCK) or Lock.read(model / LOCK) != built:
+        built.write(model / LOCK)
+
+
+def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:
+    if (recipe.weights, recipe.dtype) != (lock.weights, lock.dtype):
+        raise ModelError(
+            f"{recipe.name}: weights or dtype are not the locked ones. Restore them, or delete the "
+            "lock to make this another recipe."
+        )
+    parts = {"base_model": (lock.base, base.path)}
+    for name, ingredient in recipe.vectors.items():
+        parts[f"vectors.{name}"] = (
+            lock.vectors.get(name, {}),
+            resolve_model(ingredient.source).path,
+        )
+    for field, (expected, directory) in parts.items():
+        if weight_files(directory) != expected:
+            raise ModelError(
+                f"{recipe.name}: {field}: the weights in {directory} are not the locked ones. "
+                "Fetch them again, or write the recipe anew."
+            )
+    if _tokenizer_digests(recipe.tokenizer_reference) != lock.tokenizer:
+        raise ModelError(
+            f"{recipe.name}: tokenizer_source: found {recipe.tokenizer_reference or 'base'}, whose "
+            "tokenizer, chat template or generation config is not the locked one. Fetch it again, "
+            "or write the recipe anew."
+        )
+
+
+def verify(path: Path, model: Path) -> None:
+    """Raise ModelError unless a built model has the sha256 that the lock of its recipe records, and
+    the tokenizer, if that is not the base's; one in other shards than the locked one is hashed as
+    if it were in those.
+    """
+    lock_file = path.with_suffix(".lock.json")
+    if not path.is_file() or not lock_file.is_file():
+        lacking = f"has no {lock_file.name} beside it" if path.is_file() else "no such recipe file"
+        raise ConfigError(f"{path}: {lacking}. `optimer recipe STUDY_DIR {path}` writes both.")
+    lock = Lock.read(lock_file)
+    if not lock.output:
+        raise ModelError(
+            f"{path}: its lock records no built model. Run `optimer build {path} OUT` first."
+        )
+    if not model.is_dir():
+        if is_there(model):
+            raise ModelError(
+                f"{model}: a file; expected the directory of a model after the recipe."
+            )
+        raise ModelError(f"{model}: no such model. Build it: `optimer build {path} {model}`.")
+    beside = model / LOCK
+    built, found = Lock.read(beside) if beside.exists() else lock, weight_files(model)
+    if found != lock.output and built.max_shard_size != lock.max_shard_size:
+        found = files_in_shards(model, lock.max_shard_size)
+    for name in sorted(lock.output.keys() | found.keys()):
+        if found.get(name) != lock.output.get(name):
+            raise ModelError(
+                f"{model / name}: sha256 differs from {lock_file.name}. Build it again."
+            )
+    has = tokenizer_files(model)
+    for name in sorted(lock.tokenizer):
+        if has.get(name) != lock.tokenizer[name]:
+            raise ModelError(
+                f"{model / name}: not the tokenizer that {lock_file.name} records. Build it again."
+            )

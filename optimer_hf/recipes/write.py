@@ -1,0 +1,297 @@
+"""A finished study -> recipe.yaml, its lock and merge configs."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import ConfigError, OutputError
+from optimer_hf.files.paths import portable
+from optimer_hf.files.reading import yaml_text
+from optimer_hf.files.reference import is_pinned, is_there, tokenizer_reference
+from optimer_hf.files.staging import write_text
+from optimer_hf.merging.mergekit_pool import (
+    linear_config,
+    optimer_config,
+    vanilla_config,
+    with_tokenizer,
+)
+from optimer_hf.merging.tokenizer import tokenizer_path
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_files, weight_files
+from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
+from optimer_hf.recipes.record import MADE_HERE, MERGE_CONFIG, Lock, RecipeFile
+from optimer_hf.scoring.units import Unit, said_of
+from optimer_hf.study.config import MERGE, StudyConfig
+from optimer_hf.study.directory import Study
+from optimer_hf.study.trials import Trial
+from optimer_hf.vectors.delta import extract, norms
+from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.record import read_record
+from optimer_hf.vectors.vector import DistributionVector
+
+VERSIONED_PACKAGES = (
+    "optimer-hf",
+    "torch",
+    "transformers",
+    "peft",
+    "mergekit",
+    "smac",
+    "lm-eval",
+    "safetensors",
+)
+LARGEST_BFLOAT16_DELTA = (
+    0.05  # relative norm; rounded by at most 2^-8, it moves 6 % of a bfloat16 output by one ulp
+)
+LARGEST_CANCELLATION = (
+    2.0  # beyond this sum of |w|, base weight 1 - sum w loses digits of bfloat16 checkpoints
+)
+
+
+# -- study -> recipe -------------------------------------------------------------------------------
+
+
+def write_recipe(
+    study: Study,
+    path: Path,
+    *,
+    name: str,
+    sealed: Mapping[str, Any] | None = None,
+    ledger: Mapping[str, Any] | None = None,
+    pick: Trial | None = None,
+    derived_from: str | None = None,
+) -> RecipeFile:
+    """Write recipe.yaml at `path`, its lock and `optimer.yml` beside it, and return the recipe.
+
+    `pick` is the trial to write (None: the incumbent), for instance one of the front;
+    `derived_from` the recipe it continues, org/name@commit. Raises ConfigError when that is not
+    pinned, OutputError where files of somebody else would be lost, StudyError when weights are no
+    longer those that the trials scored.
+    """
+    if derived_from is not None and not is_pinned(derived_from):
+        raise ConfigError(
+            f"--derived-from: found {derived_from!r}, expected org/name@<40-digit commit>, as "
+            "`optimer pull` prints it."
+        )
+    config, incumbent = study.config, pick or study.incumbent
+    folder = path.resolve().parent
+    _refuse_foreign(path, folder / MERGE_CONFIG)
+    base = resolve_model(config.base_model)
+    sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
+    _check_inputs(study, base, sources)
+    base_model = _pinned(config.base_model, base, folder)
+    pinned = {
+        key: _pinned(str(config.vectors[key].source), source, folder)
+        for key, source in sources.items()
+    }
+    recipe = {
+        "format_version": 1,
+        "name": name,
+        "base_model": base_model,
+        "dtype": config.dtype,
+        "vectors": {
+            key: {"source": source, "weight": incumbent.weights[key]}
+            for key, source in pinned.items()
+        },
+        **_tokenizer_field(config, folder),
+        **_evidence(study, incumbent, sealed, folder),
+        "ledger": dict(ledger or {}),
+        "versions": {package: version(package) for package in VERSIONED_PACKAGES},
+    }
+    if derived_from is not None:
+        recipe["derived_from"] = derived_from
+    lock = _lock_of(config, base, sources, incumbent.weights)
+    _write_lock(lock, path.with_suffix(".lock.json"))
+    write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(_merge_config(recipe)))
+    header = f"# Build it with: optimer build {path.name} OUT\n"
+    write_text(path, header + yaml_text(recipe))
+    return RecipeFile.read(path)
+
+
+def _lock_of(
+    config: StudyConfig,
+    base: ResolvedModel,
+    sources: Mapping[str, ResolvedModel],
+    weights: Mapping[str, float],
+) -> Lock:
+    """Return the lock of a merge that is not built yet; `sources` by vector."""
+    return Lock(
+        base=weight_files(base.path),
+        vectors={key: weight_files(source.path) for key, source in sources.items()},
+        kinds={
+            key: open_vector(key, str(config.vectors[key].source), base).kind for key in sources
+        },
+        tokenizer=_tokenizer_digests(config.tokenizer_reference),
+        weights=dict(weights),
+        dtype=config.dtype,
+    )
+
+
+def _check_inputs(study: Study, base: ResolvedModel, sources: Mapping[str, ResolvedModel]) -> None:
+    """Raise StudyError when weights or tokenizer are no longer those that the trials scored."""
+    paths = {key: source.path for key, source in sources.items()}
+    tokenizer = tokenizer_path(study.config.tokenizer_reference)
+    study.check_inputs(model_digests(base.path, paths, tokenizer))
+
+
+def _merge_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a recipe for `optimer merge`."""
+    sources = {key: vector["source"] for key, vector in recipe["vectors"].items()}
+    weights = {key: vector["weight"] for key, vector in recipe["vectors"].items()}
+    found = optimer_config(recipe["base_model"], sources, weights, recipe["dtype"])
+    return with_tokenizer(found, tokenizer_reference(recipe.get("tokenizer_source"), sources))
+
+
+def _tokenizer_field(config: StudyConfig, folder: Path) -> dict[str, str]:
+    """Return whose tokenizer a merge has as a recipe says it: a vector by its name, a model pinned
+    as vectors are; nothing for the base's.
+    """
+    named = config.tokenizer_source
+    if named is None or named in config.vectors:
+        return {} if named is None else {"tokenizer_source": named}
+    pinned = _pinned(named, resolve_tokenizer(named), folder)
+    is_word = Path(named).is_absolute() and "/" not in pinned  # could name a vector, or be `base`
+    return {"tokenizer_source": f"./{pinned}" if is_word else pinned}
+
+
+def _tokenizer_digests(reference: str | None) -> dict[str, str]:
+    """Return file name -> sha256 of a tokenizer that is not the base's; nothing for the base's."""
+    path = tokenizer_path(reference)
+    return {} if path is None else tokenizer_files(path)
+
+
+def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
+    """Raise OutputError for a file of somebody else's where one of a recipe goes."""
+    foreign = None
+    if is_there(recipe):
+        try:
+            RecipeFile.read(recipe)
+        except ConfigError:
+            foreign = recipe
+    elif is_there(merge_config) and not merge_config.read_bytes().startswith(MADE_HERE.encode()):
+        foreign = merge_config
+    if foreign is not None:
+        raise OutputError(
+            f"{foreign}: exists and was not written with a recipe. Move it, or give the recipe a "
+            "folder of its own."
+        )
+
+
+def _evidence(
+    study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None, folder: Path
+) -> dict[str, Any]:
+    """Return what was asked of the merge, how it scored, and in which search it was found."""
+    objective = study.config.objective.model_dump(mode="json", exclude_defaults=True)
+    return {
+        "objective": portable(objective, folder),
+        "scores": _scores(study, incumbent, sealed),
+        "study": {
+            "sha256": study.config.digest,
+            "n_trials": len(study.log.of("search")),
+            "seed": study.config.search.seed,
+            "incumbent": incumbent.number,
+        },
+    }
+
+
+def _write_lock(lock: Lock, path: Path) -> None:
+    """Write a lock; what the same inputs were built to before stays recorded."""
+    if path.exists():
+        earlier = Lock.read(path)
+        built = {"output": earlier.output, "max_shard_size": earlier.max_shard_size}
+        if lock.model_copy(update={**built, "kinds": earlier.kinds}) == earlier:
+            lock = lock.model_copy(update=built)
+    lock.write(path)
+
+
+def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
+    """Return a Hub reference with its commit, a local one relative to the folder of the recipe."""
+    if resolved.commit is not None:
+        return f"{resolved.reference}@{resolved.commit}"
+    return str(portable(reference, folder))
+
+
+def _scores(study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None) -> dict[str, Any]:
+    said = said_of(study.over_base(incumbent), Unit.of(study.config.objective), is_gain=True)
+    found: dict[str, Any] = {
+        incumbent.fidelity: {
+            "value": study.value(incumbent),
+            "summary": f"over {study.baseline} {said}",
+            "terms": {label: term.score for label, term in incumbent.terms.items()},
+        }
+    }
+    if sealed is not None:
+        merge = next(row for row in sealed["rows"] if row["name"] == MERGE)
+        found["sealed"] = {
+            "value": merge["value"],
+            "summary": merge.get("summary"),
+            "terms": {label: term["score"] for label, term in merge["terms"].items()},
+            "verdicts": list(sealed["verdicts"]),
+        }
+    return found
+
+
+def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> None:
+    """Write a config at `path` that unmodified `mergekit-yaml` runs to the weights of the
+    incumbent, or of the trial `pick`.
+
+    A pool of checkpoints is merged with `linear` and base weight 1 - sum w. Adapters and deltas,
+    and sums that would cancel, are written as delta directories under `deltas/` beside it, which
+    `linear` adds to the base. What mergekit does not write of another tokenizer, a comment says.
+    """
+    config, weights = study.config, (pick or study.incumbent).weights
+    base = resolve_model(config.base_model)
+    vectors = [
+        open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()
+    ]
+    if (
+        all(vector.kind == "checkpoint" for vector in vectors)
+        and _sum_of_absolute(weights) <= LARGEST_CANCELLATION
+    ):
+        sources = {vector.name: str(vector.path) for vector in vectors}
+        found = linear_config(str(base.path), sources, weights, config.dtype)
+    else:
+        deltas = {
+            vector.name: str(_delta_directory(vector, base, path.resolve().parent))
+            for vector in vectors
+        }
+        found = vanilla_config(str(base.path), deltas, weights, config.dtype)
+    header = f"# Paths are of this machine. Run: mergekit-yaml {path.name} OUT\n"
+    if config.tokenizer_reference is not None:
+        header += untaken_note(str(resolve_tokenizer(config.tokenizer_reference).path))
+    write_text(path, header + yaml_text(found))
+
+
+def untaken_note(source: str) -> str:
+    """Return a comment that says whose tokenizer to copy beside what mergekit writes. Given a
+    tokenizer, mergekit cuts the embedding to its tokens, which makes another model.
+    """
+    return (
+        f"# Copy tokenizer, chat template and (if there is one) generation_config.json of {source} "
+        "into OUT.\n"
+    )
+
+
+def _sum_of_absolute(weights: Mapping[str, float]) -> float:
+    return sum(abs(weight) for weight in weights.values())
+
+
+def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:
+    """Return the vector as a complete delta directory, written once for the same weights; in
+    bfloat16 when that costs nothing visible.
+    """
+    out = folder / "deltas" / vector.name
+    if out.resolve() == vector.path.resolve():
+        return out
+    record = read_record(out)
+    current = weight_files(vector.path), weight_files(base.path)
+    if record is None or (record.source_files, record.base.files) != current:
+        _, relative_norm = norms(vector, Checkpoint(base.path))
+        extract(
+            vector,
+            base,
+            out,
+            dtype="bfloat16" if relative_norm < LARGEST_BFLOAT16_DELTA else "float32",
+            replace=record is not None and record.kind == "delta",  # of an earlier training
+        )
+    return out

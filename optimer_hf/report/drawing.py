@@ -1,0 +1,136 @@
+"""How the figures of a report are drawn."""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from optimer_hf.comparison.rows import Row
+from optimer_hf.files.staging import replacing
+from optimer_hf.scoring.intervals import Interval
+from optimer_hf.study.trials import Trial
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+INK = "#1b1b1f"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito 2008
+PAGE_COLOURS = {  # what a page in dark mode has another shade of
+    INK: "currentColor",
+    COLOURS[0]: "var(--blue)",
+    COLOURS[1]: "var(--accent)",
+}
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.h_pad": 0.08,  # inches: a title keeps away from the ticks above it
+    "figure.facecolor": "none",
+    "figure.labelsize": 9,
+    "font.size": 9,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "optimer",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+WIDTH = 5.2  # inches: at 72 points an inch, a phone shows a figure at its own size
+
+FIGURE_METADATA = {  # of a figure file, by suffix; what would differ from one drawing to the next
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure with what to conclude from it and what it shows, for those who cannot see it."""
+
+    name: str
+    title: str
+    conclusion: str
+    shows: str
+    figure: "Figure"
+
+
+def _draw_interval(
+    axis: "Axes", at: float, interval: Interval, marked: bool, factor: float = 100.0
+) -> None:
+    middle, low, high = (factor * v for v in (interval.difference, interval.low, interval.high))
+    colour = COLOURS[1] if marked else COLOURS[0]
+    if interval.kind != "none":
+        axis.plot([low, high], [at, at], color=colour, linewidth=1.4)
+    axis.plot(middle, at, "o", color=colour, markersize=4)
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+    from cycler import cycler
+
+    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
+    with matplotlib.rc_context(style):
+        yield
+
+
+def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Sequence["Axes"]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _label(row: Row) -> str:
+    """Return the name of a row as it fits beside a figure, with a star that `_note` explains."""
+    name = row.name if len(row.name) <= 34 else f"{row.name[:32]}…"
+    return name + " *" * row.chosen_after_seal
+
+
+def _note(rows: Sequence[Row]) -> str:
+    return "\n* chosen after the seal was opened" * any(row.chosen_after_seal for row in rows)
+
+
+def _seconds(trial: Trial) -> float:
+    return sum(value for phase, value in trial.seconds.items() if phase != "forward")
+
+
+def _svg(panel: Panel) -> str:
+    """Return a figure as an inline SVG with a text for screen readers; ids are unique in a page."""
+    buffer = io.StringIO()
+    panel.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.name}-", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    label = str(Markup.escape(panel.shows))
+    text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    for colour, name in PAGE_COLOURS.items():
+        text = text.replace(colour, name)
+    return text.strip()
+
+
+def _write_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure without metadata: the same figure gives the same bytes."""
+    bare: Any = FIGURE_METADATA[path.suffix]
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=160, facecolor="white", metadata=bare)

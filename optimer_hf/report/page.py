@@ -1,0 +1,165 @@
+"""A study -> one self-contained HTML page and its figures."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from optimer_hf.comparison import sealed, tables
+from optimer_hf.comparison.rows import Comparison
+from optimer_hf.files.reference import Reference
+from optimer_hf.files.staging import write_text
+from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, Caption, Captions
+from optimer_hf.report.drawing import Panel, _style, _svg, _write_figure
+from optimer_hf.report.panels import (
+    NO_PAIR,
+    _cosines,
+    _front,
+    _ledger,
+    _losses,
+    _norms,
+    _progress,
+    _records,
+    _sealed,
+    _slices,
+    _terms,
+    _weights,
+)
+from optimer_hf.scoring.units import Unit, said_of
+from optimer_hf.study.directory import Study
+from optimer_hf.study.surrogate import surrogate_of
+from optimer_hf.study.trials import ITEMS_OF
+
+
+def write_report(
+    study: Study, out: Path, *, figures: Path | None = None, vectors: bool = True
+) -> list[Panel]:
+    """Write the page at `out`, the figures as PNG with their captions into `figures`, and return
+    the panels.
+
+    `vectors=False` leaves out the cosines, for which every vector is read once; what was measured
+    is kept in geometry.json of the study. Raises StudyError for
+    a study without a trial.
+    """
+    with _style():
+        panels = list(_panels(study, vectors))
+        if figures is not None:
+            _write_figures(study, panels, figures)
+        pictures = [(panel, Markup(_svg(panel))) for panel in panels]
+    environment = Environment(
+        loader=PackageLoader("optimer_hf", "."), undefined=StrictUndefined, autoescape=True
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=_title(study),
+        summary=_summary(study, sealed.recorded(study)),
+        pictures=pictures,
+        weights=study.incumbent.weights,
+        pinned=_pinned(study),
+    )
+    write_text(out, page)
+    return panels
+
+
+def write_figures(study: Study, folder: Path) -> None:
+    """Write the figures of a card as PNG with their captions into a folder, but those that read
+    vectors.
+    """
+    with _style():
+        panels = [panel for panel in _panels(study, False) if panel.name in CARD_FIGURES]
+        _write_figures(study, panels, folder)
+
+
+def write_sealed_figure(study: Study, comparison: Comparison, path: Path) -> None:
+    """Write the gain of every row over the base with its paired 95 % interval as a figure; the
+    suffix of `path`, one of FIGURE_METADATA, says the format.
+    """
+    with _style():
+        _write_figure(_sealed(comparison).figure, path)
+
+
+def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:
+    for panel in panels:
+        _write_figure(panel.figure, folder / f"{panel.name}.png")
+    captions = {p.name: Caption(title=p.title, conclusion=p.conclusion) for p in panels}
+    record = Captions(weights=study.incumbent.weights, captions=captions)
+    record.write(folder / Path(CAPTIONS).name)
+
+
+def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
+    """Return the panels that this study has something to show in."""
+    unit, trials = (
+        Unit.of(study.config.objective),
+        [t for t in study.log.of("search") if t.status == "ok"],
+    )
+    posterior = surrogate_of(study.config, study.log.of("search"))
+    comparison = sealed.recorded(study)
+    yield _progress(study, trials, unit)
+    yield _weights(study, posterior)
+    yield _slices(study, posterior, trials, unit)
+    yield _terms(study, comparison)
+    if comparison is not None:
+        yield _sealed(comparison)
+    if len([t for t in study.config.objective.terms if t.weight > 0]) >= NO_PAIR:
+        yield _front(study, trials)
+    if vectors and (found := _cosines(study)) is not None:
+        yield found
+    records = _records(study)
+    for key, build in (("losses", _losses), ("norms", _norms)):
+        trained = {name: record.training or {} for name, record in records.items()}
+        series = {name: training[key] for name, training in trained.items() if training.get(key)}
+        if series:
+            yield build(series, records)
+    yield _ledger(study)
+
+
+def _title(study: Study) -> str:
+    directory = study.directory.resolve()
+    return directory.parent.name if directory.name == "study" else directory.name
+
+
+def _summary(study: Study, comparison: Comparison | None) -> str:
+    """Return what the sealed test says, where it was scored, and the score that the merge was
+    chosen by, which is another number.
+    """
+    best = study.incumbent
+    said = said_of(study.over_base(best), Unit.of(study.config.objective), is_gain=True)
+    state = "" if study.is_finished else " The search is not finished."
+    chosen = (
+        f"The best of {len(study.log.of('search'))} trials is number {best.number} "
+        f"({best.origin}): on {ITEMS_OF[best.fidelity]}, over {study.baseline}, {said}."
+    )
+    if comparison is None:
+        return f"{chosen} Weights are chosen by this score, so it flatters them.{state}"
+    sealed = tables.verdicts(comparison)[0]
+    return (
+        f"On the sealed test: {sealed} {chosen} Weights are chosen by that score, so it flatters "
+        f"them; the sealed one does not.{state}"
+    )
+
+
+def _pinned(study: Study) -> list[tuple[str, str]]:
+    """Return what the study stands on, with the digests that are known."""
+    records = _records(study)
+    rows = [("study", study.config.digest), ("base model", _shown(study.config.base_model))]
+    bases = {record.base.reference: record.base.files for record in records.values()}
+    rows += [
+        (f"base model, {name}", f"sha256 {value}")
+        for files in list(bases.values())[:1]
+        for name, value in files.items()
+    ]
+    for name, vector in study.config.vectors.items():
+        corpus = (records[name].corpus or {}) if name in records else {}
+        rows.append((f"vector {name}", _shown(str(vector.source))))
+        if "sha256" in corpus:
+            rows.append((f"corpus of {name}", f"{corpus.get('name')}, sha256 {corpus['sha256']}"))
+    versions: dict[str, str] = {}
+    for record in records.values():
+        versions |= record.versions
+    return rows + [(name, version) for name, version in versions.items()]
+
+
+def _shown(reference: str) -> str:
+    """Return a reference as others may read it: of a local path the last part."""
+    path = Reference(reference).path
+    return path.name if path is not None else reference

@@ -1,0 +1,1 @@
+"""Objectives, and the scores that lm-eval gives a model on them."""

@@ -1,0 +1,216 @@
+"""Model + objective -> scores of every term, by lm-eval in this process."""
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from optimer_hf.errors import EvaluationError
+from optimer_hf.files.digest import digest
+from optimer_hf.scoring.harness import harness_model, quiet_harness
+from optimer_hf.scoring.items import _item_hash, items_within, spread
+from optimer_hf.scoring.objective import ASKED_BY, N_ASKED, Objective, Term
+from optimer_hf.scoring.scores import TermScore
+from optimer_hf.scoring.tasks import _aggregation, load_tasks
+from optimer_hf.scoring.units import Unit
+
+OF_TERMS = Unit(100.0, "gain over the base, %")  # losses relative, accuracies in points
+
+# -- the harness -----------------------------------------------------------------------------------
+
+
+Scorer = Callable[[Any, Any, int | None], Sequence[float]]
+
+
+class Evaluator:
+    """A model, its tokenizer and the tasks of some objectives, ready to be scored."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        objectives: Sequence[Objective],
+        *,
+        functions: Mapping[str, Scorer] | None = None,
+    ) -> None:
+        """Load the tasks. `functions` score the terms that name them: (model, tokenizer, limit) ->
+        a number per item.
+
+        Raises EvaluationError for a task, metric, file or function that does not exist.
+        """
+        self._lm = harness_model(model, tokenizer)
+        self.tasks = load_tasks(objectives)
+        self._prompting = objectives[0].prompting
+        self._functions = dict(functions or {})
+        self._within: dict[tuple[str, tuple[float, float]], list[int]] = {}
+        for term in (term for objective in objectives for term in objective.scored):
+            if term.function is not None and term.function not in self._functions:
+                raise EvaluationError(
+                    f"term {term.label!r}: no function {term.function!r} was given; functions "
+                    "come from Python: search(..., pool=partial(ResidentPool, functions={...}))."
+                )
+            if term.function is None and not self._indices(term):
+                raise EvaluationError(
+                    f"term {term.label!r}: no item of {term.task_name!r} is in hash_range "
+                    f"{list(term.hash_range)}."
+                )
+
+    def _chosen(self, term: Term, limit: int | None) -> list[int]:
+        """Return the items that a term is scored on."""
+        within = self._indices(term)
+        return [within[index] for index in spread(len(within), limit)]
+
+    def _indices(self, term: Term) -> list[int]:
+        """Return the items of a term that are in its hash range."""
+        key = (term.task_name, term.hash_range)
+        if key not in self._within:
+            self._within[key] = items_within(self.tasks[term.asked_as], term.hash_range)
+        return self._within[key]
+
+    def items_digest(self, term: Term) -> str | None:
+        """Return a digest of the items of a term: their rows, of a few what is asked, and how they
+        are scored; None for a term that a function scores.
+        """
+        if term.function is not None:
+            return None
+        task, within = self.tasks[term.asked_as], self._indices(term)
+        docs, few = list(task.eval_docs), spread(len(within), N_ASKED)
+        asked = [_item_hash(task, docs[within[index]]) for index in few]
+        how = [repr(getattr(task.config, name, None)) for name in ASKED_BY]
+        rows = [docs[index] for index in within]
+        return digest([*map(_without_addresses, how), *map(_plain, rows), *asked])
+
+    def n_items(self, term: Term) -> int:
+        """Return how many items a term of the harness has."""
+        return len(self._indices(term))
+
+    def evaluate(
+        self, terms: Sequence[Term], *, limits: Mapping[str, int | None]
+    ) -> dict[str, TermScore]:
+        """Score terms, each on the first `limits[label]` of its items in a fixed order spread over
+        the file.
+
+        Raises EvaluationError when a score is not a finite number.
+        """
+        before = self.n_tokens
+        of_harness = [term for term in terms if term.function is None]
+        found = self._harness_scores(of_harness, limits)
+        used = (self.n_tokens - before) // max(len(of_harness), 1)
+        for term in terms:
+            if term.function is None:
+                found[term.label] = replace(found[term.label], n_tokens=used)
+            else:
+                found[term.label] = self._function_score(term, limits[term.label])
+        return {term.label: found[term.label] for term in terms}
+
+    def _harness_scores(
+        self, terms: Sequence[Term], limits: Mapping[str, int | None]
+    ) -> dict[str, TermScore]:
+        from lm_eval.evaluator import evaluate
+
+        chosen = {term.label: self._chosen(term, limits[term.label]) for term in terms}
+        samples: dict[str, list[int]] = {}
+        for term in terms:  # each item is asked once, whatever the number of terms that look at it
+            known = samples.get(term.asked_as, [])
+            samples[term.asked_as] = sorted({*known, *chosen[term.label]})
+        if not samples:
+            return {}
+        tasks = {name: self.tasks[name] for name in sorted(samples)}
+        with quiet_harness():
+            try:
+                results = evaluate(
+                    lm=self._lm,
+                    task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
+                    samples=samples,
+                    bootstrap_iters=0,
+                    log_samples=True,
+                    **self._prompting,
+                )
+            except OverflowError as error:  # of lm-eval's perplexities
+                raise EvaluationError(
+                    f"{sorted(tasks)}: a score is not a finite number."
+                ) from error
+        found = {}
+        for term in terms:
+            task, own = self.tasks[term.asked_as], {*chosen[term.label]}
+            logged = [row for row in results["samples"][term.asked_as] if row["doc_id"] in own]
+            found[term.label] = _sound(term, _term_score(term, task, logged))
+        return found
+
+    def _function_score(self, term: Term, limit: int | None) -> TermScore:
+        function = self._functions[str(term.function)]
+        with torch.no_grad():
+            values = [float(value) for value in function(self._lm.model, self._lm.tokenizer, limit)]
+        if not values or not all(map(math.isfinite, values)):
+            raise EvaluationError(
+                f"term {term.label!r}: function {term.function!r} gave {values[:5]!r}, expected a "
+                "finite number per item."
+            )
+        return TermScore([(value, 1.0) for value in values], bool(term.higher_is_better))
+
+    @property
+    def forward_seconds(self) -> float:
+        """Seconds spent inside the model so far."""
+        return float(self._lm.forward_seconds)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens the model has read so far."""
+        return int(self._lm.n_tokens["total"])
+
+
+def _sound(term: Term, found: TermScore) -> TermScore:
+    """Return a score that is a finite number; raise EvaluationError for another."""
+    try:
+        if math.isfinite(found.score):
+            return found
+    except (OverflowError, ZeroDivisionError):
+        pass
+    raise EvaluationError(f"term {term.label!r}: the score is not a finite number.")
+
+
+def _term_score(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> TermScore:
+    """Return the score of a term from what lm-eval logged of its items, all filters of each."""
+    name, _, chosen = term.metric.partition(",")
+    rows = [row for row in logged if row["filter"] == (chosen or row["filter"])]
+    if not chosen:
+        rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
+    rows.sort(key=lambda row: row["doc_id"])
+    aggregation = _aggregation(term, task)
+    items = [_item(row[name], aggregation) for row in rows]
+    for row, (top, _) in zip(rows, items, strict=True):
+        if not math.isfinite(top):
+            raise EvaluationError(
+                f"term {term.label!r}: the score of item {row['doc_id']} is not a finite number."
+            )
+    higher, is_perplexity = task.higher_is_better()[name], aggregation.endswith("perplexity")
+    documents = [_document(term, row["doc"]) for row in rows]
+    return TermScore(items, bool(higher), 0, is_perplexity, documents=documents)
+
+
+def _item(value: Any, aggregation: str) -> tuple[float, float]:
+    """Return numerator and denominator of an item out of lm-eval's value of it."""
+    if isinstance(value, tuple):  # (log-likelihood in nats, bytes or words)
+        return -float(value[0]) / math.log(2), float(value[1])
+    if aggregation == "perplexity":  # log-likelihood in nats
+        return -float(value) / math.log(2), 1.0
+    return float(value), 1.0
+
+
+def _document(term: Term, row: Any) -> int:
+    """Return a checksum of what an item is made from: of a document of a file its text."""
+    return zlib.crc32((row[term.text_field] if term.text is not None else _plain(row)).encode())
+
+
+def _plain(row: Any) -> str:
+    """Return a row as text."""
+    return _without_addresses(repr(row))
+
+
+def _without_addresses(text: str) -> str:
+    """Return a text without the addresses of functions, images and the like."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -1,0 +1,255 @@
+"""What a merge is scored on: terms, constraints, and how their scores combine into one value."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from optimer_hf.files.digest import digest
+from optimer_hf.files.model import FileModel, Mistake, VersionedFile
+from optimer_hf.files.reference import LocalPath
+from optimer_hf.scoring.scores import Scores, TermScore
+
+N_ASKED = 32  # items of a term whose prompts its digest looks at
+ASKED_BY = (  # and fields of lm-eval's task that say how they are asked and scored
+    "output_type",
+    "num_fewshot",
+    "description",
+    "fewshot_delimiter",
+    "target_delimiter",
+    "generation_kwargs",
+    "filter_list",
+    "metric_list",
+)
+
+ONLY_OF_ITEMS = {"metric", "text_field", "num_fewshot", "generation", "hash_range"}
+
+
+class Term(FileModel):
+    """One part of an objective: a metric of an lm-eval task, bits per byte or perplexity of the
+    documents of a file, or a Python function of the model, named here and given to `ResidentPool`.
+
+    `generation` goes to lm-eval as generation_kwargs. `hash_range` takes the items whose hash, as a
+    number in [0, 1), is in [low, high): the same task can serve the search and the sealed test.
+    """
+
+    task: str | None = None
+    text: LocalPath | None = None
+    function: str | None = None
+    text_field: str = "text"
+    metric: str = "bits_per_byte"
+    higher_is_better: bool | None = None
+    name: str | None = None
+    weight: float = Field(default=1.0, ge=0, le=1e6)
+    limit: int | None = Field(default=None, gt=0, le=10**7)
+    num_fewshot: int | None = Field(default=None, ge=0, le=1000)
+    generation: dict[str, Any] = {}
+    hash_range: tuple[float, float] = (0.0, 1.0)
+    rescore_only: bool = False
+
+    def mistakes(self) -> Iterator[Mistake]:
+        if sum(source is not None for source in (self.task, self.text, self.function)) != 1:
+            yield (
+                (),
+                "give exactly one of 'task' (an lm-eval task), 'text' (a JSONL file) and "
+                "'function'",
+            )
+        if self.text is not None and self.metric not in ("bits_per_byte", "byte_perplexity"):
+            yield (
+                ("metric",),
+                f"found {self.metric!r}. A 'text' term has the metric bits_per_byte or "
+                "byte_perplexity",
+            )
+        if (self.function is None) != (self.higher_is_better is None):
+            yield (
+                ("higher_is_better",),
+                "'higher_is_better' goes with 'function': lm-eval tasks know their direction",
+            )
+        changed = self.model_dump(exclude_defaults=True)  # a study that is read again sets all
+        for name in sorted(ONLY_OF_ITEMS & changed.keys()):
+            if self.function is not None:
+                yield (name,), f"{name!r} says nothing to a 'function'; leave it out"
+            elif self.text is not None and name in ("num_fewshot", "generation"):
+                yield (name,), "a 'text' term has no num_fewshot and no generation; leave it out"
+        if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
+            yield (
+                ("hash_range",),
+                f"found {list(self.hash_range)}. Expected [low, high] with 0 <= low < high <= 1",
+            )
+
+    @property
+    def label(self) -> str:
+        """How the term is called in trials, tables and messages."""
+        if self.text is not None:
+            return self.name or self.text.name.split(".")[0]
+        return str(self.name or self.task or self.function)
+
+    @property
+    def asked_as(self) -> str:
+        """Names the task as this term asks it; terms that ask alike share the answers."""
+        settings = [self.num_fewshot, self.generation]
+        return self.task_name + (f" {digest(settings)[:8]}" if settings != [None, {}] else "")
+
+    @property
+    def task_name(self) -> str:
+        """The lm-eval task that scores the term."""
+        if self.task is not None:
+            return self.task
+        if self.function is not None:
+            return f"function-{self.function}"
+        # one file, one task, whatever its label: search and test use the same labels
+        return f"text-{digest([str(self.text), self.text_field])[:16]}"
+
+
+class Constraint(Term):
+    """A term that must not get worse than the base by more than a share of the base's score.
+
+    With the label of a term it is about that term, and nothing is scored twice.
+    """
+
+    weight: Literal[0] = 0
+    max_relative_to_base: float = Field(ge=0)
+
+
+def _asked_otherwise(constraint: Term, term: Term) -> str | None:
+    """Return the field in which a constraint that is about a term asks for something else; what it
+    leaves out is as in the term.
+    """
+    if constraint.task_name != term.task_name:
+        return "task"
+    if constraint.metric != term.metric:
+        return "metric"
+    changed = constraint.model_dump(exclude_defaults=True).keys()
+    fields = ("limit", "num_fewshot", "generation", "hash_range", "rescore_only")
+    unlike = (name for name in fields if getattr(constraint, name) != getattr(term, name))
+    return next((name for name in unlike if name in changed), None)
+
+
+class Objective(FileModel):
+    """Terms and how they become one number, larger is better; terms of weight 0 are recorded and do
+    not count. Merges that break a constraint are out.
+    """
+
+    combine: Literal["relative_to_base", "weighted_mean", "worst"] = "relative_to_base"
+    terms: list[Term] = Field(min_length=1)
+    constraints: list[Constraint] = []
+    include_path: LocalPath | None = None
+    limit: int | None = Field(default=None, gt=0, le=10**7)
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+    system_instruction: str | None = None
+
+    def mistakes(self) -> Iterator[Mistake]:
+        yield from self._mistakes_of_names()
+        counting = [term for term in self.terms if term.weight > 0]
+        if not counting:
+            yield ("terms",), "every term has weight 0; at least one must count"
+        elif all(term.rescore_only for term in counting):
+            yield ("terms",), "every counting term is rescore_only; the search needs at least one"
+        if self.combine == "weighted_mean" and len({t.function or t.metric for t in counting}) > 1:
+            yield (
+                ("combine",),
+                "weighted_mean of different metrics mixes units; use combine: relative_to_base, "
+                "or terms of one metric",
+            )
+
+    def _mistakes_of_names(self) -> Iterator[Mistake]:
+        by_label = {term.label: term for term in self.terms}
+        for group, terms in (("terms", self.terms), ("constraints", self.constraints)):
+            labels = [term.label for term in terms]
+            for index, term in enumerate(terms):
+                where = (group, index)
+                if term.label in labels[:index]:
+                    yield (
+                        where,
+                        f"two {group} are called {term.label!r}; tell them apart with 'name'",
+                    )
+                known = by_label.get(term.label, term)
+                if group == "constraints" and (differing := _asked_otherwise(term, known)):
+                    yield (
+                        (*where, differing),
+                        f"constraint {term.label!r} is called as a term with another {differing}; "
+                        "leave it out, or tell them apart with 'name'",
+                    )
+
+    @property
+    def scored(self) -> list[Term]:
+        """Every term, and every constraint that is not one of them."""
+        labels = {term.label for term in self.terms}
+        return [*self.terms, *(term for term in self.constraints if term.label not in labels)]
+
+    def at(self, stage: Literal["search", "rescore"]) -> list[Term]:
+        """Return the terms and constraints that are scored at a stage."""
+        return [term for term in self.scored if stage == "rescore" or not term.rescore_only]
+
+    def limit_of(self, term: Term) -> int | None:
+        """Return how many items of a term the search looks at (None: all)."""
+        return term.limit if term.limit is not None else self.limit
+
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """How lm-eval turns items into prompts, under its own names."""
+        return {
+            "apply_chat_template": self.apply_chat_template,
+            "fewshot_as_multiturn": self.fewshot_as_multiturn,
+            "system_instruction": self.system_instruction,
+        }
+
+
+class ObjectiveFile(VersionedFile, Objective):
+    """An objective in a file of its own, for `optimer evaluate` and `optimer search MERGE.yml`."""
+
+
+# -- from scores to one number ---------------------------------------------------------------------
+
+
+def gain(score: float, base: float, *, higher_is_better: bool) -> float:
+    """Return how much better than the base: points for accuracies, relative change for losses."""
+    return score - base if higher_is_better else (base - score) / (abs(base) or 1.0)
+
+
+def gains(scores: Scores, base: Scores) -> dict[str, float]:
+    """Return the gain of every term that both have."""
+    return {
+        label: gain(term.score, base[label].score, higher_is_better=term.higher_is_better)
+        for label, term in scores.items()
+        if label in base
+    }
+
+
+def combine(objective: Objective, scores: Scores, base: Scores) -> float:
+    """Return the value of an objective, larger is better, over the terms that were scored."""
+    terms = [term for term in objective.terms if term.weight > 0 and term.label in scores]
+    weights = np.array([term.weight for term in terms])
+    if objective.combine == "weighted_mean":
+        signed = [
+            scores[t.label].score * (1 if scores[t.label].higher_is_better else -1) for t in terms
+        ]
+        return float(np.average(signed, weights=weights))
+    each = gains(scores, base)
+    values = np.array([each[term.label] for term in terms])
+    return float(
+        values.min() if objective.combine == "worst" else np.average(values, weights=weights)
+    )
+
+
+def headroom(constraint: Constraint, score: TermScore, base: TermScore) -> float:
+    """Return how far a score is from breaking a constraint, as a share of the base's score (in its
+    unit, where that is 0); less than 0 breaks it.
+    """
+    better = score.score - base.score if score.higher_is_better else base.score - score.score
+    return constraint.max_relative_to_base + better / (abs(base.score) or 1.0)
+
+
+def feasible(objective: Objective, scores: Scores, base: Scores) -> bool:
+    """Return whether scores keep every constraint that was scored."""
+    return all(
+        headroom(constraint, scores[constraint.label], base[constraint.label]) >= 0
+        for constraint in objective.constraints
+        if constraint.label in scores
+    )
+
+
+def _metric_name(term: Term) -> str:
+    return term.metric.split(",")[0]

@@ -1,0 +1,164 @@
+"""Training corpora + the items of objectives -> which items share an n-gram with the training text.
+
+An overlap is 13 consecutive units in common (Brown et al. 2020, arXiv 2005.14165, appendix C). A
+unit is a word, or one character of a script that puts no spaces between words; case, punctuation
+and Unicode compatibility forms do not matter. Only the n-grams of the items are held in memory, so
+a corpus may be larger than it. What a reader would not guess: all items of a term are checked, also
+those that a `limit` keeps from the search.
+"""
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress, count
+from typing import Any
+
+from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.corpus.documents import documents
+from optimer_hf.errors import CorpusError
+from optimer_hf.progress import Meter
+from optimer_hf.scoring.objective import Objective, Term
+from optimer_hf.scoring.tasks import load_tasks
+
+N = 13
+SHORTEST = 8  # units; the smallest n of Brown et al.
+# scripts without spaces, by how the Unicode names of their characters begin
+UNSPACED = re.compile("CJK|IDEOGRAPHIC|BOPOMOFO|HIRAGANA|KATAKANA|THAI |LAO |KHMER|MYANMAR")
+Ngram = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """An item and the first training document that shares an n-gram with it."""
+
+    item: int  # from 0, as lm-eval's doc_id
+    ngram: str
+    corpus: str
+    document: int  # from 1, in file order
+
+
+@dataclass(frozen=True)
+class TermOverlap:
+    """What the training text has in common with the items of one term."""
+
+    term: str
+    n_items: int
+    n_too_short: int
+    overlaps: list[Overlap]
+
+    @property
+    def share(self) -> float:
+        """Overlapping items over all items, also those that are too short to be checked."""
+        return len(self.overlaps) / max(self.n_items, 1)
+
+
+class _Separated(dict[int, str]):
+    """A table for str.translate, filled as characters come up; str.split then gives the units."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        category = unicodedata.category(character)
+        unit = f" {character} " if UNSPACED.match(unicodedata.name(character, "")) else character
+        other = "" if category == "Cf" else " "  # soft hyphens and joiners do not end a word
+        self[code] = unit if category[0] in "LMN" else other  # letters, marks and numbers
+        return self[code]
+
+
+_SEPARATED = _Separated()
+
+
+def units(text: str) -> list[str]:
+    """Return the words of a text, in scripts without spaces its characters; no punctuation."""
+    return unicodedata.normalize("NFKC", text).casefold().translate(_SEPARATED).split()
+
+
+def windows(sequence: Sequence[str], length: int) -> Iterator[Ngram]:
+    """Yield every run of `length` consecutive units."""
+    return zip(*(sequence[start:] for start in range(length)), strict=False)
+
+
+def ngrams(text: str, n: int) -> set[Ngram]:
+    """Return the n-grams of an item; a short one is an n-gram as a whole, or has none at all."""
+    found = units(text)
+    return set(windows(found, min(n, len(found)))) if len(found) >= min(n, SHORTEST) else set()
+
+
+def item_texts(term: Term, task: Any) -> list[str]:
+    """Return the text of each item of a loaded lm-eval task: the text field of a text file's rows;
+    of other tasks all strings of a row, those in lists and mappings too, joined by line breaks.
+    """
+    rows = task.eval_docs
+    return ["\n".join(_strings(row[term.text_field] if term.text else row)) for row in rows]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | Sequence):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(part)
+
+
+def check_overlap(
+    corpora: Sequence[CorpusConfig], objectives: Mapping[str, Objective], *, n: int = N
+) -> list[TermOverlap]:
+    """Look for the items of all terms in the corpora; a term is called `objective: label`.
+
+    Raises EvaluationError for a task that cannot be loaded, before any corpus is read, and
+    CorpusError for a corpus that cannot be read or holds no text.
+    """
+    texts: dict[str, list[str]] = {}
+    for name, objective in objectives.items():
+        tasks = load_tasks([objective])
+        for term in objective.scored:
+            if term.function is not None:  # only it knows its items
+                continue
+            texts[f"{name}: {term.label}"] = item_texts(term, tasks[term.asked_as])
+    return find_overlaps(corpora, texts, n=n)
+
+
+def find_overlaps(
+    corpora: Sequence[CorpusConfig], texts: Mapping[str, Sequence[str]], *, n: int = N
+) -> list[TermOverlap]:
+    """Look for items, given as the texts of each term, in the corpora; report each item once."""
+    owners: dict[Ngram, list[tuple[str, int]]] = {}
+    n_too_short = dict.fromkeys(texts, 0)
+    for term, items in texts.items():
+        for item, text in enumerate(items):
+            grams = ngrams(text, n)
+            n_too_short[term] += not grams
+            for gram in grams:
+                owners.setdefault(gram, []).append((term, item))
+    found: dict[str, dict[int, Overlap]] = {term: {} for term in texts}
+    for corpus, document, gram in _shared(corpora, owners):
+        for term, item in owners[gram]:
+            found[term].setdefault(item, Overlap(item, " ".join(gram), corpus, document))
+    return [
+        TermOverlap(term, len(texts[term]), n_too_short[term], [each[i] for i in sorted(each)])
+        for term, each in found.items()
+    ]
+
+
+def _shared(
+    corpora: Sequence[CorpusConfig], wanted: Collection[Ngram]
+) -> Iterator[tuple[str, int, Ngram]]:
+    """Yield name of the corpus, number of the document and n-gram wherever a wanted one occurs."""
+    lengths = {len(gram) for gram in wanted}
+    shortest = min(lengths, default=1)
+    beginnings = {gram[:shortest] for gram in wanted}  # so that one pass, in C, finds all lengths
+    with Meter("check overlap", len(corpora), "corpora") as meter:
+        for corpus in corpora:
+            number = n_units = 0
+            for number, text in enumerate(documents(corpus), start=1):
+                found = units(text)
+                n_units += len(found)
+                is_start = map(beginnings.__contains__, windows(found, shortest))
+                for start in compress(count(), is_start):
+                    for length in lengths:
+                        gram = tuple(found[start : start + length])
+                        if gram in wanted:
+                            yield corpus.name, number, gram
+            if n_units == 0:
+                raise CorpusError(f"{corpus.name}: holds no text, so nothing would be checked.")
+            meter.advance(1, f"{number:,} documents of {corpus.name}")

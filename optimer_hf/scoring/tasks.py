@@ -1,0 +1,334 @@
+"""lm-eval's tasks: loaded, set up and checked."""
+
+import contextlib
+import logging
+import math
+import zlib
+from collections.abc import Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.corpus.documents import documents
+from optimer_hf.corpus.texts import has_rows
+from optimer_hf.errors import CorpusError, EvaluationError
+from optimer_hf.files.text import did_you_mean
+from optimer_hf.scoring.harness import quiet_harness
+from optimer_hf.scoring.objective import Objective, Term, _metric_name
+
+logger = logging.getLogger(__name__)
+
+
+GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
+
+AGGREGATIONS = ("mean", "bits_per_byte", "weighted_perplexity", "perplexity")
+REPORTED = (
+    "arc_challenge",
+    "arc_easy",
+    "bbh",
+    "boolq",
+    "ceval",
+    "cmmlu",
+    "gpqa",
+    "gsm8k",
+    "hellaswag",
+    "hendrycks_math",
+    "humaneval",
+    "ifeval",
+    "jcommonsenseqa",
+    "jmmlu",
+    "lambada",
+    "math500",
+    "mbpp",
+    "mgsm",
+    "minerva_math",
+    "mmlu",
+    "openbookqa",
+    "piqa",
+    "triviaqa",
+    "truthfulqa",
+    "winogrande",
+)
+
+
+def warn_of_reported_benchmarks(objective: Objective) -> None:
+    """Log a warning for terms whose benchmark is usually reported: weights are fitted to it."""
+    for term in objective.scored:
+        name = next((name for name in REPORTED if (term.task or "").startswith(name)), None)
+        if name is not None:
+            logger.warning(
+                "objective term %r: %s is usually reported, and the weights are fitted to it; do "
+                "not report its score as if it were unseen, and seal other items for the test",
+                term.label,
+                name,
+            )
+
+
+def warn_of_other_weights(objective: Objective, test: Objective) -> None:
+    """Log a warning for a sealed test that weighs the terms of the objective otherwise: its
+    `objective` column is then another objective than the one that was searched.
+    """
+    weights = {term.label: 0.0 for term in objective.constraints}
+    weights |= {term.label: term.weight for term in objective.terms}
+    shared = {term.label: term.weight for term in test.terms if term.label in weights}
+    total, again = sum(weights[label] for label in shared), sum(shared.values())
+    for label, weight in shared.items():
+        if not math.isclose(weight * total, weights[label] * again, abs_tol=1e-9):
+            logger.warning(
+                "sealed test, term %r: weight %g of %g, but %g of %g in the objective, so the "
+                "test asks for something else. Give its terms the weights of the objective, "
+                "unless you mean that",
+                label,
+                weight,
+                again,
+                weights[label],
+                total,
+            )
+            return
+
+
+def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
+    """Return the lm-eval tasks of some objectives by `asked_as`, and by name as the first of its
+    terms asks it; needs no model, so it comes before anything expensive.
+
+    Raises EvaluationError for a task, metric or file that does not exist.
+    """
+    _refuse_two_folders(objectives)
+    tasks: dict[str, Any] = {}
+    for objective in objectives:
+        named = [term for term in objective.scored if term.function is None]
+        wanted = {term.asked_as: term for term in named if term.asked_as not in tasks}
+        for term in wanted.values():
+            if term.text is not None:
+                _check_text(term, term.text)
+        if wanted:
+            tasks |= _load_tasks(list(wanted.values()), objective.include_path)
+        for term in named:
+            tasks.setdefault(term.task_name, tasks[term.asked_as])
+            _check_metric(term, tasks[term.asked_as])
+            _refuse_sealed_examples(term, tasks[term.asked_as])
+    return tasks
+
+
+def _refuse_two_folders(objectives: Sequence[Objective]) -> None:
+    """Raise EvaluationError for a task that two objectives look up in different folders: it is one
+    task by its name, in records and in tables.
+    """
+    folders: dict[str, Path] = {}
+    for objective in objectives:
+        for term in objective.scored:
+            if term.task is None or objective.include_path is None:
+                continue
+            folder = folders.setdefault(term.task, objective.include_path)
+            if folder != objective.include_path:
+                raise EvaluationError(
+                    f"term {term.label!r}: task {term.task!r} is looked up in two folders "
+                    f"(include_path: {folder} and {objective.include_path}). Give objective and "
+                    "test the same include_path."
+                )
+
+
+def _check_text(term: Term, path: Path) -> None:
+    """Read the documents of a term: a mistake is told with its line and field, which lm-eval would
+    not do, or only in the middle of a search.
+    """
+    if path.is_dir() or (path.is_file() and not has_rows(path)):
+        found = "a folder" if path.is_dir() else f"a file that ends in {path.suffix!r}"
+        raise EvaluationError(
+            f"term {term.label!r}: {path}: found {found}, expected a JSONL file, or another with a "
+            "document in each row (.json, .csv, .parquet)."
+        )
+    try:
+        n_texts = sum(map(bool, documents(CorpusConfig(path=path, text_field=term.text_field))))
+    except CorpusError as error:
+        raise EvaluationError(f"term {term.label!r}: {error}") from None
+    if not n_texts:
+        raise EvaluationError(f"term {term.label!r}: {path}: holds no text to score.")
+
+
+def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    named = [term for term in terms if term.task is not None]
+    if include_path is not None and not include_path.is_dir():
+        raise EvaluationError(f"include_path: {include_path}: no such directory of tasks.")
+    include = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=include, include_defaults=False)
+    groups = {*manager.all_groups, *manager.all_tags}
+    if any(term.task not in {*manager.all_subtasks, *groups} for term in named):
+        manager = TaskManager(
+            include_path=include
+        )  # ten seconds, only for tasks that ship with lm-eval
+    for term in named:
+        if term.task in {*manager.all_groups, *manager.all_tags}:
+            raise EvaluationError(
+                f"term {term.label!r}: {term.task!r} is a group of tasks in lm-eval. Name its "
+                "tasks, each in a term of its own."
+            )
+        if term.task not in manager.all_subtasks:
+            where = f" or {include_path}" if include_path is not None else ""
+            hint = did_you_mean(str(term.task), list(manager.all_subtasks))
+            raise EvaluationError(
+                f"term {term.label!r}: no task named {term.task!r} in lm-eval{where}.{hint}"
+            )
+    loaded: dict[str, Any] = {}
+    for term in terms:
+        spec: Any = _text_task(term) if term.text is not None else term.task
+        folder = include_path if include_path is not None and term.text is None else Path.cwd()
+        try:
+            with contextlib.chdir(folder), quiet_harness():
+                tasks = manager.load([spec])["tasks"]
+        except Exception as error:  # lm-eval and `datasets` raise many types for a broken task
+            raise EvaluationError(
+                f"term {term.label!r}: task {term.task_name!r} cannot be loaded ({error})."
+            ) from error
+        loaded[term.asked_as] = _with_settings(tasks[term.task_name], term)
+    return loaded
+
+
+def _with_settings(task: Any, term: Term) -> Any:
+    """Return a task with the few-shot and generation settings of its term, which builds its
+    requests once for the same items.
+    """
+    if getattr(task, "UNSAFE_CODE", False):  # lm-eval gives it to such tasks alone
+        raise EvaluationError(
+            f"term {term.label!r}: {term.task_name!r} runs the code that a model writes, which a "
+            "search does not. Score the likelihood of the reference solutions instead, as the "
+            "tasks of recipes/gemma-3-270m-paper do."
+        )
+    if term.num_fewshot is not None:
+        task.set_config(key="num_fewshot", value=term.num_fewshot)
+        _refuse_too_many_examples(task, term)
+    if task.OUTPUT_TYPE == "generate_until":
+        _refuse_unknown_generation(term)
+        cap = {"max_gen_toks": GENERATION_CAP} | (task.config.generation_kwargs or {})
+        task.set_config(key="generation_kwargs", value=cap | term.generation)
+    elif term.generation:
+        raise EvaluationError(
+            f"term {term.label!r}: 'generation' is for tasks that generate; {term.task_name!r} is "
+            f"of type {task.OUTPUT_TYPE!r}."
+        )
+    _draw_examples_by_item(task)
+    build, built = task.build_all_requests, dict[str, list[Any]]()
+
+    def build_once(**settings: Any) -> None:
+        key = repr(settings["samples"])
+        if key not in built:
+            build(**settings)
+            built[key] = task._instances
+        for instance in built[key]:
+            instance.resps, instance.filtered_resps = [], {}
+        task._instances = built[key]
+
+    task.build_all_requests = build_once
+    return task
+
+
+def _refuse_sealed_examples(term: Term, task: Any) -> None:
+    has_examples = bool(task.config.num_fewshot)  # of the term, or of the task itself
+    if has_examples and term.hash_range != (0.0, 1.0) and not _has_other_examples(task):
+        raise EvaluationError(
+            f"term {term.label!r}: the examples of num_fewshot come from the items themselves, so "
+            "hash_range would not keep sealed ones out. Give the task a fewshot_split."
+        )
+
+
+def _refuse_too_many_examples(task: Any, term: Term) -> None:
+    n_examples = len(task.sampler.fewshot_docs()) if term.num_fewshot else 0
+    n_own = int(task.fewshot_cfg.split == task.config.test_split)  # an item is none for itself
+    if (term.num_fewshot or 0) > n_examples - n_own:
+        raise EvaluationError(
+            f"term {term.label!r}: num_fewshot: found {term.num_fewshot}, but {term.task_name!r} "
+            f"has {n_examples} examples to draw from. Lower it."
+        )
+
+
+def _refuse_unknown_generation(term: Term) -> None:
+    from transformers import GenerationConfig
+
+    lengths = ["max_gen_toks", "max_tokens", "max_completion_tokens"]  # lm-eval's names of one
+    known = ["until", *lengths, *(key for key in vars(GenerationConfig()) if key[0] != "_")]
+    for key in term.generation:
+        if key not in known:
+            raise EvaluationError(
+                f"term {term.label!r}: generation: unknown field {key!r}.{did_you_mean(key, known)}"
+            )
+
+
+def _has_other_examples(task: Any) -> bool:
+    """Whether few-shot examples come from another split than the items."""
+    split = task.config.fewshot_split or task.config.training_split or task.config.validation_split
+    return split is not None and split != (task.config.test_split or task.config.validation_split)
+
+
+def _draw_examples_by_item(task: Any) -> None:
+    """Draw the examples before an item with a seed of its own: lm-eval's drawing depends on what
+    was drawn before, and so on limits, resumes and workers.
+    """
+    plain = task.fewshot_context
+
+    def context(doc: Any, *arguments: Any, **settings: Any) -> Any:
+        task.set_fewshot_seed(zlib.crc32(repr(doc).encode()))
+        return plain(doc, *arguments, **settings)
+
+    task.fewshot_context = context
+
+
+def _text_task(term: Term) -> dict[str, Any]:
+    """Return the lm-eval task that scores each document of a file on its own, after BOS."""
+    corpus = CorpusConfig(path=term.text, text_field=term.text_field)
+
+    def rows(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_dict({term.text_field: list(documents(corpus))})}
+
+    return {
+        "task": term.task_name,
+        "dataset_path": "json",
+        "custom_dataset": rows,  # `datasets` would read texts that look like dates as dates
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": itemgetter(
+            term.text_field
+        ),  # a template would turn the document "[1, 2]" into a list
+        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
+        "metadata": {"version": 1},
+    }
+
+
+def _check_metric(term: Term, task: Any) -> None:
+    """Raise EvaluationError when the task has no such metric, or one whose score is not a ratio of
+    sums over items.
+    """
+    known = dict(task.aggregation())
+    name = _metric_name(term)
+    if name not in known:
+        raise EvaluationError(
+            f"term {term.label!r}: task {term.task_name!r} has no metric "
+            f"{name!r}.{did_you_mean(name, sorted(known))}"
+        )
+    filters = [chain.name for chain in task._filters]
+    wanted = term.metric.partition(",")[2]
+    if wanted and wanted not in filters:
+        raise EvaluationError(
+            f"term {term.label!r}: task {term.task_name!r} has no filter {wanted!r}."
+            f"{did_you_mean(wanted, filters)}"
+        )
+    if _aggregation(term, task) not in AGGREGATIONS:
+        raise EvaluationError(
+            f"term {term.label!r}: metric {name!r} is aggregated by {_aggregation(term, task)!r}; "
+            "only means, bits_per_byte and perplexities can be compared item by item. Use one of "
+            "the task's other metrics."
+        )
+    if task.higher_is_better().get(name) is None:
+        raise EvaluationError(
+            f"term {term.label!r}: metric {name!r} of task {term.task_name!r} has no direction. "
+            "Set `higher_is_better` in the metric_list of the task."
+        )
+
+
+def _aggregation(term: Term, task: Any) -> str:
+    return str(task.aggregation()[_metric_name(term)].__name__)

@@ -1,0 +1,1 @@
+"""Running a study: SMAC asks, a pool of vectors answers."""

@@ -1,0 +1,392 @@
+"""Running a study: weights are asked for, a pool answers with scores, the log keeps both."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+from optimer_hf.errors import EvaluationError, StudyError
+from optimer_hf.files.staging import scratch_directory, write_text
+from optimer_hf.progress import Meter
+from optimer_hf.scoring.objective import Objective, Term, feasible
+from optimer_hf.scoring.tasks import warn_of_other_weights, warn_of_reported_benchmarks
+from optimer_hf.scoring.units import Unit
+from optimer_hf.searching.faults import naming_faults
+from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
+from optimer_hf.searching.smac import Asker
+from optimer_hf.searching.tracking import Tracker
+from optimer_hf.study.config import LARGEST_SEARCH, StudyConfig
+from optimer_hf.study.directory import Inputs, Study, locked, open_study, say_what_tells_nothing
+from optimer_hf.study.prediction import PREDICTION, predict
+from optimer_hf.study.records import Rules, mistakes_of_score, unusable_gain
+from optimer_hf.study.space import anchors
+from optimer_hf.study.trials import INPUTS_FILE, TRIALS_FILE, Trial, TrialLog, rules_of
+
+logger = logging.getLogger(__name__)
+
+
+# -- verifying -------------------------------------------------------------------------------------
+
+
+def search_on(
+    study: Study,
+    target: Objective,
+    directory: Path,
+    n_trials: int,
+    *,
+    pool: Callable[[StudyConfig], Pool] = ResidentPool,
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+) -> Study:
+    """Search on for a new objective from the trials of a study, `n_trials` real ones more, the
+    predicted weights first; return the new study, whose directory begins with the old trials.
+    """
+    terms = {term.label for term in target.at("search")}
+    in_order = sorted(study.log.of("search"), key=lambda trial: trial.number)
+    seeds = [  # numbered without gaps, which a search by several workers can leave
+        replace(
+            trial,
+            number=number,
+            terms={label: s for label, s in trial.terms.items() if label in terms},
+        )
+        for number, trial in enumerate(in_order)
+    ]
+    earlier = TrialLog(directory / TRIALS_FILE, repair=False).of("search")
+    n_seeds = _n_seeds(earlier, seeds) if earlier else len(seeds)
+    if n_seeds + n_trials > LARGEST_SEARCH:
+        raise StudyError(
+            f"{directory}: found {n_seeds} recorded trials and {n_trials} more, expected at most "
+            f"{LARGEST_SEARCH}. Ask for fewer."
+        )
+    config = StudyConfig.model_validate(
+        study.config.model_dump()
+        | {"objective": target.model_dump(), "test": None, "retarget": {}}
+        | {
+            "search": study.config.search.model_dump()
+            | {
+                "n_trials": n_seeds + n_trials,
+                "surrogate": "per_term",
+                "pareto": False,
+                "spread": False,
+            }
+        }
+    )
+    with locked(directory):
+        opened = open_study(config, directory)
+        if not opened.log.trials:
+            if study.inputs:  # first: what the old trials scored has to be what new ones score
+                Inputs(digests=study.inputs).write(directory / INPUTS_FILE)
+            text = "".join(f"{trial.to_json()}\n" for trial in seeds)
+            write_text(opened.log.path, text)
+    first = {n_seeds: (PREDICTION, predict(study, target).weights)}
+    return search(
+        config, directory, pool=pool, n_workers=n_workers, scheduler=scheduler, planned=first
+    )
+
+
+def _n_seeds(earlier: Sequence[Trial], seeds: Sequence[Trial]) -> int:
+    """Return how many trials a search for a new objective began with: the number of its prediction,
+    the first open one where that was not finished before others of several workers.
+    """
+    numbers = {trial.number for trial in earlier}
+    first_open = next(number for number in count() if number not in numbers)
+    inherited = {trial.number for trial in seeds if trial.origin == PREDICTION}
+    own = {trial.number for trial in earlier if trial.origin == PREDICTION} - inherited
+    return min(own, default=first_open)
+
+
+def search(
+    config: StudyConfig,
+    directory: Path,
+    *,
+    pool: Callable[[StudyConfig], Pool] = ResidentPool,
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+    planned: Mapping[int, tuple[str, Mapping[str, float]]] | None = None,
+    runner: "Runner | None" = None,
+) -> Study:
+    """Run a study to its end and return it; trials that are on disk already are not run again.
+
+    Trials run in this process, or on `n_workers` processes of this machine, or on the workers of a
+    Dask scheduler, or with a `runner` that is open already. `planned` trials, origin and weights by
+    number, are not asked for.
+
+    Raises OptimerError for anything wrong with the config before the first trial. A trial that
+    fails is recorded as crashed and the search goes on, unless the base itself cannot be scored or
+    nothing else could, or the failure is not the fault of its weights (see `run_trial`).
+    """
+    with locked(directory):
+        study = open_study(config, directory)
+        study.decide(to_disk=True)
+        if study.is_finished and not study.has_moved:
+            logger.info(
+                "search: %d trials are recorded, nothing to do", len(study.log.of("search"))
+            )
+            return study
+        tracker = Tracker(config.search.report_to, directory)  # what it lacks is said at once
+        chosen = nullcontext(runner) if runner else _runner(config, pool, n_workers, scheduler)
+        with chosen as opened, tracker:
+            study.go_on_with(opened.inputs)
+            warn_of_reported_benchmarks(config.objective)
+            if config.test is not None:
+                warn_of_other_weights(config.objective, config.test)
+            _run_search(study, opened, planned or {}, tracker)
+            study.decide(to_disk=True)
+            _run_rescore(study, opened)
+            study.decide(to_disk=True)
+    say_what_tells_nothing(study)
+    return study
+
+
+class Runner(Protocol):
+    """Where trials run: one in this process, or many elsewhere."""
+
+    @property
+    def n_slots(self) -> int:
+        """How many trials may run at once."""
+        ...
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What its pool scores, see Pool."""
+        ...
+
+    def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
+        """Start a trial."""
+        ...
+
+    def next_finished(self) -> Trial:
+        """Wait for one of the trials that were started."""
+        ...
+
+
+class Here:
+    """One trial at a time, in this process."""
+
+    n_slots = 1
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool, self.inputs = pool, pool.inputs
+        self._submitted: deque[tuple[Trial, Sequence[Term], Mapping[str, int | None]]] = deque()
+
+    def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
+        self._submitted.append((trial, terms, limits))
+
+    def next_finished(self) -> Trial:
+        return run_trial(self._pool, *self._submitted.popleft())
+
+
+def _runner(
+    config: StudyConfig,
+    pool: Callable[[StudyConfig], Pool],
+    n_workers: int | None,
+    scheduler: str | None,
+) -> AbstractContextManager[Runner]:
+    if n_workers is None and scheduler is None:
+        with naming_faults("opening base, vectors and tasks"):
+            return nullcontext(Here(pool(config)))
+    from optimer_hf.searching.workers import Workers
+
+    return Workers(config, n_workers=n_workers, scheduler=scheduler, pool=pool)
+
+
+def _run_search(
+    study: Study,
+    runner: Runner,
+    planned: Mapping[int, tuple[str, Mapping[str, float]]],
+    tracker: Tracker,
+) -> None:
+    config = study.config
+    done = {trial.number for trial in study.log.of("search")}
+    terms = config.objective.at("search")
+    limits = {term.label: config.objective.limit_of(term) for term in terms}
+    waiting = deque(number for number in range(config.search.n_trials) if number not in done)
+    running: dict[int, Trial] = {}
+    if done and waiting:
+        logger.info("search: going on from trial %d of %d", waiting[0], config.search.n_trials)
+    best, rules = _Best(study), _rules(study)
+    with (
+        Meter("search", config.search.n_trials, "trials", done=len(done)) as meter,
+        scratch_directory("optimer-smac-") as scratch,
+    ):
+        plan = _Plan(study, scratch, planned)
+        while waiting or running:
+            while waiting and len(running) < runner.n_slots:
+                if running and not study.log.of("search"):
+                    break  # gains are relative to the base, so it comes first and alone
+                trial = plan.next_trial(waiting.popleft(), list(running.values()))
+                running[trial.number] = trial
+                runner.submit(trial, terms, limits)
+            finished = _usable(rules, runner.next_finished())
+            del running[finished.number]
+            _check_sound(study, finished)
+            study.log.append(finished)
+            rules.add(finished)
+            plan.tell(finished)
+            best.take(finished)
+            meter.advance(1, _note(study, finished, best.value))
+            tracker.log(finished.number, _figures(study, finished, best.value))
+
+
+class _Plan:
+    """What the next trial is: an anchor, a planned one, or what the surrogate asks for."""
+
+    def __init__(
+        self, study: Study, scratch: Path, planned: Mapping[int, tuple[str, Mapping[str, float]]]
+    ) -> None:
+        self._study, self._scratch = study, scratch
+        self._planned = dict(enumerate(anchors(study.config))) | dict(planned)
+        self._asker: Asker | None = None
+
+    def next_trial(self, number: int, running: Sequence[Trial]) -> Trial:
+        """Return trial `number`, not yet run."""
+        if number in self._planned:
+            origin, planned = self._planned[number]
+            return Trial(number, origin, "search", dict(planned), "ok", {}, {"ask": 0.0})
+        if self._asker is None:
+            self._asker = Asker(self._study.config, self._scratch)
+            for trial in self._study.log.of("search"):
+                self._asker.tell(trial)
+        started = perf_counter()
+        weights = self._asker.ask(number, [trial.weights for trial in running])
+        seconds = {"ask": perf_counter() - started}
+        return Trial(number, "surrogate", "search", weights, "ok", {}, seconds)
+
+    def tell(self, trial: Trial) -> None:
+        """Tell the surrogate a finished trial; one that is not made yet reads the log."""
+        if self._asker is not None:
+            self._asker.tell(trial)
+
+
+def _check_sound(study: Study, finished: Trial) -> None:
+    """End a search whose base cannot be scored, or whose anchors all crash."""
+    if finished.status == "ok":
+        return
+    if finished.number == 0:
+        raise EvaluationError(f"the base model itself cannot be scored: {_reason(finished)}")
+    others = [trial for trial in study.log.of("search") if trial.number != 0]
+    n_others = len(anchors(study.config)) - 1
+    if len(others) == n_others - 1 and all(trial.status == "crashed" for trial in others):
+        first = min([*others, finished], key=lambda trial: trial.number)
+        raise EvaluationError(
+            f"none of the {n_others} first merges can be scored; the first one: {_reason(first)}"
+        )
+
+
+def _reason(crashed: Trial) -> str:
+    """Return the first line of what a trial crashed with; `optimer -v` shows the traceback."""
+    return str(crashed.error).partition("\n")[0]
+
+
+def _rules(study: Study) -> Rules:
+    """Return what the trials to come have to be, given those that are there."""
+    longest = 1 + max((trial.number for trial in study.log.trials), default=0)
+    rules = rules_of(study.config, max(study.config.search.n_trials, longest))
+    for trial in study.log.trials:
+        rules.add(trial)
+    return rules
+
+
+def _usable(rules: Rules, finished: Trial) -> Trial:
+    """Return a finished trial, as crashed where its scores are numbers that nothing can be made of.
+
+    Raises EvaluationError for scores that cannot be compared with those of the base: then no trial
+    of this search can.
+    """
+    base = rules.first(finished.fidelity)
+    for label, term in finished.terms.items():
+        wrong = next(mistakes_of_score(term), None)
+        if wrong is None and base is not None and label in base.terms:
+            wrong = unusable_gain(term, base.terms[label])
+        if wrong is not None:
+            error = f"EvaluationError: term {label!r}: {wrong}"
+            return replace(finished, status="crashed", terms={}, error=error)
+    for wrong in rules.mistakes(finished):
+        is_first = base is None and finished.status != "ok"  # which is said of the base elsewhere
+        if not is_first:
+            raise EvaluationError(
+                f"trial {finished.number}: {wrong}. A pool or function has to score the same items "
+                "of the same terms every time."
+            )
+    return finished
+
+
+class _Best:
+    """The best value of the trials so far that break no constraint."""
+
+    def __init__(self, study: Study) -> None:
+        self._study, self.value = study, -math.inf
+        for trial in study.log.of("search"):
+            self.take(trial)
+
+    def take(self, trial: Trial) -> None:
+        """Look at a trial that is in the log."""
+        if trial.status == "ok" and feasible(
+            self._study.config.objective, trial.terms, self._study.base
+        ):
+            self.value = max(self.value, self._study.value(trial))
+
+
+def _note(study: Study, trial: Trial, best: float) -> str:
+    if trial.status == "crashed":
+        return "crashed"
+    unit, base = Unit.of(study.config.objective), study.value(study.log.first("search"))
+    return f"{unit.show(study.value(trial) - base)}, best {unit.show(best - base)}"
+
+
+def _figures(study: Study, trial: Trial, best: float) -> dict[str, float]:
+    """Return what a tracking tool shows of a trial: weights, and what they scored unless it
+    crashed.
+    """
+    figures = {f"weight/{name}": weight for name, weight in trial.weights.items()}
+    if trial.status == "ok":
+        figures |= {"objective": study.value(trial), "best": best}
+        figures |= {f"score/{label}": score.score for label, score in trial.terms.items()}
+    return figures
+
+
+def _run_rescore(study: Study, runner: Runner) -> None:
+    """Score the base and the best few on more items, with the terms that joined for this; scores
+    that were taken on those items already are taken over.
+    """
+    remaining, done = deque(study.to_rescore()), len(study.log.of("rescore"))
+    if not remaining:
+        return
+    terms, limits = study.rescore_plan()
+    if not terms:
+        logger.info("re-score: the search scored the same items, so its scores are taken over")
+        for trial in remaining:
+            study.log.append(study.with_searched(_again(trial)))
+        return
+    n_running, rules = 0, _rules(study)
+    with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
+        while remaining or n_running:
+            while remaining and n_running < runner.n_slots:
+                if n_running and not study.log.of("rescore"):
+                    break  # the base first, as above
+                runner.submit(_again(remaining.popleft()), terms, limits)
+                n_running += 1
+            rescored = _rescored(study, rules, runner.next_finished())
+            n_running -= 1
+            if rescored.number == 0 and rescored.status == "crashed":
+                raise EvaluationError(
+                    f"the base model itself cannot be scored again: {_reason(rescored)}"
+                )
+            study.log.append(rescored)
+            rules.add(rescored)
+            meter.advance(1)
+
+
+def _rescored(study: Study, rules: Rules, trial: Trial) -> Trial:
+    """Return a trial that was scored again with the scores that it takes over, see `_usable`."""
+    return _usable(rules, study.with_searched(trial))
+
+
+def _again(trial: Trial) -> Trial:
+    return replace(trial, fidelity="rescore", terms={}, seconds={}, n_tokens=0)

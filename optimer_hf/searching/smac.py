@@ -1,0 +1,333 @@
+"""SMAC behind a function that is told trials and asked for weights; nothing else imports it."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from ConfigSpace import Configuration, ConfigurationSpace, Float
+from smac import BlackBoxFacade, HyperparameterOptimizationFacade, Scenario
+from smac.acquisition.function.abstract_acquisition_function import AbstractAcquisitionFunction
+from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAcquisitionMaximizer
+from smac.facade.abstract_facade import AbstractFacade
+from smac.main.config_selector import ConfigSelector
+from smac.model.abstract_model import AbstractModel
+
+from optimer_hf.scoring.objective import combine
+from optimer_hf.study.acquisition import log_expected_improvement, maximise
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.gp import informative
+from optimer_hf.study.space import from_unit, to_unit, within_total
+from optimer_hf.study.surrogate import Surrogate, columns, surrogate_of
+from optimer_hf.study.trials import Trial
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+USUAL_TOTAL, TOTAL_DEVIATION = 1.2, 0.5  # of the weights of good merges
+PRIOR_TRIALS = 30  # the prior counts as this many trials
+N_NEIGHBOURS = 100
+SPREAD_FROM, SPREAD_EVERY = 20, 2  # trials
+
+
+@dataclass
+class Record:
+    """What the components know: finished trials, weights that still run, the next number."""
+
+    config: StudyConfig
+    trials: list[Trial] = field(default_factory=list)
+    pending: list[dict[str, float]] = field(default_factory=list)
+    number: int = 0
+    _fitted: tuple[tuple[int, int], Surrogate] | None = None
+
+    def surrogate(self) -> Surrogate:
+        """Return the surrogate of the record, fitted once for a number of trials and preference."""
+        spreads = _spreads(self.config, self.number)
+        state = (len(self.trials), self.number if spreads else 0)
+        if self._fitted is None or self._fitted[0] != state:
+            rng = np.random.default_rng([self.config.search.seed, self.number, 1])
+            n_terms = sum(term.weight > 0 for term in self.config.objective.at("search"))
+            preference = rng.dirichlet(np.ones(n_terms)) if spreads else None
+            self._fitted = state, surrogate_of(self.config, self.trials, preference)
+        return self._fitted[1]
+
+
+def _spreads(config: StudyConfig, number: int) -> bool:
+    """Return whether trial `number` is asked for under a random preference over the terms: all are
+    with `pareto`, every other one with `spread` once the objective's own optimum is roughly known.
+    """
+    if config.search.pareto:
+        return True
+    in_turn = number >= SPREAD_FROM and number % SPREAD_EVERY == 0
+    n_terms = sum(term.weight > 0 for term in config.objective.at("search"))
+    has_several = n_terms > 1 and config.objective.combine != "worst"
+    return config.search.spread and in_turn and has_several
+
+
+class Model(AbstractModel):
+    """The surrogate of the record; SMAC's combined costs are not used."""
+
+    def __init__(self, record: Record, space: ConfigurationSpace) -> None:
+        super().__init__(space, seed=record.config.search.seed)
+        self._record = record
+
+    def _train(self, X: "Array", y: "Array") -> Self:  # noqa: N803  # SMAC's names
+        self._is_trained = True
+        return self
+
+    @property
+    def posterior(self) -> Surrogate:
+        """The surrogate of the record as it is now."""
+        return self._record.surrogate()
+
+    def _predict(
+        self,
+        X: "Array",  # noqa: N803
+        covariance_type: str | None = "diagonal",
+    ) -> tuple["Array", "Array | None"]:
+        mean, variance = self.posterior.predict(X)
+        if covariance_type is None:
+            return -mean[:, None], None
+        return -mean[:, None], (np.sqrt(variance) if covariance_type == "std" else variance)[
+            :, None
+        ]
+
+    def predict_marginalized(self, X: "Array") -> tuple["Array", "Array"]:  # noqa: N803
+        """Return nothing of use: SMAC looks for its best trial with it, one by one, and no
+        component of ours asks which one that is.
+        """
+        return np.zeros((len(X), 1)), np.ones((len(X), 1))
+
+
+class FeasibleImprovement(AbstractAcquisitionFunction):
+    """log EI over the best posterior mean among the trials, as observed scores are noisy, plus the
+    log probability that every constraint is kept (Gardner et al., ICML 2014), plus a prior that
+    fades with the number of trials (Hvarfner et al., ICLR 2022, eq. 6).
+
+    The prior is what is known of merges: weights whose sum is far beyond 1 break the model. Without
+    it the first asks go to far corners of the box, where nothing was measured.
+    """
+
+    posterior: Surrogate
+    best: float
+    log_prior: Callable[["Array"], "Array"]
+
+    @property
+    def name(self) -> str:
+        return "log expected feasible improvement"
+
+    def _update(self, **kwargs: Any) -> None:
+        pass  # the maximiser sets posterior and best for every ask
+
+    def _compute(self, X: "Array") -> "Array":  # noqa: N803
+        mean, variance = self.posterior.predict(X)
+        improvement = log_expected_improvement(mean, variance, self.best)
+        found = improvement + self.posterior.log_feasibility(X) + self.log_prior(X)
+        return np.asarray(found)[:, None]
+
+
+def log_prior_of_total(config: StudyConfig, n_trials: int, points: "Array") -> "Array":
+    """Return the log prior of points [n, d] after n_trials: a half normal density of the sum of
+    absolute weights beyond USUAL_TOTAL.
+    """
+    low, high = np.array(list(config.free.values())).T
+    total = np.abs(low + points * (high - low)).sum(axis=1)
+    beyond = np.maximum(total - USUAL_TOTAL, 0) / TOTAL_DEVIATION
+    return np.asarray(-0.5 * beyond**2 * PRIOR_TRIALS / n_trials)
+
+
+class Maximiser(AbstractAcquisitionMaximizer):
+    """Vectorised; its randomness depends on the seed and the trial's number only, so a resumed
+    study repeats it.
+    """
+
+    def __init__(self, record: Record, space: ConfigurationSpace) -> None:
+        super().__init__(space, challengers=1, seed=record.config.search.seed)
+        self._record = record
+
+    def maximize(
+        self,
+        previous_configs: list[Configuration],
+        n_points: int | None = None,
+        random_design: Any = None,
+    ) -> Iterator[Configuration]:
+        record, acquisition = self._record, self.acquisition_function
+        assert isinstance(acquisition, FeasibleImprovement)
+        assert isinstance(acquisition.model, Model)
+        fitted, config = acquisition.model.posterior, record.config
+        pending = to_unit(config, record.pending)
+        tried = np.vstack([fitted.points, pending])
+        ranking = fitted.ranking(tried)
+        acquisition.best = float(fitted.predict(tried)[0][np.argmax(ranking)])
+        acquisition.posterior = fitted.conditioned(pending)
+        acquisition.log_prior = partial(log_prior_of_total, config, len(record.trials))
+        rng = np.random.default_rng([config.search.seed, record.number])
+        found = maximise(
+            lambda points: acquisition._compute(points)[:, 0],
+            len(config.free),
+            rng,
+            tried[np.argsort(-ranking, kind="stable")[:5]],
+            allowed=lambda points: within_total(config, points),
+        )
+        untried = self._untried(found, rng)
+        return iter([Configuration(self._configspace, vector=untried)])
+
+    def _untried(self, found: "Array", rng: np.random.Generator) -> "Array":
+        """Return the point, or one nearby when its weights were tried: SMAC would refuse it and
+        draw a random one, with a generator that a resumed search has in another state.
+        """
+        record = self._record
+        known = [trial.weights for trial in record.trials] + record.pending
+        point = found
+        for step in range(N_NEIGHBOURS):
+            weights = from_unit(record.config, point)
+            if weights not in known:
+                return np.asarray(to_unit(record.config, [weights])[0])
+            moved = found + 0.02 * 1.1**step * rng.normal(size=found.shape)
+            point = within_total(record.config, np.clip(moved, 0, 1)[None])[0]
+        return point
+
+    def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[Any]:
+        raise NotImplementedError("maximize() is overridden")
+
+
+class _Facade(BlackBoxFacade):
+    """SMAC's black-box facade without its rule that the model must be one of its own processes."""
+
+    def _validate(self) -> None:
+        AbstractFacade._validate(self)
+
+
+def unit_space(config: StudyConfig, seed: int) -> ConfigurationSpace:
+    """Return SMAC's space of unit weights."""
+    space = ConfigurationSpace(seed=seed)
+    space.add([Float(name, (0.0, 1.0)) for name in config.free])
+    return space
+
+
+def facade_of(record: Record, scratch: Path) -> Any:
+    """Return SMAC's black-box facade with our components; it writes its own files into `scratch`,
+    where nobody reads them.
+    """
+    space = unit_space(record.config, record.config.search.seed)
+    scenario = _scenario(space, scratch, record.config.search.seed)
+    return _Facade(
+        scenario,
+        _unused_target,
+        model=Model(record, space),
+        acquisition_function=FeasibleImprovement(),
+        acquisition_maximizer=Maximiser(record, space),
+        random_design=BlackBoxFacade.get_random_design(scenario, probability=1e-9),
+        config_selector=ConfigSelector(scenario, retrain_after=1),
+        **_driven_by_us(BlackBoxFacade, scenario),
+    )
+
+
+def stock_facade_of(record: Record, scratch: Path) -> Any:
+    """Return one of SMAC's own facades as it comes, for one ask: seeded by the trial's number, as
+    SMAC does not restore the state of its generators.
+    """
+    config = record.config
+    facades = {"black_box": BlackBoxFacade, "random_forest": HyperparameterOptimizationFacade}
+    seed = int(np.random.default_rng([config.search.seed, record.number]).integers(2**31))
+    scenario = _scenario(unit_space(config, seed), scratch, seed)
+    facade = facades[config.search.surrogate]
+    return facade(scenario, _unused_target, **_driven_by_us(facade, scenario))
+
+
+def _scenario(space: ConfigurationSpace, scratch: Path, seed: int) -> Scenario:
+    return Scenario(space, deterministic=True, n_trials=10**6, output_directory=scratch, seed=seed)
+
+
+def _driven_by_us(facade: Any, scenario: Scenario) -> dict[str, Any]:
+    """Return what every facade needs when it is only asked and told."""
+    logging.getLogger("smac").setLevel(
+        logging.ERROR
+    )  # it warns that the initial design is empty: the anchors are ours
+    return {
+        "initial_design": facade.get_initial_design(scenario, n_configs=0),
+        "intensifier": facade.get_intensifier(scenario, max_config_calls=1),
+        "overwrite": True,  # SMAC asks on stdin when it finds an old run
+        "logging_level": False,
+    }
+
+
+def _unused_target(config: Any, seed: int = 0) -> float:
+    raise AssertionError("SMAC is only asked and told")
+
+
+class Asker:
+    """Told every finished trial, asked for the next weights.
+
+    SMAC is made anew for every ask: it compares each configuration with all others that it knows,
+    which takes minutes at a thousand, and our components need none of what it would remember.
+    """
+
+    def __init__(self, config: StudyConfig, scratch: Path) -> None:
+        """Prepare SMAC; it writes its own files into `scratch`, where nobody reads them."""
+        from optimer_hf.searching.smac import Record
+
+        self._config, self._scratch = config, scratch
+        self._record = Record(config)
+
+    def tell(self, trial: Trial) -> None:
+        """Record a finished trial; the first one is the base."""
+        self._record.trials.append(trial)
+
+    def ask(self, number: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
+        """Return the weights to try as trial `number`, while `pending` weights are still being
+        evaluated.
+        """
+        from threadpoolctl import threadpool_limits
+
+        self._record.number, self._record.pending = number, [dict(weights) for weights in pending]
+        if self._config.search.surrogate == "random":
+            rng = np.random.default_rng([self._config.search.seed, number])
+            point = within_total(self._config, rng.random((1, len(self._config.free))))[0]
+            return from_unit(self._config, point)
+        with threadpool_limits(1):  # matrices of twenty rows: threads cost more than they bring
+            info = self._facade().ask()
+        return from_unit(self._config, np.asarray(info.config.get_array()))
+
+    def _facade(self) -> Any:
+        """Return a facade that knows what it needs: ours the base, so that it does not draw at
+        random; one of SMAC's own all trials, or as many as the surrogate would look at.
+        """
+        from optimer_hf.searching.smac import facade_of, stock_facade_of
+
+        trials = [trial for trial in self._record.trials if not trial.is_blameless]
+        if self._config.search.surrogate == "per_term":
+            facade, known = facade_of(self._record, self._scratch), trials[:1]
+        else:
+            facade = stock_facade_of(self._record, self._scratch)
+            points = to_unit(self._config, [trial.weights for trial in trials])
+            values = columns(self._config, trials).mean(axis=1, keepdims=True)
+            known = [trials[index] for index in informative(points, values)]
+        for trial in known:
+            self._tell(facade, trial)
+        return facade
+
+    def _tell(self, facade: Any, trial: Trial) -> None:
+        """Tell SMAC the cost of a trial; a crashed one gets a finite cost, an infinite one would
+        break the model.
+        """
+        from ConfigSpace import Configuration
+        from smac.runhistory.dataclasses import TrialInfo, TrialValue
+
+        point = np.clip(to_unit(self._config, [trial.weights])[0], 0, 1)
+        configuration = Configuration(facade.scenario.configspace, vector=point)
+        cost = self._cost(trial) if trial.status == "ok" else self._cost_of_crashed()
+        facade.tell(TrialInfo(config=configuration, seed=0), TrialValue(cost=cost), save=False)
+
+    def _cost(self, trial: Trial) -> float:
+        return -combine(self._config.objective, trial.terms, self._record.trials[0].terms)
+
+    def _cost_of_crashed(self) -> float:
+        sound = [trial for trial in self._record.trials if trial.status == "ok"]
+        return max(self._cost(trial) for trial in sound) + 0.5

@@ -1,0 +1,358 @@
+"""Trials on the processes of a Dask cluster, local or anywhere, each with one resident pool.
+
+A StudyConfig comes in with a number of local processes or the address of a scheduler; trials go out
+through `submit` and come back from `next_finished` in the order they finish. What a reader would
+not guess: Dask runs a trial again elsewhere when its worker dies, so a trial may start more than
+once, but it comes back once. One that killed every worker it had is tried again alone; if these
+workers then score the base, it is recorded as crashed, and else the machine is at fault.
+"""
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+import torch
+from dask.system import CPU_COUNT
+from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
+from distributed.security import Security
+
+from optimer_hf.errors import ConfigError, OptimerError, StudyError
+from optimer_hf.files.staging import scratch_directory
+from optimer_hf.scoring.objective import Term
+from optimer_hf.searching.faults import naming_faults
+from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.trials import Trial
+
+logger = logging.getLogger(__name__)
+
+
+WAIT_FOR_SCHEDULER = 10  # seconds
+WAIT_FOR_WORKERS = 600  # seconds without any worker before a search gives up
+SECONDS_BETWEEN_WARNINGS = 30
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """All that a worker process has to know to open its pool; `session` names an open one, and
+    `inputs` are those of the first that was opened.
+    """
+
+    session: str
+    config: str
+    pool: Callable[[StudyConfig], Pool]
+    n_threads: int | None
+    inputs: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """All that a worker process has to know to run a trial."""
+
+    opening: _Opening
+    trial: Trial
+    terms: list[Term]
+    limits: dict[str, int | None]
+
+
+class _AllDiedError(Exception):
+    """A task killed all the workers that Dask gave it."""
+
+
+class Workers:
+    """Trials on the processes of a Dask cluster, one resident pool each; a context manager."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        *,
+        n_workers: int | None = None,
+        scheduler: str | None = None,
+        pool: Callable[[StudyConfig], Pool] = ResidentPool,
+    ) -> None:
+        """Take exactly one of a number of local processes and the address of a scheduler."""
+        if (n_workers is None) == (scheduler is None):
+            raise ConfigError(
+                f"workers: found n_workers {n_workers!r} and scheduler {scheduler!r}. Give one of "
+                "them: a number of processes on this machine, or the address of a Dask scheduler."
+            )
+        self._n_workers, self._scheduler = n_workers, scheduler
+        n_threads = max(1, CPU_COUNT // n_workers) if n_workers is not None else None
+        # not the config alone: a vector may be trained again between two searches
+        self._session = f"{config.digest}-{uuid4()}"
+        self._opening = _Opening(self._session, config.model_dump_json(), pool, n_threads)
+        self._pending: dict[Future, _Request] = {}
+        self._lost: deque[_Request] = deque()  # killed their workers, and are tried again alone
+
+    def __enter__(self) -> Self:
+        """Start or find the cluster; raise StudyError when no scheduler answers."""
+        with contextlib.ExitStack() as stack:
+            if (cluster := self._scheduler) is None:  # Dask never removes its own scratch directory
+                scratch = stack.enter_context(scratch_directory("optimer-dask-"))
+                cluster = stack.enter_context(_local_cluster(self._n_workers or 1, str(scratch)))
+            self._client = stack.enter_context(_connected(cluster))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(OSError):  # a scheduler that is gone needs no tidying
+            self._client.cancel(list(self._pending))
+            if self._scheduler is not None:
+                self._client.run(_forget, self._session, on_error="ignore")
+        self._pending.clear()
+        self._stack.close()
+
+    @property
+    def n_slots(self) -> int:
+        """How many trials may run at once now: one per worker, and only one while a trial is to
+        run alone; waits while there is no worker.
+        """
+        return 1 if self._lost else len(self._addresses())
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the pool of a worker scores, see Pool; waits for a worker and opens its pool.
+
+        Raises what `next_finished` raises, and StudyError when all workers die of it.
+        """
+        self._addresses()
+        with self._naming_lost_scheduler():
+            future = self._client.submit(_inputs, self._opening, pure=False)
+            self._first_done([future])
+        try:
+            inputs: dict[str, str] = self._outcome(future)
+        except _AllDiedError as error:
+            address = self._client.scheduler.address
+            raise StudyError(f"{address}: no pool could be opened. {error}") from None
+        self._opening = replace(self._opening, inputs=inputs)
+        return inputs
+
+    def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
+        """Hand a trial to an idle worker, or to whichever is idle first, and return at once."""
+        self._submit(_Request(self._opening, trial, list(terms), dict(limits)))
+
+    def _submit(self, request: _Request) -> None:
+        with self._naming_lost_scheduler():
+            # Dask takes an idle worker first. Naming one (`workers=`) would leave the trial waiting
+            # for ever once all workers die, even with `allow_other_workers`
+            self._pending[self._client.submit(_run, request, pure=False)] = request
+
+    def next_finished(self) -> Trial:
+        """Wait for a submitted trial and return it as `run_trial` does, with its worker's name; as
+        crashed when it killed its workers, alone, too, and these can score the base.
+
+        Raises ModelError (or the OptimerError that it was) when a worker cannot open its pool, and
+        StudyError when a trial and the base killed all the workers Dask gave them, when there is no
+        worker for ten minutes, or when the scheduler is lost.
+        """
+        while self._pending:
+            with self._naming_lost_scheduler():
+                future = self._first_done(list(self._pending))
+            request = self._pending.pop(future)
+            try:
+                return self._trial_of(future)
+            except _AllDiedError as error:
+                number = request.trial.number
+                logger.warning("trial %d: %s It is tried once more, alone", number, error)
+                self._lost.append(request)
+        return self._tried_alone(self._lost.popleft())
+
+    def _tried_alone(self, request: _Request) -> Trial:
+        """Return a trial that killed its workers before, see `next_finished`; no other runs now."""
+        trial = request.trial
+        base = replace(trial, weights=dict.fromkeys(trial.weights, 0.0))
+        try:
+            return self._run_now(request)
+        except _AllDiedError as error:
+            fault = error
+        try:
+            if trial.weights == base.weights:
+                raise fault
+            self._run_now(replace(request, trial=base))
+        except _AllDiedError:
+            weights = ", ".join(f"{name} {weight:.4g}" for name, weight in trial.weights.items())
+            raise StudyError(
+                f"trial {trial.number} (weights: {weights}): {fault} It died of this trial alone, "
+                "too, and of the base, so the weights are not at fault. Give the workers more "
+                "memory, or start fewer of them, and run the same command again: finished trials "
+                "are kept, and this one is done anew."
+            ) from None
+        error_text = f"{fault} It died of this trial alone, too, and then scored the base."
+        logger.warning("trial %d is recorded as crashed: %s", trial.number, error_text)
+        return replace(trial, status="crashed", error=error_text)
+
+    def _run_now(self, request: _Request) -> Trial:
+        self._submit(request)
+        with self._naming_lost_scheduler():
+            future = self._first_done(list(self._pending))
+        self._pending.pop(future)
+        return self._trial_of(future)
+
+    def _trial_of(self, future: Future) -> Trial:
+        finished: Trial = self._outcome(future)
+        return finished
+
+    def _outcome(self, future: Future) -> Any:
+        """Return the result of a task that is done. Raises _AllDiedError when it killed its
+        workers.
+        """
+        with self._naming_lost_scheduler():
+            if future.status != "error":
+                return future.result()
+        error = future.exception()
+        if "deserialization" in str(error) and isinstance(error.__cause__, ImportError):
+            raise StudyError(
+                f"{self._client.scheduler.address}: the Dask scheduler cannot load a trial "
+                f"({error.__cause__}). Install the optimer-hf that runs here there, too."
+            ) from error
+        if not isinstance(error, KilledWorker):
+            with naming_faults(f"{self._client.scheduler.address}: a worker"):
+                raise error
+        raise _AllDiedError(
+            f"KilledWorker: its worker died {error.allowed_failures + 1} times. It has too little "
+            "memory, or another optimer-hf than this machine, or none; the log of the workers says "
+            "which."
+        )
+
+    def _first_done(self, futures: Sequence[Future]) -> Future:
+        while True:
+            with contextlib.suppress(TimeoutError), self._client.as_current():
+                done = wait(
+                    list(futures),
+                    timeout=SECONDS_BETWEEN_WARNINGS,
+                    return_when="FIRST_COMPLETED",
+                ).done
+                return next(future for future in futures if future in done)
+            self._addresses()
+
+    def _addresses(self) -> list[str]:
+        """Return the workers there are, and wait for one while there is none."""
+        started = perf_counter()
+        with self._naming_lost_scheduler():
+            while not (found := list(self._client.nthreads())):
+                waited = perf_counter() - started
+                if waited > WAIT_FOR_WORKERS:
+                    raise StudyError(
+                        f"{self._client.scheduler.address}: the scheduler has had no worker for "
+                        f"{waited:.0f} s. Start workers for it, with optimer-hf installed, and run "
+                        "the same command again; finished trials are kept."
+                    )
+                try:
+                    self._client.wait_for_workers(1, timeout=SECONDS_BETWEEN_WARNINGS)
+                except TimeoutError:
+                    logger.warning(
+                        "no worker for %.0f s, waiting up to %d s",
+                        perf_counter() - started,
+                        WAIT_FOR_WORKERS,
+                    )
+        return found
+
+    @contextlib.contextmanager
+    def _naming_lost_scheduler(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, CancelledError) as error:
+            raise StudyError(
+                f"{self._client.scheduler.address}: the connection to the Dask scheduler was lost "
+                f"({error}). Start it and run the same command again; finished trials are kept."
+            ) from error
+
+
+def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:
+    """Return processes on this machine, without Dask's limit: a model may fill the memory.
+
+    They take connections with the keys of this process only: every user of a machine reaches its
+    loopback interface, and whoever reaches a scheduler can run code in it.
+    """
+    return LocalCluster(
+        security=Security.temporary(),
+        n_workers=n_workers,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=None,
+        memory_limit=0,
+        local_directory=scratch,
+        # even without a dashboard the scheduler listens on 8787, and warns when that port is taken
+        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+    )
+
+
+def _connected(cluster: LocalCluster | str) -> Client:
+    try:
+        return Client(cluster, timeout=WAIT_FOR_SCHEDULER, set_as_default=False)
+    except (OSError, ValueError, AssertionError) as error:  # the last: Dask's own, on a timeout
+        raise StudyError(
+            f"scheduler {cluster!r}: no Dask scheduler answered within {WAIT_FOR_SCHEDULER} s "
+            f"({error or type(error).__name__}). Start one with `dask scheduler` and give the "
+            "address that it prints, like tcp://HOST:8786."
+        ) from error
+
+
+# -- in a worker process ---------------------------------------------------------------------------
+
+_open_pools: dict[str, Pool] = {}  # by session; one at most, because a model fills the memory
+_one_at_a_time = threading.Lock()
+
+
+def _run(request: _Request) -> Trial:
+    """Run a trial in this process."""
+    with _opened(request.opening) as (name, pool):
+        trial = run_trial(pool, request.trial, request.terms, request.limits)
+    return replace(trial, worker=name)
+
+
+def _inputs(opening: _Opening) -> dict[str, str]:
+    """Return what the pool of this process scores."""
+    with _opened(opening) as (_, pool):
+        return pool.inputs
+
+
+@contextlib.contextmanager
+def _opened(opening: _Opening) -> Iterator[tuple[str, Pool]]:
+    """Give the name of this worker and its pool, to one task at a time; an OptimerError, which ends
+    the search, names the worker.
+    """
+    worker = get_worker()
+    # a worker without a name is called by its address, and trials are published
+    name = worker.id if "://" in str(worker.name) else str(worker.name)
+    with _one_at_a_time:
+        # Dask starts workers with OMP_NUM_THREADS=1
+        torch.set_num_threads(opening.n_threads or worker.state.nthreads)
+        if opening.n_threads is not None and torch.cuda.is_available():  # a GPU each, in turn
+            torch.cuda.set_device(int(worker.name) % torch.cuda.device_count())
+        try:
+            yield name, _pool_of(opening)
+        except OptimerError as error:
+            raise type(error)(f"worker {name}: {error}") from None
+
+
+def _pool_of(opening: _Opening) -> Pool:
+    if opening.session not in _open_pools:
+        _open_pools.clear()
+        config = StudyConfig.model_validate_json(opening.config)
+        pool = opening.pool(config)
+        own, first = pool.inputs, opening.inputs or {}
+        if differing := sorted(name for name in first if first[name] != own.get(name)):
+            raise StudyError(
+                f"{', '.join(differing)}: other weights or items than the first worker sees. Give "
+                "all workers the same files."
+            )
+        _open_pools[opening.session] = pool
+    return _open_pools[opening.session]
+
+
+def _forget(session: str) -> None:
+    """Free the memory that a finished search takes in a worker that lives on."""
+    _open_pools.pop(session, None)

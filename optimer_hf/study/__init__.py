@@ -1,0 +1,1 @@
+"""What a study is, what it recorded, and what follows from that; needs no model."""

@@ -1,0 +1,64 @@
+"""What to ask of a Gaussian process: expected improvement, and where it is largest."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import log_ndtr
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+N_CANDIDATES = 1024
+N_REFINEMENTS = 4
+
+
+def log_expected_improvement(mean: "Array", variance: "Array", best: float) -> "Array":
+    """Return log E[max(f - best, 0)], larger is better, stable far below `best` (Ament et al.,
+    arXiv 2310.20708).
+    """
+    deviation = np.sqrt(variance)
+    z = (mean - best) / deviation
+    log_density = -0.5 * z**2 - 0.5 * np.log(2 * np.pi)
+    near = z > -8
+    result = np.empty_like(z)
+    inside = np.exp(log_density[near]) + z[near] * np.exp(log_ndtr(z[near]))
+    result[near] = np.log(np.maximum(inside, 1e-300))
+    result[~near] = log_density[~near] - 2 * np.log(
+        -z[~near]
+    )  # phi(z) / z^2, the tail of the improvement
+    return result + np.log(deviation)
+
+
+def maximise(
+    acquisition: Callable[["Array"], "Array"],
+    d: int,
+    rng: np.random.Generator,
+    near: "Array",
+    *,
+    allowed: Callable[["Array"], "Array"] = lambda points: points,
+) -> "Array":
+    """Return the point of [0, 1]^d with the largest acquisition: random candidates, then shrinking
+    refinement.
+
+    Candidates are uniform, scaled Dirichlet draws (blends of a given sum), and perturbations of the
+    points `near`; `allowed` moves points into the part of the box that is searched.
+    """
+    uniform = rng.random((N_CANDIDATES // 2, d))
+    blends = rng.dirichlet(np.full(d, 0.7), N_CANDIDATES // 2) * rng.uniform(
+        0, 1.6, (N_CANDIDATES // 2, 1)
+    )
+    steps = 10 ** rng.uniform(-2.5, -0.5, (len(near), N_CANDIDATES // 8, 1))
+    around = near[:, None] + steps * rng.normal(size=(len(near), N_CANDIDATES // 8, d))
+    candidates = allowed(np.clip(np.vstack([uniform, blends, around.reshape(-1, d), near]), 0, 1))
+    values = acquisition(candidates)
+    for number in range(N_REFINEMENTS):
+        best = candidates[np.argsort(-values)[:5]]
+        moves = 0.15 * 0.5**number * rng.normal(size=(48, len(best), d))
+        moves *= rng.random(moves.shape) < 0.6
+        candidates = allowed(np.clip(np.vstack([best, (best + moves).reshape(-1, d)]), 0, 1))
+        values = acquisition(candidates)
+    return np.asarray(candidates[np.argmax(values)])

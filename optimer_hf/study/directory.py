@@ -1,0 +1,488 @@
+"""A study on disk: its config, its inputs, its trials, and what follows from them."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from filelock import Timeout
+
+from optimer_hf.errors import StudyError
+from optimer_hf.files.digest import differences
+from optimer_hf.files.disk import naming_disk_errors
+from optimer_hf.files.locks import locking, remove_dead_locks
+from optimer_hf.files.model import VersionedFile
+from optimer_hf.files.paths import relocated, without_folders
+from optimer_hf.files.staging import make_directory, write_text
+from optimer_hf.files.text import shown
+from optimer_hf.scoring.intervals import Interval
+from optimer_hf.scoring.objective import Term, combine, feasible
+from optimer_hf.scoring.scores import TermScore
+from optimer_hf.scoring.units import paired_interval
+from optimer_hf.study.config import LARGEST_WEIGHT, StudyConfig
+from optimer_hf.study.records import check_trials
+from optimer_hf.study.space import to_unit
+from optimer_hf.study.surrogate import surrogate_of
+from optimer_hf.study.trials import (
+    DECISIONS_FILE,
+    INPUTS_FILE,
+    OF_TEST,
+    SEALED_FILE,
+    STUDY_FILE,
+    TRIALS_FILE,
+    Decision,
+    DecisionLog,
+    Trial,
+    TrialLog,
+    _digest_of,
+    _rules_of_sealed,
+    rules_of,
+)
+
+logger = logging.getLogger(__name__)
+
+
+ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
+
+
+# -- the study directory ---------------------------------------------------------------------------
+
+
+class Inputs(VersionedFile):
+    """inputs.json: what the trials of a study scored, digests by the field that names it, and the
+    folder in which the study lay then.
+    """
+
+    digests: dict[str, str]
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study directory: its config and its trials."""
+
+    directory: Path
+    config: StudyConfig
+    log: TrialLog
+    decisions: DecisionLog
+    has_moved: bool = False
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the trials scored, digests by field; empty for a study that did not record it."""
+        file = self.directory / INPUTS_FILE
+        if not file.exists() or not self.log.trials:
+            return {}
+        digests = Inputs.read(file).digests
+        if (self.directory / SEALED_FILE).exists():
+            return digests
+        return {name: found for name, found in digests.items() if not name.startswith(OF_TEST)}
+
+    def go_on_with(self, found: Mapping[str, str]) -> None:
+        """Record what a pool scores, digests by field, and where the files of a study that has
+        moved lie now. Raises StudyError as `check_inputs`.
+        """
+        self.check_inputs(found)
+        if self.has_moved:
+            _record_config(self.config, self.directory / STUDY_FILE)
+        file, folder = self.directory / INPUTS_FILE, str(self.directory.resolve())
+        if self.log.trials and found and not file.exists():
+            logger.warning(
+                "%s: does not know what its trials scored (of an earlier version); taken to be the "
+                "weights and items that are there now",
+                self.directory,
+            )
+        record = Inputs(digests={**self.inputs, **found}, folder=folder)
+        if not file.exists() or Inputs.read(file) != record:
+            record.write(file)
+
+    def check_inputs(self, found: Mapping[str, str]) -> None:
+        """Raise StudyError when weights or items, digests by field, are not those that the trials
+        scored.
+        """
+        known = self.inputs
+        changed = sorted(name for name in known.keys() & found if known[name] != found[name])
+        if changed:
+            of_test = all(name.startswith(OF_TEST) for name in changed)
+            what = "items that its sealed rows" if of_test else "weights or items that its trials"
+            raise StudyError(
+                f"{self.directory}: {', '.join(changed)}: not the {what} scored. Restore them, or "
+                "search again in another study directory."
+            )
+
+    @property
+    def base(self) -> dict[str, TermScore]:
+        """Scores of the base on the search items."""
+        return self.log.first("search").terms
+
+    @property
+    def baseline(self) -> str:
+        """What the gains of a search are over: fixed vectors are in every trial, the first too."""
+        along = ", ".join(f"{name} at {weight:g}" for name, weight in self.config.fixed.items())
+        return f"the base with {along}" if along else "the base"
+
+    @property
+    def rescored_base(self) -> dict[str, TermScore]:
+        """Scores of the base on the re-scoring items."""
+        return self.log.first("rescore").terms
+
+    @property
+    def decision(self) -> Decision | None:
+        """What was decided about the search trials that are there."""
+        return self.decisions.about(self.log.of("search"))
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether all trials of the search have run."""
+        done = {trial.number for trial in self.log.of("search")}
+        return len(done) >= self.config.search.n_trials and done >= set(
+            range(self.config.search.n_trials)
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all trials and re-scorings have run, and the best trial is decided."""
+        if not self.is_searched:
+            return False
+        decision = self.decision
+        is_decided = decision is not None and decision.incumbent is not None
+        return is_decided and not self.to_rescore()
+
+    def to_rescore(self) -> list[Trial]:
+        """Return the trials that still have to be scored on the re-scoring items, as was decided:
+        the base, then the best few.
+        """
+        decision = self.decision
+        if decision is None:
+            return []
+        done = {trial.number for trial in self.log.of("rescore")}
+        searched = {trial.number: trial for trial in self.log.of("search")}
+        return [searched[number] for number in decision.rescore if number not in done]
+
+    def decide(self, *, to_disk: bool) -> None:
+        """Decide what can be decided now and was not: which trials to score again once all have
+        run, which is the best once they are scored. `to_disk` is for the holder of the lock.
+
+        A study of an earlier version, which wrote nothing down, is decided when it is read.
+        """
+        if not self.is_searched:
+            return
+        decision = self.decision
+        if decision is None:
+            trials = self.log.of("search")
+            decision = Decision(_digest_of(trials), self._worth_rescoring())
+            self.decisions.add(decision, to_disk=to_disk)
+        if decision.incumbent is None and not self.to_rescore():
+            decision = replace(decision, incumbent=self.best_so_far().number)
+            self.decisions.add(decision, to_disk=to_disk)
+
+    def row(self, name: str, choose: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Return the weights of a row of the sealed test, chosen once from the trials there are and
+        then written down, which is for the holder of the lock.
+        """
+        decision = self.decision
+        if decision is None:
+            return choose()
+        if name not in decision.rows:
+            rows = decision.rows | {name: choose()}
+            self.decisions.add(replace(decision, rows=rows), to_disk=True)
+            return rows[name]
+        return decision.rows[name]
+
+    def take_best_so_far(self) -> None:
+        """Take the best trial so far as the incumbent of a study that still runs, in this process
+        only.
+        """
+        if (decision := self.decision) is None or decision.incumbent is None:
+            rescore = decision.rescore if decision is not None else []
+            key, best = _digest_of(self.log.of("search")), self.best_so_far().number
+            self.decisions.add(Decision(key, rescore, best), to_disk=False)
+
+    def _worth_rescoring(self) -> list[int]:
+        """Return the numbers of the base and the best few; those that were scored again after the
+        last search trial, if there are as many.
+        """
+        if self.config.search.rescore_top == 0:
+            return []
+        last = max(i for i, trial in enumerate(self.log.trials) if trial.fidelity == "search")
+        again = [trial.number for trial in self.log.trials[last + 1 :]]
+        if len(again) == 1 + self.config.search.rescore_top and again[0] == 0:
+            return again
+        best = [trial.number for trial in self.ranked()[: self.config.search.rescore_top]]
+        return list(dict.fromkeys([0, *best]))
+
+    def rescore_plan(self) -> tuple[list[Term], dict[str, int | None]]:
+        """Return the terms that re-scoring has to score, and how many items of each (None: all);
+        the scores of the others are taken over. All trials meet on the items on which the base was
+        re-scored, whatever version did it.
+        """
+        terms = self.config.objective.at("rescore")
+        limits = {term.label: self.config.rescore_limit_of(term) for term in terms}
+        searched, rescored = (
+            {label: len(score.items) for label, score in trials[0].terms.items()} if trials else {}
+            for trials in (self.log.of("search"), self.log.of("rescore"))
+        )
+        to_score = []
+        for term in terms:
+            if term.function is not None:
+                is_known = self.config.takes_over(term, None)
+            else:
+                n_items = searched.get(term.label)
+                n_again = rescored.get(term.label, n_items)
+                is_known = self.config.takes_over(term, n_items) and n_again == n_items
+                if term.label in rescored:
+                    limits[term.label] = n_again
+            if not is_known:
+                to_score.append(term)
+        return to_score, limits
+
+    def with_searched(self, rescored: Trial) -> Trial:
+        """Return a re-scored trial with the scores that it takes over from the search."""
+        if rescored.status == "crashed":
+            return rescored
+        (searched,) = (t for t in self.log.of("search") if t.number == rescored.number)
+        found = {
+            label: replace(score, taken_over=True) for label, score in searched.terms.items()
+        } | rescored.terms
+        labels = [term.label for term in self.config.objective.at("rescore")]
+        return replace(rescored, terms={label: found[label] for label in labels})
+
+    def ranked(self) -> list[Trial]:
+        """Return the sound search trials, best first by posterior mean (one observation is noisy,
+        the mean less so); those that break a constraint come last.
+        """
+        trials = self.log.of("search")
+        points = to_unit(self.config, [t.weights for t in trials])
+        order = np.argsort(-surrogate_of(self.config, trials).ranking(points), kind="stable")
+        return [trials[index] for index in order if trials[index].status == "ok"]
+
+    @property
+    def incumbent(self) -> Trial:
+        """The best trial, as was decided, with its scores of re-scoring if others have some, too.
+
+        Raises StudyError while it is not decided.
+        """
+        decision = self.decision
+        if decision is None or decision.incumbent is None:
+            raise StudyError(
+                f"{self.directory}: the search is not finished. Run `optimer search` again."
+            )
+        candidates = self._candidates() or self.log.of("search")
+        return next(trial for trial in candidates if trial.number == decision.incumbent)
+
+    def _candidates(self) -> list[Trial]:
+        """Return the re-scored trials that may be the best; none while only the base is one."""
+        rescored = self.log.of("rescore")
+        if len(rescored) < 2:
+            return []
+        base = rescored[0].terms  # it keeps every constraint
+        objective = self.config.objective
+        return [t for t in rescored if t.status == "ok" and feasible(objective, t.terms, base)]
+
+    def best_so_far(self) -> Trial:
+        """Return the best trial: by value among the re-scored ones, by posterior mean when none was
+        re-scored.
+        """
+        objective = self.config.objective
+        if candidates := self._candidates():
+            base = self.rescored_base
+            return max(candidates, key=lambda trial: combine(objective, trial.terms, base))
+        return next(t for t in self.ranked() if feasible(objective, t.terms, self.base))
+
+    def value(self, trial: Trial) -> float:
+        """Return the objective of a sound trial, relative to the base at the same fidelity."""
+        base = self.base if trial.fidelity == "search" else self.rescored_base
+        return combine(self.config.objective, trial.terms, base)
+
+    def over_base(self, trial: Trial) -> Interval:
+        """Return how much better than the base a sound trial is, item by item, at its fidelity."""
+        base = self.log.first(trial.fidelity).terms
+        return paired_interval(self.config.objective, trial.terms, base, base)
+
+    def over_next(self) -> tuple[Trial, Interval] | None:
+        """Return the best of the other trials that met the incumbent on the same items, and how
+        much better than it the incumbent is; None when there is no other.
+        """
+        best, objective = self.incumbent, self.config.objective
+        base = self.log.first(best.fidelity).terms
+        others = [
+            trial
+            for trial in self.log.of(best.fidelity)
+            if trial.status == "ok"
+            and trial.number != best.number
+            and feasible(objective, trial.terms, base)
+        ]
+        if not others:
+            return None
+        other = max(others, key=lambda trial: combine(objective, trial.terms, base))
+        return other, paired_interval(objective, best.terms, other.terms, base)
+
+
+def say_what_tells_nothing(study: Study) -> None:
+    """Log a warning for every term most of whose items all trials score alike: they cost time and
+    carry no information.
+    """
+    trials = [trial for trial in study.log.of("search") if trial.status == "ok"]
+    for label in trials[0].terms:
+        columns = list(zip(*(trial.terms[label].items for trial in trials), strict=False))
+        alike = sum(len(set(column)) == 1 for column in columns)
+        if len(trials) > 2 and alike > ALIKE_SHARE * len(columns):
+            logger.warning(
+                "term %r: all trials score %d of %d items alike; such items tell nothing apart. "
+                "Take harder or easier ones, or a continuous metric (bits_per_byte)",
+                label,
+                alike,
+                len(columns),
+            )
+
+
+def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> Study:
+    """Create a study directory, or open the one that is there; see TrialLog for `repair`.
+
+    One that differs in nothing but the folders of its files `has_moved`: `check_inputs` has to say
+    that they are the same files. Raises StudyError when it holds another study; the message names
+    the fields that differ.
+    """
+    file = directory / STUDY_FILE
+    if not file.exists():
+        if directory.exists() and any(
+            not path.name.startswith(".") for path in directory.iterdir()
+        ):
+            raise StudyError(
+                f"{directory}: is not empty and holds no study. Give another study directory."
+            )
+        write_text(file, config.model_dump_json(indent=2))
+    recorded = StudyConfig.read(file)
+    found, expected = recorded.identity, config.identity
+    differing = differences(expected, found)
+    log = TrialLog(directory / TRIALS_FILE, repair=repair)
+    has_moved = (
+        bool(differing and log.trials)
+        and (directory / INPUTS_FILE).exists()
+        and not differences(without_folders(expected), without_folders(found))
+    )
+    decisions = DecisionLog(directory / DECISIONS_FILE, repair=repair)
+    study = Study(directory, config, log, decisions, has_moved)
+    if not differing or has_moved:
+        _check_record(study, max(recorded.search.n_trials, config.search.n_trials))
+    if not differing and repair and recorded != config:  # more trials, other baselines
+        _record_config(config, file)
+    if differing and not log.trials:  # nothing was spent on the other config
+        write_text(file, config.model_dump_json(indent=2))
+    elif differing and not has_moved:
+        asks_otherwise = all(text.startswith("objective.") for text in differing)
+        raise StudyError(
+            f"{directory}: holds a study of another config; these fields differ: "
+            f"{'; '.join(differing)}. Give another study directory, or restore the config."
+            + " `optimer retarget` answers other objectives from its trials."
+            * asks_otherwise
+        )
+    return study
+
+
+def _record_config(config: StudyConfig, file: Path) -> None:
+    """Write a config over the one recorded; of the numbers of trials the larger one is kept."""
+    longest = max(StudyConfig.read(file).search.n_trials, config.search.n_trials)
+    search = config.search.model_copy(update={"n_trials": longest})
+    write_text(file, config.model_copy(update={"search": search}).model_dump_json(indent=2))
+
+
+def _check_record(study: Study, n_trials: int) -> None:
+    """Raise StudyError for anything in the record of a study that its config, or the rest of the
+    record, contradicts; `n_trials` are those of the longest search in its directory.
+    """
+    config, directory = study.config, study.directory
+    check_trials(study.log.path, study.log.trials, rules_of(config, n_trials))
+    sealed = directory / SEALED_FILE
+    if config.test is not None and sealed.exists():
+        check_trials(sealed, TrialLog(sealed, repair=False).trials, _rules_of_sealed(config))
+    if (directory / INPUTS_FILE).exists():
+        Inputs.read(directory / INPUTS_FILE)
+    decision = study.decision
+    if decision is None:
+        return
+    sound = {trial.number for trial in study.log.of("search") if trial.status == "ok"}
+    rescored = {trial.number for trial in study._candidates()} or sound
+    at = f"{study.decisions.path}:{study.decisions.decisions.index(decision) + 1}"
+    for name, weights in decision.rows.items():
+        if weights.keys() != config.vectors.keys():
+            raise StudyError(
+                f"{at}: found weights of {sorted(weights)} for {name!r}, expected "
+                f"{sorted(config.vectors)}. Remove the line: what it said is decided again."
+            )
+        for vector, weight in weights.items():
+            if not abs(weight) <= LARGEST_WEIGHT:
+                raise StudyError(
+                    f"{at}: found {vector} at {weight!r}, expected at most {LARGEST_WEIGHT:g}. "
+                    "Remove the line: what it said is decided again."
+                )
+    for number in (*decision.rescore, decision.incumbent or 0):
+        if number not in sound:
+            raise StudyError(
+                f"{at}: found trial {shown(number)}, expected one that was scored. Remove the "
+                "line: what it said is decided again."
+            )
+    if decision.incumbent is not None and decision.incumbent not in rescored:
+        raise StudyError(
+            f"{at}: found incumbent {decision.incumbent}, expected one that was scored again and "
+            "keeps every constraint. Remove the line: what it said is decided again."
+        )
+
+
+def load_study(directory: Path, *, unfinished: bool = False) -> Study:
+    """Open an existing study, or that of a run's directory, with the config it was made with;
+    `unfinished` takes one that has scored the base.
+    """
+    if not (directory / STUDY_FILE).exists() and (directory / "study" / STUDY_FILE).exists():
+        directory = directory / "study"
+    file = directory / STUDY_FILE
+    if not file.exists():
+        raise StudyError(
+            f"{directory}: holds no study (no study.json)."
+            + (hint_of_seeds(directory) or f" Run `optimer search STUDY.yaml {directory}` first.")
+        )
+    study = open_study(_config_here(directory), directory, repair=False)
+    if unfinished and not study.log.of("search"):
+        raise StudyError(f"{directory}: has no trial yet. Run `optimer search` first.")
+    study.decide(to_disk=False)
+    if unfinished:
+        study.take_best_so_far()
+    if not unfinished and not study.is_finished:
+        raise StudyError(f"{directory}: the search is not finished. Run `optimer search` again.")
+    return study
+
+
+def _config_here(directory: Path) -> StudyConfig:
+    """Return the config of a study; where it has moved together with its files, with their places
+    now.
+    """
+    config, file = StudyConfig.read(directory / STUDY_FILE), directory / INPUTS_FILE
+    before = Inputs.read(file).folder if file.exists() else None
+    if before is None or Path(before) == directory.resolve():
+        return config
+    data = config.model_dump(mode="json")
+    return StudyConfig.model_validate(relocated(data, Path(before), directory.resolve()))
+
+
+def hint_of_seeds(directory: Path) -> str:
+    """Return what to give instead of the directory of `optimer run --seeds`, or nothing."""
+    runs = sorted(path.parent for path in directory.glob("seed-*/study"))
+    return f" It holds whole runs: give one of them, e.g. {runs[0]}." if runs else ""
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory for this process; raise StudyError when a live process holds it."""
+    make_directory(directory)
+    with contextlib.ExitStack() as stack:
+        try:
+            with naming_disk_errors(directory, "Nothing was changed"):
+                stack.enter_context(locking(directory / ".lock"))
+        except Timeout:
+            raise StudyError(
+                f"{directory}: another process is working in it. Wait for it, or stop it."
+            ) from None
+        remove_dead_locks(directory)
+        yield

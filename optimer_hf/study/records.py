@@ -1,0 +1,274 @@
+"""Append-only records, a line of JSON each, and what the trials in them have to be.
+
+A file or a trial comes in; lines, or what is wrong with a trial, come out. What a reader would not
+guess: the same rules hold before a trial is written and when it is read again, so what a search
+wrote can always be read, and what somebody else changed is found before it is used.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from optimer_hf.errors import StudyError
+from optimer_hf.files.disk import naming_disk_errors
+from optimer_hf.files.text import shown
+from optimer_hf.scoring.objective import gain
+from optimer_hf.scoring.scores import TermScore
+
+logger = logging.getLogger(__name__)
+
+
+ROUNDING = 1e-4  # of weights, which are recorded with 4 digits
+LARGEST_SCORE = 1e290  # sums of them stay finite
+LARGEST_GAIN = 1e100  # squares of them stay finite
+LARGEST_COUNT = 10**15  # of tokens
+LONGEST = 1e12  # seconds
+
+
+# -- lines -----------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path, *, repair: bool) -> list[bytes]:
+    """Return the whole lines of a file that may be absent, without their ends.
+
+    A last line that was torn is left out, and cut off with `repair`, which only the holder of the
+    lock may do: what looks torn may be a line that a running search is writing. Raises StudyError
+    for a file that cannot be read.
+    """
+    if not path.exists():
+        return []
+    try:
+        *lines, torn = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror}).") from None
+    if torn and repair:
+        logger.warning("%s: the last line was torn by a crash and is dropped", path.name)
+        with open(path, "r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines))
+    return lines
+
+
+def append_line(path: Path, text: str) -> None:
+    """Write one line to disk before returning."""
+    with naming_disk_errors(path, "All lines before this one are kept"), open(path, "ab") as file:
+        file.write(text.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# -- trials ----------------------------------------------------------------------------------------
+
+
+class Recorded(Protocol):
+    """The fields of a trial, see `study.Trial`."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def fidelity(self) -> str: ...
+    @property
+    def weights(self) -> Mapping[str, float]: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def terms(self) -> Mapping[str, TermScore]: ...
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+    @property
+    def n_tokens(self) -> int: ...
+
+
+@dataclass
+class Rules:
+    """What a study says of its trials, and what the trials before say of the next one.
+
+    `bounds` are those of every vector, of a fixed one its weight twice; `labels` the terms by
+    fidelity; `n_trials` how many trials the search has.
+    """
+
+    bounds: Mapping[str, tuple[float, float]]
+    base: Mapping[str, float]
+    labels: Mapping[str, Sequence[str]]
+    n_trials: int
+    _seen: dict[str, dict[int, Recorded]] = field(default_factory=dict)
+    _sealed: set[tuple[tuple[str, float], ...]] = field(default_factory=set)
+
+    def add(self, trial: Recorded) -> None:
+        """Take a trial as one that those after it are compared with."""
+        self._seen.setdefault(trial.fidelity, {}).setdefault(trial.number, trial)
+        if trial.fidelity == "sealed":
+            self._sealed.add(tuple(sorted(trial.weights.items())))
+
+    def mistakes(self, trial: Recorded) -> Iterator[str]:
+        """Yield what is wrong with the next trial: found and expected."""
+        if trial.fidelity not in self.labels:
+            expected = " or ".join(self.labels)
+            yield f"found fidelity {trial.fidelity!r}, expected {expected}"
+            return
+        yield from self._mistakes_of_place(trial)
+        yield from self._mistakes_of_weights(trial)
+        yield from _mistakes_of_cost(trial)
+        yield from self._mistakes_of_terms(trial)
+
+    def first(self, fidelity: str) -> Recorded | None:
+        """Return the first trial of one fidelity, the base, if there is one."""
+        return next(iter(self._seen.get(fidelity, {}).values()), None)
+
+    def _mistakes_of_place(self, trial: Recorded) -> Iterator[str]:
+        """Yield what is wrong with number and status, given the trials before."""
+        before = self._seen.get(trial.fidelity, {})
+        if not 0 <= trial.number < LARGEST_COUNT:
+            yield f"found number {shown(trial.number)}, expected one from 0 on"
+        if trial.fidelity == "sealed":
+            if trial.status != "ok":
+                yield f"found status {trial.status!r}, expected 'ok' of a sealed row"
+            if tuple(sorted(trial.weights.items())) in self._sealed:
+                yield "found weights that were sealed before"
+            return
+        if not before and trial.number != 0:
+            yield ("found it first, expected number 0, the base that all others are compared with")
+        if not before and trial.status != "ok":
+            yield f"found status {trial.status!r}, expected 'ok' of the base"
+        if trial.number in before:
+            yield (
+                f"found number {trial.number} a second time, expected each {trial.fidelity} trial "
+                "once"
+            )
+        if trial.number >= self.n_trials:
+            yield (
+                f"found number {shown(trial.number)}, expected one below {self.n_trials}, the "
+                f"n_trials of the study"
+            )
+
+    def _mistakes_of_weights(self, trial: Recorded) -> Iterator[str]:
+        for name, weight in trial.weights.items():
+            if not abs(weight) <= LARGEST_SCORE:
+                yield f"found weight {weight!r} of {name!r}, expected a finite one"
+                return
+        if trial.fidelity == "sealed":  # rows of other models have vectors of their own
+            return
+        if lacking := [name for name in self.bounds if name not in trial.weights]:
+            yield f"lacks {lacking[0]!r}, which the study has"
+            return
+        if unknown := [name for name in trial.weights if name not in self.bounds]:
+            yield f"found a weight of {unknown[0]!r}, expected {sorted(self.bounds)}"
+            return
+        if trial.number == 0 and dict(trial.weights) != dict(self.base):
+            yield (
+                f"found weights {shown(dict(trial.weights))}, expected the base, "
+                f"{shown(dict(self.base))}"
+            )
+            return
+        for name, (low, high) in self.bounds.items() if trial.number else ():
+            if not low - ROUNDING <= trial.weights[name] <= high + ROUNDING:
+                yield (f"found {name} at {trial.weights[name]!r}, expected [{low:g}, {high:g}]")
+                return
+        if trial.fidelity == "rescore":
+            yield from self._mistakes_of_searched(trial)
+
+    def _mistakes_of_searched(self, trial: Recorded) -> Iterator[str]:
+        searched = self._seen.get("search", {}).get(trial.number)
+        if searched is None or searched.status != "ok":
+            yield f"found no sound search trial {trial.number} before it"
+        elif dict(searched.weights) != dict(trial.weights):
+            yield (
+                f"found weights {shown(dict(trial.weights))}, expected those of search trial "
+                f"{trial.number}, {shown(dict(searched.weights))}"
+            )
+
+    def _mistakes_of_terms(self, trial: Recorded) -> Iterator[str]:
+        labels = self.labels[trial.fidelity] if trial.status == "ok" else []
+        for label in labels:
+            if label not in trial.terms or not trial.terms[label].items:
+                yield f"lacks {label!r}, which the study has"
+                return
+        for label, term in trial.terms.items():
+            if label not in labels:
+                yield f"found scores of {label!r}, expected {sorted(labels)}"
+                return
+            wrong = next(mistakes_of_score(term), None) or next(
+                self._mistakes_against_base(trial, label), None
+            )
+            if wrong is not None:
+                yield f"term {label!r}: {wrong}"
+                return
+
+    def _mistakes_against_base(self, trial: Recorded, label: str) -> Iterator[str]:
+        """Yield what is wrong with the scores of a term beside those of the base."""
+        first, term = self.first(trial.fidelity), trial.terms[label]
+        if term.taken_over:
+            yield from self._mistakes_of_taken_over(trial, label)
+        if first is None or label not in first.terms:
+            return
+        base = first.terms[label]
+        for what, found, expected in (
+            ("items", len(term.items), len(base.items)),
+            ("higher_is_better", term.higher_is_better, base.higher_is_better),
+            ("is_perplexity", term.is_perplexity, base.is_perplexity),
+        ):
+            if found != expected:
+                yield f"found {what} {found}, but the base has {expected}"
+        if (wrong := unusable_gain(term, base)) is not None:
+            yield wrong
+
+    def _mistakes_of_taken_over(self, trial: Recorded, label: str) -> Iterator[str]:
+        searched = self._seen.get("search", {}).get(trial.number)
+        known = None if searched is None else searched.terms.get(label)
+        if trial.fidelity != "rescore" or known is None or known.items != trial.terms[label].items:
+            yield "found scores that were taken over, expected those of its search trial"
+
+
+def check_trials(path: Path, trials: Sequence[Recorded], rules: Rules) -> None:
+    """Raise StudyError for the first trial of a file that breaks the rules, with its line."""
+    for line, trial in enumerate(trials, start=1):
+        for wrong in rules.mistakes(trial):
+            fix = "Restore the line"
+            if trial.number != 0 or trial.fidelity == "sealed":
+                fix += ", or remove it to go on without that trial"
+            raise StudyError(
+                f"{path}:{line}: trial {shown(trial.number)} ({trial.fidelity}): {wrong}. {fix}."
+            )
+        rules.add(trial)
+
+
+def _mistakes_of_cost(trial: Recorded) -> Iterator[str]:
+    for phase, seconds in trial.seconds.items():
+        if not 0 <= seconds <= LONGEST:
+            yield f"found {seconds!r} seconds of {phase!r}, expected 0 or more"
+            return
+    for n_tokens in (trial.n_tokens, *(term.n_tokens for term in trial.terms.values())):
+        if not 0 <= n_tokens <= LARGEST_COUNT:
+            yield f"found {shown(n_tokens)} tokens, expected 0 or more"
+            return
+
+
+def mistakes_of_score(term: TermScore) -> Iterator[str]:
+    """Yield what keeps the items of a term from making a score."""
+    for top, bottom in term.items:
+        if not (abs(top) <= LARGEST_SCORE and 0 <= bottom <= LARGEST_SCORE):
+            yield f"found an item {(top, bottom)}, expected finite ones, the second >= 0"
+            return
+    total = sum(bottom for _, bottom in term.items)
+    if not 0 < total <= LARGEST_SCORE:
+        yield f"found denominators that sum to {total:g}, expected a sum above 0"
+        return
+    try:
+        score = term.score
+    except OverflowError:
+        score = math.inf
+    if not abs(score) <= LARGEST_SCORE:
+        yield f"found a score of {score:g}, expected one of use"
+
+
+def unusable_gain(term: TermScore, base: TermScore) -> str | None:
+    """Return what keeps a score from being compared with that of the base, or None."""
+    found = gain(term.score, base.score, higher_is_better=base.higher_is_better)
+    if math.isfinite(found) and found <= LARGEST_GAIN:
+        return None
+    return f"found a gain of {found:g} over the base, expected one of use"

@@ -1,0 +1,72 @@
+"""Weights <-> points of the unit box, and the weights that every search starts with."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optimer_hf.study.config import StudyConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+# -- the surrogate of the record -------------------------------------------------------------------
+
+
+def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> "Array":
+    """Scale the free weights by their bounds to [0, 1]."""
+    low, high = np.array(list(config.free.values())).T
+    points = np.array([[weights[name] for name in config.free] for weights in weight_sets])
+    points = points.reshape(-1, len(config.free))
+    return np.asarray((points - low) / (high - low), dtype=np.float64)
+
+
+def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:
+    """Return the full weight set of a point in [0, 1]^d, rounded to 4 digits, which is all that
+    YAML should show.
+    """
+    low, high = np.array(list(config.free.values())).T
+    values = low + point * (high - low)
+    return {
+        name: round(float(value), 4) for name, value in zip(config.free, values, strict=True)
+    } | config.fixed
+
+
+def within_total(config: StudyConfig, points: "Array") -> "Array":
+    """Move points [n, d] of the box towards a corner until their weights sum to what `search.total`
+    allows.
+    """
+    if config.search.total is None:
+        return points
+    low, high = np.array(list(config.free.values())).T
+    total = (low + points * (high - low)).sum(axis=1, keepdims=True)
+    least, most = config.search.total
+    down = (most - low.sum()) / np.maximum(total - low.sum(), 1e-12)  # towards the low corner
+    up = (least - total) / np.maximum(high.sum() - total, 1e-12)  # towards the high corner
+    raised = points + np.clip(up, 0, 1) * (1 - points)
+    return np.asarray(np.where(total > most, points * np.clip(down, 0, 1), raised))
+
+
+ANCHOR_WEIGHT = 0.7
+
+
+def anchors(config: StudyConfig) -> list[tuple[str, dict[str, float]]]:
+    """Return the weight sets every search starts from: base, each vector alone, uniform average."""
+    free = list(config.free)
+    sets = [("base", dict.fromkeys(free, 0.0))]
+    sets += [
+        (f"{name} alone", {other: ANCHOR_WEIGHT * (other == name) for other in free})
+        for name in free
+    ]
+    if len(free) > 1:
+        sets.append(("average", dict.fromkeys(free, 1 / len(free))))
+    result = []
+    for origin, weights in sets:
+        if origin != "base":  # every gain is relative to it, whatever the bounds
+            point = np.clip(to_unit(config, [weights]), 0, 1)
+            weights = from_unit(config, within_total(config, point)[0])
+        result.append((origin, weights | config.fixed))
+    return result

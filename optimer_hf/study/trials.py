@@ -1,0 +1,175 @@
+"""What a search recorded: trials and decisions, appended a line at a time."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from optimer_hf.errors import StudyError
+from optimer_hf.files.digest import digest
+from optimer_hf.files.text import first_line
+from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.faults import was_environmental
+from optimer_hf.study.records import Rules, append_line, read_lines
+
+Fidelity = Literal["search", "rescore", "sealed"]
+ITEMS_OF: dict[Fidelity, str] = {  # what a score is of, by fidelity
+    "search": "the items of the search",
+    "rescore": "the items on which the best trials were scored again",
+    "sealed": "the sealed test",
+}
+STUDY_FILE, INPUTS_FILE = "study.json", "inputs.json"
+TRIALS_FILE, DECISIONS_FILE, SEALED_FILE = "trials.jsonl", "decisions.jsonl", "sealed.jsonl"
+OF_TEST = "test."  # digests of the items of the sealed test
+
+
+# -- trials ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluation of one weight set; `seconds` are merge, evaluate, forward (a part of evaluate)
+    and ask.
+    """
+
+    __pydantic_config__ = STRICT_RECORD
+
+    number: int
+    origin: str
+    fidelity: Fidelity
+    weights: dict[str, float]
+    status: Literal["ok", "crashed"]
+    terms: dict[str, TermScore]
+    seconds: dict[str, float]
+    n_tokens: int = 0
+    error: str | None = None
+    worker: str | None = None
+
+    def to_json(self) -> str:
+        """Return the trial as one line of trials.jsonl."""
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+
+    @property
+    def is_blameless(self) -> bool:
+        """Whether it crashed by no fault of its weights, which earlier versions recorded, too."""
+        return self.status == "crashed" and was_environmental(self.error or "")
+
+    @classmethod
+    def from_json(cls, line: str) -> "Trial":
+        """Read a line of trials.jsonl."""
+        return _TRIAL.validate_json(line)
+
+
+_TRIAL = TypeAdapter(Trial)
+
+
+class TrialLog:
+    """trials.jsonl: append-only, one fsync a trial; a line torn by a crash is cut off when it is
+    opened.
+    """
+
+    def __init__(self, path: Path, *, repair: bool = True) -> None:
+        """Read what is there, see `read_lines`; raise StudyError for a line that is no trial."""
+        self.path = path
+        self.trials: list[Trial] = []
+        for number, line in enumerate(read_lines(path, repair=repair), start=1):
+            try:
+                self.trials.append(Trial.from_json(line.decode()))
+            except (ValueError, RecursionError, OverflowError) as error:
+                raise StudyError(
+                    f"{path}:{number}: not a trial ({first_line(error)}). Remove the damaged line "
+                    "to go on without that trial."
+                ) from None
+
+    def append(self, trial: Trial) -> None:
+        """Write one trial to disk before returning."""
+        append_line(self.path, trial.to_json())
+        self.trials.append(trial)
+
+    def of(self, fidelity: Fidelity) -> list[Trial]:
+        """Return the trials of one fidelity, in the order they ran."""
+        return [trial for trial in self.trials if trial.fidelity == fidelity]
+
+    def first(self, fidelity: Fidelity) -> Trial:
+        """Return the first trial of one fidelity, the base."""
+        return next(trial for trial in self.trials if trial.fidelity == fidelity)
+
+
+# -- what was decided ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided when the search was done: which trials are scored again, and, once they are,
+    which is the best; numbers of trials. `trials` is a digest of the search trials it is about.
+
+    `rows` are weights that the surrogate chose from these trials for the sealed test, by name.
+    """
+
+    __pydantic_config__ = STRICT_RECORD
+
+    trials: str
+    rescore: list[int]
+    incumbent: int | None = None
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+_DECISION = TypeAdapter(Decision)
+
+
+class DecisionLog:
+    """decisions.jsonl: append-only, a line for each decision, the last one about the trials counts.
+
+    A decision is read and never made again: a later version may fit another surrogate.
+    """
+
+    def __init__(self, path: Path, *, repair: bool = True) -> None:
+        """Read what is there, see `read_lines`; raise StudyError for a line that is none."""
+        self.path = path
+        self.decisions: list[Decision] = []
+        for number, line in enumerate(read_lines(path, repair=repair), start=1):
+            try:
+                self.decisions.append(_DECISION.validate_json(line))
+            except (ValueError, RecursionError, OverflowError) as error:
+                raise StudyError(
+                    f"{path}:{number}: not a decision ({first_line(error)}). Remove the line: what "
+                    "it said is decided again."
+                ) from None
+
+    def add(self, decision: Decision, *, to_disk: bool) -> None:
+        """Take a decision; `to_disk` writes it down before returning."""
+        if to_disk:
+            append_line(self.path, json.dumps(asdict(decision)))
+        self.decisions.append(decision)
+
+    def about(self, trials: Sequence[Trial]) -> Decision | None:
+        """Return what was decided last about these search trials."""
+        if not self.decisions:
+            return None
+        key = _digest_of(trials)
+        return next((each for each in reversed(self.decisions) if each.trials == key), None)
+
+
+def _digest_of(trials: Sequence[Trial]) -> str:
+    return digest([[trial.number, trial.status, trial.weights] for trial in trials])
+
+
+def rules_of(config: StudyConfig, n_trials: int) -> Rules:
+    """Return what a study of `n_trials` says of its trials."""
+    fixed = {name: (weight, weight) for name, weight in config.fixed.items()}
+    labels = {
+        "search": [term.label for term in config.objective.at("search")],
+        "rescore": [term.label for term in config.objective.at("rescore")],
+    }
+    return Rules(
+        config.free | fixed, dict.fromkeys(config.free, 0.0) | config.fixed, labels, n_trials
+    )
+
+
+def _rules_of_sealed(config: StudyConfig) -> Rules:
+    terms = config.test.at("rescore") if config.test is not None else []
+    return Rules({}, {}, {"sealed": [term.label for term in terms]}, 0)

@@ -1,0 +1,1 @@
+"""Continual pre-training with the HF Trainer and PEFT."""

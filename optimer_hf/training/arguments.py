@@ -1,0 +1,64 @@
+"""A train file -> TrainingArguments and LoraConfig."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.text import first_line
+from optimer_hf.models.live import default_device, multiplied_in
+from optimer_hf.training.checkpoints import CHECKPOINTS
+from optimer_hf.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "logging_steps": 1,
+    "save_steps": 0.1,
+    "save_total_limit": 2,  # a kill while the newest one is written leaves the one before
+    "report_to": "none",
+}
+
+
+def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
+    from transformers import TrainingArguments
+
+    device = default_device()
+    has_kernels = multiplied_in(torch.bfloat16, device) == torch.bfloat16
+    fields: dict[str, Any] = {
+        "learning_rate": 2e-4 if config.lora is not None else 1e-5,
+        "use_cpu": device == "cpu",
+        "bf16": has_kernels and not config.trainer.get("fp16"),
+        **TRAINER_DEFAULTS,
+        **config.trainer,
+        "output_dir": str(out / CHECKPOINTS),
+        "seed": config.seed,
+        "disable_tqdm": True,
+    }
+    try:
+        arguments = TrainingArguments(**fields)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
+    if arguments.n_gpu > 1:  # DataParallel, which the Trainer would take, copies no fused loss
+        logger.info("train: one GPU of %d; `accelerate launch` takes them all", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _lora_config(config: TrainConfig) -> Any:
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})})
+    except Exception as error:  # its authors check few fields, and late
+        raise ConfigError(f"train config {config.name!r}: lora: {first_line(error)}") from error

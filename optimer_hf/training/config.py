@@ -1,0 +1,122 @@
+"""What a training is: the fields of a train file."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.files.digest import digest, fingerprint
+from optimer_hf.files.model import Mistake, VersionedFile
+from optimer_hf.files.paths import without_folders
+from optimer_hf.files.reference import Reference, ReferenceText, is_there
+from optimer_hf.models.layout import weights_fingerprint
+
+
+class MixturePart(CorpusConfig):
+    """One corpus of a mixture: its share of the tokens, and whether it is repeated when it is too
+    small for that.
+    """
+
+    share: float = Field(gt=0, le=1)
+    upsample: bool = False
+
+
+RESERVED_TRAINER_FIELDS = {
+    "output_dir": "the command line",
+    "seed": "`seed`",
+    "data_seed": "`seed`",
+}
+UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
+    "eval_strategy": "There is nothing to evaluate on; `optimer evaluate` scores a model",
+    "do_eval": "There is nothing to evaluate on; `optimer evaluate` scores a model",
+    "do_predict": "There is nothing to predict; `optimer evaluate` scores a model",
+    "push_to_hub": "`optimer push` publishes a vector",
+    "hub_model_id": "`optimer push` publishes a vector",
+    "resume_from_checkpoint": "A killed run goes on by itself",
+    "save_only_model": "A killed run goes on with its optimizer, which a checkpoint has to hold",
+    "ignore_data_skip": "A killed run goes on with the next block, not with the first",
+    "use_liger_kernel": "The loss of a run is computed without logits already",
+    "label_smoothing_factor": "The loss is computed without logits, which smoothing needs",
+}
+SECRET = {"hub_token", "push_to_hub_token"}  # fields that are neither shown nor written
+ABOVE_ZERO = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("logging_steps", "save_steps"),
+}
+BOUNDS = {  # of numbers that size something, which no library checks before it starts
+    "dataloader_num_workers": (0, 256),
+    "dataloader_prefetch_factor": (1, 1024),
+    "num_train_epochs": (0, 10**6),
+    "per_device_train_batch_size": (1, 2**20),
+    "gradient_accumulation_steps": (1, 2**20),
+    "max_steps": (-1, 10**9),
+}
+LORA_BOUNDS = {"r": (1, 2**16), "lora_alpha": (-(10**6), 10**6), "lora_dropout": (0, 1)}
+PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
+
+
+class TrainConfig(VersionedFile):
+    """One continual pre-training run on a corpus, or on a mixture of corpora by ratio; `lora` and
+    `trainer` go to LoraConfig and TrainingArguments as they are.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base_model: ReferenceText
+    corpus: CorpusConfig | None = None
+    mixture: list[MixturePart] | None = Field(default=None, min_length=1)
+    block_size: int = Field(default=1024, ge=8, le=2**20)
+    max_tokens: int | None = Field(default=None, gt=0, le=10**13)
+    lora: dict[str, Any] | None = None
+    trainer: dict[str, Any] = {}
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    def mistakes(self) -> Iterator[Mistake]:
+        if (self.corpus is None) == (self.mixture is None):
+            yield (), "give exactly one of 'corpus' and 'mixture'"
+        if self.mixture is not None:
+            if self.max_tokens is None:
+                yield ("mixture",), "a mixture needs max_tokens: shares are shares of it"
+            total = sum(part.share for part in self.mixture)
+            if abs(total - 1) > 1e-6:
+                yield ("mixture",), f"the shares of the mixture sum to {total:g}, not to 1"
+
+    @property
+    def corpora(self) -> Sequence[CorpusConfig]:
+        """The corpus, or those of the mixture."""
+        return self.mixture or ([self.corpus] if self.corpus is not None else [])
+
+    @property
+    def kind(self) -> Literal["adapter", "checkpoint"]:
+        """The kind of vector the run leaves behind."""
+        return "checkpoint" if self.lora is None else "adapter"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields that a run's record repeats: those that name no file of this machine."""
+        fields = {"block_size", "max_tokens", "lora", "trainer", "seed"}
+        return self.model_dump(mode="json", include=fields)
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that decides the result; of local files the names, see `inputs`."""
+        absent = {"mixture"} if self.mixture is None else {"corpus"}
+        data = self.model_dump(mode="json", exclude=absent)
+        for part in (data, data.get("corpus") or {}, *data.get("mixture", ())):
+            named = ("base_model", "path", "dataset", "data_files")
+            part |= without_folders({key: part[key] for key in named if key in part})
+            if part.get("data_files", "") is None:  # a field that runs before it did not have
+                del part["data_files"]
+        return digest(data)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the local base and of the local texts that are there now, by field."""
+        found = {}
+        base = Reference(self.base_model).path
+        if base is not None and is_there(base):
+            found["base_model"] = fingerprint(base) if base.is_file() else weights_fingerprint(base)
+        for number, corpus in enumerate(self.corpora):
+            if (text := corpus.fingerprint) is not None:
+                found["corpus" if self.mixture is None else f"mixture.{number}"] = text
+        return found

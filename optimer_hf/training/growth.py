@@ -1,0 +1,82 @@
+"""A model in training -> the norm of its vector so far: how fast one dataset moves it.
+
+Of a LoRA model the products are never formed; of a full-parameter one the base is read again from
+disk, a few rows at a time, so that no second copy of the model is held. That costs one pass over
+the base for a point, and a GPU waits for either, so a run has few of them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimer_hf.errors import ModelError
+from optimer_hf.models.blocks import matrix_rows, row_blocks
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.names import names_in
+from optimer_hf.models.stored import as_stored
+
+N_NORMS = 16  # of a run
+
+
+def lora_norm(model: Any) -> float:
+    """Return the Frobenius norm of what the LoRA layers of a model add to it: |BA|^2 =
+    <B^T B, A A^T>, or the product itself where its smaller side is below the rank.
+    """
+    squares = []
+    for module in model.modules():
+        for name, a in getattr(module, "lora_A", {}).items():
+            left, right = a.weight.detach().float(), module.lora_B[name].weight.detach().float()
+            if left.ndim == right.ndim == 2:
+                if min(len(right), left.shape[1]) < len(left):
+                    product = (right @ left).square().sum()
+                else:
+                    product = ((right.T @ right) * (left @ left.T)).sum()
+                squares.append(product * float(module.scaling[name]) ** 2)
+    if not squares:
+        return 0.0
+    device = squares[0].device  # of several, the first
+    total = torch.stack([each.to(device) for each in squares]).sum()
+    return float(total.clamp(min=0).sqrt())
+
+
+def full_norm(model: Any, base: Path) -> float:
+    """Return the Frobenius norm of a model minus the base in a directory; a tied head counts once.
+
+    Raises ModelError when a parameter is nowhere in the base. Memory: a few row blocks, and one
+    parameter where transformers stores it in another form (fused experts).
+    """
+    checkpoint, squares = Checkpoint(base), 0.0
+    stored = [
+        key
+        for name, parameter in model.named_parameters()
+        for key in as_stored(model, name, parameter.detach().to("meta"))
+    ]
+    known = names_in(checkpoint, stored)
+    for name, parameter in model.named_parameters():
+        for key, tensor in as_stored(model, name, parameter.detach()).items():
+            here = known.get(key, [""])[0]
+            if not here or checkpoint.shape(here) != tuple(tensor.shape):
+                raise ModelError(f"{base}: holds no tensor {key!r} of shape {list(tensor.shape)}.")
+            squares += _moved(tensor.contiguous(), checkpoint, here)
+    return math.sqrt(squares)
+
+
+def _moved(tensor: torch.Tensor, base: Checkpoint, name: str) -> float:
+    """Return |tensor - base|^2 in float32, row block by row block."""
+    squares = 0.0
+    for rows in row_blocks(tuple(tensor.shape), tensor.device.type):
+        before = base.read_rows(name, rows).to(tensor.device).float()
+        after = matrix_rows(tensor, rows).float()
+        squares += torch.linalg.vector_norm(after - before).item() ** 2
+    return squares
+
+
+def is_due(history: Sequence[Mapping[str, Any]], n_steps: int) -> bool:
+    """Whether the last entry of the log of a run is to have a norm: N_NORMS of them, evenly spread
+    over `n_steps`, wherever the run was interrupted.
+    """
+    noted = max((entry["step"] for entry in history if "norm" in entry), default=0)
+    return bool(history[-1]["step"] * N_NORMS // n_steps > noted * N_NORMS // n_steps)

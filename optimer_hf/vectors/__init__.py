@@ -1,0 +1,1 @@
+"""Distribution vectors: trained minus base, as adapter, checkpoint or delta."""

@@ -1,0 +1,239 @@
+"""Trained minus base, written as a delta; norms, errors and records of vectors."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from optimer_hf.errors import ModelError
+from optimer_hf.files.staging import staged_directory
+from optimer_hf.models.blocks import matrix_shape, row_blocks
+from optimer_hf.models.checkpoint import DTYPES, Checkpoint
+from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_files
+from optimer_hf.models.shards import write_sharded
+from optimer_hf.models.ties import ties_of
+from optimer_hf.vectors.int8 import BLOCK_SIZE, SCALES, n_blocks, quantize
+from optimer_hf.vectors.opening import _record_of_this_base, _warn_of_another_base, open_vector
+from optimer_hf.vectors.peft import merged_by_peft
+from optimer_hf.vectors.record import QUANTISED, VectorFile, _base_record
+from optimer_hf.vectors.vector import DeltaVector, DistributionVector, dense_rows
+
+logger = logging.getLogger(__name__)
+
+
+# -- size and storage ------------------------------------------------------------------------------
+
+
+def blocks_of(
+    vector: DistributionVector, base: Checkpoint, name: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield delta and base of one tensor in float32, row block by row block."""
+    for rows in row_blocks(base.shape(name)):
+        base_rows = base.read_rows(name, rows).float()
+        yield dense_rows(vector, name, rows, base_rows), base_rows
+
+
+def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
+    """Return the Frobenius norm of the delta, and that norm over the norm of the base tensors it
+    moves (an adapter moves few of them).
+
+    Raises ModelError, naming the tensor, when the delta is not finite.
+    """
+    squares = base_squares = 0.0
+    for name in sorted(vector.names):
+        here = 0.0
+        for delta, base_rows in blocks_of(vector, base, name):
+            here += _squares(delta)
+            base_squares += _squares(base_rows)
+        if not math.isfinite(base_squares):
+            raise ModelError(f"base model: tensor {name!r} holds NaN or infinite values.")
+        if not math.isfinite(here):
+            raise not_finite(vector, name)
+        squares += here
+    relative = math.sqrt(squares / max(base_squares, 1e-30))
+    if relative > 1:
+        logger.warning(
+            "vector %s: its delta is larger than the base tensors it moves (%.0f %%). Is that its "
+            "base, and was the learning rate not too high?",
+            vector.name,
+            100 * relative,
+        )
+    return math.sqrt(squares), relative
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    return tensor.double().square().sum().item()
+
+
+def not_finite(vector: DistributionVector, name: str) -> ModelError:
+    """Return the error of a vector with NaN or infinite values in a tensor."""
+    return ModelError(
+        f"vector {vector.name!r}: its delta holds NaN or infinite values (tensor {name!r}). "
+        "Retrain it, or drop it."
+    )
+
+
+def describe(
+    path: Path, base: ResolvedModel, *, name: str, kind: Literal["adapter", "checkpoint"]
+) -> VectorFile:
+    """Write vector.json beside a trained adapter or checkpoint, with what training.json says, and
+    return it.
+    """
+    training_file = path / "training.json"
+    training = (
+        json.loads(training_file.read_text(encoding="utf-8")) if training_file.exists() else {}
+    )
+    (path / "vector.json").unlink(missing_ok=True)
+    vector = open_vector(name, str(path.resolve()), base)
+    norm, relative_norm = norms(vector, Checkpoint(base.path))
+    record = VectorFile(
+        name=name,
+        kind=kind,
+        base=_base_record(base),
+        norm=norm,
+        relative_norm=relative_norm,
+        corpus=training.get("corpus"),
+        training=training.get("training"),
+        versions=training.get("versions", {}),
+    )
+    record.write(path / "vector.json")
+    return record
+
+
+def extract(
+    vector: DistributionVector,
+    base: ResolvedModel,
+    out: Path,
+    *,
+    dtype: str = "bfloat16",
+    block_size: int = BLOCK_SIZE,
+    max_shard_size: int = 5 * 10**9,
+    source: Path | None = None,
+    replace: bool = False,
+) -> VectorFile:
+    """Write a vector as a delta directory and return its record, with the relative error of what
+    was stored.
+
+    In a floating-point dtype it has a tensor for every one of the base (zeros where nothing moved),
+    so that mergekit reads it as a model; in `int8`, with a scale for every `block_size` numbers, it
+    has the moved ones only. A delta keeps its own exponent, so bfloat16 moves each number by at
+    most 2^-8 of it. `source` holds the weights that the record names (None: those of the vector);
+    with `replace` it takes the place of what is in `out`. Memory: a few row blocks.
+    """
+    checkpoint = Checkpoint(base.path)
+    norm, relative_norm = norms(vector, checkpoint)
+    with staged_directory(out, replace=replace) as staging:
+        if dtype == QUANTISED:
+            _write_quantised(vector, checkpoint, staging, block_size, max_shard_size)
+            stored = DeltaVector(vector.name, Checkpoint(staging, "vector"), block_size)
+        else:
+            _write_dense(vector, checkpoint, staging, DTYPES[dtype], max_shard_size)
+            stored = DeltaVector(vector.name, Checkpoint(staging))
+            copy_beside_weights(base.path, staging)
+        total, errors = relative_errors(vector, stored, checkpoint)
+        record = VectorFile(
+            name=vector.name,
+            kind="delta",
+            base=_base_record(base),
+            source_files=weight_files(vector.path if source is None else source),
+            dtype=dtype,
+            block_size=block_size if dtype == QUANTISED else None,
+            norm=norm,
+            relative_norm=relative_norm,
+            relative_error=total,
+            relative_errors=errors,
+            versions={package: version(package) for package in ("torch", "safetensors")},
+        )
+        record.write(staging / "vector.json")
+    return record
+
+
+def extract_any_adapter(
+    name: str, adapter: ResolvedModel, base: ResolvedModel, out: Path, **options: Any
+) -> VectorFile:
+    """Write an adapter of any type that PEFT can merge (DoRA, IA3, ...) as a delta directory.
+
+    Holds the whole model in memory, in float32. `options` are those of `extract`.
+    """
+    recorded = _record_of_this_base(name, str(adapter.path), adapter.path, base)
+    with merged_by_peft(adapter.path, base.path) as merged:
+        if recorded is None:
+            _warn_of_another_base(name, adapter.path, base)
+        vector = open_vector(name, str(merged), base)
+        return extract(vector, base, out, source=adapter.path, **options)
+
+
+def _write_dense(
+    vector: DistributionVector,
+    base: Checkpoint,
+    out: Path,
+    dtype: torch.dtype,
+    max_shard_size: int,
+) -> None:
+    moved, ties = vector.names, ties_of(base)
+
+    def rows_of(key: str, rows: slice) -> torch.Tensor:
+        name = ties.kept(key)  # of a copy the same delta: mergekit keeps it equal then
+        base_rows = base.read_rows(name, rows)
+        if name not in moved:
+            return torch.zeros(base_rows.shape, dtype=dtype)
+        return dense_rows(vector, name, rows, base_rows).to(dtype)
+
+    specs = {name: (dtype, base.shape(name)) for name in base.names}
+    write_sharded(out, "model", specs, rows_of, max_shard_size)
+
+
+def _write_quantised(
+    vector: DistributionVector, base: Checkpoint, out: Path, block_size: int, max_shard_size: int
+) -> None:
+    """Write int8 numbers and scales; tensors of one dimension (norms, biases) stay in float32."""
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name in sorted(vector.names):
+        shape = base.shape(name)
+        if len(shape) < 2:
+            specs[name] = (torch.float32, shape)
+            continue
+        specs[name] = (torch.int8, shape)
+        scales_shape = (*shape[:-1], n_blocks(shape[-1], block_size))
+        specs[f"{name}{SCALES}"] = (torch.bfloat16, scales_shape)
+
+    def delta_rows(name: str, rows: slice) -> torch.Tensor:
+        return dense_rows(vector, name, rows, base.read_rows(name, rows))
+
+    def rows_of(key: str, rows: slice) -> torch.Tensor:
+        if not key.endswith(SCALES):
+            delta = delta_rows(key, rows)
+            return delta if delta.dim() < 2 else quantize(delta, block_size)[0]
+        name = key.removesuffix(SCALES)
+        _, columns = matrix_shape(base.shape(name))
+        parts = [  # a block of scales stands for many blocks of the delta
+            slice(rows.start + part.start, rows.start + part.stop)
+            for part in row_blocks((rows.stop - rows.start, columns))
+        ]
+        return torch.cat([quantize(delta_rows(name, part), block_size)[1] for part in parts])
+
+    write_sharded(out, "vector", specs, rows_of, max_shard_size)
+
+
+def relative_errors(
+    vector: DistributionVector, stored: DistributionVector, base: Checkpoint
+) -> tuple[float, dict[str, float]]:
+    """Return |stored - vector| / |vector| in total and by tensor (0 where nothing moved)."""
+    squares = error_squares = 0.0
+    by_tensor = {}
+    for name in sorted(vector.names):
+        here = error_here = 0.0
+        for rows in row_blocks(base.shape(name)):
+            base_rows = base.read_rows(name, rows).float()
+            exact = dense_rows(vector, name, rows, base_rows)
+            here += _squares(exact)
+            error_here += _squares(dense_rows(stored, name, rows, base_rows) - exact)
+        by_tensor[name] = math.sqrt(error_here / here) if here else 0.0
+        squares += here
+        error_squares += error_here
+    return math.sqrt(error_squares / squares) if squares else 0.0, by_tensor

@@ -1,0 +1,71 @@
+"""The three forms of a delta while it is merged: low-rank product, trained tensor, dense tensor."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Rows of a delta as a product: scale * (b @ a), with b [rows, r] and a [r, columns] in
+    float32.
+    """
+
+    b: torch.Tensor
+    a: torch.Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the product."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the factors."""
+        return self.b.nbytes + self.a.nbytes
+
+    def dense(self) -> torch.Tensor:
+        """Return the rows as one float32 tensor."""
+        return (self.b @ self.a) * self.scale
+
+    def to(self, device: torch.device | str) -> "LowRank":
+        """Return the factors on a device."""
+        return LowRank(self.b.to(device), self.a.to(device), self.scale)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Rows of a tensor as they are after training, in the dtype of the file; their delta is
+    themselves minus the base.
+    """
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the tensor."""
+        return self.tensor.nbytes
+
+    def to(self, device: torch.device | str) -> "Trained":
+        """Return the tensor on a device."""
+        return Trained(self.tensor.to(device))
+
+
+Delta = torch.Tensor | Trained | LowRank
+
+
+def dense(delta: Delta, base: torch.Tensor) -> torch.Tensor:
+    """Return a delta as a float32 tensor, whatever its form; `base` holds the same rows of the
+    base.
+    """
+    if isinstance(delta, LowRank):
+        return delta.dense()
+    if isinstance(delta, Trained):
+        return delta.tensor.float() - base.float()
+    return delta.float()

@@ -1,0 +1,435 @@
+"""A PEFT adapter -> the delta of every tensor it moves, kept as small as it is stored.
+
+LoRA factors stay factors (`LowRank`): a row block of B times A is multiplied straight into the
+merge. What is not a product (biases, whole modules saved beside it) comes as it is stored, to be
+compared with the base when it is read. Adapters whose delta is not of that form (DoRA, IA3, LoHa,
+OFT ...) are merged by PEFT itself, on request.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Embedding, Linear
+
+from optimer_hf.errors import ModelError
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.live import empty_model
+from optimer_hf.models.names import names_in
+from optimer_hf.models.ties import Ties, ties_of
+from optimer_hf.vectors.forms import LowRank, Trained
+from optimer_hf.vectors.lora_config import (
+    is_targeted,
+    rank_and_scale,
+    read_options,
+    saved_modules,
+    why_not_weighted,
+)
+
+PARTNERS = {
+    "lora_A": "lora_B",
+    "lora_B": "lora_A",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora_embedding_B": "lora_embedding_A",
+}
+PARTS = {  # of a stored tensor, by the end of its name
+    ".lora_A.weight": "A",
+    ".lora_embedding_A": "embedding A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_B": "B",
+    ".lora_B.bias": "B.bias",
+    ".token_adapter.trainable_tokens_delta": "tokens",  # rows, as they are after training
+}
+FROZEN_COPY = ".base_layer.weight"  # of an adapted embedding: PEFT saves it beside the factors
+FACTORS_TWICE = (
+    "PEFT's merge would add the product twice. Read the factors as they are: `optimer extract "
+    "ADAPTER --base BASE OUT`, without --from-adapter."
+)
+FACTORS_APART = (
+    "PEFT gives each its own factors, which part on a GPU. Train the embedding with "
+    "modules_to_save and ensure_weight_tying, with full parameters (leave `lora` out), or not at "
+    "all."
+)
+MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
+PREFIX = "base_model.model."
+CACHED = 16  # models whose layers are remembered
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA and its base, before anything of it is read: the fields of its config, and the shape
+    of each of its tensors by name. `where` begins and `advice` ends what is said of it.
+    """
+
+    options: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    base: Checkpoint
+    where: str
+    advice: str
+
+    @cached_property
+    def ties(self) -> Ties:
+        """Which tensors of the base are one."""
+        return ties_of(self.base)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Tensors of the base."""
+        return frozenset(self.base.names)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a stored tensor is of a base tensor; `module` is named as in the adapter, `rank` and
+    `scale` are of products and of the bias of B.
+    """
+
+    key: str
+    kind: str
+    target: str
+    module: str
+    rank: int = 0
+    scale: float = 0.0
+    is_transposed: bool = False
+
+
+def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank | Trained]:
+    """Read a PEFT LoRA adapter by base tensor name.
+
+    Raises ModelError for what is not a sum of products and trained tensors, and for a tensor that
+    would not be used.
+    """
+    where = f"vector {name!r} ({path})"
+    options = read_options(path, where)
+    refuse_options(options, where, MATERIALISE)
+    stored = _opened(path, where)
+    shapes = {key: stored.shape(key) for key in stored.names}
+    found: dict[str, LowRank | Trained] = {}
+    for part in parts_of(Lora(options, shapes, base, where, MATERIALISE)):
+        if part.kind == "copy":
+            _refuse_moved(stored, part, base, where)
+        elif part.kind == "B.bias":
+            before = found.get(part.target)
+            bias = before.tensor if isinstance(before, Trained) else base.read(part.target)
+            added = part.scale * stored.read(part.key).float()
+            found[part.target] = Trained(bias.float() + added)
+        elif part.kind == "trained":
+            found[part.target] = Trained(stored.read(part.key))
+        else:
+            found[part.target] = _product(stored, part)
+    return _joined(found, ties_of(base), where)
+
+
+def _opened(path: Path, where: str) -> Checkpoint:
+    """Return the tensors of an adapter; raises ModelError where there are none."""
+    stored = Checkpoint(path, "adapter_model")
+    if not stored.names:
+        raise ModelError(f"{where}: holds no tensors, so it moves nothing. Fetch it again.")
+    return stored
+
+
+def refuse_options(options: Mapping[str, Any], where: str, advice: str) -> None:
+    """Raise ModelError for fields of a LoRA whose delta cannot be weighted."""
+    if reason := why_not_weighted(options):
+        raise ModelError(f"{where}: {reason}. {advice}")
+
+
+def parts_of(lora: Lora) -> list[Part]:
+    """Return what the tensors of a LoRA are of the tensors of its base.
+
+    Raises ModelError, naming it, for a tensor that would be left out or that fits no layer.
+    """
+    found: dict[str, Part] = {}
+    last = []
+    for key, (target, kind) in targets_of(lora.shapes, lora.base).items():
+        part = Part(key, kind, target, _module_of(key))
+        _refuse_left_out(part, lora)
+        if key.endswith(FROZEN_COPY):
+            last.append(replace(part, kind="copy"))
+            continue
+        if kind in ("A", "embedding A", "B"):
+            partner = _partner_of(part, lora)
+            if kind == "B":
+                continue
+            part = _checked_product(part, partner, lora)
+        elif kind == "B.bias":  # on top of a bias that is trained itself
+            last.append(_checked_bias(part, lora))
+            continue
+        if target in found:
+            raise ModelError(f"{lora.where}: adapts {target!r} in two ways. {lora.advice}")
+        found[target] = part
+    _refuse_unsaved(found, lora)
+    return [*found.values(), *last]
+
+
+def _refuse_left_out(part: Part, lora: Lora) -> None:
+    if part.kind in ("", "tokens"):
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} is not a LoRA factor of a linear or embedding "
+            f"layer. {lora.advice}"
+        )
+    is_of_layer = part.kind != "trained" or ".base_layer." in part.key
+    if is_of_layer and not is_targeted(lora.options, part.module):
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} adapts a layer that target_modules, "
+            "exclude_modules or layers_to_transform of its config leave out, so PEFT would ignore "
+            "it. Mend the config, or remove the tensor."
+        )
+    if lora.ties.kept(part.target) not in lora.names:
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} is of {part.target!r}, which is not in the base "
+            f"{lora.base.path}. Give an adapter that was trained from this base; for one whose "
+            "modules have other names, see `optimer extract --from-adapter`."
+        )
+
+
+def _refuse_unsaved(held: Iterable[str], lora: Lora) -> None:
+    """Refuse a module of modules_to_save that the base has and the adapter does not hold."""
+    names = [f".{target}" for target in held]
+    for module in saved_modules(lora.options):
+        in_base = any(f".{module}." in f".{tensor}" for tensor in lora.base.names)
+        if in_base and not any(f".{module}." in name for name in names):
+            raise ModelError(
+                f"{lora.where}: modules_to_save names {module!r}, of which the file holds no "
+                "tensor. Fetch the adapter again."
+            )
+
+
+def refuse_unfit(keys: Sequence[str], base: Checkpoint, where: str) -> None:
+    """Raise ModelError for a LoRA, by the names of its tensors, that would be trained and then fit
+    no merge: of layers that are no tensors of the base's checkpoint, or of a part of what the base
+    ties.
+    """
+    products = [target for target, part in targets_of(keys, base).values() if part.endswith("A")]
+    known, ties = set(base.names), ties_of(base)
+    if unfit := sorted(name for name in products if ties.kept(name) not in known):
+        fit = sorted({name.split(".")[-2] for name in products if name in known})
+        raise ModelError(
+            f"{where}: adapts {unfit[0].removesuffix('.weight')!r}, which the checkpoint stores in "
+            f"another form (fused experts), so that it would fit no merge. Name the layers: "
+            f"target_modules: [{', '.join(fit)}]."
+        )
+    kinds = _kinds_of(keys, base)
+    refuse_parted(kinds, ties, where)
+    _refuse_both_factors(kinds, ties, where, FACTORS_APART)
+
+
+def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Return base tensor and part of every tensor of an adapter, see `_target_of`; PEFT names
+    modules as the loaded model does, which is not always as the checkpoint does.
+    """
+    found = {key: _target_of(key) for key in keys}
+    known, ties = set(base.names), ties_of(base)
+    others = {target for target, _ in found.values() if ties.kept(target) not in known}
+    names = names_in(base, others)
+    return {key: (names.get(target, [target])[0], part) for key, (target, part) in found.items()}
+
+
+def _target_of(key: str) -> tuple[str, str]:
+    """Return the base tensor a stored tensor belongs to, and its part, see PARTS: `trained`, or
+    nothing known.
+    """
+    module = key.removeprefix(PREFIX)
+    for suffix, part in PARTS.items():
+        if module.endswith(suffix):
+            kind = "bias" if part == "B.bias" else "weight"
+            return f"{module.removesuffix(suffix)}.{kind}", part
+    if "lora_" in module:
+        return module, ""
+    return module.replace(".base_layer.", "."), "trained"
+
+
+def _module_of(key: str) -> str:
+    """Return the layer of a stored tensor, named as in the adapter."""
+    module = key.removeprefix(PREFIX).split(".lora_")[0]
+    return module if ".lora_" in key else module.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def _partner_of(part: Part, lora: Lora) -> str:
+    """Return the other factor of a product."""
+    factor = next(piece for piece in reversed(part.key.split(".")) if piece in PARTNERS)
+    before, _, after = part.key.rpartition(f".{factor}")
+    partner = f"{before}.{PARTNERS[factor]}{after}"
+    if partner not in lora.shapes:
+        raise ModelError(f"{lora.where}: tensor {partner!r} is missing. Fetch the adapter again.")
+    return partner
+
+
+def _checked_product(part: Part, partner: str, lora: Lora) -> Part:
+    """Return a product with its rank, its scale and its direction."""
+    a, b = lora.shapes[part.key], lora.shapes[partner]
+    if len(a) != 2 or len(b) != 2:
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} has {len(a)} dimensions; only linear and embedding "
+            f"layers are products of two matrices. {lora.advice}"
+        )
+    rank, scale = _rank_and_scale(part.module, lora)
+    if not a[0] == b[1] == rank:
+        raise ModelError(
+            f"{lora.where}: {part.module} has factors of shape {list(a)} and {list(b)}, but rank "
+            f"{rank} in adapter_config.json. Fetch the adapter again."
+        )
+    is_transposed = _is_transposed(part, (b[0], a[1]), lora)
+    return replace(part, rank=rank, scale=scale, is_transposed=is_transposed)
+
+
+def _checked_bias(part: Part, lora: Lora) -> Part:
+    """Return the bias of a factor B, which PEFT adds to that of the layer, with its scale."""
+    if part.key.removesuffix("bias") + "weight" not in lora.shapes:
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} has no factors. Fetch the adapter again."
+        )
+    found, expected = lora.shapes[part.key], lora.base.shape(part.target)
+    if found != expected:
+        raise ModelError(
+            f"{lora.where}: tensor {part.key!r} has shape {list(found)}, {part.target!r} of the "
+            f"base has {list(expected)}. {lora.advice}"
+        )
+    rank, scale = _rank_and_scale(part.module, lora)
+    return replace(part, rank=rank, scale=scale)
+
+
+def _rank_and_scale(module: str, lora: Lora) -> tuple[int, float]:
+    try:
+        return rank_and_scale(lora.options, module)
+    except ValueError as error:
+        raise ModelError(
+            f"{lora.where}: adapter_config.json has no usable rank and alpha for {module}: found "
+            f"{error}. Fetch the adapter again."
+        ) from None
+
+
+def _is_transposed(part: Part, shape: tuple[int, int], lora: Lora) -> bool:
+    """Whether a layer stores its weight input-first, (b @ a).T: embeddings and GPT-2's Conv1D. Its
+    class says so; the config of an adapter may be wrong, and a square matrix fits either way.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    layers, ties = _layers_of(lora.base), lora.ties
+    layer = layers.get(ties.class_names.get(part.target, part.target)) if layers else None
+    is_embedding = part.kind == "embedding A"
+    if layer is not None and issubclass(layer, Conv1D | Linear | Embedding):
+        if issubclass(layer, Embedding) is not is_embedding:
+            raise ModelError(
+                f"{lora.where}: tensor {part.key!r} is not a factor of a {layer.__name__}, which "
+                f"{part.target!r} belongs to. Fetch the adapter again."
+            )
+        return is_embedding or issubclass(layer, Conv1D)
+    if not layers and not is_embedding and shape[0] == shape[1]:
+        raise ModelError(
+            f"{lora.where}: transformers does not know the class of the base {lora.base.path}, so "
+            f"nothing says which way round the square {part.target!r} is stored. Merge the adapter "
+            "with the program that trained it."
+        )
+    return is_embedding or lora.base.shape(ties.kept(part.target)) == shape[::-1] != shape
+
+
+def _layers_of(base: Checkpoint) -> Mapping[str, type]:
+    """Return the class of the layer of every weight, by its name in the model; none where
+    transformers does not know the model.
+    """
+    config = base.path / "config.json"
+    changed = config.stat().st_mtime_ns if config.exists() else 0
+    return _layers(base.path, changed)
+
+
+@functools.lru_cache(maxsize=CACHED)
+def _layers(path: Path, changed: int) -> Mapping[str, type]:
+    """`changed` is of the config: what is remembered holds for it as it is."""
+    try:
+        model = empty_model(ResolvedModel(path, path.name))
+    except ModelError:
+        return {}
+    return {f"{name}.weight": type(module) for name, module in model.named_modules()}
+
+
+def _product(stored: Checkpoint, part: Part) -> LowRank:
+    key = part.key
+    partner = key.replace(".lora_embedding_A", ".lora_embedding_B").replace(".lora_A", ".lora_B")
+    a, b = stored.read(key).float(), stored.read(partner).float()
+    if part.is_transposed:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    return LowRank(b, a, part.scale)
+
+
+def _refuse_moved(stored: Checkpoint, part: Part, base: Checkpoint, where: str) -> None:
+    copy, tensor = stored.read(part.key), base.read(ties_of(base).kept(part.target))
+    if copy.shape != tensor.shape or not torch.equal(copy.to(tensor.dtype), tensor):
+        raise ModelError(
+            f"{where}: tensor {part.key!r} differs from the base: the embedding was resized or "
+            "trained. Train the embedding with full parameters, or leave it out."
+        )
+
+
+def _joined(
+    found: Mapping[str, LowRank | Trained], ties: Ties, where: str
+) -> dict[str, LowRank | Trained]:
+    """Return the parts of an adapter by stored tensor: one for tensors that are one in the base,
+    which the adapter has to move alike, as PEFT does with `ensure_weight_tying`.
+    """
+    refuse_parted({name: type(part).__name__ for name, part in found.items()}, ties, where)
+    joined: dict[str, LowRank | Trained] = {}
+    for name, part in sorted(found.items(), key=lambda item: item[0] != ties.kept(item[0])):
+        other = joined.setdefault(ties.kept(name), part)
+        if part is not other and not _are_alike(part, other):  # NaN is not even like itself
+            raise _parted([name], [ties.kept(name)], where)
+    return joined
+
+
+def _are_alike(one: LowRank | Trained, other: LowRank | Trained) -> bool:
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return (
+            one.scale == other.scale and torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
+        )
+    if isinstance(one, Trained) and isinstance(other, Trained):
+        return torch.equal(one.tensor, other.tensor)
+    return False
+
+
+def refuse_parted(found: Mapping[str, str], ties: Ties, where: str) -> None:
+    """Raise ModelError where an adapter, by tensor and kind of its parts, moves one of the tensors
+    that are one in the base and leaves another, or moves them in different ways.
+    """
+    for group in ties.groups:
+        moved = {name: kind for name, kind in found.items() if ties.group_of(name) == group}
+        names = {ties.class_names.get(name, name) for name in moved}
+        left = [name for name in group if name not in names]
+        if moved and (left or len(set(moved.values())) > 1):
+            raise _parted(sorted(moved), left, where)
+
+
+def _parted(moved: Sequence[str], left: Sequence[str], where: str) -> ModelError:
+    other = f"leaves {left[0]!r} as it is" if left else "does not move them alike"
+    return ModelError(
+        f"{where}: trains {' and '.join(map(repr, moved))} and {other}, but the base ties them to "
+        "one tensor: the model as trained has two, and a merge has one. Train the embedding with "
+        "full parameters, with modules_to_save and ensure_weight_tying, or not at all."
+    )
+
+
+def _kinds_of(keys: Iterable[str], base: Checkpoint) -> dict[str, str]:
+    """Return how PEFT moves the tensors of a base, by the names of an adapter's tensors. Tokens of
+    a tied embedding it trains and merges in both halves.
+    """
+    ties, kinds = ties_of(base), dict[str, str]()
+    for key, (target, part) in targets_of(keys, base).items():
+        group = ties.group_of(target)
+        if part == "tokens" and group and target == group[0]:
+            kinds |= dict.fromkeys(group, part)
+        elif not key.endswith(FROZEN_COPY):
+            kinds[target] = part if part in ("tokens", "trained") else "product"
+    return kinds
+
+
+def _refuse_both_factors(kinds: Mapping[str, str], ties: Ties, where: str, advice: str) -> None:
+    for target, kind in kinds.items():
+        if kind == "product" and (group := ties.group_of(target)):
+            raise ModelError(
+                f"{where}: adapts both {' and '.join(map(repr, group))}, which the base ties to "
+                f"one tensor. {advice}"
+            )

@@ -1,0 +1,279 @@
+"""A directory -> a distribution vector that fits a base, or an error that says why it does not."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from optimer_hf.errors import ModelError, VocabularyError
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.models.live import loaded_tokenizer
+from optimer_hf.models.names import Match, match, names_in, summary, vocabulary_names
+from optimer_hf.models.resolve import TOKENIZER_FILES, resolve_model
+from optimer_hf.models.ties import ties_of
+from optimer_hf.printable import warn_once
+from optimer_hf.vectors.int8 import SCALES, n_blocks
+from optimer_hf.vectors.lora import read_adapter
+from optimer_hf.vectors.record import QUANTISED, VectorFile, read_record
+from optimer_hf.vectors.vector import (
+    AdapterVector,
+    CheckpointVector,
+    DeltaVector,
+    DistributionVector,
+)
+
+logger = logging.getLogger(__name__)
+
+
+OTHER_TOKENS = (
+    "The vocabularies differ: the fine-tune added or removed tokens. Align them with mergekit's "
+    "`tokenizer:` through `optimer merge` first."
+)
+
+
+# -- opening ---------------------------------------------------------------------------------------
+
+
+def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVector:
+    """Open the vector that `source` (directory or Hub id) holds; its kind is recognised from its
+    files.
+
+    Raises ModelError when it records other weights of its base, or when its tensors do not fit the
+    base. An adapter that fits and only names another base gets a warning.
+    """
+    try:
+        resolved = resolve_model(source)
+    except ModelError as error:
+        raise ModelError(f"vector {name!r}: {error}") from error
+    checkpoint = Checkpoint(base.path)
+    record = _record_of_this_base(name, source, resolved.path, base)
+    vector: DistributionVector
+    if (resolved.path / "adapter_config.json").exists():
+        parts = read_adapter(resolved.path, checkpoint, name)
+        stored = names_in(checkpoint, parts)  # two of a tensor that the base has twice
+        parts = {known: parts[key] for key in parts for known in stored.get(key, [key])}
+        vector = AdapterVector(name, resolved.path, parts)
+    elif record is not None and record.kind == "delta":
+        delta = _open_delta(name, resolved.path, record)
+        vector = replace(delta, copies=ties_of(checkpoint).copies)
+    else:
+        tuned = _by_names_of(checkpoint, Checkpoint(resolved.path), name)
+        _check_same_kinds(name, tuned, checkpoint)
+        padding = _padding(name, tuned, checkpoint)
+        vector = CheckpointVector(name, tuned, _merged_names(tuned, checkpoint), padding)
+    _check_shapes(vector, checkpoint)
+    if vector.kind == "adapter" and record is None:
+        _warn_of_another_base(name, resolved.path, base)
+    return vector
+
+
+def _open_delta(name: str, path: Path, record: VectorFile) -> DeltaVector:
+    if record.dtype != QUANTISED:
+        return DeltaVector(name, Checkpoint(path))
+    stored, block_size = Checkpoint(path, "vector"), record.block_size or 0
+    for tensor in stored.names:
+        if tensor.endswith(SCALES) or stored.dtype(tensor) != torch.int8:
+            continue
+        *rows, n = stored.shape(tensor)
+        expected = (*rows, n_blocks(n, block_size)) if block_size > 0 else None
+        scales = f"{tensor}{SCALES}"
+        found = stored.shape(scales) if scales in stored.names else None
+        if found is None or found != expected:
+            raise ModelError(
+                f"vector {name!r} ({path}): tensor {tensor!r} has scales of shape {found}; "
+                f"block_size {record.block_size} of vector.json makes it {expected}. Fetch it "
+                "again."
+            )
+    return DeltaVector(name, stored, block_size)
+
+
+def _record_of_this_base(
+    name: str, source: str, path: Path, base: ResolvedModel
+) -> VectorFile | None:
+    """Return the vector.json of a directory; refuse a vector that records another base."""
+    record = read_record(path)
+    if record is not None and record.base.files != weight_files(base.path):
+        raise ModelError(
+            f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights "
+            f"differ from those of base_model {base.reference}. Retrain it from this base, or drop "
+            "it."
+        )
+    return record
+
+
+def _warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
+    """Warn of an adapter that names another Hub model as its base. A name proves nothing: QLoRA
+    names the quantised copy, others a mirror. A local path tells nothing at all.
+    """
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    declared = str(config.get("base_model_name_or_path") or "")
+    is_hub_id = declared.count("/") == 1 and not declared.startswith((".", "/", "~"))
+    if is_hub_id and base.commit is not None and declared != base.reference:
+        warn_once(
+            logger,
+            f"vector {name!r} ({path}): its adapter_config.json names {declared} as its base, and "
+            f"base_model is {base.reference}. Its shapes fit. That is right where the one is a "
+            "mirror or a quantised copy (QLoRA) of the other; an adapter of other weights has to "
+            "be trained again.",
+        )
+
+
+def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
+    """Return a tuned checkpoint by the names of the base, without what is no part of it; refuse one
+    that lacks a part of the base, or has others. Of tensors that are one in either, the one that is
+    stored stands for the others.
+    """
+    of_base = ties_of(base)
+    try:
+        of_tuned, found = ties_of(tuned), match(tuned, base)
+    except ModelError as error:
+        raise ModelError(f"vector {name!r}: {error}") from error
+    copies = {other for key, other in found.tuned_names.items() if key in of_base.copies}
+    stored = {key: found.tuned_names[key] for key in found.tuned_names.keys() - of_base.copies}
+    lacking = set(found.missing) - of_base.copies
+    kept = {key: of_tuned.kept(of_base.class_names.get(key, key)) for key in lacking}
+    tied = {key: other for key, other in kept.items() if other in tuned.names}
+    missing = sorted(lacking - tied.keys())
+    rest = {*found.unknown, *copies} - {*stored.values(), *tied.values()} - of_tuned.copies
+    groups = {key: of_base.group_of(of_tuned.class_names.get(key, key)) for key in sorted(rest)}
+    parted = {key: of_base.kept(group[0]) for key, group in groups.items() if group}
+    extra = sorted(key for key in rest if parted.get(key) not in stored)
+    if missing or extra:
+        raise ModelError(
+            f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} "
+            f"tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: "
+            f"{extra[:1]}). Use a model of the same architecture."
+            + (f" Names were compared as they are: {found.reason}" if found.reason else "")
+        )
+    for key, one in parted.items():
+        if not tuned.are_equal(key, stored[one]):
+            raise ModelError(
+                f"vector {name!r} ({tuned.path}): has a tensor {key!r} of its own, which the base "
+                f"{base.path} ties to {one!r}. A merge has the form of the base and would drop "
+                "it. Untie the base first (save it with the head as a tensor and "
+                "tie_word_embeddings: false), or use a fine-tune with a tied head."
+            )
+    if None not in (of_base.settings, of_tuned.settings) and of_base.settings != of_tuned.settings:
+        raise ModelError(
+            f"vector {name!r} ({tuned.path}): its config.json says {of_tuned.settings}, that of "
+            f"the base {of_base.settings}: a merge has the config of the base, so that at weight 1 "
+            "its logits would be others. Use a fine-tune that left these settings alone."
+        )
+    for key, other in tied.items():
+        if of_tuned.is_assumed:
+            raise ModelError(
+                f"vector {name!r} ({tuned.path}): lacks tensor {key!r}, and neither its config "
+                f"nor its model class says that it is {other!r}. Write tie_word_embeddings into "
+                "its config.json."
+            )
+    _tell_differences(name, tuned, found)
+    return tuned.renamed(stored | tied)
+
+
+def _tell_differences(name: str, tuned: Checkpoint, found: Match) -> None:
+    if found.unmoved:
+        warn_once(
+            logger,
+            f"vector {name!r} ({tuned.path}): does without {len(found.unmoved)} tensors of the "
+            f"base ({summary(found.unmoved)}), which a merge leaves as they are",
+        )
+    if found.left_out:
+        warn_once(
+            logger,
+            f"vector {name!r} ({tuned.path}): {len(found.left_out)} tensors that the base does not "
+            f"have and its class does not load ({summary(found.left_out)}) are left out",
+        )
+
+
+def _check_same_kinds(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
+    """Refuse quantised tensors, and whole numbers other than those of the base."""
+    for tensor in tuned.names:
+        kinds = tuned.dtype(tensor), base.dtype(tensor)
+        if kinds[0].is_floating_point != kinds[1].is_floating_point:
+            raise ModelError(
+                f"vector {name!r} ({tuned.path}): tensor {tensor!r} is {kinds[0]}, in the base it "
+                f"is {kinds[1]}. Quantised models cannot be merged; use the full weights."
+            )
+        if not kinds[1].is_floating_point and not torch.equal(
+            tuned.read(tensor), base.read(tensor)
+        ):
+            raise ModelError(
+                f"vector {name!r} ({tuned.path}): tensor {tensor!r} of {kinds[1]} differs from the "
+                "base, and whole numbers cannot be merged. Use a fine-tune that left it alone."
+            )
+
+
+def _merged_names(tuned: Checkpoint, base: Checkpoint) -> frozenset[str]:
+    return frozenset(name for name in tuned.names if base.dtype(name).is_floating_point)
+
+
+def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
+    known = set(base.names)
+    for name in sorted(vector.names):
+        if name not in known:
+            raise ModelError(
+                f"vector {vector.name!r}: tensor {name!r} is not in the base {base.path}. Give a "
+                "vector trained from this base; for an adapter whose module names differ, see "
+                "`optimer extract --from-adapter`."
+            )
+        found = _shape_of(vector, name)
+        if found == base.shape(name):
+            continue
+        differs = (
+            f"vector {vector.name!r}: tensor {name!r} has shape {list(found)}, the base has "
+            f"{list(base.shape(name))}."
+        )
+        if found[1:] == base.shape(name)[1:] and name in vocabulary_names(base):
+            raise VocabularyError(f"{differs} {OTHER_TOKENS}")
+        raise ModelError(f"{differs} Give a vector trained from this base.")
+
+
+def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | None:
+    """Return the tensors of the vocabulary of which the base has more rows than a tuned model; None
+    where there is none.
+
+    Raises VocabularyError where those rows belong to tokens.
+    """
+    short = [
+        key
+        for key in tuned.names
+        if tuned.shape(key)[1:] == base.shape(key)[1:]
+        and tuned.shape(key)[:1] < base.shape(key)[:1]
+    ]
+    padded = sorted(vocabulary_names(base).intersection(short)) if short else []
+    if not padded:
+        return None
+    n_rows = min(tuned.shape(key)[0] for key in padded)
+    differs = (
+        f"vector {name!r} ({tuned.path}): tensor {padded[0]!r} has {n_rows} rows, the base has "
+        f"{base.shape(padded[0])[0]}"
+    )
+    try:
+        tokens = loaded_tokenizer(ResolvedModel(base.path, base.path.name)).get_vocab()
+    except ModelError as error:
+        raise VocabularyError(
+            f"{differs}, and whether those are tokens cannot be told: {error}"
+        ) from error
+    at_end = sorted(tokens, key=tokens.__getitem__)
+    if lost := [t for t in at_end if n_rows <= tokens[t] < base.shape(padded[0])[0]]:
+        raise VocabularyError(f"{differs}, of which {lost[0]!r} is a token. {OTHER_TOKENS}")
+    if any((tuned.path / file).exists() for file in TOKENIZER_FILES):
+        own = loaded_tokenizer(ResolvedModel(tuned.path, tuned.path.name)).get_vocab()
+        if other := [token for token in at_end if own.get(token) != tokens[token]]:
+            raise VocabularyError(
+                f"{differs}, and its token {other[0]!r} has the id {own.get(other[0])}, that of "
+                f"the base {tokens[other[0]]}. {OTHER_TOKENS}"
+            )
+    return base.renamed({key: key for key in padded})
+
+
+def _shape_of(vector: DistributionVector, name: str) -> tuple[int, ...]:
+    if isinstance(vector, CheckpointVector):
+        return vector.shape(name)
+    if isinstance(vector, DeltaVector):
+        return vector.stored.shape(name)
+    assert isinstance(vector, AdapterVector)
+    return vector.parts[name].shape

@@ -1,0 +1,141 @@
+"""Adapters that PEFT alone can merge."""
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimer_hf.errors import ModelError
+from optimer_hf.files.patterns import matches
+from optimer_hf.files.text import first_line
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.live import empty_model, loaded_model
+from optimer_hf.models.loader import model_with_adapter, read_adapter_config, refuse_lack_of_memory
+from optimer_hf.models.ties import ties_of
+from optimer_hf.vectors.lora import (
+    FACTORS_TWICE,
+    _kinds_of,
+    _module_of,
+    _opened,
+    _refuse_both_factors,
+    refuse_parted,
+)
+from optimer_hf.vectors.lora_config import FIELDS, REPLACING, patterns_of, read_options
+
+# -- through PEFT ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
+    """Yield a temporary float32 checkpoint: base plus any adapter that PEFT can merge.
+
+    Holds the whole model in memory, in float32. Raises ModelError for adapters without a merge.
+    """
+    if not (adapter / "adapter_config.json").exists():
+        raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
+    refuse_unmerged_by_peft(adapter, base)
+    model = loaded_model(ResolvedModel(base, base.name), torch.float32)
+    with _naming_unmergeable(adapter):
+        merged = model_with_adapter(model, adapter).merge_and_unload()
+    with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
+        merged.save_pretrained(folder)
+        yield Path(folder)
+
+
+@contextmanager
+def _naming_unmergeable(adapter: Path) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, ModelError):
+        raise
+    except Exception as error:  # PEFT raises dozens of types
+        refuse_lack_of_memory(error, adapter)
+        raise ModelError(
+            f"{adapter}: PEFT cannot merge this adapter ({first_line(error)}). Give the base it "
+            "was trained from, or fetch it again."
+        ) from error
+
+
+def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
+    """Raise ModelError for an adapter, of any type, that PEFT would put on its base in part, with
+    no more than a warning; or whose layers are not those of the base.
+
+    PEFT is asked on an empty model. Where a type needs the weights for that, they are loaded.
+    """
+    where = str(adapter)
+    options, stored = read_options(adapter, where), _opened(adapter, where)
+    if stored.wrappers:
+        raise ModelError(
+            f"{where}: its tensor names have the prefix {', '.join(stored.wrappers)} of a wrapper, "
+            "under which PEFT finds none of them. Rename the tensors; a LoRA can be read as it is, "
+            "without --from-adapter."
+        )
+    for field in REPLACING:
+        if options.get(field):
+            raise ModelError(
+                f"{where}: {FIELDS[field]}, so that no merge into the base has its function."
+            )
+    model = empty_model(base)
+    if patterns := patterns_of(options):
+        matches(patterns, [name for name, _ in model.named_modules()], where)
+    with _naming_unmergeable(adapter):
+        config = read_adapter_config(adapter)
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"{where}: PEFT cannot merge this adapter ({config.peft_type.value} adds tokens and "
+            "moves no weight)."
+        )
+    if "init_lora_weights" in vars(config):
+        config.init_lora_weights = True  # a decomposition of weights that are not there
+    with _naming_unmergeable(adapter):
+        try:
+            unused = _unused(model, config, stored)
+        except RuntimeError as error:
+            if "meta" not in str(error):  # not: a tensor without numbers
+                raise _misfit(where, first_line(error)) from error
+            unused = _unused(loaded_model(base, torch.float32), config, stored)
+    if unused:
+        raise _misfit(where, f"{unused[0]!r} and {len(unused) - 1} more")
+
+
+def _misfit(where: str, found: str) -> ModelError:
+    return ModelError(
+        f"{where}: tensors that fit no layer of the base, or are missing beside others: {found}. "
+        "PEFT would leave them out. Give the base it was trained from, or fetch it again."
+    )
+
+
+def _unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
+    """Return the tensors of an adapter that PEFT finds no place for on a model, and those that are
+    missing beside others of their layer.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    device = next(model.parameters()).device
+    with warnings.catch_warnings(), torch.device(device):
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, config)
+        given = {
+            key: torch.empty(stored.shape(key), dtype=stored.dtype(key)) for key in stored.names
+        }
+        found = set_peft_model_state_dict(adapted, given)
+        known = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    layers = {_module_of(key) for key in stored.names}
+    missing = [key for key in known if key not in given and _module_of(key) in layers]
+    return [key.replace(".default", "") for key in found.unexpected_keys] + sorted(missing)
+
+
+def refuse_unmerged_by_peft(adapter: Path, base: Path) -> None:
+    """Raise ModelError for an adapter that PEFT would merge into another model than it is: in part,
+    of a part of what the base ties, or with factors of both halves, which it would add twice.
+    """
+    _refuse_unused(adapter, ResolvedModel(base, base.name))
+    stored = Checkpoint(adapter, "adapter_model")  # PEFT would take pickled weights
+    kinds, ties = _kinds_of(stored.names, Checkpoint(base)), ties_of(Checkpoint(base))
+    refuse_parted(kinds, ties, str(adapter))
+    _refuse_both_factors(kinds, ties, str(adapter), FACTORS_TWICE)

@@ -1,0 +1,62 @@
+"""vector.json: what a distribution vector is and which base it belongs to."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.files.model import FileModel, VersionedFile
+from optimer_hf.files.reading import read_json
+from optimer_hf.models.layout import ResolvedModel, weight_files
+
+QUANTISED = "int8"
+
+
+# -- vector.json -----------------------------------------------------------------------------------
+
+
+class BaseRecord(FileModel):
+    """The base model a vector was trained from."""
+
+    reference: str
+    commit: str | None = None
+    files: dict[str, str]
+
+
+class VectorFile(VersionedFile):
+    """vector.json: what the vector is, where it comes from, how large it is.
+
+    `dtype`, `block_size`, `relative_error` (of the stored delta, in total and by tensor) and
+    `source_files` (sha256 of the weights it was taken from) belong to deltas.
+    """
+
+    name: str
+    kind: Literal["adapter", "delta", "checkpoint"]
+    base: BaseRecord
+    source_files: dict[str, str] | None = None
+    dtype: str | None = None
+    block_size: int | None = Field(default=None, gt=0, le=2**20)
+    norm: float
+    relative_norm: float
+    relative_error: float | None = None
+    relative_errors: dict[str, float] | None = None
+    corpus: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    versions: dict[str, str] = {}
+
+
+def read_record(path: Path) -> VectorFile | None:
+    """Return the vector.json of a directory, or None when there is none."""
+    file = path / "vector.json"
+    if not file.exists():
+        return None
+    try:
+        return VectorFile.model_validate(read_json(file))
+    except (ConfigError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise ModelError(f"{file}: not a vector.json of format version 1 ({reason}).") from None
+
+
+def _base_record(base: ResolvedModel) -> BaseRecord:
+    return BaseRecord(reference=base.reference, commit=base.commit, files=weight_files(base.path))

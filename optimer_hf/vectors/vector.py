@@ -1,0 +1,171 @@
+"""Distribution vectors: what one dataset did to the base model, as checkpoint, delta or adapter."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from optimer_hf.models.blocks import matrix_rows, matrix_shape
+from optimer_hf.models.checkpoint import Checkpoint, Loaded
+from optimer_hf.vectors.forms import Delta, LowRank, Trained, dense
+from optimer_hf.vectors.int8 import SCALES, dequantize
+
+# -- the three kinds -------------------------------------------------------------------------------
+
+
+class DistributionVector(Protocol):
+    """What merging needs of a vector: its name, the tensors it moves, and rows of its delta."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the pool."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """checkpoint, delta or adapter."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """The directory that holds its weights."""
+        ...
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Tensors with a delta; all others are zero."""
+        ...
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory it takes when it is loaded."""
+        ...
+
+    def delta(self, name: str, rows: slice, device: torch.device | str) -> Delta:
+        """Return rows of the delta of a tensor on a device, in the form it is stored in; see
+        `kernel.dense`. Not to be changed by the caller.
+        """
+        ...
+
+    def loaded(self, device: str) -> "DistributionVector":
+        """Return the vector with its weights in the memory of a device."""
+        ...
+
+
+@dataclass(frozen=True)
+class CheckpointVector:
+    """A whole tuned model; its delta, tuned minus base, is taken in float32 when it is merged.
+
+    Where the base is padded and the tuned model is not, its tensors of the vocabulary end early:
+    the rows that it lacks are those of `padding`, the base, and do not move.
+    """
+
+    name: str
+    tuned: Checkpoint | Loaded
+    names: frozenset[str]
+    padding: Checkpoint | Loaded | None = None
+    kind: str = "checkpoint"
+
+    @property
+    def path(self) -> Path:
+        return self.tuned.path
+
+    @property
+    def n_bytes(self) -> int:
+        return self.tuned.n_bytes(self.names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, with the rows that only the base has."""
+        is_padded = self.padding is not None and name in self.padding.names
+        return (self.padding if is_padded and self.padding else self.tuned).shape(name)
+
+    def delta(self, name: str, rows: slice, device: torch.device | str) -> Trained:
+        n_rows = matrix_shape(self.tuned.shape(name))[0]
+        if self.padding is None or rows.stop <= n_rows:
+            return Trained(self.tuned.read_rows(name, rows).to(device))
+        trained = self.tuned.read_rows(name, slice(min(rows.start, n_rows), n_rows))
+        unmoved = self.padding.read_rows(name, slice(max(rows.start, n_rows), rows.stop))
+        dtype = torch.promote_types(trained.dtype, unmoved.dtype)
+        return Trained(torch.cat([part.to(device, dtype) for part in (trained, unmoved)]))
+
+    def loaded(self, device: str) -> "CheckpointVector":
+        tuned = _loaded(self.tuned, self.names, device)
+        padding = self.padding and _loaded(self.padding, self.padding.names, device)
+        return replace(self, tuned=tuned, padding=padding)
+
+
+@dataclass(frozen=True)
+class DeltaVector:
+    """Stored deltas: bf16, fp16, fp32, or int8 with a scale per block; `copies`, of a tied head,
+    are stored, too, and not read.
+    """
+
+    name: str
+    stored: Checkpoint | Loaded
+    block_size: int | None = None
+    copies: frozenset[str] = frozenset()
+    kind: str = "delta"
+
+    @property
+    def path(self) -> Path:
+        return self.stored.path
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        found = frozenset(name for name in self.stored.names if not name.endswith(SCALES))
+        return found - self.copies
+
+    @property
+    def n_bytes(self) -> int:
+        return self.stored.n_bytes(self.stored.names)
+
+    def delta(self, name: str, rows: slice, device: torch.device | str) -> torch.Tensor:
+        stored = self.stored.read_rows(name, rows).to(device)
+        if self.block_size is None or stored.is_floating_point():
+            return stored
+        scales = self.stored.read_rows(f"{name}{SCALES}", rows).to(device)
+        return dequantize(stored, scales, self.block_size)
+
+    def loaded(self, device: str) -> "DeltaVector":
+        return replace(self, stored=_loaded(self.stored, self.stored.names, device))
+
+
+@dataclass(frozen=True)
+class AdapterVector:
+    """A LoRA adapter, kept as float32 factors in memory; biases and whole modules as trained."""
+
+    name: str
+    path: Path
+    parts: dict[str, LowRank | Trained] = field(repr=False)
+    kind: str = "adapter"
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.parts)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(part.n_bytes for part in self.parts.values())
+
+    def delta(self, name: str, rows: slice, device: torch.device | str) -> LowRank | Trained:
+        part = self.parts[name]
+        if isinstance(part, LowRank):
+            return LowRank(part.b[rows], part.a, part.scale).to(device)
+        return Trained(matrix_rows(part.tensor, rows).to(device))
+
+    def loaded(self, device: str) -> "AdapterVector":
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
+
+
+def _loaded(source: Checkpoint | Loaded, names: Iterable[str], device: str) -> Loaded:
+    return Loaded(source.path, {name: source.read(name).to(device) for name in names})
+
+
+def dense_rows(
+    vector: DistributionVector, name: str, rows: slice, base_rows: torch.Tensor
+) -> torch.Tensor:
+    """Return rows of a delta in float32, given the same rows of the base."""
+    return dense(vector.delta(name, rows, base_rows.device), base_rows)

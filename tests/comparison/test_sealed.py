@@ -1,0 +1,233 @@
+"""compare.py and retarget.py: what is scored under the seal, once, and what recorded trials
+predict.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from optimer_hf.comparison.sealed import candidates, compare
+from optimer_hf.comparison.tables import table, to_json, to_markdown, verdicts
+from optimer_hf.errors import ConfigError, EvaluationError, StudyError
+from optimer_hf.searching.loop import search
+from optimer_hf.study.config import MERGE
+from optimer_hf.study.prediction import best_scale, predict, retargeted
+from optimer_hf.study.trials import TrialLog
+from tests.searching.test_loop import FunctionPool, TellingPool, config_of, failing_at, landscape
+
+TEST = {
+    "terms": [
+        {"task": f"{name}_test", "name": name, "metric": "loss", "weight": float(name != "q")}
+        for name in "tuq"
+    ]
+}
+
+
+def with_test(**changes):
+    return config_of(**{"test": TEST, "search": {"n_trials": 14, "rescore_top": 2}} | changes)
+
+
+class CountingPool(FunctionPool):
+    opened: list["CountingPool"] = []
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.opened.append(self)
+
+
+@pytest.fixture(autouse=True)
+def _count_from_zero():
+    CountingPool.opened.clear()
+
+
+def no_pool(config):
+    pytest.fail("everything is scored already, the pool must stay closed")
+
+
+@pytest.fixture
+def study(tmp_path):
+    return search(with_test(), tmp_path / "s", pool=TellingPool)
+
+
+def test_constraints_of_the_test_are_scored_and_shown_like_terms(tmp_path):
+    constraint = {"task": "c_test", "name": "q", "metric": "loss", "max_relative_to_base": 0.1}
+    terms = TEST["terms"][:2]
+    study = search(
+        with_test(test={"terms": terms, "constraints": [constraint]}),
+        tmp_path / "s",
+        pool=FunctionPool,
+    )
+    comparison = compare(study, pool=FunctionPool)
+    assert set(comparison.merge.scores) == {"t", "u", "q"}
+    assert to_json(comparison) and to_markdown(comparison)
+
+
+def test_all_baselines_stand_beside_the_merge(study):
+    names = list(candidates(study))
+    assert names[0] == "base" and MERGE in names
+    assert {
+        "w at 1.0",
+        "x at 1.0",
+        "y at 1.0",
+        "z at 1.0",
+        "uniform average",
+        "uniform sum",
+    } <= set(names)
+    assert sum("at its best scale" in name for name in names) == 4
+    assert candidates(study)["base"] == dict.fromkeys("wxyz", 0.0)
+    assert candidates(study)["x at 1.0"] == {"w": 0, "x": 1, "y": 0, "z": 0}
+    assert candidates(study)["uniform average"] == dict.fromkeys("wxyz", 0.25)
+
+
+def test_every_row_is_scored_once_and_read_from_disk_the_second_time(study):
+    first = compare(study, pool=CountingPool)
+    asked = [json.dumps(weights, sort_keys=True) for weights, _, _ in CountingPool.opened[0].calls]
+    assert len(asked) == len(set(asked))
+    assert {json.dumps(row.weights, sort_keys=True) for row in first.rows} == set(asked)
+    second = compare(study, pool=no_pool)
+    assert second == first
+
+
+def test_rows_that_are_missing_after_a_crash_are_the_only_ones_scored_again(study):
+    with pytest.raises(
+        EvaluationError, match=r"sealed test: row 'z at 1.0' cannot be scored: RuntimeError: no"
+    ):
+        compare(study, pool=failing_at({4: RuntimeError("no")}))
+    assert len(TrialLog(study.directory / "sealed.jsonl").trials) == 4
+    comparison = compare(study, pool=CountingPool)
+    assert (
+        len(CountingPool.opened[0].calls)
+        == len({json.dumps(row.weights) for row in comparison.rows}) - 4
+    )
+    assert not any(row.chosen_after_seal for row in comparison.rows)
+
+
+def test_the_sealed_test_scores_the_terms_of_the_test_section(tmp_path):
+    test = {"terms": [{"task": "u_test", "name": "u", "metric": "loss"}], "limit": 7}
+    compare(search(with_test(test=test), tmp_path / "s", pool=FunctionPool), pool=CountingPool)
+    assert {(tuple(labels), limits["u"]) for _, labels, limits in CountingPool.opened[0].calls} == {
+        (("u",), 7)
+    }
+
+
+def test_a_candidate_chosen_after_the_seal_was_opened_is_marked(tmp_path):
+    short = search(
+        with_test(search={"n_trials": 6, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool
+    )
+    assert not any(row.chosen_after_seal for row in compare(short, pool=FunctionPool).rows)
+    longer = search(
+        with_test(search={"n_trials": 16, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool
+    )
+    comparison = compare(longer, pool=CountingPool)
+    assert comparison.merge.weights != short.incumbent.weights
+    assert comparison.merge.chosen_after_seal
+    assert not comparison.base.chosen_after_seal
+    assert any(
+        "searched merge (chosen after the seal was opened)" in line[0]
+        for line in table(comparison)[1]
+    )
+
+
+def test_a_study_without_a_test_section_cannot_be_compared(tmp_path):
+    study = search(config_of(), tmp_path / "s", pool=FunctionPool)
+    with pytest.raises(ConfigError, match="no `test:` section"):
+        compare(study, pool=no_pool)
+
+
+def test_the_merge_is_compared_with_the_best_of_the_others(study):
+    comparison = compare(study, pool=TellingPool)
+    others = [row for row in comparison.rows if row.name != MERGE]
+    assert comparison.best_baseline().name == max(others, key=comparison.value).name
+    interval = comparison.interval(comparison.merge, comparison.best_baseline())
+    assert interval.difference == pytest.approx(
+        comparison.value(comparison.merge) - comparison.value(comparison.best_baseline())
+    )
+    assert interval.difference > 0 and interval.low <= interval.difference <= interval.high
+    (sentence,) = verdicts(comparison)
+    assert comparison.best_baseline().name in sentence and sentence.endswith("better.")
+
+
+def test_tables_in_markdown_and_json_say_the_same(study):
+    comparison = compare(study, pool=FunctionPool)
+    data = json.loads(json.dumps(to_json(comparison)))
+    text = to_markdown(comparison)
+    for row in data["rows"]:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {row['name']} |")]
+        assert f"{100 * row['value']:+.2f} %" in line
+    assert all(sentence in text for sentence in data["verdicts"])
+    gain = data["rows"][1]["terms"]["t"]["gain"]
+    assert gain["low"] <= gain["difference"] <= gain["high"]
+
+
+def test_retargeted_rows_are_scored_under_their_own_objective_and_are_no_baselines(tmp_path):
+    study = search(with_test(retarget={"for q": {"q": 1.0}}), tmp_path / "s", pool=FunctionPool)
+    comparison = compare(study, pool=FunctionPool)
+    row = next(row for row in comparison.rows if row.name == "re-targeted to for q")
+    assert not row.is_baseline
+    own = retargeted(comparison.objective, {"q": 1.0})
+    assert comparison.value(row, own) > comparison.value(comparison.merge, own)
+    assert comparison.value(row, own) > comparison.value(comparison.base, own)
+    assert [sentence.split(" minus")[0] for sentence in verdicts(comparison)] == [MERGE, row.name]
+
+
+# -- retarget --------------------------------------------------------------------------------------
+
+
+def test_retarget_predicts_better_weights_for_another_objective_than_average_and_incumbent(study):
+    prediction = predict(study, {"q": 1.0})
+    found = landscape("q", prediction.weights)
+    assert found < landscape("q", dict.fromkeys("wxyz", 0.25))
+    assert found < landscape("q", study.incumbent.weights)
+    base = landscape("q", dict.fromkeys("wxyz", 0.0))
+    assert prediction.value == pytest.approx(
+        (base - found) / base, abs=max(0.02, 3 * prediction.deviation)
+    )
+
+
+def test_retarget_to_the_own_objective_is_near_the_incumbent(study):
+    own = predict(study)
+    same = predict(study, {"t": 1.0, "u": 1.0})
+    assert own == same
+    gap = np.abs([own.weights[name] - study.incumbent.weights[name] for name in "wxyz"])
+    assert gap.max() < 0.3
+
+
+def test_retargeting_to_a_term_that_was_not_recorded_lists_those_that_were(study):
+    with pytest.raises(
+        StudyError, match=r"no term 'nope' was recorded; this study has \['q', 't', 'u'\]"
+    ):
+        predict(study, {"t": 1.0, "nope": 2.0})
+
+
+def test_a_retargeted_objective_counts_only_the_named_terms():
+    objective = retargeted(config_of().objective, {"q": 2.0})
+    assert [(term.label, term.weight) for term in objective.terms] == [("t", 0), ("u", 0), ("q", 2)]
+
+
+def test_the_best_scale_moves_one_vector_alone_and_keeps_fixed_ones(tmp_path):
+    vectors = {name: {"source": f"a/{name}"} for name in "wxy"} | {
+        "z": {"source": "a/z", "fixed": 0.2}
+    }
+    study = search(with_test(vectors=vectors), tmp_path / "s", pool=FunctionPool)
+    weights = best_scale(study, "x")
+    assert weights["w"] == weights["y"] == 0 and weights["z"] == 0.2
+    assert weights["x"] == pytest.approx(0.5, abs=0.15)  # the optimum of (t + u) / 2 along x
+
+
+def test_a_damaged_seal_is_named(study):
+    compare(study, pool=FunctionPool)
+    (study.directory / "sealed.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"sealed\.json: field 'rows' is missing"):
+        compare(study, pool=no_pool)
+
+
+@pytest.mark.parametrize("name", ["base", "w at 1.0", "re-targeted to x", "ties"])
+def test_a_baseline_called_as_a_row_of_every_comparison_is_refused(name):
+    with pytest.raises(ValueError, match="is the name of another row"):
+        config_of(baselines={"models": {name: "a/b"}})
+
+
+def test_shares_below_zero_are_refused():
+    with pytest.raises(ValueError, match="shares must be >= 0, and one > 0"):
+        config_of(baselines={"mixtures": {"m": {"shares": {"w": -1.0}}}})

@@ -1,0 +1,135 @@
+"""plan.py: what a run will take, measured on the real base, and compared with what it took."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from optimer_hf.errors import ModelError
+from optimer_hf.experiment import plan
+from optimer_hf.experiment.folder import Run, load
+from optimer_hf.study.config import StudyConfig
+from tests.experiment.test_run import finished, optimer, recipe_dir  # noqa: F401
+
+
+def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_path: Path):  # noqa: F811
+    out = tmp_path / "out"
+    result = optimer("plan", recipe_dir, out, "--format", "json")
+    assert result.exit_code == 0, result.output
+    planned = json.loads(result.stdout)
+    work = {stage["name"]: stage["work"] for stage in planned["stages"]}
+    assert work["train aaa"] == work["train xyz"] == "1,024 tokens"
+    assert all(
+        stage["cost"][key] > 0 for stage in planned["stages"] for key in ("seconds", "cpu_seconds")
+    )
+    assert planned["memory_bytes"] > 50e6 and planned["downloads"] == []
+
+    assert optimer("run", recipe_dir, out).exit_code == 0
+    spent = json.loads((out / "ledger.json").read_text())
+    for stage, entry in (("search", "search"), ("re-score", "rescore")):
+        n, items = work[stage].split(" trials of ")
+        assert int(n) == spent[entry]["n"]
+        assert int(n) * int(items.split()[0].replace(",", "")) == spent[entry]["items"]
+    rows, items = work["sealed test"].split(" rows of ")
+    assert int(rows) >= spent["sealed"]["n"]  # rows with equal weights are scored once
+    assert spent["sealed"]["items"] == spent["sealed"]["n"] * int(items.split()[0])
+    table = (out / "results.md").read_text().partition("## Planned and taken")[2]
+    assert all(f"| {stage} |" in table for stage in ("train", "search", "sealed", "together"))
+    assert "Memory: planned" in table
+
+
+def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_path: Path):  # noqa: F811
+    study = json.loads((finished / "study" / "study.json").read_text())
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    result = optimer("plan", path)
+    assert result.exit_code == 0, result.output
+    assert "| search | 7 trials of" in result.stdout and "train" not in result.stdout
+    assert optimer("plan", path, "--short").exit_code == 1
+
+
+def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Path):  # noqa: F811
+    config, trainings = load(Run(recipe_dir, tmp_path / "out", False))
+    more = config.model_dump() | {
+        "baselines": {
+            "searches": {
+                "chance": {"surrogate": "random", "n_trials": 5, "limit": 3},
+                "longer": {"n_trials": 9},
+            },
+            "mixtures": {"mixed": {"budget": "one"}},
+            "merge_methods": ["ties"],
+        }
+    }
+    found = plan.plan(StudyConfig.model_validate(more), trainings, tmp_path, is_run=True)
+    work = {stage.name: stage.work for stage in found.stages}
+    assert work["mixtures"] == "1,024 tokens"
+    assert work["chance: search"] == "5 trials of 9 items"
+    assert work["longer: search"].removeprefix("9") == work["search"].removeprefix("7")
+
+
+def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(tmp_path: Path):
+    found = plan._warnings(10**15, 10**18, tmp_path / "not" / "yet")
+    assert "per_device_train_batch_size" in found[0] and "another disk" in found[1]
+    assert plan._warnings(1, 1, tmp_path) == ()
+
+
+@pytest.mark.parametrize(("changes", "blocks"), [({}, 1), ({"gradient_accumulation_steps": 2}, 2)])
+def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
+    recipe_dir: Path,  # noqa: F811
+    tmp_path: Path,
+    changes: dict[str, int],
+    blocks: int,
+):
+    _, trainings = load(Run(recipe_dir, tmp_path / "out", False))
+    config = trainings["aaa"].model_copy(update={"trainer": {"bf16": False, **changes}})
+    plan._training_cost(config, tmp_path / "probe")
+    record = json.loads((tmp_path / "probe" / "training.json").read_text())["training"]
+    assert record["n_tokens"] == plan.PROBE_STEPS * blocks * config.block_size
+
+
+@pytest.mark.parametrize(
+    ("failing", "changes", "message"),
+    [
+        ("train", {}, r"a training step of '\w+' does not fit .* or block_size\.$"),
+        ("train", {"lora": None}, r"a training step of '\w+' does not fit .* or train a LoRA"),
+        ("ResidentModel", None, r"a trial does not fit .*--dtype int8((?!train).)*$"),
+    ],
+    ids=["LoRA", "full parameters", "without training"],
+)
+def test_what_does_not_fit_into_an_accelerator_is_said_of_the_stage_that_does_not(
+    recipe_dir: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    changes: dict[str, None] | None,
+    message: str,
+):
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    config, trainings = load(Run(recipe_dir, tmp_path / "out", False))
+    monkeypatch.setattr(plan, failing, full)
+    monkeypatch.setattr(plan, "open_vector", lambda *arguments: None)
+    chosen = {n: t.model_copy(update=changes) for n, t in trainings.items() if changes is not None}
+    with pytest.raises(ModelError, match=message):
+        plan.plan(config, chosen, tmp_path, is_run=False)
+
+
+def test_a_base_that_is_not_here_is_not_fetched_unasked(tmp_path: Path, hub):
+    study = {
+        "base_model": "nobody/nothing",
+        "vectors": {"w": {"source": "nobody/vector"}},
+        "objective": {"terms": [{"task": "piqa"}]},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    result = optimer("plan", path)
+    assert result.exit_code == 1
+    assert "nobody/nothing: is not on this disk" in result.output and "--fetch" in result.output
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (300, "5 min"), (9000, "2.5 h")])
+def test_times_are_readable(seconds: float, text: str):
+    assert plan._clock(seconds) == text

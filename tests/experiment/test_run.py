@@ -1,0 +1,384 @@
+"""The main job on a tiny model through the command line: run, again, kill, go on; bad folders."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimer_hf.cli import main
+from optimer_hf.errors import OutputError
+from optimer_hf.experiment.run import claim
+
+TRAIN = {
+    "format_version": 1,
+    "block_size": 32,
+    "max_tokens": 1024,
+    "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+    "trainer": {"learning_rate": 2e-2, "per_device_train_batch_size": 4, "bf16": False},
+}
+
+
+@pytest.fixture
+def recipe_dir(tmp_path: Path, make_base, corpus_dir: Path) -> Path:
+    """A recipe folder: two vectors to train on made-up languages, a third language kept; sealed
+    test; retarget.
+    """
+    folder = tmp_path / "recipes" / "tiny"
+    folder.mkdir(parents=True)
+    base = str(make_base("gemma").path)
+    for name in ("aaa", "xyz"):
+        config = TRAIN | {
+            "name": name,
+            "base_model": base,
+            "corpus": {"path": str(corpus_dir / f"{name}.train.jsonl")},
+        }
+        (folder / f"train-{name}.yaml").write_text(yaml.safe_dump(config))
+
+    def terms(split: str) -> list[dict[str, object]]:
+        return [
+            {"name": name, "text": str(corpus_dir / f"{name}.{split}.jsonl")}
+            for name in ("aaa", "xyz", "mix")
+        ]
+
+    study = {
+        "format_version": 1,
+        "base_model": base,
+        "vectors": {name: {"train": f"train-{name}.yaml"} for name in ("aaa", "xyz")},
+        "objective": {"limit": 4, "terms": terms("search")},
+        "test": {"terms": terms("test")},
+        "retarget": {"only xyz": {"xyz": 1.0}},
+        "search": {"n_trials": 7, "rescore_top": 2},
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    (folder / "short.yaml").write_text(
+        yaml.safe_dump({"train": {"max_tokens": 256}, "study": {"search": {"n_trials": 5}}})
+    )
+    return folder
+
+
+def optimer(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def finished(recipe_dir: Path, tmp_path: Path) -> Path:
+    """A finished run."""
+    out = tmp_path / "runs" / "tiny"
+    result = optimer("run", recipe_dir, out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_a_run_goes_from_corpora_to_a_model_that_generates(finished: Path):
+    results = json.loads((finished / "results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    for name in ("aaa", "xyz"):
+        own = rows[f"{name} at 1.0"]["terms"][name]["gain"]
+        assert own["low"] > 0, f"the vector {name} does not help its own domain"
+    assert {
+        "base",
+        "uniform average",
+        "uniform sum",
+        "searched merge",
+        "re-targeted to only xyz",
+    } <= rows.keys()
+    assert rows["searched merge"]["value"] > rows["base"]["value"]
+    assert (
+        json.loads((finished / "vectors" / "aaa" / "vector.json").read_text())["kind"] == "adapter"
+    )
+    model = AutoModelForCausalLM.from_pretrained(finished / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "merged")
+    generated = model.generate(
+        **tokenizer("aa", return_tensors="pt"), max_new_tokens=4, do_sample=False
+    )
+    assert generated.shape[1] == 7
+    ledger = json.loads((finished / "ledger.json").read_text())
+    assert ledger["train"]["tokens"] == 2048
+    assert ledger["search"]["n"] == 7
+
+
+def test_the_exported_config_gives_the_same_weights_in_unmodified_mergekit(
+    finished: Path, tmp_path: Path
+):
+    command = [
+        str(Path(sys.executable).parent / "mergekit-yaml"),
+        str(finished / "mergekit_config.yml"),
+        str(tmp_path / "out"),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    ours = AutoModelForCausalLM.from_pretrained(finished / "merged", dtype="auto").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    equal = total = 0
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype == torch.bfloat16
+        ulps = (tensor.view(torch.int16).int() - theirs[name].view(torch.int16).int()).abs()
+        equal += (ulps <= 1).sum().item()
+        total += tensor.numel()
+    assert equal >= 0.995 * total
+
+
+def test_a_finished_run_does_nothing_and_says_so_at_once(finished: Path, recipe_dir: Path):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    started = time.perf_counter()
+    again = subprocess.run(
+        [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(finished)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.perf_counter() - started < 10
+    assert "nothing to do" in again.stderr
+    assert "searched merge" in again.stdout
+    assert before == {
+        path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()
+    }
+
+
+def test_a_run_that_was_moved_is_not_done_again(finished: Path, recipe_dir: Path, tmp_path: Path):
+    names = (
+        "results.json",
+        "study/trials.jsonl",
+        "study/sealed.jsonl",
+        "vectors/aaa/training.json",
+    )
+    before = [(finished / name).read_bytes() for name in names]
+    recipe, out = tmp_path / "moved" / "tiny", tmp_path / "moved" / "out"
+    recipe.parent.mkdir()
+    recipe_dir.rename(recipe)
+    finished.rename(out)
+    (out / "done.json").unlink()  # otherwise there is nothing to do at once
+    again = optimer("run", recipe, out)
+    assert again.exit_code == 0, again.output
+    assert [(out / name).read_bytes() for name in names] == before
+    compared = optimer("compare", out)
+    assert compared.exit_code == 0, compared.output
+
+
+def test_a_finished_run_notices_other_text_outside_its_folder(
+    finished: Path, recipe_dir: Path, corpus_dir: Path
+):
+    file = corpus_dir / "aaa.train.jsonl"
+    text = file.read_text()
+    assert "nothing to do" in optimer("run", recipe_dir, finished).stderr
+    try:
+        file.write_text(text.replace("a", "b", 1))
+        again = optimer("run", recipe_dir, finished)
+    finally:
+        file.write_text(text)
+    assert again.exit_code == 1
+    assert "was trained with another content of corpus, under the same name" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
+    finished: Path, recipe_dir: Path, tmp_path: Path
+):
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(out)]
+    marks = [
+        "vectors/aaa/checkpoints/checkpoint-*/trainer_state.json",
+        "vectors/xyz/started.json",
+        "study/trials.jsonl",
+    ]
+    marks += ["study/sealed.jsonl"]
+    for mark in marks:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while not list(out.glob(mark)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    for name in ("aaa", "xyz"):
+        whole, resumed = (
+            json.loads((run / "vectors" / name / "training.json").read_text())["training"]["losses"]
+            for run in (finished, out)
+        )
+        assert resumed == pytest.approx(whole, abs=1e-6)
+    one, other = (json.loads((run / "results.json").read_text()) for run in (finished, out))
+    for row, expected in zip(other["rows"], one["rows"], strict=True):
+        assert row["weights"] == pytest.approx(expected["weights"], abs=1e-3)
+        assert row["value"] == pytest.approx(expected["value"], abs=1e-4)
+
+
+def test_the_short_form_is_a_smaller_budget_of_the_same(recipe_dir: Path, tmp_path: Path):
+    result = optimer("run", recipe_dir, tmp_path / "out", "--short")
+    assert result.exit_code == 0, result.output
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert ledger["train"]["tokens"] == 512
+    assert ledger["search"]["n"] == 5
+
+
+def test_another_budget_does_not_overwrite_a_run(finished: Path, recipe_dir: Path):
+    result = optimer("run", recipe_dir, finished, "--short")
+    assert result.exit_code == 1
+    assert "of the other budget" in result.output
+
+
+def test_a_file_of_the_users_beside_a_run_does_not_stop_it(tmp_path: Path):
+    owner = {"recipe": "tiny", "short": True}
+    claim(tmp_path, owner)
+    (tmp_path / "notes.txt").write_text("x")
+    claim(tmp_path, owner)
+    with pytest.raises(OutputError, match=r"found \{.*expected \{.*Give another output"):
+        claim(tmp_path, owner | {"tokens": 2})
+
+
+@pytest.mark.parametrize("lost", ["results.json", "results.md"])
+def test_a_run_whose_results_are_lost_is_not_finished(finished: Path, recipe_dir: Path, lost: str):
+    before = (finished / "results.json").read_text()
+    (finished / lost).unlink()
+    result = optimer("run", recipe_dir, finished)
+    assert result.exit_code == 0, result.output
+    assert "nothing to do" not in result.stderr
+    assert "searched merge" in (finished / "results.md").read_text()
+    assert (finished / "results.json").read_text() == before
+
+
+def test_an_output_directory_with_foreign_files_is_refused(recipe_dir: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    result = optimer("run", recipe_dir, out)
+    assert result.exit_code == 1
+    assert "thesis.tex" in result.output
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("study.yaml", {"objectiv": {}}, "Did you mean 'objective'?"),
+        ("study.yaml", {"search": {"n_trails": 3}}, "search.n_trails"),
+        ("train-xyz.yaml", {"max_tokens": "many"}, "max_tokens"),
+        ("train-xyz.yaml", {"trainer": {"lerning_rate": 1}}, "Did you mean 'learning_rate'?"),
+        ("train-xyz.yaml", {"corpus": {"path": "nowhere.jsonl"}}, "no such file"),
+        ("train-xyz.yaml", {"base_model": "another/base"}, "Give both the same base"),
+        ("study.yaml", {"retarget": {"x": {"klingon": 1}}}, "klingon"),
+        ("study.yaml", {"baselines": {"models": {"m": "./gone"}}}, "vector 'm': "),
+        ("study.yaml", {"search": {"report_to": ["tensorbord"]}}, "search.report_to: tensorbord"),
+        ("study.yaml", {"objective": {"terms": [{"function": "f"}]}}, "higher_is_better"),
+        (
+            "study.yaml",
+            {"objective": {"terms": [{"function": "f", "higher_is_better": True}]}, "retarget": {}},
+            "terms with a 'function' are for Python",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_trained(
+    recipe_dir: Path, tmp_path: Path, file: str, change: dict[str, object], message: str
+):
+    path = recipe_dir / file
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
+    result = optimer("run", recipe_dir, tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert message in result.output
+    assert not (tmp_path / "out" / "vectors").exists()
+
+
+@pytest.mark.parametrize(
+    ("short", "message"),
+    [
+        ({"trian": {}}, "short.yaml: unknown field 'trian'. Known: study, train."),
+        ({"train": "x"}, "short.yaml: train: found 'x', expected a mapping"),
+        (
+            {"study": {"objective": {"terms": {"klingon": {"weight": 2}}}}},
+            "short.yaml: nothing is named 'klingon'; known: ['aaa', 'xyz', 'mix']",
+        ),
+    ],
+)
+def test_mistakes_of_the_short_budget_are_named(recipe_dir: Path, tmp_path, short, message):
+    (recipe_dir / "short.yaml").write_text(yaml.safe_dump(short))
+    result = optimer("run", recipe_dir, tmp_path / "out", "--short")
+    assert result.exit_code == 1 and message in result.output
+
+
+def test_a_given_vector_that_is_not_there_ends_a_run_before_it_trains(recipe_dir: Path, tmp_path):
+    path = recipe_dir / "study.yaml"
+    study = yaml.safe_load(path.read_text())
+    study["vectors"]["it"] = {"source": "./gone", "fixed": 1.0}
+    path.write_text(yaml.safe_dump(study))
+    result = optimer("run", recipe_dir, tmp_path / "out")
+    assert result.exit_code == 1 and "vector 'it': " in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_marks_of_a_run_are_named(recipe_dir: Path, tmp_path: Path):
+    for name in ("run.json", "done.json"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("{")
+        result = optimer("run", recipe_dir, out)
+        assert result.exit_code == 1 and f"{name}:1: not valid JSON" in result.output
+
+
+def test_a_fixed_instruct_like_vector_is_in_every_trial(
+    finished: Path, make_base, make_tuned, corpus_dir: Path, tmp_path: Path
+):
+    base = make_base("gemma")
+    study = {
+        "base_model": str(base.path),
+        "vectors": {
+            "aaa": {"source": str(finished / "vectors" / "aaa")},
+            "xyz": {"source": str(finished / "vectors" / "xyz")},
+            "it": {"source": str(make_tuned(base, "gemma", 7, scale=1e-3)), "fixed": 1.0},
+        },
+        "objective": {"terms": [{"name": "aaa", "text": str(corpus_dir / "aaa.search.jsonl")}]},
+        "search": {"n_trials": 6, "rescore_top": 1},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    result = optimer("search", path, tmp_path / "study")
+    assert result.exit_code == 0, result.output
+    lines = (tmp_path / "study" / "trials.jsonl").read_text().splitlines()
+    assert {json.loads(line)["weights"]["it"] for line in lines} == {1.0}
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(recipe_dir: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    # a shell without job control starts what runs in the background with SIGINT ignored
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from optimer_hf.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "run", str(recipe_dir), str(out)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("vectors/*/*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert f"to go on: optimer run {recipe_dir} {out}" in said
+    assert "Traceback" not in said
+
+
+def test_a_run_leaves_a_report_with_the_training_of_its_vectors(finished: Path):
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<figure id="(\w+)"', text)
+    assert {"progress", "weights", "sealed", "cosines", "losses", "norms", "ledger"} <= set(shown)
+    record = json.loads((finished / "vectors" / "aaa" / "vector.json").read_text())
+    norms = record["training"]["norms"]
+    assert len(norms) == len(record["training"]["losses"])
+    assert norms[-1] == pytest.approx(record["norm"], rel=0.01)
+    compared = optimer("compare", finished)  # the study of a run goes by the run's directory, too
+    assert compared.exit_code == 0 and "searched merge" in compared.stdout
+    for folder in (finished, finished / "merged"):
+        drawn = {path.name for path in (folder / "figures").iterdir()}
+        assert {"captions.json", "progress.png", "weights.png", "sealed.png"} <= drawn

@@ -1,0 +1,111 @@
+"""A recipe folder under several seeds: whole runs, more seeds later, means with intervals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy.stats import ttest_1samp
+
+from optimer_hf.experiment.seeds import Spread, rows_of, to_markdown
+from optimer_hf.scoring.units import Unit
+from tests.experiment.test_run import optimer, recipe_dir  # noqa: F401
+
+
+def row(name: str, value: float, merge: float, **weights: float) -> dict[str, object]:
+    return {
+        "name": name,
+        "value": value - 1,  # what `weighted_mean` gives: no gain over the base
+        "over_base": {"difference": value},
+        "merge_minus": {"difference": merge - value},
+        "weights": weights,
+        "chosen_after_seal": False,
+    }
+
+
+def test_an_interval_is_that_of_students_t_over_the_seeds():
+    values = [0.03, 0.05, 0.04, 0.08]
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert Spread(values).interval == pytest.approx((expected.low, expected.high))
+    assert Spread([0.03]).interval is None
+
+
+def test_rows_are_joined_by_name_whatever_scale_a_seed_has_found():
+    results = [
+        {"rows": [row("base", 0.0, 0.2), row("a at its best scale, 0.6", 0.1, 0.2)]},
+        {"rows": [row("base", 0.0, 0.4), row("a at its best scale, 1.05", 0.2, 0.4)]},
+    ]
+    results[1]["rows"].append(row("mixture, 50 : 50", 0.1, 0.4))  # one seed has no such row
+    results[1]["rows"][1]["chosen_after_seal"] = True
+    base, scaled = rows_of(results)
+    assert (base.name, scaled.name) == ("base", "a at its best scale")
+    assert scaled.gain.values == [0.1, 0.2]
+    assert scaled.merge_minus.mean == pytest.approx(0.15)
+    table = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(100.0, "in percent"))
+    cells = "| +15.00 % | +10.00 % ... +20.00 % | +15.00 % [-48.53 %, +78.53 %] |"
+    assert f"| a at its best scale (chosen after the seal was opened) {cells}" in table
+    raw = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(1.0, "bits per byte"))
+    assert "| +0.15 | +0.10 ... +0.20 |" in raw
+    assert "| seed-1 | 0.75 |" in table
+
+
+@pytest.mark.slow
+def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path, tmp_path: Path):  # noqa: F811
+    file = recipe_dir / "study.yaml"
+    study = yaml.safe_load(file.read_text())
+    study["baselines"] = {"searches": {"random": {"surrogate": "random", "n_trials": 5}}}
+    file.write_text(yaml.safe_dump(study))
+    out, alone = tmp_path / "seeds", tmp_path / "alone"
+    planned = optimer("plan", recipe_dir, out, "--short", "--seeds", "2")
+    assert planned.exit_code == 0, planned.output
+    assert "all 2 seeds: " in planned.stdout
+    first = optimer("run", recipe_dir, out, "--short", "--seeds", "1")
+    assert first.exit_code == 0, first.output
+    assert "Memory: planned" in (out / "seed-0" / "results.md").read_text()
+    kept = {path: path.stat().st_mtime_ns for path in (out / "seed-0").rglob("*") if path.is_file()}
+    both = optimer("run", recipe_dir, out, "--short", "--seeds", "2")
+    assert both.exit_code == 0, both.output
+    assert kept == {
+        path: path.stat().st_mtime_ns for path in (out / "seed-0").rglob("*") if path.is_file()
+    }
+    assert "searched merge" in both.stdout and "| seed-1 |" in both.stdout
+
+    assert optimer("run", recipe_dir, alone, "--short").exit_code == 0
+    results = [
+        json.loads((folder / "results.json").read_text())
+        for folder in (alone, out / "seed-0", out / "seed-1")
+    ]
+    assert results[0] == results[1] != results[2]
+    studies = [
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for seed in (0, 1)
+        for file in [out / f"seed-{seed}" / "study" / "trials.jsonl"]
+    ]
+    assert studies[0][0]["terms"] == studies[1][0]["terms"], "the base is the same"
+    assert studies[0][1]["terms"] != studies[1][1]["terms"], "the vectors are trained anew"
+    tried = [
+        next((out / f"seed-{seed}" / "study" / "searches").glob("random-*/trials.jsonl"))
+        for seed in (0, 1)
+    ]
+    lasts = [json.loads(path.read_text().splitlines()[4])["weights"] for path in tried]
+    assert lasts[0] != lasts[1], "a search of the baselines has another seed, too"
+    summary = json.loads((out / "results.json").read_text())
+    table = {found["name"]: found for found in summary["rows"]}
+    for name in ("searched merge", "xyz at 1.0"):
+        rows = [next(r for r in result["rows"] if r["name"] == name) for result in results[1:]]
+        gains = [r["over_base"]["difference"] for r in rows]
+        assert table[name]["gain"]["values"] == gains and gains[0] != gains[1]
+        lost = [r["merge_minus"]["difference"] for r in rows]
+        assert table[name]["merge_minus"]["values"] == lost
+    merges = [
+        next(r for r in result["rows"] if r["name"] == "searched merge") for result in results
+    ]
+    assert summary["merges"] == [r["weights"] for r in merges[1:]]
+
+    refused = optimer("run", recipe_dir, out, "--short")
+    assert refused.exit_code == 1 and "--seeds" in refused.output
+    for command in (["report"], ["compare"], ["push", "--dry-run"]):
+        name, *options = command
+        told = optimer(name, out, *["me/it"] * (name == "push"), *options)
+        assert told.exit_code == 1
+        assert f"It holds whole runs: give one of them, e.g. {out / 'seed-0'}." in told.output

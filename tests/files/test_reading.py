@@ -1,0 +1,162 @@
+"""Files of anybody's: whatever is in them, they are read in a moment or refused by their line."""
+
+import json
+import time
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimer_hf.errors import ConfigError, OptimerError
+from optimer_hf.files.model import VersionedFile
+from optimer_hf.files.reading import LARGEST_YAML, MOST_VALUES, line_of, read_yaml
+from optimer_hf.recipes.record import RecipeFile
+from optimer_hf.scoring.objective import ObjectiveFile
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def bomb(width: int = 10, depth: int = 9) -> str:
+    """Return YAML whose last value stands for width ** depth others."""
+    names = "abcdefghijklmnop"[:depth]
+    lines = [f"a: &a [{', '.join(['x'] * width)}]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * width)}]" for a, b in pairwise(names)]
+    return "\n".join([*lines, f"last: *{names[-1]}", ""])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb(), r":\d: not valid YAML\. stands for more than 100,000 values"),
+        (bomb().replace("[", "{k: [").replace("]", "]}"), "stands for more than"),
+        ("a: &o {b: *o}\n", ":1: not valid YAML. an alias stands for a value that holds it"),
+        ("a: 1\nb: &o [1, [*o]]\n", ":2: not valid YAML. an alias stands for a value that"),
+        ("a: 1\nb: !!bool maybe\n", ":2: not valid YAML. tag:yaml.org,2002:bool cannot be made"),
+        ('a: 1\nb: [!!int ""]\n', ":2: not valid YAML. tag:yaml.org,2002:int cannot be made"),
+        ('b: {c: !!float ""}\n', ":1: not valid YAML. tag:yaml.org,2002:float cannot be made"),
+        ("b: !!timestamp abc\n", ":1: not valid YAML. tag:yaml.org,2002:timestamp cannot be"),
+        ("b: 2020-13-01\n", ":1: not valid YAML. tag:yaml.org,2002:timestamp cannot be made"),
+        ("b: !!python/name:os.system\n", ":1: not valid YAML. could not determine a construct"),
+        ("b: !!binary é\n", ":1: not valid YAML"),
+        (f"a: 1\nb: {'9' * 4000}\n", ":2: not valid YAML. a whole number of 4000 digits"),
+        (f"b: {2**63}\n", ":1: not valid YAML. a whole number above 9223372036854775807"),
+        (f"b: 0x{'f' * 17}\n", ":1: not valid YAML. a whole number above"),
+        ('b: "a\\0b"\n', ":1: not valid YAML. .*a null byte or half a character"),
+        ('"a\\0b": 1\n', ":1: not valid YAML. .*a null byte or half a character"),
+        ("b: " + "[" * 10_000 + "\n", ":1: not valid YAML. nested too deeply"),
+        ("b: " + "{a: " * 10_000 + "\n", ":1: not valid YAML. nested too deeply"),
+        ("- " * 10_000 + "a\n", ":1: not valid YAML. nested too deeply"),
+        ("? " * 10_000 + "a\n", ":1: not valid YAML"),
+        ("b: [" + "1, " * (MOST_VALUES + 1) + "]\n", "stands for more than 100,000 values"),
+        ("b: " + "x" * LARGEST_YAML + "\n", r"has more than 1,048,576 bytes"),
+        ("? {a: 1}\n: b\n", ":1: not valid YAML. .*found unhashable key"),
+        ("a: 1\nb: *nobody\n", ":2: not valid YAML. .*undefined alias"),
+    ],
+)
+def test_yaml_that_costs_more_than_it_says_or_means_nothing_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=rf"a\.yaml.*{message}"):
+        read_yaml(tmp_path / "a.yaml")
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": ' + "9" * 5000 + "}", "a whole number of 5000 digits"),
+        ('{"a": -' + "9" * 19 + "}", "a whole number of 20 digits"),
+        ('{"a": ["x", "\\ud800"]}', "a null byte or half a character"),
+        ('{"a\\u0000": 1}', "a null byte or half a character"),
+        ("{" + '"a": {' * 10**5, "nested too deeply"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' is given twice"),
+    ],
+)
+def test_json_that_costs_more_than_it_says_is_refused(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"a\.json.*{message}"):
+        read_yaml(tmp_path / "a.json")
+
+
+def test_aliases_that_stand_for_little_are_read(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: &a {x: 1}\nb: *a\nc: [*a, *a]\nd: {<<: *a, y: 2}\n")
+    found = read_yaml(tmp_path / "a.yaml")
+    assert found == {"a": {"x": 1}, "b": {"x": 1}, "c": [{"x": 1}] * 2, "d": {"x": 1, "y": 2}}
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    (tmp_path / "a.yaml").write_text("\ufeffa: 1\n", encoding="utf-8")
+    (tmp_path / "a.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
+    assert read_yaml(tmp_path / "a.yaml") == read_yaml(tmp_path / "a.json") == {"a": 1}
+    assert line_of(tmp_path / "a.yaml", ["a"]) == 1
+
+
+def test_numbers_are_those_of_yaml(tmp_path):
+    text = "a: 0x1F\nb: 0b101\nc: 1_000\nd: -12\ne: 017\nf: 1:30\ng: 9223372036854775807\n"
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_yaml(tmp_path / "a.yaml") == yaml.safe_load(text)
+
+
+# -- property: mutated files of ours ---------------------------------------------------------------
+
+FILES: list[tuple[type[VersionedFile], Path]] = [
+    (StudyConfig, ROOT / "recipes/gemma-3-270m-demo/study.yaml"),
+    (TrainConfig, ROOT / "recipes/gemma-3-270m-demo/train-math.yaml"),
+]
+OBJECTIVE = (
+    "terms:\n- {text: a.jsonl, weight: 2.0}\n- {task: gsm8k, metric: 'acc,none'}\nlimit: 9\n"
+)
+RECIPE = {
+    "name": "a",
+    "base_model": "a/b@" + "0" * 40,
+    "dtype": "bfloat16",
+    "vectors": {"m": {"source": "c/d@" + "1" * 40, "weight": 0.5}},
+    "objective": {"terms": [{"task": "t", "metric": "acc"}]},
+    "scores": {},
+}
+HOSTILE = st.sampled_from(
+    [
+        *("!!int", "!!bool x", "&a *a", "*a", "[", "]", "{", "}", ":", "- ", "|", ">", "\0", "? "),
+        *("\ud800", "\ufeff", "\x1b]0;x\x07", "1e999", "-1", "9" * 400, ".inf", ".nan", "~", "#"),
+        *("null", "<<: *a", "../../etc/passwd", "pypi:os", "%s", "{{ x }}", "2020-13-45", "0x"),
+        *("'", '"', "\t"),
+    ]
+)
+
+
+@st.composite
+def mutated(draw, text: str) -> str:
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(text)))
+        stop = min(start + draw(st.integers(0, 30)), len(text))
+        text = text[:start] + draw(HOSTILE | st.text(max_size=5)) + text[stop:]
+    return text
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+@given(data=st.data())
+@settings(max_examples=120, deadline=10_000)
+def test_a_mutated_file_is_read_or_refused_by_an_error_of_ours(tmp_path_factory, suffix, data):
+    sources = [(cls, path.read_text(encoding="utf-8")) for cls, path in FILES]
+    sources += [(ObjectiveFile, OBJECTIVE), (RecipeFile, json.dumps(RECIPE, indent=1))]
+    cls, text = data.draw(st.sampled_from(sources))
+    if suffix == ".json":
+        text = json.dumps(yaml.safe_load(text), default=str)
+    changed = data.draw(mutated(text))
+    file = tmp_path_factory.mktemp("mutated") / f"a{suffix}"
+    file.write_bytes(changed.encode("utf-8", "surrogatepass"))
+    tracemalloc.start()
+    try:
+        cls.read(file).model_dump(mode="json")
+    except OptimerError as error:
+        assert str(file) in str(error)
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 2**28

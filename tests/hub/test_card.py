@@ -1,0 +1,149 @@
+"""Cards: licences are never guessed, and what a person writes stays."""
+
+import pytest
+from markdown_it import MarkdownIt
+
+from optimer_hf.errors import HubError
+from optimer_hf.hub.card import (
+    BEGIN,
+    END,
+    Origins,
+    Picture,
+    datasets_of,
+    metadata_of,
+    model_index,
+    recipe_facts,
+    render,
+    split,
+)
+from optimer_hf.hub.card import strictest_licence as strictest
+
+
+@pytest.mark.parametrize(
+    ("licences", "expected"),
+    [
+        ({"a": "mit", "b": "mit"}, "mit"),
+        ({"a": "mit", "b": "apache-2.0"}, "apache-2.0"),
+        ({"a": "apache-2.0", "b": "gemma"}, "gemma"),
+        ({"a": "Gemma", "b": "gemma"}, "gemma"),
+        ({"a": "gemma", "b": "llama3"}, None),
+        ({"a": "gemma", "b": None}, None),
+        ({"a": "mit", "b": "bsd-3-clause"}, None),
+        ({"a": "mit", "b": "unlicense"}, None),
+        ({"a": "apache-2.0", "b": "unlicense"}, "apache-2.0"),
+        ({"a": "other"}, None),
+        ({"a": "apache-2.0", "b": "house-rules"}, None),
+        ({"a": "house-rules", "b": "house-rules"}, "house-rules"),
+        ({}, None),
+    ],
+)
+def test_the_strictest_licence_is_told_or_not_guessed(licences, expected):
+    assert strictest(licences) == expected
+
+
+def test_metadata_says_how_a_vector_and_a_merge_stand_to_their_base():
+    vector = metadata_of("vector", "adapter", "mit", Origins({}, ("org/base",)), None)
+    assert (vector["base_model_relation"], vector["library_name"]) == ("adapter", "optimer")
+    origins = Origins({}, ("org/base", "org/v", "org/base"), ("org/wiki",), ("ja",))
+    merge = metadata_of("model", "merge", "mit", origins, model_index("m", {}, {}))
+    assert (merge["datasets"], merge["language"]) == (["org/wiki"], ["ja"])
+    assert merge["base_model"] == ["org/base", "org/v"]
+    assert (merge["base_model_relation"], merge["library_name"]) == ("merge", "transformers")
+
+
+def test_a_card_without_metadata_is_all_text():
+    assert split("# Mine\n") == ({}, "# Mine\n")
+    for broken in ("- a list", "a: ["):
+        with pytest.raises(HubError, match="Mend it there"):
+            split(f"---\n{broken}\n---\ntext\n")
+    assert split("---\nlicense: mit\n---\ntext\n") == ({"license": "mit"}, "text\n")
+
+
+def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
+    ledger = {"search": {"n": 3, "seconds": 2.5}, "data_mixture": {"seconds": 1e6}}
+    facts = recipe_facts({"a": 1.0, "b": -0.5, "c": 0.0}, ledger, "text\n\n| x |\n| - |\n\nmore")
+    assert [len(facts["bars"][name]) for name in "abc"] == [20, 11, 0]
+    assert "| search | 3 |  |  | 2.5 |" in facts["costs"]
+    assert "data_mixture" not in facts["costs"]
+    assert facts["results"].endswith("| x |\n| - |")
+    assert BEGIN != END
+
+
+def test_a_figure_stands_under_its_sentence_which_is_its_text_too():
+    drawn = Picture("figures/a.png", "A *title*", "x matters\nmost](evil) <b>").markdown
+    said = r"x matters most\](evil) \<b\>"
+    assert drawn == rf"**A \*title\*.** {said}" + f"\n\n![{said}](figures/a.png)"
+    assert Picture("c.png", "Gains").markdown == "![Gains](c.png)"
+
+
+def test_only_data_sets_of_the_hub_are_named_as_such():
+    assert datasets_of({"name": "ja.train.jsonl.xz + org/wiki"}) == ["org/wiki"]
+    assert datasets_of(None) == []
+
+
+def test_a_card_keeps_what_a_person_set_and_drops_what_no_longer_holds():
+    existing = (
+        "---\nlicense: other\nlicense_name: house\npipeline_tag: fill-mask\n"
+        "base_model: [org/old]\ntags: mine\n---\ntext\n"
+    )
+    metadata = metadata_of("model", "merge", "other", Origins({}, ("org/new",)), None)
+    facts = {"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""}
+    facts |= {"merge_configs": {}, "figures": [], "bars": {}, "costs": "", "headings": {}}
+    recipe = {"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}}
+    written, _ = split(
+        render(metadata, {**facts, "recipe": recipe | {"derived_from": None}}, existing)
+    )
+    assert (written["license_name"], written["pipeline_tag"]) == ("house", "fill-mask")
+    assert written["base_model"] == ["org/new"]
+    assert "mine" in written["tags"] and "merge" in written["tags"]
+
+
+EVIL = [
+    "x\n# Heading",
+    "![p](http://evil/x.png)",
+    "[click](http://evil)",
+    "<img src=x onerror=alert(1)>",
+    "a | b | c",
+    "`</code>`",
+    "```\n# out of the fence\n```",
+    "<!-- optimer: end -->",
+    "$$x$$ <http://evil>",
+]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_names_add_nothing_to_a_card_but_their_letters(evil):
+    table = f"| row | gain |\n| --- | --- |\n| {evil.splitlines()[0]} | 1 |"
+    facts = {"kind": "recipe", "title": evil, "repo_id": "o/r", "recipe_text": f"a: {evil}"}
+    facts |= {"merge_configs": {evil: evil}, "figures": [Picture("figures/a.png", evil, evil)]}
+    facts |= recipe_facts({evil: 1.0}, {}, table) | {"headings": {"sealed": "On the sealed test"}}
+    scores = {"sealed": {"terms": {evil: 0.5}, "value": 0.1, "verdicts": [evil]}}
+    recipe = {"vectors": {evil: {"weight": 1.0, "source": evil}}, "base_model": evil}
+    recipe |= {"dtype": "float32", "scores": scores, "derived_from": evil}
+
+    def pushed(existing: str | None) -> str:
+        return render({"license": "mit"}, {**facts, "recipe": recipe}, existing)
+
+    card = pushed(None)
+    assert card.count(END) == 1
+    assert pushed(pushed(card + "\nmine\n")) == pushed(card + "\nmine\n")
+    tokens = MarkdownIt("commonmark").enable("table").parse(split(card)[1])
+    inline = [child for token in tokens for child in token.children or []]
+    assert {t.content.strip() for t in [*tokens, *inline] if t.type.startswith("html")} == {
+        BEGIN,
+        END,
+    }
+    assert not [t for t in inline if t.type == "link_open"]
+    assert [t.attrs["src"] for t in inline if t.type == "image"] == ["figures/a.png"]
+    headings = [t for t in tokens if t.type == "heading_open"]
+    assert len(headings) == 6
+
+
+def test_marks_that_an_older_card_has_too_many_of_are_healed():
+    facts = {"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""}
+    facts |= {"merge_configs": {}, "figures": [], "bars": {}, "costs": "", "headings": {}}
+    recipe = {"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}}
+    facts |= {"recipe": recipe | {"derived_from": None}}
+    old = f"above\n{BEGIN}\nx {END} y\n{END}\nbelow\n"
+    card = render({}, facts, old)
+    assert card.count(END) == 1 and "above" in card and "below" in card and "x " + END not in card

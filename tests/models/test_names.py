@@ -1,0 +1,557 @@
+"""Names: bases and fine-tunes whose files call one tensor by two names, or have tensors that the
+model class does not load. The reference is the tuned model as transformers or PEFT runs it.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from optimer_hf.errors import ModelError, VocabularyError
+from optimer_hf.files.reading import yaml_text
+from optimer_hf.files.staging import write_text
+from optimer_hf.merging.mergekit import merge
+from optimer_hf.merging.resident import ResidentModel
+from optimer_hf.merging.writer import write_merged
+from optimer_hf.models.checkpoint import Checkpoint, unwrapped_names
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.live import loaded_model
+from optimer_hf.models.ties import ties_of
+from optimer_hf.training.growth import full_norm
+from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.opening import open_vector
+from tests.conftest import BOS, EOS, PAD, VOCABULARY
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+WIDE = COMMON | {"intermediate_size": 48}
+GROUPED = WIDE | {"num_key_value_heads": 2}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+CLASSES = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, **COMMON)),
+    "bloom": lambda: transformers.BloomForCausalLM(transformers.BloomConfig(**COMMON)),
+    "falcon": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**COMMON)),
+    "mpt": lambda: transformers.MptForCausalLM(
+        transformers.MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)
+    ),
+    "neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WIDE)),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**COMMON, word_embed_proj_dim=32, ffn_dim=48)
+    ),
+    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**WIDE)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**GROUPED, num_local_experts=3)
+    ),
+    "qwen3 moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **GROUPED, head_dim=8, moe_intermediate_size=16, num_experts=3, num_experts_per_tok=2
+        )
+    ),
+    "gemma3": lambda: transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config=GROUPED | {"head_dim": 8}, vision_config=VISION, mm_tokens_per_image=1
+        )
+    ),
+    "qwen3.5": lambda: transformers.Qwen3_5ForConditionalGeneration(
+        transformers.Qwen3_5Config(
+            text_config=GROUPED | {"head_dim": 8, "layer_types": ["full_attention"] * 2},
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "patch_size": 4,
+            },
+        )
+    ),
+}
+IDS = torch.tensor([[2, 70, 71, 72, 90]])
+Edit = Callable[[dict], dict]
+
+
+def without(*prefixes: str) -> Edit:
+    """Return an edit that takes the first prefix that fits off every name."""
+
+    def edit(tensors):
+        for prefix in prefixes:
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        return tensors
+
+    return edit
+
+
+def under(prefix: str) -> Edit:
+    return lambda tensors: {prefix + name: value for name, value in tensors.items()}
+
+
+def inside(place: str, part: str) -> Edit:
+    return lambda tensors: {
+        name.replace(place, place + part): value for name, value in tensors.items()
+    }
+
+
+def adding(**more: torch.Tensor) -> Edit:
+    return lambda tensors: tensors | {key.replace("__", "."): v for key, v in more.items()}
+
+
+def same(tensors):
+    return tensors
+
+
+MASK = {"transformer__h__0__attn__bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8)}
+WIDER = {"transformer__h__0__attn__bias": torch.ones(1, 1, 16, 16, dtype=torch.bool)}
+BARE = {"h__0__attn__bias": torch.ones(1, 1, 8, 8), "h__1__attn__masked_bias": torch.tensor(-1e4)}
+FREQUENCIES = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.rand(4)}
+OTHERS = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.rand(4).bfloat16()}
+POSITIONS = {"model__embeddings__position_ids": torch.arange(9)}
+MTP = {"mtp__fc__weight": torch.randn(32, 64), "mtp__norm__weight": torch.ones(32)}
+NEOX = {
+    "gpt_neox__layers__0__attention__bias": torch.ones(1, 1, 8, 8),
+    "gpt_neox__layers__0__attention__rotary_emb__inv_freq": torch.rand(4),
+}
+# model class, what is done to the file of the base, to that of the fine-tune
+PAIRS: dict[str, tuple[str, Edit, Edit]] = {
+    "GPT-2 without prefix": ("gpt2", without("transformer."), same),
+    "GPT-2 without prefix, tuned": ("gpt2", same, without("transformer.")),
+    "GPT-2 without prefix, buffers": (
+        "gpt2",
+        lambda tensors: without("transformer.")(tensors) | adding(**BARE)({}),
+        adding(**WIDER),
+    ),
+    "GPT-2, buffers of two lengths": ("gpt2", adding(**MASK), adding(**WIDER)),
+    "GPT-2, everything twice": (
+        "gpt2",
+        lambda tensors: tensors | without("transformer.")(tensors),
+        same,
+    ),
+    "BLOOM without prefix": ("bloom", without("transformer."), same),
+    "Falcon without prefix": ("falcon", without("transformer."), same),
+    "MPT without prefix": ("mpt", without("transformer."), same),
+    "GPT-NeoX, buffers": ("neox", adding(**NEOX), same),
+    "GPT-NeoX, buffers of the fine-tune": ("neox", without("gpt_neox."), adding(**NEOX)),
+    "OPT without prefix": ("opt", without("model."), same),
+    "Phi": ("phi", adding(**FREQUENCIES), adding(**POSITIONS)),
+    "Llama, frequencies of the base": ("llama", adding(**FREQUENCIES, **MTP), same),
+    "Llama, frequencies of the fine-tune": ("llama", same, adding(**FREQUENCIES, **MTP)),
+    "Llama, frequencies of both": ("llama", adding(**FREQUENCIES), adding(**OTHERS)),
+    "compiled": ("llama", same, under("_orig_mod.")),
+    "compiled in DDP": ("llama", same, under("module._orig_mod.")),
+    "DDP in compiled": ("llama", same, under("_orig_mod.module.")),
+    "compiled inside": ("llama", same, inside("model.", "_orig_mod.")),
+    "compiled layers of the base": ("mixtral", inside("layers.0.", "_orig_mod."), same),
+    "compiled base in DDP": ("llama", under("module._orig_mod."), same),
+    "compiled bare GPT-2": (
+        "gpt2",
+        same,
+        lambda t: under("_orig_mod.")(without("transformer.")(t)),
+    ),
+    "Mixtral without prefix": ("mixtral", without("model."), same),
+    "Qwen3 MoE without prefix": ("qwen3 moe", without("model."), same),
+    "Gemma 3, its text": ("gemma3", same, same),
+    "Qwen3.5, its text": ("qwen3.5", adding(**MTP), same),
+    "Qwen3.5, its text by its own names": ("qwen3.5", same, inside("model.", "")),
+}
+TEXT_ONLY = ("gemma3", "qwen3.5")
+
+
+def noisy(model, scale: float = 0.02):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
+def rewrite(path, edit: Edit) -> None:
+    tensors = {name: t.clone() for name, t in edit(load_file(path / "model.safetensors")).items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS, use_cache=False).logits.double()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda name: name)
+def pair(request, tmp_path_factory):
+    """A base, a fine-tune, what the fine-tune computes, and what an adapter on the base does."""
+    kind, of_base, of_tuned = PAIRS[request.param]
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    CLASSES[kind]().save_pretrained(folder / "base")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    tuned = noisy(plain)
+    if kind == "gemma3":
+        text = transformers.Gemma3ForCausalLM(tuned.config.text_config)
+        text.load_state_dict(
+            {
+                name.replace("model.language_model.", "model."): value
+                for name, value in tuned.state_dict().items()
+                if "vision" not in name and "projector" not in name
+            }
+        )
+        text.save_pretrained(folder / "tuned")
+    else:
+        tuned.save_pretrained(folder / "tuned")
+    if request.param.endswith("own names"):
+        rewrite(folder / "tuned", lambda t: {k.replace("language_model.", ""): t[k] for k in t})
+    expected = logits(tuned)
+    rewrite(folder / "base", of_base)
+    rewrite(folder / "tuned", of_tuned)
+    return ResolvedModel(folder / "base", "base"), folder / "tuned", expected
+
+
+def in_transformers(path):
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    return model
+
+
+def test_weight_one_is_the_tuned_model_in_every_form_a_merge_has(pair, tmp_path):
+    base, tuned, expected = pair
+    vector = open_vector("v", str(tuned), base)
+    extract(vector, base, tmp_path / "delta", dtype="float32")
+    delta = open_vector("v", str(tmp_path / "delta"), base)
+    write_merged(base, [vector], {"v": 1.0}, tmp_path / "out")
+    write_merged(base, [delta], {"v": 1.0}, tmp_path / "of-delta")
+    merged, again = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "of-delta")
+    stored = unwrapped_names(load_file(base.path / "model.safetensors"))
+    kept = set(stored.values()) - ties_of(Checkpoint(base.path)).copies
+    assert set(merged.names) == set(again.names) == kept
+    for name in merged.names:
+        torch.testing.assert_close(merged.read(name), again.read(name), rtol=0, atol=1e-6)
+    assert close(logits(in_transformers(tmp_path / "out")), expected)
+    resident = ResidentModel(base, [vector], dtype="float32")
+    before = {name: p.detach().clone() for name, p in resident.model.named_parameters()}
+    assert not close(logits(resident.model), expected)
+    resident.set_weights({"v": 1.0})
+    assert close(logits(resident.model), expected)
+    squares = [
+        (parameter.detach() - before[name]).double().square().sum()
+        for name, parameter in resident.model.named_parameters()
+    ]
+    norm = float(torch.stack(squares).sum().sqrt())
+    assert full_norm(resident.model, base.path) == pytest.approx(norm, rel=1e-5)
+
+
+def lora(base: ResolvedModel, out, **options):
+    """Save an adapter on a base and return the model that has it."""
+    model = loaded_model(base, torch.float32)
+    layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    wanted = sorted(layers.intersection({"c_attn", "query_key_value", "q_proj", "v_proj"}))
+    options = {"target_modules": wanted, "fan_in_fan_out": "c_attn" in layers} | options
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    adapted.save_pretrained(out, save_embedding_layers=False)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "GPT-2 without prefix, buffers",
+        "GPT-2, everything twice",
+        "BLOOM without prefix",
+        "OPT without prefix",
+        "compiled base in DDP",
+        "Mixtral without prefix",
+        "Gemma 3, its text",
+        "Qwen3.5, its text",
+    ],
+    indirect=True,
+)
+def test_an_adapter_is_merged_as_peft_merges_it(pair, tmp_path):
+    base, _, _ = pair
+    expected = logits(lora(base, tmp_path / "adapter"))
+    vector = open_vector("v", str(tmp_path / "adapter"), base)
+    write_merged(base, [vector], {"v": 1.0}, tmp_path / "out")
+    assert close(logits(in_transformers(tmp_path / "out")), expected)
+    resident = ResidentModel(base, [vector], dtype="float32")
+    resident.set_weights({"v": 1.0})
+    assert close(logits(resident.model), expected)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tiny Llama and a fine-tune of it."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    model = CLASSES["llama"]()
+    model.save_pretrained(folder / "base")
+    noisy(model).save_pretrained(folder / "tuned")
+    return ResolvedModel(folder / "base", "base"), folder / "tuned"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        under("_orig_mod."),
+        under("module."),
+        lambda tensors: {
+            name.replace("base_model.model.", "base_model.model.module._orig_mod."): value
+            for name, value in tensors.items()
+        },
+        inside("layers.1.", "_orig_mod."),
+    ],
+    ids=["compiled", "DDP", "both, inside", "a layer"],
+)
+def test_an_adapter_of_a_wrapped_model_is_that_of_the_model(llama, edit, tmp_path, caplog):
+    base, _ = llama
+    lora(base, tmp_path / "adapter")
+    plain = open_vector("v", str(tmp_path / "adapter"), base)
+    tensors = edit(load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+    vectors = [open_vector("v", str(tmp_path / "adapter"), base) for _ in range(2)]
+    assert len([r for r in caplog.records if "of a wrapper" in r.message]) == 1
+    assert vectors[0].names == plain.names
+    for name in plain.names:
+        assert torch.equal(vectors[0].parts[name].b, plain.parts[name].b)
+
+
+def test_what_a_fine_tune_does_without_and_has_more_is_said_once(llama, tmp_path, caplog):
+    base, tuned = llama
+    copies = [ResolvedModel(tmp_path / "base", "base"), tmp_path / "tuned"]
+    for source, out, more in ((base.path, copies[0].path, MTP), (tuned, copies[1], FREQUENCIES)):
+        shutil.copytree(source, out)
+        rewrite(out, adding(**more))
+    for _ in range(2):
+        vector = open_vector("v", str(copies[1]), copies[0])
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2
+    assert "2 tensors of the base (mtp.fc.weight, mtp.norm.weight)" in told[0]
+    assert "1 tensors that the base does not have" in told[1] and "rotary_emb" in told[1]
+    assert vector.names == frozenset(Checkpoint(base.path).names)
+
+
+def lacking(*parts: str) -> Edit:
+    return lambda tensors: {
+        name: value for name, value in tensors.items() if not any(part in name for part in parts)
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_base", "of_tuned", "told"),
+    [
+        ("llama", same, lacking("layers.1."), r"9 tensors are missing.*model\.layers\.1\."),
+        ("llama", same, lacking("model.norm."), r"missing \(first: \['model\.norm\.weight"),
+        ("llama", same, lacking("embed_tokens"), r"missing.*'model\.embed_tokens\.weight"),
+        ("gpt2", without("transformer."), lacking("h.1.mlp."), r"4 tensors.*'h\.1\.mlp\.c_fc"),
+        ("gpt2", lacking("transformer.h.1.ln_1"), same, r"unknown.*'transformer\.h\.1\.ln_1\."),
+        ("gemma3", same, lacking("language_model.model.layers.0.mlp"), r"missing.*layers\.0\.mlp"),
+        ("gemma3", same, lacking("vision_tower.encoder"), r"missing.*vision_tower\.encoder"),
+        ("llama", same, adding(model__layers__7__mlp__up_proj__weight=torch.ones(2, 2)), "unknown"),
+        ("llama", same, adding(model__layers__0__mlp__gate__weight=torch.ones(2, 2)), "unknown"),
+        ("llama", same, adding(surprise__weight=torch.ones(2)), r"unknown.*'surprise\.weight"),
+        (
+            "llama",
+            same,
+            adding(_orig_mod__model__norm__weight=torch.ones(32)),
+            r"both.*one tensor without the prefix",
+        ),
+        (
+            "gpt2",
+            adding(ln_f__weight=torch.ones(32) * 3),
+            same,
+            r"'ln_f\.weight' and 'transformer\.ln_f\.weight' are one parameter",
+        ),
+        (
+            "gpt2",
+            same,
+            adding(ln_f__weight=torch.ones(32) * 3),
+            r"1 are unknown \(first: \['ln_f\.weight",
+        ),
+    ],
+)
+def test_a_damaged_fine_tune_or_another_model_is_refused_by_name(
+    kind, of_base, of_tuned, told, tmp_path
+):
+    torch.manual_seed(0)
+    model = CLASSES[kind]()
+    for name, edit in (("base", of_base), ("tuned", of_tuned)):
+        model.save_pretrained(tmp_path / name)
+        rewrite(tmp_path / name, edit)
+    with pytest.raises(ModelError, match=told):
+        open_vector("v", str(tmp_path / "tuned"), ResolvedModel(tmp_path / "base", "base"))
+
+
+@pytest.mark.parametrize(
+    ("of_base", "of_tuned", "told"),
+    [
+        (without("model."), same, r"calls 'model\.embed_tokens\.weight' what .* calls 'embed_to"),
+        (same, without("model."), r"calls 'embed_tokens\.weight' what .* calls 'model\.embed_to"),
+        (same, under("_orig_mod."), r"have the prefix _orig_mod\. of a wrapper"),
+        (under("module."), same, r"have the prefix module\. of a wrapper"),
+    ],
+)
+def test_mergekit_which_merges_by_name_is_not_given_two_names_of_a_tensor(
+    llama, tokenizer, of_base, of_tuned, told, tmp_path
+):
+    paths = {"base": llama[0].path, "tuned": llama[1]}
+    for (name, source), edit in zip(paths.items(), (of_base, of_tuned), strict=True):
+        shutil.copytree(source, tmp_path / name)
+        rewrite(tmp_path / name, edit)
+        tokenizer.save_pretrained(tmp_path / name)
+    config = {
+        "merge_method": "optimer",
+        "base_model": "base",
+        "models": [{"model": "tuned", "parameters": {"weight": 1.0}}],
+    }
+    write_text(tmp_path / "merge.yml", yaml_text(config))
+    with pytest.raises(ModelError, match=told):
+        merge(tmp_path / "merge.yml", tmp_path / "out", engine="mergekit")
+    assert merge(tmp_path / "merge.yml", tmp_path / "out") == "native"
+
+
+def test_what_mergekit_leaves_out_of_a_base_is_said(llama, tokenizer, tmp_path, caplog):
+    shutil.copytree(llama[0].path, tmp_path / "base")
+    rewrite(tmp_path / "base", adding(**MTP))
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = {
+        "merge_method": "optimer",
+        "base_model": "base",
+        "models": [{"model": str(llama[1]), "parameters": {"weight": 1.0}}],
+    }
+    write_text(tmp_path / "merge.yml", yaml_text(config))
+    merge(tmp_path / "merge.yml", tmp_path / "out", engine="mergekit")
+    told = "mergekit left out 2 tensors of the base (mtp.fc.weight, mtp.norm.weight)"
+    assert any(told in record.message for record in caplog.records)
+
+
+# -- a padded base and a fine-tune that is cut to its tokens ---------------------------------------
+
+PADDED = VOCABULARY + 13
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def padded(request, save_model):
+    """A base with more rows than tokens, in bfloat16, and a fine-tune that is cut to its tokens."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **GROUPED | {"vocab_size": PADDED}, tie_word_embeddings=request.param
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    base = save_model(model)
+    cut = noisy(model.float())
+    cut.resize_token_embeddings(VOCABULARY)
+    return ResolvedModel(base, "base"), save_model(cut)
+
+
+@pytest.mark.parametrize("engine", ["native", "mergekit"])
+def test_a_fine_tune_that_is_cut_to_its_tokens_is_merged_as_mergekit_does(padded, engine, tmp_path):
+    base, tuned = padded
+    config = {
+        "merge_method": "optimer",
+        "base_model": str(base.path),
+        "models": [{"model": str(tuned), "parameters": {"weight": 0.7}}],
+        "dtype": "float32",
+        "out_dtype": "float32",
+        "tokenizer_source": "base",
+    }
+    write_text(tmp_path / "merge.yml", yaml_text(config))
+    assert merge(tmp_path / "merge.yml", tmp_path / "out", engine=engine) == engine
+    merged, before, after = (Checkpoint(path) for path in (tmp_path / "out", base.path, tuned))
+    assert set(merged.names) == set(before.names)
+    for name in merged.names:
+        found, b, t = (each.read(name).double() for each in (merged, before, after))
+        n = len(t)
+        torch.testing.assert_close(found[:n], b[:n] + 0.7 * (t - b[:n]), rtol=0, atol=1e-6)
+        if engine == "native":
+            assert torch.equal(found[n:], b[n:]), "padding stays, and the shape of the base"
+
+
+def test_logits_of_its_tokens_are_those_of_the_cut_fine_tune_in_every_form(padded, tmp_path):
+    base, tuned = padded
+    expected = logits(in_transformers(tuned))
+    vector = open_vector("v", str(tuned), base)
+    resident = ResidentModel(base, [vector], dtype="float32")
+    resident.set_weights({"v": 1.0})
+    assert close(logits(resident.model)[..., :VOCABULARY], expected)
+    for dtype, error in (("float32", 1e-5), ("int8", 2e-2)):
+        extract(vector, base, tmp_path / dtype, dtype=dtype)
+        delta = open_vector("v", str(tmp_path / dtype), base)
+        write_merged(base, [delta], {"v": 1.0}, tmp_path / f"of-{dtype}", out_dtype="float32")
+        found = logits(in_transformers(tmp_path / f"of-{dtype}"))[..., :VOCABULARY]
+        assert float((found - expected).norm() / expected.norm()) < error
+
+
+@pytest.mark.parametrize("case", ["too short", "other ids", "no tokenizer"])
+def test_rows_that_are_tokens_are_no_padding(padded, tokenizer, case, tmp_path):
+    base, tuned = (
+        shutil.copytree(path, tmp_path / path.name) for path in (padded[0].path, padded[1])
+    )
+    if case == "too short":
+        model = in_transformers(tuned)
+        model.resize_token_embeddings(VOCABULARY - 4)
+        model.save_pretrained(tuned)
+        told = r"255 rows, the base has 272, of which .* is a token.*`tokenizer:`"
+    elif case == "other ids":
+        file = tuned / "tokenizer.json"
+        content = json.loads(file.read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["!"], vocabulary["A"] = vocabulary["A"], vocabulary["!"]
+        file.write_text(json.dumps(content))
+        told = r"its token '!' has the id \d+, that of the base \d+"
+    else:
+        for file in base.glob("tokenizer*"):
+            file.unlink()
+        told = "whether those are tokens cannot be told"
+    with pytest.raises(VocabularyError, match=told):
+        open_vector("v", str(tuned), ResolvedModel(base, "base"))
+
+
+def test_tokens_that_a_fine_tune_added_are_left_to_mergekit_where_it_is_asked(
+    padded, tokenizer, tmp_path
+):
+    base, tuned = padded
+    model = in_transformers(tuned)
+    model.resize_token_embeddings(PADDED + 1)
+    model.save_pretrained(tmp_path / "tuned")
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens([f"<new {number}>" for number in range(PADDED + 1 - VOCABULARY)])
+    longer.save_pretrained(tmp_path / "tuned")
+    config = {
+        "merge_method": "optimer",
+        "base_model": str(base.path),
+        "models": [{"model": "tuned", "parameters": {"weight": 1.0}}],
+        "dtype": "float32",
+    }
+    write_text(tmp_path / "plain.yml", yaml_text(config))
+    write_text(tmp_path / "merge.yml", yaml_text(config | {"tokenizer_source": "base"}))
+    for file, engine in (("plain.yml", None), ("merge.yml", "native")):
+        with pytest.raises(VocabularyError, match="added or removed tokens"):
+            merge(tmp_path / file, tmp_path / "out", engine=engine)
+    assert merge(tmp_path / "merge.yml", tmp_path / "out") == "mergekit"
+    found = logits(in_transformers(tmp_path / "out"))
+    assert close(found, logits(model)[..., :VOCABULARY])

@@ -1,0 +1,296 @@
+"""report.py: one page that stands alone, says what a study found, and is read on a phone."""
+
+import os
+import re
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner
+
+from optimer_hf.cli import main
+from optimer_hf.comparison.sealed import compare, recorded
+from optimer_hf.comparison.tables import verdicts
+from optimer_hf.merging.geometry import kept
+from optimer_hf.report.captions import CARD_FIGURES, Captions
+from optimer_hf.report.page import write_figures, write_report
+from optimer_hf.searching.loop import search
+from optimer_hf.study.directory import load_study
+from optimer_hf.study.trials import DecisionLog, TrialLog
+from tests.comparison.test_sealed import with_test
+from tests.searching.test_loop import FunctionPool, TellingPool, config_of, failing_at
+
+FIGURES = ["progress", "weights", "slices", "terms", "sealed", "front", "ledger"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    found = search(
+        with_test(), tmp_path_factory.mktemp("report") / "a <b> & $c_1$", pool=TellingPool
+    )
+    compare(found, pool=TellingPool)
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(study, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(study, out)
+    return out
+
+
+def svgs(text: str) -> list[str]:
+    return re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+
+
+def test_every_figure_is_there_with_a_conclusion_and_a_text(page):
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r'<figure id="(\w+)"', text) == FIGURES
+    for svg in svgs(text):
+        label = ElementTree.fromstring(svg).get("aria-label")
+        assert label is not None and len(label) > 30
+    assert len(re.findall(r"<figcaption><h2>[^<]+</h2><p>[^<]{30,}</p>", text)) == len(FIGURES)
+
+
+def test_the_page_loads_nothing_and_runs_nothing(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text and "@import" not in text
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', text)
+    assert not re.findall(r"url\((?!#)", text)
+    assert "<image" not in text
+
+
+def test_names_are_escaped(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<h1>a &lt;b&gt; &amp; $c_1$</h1>" in text
+
+
+def test_ids_are_unique_and_references_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert [name for name, n in Counter(ids).items() if n > 1] == []
+    used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)
+    assert used and {a or b for a, b in used} <= set(ids)
+
+
+def test_the_same_study_gives_the_same_page(study, page, tmp_path):
+    write_report(study, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_the_conclusions_say_what_the_numbers_say(study, tmp_path):
+    panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
+    comparison = recorded(study)
+    assert comparison is not None
+    assert panels["sealed"].conclusion.lower() == verdicts(comparison)[0].lower()
+    better = [
+        label
+        for label in comparison.base.scores
+        if comparison.term_interval(comparison.merge, label).low > 0
+    ]
+    assert f"better in {', '.join(better)}" in panels["terms"].conclusion
+    best = max(study.log.of("search"), key=study.value)
+    assert f"(trial {best.number})" in panels["progress"].conclusion
+
+
+def test_recorded_rows_are_those_that_compare_scored(study):
+    again = compare(study, pool=lambda config: pytest.fail("nothing is left to score"))
+    found = recorded(study)
+    weights = [row.weights for row in again.rows]
+    assert all(row.weights in weights for row in found.rows)
+    assert {row.name for row in again.rows} >= {row.name for row in found.rows}
+    assert all(row.weights in [other.weights for other in found.rows] for row in again.rows)
+    assert found.base == again.base and found.merge == again.merge
+
+
+def test_a_merge_that_was_not_scored_has_no_sealed_figure(study, tmp_path):
+    empty = TrialLog(tmp_path / "trials.jsonl"), DecisionLog(tmp_path / "decisions.jsonl")
+    longer = replace(study, log=empty[0], decisions=empty[1])
+    longer.log.trials = [t for t in study.log.trials if t.fidelity == "search"][:4]
+    longer.take_best_so_far()
+    assert recorded(longer) is None
+    assert "sealed" not in {panel.name for panel in write_report(longer, tmp_path / "r.html")}
+
+
+def test_a_study_that_still_runs_has_a_report_that_says_so(study, tmp_path):
+    shutil.copytree(study.directory, tmp_path / "s")
+    lines = (study.directory / "trials.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "s" / "sealed.jsonl").unlink()
+    (tmp_path / "s" / "trials.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "s")])
+    assert result.exit_code == 0, result.output
+    assert "The search is not finished." in (tmp_path / "s" / "report.html").read_text()
+    assert (tmp_path / "s" / "trials.jsonl").read_text().endswith(lines[5][:20])
+
+
+def test_a_study_of_one_vector_has_a_report(tmp_path):
+    config = config_of(
+        vectors={"w": {"source": "/nowhere/w"}}, search={"n_trials": 5, "rescore_top": 0}
+    )
+    found = search(config, tmp_path / "s", pool=FunctionPool)
+    panels = write_report(found, tmp_path / "r.html")
+    assert "cosines" not in {panel.name for panel in panels}
+
+
+def test_weights_that_are_fixed_stand_beside_the_searched_ones(tmp_path):
+    vectors = {
+        "w": {"source": "/nowhere/w"},
+        "x": {"source": "/nowhere/x", "fixed": 0.5},
+    } | {name: {"source": f"/nowhere/{name}"} for name in "yz"}
+    config = config_of(vectors=vectors, search={"n_trials": 6, "rescore_top": 0})
+    found = search(config, tmp_path / "s", pool=FunctionPool)
+    panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
+    assert panels["progress"].conclusion.startswith("The last 5 trials raised the best score")
+    assert "Fixed by the study, in every trial: x 0.5." in panels["weights"].conclusion
+    assert "Fixed by the study, in every trial: x 0.5." in panels["weights"].shows
+
+
+@pytest.mark.parametrize("combine", ["weighted_mean", "worst"])
+def test_every_way_to_combine_terms_has_a_report(tmp_path, combine):
+    config = with_test(search={"n_trials": 7, "rescore_top": 2})
+    data = config.model_dump()
+    for part in ("objective", "test"):
+        data[part]["combine"] = combine
+    found = search(type(config).model_validate(data), tmp_path / "s", pool=FunctionPool)
+    compare(found, pool=FunctionPool)
+    panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
+    assert set(panels) == set(FIGURES)
+    percent = " %" in panels["sealed"].shows
+    assert percent == (combine == "worst")
+
+
+def test_crashed_trials_and_constraints_leave_a_report(tmp_path):
+    objective = {
+        "terms": [{"task": name, "metric": "loss"} for name in "tu"],
+        "constraints": [{"task": "q", "metric": "loss", "max_relative_to_base": 0.1}],
+    }
+    config = config_of(objective=objective, search={"n_trials": 9, "rescore_top": 2})
+    pool = failing_at({7: RuntimeError("no")})
+    found = search(config, tmp_path / "s", pool=pool)
+    assert any(trial.status == "crashed" for trial in found.log.of("search"))
+    assert write_report(found, tmp_path / "r.html")
+
+
+def test_an_empty_study_is_refused(study, tmp_path):
+    (tmp_path / "s").mkdir()
+    shutil.copy(study.directory / "study.json", tmp_path / "s")
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "s")])
+    assert result.exit_code == 1 and "has no trial yet" in result.output
+    with pytest.raises(Exception, match="not finished"):
+        load_study(tmp_path / "s")
+
+
+def test_figures_are_written_as_png(study, tmp_path):
+    arguments = ["report", str(study.directory), str(tmp_path / "r.html")]
+    result = CliRunner().invoke(main, [*arguments, "--figures", str(tmp_path / "figures")])
+    assert result.exit_code == 0, result.output
+    found = {path.stem: path.read_bytes() for path in (tmp_path / "figures").glob("*.png")}
+    assert set(found) == set(FIGURES)
+    assert all(content.startswith(b"\x89PNG") for content in found.values())
+    record = Captions.read(tmp_path / "figures" / "captions.json")
+    assert record.weights == study.incumbent.weights
+    assert list(record.captions) == FIGURES
+
+
+def test_figures_of_a_card_are_the_same_bytes_whoever_draws_them(study, tmp_path):
+    write_report(study, tmp_path / "r.html", figures=tmp_path / "with the page")
+    for folder in ("once", "twice"):
+        write_figures(study, tmp_path / folder)
+    drawn = {path.name for path in (tmp_path / "once").glob("*.png")}
+    assert drawn == {f"{name}.png" for name in FIGURES if name in CARD_FIGURES}
+    for name in drawn:
+        found = {path.read_bytes() for path in tmp_path.glob(f"*/{name}")}
+        assert len(found) == 1
+        assert b"tEXt" not in found.pop()[:200]  # the version of matplotlib
+
+
+def read_again(study, tmp_path) -> tuple[str, bytes]:
+    """Return what the report says of the cosines, and its page."""
+    panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
+    return panels["cosines"].shows, (tmp_path / "r.html").read_bytes()
+
+
+def test_a_second_report_reads_no_weights_and_a_changed_vector_is_read(
+    make_base, make_tuned, tmp_path
+):
+    base = make_base("llama")
+    for seed, name in enumerate("wxyz"):
+        shutil.copytree(make_tuned(base, "llama", seed), tmp_path / name)
+    vectors = {name: {"source": str(tmp_path / name)} for name in "wxyz"}
+    search_of = {"n_trials": 7, "rescore_top": 2}
+    config = config_of(base_model=str(base.path), vectors=vectors, search=search_of)
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    first = read_again(study, tmp_path)
+    assert str(tmp_path) not in first[1].decode()
+    assert base.path.name in first[1].decode() and str(base.path) not in first[1].decode()
+    for name in "wxyz":  # nothing can be read any more, and nothing has to be
+        file = tmp_path / name / "model.safetensors"
+        state = file.stat()
+        (tmp_path / f"{name}.kept").write_bytes(file.read_bytes())
+        file.write_bytes(bytes(state.st_size))
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert read_again(study, tmp_path) == first
+    for name, other in zip("wxyz", "wxyy", strict=True):
+        file = tmp_path / name / "model.safetensors"
+        file.write_bytes((tmp_path / f"{other}.kept").read_bytes())
+    assert "z, y +1.000" in read_again(study, tmp_path)[0]
+
+
+def test_a_report_of_a_study_that_cannot_be_written_to_has_its_cosines(
+    make_base, make_tuned, tmp_path, caplog
+):
+    base = make_base("llama")
+    sources = {name: str(make_tuned(base, "llama", seed)) for seed, name in enumerate("ab")}
+    (tmp_path / "geometry.json").mkdir()  # in the way; a test that runs as root may write anywhere
+    found = kept(sources, str(base.path), "bfloat16", tmp_path / "geometry.json")
+    assert len(found.cosines) == 1 and "cosines are not kept" in caplog.text
+
+
+# -- in a browser ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    selenium = pytest.importorskip("selenium.webdriver")
+    binary = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    options = selenium.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_all_of_it(browser, page, width, scheme):
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(page.as_uri())
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect())"
+        ".map(b => [b.width, b.height, b.right])"
+    )
+    assert len(boxes) == len(FIGURES)
+    assert all(w > 250 and h > 60 and right <= width for w, h, right in boxes)
+    ink, paper = browser.execute_script(
+        "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+    )
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+    assert (brightness[0] > brightness[1]) == (scheme == "dark")
+    text_ink = browser.execute_script(
+        "return getComputedStyle(document.querySelector('figure svg text')).fill"
+    )
+    assert text_ink == ink

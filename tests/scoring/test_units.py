@@ -1,0 +1,192 @@
+"""What is said of differences: in the unit of the objective, with the right baseline, and the same
+everywhere.
+"""
+
+import json
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from optimer_hf.cli import _say_front, main
+from optimer_hf.comparison.sealed import compare
+from optimer_hf.comparison.tables import (
+    intervals_to_markdown,
+    table,
+    to_json,
+    to_markdown,
+    verdicts,
+)
+from optimer_hf.hub import card
+from optimer_hf.recipes.write import _scores
+from optimer_hf.report.page import write_report
+from optimer_hf.scoring.scores import TermScore
+from optimer_hf.scoring.units import Unit, said_of
+from optimer_hf.searching import loop as retarget
+from optimer_hf.searching.loop import search
+from optimer_hf.study.directory import Study, load_study
+from optimer_hf.study.prediction import front
+from tests.searching.test_loop import FunctionPool, config_of
+
+
+class Losses(FunctionPool):
+    """A dozen losses a term around 1, or accuracies, which no two weights have alike."""
+
+    n_items, higher = 12, False
+
+    def score(self, weights, terms, limits):
+        found, seconds, n_tokens = super().score(weights, terms, limits)
+        rng = np.random.default_rng(round(1e6 * sum(weights.values())))
+        for label, score in found.items():
+            tops = [0.3 * top + 0.01 * rng.normal() for top, _ in score.items[: self.n_items]]
+            tops = [1 - 0.5 * top for top in tops] if self.higher else tops
+            found[label] = TermScore([(top, 1.0) for top in tops], self.higher)
+        return found, seconds, n_tokens
+
+
+class Accuracies(Losses):
+    higher = True
+
+
+class TwoItems(Losses):
+    n_items = 2
+
+
+def study_of(directory, rule="relative_to_base", pool=Losses, searched=None, **changes) -> Study:
+    metric = "bits_per_byte" if not pool.higher else "acc"
+
+    def objective(rule, suffix):
+        names = [{"task": f"{name}{suffix}", "name": name, "metric": metric} for name in "tu"]
+        return {"combine": rule, "terms": names, "limit": 12}
+
+    config = config_of(
+        objective=objective(searched or rule, ""),
+        test=objective(rule, "_test"),
+        **{"search": {"n_trials": 9, "rescore_top": 2}} | changes,
+    )
+    return search(config, directory, pool=pool)
+
+
+@pytest.mark.parametrize("pool", [Losses, Accuracies], ids=["losses", "accuracies"])
+@pytest.mark.parametrize("rule", ["relative_to_base", "weighted_mean", "worst"])
+def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, capsys, rule, pool):
+    study = study_of(tmp_path / "s", rule, pool)
+    comparison = compare(study, pool=pool)
+    base, merge = (
+        np.mean([row.scores[label].score for label in "tu"])
+        for row in (comparison.base, comparison.merge)
+    )
+    gain = comparison.value(comparison.merge) - comparison.value(comparison.base)
+    if rule == "weighted_mean":
+        name, sign = ("acc", 1) if pool.higher else ("bits_per_byte", -1)
+        assert gain == pytest.approx(sign * (merge - base))
+        shown, of_base = f"{gain:+.4f} {name}", f"{base:.4f} {name}"
+        difference = rf"[+-]\d\.\d{{4}} {name} \["
+    else:
+        shown, of_base, difference = f"{100 * gain:+.2f} %", "+0.00 %", r"[+-]\d+\.\d\d points \["
+    _header, lines = table(comparison)
+    cells = {line[0]: line[-1] for line in lines}
+    assert (cells["base"], cells["searched merge"]) == (of_base, shown)
+    (verdict,) = verdicts(comparison)
+    assert re.search(difference, verdict)
+    assert ("points" in verdict) == ("%" in shown)
+    sealed = json.loads(json.dumps(to_json(comparison)))
+    found = _scores(study, study.incumbent, sealed)
+    assert f"over the base {shown} [" in found["sealed"]["summary"]
+    assert found["sealed"]["verdicts"] == [verdict]
+    panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
+    assert f"searched merge {shown}" in panels["sealed"].shows
+    assert panels["sealed"].conclusion.lower() == verdict.lower()
+    unit = Unit.of(study.config.objective)
+    best = max(map(study.value, study.log.of("search"))) - study.value(study.log.of("search")[0])
+    assert f"best so far, {unit.show(best)} at the end" in panels["progress"].shows
+    assert shown in to_markdown(comparison)
+    _say_front(study)
+    printed = capsys.readouterr().err
+    assert f"gains over {study.baseline}" in printed
+    for choice in front(study)[:1]:
+        row = [f"{100 * gain:+.2f} %" for gain in choice.gains.values()]
+        assert f"| {choice.trial.number} | {' | '.join(row)} |" in printed
+
+
+def test_a_verified_prediction_is_a_gain_over_the_base_as_the_prediction_is(tmp_path, monkeypatch):
+    study = study_of(tmp_path / "s", "weighted_mean")
+    monkeypatch.setattr(retarget, "search_on", partial(retarget.search_on, pool=Losses))
+    objective = study.config.objective.model_dump(mode="json")
+    objective["terms"][0]["weight"] = 3.0
+    (tmp_path / "o.yaml").write_text(json.dumps(objective), encoding="utf-8")
+    arguments = [tmp_path / "s", tmp_path / "o.yaml", tmp_path / "new", "--n-trials", 2]
+    found = CliRunner().invoke(main, ["retarget", *map(str, arguments)])
+    new = load_study(tmp_path / "new")
+    base = new.log.first(new.incumbent.fidelity)
+    gain = new.value(new.incumbent) - new.value(base)
+    assert f"verified: value {gain:+.4f} bits_per_byte (trial" in found.stdout, found.output
+
+
+def test_sealed_numbers_are_in_the_unit_of_the_test_not_of_the_search(tmp_path):
+    study = study_of(tmp_path / "s", "weighted_mean", searched="worst")
+    comparison = compare(study, pool=Losses)
+    panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
+    assert "bits_per_byte" in panels["sealed"].shows and "%" not in panels["sealed"].shows
+    assert "%" in panels["progress"].shows
+    assert all("bits_per_byte" in line[-1] for line in table(comparison)[1])
+
+
+def test_the_report_leads_with_the_sealed_test_and_says_of_what_each_number_is(tmp_path):
+    vectors = {name: {"source": f"/nowhere/{name}"} for name in "wxyz"}
+    vectors["z"]["fixed"] = 0.5
+    study = study_of(tmp_path / "s", vectors=vectors)
+    write_report(study, tmp_path / "before.html")
+    before = lead(tmp_path / "before.html")
+    assert before.startswith("The best of 9 trials") and "over the base with z at 0.5, +" in before
+    assert "on the items on which the best trials were scored again" in before
+    comparison = compare(study, pool=Losses)
+    panels = {panel.name: panel for panel in write_report(study, tmp_path / "after.html")}
+    after = lead(tmp_path / "after.html")
+    assert after.startswith(f"On the sealed test: {verdicts(comparison)[0]}")
+    assert before.split(" Weights")[0] in after
+    assert "over the base with z at 0.5" in panels["progress"].conclusion
+    assert "over the base with z at 0.5 on the items of the search" in panels["progress"].shows
+    assert "The merge against the base:" in panels["terms"].conclusion
+
+
+def lead(page) -> str:
+    (text,) = re.findall(r'<p class="lead">(.*?)</p>', page.read_text(encoding="utf-8"), re.S)
+    return text.replace("&#39;", "'")
+
+
+def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_path):
+    study = study_of(tmp_path / "s", pool=TwoItems)
+    comparison = compare(study, pool=TwoItems)
+    panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
+    sealed = to_json(comparison)
+    recipe = _scores(study, study.incumbent, sealed)
+    facts = card.recipe_facts({"w": 1.0}, {}, to_markdown(comparison))
+    said = [
+        *verdicts(comparison),
+        to_markdown(comparison),
+        intervals_to_markdown(comparison),
+        panels["sealed"].conclusion,
+        panels["terms"].conclusion,
+        lead(tmp_path / "r.html"),
+        *(found["summary"] for found in recipe.values()),
+        said_of(study.over_next()[1], Unit.of(study.config.objective), is_gain=False),
+    ]
+    for text in said:
+        assert "too few items to tell" in text, text
+        assert not re.search(r"better|worse|significant", text.replace("when it is better", "")), (
+            text
+        )
+    assert "better" not in facts["results"]
+    for row in sealed["rows"]:
+        assert row["over_base"]["verdict"] == "too few items to tell (2 in term 't')"
+
+
+def test_a_row_beside_itself_has_no_interval_in_json(tmp_path):
+    comparison = compare(study_of(tmp_path / "s"), pool=Losses)
+    rows = {row["name"]: row for row in to_json(comparison)["rows"]}
+    own = rows["searched merge"]["merge_minus"]
+    assert (own["difference"], own["low"], own["high"]) == (0.0, None, None)
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows

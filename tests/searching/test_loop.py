@@ -1,0 +1,1028 @@
+"""search.py: anchors, resuming after any cut, crashes, locks, and a real study on tiny models."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed.comm import CommClosedError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimer_hf.comparison.ledger import ledger
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError, OutputError, StudyError
+from optimer_hf.models.live import multiplied_in
+from optimer_hf.recipes.build import build
+from optimer_hf.recipes.write import write_recipe
+from optimer_hf.scoring.evaluator import Evaluator
+from optimer_hf.scoring.objective import combine
+from optimer_hf.scoring.scores import TermScore
+from optimer_hf.searching import pool as pool_module
+from optimer_hf.searching.loop import search
+from optimer_hf.searching.pool import run_trial
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.directory import Study, load_study, locked
+from optimer_hf.study.space import anchors, from_unit, to_unit
+from optimer_hf.study.surrogate import columns, surrogate_of
+from optimer_hf.study.trials import Trial, TrialLog
+
+OPTIMA = {"t": [0.6, 0.3, 0.1, 0.0], "u": [0.1, 0.7, 0.0, 0.2], "q": [0.0, 0.0, 0.5, 0.5]}
+
+
+def config_of(**changes) -> StudyConfig:
+    data = {
+        "base_model": "a/b",
+        "vectors": {name: {"source": f"a/{name}"} for name in "wxyz"},
+        "objective": {
+            "terms": [
+                {"task": "t", "metric": "loss"},
+                {"task": "u", "metric": "loss"},
+                {"task": "q", "metric": "loss", "weight": 0},
+            ],
+            "limit": 4,
+        },
+        "search": {"n_trials": 12, "rescore_top": 2},
+    }
+    return StudyConfig.model_validate(data | changes)
+
+
+def landscape(label: str, weights) -> float:
+    """A loss with one optimum per term, and the cliff along the sum that merges have."""
+    point = np.array(list(weights.values()))
+    return 3 + ((point - OPTIMA[label]) ** 2).sum() + 0.3 * max(0, point.sum() - 1.8) ** 2
+
+
+class FunctionPool:
+    """Scores weights by a function; counts its calls."""
+
+    n_items = 4
+    inputs: dict[str, str] = {}
+
+    def __init__(self, config: StudyConfig, *, noise: float = 0.1) -> None:
+        self.noise, self.calls = noise, []
+
+    def score(self, weights, terms, limits):
+        self.calls.append((dict(weights), [term.label for term in terms], dict(limits)))
+        jitter = self.noise * np.random.default_rng(0).normal(size=self.n_items)
+        scores = {
+            t.label: TermScore([(landscape(t.label, weights) + e, 1.0) for e in jitter], False)
+            for t in terms
+        }
+        return scores, {"merge": 0.0, "evaluate": 0.0}, 10
+
+
+class TellingPool(FunctionPool):
+    """Has as many items as a verdict needs."""
+
+    n_items = 12
+
+
+def no_pool_for(what: str):
+    """Return a pool that must not be opened."""
+    return lambda config: pytest.fail(f"{what} is scored already, no pool may be opened")
+
+
+class FailingPool(FunctionPool):
+    """Raises for some calls, by their number."""
+
+    failures: dict[int, Exception] = {}
+
+    def score(self, weights, terms, limits):
+        found = super().score(weights, terms, limits)
+        if len(self.calls) - 1 in self.failures:
+            raise self.failures[len(self.calls) - 1]
+        return found
+
+
+def failing_at(failures):
+    return type("FailingHere", (FailingPool,), {"failures": failures})
+
+
+def no_pool(config):
+    pytest.fail("a finished study must not open its pool")
+
+
+def outcome(study: Study):
+    """Everything of a study's trials but the clock."""
+    return [replace(trial, seconds={}, error=None) for trial in study.log.trials]
+
+
+def outcome_of(directory: Path):
+    return [replace(t, seconds={}) for t in TrialLog(directory / "trials.jsonl").trials]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Study:
+    return search(config_of(), tmp_path_factory.mktemp("study") / "s", pool=FunctionPool)
+
+
+# -- anchors and scaling ---------------------------------------------------------------------------
+
+
+def test_a_search_starts_from_base_each_vector_alone_and_the_average():
+    found = anchors(config_of())
+    assert [origin for origin, _ in found] == [
+        "base",
+        "w alone",
+        "x alone",
+        "y alone",
+        "z alone",
+        "average",
+    ]
+    assert found[0][1] == dict.fromkeys("wxyz", 0.0)
+    assert found[2][1] == {"w": 0.0, "x": 0.7, "y": 0.0, "z": 0.0}
+    assert found[5][1] == dict.fromkeys("wxyz", 0.25)
+
+
+def test_anchors_stay_inside_the_bounds():
+    vectors = {
+        "w": {"source": "a/w", "bounds": [0.0, 0.5]},
+        "x": {"source": "a/x", "bounds": [0.1, 1.0]},
+    }
+    assert [weights for _, weights in anchors(config_of(vectors=vectors))] == [
+        {"w": 0.0, "x": 0.0},  # the base itself: every gain is relative to it
+        {"w": 0.5, "x": 0.1},
+        {"w": 0.0, "x": 0.7},
+        {"w": 0.5, "x": 0.5},
+    ]
+
+
+def test_a_single_vector_has_no_average():
+    assert [origin for origin, _ in anchors(config_of(vectors={"w": {"source": "a/w"}}))] == [
+        "base",
+        "w alone",
+    ]
+
+
+def test_unit_points_and_weights_convert_both_ways():
+    config = config_of(
+        vectors={
+            "w": {"source": "a/w", "bounds": [-0.5, 1.5]},
+            "f": {"source": "a/f", "fixed": 0.3},
+            "x": {"source": "a/x"},
+        }
+    )
+    weights = from_unit(config, np.array([0.25, 1.0]))
+    assert weights == {"w": 0.0, "x": 1.5, "f": 0.3}
+    assert to_unit(config, [weights]) == pytest.approx(np.array([[0.25, 1.0]]))
+
+
+def test_fixed_vectors_keep_their_weight_in_every_trial(tmp_path):
+    vectors = {name: {"source": f"a/{name}"} for name in "wxy"} | {
+        "z": {"source": "a/z", "fixed": 0.35}
+    }
+    study = search(config_of(vectors=vectors), tmp_path / "s", pool=FunctionPool)
+    assert len(study.log.of("search")) == 12
+    assert all(trial.weights["z"] == 0.35 for trial in study.log.trials)
+
+
+# -- the search itself -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("combination", ["relative_to_base", "worst", "weighted_mean"])
+def test_a_smooth_landscape_is_searched_to_near_its_optimum_in_24_trials(tmp_path, combination):
+    objective = config_of().objective.model_dump() | {"combine": combination}
+    config = config_of(objective=objective, search={"n_trials": 24, "rescore_top": 2})
+    study = search(config, tmp_path / "s", pool=FunctionPool)
+    values = [study.value(trial) for trial in study.log.of("search")]
+    best_anchor = max(values[:6])
+    assert study.value(study.incumbent) > best_anchor
+    grid = np.random.default_rng(0).dirichlet(np.ones(4), 20000) * np.random.default_rng(1).uniform(
+        0, 1.5, (20000, 1)
+    )
+    base = {
+        label: TermScore([(landscape(label, dict.fromkeys("wxyz", 0.0)), 1.0)], False)
+        for label in OPTIMA
+    }
+
+    def true_value(point):
+        weights = dict(zip("wxyz", point, strict=True))
+        scores = {label: TermScore([(landscape(label, weights), 1.0)], False) for label in OPTIMA}
+        return combine(config.objective, scores, base)
+
+    optimum = max(true_value(point) for point in grid)
+    found, start = true_value(study.incumbent.weights.values()), true_value([0.0] * 4)
+    assert found - start > 0.93 * (optimum - start)
+
+
+def test_trials_record_their_origin_number_and_all_items(uninterrupted):
+    trials = uninterrupted.log.of("search")
+    assert [trial.number for trial in trials] == list(range(12))
+    assert [trial.origin for trial in trials[6:]] == ["surrogate"] * 6
+    assert all(
+        len(trial.terms["t"].items) == 4 and set(trial.terms) == {"t", "u", "q"} for trial in trials
+    )
+    assert len({json.dumps(trial.weights) for trial in trials}) == 12
+
+
+def test_base_and_the_best_few_are_scored_again_and_the_incumbent_is_the_best_of_them(
+    uninterrupted,
+):
+    rescored = uninterrupted.log.of("rescore")
+    assert rescored[0].number == 0
+    assert [trial.number for trial in rescored[1:]] == [
+        trial.number for trial in uninterrupted.ranked()[:2]
+    ]
+    assert uninterrupted.value(uninterrupted.incumbent) == max(map(uninterrupted.value, rescored))
+
+
+def test_rescoring_uses_its_own_limit_and_the_terms_that_join_for_it(tmp_path):
+    pools = []
+
+    def pool(config):
+        pools.append(FunctionPool(config))
+        return pools[-1]
+
+    terms = [
+        {"task": "t", "metric": "loss"},
+        {"task": "u", "metric": "loss", "rescore_only": True, "limit": 9},
+    ]
+    config = config_of(
+        objective={"terms": terms, "limit": 4},
+        search={"n_trials": 7, "rescore_top": 1, "rescore_limit": 50},
+    )
+    search(config, tmp_path / "s", pool=pool)
+    assert pools[0].calls[0][1:] == (["t"], {"t": 4})
+    assert pools[0].calls[-1][1:] == (["t", "u"], {"t": 50, "u": 9})
+
+
+@pytest.mark.parametrize(
+    ("limit", "rescore_limit"),
+    [(None, None), (4, 4), (None, 3), (4, 3), (9, None), (9, 12)],
+    ids=["all and all", "as many", "all, then fewer", "fewer", "more than there are", "both more"],
+)
+@pytest.mark.parametrize("joins", [False, True], ids=["", "a term joins"])
+def test_items_that_the_search_saw_are_not_scored_again(tmp_path, limit, rescore_limit, joins):
+    """The pool has four items a term."""
+    pools = []
+
+    def pool(config):
+        pools.append(FunctionPool(config))
+        return pools[-1]
+
+    terms = [{"task": "t", "metric": "loss"}]
+    terms += [{"task": "u", "metric": "loss", "rescore_only": True}] if joins else []
+    settings = {"n_trials": 7, "rescore_top": 2, "rescore_limit": rescore_limit}
+    config = config_of(objective={"terms": terms, "limit": limit}, search=settings)
+    study = search(config, tmp_path / "s", pool=pool)
+    assert {tuple(labels) for _, labels, _ in pools[0].calls[:7]} == {("t",)}
+    assert [labels for _, labels, _ in pools[0].calls[7:]] == ([["u"]] * 3 if joins else [])
+    searched = {trial.number: trial for trial in study.log.of("search")}
+    rescored = study.log.of("rescore")
+    assert rescored[0].number == 0 and len(rescored) == 3
+    for trial in rescored:
+        assert trial.terms["t"] == replace(searched[trial.number].terms["t"], taken_over=True)
+        assert list(trial.terms) == (["t", "u"] if joins else ["t"])
+    assert ledger(study)["rescore"]["items"] == (12 if joins else 0)
+    assert ledger(study)["search"]["items"] == 28
+    assert study.is_finished
+    assert outcome(search(config, tmp_path / "s", pool=no_pool)) == outcome(study)
+
+
+class LimitedPool(FunctionPool):
+    """Scores as many of its four items as it is asked for."""
+
+    def score(self, weights, terms, limits):
+        scores, *rest = super().score(weights, terms, limits)
+        cut = {k: replace(s, items=s.items[: limits[k]]) for k, s in scores.items()}
+        return cut, *rest
+
+
+def test_a_study_rescored_on_fewer_items_goes_on_with_those(tmp_path):
+    """As versions did that re-scored `rescore_limit` items even where the search saw more."""
+    pools = []
+
+    def pool(config):
+        pools.append(LimitedPool(config))
+        return pools[-1]
+
+    objective = {"terms": [{"task": "t", "metric": "loss"}]}
+    settings = {"n_trials": 7, "rescore_top": 4, "rescore_limit": 3}
+    study = search(config_of(objective=objective, search=settings), tmp_path / "s", pool=pool)
+    lines = []
+    for trial in study.log.trials[:9]:  # killed while it re-scored
+        if trial.fidelity == "rescore":
+            score = replace(trial.terms["t"], items=trial.terms["t"].items[:3], taken_over=False)
+            trial = replace(trial, terms={"t": score})
+        lines.append(trial.to_json() + "\n")
+    (tmp_path / "s" / "trials.jsonl").write_text("".join(lines), encoding="utf-8")
+    found = search(config_of(objective=objective, search=settings), tmp_path / "s", pool=pool)
+    asked = [limits for _, _, limits in pools[1].calls]
+    assert asked and all(limits == {"t": 3} for limits in asked)
+    assert {len(trial.terms["t"].items) for trial in found.log.of("rescore")} == {3}
+    assert found.over_base(found.incumbent) and found.over_next()
+
+
+def test_rescoring_looks_at_more_items_or_at_more_terms(tmp_path):
+    config = config_of(search={"n_trials": 7, "rescore_top": 1})
+    pools = []
+
+    def pool(config):
+        pools.append(FunctionPool(config))
+        return pools[-1]
+
+    search(config, tmp_path / "s", pool=pool)
+    assert pools[0].calls[-1][1:] == (["t", "u", "q"], dict.fromkeys("tuq"))
+
+
+def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
+    study = search(
+        config_of(search={"n_trials": 8, "rescore_top": 0}), tmp_path / "s", pool=FunctionPool
+    )
+    assert study.log.of("rescore") == []
+    assert study.incumbent == study.ranked()[0]
+    assert study.is_finished
+
+
+def test_the_incumbent_is_compared_in_pairs_with_the_base_and_the_next_best(uninterrupted):
+    best, found = uninterrupted.incumbent, uninterrupted.over_next()
+    assert found is not None
+    other, interval = found
+    assert other.number != best.number and other.fidelity == best.fidelity
+    difference = uninterrupted.value(best) - uninterrupted.value(other)
+    assert interval.difference == pytest.approx(difference)
+    assert interval.low <= difference <= interval.high
+    assert uninterrupted.over_base(best).difference == pytest.approx(uninterrupted.value(best))
+    assert uninterrupted.over_base(best).low > 0
+    assert uninterrupted.over_base(best).verdict == "too few items to tell (4 in term 't')"
+
+
+def test_another_seed_asks_for_other_weights(uninterrupted, tmp_path):
+    config = config_of(search={"n_trials": 9, "rescore_top": 0, "seed": 1})
+    other = search(config, tmp_path / "s", pool=FunctionPool)
+    same = [
+        a.weights == b.weights
+        for a, b in zip(other.log.of("search"), uninterrupted.log.trials, strict=False)
+    ]
+    assert all(same[:6]) and not all(same[6:])
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+def cut(study: Study, directory: Path, n_lines: int, n_bytes: int) -> None:
+    """Copy a study as a kill after n_lines whole lines and n_bytes of the next would leave it."""
+    directory.mkdir()
+    (directory / "study.json").write_bytes((study.directory / "study.json").read_bytes())
+    lines = (study.directory / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    rest = lines[n_lines][:n_bytes] if n_lines < len(lines) else b""
+    (directory / "trials.jsonl").write_bytes(b"".join(lines[:n_lines]) + rest)
+
+
+@pytest.mark.parametrize("n_lines", range(15))
+def test_every_prefix_of_a_log_resumes_to_the_uninterrupted_study(
+    uninterrupted, tmp_path, n_lines, caplog
+):
+    cut(uninterrupted, tmp_path / "s", n_lines, 40)
+    caplog.set_level("INFO")
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+    assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) == 15
+    told = f"going on from trial {n_lines} of 12" in caplog.text
+    assert told == (0 < n_lines < 12)
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        {"w": {"source": "a/w", "bounds": [-0.5, 1.3]}},  # the optimum of `far` is in a corner
+        {"w": {"source": "a/w", "bounds": [0.0, 0.01]}, "x": {"source": "a/x", "fixed": 1.0}},
+    ],
+)
+def test_weights_that_were_tried_are_not_asked_again_whether_resumed_or_not(vectors, tmp_path):
+    class FarPool(FunctionPool):
+        def score(self, weights, terms, limits):
+            self.calls.append(weights)
+            loss = 3 - 0.5 * weights["w"]
+            return {t.label: TermScore([(loss, 1.0)], False) for t in terms}, {}, 1
+
+    config = config_of(vectors=vectors, search={"n_trials": 14, "rescore_top": 0})
+    whole = search(config, tmp_path / "whole", pool=FarPool)
+    asked = [trial.weights["w"] for trial in whole.log.trials[2:]]
+    assert len(set(asked)) == len(asked)
+    for n_lines in (3, 6, 10, 13):
+        cut(whole, tmp_path / f"s{n_lines}", n_lines, 10)
+        resumed = search(config, tmp_path / f"s{n_lines}", pool=FarPool)
+        assert outcome(resumed) == outcome(whole)
+
+
+def test_a_reader_leaves_the_line_that_a_running_search_is_writing(uninterrupted, tmp_path):
+    cut(uninterrupted, tmp_path / "s", 15, 0)
+    log = tmp_path / "s" / "trials.jsonl"
+    with open(log, "ab") as file:
+        file.write(b'{"number": 15, "ori')
+    before = log.read_bytes()
+    load_study(tmp_path / "s")
+    assert log.read_bytes() == before
+
+
+def test_a_line_torn_at_any_byte_is_cut_off_and_leaves_the_prefix(uninterrupted, tmp_path):
+    whole = (uninterrupted.directory / "trials.jsonl").read_bytes()
+    log, n_whole = tmp_path / "trials.jsonl", 0
+    for number, line in enumerate(whole.splitlines(keepends=True)):
+        for n_bytes in range(len(line)):
+            torn = whole[: n_whole + n_bytes]
+            log.write_bytes(torn)
+            assert len(TrialLog(log).trials) == number
+            assert log.read_bytes() == whole[:n_whole]
+        n_whole += len(line)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from tests.searching.test_loop import FunctionPool, config_of
+from optimer_hf.searching.loop import search
+
+class SlowPool(FunctionPool):
+    def score(self, *arguments):
+        time.sleep(0.1)
+        return super().score(*arguments)
+
+search(config_of(), Path(sys.argv[1]), pool=SlowPool)
+"""
+
+
+def start_search(directory: Path) -> subprocess.Popen:
+    here = Path(__file__).parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(directory), str(here), str(here.parent)]
+    )
+
+
+def wait_for_lines(path: Path, n: int) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < n:
+        assert time.monotonic() < deadline, "the search did not get that far"
+        time.sleep(0.01)
+
+
+def test_a_killed_process_leaves_a_study_that_resumes_to_the_same_trials(uninterrupted, tmp_path):
+    process = start_search(tmp_path / "s")
+    wait_for_lines(tmp_path / "s" / "trials.jsonl", 8)
+    with pytest.raises(StudyError, match="another process is working in it"):
+        search(config_of(), tmp_path / "s", pool=no_pool)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 8 <= len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) < 15
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+
+
+def test_five_kills_at_random_moments_leave_the_same_study(uninterrupted, tmp_path):
+    for _ in range(5):
+        process = start_search(tmp_path / "s")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=random.SystemRandom().uniform(1, 6))  # any moment, other ones
+        process.kill()
+        process.wait()
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+
+
+def test_a_finished_study_does_nothing(uninterrupted):
+    before = (uninterrupted.directory / "trials.jsonl").read_bytes()
+    again = search(config_of(), uninterrupted.directory, pool=no_pool)
+    assert again.incumbent == uninterrupted.incumbent
+    assert (uninterrupted.directory / "trials.jsonl").read_bytes() == before
+
+
+def test_more_trials_go_on_from_a_finished_study_and_can_become_the_incumbent(tmp_path):
+    search(config_of(search={"n_trials": 6, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool)
+    longer = config_of(search={"n_trials": 14, "rescore_top": 2})
+    study = search(longer, tmp_path / "s", pool=FunctionPool)
+    assert [trial.number for trial in study.log.of("search")] == list(range(14))
+    assert {trial.number for trial in study.ranked()[:2]} <= {
+        trial.number for trial in study.log.of("rescore")
+    }
+    assert study.incumbent.origin == "surrogate"
+    assert study.is_finished
+    search(longer, tmp_path / "s", pool=no_pool)
+
+
+# -- failures --------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
+    pool = failing_at(
+        {
+            3: RuntimeError("probability tensor contains either inf, nan or element < 0"),
+            8: EvaluationError("the score of item 0 is not a finite"),
+        }
+    )
+    study = search(config_of(), tmp_path / "s", pool=pool)
+    crashed = [trial for trial in study.log.of("search") if trial.status == "crashed"]
+    assert [trial.number for trial in crashed] == [3, 8]
+    assert "RuntimeError: probability tensor" in crashed[0].error
+    assert "Traceback" in crashed[0].error
+    assert crashed[0].terms == {}
+    assert len(study.log.of("search")) == 12
+    assert study.incumbent.status == "ok" and study.value(study.incumbent) > 0
+
+
+def test_a_device_that_fails_ends_the_search_and_blames_no_weights(tmp_path, uninterrupted):
+    pool = failing_at({5: torch.AcceleratorError("CUDA error: an illegal memory access")})
+    with pytest.raises(EvaluationError, match=r"trial 5: the device failed \(CUDA error: an ill"):
+        search(config_of(), tmp_path / "s", pool=pool)
+    assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+
+
+def caused_by(cause: Exception) -> Exception:
+    error = ValueError("the task cannot be scored")
+    error.__cause__ = cause
+    return error
+
+
+NO_FAULT_OF_WEIGHTS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"),
+    RuntimeError("can't start new thread"),
+    MemoryError(),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EMFILE, "Too many open files"),
+    ConnectionResetError("reset by peer"),
+    TimeoutError("the Hub did not answer"),
+    FileNotFoundError("items.jsonl"),
+    ModuleNotFoundError("No module named 'sacrebleu'"),
+    SafetensorError("Error while deserializing header"),
+    CommClosedError("the worker is gone"),
+    caused_by(MemoryError()),
+    ExceptionGroup("two", [ValueError("no"), MemoryError()]),
+]
+FAULT_OF_WEIGHTS = [
+    EvaluationError("the score of item 0 is not a finite number"),
+    OverflowError("math range error"),
+    ZeroDivisionError("float division by zero"),
+    FloatingPointError("invalid value"),
+    ValueError("generation stopped at a token that is none"),
+    RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"),
+    np.linalg.LinAlgError("singular"),
+    KeyError("resps"),
+    AssertionError("no"),
+]
+
+
+def test_lack_of_memory_ends_the_search_unrecorded(tmp_path, uninterrupted):
+    error, expected = torch.OutOfMemoryError("CUDA out of memory."), outcome(uninterrupted)
+    once = search(config_of(), tmp_path / "once", pool=failing_at({7: error}))
+    assert outcome(once) == expected  # tried again
+    with pytest.raises(EvaluationError, match=r"trial 7: .*, twice\. .* this one is done anew"):
+        search(config_of(), tmp_path / "s", pool=failing_at({7: error, 8: error}))
+    assert outcome_of(tmp_path / "s") == expected[:7]
+    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == expected
+
+
+@pytest.mark.parametrize("error", NO_FAULT_OF_WEIGHTS, ids=repr)
+def test_what_is_not_the_fault_of_the_weights_is_tried_twice_and_raised(error, monkeypatch):
+    freed = []
+    monkeypatch.setattr(pool_module, "collect_memory", lambda: freed.append(True))
+    config = config_of()
+    asked = (Trial(3, "x", "search", dict.fromkeys("wxyz", 0.1), "ok", {}, {}), [], {})
+    assert run_trial(failing_at({0: error})(config), *asked).status == "ok"
+    with pytest.raises(EvaluationError, match=r"trial 3: .*, twice\."):
+        run_trial(failing_at({0: error, 1: error})(config), *asked)
+    assert len(freed) == 2
+
+
+@pytest.mark.parametrize("error", FAULT_OF_WEIGHTS, ids=repr)
+def test_what_the_weights_break_is_a_crashed_trial(error):
+    asked = (Trial(3, "x", "search", dict.fromkeys("wxyz", 0.1), "ok", {}, {}), [], {})
+    crashed = run_trial(failing_at({0: error})(config_of()), *asked)
+    assert crashed.status == "crashed" and not crashed.is_blameless
+
+
+def test_a_pool_that_cannot_be_opened_for_lack_of_memory_is_one_line(tmp_path):
+    def opened(config):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(EvaluationError, match=r"opening base.*CUDA out of memory\.\. Free memory"):
+        search(config_of(), tmp_path / "s", pool=opened)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "OutOfMemoryError: CUDA out of memory.\nTraceback",
+        "MemoryError",
+        "KilledWorker: its worker died 4 times. It has too little memory",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate",
+        "FileNotFoundError: [Errno 2] No such file or directory",
+        "ConnectionError",
+    ],
+)
+def test_an_old_crash_for_lack_of_memory_teaches_the_surrogate_nothing(error, uninterrupted):
+    config, trials = config_of(), uninterrupted.log.of("search")
+    crash = replace(trials[9], status="crashed", terms={}, error=error)
+    points = np.random.default_rng(0).random((5, 4))
+    with_crash = surrogate_of(config, [*trials[:9], crash]).predict(points)
+    without = surrogate_of(config, trials[:9]).predict(points)
+    assert np.array_equal(with_crash, without)
+    blamed = replace(crash, error="ValueError: the score is not a number")
+    assert not np.array_equal(surrogate_of(config, [*trials[:9], blamed]).predict(points), without)
+
+
+def test_a_study_with_crashed_trials_resumes_to_the_same_trials(tmp_path):
+    class CliffPool(FunctionPool):
+        def score(self, weights, terms, limits):
+            if weights["y"] > 0.5:
+                raise RuntimeError("fell off")
+            return super().score(weights, terms, limits)
+
+    whole = search(config_of(), tmp_path / "whole", pool=CliffPool)
+    assert any(trial.status == "crashed" for trial in whole.log.trials)
+    cut(whole, tmp_path / "s", 9, 10)
+    assert outcome(search(config_of(), tmp_path / "s", pool=CliffPool)) == outcome(whole)
+
+
+def test_a_study_whose_trials_mostly_crash_is_finished_all_the_same(tmp_path):
+    config = config_of(search={"n_trials": 6, "rescore_top": 3})
+    pool = failing_at({number: RuntimeError("no") for number in (2, 3, 4, 5)})
+    assert search(config, tmp_path / "s", pool=pool).is_finished
+    search(config, tmp_path / "s", pool=no_pool)
+
+
+def test_a_base_that_cannot_be_scored_ends_the_search(tmp_path):
+    with pytest.raises(
+        EvaluationError, match="the base model itself cannot be scored: ValueError: no"
+    ) as caught:
+        search(config_of(), tmp_path / "s", pool=failing_at({0: ValueError("no")}))
+    assert "Traceback" not in str(caught.value)
+    assert TrialLog(tmp_path / "s" / "trials.jsonl").trials == []
+
+
+def test_anchors_that_all_crash_end_the_search_with_the_first_cause(tmp_path):
+    pool = failing_at({number: ValueError(f"cause {number}") for number in range(1, 30)})
+    message = "none of the 5 first merges can be scored; the first one: ValueError: cause 1"
+    with pytest.raises(EvaluationError, match=message):
+        search(config_of(), tmp_path / "s", pool=pool)
+    assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5  # the base, and four of them
+
+
+def test_two_workers_run_the_same_number_of_trials_each_once_the_base_first(tmp_path):
+    config = config_of(search={"n_trials": 12, "rescore_top": 2})
+    study = search(config, tmp_path / "s", pool=FunctionPool, n_workers=2)
+    trials = study.log.of("search")
+    assert sorted(trial.number for trial in trials) == list(range(12))
+    assert trials[0].origin == "base"
+    assert len({trial.worker for trial in trials}) == 2
+    pool = FunctionPool(config)
+    for trial in trials:
+        expected, *_ = pool.score(trial.weights, config.objective.at("search"), {})
+        assert trial.terms == expected
+    assert study.is_finished and study.value(study.incumbent) > 0.1
+    again = search(config, tmp_path / "s", pool=no_pool, n_workers=2)
+    assert again.incumbent == study.incumbent
+
+
+def test_trials_lost_with_a_killed_search_on_workers_are_asked_for_again(tmp_path):
+    config = config_of(search={"n_trials": 12, "rescore_top": 0})
+    whole = search(config, tmp_path / "whole", pool=FunctionPool)
+    lines = (whole.directory / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "study.json").write_bytes((whole.directory / "study.json").read_bytes())
+    lost = lines[:3] + lines[4:7] + lines[8:9]  # 3 and 7 ran beside others when it was killed
+    (tmp_path / "s" / "trials.jsonl").write_bytes(b"".join(lost))
+    found = search(config, tmp_path / "s", pool=FunctionPool).log.of("search")
+    assert sorted(trial.number for trial in found) == list(range(12))
+    assert found[7].number == 3 and found[7].origin == "y alone"
+
+
+def test_a_model_error_is_not_a_bad_trial_and_ends_the_search(tmp_path):
+    with pytest.raises(ModelError, match="damaged"):
+        search(config_of(), tmp_path / "s", pool=failing_at({4: ModelError("damaged")}))
+
+
+def test_crashed_and_very_bad_trials_are_learned_at_a_floor():
+    def trial(loss, status="ok"):
+        terms = (
+            {"t": TermScore([(loss, 1.0)], False), "u": TermScore([(loss, 1.0)], False)}
+            if status == "ok"
+            else {}
+        )
+        return Trial(0, "x", "search", dict.fromkeys("wxyz", 0.0), status, terms, {})
+
+    table = columns(config_of(), [trial(2.0), trial(1.8), trial(0, "crashed"), trial(1e9)])
+    assert table[:, 0] == pytest.approx([0, 0.1, -1, -1])
+
+
+def test_a_base_that_cannot_be_scored_again_ends_the_search(tmp_path):
+    config = config_of(search={"n_trials": 6, "rescore_top": 1})
+    with pytest.raises(EvaluationError, match="the base model itself cannot be scored again"):
+        search(config, tmp_path / "s", pool=failing_at({6: ValueError("no")}))
+    assert search(config, tmp_path / "s", pool=FunctionPool).is_finished
+
+
+def test_the_surrogate_of_a_weighted_mean_learns_losses_in_their_own_unit():
+    objective = config_of().objective.model_dump() | {"combine": "weighted_mean"}
+
+    def trial(t, u):
+        terms = {"t": TermScore([(t, 1.0)], False), "u": TermScore([(u, 1.0)], False)}
+        return Trial(0, "x", "search", dict.fromkeys("wxyz", 0.0), "ok", terms, {})
+
+    table = columns(config_of(objective=objective), [trial(100.0, 1.0), trial(90.0, 0.5)])
+    assert table[1] == pytest.approx([10.0, 0.5])
+
+
+# -- the study directory ---------------------------------------------------------------------------
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(uninterrupted, tmp_path):
+    cut(uninterrupted, tmp_path / "s", 9, 0)
+    path = tmp_path / "s" / "trials.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], b'{"number": 3, "ori\n', *lines[4:]]))
+    with pytest.raises(StudyError, match=r"trials\.jsonl:4: not a trial"):
+        search(config_of(), tmp_path / "s", pool=FunctionPool)
+
+
+@pytest.mark.parametrize("line", [b"[]\n", b"3\n", b"\xff\n", b'{"number": 1}\n', b"\n"])
+def test_any_line_that_is_no_trial_is_an_error(tmp_path, line):
+    (tmp_path / "trials.jsonl").write_bytes(line)
+    with pytest.raises(StudyError, match=r"trials\.jsonl:1: not a trial"):
+        TrialLog(tmp_path / "trials.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda trials: trials.pop(0),
+            r":1: trial 1 \(search\): found it first, expected",
+        ),
+        (lambda trials: trials[2]["weights"].pop("w"), r":3: trial 2 \(search\): lacks 'w'"),
+        (lambda trials: trials[2]["terms"].pop("t"), r":3: trial 2 \(search\): lacks 't'"),
+        (
+            lambda trials: trials[2]["terms"]["t"].update(items=[]),
+            r":3: trial 2 \(search\): lacks 't'",
+        ),
+        (
+            lambda trials: trials[2]["terms"]["t"].update(items=[[float("nan"), 1]]),
+            r"trials\.jsonl:3: not a trial",
+        ),
+    ],
+)
+def test_a_record_that_the_study_cannot_go_on_from_is_refused(
+    uninterrupted, tmp_path, change, message
+):
+    cut(uninterrupted, tmp_path / "s", 9, 0)
+    path = tmp_path / "s" / "trials.jsonl"
+    trials = [json.loads(line) for line in path.read_text().splitlines()]
+    change(trials)
+    path.write_text("".join(f"{json.dumps(trial)}\n" for trial in trials))
+    with pytest.raises(StudyError, match=message):
+        search(config_of(), tmp_path / "s", pool=no_pool)
+
+
+def test_a_study_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="file: cannot be made a directory"):
+        search(config_of(), tmp_path / "file", pool=no_pool)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".."])
+def test_a_vector_whose_name_is_no_file_name_is_refused(name):
+    with pytest.raises(ValueError, match="Expected one without '/'"):
+        config_of(vectors={name: {"source": "a/b"}})
+
+
+def test_a_trial_reads_back_equal(uninterrupted):
+    for trial in uninterrupted.log.trials:
+        assert Trial.from_json(trial.to_json()) == trial
+    assert TrialLog(uninterrupted.directory / "trials.jsonl").trials == uninterrupted.log.trials
+
+
+def test_another_config_is_refused_naming_the_fields(uninterrupted):
+    other = config_of(dtype="float32", search={"n_trials": 12, "rescore_top": 2, "seed": 9})
+    told = r"dtype: found 'float32', expected 'bfloat16'; search\.seed: found 9, expected 0"
+    with pytest.raises(StudyError, match=f"these fields differ: {told}"):
+        search(other, uninterrupted.directory, pool=no_pool)
+
+
+def test_a_study_of_a_newer_format_is_refused(uninterrupted, tmp_path):
+    cut(uninterrupted, tmp_path / "s", 3, 0)
+    file = tmp_path / "s" / "study.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    for opened in (
+        lambda: search(config_of(), tmp_path / "s", pool=no_pool),
+        lambda: load_study(tmp_path / "s"),
+    ):
+        with pytest.raises(ConfigError, match=r"study\.json: format_version"):
+            opened()
+
+
+def test_a_directory_with_foreign_files_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(StudyError, match="is not empty and holds no study"):
+        search(config_of(), tmp_path, pool=no_pool)
+
+
+def test_what_a_process_killed_at_the_very_start_left_is_no_obstacle(tmp_path):
+    (tmp_path / ".partial-study.json").write_text("{")
+    assert search(
+        config_of(search={"n_trials": 2, "rescore_top": 0}), tmp_path, pool=FunctionPool
+    ).is_finished
+
+
+def test_loading_a_directory_without_a_study_says_how_to_make_one(tmp_path):
+    with pytest.raises(StudyError, match=r"holds no study .*\. Run `optimer search"):
+        load_study(tmp_path)
+
+
+def test_a_loaded_study_is_the_one_that_ran(uninterrupted):
+    loaded = load_study(uninterrupted.directory)
+    assert loaded.config == uninterrupted.config and loaded.incumbent == uninterrupted.incumbent
+
+
+def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path / "s"):
+            pass
+
+
+# -- configs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vectors: {w: {}}", r"vectors\.w: .*exactly one of 'source'"),
+        ("vectors: {w: {source: a/w, train: t}}", r"exactly one of 'source'"),
+        ("vectors: {w: {source: a/w, bounds: [1, 1]}}", r"bounds \[1\.0, 1\.0\] are empty"),
+        ("vectors: {w: {source: a/w, fixed: 1}}", "every vector is fixed"),
+        ("vectors: {}", "at least 1 item"),
+        (
+            "vectors: {w: {source: a/w}}\nretarget: {r: {nope: 1}}",
+            r"retarget\.r\.nope: no term 'nope' is recorded",
+        ),
+        (
+            "vectors: {w: {source: a/w}}\nsearch: {n_trails: 3}",
+            r"'search\.n_trails'.*Did you mean 'n_trials'",
+        ),
+        ("vectors: {w: {source: a/w}}\ndtype: int8", "dtype: found 'int8'"),
+        *(
+            (
+                f"vectors: {{w: {{source: a/w}}}}\nsearch: {{{field}: {value}}}",
+                rf"{field}: found .*less",
+            )
+            for field, value in [
+                ("n_trials", 10_001),
+                ("rescore_top", 10**9),
+                ("rescore_limit", 10**18),
+                ("seed", 2**40),
+            ]
+        ),
+        (f"vectors: {{w: {{source: a/w}}}}\nsearch: {{n_trials: {'9' * 4000}}}", "4000 digits"),
+        ("vectors: {w: {source: a/w, bounds: [-1e308, 1e308]}}", r"bounds\.0: found -1e\+308"),
+        ("vectors: {w: {source: a/w, bounds: [0, 1e9]}}", r"bounds\.1: found 1000000000"),
+        ("vectors: {w: {source: a/w, bounds: [0, 1e-300]}}", r"are closer than 0\.001"),
+        ("vectors: {w: {source: a/w}, f: {source: a/f, fixed: 1e308}}", r"fixed: found 1e\+308"),
+        ("vectors: {w: {source: a/w}}\nsearch: {total: [0, 1e308]}", r"total\.1: found 1e\+308"),
+        (
+            "vectors: {w: {source: a/w}}\nretarget: {r: {t: 1e308}}",
+            r"retarget\.r\.t: found 1e\+308",
+        ),
+        (
+            "vectors: {w: {source: a/w}}\nbaselines: {searches: {s: {limit: 1000000000}}}",
+            r"limit: found 1000000000",
+        ),
+    ],
+)
+def test_an_impossible_study_is_refused_with_field_and_reason(tmp_path, text, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        f"base_model: a/b\nobjective: {{terms: [{{task: t, metric: loss}}]}}\n{text}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
+        StudyConfig.read(path)
+    assert "study.yaml" in str(caught.value)
+
+
+# -- a real study ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_built_recipe_scores_what_its_incumbent_scored(
+    tmp_path, make_base, make_adapter, corpus_dir, dtype
+):
+    base = make_base("gemma", torch.float32)
+    config = StudyConfig.model_validate(
+        {
+            "base_model": str(base.path),
+            "dtype": dtype,
+            "vectors": {f"v{seed}": {"source": str(make_adapter(base, seed))} for seed in (1, 2)},
+            "objective": {
+                "terms": [
+                    {"text": str(corpus_dir / f"{name}.search.jsonl")} for name in ("aaa", "xyz")
+                ],
+                "limit": 4,
+            },
+            "search": {"n_trials": 5, "rescore_top": 1},
+        }
+    )
+    study = search(config, tmp_path / "study")
+    best = study.incumbent
+    write_recipe(study, tmp_path / "recipe.yaml", name="tiny")
+    build(tmp_path / "recipe.yaml", tmp_path / "built")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "built", dtype=multiplied_in(getattr(torch, dtype), "cpu")
+    ).eval()
+    evaluator = Evaluator(
+        model, AutoTokenizer.from_pretrained(tmp_path / "built"), [config.objective]
+    )
+    limits = dict.fromkeys(best.terms, None if best.fidelity == "rescore" else 4)
+    scores = evaluator.evaluate(config.objective.terms, limits=limits)
+    assert {label: term.items for label, term in scores.items()} == {
+        k: term.items for k, term in best.terms.items()
+    }
+    assert any(best.weights.values()) or study.value(best) == 0
+    assert all(trial.status == "ok" and trial.n_tokens > 0 for trial in study.log.trials)
+
+
+def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
+    tmp_path, make_base, make_adapter, corpus_dir
+):
+    base = make_base("gemma", torch.float32)
+    adapters = {f"v{seed}": make_adapter(base, seed) for seed in (1, 2, 3)}
+    text = (corpus_dir / "aaa.search.jsonl").read_text()
+
+    def searched(place: str, n_trials: int):
+        folder = tmp_path / place
+        config = {
+            "base_model": str(folder / "base"),
+            "vectors": {name: {"source": str(folder / name)} for name in ("v1", "v2")},
+            "objective": {"terms": [{"name": "t", "text": str(folder / "t.jsonl")}], "limit": 3},
+            "search": {"n_trials": n_trials, "rescore_top": 0},
+        }
+        return search(StudyConfig.model_validate(config), folder / "s")
+
+    shutil.copytree(base.path, tmp_path / "one" / "base")
+    for name in ("v1", "v2"):
+        shutil.copytree(adapters[name], tmp_path / "one" / name)
+    (tmp_path / "one" / "t.jsonl").write_text(text)
+    began = (searched("one", 4).directory / "trials.jsonl").read_bytes()
+
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert load_study(tmp_path / "two" / "s").config.base_model == str(tmp_path / "two" / "base")
+    study = searched("two", 5)
+    assert (study.directory / "trials.jsonl").read_bytes().startswith(began)
+    assert len(study.log.of("search")) == 5
+    (tmp_path / "two").rename(tmp_path / "three")
+    finished = searched("three", 4)
+    assert len(finished.log.of("search")) == 5  # all there, and taken on
+    there = load_study(tmp_path / "three" / "s").config
+    assert there.base_model == str(tmp_path / "three" / "base") and there.search.n_trials == 5
+
+    def refused(what: str) -> None:
+        with pytest.raises(
+            StudyError, match=rf"s: {what}: not the weights or items that its trials scored"
+        ):
+            searched("three", 6)
+        (tmp_path / "three").rename(tmp_path / "four")
+        with pytest.raises(
+            StudyError, match=rf"s: {what}: not the weights or items that its trials scored"
+        ):
+            searched("four", 5)  # finished, but elsewhere: looked at once more
+        (tmp_path / "four").rename(tmp_path / "three")
+
+    (tmp_path / "three" / "t.jsonl").write_text(text.replace("a", "b", 1))
+    refused(r"objective\.t")
+    (tmp_path / "three" / "t.jsonl").write_text(text)
+    shutil.rmtree(tmp_path / "three" / "v2")
+    shutil.copytree(adapters["v3"], tmp_path / "three" / "v2")
+    refused(r"vectors\.v2")
+    with pytest.raises(StudyError, match=r"vectors\.v2: not the weights"):
+        write_recipe(finished, tmp_path / "recipe.yaml", name="tiny")
+    assert not (tmp_path / "recipe.yaml").exists()
+    shutil.copytree(adapters["v2"], tmp_path / "three" / "v2", dirs_exist_ok=True)
+    assert len(searched("three", 6).log.of("search")) == 6
+
+    (tmp_path / "three" / "s" / "inputs.json").unlink()  # of an earlier version: nothing to go by
+    (tmp_path / "three").rename(tmp_path / "five")
+    with pytest.raises(StudyError, match="these fields differ: base_model: found"):
+        searched("five", 6)
+
+
+def test_a_vector_that_must_be_trained_first_says_so(tmp_path, make_base, make_adapter, corpus_dir):
+    base = make_base("gemma", torch.float32)
+    config = config_of(
+        base_model=str(base.path),
+        vectors={"w": {"train": "train-w.yaml"}},
+        objective={"terms": [{"text": str(corpus_dir / "aaa.search.jsonl")}]},
+    )
+    with pytest.raises(
+        ConfigError, match=r"vectors\.w\.train: 'train-w\.yaml' has to be trained first"
+    ):
+        search(config, tmp_path / "s")

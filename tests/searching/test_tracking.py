@@ -1,0 +1,36 @@
+"""tracking.py: trials in the tools that the HF Trainer reports to."""
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.searching.loop import search
+from tests.searching.test_loop import FunctionPool, config_of
+
+
+def test_every_trial_is_in_tensorboard(tmp_path):
+    config = config_of(search={"n_trials": 8, "rescore_top": 0, "report_to": ["tensorboard"]})
+    study = search(config, tmp_path / "study", pool=FunctionPool)
+    (run,) = (tmp_path / "study" / "runs").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/objective", "train/best", "train/weight/w", "train/score/t"} <= tags
+    shown = {event.step: event.value for event in events.Scalars("train/objective")}
+    assert shown == pytest.approx({t.number: study.value(t) for t in study.log.of("search")})
+    best = [event.value for event in events.Scalars("train/best")]
+    assert best == sorted(best) and best[-1] == pytest.approx(max(shown.values()))
+
+
+def test_where_trials_are_shown_is_no_part_of_the_study(tmp_path):
+    quiet = config_of(search={"n_trials": 6, "rescore_top": 0})
+    search(quiet, tmp_path / "study", pool=FunctionPool)
+    shown = {"n_trials": 8, "rescore_top": 0, "report_to": ["tensorboard"]}
+    study = search(config_of(search=shown), tmp_path / "study", pool=FunctionPool)
+    assert len(study.log.of("search")) == 8 and config_of(search=shown).digest == quiet.digest
+
+
+def test_an_unknown_tool_is_said_before_the_first_trial(tmp_path):
+    config = config_of(search={"n_trials": 8, "report_to": ["tensorbored"]})
+    with pytest.raises(ConfigError, match=r"search\.report_to: tensorbored is not supported"):
+        search(config, tmp_path / "study", pool=lambda _: pytest.fail("a model was loaded"))

@@ -1,0 +1,152 @@
+"""ratios.py: weights to mixture ratios, and the run that retrains with them."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimer_hf.cli import main
+from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.errors import ConfigError
+from optimer_hf.training.config import MixturePart, TrainConfig
+from optimer_hf.training.mixture import mixture, ratios, training_tokens, write_mixture
+from optimer_hf.training.run import train
+from optimer_hf.vectors.delta import describe
+
+LORA = {"r": 2, "target_modules": "all-linear"}
+
+
+def run(name: str, path, **fields) -> TrainConfig:
+    settings = {"base_model": "a/base", "block_size": 32, "max_tokens": 320, "lora": LORA}
+    return TrainConfig(name=name, corpus=CorpusConfig(path=path), **settings | fields)
+
+
+def test_shares_are_in_proportion_to_weight_times_tokens():
+    found = ratios({"ja": 0.5, "zh": 0.25, "math": 0.5}, {"ja": 100, "zh": 100, "math": 50})
+    assert found.shares == {"ja": 0.5, "zh": 0.25, "math": 0.25}
+    assert found.left_out == []
+
+
+def test_weights_that_are_not_above_zero_have_no_share_and_are_named():
+    found = ratios({"ja": 0.5, "zh": -0.2, "math": 0.0}, {"ja": 1, "zh": 1, "math": 1})
+    assert (found.shares, found.left_out) == ({"ja": 1.0}, ["zh", "math"])
+    with pytest.raises(ConfigError, match="no weight is above 0"):
+        ratios({"ja": -1.0}, {"ja": 1})
+
+
+@given(st.lists(st.tuples(st.floats(1e-3, 2), st.integers(1, 10**9)), min_size=1, max_size=9))
+def test_shares_sum_to_one(pairs):
+    weights = {str(number): weight for number, (weight, _) in enumerate(pairs)}
+    tokens = {str(number): n for number, (_, n) in enumerate(pairs)}
+    assert sum(ratios(weights, tokens).shares.values()) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_mixture_keeps_the_settings_of_the_runs_and_flattens_their_own_mixtures(tmp_path):
+    nested = [
+        MixturePart(path=tmp_path / "b", share=0.25),
+        MixturePart(path=tmp_path / "c", share=0.75),
+    ]
+    runs = {
+        "a": run("a", tmp_path / "a", seed=3),
+        "b": run("b", tmp_path / "b").model_copy(update={"corpus": None, "mixture": nested}),
+    }
+    mixed = mixture(runs, {"a": 0.2, "b": 0.8}, name="m", max_tokens=640)
+    assert [(part.path.name, part.share) for part in mixed.mixture] == [
+        ("a", 0.2),
+        ("b", 0.2),
+        ("c", pytest.approx(0.6)),
+    ]
+    assert all(part.upsample for part in mixed.mixture)
+    assert (mixed.name, mixed.max_tokens, mixed.lora, mixed.seed) == ("m", 640, LORA, 3)
+
+
+def test_runs_that_are_not_alike_are_not_mixed(tmp_path):
+    runs = {"a": run("a", tmp_path / "a"), "b": run("b", tmp_path / "b", block_size=64)}
+    with pytest.raises(
+        ConfigError, match=r"'b' was trained with another setting than 'a' \(block_size: found 64"
+    ):
+        mixture(runs, {"a": 0.5, "b": 0.5}, name="m", max_tokens=1)
+    with pytest.raises(ConfigError, match="no training run is called 'c'; known: \\['a', 'b'\\]"):
+        mixture(runs, {"c": 1.0}, name="m", max_tokens=1)
+    with pytest.raises(ConfigError, match="shares must be >= 0"):
+        mixture(runs, {"a": 0.0}, name="m", max_tokens=1)
+
+
+def test_a_written_mixture_reads_back_and_names_no_path_of_this_machine(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    mixed = mixture({"a": run("a", tmp_path / "a.jsonl")}, {"a": 1.0}, name="m", max_tokens=64)
+    write_mixture(mixed, tmp_path / "train-mixture.yaml")
+    assert str(tmp_path) not in (tmp_path / "train-mixture.yaml").read_text(encoding="utf-8")
+    assert TrainConfig.read(tmp_path / "train-mixture.yaml") == mixed
+
+
+def test_a_vector_without_a_training_record_is_an_error_that_says_how_to_go_on(tmp_path):
+    with pytest.raises(ConfigError, match=r"vector 'a' .* --tokens a=N"):
+        training_tokens({"a": str(tmp_path)})
+
+
+def test_from_a_recipe_to_a_model_trained_on_the_mixture(make_base, corpus_dir, tmp_path):
+    base = make_base("gemma", torch.float32)
+    trainer = {"bf16": False, "save_strategy": "no"}
+    fields = {"base_model": str(base.path), "trainer": trainer}
+    for name in ("aaa", "mix"):
+        config = run(name, corpus_dir / f"{name}.train.jsonl", **fields)
+        config.write(tmp_path / f"train-{name}.yaml")
+        train(config, tmp_path / name)
+        describe(tmp_path / name, base, name=name, kind="adapter")
+    recipe = {
+        "name": "r",
+        "base_model": str(base.path),
+        "dtype": "float32",
+        "vectors": {
+            "aaa": {"source": "./aaa", "weight": 0.6},
+            "mix": {"source": "./mix", "weight": 0.2},
+        },
+        "objective": {},
+        "scores": {},
+        "study": {},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    out = tmp_path / "train-mixture.yaml"
+    files = [str(tmp_path / f"train-{name}.yaml") for name in ("aaa", "mix")]
+    found = CliRunner().invoke(
+        main, ["ratios", str(tmp_path / "recipe.yaml"), *files, "--out", str(out)]
+    )
+    assert found.exit_code == 0, found.output
+    assert "aaa: 75.00 %  (weight 0.6)" in found.output
+    mixed = TrainConfig.read(out)
+    alone = CliRunner().invoke(
+        main, ["ratios", str(tmp_path / "recipe.yaml"), "--without", "mix", "--format", "json"]
+    )
+    assert json.loads(alone.output) == {"shares": {"aaa": 1.0}, "left_out": ["mix"]}
+    assert mixed.max_tokens == 640, "the tokens of both vectors"
+    train(mixed, tmp_path / "mixed")
+    record = json.loads((tmp_path / "mixed" / "training.json").read_text(encoding="utf-8"))
+    assert [part["n_tokens"] for part in record["corpus"]["parts"]] == [480, 160]
+    assert record["training"]["n_tokens"] == 640
+
+
+def test_ratios_of_the_command_line_refuses_what_does_not_fit(tmp_path):
+    recipe = {
+        "name": "r",
+        "base_model": "a/b",
+        "dtype": "float32",
+        "vectors": {"a": {"source": "a/v", "weight": 1.0}},
+        "objective": {},
+        "scores": {},
+        "study": {},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe), encoding="utf-8")
+    for arguments, message in (
+        (["--tokens", "b=1"], "--tokens 'b=1': expected NAME=N with one of ['a']"),
+        (["--tokens", "a=1", "--out", "x.yaml"], "TRAIN_YAML and --out go together"),
+        ([], "vector 'a' (a/v) does not say how many tokens"),
+        (["--without", "b"], "--without b: no vector is called so; known: ['a']"),
+        (["--without", "a"], "no weight is above 0"),
+    ):
+        found = CliRunner().invoke(main, ["ratios", str(file), *arguments])
+        assert found.exit_code == 1 and message in found.output
