@@ -25,21 +25,13 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from optimer_hf.models.blocks import matrix_shape
-from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.vectors.vector import dense_rows
+from tests.support.experiments import finished, recipe_dir  # noqa: F401 - fixtures
 from tests.support.minihub import HubServer
-
-PAD, EOS, BOS = 0, 1, 2
-VOCABULARY = 3 + 256
+from tests.support.tiny import BOS, EOS, PAD, tiny_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -94,63 +86,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         model_max_length=256,
     )
-
-
-def tiny_model(kind: str = "gemma", *, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """Return a 2-layer Gemma 3 text model (tied) or Llama (untied) with random weights."""
-    torch.manual_seed(seed)
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-    }
-    if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
-    else:
-        config = Gemma3TextConfig(
-            **common, head_dim=16, sliding_window=64, query_pre_attn_scalar=16
-        )
-        model = Gemma3ForCausalLM(config)
-        with torch.no_grad():  # the norms of a fresh Gemma are all zero; real ones are not
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype)
-
-
-INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a tensor: unlike its numbers, -0.0 and 0.0 are not equal."""
-    return tensor.contiguous().view(INTEGERS[tensor.dtype])
-
-
-def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Count representable bfloat16 numbers between two tensors, element by element."""
-
-    def ordered(tensor: torch.Tensor) -> torch.Tensor:
-        found = bits(tensor).int()
-        return torch.where(found < 0, -(found & 0x7FFF), found)
-
-    return (ordered(a) - ordered(b)).abs()
-
-
-def delta_rows(vector, base: ResolvedModel, name: str, rows: slice) -> torch.Tensor:
-    return dense_rows(vector, name, rows, Checkpoint(base.path).read_rows(name, rows))
-
-
-def whole_delta(vector, base: ResolvedModel, name: str) -> torch.Tensor:
-    """Return the delta of a tensor in the matrix form."""
-    shape = Checkpoint(base.path).shape(name)
-    return delta_rows(vector, base, name, slice(0, matrix_shape(shape)[0]))
 
 
 @pytest.fixture(scope="session")

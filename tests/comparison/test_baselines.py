@@ -23,9 +23,9 @@ from optimer_hf.searching.loop import search
 from optimer_hf.study.config import MERGE, Baselines, StudyConfig
 from optimer_hf.vectors.delta import norms
 from optimer_hf.vectors.opening import open_vector
-from tests.conftest import whole_delta
-from tests.experiment.test_run import optimer, recipe_dir  # noqa: F401
-from tests.searching.test_loop import FunctionPool, config_of, failing_at, no_pool_for
+from tests.support.experiments import optimer
+from tests.support.landscapes import FunctionPool, config_of, failing_at, no_pool_for
+from tests.support.tiny import whole_delta
 
 ALL = {"merge_methods": ["ties", "dare_ties", "model_stock"], "random_vectors": True}
 
@@ -221,7 +221,7 @@ def test_the_figure_shows_every_row(suffix, tmp_path):
 # -- mixtures --------------------------------------------------------------------------------------
 
 
-def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):  # noqa: F811
+def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):
     file = recipe_dir / "study.yaml"
     study = yaml.safe_load(file.read_text())
     study["baselines"] = {
@@ -254,7 +254,7 @@ def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):  # no
     assert ledger["mixtures"]["n"] == 3 and ledger["mixtures"]["tokens"] == 2048 + 1024 + 2048
 
 
-def test_mixtures_of_vectors_that_are_not_trained_here_are_refused(recipe_dir, tmp_path):  # noqa: F811
+def test_mixtures_of_vectors_that_are_not_trained_here_are_refused(recipe_dir, tmp_path):
     file = recipe_dir / "study.yaml"
     study = yaml.safe_load(file.read_text())
     study["vectors"]["xyz"] = {"source": "you/xyz"}

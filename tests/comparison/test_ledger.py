@@ -6,7 +6,7 @@ from optimer_hf.comparison.ledger import against_mixtures, ledger, trial_ledger
 from optimer_hf.searching.loop import search
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.record import BaseRecord, VectorFile
-from tests.searching.test_loop import FunctionPool, config_of
+from tests.support.landscapes import FunctionPool, config_of
 
 
 def test_trials_are_summed_by_phase():

@@ -14,18 +14,15 @@ from optimer_hf.searching.loop import search
 from optimer_hf.study.config import MERGE
 from optimer_hf.study.prediction import best_scale, predict, retargeted
 from optimer_hf.study.trials import TrialLog
-from tests.searching.test_loop import FunctionPool, TellingPool, config_of, failing_at, landscape
-
-TEST = {
-    "terms": [
-        {"task": f"{name}_test", "name": name, "metric": "loss", "weight": float(name != "q")}
-        for name in "tuq"
-    ]
-}
-
-
-def with_test(**changes):
-    return config_of(**{"test": TEST, "search": {"n_trials": 14, "rescore_top": 2}} | changes)
+from tests.support.landscapes import (
+    TEST,
+    FunctionPool,
+    TellingPool,
+    config_of,
+    failing_at,
+    landscape,
+    with_test,
+)
 
 
 class CountingPool(FunctionPool):

@@ -30,7 +30,7 @@ from optimer_hf.errors import CorpusError
 from optimer_hf.models.head import IGNORED_LABEL, fuse_loss
 from optimer_hf.training.config import MixturePart
 from optimer_hf.training.packing import Part, pack, pack_mixture, segments, shared_out
-from tests.conftest import BOS, EOS, tiny_model
+from tests.support.tiny import BOS, EOS, tiny_model
 
 TOKENS = st.lists(st.lists(st.integers(3, 99), min_size=1, max_size=30), max_size=12)
 BLOCK_SIZES = st.integers(2, 17)

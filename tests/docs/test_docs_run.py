@@ -31,11 +31,11 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from optimer_hf.cli import main
-from tests.conftest import tiny_model
-from tests.models.test_resolve import write_gguf
+from tests.support.gguf import write_gguf
 from tests.support.minihub.running import HUB
 from tests.support.pages import ROOT, Section, sections
 from tests.support.pages_world import BASE, DEMO_BASE, TOKEN, USER, write_files, write_models
+from tests.support.tiny import tiny_model
 
 SECTIONS = sections()
 

@@ -11,10 +11,10 @@ from optimer_hf.errors import ModelError
 from optimer_hf.experiment import plan
 from optimer_hf.experiment.folder import Run, load
 from optimer_hf.study.config import StudyConfig
-from tests.experiment.test_run import finished, optimer, recipe_dir  # noqa: F401
+from tests.support.experiments import optimer
 
 
-def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_path: Path):  # noqa: F811
+def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_path: Path):
     out = tmp_path / "out"
     result = optimer("plan", recipe_dir, out, "--format", "json")
     assert result.exit_code == 0, result.output
@@ -40,7 +40,7 @@ def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_pat
     assert "Memory: planned" in table
 
 
-def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_path: Path):  # noqa: F811
+def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_path: Path):
     study = json.loads((finished / "study" / "study.json").read_text())
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study))
@@ -50,7 +50,7 @@ def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_p
     assert optimer("plan", path, "--short").exit_code == 1
 
 
-def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Path):  # noqa: F811
+def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Path):
     config, trainings = load(Run(recipe_dir, tmp_path / "out", False))
     more = config.model_dump() | {
         "baselines": {
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(tmp_path: Path
 
 @pytest.mark.parametrize(("changes", "blocks"), [({}, 1), ({"gradient_accumulation_steps": 2}, 2)])
 def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
-    recipe_dir: Path,  # noqa: F811
+    recipe_dir: Path,
     tmp_path: Path,
     changes: dict[str, int],
     blocks: int,
@@ -99,7 +99,7 @@ def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
     ids=["LoRA", "full parameters", "without training"],
 )
 def test_what_does_not_fit_into_an_accelerator_is_said_of_the_stage_that_does_not(
-    recipe_dir: Path,  # noqa: F811
+    recipe_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     failing: str,

@@ -12,71 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimer_hf.cli import main
 from optimer_hf.errors import OutputError
 from optimer_hf.experiment.run import claim
-
-TRAIN = {
-    "format_version": 1,
-    "block_size": 32,
-    "max_tokens": 1024,
-    "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-    "trainer": {"learning_rate": 2e-2, "per_device_train_batch_size": 4, "bf16": False},
-}
-
-
-@pytest.fixture
-def recipe_dir(tmp_path: Path, make_base, corpus_dir: Path) -> Path:
-    """A recipe folder: two vectors to train on made-up languages, a third language kept; sealed
-    test; retarget.
-    """
-    folder = tmp_path / "recipes" / "tiny"
-    folder.mkdir(parents=True)
-    base = str(make_base("gemma").path)
-    for name in ("aaa", "xyz"):
-        config = TRAIN | {
-            "name": name,
-            "base_model": base,
-            "corpus": {"path": str(corpus_dir / f"{name}.train.jsonl")},
-        }
-        (folder / f"train-{name}.yaml").write_text(yaml.safe_dump(config))
-
-    def terms(split: str) -> list[dict[str, object]]:
-        return [
-            {"name": name, "text": str(corpus_dir / f"{name}.{split}.jsonl")}
-            for name in ("aaa", "xyz", "mix")
-        ]
-
-    study = {
-        "format_version": 1,
-        "base_model": base,
-        "vectors": {name: {"train": f"train-{name}.yaml"} for name in ("aaa", "xyz")},
-        "objective": {"limit": 4, "terms": terms("search")},
-        "test": {"terms": terms("test")},
-        "retarget": {"only xyz": {"xyz": 1.0}},
-        "search": {"n_trials": 7, "rescore_top": 2},
-    }
-    (folder / "study.yaml").write_text(yaml.safe_dump(study))
-    (folder / "short.yaml").write_text(
-        yaml.safe_dump({"train": {"max_tokens": 256}, "study": {"search": {"n_trials": 5}}})
-    )
-    return folder
-
-
-def optimer(*arguments: object):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def finished(recipe_dir: Path, tmp_path: Path) -> Path:
-    """A finished run."""
-    out = tmp_path / "runs" / "tiny"
-    result = optimer("run", recipe_dir, out)
-    assert result.exit_code == 0, result.output
-    return out
+from tests.support.experiments import optimer
 
 
 def test_a_run_goes_from_corpora_to_a_model_that_generates(finished: Path):

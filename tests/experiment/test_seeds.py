@@ -9,7 +9,7 @@ from scipy.stats import ttest_1samp
 
 from optimer_hf.experiment.seeds import Spread, rows_of, to_markdown
 from optimer_hf.scoring.units import Unit
-from tests.experiment.test_run import optimer, recipe_dir  # noqa: F401
+from tests.support.experiments import optimer
 
 
 def row(name: str, value: float, merge: float, **weights: float) -> dict[str, object]:
@@ -50,7 +50,7 @@ def test_rows_are_joined_by_name_whatever_scale_a_seed_has_found():
 
 
 @pytest.mark.slow
-def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path, tmp_path: Path):  # noqa: F811
+def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path, tmp_path: Path):
     file = recipe_dir / "study.yaml"
     study = yaml.safe_load(file.read_text())
     study["baselines"] = {"searches": {"random": {"surrogate": "random", "n_trials": 5}}}

@@ -36,8 +36,8 @@ from optimer_hf.searching.loop import search
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.vectors.delta import describe, extract
 from optimer_hf.vectors.opening import open_vector
-from tests.conftest import tiny_model
 from tests.searching import test_loop as test_search
+from tests.support.tiny import tiny_model
 
 ALICE, BOB = "hf_alice_write", "hf_bob_write"
 

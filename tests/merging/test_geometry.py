@@ -19,7 +19,7 @@ from optimer_hf.merging.geometry import (
 from optimer_hf.merging.writer import surviving_share, write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.vectors.opening import open_vector
-from tests.conftest import whole_delta
+from tests.support.tiny import whole_delta
 
 
 @pytest.fixture(scope="module")

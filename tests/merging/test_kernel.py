@@ -15,7 +15,7 @@ from optimer_hf.errors import ModelError
 from optimer_hf.merging import kernel
 from optimer_hf.merging.kernel import add_in_steps, add_weighted
 from optimer_hf.vectors.forms import LowRank, Trained, dense
-from tests.conftest import bits, ulps_apart
+from tests.support.tiny import bits, ulps_apart
 
 
 @given(

@@ -20,7 +20,7 @@ from optimer_hf.merging.check import Promise, check_merged
 from optimer_hf.merging.mergekit import merge
 from optimer_hf.merging.mergekit_pool import linear_merge_of, pool_of, with_weights
 from optimer_hf.merging.mergekit_yaml import ModelName, model_name, read_merge_config
-from tests.conftest import bits
+from tests.support.tiny import bits
 
 OPTIONS = {"quiet": True, "random_seed": 3}
 

@@ -34,7 +34,7 @@ from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
-from tests.conftest import bits, ulps_apart
+from tests.support.tiny import bits, ulps_apart
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -18,7 +18,7 @@ from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import train
 from optimer_hf.vectors.delta import describe, extract
 from optimer_hf.vectors.opening import open_vector
-from tests.conftest import VOCABULARY, bits
+from tests.support.tiny import VOCABULARY, bits
 
 COMMON = {
     "vocab_size": VOCABULARY,

@@ -18,7 +18,7 @@ from optimer_hf.models.head import (
     rows_at_a_time,
     softcap_of,
 )
-from tests.conftest import EOS, VOCABULARY, tiny_model
+from tests.support.tiny import EOS, VOCABULARY, tiny_model
 
 SIZES = [
     100,

@@ -21,7 +21,7 @@ from optimer_hf.models.loader import (
     read_model,
 )
 from optimer_hf.models.resolve import resolve_base, resolve_model, resolve_tokenizer
-from tests.conftest import tiny_model
+from tests.support.tiny import tiny_model
 
 CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nclass Evil:\n    pass\n"
 AUTO_MAP = {

@@ -26,7 +26,7 @@ from optimer_hf.models.ties import ties_of
 from optimer_hf.training.growth import full_norm
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
-from tests.conftest import BOS, EOS, PAD, VOCABULARY
+from tests.support.tiny import BOS, EOS, PAD, VOCABULARY
 
 COMMON = {
     "vocab_size": VOCABULARY,

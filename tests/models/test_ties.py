@@ -27,7 +27,7 @@ from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import train
 from optimer_hf.vectors.delta import extract, extract_any_adapter, norms
 from optimer_hf.vectors.opening import open_vector
-from tests.conftest import VOCABULARY
+from tests.support.tiny import VOCABULARY
 
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -20,8 +20,7 @@ from optimer_hf.report.page import write_figures, write_report
 from optimer_hf.searching.loop import search
 from optimer_hf.study.directory import load_study
 from optimer_hf.study.trials import DecisionLog, TrialLog
-from tests.comparison.test_sealed import with_test
-from tests.searching.test_loop import FunctionPool, TellingPool, config_of, failing_at
+from tests.support.landscapes import FunctionPool, TellingPool, config_of, failing_at, with_test
 
 FIGURES = ["progress", "weights", "slices", "terms", "sealed", "front", "ledger"]
 

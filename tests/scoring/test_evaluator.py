@@ -27,7 +27,7 @@ from optimer_hf.scoring.objective import Objective, ObjectiveFile, Term, combine
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import load_tasks, warn_of_other_weights, warn_of_reported_benchmarks
 from optimer_hf.scoring.units import paired_interval
-from tests.conftest import BOS, tiny_model
+from tests.support.tiny import BOS, tiny_model
 
 CHOICE_TASK = """
 task: toy_choice

@@ -8,7 +8,7 @@ import pytest
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Objective, Term
 from optimer_hf.scoring.tasks import load_tasks
-from tests.conftest import tiny_model
+from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path for path in (ROOT / "recipes").glob("*/tasks") if path.is_dir())

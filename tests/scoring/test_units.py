@@ -28,7 +28,7 @@ from optimer_hf.searching import loop as retarget
 from optimer_hf.searching.loop import search
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.prediction import front
-from tests.searching.test_loop import FunctionPool, config_of
+from tests.support.landscapes import FunctionPool, config_of
 
 
 class Losses(FunctionPool):

@@ -36,77 +36,7 @@ from optimer_hf.study.directory import Study, load_study, locked
 from optimer_hf.study.space import anchors, from_unit, to_unit
 from optimer_hf.study.surrogate import columns, surrogate_of
 from optimer_hf.study.trials import Trial, TrialLog
-
-OPTIMA = {"t": [0.6, 0.3, 0.1, 0.0], "u": [0.1, 0.7, 0.0, 0.2], "q": [0.0, 0.0, 0.5, 0.5]}
-
-
-def config_of(**changes) -> StudyConfig:
-    data = {
-        "base_model": "a/b",
-        "vectors": {name: {"source": f"a/{name}"} for name in "wxyz"},
-        "objective": {
-            "terms": [
-                {"task": "t", "metric": "loss"},
-                {"task": "u", "metric": "loss"},
-                {"task": "q", "metric": "loss", "weight": 0},
-            ],
-            "limit": 4,
-        },
-        "search": {"n_trials": 12, "rescore_top": 2},
-    }
-    return StudyConfig.model_validate(data | changes)
-
-
-def landscape(label: str, weights) -> float:
-    """A loss with one optimum per term, and the cliff along the sum that merges have."""
-    point = np.array(list(weights.values()))
-    return 3 + ((point - OPTIMA[label]) ** 2).sum() + 0.3 * max(0, point.sum() - 1.8) ** 2
-
-
-class FunctionPool:
-    """Scores weights by a function; counts its calls."""
-
-    n_items = 4
-    inputs: dict[str, str] = {}
-
-    def __init__(self, config: StudyConfig, *, noise: float = 0.1) -> None:
-        self.noise, self.calls = noise, []
-
-    def score(self, weights, terms, limits):
-        self.calls.append((dict(weights), [term.label for term in terms], dict(limits)))
-        jitter = self.noise * np.random.default_rng(0).normal(size=self.n_items)
-        scores = {
-            t.label: TermScore([(landscape(t.label, weights) + e, 1.0) for e in jitter], False)
-            for t in terms
-        }
-        return scores, {"merge": 0.0, "evaluate": 0.0}, 10
-
-
-class TellingPool(FunctionPool):
-    """Has as many items as a verdict needs."""
-
-    n_items = 12
-
-
-def no_pool_for(what: str):
-    """Return a pool that must not be opened."""
-    return lambda config: pytest.fail(f"{what} is scored already, no pool may be opened")
-
-
-class FailingPool(FunctionPool):
-    """Raises for some calls, by their number."""
-
-    failures: dict[int, Exception] = {}
-
-    def score(self, weights, terms, limits):
-        found = super().score(weights, terms, limits)
-        if len(self.calls) - 1 in self.failures:
-            raise self.failures[len(self.calls) - 1]
-        return found
-
-
-def failing_at(failures):
-    return type("FailingHere", (FailingPool,), {"failures": failures})
+from tests.support.landscapes import OPTIMA, FunctionPool, config_of, failing_at, landscape
 
 
 def no_pool(config):
@@ -442,7 +372,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from tests.searching.test_loop import FunctionPool, config_of
+from tests.support.landscapes import FunctionPool, config_of
 from optimer_hf.searching.loop import search
 
 class SlowPool(FunctionPool):

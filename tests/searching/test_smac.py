@@ -18,7 +18,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.prediction import front, predict
 from optimer_hf.study.space import anchors, from_unit, to_unit, within_total
 from optimer_hf.study.trials import Trial
-from tests.searching.test_loop import FunctionPool, config_of
+from tests.support.landscapes import FunctionPool, config_of
 
 SURROGATES = ["per_term", "black_box", "random_forest", "random"]
 TERMS = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss"}]

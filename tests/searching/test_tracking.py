@@ -5,7 +5,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.searching.loop import search
-from tests.searching.test_loop import FunctionPool, config_of
+from tests.support.landscapes import FunctionPool, config_of
 
 
 def test_every_trial_is_in_tensorboard(tmp_path):

@@ -12,7 +12,7 @@ from optimer_hf.study.prediction import CAUTION, best_scale, over_record, predic
 from optimer_hf.study.space import to_unit
 from optimer_hf.study.surrogate import surrogate_of
 from optimer_hf.study.trials import TrialLog
-from tests.searching.test_loop import OPTIMA, FunctionPool, config_of, landscape
+from tests.support.landscapes import OPTIMA, FunctionPool, config_of, landscape
 
 
 def no_pool(config):

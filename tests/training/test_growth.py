@@ -12,7 +12,7 @@ from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.growth import N_NORMS, full_norm, is_due
 from optimer_hf.training.run import train
 from optimer_hf.vectors.delta import describe
-from tests.conftest import VOCABULARY, tiny_model
+from tests.support.tiny import VOCABULARY, tiny_model
 
 
 def mixture_of_experts() -> MixtralForCausalLM:

@@ -16,7 +16,7 @@ from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import prepare, train
 from optimer_hf.vectors.lora_config import FIELDS, HANDLED, HARMLESS
 from optimer_hf.vectors.opening import open_vector
-from tests.conftest import tiny_model, whole_delta
+from tests.support.tiny import tiny_model, whole_delta
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ONE_STEP = {"learning_rate": 0.1, "warmup_steps": 0, "bf16": False, "save_strategy": "no"}

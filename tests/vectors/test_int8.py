@@ -10,7 +10,7 @@ from optimer_hf.vectors.delta import extract, norms
 from optimer_hf.vectors.int8 import SCALES, dequantize, n_blocks, quantize
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
-from tests.conftest import delta_rows, whole_delta
+from tests.support.tiny import delta_rows, whole_delta
 
 ROWS = st.integers(1, 5)
 COLUMNS = st.integers(1, 70)

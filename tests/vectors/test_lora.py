@@ -16,7 +16,7 @@ from optimer_hf.vectors.delta import extract_any_adapter
 from optimer_hf.vectors.forms import LowRank, dense
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.vector import AdapterVector
-from tests.conftest import VOCABULARY, whole_delta
+from tests.support.tiny import VOCABULARY, whole_delta
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -24,7 +24,7 @@ from optimer_hf.vectors.lora_config import (
     why_not_weighted,
 )
 from optimer_hf.vectors.opening import open_vector
-from tests.conftest import VOCABULARY, tiny_model, whole_delta
+from tests.support.tiny import VOCABULARY, tiny_model, whole_delta
 
 REFUSED = [field for field, decision in FIELDS.items() if decision not in (HANDLED, HARMLESS)]
 SOMETHING = {  # a value of a refused field that says something

@@ -14,7 +14,7 @@ from optimer_hf.vectors.delta import describe, extract, extract_any_adapter, nor
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import VectorFile, read_record
 from optimer_hf.vectors.vector import AdapterVector, CheckpointVector, DeltaVector
-from tests.conftest import VOCABULARY, delta_rows, tiny_model, whole_delta
+from tests.support.tiny import VOCABULARY, delta_rows, tiny_model, whole_delta
 
 
 def edit_weights(source: Path, out: Path, edit) -> Path:

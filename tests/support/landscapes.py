@@ -1,0 +1,90 @@
+"""Searches over landscapes that are functions of the weights, without a model."""
+
+import numpy as np
+import pytest
+
+from optimer_hf.scoring.scores import TermScore
+from optimer_hf.study.config import StudyConfig
+
+OPTIMA = {"t": [0.6, 0.3, 0.1, 0.0], "u": [0.1, 0.7, 0.0, 0.2], "q": [0.0, 0.0, 0.5, 0.5]}
+
+
+def config_of(**changes) -> StudyConfig:
+    data = {
+        "base_model": "a/b",
+        "vectors": {name: {"source": f"a/{name}"} for name in "wxyz"},
+        "objective": {
+            "terms": [
+                {"task": "t", "metric": "loss"},
+                {"task": "u", "metric": "loss"},
+                {"task": "q", "metric": "loss", "weight": 0},
+            ],
+            "limit": 4,
+        },
+        "search": {"n_trials": 12, "rescore_top": 2},
+    }
+    return StudyConfig.model_validate(data | changes)
+
+
+def landscape(label: str, weights) -> float:
+    """A loss with one optimum per term, and the cliff along the sum that merges have."""
+    point = np.array(list(weights.values()))
+    return 3 + ((point - OPTIMA[label]) ** 2).sum() + 0.3 * max(0, point.sum() - 1.8) ** 2
+
+
+class FunctionPool:
+    """Scores weights by a function; counts its calls."""
+
+    n_items = 4
+    inputs: dict[str, str] = {}
+
+    def __init__(self, config: StudyConfig, *, noise: float = 0.1) -> None:
+        self.noise, self.calls = noise, []
+
+    def score(self, weights, terms, limits):
+        self.calls.append((dict(weights), [term.label for term in terms], dict(limits)))
+        jitter = self.noise * np.random.default_rng(0).normal(size=self.n_items)
+        scores = {
+            t.label: TermScore([(landscape(t.label, weights) + e, 1.0) for e in jitter], False)
+            for t in terms
+        }
+        return scores, {"merge": 0.0, "evaluate": 0.0}, 10
+
+
+class TellingPool(FunctionPool):
+    """Has as many items as a verdict needs."""
+
+    n_items = 12
+
+
+def no_pool_for(what: str):
+    """Return a pool that must not be opened."""
+    return lambda config: pytest.fail(f"{what} is scored already, no pool may be opened")
+
+
+class FailingPool(FunctionPool):
+    """Raises for some calls, by their number."""
+
+    failures: dict[int, Exception] = {}
+
+    def score(self, weights, terms, limits):
+        found = super().score(weights, terms, limits)
+        if len(self.calls) - 1 in self.failures:
+            raise self.failures[len(self.calls) - 1]
+        return found
+
+
+def failing_at(failures):
+    return type("FailingHere", (FailingPool,), {"failures": failures})
+
+
+TEST = {
+    "terms": [
+        {"task": f"{name}_test", "name": name, "metric": "loss", "weight": float(name != "q")}
+        for name in "tuq"
+    ]
+}
+
+
+def with_test(**changes):
+    return config_of(**{"test": TEST, "search": {"n_trials": 14, "rescore_top": 2}} | changes)
