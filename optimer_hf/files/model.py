@@ -27,8 +27,6 @@ from optimer_hf.files.text import _dotted, _with_field, did_you_mean, shown
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-WHOLE = "complete-"  # and a directory beside the one whose place it takes
-
 Mistake = tuple[Place, str]  # and what is wrong there
 
 

@@ -18,12 +18,12 @@ from filelock import Timeout
 from optimer_hf.errors import OutputError
 from optimer_hf.files.disk import naming_disk_errors
 from optimer_hf.files.locks import SECONDS_TO_LOCK, exclusive, locking, remove_dead_locks
-from optimer_hf.files.model import WHOLE
 from optimer_hf.files.paths import ATOMIC_PREFIX, _hidden
 from optimer_hf.files.reference import is_there
 
 COMPLETE = f"{ATOMIC_PREFIX}complete"  # a staged directory that only has to be moved out of there
 INSTEAD = f"{ATOMIC_PREFIX}instead"  # and the same, once what is there was removed
+WHOLE = "complete-"  # and a directory beside the one whose place it takes
 
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
 
