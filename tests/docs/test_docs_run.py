@@ -42,14 +42,14 @@ SECTIONS = sections()
 NOT_RUN = {
     "pip install -c constraints.txt -e .": "changes the environment; .ci/run does it",
     "pip install -c constraints.txt -e '.[demo]'": "changes the environment; .ci/run does it",
-    "pip install -c constraints.txt -e '.[docs]' && mkdocs serve": "a server; .ci/run builds docs/",
+    "pip install optimer-hf": "not published yet",
     "pip install optuna cma": "changes the environment",
     "hf auth login": "asks for a token",
     "python benchmarks/demo.py": "minutes, and the base of the demo",
     "python benchmarks/merge.py": "minutes, and gigabytes of weights",
     "python benchmarks/search.py": "hours",
     "python benchmarks/precision.py": "the base of the demo",
-    'python3 -m venv "${VENV:-.venv}"': "the two blocks that .ci/run takes from the README",
+    'python3 -m venv "${VENV:-.venv}"': "the two blocks that .ci/run has, too",
 }
 NO_COMMANDS = {
     "theta(w) = ": "a formula",
@@ -99,19 +99,18 @@ PLACEHOLDERS = {
 }
 # What a person has done before who comes to a section: `optimer run` with the study that the
 # section on evidence shows, or what stands here.
-EVIDENCE = "README.md: Is the merge really better?"
+EVIDENCE = "docs/how-to/evidence.md"
 WITH_A_STUDY = {
     "README.md: See it work: the demo",
-    "README.md: Vectors and merges",
     EVIDENCE,
-    "README.md: Share it: the Hub",
     "README.md: Commands",
     "docs/how-to/hub.md",
     "docs/how-to/ratios.md",
+    "docs/how-to/vectors.md",
 }
 BASE_IS_HERE = "optimer evaluate google/gemma-3-270m objective.yaml"  # fetched, for `optimer plan`
 BEFORE = {
-    "README.md: Steer the search": "optimer search study.yaml my-study",
+    "docs/how-to/steer.md": "optimer search study.yaml my-study",
     "README.md: Commands": BASE_IS_HERE,
     "docs/tutorial.md": BASE_IS_HERE,
     "docs/how-to/retarget.md": "optimer search study.yaml my-study",
