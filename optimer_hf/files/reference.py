@@ -1,12 +1,13 @@
 """References to models, vectors and files: what is a path, what is on the Hub, what is pinned."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, in full
 
@@ -91,8 +92,16 @@ def _noted(info: ValidationInfo, text: str, absolute: str) -> str:
     return absolute
 
 
+def _text_of_path(value: Any, info: ValidationInfo) -> Any:
+    """Return the absolute text of a path object, which never is a Hub id; any other value as it is."""
+    if not isinstance(value, os.PathLike):
+        return value
+    return str((_folder(info) / expanded(Path(value))).resolve())
+
+
 ReferenceText = Annotated[
     str,
+    BeforeValidator(_text_of_path),
     AfterValidator(lambda text, info: _noted(info, text, absolute_reference(text, _folder(info)))),
 ]
 

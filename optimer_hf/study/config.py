@@ -1,10 +1,11 @@
 """What a study is: the fields of a study file."""
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from optimer_hf.files.digest import digest
 from optimer_hf.files.model import FileModel, Mistake, RelativeText, VersionedFile
@@ -51,6 +52,17 @@ class VectorConfig(FileModel):
                 f"bounds {list(self.bounds)} are empty; give [low, high] with low < high, or "
                 "'fixed'",
             )
+
+
+def _with_fields(value: Any) -> Any:
+    """Return the fields of a vector that is given as its source alone."""
+    return {"source": value} if isinstance(value, str | os.PathLike) else value
+
+
+# a text stands for {"source": text}
+VectorEntry = Annotated[
+    VectorConfig, BeforeValidator(_with_fields, json_schema_input_type=str | VectorConfig)
+]
 
 
 class SearchConfig(FileModel):
@@ -118,6 +130,9 @@ class StudyConfig(VersionedFile):
     """study.yaml: base, pool, objective, sealed test, other objectives to answer from the same
     trials, and what to compare with.
 
+    `vectors` gives every vector by name as its source (`math: you/gemma-math`) or, where more is to
+    be said, as the fields of a VectorConfig.
+
     `tokenizer_source`: whose tokenizer, chat template and generation config score and ship with the
     merge: `base` (the default), a vector of the pool, or a model. It has to give the tokens of the
     base their ids.
@@ -125,7 +140,7 @@ class StudyConfig(VersionedFile):
 
     base_model: ReferenceText
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    vectors: dict[str, VectorConfig] = Field(min_length=1, max_length=MOST_VECTORS)
+    vectors: dict[str, VectorEntry] = Field(min_length=1, max_length=MOST_VECTORS)
     tokenizer_source: TokenizerSource = None
     objective: Objective
     test: Objective | None = None
