@@ -665,7 +665,7 @@ def _say_ledger(found: Mapping[str, Any]) -> None:
 def _say_front(study: Any) -> None:
     """Print the Pareto front of several terms, numbered for `optimer recipe --pick`."""
     from optimer_hf.files.text import markdown_table
-    from optimer_hf.scoring.evaluator import OF_TERMS
+    from optimer_hf.scoring.units import OF_TERMS
     from optimer_hf.study.prediction import front
 
     choices = front(study)

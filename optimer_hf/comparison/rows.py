@@ -2,13 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from optimer_hf.files.text import html_table
 from optimer_hf.scoring.intervals import Interval
-from optimer_hf.scoring.objective import Objective, combine
+from optimer_hf.scoring.objective import Objective, combine, gains
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.scoring.units import paired_interval
+from optimer_hf.scoring.units import Unit, paired_interval
 from optimer_hf.study.config import MERGE, RETARGETED
 from optimer_hf.study.prediction import retargeted
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 AT_BEST_SCALE = " at its best scale"
 
@@ -45,6 +50,39 @@ class Comparison:
     rows: list[Row]
     objective: Objective
     retarget: Mapping[str, Mapping[str, float]]
+
+    def __repr__(self) -> str:
+        unit, merge = Unit.of(self.objective), self.merge
+        gain = unit.show(self.value(merge) - self.value(self.base))
+        best = self.best_baseline()
+        ahead = unit.show_difference(self.value(merge) - self.value(best))
+        return (
+            f"Comparison({len(self.rows)} rows; {merge.title}: {gain} over the base, {ahead} over "
+            f"{best.title})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the table of the sealed test and its verdicts."""
+        from optimer_hf.comparison.tables import table, verdicts
+
+        return html_table(" ".join(verdicts(self)), *table(self))
+
+    def to_dataframe(self) -> "DataFrame":
+        """Return a pandas DataFrame with a row for every weight set, indexed by its name.
+
+        Columns: chosen_after_seal, objective (larger is better), and `weight/NAME`, `score/TERM`
+        and `gain/TERM` (over the base; losses relative, accuracies as a difference).
+        """
+        from pandas import DataFrame, Index
+
+        rows = [
+            {"chosen_after_seal": row.chosen_after_seal, "objective": self.value(row)}
+            | {f"weight/{name}": weight for name, weight in row.weights.items()}
+            | {f"score/{label}": score.score for label, score in row.scores.items()}
+            | {f"gain/{name}": g for name, g in gains(row.scores, self.base.scores).items()}
+            for row in self.rows
+        ]
+        return DataFrame(rows, index=Index([row.title for row in self.rows], name="row"))
 
     @property
     def base(self) -> Row:

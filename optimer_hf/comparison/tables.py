@@ -4,9 +4,8 @@ from typing import Any
 
 from optimer_hf.comparison.rows import Comparison, Row
 from optimer_hf.files.text import markdown_table
-from optimer_hf.scoring.evaluator import OF_TERMS
 from optimer_hf.scoring.objective import Objective, gains
-from optimer_hf.scoring.units import Unit, said_of, shown_value
+from optimer_hf.scoring.units import OF_TERMS, Unit, said_of, shown_value
 from optimer_hf.study.config import MERGE, RETARGETED
 from optimer_hf.study.prediction import retargeted
 

@@ -93,7 +93,7 @@ def _noted(info: ValidationInfo, text: str, absolute: str) -> str:
 
 
 def _text_of_path(value: Any, info: ValidationInfo) -> Any:
-    """Return the absolute text of a path object, which never is a Hub id; any other value as it is."""
+    """Return a path object as absolute text, for it is no Hub id; any other value as it is."""
     if not isinstance(value, os.PathLike):
         return value
     return str((_folder(info) / expanded(Path(value))).resolve())

@@ -1,8 +1,9 @@
 """Values as text: Markdown tables, slugs, the first line of an error, `did you mean`."""
 
 import difflib
+import html
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,6 +25,14 @@ def shown(value: Any) -> str:
     return brief.repr(value)
 
 
+def brief(numbers: Mapping[str, float], *, most: int = 6) -> str:
+    """Return named numbers as a repr shows them: at most `most`, and how many more there are."""
+    parts = [f"{name} {value:.4g}" for name, value in list(numbers.items())[:most]]
+    if len(numbers) > most:
+        parts.append(f"... {len(numbers) - most} more")
+    return ", ".join(parts)
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return ` Did you mean 'x'?`, or the list of what is known when nothing is close."""
     close = difflib.get_close_matches(name, known, n=1)
@@ -39,6 +48,21 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return an HTML table for a notebook, with every text escaped."""
+
+    def row(cells: Sequence[str], first: str, other: str) -> str:
+        tags = [first, *[other] * (len(cells) - 1)]
+        marked = (f"<{t}>{html.escape(c)}</{t}>" for t, c in zip(tags, cells, strict=True))
+        return f"<tr>{''.join(marked)}</tr>"
+
+    body = "".join(row(cells, "th", "td") for cells in rows)
+    return (
+        f"<table><caption>{html.escape(caption)}</caption><thead>{row(header, 'th', 'th')}</thead>"
+        f"<tbody>{body}</tbody></table>"
+    )
 
 
 # -- writing ---------------------------------------------------------------------------------------

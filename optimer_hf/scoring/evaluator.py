@@ -16,9 +16,6 @@ from optimer_hf.scoring.items import _item_hash, items_within, spread
 from optimer_hf.scoring.objective import ASKED_BY, N_ASKED, Objective, Term
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import _aggregation, load_tasks
-from optimer_hf.scoring.units import Unit
-
-OF_TERMS = Unit(100.0, "gain over the base, %")  # losses relative, accuracies in points
 
 # -- the harness -----------------------------------------------------------------------------------
 

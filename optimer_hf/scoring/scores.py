@@ -34,6 +34,9 @@ class TermScore:
     taken_over: bool = False
     documents: list[int] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"TermScore({self.score:.4g}, {len(self.items)} items)"
+
     @cached_property
     def score(self) -> float:
         """Sum of numerators over sum of denominators, in the unit of the metric."""

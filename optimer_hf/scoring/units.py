@@ -114,6 +114,9 @@ class Unit:
         return f"{round(self.factor * value, self.digits) + 0.0:+.{self.digits}f}"
 
 
+OF_TERMS = Unit(100.0, "gain over the base, %")  # losses relative, accuracies in points
+
+
 def said_of(interval: Interval, unit: Unit, *, is_gain: bool) -> str:
     """Return a difference with its interval, the kind of it, and the verdict, as text; `is_gain`
     says that it is one over the base, not one between two merges.

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import Timeout
@@ -21,6 +22,7 @@ from optimer_hf.scoring.intervals import Interval
 from optimer_hf.scoring.objective import Term, combine, feasible
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.units import paired_interval
+from optimer_hf.study import tables
 from optimer_hf.study.config import LARGEST_WEIGHT, StudyConfig
 from optimer_hf.study.records import check_trials
 from optimer_hf.study.space import to_unit
@@ -34,12 +36,16 @@ from optimer_hf.study.trials import (
     TRIALS_FILE,
     Decision,
     DecisionLog,
+    Fidelity,
     Trial,
     TrialLog,
     _digest_of,
     _rules_of_sealed,
     rules_of,
 )
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +74,46 @@ class Study:
     log: TrialLog
     decisions: DecisionLog
     has_moved: bool = False
+
+    def __repr__(self) -> str:
+        return f"Study({self.directory.name!r}, {tables.summary(self)})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the base and the best trials, gains over the base."""
+        return tables.study_html(self)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """The trials of the search, in the order they finished; the first one is the base."""
+        return self.log.of("search")
+
+    @property
+    def best_trial(self) -> Trial:
+        """The best trial, with its re-scored scores where others were re-scored, too.
+
+        Raises StudyError while it is not decided.
+        """
+        return self.incumbent
+
+    @property
+    def best_weights(self) -> dict[str, float]:
+        """The weight of every vector in the best trial."""
+        return dict(self.best_trial.weights)
+
+    @property
+    def has_best_trial(self) -> bool:
+        """Whether the best trial is decided."""
+        decision = self.decision
+        return decision is not None and decision.incumbent is not None
+
+    def to_dataframe(self, fidelity: Fidelity = "search") -> "DataFrame":
+        """Return a pandas DataFrame with a row for every trial, indexed by its number.
+
+        Columns: origin, status, objective (larger is better; NaN where a trial crashed), feasible,
+        and `weight/NAME`, `score/TERM`, `gain/TERM` (over the base; losses relative, accuracies as
+        a difference) and `seconds/PHASE`. `fidelity="rescore"` gives the trials scored again.
+        """
+        return tables.trials_frame(self, fidelity)
 
     @property
     def inputs(self) -> dict[str, str]:

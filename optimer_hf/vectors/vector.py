@@ -1,7 +1,7 @@
 """Distribution vectors: what one dataset did to the base model, as checkpoint, delta or adapter."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -55,8 +55,16 @@ class DistributionVector(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class CheckpointVector:
+class _Brief:
+    """The repr of a vector: its kind, name and size instead of its tensors."""
+
+    def __repr__(self: DistributionVector) -> str:
+        size = f"{len(self.names)} tensors, {self.n_bytes / 1e6:,.1f} MB"
+        return f"{type(self).__name__}({self.name!r}, {size})"
+
+
+@dataclass(frozen=True, repr=False)
+class CheckpointVector(_Brief):
     """A whole tuned model; its delta, tuned minus base, is taken in float32 when it is merged.
 
     Where the base is padded and the tuned model is not, its tensors of the vocabulary end early:
@@ -97,8 +105,8 @@ class CheckpointVector:
         return replace(self, tuned=tuned, padding=padding)
 
 
-@dataclass(frozen=True)
-class DeltaVector:
+@dataclass(frozen=True, repr=False)
+class DeltaVector(_Brief):
     """Stored deltas: bf16, fp16, fp32, or int8 with a scale per block; `copies`, of a tied head,
     are stored, too, and not read.
     """
@@ -133,13 +141,13 @@ class DeltaVector:
         return replace(self, stored=_loaded(self.stored, self.stored.names, device))
 
 
-@dataclass(frozen=True)
-class AdapterVector:
+@dataclass(frozen=True, repr=False)
+class AdapterVector(_Brief):
     """A LoRA adapter, kept as float32 factors in memory; biases and whole modules as trained."""
 
     name: str
     path: Path
-    parts: dict[str, LowRank | Trained] = field(repr=False)
+    parts: dict[str, LowRank | Trained]
     kind: str = "adapter"
 
     @cached_property

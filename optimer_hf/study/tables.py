@@ -1,0 +1,84 @@
+"""A study as a table: a DataFrame of its trials, and what a notebook shows."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from optimer_hf.files.text import brief, html_table
+from optimer_hf.scoring.objective import feasible, gains
+from optimer_hf.scoring.units import OF_TERMS, Unit
+from optimer_hf.study.trials import ITEMS_OF, Fidelity, Trial
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from optimer_hf.study.directory import Study
+
+N_SHOWN = 5  # trials beside the base
+
+
+def trials_frame(study: "Study", fidelity: Fidelity) -> "DataFrame":
+    """Return a row for every trial of one fidelity; see Study.to_dataframe."""
+    from pandas import DataFrame, Index
+
+    trials = study.log.of(fidelity)
+    rows = [_row(study, trial, trials[0]) for trial in trials]
+    return DataFrame(rows, index=Index([trial.number for trial in trials], name="trial"))
+
+
+def _row(study: "Study", trial: Trial, base: Trial) -> dict[str, Any]:
+    is_sound = trial.status == "ok"
+    row: dict[str, Any] = {
+        "origin": trial.origin,
+        "status": trial.status,
+        "objective": study.value(trial) if is_sound else math.nan,
+        "feasible": is_sound and feasible(study.config.objective, trial.terms, base.terms),
+    }
+    row |= {f"weight/{name}": weight for name, weight in trial.weights.items()}
+    row |= {f"score/{label}": score.score for label, score in trial.terms.items()}
+    row |= {f"gain/{label}": gain for label, gain in gains(trial.terms, base.terms).items()}
+    row |= {f"seconds/{phase}": seconds for phase, seconds in trial.seconds.items()}
+    return row
+
+
+def summary(study: "Study") -> str:
+    """Return the state of a study in one line: how many trials have run, and the best so far."""
+    n_run, n_trials = len(study.trials), study.config.search.n_trials
+    text = f"{n_run} of {n_trials} trials" if n_run < n_trials else f"{n_run} trials"
+    if study.has_best_trial:
+        return f"{text}, best {brief(study.best_weights)}"
+    return f"{text}, not finished"
+
+
+def study_html(study: "Study") -> str:
+    """Return the base and the best trials of a study as an HTML table."""
+    trials = study.trials
+    name = study.directory.resolve().name
+    if not trials:
+        return html_table(f"Study {name}: no trial yet", ["trial"], [])
+    base = trials[0]
+    sound = [trial for trial in trials[1:] if trial.status == "ok"]
+    kept = [t for t in sound if feasible(study.config.objective, t.terms, base.terms)]
+    shown = sorted(kept, key=study.value, reverse=True)[:N_SHOWN]
+    caption = f"Study {name}: {summary(study)}"
+    if study.has_best_trial:
+        best = study.best_trial
+        caption += f" (trial {best.number}, chosen on {ITEMS_OF[best.fidelity]})"
+    header = ["trial", "origin", *base.weights, *base.terms, "objective"]
+    return html_table(caption, header, [_cells(study, trial, base) for trial in [base, *shown]])
+
+
+def _cells(study: "Study", trial: Trial, base: Trial) -> list[str]:
+    """Return a trial as text: gains over the base, of the base itself its scores."""
+    unit = Unit.of(study.config.objective)
+    each = gains(trial.terms, base.terms)
+    scores = [
+        f"{score.score:.4g}" if trial is base else OF_TERMS.show(each[label])
+        for label, score in trial.terms.items()
+    ]
+    return [
+        str(trial.number),
+        trial.origin,
+        *(f"{weight:.3g}" for weight in trial.weights.values()),
+        *scores,
+        unit.show(study.value(trial) - study.value(base)),
+    ]

@@ -1,0 +1,96 @@
+"""A study and a comparison as Python shows them: reprs, HTML and DataFrames."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimer_hf.comparison.sealed import compare
+from optimer_hf.errors import StudyError
+from optimer_hf.files.text import html_table
+from optimer_hf.scoring.objective import gains
+from optimer_hf.searching.loop import search
+from optimer_hf.study.directory import open_study
+from tests.support.landscapes import TellingPool, failing_at, with_test
+
+CRASHED = 3
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    pool = failing_at({CRASHED: RuntimeError("<b>no</b>")})
+    return search(with_test(), tmp_path_factory.mktemp("tables") / "a<b", pool=pool)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    return compare(
+        search(with_test(), tmp_path_factory.mktemp("tables") / "s", pool=TellingPool),
+        pool=TellingPool,
+    )
+
+
+def test_the_best_trial_is_the_incumbent_and_has_the_best_weights(study):
+    assert study.best_trial == study.incumbent
+    assert study.best_weights == study.incumbent.weights
+    assert study.trials == study.log.of("search")
+
+
+def test_a_study_without_a_decision_has_no_best_trial_and_shows_all_the_same(tmp_path):
+    study = open_study(with_test(), tmp_path / "new")
+    assert repr(study) == "Study('new', 0 of 14 trials, not finished)"
+    assert "no trial yet" in study._repr_html_()
+    with pytest.raises(StudyError, match="not finished"):
+        _ = study.best_weights
+
+
+def test_reprs_fit_into_two_lines(study, comparison):
+    for value in (study, study.trials[0], study.trials[0].terms, comparison):
+        assert len(repr(value)) < 200, repr(value)
+    assert repr(study.trials[0].terms["t"]).startswith("TermScore(")
+    assert "14 trials, best w " in repr(study)
+    assert repr(study.trials[CRASHED]).endswith(": crashed)")
+    many = replace(study.trials[0], weights={f"vector-{n}": 0.5 for n in range(1000)})
+    assert "... 994 more" in repr(many) and len(repr(many)) < 250
+
+
+def test_a_row_of_the_frame_is_a_trial(study):
+    frame = study.to_dataframe()
+    assert frame.index.name == "trial" and list(frame.index) == [t.number for t in study.trials]
+    for trial in study.trials:
+        row = frame.loc[trial.number]
+        assert {n: row[f"weight/{n}"] for n in trial.weights} == trial.weights
+        if trial.status == "crashed":
+            assert np.isnan(row["objective"]) and not row["feasible"]
+            continue
+        assert row["objective"] == study.value(trial)
+        assert row["score/t"] == trial.terms["t"].score
+        assert row["gain/u"] == gains(trial.terms, study.base)["u"]
+    assert len(study.to_dataframe("rescore")) == len(study.log.of("rescore"))
+
+
+def test_a_row_of_the_frame_of_a_comparison_is_a_weight_set(comparison):
+    frame = comparison.to_dataframe()
+    assert list(frame.index) == [row.title for row in comparison.rows]
+    merge = frame.loc[comparison.merge.title]
+    assert merge["objective"] == comparison.value(comparison.merge)
+    assert {n: merge[f"weight/{n}"] for n in "wxyz"} == comparison.merge.weights
+
+
+def test_a_notebook_shows_tables_without_markup_of_names(study, comparison):
+    page = study._repr_html_()
+    assert "Study a&lt;b: 14 trials, best w " in page and "a<b" not in page
+    assert page.count("<tr>") == 1 + 1 + 5  # header, base, the best five
+    assert comparison._repr_html_().count("<tr>") == 1 + len(comparison.rows)
+
+
+@given(st.lists(st.text(), min_size=1, max_size=3))
+def test_a_text_in_a_table_is_never_markup(cells):
+    page = html_table(cells[0], cells, [cells])
+    names = {"table", "caption", "thead", "tbody", "tr", "th", "td"}
+    rest = page
+    for name in names:
+        rest = rest.replace(f"<{name}>", "").replace(f"</{name}>", "")
+    assert "<" not in rest and ">" not in rest
