@@ -30,6 +30,7 @@ from transformers import (
 
 from optimer_hf.models.layout import ResolvedModel
 from tests.support.experiments import finished, recipe_dir  # noqa: F401 - fixtures
+from tests.support.golden import golden  # noqa: F401 - a fixture
 from tests.support.minihub import HubServer
 from tests.support.tiny import BOS, EOS, PAD, tiny_model
 
