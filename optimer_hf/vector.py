@@ -39,6 +39,7 @@ from optimer_hf.names import Match, match, names_in, summary, vocabulary_names
 from optimer_hf.printable import warn_once
 from optimer_hf.quantize import BLOCK_SIZE, SCALES, dequantize, n_blocks, quantize
 from optimer_hf.reading import read_json
+from optimer_hf.settings import differing_settings
 from optimer_hf.ties import ties_of
 
 logger = logging.getLogger(__name__)
@@ -272,6 +273,8 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
         padding = _padding(name, tuned, checkpoint)
         vector = CheckpointVector(name, tuned, _merged_names(tuned, checkpoint), padding)
     _check_shapes(vector, checkpoint)
+    if vector.kind == "checkpoint":
+        _check_settings(name, resolved.path, base.path)
     if vector.kind == "adapter" and record is None:
         _warn_of_another_base(name, resolved.path, base)
     return vector
@@ -375,12 +378,6 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
                 "it. Untie the base first (save it with the head as a tensor and "
                 "tie_word_embeddings: false), or use a fine-tune with a tied head."
             )
-    if None not in (of_base.settings, of_tuned.settings) and of_base.settings != of_tuned.settings:
-        raise ModelError(
-            f"vector {name!r} ({tuned.path}): its config.json says {of_tuned.settings}, that of "
-            f"the base {of_base.settings}: a merge has the config of the base, so that at weight 1 "
-            "its logits would be others. Use a fine-tune that left these settings alone."
-        )
     for key, other in tied.items():
         if of_tuned.is_assumed:
             raise ModelError(
@@ -448,6 +445,20 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
         if found[1:] == base.shape(name)[1:] and name in vocabulary_names(base):
             raise VocabularyError(f"{differs} {OTHER_TOKENS}")
         raise ModelError(f"{differs} Give a vector trained from this base.")
+
+
+def _check_settings(name: str, tuned: Path, base: Path) -> None:
+    """Refuse a fine-tune whose config makes another function of the same tensors."""
+    differing = differing_settings(tuned, base)
+    if not differing:
+        return
+    shown = "; ".join(f"{key}: {one!r}, base {two!r}" for key, (one, two) in differing.items())
+    raise ModelError(
+        f"vector {name!r} ({tuned}): its config.json changes how the model computes ({shown[:500]})"
+        ". A merge has the config of the base, so that at weight 1 it would not be this model. Use "
+        "a fine-tune that left these settings alone; if its tensors are meant to work with the "
+        "settings of the base, write those into a copy of its config.json."
+    )
 
 
 def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | None:

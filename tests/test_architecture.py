@@ -28,6 +28,7 @@ ORDER = [
     "packages",
     "convert",
     "ties",
+    "settings",
     "names",
     "head",
     "growth",
