@@ -111,6 +111,19 @@ class Group(click.Group):
                 _echo("".join(traceback.format_exception(error)), err=True, nl=False)
             _echo(f"error: {error}", err=True)
             ctx.exit(1)
+        except OSError as error:
+            from optimer_hf.files import DISK_ERRORS
+
+            if error.errno not in DISK_ERRORS or error.filename is None:
+                raise
+            if ctx.params.get("verbose"):
+                _echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            _echo(
+                f"error: {error.filename}: {error.strerror}. Free space there, allow access, or "
+                "give another place.",
+                err=True,
+            )
+            ctx.exit(1)
         except KeyboardInterrupt as error:
             told = f"\ninterrupted. {_what_is_kept(ctx.invoked_subcommand, sys.argv[1:])}"
             with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
