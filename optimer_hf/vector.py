@@ -9,7 +9,7 @@ ours is complete when `vector.json`, written last, is there.
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -45,6 +45,10 @@ from optimer_hf.ties import ties_of
 logger = logging.getLogger(__name__)
 
 QUANTISED = "int8"
+STORE_ALIKE = (
+    "Load base and fine-tune with transformers and save both with `save_pretrained(DIRECTORY, "
+    "save_original_format=False)`, which stores them alike."
+)
 OTHER_TOKENS = (
     "The vocabularies differ: the fine-tune added or removed tokens. Align them with mergekit's "
     "`tokenizer:` through `optimer merge` first."
@@ -356,7 +360,7 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
     copies = {other for key, other in found.tuned_names.items() if key in of_base.copies}
     stored = {key: found.tuned_names[key] for key in found.tuned_names.keys() - of_base.copies}
     lacking = set(found.missing) - of_base.copies
-    kept = {key: of_tuned.kept(of_base.class_names.get(key, key)) for key in lacking}
+    kept = {key: of_tuned.stored.get(of_base.class_names.get(key, key)) for key in lacking}
     tied = {key: other for key, other in kept.items() if other in tuned.names}
     missing = sorted(lacking - tied.keys())
     rest = {*found.unknown, *copies} - {*stored.values(), *tied.values()} - of_tuned.copies
@@ -364,6 +368,12 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
     parted = {key: of_base.kept(group[0]) for key, group in groups.items() if group}
     extra = sorted(key for key in rest if parted.get(key) not in stored)
     if missing or extra:
+        _refuse_other_form(
+            name,
+            tuned.path,
+            {of_base.class_names.get(key, key): key for key in missing},
+            {of_tuned.class_names.get(key, key): key for key in extra},
+        )
         raise ModelError(
             f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} "
             f"tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: "
@@ -387,6 +397,19 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
             )
     _tell_differences(name, tuned, found)
     return tuned.renamed(stored | tied)
+
+
+def _refuse_other_form(
+    name: str, path: Path, missing: Mapping[str, str], extra: Mapping[str, str]
+) -> None:
+    """Raise ModelError where tensors of base and tuned model, by parameter of their classes, are
+    the same in two forms: experts together in one and one by one in the other.
+    """
+    for parameter in sorted(missing.keys() & extra.keys()):
+        raise ModelError(
+            f"vector {name!r} ({path}): tensor {extra[parameter]!r} stores in another form what "
+            f"the base has as {missing[parameter]!r}. {STORE_ALIKE}"
+        )
 
 
 def _tell_differences(name: str, tuned: Checkpoint, found: Match) -> None:
@@ -444,6 +467,8 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
         )
         if found[1:] == base.shape(name)[1:] and name in vocabulary_names(base):
             raise VocabularyError(f"{differs} {OTHER_TOKENS}")
+        if sorted(found) == sorted(base.shape(name)):
+            raise ModelError(f"{differs} One is stored the other way round. {STORE_ALIKE}")
         raise ModelError(f"{differs} Give a vector trained from this base.")
 
 
