@@ -98,6 +98,7 @@ def record(
             "base_model": "a/b",
             "vectors": {name: {"source": f"a/{name}"} for name in names},
             "objective": {"terms": [{"task": task, "metric": "loss"} for task in tasks]},
+            "search": {"n_trials": n_trials},
         }
     )
     rng, planned = np.random.default_rng(0), anchors(config)
