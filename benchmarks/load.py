@@ -37,7 +37,7 @@ from optimer_hf import surrogate
 from optimer_hf.ask import Asker, anchors
 from optimer_hf.evaluate import Objective, TermScore, paired_interval
 from optimer_hf.report import write_report
-from optimer_hf.study import StudyConfig, Trial, from_unit, open_study
+from optimer_hf.study import StudyConfig, Trial, from_unit, load_study, open_study
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,7 +98,7 @@ def record(
             "base_model": "a/b",
             "vectors": {name: {"source": f"a/{name}"} for name in names},
             "objective": {"terms": [{"task": task, "metric": "loss"} for task in tasks]},
-            "search": {"n_trials": n_trials},
+            "search": {"n_trials": n_trials + 1},  # one is still to come
         }
     )
     rng, planned = np.random.default_rng(0), anchors(config)
@@ -152,7 +152,8 @@ def seconds_to_report() -> float:
         lines = "".join(f"{trial.to_json()}\n" for trial in trials)
         (directory / "trials.jsonl").write_text(lines, encoding="utf-8")
         started = perf_counter()
-        write_report(open_study(config, directory), Path(folder) / "report.html", vectors=False)
+        study = load_study(directory, unfinished=True)
+        write_report(study, Path(folder) / "report.html", vectors=False)
         return perf_counter() - started
 
 

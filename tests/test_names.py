@@ -23,7 +23,7 @@ from optimer_hf.merge import write_merged
 from optimer_hf.merge_config import merge
 from optimer_hf.resident import ResidentModel
 from optimer_hf.ties import ties_of
-from optimer_hf.vector import extract, open_vector
+from optimer_hf.vector import extract, extract_any_adapter, open_vector
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -467,6 +467,23 @@ def test_a_form_that_the_loaded_model_does_not_hold_is_merged_and_refused_by_a_s
         ModelError, match=r"experts\.down_proj', which the vectors move, in the form"
     ):
         ResidentModel(base, [vector], dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "deepseek v3"])
+def test_an_adapter_of_stacked_experts_is_refused_and_merged_as_a_delta(kind, tmp_path):
+    torch.manual_seed(0)
+    CLASSES[kind]().save_pretrained(tmp_path / "base")
+    base = ResolvedModel(tmp_path / "base", "base")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = lora(base, tmp_path / "a", target_modules=[], target_parameters=experts)
+    with pytest.raises(ModelError, match=r"target_parameters.*--from-adapter"):
+        open_vector("v", str(tmp_path / "a"), base)
+    adapter = ResolvedModel(tmp_path / "a", "a")
+    extract_any_adapter("v", adapter, base, tmp_path / "delta", dtype="float32")
+    delta = open_vector("v", str(tmp_path / "delta"), base)
+    write_merged(base, [delta], {"v": 1.0}, tmp_path / "out")
+    assert close(logits(in_transformers(tmp_path / "out")), logits(adapted))
+    assert not close(logits(in_transformers(base.path)), logits(adapted))
 
 
 @pytest.fixture(scope="module")
