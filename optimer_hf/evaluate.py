@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,16 @@ from pydantic import ConfigDict, Field
 
 from optimer_hf.corpus import CorpusConfig, documents
 from optimer_hf.errors import CorpusError, EvaluationError
-from optimer_hf.files import FileModel, LocalPath, Mistake, VersionedFile, did_you_mean, digest
+from optimer_hf.files import (
+    FileModel,
+    LocalPath,
+    Mistake,
+    Place,
+    VersionedFile,
+    did_you_mean,
+    digest,
+    shown,
+)
 from optimer_hf.harness import harness_model, quiet_harness
 from optimer_hf.intervals import Interval, Paired, interval_of
 from optimer_hf.texts import has_rows
@@ -38,6 +47,15 @@ logger = logging.getLogger(__name__)
 
 GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
 N_ASKED = 32  # items of a term whose prompts its digest looks at
+LENGTHS = ("max_gen_toks", "max_tokens", "max_completion_tokens")  # lm-eval's names of one
+LARGEST_SETTING = 2**20  # of a number of `generation` that sizes nothing
+SIZES = {  # of `generation`: least and most
+    **dict.fromkeys(LENGTHS, (1, 2**17)),
+    **dict.fromkeys(("max_new_tokens", "max_length"), (1, 2**17)),
+    **dict.fromkeys(("min_new_tokens", "min_length"), (0, 2**17)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, 1024)),
+    **dict.fromkeys(("top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0, 2**20)),
+}
 ASKED_BY = (  # and fields of lm-eval's task that say how they are asked and scored
     "output_type",
     "num_fewshot",
@@ -78,6 +96,7 @@ REPORTED = (
 )
 
 
+Portion = Annotated[float, Field(ge=0, le=1)]
 ONLY_OF_ITEMS = {"metric", "text_field", "num_fewshot", "generation", "hash_range"}
 
 
@@ -100,7 +119,7 @@ class Term(FileModel):
     limit: int | None = Field(default=None, gt=0, le=10**7)
     num_fewshot: int | None = Field(default=None, ge=0, le=1000)
     generation: dict[str, Any] = {}
-    hash_range: tuple[float, float] = (0.0, 1.0)
+    hash_range: tuple[Portion, Portion] = (0.0, 1.0)
     rescore_only: bool = False
 
     def mistakes(self) -> Iterator[Mistake]:
@@ -127,6 +146,11 @@ class Term(FileModel):
                 yield (name,), f"{name!r} says nothing to a 'function'; leave it out"
             elif self.text is not None and name in ("num_fewshot", "generation"):
                 yield (name,), "a 'text' term has no num_fewshot and no generation; leave it out"
+        for at, message in _no_plain_json(self.generation):
+            yield ("generation", *at), message
+        for name, value in self.generation.items():
+            if reason := _out_of_range(name, value):
+                yield ("generation", name), reason
         if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
             yield (
                 ("hash_range",),
@@ -157,6 +181,37 @@ class Term(FileModel):
         return f"text-{digest([str(self.text), self.text_field])[:16]}"
 
 
+def _no_plain_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
+    """Yield the values within one that JSON does not have, and so no record and no digest."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _no_plain_json(item, (*at, str(key)))
+            if not isinstance(key, str):
+                yield at, f"found the key {shown(key)}. Expected a text"
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _no_plain_json(item, (*at, index))
+    elif not isinstance(value, str | bool | int | float | None) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        expected = "Expected a finite number, a text, true, false, null, a list or a mapping"
+        yield at, f"found {shown(value)}. {expected}"
+
+
+def _out_of_range(name: str, value: Any) -> str | None:
+    """Return what is wrong with a number of `generation`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name not in SIZES:
+        least, most = -LARGEST_SETTING, LARGEST_SETTING
+        is_sound = not is_number or least <= value <= most
+    else:
+        least, most = SIZES[name]
+        is_sound = isinstance(value, int) and is_number and least <= value <= most
+        is_sound |= value is None and name not in LENGTHS
+    what = "a whole number" if name in SIZES else "a number"
+    return None if is_sound else f"found {shown(value)}. Expected {what} of {least:,} to {most:,}"
+
+
 class Constraint(Term):
     """A term that must not get worse than the base by more than a share of the base's score.
 
@@ -164,7 +219,7 @@ class Constraint(Term):
     """
 
     weight: Literal[0] = 0
-    max_relative_to_base: float = Field(ge=0)
+    max_relative_to_base: float = Field(ge=0, le=1e6)
 
 
 def _asked_otherwise(constraint: Term, term: Term) -> str | None:
@@ -861,8 +916,7 @@ def _refuse_too_many_examples(task: Any, term: Term) -> None:
 def _refuse_unknown_generation(term: Term) -> None:
     from transformers import GenerationConfig
 
-    lengths = ["max_gen_toks", "max_tokens", "max_completion_tokens"]  # lm-eval's names of one
-    known = ["until", *lengths, *(key for key in vars(GenerationConfig()) if key[0] != "_")]
+    known = ["until", *LENGTHS, *(key for key in vars(GenerationConfig()) if key[0] != "_")]
     for key in term.generation:
         if key not in known:
             raise EvaluationError(

@@ -78,8 +78,9 @@ RETARGETED = "re-targeted to "
 # rows of every comparison, beside those that a vector or a target names
 ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
 Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
-Total = Annotated[float, Field(le=LARGEST_WEIGHT * MOST_VECTORS)]
-Share = Annotated[float, Field(le=1e6)]
+LARGEST_TOTAL = LARGEST_WEIGHT * MOST_VECTORS
+Total = Annotated[float, Field(ge=-LARGEST_TOTAL, le=LARGEST_TOTAL)]
+Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # below 0 it is refused by what it is for
 Fidelity = Literal["search", "rescore", "sealed"]
 ITEMS_OF: dict[Fidelity, str] = {  # what a score is of, by fidelity
     "search": "the items of the search",

@@ -543,7 +543,7 @@ def test_flags_that_cannot_hold_are_refused_by_name(world):
     ("text", "message"),
     [
         (
-            "models: [{model: a, parameters: {weight: 1e8}}, {model: b, parameters: {weight: 1}}]\n"
+            "models: [{model: a, parameters: {weight: 1e6}}, {model: b, parameters: {weight: 1}}]\n"
             "parameters: {normalize: false}\nmerge_method: linear\ndtype: float16\n",
             r"tensor '.*' holds NaN or infinite values",
         ),
