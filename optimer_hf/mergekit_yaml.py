@@ -542,11 +542,11 @@ def _number_mistakes(at: Place, block: Mapping[Any, Any]) -> Iterator[Mistake]:
     """Yield numbers beside parameters that are none, or that no model can have."""
     for field, (least, most) in NUMBERS.items():
         value = block.get(field)
-        items = value if field == "layer_range" else [value]
+        items: Any = value if field == "layer_range" else [value]
         is_sound = isinstance(items, list) and len(items) == (2 if items is value else 1)
-        for item in items if is_sound else []:
+        for item in items if is_sound else ():
             is_number = isinstance(item, int | float) and not isinstance(item, bool)
-            is_sound &= is_number and least <= item <= most
+            is_sound = is_sound and is_number and least <= item <= most
         if value is not None and not is_sound:
             what = "[first, end], layers" if field == "layer_range" else "a number"
             dotted = ".".join(map(str, (*at, field)))
