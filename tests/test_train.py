@@ -210,19 +210,6 @@ def test_a_finished_run_is_not_touched_by_a_second_call(make_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [
-        {"trainer": {**FAST, "learning_rate": 1, "num_train_epochs": 2}},
-        {"trainer": {**FAST, "optim": "lomo"}},
-        {"trainer": {**FAST, "optim": "adalomo"}},
-    ],
-    ids=["integers for floats", "lomo", "adalomo"],
-)
-def test_fields_that_the_trainer_takes_are_let_through(make_config, fields):
-    check_config(make_config(**fields))
-
-
-@pytest.mark.parametrize(
     ("fields", "message"),
     [
         (
@@ -248,9 +235,12 @@ def test_fields_that_the_trainer_takes_are_let_through(make_config, fields):
         ),
         ({"trainer": {"eval_strategy": "epoch"}}, r"eval_strategy: found 'epoch'.*leave it out"),
         ({"trainer": {"push_to_hub": True}}, r"push_to_hub: found True.*`optimer push`"),
-        ({"trainer": {"learning_rate": -1.0}}, r"train config 'aaa': trainer: .*learning rate"),
-        ({"trainer": {"report_to": "tensorbord"}}, r"train config 'aaa': trainer: tensorbord"),
-        ({"trainer": {"lr_scheduler_kwargs": {"x": 1}}}, r"train config 'aaa': trainer: .*'x'"),
+        ({"trainer": {"learning_rate": -1.0}}, r"trainer\.learning_rate: found -1\.0\. Expected"),
+        ({"trainer": {"report_to": "tensorbord"}}, r"'aaa': trainer\.report_to: tensorbord"),
+        (
+            {"trainer": {"lr_scheduler_kwargs": {"x": 1}}},
+            r"trainer\.lr_scheduler_kwargs: .*'x'",
+        ),
     ],
 )
 def test_a_field_nobody_knows_is_refused_before_anything_is_written(
@@ -267,7 +257,10 @@ def test_a_field_nobody_knows_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"trainer": {"lr_scheduler_type": "cosinus"}}, r"train config 'aaa': trainer: .*cosinus"),
+        (
+            {"trainer": {"lr_scheduler_type": "cosinus"}},
+            r"trainer\.lr_scheduler_type: .*cosinus",
+        ),
         (
             {"lora": {**LORA, "target_modules": ["no_such_layer"]}},
             r"train config 'aaa': lora: .*no_such_layer",
@@ -907,6 +900,7 @@ def test_a_value_that_a_library_reads_late_is_refused_before_any_work(
         {"activation_checkpointing_kwargs": {"use_reentrant": True}},
         {"activation_checkpointing_kwargs": '{"use_reentrant": false, "early_stop": false}'},
         {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
+        {"learning_rate": 1, "num_train_epochs": 2},
         {"optim": "adafactor", "lr_scheduler_type": "constant"},
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
         {"accelerator_config": {"split_batches": True, "gradient_accumulation_kwargs": {}}},
