@@ -37,6 +37,7 @@ SAME = {  # names of one function
     "gelu_python": "gelu",
     "mistral": "llama",  # but for the window of attention, which is a setting
 }
+LONGEST = 500  # characters shown
 CLOSE = 1e-6  # a config made of a GGUF file has float32 numbers
 
 
@@ -52,6 +53,12 @@ def differing_settings(tuned: Path, base: Path) -> dict[str, tuple[Any, Any]]:
     names = sorted(one.keys() | other.keys())
     pairs = {name: (one.get(name), other.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if not _are_same(*pair)}
+
+
+def shown_settings(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return what `differing_settings` found as it is shown."""
+    parts = (f"{key}: {one!r}, base {other!r}" for key, (one, other) in differing.items())
+    return "; ".join(parts)[:LONGEST]
 
 
 def _settings(config: Any) -> dict[str, Any]:

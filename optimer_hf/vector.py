@@ -39,8 +39,9 @@ from optimer_hf.names import Match, match, names_in, summary, vocabulary_names
 from optimer_hf.printable import warn_once
 from optimer_hf.quantize import BLOCK_SIZE, SCALES, dequantize, n_blocks, quantize
 from optimer_hf.reading import read_json
-from optimer_hf.settings import differing_settings
+from optimer_hf.settings import differing_settings, shown_settings
 from optimer_hf.ties import ties_of
+from optimer_hf.vocabulary import moved_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ STORE_ALIKE = (
     "save_original_format=False)`, which stores them alike."
 )
 OTHER_TOKENS = (
-    "The vocabularies differ: the fine-tune added or removed tokens. Align them with mergekit's "
-    "`tokenizer:` through `optimer merge` first."
+    "The vocabularies differ: the fine-tune added, removed or moved tokens. Align them with "
+    "mergekit's `tokenizer:` through `optimer merge` first."
 )
 
 
@@ -279,6 +280,8 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     _check_shapes(vector, checkpoint)
     if vector.kind == "checkpoint":
         _check_settings(name, resolved.path, base.path)
+    if vector.kind != "delta":  # which has the tokenizer of its base
+        _check_tokens(name, resolved.path, base.path)
     if vector.kind == "adapter" and record is None:
         _warn_of_another_base(name, resolved.path, base)
     return vector
@@ -477,13 +480,25 @@ def _check_settings(name: str, tuned: Path, base: Path) -> None:
     differing = differing_settings(tuned, base)
     if not differing:
         return
-    shown = "; ".join(f"{key}: {one!r}, base {two!r}" for key, (one, two) in differing.items())
     raise ModelError(
-        f"vector {name!r} ({tuned}): its config.json changes how the model computes ({shown[:500]})"
-        ". A merge has the config of the base, so that at weight 1 it would not be this model. Use "
-        "a fine-tune that left these settings alone; if its tensors are meant to work with the "
-        "settings of the base, write those into a copy of its config.json."
+        f"vector {name!r} ({tuned}): its config.json changes how the model computes "
+        f"({shown_settings(differing)}). A merge has the config of the base, so that at weight 1 "
+        "it would not be this model. Use a fine-tune that left these settings alone; if its "
+        "tensors are meant to work with the settings of the base, write those into a copy of its "
+        "config.json."
     )
+
+
+def _check_tokens(name: str, tuned: Path, base: Path) -> None:
+    """Refuse a vector that was trained with other ids for the tokens of the base."""
+    moved = moved_tokens(tuned, base)
+    if moved:
+        token, found, expected = moved[0]
+        raise VocabularyError(
+            f"vector {name!r} ({tuned}): its tokenizer gives the token {token!r} the id {found}, "
+            f"that of the base {expected} ({len(moved):,} tokens in all): it was trained with "
+            f"other rows for them. {OTHER_TOKENS}"
+        )
 
 
 def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | None:

@@ -29,6 +29,7 @@ ORDER = [
     "convert",
     "ties",
     "settings",
+    "vocabulary",
     "names",
     "head",
     "growth",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -626,3 +627,34 @@ def test_what_the_model_behind_it_has_too_is_no_fault_of_the_merge(models, tmp_p
     added(tmp_path / "base")
     shutil.copytree(tmp_path / "base", tmp_path / "out")
     check_merged(tmp_path / "out", Promise(tmp_path / "base"))
+
+
+def _moved_tokens(model: Path) -> None:
+    content = json.loads((model / "tokenizer.json").read_text())
+    tokens = content["model"]["vocab"]
+    tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
+    (model / "tokenizer.json").write_text(json.dumps(content))
+
+
+def _other_theta(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_other_theta, "computes otherwise than .*rope_theta"),
+        (_moved_tokens, "the token 'a' at id"),
+    ],
+)
+def test_what_only_names_and_shapes_have_in_common_is_said(world, caplog, change, said):
+    source = shutil.copytree((world / "a").resolve(), world / "other")
+    change(source)
+    models = [{"model": "other", "parameters": {"weight": 1.0}}]
+    config = {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
+    (world / "merge.yml").write_text(yaml.safe_dump(config | {"dtype": "float32"}))
+    with caplog.at_level(logging.WARNING):
+        assert merge(world / "merge.yml", world / "out") == "mergekit"
+    assert len([text for text in caplog.messages if re.search(said, text)]) == 1

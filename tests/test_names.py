@@ -733,7 +733,7 @@ def test_tokens_that_a_fine_tune_added_are_left_to_mergekit_where_it_is_asked(
     write_text(tmp_path / "plain.yml", yaml_text(config))
     write_text(tmp_path / "merge.yml", yaml_text(config | {"tokenizer_source": "base"}))
     for file, engine in (("plain.yml", None), ("merge.yml", "native")):
-        with pytest.raises(VocabularyError, match="added or removed tokens"):
+        with pytest.raises(VocabularyError, match="added, removed or moved tokens"):
             merge(tmp_path / file, tmp_path / "out", engine=engine)
     assert merge(tmp_path / "merge.yml", tmp_path / "out") == "mergekit"
     found = logits(in_transformers(tmp_path / "out"))
