@@ -145,7 +145,9 @@ def tried(scratch: Path, first_commit: str) -> Iterator[Callable[..., dict[str, 
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as driver:
 
-        def ask(name: str, sample: int | None, seed: int = 0) -> dict[str, Any]:
+        def ask(
+            name: str, sample: int | None, seed: int = 0, is_refused: bool = False
+        ) -> dict[str, Any]:
             arguments, start = COMMANDS[name]
             if start != "inputs" and not (scratch / start).exists():
                 ask(start, 0)
@@ -158,6 +160,7 @@ def tried(scratch: Path, first_commit: str) -> Iterator[Callable[..., dict[str, 
                 "seed": seed,
                 "ignored": IGNORED,
                 "accepted": EXISTS if name in ("extract", "merge", "mergekit") else "(?!)",
+                "is_refused": is_refused,
                 "repo": "alice/pushed" if name == "push" else None,
             }
             driver.stdin.write(json.dumps(request) + "\n")
@@ -178,4 +181,14 @@ def test_a_command_killed_anywhere_and_started_again_ends_as_if_it_had_not_been(
     told = f"{name}: {found['n_events']} events, {found['tried']} killed, "
     sys.stderr.write(f"{told}{len(found['failed'])} failed\n")
     assert found["failed"] == []
+    assert found["tried"] >= N_SAMPLED
+
+
+@pytest.mark.parametrize("name", ["train", "extract", "search", "push", "pull"])
+def test_a_command_whose_disk_takes_no_more_data_says_so_and_can_be_started_again(
+    tried, request: pytest.FixtureRequest, name: str
+):
+    every = request.config.getoption("--every-event")
+    found = tried(name, None if every else N_SAMPLED, seed=1, is_refused=True)
+    assert not found["failed"], "\n".join(found["failed"])
     assert found["tried"] >= N_SAMPLED

@@ -62,17 +62,25 @@ class _Recipe(_Given):
         return path / "recipe.yaml"
 
 
+MOST_TOKENS, LARGEST_FILE = 10**13, 2**50  # as in a train file; bytes
+OF_MERGEKIT = {  # least and most of the numbers among mergekit's flags
+    "num_threads": (1, 1024),
+    "random_seed": (0, 2**32 - 1),
+    "verbosity": (0, 10),
+    "write_threads": (1, 256),
+}
 PATH = click.Path(path_type=Path)
 INPUT = _Given("no such file")
 DIRECTORY = _Given("no such directory")
 RECIPE = _Recipe("no such file")
 STUDY = _Given("no such directory. `optimer search STUDY.yaml STUDY_DIR` makes a study")
+SEEDS = click.IntRange(min=1, max=1000)
 FORMAT = click.option(
     "--format", "output", type=click.Choice(["text", "json"]), default="text", help="What to print."
 )
 WORKERS = click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=1000),
     help="Processes of this machine that run trials side by side, a model each.",
 )
 SCHEDULER = click.option(
@@ -110,6 +118,19 @@ class Group(click.Group):
             if ctx.params.get("verbose"):
                 _echo("".join(traceback.format_exception(error)), err=True, nl=False)
             _echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            from optimer_hf.files.disk import DISK_ERRORS
+
+            if error.errno not in DISK_ERRORS or error.filename is None:
+                raise
+            if ctx.params.get("verbose"):
+                _echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            _echo(
+                f"error: {error.filename}: {error.strerror}. Free space there, allow access, or "
+                "give another place.",
+                err=True,
+            )
             ctx.exit(1)
         except KeyboardInterrupt as error:
             told = f"\ninterrupted. {_what_is_kept(ctx.invoked_subcommand, sys.argv[1:])}"
@@ -205,7 +226,7 @@ def main(verbose: bool) -> None:
 @click.option(
     "--seeds",
     "n_seeds",
-    type=click.IntRange(min=1),
+    type=SEEDS,
     help="Run it under this many seeds and say how far the results move with them.",
 )
 def run(
@@ -238,7 +259,7 @@ def run(
 @click.argument("out", type=PATH, required=False)
 @click.option("--short", is_flag=True, help="Of `optimer run --short`.")
 @click.option("--tokens", help="Of `optimer run --tokens`.")
-@click.option("--seeds", "n_seeds", type=click.IntRange(min=1), help="Of `optimer run --seeds`.")
+@click.option("--seeds", "n_seeds", type=SEEDS, help="Of `optimer run --seeds`.")
 @click.option("--fetch", is_flag=True, help="Fetch the base for the probe if it is not here.")
 @FORMAT
 def plan_command(
@@ -306,9 +327,17 @@ def _n_tokens(text: str | None) -> int | None:
     if text is None:
         return None
     plain = text.replace("_", "").replace(",", "")
-    if not plain.isdecimal() or int(plain) == 0:
-        raise ConfigError(f"--tokens {text!r}: expected a number of tokens, e.g. 1_000_000.")
+    if not _is_count_of_tokens(plain):
+        raise ConfigError(
+            f"--tokens {text!r}: expected a number of tokens, e.g. 1_000_000, up to "
+            f"{MOST_TOKENS:,}."
+        )
     return int(plain)
+
+
+def _is_count_of_tokens(text: str) -> bool:
+    is_number = text.isdecimal() and len(text) <= len(str(MOST_TOKENS))
+    return is_number and 0 < int(text) <= MOST_TOKENS
 
 
 @main.command()
@@ -352,7 +381,7 @@ def train(train_yaml: Path, out: Path) -> None:
     default="bfloat16",
     help="Stored dtype; int8 has a scale for every --block-size numbers.",
 )
-@click.option("--block-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--block-size", type=click.IntRange(min=1, max=2**20), default=64, show_default=True)
 @click.option(
     "--from-adapter",
     is_flag=True,
@@ -471,6 +500,9 @@ class _Merge(click.Command):
             from mergekit.options import add_merge_options
 
             callback: Any = add_merge_options(self.callback)
+            for flag in callback.__click_params__:
+                if flag.name in OF_MERGEKIT and not flag.count:
+                    flag.type = click.IntRange(*OF_MERGEKIT[flag.name])
             self.params += reversed(callback.__click_params__)
             self.callback, self._is_complete = callback, True
         return super().get_params(ctx)
@@ -501,6 +533,9 @@ def merge(config: Path, out: Path, engine: str | None, merge_options: Any) -> No
     from optimer_hf.merging.mergekit import merge as run_merge
 
     require_empty(out)
+    if not 0 < merge_options.out_shard_size <= LARGEST_FILE:
+        found = f"{merge_options.out_shard_size:,} bytes"
+        raise ConfigError(f"--out-shard-size: found {found}, expected e.g. 5B.")
     merge_options.apply_global_options()
     if merge_options.verbosity:  # which mergekit sets only where nobody set up logging before
         level = logging.INFO if merge_options.verbosity == 1 else logging.DEBUG
@@ -916,7 +951,7 @@ def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: 
 )
 @click.option(
     "--pick",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=10_000),
     help="A point of the Pareto front, as `optimer search` numbers them, not the incumbent.",
 )
 @click.option("--derived-from", metavar="REPO@COMMIT", help="The recipe on the Hub it continues.")
@@ -969,7 +1004,7 @@ def recipe(
 @click.option("--out", type=PATH, help="Write the mixture of the TRAIN_YAMLs here.")
 @click.option(
     "--max-tokens",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=MOST_TOKENS),
     help="Of the mixture (default: those of all its vectors together).",
 )
 @click.option("--tokens", multiple=True, metavar="NAME=N", help="Tokens a vector was trained on.")
@@ -1047,8 +1082,11 @@ def _numbers(given: tuple[str, ...], names: dict[str, str]) -> dict[str, int]:
     found = {}
     for text in given:
         name, _, number = text.partition("=")
-        if name not in names or not number.isdecimal() or int(number) == 0:
-            raise ConfigError(f"--tokens {text!r}: expected NAME=N with one of {sorted(names)}.")
+        if name not in names or not _is_count_of_tokens(number):
+            raise ConfigError(
+                f"--tokens {text!r}: expected NAME=N with one of {sorted(names)} and a number of "
+                f"tokens up to {MOST_TOKENS:,}."
+            )
         found[name] = int(number)
     return found
 
@@ -1081,10 +1119,10 @@ def build(
 
     try:
         n_bytes = int(convert_file_size_to_int(max_shard_size))
-    except ValueError:
-        raise ConfigError(
-            f"--max-shard-size: found {max_shard_size!r}, expected e.g. 5GB."
-        ) from None
+    except (ValueError, OverflowError):
+        n_bytes = 0
+    if not 0 < n_bytes <= LARGEST_FILE:
+        raise ConfigError(f"--max-shard-size: found {max_shard_size!r}, expected e.g. 5GB.")
     recipes.build(recipe_yaml, out, out_dtype=out_dtype, max_shard_size=n_bytes, device=device)
     _echo(str(out))
 
@@ -1107,7 +1145,7 @@ def verify(recipe_yaml: Path, model: Path) -> None:
 @click.argument("files", type=INPUT, nargs=-1, required=True)
 @click.option(
     "--n",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=1000),
     default=13,
     show_default=True,
     help="Units in common: words, in scripts without spaces characters.",

@@ -6,22 +6,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.paths import Place, strings_in
 from optimer_hf.files.reading import line_of
 from optimer_hf.files.reading import read_yaml as read_yaml
-from optimer_hf.files.reference import _local_path, is_there
+from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import _dotted, _with_field, did_you_mean, shown
 
@@ -72,14 +65,6 @@ class VersionedFile(FileModel):
     def write(self, path: Path) -> None:
         """Write as JSON (which is YAML too), atomically."""
         write_text(path, json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False))
-
-
-def _relative_text(text: str, info: ValidationInfo) -> str:
-    _local_path(Path(text), info)
-    return text
-
-
-RelativeText = Annotated[str, AfterValidator(_relative_text)]  # a path, kept as it is written
 
 
 # -- reading ---------------------------------------------------------------------------------------

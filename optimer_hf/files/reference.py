@@ -140,6 +140,14 @@ def _local_path(path: Path, info: ValidationInfo) -> Path:
 LocalPath = Annotated[Path, AfterValidator(_local_path)]
 
 
+def _relative_text(text: str, info: ValidationInfo) -> str:
+    _local_path(Path(text), info)
+    return text
+
+
+RelativeText = Annotated[str, AfterValidator(_relative_text)]  # a path, kept as it is written
+
+
 def _local_text(text: str, info: ValidationInfo) -> str:
     is_local = text.startswith((".", "/", "~"))
     return str(_local_path(Path(text), info)) if is_local else text

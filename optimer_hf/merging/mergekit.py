@@ -24,6 +24,7 @@ from optimer_hf.merging.mergekit_pool import (
     _name,
     _warn_of_idle_filters,
     linear_merge_of,
+    makes_tokenizer,
     tokenizer_of,
     with_absolute_references,
 )
@@ -54,7 +55,10 @@ from optimer_hf.models.resolve import (
     resolve_model,
     resolve_tokenizer,
 )
+from optimer_hf.models.settings import differing_settings, shown_settings
 from optimer_hf.models.ties import ties_of
+from optimer_hf.models.vocabulary import moved_tokens
+from optimer_hf.printable import warn_once
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.peft import refuse_unmerged_by_peft
 from optimer_hf.vectors.record import QUANTISED, read_record
@@ -205,6 +209,7 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     if models:
         _refuse_unknown_head(models[0], parsed, options, path)
     _refuse_changed_depth(parsed, promise.config_of, path)
+    _warn_of_other_functions(models, promise, makes_tokenizer(config), path)
     with staged_directory(out) as staging, _merged_adapters(parsed, options, path) as options:
         heard = _run(parsed, staging, options.model_copy(update={"write_model_card": False}), path)
         try:
@@ -369,6 +374,33 @@ def _promise(config: Mapping[str, Any], parsed: Any, path: Path, options: Any) -
         None if template == "auto" else expected,
         options.trust_remote_code,
     )
+
+
+def _warn_of_other_functions(
+    models: Sequence[Checkpoint], promise: Promise, aligns_tokens: bool, path: Path
+) -> None:
+    """Name models that compute otherwise than the one whose config the merge has, or whose tokens
+    have other ids; mergekit adds their tensors all the same.
+    """
+    base = promise.config_of
+    others = {model.path for model in models} - {base}
+    for other in sorted(others) if base is not None else ():
+        assert base is not None
+        if differing := differing_settings(other, base):
+            warn_once(
+                logger,
+                f"{path}: {other} computes otherwise than {base}, whose config the merge has: "
+                f"{shown_settings(differing)}",
+            )
+        moved = [] if aligns_tokens else moved_tokens(other, base)
+        if moved:
+            token, found, expected = moved[0]
+            warn_once(
+                logger,
+                f"{path}: {other} has the token {token!r} at id {found}, {base} at {expected} "
+                f"({len(moved):,} tokens in all), and their rows are merged as if they were the "
+                "same. `tokenizer_source: base` aligns them.",
+            )
 
 
 def _refuse_no_tokenizer(model: Path, path: Path) -> None:

@@ -32,6 +32,13 @@ FORMER_PARAMETERS = {"embed_slerp"}  # that older versions read, and that recipe
 NOTES = {"name", "random_seed"}  # of other programs that read these files
 OTHER_PROGRAMS = {"experts": "mergekit-moe", "genome": "mergekit-evolve"}
 WORDS = ("union", "base")  # for a tokenizer: no models
+LARGEST = 10**6  # of a parameter; weights that mean something are far below
+NUMBERS = {  # beside parameters: least and most
+    "layer_range": (0, 10**5),
+    "pad_to_multiple_of": (1, 2**16),
+    "residual_weight": (-LARGEST, LARGEST),
+    "token_id": (0, 2**31 - 1),
+}
 EXPECTED = {float: "a number", int: "a whole number", bool: "true or false"}
 
 
@@ -322,6 +329,8 @@ def _mistakes(config: Mapping[str, Any], path: Path) -> Iterator[Mistake]:
             yield at, f"{dotted}: found {shown(block)}, expected a mapping."
         elif at[-2:-1] in (("models",), ("sources",)) and block.get("model") is None:
             yield at, f"{dotted}: field 'model' is missing."
+        if isinstance(block, Mapping):
+            yield from _number_mistakes(at, block)
     for at, value in models_of(config):
         try:
             model_name(value, path.resolve().parent)
@@ -471,28 +480,71 @@ def _harmless() -> frozenset[str]:
 
 
 def _value_mistakes(parameter: Any, value: Any, at: Place) -> Iterator[Mistake]:
-    """Yield what a merge method does not take of a value, a gradient or a list of filters."""
-    if isinstance(value, Mapping):
-        for key in value:
+    """Yield what a merge method does not take of a value: a scalar, a gradient (a list of them), a
+    mapping of filter and value, or a list of such mappings.
+    """
+    items = value if isinstance(value, list) else [value]
+    if not any(isinstance(item, Mapping) for item in items):
+        yield from _gradient_mistakes(parameter, value, at)
+        return
+    for index, item in enumerate(items):
+        place = (*at, index) if items is value else at
+        if not isinstance(item, Mapping):
+            yield place, f"found {shown(item)} beside filters, expected {{filter, value}} too."
+            continue
+        for key in item:
             if key not in ("filter", "value"):
-                yield (*at, key), _unknown(key, ["filter", "value"])
-        yield from _value_mistakes(parameter, value.get("value"), at)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _value_mistakes(parameter, item, (*at, index))
-    else:
-        kinds = (parameter.value_type, *get_args(parameter.value_type))
-        expected = next((text for kind, text in EXPECTED.items() if kind in kinds), "another one")
-        if value is None:
-            yield at, f"found nothing, expected {expected}."
-            return
-        try:
-            found = parameter.validate(value)
-        except ValueError:
-            yield at, f"found {shown(value)}, expected {expected}."
-            return
-        if isinstance(found, float) and not math.isfinite(found):
-            yield at, f"found {found}, expected a finite number."
+                yield (*place, key), _unknown(key, ["filter", "value"])
+        if not isinstance(item.get("filter"), str | None):
+            found = shown(item["filter"])
+            yield (*place, "filter"), f"filter: found {found}, expected part of a tensor's name."
+        inner = (*place, "value") if "value" in item else place
+        yield from _gradient_mistakes(parameter, item.get("value"), inner)
+
+
+def _gradient_mistakes(parameter: Any, value: Any, at: Place) -> Iterator[Mistake]:
+    """Yield what is no scalar of a parameter, and no list of some."""
+    kinds = (parameter.value_type, *get_args(parameter.value_type))
+    expected = next((text for kind, text in EXPECTED.items() if kind in kinds), "another one")
+    if value == []:
+        yield at, f"found an empty list, expected {expected} or a list of some."
+    for index, item in enumerate(value if isinstance(value, list) else [value]):
+        if reason := _why_no_scalar(parameter, item, kinds, expected):
+            yield (*at, index) if isinstance(value, list) else at, reason
+
+
+def _why_no_scalar(parameter: Any, value: Any, kinds: tuple[Any, ...], expected: str) -> str | None:
+    if value is None:
+        return f"found nothing, expected {expected}."
+    is_switch = isinstance(value, bool) and bool not in kinds  # mergekit would count true as 1
+    try:
+        if is_switch or not isinstance(value, bool | int | float | str):
+            raise ValueError
+        found = parameter.validate(value)
+    except ValueError:
+        return f"found {shown(value)}, expected {expected}."
+    if isinstance(found, float) and not math.isfinite(found):
+        return f"found {found}, expected a finite number."
+    least, most = (0, LARGEST) if int in kinds else (-LARGEST, LARGEST)
+    if not isinstance(found, bool | str) and not least <= found <= most:
+        return f"found {value!r}, expected {expected} of {least:,} to {most:,}."
+    return None
+
+
+def _number_mistakes(at: Place, block: Mapping[Any, Any]) -> Iterator[Mistake]:
+    """Yield numbers beside parameters that are none, or that no model can have."""
+    for field, (least, most) in NUMBERS.items():
+        value = block.get(field)
+        items: Any = value if field == "layer_range" else [value]
+        is_sound = isinstance(items, list) and len(items) == (2 if items is value else 1)
+        for item in items if is_sound else ():
+            is_number = isinstance(item, int | float) and not isinstance(item, bool)
+            is_sound = is_sound and is_number and least <= item <= most
+        if value is not None and not is_sound:
+            what = "[first, end], layers" if field == "layer_range" else "a number"
+            dotted = ".".join(map(str, (*at, field)))
+            expected = f"expected {what} of {least:,} to {most:,}."
+            yield (*at, field), f"{dotted}: found {shown(value)}, {expected}"
 
 
 def _anchored(path: Path) -> set[str]:

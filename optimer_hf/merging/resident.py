@@ -75,8 +75,9 @@ class ResidentModel:
         for name, key in names.keys(unknown).items():
             if key.parameter in names.parameters:
                 raise ModelError(
-                    f"{base.reference}: {type(self.model).__name__} has no parameter {name!r} "
-                    "that the vectors move. Evaluate a built merge instead."
+                    f"{base.reference}: {type(self.model).__name__} holds no tensor {name!r}, "
+                    "which the vectors move, in the form of the base's file. Evaluate a built "
+                    "merge instead."
                 )
         warn_once(
             logger,

@@ -162,17 +162,26 @@ def read_config(path: Path) -> Any:
 
 
 def read_model(path: Path, **options: Any) -> Any:
-    """Return the causal language model of a directory; `options` are those of `from_pretrained`.
+    """Return the language model of a directory; `options` are those of `from_pretrained`.
 
     Raises ModelError, also for a weight that its config asks for and the files lack: transformers
     would draw it at random.
     """
-    from transformers import AutoModelForCausalLM
-
     config = read_config(path)
-    model, found = _loaded(AutoModelForCausalLM, path, config, **options)
+    model, found = _loaded(_class_of_text(config), path, config, **options)
     _refuse_missing(path, found)
     return model
+
+
+def _class_of_text(config: Any) -> Any:
+    """Return the auto class that generates text for a config: transformers lists some models with
+    images (Qwen2-VL, Mistral 3, SmolVLM) under no causal one; without an image they are.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    is_listed = type(config) in AutoModelForCausalLM._model_mapping
+    has_images = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if has_images and not is_listed else AutoModelForCausalLM
 
 
 def _loaded(model_class: Any, path: Path, config: Any, **options: Any) -> tuple[Any, Any]:
@@ -200,12 +209,10 @@ def _refuse_missing(path: Path, found: dict[str, Any]) -> None:
 
 
 def model_without_weights(path: Path) -> Any:
-    """Return the causal language model of a directory on the device `meta`."""
-    from transformers import AutoModelForCausalLM
-
+    """Return the language model of a directory on the device `meta`."""
     config = read_config(path)
     with naming_unloadable(path, "model"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return _class_of_text(config).from_config(config, trust_remote_code=False)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class ClassNames:
     parameters: frozenset[str]
     decoder: str
     vocabulary: frozenset[str]  # embedding and output layer
+    head: str = ""  # the output layer
 
     @classmethod
     def of(cls, model: Any) -> "ClassNames":
@@ -60,6 +61,7 @@ class ClassNames:
             parameters,
             modules.get(id(model.get_decoder()), ""),
             frozenset(name for name in parameters if name.startswith(prefixes)),
+            modules.get(id(ends[1]), ""),
         )
 
     def keys(self, names: Iterable[str]) -> dict[str, Key]:
@@ -122,10 +124,12 @@ class Layout:
 
     def _in_whole(self, parameter: str) -> str:
         assert self.text is not None
-        front = f"{self.text.decoder}."
-        if not parameter.startswith(front):
-            return parameter
-        return f"{self.whole.decoder}.{parameter.removeprefix(front)}"
+        text, whole = self.text, self.whole
+        for part, place in ((text.head, whole.head), (text.decoder, whole.decoder)):
+            front = f"{part}." if part else ""  # Llama 4's causal model is its own decoder
+            if parameter.startswith(front):
+                return f"{place}.{parameter.removeprefix(front)}"
+        return parameter
 
     def part_beside_text(self, key: Key) -> str | None:
         """Return the name of the part of a multimodal model (its vision tower) that a parameter
@@ -215,11 +219,18 @@ def _by_key(base: Checkpoint, layout: Layout) -> dict[Key, list[str]]:
 
 def views_in(base: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
     """Return `stored_views` of a model by the names in the file of its base; a name that the base
-    does not have (a tied head) stays.
+    does not have (a tied head) stays. One that it stores in another form (experts of Qwen3-VL-MoE
+    input-first, as older programs wrote them) is left out.
     """
     views = stored_views(model)
     names = names_in(base, views)
-    return {known: view for name, view in views.items() for known in names.get(name, [name])}
+    found = {known: view for name, view in views.items() for known in names.get(name, [name])}
+    known = set(base.names)
+    return {
+        name: view
+        for name, view in found.items()
+        if name not in known or base.shape(name) == tuple(view.shape)
+    }
 
 
 def vocabulary_names(base: Checkpoint) -> frozenset[str]:

@@ -27,16 +27,15 @@ def as_stored(model: Any, name: str, parameter: torch.Tensor) -> dict[str, torch
 
 
 def stored_views(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model's checkpoint by name, each a view of the parameter that holds
-    it: writing to one changes the model. A tied head has the name of its own, too.
+    """Return the tensors of a model's checkpoint by name, each a view of the parameter or buffer
+    that holds it: writing to one changes the model. A tied head has the name of its own, too.
 
     Tensors that are spread over several parameters, or whose rows are not regular parts of one, are
     left out.
     """
     found: dict[str, torch.Tensor] = {}
     known: dict[Any, list[_Place | None]] = {}  # of one layer: others are stored alike
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        whole = parameter.data
+    for name, whole in model.state_dict().items():  # buffers, too: Gemma 4 scales its layers by one
         with suppress(ModelError):
             stored = _names_as_stored(model, name, whole)
             if isinstance(stored, str):

@@ -26,15 +26,6 @@ logger = logging.getLogger(__name__)
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
-SETTINGS = (  # of a config: what a model multiplies its embeddings and logits by
-    "scale_decoder_outputs",
-    "scale_embedding",
-    "embedding_multiplier",
-    "lm_head_multiplier",
-    "logit_scale",
-    "logits_scaling",
-    "final_logit_softcapping",
-)
 CACHED = 64  # checkpoints
 
 
@@ -45,8 +36,7 @@ class Ties:
     `groups` are names as the model class has them, the tensor that the others repeat first;
     `stored` maps those names, and the names in the file, to the stored tensor that holds them all.
     `head` is the stored output layer that is a tensor of its own. `is_assumed`: the model class
-    could not be built, and the config does not say. `settings` are those that scale embeddings and
-    logits, None without a class.
+    could not be built, and the config does not say.
     """
 
     groups: Sequence[tuple[str, ...]] = ()
@@ -55,7 +45,6 @@ class Ties:
     class_names: Mapping[str, str] = field(default_factory=dict)
     head: str | None = None
     is_assumed: bool = False
-    settings: Mapping[str, Any] | None = None
 
     def kept(self, name: str) -> str:
         """Return the stored tensor that holds the values of a tensor, itself where none is tied."""
@@ -105,11 +94,7 @@ def _ties(path: Path, config_text: str, state: Any) -> Ties:
         stored |= dict.fromkeys([*group, *members], members[0]) if members else {}
         copies |= set(members[1:])
     own = next((name for name in heads if name not in stored), None)
-    settings = None
-    if model is not None:
-        text = model.config.get_text_config(decoder=True).to_dict()
-        settings = {name: text[name] for name in SETTINGS if text.get(name) is not None}
-    return Ties(tuple(groups), stored, frozenset(copies), class_names, own, is_assumed, settings)
+    return Ties(tuple(groups), stored, frozenset(copies), class_names, own, is_assumed)
 
 
 def _refuse_differing(checkpoint: Checkpoint, kept: str, copy: str) -> None:

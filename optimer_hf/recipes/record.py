@@ -62,4 +62,4 @@ class Lock(VersionedFile):
     weights: dict[str, float]
     dtype: str
     output: dict[str, str] = {}
-    max_shard_size: int = MAX_SHARD_SIZE
+    max_shard_size: int = Field(default=MAX_SHARD_SIZE, gt=0, le=2**50)

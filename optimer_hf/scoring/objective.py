@@ -1,17 +1,29 @@
 """What a merge is scored on: terms, constraints, and how their scores combine into one value."""
 
+import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from optimer_hf.files.digest import digest
 from optimer_hf.files.model import FileModel, Mistake, VersionedFile
+from optimer_hf.files.paths import Place
 from optimer_hf.files.reference import LocalPath
+from optimer_hf.files.text import shown
 from optimer_hf.scoring.scores import Scores, TermScore
 
 N_ASKED = 32  # items of a term whose prompts its digest looks at
+LENGTHS = ("max_gen_toks", "max_tokens", "max_completion_tokens")  # lm-eval's names of one
+LARGEST_SETTING = 2**20  # of a number of `generation` that sizes nothing
+SIZES = {  # of `generation`: least and most
+    **dict.fromkeys(LENGTHS, (1, 2**17)),
+    **dict.fromkeys(("max_new_tokens", "max_length"), (1, 2**17)),
+    **dict.fromkeys(("min_new_tokens", "min_length"), (0, 2**17)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, 1024)),
+    **dict.fromkeys(("top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0, 2**20)),
+}
 ASKED_BY = (  # and fields of lm-eval's task that say how they are asked and scored
     "output_type",
     "num_fewshot",
@@ -23,6 +35,7 @@ ASKED_BY = (  # and fields of lm-eval's task that say how they are asked and sco
     "metric_list",
 )
 
+Portion = Annotated[float, Field(ge=0, le=1)]
 ONLY_OF_ITEMS = {"metric", "text_field", "num_fewshot", "generation", "hash_range"}
 
 
@@ -45,7 +58,7 @@ class Term(FileModel):
     limit: int | None = Field(default=None, gt=0, le=10**7)
     num_fewshot: int | None = Field(default=None, ge=0, le=1000)
     generation: dict[str, Any] = {}
-    hash_range: tuple[float, float] = (0.0, 1.0)
+    hash_range: tuple[Portion, Portion] = (0.0, 1.0)
     rescore_only: bool = False
 
     def mistakes(self) -> Iterator[Mistake]:
@@ -72,6 +85,11 @@ class Term(FileModel):
                 yield (name,), f"{name!r} says nothing to a 'function'; leave it out"
             elif self.text is not None and name in ("num_fewshot", "generation"):
                 yield (name,), "a 'text' term has no num_fewshot and no generation; leave it out"
+        for at, message in _no_plain_json(self.generation):
+            yield ("generation", *at), message
+        for name, value in self.generation.items():
+            if reason := _out_of_range(name, value):
+                yield ("generation", name), reason
         if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
             yield (
                 ("hash_range",),
@@ -102,6 +120,37 @@ class Term(FileModel):
         return f"text-{digest([str(self.text), self.text_field])[:16]}"
 
 
+def _no_plain_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
+    """Yield the values within one that JSON does not have, and so no record and no digest."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _no_plain_json(item, (*at, str(key)))
+            if not isinstance(key, str):
+                yield at, f"found the key {shown(key)}. Expected a text"
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _no_plain_json(item, (*at, index))
+    elif not isinstance(value, str | bool | int | float | None) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        expected = "Expected a finite number, a text, true, false, null, a list or a mapping"
+        yield at, f"found {shown(value)}. {expected}"
+
+
+def _out_of_range(name: str, value: Any) -> str | None:
+    """Return what is wrong with a number of `generation`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name not in SIZES:
+        least, most = -LARGEST_SETTING, LARGEST_SETTING
+        is_sound = not is_number or least <= value <= most
+    else:
+        least, most = SIZES[name]
+        is_sound = isinstance(value, int) and is_number and least <= value <= most
+        is_sound |= value is None and name not in LENGTHS
+    what = "a whole number" if name in SIZES else "a number"
+    return None if is_sound else f"found {shown(value)}. Expected {what} of {least:,} to {most:,}"
+
+
 class Constraint(Term):
     """A term that must not get worse than the base by more than a share of the base's score.
 
@@ -109,7 +158,7 @@ class Constraint(Term):
     """
 
     weight: Literal[0] = 0
-    max_relative_to_base: float = Field(ge=0)
+    max_relative_to_base: float = Field(ge=0, le=1e6)
 
 
 def _asked_otherwise(constraint: Term, term: Term) -> str | None:

@@ -15,7 +15,7 @@ from optimer_hf.corpus.texts import has_rows
 from optimer_hf.errors import CorpusError, EvaluationError
 from optimer_hf.files.text import did_you_mean
 from optimer_hf.scoring.harness import quiet_harness
-from optimer_hf.scoring.objective import Objective, Term, _metric_name
+from optimer_hf.scoring.objective import LENGTHS, Objective, Term, _metric_name
 
 logger = logging.getLogger(__name__)
 
@@ -247,8 +247,7 @@ def _refuse_too_many_examples(task: Any, term: Term) -> None:
 def _refuse_unknown_generation(term: Term) -> None:
     from transformers import GenerationConfig
 
-    lengths = ["max_gen_toks", "max_tokens", "max_completion_tokens"]  # lm-eval's names of one
-    known = ["until", *lengths, *(key for key in vars(GenerationConfig()) if key[0] != "_")]
+    known = ["until", *LENGTHS, *(key for key in vars(GenerationConfig()) if key[0] != "_")]
     for key in term.generation:
         if key not in known:
             raise EvaluationError(

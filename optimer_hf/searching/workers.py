@@ -9,6 +9,7 @@ workers then score the base, it is recorded as crashed, and else the machine is 
 
 import contextlib
 import logging
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
+import dask
 import torch
 from dask.system import CPU_COUNT
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
@@ -93,9 +95,11 @@ class Workers:
 
     def __enter__(self) -> Self:
         """Start or find the cluster; raise StudyError when no scheduler answers."""
+        _quiet_dask()
         with contextlib.ExitStack() as stack:
             if (cluster := self._scheduler) is None:  # Dask never removes its own scratch directory
                 scratch = stack.enter_context(scratch_directory("optimer-dask-"))
+                stack.enter_context(dask.config.set({"temporary-directory": str(scratch)}))
                 cluster = stack.enter_context(_local_cluster(self._n_workers or 1, str(scratch)))
             self._client = stack.enter_context(_connected(cluster))
             self._stack = stack.pop_all()
@@ -107,6 +111,8 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:  # its workers stop in the middle of their trials, which Dask reports
+            logging.getLogger("distributed").setLevel(logging.CRITICAL)
         with contextlib.suppress(OSError):  # a scheduler that is gone needs no tidying
             self._client.cancel(list(self._pending))
             if self._scheduler is not None:
@@ -270,6 +276,12 @@ class Workers:
             ) from error
 
 
+def _quiet_dask() -> None:
+    """Let Dask say what it does only where everything is shown; it raises its own level to INFO."""
+    if not logging.getLogger().isEnabledFor(logging.INFO):
+        logging.getLogger("distributed").setLevel(logging.WARNING)
+
+
 def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:
     """Return processes on this machine, without Dask's limit: a model may fill the memory.
 
@@ -286,6 +298,7 @@ def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:
         local_directory=scratch,
         # even without a dashboard the scheduler listens on 8787, and warns when that port is taken
         scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+        preload=[__name__],  # runs `dask_setup`
     )
 
 
@@ -301,6 +314,16 @@ def _connected(cluster: LocalCluster | str) -> Client:
 
 
 # -- in a worker process ---------------------------------------------------------------------------
+
+
+def dask_setup(_: object) -> None:
+    """Leave signals that end a terminal or a batch job to the process that opened the cluster, in a
+    worker of its own (Dask calls this in each): they reach all, and it ends the workers in order.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+
 
 _open_pools: dict[str, Pool] = {}  # by session; one at most, because a model fills the memory
 _one_at_a_time = threading.Lock()

@@ -8,8 +8,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from optimer_hf.files.digest import digest
-from optimer_hf.files.model import FileModel, Mistake, RelativeText, VersionedFile
-from optimer_hf.files.reference import ReferenceText, TokenizerSource, tokenizer_reference
+from optimer_hf.files.model import FileModel, Mistake, VersionedFile
+from optimer_hf.files.reference import (
+    ReferenceText,
+    RelativeText,
+    TokenizerSource,
+    tokenizer_reference,
+)
 from optimer_hf.scoring.objective import Objective, Term
 
 LARGEST_WEIGHT = 1000.0  # of a vector; merges break far below
@@ -23,8 +28,9 @@ RETARGETED = "re-targeted to "
 # rows of every comparison, beside those that a vector or a target names
 ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
 Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
-Total = Annotated[float, Field(le=LARGEST_WEIGHT * MOST_VECTORS)]
-Share = Annotated[float, Field(le=1e6)]
+LARGEST_TOTAL = LARGEST_WEIGHT * MOST_VECTORS
+Total = Annotated[float, Field(ge=-LARGEST_TOTAL, le=LARGEST_TOTAL)]
+Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # below 0 it is refused by what it is for
 
 
 class VectorConfig(FileModel):

@@ -47,8 +47,9 @@ def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
     }
     try:
         arguments = TrainingArguments(**fields)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
+    except Exception as error:  # its authors check few fields, and late
+        told = first_line(error)
+        raise ConfigError(f"train config {config.name!r}: trainer: {told}") from error
     if arguments.n_gpu > 1:  # DataParallel, which the Trainer would take, copies no fused loss
         logger.info("train: one GPU of %d; `accelerate launch` takes them all", arguments.n_gpu)
         arguments._n_gpu = 1

@@ -1,16 +1,21 @@
 """What LoraConfig, TrainingArguments or the optimizer refuse in a train file, refused first."""
 
+import contextlib
+import copy
 import dataclasses
+import json
+import multiprocessing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.model import listed
-from optimer_hf.files.text import did_you_mean, shown
+from optimer_hf.files.model import Mistake, listed
+from optimer_hf.files.paths import Place
+from optimer_hf.files.text import did_you_mean, first_line, shown
 from optimer_hf.training.arguments import _arguments, _lora_config
 from optimer_hf.training.config import (
     ABOVE_ZERO,
@@ -28,6 +33,46 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+LORA_UNUSABLE = {
+    **dict.fromkeys(
+        ("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
+        "It goes with an init_lora_weights that no merge takes",
+    ),
+    "runtime_config": "It is for the use of an adapter, not for its training",
+    "auto_mapping": "It names classes of other models",
+}
+CHOICES: dict[str, list[Any]] = {  # of texts that transformers or torch read late
+    "debug": ["", "underflow_overflow"],
+    "ddp_backend": ["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"],
+    "include_num_input_tokens_seen": [True, False, "all", "non_padding", "no"],
+    "log_level": ["passive", "detail", "debug", "info", "warning", "error", "critical"],
+    "log_level_replica": ["passive", "detail", "debug", "info", "warning", "error", "critical"],
+    "save_strategy": ["no", "steps", "epoch"],
+    "torch_compile_mode": [
+        *("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    ],
+    "train_sampling_strategy": ["random", "sequential", "group_by_length", "batch_rebalance"],
+}
+OF_LAYERS = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw", "layerwise")
+CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+LayerIndex = Annotated[int, Field(ge=0, le=10**5)]
+
+TEXTS = {str, list[str], type(None)}
+TYPED = {  # types of fields that are checked, too, where their hints say more
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"), str | list[str] | None
+    ),
+    **dict.fromkeys(("peft_version", "megatron_core", "revision"), str | None),
+    "base_model_name_or_path": str | None,
+    "bias": Literal["none", "all", "lora_only"],
+    "layers_to_transform": LayerIndex | list[LayerIndex] | None,
+    "modules_to_save": list[str] | None,
+    "peft_type": Literal["LORA"] | None,
+    "accelerator_config": dict[str, Any] | None,
+    "lr_scheduler_kwargs": dict[str, Any] | str | None,
+    "optim_target_modules": str | list[str] | None,
+    "trackio_static_space_id": str | Literal[False] | None,
+}
 MEND_LORA = "What is trained so fits no merge. Change or drop the field."
 
 
@@ -35,89 +80,192 @@ MEND_LORA = "What is trained so fits no merge. Change or drop the field."
 
 
 def check_config(config: TrainConfig, path: Path | None = None) -> None:
-    """Raise ConfigError for what LoraConfig, TrainingArguments, the optimizer and the scheduler
-    refuse, with the lines of the file at `path`; loads no model.
+    """Raise ConfigError for what LoraConfig, TrainingArguments, the optimizer, the scheduler and
+    gradient checkpointing refuse, with the lines of the file at `path`; loads no model.
     """
-    from peft import LoraConfig
-    from transformers import TrainingArguments
-
-    found = [
-        *_mistakes_of_fields("lora", config.lora or {}, LoraConfig),
-        *_mistakes_of_fields("trainer", config.trainer, TrainingArguments),
-        *_mistakes_of_trainer(config.trainer),
-    ]
-    for field, value in (config.lora or {}).items():
-        found += _out_of_bounds("lora", field, value, LORA_BOUNDS)
-    if found:
-        origin = path or f"train config {config.name!r}"
-        raise ConfigError(listed(origin, [(at, f"{'.'.join(at)}: {told}") for at, told in found]))
-    _check_optimizer(config, _arguments(config, Path("unused")))
+    origin = path or f"train config {config.name!r}"
+    check_fields(config, origin)
+    arguments = _arguments(config, Path("unused"))
+    _check_optimizer(config, arguments, origin)
+    _check_sampling(config, origin)
     if config.lora is not None:
         options = _lora_config(config).to_dict()
         if reason := why_not_weighted(options) or why_not_trained(options):
             raise ConfigError(f"train config {config.name!r}: lora: {reason}. {MEND_LORA}")
 
 
-def _mistakes_of_fields(
-    name: str, given: Mapping[str, Any], cls: Any
-) -> Iterator[tuple[tuple[str, str], str]]:
-    """Yield fields that a dataclass does not have, and numbers and switches that are none: its
-    authors check them late, or not at all.
+def check_fields(config: TrainConfig, origin: Path | str) -> None:
+    """Raise ConfigError for fields and values that can be told to be wrong one by one."""
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    found = [
+        *_mistakes_of_fields(("lora",), config.lora or {}, LoraConfig),
+        *_mistakes_of_fields(("trainer",), config.trainer, TrainingArguments),
+        *_mistakes_of_trainer(config.trainer),
+        *_mistakes_of_checkpointing(config.trainer),
+        *_mistakes_of_accelerator(config.trainer.get("accelerator_config")),
+    ]
+    for field, value in (config.lora or {}).items():
+        found += _out_of_bounds("lora", field, value, LORA_BOUNDS)
+        if field in LORA_UNUSABLE and value not in (None, {}):
+            told = f"found {shown(value)}. {LORA_UNUSABLE[field]}; leave it out."
+            found.append((("lora", field), told))
+    if found:
+        raise ConfigError(
+            listed(origin, [(at, f"{'.'.join(map(str, at))}: {told}") for at, told in found])
+        )
+
+
+def _mistakes_of_fields(at: Place, given: Mapping[str, Any], cls: Any) -> Iterator[Mistake]:
+    """Yield fields that a dataclass does not have, and numbers, switches and texts that are none:
+    its authors check them late, or not at all.
     """
     known, hints = [item.name for item in dataclasses.fields(cls) if item.init], None
     for field, value in given.items():
         if field not in known:
             hint = did_you_mean(field, known)
-            yield (name, field), f"unknown field of {cls.__name__}.{hint}"
+            yield (*at, field), f"unknown field of {cls.__name__}.{hint}"
             continue
         hints = hints or get_type_hints(cls)
-        if set(get_args(hints[field]) or [hints[field]]) <= PLAIN:
-            try:
-                config = ConfigDict(strict=True, allow_inf_nan=False)
-                TypeAdapter(hints[field], config=config).validate_python(value)
-            except ValidationError as error:
-                yield (name, field), f"found {shown(value)}. {error.errors()[0]['msg']}."
+        hint = TYPED.get(field, hints[field])
+        kinds = set(get_args(hint) or [hint])
+        if field in TYPED or kinds <= PLAIN or (kinds <= TEXTS and field not in UNUSABLE):
+            yield from _of_another_type((*at, field), value, hint)
 
 
-def _mistakes_of_trainer(given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+def _of_another_type(at: Place, value: Any, hint: Any) -> Iterator[Mistake]:
+    try:
+        config = ConfigDict(strict=True, allow_inf_nan=False)
+        TypeAdapter(hint, config=config).validate_python(value)
+    except ValidationError as error:
+        yield at, f"found {shown(value)}. {error.errors()[0]['msg']}."
+
+
+def _mistakes_of_trainer(given: Mapping[str, Any]) -> Iterator[Mistake]:
     for field, value in given.items():
         if field in RESERVED_TRAINER_FIELDS:
             yield ("trainer", field), f"set it through {RESERVED_TRAINER_FIELDS[field]}."
         if field in SECRET and value is not None:
             yield ("trainer", field), "found a token, which would be written down. Leave it out."
-        if field in UNUSABLE and value not in (None, False, 0, "no"):
+        if field in UNUSABLE and value not in (None, False, 0, "no", "", []):
             yield ("trainer", field), f"found {shown(value)}. {UNUSABLE[field]}; leave it out."
+        choices = _choices(field)
+        if choices and value is not None and value not in choices:
+            hint = did_you_mean(str(value), list(map(str, choices)))
+            yield ("trainer", field), f"found {shown(value)}.{hint}"
         if field in ABOVE_ZERO and isinstance(value, int | float) and not value > 0:
             yield ("trainer", field), f"found {value!r}. Expected a number above 0."
         else:
             yield from _out_of_bounds("trainer", field, value, BOUNDS)
 
 
+def _choices(field: str) -> list[Any]:
+    """Return what a field of TrainingArguments may be, where it is one of a few words."""
+    if field == "dataloader_multiprocessing_context":
+        return list(multiprocessing.get_all_start_methods())
+    if field in ("optim", "lr_scheduler_type", "logging_strategy"):
+        from transformers.trainer_utils import IntervalStrategy, SchedulerType
+        from transformers.training_args import OptimizerNames
+
+        kinds: dict[str, Any] = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
+        return [each.value for each in kinds.get(field, IntervalStrategy)]
+    if field != "torch_compile_backend":
+        return CHOICES.get(field, [])
+    from torch._dynamo import list_backends
+
+    return list(list_backends(exclude_tags=()))
+
+
 def _out_of_bounds(
     part: str, field: str, value: Any, bounds: Mapping[str, tuple[int, int]]
-) -> Iterator[tuple[tuple[str, str], str]]:
+) -> Iterator[Mistake]:
     if field in bounds and isinstance(value, int | float):
         least, most = bounds[field]
         if not least <= value <= most:
             yield (part, field), f"found {value!r}. Expected {least:,} to {most:,}."
 
 
-def _check_optimizer(config: TrainConfig, arguments: "TrainingArguments") -> None:
+def _mistakes_of_checkpointing(given: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield options of gradient checkpointing that torch refuses, which it would do in the first
+    step: they are tried on one number.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    for field in CHECKPOINTING:
+        options = given.get(field)
+        if isinstance(options, str):  # JSON, as on a command line
+            with contextlib.suppress(ValueError):
+                options = json.loads(options)
+        if options is None:
+            continue
+        if not isinstance(options, dict):
+            yield ("trainer", field), f"found {shown(options)}. Expected a mapping of options."
+            continue
+        for option, value in options.items():
+            if not isinstance(value, bool) and option != "determinism_check":
+                yield ("trainer", field, option), f"found {shown(value)}. Expected true or false."
+        try:
+            number = torch.zeros(1, requires_grad=True)
+            tried: dict[str, Any] = {"use_reentrant": False, **options}
+            loss = checkpoint(torch.sin, number, **tried)
+            loss.backward()
+        except Exception as error:
+            yield ("trainer", field), f"found {shown(options)}. {first_line(error)}."
+
+
+def _mistakes_of_accelerator(given: Any) -> Iterator[Mistake]:
+    from accelerate.utils import GradientAccumulationPlugin
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    at = ("trainer", "accelerator_config")
+    if isinstance(given, dict):
+        yield from _mistakes_of_fields(at, given, AcceleratorConfig)
+        inner = given.get("gradient_accumulation_kwargs")
+        if isinstance(inner, dict):
+            place = (*at, "gradient_accumulation_kwargs")
+            yield from _mistakes_of_fields(place, inner, GradientAccumulationPlugin)
+        elif inner is not None:
+            yield (
+                (*at, "gradient_accumulation_kwargs"),
+                f"found {shown(inner)}. Expected a mapping.",
+            )
+
+
+def _check_sampling(config: TrainConfig, origin: Path | str) -> None:
+    """Raise ConfigError for a sampling of texts by their length: packed blocks have one."""
+    if config.trainer.get("train_sampling_strategy") in ("group_by_length", "batch_rebalance"):
+        at = ("trainer", "train_sampling_strategy")
+        told = "packed blocks are all of one length. Leave it out."
+        raise ConfigError(listed(origin, [(at, f"{'.'.join(at)}: {told}")]))
+
+
+def _check_optimizer(
+    config: TrainConfig, arguments: "TrainingArguments", origin: Path | str
+) -> None:
     """Make the optimizer and the scheduler of a run for one number: what they refuse, Trainer would
     say only once the model is loaded and the corpus packed.
     """
     from transformers import Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
+    field = "report_to"
     try:
         get_reporting_integration_callbacks(arguments.report_to)
-        of_model = (
-            arguments.deepspeed or arguments.fsdp or str(arguments.optim).lower().endswith("lomo")
-        )
-        if of_model or "optim_target_modules" in config.trainer:
-            return  # those make the optimizer from the model itself
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        model = torch.nn.Linear(1, 1)
+        if config.trainer.get("optim_target_modules"):
+            field = "optim_target_modules"
+            if not str(arguments.optim).lower().endswith(OF_LAYERS):
+                raise ValueError(f"{arguments.optim} takes all layers. Leave it out")
+            return  # `_checked` looks them up in the model
+        field = "optim_args" if arguments.optim_args else "optim"
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        if unread := _unread_options(arguments, model):
+            raise ValueError(f"{arguments.optim} reads no {unread!r}. Leave it out")
+        if str(arguments.optim).lower().endswith("lomo"):
+            return  # it goes over the gradients of a whole model
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
+        field = "lr_scheduler_kwargs"
         get_scheduler(
             arguments.lr_scheduler_type,
             optimizer,
@@ -125,5 +273,42 @@ def _check_optimizer(config: TrainConfig, arguments: "TrainingArguments") -> Non
             num_training_steps=1,
             scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
         )
-    except (ValueError, TypeError, ImportError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
+    except Exception as error:  # libraries of many authors
+        place = ("trainer", field)
+        told = f"{'.'.join(place)}: {first_line(error).rstrip('.')}."
+        raise ConfigError(listed(origin, [(place, told)])) from error
+
+
+def _unread_options(arguments: "TrainingArguments", model: torch.nn.Module) -> str | None:
+    """Return an option of `optim_args` that changes nothing about the optimizer."""
+    from transformers import Trainer
+
+    given: dict[str, str] = dict(
+        part.strip().partition("=")[::2] for part in (arguments.optim_args or "").split(",") if part
+    )
+
+    def made(options: Mapping[str, str]) -> Any:
+        changed = copy.copy(arguments)
+        changed.optim_args = ",".join(f"{key}={value}" for key, value in options.items()) or None
+        try:
+            return Trainer.get_optimizer_cls_and_kwargs(changed, model)
+        except Exception as error:  # so that it was read
+            return repr(error)
+
+    for name in given:
+        others = {key: value for key, value in given.items() if key != name}
+        if made(given) == made(others) == made(given | {name: "0.123"}):
+            return name
+    return None
+
+
+def _check_targets(config: TrainConfig, model: Any) -> None:
+    """Raise ConfigError for layers that an optimizer of some layers does not find in a model."""
+    from transformers import Trainer
+
+    if config.trainer.get("optim_target_modules"):
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(_arguments(config, Path("unused")), model)
+        except Exception as error:
+            told = first_line(error)
+            raise ConfigError(f"train config {config.name!r}: trainer: {told}") from error

@@ -38,21 +38,49 @@ UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
     "ignore_data_skip": "A killed run goes on with the next block, not with the first",
     "use_liger_kernel": "The loss of a run is computed without logits already",
     "label_smoothing_factor": "The loss is computed without logits, which smoothing needs",
+    "liger_kernel_config": "The loss of a run is computed without logits already",
+    "label_names": "The labels of a run are the tokens of its texts",
+    "load_best_model_at_end": "There is nothing to evaluate on, so no checkpoint is the best",
+    "metric_for_best_model": "There is nothing to evaluate on, so no checkpoint is the best",
+    "include_for_metrics": "There is nothing to evaluate on",
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
+        "No process would hold the whole model, which one has to write",
+    ),
 }
+
 SECRET = {"hub_token", "push_to_hub_token"}  # fields that are neither shown nor written
 ABOVE_ZERO = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
     *("logging_steps", "save_steps"),
 }
-BOUNDS = {  # of numbers that size something, which no library checks before it starts
+BOUNDS = {  # of the numbers of TrainingArguments, which few libraries check before they start
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "ddp_bucket_cap_mb"),
+        (1, 2**20),
+    ),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "eval_accumulation_steps", "save_total_limit"), (1, 2**20)
+    ),
+    **dict.fromkeys(("warmup_steps", "logging_steps", "save_steps"), (0, 10**9)),
+    **dict.fromkeys(("eval_steps", "eval_delay"), (0, 10**9)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"), (0, 1)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "neftune_noise_alpha"), (0, 1000)),
     "dataloader_num_workers": (0, 256),
     "dataloader_prefetch_factor": (1, 1024),
-    "num_train_epochs": (0, 10**6),
-    "per_device_train_batch_size": (1, 2**20),
-    "gradient_accumulation_steps": (1, 2**20),
+    "ddp_timeout": (1, 10**7),
+    "local_rank": (-1, 2**20),
+    "max_grad_norm": (0, 10**9),
     "max_steps": (-1, 10**9),
+    "num_train_epochs": (0, 10**6),
+    "torch_empty_cache_steps": (1, 10**9),
 }
-LORA_BOUNDS = {"r": (1, 2**16), "lora_alpha": (-(10**6), 10**6), "lora_dropout": (0, 1)}
+LORA_BOUNDS = {
+    "r": (1, 2**16),
+    "lora_alpha": (-(10**6), 10**6),
+    "lora_dropout": (0, 1),
+    "qalora_group_size": (1, 2**20),
+}
 PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
 
 

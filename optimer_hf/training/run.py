@@ -35,7 +35,7 @@ from optimer_hf.models.resolve import resolve_base
 from optimer_hf.models.ties import ties_of
 from optimer_hf.progress import Cost
 from optimer_hf.training.checkpoints import BLOCKS, CHECKPOINTS, STARTED, drop_damaged, newest_whole
-from optimer_hf.training.checks import check_config
+from optimer_hf.training.checks import _check_targets, check_config, check_fields
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import PackedCorpus, Part, load_packed, pack, pack_mixture
 from optimer_hf.training.trainer import (
@@ -103,6 +103,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     Under `accelerate launch` every process calls this, and the first one writes. Raises OutputError
     when another run writes `out`.
     """
+    check_fields(config, f"train config {config.name!r}")  # before the processes meet
     state = _processes(config)
     with contextlib.ExitStack() as stack:
         with state.main_process_first():
@@ -225,6 +226,7 @@ def _checked(config: TrainConfig) -> Any:
     base = resolve_base(config.base_model)
     tokenizer = loaded_tokenizer(base)
     adapted = _adapted(empty_model(base), config, base)
+    _check_targets(config, adapted)
     _refuse_saved_apart(config, ties_of(Checkpoint(base.path)))
     if config.lora is not None:
         _refuse_unweighted(adapted, config, base)

@@ -7,6 +7,7 @@ OFT ...) are merged by PEFT itself, on request.
 """
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,8 +21,9 @@ from optimer_hf.errors import ModelError
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import empty_model
-from optimer_hf.models.names import names_in
+from optimer_hf.models.names import names_in, summary
 from optimer_hf.models.ties import Ties, ties_of
+from optimer_hf.printable import warn_once
 from optimer_hf.vectors.forms import LowRank, Trained
 from optimer_hf.vectors.lora_config import (
     is_targeted,
@@ -30,6 +32,9 @@ from optimer_hf.vectors.lora_config import (
     saved_modules,
     why_not_weighted,
 )
+
+logger = logging.getLogger(__name__)
+
 
 PARTNERS = {
     "lora_A": "lora_B",
@@ -57,6 +62,7 @@ FACTORS_APART = (
 )
 MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
 PREFIX = "base_model.model."
+LAYERS_SHOWN = 12
 CACHED = 16  # models whose layers are remembered
 
 
@@ -122,7 +128,42 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
             found[part.target] = Trained(stored.read(part.key))
         else:
             found[part.target] = _product(stored, part)
+    _say_lacking(found, options, base, where)
     return _joined(found, ties_of(base), where)
+
+
+def _say_lacking(
+    found: Iterable[str], options: Mapping[str, Any], base: Checkpoint, where: str
+) -> None:
+    """Warn of layers that the config of an adapter targets and of which it holds nothing: PEFT
+    leaves them as they are, too. Of a pattern it cannot be said which layers it means.
+    """
+    if not isinstance(options.get("target_modules"), list):
+        return
+    ties, held = ties_of(base), {*found}
+    lacking = [
+        name
+        for name in base.names
+        if name.endswith(".weight")
+        and not {name, ties.kept(name)} & held
+        and ".experts." not in name  # which are one tensor where the model is loaded
+        and len(base.shape(name)) == 2
+        and is_targeted(options, name.removesuffix(".weight"))
+    ]
+    if lacking:
+        warn_once(
+            logger,
+            f"{where}: holds nothing for {len(lacking)} layers that its config targets "
+            f"({_by_layer(lacking)}). They stay as in the base. If it was trained on "
+            "them, fetch it again.",
+        )
+
+
+def _by_layer(names: Iterable[str]) -> str:
+    """Return tensor names in a few words, with the numbers of their layers."""
+    numbers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
+    shown = ", ".join(map(str, numbers[:LAYERS_SHOWN])) + ", ..." * (len(numbers) > LAYERS_SHOWN)
+    return summary(names) + (f"; of layer {shown}" if numbers else "")
 
 
 def _opened(path: Path, where: str) -> Checkpoint:

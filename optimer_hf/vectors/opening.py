@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from optimer_hf.models.layout import ResolvedModel, weight_files
 from optimer_hf.models.live import loaded_tokenizer
 from optimer_hf.models.names import Match, match, names_in, summary, vocabulary_names
 from optimer_hf.models.resolve import TOKENIZER_FILES, resolve_model
+from optimer_hf.models.settings import differing_settings, shown_settings
 from optimer_hf.models.ties import ties_of
+from optimer_hf.models.vocabulary import moved_tokens
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.int8 import SCALES, n_blocks
 from optimer_hf.vectors.lora import read_adapter
@@ -28,9 +31,13 @@ from optimer_hf.vectors.vector import (
 logger = logging.getLogger(__name__)
 
 
+STORE_ALIKE = (
+    "Load base and fine-tune with transformers and save both with `save_pretrained(DIRECTORY, "
+    "save_original_format=False)`, which stores them alike."
+)
 OTHER_TOKENS = (
-    "The vocabularies differ: the fine-tune added or removed tokens. Align them with mergekit's "
-    "`tokenizer:` through `optimer merge` first."
+    "The vocabularies differ: the fine-tune added, removed or moved tokens. Align them with "
+    "mergekit's `tokenizer:` through `optimer merge` first."
 )
 
 
@@ -65,6 +72,10 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
         padding = _padding(name, tuned, checkpoint)
         vector = CheckpointVector(name, tuned, _merged_names(tuned, checkpoint), padding)
     _check_shapes(vector, checkpoint)
+    if vector.kind == "checkpoint":
+        _check_settings(name, resolved.path, base.path)
+    if vector.kind != "delta":  # which has the tokenizer of its base
+        _check_tokens(name, resolved.path, base.path)
     if vector.kind == "adapter" and record is None:
         _warn_of_another_base(name, resolved.path, base)
     return vector
@@ -134,7 +145,7 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
     copies = {other for key, other in found.tuned_names.items() if key in of_base.copies}
     stored = {key: found.tuned_names[key] for key in found.tuned_names.keys() - of_base.copies}
     lacking = set(found.missing) - of_base.copies
-    kept = {key: of_tuned.kept(of_base.class_names.get(key, key)) for key in lacking}
+    kept = {key: of_tuned.stored.get(of_base.class_names.get(key, key)) for key in lacking}
     tied = {key: other for key, other in kept.items() if other in tuned.names}
     missing = sorted(lacking - tied.keys())
     rest = {*found.unknown, *copies} - {*stored.values(), *tied.values()} - of_tuned.copies
@@ -142,6 +153,12 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
     parted = {key: of_base.kept(group[0]) for key, group in groups.items() if group}
     extra = sorted(key for key in rest if parted.get(key) not in stored)
     if missing or extra:
+        _refuse_other_form(
+            name,
+            tuned.path,
+            {of_base.class_names.get(key, key): key for key in missing},
+            {of_tuned.class_names.get(key, key): key for key in extra},
+        )
         raise ModelError(
             f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} "
             f"tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: "
@@ -156,12 +173,6 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
                 "it. Untie the base first (save it with the head as a tensor and "
                 "tie_word_embeddings: false), or use a fine-tune with a tied head."
             )
-    if None not in (of_base.settings, of_tuned.settings) and of_base.settings != of_tuned.settings:
-        raise ModelError(
-            f"vector {name!r} ({tuned.path}): its config.json says {of_tuned.settings}, that of "
-            f"the base {of_base.settings}: a merge has the config of the base, so that at weight 1 "
-            "its logits would be others. Use a fine-tune that left these settings alone."
-        )
     for key, other in tied.items():
         if of_tuned.is_assumed:
             raise ModelError(
@@ -171,6 +182,19 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
             )
     _tell_differences(name, tuned, found)
     return tuned.renamed(stored | tied)
+
+
+def _refuse_other_form(
+    name: str, path: Path, missing: Mapping[str, str], extra: Mapping[str, str]
+) -> None:
+    """Raise ModelError where tensors of base and tuned model, by parameter of their classes, are
+    the same in two forms: experts together in one and one by one in the other.
+    """
+    for parameter in sorted(missing.keys() & extra.keys()):
+        raise ModelError(
+            f"vector {name!r} ({path}): tensor {extra[parameter]!r} stores in another form what "
+            f"the base has as {missing[parameter]!r}. {STORE_ALIKE}"
+        )
 
 
 def _tell_differences(name: str, tuned: Checkpoint, found: Match) -> None:
@@ -228,7 +252,35 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
         )
         if found[1:] == base.shape(name)[1:] and name in vocabulary_names(base):
             raise VocabularyError(f"{differs} {OTHER_TOKENS}")
+        if sorted(found) == sorted(base.shape(name)):
+            raise ModelError(f"{differs} One is stored the other way round. {STORE_ALIKE}")
         raise ModelError(f"{differs} Give a vector trained from this base.")
+
+
+def _check_settings(name: str, tuned: Path, base: Path) -> None:
+    """Refuse a fine-tune whose config makes another function of the same tensors."""
+    differing = differing_settings(tuned, base)
+    if not differing:
+        return
+    raise ModelError(
+        f"vector {name!r} ({tuned}): its config.json changes how the model computes "
+        f"({shown_settings(differing)}). A merge has the config of the base, so that at weight 1 "
+        "it would not be this model. Use a fine-tune that left these settings alone; if its "
+        "tensors are meant to work with the settings of the base, write those into a copy of its "
+        "config.json."
+    )
+
+
+def _check_tokens(name: str, tuned: Path, base: Path) -> None:
+    """Refuse a vector that was trained with other ids for the tokens of the base."""
+    moved = moved_tokens(tuned, base)
+    if moved:
+        token, found, expected = moved[0]
+        raise VocabularyError(
+            f"vector {name!r} ({tuned}): its tokenizer gives the token {token!r} the id {found}, "
+            f"that of the base {expected} ({len(moved):,} tokens in all): it was trained with "
+            f"other rows for them. {OTHER_TOKENS}"
+        )
 
 
 def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | None:

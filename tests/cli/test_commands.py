@@ -1,5 +1,6 @@
 """cli.py: what a person types and sees; every command on tiny models, and errors as one line."""
 
+import errno
 import json
 import logging
 import os
@@ -121,6 +122,20 @@ def test_an_error_is_one_line_on_stderr_and_exit_status_1(tmp_path):
     assert result.exit_code == 1
     assert result.stderr == f"error: {tmp_path / 'none.yaml'}: no such file.\n"
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_refuses_anything_is_one_line_with_the_path(monkeypatch, number):
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr("optimer_hf.hub.pull", refused)
+    result = optimer("pull", "a/b", ok=False)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: /some/file: {os.strerror(number)}. Free space there, allow access, or give "
+        "another place.\n"
+    )
 
 
 ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]

@@ -4,12 +4,19 @@ import json
 import re
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
 from optimer_hf.cli import main, schema
+from optimer_hf.comparison.sealed import Seal
+from optimer_hf.hub.pulling import PulledFile
+from optimer_hf.merging.geometry import GeometryFile
+from optimer_hf.recipes.record import Lock
+from optimer_hf.study.directory import Inputs
+from optimer_hf.vectors.record import VectorFile
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "optimer_hf" / "schemas"
@@ -38,3 +45,71 @@ def test_a_file_that_ships_names_its_schema_and_keeps_it(path: Path):
     data = yaml.safe_load(text)
     assert list(checker.iter_errors(data)) == []
     assert list(checker.iter_errors(data | {"bse_model": 1}))
+
+
+MEASURED = "measured by us and only shown: it sizes nothing"
+UNBOUNDED = {  # number fields without bounds, and why that is no harm
+    "format_version": "one value",
+    "constraints[].weight": "one value",
+    "norm": MEASURED,
+    "relative_norm": MEASURED,
+    "relative_error": MEASURED,
+    "relative_errors[]": MEASURED,
+    "Lock.weights[]": "compared with those of the recipe, which have bounds",
+    "GeometryFile": "a cache of ours, made again where it does not fit",
+    "RecipeFile.objective": "shown; a study, which has bounds, is what is run",
+    "RecipeFile.scores": MEASURED,
+    "RecipeFile.study": MEASURED,
+    "RecipeFile.ledger": MEASURED,
+    "VectorFile.corpus": MEASURED,
+    "VectorFile.training": MEASURED,
+    "terms[].generation": "every number in it is checked by Term",
+    "constraints[].generation": "every number in it is checked by Term",
+    "TrainConfig.lora": "bounds in test_train",
+    "TrainConfig.trainer": "bounds in test_train",
+}
+READ = [*schema.KINDS.values(), VectorFile, Lock, GeometryFile, Seal, PulledFile, Inputs]
+
+
+def numbers(part, definitions, at):
+    """Yield place and schema of the numbers of a JSON Schema, and of what may hold any value."""
+    if "$ref" in part:
+        yield from numbers(definitions[part["$ref"].rpartition("/")[2]], definitions, at)
+    if part.get("type") in ("integer", "number") or part.get("additionalProperties") is True:
+        yield at, part
+    for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        for inner in part.get(key, []):
+            yield from numbers(inner, definitions, at)
+    for key in ("items", "additionalProperties"):
+        if isinstance(part.get(key), dict):
+            yield from numbers(part[key], definitions, f"{at}[]")
+    for key, inner in part.get("properties", {}).items():
+        yield from numbers(inner, definitions, f"{at}.{key}")
+
+
+@pytest.mark.parametrize("cls", READ)
+def test_every_number_of_a_file_has_bounds_or_a_reason(cls):
+    whole = cls.model_json_schema()
+    for at, found in numbers(whole, whole.get("$defs", {}), cls.__name__):
+        least = found.keys() & {"minimum", "exclusiveMinimum"}
+        most = found.keys() & {"maximum", "exclusiveMaximum"}
+        is_excused = any(
+            f"{at}.".startswith(f"{name}.") or at.startswith(f"{name}[") or f".{name}" in at
+            for name in UNBOUNDED
+        )
+        assert (least and most) or is_excused, at
+
+
+def test_every_number_of_the_command_line_has_bounds():
+    def commands(group):
+        for command in group.commands.values():
+            yield from commands(command) if isinstance(command, click.Group) else [command]
+
+    for command in commands(main):
+        for option in command.get_params(click.Context(command)):
+            kind = option.type
+            if isinstance(kind, click.types.IntParamType | click.types.FloatParamType):
+                is_range = isinstance(kind, click.IntRange | click.FloatRange)
+                is_count = getattr(option, "count", False)  # -v -v
+                has_both = is_range and None not in (kind.min, kind.max)
+                assert is_count or has_both, (command.name, option.name)

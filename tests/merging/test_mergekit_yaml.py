@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -195,10 +196,10 @@ merge_method: linear
 base_model: null
 tokenizer_source: null
 """,
-    "true as a number, an empty gradient": """models:
-  - {model: a, parameters: {weight: true}}
-  - {model: b, parameters: {weight: []}}
-parameters: {weight: 0.7}
+    "a switch as a number, a gradient of one": """models:
+  - {model: a, parameters: {weight: [0.3]}}
+  - {model: b, parameters: {weight: " 0.7"}}
+parameters: {normalize: 1}
 merge_method: linear
 dtype: float64
 """,
@@ -302,6 +303,81 @@ def test_what_mergekit_drops_or_refuses_is_an_error_before_any_model_is_opened(
         with pytest.raises(ConfigError, match=rf"(?s)c\.yml:?.*{message}"):
             read(path)
     assert not (tmp_path / "out").exists()
+
+
+LISTS = "expected a number or a list of some"
+VALUES = {
+    "true": "found True, expected a number",
+    "[0, true]": "found True, expected a number",
+    "[]": f"found an empty list, {LISTS}",
+    "{filter: mlp, value: []}": f"found an empty list, {LISTS}",
+    "[{value: []}]": f"found an empty list, {LISTS}",
+    "{}": "found nothing, expected a number",
+    "{filter: mlp}": "found nothing, expected a number",
+    "[1, null]": "found nothing, expected a number",
+    "[[0, 1], [1, 0]]": r"found \[0, 1\], expected a number",
+    "[0.5, {filter: mlp, value: 1}]": "found 0.5 beside filters, expected {filter, value} too",
+    "{filter: mlp, value: {value: 1}}": "found {'value': 1}, expected a number",
+    "{filter: mlp, value: [{value: 1}]}": "found {'value': 1}, expected a number",
+    "{filter: 5, value: 1}": "filter: found 5, expected part of a tensor's name",
+    "{filter: [mlp, attn], value: 1}": r"filter: found \['mlp', 'attn'\], expected part",
+    "2024-01-31": r"found datetime\.date\(2024, 1, 31\), expected a number",
+    "!!set {a}": "found {'a'}, expected a number",
+    "!!binary MC41": "found b'0.5', expected a number",
+    "half": "found 'half', expected a number",
+    '"nan"': "found nan, expected a finite number",
+    "-.inf": "found -inf, expected a finite number",
+    "1e30": "expected a number of -1,000,000 to 1,000,000",
+    "[0, -2_000_000]": "expected a number of -1,000,000 to 1,000,000",
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_parameter_is_a_number_a_gradient_or_filters(tmp_path, value):
+    text = f"merge_method: linear\nmodels:\n- model: a\n  parameters:\n    weight: {value}\n"
+    for method in ("linear", "optimer"):
+        path = written(tmp_path, text.replace("linear", method))
+        with pytest.raises(ConfigError, match=rf"c\.yml:5: models.*weight.*{VALUES[value]}"):
+            read_merge_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_method: karcher\nparameters: {max_iter: 1e9}\n", "found .*, expected a whole"),
+        ("merge_method: karcher\nparameters: {max_iter: 9999999999}\n", "of 0 to 1,000,000"),
+        ("merge_method: karcher\nparameters: {max_iter: true}\n", "found True, expected a whole"),
+        ("merge_method: linear\nparameters: {normalize: 2}\n", "expected true or false"),
+        ("merge_method: linear\ntokenizer: {pad_to_multiple_of: 0}\n", "found 0, expected a num"),
+        ("merge_method: linear\ntokenizer: {pad_to_multiple_of: 1000000000}\n", "1 to 65,536"),
+        ("merge_method: linear\ntokenizer: {pad_to_multiple_of: true}\n", "found True, expected"),
+        (
+            "merge_method: linear\ntokenizer:\n  tokens:\n"
+            "    x: {source: {kind: model_token, model: a, token_id: -1}}\n",
+            "token_id: found -1, expected a number of 0 to",
+        ),
+    ],
+)
+def test_numbers_of_a_merge_that_size_something_are_bounded(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_merge_config(written(tmp_path, f"models: [{{model: a}}]\n{text}"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("[0, 1000000000]", "layers of 0 to 100,000"),
+        ("[-2, 1]", "layers of 0 to 100,000"),
+        ("[0]", r"layer_range: found \[0\], expected \[first, end\], layers"),
+        ("[false, true]", "layers of 0 to 100,000"),
+        ("0-4", "found '0-4', expected"),
+        ("[0, 1], residual_weight: .nan", "found nan|Unexpected|residual_weight"),
+    ],
+)
+def test_layers_of_a_slice_are_bounded(tmp_path, layers, message):
+    text = f"slices: [{{sources: [{{model: a, layer_range: {layers}}}]}}]\n"
+    with pytest.raises(ConfigError, match=message):
+        read_merge_config(written(tmp_path, f"{text}merge_method: passthrough\n"))
 
 
 def test_references_of_all_forms_name_the_same_model(world):
@@ -469,7 +545,7 @@ def test_flags_that_cannot_hold_are_refused_by_name(world):
     ("text", "message"),
     [
         (
-            "models: [{model: a, parameters: {weight: 1e8}}, {model: b, parameters: {weight: 1}}]\n"
+            "models: [{model: a, parameters: {weight: 1e6}}, {model: b, parameters: {weight: 1}}]\n"
             "parameters: {normalize: false}\nmerge_method: linear\ndtype: float16\n",
             r"tensor '.*' holds NaN or infinite values",
         ),
@@ -552,3 +628,34 @@ def test_what_the_model_behind_it_has_too_is_no_fault_of_the_merge(models, tmp_p
     added(tmp_path / "base")
     shutil.copytree(tmp_path / "base", tmp_path / "out")
     check_merged(tmp_path / "out", Promise(tmp_path / "base"))
+
+
+def _moved_tokens(model: Path) -> None:
+    content = json.loads((model / "tokenizer.json").read_text())
+    tokens = content["model"]["vocab"]
+    tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
+    (model / "tokenizer.json").write_text(json.dumps(content))
+
+
+def _other_theta(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_other_theta, "computes otherwise than .*rope_theta"),
+        (_moved_tokens, "the token 'a' at id"),
+    ],
+)
+def test_what_only_names_and_shapes_have_in_common_is_said(world, caplog, change, said):
+    source = shutil.copytree((world / "a").resolve(), world / "other")
+    change(source)
+    models = [{"model": "other", "parameters": {"weight": 1.0}}]
+    config = {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
+    (world / "merge.yml").write_text(yaml.safe_dump(config | {"dtype": "float32"}))
+    with caplog.at_level(logging.WARNING):
+        assert merge(world / "merge.yml", world / "out") == "mergekit"
+    assert len([text for text in caplog.messages if re.search(said, text)]) == 1

@@ -24,7 +24,7 @@ from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import loaded_model
 from optimer_hf.models.ties import ties_of
 from optimer_hf.training.growth import full_norm
-from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.delta import extract, extract_any_adapter
 from optimer_hf.vectors.opening import open_vector
 from tests.support.tiny import BOS, EOS, PAD, VOCABULARY
 
@@ -88,6 +88,86 @@ CLASSES = {
         )
     ),
 }
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+}
+CLASSES |= {
+    "qwen2.5-vl": lambda: transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(
+            text_config=GROUPED | {"rope_parameters": MROPE},
+            vision_config=QWEN_VISION | {"fullatt_block_indexes": [0]},
+        )
+    ),
+    "qwen3-vl moe": lambda: transformers.Qwen3VLMoeForConditionalGeneration(
+        transformers.Qwen3VLMoeConfig(
+            text_config=GROUPED | EXPERTS | {"head_dim": 8, "rope_parameters": MROPE},
+            vision_config=QWEN_VISION
+            | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        )
+    ),
+    "deepseek v3": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **WIDE,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            first_k_dense_replace=1,
+            n_group=2,
+            topk_group=1,
+        )
+    ),
+    "llama 4": lambda: transformers.Llama4ForConditionalGeneration(
+        transformers.Llama4Config(
+            text_config=GROUPED
+            | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
+            vision_config=VISION
+            | {
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+                "pixel_shuffle_ratio": 0.5,
+            },
+        )
+    ),
+    "gemma 4": lambda: transformers.Gemma4ForConditionalGeneration(
+        transformers.Gemma4Config(
+            text_config=GROUPED
+            | {
+                "head_dim": 8,
+                "global_head_dim": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": VOCABULARY,
+                "num_kv_shared_layers": 0,
+            },
+            vision_config=VISION
+            | {"head_dim": 8, "global_head_dim": 8, "num_key_value_heads": 2}
+            | {"position_embedding_size": 16, "pooling_kernel_size": 1},
+            audio_config=None,
+        )
+    ),
+    "gpt-oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=3, num_experts_per_tok=2)
+    ),
+    "mistral 3": lambda: transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(
+            text_config=GROUPED | {"model_type": "mistral", "head_dim": 8},
+            vision_config=VISION | {"model_type": "pixtral", "head_dim": 8},
+        )
+    ),
+}
 IDS = torch.tensor([[2, 70, 71, 72, 90]])
 Edit = Callable[[dict], dict]
 
@@ -119,6 +199,16 @@ def adding(**more: torch.Tensor) -> Edit:
 
 def same(tensors):
     return tensors
+
+
+def newer(tensors):
+    """Name the tensors of a Qwen2.5-VL as the classes of transformers 5 do."""
+    places = {"model.": "model.language_model.", "visual.": "model.visual."}
+    found = {}
+    for name, value in tensors.items():
+        front = next((front for front in places if name.startswith(front)), "")
+        found[places.get(front, "") + name.removeprefix(front)] = value
+    return found
 
 
 MASK = {"transformer__h__0__attn__bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8)}
@@ -173,16 +263,34 @@ PAIRS: dict[str, tuple[str, Edit, Edit]] = {
     "Gemma 3, its text": ("gemma3", same, same),
     "Qwen3.5, its text": ("qwen3.5", adding(**MTP), same),
     "Qwen3.5, its text by its own names": ("qwen3.5", same, inside("model.", "")),
+    "Qwen2.5-VL": ("qwen2.5-vl", same, same),
+    "Qwen2.5-VL by newer names": ("qwen2.5-vl", same, newer),
+    "Qwen2.5-VL, the base by newer names": ("qwen2.5-vl", newer, same),
+    "Qwen3-VL MoE": ("qwen3-vl moe", same, same),
+    "DeepSeek V3, saved buffers": ("deepseek v3", same, same),
+    "Llama 4, its text": ("llama 4", same, same),
+    "Gemma 4, its text, saved buffers": ("gemma 4", same, same),
+    "gpt-oss": ("gpt-oss", same, same),
+    "Mistral 3, its text": ("mistral 3", same, same),
 }
-TEXT_ONLY = ("gemma3", "qwen3.5")
+WITH_IMAGES = ("gemma3", "gemma 4", "mistral 3")  # a fine-tune of the text is a model of its own
 
 
 def noisy(model, scale: float = 0.02):
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
+        for tensor in model.state_dict().values():  # buffers, too
+            if tensor.is_floating_point():
+                tensor.add_(scale * torch.randn_like(tensor))
     return model
+
+
+def text_of(whole):
+    """Return the text model of one with images, in the class that it has alone."""
+    text = transformers.AutoModelForCausalLM.from_config(whole.config.get_text_config())
+    text.get_decoder().load_state_dict(whole.get_decoder().state_dict())
+    text.get_output_embeddings().load_state_dict(whole.get_output_embeddings().state_dict())
+    return text
 
 
 def rewrite(path, edit: Edit) -> None:
@@ -206,20 +314,8 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
     CLASSES[kind]().save_pretrained(folder / "base")
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
-    tuned = noisy(plain)
-    if kind == "gemma3":
-        text = transformers.Gemma3ForCausalLM(tuned.config.text_config)
-        text.load_state_dict(
-            {
-                name.replace("model.language_model.", "model."): value
-                for name, value in tuned.state_dict().items()
-                if "vision" not in name and "projector" not in name
-            }
-        )
-        text.save_pretrained(folder / "tuned")
-    else:
-        tuned.save_pretrained(folder / "tuned")
+    tuned = noisy(in_transformers(folder / "base"))
+    (text_of(tuned) if kind in WITH_IMAGES else tuned).save_pretrained(folder / "tuned")
     if request.param.endswith("own names"):
         rewrite(folder / "tuned", lambda t: {k.replace("language_model.", ""): t[k] for k in t})
     expected = logits(tuned)
@@ -229,7 +325,10 @@ def pair(request, tmp_path_factory):
 
 
 def in_transformers(path):
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(path)
+    is_listed = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = "AutoModelForCausalLM" if is_listed else "AutoModelForImageTextToText"
+    model, report = getattr(transformers, auto).from_pretrained(
         path, dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"]
@@ -289,6 +388,10 @@ def lora(base: ResolvedModel, out, **options):
         "Mixtral without prefix",
         "Gemma 3, its text",
         "Qwen3.5, its text",
+        "Qwen2.5-VL by newer names",
+        "Llama 4, its text",
+        "Mistral 3, its text",
+        "gpt-oss",
     ],
     indirect=True,
 )
@@ -301,6 +404,89 @@ def test_an_adapter_is_merged_as_peft_merges_it(pair, tmp_path):
     resident = ResidentModel(base, [vector], dtype="float32")
     resident.set_weights({"v": 1.0})
     assert close(logits(resident.model), expected)
+
+
+@pytest.fixture
+def saved_pair(tmp_path):
+    """Return a function class, edits or options of `save_pretrained` -> base and fine-tune."""
+
+    def save(kind, of_base=same, of_tuned=same, base=None, tuned=None):
+        torch.manual_seed(0)
+        model = CLASSES[kind]()
+        model.save_pretrained(tmp_path / "base", **base or {})
+        noisy(model).save_pretrained(tmp_path / "tuned", **tuned or {})
+        rewrite(tmp_path / "base", of_base)
+        rewrite(tmp_path / "tuned", of_tuned)
+        return ResolvedModel(tmp_path / "base", "base"), tmp_path / "tuned"
+
+    return save
+
+
+def input_first(tensors):
+    """Store experts as programs before transformers 5 did."""
+    return {
+        name: value.transpose(1, 2).contiguous() if "mlp.experts" in name else value
+        for name, value in tensors.items()
+    }
+
+
+TOGETHER = {"save_original_format": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "edits", "options", "told"),
+    [
+        ("mixtral", {}, {"tuned": TOGETHER}, r"experts\.down_proj'.*block_sparse_moe.experts\.\d"),
+        ("mixtral", {}, {"base": TOGETHER}, r"block_sparse_moe\.experts.*experts\.down_proj'"),
+        ("deepseek v3", {}, {"tuned": TOGETHER}, r"experts\.down_proj'.*experts\.\d+\.down"),
+        ("qwen3-vl moe", {"of_base": input_first}, {}, r"experts\.down_proj' has shape"),
+        ("qwen3-vl moe", {"of_tuned": input_first}, {}, r"experts\.down_proj' has shape"),
+    ],
+)
+def test_weights_in_two_forms_are_refused_with_how_to_store_them_alike(
+    saved_pair, tmp_path, kind, edits, options, told
+):
+    base, tuned = saved_pair(kind, **edits, **options)
+    with pytest.raises(ModelError, match=rf"{told}.*save_original_format=False"):
+        open_vector("v", str(tuned), base)
+    for path in (base.path, tuned):
+        in_transformers(path).save_pretrained(tmp_path / f"{path.name}-alike", **TOGETHER)
+    alike = ResolvedModel(tmp_path / "base-alike", "base")
+    vector = open_vector("v", str(tmp_path / "tuned-alike"), alike)
+    resident = ResidentModel(alike, [vector], dtype="float32")
+    resident.set_weights({"v": 1.0})
+    assert close(logits(resident.model), logits(in_transformers(tuned)))
+
+
+def test_a_form_that_the_loaded_model_does_not_hold_is_merged_and_refused_by_a_search(
+    saved_pair, tmp_path
+):
+    base, tuned = saved_pair("qwen3-vl moe", input_first, input_first)
+    vector = open_vector("v", str(tuned), base)
+    write_merged(base, [vector], {"v": 1.0}, tmp_path / "out")
+    expected = logits(in_transformers(tuned))
+    assert close(logits(in_transformers(tmp_path / "out")), expected)
+    with pytest.raises(
+        ModelError, match=r"experts\.down_proj', which the vectors move, in the form"
+    ):
+        ResidentModel(base, [vector], dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "deepseek v3"])
+def test_an_adapter_of_stacked_experts_is_refused_and_merged_as_a_delta(kind, tmp_path):
+    torch.manual_seed(0)
+    CLASSES[kind]().save_pretrained(tmp_path / "base")
+    base = ResolvedModel(tmp_path / "base", "base")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = lora(base, tmp_path / "a", target_modules=[], target_parameters=experts)
+    with pytest.raises(ModelError, match=r"target_parameters.*--from-adapter"):
+        open_vector("v", str(tmp_path / "a"), base)
+    adapter = ResolvedModel(tmp_path / "a", "a")
+    extract_any_adapter("v", adapter, base, tmp_path / "delta", dtype="float32")
+    delta = open_vector("v", str(tmp_path / "delta"), base)
+    write_merged(base, [delta], {"v": 1.0}, tmp_path / "out")
+    assert close(logits(in_transformers(tmp_path / "out")), logits(adapted))
+    assert not close(logits(in_transformers(base.path)), logits(adapted))
 
 
 @pytest.fixture(scope="module")
@@ -550,7 +736,7 @@ def test_tokens_that_a_fine_tune_added_are_left_to_mergekit_where_it_is_asked(
     write_text(tmp_path / "plain.yml", yaml_text(config))
     write_text(tmp_path / "merge.yml", yaml_text(config | {"tokenizer_source": "base"}))
     for file, engine in (("plain.yml", None), ("merge.yml", "native")):
-        with pytest.raises(VocabularyError, match="added or removed tokens"):
+        with pytest.raises(VocabularyError, match="added, removed or moved tokens"):
             merge(tmp_path / file, tmp_path / "out", engine=engine)
     assert merge(tmp_path / "merge.yml", tmp_path / "out") == "mergekit"
     found = logits(in_transformers(tmp_path / "out"))

@@ -1025,3 +1025,30 @@ def test_a_task_that_two_objectives_look_up_in_different_folders_is_refused(tmp_
     objectives = [Objective.model_validate(terms | {"include_path": each}) for each in folders]
     with pytest.raises(EvaluationError, match="task 'arc' is looked up in two folders"):
         load_tasks(objectives)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{until: 2024-01-31}", r"generation\.until: found datetime"),
+        ("{until: !!set {a, b}}", r"generation\.until: found {'[ab]', '[ab]'}"),
+        ("{bad_words_ids: [[1, .nan]]}", r"generation\.bad_words_ids\.0\.1: found nan"),
+        ("{temperature: .inf}", r"generation\.temperature: found inf"),
+        ("{until: [!!binary YQ==]}", r"generation\.until\.0: found b'a'"),
+        ("{watermarking_config: {1: 2}}", r"generation\.watermarking_config: found the key 1"),
+        ("{max_gen_toks: 1000000000}", r"max_gen_toks: found 1000000000\. .* 1 to 131,072"),
+        ("{max_gen_toks: 0}", r"max_gen_toks: found 0"),
+        ("{max_gen_toks: 8.5}", r"max_gen_toks: found 8\.5\. Expected a whole number"),
+        ("{max_gen_toks: true}", r"max_gen_toks: found True"),
+        ("{max_tokens: null}", r"max_tokens: found None"),
+        ('{max_new_tokens: "8"}', r"max_new_tokens: found '8'"),
+        ("{num_beams: 100000}", r"num_beams: found 100000\. .* 1 to 1,024"),
+        ("{top_k: -1}", r"top_k: found -1"),
+        ("{temperature: 1e300}", r"temperature: found 1e\+300"),
+    ],
+)
+def test_generation_is_plain_json_of_bounded_numbers(tmp_path, text, message):
+    path = tmp_path / "objective.yaml"
+    path.write_text(f"terms:\n- task: t\n  generation: {text}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"objective\.yaml:3: terms\.0\.{message}|{message}"):
+        ObjectiveFile.read(path)

@@ -1,9 +1,12 @@
 """workers.py: trials on real Dask clusters, whose workers die, have no model, or are not there."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from importlib import import_module
@@ -14,6 +17,7 @@ from uuid import uuid4
 import dask
 import pytest
 import torch
+import yaml
 from distributed import Client, LocalCluster, rpc
 from distributed.security import Security
 
@@ -506,3 +510,67 @@ def test_a_scheduler_that_is_lost_in_mid_search_is_an_error(tmp_path, monkeypatc
 def test_processes_and_a_scheduler_exclude_each_other(tmp_path, both):
     with pytest.raises(ConfigError, match="Give one of them"):
         Workers(config_of(tmp_path), **both)
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+# a shell without job control starts what runs in the background with SIGINT ignored
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from optimer_hf.cli import main; main()"
+)
+
+
+def is_alive(group: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
+
+
+def test_a_signal_to_the_whole_process_group_leaves_no_process_and_nothing_temporary(
+    make_base, make_adapter, corpus_dir, tmp_path
+):
+    base = make_base("gemma", torch.float32)
+    data = {
+        "base_model": str(base.path),
+        "dtype": "float32",
+        "vectors": {"w": {"source": str(make_adapter(base, 1))}},
+        "objective": {"terms": [{"text": str(corpus_dir / "aaa.search.jsonl"), "name": "t"}]},
+        "search": {"n_trials": 300, "rescore_top": 0},
+    }
+    study, out, scratch = tmp_path / "study.yaml", tmp_path / "out", tmp_path / "tmp"
+    study.write_text(yaml.safe_dump(data))
+    scratch.mkdir()
+    command = [sys.executable, "-c", COMMAND, "search", str(study), str(out), "--workers", "2"]
+    n_before = 0
+    for number, status in {signal.SIGTERM: 143, signal.SIGINT: 130}.items():
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"TMPDIR": str(scratch)},
+        )
+        deadline = time.monotonic() + 120
+        while n_trials_in(out) < n_before + 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == status, said
+        lines = [line for line in said.splitlines() if line and not line.startswith("search: ")]
+        assert len(lines) == 1, said
+        assert lines[0].startswith("interrupted. Finished stages and trials"), said
+        deadline = time.monotonic() + 20
+        while is_alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_alive(process.pid)
+        assert list(scratch.iterdir()) == []
+        assert n_trials_in(out) >= n_before + 2
+        n_before = n_trials_in(out)
+
+
+def n_trials_in(out: Path) -> int:
+    file = out / "trials.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0

@@ -9,6 +9,7 @@ kills itself with SIGKILL right before the event it was told.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import json
@@ -45,6 +46,7 @@ OUTSIDE_PYTHON = (  # writers that no audit event sees: module, function
     ("peft.peft_model", "safe_save_file"),
     ("torch", "save"),
 )
+ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # of a disk that takes no data
 SECONDS = 300  # a child that takes longer hangs
 # what may differ from run to run: how long it took, in what memory, and when a file was written
 TIMED = [
@@ -95,6 +97,16 @@ class Driver:
             return [killed]
         return [killed, self._child(arguments)]
 
+    def refused_at(
+        self, start: str, arguments: Sequence[str], number: int, error: int
+    ) -> list[Outcome]:
+        """Let the disk refuse data from an event on, and start the command again when it takes
+        some.
+        """
+        self._put(start)
+        refused = self._child(arguments, kill_at=number, error=error)
+        return [refused, self._child(arguments)]
+
     def found(self, ignored: str) -> dict[str, str]:
         """Return file -> digest of what a command left here and on the Hub."""
         there = {} if self.repo is None else repository(self.repo)
@@ -108,13 +120,16 @@ class Driver:
             removed_repository(self.repo)
         shutil.copytree(self.scratch / state, self.work, symlinks=True)
 
-    def _child(self, arguments: Sequence[str], kill_at: int | None = None) -> Outcome:
+    def _child(
+        self, arguments: Sequence[str], kill_at: int | None = None, error: int | None = None
+    ) -> Outcome:
         said, events = self.scratch / "said.txt", self.scratch / "events.txt"
         for path in (said, events):
             path.write_text("")
         child = os.fork()
         if child == 0:
-            _be_child(self.work, arguments, said, events, kill_at, self.scratch / "modules.json")
+            modules = self.scratch / "modules.json"
+            _be_child(self.work, arguments, said, events, kill_at, modules, error)
         deadline, status = time.monotonic() + SECONDS, None
         while status is None and time.monotonic() < deadline:
             ended, code = os.waitpid(child, os.WNOHANG)
@@ -145,6 +160,7 @@ def _be_child(
     events: Path,
     kill_at: int | None,
     modules: Path,
+    error: int | None,
 ) -> None:
     """Run the command in this process, which is a fork, and end it."""
     status = 70
@@ -155,7 +171,7 @@ def _be_child(
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         log = os.open(events, os.O_WRONLY | os.O_APPEND)
-        _count_events(str(work), log, kill_at)
+        _count_events(str(work), log, kill_at, error)
         sys.argv = ["optimer", *arguments]
         from optimer_hf.cli import main
 
@@ -173,8 +189,10 @@ def _be_child(
         os._exit(status)
 
 
-def _count_events(work: str, log: int, kill_at: int | None) -> None:
-    """Note every change below `work` in the file `log`; SIGKILL right before number `kill_at`."""
+def _count_events(work: str, log: int, kill_at: int | None, error: int | None) -> None:
+    """Note every change below `work` in the file `log`; SIGKILL right before number `kill_at`, or,
+    where there is an errno, refuse whatever takes room from there on.
+    """
     lock, count = threading.Lock(), 0
     seen = threading.local()
 
@@ -182,8 +200,11 @@ def _count_events(work: str, log: int, kill_at: int | None) -> None:
         nonlocal count
         with lock:
             count += 1
-            if count == kill_at:
+            if count == kill_at and error is None:
                 os.kill(os.getpid(), signal.SIGKILL)
+            takes_room = not what.startswith(("os.remove", "os.rmdir", "after", "before os.fsync"))
+            if error is not None and kill_at is not None and count >= kill_at and takes_room:
+                raise OSError(error, os.strerror(error), what.split(" ")[1])
             os.write(log, f"{what}\n".encode(errors="replace"))
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -301,6 +322,19 @@ def differing(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str
     return wrong
 
 
+def _is_said(outcome: Outcome, error: int) -> bool:
+    """Whether a command that the disk refused says so in a line, or did without."""
+    if outcome.status == 0:
+        return True
+    errors = [line for line in outcome.said.splitlines() if line.startswith("error: ")]
+    return (
+        outcome.status == 1
+        and len(errors) == 1
+        and os.strerror(error) in errors[0]
+        and "Traceback" not in outcome.said
+    )
+
+
 def tried(driver: Driver, request: Mapping[str, Any]) -> dict[str, Any]:
     """Kill one command as often as asked, and return how often it failed, and how."""
     start, arguments, ignored = request["start"], request["arguments"], request["ignored"]
@@ -318,14 +352,20 @@ def tried(driver: Driver, request: Mapping[str, Any]) -> dict[str, Any]:
         numbers = sorted(chosen)
     failed = []
     for number in numbers:
-        outcomes = driver.killed_at(start, arguments, number)
+        error, event = ERRORS[number % len(ERRORS)], whole.events[number - 1]
+        if request["is_refused"]:
+            outcomes = driver.refused_at(start, arguments, number, error)
+        else:
+            outcomes = driver.killed_at(start, arguments, number)
         last = outcomes[-1]
         found = differing(driver.found(ignored), expected)
         ended = last.status == 0 or re.search(request["accepted"], last.said) is not None
         if not ended or found:
-            event = whole.events[number - 1]
             tail = " | ".join(last.said.strip().splitlines()[-3:])
             failed.append(f"{number} ({event}): exit {last.status}, {found}, {tail}")
+        elif request["is_refused"] and not _is_said(outcomes[0], error):
+            tail = " | ".join(outcomes[0].said.strip().splitlines()[-4:])
+            failed.append(f"{number} ({event}): exit {outcomes[0].status}, {tail}")
         told = f"{request['name']} {number}/{len(whole.events)}: {len(failed)} failed\n"
         sys.stderr.write(told)
         sys.stderr.flush()

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -187,6 +188,37 @@ def test_an_adapter_without_tensors_is_refused(base, adapter, tmp_path):
     with pytest.raises(ModelError, match=r"empty: holds no tensors"):
         extract_any_adapter("v", ResolvedModel(empty, "v"), base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # of PEFT, which says it too
+@pytest.mark.parametrize(
+    ("gone", "options", "said"),
+    [
+        (".layers.1.", {}, r"7 layers that its config targets \(.*; of layer 1\)"),
+        (".o_proj.", {}, r"2 layers .*self_attn\.o_proj\.weight; of layer 0, 1\)"),
+        (".layers.1.", {"layers_to_transform": [0]}, None),
+        ("nothing", {"target_modules": ["q_proj", "v_proj"]}, None),
+        ("nothing", {"exclude_modules": ["o_proj"]}, None),
+    ],
+)
+def test_layers_that_an_adapter_targets_and_lacks_are_named_once(
+    base, make_adapter, tmp_path, caplog, gone, options, said
+):
+    """PEFT leaves them as they are, too: the delta is that of PEFT."""
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    whole = make_adapter(base, 1, **{"target_modules": linear} | options)
+    path = changed_adapter(
+        whole,
+        tmp_path / "less",
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if gone not in name},
+    )
+    for _ in range(2):
+        vector = open_vector("ja", str(path), base)
+        assert_moves_as_peft(vector, base, path)
+    found = [message for message in caplog.messages if "its config targets" in message]
+    assert len(found) == (said is not None)
+    if said is not None:
+        assert re.search(said, found[0]), found[0]
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
