@@ -1,18 +1,22 @@
-"""Progress of long work: a rich bar on a terminal, a plain log line every few seconds elsewhere;
-and what work has cost.
+"""Progress of long work: a bar on a terminal or in a notebook, a plain log line every few seconds
+elsewhere; and what work has cost.
 
 Comes before every stage that takes more than two seconds. Nothing here is stored; figures that last
 belong to the ledger of the stage.
 """
 
+import html
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter, process_time
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from optimer_hf.printable import visible
@@ -21,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_VIEWS = 0.25  # of a bar in a notebook, each of which is a message to the browser
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,115 @@ class Cost:
         return Cost.now() + self * -1
 
 
+class _Bar(Protocol):
+    """Where a Meter shows how far work is."""
+
+    def show(self, done: int, figures: str) -> None:
+        """Show that `done` units are done, with figures as text."""
+        ...
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        ...
+
+
+class _TerminalBar:
+    """A rich bar on stderr."""
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        columns = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+        ]
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+        self._bar.start()
+        self._task = self._bar.add_task(title, total=total, completed=done, figures="")
+
+    def show(self, done: int, figures: str) -> None:
+        self._bar.update(self._task, completed=done, figures=figures)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class _NotebookBar:
+    """A bar in the output of a notebook cell. It needs IPython alone: the bars of tqdm and rich
+    need ipywidgets there, and warn or stay empty without it.
+    """
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        self._title, self._total = title, total
+        self._last: tuple[int, str] = (done, "")
+        self._shown_at = perf_counter()
+        self._output = _Output(*self._views())
+
+    def show(self, done: int, figures: str) -> None:
+        self._last = done, figures
+        if perf_counter() - self._shown_at > SECONDS_BETWEEN_VIEWS:
+            self._shown_at = perf_counter()
+            self._output.update(*self._views())
+
+    def close(self) -> None:
+        self._output.update(*self._views())
+
+    def _views(self) -> tuple[str, str]:
+        """Return what the cell shows, as text and as HTML."""
+        done, figures = self._last
+        text = f"{self._title}: {figures}" if figures else f"{self._title}: {done}/{self._total}"
+        bar = f'<progress value="{done}" max="{self._total}"></progress>'
+        return text, f"{bar} {html.escape(text)}"
+
+
+class _Output:
+    """A piece of the output of a notebook cell that can be changed."""
+
+    def __init__(self, text: str, page: str) -> None:
+        from IPython.display import display
+
+        self._handle = display(self._bundle(text, page), raw=True, display_id=True)
+
+    def update(self, text: str, page: str) -> None:
+        """Show other text and HTML in its place."""
+        if self._handle is not None:  # where there is no front end
+            self._handle.update(self._bundle(text, page), raw=True)
+
+    @staticmethod
+    def _bundle(text: str, page: str) -> dict[str, str]:
+        return {"text/plain": text, "text/html": page}
+
+
+def _is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "IPython" in sys.modules and Console(stderr=True).is_jupyter
+
+
+def _bar(title: str, total: int, done: int) -> _Bar | None:
+    """Return the bar that shows here; None where only lines do."""
+    if _is_notebook():
+        return _NotebookBar(title, total, done)
+    return _TerminalBar(title, total, done) if sys.stderr.isatty() else None
+
+
+@contextmanager
+def announced(text: str) -> Iterator[None]:
+    """Say what is being done before the first unit of work can be counted: at once, and in a
+    notebook or on a terminal for as long as it takes.
+    """
+    text = visible(text)
+    if _is_notebook():
+        output, started = _Output(f"{text} ...", html.escape(f"{text} ...")), perf_counter()
+        yield
+        told = f"{text}: {perf_counter() - started:.1f} s"
+        output.update(told, html.escape(told))
+    elif sys.stderr.isatty():
+        with Console(stderr=True).status(escape(text)):
+            yield
+    else:
+        logger.info("%s", text)
+        yield
+
+
 class Meter:
     """Counts units of one piece of work and shows rate and time left; a context manager."""
 
@@ -54,20 +168,10 @@ class Meter:
         self._first = self._done = done
         self._started = self._last_line = perf_counter()
         self._note = ""
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            columns = [
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.fields[figures]}", markup=False),
-            ]
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task(
-                self.title, total=self.total, completed=self._done, figures=""
-            )
+        self._bar = _bar(self.title, self.total, self._done)
         return self
 
     def __exit__(
@@ -77,7 +181,7 @@ class Meter:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
         elif kind is None:
             logger.info("%s: %s", self.title, self._figures())
 
@@ -86,7 +190,7 @@ class Meter:
         self._done += n
         self._note = visible(note)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, figures=self._figures())
+            self._bar.show(self._done, self._figures())
         elif self._done < self.total and perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = perf_counter()
             logger.info(

@@ -1,9 +1,14 @@
 """progress.py: the lines of long work where there is no terminal."""
 
 import logging
+import re
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 
 from optimer_hf import progress
-from optimer_hf.progress import Meter
+from optimer_hf.progress import Meter, announced
 
 
 def test_lines_tell_how_far_and_the_last_one_what_came_out(caplog, monkeypatch):
@@ -25,3 +30,42 @@ def test_work_that_fails_does_not_say_that_it_is_done(caplog):
         except ValueError:
             pass
     assert caplog.messages == []
+
+
+# -- in a notebook ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cell(monkeypatch):
+    """What a cell shows, as it runs."""
+    monkeypatch.setattr(progress, "_is_notebook", lambda: True)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_VIEWS", -1)
+    InteractiveShell.instance()
+    with capture_output() as shown:
+        yield shown
+    InteractiveShell.clear_instance()
+
+
+def test_a_cell_shows_one_bar_that_moves(cell, caplog):
+    with caplog.at_level(logging.INFO), Meter("search <b>", 3, "trials") as meter:
+        meter.advance(1, "best < 1")
+        meter.advance(2, "best +0.2")
+    views = [output.data for output in cell.outputs]
+    assert caplog.messages == []
+    assert [re.findall(r'value="(.)" max="3"', view["text/html"]) for view in views] == [
+        ["0"], ["1"], ["3"], ["3"]
+    ]  # fmt: skip
+    assert "search &lt;b&gt;: 1/3 trials" in views[1]["text/html"]
+    assert "best &lt; 1" in views[1]["text/html"] and "<b>" not in views[1]["text/html"]
+    assert views[3]["text/plain"].endswith("best +0.2")
+
+
+def test_work_that_cannot_be_counted_is_announced(cell):
+    with announced("opening <x>"):
+        assert cell.outputs[-1].data["text/html"] == "opening &lt;x&gt; ..."
+    assert re.fullmatch(r"opening <x>: \d+\.\d s", cell.outputs[-1].data["text/plain"])
+
+
+def test_without_a_notebook_or_a_terminal_a_line_announces_it(caplog):
+    with caplog.at_level(logging.INFO), announced("opening"):
+        assert caplog.messages == ["opening"]

@@ -8,6 +8,7 @@ in the dtype of the model; this one does neither.
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,16 +22,19 @@ GPU_TOKENS_PER_BATCH = 4096  # fewer do not fill it; more take the memory that t
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Silence the harness, its progress bars and those of `datasets`; our own meter shows the
-    trials.
+    """Silence the harness, its progress bars and those of `datasets` for a while; our own meter
+    shows the trials.
     """
     import datasets
+    from lm_eval.api import task
 
     loggers = [
         logging.getLogger(name) for name in ("lm_eval", "lm-eval", "lm_eval.evaluator", "datasets")
     ]
     levels = [log.level for log in loggers]
+    had_bars, bar = datasets.is_progress_bar_enabled(), task.tqdm
     datasets.disable_progress_bars()
+    task.tqdm = partial(bar, disable=True)  # lm-eval has no switch for the bar of its prompts
     for log in loggers:
         log.setLevel(logging.ERROR)
     try:
@@ -38,6 +42,9 @@ def quiet_harness() -> Iterator[None]:
     finally:
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
+        task.tqdm = bar
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
 def harness_model(model: Any, tokenizer: Any) -> Any:
@@ -81,6 +88,9 @@ def harness_model(model: Any, tokenizer: Any) -> Any:
             self, requests: list[Any], disable_tqdm: bool = False
         ) -> list[tuple[float, bool]]:
             return list(super().loglikelihood(requests, disable_tqdm=True))
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            return list(super().generate_until(requests, disable_tqdm=True))
 
         def loglikelihood_rolling(
             self, requests: list[Any], disable_tqdm: bool = False
