@@ -15,6 +15,8 @@ from smac.acquisition.maximizer.abstract_acquisition_maximizer import AbstractAc
 from smac.facade.abstract_facade import AbstractFacade
 from smac.main.config_selector import ConfigSelector
 from smac.model.abstract_model import AbstractModel
+from smac.runhistory.dataclasses import TrialInfo, TrialValue
+from threadpoolctl import threadpool_limits
 
 from optimer_hf.scoring.objective import combine
 from optimer_hf.study.acquisition import log_expected_improvement, maximise
@@ -271,8 +273,6 @@ class Asker:
 
     def __init__(self, config: StudyConfig, scratch: Path) -> None:
         """Prepare SMAC; it writes its own files into `scratch`, where nobody reads them."""
-        from optimer_hf.searching.smac import Record
-
         self._config, self._scratch = config, scratch
         self._record = Record(config)
 
@@ -284,8 +284,6 @@ class Asker:
         """Return the weights to try as trial `number`, while `pending` weights are still being
         evaluated.
         """
-        from threadpoolctl import threadpool_limits
-
         self._record.number, self._record.pending = number, [dict(weights) for weights in pending]
         if self._config.search.surrogate == "random":
             rng = np.random.default_rng([self._config.search.seed, number])
@@ -299,8 +297,6 @@ class Asker:
         """Return a facade that knows what it needs: ours the base, so that it does not draw at
         random; one of SMAC's own all trials, or as many as the surrogate would look at.
         """
-        from optimer_hf.searching.smac import facade_of, stock_facade_of
-
         trials = [trial for trial in self._record.trials if not trial.is_blameless]
         if self._config.search.surrogate == "per_term":
             facade, known = facade_of(self._record, self._scratch), trials[:1]
@@ -317,9 +313,6 @@ class Asker:
         """Tell SMAC the cost of a trial; a crashed one gets a finite cost, an infinite one would
         break the model.
         """
-        from ConfigSpace import Configuration
-        from smac.runhistory.dataclasses import TrialInfo, TrialValue
-
         point = np.clip(to_unit(self._config, [trial.weights])[0], 0, 1)
         configuration = Configuration(facade.scenario.configspace, vector=point)
         cost = self._cost(trial) if trial.status == "ok" else self._cost_of_crashed()
