@@ -13,19 +13,24 @@ DataFiles = LocalText | list[LocalText] | dict[str, LocalText | list[LocalText]]
 
 
 class CorpusConfig(FileModel):
-    """Where training text comes from: local files (`path`: a file, a folder of shards or a glob),
-    or a data set that `datasets` can stream, whose `dataset_config`, `data_files` and `split` are
-    those of `load_dataset`.
-    """
+    """Where training text comes from. Give either `path` or `dataset`."""
 
     path: LocalPath | None = None
+    """Local text: a file (.jsonl .json .csv .tsv .txt .md .parquet .arrow; .gz .xz .bz2 .zst), a
+    folder of such files, or a pattern (data/*.jsonl).
+    """
     dataset: LocalText | None = None
+    """Data set for `datasets.load_dataset`, streamed: a Hub id or a folder."""
     dataset_config: str | None = Field(
         default=None, validation_alias=AliasChoices("dataset_config", "name")
     )
+    """Configuration of the data set, the `name` of load_dataset. Default: the data set's own."""
     data_files: DataFiles | None = None
+    """Files of the data set to read, as load_dataset takes them. Default: all files."""
     split: str = "train"
+    """Split of the data set, as load_dataset takes it: train, train[:1%], ..."""
     text_field: str = "text"
+    """Column or field that holds the text of a document."""
 
     def mistakes(self) -> Iterator[Mistake]:
         if (self.path is None) == (self.dataset is None):

@@ -34,7 +34,9 @@ class FieldError(ValueError):
 class FileModel(BaseModel):
     """A part of one of our files: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield what is wrong between sound fields; all of it is told at once."""
@@ -52,6 +54,7 @@ class VersionedFile(FileModel):
     """The top level of one of our files."""
 
     format_version: Literal[1] = 1
+    """Version of the file format."""
 
     @classmethod
     def read(cls, path: Path) -> Self:

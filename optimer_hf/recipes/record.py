@@ -16,26 +16,38 @@ class Ingredient(FileModel):
     """One vector of a recipe."""
 
     source: ReferenceText
+    """Where the vector is: a directory, a Hub id at a commit (org/name@commit) or pypi:PACKAGE."""
     weight: float = Field(ge=-1e4, le=1e4)
+    """Weight of the vector in the merge."""
 
 
 class RecipeFile(VersionedFile):
-    """recipe.yaml: all that is needed to build the merge, and the evidence for it.
-
-    `tokenizer_source`: the vector or the model whose tokenizer the merge has, if not the base's.
-    """
+    """recipe.yaml: everything needed to build the merge, and the evidence for it."""
 
     name: str
+    """Name of the recipe."""
     base_model: ReferenceText
+    """Model that the vectors are added to."""
     dtype: Literal["bfloat16", "float16", "float32"]
+    """dtype of the merged model."""
     vectors: dict[str, Ingredient]
+    """Vectors of the merge with their weights, by name."""
     tokenizer_source: TokenizerSource = None
+    """Vector or model that the merge takes its tokenizer from. Default: the base."""
     objective: dict[str, Any]
+    """What the search maximized; the fields of an objective."""
     scores: dict[str, Any]
+    """Scores of the merge: in the search, re-scored, and on the sealed test. `optimer build` does
+    not read them.
+    """
     study: dict[str, Any]
+    """Study that the weights come from: its digest, trials and seed."""
     ledger: dict[str, Any] = {}
+    """Time, items and tokens that the search took."""
     versions: dict[str, str] = {}
-    derived_from: str | None = None  # the recipe it continues: org/name@commit
+    """Versions of the packages that the search ran with."""
+    derived_from: str | None = None
+    """Recipe that this one continues, as org/name@commit."""
 
     @property
     def weights(self) -> dict[str, float]:

@@ -40,26 +40,50 @@ ONLY_OF_ITEMS = {"metric", "text_field", "num_fewshot", "generation", "hash_rang
 
 
 class Term(FileModel):
-    """One part of an objective: a metric of an lm-eval task, bits per byte or perplexity of the
-    documents of a file, or a Python function of the model, named here and given to `ResidentPool`.
-
-    `generation` goes to lm-eval as generation_kwargs. `hash_range` takes the items whose hash, as a
-    number in [0, 1), is in [low, high): the same task can serve the search and the sealed test.
-    """
+    """One part of an objective. Give exactly one of `task`, `text` and `function`."""
 
     task: str | None = None
+    """lm-eval task, one of its own or one found through `include_path`."""
     text: LocalPath | None = None
+    """JSONL file of documents, plain or compressed, to measure the likelihood of."""
     function: str | None = None
+    """Name of a Python function of the model that returns a number for each item; it is given to
+    `ResidentPool`, so such a term works from Python only.
+    """
     text_field: str = "text"
+    """Field of a `text` file's rows that holds the document."""
     metric: str = "bits_per_byte"
+    """What to measure. For `text`: bits_per_byte or byte_perplexity. For `task`: a metric of the
+    task, with its filter where it has one (exact_match,flexible-extract).
+    """
     higher_is_better: bool | None = None
+    """Whether larger numbers of a `function` are better. lm-eval's metrics know this themselves."""
     name: str | None = None
+    """What tables and messages call the term. Default: the task, the function, or the name of the
+    text file up to its first dot.
+    """
     weight: float = Field(default=1.0, ge=0, le=1e6)
+    """Weight of the term in the objective. 0 records the score without counting it, so that other
+    objectives can use it later.
+    """
     limit: int | None = Field(default=None, gt=0, le=10**7)
+    """Number of items to score, spread evenly over the file or task, the same in every trial.
+    Default: the limit of the objective.
+    """
     num_fewshot: int | None = Field(default=None, ge=0, le=1000)
+    """Number of few-shot examples of a `task`. Default: what the task says."""
     generation: dict[str, Any] = {}
+    """Options for a `task` that generates text, over the task's own generation_kwargs; for
+    instance {max_gen_toks: 160}. A task that sets no length stops at 256 tokens.
+    """
     hash_range: tuple[Portion, Portion] = (0.0, 1.0)
+    """Use only the items whose hash, as a number in [0, 1), lies in [low, high). With [0, 0.5] in
+    the objective and [0.5, 1] in the test, one task serves both.
+    """
     rescore_only: bool = False
+    """Skip the term in the search and score it only when the best trials are scored again; for
+    tasks that are too slow for every trial.
+    """
 
     def mistakes(self) -> Iterator[Mistake]:
         if sum(source is not None for source in (self.task, self.text, self.function)) != 1:
@@ -152,13 +176,17 @@ def _out_of_range(name: str, value: Any) -> str | None:
 
 
 class Constraint(Term):
-    """A term that must not get worse than the base by more than a share of the base's score.
+    """A term that must not get much worse than the base; merges that break it are rejected.
 
-    With the label of a term it is about that term, and nothing is scored twice.
+    A constraint with the name of a term is a bound on that term, and nothing is scored twice.
     """
 
     weight: Literal[0] = 0
+    """A constraint does not count in the objective."""
     max_relative_to_base: float = Field(ge=0, le=1e6)
+    """How much worse than the base the score may be, as a share of the base's score: 0.02 allows a
+    loss 2 % higher or an accuracy 2 % lower.
+    """
 
 
 def _asked_otherwise(constraint: Term, term: Term) -> str | None:
@@ -176,18 +204,30 @@ def _asked_otherwise(constraint: Term, term: Term) -> str | None:
 
 
 class Objective(FileModel):
-    """Terms and how they become one number, larger is better; terms of weight 0 are recorded and do
-    not count. Merges that break a constraint are out.
-    """
+    """What to score a merge on, and how the scores become one number; larger is better."""
 
     combine: Literal["relative_to_base", "weighted_mean", "worst"] = "relative_to_base"
+    """How the terms become one number. relative_to_base: the weighted mean of the gains over the
+    base, where a gain is the difference of accuracies or the relative decrease of a loss.
+    weighted_mean: the weighted mean of the scores themselves (losses negated), for terms of one
+    metric. worst: the smallest gain of any term, so that no term is sacrificed for another.
+    """
     terms: list[Term] = Field(min_length=1)
+    """Tasks, texts and functions to score."""
     constraints: list[Constraint] = []
+    """What must not get worse; merges that break a constraint are rejected."""
     include_path: LocalPath | None = None
+    """Folder with your own lm-eval tasks (YAML)."""
     limit: int | None = Field(default=None, gt=0, le=10**7)
+    """Number of items for each term and trial. Default: all items."""
     apply_chat_template: bool = False
+    """Wrap the prompts of tasks in the tokenizer's chat template."""
     fewshot_as_multiturn: bool = False
+    """Write few-shot examples as turns of a conversation instead of one long prompt. Needs
+    apply_chat_template.
+    """
     system_instruction: str | None = None
+    """System message to put before every prompt."""
 
     def mistakes(self) -> Iterator[Mistake]:
         yield from self._mistakes_of_names()

@@ -34,12 +34,18 @@ Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # below 0 it is refused by wha
 
 
 class VectorConfig(FileModel):
-    """One vector of the pool: where it is, or which training run of the recipe folder makes it."""
+    """One vector of the pool. Give either `source` or `train`."""
 
     source: ReferenceText | None = None
+    """Where the vector is: a directory, a Hub id (org/name or org/name@revision) or pypi:PACKAGE.
+    It may be a fine-tuned model, a LoRA adapter, or a delta that `optimer extract` wrote.
+    """
     train: RelativeText | None = None
+    """Train file of the same recipe folder, from which `optimer run` trains the vector."""
     bounds: tuple[Weight, Weight] = (0.0, 1.5)
+    """Lowest and highest weight that the search may try, as [low, high]."""
     fixed: Weight | None = None
+    """Keep the vector in every merge at this weight instead of searching its weight."""
 
     def mistakes(self) -> Iterator[Mistake]:
         if (self.source is None) == (self.train is None):
@@ -72,44 +78,61 @@ VectorEntry = Annotated[
 
 
 class SearchConfig(FileModel):
-    """How long, how and how carefully to search.
-
-    `surrogate`: a Gaussian process per term (ours, inside SMAC), SMAC's own process of the combined
-    value, SMAC's random forest, or none. `total`: bounds of the sum of the searched weights, which
-    makes the search one over directions and scales. `pareto`: spread the trials along the front of
-    the terms, another weighting of them for each (after ParEGO; Knowles, IEEE TEVC 2006), instead
-    of seeking the one optimum of the objective. `spread`: do so with every other trial from the
-    twentieth on, which makes a study ready for other objectives and, where scores are noisy, keeps
-    it from settling on a lucky place (`per_term` only). `report_to`: where trials are shown as they
-    come, by the names of the HF Trainer's `report_to` (tensorboard, wandb, ...).
-    """
+    """How many trials to run, how to choose them, and how to re-score the best."""
 
     n_trials: int = Field(default=30, gt=0, le=LARGEST_SEARCH)
+    """Number of merges to score, including the first ones, which every search has in common: the
+    base, each vector alone at 0.7, and the average.
+    """
     surrogate: Literal["per_term", "black_box", "random_forest", "random"] = "per_term"
+    """Model that chooses the next weights. per_term: one Gaussian process for each term.
+    black_box: SMAC's Gaussian process of the combined value. random_forest: SMAC's random forest.
+    random: no model, random weights.
+    """
     total: tuple[Total, Total] | None = None
+    """Lowest and highest sum of the searched weights, as [low, high]. Needs surrogate per_term or
+    random. Without it, only the bounds of each vector apply.
+    """
     pareto: bool = False
+    """Spread the trials along the Pareto front of the terms, each trial with its own random
+    weighting of the terms (ParEGO; Knowles, IEEE TEVC 2006), instead of looking for a single
+    optimum. Needs at least two terms with a weight above 0.
+    """
     spread: bool = True
+    """From the twentieth trial on, choose every second trial for a random weighting of the terms.
+    The study can then answer other objectives, and it does not settle on a lucky score. Only with
+    surrogate per_term.
+    """
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the search, of random vectors and of DARE's masks."""
     rescore_top: int = Field(default=3, ge=0, le=LARGEST_SEARCH)
+    """Number of best trials to score again on more items before choosing the best; 0 skips this."""
     rescore_limit: int | None = Field(default=None, gt=0, le=LARGEST_LIMIT)
+    """Number of items for each term when re-scoring, at least as many as in the search. Default:
+    all items.
+    """
     report_to: list[str] = []
+    """Where to log every trial, by the names that the HF Trainer knows: tensorboard, wandb, ..."""
 
 
 class SearchBaseline(SearchConfig):
-    """Another search to compare with, by other settings: `limit` items a term instead of the
-    objective's.
-    """
+    """Another search with its own settings, to compare with."""
 
     limit: int | None = Field(default=None, gt=0, le=LARGEST_LIMIT)
+    """Number of items for each term, instead of the limits of the objective."""
 
 
 class MixtureBaseline(FileModel):
-    """A data mixture that `optimer run` trains to compare with: shares by vector (or those that its
-    weights read as), with the tokens of all vectors together or of one.
-    """
+    """A model trained on the mixed data by `optimer run`, to compare with."""
 
     shares: dict[str, Share] | Literal["uniform", "searched"] = "uniform"
+    """Share of each vector's corpus, as {vector: share}; shares need not sum to 1. uniform: equal
+    shares. searched: the weights of the merge, read as ratios (see `optimer ratios`).
+    """
     budget: Literal["all", "one"] = "all"
+    """Number of tokens to train on. all: as many as all vectors together. one: as many as one
+    vector on average.
+    """
 
     def mistakes(self) -> Iterator[Mistake]:
         shares = self.shares.values() if isinstance(self.shares, dict) else [1.0]
@@ -118,41 +141,59 @@ class MixtureBaseline(FileModel):
 
 
 class Baselines(FileModel):
-    """What to compare the merge with beyond weights of its own pool.
-
-    `models` are adapters or checkpoints trained from the base, by what to call them; random
-    vectors are merged with the weights of the incumbent, and drawn, as DARE's masks are, by the
-    seed of the search.
+    """What `optimer compare` and `optimer run` compare the merge with, beyond other weights of the
+    same vectors.
     """
 
     merge_methods: list[MergeMethod] = []
+    """Other merge methods to run on the same vectors, through mergekit."""
     random_vectors: bool = False
+    """Compare with random vectors of the same norms, merged at the same weights. A merge that is
+    not better has learned nothing from its vectors.
+    """
     searches: dict[str, SearchBaseline] = {}
+    """Other searches over the same vectors, each under the name of its row in the tables."""
     models: dict[str, ReferenceText] = {}
+    """Other models or adapters trained from the base, each under the name of its row in the
+    tables.
+    """
     mixtures: dict[str, MixtureBaseline] = {}
+    """Models that `optimer run` trains on the mixed data, each under the name of its row in the
+    tables.
+    """
 
 
 class StudyConfig(VersionedFile):
-    """study.yaml: base, pool, objective, sealed test, other objectives to answer from the same
-    trials, and what to compare with.
-
-    `vectors` gives every vector by name as its source (`math: you/gemma-math`) or, where more is to
-    be said, as the fields of a VectorConfig.
-
-    `tokenizer_source`: whose tokenizer, chat template and generation config score and ship with the
-    merge: `base` (the default), a vector of the pool, or a model. It has to give the tokens of the
-    base their ids.
-    """
+    """study.yaml: which vectors to merge, what to score the merges on, and how to search."""
 
     base_model: ReferenceText
+    """Model that all vectors were trained from: a directory, a Hub id (org/name or
+    org/name@revision) or pypi:PACKAGE.
+    """
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """dtype of the merged model, in the trials and on disk. Sums are always formed in float32."""
     vectors: dict[str, VectorEntry] = Field(min_length=1, max_length=MOST_VECTORS)
+    """Vectors to merge, by name. A plain text is short for its source:
+    {math: you/gemma-math, code: {source: ./code-lora, bounds: [0, 1.2]}}.
+    """
     tokenizer_source: TokenizerSource = None
+    """Where the merge takes its tokenizer, chat template and generation config from: base (the
+    default), the name of a vector, or a model. Tokens of the base must keep their ids.
+    """
     objective: Objective
+    """What the search maximizes."""
     test: Objective | None = None
+    """Sealed test: items that the search never sees, on which `optimer compare` scores the merge
+    and every baseline.
+    """
     retarget: dict[str, dict[str, Share]] = {}
+    """Other objectives, each as {term: weight} over the recorded terms. They are answered from the
+    same trials, without a search of their own, and each adds a row to `optimer compare`.
+    """
     search: SearchConfig = SearchConfig()
+    """How many trials to run and how to choose them."""
     baselines: Baselines = Baselines()
+    """What to compare the merge with."""
 
     def rescore_limit_of(self, term: Term) -> int | None:
         """Return how many items of a term re-scoring looks at (None: all): never fewer than the

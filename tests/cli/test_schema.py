@@ -32,6 +32,14 @@ def test_the_published_schema_is_the_one_that_the_command_prints(kind: str):
     Draft202012Validator.check_schema(json.loads(result.output))
 
 
+@pytest.mark.parametrize("kind", schema.KINDS)
+def test_every_field_of_a_file_says_what_it_is_for(kind: str):
+    whole = schema.KINDS[kind].model_json_schema()
+    for name, part in {kind: whole, **whole.get("$defs", {})}.items():
+        for field, found in part["properties"].items():
+            assert found.get("description", "").endswith((".", "...")), f"{name}.{field}"
+
+
 def test_no_schema_is_left_over():
     assert {path.stem for path in PUBLISHED.iterdir()} == set(schema.KINDS)
 
