@@ -9,13 +9,14 @@ good (arXiv 2602.12323), so the random control keeps rank and norm of every tens
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from optimer_hf.comparison.rows import Contender, RowKind
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.reading import yaml_text
@@ -25,7 +26,7 @@ from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_files
 from optimer_hf.models.resolve import resolve_base
-from optimer_hf.study.config import RANDOM, MergeMethod, StudyConfig
+from optimer_hf.study.config import MergeMethod, StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
@@ -43,44 +44,47 @@ MERGE_METHODS: dict[MergeMethod, Callable[[int], dict[str, float]]] = {
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model to compare with: how it is called, what it is known by once it was scored, and how to
-    make its vectors in a scratch directory.
+class Model(Contender):
+    """A model to compare with: its weights are of vectors that `make` writes into a scratch
+    directory, by the names that they are known by once they were scored.
     """
 
-    name: str
-    weights: dict[str, float]
     make: Callable[[Path], dict[str, str]]
 
 
-def models(study: Study) -> list[Model]:
-    """Return the models that `baselines` of a study asks for, not yet built."""
+def models(study: Study, mixtures: Mapping[str, str] | None = None) -> list[Model]:
+    """Return the models that `baselines` of a study asks for, not yet built; of its mixtures those
+    that are given, name -> directory.
+    """
     config, wanted = study.config, study.config.baselines
     for name, source in wanted.models.items():
         if Path(source).is_absolute() and not Path(source).is_dir():
             raise ConfigError(f"baselines.models: {name!r}: {source}: no such directory.")
-    found = []
+    rows = []
     for method in wanted.merge_methods:
         if method == "model_stock" and len(config.free) < 2:
             logger.warning("model_stock needs two vectors; it is left out")
             continue
-        found.append(_merged_by(method, config))
+        rows.append(_merged_by(method, config))
     if wanted.random_vectors:
-        found.append(_random(config, study.incumbent.weights))
-    found.extend(_as_it_is(name, source) for name, source in wanted.models.items())
-    return [_beside_fixed(model, config) for model in found]
+        rows.append(_random(config, study.incumbent.weights))
+    rows.extend(_as_it_is("model", name, source) for name, source in wanted.models.items())
+    rows.extend(_as_it_is("mixture", name, source) for name, source in (mixtures or {}).items())
+    return [_beside_fixed(model, config) for model in rows]
 
 
-def _as_it_is(name: str, source: str) -> Model:
+def _as_it_is(kind: RowKind, name: str, source: str) -> Model:
     key = f"{name} ({_sha256_of(source)})"
-    return Model(name, {key: 1.0}, lambda scratch: {key: source})
+    return Model(kind, name, {key: 1.0}, lambda scratch: {key: source})
 
 
 def _beside_fixed(model: Model, config: StudyConfig) -> Model:
     """Add the fixed vectors at their weights, as every other row has them."""
     fixed = {name: str(config.vectors[name].source) for name in config.fixed}
-    return Model(
-        model.name, model.weights | config.fixed, lambda scratch: model.make(scratch) | fixed
+    return replace(
+        model,
+        weights=model.weights | config.fixed,
+        make=lambda scratch: model.make(scratch) | fixed,
     )
 
 
@@ -109,7 +113,7 @@ def _merged_by(method: MergeMethod, config: StudyConfig) -> Model:
         _merge_with_mergekit(method, parameters, config, scratch, out)
         return {key: str(out)}
 
-    return Model(method, {key: 1.0}, make)
+    return Model("method", method, {key: 1.0}, make)
 
 
 def _merge_with_mergekit(
@@ -157,7 +161,7 @@ def _random(config: StudyConfig, weights: Mapping[str, float]) -> Model:
             made[names[name]] = str(out)
         return made
 
-    return Model(RANDOM, {names[name]: weights[name] for name in names}, make)
+    return Model("random", "", {names[name]: weights[name] for name in names}, make)
 
 
 def write_random_like(

@@ -6,10 +6,12 @@ number of trials. What a reader would not guess: two ratios are given, because t
 be paid for, too, unless somebody else has trained them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from optimer_hf.comparison.rows import SealedRow
+from optimer_hf.scoring.scores import TermScore
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.record import read_record
@@ -17,7 +19,7 @@ from optimer_hf.vectors.record import read_record
 PHASES = ("ask", "merge", "evaluate", "forward", "cpu")
 
 
-def trial_ledger(trials: Sequence[Trial]) -> dict[str, Any]:
+def trial_ledger(trials: Sequence[Trial | SealedRow]) -> dict[str, Any]:
     """Return count, items, tokens and seconds of trials by phase, their CPU-seconds (asking
     aside), and the share that is not the model's forward pass. Items of scores that were taken over
     cost nothing and do not count.
@@ -29,7 +31,7 @@ def trial_ledger(trials: Sequence[Trial]) -> dict[str, Any]:
         "items": sum(
             len(score.items)
             for trial in trials
-            for score in trial.terms.values()
+            for score in _scores_of(trial).values()
             if not score.taken_over
         ),
         "tokens": sum(trial.n_tokens for trial in trials),
@@ -41,6 +43,10 @@ def trial_ledger(trials: Sequence[Trial]) -> dict[str, Any]:
         "harness": round(total["evaluate"] - total["forward"], 2),
         "overhead_share": round(1 - total["forward"] / spent, 4) if spent else 0.0,
     }
+
+
+def _scores_of(trial: Trial | SealedRow) -> Mapping[str, TermScore]:
+    return trial.scores if isinstance(trial, SealedRow) else trial.terms
 
 
 def ledger(study: Study) -> dict[str, Any]:

@@ -16,59 +16,53 @@ from functools import cache, partial
 from pathlib import Path
 
 from optimer_hf.comparison import baselines
-from optimer_hf.comparison.rows import AT_BEST_SCALE, Comparison, Row
+from optimer_hf.comparison.rows import (
+    Comparison,
+    Contender,
+    SealedRow,
+    check_titles,
+    title_of,
+    weights_key,
+)
+from optimer_hf.comparison.seal import SealedLog
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.files.digest import digest
-from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.text import slug
 from optimer_hf.progress import Meter
-from optimer_hf.scoring.objective import Objective
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
-from optimer_hf.study.config import (
-    AVERAGE,
-    BASE,
-    FIXED_ALONE,
-    MERGE,
-    RETARGETED,
-    SUM,
-    StudyConfig,
-    VectorConfig,
-)
+from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.directory import Study, locked
 from optimer_hf.study.prediction import best_scale, predict
-from optimer_hf.study.trials import OF_TEST, SEALED_FILE, Trial, TrialLog
+from optimer_hf.study.trials import OF_TEST, Trial
 
 logger = logging.getLogger(__name__)
 
 
-class Seal(VersionedFile):
-    """sealed.json: the rows chosen before the first sealed score was seen, by name."""
-
-    rows: dict[str, str]
-
-
-def candidates(study: Study) -> dict[str, dict[str, float]]:
-    """Return every row's weights by name: base, each alone at 1.0 and at its best scale, average,
-    sum, merge.
+def candidates(study: Study) -> list[Contender]:
+    """Return the weights of every row of the study's own pool: base, each vector alone at 1.0 and
+    at its best scale, average, sum; then the merge, and what it was re-targeted to.
     """
     config = study.config
     free, fixed = list(config.free), config.fixed
-    rows = {BASE: dict.fromkeys(free, 0.0) | dict.fromkeys(fixed, 0.0)}
+    nothing = dict.fromkeys(free, 0.0)
+    rows = [Contender("base", "", nothing | dict.fromkeys(fixed, 0.0))]
     if fixed:
-        rows[FIXED_ALONE] = dict.fromkeys(free, 0.0) | fixed
+        rows.append(Contender("fixed", "", nothing | fixed))
     for name in free:
-        rows[f"{name} at 1.0"] = {other: float(other == name) for other in free} | fixed
+        rows.append(Contender("alone", name, nothing | {name: 1.0} | fixed))
     for name in free:
-        weights = study.row(f"{name}{AT_BEST_SCALE}", partial(best_scale, study, name))
-        rows[f"{name}{AT_BEST_SCALE}, {weights[name]:g}"] = weights
+        choose = partial(best_scale, study, name)
+        weights = study.row(title_of("best_scale", name), choose)
+        rows.append(Contender("best_scale", name, weights))
     if len(free) > 1:
-        rows[AVERAGE] = dict.fromkeys(free, 1 / len(free)) | fixed
-        rows[SUM] = dict.fromkeys(free, 1.0) | fixed
-    rows[MERGE] = study.incumbent.weights
+        rows.append(Contender("average", "", dict.fromkeys(free, 1 / len(free)) | fixed))
+        rows.append(Contender("sum", "", dict.fromkeys(free, 1.0) | fixed))
+    rows.append(Contender("merge", "", study.incumbent.weights))
     for name, target in config.retarget.items():
-        asked = f"{RETARGETED}{name} {json.dumps(target, sort_keys=True)}"
-        rows[f"{RETARGETED}{name}"] = study.row(asked, partial(_predicted, study, target))
+        key = f"{title_of('retargeted', name)} {json.dumps(target, sort_keys=True)}"
+        weights = study.row(key, partial(_predicted, study, target))
+        rows.append(Contender("retargeted", name, weights))
     return rows
 
 
@@ -76,19 +70,26 @@ def _predicted(study: Study, target: Mapping[str, float]) -> dict[str, float]:
     return predict(study, target).weights
 
 
-def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool) -> Comparison:
+def compare(
+    study: Study,
+    *,
+    mixtures: Mapping[str, str] | None = None,
+    pool: Callable[[StudyConfig], Pool] = ResidentPool,
+) -> Comparison:
     """Score all candidates on the sealed test and return them; scored ones are read, not scored
-    again.
+    again. `mixtures` are the models trained for `baselines.mixtures`, by name.
 
-    Raises ConfigError when the study has no `test`, EvaluationError when a row cannot be scored.
+    Raises ConfigError when the study has no `test`, or two rows one title; EvaluationError when a
+    row cannot be scored.
     """
-    objective = study.config.test
+    objective, mixtures = study.config.test, mixtures or {}
     if objective is None:
         raise ConfigError(
             f"{study.directory}: study.yaml has no `test:` section, so there is nothing sealed to "
             "compare on."
         )
-    if study.config.baselines.mixtures:
+    check_titles(study.config)
+    if study.config.baselines.mixtures.keys() - mixtures:
         logger.warning("mixtures of `baselines` are trained by `optimer run`; they are left out")
 
     @cache
@@ -98,53 +99,54 @@ def compare(study: Study, *, pool: Callable[[StudyConfig], Pool] = ResidentPool)
         return found
 
     with locked(study.directory):
-        models = {model.name: model for model in baselines.models(study)}
-        wanted = _rows(study, models, opened)
-        log = TrialLog(study.directory / SEALED_FILE)
-        planned = _planned(study.directory, log.trials, wanted)
-        found = {_key(trial.weights): trial for trial in log.trials}
-        missing = {_key(weights): name for name, weights in wanted.items()}
-        rows = {wanted_name: wanted[wanted_name] for wanted_name in missing.values()}
-        unscored = {name: weights for name, weights in rows.items() if _key(weights) not in found}
-        own = {name: weights for name, weights in unscored.items() if name not in models}
+        models = baselines.models(study, mixtures)
+        log = SealedLog(study.directory, study.config)
+        contenders = _contenders(study, models, opened)
+        planned = log.open_seal(contenders)
+        known = {row.key for row in log.rows}
+        to_score = [each for each in _last_by_weights(contenders) if each.key not in known]
+        built = {each.key: each for each in models}
+        own = [each for each in to_score if each.key not in built]
         if own:
-            found |= _score(study, objective, own, log, opened())
+            _score(study, own, log, opened(), planned)
         opened.cache_clear()
         with _scratch_of(study) as scratch:
-            for name in (name for name in unscored if name in models):
-                gc.collect()  # the harness holds its model, the one before, in a cycle
-                made = _with_pool(study.config, models[name].make(scratch))
-                found |= _score_other(study, objective, {name: wanted[name]}, log, pool, made)
-    return Comparison(
-        [
-            Row(name, weights, found[_key(weights)].terms, _key(weights) not in planned)
-            for name, weights in wanted.items()
-        ],
-        objective,
-        study.config.retarget,
+            for each in to_score:
+                if (model := built.get(each.key)) is not None:
+                    gc.collect()  # the harness holds its model, the one before, in a cycle
+                    made = _with_pool(study.config, model.make(scratch))
+                    _score_other(study, each, log, pool(made), planned)
+    scored = {row.key: row for row in log.rows}
+    rows = [_as(each, scored[each.key]) for each in contenders]
+    return Comparison(rows, objective, study.config.retarget)
+
+
+def _last_by_weights(contenders: Sequence[Contender]) -> list[Contender]:
+    """Return one contender for each weight set, the last of those that share it."""
+    return list({each.key: each for each in contenders}.values())
+
+
+def _as(contender: Contender, scored: SealedRow) -> SealedRow:
+    """Return what equal weights scored as the row of a contender."""
+    return replace(
+        scored, kind=contender.kind, subject=contender.subject, weights=contender.weights
     )
 
 
 def _score_other(
-    study: Study,
-    objective: Objective,
-    rows: Mapping[str, dict[str, float]],
-    log: TrialLog,
-    pool: Callable[[StudyConfig], Pool],
-    config: StudyConfig,
-) -> dict[str, Trial]:
-    """Score rows of a pool of other vectors, which is dropped before the next one is made.
+    study: Study, contender: Contender, log: SealedLog, pool: Pool, planned: frozenset[str]
+) -> None:
+    """Score a row of a pool of other vectors.
 
     Raises StudyError when all else is not what the study has: base, tokenizer and sealed items.
     """
-    opened = pool(config)
     common = {
         key: digest
-        for key, digest in opened.inputs.items()
+        for key, digest in pool.inputs.items()
         if key.startswith(OF_TEST) or key in ("base_model", "tokenizer_source")
     }
     study.check_inputs(common)
-    return _score(study, objective, rows, log, opened)
+    _score(study, [contender], log, pool, planned)
 
 
 @contextmanager
@@ -162,68 +164,43 @@ def recorded(study: Study) -> Comparison | None:
     """Return the rows that were scored so far, without scoring any; None while the incumbent is not
     among them.
     """
-    trials = TrialLog(study.directory / SEALED_FILE, repair=False).trials
-    if study.config.test is None or not trials:
+    config = study.config
+    if config.test is None:
         return None
-    planned = _planned(study.directory, trials, {})
-    found = {
-        trial.origin: Row(
-            trial.origin, trial.weights, trial.terms, _key(trial.weights) not in planned
-        )
-        for trial in trials
-    }
-    base = next((row for row in found.values() if not any(row.weights.values())), None)
-    merge = found.get(MERGE)
-    if base is None or merge is None or _key(merge.weights) != _key(study.incumbent.weights):
+    log = SealedLog(study.directory, config, repair=False)
+    rows = {(row.kind, row.subject): row for row in log.rows}  # of several, the last
+    base = next((row for row in rows.values() if not any(row.weights.values())), None)
+    merge = rows.get(("merge", ""))
+    if base is None or merge is None or merge.key != weights_key(study.incumbent.weights):
         return None
-    targets = [row for name, row in found.items() if name.startswith(RETARGETED)]
-    # of rows with equal weights one was scored, under the name of the last
-    others = [row for row in found.values() if row is not base and row.is_baseline]
+    # of rows with equal weights one was scored, as the last of them
+    others = [row for row in rows.values() if row is not base and row.is_baseline]
+    targets = [row for row in rows.values() if row.kind == "retargeted"]
     retarget = {
-        name: weights
-        for name, weights in study.config.retarget.items()
-        if f"{RETARGETED}{name}" in found
+        name: weights for name, weights in config.retarget.items() if ("retargeted", name) in rows
     }
-    rows = [replace(base, name=BASE), *others, merge, *targets]
-    return Comparison(rows, study.config.test, retarget)
+    first = replace(base, kind="base", subject="")
+    return Comparison([first, *others, merge, *targets], config.test, retarget)
 
 
-def _rows(
-    study: Study, models: Mapping[str, baselines.Model], opened: Callable[[], Pool]
-) -> dict[str, dict[str, float]]:
-    """Return the weights of every row, the merge and what it was re-targeted to behind all others;
-    other searches run here, before anything sealed is scored.
-
-    Raises ConfigError when two rows are called alike.
+def _contenders(
+    study: Study, models: Sequence[baselines.Model], opened: Callable[[], Pool]
+) -> list[Contender]:
+    """Return every row to score, the merge and what it was re-targeted to behind all others; other
+    searches run here, before anything sealed is scored.
     """
     own = candidates(study)
-    last = [name for name in own if name == MERGE or name.startswith(RETARGETED)]
-    taken = [*own, *study.config.baselines.searches, *models]
-    for name in taken:
-        if taken.count(name) > 1 or (name.startswith(RETARGETED) and name not in own):
-            raise ConfigError(f"baselines: {name!r} is the name of another row. Give another name.")
-    found = {name: weights for name, weights in own.items() if name not in last}
+    searches = []
     for name, settings in study.config.baselines.searches.items():
         config = study.config.searched_otherwise(settings)
         folder = f"{slug(name)}-{digest(settings.model_dump(mode='json'))[:6]}"
         directory = study.directory / "searches" / folder
-        found[name] = search(config, directory, pool=lambda _: opened()).incumbent.weights
-    found |= {name: model.weights for name, model in models.items()}
-    return found | {name: own[name] for name in last}
-
-
-def _planned(
-    directory: Path, trials: Sequence[Trial], wanted: Mapping[str, dict[str, float]]
-) -> frozenset[str]:
-    """Return the rows that were chosen before the seal was opened; they are written down at the
-    first opening, before the first score.
-    """
-    file = directory / "sealed.json"
-    if not file.exists():
-        first = [trial for trial in trials if trial.number == trials[0].number]
-        rows = {trial.origin: trial.weights for trial in first} or dict(wanted)
-        Seal(rows={name: _key(weights) for name, weights in rows.items()}).write(file)
-    return frozenset(Seal.read(file).rows.values())
+        best = search(config, directory, pool=lambda _: opened()).incumbent
+        searches.append(Contender("other_search", name, best.weights))
+    baseline, last = (
+        [each for each in own if each.is_baseline == is_baseline] for is_baseline in (True, False)
+    )
+    return [*baseline, *searches, *models, *last]
 
 
 def _with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
@@ -234,40 +211,33 @@ def _with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
 
 def _score(
     study: Study,
-    objective: Objective,
-    rows: Mapping[str, dict[str, float]],
-    log: TrialLog,
+    contenders: Sequence[Contender],
+    log: SealedLog,
     pool: Pool,
-) -> dict[str, Trial]:
-    """Score rows on the sealed test, each on disk before the next; return them by key."""
-    found = {}
-    for trial in _scored(study, objective, rows, pool):
-        log.append(trial)
-        found[_key(trial.weights)] = trial
-    return found
-
-
-def _scored(
-    study: Study, objective: Objective, rows: Mapping[str, dict[str, float]], pool: Pool
-) -> Iterator[Trial]:
+    planned: frozenset[str],
+) -> None:
+    """Score rows on the sealed test, each on disk before the next."""
+    objective = study.config.test
+    assert objective is not None  # `compare` has looked
     terms = objective.at("rescore")
     limits = {term.label: objective.limit_of(term) for term in terms}
-    n_trials = len(
-        study.log.trials
-    )  # the seal remembers how much of the search was known when a row was chosen
-    with Meter("sealed test", len(rows), "rows") as meter:
-        for name, weights in rows.items():
-            trial = run_trial(
-                pool, Trial(n_trials, name, "sealed", weights, "ok", {}, {}), terms, limits
-            )
+    n_known = len(study.log.trials)
+    with Meter("sealed test", len(contenders), "rows") as meter:
+        for each in contenders:
+            trial = Trial(n_known, each.title, "sealed", each.weights, "ok", {}, {})
+            trial = run_trial(pool, trial, terms, limits)
             if trial.status == "crashed":
                 reason = str(trial.error).partition("\n")[0]
-                raise EvaluationError(f"sealed test: row {name!r} cannot be scored: {reason}")
-            yield trial
+                raise EvaluationError(f"sealed test: row {each.title!r} cannot be scored: {reason}")
+            row = SealedRow(
+                each.kind,
+                each.subject,
+                each.weights,
+                scores=trial.terms,
+                chosen_after_seal=each.key not in planned,
+                n_trials_known=n_known,
+                seconds=trial.seconds,
+                n_tokens=trial.n_tokens,
+            )
+            log.append(row)
             meter.advance(1)
-
-
-def _key(weights: Mapping[str, float]) -> str:
-    return json.dumps(
-        {name: round(weight, 6) + 0.0 for name, weight in weights.items()}, sort_keys=True
-    )

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from optimer_hf.comparison.rows import Comparison, Row
+from optimer_hf.comparison.rows import Comparison, SealedRow
 from optimer_hf.files.text import markdown_table
 from optimer_hf.scoring.objective import Objective, gains
 from optimer_hf.scoring.units import OF_TERMS, Unit, said_of, shown_value
-from optimer_hf.study.config import MERGE, RETARGETED
 from optimer_hf.study.prediction import retargeted
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -30,7 +29,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             cells = [OF_TERMS.show(each[label]) for label in labels]
         is_base = row is comparison.base
         value = shown_value(objective, row.scores, comparison.base.scores, is_base=is_base)
-        lines.append([row.title, *cells, value])
+        lines.append([row.marked_title, *cells, value])
     return header, lines
 
 
@@ -38,18 +37,18 @@ def verdicts(comparison: Comparison) -> list[str]:
     """Return what the sealed test says, a sentence per objective: merge against the best of the
     others.
     """
-    rows: dict[str, tuple[Row, Objective | None]] = {MERGE: (comparison.merge, None)}
+    rows: list[tuple[SealedRow, Objective | None]] = [(comparison.merge, None)]
     for name, weights in comparison.retarget.items():
-        row = next(row for row in comparison.rows if row.name == f"{RETARGETED}{name}")
-        rows[row.name] = (row, retargeted(comparison.objective, weights))
+        target = retargeted(comparison.objective, weights)
+        rows.append((comparison.row("retargeted", name), target))
     sentences = []
-    for name, (row, objective) in rows.items():
+    for row, objective in rows:
         other = comparison.best_baseline(objective)
         interval = comparison.interval(row, other, objective)
         said = said_of(interval, Unit.of(objective or comparison.objective), is_gain=False)
         if objective is not None:
             said += "; the best scales are those for the study's own objective"
-        sentences.append(f"{name} minus the best of the others ({other.name}): {said}.")
+        sentences.append(f"{row.title} minus the best of the others ({other.title}): {said}.")
     return sentences
 
 
@@ -75,7 +74,7 @@ def intervals_to_markdown(comparison: Comparison) -> str:
     for row in comparison.rows:
         if row is not comparison.base:
             found = {label: comparison.term_interval(row, label) for label in labels}
-            lines.append([row.title, *map(OF_TERMS.show_interval, found.values())])
+            lines.append([row.marked_title, *map(OF_TERMS.show_interval, found.values())])
             kinds |= {interval.kind for interval in found.values() if interval.kind != "none"}
             few |= {label: i.verdict for label, i in found.items() if i.has_few_items}
     notes = [f"* Kind of the intervals: {', '.join(sorted(kinds))}."] if kinds else []
@@ -91,7 +90,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         over_base = comparison.interval(row, comparison.base)
         rows.append(
             {
-                "name": row.name,
+                "name": row.title,
+                "kind": row.kind,
+                "subject": row.subject,
                 "weights": row.weights,
                 "chosen_after_seal": row.chosen_after_seal,
                 "value": comparison.value(row),

@@ -133,6 +133,7 @@ def _trainings(
 
 def _check_study(config: Any, trainings: Mapping[str, Any], file: Path) -> None:
     """Raise ConfigError for a study that a run cannot carry out."""
+    from optimer_hf.comparison.rows import check_titles
     from optimer_hf.scoring.items import check_disjoint
     from optimer_hf.scoring.tasks import load_tasks
 
@@ -160,6 +161,7 @@ def _check_study(config: Any, trainings: Mapping[str, Any], file: Path) -> None:
             "with the tokenizer of the base. Leave the field out, or name another model."
         )
     _check_mixtures(config, trainings, file)
+    check_titles(config)
 
 
 def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:

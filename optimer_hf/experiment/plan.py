@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from optimer_hf.comparison.rows import rows_of
 from optimer_hf.errors import ModelError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.reading import read_json
@@ -277,7 +278,7 @@ def _stages(
     stages.append(Stage("mixtures", f"{mixed:,} tokens", slowest * mixed))
     for name, settings in each.searches.items():
         stages += _searching(config.searched_otherwise(settings), probe, f"{name}: ")
-    n_rows = _n_rows(config)
+    n_rows = len(rows_of(config))  # at most: rows with equal weights are scored once
     limits = {term.label: config.test.limit_of(term) for term in config.test.at("rescore")}
     items, cost = _scoring(config.test.at("rescore"), limits, probe)
     stages.append(Stage("sealed test", f"{n_rows} rows of {items:,} items", cost * n_rows))
@@ -317,14 +318,6 @@ def _scoring(
             n_items += n
             cost += probe.item_costs[_item_key(term)] * n
     return n_items, cost
-
-
-def _n_rows(config: StudyConfig) -> int:
-    """Return the rows of the sealed test, at most: rows with equal weights are scored once."""
-    free, each = len(config.free), config.baselines
-    own = 1 + bool(config.fixed) + 2 * free + 2 * (free > 1) + 1 + len(config.retarget)
-    others = len(each.merge_methods) + each.random_vectors + len(each.searches)
-    return own + others + len(each.models) + len(each.mixtures)
 
 
 # -- telling ---------------------------------------------------------------------------------------

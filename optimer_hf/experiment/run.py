@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -60,7 +59,7 @@ def run_recipe(run: Run) -> str:
     with locked(run.out):
         train_vectors(run, trainings)
         study = search.search(config, run.out / "study")
-        comparison = compare(with_mixtures(run, study, trainings))
+        comparison = compare(study, mixtures=train_mixtures(run, study, trainings))
         sealed = to_json(comparison)
         spent = ledger_of(run, study, list(trainings))
         write_report(study, run.out / "report.html", figures=run.out / FIGURES)
@@ -133,18 +132,16 @@ def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
             describe(out, resolve_base(config.base_model), name=name, kind=config.kind)
 
 
-def with_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> Any:
+def train_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> dict[str, str]:
     """Train the data mixtures that `baselines` asks for, with the settings of the vectors, and
-    return the study with them among its models.
+    return where they are, by name.
     """
     from optimer_hf.training.mixture import mixture, ratios
     from optimer_hf.training.run import train
 
-    wanted = study.config.baselines
     tokens = {name: int(training.max_tokens or 0) for name, training in trainings.items()}
-    models = dict(wanted.models)
-    weights = study.incumbent.weights
-    for name, baseline in wanted.mixtures.items():
+    weights, trained = study.incumbent.weights, {}
+    for name, baseline in study.config.baselines.mixtures.items():
         shares = baseline.shares
         if shares == "uniform":
             shares = dict.fromkeys(trainings, 1.0)
@@ -157,9 +154,8 @@ def with_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> Any:
         config = mixture(trainings, shares, name=slug(name), max_tokens=n_tokens)
         out = run.out / "mixtures" / f"{config.name}-{config.digest[:6]}"
         train(config, out)
-        models[name] = str(out)
-    baselines = wanted.model_copy(update={"models": models, "mixtures": {}})
-    return replace(study, config=study.config.model_copy(update={"baselines": baselines}))
+        trained[name] = str(out)
+    return trained
 
 
 # -- ledger ----------------------------------------------------------------------------------------
@@ -168,6 +164,7 @@ def with_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> Any:
 def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
     """Return where the time went: seconds and tokens of every stage."""
     from optimer_hf.comparison.ledger import ledger, trial_ledger
+    from optimer_hf.comparison.seal import SealedLog
     from optimer_hf.study.trials import TrialLog
 
     entries: dict[str, Any] = {}
@@ -184,9 +181,8 @@ def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
     others = sorted((run.out / "study" / "searches").glob("*/trials.jsonl"))
     if others:
         entries["other searches"] = trial_ledger([t for o in others for t in TrialLog(o).trials])
-    sealed = run.out / "study" / "sealed.jsonl"
-    if sealed.exists():
-        entries["sealed"] = trial_ledger(TrialLog(sealed).trials)
+    if rows := SealedLog(study.directory, study.config).rows:
+        entries["sealed"] = trial_ledger(rows)
     return entries
 
 

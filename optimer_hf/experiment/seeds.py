@@ -11,20 +11,20 @@ folder's own, whose seeds are moved by 0.
 import json
 import logging
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from optimer_hf.comparison.rows import AT_BEST_SCALE, titled
+from optimer_hf.comparison.rows import RowKind, marked, title_of
+from optimer_hf.comparison.seal import kind_of_title
 from optimer_hf.experiment.folder import Run, load
 from optimer_hf.experiment.run import claim, finished_summary, run_recipe
 from optimer_hf.files.reading import read_json
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table
 from optimer_hf.scoring.units import Unit
-from optimer_hf.study.config import MERGE
+from optimer_hf.study.config import StudyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,16 @@ class Spread:
 class SeededRow:
     """A row of the sealed test in all runs: gain over the base, and the merge minus it."""
 
-    name: str
+    kind: RowKind
+    subject: str
     chosen_after_seal: bool  # in one of the runs
     gain: Spread
     merge_minus: Spread
+
+    @property
+    def title(self) -> str:
+        """The name of the row in tables, without the scale that a seed has found."""
+        return title_of(self.kind, self.subject)
 
 
 def run_seeds(run: Run, n_seeds: int) -> str:
@@ -77,17 +83,17 @@ def run_seeds(run: Run, n_seeds: int) -> str:
         if finished_summary(each) is None:
             run_recipe(each)
     results = [read_json(each.out / "results.json") for each in runs]
-    rows, merges = rows_of(results), [_by_name(result)[MERGE]["weights"] for result in results]
+    rows = rows_of(results, config)
+    merges = [_by_kind(result, config)["merge", ""]["weights"] for result in results]
     text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}"
     answers = {
         row["over_base"].get("verdict", "") for result in results for row in result["rows"][1:]
     }
     few = sorted(answer for answer in answers if answer.startswith("too few"))
     text += "".join(f"\nWithin a run, the sealed test has {answer}.\n" for answer in few)
-    left_out = sorted(
-        {name for each in results for name in _by_name(each)} - {r.name for r in rows}
-    )
-    if left_out:
+    everywhere = {(row.kind, row.subject) for row in rows}
+    anywhere = {key for result in results for key in _by_kind(result, config)}
+    if left_out := sorted(title_of(*key) for key in anywhere - everywhere):
         text += f"\nNot in every run, and left out: {', '.join(left_out)}.\n"
     others = sorted(
         path.name for path in run.out.glob("seed-*") if path not in [r.out for r in runs]
@@ -107,27 +113,34 @@ def claimed_runs(run: Run, n_seeds: int) -> list[Run]:
     return [replace(run, out=run.out / f"seed-{seed}", seed=seed) for seed in range(n_seeds)]
 
 
-def rows_of(results: Sequence[Mapping[str, Any]]) -> list[SeededRow]:
-    """Return the rows that every run has, in the order of the first one, from their
+def rows_of(results: Sequence[Mapping[str, Any]], config: StudyConfig) -> list[SeededRow]:
+    """Return the rows that every run of a study has, in the order of the first one, from their
     results.json.
     """
-    tables = [_by_name(result) for result in results]
+    tables = [_by_kind(result, config) for result in results]
     return [
         SeededRow(
-            name,
-            any(table[name]["chosen_after_seal"] for table in tables),
-            Spread([table[name]["over_base"]["difference"] for table in tables]),
-            Spread([table[name]["merge_minus"]["difference"] for table in tables]),
+            *key,
+            any(table[key]["chosen_after_seal"] for table in tables),
+            Spread([table[key]["over_base"]["difference"] for table in tables]),
+            Spread([table[key]["merge_minus"]["difference"] for table in tables]),
         )
-        for name in tables[0]
-        if all(name in table for table in tables)
+        for key in tables[0]
+        if all(key in table for table in tables)
     ]
 
 
-def _by_name(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return rows by name, without the scale that a seed has found."""
-    scale = re.compile(rf"({AT_BEST_SCALE}), \S+$")
-    return {scale.sub(r"\1", row["name"]): row for row in result["rows"]}
+def _by_kind(
+    result: Mapping[str, Any], config: StudyConfig
+) -> dict[tuple[RowKind, str], Mapping[str, Any]]:
+    """Return the rows of a results.json by kind and subject, which 0.1.0 did not write."""
+    rows = {}
+    for row in result["rows"]:
+        kind, subject = (
+            (row["kind"], row["subject"]) if "kind" in row else kind_of_title(row["name"], config)
+        )
+        rows[kind, subject] = row
+    return rows
 
 
 def to_markdown(
@@ -136,10 +149,10 @@ def to_markdown(
     """Return the tables of rows and of the weights found."""
     numbers = [
         [
-            titled(row.name, row.chosen_after_seal),
+            marked(row.title, row.chosen_after_seal),
             unit.show(row.gain.mean),
             f"{unit.show(min(row.gain.values))} ... {unit.show(max(row.gain.values))}",
-            "" if row.name == MERGE else _shown(row.merge_minus, unit),
+            "" if row.kind == "merge" else _shown(row.merge_minus, unit),
         ]
         for row in rows[1:]
     ]
@@ -172,7 +185,9 @@ def to_json(rows: Sequence[SeededRow], merges: Sequence[Mapping[str, float]]) ->
         "merges": list(merges),
         "rows": [
             {
-                "name": row.name,
+                "name": row.title,
+                "kind": row.kind,
+                "subject": row.subject,
                 "chosen_after_seal": row.chosen_after_seal,
                 "gain": _values(row.gain),
                 "merge_minus": _values(row.merge_minus),

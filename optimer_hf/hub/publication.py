@@ -278,9 +278,10 @@ def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
     if path.name == DECISIONS_FILE:
         return b"".join(line + b"\n" for line in read_lines(path, repair=False))
     for trial in _trials(path):
-        reason = str(trial.get("error") or "").strip().splitlines()
-        kind = reason[0].partition(":")[0] if reason else None  # its text may name hosts or paths
-        trial |= {"worker": None, "error": kind}
+        if "error" in trial:
+            reason = str(trial["error"] or "").strip().splitlines()
+            kind = reason[0].partition(":")[0] if reason else None  # it may name hosts or paths
+            trial |= {"worker": None, "error": kind}
         lines.append(json.dumps(trial, ensure_ascii=False))
     return ("\n".join(lines) + "\n").encode()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from optimer_hf.comparison.seal import SealedLog
 from optimer_hf.errors import HubError
 from optimer_hf.files.model import parse
 from optimer_hf.files.paths import strings_in
@@ -78,7 +79,8 @@ def _check_study(directory: Path) -> None:
     inputs = directory / INPUTS_FILE
     if inputs.exists() and Inputs.read(inputs).folder is not None:
         raise HubError(f"{inputs}: folder: found one, expected null. Ask its author to push again.")
-    open_study(StudyConfig.read(file), directory, repair=False)
+    study = open_study(StudyConfig.read(file), directory, repair=False)
+    SealedLog(directory, study.config, repair=False)
 
 
 def _is_named_elsewhere(reference: str) -> bool:

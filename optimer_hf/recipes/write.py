@@ -22,7 +22,7 @@ from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_fil
 from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
 from optimer_hf.recipes.record import MADE_HERE, MERGE_CONFIG, Lock, RecipeFile
 from optimer_hf.scoring.units import Unit, said_of
-from optimer_hf.study.config import MERGE, StudyConfig
+from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.delta import extract, norms
@@ -221,7 +221,7 @@ def _scores(study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None) ->
         }
     }
     if sealed is not None:
-        merge = next(row for row in sealed["rows"] if row["name"] == MERGE)
+        merge = next(row for row in sealed["rows"] if row["kind"] == "merge")
         found["sealed"] = {
             "value": merge["value"],
             "summary": merge.get("summary"),

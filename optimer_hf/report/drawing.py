@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from optimer_hf.comparison.rows import Row
+from optimer_hf.comparison.rows import SealedRow
 from optimer_hf.files.staging import replacing
 from optimer_hf.scoring.intervals import Interval
 from optimer_hf.study.trials import Trial
@@ -98,13 +98,13 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", S
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _label(row: Row) -> str:
-    """Return the name of a row as it fits beside a figure, with a star that `_note` explains."""
-    name = row.name if len(row.name) <= 34 else f"{row.name[:32]}…"
-    return name + " *" * row.chosen_after_seal
+def _label(row: SealedRow) -> str:
+    """Return the title of a row as it fits beside a figure, with a star that `_note` explains."""
+    title = row.title if len(row.title) <= 34 else f"{row.title[:32]}…"
+    return title + " *" * row.chosen_after_seal
 
 
-def _note(rows: Sequence[Row]) -> str:
+def _note(rows: Sequence[SealedRow]) -> str:
     return "\n* chosen after the seal was opened" * any(row.chosen_after_seal for row in rows)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from optimer_hf.comparison import tables as compare
 from optimer_hf.comparison.ledger import ledger
-from optimer_hf.comparison.rows import Comparison, Row
+from optimer_hf.comparison.rows import Comparison, RowKind, SealedRow
 from optimer_hf.errors import OptimerError
 from optimer_hf.merging import geometry
 from optimer_hf.report.drawing import (
@@ -25,10 +25,9 @@ from optimer_hf.report.drawing import (
 )
 from optimer_hf.scoring.objective import gains
 from optimer_hf.scoring.units import Unit
-from optimer_hf.study.config import AVERAGE, MERGE
 from optimer_hf.study.directory import Study
 from optimer_hf.study.prediction import front
-from optimer_hf.study.space import to_unit
+from optimer_hf.study.space import anchors, to_unit
 from optimer_hf.study.surrogate import Surrogate
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.record import VectorFile, read_record
@@ -215,8 +214,8 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
     for axis, label in zip(axes, labels, strict=True):
         for at, row in enumerate(reversed(rows)):
             interval = found.term_interval(row, label)
-            _draw_interval(axis, at, interval, row.name == MERGE)
-            if row.name == MERGE:
+            _draw_interval(axis, at, interval, row.kind == "merge")
+            if row.kind == "merge":
                 verdicts.setdefault(interval.answer, []).append(label)
         axis.axvline(0, color=INK, linewidth=0.7)
         axis.set_yticks(range(len(rows)), [_label(row) for row in reversed(rows)])
@@ -234,21 +233,34 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
     )
 
 
-def _is_shown(row: Row, comparison: Comparison) -> bool:
+def _is_shown(row: SealedRow, comparison: Comparison) -> bool:
     """The vectors alone, the average, the best other row and the merge."""
-    alone = row.name.endswith((" at 1.0", " alone"))
-    average = row.name in (AVERAGE, "average")
-    return alone or average or row.name in (MERGE, comparison.best_baseline().name)
+    kinds = ("fixed", "alone", "average", "merge")
+    return row.kind in kinds or row == comparison.best_baseline()
 
 
 def _of_search(study: Study) -> Comparison:
     """Return anchors and incumbent on the search items, as if they were a comparison."""
     trials = [trial for trial in study.log.of("search") if trial.status == "ok"]
-    anchors = [t for t in trials if t.origin in ("base", "average") or t.origin.endswith(" alone")]
+    kinds: list[tuple[RowKind, str]] = [
+        ("base", ""),
+        *(("alone", name) for name in study.config.free),
+        ("average", ""),
+    ]
+    anchor_of = {
+        origin: kind for (origin, _), kind in zip(anchors(study.config), kinds, strict=False)
+    }
+    rows = [_row_of(t, *anchor_of[t.origin]) for t in trials if t.origin in anchor_of]
     best = study.incumbent.number
-    rows = [Row(t.origin, t.weights, t.terms, False) for t in anchors]
-    rows += [Row(MERGE, t.weights, t.terms, False) for t in trials if t.number == best]
+    rows += [_row_of(trial, "merge", "") for trial in trials if trial.number == best]
     return Comparison(rows, study.config.objective, {})
+
+
+def _row_of(trial: Trial, kind: RowKind, subject: str) -> SealedRow:
+    n_known = trial.number
+    return SealedRow(
+        kind, subject, trial.weights, trial.terms, False, n_known, trial.seconds, trial.n_tokens
+    )
 
 
 def _sealed(comparison: Comparison) -> Panel:
@@ -263,7 +275,7 @@ def _sealed(comparison: Comparison) -> Panel:
     figure.supxlabel(f"{unit.text}, paired 95 % interval{_note(rows)}")
     base = comparison.value(comparison.base)
     values = "; ".join(
-        f"{row.title} {unit.show(comparison.value(row) - base)}" for row in reversed(rows)
+        f"{row.marked_title} {unit.show(comparison.value(row) - base)}" for row in reversed(rows)
     )
     told = compare.verdicts(comparison)[0]
     return Panel(

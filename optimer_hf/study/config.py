@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -22,11 +22,6 @@ LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
 MOST_VECTORS, NARROWEST = 1000, 1e-3
 LONGEST_NAME = 200  # characters of a vector's name
 MergeMethod = Literal["ties", "dare_ties", "model_stock"]
-BASE, FIXED_ALONE, MERGE = "base", "fixed vectors alone", "searched merge"
-AVERAGE, SUM, RANDOM = "uniform average", "uniform sum", "random vectors of equal norm"
-RETARGETED = "re-targeted to "
-# rows of every comparison, beside those that a vector or a target names
-ROWS = {BASE, FIXED_ALONE, AVERAGE, SUM, MERGE, RANDOM, *get_args(MergeMethod)}
 Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
 LARGEST_TOTAL = LARGEST_WEIGHT * MOST_VECTORS
 Total = Annotated[float, Field(ge=-LARGEST_TOTAL, le=LARGEST_TOTAL)]
@@ -294,20 +289,12 @@ class StudyConfig(VersionedFile):
                 if name in names:
                     told = f"two are called {name!r}; give each its own name"
                     yield ("baselines", group, name), told
-                elif self._names_a_row(name):
-                    told = f"{name!r} is the name of another row. Give another name"
-                    yield ("baselines", group, name), told
                 names.add(name)
         for name, mixture in self.baselines.mixtures.items():
             for vector in mixture.shares if isinstance(mixture.shares, dict) else ():
                 if vector not in self.vectors:
                     told = f"no vector is called {vector!r}; vectors: {sorted(self.vectors)}"
                     yield ("baselines", "mixtures", name, "shares", vector), told
-
-    def _names_a_row(self, name: str) -> bool:
-        """Whether every comparison has, or may have, a row of this name."""
-        of_vectors = tuple(f"{vector} at " for vector in self.vectors)
-        return name in ROWS or name.startswith((RETARGETED, *of_vectors))
 
     def _mistakes_of_search(self, other: SearchConfig | None = None) -> Iterator[Mistake]:
         """Yield what is wrong with the search, or with another one over the same objective."""

@@ -40,7 +40,6 @@ from optimer_hf.study.trials import (
     Trial,
     TrialLog,
     _digest_of,
-    _rules_of_sealed,
     rules_of,
 )
 
@@ -441,9 +440,6 @@ def _check_record(study: Study, n_trials: int) -> None:
     """
     config, directory = study.config, study.directory
     check_trials(study.log.path, study.log.trials, rules_of(config, n_trials))
-    sealed = directory / SEALED_FILE
-    if config.test is not None and sealed.exists():
-        check_trials(sealed, TrialLog(sealed, repair=False).trials, _rules_of_sealed(config))
     if (directory / INPUTS_FILE).exists():
         Inputs.read(directory / INPUTS_FILE)
     decision = study.decision

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 ROUNDING = 1e-4  # of weights, which are recorded with 4 digits
 LARGEST_SCORE = 1e290  # sums of them stay finite
 LARGEST_GAIN = 1e100  # squares of them stay finite
-LARGEST_COUNT = 10**15  # of tokens
+LARGEST_COUNT = 10**15  # of tokens, bytes or items
 LONGEST = 1e12  # seconds
 
 
@@ -97,13 +97,10 @@ class Rules:
     labels: Mapping[str, Sequence[str]]
     n_trials: int
     _seen: dict[str, dict[int, Recorded]] = field(default_factory=dict)
-    _sealed: set[tuple[tuple[str, float], ...]] = field(default_factory=set)
 
     def add(self, trial: Recorded) -> None:
         """Take a trial as one that those after it are compared with."""
         self._seen.setdefault(trial.fidelity, {}).setdefault(trial.number, trial)
-        if trial.fidelity == "sealed":
-            self._sealed.add(tuple(sorted(trial.weights.items())))
 
     def mistakes(self, trial: Recorded) -> Iterator[str]:
         """Yield what is wrong with the next trial: found and expected."""
@@ -113,7 +110,7 @@ class Rules:
             return
         yield from self._mistakes_of_place(trial)
         yield from self._mistakes_of_weights(trial)
-        yield from _mistakes_of_cost(trial)
+        yield from mistakes_of_cost(trial.seconds, trial.n_tokens, trial.terms)
         yield from self._mistakes_of_terms(trial)
 
     def first(self, fidelity: str) -> Recorded | None:
@@ -125,12 +122,6 @@ class Rules:
         before = self._seen.get(trial.fidelity, {})
         if not 0 <= trial.number < LARGEST_COUNT:
             yield f"found number {shown(trial.number)}, expected one from 0 on"
-        if trial.fidelity == "sealed":
-            if trial.status != "ok":
-                yield f"found status {trial.status!r}, expected 'ok' of a sealed row"
-            if tuple(sorted(trial.weights.items())) in self._sealed:
-                yield "found weights that were sealed before"
-            return
         if not before and trial.number != 0:
             yield ("found it first, expected number 0, the base that all others are compared with")
         if not before and trial.status != "ok":
@@ -147,11 +138,8 @@ class Rules:
             )
 
     def _mistakes_of_weights(self, trial: Recorded) -> Iterator[str]:
-        for name, weight in trial.weights.items():
-            if not abs(weight) <= LARGEST_SCORE:
-                yield f"found weight {weight!r} of {name!r}, expected a finite one"
-                return
-        if trial.fidelity == "sealed":  # rows of other models have vectors of their own
+        if wrong := next(mistakes_of_size(trial.weights), None):
+            yield wrong
             return
         if lacking := [name for name in self.bounds if name not in trial.weights]:
             yield f"lacks {lacking[0]!r}, which the study has"
@@ -184,38 +172,12 @@ class Rules:
 
     def _mistakes_of_terms(self, trial: Recorded) -> Iterator[str]:
         labels = self.labels[trial.fidelity] if trial.status == "ok" else []
-        for label in labels:
-            if label not in trial.terms or not trial.terms[label].items:
-                yield f"lacks {label!r}, which the study has"
-                return
+        first = self.first(trial.fidelity)
+        yield from mistakes_of_terms(trial.terms, labels, first.terms if first is not None else {})
         for label, term in trial.terms.items():
-            if label not in labels:
-                yield f"found scores of {label!r}, expected {sorted(labels)}"
-                return
-            wrong = next(mistakes_of_score(term), None) or next(
-                self._mistakes_against_base(trial, label), None
-            )
-            if wrong is not None:
-                yield f"term {label!r}: {wrong}"
-                return
-
-    def _mistakes_against_base(self, trial: Recorded, label: str) -> Iterator[str]:
-        """Yield what is wrong with the scores of a term beside those of the base."""
-        first, term = self.first(trial.fidelity), trial.terms[label]
-        if term.taken_over:
-            yield from self._mistakes_of_taken_over(trial, label)
-        if first is None or label not in first.terms:
-            return
-        base = first.terms[label]
-        for what, found, expected in (
-            ("items", len(term.items), len(base.items)),
-            ("higher_is_better", term.higher_is_better, base.higher_is_better),
-            ("is_perplexity", term.is_perplexity, base.is_perplexity),
-        ):
-            if found != expected:
-                yield f"found {what} {found}, but the base has {expected}"
-        if (wrong := unusable_gain(term, base)) is not None:
-            yield wrong
+            if term.taken_over:
+                for wrong in self._mistakes_of_taken_over(trial, label):
+                    yield f"term {label!r}: {wrong}"
 
     def _mistakes_of_taken_over(self, trial: Recorded, label: str) -> Iterator[str]:
         searched = self._seen.get("search", {}).get(trial.number)
@@ -229,7 +191,7 @@ def check_trials(path: Path, trials: Sequence[Recorded], rules: Rules) -> None:
     for line, trial in enumerate(trials, start=1):
         for wrong in rules.mistakes(trial):
             fix = "Restore the line"
-            if trial.number != 0 or trial.fidelity == "sealed":
+            if trial.number != 0:
                 fix += ", or remove it to go on without that trial"
             raise StudyError(
                 f"{path}:{line}: trial {shown(trial.number)} ({trial.fidelity}): {wrong}. {fix}."
@@ -237,21 +199,68 @@ def check_trials(path: Path, trials: Sequence[Recorded], rules: Rules) -> None:
         rules.add(trial)
 
 
-def _mistakes_of_cost(trial: Recorded) -> Iterator[str]:
-    for phase, seconds in trial.seconds.items():
-        if not 0 <= seconds <= LONGEST:
-            yield f"found {seconds!r} seconds of {phase!r}, expected 0 or more"
+def mistakes_of_size(weights: Mapping[str, float]) -> Iterator[str]:
+    """Yield the first weight that no sum can use."""
+    for name, weight in weights.items():
+        if not abs(weight) <= LARGEST_SCORE:
+            yield f"found weight {weight!r} of {name!r}, expected a finite one"
             return
-    for n_tokens in (trial.n_tokens, *(term.n_tokens for term in trial.terms.values())):
-        if not 0 <= n_tokens <= LARGEST_COUNT:
-            yield f"found {shown(n_tokens)} tokens, expected 0 or more"
+
+
+def mistakes_of_cost(
+    seconds: Mapping[str, float], n_tokens: int, terms: Mapping[str, TermScore]
+) -> Iterator[str]:
+    """Yield what is wrong with what an evaluation took."""
+    for phase, value in seconds.items():
+        if not 0 <= value <= LONGEST:
+            yield f"found {value!r} seconds of {phase!r}, expected 0 or more"
             return
+    for n in (n_tokens, *(term.n_tokens for term in terms.values())):
+        if not 0 <= n <= LARGEST_COUNT:
+            yield f"found {shown(n)} tokens, expected 0 or more"
+            return
+
+
+def mistakes_of_terms(
+    terms: Mapping[str, TermScore], labels: Sequence[str], first: Mapping[str, TermScore]
+) -> Iterator[str]:
+    """Yield what is wrong with the scores of an evaluation, of which terms with these labels are
+    expected; `first` are the scores that the first one had on the same items.
+    """
+    for label in labels:
+        if label not in terms or not terms[label].items:
+            yield f"lacks {label!r}, which the study has"
+            return
+    for label, term in terms.items():
+        if label not in labels:
+            yield f"found scores of {label!r}, expected {sorted(labels)}"
+            return
+        base = first.get(label)
+        wrong = next(mistakes_of_score(term), None)
+        if wrong is None and base is not None:
+            wrong = next(_mistakes_beside(term, base), None)
+        if wrong is not None:
+            yield f"term {label!r}: {wrong}"
+            return
+
+
+def _mistakes_beside(term: TermScore, base: TermScore) -> Iterator[str]:
+    """Yield what keeps the scores of a term from being compared with those of the base."""
+    for what, value, expected in (
+        ("items", len(term.items), len(base.items)),
+        ("higher_is_better", term.higher_is_better, base.higher_is_better),
+        ("is_perplexity", term.is_perplexity, base.is_perplexity),
+    ):
+        if value != expected:
+            yield f"found {what} {value}, but the base has {expected}"
+    if (wrong := unusable_gain(term, base)) is not None:
+        yield wrong
 
 
 def mistakes_of_score(term: TermScore) -> Iterator[str]:
     """Yield what keeps the items of a term from making a score."""
     for top, bottom in term.items:
-        if not (abs(top) <= LARGEST_SCORE and 0 <= bottom <= LARGEST_SCORE):
+        if not (abs(top) <= LARGEST_SCORE and 0 <= bottom <= LARGEST_COUNT):
             yield f"found an item {(top, bottom)}, expected finite ones, the second >= 0"
             return
     total = sum(bottom for _, bottom in term.items)

@@ -173,8 +173,3 @@ def rules_of(config: StudyConfig, n_trials: int) -> Rules:
     return Rules(
         config.free | fixed, dict.fromkeys(config.free, 0.0) | config.fixed, labels, n_trials
     )
-
-
-def _rules_of_sealed(config: StudyConfig) -> Rules:
-    terms = config.test.at("rescore") if config.test is not None else []
-    return Rules({}, {}, {"sealed": [term.label for term in terms]}, 0)

@@ -20,7 +20,7 @@ from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import weight_files
 from optimer_hf.report.page import write_sealed_figure
 from optimer_hf.searching.loop import search
-from optimer_hf.study.config import MERGE, Baselines, StudyConfig
+from optimer_hf.study.config import Baselines, StudyConfig
 from optimer_hf.vectors.delta import norms
 from optimer_hf.vectors.opening import open_vector
 from tests.support.experiments import optimer
@@ -115,8 +115,14 @@ def test_mergekits_methods_and_random_vectors_stand_beside_the_merge(
     monkeypatch.chdir(tmp_path)
     relative = replace(real_study, directory=Path("study"))  # as `optimer compare study` has it
     comparison = compare(relative)
-    names = [row.name for row in comparison.rows]
-    assert names[-5:] == ["ties", "dare_ties", "model_stock", "random vectors of equal norm", MERGE]
+    names = [row.title for row in comparison.rows]
+    assert names[-5:] == [
+        "ties",
+        "dare_ties",
+        "model_stock",
+        "random vectors of equal norm",
+        "searched merge",
+    ]
     assert not (real_study.directory / "scratch").exists()
     scores = [row.scores["aaa"].items for row in comparison.rows[-5:]]
     assert len({json.dumps(items) for items in scores}) == 5
@@ -148,7 +154,7 @@ def test_the_seed_of_the_search_draws_random_vectors_and_the_masks_of_dare(real_
         )
         found = {}
         for model in models(replace(real_study, config=config)):
-            if model.name in ("dare_ties", "random vectors of equal norm"):
+            if model.title in ("dare_ties", "random vectors of equal norm"):
                 found |= model.make(tmp_path / folder)
             else:
                 kept.append(model.weights)
@@ -174,11 +180,11 @@ def test_other_searches_and_models_become_rows(make_base, make_adapter, tmp_path
     }
     study = search(config_of(**changes), tmp_path / "s", pool=FunctionPool)
     comparison = compare(study, pool=FunctionPool)
-    names = [row.name for row in comparison.rows]
-    assert names[-3:] == ["best of 8 random weights", "mixture CPT", MERGE]
+    names = [row.title for row in comparison.rows]
+    assert names[-3:] == ["best of 8 random weights", "mixture CPT", "searched merge"]
     (other,) = (tmp_path / "s" / "searches").glob("best-of-8-random-weights-*")
     assert len((other / "trials.jsonl").read_text().splitlines()) == 8 + 4
-    (weight,) = next(row for row in comparison.rows if row.name == "mixture CPT").weights.values()
+    (weight,) = comparison.row("model", "mixture CPT").weights.values()
     assert weight == 1.0
     assert compare(study, pool=no_pool_for("everything")) == comparison
 
@@ -209,10 +215,10 @@ def test_the_figure_shows_every_row(suffix, tmp_path):
     assert file.stat().st_size > 5000
     if suffix == "svg":
         for row in comparison.rows[1:]:
-            assert row.name in file.read_text()
+            assert row.title in file.read_text()
         assert "chosen after" not in file.read_text()
-        late = replace(comparison.rows[1], name="m" * 60, chosen_after_seal=True)
-        rows = [late if row.name == "uniform average" else row for row in comparison.rows]
+        late = replace(comparison.rows[1], kind="model", subject="m" * 60, chosen_after_seal=True)
+        rows = [late if row.kind == "average" else row for row in comparison.rows]
         write_sealed_figure(study, replace(comparison, rows=rows), file)
         assert f"{'m' * 32}… *" in file.read_text()
         assert "* chosen after the seal was opened" in file.read_text()
@@ -279,14 +285,13 @@ def test_a_model_of_the_command_line_needs_a_name(tmp_path):
 SEALED = {"test": {"terms": [{"task": "t_test", "name": "t", "metric": "loss"}]}}
 
 
-@pytest.mark.parametrize("name", ["base", MERGE, "x at 1.0", "re-targeted to something"])
+@pytest.mark.parametrize("name", ["base", "searched merge", "w at 1.0", "re-targeted to q"])
 def test_a_model_cannot_take_the_name_of_another_row(name, tmp_path):
-    with pytest.raises(ValueError, match="is the name of another row"):
-        config_of(baselines={"models": {name: "you/model"}})
-    study = search(config_of(**SEALED), tmp_path / "s", pool=FunctionPool)
+    retarget = {"q": {"t": 1.0}}
+    study = search(config_of(**SEALED, retarget=retarget), tmp_path / "s", pool=FunctionPool)
     joined = study.config.model_copy(update={"baselines": Baselines(models={name: "you/model"})})
     with pytest.raises(ConfigError, match="is the name of another row"):
-        compare(replace(study, config=joined), pool=FunctionPool)
+        compare(replace(study, config=joined), pool=no_pool_for("nothing"))
     with pytest.raises(ValueError, match="two are called 'm'"):
         config_of(baselines={"models": {"m": "you/m"}, "mixtures": {"m": {}}})
 
@@ -297,15 +302,17 @@ def test_what_joins_after_the_seal_was_opened_is_marked_everywhere(tmp_path):
     changes = {"models": {"later": "you/model"}, "random_vectors": False}
     later = search(config_of(**SEALED, baselines=changes), tmp_path / "s", pool=FunctionPool)
     comparison = compare(later, pool=FunctionPool)
-    marked = [row.name for row in comparison.rows if row.chosen_after_seal]
+    marked = [row.title for row in comparison.rows if row.chosen_after_seal]
     assert marked == ["later"]
     for text in (to_markdown(comparison), intervals_to_markdown(comparison)):
         assert "later (chosen after the seal was opened)" in text
     rows = {row["name"]: row for row in to_json(comparison)["rows"]}
-    assert rows[MERGE]["merge_minus"]["difference"] == 0.0
-    assert rows[MERGE]["merge_minus"]["low"] is None, "a row beside itself has no interval"
+    assert rows["searched merge"]["merge_minus"]["difference"] == 0.0
+    assert rows["searched merge"]["merge_minus"]["low"] is None, (
+        "a row beside itself has no interval"
+    )
     assert rows["later"]["merge_minus"]["difference"] == pytest.approx(
-        rows[MERGE]["value"] - rows["later"]["value"]
+        rows["searched merge"]["value"] - rows["later"]["value"]
     )
 
 
@@ -319,7 +326,7 @@ def test_rows_of_another_sealed_test_do_not_join_a_table(tmp_path):
     later = replace(study, config=joined)
     with pytest.raises(StudyError, match=r"test\.t: not the items that its sealed rows scored"):
         compare(later, pool=pool_of("another"))
-    assert "later" in [row.name for row in compare(later, pool=pool_of("final")).rows]
+    assert "later" in [row.title for row in compare(later, pool=pool_of("final")).rows]
 
 
 def test_a_later_model_is_scored_with_the_tokenizer_of_the_rows_beside_it(tmp_path):
@@ -332,7 +339,7 @@ def test_a_later_model_is_scored_with_the_tokenizer_of_the_rows_beside_it(tmp_pa
     later = replace(study, config=joined)
     with pytest.raises(StudyError, match=r"tokenizer_source: not the weights or items"):
         compare(later, pool=pools[1])
-    assert "later" in [row.name for row in compare(later, pool=pools[0]).rows]
+    assert "later" in [row.title for row in compare(later, pool=pools[0]).rows]
 
 
 def test_rows_planned_before_a_crash_are_not_marked_when_they_are_scored_later(tmp_path):

@@ -7,13 +7,12 @@ import json
 import numpy as np
 import pytest
 
+from optimer_hf.comparison.seal import SealedLog
 from optimer_hf.comparison.sealed import candidates, compare
 from optimer_hf.comparison.tables import table, to_json, to_markdown, verdicts
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.searching.loop import search
-from optimer_hf.study.config import MERGE
 from optimer_hf.study.prediction import best_scale, predict, retargeted
-from optimer_hf.study.trials import TrialLog
 from tests.support.landscapes import (
     TEST,
     FunctionPool,
@@ -61,20 +60,17 @@ def test_constraints_of_the_test_are_scored_and_shown_like_terms(tmp_path):
 
 
 def test_all_baselines_stand_beside_the_merge(study):
-    names = list(candidates(study))
-    assert names[0] == "base" and MERGE in names
-    assert {
-        "w at 1.0",
-        "x at 1.0",
-        "y at 1.0",
-        "z at 1.0",
-        "uniform average",
-        "uniform sum",
-    } <= set(names)
-    assert sum("at its best scale" in name for name in names) == 4
-    assert candidates(study)["base"] == dict.fromkeys("wxyz", 0.0)
-    assert candidates(study)["x at 1.0"] == {"w": 0, "x": 1, "y": 0, "z": 0}
-    assert candidates(study)["uniform average"] == dict.fromkeys("wxyz", 0.25)
+    rows = {(row.kind, row.subject): row for row in candidates(study)}
+    assert next(iter(rows)) == ("base", "") and ("merge", "") in rows
+    assert {(kind, name) for kind in ("alone", "best_scale") for name in "wxyz"} <= set(rows)
+    assert rows["base", ""].weights == dict.fromkeys("wxyz", 0.0)
+    assert rows["alone", "x"].weights == {"w": 0, "x": 1, "y": 0, "z": 0}
+    assert rows["average", ""].weights == dict.fromkeys("wxyz", 0.25)
+    titles = [row.title for row in rows.values()]
+    assert {"w at 1.0", "x at 1.0", "uniform average", "uniform sum", "searched merge"} <= set(
+        titles
+    )
+    assert sum("at its best scale, " in title for title in titles) == 4
 
 
 def test_every_row_is_scored_once_and_read_from_disk_the_second_time(study):
@@ -91,7 +87,7 @@ def test_rows_that_are_missing_after_a_crash_are_the_only_ones_scored_again(stud
         EvaluationError, match=r"sealed test: row 'z at 1.0' cannot be scored: RuntimeError: no"
     ):
         compare(study, pool=failing_at({4: RuntimeError("no")}))
-    assert len(TrialLog(study.directory / "sealed.jsonl").trials) == 4
+    assert len(SealedLog(study.directory, study.config).rows) == 4
     comparison = compare(study, pool=CountingPool)
     assert (
         len(CountingPool.opened[0].calls)
@@ -134,15 +130,15 @@ def test_a_study_without_a_test_section_cannot_be_compared(tmp_path):
 
 def test_the_merge_is_compared_with_the_best_of_the_others(study):
     comparison = compare(study, pool=TellingPool)
-    others = [row for row in comparison.rows if row.name != MERGE]
-    assert comparison.best_baseline().name == max(others, key=comparison.value).name
+    others = [row for row in comparison.rows if row.kind != "merge"]
+    assert comparison.best_baseline().title == max(others, key=comparison.value).title
     interval = comparison.interval(comparison.merge, comparison.best_baseline())
     assert interval.difference == pytest.approx(
         comparison.value(comparison.merge) - comparison.value(comparison.best_baseline())
     )
     assert interval.difference > 0 and interval.low <= interval.difference <= interval.high
     (sentence,) = verdicts(comparison)
-    assert comparison.best_baseline().name in sentence and sentence.endswith("better.")
+    assert comparison.best_baseline().title in sentence and sentence.endswith("better.")
 
 
 def test_tables_in_markdown_and_json_say_the_same(study):
@@ -160,12 +156,15 @@ def test_tables_in_markdown_and_json_say_the_same(study):
 def test_retargeted_rows_are_scored_under_their_own_objective_and_are_no_baselines(tmp_path):
     study = search(with_test(retarget={"for q": {"q": 1.0}}), tmp_path / "s", pool=FunctionPool)
     comparison = compare(study, pool=FunctionPool)
-    row = next(row for row in comparison.rows if row.name == "re-targeted to for q")
+    row = comparison.row("retargeted", "for q")
     assert not row.is_baseline
     own = retargeted(comparison.objective, {"q": 1.0})
     assert comparison.value(row, own) > comparison.value(comparison.merge, own)
     assert comparison.value(row, own) > comparison.value(comparison.base, own)
-    assert [sentence.split(" minus")[0] for sentence in verdicts(comparison)] == [MERGE, row.name]
+    assert [sentence.split(" minus")[0] for sentence in verdicts(comparison)] == [
+        "searched merge",
+        "re-targeted to for q",
+    ]
 
 
 # -- retarget --------------------------------------------------------------------------------------
@@ -217,12 +216,6 @@ def test_a_damaged_seal_is_named(study):
     (study.directory / "sealed.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"sealed\.json: field 'rows' is missing"):
         compare(study, pool=no_pool)
-
-
-@pytest.mark.parametrize("name", ["base", "w at 1.0", "re-targeted to x", "ties"])
-def test_a_baseline_called_as_a_row_of_every_comparison_is_refused(name):
-    with pytest.raises(ValueError, match="is the name of another row"):
-        config_of(baselines={"models": {name: "a/b"}})
 
 
 def test_shares_below_zero_are_refused():

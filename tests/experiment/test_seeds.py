@@ -10,11 +10,15 @@ from scipy.stats import ttest_1samp
 from optimer_hf.experiment.seeds import Spread, rows_of, to_markdown
 from optimer_hf.scoring.units import Unit
 from tests.support.experiments import optimer
+from tests.support.landscapes import config_of
 
 
-def row(name: str, value: float, merge: float, **weights: float) -> dict[str, object]:
-    return {
-        "name": name,
+def row(
+    name: str | tuple[str, str], value: float, merge: float, **weights: float
+) -> dict[str, object]:
+    """Return a row of a results.json: a title as 0.1.0 wrote it, or kind and subject."""
+    named = {"name": name} if isinstance(name, str) else {"kind": name[0], "subject": name[1]}
+    return named | {
         "value": value - 1,  # what `weighted_mean` gives: no gain over the base
         "over_base": {"difference": value},
         "merge_minus": {"difference": merge - value},
@@ -30,20 +34,20 @@ def test_an_interval_is_that_of_students_t_over_the_seeds():
     assert Spread([0.03]).interval is None
 
 
-def test_rows_are_joined_by_name_whatever_scale_a_seed_has_found():
+def test_rows_are_joined_by_kind_whatever_scale_a_seed_has_found():
     results = [
-        {"rows": [row("base", 0.0, 0.2), row("a at its best scale, 0.6", 0.1, 0.2)]},
-        {"rows": [row("base", 0.0, 0.4), row("a at its best scale, 1.05", 0.2, 0.4)]},
+        {"rows": [row("base", 0.0, 0.2), row("x at its best scale, 0.6", 0.1, 0.2)]},
+        {"rows": [row(("base", ""), 0.0, 0.4), row(("best_scale", "x"), 0.2, 0.4)]},
     ]
     results[1]["rows"].append(row("mixture, 50 : 50", 0.1, 0.4))  # one seed has no such row
     results[1]["rows"][1]["chosen_after_seal"] = True
-    base, scaled = rows_of(results)
-    assert (base.name, scaled.name) == ("base", "a at its best scale")
+    base, scaled = rows_of(results, config_of())
+    assert (base.title, scaled.title) == ("base", "x at its best scale")
     assert scaled.gain.values == [0.1, 0.2]
     assert scaled.merge_minus.mean == pytest.approx(0.15)
     table = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(100.0, "in percent"))
     cells = "| +15.00 % | +10.00 % ... +20.00 % | +15.00 % [-48.53 %, +78.53 %] |"
-    assert f"| a at its best scale (chosen after the seal was opened) {cells}" in table
+    assert f"| x at its best scale (chosen after the seal was opened) {cells}" in table
     raw = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(1.0, "bits per byte"))
     assert "| +0.15 | +0.10 ... +0.20 |" in raw
     assert "| seed-1 | 0.75 |" in table

@@ -100,7 +100,7 @@ def test_recorded_rows_are_those_that_compare_scored(study):
     found = recorded(study)
     weights = [row.weights for row in again.rows]
     assert all(row.weights in weights for row in found.rows)
-    assert {row.name for row in again.rows} >= {row.name for row in found.rows}
+    assert {row.title for row in again.rows} >= {row.title for row in found.rows}
     assert all(row.weights in [other.weights for other in found.rows] for row in again.rows)
     assert found.base == again.base and found.merge == again.merge
 

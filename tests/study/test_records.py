@@ -108,15 +108,20 @@ def write(path: Path, lines: Lines) -> None:
 # -- damage ----------------------------------------------------------------------------------------
 
 
+def scores_of(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the scores of a trial or of a sealed row."""
+    return line["terms"] if "terms" in line else line["scores"]
+
+
 def items(value: Any, label: str = "loss", line: int = 2) -> Callable[[Lines], Any]:
     def change(lines: Lines) -> None:
-        lines[line]["terms"][label]["items"] = value
+        scores_of(lines[line])[label]["items"] = value
 
     return change
 
 
 def term(line: int = 2, label: str = "loss", **changes) -> Callable[[Lines], Any]:
-    return lambda lines: lines[line]["terms"][label].update(changes)
+    return lambda lines: scores_of(lines[line])[label].update(changes)
 
 
 def trial(line: int = 2, **changes) -> Callable[[Lines], Any]:
@@ -243,18 +248,21 @@ def test_damage_in_the_trials_is_named_with_file_and_line(name, copy):
     ("change", "message"),
     [
         (lambda lines: lines.insert(1, lines[0]), ":2: .*weights that were sealed before"),
-        (trial(1, status="crashed", terms={}), ":2: .*status 'crashed'"),
         (items([[1.0, 1.0]], line=1), ":2: .*items 1, but the base has 8"),
         (term(1, higher_is_better=True), ":2: .*higher_is_better True"),
-        (lambda lines: lines[1]["terms"].pop("loss"), ":2: .*lacks 'loss'"),
-        (trial(1, fidelity="search"), ":2: .*fidelity 'search', expected sealed"),
+        (lambda lines: lines[1]["scores"].pop("loss"), ":2: .*lacks 'loss'"),
+        (trial(1, kind="search"), ":2: not a row"),
+        (trial(1, kind="alone", subject="nobody"), ":2: .*no weight of 'nobody'"),
+        (trial(1, n_trials_known=-1), ":2: .*-1 trials known"),
         (weights(1, x=1e308), ":2: .*weight 1e[+]308"),
     ],
 )
 def test_damage_in_the_sealed_scores_is_named_with_file_and_line(change, message, copy):
     damage(copy / "sealed.jsonl", change)
-    with pytest.raises(StudyError, match=f"sealed.jsonl(?:{message})"):
-        load_study(copy)
+    study = load_study(copy)
+    for reader in (recorded, lambda study: compare(study, pool=no_pool)):
+        with pytest.raises(StudyError, match=f"sealed.jsonl(?:{message})"):
+            reader(study)
 
 
 @pytest.mark.parametrize(

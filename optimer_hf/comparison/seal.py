@@ -1,0 +1,185 @@
+"""The seal on disk: sealed.json, the rows chosen before it was opened, and sealed.jsonl, what was
+scored since.
+
+Lines come in, checked; rows go out. Version 0.1.0 wrote trials whose origin was the title of the
+row; they are read as rows here and nowhere else.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+from pydantic import TypeAdapter
+
+from optimer_hf.comparison.rows import (
+    OF_ONE_VECTOR,
+    TITLES,
+    Contender,
+    RowKind,
+    SealedRow,
+    weights_key,
+)
+from optimer_hf.errors import StudyError
+from optimer_hf.files.model import VersionedFile
+from optimer_hf.files.text import first_line, shown
+from optimer_hf.study.config import MergeMethod, StudyConfig
+from optimer_hf.study.records import (
+    LARGEST_COUNT,
+    append_line,
+    mistakes_of_cost,
+    mistakes_of_size,
+    mistakes_of_terms,
+    read_lines,
+)
+from optimer_hf.study.trials import SEALED_FILE, Trial
+
+_ROW = TypeAdapter(SealedRow)
+
+
+class Seal(VersionedFile):
+    """sealed.json: the rows chosen before the first sealed score was seen, title -> weights."""
+
+    rows: dict[str, str]
+
+
+class SealedLog:
+    """sealed.jsonl: append-only, one fsync a row, each weight set once."""
+
+    def __init__(self, directory: Path, config: StudyConfig, *, repair: bool = True) -> None:
+        """Read what is there, see `read_lines`; raise StudyError for a line that is no row, or that
+        the study contradicts.
+        """
+        self.path = directory / SEALED_FILE
+        self._seal = directory / "sealed.json"
+        self.rows: list[SealedRow] = []
+        lines = [line.decode(errors="replace") for line in read_lines(self.path, repair=repair)]
+        trials = _trials_of_0_1_0(self.path, lines)
+        planned = self._planned(trials) if trials else frozenset()
+        for number, line in enumerate(lines, start=1):
+            if number in trials:
+                row = _row_of(trials[number], config, planned)
+            else:
+                row = _parse(self.path, number, line)
+            self._check(number, row, config)
+            self.rows.append(row)
+
+    def append(self, row: SealedRow) -> None:
+        """Write one row to disk before returning."""
+        append_line(self.path, json.dumps(asdict(row), ensure_ascii=False, allow_nan=False))
+        self.rows.append(row)
+
+    def open_seal(self, contenders: Sequence[Contender]) -> frozenset[str]:
+        """Return the weights that were chosen before the seal was opened; at the first opening they
+        are those of the contenders, and are written down.
+        """
+        if not self._seal.exists():
+            first = [row for row in self.rows if row.n_trials_known == self.rows[0].n_trials_known]
+            Seal(rows={row.title: row.key for row in first or contenders}).write(self._seal)
+        return frozenset(Seal.read(self._seal).rows.values())
+
+    def _planned(self, trials: Mapping[int, Trial]) -> frozenset[str]:
+        """Return what `open_seal` does for trials of 0.1.0, and write nothing."""
+        if self._seal.exists():
+            return frozenset(Seal.read(self._seal).rows.values())
+        first, *_ = trials.values()
+        return frozenset(
+            weights_key(trial.weights) for trial in trials.values() if trial.number == first.number
+        )
+
+    def _check(self, number: int, row: SealedRow, config: StudyConfig) -> None:
+        if config.test is None:
+            return
+        labels = [term.label for term in config.test.at("rescore")]
+        for wrong in _mistakes(row, self.rows, labels):
+            raise StudyError(
+                f"{self.path}:{number}: row {shown(row.subject or row.kind)}: {wrong}. Restore the "
+                "line, or remove it to go on without that row."
+            )
+
+
+def _mistakes(row: SealedRow, before: Sequence[SealedRow], labels: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the next row: found and expected."""
+    if not 0 <= row.n_trials_known < LARGEST_COUNT:
+        yield f"found {shown(row.n_trials_known)} trials known, expected 0 or more"
+    yield from mistakes_of_size(row.weights)
+    if row.kind in OF_ONE_VECTOR and row.subject not in row.weights:
+        yield f"found no weight of {row.subject!r}, expected one"
+    if any(row.weights == other.weights for other in before):
+        yield "found weights that were sealed before"
+    yield from mistakes_of_cost(row.seconds, row.n_tokens, row.scores)
+    yield from mistakes_of_terms(row.scores, labels, before[0].scores if before else {})
+
+
+def _parse(path: Path, number: int, line: str) -> SealedRow:
+    try:
+        return _ROW.validate_json(line)
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise StudyError(
+            f"{path}:{number}: not a row ({first_line(error)}). Remove the damaged line to go on "
+            "without that row."
+        ) from None
+
+
+# -- files of version 0.1.0 ------------------------------------------------------------------------
+
+
+def _trials_of_0_1_0(path: Path, lines: Sequence[str]) -> dict[int, Trial]:
+    """Return the lines that are trials, by number."""
+    trials = {}
+    for number, line in enumerate(lines, start=1):
+        if '"origin"' not in line:
+            continue
+        try:
+            trial = Trial.from_json(line)
+        except (ValueError, RecursionError, OverflowError):
+            continue  # it is no row, either, and `_parse` says so
+        if (trial.fidelity, trial.status) != ("sealed", "ok"):
+            raise StudyError(
+                f"{path}:{number}: found fidelity {trial.fidelity!r} and status {trial.status!r}, "
+                "expected sealed and ok. Restore the line, or remove it to go on without that row."
+            )
+        trials[number] = trial
+    return trials
+
+
+def _row_of(trial: Trial, config: StudyConfig, planned: frozenset[str]) -> SealedRow:
+    kind, subject = kind_of_title(trial.origin, config)
+    return SealedRow(
+        kind,
+        subject,
+        trial.weights,
+        trial.terms,
+        weights_key(trial.weights) not in planned,
+        trial.number,
+        trial.seconds,
+        trial.n_tokens,
+    )
+
+
+def kind_of_title(title: str, config: StudyConfig) -> tuple[RowKind, str]:
+    """Return kind and subject of a row of which version 0.1.0 recorded only the title."""
+    baselines = config.baselines
+    if title in get_args(MergeMethod):
+        return "method", title
+    named: tuple[tuple[RowKind, Mapping[str, object]], ...] = (
+        ("other_search", baselines.searches),
+        ("mixture", baselines.mixtures),
+        ("model", baselines.models),
+    )
+    for kind, names in named:
+        if title in names:
+            return kind, title
+    for kind in ("base", "fixed", "average", "sum", "random", "merge"):
+        if title == TITLES[kind]:
+            return kind, ""
+    for name in config.vectors:
+        if title == TITLES["alone"].format(name):
+            return "alone", name
+        if title.startswith(TITLES["best_scale"].format(name)):
+            return "best_scale", name
+    prefix = TITLES["retargeted"].format("")
+    if title.startswith(prefix):
+        return "retargeted", title.removeprefix(prefix)
+    return "model", title

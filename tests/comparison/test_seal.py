@@ -1,0 +1,110 @@
+"""seal.py: rows on disk, and those that version 0.1.0 wrote as trials."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from optimer_hf.comparison.seal import SealedLog, kind_of_title
+from optimer_hf.comparison.sealed import compare, recorded
+from optimer_hf.errors import StudyError
+from optimer_hf.searching.loop import search
+from tests.support.landscapes import FunctionPool, config_of, no_pool_for, with_test
+
+CHANGES = {
+    "retarget": {"for q": {"q": 1.0}},
+    "baselines": {
+        "searches": {"random": {"surrogate": "random", "n_trials": 5}},
+        "models": {"w at 2.0": "you/model"},
+    },
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    study = search(with_test(**CHANGES), tmp_path / "s", pool=FunctionPool)
+    compare(study, pool=FunctionPool)
+    return study
+
+
+def as_trial(row):
+    """Return a row as 0.1.0 wrote it."""
+    return {
+        "number": row.n_trials_known,
+        "origin": row.title,
+        "fidelity": "sealed",
+        "weights": row.weights,
+        "status": "ok",
+        "terms": {label: asdict(score) for label, score in row.scores.items()},
+        "seconds": row.seconds,
+        "n_tokens": row.n_tokens,
+        "error": None,
+        "worker": None,
+    }
+
+
+def write_as_trials(study, n: int | None = None) -> None:
+    """Make the first n rows of a study (None: all) what 0.1.0 wrote."""
+    path = study.directory / "sealed.jsonl"
+    rows = SealedLog(study.directory, study.config).rows
+    lines = path.read_text().splitlines()
+    old = [json.dumps(as_trial(row)) for row in rows]
+    n = len(rows) if n is None else n
+    path.write_text("".join(f"{line}\n" for line in [*old[:n], *lines[n:]]))
+
+
+def test_rows_are_recorded_by_kind_and_subject(study):
+    lines = (study.directory / "sealed.jsonl").read_text().splitlines()
+    found = {(line["kind"], line["subject"]) for line in map(json.loads, lines)}
+    assert ("alone", "x") in found and ("retargeted", "for q") in found
+    assert {("other_search", "random"), ("model", "w at 2.0")} <= found
+
+
+@pytest.mark.parametrize("n", [None, 3])
+def test_rows_of_0_1_0_are_read_as_those_of_today(study, n):
+    rows = SealedLog(study.directory, study.config).rows
+    before = recorded(study)
+    write_as_trials(study, n)
+    assert SealedLog(study.directory, study.config).rows == rows
+    assert recorded(study) == before
+    assert compare(study, pool=no_pool_for("everything")).rows[0] == before.base
+
+
+def test_rows_of_0_1_0_without_a_seal_were_planned_when_they_are_the_first(study):
+    write_as_trials(study)
+    (study.directory / "sealed.json").unlink()
+    path = study.directory / "sealed.jsonl"
+    *lines, last = [json.loads(line) for line in path.read_text().splitlines()]
+    last["number"] += 4
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
+    rows = SealedLog(study.directory, study.config).rows
+    assert [row.chosen_after_seal for row in rows] == [False] * len(lines) + [True]
+    assert not (study.directory / "sealed.json").exists(), "reading writes nothing"
+
+
+@pytest.mark.parametrize("changes", [{"status": "crashed", "terms": {}}, {"fidelity": "search"}])
+def test_a_trial_that_is_no_row_is_named_with_its_line(study, changes):
+    write_as_trials(study)
+    path = study.directory / "sealed.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1] |= changes
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(StudyError, match=r"sealed\.jsonl:2: .*expected sealed and ok"):
+        recorded(study)
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        ("base", ("base", "")),
+        ("x at 1.0", ("alone", "x")),
+        ("x at its best scale, 0.65", ("best_scale", "x")),
+        ("dare_ties", ("method", "dare_ties")),
+        ("random vectors of equal norm", ("random", "")),
+        ("x at 2.0", ("mixture", "x at 2.0")),
+        ("re-targeted to x at 1.0", ("retargeted", "x at 1.0")),
+        ("mine", ("model", "mine")),  # of the command line: no config knows it
+    ],
+)
+def test_titles_of_0_1_0_say_what_a_row_was(title, expected):
+    assert kind_of_title(title, config_of(baselines={"mixtures": {"x at 2.0": {}}})) == expected
