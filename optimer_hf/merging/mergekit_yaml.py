@@ -538,7 +538,8 @@ def _number_mistakes(at: Place, block: Mapping[Any, Any]) -> Iterator[Mistake]:
         items: Any = value if field == "layer_range" else [value]
         is_sound = isinstance(items, list) and len(items) == (2 if items is value else 1)
         for item in items if is_sound else ():
-            is_number = isinstance(item, int | float) and not isinstance(item, bool)
+            kinds: Any = int | float if field == "residual_weight" else int
+            is_number = isinstance(item, kinds) and not isinstance(item, bool)
             is_sound = is_sound and is_number and least <= item <= most
         if value is not None and not is_sound:
             what = "[first, end], layers" if field == "layer_range" else "a number"

@@ -15,15 +15,22 @@ from optimer_hf.files.text import shown
 from optimer_hf.scoring.scores import Scores, TermScore
 
 N_ASKED = 32  # items of a term whose prompts its digest looks at
+FLAGS = ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values")
+PROPORTIONS = (
+    *("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("diversity_penalty", "epsilon_cutoff", "eta_cutoff"),
+)
 LENGTHS = ("max_gen_toks", "max_tokens", "max_completion_tokens")  # lm-eval's names of one
 LARGEST_SETTING = 2**20  # of a number of `generation` that sizes nothing
 SIZES = {  # of `generation`: least and most
     **dict.fromkeys(LENGTHS, (1, 2**17)),
     **dict.fromkeys(("max_new_tokens", "max_length"), (1, 2**17)),
     **dict.fromkeys(("min_new_tokens", "min_length"), (0, 2**17)),
-    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, 1024)),
+    **dict.fromkeys(("num_beams", "num_beam_groups"), (1, 1024)),
+    "num_return_sequences": (1, 1),  # lm-eval reads one answer an item
     **dict.fromkeys(("top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0, 2**20)),
 }
+
 ASKED_BY = (  # and fields of lm-eval's task that say how they are asked and scored
     "output_type",
     "num_fewshot",
@@ -162,8 +169,15 @@ def _no_plain_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
 
 
 def _out_of_range(name: str, value: Any) -> str | None:
-    """Return what is wrong with a number of `generation`."""
+    """Return what is wrong with a setting of `generation`, which transformers would say late."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    texts = value if isinstance(value, list) else [value]
+    if name == "until" and not all(isinstance(text, str) for text in texts):
+        return f"found {shown(value)}. Expected a text or a list of texts"
+    if name in FLAGS and not isinstance(value, bool | None):
+        return f"found {shown(value)}. Expected true or false"
+    if name in PROPORTIONS and not is_number and value is not None:
+        return f"found {shown(value)}. Expected a number"
     if name not in SIZES:
         least, most = -LARGEST_SETTING, LARGEST_SETTING
         is_sound = not is_number or least <= value <= most

@@ -350,6 +350,7 @@ def test_a_parameter_is_a_number_a_gradient_or_filters(tmp_path, value):
         ("merge_method: linear\nparameters: {normalize: 2}\n", "expected true or false"),
         ("merge_method: linear\ntokenizer: {pad_to_multiple_of: 0}\n", "found 0, expected a num"),
         ("merge_method: linear\ntokenizer: {pad_to_multiple_of: 1000000000}\n", "1 to 65,536"),
+        ("merge_method: linear\ntokenizer: {pad_to_multiple_of: 8.5}\n", "found 8.5, expected"),
         ("merge_method: linear\ntokenizer: {pad_to_multiple_of: true}\n", "found True, expected"),
         (
             "merge_method: linear\ntokenizer:\n  tokens:\n"

@@ -1044,6 +1044,10 @@ def test_a_task_that_two_objectives_look_up_in_different_folders_is_refused(tmp_
         ('{max_new_tokens: "8"}', r"max_new_tokens: found '8'"),
         ("{num_beams: 100000}", r"num_beams: found 100000\. .* 1 to 1,024"),
         ("{top_k: -1}", r"top_k: found -1"),
+        ("{num_return_sequences: 4}", r"num_return_sequences: found 4"),
+        ('{do_sample: "yes"}', r"do_sample: found 'yes'\. Expected true or false"),
+        ("{temperature: hot}", r"temperature: found 'hot'\. Expected a number"),
+        ("{until: [x, 5]}", r"until: found \['x', 5\]\. Expected a text or a list of texts"),
         ("{temperature: 1e300}", r"temperature: found 1e\+300"),
     ],
 )
