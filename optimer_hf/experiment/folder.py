@@ -13,6 +13,7 @@ from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import expanded, is_there
 from optimer_hf.files.text import slug
+from optimer_hf.training.config import MOST_TOKENS, is_count_of_tokens
 
 RESULTS = (  # of a finished run, whose figures are in its model, too
     *(f"merged/{name}" for name in ("config.json", "recipe.yaml", "recipe.lock.json")),
@@ -65,6 +66,42 @@ class Run:
         """What the command line changes of the folder's budget."""
         changed = {"tokens": self.tokens, "seed": self.seed}
         return {"short": self.short} | {name: value for name, value in changed.items() if value}
+
+
+def run_of(
+    recipe_dir: Path,
+    out: Path | None = None,
+    *,
+    short: bool = False,
+    tokens: str | int | None = None,
+    is_seeded: bool = False,
+) -> Run:
+    """Return the run of a recipe folder: its results go to `out`, or under runs/ to a folder named
+    after the recipe and its budget.
+
+    `tokens` may be written as on a command line, `1_000_000`. Raises ConfigError where there is no
+    such folder, or no such number.
+    """
+    if not recipe_dir.is_dir():
+        raise ConfigError(f"{recipe_dir}: no such recipe folder.")
+    folder = recipe_dir.resolve()
+    n_tokens = _n_tokens(tokens)
+    suffix = ("-short" if short else "") + (f"-{n_tokens}" if n_tokens else "")
+    suffix += "-seeds" if is_seeded else ""
+    target = out or Path("runs") / (folder.name + suffix)
+    return Run(folder, target.resolve(), short, n_tokens)
+
+
+def _n_tokens(given: str | int | None) -> int | None:
+    if given is None:
+        return None
+    plain = str(given).replace("_", "").replace(",", "")
+    if not is_count_of_tokens(plain):
+        raise ConfigError(
+            f"--tokens {given!r}: expected a number of tokens, e.g. 1_000_000, up to "
+            f"{MOST_TOKENS:,}."
+        )
+    return int(plain)
 
 
 # -- reading a recipe folder -----------------------------------------------------------------------

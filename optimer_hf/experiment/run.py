@@ -6,13 +6,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimer_hf.errors import OutputError
 from optimer_hf.experiment.folder import RESULTS, Run, _check_given, _vector_dir, load
 from optimer_hf.files.reading import read_json, read_yaml
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table, slug
+
+if TYPE_CHECKING:
+    from optimer_hf.experiment.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ def run_recipe(run: Run) -> str:
     return summary(run)
 
 
-def plan_run(run: Run) -> Any:
+def plan_run(run: Run) -> "Plan":
     """Probe this machine, write plan.json into `out` and return the plan; the run compares it with
     what it took.
     """

@@ -14,17 +14,22 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from optimer_hf.comparison.rows import RowKind, marked, title_of
 from optimer_hf.comparison.seal import kind_of_title
-from optimer_hf.experiment.folder import Run, load
-from optimer_hf.experiment.run import claim, finished_summary, run_recipe
+from optimer_hf.errors import ConfigError
+from optimer_hf.experiment.folder import Run, load, run_of
+from optimer_hf.experiment.run import claim, finished_summary, plan_run, run_recipe
 from optimer_hf.files.reading import read_json
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table
 from optimer_hf.scoring.units import Unit
 from optimer_hf.study.config import StudyConfig
+
+if TYPE_CHECKING:
+    from optimer_hf.experiment.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +73,67 @@ class SeededRow:
     def title(self) -> str:
         """The name of the row in tables, without the scale that a seed has found."""
         return title_of(self.kind, self.subject)
+
+
+def run_folder(
+    recipe_dir: Path,
+    out: Path | None = None,
+    *,
+    short: bool = False,
+    tokens: str | int | None = None,
+    n_seeds: int | None = None,
+) -> tuple[Run, str]:
+    """Run a recipe folder, under `n_seeds` seeds when that is given, and return the run with its
+    summary; a finished run only says so. The arguments are those of `run_of`.
+    """
+    run = run_of(recipe_dir, out, short=short, tokens=tokens, is_seeded=n_seeds is not None)
+    if n_seeds is not None:
+        return run, run_seeds(run, n_seeds)
+    done = finished_summary(run)
+    if done is None:
+        return run, run_recipe(run)
+    logger.info("finished already, nothing to do")
+    return run, done
+
+
+def plan_source(
+    source: Path,
+    out: Path | None = None,
+    *,
+    short: bool = False,
+    tokens: str | int | None = None,
+    n_seeds: int | None = None,
+    fetch: bool = False,
+) -> "Plan":
+    """Return the plan of a recipe folder, kept in `out`, or of a study.yaml.
+
+    The base has to be on this disk, unless `fetch` allows downloading it. With `n_seeds` the plan
+    is that of the first seed. Raises ConfigError for options that do not go with the source.
+    """
+    from optimer_hf.experiment.plan import plan
+
+    if source.is_dir():
+        run = run_of(source, out, short=short, tokens=tokens, is_seeded=n_seeds is not None)
+        _check_base(load(run)[0], fetch)
+        return plan_run(claimed_runs(run, n_seeds)[0] if n_seeds else run)
+    if out is not None or short or tokens or n_seeds:
+        raise ConfigError(f"{source}: OUT, --short, --tokens and --seeds go with a recipe folder.")
+    config = StudyConfig.read(source)
+    _check_base(config, fetch)
+    return plan(config, {}, Path.cwd(), is_run=False)
+
+
+def _check_base(config: StudyConfig, fetch: bool) -> None:
+    """Say what has to be downloaded; refuse that for the base, which the probe needs."""
+    from optimer_hf.experiment.plan import downloads, said
+
+    missing = downloads(config)
+    for each in missing:
+        logger.info("%s", said(each))
+    if not fetch and any(each.reference == config.base_model for each in missing):
+        raise ConfigError(
+            f"{config.base_model}: is not on this disk, and the probe needs it. Add --fetch."
+        )
 
 
 def run_seeds(run: Run, n_seeds: int) -> str:

@@ -18,7 +18,9 @@ import torch
 
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.model import VersionedFile
+from optimer_hf.files.reference import absolute_reference
 from optimer_hf.files.text import markdown_table
+from optimer_hf.merging.mergekit_pool import named_sources
 from optimer_hf.merging.writer import LOW_SURVIVAL, surviving_share
 from optimer_hf.models.blocks import computed_ahead, row_blocks
 from optimer_hf.models.checkpoint import Checkpoint
@@ -110,6 +112,18 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
         {vector.name: read_record(vector.path) is not None for vector in vectors},
         dtype,
     )
+
+
+def measure_sources(
+    references: Sequence[str], base: str, dtype: str
+) -> tuple[Geometry, dict[str, str]]:
+    """Return the geometry of the vectors that can be merged into `base`, and why the others cannot
+    be, by name; all are given as directories or Hub ids.
+    """
+    resolved = resolve_base(absolute_reference(base, Path.cwd()))
+    sources = named_sources([absolute_reference(text, Path.cwd()) for text in references])
+    pool, refusals = open_pool(sources, resolved)
+    return measure(pool, resolved, dtype), refusals
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from optimer_hf.files.digest import digest, sha256_file
 from optimer_hf.files.disk import DISK_ERRORS
 from optimer_hf.files.model import refuse_absent
 from optimer_hf.files.reference import is_there
-from optimer_hf.files.staging import staged_directory, write_text
+from optimer_hf.files.staging import require_empty, staged_directory, write_text
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.check import Promise, check_merged
-from optimer_hf.merging.mergekit_method import METHOD
 from optimer_hf.merging.mergekit_pool import (
     LinearMerge,
     _name,
@@ -29,6 +28,7 @@ from optimer_hf.merging.mergekit_pool import (
     with_absolute_references,
 )
 from optimer_hf.merging.mergekit_yaml import (
+    METHOD,
     ModelName,
     chat_templates,
     models_of,
@@ -105,6 +105,23 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
                 return "native"
     run_mergekit(config, path, out, options)  # which can put tokens in another order
     return "mergekit"
+
+
+def merge_with_flags(
+    path: Path, out: Path, flags: Mapping[str, Any], *, engine: str | None = None
+) -> str:
+    """Do what `merge` does with flags of `mergekit-yaml`, fields of its MergeOptions (None: not
+    given). `out` has to be new or empty. Log levels, threads and seeds are set for this process.
+    """
+    from mergekit.options import MergeOptions
+
+    require_empty(out)
+    options = MergeOptions(**{name: value for name, value in flags.items() if value is not None})
+    options.apply_global_options()
+    if options.verbosity:  # which mergekit sets only where nobody set up logging before
+        level = logging.INFO if options.verbosity == 1 else logging.DEBUG
+        logging.getLogger().setLevel(level)
+    return merge(path, out, options=options, engine=engine)
 
 
 def _write(

@@ -8,9 +8,7 @@ from typing import Any
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.text import shown
-from optimer_hf.merging.mergekit_method import METHOD
-from optimer_hf.merging.mergekit_yaml import ModelName, model_name, with_models
-from optimer_hf.models.checkpoint import DTYPES, Checkpoint
+from optimer_hf.merging.mergekit_yaml import METHOD, ModelName, model_name, with_models
 from optimer_hf.vectors.record import read_record
 
 logger = logging.getLogger(__name__)
@@ -229,6 +227,8 @@ def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str,
 
 def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
     """Return the config as one number per vector, or None when only mergekit can run it."""
+    from optimer_hf.models.checkpoint import DTYPES
+
     simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
     if not makes_tokenizer(config):
         simple |= {"tokenizer", "tokenizer_source"}
@@ -265,6 +265,8 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
 
 def _warn_of_idle_filters(config: Any, merged: Path, path: Path) -> None:
     """Warn of filters that are in the name of no tensor."""
+    from optimer_hf.models.checkpoint import Checkpoint
+
     names = Checkpoint(merged).names
     for text in sorted(set(_filters_in(config))):
         if text != "*" and not any(text in name for name in names):

@@ -22,11 +22,11 @@ from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import absolute_reference, expanded, is_there
 from optimer_hf.files.text import did_you_mean, first_line, shown
-from optimer_hf.merging.mergekit_method import register_method
 
 logger = logging.getLogger(__name__)
 
 
+METHOD = "optimer"  # of this package
 DTYPES_OF_MERGES = ["bfloat16", "float16", "float32", "float64", "int64"]
 FORMER_PARAMETERS = {"embed_slerp"}  # that older versions read, and that recipes still carry
 NOTES = {"name", "random_seed"}  # of other programs that read these files
@@ -375,6 +375,8 @@ def chat_templates() -> dict[str, str]:
 def registered_parameters() -> dict[str, dict[str, Any]]:
     """Return the merge methods of mergekit and of this package, with the parameters they read."""
     from mergekit.merge_methods.registry import registered_methods
+
+    from optimer_hf.merging.mergekit_method import register_method
 
     register_method()
     return {

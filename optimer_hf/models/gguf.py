@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from optimer_hf.errors import ModelError, OutputError
+from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.locks import UNTIL_FREE, locking
 from optimer_hf.files.paths import cache_dir
@@ -50,11 +50,13 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
     conversion.json.
 
     Takes any architecture that transformers reads from GGUF. `out` appears whole or not at all.
-    Raises ModelError when the file is not GGUF, or of an architecture that transformers does not
-    know.
+    Raises ConfigError when there is no such file, ModelError when it is not GGUF, or of an
+    architecture that transformers does not know.
     """
     import transformers
 
+    if not gguf.is_file():
+        raise ConfigError(f"{gguf}: no such file. Expected a GGUF file.")
     try:
         header = read_header(gguf)
     except ImportError as error:

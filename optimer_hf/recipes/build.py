@@ -30,6 +30,8 @@ from optimer_hf.vectors.vector import AdapterVector
 
 logger = logging.getLogger(__name__)
 
+LARGEST_FILE = 2**50  # bytes
+
 
 # -- recipe -> model -------------------------------------------------------------------------------
 
@@ -39,7 +41,7 @@ def build(
     out: Path,
     *,
     out_dtype: str | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     device: str = "cpu",
     replace: bool = False,
 ) -> None:
@@ -47,9 +49,11 @@ def build(
     the place of another model in `out`, which stays until then.
 
     The model appears with its recipe, lock and figures. One that is in `out` already, whole and of
-    this recipe and lock, stays; what is beside its weights is brought up to date. Raises ModelError
-    when base or vectors are not the locked ones, before anything is written.
+    this recipe and lock, stays; what is beside its weights is brought up to date. `max_shard_size`
+    is in bytes, or a text such as 5GB. Raises ModelError when base or vectors are not the locked
+    ones, before anything is written.
     """
+    n_bytes = _n_bytes(max_shard_size)
     recipe = RecipeFile.read(path)
     lock_file = path.with_suffix(".lock.json")
     base = resolve_model(recipe.base_model)
@@ -68,14 +72,14 @@ def build(
         out,
         out_dtype=out_dtype or recipe.dtype,
         tokenizer=tokenizer,
-        max_shard_size=max_shard_size,
+        max_shard_size=n_bytes,
         device=device,
         replace=replace,
     )
     if lock is None:
         write()
         return
-    asked = {"dtype": out_dtype or recipe.dtype, "max_shard_size": max_shard_size}
+    asked = {"dtype": out_dtype or recipe.dtype, "max_shard_size": n_bytes}
     beside = files_beside_weights(base.path, tokenizer=tokenizer.path if tokenizer else None)
     finish_move(out)
     built = _lock_of_built(lock, out, asked, [file.name for file in beside])
@@ -91,6 +95,18 @@ def build(
         built = Lock.read(out / LOCK)
     if out_dtype is None:
         _keep_output(lock_file, out, built, any(isinstance(v, AdapterVector) for v in vectors))
+
+
+def _n_bytes(size: int | str) -> int:
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        n_bytes = int(convert_file_size_to_int(size))
+    except (ValueError, OverflowError):
+        n_bytes = 0
+    if not 0 < n_bytes <= LARGEST_FILE:
+        raise ConfigError(f"--max-shard-size: found {size!r}, expected e.g. 5GB.")
+    return n_bytes
 
 
 def _with_output(lock: Lock, model: Path, asked: Mapping[str, Any]) -> Lock:

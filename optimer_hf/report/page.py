@@ -1,17 +1,20 @@
 """A study -> one self-contained HTML page and its figures."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from optimer_hf.comparison import sealed, tables
 from optimer_hf.comparison.rows import Comparison
-from optimer_hf.files.reference import Reference
-from optimer_hf.files.staging import write_text
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.reference import Reference, absolute_reference
+from optimer_hf.files.staging import make_directory, write_text
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, Caption, Captions
-from optimer_hf.report.drawing import Panel, _style, _svg, _write_figure
+from optimer_hf.report.drawing import FIGURE_METADATA, Panel, _style, _svg, _write_figure
 from optimer_hf.report.panels import (
     NO_PAIR,
     _cosines,
@@ -27,7 +30,8 @@ from optimer_hf.report.panels import (
     _weights,
 )
 from optimer_hf.scoring.units import Unit, said_of
-from optimer_hf.study.directory import Study
+from optimer_hf.study.config import MergeMethod
+from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.surrogate import surrogate_of
 from optimer_hf.study.trials import ITEMS_OF
 
@@ -76,6 +80,58 @@ def write_sealed_figure(study: Study, comparison: Comparison, path: Path) -> Non
     """
     with _style():
         _write_figure(_sealed(comparison).figure, path)
+
+
+def compare_study(
+    study_dir: Path,
+    *,
+    everything: bool = False,
+    models: Sequence[str] = (),
+    figure: Path | None = None,
+) -> Comparison:
+    """Score the baselines and the merge of a finished study on its sealed test.
+
+    `everything` adds the merge methods and random vectors, `models` texts NAME=MODEL. The gains are
+    drawn to `figure`. Raises ConfigError for a text or a suffix that cannot be used, before
+    anything is scored.
+    """
+    study = load_study(study_dir)
+    named = dict(_named_model(text) for text in models)
+    if figure is not None:
+        if figure.suffix not in FIGURE_METADATA:
+            suffixes = ", ".join(FIGURE_METADATA)
+            raise ConfigError(f"--figure {figure}: expected a name that ends in one of {suffixes}.")
+        make_directory(figure.parent)
+    known = study.config.baselines
+    changes: dict[str, Any] = {"models": known.models | named}
+    if everything:
+        changes |= {"merge_methods": [*get_args(MergeMethod)], "random_vectors": True}
+    baselines = known.model_copy(update=changes)
+    config = study.config.model_copy(update={"baselines": baselines})
+    comparison = sealed.compare(replace(study, config=config))
+    if figure is not None:
+        write_sealed_figure(study, comparison, figure)
+    return comparison
+
+
+def _named_model(text: str) -> tuple[str, str]:
+    name, _, source = text.partition("=")
+    if not (name and source):
+        raise ConfigError(f"--model {text!r}: expected NAME=MODEL.")
+    return name, absolute_reference(source, Path.cwd())
+
+
+def report_on(
+    study_dir: Path, out: Path | None = None, *, figures: Path | None = None, vectors: bool = True
+) -> tuple[Path, list[Panel]]:
+    """Write the page of a study directory, finished or not, to `out` (None: report.html in it), and
+    return where it is with its panels. The other arguments are those of `write_report`.
+    """
+    study = load_study(study_dir, unfinished=True)
+    page = out or study_dir / "report.html"
+    if page.is_dir():
+        raise ConfigError(f"{page}: is a directory. Give the name of a file, e.g. report.html.")
+    return page, write_report(study, page, figures=figures, vectors=vectors)
 
 
 def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.corpus.documents import documents
 from optimer_hf.errors import CorpusError
+from optimer_hf.files.text import markdown_table
 from optimer_hf.progress import Meter
 from optimer_hf.scoring.objective import Objective, Term
 from optimer_hf.scoring.tasks import load_tasks
@@ -162,3 +163,19 @@ def _shared(
             if n_units == 0:
                 raise CorpusError(f"{corpus.name}: holds no text, so nothing would be checked.")
             meter.advance(1, f"{number:,} documents of {corpus.name}")
+
+
+def to_markdown(terms: Sequence[TermOverlap]) -> str:
+    """Return how many items of each term overlap as a table."""
+    header = ["term", "items", "overlapping", "share", "too short"]
+    rows = [
+        [
+            term.term,
+            f"{term.n_items:,}",
+            f"{len(term.overlaps):,}",
+            f"{100 * term.share:.2f} %",
+            f"{term.n_too_short:,}",
+        ]
+        for term in terms
+    ]
+    return markdown_table(header, rows)

@@ -81,6 +81,7 @@ LORA_BOUNDS = {
     "lora_dropout": (0, 1),
     "qalora_group_size": (1, 2**20),
 }
+MOST_TOKENS = 10**13  # of one run
 PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
 
 
@@ -97,7 +98,7 @@ class TrainConfig(VersionedFile):
     """Several corpora, each with its share of `max_tokens`."""
     block_size: int = Field(default=1024, ge=8, le=2**20)
     """Length of a training example in tokens. Documents are packed into blocks without padding."""
-    max_tokens: int | None = Field(default=None, gt=0, le=10**13)
+    max_tokens: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
     """Number of tokens to pack and train on, rounded down to whole blocks. Default: the whole
     corpus. A mixture needs it.
     """
@@ -161,3 +162,9 @@ class TrainConfig(VersionedFile):
             if (text := corpus.fingerprint) is not None:
                 found["corpus" if self.mixture is None else f"mixture.{number}"] = text
         return found
+
+
+def is_count_of_tokens(text: str) -> bool:
+    """Whether a text is a plain number of tokens that a run may train on."""
+    is_number = text.isdecimal() and len(text) <= len(str(MOST_TOKENS))
+    return is_number and 0 < int(text) <= MOST_TOKENS

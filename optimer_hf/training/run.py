@@ -24,6 +24,7 @@ from optimer_hf.errors import OutputError
 from optimer_hf.files.digest import differences
 from optimer_hf.files.disk import naming_disk_errors
 from optimer_hf.files.locks import exclusive, remove_dead_locks
+from optimer_hf.files.model import refuse_absent
 from optimer_hf.files.paths import ATOMIC_PREFIX
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import is_there
@@ -46,6 +47,8 @@ from optimer_hf.training.trainer import (
     _tokens_per_step,
     build_trainer,
 )
+from optimer_hf.vectors.delta import describe
+from optimer_hf.vectors.record import VectorFile
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -118,6 +121,20 @@ def train(config: TrainConfig, out: Path) -> Path:
         if packed is not None:  # by the run that held `out` until now
             _run(config, out, packed, state)
     return out
+
+
+def train_vector(path: Path, out: Path) -> VectorFile | None:
+    """Train what the train file at `path` says, describe it as a vector and return its record; of
+    several processes only the first one does so, and None comes back in the others.
+    """
+    config = TrainConfig.read(path)
+    if not (out / "training.json").exists():  # a trained vector no longer needs its corpus
+        refuse_absent({path: config.model_dump()})
+    train(config, out)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return None
+    base = resolve_base(config.base_model)
+    return describe(out, base, name=config.name, kind=config.kind)
 
 
 def _held(out: Path) -> contextlib.AbstractContextManager[bool]:

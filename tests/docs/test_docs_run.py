@@ -38,6 +38,7 @@ from tests.support.pages_world import BASE, DEMO_BASE, TOKEN, USER, write_files,
 from tests.support.tiny import tiny_model
 
 SECTIONS = sections()
+COMMANDS = main.list_commands(click.Context(main))
 
 NOT_RUN = {
     "pip install -c constraints.txt -e .": "changes the environment; .ci/run does it",
@@ -222,7 +223,7 @@ def lines_of(section: Section) -> list[str]:
         first, _, rest = span.partition(" ")
         if rest and first in PROGRAMS:
             lines.append(span)
-        elif rest and first in main.commands:
+        elif rest and first in COMMANDS:
             lines.append(f"optimer {span}")
     return [re.sub(r"\s+# .*", "", line.strip()) for line in lines]
 
@@ -330,7 +331,11 @@ def run_optimer(line: str) -> None:
     if ">" in words:
         bash(line)
     elif is_mention(words):
-        known = {option for each in main.commands[words[0]].params for option in each.opts}
+        known = {
+            option
+            for each in main.get_command(click.Context(main), words[0]).params
+            for option in each.opts
+        }
         assert set(words[1:]) <= known, line
     else:
         optimer(line)
@@ -338,7 +343,7 @@ def run_optimer(line: str) -> None:
 
 def is_mention(words: Sequence[str]) -> bool:
     """Whether the words only name a command that needs more, maybe with options of it."""
-    command = main.commands.get(words[0])
+    command = main.get_command(click.Context(main), words[0])
     arguments = [each for each in command.params if each.required] if command is not None else []
     return bool(arguments) and all(word.startswith("-") for word in words[1:])
 
@@ -363,7 +368,7 @@ def parameters(words: Sequence[str]) -> dict[str, Any]:
     """Return what click makes of the words after `optimer`."""
     command: click.Command = main
     while isinstance(command, click.Group):
-        command, words = command.commands[words[0]], words[1:]
+        command, words = command.get_command(click.Context(command), words[0]), words[1:]
     return command.make_context(command.name, list(words)).params
 
 

@@ -15,12 +15,13 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimer_hf.cli import _study_of_merge_config, _validated
 from optimer_hf.errors import ConfigError, ModelError, OptimerError
+from optimer_hf.experiment.inputs import check_file
 from optimer_hf.merging.check import Promise, check_merged
 from optimer_hf.merging.mergekit import merge
 from optimer_hf.merging.mergekit_pool import linear_merge_of, pool_of, with_weights
 from optimer_hf.merging.mergekit_yaml import ModelName, model_name, read_merge_config
+from optimer_hf.searching.study_file import study_of_merge_config
 from tests.support.tiny import bits
 
 OPTIONS = {"quiet": True, "random_seed": 3}
@@ -226,7 +227,7 @@ dtype: float32
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_gives_the_bits_and_the_files_of_mergekit(world, name):
     path = written(world, CONFIGS[name])
-    assert _validated(path)[0] == "merge config"
+    assert check_file(path)[0] == "merge config"
     assert merge(path, world / "ours", options=MergeOptions(**OPTIONS)) == "mergekit"
     assert_same_model(world / "ours", by_mergekit(CONFIGS[name], world))
     assert AutoModelForCausalLM.from_pretrained(world / "ours")
@@ -299,7 +300,7 @@ def test_what_mergekit_drops_or_refuses_is_an_error_before_any_model_is_opened(
     tmp_path, text, message
 ):
     path = written(tmp_path, text)
-    for read in (read_merge_config, _validated, lambda path: merge(path, tmp_path / "out")):
+    for read in (read_merge_config, check_file, lambda path: merge(path, tmp_path / "out")):
         with pytest.raises(ConfigError, match=rf"(?s)c\.yml:?.*{message}"):
             read(path)
     assert not (tmp_path / "out").exists()
@@ -399,15 +400,15 @@ def test_a_search_reads_what_a_merge_reads_and_refuses_the_rest_by_name(world, c
     long = CONFIGS["long references, anchors, merge keys"]
     path = written(world, long)
     with pytest.raises(ConfigError, match=r"models\.0\.model: .*override_architecture"):
-        _study_of_merge_config(path, objective)
+        study_of_merge_config(path, objective)
     path = written(world, long.replace(", override_architecture: LlamaForCausalLM", ""))
-    config = _study_of_merge_config(path, objective)
+    config = study_of_merge_config(path, objective)
     tuned = [str((world / name).resolve()) for name in ("a", "b")]
     assert [vector.source for vector in config.vectors.values()] == tuned
     found = with_weights(read_merge_config(path), path, dict.fromkeys(config.vectors, 1.0))
     assert [model["model"] for model in found["models"]] == tuned and "defaults" not in found
     with pytest.raises(ConfigError, match="slices: its models have a weight a layer"):
-        _study_of_merge_config(written(world, WITH_BASE + CONFIGS["layers stacked"]), objective)
+        study_of_merge_config(written(world, WITH_BASE + CONFIGS["layers stacked"]), objective)
 
 
 # -- adapters --------------------------------------------------------------------------------------

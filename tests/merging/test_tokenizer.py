@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from optimer_hf.cli import _study_of_merge_config, main
+from optimer_hf.cli import main
 from optimer_hf.comparison.sealed import _with_pool
 from optimer_hf.errors import ConfigError, HubError, ModelError, StudyError
 from optimer_hf.hub.publication import publication
@@ -29,6 +29,7 @@ from optimer_hf.recipes.record import Lock, RecipeFile
 from optimer_hf.recipes.write import write_recipe, write_vanilla
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.pool import ResidentPool
+from optimer_hf.searching.study_file import study_of_merge_config
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.directory import load_study
 from optimer_hf.vectors.delta import extract
@@ -334,7 +335,7 @@ def test_a_search_takes_the_tokenizer_of_a_merge_config_over(models, tmp_path, f
     (tmp_path / "x.jsonl").write_text('{"text": "aaa"}\n', encoding="utf-8")
     objective = tmp_path / "objective.yaml"
     objective.write_text("terms: [{text: x.jsonl}]", encoding="utf-8")
-    assert _study_of_merge_config(path, objective).tokenizer_source == "it"
+    assert study_of_merge_config(path, objective).tokenizer_source == "it"
     assert not_searched(config) == []
     found = with_weights(config, path, {models["math"].name: 0.1, "it": 1.0})
     absolute = yaml.safe_dump(found).count(str(models["it"]))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from optimer_hf.cli import _say_front, main
+from optimer_hf.cli import main
 from optimer_hf.comparison.sealed import compare
+from optimer_hf.comparison.summary import front_lines
 from optimer_hf.comparison.tables import (
     intervals_to_markdown,
     table,
@@ -24,7 +25,7 @@ from optimer_hf.recipes.write import _scores
 from optimer_hf.report.page import write_report
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.units import Unit, said_of
-from optimer_hf.searching import loop as retarget
+from optimer_hf.searching import retargeting
 from optimer_hf.searching.loop import search
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.prediction import front
@@ -71,7 +72,7 @@ def study_of(directory, rule="relative_to_base", pool=Losses, searched=None, **c
 
 @pytest.mark.parametrize("pool", [Losses, Accuracies], ids=["losses", "accuracies"])
 @pytest.mark.parametrize("rule", ["relative_to_base", "weighted_mean", "worst"])
-def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, capsys, rule, pool):
+def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, rule, pool):
     study = study_of(tmp_path / "s", rule, pool)
     comparison = compare(study, pool=pool)
     base, merge = (
@@ -103,8 +104,7 @@ def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, capsys, rule
     best = max(map(study.value, study.log.of("search"))) - study.value(study.log.of("search")[0])
     assert f"best so far, {unit.show(best)} at the end" in panels["progress"].shows
     assert shown in to_markdown(comparison)
-    _say_front(study)
-    printed = capsys.readouterr().err
+    printed = "\n".join(front_lines(study))
     assert f"gains over {study.baseline}" in printed
     for choice in front(study)[:1]:
         row = [f"{100 * gain:+.2f} %" for gain in choice.gains.values()]
@@ -113,7 +113,7 @@ def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, capsys, rule
 
 def test_a_verified_prediction_is_a_gain_over_the_base_as_the_prediction_is(tmp_path, monkeypatch):
     study = study_of(tmp_path / "s", "weighted_mean")
-    monkeypatch.setattr(retarget, "search_on", partial(retarget.search_on, pool=Losses))
+    monkeypatch.setattr(retargeting, "search_on", partial(retargeting.search_on, pool=Losses))
     objective = study.config.objective.model_dump(mode="json")
     objective["terms"][0]["weight"] = 3.0
     (tmp_path / "o.yaml").write_text(json.dumps(objective), encoding="utf-8")

@@ -1,17 +1,17 @@
-"""schema.py: the published JSON Schemas are those of the models, and accept what ships."""
+"""inputs.py: the published JSON Schemas are those of the models, and accept what ships."""
 
 import json
 import re
 from pathlib import Path
 
-import click
 import pytest
 import yaml
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
-from optimer_hf.cli import main, schema
+from optimer_hf.cli import main
 from optimer_hf.comparison.sealed import Seal
+from optimer_hf.experiment.inputs import KINDS
 from optimer_hf.hub.pulling import PulledFile
 from optimer_hf.merging.geometry import GeometryFile
 from optimer_hf.recipes.record import Lock
@@ -24,7 +24,7 @@ MARK = re.compile(r"# yaml-language-server: \$schema=(\S+)")
 FILES = sorted(ROOT.glob("recipes/*/study.yaml")) + sorted(ROOT.glob("recipes/*/train-*.yaml"))
 
 
-@pytest.mark.parametrize("kind", schema.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_published_schema_is_the_one_that_the_command_prints(kind: str):
     result = CliRunner().invoke(main, ["schema", kind])
     assert result.exit_code == 0, result.output
@@ -32,16 +32,16 @@ def test_the_published_schema_is_the_one_that_the_command_prints(kind: str):
     Draft202012Validator.check_schema(json.loads(result.output))
 
 
-@pytest.mark.parametrize("kind", schema.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_field_of_a_file_says_what_it_is_for(kind: str):
-    whole = schema.KINDS[kind].model_json_schema()
+    whole = KINDS[kind].model_json_schema()
     for name, part in {kind: whole, **whole.get("$defs", {})}.items():
         for field, found in part["properties"].items():
             assert found.get("description", "").endswith((".", "...")), f"{name}.{field}"
 
 
 def test_no_schema_is_left_over():
-    assert {path.stem for path in PUBLISHED.iterdir()} == set(schema.KINDS)
+    assert {path.stem for path in PUBLISHED.iterdir()} == set(KINDS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -76,7 +76,7 @@ UNBOUNDED = {  # number fields without bounds, and why that is no harm
     "TrainConfig.lora": "bounds in test_train",
     "TrainConfig.trainer": "bounds in test_train",
 }
-READ = [*schema.KINDS.values(), VectorFile, Lock, GeometryFile, Seal, PulledFile, Inputs]
+READ = [*KINDS.values(), VectorFile, Lock, GeometryFile, Seal, PulledFile, Inputs]
 
 
 def numbers(part, definitions, at):
@@ -106,18 +106,3 @@ def test_every_number_of_a_file_has_bounds_or_a_reason(cls):
             for name in UNBOUNDED
         )
         assert (least and most) or is_excused, at
-
-
-def test_every_number_of_the_command_line_has_bounds():
-    def commands(group):
-        for command in group.commands.values():
-            yield from commands(command) if isinstance(command, click.Group) else [command]
-
-    for command in commands(main):
-        for option in command.get_params(click.Context(command)):
-            kind = option.type
-            if isinstance(kind, click.types.IntParamType | click.types.FloatParamType):
-                is_range = isinstance(kind, click.IntRange | click.FloatRange)
-                is_count = getattr(option, "count", False)  # -v -v
-                has_both = is_range and None not in (kind.min, kind.max)
-                assert is_count or has_both, (command.name, option.name)

@@ -1,0 +1,128 @@
+"""Commands that show how good a merge is: evaluate, compare, report, check-overlap."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from optimer_hf.cli.options import FORMAT, INPUT, OBJECTIVE_FILE, PATH, STUDY, dtype, echo
+
+if TYPE_CHECKING:
+    from optimer_hf.scoring.overlap import TermOverlap
+
+
+@click.command(epilog="Example: optimer evaluate google/gemma-3-270m objective.yaml")
+@click.argument("model")
+@click.argument("objective", type=OBJECTIVE_FILE)
+@dtype("Dtype to load the model in.")
+@FORMAT
+def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
+    """Score a model on every term of an objective file.
+
+    MODEL is a directory or a Hub id, OBJECTIVE a YAML file with `terms`.
+    """
+    from optimer_hf.searching.evaluation import evaluate_model
+
+    scored = evaluate_model(model, objective, dtype=dtype)
+    if output == "json":
+        fields = {each.label: {"score": each.score, "n_items": each.n_items} for each in scored}
+        echo(json.dumps(fields, indent=2))
+        return
+    for each in scored:
+        limited = " (limited)" if each.limited else ""
+        echo(f"{each.label}: {each.metric} {each.score:.4f} on {each.n_items} items{limited}")
+
+
+@click.command(epilog="Example: optimer compare my-study --all")
+@click.argument("study_dir", type=STUDY)
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Add TIES, DARE-TIES, Model Stock, and random vectors of equal norm.",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Add a model trained from the base, for instance on a data mixture.",
+)
+@click.option("--figure", type=PATH, help="Draw the result as a figure (.png, .svg, .pdf).")
+@FORMAT
+def compare(study_dir: Path, output: str, **options: Any) -> None:
+    """Score the baselines and the merge of a finished study on its sealed test.
+
+    STUDY_DIR holds the study, and keeps the scores.
+    """
+    from optimer_hf.comparison.tables import to_json, to_markdown
+    from optimer_hf.report.page import compare_study
+
+    comparison = compare_study(study_dir, **options)
+    if output == "json":
+        echo(json.dumps(to_json(comparison), indent=2))
+    else:
+        echo(to_markdown(comparison))
+
+
+@click.command(epilog="Example: optimer report my-study")
+@click.argument("study_dir", type=STUDY)
+@click.argument("out", type=PATH, required=False)
+@click.option("--figures", type=PATH, help="Directory that also gets every figure as PNG.")
+@click.option(
+    "--no-vectors", is_flag=True, help="Leave out the cosines, which read every vector once."
+)
+def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: bool) -> None:
+    """Write one HTML page about a study, finished or not: what it found, how certain, at what cost.
+
+    STUDY_DIR holds the study. Writes to OUT (default: report.html in STUDY_DIR).
+    """
+    from optimer_hf.report.page import report_on
+
+    page, panels = report_on(study_dir, out, figures=figures, vectors=not no_vectors)
+    for panel in panels:
+        echo(f"{panel.title}: {panel.conclusion}")
+    echo(page, err=True)
+
+
+@click.command(epilog="Example: optimer check-overlap train.jsonl study.yaml")
+@click.argument("files", type=INPUT, nargs=-1, required=True)
+@click.option(
+    "--n",
+    type=click.IntRange(min=1, max=1000),
+    default=13,
+    show_default=True,
+    help="Length of a match: in words, or in characters in scripts without spaces.",
+)
+@click.option(
+    "--text-field", default="text", show_default=True, help="Field of a JSONL line with the text."
+)
+@FORMAT
+def check_overlap(files: tuple[Path, ...], n: int, text_field: str, output: str) -> None:
+    """Look for the items of objectives in training corpora; exit status 1 when one is found.
+
+    FILES are corpora (JSONL, text, train.yaml) and objectives (objective.yaml, study.yaml with its
+    sealed test), in any order. An item shorter than N is looked for as a whole, from 8 units on.
+    """
+    from optimer_hf.experiment.inputs import overlap_of_files
+
+    terms = overlap_of_files(files, n=n, text_field=text_field)
+    if output == "json":
+        fields = [asdict(term) | {"share": term.share} for term in terms]
+        echo(json.dumps(fields, indent=2, ensure_ascii=False))
+    else:
+        _print_overlap(terms)
+    if any(term.overlaps for term in terms):
+        raise SystemExit(1)
+
+
+def _print_overlap(terms: "list[TermOverlap]") -> None:
+    from optimer_hf.scoring.overlap import to_markdown
+
+    echo(to_markdown(terms))
+    for term in terms:
+        for each in term.overlaps[:5]:
+            where = f"document {each.document} of {each.corpus}"
+            echo(f"{term.term}: item {each.item} and {where}: {each.ngram}", err=True)

@@ -1,0 +1,125 @@
+"""Commands for the Hugging Face Hub: push, pull, recipes list."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from optimer_hf.cli.options import DIRECTORY, FORMAT, PATH, TOKEN, echo
+
+if TYPE_CHECKING:
+    from optimer_hf.hub import Pull, Push
+
+
+@click.command(epilog="Example: optimer push runs/demo you/my-merge --dry-run")
+@click.argument("directory", type=DIRECTORY)
+@click.argument("repo")
+@click.option(
+    "--private/--public",
+    default=None,
+    help="Visibility of a new repository (default: the account's choice).",
+)
+@click.option("--revision", help="Branch to push to (default: main); made when it is missing.")
+@click.option("--create-pr", is_flag=True, help="Propose the change as a pull request.")
+@click.option("--commit-message", help="First line of the commit.")
+@click.option("--tag", help="Tag the commit, after everything has arrived.")
+@click.option("--license", "licence", help="Licence of the card (default: that of the inputs).")
+@click.option(
+    "--vectors", is_flag=True, help="Push the local vectors of a recipe first, to REPO-<name>."
+)
+@click.option("--dry-run", is_flag=True, help="Show files, sizes and the card; send nothing.")
+@TOKEN
+@FORMAT
+def push(directory: Path, repo: str, output: str, **options: Any) -> None:
+    """Push a vector, a recipe or a merged model to the Hub, in one commit.
+
+    DIRECTORY is what is pushed, REPO where to: org/name, made when it is missing.
+    """
+    from optimer_hf import hub
+
+    done = hub.push(directory, repo, **options)
+    if output == "json":
+        echo(hub.to_json(done))
+        return
+    for each in (*done.vectors, done):
+        _print_push(each, options["dry_run"])
+
+
+def _print_push(done: "Push", dry_run: bool) -> None:
+    for name, n_bytes in done.sent.items():
+        echo(f"{name}: {n_bytes:,} bytes")
+    for name in done.deleted:
+        echo(f"{name}: deleted")
+    size = f"{len(done.sent)} files, {sum(done.sent.values()):,} bytes"
+    if dry_run:
+        echo(f"{done.card}\nwould send {size} to {done.repo_id}; nothing was sent")
+    elif done.pull_request:
+        echo(f"proposed{'' if done.sent else ' already'}: {done.pull_request}")
+    elif not done.sent and not done.deleted:
+        echo(f"{done.repo_id}@{done.commit}: has everything already")
+    else:
+        unchanged = f", {len(done.unchanged)} unchanged" if done.unchanged else ""
+        echo(f"{done.repo_id}@{done.commit}: {size} sent{unchanged}")
+
+
+@click.command(epilog="Example: optimer pull you/my-merge")
+@click.argument("repo")
+@click.argument("out", type=PATH, required=False)
+@click.option("--revision", help="Branch, tag or commit (also as REPO@REVISION).")
+@click.option("--update", is_flag=True, help="Take the current state of REPO, and say what moved.")
+@TOKEN
+@FORMAT
+def pull(repo: str, out: Path | None, output: str, **options: Any) -> None:
+    """Pull a vector, a recipe or a merged model; of a recipe only its small files.
+
+    REPO is org/name or org/name@REVISION. Writes to OUT (default: the name of the repository).
+    """
+    from optimer_hf import hub
+
+    done = hub.pull(repo, out, **options)
+    if output == "json":
+        echo(hub.to_json(done))
+    else:
+        _print_pull(done)
+
+
+def _print_pull(done: "Pull") -> None:
+    for line in done.moved:
+        echo(f"moved: {line}")
+    for each in done.inputs:
+        if each.reference.startswith("pypi:"):
+            echo(f"to run: {each.reference} (code of a package that you have to install)")
+            continue
+        size = f"{each.n_bytes:,} bytes" if each.n_bytes is not None else "size unknown"
+        gated = ", gated: ask for access first" if each.gated else ""
+        echo(f"to fetch: {each.reference} ({size}, licence {each.licence or '?'}{gated})")
+    echo(f"{done.path}: {done.kind} {done.repo_id}@{done.commit}")
+    if done.kind == "recipe":
+        _print_disk(done)
+
+
+def _print_disk(done: "Pull") -> None:
+    import shutil
+
+    needed = sum(each.n_bytes or 0 for each in done.inputs)
+    free = shutil.disk_usage(done.path).free
+    if needed > free:
+        echo(f"warning: {needed:,} bytes to fetch, {free:,} free on this disk", err=True)
+    echo(f"build it: optimer build {done.path / 'recipe.yaml'} OUT")
+
+
+@click.group()
+def recipes() -> None:
+    """Browse published recipes."""
+
+
+@recipes.command("list", epilog="Example: optimer recipes list")
+@TOKEN
+def list_recipes(token: str | None) -> None:
+    """List the recipe folders here, and the recipes on the Hub."""
+    from optimer_hf import hub
+
+    for study in sorted(Path("recipes").glob("*/study.yaml")):
+        echo(f"{study.parent}: run it with `optimer run {study.parent}`")
+    for repo_id, changed in hub.recipes(token=token):
+        echo(f"{repo_id} ({changed}): take it with `optimer pull {repo_id}`")

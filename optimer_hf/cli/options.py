@@ -1,0 +1,137 @@
+"""Arguments and options that several commands share, and how text is printed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.printable import visible
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+MOST_TOKENS = 10**13  # as in a train file
+FLOATS = ["bfloat16", "float16", "float32"]
+
+
+def echo(message: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text on stdout or stderr, see `visible`."""
+    click.echo(visible(str(message)), err=err, nl=nl)
+
+
+class Existing(click.Path):
+    """A path that has to exist. A missing one is an error before any library loads."""
+
+    def __init__(self, expected: str) -> None:
+        super().__init__(path_type=Path)
+        self._expected = expected
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from optimer_hf.files.reference import is_there
+
+        if not is_there(Path(value)):
+            raise ConfigError(f"{value}: {self._expected}.")
+        return super().convert(value, param, ctx)
+
+
+class InputFile(Existing):
+    """A file of a kind that has to exist. Mistakes in its fields are errors before any library
+    loads.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("no such file")
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from optimer_hf.experiment.inputs import check_fields
+
+        path = super().convert(value, param, ctx)
+        if path.is_file():
+            check_fields(path, self._kind)
+        return path
+
+
+class RecipeFile(InputFile):
+    """A recipe file, or the directory of a study, a run or a model that has one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value)
+        if path.is_dir():
+            if not (path / "recipe.yaml").is_file():
+                raise ConfigError(
+                    f"{path}: a directory without recipe.yaml. Give a recipe file, or a directory "
+                    "that `optimer search`, `run` or `build` wrote."
+                )
+            path = path / "recipe.yaml"
+        return super().convert(path, param, ctx)
+
+
+PATH = click.Path(path_type=Path)
+INPUT = Existing("no such file")
+STUDY_FILE = InputFile("study")
+TRAIN_FILE = InputFile("train")
+OBJECTIVE_FILE = InputFile("objective")
+DIRECTORY = Existing("no such directory")
+RECIPE = RecipeFile("recipe")
+STUDY = Existing("no such directory. `optimer search STUDY.yaml STUDY_DIR` makes a study")
+
+FORMAT = click.option(
+    "--format",
+    "output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Form of the printed result.",
+)
+TOKEN = click.option("--token", help="Access token of the Hub (default: that of `hf auth login`).")
+SHORT = click.option("--short", is_flag=True, help="Use the smaller budget in short.yaml.")
+TOKENS = click.option(
+    "--tokens", help="Tokens to train each vector on, e.g. 1_000_000 (default: the folder's)."
+)
+SEEDS = click.option(
+    "--seeds",
+    "n_seeds",
+    type=click.IntRange(min=1, max=1000),
+    help="Number of seeds to run under, to see how far the results move.",
+)
+
+
+def n_trials(help_text: str) -> Callable[[CommandT], CommandT]:
+    """Return the option --n-trials."""
+    return click.option("--n-trials", type=click.IntRange(min=1, max=10_000), help=help_text)
+
+
+def dtype(help_text: str, *choices: str) -> Callable[[CommandT], CommandT]:
+    """Return the option --dtype: `choices`, or the three of FLOATS, bfloat16 by default."""
+    return click.option(
+        "--dtype",
+        type=click.Choice([*(choices or FLOATS)]),
+        default="bfloat16",
+        show_default=True,
+        help=help_text,
+    )
+
+
+def runners(command: CommandT) -> CommandT:
+    """Add --workers and --scheduler, of which one may be given."""
+    workers = click.option(
+        "--workers",
+        type=click.IntRange(min=1, max=1000),
+        callback=_refuse_both,
+        help="Number of processes on this machine that run trials in parallel, a model each.",
+    )
+    scheduler = click.option(
+        "--scheduler",
+        callback=_refuse_both,
+        help="Address of a Dask scheduler whose workers run the trials.",
+    )
+    return workers(scheduler(command))
+
+
+def _refuse_both(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    other = "scheduler" if param.name == "workers" else "workers"
+    if value is not None and ctx.params.get(other) is not None:
+        raise ConfigError("--workers starts a cluster and --scheduler uses one; give one of them.")
+    return value

@@ -1,0 +1,123 @@
+"""Commands for recipes: recipe, build, verify, ratios."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optimer_hf.cli.options import (
+    FLOATS,
+    FORMAT,
+    INPUT,
+    MOST_TOKENS,
+    PATH,
+    RECIPE,
+    STUDY,
+    TRAIN_FILE,
+    echo,
+)
+
+
+@click.command(epilog="Example: optimer recipe my-study recipe.yaml")
+@click.argument("study_dir", type=STUDY)
+@click.argument("recipe_yaml", type=PATH)
+@click.option(
+    "--vanilla", is_flag=True, help="Add mergekit_config.yml for unmodified mergekit-yaml."
+)
+@click.option(
+    "--pick",
+    type=click.IntRange(min=1, max=10_000),
+    help="Point of the Pareto front to write, as `optimer search` numbers them.",
+)
+@click.option(
+    "--derived-from", metavar="REPO@COMMIT", help="Recipe on the Hub that this one continues."
+)
+def recipe(study_dir: Path, recipe_yaml: Path, **options: Any) -> None:
+    """Write the best merge of a study as recipe.yaml with its lock, merge config and figures.
+
+    STUDY_DIR holds the study. RECIPE_YAML is the file to write; the others go beside it.
+    """
+    from optimer_hf.recipes.studies import recipe_of_study
+
+    beside = recipe_of_study(study_dir, recipe_yaml, **options)
+    echo(recipe_yaml)
+    echo(f"beside it: {', '.join(beside)}", err=True)
+
+
+@click.command(epilog="Example: optimer build recipe.yaml merged")
+@click.argument("recipe_yaml", type=RECIPE)
+@click.argument("out", type=PATH)
+@click.option(
+    "--out-dtype", type=click.Choice(FLOATS), help="Dtype to write in (default: the recipe's)."
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weights file.")
+@click.option(
+    "--device", default="cpu", show_default=True, help="Device for the arithmetic: cpu or cuda."
+)
+def build(recipe_yaml: Path, out: Path, **options: Any) -> None:
+    """Build the merged model of a recipe and write it to OUT.
+
+    RECIPE_YAML is the file, or the directory it lies in. Base and vectors that are not on this disk
+    are fetched, checked against the lock of the recipe, and added with its weights. OUT gets the
+    weights as safetensors with config, tokenizer, recipe and lock, whole or not at all. A model of
+    the same recipe that is there already stays; anything else there is refused.
+    """
+    from optimer_hf.recipes.build import build as build_recipe
+
+    build_recipe(recipe_yaml, out, **options)
+    echo(out)
+
+
+@click.command(epilog="Example: optimer verify recipe.yaml merged")
+@click.argument("recipe_yaml", type=RECIPE)
+@click.argument("model", type=PATH)
+def verify(recipe_yaml: Path, model: Path) -> None:
+    """Check a built model against the lock of its recipe.
+
+    RECIPE_YAML is the file, or the directory it lies in; MODEL is what `optimer build` wrote.
+    """
+    from optimer_hf.recipes.build import verify as verify_model
+
+    verify_model(recipe_yaml, model)
+    echo(f"{model}: the weights are those of {recipe_yaml}")
+
+
+@click.command(epilog="Example: optimer ratios my-study train-*.yaml --out retrain.yaml")
+@click.argument("source", type=INPUT)
+@click.argument("train_yaml", type=TRAIN_FILE, nargs=-1)
+@click.option("--out", type=PATH, help="Write the train file of the mixture of the TRAIN_YAMLs.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1, max=MOST_TOKENS),
+    help="Length of the mixture in tokens (default: those of all its vectors together).",
+)
+@click.option("--tokens", multiple=True, metavar="NAME=N", help="Tokens a vector was trained on.")
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="NAME",
+    help="Vector that no corpus stands behind, such as an instruction vector.",
+)
+@FORMAT
+def ratios(
+    source: Path, train_yaml: tuple[Path, ...], out: Path | None, output: str, **options: Any
+) -> None:
+    """Turn the weights of a study directory or a recipe.yaml (SOURCE) into mixture ratios.
+
+    With the train files of its vectors (TRAIN_YAML ...) and --out, also writes the run that
+    retrains with them.
+    """
+    from optimer_hf.recipes.studies import ratios_of
+
+    result = ratios_of(source, train_yaml, out=out, **options)
+    if output == "json":
+        echo(json.dumps(asdict(result.ratios), indent=2))
+        return
+    for name, share in result.ratios.shares.items():
+        echo(f"{name}: {100 * share:.2f} %  (weight {result.weights[name]:g})")
+    for name in result.ratios.left_out:
+        echo(f"{name}: left out ({result.reasons[name]})")
+    if out is not None:
+        echo(f"train it: optimer train {out} OUT", err=True)

@@ -1,0 +1,56 @@
+"""Commands for a recipe folder: run, plan."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optimer_hf.cli.options import FORMAT, PATH, SEEDS, SHORT, STUDY_FILE, TOKENS, echo
+
+
+@click.command(epilog="Example: optimer run recipes/demo --short")
+@click.argument("recipe_dir", type=PATH)
+@click.argument("out", type=PATH, required=False)
+@SHORT
+@TOKENS
+@SEEDS
+def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) -> None:
+    """Run a recipe folder from corpora to the compared merge; resumes where it stopped.
+
+    RECIPE_DIR holds a study.yaml and the train files of its vectors. Writes to OUT (default:
+    runs/NAME, with -short, -TOKENS or -seeds appended). With --seeds, OUT has a whole run in every
+    seed-K, whose trainings and searches have K added to their seeds.
+    """
+    from optimer_hf.experiment.seeds import run_folder
+
+    job, summary = run_folder(recipe_dir, out, n_seeds=n_seeds, **budget)
+    echo(summary)
+    if n_seeds is not None:
+        each = "every seed-K there has its results.md, report.html and merged/"
+        echo(f"{job.out / 'results.md'}; {each}", err=True)
+
+
+@click.command(epilog="Example: optimer plan recipes/demo")
+@click.argument("source", type=STUDY_FILE)
+@click.argument("out", type=PATH, required=False)
+@SHORT
+@TOKENS
+@SEEDS
+@click.option("--fetch", is_flag=True, help="Download the base for the probe if it is missing.")
+@FORMAT
+def plan(source: Path, out: Path | None, fetch: bool, output: str, **budget: Any) -> None:
+    """Estimate what a recipe folder or a study.yaml (SOURCE) will take: time, memory, disk.
+
+    Runs a few real training steps and items, and names the downloads. The plan of a recipe folder
+    is kept in OUT, and `optimer run` compares it with what the run took; with --seeds, it is that
+    of the first seed.
+    """
+    from optimer_hf.experiment import plan
+    from optimer_hf.experiment.seeds import plan_source
+
+    planned = plan_source(source, out, fetch=fetch, **budget)
+    if output == "json":
+        echo(json.dumps(plan.to_json(planned), indent=2))
+    else:
+        echo(plan.to_markdown(planned, budget["n_seeds"] or 1))

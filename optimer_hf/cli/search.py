@@ -1,0 +1,95 @@
+"""Commands that find weights: search, retarget."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optimer_hf.cli.options import (
+    FORMAT,
+    OBJECTIVE_FILE,
+    PATH,
+    STUDY,
+    STUDY_FILE,
+    echo,
+    n_trials,
+    runners,
+)
+from optimer_hf.errors import ConfigError
+
+
+@click.command(epilog="Example: optimer search study.yaml my-study")
+@click.argument("study", type=STUDY_FILE)
+@click.argument("study_dir", type=PATH)
+@click.option(
+    "--objective", type=OBJECTIVE_FILE, help="Objective file; needed when STUDY is a mergekit YAML."
+)
+@n_trials("Trials in total; raise it to continue a search (default: that of the study, or 30).")
+@runners
+@FORMAT
+def search(study: Path, study_dir: Path, output: str, **options: Any) -> None:
+    """Search the weights of a study.yaml, or of a mergekit YAML whose models are the pool.
+
+    STUDY is that file. STUDY_DIR gets the trials and the recipe of the best; the same command
+    resumes there. Prints the best merge as a mergekit YAML.
+    """
+    from optimer_hf.comparison.summary import headline, study_lines, study_to_json
+    from optimer_hf.files.reading import yaml_text
+    from optimer_hf.recipes.studies import search_study
+
+    result, merge_config = search_study(study, study_dir, **options)
+    if output == "json":
+        echo(json.dumps(study_to_json(result), indent=2))
+        return
+    echo(f"# {headline(result)}")  # a comment: stdout is a YAML file
+    echo(yaml_text(merge_config))
+    for line in study_lines(result):
+        echo(line, err=True)
+    if result.config.test is not None:
+        echo(f"compare it: optimer compare {study_dir}", err=True)
+    echo(f"build it: optimer build {study_dir / 'recipe.yaml'} OUT", err=True)
+
+
+@click.command(epilog="Example: optimer retarget my-study other-objective.yaml")
+@click.argument("study_dir", type=STUDY)
+@click.argument("objective", type=OBJECTIVE_FILE)
+@click.argument("out", type=PATH, required=False)
+@n_trials("Real trials that verify the prediction, in a study of their own at OUT.")
+@runners
+@FORMAT
+def retarget(
+    study_dir: Path, objective: Path, out: Path | None, output: str, **options: Any
+) -> None:
+    """Predict the best weights for another OBJECTIVE over the terms a study recorded.
+
+    STUDY_DIR holds the study. With --n-trials, OUT gets the study that verifies the prediction.
+    """
+    from optimer_hf.comparison.summary import study_to_json
+    from optimer_hf.searching import retargeting
+
+    if (out is None) != (options["n_trials"] is None):
+        raise ConfigError("OUT and --n-trials go together: the study that verifies, and its size.")
+    target, prediction = retargeting.predict_for(study_dir, objective)
+    results = {"prediction": asdict(prediction)}
+    if output == "text":
+        echo(retargeting.prediction_text(prediction, target))
+    if out is not None:
+        verified = retargeting.verify_prediction(study_dir, target, out, **options)
+        results["verified"] = study_to_json(verified)
+        if output == "text":
+            echo(retargeting.verified_text(verified))
+    if output == "json":
+        echo(json.dumps(results, indent=2))
+    else:
+        _print_next(study_dir, objective, out)
+
+
+def _print_next(study_dir: Path, objective: Path, out: Path | None) -> None:
+    if out is None:
+        command = f"optimer retarget {study_dir} {objective} OUT --n-trials 3"
+        echo(f"verify it with three trials: {command}", err=True)
+    else:
+        echo(f"build it: optimer recipe {out} recipe.yaml", err=True)
+        echo("          optimer build recipe.yaml OUT", err=True)

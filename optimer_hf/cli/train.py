@@ -1,0 +1,112 @@
+"""Commands that make and inspect vectors: train, extract, vectors, convert."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from optimer_hf.cli.options import FORMAT, INPUT, PATH, TRAIN_FILE, dtype, echo
+
+if TYPE_CHECKING:
+    from optimer_hf.vectors.record import VectorFile
+
+BASE = click.option("--base", required=True, help="Model that the vectors were trained from.")
+
+
+@click.command(epilog="Example: optimer train train-math.yaml vectors/math")
+@click.argument("train_yaml", type=TRAIN_FILE)
+@click.argument("out", type=PATH)
+def train(train_yaml: Path, out: Path) -> None:
+    """Continually pre-train one model and write it as a vector.
+
+    TRAIN_YAML names the base and the corpus. OUT gets an adapter or a full model. An interrupted
+    run resumes when the same command is given again. `accelerate launch -m optimer_hf train` uses
+    many GPUs.
+    """
+    from optimer_hf.training.run import train_vector
+
+    record = train_vector(train_yaml, out)
+    if record is not None:
+        echo(f"{out}: {_size_of(record)}")
+
+
+def _size_of(record: "VectorFile") -> str:
+    share = 100 * record.relative_norm
+    return f"{record.kind}, norm {record.norm:.4g}, {share:.2f} % of the tensors it moves"
+
+
+@click.command(
+    epilog="Example: optimer extract you/my-finetune --base google/gemma-3-270m my-delta"
+)
+@click.argument("tuned")
+@BASE
+@click.argument("out", type=PATH)
+@click.option("--name", help="Name of the vector (default: the name of OUT).")
+@dtype(
+    "Stored dtype; int8 has a scale for every --block-size numbers.",
+    *("bfloat16", "float16", "float32", "int8"),
+)
+@click.option(
+    "--block-size",
+    type=click.IntRange(min=1, max=2**20),
+    default=64,
+    show_default=True,
+    help="Numbers that share one scale in int8.",
+)
+@click.option(
+    "--from-adapter",
+    is_flag=True,
+    help="Take TUNED as an adapter of any type that PEFT can merge (DoRA, IA3, ...).",
+)
+def extract(tuned: str, base: str, out: Path, **options: Any) -> None:
+    """Write the vector TUNED minus BASE as a delta directory.
+
+    TUNED is a checkpoint or an adapter: a directory or a Hub id. OUT has to be new or empty.
+    """
+    from optimer_hf.vectors.extraction import extract_vector
+
+    record = extract_vector(tuned, base, out, **options)
+    error = 100 * (record.relative_error or 0)
+    stored = f"stored in {record.dtype} with a relative error of {error:.3f} %"
+    echo(f"{out}: {_size_of(record)}; {stored}")
+    if record.relative_errors:
+        worst, error = max(record.relative_errors.items(), key=lambda pair: pair[1])
+        echo(f"largest error of a tensor: {100 * error:.3f} % ({worst})")
+
+
+@click.command(epilog="Example: optimer vectors ./math ./code --base google/gemma-3-270m")
+@click.argument("vectors", nargs=-1, required=True)
+@BASE
+@dtype("Dtype of the merge that the vectors have to survive.")
+@FORMAT
+def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> None:
+    """Show norms, cosines and ranks of vectors, and whether they can be merged.
+
+    VECTORS are adapters, deltas and checkpoints: directories or Hub ids. The exit status is 1 when
+    one of them cannot be merged into the base.
+    """
+    from optimer_hf.merging import geometry
+
+    measured, refusals = geometry.measure_sources(vectors, base, dtype)
+    if output == "json":
+        echo(json.dumps(geometry.to_json(measured, refusals), indent=2))
+    else:
+        echo(geometry.to_markdown(measured, refusals))
+    if refusals:
+        raise SystemExit(1)
+
+
+@click.command(epilog="Example: optimer convert gemma-3-270m-Q4_K_M.gguf gemma-3-270m")
+@click.argument("gguf", type=INPUT)
+@click.argument("out", type=PATH)
+@dtype("Stored dtype.")
+def convert(gguf: Path, out: Path, dtype: str) -> None:
+    """De-quantise a GGUF file that transformers reads into a safetensors directory.
+
+    GGUF is the file. OUT gets weights, config and tokenizer, and has to be new or empty.
+    """
+    from optimer_hf.models.gguf import convert_gguf
+
+    convert_gguf(gguf, out, dtype=dtype)
+    echo(out)

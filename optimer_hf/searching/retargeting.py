@@ -1,0 +1,67 @@
+"""Another objective over the terms a study recorded: predict its best weights, and verify them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from optimer_hf.scoring.objective import Objective, ObjectiveFile
+from optimer_hf.scoring.units import Unit
+from optimer_hf.searching.loop import search_on
+from optimer_hf.study.directory import Study, load_study
+from optimer_hf.study.prediction import Estimate, Prediction, over_record, predict
+
+
+def predict_for(study_dir: Path, objective: Path) -> tuple[Objective, Prediction]:
+    """Return the objective of a file, over the terms that a study recorded, and the weights that
+    the study predicts for it.
+
+    Raises StudyError for a term that was not recorded.
+    """
+    study = load_study(study_dir)
+    target = over_record(study, ObjectiveFile.read(objective))
+    return target, predict(study, target)
+
+
+def verify_prediction(
+    study_dir: Path,
+    target: Objective,
+    out: Path,
+    n_trials: int,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> Study:
+    """Run `n_trials` real trials for the objective that `predict_for` returned, the predicted
+    weights first, and return the study at `out` that they make with the recorded trials.
+    """
+    study = load_study(study_dir)
+    return search_on(study, target, out, n_trials, n_workers=workers, scheduler=scheduler)
+
+
+def prediction_text(prediction: Prediction, target: Objective) -> str:
+    """Return a prediction in lines, values in the unit of the objective."""
+    unit = Unit.of(target)
+
+    def show(estimate: Estimate | Prediction) -> str:
+        deviation = f"{unit.factor * estimate.deviation:.{unit.digits}f}"
+        return f"{unit.show(estimate.value)} +- {deviation}"
+
+    lines = [
+        f"predicted: value {show(prediction)} (posterior mean and standard deviation)",
+        f"  weights: {_weights_text(prediction.weights)}",
+        *(f"  {label}: gain {show(term)}" for label, term in prediction.terms.items()),
+    ]
+    if target.constraints:
+        lines.append(f"  constraints kept with probability {prediction.feasible:.2f}")
+    return "\n".join(lines)
+
+
+def verified_text(study: Study) -> str:
+    """Return the best of the real trials of a study that verified a prediction."""
+    best = study.incumbent
+    value = Unit.of(study.config.objective).show(study.over_base(best).difference)
+    weights = _weights_text(best.weights)
+    return f"verified: value {value} (trial {best.number})\n  weights: {weights}"
+
+
+def _weights_text(weights: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items())

@@ -1,0 +1,89 @@
+"""A study.yaml, or a mergekit YAML with an objective file -> StudyConfig; and back to a mergekit
+YAML with weights.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.model import parse, refuse_absent
+from optimer_hf.files.reading import read_yaml
+from optimer_hf.merging.mergekit_pool import (
+    not_searched,
+    optimer_config,
+    searched_pool,
+    tokenizer_of,
+    with_absolute_references,
+    with_tokenizer,
+    with_weights,
+)
+from optimer_hf.merging.mergekit_yaml import is_for_mergekit, read_merge_config
+from optimer_hf.scoring.objective import ObjectiveFile
+from optimer_hf.study.config import SearchConfig, StudyConfig
+
+logger = logging.getLogger(__name__)
+
+
+def read_study(
+    path: Path, *, objective: Path | None = None, n_trials: int | None = None
+) -> StudyConfig:
+    """Return the study of a study.yaml, or of a mergekit YAML, whose models are the pool, with the
+    objective file at `objective`; `n_trials` replaces the file's number.
+
+    Raises ConfigError for a mistake in one of the files, and for a local file that is missing.
+    """
+    if is_for_mergekit(read_yaml(path)):
+        if objective is None:
+            raise ConfigError(
+                f"{path}: a merge config says what to merge, not what for. Add --objective "
+                "OBJECTIVE.yaml."
+            )
+        config = study_of_merge_config(path, objective)
+    elif objective is not None:
+        raise ConfigError(f"{path}: has its own objective; --objective goes with a mergekit YAML.")
+    else:
+        config = StudyConfig.read(path)
+        refuse_absent({path: config.model_dump(exclude={"baselines"})})  # `compare` reads those
+    if n_trials is not None:
+        changed = SearchConfig.model_validate(config.search.model_dump() | {"n_trials": n_trials})
+        config = config.model_copy(update={"search": changed})
+    return config
+
+
+def study_of_merge_config(path: Path, objective: Path) -> StudyConfig:
+    """Return the study whose pool are the models of a mergekit YAML."""
+    data = read_merge_config(path)
+    target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
+    refuse_absent({path: with_absolute_references(data, path), objective: target})
+    base, sources = searched_pool(data, path)
+    if dropped := not_searched(data):
+        logger.warning(
+            "%s: one plain weight per model is searched, scored and built; left out: %s",
+            path,
+            ", ".join(dropped),
+        )
+    fields = {
+        "base_model": base,
+        "dtype": data.get("out_dtype") or data.get("dtype") or "bfloat16",
+        "vectors": {name: {"source": source} for name, source in sources.items()},
+        "objective": target,
+    }
+    if (reference := tokenizer_of(data, path)) is not None:
+        by_source = {source: name for name, source in sources.items()}
+        fields["tokenizer_source"] = by_source.get(reference, reference)
+    return parse(StudyConfig, fields, path)
+
+
+def merge_config_of(
+    config: StudyConfig, weights: Mapping[str, float], path: Path
+) -> dict[str, Any]:
+    """Return the mergekit config of a study with these weights; what the mergekit YAML at `path`,
+    if the study came from one, sets besides them is kept.
+    """
+    if is_for_mergekit(read_yaml(path)):
+        return with_weights(read_merge_config(path, warns=False), path, weights)
+    sources = {name: str(vector.source) for name, vector in config.vectors.items()}
+    merge_config = optimer_config(config.base_model, sources, weights, config.dtype)
+    return with_tokenizer(merge_config, config.tokenizer_reference)

@@ -1,0 +1,37 @@
+"""A fine-tuned model or an adapter, named as on a command line -> a delta directory."""
+
+from pathlib import Path
+
+from optimer_hf.files.reference import absolute_reference
+from optimer_hf.files.staging import require_empty
+from optimer_hf.models.resolve import resolve_base, resolve_model
+from optimer_hf.vectors.delta import extract, extract_any_adapter
+from optimer_hf.vectors.int8 import BLOCK_SIZE
+from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.record import VectorFile
+
+
+def extract_vector(
+    tuned: str,
+    base: str,
+    out: Path,
+    *,
+    name: str | None = None,
+    dtype: str = "bfloat16",
+    block_size: int = BLOCK_SIZE,
+    from_adapter: bool = False,
+) -> VectorFile:
+    """Write `tuned` minus `base` into `out`, which has to be new or empty, and return its record.
+
+    `tuned` and `base` are directories or Hub ids; `tuned` may be an adapter, with `from_adapter`
+    one of any type that PEFT can merge. `name` is that of the vector (None: the name of `out`);
+    `dtype` and `block_size` are those of `extract`.
+    """
+    require_empty(out)
+    resolved = resolve_base(absolute_reference(base, Path.cwd()))
+    source, name = absolute_reference(tuned, Path.cwd()), name or out.name
+    if from_adapter:
+        adapter = resolve_model(source)
+        return extract_any_adapter(name, adapter, resolved, out, dtype=dtype, block_size=block_size)
+    vector = open_vector(name, source, resolved)
+    return extract(vector, resolved, out, dtype=dtype, block_size=block_size)

@@ -1,0 +1,322 @@
+"""The shell: help, errors as one line, exit statuses, signals, completion."""
+
+import ast
+import errno
+import inspect
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from optimer_hf.cli import Program, main
+from optimer_hf.cli.options import Existing
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.staging import staged_directory
+from tests.support.cli import optimer, process
+
+HEAVY = {"torch", "transformers", "lm_eval", "mergekit", "smac", "datasets", "scipy"}
+
+
+NAMES = main.list_commands(click.Context(main))
+
+
+def command_of(name: str) -> click.Command:
+    return main.get_command(click.Context(main), name)
+
+
+def commands(group=main):
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        yield from commands(command) if isinstance(command, click.Group) else [command]
+
+
+EVERY_COMMAND = pytest.mark.parametrize("command", [*commands()], ids=lambda command: command.name)
+
+
+# -- help ------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands_in_groups():
+    text = optimer("--help").output
+    titles = [line for line in text.splitlines() if re.fullmatch(r"[A-Z][\w ]+:", line)]
+    assert titles[1:] == ["Make a vector:", "Find weights:", "Evidence:", "Ship:", "Files:"]
+    for name in NAMES:
+        assert f"  {name} " in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_is_found_under_its_name_and_explains_itself(name):
+    assert command_of(name).name == name
+    text = optimer(name, "--help").output
+    assert "Usage:" in text and len(text.splitlines()) > 4
+
+
+@EVERY_COMMAND
+def test_the_help_of_a_command_says_what_each_argument_is(command):
+    context = click.Context(command, info_name=command.name)
+    for argument in command.get_params(context):
+        if isinstance(argument, click.Argument):
+            name = argument.make_metavar(context).strip("[].")
+            assert name in command.help or set(name) & set("{|}"), (command.name, name)
+
+
+@EVERY_COMMAND
+def test_the_help_of_a_command_has_an_example_that_it_can_read(command, monkeypatch):
+    monkeypatch.setattr(Existing, "convert", lambda self, value, *_: Path(value))
+    program, *words = shlex.split(command.epilog.removeprefix("Example: "))
+    assert program == "optimer"
+    while words[0] != command.name:
+        words = words[1:]
+    words = words[1 : words.index(">")] if ">" in words else words[1:]
+    command.make_context(command.name, words)
+
+
+@EVERY_COMMAND
+def test_the_help_of_an_option_is_a_phrase_that_stands_alone(command):
+    for option in command.params:
+        if isinstance(option, click.Option):
+            text = option.help or ""
+            assert re.match(r"(?!Of |Instead |Also )[A-Z][\w'-]+,? \S", text), (option.name, text)
+            assert text.endswith("."), (option.name, text)
+
+
+@EVERY_COMMAND
+def test_a_command_is_at_most_25_lines_besides_its_help(command):
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(command.callback))).body
+    docstring = function.body[0]
+    lines = function.end_lineno - function.lineno + 1
+    assert lines - (docstring.end_lineno - docstring.lineno + 1) <= 25
+
+
+@EVERY_COMMAND
+def test_every_number_of_the_command_line_has_bounds(command):
+    for option in command.params:
+        if isinstance(option.type, click.types.IntParamType | click.types.FloatParamType):
+            is_range = isinstance(option.type, click.IntRange | click.FloatRange)
+            is_count = getattr(option, "count", False)  # -v -v
+            has_both = is_range and None not in (option.type.min, option.type.max)
+            assert is_count or has_both, option.name
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("serach", "search"), ("exrtact", "extract"), ("reciep", "recipe")]
+)
+def test_a_typo_of_a_command_suggests_the_right_one(typed, meant):
+    result = optimer(typed, ok=False)
+    assert result.exit_code == 2
+    assert f"No such command {typed!r}. Did you mean {meant!r}?" in result.stderr
+
+
+# -- how it ends -----------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_line_on_stderr_and_exit_status_1(tmp_path):
+    result = optimer("search", tmp_path / "none.yaml", tmp_path / "s", ok=False)
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {tmp_path / 'none.yaml'}: no such file.\n"
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_refuses_anything_is_one_line_with_the_path(monkeypatch, number):
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr("optimer_hf.hub.pull", refused)
+    result = optimer("pull", "a/b", ok=False)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: /some/file: {os.strerror(number)}. Free space there, allow access, or give "
+        "another place.\n"
+    )
+
+
+ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "status"), ENDINGS)
+def test_a_signal_tidies_up_says_how_to_go_on_and_is_the_exit_status(
+    tmp_path, monkeypatch, number, status
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def interrupted(*arguments, **options):
+        with TemporaryDirectory(), staged_directory(tmp_path / "out") as staging:
+            (staging / "half").write_text("half")
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    monkeypatch.setattr("optimer_hf.hub.pull", interrupted)
+    monkeypatch.setattr(sys, "argv", ["optimer", "pull", "a/b"])
+    result = optimer("pull", "a/b", ok=False)
+    assert result.exit_code == status
+    assert "interrupted. Finished" in result.stderr
+    assert result.stderr.endswith("; to go on: optimer pull a/b\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_signals_that_are_ignored_or_of_others_stay_so(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "optimer_hf.hub.pull", lambda *_, **__: found.append(signal.getsignal(signal.SIGHUP))
+    )
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        CliRunner().invoke(main, ["pull", "a/b"])
+        assert found == [signal.SIG_IGN] == [signal.getsignal(signal.SIGHUP)]
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+SECRET = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["--token", SECRET], "optimer pull a/b --update, with your --token\n"),
+        ([f"--token={SECRET}"], "optimer pull a/b --update, with your --token\n"),
+        (["--token", "--token"], "optimer pull a/b --update, with your --token\n"),
+        (["--revision", SECRET], "optimer pull a/b --revision ... --update\n"),
+        (["--out", "of-the-environment"], "optimer pull a/b --out ... --update\n"),
+        (["--out", "tokens"], "optimer pull a/b --out tokens --update\n"),
+    ],
+)
+def test_no_token_is_shown_with_the_command_that_goes_on(monkeypatch, given, shown):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimer_hf.hub.pull", interrupted)
+    monkeypatch.setenv("HF_TOKEN", "of-the-environment")
+    monkeypatch.setattr(sys, "argv", ["optimer", "pull", "a/b", *given, "--update"])
+    result = optimer("pull", "a/b", ok=False)
+    assert result.exit_code == 130
+    assert result.stderr.endswith(f"to go on: {shown}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere"], "nowhere: no such recipe folder"),
+        (["convert", "none.gguf", "out"], "none.gguf: no such file"),
+        (["evaluate", "./none", "obj.yaml"], "no such file or directory"),
+        (["compare", "nowhere"], "nowhere: no such directory. `optimer search"),
+        (["recipe", ".", "recipe.yaml"], "holds no study"),
+        (["extract", "./none", "--base", "./none", "out"], "no such file or directory"),
+        (["search", "my-merge.yml", "s"], "Add --objective"),
+        (["merge", "obj.yaml", "out"], "obj.yaml:1: unknown field 'limit'"),
+        (["merge", "my-merge.yml", "out", "--engine", "native"], "only mergekit can do"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_with_its_reason(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    result = optimer(*arguments, ok=False)
+    assert (
+        result.exit_code == 1 and result.stderr.startswith("error: ") and message in result.stderr
+    )
+    assert not (folder / "out").exists()
+
+
+def test_a_wrong_option_is_a_usage_error():
+    assert optimer("search", "a", "b", "--n-trials", "0", ok=False).exit_code == 2
+
+
+STUDY = {
+    "base_model": "a/b",
+    "vectors": {"w": {"source": "a/w"}},
+    "objective": {"terms": [{"task": "t"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--help"], "Usage:"),
+        (["merge", "--help"], "--lora-merge-cache"),
+        (["pull", "--help", "merge"], "Usage:"),
+        (["evaluate", "some-model", "merge"], "merge: no such file"),
+        (["search", "none.yaml", "s"], "error: none.yaml: no such file."),
+        (["schema", "study"], '"$defs"'),
+        (["validate", "study.yaml"], "study.yaml: a valid study"),
+        (["validate", "wrong.yaml"], "Did you mean 'vectors'?"),
+        (["search", "wrong.yaml", "s"], "Did you mean 'vectors'?"),
+    ],
+)
+def test_help_schemas_and_mistakes_answer_without_the_libraries(arguments, says, tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
+    wrong = STUDY | {"vectros": {}}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong), encoding="utf-8")
+    result = process("-X", "importtime", "-m", "optimer_hf", *arguments, cwd=tmp_path)
+    assert says in result.stdout + result.stderr
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "optimer_hf.cli" in imported
+    assert imported & HEAVY == set()
+
+
+def test_verbose_shows_the_traceback_of_an_error_and_without_it_is_one_line(tmp_path):
+    line = f"error: {tmp_path / 'none.yaml'}: no such file.\n"
+    for flags in ([], ["-v"]):
+        arguments = ["-m", "optimer_hf", *flags, "search", tmp_path / "none.yaml", tmp_path / "s"]
+        result = process(*arguments)
+        before = result.stderr.removesuffix(line)
+        assert result.returncode == 1 and before != result.stderr
+        assert before.startswith("Traceback (most recent call last):\n") == bool(flags)
+        assert bool(before) == bool(flags)
+
+
+def test_the_traceback_of_an_error_has_its_causes():
+    @click.command(cls=Program, sections={})
+    @click.option("-v", "--verbose", is_flag=True)
+    def group(verbose: bool) -> None: ...
+
+    @group.command()
+    def fail() -> None:
+        try:
+            json.loads("{")
+        except ValueError as error:
+            raise ConfigError("c.json: not valid JSON.") from error
+
+    assert CliRunner().invoke(group, ["fail"]).stderr == "error: c.json: not valid JSON.\n"
+    found = CliRunner().invoke(group, ["-v", "fail"]).stderr
+    assert re.search(r"(?s)JSONDecodeError.*direct cause.*ConfigError.*\nerror: c\.json", found)
+
+
+def test_the_package_runs_as_a_module_and_knows_its_version():
+    result = process("-m", "optimer_hf", "--version")
+    assert result.returncode == 0 and "version" in result.stdout
+
+
+def test_a_shell_completes_commands():
+    command = [sys.executable, "-m", "optimer_hf"]
+    asked = {"COMP_WORDS": "optimer rep", "COMP_CWORD": "1", "_OPTIMER_COMPLETE": "bash_complete"}
+    code = "from optimer_hf.cli import main; main(prog_name='optimer')"
+    found = subprocess.run(
+        [*command[:1], "-c", code], env=os.environ | asked, capture_output=True, text=True
+    )
+    assert found.stdout.split() == ["plain,report"]
+
+
+def test_verbose_lets_the_traceback_of_a_crashed_trial_through():
+    logger = logging.getLogger("optimer_hf.searching.pool")
+    try:
+        for options, shown in ((["-v"], True), ([], False)):
+            assert CliRunner().invoke(main, [*options, "schema", "study"]).exit_code == 0
+            assert logger.isEnabledFor(logging.DEBUG) is shown
+    finally:
+        logging.getLogger("optimer_hf").setLevel(logging.NOTSET)
