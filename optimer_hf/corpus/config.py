@@ -28,7 +28,7 @@ class CorpusConfig(FileModel):
     data_files: DataFiles | None = None
     """Files of the data set to read, as load_dataset takes them. Default: all files."""
     split: str = "train"
-    """Split of the data set, as load_dataset takes it: train, train[:1%], ..."""
+    """Split of the data set, as load_dataset names it."""
     text_field: str = "text"
     """Column or field that holds the text of a document."""
 
