@@ -14,13 +14,13 @@ from optimer_hf.corpus.documents import documents
 from optimer_hf.corpus.texts import has_rows
 from optimer_hf.errors import CorpusError, EvaluationError
 from optimer_hf.files.text import did_you_mean
+from optimer_hf.printable import warn_once
+from optimer_hf.scoring.generation import generation_settings
 from optimer_hf.scoring.harness import quiet_harness
-from optimer_hf.scoring.objective import LENGTHS, Objective, Term, _metric_name
+from optimer_hf.scoring.objective import Objective, Term, _metric_name
 
 logger = logging.getLogger(__name__)
 
-
-GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
 
 AGGREGATIONS = ("mean", "bits_per_byte", "weighted_perplexity", "perplexity")
 REPORTED = (
@@ -201,9 +201,8 @@ def _with_settings(task: Any, term: Term) -> Any:
         task.set_config(key="num_fewshot", value=term.num_fewshot)
         _refuse_too_many_examples(task, term)
     if task.OUTPUT_TYPE == "generate_until":
-        _refuse_unknown_generation(term)
-        cap = {"max_gen_toks": GENERATION_CAP} | (task.config.generation_kwargs or {})
-        task.set_config(key="generation_kwargs", value=cap | term.generation)
+        settings = generation_settings(term, task.config.generation_kwargs or {})
+        task.set_config(key="generation_kwargs", value=settings)
     elif term.generation:
         raise EvaluationError(
             f"term {term.label!r}: 'generation' is for tasks that generate; {term.task_name!r} is "
@@ -242,17 +241,6 @@ def _refuse_too_many_examples(task: Any, term: Term) -> None:
             f"term {term.label!r}: num_fewshot: found {term.num_fewshot}, but {term.task_name!r} "
             f"has {n_examples} examples to draw from. Lower it."
         )
-
-
-def _refuse_unknown_generation(term: Term) -> None:
-    from transformers import GenerationConfig
-
-    known = ["until", *LENGTHS, *(key for key in vars(GenerationConfig()) if key[0] != "_")]
-    for key in term.generation:
-        if key not in known:
-            raise EvaluationError(
-                f"term {term.label!r}: generation: unknown field {key!r}.{did_you_mean(key, known)}"
-            )
 
 
 def _has_other_examples(task: Any) -> bool:
@@ -315,6 +303,13 @@ def _check_metric(term: Term, task: Any) -> None:
         raise EvaluationError(
             f"term {term.label!r}: task {term.task_name!r} has no filter {wanted!r}."
             f"{did_you_mean(wanted, filters)}"
+        )
+    if not wanted and len(filters) > 1:
+        choices = ", ".join(f"{name},{each}" for each in filters)
+        warn_once(
+            logger,
+            f"term {term.label!r}: task {term.task_name!r} has {len(filters)} filters, and "
+            f"{name!r} alone is scored with the first. Say which in `metric`: {choices}",
         )
     if _aggregation(term, task) not in AGGREGATIONS:
         raise EvaluationError(

@@ -575,6 +575,19 @@ def test_an_unknown_filter_lists_those_of_the_task(tokenizer, tasks_dir):
         evaluate_all(tiny_model("gemma").eval(), tokenizer, objective)
 
 
+def test_a_metric_of_several_filters_is_scored_with_the_first_and_that_is_said(tasks_dir, caplog):
+    term = {"task": "toy_generate", "metric": "exact_match", "name": "bare"}
+    load_tasks([objective_of(term, include_path=tasks_dir)])
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "term 'bare': task 'toy_generate' has 2 filters, and 'exact_match' alone is scored with "
+        "the first. Say which in `metric`: exact_match,whole, exact_match,first"
+    ]
+    caplog.clear()
+    load_tasks([objective_of(term | {"metric": "exact_match,first"}, include_path=tasks_dir)])
+    assert not caplog.records
+
+
 def test_scores_that_are_not_numbers_raise(tokenizer, tmp_path):
     model = tiny_model("gemma").eval()
     objective = objective_of({"text": write_texts(tmp_path / "t.jsonl", TEXTS)})

@@ -1,0 +1,206 @@
+"""The `generation` of a term over that of its task -> lm-eval's generation_kwargs, tried before
+anything is scored.
+
+What a reader would not guess: transformers itself judges the settings. A model of a few numbers
+generates two tokens with them, through lm-eval's own code, so that whatever would end a trial in a
+traceback ends here with the name of the term.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from optimer_hf.errors import EvaluationError
+from optimer_hf.files.text import did_you_mean, first_line, shown
+from optimer_hf.printable import warn_once
+from optimer_hf.scoring.harness import quiet_harness
+from optimer_hf.scoring.objective import LENGTHS, Term
+
+logger = logging.getLogger(__name__)
+
+
+GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
+ALIASES = ("max_gen_toks", "max_new_tokens", *LENGTHS[1:])  # of one number; lm-eval takes the first
+NOT_OURS = {  # fields of GenerationConfig that a term cannot set, and what to do instead
+    "use_cache": "lm-eval sets it itself. Leave it out.",
+    "pad_token_id": "lm-eval takes that of the tokenizer. Leave it out.",
+    "max_length": "it counts the prompt, too. Give max_gen_toks, which counts what is generated.",
+    "max_time": "the scores would depend on the speed of the machine. Give max_gen_toks.",
+    "stop_strings": "lm-eval stops at the texts of `until`. Give them there.",
+}
+N_TRIED = 2  # prompts, as many as show that a setting does not work with a batch
+MOST_TRIED_BEAMS = 8
+
+
+def generation_settings(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the generation_kwargs of a task with settings of its `own`, as a term asks it.
+
+    Raises EvaluationError, naming term and field, for settings that lm-eval or transformers would
+    not take, or not as they are meant.
+    """
+    _refuse_unusable(term)
+    settings = _assembled(term, own)
+    reason = _why_not_taken(settings)
+    if reason is None:
+        _warn_of_idle(term, settings)
+        return settings
+    if field := _culprit(term, own, reason):
+        where = f"generation.{field}: found {shown(term.generation[field])}"
+        raise EvaluationError(f"term {term.label!r}: {where}, which cannot be used: {reason}")
+    whose = "generation" if term.generation else f"generation_kwargs of task {term.task_name!r}"
+    raise EvaluationError(f"term {term.label!r}: {whose}: cannot be used: {reason}")
+
+
+def _culprit(term: Term, own: Mapping[str, Any], reason: str) -> str | None:
+    """Return the field of a term that a refusal names, or without which there is none."""
+    for field in term.generation:
+        if f"`{field}`" in reason:
+            return field
+    for field in term.generation:
+        others = {key: value for key, value in term.generation.items() if key != field}
+        rest = _assembled(term.model_copy(update={"generation": others}), own)
+        if _why_not_taken(rest) is None:
+            return field
+    return None
+
+
+def _refuse_unusable(term: Term) -> None:
+    """Raise EvaluationError for fields that nobody reads, or that say something else here."""
+    from transformers import GenerationConfig
+
+    known = ["until", *LENGTHS, *(key for key in vars(GenerationConfig()) if key[0] != "_")]
+    for key in term.generation:
+        if key not in known:
+            raise EvaluationError(
+                f"term {term.label!r}: generation: unknown field {key!r}.{did_you_mean(key, known)}"
+            )
+        if key in NOT_OURS:
+            raise EvaluationError(f"term {term.label!r}: generation.{key}: {NOT_OURS[key]}")
+    if len(given := [name for name in ALIASES if name in term.generation]) > 1:
+        raise EvaluationError(
+            f"term {term.label!r}: generation: {' and '.join(given)} are names of one number. Give "
+            "one of them."
+        )
+    until = term.generation.get("until", [])
+    texts = until if isinstance(until, list) else [until]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise EvaluationError(
+            f"term {term.label!r}: generation.until: found {shown(until)}. Expected a text, or a "
+            "list of texts, none of them empty."
+        )
+
+
+def _assembled(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a term over those of its task; only one of ALIASES is left."""
+    settings = {"max_gen_toks": GENERATION_CAP} | dict(own) | term.generation
+    for source in (term.generation, own):
+        if given := [name for name in ALIASES if source.get(name) is not None]:
+            for name in ALIASES:
+                if name != given[0]:
+                    settings.pop(name, None)
+            break
+    return settings
+
+
+def _why_not_taken(settings: Mapping[str, Any]) -> str | None:
+    """Return why lm-eval and transformers do not generate with settings, None where they do."""
+    temperature = settings.get("temperature")
+    if settings.get("do_sample") is True and not temperature:
+        return "`do_sample` needs a temperature above 0. Add one, or leave do_sample out."
+    try:
+        with _undisturbed():
+            _generate(settings)
+    except Exception as error:  # of any type, from deep within the libraries
+        reason = first_line(error).rstrip(".")
+        return f"{reason}. Change or drop it."
+    return None
+
+
+def _warn_of_idle(term: Term, settings: Mapping[str, Any]) -> None:
+    """Log what transformers says of fields of a term that it ignores beside the others."""
+    from transformers import GenerationConfig
+
+    fields = {key: value for key, value in settings.items() if key not in ("until", *ALIASES)}
+    temperature = float(fields.get("temperature") or 0.0)
+    fields.setdefault("do_sample", temperature > 0)
+    if not temperature:
+        fields.pop("temperature", None)
+    try:
+        with _undisturbed():
+            GenerationConfig(**fields).validate(
+                strict=True, user_set_attributes=set(term.generation)
+            )
+    except ValueError as error:
+        for line in str(error).splitlines():
+            if line.startswith("- "):
+                warn_once(logger, f"term {term.label!r}: generation: {line[2:]}")
+
+
+def _generate(settings: Mapping[str, Any]) -> None:
+    """Generate with a tiny model as `HFLM.generate_until` does."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), GENERATION_CAP))
+    handle_stop_sequences(options.pop("until"), eos=None)
+    n_new = min(options.pop("max_gen_toks"), N_TRIED)
+    if isinstance(options.get("num_beams"), int):
+        options["num_beams"] = min(options["num_beams"], MOST_TRIED_BEAMS)
+    config = LlamaConfig(
+        vocab_size=64 + max(_integers_in(settings), default=0),  # any token that is named is there
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    model: Any = LlamaForCausalLM(config).eval()
+    prompts = torch.ones((N_TRIED, 4), dtype=torch.long)
+    harness: Any = SimpleNamespace(
+        model=model,
+        device=model.device,
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        mixed_precision_dtype=None,
+    )
+    generated = HFLM._model_generate(
+        harness,
+        context=prompts,
+        attention_mask=torch.ones_like(prompts),
+        stop=[],
+        max_length=prompts.shape[1] + n_new,
+        **options,
+    )
+    if not isinstance(generated, torch.Tensor) or len(generated) != N_TRIED:
+        raise ValueError("it gives other than one text per prompt")
+
+
+def _integers_in(value: Any) -> Iterator[int]:
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list):
+        for item in value:
+            yield from _integers_in(item)
+    elif isinstance(value, int):
+        yield value
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep the random numbers of torch as they are, and the libraries quiet."""
+    import torch
+    from transformers.utils import logging as of_transformers
+
+    level = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()
+    try:
+        with quiet_harness(), torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        of_transformers.set_verbosity(level)
