@@ -225,7 +225,7 @@ def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
 
 def _check_mixtures(config: Any, trainings: Mapping[str, Any], path: Path) -> None:
     """Refuse mixtures that could not be trained after the search."""
-    from optimer_hf.training.mixture import mixture
+    from optimer_hf.training.mixture import mix_runs
 
     if not config.baselines.mixtures:
         return
@@ -237,7 +237,7 @@ def _check_mixtures(config: Any, trainings: Mapping[str, Any], path: Path) -> No
             )
     for name, baseline in config.baselines.mixtures.items():
         shares = baseline.shares
-        mixture(
+        mix_runs(
             trainings,
             shares if isinstance(shares, dict) else dict.fromkeys(trainings, 1.0),
             name=slug(name),

@@ -139,7 +139,7 @@ def train_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> dict[s
     """Train the data mixtures that `baselines` asks for, with the settings of the vectors, and
     return where they are, by name.
     """
-    from optimer_hf.training.mixture import mixture, ratios
+    from optimer_hf.training.mixture import mix_runs, ratios_of
     from optimer_hf.training.run import train
 
     tokens = {name: int(training.max_tokens or 0) for name, training in trainings.items()}
@@ -152,9 +152,9 @@ def train_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> dict[s
             logger.warning("mixture %r: no weight is above 0, so it has no ratios", name)
             continue
         elif shares == "searched":
-            shares = ratios(weights, tokens).shares
+            shares = ratios_of(weights, tokens).shares
         n_tokens = sum(tokens.values()) // (1 if baseline.budget == "all" else len(tokens))
-        config = mixture(trainings, shares, name=slug(name), max_tokens=n_tokens)
+        config = mix_runs(trainings, shares, name=slug(name), max_tokens=n_tokens)
         out = run.out / "mixtures" / f"{config.name}-{config.digest[:6]}"
         train(config, out)
         trained[name] = str(out)

@@ -133,14 +133,14 @@ def ratios_of(
     weights, sources = _weights_of(source, without)
     given = _numbers(tokens, sources)
     known = given | mixture.training_tokens({n: s for n, s in sources.items() if n not in given})
-    ratios = mixture.ratios(weights, known)
+    ratios = mixture.ratios_of(weights, known)
     reasons = {n: f"weight {weights[n]:g} is not above 0" for n in ratios.left_out}
     reasons |= dict.fromkeys(without, "--without")
     ratios.left_out.extend(without)
     if out is not None:
         trainings = {training.name: training for training in map(TrainConfig.read, train_yamls)}
         n_tokens = max_tokens or sum(known.values())
-        mixed = mixture.mixture(trainings, ratios.shares, name="mixture", max_tokens=n_tokens)
+        mixed = mixture.mix_runs(trainings, ratios.shares, name="mixture", max_tokens=n_tokens)
         mixture.write_mixture(mixed, out)
     return SourceRatios(ratios, weights, reasons)
 

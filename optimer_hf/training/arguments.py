@@ -25,12 +25,16 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.1,
     "logging_steps": 1,
     "save_steps": 0.1,
-    "save_total_limit": 2,  # a kill while the newest one is written leaves the one before
+    "save_total_limit": 2,  # if the run is killed while it writes one, the other is whole
     "report_to": "none",
 }
 
 
-def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
+def training_arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
+    """Return the arguments of the Trainer: those of the train file over TRAINER_DEFAULTS.
+
+    Raises ConfigError when TrainingArguments refuses a field.
+    """
     from transformers import TrainingArguments
 
     device = default_device()
@@ -47,19 +51,20 @@ def _arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
     }
     try:
         arguments = TrainingArguments(**fields)
-    except Exception as error:  # its authors check few fields, and late
-        told = first_line(error)
-        raise ConfigError(f"train config {config.name!r}: trainer: {told}") from error
-    if arguments.n_gpu > 1:  # DataParallel, which the Trainer would take, copies no fused loss
-        logger.info("train: one GPU of %d; `accelerate launch` takes them all", arguments.n_gpu)
+    except Exception as error:  # TrainingArguments raises errors of many kinds
+        reason = first_line(error)
+        raise ConfigError(f"train config {config.name!r}: trainer: {reason}") from error
+    if arguments.n_gpu > 1:  # the Trainer would use DataParallel, which drops the fused loss
+        logger.info("train: using one GPU of %d; `accelerate launch` uses all", arguments.n_gpu)
         arguments._n_gpu = 1
     return arguments
 
 
-def _lora_config(config: TrainConfig) -> Any:
+def lora_config(config: TrainConfig) -> Any:
+    """Return PEFT's LoraConfig of a run. Raises ConfigError when it refuses a field."""
     from peft import LoraConfig
 
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})})
-    except Exception as error:  # its authors check few fields, and late
+    except Exception as error:  # LoraConfig raises errors of many kinds
         raise ConfigError(f"train config {config.name!r}: lora: {first_line(error)}") from error

@@ -1,8 +1,9 @@
-"""The checkpoints of a run -> the newest one that is as it was written.
+"""Find the newest undamaged checkpoint of a run.
 
-The Trainer loads what it finds and fails at a file that a power cut, a full disk or a stray copy
-has damaged. So each checkpoint is sealed: synced to the disk, then told apart by a digest of every
-file (of one over 2 GiB, of samples of it). One without its seal was not finished.
+The Trainer loads whatever checkpoint it finds, and fails if a power cut, a full disk or a stray
+copy has damaged a file. So each checkpoint is sealed: it is synced to disk, and then the digest of
+every file is written beside it (files over 2 GiB are sampled). A checkpoint without a seal is
+unfinished.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from optimer_hf.files.staging import sync_all, write_text
 logger = logging.getLogger(__name__)
 
 
-STARTED, BLOCKS, CHECKPOINTS = "started.json", "blocks.npy", "checkpoints"  # of a run that goes on
+STARTED, BLOCKS, CHECKPOINTS = "started.json", "blocks.npy", "checkpoints"  # of an unfinished run
 SPENT_FILE = "spent.json"
 
 SEAL = "sealed.json"
@@ -27,47 +28,48 @@ STATE = "trainer_state.json"
 
 
 def seal(folder: Path) -> None:
-    """Write down the digest of every file of a checkpoint, once they are all on the disk."""
+    """Sync a checkpoint to disk and write the digest of each of its files into its seal."""
     (folder / SEAL).unlink(missing_ok=True)
     sync_all(folder)
     write_text(folder / SEAL, json.dumps(_digests_of(folder)))
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a folder that is as it was sealed; changes nothing."""
+    """Return the newest undamaged checkpoint in a folder, or None. Changes nothing."""
     return next((path for path in _checkpoints_in(folder) if not _damage(path)), None)
 
 
 def drop_damaged(folder: Path) -> None:
-    """Remove the checkpoints that are newer than the newest whole one: the Trainer keeps the
-    highest numbers.
+    """Remove all checkpoints newer than the newest undamaged one.
+
+    Otherwise the Trainer, which keeps the checkpoints with the highest numbers, would keep them.
     """
     for path in _checkpoints_in(folder):
         damage = _damage(path)
         if not damage:
             return
-        logger.warning("%s: %s; it is dropped", path, damage)
+        logger.warning("%s: %s; removing it", path, damage)
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the newest first; other names are somebody else's."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
-    numbered = [path for path in found if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name)]
+    """Return the checkpoints in a folder, newest first; files with other names are not ours."""
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    numbered = [path for path in folders if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name)]
     return sorted(numbered, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
 def _damage(folder: Path) -> str:
-    """Return what is wrong with a checkpoint, nothing where it is whole."""
+    """Return what is wrong with a checkpoint, or an empty string."""
     try:
         sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        found = _digests_of(folder)
+        digests = _digests_of(folder)
     except (OSError, ValueError, RecursionError):
         return "was not finished"
     if not isinstance(sealed, dict) or STATE not in sealed:
         return "was not finished"
-    changed = sorted(name for name, digest in sealed.items() if found.get(name) != digest)
-    return f"{changed[0]} is not as it was written" if changed else ""
+    changed = sorted(name for name, digest in sealed.items() if digests.get(name) != digest)
+    return f"{changed[0]} has changed since it was written" if changed else ""
 
 
 def _digests_of(folder: Path) -> dict[str, str]:
@@ -78,5 +80,5 @@ def _digests_of(folder: Path) -> dict[str, str]:
 def _digest_of(file: Path) -> str:
     if file.stat().st_size > LARGEST_READ:
         return fingerprint(file)
-    with open(file, "rb") as opened:  # not sha256_file, which believes a time of change
+    with open(file, "rb") as opened:  # sha256_file would trust the modification time
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,4 +1,8 @@
-"""What LoraConfig, TrainingArguments or the optimizer refuse in a train file, refused first."""
+"""Check a train file before anything is loaded or packed.
+
+LoraConfig, TrainingArguments and optimizers check few of their fields, and some only after the
+model is loaded. Everything that they would refuse is refused here, with file, line and field.
+"""
 
 import contextlib
 import copy
@@ -16,7 +20,7 @@ from optimer_hf.errors import ConfigError
 from optimer_hf.files.model import Mistake, listed
 from optimer_hf.files.paths import Place
 from optimer_hf.files.text import did_you_mean, first_line, shown
-from optimer_hf.training.arguments import _arguments, _lora_config
+from optimer_hf.training.arguments import lora_config, training_arguments
 from optimer_hf.training.config import (
     ABOVE_ZERO,
     BOUNDS,
@@ -36,12 +40,12 @@ if TYPE_CHECKING:
 LORA_UNUSABLE = {
     **dict.fromkeys(
         ("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
-        "It goes with an init_lora_weights that no merge takes",
+        "It belongs to an init_lora_weights whose adapters cannot be merged",
     ),
-    "runtime_config": "It is for the use of an adapter, not for its training",
-    "auto_mapping": "It names classes of other models",
+    "runtime_config": "It is for using an adapter, not for training one",
+    "auto_mapping": "It names classes of another model",
 }
-CHOICES: dict[str, list[Any]] = {  # of texts that transformers or torch read late
+CHOICES: dict[str, list[Any]] = {  # values that transformers or torch check late
     "debug": ["", "underflow_overflow"],
     "ddp_backend": ["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"],
     "include_num_input_tokens_seen": [True, False, "all", "non_padding", "no"],
@@ -53,12 +57,18 @@ CHOICES: dict[str, list[Any]] = {  # of texts that transformers or torch read la
     ],
     "train_sampling_strategy": ["random", "sequential", "group_by_length", "batch_rebalance"],
 }
-OF_LAYERS = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw", "layerwise")
+LAYERWISE_OPTIMIZERS = (
+    "galore_adamw",
+    "galore_adamw_8bit",
+    "galore_adafactor",
+    "apollo_adamw",
+    "layerwise",
+)
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 LayerIndex = Annotated[int, Field(ge=0, le=10**5)]
 
 TEXTS = {str, list[str], type(None)}
-TYPED = {  # types of fields that are checked, too, where their hints say more
+TYPED = {  # stricter types than the hints of some fields
     **dict.fromkeys(
         ("target_modules", "exclude_modules", "layers_pattern"), str | list[str] | None
     ),
@@ -73,33 +83,35 @@ TYPED = {  # types of fields that are checked, too, where their hints say more
     "optim_target_modules": str | list[str] | None,
     "trackio_static_space_id": str | Literal[False] | None,
 }
-MEND_LORA = "What is trained so fits no merge. Change or drop the field."
+LORA_FIX = "Such an adapter cannot be merged. Change the field or leave it out."
 
 
 # -- the run ---------------------------------------------------------------------------------------
 
 
 def check_config(config: TrainConfig, path: Path | None = None) -> None:
-    """Raise ConfigError for what LoraConfig, TrainingArguments, the optimizer, the scheduler and
-    gradient checkpointing refuse, with the lines of the file at `path`; loads no model.
+    """Raise ConfigError for everything that LoraConfig, TrainingArguments, the optimizer, the
+    scheduler or gradient checkpointing would refuse. Loads no model.
+
+    `path` is the train file, for the line numbers in the error.
     """
     origin = path or f"train config {config.name!r}"
     check_fields(config, origin)
-    arguments = _arguments(config, Path("unused"))
+    arguments = training_arguments(config, Path("unused"))
     _check_optimizer(config, arguments, origin)
     _check_sampling(config, origin)
     if config.lora is not None:
-        options = _lora_config(config).to_dict()
+        options = lora_config(config).to_dict()
         if reason := why_not_weighted(options) or why_not_trained(options):
-            raise ConfigError(f"train config {config.name!r}: lora: {reason}. {MEND_LORA}")
+            raise ConfigError(f"train config {config.name!r}: lora: {reason}. {LORA_FIX}")
 
 
 def check_fields(config: TrainConfig, origin: Path | str) -> None:
-    """Raise ConfigError for fields and values that can be told to be wrong one by one."""
+    """Raise ConfigError that lists every field or value that is wrong on its own."""
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-    found = [
+    mistakes = [
         *_mistakes_of_fields(("lora",), config.lora or {}, LoraConfig),
         *_mistakes_of_fields(("trainer",), config.trainer, TrainingArguments),
         *_mistakes_of_trainer(config.trainer),
@@ -107,19 +119,18 @@ def check_fields(config: TrainConfig, origin: Path | str) -> None:
         *_mistakes_of_accelerator(config.trainer.get("accelerator_config")),
     ]
     for field, value in (config.lora or {}).items():
-        found += _out_of_bounds("lora", field, value, LORA_BOUNDS)
+        mistakes += _mistakes_of_bounds("lora", field, value, LORA_BOUNDS)
         if field in LORA_UNUSABLE and value not in (None, {}):
-            told = f"found {shown(value)}. {LORA_UNUSABLE[field]}; leave it out."
-            found.append((("lora", field), told))
-    if found:
-        raise ConfigError(
-            listed(origin, [(at, f"{'.'.join(map(str, at))}: {told}") for at, told in found])
-        )
+            message = f"found {shown(value)}. {LORA_UNUSABLE[field]}; leave it out."
+            mistakes.append((("lora", field), message))
+    if mistakes:
+        named = [(at, f"{'.'.join(map(str, at))}: {message}") for at, message in mistakes]
+        raise ConfigError(listed(origin, named))
 
 
 def _mistakes_of_fields(at: Place, given: Mapping[str, Any], cls: Any) -> Iterator[Mistake]:
-    """Yield fields that a dataclass does not have, and numbers, switches and texts that are none:
-    its authors check them late, or not at all.
+    """Yield unknown fields of a dataclass, and values of the wrong type, which the dataclass itself
+    does not check.
     """
     known, hints = [item.name for item in dataclasses.fields(cls) if item.init], None
     for field, value in given.items():
@@ -131,10 +142,10 @@ def _mistakes_of_fields(at: Place, given: Mapping[str, Any], cls: Any) -> Iterat
         hint = TYPED.get(field, hints[field])
         kinds = set(get_args(hint) or [hint])
         if field in TYPED or kinds <= PLAIN or (kinds <= TEXTS and field not in UNUSABLE):
-            yield from _of_another_type((*at, field), value, hint)
+            yield from _mistakes_of_type((*at, field), value, hint)
 
 
-def _of_another_type(at: Place, value: Any, hint: Any) -> Iterator[Mistake]:
+def _mistakes_of_type(at: Place, value: Any, hint: Any) -> Iterator[Mistake]:
     try:
         config = ConfigDict(strict=True, allow_inf_nan=False)
         TypeAdapter(hint, config=config).validate_python(value)
@@ -147,21 +158,24 @@ def _mistakes_of_trainer(given: Mapping[str, Any]) -> Iterator[Mistake]:
         if field in RESERVED_TRAINER_FIELDS:
             yield ("trainer", field), f"set it through {RESERVED_TRAINER_FIELDS[field]}."
         if field in SECRET and value is not None:
-            yield ("trainer", field), "found a token, which would be written down. Leave it out."
+            yield (
+                ("trainer", field),
+                "found a token, which would be saved with the run. Leave it out.",
+            )
         if field in UNUSABLE and value not in (None, False, 0, "no", "", []):
             yield ("trainer", field), f"found {shown(value)}. {UNUSABLE[field]}; leave it out."
-        choices = _choices(field)
+        choices = _choices_for(field)
         if choices and value is not None and value not in choices:
             hint = did_you_mean(str(value), list(map(str, choices)))
             yield ("trainer", field), f"found {shown(value)}.{hint}"
         if field in ABOVE_ZERO and isinstance(value, int | float) and not value > 0:
             yield ("trainer", field), f"found {value!r}. Expected a number above 0."
         else:
-            yield from _out_of_bounds("trainer", field, value, BOUNDS)
+            yield from _mistakes_of_bounds("trainer", field, value, BOUNDS)
 
 
-def _choices(field: str) -> list[Any]:
-    """Return what a field of TrainingArguments may be, where it is one of a few words."""
+def _choices_for(field: str) -> list[Any]:
+    """Return the allowed values of a field of TrainingArguments, empty if any value is allowed."""
     if field == "dataloader_multiprocessing_context":
         return list(multiprocessing.get_all_start_methods())
     if field in ("optim", "lr_scheduler_type", "logging_strategy"):
@@ -177,7 +191,7 @@ def _choices(field: str) -> list[Any]:
     return list(list_backends(exclude_tags=()))
 
 
-def _out_of_bounds(
+def _mistakes_of_bounds(
     part: str, field: str, value: Any, bounds: Mapping[str, tuple[int, int]]
 ) -> Iterator[Mistake]:
     if field in bounds and isinstance(value, int | float):
@@ -187,14 +201,14 @@ def _out_of_bounds(
 
 
 def _mistakes_of_checkpointing(given: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Yield options of gradient checkpointing that torch refuses, which it would do in the first
-    step: they are tried on one number.
+    """Yield options of gradient checkpointing that torch would refuse in the first step; each is
+    tried on a single number.
     """
     from torch.utils.checkpoint import checkpoint
 
     for field in CHECKPOINTING:
         options = given.get(field)
-        if isinstance(options, str):  # JSON, as on a command line
+        if isinstance(options, str):  # JSON, as TrainingArguments reads it from a command line
             with contextlib.suppress(ValueError):
                 options = json.loads(options)
         if options is None:
@@ -207,8 +221,8 @@ def _mistakes_of_checkpointing(given: Mapping[str, Any]) -> Iterator[Mistake]:
                 yield ("trainer", field, option), f"found {shown(value)}. Expected true or false."
         try:
             number = torch.zeros(1, requires_grad=True)
-            tried: dict[str, Any] = {"use_reentrant": False, **options}
-            loss = checkpoint(torch.sin, number, **tried)
+            checked: dict[str, Any] = {"use_reentrant": False, **options}
+            loss = checkpoint(torch.sin, number, **checked)
             loss.backward()
         except Exception as error:
             yield ("trainer", field), f"found {shown(options)}. {first_line(error)}."
@@ -233,18 +247,18 @@ def _mistakes_of_accelerator(given: Any) -> Iterator[Mistake]:
 
 
 def _check_sampling(config: TrainConfig, origin: Path | str) -> None:
-    """Raise ConfigError for a sampling of texts by their length: packed blocks have one."""
+    """Raise ConfigError for sampling by length: all packed blocks have the same length."""
     if config.trainer.get("train_sampling_strategy") in ("group_by_length", "batch_rebalance"):
         at = ("trainer", "train_sampling_strategy")
-        told = "packed blocks are all of one length. Leave it out."
-        raise ConfigError(listed(origin, [(at, f"{'.'.join(at)}: {told}")]))
+        message = "all packed blocks have the same length. Leave it out."
+        raise ConfigError(listed(origin, [(at, f"{'.'.join(at)}: {message}")]))
 
 
 def _check_optimizer(
     config: TrainConfig, arguments: "TrainingArguments", origin: Path | str
 ) -> None:
-    """Make the optimizer and the scheduler of a run for one number: what they refuse, Trainer would
-    say only once the model is loaded and the corpus packed.
+    """Build the optimizer and the scheduler of a run for a single number, and raise ConfigError for
+    what they refuse. The Trainer would raise it only after loading the model and packing the text.
     """
     from transformers import Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
@@ -255,15 +269,15 @@ def _check_optimizer(
         model = torch.nn.Linear(1, 1)
         if config.trainer.get("optim_target_modules"):
             field = "optim_target_modules"
-            if not str(arguments.optim).lower().endswith(OF_LAYERS):
-                raise ValueError(f"{arguments.optim} takes all layers. Leave it out")
-            return  # `_checked` looks them up in the model
+            if not str(arguments.optim).lower().endswith(LAYERWISE_OPTIMIZERS):
+                raise ValueError(f"{arguments.optim} always trains all layers. Leave it out")
+            return  # `check_targets` looks them up in the model
         field = "optim_args" if arguments.optim_args else "optim"
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-        if unread := _unread_options(arguments, model):
-            raise ValueError(f"{arguments.optim} reads no {unread!r}. Leave it out")
+        if ignored := _ignored_option(arguments, model):
+            raise ValueError(f"{arguments.optim} ignores {ignored!r}. Leave it out")
         if str(arguments.optim).lower().endswith("lomo"):
-            return  # it goes over the gradients of a whole model
+            return  # it needs a whole model
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
         field = "lr_scheduler_kwargs"
         get_scheduler(
@@ -273,42 +287,43 @@ def _check_optimizer(
             num_training_steps=1,
             scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
         )
-    except Exception as error:  # libraries of many authors
+    except Exception as error:  # each library raises its own kind
         place = ("trainer", field)
-        told = f"{'.'.join(place)}: {first_line(error).rstrip('.')}."
-        raise ConfigError(listed(origin, [(place, told)])) from error
+        message = f"{'.'.join(place)}: {first_line(error).rstrip('.')}."
+        raise ConfigError(listed(origin, [(place, message)])) from error
 
 
-def _unread_options(arguments: "TrainingArguments", model: torch.nn.Module) -> str | None:
-    """Return an option of `optim_args` that changes nothing about the optimizer."""
+def _ignored_option(arguments: "TrainingArguments", model: torch.nn.Module) -> str | None:
+    """Return an option of `optim_args` that the optimizer does not read, or None."""
     from transformers import Trainer
 
     given: dict[str, str] = dict(
         part.strip().partition("=")[::2] for part in (arguments.optim_args or "").split(",") if part
     )
 
-    def made(options: Mapping[str, str]) -> Any:
+    def optimizer_with(options: Mapping[str, str]) -> Any:
         changed = copy.copy(arguments)
         changed.optim_args = ",".join(f"{key}={value}" for key, value in options.items()) or None
         try:
             return Trainer.get_optimizer_cls_and_kwargs(changed, model)
-        except Exception as error:  # so that it was read
+        except Exception as error:  # the optimizer read it
             return repr(error)
 
     for name in given:
         others = {key: value for key, value in given.items() if key != name}
-        if made(given) == made(others) == made(given | {name: "0.123"}):
+        changed = given | {name: "0.123"}
+        if optimizer_with(given) == optimizer_with(others) == optimizer_with(changed):
             return name
     return None
 
 
-def _check_targets(config: TrainConfig, model: Any) -> None:
-    """Raise ConfigError for layers that an optimizer of some layers does not find in a model."""
+def check_targets(config: TrainConfig, model: Any) -> None:
+    """Raise ConfigError when the model lacks layers that `optim_target_modules` names."""
     from transformers import Trainer
 
     if config.trainer.get("optim_target_modules"):
         try:
-            Trainer.get_optimizer_cls_and_kwargs(_arguments(config, Path("unused")), model)
+            Trainer.get_optimizer_cls_and_kwargs(training_arguments(config, Path("unused")), model)
         except Exception as error:
-            told = first_line(error)
-            raise ConfigError(f"train config {config.name!r}: trainer: {told}") from error
+            reason = first_line(error)
+            raise ConfigError(f"train config {config.name!r}: trainer: {reason}") from error

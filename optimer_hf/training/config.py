@@ -1,4 +1,4 @@
-"""What a training is: the fields of a train file."""
+"""The fields of a train file."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -27,17 +27,17 @@ RESERVED_TRAINER_FIELDS = {
     "seed": "`seed`",
     "data_seed": "`seed`",
 }
-UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
+UNUSABLE = {  # fields of TrainingArguments that our runs cannot use, and why
     "eval_strategy": "There is nothing to evaluate on; `optimer evaluate` scores a model",
     "do_eval": "There is nothing to evaluate on; `optimer evaluate` scores a model",
     "do_predict": "There is nothing to predict; `optimer evaluate` scores a model",
     "push_to_hub": "`optimer push` publishes a vector",
     "hub_model_id": "`optimer push` publishes a vector",
-    "resume_from_checkpoint": "A killed run goes on by itself",
-    "save_only_model": "A killed run goes on with its optimizer, which a checkpoint has to hold",
-    "ignore_data_skip": "A killed run goes on with the next block, not with the first",
+    "resume_from_checkpoint": "An interrupted run resumes by itself",
+    "save_only_model": "Resuming a run needs the optimizer state in its checkpoints",
+    "ignore_data_skip": "An interrupted run resumes with the next block, not with the first",
     "use_liger_kernel": "The loss of a run is computed without logits already",
-    "label_smoothing_factor": "The loss is computed without logits, which smoothing needs",
+    "label_smoothing_factor": "Smoothing needs logits, and the loss is computed without them",
     "liger_kernel_config": "The loss of a run is computed without logits already",
     "label_names": "The labels of a run are the tokens of its texts",
     "load_best_model_at_end": "There is nothing to evaluate on, so no checkpoint is the best",
@@ -45,16 +45,16 @@ UNUSABLE = {  # fields of TrainingArguments for what a run of ours does not have
     "include_for_metrics": "There is nothing to evaluate on",
     **dict.fromkeys(
         ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
-        "No process would hold the whole model, which one has to write",
+        "One process has to hold the whole model to save it",
     ),
 }
 
-SECRET = {"hub_token", "push_to_hub_token"}  # fields that are neither shown nor written
+SECRET = {"hub_token", "push_to_hub_token"}  # fields that are never printed or saved
 ABOVE_ZERO = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
     *("logging_steps", "save_steps"),
 }
-BOUNDS = {  # of the numbers of TrainingArguments, which few libraries check before they start
+BOUNDS = {  # lowest and highest value; TrainingArguments checks few of its numbers
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "ddp_bucket_cap_mb"),
         (1, 2**20),
@@ -82,7 +82,7 @@ LORA_BOUNDS = {
     "qalora_group_size": (1, 2**20),
 }
 MOST_TOKENS = 10**13  # of one run
-PLAIN = {int, float, bool, type(None)}  # types that are checked before the run
+PLAIN = {int, float, bool, type(None)}  # types that are checked before a run
 
 
 class TrainConfig(VersionedFile):
@@ -118,50 +118,54 @@ class TrainConfig(VersionedFile):
             yield (), "give exactly one of 'corpus' and 'mixture'"
         if self.mixture is not None:
             if self.max_tokens is None:
-                yield ("mixture",), "a mixture needs max_tokens: shares are shares of it"
+                yield ("mixture",), "a mixture needs max_tokens, which its shares divide"
             total = sum(part.share for part in self.mixture)
             if abs(total - 1) > 1e-6:
                 yield ("mixture",), f"the shares of the mixture sum to {total:g}, not to 1"
 
     @property
     def corpora(self) -> Sequence[CorpusConfig]:
-        """The corpus, or those of the mixture."""
+        """The corpus, or the corpora of the mixture."""
         return self.mixture or ([self.corpus] if self.corpus is not None else [])
 
     @property
     def kind(self) -> Literal["adapter", "checkpoint"]:
-        """The kind of vector the run leaves behind."""
+        """The kind of vector that the run writes."""
         return "checkpoint" if self.lora is None else "adapter"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields that a run's record repeats: those that name no file of this machine."""
+        """The fields that training.json repeats; none of them names a local file."""
         fields = {"block_size", "max_tokens", "lora", "trainer", "seed"}
         return self.model_dump(mode="json", include=fields)
 
     @property
     def digest(self) -> str:
-        """Digest of everything that decides the result; of local files the names, see `inputs`."""
+        """Digest of everything that decides the result. Local files count by name; `inputs` has the
+        digests of their content.
+        """
         absent = {"mixture"} if self.mixture is None else {"corpus"}
         data = self.model_dump(mode="json", exclude=absent)
         for part in (data, data.get("corpus") or {}, *data.get("mixture", ())):
             named = ("base_model", "path", "dataset", "data_files")
             part |= without_folders({key: part[key] for key in named if key in part})
-            if part.get("data_files", "") is None:  # a field that runs before it did not have
+            if part.get("data_files", "") is None:  # runs of older versions lack the field
                 del part["data_files"]
         return digest(data)
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Digests of the local base and of the local texts that are there now, by field."""
-        found = {}
+        """Digests of the local base and of the local texts as they are now, by field."""
+        digests = {}
         base = Reference(self.base_model).path
         if base is not None and is_there(base):
-            found["base_model"] = fingerprint(base) if base.is_file() else weights_fingerprint(base)
+            digests["base_model"] = (
+                fingerprint(base) if base.is_file() else weights_fingerprint(base)
+            )
         for number, corpus in enumerate(self.corpora):
             if (text := corpus.fingerprint) is not None:
-                found["corpus" if self.mixture is None else f"mixture.{number}"] = text
-        return found
+                digests["corpus" if self.mixture is None else f"mixture.{number}"] = text
+        return digests
 
 
 def is_count_of_tokens(text: str) -> bool:

@@ -1,8 +1,8 @@
-"""A model in training -> the norm of its vector so far: how fast one dataset moves it.
+"""Measure the norm of a vector while it is trained: how fast one dataset moves the model.
 
-Of a LoRA model the products are never formed; of a full-parameter one the base is read again from
-disk, a few rows at a time, so that no second copy of the model is held. That costs one pass over
-the base for a point, and a GPU waits for either, so a run has few of them.
+LoRA products are never materialised. Full-parameter norms re-read the base from disk, a few rows at
+a time, so no second copy of the model is in memory. Each norm costs one pass over the weights while
+the GPU waits, so a run measures only N_NORMS of them.
 """
 
 import math
@@ -18,12 +18,13 @@ from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.names import names_in
 from optimer_hf.models.stored import as_stored
 
-N_NORMS = 16  # of a run
+N_NORMS = 16  # per run
 
 
 def lora_norm(model: Any) -> float:
-    """Return the Frobenius norm of what the LoRA layers of a model add to it: |BA|^2 =
-    <B^T B, A A^T>, or the product itself where its smaller side is below the rank.
+    """Return the Frobenius norm of what the LoRA layers add to a model.
+
+    |BA|^2 = <B^T B, A A^T>; where the smaller side of BA is below the rank, BA itself is smaller.
     """
     squares = []
     for module in model.modules():
@@ -37,16 +38,16 @@ def lora_norm(model: Any) -> float:
                 squares.append(product * float(module.scaling[name]) ** 2)
     if not squares:
         return 0.0
-    device = squares[0].device  # of several, the first
+    device = squares[0].device  # a model may be on several
     total = torch.stack([each.to(device) for each in squares]).sum()
     return float(total.clamp(min=0).sqrt())
 
 
 def full_norm(model: Any, base: Path) -> float:
-    """Return the Frobenius norm of a model minus the base in a directory; a tied head counts once.
+    """Return the Frobenius norm of a model minus the base in a directory. A tied head counts once.
 
-    Raises ModelError when a parameter is nowhere in the base. Memory: a few row blocks, and one
-    parameter where transformers stores it in another form (fused experts).
+    Raises ModelError when the base has no such parameter. Needs memory for a few row blocks, or for
+    one whole parameter where transformers stores it in another form (fused experts).
     """
     checkpoint, squares = Checkpoint(base), 0.0
     stored = [
@@ -60,11 +61,11 @@ def full_norm(model: Any, base: Path) -> float:
             here = known.get(key, [""])[0]
             if not here or checkpoint.shape(here) != tuple(tensor.shape):
                 raise ModelError(f"{base}: holds no tensor {key!r} of shape {list(tensor.shape)}.")
-            squares += _moved(tensor.contiguous(), checkpoint, here)
+            squares += _squared_distance(tensor.contiguous(), checkpoint, here)
     return math.sqrt(squares)
 
 
-def _moved(tensor: torch.Tensor, base: Checkpoint, name: str) -> float:
+def _squared_distance(tensor: torch.Tensor, base: Checkpoint, name: str) -> float:
     """Return |tensor - base|^2 in float32, row block by row block."""
     squares = 0.0
     for rows in row_blocks(tuple(tensor.shape), tensor.device.type):
@@ -75,8 +76,8 @@ def _moved(tensor: torch.Tensor, base: Checkpoint, name: str) -> float:
 
 
 def is_due(history: Sequence[Mapping[str, Any]], n_steps: int) -> bool:
-    """Whether the last entry of the log of a run is to have a norm: N_NORMS of them, evenly spread
-    over `n_steps`, wherever the run was interrupted.
+    """Whether to measure a norm for the last entry of a run's log: N_NORMS are spread evenly over
+    `n_steps`, however often the run is interrupted.
     """
     noted = max((entry["step"] for entry in history if "norm" in entry), default=0)
     return bool(history[-1]["step"] * N_NORMS // n_steps > noted * N_NORMS // n_steps)

@@ -1,8 +1,8 @@
-"""The weights of a merge -> mixture ratios -> a train config that retrains with them.
+"""Turn the weights of a merge into mixture ratios, and those into a train file.
 
-A weight scales what a vector learned from its tokens, so weight x tokens reads as the share of a
-data set in the mixture that would have taught the same (OptiMer, arXiv 2603.28858, sec. 5). What a
-reader would not guess: a weight of zero or less has no share, and is named rather than hidden.
+A weight scales what a vector learned from its tokens, so weight x tokens is the share of its
+dataset in a mixture that would have taught the same (OptiMer, arXiv 2603.28858, sec. 5). Vectors
+with a weight of zero or less get no share; they are reported by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,22 +24,22 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Ratios:
-    """Shares that sum to 1, by vector, and the vectors that have none because their weight is not
-    above zero.
+    """Shares by vector, which sum to 1, and the vectors left out because their weight is not above
+    zero.
     """
 
     shares: dict[str, float]
     left_out: list[str]
 
 
-def ratios(weights: Mapping[str, float], tokens: Mapping[str, int]) -> Ratios:
+def ratios_of(weights: Mapping[str, float], tokens: Mapping[str, int]) -> Ratios:
     """Return shares in proportion to weight x tokens.
 
     Raises ConfigError when no weight is above zero.
     """
     kept = {name: weight * tokens[name] for name, weight in weights.items() if weight > 0}
     if not kept:
-        raise ConfigError("no weight is above 0, so there is no mixture to read from the weights.")
+        raise ConfigError("no weight is above 0, so the weights give no mixture.")
     total = sum(kept.values())
     shares = {name: round(value / total, DIGITS) for name, value in kept.items()}
     largest = max(shares, key=lambda name: shares[name])
@@ -48,46 +48,46 @@ def ratios(weights: Mapping[str, float], tokens: Mapping[str, int]) -> Ratios:
 
 
 def training_tokens(sources: Mapping[str, str]) -> dict[str, int]:
-    """Return how many tokens each vector was trained on, from what its training left beside it.
+    """Return how many tokens each vector was trained on, from its training record.
 
-    Raises ConfigError for a vector that does not say.
+    Raises ConfigError for a vector without one.
     """
-    found = {}
+    tokens = {}
     for name, source in sources.items():
         record = read_record(Path(source)) if Path(source).is_dir() else None
         training: Mapping[str, Any] = (record.training if record is not None else None) or {}
         if "n_tokens" not in training:
             raise ConfigError(
-                f"vector {name!r} ({source}) does not say how many tokens it was trained on (no "
-                "training record in its vector.json). Train it with `optimer train`, or give "
-                f"--tokens {name}=N; if no corpus stands behind it, leave it out: --without {name}."
+                f"vector {name!r} ({source}) does not say how many tokens it was trained on: its "
+                "vector.json has no training record. Train it with `optimer train`, or give "
+                f"--tokens {name}=N. If it has no corpus, leave it out with --without {name}."
             )
-        found[name] = int(training["n_tokens"])
-    return found
+        tokens[name] = int(training["n_tokens"])
+    return tokens
 
 
-def mixture(
+def mix_runs(
     trainings: Mapping[str, TrainConfig], shares: Mapping[str, float], *, name: str, max_tokens: int
 ) -> TrainConfig:
-    """Return the run that trains on the corpora of some runs mixed by shares, with the settings of
-    the first one; corpora that are too small are repeated.
+    """Return the config of a run on the corpora of several runs, mixed by shares.
 
-    Raises ConfigError when a share has no run, or the runs are not alike.
+    The settings are those of the first run; corpora that are too small are repeated. Raises
+    ConfigError when a share has no run, or when the settings of the runs differ.
     """
     unknown = [key for key in shares if key not in trainings]
     if unknown:
         raise ConfigError(
             f"mixture {name!r}: no training run is called {unknown[0]!r}; known: "
-            f"{sorted(trainings)}. Give its train file, too, or leave the vector out."
+            f"{sorted(trainings)}. Give its train file as well, or leave the vector out."
         )
     if not sum(shares.values()) > 0 or min(shares.values()) < 0:
-        raise ConfigError(f"mixture {name!r}: shares must be >= 0, and one > 0.")
+        raise ConfigError(f"mixture {name!r}: no share may be below 0, and one must be above 0.")
     first = trainings[next(iter(shares))]
     _check_alike(name, [trainings[key] for key in shares])
     if "max_steps" in first.trainer:
         raise ConfigError(
             f"mixture {name!r}: trainer.max_steps fixes the length of a run, not its tokens. Use "
-            "max_tokens in the train files."
+            "max_tokens in the train files instead."
         )
     total = sum(shares.values())
     parts = [
@@ -105,29 +105,29 @@ def mixture(
 
 
 def _corpora(training: TrainConfig) -> list[tuple[CorpusConfig, float]]:
-    """Return the corpora of a run with their share in it."""
+    """Return the corpora of a run, each with its share."""
     if training.corpus is not None:
         return [(training.corpus, 1.0)]
     return [(part, part.share) for part in training.mixture or []]
 
 
 def _check_alike(name: str, trainings: Sequence[TrainConfig]) -> None:
-    """Refuse runs that differ in more than name, text, length and seed: their mixture would be
-    another experiment.
+    """Raise ConfigError for runs that differ in more than name, text, length and seed: mixing them
+    would be a different experiment.
     """
     own = {"name", "corpus", "mixture", "max_tokens", "seed"}
     first, *others = (training.model_dump(exclude=own) for training in trainings)
     for training, other in zip(trainings[1:], others, strict=True):
         if differing := differences(other, first):
             raise ConfigError(
-                f"mixture {name!r}: {training.name!r} was trained with another setting than "
-                f"{trainings[0].name!r} ({differing[0]}); a mixture needs one. Train them alike."
+                f"mixture {name!r}: the settings of {training.name!r} differ from those of "
+                f"{trainings[0].name!r} ({differing[0]}). Train both with the same settings."
             )
 
 
 def write_mixture(config: TrainConfig, path: Path) -> None:
-    """Write a train config as YAML with its paths relative to where it lies."""
+    """Write a train file at `path`, with paths relative to its folder."""
     data = {"format_version": 1} | config.model_dump(mode="json", exclude_defaults=True)
-    header = f"# Shares found from merge weights. Run: optimer train {path.name} OUT\n"
+    header = f"# Shares computed from merge weights. Run: optimer train {path.name} OUT\n"
     text = yaml_text(portable(data, path.resolve().parent))
     write_text(path, header + text)

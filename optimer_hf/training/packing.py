@@ -1,4 +1,4 @@
-"""Documents, or mixtures of them by ratio -> packed blocks of tokens on disk."""
+"""Pack documents, or mixtures of corpora by ratio, into blocks of tokens on disk."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Part:
-    """What one corpus gave: tokens, the documents they are from, and how many documents were read
-    again because the corpus was too small for its share.
+    """What was packed of one corpus: tokens, documents, and how many documents were read again
+    because the corpus was too small for its share.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Part:
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """Blocks of tokens on disk: int32 [n_blocks, 2, block_size], token ids and positions within the
-    segment.
+    """Blocks of tokens on disk: int32 [n_blocks, 2, block_size], token ids and the positions of the
+    tokens in their segments.
     """
 
     blocks: "NDArray[np.int32]"
@@ -49,8 +49,8 @@ class PackedCorpus:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, "NDArray[np.int64]"]:
-        """Return one training example; the first token of a segment has no context and is never a
-        label.
+        """Return one training example. The first token of a segment has no context, so it is never
+        a label.
         """
         ids, positions = self.blocks[index].astype(np.int64)
         labels = np.where(positions == 0, IGNORED_LABEL, ids)
@@ -58,12 +58,12 @@ class PackedCorpus:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in all blocks."""
+        """Number of tokens in all blocks."""
         return int(self.blocks.shape[0] * self.blocks.shape[2])
 
     @property
     def n_documents(self) -> int:
-        """Different documents in all blocks."""
+        """Number of different documents in all blocks."""
         return sum(part.n_documents for part in self.parts)
 
 
@@ -75,9 +75,9 @@ def segments(
 ) -> Iterator[list[list[int]]]:
     """Yield blocks, each a list of segments whose lengths sum to `block_size`.
 
-    A document ends with EOS when it is complete; each segment starts with BOS (if the tokenizer has
-    one). Tokens left at the end that do not fill a block are dropped. A gap too small for BOS and
-    one token takes the next token without BOS, so nothing is ever padded.
+    Each segment starts with BOS, if the tokenizer has one; the last segment of a document ends with
+    EOS. A gap too small for BOS and one token takes the next token without BOS, so nothing is ever
+    padded. Tokens that do not fill the last block are dropped.
     """
     head = [] if bos is None else [bos]
     tail = [] if eos is None else [eos]
@@ -107,17 +107,16 @@ def pack(
     seed: int,
     out: Path,
 ) -> PackedCorpus:
-    """Tokenise a corpus in shuffled order into `out` (a .npy file), reading no more of it than is
-    needed.
+    """Tokenise a corpus in shuffled order into `out` (a .npy file), reading only as much as needed.
 
     Packs `max_tokens // block_size` blocks, or everything when `max_tokens` is None. Raises
-    CorpusError when the corpus is empty or holds fewer tokens than asked.
+    CorpusError when the corpus is empty or too small.
     """
     wanted = None if max_tokens is None else max(max_tokens // block_size, 1)
     part = _pack(config, tokenizer, block_size, wanted, seed, out)
     if part.n_tokens < (wanted or 1) * block_size:
         raise CorpusError(
-            f"{_holds(part)}, but max_tokens asks for {max_tokens or block_size:,}. Add text or "
+            f"{_size_of(part)}, but max_tokens asks for {max_tokens or block_size:,}. Add text or "
             "lower max_tokens."
         )
     return load_packed(out, [part])
@@ -132,16 +131,16 @@ def pack_mixture(
     seed: int,
     out: Path,
 ) -> PackedCorpus:
-    """Pack several corpora into `out`, each with its share of `max_tokens`, exact to a block; the
-    blocks of a corpus stay together, as Trainer shuffles them.
+    """Pack several corpora into `out`, each with its share of `max_tokens`, exact to a block.
 
-    Raises CorpusError when a corpus is smaller than its share and may not be repeated.
+    Blocks of one corpus stay together, because the Trainer shuffles all blocks. Raises CorpusError
+    when a corpus is smaller than its share and may not be repeated.
     """
-    counts = shared_out([part.share for part in mixture], max(max_tokens // block_size, 1))
+    counts = deal_out([part.share for part in mixture], max(max_tokens // block_size, 1))
     files, parts = [], []
     for number, (config, n_blocks) in enumerate(zip(mixture, counts, strict=True)):
         if n_blocks == 0:
-            logger.warning("%s: its share of %g is less than a block", config.name, config.share)
+            logger.warning("%s: its share of %g is less than one block", config.name, config.share)
             parts.append(Part(config.name, 0, 0))
             continue
         files.append(out.with_name(f"{out.stem}.{number}.npy"))
@@ -150,7 +149,7 @@ def pack_mixture(
         )
         if part.n_tokens < n_blocks * block_size:
             raise CorpusError(
-                f"{_holds(part)}, but its share of {config.share:g} asks for "
+                f"{_size_of(part)}, but its share of {config.share:g} asks for "
                 f"{n_blocks * block_size:,}. Add text, lower its share or max_tokens, or set "
                 "`upsample: true` to repeat it."
             )
@@ -159,9 +158,9 @@ def pack_mixture(
     return load_packed(out, parts)
 
 
-def shared_out(shares: Sequence[float], n: int) -> list[int]:
-    """Return n things dealt out by shares that sum to 1, each within one of its exact part (the
-    largest remainders get what is left).
+def deal_out(shares: Sequence[float], n: int) -> list[int]:
+    """Divide n items by shares that sum to 1 and return the counts, each within one of n * share;
+    what is left goes to the largest remainders.
     """
     exact = np.array(shares) * n
     counts = np.floor(exact + 1e-9).astype(int)
@@ -180,8 +179,8 @@ def _pack(
     *,
     repeat: bool = False,
 ) -> Part:
-    """Write up to `wanted` blocks and return what they are made of; with `repeat` the corpus is
-    read again, in another order, until there are as many.
+    """Write up to `wanted` blocks and return what is in them. With `repeat`, read the corpus again,
+    in another order, until there are enough.
     """
     n_documents, n_repeats = 0, 0
 
@@ -201,13 +200,11 @@ def _pack(
     blocks = segments(token_lists(), bos=bos, eos=tokenizer.eos_token_id, block_size=block_size)
     n_blocks = _write_blocks(blocks, wanted, block_size, out)
     if n_documents == 0:
-        raise CorpusError(
-            f"{config.name}: holds no text. Give a corpus with at least one document."
-        )
+        raise CorpusError(f"{config.name}: has no text. Give a corpus with at least one document.")
     return Part(config.name, n_blocks * block_size, n_documents, n_repeats)
 
 
-def _holds(part: Part) -> str:
+def _size_of(part: Part) -> str:
     return f"{part.name}: holds {part.n_tokens:,} tokens in {part.n_documents:,} documents"
 
 
@@ -217,7 +214,7 @@ def load_packed(path: Path, parts: Sequence[Part]) -> PackedCorpus:
 
 
 def _concatenate(files: Sequence[Path], out: Path) -> None:
-    """Move the blocks of some files into one, file after file, without holding them in memory."""
+    """Move the blocks of several files into one, file after file, without loading them."""
     arrays = [np.load(file, mmap_mode="r") for file in files]
     shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
     whole = np.lib.format.open_memmap(out, mode="w+", dtype=np.int32, shape=shape)
@@ -231,16 +228,14 @@ def _concatenate(files: Sequence[Path], out: Path) -> None:
 
 
 def _starts_with_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether this tokenizer puts BOS before a text; having a BOS token is not enough (Qwen,
-    GPT-2).
-    """
+    """Whether a tokenizer puts BOS before a text; Qwen and GPT-2 have a BOS token but do not."""
     return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def _write_blocks(
     blocks: Iterable[list[list[int]]], wanted: int | None, block_size: int, out: Path
 ) -> int:
-    """Write blocks as int32 [n, 2, block_size] in .npy format without holding them in memory;
+    """Write blocks to a .npy file, int32 [n, 2, block_size], without holding them in memory, and
     return n.
     """
     make_directory(out.parent)

@@ -1,11 +1,11 @@
-"""TrainConfig -> checkpoint: continual pre-training of one base model on one corpus with the HF
-Trainer.
+"""Continual pre-training of one base model on one corpus, with the HF Trainer.
 
-A LoRA run leaves a PEFT adapter in `out`, a full-parameter run a float32 model (small deltas do not
-survive bfloat16); `training.json` is written last and makes the directory complete. A killed run
-goes on from its last complete checkpoint. What a reader would not guess: the model computes its
-loss through `head.fuse_loss`, without logits, and documents packed into one block do not see each
-other (their positions restart, there is no cache).
+A LoRA run writes a PEFT adapter to `out`. A full-parameter run writes a float32 model, because
+small deltas do not survive bfloat16. `training.json` is written last and marks the directory as
+complete. An interrupted run resumes from its last complete checkpoint.
+
+The loss is computed by `head.fuse_loss`, without logits. Documents packed into one block do not
+attend to each other: their positions restart, and there is no cache.
 """
 
 import contextlib
@@ -36,16 +36,16 @@ from optimer_hf.models.resolve import resolve_base
 from optimer_hf.models.ties import ties_of
 from optimer_hf.progress import Cost
 from optimer_hf.training.checkpoints import BLOCKS, CHECKPOINTS, STARTED, drop_damaged, newest_whole
-from optimer_hf.training.checks import _check_targets, check_config, check_fields
+from optimer_hf.training.checks import check_config, check_fields, check_targets
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import PackedCorpus, Part, load_packed, pack, pack_mixture
 from optimer_hf.training.trainer import (
-    _adapted,
-    _refuse_saved_apart,
-    _refuse_unweighted,
-    _spent_before,
-    _tokens_per_step,
+    add_lora,
     build_trainer,
+    cost_before,
+    refuse_unmergeable_lora,
+    refuse_untied_copies,
+    tokens_per_step,
 )
 from optimer_hf.vectors.delta import describe
 from optimer_hf.vectors.record import VectorFile
@@ -56,76 +56,78 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-LEFTOVERS = (ATOMIC_PREFIX, "blocks.")  # of a run killed while it packed
-LONGEST_WAIT = 6 * 3600  # seconds; the first process packs a billion tokens in half an hour
+LEFTOVERS = (ATOMIC_PREFIX, "blocks.")  # of a run that was killed while packing
+LONGEST_WAIT = 6 * 3600  # seconds; packing a billion tokens takes half an hour
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 def is_trained(config: TrainConfig, out: Path) -> bool:
-    """Whether `out` holds the finished result of this config; changes nothing.
+    """Whether `out` holds the finished result of this config. Changes nothing.
 
-    Raises OutputError when it belongs to another config, or to another base or text of the same
+    Raises OutputError when `out` belongs to another config, to another base or text of the same
     name, or holds files that are not ours.
     """
     for name in ("training.json", STARTED):
         if (out / name).exists():
-            if other := _what_differs(config, read_yaml(out / name)):
-                was = "was trained" if name == "training.json" else "holds a run that began"
+            if other := _difference(config, read_yaml(out / name)):
+                was = "was trained" if name == "training.json" else "holds a run that was started"
                 raise OutputError(
-                    f"{out}: {was} with another {other}. Remove it, or give another output "
+                    f"{out}: {was} with a different {other}. Remove it, or give another output "
                     "directory."
                 )
             return name == "training.json"
-    found = out.iterdir() if out.is_dir() else [out] if is_there(out) else []
-    if any(not path.name.startswith(LEFTOVERS) for path in found):
+    present = out.iterdir() if out.is_dir() else [out] if is_there(out) else []
+    if any(not path.name.startswith(LEFTOVERS) for path in present):
         raise OutputError(
             f"{out}: already exists and is not a training directory. Give another output directory."
         )
     return False
 
 
-def _what_differs(config: TrainConfig, record: Mapping[str, Any]) -> str:
-    """Return in which config, base or text a run differs from the one recorded, or nothing. Files
-    that are gone from the disk may be.
+def _difference(config: TrainConfig, record: Mapping[str, Any]) -> str:
+    """Return which config, base or text of a run differs from the recorded one, or an empty string.
+    Local files that no longer exist are not compared.
     """
     if record.get("config_sha256") != config.digest:
         known, settings = record.get("training", {}), config.settings
         recorded = {field: known.get(field) for field in settings}
         differing = differences(recorded, settings) if known else []
         names = "; ".join(differing) or "base_model or corpus"
-        return f"config; what differs: {names}"
+        return f"config ({names})"
     known = record.get("inputs", {})
-    changed = [field for field, found in config.inputs.items() if known.get(field, found) != found]
-    return f"content of {', '.join(changed)}, under the same name" if changed else ""
+    changed = [field for field, now in config.inputs.items() if known.get(field, now) != now]
+    return f"content of {', '.join(changed)} under the same name" if changed else ""
 
 
 def train(config: TrainConfig, out: Path) -> Path:
-    """Train and return `out`; go on where an interrupted run stopped, do nothing when it is
-    finished.
+    """Train, or resume an interrupted run, and return `out`. Does nothing when the run is finished.
 
-    Under `accelerate launch` every process calls this, and the first one writes. Raises OutputError
-    when another run writes `out`.
+    Under `accelerate launch` every process calls this; only the first one writes. Raises
+    OutputError when another run writes to `out`.
     """
-    check_fields(config, f"train config {config.name!r}")  # before the processes meet
-    state = _processes(config)
+    check_fields(
+        config, f"train config {config.name!r}"
+    )  # before the processes wait for each other
+    state = _join_processes(config)
     with contextlib.ExitStack() as stack:
         with state.main_process_first():
             check_config(config)
             if is_trained(config, out):
                 _tidy(out)
-                logger.info("train %s: %s is trained, nothing to do", config.name, out)
+                logger.info("train %s: %s is already trained, nothing to do", config.name, out)
                 return out
             if state.is_main_process:
-                stack.enter_context(_held(out))
-            packed = _prepared(config, out)
-        if packed is not None:  # by the run that held `out` until now
+                stack.enter_context(_lock(out))
+            packed = _prepare_locked(config, out)
+        if packed is not None:  # None: another run has just finished it
             _run(config, out, packed, state)
     return out
 
 
 def train_vector(path: Path, out: Path) -> VectorFile | None:
-    """Train what the train file at `path` says, describe it as a vector and return its record; of
-    several processes only the first one does so, and None comes back in the others.
+    """Train from the train file at `path`, describe the result as a vector and return its record.
+
+    Under `accelerate launch` only the first process does so; the others return None.
     """
     config = TrainConfig.read(path)
     if not (out / "training.json").exists():  # a trained vector no longer needs its corpus
@@ -137,9 +139,9 @@ def train_vector(path: Path, out: Path) -> VectorFile | None:
     return describe(out, base, name=config.name, kind=config.kind)
 
 
-def _held(out: Path) -> contextlib.AbstractContextManager[bool]:
-    """Hold an output directory for this run; its lock stands beside it, or in it where nothing may
-    be written beside it.
+def _lock(out: Path) -> contextlib.AbstractContextManager[bool]:
+    """Lock an output directory for this run. The lock file stands beside the directory, or inside
+    it where the parent is not writable.
     """
     place = Path(os.path.realpath(out))
     make_directory(place.parent)
@@ -154,10 +156,10 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
     base = resolve_base(config.base_model)
     trainer = build_trainer(config, base, packed, out)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
-    before, started = _spent_before(out), Cost.now()
+    before, started = cost_before(out), Cost.now()
     checkpoint = newest_whole(out / CHECKPOINTS)
     if checkpoint is not None:
-        logger.info("train %s: going on from %s", config.name, checkpoint.name)
+        logger.info("train %s: resuming from %s", config.name, checkpoint.name)
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if state.is_main_process:
@@ -165,9 +167,9 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
     state.wait_for_everyone()
 
 
-def _processes(config: TrainConfig) -> Any:
-    """Join the processes of `accelerate launch`, if there are more, that wait as long for each
-    other as packing a corpus and writing a model take.
+def _join_processes(config: TrainConfig) -> Any:
+    """Join the other processes of `accelerate launch`, if any. They wait for each other long enough
+    to pack a corpus or to write a model.
     """
     from accelerate import PartialState
 
@@ -177,47 +179,47 @@ def _processes(config: TrainConfig) -> Any:
 
 
 def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
-    """Check a run and pack its corpus into `out`, once; return None when the run is finished.
+    """Check a run and pack its corpus into `out`, once. Returns None when the run is finished.
 
-    Cheap beside the training: a corpus that is too small, a bad field and a foreign directory are
-    found here.
+    This is cheap compared with the training, and finds corpora that are too small, wrong fields and
+    directories that are not ours.
     """
     check_config(config)
     if is_trained(config, out):
-        _tidy(out)  # a kill may have left it
+        _tidy(out)  # a killed run may have left files
         return None
-    with _held(out):
-        return _prepared(config, out)
+    with _lock(out):
+        return _prepare_locked(config, out)
 
 
-def _prepared(config: TrainConfig, out: Path) -> PackedCorpus | None:
-    """Do what `prepare` does where this process holds `out`."""
+def _prepare_locked(config: TrainConfig, out: Path) -> PackedCorpus | None:
+    """Do the work of `prepare` while this process holds the lock of `out`."""
     if is_trained(config, out):
         return None
     started = out / STARTED
     if not started.exists():
-        return _begun(config, out)
+        return _begin(config, out)
     record = json.loads(started.read_text(encoding="utf-8"))
-    found = _blocks_of(record, out)
-    if found is None or _is_other(record, found):  # lost or damaged
-        found = _packed(config, _checked(config), out / BLOCKS)
-    if _is_other(record, found):
+    packed = _read_blocks(record, out)
+    if packed is None or _has_other_text(record, packed):  # lost or damaged
+        packed = _pack_text(config, _check_base(config), out / BLOCKS)
+    if _has_other_text(record, packed):
         (out / BLOCKS).unlink()
         raise OutputError(
-            f"{out}: the run began on another text than its corpus holds now. Restore the corpus, "
-            "or remove the directory to begin again."
+            f"{out}: the corpus has changed since the run was started. Restore the corpus, or "
+            "remove the directory to start again."
         )
-    return found
+    return packed
 
 
-def _begun(config: TrainConfig, out: Path) -> PackedCorpus:
-    """Pack the corpus of a new run; what fails leaves nothing behind."""
-    tokenizer = _checked(config)
+def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
+    """Pack the corpus of a new run. Leaves no files behind if that fails."""
+    tokenizer = _check_base(config)
     is_new = not out.exists()
     make_directory(out)
     try:
         with naming_disk_errors(out, "Nothing was left behind"):
-            packed = _packed(config, tokenizer, out / BLOCKS)
+            packed = _pack_text(config, tokenizer, out / BLOCKS)
     except BaseException:
         for path in out.glob(f"{LEFTOVERS[1]}*"):
             path.unlink(missing_ok=True)
@@ -236,22 +238,23 @@ def _begun(config: TrainConfig, out: Path) -> PackedCorpus:
     return load_packed(out / BLOCKS, packed.parts)
 
 
-def _checked(config: TrainConfig) -> Any:
-    """Return the tokenizer of a run whose base and LoRA pass every check that its vector will have
-    to pass, without the weights.
+def _check_base(config: TrainConfig) -> Any:
+    """Check the base and the LoRA of a run as its vector will be checked, and return the tokenizer.
+
+    Loads no weights.
     """
     base = resolve_base(config.base_model)
     tokenizer = loaded_tokenizer(base)
-    adapted = _adapted(empty_model(base), config, base)
-    _check_targets(config, adapted)
-    _refuse_saved_apart(config, ties_of(Checkpoint(base.path)))
+    adapted = add_lora(empty_model(base), config, base)
+    check_targets(config, adapted)
+    refuse_untied_copies(config, ties_of(Checkpoint(base.path)))
     if config.lora is not None:
-        _refuse_unweighted(adapted, config, base)
+        refuse_unmergeable_lora(adapted, config, base)
     return tokenizer
 
 
-def _blocks_of(record: Mapping[str, Any], out: Path) -> PackedCorpus | None:
-    """Return the packed corpus of a run that began, None where it cannot be read."""
+def _read_blocks(record: Mapping[str, Any], out: Path) -> PackedCorpus | None:
+    """Return the packed corpus of a run that was started, or None when it cannot be read."""
     try:
         parts = [Part(**part) for part in record.get("parts", [])]
         return load_packed(out / BLOCKS, parts)
@@ -259,12 +262,12 @@ def _blocks_of(record: Mapping[str, Any], out: Path) -> PackedCorpus | None:
         return None
 
 
-def _is_other(record: Mapping[str, Any], found: PackedCorpus) -> bool:
-    return bool(record.get("blocks_sha256", found.sha256) != found.sha256)
+def _has_other_text(record: Mapping[str, Any], packed: PackedCorpus) -> bool:
+    return bool(record.get("blocks_sha256", packed.sha256) != packed.sha256)
 
 
-def _packed(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
-    """Pack the corpus or the mixture of a run, and tell of documents that are read again."""
+def _pack_text(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
+    """Pack the corpus or the mixture of a run, and warn of repeated documents."""
     if config.corpus is not None:
         return pack(
             config.corpus,
@@ -285,7 +288,7 @@ def _packed(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
     for part in packed.parts:
         if part.n_repeats:
             logger.warning(
-                "%s: up-sampled: %s documents are read again (%.2f passes)",
+                "%s: repeating %s documents to fill its share (%.2f passes)",
                 part.name,
                 f"{part.n_repeats:,}",
                 1 + part.n_repeats / part.n_documents,
@@ -305,23 +308,21 @@ def _save(
     if config.lora is not None:
         for lora in model.peft_config.values():
             lora.base_model_name_or_path = base.reference
-        model.save_pretrained(
-            out, save_embedding_layers=False
-        )  # "auto" would look the base up on the Hub
+        # "auto" would look the base up on the Hub
+        model.save_pretrained(out, save_embedding_layers=False)
     else:
         model.save_pretrained(out)
-    (out / "README.md").unlink(
-        missing_ok=True
-    )  # PEFT's card template; ours is written when the vector is pushed
+    # PEFT's card template; ours is written when the vector is pushed
+    (out / "README.md").unlink(missing_ok=True)
     inputs = read_yaml(out / STARTED).get("inputs", {})
-    record = _record(config, base, packed, trainer, spent) | {"inputs": inputs}
+    record = _training_record(config, base, packed, trainer, spent) | {"inputs": inputs}
     sync_all(out)
     write_text(out / "training.json", json.dumps(record, indent=2))
     _tidy(out)
 
 
 def _tidy(out: Path) -> None:
-    """Remove from a finished vector what only its training needed, and locks of killed ones."""
+    """Remove the files that only the training needed, and the locks of killed runs."""
     (out / STARTED).unlink(missing_ok=True)
     (out / BLOCKS).unlink(missing_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
@@ -329,14 +330,14 @@ def _tidy(out: Path) -> None:
         remove_dead_locks(folder)
 
 
-def _record(
+def _training_record(
     config: TrainConfig,
     base: ResolvedModel,
     packed: PackedCorpus,
     trainer: "Trainer",
     spent: Cost,
 ) -> dict[str, Any]:
-    """Return what a reader of the vector needs to know; no path of this machine."""
+    """Return the content of training.json. It names no path of this machine."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     norms = {entry["step"]: entry["norm"] for entry in history if "norm" in entry}
@@ -355,7 +356,7 @@ def _record(
             **config.settings,
             "mixed_precision": trainer.accelerator.mixed_precision,
             "n_steps": trainer.state.global_step,
-            "n_tokens": trainer.state.global_step * _tokens_per_step(config, trainer.args),
+            "n_tokens": trainer.state.global_step * tokens_per_step(config, trainer.args),
             "losses": losses,
             **({"norms": [*norms.values()], "norm_steps": [*norms]} if norms else {}),
             "seconds": round(spent.seconds, 2),

@@ -1,4 +1,4 @@
-"""The HF Trainer of a run: its model, adapter and callback."""
+"""Build the HF Trainer of a run, with its model, adapter and callback."""
 
 import dataclasses
 import json
@@ -19,9 +19,9 @@ from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import loaded_model
 from optimer_hf.models.ties import Ties
 from optimer_hf.progress import Cost, Meter
-from optimer_hf.training.arguments import _arguments, _lora_config
+from optimer_hf.training.arguments import lora_config, training_arguments
 from optimer_hf.training.checkpoints import CHECKPOINTS, SPENT_FILE, newest_whole, seal
-from optimer_hf.training.checks import MEND_LORA
+from optimer_hf.training.checks import LORA_FIX
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.growth import full_norm, is_due, lora_norm
 from optimer_hf.training.packing import PackedCorpus
@@ -40,78 +40,85 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 def build_trainer(
     config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, out: Path
 ) -> "Trainer":
-    """Return the Trainer of a run, its model loaded and its arguments set."""
+    """Return the Trainer of a run, with its model loaded.
+
+    Raises ConfigError for arguments that the Trainer refuses, and for sharded training.
+    """
     from transformers import PrinterCallback, Trainer, default_data_collator, set_seed
 
-    arguments = _arguments(config, out)
+    arguments = training_arguments(config, out)
     set_seed(config.seed)
     model = _model(config, base, arguments)
     try:
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=packed,  # any object with __len__ and __getitem__ is a data set
+            train_dataset=packed,  # any object with __len__ and __getitem__ is a dataset
             data_collator=default_data_collator,
-            callbacks=[_callback(config, base.path, _spent_before(out))],
+            callbacks=[_callback(config, base.path, cost_before(out))],
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
     _refuse_sharded(trainer.accelerator.distributed_type.value, config.name)
-    trainer.remove_callback(PrinterCallback)  # it prints on stdout, where results go
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     return trainer
 
 
 def _refuse_sharded(kind: str, name: str) -> None:
-    """Raise ConfigError where no process holds the whole model, which one has to write."""
+    """Raise ConfigError for sharded training: saving needs one process with the whole model."""
     if kind in SHARDED:
         raise ConfigError(
-            f"train config {name!r}: accelerate launch: found {kind}, expected whole models (one "
-            "GPU each, or --multi_gpu). Train a LoRA (`lora:`) where the model does not fit, or "
-            "train it with another tool and take the vector with `optimer extract`."
+            f"train config {name!r}: accelerate launch: found {kind}, expected the whole model on "
+            "each GPU (one GPU, or --multi_gpu). If it does not fit, train a LoRA (`lora:`), or "
+            "train it with another tool and make the vector with `optimer extract`."
         )
 
 
 def _model(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArguments") -> Any:
-    """Load the base: as stored where a LoRA is trained in mixed precision (the base stays frozen),
-    else in float32, which full-parameter runs keep beside the 16 bits they multiply.
+    """Load the base: in its own dtype for a LoRA in mixed precision, where it stays frozen, and in
+    float32 otherwise. Full-parameter runs in mixed precision multiply 16-bit copies of it.
     """
     mixed = config.lora is not None and (arguments.bf16 or arguments.fp16)
     model = loaded_model(base, "auto" if mixed else torch.float32)
     fuse_loss(model)
     if not keeps_documents_apart(model):
         logger.warning(
-            "train %s: layers of %s carry their state from one document of a block into the next, "
-            "so documents packed together are not trained as if they stood alone",
+            "train %s: %s has layers that carry their state across documents, so documents in one "
+            "block influence each other",
             config.name,
             type(model).__name__,
         )
-    return _adapted(model, config, base)
+    return add_lora(model, config, base)
 
 
-def _adapted(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:
-    """Return a model with the LoRA layers of a run, if it has any."""
+def add_lora(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:
+    """Return a model with the LoRA layers of a run added, if it has any.
+
+    Raises ConfigError for options that PEFT refuses and for layers that the model does not have.
+    """
     if config.lora is None:
         return model
     from peft import get_peft_model
 
-    lora = _lora_config(config)
+    lora = lora_config(config)
     _refuse_unmatched(model, config.lora.get("target_modules"), config.name)
-    _resolve_patterns(lora, model, f"train config {config.name!r}: lora")
+    _expand_patterns(lora, model, f"train config {config.name!r}: lora")
     if model.device.type == "meta" and str(lora.init_lora_weights).lower() == "mica":
-        lora.init_lora_weights = True  # it takes the weights apart, and there are none
+        lora.init_lora_weights = True  # MiCA decomposes the weights, and there are none
     try:
         return get_peft_model(model, lora)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # PEFT looks at few of its fields before it uses them
+    except Exception as error:  # PEFT checks few of its fields before it uses them
         raise ConfigError(f"train config {config.name!r}: lora: {first_line(error)}") from error
 
 
-def _resolve_patterns(lora: Any, model: Any, where: str) -> None:
-    """Have PEFT match none of the patterns that could keep it busy, and write down by layer what
-    rank_pattern and alpha_pattern say where that depends on patterns or on their order.
+def _expand_patterns(lora: Any, model: Any, where: str) -> None:
+    """Check all patterns in bounded time, and replace those of rank_pattern and alpha_pattern by
+    the layers that they match.
 
-    A saved adapter_config.json has its keys sorted, and a reader compiles no pattern of others.
+    PEFT sorts the keys when it saves adapter_config.json, so their order would be lost, and we
+    never compile a pattern from somebody else's file.
     """
     layers = [
         name
@@ -123,17 +130,17 @@ def _resolve_patterns(lora: Any, model: Any, where: str) -> None:
     for field in FIELD_OF:
         given: dict[str, Any] = getattr(lora, field) or {}
         fitting = {key: _fitting(key, layers, f"{where}.{field}") for key in given}
-        for key, found in fitting.items():
-            if not found:
-                raise ConfigError(f"{where}.{field}: found {key!r}, which fits no layer.")
-        n_fits = sum(len(found) for found in fitting.values())
+        for key, names in fitting.items():
+            if not names:
+                raise ConfigError(f"{where}.{field}: found {key!r}, which matches no layer.")
+        n_fits = sum(len(names) for names in fitting.values())
         by_layer = {name: given[key] for key in reversed(given) for name in fitting[key]}
         if n_fits > len(by_layer) or not all(is_literal(key) for key in given):
             setattr(lora, field, {_only(name, layers): by_layer[name] for name in sorted(by_layer)})
 
 
 def _fitting(key: str, layers: Sequence[str], where: str) -> list[str]:
-    """Return the layers that a key of rank_pattern or alpha_pattern fits."""
+    """Return the layers that a key of rank_pattern or alpha_pattern matches."""
     if is_literal(key):
         return [name for name in layers if ends_with(name, key)]
     (found,) = matches([rf"(.*\.)?({key})$"], layers, where)
@@ -141,28 +148,28 @@ def _fitting(key: str, layers: Sequence[str], where: str) -> list[str]:
 
 
 def _only(name: str, layers: Sequence[str]) -> str:
-    """Return the key that fits a layer and no other."""
+    """Return a key that matches this layer and no other."""
     return f"^{name}" if any(layer.endswith(f".{name}") for layer in layers) else name
 
 
 def _refuse_unmatched(model: Any, target_modules: Any, name: str) -> None:
-    """Raise ConfigError for a name among target_modules that no layer has: PEFT says nothing where
-    another one matches.
+    """Raise ConfigError for a name in target_modules that no layer has. PEFT ignores it if another
+    name matches.
     """
     if not isinstance(target_modules, list):
-        return  # none, a word of PEFT or a pattern, or what PEFT refuses
+        return  # none, a keyword of PEFT, a pattern, or a value that PEFT refuses
     layers = [layer for layer, _ in model.named_modules()]
     for wanted in target_modules:
         if not any(layer == wanted or layer.endswith(f".{wanted}") for layer in layers):
             hint = did_you_mean(wanted, sorted({layer.rpartition(".")[2] for layer in layers}))
             raise ConfigError(
-                f"train config {name!r}: lora: target_modules: found {wanted!r}, which no layer of "
-                f"{type(model).__name__} is called.{hint}"
+                f"train config {name!r}: lora: target_modules: found {wanted!r}, but no layer of "
+                f"{type(model).__name__} has that name.{hint}"
             )
 
 
-def _refuse_unweighted(adapted: Any, config: TrainConfig, base: ResolvedModel) -> None:
-    """Raise ConfigError for a LoRA whose adapter `open_vector` would refuse once it is trained."""
+def refuse_unmergeable_lora(adapted: Any, config: TrainConfig, base: ResolvedModel) -> None:
+    """Raise ConfigError for a LoRA whose trained adapter `open_vector` would refuse."""
     from peft import get_peft_model_state_dict
 
     where, checkpoint = f"train config {config.name!r}: lora", Checkpoint(base.path)
@@ -171,13 +178,15 @@ def _refuse_unweighted(adapted: Any, config: TrainConfig, base: ResolvedModel) -
     refuse_unfit([*state], checkpoint, where)
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     try:
-        parts_of(Lora(options, shapes, checkpoint, where, MEND_LORA))
+        parts_of(Lora(options, shapes, checkpoint, where, LORA_FIX))
     except ModelError as error:
         raise ConfigError(str(error)) from None
 
 
-def _refuse_saved_apart(config: TrainConfig, ties: Ties) -> None:
-    """Raise ConfigError where modules_to_save would train two copies of one tensor of the base."""
+def refuse_untied_copies(config: TrainConfig, ties: Ties) -> None:
+    """Raise ConfigError when modules_to_save would train two copies of a tensor that the base ties
+    to another.
+    """
     lora = config.lora or {}
     modules = lora.get("modules_to_save") or []
     for group in ties.groups:
@@ -185,16 +194,16 @@ def _refuse_saved_apart(config: TrainConfig, ties: Ties) -> None:
         saved = [module for module in modules if any(at.endswith(f".{module}") for at in layers)]
         if saved and not lora.get("ensure_weight_tying"):
             raise ConfigError(
-                f"train config {config.name!r}: lora: modules_to_save: {saved[0]!r} would get a "
-                f"copy of its own, but the base ties {' and '.join(map(repr, group))} to one "
-                "tensor, and a merge has one. Add ensure_weight_tying: true, train full "
+                f"train config {config.name!r}: lora: modules_to_save: {saved[0]!r} would be "
+                f"trained as a separate copy, but the base ties {' and '.join(map(repr, group))} "
+                "to one tensor, and so does a merge. Add ensure_weight_tying: true, train full "
                 "parameters (leave `lora` out), or drop it."
             )
 
 
 def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallback":
-    """Return what shows progress, keeps the time spent beside every checkpoint, and notes how the
-    vector grows.
+    """Return a callback that shows progress, saves the time spent with every checkpoint and
+    records the norm of the vector.
     """
     from transformers import TrainerCallback
 
@@ -205,7 +214,7 @@ def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallbac
         is_measured = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            args.distributed_state.wait_for_everyone()  # each process writes a file of its own
+            args.distributed_state.wait_for_everyone()  # each process writes its own file
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 spent = dataclasses.asdict(earlier + self.started.since())
@@ -213,7 +222,7 @@ def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallbac
                 seal(folder)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.n_tokens = _tokens_per_step(config, args)
+            self.n_tokens = tokens_per_step(config, args)
             self.meter = Meter(
                 f"train {config.name}",
                 state.max_steps * self.n_tokens,
@@ -244,26 +253,28 @@ def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallbac
 
 
 def _note_norm(config: TrainConfig, base: Path, model: Any, state: Any) -> bool:
-    """Write the norm of the vector so far into the last entry of a run's log; return whether it can
-    be told, and say why not.
+    """Add the norm of the vector so far to the last entry of a run's log, if one is due.
+
+    Returns False, and logs why, when it cannot be measured.
     """
     try:
         if is_due(state.log_history, state.max_steps):
             norm = full_norm(model, base) if config.lora is None else lora_norm(model)
             state.log_history[-1]["norm"] = norm
     except ModelError as error:
-        logger.info("train %s: no norms along the run: %s", config.name, error)
+        logger.info("train %s: the norm of the vector is not recorded: %s", config.name, error)
         return False
     return True
 
 
-def _tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
+def tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
+    """Return how many tokens one step of all processes together trains on."""
     n_blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return int(n_blocks * config.block_size)
 
 
-def _spent_before(out: Path) -> Cost:
-    """Return the time of training that the checkpoint to go on from stands for."""
+def cost_before(out: Path) -> Cost:
+    """Return the time already spent on training up to the newest checkpoint of `out`."""
     checkpoint = newest_whole(out / CHECKPOINTS)
     if checkpoint is None:
         return Cost()

@@ -29,7 +29,7 @@ from optimer_hf.corpus.documents import SHUFFLE_BUFFER, documents, shuffled
 from optimer_hf.errors import CorpusError
 from optimer_hf.models.head import IGNORED_LABEL, fuse_loss
 from optimer_hf.training.config import MixturePart
-from optimer_hf.training.packing import Part, pack, pack_mixture, segments, shared_out
+from optimer_hf.training.packing import Part, deal_out, pack, pack_mixture, segments
 from tests.support.tiny import BOS, EOS, tiny_model
 
 TOKENS = st.lists(st.lists(st.integers(3, 99), min_size=1, max_size=30), max_size=12)
@@ -347,7 +347,7 @@ def test_a_corpus_larger_than_the_shuffle_buffer_is_read_no_further_than_needed(
 def test_an_empty_corpus_is_refused(tmp_path, tokenizer, content):
     (tmp_path / "a.jsonl").write_text(content)
     config = CorpusConfig(path=tmp_path / "a.jsonl")
-    with pytest.raises(CorpusError, match=r"a\.jsonl: holds no text"):
+    with pytest.raises(CorpusError, match=r"a\.jsonl: has no text"):
         pack(config, tokenizer, block_size=8, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
 
 
@@ -487,7 +487,7 @@ def test_a_mixture_has_exactly_the_shares_asked_for(tmp_path, tokenizer, corpus_
 )
 def test_things_are_dealt_out_within_one_of_their_exact_part(sizes, n):
     shares = [size / sum(sizes) for size in sizes]
-    counts = shared_out(shares, n)
+    counts = deal_out(shares, n)
     assert sum(counts) == n
     assert all(abs(c - share * n) < 1 + 1e-6 for c, share in zip(counts, shares, strict=True))
 
@@ -510,7 +510,7 @@ def test_a_corpus_smaller_than_its_share_is_refused_unless_it_may_be_repeated(tm
 def test_an_empty_corpus_is_not_repeated_for_ever(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("", encoding="utf-8")
     mixture = [part(tmp_path / "a.jsonl", 1.0, upsample=True)]
-    with pytest.raises(CorpusError, match="holds no text"):
+    with pytest.raises(CorpusError, match="has no text"):
         pack_mixture(
             mixture, tokenizer, block_size=8, max_tokens=80, seed=0, out=tmp_path / "blocks.npy"
         )

@@ -116,7 +116,7 @@ def test_a_finished_run_notices_other_text_outside_its_folder(
     finally:
         file.write_text(text)
     assert again.exit_code == 1
-    assert "was trained with another content of corpus, under the same name" in again.stderr
+    assert "was trained with a different content of corpus under the same name" in again.stderr
 
 
 @pytest.mark.slow

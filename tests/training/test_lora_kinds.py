@@ -148,7 +148,7 @@ def test_a_lora_that_no_vector_could_be_is_refused_before_the_corpus_is_packed(
     lora, make_config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("optimer_hf.files.patterns.SECONDS", 0.5)
-    monkeypatch.setattr(run_module, "_packed", lambda *_: pytest.fail("it was packed"))
+    monkeypatch.setattr(run_module, "_pack_text", lambda *_: pytest.fail("it was packed"))
     with pytest.raises(OptimerError, match="aaa"):
         prepare(make_config(**lora), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from optimer_hf.cli import main
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError
 from optimer_hf.training.config import MixturePart, TrainConfig
-from optimer_hf.training.mixture import mixture, ratios, training_tokens, write_mixture
+from optimer_hf.training.mixture import mix_runs, ratios_of, training_tokens, write_mixture
 from optimer_hf.training.run import train
 from optimer_hf.vectors.delta import describe
 
@@ -25,23 +25,23 @@ def run(name: str, path, **fields) -> TrainConfig:
 
 
 def test_shares_are_in_proportion_to_weight_times_tokens():
-    found = ratios({"ja": 0.5, "zh": 0.25, "math": 0.5}, {"ja": 100, "zh": 100, "math": 50})
-    assert found.shares == {"ja": 0.5, "zh": 0.25, "math": 0.25}
-    assert found.left_out == []
+    ratios = ratios_of({"ja": 0.5, "zh": 0.25, "math": 0.5}, {"ja": 100, "zh": 100, "math": 50})
+    assert ratios.shares == {"ja": 0.5, "zh": 0.25, "math": 0.25}
+    assert ratios.left_out == []
 
 
 def test_weights_that_are_not_above_zero_have_no_share_and_are_named():
-    found = ratios({"ja": 0.5, "zh": -0.2, "math": 0.0}, {"ja": 1, "zh": 1, "math": 1})
-    assert (found.shares, found.left_out) == ({"ja": 1.0}, ["zh", "math"])
+    ratios = ratios_of({"ja": 0.5, "zh": -0.2, "math": 0.0}, {"ja": 1, "zh": 1, "math": 1})
+    assert (ratios.shares, ratios.left_out) == ({"ja": 1.0}, ["zh", "math"])
     with pytest.raises(ConfigError, match="no weight is above 0"):
-        ratios({"ja": -1.0}, {"ja": 1})
+        ratios_of({"ja": -1.0}, {"ja": 1})
 
 
 @given(st.lists(st.tuples(st.floats(1e-3, 2), st.integers(1, 10**9)), min_size=1, max_size=9))
 def test_shares_sum_to_one(pairs):
     weights = {str(number): weight for number, (weight, _) in enumerate(pairs)}
     tokens = {str(number): n for number, (_, n) in enumerate(pairs)}
-    assert sum(ratios(weights, tokens).shares.values()) == pytest.approx(1, abs=1e-9)
+    assert sum(ratios_of(weights, tokens).shares.values()) == pytest.approx(1, abs=1e-9)
 
 
 def test_a_mixture_keeps_the_settings_of_the_runs_and_flattens_their_own_mixtures(tmp_path):
@@ -53,7 +53,7 @@ def test_a_mixture_keeps_the_settings_of_the_runs_and_flattens_their_own_mixture
         "a": run("a", tmp_path / "a", seed=3),
         "b": run("b", tmp_path / "b").model_copy(update={"corpus": None, "mixture": nested}),
     }
-    mixed = mixture(runs, {"a": 0.2, "b": 0.8}, name="m", max_tokens=640)
+    mixed = mix_runs(runs, {"a": 0.2, "b": 0.8}, name="m", max_tokens=640)
     assert [(part.path.name, part.share) for part in mixed.mixture] == [
         ("a", 0.2),
         ("b", 0.2),
@@ -66,18 +66,18 @@ def test_a_mixture_keeps_the_settings_of_the_runs_and_flattens_their_own_mixture
 def test_runs_that_are_not_alike_are_not_mixed(tmp_path):
     runs = {"a": run("a", tmp_path / "a"), "b": run("b", tmp_path / "b", block_size=64)}
     with pytest.raises(
-        ConfigError, match=r"'b' was trained with another setting than 'a' \(block_size: found 64"
+        ConfigError, match=r"settings of 'b' differ from those of 'a' \(block_size: found 64"
     ):
-        mixture(runs, {"a": 0.5, "b": 0.5}, name="m", max_tokens=1)
+        mix_runs(runs, {"a": 0.5, "b": 0.5}, name="m", max_tokens=1)
     with pytest.raises(ConfigError, match="no training run is called 'c'; known: \\['a', 'b'\\]"):
-        mixture(runs, {"c": 1.0}, name="m", max_tokens=1)
-    with pytest.raises(ConfigError, match="shares must be >= 0"):
-        mixture(runs, {"a": 0.0}, name="m", max_tokens=1)
+        mix_runs(runs, {"c": 1.0}, name="m", max_tokens=1)
+    with pytest.raises(ConfigError, match="no share may be below 0"):
+        mix_runs(runs, {"a": 0.0}, name="m", max_tokens=1)
 
 
 def test_a_written_mixture_reads_back_and_names_no_path_of_this_machine(tmp_path):
     (tmp_path / "a.jsonl").touch()
-    mixed = mixture({"a": run("a", tmp_path / "a.jsonl")}, {"a": 1.0}, name="m", max_tokens=64)
+    mixed = mix_runs({"a": run("a", tmp_path / "a.jsonl")}, {"a": 1.0}, name="m", max_tokens=64)
     write_mixture(mixed, tmp_path / "train-mixture.yaml")
     assert str(tmp_path) not in (tmp_path / "train-mixture.yaml").read_text(encoding="utf-8")
     assert TrainConfig.read(tmp_path / "train-mixture.yaml") == mixed

@@ -284,9 +284,7 @@ def test_a_record_of_a_run_that_is_damaged_is_named(make_config, tmp_path):
         train(make_config(), tmp_path)
     (tmp_path / "training.json").write_text("{}")
     differing = "base_model or corpus"
-    with pytest.raises(
-        OutputError, match=rf"another config; what differs: {differing}\. Remove it"
-    ):
+    with pytest.raises(OutputError, match=rf"a different config \({differing}\)\. Remove it"):
         train(make_config(), tmp_path)
 
 
@@ -339,7 +337,7 @@ def test_a_run_is_known_wherever_it_lies_and_by_its_text(make_config, corpus_dir
     config = make_config(corpus=CorpusConfig(path=text))
     assert is_trained(config, out)
     text.write_bytes(text.read_bytes().replace(b"a", b"b", 1))
-    told = "was trained with another content of corpus, under the same name. Remove it"
+    told = "was trained with a different content of corpus under the same name. Remove it"
     with pytest.raises(OutputError, match=told):
         train(config, out)
     text.unlink()  # a trained vector does not need it
@@ -365,7 +363,7 @@ def test_a_first_try_on_a_text_that_was_mended_is_refused_and_left_alone(
     prepare(config, out)  # killed before its first checkpoint
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     text.write_bytes(text.read_bytes().replace(b"a", b"b"))
-    with pytest.raises(OutputError, match="a run that began with another content of corpus"):
+    with pytest.raises(OutputError, match="was started with a different content of corpus"):
         prepare(config, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -377,7 +375,7 @@ def test_whether_a_run_is_finished_is_found_out_without_a_change(make_config, tm
     broken.mkdir(parents=True)
     (broken / "trainer_state.json").write_text("{")
     for ask in (is_trained, prepare, train):
-        with pytest.raises(OutputError, match="a run that began with another config"):
+        with pytest.raises(OutputError, match="a run that was started with a different config"):
             ask(make_config(), tmp_path)
     assert names_in(tmp_path) == {"started.json", "my-notes.txt", "checkpoints"}
     assert names_in(broken) == {"trainer_state.json"}
@@ -393,7 +391,7 @@ def test_what_lies_beside_a_run_is_kept(make_config, tmp_path):
 
 def test_a_directory_that_another_run_writes_is_refused(make_config, tmp_path):
     out = tmp_path / "out"
-    with run_module._held(out):
+    with run_module._lock(out):
         for begin in (train, prepare):
             with pytest.raises(OutputError, match=r"out: another process is writing it"):
                 begin(make_config(), out)
@@ -414,9 +412,7 @@ def test_a_directory_with_foreign_files_is_refused_and_left_alone(make_config, t
 def test_another_config_in_the_same_directory_is_refused(make_config, tmp_path):
     out = train(make_config(), tmp_path / "out")
     differing = "seed: found 0, expected 1"
-    with pytest.raises(
-        OutputError, match=rf"another config; what differs: {differing}\. Remove it"
-    ):
+    with pytest.raises(OutputError, match=rf"a different config \({differing}\)\. Remove it"):
         train(make_config(seed=1), out)
     lora = {**LORA, "r": LORA["r"] + 1}
     with pytest.raises(OutputError, match=r"differs: lora\.r: found \d+, expected \d+\. Remove it"):
@@ -478,9 +474,9 @@ def test_a_killed_run_goes_on_and_gives_the_losses_of_an_uninterrupted_one(
     whole = train(config, tmp_path / "whole")
     caplog.set_level("INFO")
     train(config, out)
-    assert caplog.text.count("going on from checkpoint-") == 1
+    assert caplog.text.count("resuming from checkpoint-") == 1
     train(config, out)
-    assert "is trained, nothing to do" in caplog.text
+    assert "is already trained, nothing to do" in caplog.text
     assert losses_of(out) == pytest.approx(losses_of(whole), rel=1e-5)
     resumed, expected = (load_file(path / "adapter_model.safetensors") for path in (out, whole))
     for name, tensor in expected.items():
@@ -761,7 +757,7 @@ def test_a_corpus_that_changed_under_a_run_without_its_blocks_is_refused(make_co
     del started["inputs"]  # as of a data set, which is no file
     (out / "started.json").write_text(json.dumps(started))
     for _ in range(2):
-        with pytest.raises(OutputError, match="began on another text"):
+        with pytest.raises(OutputError, match="the corpus has changed"):
             prepare(config, out)
     file.write_text(text, encoding="utf-8")
     assert prepare(config, out).sha256 == first.sha256
