@@ -8,6 +8,7 @@ OFT ...) are merged by PEFT itself, on request.
 
 import functools
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from optimer_hf.models.ties import Ties, ties_of
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.forms import LowRank, Trained
 from optimer_hf.vectors.lora_config import (
+    PatternError,
     is_targeted,
     rank_and_scale,
     read_options,
@@ -59,6 +61,10 @@ FACTORS_APART = (
     "PEFT gives each its own factors, which part on a GPU. Train the embedding with "
     "modules_to_save and ensure_weight_tying, with full parameters (leave `lora` out), or not at "
     "all."
+)
+OWN_NAME = re.compile(  # an adapter's name in that of a tensor, which PEFT's files leave out
+    r"\.(?:lora_(?:embedding_)?[AB]|modules_to_save)\.(?!(?:weight|bias)$)([^.]+)"
+    r"(?:\.(?:weight|bias))?$|\.(default)(?:\.(?:weight|bias))?$"
 )
 MATERIALISE = "Write it as a delta first: `optimer extract ADAPTER --from-adapter --base BASE OUT`."
 PREFIX = "base_model.model."
@@ -185,6 +191,7 @@ def parts_of(lora: Lora) -> list[Part]:
 
     Raises ModelError, naming it, for a tensor that would be left out or that fits no layer.
     """
+    refuse_own_names(lora.shapes, lora.where)
     found: dict[str, Part] = {}
     last = []
     for key, (target, kind) in targets_of(lora.shapes, lora.base).items():
@@ -208,11 +215,25 @@ def parts_of(lora: Lora) -> list[Part]:
     return [*found.values(), *last]
 
 
+def refuse_own_names(keys: Iterable[str], where: str) -> None:
+    """Raise ModelError for tensors whose names have that of the adapter in them, as they have in a
+    running model: PEFT would find a place for none of them.
+    """
+    for key in keys:
+        if match := OWN_NAME.search(key):
+            name = match[1] or match[2]
+            raise ModelError(
+                f"{where}: tensor {key!r} has the name of the adapter in its own, as in a state "
+                f"dict of the model. Save the adapter with PEFT's `save_pretrained`, or take "
+                f"'.{name}' out of the names of its tensors."
+            )
+
+
 def _refuse_left_out(part: Part, lora: Lora) -> None:
     if part.kind in ("", "tokens"):
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} is not a LoRA factor of a linear or embedding "
-            f"layer. {lora.advice}"
+            "layer, and nothing in adapter_config.json says what it is. Fetch both again, together."
         )
     is_of_layer = part.kind != "trained" or ".base_layer." in part.key
     if is_of_layer and not is_targeted(lora.options, part.module):
@@ -338,10 +359,14 @@ def _checked_bias(part: Part, lora: Lora) -> Part:
 def _rank_and_scale(module: str, lora: Lora) -> tuple[int, float]:
     try:
         return rank_and_scale(lora.options, module)
+    except PatternError as error:
+        raise ModelError(
+            f"{lora.where}: found {error}. Write the names out, a key for each. {lora.advice}"
+        ) from None
     except ValueError as error:
         raise ModelError(
             f"{lora.where}: adapter_config.json has no usable rank and alpha for {module}: found "
-            f"{error}. Fetch the adapter again."
+            f"{error}. Mend it as it was trained, or fetch the adapter again."
         ) from None
 
 

@@ -82,6 +82,10 @@ PATTERNS = {  # fields that PEFT matches names with, and how; {} is what the fie
 }
 
 
+class PatternError(ValueError):
+    """A key of rank_pattern or alpha_pattern would have to be compiled."""
+
+
 def read_options(path: Path, where: str) -> dict[str, Any]:
     """Return adapter_config.json of a directory as a mapping; ModelError where it is none."""
     try:
@@ -148,8 +152,7 @@ def _says_nothing(value: Any) -> bool:
 def rank_and_scale(options: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Return rank and scale of the product of a module, as PEFT finds them.
 
-    Raises ValueError for numbers that are none, and for a pattern that is no name: it would have to
-    be compiled.
+    Raises ValueError for numbers that are none, PatternError for a pattern that is no name.
     """
     rank = _of_module(options, "rank_pattern", module, options.get("r"))
     alpha = _of_module(options, "alpha_pattern", module, options.get("lora_alpha"))
@@ -174,7 +177,7 @@ def _of_module(options: Mapping[str, Any], field: str, module: str, default: Any
     given = _mapping(options, field)
     for key in given:
         if not is_literal(key):
-            raise ValueError(
+            raise PatternError(
                 f"{field} {_short(key)}, a pattern; expected the end of a name of a layer"
             )
     return next((value for key, value in given.items() if ends_with(module, key)), default)

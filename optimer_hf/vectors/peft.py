@@ -23,6 +23,7 @@ from optimer_hf.vectors.lora import (
     _module_of,
     _opened,
     _refuse_both_factors,
+    refuse_own_names,
     refuse_parted,
 )
 from optimer_hf.vectors.lora_config import FIELDS, REPLACING, patterns_of, read_options
@@ -75,6 +76,7 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
             "under which PEFT finds none of them. Rename the tensors; a LoRA can be read as it is, "
             "without --from-adapter."
         )
+    refuse_own_names(stored.names, where)
     for field in REPLACING:
         if options.get(field):
             raise ModelError(

@@ -427,6 +427,44 @@ def test_a_pattern_among_ranks_is_refused_and_never_matched(field, pattern, plai
     assert time.perf_counter() - started < 5
 
 
+def test_a_pattern_among_ranks_can_be_written_out_or_left_to_peft(plain, base, tmp_path):
+    def with_ranks(name: str, pattern: str) -> Path:
+        return changed(plain, tmp_path / name, r=9, rank_pattern={pattern: 4})
+
+    adapter = with_ranks("v", "[qkvo]_proj")
+    with pytest.raises(ModelError, match=r"Write the names out, .*--from-adapter --base BASE OUT"):
+        open_vector("ja", str(adapter), base)
+    extract_any_adapter(
+        "ja", ResolvedModel(adapter, "v"), base, tmp_path / "delta", dtype="float32"
+    )
+    written_out = changed(plain, tmp_path / "w", r=9, rank_pattern={"q_proj": 4, "v_proj": 4})
+    vector = open_vector("ja", str(written_out), base)
+    delta = open_vector("ja", str(tmp_path / "delta"), base)
+    for name in vector.names:
+        torch.testing.assert_close(
+            whole_delta(delta, base, name), whole_delta(vector, base, name), rtol=1e-3, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        (".weight", ".default.weight", "default"),
+        ("lora_B.weight", "lora_B.math.weight", "math"),
+        ("v_proj.lora_A.weight", "v_proj.modules_to_save.default.weight", "default"),
+    ],
+)
+def test_the_name_of_the_adapter_in_those_of_tensors_is_to_be_taken_out(
+    old, new, name, plain, base, tmp_path
+):
+    adapter = changed(plain, tmp_path / "v", renamed(old, new))
+    told = rf"`save_pretrained`, or take '\.{name}' out"
+    with pytest.raises(ModelError, match=told):
+        open_vector("ja", str(adapter), base)
+    with pytest.raises(ModelError, match=told):
+        extract_any_adapter("ja", ResolvedModel(adapter, "v"), base, tmp_path / "delta")
+
+
 @pytest.mark.parametrize("pattern", [HANGING, "(", "(.*.*)*!"])
 def test_a_pattern_among_targets_is_not_looked_at(pattern, plain, base, tmp_path):
     adapter = changed(plain, tmp_path / "v", target_modules=pattern, exclude_modules=pattern)
