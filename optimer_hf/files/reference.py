@@ -51,6 +51,11 @@ def is_pinned(reference: str) -> bool:
     return ref.package is not None or COMMIT.fullmatch(ref.repo[1] or "") is not None
 
 
+def pinned(reference: str, commit: str | None) -> str:
+    """Return a Hub reference at a commit; as it is where no commit is known."""
+    return reference if commit is None else f"{reference}@{commit}"
+
+
 def absolute_reference(text: str, folder: Path) -> str:
     """Make a local reference absolute, seen from `folder`; leave Hub ids, `hf://` and `pypi:` as
     they are.

@@ -2,7 +2,6 @@
 to do.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -134,11 +133,6 @@ def _advice(error: HfHubHTTPError) -> str:
         f"the Hub answered {status} ({error.server_message or 'no reason given'}). Files that "
         "arrived stay there: run the same command again."
     )
-
-
-def git_blob(data: bytes) -> str:
-    """Return the id git gives a file: the sha1 of a header and the content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def described(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo:

@@ -16,17 +16,12 @@ from typing import Any, Literal
 from optimer_hf.errors import HubError
 from optimer_hf.files.paths import without_folders
 from optimer_hf.files.reading import yaml_text
-from optimer_hf.files.reference import Reference, is_pinned
+from optimer_hf.files.reference import Reference, is_pinned, pinned
 from optimer_hf.hub.private import refuse_private
-from optimer_hf.merging.mergekit_pool import (
-    linear_config,
-    optimer_config,
-    vanilla_config,
-    with_tokenizer,
-)
+from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
 from optimer_hf.models.layout import LEGAL, is_beside_weights, weight_files
 from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
-from optimer_hf.recipes.write import LARGEST_CANCELLATION, untaken_note
+from optimer_hf.recipes.write import untaken_note
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.study.directory import hint_of_seeds
 from optimer_hf.study.records import read_lines
@@ -153,7 +148,7 @@ def _vector(directory: Path, files: dict[str, Path | bytes]) -> Publication:
     if not any(map(WEIGHTS.fullmatch, files)):
         raise HubError(f"{directory}: has vector.json but no safetensors weights. Write it again.")
     base = record.base
-    reference = f"{base.reference}@{base.commit}" if base.commit else base.reference
+    reference = pinned(base.reference, base.commit)
     _refuse_unpinned("vector.json: base", reference)
     return Publication("vector", files, record, (reference,))
 
@@ -185,18 +180,16 @@ def _recipe(
     data = recipe.model_dump(mode="json", exclude_none=True)
     header = "# Build it with: optimer build recipe.yaml OUT\n"
     files["recipe.yaml"] = (header + yaml_text(data)).encode()
-    sources = {name: item.source for name, item in vectors.items()}
-    config = optimer_config(recipe.base_model, sources, recipe.weights, recipe.dtype)
-    files["optimer.yml"] = yaml_text(with_tokenizer(config, recipe.tokenizer_reference)).encode()
+    files["optimer.yml"] = yaml_text(merge_config_of(recipe, recipe.weights)).encode()
     files.pop("mergekit_config.yml", None)
     vanilla = vanilla_of(recipe, lock)
     if vanilla is not None:
         files["mergekit_config.yml"] = (_note_of(recipe) + yaml_text(vanilla)).encode()
     for name in STUDY_FILES & files.keys():
-        files[name] = _study_file(directory / name, sources)
+        files[name] = _study_file(directory / name, recipe.sources)
     shown = _shown(directory, recipe)
     files = {n: content for n, content in files.items() if n not in FIGURE_FILES or n in shown}
-    inputs = [recipe.base_model, *sources.values()]
+    inputs = [recipe.base_model, *recipe.sources.values()]
     lender = None if lender in inputs else lender
     return Publication(kind, files, recipe, (*inputs, *filter(None, [lender])), lender)
 
@@ -238,25 +231,21 @@ def vanilla_of(recipe: RecipeFile, lock: Lock) -> dict[str, Any] | None:
     of a recipe; None when there is none (a base from PyPI, a pool of several kinds, quantised
     deltas, sums that would cancel).
     """
-    sources = {name: item.source for name, item in recipe.vectors.items()}
-    references = [recipe.base_model, *sources.values()]
+    references = [recipe.base_model, *recipe.sources.values()]
     if any(Reference(text).package is not None for text in references):
         return None
     base = _plain(recipe.base_model)
-    plain = {name: _plain(source) for name, source in sources.items()}
+    plain = {name: _plain(source) for name, source in recipe.sources.items()}
     files = [set(found) for found in lock.vectors.values()]
     if any(name.startswith("vector") for found in files for name in found):
         return None  # int8: mergekit reads no scales
-    arguments = (recipe.weights, recipe.dtype)
     kinds = {lock.kinds.get(name) for name in plain}
+    if len(kinds) > 1 or None in kinds:
+        return None
     if kinds == {"adapter"}:
         plain = {name: f"{base}+{source}" for name, source in plain.items()}
-    elif kinds == {"delta"}:
-        return vanilla_config(base, plain, *arguments)
-    elif kinds != {"checkpoint"}:
-        return None
-    total = sum(abs(weight) for weight in recipe.weights.values())
-    return linear_config(base, plain, *arguments) if total <= LARGEST_CANCELLATION else None
+    are_deltas = kinds == {"delta"}
+    return vanilla_config(base, plain, recipe.weights, recipe.dtype, are_deltas=are_deltas)
 
 
 def _plain(reference: str) -> str:

@@ -18,6 +18,7 @@ from httpx2 import HTTPError
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 from pydantic import ValidationError, field_validator
 
 from optimer_hf.errors import HubError, OptimerError
@@ -26,7 +27,7 @@ from optimer_hf.files.locks import exclusive
 from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.reference import Reference
 from optimer_hf.files.staging import require_empty, staged_directory
-from optimer_hf.hub.client import described, described_input, explained, git_blob, licence_of, tried
+from optimer_hf.hub.client import described, described_input, explained, licence_of, tried
 from optimer_hf.hub.publication import ALLOWED, CARD, WEIGHTS, Kind, is_allowed, kind_of
 from optimer_hf.hub.untrusted import LARGEST_TEXT, check_pulled, refuse_other_weights
 from optimer_hf.models.layout import COPIED_BESIDE_WEIGHTS
@@ -247,7 +248,7 @@ def _refuse_damaged(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
         if file.lfs is not None:
             is_right = sha256_file(path.resolve()) == file.lfs.sha256
         else:
-            is_right = git_blob(path.read_bytes()) == file.blob_id
+            is_right = git_hash(path.read_bytes()) == file.blob_id
         if not is_right:
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 
 from optimer_hf.errors import HubError
 from optimer_hf.files.digest import sha256_file
@@ -39,7 +40,6 @@ from optimer_hf.hub.client import (
     TRIES,
     described_input,
     explained,
-    git_blob,
     licence_of,
     stated,
     tried,
@@ -541,7 +541,7 @@ def _is_same(data: Path | bytes, entry: RepoFile | None) -> bool:
     if entry.lfs is not None:
         found = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else sha256_file(data)
         return bool(found == entry.lfs.sha256)
-    return bool(git_blob(data if isinstance(data, bytes) else data.read_bytes()) == entry.blob_id)
+    return bool(git_hash(data if isinstance(data, bytes) else data.read_bytes()) == entry.blob_id)
 
 
 def _refuse_moved_tag(target: _Target, tag: str | None, changes: bool, head: str | None) -> None:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.text import shown
@@ -12,6 +12,8 @@ from optimer_hf.merging.mergekit_yaml import METHOD, ModelName, model_name, with
 from optimer_hf.vectors.record import read_record
 
 logger = logging.getLogger(__name__)
+
+LARGEST_CANCELLATION = 2.0  # sum of |w| beyond which 1 - sum w loses digits of bfloat16
 
 
 # -- what a config names ---------------------------------------------------------------------------
@@ -291,6 +293,25 @@ def with_tokenizer(config: Mapping[str, Any], source: str | Path | None) -> dict
     return {**config} if source is None else {**config, "tokenizer_source": str(source)}
 
 
+class Merged(Protocol):
+    """A record that says what is merged: a study, or a recipe."""
+
+    @property
+    def base_model(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def sources(self) -> Mapping[str, str]: ...
+    @property
+    def tokenizer_reference(self) -> str | None: ...
+
+
+def merge_config_of(record: Merged, weights: Mapping[str, float]) -> dict[str, Any]:
+    """Return the config of a study or recipe for `optimer merge`, with these weights."""
+    config = optimer_config(record.base_model, record.sources, weights, record.dtype)
+    return with_tokenizer(config, record.tokenizer_reference)
+
+
 def optimer_config(
     base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
 ) -> dict[str, Any]:
@@ -311,23 +332,23 @@ def optimer_config(
 
 
 def vanilla_config(
-    base_model: str, deltas: Mapping[str, str], weights: Mapping[str, float], dtype: str
-) -> dict[str, Any]:
-    """Return a config that unmodified `mergekit-yaml` runs to the same weights: method linear over
-    delta directories.
+    base_model: str,
+    sources: Mapping[str, str],
+    weights: Mapping[str, float],
+    dtype: str,
+    *,
+    are_deltas: bool,
+) -> dict[str, Any] | None:
+    """Return a config of method `linear` that unmodified `mergekit-yaml` runs to the same weights;
+    None where that would lose digits.
 
-    `linear` with the base at weight 1 - sum w over *checkpoints* would cancel digits in bfloat16;
-    deltas do not.
+    Delta directories are added to the base at weight 1. Checkpoints (`BASE+ADAPTER` is one, too)
+    take it at 1 - sum w, which cancels digits of bfloat16 unless the weights are small.
     """
-    return _linear(base_model, 1.0, deltas, weights, dtype)
-
-
-def linear_config(
-    base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
-) -> dict[str, Any]:
-    """Return the same merge over checkpoints for unmodified mergekit: base weight 1 - sum w, exact
-    while that is small.
-    """
+    if are_deltas:
+        return _linear(base_model, 1.0, sources, weights, dtype)
+    if sum(abs(weight) for weight in weights.values()) > LARGEST_CANCELLATION:
+        return None
     return _linear(base_model, 1.0 - sum(weights.values()), sources, weights, dtype)
 
 

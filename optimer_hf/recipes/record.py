@@ -57,8 +57,12 @@ class RecipeFile(VersionedFile):
     @property
     def tokenizer_reference(self) -> str | None:
         """The model whose tokenizer the merge has; None: the base."""
-        sources = {name: vector.source for name, vector in self.vectors.items()}
-        return tokenizer_reference(self.tokenizer_source, sources)
+        return tokenizer_reference(self.tokenizer_source, self.sources)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where the vectors are, by name."""
+        return {name: vector.source for name, vector in self.vectors.items()}
 
 
 class Lock(VersionedFile):

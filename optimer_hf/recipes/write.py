@@ -1,26 +1,21 @@
 """A finished study -> recipe.yaml, its lock and merge configs."""
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.paths import portable
 from optimer_hf.files.reading import yaml_text
-from optimer_hf.files.reference import is_pinned, is_there, tokenizer_reference
+from optimer_hf.files.reference import is_pinned, is_there, pinned
 from optimer_hf.files.staging import write_text
-from optimer_hf.merging.mergekit_pool import (
-    linear_config,
-    optimer_config,
-    vanilla_config,
-    with_tokenizer,
-)
+from optimer_hf.files.versions import versions
+from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
 from optimer_hf.merging.tokenizer import tokenizer_path
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_files, weight_files
 from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
-from optimer_hf.recipes.record import MADE_HERE, MERGE_CONFIG, Lock, RecipeFile
+from optimer_hf.recipes.record import MADE_HERE, MERGE_CONFIG, Ingredient, Lock, RecipeFile
 from optimer_hf.scoring.units import Unit, said_of
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
@@ -30,21 +25,8 @@ from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
 from optimer_hf.vectors.vector import DistributionVector
 
-VERSIONED_PACKAGES = (
-    "optimer-hf",
-    "torch",
-    "transformers",
-    "peft",
-    "mergekit",
-    "smac",
-    "lm-eval",
-    "safetensors",
-)
 LARGEST_BFLOAT16_DELTA = (
     0.05  # relative norm; rounded by at most 2^-8, it moves 6 % of a bfloat16 output by one ulp
-)
-LARGEST_CANCELLATION = (
-    2.0  # beyond this sum of |w|, base weight 1 - sum w loses digits of bfloat16 checkpoints
 )
 
 
@@ -79,32 +61,30 @@ def write_recipe(
     base = resolve_model(config.base_model)
     sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
     _check_inputs(study, base, sources)
-    base_model = _pinned(config.base_model, base, folder)
-    pinned = {
-        key: _pinned(str(config.vectors[key].source), source, folder)
-        for key, source in sources.items()
-    }
-    recipe = {
-        "format_version": 1,
-        "name": name,
-        "base_model": base_model,
-        "dtype": config.dtype,
-        "vectors": {
-            key: {"source": source, "weight": incumbent.weights[key]}
-            for key, source in pinned.items()
+    recipe = RecipeFile.model_construct(  # with references as they are seen from its folder
+        name=name,
+        base_model=_pinned(config.base_model, base, folder),
+        dtype=config.dtype,
+        vectors={
+            key: Ingredient.model_construct(
+                source=_pinned(str(config.vectors[key].source), source, folder),
+                weight=incumbent.weights[key],
+            )
+            for key, source in sources.items()
         },
-        **_tokenizer_field(config, folder),
+        tokenizer_source=_tokenizer_source(config, folder),
         **_evidence(study, incumbent, sealed, folder),
-        "ledger": dict(ledger or {}),
-        "versions": {package: version(package) for package in VERSIONED_PACKAGES},
-    }
-    if derived_from is not None:
-        recipe["derived_from"] = derived_from
+        ledger=dict(ledger or {}),
+        versions=versions(),
+        derived_from=derived_from,
+    )
     lock = _lock_of(config, base, sources, incumbent.weights)
     _write_lock(lock, path.with_suffix(".lock.json"))
-    write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(_merge_config(recipe)))
+    merge_config = merge_config_of(recipe, recipe.weights)
+    write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
-    write_text(path, header + yaml_text(recipe))
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    write_text(path, header + yaml_text(data))
     return RecipeFile.read(path)
 
 
@@ -134,24 +114,17 @@ def _check_inputs(study: Study, base: ResolvedModel, sources: Mapping[str, Resol
     study.check_inputs(model_digests(base.path, paths, tokenizer))
 
 
-def _merge_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a recipe for `optimer merge`."""
-    sources = {key: vector["source"] for key, vector in recipe["vectors"].items()}
-    weights = {key: vector["weight"] for key, vector in recipe["vectors"].items()}
-    found = optimer_config(recipe["base_model"], sources, weights, recipe["dtype"])
-    return with_tokenizer(found, tokenizer_reference(recipe.get("tokenizer_source"), sources))
-
-
-def _tokenizer_field(config: StudyConfig, folder: Path) -> dict[str, str]:
+def _tokenizer_source(config: StudyConfig, folder: Path) -> str | None:
     """Return whose tokenizer a merge has as a recipe says it: a vector by its name, a model pinned
-    as vectors are; nothing for the base's.
+    as vectors are; None for the base's.
     """
     named = config.tokenizer_source
     if named is None or named in config.vectors:
-        return {} if named is None else {"tokenizer_source": named}
-    pinned = _pinned(named, resolve_tokenizer(named), folder)
-    is_word = Path(named).is_absolute() and "/" not in pinned  # could name a vector, or be `base`
-    return {"tokenizer_source": f"./{pinned}" if is_word else pinned}
+        return named
+    reference = _pinned(named, resolve_tokenizer(named), folder)
+    # a word could name a vector, or be `base`
+    is_word = Path(named).is_absolute() and "/" not in reference
+    return f"./{reference}" if is_word else reference
 
 
 def _tokenizer_digests(reference: str | None) -> dict[str, str]:
@@ -207,7 +180,7 @@ def _write_lock(lock: Lock, path: Path) -> None:
 def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
     """Return a Hub reference with its commit, a local one relative to the folder of the recipe."""
     if resolved.commit is not None:
-        return f"{resolved.reference}@{resolved.commit}"
+        return pinned(resolved.reference, resolved.commit)
     return str(portable(reference, folder))
 
 
@@ -244,22 +217,25 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
     vectors = [
         open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()
     ]
-    if (
-        all(vector.kind == "checkpoint" for vector in vectors)
-        and _sum_of_absolute(weights) <= LARGEST_CANCELLATION
-    ):
+    merge_config = None
+    if all(vector.kind == "checkpoint" for vector in vectors):
         sources = {vector.name: str(vector.path) for vector in vectors}
-        found = linear_config(str(base.path), sources, weights, config.dtype)
-    else:
+        merge_config = vanilla_config(
+            str(base.path), sources, weights, config.dtype, are_deltas=False
+        )
+    if merge_config is None:
         deltas = {
             vector.name: str(_delta_directory(vector, base, path.resolve().parent))
             for vector in vectors
         }
-        found = vanilla_config(str(base.path), deltas, weights, config.dtype)
+        merge_config = vanilla_config(
+            str(base.path), deltas, weights, config.dtype, are_deltas=True
+        )
+    assert merge_config is not None  # a sum of deltas cancels nothing
     header = f"# Paths are of this machine. Run: mergekit-yaml {path.name} OUT\n"
     if config.tokenizer_reference is not None:
         header += untaken_note(str(resolve_tokenizer(config.tokenizer_reference).path))
-    write_text(path, header + yaml_text(found))
+    write_text(path, header + yaml_text(merge_config))
 
 
 def untaken_note(source: str) -> str:
@@ -270,10 +246,6 @@ def untaken_note(source: str) -> str:
         f"# Copy tokenizer, chat template and (if there is one) generation_config.json of {source} "
         "into OUT.\n"
     )
-
-
-def _sum_of_absolute(weights: Mapping[str, float]) -> float:
-    return sum(abs(weight) for weight in weights.values())
 
 
 def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:

@@ -344,6 +344,11 @@ class StudyConfig(VersionedFile):
         return tokenizer_reference(self.tokenizer_source, sources)
 
     @property
+    def sources(self) -> dict[str, str]:
+        """Where the vectors are, by name."""
+        return {name: str(vector.source) for name, vector in self.vectors.items()}
+
+    @property
     def free(self) -> dict[str, tuple[float, float]]:
         """Bounds of the vectors whose weight is searched."""
         return {

@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from optimer_hf.files.paths import ATOMIC_PREFIX
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import make_directory, sync_all, write_text
+from optimer_hf.files.versions import versions
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import default_device, empty_model, loaded_tokenizer
@@ -58,7 +58,6 @@ logger = logging.getLogger(__name__)
 
 LEFTOVERS = (ATOMIC_PREFIX, "blocks.")  # of a run that was killed while packing
 LONGEST_WAIT = 6 * 3600  # seconds; packing a billion tokens takes half an hour
-VERSIONED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 def is_trained(config: TrainConfig, out: Path) -> bool:
@@ -362,5 +361,5 @@ def _training_record(
             "seconds": round(spent.seconds, 2),
             "cpu_seconds": round(spent.cpu_seconds, 2),
         },
-        "versions": {name: version(name) for name in VERSIONED_PACKAGES},
+        "versions": versions(),
     }

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import torch
 
 from optimer_hf.errors import ModelError
 from optimer_hf.files.staging import staged_directory
+from optimer_hf.files.versions import versions
 from optimer_hf.models.blocks import matrix_shape, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_files
@@ -147,7 +147,7 @@ def extract(
             relative_norm=relative_norm,
             relative_error=total,
             relative_errors=errors,
-            versions={package: version(package) for package in ("torch", "safetensors")},
+            versions=versions(),
         )
         record.write(staging / "vector.json")
     return record

@@ -274,7 +274,7 @@ def test_the_exported_configs_give_the_same_model_with_the_same_tokenizer(
     models, study, tmp_path, pool, monkeypatch
 ):
     if pool == "deltas":
-        monkeypatch.setattr("optimer_hf.recipes.write.LARGEST_CANCELLATION", 0.0)
+        monkeypatch.setattr("optimer_hf.merging.mergekit_pool.LARGEST_CANCELLATION", 0.0)
     write_recipe(study, tmp_path / "recipe.yaml", name="chat")
     build(tmp_path / "recipe.yaml", tmp_path / "built")
     assert merge(tmp_path / "optimer.yml", tmp_path / "ours") == "native"

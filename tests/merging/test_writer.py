@@ -18,7 +18,6 @@ from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.staging import staged_directory
 from optimer_hf.merging.mergekit import merge
 from optimer_hf.merging.mergekit_pool import (
-    linear_config,
     linear_merge_of,
     not_searched,
     optimer_config,
@@ -174,10 +173,10 @@ def test_exports_for_unmodified_mergekit_are_within_one_ulp(pool, kind, vectors,
     ours = merged_by(
         optimer_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "ours", "native"
     )
-    export = (linear_config if vectors == "checkpoint" else vanilla_config)(
-        str(base.path), texts, weights, "bfloat16"
+    export = vanilla_config(
+        str(base.path), texts, weights, "bfloat16", are_deltas=vectors == "delta"
     )
-    assert export["merge_method"] == "linear"
+    assert export is not None and export["merge_method"] == "linear"
     theirs = merged_by(export, tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
     distance = torch.cat([ulps_apart(ours[name], theirs[name]).flatten() for name in ours])
@@ -191,8 +190,10 @@ def test_the_delta_export_stays_within_one_ulp_where_weights_cancel(pool, tmp_pa
         optimer_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "ours", "native"
     )
     theirs = merged_by(
-        vanilla_config(str(base.path), texts, weights, "bfloat16"), tmp_path / "theirs"
+        vanilla_config(str(base.path), texts, weights, "bfloat16", are_deltas=True),
+        tmp_path / "theirs",
     )
+    assert vanilla_config("b", texts, weights, "bfloat16", are_deltas=False) is None
     distance = torch.cat([ulps_apart(ours[name], theirs[name]).flatten() for name in ours])
     assert (distance <= 1).double().mean().item() >= 0.995
 
