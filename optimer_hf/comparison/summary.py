@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from optimer_hf.comparison.ledger import ledger
+from optimer_hf.comparison.costs import ledger
 from optimer_hf.files.text import markdown_table
 from optimer_hf.scoring.units import OF_TERMS, Unit, said_of
 from optimer_hf.study.directory import Study
@@ -30,7 +30,7 @@ def study_to_json(study: Study) -> dict[str, Any]:
     }
     if (other := study.over_next()) is not None:
         summary["over_next"] = {"trial": other[0].number} | other[1].to_json()
-    return summary | {"front": choices, "ledger": ledger(study)}
+    return summary | {"front": choices, "ledger": ledger(study).to_json()}
 
 
 def headline(study: Study) -> str:
@@ -53,7 +53,7 @@ def study_lines(study: Study) -> Iterator[str]:
         yield f"minus the next best, trial {trial.number}: {said}"
     yield from front_lines(study)
     yield "\nwhere the time went (seconds):"
-    for stage, entry in ledger(study).items():
+    for stage, entry in ledger(study).to_json().items():
         yield f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}"
 
 

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
@@ -14,6 +14,12 @@ from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import expanded, is_there
 from optimer_hf.files.text import slug
 from optimer_hf.training.config import MOST_TOKENS, is_count_of_tokens
+
+if TYPE_CHECKING:
+    from optimer_hf.study.config import SearchConfig, StudyConfig
+    from optimer_hf.training.config import TrainConfig
+
+SeededT = TypeVar("SeededT", "TrainConfig", "SearchConfig")
 
 RESULTS = (  # of a finished run, whose figures are in its model, too
     *(f"merged/{name}" for name in ("config.json", "recipe.yaml", "recipe.lock.json")),
@@ -107,9 +113,18 @@ def _n_tokens(given: str | int | None) -> int | None:
 # -- reading a recipe folder -----------------------------------------------------------------------
 
 
-def load(run: Run) -> tuple[Any, dict[str, Any]]:
-    """Return the StudyConfig, its vectors pointing into `out`, and the TrainConfig of each vector
-    to train.
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe folder asks for: the study, its vectors pointing into `out`, and the training
+    of each vector that is trained here, by name.
+    """
+
+    study: "StudyConfig"
+    trainings: Mapping[str, "TrainConfig"]
+
+
+def load(run: Run) -> Inputs:
+    """Read a recipe folder.
 
     Everything that can be wrong with the inputs is found here, before anything is trained.
     """
@@ -140,17 +155,17 @@ def load(run: Run) -> tuple[Any, dict[str, Any]]:
         "search": _seeded(config.search, run.seed),
         "baselines": config.baselines.model_copy(update={"searches": searches}),
     }
-    return config.model_copy(update=changed), trainings
+    return Inputs(config.model_copy(update=changed), trainings)
 
 
-def _seeded(config: Any, seed: int) -> Any:
+def _seeded(config: SeededT, seed: int) -> SeededT:
     """Return a training or search with `seed` added to its own."""
     return config.model_copy(update={"seed": (config.seed + seed) % 2**32})
 
 
 def _trainings(
     folder: Path, study: Mapping[str, Any], changes: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> dict[str, "TrainConfig"]:
     """Return the TrainConfig of every vector to train, with the changes of the budget."""
     from optimer_hf.corpus.documents import documents
     from optimer_hf.training.checks import check_config
@@ -168,7 +183,7 @@ def _trainings(
     return trainings
 
 
-def _check_study(config: Any, trainings: Mapping[str, Any], file: Path) -> None:
+def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], file: Path) -> None:
     """Raise ConfigError for a study that a run cannot carry out."""
     from optimer_hf.comparison.rows import check_titles
     from optimer_hf.scoring.items import check_disjoint
@@ -201,7 +216,7 @@ def _check_study(config: Any, trainings: Mapping[str, Any], file: Path) -> None:
     check_titles(config)
 
 
-def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
+def check_given(inputs: Inputs) -> None:
     """Open the vectors and models that are not trained here, and look for the tools that trials are
     reported to: what cannot be used would be found after the training, or after the search.
     """
@@ -210,9 +225,10 @@ def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
     from optimer_hf.searching.tracking import callbacks_of
     from optimer_hf.vectors.opening import open_vector
 
+    config = inputs.study
     for search in (config.search, *config.baselines.searches.values()):
         callbacks_of(search.report_to)
-    given = {name: v.source for name, v in config.vectors.items() if name not in trainings}
+    given = {name: v.source for name, v in config.vectors.items() if name not in inputs.trainings}
     base = resolve_base(config.base_model)
     scoring_tokenizer(
         base,
@@ -223,7 +239,9 @@ def _check_given(config: Any, trainings: Mapping[str, Any]) -> None:
         open_vector(name, str(source), base)
 
 
-def _check_mixtures(config: Any, trainings: Mapping[str, Any], path: Path) -> None:
+def _check_mixtures(
+    config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], path: Path
+) -> None:
     """Refuse mixtures that could not be trained after the search."""
     from optimer_hf.training.mixture import mix_runs
 

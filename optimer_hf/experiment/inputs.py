@@ -81,7 +81,8 @@ def _checked(path: Path) -> tuple[str, Any]:
         from optimer_hf.training.checks import check_config
 
         check_config(config, path)
-    fields = config.model_dump()
+    # what a recipe was searched with need not be here
+    fields = config.model_dump(exclude={"objective"} if kind == "recipe" else None)
     for vector in fields["vectors"].values() if kind == "study" else ():
         if vector["train"] is not None:
             vector["train"] = str(path.resolve().parent / vector["train"])

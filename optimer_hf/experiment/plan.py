@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.comparison.rows import rows_of
 from optimer_hf.errors import ModelError
 from optimer_hf.files.digest import digest
@@ -350,17 +351,19 @@ def said(each: Input) -> str:
     return f"to fetch: {each.reference} ({size}, licence {each.licence or '?'})"
 
 
-def against(planned: Mapping[str, Any], ledger: Mapping[str, Any], peak_bytes: int) -> str:
+def against(planned: Mapping[str, Any], ledger: Ledger) -> str:
     """Return a plan, as JSON values, beside what the run took, by stage, as Markdown."""
     expected: dict[str, Cost] = {}
     for stage in planned["stages"]:
         key = _ledger_key(stage["name"])
         expected[key] = expected.get(key, Cost()) + Cost(**stage["cost"])
+    spent = ledger.to_json()
     taken = {
-        key: Cost(entry["seconds"], entry["cpu_seconds"])
+        key: Cost(spent[key]["seconds"], spent[key]["cpu_seconds"])
         for key in expected
-        if (entry := ledger.get(key, {})).get("cpu_seconds")
+        if spent.get(key, {}).get("cpu_seconds")
     }
+    peak_bytes = (ledger.this_invocation.peak_bytes or 0) if ledger.this_invocation else 0
     rows = [_side_by_side(key, expected[key], cost) for key, cost in taken.items()]
     together = [sum((costs[key] for key in taken), Cost()) for costs in (expected, taken)]
     rows.append(_side_by_side("together", *together))
@@ -384,7 +387,7 @@ def _ledger_key(name: str) -> str:
     if name.startswith("train "):
         return "train"
     if ": " in name:
-        return "other searches"
+        return "other_searches"
     return {"re-score": "rescore", "sealed test": "sealed"}.get(name, name)
 
 

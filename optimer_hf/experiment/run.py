@@ -3,19 +3,23 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from optimer_hf.errors import OutputError
-from optimer_hf.experiment.folder import RESULTS, Run, _check_given, _vector_dir, load
+from optimer_hf.experiment.folder import RESULTS, Run, _vector_dir, check_given, load
 from optimer_hf.files.reading import read_json, read_yaml
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table, slug
 
 if TYPE_CHECKING:
+    from optimer_hf.comparison.ledger import Ledger
+    from optimer_hf.comparison.rows import Comparison
     from optimer_hf.experiment.plan import Plan
+    from optimer_hf.study.directory import Study
+    from optimer_hf.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ def run_recipe(run: Run) -> str:
     Raises ConfigError and CorpusError for bad input before any training, OutputError when `out` is
     not ours.
     """
+    from optimer_hf.comparison.ledger import StageCost
     from optimer_hf.comparison.sealed import compare
     from optimer_hf.comparison.tables import to_json
     from optimer_hf.experiment import plan
@@ -56,26 +61,25 @@ def run_recipe(run: Run) -> str:
     from optimer_hf.study.directory import locked
 
     started = perf_counter()
-    config, trainings = load(run)
-    _check_given(config, trainings)
+    inputs = load(run)
+    check_given(inputs)
     claim(run.out, {"recipe": run.name} | run.budget)
     with locked(run.out):
-        train_vectors(run, trainings)
-        study = search.search(config, run.out / "study")
-        comparison = compare(study, mixtures=train_mixtures(run, study, trainings))
-        sealed = to_json(comparison)
-        spent = ledger_of(run, study, list(trainings))
+        train_vectors(run, inputs.trainings)
+        study = search.search(inputs.study, run.out / "study")
+        comparison = compare(study, mixtures=train_mixtures(run, study, inputs.trainings))
+        spent = ledger_of(run, study, list(inputs.trainings))
         write_report(study, run.out / "report.html", figures=run.out / FIGURES)
         recipe_file = run.out / "recipe.yaml"
-        write_recipe(study, recipe_file, name=run.name, sealed=sealed, ledger=spent)
+        write_recipe(study, recipe_file, name=run.name, sealed=comparison, ledger=spent)
         writing = perf_counter()
         build(recipe_file, run.out / "merged", replace=True)
         write_vanilla(study, run.out / "mergekit_config.yml")
-        spent["write"] = {"seconds": round(perf_counter() - writing, 1)}
-        seconds = round(perf_counter() - started, 1)
-        spent["this_invocation"] = {"seconds": seconds, "peak_bytes": plan.peak_memory()}
-        write_text(run.out / "results.json", json.dumps(sealed, indent=2))
-        write_text(run.out / "ledger.json", json.dumps(spent, indent=2))
+        write = StageCost(seconds=round(perf_counter() - writing, 1))
+        whole = StageCost(seconds=round(perf_counter() - started, 1), peak_bytes=plan.peak_memory())
+        spent = spent.model_copy(update={"write": write, "this_invocation": whole})
+        write_text(run.out / "results.json", json.dumps(to_json(comparison), indent=2))
+        write_text(run.out / "ledger.json", json.dumps(spent.to_json(), indent=2))
         write_text(run.out / "results.md", _results(run, comparison, study, spent))
         write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))
     return summary(run)
@@ -88,10 +92,10 @@ def plan_run(run: Run) -> "Plan":
     from optimer_hf.experiment import plan
     from optimer_hf.study.directory import locked
 
-    config, trainings = load(run)
+    inputs = load(run)
     claim(run.out, {"recipe": run.name} | run.budget)
     with locked(run.out):
-        found = plan.plan(config, trainings, run.out, is_run=True)
+        found = plan.plan(inputs.study, inputs.trainings, run.out, is_run=True)
         write_text(run.out / "plan.json", json.dumps(plan.to_json(found), indent=2))
     return found
 
@@ -118,7 +122,7 @@ def claim(out: Path, owner: Mapping[str, Any]) -> None:
     write_text(marker, json.dumps(owner))
 
 
-def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
+def train_vectors(run: Run, trainings: Mapping[str, "TrainConfig"]) -> None:
     """Train and describe every vector that is not there yet."""
     if not trainings:
         return
@@ -135,7 +139,9 @@ def train_vectors(run: Run, trainings: Mapping[str, Any]) -> None:
             describe(out, resolve_base(config.base_model), name=name, kind=config.kind)
 
 
-def train_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> dict[str, str]:
+def train_mixtures(
+    run: Run, study: "Study", trainings: Mapping[str, "TrainConfig"]
+) -> dict[str, str]:
     """Train the data mixtures that `baselines` asks for, with the settings of the vectors, and
     return where they are, by name.
     """
@@ -164,48 +170,38 @@ def train_mixtures(run: Run, study: Any, trainings: Mapping[str, Any]) -> dict[s
 # -- ledger ----------------------------------------------------------------------------------------
 
 
-def ledger_of(run: Run, study: Any, names: list[str]) -> dict[str, Any]:
-    """Return where the time went: seconds and tokens of every stage."""
-    from optimer_hf.comparison.ledger import ledger, trial_ledger
+def ledger_of(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
+    """Return where the time went: seconds and tokens of every stage; `names` are the vectors that
+    were trained here.
+    """
+    from optimer_hf.comparison.costs import ledger, training_cost, trial_cost
     from optimer_hf.comparison.seal import SealedLog
     from optimer_hf.study.trials import TrialLog
 
-    entries: dict[str, Any] = {}
-    records = [read_json(_vector_dir(run, name) / "training.json") for name in names]
-    if records:
-        entries["train"] = _training_entry([record["training"] for record in records])
-    entries |= ledger(study)
+    trained = [read_json(_vector_dir(run, name) / "training.json")["training"] for name in names]
     mixed = [
         read_json(file)["training"]
         for file in sorted((run.out / "mixtures").glob("*/training.json"))
     ]
-    if mixed:
-        entries["mixtures"] = {"n": len(mixed)} | _training_entry(mixed)
     others = sorted((run.out / "study" / "searches").glob("*/trials.jsonl"))
-    if others:
-        entries["other searches"] = trial_ledger([t for o in others for t in TrialLog(o).trials])
-    if rows := SealedLog(study.directory, study.config).rows:
-        entries["sealed"] = trial_ledger(rows)
-    return entries
-
-
-def _training_entry(records: list[Mapping[str, Any]]) -> dict[str, Any]:
-    seconds = sum(record["seconds"] for record in records)
-    tokens = sum(record["n_tokens"] for record in records)
-    return {
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(sum(record.get("cpu_seconds", 0.0) for record in records), 1),
-        "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds),
+    rows = SealedLog(study.directory, study.config).rows
+    costs = {
+        "train": training_cost(trained) if trained else None,
+        "mixtures": training_cost(mixed, n=len(mixed)) if mixed else None,
+        "other_searches": trial_cost([t for path in others for t in TrialLog(path).trials])
+        if others
+        else None,
+        "sealed": trial_cost(rows) if rows else None,
     }
+    return ledger(study).model_copy(update=costs)
 
 
-def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -> str:
+def _results(run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger") -> str:
     from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
 
     best = study.incumbent
     weights = ", ".join(f"{name} {weight:g}" for name, weight in best.weights.items())
-    rows = [[stage, _entry(entry)] for stage, entry in ledger.items()]
+    rows = [[stage, _entry(entry)] for stage, entry in ledger.to_json().items()]
     return (
         f"# {run.name}\n\nBest weights: {weights} (trial {best.number}, "
         f"{best.origin})\n\n{to_markdown(comparison)}\n## Paired 95 % intervals of "
@@ -217,14 +213,14 @@ def _results(run: Run, comparison: Any, study: Any, ledger: Mapping[str, Any]) -
     )
 
 
-def _against_plan(run: Run, ledger: Mapping[str, Any]) -> str:
+def _against_plan(run: Run, ledger: "Ledger") -> str:
     from optimer_hf.experiment import plan
 
     file = run.out / "plan.json"
     if not file.exists():
         return ""
     planned = read_json(file)
-    table = plan.against(planned, ledger, int(ledger["this_invocation"]["peak_bytes"]))
+    table = plan.against(planned, ledger)
     return f"## Planned and taken\n\n{table}\n"
 
 

@@ -114,7 +114,7 @@ def plan_source(
 
     if source.is_dir():
         run = run_of(source, out, short=short, tokens=tokens, is_seeded=n_seeds is not None)
-        _check_base(load(run)[0], fetch)
+        _check_base(load(run).study, fetch)
         return plan_run(claimed_runs(run, n_seeds)[0] if n_seeds else run)
     if out is not None or short or tokens or n_seeds:
         raise ConfigError(f"{source}: OUT, --short, --tokens and --seeds go with a recipe folder.")
@@ -141,7 +141,7 @@ def run_seeds(run: Run, n_seeds: int) -> str:
 
     Finished runs are kept, so that more seeds can be added later. Raises what `run_recipe` raises.
     """
-    config = load(run)[0]
+    config = load(run).study
     unit = Unit.of(config.test or config.objective)
     runs = claimed_runs(run, n_seeds)
     for each in runs:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.errors import ConfigError, HubError
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.text import markdown_table
@@ -159,9 +160,7 @@ def model_index(
     }
 
 
-def recipe_facts(
-    weights: Mapping[str, float], ledger: Mapping[str, Any], results: str
-) -> dict[str, Any]:
+def recipe_facts(weights: Mapping[str, float], ledger: Ledger, results: str) -> dict[str, Any]:
     """Return the weights as bars, what the parts of the work cost, and the table of the sealed test
     out of results.md.
     """
@@ -170,10 +169,11 @@ def recipe_facts(
         name: ("-" if weight < 0 else "") + "█" * round(WIDEST_BAR * abs(weight) / largest)
         for name, weight in weights.items()
     }
+    spent = ledger.to_json()
     rows = [
-        [part, *(str(ledger[part].get(key, "")) for key in ("n", "items", "tokens", "seconds"))]
+        [part, *(str(spent[part].get(key, "")) for key in ("n", "items", "tokens", "seconds"))]
         for part in MEASURED
-        if part in ledger
+        if part in spent
     ]
     costs = markdown_table(["part", "trials", "items", "tokens", "seconds"], rows) if rows else ""
     return {"bars": bars, "costs": costs, "results": _sealed_table(results), "headings": HEADINGS}

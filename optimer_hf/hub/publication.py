@@ -172,12 +172,11 @@ def _recipe(
     lender = None if tokenizer is None or tokenizer in vectors else tokenizer
     if lender is not None:
         _refuse_unpinned(f"{file}: tokenizer_source", lender)
-    recipe = recipe.model_copy(
-        update={"vectors": vectors, "objective": without_folders(recipe.objective)}
-    )
+    recipe = recipe.model_copy(update={"vectors": vectors})
     if kind == "model":
         _refuse_other_model(directory, lock)
     data = recipe.model_dump(mode="json", exclude_none=True)
+    data["objective"] = without_folders(data["objective"])
     header = "# Build it with: optimer build recipe.yaml OUT\n"
     files["recipe.yaml"] = (header + yaml_text(data)).encode()
     files["optimer.yml"] = yaml_text(merge_config_of(recipe, recipe.weights)).encode()

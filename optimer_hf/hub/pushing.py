@@ -374,13 +374,8 @@ def _licence(repo_id: str, existing: str | None, origins: card.Origins, asked: s
 def _model_index(recipe: RecipeFile) -> dict[str, Any] | None:
     if "sealed" not in recipe.scores:
         return None
-    metrics = {
-        str(term.get("name") or term.get("task") or Path(str(term.get("text"))).stem): str(
-            term.get("metric", "bits_per_byte")
-        )
-        for term in recipe.objective.get("terms", [])
-    }
-    return card.model_index(recipe.name, recipe.scores["sealed"]["terms"], metrics)
+    metrics = {term.label: term.metric for term in recipe.objective.terms}
+    return card.model_index(recipe.name, recipe.scores["sealed"].terms, metrics)
 
 
 def _card(

@@ -2,11 +2,14 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializationInfo, field_serializer
 
+from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.files.model import FileModel, VersionedFile
 from optimer_hf.files.reference import ReferenceText, TokenizerSource, tokenizer_reference
 from optimer_hf.models.layout import MAX_SHARD_SIZE
+from optimer_hf.scoring.objective import Objective
+from optimer_hf.study.trials import Fidelity
 
 LOCK = "recipe.lock.json"  # beside a built model
 MERGE_CONFIG, MADE_HERE = "optimer.yml", "# Written beside a recipe by optimer-hf.\n"
@@ -21,8 +24,8 @@ class Ingredient(FileModel):
     """Weight of the vector in the merge."""
 
 
-class RecipeFile(VersionedFile):
-    """recipe.yaml: everything needed to build the merge, and the evidence for it."""
+class Composition(VersionedFile):
+    """What is merged: a base, vectors with their weights, and a tokenizer."""
 
     name: str
     """Name of the recipe."""
@@ -34,20 +37,6 @@ class RecipeFile(VersionedFile):
     """Vectors of the merge with their weights, by name."""
     tokenizer_source: TokenizerSource = None
     """Vector or model that the merge takes its tokenizer from. Default: the base."""
-    objective: dict[str, Any]
-    """What the search maximized; the fields of an objective."""
-    scores: dict[str, Any]
-    """Scores of the merge: in the search, re-scored, and on the sealed test. `optimer build` does
-    not read them.
-    """
-    study: dict[str, Any]
-    """Study that the weights come from: its digest, trials and seed."""
-    ledger: dict[str, Any] = {}
-    """Time, items and tokens that the search took."""
-    versions: dict[str, str] = {}
-    """Versions of the packages that the search ran with."""
-    derived_from: str | None = None
-    """Recipe that this one continues, as org/name@commit."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -55,14 +44,68 @@ class RecipeFile(VersionedFile):
         return {name: ingredient.weight for name, ingredient in self.vectors.items()}
 
     @property
+    def sources(self) -> dict[str, str]:
+        """Where the vectors are, by name."""
+        return {name: vector.source for name, vector in self.vectors.items()}
+
+    @property
     def tokenizer_reference(self) -> str | None:
         """The model whose tokenizer the merge has; None: the base."""
         return tokenizer_reference(self.tokenizer_source, self.sources)
 
-    @property
-    def sources(self) -> dict[str, str]:
-        """Where the vectors are, by name."""
-        return {name: vector.source for name, vector in self.vectors.items()}
+
+class Score(FileModel):
+    """What a merge scored at one fidelity."""
+
+    value: float
+    """Value of the objective; larger is better."""
+    summary: str | None = None
+    """The gain over the base with its interval, in words."""
+    terms: dict[str, float]
+    """Score of every term, in the unit of its metric."""
+    verdicts: list[str] | None = None
+    """The merge against the best of the others, in words; of the sealed test only."""
+
+
+class Search(FileModel):
+    """The study that weights come from."""
+
+    sha256: str
+    """Digest of everything that decides its trials."""
+    n_trials: int
+    """Number of trials of the search."""
+    seed: int
+    """Seed of the search."""
+    incumbent: int
+    """Number of the trial with these weights."""
+
+
+class Evidence(FileModel):
+    """Why these weights: what the search maximized, how the merge scored, and what it took."""
+
+    objective: Objective
+    """What the search maximized; the fields of an objective."""
+    scores: dict[Fidelity, Score]
+    """Scores of the merge: in the search, re-scored, and on the sealed test. `optimer build` does
+    not read them.
+    """
+    study: Search
+    """Study that the weights come from: its digest, trials and seed."""
+    ledger: Ledger = Ledger()
+    """Time, items and tokens that the search took."""
+
+    @field_serializer("objective")
+    def _without_defaults(self, objective: Objective, info: SerializationInfo) -> dict[str, Any]:
+        return objective.model_dump(mode=info.mode, exclude_defaults=True)
+
+
+class RecipeFile(Evidence, Composition):
+    """recipe.yaml: everything needed to build the merge, and the evidence for it."""
+
+    versions: dict[str, str] = {}
+    """Versions of the packages that the search ran with."""
+    derived_from: str | None = None
+    """Recipe that this one continues, as org/name@commit."""
 
 
 class Lock(VersionedFile):

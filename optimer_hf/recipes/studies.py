@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimer_hf.comparison.ledger import ledger
+from optimer_hf.comparison.costs import ledger
 from optimer_hf.comparison.sealed import recorded
-from optimer_hf.comparison.tables import to_json
 from optimer_hf.errors import ConfigError, StudyError
 from optimer_hf.recipes.record import MERGE_CONFIG, RecipeFile
 from optimer_hf.recipes.write import write_recipe, write_vanilla
 from optimer_hf.report.captions import FIGURES
 from optimer_hf.searching.loop import search
-from optimer_hf.searching.study_file import merge_config_of, read_study
+from optimer_hf.searching.study_file import merge_config_of_study, read_study
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.prediction import front
 from optimer_hf.study.trials import Trial
@@ -44,7 +43,7 @@ def search_study(
     config = read_study(path, objective=objective, n_trials=n_trials)
     study = search(config, study_dir, n_workers=workers, scheduler=scheduler)
     write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger(study))
-    return study, merge_config_of(config, study.incumbent.weights, path)
+    return study, merge_config_of_study(config, study.incumbent.weights, path)
 
 
 # -- the recipe ------------------------------------------------------------------------------------
@@ -74,7 +73,7 @@ def recipe_of_study(
         study,
         recipe_yaml,
         name=study_dir.resolve().name,
-        sealed=None if sealed is None else to_json(sealed),
+        sealed=sealed,
         ledger=ledger(study),
         pick=trial,
         derived_from=derived_from,

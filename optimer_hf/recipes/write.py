@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from optimer_hf.comparison.ledger import Ledger
+from optimer_hf.comparison.rows import Comparison
+from optimer_hf.comparison.tables import verdicts
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.paths import portable
 from optimer_hf.files.reading import yaml_text
@@ -15,11 +17,20 @@ from optimer_hf.merging.tokenizer import tokenizer_path
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_files, weight_files
 from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
-from optimer_hf.recipes.record import MADE_HERE, MERGE_CONFIG, Ingredient, Lock, RecipeFile
+from optimer_hf.recipes.record import (
+    MADE_HERE,
+    MERGE_CONFIG,
+    Evidence,
+    Ingredient,
+    Lock,
+    RecipeFile,
+    Score,
+    Search,
+)
 from optimer_hf.scoring.units import Unit, said_of
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
-from optimer_hf.study.trials import Trial
+from optimer_hf.study.trials import Fidelity, Trial
 from optimer_hf.vectors.delta import extract, norms
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
@@ -38,8 +49,8 @@ def write_recipe(
     path: Path,
     *,
     name: str,
-    sealed: Mapping[str, Any] | None = None,
-    ledger: Mapping[str, Any] | None = None,
+    sealed: Comparison | None = None,
+    ledger: Ledger | None = None,
     pick: Trial | None = None,
     derived_from: str | None = None,
 ) -> RecipeFile:
@@ -73,8 +84,7 @@ def write_recipe(
             for key, source in sources.items()
         },
         tokenizer_source=_tokenizer_source(config, folder),
-        **_evidence(study, incumbent, sealed, folder),
-        ledger=dict(ledger or {}),
+        **dict(_evidence_of(study, incumbent, sealed, ledger)),
         versions=versions(),
         derived_from=derived_from,
     )
@@ -84,7 +94,7 @@ def write_recipe(
     write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
     data = recipe.model_dump(mode="json", exclude_none=True)
-    write_text(path, header + yaml_text(data))
+    write_text(path, header + yaml_text(portable(data, folder)))
     return RecipeFile.read(path)
 
 
@@ -150,21 +160,22 @@ def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
         )
 
 
-def _evidence(
-    study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None, folder: Path
-) -> dict[str, Any]:
+def _evidence_of(
+    study: Study, incumbent: Trial, sealed: Comparison | None, ledger: Ledger | None
+) -> Evidence:
     """Return what was asked of the merge, how it scored, and in which search it was found."""
-    objective = study.config.objective.model_dump(mode="json", exclude_defaults=True)
-    return {
-        "objective": portable(objective, folder),
-        "scores": _scores(study, incumbent, sealed),
-        "study": {
-            "sha256": study.config.digest,
-            "n_trials": len(study.log.of("search")),
-            "seed": study.config.search.seed,
-            "incumbent": incumbent.number,
-        },
-    }
+    search = Search(
+        sha256=study.config.digest,
+        n_trials=len(study.log.of("search")),
+        seed=study.config.search.seed,
+        incumbent=incumbent.number,
+    )
+    return Evidence(
+        objective=study.config.objective,
+        scores=_scores(study, incumbent, sealed),
+        study=search,
+        ledger=ledger or Ledger(),
+    )
 
 
 def _write_lock(lock: Lock, path: Path) -> None:
@@ -184,24 +195,26 @@ def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
     return str(portable(reference, folder))
 
 
-def _scores(study: Study, incumbent: Trial, sealed: Mapping[str, Any] | None) -> dict[str, Any]:
-    said = said_of(study.over_base(incumbent), Unit.of(study.config.objective), is_gain=True)
-    found: dict[str, Any] = {
-        incumbent.fidelity: {
-            "value": study.value(incumbent),
-            "summary": f"over {study.baseline} {said}",
-            "terms": {label: term.score for label, term in incumbent.terms.items()},
-        }
+def _scores(study: Study, incumbent: Trial, sealed: Comparison | None) -> dict[Fidelity, Score]:
+    unit = Unit.of(study.config.objective)
+    said = said_of(study.over_base(incumbent), unit, is_gain=True)
+    scores: dict[Fidelity, Score] = {
+        incumbent.fidelity: Score(
+            value=study.value(incumbent),
+            summary=f"over {study.baseline} {said}",
+            terms={label: term.score for label, term in incumbent.terms.items()},
+        )
     }
     if sealed is not None:
-        merge = next(row for row in sealed["rows"] if row["kind"] == "merge")
-        found["sealed"] = {
-            "value": merge["value"],
-            "summary": merge.get("summary"),
-            "terms": {label: term["score"] for label, term in merge["terms"].items()},
-            "verdicts": list(sealed["verdicts"]),
-        }
-    return found
+        merge = sealed.merge
+        said = said_of(sealed.interval(merge, sealed.base), Unit.of(sealed.objective), is_gain=True)
+        scores["sealed"] = Score(
+            value=sealed.value(merge),
+            summary=f"over the base {said}",
+            terms={label: score.score for label, score in merge.scores.items()},
+            verdicts=verdicts(sealed),
+        )
+    return scores
 
 
 def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> None:

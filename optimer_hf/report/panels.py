@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimer_hf.comparison import tables as compare
-from optimer_hf.comparison.ledger import ledger
+from optimer_hf.comparison.costs import ledger
 from optimer_hf.comparison.rows import Comparison, RowKind, SealedRow
 from optimer_hf.errors import OptimerError
 from optimer_hf.merging import geometry
@@ -428,7 +428,17 @@ def _over_tokens(
 
 def _ledger(study: Study) -> Panel:
     spent = ledger(study)
-    stages = {f"{s}, {p}": spent[s][p] for s in ("search", "rescore") if s in spent for p in _PARTS}
+    stages = {
+        f"{stage}, {part}": seconds
+        for stage, cost in (("search", spent.search), ("rescore", spent.rescore))
+        if cost is not None
+        for part, seconds in (
+            ("ask", cost.ask),
+            ("merge", cost.merge),
+            ("forward", cost.forward),
+            ("harness", cost.harness),
+        )
+    }
     trained = [record.training or {} for record in _records(study).values()]
     if seconds := sum(float(training.get("seconds", 0.0)) for training in trained):
         stages = {"training of the vectors": seconds} | stages
@@ -440,11 +450,10 @@ def _ledger(study: Study) -> Panel:
     total = sum(stages.values())
     most = max(stages, key=lambda stage: stages[stage])
     told = f"{100 * stages[most] / max(total, 1e-9):.0f} % of {total / 60:.1f} min went into {most}"
-    if "data_mixture" in spent:
-        ratio = spent["data_mixture"]
+    if (mixtures := spent.data_mixture) is not None:
         told += (
-            f"; as many data mixtures would have cost {ratio['ratio_search_only']} times the "
-            f"search, {ratio['ratio_end_to_end']} times with the training of the vectors"
+            f"; as many data mixtures would have cost {mixtures.ratio_search_only} times the "
+            f"search, {mixtures.ratio_end_to_end} times with the training of the vectors"
         )
     return Panel(
         "ledger",
@@ -453,6 +462,3 @@ def _ledger(study: Study) -> Panel:
         "; ".join(f"{stage}: {seconds:.1f} s" for stage, seconds in stages.items()),
         figure,
     )
-
-
-_PARTS = ("ask", "merge", "forward", "harness")

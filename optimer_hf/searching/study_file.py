@@ -11,12 +11,11 @@ from optimer_hf.errors import ConfigError
 from optimer_hf.files.model import parse, refuse_absent
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.merging.mergekit_pool import (
+    merge_config_of,
     not_searched,
-    optimer_config,
     searched_pool,
     tokenizer_of,
     with_absolute_references,
-    with_tokenizer,
     with_weights,
 )
 from optimer_hf.merging.mergekit_yaml import is_for_mergekit, read_merge_config
@@ -76,7 +75,7 @@ def study_of_merge_config(path: Path, objective: Path) -> StudyConfig:
     return parse(StudyConfig, fields, path)
 
 
-def merge_config_of(
+def merge_config_of_study(
     config: StudyConfig, weights: Mapping[str, float], path: Path
 ) -> dict[str, Any]:
     """Return the mergekit config of a study with these weights; what the mergekit YAML at `path`,
@@ -84,6 +83,4 @@ def merge_config_of(
     """
     if is_for_mergekit(read_yaml(path)):
         return with_weights(read_merge_config(path, warns=False), path, weights)
-    sources = {name: str(vector.source) for name, vector in config.vectors.items()}
-    merge_config = optimer_config(config.base_model, sources, weights, config.dtype)
-    return with_tokenizer(merge_config, config.tokenizer_reference)
+    return merge_config_of(config, weights)

@@ -51,7 +51,8 @@ def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_p
 
 
 def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Path):
-    config, trainings = load(Run(recipe_dir, tmp_path / "out", False))
+    inputs = load(Run(recipe_dir, tmp_path / "out", False))
+    config, trainings = inputs.study, inputs.trainings
     more = config.model_dump() | {
         "baselines": {
             "searches": {
@@ -82,7 +83,7 @@ def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
     changes: dict[str, int],
     blocks: int,
 ):
-    _, trainings = load(Run(recipe_dir, tmp_path / "out", False))
+    trainings = load(Run(recipe_dir, tmp_path / "out", False)).trainings
     config = trainings["aaa"].model_copy(update={"trainer": {"bf16": False, **changes}})
     plan._training_cost(config, tmp_path / "probe")
     record = json.loads((tmp_path / "probe" / "training.json").read_text())["training"]
@@ -109,7 +110,8 @@ def test_what_does_not_fit_into_an_accelerator_is_said_of_the_stage_that_does_no
     def full(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    config, trainings = load(Run(recipe_dir, tmp_path / "out", False))
+    inputs = load(Run(recipe_dir, tmp_path / "out", False))
+    config, trainings = inputs.study, inputs.trainings
     monkeypatch.setattr(plan, failing, full)
     monkeypatch.setattr(plan, "open_vector", lambda *arguments: None)
     chosen = {n: t.model_copy(update=changes) for n, t in trainings.items() if changes is not None}

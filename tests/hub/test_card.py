@@ -3,6 +3,8 @@
 import pytest
 from markdown_it import MarkdownIt
 
+from optimer_hf.comparison.costs import against_mixtures
+from optimer_hf.comparison.ledger import Ledger, TrialCost
 from optimer_hf.errors import HubError
 from optimer_hf.hub.card import (
     BEGIN,
@@ -60,10 +62,11 @@ def test_a_card_without_metadata_is_all_text():
 
 
 def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
-    ledger = {"search": {"n": 3, "seconds": 2.5}, "data_mixture": {"seconds": 1e6}}
+    search = TrialCost(n=3, items=12, seconds=2.5)
+    ledger = Ledger(search=search, data_mixture=against_mixtures(1e6, 2.5, search))
     facts = recipe_facts({"a": 1.0, "b": -0.5, "c": 0.0}, ledger, "text\n\n| x |\n| - |\n\nmore")
     assert [len(facts["bars"][name]) for name in "abc"] == [20, 11, 0]
-    assert "| search | 3 |  |  | 2.5 |" in facts["costs"]
+    assert "| search | 3 | 12 | 0 | 2.5 |" in facts["costs"]
     assert "data_mixture" not in facts["costs"]
     assert facts["results"].endswith("| x |\n| - |")
     assert BEGIN != END

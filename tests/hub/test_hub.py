@@ -114,7 +114,7 @@ def make_recipe(published_base, make_vector, base, tmp_path):
             },
             "objective": {"terms": [{"text": "../private/ja.jsonl", "name": "ja"}]},
             "scores": {"sealed": {"value": 0.1, "terms": {"ja": 1.5}, "verdicts": ["better."]}},
-            "study": {"n_trials": 4},
+            "study": {"sha256": "0" * 64, "n_trials": 4, "seed": 0, "incumbent": 3},
             "ledger": {"search": {"n": 4, "items": 20, "tokens": 100, "seconds": 3.0}},
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(data))

@@ -60,9 +60,9 @@ def recipe(pool, tmp_path) -> Path:
             name: {"source": f"./vectors/{name}", "weight": weight}
             for name, weight in WEIGHTS.items()
         },
-        "objective": {},
+        "objective": {"terms": [{"task": "t"}]},
         "scores": {},
-        "study": {},
+        "study": {"sha256": "0" * 64, "n_trials": 1, "seed": 0, "incumbent": 0},
     }
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     files = {name: weight_files(source) for name, source in sources.items()}

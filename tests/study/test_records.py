@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimer_hf.cli import main
-from optimer_hf.comparison.ledger import ledger
+from optimer_hf.comparison.costs import ledger
 from optimer_hf.comparison.sealed import compare, recorded
 from optimer_hf.comparison.tables import to_json, to_markdown
 from optimer_hf.errors import EvaluationError, HubError, OptimerError, StudyError

@@ -1,8 +1,9 @@
-"""ledger.py: where the time went, and what data mixtures would have cost."""
+"""costs.py: where the time went, and what data mixtures would have cost."""
 
 import pytest
 
-from optimer_hf.comparison.ledger import against_mixtures, ledger, trial_ledger
+from optimer_hf.comparison.costs import against_mixtures, ledger, trial_cost
+from optimer_hf.comparison.ledger import TrialCost
 from optimer_hf.searching.loop import search
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.record import BaseRecord, VectorFile
@@ -12,24 +13,24 @@ from tests.support.landscapes import FunctionPool, config_of
 def test_trials_are_summed_by_phase():
     seconds = {"ask": 0.5, "merge": 0.25, "evaluate": 4.0, "forward": 3.5}
     trial = Trial(0, "x", "search", {}, "ok", {}, seconds, n_tokens=10)
-    found = trial_ledger([trial, trial])
-    assert found["n"] == 2 and found["tokens"] == 20
-    assert found["seconds"] == 9.5
-    assert (found["ask"], found["merge"], found["forward"], found["harness"]) == (1, 0.5, 7, 1)
-    assert found["overhead_share"] == pytest.approx(1 - 7 / 9.5, abs=1e-4)
+    found = trial_cost([trial, trial])
+    assert found.n == 2 and found.tokens == 20
+    assert found.seconds == 9.5
+    assert (found.ask, found.merge, found.forward, found.harness) == (1, 0.5, 7, 1)
+    assert found.overhead_share == pytest.approx(1 - 7 / 9.5, abs=1e-4)
 
 
 def test_items_are_counted_over_terms_and_trials(tmp_path):
     study = search(config_of(), tmp_path / "s", pool=FunctionPool)
     found = ledger(study)
-    assert found["search"]["items"] == 12 * 3 * 4  # trials, terms, items
-    assert found["rescore"]["n"] == 3
-    assert "data_mixture" not in found  # nobody knows what training these vectors took
+    assert found.search.items == 12 * 3 * 4  # trials, terms, items
+    assert found.rescore.n == 3
+    assert found.data_mixture is None  # nobody knows what training these vectors took
 
 
 def test_a_mixture_attempt_trains_on_all_tokens_and_is_evaluated_once():
-    found = against_mixtures(1000.0, 60.0, 20, 50.0)
-    assert found == {
+    found = against_mixtures(1000.0, 60.0, TrialCost(n=20, seconds=50.0))
+    assert found.model_dump() == {
         "attempts": 20,
         "seconds": 20 * 1000 + 50,
         "ratio_search_only": round(20050 / 60, 1),
@@ -51,7 +52,7 @@ def test_vectors_that_say_what_they_took_are_compared_with_mixtures(tmp_path):
         record.write(tmp_path / name / "vector.json")
     vectors = {name: {"source": str(tmp_path / name)} for name in "wxyz"}
     study = search(config_of(vectors=vectors), tmp_path / "s", pool=FunctionPool)
-    mixtures = ledger(study)["data_mixture"]
-    assert mixtures["attempts"] == 12
-    assert mixtures["seconds"] >= 12 * 400
-    assert mixtures["ratio_end_to_end"] < mixtures["ratio_search_only"]
+    mixtures = ledger(study).data_mixture
+    assert mixtures.attempts == 12
+    assert mixtures.seconds >= 12 * 400
+    assert mixtures.ratio_end_to_end < mixtures.ratio_search_only

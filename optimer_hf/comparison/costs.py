@@ -1,0 +1,98 @@
+"""Where the time of a study went, and what the same attempts would have cost as data mixtures.
+
+Trials come in, seconds, tokens and items by phase go out. An attempt at a data mixture is training
+on the tokens of all vectors together and one evaluation; the vectors are trained once, whatever the
+number of trials. What a reader would not guess: two ratios are given, because the vectors have to
+be paid for, too, unless somebody else has trained them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.comparison.ledger import Ledger, MixtureCost, TrainingCost, TrialCost
+from optimer_hf.comparison.rows import SealedRow
+from optimer_hf.scoring.scores import TermScore
+from optimer_hf.study.directory import Study
+from optimer_hf.study.trials import Trial
+from optimer_hf.vectors.record import read_record
+
+PHASES = ("ask", "merge", "evaluate", "forward", "cpu")
+
+
+def trial_cost(trials: Sequence[Trial | SealedRow]) -> TrialCost:
+    """Return what trials took together."""
+    total = {phase: sum(trial.seconds.get(phase, 0.0) for trial in trials) for phase in PHASES}
+    spent = total["ask"] + total["merge"] + total["evaluate"]
+    return TrialCost(
+        n=len(trials),
+        items=sum(
+            len(score.items)
+            for trial in trials
+            for score in _scores_of(trial).values()
+            if not score.taken_over
+        ),
+        tokens=sum(trial.n_tokens for trial in trials),
+        seconds=round(spent, 1),
+        cpu_seconds=round(total["cpu"], 1),
+        ask=round(total["ask"], 2),
+        merge=round(total["merge"], 2),
+        forward=round(total["forward"], 1),
+        harness=round(total["evaluate"] - total["forward"], 2),
+        overhead_share=round(1 - total["forward"] / spent, 4) if spent else 0.0,
+    )
+
+
+def training_cost(records: Sequence[Mapping[str, Any]], n: int | None = None) -> TrainingCost:
+    """Return what trainings took together, from the `training` of their records."""
+    seconds = sum(record["seconds"] for record in records)
+    tokens = sum(record["n_tokens"] for record in records)
+    return TrainingCost(
+        n=n,
+        seconds=round(seconds, 1),
+        cpu_seconds=round(sum(record.get("cpu_seconds", 0.0) for record in records), 1),
+        tokens=tokens,
+        tokens_per_second=round(tokens / seconds),
+    )
+
+
+def _scores_of(trial: Trial | SealedRow) -> Mapping[str, TermScore]:
+    return trial.scores if isinstance(trial, SealedRow) else trial.terms
+
+
+def ledger(study: Study) -> Ledger:
+    """Return the ledger of a study: its trials by fidelity, and data mixtures beside them where the
+    vectors say what their training took.
+    """
+    search, rescored = study.log.of("search"), study.log.of("rescore")
+    found = Ledger(
+        search=trial_cost(search) if search else None,
+        rescore=trial_cost(rescored) if rescored else None,
+    )
+    paths = [Path(source) for source in study.config.sources.values()]
+    records = [read_record(path) if path.is_dir() else None for path in paths]
+    trainings = [record.training for record in records if record is not None and record.training]
+    if found.search is None or len(trainings) != len(paths):
+        return found
+    if not all("seconds" in training for training in trainings):
+        return found
+    study_seconds = found.search.seconds + (found.rescore.seconds if found.rescore else 0.0)
+    mixtures = against_mixtures(
+        sum(float(training["seconds"]) for training in trainings), study_seconds, found.search
+    )
+    return found.model_copy(update={"data_mixture": mixtures})
+
+
+def against_mixtures(
+    training_seconds: float, study_seconds: float, search: TrialCost
+) -> MixtureCost:
+    """Return what as many data mixtures as trials would have cost, and by how much that exceeds the
+    study: without the training of its vectors, and with it.
+    """
+    attempts = search.n * training_seconds + search.seconds
+    return MixtureCost(
+        attempts=search.n,
+        seconds=round(attempts, 1),
+        ratio_search_only=round(attempts / max(study_seconds, 1e-9), 1),
+        ratio_end_to_end=round(attempts / max(training_seconds + study_seconds, 1e-9), 1),
+    )
