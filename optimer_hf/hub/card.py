@@ -6,17 +6,19 @@ push; what a person writes outside of them, and metadata that we do not set, sta
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.errors import ConfigError, HubError
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.text import markdown_table
+from optimer_hf.recipes.record import RecipeFile
 
 BEGIN = "<!-- optimer: written anew by every push; write above or below -->"
 END = "<!-- optimer: end -->"
@@ -115,26 +117,30 @@ def strictest_licence(licences: Mapping[str, str | None]) -> str | None:
 
 
 def metadata_of(
-    kind: str, relation: str, licence: str, origins: Origins, results: Mapping[str, Any] | None
+    kind: str,
+    relation: str,
+    licence: str,
+    origins: Origins,
+    name: str = "",
+    results: Sequence[EvalResult] = (),
 ) -> dict[str, Any]:
-    """Return the metadata of a card; `relation` is that to the base models, `results` a model-index
-    entry.
+    """Return the metadata of a card; `relation` is that to the base models, `results` what the
+    model of this name scored.
     """
-    metadata: dict[str, Any] = {"license": licence}
-    metadata["library_name"] = "transformers" if kind == "model" else "optimer"
-    if origins.base_models:
-        metadata["base_model"] = list(dict.fromkeys(origins.base_models))
-        metadata["base_model_relation"] = relation
-    if origins.datasets:
-        metadata["datasets"] = list(dict.fromkeys(origins.datasets))
-    if origins.languages:
-        metadata["language"] = list(dict.fromkeys(origins.languages))
-    metadata["tags"] = TAGS[kind]
-    if kind == "model":
-        metadata["pipeline_tag"] = "text-generation"
-    if results is not None:
-        metadata["model-index"] = [dict(results)]
-    return metadata
+    is_model = kind == "model"
+    data = ModelCardData(
+        license=licence,
+        library_name="transformers" if is_model else "optimer",
+        base_model=list(dict.fromkeys(origins.base_models)) or None,
+        base_model_relation=relation if origins.base_models else None,
+        datasets=list(dict.fromkeys(origins.datasets)) or None,
+        language=list(dict.fromkeys(origins.languages)) or None,
+        tags=TAGS[kind],
+        pipeline_tag="text-generation" if is_model else None,
+        model_name=name if results else None,
+        eval_results=list(results) or None,
+    )
+    return dict(data.to_dict())
 
 
 def datasets_of(corpus: Mapping[str, Any] | None) -> list[str]:
@@ -143,26 +149,37 @@ def datasets_of(corpus: Mapping[str, Any] | None) -> list[str]:
     return [part for part in parts if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
 
 
-def model_index(
-    name: str, scores: Mapping[str, float], metrics: Mapping[str, str]
+def evaluations(
+    scores: Mapping[str, float], metrics: Mapping[str, str], higher_is_better: Mapping[str, bool]
+) -> list[EvalResult]:
+    """Return scores of the sealed test (by term) as the Hub's model-index has them, with the metric
+    and direction of each term as far as they are known.
+    """
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=label,
+            dataset_name=f"{label} (sealed test)",
+            metric_type=metrics.get(label, "score"),
+            metric_name=unit_of(label, metrics, higher_is_better) or None,
+            metric_value=round(score, 6),
+        )
+        for label, score in scores.items()
+    ]
+
+
+def unit_of(label: str, metrics: Mapping[str, str], higher_is_better: Mapping[str, bool]) -> str:
+    """Return metric and direction of a term in words, as far as they are known."""
+    direction = {True: "higher is better", False: "lower is better", None: None}
+    known = (metrics.get(label), direction[higher_is_better.get(label)])
+    return ", ".join(text.replace("_", " ") for text in known if text is not None)
+
+
+def recipe_facts(
+    weights: Mapping[str, float], ledger: Ledger, results: str, units: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return sealed scores (term -> score, term -> metric) as the Hub's model-index entry."""
-    return {
-        "name": name,
-        "results": [
-            {
-                "task": {"type": "text-generation"},
-                "dataset": {"name": f"{label} (sealed test)", "type": label},
-                "metrics": [{"type": metrics.get(label, "score"), "value": round(score, 6)}],
-            }
-            for label, score in scores.items()
-        ],
-    }
-
-
-def recipe_facts(weights: Mapping[str, float], ledger: Ledger, results: str) -> dict[str, Any]:
-    """Return the weights as bars, what the parts of the work cost, and the table of the sealed test
-    out of results.md.
+    """Return the weights as bars, what the parts of the work cost, the table of the sealed test out
+    of results.md, and the units of the scores by term.
     """
     largest = max((abs(weight) for weight in weights.values()), default=0.0) or 1.0
     bars = {
@@ -176,7 +193,23 @@ def recipe_facts(weights: Mapping[str, float], ledger: Ledger, results: str) -> 
         if part in spent
     ]
     costs = markdown_table(["part", "trials", "items", "tokens", "seconds"], rows) if rows else ""
-    return {"bars": bars, "costs": costs, "results": _sealed_table(results), "headings": HEADINGS}
+    return {
+        "bars": bars,
+        "units": units,
+        "costs": costs,
+        "results": _sealed_table(results),
+        "headings": HEADINGS,
+    }
+
+
+def units_of(recipe: RecipeFile) -> dict[str, str]:
+    """Return metric and direction of every term of a recipe that has scores."""
+    metrics = {term.label: term.metric for term in recipe.objective.scored}
+    return {
+        label: unit_of(label, metrics, score.higher_is_better)
+        for score in recipe.scores.values()
+        for label in score.terms
+    }
 
 
 def _sealed_table(results: str) -> str:

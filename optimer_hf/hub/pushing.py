@@ -17,6 +17,7 @@ from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
+    EvalResult,
     HfApi,
     ModelInfo,
     RepoFile,
@@ -315,11 +316,13 @@ def _metadata(
     if isinstance(found.record, VectorFile):
         relation = card.RELATIONS[found.record.kind]
         origins = replace(origins, datasets=tuple(card.datasets_of(found.record.corpus)))
-        results = None
+        results = []
     else:
-        relation, results = "merge", _model_index(found.record)
+        relation, results = "merge", _evaluations(found.record)
     licence = _licence(target.repo_id, existing, origins, asked.licence)
-    return card.metadata_of(found.kind, relation, licence, origins, results), existing
+    return card.metadata_of(
+        found.kind, relation, licence, origins, _name(target.repo_id), results
+    ), existing
 
 
 def _origins(
@@ -327,6 +330,7 @@ def _origins(
 ) -> card.Origins:
     """Return what the inputs say of themselves; refuse a private one in a public work."""
     base, *_ = found.inputs
+    idle = _idle(found.record)
     licences: dict[str, str | None] = {}
     base_models, datasets, languages = [], [], []
     for text in found.inputs:
@@ -334,7 +338,7 @@ def _origins(
         if ref.package is not None:
             licences[text] = None
             continue
-        is_merged = text != found.lender
+        is_merged = text != found.lender and text not in idle
         if is_merged:
             base_models.append(ref.repo[0])
         if text in foreseen:
@@ -350,6 +354,14 @@ def _origins(
             datasets += stated(there, "datasets")
             languages += stated(there, "language")
     return card.Origins(licences, tuple(base_models), tuple(datasets), tuple(languages))
+
+
+def _idle(record: VectorFile | RecipeFile) -> set[str]:
+    """Return where vectors of weight 0 are, of which a merge has nothing."""
+    if isinstance(record, VectorFile):
+        return set()
+    vectors = record.vectors.values()
+    return {vector.source for vector in vectors if vector.weight == 0}
 
 
 def _licence(repo_id: str, existing: str | None, origins: card.Origins, asked: str | None) -> str:
@@ -371,11 +383,17 @@ def _licence(repo_id: str, existing: str | None, origins: card.Origins, asked: s
     return str(chosen)
 
 
-def _model_index(recipe: RecipeFile) -> dict[str, Any] | None:
-    if "sealed" not in recipe.scores:
-        return None
-    metrics = {term.label: term.metric for term in recipe.objective.terms}
-    return card.model_index(recipe.name, recipe.scores["sealed"].terms, metrics)
+def _name(repo_id: str) -> str:
+    """Return the name of a repository without its owner."""
+    return repo_id.rpartition("/")[2]
+
+
+def _evaluations(recipe: RecipeFile) -> list[EvalResult]:
+    sealed = recipe.scores.get("sealed")
+    if sealed is None:
+        return []
+    metrics = {term.label: term.metric for term in recipe.objective.scored}
+    return card.evaluations(sealed.terms, metrics, sealed.higher_is_better)
 
 
 def _card(
@@ -388,7 +406,7 @@ def _card(
     }
     facts: dict[str, Any] = {
         "kind": found.kind,
-        "title": record.name,
+        "title": _name(repo_id),
         "repo_id": repo_id,
         "recipe_text": found.text("recipe.yaml").strip(),
         "merge_configs": {title: text for title, text in configs.items() if text},
@@ -398,7 +416,9 @@ def _card(
         facts["vector"] = record
     else:
         facts["recipe"] = record
-        facts |= card.recipe_facts(record.weights, record.ledger, found.text("results.md"))
+        results = found.text("results.md")
+        units = card.units_of(record)
+        facts |= card.recipe_facts(record.weights, record.ledger, results, units)
     return card.render(metadata, facts, existing)
 
 

@@ -63,6 +63,8 @@ class Score(FileModel):
     """The gain over the base with its interval, in words."""
     terms: dict[str, float]
     """Score of every term, in the unit of its metric."""
+    higher_is_better: dict[str, bool] = {}
+    """Direction of every term; not in recipes of 0.1.0."""
     verdicts: list[str] | None = None
     """The merge against the best of the others, in words; of the sealed test only."""
 

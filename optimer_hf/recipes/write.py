@@ -27,6 +27,7 @@ from optimer_hf.recipes.record import (
     Score,
     Search,
 )
+from optimer_hf.scoring.scores import Scores
 from optimer_hf.scoring.units import Unit, said_of
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
@@ -203,6 +204,7 @@ def _scores(study: Study, incumbent: Trial, sealed: Comparison | None) -> dict[F
             value=study.value(incumbent),
             summary=f"over {study.baseline} {said}",
             terms={label: term.score for label, term in incumbent.terms.items()},
+            higher_is_better=_directions(incumbent.terms),
         )
     }
     if sealed is not None:
@@ -212,9 +214,14 @@ def _scores(study: Study, incumbent: Trial, sealed: Comparison | None) -> dict[F
             value=sealed.value(merge),
             summary=f"over the base {said}",
             terms={label: score.score for label, score in merge.scores.items()},
+            higher_is_better=_directions(merge.scores),
             verdicts=verdicts(sealed),
         )
     return scores
+
+
+def _directions(scores: Scores) -> dict[str, bool]:
+    return {label: score.higher_is_better for label, score in scores.items()}
 
 
 def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> None:

@@ -12,8 +12,8 @@ from optimer_hf.hub.card import (
     Origins,
     Picture,
     datasets_of,
+    evaluations,
     metadata_of,
-    model_index,
     recipe_facts,
     render,
     split,
@@ -44,13 +44,29 @@ def test_the_strictest_licence_is_told_or_not_guessed(licences, expected):
 
 
 def test_metadata_says_how_a_vector_and_a_merge_stand_to_their_base():
-    vector = metadata_of("vector", "adapter", "mit", Origins({}, ("org/base",)), None)
+    vector = metadata_of("vector", "adapter", "mit", Origins({}, ("org/base",)))
     assert (vector["base_model_relation"], vector["library_name"]) == ("adapter", "optimer")
     origins = Origins({}, ("org/base", "org/v", "org/base"), ("org/wiki",), ("ja",))
-    merge = metadata_of("model", "merge", "mit", origins, model_index("m", {}, {}))
+    merge = metadata_of("model", "merge", "mit", origins)
     assert (merge["datasets"], merge["language"]) == (["org/wiki"], ["ja"])
     assert merge["base_model"] == ["org/base", "org/v"]
     assert (merge["base_model_relation"], merge["library_name"]) == ("merge", "transformers")
+
+
+def test_scores_are_indexed_with_their_metric_and_direction():
+    metrics = {"ja": "bits_per_byte", "mc": "acc"}
+    results = evaluations({"ja": 1.5, "mc": 0.25, "x": 3.0}, metrics, {"ja": False, "mc": True})
+    card = metadata_of("model", "merge", "mit", Origins({}), "my-merge", results)
+    (index,) = card["model-index"]
+    assert index["name"] == "my-merge"
+    found = [(result["dataset"]["type"], result["metrics"][0]) for result in index["results"]]
+    name = "bits per byte, lower is better"
+    assert found == [
+        ("ja", {"type": "bits_per_byte", "value": 1.5, "name": name}),
+        ("mc", {"type": "acc", "value": 0.25, "name": "acc, higher is better"}),
+        ("x", {"type": "score", "value": 3.0}),  # a recipe of 0.1.0 may not know
+    ]
+    assert "model-index" not in metadata_of("model", "merge", "mit", Origins({}))
 
 
 def test_a_card_without_metadata_is_all_text():
@@ -64,7 +80,9 @@ def test_a_card_without_metadata_is_all_text():
 def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
     search = TrialCost(n=3, items=12, seconds=2.5)
     ledger = Ledger(search=search, data_mixture=against_mixtures(1e6, 2.5, search))
-    facts = recipe_facts({"a": 1.0, "b": -0.5, "c": 0.0}, ledger, "text\n\n| x |\n| - |\n\nmore")
+    facts = recipe_facts(
+        {"a": 1.0, "b": -0.5, "c": 0.0}, ledger, "text\n\n| x |\n| - |\n\nmore", {}
+    )
     assert [len(facts["bars"][name]) for name in "abc"] == [20, 11, 0]
     assert "| search | 3 | 12 | 0 | 2.5 |" in facts["costs"]
     assert "data_mixture" not in facts["costs"]
@@ -89,9 +107,16 @@ def test_a_card_keeps_what_a_person_set_and_drops_what_no_longer_holds():
         "---\nlicense: other\nlicense_name: house\npipeline_tag: fill-mask\n"
         "base_model: [org/old]\ntags: mine\n---\ntext\n"
     )
-    metadata = metadata_of("model", "merge", "other", Origins({}, ("org/new",)), None)
+    metadata = metadata_of("model", "merge", "other", Origins({}, ("org/new",)))
     facts = {"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""}
-    facts |= {"merge_configs": {}, "figures": [], "bars": {}, "costs": "", "headings": {}}
+    facts |= {
+        "merge_configs": {},
+        "figures": [],
+        "bars": {},
+        "costs": "",
+        "headings": {},
+        "units": {},
+    }
     recipe = {"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}}
     written, _ = split(
         render(metadata, {**facts, "recipe": recipe | {"derived_from": None}}, existing)
@@ -119,7 +144,9 @@ def test_names_add_nothing_to_a_card_but_their_letters(evil):
     table = f"| row | gain |\n| --- | --- |\n| {evil.splitlines()[0]} | 1 |"
     facts = {"kind": "recipe", "title": evil, "repo_id": "o/r", "recipe_text": f"a: {evil}"}
     facts |= {"merge_configs": {evil: evil}, "figures": [Picture("figures/a.png", evil, evil)]}
-    facts |= recipe_facts({evil: 1.0}, {}, table) | {"headings": {"sealed": "On the sealed test"}}
+    facts |= recipe_facts({evil: 1.0}, Ledger(), table, {evil: evil}) | {
+        "headings": {"sealed": "On the sealed test"}
+    }
     scores = {"sealed": {"terms": {evil: 0.5}, "value": 0.1, "verdicts": [evil]}}
     recipe = {"vectors": {evil: {"weight": 1.0, "source": evil}}, "base_model": evil}
     recipe |= {"dtype": "float32", "scores": scores, "derived_from": evil}
@@ -144,7 +171,14 @@ def test_names_add_nothing_to_a_card_but_their_letters(evil):
 
 def test_marks_that_an_older_card_has_too_many_of_are_healed():
     facts = {"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""}
-    facts |= {"merge_configs": {}, "figures": [], "bars": {}, "costs": "", "headings": {}}
+    facts |= {
+        "merge_configs": {},
+        "figures": [],
+        "bars": {},
+        "costs": "",
+        "headings": {},
+        "units": {},
+    }
     recipe = {"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}}
     facts |= {"recipe": recipe | {"derived_from": None}}
     old = f"above\n{BEGIN}\nx {END} y\n{END}\nbelow\n"

@@ -23,6 +23,7 @@ from optimer_hf.files.locks import exclusive
 from optimer_hf.hub import client as remote
 from optimer_hf.hub import pulling as pulls
 from optimer_hf.hub import pushing as pushes
+from optimer_hf.hub.card import split as card_split
 from optimer_hf.hub.private import refuse_private
 from optimer_hf.hub.publication import publication
 from optimer_hf.merging.writer import write_merged
@@ -479,7 +480,7 @@ def test_a_licence_that_was_said_once_stays(hub, make_vector, name, caplog):
 
 
 def test_the_card_of_a_recipe_names_data_and_languages_of_its_vectors(hub, make_recipe, name):
-    folder = make_recipe()
+    folder = make_recipe(weights=(0.5, 0.0))
     hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     api = HfApi(token=ALICE)
     card = Path(api.hf_hub_download(f"alice/{name}-v0", "README.md")).read_text()
@@ -490,6 +491,8 @@ def test_the_card_of_a_recipe_names_data_and_languages_of_its_vectors(hub, make_
     again = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     assert "language:\n- ja\n" in again.card and "- org/wiki\n" in again.card
     assert "## Merge config for mergekit with optimer-hf installed" in again.card
+    assert "ja 1.5000 (bits per byte); objective" in again.card
+    assert card_split(again.card)[0]["base_model"] == ["alice/base", f"alice/{name}-v0"]
 
 
 def test_vectors_of_an_account_that_is_private_by_default(hub, make_recipe, name):
