@@ -204,9 +204,8 @@ def recipe_facts(
 
 def units_of(recipe: RecipeFile) -> dict[str, str]:
     """Return metric and direction of every term of a recipe that has scores."""
-    metrics = {term.label: term.metric for term in recipe.objective.scored}
     return {
-        label: unit_of(label, metrics, score.higher_is_better)
+        label: unit_of(label, recipe.metrics, score.higher_is_better)
         for score in recipe.scores.values()
         for label in score.terms
     }

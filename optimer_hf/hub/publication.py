@@ -176,7 +176,7 @@ def _recipe(
     if kind == "model":
         _refuse_other_model(directory, lock)
     data = recipe.model_dump(mode="json", exclude_none=True)
-    data["objective"] = without_folders(data["objective"])
+    data |= without_folders({key: data[key] for key in ("objective",) if key in data})
     header = "# Build it with: optimer build recipe.yaml OUT\n"
     files["recipe.yaml"] = (header + yaml_text(data)).encode()
     files["optimer.yml"] = yaml_text(merge_config_of(recipe, recipe.weights)).encode()

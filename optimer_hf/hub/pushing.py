@@ -392,8 +392,7 @@ def _evaluations(recipe: RecipeFile) -> list[EvalResult]:
     sealed = recipe.scores.get("sealed")
     if sealed is None:
         return []
-    metrics = {term.label: term.metric for term in recipe.objective.scored}
-    return card.evaluations(sealed.terms, metrics, sealed.higher_is_better)
+    return card.evaluations(sealed.terms, recipe.metrics, sealed.higher_is_better)
 
 
 def _card(

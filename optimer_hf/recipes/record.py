@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, SerializationInfo, field_serializer
+from pydantic import Field, SerializationInfo, field_serializer, field_validator
 
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.files.model import FileModel, VersionedFile
@@ -83,22 +83,39 @@ class Search(FileModel):
 
 
 class Evidence(FileModel):
-    """Why these weights: what the search maximized, how the merge scored, and what it took."""
+    """Why these weights: what the search maximized, how the merge scored, and what it took. A
+    recipe that a person wrote has none.
+    """
 
-    objective: Objective
+    objective: Objective | None = None
     """What the search maximized; the fields of an objective."""
-    scores: dict[Fidelity, Score]
+    scores: dict[Fidelity, Score] = {}
     """Scores of the merge: in the search, re-scored, and on the sealed test. `optimer build` does
     not read them.
     """
-    study: Search
+    study: Search | None = None
     """Study that the weights come from: its digest, trials and seed."""
     ledger: Ledger = Ledger()
     """Time, items and tokens that the search took."""
 
+    @field_validator("objective", "study", mode="before")
+    @classmethod
+    def _none_if_empty(cls, value: Any) -> Any:
+        return value or None  # version 0.1.0 took `{}`
+
     @field_serializer("objective")
-    def _without_defaults(self, objective: Objective, info: SerializationInfo) -> dict[str, Any]:
+    def _without_defaults(
+        self, objective: Objective | None, info: SerializationInfo
+    ) -> dict[str, Any] | None:
+        if objective is None:
+            return None
         return objective.model_dump(mode=info.mode, exclude_defaults=True)
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Metric of every term of the objective, by label."""
+        terms = [] if self.objective is None else self.objective.scored
+        return {term.label: term.metric for term in terms}
 
 
 class RecipeFile(Evidence, Composition):

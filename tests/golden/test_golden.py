@@ -32,7 +32,7 @@ def test_a_study_is_read(golden: Path):
     recipe = RecipeFile.read(golden / "runs" / "tiny" / "recipe.yaml")
     assert study.is_finished
     assert study.incumbent.weights == recipe.weights
-    assert study.incumbent.number == recipe.study.incumbent
+    assert recipe.study is not None and study.incumbent.number == recipe.study.incumbent
     assert study.value(study.incumbent) == recipe.scores["rescore"].value
     assert (
         set(predict(study).weights) == set(predict(study, {"xyz": 1.0}).weights) == {"aaa", "xyz"}
