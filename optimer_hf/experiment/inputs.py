@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.model import VersionedFile, absent, absent_of_data
+from optimer_hf.files.model import VersionedFile, absent, absent_of_data, listed
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.recipes.record import RecipeFile
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.config import TrainConfig
+from optimer_hf.training.fields import unknown_fields
 
 if TYPE_CHECKING:
     from optimer_hf.scoring.overlap import TermOverlap
@@ -120,8 +121,11 @@ def check_fields(path: Path, kind: str) -> None:
     """
     from optimer_hf.merging.mergekit_yaml import is_for_mergekit
 
-    if not (kind == "study" and is_for_mergekit(read_yaml(path))):
-        KINDS[kind].read(path)
+    if kind == "study" and is_for_mergekit(read_yaml(path)):
+        return
+    config = KINDS[kind].read(path)
+    if isinstance(config, TrainConfig) and (mistakes := [*unknown_fields(config)]):
+        raise ConfigError(listed(path, mistakes))
 
 
 # -- sorting ---------------------------------------------------------------------------------------

@@ -256,12 +256,16 @@ STUDY = {
         (["validate", "study.yaml"], "study.yaml: a valid study"),
         (["validate", "wrong.yaml"], "Did you mean 'vectors'?"),
         (["search", "wrong.yaml", "s"], "Did you mean 'vectors'?"),
+        (["train", "train.yaml", "v"], "train.yaml:4: lora.alpha: unknown field of LoraConfig."),
     ],
 )
 def test_help_schemas_and_mistakes_answer_without_the_libraries(arguments, says, tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
     wrong = STUDY | {"vectros": {}}
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong), encoding="utf-8")
+    (tmp_path / "train.yaml").write_text(
+        "name: n\nbase_model: a/b\ncorpus: {path: x.jsonl}\nlora: {alpha: 8}\n", encoding="utf-8"
+    )
     result = process("-X", "importtime", "-m", "optimer_hf", *arguments, cwd=tmp_path)
     assert says in result.stdout + result.stderr
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
