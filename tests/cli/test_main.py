@@ -184,6 +184,20 @@ def test_signals_that_are_ignored_or_of_others_stay_so(monkeypatch):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def test_the_prompt_returns_although_threads_wait_and_what_is_registered_still_runs():
+    code = (
+        "import atexit, sys, threading\n"
+        "from optimer_hf.cli import main\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "atexit.register(print, 'tidied up')\n"
+        "sys.argv = ['optimer', 'nonsense']\n"
+        "main()"
+    )
+    result = process("-c", code)
+    assert result.returncode == 2 and "No such command 'nonsense'" in result.stderr
+    assert result.stdout == "tidied up\n"
+
+
 SECRET = "hf_" + "aB3" * 11
 
 
