@@ -12,7 +12,7 @@ import re
 INVISIBLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-def visible(text: str) -> str:
+def make_visible(text: str) -> str:
     """Return a text with control and direction characters as \\uXXXX, which JSON and YAML read
     back; tabs and line ends stay.
     """
@@ -20,10 +20,10 @@ def visible(text: str) -> str:
 
 
 class VisibleFormatter(logging.Formatter):
-    """Formats log records as `visible` text."""
+    """Formats log records as `make_visible` text."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return make_visible(super().format(record))
 
 
 @functools.cache

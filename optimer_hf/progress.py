@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from optimer_hf.printable import visible
+from optimer_hf.printable import make_visible
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _is_notebook() -> bool:
     return "IPython" in sys.modules and Console(stderr=True).is_jupyter
 
 
-def _bar(title: str, total: int, done: int) -> _Bar | None:
+def _open_bar(title: str, total: int, done: int) -> _Bar | None:
     """Return the bar that shows here; None where only lines do."""
     if _is_notebook():
         return _NotebookBar(title, total, done)
@@ -142,11 +142,11 @@ def _bar(title: str, total: int, done: int) -> _Bar | None:
 
 
 @contextmanager
-def announced(text: str) -> Iterator[None]:
+def announce(text: str) -> Iterator[None]:
     """Say what is being done before the first unit of work can be counted: at once, and in a
     notebook or on a terminal for as long as it takes.
     """
-    text = visible(text)
+    text = make_visible(text)
     if _is_notebook():
         output, started = _Output(f"{text} ...", html.escape(f"{text} ...")), perf_counter()
         yield
@@ -164,14 +164,14 @@ class Meter:
     """Counts units of one piece of work and shows rate and time left; a context manager."""
 
     def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
-        self.title, self.total, self.unit = visible(title), total, unit
+        self.title, self.total, self.unit = make_visible(title), total, unit
         self._first = self._done = done
         self._started = self._last_line = perf_counter()
         self._note = ""
         self._bar: _Bar | None = None
 
     def __enter__(self) -> Self:
-        self._bar = _bar(self.title, self.total, self._done)
+        self._bar = _open_bar(self.title, self.total, self._done)
         return self
 
     def __exit__(
@@ -188,7 +188,7 @@ class Meter:
     def advance(self, n: int, note: str = "") -> None:
         """Count `n` more units; `note` is a short text shown with the figures."""
         self._done += n
-        self._note = visible(note)
+        self._note = make_visible(note)
         if self._bar is not None:
             self._bar.show(self._done, self._figures())
         elif self._done < self.total and perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:

@@ -8,22 +8,24 @@ import yaml
 from click.testing import CliRunner
 
 from optimer_hf.cli import main
-from optimer_hf.printable import VisibleFormatter, visible
+from optimer_hf.printable import VisibleFormatter, make_visible
 
 EVIL = ["\x1b]0;LICENCE\x07", "a\rb", "\x9b2J", "abc\u202etxt.exe", "\x00", "\u2028x", "\x7f"]
 
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_control_characters_are_shown_and_read_back(evil):
-    shown = visible(f"name: {evil} end")
+    shown = make_visible(f"name: {evil} end")
     assert shown.isprintable()
-    assert visible(shown) == shown
-    assert json.loads(f'"{visible(evil)}"') == yaml.safe_load(f'"{visible(evil)}"') == evil
+    assert make_visible(shown) == shown
+    assert (
+        json.loads(f'"{make_visible(evil)}"') == yaml.safe_load(f'"{make_visible(evil)}"') == evil
+    )
 
 
 def test_text_of_any_language_tabs_and_line_ends_stay():
     text = "日本語 ünïcödé\temoji 🙂\nعربى\n"
-    assert visible(text) == text
+    assert make_visible(text) == text
 
 
 @pytest.mark.parametrize("evil", EVIL)

@@ -8,7 +8,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from optimer_hf import progress
-from optimer_hf.progress import Meter, announced
+from optimer_hf.progress import Meter, announce
 
 
 def test_lines_tell_how_far_and_the_last_one_what_came_out(caplog, monkeypatch):
@@ -61,11 +61,11 @@ def test_a_cell_shows_one_bar_that_moves(cell, caplog):
 
 
 def test_work_that_cannot_be_counted_is_announced(cell):
-    with announced("opening <x>"):
+    with announce("opening <x>"):
         assert cell.outputs[-1].data["text/html"] == "opening &lt;x&gt; ..."
     assert re.fullmatch(r"opening <x>: \d+\.\d s", cell.outputs[-1].data["text/plain"])
 
 
 def test_without_a_notebook_or_a_terminal_a_line_announces_it(caplog):
-    with caplog.at_level(logging.INFO), announced("opening"):
+    with caplog.at_level(logging.INFO), announce("opening"):
         assert caplog.messages == ["opening"]

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.printable import visible
+from optimer_hf.printable import make_visible
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -16,8 +16,8 @@ FLOATS = ["bfloat16", "float16", "float32"]
 
 
 def echo(message: object, *, err: bool = False, nl: bool = True) -> None:
-    """Print a text on stdout or stderr, see `visible`."""
-    click.echo(visible(str(message)), err=err, nl=nl)
+    """Print a text on stdout or stderr, see `make_visible`."""
+    click.echo(make_visible(str(message)), err=err, nl=nl)
 
 
 class Existing(click.Path):

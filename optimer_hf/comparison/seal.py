@@ -23,7 +23,7 @@ from optimer_hf.comparison.rows import (
 )
 from optimer_hf.errors import StudyError
 from optimer_hf.files.model import VersionedFile
-from optimer_hf.files.text import first_line, shown
+from optimer_hf.files.text import first_line, quote
 from optimer_hf.study.config import MergeMethod, StudyConfig
 from optimer_hf.study.records import (
     LARGEST_COUNT,
@@ -94,7 +94,7 @@ class SealedLog:
         labels = [term.label for term in config.test.at("rescore")]
         for wrong in _mistakes(row, self.rows, labels):
             raise StudyError(
-                f"{self.path}:{number}: row {shown(row.subject or row.kind)}: {wrong}. Restore the "
+                f"{self.path}:{number}: row {quote(row.subject or row.kind)}: {wrong}. Restore the "
                 "line, or remove it to go on without that row."
             )
 
@@ -102,7 +102,7 @@ class SealedLog:
 def _mistakes(row: SealedRow, before: Sequence[SealedRow], labels: Sequence[str]) -> Iterator[str]:
     """Yield what is wrong with the next row: found and expected."""
     if not 0 <= row.n_trials_known < LARGEST_COUNT:
-        yield f"found {shown(row.n_trials_known)} trials known, expected 0 or more"
+        yield f"found {quote(row.n_trials_known)} trials known, expected 0 or more"
     yield from mistakes_of_size(row.weights)
     if row.kind in OF_ONE_VECTOR and row.subject not in row.weights:
         yield f"found no weight of {row.subject!r}, expected one"

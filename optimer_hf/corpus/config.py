@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import AliasChoices, Field
 
-from optimer_hf.corpus.texts import fingerprint_of_texts
+from optimer_hf.corpus.texts import fingerprint_texts
 from optimer_hf.files.model import FileModel, Mistake
 from optimer_hf.files.reference import LocalPath, LocalText
 
@@ -50,4 +50,4 @@ class CorpusConfig(FileModel):
     @property
     def fingerprint(self) -> str | None:
         """Digest of the local files it is read from; None where none are there."""
-        return None if self.path is None else fingerprint_of_texts(self.path)
+        return None if self.path is None else fingerprint_texts(self.path)

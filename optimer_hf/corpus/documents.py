@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable, Iterator
 
 from optimer_hf.corpus.config import CorpusConfig
-from optimer_hf.corpus.texts import say_left_out, text_in, texts_of
+from optimer_hf.corpus.texts import read_texts, text_in, warn_of_null_texts
 from optimer_hf.errors import CorpusError
 
 SHUFFLE_BUFFER = 10_000
@@ -14,19 +14,19 @@ SHUFFLED_CHARACTERS = 256 * 2**20  # in the buffer at once: a corpus of books is
 # -- documents -------------------------------------------------------------------------------------
 
 
-def documents(config: CorpusConfig) -> Iterator[str]:
+def read_documents(config: CorpusConfig) -> Iterator[str]:
     """Yield the texts of a corpus in file order.
 
     Raises CorpusError that names file and row for what is absent, damaged, malformed or without the
     text field.
     """
     if config.path is not None:
-        yield from texts_of(config.path, config.text_field)
+        yield from read_texts(config.path, config.text_field)
     else:
-        yield from _streamed(config)
+        yield from _stream(config)
 
 
-def _streamed(config: CorpusConfig) -> Iterator[str]:
+def _stream(config: CorpusConfig) -> Iterator[str]:
     import datasets
 
     n_null = 0
@@ -50,10 +50,10 @@ def _streamed(config: CorpusConfig) -> Iterator[str]:
     ) as error:  # `datasets` raises dozens of types for a missing or unreadable data set
         raise CorpusError(f"{config.name}: `datasets` cannot read it ({error}).") from error
     finally:
-        say_left_out(config.name, config.text_field, n_null)
+        warn_of_null_texts(config.name, config.text_field, n_null)
 
 
-def shuffled(
+def shuffle(
     texts: Iterable[str],
     seed: int,
     buffer_size: int = SHUFFLE_BUFFER,

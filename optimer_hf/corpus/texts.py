@@ -42,14 +42,14 @@ TABLES = (".parquet", ".arrow")  # what `datasets` reads
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 
 
-def texts_of(path: Path, field: str) -> Iterator[str]:
+def read_texts(path: Path, field: str) -> Iterator[str]:
     """Yield the documents of a file, a folder or a glob: the texts in `field` of its rows, or plain
     text. Rows whose text is null are left out; a warning says how many.
 
     Raises CorpusError that names file and row for what is absent, damaged, malformed, without the
     field, or longer than LONGEST_ROW.
     """
-    for file in files_of(path):
+    for file in find_files(path):
         yield from _texts_of_file(file, field)
 
 
@@ -58,10 +58,10 @@ def has_rows(file: Path) -> bool:
     return _format(file) in (*ROWS, *TABLES)
 
 
-def fingerprint_of_texts(path: Path) -> str | None:
+def fingerprint_texts(path: Path) -> str | None:
     """Return a digest of the files that a path stands for, or None where there are none."""
     try:
-        found = files_of(path)
+        found = find_files(path)
     except CorpusError:
         return None
     if found == [path]:
@@ -73,7 +73,7 @@ def fingerprint_of_texts(path: Path) -> str | None:
 # -- which files -----------------------------------------------------------------------------------
 
 
-def files_of(path: Path) -> list[Path]:
+def find_files(path: Path) -> list[Path]:
     """Return the files that a path stands for: itself, or those of a folder or a glob, by name.
 
     Raises CorpusError where there is none, where one is of an unknown format, and where a folder
@@ -81,13 +81,13 @@ def files_of(path: Path) -> list[Path]:
     """
     if is_there(path):
         if path.is_dir():
-            return _files_in(path)
+            return _find_shards(path)
         if not path.is_file():
             raise CorpusError(f"{path}: is no regular file.")
         found = [path]
     elif WILDCARDS.search(str(path)):
         matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
-        found = _each_once(sorted(file for file in matches if _is_file(file)))
+        found = _drop_duplicates(sorted(file for file in matches if _is_file(file)))
         if not found:
             raise CorpusError(f"{path}: no file matches this pattern.")
     else:
@@ -102,16 +102,16 @@ def files_of(path: Path) -> list[Path]:
     return found
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _find_shards(folder: Path) -> list[Path]:
     """Return the shards in a folder and its sub-folders; plain text beside rows (README.md) is left
     out.
     """
     if (folder / "state.json").is_file():
-        return _saved_by_datasets(folder)
+        return _files_saved_by_datasets(folder)
     if (folder / "dataset_dict.json").is_file():
-        return _saved_split(folder)
+        return _files_of_saved_split(folder)
     by_format: dict[str, list[Path]] = {}
-    for file in _walked(folder):
+    for file in _walk(folder):
         kind = str(_format(file))
         by_format.setdefault("text" if kind in PLAIN else kind, []).append(file)
     plain = by_format.pop("text", [])
@@ -126,13 +126,13 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder}: found files of several formats ({', '.join(sorted(by_format))}). Name "
             f"those to read with a pattern: path: {folder.name}/*{min(by_format)}"
         )
-    found = _each_once(sorted(next(iter(by_format.values()), plain)))
+    found = _drop_duplicates(sorted(next(iter(by_format.values()), plain)))
     if _format(found[0]) not in PLAIN:  # a guide may be called testing.md
         _refuse_held_out(folder, found)
     return found
 
 
-def _walked(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path) -> Iterator[Path]:
     """Yield the files of a known format below a folder; linked folders are entered once."""
     entered: set[Path] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -157,7 +157,7 @@ def _is_file(file: Path) -> bool:
     return file.is_file()
 
 
-def _each_once(files: list[Path]) -> list[Path]:
+def _drop_duplicates(files: list[Path]) -> list[Path]:
     """Return files without those that are another of them through a link; raises CorpusError for
     a file and a compressed copy of it.
     """
@@ -176,7 +176,7 @@ def _each_once(files: list[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _saved_by_datasets(folder: Path) -> list[Path]:
+def _files_saved_by_datasets(folder: Path) -> list[Path]:
     """Return the files of a `Dataset.save_to_disk`; `cache-*.arrow`, which `map` leaves beside
     them, are others.
     """
@@ -191,7 +191,7 @@ def _saved_by_datasets(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _saved_split(folder: Path) -> list[Path]:
+def _files_of_saved_split(folder: Path) -> list[Path]:
     """Return the files of the only split of a `DatasetDict.save_to_disk`."""
     splits = sorted(file.parent for file in folder.glob("*/state.json"))
     if len(splits) != 1:
@@ -201,7 +201,7 @@ def _saved_split(folder: Path) -> list[Path]:
             f"{folder}: holds the splits {names} of a DatasetDict. Name the one to read: "
             f"path: {folder.name}/{first}"
         )
-    return _saved_by_datasets(splits[0])
+    return _files_saved_by_datasets(splits[0])
 
 
 def _refuse_held_out(folder: Path, found: list[Path]) -> None:
@@ -245,10 +245,10 @@ def _texts_of_file(file: Path, field: str) -> Iterator[str]:
     except (OSError, EOFError, UnicodeError, lzma.LZMAError, zlib.error, csv.Error) as error:
         raise CorpusError(f"{file}: cannot be read as UTF-8 text ({error}).") from error
     finally:
-        say_left_out(file.name, field, n_null)
+        warn_of_null_texts(file.name, field, n_null)
 
 
-def say_left_out(name: str, field: str, n_null: int) -> None:
+def warn_of_null_texts(name: str, field: str, n_null: int) -> None:
     """Warn of rows of a corpus whose text is null, if there are any."""
     if n_null:
         warn_once(logger, f"{name}: left out {n_null:,} rows whose {field!r} is null")

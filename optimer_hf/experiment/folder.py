@@ -11,7 +11,7 @@ from optimer_hf.files.digest import digest, fingerprint, sha256_file
 from optimer_hf.files.model import parse
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.files.reference import expanded, is_there
+from optimer_hf.files.reference import expand_home, is_there
 from optimer_hf.files.text import slug
 from optimer_hf.training.config import MOST_TOKENS, is_count_of_tokens
 
@@ -61,7 +61,7 @@ class Run:
         for file in sorted([*self.folder.rglob("*.yaml"), *self.folder.rglob("*.yml")]):
             with contextlib.suppress(ConfigError):  # none of ours, or told when it is read
                 for _, text in strings_in(read_yaml(file)):
-                    path = (file.parent / expanded(Path(text))).resolve()
+                    path = (file.parent / expand_home(Path(text))).resolve()
                     if is_there(path) and not path.is_relative_to(self.folder):
                         files = sorted(path.iterdir()) if path.is_dir() else [path]
                         found[text] = {f.name: fingerprint(f) for f in files if f.is_file()}
@@ -167,7 +167,7 @@ def _trainings(
     folder: Path, study: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> dict[str, "TrainConfig"]:
     """Return the TrainConfig of every vector to train, with the changes of the budget."""
-    from optimer_hf.corpus.documents import documents
+    from optimer_hf.corpus.documents import read_documents
     from optimer_hf.training.checks import check_config
     from optimer_hf.training.config import TrainConfig
 
@@ -178,7 +178,7 @@ def _trainings(
             training = parse(TrainConfig, _laid_over(read_yaml(file), changes), file)
             check_config(training, file)
             for corpus in training.corpora:
-                next(documents(corpus), None)
+                next(read_documents(corpus), None)
             trainings[name] = training
     return trainings
 

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.model import VersionedFile, absent, absent_of_data, listed
+from optimer_hf.files.model import (
+    VersionedFile,
+    list_absent_files,
+    list_absent_files_of_data,
+    list_mistakes,
+)
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.recipes.record import RecipeFile
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
@@ -61,7 +66,7 @@ def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
     except ConfigError as error:
         missing = _absent_beside_mistakes(path) if strict else ""
         raise ConfigError("\n".join(filter(None, [str(error), missing]))) from error
-    missing = absent(path, fields)
+    missing = list_absent_files(path, fields)
     if strict and missing:
         raise ConfigError(missing)
     return what, missing.splitlines()
@@ -100,8 +105,9 @@ def _checked_merge_config(path: Path) -> dict[str, Any]:
 
 
 def _absent_beside_mistakes(path: Path) -> str:
-    """Return the local files that a file with mistakes names and that are missing, as `absent`
-    does; nothing where it is no YAML.
+    """Return, as `list_absent_files` does, the missing files that a file with mistakes names.
+
+    The text is empty for a file that is not YAML.
     """
     from optimer_hf.merging.mergekit_yaml import absent_models, is_for_mergekit
 
@@ -111,7 +117,7 @@ def _absent_beside_mistakes(path: Path) -> str:
         return ""
     if is_for_mergekit(data):
         return absent_models(data, path)
-    return absent_of_data(KINDS[kind_of(data)], data, path)
+    return list_absent_files_of_data(KINDS[kind_of(data)], data, path)
 
 
 def check_fields(path: Path, kind: str) -> None:
@@ -125,7 +131,7 @@ def check_fields(path: Path, kind: str) -> None:
         return
     config = KINDS[kind].read(path)
     if isinstance(config, TrainConfig) and (mistakes := [*unknown_fields(config)]):
-        raise ConfigError(listed(path, mistakes))
+        raise ConfigError(list_mistakes(path, mistakes))
 
 
 # -- sorting ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from optimer_hf.errors import OutputError
-from optimer_hf.files.paths import ATOMIC_PREFIX, _hidden
+from optimer_hf.files.paths import ATOMIC_PREFIX, hidden_name
 
 WAIT_SECONDS = 60.0
 SWEEP_SECONDS = 0.3  # for as long a lock may be held by who removes it
@@ -22,7 +22,7 @@ SECONDS_TO_LOCK = 60  # between the making of a scratch directory and its lock, 
 
 
 @contextlib.contextmanager
-def exclusive(place: Path, *, wait: bool = False, beside: Path | None = None) -> Iterator[bool]:
+def hold_place(place: Path, *, wait: bool = False, beside: Path | None = None) -> Iterator[bool]:
     """Hold a place for this process while it is written; not re-entrant, gone with the process.
 
     The lock is a hidden file in `beside` (None: the folder of `place`), which has to be there.
@@ -31,7 +31,7 @@ def exclusive(place: Path, *, wait: bool = False, beside: Path | None = None) ->
     Yields whether the file system has locks at all.
     """
     folder = place.parent if beside is None else beside
-    file = folder / _hidden(place.name, ".lock")
+    file = folder / hidden_name(place.name, ".lock")
     for each in {folder, place.parent}:
         remove_dead_locks(each)
     with contextlib.ExitStack() as stack:
@@ -49,7 +49,7 @@ def exclusive(place: Path, *, wait: bool = False, beside: Path | None = None) ->
 
 
 def remove_dead_locks(folder: Path) -> None:
-    """Remove the locks of `exclusive` in a folder that no process holds.
+    """Remove the locks of `hold_place` in a folder that no process holds.
 
     Each is unlinked while it is held, and who waited for it takes another of that name.
     """

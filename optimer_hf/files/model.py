@@ -16,7 +16,7 @@ from optimer_hf.files.reading import line_of
 from optimer_hf.files.reading import read_yaml as read_yaml
 from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import write_text
-from optimer_hf.files.text import _dotted, _with_field, did_you_mean, shown
+from optimer_hf.files.text import did_you_mean, field_path, prefix_field, quote
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -26,9 +26,9 @@ Mistake = tuple[Place, str]  # and what is wrong there
 class FieldError(ValueError):
     """What a model finds wrong between its fields: places within it, and what is wrong there."""
 
-    def __init__(self, found: Sequence[Mistake]) -> None:
-        super().__init__("; ".join(_with_field(*each) for each in found))
-        self.found = found
+    def __init__(self, mistakes: Sequence[Mistake]) -> None:
+        super().__init__("; ".join(prefix_field(*each) for each in mistakes))
+        self.mistakes = mistakes
 
 
 class FileModel(BaseModel):
@@ -43,7 +43,7 @@ class FileModel(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _without_mistakes(self) -> Self:
+    def _refuse_mistakes(self) -> Self:
         found = list(self.mistakes())
         if found:
             raise FieldError(found)
@@ -80,33 +80,33 @@ def parse(cls: type[ModelT], data: Mapping[str, Any], path: Path) -> ModelT:
     try:
         return cls.model_validate(data, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        mistakes = [each for mistake in error.errors() for each in _described(cls, mistake)]
-        raise ConfigError(listed(path, mistakes)) from None
+        mistakes = [each for mistake in error.errors() for each in _explain(cls, mistake)]
+        raise ConfigError(list_mistakes(path, mistakes)) from None
 
 
-def listed(origin: Path | str, mistakes: Iterable[Mistake]) -> str:
+def list_mistakes(origin: Path | str, mistakes: Iterable[Mistake]) -> str:
     """Return mistakes, a line each: the file with its line, or what else they come from, and what
     is wrong there.
     """
     return "\n".join(f"{origin}{_at_line(origin, where)}: {message}" for where, message in mistakes)
 
 
-def absent(path: Path, config: Any) -> str:
+def list_absent_files(path: Path, config: Any) -> str:
     """Return the local files that a config, read from `path`, names and that are not there, a line
-    each as in `listed`.
+    each as in `list_mistakes`.
     """
-    return listed(
+    return list_mistakes(
         path,
         (
-            (at, f"{_dotted(at)}: {text}: no such file or directory.")
+            (at, f"{field_path(at)}: {text}: no such file or directory.")
             for at, text in strings_in(config)
-            if Path(text).is_absolute() and not _is_matched(text)
+            if Path(text).is_absolute() and not _exists(text)
         ),
     )
 
 
-def absent_of_data(cls: type[BaseModel], data: Mapping[str, Any], path: Path) -> str:
-    """Return what `absent` does of data, read from `path`, that may not make a sound `cls`."""
+def list_absent_files_of_data(cls: type[BaseModel], data: Mapping[str, Any], path: Path) -> str:
+    """Do as `list_absent_files` for data read from `path`, even if it is not a valid `cls`."""
     noted: dict[tuple[str, str], str] = {}
     with contextlib.suppress(ValidationError):
         cls.model_validate(data, context={"folder": path.resolve().parent, "noted": noted})
@@ -114,21 +114,21 @@ def absent_of_data(cls: type[BaseModel], data: Mapping[str, Any], path: Path) ->
     for at, text in strings_in(data):
         names = ((str(part), each) for part in at for each in (text, str(Path(text))))
         absolute = next((noted[name] for name in names if name in noted), text)
-        if Path(absolute).is_absolute() and not _is_matched(absolute):
-            found.append((at, f"{_dotted(at)}: {absolute}: no such file or directory."))
-    return listed(path, found)
+        if Path(absolute).is_absolute() and not _exists(absolute):
+            found.append((at, f"{field_path(at)}: {absolute}: no such file or directory."))
+    return list_mistakes(path, found)
 
 
-def _is_matched(text: str) -> bool:
+def _exists(text: str) -> bool:
     """Return whether a path is there, or is a pattern that matches a file."""
     return is_there(Path(text)) or bool(glob.has_magic(text) and glob.glob(text, recursive=True))  # noqa: PTH207
 
 
-def refuse_absent(configs: Mapping[Path, Any]) -> None:
+def refuse_absent_files(configs: Mapping[Path, Any]) -> None:
     """Raise ConfigError for local files that configs, by the files they were read from, name and
     that are not there.
     """
-    found = [text for path, config in configs.items() if (text := absent(path, config))]
+    found = [text for path, config in configs.items() if (text := list_absent_files(path, config))]
     if found:
         raise ConfigError("\n".join(found))
 
@@ -141,14 +141,14 @@ def _at_line(path: Path | str, location: Sequence[str | int]) -> str:
     return f":{line}" if line else ""
 
 
-def _described(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mistake]:
+def _explain(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mistake]:
     """Yield place, field, found and expected of one pydantic error, each in one line."""
     where = tuple(mistake["loc"])
-    field, message = _dotted(where), mistake["msg"].rstrip(".")
+    field, message = field_path(where), mistake["msg"].rstrip(".")
     cause = mistake.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
-        for inner, text in cause.found:
-            yield (*where, *inner), f"{_with_field((*where, *inner), text)}."
+        for inner, text in cause.mistakes:
+            yield (*where, *inner), f"{prefix_field((*where, *inner), text)}."
     elif mistake["type"] == "extra_forbidden":
         hint = did_you_mean(str(where[-1]), _fields_at(cls, where[:-1]))
         yield where, f"unknown field {field!r}.{hint}"
@@ -159,7 +159,7 @@ def _described(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mis
         if mistake["type"] == "literal_error" and isinstance(mistake["input"], str):
             close = did_you_mean(mistake["input"], re.findall("'(.+?)'", message))
             hint = close if "mean" in close else ""
-        found = shown(mistake["input"])
+        found = quote(mistake["input"])
         message = message.removeprefix("Value error, ")
         yield where, f"{field}: found {found}. {message}.{hint}"
 

@@ -32,47 +32,47 @@ def strings_in(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[Pla
         yield from strings_in(item, (*at, key))
 
 
-def relocated(value: Any, old: Path, new: Path) -> Any:
+def relocate(value: Any, old: Path, new: Path) -> Any:
     """Return a value of a file of ours with paths replaced by those that lie to `new` as they lay
     to `old`, where something is there: a copied folder has its own files.
     """
 
-    def moved(text: str) -> str:
+    def move(text: str) -> str:
         if not Path(text).is_absolute():
             return text
         path = Path(os.path.normpath(new / os.path.relpath(text, old)))
         return str(path) if is_there(path) else text
 
-    return _with_texts(value, moved)
+    return _map_texts(value, move)
 
 
-def portable(value: Any, folder: Path) -> Any:
+def make_relative(value: Any, folder: Path) -> Any:
     """Return a value of a file of ours with every absolute path in it relative to a folder."""
-    return _with_texts(
+    return _map_texts(
         value, lambda text: os.path.relpath(text, folder) if Path(text).is_absolute() else text
     )
 
 
-def without_folders(value: Any) -> Any:
+def drop_folders(value: Any) -> Any:
     """Return a value with every path in it, absolute or relative, cut down to the file's name."""
-    return _with_texts(
+    return _map_texts(
         value, lambda text: Path(text).name if text.startswith(("/", "./", "../")) else text
     )
 
 
-def _with_texts(value: Any, replaced: Callable[[str], str]) -> Any:
+def _map_texts(value: Any, replaced: Callable[[str], str]) -> Any:
     """Return a value of a file of ours with the texts in it replaced that may name files."""
     if isinstance(value, dict):
         return {
-            key: item if key in FREE_TEXT else _with_texts(item, replaced)
+            key: item if key in FREE_TEXT else _map_texts(item, replaced)
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [_with_texts(item, replaced) for item in value]
+        return [_map_texts(item, replaced) for item in value]
     return replaced(value) if isinstance(value, str) else value
 
 
-def _hidden(name: str, mark: str, *, before: bool = False) -> str:
+def hidden_name(name: str, mark: str, *, before: bool = False) -> str:
     """Return `name` hidden and marked; a name that would become too long by its digest."""
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + Path(name).suffix[:16]

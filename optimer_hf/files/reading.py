@@ -98,7 +98,9 @@ def _text_of(path: Path, largest: int) -> str:
 def _parse_json(text: str, path: Path) -> Any:
     try:
         data = json.loads(
-            text, object_pairs_hook=functools.partial(_unique, path), parse_int=_whole_number
+            text,
+            object_pairs_hook=functools.partial(_mapping_of_pairs, path),
+            parse_int=_whole_number,
         )
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON. {error.msg}.") from None
@@ -110,7 +112,7 @@ def _parse_json(text: str, path: Path) -> Any:
     return data
 
 
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _mapping_of_pairs(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         seen: set[str] = set()
@@ -124,7 +126,7 @@ def _refuse_unwritable(data: Any, path: Path) -> None:
     while waiting:
         value = waiting.pop()
         if isinstance(value, str) and UNWRITABLE.search(value):
-            raise ConfigError(f"{path}: not valid JSON. {_unwritable(value)}.")
+            raise ConfigError(f"{path}: not valid JSON. {_say_unwritable(value)}.")
         if isinstance(value, dict):
             waiting += [*value, *value.values()]
         elif isinstance(value, list):
@@ -137,7 +139,7 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def _unwritable(text: str) -> str:
+def _say_unwritable(text: str) -> str:
     return f"found {text[:80]!r}, which holds a null byte or half a character"
 
 
@@ -230,7 +232,7 @@ class _Loader(_Parser):
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise _problem(node, f"{node.tag} cannot be made of this value ({reason})") from None
         if isinstance(value, str) and UNWRITABLE.search(value):
-            raise _problem(node, _unwritable(value))
+            raise _problem(node, _say_unwritable(value))
         return value
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int:

@@ -26,7 +26,7 @@ class Reference:
     @property
     def path(self) -> Path | None:
         """The local path, or None when the reference names something elsewhere."""
-        path = expanded(Path(self.text))
+        path = expand_home(Path(self.text))
         return path if path.is_absolute() else None
 
     @property
@@ -65,13 +65,13 @@ def absolute_reference(text: str, folder: Path) -> str:
     """
     if text.startswith(("hf://", "pypi:")):
         return text
-    path = folder / expanded(Path(text))
+    path = folder / expand_home(Path(text))
     name = text.partition("@")[0]  # a revision may have slashes: org/name@refs/pr/1
     looks_local = text.startswith((".", "/", "~")) or name.count("/") != 1
     return str(path.resolve()) if looks_local or is_there(path) else text
 
 
-def expanded(path: Path) -> Path:
+def expand_home(path: Path) -> Path:
     """Return a path with `~` replaced; as it is when nobody has that name."""
     try:
         return path.expanduser()
@@ -91,8 +91,8 @@ def _folder(info: ValidationInfo) -> Path:
     return Path((info.context or {}).get("folder", "."))
 
 
-def _noted(info: ValidationInfo, text: str, absolute: str) -> str:
-    """Return what a text of a field names, and note it for `absent_of_data`."""
+def _note_path(info: ValidationInfo, text: str, absolute: str) -> str:
+    """Return what a text of a field names, and note it for `list_absent_files_of_data`."""
     (info.context or {}).get("noted", {})[str(info.field_name), text] = absolute
     return absolute
 
@@ -101,13 +101,15 @@ def _text_of_path(value: Any, info: ValidationInfo) -> Any:
     """Return a path object as absolute text, for it is no Hub id; any other value as it is."""
     if not isinstance(value, os.PathLike):
         return value
-    return str((_folder(info) / expanded(Path(value))).resolve())
+    return str((_folder(info) / expand_home(Path(value))).resolve())
 
 
 ReferenceText = Annotated[
     str,
     BeforeValidator(_text_of_path),
-    AfterValidator(lambda text, info: _noted(info, text, absolute_reference(text, _folder(info)))),
+    AfterValidator(
+        lambda text, info: _note_path(info, text, absolute_reference(text, _folder(info)))
+    ),
 ]
 
 
@@ -125,7 +127,7 @@ def _vector_or_reference(text: str | None, info: ValidationInfo) -> str | None:
         raise ValueError(
             f"expected 'base', a vector ({', '.join(vectors)}) or a model (org/name, a directory)"
         )
-    return _noted(info, text, absolute_reference(text, _folder(info)))
+    return _note_path(info, text, absolute_reference(text, _folder(info)))
 
 
 TokenizerSource = Annotated[str | None, AfterValidator(_vector_or_reference)]
@@ -139,7 +141,7 @@ def tokenizer_reference(named: str | None, sources: Mapping[str, str | None]) ->
 
 
 def _local_path(path: Path, info: ValidationInfo) -> Path:
-    return Path(_noted(info, str(path), str((_folder(info) / expanded(path)).resolve())))
+    return Path(_note_path(info, str(path), str((_folder(info) / expand_home(path)).resolve())))
 
 
 LocalPath = Annotated[Path, AfterValidator(_local_path)]

@@ -17,8 +17,8 @@ from filelock import Timeout
 
 from optimer_hf.errors import OutputError
 from optimer_hf.files.disk import naming_disk_errors
-from optimer_hf.files.locks import SECONDS_TO_LOCK, exclusive, locking, remove_dead_locks
-from optimer_hf.files.paths import ATOMIC_PREFIX, _hidden
+from optimer_hf.files.locks import SECONDS_TO_LOCK, hold_place, locking, remove_dead_locks
+from optimer_hf.files.paths import ATOMIC_PREFIX, hidden_name
 from optimer_hf.files.reference import is_there
 
 COMPLETE = f"{ATOMIC_PREFIX}complete"  # a staged directory that only has to be moved out of there
@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     make_directory(path.parent)
     try:
-        with exclusive(path, wait=True) as alone:
+        with hold_place(path, wait=True) as alone:
             if alone:
                 _remove_leftovers(path.parent, path.name)
             temporary = path.with_name(_staging_name(path.name))
@@ -88,7 +88,7 @@ def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         make_directory(place.parent)
         inside = _stages_inside(place, replace)
         parent = place if inside else place.parent
-        with exclusive(place, beside=parent) as alone:
+        with hold_place(place, beside=parent) as alone:
             require(out)
             if alone:
                 _remove_leftovers(parent, place.name)
@@ -136,7 +136,7 @@ def _move(staging: Path, out: Path, place: Path) -> None:
 
 def _whole_beside(place: Path) -> Path:
     """Return where a whole directory waits that only has to take the place of another."""
-    return place.with_name(_hidden(place.name, WHOLE, before=True))
+    return place.with_name(hidden_name(place.name, WHOLE, before=True))
 
 
 def _swap(place: Path) -> None:
@@ -177,15 +177,15 @@ def finish_move(out: Path) -> None:
         remove_dead_locks(folder)
     with naming_disk_errors(out, "It is not complete"):
         if _is_half_filled(place):
-            with exclusive(place, beside=place):
+            with hold_place(place, beside=place):
                 if _is_half_filled(place):
                     _fill(place)
         if is_there(_whole_beside(place)):
-            with exclusive(place):
+            with hold_place(place):
                 if is_there(_whole_beside(place)):
                     _swap(place)
     if _leftovers(place.parent, place.name):
-        with contextlib.suppress(OutputError, OSError), exclusive(place) as alone:
+        with contextlib.suppress(OutputError, OSError), hold_place(place) as alone:
             if alone:
                 _remove_leftovers(place.parent, place.name)
 
@@ -214,7 +214,7 @@ def scratch_directory(prefix: str) -> Iterator[Path]:
 
 def _staging_name(name: str) -> str:
     """Return a name that no other process uses while it writes `name`; its suffix stays."""
-    return _hidden(name, f"{secrets.token_hex(4)}-", before=True)
+    return hidden_name(name, f"{secrets.token_hex(4)}-", before=True)
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
@@ -225,7 +225,7 @@ def _remove_leftovers(folder: Path, name: str) -> None:
 
 def _leftovers(folder: Path, name: str) -> list[Path]:
     """Return what processes stage in a folder that write `name`, or left there when they died."""
-    ending = _hidden(name, "", before=True).removeprefix(ATOMIC_PREFIX)
+    ending = hidden_name(name, "", before=True).removeprefix(ATOMIC_PREFIX)
     found = []
     for entry in folder.glob(f"{ATOMIC_PREFIX}????????-*"):
         mark, _, rest = entry.name.removeprefix(ATOMIC_PREFIX).partition("-")

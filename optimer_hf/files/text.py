@@ -9,23 +9,25 @@ from typing import Any
 from pydantic import ValidationError
 
 
-def _dotted(where: Sequence[str | int]) -> str:
+def field_path(where: Sequence[str | int]) -> str:
+    """Return the place of a field in a file as dotted text."""
     return ".".join(str(part) for part in where)
 
 
-def _with_field(where: Sequence[str | int], message: str) -> str:
-    return f"{_dotted(where)}: {message}" if where else message
+def prefix_field(where: Sequence[str | int], message: str) -> str:
+    """Return a message with the field that it is about in front."""
+    return f"{field_path(where)}: {message}" if where else message
 
 
-def shown(value: Any) -> str:
+def quote(value: Any) -> str:
     """Return a value as a message shows it: a few parts of a large one."""
-    brief = reprlib.Repr()
-    brief.maxlevel, brief.maxdict, brief.maxlist = 3, 3, 5
-    brief.maxstring = brief.maxother = 80
-    return brief.repr(value)
+    limited = reprlib.Repr()
+    limited.maxlevel, limited.maxdict, limited.maxlist = 3, 3, 5
+    limited.maxstring = limited.maxother = 80
+    return limited.repr(value)
 
 
-def brief(numbers: Mapping[str, float], *, most: int = 6) -> str:
+def summarize_numbers(numbers: Mapping[str, float], *, most: int = 6) -> str:
     """Return named numbers as a repr shows them: at most `most`, and how many more there are."""
     parts = [f"{name} {value:.4g}" for name, value in list(numbers.items())[:most]]
     if len(numbers) > most:
@@ -77,6 +79,6 @@ def first_line(error: BaseException) -> str:
     """Return what an error of a library says, in one line: of several mistakes the first."""
     if isinstance(error, ValidationError):
         mistake = error.errors()[0]
-        return f"{_with_field(mistake['loc'], mistake['msg'])}; found {shown(mistake['input'])}"
+        return f"{prefix_field(mistake['loc'], mistake['msg'])}; found {quote(mistake['input'])}"
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

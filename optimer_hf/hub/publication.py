@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimer_hf.errors import HubError
-from optimer_hf.files.paths import without_folders
+from optimer_hf.files.paths import drop_folders
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import Reference, is_pinned, pinned
 from optimer_hf.hub.private import refuse_private
@@ -176,7 +176,7 @@ def _recipe(
     if kind == "model":
         _refuse_other_model(directory, lock)
     data = recipe.model_dump(mode="json", exclude_none=True)
-    data |= without_folders({key: data[key] for key in ("objective",) if key in data})
+    data |= drop_folders({key: data[key] for key in ("objective",) if key in data})
     header = "# Build it with: optimer build recipe.yaml OUT\n"
     files["recipe.yaml"] = (header + yaml_text(data)).encode()
     files["optimer.yml"] = yaml_text(merge_config_of(recipe, recipe.weights)).encode()
@@ -258,7 +258,7 @@ def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
         data = json.loads(path.read_text(encoding="utf-8"))
         for name, vector in data.get("vectors", {}).items():
             vector["source"] = sources.get(name, vector["source"])
-        return json.dumps(without_folders(data), indent=2, ensure_ascii=False).encode()
+        return json.dumps(drop_folders(data), indent=2, ensure_ascii=False).encode()
     if path.name == "inputs.json":
         digests = json.loads(path.read_text(encoding="utf-8")) | {"folder": None}
         return json.dumps(digests, indent=2).encode()

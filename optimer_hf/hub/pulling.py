@@ -23,7 +23,7 @@ from pydantic import ValidationError, field_validator
 
 from optimer_hf.errors import HubError, OptimerError
 from optimer_hf.files.digest import sha256_file
-from optimer_hf.files.locks import exclusive
+from optimer_hf.files.locks import hold_place
 from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.reference import Reference
 from optimer_hf.files.staging import require_empty, staged_directory
@@ -332,7 +332,7 @@ def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -
     )
     moved: tuple[str, ...] = ()
     if is_there:
-        with exclusive(target, beside=target):
+        with hold_place(target, beside=target):
             before = _refuse_change(target, snapshot, update) or pulled  # read under the lock
             moved = _moved(before, target, snapshot.commit, digests, record)
             _stage_update(snapshot, pulled, before, target)
@@ -369,7 +369,7 @@ def _stage_update(
 def _put_pending_in_place(target: Path) -> None:
     """Finish an update that has arrived whole and that a kill interrupted."""
     if (target / PENDING).is_dir():
-        with exclusive(target, beside=target):
+        with hold_place(target, beside=target):
             _finish_update(target)
 
 

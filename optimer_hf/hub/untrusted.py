@@ -17,7 +17,7 @@ from optimer_hf.files.model import parse
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import COMMIT, pinned
-from optimer_hf.files.text import shown
+from optimer_hf.files.text import quote
 from optimer_hf.hub.publication import IDENTITY, Kind
 from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
 from optimer_hf.study.config import StudyConfig
@@ -93,7 +93,7 @@ def _refuse_folders(where: str, text: str) -> None:
     """Raise HubError for a text that as a path leads out of the folder that it stands in."""
     if re.search(r"[/\\\0]", text) or text.startswith(("~", ".")):
         raise HubError(
-            f"{where}: found {shown(text)}, expected a model on the Hub or the name of a file. "
+            f"{where}: found {quote(text)}, expected a model on the Hub or the name of a file. "
             "What comes from others may not name local files."
         )
 

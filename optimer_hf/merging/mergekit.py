@@ -13,7 +13,7 @@ import torch
 from optimer_hf.errors import ConfigError, ModelError, OptimerError, VocabularyError
 from optimer_hf.files.digest import digest, sha256_file
 from optimer_hf.files.disk import DISK_ERRORS
-from optimer_hf.files.model import refuse_absent
+from optimer_hf.files.model import refuse_absent_files
 from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import require_empty, staged_directory, write_text
 from optimer_hf.files.text import first_line
@@ -90,7 +90,7 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
         raise ConfigError(
             f"--engine native: {only_mergekit[0]} is for mergekit only. Leave out one of them."
         )
-    refuse_absent({path: with_absolute_references(config, path)})
+    refuse_absent_files({path: with_absolute_references(config, path)})
     if linear is not None and engine != "mergekit" and not only_mergekit:
         base = resolve_model(linear.base_model)
         refuse_other_than_models(base)

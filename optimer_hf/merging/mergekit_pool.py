@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.text import shown
+from optimer_hf.files.text import quote
 from optimer_hf.merging.mergekit_yaml import METHOD, ModelName, model_name, with_models
 from optimer_hf.vectors.record import read_record
 
@@ -175,9 +175,9 @@ def not_searched(config: Mapping[str, Any]) -> list[str]:
                 found.append(f"{where}: parameters.{name}".removeprefix(": "))
     if makes_tokenizer(config):
         field = "tokenizer" if config.get("tokenizer") else "tokenizer_source"
-        found.append(f"{field}: {shown(config.get(field))}")
+        found.append(f"{field}: {quote(config.get(field))}")
     if config.get("chat_template"):
-        found.append(f"chat_template: {shown(config['chat_template'])}")
+        found.append(f"chat_template: {quote(config['chat_template'])}")
     return found
 
 
@@ -188,7 +188,7 @@ def _is_unsearched(name: str, value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else shown(value)
+    return value if isinstance(value, str) else quote(value)
 
 
 def with_weights(

@@ -17,11 +17,11 @@ from typing import Any, get_args
 import yaml
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.model import Mistake, absent, listed
+from optimer_hf.files.model import Mistake, list_absent_files, list_mistakes
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.files.reference import absolute_reference, expanded, is_there
-from optimer_hf.files.text import did_you_mean, first_line, shown
+from optimer_hf.files.reference import absolute_reference, expand_home, is_there
+from optimer_hf.files.text import did_you_mean, first_line, quote
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +91,10 @@ def model_name(value: Any, folder: Path) -> ModelName:
         model, adapter = _split(value, folder)
         return ModelName(_absolute(model, folder), adapter and _absolute(adapter, folder))
     if not isinstance(value, Mapping):
-        raise ValueError(f"found {shown(value)}, expected a path or a Hub id.")
+        raise ValueError(f"found {quote(value)}, expected a path or a Hub id.")
     _refuse_other_keys(value, ["model", "lora", "override_architecture"])
     if value.get("model") is None:
-        raise ValueError(f"found {shown(value)}, expected {{model: {{path: ...}}}}.")
+        raise ValueError(f"found {quote(value)}, expected {{model: {{path: ...}}}}.")
     adapter = value.get("lora")
     return ModelName(
         _of_long_path(value["model"], folder),
@@ -107,7 +107,7 @@ def _of_long_path(value: Any, folder: Path) -> str:
     if isinstance(value, str):
         return _absolute(value, folder)
     if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
-        raise ValueError(f"found {shown(value)}, expected {{path: ..., revision: ...}}.")
+        raise ValueError(f"found {quote(value)}, expected {{path: ..., revision: ...}}.")
     _refuse_other_keys(value, ["path", "revision"])
     path, revision = value["path"], value.get("revision")
     return _absolute(path if revision is None else f"{path}@{revision}", folder)
@@ -144,7 +144,7 @@ def _absolute(text: str, folder: Path) -> str:
 
 
 def _exists(text: str, folder: Path) -> bool:
-    return is_there(folder / expanded(Path(text)))
+    return is_there(folder / expand_home(Path(text)))
 
 
 def with_models(config: Mapping[str, Any], changed: Callable[[Any], Any]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def absent_models(config: Mapping[str, Any], path: Path) -> str:
         except ValueError:  # a mistake of its own
             return None
 
-    return absent(path, dict[str, Any](with_models(config, absolute)))
+    return list_absent_files(path, dict[str, Any](with_models(config, absolute)))
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def read_merge_config(path: Path, *, warns: bool = True) -> dict[str, Any]:
                 else:
                     found.append((place, message))
     if found:
-        raise ConfigError(listed(path, found))
+        raise ConfigError(list_mistakes(path, found))
     if ignored and warns:
         named = ", ".join(".".join(map(str, place)) for place in ignored)
         method = config["merge_method"]
@@ -322,11 +322,11 @@ def _mistakes(config: Mapping[str, Any], path: Path) -> Iterator[Mistake]:
             yield (field,), f"{field}: found {config[field]!r}, no dtype of a merge.{hint}"
     for field in ("models", "slices"):
         if not isinstance(config.get(field, []), list):
-            yield (field,), f"{field}: found {shown(config[field])}, expected a list."
+            yield (field,), f"{field}: found {quote(config[field])}, expected a list."
     for at, block, _ in _blocks(config):
         dotted = ".".join(map(str, at))
         if not isinstance(block, Mapping):
-            yield at, f"{dotted}: found {shown(block)}, expected a mapping."
+            yield at, f"{dotted}: found {quote(block)}, expected a mapping."
         elif at[-2:-1] in (("models",), ("sources",)) and block.get("model") is None:
             yield at, f"{dotted}: field 'model' is missing."
         if isinstance(block, Mapping):
@@ -351,7 +351,7 @@ def _template_mistakes(template: Any) -> Iterator[Mistake]:
     if template not in known:
         hint = did_you_mean(str(template), known)
         expected = "expected auto, a name or a Jinja template."
-        yield ("chat_template",), f"chat_template: found {shown(template)}, {expected}{hint}"
+        yield ("chat_template",), f"chat_template: found {quote(template)}, {expected}{hint}"
 
 
 def chat_templates() -> dict[str, str]:
@@ -451,7 +451,7 @@ def _stray(
         return
     at, where = (*at, "parameters"), f"{where}.parameters".removeprefix(".")
     if not isinstance(given, Mapping):
-        yield at, f"{where}: found {shown(given)}, expected a mapping."
+        yield at, f"{where}: found {quote(given)}, expected a mapping."
         return
     for key, value in given.items():
         if key in parameters:
@@ -492,13 +492,13 @@ def _value_mistakes(parameter: Any, value: Any, at: Place) -> Iterator[Mistake]:
     for index, item in enumerate(items):
         place = (*at, index) if items is value else at
         if not isinstance(item, Mapping):
-            yield place, f"found {shown(item)} beside filters, expected {{filter, value}} too."
+            yield place, f"found {quote(item)} beside filters, expected {{filter, value}} too."
             continue
         for key in item:
             if key not in ("filter", "value"):
                 yield (*place, key), _unknown(key, ["filter", "value"])
         if not isinstance(item.get("filter"), str | None):
-            found = shown(item["filter"])
+            found = quote(item["filter"])
             yield (*place, "filter"), f"filter: found {found}, expected part of a tensor's name."
         inner = (*place, "value") if "value" in item else place
         yield from _gradient_mistakes(parameter, item.get("value"), inner)
@@ -524,7 +524,7 @@ def _why_no_scalar(parameter: Any, value: Any, kinds: tuple[Any, ...], expected:
             raise ValueError
         found = parameter.validate(value)
     except ValueError:
-        return f"found {shown(value)}, expected {expected}."
+        return f"found {quote(value)}, expected {expected}."
     if isinstance(found, float) and not math.isfinite(found):
         return f"found {found}, expected a finite number."
     least, most = (0, LARGEST) if int in kinds else (-LARGEST, LARGEST)
@@ -547,7 +547,7 @@ def _number_mistakes(at: Place, block: Mapping[Any, Any]) -> Iterator[Mistake]:
             what = "[first, end], layers" if field == "layer_range" else "a number"
             dotted = ".".join(map(str, (*at, field)))
             expected = f"expected {what} of {least:,} to {most:,}."
-            yield (*at, field), f"{dotted}: found {shown(value)}, {expected}"
+            yield (*at, field), f"{dotted}: found {quote(value)}, {expected}"
 
 
 def _anchored(path: Path) -> set[str]:

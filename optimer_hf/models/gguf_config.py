@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from optimer_hf.errors import ModelError
-from optimer_hf.files.text import shown
+from optimer_hf.files.text import quote
 from optimer_hf.models.gguf_header import GgufHeader
 from optimer_hf.models.loader import gguf_keys_read, gguf_numbers
 
@@ -75,7 +75,7 @@ def fitted_config(config: Any, header: GgufHeader) -> Any:
 
 def _unread(header: GgufHeader, key: str, value: Any) -> ModelError:
     return ModelError(
-        f"{header.path}: {header.architecture}.{key} = {shown(value)} may change what the model "
+        f"{header.path}: {header.architecture}.{key} = {quote(value)} may change what the model "
         "computes, and transformers has no place for it. Convert the original weights instead."
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from optimer_hf.errors import ModelError, OptimerError
-from optimer_hf.files.text import first_line, shown
+from optimer_hf.files.text import first_line, quote
 from optimer_hf.models.gguf_header import GgufHeader
 from optimer_hf.models.layout import GENERATION_CONFIG
 
@@ -52,14 +52,14 @@ def refuse_code(path: Path) -> None:
         config = read_settings(file)
         if config.get("auto_map"):
             raise ModelError(
-                f"{file}: `auto_map` names code of the model ({shown(config['auto_map'])}), which "
+                f"{file}: `auto_map` names code of the model ({quote(config['auto_map'])}), which "
                 "is never run. Where transformers has the architecture itself, take `auto_map` out "
                 "of a copy of the directory."
             )
         if config.get("transformers_weights"):
             raise ModelError(
                 f"{file}: `transformers_weights` names another weights file "
-                f"({shown(config['transformers_weights'])}) than those that are merged. Take it "
+                f"({quote(config['transformers_weights'])}) than those that are merged. Take it "
                 "out of a copy of the directory."
             )
         kernels = [str(config.get(key) or config.get(f"_{key}") or "") for key in KERNELS]
@@ -67,7 +67,7 @@ def refuse_code(path: Path) -> None:
         if found is not None or config.get("megatron_config"):
             named = found or config.get("megatron_core")
             raise ModelError(
-                f"{file}: names code to load ({shown(named)}), which is never run. Take it out of "
+                f"{file}: names code to load ({quote(named)}), which is never run. Take it out of "
                 "a copy of the directory."
             )
 
@@ -93,7 +93,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(settings, dict):
         raise ModelError(
-            f"{file}: found {shown(settings)}, expected a mapping. Fetch the model again."
+            f"{file}: found {quote(settings)}, expected a mapping. Fetch the model again."
         )
     return settings
 
@@ -107,7 +107,7 @@ def refuse_absurd(path: Path) -> None:
         limit = MOST_PARTS if PARTS.search(key) else LARGEST_SIZE if SIZES.search(key) else None
         if limit is not None and not 0 <= abs(number) <= limit:
             raise ModelError(
-                f"{file}: {key}: found {shown(number)}, expected at most {limit:,}. Fetch the "
+                f"{file}: {key}: found {quote(number)}, expected at most {limit:,}. Fetch the "
                 "model again."
             )
 

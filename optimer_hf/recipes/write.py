@@ -7,7 +7,7 @@ from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.comparison.rows import Comparison
 from optimer_hf.comparison.tables import verdicts
 from optimer_hf.errors import ConfigError, OutputError
-from optimer_hf.files.paths import portable
+from optimer_hf.files.paths import make_relative
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import is_pinned, is_there, pinned
 from optimer_hf.files.staging import write_text
@@ -95,7 +95,7 @@ def write_recipe(
     write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
     data = recipe.model_dump(mode="json", exclude_none=True)
-    write_text(path, header + yaml_text(portable(data, folder)))
+    write_text(path, header + yaml_text(make_relative(data, folder)))
     return RecipeFile.read(path)
 
 
@@ -193,7 +193,7 @@ def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
     """Return a Hub reference with its commit, a local one relative to the folder of the recipe."""
     if resolved.commit is not None:
         return pinned(resolved.reference, resolved.commit)
-    return str(portable(reference, folder))
+    return str(make_relative(reference, folder))
 
 
 def _scores(study: Study, incumbent: Trial, sealed: Comparison | None) -> dict[Fidelity, Score]:

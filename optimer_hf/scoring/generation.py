@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from optimer_hf.errors import EvaluationError
-from optimer_hf.files.text import did_you_mean, first_line, shown
+from optimer_hf.files.text import did_you_mean, first_line, quote
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.harness import quiet_harness
 from optimer_hf.scoring.objective import LENGTHS, Term
@@ -48,7 +48,7 @@ def generation_settings(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
         _warn_of_idle(term, settings)
         return settings
     if field := _culprit(term, own, reason):
-        where = f"generation.{field}: found {shown(term.generation[field])}"
+        where = f"generation.{field}: found {quote(term.generation[field])}"
         raise EvaluationError(f"term {term.label!r}: {where}, which cannot be used: {reason}")
     whose = "generation" if term.generation else f"generation_kwargs of task {term.task_name!r}"
     raise EvaluationError(f"term {term.label!r}: {whose}: cannot be used: {reason}")
@@ -88,7 +88,7 @@ def _refuse_unusable(term: Term) -> None:
     texts = until if isinstance(until, list) else [until]
     if not all(isinstance(text, str) and text for text in texts):
         raise EvaluationError(
-            f"term {term.label!r}: generation.until: found {shown(until)}. Expected a text, or a "
+            f"term {term.label!r}: generation.until: found {quote(until)}. Expected a text, or a "
             "list of texts, none of them empty."
         )
 

@@ -11,7 +11,7 @@ from optimer_hf.files.digest import digest
 from optimer_hf.files.model import FileModel, Mistake, VersionedFile
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reference import LocalPath
-from optimer_hf.files.text import shown
+from optimer_hf.files.text import quote
 from optimer_hf.scoring.scores import Scores, TermScore
 
 N_ASKED = 32  # items of a term whose prompts its digest looks at
@@ -157,7 +157,7 @@ def _no_plain_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
         for key, item in value.items():
             yield from _no_plain_json(item, (*at, str(key)))
             if not isinstance(key, str):
-                yield at, f"found the key {shown(key)}. Expected a text"
+                yield at, f"found the key {quote(key)}. Expected a text"
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _no_plain_json(item, (*at, index))
@@ -165,7 +165,7 @@ def _no_plain_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
         isinstance(value, float) and not math.isfinite(value)
     ):
         expected = "Expected a finite number, a text, true, false, null, a list or a mapping"
-        yield at, f"found {shown(value)}. {expected}"
+        yield at, f"found {quote(value)}. {expected}"
 
 
 def _out_of_range(name: str, value: Any) -> str | None:
@@ -173,11 +173,11 @@ def _out_of_range(name: str, value: Any) -> str | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     texts = value if isinstance(value, list) else [value]
     if name == "until" and not all(isinstance(text, str) for text in texts):
-        return f"found {shown(value)}. Expected a text or a list of texts"
+        return f"found {quote(value)}. Expected a text or a list of texts"
     if name in FLAGS and not isinstance(value, bool | None):
-        return f"found {shown(value)}. Expected true or false"
+        return f"found {quote(value)}. Expected true or false"
     if name in PROPORTIONS and not is_number and value is not None:
-        return f"found {shown(value)}. Expected a number"
+        return f"found {quote(value)}. Expected a number"
     if name not in SIZES:
         least, most = -LARGEST_SETTING, LARGEST_SETTING
         is_sound = not is_number or least <= value <= most
@@ -186,7 +186,7 @@ def _out_of_range(name: str, value: Any) -> str | None:
         is_sound = isinstance(value, int) and is_number and least <= value <= most
         is_sound |= value is None and name not in LENGTHS
     what = "a whole number" if name in SIZES else "a number"
-    return None if is_sound else f"found {shown(value)}. Expected {what} of {least:,} to {most:,}"
+    return None if is_sound else f"found {quote(value)}. Expected {what} of {least:,} to {most:,}"
 
 
 class Constraint(Term):

@@ -15,7 +15,7 @@ from itertools import compress, count
 from typing import Any
 
 from optimer_hf.corpus.config import CorpusConfig
-from optimer_hf.corpus.documents import documents
+from optimer_hf.corpus.documents import read_documents
 from optimer_hf.errors import CorpusError
 from optimer_hf.files.text import markdown_table
 from optimer_hf.progress import Meter
@@ -151,7 +151,7 @@ def _shared(
     with Meter("check overlap", len(corpora), "corpora") as meter:
         for corpus in corpora:
             number = n_units = 0
-            for number, text in enumerate(documents(corpus), start=1):
+            for number, text in enumerate(read_documents(corpus), start=1):
                 found = units(text)
                 n_units += len(found)
                 is_start = map(beginnings.__contains__, windows(found, shortest))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.corpus.config import CorpusConfig
-from optimer_hf.corpus.documents import documents
+from optimer_hf.corpus.documents import read_documents
 from optimer_hf.corpus.texts import has_rows
 from optimer_hf.errors import CorpusError, EvaluationError
 from optimer_hf.files.text import did_you_mean
@@ -140,7 +140,9 @@ def _check_text(term: Term, path: Path) -> None:
             "document in each row (.json, .csv, .parquet)."
         )
     try:
-        n_texts = sum(map(bool, documents(CorpusConfig(path=path, text_field=term.text_field))))
+        n_texts = sum(
+            map(bool, read_documents(CorpusConfig(path=path, text_field=term.text_field)))
+        )
     except CorpusError as error:
         raise EvaluationError(f"term {term.label!r}: {error}") from None
     if not n_texts:
@@ -269,7 +271,7 @@ def _text_task(term: Term) -> dict[str, Any]:
     def rows(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
 
-        return {"test": Dataset.from_dict({term.text_field: list(documents(corpus))})}
+        return {"test": Dataset.from_dict({term.text_field: list(read_documents(corpus))})}
 
     return {
         "task": term.task_name,

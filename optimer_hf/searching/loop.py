@@ -13,7 +13,7 @@ from typing import Protocol
 
 from optimer_hf.errors import EvaluationError, StudyError
 from optimer_hf.files.staging import scratch_directory, write_text
-from optimer_hf.progress import Meter, announced
+from optimer_hf.progress import Meter, announce
 from optimer_hf.scoring.objective import Objective, Term, feasible
 from optimer_hf.scoring.tasks import warn_of_other_weights, warn_of_reported_benchmarks
 from optimer_hf.scoring.units import Unit
@@ -190,7 +190,7 @@ def _runner(
 ) -> AbstractContextManager[Runner]:
     if n_workers is None and scheduler is None:
         opening = "opening base, vectors and tasks"
-        with announced(f"search: {opening}"), naming_faults(opening):
+        with announce(f"search: {opening}"), naming_faults(opening):
             return nullcontext(Here(pool(config)))
     from optimer_hf.searching.workers import Workers
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.model import parse, refuse_absent
+from optimer_hf.files.model import parse, refuse_absent_files
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.merging.mergekit_pool import (
     merge_config_of,
@@ -44,7 +44,9 @@ def read_study(
         raise ConfigError(f"{path}: has its own objective; --objective goes with a mergekit YAML.")
     else:
         config = StudyConfig.read(path)
-        refuse_absent({path: config.model_dump(exclude={"baselines"})})  # `compare` reads those
+        refuse_absent_files(
+            {path: config.model_dump(exclude={"baselines"})}
+        )  # `compare` reads those
     if n_trials is not None:
         changed = SearchConfig.model_validate(config.search.model_dump() | {"n_trials": n_trials})
         config = config.model_copy(update={"search": changed})
@@ -55,7 +57,7 @@ def study_of_merge_config(path: Path, objective: Path) -> StudyConfig:
     """Return the study whose pool are the models of a mergekit YAML."""
     data = read_merge_config(path)
     target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
-    refuse_absent({path: with_absolute_references(data, path), objective: target})
+    refuse_absent_files({path: with_absolute_references(data, path), objective: target})
     base, sources = searched_pool(data, path)
     if dropped := not_searched(data):
         logger.warning(

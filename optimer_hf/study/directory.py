@@ -15,9 +15,9 @@ from optimer_hf.files.digest import differences
 from optimer_hf.files.disk import naming_disk_errors
 from optimer_hf.files.locks import locking, remove_dead_locks
 from optimer_hf.files.model import VersionedFile
-from optimer_hf.files.paths import relocated, without_folders
+from optimer_hf.files.paths import drop_folders, relocate
 from optimer_hf.files.staging import make_directory, write_text
-from optimer_hf.files.text import shown
+from optimer_hf.files.text import quote
 from optimer_hf.scoring.intervals import Interval
 from optimer_hf.scoring.objective import Term, combine, feasible
 from optimer_hf.scoring.scores import TermScore
@@ -406,7 +406,7 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     has_moved = (
         bool(differing and log.trials)
         and (directory / INPUTS_FILE).exists()
-        and not differences(without_folders(expected), without_folders(found))
+        and not differences(drop_folders(expected), drop_folders(found))
     )
     decisions = DecisionLog(directory / DECISIONS_FILE, repair=repair)
     study = Study(directory, config, log, decisions, has_moved)
@@ -463,7 +463,7 @@ def _check_record(study: Study, n_trials: int) -> None:
     for number in (*decision.rescore, decision.incumbent or 0):
         if number not in sound:
             raise StudyError(
-                f"{at}: found trial {shown(number)}, expected one that was scored. Remove the "
+                f"{at}: found trial {quote(number)}, expected one that was scored. Remove the "
                 "line: what it said is decided again."
             )
     if decision.incumbent is not None and decision.incumbent not in rescored:
@@ -505,7 +505,7 @@ def _config_here(directory: Path) -> StudyConfig:
     if before is None or Path(before) == directory.resolve():
         return config
     data = config.model_dump(mode="json")
-    return StudyConfig.model_validate(relocated(data, Path(before), directory.resolve()))
+    return StudyConfig.model_validate(relocate(data, Path(before), directory.resolve()))
 
 
 def hint_of_seeds(directory: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from optimer_hf.errors import StudyError
 from optimer_hf.files.disk import naming_disk_errors
-from optimer_hf.files.text import shown
+from optimer_hf.files.text import quote
 from optimer_hf.scoring.objective import gain
 from optimer_hf.scoring.scores import TermScore
 
@@ -121,7 +121,7 @@ class Rules:
         """Yield what is wrong with number and status, given the trials before."""
         before = self._seen.get(trial.fidelity, {})
         if not 0 <= trial.number < LARGEST_COUNT:
-            yield f"found number {shown(trial.number)}, expected one from 0 on"
+            yield f"found number {quote(trial.number)}, expected one from 0 on"
         if not before and trial.number != 0:
             yield ("found it first, expected number 0, the base that all others are compared with")
         if not before and trial.status != "ok":
@@ -133,7 +133,7 @@ class Rules:
             )
         if trial.number >= self.n_trials:
             yield (
-                f"found number {shown(trial.number)}, expected one below {self.n_trials}, the "
+                f"found number {quote(trial.number)}, expected one below {self.n_trials}, the "
                 f"n_trials of the study"
             )
 
@@ -149,8 +149,8 @@ class Rules:
             return
         if trial.number == 0 and dict(trial.weights) != dict(self.base):
             yield (
-                f"found weights {shown(dict(trial.weights))}, expected the base, "
-                f"{shown(dict(self.base))}"
+                f"found weights {quote(dict(trial.weights))}, expected the base, "
+                f"{quote(dict(self.base))}"
             )
             return
         for name, (low, high) in self.bounds.items() if trial.number else ():
@@ -166,8 +166,8 @@ class Rules:
             yield f"found no sound search trial {trial.number} before it"
         elif dict(searched.weights) != dict(trial.weights):
             yield (
-                f"found weights {shown(dict(trial.weights))}, expected those of search trial "
-                f"{trial.number}, {shown(dict(searched.weights))}"
+                f"found weights {quote(dict(trial.weights))}, expected those of search trial "
+                f"{trial.number}, {quote(dict(searched.weights))}"
             )
 
     def _mistakes_of_terms(self, trial: Recorded) -> Iterator[str]:
@@ -194,7 +194,7 @@ def check_trials(path: Path, trials: Sequence[Recorded], rules: Rules) -> None:
             if trial.number != 0:
                 fix += ", or remove it to go on without that trial"
             raise StudyError(
-                f"{path}:{line}: trial {shown(trial.number)} ({trial.fidelity}): {wrong}. {fix}."
+                f"{path}:{line}: trial {quote(trial.number)} ({trial.fidelity}): {wrong}. {fix}."
             )
         rules.add(trial)
 
@@ -217,7 +217,7 @@ def mistakes_of_cost(
             return
     for n in (n_tokens, *(term.n_tokens for term in terms.values())):
         if not 0 <= n <= LARGEST_COUNT:
-            yield f"found {shown(n)} tokens, expected 0 or more"
+            yield f"found {quote(n)} tokens, expected 0 or more"
             return
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from optimer_hf.files.text import brief, html_table
+from optimer_hf.files.text import html_table, summarize_numbers
 from optimer_hf.scoring.objective import feasible, gains
 from optimer_hf.scoring.units import OF_TERMS, Unit
 from optimer_hf.study.trials import ITEMS_OF, Fidelity, Trial
@@ -45,7 +45,7 @@ def summary(study: "Study") -> str:
     n_run, n_trials = len(study.trials), study.config.search.n_trials
     text = f"{n_run} of {n_trials} trials" if n_run < n_trials else f"{n_run} trials"
     if study.has_best_trial:
-        return f"{text}, best {brief(study.best_weights)}"
+        return f"{text}, best {summarize_numbers(study.best_weights)}"
     return f"{text}, not finished"
 
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from optimer_hf.errors import StudyError
 from optimer_hf.files.digest import digest
-from optimer_hf.files.text import brief, first_line
+from optimer_hf.files.text import first_line, summarize_numbers
 from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.faults import was_environmental
@@ -51,8 +51,8 @@ class Trial:
 
     def __repr__(self) -> str:
         scores = {label: score.score for label, score in self.terms.items()}
-        told = brief(scores) if self.status == "ok" else self.status
-        return f"Trial({self.number}, {self.origin!r}, {brief(self.weights)}: {told})"
+        told = summarize_numbers(scores) if self.status == "ok" else self.status
+        return f"Trial({self.number}, {self.origin!r}, {summarize_numbers(self.weights)}: {told})"
 
     def to_json(self) -> str:
         """Return the trial as one line of trials.jsonl."""

@@ -17,9 +17,9 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.model import Mistake, listed
+from optimer_hf.files.model import Mistake, list_mistakes
 from optimer_hf.files.paths import Place
-from optimer_hf.files.text import did_you_mean, first_line, shown
+from optimer_hf.files.text import did_you_mean, first_line, quote
 from optimer_hf.training.arguments import lora_config, training_arguments
 from optimer_hf.training.config import (
     ABOVE_ZERO,
@@ -121,11 +121,11 @@ def check_fields(config: TrainConfig, origin: Path | str) -> None:
     for field, value in (config.lora or {}).items():
         mistakes += _mistakes_of_bounds("lora", field, value, LORA_BOUNDS)
         if field in LORA_UNUSABLE and value not in (None, {}):
-            message = f"found {shown(value)}. {LORA_UNUSABLE[field]}; leave it out."
+            message = f"found {quote(value)}. {LORA_UNUSABLE[field]}; leave it out."
             mistakes.append((("lora", field), message))
     if mistakes:
         named = [(at, f"{'.'.join(map(str, at))}: {message}") for at, message in mistakes]
-        raise ConfigError(listed(origin, named))
+        raise ConfigError(list_mistakes(origin, named))
 
 
 def _mistakes_of_fields(at: Place, given: Mapping[str, Any], cls: Any) -> Iterator[Mistake]:
@@ -150,7 +150,7 @@ def _mistakes_of_type(at: Place, value: Any, hint: Any) -> Iterator[Mistake]:
         config = ConfigDict(strict=True, allow_inf_nan=False)
         TypeAdapter(hint, config=config).validate_python(value)
     except ValidationError as error:
-        yield at, f"found {shown(value)}. {error.errors()[0]['msg']}."
+        yield at, f"found {quote(value)}. {error.errors()[0]['msg']}."
 
 
 def _mistakes_of_trainer(given: Mapping[str, Any]) -> Iterator[Mistake]:
@@ -163,11 +163,11 @@ def _mistakes_of_trainer(given: Mapping[str, Any]) -> Iterator[Mistake]:
                 "found a token, which would be saved with the run. Leave it out.",
             )
         if field in UNUSABLE and value not in (None, False, 0, "no", "", []):
-            yield ("trainer", field), f"found {shown(value)}. {UNUSABLE[field]}; leave it out."
+            yield ("trainer", field), f"found {quote(value)}. {UNUSABLE[field]}; leave it out."
         choices = _choices_for(field)
         if choices and value is not None and value not in choices:
             hint = did_you_mean(str(value), list(map(str, choices)))
-            yield ("trainer", field), f"found {shown(value)}.{hint}"
+            yield ("trainer", field), f"found {quote(value)}.{hint}"
         if field in ABOVE_ZERO and isinstance(value, int | float) and not value > 0:
             yield ("trainer", field), f"found {value!r}. Expected a number above 0."
         else:
@@ -214,18 +214,18 @@ def _mistakes_of_checkpointing(given: Mapping[str, Any]) -> Iterator[Mistake]:
         if options is None:
             continue
         if not isinstance(options, dict):
-            yield ("trainer", field), f"found {shown(options)}. Expected a mapping of options."
+            yield ("trainer", field), f"found {quote(options)}. Expected a mapping of options."
             continue
         for option, value in options.items():
             if not isinstance(value, bool) and option != "determinism_check":
-                yield ("trainer", field, option), f"found {shown(value)}. Expected true or false."
+                yield ("trainer", field, option), f"found {quote(value)}. Expected true or false."
         try:
             number = torch.zeros(1, requires_grad=True)
             checked: dict[str, Any] = {"use_reentrant": False, **options}
             loss = checkpoint(torch.sin, number, **checked)
             loss.backward()
         except Exception as error:
-            yield ("trainer", field), f"found {shown(options)}. {first_line(error)}."
+            yield ("trainer", field), f"found {quote(options)}. {first_line(error)}."
 
 
 def _mistakes_of_accelerator(given: Any) -> Iterator[Mistake]:
@@ -242,7 +242,7 @@ def _mistakes_of_accelerator(given: Any) -> Iterator[Mistake]:
         elif inner is not None:
             yield (
                 (*at, "gradient_accumulation_kwargs"),
-                f"found {shown(inner)}. Expected a mapping.",
+                f"found {quote(inner)}. Expected a mapping.",
             )
 
 
@@ -251,7 +251,7 @@ def _check_sampling(config: TrainConfig, origin: Path | str) -> None:
     if config.trainer.get("train_sampling_strategy") in ("group_by_length", "batch_rebalance"):
         at = ("trainer", "train_sampling_strategy")
         message = "all packed blocks have the same length. Leave it out."
-        raise ConfigError(listed(origin, [(at, f"{'.'.join(at)}: {message}")]))
+        raise ConfigError(list_mistakes(origin, [(at, f"{'.'.join(at)}: {message}")]))
 
 
 def _check_optimizer(
@@ -290,7 +290,7 @@ def _check_optimizer(
     except Exception as error:  # each library raises its own kind
         place = ("trainer", field)
         message = f"{'.'.join(place)}: {first_line(error).rstrip('.')}."
-        raise ConfigError(listed(origin, [(place, message)])) from error
+        raise ConfigError(list_mistakes(origin, [(place, message)])) from error
 
 
 def _ignored_option(arguments: "TrainingArguments", model: torch.nn.Module) -> str | None:

@@ -8,7 +8,7 @@ from pydantic import Field
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.files.digest import digest, fingerprint
 from optimer_hf.files.model import Mistake, VersionedFile
-from optimer_hf.files.paths import without_folders
+from optimer_hf.files.paths import drop_folders
 from optimer_hf.files.reference import Reference, ReferenceText, is_there
 from optimer_hf.models.layout import weights_fingerprint
 
@@ -148,7 +148,7 @@ class TrainConfig(VersionedFile):
         data = self.model_dump(mode="json", exclude=absent)
         for part in (data, data.get("corpus") or {}, *data.get("mixture", ())):
             named = ("base_model", "path", "dataset", "data_files")
-            part |= without_folders({key: part[key] for key in named if key in part})
+            part |= drop_folders({key: part[key] for key in named if key in part})
             if part.get("data_files", "") is None:  # runs of older versions lack the field
                 del part["data_files"]
         return digest(data)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optimer_hf.corpus.config import CorpusConfig
-from optimer_hf.corpus.documents import documents, shuffled
+from optimer_hf.corpus.documents import read_documents, shuffle
 from optimer_hf.errors import CorpusError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.staging import make_directory
@@ -188,7 +188,7 @@ def _pack(
         nonlocal n_documents, n_repeats
         n_passes = 0
         while n_passes == 0 or (repeat and n_documents):
-            for text in shuffled(documents(config), seed + n_passes):
+            for text in shuffle(read_documents(config), seed + n_passes):
                 tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 if tokens:
                     n_documents += n_passes == 0

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from optimer_hf.errors import OutputError
 from optimer_hf.files.digest import differences
 from optimer_hf.files.disk import naming_disk_errors
-from optimer_hf.files.locks import exclusive, remove_dead_locks
-from optimer_hf.files.model import refuse_absent
+from optimer_hf.files.locks import hold_place, remove_dead_locks
+from optimer_hf.files.model import refuse_absent_files
 from optimer_hf.files.paths import ATOMIC_PREFIX
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import is_there
@@ -130,7 +130,7 @@ def train_vector(path: Path, out: Path) -> VectorFile | None:
     """
     config = TrainConfig.read(path)
     if not (out / "training.json").exists():  # a trained vector no longer needs its corpus
-        refuse_absent({path: config.model_dump()})
+        refuse_absent_files({path: config.model_dump()})
     train(config, out)
     if int(os.environ.get("RANK", "0")) != 0:
         return None
@@ -145,7 +145,7 @@ def _lock(out: Path) -> contextlib.AbstractContextManager[bool]:
     place = Path(os.path.realpath(out))
     make_directory(place.parent)
     is_inside = place.is_dir() and not os.access(place.parent, os.W_OK)
-    return exclusive(place, beside=place if is_inside else None)
+    return hold_place(place, beside=place if is_inside else None)
 
 
 def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> None:

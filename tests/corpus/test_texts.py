@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from optimer_hf.corpus import texts as texts_module
 from optimer_hf.corpus.config import CorpusConfig
-from optimer_hf.corpus.documents import SHUFFLE_BUFFER, documents, shuffled
+from optimer_hf.corpus.documents import SHUFFLE_BUFFER, read_documents, shuffle
 from optimer_hf.errors import CorpusError
 from optimer_hf.models.head import IGNORED_LABEL, fuse_loss
 from optimer_hf.training.config import MixturePart
@@ -125,7 +125,7 @@ def test_jsonl_gives_its_texts_in_file_order_whatever_its_compression(tmp_path, 
     texts = ["first", "zweitens ü", "日本語\nzwei Zeilen"]
     with opener(tmp_path / name, "wt", encoding="utf-8") as file:
         file.write("\n\n".join(json.dumps({"text": text}) for text in texts))
-    assert list(documents(CorpusConfig(path=tmp_path / name))) == texts
+    assert list(read_documents(CorpusConfig(path=tmp_path / name))) == texts
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_jsonl_gives_its_texts_in_file_order_whatever_its_compression(tmp_path, 
 def test_plain_text_is_one_document(tmp_path, name, opener):
     with opener(tmp_path / name, "wt", encoding="utf-8") as file:
         file.write("line one\n\nline two\n")
-    assert list(documents(CorpusConfig(path=tmp_path / name))) == ["line one\n\nline two\n"]
+    assert list(read_documents(CorpusConfig(path=tmp_path / name))) == ["line one\n\nline two\n"]
 
 
 def test_text_field_names_another_field(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x", "y"], field="content")
-    assert list(documents(CorpusConfig(path=tmp_path / "a.jsonl", text_field="content"))) == [
+    assert list(read_documents(CorpusConfig(path=tmp_path / "a.jsonl", text_field="content"))) == [
         "x",
         "y",
     ]
@@ -147,7 +147,7 @@ def test_text_field_names_another_field(tmp_path):
 
 def test_a_csv_file_is_streamed_by_datasets(tmp_path):
     (tmp_path / "a.csv").write_text("text,n\nhello,1\nworld,2\n")
-    assert list(documents(CorpusConfig(path=tmp_path / "a.csv"))) == ["hello", "world"]
+    assert list(read_documents(CorpusConfig(path=tmp_path / "a.csv"))) == ["hello", "world"]
 
 
 def test_a_csv_file_without_the_text_field_is_an_error_that_names_the_fields(tmp_path):
@@ -155,19 +155,19 @@ def test_a_csv_file_without_the_text_field_is_an_error_that_names_the_fields(tmp
     with pytest.raises(
         CorpusError, match=r"a\.csv: no text in field 'text'; found \['body', 'n'\]"
     ):
-        list(documents(CorpusConfig(path=tmp_path / "a.csv")))
+        list(read_documents(CorpusConfig(path=tmp_path / "a.csv")))
 
 
 def test_a_missing_file_of_any_kind_is_named(tmp_path):
     for name in ("gone.jsonl", "gone.txt", "gone.csv"):
         with pytest.raises(CorpusError, match=name.replace(".", r"\.")):
-            list(documents(CorpusConfig(path=tmp_path / name)))
+            list(read_documents(CorpusConfig(path=tmp_path / name)))
 
 
 def test_a_malformed_line_is_named_by_file_and_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n{"text": \n')
     with pytest.raises(CorpusError, match=r"a\.jsonl:3: not a JSON object"):
-        list(documents(CorpusConfig(path=tmp_path / "a.jsonl")))
+        list(read_documents(CorpusConfig(path=tmp_path / "a.jsonl")))
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def test_a_line_without_the_text_field_is_named_with_what_was_found(tmp_path, li
     with pytest.raises(
         CorpusError, match=rf"a\.jsonl:2: no text in field 'text'; found {found}. Set `text_field`"
     ):
-        list(documents(CorpusConfig(path=tmp_path / "a.jsonl")))
+        list(read_documents(CorpusConfig(path=tmp_path / "a.jsonl")))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.txt"])
 def test_a_file_that_is_not_what_its_name_says_is_an_error_that_names_it(tmp_path, name):
     (tmp_path / name).write_bytes(b"\xff\xfe\x00 neither UTF-8 nor compressed")
     with pytest.raises(CorpusError, match=name.replace(".", r"\.")):
-        list(documents(CorpusConfig(path=tmp_path / name)))
+        list(read_documents(CorpusConfig(path=tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -209,14 +209,14 @@ def test_text_that_no_tokenizer_takes_and_unknown_formats_are_refused(
 ):
     (tmp_path / name).write_text(text)
     with pytest.raises(CorpusError, match=message):
-        list(documents(CorpusConfig(path=tmp_path / name)))
+        list(read_documents(CorpusConfig(path=tmp_path / name)))
 
 
 def test_a_truncated_archive_is_an_error_that_names_it(tmp_path):
     whole = lzma.compress(json.dumps({"text": "x" * 1000}).encode())
     (tmp_path / "a.jsonl.xz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CorpusError, match=r"a\.jsonl\.xz"):
-        list(documents(CorpusConfig(path=tmp_path / "a.jsonl.xz")))
+        list(read_documents(CorpusConfig(path=tmp_path / "a.jsonl.xz")))
 
 
 def test_a_corpus_has_exactly_one_source(tmp_path):
@@ -237,14 +237,14 @@ def test_the_name_of_a_corpus_is_never_a_path(tmp_path):
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(0, 3))
 def test_shuffling_loses_and_repeats_no_text_and_a_seed_fixes_the_order(n, buffer_size, seed):
     texts = [str(i) for i in range(n)]
-    result = list(shuffled(texts, seed, buffer_size))
+    result = list(shuffle(texts, seed, buffer_size))
     assert sorted(result) == sorted(texts)
-    assert result == list(shuffled(texts, seed, buffer_size))
+    assert result == list(shuffle(texts, seed, buffer_size))
 
 
 def test_shuffling_changes_the_order_and_another_seed_gives_another():
     texts = [str(i) for i in range(100)]
-    assert texts != list(shuffled(texts, 0)) != list(shuffled(texts, 1))
+    assert texts != list(shuffle(texts, 0)) != list(shuffle(texts, 1))
 
 
 def test_shuffling_reads_one_text_ahead_of_its_buffer():
@@ -255,7 +255,7 @@ def test_shuffling_reads_one_text_ahead_of_its_buffer():
         for n_read in range(1, 1001):
             yield str(n_read)
 
-    stream = shuffled(texts(), 0, 10)
+    stream = shuffle(texts(), 0, 10)
     for n_yielded in range(1, 6):
         next(stream)
         assert n_read == 10 + n_yielded
@@ -271,7 +271,7 @@ def test_packed_blocks_on_disk_equal_the_naive_loop_over_shuffled_documents(
     packed = pack(
         config, tokenizer, block_size=32, max_tokens=None, seed=3, out=tmp_path / "blocks.npy"
     )
-    token_lists = [tokenizer.encode(text)[1:] for text in shuffled(documents(config), 3)]
+    token_lists = [tokenizer.encode(text)[1:] for text in shuffle(read_documents(config), 3)]
     expected = naive_blocks(token_lists, BOS, EOS, 32)
     assert packed.blocks[:, 0].tolist() == [flat([block]) for block in expected]
     positions = [[i for segment in block for i in range(len(segment))] for block in expected]
@@ -520,7 +520,7 @@ def test_a_number_of_thousands_of_digits_is_an_error_of_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b", "n": ' + "1" * 5000 + "}\n")
     with pytest.raises(CorpusError, match=r"a\.jsonl:2: not a JSON object"):
-        list(documents(CorpusConfig(path=path)))
+        list(read_documents(CorpusConfig(path=path)))
 
 
 # -- other people's files --------------------------------------------------------------------------
@@ -564,7 +564,7 @@ def write_any(path: Path, text: str) -> Path:
 
 
 def texts(path: Path, **settings) -> list[str]:
-    return list(documents(CorpusConfig(path=path, **settings)))
+    return list(read_documents(CorpusConfig(path=path, **settings)))
 
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".xz", ".bz2", ".zst", ".GZ"])
@@ -639,7 +639,7 @@ def test_a_small_archive_of_a_long_text_is_read_in_parts(tmp_path):
         for _ in range(64):
             file.write(("x" * 1023 + "\n") * 1024)
     tracemalloc.start()
-    n_characters = sum(map(len, documents(CorpusConfig(path=tmp_path / "a.txt.gz"))))
+    n_characters = sum(map(len, read_documents(CorpusConfig(path=tmp_path / "a.txt.gz"))))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert n_characters == 64 * 2**20
@@ -796,7 +796,7 @@ def test_a_data_set_takes_the_arguments_of_load_dataset(tmp_path):
             context={"folder": tmp_path},
         )
         assert config.dataset_config == "default"
-        assert list(documents(config)) == (["second"] if files == ["./b.csv"] else ["first"])
+        assert list(read_documents(config)) == (["second"] if files == ["./b.csv"] else ["first"])
 
 
 def test_arguments_of_load_dataset_beside_a_path_are_refused(tmp_path):
@@ -816,7 +816,7 @@ def test_shuffling_holds_no_more_characters_than_it_may():
             yield text
 
     found = []
-    for text in shuffled(source(), seed=1, buffer_size=50, n_characters=300):
+    for text in shuffle(source(), seed=1, buffer_size=50, n_characters=300):
         held -= len(text)
         found.append(text)
     assert sorted(found) == sorted(chr(97 + n % 26) * (1 + n % 90) for n in range(200))

@@ -22,9 +22,9 @@ from pydantic import Field
 
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.digest import differences, digest, fingerprint, sha256_file
-from optimer_hf.files.locks import exclusive, remove_dead_locks
+from optimer_hf.files.locks import hold_place, remove_dead_locks
 from optimer_hf.files.model import FileModel, VersionedFile
-from optimer_hf.files.paths import portable, relocated
+from optimer_hf.files.paths import make_relative, relocate
 from optimer_hf.files.reading import read_yaml, yaml_text
 from optimer_hf.files.reference import LocalPath, Reference, ReferenceText, absolute_reference
 from optimer_hf.files.staging import (
@@ -535,7 +535,7 @@ def test_locks_of_dead_processes_are_removed_and_those_of_live_ones_are_not(tmp_
     for name in ("one", "two", "three"):
         (tmp_path / f".partial-{name}.lock").touch()
     (tmp_path / "mine.lock").touch()
-    with exclusive(tmp_path / "out"):
+    with hold_place(tmp_path / "out"):
         remove_dead_locks(tmp_path)
         assert {entry.name for entry in tmp_path.iterdir()} == {".partial-out.lock", "mine.lock"}
     remove_dead_locks(tmp_path / "absent")
@@ -545,10 +545,10 @@ def test_locks_of_dead_processes_are_removed_and_those_of_live_ones_are_not(tmp_
 CONTENDER = """
 import sys
 from pathlib import Path
-from optimer_hf.files.locks import exclusive, remove_dead_locks
+from optimer_hf.files.locks import hold_place, remove_dead_locks
 for _ in range(int(sys.argv[1])):
     remove_dead_locks(Path())
-    with exclusive(Path("counter"), wait=True):
+    with hold_place(Path("counter"), wait=True):
         count = int(Path("counter").read_text())
         Path("counter").write_text(str(count + 1))
 """
@@ -640,7 +640,7 @@ def test_free_text_that_begins_with_a_slash_is_no_path(tmp_path):
         "system_instruction": "/no_think",
         "generation": {"x": "/"},
     }
-    assert portable(value, tmp_path) == value | {"path": "a"}
+    assert make_relative(value, tmp_path) == value | {"path": "a"}
 
 
 def test_mistakes_of_a_file_come_all_at_once_with_their_lines(tmp_path: Path):
@@ -725,7 +725,7 @@ def test_a_folder_that_was_moved_or_copied_has_its_own_files(tmp_path):
     (tmp_path / "elsewhere").touch()
     value = {"own": [str(tmp_path / "one" / "text")], "far": str(tmp_path / "elsewhere"), "n": 1}
     value |= {"gone": str(tmp_path / "one" / "gone"), "hub": "org/name"}
-    found = relocated(value, tmp_path / "one" / "study", tmp_path / "two" / "study")
+    found = relocate(value, tmp_path / "one" / "study", tmp_path / "two" / "study")
     assert found == value | {"own": [str(tmp_path / "two" / "text")]}
 
 

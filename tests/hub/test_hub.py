@@ -19,7 +19,7 @@ from optimer_hf import hub as hubs
 from optimer_hf.errors import HubError, ModelError, OptimerError, OutputError
 from optimer_hf.experiment.plan import downloads
 from optimer_hf.files.digest import sha256_file
-from optimer_hf.files.locks import exclusive
+from optimer_hf.files.locks import hold_place
 from optimer_hf.hub import client as remote
 from optimer_hf.hub import pulling as pulls
 from optimer_hf.hub import pushing as pushes
@@ -1071,7 +1071,7 @@ def test_two_pulls_of_one_directory_do_not_mix(hub, make_vector, name, tmp_path)
     _two_versions(make_vector, name, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with (
-        exclusive(out, beside=out),
+        hold_place(out, beside=out),
         pytest.raises(OutputError, match="out: another process is writing it"),
     ):
         hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
