@@ -4,20 +4,20 @@
       ConfigError       a YAML or JSON file that cannot be used as it is written
       CorpusError       training text that is missing, empty or too small
       ModelError        a base model or vector that cannot be read, or that does not fit
-        VocabularyError the tokens of a vector are not those of its base
+        VocabularyError a vector whose tokens differ from those of its base
       EvaluationError   a task, metric or score that cannot be used
       StudyError        a study directory that cannot be continued
       OutputError       a place that cannot be written to
-      HubError          what cannot be pushed or pulled, or a Hub that refuses
+      HubError          something that cannot be pushed or pulled, or a Hub that refuses
 
-A message says where, what was found, what was expected and how to fix it. The command line turns an
-OptimerError into `error: ...` and exit status 1; any other exception is a bug and shows its
-traceback.
+A message says where the error is, what was found, what was expected and how to fix it. The command
+line prints an OptimerError as `error: ...` and exits with status 1. Any other exception is a bug
+and shows its traceback.
 """
 
 
 class OptimerError(Exception):
-    """Base of all errors that are not bugs of this package."""
+    """Base class of all errors that are not bugs in this package."""
 
 
 class ConfigError(OptimerError):
@@ -25,7 +25,7 @@ class ConfigError(OptimerError):
 
 
 class CorpusError(OptimerError):
-    """A corpus is missing, empty, malformed or smaller than what is asked of it."""
+    """A corpus is missing, empty, malformed or too small."""
 
 
 class ModelError(OptimerError):
@@ -33,7 +33,7 @@ class ModelError(OptimerError):
 
 
 class VocabularyError(ModelError):
-    """A vector has other tokens than its base, so that its rows are not those of the base."""
+    """The tokens of a vector differ from those of its base, so their rows do not correspond."""
 
 
 class EvaluationError(OptimerError):
@@ -45,7 +45,7 @@ class StudyError(OptimerError):
 
 
 class OutputError(OptimerError):
-    """An output directory holds foreign files, or the disk refused to take the data."""
+    """An output directory holds files of others, or writing to the disk failed."""
 
 
 class HubError(OptimerError):

@@ -1,8 +1,7 @@
-"""Text of anybody's -> text that a terminal shows and does not obey.
+"""Make untrusted text safe to print on a terminal.
 
-Names, licences and error messages come from files and servers of others. Control characters in them
-could set the title of a window, move the cursor over what was printed, or turn the direction of a
-line around.
+Names, licences and error messages come from other people's files and servers. Control characters
+in them could change the window title, overwrite earlier output or reverse the direction of a line.
 """
 
 import functools
@@ -13,8 +12,9 @@ INVISIBLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def make_visible(text: str) -> str:
-    """Return a text with control and direction characters as \\uXXXX, which JSON and YAML read
-    back; tabs and line ends stay.
+    """Escape control and direction characters as \\uXXXX, which JSON and YAML can read back.
+
+    Tabs and line ends stay as they are.
     """
     return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
@@ -28,5 +28,5 @@ class VisibleFormatter(logging.Formatter):
 
 @functools.cache
 def warn_once(log: logging.Logger, message: str) -> None:
-    """Say what a run meets many times, as a model is opened many times, and a user reads once."""
+    """Log a warning the first time only: a run may open the same model many times."""
     log.warning("%s", message)

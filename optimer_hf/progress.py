@@ -1,8 +1,8 @@
-"""Progress of long work: a bar on a terminal or in a notebook, a plain log line every few seconds
-elsewhere; and what work has cost.
+"""Show the progress of long work, and measure what it costs.
 
-Comes before every stage that takes more than two seconds. Nothing here is stored; figures that last
-belong to the ledger of the stage.
+Terminals and notebooks get a bar, everything else gets a plain log line every few seconds. Every
+stage that takes more than two seconds reports here. Nothing is stored: lasting figures belong in
+the stage's ledger.
 """
 
 import html
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 SECONDS_BETWEEN_LINES = 15.0
-SECONDS_BETWEEN_VIEWS = 0.25  # of a bar in a notebook, each of which is a message to the browser
+SECONDS_BETWEEN_VIEWS = 0.25  # each update of a notebook bar is a message to the browser
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on the clock, and CPU-seconds of all threads of this process."""
+    """Wall-clock seconds, and CPU seconds over all threads of this process."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -47,15 +47,15 @@ class Cost:
         return Cost(self.seconds * n, self.cpu_seconds * n)
 
     def since(self) -> "Cost":
-        """Return what has been spent since this moment."""
+        """Return the cost since this moment."""
         return Cost.now() + self * -1
 
 
 class _Bar(Protocol):
-    """Where a Meter shows how far work is."""
+    """The display of a Meter."""
 
     def show(self, done: int, figures: str) -> None:
-        """Show that `done` units are done, with figures as text."""
+        """Show that `done` units are done, next to `figures`."""
         ...
 
     def close(self) -> None:
@@ -84,8 +84,10 @@ class _TerminalBar:
 
 
 class _NotebookBar:
-    """A bar in the output of a notebook cell. It needs IPython alone: the bars of tqdm and rich
-    need ipywidgets there, and warn or stay empty without it.
+    """A bar in the output of a notebook cell.
+
+    It needs only IPython. The bars of tqdm and rich need ipywidgets, and warn or stay empty
+    without it.
     """
 
     def __init__(self, title: str, total: int, done: int) -> None:
@@ -104,7 +106,7 @@ class _NotebookBar:
         self._output.update(*self._views())
 
     def _views(self) -> tuple[str, str]:
-        """Return what the cell shows, as text and as HTML."""
+        """Return the content of the cell as text and as HTML."""
         done, figures = self._last
         text = f"{self._title}: {figures}" if figures else f"{self._title}: {done}/{self._total}"
         bar = f'<progress value="{done}" max="{self._total}"></progress>'
@@ -112,7 +114,7 @@ class _NotebookBar:
 
 
 class _Output:
-    """A piece of the output of a notebook cell that can be changed."""
+    """A part of a notebook cell's output that can be updated."""
 
     def __init__(self, text: str, page: str) -> None:
         from IPython.display import display
@@ -120,8 +122,8 @@ class _Output:
         self._handle = display(self._bundle(text, page), raw=True, display_id=True)
 
     def update(self, text: str, page: str) -> None:
-        """Show other text and HTML in its place."""
-        if self._handle is not None:  # where there is no front end
+        """Replace the text and the HTML."""
+        if self._handle is not None:  # it is None without a front end
             self._handle.update(self._bundle(text, page), raw=True)
 
     @staticmethod
@@ -135,7 +137,7 @@ def _is_notebook() -> bool:
 
 
 def _open_bar(title: str, total: int, done: int) -> _Bar | None:
-    """Return the bar that shows here; None where only lines do."""
+    """Return the right bar for this output; None where only log lines make sense."""
     if _is_notebook():
         return _NotebookBar(title, total, done)
     return _TerminalBar(title, total, done) if sys.stderr.isatty() else None
@@ -143,15 +145,16 @@ def _open_bar(title: str, total: int, done: int) -> _Bar | None:
 
 @contextmanager
 def announce(text: str) -> Iterator[None]:
-    """Say what is being done before the first unit of work can be counted: at once, and in a
-    notebook or on a terminal for as long as it takes.
+    """Show what is being done while there is nothing to count yet.
+
+    The text appears at once. Terminals and notebooks keep it visible until the work is done.
     """
     text = make_visible(text)
     if _is_notebook():
         output, started = _Output(f"{text} ...", html.escape(f"{text} ...")), perf_counter()
         yield
-        told = f"{text}: {perf_counter() - started:.1f} s"
-        output.update(told, html.escape(told))
+        summary = f"{text}: {perf_counter() - started:.1f} s"
+        output.update(summary, html.escape(summary))
     elif sys.stderr.isatty():
         with Console(stderr=True).status(escape(text)):
             yield
@@ -161,7 +164,7 @@ def announce(text: str) -> Iterator[None]:
 
 
 class Meter:
-    """Counts units of one piece of work and shows rate and time left; a context manager."""
+    """A context manager that counts finished units of work and shows rate and time left."""
 
     def __init__(self, title: str, total: int, unit: str, *, done: int = 0) -> None:
         self.title, self.total, self.unit = make_visible(title), total, unit
@@ -186,7 +189,7 @@ class Meter:
             logger.info("%s: %s", self.title, self._figures())
 
     def advance(self, n: int, note: str = "") -> None:
-        """Count `n` more units; `note` is a short text shown with the figures."""
+        """Count `n` more units; `note` is a short text to show next to the figures."""
         self._done += n
         self._note = make_visible(note)
         if self._bar is not None:

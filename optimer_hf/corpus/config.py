@@ -1,4 +1,4 @@
-"""Where the text of a corpus comes from."""
+"""The source of the text in a corpus."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +37,11 @@ class CorpusConfig(FileModel):
             yield (), "give exactly one of 'path' (local files) and 'dataset' (for `datasets`)"
         for field_ in ("dataset_config", "data_files"):
             if self.path is not None and getattr(self, field_) is not None:
-                yield (field_,), f"'{field_}' goes with 'dataset'; leave it out beside 'path'"
+                yield (field_,), f"'{field_}' goes with 'dataset'; remove it or use 'dataset'"
 
     @property
     def name(self) -> str:
-        """What to call the corpus in messages and metadata; never a path of this machine."""
+        """The name of the corpus in messages and metadata; never a path on this machine."""
         if self.path is not None:
             return self.path.name
         dataset = str(self.dataset)
@@ -49,5 +49,5 @@ class CorpusConfig(FileModel):
 
     @property
     def fingerprint(self) -> str | None:
-        """Digest of the local files it is read from; None where none are there."""
+        """A digest of the local files, or None if there are none."""
         return None if self.path is None else fingerprint_texts(self.path)

@@ -8,7 +8,7 @@ from optimer_hf.corpus.texts import read_texts, text_in, warn_of_null_texts
 from optimer_hf.errors import CorpusError
 
 SHUFFLE_BUFFER = 10_000
-SHUFFLED_CHARACTERS = 256 * 2**20  # in the buffer at once: a corpus of books is not held whole
+SHUFFLED_CHARACTERS = 256 * 2**20  # in the buffer at once: a corpus of books may not fit in memory
 
 
 # -- documents -------------------------------------------------------------------------------------
@@ -17,8 +17,8 @@ SHUFFLED_CHARACTERS = 256 * 2**20  # in the buffer at once: a corpus of books is
 def read_documents(config: CorpusConfig) -> Iterator[str]:
     """Yield the texts of a corpus in file order.
 
-    Raises CorpusError that names file and row for what is absent, damaged, malformed or without the
-    text field.
+    Raises a CorpusError that names file and row if something is missing, damaged or malformed, or
+    if a row lacks the text field.
     """
     if config.path is not None:
         yield from read_texts(config.path, config.text_field)
@@ -59,8 +59,10 @@ def shuffle(
     buffer_size: int = SHUFFLE_BUFFER,
     n_characters: int = SHUFFLED_CHARACTERS,
 ) -> Iterator[str]:
-    """Yield texts in random order from a buffer that holds at most `buffer_size` of them, and no
-    more than `n_characters` in all but for one text.
+    """Yield texts in random order, using a buffer.
+
+    The buffer holds at most `buffer_size` texts and `n_characters` characters. A single longer
+    text passes through it alone.
     """
     rng = random.Random(seed)
     buffer: list[str] = []

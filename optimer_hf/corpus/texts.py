@@ -1,8 +1,8 @@
-"""Local files -> documents, in file order, with one row in memory at a time.
+"""Read documents from local files in order, with one row in memory at a time.
 
 A path is a file, a folder of shards or a glob. JSON Lines, JSON arrays, CSV and TSV are read here,
-so that a text that looks like a date or a number stays the text it is; Parquet and Arrow come
-through `datasets`. A plain text file is one document, or several where it is large.
+so text that looks like a date or a number stays text. `datasets` reads Parquet and Arrow. A plain
+text file is one document, or several if it is large.
 """
 
 import bz2
@@ -27,84 +27,87 @@ from optimer_hf.printable import warn_once
 logger = logging.getLogger(__name__)
 
 
-LONGEST_ROW = 64 * 2**20  # characters; more is no document, but a damaged or hostile file
-LONGEST_TEXT = 4 * 2**20  # characters of a plain text file that make one document
+LONGEST_ROW = 64 * 2**20  # characters; a longer row means a damaged or hostile file
+LONGEST_TEXT = 4 * 2**20  # characters; longer plain text files become several documents
 CHUNK = 2**20  # characters
 WILDCARDS = re.compile(r"[*?\[]")
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may name them, no tokenizer takes them
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may contain these, but no tokenizer accepts them
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 ABOUT = re.compile(r"(readme|licen[cs]e)\b", re.IGNORECASE)  # texts about a corpus
-POINTER = "version https://git-lfs.github.com/spec/"  # to a file that was not fetched
+POINTER = "version https://git-lfs.github.com/spec/"  # the file itself was not fetched
 HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|dev|valid|validation|held-?out)(?![a-z])")
 PLAIN = (".txt", ".md")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-TABLES = (".parquet", ".arrow")  # what `datasets` reads
+TABLES = (".parquet", ".arrow")  # read by `datasets`
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 
 
 def read_texts(path: Path, field: str) -> Iterator[str]:
-    """Yield the documents of a file, a folder or a glob: the texts in `field` of its rows, or plain
-    text. Rows whose text is null are left out; a warning says how many.
+    """Yield the documents in a file, a folder or a glob.
 
-    Raises CorpusError that names file and row for what is absent, damaged, malformed, without the
-    field, or longer than LONGEST_ROW.
+    They are the texts in `field` of each row, or plain text. Rows whose text is null are skipped,
+    and a warning says how many.
+
+    Raises a CorpusError that names file and row if something is missing, damaged, malformed or
+    longer than LONGEST_ROW, or if a row lacks the field.
     """
     for file in find_files(path):
         yield from _texts_of_file(file, field)
 
 
 def has_rows(file: Path) -> bool:
-    """Return whether the name of a file says that it holds rows rather than plain text."""
+    """Whether a file contains rows rather than plain text, by its name."""
     return _format(file) in (*ROWS, *TABLES)
 
 
 def fingerprint_texts(path: Path) -> str | None:
-    """Return a digest of the files that a path stands for, or None where there are none."""
+    """Return a digest of the files that a path stands for, or None if there are none."""
     try:
-        found = find_files(path)
+        files = find_files(path)
     except CorpusError:
         return None
-    if found == [path]:
+    if files == [path]:
         return fingerprint(path)
-    folder = os.path.commonpath([file.parent for file in found])
-    return digest({file.relative_to(folder).as_posix(): fingerprint(file) for file in found})
+    folder = os.path.commonpath([file.parent for file in files])
+    return digest({file.relative_to(folder).as_posix(): fingerprint(file) for file in files})
 
 
 # -- which files -----------------------------------------------------------------------------------
 
 
 def find_files(path: Path) -> list[Path]:
-    """Return the files that a path stands for: itself, or those of a folder or a glob, by name.
+    """Return the files that a path stands for: itself, or those of a folder or a glob, sorted.
 
-    Raises CorpusError where there is none, where one is of an unknown format, and where a folder
-    holds several formats or a held-out split.
+    Raises CorpusError if there are none, if one has an unknown format, or if a folder contains
+    several formats or a held-out split.
     """
     if is_there(path):
         if path.is_dir():
             return _find_shards(path)
         if not path.is_file():
-            raise CorpusError(f"{path}: is no regular file.")
-        found = [path]
+            raise CorpusError(f"{path}: is not a regular file.")
+        files = [path]
     elif WILDCARDS.search(str(path)):
         matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
-        found = _drop_duplicates(sorted(file for file in matches if _is_file(file)))
-        if not found:
+        files = _drop_duplicates(sorted(file for file in matches if _is_file(file)))
+        if not files:
             raise CorpusError(f"{path}: no file matches this pattern.")
     else:
         raise CorpusError(f"{path}: no such file.")
-    for file in found:
+    for file in files:
         if _format(file) is None:
             raise CorpusError(
                 f"{file}: found a file that ends in {file.suffix!r}. Expected "
-                f"{', '.join((*ROWS, *PLAIN))} (as it is, or as {', '.join(COMPRESSIONS)}) or "
-                f"{', '.join(TABLES)}."
+                f"{', '.join((*ROWS, *PLAIN))} (plain, or compressed as {', '.join(COMPRESSIONS)}) "
+                f"or {', '.join(TABLES)}."
             )
-    return found
+    return files
 
 
 def _find_shards(folder: Path) -> list[Path]:
-    """Return the shards in a folder and its sub-folders; plain text beside rows (README.md) is left
-    out.
+    """Return the shards in a folder and its sub-folders.
+
+    If there are files of rows, plain text such as README.md is ignored.
     """
     if (folder / "state.json").is_file():
         return _files_saved_by_datasets(folder)
@@ -118,22 +121,22 @@ def _find_shards(folder: Path) -> list[Path]:
     plain = [file for file in plain if not ABOUT.match(file.name)] or plain
     if not by_format and not plain:
         raise CorpusError(
-            f"{folder}: no shards in this folder. Expected files that end in "
+            f"{folder}: found no shards in this folder. Expected files that end in "
             f"{', '.join((*ROWS, *TABLES, *PLAIN))}."
         )
     if len(by_format) > 1:
         raise CorpusError(
-            f"{folder}: found files of several formats ({', '.join(sorted(by_format))}). Name "
-            f"those to read with a pattern: path: {folder.name}/*{min(by_format)}"
+            f"{folder}: found files of several formats ({', '.join(sorted(by_format))}). Use a "
+            f"pattern to select those to read: path: {folder.name}/*{min(by_format)}"
         )
-    found = _drop_duplicates(sorted(next(iter(by_format.values()), plain)))
-    if _format(found[0]) not in PLAIN:  # a guide may be called testing.md
-        _refuse_held_out(folder, found)
-    return found
+    shards = _drop_duplicates(sorted(next(iter(by_format.values()), plain)))
+    if _format(shards[0]) not in PLAIN:  # a guide may be called testing.md
+        _refuse_held_out(folder, shards)
+    return shards
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files of a known format below a folder; linked folders are entered once."""
+    """Yield the files of known formats below a folder, entering each linked folder once."""
     entered: set[Path] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if Path(parent).resolve() in entered:
@@ -146,39 +149,39 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_file(file: Path) -> bool:
-    """Whether this is a file; raises CorpusError for a link that leads nowhere, a shard that is
-    missing.
-    """
+    """Whether this is a file; raises CorpusError for a broken link, since a shard is missing."""
     if file.is_symlink() and not is_there(Path(os.path.realpath(file))):
         raise CorpusError(
-            f"{file}: is a link to {file.readlink()}, which is not there. Fetch the file, or "
+            f"{file}: is a link to {file.readlink()}, which does not exist. Fetch the file, or "
             "remove the link."
         )
     return file.is_file()
 
 
 def _drop_duplicates(files: list[Path]) -> list[Path]:
-    """Return files without those that are another of them through a link; raises CorpusError for
-    a file and a compressed copy of it.
+    """Drop files that are links to others in the list.
+
+    Raises CorpusError if a file stands beside a compressed copy of itself.
     """
-    found: dict[Path, Path] = {}
+    by_target: dict[Path, Path] = {}
     by_name: dict[Path, Path] = {}
     for file in files:
-        if found.setdefault(file.resolve(), file) != file:
+        if by_target.setdefault(file.resolve(), file) != file:
             continue
         plain = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
         other = by_name.setdefault(plain, file)
         if other != file:
             raise CorpusError(
-                f"{file}: stands beside {other.name}, and one is a copy of the other by its name. "
-                "Remove one of them."
+                f"{file}: seems to be a copy of {other.name} in the same folder. Remove one of "
+                "them."
             )
-    return list(found.values())
+    return list(by_target.values())
 
 
 def _files_saved_by_datasets(folder: Path) -> list[Path]:
-    """Return the files of a `Dataset.save_to_disk`; `cache-*.arrow`, which `map` leaves beside
-    them, are others.
+    """Return the files that `Dataset.save_to_disk` wrote.
+
+    Files named `cache-*.arrow`, which `map` leaves in the same folder, are not part of them.
     """
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -187,38 +190,39 @@ def _files_saved_by_datasets(folder: Path) -> list[Path]:
         raise CorpusError(f"{folder / 'state.json'}: names no data files ({error}).") from None
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise CorpusError(f"{folder}: {name[:80]!r}, which state.json names, is not there.")
+            raise CorpusError(f"{folder}: lacks {name[:80]!r}, which state.json names.")
     return [folder / name for name in names]
 
 
 def _files_of_saved_split(folder: Path) -> list[Path]:
-    """Return the files of the only split of a `DatasetDict.save_to_disk`."""
+    """Return the files of the only split that `DatasetDict.save_to_disk` wrote."""
     splits = sorted(file.parent for file in folder.glob("*/state.json"))
     if len(splits) != 1:
         names = [split.name for split in splits]
         first = "train" if "train" in names or not names else names[0]
         raise CorpusError(
-            f"{folder}: holds the splits {names} of a DatasetDict. Name the one to read: "
+            f"{folder}: contains the splits {names} of a DatasetDict. Name the one to read: "
             f"path: {folder.name}/{first}"
         )
     return _files_saved_by_datasets(splits[0])
 
 
-def _refuse_held_out(folder: Path, found: list[Path]) -> None:
-    """Raise CorpusError for a test or validation split beside others: text to be kept back."""
-    relative = [file.relative_to(folder).as_posix() for file in found]
+def _refuse_held_out(folder: Path, files: list[Path]) -> None:
+    """Raise CorpusError for a test or validation split among others: do not train on it."""
+    relative = [file.relative_to(folder).as_posix() for file in files]
     held_out = [name for name in relative if HELD_OUT.search(name.lower())]
-    if held_out and len(held_out) < len(found):
+    if held_out and len(held_out) < len(files):
         other = next(name for name in relative if name not in held_out)
         raise CorpusError(
-            f"{folder}: holds several splits ({other} and {held_out[0]}). Name the files to read "
-            f"with a pattern, for instance path: {folder.name}/{other}"
+            f"{folder}: contains several splits ({other} and {held_out[0]}). Use a pattern to "
+            f"select the files to read, for instance path: {folder.name}/{other}"
         )
 
 
 def _format(file: Path) -> str | None:
-    """Return the format that a file name ends in, whatever its case and compression; None for one
-    that is not known.
+    """Return the format of a file by its ending, ignoring case and compression.
+
+    None means that the format is unknown.
     """
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
@@ -249,13 +253,13 @@ def _texts_of_file(file: Path, field: str) -> Iterator[str]:
 
 
 def warn_of_null_texts(name: str, field: str, n_null: int) -> None:
-    """Warn of rows of a corpus whose text is null, if there are any."""
+    """Warn about rows whose text is null, if there are any."""
     if n_null:
-        warn_once(logger, f"{name}: left out {n_null:,} rows whose {field!r} is null")
+        warn_once(logger, f"{name}: skipped {n_null:,} rows whose {field!r} is null")
 
 
 def _open_text(file: Path, newline: str | None = None) -> TextIO:
-    """Open a text file, compressed or not, and pass over a byte order mark."""
+    """Open a text file, compressed or not, and skip a byte order mark."""
     suffix = file.suffix.lower()
     if suffix == ".zst":
         import io
@@ -277,8 +281,8 @@ def _lines(text: TextIO, file: Path) -> Iterator[tuple[int, str]]:
         number += 1
         if len(line) > LONGEST_ROW:
             raise CorpusError(
-                f"{file}:{number}: a line of more than {LONGEST_ROW:,} characters. Split the text "
-                "into documents."
+                f"{file}:{number}: the line has more than {LONGEST_ROW:,} characters. Split the "
+                "text into documents."
             )
         yield number, line
 
@@ -289,7 +293,7 @@ def _parts(text: TextIO, file: Path) -> Iterator[str]:
     n_characters = 0
     for number, line in _lines(text, file):
         if number == 1 and line.startswith(POINTER):
-            raise CorpusError(f"{file}: is a pointer of Git LFS. Fetch the file: git lfs pull.")
+            raise CorpusError(f"{file}: is a Git LFS pointer. Fetch the file: git lfs pull.")
         if part and n_characters + len(line) > LONGEST_TEXT:
             yield "".join(part)
             part, n_characters = [], 0
@@ -300,32 +304,32 @@ def _parts(text: TextIO, file: Path) -> Iterator[str]:
 
 
 def _rows(file: Path, field: str, kind: str) -> Iterator[tuple[Any, str]]:
-    """Yield the rows of a file, each with what to call it in an error."""
+    """Yield the rows of a file, each with its name in error messages."""
     if kind in TABLES:
-        yield from _table(file, kind)
+        yield from _table_rows(file, kind)
         return
     if kind in (".csv", ".tsv"):
         with _open_text(file, newline="") as text:
-            yield from _separated(text, file, field, "," if kind == ".csv" else "\t")
+            yield from _csv_rows(text, file, field, "," if kind == ".csv" else "\t")
         return
     with _open_text(file) as text:
         if kind == ".json" and _first_character(file) == "[":
-            yield from _array(text, file)
+            yield from _array_rows(text, file)
             return
         for number, line in _lines(text, file):
             if line.strip():
-                yield _parsed(line, f"{file}:{number}"), f"{file}:{number}"
+                yield _parse(line, f"{file}:{number}"), f"{file}:{number}"
 
 
 def _first_character(file: Path) -> str:
-    """Return the first character of a file that is no space."""
+    """Return the first character of a file that is not white space."""
     with _open_text(file) as text:
         while (character := text.read(1)).isspace():
             pass
     return character
 
 
-def _array(text: TextIO, file: Path) -> Iterator[tuple[Any, str]]:
+def _array_rows(text: TextIO, file: Path) -> Iterator[tuple[Any, str]]:
     """Yield the elements of a JSON array as they are read."""
     decoder = json.JSONDecoder()
     while text.read(1) != "[":
@@ -352,21 +356,21 @@ def _array(text: TextIO, file: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _refuse_more(after: str, text: TextIO, file: Path) -> None:
-    """Raise CorpusError for anything but space after a JSON array: it would be left out."""
+    """Raise CorpusError for anything but white space after a JSON array: it would be ignored."""
     while after:
-        if found := after.strip():
+        if rest := after.strip():
             raise CorpusError(
-                f"{file}: goes on after its array with {found[:20]!r}. Expected one array, or a "
-                "row a line (.jsonl)."
+                f"{file}: found {rest[:20]!r} after the array. Expected one array, or one row per "
+                "line (.jsonl)."
             )
         after = text.read(CHUNK)
 
 
-def _separated(
+def _csv_rows(
     text: TextIO, file: Path, field: str, delimiter: str
 ) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield the rows of a CSV or TSV file; every value is the text that stands there."""
-    csv.field_size_limit(LONGEST_ROW)  # of the process; 131,072 where nobody sets it
+    """Yield the rows of a CSV or TSV file; every value stays text."""
+    csv.field_size_limit(LONGEST_ROW)  # for the whole process; the default is 131,072
     lines = (line for _, line in _lines(text, file))
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     names = reader.fieldnames or []
@@ -380,19 +384,19 @@ def _separated(
         if None in row:
             raise CorpusError(
                 f"{file}:{reader.line_num}: has more values than the {len(names)} columns. Quote "
-                "texts that hold a separator."
+                "texts that contain a separator."
             )
         yield row, f"{file}:{reader.line_num}"
 
 
-def _table(file: Path, kind: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield the rows of a file that `datasets` reads."""
+def _table_rows(file: Path, kind: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the rows of a file in a format that `datasets` reads."""
     import datasets
     from pyarrow import parquet
 
     try:
         if kind == ".parquet" and parquet.read_metadata(file).num_rows == 0:
-            return  # `datasets` asks for batches of no rows then
+            return  # `datasets` would request batches of zero rows
         rows = datasets.load_dataset(
             kind.lstrip("."), data_files=glob.escape(str(file)), split="train", streaming=True
         )
@@ -404,7 +408,7 @@ def _table(file: Path, kind: str) -> Iterator[tuple[Mapping[str, Any], str]]:
         raise CorpusError(f"{file}: `datasets` cannot read it ({error}).") from error
 
 
-def _parsed(line: str, where: str) -> Any:
+def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -416,7 +420,7 @@ def _parsed(line: str, where: str) -> Any:
 
 
 def text_in(row: Any, field: str, where: str) -> str | None:
-    """Return the text of a row, or None where it is null."""
+    """Return the text of a row, or None if it is null."""
     if not isinstance(row, Mapping) or field not in row:
         found = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise CorpusError(f"{where}: no text in field {field!r}; found {found}. Set `text_field`.")
@@ -429,5 +433,5 @@ def text_in(row: Any, field: str, where: str) -> str | None:
             "there. Set `text_field`."
         )
     if not text.isascii() and SURROGATE.search(text):
-        raise CorpusError(f"{where}: holds half a character (\\ud800 to \\udfff). Remove it.")
+        raise CorpusError(f"{where}: contains half a character (\\ud800 to \\udfff). Remove it.")
     return text

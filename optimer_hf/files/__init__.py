@@ -1,1 +1,1 @@
-"""Text files, references, locks, digests and writes that are whole or not at all."""
+"""Text files, references, locks, digests and atomic writes."""

@@ -1,4 +1,4 @@
-"""Digests: of files, of values, and what differs between two records."""
+"""Digests of files and values, and the differences between two records."""
 
 import functools
 import hashlib
@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-N_PIECES, PIECE = 1024, 2**16  # of a fingerprint, 64 MiB together; bytes
+N_PIECES, PIECE = 1024, 2**16  # a fingerprint reads at most this many pieces of PIECE bytes: 64 MiB
 
 
 def differences(found: Any, expected: Any, where: str = "") -> list[str]:
-    """Return what differs between two values as they come from JSON, a line per field."""
+    """Return one line for each field in which two JSON values differ."""
     if isinstance(found, dict) and isinstance(expected, dict):
         pairs = [(key, found.get(key), expected.get(key)) for key in expected | found]
     elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
@@ -28,26 +28,27 @@ def differences(found: Any, expected: Any, where: str = "") -> list[str]:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file; an unchanged file (size, time) is read once per process."""
+    """Return the sha256 of a file, which is read again only if its size or time has changed."""
     status = path.stat()
     return _sha256(path, status.st_size, status.st_mtime_ns)
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of a file up to N_PIECES * PIECE bytes, of a larger one its size and as many
-    pieces spread over it: what tells two versions apart in a fraction of a second. Where equality
-    must be proved, `sha256_file` does.
+    """Return a digest that distinguishes versions of a file in a fraction of a second.
+
+    A file of up to N_PIECES * PIECE bytes is read whole. Of a larger one, the digest covers the
+    size and N_PIECES pieces spread evenly over the file. Use `sha256_file` to prove equality.
     """
     size = path.stat().st_size
     places = list(range(0, size, PIECE))
     if len(places) > N_PIECES:
         places = [index * (size - PIECE) // (N_PIECES - 1) for index in range(N_PIECES)]
-    found = hashlib.sha256(str(size).encode())
+    state = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         for place in places:
             file.seek(place)
-            found.update(file.read(PIECE))
-    return found.hexdigest()
+            state.update(file.read(PIECE))
+    return state.hexdigest()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -57,7 +58,7 @@ def _sha256(path: Path, n_bytes: int, modified: int) -> str:
 
 
 def digest(value: Any) -> str:
-    """Return the sha256 of a JSON value in canonical form: equal values, equal digests."""
+    """Return the sha256 of a JSON value in canonical form, so equal values have equal digests."""
     text = json.dumps(
         value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
     )

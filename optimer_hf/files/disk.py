@@ -1,4 +1,4 @@
-"""Errors of a disk, in words."""
+"""Disk errors, in plain words."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ SMALLEST_FREE_SPACE = 4 * 2**20  # bytes; less than this is a full disk
 
 @contextlib.contextmanager
 def naming_disk_errors(out: Path, kept: str) -> Iterator[None]:
-    """Turn a disk that refuses data into an OutputError; `kept` says what state is left.
+    """Turn disk errors into an OutputError; `kept` says what is left on the disk.
 
-    Libraries report a full disk as errors of many types, so any error counts while it is full.
+    Libraries report a full disk with many types of error, so any error counts while it is full.
     """
     try:
         yield

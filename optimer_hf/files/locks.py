@@ -1,4 +1,4 @@
-"""Locks between processes: who may write a place."""
+"""Locks between processes, so that only one writes to a place at a time."""
 
 import contextlib
 import errno
@@ -11,11 +11,11 @@ from optimer_hf.errors import OutputError
 from optimer_hf.files.paths import ATOMIC_PREFIX, hidden_name
 
 WAIT_SECONDS = 60.0
-SWEEP_SECONDS = 0.3  # for as long a lock may be held by who removes it
-UNTIL_FREE = -1.0  # seconds: as long as the process lives that holds a lock
+SWEEP_SECONDS = 0.3  # a process that removes dead locks may hold one for this long
+UNTIL_FREE = -1.0  # seconds: wait for as long as another process holds the lock
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
-SECONDS_TO_LOCK = 60  # between the making of a scratch directory and its lock, at most
+SECONDS_TO_LOCK = 60  # a new scratch directory is locked at the latest after this time
 
 
 # -- locks and leftovers ---------------------------------------------------------------------------
@@ -23,12 +23,13 @@ SECONDS_TO_LOCK = 60  # between the making of a scratch directory and its lock, 
 
 @contextlib.contextmanager
 def hold_place(place: Path, *, wait: bool = False, beside: Path | None = None) -> Iterator[bool]:
-    """Hold a place for this process while it is written; not re-entrant, gone with the process.
+    """Reserve a place for this process while it writes there.
 
-    The lock is a hidden file in `beside` (None: the folder of `place`), which has to be there.
-    Locks that dead processes left in either are removed. Raises OutputError when another process
-    holds the place, with `wait` only after WAIT_SECONDS.
-    Yields whether the file system has locks at all.
+    The lock is a hidden file in `beside` (None: the folder that contains `place`), which must
+    exist. It is not re-entrant and ends with the process. Locks left by dead processes are removed
+    from both folders. Yields whether the file system supports locks.
+
+    Raises OutputError if another process holds the place; with `wait`, only after WAIT_SECONDS.
     """
     folder = place.parent if beside is None else beside
     file = folder / hidden_name(place.name, ".lock")
@@ -39,7 +40,7 @@ def hold_place(place: Path, *, wait: bool = False, beside: Path | None = None) -
             has_locks = stack.enter_context(locking(file, WAIT_SECONDS if wait else SWEEP_SECONDS))
         except Timeout:
             raise OutputError(
-                f"{place}: another process is writing it. Wait for it, or give another place."
+                f"{place}: another process is writing to it. Wait for it, or give another place."
             ) from None
         try:
             yield has_locks
@@ -49,9 +50,9 @@ def hold_place(place: Path, *, wait: bool = False, beside: Path | None = None) -
 
 
 def remove_dead_locks(folder: Path) -> None:
-    """Remove the locks of `hold_place` in a folder that no process holds.
+    """Remove the locks of `hold_place` that no process holds any more.
 
-    Each is unlinked while it is held, and who waited for it takes another of that name.
+    Each lock is unlinked while held; a process that was waiting for it creates a new one.
     """
     with contextlib.suppress(OSError):  # a name that is too long
         for file in list(folder.glob(f"{ATOMIC_PREFIX}*.lock")):
@@ -62,10 +63,10 @@ def remove_dead_locks(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locking(file: Path, seconds: float = 0.0) -> Iterator[bool]:
-    """Hold a lock file for this process; one that a dead process left is free.
+    """Hold a lock file for this process; a lock left by a dead process counts as free.
 
-    Raises filelock.Timeout when a live process holds it for longer than `seconds`. Yields whether
-    the file system has locks: without them nothing is held.
+    Yields whether the file system supports locks: if not, nothing is held. Raises filelock.Timeout
+    if a live process keeps the lock for longer than `seconds`.
     """
     lock = FileLock(file)
     try:

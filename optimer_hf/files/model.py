@@ -1,4 +1,4 @@
-"""Strict file models: YAML or JSON comes in; a record or an error that names the field goes out."""
+"""Strict file models: read YAML or JSON into a record, or raise an error that names the field."""
 
 import contextlib
 import glob
@@ -20,11 +20,11 @@ from optimer_hf.files.text import did_you_mean, field_path, prefix_field, quote
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-Mistake = tuple[Place, str]  # and what is wrong there
+Mistake = tuple[Place, str]  # a place, and what is wrong there
 
 
 class FieldError(ValueError):
-    """What a model finds wrong between its fields: places within it, and what is wrong there."""
+    """Fields of a model contradict each other; `mistakes` names the places and what is wrong."""
 
     def __init__(self, mistakes: Sequence[Mistake]) -> None:
         super().__init__("; ".join(prefix_field(*each) for each in mistakes))
@@ -32,14 +32,14 @@ class FieldError(ValueError):
 
 
 class FileModel(BaseModel):
-    """A part of one of our files: frozen, and unknown keys are errors."""
+    """Part of one of our files: it is frozen and refuses unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     def mistakes(self) -> Iterator[Mistake]:
-        """Yield what is wrong between sound fields; all of it is told at once."""
+        """Yield contradictions between valid fields, which are all reported at once."""
         yield from ()
 
     @model_validator(mode="after")
@@ -60,8 +60,8 @@ class VersionedFile(FileModel):
     def read(cls, path: Path) -> Self:
         """Read and validate a YAML or JSON file.
 
-        Raises ConfigError that lists every mistake with its line, its field, the value found and
-        what was expected.
+        Raises a ConfigError that lists every mistake with its line and field, the value found and
+        the value expected.
         """
         return parse(cls, read_yaml(path), path)
 
@@ -74,8 +74,9 @@ class VersionedFile(FileModel):
 
 
 def parse(cls: type[ModelT], data: Mapping[str, Any], path: Path) -> ModelT:
-    """Validate `data`, read from `path`, as a `cls`; raise one ConfigError that names every
-    mistake.
+    """Validate `data`, read from `path`, as a `cls`.
+
+    Raises one ConfigError that names every mistake.
     """
     try:
         return cls.model_validate(data, context={"folder": path.resolve().parent})
@@ -85,15 +86,14 @@ def parse(cls: type[ModelT], data: Mapping[str, Any], path: Path) -> ModelT:
 
 
 def list_mistakes(origin: Path | str, mistakes: Iterable[Mistake]) -> str:
-    """Return mistakes, a line each: the file with its line, or what else they come from, and what
-    is wrong there.
-    """
+    """Return one line per mistake: the file and its line (or another origin), and what is wrong."""
     return "\n".join(f"{origin}{_at_line(origin, where)}: {message}" for where, message in mistakes)
 
 
 def list_absent_files(path: Path, config: Any) -> str:
-    """Return the local files that a config, read from `path`, names and that are not there, a line
-    each as in `list_mistakes`.
+    """Return the missing local files that a config, read from `path`, names.
+
+    The lines look like those of `list_mistakes`; the text is empty if no file is missing.
     """
     return list_mistakes(
         path,
@@ -120,21 +120,19 @@ def list_absent_files_of_data(cls: type[BaseModel], data: Mapping[str, Any], pat
 
 
 def _exists(text: str) -> bool:
-    """Return whether a path is there, or is a pattern that matches a file."""
+    """Whether a path exists, or is a pattern that matches a file."""
     return is_there(Path(text)) or bool(glob.has_magic(text) and glob.glob(text, recursive=True))  # noqa: PTH207
 
 
 def refuse_absent_files(configs: Mapping[Path, Any]) -> None:
-    """Raise ConfigError for local files that configs, by the files they were read from, name and
-    that are not there.
-    """
+    """Raise a ConfigError that lists the missing files named by `configs` (path -> config)."""
     found = [text for path, config in configs.items() if (text := list_absent_files(path, config))]
     if found:
         raise ConfigError("\n".join(found))
 
 
 def _at_line(path: Path | str, location: Sequence[str | int]) -> str:
-    """Return `:LINE` of a field of a YAML file, or of the innermost part of it that is there."""
+    """Return `:LINE` of a field in a YAML file, or of its innermost parent that exists."""
     if isinstance(path, str) or path.suffix not in (".yaml", ".yml") or not path.is_file():
         return ""
     line = line_of(path, location)
@@ -142,7 +140,7 @@ def _at_line(path: Path | str, location: Sequence[str | int]) -> str:
 
 
 def _explain(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Yield place, field, found and expected of one pydantic error, each in one line."""
+    """Yield the mistakes in one pydantic error: the field, what was found, what was expected."""
     where = tuple(mistake["loc"])
     field, message = field_path(where), mistake["msg"].rstrip(".")
     cause = mistake.get("ctx", {}).get("error")
@@ -159,13 +157,12 @@ def _explain(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mista
         if mistake["type"] == "literal_error" and isinstance(mistake["input"], str):
             close = did_you_mean(mistake["input"], re.findall("'(.+?)'", message))
             hint = close if "mean" in close else ""
-        found = quote(mistake["input"])
         message = message.removeprefix("Value error, ")
-        yield where, f"{field}: found {found}. {message}.{hint}"
+        yield where, f"{field}: found {quote(mistake['input'])}. {message}.{hint}"
 
 
 def _fields_at(cls: type[BaseModel], where: Sequence[str | int]) -> list[str]:
-    """Return the names of the fields that a place in a file may have."""
+    """Return the names of the fields that are allowed at a place in a file."""
     models: list[type[BaseModel]] = [cls]
     for part in where:
         inner = [

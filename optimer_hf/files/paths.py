@@ -1,4 +1,4 @@
-"""Paths as text: names of hidden files, paths that move with their folder, the cache directory."""
+"""Names of hidden files, paths that move with their folder, and the cache directory."""
 
 import hashlib
 import os
@@ -10,17 +10,15 @@ from optimer_hf.files.reference import is_there
 
 ATOMIC_PREFIX = ".partial-"
 
-LONGEST_NAME = 200  # bytes; file systems take 255, and what hides a name is added
+LONGEST_NAME = 200  # bytes; file systems allow 255, and hiding a name adds to it
 
-FREE_TEXT = ("system_instruction", "generation")  # may begin with a slash and is no path
+FREE_TEXT = ("system_instruction", "generation")  # may begin with a slash without being a path
 
-Place = Sequence[str | int]  # where in a file: keys and indices
+Place = Sequence[str | int]  # the keys and indices that lead to a value in a file
 
 
 def strings_in(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[Place, str]]:
-    """Yield the texts and paths of a value of a file of ours that may name files, with where they
-    stand in it.
-    """
+    """Yield each text or path in a config that may name a file, with its place in the config."""
     if isinstance(value, str | Path):
         yield at, str(value)
     items: Iterable[tuple[str | int, Any]] = ()
@@ -33,8 +31,9 @@ def strings_in(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[Pla
 
 
 def relocate(value: Any, old: Path, new: Path) -> Any:
-    """Return a value of a file of ours with paths replaced by those that lie to `new` as they lay
-    to `old`, where something is there: a copied folder has its own files.
+    """Rewrite paths relative to `old` as the same paths relative to `new`.
+
+    A path changes only if its new target exists, so a copied folder uses its own files.
     """
 
     def move(text: str) -> str:
@@ -47,21 +46,21 @@ def relocate(value: Any, old: Path, new: Path) -> Any:
 
 
 def make_relative(value: Any, folder: Path) -> Any:
-    """Return a value of a file of ours with every absolute path in it relative to a folder."""
+    """Make every absolute path in a config relative to `folder`."""
     return _map_texts(
         value, lambda text: os.path.relpath(text, folder) if Path(text).is_absolute() else text
     )
 
 
 def drop_folders(value: Any) -> Any:
-    """Return a value with every path in it, absolute or relative, cut down to the file's name."""
+    """Shorten every path in a value, absolute or relative, to the file name."""
     return _map_texts(
         value, lambda text: Path(text).name if text.startswith(("/", "./", "../")) else text
     )
 
 
 def _map_texts(value: Any, replaced: Callable[[str], str]) -> Any:
-    """Return a value of a file of ours with the texts in it replaced that may name files."""
+    """Apply `replaced` to each text in a config that may name a file."""
     if isinstance(value, dict):
         return {
             key: item if key in FREE_TEXT else _map_texts(item, replaced)
@@ -73,15 +72,13 @@ def _map_texts(value: Any, replaced: Callable[[str], str]) -> Any:
 
 
 def hidden_name(name: str, mark: str, *, before: bool = False) -> str:
-    """Return `name` hidden and marked; a name that would become too long by its digest."""
+    """Return a hidden file name with `mark` in it; the digest replaces a name that is too long."""
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + Path(name).suffix[:16]
     return f"{ATOMIC_PREFIX}{mark}{name}" if before else f"{ATOMIC_PREFIX}{name}{mark}"
 
 
 def cache_dir() -> Path:
-    """Return where converted models are kept: $OPTIMER_CACHE, or `optimer` in the user's cache
-    directory.
-    """
+    """Return the folder for converted models: $OPTIMER_CACHE, or `optimer` in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
     return Path(os.environ.get("OPTIMER_CACHE", str(Path(home) / "optimer")))

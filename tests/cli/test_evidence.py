@@ -61,4 +61,4 @@ def test_a_figure_that_cannot_be_written_is_refused_before_anything_is_scored(se
     (tmp_path / "file").write_text("mine")
     figure = tmp_path / "file" / "x.png"
     result = optimer("compare", searched[0], "--figure", figure, ok=False)
-    assert "file: cannot be made a directory" in result.stderr
+    assert "file: cannot create this directory" in result.stderr

@@ -196,7 +196,7 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error_that_names_it(tmp_pat
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"text": "a\\ud800b"}', r"a\.jsonl:1: holds half a character"),
+        ("a.jsonl", '{"text": "a\\ud800b"}', r"a\.jsonl:1: contains half a character"),
         ("a.jsonl", "[" * 10**5, r"a\.jsonl:1: is nested too deeply"),
         ("a.foo", "x", r"a\.foo: found a file that ends in '\.foo'\. Expected \.jsonl"),
         ("a.parquet.gz", "x", r"found a file that ends in '\.gz'\. Expected \.jsonl"),
@@ -592,7 +592,7 @@ def test_rows_whose_text_is_null_are_left_out_and_counted(tmp_path, kind, caplog
     rows = [{"text": "a"}, {"text": None}, {"text": "b"}, {"text": None}]
     path = write_any(tmp_path / f"nulls{tmp_path.name}{kind}", as_rows(kind, rows))
     assert texts(path) == ["a", "b"]
-    assert f"{path.name}: left out 2 rows whose 'text' is null" in caplog.text
+    assert f"{path.name}: skipped 2 rows whose 'text' is null" in caplog.text
 
 
 def test_a_json_array_is_read_element_by_element_across_chunks(tmp_path, monkeypatch):
@@ -610,11 +610,11 @@ def test_a_json_array_is_read_element_by_element_across_chunks(tmp_path, monkeyp
         ("a.json", '[{"text": "a"}', r"a\.json: row 2: not a JSON value"),
         ("a.json", '["a"]', r"a\.json: row 1: no text in field 'text'; found str"),
         ("a.json", '{"text":\n "a"}', r"a\.json:1: not a JSON object"),
-        ("a.jsonl", '{"text": "' + "x" * 200 + '"}', r"a\.jsonl:1: a line of more than 100"),
+        ("a.jsonl", '{"text": "' + "x" * 200 + '"}', r"a\.jsonl:1: the line has more than 100"),
         ("a.json", '[{"text": "' + "x" * 300 + '"}]', r"a\.json: row 1: not a JSON value"),
         ("a.csv", 'text\n"' + "x" * 50 + "\n" + "x" * 60, r"a\.csv: cannot be read .*field larger"),
         ("a.csv", 'text\n"x', r"a\.csv: cannot be read .*unexpected end"),
-        ("a.txt", "short\n" + "x" * 200, r"a\.txt:2: a line of more than 100"),
+        ("a.txt", "short\n" + "x" * 200, r"a\.txt:2: the line has more than 100"),
     ],
 )
 def test_damaged_and_endless_rows_are_named(tmp_path, monkeypatch, name, text, message):
@@ -674,7 +674,7 @@ def test_a_data_set_saved_by_datasets_is_read_whole(tmp_path):
     [
         ([], "no shards in this folder"),
         (["notes.pdf"], "no shards in this folder"),
-        (["a.jsonl", "b.csv"], r"several formats \(\.csv, \.jsonl\)\. Name those to read"),
+        (["a.jsonl", "b.csv"], r"several formats \(\.csv, \.jsonl\)\. Use a pattern to select"),
         (["train-0.jsonl", "test-0.jsonl"], r"several splits \(train-0\.jsonl and test-0\.jsonl"),
         (["data/a.jsonl", "validation/a.jsonl"], "several splits"),
     ],
@@ -709,7 +709,7 @@ def test_every_shard_that_links_lead_to_is_read_once(linked, pattern):
 @pytest.mark.parametrize("pattern", ["", "*.jsonl"])
 def test_a_link_to_a_shard_that_is_not_there_is_refused(linked, pattern):
     (linked / "z.jsonl").symlink_to("nowhere")
-    with pytest.raises(CorpusError, match=r"z\.jsonl: is a link to nowhere, which is not there"):
+    with pytest.raises(CorpusError, match=r"z\.jsonl: is a link to nowhere, which does not exist"):
         texts(linked / pattern)
 
 
@@ -717,9 +717,7 @@ def test_a_link_to_a_shard_that_is_not_there_is_refused(linked, pattern):
 def test_a_shard_and_its_compressed_copy_are_refused(tmp_path, pattern):
     for name in ("a.jsonl", "a.jsonl.gz"):
         write_any(tmp_path / name, as_rows(".jsonl", [{"text": "a"}]))
-    with pytest.raises(
-        CorpusError, match=r"a\.jsonl\.gz: stands beside a\.jsonl, and one is a copy"
-    ):
+    with pytest.raises(CorpusError, match=r"a\.jsonl\.gz: seems to be a copy of a\.jsonl"):
         texts(tmp_path / pattern)
 
 
@@ -729,7 +727,7 @@ def test_what_map_leaves_in_a_saved_data_set_is_not_read(tmp_path):
     assert len(list(tmp_path.glob("*.arrow"))) == 2
     assert texts(tmp_path) == ["a", "b"]
     (tmp_path / "data-00000-of-00001.arrow").unlink()
-    with pytest.raises(CorpusError, match=r"arrow', which state\.json names, is not there"):
+    with pytest.raises(CorpusError, match=r"lacks '.*arrow', which state\.json names"):
         texts(tmp_path)
 
 
@@ -760,14 +758,14 @@ def test_texts_about_a_corpus_of_plain_text_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", '[{"text": "a"}]\n[{"text": "b"}]', r"goes on after its array with '\[\{\"text"),
-        ("a.json", '[{"text": "a"}]' + " " * 3 * 2**20 + "x", "goes on after its array with 'x'"),
+        ("a.json", '[{"text": "a"}]\n[{"text": "b"}]', r"found '\[\{\"text.* after the array"),
+        ("a.json", '[{"text": "a"}]' + " " * 3 * 2**20 + "x", "found 'x' after the array"),
         ("a.csv", "n,text\n1,b\n2,Hello, world\n", r"a\.csv:3: has more values than the 2 columns"),
         ("a.csv", "text,text\na,b\n", r"a\.csv: has 2 columns 'text', expected one"),
         (
             "a.txt",
             "version https://git-lfs.github.com/spec/v1\noid sha256:a\n",
-            "pointer of Git LFS",
+            "Git LFS pointer",
         ),
     ],
 )

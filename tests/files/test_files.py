@@ -190,7 +190,7 @@ def test_a_file_that_holds_no_mapping_is_refused(tmp_path, text, found):
 
 
 def test_a_directory_in_place_of_a_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is a directory, expected a file"):
+    with pytest.raises(ConfigError, match="found a directory, expected a file"):
         read_yaml(tmp_path)
 
 
@@ -348,7 +348,7 @@ def test_a_place_that_another_process_writes_is_refused_until_it_ends_or_dies(tm
         writer.stdout.readline()
         assert len(list(tmp_path.iterdir())) == 4  # two locks, a directory, a file
         with (
-            pytest.raises(OutputError, match=r"out: another process is writing it\. Wait"),
+            pytest.raises(OutputError, match=r"out: another process is writing to it\. Wait"),
             staged_directory(tmp_path / "out"),
         ):
             pytest.fail("the body must not run")
@@ -525,7 +525,7 @@ def test_a_failed_replacement_leaves_the_old_directory(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     assert (out / "a").read_text() == "old"
     with (
-        pytest.raises(OutputError, match="a file; expected a directory"),
+        pytest.raises(OutputError, match="found a file, expected a directory"),
         staged_directory(out / "a", replace=True),
     ):
         pytest.fail("the body must not run")
@@ -670,7 +670,7 @@ def test_mistakes_of_a_file_come_all_at_once_with_their_lines(tmp_path: Path):
 @pytest.mark.parametrize("write", [lambda out: write_text(out, "x"), lambda out: staged(out)])
 def test_a_place_under_a_file_is_refused(tmp_path, write):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match=r"file: cannot be made a directory \(.*Give another"):
+    with pytest.raises(OutputError, match=r"file: cannot create this directory \(.*Give another"):
         write(tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "mine"
 

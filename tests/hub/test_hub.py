@@ -1072,7 +1072,7 @@ def test_two_pulls_of_one_directory_do_not_mix(hub, make_vector, name, tmp_path)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with (
         hold_place(out, beside=out),
-        pytest.raises(OutputError, match="out: another process is writing it"),
+        pytest.raises(OutputError, match="out: another process is writing to it"),
     ):
         hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -717,7 +717,7 @@ def test_a_record_that_the_study_cannot_go_on_from_is_refused(
 
 def test_a_study_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="file: cannot be made a directory"):
+    with pytest.raises(OutputError, match="file: cannot create this directory"):
         search(config_of(), tmp_path / "file", pool=no_pool)
 
 

@@ -292,7 +292,7 @@ def test_a_file_in_place_of_the_output_directory_is_refused(make_config, tmp_pat
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputError, match="already exists and is not a training directory"):
         train(make_config(), tmp_path / "out")
-    with pytest.raises(OutputError, match="cannot be made a directory"):
+    with pytest.raises(OutputError, match="cannot create this directory"):
         train(make_config(), tmp_path / "out" / "deeper")
 
 
@@ -393,7 +393,7 @@ def test_a_directory_that_another_run_writes_is_refused(make_config, tmp_path):
     out = tmp_path / "out"
     with run_module._lock(out):
         for begin in (train, prepare):
-            with pytest.raises(OutputError, match=r"out: another process is writing it"):
+            with pytest.raises(OutputError, match=r"out: another process is writing to it"):
                 begin(make_config(), out)
         assert not out.exists()
         with pytest.raises(OutputError, match="another process"):
