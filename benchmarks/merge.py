@@ -382,7 +382,7 @@ def copy_bytes(n_bytes: int, device: str) -> dict[str, float]:
 
 def accuracy(inputs: Inputs) -> dict[str, Any]:
     """Share of bfloat16 outputs that are the float64 sum correctly rounded."""
-    from optimer_hf.merging.writer import merged_rows
+    from optimer_hf.merging.writer import merge_rows
     from optimer_hf.models.checkpoint import Checkpoint
     from optimer_hf.models.layout import ResolvedModel
     from optimer_hf.vectors.forms import LowRank, dense
@@ -407,7 +407,7 @@ def accuracy(inputs: Inputs) -> dict[str, Any]:
                 else:
                     product = dense(delta, base_rows).double()
                 exact += weights[vector.name] * product
-            merged = merged_rows(base_rows, name, rows, pool, weights, torch.bfloat16)
+            merged = merge_rows(base_rows, name, rows, pool, weights, torch.bfloat16)
             right += int((merged == exact.to(torch.bfloat16)).sum())
             total += merged.numel()
         found[kind] = right / total

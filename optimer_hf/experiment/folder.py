@@ -220,7 +220,7 @@ def check_given(inputs: Inputs) -> None:
     """Open the vectors and models that are not trained here, and look for the tools that trials are
     reported to: what cannot be used would be found after the training, or after the search.
     """
-    from optimer_hf.merging.tokenizer import opened_tokenizer, scoring_tokenizer
+    from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
     from optimer_hf.models.resolve import resolve_base
     from optimer_hf.searching.tracking import callbacks_of
     from optimer_hf.vectors.opening import open_vector
@@ -232,7 +232,7 @@ def check_given(inputs: Inputs) -> None:
     base = resolve_base(config.base_model)
     scoring_tokenizer(
         base,
-        opened_tokenizer(base, config.tokenizer_reference),
+        open_tokenizer(base, config.tokenizer_reference),
         apply_chat_template=config.objective.apply_chat_template,
     )
     for name, source in (*given.items(), *config.baselines.models.items()):

@@ -27,7 +27,7 @@ from optimer_hf.files.reference import Reference
 from optimer_hf.files.text import first_line, markdown_table
 from optimer_hf.hub.pulling import Input, inputs_of
 from optimer_hf.merging.resident import ResidentModel
-from optimer_hf.merging.tokenizer import opened_tokenizer, scoring_tokenizer
+from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
 from optimer_hf.models.layout import ResolvedModel, weight_states
 from optimer_hf.models.live import default_device
 from optimer_hf.models.memory import total_memory
@@ -220,7 +220,7 @@ def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, s
     resident.set_weights({vector.name: 0.5 for vector in pool})
     tokenizer = scoring_tokenizer(  # a few MB where it has to be fetched
         base,
-        opened_tokenizer(base, config.tokenizer_reference),
+        open_tokenizer(base, config.tokenizer_reference),
         apply_chat_template=config.objective.apply_chat_template,
     )
     return Evaluator(resident.model, tokenizer, objectives)

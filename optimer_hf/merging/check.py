@@ -1,10 +1,9 @@
-"""A merged model that lies in its staging directory -> an error unless it is what its config
-promises.
+"""Check that a merged model in its staging directory is what its config promises.
 
-mergekit does not look at what it wrote: it logs that a tokenizer could not be copied, a layer count
-not be set, and reports success. So names, shapes, dtypes, values, tokenizer and chat template are
-compared here, for both engines. What a reader would not guess: faults that the model has which gave
-the config, unread buffers for instance, are not the merge's.
+mergekit does not check what it wrote: when it cannot copy a tokenizer or set a layer count, it logs
+that and reports success. So names, shapes, dtypes, values, tokenizer and chat template are checked
+here, for both engines. Faults that the model behind the config already has, such as unread buffers,
+are ignored.
 """
 
 from collections.abc import Iterator
@@ -23,21 +22,21 @@ from optimer_hf.models.ties import ties_of
 
 @dataclass(frozen=True)
 class Promise:
-    """What a merge config and its flags say of the output."""
+    """What a merge config and its flags say about the output."""
 
-    config_of: Path | None  # the model that gives config and layers; None: not at hand
-    dtype: str | None = None  # that config.json names
-    out_dtype: str | None = None  # of every tensor; without it some methods compute in another
+    config_of: Path | None  # the model whose config and layers the merge has; None: not local
+    dtype: str | None = None  # named in config.json
+    out_dtype: str | None = None  # of every tensor; without it, some methods choose their own
     tokenizer: bool = True
-    new_tokenizer: bool = False  # written by transformers; others are copied as they are
+    new_tokenizer: bool = False  # written by transformers instead of copied
     chat_template: str | None = None
-    runs_code: bool = False  # a person lets mergekit run the model's own code, which we do not
+    runs_code: bool = False  # mergekit may run the model's own code; we never do
 
 
 def check_merged(out: Path, promise: Promise) -> None:
-    """Raise ModelError, naming the first fault, for a merge that is not what was promised.
+    """Raise ModelError that names the first fault, if a merge breaks its promise.
 
-    Reads every tensor once, and lets transformers compare names and shapes.
+    Reads every tensor once; transformers compares names and shapes.
     """
     try:
         fault = next(_faults(out, promise), None)
@@ -57,15 +56,15 @@ def _faults(out: Path, promise: Promise) -> Iterator[str]:
         yield from _tokenizer_faults(out, promise)
     if not promise.runs_code:
         yield from _loading_faults(merged, promise.config_of)
-    ties_of(merged)  # refuses a head that the config ties and that differs from the embedding
+    ties_of(merged)  # refuses a head that differs from the embedding that it is tied to
 
 
 def _dtype_faults(merged: Checkpoint, promise: Promise) -> Iterator[str]:
     expected = DTYPES.get(promise.out_dtype or "")
     for name in merged.names if expected is not None else ():
-        found = merged.dtype(name)
-        if found.is_floating_point and found != expected:
-            yield f"tensor {name!r} was written as {found}, expected {expected}."
+        dtype = merged.dtype(name)
+        if dtype.is_floating_point and dtype != expected:
+            yield f"tensor {name!r} was written as {dtype}, expected {expected}."
     settings = read_settings(merged.path / CONFIG)
     named = settings.get("dtype", settings.get("torch_dtype"))
     if promise.dtype is not None and named != promise.dtype:
@@ -83,33 +82,33 @@ def _value_faults(merged: Checkpoint) -> Iterator[str]:
 
 
 def _loading_faults(merged: Checkpoint, config_of: Path | None) -> Iterator[str]:
-    """Yield where files and config do not fit, unless those of the model behind it do not."""
-    found = loading_of(merged.path)
+    """Yield tensors that do not fit the config, except where the model behind it has the fault."""
+    loading = loading_of(merged.path)
     nothing = Loading(frozenset(), frozenset(), frozenset())
     is_compared = config_of is not None and any(config_of.glob(ANY_WEIGHTS))  # mergekit reads .bin
     known = loading_of(config_of) if config_of is not None and is_compared else nothing
     for what, names in (
-        ("it lacks", found.missing - known.missing),
+        ("it lacks", loading.missing - known.missing),
         (
-            "its config.json, that of the base, has another shape of",
-            found.misshapen - known.misshapen,
+            "its config.json, copied from the base, has another shape for",
+            loading.misshapen - known.misshapen,
         ),
-        ("its config.json has no place for", found.unread - known.unread),
+        ("its config.json has no place for", loading.unread - known.unread),
     ):
         if names:
             yield (
                 f"{what} {min(names)!r} ({len(names)} in all, of {len(merged.names)} tensors "
-                "written). Give a model that has it as base_model; if all have, mergekit does not "
-                "know this architecture."
+                "written). Give a model that has it as base_model; if all models have it, mergekit "
+                "does not know this architecture."
             )
 
 
 def _tokenizer_faults(out: Path, promise: Promise) -> Iterator[str]:
     if not any((out / name).is_file() for name in TOKENIZER_FILES):
-        yield "it has no tokenizer. With --no-copy-tokenizer none is expected."
+        yield "it has no tokenizer. If you want none, pass --no-copy-tokenizer."
         return
     if promise.runs_code or not promise.new_tokenizer:
         return
-    found: Any = read_tokenizer(out).chat_template
-    if promise.chat_template is not None and found != promise.chat_template:
-        yield "its tokenizer lacks the chat template that was asked for."
+    template: Any = read_tokenizer(out).chat_template
+    if promise.chat_template is not None and template != promise.chat_template:
+        yield "its tokenizer lacks the chat template that the config asks for."

@@ -1,4 +1,4 @@
-"""The kernel in one pass over memory, compiled for the CPU; the same bits."""
+"""The kernel as one compiled pass over memory, for CPUs, with the same bits as `add_in_steps`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from numba.extending import intrinsic
 
 from optimer_hf.vectors.forms import Delta, LowRank, Trained
 
-TILE = 1024  # numbers: three float32 tiles take 12 KiB
+TILE = 1024  # three float32 tiles take 12 KiB
 
 
 # -- one pass on a CPU -----------------------------------------------------------------------------
 
 
-def _add_in_one_pass(
+def add_in_one_pass(
     base: torch.Tensor, deltas: Sequence[Delta], weights: Sequence[float], out: torch.Tensor
 ) -> torch.Tensor:
-    """Write the sum to `out`, contiguous, bfloat16 or float32, and return it."""
+    """Write the sum of `add_weighted` to `out` (contiguous, bfloat16 or float32) and return it."""
     inputs = [
-        _readable(delta.tensor if isinstance(delta, Trained) else delta)
+        _as_float(delta.tensor if isinstance(delta, Trained) else delta)
         for delta in (base, *deltas)
         if not isinstance(delta, LowRank)
     ]
@@ -35,15 +35,15 @@ def _add_in_one_pass(
     return out
 
 
-def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as the pass reads it: contiguous, bfloat16 or float32."""
+def _as_float(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in a form that the pass reads: contiguous, bfloat16 or float32."""
     wide = tensor if tensor.dtype in (torch.bfloat16, torch.float32) else tensor.float()
     return wide.contiguous()
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _at(_context: Any, _address: Any, number: Any) -> Any:
-    """Return a pointer to numbers of a type at an address; numba has no cast for it."""
+    """Return a typed pointer to an address; numba has no cast for this."""
     pointer = numba.types.CPointer(number.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -54,7 +54,7 @@ def _at(_context: Any, _address: Any, number: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _as_float32(_context: Any, bits: Any) -> Any:
-    """Return the float32 that 32 bits stand for."""
+    """Reinterpret 32 bits as a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
@@ -64,7 +64,7 @@ def _as_float32(_context: Any, bits: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _as_bits(_context: Any, number: Any) -> Any:
-    """Return the 32 bits of a float32."""
+    """Reinterpret a float32 as 32 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
@@ -72,15 +72,15 @@ def _as_bits(_context: Any, number: Any) -> Any:
     return numba.types.uint32(numba.types.float32), generate
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function at its first call, outside the interpreter lock, for this CPU."""
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function for this CPU when it is first called; it runs without the GIL."""
     try:
         return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # nowhere to keep what was compiled: two seconds in every process
+    except RuntimeError:  # no writable cache: compiling takes two seconds in every process
         return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
 
 
-@_compiled
+@_compile
 def _one_pass(
     addresses: np.ndarray[Any, Any],
     is_bfloat16: np.ndarray[Any, Any],
@@ -88,12 +88,12 @@ def _one_pass(
     weights: np.ndarray[Any, Any],
     n: int,
 ) -> None:  # pragma: no cover
-    """Merge n numbers; addresses and dtypes are those of output, base and deltas, in this order."""
+    """Merge n numbers. Addresses and dtypes belong to the output, the base and the deltas."""
     base, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     zero = np.zeros(TILE, np.float32)
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
-        total[:] = np.float32(-0.0)  # the one number that changes no other when it is added
+        total[:] = np.float32(-0.0)  # the only number that changes no other when added
         base[:] = np.float32(-0.0)
         _add(addresses[1], is_bfloat16[1], start, m, zero, np.float32(1), base)
         for i in range(len(weights)):
@@ -102,7 +102,7 @@ def _one_pass(
         _write(base, total, addresses[0], is_bfloat16[0], start, m)
 
 
-@_compiled
+@_compile
 def _add(
     address: int,
     is_bfloat16: bool,
@@ -112,7 +112,7 @@ def _add(
     weight: float,
     total: np.ndarray[Any, Any],
 ) -> None:  # pragma: no cover
-    """Add weight * (numbers - origin) to a tile; the numbers lie at an address, from `start` on."""
+    """Add weight * (numbers - origin) to a tile; the numbers start at `address` + `start`."""
     if is_bfloat16:  # the upper half of a float32
         halves = numba.carray(_at(address + 2 * start, np.uint16), TILE)
         for j in range(n):
@@ -124,7 +124,7 @@ def _add(
             total[j] += (wholes[j] - origin[j]) * weight
 
 
-@_compiled
+@_compile
 def _write(
     base: np.ndarray[Any, Any],
     total: np.ndarray[Any, Any],
@@ -133,7 +133,7 @@ def _write(
     start: int,
     n: int,
 ) -> None:  # pragma: no cover
-    """Write base + total; as bfloat16, rounded to nearest, ties to even."""
+    """Write base + total. bfloat16 is rounded to nearest, ties to even."""
     if is_bfloat16:
         halves = numba.carray(_at(address + 2 * start, np.uint16), TILE)
         for j in range(n):

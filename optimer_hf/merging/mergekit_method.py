@@ -1,5 +1,5 @@
-"""The merge method `optimer`, as mergekit runs it: base plus weighted vectors, by the kernel of the
-streaming writer.
+"""The merge method `optimer` for mergekit: base plus weighted vectors, with the streaming writer's
+kernel.
 """
 
 import functools
@@ -16,8 +16,8 @@ from optimer_hf.vectors.record import read_record
 
 @functools.cache
 def register_method() -> None:
-    """Register `optimer` with mergekit, once per process; importing mergekit takes seconds, so only
-    when needed.
+    """Register `optimer` with mergekit, once per process and only when needed: importing mergekit
+    takes seconds.
     """
     from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
     from mergekit.merge_methods.easy_define import merge_method
@@ -55,7 +55,9 @@ def register_method() -> None:
 
 
 def _is_delta(entry_id: Any) -> bool:
-    """Whether mergekit's ModelReference is a delta directory of ours; others say `delta: true`."""
+    """Whether mergekit's ModelReference is one of our delta directories; for others, the config
+    says `delta: true`.
+    """
     path = Path(str(entry_id.model.path))
     record = read_record(path) if path.is_dir() else None
     return record is not None and record.kind == "delta"

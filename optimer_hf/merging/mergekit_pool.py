@@ -1,4 +1,4 @@
-"""mergekit's YAML <-> a pool of vectors and weights."""
+"""Convert between mergekit's YAML and a pool of vectors with weights."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,8 +21,8 @@ LARGEST_CANCELLATION = 2.0  # sum of |w| beyond which 1 - sum w loses digits of 
 
 @dataclass(frozen=True)
 class LinearMerge:
-    """What the streaming writer can do of a merge config: one number per vector, and a model's
-    tokenizer (None: the base's).
+    """A merge that the streaming writer can run: one number per vector, and the tokenizer of a
+    model (None: of the base).
     """
 
     base_model: str
@@ -33,26 +33,27 @@ class LinearMerge:
 
 
 def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
-    """Return base model and vectors (name -> reference) of a mergekit config, names made from the
-    last path part; of BASE+ADAPTER the vector is the adapter.
+    """Return the base model and the vectors (name -> reference) of a mergekit config.
 
-    Raises ConfigError where no pool can be read from it.
+    Names are the last parts of the paths; BASE+ADAPTER gives the adapter. Raises ConfigError for a
+    config that is no pool.
     """
     if not config.get("base_model"):
         raise ConfigError(
-            f"{path}: field 'base_model' is missing. Name the model all others were trained from."
+            f"{path}: field 'base_model' is missing. Name the model that all others were trained "
+            "from."
         )
     for layered in ("slices", "modules"):
         if config.get(layered):
             raise ConfigError(
-                f"{path}: {layered}: its models have a weight a layer, or none, and no pool can be "
-                "read from them. List the vectors under `models:` to search their weights."
+                f"{path}: {layered}: has weights for each layer, or none, instead of one for each "
+                "model. List the vectors under `models:` to search their weights."
             )
-    for where, name in _no_vectors(config, path):
+    for where, name in _entries_for_mergekit(config, path):
         at = f"{path}: {where}: found {str(name)!r}"
         if name.architecture is not None:
             raise ConfigError(
-                f"{at} with override_architecture, which only mergekit reads. Leave it out: a "
+                f"{at} with override_architecture, which only mergekit reads. Leave it out; a "
                 "vector has the architecture of its base."
             )
         raise ConfigError(
@@ -60,44 +61,45 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
             "expected BASE or BASE+ADAPTER. Merge the adapter into its model and give the result."
         )
     base = _base_of(config, path).model
-    sources = named_sources([name.parts[-1] for name in _vectors_of(config, path)])
+    sources = name_sources([name.parts[-1] for name in _vectors_of(config, path)])
     if not sources:
         raise ConfigError(
-            f"{path}: models: found none besides the base. Give at least one model to merge."
+            f"{path}: models: found only the base. Give at least one model to merge into it."
         )
     return base, sources
 
 
-def _name(value: Any, path: Path) -> ModelName:
+def name_in_file(value: Any, path: Path) -> ModelName:
+    """Return a model reference of the config at `path`, with absolute local paths."""
     return model_name(value, path.resolve().parent)
 
 
 def _base_of(config: Mapping[str, Any], path: Path) -> ModelName:
-    return _name(config["base_model"], path)
+    return name_in_file(config["base_model"], path)
 
 
 def _vectors_of(config: Mapping[str, Any], path: Path) -> list[ModelName]:
     """Return the entries of `models` that are not the base."""
-    names = [_name(entry["model"], path) for entry in config.get("models") or []]
+    names = [name_in_file(entry["model"], path) for entry in config.get("models") or []]
     return [name for name in names if name != _base_of(config, path)]
 
 
-def _no_vectors(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, ModelName]]:
-    """Yield field and name of every model that only mergekit can read: an adapter that is merged
-    into another model than the base first, an architecture that is not the model's own.
+def _entries_for_mergekit(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, ModelName]]:
+    """Yield field and name of every model that only mergekit can read: an adapter of another model
+    than the base, or a model with an overridden architecture.
     """
     base = _base_of(config, path)
     if base != ModelName(base.model):
         yield "base_model", base
         return
     for index, entry in enumerate(config.get("models") or []):
-        name = _name(entry["model"], path)
+        name = name_in_file(entry["model"], path)
         if name.architecture or (name.adapter and name.model != base.model):
             yield f"models.{index}.model", name
 
 
-def named_sources(sources: Iterable[str]) -> dict[str, str]:
-    """Name references by their last path part; the second of a name gets -2."""
+def name_sources(sources: Iterable[str]) -> dict[str, str]:
+    """Name references by the last part of their paths; a repeated name gets -2, -3, ..."""
     named: dict[str, str] = {}
     for source in sources:
         stem = name = source.rstrip("/").split("/")[-1].split("@")[0]
@@ -109,20 +111,20 @@ def named_sources(sources: Iterable[str]) -> dict[str, str]:
 
 
 def tokenizer_of(config: Mapping[str, Any], path: Path) -> str | None:
-    """Return the model whose tokenizer a mergekit config takes, None for that of the base, too
-    where it `makes_tokenizer`.
+    """Return the model that a mergekit config takes its tokenizer from; None for the base, or when
+    the config `makes_tokenizer`.
     """
     source = _tokenizer_source(config)
     if source == "base" or makes_tokenizer(config):
         return None
-    reference = _name(source, path).model
+    reference = name_in_file(source, path).model
     base = config.get("base_model")
     return None if base and reference == _base_of(config, path).model else reference
 
 
 def makes_tokenizer(config: Mapping[str, Any]) -> bool:
-    """Whether a config asks for a tokenizer that no model has as it is: a union, tokens or rows of
-    its own, an adapter on a model.
+    """Whether a config asks mergekit to build a new tokenizer: a union, added or replaced tokens,
+    or a model with an adapter.
     """
     block, source = config.get("tokenizer"), _tokenizer_source(config)
     is_simple = not block or not set(block) - {"source"}
@@ -138,52 +140,52 @@ def _tokenizer_source(config: Mapping[str, Any]) -> Any:
     return config.get("tokenizer_source") or "base"
 
 
-def searched_pool(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
-    """Return base model and vectors of a config whose weights are to be searched.
+def pool_to_search(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
+    """Return the base model and the vectors of a config whose weights are to be searched.
 
-    Raises ConfigError for a delta directory without our vector.json, which would be opened as a
-    checkpoint.
+    Raises ConfigError for a delta directory without our vector.json, which would be mistaken for a
+    model.
     """
     base, sources = pool_of(config, path)
     for entry in config.get("models") or []:
-        name = _name(entry["model"], path)
+        name = name_in_file(entry["model"], path)
         source = Path(name.parts[-1])
         if not (entry.get("parameters") or {}).get("delta"):
             continue
         record = read_record(source) if source.is_dir() else None
         if record is None or record.kind != "delta":
             raise ConfigError(
-                f"{path}: models: {_text(entry['model'])}: parameters.delta: a search tells a "
-                "delta directory by its vector.json, and finds none here. Write the delta with "
-                "`optimer extract`."
+                f"{path}: models: {_text(entry['model'])}: parameters.delta: this directory has no "
+                "vector.json, by which a search recognises a delta. Write the delta with `optimer "
+                "extract`."
             )
     return base, sources
 
 
-def not_searched(config: Mapping[str, Any]) -> list[str]:
-    """Return what a config sets beyond one number per vector and a model's tokenizer, by field: a
-    search keeps none of it.
+def unsearched_settings(config: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a config that a search ignores, by field: everything beyond one number
+    per vector and the tokenizer of a model.
     """
-    found = []
+    ignored = []
     if config["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
-        found.append(f"merge_method: {config['merge_method']}")
+        ignored.append(f"merge_method: {config['merge_method']}")
     entries = config.get("models") or []
     blocks = {f"models: {_text(entry['model'])}": entry for entry in entries}
     for where, block in {"": config, **blocks}.items():
         for name, value in (block.get("parameters") or {}).items():
             if _is_unsearched(name, value):
-                found.append(f"{where}: parameters.{name}".removeprefix(": "))
+                ignored.append(f"{where}: parameters.{name}".removeprefix(": "))
     if makes_tokenizer(config):
         field = "tokenizer" if config.get("tokenizer") else "tokenizer_source"
-        found.append(f"{field}: {quote(config.get(field))}")
+        ignored.append(f"{field}: {quote(config.get(field))}")
     if config.get("chat_template"):
-        found.append(f"chat_template: {quote(config['chat_template'])}")
-    return found
+        ignored.append(f"chat_template: {quote(config['chat_template'])}")
+    return ignored
 
 
 def _is_unsearched(name: str, value: Any) -> bool:
     if name == "int8_mask" or (name == "normalize" and value is False):
-        return False  # the sum that is searched is not normalised either
+        return False  # a search does not normalise, either
     return name not in ("weight", "delta") or isinstance(value, list | dict)
 
 
@@ -194,31 +196,32 @@ def _text(value: Any) -> str:
 def with_weights(
     config: Mapping[str, Any], path: Path, weights: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return a mergekit config with method `optimer` and these weights, local paths absolute.
+    """Return a mergekit config with method `optimer`, these weights and absolute local paths.
 
-    dtype, tokenizer and chat template stay; parameters of another method (density, ...) go.
+    dtype, tokenizer and chat template are kept; parameters of other methods (density, ...) are not.
     """
     base, sources = pool_of(config, path)
     found = optimer_config(base, sources, weights, "bfloat16")
     if "dtype" in config or "out_dtype" in config:
         del found["dtype"], found["out_dtype"]
-    kept = with_models(config, lambda value: _shortest(_name(value, path)))
+    kept = with_models(config, lambda value: _shortest_form(name_in_file(value, path)))
     return found | {key: kept[key] for key in config if key not in (*found, "parameters")}
 
 
-def _shortest(name: ModelName) -> Any:
-    """Return a reference as text, in the long form where text says something else."""
+def _shortest_form(name: ModelName) -> Any:
+    """Return a reference as text, or in the long form where text would be misread."""
     plain = name.architecture is None and not any("+" in part for part in name.parts)
     return str(name) if plain else name.long_form
 
 
 def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return a config, read from `path`, with absolute local models, MODEL+ADAPTER as a list;
-    nothing is opened.
+    """Return a config read from `path` with absolute local models; MODEL+ADAPTER becomes a list.
+
+    Opens no model.
     """
 
     def absolute(value: Any) -> Any:
-        parts = _name(value, path).parts
+        parts = name_in_file(value, path).parts
         return parts if parts[1:] else parts[0]
 
     return with_models(config, absolute)
@@ -228,7 +231,7 @@ def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str,
 
 
 def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
-    """Return the config as one number per vector, or None when only mergekit can run it."""
+    """Return a config as one number per vector, or None when only mergekit can run it."""
     from optimer_hf.models.checkpoint import DTYPES
 
     simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
@@ -242,37 +245,38 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         return None
     if not set(given.values()) - {None} <= DTYPES.keys():
         return None
-    if config.get("base_model") and any(_no_vectors(config, path)):
+    if config.get("base_model") and any(_entries_for_mergekit(config, path)):
         return None
     base, sources = pool_of(config, path)
     weights: dict[str, float] = {}
     entries = [
-        entry for entry in config["models"] if _name(entry["model"], path) != _base_of(config, path)
+        entry
+        for entry in config["models"]
+        if name_in_file(entry["model"], path) != _base_of(config, path)
     ]
     for name, entry in zip(sources, entries, strict=True):
         parameters = entry.get("parameters") or {}
         if parameters.get("delta"):
-            return None  # a delta directory of somebody else, without our vector.json
+            return None  # somebody else's delta directory, without our vector.json
         if isinstance(parameters.get("weight"), list | dict):
             return None  # a gradient or a filter
         if "weight" not in parameters:
             raise ConfigError(
-                f"{path}: models: {name}: parameters.weight is missing. Give the weight of this "
-                "vector."
+                f"{path}: models: {name}: parameters.weight is missing. Give this vector a weight."
             )
         weights[name] = float(parameters["weight"])
     out_dtype = given["out_dtype"] or given["dtype"]
     return LinearMerge(base, sources, weights, out_dtype, tokenizer_of(config, path))
 
 
-def _warn_of_idle_filters(config: Any, merged: Path, path: Path) -> None:
-    """Warn of filters that are in the name of no tensor."""
+def warn_of_idle_filters(config: Any, merged: Path, path: Path) -> None:
+    """Warn of filters that match no tensor name."""
     from optimer_hf.models.checkpoint import Checkpoint
 
     names = Checkpoint(merged).names
     for text in sorted(set(_filters_in(config))):
         if text != "*" and not any(text in name for name in names):
-            logger.warning("%s: the filter %r is in the name of no tensor", path, text)
+            logger.warning("%s: the filter %r matches no tensor name", path, text)
 
 
 def _filters_in(value: Any) -> Iterator[str]:
@@ -289,12 +293,12 @@ def _filters_in(value: Any) -> Iterator[str]:
 
 
 def with_tokenizer(config: Mapping[str, Any], source: str | Path | None) -> dict[str, Any]:
-    """Return a merge config that takes the tokenizer of a model (None: as it is)."""
+    """Return a merge config that takes the tokenizer of a model (None: unchanged)."""
     return {**config} if source is None else {**config, "tokenizer_source": str(source)}
 
 
 class Merged(Protocol):
-    """A record that says what is merged: a study, or a recipe."""
+    """What a study and a recipe have in common: base, vectors, dtype and tokenizer of a merge."""
 
     @property
     def base_model(self) -> str: ...
@@ -307,7 +311,7 @@ class Merged(Protocol):
 
 
 def merge_config_of(record: Merged, weights: Mapping[str, float]) -> dict[str, Any]:
-    """Return the config of a study or recipe for `optimer merge`, with these weights."""
+    """Return the config that runs the merge of a study or a recipe with these weights."""
     config = optimer_config(record.base_model, record.sources, weights, record.dtype)
     return with_tokenizer(config, record.tokenizer_reference)
 
@@ -315,7 +319,7 @@ def merge_config_of(record: Merged, weights: Mapping[str, float]) -> dict[str, A
 def optimer_config(
     base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
 ) -> dict[str, Any]:
-    """Return a merge config of the `optimer` method: float32 inputs, so that both engines round
+    """Return a merge config for the `optimer` method. Its dtype is float32, so both engines round
     once, to `dtype`.
     """
     models = [
@@ -339,11 +343,11 @@ def vanilla_config(
     *,
     are_deltas: bool,
 ) -> dict[str, Any] | None:
-    """Return a config of method `linear` that unmodified `mergekit-yaml` runs to the same weights;
+    """Return a config of method `linear` that gives the same merge with stock `mergekit-yaml`, or
     None where that would lose digits.
 
-    Delta directories are added to the base at weight 1. Checkpoints (`BASE+ADAPTER` is one, too)
-    take it at 1 - sum w, which cancels digits of bfloat16 unless the weights are small.
+    Delta directories are added to the base at weight 1. Checkpoints, and BASE+ADAPTER, need the
+    base at weight 1 - sum w, which loses digits of bfloat16 unless the weights are small.
     """
     if are_deltas:
         return _linear(base_model, 1.0, sources, weights, dtype)

@@ -1,9 +1,8 @@
-"""mergekit's YAML: a file comes in, a config goes out in which mergekit reads every key, with its
-models as ModelName.
+"""Read mergekit's YAML and return a config in which mergekit reads every key.
 
-mergekit drops keys that it does not know without a word. Here a key that no merge method knows is a
-mistake, and one that only other methods know is left out with a warning. What a reader would not
-guess: keys that hold nothing but YAML anchors are neither.
+mergekit silently ignores keys that it does not know. Here a key that no merge method knows is an
+error, and a key that only other methods know is left out with a warning. Keys that only hold YAML
+anchors are allowed.
 """
 
 import functools
@@ -26,14 +25,14 @@ from optimer_hf.files.text import did_you_mean, first_line, quote
 logger = logging.getLogger(__name__)
 
 
-METHOD = "optimer"  # of this package
+METHOD = "optimer"  # the merge method of this package
 DTYPES_OF_MERGES = ["bfloat16", "float16", "float32", "float64", "int64"]
-FORMER_PARAMETERS = {"embed_slerp"}  # that older versions read, and that recipes still carry
-NOTES = {"name", "random_seed"}  # of other programs that read these files
+FORMER_PARAMETERS = {"embed_slerp"}  # older versions read them, and recipes still have them
+NOTES = {"name", "random_seed"}  # for other programs that read these files
 OTHER_PROGRAMS = {"experts": "mergekit-moe", "genome": "mergekit-evolve"}
-WORDS = ("union", "base")  # for a tokenizer: no models
-LARGEST = 10**6  # of a parameter; weights that mean something are far below
-NUMBERS = {  # beside parameters: least and most
+WORDS = ("union", "base")  # for a tokenizer; not models
+LARGEST = 10**6  # for a parameter; useful weights are far below
+NUMBERS = {  # fields outside of parameters: lowest and highest value
     "layer_range": (0, 10**5),
     "pad_to_multiple_of": (1, 2**16),
     "residual_weight": (-LARGEST, LARGEST),
@@ -47,8 +46,8 @@ EXPECTED = {float: "a number", int: "a whole number", bool: "true or false"}
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model of a config: `org/name@revision`, an absolute path, `pypi:...`; an adapter that is
-    merged into it first; and the architecture it is read as, where that is not its own.
+    """A model in a config: `org/name@revision`, an absolute path or `pypi:...`, with an adapter to
+    merge into it first and an architecture to read it as, if given.
     """
 
     model: str
@@ -57,7 +56,7 @@ class ModelName:
 
     @property
     def parts(self) -> list[str]:
-        """The references to what is on a disk or on the Hub."""
+        """The references of the model and, if there is one, of the adapter."""
         return [self.model] if self.adapter is None else [self.model, self.adapter]
 
     def __str__(self) -> str:
@@ -65,13 +64,13 @@ class ModelName:
 
     @property
     def long_form(self) -> dict[str, Any]:
-        """The reference as a mapping, which unlike MODEL+ADAPTER allows + and @ in paths."""
-        found: dict[str, Any] = {"model": _long_path(self.model)}
+        """The reference as a mapping. Unlike MODEL+ADAPTER, it allows + and @ in paths."""
+        reference: dict[str, Any] = {"model": _long_path(self.model)}
         if self.adapter is not None:
-            found["lora"] = _long_path(self.adapter)
+            reference["lora"] = _long_path(self.adapter)
         if self.architecture is not None:
-            found["override_architecture"] = self.architecture
-        return found
+            reference["override_architecture"] = self.architecture
+        return reference
 
 
 def _long_path(reference: str) -> dict[str, str]:
@@ -82,10 +81,10 @@ def _long_path(reference: str) -> dict[str, str]:
 
 
 def model_name(value: Any, folder: Path) -> ModelName:
-    """Return a reference of a config, as text or in the long form, with local paths absolute; of a
-    local path the revision is left out, as mergekit does.
+    """Return a model reference, given as text or in the long form, with absolute local paths.
 
-    Raises ValueError that says what was found and expected.
+    Revisions of local paths are dropped, as mergekit does. Raises ValueError that says what was
+    found and what was expected.
     """
     if isinstance(value, str):
         model, adapter = _split(value, folder)
@@ -125,7 +124,7 @@ def _unknown(key: Any, known: Sequence[str]) -> str:
 
 
 def _split(text: str, folder: Path) -> tuple[str, str | None]:
-    """Return MODEL and ADAPTER; a path that exists may have a `+` in it."""
+    """Split a reference into MODEL and ADAPTER. The path of an existing file may contain `+`."""
     if "+" not in text or _exists(text, folder):
         return text, None
     pairs = [(text[:place], text[place + 1 :]) for place, char in enumerate(text) if char == "+"]
@@ -148,17 +147,17 @@ def _exists(text: str, folder: Path) -> bool:
 
 
 def with_models(config: Mapping[str, Any], changed: Callable[[Any], Any]) -> dict[str, Any]:
-    """Return a config with every reference to a model changed."""
-    found = _with_models(dict(config), (), lambda _, value: changed(value))
-    assert isinstance(found, dict)
-    return found
+    """Return a config with every model reference replaced by `changed` of it."""
+    replaced = _with_models(dict(config), (), lambda _, value: changed(value))
+    assert isinstance(replaced, dict)
+    return replaced
 
 
 def models_of(config: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
-    """Yield every reference to a model in a config, with its place."""
-    found: list[tuple[Place, Any]] = []
-    _with_models(dict(config), (), lambda at, value: found.append((at, value)))
-    yield from found
+    """Yield every model reference in a config, with its place."""
+    references: list[tuple[Place, Any]] = []
+    _with_models(dict(config), (), lambda at, value: references.append((at, value)))
+    yield from references
 
 
 def _with_models(value: Any, at: Place, changed: Callable[[Place, Any], Any]) -> Any:
@@ -175,7 +174,7 @@ def _with_models(value: Any, at: Place, changed: Callable[[Place, Any], Any]) ->
 
 
 def _is_model(at: Place, value: Any) -> bool:
-    """Whether a place in a config is one of a reference to a model."""
+    """Whether the value at a place in a config is a model reference."""
     match at:
         case ("tokenizer_source",) | ("tokenizer", "source"):
             return value is not None and value not in WORDS
@@ -189,15 +188,13 @@ def _is_model(at: Place, value: Any) -> bool:
 
 
 def absent_models(config: Mapping[str, Any], path: Path) -> str:
-    """Return the local models that a config with mistakes, read from `path`, names and that are not
-    there, as `files.absent` does.
-    """
+    """Return the missing local models of a config that may have mistakes, like `list_absent_files`."""
 
     def absolute(value: Any) -> Any:
         try:
             parts = model_name(value, path.resolve().parent).parts
             return parts if parts[1:] else parts[0]
-        except ValueError:  # a mistake of its own
+        except ValueError:  # reported as a mistake elsewhere
             return None
 
     return list_absent_files(path, dict[str, Any](with_models(config, absolute)))
@@ -207,52 +204,52 @@ def absent_models(config: Mapping[str, Any], path: Path) -> str:
 
 
 def is_for_mergekit(keys: Collection[str]) -> bool:
-    """Whether a file with these keys is one of mergekit, or of a program that comes with it."""
+    """Whether a file with these keys is for mergekit or one of the programs that come with it."""
     if "merge_method" in keys or "experts" in keys or "genome" in keys:
         return True
     return "models" in keys
 
 
 def read_merge_config(path: Path, *, warns: bool = True) -> dict[str, Any]:
-    """Return a mergekit YAML as a mapping without the keys that mergekit ignores, which a warning
-    names.
+    """Return a mergekit YAML as a mapping, without the keys that its merge method ignores; a
+    warning names those.
 
-    Raises ConfigError, a line a mistake, for keys that no merge method of mergekit knows, values
-    that its method does not take, and whatever else mergekit would refuse before it opens a model.
-    Importing mergekit takes seconds.
+    Raises ConfigError with one line for each mistake: keys that no merge method knows, values that
+    the method does not accept, and everything else that mergekit would refuse before it opens a
+    model. Importing mergekit takes seconds.
     """
     config = {key: value for key, value in read_yaml(path).items() if value is not None}
     _refuse_other_programs(config, path)
-    found = list(_mistakes(config, path))
+    mistakes = list(_mistakes(config, path))
     ignored: list[Place] = []
     parameters = _parameters_of(config.get("merge_method"))
     for at, block, known in _blocks(config):
         if isinstance(block, Mapping):
-            for place, message in _stray(at, block, known, parameters, path):
+            for place, message in _stray_keys(at, block, known, parameters, path):
                 if message is None:
                     ignored.append(place)
                 else:
-                    found.append((place, message))
-    if found:
-        raise ConfigError(list_mistakes(path, found))
+                    mistakes.append((place, message))
+    if mistakes:
+        raise ConfigError(list_mistakes(path, mistakes))
     if ignored and warns:
         named = ", ".join(".".join(map(str, place)) for place in ignored)
         method = config["merge_method"]
-        logger.warning("%s: not read by merge_method %s, and left out: %s", path, method, named)
+        logger.warning("%s: merge_method %s does not read %s; left out", path, method, named)
     known = next(fields for _, _, fields in _blocks(config))
     read: dict[str, Any] = _without({k: v for k, v in config.items() if k in known}, ignored)
     for field in ("dtype", "out_dtype"):
         if field in read:  # mergekit would copy the prefix into config.json, which then fails
             read[field] = str(read[field]).removeprefix("torch.")
-    parsed_by_mergekit(read, path)
+    parse_with_mergekit(read, path)
     return read
 
 
-def parsed_by_mergekit(config: Mapping[str, Any], path: Path) -> Any:
-    """Return mergekit's own view of a config; raise ConfigError for what it refuses.
+def parse_with_mergekit(config: Mapping[str, Any], path: Path) -> Any:
+    """Return a config as mergekit's own object. Raises ConfigError for what mergekit refuses.
 
-    Models are referred to in the order of the file. mergekit's order changes from run to run, and
-    its first model gives config and tokenizer where there is no base_model, and ids to new tokens.
+    The models keep the order of the file. mergekit's own order changes from run to run, and its
+    first model provides config and tokenizer when there is no base_model, and ids for new tokens.
     """
     folder = path.resolve().parent
     long = with_models(config, lambda value: model_name(value, folder).long_form)
@@ -260,7 +257,7 @@ def parsed_by_mergekit(config: Mapping[str, Any], path: Path) -> Any:
         return _ordered_configuration().model_validate(long)
     except (ValueError, RuntimeError) as error:
         reason = first_line(error)
-        raise ConfigError(f"{path}: mergekit does not take this config: {reason}.") from error
+        raise ConfigError(f"{path}: mergekit refuses this config: {reason}.") from error
 
 
 @functools.cache
@@ -271,12 +268,12 @@ def _ordered_configuration() -> Any:
     class OrderedConfiguration(MergeConfiguration):
         def referenced_models(self) -> list[ModelReference]:
             layers = [self, *(self.modules or {}).values()]
-            found = [self.base_model] if self.base_model else []
+            models = [self.base_model] if self.base_model else []
             for layer in layers:
-                found += [entry.model for entry in layer.models or ()]
+                models += [entry.model for entry in layer.models or ()]
                 for piece in layer.slices or ():
-                    found += [source.model for source in piece.sources]
-            return list(dict.fromkeys(found))
+                    models += [source.model for source in piece.sources]
+            return list(dict.fromkeys(models))
 
     return OrderedConfiguration
 
@@ -285,13 +282,13 @@ def _refuse_other_programs(config: Mapping[str, Any], path: Path) -> None:
     for key, program in OTHER_PROGRAMS.items():
         if key in config and "merge_method" not in config:
             raise ConfigError(
-                f"{path}: found {key!r}, a config of {program}, expected one of mergekit-yaml, "
+                f"{path}: found {key!r}, a config for {program}, expected one for mergekit-yaml, "
                 "with `merge_method`."
             )
 
 
 def _without(value: Any, places: Sequence[Place], at: Place = ()) -> Any:
-    """Return a value without some places in it."""
+    """Return a nested value without the entries at some places."""
     if isinstance(value, list):
         return [_without(item, places, (*at, i)) for i, item in enumerate(value)]
     if not isinstance(value, dict):
@@ -310,7 +307,7 @@ def _mistakes(config: Mapping[str, Any], path: Path) -> Iterator[Mistake]:
     """Yield what is wrong with the values of a config."""
     method, known = config.get("merge_method"), list(registered_parameters())
     if method is None:
-        example = "For this package's method write `merge_method: optimer`."
+        example = "To use the method of this package, write `merge_method: optimer`."
         yield (), f"field 'merge_method' is missing. {example}"
     elif method not in known:
         hint = did_you_mean(str(method), known)
@@ -319,7 +316,10 @@ def _mistakes(config: Mapping[str, Any], path: Path) -> Iterator[Mistake]:
         name = str(config.get(field) or "float32").removeprefix("torch.")
         if name not in DTYPES_OF_MERGES:
             hint = did_you_mean(name, DTYPES_OF_MERGES)
-            yield (field,), f"{field}: found {config[field]!r}, no dtype of a merge.{hint}"
+            yield (
+                (field,),
+                f"{field}: found {config[field]!r}, which is no dtype for a merge.{hint}",
+            )
     for field in ("models", "slices"):
         if not isinstance(config.get(field, []), list):
             yield (field,), f"{field}: found {quote(config[field])}, expected a list."
@@ -340,8 +340,8 @@ def _mistakes(config: Mapping[str, Any], path: Path) -> Iterator[Mistake]:
 
 
 def _template_mistakes(template: Any) -> Iterator[Mistake]:
-    """Yield what mergekit would find only after the merge: a chat template is `auto`, the name of
-    one of its own, or the template itself.
+    """Yield a wrong chat_template, which mergekit would find only after the merge. It may be
+    `auto`, the name of a template of mergekit, or the template itself.
     """
     if template is None or template == "auto":
         return
@@ -355,7 +355,7 @@ def _template_mistakes(template: Any) -> Iterator[Mistake]:
 
 
 def chat_templates() -> dict[str, str]:
-    """Return the chat templates that mergekit has, by name."""
+    """Return the chat templates that come with mergekit, by name."""
     import importlib.resources
 
     from mergekit._data import chat_templates as folder
@@ -373,7 +373,7 @@ def chat_templates() -> dict[str, str]:
 
 @functools.cache
 def registered_parameters() -> dict[str, dict[str, Any]]:
-    """Return the merge methods of mergekit and of this package, with the parameters they read."""
+    """Return the parameters of every merge method of mergekit and this package, by method."""
     from mergekit.merge_methods.registry import registered_methods
 
     from optimer_hf.merging.mergekit_method import register_method
@@ -390,8 +390,8 @@ def _parameters_of(method: Any) -> dict[str, Any]:
 
 
 def _blocks(config: Mapping[str, Any]) -> Iterator[tuple[Place, Any, list[str]]]:
-    """Yield the mappings of a config that are not parameters, each with its place and the fields
-    that mergekit reads there.
+    """Yield the mappings of a config except `parameters`, each with its place and the fields that
+    mergekit reads there.
     """
     from mergekit import config as schema
     from mergekit.tokenizer import config as tokenizers
@@ -428,23 +428,23 @@ def _layers(block: Mapping[str, Any], at: Place) -> Iterator[tuple[Place, Any, l
 
 
 def _entries(value: Any, at: Place) -> Iterator[tuple[Place, Any]]:
-    """Yield the entries of a list or of a mapping; what is neither is for mergekit to refuse."""
+    """Yield the entries of a list or of a mapping; mergekit refuses anything else."""
     if isinstance(value, list):
         yield from (((*at, index), item) for index, item in enumerate(value))
     if isinstance(value, Mapping):
         yield from (((*at, key), item) for key, item in value.items())
 
 
-def _stray(
+def _stray_keys(
     at: Place, block: Mapping[Any, Any], known: list[str], parameters: Mapping[str, Any], path: Path
 ) -> Iterator[tuple[Place, str | None]]:
-    """Yield the keys that mergekit would ignore, and values that its method does not take: what is
-    wrong there, None for a key without effect.
+    """Yield the place of every key that mergekit would ignore and of every value that the method
+    does not accept, with what is wrong, or None for a key that merely has no effect.
     """
     where = ".".join(map(str, at))
     for key in block:
-        if key not in known and not (at == () and key in _anchored(path)):
-            message = _misplaced(key, known, parameters, at == ())
+        if key not in known and not (at == () and key in _anchor_keys(path)):
+            message = _why_misplaced(key, known, parameters, at == ())
             yield (*at, key), message and f"{where}: {message}".removeprefix(": ")
     given = block.get("parameters")
     if given is None or "parameters" not in known:
@@ -457,33 +457,33 @@ def _stray(
         if key in parameters:
             for place, message in _value_mistakes(parameters[key], value, (*at, key)):
                 yield place, f"{where}.{key}: {message}"
-        elif key in _harmless():
+        elif key in _known_parameters():
             yield (*at, key), None
         else:
             yield (*at, key), f"{where}: {_unknown(key, list(parameters))}"
 
 
-def _misplaced(
+def _why_misplaced(
     key: Any, known: list[str], parameters: Mapping[str, Any], is_top: bool
 ) -> str | None:
-    """Return what is wrong with a key outside of parameters that mergekit does not read there."""
+    """Return what is wrong with a key outside of `parameters` that mergekit does not read there."""
     if key in parameters and key != "int8_mask":
-        under = "It belongs under `parameters:`; mergekit merges as if it were not written."
-        return f"unknown field {key!r}, which mergekit would ignore there. {under}"
-    if key in _harmless() or (is_top and key in NOTES):
+        fix = "Put it under `parameters:`."
+        return f"unknown field {key!r}, which mergekit would ignore here. {fix}"
+    if key in _known_parameters() or (is_top and key in NOTES):
         return None
     return _unknown(key, known)
 
 
 @functools.cache
-def _harmless() -> frozenset[str]:
-    """Return the parameters of any merge method: where one does not read them they do nothing."""
+def _known_parameters() -> frozenset[str]:
+    """Return the parameters of all merge methods; they do no harm where a method ignores them."""
     return frozenset(FORMER_PARAMETERS).union(*registered_parameters().values())
 
 
 def _value_mistakes(parameter: Any, value: Any, at: Place) -> Iterator[Mistake]:
-    """Yield what a merge method does not take of a value: a scalar, a gradient (a list of them), a
-    mapping of filter and value, or a list of such mappings.
+    """Yield what is wrong with the value of a parameter. It may be a scalar, a gradient (a list of
+    scalars), a mapping of filter and value, or a list of such mappings.
     """
     items = value if isinstance(value, list) else [value]
     if not any(isinstance(item, Mapping) for item in items):
@@ -492,24 +492,24 @@ def _value_mistakes(parameter: Any, value: Any, at: Place) -> Iterator[Mistake]:
     for index, item in enumerate(items):
         place = (*at, index) if items is value else at
         if not isinstance(item, Mapping):
-            yield place, f"found {quote(item)} beside filters, expected {{filter, value}} too."
+            yield place, f"found {quote(item)} among filters, expected {{filter, value}}."
             continue
         for key in item:
             if key not in ("filter", "value"):
                 yield (*place, key), _unknown(key, ["filter", "value"])
         if not isinstance(item.get("filter"), str | None):
-            found = quote(item["filter"])
-            yield (*place, "filter"), f"filter: found {found}, expected part of a tensor's name."
+            text = quote(item["filter"])
+            yield (*place, "filter"), f"filter: found {text}, expected part of a tensor name."
         inner = (*place, "value") if "value" in item else place
         yield from _gradient_mistakes(parameter, item.get("value"), inner)
 
 
 def _gradient_mistakes(parameter: Any, value: Any, at: Place) -> Iterator[Mistake]:
-    """Yield what is no scalar of a parameter, and no list of some."""
+    """Yield what is neither a scalar for a parameter nor a list of them."""
     kinds = (parameter.value_type, *get_args(parameter.value_type))
-    expected = next((text for kind, text in EXPECTED.items() if kind in kinds), "another one")
+    expected = next((text for kind, text in EXPECTED.items() if kind in kinds), "another value")
     if value == []:
-        yield at, f"found an empty list, expected {expected} or a list of some."
+        yield at, f"found an empty list, expected {expected} or a list of them."
     for index, item in enumerate(value if isinstance(value, list) else [value]):
         if reason := _why_no_scalar(parameter, item, kinds, expected):
             yield (*at, index) if isinstance(value, list) else at, reason
@@ -522,19 +522,19 @@ def _why_no_scalar(parameter: Any, value: Any, kinds: tuple[Any, ...], expected:
     try:
         if is_switch or not isinstance(value, bool | int | float | str):
             raise ValueError
-        found = parameter.validate(value)
+        number = parameter.validate(value)
     except ValueError:
         return f"found {quote(value)}, expected {expected}."
-    if isinstance(found, float) and not math.isfinite(found):
-        return f"found {found}, expected a finite number."
+    if isinstance(number, float) and not math.isfinite(number):
+        return f"found {number}, expected a finite number."
     least, most = (0, LARGEST) if int in kinds else (-LARGEST, LARGEST)
-    if not isinstance(found, bool | str) and not least <= found <= most:
-        return f"found {value!r}, expected {expected} of {least:,} to {most:,}."
+    if not isinstance(number, bool | str) and not least <= number <= most:
+        return f"found {value!r}, expected {expected} from {least:,} to {most:,}."
     return None
 
 
 def _number_mistakes(at: Place, block: Mapping[Any, Any]) -> Iterator[Mistake]:
-    """Yield numbers beside parameters that are none, or that no model can have."""
+    """Yield fields outside of `parameters` that should be numbers in a range and are not."""
     for field, (least, most) in NUMBERS.items():
         value = block.get(field)
         items: Any = value if field == "layer_range" else [value]
@@ -544,35 +544,35 @@ def _number_mistakes(at: Place, block: Mapping[Any, Any]) -> Iterator[Mistake]:
             is_number = isinstance(item, kinds) and not isinstance(item, bool)
             is_sound = is_sound and is_number and least <= item <= most
         if value is not None and not is_sound:
-            what = "[first, end], layers" if field == "layer_range" else "a number"
+            what = "[first, end] of layers" if field == "layer_range" else "a number"
             dotted = ".".join(map(str, (*at, field)))
-            expected = f"expected {what} of {least:,} to {most:,}."
+            expected = f"expected {what} from {least:,} to {most:,}."
             yield (*at, field), f"{dotted}: found {quote(value)}, {expected}"
 
 
-def _anchored(path: Path) -> set[str]:
-    """Return the top-level keys of a YAML file that define an anchor which another one uses."""
+def _anchor_keys(path: Path) -> set[str]:
+    """Return the top-level keys of a YAML file that define an anchor used by another key."""
     if path.suffix == ".json":
         return set()
     root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     defined: dict[int, str] = {}  # id of a node -> the first key with it
-    found = set()
+    keys = set()
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
         for node in _nodes(value):
             first = defined.setdefault(id(node), key.value)
             if first != key.value:
-                found.add(first)
-    return found
+                keys.add(first)
+    return keys
 
 
 def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:
-    """Yield a YAML node and the nodes within it, each once."""
+    """Yield a YAML node and all nodes within it, each once."""
     seen, left = set(), [node]
     while left:
-        found = left.pop()
-        if id(found) in seen:
+        current = left.pop()
+        if id(current) in seen:
             continue
-        seen.add(id(found))
-        yield found
-        for part in found.value if isinstance(found, yaml.CollectionNode) else ():
+        seen.add(id(current))
+        yield current
+        for part in current.value if isinstance(current, yaml.CollectionNode) else ():
             left += part if isinstance(part, tuple) else [part]

@@ -1,9 +1,8 @@
-"""A live model plus its pool in memory: `set_weights(w)` in place, no disk, no reload.
+"""Keep a model and its pool in memory and set the weights of the merge in place.
 
-Every trial of a search goes through here. Every setting begins from the base values of the tensors
-that a vector moves, kept beside the model where there is room, so a thousand settings leave no
-drift; and the values equal what the streaming writer writes, bit for bit: both compute row block by
-row block through `merge.merged_rows`.
+Every trial of a search uses this. Each setting starts again from the base's values, which are kept
+beside the model where there is room, so even a thousand settings cause no drift. The values equal
+those of the streaming writer bit for bit, because both use `merge_rows`.
 """
 
 import logging
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from optimer_hf.errors import ModelError
-from optimer_hf.merging.writer import merged_rows
+from optimer_hf.merging.writer import merge_rows
 from optimer_hf.models.blocks import computed_ahead, matrix_rows, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint, Loaded
 from optimer_hf.models.layout import ResolvedModel
@@ -27,12 +26,12 @@ from optimer_hf.vectors.vector import DistributionVector
 logger = logging.getLogger(__name__)
 
 
-LARGEST_SHARE_OF_BASE = 0.75  # of the free memory that the values of the base may take
-LARGEST_SHARE = 0.5  # of the free memory that one vector may take: activations need some, too
+LARGEST_SHARE_OF_BASE = 0.75  # of the free memory, for the values of the base
+LARGEST_SHARE = 0.5  # of the free memory, for one vector; activations need some, too
 
 
 class ResidentModel:
-    """A model whose parameters are base + sum_i w_i v_i for the weights last set."""
+    """A loaded model whose parameters are base + sum_i w_i v_i for the weights last set."""
 
     def __init__(
         self,
@@ -44,14 +43,12 @@ class ResidentModel:
     ) -> None:
         """Load the base in `dtype`; the weights start at zero.
 
-        On a device that cannot multiply in `dtype` the parameters are float32 numbers, rounded to
-        `dtype` all the same.
-
-        Raises ModelError when a vector moves a tensor that the loaded model does not have under
-        that name.
+        On a device that cannot multiply in `dtype`, the parameters are held in float32, but still
+        rounded to `dtype`. Raises ModelError when a vector moves a tensor that the loaded model
+        holds in another form.
         """
         self.dtype = DTYPES[dtype]
-        self.model = _rounded_model(base, self.dtype, device)
+        self.model = _load_rounded(base, self.dtype, device)
         views = views_in(Checkpoint(base.path), self.model)
         every = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
         moved = [name for name in every if name in views]
@@ -63,31 +60,31 @@ class ResidentModel:
         }
         self._parameters = {name: views[name] for name in by_place.values()}
         # as stored: a float32 base is rounded once, after the sum
-        self._base = _placed_base(Checkpoint(base.path), list(self._parameters), device)
-        self.vectors = [_placed(vector, device) for vector in vectors]
+        self._base = _place_base(Checkpoint(base.path), list(self._parameters), device)
+        self.vectors = [_place(vector, device) for vector in vectors]
         self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
 
     def _refuse_loaded(self, unknown: Sequence[str], base: ResolvedModel) -> None:
-        """Refuse tensors that the model holds in another form; those that it does not load at all
-        (a vision tower) change nothing that is evaluated.
+        """Raise ModelError for tensors that the model holds in another form, and warn of those that
+        it does not load (a vision tower), which cannot change the scores.
         """
         names = ClassNames.of(self.model)
         for name, key in names.keys(unknown).items():
             if key.parameter in names.parameters:
                 raise ModelError(
-                    f"{base.reference}: {type(self.model).__name__} holds no tensor {name!r}, "
-                    "which the vectors move, in the form of the base's file. Evaluate a built "
-                    "merge instead."
+                    f"{base.reference}: the vectors move tensor {name!r}, which "
+                    f"{type(self.model).__name__} holds in another form than the base's file. "
+                    "Build the merge and evaluate that instead."
                 )
         warn_once(
             logger,
             f"{base.reference}: {type(self.model).__name__} does not load {len(unknown)} tensors "
-            f"that the vectors move ({summary(unknown)}); a merge that is written moves them",
+            f"that the vectors move ({summary(unknown)}); the merge on disk will include them",
         )
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Make the parameters base + sum_i w_i v_i; vectors that are not named get weight 0."""
+        """Set the parameters to base + sum_i w_i v_i. Vectors that are not named get weight 0."""
         unknown = set(weights) - self.weights.keys()
         if unknown:
             raise ModelError(
@@ -110,13 +107,13 @@ class ResidentModel:
         target = matrix_rows(self._parameters[name], rows)
         base_rows = self._base.read_rows(name, rows).to(target.device)
         out = target if target.dtype == self.dtype else None
-        merged = merged_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)
+        merged = merge_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)
         if out is None:
             target.copy_(merged)
 
 
-def _rounded_model(base: ResolvedModel, dtype: torch.dtype, device: str) -> Any:
-    """Return a model whose weights are numbers of `dtype`, held in what the device multiplies."""
+def _load_rounded(base: ResolvedModel, dtype: torch.dtype, device: str) -> Any:
+    """Load a model, its weights rounded to `dtype`, in a dtype that the device can multiply."""
     held_in = multiplied_in(dtype, device)
     model = loaded_model(base, held_in).to(device).eval()
     if held_in != dtype:
@@ -126,24 +123,22 @@ def _rounded_model(base: ResolvedModel, dtype: torch.dtype, device: str) -> Any:
     return model
 
 
-def _placed_base(checkpoint: Checkpoint, names: Sequence[str], device: str) -> Checkpoint | Loaded:
-    """Load tensors of the base to the device, else to host memory, else leave them on disk."""
+def _place_base(checkpoint: Checkpoint, names: Sequence[str], device: str) -> Checkpoint | Loaded:
+    """Load tensors of the base to the device if they fit, else to host memory, else not at all."""
     n_bytes = checkpoint.n_bytes(names)
     for place in dict.fromkeys((device, "cpu")):
         if n_bytes <= LARGEST_SHARE_OF_BASE * free_memory(place):
             tensors = {name: checkpoint.read(name).to(place) for name in names}
             return Loaded(checkpoint.path, tensors)
-        logger.info("base: no room for a second copy in the memory of %s", place)
+        logger.info("base: a second copy does not fit into the memory of %s", place)
     return checkpoint
 
 
-def _placed(vector: DistributionVector, device: str) -> DistributionVector:
-    """Load a vector to the device, else to host memory, else leave it on disk: the first that has
-    room.
-    """
+def _place(vector: DistributionVector, device: str) -> DistributionVector:
+    """Load a vector to the device if it fits, else to host memory, else not at all."""
     for place in dict.fromkeys((device, "cpu")):
         free = free_memory(place)
         if vector.n_bytes <= LARGEST_SHARE * free:
             return vector.loaded(place)
-        logger.info("vector %s: no room in the memory of %s", vector.name, place)
+        logger.info("vector %s: does not fit into the memory of %s", vector.name, place)
     return vector

@@ -1,9 +1,8 @@
-"""Whose tokenizer a merge has: a reference comes in, a model directory whose tokenizer fits the
-base goes out.
+"""Choose the tokenizer of a merge and check that it fits the base.
 
-A tokenizer brings its chat template and generation_config.json, with the tokens that end an answer:
-those of an instruct model differ from its base's. What a reader would not guess: a token of the
-base may lie beyond its embedding (Gemma 3's image token does), so only new ones may not.
+A tokenizer brings its chat template and generation_config.json with it. The latter names the tokens
+that end an answer, which differ between an instruct model and its base. Tokens of the base may lie
+beyond its embedding (Gemma 3's image token does); new tokens may not.
 """
 
 from pathlib import Path
@@ -16,14 +15,14 @@ from optimer_hf.models.loader import read_config, read_generation_config
 from optimer_hf.models.resolve import TOKENIZER_FILES, resolve_tokenizer
 from optimer_hf.vectors.record import read_record
 
-GIVE_A_MODEL = "Give a model with its tokenizer beside it, or leave tokenizer_source out."
+GIVE_A_MODEL = "Give a model with a tokenizer that fits, or leave tokenizer_source out."
 
 
-def opened_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedModel | None:
-    """Return the model whose tokenizer a merge has; None for the base's, which needs no check.
+def open_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedModel | None:
+    """Return the model that a merge takes its tokenizer from, or None for the base.
 
-    Raises ConfigError where there is no tokenizer, and for one that gives a token of the base
-    another id or has a token beyond the embedding, naming the first.
+    Raises ConfigError when it has no tokenizer, gives a token of the base another id, or has a new
+    token beyond the embedding; the error names the first such token.
     """
     if reference is None:
         return None
@@ -34,13 +33,13 @@ def opened_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedMode
     is_delta = record is not None and record.kind == "delta"
     if is_delta and tokenizer_files(source.path) == tokenizer_files(base.path):
         raise ConfigError(
-            f"tokenizer_source: {reference}: a delta, which has the tokenizer of the base. Give "
-            "the model it was extracted from."
+            f"tokenizer_source: {reference}: is a delta with the tokenizer of the base. Give the "
+            "model that it was extracted from."
         )
     if not any((base.path / name).exists() for name in TOKENIZER_FILES):
         raise ConfigError(
-            f"base_model: {base.reference}: has no tokenizer, whose tokens those of "
-            f"tokenizer_source could be compared with. Save it beside the model."
+            f"base_model: {base.reference}: has no tokenizer to compare tokenizer_source with. "
+            "Save it beside the model."
         )
     _check_tokens(base, source, reference)
     return source
@@ -49,38 +48,38 @@ def opened_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedMode
 def scoring_tokenizer(
     base: ResolvedModel, source: ResolvedModel | None, *, apply_chat_template: bool
 ) -> Any:
-    """Return the tokenizer that models are scored with: that of `source`, None for the base's.
+    """Return the tokenizer to score models with: that of `source`, or of the base if None.
 
-    Raises ConfigError when a chat template is asked for and it has none.
+    Raises ConfigError when `apply_chat_template` is set and the tokenizer has no chat template.
     """
     tokenizer = loaded_tokenizer(source or base)
     if apply_chat_template and tokenizer.chat_template is None:
         raise ConfigError(
             f"objective.apply_chat_template: the tokenizer of {(source or base).reference} has no "
-            "chat template. A study names a vector or a model whose tokenizer has one as "
-            "tokenizer_source."
+            "chat template. Set tokenizer_source in the study to a vector or a model whose "
+            "tokenizer has one."
         )
     return tokenizer
 
 
 def tokenizer_path(reference: str | None) -> Path | None:
-    """Return the directory of a tokenizer that is not the base's, unchecked; None for that."""
+    """Return the directory of a tokenizer without checking it, or None for that of the base."""
     return None if reference is None else resolve_tokenizer(reference).path
 
 
 def _check_tokens(base: ResolvedModel, source: ResolvedModel, reference: str) -> None:
     expected = loaded_tokenizer(base).get_vocab()
-    found = loaded_tokenizer(source).get_vocab()
+    ids = loaded_tokenizer(source).get_vocab()
     for token, number in sorted(expected.items(), key=lambda item: item[1]):
-        if found.get(token) != number:
-            has = f"the id {found[token]}" if token in found else "no id"
+        if ids.get(token) != number:
+            has = f"the id {ids[token]}" if token in ids else "no id"
             raise ConfigError(
                 f"tokenizer_source: {reference}: its tokenizer gives the token {token!r} {has}, "
-                f"that of the base {number}: the merge would read other tokens than it was trained "
-                f"on. {GIVE_A_MODEL}"
+                f"but the base gives it {number}, so the merge would misread its input. "
+                f"{GIVE_A_MODEL}"
             )
     n_rows = _embedding_rows(base)
-    new = {token: found[token] for token in found.keys() - expected.keys()}
+    new = {token: ids[token] for token in ids.keys() - expected.keys()}
     beyond = [token for token in sorted(new, key=new.__getitem__) if new[token] >= n_rows]
     if beyond:
         raise ConfigError(
@@ -93,10 +92,10 @@ def _embedding_rows(base: ResolvedModel) -> int:
     return int(read_config(base.path).get_text_config().vocab_size)
 
 
-def take_generation_config(model: Any, source: ResolvedModel) -> None:
-    """Let a live model end its answers as a model directory says, where it has a
-    generation_config.json.
+def set_generation_config(model: Any, source: ResolvedModel) -> None:
+    """Give a loaded model the generation_config.json of a model directory, if it has one: it says
+    which tokens end an answer.
     """
-    found = read_generation_config(source.path)
-    if found is not None:
-        model.generation_config = found
+    config = read_generation_config(source.path)
+    if config is not None:
+        model.generation_config = config

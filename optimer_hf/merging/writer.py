@@ -1,8 +1,7 @@
-"""The streaming writer: base and vectors -> a merged model directory, whole or not at all.
+"""Write a merged model from a base and vectors, streaming, with the sums of `kernel`.
 
-A few row blocks of every input are in memory at a time; the sums are those of `kernel`. What a
-reader would not guess: the writer learns from a block's sum whether all its values are finite, and
-looks for the culprit only then.
+Only a few row blocks of every input are in memory at a time. One sum over a block shows whether all
+its values are finite; only if they are not does the writer look for the cause.
 """
 
 import json
@@ -32,7 +31,7 @@ SURVIVAL_BLOCKS = 32
 LOW_SURVIVAL = 0.5
 
 
-def merged_rows(
+def merge_rows(
     base_rows: torch.Tensor,
     name: str,
     rows: slice,
@@ -42,8 +41,8 @@ def merged_rows(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return rows of one merged tensor in `dtype`, written to `out` if it is given; the resident
-    model and the writer both come through here.
+    """Return some rows of one merged tensor in `dtype`, written to `out` if given. Both the
+    resident model and the writer use this.
     """
     used = [vector for vector in vectors if weights[vector.name] != 0 and name in vector.names]
     deltas = [vector.delta(name, rows, base_rows.device) for vector in used]
@@ -69,17 +68,17 @@ def write_merged(
 ) -> None:
     """Write base + sum_i w_i v_i as a model directory that `from_pretrained` loads.
 
-    Keeps the dtype of every base tensor unless `out_dtype` is given; config and licence files come
-    from the base; tokenizer, chat template and generation config, too, or from `tokenizer`. `out`
-    appears whole or not at all, with what `complete` adds to the directory that it is given before.
-    With `replace` it takes the place of what is there. Memory: a few row blocks, not the model.
-    `device` does the arithmetic.
+    Every tensor keeps the dtype of the base unless `out_dtype` is given. Config and licence files
+    come from the base; tokenizer, chat template and generation config come from `tokenizer`, or
+    from the base if it is None. `complete` may add files to the staging directory. `out` appears
+    whole or not at all; with `replace` it takes the place of an existing directory. `device` does
+    the arithmetic. Needs memory for a few row blocks, not for the model.
 
-    Raises ModelError, naming tensor and vector, for values that are not finite.
+    Raises ModelError that names tensor and vector for values that are not finite.
     """
-    _refuse_absent(device)
+    _refuse_missing_device(device)
     checkpoint = Checkpoint(base.path)
-    left_out = ties_of(checkpoint).copies  # a tied head, which its model class fills in
+    left_out = ties_of(checkpoint).copies  # tied heads, which the model class fills in
     specs = {
         name: (_output_dtype(checkpoint.dtype(name), out_dtype), checkpoint.shape(name))
         for name in checkpoint.names
@@ -91,10 +90,10 @@ def write_merged(
         if not base_rows.is_floating_point():
             return base_rows
         base_rows = base_rows.to(device)
-        merged = merged_rows(base_rows, name, rows, vectors, weights, specs[name][0])
+        merged = merge_rows(base_rows, name, rows, vectors, weights, specs[name][0])
         if not math.isfinite(merged.sum().item()) and not bool(merged.isfinite().all()):
             used = [vector for vector in vectors if weights[vector.name] != 0]
-            raise _not_finite(base_rows, name, rows, used, merged.dtype)
+            raise _explain_not_finite(base_rows, name, rows, used, merged.dtype)
         return merged.cpu()
 
     with staged_directory(out, replace=replace) as staging:
@@ -105,20 +104,20 @@ def write_merged(
         if complete is not None:
             complete(staging)
     if any(weights[vector.name] != 0 for vector in vectors):
-        _tell_survival(surviving_share(checkpoint, vectors, weights, out_dtype), out_dtype)
+        _log_survival(surviving_share(checkpoint, vectors, weights, out_dtype), out_dtype)
 
 
-def _tell_survival(share: float, out_dtype: str | None) -> None:
+def _log_survival(share: float, out_dtype: str | None) -> None:
     logger.info(
-        "%.0f %% of the merged delta survives %s%s",
-        100 * share,
+        "rounding to %s keeps %.0f %% of the merged change%s",
         out_dtype or "the dtype of the base",
-        "" if share >= LOW_SURVIVAL else "; float32 output keeps it",
+        100 * share,
+        "" if share >= LOW_SURVIVAL else "; --out-dtype float32 keeps all of it",
     )
 
 
-def _refuse_absent(device: str) -> None:
-    """Raise ConfigError for a device that torch does not have here."""
+def _refuse_missing_device(device: str) -> None:
+    """Raise ConfigError for a device that torch cannot use on this machine."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the second: torch without CUDA
@@ -134,11 +133,11 @@ def surviving_share(
     weights: Mapping[str, float],
     out_dtype: str | None,
 ) -> float:
-    """Return how much of sum_i w_i v_i is left after the merge was rounded to its output dtype.
+    """Return the share of sum_i w_i v_i that is left after rounding the merge to its output dtype.
 
-    1 - |stored - exact| / |exact|, where stored is the rounded merge minus the base; 0 when
-    rounding costs as much as the delta is large. Measured on SURVIVAL_BLOCKS row blocks, evenly
-    spread over the tensors that move.
+    It is 1 - |stored - exact| / |exact|, where stored is the rounded merge minus the base, or 0 if
+    the rounding error is larger than the delta. Measured on SURVIVAL_BLOCKS row blocks that are
+    spread evenly over the tensors that move.
     """
     used = [vector for vector in vectors if weights[vector.name] != 0]
     names = sorted(frozenset[str]().union(*(vector.names for vector in used)))
@@ -146,25 +145,25 @@ def surviving_share(
 
     def squares_of(name: str, rows: slice) -> tuple[float, float]:
         base_rows = base.read_rows(name, rows).float()
-        merged = merged_rows(base_rows, name, rows, used, weights, torch.float32)
+        merged = merge_rows(base_rows, name, rows, used, weights, torch.float32)
         lost = merged.to(_output_dtype(base.dtype(name), out_dtype)).float() - merged
         return (merged - base_rows).square().sum().item(), lost.square().sum().item()
 
     sample = blocks[:: -(-len(blocks) // SURVIVAL_BLOCKS)] if blocks else []
-    found = list(computed_ahead(squares_of, sample))
-    exact = sum(squares for squares, _ in found)
-    lost = sum(squares for _, squares in found)
+    sums = list(computed_ahead(squares_of, sample))
+    exact = sum(squares for squares, _ in sums)
+    lost = sum(squares for _, squares in sums)
     return max(0.0, 1 - math.sqrt(lost / exact)) if exact else 1.0
 
 
-def _not_finite(
+def _explain_not_finite(
     base_rows: torch.Tensor,
     name: str,
     rows: slice,
     vectors: Sequence[DistributionVector],
     dtype: torch.dtype,
 ) -> ModelError:
-    """Return an error that says where values that are not finite come from."""
+    """Return an error that names the input which made the values of a merge not finite."""
     base = base_rows.float()
     if not bool(base.isfinite().all()):
         return ModelError(f"base model: tensor {name!r} holds NaN or infinite values.")
@@ -174,8 +173,8 @@ def _not_finite(
         if not bool(dense_rows(vector, name, rows, base).isfinite().all()):
             return not_finite(vector, name)
     return ModelError(
-        f"tensor {name!r}: the merge is too large for {dtype}. Use smaller weights or another "
-        "--out-dtype."
+        f"tensor {name!r}: the merged values are too large for {dtype}. Use smaller weights or "
+        "another --out-dtype."
     )
 
 

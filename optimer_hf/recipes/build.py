@@ -11,7 +11,7 @@ from optimer_hf.files.paths import make_relative
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import finish_move, replacing
-from optimer_hf.merging.tokenizer import opened_tokenizer
+from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.layout import (
     MAX_SHARD_SIZE,
@@ -60,7 +60,7 @@ def build(
     lock = Lock.read(lock_file) if lock_file.exists() else None
     if lock is not None:
         _check_lock(lock, recipe, base)
-    tokenizer = opened_tokenizer(base, recipe.tokenizer_reference)
+    tokenizer = open_tokenizer(base, recipe.tokenizer_reference)
     vectors = [
         open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()
     ]

@@ -333,7 +333,7 @@ def _cosines(study: Study) -> Panel | None:
         return None
     try:
         kept = study.directory / "geometry.json"
-        found = geometry.kept(sources, config.base_model, config.dtype, kept)
+        found = geometry.read_or_measure(sources, config.base_model, config.dtype, kept)
     except OptimerError as error:
         logger.warning("the report has no cosines: %s", error)
         return None

@@ -17,7 +17,7 @@ import torch
 from optimer_hf.errors import ConfigError, EvaluationError, OptimerError
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.resident import ResidentModel
-from optimer_hf.merging.tokenizer import opened_tokenizer, scoring_tokenizer, take_generation_config
+from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer, set_generation_config
 from optimer_hf.models.layout import model_digests
 from optimer_hf.models.live import default_device
 from optimer_hf.models.resolve import resolve_base
@@ -64,7 +64,7 @@ class ResidentPool:
         `functions` score the terms that name them, see Evaluator.
         """
         base = resolve_base(config.base_model)
-        self._tokenizer = opened_tokenizer(base, config.tokenizer_reference)
+        self._tokenizer = open_tokenizer(base, config.tokenizer_reference)
         tokenizer = scoring_tokenizer(
             base, self._tokenizer, apply_chat_template=config.objective.apply_chat_template
         )
@@ -77,7 +77,7 @@ class ResidentPool:
             base, self.vectors, dtype=config.dtype, device=default_device()
         )
         if self._tokenizer is not None:
-            take_generation_config(self._resident.model, self._tokenizer)
+            set_generation_config(self._resident.model, self._tokenizer)
         self._objectives = {"objective": config.objective}
         if config.test is not None:
             self._objectives["test"] = config.test

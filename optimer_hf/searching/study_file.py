@@ -12,9 +12,9 @@ from optimer_hf.files.model import parse, refuse_absent_files
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.merging.mergekit_pool import (
     merge_config_of,
-    not_searched,
-    searched_pool,
+    pool_to_search,
     tokenizer_of,
+    unsearched_settings,
     with_absolute_references,
     with_weights,
 )
@@ -58,8 +58,8 @@ def study_of_merge_config(path: Path, objective: Path) -> StudyConfig:
     data = read_merge_config(path)
     target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
     refuse_absent_files({path: with_absolute_references(data, path), objective: target})
-    base, sources = searched_pool(data, path)
-    if dropped := not_searched(data):
+    base, sources = pool_to_search(data, path)
+    if dropped := unsearched_settings(data):
         logger.warning(
             "%s: one plain weight per model is searched, scored and built; left out: %s",
             path,

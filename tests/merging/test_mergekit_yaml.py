@@ -249,7 +249,7 @@ def test_what_mergekit_ignores_is_left_out_with_one_warning(world, caplog):
         config = read_merge_config(path)
     assert config["parameters"] == {"t": 0.0001} and "name" not in config
     (message,) = caplog.messages
-    assert "not read by merge_method nearswap" in message
+    assert "merge_method nearswap does not read" in message
     assert "name, parameters.weight, parameters.normalize" in message
 
 
@@ -260,13 +260,13 @@ def test_what_mergekit_ignores_is_left_out_with_one_warning(world, caplog):
             f"{AB}merge_method: ties\nparamters: {{}}\n",
             "5: unknown.*'paramters'.*mean 'parameters'",
         ),
-        (f"{AB}merge_method: ties\nnormalize: true\n", r"5: .*'normalize'.*belongs under `param"),
+        (f"{AB}merge_method: ties\nnormalize: true\n", r"5: .*'normalize'.*Put it under `param"),
         (f"{AB}merge_method: dare-ties\n", "no merge_method 'dare-ties'.*mean 'dare_ties'"),
         (f"{AB}merge_method: ties\ndtype: fp16\n", "dtype: found 'fp16'"),
         (f"{AB}merge_method: linear\nchat_template: chatlm\n", "found 'chatlm'.*mean 'chatml'"),
         (f"{AB}merge_method: linear\n---\n{AB}", "found another document"),
         (f"{AB}slices: [{{sources: []}}]\nmerge_method: linear\n", "Exactly one of"),
-        ("experts: [{source_model: a}]\nbase_model: a\n", "a config of mergekit-moe"),
+        ("experts: [{source_model: a}]\nbase_model: a\n", "a config for mergekit-moe"),
         ("models: [{model: {path: a}}]\nmerge_method: linear\n", r"models\.0\.model: .*'path'"),
         (
             "models: [{model: {model: {path: a, revison: x}}}]\nmerge_method: linear\n",
@@ -306,7 +306,7 @@ def test_what_mergekit_drops_or_refuses_is_an_error_before_any_model_is_opened(
     assert not (tmp_path / "out").exists()
 
 
-LISTS = "expected a number or a list of some"
+LISTS = "expected a number or a list of them"
 VALUES = {
     "true": "found True, expected a number",
     "[0, true]": "found True, expected a number",
@@ -317,10 +317,10 @@ VALUES = {
     "{filter: mlp}": "found nothing, expected a number",
     "[1, null]": "found nothing, expected a number",
     "[[0, 1], [1, 0]]": r"found \[0, 1\], expected a number",
-    "[0.5, {filter: mlp, value: 1}]": "found 0.5 beside filters, expected {filter, value} too",
+    "[0.5, {filter: mlp, value: 1}]": "found 0.5 among filters, expected {filter, value}",
     "{filter: mlp, value: {value: 1}}": "found {'value': 1}, expected a number",
     "{filter: mlp, value: [{value: 1}]}": "found {'value': 1}, expected a number",
-    "{filter: 5, value: 1}": "filter: found 5, expected part of a tensor's name",
+    "{filter: 5, value: 1}": "filter: found 5, expected part of a tensor name",
     "{filter: [mlp, attn], value: 1}": r"filter: found \['mlp', 'attn'\], expected part",
     "2024-01-31": r"found datetime\.date\(2024, 1, 31\), expected a number",
     "!!set {a}": "found {'a'}, expected a number",
@@ -328,8 +328,8 @@ VALUES = {
     "half": "found 'half', expected a number",
     '"nan"': "found nan, expected a finite number",
     "-.inf": "found -inf, expected a finite number",
-    "1e30": "expected a number of -1,000,000 to 1,000,000",
-    "[0, -2_000_000]": "expected a number of -1,000,000 to 1,000,000",
+    "1e30": "expected a number from -1,000,000 to 1,000,000",
+    "[0, -2_000_000]": "expected a number from -1,000,000 to 1,000,000",
 }
 
 
@@ -346,7 +346,7 @@ def test_a_parameter_is_a_number_a_gradient_or_filters(tmp_path, value):
     ("text", "message"),
     [
         ("merge_method: karcher\nparameters: {max_iter: 1e9}\n", "found .*, expected a whole"),
-        ("merge_method: karcher\nparameters: {max_iter: 9999999999}\n", "of 0 to 1,000,000"),
+        ("merge_method: karcher\nparameters: {max_iter: 9999999999}\n", "from 0 to 1,000,000"),
         ("merge_method: karcher\nparameters: {max_iter: true}\n", "found True, expected a whole"),
         ("merge_method: linear\nparameters: {normalize: 2}\n", "expected true or false"),
         ("merge_method: linear\ntokenizer: {pad_to_multiple_of: 0}\n", "found 0, expected a num"),
@@ -356,7 +356,7 @@ def test_a_parameter_is_a_number_a_gradient_or_filters(tmp_path, value):
         (
             "merge_method: linear\ntokenizer:\n  tokens:\n"
             "    x: {source: {kind: model_token, model: a, token_id: -1}}\n",
-            "token_id: found -1, expected a number of 0 to",
+            "token_id: found -1, expected a number from 0 to",
         ),
     ],
 )
@@ -368,10 +368,10 @@ def test_numbers_of_a_merge_that_size_something_are_bounded(tmp_path, text, mess
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("[0, 1000000000]", "layers of 0 to 100,000"),
-        ("[-2, 1]", "layers of 0 to 100,000"),
-        ("[0]", r"layer_range: found \[0\], expected \[first, end\], layers"),
-        ("[false, true]", "layers of 0 to 100,000"),
+        ("[0, 1000000000]", "of layers from 0 to 100,000"),
+        ("[-2, 1]", "of layers from 0 to 100,000"),
+        ("[0]", r"layer_range: found \[0\], expected \[first, end\] of layers"),
+        ("[false, true]", "of layers from 0 to 100,000"),
         ("0-4", "found '0-4', expected"),
         ("[0, 1], residual_weight: .nan", "found nan|Unexpected|residual_weight"),
     ],
@@ -407,7 +407,7 @@ def test_a_search_reads_what_a_merge_reads_and_refuses_the_rest_by_name(world, c
     assert [vector.source for vector in config.vectors.values()] == tuned
     found = with_weights(read_merge_config(path), path, dict.fromkeys(config.vectors, 1.0))
     assert [model["model"] for model in found["models"]] == tuned and "defaults" not in found
-    with pytest.raises(ConfigError, match="slices: its models have a weight a layer"):
+    with pytest.raises(ConfigError, match="slices: has weights for each layer"):
         study_of_merge_config(written(world, WITH_BASE + CONFIGS["layers stacked"]), objective)
 
 
@@ -530,7 +530,7 @@ def test_flags_that_cannot_hold_are_refused_by_name(world):
             {"copy_tokenizer": False},
             None,
         ),
-        "--engine native: --clone-tensors": (
+        "--engine native: only mergekit reads --clone-tensors": (
             f"{AB}{WITH_BASE}merge_method: optimer\n",
             {"clone_tensors": True},
             "native",
@@ -567,7 +567,7 @@ def test_a_merge_that_fails_leaves_nothing(world, text, message):
 def test_layers_whose_kinds_the_config_lists_are_not_stacked(make_base, tmp_path):
     piece = f"{{sources: [{{model: {make_base('gemma').path}, layer_range: [0, 2]}}]}}"
     path = written(tmp_path, f"slices: [{piece}, {piece}]\nmerge_method: passthrough\n")
-    with pytest.raises(ConfigError, match=r"give 4 layers, but .*lists the kinds of 2"):
+    with pytest.raises(ConfigError, match=r"give 4 layers, but .*lists 2 layer_types"):
         merge(path, tmp_path / "out")
 
 
@@ -600,7 +600,7 @@ def deeper(out: Path) -> None:
     ("damage", "promise", "message"),
     [
         (dropped, {}, r"lacks 'model\.layers\.1\.mlp\.up_proj\.weight' \(1 in all"),
-        (cut, {}, r"another shape of 'model\.embed_tokens\.weight'"),
+        (cut, {}, r"another shape for 'model\.embed_tokens\.weight'"),
         (added, {}, r"no place for 'model\.extra\.weight'"),
         (infinite, {}, r"holds NaN or infinite values"),
         (deeper, {}, r"lacks 'model\.layers\.2"),
@@ -648,7 +648,7 @@ def _other_theta(model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_other_theta, "computes otherwise than .*rope_theta"),
+        (_other_theta, "computes differently from .*rope_theta"),
         (_moved_tokens, "the token 'a' at id"),
     ],
 )

@@ -21,8 +21,8 @@ from optimer_hf.errors import ConfigError, HubError, ModelError, StudyError
 from optimer_hf.hub.publication import publication
 from optimer_hf.hub.untrusted import check_pulled
 from optimer_hf.merging.mergekit import merge
-from optimer_hf.merging.mergekit_pool import linear_merge_of, not_searched, with_weights
-from optimer_hf.merging.tokenizer import opened_tokenizer
+from optimer_hf.merging.mergekit_pool import linear_merge_of, unsearched_settings, with_weights
+from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.models.layout import ResolvedModel, weight_files
 from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock, RecipeFile
@@ -131,16 +131,18 @@ def test_a_model_of_other_vectors_is_scored_with_the_tokenizer_of_the_study(mode
 
 
 def test_a_source_without_a_tokenizer_of_its_own_is_refused(models, base, tmp_path):
-    with pytest.raises(ConfigError, match=r"has no tokenizer\. Give a model with its tokenizer"):
-        opened_tokenizer(base, str(models["code"]))
+    with pytest.raises(ConfigError, match=r"has no tokenizer\. Give a model with a tokenizer"):
+        open_tokenizer(base, str(models["code"]))
     extract(open_vector("it", str(models["it"]), base), base, tmp_path / "delta")
-    with pytest.raises(ConfigError, match=r"a delta, which .* the model it was extracted from"):
-        opened_tokenizer(base, str(tmp_path / "delta"))
+    with pytest.raises(
+        ConfigError, match=r"is a delta with .* the model that it was extracted from"
+    ):
+        open_tokenizer(base, str(tmp_path / "delta"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(models["it"] / name, tmp_path / "delta")
         shutil.copy(models["it"] / name, models["code"])  # a copy of the test's own
-    assert opened_tokenizer(base, str(tmp_path / "delta")) is not None
-    assert opened_tokenizer(base, str(models["code"])) is not None
+    assert open_tokenizer(base, str(tmp_path / "delta")) is not None
+    assert open_tokenizer(base, str(models["code"])) is not None
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (models["code"] / name).unlink()
 
@@ -168,7 +170,7 @@ def test_a_tokenizer_with_other_tokens_is_refused_by_the_first(models, base, cha
     plain = {k: v for k, v in kept.items() if not k.endswith("_token") and "added" not in k}
     settings.write_text(json.dumps(plain), encoding="utf-8")
     with pytest.raises(ConfigError, match=said):
-        opened_tokenizer(base, str(models["it"]))
+        open_tokenizer(base, str(models["it"]))
 
 
 def test_a_token_of_the_base_beyond_its_embedding_is_no_mistake(models, tmp_path):
@@ -179,14 +181,14 @@ def test_a_token_of_the_base_beyond_its_embedding_is_no_mistake(models, tmp_path
         tokenizer.add_tokens(["<image>"])
         tokenizer.save_pretrained(directory)
     base = ResolvedModel(tmp_path / "base", "base")
-    assert opened_tokenizer(base, str(models["it"])).path == models["it"]
+    assert open_tokenizer(base, str(models["it"])).path == models["it"]
 
 
 def test_of_a_model_on_the_hub_all_but_the_weights_is_fetched(hub, models, base):
     api = HfApi(token="hf_alice_write")
     api.create_repo("alice/chatty-model", exist_ok=True)
     api.upload_folder(repo_id="alice/chatty-model", folder_path=models["it"])
-    found = opened_tokenizer(base, "alice/chatty-model")
+    found = open_tokenizer(base, "alice/chatty-model")
     assert_is_instruct(found.path)
     assert not list(found.path.glob("*.safetensors")) and found.commit is not None
 
@@ -305,8 +307,8 @@ def test_a_tokenizer_that_was_changed_after_the_build_is_not_verified(study, tmp
 
 def test_a_base_without_a_tokenizer_has_none_to_compare(models, tmp_path):
     shutil.copytree(models["base"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(ConfigError, match="base_model: bare: has no tokenizer, whose tokens"):
-        opened_tokenizer(ResolvedModel(tmp_path / "bare", "bare"), str(models["it"]))
+    with pytest.raises(ConfigError, match="base_model: bare: has no tokenizer to compare"):
+        open_tokenizer(ResolvedModel(tmp_path / "bare", "bare"), str(models["it"]))
 
 
 # -- mergekit's YAML -------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def test_a_search_takes_the_tokenizer_of_a_merge_config_over(models, tmp_path, f
     objective = tmp_path / "objective.yaml"
     objective.write_text("terms: [{text: x.jsonl}]", encoding="utf-8")
     assert study_of_merge_config(path, objective).tokenizer_source == "it"
-    assert not_searched(config) == []
+    assert unsearched_settings(config) == []
     found = with_weights(config, path, {models["math"].name: 0.1, "it": 1.0})
     absolute = yaml.safe_dump(found).count(str(models["it"]))
     assert absolute == 2  # the model, and the tokenizer
@@ -356,7 +358,7 @@ def test_a_search_takes_the_tokenizer_of_a_merge_config_over(models, tmp_path, f
 )
 def test_a_search_names_what_it_does_not_keep_of_a_tokenizer(models, tmp_path, field, said):
     config = merge_config(models, tmp_path / "merge.yml", **field)
-    (found,) = not_searched(config)
+    (found,) = unsearched_settings(config)
     assert found.startswith(said)
     assert linear_merge_of(config, tmp_path / "merge.yml") is None
 
@@ -368,7 +370,7 @@ def test_a_tokenizer_with_other_tokens_is_left_to_mergekit(models, tmp_path):
     tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
     file.write_text(json.dumps(data), encoding="utf-8")
     merge_config(models, tmp_path / "merge.yml", tokenizer_source="./it")
-    with pytest.raises(ConfigError, match=r"gives the token 'a' the id \d+, that of the base"):
+    with pytest.raises(ConfigError, match=r"gives the token 'a' the id \d+, but the base gives it"):
         merge(tmp_path / "merge.yml", tmp_path / "ours", engine="native")
     assert merge(tmp_path / "merge.yml", tmp_path / "theirs") == "mergekit"
     assert_is_instruct(tmp_path / "theirs")

@@ -19,10 +19,10 @@ from optimer_hf.files.staging import staged_directory
 from optimer_hf.merging.mergekit import merge
 from optimer_hf.merging.mergekit_pool import (
     linear_merge_of,
-    not_searched,
     optimer_config,
     pool_of,
-    searched_pool,
+    pool_to_search,
+    unsearched_settings,
     vanilla_config,
 )
 from optimer_hf.merging.mergekit_yaml import read_merge_config
@@ -449,7 +449,7 @@ def optimer_yaml(**changes) -> dict:
         ),
         (
             optimer_yaml(models=[{"model": "a", "weight": 1}]),
-            r"models\.0: unknown field 'weight'.*It belongs under `parameters:`",
+            r"models\.0: unknown field 'weight'.*Put it under `parameters:`",
         ),
         (optimer_yaml(models=[{"parameters": {}}]), r"models\.0: field 'model' is missing"),
         (optimer_yaml(models=["./tuned"]), r"models\.0: found './tuned', expected a mapping"),
@@ -502,7 +502,7 @@ def test_the_vector_of_base_plus_adapter_is_the_adapter(tmp_path):
     config = {"base_model": BASE, "models": [{"model": text} for text in texts]}
     local = {"lora-2": str(tmp_path / "lora"), "a+b": str(tmp_path / "a+b")}
     expected = {"lora": "you/lora"} | local
-    assert searched_pool(config, tmp_path / "c.yml") == (BASE, expected)
+    assert pool_to_search(config, tmp_path / "c.yml") == (BASE, expected)
     models = [{"model": "./a+b+you/lora"}]
     base, sources = pool_of({"base_model": "./a+b", "models": models}, tmp_path / "c.yml")
     assert (base, sources) == (str(tmp_path / "a+b"), {"lora": "you/lora"})
@@ -520,7 +520,7 @@ def test_an_adapter_of_another_model_is_no_vector(tmp_path, field, base, model):
     with pytest.raises(
         ConfigError, match=rf"{field}: found .*another model than base_model.*Merge"
     ):
-        searched_pool(config, path)
+        pool_to_search(config, path)
     assert linear_merge_of(config, path) is None  # mergekit merges it first
 
 
@@ -544,9 +544,9 @@ def test_a_config_without_base_or_models_is_an_error(tmp_path):
     path = tmp_path / "c.yml"
     with pytest.raises(ConfigError, match="field 'base_model' is missing"):
         pool_of({"models": [{"model": "a/b"}]}, path)
-    with pytest.raises(ConfigError, match="found none besides the base"):
+    with pytest.raises(ConfigError, match="found only the base"):
         pool_of({"base_model": "a/b", "models": [{"model": "a/b"}]}, path)
-    with pytest.raises(ConfigError, match="slices: its models have a weight a layer"):
+    with pytest.raises(ConfigError, match="slices: has weights for each layer"):
         pool_of({"base_model": "a/b", "slices": [{"sources": [{"model": "a/c"}]}]}, path)
 
 
@@ -573,7 +573,7 @@ def test_vectors_are_named_by_the_last_part_of_their_path(tmp_path):
 def test_what_only_mergekit_can_do_is_not_taken_by_the_writer(tmp_path, changes):
     path = write_config(tmp_path / "c.yml", optimer_yaml(**changes))
     assert linear_merge_of(read_merge_config(path), path) is None
-    with pytest.raises(ConfigError, match="only mergekit can do"):
+    with pytest.raises(ConfigError, match="only mergekit can run"):
         merge(path, tmp_path / "out", engine="native")
 
 
@@ -840,10 +840,10 @@ def test_a_delta_directory_is_searched_with_our_record_only(pool, tmp_path, ours
     config = optimer_yaml(base_model=str(base.path), models=models)
     path = write_config(tmp_path / "c.yml", config)
     if ours:
-        assert searched_pool(config, path)[1] == {"ja": str(tmp_path / "ja")}
+        assert pool_to_search(config, path)[1] == {"ja": str(tmp_path / "ja")}
         return
     with pytest.raises(ConfigError, match=r"c\.yml: models: \./ja: parameters\.delta: .*extract"):
-        searched_pool(config, path)
+        pool_to_search(config, path)
 
 
 def test_a_search_names_what_it_does_not_keep_of_a_config():
@@ -857,14 +857,14 @@ def test_a_search_names_what_it_does_not_keep_of_a_config():
             {"model": "d"},
         ],
     )
-    assert not_searched(config) == [
+    assert unsearched_settings(config) == [
         "merge_method: ties",
         "parameters.density",
         "models: a: parameters.weight",
         "models: c: parameters.weight",
         "models: c: parameters.t",
     ]
-    assert not_searched(optimer_yaml()) == []
+    assert unsearched_settings(optimer_yaml()) == []
 
 
 # -- values that are not finite --------------------------------------------------------------------

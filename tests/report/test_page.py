@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from optimer_hf.cli import main
 from optimer_hf.comparison.sealed import compare, recorded
 from optimer_hf.comparison.tables import verdicts
-from optimer_hf.merging.geometry import kept
+from optimer_hf.merging.geometry import read_or_measure
 from optimer_hf.report.captions import CARD_FIGURES, Captions
 from optimer_hf.report.page import write_figures, write_report
 from optimer_hf.searching.loop import search
@@ -244,8 +244,8 @@ def test_a_report_of_a_study_that_cannot_be_written_to_has_its_cosines(
     base = make_base("llama")
     sources = {name: str(make_tuned(base, "llama", seed)) for seed, name in enumerate("ab")}
     (tmp_path / "geometry.json").mkdir()  # in the way; a test that runs as root may write anywhere
-    found = kept(sources, str(base.path), "bfloat16", tmp_path / "geometry.json")
-    assert len(found.cosines) == 1 and "cosines are not kept" in caplog.text
+    found = read_or_measure(sources, str(base.path), "bfloat16", tmp_path / "geometry.json")
+    assert len(found.cosines) == 1 and "cosines are not cached" in caplog.text
 
 
 # -- in a browser ----------------------------------------------------------------------------------
