@@ -188,7 +188,7 @@ def _is_model(at: Place, value: Any) -> bool:
 
 
 def absent_models(config: Mapping[str, Any], path: Path) -> str:
-    """Return the missing local models of a config that may have mistakes, like `list_absent_files`."""
+    """Return the missing local models of a config with mistakes, like `list_absent_files`."""
 
     def absolute(value: Any) -> Any:
         try:
