@@ -604,9 +604,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(make_config, 
 
 def test_a_layer_that_no_model_has_is_named_before_training(make_config, tmp_path):
     config = make_config(lora={"r": 4, "target_modules": ["q_proj", "k_porj"]})
-    with pytest.raises(
-        ConfigError, match=r"found 'k_porj', but no layer .*Did you mean 'k_proj'"
-    ):
+    with pytest.raises(ConfigError, match=r"found 'k_porj', but no layer .*Did you mean 'k_proj'"):
         train(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -616,7 +614,7 @@ def test_a_sharded_run_is_refused_before_it_trains(make_config, tmp_path, monkey
     from accelerate.utils import DistributedType
 
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ConfigError, match=r"'aaa': accelerate launch: found FSDP, expected the whole"):
+    with pytest.raises(ConfigError, match=r"'aaa': accelerate launch: found FSDP, expected the"):
         train(make_config(), tmp_path / "out")
     assert not (tmp_path / "out" / "training.json").exists()
 
