@@ -36,9 +36,10 @@ from scipy.optimize import minimize
 from scipy.stats import bootstrap, norm, rankdata
 from threadpoolctl import threadpool_limits
 
-from optimer_hf.scoring.objective import Term
+from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.smac import Asker
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
@@ -834,7 +835,7 @@ class LandscapePool:
         self.landscape, self.rng = landscape, noise_of("optimer", seed)
 
     def score(
-        self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]
+        self, weights: Mapping[str, float], asked: Sequence[Asked]
     ) -> tuple[dict[str, TermScore], dict[str, float], int]:
         """Observe the landscape once."""
         found = self.landscape.observe(point_of(weights), self.rng)
@@ -849,7 +850,8 @@ def retarget_study(job: Job) -> dict[str, Any]:
     found, kept = [], []
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "study"
-        study = search(config, directory, pool=lambda _: LandscapePool(landscape, job.seed))
+        runner = InProcess(lambda _: LandscapePool(landscape, job.seed))
+        study = search(config, directory, runner=runner)
         incumbent = point_of(study.incumbent.weights)
         for objective in objectives:
             named = {f"t{t}": float(weight) for t, weight in enumerate(objective)}

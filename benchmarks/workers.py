@@ -13,31 +13,41 @@ import argparse
 import json
 import logging
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 from distributed import Client, LocalCluster
 
+from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.loop import search
-from optimer_hf.searching.workers import Workers
+from optimer_hf.searching.workers import Cluster, Workers
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.space import anchors
-from optimer_hf.study.trials import Trial
+from optimer_hf.study.trials import Candidate
 
 
-def warm_up(config: StudyConfig, workers: Workers, n_workers: int) -> None:
+@dataclass(frozen=True)
+class Warm:
+    """Runs trials on a cluster that is open and warm."""
+
+    cluster: Cluster
+
+    def open(self, config: StudyConfig) -> AbstractContextManager[Cluster]:
+        """Return the cluster, and leave it open."""
+        return nullcontext(self.cluster)
+
+
+def warm_up(config: StudyConfig, cluster: Cluster, n_workers: int) -> None:
     """Let every worker open its pool, and pay for first calls, with a trial each of the base."""
-    terms = config.objective.at("search")
+    asked = [Asked(term, 1) for term in config.objective.at("search")]
     base = anchors(config)[0][1]
     for number in range(n_workers):
-        workers.submit(
-            Trial(number, "base", "search", base, "ok", {}, {}),
-            terms,
-            {term.label: 1 for term in terms},
-        )
+        cluster.submit(Candidate(number, "base", base), asked)
     for _ in range(n_workers):
-        workers.next_finished()
+        cluster.next_finished()
 
 
 def run(config: StudyConfig, n_workers: int) -> dict[str, float]:
@@ -50,15 +60,15 @@ def run(config: StudyConfig, n_workers: int) -> dict[str, float]:
             threads_per_worker=1,
             dashboard_address="127.0.0.1:0",
             memory_limit=0,
-        ) as cluster,
-        Client(cluster),
+        ) as local,
+        Client(local),
         tempfile.TemporaryDirectory() as folder,
     ):
-        address = cluster.scheduler_address
-        with Workers(config, scheduler=address) as workers:
-            warm_up(config, workers, n_workers)
+        address = local.scheduler_address
+        with Workers(scheduler=address).open(config) as cluster:
+            warm_up(config, cluster, n_workers)
             started = perf_counter()
-            study = search(config, Path(folder) / "study", runner=workers)
+            study = search(config, Path(folder) / "study", runner=Warm(cluster))
             seconds = perf_counter() - started
     per_minute = 60 * len(study.log.of("search")) / seconds
     return {"seconds": seconds, "per_minute": per_minute, "value": study.value(study.incumbent)}

@@ -130,6 +130,15 @@ def runners(command: CommandT) -> CommandT:
     return workers(scheduler(command))
 
 
+def runner_of(workers: int | None, scheduler: str | None) -> Any:
+    """Return where trials run by these options; None: one at a time, in this process."""
+    if workers is None and scheduler is None:
+        return None
+    from optimer_hf.searching.workers import Workers
+
+    return Workers(n_workers=workers, scheduler=scheduler)
+
+
 def _refuse_both(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     other = "scheduler" if param.name == "workers" else "workers"
     if value is not None and ctx.params.get(other) is not None:

@@ -15,6 +15,7 @@ from optimer_hf.cli.options import (
     STUDY_FILE,
     echo,
     n_trials,
+    runner_of,
     runners,
 )
 from optimer_hf.errors import ConfigError
@@ -29,7 +30,14 @@ from optimer_hf.errors import ConfigError
 @n_trials("Trials in total; raise it to continue a search (default: that of the study, or 30).")
 @runners
 @FORMAT
-def search(study: Path, study_dir: Path, output: str, **options: Any) -> None:
+def search(
+    study: Path,
+    study_dir: Path,
+    output: str,
+    workers: int | None,
+    scheduler: str | None,
+    **options: Any,
+) -> None:
     """Search the weights of a study.yaml, or of a mergekit YAML whose models are the pool.
 
     STUDY is that file. STUDY_DIR gets the trials and the recipe of the best; the same command
@@ -39,7 +47,8 @@ def search(study: Path, study_dir: Path, output: str, **options: Any) -> None:
     from optimer_hf.files.reading import yaml_text
     from optimer_hf.recipes.studies import search_study
 
-    result, merge_config = search_study(study, study_dir, **options)
+    runner = runner_of(workers, scheduler)
+    result, merge_config = search_study(study, study_dir, runner=runner, **options)
     if output == "json":
         echo(json.dumps(study_to_json(result), indent=2))
         return
@@ -60,7 +69,13 @@ def search(study: Path, study_dir: Path, output: str, **options: Any) -> None:
 @runners
 @FORMAT
 def retarget(
-    study_dir: Path, objective: Path, out: Path | None, output: str, **options: Any
+    study_dir: Path,
+    objective: Path,
+    out: Path | None,
+    output: str,
+    n_trials: int | None,
+    workers: int | None,
+    scheduler: str | None,
 ) -> None:
     """Predict the best weights for another OBJECTIVE over the terms a study recorded.
 
@@ -69,14 +84,16 @@ def retarget(
     from optimer_hf.comparison.summary import study_to_json
     from optimer_hf.searching import retargeting
 
-    if (out is None) != (options["n_trials"] is None):
+    if (out is None) != (n_trials is None):
         raise ConfigError("OUT and --n-trials go together: the study that verifies, and its size.")
     target, prediction = retargeting.predict_for(study_dir, objective)
     results = {"prediction": asdict(prediction)}
     if output == "text":
         echo(retargeting.prediction_text(prediction, target))
-    if out is not None:
-        verified = retargeting.verify_prediction(study_dir, target, out, **options)
+    if out is not None and n_trials is not None:
+        verified = retargeting.verify_prediction(
+            study_dir, target, out, n_trials, runner=runner_of(workers, scheduler)
+        )
         results["verified"] = study_to_json(verified)
         if output == "text":
             echo(retargeting.verified_text(verified))

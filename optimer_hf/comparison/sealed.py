@@ -31,10 +31,11 @@ from optimer_hf.files.text import slug
 from optimer_hf.progress import Meter
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.directory import Study, locked
 from optimer_hf.study.prediction import best_scale, predict
-from optimer_hf.study.trials import OF_TEST, Trial
+from optimer_hf.study.trials import OF_TEST, Candidate
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,8 @@ def _contenders(
         config = study.config.searched_otherwise(settings)
         folder = f"{slug(name)}-{digest(settings.model_dump(mode='json'))[:6]}"
         directory = study.directory / "searches" / folder
-        best = search(config, directory, pool=lambda _: opened()).incumbent
+        runner = InProcess(lambda _: opened())
+        best = search(config, directory, runner=runner).incumbent
         searches.append(Contender("other_search", name, best.weights))
     baseline, last = (
         [each for each in own if each.is_baseline == is_baseline] for is_baseline in (True, False)
@@ -219,13 +221,11 @@ def _score(
     """Score rows on the sealed test, each on disk before the next."""
     objective = study.config.test
     assert objective is not None  # `compare` has looked
-    terms = objective.at("rescore")
-    limits = {term.label: objective.limit_of(term) for term in terms}
+    asked = objective.asked("rescore")
     n_known = len(study.log.trials)
     with Meter("sealed test", len(contenders), "rows") as meter:
         for each in contenders:
-            trial = Trial(n_known, each.title, "sealed", each.weights, "ok", {}, {})
-            trial = run_trial(pool, trial, terms, limits)
+            trial = run_trial(pool, Candidate(n_known, each.title, each.weights), asked)
             if trial.status == "crashed":
                 reason = str(trial.error).partition("\n")[0]
                 raise EvaluationError(f"sealed test: row {each.title!r} cannot be scored: {reason}")

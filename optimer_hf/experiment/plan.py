@@ -34,7 +34,7 @@ from optimer_hf.models.memory import total_memory
 from optimer_hf.models.resolve import resolve_base, snapshot
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.scoring.evaluator import Evaluator
-from optimer_hf.scoring.objective import Term
+from optimer_hf.scoring.objective import Asked, Term
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
 from optimer_hf.training.config import TrainConfig
@@ -176,10 +176,10 @@ def _probed(
         with _fitting(f"{config.base_model}: a trial", TRIAL_REMEDY):
             evaluator = _evaluator(config, base, trained)
             for term in terms[:1]:  # the first call is slower
-                evaluator.evaluate([term], limits={term.label: 1})
+                evaluator.evaluate([Asked(term, 1)])
             for term in terms:
                 began = Cost.now()
-                scored = evaluator.evaluate([term], limits={term.label: PROBE_ITEMS})[term.label]
+                scored = evaluator.evaluate([Asked(term, PROBE_ITEMS)])[term.label]
                 item_costs[_item_key(term)] = began.since() * (1 / len(scored.items))
                 counts[_item_key(term)] = evaluator.n_items(term)
                 meter.advance(1)
@@ -280,8 +280,7 @@ def _stages(
     for name, settings in each.searches.items():
         stages += _searching(config.searched_otherwise(settings), probe, f"{name}: ")
     n_rows = len(rows_of(config))  # at most: rows with equal weights are scored once
-    limits = {term.label: config.test.limit_of(term) for term in config.test.at("rescore")}
-    items, cost = _scoring(config.test.at("rescore"), limits, probe)
+    items, cost = _scoring(config.test.asked("rescore"), probe)
     stages.append(Stage("sealed test", f"{n_rows} rows of {items:,} items", cost * n_rows))
     return stages
 
@@ -289,35 +288,31 @@ def _stages(
 def _searching(config: StudyConfig, probe: Probe, prefix: str) -> list[Stage]:
     """Return the trials and re-scorings of the search of a study."""
     search, objective = config.search, config.objective
-    terms = objective.at("search")
-    limits = {term.label: objective.limit_of(term) for term in terms}
-    items, cost = _scoring(terms, limits, probe)
+    items, cost = _scoring(objective.asked("search"), probe)
     work = f"{search.n_trials} trials of {items:,} items"
     stages = [Stage(f"{prefix}search", work, cost * search.n_trials)]
     if search.rescore_top:
         again = [
-            term
+            Asked(term, config.rescore_limit_of(term))
             for term in objective.at("rescore")
             if not config.takes_over(term, probe.n_items.get(_item_key(term)))
         ]
-        items, cost = _scoring(again, {t.label: config.rescore_limit_of(t) for t in again}, probe)
+        items, cost = _scoring(again, probe)
         n = search.rescore_top + 1
         work = f"{n} trials of {items:,} items"
         stages.append(Stage(f"{prefix}re-score", work, cost * n))
     return stages
 
 
-def _scoring(
-    terms: Sequence[Term], limits: Mapping[str, int | None], probe: Probe
-) -> tuple[int, Cost]:
+def _scoring(asked: Sequence[Asked], probe: Probe) -> tuple[int, Cost]:
     """Return the items and time of scoring terms once."""
     n_items, cost = 0, Cost()
-    for term in terms:
-        if term.function is None:
-            n = probe.n_items[_item_key(term)]
-            n = n if limits[term.label] is None else min(n, int(limits[term.label] or 0))
+    for each in asked:
+        if each.term.function is None:
+            n = probe.n_items[_item_key(each.term)]
+            n = n if each.limit is None else min(n, each.limit)
             n_items += n
-            cost += probe.item_costs[_item_key(term)] * n
+            cost += probe.item_costs[_item_key(each.term)] * n
     return n_items, cost
 
 

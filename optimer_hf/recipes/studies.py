@@ -12,6 +12,7 @@ from optimer_hf.recipes.record import MERGE_CONFIG, RecipeFile
 from optimer_hf.recipes.write import write_recipe, write_vanilla
 from optimer_hf.report.captions import FIGURES
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import Runner
 from optimer_hf.searching.study_file import merge_config_of_study, read_study
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.prediction import front
@@ -31,17 +32,14 @@ def search_study(
     *,
     objective: Path | None = None,
     n_trials: int | None = None,
-    workers: int | None = None,
-    scheduler: str | None = None,
+    runner: Runner | None = None,
 ) -> tuple[Study, dict[str, Any]]:
     """Search the study of a file, see `read_study`, into a directory, write its recipe there, and
-    return the study with the mergekit config of its best merge.
-
-    Trials run in this process, on `workers` processes of this machine, or on the workers of a Dask
-    scheduler.
+    return the study with the mergekit config of its best merge. Trials run with `runner`, see
+    `searching.loop.search`.
     """
     config = read_study(path, objective=objective, n_trials=n_trials)
-    study = search(config, study_dir, n_workers=workers, scheduler=scheduler)
+    study = search(config, study_dir, runner=runner)
     write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger(study))
     return study, merge_config_of_study(config, study.incumbent.weights, path)
 

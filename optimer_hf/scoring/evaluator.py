@@ -13,7 +13,7 @@ from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
 from optimer_hf.scoring.harness import harness_model, quiet_harness
 from optimer_hf.scoring.items import _item_hash, items_within, spread
-from optimer_hf.scoring.objective import ASKED_BY, N_ASKED, Objective, Term
+from optimer_hf.scoring.objective import ASKED_BY, N_ASKED, Asked, Objective, Term
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import _aggregation, load_tasks
 
@@ -48,7 +48,8 @@ class Evaluator:
             if term.function is not None and term.function not in self._functions:
                 raise EvaluationError(
                     f"term {term.label!r}: no function {term.function!r} was given; functions "
-                    "come from Python: search(..., pool=partial(ResidentPool, functions={...}))."
+                    "come from Python: "
+                    "search(..., runner=InProcess(partial(ResidentPool, functions={...})))."
                 )
             if term.function is None and not self._indices(term):
                 raise EvaluationError(
@@ -56,10 +57,10 @@ class Evaluator:
                     f"{list(term.hash_range)}."
                 )
 
-    def _chosen(self, term: Term, limit: int | None) -> list[int]:
+    def _chosen(self, asked: Asked) -> list[int]:
         """Return the items that a term is scored on."""
-        within = self._indices(term)
-        return [within[index] for index in spread(len(within), limit)]
+        within = self._indices(asked.term)
+        return [within[index] for index in spread(len(within), asked.limit)]
 
     def _indices(self, term: Term) -> list[int]:
         """Return the items of a term that are in its hash range."""
@@ -85,31 +86,28 @@ class Evaluator:
         """Return how many items a term of the harness has."""
         return len(self._indices(term))
 
-    def evaluate(
-        self, terms: Sequence[Term], *, limits: Mapping[str, int | None]
-    ) -> dict[str, TermScore]:
-        """Score terms, each on the first `limits[label]` of its items in a fixed order spread over
-        the file.
+    def evaluate(self, asked: Sequence[Asked]) -> dict[str, TermScore]:
+        """Score terms, each on the first `limit` of its items in a fixed order spread over the
+        file, and return the scores by label.
 
         Raises EvaluationError when a score is not a finite number.
         """
         before = self.n_tokens
-        of_harness = [term for term in terms if term.function is None]
-        found = self._harness_scores(of_harness, limits)
+        of_harness = [each for each in asked if each.term.function is None]
+        scores = self._harness_scores(of_harness)
         used = (self.n_tokens - before) // max(len(of_harness), 1)
-        for term in terms:
-            if term.function is None:
-                found[term.label] = replace(found[term.label], n_tokens=used)
+        for each in asked:
+            if each.term.function is None:
+                scores[each.label] = replace(scores[each.label], n_tokens=used)
             else:
-                found[term.label] = self._function_score(term, limits[term.label])
-        return {term.label: found[term.label] for term in terms}
+                scores[each.label] = self._function_score(each)
+        return {each.label: scores[each.label] for each in asked}
 
-    def _harness_scores(
-        self, terms: Sequence[Term], limits: Mapping[str, int | None]
-    ) -> dict[str, TermScore]:
+    def _harness_scores(self, asked: Sequence[Asked]) -> dict[str, TermScore]:
         from lm_eval.evaluator import evaluate
 
-        chosen = {term.label: self._chosen(term, limits[term.label]) for term in terms}
+        chosen = {each.label: self._chosen(each) for each in asked}
+        terms = [each.term for each in asked]
         samples: dict[str, list[int]] = {}
         for term in terms:  # each item is asked once, whatever the number of terms that look at it
             known = samples.get(term.asked_as, [])
@@ -131,17 +129,18 @@ class Evaluator:
                 raise EvaluationError(
                     f"{sorted(tasks)}: a score is not a finite number."
                 ) from error
-        found = {}
+        scores = {}
         for term in terms:
             task, own = self.tasks[term.asked_as], {*chosen[term.label]}
             logged = [row for row in results["samples"][term.asked_as] if row["doc_id"] in own]
-            found[term.label] = _sound(term, _term_score(term, task, logged))
-        return found
+            scores[term.label] = _sound(term, _term_score(term, task, logged))
+        return scores
 
-    def _function_score(self, term: Term, limit: int | None) -> TermScore:
-        function = self._functions[str(term.function)]
+    def _function_score(self, asked: Asked) -> TermScore:
+        term, function = asked.term, self._functions[str(asked.term.function)]
         with torch.no_grad():
-            values = [float(value) for value in function(self._lm.model, self._lm.tokenizer, limit)]
+            scored = function(self._lm.model, self._lm.tokenizer, asked.limit)
+            values = [float(value) for value in scored]
         if not values or not all(map(math.isfinite, values)):
             raise EvaluationError(
                 f"term {term.label!r}: function {term.function!r} gave {values[:5]!r}, expected a "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -189,6 +190,19 @@ def _out_of_range(name: str, value: Any) -> str | None:
     return None if is_sound else f"found {quote(value)}. Expected {what} of {least:,} to {most:,}"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A term to score, and on how many of its items (None: all)."""
+
+    term: Term
+    limit: int | None = None
+
+    @property
+    def label(self) -> str:
+        """How the term is called in trials, tables and messages."""
+        return self.term.label
+
+
 class Constraint(Term):
     """A term that must not get much worse than the base; merges that break it are rejected.
 
@@ -285,6 +299,10 @@ class Objective(FileModel):
     def at(self, stage: Literal["search", "rescore"]) -> list[Term]:
         """Return the terms and constraints that are scored at a stage."""
         return [term for term in self.scored if stage == "rescore" or not term.rescore_only]
+
+    def asked(self, stage: Literal["search", "rescore"]) -> list[Asked]:
+        """Return what is scored at a stage, each term on the items that the objective names."""
+        return [Asked(term, self.limit_of(term)) for term in self.at(stage)]
 
     def limit_of(self, term: Term) -> int | None:
         """Return how many items of a term the search looks at (None: all)."""

@@ -32,16 +32,15 @@ def evaluate_model(model: str, objective: Path, *, dtype: str = "bfloat16") -> l
     tokenizer = scoring_tokenizer(resolved, None, apply_chat_template=target.apply_chat_template)
     resident = ResidentModel(resolved, [], dtype=dtype, device=default_device())
     evaluator = Evaluator(resident.model, tokenizer, [target])
-    terms = target.at("rescore")
-    limits = {term.label: target.limit_of(term) for term in terms}
-    scores = evaluator.evaluate(terms, limits=limits)
+    asked = target.asked("rescore")
+    scores = evaluator.evaluate(asked)
     return [
         Scored(
-            term.label,
-            str(term.metric),
-            scores[term.label].score,
-            len(scores[term.label].items),
-            limits[term.label] is not None,
+            each.label,
+            str(each.term.metric),
+            scores[each.label].score,
+            len(scores[each.label].items),
+            each.limit is not None,
         )
-        for term in terms
+        for each in asked
     ]

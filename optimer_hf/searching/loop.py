@@ -3,22 +3,19 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol
 
 from optimer_hf.errors import EvaluationError, StudyError
 from optimer_hf.files.staging import scratch_directory, write_text
-from optimer_hf.progress import Meter, announce
-from optimer_hf.scoring.objective import Objective, Term, feasible
+from optimer_hf.progress import Meter
+from optimer_hf.scoring.objective import Objective, feasible
 from optimer_hf.scoring.tasks import warn_of_other_weights, warn_of_reported_benchmarks
 from optimer_hf.scoring.units import Unit
-from optimer_hf.searching.faults import naming_faults
-from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
+from optimer_hf.searching.runner import InProcess, Runner, Slots
 from optimer_hf.searching.smac import Asker
 from optimer_hf.searching.tracking import Tracker
 from optimer_hf.study.config import LARGEST_SEARCH, StudyConfig
@@ -26,7 +23,7 @@ from optimer_hf.study.directory import Inputs, Study, locked, open_study, say_wh
 from optimer_hf.study.prediction import PREDICTION, predict
 from optimer_hf.study.records import Rules, mistakes_of_score, unusable_gain
 from optimer_hf.study.space import anchors
-from optimer_hf.study.trials import INPUTS_FILE, TRIALS_FILE, Trial, TrialLog, rules_of
+from optimer_hf.study.trials import INPUTS_FILE, TRIALS_FILE, Candidate, Trial, TrialLog, rules_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +37,7 @@ def search_on(
     directory: Path,
     n_trials: int,
     *,
-    pool: Callable[[StudyConfig], Pool] = ResidentPool,
-    n_workers: int | None = None,
-    scheduler: str | None = None,
+    runner: Runner | None = None,
 ) -> Study:
     """Search on for a new objective from the trials of a study, `n_trials` real ones more, the
     predicted weights first; return the new study, whose directory begins with the old trials.
@@ -85,9 +80,7 @@ def search_on(
             text = "".join(f"{trial.to_json()}\n" for trial in seeds)
             write_text(opened.log.path, text)
     first = {n_seeds: (PREDICTION, predict(study, target).weights)}
-    return search(
-        config, directory, pool=pool, n_workers=n_workers, scheduler=scheduler, planned=first
-    )
+    return search(config, directory, runner=runner, planned=first)
 
 
 def _n_seeds(earlier: Sequence[Trial], seeds: Sequence[Trial]) -> int:
@@ -105,17 +98,13 @@ def search(
     config: StudyConfig,
     directory: Path,
     *,
-    pool: Callable[[StudyConfig], Pool] = ResidentPool,
-    n_workers: int | None = None,
-    scheduler: str | None = None,
+    runner: Runner | None = None,
     planned: Mapping[int, tuple[str, Mapping[str, float]]] | None = None,
-    runner: "Runner | None" = None,
 ) -> Study:
     """Run a study to its end and return it; trials that are on disk already are not run again.
 
-    Trials run in this process, or on `n_workers` processes of this machine, or on the workers of a
-    Dask scheduler, or with a `runner` that is open already. `planned` trials, origin and weights by
-    number, are not asked for.
+    Trials run with `runner`: `InProcess()` (the default), or `Workers(...)`, processes of this
+    machine or of a Dask cluster. `planned` trials, origin and weights by number, are not asked for.
 
     Raises OptimerError for anything wrong with the config before the first trial. A trial that
     fails is recorded as crashed and the search goes on, unless the base itself cannot be scored or
@@ -130,85 +119,30 @@ def search(
             )
             return study
         tracker = Tracker(config.search.report_to, directory)  # what it lacks is said at once
-        chosen = nullcontext(runner) if runner else _runner(config, pool, n_workers, scheduler)
-        with chosen as opened, tracker:
-            study.go_on_with(opened.inputs)
+        with (runner or InProcess()).open(config) as slots, tracker:
+            study.go_on_with(slots.inputs)
             warn_of_reported_benchmarks(config.objective)
             if config.test is not None:
                 warn_of_other_weights(config.objective, config.test)
-            _run_search(study, opened, planned or {}, tracker)
+            _run_search(study, slots, planned or {}, tracker)
             study.decide(to_disk=True)
-            _run_rescore(study, opened)
+            _run_rescore(study, slots)
             study.decide(to_disk=True)
     say_what_tells_nothing(study)
     return study
 
 
-class Runner(Protocol):
-    """Where trials run: one in this process, or many elsewhere."""
-
-    @property
-    def n_slots(self) -> int:
-        """How many trials may run at once."""
-        ...
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """What its pool scores, see Pool."""
-        ...
-
-    def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
-        """Start a trial."""
-        ...
-
-    def next_finished(self) -> Trial:
-        """Wait for one of the trials that were started."""
-        ...
-
-
-class Here:
-    """One trial at a time, in this process."""
-
-    n_slots = 1
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool, self.inputs = pool, pool.inputs
-        self._submitted: deque[tuple[Trial, Sequence[Term], Mapping[str, int | None]]] = deque()
-
-    def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
-        self._submitted.append((trial, terms, limits))
-
-    def next_finished(self) -> Trial:
-        return run_trial(self._pool, *self._submitted.popleft())
-
-
-def _runner(
-    config: StudyConfig,
-    pool: Callable[[StudyConfig], Pool],
-    n_workers: int | None,
-    scheduler: str | None,
-) -> AbstractContextManager[Runner]:
-    if n_workers is None and scheduler is None:
-        opening = "opening base, vectors and tasks"
-        with announce(f"search: {opening}"), naming_faults(opening):
-            return nullcontext(Here(pool(config)))
-    from optimer_hf.searching.workers import Workers
-
-    return Workers(config, n_workers=n_workers, scheduler=scheduler, pool=pool)
-
-
 def _run_search(
     study: Study,
-    runner: Runner,
+    slots: Slots,
     planned: Mapping[int, tuple[str, Mapping[str, float]]],
     tracker: Tracker,
 ) -> None:
     config = study.config
     done = {trial.number for trial in study.log.of("search")}
-    terms = config.objective.at("search")
-    limits = {term.label: config.objective.limit_of(term) for term in terms}
+    asked = config.objective.asked("search")
     waiting = deque(number for number in range(config.search.n_trials) if number not in done)
-    running: dict[int, Trial] = {}
+    running: dict[int, Candidate] = {}
     if done and waiting:
         logger.info("search: going on from trial %d of %d", waiting[0], config.search.n_trials)
     best, rules = _Best(study), _rules(study)
@@ -218,13 +152,13 @@ def _run_search(
     ):
         plan = _Plan(study, scratch, planned)
         while waiting or running:
-            while waiting and len(running) < runner.n_slots:
+            while waiting and len(running) < slots.n_slots:
                 if running and not study.log.of("search"):
                     break  # gains are relative to the base, so it comes first and alone
-                trial = plan.next_trial(waiting.popleft(), list(running.values()))
-                running[trial.number] = trial
-                runner.submit(trial, terms, limits)
-            finished = _usable(rules, runner.next_finished())
+                candidate = plan.next_candidate(waiting.popleft(), list(running.values()))
+                running[candidate.number] = candidate
+                slots.submit(candidate, asked)
+            finished = _usable(rules, slots.next_finished())
             del running[finished.number]
             _check_sound(study, finished)
             study.log.append(finished)
@@ -236,7 +170,7 @@ def _run_search(
 
 
 class _Plan:
-    """What the next trial is: an anchor, a planned one, or what the surrogate asks for."""
+    """What is tried next: an anchor, planned weights, or what the surrogate asks for."""
 
     def __init__(
         self, study: Study, scratch: Path, planned: Mapping[int, tuple[str, Mapping[str, float]]]
@@ -245,19 +179,19 @@ class _Plan:
         self._planned = dict(enumerate(anchors(study.config))) | dict(planned)
         self._asker: Asker | None = None
 
-    def next_trial(self, number: int, running: Sequence[Trial]) -> Trial:
-        """Return trial `number`, not yet run."""
+    def next_candidate(self, number: int, running: Sequence[Candidate]) -> Candidate:
+        """Return what trial `number` is to score, given those that still run."""
         if number in self._planned:
             origin, planned = self._planned[number]
-            return Trial(number, origin, "search", dict(planned), "ok", {}, {"ask": 0.0})
+            return Candidate(number, origin, dict(planned), seconds={"ask": 0.0})
         if self._asker is None:
             self._asker = Asker(self._study.config, self._scratch)
             for trial in self._study.log.of("search"):
                 self._asker.tell(trial)
         started = perf_counter()
-        weights = self._asker.ask(number, [trial.weights for trial in running])
+        weights = self._asker.ask(number, [candidate.weights for candidate in running])
         seconds = {"ask": perf_counter() - started}
-        return Trial(number, "surrogate", "search", weights, "ok", {}, seconds)
+        return Candidate(number, "surrogate", weights, seconds=seconds)
 
     def tell(self, trial: Trial) -> None:
         """Tell the surrogate a finished trial; one that is not made yet reads the log."""
@@ -352,28 +286,29 @@ def _figures(study: Study, trial: Trial, best: float) -> dict[str, float]:
     return figures
 
 
-def _run_rescore(study: Study, runner: Runner) -> None:
+def _run_rescore(study: Study, slots: Slots) -> None:
     """Score the base and the best few on more items, with the terms that joined for this; scores
     that were taken on those items already are taken over.
     """
     remaining, done = deque(study.to_rescore()), len(study.log.of("rescore"))
     if not remaining:
         return
-    terms, limits = study.rescore_plan()
-    if not terms:
+    asked = study.asked_again()
+    if not asked:
         logger.info("re-score: the search scored the same items, so its scores are taken over")
         for trial in remaining:
-            study.log.append(study.with_searched(_again(trial)))
+            again = replace(_again(trial).scored({}, {}, 0), worker=trial.worker)
+            study.log.append(study.with_searched(again))
         return
     n_running, rules = 0, _rules(study)
     with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
         while remaining or n_running:
-            while remaining and n_running < runner.n_slots:
+            while remaining and n_running < slots.n_slots:
                 if n_running and not study.log.of("rescore"):
                     break  # the base first, as above
-                runner.submit(_again(remaining.popleft()), terms, limits)
+                slots.submit(_again(remaining.popleft()), asked)
                 n_running += 1
-            rescored = _rescored(study, rules, runner.next_finished())
+            rescored = _rescored(study, rules, slots.next_finished())
             n_running -= 1
             if rescored.number == 0 and rescored.status == "crashed":
                 raise EvaluationError(
@@ -389,5 +324,5 @@ def _rescored(study: Study, rules: Rules, trial: Trial) -> Trial:
     return _usable(rules, study.with_searched(trial))
 
 
-def _again(trial: Trial) -> Trial:
-    return replace(trial, fidelity="rescore", terms={}, seconds={}, n_tokens=0)
+def _again(trial: Trial) -> Candidate:
+    return Candidate(trial.number, trial.origin, trial.weights, "rescore")

@@ -8,7 +8,6 @@ the weights' fault. Such a trial is tried once more and then ends the search, un
 import logging
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
@@ -24,11 +23,11 @@ from optimer_hf.models.resolve import resolve_base
 from optimer_hf.progress import Cost
 from optimer_hf.scoring.evaluator import Evaluator, Scorer
 from optimer_hf.scoring.items import check_disjoint
-from optimer_hf.scoring.objective import Term
+from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.faults import collect_memory, is_environmental
 from optimer_hf.study.config import StudyConfig, VectorConfig
-from optimer_hf.study.trials import Trial
+from optimer_hf.study.trials import Candidate, Trial
 from optimer_hf.vectors.opening import open_vector
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class Pool(Protocol):
         ...
 
     def score(
-        self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]
+        self, weights: Mapping[str, float], asked: Sequence[Asked]
     ) -> tuple[dict[str, TermScore], dict[str, float], int]:
         """Return scores by term label, seconds by phase, and tokens read."""
         ...
@@ -100,14 +99,14 @@ class ResidentPool:
         return found
 
     def score(
-        self, weights: Mapping[str, float], terms: Sequence[Term], limits: Mapping[str, int | None]
+        self, weights: Mapping[str, float], asked: Sequence[Asked]
     ) -> tuple[dict[str, TermScore], dict[str, float], int]:
         """Merge in place and evaluate."""
         started = perf_counter()
         self._resident.set_weights(weights)
         merged = perf_counter()
         forward, tokens = self._evaluator.forward_seconds, self._evaluator.n_tokens
-        scores = self._evaluator.evaluate(terms, limits=limits)
+        scores = self._evaluator.evaluate(asked)
         seconds = {
             "merge": merged - started,
             "evaluate": perf_counter() - merged,
@@ -126,53 +125,50 @@ def _source(name: str, vector: VectorConfig) -> str:
     return vector.source
 
 
-def run_trial(
-    pool: Pool, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]
-) -> Trial:
-    """Return the trial with its scores, or as crashed with the traceback of the failure.
+def run_trial(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial:
+    """Score a candidate and return the trial, as crashed with the traceback where that failed.
 
     What is not the weights' fault (see `faults`) is tried once more, after memory was freed. Raises
     EvaluationError when it fails so again, and any other OptimerError of the pool as it is.
     """
-    fault = _attempted(pool, trial, terms, limits)
+    fault = _attempted(pool, candidate, asked)
     if isinstance(fault, Trial):
         return fault
-    logger.warning("trial %d: %s; it is tried once more", trial.number, fault)
+    logger.warning("trial %d: %s; it is tried once more", candidate.number, fault)
     collect_memory()  # the frames that failed, and what they held, are gone by now
-    fault = _attempted(pool, trial, terms, limits)
+    fault = _attempted(pool, candidate, asked)
     if isinstance(fault, Trial):
         return fault
     raise EvaluationError(
-        f"trial {trial.number}: {fault}, twice. That is not the fault of its weights, so it is not "
-        "recorded. Free memory, disk or device and run the same command again: finished trials "
+        f"trial {candidate.number}: {fault}, twice. That is not the fault of its weights, so it is "
+        "not recorded. Free memory, disk or device and run the same command again: finished trials "
         "are kept, and this one is done anew."
     )
 
 
-def _attempted(
-    pool: Pool, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]
-) -> Trial | str:
-    """Return the trial with its scores or as crashed; in one line what failed, if not by its fault.
+def _attempted(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial | str:
+    """Return the trial, scored or crashed; or in one line what failed, if the weights are not at
+    fault.
 
     Raises EvaluationError when the device has failed, after which no try of this process can do.
     """
     started = Cost.now()
     try:
-        scores, seconds, n_tokens = pool.score(trial.weights, terms, limits)
+        scores, seconds, n_tokens = pool.score(candidate.weights, asked)
     except Exception as error:  # one bad weight set must not end a search of hours
         if isinstance(error, OptimerError) and not isinstance(error, EvaluationError):
             raise
         if isinstance(error, torch.AcceleratorError):
             raise EvaluationError(
-                f"trial {trial.number}: the device failed ({first_line(error)}). Run the same "
+                f"trial {candidate.number}: the device failed ({first_line(error)}). Run the same "
                 "command again: finished trials are kept, and this one is done anew."
             ) from error
-        logger.debug("trial %d", trial.number, exc_info=True)
+        logger.debug("trial %d", candidate.number, exc_info=True)
         if is_environmental(error):
             return f"{type(error).__name__}: {first_line(error)}"
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
-        logger.warning("trial %d crashed: %s", trial.number, error)
-        return replace(trial, status="crashed", error=text)
-    seconds = trial.seconds | seconds | {"cpu": started.since().cpu_seconds}
+        logger.warning("trial %d crashed: %s", candidate.number, error)
+        return candidate.crashed(text)
+    seconds = candidate.seconds | seconds | {"cpu": started.since().cpu_seconds}
     rounded = {phase: round(value, 4) for phase, value in seconds.items()}
-    return replace(trial, terms=scores, seconds=rounded, n_tokens=n_tokens)
+    return candidate.scored(scores, rounded, n_tokens)

@@ -6,6 +6,7 @@ from pathlib import Path
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.scoring.units import Unit
 from optimer_hf.searching.loop import search_on
+from optimer_hf.searching.runner import Runner
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.prediction import Estimate, Prediction, over_record, predict
 
@@ -27,14 +28,13 @@ def verify_prediction(
     out: Path,
     n_trials: int,
     *,
-    workers: int | None = None,
-    scheduler: str | None = None,
+    runner: Runner | None = None,
 ) -> Study:
     """Run `n_trials` real trials for the objective that `predict_for` returned, the predicted
     weights first, and return the study at `out` that they make with the recorded trials.
     """
     study = load_study(study_dir)
-    return search_on(study, target, out, n_trials, n_workers=workers, scheduler=scheduler)
+    return search_on(study, target, out, n_trials, runner=runner)
 
 
 def prediction_text(prediction: Prediction, target: Objective) -> str:

@@ -12,7 +12,7 @@ import logging
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from types import TracebackType
@@ -27,11 +27,11 @@ from distributed.security import Security
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.files.staging import scratch_directory
-from optimer_hf.scoring.objective import Term
+from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.faults import naming_faults
 from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.trials import Trial
+from optimer_hf.study.trials import Candidate, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -59,32 +59,49 @@ class _Request:
     """All that a worker process has to know to run a trial."""
 
     opening: _Opening
-    trial: Trial
-    terms: list[Term]
-    limits: dict[str, int | None]
+    candidate: Candidate
+    asked: list[Asked]
 
 
 class _AllDiedError(Exception):
     """A task killed all the workers that Dask gave it."""
 
 
+@dataclass(frozen=True)
 class Workers:
-    """Trials on the processes of a Dask cluster, one resident pool each; a context manager."""
+    """Runs a trial on each process of a Dask cluster at once: `n_workers` processes of this
+    machine, or the workers of the scheduler at an address, with a pool each.
+
+    Raises ConfigError unless exactly one of the two is given.
+    """
+
+    n_workers: int | None = None
+    scheduler: str | None = None
+    pool: Callable[[StudyConfig], Pool] = ResidentPool
+
+    def __post_init__(self) -> None:
+        if (self.n_workers is None) == (self.scheduler is None):
+            raise ConfigError(
+                f"workers: found n_workers {self.n_workers!r} and scheduler {self.scheduler!r}. "
+                "Give one of them: a number of processes on this machine, or the address of a Dask "
+                "scheduler."
+            )
+
+    def open(self, config: StudyConfig) -> "Cluster":
+        """Return the cluster for the trials of a study, a context manager."""
+        return Cluster(config, self.n_workers, self.scheduler, self.pool)
+
+
+class Cluster:
+    """The processes of a Dask cluster, each with a pool for one study; a context manager."""
 
     def __init__(
         self,
         config: StudyConfig,
-        *,
-        n_workers: int | None = None,
-        scheduler: str | None = None,
-        pool: Callable[[StudyConfig], Pool] = ResidentPool,
+        n_workers: int | None,
+        scheduler: str | None,
+        pool: Callable[[StudyConfig], Pool],
     ) -> None:
-        """Take exactly one of a number of local processes and the address of a scheduler."""
-        if (n_workers is None) == (scheduler is None):
-            raise ConfigError(
-                f"workers: found n_workers {n_workers!r} and scheduler {scheduler!r}. Give one of "
-                "them: a number of processes on this machine, or the address of a Dask scheduler."
-            )
         self._n_workers, self._scheduler = n_workers, scheduler
         n_threads = max(1, CPU_COUNT // n_workers) if n_workers is not None else None
         # not the config alone: a vector may be trained again between two searches
@@ -145,9 +162,9 @@ class Workers:
         self._opening = replace(self._opening, inputs=inputs)
         return inputs
 
-    def submit(self, trial: Trial, terms: Sequence[Term], limits: Mapping[str, int | None]) -> None:
-        """Hand a trial to an idle worker, or to whichever is idle first, and return at once."""
-        self._submit(_Request(self._opening, trial, list(terms), dict(limits)))
+    def submit(self, candidate: Candidate, asked: Sequence[Asked]) -> None:
+        """Hand a candidate to an idle worker, or to whichever is idle first; return at once."""
+        self._submit(_Request(self._opening, candidate, list(asked)))
 
     def _submit(self, request: _Request) -> None:
         with self._naming_lost_scheduler():
@@ -170,34 +187,34 @@ class Workers:
             try:
                 return self._trial_of(future)
             except _AllDiedError as error:
-                number = request.trial.number
+                number = request.candidate.number
                 logger.warning("trial %d: %s It is tried once more, alone", number, error)
                 self._lost.append(request)
         return self._tried_alone(self._lost.popleft())
 
     def _tried_alone(self, request: _Request) -> Trial:
         """Return a trial that killed its workers before, see `next_finished`; no other runs now."""
-        trial = request.trial
-        base = replace(trial, weights=dict.fromkeys(trial.weights, 0.0))
+        candidate = request.candidate
+        base = replace(candidate, weights=dict.fromkeys(candidate.weights, 0.0))
         try:
             return self._run_now(request)
         except _AllDiedError as error:
             fault = error
         try:
-            if trial.weights == base.weights:
+            if candidate.weights == base.weights:
                 raise fault
-            self._run_now(replace(request, trial=base))
+            self._run_now(replace(request, candidate=base))
         except _AllDiedError:
-            weights = ", ".join(f"{name} {weight:.4g}" for name, weight in trial.weights.items())
+            weights = ", ".join(f"{name} {value:.4g}" for name, value in candidate.weights.items())
             raise StudyError(
-                f"trial {trial.number} (weights: {weights}): {fault} It died of this trial alone, "
-                "too, and of the base, so the weights are not at fault. Give the workers more "
-                "memory, or start fewer of them, and run the same command again: finished trials "
-                "are kept, and this one is done anew."
+                f"trial {candidate.number} (weights: {weights}): {fault} It died of this trial "
+                "alone, too, and of the base, so the weights are not at fault. Give the workers "
+                "more memory, or start fewer of them, and run the same command again: finished "
+                "trials are kept, and this one is done anew."
             ) from None
         error_text = f"{fault} It died of this trial alone, too, and then scored the base."
-        logger.warning("trial %d is recorded as crashed: %s", trial.number, error_text)
-        return replace(trial, status="crashed", error=error_text)
+        logger.warning("trial %d is recorded as crashed: %s", candidate.number, error_text)
+        return candidate.crashed(error_text)
 
     def _run_now(self, request: _Request) -> Trial:
         self._submit(request)
@@ -332,7 +349,7 @@ _one_at_a_time = threading.Lock()
 def _run(request: _Request) -> Trial:
     """Run a trial in this process."""
     with _opened(request.opening) as (name, pool):
-        trial = run_trial(pool, request.trial, request.terms, request.limits)
+        trial = run_trial(pool, request.candidate, request.asked)
     return replace(trial, worker=name)
 
 

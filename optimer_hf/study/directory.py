@@ -19,7 +19,7 @@ from optimer_hf.files.paths import drop_folders, relocate
 from optimer_hf.files.staging import make_directory, write_text
 from optimer_hf.files.text import quote
 from optimer_hf.scoring.intervals import Interval
-from optimer_hf.scoring.objective import Term, combine, feasible
+from optimer_hf.scoring.objective import Asked, combine, feasible
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.units import paired_interval
 from optimer_hf.study import tables
@@ -258,19 +258,17 @@ class Study:
         best = [trial.number for trial in self.ranked()[: self.config.search.rescore_top]]
         return list(dict.fromkeys([0, *best]))
 
-    def rescore_plan(self) -> tuple[list[Term], dict[str, int | None]]:
-        """Return the terms that re-scoring has to score, and how many items of each (None: all);
-        the scores of the others are taken over. All trials meet on the items on which the base was
-        re-scored, whatever version did it.
+    def asked_again(self) -> list[Asked]:
+        """Return what re-scoring has to score; the scores of other terms are taken over. All trials
+        meet on the items on which the base was re-scored, whatever version did it.
         """
-        terms = self.config.objective.at("rescore")
-        limits = {term.label: self.config.rescore_limit_of(term) for term in terms}
         searched, rescored = (
             {label: len(score.items) for label, score in trials[0].terms.items()} if trials else {}
             for trials in (self.log.of("search"), self.log.of("rescore"))
         )
         to_score = []
-        for term in terms:
+        for term in self.config.objective.at("rescore"):
+            limit = self.config.rescore_limit_of(term)
             if term.function is not None:
                 is_known = self.config.takes_over(term, None)
             else:
@@ -278,10 +276,10 @@ class Study:
                 n_again = rescored.get(term.label, n_items)
                 is_known = self.config.takes_over(term, n_items) and n_again == n_items
                 if term.label in rescored:
-                    limits[term.label] = n_again
+                    limit = n_again
             if not is_known:
-                to_score.append(term)
-        return to_score, limits
+                to_score.append(Asked(term, limit))
+        return to_score
 
     def with_searched(self, rescored: Trial) -> Trial:
         """Return a re-scored trial with the scores that it takes over from the search."""

@@ -1,7 +1,7 @@
 """What a search recorded: trials and decisions, appended a line at a time."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,9 +31,48 @@ OF_TEST = "test."  # digests of the items of the sealed test
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A weight set to try, and on which items; `seconds` are what it took to choose it."""
+
+    number: int
+    origin: str
+    weights: dict[str, float]
+    fidelity: Fidelity = "search"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def scored(
+        self, terms: Mapping[str, TermScore], seconds: Mapping[str, float], n_tokens: int
+    ) -> "Trial":
+        """Return the trial that scored `terms` in `seconds` by phase."""
+        return Trial(
+            self.number,
+            self.origin,
+            self.fidelity,
+            self.weights,
+            "ok",
+            dict(terms),
+            self.seconds | dict(seconds),
+            n_tokens,
+        )
+
+    def crashed(self, error: str) -> "Trial":
+        """Return the trial that failed; the first line of `error` is `Class: message`."""
+        return Trial(
+            self.number,
+            self.origin,
+            self.fidelity,
+            self.weights,
+            "crashed",
+            {},
+            self.seconds,
+            error=error,
+        )
+
+
+@dataclass(frozen=True)
 class Trial:
-    """One evaluation of one weight set; `seconds` are merge, evaluate, forward (a part of evaluate)
-    and ask.
+    """What one weight set scored; `seconds` are ask, merge, evaluate, forward (a part of evaluate)
+    and cpu.
     """
 
     __pydantic_config__ = STRICT_RECORD

@@ -20,6 +20,7 @@ from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import weight_files
 from optimer_hf.report.page import write_sealed_figure
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.config import Baselines, StudyConfig
 from optimer_hf.vectors.delta import norms
 from optimer_hf.vectors.opening import open_vector
@@ -178,7 +179,7 @@ def test_other_searches_and_models_become_rows(make_base, make_adapter, tmp_path
             "models": {"mixture CPT": "you/mixture"},
         },
     }
-    study = search(config_of(**changes), tmp_path / "s", pool=FunctionPool)
+    study = search(config_of(**changes), tmp_path / "s", runner=InProcess(FunctionPool))
     comparison = compare(study, pool=FunctionPool)
     names = [row.title for row in comparison.rows]
     assert names[-3:] == ["best of 8 random weights", "mixture CPT", "searched merge"]
@@ -200,7 +201,7 @@ def test_no_two_models_of_baselines_are_held_at_once(tmp_path):
             alive.add(self)
 
     config = config_of(**SEALED, baselines={"models": {name: f"you/{name}" for name in "abc"}})
-    study = search(config, tmp_path / "s", pool=FunctionPool)
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     compare(study, pool=Pool)
     assert held == [0, 0, 0, 0]
 
@@ -208,7 +209,7 @@ def test_no_two_models_of_baselines_are_held_at_once(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_the_figure_shows_every_row(suffix, tmp_path):
     changes = {"test": {"terms": [{"task": "t_test", "name": "t", "metric": "loss"}]}}
-    study = search(config_of(**changes), tmp_path / "s", pool=FunctionPool)
+    study = search(config_of(**changes), tmp_path / "s", runner=InProcess(FunctionPool))
     comparison = compare(study, pool=FunctionPool)
     file = tmp_path / f"figure.{suffix}"
     write_sealed_figure(study, comparison, file)
@@ -274,7 +275,7 @@ def test_mixtures_of_vectors_that_are_not_trained_here_are_refused(recipe_dir, t
 
 
 def test_a_model_of_the_command_line_needs_a_name(tmp_path):
-    search(config_of(), tmp_path / "s", pool=FunctionPool)
+    search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
     result = optimer("compare", tmp_path / "s", "--model", "nonsense")
     assert result.exit_code == 1 and "expected NAME=MODEL" in result.output
 
@@ -288,7 +289,9 @@ SEALED = {"test": {"terms": [{"task": "t_test", "name": "t", "metric": "loss"}]}
 @pytest.mark.parametrize("name", ["base", "searched merge", "w at 1.0", "re-targeted to q"])
 def test_a_model_cannot_take_the_name_of_another_row(name, tmp_path):
     retarget = {"q": {"t": 1.0}}
-    study = search(config_of(**SEALED, retarget=retarget), tmp_path / "s", pool=FunctionPool)
+    study = search(
+        config_of(**SEALED, retarget=retarget), tmp_path / "s", runner=InProcess(FunctionPool)
+    )
     joined = study.config.model_copy(update={"baselines": Baselines(models={name: "you/model"})})
     with pytest.raises(ConfigError, match="is the name of another row"):
         compare(replace(study, config=joined), pool=no_pool_for("nothing"))
@@ -297,10 +300,12 @@ def test_a_model_cannot_take_the_name_of_another_row(name, tmp_path):
 
 
 def test_what_joins_after_the_seal_was_opened_is_marked_everywhere(tmp_path):
-    study = search(config_of(**SEALED), tmp_path / "s", pool=FunctionPool)
+    study = search(config_of(**SEALED), tmp_path / "s", runner=InProcess(FunctionPool))
     compare(study, pool=FunctionPool)
     changes = {"models": {"later": "you/model"}, "random_vectors": False}
-    later = search(config_of(**SEALED, baselines=changes), tmp_path / "s", pool=FunctionPool)
+    later = search(
+        config_of(**SEALED, baselines=changes), tmp_path / "s", runner=InProcess(FunctionPool)
+    )
     comparison = compare(later, pool=FunctionPool)
     marked = [row.title for row in comparison.rows if row.chosen_after_seal]
     assert marked == ["later"]
@@ -320,7 +325,7 @@ def test_rows_of_another_sealed_test_do_not_join_a_table(tmp_path):
     def pool_of(test: str):
         return type("Pool", (FunctionPool,), {"inputs": {"test.t": test}})
 
-    study = search(config_of(**SEALED), tmp_path / "s", pool=pool_of("draft"))
+    study = search(config_of(**SEALED), tmp_path / "s", runner=InProcess(pool_of("draft")))
     compare(study, pool=pool_of("final"))  # nothing was sealed with the draft
     joined = study.config.model_copy(update={"baselines": Baselines(models={"later": "you/model"})})
     later = replace(study, config=joined)
@@ -333,7 +338,7 @@ def test_a_later_model_is_scored_with_the_tokenizer_of_the_rows_beside_it(tmp_pa
     pools = [
         type(name, (FunctionPool,), {"inputs": {"tokenizer_source": name}}) for name in ("A", "B")
     ]
-    study = search(config_of(**SEALED), tmp_path / "s", pool=pools[0])
+    study = search(config_of(**SEALED), tmp_path / "s", runner=InProcess(pools[0]))
     compare(study, pool=pools[0])
     joined = study.config.model_copy(update={"baselines": Baselines(models={"later": "you/model"})})
     later = replace(study, config=joined)
@@ -344,7 +349,7 @@ def test_a_later_model_is_scored_with_the_tokenizer_of_the_rows_beside_it(tmp_pa
 
 def test_rows_planned_before_a_crash_are_not_marked_when_they_are_scored_later(tmp_path):
     config = config_of(**SEALED, baselines={"models": {"m": "you/model"}})
-    study = search(config, tmp_path / "s", pool=FunctionPool)
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     with pytest.raises(EvaluationError):
         compare(study, pool=failing_at({3: RuntimeError("no")}))
     assert not any(row.chosen_after_seal for row in compare(study, pool=FunctionPool).rows)
@@ -352,7 +357,7 @@ def test_rows_planned_before_a_crash_are_not_marked_when_they_are_scored_later(t
 
 def test_a_missing_model_is_found_before_anything_is_scored(tmp_path):
     config = config_of(**SEALED, baselines={"models": {"m": str(tmp_path / "none")}})
-    study = search(config, tmp_path / "s", pool=FunctionPool)
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     with pytest.raises(ConfigError, match=r"'m': .*none: no such directory"):
         compare(study, pool=no_pool_for("nothing"))
 
@@ -362,7 +367,7 @@ def test_fixed_vectors_are_in_every_row(make_base, make_adapter, tmp_path):
     vectors = {name: {"source": str(make_adapter(base, n))} for n, name in enumerate("wxyz")}
     vectors["z"] |= {"fixed": 0.5}
     changes = {"base_model": str(base.path), "vectors": vectors, "baselines": ALL}
-    study = search(config_of(**SEALED, **changes), tmp_path / "s", pool=FunctionPool)
+    study = search(config_of(**SEALED, **changes), tmp_path / "s", runner=InProcess(FunctionPool))
     for model in models(study):
         assert model.weights["z"] == 0.5
         sources = model.make(tmp_path / "scratch")

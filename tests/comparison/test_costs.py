@@ -5,6 +5,7 @@ import pytest
 from optimer_hf.comparison.costs import against_mixtures, ledger, trial_cost
 from optimer_hf.comparison.ledger import TrialCost
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.record import BaseRecord, VectorFile
 from tests.support.landscapes import FunctionPool, config_of
@@ -21,7 +22,7 @@ def test_trials_are_summed_by_phase():
 
 
 def test_items_are_counted_over_terms_and_trials(tmp_path):
-    study = search(config_of(), tmp_path / "s", pool=FunctionPool)
+    study = search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
     found = ledger(study)
     assert found.search.items == 12 * 3 * 4  # trials, terms, items
     assert found.rescore.n == 3
@@ -51,7 +52,7 @@ def test_vectors_that_say_what_they_took_are_compared_with_mixtures(tmp_path):
         )
         record.write(tmp_path / name / "vector.json")
     vectors = {name: {"source": str(tmp_path / name)} for name in "wxyz"}
-    study = search(config_of(vectors=vectors), tmp_path / "s", pool=FunctionPool)
+    study = search(config_of(vectors=vectors), tmp_path / "s", runner=InProcess(FunctionPool))
     mixtures = ledger(study).data_mixture
     assert mixtures.attempts == 12
     assert mixtures.seconds >= 12 * 400

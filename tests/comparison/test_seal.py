@@ -9,6 +9,7 @@ from optimer_hf.comparison.seal import SealedLog, kind_of_title
 from optimer_hf.comparison.sealed import compare, recorded
 from optimer_hf.errors import StudyError
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from tests.support.landscapes import FunctionPool, config_of, no_pool_for, with_test
 
 CHANGES = {
@@ -22,7 +23,7 @@ CHANGES = {
 
 @pytest.fixture
 def study(tmp_path):
-    study = search(with_test(**CHANGES), tmp_path / "s", pool=FunctionPool)
+    study = search(with_test(**CHANGES), tmp_path / "s", runner=InProcess(FunctionPool))
     compare(study, pool=FunctionPool)
     return study
 

@@ -12,6 +12,7 @@ from optimer_hf.comparison.sealed import candidates, compare
 from optimer_hf.comparison.tables import table, to_json, to_markdown, verdicts
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.prediction import best_scale, predict, retargeted
 from tests.support.landscapes import (
     TEST,
@@ -43,7 +44,7 @@ def no_pool(config):
 
 @pytest.fixture
 def study(tmp_path):
-    return search(with_test(), tmp_path / "s", pool=TellingPool)
+    return search(with_test(), tmp_path / "s", runner=InProcess(TellingPool))
 
 
 def test_constraints_of_the_test_are_scored_and_shown_like_terms(tmp_path):
@@ -52,7 +53,7 @@ def test_constraints_of_the_test_are_scored_and_shown_like_terms(tmp_path):
     study = search(
         with_test(test={"terms": terms, "constraints": [constraint]}),
         tmp_path / "s",
-        pool=FunctionPool,
+        runner=InProcess(FunctionPool),
     )
     comparison = compare(study, pool=FunctionPool)
     assert set(comparison.merge.scores) == {"t", "u", "q"}
@@ -98,7 +99,10 @@ def test_rows_that_are_missing_after_a_crash_are_the_only_ones_scored_again(stud
 
 def test_the_sealed_test_scores_the_terms_of_the_test_section(tmp_path):
     test = {"terms": [{"task": "u_test", "name": "u", "metric": "loss"}], "limit": 7}
-    compare(search(with_test(test=test), tmp_path / "s", pool=FunctionPool), pool=CountingPool)
+    compare(
+        search(with_test(test=test), tmp_path / "s", runner=InProcess(FunctionPool)),
+        pool=CountingPool,
+    )
     assert {(tuple(labels), limits["u"]) for _, labels, limits in CountingPool.opened[0].calls} == {
         (("u",), 7)
     }
@@ -106,11 +110,15 @@ def test_the_sealed_test_scores_the_terms_of_the_test_section(tmp_path):
 
 def test_a_candidate_chosen_after_the_seal_was_opened_is_marked(tmp_path):
     short = search(
-        with_test(search={"n_trials": 6, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool
+        with_test(search={"n_trials": 6, "rescore_top": 2}),
+        tmp_path / "s",
+        runner=InProcess(FunctionPool),
     )
     assert not any(row.chosen_after_seal for row in compare(short, pool=FunctionPool).rows)
     longer = search(
-        with_test(search={"n_trials": 16, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool
+        with_test(search={"n_trials": 16, "rescore_top": 2}),
+        tmp_path / "s",
+        runner=InProcess(FunctionPool),
     )
     comparison = compare(longer, pool=CountingPool)
     assert comparison.merge.weights != short.incumbent.weights
@@ -123,7 +131,7 @@ def test_a_candidate_chosen_after_the_seal_was_opened_is_marked(tmp_path):
 
 
 def test_a_study_without_a_test_section_cannot_be_compared(tmp_path):
-    study = search(config_of(), tmp_path / "s", pool=FunctionPool)
+    study = search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
     with pytest.raises(ConfigError, match="no `test:` section"):
         compare(study, pool=no_pool)
 
@@ -154,7 +162,9 @@ def test_tables_in_markdown_and_json_say_the_same(study):
 
 
 def test_retargeted_rows_are_scored_under_their_own_objective_and_are_no_baselines(tmp_path):
-    study = search(with_test(retarget={"for q": {"q": 1.0}}), tmp_path / "s", pool=FunctionPool)
+    study = search(
+        with_test(retarget={"for q": {"q": 1.0}}), tmp_path / "s", runner=InProcess(FunctionPool)
+    )
     comparison = compare(study, pool=FunctionPool)
     row = comparison.row("retargeted", "for q")
     assert not row.is_baseline
@@ -205,7 +215,7 @@ def test_the_best_scale_moves_one_vector_alone_and_keeps_fixed_ones(tmp_path):
     vectors = {name: {"source": f"a/{name}"} for name in "wxy"} | {
         "z": {"source": "a/z", "fixed": 0.2}
     }
-    study = search(with_test(vectors=vectors), tmp_path / "s", pool=FunctionPool)
+    study = search(with_test(vectors=vectors), tmp_path / "s", runner=InProcess(FunctionPool))
     weights = best_scale(study, "x")
     assert weights["w"] == weights["y"] == 0 and weights["z"] == 0.2
     assert weights["x"] == pytest.approx(0.5, abs=0.15)  # the optimum of (t + u) / 2 along x

@@ -10,6 +10,7 @@ from optimer_hf.files.digest import sha256_file
 from optimer_hf.models.resolve import resolve_base
 from optimer_hf.recipes.record import RecipeFile
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import load_study
 from optimer_hf.study.prediction import front, predict
 from optimer_hf.training.config import TrainConfig
@@ -42,7 +43,7 @@ def test_a_study_is_read(golden: Path):
 
 def test_a_finished_study_is_not_searched_again(golden: Path):
     study = load_study(golden / "runs" / "tiny")
-    again = search(study.config, study.directory, pool=no_pool_for("the study"))
+    again = search(study.config, study.directory, runner=InProcess(no_pool_for("the study")))
     assert again.log.trials == study.log.trials and again.incumbent == study.incumbent
 
 
@@ -63,12 +64,13 @@ def test_a_report_is_written_of_a_study(golden: Path, tmp_path: Path):
     assert "searched merge" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_run_that_is_finished_has_nothing_to_do(golden: Path):
+def test_a_run_that_is_finished_has_nothing_to_do(golden: Path, caplog: pytest.LogCaptureFixture):
     run = golden / "runs" / "tiny"
     before = {path: sha256_file(path) for path in run.rglob("*") if path.is_file()}
-    result = optimer("run", golden / "recipes" / "tiny", run)
+    with caplog.at_level("INFO"):
+        result = optimer("run", golden / "recipes" / "tiny", run)
     assert result.exit_code == 0, result.output
-    assert "nothing to do" in result.output
+    assert "nothing to do" in caplog.text
     after = {path: sha256_file(path) for path in run.rglob("*") if path.is_file()}
     assert after == before
 

@@ -34,6 +34,7 @@ from optimer_hf.recipes.record import Lock, RecipeFile
 from optimer_hf.report.captions import Captions
 from optimer_hf.report.page import write_figures
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.vectors.delta import describe, extract
 from optimer_hf.vectors.opening import open_vector
@@ -1249,8 +1250,8 @@ def test_a_pulled_study_is_retargeted_without_its_data(hub, make_recipe, name, t
 class FunctionPool(test_search.FunctionPool):
     """Scores two weights."""
 
-    def score(self, weights, terms, limits):
-        return super().score(dict(weights) | {"y": 0.0, "z": 0.0}, terms, limits)
+    def score(self, weights, asked):
+        return super().score(dict(weights) | {"y": 0.0, "z": 0.0}, asked)
 
 
 @pytest.fixture(scope="module")
@@ -1259,7 +1260,7 @@ def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     vectors = {name: {"source": f"a/{name}"} for name in ("v0", "v1")}
     config = test_search.config_of(vectors=vectors, search={"n_trials": 5, "rescore_top": 0})
-    study = search(config, folder / "search", pool=FunctionPool)
+    study = search(config, folder / "search", runner=InProcess(FunctionPool))
     write_figures(study, folder / "figures")
     return study, folder / "figures"
 

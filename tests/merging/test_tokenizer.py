@@ -27,6 +27,7 @@ from optimer_hf.models.layout import ResolvedModel, weight_files
 from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock, RecipeFile
 from optimer_hf.recipes.write import write_recipe, write_vanilla
+from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.pool import ResidentPool
 from optimer_hf.searching.study_file import study_of_merge_config
@@ -211,11 +212,11 @@ def study(models, tmp_path):
 
 
 def test_trials_are_scored_with_the_template_and_the_end_of_turn(models, tmp_path):
-    asked = study_of(models, tmp_path).objective.model_dump() | {"apply_chat_template": True}
-    config = study_of(models, tmp_path, objective=asked, tokenizer_source="it")
+    chatty = study_of(models, tmp_path).objective.model_dump() | {"apply_chat_template": True}
+    config = study_of(models, tmp_path, objective=chatty, tokenizer_source="it")
     pool, plain = ResidentPool(config), ResidentPool(study_of(models, tmp_path))
-    weights, terms = {"math": 0.5, "it": 1.0}, config.objective.terms
-    tokens = [each.score(weights, terms, {"chatty": 4})[2] for each in (pool, plain)]
+    weights, asked = {"math": 0.5, "it": 1.0}, [Asked(config.objective.terms[0], 4)]
+    tokens = [each.score(weights, asked)[2] for each in (pool, plain)]
     assert tokens[0] >= tokens[1] + 4 * len("<user>")
     assert pool._resident.model.generation_config.eos_token_id == END_OF_TURN
     assert set(pool.inputs) - set(plain.inputs) == {"tokenizer_source"}

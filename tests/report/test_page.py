@@ -18,6 +18,7 @@ from optimer_hf.merging.geometry import read_or_measure
 from optimer_hf.report.captions import CARD_FIGURES, Captions
 from optimer_hf.report.page import write_figures, write_report
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import load_study
 from optimer_hf.study.trials import DecisionLog, TrialLog
 from tests.support.landscapes import FunctionPool, TellingPool, config_of, failing_at, with_test
@@ -28,7 +29,9 @@ FIGURES = ["progress", "weights", "slices", "terms", "sealed", "front", "ledger"
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     found = search(
-        with_test(), tmp_path_factory.mktemp("report") / "a <b> & $c_1$", pool=TellingPool
+        with_test(),
+        tmp_path_factory.mktemp("report") / "a <b> & $c_1$",
+        runner=InProcess(TellingPool),
     )
     compare(found, pool=TellingPool)
     return found
@@ -129,7 +132,7 @@ def test_a_study_of_one_vector_has_a_report(tmp_path):
     config = config_of(
         vectors={"w": {"source": "/nowhere/w"}}, search={"n_trials": 5, "rescore_top": 0}
     )
-    found = search(config, tmp_path / "s", pool=FunctionPool)
+    found = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     panels = write_report(found, tmp_path / "r.html")
     assert "cosines" not in {panel.name for panel in panels}
 
@@ -140,7 +143,7 @@ def test_weights_that_are_fixed_stand_beside_the_searched_ones(tmp_path):
         "x": {"source": "/nowhere/x", "fixed": 0.5},
     } | {name: {"source": f"/nowhere/{name}"} for name in "yz"}
     config = config_of(vectors=vectors, search={"n_trials": 6, "rescore_top": 0})
-    found = search(config, tmp_path / "s", pool=FunctionPool)
+    found = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
     assert panels["progress"].conclusion.startswith("The last 5 trials raised the best score")
     assert "Fixed by the study, in every trial: x 0.5." in panels["weights"].conclusion
@@ -153,7 +156,9 @@ def test_every_way_to_combine_terms_has_a_report(tmp_path, combine):
     data = config.model_dump()
     for part in ("objective", "test"):
         data[part]["combine"] = combine
-    found = search(type(config).model_validate(data), tmp_path / "s", pool=FunctionPool)
+    found = search(
+        type(config).model_validate(data), tmp_path / "s", runner=InProcess(FunctionPool)
+    )
     compare(found, pool=FunctionPool)
     panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
     assert set(panels) == set(FIGURES)
@@ -168,7 +173,7 @@ def test_crashed_trials_and_constraints_leave_a_report(tmp_path):
     }
     config = config_of(objective=objective, search={"n_trials": 9, "rescore_top": 2})
     pool = failing_at({7: RuntimeError("no")})
-    found = search(config, tmp_path / "s", pool=pool)
+    found = search(config, tmp_path / "s", runner=InProcess(pool))
     assert any(trial.status == "crashed" for trial in found.log.of("search"))
     assert write_report(found, tmp_path / "r.html")
 
@@ -221,7 +226,7 @@ def test_a_second_report_reads_no_weights_and_a_changed_vector_is_read(
     vectors = {name: {"source": str(tmp_path / name)} for name in "wxyz"}
     search_of = {"n_trials": 7, "rescore_top": 2}
     config = config_of(base_model=str(base.path), vectors=vectors, search=search_of)
-    study = search(config, tmp_path / "s", pool=FunctionPool)
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     first = read_again(study, tmp_path)
     assert str(tmp_path) not in first[1].decode()
     assert base.path.name in first[1].decode() and str(base.path) not in first[1].decode()

@@ -23,7 +23,7 @@ from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.harness import batches
 from optimer_hf.scoring.items import check_disjoint, items_within, spread
-from optimer_hf.scoring.objective import Objective, ObjectiveFile, Term, combine, gains
+from optimer_hf.scoring.objective import Asked, Objective, ObjectiveFile, Term, combine, gains
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import load_tasks, warn_of_other_weights, warn_of_reported_benchmarks
 from optimer_hf.scoring.units import paired_interval
@@ -97,9 +97,7 @@ def model(kind):
 
 def evaluate_all(model, tokenizer, objective: Objective) -> dict[str, TermScore]:
     evaluator = Evaluator(model, tokenizer, [objective])
-    return evaluator.evaluate(
-        objective.terms, limits={t.label: objective.limit_of(t) for t in objective.terms}
-    )
+    return evaluator.evaluate([Asked(term, objective.limit_of(term)) for term in objective.terms])
 
 
 def objective_of(*terms, **options) -> Objective:
@@ -203,12 +201,12 @@ def test_a_score_follows_the_weights_of_the_live_model(tokenizer, tmp_path):
     model = tiny_model("gemma").eval()
     objective = objective_of({"text": write_texts(tmp_path / "t.jsonl", TEXTS)})
     evaluator = Evaluator(model, tokenizer, [objective])
-    first = evaluator.evaluate(objective.terms, limits={"t": None})
+    first = evaluator.evaluate([Asked(objective.terms[0], None)])
     model.load_state_dict(tiny_model("gemma", seed=5).state_dict())
-    second = evaluator.evaluate(objective.terms, limits={"t": None})
+    second = evaluator.evaluate([Asked(objective.terms[0], None)])
     model.load_state_dict(tiny_model("gemma").state_dict())
     assert second["t"].items != first["t"].items
-    assert evaluator.evaluate(objective.terms, limits={"t": None})["t"].items == first["t"].items
+    assert evaluator.evaluate([Asked(objective.terms[0], None)])["t"].items == first["t"].items
 
 
 def test_a_limit_scores_the_spread_items_and_they_equal_those_of_the_whole_file(
@@ -228,8 +226,8 @@ def test_search_and_test_terms_of_one_name_read_their_own_files(tokenizer, tmp_p
     sealed = objective_of({"text": write_texts(tmp_path / "ja.test.jsonl", ["x", "yy"])})
     evaluator = Evaluator(tiny_model("gemma").eval(), tokenizer, [search, sealed])
     assert search.terms[0].label == sealed.terms[0].label == "ja"
-    assert len(evaluator.evaluate(search.terms, limits={"ja": None})["ja"].items) == 1
-    assert len(evaluator.evaluate(sealed.terms, limits={"ja": None})["ja"].items) == 2
+    assert len(evaluator.evaluate([Asked(search.terms[0], None)])["ja"].items) == 1
+    assert len(evaluator.evaluate([Asked(sealed.terms[0], None)])["ja"].items) == 2
 
 
 def test_texts_that_look_like_templates_lists_or_numbers_are_scored_as_they_are(
@@ -266,7 +264,7 @@ def test_another_text_field_is_read_and_a_missing_one_is_an_error(tokenizer, tmp
 def test_tokens_are_counted(tokenizer, tmp_path):
     objective = objective_of({"text": write_texts(tmp_path / "t.jsonl", ["aaaa", "bb"])})
     evaluator = Evaluator(tiny_model("gemma").eval(), tokenizer, [objective])
-    evaluator.evaluate(objective.terms, limits={"t": None})
+    evaluator.evaluate([Asked(objective.terms[0], None)])
     assert (
         evaluator.n_tokens == 6
     )  # BOS a a a, BOS b: the last token of a text is predicted, not read
@@ -422,10 +420,7 @@ def alone(tokenizer, tasks_dir, tmp_path_factory):
 def test_terms_of_one_task_are_each_scored_as_lm_eval_scores_them_alone(alone, at):
     terms, evaluator, items_of = alone
     pair = [terms[f"{at}{name}"] for name in "ab"]
-    found = evaluator.evaluate(
-        [Term.model_validate(term) for term in pair],
-        limits={term["name"]: term.get("limit") for term in pair},
-    )
+    found = evaluator.evaluate([Asked(Term.model_validate(t), t.get("limit")) for t in pair])
     places = []
     for term in pair:
         chosen, expected = items_of(term, evaluator.tasks[term["task"]])
@@ -597,7 +592,7 @@ def test_scores_that_are_not_numbers_raise(tokenizer, tmp_path):
     with pytest.raises(
         EvaluationError, match="term 't': the score of item 0 is not a finite number"
     ):
-        evaluator.evaluate(objective.terms, limits={"t": None})
+        evaluator.evaluate([Asked(objective.terms[0], None)])
 
 
 # -- objectives ------------------------------------------------------------------------------------
@@ -798,7 +793,7 @@ def test_a_python_function_can_be_a_term(tokenizer):
 
     objective = objective_of({"function": "norms", "higher_is_better": False, "limit": 3})
     evaluator = Evaluator(model, tokenizer, [objective], functions={"norms": norms})
-    found = evaluator.evaluate(objective.terms, limits={"norms": 3})["norms"]
+    found = evaluator.evaluate([Asked(objective.terms[0], 3)])["norms"]
     assert [top for top, _ in found.items] == norms(model, tokenizer, 3)
     assert not found.higher_is_better
     with pytest.raises(EvaluationError, match="no function 'norms' was given; functions come from"):
@@ -807,7 +802,7 @@ def test_a_python_function_can_be_a_term(tokenizer):
         model, tokenizer, [objective], functions={"norms": lambda *_: [float("nan")]}
     )
     with pytest.raises(EvaluationError, match="expected a finite number per item"):
-        broken.evaluate(objective.terms, limits={"norms": 3})
+        broken.evaluate([Asked(objective.terms[0], 3)])
 
 
 def test_generation_options_reach_the_harness_and_a_cap_is_always_set(tokenizer, tasks_dir):
@@ -857,7 +852,7 @@ def test_a_chat_template_wraps_the_prompts(tokenizer, tasks_dir):
     tokens = []
     for objective in (plain, wrapped):
         evaluator = Evaluator(model, chatty, [objective])
-        evaluator.evaluate(objective.terms, limits={"toy_choice": 4})
+        evaluator.evaluate([Asked(objective.terms[0], 4)])
         tokens.append(evaluator.n_tokens)
     assert tokens[1] > tokens[0] + 4 * len("[user]  >")
 
@@ -900,15 +895,15 @@ def test_requests_are_built_once_and_answered_anew(tokenizer, tasks_dir):
     )
     evaluator = Evaluator(model, tokenizer, [objective])
     task = evaluator.tasks["toy_choice"]
-    limits = {"toy_choice": 10}
-    first = evaluator.evaluate(objective.terms, limits=limits)
+    asked = [Asked(objective.terms[0], 10)]
+    first = evaluator.evaluate(asked)
     requests = task.instances
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    second = evaluator.evaluate(objective.terms, limits=limits)
+    second = evaluator.evaluate(asked)
     assert all(a is b for a, b in zip(task.instances, requests, strict=True))
-    fresh = Evaluator(model, tokenizer, [objective]).evaluate(objective.terms, limits=limits)
+    fresh = Evaluator(model, tokenizer, [objective]).evaluate(asked)
     assert second["toy_choice"].items == fresh["toy_choice"].items != first["toy_choice"].items
 
 
@@ -973,7 +968,7 @@ def test_examples_in_the_prompt_do_not_depend_on_what_was_scored_before(tokenize
     def prompts(*limits):
         evaluator = Evaluator(model, tokenizer, [objective])
         for limit in limits:
-            evaluator.evaluate(objective.terms, limits={"toy_choice": limit})
+            evaluator.evaluate([Asked(objective.terms[0], limit)])
         return {i.doc_id: i.args[0] for i in evaluator.tasks["toy_choice"].instances}
 
     whole = prompts(None)

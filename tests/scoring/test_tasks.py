@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from optimer_hf.scoring.evaluator import Evaluator
-from optimer_hf.scoring.objective import Objective, Term
+from optimer_hf.scoring.objective import Asked, Objective, Term
 from optimer_hf.scoring.tasks import load_tasks
 from tests.support.tiny import tiny_model
 
@@ -49,7 +49,7 @@ def test_every_task_scores_a_tiny_model(folder: Path, tokenizer):
         if task.OUTPUT_TYPE == "generate_until":
             assert task.config.generation_kwargs["max_gen_toks"] <= 256, task.config.task
             task.set_config("generation_kwargs", {"max_gen_toks": 2}, update=True)
-    scores = evaluator.evaluate(objective.terms, limits={t.label: 2 for t in objective.terms})
+    scores = evaluator.evaluate([Asked(term, 2) for term in objective.terms])
     for term in objective.terms:
         score = scores[term.label]
         assert len(score.items) == 2, term.label
@@ -65,6 +65,6 @@ def test_a_likelihood_item_is_the_bits_and_the_bytes_of_its_solution(tokenizer):
     model = tiny_model()
     model.config.max_position_embeddings = WINDOW
     evaluator = Evaluator(model, tokenizer, [Objective(include_path=folder, terms=[term])])
-    items = evaluator.evaluate([term], limits={term.label: 1})[term.label].items
+    items = evaluator.evaluate([Asked(term, 1)])[term.label].items
     docs = evaluator.tasks[term.task_name].eval_docs
     assert items[0][1] == len(docs[len(docs) // 2]["solution"].encode())

@@ -4,7 +4,6 @@ everywhere.
 
 import json
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.units import Unit, said_of
 from optimer_hf.searching import retargeting
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.prediction import front
 from tests.support.landscapes import FunctionPool, config_of
@@ -37,8 +37,8 @@ class Losses(FunctionPool):
 
     n_items, higher = 12, False
 
-    def score(self, weights, terms, limits):
-        found, seconds, n_tokens = super().score(weights, terms, limits)
+    def score(self, weights, asked):
+        found, seconds, n_tokens = super().score(weights, asked)
         rng = np.random.default_rng(round(1e6 * sum(weights.values())))
         for label, score in found.items():
             tops = [0.3 * top + 0.01 * rng.normal() for top, _ in score.items[: self.n_items]]
@@ -67,7 +67,7 @@ def study_of(directory, rule="relative_to_base", pool=Losses, searched=None, **c
         test=objective(rule, "_test"),
         **{"search": {"n_trials": 9, "rescore_top": 2}} | changes,
     )
-    return search(config, directory, pool=pool)
+    return search(config, directory, runner=InProcess(pool))
 
 
 @pytest.mark.parametrize("pool", [Losses, Accuracies], ids=["losses", "accuracies"])
@@ -113,7 +113,10 @@ def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, rule, pool):
 
 def test_a_verified_prediction_is_a_gain_over_the_base_as_the_prediction_is(tmp_path, monkeypatch):
     study = study_of(tmp_path / "s", "weighted_mean")
-    monkeypatch.setattr(retargeting, "search_on", partial(retargeting.search_on, pool=Losses))
+    search_on = retargeting.search_on
+    monkeypatch.setattr(
+        retargeting, "search_on", lambda *given, runner: search_on(*given, runner=InProcess(Losses))
+    )
     objective = study.config.objective.model_dump(mode="json")
     objective["terms"][0]["weight"] = 3.0
     (tmp_path / "o.yaml").write_text(json.dumps(objective), encoding="utf-8")

@@ -26,16 +26,18 @@ from optimer_hf.models.live import multiplied_in
 from optimer_hf.recipes.build import build
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.evaluator import Evaluator
-from optimer_hf.scoring.objective import combine
+from optimer_hf.scoring.objective import Asked, combine
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching import pool as pool_module
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.pool import run_trial
+from optimer_hf.searching.runner import InProcess
+from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study, locked
 from optimer_hf.study.space import anchors, from_unit, to_unit
 from optimer_hf.study.surrogate import columns, surrogate_of
-from optimer_hf.study.trials import Trial, TrialLog
+from optimer_hf.study.trials import Candidate, Trial, TrialLog
 from tests.support.landscapes import OPTIMA, FunctionPool, config_of, failing_at, landscape
 
 
@@ -54,7 +56,9 @@ def outcome_of(directory: Path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Study:
-    return search(config_of(), tmp_path_factory.mktemp("study") / "s", pool=FunctionPool)
+    return search(
+        config_of(), tmp_path_factory.mktemp("study") / "s", runner=InProcess(FunctionPool)
+    )
 
 
 # -- anchors and scaling ---------------------------------------------------------------------------
@@ -112,7 +116,7 @@ def test_fixed_vectors_keep_their_weight_in_every_trial(tmp_path):
     vectors = {name: {"source": f"a/{name}"} for name in "wxy"} | {
         "z": {"source": "a/z", "fixed": 0.35}
     }
-    study = search(config_of(vectors=vectors), tmp_path / "s", pool=FunctionPool)
+    study = search(config_of(vectors=vectors), tmp_path / "s", runner=InProcess(FunctionPool))
     assert len(study.log.of("search")) == 12
     assert all(trial.weights["z"] == 0.35 for trial in study.log.trials)
 
@@ -124,7 +128,7 @@ def test_fixed_vectors_keep_their_weight_in_every_trial(tmp_path):
 def test_a_smooth_landscape_is_searched_to_near_its_optimum_in_24_trials(tmp_path, combination):
     objective = config_of().objective.model_dump() | {"combine": combination}
     config = config_of(objective=objective, search={"n_trials": 24, "rescore_top": 2})
-    study = search(config, tmp_path / "s", pool=FunctionPool)
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     values = [study.value(trial) for trial in study.log.of("search")]
     best_anchor = max(values[:6])
     assert study.value(study.incumbent) > best_anchor
@@ -182,7 +186,7 @@ def test_rescoring_uses_its_own_limit_and_the_terms_that_join_for_it(tmp_path):
         objective={"terms": terms, "limit": 4},
         search={"n_trials": 7, "rescore_top": 1, "rescore_limit": 50},
     )
-    search(config, tmp_path / "s", pool=pool)
+    search(config, tmp_path / "s", runner=InProcess(pool))
     assert pools[0].calls[0][1:] == (["t"], {"t": 4})
     assert pools[0].calls[-1][1:] == (["t", "u"], {"t": 50, "u": 9})
 
@@ -205,7 +209,7 @@ def test_items_that_the_search_saw_are_not_scored_again(tmp_path, limit, rescore
     terms += [{"task": "u", "metric": "loss", "rescore_only": True}] if joins else []
     settings = {"n_trials": 7, "rescore_top": 2, "rescore_limit": rescore_limit}
     config = config_of(objective={"terms": terms, "limit": limit}, search=settings)
-    study = search(config, tmp_path / "s", pool=pool)
+    study = search(config, tmp_path / "s", runner=InProcess(pool))
     assert {tuple(labels) for _, labels, _ in pools[0].calls[:7]} == {("t",)}
     assert [labels for _, labels, _ in pools[0].calls[7:]] == ([["u"]] * 3 if joins else [])
     searched = {trial.number: trial for trial in study.log.of("search")}
@@ -217,14 +221,15 @@ def test_items_that_the_search_saw_are_not_scored_again(tmp_path, limit, rescore
     assert ledger(study).rescore.items == (12 if joins else 0)
     assert ledger(study).search.items == 28
     assert study.is_finished
-    assert outcome(search(config, tmp_path / "s", pool=no_pool)) == outcome(study)
+    assert outcome(search(config, tmp_path / "s", runner=InProcess(no_pool))) == outcome(study)
 
 
 class LimitedPool(FunctionPool):
     """Scores as many of its four items as it is asked for."""
 
-    def score(self, weights, terms, limits):
-        scores, *rest = super().score(weights, terms, limits)
+    def score(self, weights, asked):
+        scores, *rest = super().score(weights, asked)
+        limits = {each.label: each.limit for each in asked}
         cut = {k: replace(s, items=s.items[: limits[k]]) for k, s in scores.items()}
         return cut, *rest
 
@@ -239,7 +244,9 @@ def test_a_study_rescored_on_fewer_items_goes_on_with_those(tmp_path):
 
     objective = {"terms": [{"task": "t", "metric": "loss"}]}
     settings = {"n_trials": 7, "rescore_top": 4, "rescore_limit": 3}
-    study = search(config_of(objective=objective, search=settings), tmp_path / "s", pool=pool)
+    study = search(
+        config_of(objective=objective, search=settings), tmp_path / "s", runner=InProcess(pool)
+    )
     lines = []
     for trial in study.log.trials[:9]:  # killed while it re-scored
         if trial.fidelity == "rescore":
@@ -247,7 +254,9 @@ def test_a_study_rescored_on_fewer_items_goes_on_with_those(tmp_path):
             trial = replace(trial, terms={"t": score})
         lines.append(trial.to_json() + "\n")
     (tmp_path / "s" / "trials.jsonl").write_text("".join(lines), encoding="utf-8")
-    found = search(config_of(objective=objective, search=settings), tmp_path / "s", pool=pool)
+    found = search(
+        config_of(objective=objective, search=settings), tmp_path / "s", runner=InProcess(pool)
+    )
     asked = [limits for _, _, limits in pools[1].calls]
     assert asked and all(limits == {"t": 3} for limits in asked)
     assert {len(trial.terms["t"].items) for trial in found.log.of("rescore")} == {3}
@@ -262,13 +271,15 @@ def test_rescoring_looks_at_more_items_or_at_more_terms(tmp_path):
         pools.append(FunctionPool(config))
         return pools[-1]
 
-    search(config, tmp_path / "s", pool=pool)
+    search(config, tmp_path / "s", runner=InProcess(pool))
     assert pools[0].calls[-1][1:] == (["t", "u", "q"], dict.fromkeys("tuq"))
 
 
 def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
     study = search(
-        config_of(search={"n_trials": 8, "rescore_top": 0}), tmp_path / "s", pool=FunctionPool
+        config_of(search={"n_trials": 8, "rescore_top": 0}),
+        tmp_path / "s",
+        runner=InProcess(FunctionPool),
     )
     assert study.log.of("rescore") == []
     assert study.incumbent == study.ranked()[0]
@@ -290,7 +301,7 @@ def test_the_incumbent_is_compared_in_pairs_with_the_base_and_the_next_best(unin
 
 def test_another_seed_asks_for_other_weights(uninterrupted, tmp_path):
     config = config_of(search={"n_trials": 9, "rescore_top": 0, "seed": 1})
-    other = search(config, tmp_path / "s", pool=FunctionPool)
+    other = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     same = [
         a.weights == b.weights
         for a, b in zip(other.log.of("search"), uninterrupted.log.trials, strict=False)
@@ -316,7 +327,9 @@ def test_every_prefix_of_a_log_resumes_to_the_uninterrupted_study(
 ):
     cut(uninterrupted, tmp_path / "s", n_lines, 40)
     caplog.set_level("INFO")
-    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+    assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == outcome(
+        uninterrupted
+    )
     assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) == 15
     told = f"going on from trial {n_lines} of 12" in caplog.text
     assert told == (0 < n_lines < 12)
@@ -331,18 +344,18 @@ def test_every_prefix_of_a_log_resumes_to_the_uninterrupted_study(
 )
 def test_weights_that_were_tried_are_not_asked_again_whether_resumed_or_not(vectors, tmp_path):
     class FarPool(FunctionPool):
-        def score(self, weights, terms, limits):
+        def score(self, weights, asked):
             self.calls.append(weights)
             loss = 3 - 0.5 * weights["w"]
-            return {t.label: TermScore([(loss, 1.0)], False) for t in terms}, {}, 1
+            return {t.label: TermScore([(loss, 1.0)], False) for t in asked}, {}, 1
 
     config = config_of(vectors=vectors, search={"n_trials": 14, "rescore_top": 0})
-    whole = search(config, tmp_path / "whole", pool=FarPool)
+    whole = search(config, tmp_path / "whole", runner=InProcess(FarPool))
     asked = [trial.weights["w"] for trial in whole.log.trials[2:]]
     assert len(set(asked)) == len(asked)
     for n_lines in (3, 6, 10, 13):
         cut(whole, tmp_path / f"s{n_lines}", n_lines, 10)
-        resumed = search(config, tmp_path / f"s{n_lines}", pool=FarPool)
+        resumed = search(config, tmp_path / f"s{n_lines}", runner=InProcess(FarPool))
         assert outcome(resumed) == outcome(whole)
 
 
@@ -374,13 +387,14 @@ from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from tests.support.landscapes import FunctionPool, config_of
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 
 class SlowPool(FunctionPool):
     def score(self, *arguments):
         time.sleep(0.1)
         return super().score(*arguments)
 
-search(config_of(), Path(sys.argv[1]), pool=SlowPool)
+search(config_of(), Path(sys.argv[1]), runner=InProcess(SlowPool))
 """
 
 
@@ -402,11 +416,13 @@ def test_a_killed_process_leaves_a_study_that_resumes_to_the_same_trials(uninter
     process = start_search(tmp_path / "s")
     wait_for_lines(tmp_path / "s" / "trials.jsonl", 8)
     with pytest.raises(StudyError, match="another process is working in it"):
-        search(config_of(), tmp_path / "s", pool=no_pool)
+        search(config_of(), tmp_path / "s", runner=InProcess(no_pool))
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 8 <= len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) < 15
-    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+    assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == outcome(
+        uninterrupted
+    )
 
 
 def test_five_kills_at_random_moments_leave_the_same_study(uninterrupted, tmp_path):
@@ -416,27 +432,33 @@ def test_five_kills_at_random_moments_leave_the_same_study(uninterrupted, tmp_pa
             process.wait(timeout=random.SystemRandom().uniform(1, 6))  # any moment, other ones
         process.kill()
         process.wait()
-    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+    assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == outcome(
+        uninterrupted
+    )
 
 
 def test_a_finished_study_does_nothing(uninterrupted):
     before = (uninterrupted.directory / "trials.jsonl").read_bytes()
-    again = search(config_of(), uninterrupted.directory, pool=no_pool)
+    again = search(config_of(), uninterrupted.directory, runner=InProcess(no_pool))
     assert again.incumbent == uninterrupted.incumbent
     assert (uninterrupted.directory / "trials.jsonl").read_bytes() == before
 
 
 def test_more_trials_go_on_from_a_finished_study_and_can_become_the_incumbent(tmp_path):
-    search(config_of(search={"n_trials": 6, "rescore_top": 2}), tmp_path / "s", pool=FunctionPool)
+    search(
+        config_of(search={"n_trials": 6, "rescore_top": 2}),
+        tmp_path / "s",
+        runner=InProcess(FunctionPool),
+    )
     longer = config_of(search={"n_trials": 14, "rescore_top": 2})
-    study = search(longer, tmp_path / "s", pool=FunctionPool)
+    study = search(longer, tmp_path / "s", runner=InProcess(FunctionPool))
     assert [trial.number for trial in study.log.of("search")] == list(range(14))
     assert {trial.number for trial in study.ranked()[:2]} <= {
         trial.number for trial in study.log.of("rescore")
     }
     assert study.incumbent.origin == "surrogate"
     assert study.is_finished
-    search(longer, tmp_path / "s", pool=no_pool)
+    search(longer, tmp_path / "s", runner=InProcess(no_pool))
 
 
 # -- failures --------------------------------------------------------------------------------------
@@ -449,7 +471,7 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
             8: EvaluationError("the score of item 0 is not a finite"),
         }
     )
-    study = search(config_of(), tmp_path / "s", pool=pool)
+    study = search(config_of(), tmp_path / "s", runner=InProcess(pool))
     crashed = [trial for trial in study.log.of("search") if trial.status == "crashed"]
     assert [trial.number for trial in crashed] == [3, 8]
     assert "RuntimeError: probability tensor" in crashed[0].error
@@ -462,9 +484,11 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
 def test_a_device_that_fails_ends_the_search_and_blames_no_weights(tmp_path, uninterrupted):
     pool = failing_at({5: torch.AcceleratorError("CUDA error: an illegal memory access")})
     with pytest.raises(EvaluationError, match=r"trial 5: the device failed \(CUDA error: an ill"):
-        search(config_of(), tmp_path / "s", pool=pool)
+        search(config_of(), tmp_path / "s", runner=InProcess(pool))
     assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5
-    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == outcome(uninterrupted)
+    assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == outcome(
+        uninterrupted
+    )
 
 
 def caused_by(cause: Exception) -> Exception:
@@ -506,12 +530,12 @@ FAULT_OF_WEIGHTS = [
 
 def test_lack_of_memory_ends_the_search_unrecorded(tmp_path, uninterrupted):
     error, expected = torch.OutOfMemoryError("CUDA out of memory."), outcome(uninterrupted)
-    once = search(config_of(), tmp_path / "once", pool=failing_at({7: error}))
+    once = search(config_of(), tmp_path / "once", runner=InProcess(failing_at({7: error})))
     assert outcome(once) == expected  # tried again
     with pytest.raises(EvaluationError, match=r"trial 7: .*, twice\. .* this one is done anew"):
-        search(config_of(), tmp_path / "s", pool=failing_at({7: error, 8: error}))
+        search(config_of(), tmp_path / "s", runner=InProcess(failing_at({7: error, 8: error})))
     assert outcome_of(tmp_path / "s") == expected[:7]
-    assert outcome(search(config_of(), tmp_path / "s", pool=FunctionPool)) == expected
+    assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == expected
 
 
 @pytest.mark.parametrize("error", NO_FAULT_OF_WEIGHTS, ids=repr)
@@ -519,7 +543,7 @@ def test_what_is_not_the_fault_of_the_weights_is_tried_twice_and_raised(error, m
     freed = []
     monkeypatch.setattr(pool_module, "collect_memory", lambda: freed.append(True))
     config = config_of()
-    asked = (Trial(3, "x", "search", dict.fromkeys("wxyz", 0.1), "ok", {}, {}), [], {})
+    asked = (Candidate(3, "x", dict.fromkeys("wxyz", 0.1)), [])
     assert run_trial(failing_at({0: error})(config), *asked).status == "ok"
     with pytest.raises(EvaluationError, match=r"trial 3: .*, twice\."):
         run_trial(failing_at({0: error, 1: error})(config), *asked)
@@ -528,7 +552,7 @@ def test_what_is_not_the_fault_of_the_weights_is_tried_twice_and_raised(error, m
 
 @pytest.mark.parametrize("error", FAULT_OF_WEIGHTS, ids=repr)
 def test_what_the_weights_break_is_a_crashed_trial(error):
-    asked = (Trial(3, "x", "search", dict.fromkeys("wxyz", 0.1), "ok", {}, {}), [], {})
+    asked = (Candidate(3, "x", dict.fromkeys("wxyz", 0.1)), [])
     crashed = run_trial(failing_at({0: error})(config_of()), *asked)
     assert crashed.status == "crashed" and not crashed.is_blameless
 
@@ -538,7 +562,7 @@ def test_a_pool_that_cannot_be_opened_for_lack_of_memory_is_one_line(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(EvaluationError, match=r"opening base.*CUDA out of memory\.\. Free memory"):
-        search(config_of(), tmp_path / "s", pool=opened)
+        search(config_of(), tmp_path / "s", runner=InProcess(opened))
 
 
 @pytest.mark.parametrize(
@@ -565,29 +589,31 @@ def test_an_old_crash_for_lack_of_memory_teaches_the_surrogate_nothing(error, un
 
 def test_a_study_with_crashed_trials_resumes_to_the_same_trials(tmp_path):
     class CliffPool(FunctionPool):
-        def score(self, weights, terms, limits):
+        def score(self, weights, asked):
             if weights["y"] > 0.5:
                 raise RuntimeError("fell off")
-            return super().score(weights, terms, limits)
+            return super().score(weights, asked)
 
-    whole = search(config_of(), tmp_path / "whole", pool=CliffPool)
+    whole = search(config_of(), tmp_path / "whole", runner=InProcess(CliffPool))
     assert any(trial.status == "crashed" for trial in whole.log.trials)
     cut(whole, tmp_path / "s", 9, 10)
-    assert outcome(search(config_of(), tmp_path / "s", pool=CliffPool)) == outcome(whole)
+    assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(CliffPool))) == outcome(
+        whole
+    )
 
 
 def test_a_study_whose_trials_mostly_crash_is_finished_all_the_same(tmp_path):
     config = config_of(search={"n_trials": 6, "rescore_top": 3})
     pool = failing_at({number: RuntimeError("no") for number in (2, 3, 4, 5)})
-    assert search(config, tmp_path / "s", pool=pool).is_finished
-    search(config, tmp_path / "s", pool=no_pool)
+    assert search(config, tmp_path / "s", runner=InProcess(pool)).is_finished
+    search(config, tmp_path / "s", runner=InProcess(no_pool))
 
 
 def test_a_base_that_cannot_be_scored_ends_the_search(tmp_path):
     with pytest.raises(
         EvaluationError, match="the base model itself cannot be scored: ValueError: no"
     ) as caught:
-        search(config_of(), tmp_path / "s", pool=failing_at({0: ValueError("no")}))
+        search(config_of(), tmp_path / "s", runner=InProcess(failing_at({0: ValueError("no")})))
     assert "Traceback" not in str(caught.value)
     assert TrialLog(tmp_path / "s" / "trials.jsonl").trials == []
 
@@ -596,42 +622,44 @@ def test_anchors_that_all_crash_end_the_search_with_the_first_cause(tmp_path):
     pool = failing_at({number: ValueError(f"cause {number}") for number in range(1, 30)})
     message = "none of the 5 first merges can be scored; the first one: ValueError: cause 1"
     with pytest.raises(EvaluationError, match=message):
-        search(config_of(), tmp_path / "s", pool=pool)
+        search(config_of(), tmp_path / "s", runner=InProcess(pool))
     assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5  # the base, and four of them
 
 
 def test_two_workers_run_the_same_number_of_trials_each_once_the_base_first(tmp_path):
     config = config_of(search={"n_trials": 12, "rescore_top": 2})
-    study = search(config, tmp_path / "s", pool=FunctionPool, n_workers=2)
+    study = search(config, tmp_path / "s", runner=Workers(n_workers=2, pool=FunctionPool))
     trials = study.log.of("search")
     assert sorted(trial.number for trial in trials) == list(range(12))
     assert trials[0].origin == "base"
     assert len({trial.worker for trial in trials}) == 2
     pool = FunctionPool(config)
     for trial in trials:
-        expected, *_ = pool.score(trial.weights, config.objective.at("search"), {})
+        expected, *_ = pool.score(trial.weights, config.objective.asked("search"))
         assert trial.terms == expected
     assert study.is_finished and study.value(study.incumbent) > 0.1
-    again = search(config, tmp_path / "s", pool=no_pool, n_workers=2)
+    again = search(config, tmp_path / "s", runner=Workers(n_workers=2, pool=no_pool))
     assert again.incumbent == study.incumbent
 
 
 def test_trials_lost_with_a_killed_search_on_workers_are_asked_for_again(tmp_path):
     config = config_of(search={"n_trials": 12, "rescore_top": 0})
-    whole = search(config, tmp_path / "whole", pool=FunctionPool)
+    whole = search(config, tmp_path / "whole", runner=InProcess(FunctionPool))
     lines = (whole.directory / "trials.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "study.json").write_bytes((whole.directory / "study.json").read_bytes())
     lost = lines[:3] + lines[4:7] + lines[8:9]  # 3 and 7 ran beside others when it was killed
     (tmp_path / "s" / "trials.jsonl").write_bytes(b"".join(lost))
-    found = search(config, tmp_path / "s", pool=FunctionPool).log.of("search")
+    found = search(config, tmp_path / "s", runner=InProcess(FunctionPool)).log.of("search")
     assert sorted(trial.number for trial in found) == list(range(12))
     assert found[7].number == 3 and found[7].origin == "y alone"
 
 
 def test_a_model_error_is_not_a_bad_trial_and_ends_the_search(tmp_path):
     with pytest.raises(ModelError, match="damaged"):
-        search(config_of(), tmp_path / "s", pool=failing_at({4: ModelError("damaged")}))
+        search(
+            config_of(), tmp_path / "s", runner=InProcess(failing_at({4: ModelError("damaged")}))
+        )
 
 
 def test_crashed_and_very_bad_trials_are_learned_at_a_floor():
@@ -650,8 +678,8 @@ def test_crashed_and_very_bad_trials_are_learned_at_a_floor():
 def test_a_base_that_cannot_be_scored_again_ends_the_search(tmp_path):
     config = config_of(search={"n_trials": 6, "rescore_top": 1})
     with pytest.raises(EvaluationError, match="the base model itself cannot be scored again"):
-        search(config, tmp_path / "s", pool=failing_at({6: ValueError("no")}))
-    assert search(config, tmp_path / "s", pool=FunctionPool).is_finished
+        search(config, tmp_path / "s", runner=InProcess(failing_at({6: ValueError("no")})))
+    assert search(config, tmp_path / "s", runner=InProcess(FunctionPool)).is_finished
 
 
 def test_the_surrogate_of_a_weighted_mean_learns_losses_in_their_own_unit():
@@ -674,7 +702,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(uninterrupted,
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], b'{"number": 3, "ori\n', *lines[4:]]))
     with pytest.raises(StudyError, match=r"trials\.jsonl:4: not a trial"):
-        search(config_of(), tmp_path / "s", pool=FunctionPool)
+        search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
 
 
 @pytest.mark.parametrize("line", [b"[]\n", b"3\n", b"\xff\n", b'{"number": 1}\n', b"\n"])
@@ -712,13 +740,13 @@ def test_a_record_that_the_study_cannot_go_on_from_is_refused(
     change(trials)
     path.write_text("".join(f"{json.dumps(trial)}\n" for trial in trials))
     with pytest.raises(StudyError, match=message):
-        search(config_of(), tmp_path / "s", pool=no_pool)
+        search(config_of(), tmp_path / "s", runner=InProcess(no_pool))
 
 
 def test_a_study_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="file: cannot create this directory"):
-        search(config_of(), tmp_path / "file", pool=no_pool)
+        search(config_of(), tmp_path / "file", runner=InProcess(no_pool))
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".."])
@@ -737,7 +765,7 @@ def test_another_config_is_refused_naming_the_fields(uninterrupted):
     other = config_of(dtype="float32", search={"n_trials": 12, "rescore_top": 2, "seed": 9})
     told = r"dtype: found 'float32', expected 'bfloat16'; search\.seed: found 9, expected 0"
     with pytest.raises(StudyError, match=f"these fields differ: {told}"):
-        search(other, uninterrupted.directory, pool=no_pool)
+        search(other, uninterrupted.directory, runner=InProcess(no_pool))
 
 
 def test_a_study_of_a_newer_format_is_refused(uninterrupted, tmp_path):
@@ -745,7 +773,7 @@ def test_a_study_of_a_newer_format_is_refused(uninterrupted, tmp_path):
     file = tmp_path / "s" / "study.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
     for opened in (
-        lambda: search(config_of(), tmp_path / "s", pool=no_pool),
+        lambda: search(config_of(), tmp_path / "s", runner=InProcess(no_pool)),
         lambda: load_study(tmp_path / "s"),
     ):
         with pytest.raises(ConfigError, match=r"study\.json: format_version"):
@@ -755,13 +783,15 @@ def test_a_study_of_a_newer_format_is_refused(uninterrupted, tmp_path):
 def test_a_directory_with_foreign_files_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(StudyError, match="is not empty and holds no study"):
-        search(config_of(), tmp_path, pool=no_pool)
+        search(config_of(), tmp_path, runner=InProcess(no_pool))
 
 
 def test_what_a_process_killed_at_the_very_start_left_is_no_obstacle(tmp_path):
     (tmp_path / ".partial-study.json").write_text("{")
     assert search(
-        config_of(search={"n_trials": 2, "rescore_top": 0}), tmp_path, pool=FunctionPool
+        config_of(search={"n_trials": 2, "rescore_top": 0}),
+        tmp_path,
+        runner=InProcess(FunctionPool),
     ).is_finished
 
 
@@ -872,8 +902,8 @@ def test_a_built_recipe_scores_what_its_incumbent_scored(
     evaluator = Evaluator(
         model, AutoTokenizer.from_pretrained(tmp_path / "built"), [config.objective]
     )
-    limits = dict.fromkeys(best.terms, None if best.fidelity == "rescore" else 4)
-    scores = evaluator.evaluate(config.objective.terms, limits=limits)
+    limit = None if best.fidelity == "rescore" else 4
+    scores = evaluator.evaluate([Asked(term, limit) for term in config.objective.terms])
     assert {label: term.items for label, term in scores.items()} == {
         k: term.items for k, term in best.terms.items()
     }

@@ -12,6 +12,7 @@ from optimer_hf.files.model import parse
 from optimer_hf.scoring.objective import feasible
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.smac import Asker
 from optimer_hf.study import gp as gp_module
 from optimer_hf.study.config import StudyConfig
@@ -28,7 +29,7 @@ def told(config: StudyConfig, scratch) -> Asker:
     """Return an asker that knows the anchors."""
     asker, pool = Asker(config, scratch), FunctionPool(config)
     for number, (origin, weights) in enumerate(anchors(config)):
-        terms, *_ = pool.score(weights, config.objective.at("search"), {})
+        terms, *_ = pool.score(weights, config.objective.asked("search"))
         asker.tell(Trial(number, origin, "search", weights, "ok", terms, {}))
     return asker
 
@@ -40,7 +41,7 @@ def apart(a: dict, b: dict) -> float:
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_every_surrogate_asks_inside_the_bounds_and_resumes_to_the_same_trials(surrogate, tmp_path):
     config = config_of(search={"n_trials": 9, "rescore_top": 0, "surrogate": surrogate})
-    whole = search(config, tmp_path / "whole", pool=FunctionPool).log.trials
+    whole = search(config, tmp_path / "whole", runner=InProcess(FunctionPool)).log.trials
     assert all(0 <= w <= 1.5 for trial in whole for w in trial.weights.values())
     assert len({tuple(trial.weights.values()) for trial in whole}) == 9
     half = tmp_path / "half"
@@ -48,7 +49,7 @@ def test_every_surrogate_asks_inside_the_bounds_and_resumes_to_the_same_trials(s
     for name in ("study.json", "trials.jsonl"):
         lines = (tmp_path / "whole" / name).read_bytes().splitlines(keepends=True)
         (half / name).write_bytes(b"".join(lines[:7] if name == "trials.jsonl" else lines))
-    resumed = search(config, half, pool=FunctionPool).log.trials
+    resumed = search(config, half, runner=InProcess(FunctionPool)).log.trials
     assert [trial.weights for trial in resumed] == [trial.weights for trial in whole]
 
 
@@ -72,7 +73,9 @@ def test_asking_again_for_a_number_gives_the_same_weights(tmp_path):
 @pytest.mark.parametrize("surrogate", ["per_term", "random"])
 def test_a_total_bounds_the_sum_of_the_weights_in_every_trial_but_the_base(surrogate, tmp_path):
     settings = {"n_trials": 12, "rescore_top": 0, "surrogate": surrogate, "total": [0.8, 1.2]}
-    trials = search(config_of(search=settings), tmp_path / "s", pool=FunctionPool).log.trials
+    trials = search(
+        config_of(search=settings), tmp_path / "s", runner=InProcess(FunctionPool)
+    ).log.trials
     assert sum(trials[0].weights.values()) == 0
     for trial in trials[1:]:
         assert 0.8 - 4e-4 <= sum(trial.weights.values()) <= 1.2 + 4e-4
@@ -121,15 +124,15 @@ def test_constraints_are_kept_by_the_incumbent_and_by_most_of_what_is_asked(tmp_
         objective={"terms": TERMS, "constraints": [constraint]},
         search={"n_trials": 24, "rescore_top": 2},
     )
-    ignored = search(free, tmp_path / "free", pool=FunctionPool).incumbent
-    study = search(bound, tmp_path / "bound", pool=FunctionPool)
+    ignored = search(free, tmp_path / "free", runner=InProcess(FunctionPool)).incumbent
+    study = search(bound, tmp_path / "bound", runner=InProcess(FunctionPool))
     pool = FunctionPool(bound)
-    terms = bound.objective.at("search")
-    assert [term.label for term in terms] == ["t", "u", "q"]
-    base, *_ = pool.score(dict.fromkeys("wxyz", 0.0), terms, {})
+    asked = bound.objective.asked("search")
+    assert [each.label for each in asked] == ["t", "u", "q"]
+    base, *_ = pool.score(dict.fromkeys("wxyz", 0.0), asked)
 
     def keeps(weights) -> bool:
-        return feasible(bound.objective, pool.score(weights, terms, {})[0], base)
+        return feasible(bound.objective, pool.score(weights, asked)[0], base)
 
     assert not keeps(ignored.weights), "the constraint must bind for this test to mean anything"
     assert keeps(study.incumbent.weights)
@@ -154,7 +157,7 @@ def test_a_constraint_to_be_no_worse_than_the_base_leaves_a_search_and_a_predict
         objective={"terms": TERMS, "constraints": [constraint]},
         search={"n_trials": 20, "rescore_top": 0},
     )
-    study = search(config, tmp_path / "s", pool=FunctionPool)
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     assert feasible(config.objective, study.incumbent.terms, study.base)
     assert study.value(study.incumbent) > 0
     assert predict(study).feasible > 0.4
@@ -174,21 +177,25 @@ def test_any_point_is_moved_to_an_allowed_total(weights):
 
 def test_a_front_is_searched_where_no_merge_improves_one_of_the_terms(tmp_path):
     class OnlyDown(FunctionPool):
-        def score(self, weights, terms, limits):
-            scores, *rest = super().score(weights, terms, limits)
+        def score(self, weights, asked):
+            scores, *rest = super().score(weights, asked)
             loss = 3 + sum(weights.values())
             scores["u"] = TermScore([(loss, 1.0)], False)
             return scores, *rest
 
     settings = {"n_trials": 20, "rescore_top": 0, "pareto": True}
-    study = search(config_of(search=settings), tmp_path / "s", pool=OnlyDown)
+    study = search(config_of(search=settings), tmp_path / "s", runner=InProcess(OnlyDown))
     assert len(front(study)) >= 6  # not all of them at the base
 
 
 def test_pareto_spreads_the_trials_along_the_front(tmp_path):
     settings = {"n_trials": 24, "rescore_top": 0}
-    one = search(config_of(search=settings), tmp_path / "one", pool=FunctionPool)
-    many = search(config_of(search=settings | {"pareto": True}), tmp_path / "m", pool=FunctionPool)
+    one = search(config_of(search=settings), tmp_path / "one", runner=InProcess(FunctionPool))
+    many = search(
+        config_of(search=settings | {"pareto": True}),
+        tmp_path / "m",
+        runner=InProcess(FunctionPool),
+    )
     assert covered(many) > 1.05 * covered(one)
     assert len(front(many)) >= 4
     gains = np.array([list(choice.gains.values()) for choice in front(many)])
@@ -197,9 +204,11 @@ def test_pareto_spreads_the_trials_along_the_front(tmp_path):
 
 def test_late_trials_spread_over_other_objectives_and_resume_to_the_same(tmp_path):
     settings = {"n_trials": 26, "rescore_top": 0}
-    spread = search(config_of(search=settings), tmp_path / "spread", pool=FunctionPool)
+    spread = search(config_of(search=settings), tmp_path / "spread", runner=InProcess(FunctionPool))
     alone = search(
-        config_of(search=settings | {"spread": False}), tmp_path / "alone", pool=FunctionPool
+        config_of(search=settings | {"spread": False}),
+        tmp_path / "alone",
+        runner=InProcess(FunctionPool),
     )
     weights = [[trial.weights for trial in study.log.trials] for study in (spread, alone)]
     assert weights[0][:20] == weights[1][:20] and weights[0][20] != weights[1][20]
@@ -209,7 +218,7 @@ def test_late_trials_spread_over_other_objectives_and_resume_to_the_same(tmp_pat
     for name, n_lines in (("study.json", None), ("trials.jsonl", 22)):
         lines = (tmp_path / "spread" / name).read_bytes().splitlines(keepends=True)
         (cut / name).write_bytes(b"".join(lines[:n_lines]))
-    resumed = search(config_of(search=settings), cut, pool=FunctionPool)
+    resumed = search(config_of(search=settings), cut, runner=InProcess(FunctionPool))
     assert [trial.weights for trial in resumed.log.trials] == weights[0]
 
 
@@ -220,7 +229,7 @@ def test_a_search_for_the_worst_term_does_not_spread(tmp_path):
         search(
             config_of(search=settings | {"spread": spread}, objective=objective),
             tmp_path / str(spread),
-            pool=FunctionPool,
+            runner=InProcess(FunctionPool),
         ).log.trials
         for spread in (True, False)
     ]
@@ -254,14 +263,14 @@ def test_a_search_beyond_the_bound_resumes_to_the_same_trials(settings, tmp_path
     """Of more trials than N_KEPT the surrogate looks at some, which are the same after a resume."""
     monkeypatch.setattr(gp_module, "N_KEPT", 12)
     config = config_of(search={"n_trials": 20, "rescore_top": 2} | settings)
-    whole = search(config, tmp_path / "whole", pool=FunctionPool)
+    whole = search(config, tmp_path / "whole", runner=InProcess(FunctionPool))
     for n_lines in (13, 17):
         half = tmp_path / f"half-{n_lines}"
         half.mkdir()
         (half / "study.json").write_bytes((tmp_path / "whole" / "study.json").read_bytes())
         lines = (tmp_path / "whole" / "trials.jsonl").read_bytes().splitlines(keepends=True)
         (half / "trials.jsonl").write_bytes(b"".join(lines[:n_lines]))
-        resumed = search(config, half, pool=FunctionPool)
+        resumed = search(config, half, runner=InProcess(FunctionPool))
         assert [t.weights for t in resumed.log.trials] == [t.weights for t in whole.log.trials]
     values = [whole.value(trial) for trial in whole.log.of("search")]
     assert max(values[12:]) > max(values[:6])
@@ -275,7 +284,7 @@ def test_asking_beyond_the_bound_keeps_constraints_and_avoids_what_still_runs(
         "constraints": [{"task": "q", "metric": "loss", "max_relative_to_base": 0.02}]
     }
     config = config_of(objective=objective, search={"n_trials": 20, "rescore_top": 0})
-    study = search(config, tmp_path / "s", pool=FunctionPool)
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     asker = Asker(config, tmp_path)
     for trial in study.log.of("search"):
         asker.tell(trial)

@@ -5,12 +5,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from tests.support.landscapes import FunctionPool, config_of
 
 
 def test_every_trial_is_in_tensorboard(tmp_path):
     config = config_of(search={"n_trials": 8, "rescore_top": 0, "report_to": ["tensorboard"]})
-    study = search(config, tmp_path / "study", pool=FunctionPool)
+    study = search(config, tmp_path / "study", runner=InProcess(FunctionPool))
     (run,) = (tmp_path / "study" / "runs").iterdir()
     events = EventAccumulator(str(run))
     events.Reload()
@@ -24,13 +25,17 @@ def test_every_trial_is_in_tensorboard(tmp_path):
 
 def test_where_trials_are_shown_is_no_part_of_the_study(tmp_path):
     quiet = config_of(search={"n_trials": 6, "rescore_top": 0})
-    search(quiet, tmp_path / "study", pool=FunctionPool)
+    search(quiet, tmp_path / "study", runner=InProcess(FunctionPool))
     shown = {"n_trials": 8, "rescore_top": 0, "report_to": ["tensorboard"]}
-    study = search(config_of(search=shown), tmp_path / "study", pool=FunctionPool)
+    study = search(config_of(search=shown), tmp_path / "study", runner=InProcess(FunctionPool))
     assert len(study.log.of("search")) == 8 and config_of(search=shown).digest == quiet.digest
 
 
 def test_an_unknown_tool_is_said_before_the_first_trial(tmp_path):
     config = config_of(search={"n_trials": 8, "report_to": ["tensorbored"]})
     with pytest.raises(ConfigError, match=r"search\.report_to: tensorbored is not supported"):
-        search(config, tmp_path / "study", pool=lambda _: pytest.fail("a model was loaded"))
+        search(
+            config,
+            tmp_path / "study",
+            runner=InProcess(lambda _: pytest.fail("a model was loaded")),
+        )

@@ -22,15 +22,14 @@ from distributed import Client, LocalCluster, rpc
 from distributed.security import Security
 
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
+from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching import workers as workers_module
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.pool import ResidentPool, run_trial
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.trials import Trial
-
-LIMITS = {"t": 3}
+from optimer_hf.study.trials import Candidate, Trial
 
 
 def config_of(directory: Path, n_trials: int = 30) -> StudyConfig:
@@ -45,8 +44,12 @@ def config_of(directory: Path, n_trials: int = 30) -> StudyConfig:
     )
 
 
-def trial_of(number: int) -> Trial:
-    return Trial(number, "surrogate", "search", {"w": number / 10}, "ok", {}, {"ask": 0.5})
+def candidate_of(number: int) -> Candidate:
+    return Candidate(number, "surrogate", {"w": number / 10}, seconds={"ask": 0.5})
+
+
+def asked_of(config: StudyConfig) -> list[Asked]:
+    return [Asked(term, 3) for term in config.objective.terms]
 
 
 class FunctionPool:
@@ -61,19 +64,19 @@ class FunctionPool:
     def leave(self, what: str) -> None:
         (self.directory / f"{what}-{os.getpid()}-{uuid4()}").touch()
 
-    def score(self, weights, terms, limits):
+    def score(self, weights, asked):
         self.leave("started")
         if weights["w"] == 0.9:
             raise ValueError("a broken merge")
-        items = [((weights["w"] - 0.3) ** 2, 1.0)] * limits["t"]
-        return {term.label: TermScore(items, False) for term in terms}, {"merge": 0.25}, 7
+        items = [((weights["w"] - 0.3) ** 2, 1.0)] * asked[0].limit
+        return {term.label: TermScore(items, False) for term in asked}, {"merge": 0.25}, 7
 
 
 class WaitingPool(FunctionPool):
     """Does not score before there is a file `go`; leaves a file for each other trial that runs."""
 
-    def score(self, weights, terms, limits):
-        found = super().score(weights, terms, limits)
+    def score(self, weights, asked):
+        found = super().score(weights, asked)
         deadline = time.monotonic() + 30
         while not (self.directory / "go").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -85,34 +88,34 @@ class CrowdedPool(FunctionPool):
 
     running = 0
 
-    def score(self, weights, terms, limits):
+    def score(self, weights, asked):
         CrowdedPool.running += 1
         time.sleep(0.2)
         crowd, CrowdedPool.running = CrowdedPool.running, CrowdedPool.running - 1
         if crowd > 1:
             raise ValueError(f"{crowd} trials at a time")
-        return super().score(weights, terms, limits)
+        return super().score(weights, asked)
 
 
 class ThreadsPool(FunctionPool):
     """Scores the number of torch's threads."""
 
-    def score(self, weights, terms, limits):
+    def score(self, weights, asked):
         return {"t": TermScore([(torch.get_num_threads(), 1.0)], False)}, {}, 0
 
 
 class DeadlyPool(FunctionPool):
     """Kills its worker, as a lack of memory does."""
 
-    def score(self, weights, terms, limits):
+    def score(self, weights, asked):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class GreedyPool(FunctionPool):
     """Finds no memory left."""
 
-    def score(self, weights, terms, limits):
-        super().score(weights, terms, limits)
+    def score(self, weights, asked):
+        super().score(weights, asked)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
@@ -169,7 +172,7 @@ def run(workers: Workers, config: StudyConfig, numbers) -> dict[int, Trial]:
     waiting, n_running, finished = list(numbers), 0, []
     while waiting or n_running:
         while waiting and n_running < workers.n_slots:
-            workers.submit(trial_of(waiting.pop(0)), config.objective.terms, LIMITS)
+            workers.submit(candidate_of(waiting.pop(0)), asked_of(config))
             n_running += 1
         finished.append(workers.next_finished())
         n_running -= 1
@@ -204,14 +207,14 @@ def empty_cluster(monkeypatch):
 
 def test_two_local_workers_score_what_one_process_scores_and_open_once_each(tmp_path, capfd):
     config = config_of(tmp_path)
-    with Workers(config, n_workers=2, pool=FunctionPool) as workers:
+    with Workers(n_workers=2, pool=FunctionPool).open(config) as workers:
         assert workers.n_slots == 2
         finished = run(workers, config, range(6))
     assert len(files(tmp_path, "opened")) == len(set(files(tmp_path, "opened"))) == 2
     assert {trial.worker for trial in finished.values()} == {"0", "1"}
     alone = FunctionPool(config)
     for number, trial in finished.items():
-        expected = run_trial(alone, trial_of(number), config.objective.terms, LIMITS)
+        expected = run_trial(alone, candidate_of(number), asked_of(config))
         assert trial.seconds["cpu"] >= 0  # measured, so the only figure that differs
         seconds = trial.seconds | {"cpu": expected.seconds["cpu"]}
         assert replace(trial, worker=None, seconds=seconds) == expected
@@ -222,7 +225,7 @@ def test_two_local_workers_score_what_one_process_scores_and_open_once_each(tmp_
 def test_nobody_without_the_keys_runs_code_on_local_workers(tmp_path):
     """Every user of a machine reaches its loopback interface."""
     config = config_of(tmp_path)
-    with Workers(config, n_workers=1, pool=FunctionPool) as workers:
+    with Workers(n_workers=1, pool=FunctionPool).open(config) as workers:
         scheduler = workers._client.scheduler.address
         assert scheduler.startswith("tls://127.0.0.1:")
         addresses = [scheduler, *workers._client.scheduler_info()["workers"]]
@@ -254,7 +257,7 @@ def test_a_stranger_is_answered_where_there_are_no_keys(cluster):
 
 def test_local_workers_share_the_cores(tmp_path):
     config = config_of(tmp_path)
-    with Workers(config, n_workers=1, pool=ThreadsPool) as workers:
+    with Workers(n_workers=1, pool=ThreadsPool).open(config) as workers:
         assert run(workers, config, [0])[0].terms["t"].score == dask.system.CPU_COUNT
 
 
@@ -263,7 +266,7 @@ def test_local_workers_share_the_cores(tmp_path):
 
 def test_a_cluster_that_is_there_is_used_and_left_running_without_the_pool(tmp_path, cluster):
     config = config_of(tmp_path)
-    with Workers(config, scheduler=cluster.scheduler_address, pool=FunctionPool) as workers:
+    with Workers(scheduler=cluster.scheduler_address, pool=FunctionPool).open(config) as workers:
         assert len(run(workers, config, range(4))) == 4
         pids = set(files(tmp_path, "opened"))
     with Client(cluster.scheduler_address, set_as_default=False) as client:
@@ -274,30 +277,30 @@ def test_a_cluster_that_is_there_is_used_and_left_running_without_the_pool(tmp_p
 
 def test_a_worker_of_two_threads_runs_one_trial_at_a_time(tmp_path, cluster):
     config = config_of(tmp_path)
-    with Workers(config, scheduler=cluster.scheduler_address, pool=CrowdedPool) as workers:
+    with Workers(scheduler=cluster.scheduler_address, pool=CrowdedPool).open(config) as workers:
         for number in range(6):
-            workers.submit(trial_of(number), config.objective.terms, LIMITS)
+            workers.submit(candidate_of(number), asked_of(config))
         assert {workers.next_finished().status for _ in range(6)} == {"ok"}
     assert len(set(files(tmp_path, "started"))) == 2
 
 
 def test_torch_takes_the_threads_that_its_worker_has(tmp_path, cluster):
     config = config_of(tmp_path)
-    with Workers(config, scheduler=cluster.scheduler_address, pool=ThreadsPool) as workers:
+    with Workers(scheduler=cluster.scheduler_address, pool=ThreadsPool).open(config) as workers:
         assert run(workers, config, [0])[0].terms["t"].score == 2
 
 
 def test_a_trial_that_fails_is_recorded_as_crashed(tmp_path, cluster):
     config = config_of(tmp_path)
-    with Workers(config, scheduler=cluster.scheduler_address, pool=FunctionPool) as workers:
+    with Workers(scheduler=cluster.scheduler_address, pool=FunctionPool).open(config) as workers:
         trial = run(workers, config, [9])[9]
     assert trial.status == "crashed" and trial.error.startswith("ValueError: a broken merge\n")
 
 
 def test_leaving_does_not_wait_for_trials(tmp_path, cluster):
     config = config_of(tmp_path)
-    with Workers(config, scheduler=cluster.scheduler_address, pool=WaitingPool) as workers:
-        workers.submit(trial_of(0), config.objective.terms, LIMITS)
+    with Workers(scheduler=cluster.scheduler_address, pool=WaitingPool).open(config) as workers:
+        workers.submit(candidate_of(0), asked_of(config))
         wait_for_files(tmp_path, "started", 1)
         started = time.monotonic()
     assert time.monotonic() - started < 3
@@ -318,11 +321,11 @@ def test_resident_models_in_workers_score_what_one_process_scores(
             },
         }
     )
-    with Workers(config, scheduler=cluster.scheduler_address) as workers:
+    with Workers(scheduler=cluster.scheduler_address).open(config) as workers:
         finished = run(workers, config, [0, 5])
     alone = ResidentPool(config)
     for number, trial in finished.items():
-        expected = run_trial(alone, trial_of(number), config.objective.terms, LIMITS)
+        expected = run_trial(alone, candidate_of(number), asked_of(config))
         assert (trial.status, trial.terms) == ("ok", expected.terms)
 
 
@@ -331,9 +334,9 @@ def test_resident_models_in_workers_score_what_one_process_scores(
 
 def test_a_trial_whose_worker_is_killed_runs_elsewhere_and_comes_back_once(tmp_path, cluster):
     config = config_of(tmp_path)
-    with Workers(config, scheduler=cluster.scheduler_address, pool=WaitingPool) as workers:
+    with Workers(scheduler=cluster.scheduler_address, pool=WaitingPool).open(config) as workers:
         for number in range(2):
-            workers.submit(trial_of(number), config.objective.terms, LIMITS)
+            workers.submit(candidate_of(number), asked_of(config))
         killed = wait_for_files(tmp_path, "started", 2)[0]
         os.kill(killed, signal.SIGKILL)
         (tmp_path / "go").touch()
@@ -345,8 +348,8 @@ def test_a_trial_whose_worker_is_killed_runs_elsewhere_and_comes_back_once(tmp_p
 
 def test_a_trial_goes_on_when_the_only_worker_is_killed_and_starts_again(tmp_path):
     config = config_of(tmp_path)
-    with Workers(config, n_workers=1, pool=WaitingPool) as workers:
-        workers.submit(trial_of(0), config.objective.terms, LIMITS)
+    with Workers(n_workers=1, pool=WaitingPool).open(config) as workers:
+        workers.submit(candidate_of(0), asked_of(config))
         os.kill(wait_for_files(tmp_path, "started", 1)[0], signal.SIGKILL)
         (tmp_path / "go").touch()
         assert workers.next_finished().status == "ok"
@@ -363,7 +366,7 @@ def test_a_trial_that_kills_every_worker_ends_the_search_when_the_base_does_too(
         r"start fewer of them, and run the same command again: .*this one is done anew\.$"
     )
     with (
-        Workers(config, scheduler=cluster.scheduler_address, pool=DeadlyPool) as workers,
+        Workers(scheduler=cluster.scheduler_address, pool=DeadlyPool).open(config) as workers,
         pytest.raises(StudyError, match=message),
     ):
         run(workers, config, [4])
@@ -372,8 +375,8 @@ def test_a_trial_that_kills_every_worker_ends_the_search_when_the_base_does_too(
 class HeavyPool(FunctionPool):
     """Kills its worker for one vector of weights."""
 
-    def score(self, weights, terms, limits):
-        scores = super().score(weights, terms, limits)
+    def score(self, weights, asked):
+        scores = super().score(weights, asked)
         if weights["w"] == 0.4:
             self.leave("heavy")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -385,7 +388,7 @@ def test_a_trial_that_kills_workers_which_score_the_base_is_recorded_and_the_oth
 ):
     monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
     config = config_of(tmp_path)
-    with Workers(config, scheduler=cluster.scheduler_address, pool=HeavyPool) as workers:
+    with Workers(scheduler=cluster.scheduler_address, pool=HeavyPool).open(config) as workers:
         finished = run(workers, config, [4, 0, 5, 6])
     assert {number: trial.status for number, trial in finished.items()} == {
         **dict.fromkeys((0, 5, 6), "ok"),
@@ -399,7 +402,7 @@ def test_a_trial_that_kills_workers_which_score_the_base_is_recorded_and_the_oth
 def test_a_worker_that_lacks_memory_tries_again_and_then_ends_the_search(tmp_path, cluster):
     config = config_of(tmp_path)
     with (
-        Workers(config, scheduler=cluster.scheduler_address, pool=GreedyPool) as workers,
+        Workers(scheduler=cluster.scheduler_address, pool=GreedyPool).open(config) as workers,
         pytest.raises(EvaluationError, match=r"worker .*: trial 4: OutOfMemoryError: .*, twice"),
     ):
         run(workers, config, [4])
@@ -409,7 +412,7 @@ def test_a_worker_that_lacks_memory_tries_again_and_then_ends_the_search(tmp_pat
 def test_a_pool_that_kills_every_worker_ends_the_search(tmp_path, cluster):
     config = config_of(tmp_path)
     with (
-        Workers(config, scheduler=cluster.scheduler_address, pool=DeadlyToOpenPool) as workers,
+        Workers(scheduler=cluster.scheduler_address, pool=DeadlyToOpenPool).open(config) as workers,
         pytest.raises(StudyError, match=r"no pool could be opened\. .*its worker died 2 times"),
     ):
         _ = workers.inputs
@@ -417,23 +420,27 @@ def test_a_pool_that_kills_every_worker_ends_the_search(tmp_path, cluster):
 
 def test_workers_that_see_other_weights_end_the_search_before_a_trial(tmp_path):
     begun = config_of(tmp_path, n_trials=2)
-    search(begun, tmp_path / "s", pool=FunctionPool, n_workers=1)
+    search(begun, tmp_path / "s", runner=Workers(n_workers=1, pool=FunctionPool))
     n_before = len(files(tmp_path, "started"))
     longer = config_of(tmp_path, n_trials=3)
     with pytest.raises(StudyError, match=r"vectors\.w: not the weights or items"):
-        search(longer, tmp_path / "s", pool=OtherPool, n_workers=1)
+        search(longer, tmp_path / "s", runner=Workers(n_workers=1, pool=OtherPool))
     assert len(files(tmp_path, "started")) == n_before
 
 
 def test_workers_that_see_different_weights_end_the_search(tmp_path):
     with pytest.raises(StudyError, match=r"worker \d: vectors\.w: other weights or items than"):
-        search(config_of(tmp_path, n_trials=8), tmp_path / "s", pool=OwnPool, n_workers=2)
+        search(
+            config_of(tmp_path, n_trials=8),
+            tmp_path / "s",
+            runner=Workers(n_workers=2, pool=OwnPool),
+        )
 
 
 def test_a_worker_without_the_model_ends_the_search_and_is_named(tmp_path, cluster):
     config = config_of(tmp_path)
     with (
-        Workers(config, scheduler=cluster.scheduler_address, pool=AbsentPool) as workers,
+        Workers(scheduler=cluster.scheduler_address, pool=AbsentPool).open(config) as workers,
         pytest.raises(ModelError, match=r"^worker [01]: .*no config\.json\. Give a directory"),
     ):
         run(workers, config, [0])
@@ -442,7 +449,7 @@ def test_a_worker_without_the_model_ends_the_search_and_is_named(tmp_path, clust
 def test_a_scheduler_that_cannot_load_a_trial_is_told_what_to_install(tmp_path, cluster):
     config = config_of(tmp_path)
     with (
-        Workers(config, scheduler=cluster.scheduler_address, pool=UnknownPool()) as workers,
+        Workers(scheduler=cluster.scheduler_address, pool=UnknownPool()).open(config) as workers,
         pytest.raises(StudyError, match=r"No module named 'not_installed'.*Install the optimer-hf"),
     ):
         run(workers, config, [0])
@@ -459,7 +466,7 @@ def test_a_scheduler_that_does_not_answer_is_an_error_within_seconds(
     started = time.monotonic()
     with (
         pytest.raises(StudyError, match=f"{address}'.*no Dask scheduler.*`dask scheduler`"),
-        Workers(config_of(tmp_path), scheduler=address, pool=FunctionPool),
+        Workers(scheduler=address, pool=FunctionPool).open(config_of(tmp_path)),
     ):
         pass
     assert time.monotonic() - started < 5
@@ -470,7 +477,7 @@ def test_a_scheduler_without_workers_is_waited_for_and_then_an_error(
 ):
     caplog.set_level(logging.WARNING, logger="optimer_hf")
     with (
-        Workers(config_of(tmp_path), scheduler=empty_cluster.scheduler_address) as workers,
+        Workers(scheduler=empty_cluster.scheduler_address).open(config_of(tmp_path)) as workers,
         pytest.raises(StudyError, match=r"no worker for \d s\. Start workers"),
     ):
         _ = workers.n_slots
@@ -480,8 +487,10 @@ def test_a_scheduler_without_workers_is_waited_for_and_then_an_error(
 def test_workers_that_are_all_lost_in_mid_search_are_waited_for(tmp_path, empty_cluster):
     config = config_of(tmp_path)
     empty_cluster.scale(1)
-    with Workers(config, scheduler=empty_cluster.scheduler_address, pool=WaitingPool) as workers:
-        workers.submit(trial_of(0), config.objective.terms, LIMITS)
+    with Workers(scheduler=empty_cluster.scheduler_address, pool=WaitingPool).open(
+        config
+    ) as workers:
+        workers.submit(candidate_of(0), asked_of(config))
         wait_for_files(tmp_path, "started", 1)
         empty_cluster.scale(0)
         with pytest.raises(StudyError, match="no worker for"):
@@ -496,9 +505,9 @@ def test_a_scheduler_that_is_lost_in_mid_search_is_an_error(tmp_path, monkeypatc
         LocalCluster(
             n_workers=1, processes=False, protocol="tcp", dashboard_address="127.0.0.1:0"
         ) as made,
-        Workers(config, scheduler=made.scheduler_address, pool=WaitingPool) as workers,
+        Workers(scheduler=made.scheduler_address, pool=WaitingPool).open(config) as workers,
     ):
-        workers.submit(trial_of(0), config.objective.terms, LIMITS)
+        workers.submit(candidate_of(0), asked_of(config))
         wait_for_files(tmp_path, "started", 1)
         (tmp_path / "go").touch()
         made.close()
@@ -509,7 +518,7 @@ def test_a_scheduler_that_is_lost_in_mid_search_is_an_error(tmp_path, monkeypatc
 @pytest.mark.parametrize("both", [{}, {"n_workers": 2, "scheduler": "tcp://127.0.0.1:9"}])
 def test_processes_and_a_scheduler_exclude_each_other(tmp_path, both):
     with pytest.raises(ConfigError, match="Give one of them"):
-        Workers(config_of(tmp_path), **both)
+        Workers(**both).open(config_of(tmp_path))
 
 
 # -- signals ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 from optimer_hf.errors import StudyError
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.searching.loop import search, search_on
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.prediction import CAUTION, best_scale, over_record, predict
 from optimer_hf.study.space import to_unit
 from optimer_hf.study.surrogate import surrogate_of
@@ -22,7 +23,11 @@ def no_pool(config):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     settings = {"n_trials": 30, "rescore_top": 2}
-    return search(config_of(search=settings), tmp_path_factory.mktemp("r") / "s", pool=FunctionPool)
+    return search(
+        config_of(search=settings),
+        tmp_path_factory.mktemp("r") / "s",
+        runner=InProcess(FunctionPool),
+    )
 
 
 def objective(**weights: float) -> Objective:
@@ -114,7 +119,7 @@ def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study,
             super().__init__(config)
             opened.append(self)
 
-    found = search_on(study, target, tmp_path / "new", 3, pool=Pool)
+    found = search_on(study, target, tmp_path / "new", 3, runner=InProcess(Pool))
     trials = found.log.of("search")
     assert len(trials) == 33
     assert [t.weights for t in trials[:30]] == [t.weights for t in study.log.of("search")]
@@ -123,7 +128,7 @@ def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study,
     assert {label for trial in trials for label in trial.terms} == {"q"}
     assert len(opened[0].calls) == 3 + 3  # and the base and two best again
     assert regret(found.incumbent.weights, "q") < 0.05
-    again = search_on(study, target, tmp_path / "new", 3, pool=no_pool)
+    again = search_on(study, target, tmp_path / "new", 3, runner=InProcess(no_pool))
     assert again.incumbent == found.incumbent
 
 
@@ -131,12 +136,16 @@ def test_a_killed_search_whose_prediction_was_not_finished_first_tries_it_all_th
     study, tmp_path
 ):
     target = over_record(study, objective(q=1.0))
-    whole = search_on(study, target, tmp_path / "whole", 3, pool=FunctionPool).log.of("search")
-    search_on(study, target, tmp_path / "new", 3, pool=FunctionPool)
+    whole = search_on(study, target, tmp_path / "whole", 3, runner=InProcess(FunctionPool)).log.of(
+        "search"
+    )
+    search_on(study, target, tmp_path / "new", 3, runner=InProcess(FunctionPool))
     log = tmp_path / "new" / "trials.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join([*lines[:30], lines[31]]))  # of two workers, the other one was faster
-    found = search_on(study, target, tmp_path / "new", 3, pool=FunctionPool).log.of("search")
+    found = search_on(study, target, tmp_path / "new", 3, runner=InProcess(FunctionPool)).log.of(
+        "search"
+    )
     assert sorted(trial.number for trial in found) == list(range(33))
     assert {trial.number for trial in found if trial.origin == "prediction"} == {30}
     assert whole[30].weights in [trial.weights for trial in found]
@@ -144,13 +153,19 @@ def test_a_killed_search_whose_prediction_was_not_finished_first_tries_it_all_th
 
 def test_a_search_for_a_new_objective_is_searched_on_for_another(study, tmp_path):
     first = search_on(
-        study, over_record(study, objective(q=1.0)), tmp_path / "1", 3, pool=FunctionPool
+        study,
+        over_record(study, objective(q=1.0)),
+        tmp_path / "1",
+        3,
+        runner=InProcess(FunctionPool),
     )
     target = over_record(first, objective(q=0.5))
-    search_on(first, target, tmp_path / "2", 3, pool=FunctionPool)
+    search_on(first, target, tmp_path / "2", 3, runner=InProcess(FunctionPool))
     log = tmp_path / "2" / "trials.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:33]))  # killed at once
-    found = search_on(first, target, tmp_path / "2", 3, pool=FunctionPool).log.of("search")
+    found = search_on(first, target, tmp_path / "2", 3, runner=InProcess(FunctionPool)).log.of(
+        "search"
+    )
     assert sorted(trial.number for trial in found) == list(range(36))
     assert [trial.number for trial in found if trial.origin == "prediction"] == [30, 33]
 
@@ -161,7 +176,9 @@ def test_a_record_with_gaps_is_searched_on_without_them(study, tmp_path):
     (tmp_path / "gaps" / "trials.jsonl").write_text("".join(f"{t.to_json()}\n" for t in kept))
     gaps = replace(study, log=TrialLog(tmp_path / "gaps" / "trials.jsonl"))
     target = over_record(gaps, objective(q=1.0))
-    found = search_on(gaps, target, tmp_path / "new", 3, pool=FunctionPool).log.of("search")
+    found = search_on(gaps, target, tmp_path / "new", 3, runner=InProcess(FunctionPool)).log.of(
+        "search"
+    )
     assert sorted(trial.number for trial in found) == list(range(32))
     assert found[29].origin == "prediction"
 
@@ -169,38 +186,49 @@ def test_a_record_with_gaps_is_searched_on_without_them(study, tmp_path):
 @pytest.mark.parametrize("settings", [{"pareto": True}, {"surrogate": "random_forest"}])
 def test_any_study_can_be_searched_on(settings, tmp_path):
     config = config_of(search={"n_trials": 8, "rescore_top": 0} | settings)
-    study = search(config, tmp_path / "s", pool=FunctionPool)
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     constraint = {"task": "q", "metric": "loss", "max_relative_to_base": 0.1}
     target = objective(t=1.0).model_dump() | {"constraints": [constraint]}
     over = over_record(study, Objective.model_validate(target))
-    found = search_on(study, over, tmp_path / "new", 1, pool=FunctionPool)
+    found = search_on(study, over, tmp_path / "new", 1, runner=InProcess(FunctionPool))
     assert found.log.of("search")[8].origin == "prediction"
     longer = search(
         config.model_copy(update={"search": config.search.model_copy(update={"n_trials": 10})}),
         tmp_path / "s",
-        pool=FunctionPool,
+        runner=InProcess(FunctionPool),
     )
-    assert search_on(longer, over, tmp_path / "new", 1, pool=no_pool).incumbent == found.incumbent
+    assert (
+        search_on(longer, over, tmp_path / "new", 1, runner=InProcess(no_pool)).incumbent
+        == found.incumbent
+    )
 
 
 def test_what_is_searched_on_has_to_be_what_the_old_trials_scored(tmp_path):
     pools = [type(name, (FunctionPool,), {"inputs": {"vectors.w": name}}) for name in ("A", "B")]
     study = search(
-        config_of(search={"n_trials": 8, "rescore_top": 0}), tmp_path / "s", pool=pools[0]
+        config_of(search={"n_trials": 8, "rescore_top": 0}),
+        tmp_path / "s",
+        runner=InProcess(pools[0]),
     )
     over = over_record(study, objective(t=1.0))
     for _ in range(2):
         with pytest.raises(StudyError, match=r"vectors\.w: not the weights or items"):
-            search_on(study, over, tmp_path / "other", 1, pool=pools[1])
-    assert search_on(study, over, tmp_path / "same", 1, pool=pools[0]).is_finished
+            search_on(study, over, tmp_path / "other", 1, runner=InProcess(pools[1]))
+    assert search_on(study, over, tmp_path / "same", 1, runner=InProcess(pools[0])).is_finished
 
 
 def test_a_prediction_comes_first_even_in_a_study_shorter_than_its_anchors(tmp_path):
     short = search(
-        config_of(search={"n_trials": 3, "rescore_top": 0}), tmp_path / "s", pool=FunctionPool
+        config_of(search={"n_trials": 3, "rescore_top": 0}),
+        tmp_path / "s",
+        runner=InProcess(FunctionPool),
     )
     found = search_on(
-        short, over_record(short, objective(t=1.0)), tmp_path / "n", 1, pool=FunctionPool
+        short,
+        over_record(short, objective(t=1.0)),
+        tmp_path / "n",
+        1,
+        runner=InProcess(FunctionPool),
     )
     assert found.log.of("search")[3].origin == "prediction"
 
@@ -211,10 +239,10 @@ def test_a_vector_that_only_subtracts_has_a_best_scale(tmp_path):
     config = config_of(vectors=vectors, search={"n_trials": 8, "rescore_top": 0})
 
     class InOrder(FunctionPool):
-        def score(self, weights, terms, limits):
-            return super().score({name: weights[name] for name in "wxyz"}, terms, limits)
+        def score(self, weights, asked):
+            return super().score({name: weights[name] for name in "wxyz"}, asked)
 
-    study = search(config, tmp_path / "s", pool=InOrder)
+    study = search(config, tmp_path / "s", runner=InProcess(InOrder))
     assert -1.0 <= best_scale(study, "w")["w"] <= -0.2
 
 

@@ -23,6 +23,7 @@ from optimer_hf.recipes.record import Lock, RecipeFile
 from optimer_hf.report.page import write_report
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study import surrogate as surrogate_module
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study
@@ -66,11 +67,11 @@ class Pool:
     def __init__(self, config: StudyConfig) -> None:
         pass
 
-    def score(self, weights, terms, limits):
+    def score(self, weights, asked):
         loss = 2 + (weights["x"] - 0.4) ** 2 + (weights["y"] - 0.2) ** 2
-        noise = np.random.default_rng(0).normal(size=limits[terms[0].label] or 8) * 0.05
+        noise = np.random.default_rng(0).normal(size=asked[0].limit or 8) * 0.05
         scores = {}
-        for term in terms:
+        for term in asked:
             values = loss + noise
             if term.label == "accuracy":
                 values = (values < 2.1).astype(float)
@@ -87,7 +88,7 @@ def no_pool(config):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Study:
-    study = search(config_of(), tmp_path_factory.mktemp("record") / "s", pool=Pool)
+    study = search(config_of(), tmp_path_factory.mktemp("record") / "s", runner=InProcess(Pool))
     compare(study, pool=Pool)
     return study
 
@@ -234,7 +235,10 @@ def use(directory: Path) -> None:
 def test_damage_in_the_trials_is_named_with_file_and_line(name, copy):
     change, message = DAMAGES[name]
     damage(copy / "trials.jsonl", change)
-    readers = [lambda: search(config_of(), copy, pool=no_pool), lambda: load_study(copy)]
+    readers = [
+        lambda: search(config_of(), copy, runner=InProcess(no_pool)),
+        lambda: load_study(copy),
+    ]
     for reader in readers:
         if message is None:  # strange, and harmless
             reader()
@@ -296,7 +300,7 @@ def test_a_torn_last_line_is_left_out_by_readers(finished, copy, name, keep):
     (copy / name).write_bytes(whole + last[:keep])
     assert load_study(copy).incumbent == finished.incumbent
     assert (copy / name).read_bytes() == whole + last[:keep]
-    search(config_of(), copy, pool=no_pool)
+    search(config_of(), copy, runner=InProcess(no_pool))
     compare(load_study(copy), pool=no_pool)
     assert (copy / name).read_bytes() == whole
 
@@ -378,8 +382,8 @@ def pool_giving(change: Callable[[dict[str, TermScore], int], dict[str, TermScor
     class Changing(Pool):
         n_calls = 0
 
-        def score(self, weights, terms, limits):
-            scores, *rest = super().score(weights, terms, limits)
+        def score(self, weights, asked):
+            scores, *rest = super().score(weights, asked)
             self.n_calls += 1
             return change(scores, self.n_calls), *rest
 
@@ -397,7 +401,7 @@ def test_scores_that_nothing_can_be_made_of_are_a_crash_and_the_record_stays_rea
             return scores
         return scores | {"perplexity": replace(scores["perplexity"], items=items)}
 
-    study = search(config_of(), tmp_path / "s", pool=pool_giving(change))
+    study = search(config_of(), tmp_path / "s", runner=InProcess(pool_giving(change)))
     assert study.log.trials[2].status == "crashed"
     assert load_study(tmp_path / "s").incumbent == study.incumbent
 
@@ -410,7 +414,7 @@ def test_a_function_that_scores_other_items_each_time_ends_the_search(tmp_path):
         }
 
     with pytest.raises(EvaluationError, match=r"trial 2: .*items 3, but the base has 4"):
-        search(config_of(), tmp_path / "s", pool=pool_giving(change))
+        search(config_of(), tmp_path / "s", runner=InProcess(pool_giving(change)))
 
 
 # -- what was decided ------------------------------------------------------------------------------
@@ -434,7 +438,7 @@ def test_a_finished_study_is_read_without_a_fit(finished, copy, monkeypatch):
     loaded = load_study(copy)
     assert loaded.is_finished and loaded.incumbent == finished.incumbent
     assert loaded.to_rescore() == [] and loaded.over_next() == finished.over_next()
-    assert search(config_of(), copy, pool=no_pool).incumbent == finished.incumbent
+    assert search(config_of(), copy, runner=InProcess(no_pool)).incumbent == finished.incumbent
     assert compare(loaded, pool=no_pool).rows == rows
 
 
@@ -442,12 +446,12 @@ def test_a_finished_study_is_read_without_a_fit(finished, copy, monkeypatch):
 def test_another_surrogate_changes_no_finished_study(rescore_top, tmp_path, monkeypatch):
     settings = {"n_trials": N_TRIALS, "rescore_top": rescore_top, "rescore_limit": 6}
     config = config_of(search=settings)
-    study = search(config, tmp_path / "s", pool=Pool)
+    study = search(config, tmp_path / "s", runner=InProcess(Pool))
     rows = compare(study, pool=Pool).rows
     before = (tmp_path / "s" / "trials.jsonl").read_bytes()
     monkeypatch.setattr(surrogate_module, "fit", upside_down)
     assert {t.number for t in study.ranked()[:2]} != set(study.decision.rescore) - {0}
-    found = search(config, tmp_path / "s", pool=no_pool)
+    found = search(config, tmp_path / "s", runner=InProcess(no_pool))
     assert found.incumbent == study.incumbent
     assert compare(load_study(tmp_path / "s"), pool=no_pool).rows == rows
     write_report(found, tmp_path / "report.html")
@@ -467,7 +471,7 @@ def test_an_older_study_that_was_scored_again_whole_is_finished_under_any_surrog
     monkeypatch.setattr(surrogate_module, "fit", no_fit)
     assert load_study(copy).incumbent == finished.incumbent
     assert not (copy / "decisions.jsonl").exists()  # readers write nothing
-    search(config_of(), copy, pool=no_pool)
+    search(config_of(), copy, runner=InProcess(no_pool))
     assert len(read(copy / "decisions.jsonl")) == 2
 
 
@@ -476,14 +480,14 @@ def test_what_was_decided_of_other_trials_does_not_count(copy):
     write(copy / "trials.jsonl", [line for line in lines[:N_TRIALS] if line["number"] != 4])
     with pytest.raises(StudyError, match="the search is not finished"):
         load_study(copy)
-    study = search(config_of(), copy, pool=Pool)
+    study = search(config_of(), copy, runner=InProcess(Pool))
     assert study.is_finished and len(study.log.of("rescore")) >= 2
 
 
 def test_a_longer_search_is_decided_anew_and_keeps_what_was_decided_before(copy):
     settings = {"n_trials": N_TRIALS + 2, "rescore_top": 2, "rescore_limit": 6}
     before = read(copy / "decisions.jsonl")
-    study = search(config_of(search=settings), copy, pool=Pool)
+    study = search(config_of(search=settings), copy, runner=InProcess(Pool))
     assert study.is_finished
     assert read(copy / "decisions.jsonl")[: len(before)] == before
     assert study.decision.trials != before[-1]["trials"]

@@ -12,6 +12,7 @@ from optimer_hf.errors import StudyError
 from optimer_hf.files.text import html_table
 from optimer_hf.scoring.objective import gains
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import open_study
 from tests.support.landscapes import TellingPool, failing_at, with_test
 
@@ -21,13 +22,13 @@ CRASHED = 3
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     pool = failing_at({CRASHED: RuntimeError("<b>no</b>")})
-    return search(with_test(), tmp_path_factory.mktemp("tables") / "a<b", pool=pool)
+    return search(with_test(), tmp_path_factory.mktemp("tables") / "a<b", runner=InProcess(pool))
 
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     return compare(
-        search(with_test(), tmp_path_factory.mktemp("tables") / "s", pool=TellingPool),
+        search(with_test(), tmp_path_factory.mktemp("tables") / "s", runner=InProcess(TellingPool)),
         pool=TellingPool,
     )
 

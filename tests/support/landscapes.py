@@ -41,12 +41,13 @@ class FunctionPool:
     def __init__(self, config: StudyConfig, *, noise: float = 0.1) -> None:
         self.noise, self.calls = noise, []
 
-    def score(self, weights, terms, limits):
-        self.calls.append((dict(weights), [term.label for term in terms], dict(limits)))
+    def score(self, weights, asked):
+        limits = {each.label: each.limit for each in asked}
+        self.calls.append((dict(weights), list(limits), limits))
         jitter = self.noise * np.random.default_rng(0).normal(size=self.n_items)
         scores = {
             t.label: TermScore([(landscape(t.label, weights) + e, 1.0) for e in jitter], False)
-            for t in terms
+            for t in asked
         }
         return scores, {"merge": 0.0, "evaluate": 0.0}, 10
 
@@ -67,8 +68,8 @@ class FailingPool(FunctionPool):
 
     failures: dict[int, Exception] = {}
 
-    def score(self, weights, terms, limits):
-        found = super().score(weights, terms, limits)
+    def score(self, weights, asked):
+        found = super().score(weights, asked)
         if len(self.calls) - 1 in self.failures:
             raise self.failures[len(self.calls) - 1]
         return found

@@ -1,0 +1,77 @@
+"""Where the trials of a search run: in this process, or (`workers`) on many others.
+
+A caller makes a Runner and hands it to a search, which opens it for its study only when there is
+something to score, and closes it at the end.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from optimer_hf.progress import announce
+from optimer_hf.scoring.objective import Asked
+from optimer_hf.searching.faults import naming_faults
+from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.trials import Candidate, Trial
+
+
+class Slots(Protocol):
+    """Takes candidates of one study, some at once, and gives back trials as they finish."""
+
+    @property
+    def n_slots(self) -> int:
+        """How many trials may run at once."""
+        ...
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What is merged and scored, see Pool."""
+        ...
+
+    def submit(self, candidate: Candidate, asked: Sequence[Asked]) -> None:
+        """Start to score a candidate."""
+        ...
+
+    def next_finished(self) -> Trial:
+        """Wait for one of the candidates that were submitted, and return its trial."""
+        ...
+
+
+class Runner(Protocol):
+    """Where trials run."""
+
+    def open(self, config: StudyConfig) -> AbstractContextManager[Slots]:
+        """Open what the trials of a study need: base, vectors and tasks."""
+        ...
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Runs one trial at a time, in this process, with one pool."""
+
+    pool: Callable[[StudyConfig], Pool] = ResidentPool
+
+    @contextmanager
+    def open(self, config: StudyConfig) -> Iterator[Slots]:
+        """Open the pool; raises EvaluationError for a failure of the machine."""
+        opening = "opening base, vectors and tasks"
+        with announce(f"search: {opening}"), naming_faults(opening):
+            slots = _OneSlot(self.pool(config))
+        yield slots
+
+
+class _OneSlot:
+    n_slots = 1
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool, self.inputs = pool, pool.inputs
+        self._submitted: deque[tuple[Candidate, Sequence[Asked]]] = deque()
+
+    def submit(self, candidate: Candidate, asked: Sequence[Asked]) -> None:
+        self._submitted.append((candidate, asked))
+
+    def next_finished(self) -> Trial:
+        return run_trial(self._pool, *self._submitted.popleft())
