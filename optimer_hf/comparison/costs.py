@@ -8,7 +8,6 @@ be paid for, too, unless somebody else has trained them.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from optimer_hf.comparison.ledger import Ledger, MixtureCost, TrainingCost, TrialCost
 from optimer_hf.comparison.rows import SealedRow
@@ -16,6 +15,7 @@ from optimer_hf.scoring.scores import TermScore
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.record import read_record
+from optimer_hf.vectors.training_record import RunRecord
 
 PHASES = ("ask", "merge", "evaluate", "forward", "cpu")
 
@@ -43,14 +43,14 @@ def trial_cost(trials: Sequence[Trial | SealedRow]) -> TrialCost:
     )
 
 
-def training_cost(records: Sequence[Mapping[str, Any]], n: int | None = None) -> TrainingCost:
-    """Return what trainings took together, from the `training` of their records."""
-    seconds = sum(record["seconds"] for record in records)
-    tokens = sum(record["n_tokens"] for record in records)
+def training_cost(runs: Sequence[RunRecord], n: int | None = None) -> TrainingCost:
+    """Return what training runs took together."""
+    seconds = sum(run.seconds for run in runs)
+    tokens = sum(run.n_tokens for run in runs)
     return TrainingCost(
         n=n,
         seconds=round(seconds, 1),
-        cpu_seconds=round(sum(record.get("cpu_seconds", 0.0) for record in records), 1),
+        cpu_seconds=round(sum(run.cpu_seconds for run in runs), 1),
         tokens=tokens,
         tokens_per_second=round(tokens / seconds),
     )

@@ -22,7 +22,6 @@ from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.comparison.rows import rows_of
 from optimer_hf.errors import ModelError
 from optimer_hf.files.digest import digest
-from optimer_hf.files.reading import read_json
 from optimer_hf.files.reference import Reference
 from optimer_hf.files.text import first_line, markdown_table
 from optimer_hf.hub.pulling import Input, inputs_of
@@ -40,6 +39,7 @@ from optimer_hf.training.arguments import TRAINER_DEFAULTS
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import train
 from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
 
 PROBE_STEPS = 4  # of training
 PROBE_ITEMS = 4  # of every term
@@ -237,9 +237,9 @@ def _training_cost(config: TrainConfig, out: Path) -> tuple[Cost, int]:
     remedy = f"Lower trainer.per_device_train_batch_size or block_size{lora}."
     with _fitting(f"{config.base_model}: a training step of {config.name!r}", remedy):
         train(config.model_copy(update={"max_tokens": n_tokens}), out)
-    record = read_json(out / "training.json")["training"]
+    took = TrainingRecord.read(out / TRAINING_FILE).training
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return Cost(record["seconds"], record["cpu_seconds"]) * (1 / record["n_tokens"]), n_bytes
+    return Cost(took.seconds, took.cpu_seconds) * (1 / took.n_tokens), n_bytes
 
 
 def _key(training: TrainConfig) -> str:

@@ -13,6 +13,7 @@ from optimer_hf.experiment.folder import RESULTS, Run, _vector_dir, check_given,
 from optimer_hf.files.reading import read_json, read_yaml
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table, slug
+from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
 
 if TYPE_CHECKING:
     from optimer_hf.comparison.ledger import Ledger
@@ -178,11 +179,10 @@ def ledger_of(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
     from optimer_hf.comparison.seal import SealedLog
     from optimer_hf.study.trials import TrialLog
 
-    trained = [read_json(_vector_dir(run, name) / "training.json")["training"] for name in names]
-    mixed = [
-        read_json(file)["training"]
-        for file in sorted((run.out / "mixtures").glob("*/training.json"))
-    ]
+    files = [_vector_dir(run, name) / TRAINING_FILE for name in names]
+    trained = [TrainingRecord.read(file).training for file in files]
+    files = sorted((run.out / "mixtures").glob(f"*/{TRAINING_FILE}"))
+    mixed = [TrainingRecord.read(file).training for file in files]
     others = sorted((run.out / "study" / "searches").glob("*/trials.jsonl"))
     rows = SealedLog(study.directory, study.config).rows
     costs = {

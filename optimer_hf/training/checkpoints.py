@@ -12,8 +12,10 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from optimer_hf.files.digest import fingerprint
+from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.staging import sync_all, write_text
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,29 @@ SPENT_FILE = "spent.json"
 SEAL = "sealed.json"
 LARGEST_READ = 2**31  # bytes; a larger file is read in samples
 STATE = "trainer_state.json"
+
+
+class StartedRecord(VersionedFile):
+    """started.json: what a run that began was to read and do, `training` being its settings, and
+    what was packed for it.
+    """
+
+    config_sha256: str
+    training: dict[str, Any] = {}
+    inputs: dict[str, str] = {}
+    parts: list[dict[str, Any]] = []
+    blocks_sha256: str | None = None  # earlier versions did not have it
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run."""
+        return self.training
+
+
+def read_started(out: Path) -> StartedRecord | None:
+    """Return the record of a run that began in `out` and has not ended, or None."""
+    file = out / STARTED
+    return StartedRecord.read(file) if file.exists() else None
 
 
 def seal(folder: Path) -> None:

@@ -10,7 +10,6 @@ attend to each other: their positions restart, and there is no cache.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -25,9 +24,8 @@ from optimer_hf.files.disk import naming_disk_errors
 from optimer_hf.files.locks import hold_place, remove_dead_locks
 from optimer_hf.files.model import refuse_absent_files
 from optimer_hf.files.paths import ATOMIC_PREFIX
-from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import is_there
-from optimer_hf.files.staging import make_directory, sync_all, write_text
+from optimer_hf.files.staging import make_directory, sync_all
 from optimer_hf.files.versions import versions
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
@@ -35,7 +33,15 @@ from optimer_hf.models.live import default_device, empty_model, loaded_tokenizer
 from optimer_hf.models.resolve import resolve_base
 from optimer_hf.models.ties import ties_of
 from optimer_hf.progress import Cost
-from optimer_hf.training.checkpoints import BLOCKS, CHECKPOINTS, STARTED, drop_damaged, newest_whole
+from optimer_hf.training.checkpoints import (
+    BLOCKS,
+    CHECKPOINTS,
+    STARTED,
+    StartedRecord,
+    drop_damaged,
+    newest_whole,
+    read_started,
+)
 from optimer_hf.training.checks import check_config, check_fields, check_targets
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import PackedCorpus, Part, load_packed, pack, pack_mixture
@@ -49,6 +55,13 @@ from optimer_hf.training.trainer import (
 )
 from optimer_hf.vectors.delta import describe
 from optimer_hf.vectors.record import VectorFile
+from optimer_hf.vectors.training_record import (
+    TRAINING_FILE,
+    CorpusRecord,
+    RunRecord,
+    TrainingRecord,
+    read_training,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -66,15 +79,15 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
     Raises OutputError when `out` belongs to another config, to another base or text of the same
     name, or holds files that are not ours.
     """
-    for name in ("training.json", STARTED):
-        if (out / name).exists():
-            if other := _difference(config, read_yaml(out / name)):
-                was = "was trained" if name == "training.json" else "holds a run that was started"
-                raise OutputError(
-                    f"{out}: {was} with a different {other}. Remove it, or give another output "
-                    "directory."
-                )
-            return name == "training.json"
+    trained, started = read_training(out), read_started(out)
+    if (record := trained or started) is not None:
+        if other := _difference(config, record):
+            was = "was trained" if trained is not None else "holds a run that was started"
+            raise OutputError(
+                f"{out}: {was} with a different {other}. Remove it, or give another output "
+                "directory."
+            )
+        return trained is not None
     present = out.iterdir() if out.is_dir() else [out] if is_there(out) else []
     if any(not path.name.startswith(LEFTOVERS) for path in present):
         raise OutputError(
@@ -83,17 +96,17 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
     return False
 
 
-def _difference(config: TrainConfig, record: Mapping[str, Any]) -> str:
+def _difference(config: TrainConfig, record: TrainingRecord | StartedRecord) -> str:
     """Return which config, base or text of a run differs from the recorded one, or an empty string.
     Local files that no longer exist are not compared.
     """
-    if record.get("config_sha256") != config.digest:
-        known, settings = record.get("training", {}), config.settings
+    if record.config_sha256 != config.digest:
+        known, settings = record.settings, config.settings
         recorded = {field: known.get(field) for field in settings}
         differing = differences(recorded, settings) if known else []
         names = "; ".join(differing) or "base_model or corpus"
         return f"config ({names})"
-    known = record.get("inputs", {})
+    known = record.inputs
     changed = [field for field, now in config.inputs.items() if known.get(field, now) != now]
     return f"content of {', '.join(changed)} under the same name" if changed else ""
 
@@ -129,7 +142,7 @@ def train_vector(path: Path, out: Path) -> VectorFile | None:
     Under `accelerate launch` only the first process does so; the others return None.
     """
     config = TrainConfig.read(path)
-    if not (out / "training.json").exists():  # a trained vector no longer needs its corpus
+    if not (out / TRAINING_FILE).exists():  # a trained vector no longer needs its corpus
         refuse_absent_files({path: config.model_dump()})
     train(config, out)
     if int(os.environ.get("RANK", "0")) != 0:
@@ -195,10 +208,9 @@ def _prepare_locked(config: TrainConfig, out: Path) -> PackedCorpus | None:
     """Do the work of `prepare` while this process holds the lock of `out`."""
     if is_trained(config, out):
         return None
-    started = out / STARTED
-    if not started.exists():
+    record = read_started(out)
+    if record is None:
         return _begin(config, out)
-    record = json.loads(started.read_text(encoding="utf-8"))
     packed = _read_blocks(record, out)
     if packed is None or _has_other_text(record, packed):  # lost or damaged
         packed = _pack_text(config, _check_base(config), out / BLOCKS)
@@ -226,14 +238,13 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
             with contextlib.suppress(OSError):
                 out.rmdir()
         raise
-    record = {
-        "config_sha256": config.digest,
-        "training": config.settings,
-        "inputs": config.inputs,
-        "parts": [dataclasses.asdict(part) for part in packed.parts],
-        "blocks_sha256": packed.sha256,
-    }
-    write_text(out / STARTED, json.dumps(record))
+    StartedRecord(
+        config_sha256=config.digest,
+        training=config.settings,
+        inputs=config.inputs,
+        parts=[dataclasses.asdict(part) for part in packed.parts],
+        blocks_sha256=packed.sha256,
+    ).write(out / STARTED)
     return load_packed(out / BLOCKS, packed.parts)
 
 
@@ -252,17 +263,16 @@ def _check_base(config: TrainConfig) -> Any:
     return tokenizer
 
 
-def _read_blocks(record: Mapping[str, Any], out: Path) -> PackedCorpus | None:
+def _read_blocks(record: StartedRecord, out: Path) -> PackedCorpus | None:
     """Return the packed corpus of a run that was started, or None when it cannot be read."""
     try:
-        parts = [Part(**part) for part in record.get("parts", [])]
-        return load_packed(out / BLOCKS, parts)
+        return load_packed(out / BLOCKS, [Part(**part) for part in record.parts])
     except (OSError, ValueError, EOFError):
         return None
 
 
-def _has_other_text(record: Mapping[str, Any], packed: PackedCorpus) -> bool:
-    return bool(record.get("blocks_sha256", packed.sha256) != packed.sha256)
+def _has_other_text(record: StartedRecord, packed: PackedCorpus) -> bool:
+    return record.blocks_sha256 not in (None, packed.sha256)
 
 
 def _pack_text(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
@@ -313,10 +323,11 @@ def _save(
         model.save_pretrained(out)
     # PEFT's card template; ours is written when the vector is pushed
     (out / "README.md").unlink(missing_ok=True)
-    inputs = read_yaml(out / STARTED).get("inputs", {})
-    record = _training_record(config, base, packed, trainer, spent) | {"inputs": inputs}
+    started = read_started(out)
+    inputs = {} if started is None else started.inputs
+    record = _training_record(config, base, packed, trainer, spent, inputs)
     sync_all(out)
-    write_text(out / "training.json", json.dumps(record, indent=2))
+    record.write(out / TRAINING_FILE)
     _tidy(out)
 
 
@@ -335,31 +346,35 @@ def _training_record(
     packed: PackedCorpus,
     trainer: "Trainer",
     spent: Cost,
-) -> dict[str, Any]:
+    inputs: Mapping[str, str],
+) -> TrainingRecord:
     """Return the content of training.json. It names no path of this machine."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     norms = {entry["step"]: entry["norm"] for entry in history if "norm" in entry}
-    return {
-        "config_sha256": config.digest,
-        "name": config.name,
-        "base_model": base.reference,
-        "corpus": {
-            "name": " + ".join(part.name for part in packed.parts),
-            "n_tokens": packed.n_tokens,
-            "n_documents": packed.n_documents,
-            "sha256": packed.sha256,
-            **({"parts": [dataclasses.asdict(p) for p in packed.parts]} if config.mixture else {}),
-        },
-        "training": {
+    parts = [dataclasses.asdict(part) for part in packed.parts]
+    return TrainingRecord(
+        config_sha256=config.digest,
+        name=config.name,
+        base_model=base.reference,
+        corpus=CorpusRecord(
+            name=" + ".join(part.name for part in packed.parts),
+            n_tokens=packed.n_tokens,
+            n_documents=packed.n_documents,
+            sha256=packed.sha256,
+            parts=parts if config.mixture else None,
+        ),
+        training=RunRecord(
             **config.settings,
-            "mixed_precision": trainer.accelerator.mixed_precision,
-            "n_steps": trainer.state.global_step,
-            "n_tokens": trainer.state.global_step * tokens_per_step(config, trainer.args),
-            "losses": losses,
-            **({"norms": [*norms.values()], "norm_steps": [*norms]} if norms else {}),
-            "seconds": round(spent.seconds, 2),
-            "cpu_seconds": round(spent.cpu_seconds, 2),
-        },
-        "versions": versions(),
-    }
+            mixed_precision=trainer.accelerator.mixed_precision,
+            n_steps=trainer.state.global_step,
+            n_tokens=trainer.state.global_step * tokens_per_step(config, trainer.args),
+            losses=losses,
+            norms=[*norms.values()] or None,
+            norm_steps=[*norms] or None,
+            seconds=round(spent.seconds, 2),
+            cpu_seconds=round(spent.cpu_seconds, 2),
+        ),
+        versions=versions(),
+        inputs=dict(inputs),
+    )

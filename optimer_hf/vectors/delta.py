@@ -1,6 +1,5 @@
 """Trained minus base, written as a delta; norms, errors and records of vectors."""
 
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from optimer_hf.vectors.int8 import BLOCK_SIZE, SCALES, n_blocks, quantize
 from optimer_hf.vectors.opening import _record_of_this_base, _warn_of_another_base, open_vector
 from optimer_hf.vectors.peft import merged_by_peft
 from optimer_hf.vectors.record import QUANTISED, VectorFile, _base_record
+from optimer_hf.vectors.training_record import read_training
 from optimer_hf.vectors.vector import DeltaVector, DistributionVector, dense_rows
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,8 @@ def describe(
     """Write vector.json beside a trained adapter or checkpoint, with what training.json says, and
     return it.
     """
-    training_file = path / "training.json"
-    training = (
-        json.loads(training_file.read_text(encoding="utf-8")) if training_file.exists() else {}
-    )
+    trained = read_training(path)
+    known = {} if trained is None else trained.model_dump(mode="json")
     (path / "vector.json").unlink(missing_ok=True)
     vector = open_vector(name, str(path.resolve()), base)
     norm, relative_norm = norms(vector, Checkpoint(base.path))
@@ -97,9 +95,9 @@ def describe(
         base=_base_record(base),
         norm=norm,
         relative_norm=relative_norm,
-        corpus=training.get("corpus"),
-        training=training.get("training"),
-        versions=training.get("versions", {}),
+        corpus=known.get("corpus"),
+        training=known.get("training"),
+        versions=known.get("versions", {}),
     )
     record.write(path / "vector.json")
     return record

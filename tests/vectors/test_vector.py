@@ -13,7 +13,9 @@ from optimer_hf.models.layout import ResolvedModel, weight_files
 from optimer_hf.vectors.delta import describe, extract, extract_any_adapter, norms
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import VectorFile, read_record
+from optimer_hf.vectors.training_record import TRAINING_FILE
 from optimer_hf.vectors.vector import AdapterVector, CheckpointVector, DeltaVector
+from tests.support.records import RECORD
 from tests.support.tiny import VOCABULARY, delta_rows, tiny_model, whole_delta
 
 
@@ -134,8 +136,7 @@ def test_norms_equal_those_of_the_flat_vectors(base, tuned, adapter):
 
 def test_describe_writes_what_training_recorded(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "ja")
-    training = {"corpus": {"tokens": 7}, "training": {"seed": 0}, "versions": {"torch": "x"}}
-    (tmp_path / "ja" / "training.json").write_text(json.dumps(training), encoding="utf-8")
+    RECORD.write(tmp_path / "ja" / TRAINING_FILE)
     record = describe(tmp_path / "ja", base, name="ja", kind="adapter")
     assert read_record(tmp_path / "ja") == record
     assert (record.name, record.kind, record.base.files) == (
@@ -143,11 +144,9 @@ def test_describe_writes_what_training_recorded(base, adapter, tmp_path):
         "adapter",
         weight_files(base.path),
     )
-    assert (record.corpus, record.training, record.versions) == (
-        {"tokens": 7},
-        {"seed": 0},
-        {"torch": "x"},
-    )
+    assert record.corpus == RECORD.corpus.model_dump()
+    assert record.training == RECORD.training.model_dump()
+    assert record.versions == RECORD.versions == {"torch": "x"}
     assert record.norm > 0
     assert isinstance(open_vector("ja", str(tmp_path / "ja"), base), AdapterVector)
 

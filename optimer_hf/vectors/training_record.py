@@ -1,0 +1,81 @@
+"""training.json: what a training run read, did and took. It is written last, so it makes the
+directory of a vector complete.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from optimer_hf.files.model import FileModel, VersionedFile
+
+TRAINING_FILE = "training.json"
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class CorpusRecord(FileModel):
+    """The text a run was trained on; `sha256` is of the packed blocks, `parts` are those of a
+    mixture.
+    """
+
+    name: str
+    n_tokens: int
+    n_documents: int
+    sha256: str
+    parts: list[dict[str, Any]] | None = Field(default=None, exclude_if=_is_none)
+
+
+class RunRecord(FileModel):
+    """Settings of a run as its train file has them, then what came of them: a loss for each time
+    the Trainer logs, and the norm of the vector (`norms`) after some steps (`norm_steps`).
+
+    `n_tokens` are those of all steps, `seconds` and `cpu_seconds` those of all tries together.
+    """
+
+    # a run that diverged records losses that are not finite
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
+
+    block_size: int
+    max_tokens: int | None
+    lora: dict[str, Any] | None
+    trainer: dict[str, Any]
+    seed: int
+    mixed_precision: str
+    n_steps: int
+    n_tokens: int
+    losses: list[float]
+    norms: list[float] | None = Field(default=None, exclude_if=_is_none)
+    norm_steps: list[int] | None = Field(default=None, exclude_if=_is_none)
+    seconds: float
+    cpu_seconds: float = 0.0
+
+
+class TrainingRecord(VersionedFile):
+    """training.json. `config_sha256` is of everything that decides the result, `inputs` are digests
+    of the local base and texts, by field of the train file.
+    """
+
+    config_sha256: str
+    name: str
+    base_model: str
+    corpus: CorpusRecord
+    training: RunRecord
+    versions: dict[str, str]
+    inputs: dict[str, str] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run, and what came of them."""
+        return self.training.model_dump(mode="json")
+
+
+def read_training(directory: Path) -> TrainingRecord | None:
+    """Return the training.json of a directory, or None when there is none.
+
+    Raises ConfigError for one that is damaged.
+    """
+    file = directory / TRAINING_FILE
+    return TrainingRecord.read(file) if file.exists() else None
