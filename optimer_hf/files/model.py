@@ -66,8 +66,9 @@ class VersionedFile(FileModel):
         return parse(cls, read_yaml(path), path)
 
     def write(self, path: Path) -> None:
-        """Write as JSON (which is YAML too), atomically."""
-        write_text(path, json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False))
+        """Write as JSON (which is YAML too), atomically, with paths relative to where it lies."""
+        data = self.model_dump(mode="json", context={"folder": path.resolve().parent})
+        write_text(path, json.dumps(data, indent=2, ensure_ascii=False))
 
 
 # -- reading ---------------------------------------------------------------------------------------

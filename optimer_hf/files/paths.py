@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from optimer_hf.files.reference import is_there
-
 ATOMIC_PREFIX = ".partial-"
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and hiding a name adds to it
@@ -28,28 +26,6 @@ def strings_in(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[Pla
         items = enumerate(value)
     for key, item in items:
         yield from strings_in(item, (*at, key))
-
-
-def relocate(value: Any, old: Path, new: Path) -> Any:
-    """Rewrite paths relative to `old` as the same paths relative to `new`.
-
-    A path changes only if its new target exists, so a copied folder uses its own files.
-    """
-
-    def move(text: str) -> str:
-        if not Path(text).is_absolute():
-            return text
-        path = Path(os.path.normpath(new / os.path.relpath(text, old)))
-        return str(path) if is_there(path) else text
-
-    return _map_texts(value, move)
-
-
-def make_relative(value: Any, folder: Path) -> Any:
-    """Make every absolute path in a config relative to `folder`."""
-    return _map_texts(
-        value, lambda text: os.path.relpath(text, folder) if Path(text).is_absolute() else text
-    )
 
 
 def drop_folders(value: Any) -> Any:

@@ -1,4 +1,8 @@
-"""References to models, vectors and files: local paths, Hub repositories and packages."""
+"""References to models, vectors and files: local paths, Hub repositories and packages.
+
+Local ones are absolute in memory and relative to the file that names them on disk, so that a folder
+can be moved: the types of this module read and write them so.
+"""
 
 import os
 import re
@@ -7,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    PlainSerializer,
+    SerializationInfo,
+    ValidationInfo,
+)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")  # a full git hash
 
@@ -72,6 +82,16 @@ def absolute_reference(text: str, folder: Path) -> str:
     return str(path.resolve()) if looks_local or is_there(path) else text
 
 
+def relative_reference(text: str, folder: Path) -> str:
+    """Return an absolute path as `absolute_reference` reads it from `folder`; leave others as they
+    are.
+    """
+    if not Path(text).is_absolute():
+        return text
+    path = os.path.relpath(text, folder)
+    return path if path.startswith(".") else f"./{path}"
+
+
 def expand_home(path: Path) -> Path:
     """Expand `~` in a path; leave the path as it is if no user has that name."""
     try:
@@ -90,6 +110,15 @@ def is_there(path: Path) -> bool:
 
 def _folder(info: ValidationInfo) -> Path:
     return Path((info.context or {}).get("folder", "."))
+
+
+def _seen_from_folder(value: Any, info: SerializationInfo) -> str:
+    """Return a path or reference as it stands in a file of the folder that is written to."""
+    folder = (info.context or {}).get("folder")
+    return str(value) if folder is None else relative_reference(str(value), folder)
+
+
+WRITTEN_RELATIVE = PlainSerializer(_seen_from_folder, when_used="json-unless-none")
 
 
 def _note_path(info: ValidationInfo, text: str, absolute: str) -> str:
@@ -111,6 +140,7 @@ ReferenceText = Annotated[
     AfterValidator(
         lambda text, info: _note_path(info, text, absolute_reference(text, _folder(info)))
     ),
+    WRITTEN_RELATIVE,
 ]
 
 
@@ -132,7 +162,7 @@ def _vector_or_reference(text: str | None, info: ValidationInfo) -> str | None:
     return _note_path(info, text, absolute_reference(text, _folder(info)))
 
 
-TokenizerSource = Annotated[str | None, AfterValidator(_vector_or_reference)]
+TokenizerSource = Annotated[str | None, AfterValidator(_vector_or_reference), WRITTEN_RELATIVE]
 
 
 def tokenizer_reference(named: str | None, sources: Mapping[str, str | None]) -> str | None:
@@ -147,7 +177,7 @@ def _local_path(path: Path, info: ValidationInfo) -> Path:
     return Path(_note_path(info, str(path), str((_folder(info) / expand_home(path)).resolve())))
 
 
-LocalPath = Annotated[Path, AfterValidator(_local_path)]
+LocalPath = Annotated[Path, AfterValidator(_local_path), WRITTEN_RELATIVE]
 
 
 def _relative_text(text: str, info: ValidationInfo) -> str:
@@ -163,4 +193,6 @@ def _local_text(text: str, info: ValidationInfo) -> str:
     return str(_local_path(Path(text), info)) if is_local else text
 
 
-LocalText = Annotated[str, AfterValidator(_local_text)]  # a path if it looks like one
+LocalText = Annotated[  # a path if it looks like one
+    str, AfterValidator(_local_text), WRITTEN_RELATIVE
+]

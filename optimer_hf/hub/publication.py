@@ -23,7 +23,7 @@ from optimer_hf.models.layout import LEGAL, is_beside_weights, weight_files
 from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
 from optimer_hf.recipes.write import untaken_note
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
-from optimer_hf.study.directory import hint_of_seeds
+from optimer_hf.study.directory import Inputs, hint_of_seeds
 from optimer_hf.study.records import read_lines
 from optimer_hf.study.trials import DECISIONS_FILE
 from optimer_hf.vectors.record import VectorFile, read_record
@@ -260,8 +260,7 @@ def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
             vector["source"] = sources.get(name, vector["source"])
         return json.dumps(drop_folders(data), indent=2, ensure_ascii=False).encode()
     if path.name == "inputs.json":
-        digests = json.loads(path.read_text(encoding="utf-8")) | {"folder": None}
-        return json.dumps(digests, indent=2).encode()
+        return json.dumps(Inputs.read(path).model_dump(), indent=2).encode()
     lines = []
     if path.name == DECISIONS_FILE:
         return b"".join(line + b"\n" for line in read_lines(path, repair=False))

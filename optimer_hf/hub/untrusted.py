@@ -21,8 +21,8 @@ from optimer_hf.files.text import quote
 from optimer_hf.hub.publication import IDENTITY, Kind
 from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.directory import Inputs, open_study
-from optimer_hf.study.trials import INPUTS_FILE, STUDY_FILE
+from optimer_hf.study.directory import open_study
+from optimer_hf.study.trials import STUDY_FILE
 from optimer_hf.vectors.record import VectorFile, read_record
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a file beside weights: tokenizers reach 33 MB
@@ -76,9 +76,6 @@ def _check_study(directory: Path) -> None:
         is_reference = at[-1] in ("source", "base_model", "tokenizer_source") or "models" in at
         if is_file or (is_reference and not _is_named_elsewhere(text)):
             _refuse_folders(f"{file}: {'.'.join(map(str, at))}", text)
-    inputs = directory / INPUTS_FILE
-    if inputs.exists() and Inputs.read(inputs).folder is not None:
-        raise HubError(f"{inputs}: folder: found one, expected null. Ask its author to push again.")
     study = open_study(StudyConfig.read(file), directory, repair=False)
     SealedLog(directory, study.config, repair=False)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError, ModelError, OptimerError
-from optimer_hf.files.paths import make_relative
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import finish_move, replacing
@@ -158,8 +157,9 @@ def _write_beside(recipe: RecipeFile, figures: Path, built: Lock, model: Path, o
     the model will be.
     """
     built_recipe = recipe.model_copy(update={"dtype": built.dtype})
-    data = make_relative(built_recipe.model_dump(mode="json", exclude_none=True), out.resolve())
-    files = {"recipe.yaml": yaml_text(data).encode()}
+    folder = {"folder": out.resolve()}
+    written = built_recipe.model_dump(mode="json", exclude_none=True, context=folder)
+    files = {"recipe.yaml": yaml_text(written).encode()}
     if (figures / CAPTIONS).exists():
         names = (*(f"{FIGURES}/{name}.png" for name in CARD_FIGURES), CAPTIONS)
         files |= {name: (figures / name).read_bytes() for name in names if is_there(figures / name)}

@@ -109,7 +109,7 @@ class Evidence(FileModel):
     ) -> dict[str, Any] | None:
         if objective is None:
             return None
-        return objective.model_dump(mode=info.mode, exclude_defaults=True)
+        return objective.model_dump(mode=info.mode, exclude_defaults=True, context=info.context)
 
     @property
     def metrics(self) -> dict[str, str]:

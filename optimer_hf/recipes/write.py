@@ -7,9 +7,8 @@ from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.comparison.rows import Comparison
 from optimer_hf.comparison.tables import verdicts
 from optimer_hf.errors import ConfigError, OutputError
-from optimer_hf.files.paths import make_relative
 from optimer_hf.files.reading import yaml_text
-from optimer_hf.files.reference import is_pinned, is_there, pinned
+from optimer_hf.files.reference import is_pinned, is_there, pinned, relative_reference
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.versions import versions
 from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
@@ -94,8 +93,8 @@ def write_recipe(
     merge_config = merge_config_of(recipe, recipe.weights)
     write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
-    data = recipe.model_dump(mode="json", exclude_none=True)
-    write_text(path, header + yaml_text(make_relative(data, folder)))
+    data = recipe.model_dump(mode="json", exclude_none=True, context={"folder": folder})
+    write_text(path, header + yaml_text(data))
     return RecipeFile.read(path)
 
 
@@ -132,10 +131,7 @@ def _tokenizer_source(config: StudyConfig, folder: Path) -> str | None:
     named = config.tokenizer_source
     if named is None or named in config.vectors:
         return named
-    reference = _pinned(named, resolve_tokenizer(named), folder)
-    # a word could name a vector, or be `base`
-    is_word = Path(named).is_absolute() and "/" not in reference
-    return f"./{reference}" if is_word else reference
+    return _pinned(named, resolve_tokenizer(named), folder)
 
 
 def _tokenizer_digests(reference: str | None) -> dict[str, str]:
@@ -193,7 +189,7 @@ def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
     """Return a Hub reference with its commit, a local one relative to the folder of the recipe."""
     if resolved.commit is not None:
         return pinned(resolved.reference, resolved.commit)
-    return str(make_relative(reference, folder))
+    return relative_reference(reference, folder)
 
 
 def _scores(study: Study, incumbent: Trial, sealed: Comparison | None) -> dict[Fidelity, Score]:

@@ -113,7 +113,7 @@ def search(
     with locked(directory):
         study = open_study(config, directory)
         study.decide(to_disk=True)
-        if study.is_finished and not study.has_moved:
+        if study.is_finished and study.names_recorded_files():
             logger.info(
                 "search: %d trials are recorded, nothing to do", len(study.log.of("search"))
             )

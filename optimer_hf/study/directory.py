@@ -5,18 +5,19 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import Timeout
+from pydantic import model_validator
 
 from optimer_hf.errors import StudyError
 from optimer_hf.files.digest import differences
 from optimer_hf.files.disk import naming_disk_errors
 from optimer_hf.files.locks import locking, remove_dead_locks
 from optimer_hf.files.model import VersionedFile
-from optimer_hf.files.paths import drop_folders, relocate
-from optimer_hf.files.staging import make_directory, write_text
+from optimer_hf.files.paths import drop_folders
+from optimer_hf.files.staging import make_directory
 from optimer_hf.files.text import quote
 from optimer_hf.scoring.intervals import Interval
 from optimer_hf.scoring.objective import Asked, combine, feasible
@@ -56,12 +57,15 @@ ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
 
 
 class Inputs(VersionedFile):
-    """inputs.json: what the trials of a study scored, digests by the field that names it, and the
-    folder in which the study lay then.
-    """
+    """inputs.json: what the trials of a study scored, digests by the field that names it."""
 
     digests: dict[str, str]
-    folder: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_folder(cls, data: Any) -> Any:
+        """Version 0.1.0 wrote where the study lay."""
+        return {k: v for k, v in data.items() if k != "folder"} if isinstance(data, dict) else data
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,6 @@ class Study:
     config: StudyConfig
     log: TrialLog
     decisions: DecisionLog
-    has_moved: bool = False
 
     def __repr__(self) -> str:
         return f"Study({self.directory.name!r}, {tables.summary(self)})"
@@ -126,20 +129,20 @@ class Study:
         return {name: found for name, found in digests.items() if not name.startswith(OF_TEST)}
 
     def go_on_with(self, found: Mapping[str, str]) -> None:
-        """Record what a pool scores, digests by field, and where the files of a study that has
-        moved lie now. Raises StudyError as `check_inputs`.
+        """Record what a pool scores, digests by field, and where the files lie that the config
+        names. Raises StudyError as `check_inputs`.
         """
         self.check_inputs(found)
-        if self.has_moved:
+        if not self.names_recorded_files():
             _record_config(self.config, self.directory / STUDY_FILE)
-        file, folder = self.directory / INPUTS_FILE, str(self.directory.resolve())
+        file = self.directory / INPUTS_FILE
         if self.log.trials and found and not file.exists():
             logger.warning(
                 "%s: does not know what its trials scored (of an earlier version); taken to be the "
                 "weights and items that are there now",
                 self.directory,
             )
-        record = Inputs(digests={**self.inputs, **found}, folder=folder)
+        record = Inputs(digests={**self.inputs, **found})
         if not file.exists() or Inputs.read(file) != record:
             record.write(file)
 
@@ -156,6 +159,12 @@ class Study:
                 f"{self.directory}: {', '.join(changed)}: not the {what} scored. Restore them, or "
                 "search again in another study directory."
             )
+
+    def names_recorded_files(self) -> bool:
+        """Whether the config names the files that the trials scored: where they lie elsewhere now,
+        `check_inputs` has to say that they are the same ones.
+        """
+        return StudyConfig.read(self.directory / STUDY_FILE).identity == self.config.identity
 
     @property
     def base(self) -> dict[str, TermScore]:
@@ -384,9 +393,8 @@ def say_what_tells_nothing(study: Study) -> None:
 def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> Study:
     """Create a study directory, or open the one that is there; see TrialLog for `repair`.
 
-    One that differs in nothing but the folders of its files `has_moved`: `check_inputs` has to say
-    that they are the same files. Raises StudyError when it holds another study; the message names
-    the fields that differ.
+    Files of the same names may lie in other folders than recorded, see `names_recorded_files`.
+    Raises StudyError when it holds another study; the message names the fields that differ.
     """
     file = directory / STUDY_FILE
     if not file.exists():
@@ -396,25 +404,25 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
             raise StudyError(
                 f"{directory}: is not empty and holds no study. Give another study directory."
             )
-        write_text(file, config.model_dump_json(indent=2))
+        config.write(file)
     recorded = StudyConfig.read(file)
     found, expected = recorded.identity, config.identity
     differing = differences(expected, found)
     log = TrialLog(directory / TRIALS_FILE, repair=repair)
-    has_moved = (
+    lie_elsewhere = (
         bool(differing and log.trials)
         and (directory / INPUTS_FILE).exists()
         and not differences(drop_folders(expected), drop_folders(found))
     )
     decisions = DecisionLog(directory / DECISIONS_FILE, repair=repair)
-    study = Study(directory, config, log, decisions, has_moved)
-    if not differing or has_moved:
+    study = Study(directory, config, log, decisions)
+    if not differing or lie_elsewhere:
         _check_record(study, max(recorded.search.n_trials, config.search.n_trials))
     if not differing and repair and recorded != config:  # more trials, other baselines
         _record_config(config, file)
     if differing and not log.trials:  # nothing was spent on the other config
-        write_text(file, config.model_dump_json(indent=2))
-    elif differing and not has_moved:
+        config.write(file)
+    elif differing and not lie_elsewhere:
         asks_otherwise = all(text.startswith("objective.") for text in differing)
         raise StudyError(
             f"{directory}: holds a study of another config; these fields differ: "
@@ -429,7 +437,7 @@ def _record_config(config: StudyConfig, file: Path) -> None:
     """Write a config over the one recorded; of the numbers of trials the larger one is kept."""
     longest = max(StudyConfig.read(file).search.n_trials, config.search.n_trials)
     search = config.search.model_copy(update={"n_trials": longest})
-    write_text(file, config.model_copy(update={"search": search}).model_dump_json(indent=2))
+    config.model_copy(update={"search": search}).write(file)
 
 
 def _check_record(study: Study, n_trials: int) -> None:
@@ -483,7 +491,7 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
             f"{directory}: holds no study (no study.json)."
             + (hint_of_seeds(directory) or f" Run `optimer search STUDY.yaml {directory}` first.")
         )
-    study = open_study(_config_here(directory), directory, repair=False)
+    study = open_study(StudyConfig.read(file), directory, repair=False)
     if unfinished and not study.log.of("search"):
         raise StudyError(f"{directory}: has no trial yet. Run `optimer search` first.")
     study.decide(to_disk=False)
@@ -492,18 +500,6 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
     if not unfinished and not study.is_finished:
         raise StudyError(f"{directory}: the search is not finished. Run `optimer search` again.")
     return study
-
-
-def _config_here(directory: Path) -> StudyConfig:
-    """Return the config of a study; where it has moved together with its files, with their places
-    now.
-    """
-    config, file = StudyConfig.read(directory / STUDY_FILE), directory / INPUTS_FILE
-    before = Inputs.read(file).folder if file.exists() else None
-    if before is None or Path(before) == directory.resolve():
-        return config
-    data = config.model_dump(mode="json")
-    return StudyConfig.model_validate(relocate(data, Path(before), directory.resolve()))
 
 
 def hint_of_seeds(directory: Path) -> str:

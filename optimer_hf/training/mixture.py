@@ -13,7 +13,6 @@ from typing import Any
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.digest import differences
-from optimer_hf.files.paths import make_relative
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.staging import write_text
 from optimer_hf.training.config import MixturePart, TrainConfig
@@ -127,7 +126,7 @@ def _check_alike(name: str, trainings: Sequence[TrainConfig]) -> None:
 
 def write_mixture(config: TrainConfig, path: Path) -> None:
     """Write a train file at `path`, with paths relative to its folder."""
-    data = {"format_version": 1} | config.model_dump(mode="json", exclude_defaults=True)
+    folder = {"folder": path.resolve().parent}
+    data = config.model_dump(mode="json", exclude_defaults=True, context=folder)
     header = f"# Shares computed from merge weights. Run: optimer train {path.name} OUT\n"
-    text = yaml_text(make_relative(data, path.resolve().parent))
-    write_text(path, header + text)
+    write_text(path, header + yaml_text({"format_version": 1} | data))

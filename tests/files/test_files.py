@@ -24,9 +24,15 @@ from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.digest import differences, digest, fingerprint, sha256_file
 from optimer_hf.files.locks import hold_place, remove_dead_locks
 from optimer_hf.files.model import FileModel, VersionedFile
-from optimer_hf.files.paths import make_relative, relocate
 from optimer_hf.files.reading import read_yaml, yaml_text
-from optimer_hf.files.reference import LocalPath, Reference, ReferenceText, absolute_reference
+from optimer_hf.files.reference import (
+    LocalPath,
+    LocalText,
+    Reference,
+    ReferenceText,
+    absolute_reference,
+    relative_reference,
+)
 from optimer_hf.files.staging import (
     finish_move,
     require_empty,
@@ -634,13 +640,39 @@ def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
     )
 
 
-def test_free_text_that_begins_with_a_slash_is_no_path(tmp_path):
-    value = {
-        "path": str(tmp_path / "a"),
-        "system_instruction": "/no_think",
-        "generation": {"x": "/"},
+class Named(VersionedFile):
+    """Whatever may name a file."""
+
+    path: LocalPath
+    reference: ReferenceText
+    text: LocalText
+    prompt: str
+
+
+def test_paths_are_written_relative_to_the_file_and_read_from_there(tmp_path):
+    (tmp_path / "one" / "study").mkdir(parents=True)
+    file = tmp_path / "one" / "study" / "named.json"
+    paths = {"path": tmp_path / "one" / "t.jsonl", "reference": str(tmp_path / "one" / "v")}
+    record = Named(**paths, text=str(file.parent / "x" / "*.txt"), prompt="/no_think")
+    record.write(file)
+    assert json.loads(file.read_text()) == {
+        "format_version": 1,
+        "path": "../t.jsonl",
+        "reference": "../v",
+        "text": "./x/*.txt",
+        "prompt": "/no_think",
     }
-    assert make_relative(value, tmp_path) == value | {"path": "a"}
+    assert Named.read(file) == record
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = Named.read(tmp_path / "two" / "study" / "named.json")
+    assert moved.path == tmp_path / "two" / "t.jsonl"
+    assert moved.reference == str(tmp_path / "two" / "v")
+    assert moved.text == str(tmp_path / "two" / "study" / "x" / "*.txt")
+
+
+@pytest.mark.parametrize("text", ["org/name", "hf://org/name@main", "pypi:model"])
+def test_references_to_elsewhere_are_written_as_they_are(tmp_path, text):
+    assert relative_reference(absolute_reference(text, tmp_path), tmp_path) == text
 
 
 def test_mistakes_of_a_file_come_all_at_once_with_their_lines(tmp_path: Path):
@@ -716,17 +748,6 @@ def test_a_fingerprint_tells_versions_of_a_file_apart(tmp_path, n_bytes):
         if other != content:
             (tmp_path / "g").write_bytes(other)
             assert found != fingerprint(tmp_path / "g")
-
-
-def test_a_folder_that_was_moved_or_copied_has_its_own_files(tmp_path):
-    for place in ("one", "two"):
-        (tmp_path / place / "study").mkdir(parents=True)
-        (tmp_path / place / "text").touch()
-    (tmp_path / "elsewhere").touch()
-    value = {"own": [str(tmp_path / "one" / "text")], "far": str(tmp_path / "elsewhere"), "n": 1}
-    value |= {"gone": str(tmp_path / "one" / "gone"), "hub": "org/name"}
-    found = relocate(value, tmp_path / "one" / "study", tmp_path / "two" / "study")
-    assert found == value | {"own": [str(tmp_path / "two" / "text")]}
 
 
 def test_scratch_of_a_dead_process_is_removed_and_that_of_a_living_one_stays(tmp_path, monkeypatch):

@@ -918,10 +918,10 @@ def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
     adapters = {f"v{seed}": make_adapter(base, seed) for seed in (1, 2, 3)}
     text = (corpus_dir / "aaa.search.jsonl").read_text()
 
-    def searched(place: str, n_trials: int):
+    def searched(place: str, n_trials: int, base: str = "base"):
         folder = tmp_path / place
         config = {
-            "base_model": str(folder / "base"),
+            "base_model": str(folder / base),
             "vectors": {name: {"source": str(folder / name)} for name in ("v1", "v2")},
             "objective": {"terms": [{"name": "t", "text": str(folder / "t.jsonl")}], "limit": 3},
             "search": {"n_trials": n_trials, "rescore_top": 0},
@@ -945,17 +945,20 @@ def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
     there = load_study(tmp_path / "three" / "s").config
     assert there.base_model == str(tmp_path / "three" / "base") and there.search.n_trials == 5
 
+    elsewhere = tmp_path / "three" / "other" / "base"
+    elsewhere.parent.mkdir()
+
     def refused(what: str) -> None:
         with pytest.raises(
             StudyError, match=rf"s: {what}: not the weights or items that its trials scored"
         ):
             searched("three", 6)
-        (tmp_path / "three").rename(tmp_path / "four")
+        (tmp_path / "three" / "base").rename(elsewhere)
         with pytest.raises(
             StudyError, match=rf"s: {what}: not the weights or items that its trials scored"
         ):
-            searched("four", 5)  # finished, but elsewhere: looked at once more
-        (tmp_path / "four").rename(tmp_path / "three")
+            searched("three", 5, "other/base")  # finished, but files lie elsewhere: looked at again
+        elsewhere.rename(tmp_path / "three" / "base")
 
     (tmp_path / "three" / "t.jsonl").write_text(text.replace("a", "b", 1))
     refused(r"objective\.t")
@@ -969,10 +972,14 @@ def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
     shutil.copytree(adapters["v2"], tmp_path / "three" / "v2", dirs_exist_ok=True)
     assert len(searched("three", 6).log.of("search")) == 6
 
+    (tmp_path / "three" / "base").rename(elsewhere)
+    assert len(searched("three", 6, "other/base").log.of("search")) == 6
+    assert load_study(tmp_path / "three" / "s").config.base_model == str(elsewhere)
+
     (tmp_path / "three" / "s" / "inputs.json").unlink()  # of an earlier version: nothing to go by
-    (tmp_path / "three").rename(tmp_path / "five")
+    elsewhere.rename(tmp_path / "three" / "base")
     with pytest.raises(StudyError, match="these fields differ: base_model: found"):
-        searched("five", 6)
+        searched("three", 6)
 
 
 def test_a_vector_that_must_be_trained_first_says_so(tmp_path, make_base, make_adapter, corpus_dir):

@@ -508,8 +508,6 @@ def pulled(finished, tmp_path) -> Path:
     lock = Lock(base={}, vectors={name: {} for name in "xyf"}, weights={}, dtype="bfloat16")
     lock.write(tmp_path / "recipe.lock.json")
     shutil.copytree(finished.directory, tmp_path / "study")
-    inputs = json.loads((tmp_path / "study" / "inputs.json").read_text())
-    (tmp_path / "study" / "inputs.json").write_text(json.dumps(inputs | {"folder": None}))
     return tmp_path
 
 
@@ -557,10 +555,4 @@ def test_a_pulled_study_names_no_local_files(pulled, change):
     file = pulled / "study" / "study.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(HubError, match=r"study\.json: .*may not name local files"):
-        check_pulled("recipe", pulled)
-
-
-def test_a_pulled_study_does_not_say_where_it_lay(pulled, finished):
-    shutil.copy(finished.directory / "inputs.json", pulled / "study")
-    with pytest.raises(HubError, match=r"inputs\.json: folder"):
         check_pulled("recipe", pulled)
