@@ -26,9 +26,10 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
 
     job, summary = run_folder(recipe_dir, out, n_seeds=n_seeds, **budget)
     echo(summary)
+    where = f"the merged model is in {job.out / 'merged'}"
     if n_seeds is not None:
-        each = "every seed-K there has its results.md, report.html and merged/"
-        echo(f"{job.out / 'results.md'}; {each}", err=True)
+        where = "every seed-K there has its results.md, report.html and merged/"
+    echo(f"{job.out / 'results.md'}; {where}", err=True)
 
 
 @click.command(epilog="Example: optimer plan recipes/demo")

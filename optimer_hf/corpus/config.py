@@ -47,7 +47,6 @@ class CorpusConfig(FileModel):
         dataset = str(self.dataset)
         return Path(dataset).name if Path(dataset).is_absolute() else dataset
 
-    @property
     def fingerprint(self) -> str | None:
-        """A digest of the local files, or None if there are none."""
+        """Return a digest of the local files, or None if there are none."""
         return None if self.path is None else fingerprint_texts(self.path)

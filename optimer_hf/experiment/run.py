@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -208,8 +207,7 @@ def _results(run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger
         f"the gains, in percent\n\n{intervals_to_markdown(comparison)}\n## Ledger\n\n"
         f"{markdown_table(['stage', 'seconds and counts'], rows)}\n"
         f"{_against_plan(run, ledger)}"
-        f"Merged model: `{os.path.relpath(run.out / 'merged')}`, recipe: "
-        f"`{os.path.relpath(run.out / 'recipe.yaml')}`\n"
+        "Beside this file: the merged model in `merged`, and its recipe in `recipe.yaml`.\n"
     )
 
 

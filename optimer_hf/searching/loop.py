@@ -120,7 +120,7 @@ def search(
             return study
         tracker = Tracker(config.search.report_to, directory)  # what it lacks is said at once
         with (runner or InProcess()).open(config) as slots, tracker:
-            study.go_on_with(slots.inputs)
+            study.go_on_with(slots.digest_inputs())
             warn_of_reported_benchmarks(config.objective)
             if config.test is not None:
                 warn_of_other_weights(config.objective, config.test)
@@ -152,7 +152,7 @@ def _run_search(
     ):
         plan = _Plan(study, scratch, planned)
         while waiting or running:
-            while waiting and len(running) < slots.n_slots:
+            while waiting and len(running) < slots.count_slots():
                 if running and not study.log.of("search"):
                     break  # gains are relative to the base, so it comes first and alone
                 candidate = plan.next_candidate(waiting.popleft(), list(running.values()))
@@ -303,7 +303,7 @@ def _run_rescore(study: Study, slots: Slots) -> None:
     n_running, rules = 0, _rules(study)
     with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
         while remaining or n_running:
-            while remaining and n_running < slots.n_slots:
+            while remaining and n_running < slots.count_slots():
                 if n_running and not study.log.of("rescore"):
                     break  # the base first, as above
                 slots.submit(_again(remaining.popleft()), asked)

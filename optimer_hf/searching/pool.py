@@ -85,10 +85,10 @@ class ResidentPool:
         )
         if config.test is not None:
             check_disjoint(config.objective, config.test, self._evaluator.tasks)
+        self.inputs = self._digests()
 
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Digests of base, vectors and items, see Pool."""
+    def _digests(self) -> dict[str, str]:
+        """Return digests of base, vectors and items, see Pool."""
         paths = {vector.name: vector.path for vector in self.vectors}
         tokenizer = None if self._tokenizer is None else self._tokenizer.path
         found = model_digests(self.base.path, paths, tokenizer)

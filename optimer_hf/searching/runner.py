@@ -21,14 +21,12 @@ from optimer_hf.study.trials import Candidate, Trial
 class Slots(Protocol):
     """Takes candidates of one study, some at once, and gives back trials as they finish."""
 
-    @property
-    def n_slots(self) -> int:
-        """How many trials may run at once."""
+    def count_slots(self) -> int:
+        """Return how many trials may run at once now, at least one."""
         ...
 
-    @property
-    def inputs(self) -> dict[str, str]:
-        """What is merged and scored, see Pool."""
+    def digest_inputs(self) -> dict[str, str]:
+        """Return what is merged and scored, see Pool."""
         ...
 
     def submit(self, candidate: Candidate, asked: Sequence[Asked]) -> None:
@@ -64,11 +62,15 @@ class InProcess:
 
 
 class _OneSlot:
-    n_slots = 1
-
     def __init__(self, pool: Pool) -> None:
-        self._pool, self.inputs = pool, pool.inputs
+        self._pool = pool
         self._submitted: deque[tuple[Candidate, Sequence[Asked]]] = deque()
+
+    def count_slots(self) -> int:
+        return 1
+
+    def digest_inputs(self) -> dict[str, str]:
+        return self._pool.inputs
 
     def submit(self, candidate: Candidate, asked: Sequence[Asked]) -> None:
         self._submitted.append((candidate, asked))

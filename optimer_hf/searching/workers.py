@@ -137,16 +137,14 @@ class Cluster:
         self._pending.clear()
         self._stack.close()
 
-    @property
-    def n_slots(self) -> int:
-        """How many trials may run at once now: one per worker, and only one while a trial is to
-        run alone; waits while there is no worker.
+    def count_slots(self) -> int:
+        """Return how many trials may run at once now: one per worker, and only one while a trial
+        is to run alone; waits while there is no worker.
         """
         return 1 if self._lost else len(self._addresses())
 
-    @property
-    def inputs(self) -> dict[str, str]:
-        """What the pool of a worker scores, see Pool; waits for a worker and opens its pool.
+    def digest_inputs(self) -> dict[str, str]:
+        """Wait for a worker, open its pool and return what it scores, see Pool.
 
         Raises what `next_finished` raises, and StudyError when all workers die of it.
         """

@@ -40,7 +40,6 @@ from optimer_hf.study.trials import (
     Fidelity,
     Trial,
     TrialLog,
-    _digest_of,
     rules_of,
 )
 
@@ -126,32 +125,32 @@ class Study:
         digests = Inputs.read(file).digests
         if (self.directory / SEALED_FILE).exists():
             return digests
-        return {name: found for name, found in digests.items() if not name.startswith(OF_TEST)}
+        return {name: text for name, text in digests.items() if not name.startswith(OF_TEST)}
 
-    def go_on_with(self, found: Mapping[str, str]) -> None:
+    def go_on_with(self, digests: Mapping[str, str]) -> None:
         """Record what a pool scores, digests by field, and where the files lie that the config
         names. Raises StudyError as `check_inputs`.
         """
-        self.check_inputs(found)
+        self.check_inputs(digests)
         if not self.names_recorded_files():
             _record_config(self.config, self.directory / STUDY_FILE)
         file = self.directory / INPUTS_FILE
-        if self.log.trials and found and not file.exists():
+        if self.log.trials and digests and not file.exists():
             logger.warning(
                 "%s: does not know what its trials scored (of an earlier version); taken to be the "
                 "weights and items that are there now",
                 self.directory,
             )
-        record = Inputs(digests={**self.inputs, **found})
+        record = Inputs(digests={**self.inputs, **digests})
         if not file.exists() or Inputs.read(file) != record:
             record.write(file)
 
-    def check_inputs(self, found: Mapping[str, str]) -> None:
+    def check_inputs(self, digests: Mapping[str, str]) -> None:
         """Raise StudyError when weights or items, digests by field, are not those that the trials
         scored.
         """
         known = self.inputs
-        changed = sorted(name for name in known.keys() & found if known[name] != found[name])
+        changed = sorted(name for name in known.keys() & digests if known[name] != digests[name])
         if changed:
             of_test = all(name.startswith(OF_TEST) for name in changed)
             what = "items that its sealed rows" if of_test else "weights or items that its trials"
@@ -185,7 +184,7 @@ class Study:
     @property
     def decision(self) -> Decision | None:
         """What was decided about the search trials that are there."""
-        return self.decisions.about(self.log.of("search"))
+        return self.decisions.about(self.log)
 
     @property
     def is_searched(self) -> bool:
@@ -225,8 +224,7 @@ class Study:
             return
         decision = self.decision
         if decision is None:
-            trials = self.log.of("search")
-            decision = Decision(_digest_of(trials), self._worth_rescoring())
+            decision = Decision(self.log.digest(), self._worth_rescoring())
             self.decisions.add(decision, to_disk=to_disk)
         if decision.incumbent is None and not self.to_rescore():
             decision = replace(decision, incumbent=self.best_so_far().number)
@@ -251,8 +249,8 @@ class Study:
         """
         if (decision := self.decision) is None or decision.incumbent is None:
             rescore = decision.rescore if decision is not None else []
-            key, best = _digest_of(self.log.of("search")), self.best_so_far().number
-            self.decisions.add(Decision(key, rescore, best), to_disk=False)
+            decision = Decision(self.log.digest(), rescore, self.best_so_far().number)
+            self.decisions.add(decision, to_disk=False)
 
     def _worth_rescoring(self) -> list[int]:
         """Return the numbers of the base and the best few; those that were scored again after the

@@ -1,7 +1,7 @@
 """What a search recorded: trials and decisions, appended a line at a time."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -120,6 +120,7 @@ class TrialLog:
         """Read what is there, see `read_lines`; raise StudyError for a line that is no trial."""
         self.path = path
         self.trials: list[Trial] = []
+        self._digests: dict[int, str] = {}
         for number, line in enumerate(read_lines(path, repair=repair), start=1):
             try:
                 self.trials.append(Trial.from_json(line.decode()))
@@ -133,6 +134,13 @@ class TrialLog:
         """Write one trial to disk before returning."""
         append_line(self.path, trial.to_json())
         self.trials.append(trial)
+
+    def digest(self) -> str:
+        """Return a digest of the search trials, made once until another trial is there."""
+        if (n_trials := len(self.trials)) not in self._digests:
+            told = [[each.number, each.status, each.weights] for each in self.of("search")]
+            self._digests = {n_trials: digest(told)}
+        return self._digests[n_trials]
 
     def of(self, fidelity: Fidelity) -> list[Trial]:
         """Return the trials of one fidelity, in the order they ran."""
@@ -190,16 +198,12 @@ class DecisionLog:
             append_line(self.path, json.dumps(asdict(decision)))
         self.decisions.append(decision)
 
-    def about(self, trials: Sequence[Trial]) -> Decision | None:
-        """Return what was decided last about these search trials."""
+    def about(self, log: TrialLog) -> Decision | None:
+        """Return what was decided last about the search trials of a log."""
         if not self.decisions:
             return None
-        key = _digest_of(trials)
+        key = log.digest()
         return next((each for each in reversed(self.decisions) if each.trials == key), None)
-
-
-def _digest_of(trials: Sequence[Trial]) -> str:
-    return digest([[trial.number, trial.status, trial.weights] for trial in trials])
 
 
 def rules_of(config: StudyConfig, n_trials: int) -> Rules:

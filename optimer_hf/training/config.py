@@ -153,9 +153,8 @@ class TrainConfig(VersionedFile):
                 del part["data_files"]
         return digest(data)
 
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Digests of the local base and of the local texts as they are now, by field."""
+    def digest_inputs(self) -> dict[str, str]:
+        """Return digests of the local base and of the local texts as they are now, by field."""
         digests = {}
         base = Reference(self.base_model).path
         if base is not None and is_there(base):
@@ -163,7 +162,7 @@ class TrainConfig(VersionedFile):
                 fingerprint(base) if base.is_file() else weights_fingerprint(base)
             )
         for number, corpus in enumerate(self.corpora):
-            if (text := corpus.fingerprint) is not None:
+            if (text := corpus.fingerprint()) is not None:
                 digests["corpus" if self.mixture is None else f"mixture.{number}"] = text
         return digests
 

@@ -107,7 +107,9 @@ def _difference(config: TrainConfig, record: TrainingRecord | StartedRecord) -> 
         names = "; ".join(differing) or "base_model or corpus"
         return f"config ({names})"
     known = record.inputs
-    changed = [field for field, now in config.inputs.items() if known.get(field, now) != now]
+    changed = [
+        field for field, now in config.digest_inputs().items() if known.get(field, now) != now
+    ]
     return f"content of {', '.join(changed)} under the same name" if changed else ""
 
 
@@ -241,7 +243,7 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
     StartedRecord(
         config_sha256=config.digest,
         training=config.settings,
-        inputs=config.inputs,
+        inputs=config.digest_inputs(),
         parts=[dataclasses.asdict(part) for part in packed.parts],
         blocks_sha256=packed.sha256,
     ).write(out / STARTED)

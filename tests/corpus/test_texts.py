@@ -823,9 +823,9 @@ def test_shuffling_holds_no_more_characters_than_it_may():
 
 def test_texts_that_changed_in_a_folder_change_the_fingerprint_of_its_corpus(tmp_path):
     config = CorpusConfig(path=tmp_path)
-    assert config.fingerprint is None
+    assert config.fingerprint() is None
     write_any(tmp_path / "a.jsonl", "{}")
-    before = config.fingerprint
+    before = config.fingerprint()
     write_any(tmp_path / "a.jsonl", "{} ")
-    assert None not in (before, config.fingerprint)
-    assert before != config.fingerprint
+    assert None not in (before, config.fingerprint())
+    assert before != config.fingerprint()

@@ -171,7 +171,7 @@ def run(workers: Workers, config: StudyConfig, numbers) -> dict[int, Trial]:
     """Run trials, as many at a time as the workers take, and return them by number."""
     waiting, n_running, finished = list(numbers), 0, []
     while waiting or n_running:
-        while waiting and n_running < workers.n_slots:
+        while waiting and n_running < workers.count_slots():
             workers.submit(candidate_of(waiting.pop(0)), asked_of(config))
             n_running += 1
         finished.append(workers.next_finished())
@@ -208,7 +208,7 @@ def empty_cluster(monkeypatch):
 def test_two_local_workers_score_what_one_process_scores_and_open_once_each(tmp_path, capfd):
     config = config_of(tmp_path)
     with Workers(n_workers=2, pool=FunctionPool).open(config) as workers:
-        assert workers.n_slots == 2
+        assert workers.count_slots() == 2
         finished = run(workers, config, range(6))
     assert len(files(tmp_path, "opened")) == len(set(files(tmp_path, "opened"))) == 2
     assert {trial.worker for trial in finished.values()} == {"0", "1"}
@@ -415,7 +415,7 @@ def test_a_pool_that_kills_every_worker_ends_the_search(tmp_path, cluster):
         Workers(scheduler=cluster.scheduler_address, pool=DeadlyToOpenPool).open(config) as workers,
         pytest.raises(StudyError, match=r"no pool could be opened\. .*its worker died 2 times"),
     ):
-        _ = workers.inputs
+        workers.digest_inputs()
 
 
 def test_workers_that_see_other_weights_end_the_search_before_a_trial(tmp_path):
@@ -480,7 +480,7 @@ def test_a_scheduler_without_workers_is_waited_for_and_then_an_error(
         Workers(scheduler=empty_cluster.scheduler_address).open(config_of(tmp_path)) as workers,
         pytest.raises(StudyError, match=r"no worker for \d s\. Start workers"),
     ):
-        _ = workers.n_slots
+        workers.count_slots()
     assert caplog.records[0].message == "no worker for 0 s, waiting up to 1 s"
 
 

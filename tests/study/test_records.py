@@ -29,6 +29,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.gp import fit
 from optimer_hf.study.prediction import front, predict
+from optimer_hf.study.trials import TrialLog
 
 N_TRIALS = 7
 Lines = list[dict[str, Any]]
@@ -556,3 +557,13 @@ def test_a_pulled_study_names_no_local_files(pulled, change):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(HubError, match=r"study\.json: .*may not name local files"):
         check_pulled("recipe", pulled)
+
+
+def test_the_digest_of_a_log_is_of_its_search_trials_only(finished, tmp_path):
+    log, digests = TrialLog(tmp_path / "trials.jsonl"), []
+    for trial in finished.log.trials:
+        log.append(trial)
+        digests.append(log.digest())
+    n_search = len(finished.log.of("search"))
+    assert len(set(digests)) == n_search
+    assert digests[-1] == digests[n_search - 1] == finished.decisions.decisions[-1].trials
