@@ -105,11 +105,12 @@ def test_a_run_that_was_moved_is_not_done_again(finished: Path, recipe_dir: Path
 
 
 def test_a_finished_run_notices_other_text_outside_its_folder(
-    finished: Path, recipe_dir: Path, corpus_dir: Path
+    finished: Path, recipe_dir: Path, corpus_dir: Path, caplog
 ):
     file = corpus_dir / "aaa.train.jsonl"
     text = file.read_text()
-    assert "nothing to do" in optimer("run", recipe_dir, finished).stderr
+    optimer("run", recipe_dir, finished)
+    assert "finished already, nothing to do" in caplog.text
     try:
         file.write_text(text.replace("a", "b", 1))
         again = optimer("run", recipe_dir, finished)
@@ -178,12 +179,14 @@ def test_a_file_of_the_users_beside_a_run_does_not_stop_it(tmp_path: Path):
 
 
 @pytest.mark.parametrize("lost", ["results.json", "results.md"])
-def test_a_run_whose_results_are_lost_is_not_finished(finished: Path, recipe_dir: Path, lost: str):
+def test_a_run_whose_results_are_lost_is_not_finished(
+    finished: Path, recipe_dir: Path, lost: str, caplog
+):
     before = (finished / "results.json").read_text()
     (finished / lost).unlink()
     result = optimer("run", recipe_dir, finished)
     assert result.exit_code == 0, result.output
-    assert "nothing to do" not in result.stderr
+    assert "finished already" not in caplog.text
     assert "searched merge" in (finished / "results.md").read_text()
     assert (finished / "results.json").read_text() == before
 
