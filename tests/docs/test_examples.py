@@ -39,8 +39,9 @@ def test_a_recipe_folder_is_valid_in_both_budgets(folder: Path, tmp_path: Path):
     from optimer_hf.experiment.folder import Run, load
 
     for short in (False, True):
-        config, trainings = load(Run(folder, tmp_path / "out", short))
-        assert set(trainings) <= set(config.vectors)
+        inputs = load(Run(folder, tmp_path / "out", short))
+        config = inputs.study
+        assert set(inputs.trainings) <= set(config.vectors)
         for objective in (config.objective, config.test):
             assert all(term.text is None or term.text.is_file() for term in objective.terms)
 
