@@ -23,6 +23,7 @@ from pydantic import ValidationError, field_validator
 
 from optimer_hf.errors import HubError, OptimerError
 from optimer_hf.files.digest import sha256_file
+from optimer_hf.files.disk import naming_disk_errors
 from optimer_hf.files.locks import hold_place
 from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.reference import Reference
@@ -30,7 +31,7 @@ from optimer_hf.files.staging import require_empty, staged_directory
 from optimer_hf.hub.client import described, described_input, explained, licence_of, tried
 from optimer_hf.hub.publication import ALLOWED, CARD, WEIGHTS, Kind, is_allowed, kind_of
 from optimer_hf.hub.untrusted import LARGEST_TEXT, check_pulled, refuse_other_weights
-from optimer_hf.models.layout import COPIED_BESIDE_WEIGHTS
+from optimer_hf.models.layout import COPIED_BESIDE_WEIGHTS, PENDING
 from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
 from optimer_hf.vectors.record import VectorFile
 
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 
 RECORD = "hub.json"
-PENDING = ".update"  # a complete update that is not yet in place
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -378,6 +378,12 @@ def _finish_update(target: Path) -> None:
     is left to do is to remove what is empty.
     """
     pending = target / PENDING
+    with naming_disk_errors(target, "The update has arrived whole; the same command finishes it"):
+        _move_update(pending, target)
+    shutil.rmtree(pending, ignore_errors=True)
+
+
+def _move_update(pending: Path, target: Path) -> None:
     if (pending / RECORD).exists():
         new, old = PulledFile.read(pending / RECORD), _record_in(target)
         for name in () if old is None else old.files.keys() - new.files.keys():
@@ -386,7 +392,6 @@ def _finish_update(target: Path) -> None:
             if (pending / name).exists():
                 (target / name).parent.mkdir(exist_ok=True)
                 (pending / name).replace(target / name)
-    shutil.rmtree(pending, ignore_errors=True)
 
 
 def _record_in(target: Path) -> PulledFile | None:

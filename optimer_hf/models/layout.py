@@ -14,6 +14,7 @@ from optimer_hf.files.reference import is_there
 
 INDEX = ".safetensors.index.json"
 ANY_WEIGHTS = "*.safetensors"
+PENDING = ".update"  # in a pulled directory: a whole update that is not yet in place
 PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth")  # no training_args.bin, optimizer.pt
 
 GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer

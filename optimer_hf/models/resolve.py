@@ -7,6 +7,7 @@ from optimer_hf.errors import ModelError
 from optimer_hf.files.paths import cache_dir
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import Reference, is_there
+from optimer_hf.files.staging import is_half_filled
 from optimer_hf.models.gguf import _converted
 from optimer_hf.models.guard import hub_answers
 from optimer_hf.models.layout import (
@@ -14,6 +15,7 @@ from optimer_hf.models.layout import (
     INDEX,
     LEGAL,
     OF_TOKENIZER,
+    PENDING,
     ResolvedModel,
     missing_shards,
     refuse_pickled,
@@ -50,6 +52,7 @@ def _resolved(text: str, *, may_run_code: bool) -> ResolvedModel:
             f"{text}: no such file or directory, and not a Hub id of the form org/name."
         )
     if ref.path.is_dir():
+        _refuse_half_moved(ref.path)
         return ResolvedModel(ref.path, ref.path.name)
     if ref.path.suffix == ".gguf":
         return ResolvedModel(_converted(ref.path), ref.path.name)
@@ -57,6 +60,22 @@ def _resolved(text: str, *, may_run_code: bool) -> ResolvedModel:
         f"{text}: expected a directory, a GGUF file or a Hub id, found a "
         f"{ref.path.suffix or 'plain'} file."
     )
+
+
+def _refuse_half_moved(path: Path) -> None:
+    """Refuse a directory with files of two states: what was to replace it is whole, and was stopped
+    on its way there.
+    """
+    if (path / PENDING / "hub.json").exists():
+        raise ModelError(
+            f"{path}: an update was stopped half-way, so its files are of two commits. Finish it: "
+            f"`optimer pull REPO {path} --update`."
+        )
+    if is_half_filled(path):
+        raise ModelError(
+            f"{path}: was stopped while it was moved into place. Give the command that wrote it "
+            "again."
+        )
 
 
 def resolve_tokenizer(text: str) -> ResolvedModel:

@@ -1043,7 +1043,12 @@ def test_an_update_that_was_killed_is_finished(hub, make_vector, name, tmp_path,
         patch.setattr(pulls, "_finish_update", killed)
         hubs.pull(f"alice/{name}", out, token=ALICE, update=True)
     assert {key: (out / key).read_bytes() for key in old} == old
+    with pytest.raises(
+        ModelError, match=rf"two commits\. Finish it: `optimer pull REPO {out} --up"
+    ):
+        resolve_model(str(out))
     assert hubs.pull(f"alice/{name}", out, token=ALICE, update=True).commit == second
+    assert resolve_model(str(out)).path == out
     assert json.loads((out / "vector.json").read_text())["norm"] == 5.0
     assert json.loads((out / "hub.json").read_text())["commit"] == second
     assert {path.name for path in out.iterdir()} == {*old, "mine.txt"}
