@@ -24,6 +24,14 @@ from optimer_hf.vectors.delta import describe
 ALICE = "hf_alice_write"
 N_SAMPLED = 1  # event of a command
 IGNORED = r"^(hf|cache)/"  # caches
+OPTIONAL: dict[str, str] = {}  # files that a command does without where the disk refuses them
+RESUMED = {  # files that a command that goes on adds to, and drops when it is done
+    "train": r"^trained/(started\.json|blocks|checkpoints/)",
+    "search": r"^study/",
+    "run": r"^out/",
+    "compare": r"^study/(decisions|sealed)\.jsonl",
+    "update": r"^pulled/\.update/",  # the whole update, half in place
+}
 EXISTS = "already exists and is not empty"  # a finished output, which stays as it is
 
 # command line; the command whose results it starts from
@@ -34,6 +42,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "mergekit": (["merge", "merge.yml", "merged", "--engine", "mergekit"], "inputs"),
     "search": (["search", "study.yaml", "study"], "inputs"),
     "report": (["report", "study", "report.html", "--figures", "drawn"], "search"),
+    "compare": (["compare", "study", "--figure", "sealed.png"], "search"),
     "recipe": (["recipe", "study", "made/recipe.yaml", "--vanilla"], "search"),
     "build": (["build", "made/recipe.yaml", "built"], "recipe"),
     "run": (["run", "tiny", "out"], "inputs"),
@@ -104,7 +113,11 @@ def _write_configs(work: Path, corpus_dir: Path) -> None:
     there = {"base_model": "../base", "corpus": {"path": "../aaa.train.jsonl"}}
     write("tiny/train-aaa.yaml", training | there)
     search = {"n_trials": 5, "rescore_top": 2}
-    study = {"objective": {"limit": 2, "terms": terms("search", ".")}, "search": search}
+    study = {
+        "objective": {"limit": 2, "terms": terms("search", ".")},
+        "test": {"limit": 2, "terms": terms("test", ".")},
+        "search": search,
+    }
     sources = {name: {"source": f"./vectors/{name}"} for name in ("ja", "math")}
     write("study.yaml", study | {"base_model": "./base", "vectors": sources})
     tiny = {
@@ -161,6 +174,8 @@ def tried(scratch: Path, first_commit: str) -> Iterator[Callable[..., dict[str, 
                 "ignored": IGNORED,
                 "accepted": EXISTS if name in ("extract", "merge", "mergekit") else "(?!)",
                 "is_refused": is_refused,
+                "optional": OPTIONAL.get(name, "(?!)"),
+                "resumed": RESUMED.get(name, "(?!)"),
                 "repo": "alice/pushed" if name == "push" else None,
             }
             driver.stdin.write(json.dumps(request) + "\n")
@@ -184,7 +199,7 @@ def test_a_command_killed_anywhere_and_started_again_ends_as_if_it_had_not_been(
     assert found["tried"] >= N_SAMPLED
 
 
-@pytest.mark.parametrize("name", ["train", "extract", "search", "push", "pull"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_whose_disk_takes_no_more_data_says_so_and_can_be_started_again(
     tried, request: pytest.FixtureRequest, name: str
 ):

@@ -77,9 +77,20 @@ class Driver:
     def __init__(self, scratch: Path) -> None:
         self.scratch, self.work = scratch, scratch / "work"
         self.repo: str | None = None  # what a push makes, removed before every try
+        self._references: dict[str, tuple[Outcome, dict[str, str]]] = {}
 
-    def reference(self, start: str, arguments: Sequence[str], result: str) -> Outcome:
-        """Run a command uninterrupted from a state and keep what it leaves as `result`."""
+    def reference(
+        self, start: str, arguments: Sequence[str], result: str, ignored: str
+    ) -> tuple[Outcome, dict[str, str]]:
+        """Run a command uninterrupted from a state, once, and keep what it leaves as `result`;
+        return how it ended and file -> digest of what it leaves.
+        """
+        if result not in self._references:
+            outcome = self._uninterrupted(start, arguments, result)
+            self._references[result] = outcome, self.left(ignored)
+        return self._references[result]
+
+    def _uninterrupted(self, start: str, arguments: Sequence[str], result: str) -> Outcome:
         self._put(start)
         _forked_import(self.scratch / "modules.json")
         outcome = self._child(arguments)
@@ -89,25 +100,21 @@ class Driver:
             shutil.copytree(self.work, self.scratch / result, symlinks=True)
         return outcome
 
-    def killed_at(self, start: str, arguments: Sequence[str], number: int) -> list[Outcome]:
-        """Kill a command right before an event and start it again until it ends by itself."""
-        self._put(start)
-        killed = self._child(arguments, kill_at=number)
-        if killed.status != -signal.SIGKILL:
-            return [killed]
-        return [killed, self._child(arguments)]
+    def again(self, arguments: Sequence[str]) -> Outcome:
+        """Run a command on what is there."""
+        return self._child(arguments)
 
-    def refused_at(
-        self, start: str, arguments: Sequence[str], number: int, error: int
-    ) -> list[Outcome]:
-        """Let the disk refuse data from an event on, and start the command again when it takes
-        some.
-        """
+    def killed_at(self, start: str, arguments: Sequence[str], number: int) -> Outcome:
+        """Run a command and kill it right before an event."""
         self._put(start)
-        refused = self._child(arguments, kill_at=number, error=error)
-        return [refused, self._child(arguments)]
+        return self._child(arguments, kill_at=number)
 
-    def found(self, ignored: str) -> dict[str, str]:
+    def refused_at(self, start: str, arguments: Sequence[str], number: int, error: int) -> Outcome:
+        """Run a command on a disk that refuses data from an event on."""
+        self._put(start)
+        return self._child(arguments, kill_at=number, error=error)
+
+    def left(self, ignored: str) -> dict[str, str]:
         """Return file -> digest of what a command left here and on the Hub."""
         there = {} if self.repo is None else repository(self.repo)
         return contents(self.work, ignored) | there
@@ -322,54 +329,92 @@ def differing(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str
     return wrong
 
 
-def _is_said(outcome: Outcome, error: int) -> bool:
-    """Whether a command that the disk refused says so in a line, or did without."""
-    if outcome.status == 0:
-        return True
+def _wrong_refusal(
+    driver: Driver,
+    outcome: Outcome,
+    error: int,
+    states: tuple[Mapping[str, str], Mapping[str, str]],
+    request: Mapping[str, Any],
+) -> list[str]:
+    """Return what is wrong with how a command ended that the disk refused: it says so in a line, or
+    did without what is optional; every file is the one from before or the one from after; nothing
+    else is there.
+    """
+    work, result = driver.work, driver.scratch / request["result"]
+    (before, after), left = states, driver.left(request["ignored"])
+    optional, resumed = re.compile(request["optional"]), re.compile(request["resumed"])
+    wrong = []
     errors = [line for line in outcome.said.splitlines() if line.startswith("error: ")]
-    return (
-        outcome.status == 1
-        and len(errors) == 1
-        and os.strerror(error) in errors[0]
-        and "Traceback" not in outcome.said
-    )
+    is_said = len(errors) == 1 and os.strerror(error) in errors[0]
+    if outcome.status == 0:
+        missing = [name for name in differing(left, after) if not optional.search(name)]
+        wrong += [f"exit 0 without {name}" for name in missing]
+    elif outcome.status != 1 or not is_said or "Traceback" in outcome.said:
+        wrong.append("not said")
+    for name, digest in left.items():
+        if ".partial-" in name:
+            wrong.append(f"left behind: {name}")
+        elif digest not in (before.get(name), after.get(name)) and not (
+            resumed.search(name) and _is_begun(work / name, result / name)
+        ):
+            wrong.append(f"half-written: {name}")
+    for name in before.keys() & after.keys() - left.keys():
+        wrong.append(f"lost: {name}")
+    return wrong
+
+
+def _is_begun(file: Path, whole: Path) -> bool:
+    """Whether a log holds the first lines of another; true of other files."""
+    if file.suffix != ".jsonl" or not whole.exists():
+        return True
+    found, expected = (untimed(each.read_text()).splitlines() for each in (file, whole))
+    return found == expected[: len(found)]
 
 
 def tried(driver: Driver, request: Mapping[str, Any]) -> dict[str, Any]:
     """Kill one command as often as asked, and return how often it failed, and how."""
     start, arguments, ignored = request["start"], request["arguments"], request["ignored"]
-    result = request["result"]
     driver.repo = request.get("repo")
-    whole = driver.reference(start, arguments, result)
+    whole, expected = driver.reference(start, arguments, request["result"], ignored)
     if whole.status != 0:
         return {"n_events": 0, "tried": 0, "failed": [f"uninterrupted: {whole.said}"]}
-    expected = driver.found(ignored)
-    numbers = list(range(1, len(whole.events) + 1))
-    if request["sample"] is not None:
-        chosen = random.Random(request["seed"]).sample(
-            numbers, min(request["sample"], len(numbers))
-        )
-        numbers = sorted(chosen)
+    before = contents(driver.scratch / start, ignored)
+    numbers = _chosen(len(whole.events), request)
     failed = []
     for number in numbers:
         error, event = ERRORS[number % len(ERRORS)], whole.events[number - 1]
+        wrong: list[str] = []
         if request["is_refused"]:
-            outcomes = driver.refused_at(start, arguments, number, error)
+            first = last = driver.refused_at(start, arguments, number, error)
+            wrong = _wrong_refusal(driver, first, error, (before, expected), request)
         else:
-            outcomes = driver.killed_at(start, arguments, number)
-        last = outcomes[-1]
-        found = differing(driver.found(ignored), expected)
+            first = last = driver.killed_at(start, arguments, number)
+        if request["is_refused"] or first.status == -signal.SIGKILL:
+            last = driver.again(arguments)
+        found = differing(driver.left(ignored), expected)
         ended = last.status == 0 or re.search(request["accepted"], last.said) is not None
         if not ended or found:
-            tail = " | ".join(last.said.strip().splitlines()[-3:])
-            failed.append(f"{number} ({event}): exit {last.status}, {found}, {tail}")
-        elif request["is_refused"] and not _is_said(outcomes[0], error):
-            tail = " | ".join(outcomes[0].said.strip().splitlines()[-4:])
-            failed.append(f"{number} ({event}): exit {outcomes[0].status}, {tail}")
+            failed.append(f"{number} ({event}): again: exit {last.status}, {found}, {_end(last)}")
+        if wrong:
+            how = f"exit {first.status}, {wrong}, {_end(first)}"
+            failed.append(f"{number} ({event}): {os.strerror(error)}: {how}")
         told = f"{request['name']} {number}/{len(whole.events)}: {len(failed)} failed\n"
         sys.stderr.write(told)
         sys.stderr.flush()
     return {"n_events": len(whole.events), "tried": len(numbers), "failed": failed}
+
+
+def _chosen(n_events: int, request: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of the events to try: all, or a sample."""
+    numbers = list(range(1, n_events + 1))
+    if request["sample"] is None:
+        return numbers
+    n_chosen = min(request["sample"], n_events)
+    return sorted(random.Random(request["seed"]).sample(numbers, n_chosen))
+
+
+def _end(outcome: Outcome) -> str:
+    return " | ".join(outcome.said.strip().splitlines()[-4:])
 
 
 def main() -> None:
