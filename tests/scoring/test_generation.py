@@ -24,15 +24,12 @@ def settings_of(generation, own=OWN):
         ({"do_sample": True}, r"generation\.do_sample: found True, .* temperature above 0"),
         ({"do_sample": True, "temperature": 0}, r"temperature above 0\. Add one"),
         ({"do_sample": True, "temperature": -1}, r"generation\.temperature: found -1"),
-        ({"temperature": "hot"}, r"generation\.temperature: found 'hot'"),
         ({"use_cache": False}, r"generation\.use_cache: lm-eval sets it itself\. Leave it out"),
         ({"use_cache": True}, r"generation\.use_cache"),
         ({"pad_token_id": 0}, r"generation\.pad_token_id: lm-eval takes that of the tokenizer"),
         ({"max_length": 9}, r"generation\.max_length: it counts the prompt.* Give max_gen_toks"),
         ({"max_time": 1.5}, r"generation\.max_time: .* speed of the machine"),
         ({"stop_strings": ["x"]}, r"generation\.stop_strings: .*`until`"),
-        ({"num_return_sequences": 2}, r"generation\.num_return_sequences: found 2"),
-        ({"num_beams": 2, "num_return_sequences": 2}, r"num_return_sequences: .* one text per"),
         ({"return_dict_in_generate": True}, r"generation\.return_dict_in_generate: found True"),
         ({"penalty_alpha": 0.5, "top_k": 4}, r"generation\.penalty_alpha: found 0\.5"),
         ({"num_beam_groups": 2, "num_beams": 4}, r"generation\.num_beam_groups: found 2"),
@@ -44,12 +41,16 @@ def settings_of(generation, own=OWN):
         ({"watermarking_config": {"bias": "x"}}, r"generation\.watermarking_config: found"),
         ({"max_tokens": 3, "max_gen_toks": 4}, r"max_gen_toks and max_tokens are names of one"),
         ({"until": ""}, r"generation\.until: found ''\. Expected a text"),
-        ({"until": ["x", 5]}, r"generation\.until: found \['x', 5\]"),
     ],
 )
 def test_settings_that_would_end_a_trial_in_a_traceback_are_refused(generation, message):
     with pytest.raises(EvaluationError, match=f"term 'toy': .*{message}"):
         settings_of(generation)
+
+
+def test_a_task_that_asks_for_several_texts_of_a_prompt_is_refused():
+    with pytest.raises(EvaluationError, match=r"task 'toy': .* other than one text per prompt"):
+        settings_of({}, OWN | {"num_beams": 2, "num_return_sequences": 2})
 
 
 def test_a_bad_setting_of_the_task_itself_is_said_to_be_the_task_s():
