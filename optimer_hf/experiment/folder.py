@@ -48,17 +48,23 @@ class Run:
         """Return the digest of every input file and the budget: equal digests, nothing to do."""
         files = {
             str(path.relative_to(self.folder)): sha256_file(path)
-            for path in sorted(self.folder.rglob("*"))
+            for path in self._inputs("*")
             if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
         }
         return digest({"files": files, "elsewhere": self._elsewhere()} | self.budget)
+
+    def _inputs(self, pattern: str) -> list[Path]:
+        """Return what matches in the folder, without results of runs that lie in it."""
+        claimed = {file.parent for file in self.folder.rglob("run.json")} | {self.out}
+        found = sorted(self.folder.rglob(pattern))
+        return [path for path in found if claimed.isdisjoint(path.parents)]
 
     def _elsewhere(self) -> dict[str, dict[str, str]]:
         """Return fingerprints of the files that the folder's YAML files name and that lie outside
         of it, of a directory (a model, tasks) those right in it.
         """
         found = {}
-        for file in sorted([*self.folder.rglob("*.yaml"), *self.folder.rglob("*.yml")]):
+        for file in sorted([*self._inputs("*.yaml"), *self._inputs("*.yml")]):
             with contextlib.suppress(ConfigError):  # none of ours, or told when it is read
                 for _, text in strings_in(read_yaml(file)):
                     path = (file.parent / expand_home(Path(text))).resolve()

@@ -9,7 +9,10 @@ from pathlib import Path
 from optimer_hf.errors import OutputError
 from optimer_hf.files.reference import is_there
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}
+DISK_ERRORS = {  # EXDEV: some file systems (overlayfs) do not move a directory
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EXDEV, errno.ENAMETOOLONG, errno.ESTALE),
+}
 SMALLEST_FREE_SPACE = 4 * 2**20  # bytes; less than this is a full disk
 
 

@@ -31,7 +31,7 @@ NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}
 def make_directory(path: Path) -> None:
     """Make a directory and its parents if necessary; raises OutputError if that fails."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)  # also behind a link
     except OSError as error:
         raise OutputError(
             f"{path}: cannot create this directory ({error.strerror}). Give another place."
@@ -40,10 +40,12 @@ def make_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to write to, which replaces `path` at the end.
+    """Yield a temporary sibling to write to, which replaces `path`, or the file that it links to,
+    at the end.
 
     After a crash or a power cut the file has either the old content or the new.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     make_directory(path.parent)
     try:
         with hold_place(path, wait=True) as alone:
@@ -106,6 +108,12 @@ def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
                     _swap(place)
                 else:
                     _move(staging, out, place)
+            except Exception as error:
+                if is_there(staging.parent) or isinstance(error, OutputError):
+                    raise
+                raise OutputError(
+                    f"{out}: its folder was removed while it was written. Give the command again."
+                ) from error
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
 
@@ -151,7 +159,8 @@ def _swap(place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_half_filled(place: Path) -> bool:
+def is_half_filled(place: Path) -> bool:
+    """Whether a directory was being filled by a process that died; `finish_move` ends it."""
     return is_there(place / COMPLETE) or is_there(place / INSTEAD)
 
 
@@ -180,9 +189,9 @@ def finish_move(out: Path) -> None:
     for folder in (place.parent, place):
         remove_dead_locks(folder)
     with naming_disk_errors(out, "It is not complete"):
-        if _is_half_filled(place):
+        if is_half_filled(place):
             with hold_place(place, beside=place):
-                if _is_half_filled(place):
+                if is_half_filled(place):
                     _fill(place)
         if is_there(_whole_beside(place)):
             with hold_place(place):

@@ -233,6 +233,13 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
     try:
         with naming_disk_errors(out, "Nothing was left behind"):
             packed = _pack_text(config, tokenizer, out / BLOCKS)
+        StartedRecord(
+            config_sha256=config.digest,
+            training=config.settings,
+            inputs=config.digest_inputs(),
+            parts=[dataclasses.asdict(part) for part in packed.parts],
+            blocks_sha256=packed.sha256,
+        ).write(out / STARTED)
     except BaseException:
         for path in out.glob(f"{LEFTOVERS[1]}*"):
             path.unlink(missing_ok=True)
@@ -240,13 +247,6 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
             with contextlib.suppress(OSError):
                 out.rmdir()
         raise
-    StartedRecord(
-        config_sha256=config.digest,
-        training=config.settings,
-        inputs=config.digest_inputs(),
-        parts=[dataclasses.asdict(part) for part in packed.parts],
-        blocks_sha256=packed.sha256,
-    ).write(out / STARTED)
     return load_packed(out / BLOCKS, packed.parts)
 
 
@@ -315,6 +315,8 @@ def _save(
     out: Path,
     spent: Cost,
 ) -> None:
+    if not (out / STARTED).exists():
+        raise OutputError(f"{out}: was removed while it was trained. Give the command again.")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if config.lora is not None:
         for lora in model.peft_config.values():
