@@ -349,7 +349,7 @@ def test_a_run_on_another_base_of_the_same_name_is_refused(make_config, make_bas
     config = make_config().model_copy(update={"base_model": str(tmp_path / "one" / "base")})
     out = train(config, tmp_path / "out")
     other = config.model_copy(update={"base_model": str(tmp_path / "two" / "base")})
-    with pytest.raises(OutputError, match="another content of base_model, under the same name"):
+    with pytest.raises(OutputError, match="a different content of base_model under the same name"):
         train(other, out)
 
 
@@ -414,7 +414,9 @@ def test_another_config_in_the_same_directory_is_refused(make_config, tmp_path):
     with pytest.raises(OutputError, match=rf"a different config \({differing}\)\. Remove it"):
         train(make_config(seed=1), out)
     lora = {**LORA, "r": LORA["r"] + 1}
-    with pytest.raises(OutputError, match=r"differs: lora\.r: found \d+, expected \d+\. Remove it"):
+    with pytest.raises(
+        OutputError, match=r"config \(lora\.r: found \d+, expected \d+\)\. Remove it"
+    ):
         train(make_config(lora=lora), out)
     with pytest.raises(
         OutputError, match=r"differs: max_tokens: found 192, expected 32\. Remove it"
