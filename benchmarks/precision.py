@@ -17,7 +17,7 @@ from time import perf_counter
 import torch
 from demo import RECIPE, one_arm
 
-from optimer_hf.models.live import default_device, multiplied_in
+from optimer_hf.models.live import compute_dtype, default_device
 from optimer_hf.training import config as train
 
 ROUNDS = 3
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of a training step")
     options = parser.parse_args()
     device = default_device()
-    chosen = str(multiplied_in(torch.bfloat16, device)).removeprefix("torch.")
+    chosen = str(compute_dtype(torch.bfloat16, device)).removeprefix("torch.")
     rates = {dtype: products(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
     steps = {is_mixed: training(is_mixed, options.tokens) for is_mixed in (True, False)}
     print(f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {device}")

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from optimer_hf.errors import HubError
 from optimer_hf.files.reference import Reference
-from optimer_hf.models.guard import hub_answers
+from optimer_hf.models.guard import checking_answers
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def tried(request: Callable[[], ResultT]) -> ResultT:
     """
     for attempt in range(TRIES):
         try:
-            with hub_answers():
+            with checking_answers():
                 return request()
         except HfHubHTTPError as error:
             wait = _wait(error, attempt)

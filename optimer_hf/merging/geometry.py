@@ -21,7 +21,7 @@ from optimer_hf.files.reference import absolute_reference
 from optimer_hf.files.text import markdown_table
 from optimer_hf.merging.mergekit_pool import name_sources
 from optimer_hf.merging.writer import LOW_SURVIVAL, surviving_share
-from optimer_hf.models.blocks import computed_ahead, row_blocks
+from optimer_hf.models.blocks import compute_ahead, row_blocks
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_states
 from optimer_hf.models.resolve import resolve_base, resolve_model
@@ -150,7 +150,7 @@ def _products(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Produ
     base_squares = torch.zeros(n, dtype=torch.float64)
     groups: dict[str, torch.Tensor] = {}
     for (name, _), (products, squares) in zip(
-        blocks, list(computed_ahead(products_of, blocks)), strict=True
+        blocks, list(compute_ahead(products_of, blocks)), strict=True
     ):
         if not bool(products.isfinite().all()):
             vector = vectors[int((~products.diagonal().isfinite()).nonzero()[0])]

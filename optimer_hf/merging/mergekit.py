@@ -55,9 +55,9 @@ from optimer_hf.models.resolve import (
     resolve_model,
     resolve_tokenizer,
 )
-from optimer_hf.models.settings import differing_settings, shown_settings
+from optimer_hf.models.settings import compare_settings, describe_settings
 from optimer_hf.models.ties import ties_of
-from optimer_hf.models.vocabulary import moved_tokens
+from optimer_hf.models.vocabulary import find_moved_tokens
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.peft import refuse_unmerged_by_peft
@@ -408,13 +408,13 @@ def _warn_of_other_functions(
     others = {model.path for model in models} - {base}
     for other in sorted(others) if base is not None else ():
         assert base is not None
-        if differing := differing_settings(other, base):
+        if differing := compare_settings(other, base):
             warn_once(
                 logger,
                 f"{path}: {other} computes differently from {base}, whose config the merge has: "
-                f"{shown_settings(differing)}",
+                f"{describe_settings(differing)}",
             )
-        moved = [] if aligns_tokens else moved_tokens(other, base)
+        moved = [] if aligns_tokens else find_moved_tokens(other, base)
         if moved:
             token, number, expected = moved[0]
             warn_once(

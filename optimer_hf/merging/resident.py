@@ -14,10 +14,10 @@ import torch
 
 from optimer_hf.errors import ModelError
 from optimer_hf.merging.writer import merge_rows
-from optimer_hf.models.blocks import computed_ahead, matrix_rows, row_blocks
+from optimer_hf.models.blocks import compute_ahead, matrix_rows, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint, Loaded
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.models.live import loaded_model, multiplied_in
+from optimer_hf.models.live import compute_dtype, load_model
 from optimer_hf.models.memory import free_memory
 from optimer_hf.models.names import ClassNames, summary, views_in
 from optimer_hf.printable import warn_once
@@ -98,7 +98,7 @@ class ResidentModel:
             for rows in row_blocks(tuple(parameter.shape), parameter.device.type)
         ]
         if self.model.device.type == "cpu":
-            deque(computed_ahead(self._set_rows, blocks), maxlen=0)
+            deque(compute_ahead(self._set_rows, blocks), maxlen=0)
         else:
             for name, rows in blocks:
                 self._set_rows(name, rows)
@@ -114,8 +114,8 @@ class ResidentModel:
 
 def _load_rounded(base: ResolvedModel, dtype: torch.dtype, device: str) -> Any:
     """Load a model, its weights rounded to `dtype`, in a dtype that the device can multiply."""
-    held_in = multiplied_in(dtype, device)
-    model = loaded_model(base, held_in).to(device).eval()
+    held_in = compute_dtype(dtype, device)
+    model = load_model(base, held_in).to(device).eval()
     if held_in != dtype:
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():

@@ -10,7 +10,7 @@ from typing import Any
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.models.layout import ResolvedModel, tokenizer_files
-from optimer_hf.models.live import loaded_tokenizer
+from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.loader import read_config, read_generation_config
 from optimer_hf.models.resolve import TOKENIZER_FILES, resolve_tokenizer
 from optimer_hf.vectors.record import read_record
@@ -52,7 +52,7 @@ def scoring_tokenizer(
 
     Raises ConfigError when `apply_chat_template` is set and the tokenizer has no chat template.
     """
-    tokenizer = loaded_tokenizer(source or base)
+    tokenizer = load_tokenizer(source or base)
     if apply_chat_template and tokenizer.chat_template is None:
         raise ConfigError(
             f"objective.apply_chat_template: the tokenizer of {(source or base).reference} has no "
@@ -68,8 +68,8 @@ def tokenizer_path(reference: str | None) -> Path | None:
 
 
 def _check_tokens(base: ResolvedModel, source: ResolvedModel, reference: str) -> None:
-    expected = loaded_tokenizer(base).get_vocab()
-    ids = loaded_tokenizer(source).get_vocab()
+    expected = load_tokenizer(base).get_vocab()
+    ids = load_tokenizer(source).get_vocab()
     for token, number in sorted(expected.items(), key=lambda item: item[1]):
         if ids.get(token) != number:
             has = f"the id {ids[token]}" if token in ids else "no id"

@@ -16,7 +16,7 @@ from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.staging import staged_directory, write_text
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.kernel import add_weighted
-from optimer_hf.models.blocks import computed_ahead, row_blocks
+from optimer_hf.models.blocks import compute_ahead, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import MAX_SHARD_SIZE, ResolvedModel, copy_beside_weights
 from optimer_hf.models.shards import write_sharded
@@ -150,7 +150,7 @@ def surviving_share(
         return (merged - base_rows).square().sum().item(), lost.square().sum().item()
 
     sample = blocks[:: -(-len(blocks) // SURVIVAL_BLOCKS)] if blocks else []
-    sums = list(computed_ahead(squares_of, sample))
+    sums = list(compute_ahead(squares_of, sample))
     exact = sum(squares for squares, _ in sums)
     lost = sum(squares for _, squares in sums)
     return max(0.0, 1 - math.sqrt(lost / exact)) if exact else 1.0

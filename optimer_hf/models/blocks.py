@@ -1,4 +1,4 @@
-"""Tensors as blocks of rows: how many rows fit, and blocks computed ahead of their use."""
+"""Split tensors into blocks of rows, and compute blocks ahead of their use."""
 
 import math
 from collections import deque
@@ -8,19 +8,19 @@ from typing import TypeVar
 
 import torch
 
-CHUNK_ELEMENTS = 2**19  # of one row block: 2 MiB in float32, so that a sum stays in a CPU's cache
+CHUNK_ELEMENTS = 2**19  # per row block: 2 MiB in float32, so a sum stays in the CPU cache
 GPU_CHUNK_ELEMENTS = 2**24
-GPU_THREADS = 2  # one reads while the other's blocks are computed; each holds some of GPU memory
-BLOCKS_AHEAD = 2  # computed before they are written, per thread
+GPU_THREADS = 2  # one reads while the other's blocks are computed; each takes GPU memory
+BLOCKS_AHEAD = 2  # per thread: blocks that are computed before they are written
 
 T = TypeVar("T")
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a tensor as a matrix: its last axis, and all others as rows.
+    """Return the shape of a tensor as a matrix: the last axis are its columns, all others its rows.
 
-    Vectors stay vectors, whose rows are their elements; a scalar is a vector of one. Stacked expert
-    weights become as many rows as their experts have together, so that a block of rows is small.
+    A vector stays a vector whose rows are its elements, and a scalar is a vector of one element.
+    Stacked expert weights get one row for every row of every expert, so a block of rows is small.
     """
     if len(shape) <= 1:
         return (math.prod(shape),)
@@ -28,12 +28,12 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def matrix_rows(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Return a view of rows of the matrix form of a tensor."""
+    """Return a view of some rows of a tensor's matrix form."""
     return tensor.view(matrix_shape(tuple(tensor.shape)))[rows]
 
 
 def row_blocks(shape: tuple[int, ...], device: str = "cpu") -> list[slice]:
-    """Split the rows of a tensor's matrix form into blocks (>= 1 row) that suit a device."""
+    """Split the rows of a tensor's matrix form into blocks (>= 1 row) sized for a device."""
     n_rows, *columns = matrix_shape(shape)
     if 0 in columns:  # rows without elements need no blocks
         return [slice(0, n_rows)]
@@ -45,16 +45,16 @@ def row_blocks(shape: tuple[int, ...], device: str = "cpu") -> list[slice]:
 # -- computing -------------------------------------------------------------------------------------
 
 
-def computed_ahead(
+def compute_ahead(
     function: Callable[[str, slice], T],
     arguments: Iterable[tuple[str, slice]],
     device: str = "cpu",
 ) -> Generator[T]:
-    """Yield function(*argument) in order, computed a few ahead: by as many threads as torch uses
-    where the CPU does it, else by two that read for the device.
+    """Yield function(*argument) in order, computing a few results ahead.
 
-    Every thread computes whole blocks alone. That is faster than all threads at one block, who wait
-    for each other after every operation, and gives the same bits for any number of threads.
+    A CPU uses as many threads as torch does; for a GPU, two threads read. Every thread computes
+    whole blocks alone. That is faster than sharing a block, where threads wait for each other after
+    every operation, and gives the same bits for any number of threads.
     """
     n_torch = torch.get_num_threads()
     n_threads = n_torch if device.startswith("cpu") else GPU_THREADS
@@ -69,4 +69,4 @@ def computed_ahead(
             yield waiting.popleft().result()
     finally:
         executor.shutdown(cancel_futures=True)
-        torch.set_num_threads(n_torch)  # threads that start later take the number set last
+        torch.set_num_threads(n_torch)  # threads that start later use the latest number

@@ -1,9 +1,8 @@
-"""Tensors on disk: a safetensors directory read and written a few rows at a time.
+"""Read the tensors of a safetensors directory a few rows at a time.
 
-A directory of any model comes in, rows of its tensors by name go out; row blocks come in, shards
-with their index go out. Headers are checked by the safetensors library; bytes are read with plain
-reads and not through a memory map, so that memory stays at a few blocks whatever the size of the
-model, and a file that shrinks meanwhile is an error and not a crash.
+A model directory comes in; rows of its tensors go out, by name. The safetensors library checks the
+headers. The bytes come from plain reads instead of a memory map, so memory stays at a few blocks
+for any model size, and a file that shrinks meanwhile is an error and not a crash.
 """
 
 import copy
@@ -22,7 +21,7 @@ from safetensors import safe_open
 from optimer_hf.errors import ModelError
 from optimer_hf.files.text import first_line
 from optimer_hf.models.blocks import matrix_rows, matrix_shape, row_blocks
-from optimer_hf.models.layout import INDEX, _read_index, _weights_files
+from optimer_hf.models.layout import INDEX, find_weights_files, read_index
 from optimer_hf.printable import warn_once
 
 logger = logging.getLogger(__name__)
@@ -43,13 +42,13 @@ SAFETENSORS_DTYPES = {
 }
 TORCH_DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
 
-# put into names by torch.compile, FSDP and activation checkpointing, anywhere; by DDP at the front
+# torch.compile, FSDP and activation checkpointing put these anywhere in a name
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-OUTER_WRAPPER = "module."
+OUTER_WRAPPER = "module."  # DDP puts this in front of a name
 
 LARGEST_HEADER = 2**25  # bytes; 100,000 tensors take 12 million
 MOST_TENSORS = 100_000  # in one file
-LONGEST_AXIS = 2**40  # more than any file holds: safetensors takes every shape of no elements
+LONGEST_AXIS = 2**40  # more than any file holds; safetensors accepts any shape with zero elements
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ LONGEST_AXIS = 2**40  # more than any file holds: safetensors takes every shape 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies, and the state of its file when the header was read."""
+    """The location of a tensor, and the state of its file when the header was read."""
 
     file: Path
     label: str
@@ -71,18 +70,17 @@ class Checkpoint:
     """The tensors of a safetensors directory, single-file or sharded, read lazily."""
 
     def __init__(self, path: Path, prefix: str = "model") -> None:
-        """Read the headers of `path`: PREFIX.safetensors, else the shards its index names, as
-        transformers does; else every safetensors file.
+        """Read the headers in `path`: those of PREFIX.safetensors, else of the shards in its index.
 
-        Raises ModelError for missing, damaged or pickled weights, and for an index and shards that
-        disagree.
+        Transformers looks in the same order. Without either, read every safetensors file. Raises
+        ModelError for missing, damaged or pickled weights, and if index and shards disagree.
         """
         self.path = path
         self._stored: dict[str, _Stored] = {}
         index = path / f"{prefix}{INDEX}"
         sharded = index.exists() and not (path / f"{prefix}.safetensors").exists()
-        weight_map = _read_index(index) if sharded else None
-        for file in _weights_files(path, prefix, weight_map):
+        weight_map = read_index(index) if sharded else None
+        for file in find_weights_files(path, prefix, weight_map):
             for name, stored in _read_header(file).items():
                 if name in self._stored:
                     raise ModelError(
@@ -92,20 +90,20 @@ class Checkpoint:
         for name, file_name in (weight_map or {}).items():
             if name not in self._stored or self._stored[name].file.name != file_name:
                 raise ModelError(
-                    f"{path / file_name}: lacks tensor {name!r}, which {index.name} says is there. "
-                    "Fetch both again."
+                    f"{path / file_name}: lacks tensor {name!r}, which {index.name} lists. Fetch "
+                    "both again."
                 )
         for name in self._stored:
             if weight_map is not None and name not in weight_map:
                 raise ModelError(
-                    f"{self._stored[name].file}: holds tensor {name!r}, which {index.name} does "
-                    "not know. Fetch both again."
+                    f"{self._stored[name].file}: contains tensor {name!r}, which {index.name} does "
+                    "not list. Fetch both again."
                 )
         self._unwrap()
 
     def _unwrap(self) -> None:
-        """Take the names of wrappers out of those of the tensors, and say so once."""
-        unwrapped = unwrapped_names(self._stored)
+        """Remove the prefixes of wrappers from the tensor names, and warn about it once."""
+        unwrapped = unwrap_names(self._stored)
         self.wrappers = wrappers_in(unwrapped)
         self.n_wrappers = max(
             (name.count(".") - plain.count(".") for name, plain in unwrapped.items()), default=0
@@ -116,23 +114,23 @@ class Checkpoint:
         for name, plain in unwrapped.items():
             if plain in first:
                 raise ModelError(
-                    f"{self.path}: holds both {first[plain]!r} and {name!r}, which are one tensor "
-                    f"without the prefix of a wrapper ({', '.join(self.wrappers)}). Remove the "
-                    "stale one."
+                    f"{self.path}: contains both {first[plain]!r} and {name!r}, which are the same "
+                    f"tensor once the wrapper's prefix ({', '.join(self.wrappers)}) is removed. "
+                    "Remove the stale one."
                 )
             first[plain] = name
         self._stored = {plain: self._stored[name] for plain, name in first.items()}
         warn_once(
             logger,
-            f"{self.path}: its tensor names have the prefix {', '.join(self.wrappers)} of a "
-            "wrapper (torch.compile, DDP, FSDP), which is taken off",
+            f"{self.path}: ignoring the wrapper prefix {', '.join(self.wrappers)} in its tensor "
+            "names (from torch.compile, DDP or FSDP)",
         )
 
-    def renamed(self, old_names: Mapping[str, str]) -> "Checkpoint":
-        """Return the same tensors under other names, new name -> name here; others are left out."""
-        found = copy.copy(self)
-        found._stored = {new: self._stored[old] for new, old in old_names.items()}
-        return found
+    def rename(self, old_names: Mapping[str, str]) -> "Checkpoint":
+        """Return a copy with other tensor names (new name -> current name), without the others."""
+        renamed = copy.copy(self)
+        renamed._stored = {new: self._stored[old] for new, old in old_names.items()}
+        return renamed
 
     @property
     def names(self) -> list[str]:
@@ -141,9 +139,7 @@ class Checkpoint:
 
     @property
     def state(self) -> frozenset[tuple[str, tuple[int, int]]]:
-        """Name, size in bytes and time of change in ns of every file: what tells that the tensors
-        are still the same.
-        """
+        """Name, size in bytes and modification time in ns of every file, to detect changes."""
         return frozenset((stored.file.name, stored.state) for stored in self._stored.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -151,7 +147,7 @@ class Checkpoint:
         return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """dtype of a tensor, from the header; ModelError when it is none that can be merged."""
+        """dtype of a tensor, from the header; raises ModelError if it cannot be merged."""
         label = self._stored[name].label
         if label not in TORCH_DTYPES:
             raise ModelError(
@@ -160,17 +156,17 @@ class Checkpoint:
         return TORCH_DTYPES[label]
 
     def n_bytes(self, names: Iterable[str]) -> int:
-        """Size of some tensors in the dtype of the file."""
+        """Total size in bytes of some tensors, in the dtype of the file."""
         return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in names)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a whole tensor in the dtype of the file, as fresh memory."""
+        """Return a whole tensor in the dtype of the file, in new memory."""
         shape = self.shape(name)
         n_rows = matrix_shape(shape)[0]
         return self.read_rows(name, slice(0, n_rows)).view(shape)
 
     def read_rows(self, name: str, rows: slice) -> torch.Tensor:
-        """Return rows of the matrix form of a tensor, see `matrix_shape`."""
+        """Return rows of a tensor's matrix form, see `matrix_shape`."""
         stored, dtype = self._stored[name], self.dtype(name)
         _, *columns = matrix_shape(stored.shape)
         shape = (rows.stop - rows.start, *columns)
@@ -180,12 +176,12 @@ class Checkpoint:
         return buffer.view(dtype).view(shape)
 
     def are_equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers, whatever their dtypes."""
+        """Whether two tensors contain the same numbers, even in different dtypes."""
         shape, is_same = self.shape(one), self.dtype(one) == self.dtype(other)
 
         def rows_of(name: str, rows: slice) -> torch.Tensor:
-            found = self.read_rows(name, rows)
-            return found if is_same else found.double()
+            block = self.read_rows(name, rows)
+            return block if is_same else block.double()
 
         return shape == self.shape(other) and all(
             torch.equal(rows_of(one, rows), rows_of(other, rows)) for rows in row_blocks(shape)
@@ -193,7 +189,7 @@ class Checkpoint:
 
 
 class Loaded:
-    """Tensors in memory, read as those of a checkpoint are; `path` says where they came from."""
+    """Tensors in memory with the interface of a checkpoint; `path` says where they came from."""
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         self.path = path
@@ -213,7 +209,7 @@ class Loaded:
         return self._tensors[name].dtype
 
     def n_bytes(self, names: Iterable[str]) -> int:
-        """Size of some tensors."""
+        """Total size in bytes of some tensors."""
         return sum(self._tensors[name].nbytes for name in names)
 
     def read(self, name: str) -> torch.Tensor:
@@ -221,13 +217,15 @@ class Loaded:
         return self._tensors[name]
 
     def read_rows(self, name: str, rows: slice) -> torch.Tensor:
-        """Return rows of the matrix form of a tensor, not a copy."""
+        """Return rows of a tensor's matrix form, not a copy."""
         return matrix_rows(self._tensors[name], rows)
 
 
-def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
-    """Return every tensor name without the parts that wrappers of a module put into it; `module.`
-    belongs to one only where all names begin with it, those of an adapter after PEFT's own prefix.
+def unwrap_names(names: Iterable[str]) -> dict[str, str]:
+    """Return each tensor name without the parts that module wrappers inserted.
+
+    `module.` comes from a wrapper only if all names begin with it (after PEFT's own prefix in an
+    adapter).
     """
     plain = {
         name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names
@@ -240,7 +238,7 @@ def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def wrappers_in(unwrapped: Mapping[str, str]) -> list[str]:
-    """Return the prefixes that `unwrapped_names` took off, each once."""
+    """Return the prefixes that `unwrap_names` removed, each once."""
     inner = [f"{part}." for part in WRAPPERS if any(part in name.split(".") for name in unwrapped)]
     dropped = [set(name.split(".")) - set(plain.split(".")) for name, plain in unwrapped.items()]
     is_outer = any(OUTER_WRAPPER.rstrip(".") in parts for parts in dropped)
@@ -248,8 +246,9 @@ def wrappers_in(unwrapped: Mapping[str, str]) -> list[str]:
 
 
 def _read_header(file: Path) -> dict[str, _Stored]:
-    """Return the tensors of one file; the library checks the header, sizes and duplicates are ours
-    to see.
+    """Return the tensors in one file.
+
+    The library checks the header, but not its size nor duplicate names, so we do.
     """
     try:
         with open(file, "rb") as opened:
@@ -263,19 +262,19 @@ def _read_header(file: Path) -> dict[str, _Stored]:
             )
         with safe_open(file, framework="pt"):
             pass
-        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+        entries = json.loads(text, object_pairs_hook=_mapping_of_pairs)
         entries.pop("__metadata__", None)
-        return {name: _stored(file, entry, 8 + size, status) for name, entry in entries.items()}
+        return {name: _locate(file, entry, 8 + size, status) for name, entry in entries.items()}
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # what safetensors lets pass may still be of any form
+    except Exception as error:  # a header that safetensors accepts can still have any form
         raise ModelError(
             f"{file}: not a readable safetensors file ({first_line(error)}). Fetch it again."
         ) from None
 
 
-def _stored(file: Path, entry: Any, start: int, status: os.stat_result) -> _Stored:
-    """Return where a tensor lies, by its entry in a header that ends at byte `start`."""
+def _locate(file: Path, entry: Any, start: int, status: os.stat_result) -> _Stored:
+    """Return the location of a tensor from its entry in a header that ends at byte `start`."""
     shape, (first, last) = tuple(map(int, entry["shape"])), entry["data_offsets"]
     if max(shape, default=0) > LONGEST_AXIS:
         raise ValueError(f"a tensor of shape {list(shape)}, expected axes up to {LONGEST_AXIS:,}")
@@ -283,13 +282,13 @@ def _stored(file: Path, entry: Any, start: int, status: os.stat_result) -> _Stor
     return _Stored(file, str(entry["dtype"]), shape, start + first, last - first, state)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _mapping_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"its header names {twice!r} twice")
-    return found
+    return mapping
 
 
 def _read_into(buffer: torch.Tensor, stored: _Stored, offset: int) -> None:
@@ -298,7 +297,9 @@ def _read_into(buffer: torch.Tensor, stored: _Stored, offset: int) -> None:
         with open(stored.file, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != stored.state:
-                raise ModelError(f"{stored.file}: was changed while it was read. Run it again.")
+                raise ModelError(
+                    f"{stored.file}: changed while it was being read. Run the command again."
+                )
             file.seek(offset)
             done = 0
             while done < len(view):

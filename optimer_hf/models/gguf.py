@@ -1,4 +1,4 @@
-"""A GGUF file -> safetensors, config and tokenizer, once, in the cache."""
+"""Convert a GGUF file to safetensors, config and tokenizer, once, in the cache."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.locks import UNTIL_FREE, locking
 from optimer_hf.files.paths import cache_dir
 from optimer_hf.files.staging import make_directory, staged_directory, write_text
-from optimer_hf.models.gguf_config import FACTORS, fitted_config
+from optimer_hf.models.gguf_config import FACTORS, fit_config
 from optimer_hf.models.gguf_header import GgufHeader, read_header
 from optimer_hf.models.loader import (
     gguf_model_without_weights,
@@ -25,12 +25,13 @@ from optimer_hf.models.loader import (
     read_gguf_tokenizer,
 )
 
-CONVERSION = 2  # what it makes of the same file; 1 dropped what transformers does not read
+CONVERSION = 2  # version of the conversion; 1 dropped what transformers does not read
 
 
-def _converted(gguf: Path) -> Path:
-    """Return the cached conversion of a GGUF file, making it when it is not there yet: of several
-    processes one converts, and the others wait.
+def convert_once(gguf: Path) -> Path:
+    """Return the cached conversion of a GGUF file, converting it first if necessary.
+
+    If several processes need the same file, one converts it and the others wait.
     """
     folder = cache_dir() / "converted"
     out = folder / f"{gguf.stem}-{sha256_file(gguf)[:16]}-{CONVERSION}"
@@ -39,19 +40,19 @@ def _converted(gguf: Path) -> Path:
         try:
             if not (out / "conversion.json").exists():
                 convert_gguf(gguf, out)
-        except OutputError:  # where the file system has no locks, another process was faster
+        except OutputError:  # without locks in the file system, another process may be faster
             if not (out / "conversion.json").exists():
                 raise
     return out
 
 
 def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
-    """De-quantise a GGUF file into `out`: safetensors weights in `dtype`, config, tokenizer,
-    conversion.json.
+    """De-quantise a GGUF file into the directory `out`.
 
-    Takes any architecture that transformers reads from GGUF. `out` appears whole or not at all.
-    Raises ConfigError when there is no such file, ModelError when it is not GGUF, or of an
-    architecture that transformers does not know.
+    It gets safetensors weights in `dtype`, config, tokenizer and conversion.json, and appears
+    complete or not at all. Any architecture that transformers reads from GGUF works. Raises
+    ConfigError if the file does not exist, and ModelError if it is not GGUF or transformers does
+    not know its architecture.
     """
     import transformers
 
@@ -61,7 +62,7 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
         header = read_header(gguf)
     except ImportError as error:
         raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
-    with staged_directory(out) as staging, _gguf_read_once():
+    with staged_directory(out) as staging, _sharing_gguf_reader():
         model = gguf_model(header, getattr(torch, dtype))
         with naming_unreadable_gguf(gguf):
             tokenizer = read_gguf_tokenizer(gguf)
@@ -83,40 +84,40 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
 
 
 def gguf_model(header: GgufHeader, dtype: torch.dtype) -> Any:
-    """Return the model of a GGUF file after everything in the file was accounted for.
+    """Return the model in a GGUF file, having accounted for everything in the file.
 
-    Raises ModelError for a tensor or a key that changes the function and that nobody reads.
+    Raises ModelError for a tensor or a key that changes the model's function but is never read.
     """
     with naming_unreadable_gguf(header.path):
-        config = fitted_config(read_gguf_config(header.path), header)
+        config = fit_config(read_gguf_config(header.path), header)
         _refuse_unread_tensors(gguf_model_without_weights(config), header)
         return read_gguf(header.path, config, dtype)
 
 
 def _refuse_unread_tensors(model: Any, header: GgufHeader) -> None:
-    """Raise ModelError for tensors that no parameter takes, and for more parameters than the file
-    has numbers.
-    """
+    """Raise ModelError for tensors without a parameter, and for more parameters than numbers."""
     unread = sorted(header.tensors.keys() - gguf_names_read(model, header) - FACTORS)
     if unread:
         raise ModelError(
             f"{header.path}: transformers has no place for the tensor {unread[0]!r} "
-            f"({len(unread)} in all), so that the model would be another one. Convert the original "
-            "weights instead."
+            f"({len(unread)} in all), so the model would change. Convert the original weights "
+            "instead."
         )
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     n_stored = sum(tensor.n_elements for tensor in header.tensors.values())
     if n_parameters > n_stored:
         raise ModelError(
-            f"{header.path}: describes a model of {n_parameters:,} parameters and holds "
+            f"{header.path}: describes a model with {n_parameters:,} parameters but contains only "
             f"{n_stored:,} numbers. Fetch it again."
         )
 
 
 @contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Let transformers share one GGUFReader: it makes one each for config, weights and tokenizer,
-    and a reader walks the whole vocabulary in Python (15 s for 262 k tokens).
+def _sharing_gguf_reader() -> Iterator[None]:
+    """Make transformers share one GGUFReader.
+
+    It would open one each for config, weights and tokenizer, and each walks the whole vocabulary
+    in Python (15 s for 262 k tokens).
     """
     try:
         import gguf
@@ -132,7 +133,7 @@ def _gguf_read_once() -> Iterator[None]:
 
 
 def _forget_quantisation(model: Any) -> None:
-    """Drop the marks that make save_pretrained refuse a model that was read from GGUF."""
+    """Remove the attributes that make save_pretrained refuse a model read from GGUF."""
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
     model.config.__dict__.pop("quantization_config", None)

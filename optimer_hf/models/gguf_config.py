@@ -1,8 +1,8 @@
-"""The config of a GGUF file: transformers' reading of it comes in, and goes out with everything in
-it that the file says about the function of the model; what no config can say is refused by name.
+"""Complete the config that transformers reads from a GGUF file.
 
-transformers drops keys that it does not know and takes the defaults of its own class for them: the
-RoPE scaling of Llama 3.x, softcapping, partial rotary embeddings, the scale of attention.
+transformers drops keys that it does not know and uses the defaults of its own class instead. That
+loses the RoPE scaling of Llama 3.x, softcapping, partial rotary embeddings and the attention
+scale. Here each key that affects the model's function goes into the config, or is refused by name.
 """
 
 import math
@@ -18,14 +18,14 @@ EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", 
 FACTORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 SAMPLED_ROWS = 64
 MOST_FACTORS = 4096  # half the width of a head
-LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # their attention has the scale of the width
+LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # models that scale attention by hidden size / heads
 LLAMA3: dict[str, Any] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 HARMLESS = {"rope.scaling.finetuned", "tensor_data_layout", "block_count", "vocab_size"}
-ONLY = {  # keys whose usual values change nothing, and that no config says
+ONLY = {  # keys that no config has, with the values at which they change nothing
     "expert_count": (0,),
     "expert_used_count": (0,),
     "expert_shared_count": (0,),
@@ -44,16 +44,16 @@ ONLY = {  # keys whose usual values change nothing, and that no config says
 }
 
 
-def fitted_config(config: Any, header: GgufHeader) -> Any:
-    """Return transformers' config of a GGUF file with what the file says about its function.
+def fit_config(config: Any, header: GgufHeader) -> Any:
+    """Add to transformers' config what the GGUF file says about the model's function.
 
-    Raises ModelError for a key that changes the function and that the config has no place for, and
-    for one that is not known.
+    Raises ModelError for an unknown key, and for one that changes the function but has no place in
+    the config.
     """
     if header.metadata.get("general.type", "model") != "model":
         raise ModelError(
-            f"{header.path}: holds a {header.metadata['general.type']!r}, not a model. Give the "
-            "file of the model."
+            f"{header.path}: contains a {header.metadata['general.type']!r}, expected a model. "
+            "Give the file of the model."
         )
     if header.metadata.get("split.count", 1) != 1:
         raise ModelError(
@@ -61,19 +61,20 @@ def fitted_config(config: Any, header: GgufHeader) -> Any:
             "llama.cpp's `llama-gguf-split --merge`."
         )
     values = header.of_model
-    read = gguf_keys_read(header) - {"context_length"}  # of GPT-2 it goes where nobody looks
+    # for GPT-2, transformers stores context_length where it is never used
+    read = gguf_keys_read(header) - {"context_length"}
     for key in sorted(values.keys() - read - HARMLESS):
-        if not key.startswith(("rope.scaling.", "rope.scale")) and not _takes(
+        if not key.startswith(("rope.scaling.", "rope.scale")) and not _take(
             config, key, values[key], header
         ):
-            raise _unread(header, key, values[key])
+            raise _not_supported(header, key, values[key])
     _take_widths(config, values, header)
     _take_rope(config, values, header)
     _take_the_rest(config, header)
     return config
 
 
-def _unread(header: GgufHeader, key: str, value: Any) -> ModelError:
+def _not_supported(header: GgufHeader, key: str, value: Any) -> ModelError:
     return ModelError(
         f"{header.path}: {header.architecture}.{key} = {quote(value)} may change what the model "
         "computes, and transformers has no place for it. Convert the original weights instead."
@@ -83,16 +84,16 @@ def _unread(header: GgufHeader, key: str, value: Any) -> ModelError:
 # -- one key ---------------------------------------------------------------------------------------
 
 
-def _takes(config: Any, key: str, value: Any, header: GgufHeader) -> bool:
-    """Set what a key says; return whether that, or nothing, is all it says."""
+def _take(config: Any, key: str, value: Any, header: GgufHeader) -> bool:
+    """Set what a key says; return whether the config now expresses all of it."""
     if key in ONLY:
         return value in ONLY[key]
     taker = _TAKERS.get(key)
     return taker is not None and taker(config, value, header)
 
 
-def _sets(*names: str) -> Callable[[Any, Any, GgufHeader], bool]:
-    """Return a taker that sets the first attribute that a config has."""
+def _setter(*names: str) -> Callable[[Any, Any, GgufHeader], bool]:
+    """Return a taker that sets the first of these attributes that a config has."""
 
     def take(config: Any, value: Any, header: GgufHeader) -> bool:
         name = next((name for name in names if hasattr(config, name)), None)
@@ -103,7 +104,7 @@ def _sets(*names: str) -> Callable[[Any, Any, GgufHeader], bool]:
     return take
 
 
-def _sets_softcap(name: str) -> Callable[[Any, Any, GgufHeader], bool]:
+def _softcap_setter(name: str) -> Callable[[Any, Any, GgufHeader], bool]:
     def take(config: Any, value: Any, header: GgufHeader) -> bool:
         if hasattr(config, name):
             setattr(config, name, value or None)
@@ -113,12 +114,12 @@ def _sets_softcap(name: str) -> Callable[[Any, Any, GgufHeader], bool]:
     return take
 
 
-def _equals(*names: str) -> Callable[[Any, Any, GgufHeader], bool]:
-    """Return a taker that only compares with the attributes that a config has."""
+def _comparer(*names: str) -> Callable[[Any, Any, GgufHeader], bool]:
+    """Return a taker that only compares a value with those of these attributes that exist."""
 
     def take(config: Any, value: Any, header: GgufHeader) -> bool:
-        found = [getattr(config, name) for name in names if hasattr(config, name)]
-        return bool(found) and all(each == value for each in found)
+        values = [getattr(config, name) for name in names if hasattr(config, name)]
+        return bool(values) and all(each == value for each in values)
 
     return take
 
@@ -136,7 +137,7 @@ def _window(config: Any, value: Any, header: GgufHeader) -> bool:
 
 
 def _window_pattern(config: Any, value: Any, header: GgufHeader) -> bool:
-    """Layers with a window: every one but each n-th, or one flag a layer."""
+    """Set which layers have a window: all but each n-th layer, or as one flag per layer says."""
     if getattr(config, "layer_types", None) is None:
         return False
     n_layers = config.num_hidden_layers
@@ -148,7 +149,7 @@ def _window_pattern(config: Any, value: Any, header: GgufHeader) -> bool:
 
 
 def _scale(config: Any, value: Any, header: GgufHeader) -> bool:
-    """The factor of the attention scores, 1 / sqrt(head width) unless a config says otherwise."""
+    """Set the factor of the attention scores; the default is 1 / sqrt(head width)."""
     if not value:
         return True
     if hasattr(config, "query_pre_attn_scalar"):
@@ -168,13 +169,13 @@ def _parallel(config: Any, value: Any, header: GgufHeader) -> bool:
 
 _TAKERS: Mapping[str, Callable[[Any, Any, GgufHeader], bool]] = {
     "context_length": lambda config, value, header: (
-        _sets("n_positions", "max_position_embeddings")(config, value, header) or True
+        _setter("n_positions", "max_position_embeddings")(config, value, header) or True
     ),
-    "feed_forward_length": lambda config, value, header: True,  # the shapes of the tensors tell
-    "embedding_length_out": _equals("hidden_size"),
-    "attention.head_count_kv": _equals("num_key_value_heads", "num_attention_heads"),
-    "attention.layer_norm_epsilon": _sets(*EPSILONS),
-    "attention.layer_norm_rms_epsilon": _sets(*EPSILONS),
+    "feed_forward_length": lambda config, value, header: True,  # the tensor shapes show it
+    "embedding_length_out": _comparer("hidden_size"),
+    "attention.head_count_kv": _comparer("num_key_value_heads", "num_attention_heads"),
+    "attention.layer_norm_epsilon": _setter(*EPSILONS),
+    "attention.layer_norm_rms_epsilon": _setter(*EPSILONS),
     "attention.key_length": lambda config, value, header: True,  # _take_widths
     "attention.value_length": lambda config, value, header: True,
     "rope.dimension_count": lambda config, value, header: True,
@@ -183,20 +184,20 @@ _TAKERS: Mapping[str, Callable[[Any, Any, GgufHeader], bool]] = {
     "rope.dimension_count_swa": lambda config, value, header: (
         value == header.of_model.get("rope.dimension_count")
     ),
-    "attn_logit_softcapping": _sets_softcap("attn_logit_softcapping"),
-    "final_logit_softcapping": _sets_softcap("final_logit_softcapping"),
+    "attn_logit_softcapping": _softcap_setter("attn_logit_softcapping"),
+    "final_logit_softcapping": _softcap_setter("final_logit_softcapping"),
     "attention.sliding_window": _window,
     "attention.sliding_window_pattern": _window_pattern,
     "attention.scale": _scale,
     "attention.max_alibi_bias": _alibi,
     "use_parallel_residual": _parallel,
-    "expert_feed_forward_length": _sets("moe_intermediate_size"),
-    "expert_shared_feed_forward_length": _sets("shared_expert_intermediate_size"),
-    "expert_weights_norm": _sets("norm_topk_prob"),
+    "expert_feed_forward_length": _setter("moe_intermediate_size"),
+    "expert_shared_feed_forward_length": _setter("shared_expert_intermediate_size"),
+    "expert_weights_norm": _setter("norm_topk_prob"),
 }
 
 
-# -- what several keys say together ----------------------------------------------------------------
+# -- several keys together -------------------------------------------------------------------------
 
 
 def _head_width(config: Any) -> int:
@@ -206,15 +207,15 @@ def _head_width(config: Any) -> int:
 
 
 def _take_widths(config: Any, values: Mapping[str, Any], header: GgufHeader) -> None:
-    """Set the width of a head; refuse values of another width than keys."""
+    """Set the head width; refuse a model whose values and keys differ in width."""
     keys = values.get("attention.key_length")
     if keys is not None and "rope.dimension_count_swa" not in values:
         if hasattr(config, "head_dim"):
             config.head_dim = keys
         elif keys != _head_width(config):
-            raise _unread(header, "attention.key_length", keys)
+            raise _not_supported(header, "attention.key_length", keys)
     if values.get("attention.value_length", keys) != keys:
-        raise _unread(header, "attention.value_length", values["attention.value_length"])
+        raise _not_supported(header, "attention.value_length", values["attention.value_length"])
     if header.architecture in LAYERS_OF_27B and "attention.scale" not in values:
         is_27b = config.num_hidden_layers == LAYERS_OF_27B[header.architecture]
         config.query_pre_attn_scalar = (
@@ -223,7 +224,7 @@ def _take_widths(config: Any, values: Mapping[str, Any], header: GgufHeader) -> 
 
 
 def _take_the_rest(config: Any, header: GgufHeader) -> None:
-    """Set the biases of a Llama, and no token that the vocabulary lacks."""
+    """Set the biases of a Llama, and drop special tokens that the vocabulary lacks."""
     if config.model_type == "llama":
         config.attention_bias = "blk.0.attn_q.bias" in header.tensors
         config.mlp_bias = "blk.0.ffn_up.bias" in header.tensors
@@ -231,22 +232,23 @@ def _take_the_rest(config: Any, header: GgufHeader) -> None:
         _refuse_other_head(header)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         number = getattr(config, name, None)
-        if isinstance(number, int) and number >= config.vocab_size:  # of the class, not the file
+        if isinstance(number, int) and number >= config.vocab_size:  # the default of the class
             setattr(config, name, None)
 
 
 def _refuse_other_head(header: GgufHeader) -> None:
-    """Refuse a stored head where the class has none: it may only be a copy of the embedding, which
-    quantisation rounds differently.
+    """Refuse an output head that differs from the embedding if the class ties both.
+
+    A copy is allowed to differ by rounding, since the two may be quantised differently.
     """
     head, embedding = (
         gguf_numbers(header, name, SAMPLED_ROWS) for name in ("output.weight", "token_embd.weight")
     )
     if head.shape != embedding.shape or ((head - embedding) ** 2).sum() > 0.1 * (head**2).sum():
         raise ModelError(
-            f"{header.path}: output.weight is another tensor than token_embd.weight, and "
-            f"{header.architecture} models of transformers have one for both. Convert the original "
-            "weights instead."
+            f"{header.path}: output.weight differs from token_embd.weight, but transformers uses "
+            f"one tensor for both in {header.architecture} models. Convert the original weights "
+            "instead."
         )
 
 
@@ -258,12 +260,12 @@ def _has_rope(config: Any) -> bool:
 
 
 def _take_rope(config: Any, values: Mapping[str, Any], header: GgufHeader) -> None:
-    """Set base, rotated share and scaling of the rotary embeddings."""
+    """Set base, rotated fraction and scaling of the rotary embeddings."""
     scaling = _scaling(config, values, header)
     width = values.get("rope.dimension_count")
     if not _has_rope(config):
         if scaling:
-            raise _unread(header, "rope.scaling", scaling)
+            raise _not_supported(header, "rope.scaling", scaling)
         return
     nested = "full_attention" in config.rope_parameters
     rope = config.rope_parameters["full_attention"] if nested else config.rope_parameters
@@ -272,14 +274,14 @@ def _take_rope(config: Any, values: Mapping[str, Any], header: GgufHeader) -> No
     if nested and "rope.freq_base_swa" in values:
         config.rope_parameters["sliding_attention"]["rope_theta"] = values["rope.freq_base_swa"]
     elif values.get("rope.freq_base_swa", rope["rope_theta"]) != rope["rope_theta"]:
-        raise _unread(header, "rope.freq_base_swa", values["rope.freq_base_swa"])
+        raise _not_supported(header, "rope.freq_base_swa", values["rope.freq_base_swa"])
     if width is not None and ("partial_rotary_factor" in rope or width != _head_width(config)):
         rope["partial_rotary_factor"] = width / _head_width(config)
     rope |= scaling
 
 
 def _scaling(config: Any, values: Mapping[str, Any], header: GgufHeader) -> dict[str, Any]:
-    """Return the entries of transformers' `rope_parameters` for the scaling of a file."""
+    """Return the scaling in a file as entries for transformers' `rope_parameters`."""
     kind = values.get("rope.scaling.type", "none")
     factor = values.get("rope.scaling.factor", values.get("rope.scale_linear", 1.0))
     if "rope.scale_linear" in values:
@@ -289,47 +291,47 @@ def _scaling(config: Any, values: Mapping[str, Any], header: GgufHeader) -> dict
     known |= {"yarn_beta_fast", "yarn_beta_slow"} if kind == "yarn" else set()
     for key, value in values.items():
         if key.startswith("rope.scaling.") and key.removeprefix("rope.scaling.") not in known:
-            raise _unread(header, key, value)
+            raise _not_supported(header, key, value)
     attention = values.get("rope.scaling.attn_factor")
     if FACTORS & header.tensors.keys():
         return _scaling_by_factors(config, values, header, attention)
     if kind == "yarn" and factor not in (0.0, 1.0) and length:
-        found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+        rope = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
         if attention is not None:
-            found["attention_factor"] = attention * (1 + 0.1 * math.log(factor))
+            rope["attention_factor"] = attention * (1 + 0.1 * math.log(factor))
         betas = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
         given = {ours: values.get(f"rope.scaling.{theirs}") for ours, theirs in betas.items()}
-        return found | {key: value for key, value in given.items() if value is not None}
+        return rope | {key: value for key, value in given.items() if value is not None}
     if attention not in (None, 1.0):
-        raise _unread(header, "rope.scaling.attn_factor", attention)
+        raise _not_supported(header, "rope.scaling.attn_factor", attention)
     if kind in ("none", "") or factor in (0.0, 1.0):
         return {}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    raise _unread(header, "rope.scaling.type", kind)
+    raise _not_supported(header, "rope.scaling.type", kind)
 
 
 def _scaling_by_factors(
     config: Any, values: Mapping[str, Any], header: GgufHeader, attention: float | None
 ) -> dict[str, Any]:
-    """Return the scaling that divides every frequency by a factor of its own."""
+    """Return the scaling for files that give each frequency its own divisor."""
     context = values["context_length"]
     original = values.get("rope.scaling.original_context_length", context)
     factors = {name: _factors(header, name) for name in sorted(FACTORS & header.tensors.keys())}
     always = factors.pop("rope_freqs.weight", None)
     if always is not None:
         if factors or attention not in (None, 1.0):
-            raise _unread(header, "rope_freqs.weight", always)
+            raise _not_supported(header, "rope_freqs.weight", always)
         if all(factor == 1 for factor in always):
             return {}
-        found = _as_llama3(always, values, _head_width(config))
-        if found is not None:
-            return found
+        llama3 = _as_llama3(always, values, _head_width(config))
+        if llama3 is not None:
+            return llama3
         short = long = always
     elif len(factors) == 2:
         long, short = factors.values()
     else:
-        raise _unread(header, next(iter(factors)), "without its partner")
+        raise _not_supported(header, next(iter(factors)), "without its partner")
     if attention is None:
         stretch = context / original
         attention = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
@@ -346,19 +348,19 @@ def _scaling_by_factors(
 
 def _factors(header: GgufHeader, name: str) -> list[float]:
     if header.tensors[name].n_elements > MOST_FACTORS:
-        raise _unread(header, name, header.tensors[name].shape)
+        raise _not_supported(header, name, header.tensors[name].shape)
     return [float(value) for value in gguf_numbers(header, name, MOST_FACTORS)]
 
 
 def _as_llama3(
     factors: list[float], values: Mapping[str, Any], head_width: int
 ) -> dict[str, Any] | None:
-    """Return Llama 3.x's own four numbers where they give exactly these factors."""
-    found: dict[str, Any] = {"rope_type": "llama3", "factor": max(factors), **LLAMA3}
+    """Return Llama 3.x's four numbers if they yield exactly these factors, else None."""
+    rope: dict[str, Any] = {"rope_type": "llama3", "factor": max(factors), **LLAMA3}
     original, low, high = (
-        found["original_max_position_embeddings"],
-        found["low_freq_factor"],
-        found["high_freq_factor"],
+        rope["original_max_position_embeddings"],
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
     )
     width, base = values.get("rope.dimension_count", head_width), values["rope.freq_base"]
     if len(factors) * 2 != width:
@@ -366,7 +368,7 @@ def _as_llama3(
     for index, factor in enumerate(factors):
         turns = original / (2 * math.pi) * base ** (-2 * index / width)
         smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
-        expected = 1 / ((1 - smooth) / found["factor"] + smooth)
+        expected = 1 / ((1 - smooth) / rope["factor"] + smooth)
         if not math.isclose(factor, expected, rel_tol=1e-5):
             return None
-    return found
+    return rope

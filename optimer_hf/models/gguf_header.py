@@ -1,8 +1,7 @@
-"""The header of a GGUF file: bytes come in; metadata and tensors go out, every count and size of
-which fits into the file.
+"""Read the header of a GGUF file and check every count and size against the file.
 
-gguf-py believes the counts that it reads, so that eight changed bytes keep it busy for hours. Here
-nothing is read, and nothing allocated, that the size of the file does not allow.
+gguf-py trusts the counts that it reads, so eight changed bytes keep it busy for hours. Here the
+size of the file limits everything that is read or allocated.
 """
 
 import math
@@ -17,16 +16,16 @@ from optimer_hf.errors import ModelError
 MOST_LAYERS, MOST_PARTS, LARGEST_SIZE = 1_000, 10_000, 2**31
 LONGEST_ARRAY, LONGEST_KEPT, LONGEST_NAME = 2**21, 4096, 2**16  # vocabularies reach 262 k tokens
 STRING, ARRAY = 8, 9
-SCALARS = "BbHhIif?__Qqd"  # by type; struct's letters. 8 and 9 are a string and an array
+SCALARS = "BbHhIif?__Qqd"  # struct's letter for each type; 8 and 9 are a string and an array
 
 
 class _DamageError(Exception):
-    """What is wrong with the bytes of a file."""
+    """The bytes of a file are damaged."""
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Shape as llama.cpp has it, the fastest axis first, and where the bytes lie."""
+    """A tensor as the header describes it, with llama.cpp's shape: the fastest axis first."""
 
     shape: tuple[int, ...]
     label: str  # F32, Q4_K ...
@@ -35,8 +34,9 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says about its model. Of long arrays and of arrays of texts only the length
-    is kept.
+    """The metadata and tensors of a GGUF file.
+
+    Long arrays and arrays of texts are reduced to their length.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class GgufHeader:
 
     @property
     def of_model(self) -> dict[str, Any]:
-        """The metadata of the architecture, without its prefix."""
+        """The metadata of the architecture, with its prefix removed from the keys."""
         prefix = f"{self.architecture}."
         return {
             key.removeprefix(prefix): value
@@ -60,13 +60,13 @@ class GgufHeader:
 
 @dataclass(frozen=True)
 class Length:
-    """The length of an array that was not kept."""
+    """The length of an array whose values were skipped."""
 
     length: int
 
 
 class _Cursor:
-    """A place in the bytes of a file, which never moves past their end."""
+    """A position in the bytes of a file, which never moves past the end."""
 
     def __init__(self, data: Any, n_bytes: int) -> None:
         self.data, self.n_bytes, self.at = data, n_bytes, 0
@@ -122,7 +122,7 @@ def _letter(kind: int) -> str:
 def read_header(path: Path) -> GgufHeader:
     """Return the header of a GGUF file (versions 2 and 3, little-endian).
 
-    Raises ModelError for any other file, and for one whose counts, sizes or places go beyond it.
+    Raises ModelError for any other file, and if a count, size or offset exceeds the file.
     """
     try:
         size = path.stat().st_size
@@ -156,18 +156,18 @@ def _read(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     for _ in range(n_values):
         key = cursor.text(LONGEST_NAME)
         if key in metadata:
-            raise _DamageError(f"key {key!r} is there twice")
+            raise _DamageError(f"key {key!r} occurs twice")
         metadata[key] = cursor.value()
     places = [_tensor(cursor) for _ in range(n_tensors)]
     tensors = {name: tensor for name, tensor, _, _ in places}
     if len(tensors) < len(places):
-        raise _DamageError("a tensor is there twice")
+        raise _DamageError("a tensor occurs twice")
     _check_places(cursor, metadata, places)
     return metadata, tensors
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, GgufTensor, int, int]:
-    """Read one entry: name, tensor, offset and bytes."""
+    """Read one entry: name, tensor, offset and size in bytes."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name, n_axes = cursor.text(LONGEST_NAME), cursor.number("I")
@@ -202,7 +202,7 @@ def _check_places(
 
 
 def _check_sizes(header: GgufHeader) -> None:
-    """Refuse numbers of layers, heads and experts that no model has."""
+    """Refuse absurd numbers of layers, heads and experts."""
     if not isinstance(header.metadata.get("general.architecture"), str):
         raise _DamageError("general.architecture is missing")
     for key, value in header.of_model.items():

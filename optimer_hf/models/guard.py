@@ -1,9 +1,9 @@
-"""What a Hub answers, checked before huggingface_hub believes it.
+"""Check what a Hub answers before huggingface_hub trusts it.
 
-The client makes paths of the commit ids, etags and file names that a server sends, and writes as
-many bytes as arrive. A server that is broken, hostile or no Hub at all (a captive portal) must not
-write outside the cache, fill the disk, or end in a traceback. The checks hang on the client's own
-hooks, so they hold for every download, the ones that transformers makes included.
+The client turns the commit ids, etags and file names that a server sends into paths, and writes as
+many bytes as arrive. A server that is broken, hostile or not a Hub at all (a captive portal) must
+not write outside the cache, fill the disk, or cause a traceback. The checks use the client's own
+hooks, so they cover every download, including those by transformers.
 """
 
 import functools
@@ -24,24 +24,24 @@ from optimer_hf.files.text import first_line
 HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 ETAG = re.compile(r"[\w.+=-]{1,200}")
 FILE = re.compile(r"/resolve/[^/]+/(.+)")
-REPO = re.compile(r"/(revision|tree)(/.*)?$")  # what follows its name in a path of the API
+REPO = re.compile(r"/(revision|tree)(/.*)?$")  # follows the name of a repository in an API path
 LARGEST_ANSWER = 2**26  # bytes of JSON
-SLACK = 2**10  # bytes; what a file may have beyond its listed size before it is cut off
-LIMIT = "optimer_limit"  # extension of a request, which its redirects inherit
+SLACK = 2**10  # bytes by which a file may exceed its listed size
+LIMIT = "optimer_limit"  # a request extension, which redirects inherit
 
 _sizes: dict[tuple[str, str], int] = {}  # (path of a repository at the Hub, file) -> listed size
 
 
 def guard_hub() -> None:
-    """Check all answers of Hubs from now on, in every client that huggingface_hub makes."""
+    """Check all Hub answers from now on, in every client that huggingface_hub creates."""
     plain = _http._GLOBAL_CLIENT_FACTORY
-    if not isinstance(plain, functools.partial) or plain.func is not _guarded:
-        set_client_factory(functools.partial(_guarded, plain))
+    if not isinstance(plain, functools.partial) or plain.func is not _guard:
+        set_client_factory(functools.partial(_guard, plain))
 
 
 @contextmanager
-def hub_answers() -> Iterator[None]:
-    """Guard the requests within; turn what the client raises over nonsense into a HubError."""
+def checking_answers() -> Iterator[None]:
+    """Guard the requests inside; turn the client's errors about invalid answers into HubErrors."""
     from huggingface_hub.errors import HFValidationError
 
     guard_hub()
@@ -51,14 +51,14 @@ def hub_answers() -> Iterator[None]:
         raise
     except (ValueError, TypeError, AssertionError, LookupError, AttributeError) as error:
         raise HubError(
-            f"the Hub gave an answer that cannot be used ({first_line(error)}). Check the network "
+            f"the Hub gave an unusable answer ({first_line(error)}). Check the network "
             "(a login page?) and HF_ENDPOINT."
         ) from error
     except RecursionError:
         raise HubError("the Hub gave an answer that is nested too deeply.") from None
 
 
-def _guarded(plain: Callable[[], httpx2.Client]) -> httpx2.Client:
+def _guard(plain: Callable[[], httpx2.Client]) -> httpx2.Client:
     client = plain()
     hooks = client.event_hooks
     client.event_hooks = {
@@ -69,13 +69,13 @@ def _guarded(plain: Callable[[], httpx2.Client]) -> httpx2.Client:
 
 
 def _ask(request: httpx2.Request) -> None:
-    """Ask for files as they are: how many bytes a packed one has, nobody knows."""
+    """Request files without compression, since the size of a compressed answer is unknown."""
     if FILE.search(request.url.path):
         request.headers["Accept-Encoding"] = "identity"
 
 
 def _check(response: httpx2.Response) -> None:
-    """Raise HubError for an answer that the client must not see."""
+    """Raise HubError for an answer that must not reach the client."""
     request = response.request
     limits = request.extensions
     for name in ("x-repo-commit", "etag", "x-linked-etag"):
@@ -90,7 +90,7 @@ def _check(response: httpx2.Response) -> None:
         limits.setdefault(LIMIT, size + SLACK)
         packed = response.headers.get("content-encoding", "identity")
         if packed != "identity" and response.is_success:
-            raise _nonsense(request, f"a file packed with {packed[:20]!r}")
+            raise _nonsense(request, f"a file compressed with {packed[:20]!r}")
     if LIMIT in limits and request.method == "GET":
         response.stream = _Bounded(response.stream, limits[LIMIT], request)
     if request.method == "GET" and "/api/models/" in request.url.path and response.is_success:
@@ -102,7 +102,7 @@ def _plain(etag: str) -> str:
 
 
 class _Bounded(httpx2.SyncByteStream):
-    """A stream of a response that may have so many bytes."""
+    """A response stream that fails beyond `limit` bytes."""
 
     def __init__(self, stream: Any, limit: int, request: httpx2.Request) -> None:
         self._stream, self._limit, self._request = stream, limit, request
@@ -130,7 +130,7 @@ def _listed_size(path: str) -> int | None:
 
 
 def _check_answer(request: httpx2.Request, response: httpx2.Response) -> None:
-    """Check the description of a repository, or a page of its files, and remember their sizes."""
+    """Check a repository's description or a page of its file list, and remember the file sizes."""
     try:
         answer = json.loads(response.read())
         repo = re.sub(
@@ -155,7 +155,7 @@ def _check_answer(request: httpx2.Request, response: httpx2.Response) -> None:
 
 
 def _check_file(name: Any, entry: Any) -> None:
-    """Raise ValueError or TypeError for a file that cannot be one."""
+    """Raise ValueError or TypeError for an impossible file entry."""
     parts = name.split("/")
     if not name or len(name) > 1000 or {"", ".", ".."} & {*parts} or "\\" in name or "\0" in name:
         raise ValueError(f"the file name {name[:80]!r}")
@@ -171,6 +171,6 @@ def _check_file(name: Any, entry: Any) -> None:
 
 def _nonsense(request: httpx2.Request, found: str) -> HubError:
     return HubError(
-        f"{request.url.host}: found {found} in the answer to {request.url.path[:100]}, which is no "
-        "answer of a Hub. Check the network (a login page?), HF_ENDPOINT and the repository."
+        f"{request.url.host}: found {found} in the answer to {request.url.path[:100]}, which a Hub "
+        "would not send. Check the network (a login page?), HF_ENDPOINT and the repository."
     )

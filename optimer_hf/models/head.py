@@ -1,12 +1,11 @@
-"""The output layer of a language model without its logits: training loss and scoring over a large
-vocabulary.
+"""Compute training loss and token scores over a large vocabulary without storing all logits.
 
-Hidden states come in, the summed cross entropy (with its gradient) or the log-probability of given
-tokens goes out. A 262 k vocabulary makes the logits of one block of text larger than the model;
-here they exist for a few thousand rows of the vocabulary at a time. What a reader would not guess:
-the gradient of the hidden states is accumulated together with a running softmax, as flash attention
-does for its values (Milakov & Gimelshein, arXiv 1805.02867), so a frozen head needs one pass over
-the vocabulary for loss and gradient together.
+Hidden states come in; the summed cross entropy (with its gradient) or the log-probability of given
+tokens goes out. With a vocabulary of 262 k, the logits for one block of text are larger than the
+model; here they exist for only a few thousand rows of the vocabulary at a time. The gradient of
+the hidden states accumulates along with a running softmax, as flash attention does for its values
+(Milakov & Gimelshein, arXiv 1805.02867). So a frozen head needs one pass over the vocabulary for
+both loss and gradient.
 """
 
 import logging
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-VOCABULARY_BLOCK = 2048  # rows of the head at a time: a block of logits stays in the cache of a CPU
-GPU_LOGITS = 2**26  # at a time on a GPU, 256 MiB in float32: few launches, each of them large
-PROBE_TOKENS = 8  # of a document that a model is tried on
-LARGEST_CHANGE = 1e-4  # of a hidden state, relative, by what is masked: rounding
+VOCABULARY_BLOCK = 2048  # rows of the head at a time: a block of logits stays in the CPU cache
+GPU_LOGITS = 2**26  # at a time on a GPU, 256 MiB in float32: few, large launches
+PROBE_TOKENS = 8  # per document when a model is probed
+LARGEST_CHANGE = 1e-4  # relative; masked tokens may change a hidden state by rounding only
 
 
 class HeadLoss(torch.autograd.Function):
@@ -39,7 +38,7 @@ class HeadLoss(torch.autograd.Function):
         labels: torch.Tensor,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Take hidden [n, d], weight [v, d], labels [n] (none ignored); return a float32 scalar."""
+        """Return a float32 scalar from hidden [n, d], weight [v, d], labels [n] (none ignored)."""
         n, size = hidden.shape
         largest = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
         total = hidden.new_zeros((n, 1), dtype=torch.float32)
@@ -47,7 +46,7 @@ class HeadLoss(torch.autograd.Function):
         gradient = hidden.new_zeros((n, size), dtype=torch.float32)
         for start, rows in _blocks(weight, hidden):
             logits, slope = _logits(hidden, rows, softcap)
-            target = _picked(target, logits, labels, start)
+            target = _pick(target, logits, labels, start)
             new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
             rescale = (largest - new_largest).exp_()
             largest = new_largest
@@ -72,7 +71,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        """Scale the stored gradient; a trainable head takes a second pass over the vocabulary."""
+        """Scale the stored gradient; a trainable head needs a second pass over the vocabulary."""
         (scale,) = grad_outputs
         gradient, hidden, weight, labels, log_normaliser = ctx.saved_tensors
         weight_gradient = None
@@ -87,12 +86,11 @@ class HeadLoss(torch.autograd.Function):
 def log_probabilities(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log p(label) in nats, float32 [n], and whether the label is the most likely token,
-    bool [n].
+    """Return log p(label) in nats, float32 [n], and whether the label is most likely, bool [n].
 
-    Takes hidden [n, d], weight [v, d] and labels [n]. The softmax runs in float32 whatever the
-    dtype of the model; a log-softmax in bfloat16, as the stock harness takes it, loses 0.01 to 0.1
-    nats a token.
+    Takes hidden [n, d], weight [v, d] and labels [n]. The softmax always runs in float32; in
+    bfloat16, which the stock harness uses for bfloat16 models, log-softmax loses 0.01 to 0.1 nats
+    per token.
     """
     n = hidden.shape[0]
     target = hidden.new_zeros((n, 1), dtype=torch.float32)
@@ -100,7 +98,7 @@ def log_probabilities(
     total = hidden.new_zeros((n, 1), dtype=torch.float32)
     for start, rows in _blocks(weight, hidden):
         logits, _ = _logits(hidden, rows, softcap)
-        target = _picked(target, logits, labels, start)
+        target = _pick(target, logits, labels, start)
         new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
         total.mul_((largest - new_largest).exp_()).add_(
             logits.sub_(new_largest).exp_().sum(1, keepdim=True)
@@ -110,14 +108,14 @@ def log_probabilities(
 
 
 def _blocks(weight: torch.Tensor, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (first row, rows of the head in the dtype of hidden), as many as suit the device."""
+    """Yield (first row, rows of the head in the dtype of hidden) in blocks sized for the device."""
     step = rows_at_a_time(len(hidden), hidden.device.type)
     for start in range(0, weight.shape[0], step):
         yield start, weight[start : start + step].to(hidden.dtype)
 
 
 def rows_at_a_time(n: int, device: str) -> int:
-    """Return how many rows of a head suit a device for n hidden states."""
+    """Return how many rows of a head to process at once on a device, for n hidden states."""
     if device == "cpu":
         return VOCABULARY_BLOCK
     return max(VOCABULARY_BLOCK, GPU_LOGITS // max(1, n))
@@ -126,7 +124,7 @@ def rows_at_a_time(n: int, device: str) -> int:
 def _logits(
     hidden: torch.Tensor, rows: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (softcapped) logits in float32 and d capped / d logits, None without a cap."""
+    """Return the (softcapped) logits in float32 and d capped / d logits (None without a cap)."""
     logits = (hidden @ rows.T).float()
     if softcap is None:
         return logits, None
@@ -134,17 +132,18 @@ def _logits(
     return bounded * softcap, 1 - bounded.square()
 
 
-def _picked(
+def _pick(
     target: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, start: int
 ) -> torch.Tensor:
-    """Return target [n, 1] with the logits of the labels that lie in this block."""
+    """Fill target [n, 1] with the logits of the labels in this block."""
     columns, is_inside = _columns(labels, start, logits.shape[1])
     return torch.where(is_inside, logits.gather(1, columns), target)
 
 
 def _columns(labels: torch.Tensor, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns of the labels in a block of logits and whether they lie in it, both
-    [n, 1]; a list of those that do would have to wait for the device.
+    """Return the columns of the labels in a block of logits, and whether they lie in it.
+
+    Both are [n, 1]. Selecting the labels that lie in the block would have to wait for the device.
     """
     columns = (labels - start).unsqueeze(1)
     return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)
@@ -174,19 +173,19 @@ def _weight_gradient(
 
 
 def softcap_of(model: "PreTrainedModel") -> float | None:
-    """Return the soft cap of the logits (Gemma 2), None for most models."""
+    """Return the soft cap of the logits (Gemma 2); None for most models."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def plain_weight(model: "PreTrainedModel") -> torch.Tensor | None:
-    """Return the weight [v, d] of a head that is one matrix product and nothing else, or None.
+    """Return the weight [v, d] of a head that is a single matrix product, else None.
 
-    Layers that stand in for the head (LoRA, DoRA, trained tokens, quantised weights), a bias,
-    hooks and parametrisations say None: they compute other logits than their weight does. The
-    trained copy of a head that is saved as a whole (`modules_to_save`) is a head itself.
+    It is None for layers that replace the head (LoRA, DoRA, trained tokens, quantised weights), and
+    for a bias, hooks and parametrisations, since their logits differ from those of the weight. A
+    head that is trained and saved as a whole (`modules_to_save`) is a plain head.
     """
     head: Any = model.get_output_embeddings()
-    if type(head).__name__ == "ModulesToSaveWrapper" and not _is_hooked(head):  # of PEFT
+    if type(head).__name__ == "ModulesToSaveWrapper" and not _is_hooked(head):  # from PEFT
         head = _head_in_use(head)
     if type(head) is not torch.nn.Linear or head.bias is not None or _is_hooked(head):
         return None
@@ -194,12 +193,12 @@ def plain_weight(model: "PreTrainedModel") -> torch.Tensor | None:
 
 
 def _is_hooked(layer: torch.nn.Module) -> bool:
-    """Whether something else runs where a layer is called."""
+    """Whether calling a layer runs other code, too."""
     return bool("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _head_in_use(wrapper: Any) -> Any:
-    """Return the head that the wrapper of a saved module computes with; None of several."""
+    """Return the head that PEFT's wrapper computes with; None if there are several."""
     if wrapper.disable_adapters or not wrapper.active_adapters:
         return wrapper.original_module
     (name, *others) = wrapper.active_adapters
@@ -207,11 +206,10 @@ def _head_in_use(wrapper: Any) -> Any:
 
 
 def is_plain_head(model: "PreTrainedModel") -> bool:
-    """Whether the logits are `softcap(hidden @ weight.T)` and no more: the layer is plain, and a
-    few tokens that are tried agree.
+    """Whether the logits are just `softcap(hidden @ weight.T)`.
 
-    Biases, adapters, scaled logits and multimodal wrappers say no; their stock code is used
-    instead.
+    The layer must be plain, and the result for a few probe tokens must agree. Models with a bias,
+    an adapter, scaled logits or a multimodal wrapper use the stock code instead.
     """
     weight = plain_weight(model)
     if weight is None:
@@ -224,17 +222,17 @@ def is_plain_head(model: "PreTrainedModel") -> bool:
         except (AttributeError, TypeError):
             return False
         expected = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
-        found, _ = log_probabilities(hidden, weight, ids[0], softcap_of(model))
+        computed, _ = log_probabilities(hidden, weight, ids[0], softcap_of(model))
     return torch.allclose(
-        found, expected.gather(1, ids[0].unsqueeze(1))[:, 0], rtol=1e-2, atol=1e-2
+        computed, expected.gather(1, ids[0].unsqueeze(1))[:, 0], rtol=1e-2, atol=1e-2
     )
 
 
 def keeps_documents_apart(model: "PreTrainedModel") -> bool:
-    """Whether a second document in a block, its positions beginning anew, is read as if it stood
-    alone, found out by trying a few tokens.
+    """Whether a model reads a second document in a block as if it stood alone.
 
-    Attention masks follow the positions; the state of recurrent and convolutional layers runs on.
+    Attention masks respect positions that restart, but the state of recurrent and convolutional
+    layers carries over. A few probe tokens decide.
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(3 * PROBE_TOKENS, device=model.device) % vocabulary
@@ -246,7 +244,7 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
             hidden = model.base_model(
                 input_ids=blocks, position_ids=positions, use_cache=False
             ).last_hidden_state
-        except (AttributeError, TypeError):  # nothing that takes positions
+        except (AttributeError, TypeError):  # the model takes no positions
             return False
     after_one, after_another = hidden[:, PROBE_TOKENS:].float()
     change = (after_one - after_another).abs().max()
@@ -254,10 +252,10 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
 
 
 def fuse_loss(model: "PreTrainedModel") -> bool:
-    """Make `model(labels=...)` return its loss through HeadLoss, where its head is plain; say
-    whether it was.
+    """Make `model(labels=...)` compute its loss with HeadLoss if the head is plain.
 
-    A head that is adapted afterwards keeps the stock loss, which goes through its adapter.
+    Returns whether it is. If an adapter is put on the head later, the stock loss is used, since it
+    includes the adapter.
     """
     if "forward" in vars(model) or not is_plain_head(model):
         logger.info("%s: the fused loss does not apply, using the stock one", type(model).__name__)
@@ -275,13 +273,11 @@ def _fused_forward(
     num_items_in_batch: torch.Tensor | int | None = None,
     **_: Any,
 ) -> Any:
-    """Return the loss as the stock forward defines it: the sum over num_items_in_batch, or the
-    mean.
-    """
+    """Return the same loss as the stock forward: sum / num_items_in_batch, or the mean."""
     from transformers.modeling_outputs import CausalLMOutput
 
     weight = plain_weight(self)
-    if weight is None:  # adapted since `fuse_loss`
+    if weight is None:  # an adapter was added after `fuse_loss`
         return _stock_forward(
             self, input_ids, labels, position_ids, attention_mask, num_items_in_batch
         )
@@ -297,7 +293,7 @@ def _fused_forward(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        places = scored.flatten().nonzero()[:, 0]  # once: the host waits for it
+        places = scored.flatten().nonzero()[:, 0]  # only once: the host waits for it
         picked = hidden[:, :-1].flatten(0, 1)[places].to(dtype)
         labels_of = targets.flatten()[places]
         loss: torch.Tensor = HeadLoss.apply(picked, weight, labels_of, softcap_of(self))  # type: ignore[no-untyped-call]
@@ -313,7 +309,7 @@ def _stock_forward(
     attention_mask: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
 ) -> Any:
-    """Return what the class of a model computes, through whatever stands in for its head."""
+    """Return what the model class itself computes, including any layer that replaces the head."""
     counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
     return type(self).forward(
         self,

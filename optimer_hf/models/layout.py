@@ -1,4 +1,4 @@
-"""The files of a model directory: weights, what identifies it, and what lies beside the weights."""
+"""The files in a model directory: the weights, their digests, and the files to copy with them."""
 
 import re
 import shutil
@@ -15,10 +15,10 @@ from optimer_hf.files.reference import is_there
 INDEX = ".safetensors.index.json"
 ANY_WEIGHTS = "*.safetensors"
 PENDING = ".update"  # in a pulled directory: a whole update that is not yet in place
-PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth")  # no training_args.bin, optimizer.pt
+PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth")  # not training_args.bin, optimizer.pt
 
-GENERATION_CONFIG = "generation_config.json"  # with the tokens that end an answer
-OF_TOKENIZER = [  # data by their endings: a tokenizer.py is code
+GENERATION_CONFIG = "generation_config.json"  # lists the tokens that end an answer
+OF_TOKENIZER = [  # the endings make sure that only data matches: a tokenizer.py is code
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.txt",
@@ -49,7 +49,11 @@ COPIED_BESIDE_WEIGHTS = [
 OTHER = re.compile(r"LICEN[SC]E[-_].*\.(?!txt$|md$|rst$|html$)\w*[a-z]\w*", re.IGNORECASE)
 
 
-def _weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | None) -> list[Path]:
+def find_weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | None) -> list[Path]:
+    """Return the safetensors files to read: those in the map, else PREFIX.safetensors, else all.
+
+    Raises ModelError if there are none.
+    """
     if weight_map is not None:
         return [path / file for file in sorted(set(weight_map.values()))]
     if (path / f"{prefix}.safetensors").exists():
@@ -57,12 +61,12 @@ def _weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | None
     files = sorted(path.glob(ANY_WEIGHTS))
     if not files:
         refuse_pickled(str(path), sorted(file.name for file in path.glob("*")))
-        raise ModelError(f"{path}: no safetensors weights in this directory.")
+        raise ModelError(f"{path}: found no safetensors weights in this directory.")
     return files
 
 
 def refuse_pickled(where: str, names: Sequence[str]) -> None:
-    """Raise ModelError when the files of a place without safetensors are pickled weights."""
+    """Raise ModelError if a place without safetensors has pickled weights instead."""
     for name in names:
         if any(fnmatch(name, pattern) for pattern in PICKLES):
             raise ModelError(
@@ -74,7 +78,7 @@ def refuse_pickled(where: str, names: Sequence[str]) -> None:
 
 
 def missing_shards(index: Path) -> list[str]:
-    """Return the files beside an index that it names and that are not there."""
+    """Return the files that an index names but that do not exist beside it."""
     return sorted(
         file
         for file in set(_weight_map(index).values())
@@ -82,8 +86,11 @@ def missing_shards(index: Path) -> list[str]:
     )
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Return tensor -> file of the shards beside an index."""
+def read_index(index: Path) -> dict[str, str]:
+    """Return the shard of each tensor (tensor -> file), as an index says.
+
+    Raises ModelError if a shard is missing.
+    """
     files = _weight_map(index)
     missing = missing_shards(index)
     if missing:
@@ -105,45 +112,47 @@ def _weight_map(index: Path) -> dict[str, str]:
         ) from None
     for file in files.values():
         if Path(file).name != file:
-            raise ModelError(f"{index}: names {file!r}, which is not a file beside it.")
+            raise ModelError(f"{index}: names {file!r}, expected the name of a file beside it.")
     return files
 
 
 def weight_files(path: Path) -> dict[str, str]:
-    """Return file name -> sha256 of the weights that are read of a directory: the identity of a
-    model.
+    """Return the sha256 of each weights file that is read (file name -> digest).
 
-    Of an adapter its config counts, too: rank and alpha scale the weights.
+    They identify a model. An adapter's config counts, too, since rank and alpha scale the weights.
     """
-    return {file.name: sha256_file(file) for file in _identity(path)}
+    return {file.name: sha256_file(file) for file in _identifying_files(path)}
 
 
 def weight_states(path: Path) -> dict[str, tuple[int, int]]:
-    """Return file name -> size in bytes and time of change in ns of the weights in a directory:
-    what tells that a model is still the same without reading it.
+    """Return size in bytes and modification time in ns of each weights file, by file name.
+
+    They show that a model has not changed, without reading it.
     """
-    states = {file.name: file.stat() for file in _identity(path)}
+    states = {file.name: file.stat() for file in _identifying_files(path)}
     return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
 
 
 def weights_fingerprint(path: Path) -> str:
-    """Return a digest that tells the weights in a directory from others, see `fingerprint`."""
-    return digest({file.name: fingerprint(file) for file in _identity(path)})
+    """Return a digest that distinguishes the weights in a directory, see `fingerprint`."""
+    return digest({file.name: fingerprint(file) for file in _identifying_files(path)})
 
 
 def tokenizer_files(path: Path) -> dict[str, str]:
-    """Return file name -> sha256 of what comes with a tokenizer in a directory: its files, its chat
-    template, and generation_config.json, which knows the tokens that end an answer.
+    """Return the sha256 of each file that belongs to the tokenizer (file name -> digest).
+
+    These include the chat template and generation_config.json, which lists the tokens that end an
+    answer.
     """
-    return {file.name: sha256_file(file) for file in _of_tokenizer(path)}
+    return {file.name: sha256_file(file) for file in _files_of_tokenizer(path)}
 
 
-def _of_tokenizer(path: Path) -> list[Path]:
+def _files_of_tokenizer(path: Path) -> list[Path]:
     found = {file for pattern in (*OF_TOKENIZER, GENERATION_CONFIG) for file in path.glob(pattern)}
     return sorted(file for file in found if file.is_file())
 
 
-def _identity(path: Path) -> list[Path]:
+def _identifying_files(path: Path) -> list[Path]:
     if (path / "adapter_config.json").exists():
         return sorted([*path.glob(ANY_WEIGHTS), path / "adapter_config.json"])
     names = weight_names(path)
@@ -153,8 +162,9 @@ def _identity(path: Path) -> list[Path]:
 
 
 def weight_names(path: Path) -> list[str]:
-    """Return the names of the weights files that `Checkpoint` reads of a model, here or still to be
-    fetched, or ANY_WEIGHTS; others (Mistral's consolidated.safetensors) are copies of them.
+    """Return the names of a model's weights files, or ANY_WEIGHTS, even if not fetched yet.
+
+    `Checkpoint` reads only these. Others, such as Mistral's consolidated.safetensors, are copies.
     """
     whole, index = "model.safetensors", path / f"model{INDEX}"
     if (path / whole).exists():
@@ -163,9 +173,7 @@ def weight_names(path: Path) -> list[str]:
 
 
 def is_beside_weights(name: str, patterns: Sequence[str] = COPIED_BESIDE_WEIGHTS) -> bool:
-    """Return whether a file of this name is copied with a model: its config, tokenizer and licence,
-    and never code.
-    """
+    """Whether a file is copied with a model: config, tokenizer and licence are, code never is."""
     return (
         "/" not in name
         and OTHER.fullmatch(name) is None
@@ -174,24 +182,25 @@ def is_beside_weights(name: str, patterns: Sequence[str] = COPIED_BESIDE_WEIGHTS
 
 
 def files_beside_weights(source: Path, *, tokenizer: Path | None = None) -> list[Path]:
-    """Return config, tokenizer, chat template and licence files of a model; with `tokenizer` the
-    `tokenizer_files` come from there.
+    """Return a model's config, tokenizer, chat template and licence files.
+
+    If `tokenizer` is given, the `tokenizer_files` come from that directory.
     """
     patterns = [
         pattern
         for pattern in COPIED_BESIDE_WEIGHTS
         if tokenizer is None or pattern not in OF_TOKENIZER
     ]
-    found = [
+    files = [
         path
         for path in sorted(source.glob("*"))
         if path.is_file() and is_beside_weights(path.name, patterns)
     ]
-    return found if tokenizer is None else [*found, *_of_tokenizer(tokenizer)]
+    return files if tokenizer is None else [*files, *_files_of_tokenizer(tokenizer)]
 
 
 def copy_beside_weights(source: Path, out: Path, *, tokenizer: Path | None = None) -> None:
-    """Copy the `files_beside_weights` of a model."""
+    """Copy a model's `files_beside_weights` to `out`."""
     for path in files_beside_weights(source, tokenizer=tokenizer):
         shutil.copyfile(path, out / path.name)
 
@@ -199,20 +208,21 @@ def copy_beside_weights(source: Path, out: Path, *, tokenizer: Path | None = Non
 def model_digests(
     base: Path, vectors: Mapping[str, Path], tokenizer: Path | None
 ) -> dict[str, str]:
-    """Return digests of the weights of a study and of its tokenizer, if that is not the base's, for
-    `Study.check_inputs`.
+    """Return digests of all models in a study, for `Study.check_inputs`.
+
+    The tokenizer is included if it is not that of the base.
     """
-    found = {"base_model": weights_fingerprint(base)} | {
+    digests = {"base_model": weights_fingerprint(base)} | {
         f"vectors.{name}": weights_fingerprint(path) for name, path in vectors.items()
     }
     if tokenizer is not None:
-        found["tokenizer_source"] = digest(tokenizer_files(tokenizer))
-    return found
+        digests["tokenizer_source"] = digest(tokenizer_files(tokenizer))
+    return digests
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model on this disk, and how another machine would find it."""
+    """A local model directory, and the reference by which another machine finds the model."""
 
     path: Path
     reference: str

@@ -1,4 +1,4 @@
-"""A resolved model -> a live transformers model or tokenizer; devices and compute dtypes."""
+"""Load transformers models and tokenizers; choose devices and compute dtypes."""
 
 import gc
 from typing import Any
@@ -10,39 +10,40 @@ from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.loader import model_without_weights, read_model, read_tokenizer
 
 
-def loaded_model(base: ResolvedModel, dtype: Any) -> Any:
-    """Return the causal language model of a directory; ModelError says why it cannot be loaded."""
-    gc.collect()  # a model before this one, which the Trainer's cycles of references keep
-    torch.cuda.empty_cache()  # its memory, too, counts as taken before; nothing without a GPU
+def load_model(base: ResolvedModel, dtype: Any) -> Any:
+    """Load the causal language model in a directory; raises ModelError with the reason."""
+    gc.collect()  # reference cycles in the Trainer may keep the previous model alive
+    torch.cuda.empty_cache()  # and its memory would count as taken; does nothing without a GPU
     unwrapping = unwrapping_patterns(Checkpoint(base.path))
     model = read_model(base.path, dtype=dtype, key_mapping=unwrapping or None)
-    if unwrapping:  # or the model would be saved with the names of wrappers, too
+    if unwrapping:  # otherwise saving the model would restore the names of the wrappers
         model._weight_conversions = model._weight_conversions[len(unwrapping) :]
     return model
 
 
 def unwrapping_patterns(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return patterns, each to be replaced once, that take the names of wrappers out of those of a
-    file, as `Checkpoint` does.
+    """Return patterns (pattern -> replacement) that remove wrapper prefixes as `Checkpoint` does.
+
+    Each pattern replaces one occurrence.
     """
-    inner, found = "|".join(WRAPPERS), {}
-    for number in range(checkpoint.n_wrappers):  # a rule of transformers replaces one place
-        found[rf"(?#{number})(?:^|(?<=\.))(?:{inner})\."] = ""
+    inner, patterns = "|".join(WRAPPERS), {}
+    for number in range(checkpoint.n_wrappers):  # transformers replaces one occurrence per rule
+        patterns[rf"(?#{number})(?:^|(?<=\.))(?:{inner})\."] = ""
         if OUTER_WRAPPER in checkpoint.wrappers:
-            found[rf"(?#{number})^module\."] = ""
-    return found
+            patterns[rf"(?#{number})^module\."] = ""
+    return patterns
 
 
 def default_device() -> str:
-    """Return where models run: the first GPU if there is one."""
+    """Return the device for models: the first GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def multiplied_in(dtype: torch.dtype, device: str) -> torch.dtype:
-    """Return the dtype in which a device multiplies matrices of `dtype`: float32 where it cannot.
+def compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Return `dtype` if a device has fast matrix products for it, else float32.
 
-    A CPU without AVX-512 or the like has no kernels for 16 bits, and PyTorch's fallback is 6 to 90
-    times slower than float32 (benchmarks/precision.py); GPUs before Ampere have none for bfloat16.
+    A CPU without AVX-512 or similar has no kernels for 16 bits, and PyTorch's fallback is 6 to 90
+    times slower than float32 (benchmarks/precision.py). GPUs before Ampere have none for bfloat16.
     """
     if dtype == torch.float32:
         return dtype
@@ -59,14 +60,15 @@ def multiplied_in(dtype: torch.dtype, device: str) -> torch.dtype:
     return dtype if has_kernels else torch.float32
 
 
-def loaded_tokenizer(base: ResolvedModel) -> Any:
-    """Return the tokenizer of a directory; ModelError says why it cannot be loaded."""
+def load_tokenizer(base: ResolvedModel) -> Any:
+    """Load the tokenizer in a directory; raises ModelError with the reason."""
     return read_tokenizer(base.path)
 
 
 def empty_model(base: ResolvedModel) -> Any:
-    """Return the model of a directory without its weights, which costs next to nothing: what its
-    config, its index and its layers rule out is found before anything long.
+    """Build the model in a directory without its weights, at almost no cost.
+
+    This finds errors in its config, its index and its layers before any long work starts.
     """
     Checkpoint(base.path)
     return model_without_weights(base.path)

@@ -1,10 +1,10 @@
-"""The only place that lets transformers and PEFT read somebody's model: a directory comes in; a
-model, a config, a tokenizer or an adapter goes out, and none of its code has run.
+"""Load models, configs, tokenizers and adapters without running their code.
 
-`trust_remote_code` is False in every call: unset, transformers asks on the terminal, and a script
-that answers "y" runs whatever came with the model. What a reader would not guess: besides
-`auto_map`, a config can name code as a kernel repository or as PEFT's Megatron module; one large
-number in it keeps transformers busy for hours; and a weight that is missing is drawn at random.
+No other module lets transformers or PEFT read an untrusted model. `trust_remote_code` is False in
+every call: if unset, transformers asks on the terminal, and a script that answers "y" runs whatever
+came with the model. A config can also name code in other ways than `auto_map`: as a kernel
+repository, or as PEFT's Megatron module. One large number in it keeps transformers busy for hours,
+and transformers fills missing weights with random numbers. All of these are refused here.
 """
 
 import json
@@ -23,28 +23,27 @@ from optimer_hf.models.gguf_header import GgufHeader
 from optimer_hf.models.layout import GENERATION_CONFIG
 
 CONFIG = "config.json"
-READ = {  # by a library; others of such names may hold anything
+READ = {  # files that a library reads; others with similar names may contain anything
     *("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 }
 NO_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|annot allocate memory", re.IGNORECASE)
-CONFIGS = "*config*.json"  # of the model (also config.5.0.0.json), tokenizer, processor, adapter
+CONFIGS = "*config*.json"  # for model (also config.5.0.0.json), tokenizer, processor, adapter
 PARTS = re.compile(r"layers?$|blocks?$|heads?$|experts?$|labels$|depth$|stages?$|codebooks?$")
 SIZES = re.compile(r"size|dim|embd|vocab|d_model|d_ff|width|rank|positions|embeddings|n_inner|ctx")
 MOST_PARTS, LARGEST_SIZE = 10_000, 2**25  # layers, heads; columns, rows of a vocabulary, positions
-LARGEST_CONFIG = 64 * 2**20  # bytes; a tokenizer_config.json of 100,000 added tokens has 20 MB
+LARGEST_CONFIG = 64 * 2**20  # bytes; a tokenizer_config.json with 100,000 added tokens has 20 MB
 KERNELS = ("attn_implementation", "experts_implementation")
 
 
-# -- what is refused before anything is loaded -----------------------------------------------------
+# -- refuse before loading -------------------------------------------------------------------------
 
 
 def refuse_code(path: Path) -> None:
-    """Raise ModelError for a directory whose configs name Python code of the model's own, or cannot
-    be read.
+    """Raise ModelError if a model's configs name Python code to run, or cannot be read.
 
-    The code is refused also where transformers has the architecture itself: the two may differ, and
-    a merge would point to code that it lacks.
+    The code is refused even if transformers has the architecture itself: the two may differ, and a
+    merge would refer to code that it lacks.
     """
     for file in sorted(path.glob(CONFIGS)):
         if not file.is_file() or _is_list(file):
@@ -52,35 +51,36 @@ def refuse_code(path: Path) -> None:
         config = read_settings(file)
         if config.get("auto_map"):
             raise ModelError(
-                f"{file}: `auto_map` names code of the model ({quote(config['auto_map'])}), which "
-                "is never run. Where transformers has the architecture itself, take `auto_map` out "
-                "of a copy of the directory."
+                f"{file}: `auto_map` names code in the model ({quote(config['auto_map'])}), which "
+                "is never run. If transformers has the architecture itself, remove `auto_map` "
+                "from a copy of the directory."
             )
         if config.get("transformers_weights"):
             raise ModelError(
-                f"{file}: `transformers_weights` names another weights file "
-                f"({quote(config['transformers_weights'])}) than those that are merged. Take it "
-                "out of a copy of the directory."
+                f"{file}: `transformers_weights` names a weights file "
+                f"({quote(config['transformers_weights'])}) other than those that are merged. "
+                "Remove it from a copy of the directory."
             )
         kernels = [str(config.get(key) or config.get(f"_{key}") or "") for key in KERNELS]
-        found = next((text for text in kernels if "/" in text), None)
-        if found is not None or config.get("megatron_config"):
-            named = found or config.get("megatron_core")
+        kernel = next((text for text in kernels if "/" in text), None)
+        if kernel is not None or config.get("megatron_config"):
+            named = kernel or config.get("megatron_core")
             raise ModelError(
-                f"{file}: names code to load ({quote(named)}), which is never run. Take it out of "
+                f"{file}: names code to load ({quote(named)}), which is never run. Remove it from "
                 "a copy of the directory."
             )
 
 
 def _is_list(file: Path) -> bool:
-    """Return whether a file is of no library: a list in a name that none of them reads."""
+    """Whether a file belongs to no library: it contains a list, and none reads its name."""
     with open(file, "rb") as opened:
         return file.name not in READ and opened.read(64).lstrip()[:1] == b"["
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """Return the mapping that a JSON file of a model holds, as transformers reads it: of a key that
-    is given twice the last. Raises ModelError for anything else.
+    """Return the mapping in a model's JSON file, as transformers reads it.
+
+    The last of several equal keys counts. Raises ModelError for anything but a mapping.
     """
     try:
         if file.stat().st_size > LARGEST_CONFIG:
@@ -99,8 +99,9 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def refuse_absurd(path: Path) -> None:
-    """Raise ModelError for a config.json with a number of layers, heads or labels, or a size, that
-    no model has: transformers would make them all before it compares them with the weights.
+    """Raise ModelError for absurd sizes or numbers of layers, heads or labels in config.json.
+
+    transformers would create them all before comparing them with the weights.
     """
     file = path / CONFIG
     for key, number in _numbers_in(read_settings(file)):
@@ -121,26 +122,27 @@ def _numbers_in(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def refuse_lack_of_memory(error: BaseException, where: object) -> None:
-    """Raise ModelError where the memory of a CPU has run out, which torch says by a RuntimeError;
-    what was read is not at fault.
+    """Raise ModelError if the CPU is out of memory, which torch reports as a RuntimeError.
+
+    The file that was being read is not at fault.
     """
     if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
         raise ModelError(
-            f"{where}: does not fit into the memory that is free ({first_line(error)}). Free some, "
-            "or take a larger machine."
+            f"{where}: does not fit into the free memory ({first_line(error)}). Free some memory, "
+            "or use a larger machine."
         ) from error
 
 
 @contextmanager
 def naming_unloadable(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a library raises while it reads a model into a ModelError that names it."""
+    """Turn any error of a library that reads a model into a ModelError that names the model."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, OptimerError):
         raise
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # dozens of types; a panic of tokenizers is no Exception
+    except BaseException as error:  # dozens of types; a panic in tokenizers is not an Exception
         refuse_lack_of_memory(error, path)
         raise ModelError(
             f"{path}: transformers cannot load the {what} ({first_line(error)}). Fetch it again, "
@@ -162,20 +164,22 @@ def read_config(path: Path) -> Any:
 
 
 def read_model(path: Path, **options: Any) -> Any:
-    """Return the language model of a directory; `options` are those of `from_pretrained`.
+    """Load the language model in a directory; `options` go to `from_pretrained`.
 
-    Raises ModelError, also for a weight that its config asks for and the files lack: transformers
-    would draw it at random.
+    Raises ModelError, also if a weight that the config requires is missing: transformers would fill
+    it with random numbers.
     """
     config = read_config(path)
-    model, found = _loaded(_class_of_text(config), path, config, **options)
-    _refuse_missing(path, found)
+    model, info = _load(_class_of_text(config), path, config, **options)
+    _refuse_missing(path, info)
     return model
 
 
 def _class_of_text(config: Any) -> Any:
-    """Return the auto class that generates text for a config: transformers lists some models with
-    images (Qwen2-VL, Mistral 3, SmolVLM) under no causal one; without an image they are.
+    """Return the auto class that generates text for a config.
+
+    transformers does not list some vision models (Qwen2-VL, Mistral 3, SmolVLM) as causal ones,
+    which they are if there is no image.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -184,10 +188,10 @@ def _class_of_text(config: Any) -> Any:
     return AutoModelForImageTextToText if has_images and not is_listed else AutoModelForCausalLM
 
 
-def _loaded(model_class: Any, path: Path, config: Any, **options: Any) -> tuple[Any, Any]:
-    """Return a model of a class, and what transformers says of the tensors of its files."""
+def _load(model_class: Any, path: Path, config: Any, **options: Any) -> tuple[Any, Any]:
+    """Load a model with a class; also return transformers' report on the tensors in the files."""
     with naming_unloadable(path, "model"):
-        model, found = model_class.from_pretrained(
+        model, info = model_class.from_pretrained(
             path,
             config=config,
             trust_remote_code=False,
@@ -196,20 +200,20 @@ def _loaded(model_class: Any, path: Path, config: Any, **options: Any) -> tuple[
             output_loading_info=True,
             **options,
         )
-    return model, found
+    return model, info
 
 
-def _refuse_missing(path: Path, found: dict[str, Any]) -> None:
-    missing = sorted(found["missing_keys"])
+def _refuse_missing(path: Path, info: dict[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"{path}: lacks the tensor {missing[0]!r}, which its config asks for "
-            f"({len(missing)} in all). Fetch the weights again, or mend the config."
+            f"{path}: lacks the tensor {missing[0]!r}, which its config requires "
+            f"({len(missing)} in all). Fetch the weights again, or fix the config."
         )
 
 
 def model_without_weights(path: Path) -> Any:
-    """Return the language model of a directory on the device `meta`."""
+    """Build the language model in a directory on the device `meta`."""
     config = read_config(path)
     with naming_unloadable(path, "model"), torch.device("meta"):
         return _class_of_text(config).from_config(config, trust_remote_code=False)
@@ -217,9 +221,7 @@ def model_without_weights(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Loading:
-    """How the files of a model fit its config: tensors that they lack, that nothing reads, and of
-    another shape.
-    """
+    """How a model's files fit its config: missing, unread and wrongly shaped tensors."""
 
     missing: frozenset[str]
     unread: frozenset[str]
@@ -227,22 +229,24 @@ class Loading:
 
 
 def loading_of(path: Path) -> Loading:
-    """Return how transformers would load a model directory, of any class; reads no weights."""
+    """Return how transformers would load a model of any class, without reading its weights."""
     import transformers
 
     config = read_config(path)
-    named = getattr(transformers, (config.architectures or [""])[0], None)  # may be TRL's
+    named = getattr(transformers, (config.architectures or [""])[0], None)  # may be a TRL class
     model_class = named or transformers.AutoModelForCausalLM
-    _, found = _loaded(model_class, path, config, device_map="meta", ignore_mismatched_sizes=True)
-    shapes = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    _, info = _load(model_class, path, config, device_map="meta", ignore_mismatched_sizes=True)
+    shapes = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     return Loading(
-        frozenset(found["missing_keys"]), frozenset(found["unexpected_keys"]), frozenset(shapes)
+        frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), frozenset(shapes)
     )
 
 
 def whole_model_without_weights(path: Path) -> Any:
-    """Return the model of a directory on the device `meta` as its config describes it: with images,
-    where it has them, although only its language part is trained and evaluated.
+    """Build the whole model in a directory on the device `meta`.
+
+    That includes the vision part of a multimodal model, although only the language part is trained
+    and evaluated.
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -260,7 +264,7 @@ def whole_model_without_weights(path: Path) -> Any:
 
 
 def text_model_without_weights(path: Path) -> Any | None:
-    """Return the language part of a multimodal model on the device `meta`; None for others."""
+    """Build the language part of a multimodal model on the device `meta`; None for other models."""
     from transformers import AutoModelForCausalLM
 
     whole = read_config(path)
@@ -272,7 +276,7 @@ def text_model_without_weights(path: Path) -> Any | None:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """Return the tokenizer of a model directory; ModelError says why it cannot be loaded."""
+    """Load the tokenizer in a model directory; raises ModelError with the reason."""
     from transformers import AutoTokenizer
 
     refuse_code(path)
@@ -281,7 +285,7 @@ def read_tokenizer(path: Path) -> Any:
 
 
 def read_generation_config(path: Path) -> Any | None:
-    """Return transformers' generation config of a model directory, None where it has none."""
+    """Load the generation config in a model directory; None if there is none."""
     from transformers import GenerationConfig
 
     file = path / GENERATION_CONFIG
@@ -297,7 +301,7 @@ def read_generation_config(path: Path) -> Any | None:
 
 @contextmanager
 def naming_unreadable_gguf(file: Path) -> Iterator[None]:
-    """Turn whatever a library raises while it reads a GGUF file into a ModelError."""
+    """Turn any error of a library that reads a GGUF file into a ModelError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, OptimerError):
@@ -314,7 +318,7 @@ def naming_unreadable_gguf(file: Path) -> Iterator[None]:
 
 
 def read_gguf_config(file: Path) -> Any:
-    """Return transformers' own reading of the metadata of a GGUF file."""
+    """Return the config that transformers makes from the metadata of a GGUF file."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(
@@ -323,7 +327,7 @@ def read_gguf_config(file: Path) -> Any:
 
 
 def gguf_keys_read(header: GgufHeader) -> set[str]:
-    """Return the keys of the architecture, without its prefix, that transformers itself reads."""
+    """Return the metadata keys, without the architecture's prefix, that transformers reads."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 
@@ -339,7 +343,7 @@ def gguf_keys_read(header: GgufHeader) -> set[str]:
 
 
 class _Recording(dict[str, Any]):
-    """A dictionary that knows which of its keys were looked at."""
+    """A dictionary that records which keys are read."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
@@ -355,7 +359,7 @@ class _Recording(dict[str, Any]):
 
 
 def gguf_numbers(header: GgufHeader, name: str, n_rows: int) -> Any:
-    """Return the first rows of a tensor of a GGUF file, as a float32 array."""
+    """Return the first rows of a tensor in a GGUF file, as a float32 array."""
     from gguf import GGUFReader, dequantize
 
     tensor = next(each for each in GGUFReader(header.path).tensors if each.name == name)
@@ -363,13 +367,13 @@ def gguf_numbers(header: GgufHeader, name: str, n_rows: int) -> Any:
 
 
 def read_gguf(file: Path, config: Any, dtype: torch.dtype) -> Any:
-    """Return the model of a GGUF file, de-quantised to `dtype`.
+    """Load the model in a GGUF file, de-quantised to `dtype`.
 
-    Raises ModelError for tensors that the config asks for and the file lacks.
+    Raises ModelError if tensors that the config requires are missing.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
         config=config,
@@ -379,12 +383,12 @@ def read_gguf(file: Path, config: Any, dtype: torch.dtype) -> Any:
         local_files_only=True,
         output_loading_info=True,
     )
-    _refuse_missing(file, found)
+    _refuse_missing(file, info)
     return model
 
 
 def read_gguf_tokenizer(file: Path) -> Any:
-    """Return the tokenizer of a GGUF file."""
+    """Load the tokenizer in a GGUF file."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
@@ -393,7 +397,7 @@ def read_gguf_tokenizer(file: Path) -> Any:
 
 
 def gguf_model_without_weights(config: Any) -> Any:
-    """Return the model of a config that was read from a GGUF file, on the device `meta`."""
+    """Build the model for a GGUF file's config on the device `meta`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -401,7 +405,7 @@ def gguf_model_without_weights(config: Any) -> Any:
 
 
 def gguf_names_read(model: Any, header: GgufHeader) -> set[str]:
-    """Return the tensors of a GGUF file that transformers reads into a model: others it skips."""
+    """Return the tensors in a GGUF file that transformers loads; it skips all others."""
     from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -417,7 +421,7 @@ def gguf_names_read(model: Any, header: GgufHeader) -> set[str]:
 
 
 def _is_stack_of(known: Mapping[str, str], name: str) -> bool:
-    """Whether a tensor holds all experts of a layer, whose parameter has no suffix."""
+    """Whether a tensor stacks all experts of a layer; that parameter's name has no suffix."""
     return name.endswith("_exps.weight") and name.removesuffix(".weight") in known
 
 
@@ -425,7 +429,7 @@ def _is_stack_of(known: Mapping[str, str], name: str) -> bool:
 
 
 def read_adapter_config(path: Path) -> Any:
-    """Return PEFT's config of an adapter directory; raises whatever PEFT raises."""
+    """Load the PEFT config in an adapter directory; raises whatever PEFT raises."""
     from peft import PeftConfig
 
     refuse_code(path)
@@ -433,7 +437,7 @@ def read_adapter_config(path: Path) -> Any:
 
 
 def model_with_adapter(model: Any, path: Path) -> Any:
-    """Return a model with an adapter on it; raises whatever PEFT raises."""
+    """Put an adapter on a model; raises whatever PEFT raises."""
     from peft import PeftModel
 
     refuse_code(path)

@@ -1,7 +1,7 @@
-"""How much memory this process may still take, on a device or in the host.
+"""Measure how much memory this process may still take, on a GPU or on the host.
 
 A container or a batch job (Docker, Kubernetes, SLURM) often has less than the machine: its control
-group, or one above it, has a limit, and who takes more is killed.
+group or a parent has a limit, and a process that exceeds it is killed.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ import torch
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
-NAMES = {  # of (limit, taken, what of it the system gives up when asked) in version 1 and 2
+NAMES = {  # for each version: files with the limit and the use, and the part the system can reclaim
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
 }
 
 
 def free_memory(device: str) -> int:
-    """Return the free memory of a device in bytes, of the CPU what this process may take."""
+    """Return the free memory of a device in bytes; for the CPU, what this process may take."""
     if device != "cpu":
         return int(torch.cuda.mem_get_info(device)[0])
     left = [max(0, limit - taken) for limit, taken in _limits()]
@@ -27,15 +27,15 @@ def free_memory(device: str) -> int:
 
 
 def total_memory() -> int:
-    """Return the memory in bytes that this process may take when nothing else runs."""
+    """Return the memory in bytes that this process may take if nothing else runs."""
     return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
 
 
 def _limits() -> Iterator[tuple[int, int]]:
-    """Yield (limit, taken) in bytes of the control groups this process is in that have a limit."""
+    """Yield (limit, taken) in bytes for each control group of this process that has a limit."""
     try:
         own = [line.split(":", 2) for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines()]
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return
     for _, controllers, path in own:
         version = 1 if controllers else 2
@@ -44,14 +44,14 @@ def _limits() -> Iterator[tuple[int, int]]:
         root = CONTROL_GROUPS / ("memory" if version == 1 else "")
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            if (found := _limit(folder, *NAMES[version])) is not None:
-                yield found
+            if (limit := _limit(folder, *NAMES[version])) is not None:
+                yield limit
             if folder == root:
                 break
 
 
 def _limit(folder: Path, limit: str, taken: str, given_up: str) -> tuple[int, int] | None:
-    """Return (limit, taken) of one control group, None without a limit or where it is not shown."""
+    """Return (limit, taken) of one control group; None without a limit or without access."""
     try:
         most = (folder / limit).read_text(encoding="utf-8").strip()
         if most == "max":

@@ -1,10 +1,10 @@
-"""Tensor names of two checkpoints of one model -> which tensor of the one is which of the other.
+"""Match the tensors of two checkpoints of one model that use different names.
 
-One model is stored under many names: of the bare model or of the one with a head (`h.0...` and
-`transformer.h.0...`), of a multimodal model or of its language part, with buffers that older
-programs saved and without. What all of them mean is decided by the model class, built without its
-weights, with the rules by which transformers loads a file; only headers are read. Names that are
-the same on both sides need no class.
+The same model is stored under many names: those of the bare model or of the model with a head
+(`h.0...` and `transformer.h.0...`), those of a multimodal model or of its language part, with or
+without buffers that older programs saved. The model class, built without weights, decides what
+they mean, using the rules by which transformers loads a file. Only headers are read. Names that are
+equal on both sides need no class.
 """
 
 import functools
@@ -21,18 +21,19 @@ from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.loader import text_model_without_weights, whole_model_without_weights
 from optimer_hf.models.stored import stored_views
 
-BUFFERS = re.compile(  # computed when a model is made, and saved by older programs
+BUFFERS = re.compile(  # computed when a model is built; older programs saved them
     r"(^|\.)((rotary_emb|rotary|rotary_pos_emb)\.\w+|(\w+_)?inv_freq|position_ids|masked_bias"
     r"|(attn|attention|self_attn|self_attention|crossattention)\.bias|cos_cached|sin_cached"
     r"|_extra_state)$"
 )
-BESIDE_MODEL = re.compile(r"^(model\.)?(mtp|v_head)\.")  # more tokens at once; PPO's value head
+BESIDE_MODEL = re.compile(r"^(model\.)?(mtp|v_head)\.")  # multi-token prediction; PPO's value head
 N_NAMES_SHOWN = 3
 
 
 class Key(NamedTuple):
-    """What a tensor of a file is to a class: the parameter that it goes into, and which part of it
-    where transformers puts several together (experts).
+    """The parameter of a class that a tensor in a file goes into.
+
+    `part` says which part of it the tensor is, if transformers fuses several (experts).
     """
 
     parameter: str
@@ -41,7 +42,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassNames:
-    """What a model class calls its parameters, and where its text model and its heads are."""
+    """The parameter names of a model class, and the places of its text model and its heads."""
 
     model: Any
     parameters: frozenset[str]
@@ -65,8 +66,9 @@ class ClassNames:
         )
 
     def keys(self, names: Iterable[str]) -> dict[str, Key]:
-        """Return what the tensors of a file are, by the rules by which transformers loads it; some
-        of them depend on all names, so all come at once.
+        """Return the key of each tensor in a file, by the rules by which transformers loads it.
+
+        Some rules depend on all names, so pass them all at once.
         """
         from transformers import core_model_loading as loading
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -76,23 +78,23 @@ class ClassNames:
         converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
         known = dict.fromkeys(self.parameters, True)
         prefix = self.model.base_model_prefix
-        found = {}
+        keys = {}
         for name in sorted(names, key=loading.dot_natural_key):
             parameter, source = loading.rename_source_key(
                 name, renamings, converters, prefix, known
             )
             if parameter not in known and name in known:
-                found[name] = Key(name)
+                keys[name] = Key(name)
             elif source is None:
-                found[name] = Key(parameter)
+                keys[name] = Key(parameter)
             else:
                 own = loading.apply_renamings(name, renamings)
                 whole, _ = loading.apply_converters(own, converters)
-                found[name] = Key(parameter, _without_common_front(own, whole))
-        return found
+                keys[name] = Key(parameter, _drop_common_front(own, whole))
+        return keys
 
 
-def _without_common_front(name: str, other: str) -> str:
+def _drop_common_front(name: str, other: str) -> str:
     parts, others = name.split("."), other.split(".")
     while parts and others and parts[0] == others[0]:
         del parts[0], others[0]
@@ -101,22 +103,23 @@ def _without_common_front(name: str, other: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """The class of a base, and that of its language part alone where it is multimodal."""
+    """The class of a base and, if it is multimodal, the class of its language part."""
 
     whole: ClassNames
     text: ClassNames | None
 
     def keys(self, names: Iterable[str]) -> dict[str, Key]:
-        """Return what the tensors of a file are to the class of the base; a file of its language
-        part alone has the names of that.
+        """Return the key of each tensor in a file, in the names of the base's class.
+
+        The file may contain only the language part, under the names of that part.
         """
-        found = self.whole.keys(names)
+        keys = self.whole.keys(names)
         if self.text is not None:
-            others = [name for name, key in found.items() if not self.loads(key)]
+            others = [name for name, key in keys.items() if not self.loads(key)]
             for name, key in self.text.keys(others).items():
                 if key.parameter in self.text.parameters:
-                    found[name] = Key(self._in_whole(key.parameter), key.part)
-        return found
+                    keys[name] = Key(self._in_whole(key.parameter), key.part)
+        return keys
 
     def loads(self, key: Key) -> bool:
         """Whether the class has a parameter for a tensor."""
@@ -132,8 +135,9 @@ class Layout:
         return parameter
 
     def part_beside_text(self, key: Key) -> str | None:
-        """Return the name of the part of a multimodal model (its vision tower) that a parameter
-        belongs to; None for the text model and its heads.
+        """Return the part of a multimodal model (such as its vision tower) that has a parameter.
+
+        It is None for the text model and its heads.
         """
         decoder = self.whole.decoder
         in_text = key.parameter.startswith(f"{decoder}.") or key.parameter in self.whole.vocabulary
@@ -146,8 +150,9 @@ class Layout:
         return ".".join(parts[: common + 1])
 
     def is_beside(self, name: str, key: Key) -> bool:
-        """Whether a tensor, which the class has no parameter for, is known to be no part of the
-        model: a buffer, or for other programs.
+        """Whether a tensor without a parameter is known not to be part of the model.
+
+        It may be a buffer, or meant for other programs.
         """
         model, config = self.whole.model, self.whole.model.config.get_text_config()
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -162,8 +167,9 @@ class Layout:
 
 
 def layout_of(path: Path) -> Layout:
-    """Return what the class of a model directory calls its parameters; ModelError where
-    transformers has no class for its config.
+    """Return the parameter names that the class of a model directory uses.
+
+    Raises ModelError if transformers has no class for its config.
     """
     config = path / "config.json"
     return _layout_of(path, config.stat().st_mtime_ns if config.exists() else 0)
@@ -180,8 +186,9 @@ def _layout_of(path: Path, changed: int) -> Layout:
 
 
 def names_in(base: Checkpoint, names: Collection[str]) -> dict[str, list[str]]:
-    """Return the names that a base stores tensors under which others, a program or another file,
-    call `names`; those that it does not have are left out.
+    """Return the names under which a base stores the tensors that others call `names`.
+
+    Tensors that the base does not have are left out.
     """
     known = set(base.names)
     same = {name: [name] for name in names if name in known}
@@ -189,52 +196,52 @@ def names_in(base: Checkpoint, names: Collection[str]) -> dict[str, list[str]]:
         return same
     try:
         layout = layout_of(base.path)
-    except ModelError:  # a class that transformers does not know has the names of its file
+    except ModelError:  # transformers does not know the class, so only equal names match
         return same
     stored = _by_key(base, layout)
-    found = {name: stored[key] for name, key in layout.keys(names).items() if key in stored}
-    return same | found
+    return same | {name: stored[key] for name, key in layout.keys(names).items() if key in stored}
 
 
 def _may_repeat(names: Collection[str]) -> bool:
-    """Whether a file may have one tensor twice, with and without the prefix of its class."""
+    """Whether a file may contain a tensor twice, with and without the prefix of its class."""
     return any(name.partition(".")[2] in names for name in names)
 
 
 def _by_key(base: Checkpoint, layout: Layout) -> dict[Key, list[str]]:
-    """Return the names of what a base stores; ModelError for two versions of one parameter."""
-    found: dict[Key, list[str]] = {}
+    """Return the names of the base's tensors by key; raises ModelError if copies differ."""
+    by_key: dict[Key, list[str]] = {}
     for name, key in layout.keys(base.names).items():
-        found.setdefault(key, []).append(name)
-    for first, *others in found.values():
+        by_key.setdefault(key, []).append(name)
+    for first, *others in by_key.values():
         for name in others:
             if not _is_copy(base, name, first):
                 raise ModelError(
-                    f"{base.path}: tensors {first!r} and {name!r} are one parameter of "
-                    f"{type(layout.whole.model).__name__}, with other numbers. Remove the stale "
-                    "one."
+                    f"{base.path}: tensors {first!r} and {name!r} are the same parameter of "
+                    f"{type(layout.whole.model).__name__}, but their numbers differ. Remove the "
+                    "stale one."
                 )
-    return found
+    return by_key
 
 
 def views_in(base: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
-    """Return `stored_views` of a model by the names in the file of its base; a name that the base
-    does not have (a tied head) stays. One that it stores in another form (experts of Qwen3-VL-MoE
-    input-first, as older programs wrote them) is left out.
+    """Return a model's `stored_views` under the names in its base's files.
+
+    A view without a tensor in the base (a tied head) keeps its name. A tensor that the base stores
+    in another form is left out: older programs wrote the experts of Qwen3-VL-MoE input-first.
     """
     views = stored_views(model)
     names = names_in(base, views)
-    found = {known: view for name, view in views.items() for known in names.get(name, [name])}
+    by_name = {known: view for name, view in views.items() for known in names.get(name, [name])}
     known = set(base.names)
     return {
         name: view
-        for name, view in found.items()
+        for name, view in by_name.items()
         if name not in known or base.shape(name) == tuple(view.shape)
     }
 
 
 def vocabulary_names(base: Checkpoint) -> frozenset[str]:
-    """Return the tensors of a base with a row for every token."""
+    """Return the tensors in a base that have one row per token."""
     try:
         layout = layout_of(base.path)
     except ModelError:
@@ -248,12 +255,12 @@ def vocabulary_names(base: Checkpoint) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Match:
-    """How the tensors of a tuned model and of its base belong together.
+    """How the tensors of a tuned model correspond to those of its base.
 
-    `tuned_names` has the tuned name of every tensor that both have, by its name in the base;
-    `unmoved` are those of the base that the tuned model does without, `left_out` those of the tuned
-    model that are no part of it. `missing` (of the base) and `unknown` (of the tuned model) are
-    parts of the one that the other should have, unless they are tied to others.
+    `tuned_names` maps base names to tuned names for all tensors that both have. `unmoved` are base
+    tensors that the tuned model may lack, and `left_out` are tuned tensors that are not part of the
+    model. Unless they are tied to others, the tuned model should have the base tensors in
+    `missing`, and the base should have the tuned tensors in `unknown`.
     """
 
     tuned_names: dict[str, str]
@@ -261,11 +268,11 @@ class Match:
     left_out: list[str]
     missing: list[str]
     unknown: list[str]
-    reason: str = ""  # why names were not mapped by the class
+    reason: str = ""  # why the model class could not map the names
 
 
 def match(tuned: Checkpoint, base: Checkpoint) -> Match:
-    """Find out which tensor of a tuned model is which of its base."""
+    """Match each tensor in a tuned model to the one in its base."""
     both = {name: name for name in set(base.names) & set(tuned.names)}
     only_base = sorted(set(base.names) - set(tuned.names))
     only_tuned = sorted(set(tuned.names) - set(base.names))
@@ -286,7 +293,7 @@ def _match(tuned: Checkpoint, base: Checkpoint, layout: Layout) -> Match:
     for name, key in of_tuned.items():
         by_key.setdefault(key, name)
     pairs = {name: name if name in of_tuned else by_key.get(key) for name, key in of_base.items()}
-    found = {
+    tuned_names = {
         name: other
         for name, other in pairs.items()
         if other is not None and (layout.loads(of_base[name]) or not BUFFERS.search(name))
@@ -309,7 +316,7 @@ def _match(tuned: Checkpoint, base: Checkpoint, layout: Layout) -> Match:
         or (not layout.loads(of_tuned[name]) and layout.is_beside(name, of_tuned[name]))
     ]
     return Match(
-        found,
+        tuned_names,
         sorted(unmoved),
         sorted(left_out),
         sorted(set(lacking) - set(unmoved)),
@@ -318,14 +325,14 @@ def _match(tuned: Checkpoint, base: Checkpoint, layout: Layout) -> Match:
 
 
 def _is_copy(checkpoint: Checkpoint, name: str, other: str | None) -> bool:
-    """Whether a tensor is stored under another name, too, with the same numbers."""
+    """Whether a tensor is also stored under another name, with the same numbers."""
     if other is None or checkpoint.dtype(name) != checkpoint.dtype(other):
         return False
     return checkpoint.are_equal(name, other)
 
 
 def summary(names: Iterable[str]) -> str:
-    """Return a few words for many tensor names: those of all layers are one."""
+    """Summarise many tensor names in a few words, using one name for all layers."""
     kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
     fronts = list(dict.fromkeys(_front(kind) for kind in kinds)) if len(kinds) > 3 else kinds
     shown = ", ".join(fronts[:N_NAMES_SHOWN])

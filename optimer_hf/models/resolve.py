@@ -1,4 +1,4 @@
-"""Any reference to a base -> a directory with config.json, safetensors weights and a tokenizer."""
+"""Resolve a reference to a directory with config.json, safetensors weights and a tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from optimer_hf.files.paths import cache_dir
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import Reference, is_there
 from optimer_hf.files.staging import is_half_filled
-from optimer_hf.models.gguf import _converted
-from optimer_hf.models.guard import hub_answers
+from optimer_hf.models.gguf import convert_once
+from optimer_hf.models.guard import checking_answers
 from optimer_hf.models.layout import (
     ANY_WEIGHTS,
     INDEX,
@@ -29,33 +29,30 @@ BESIDE_WEIGHTS = ["*.json", *OF_TOKENIZER, "*.txt", "*.jinja", *LEGAL]
 
 
 def resolve_model(text: str, *, may_run_code: bool = False) -> ResolvedModel:
-    """Return the local directory of a model, adapter or vector, fetching or converting it when
-    needed.
+    """Return the local directory of a model, adapter or vector; fetch or convert it if necessary.
 
-    Raises ModelError when the reference names nothing that can be had, or a model whose configs
-    name code of its own; mergekit may be trusted with that.
+    Raises ModelError if the reference leads nowhere, or if the model's configs name code to run
+    (unless `may_run_code`, for mergekit).
     """
-    resolved = _resolved(text, may_run_code=may_run_code)
+    resolved = _resolve(text, may_run_code=may_run_code)
     if not may_run_code:
         refuse_code(resolved.path)
     return resolved
 
 
-def _resolved(text: str, *, may_run_code: bool) -> ResolvedModel:
+def _resolve(text: str, *, may_run_code: bool) -> ResolvedModel:
     ref = Reference(text)
     if ref.package is not None:
-        return ResolvedModel(_converted(packaged_gguf(ref.package, cache_dir() / "gguf")), text)
+        return ResolvedModel(convert_once(packaged_gguf(ref.package, cache_dir() / "gguf")), text)
     if ref.path is None:
-        return _fetched(ref, may_run_code=may_run_code)
+        return _fetch(ref, may_run_code=may_run_code)
     if not is_there(ref.path):
-        raise ModelError(
-            f"{text}: no such file or directory, and not a Hub id of the form org/name."
-        )
+        raise ModelError(f"{text}: no such file or directory, nor a Hub id of the form org/name.")
     if ref.path.is_dir():
         _refuse_half_moved(ref.path)
         return ResolvedModel(ref.path, ref.path.name)
     if ref.path.suffix == ".gguf":
-        return ResolvedModel(_converted(ref.path), ref.path.name)
+        return ResolvedModel(convert_once(ref.path), ref.path.name)
     raise ModelError(
         f"{text}: expected a directory, a GGUF file or a Hub id, found a "
         f"{ref.path.suffix or 'plain'} file."
@@ -79,28 +76,26 @@ def _refuse_half_moved(path: Path) -> None:
 
 
 def resolve_tokenizer(text: str) -> ResolvedModel:
-    """Return the local directory of a model whose tokenizer is wanted: of one on the Hub everything
-    but the weights is fetched.
-    """
+    """Return the local directory of a model's tokenizer; from the Hub, fetch no weights."""
     ref = Reference(text)
     if ref.path is not None or ref.package is not None:
         return resolve_model(text)
-    found = _fetched(ref, with_weights=False)
-    refuse_code(found.path)
-    return found
+    resolved = _fetch(ref, with_weights=False)
+    refuse_code(resolved.path)
+    return resolved
 
 
 def resolve_base(text: str) -> ResolvedModel:
-    """Return the local directory of a model that can be trained from, merged into and evaluated.
+    """Return the local directory of a model to train from, merge into and evaluate.
 
-    Raises ModelError when it has no config or tokenizer, or is a delta and not a model.
+    Raises ModelError if it has no config or tokenizer, or if it is a delta and not a model.
     """
     resolved = resolve_model(text)
     refuse_other_than_models(resolved)
     if not any((resolved.path / name).exists() for name in TOKENIZER_FILES):
         cached = f" in the cache at commit {resolved.commit}" if resolved.commit else ""
         raise ModelError(
-            f"{text}: has no tokenizer{cached}. Save the tokenizer of the model beside it"
+            f"{text}: has no tokenizer{cached}. Save the model's tokenizer in the same directory"
             f"{', or fetch the rest of the repository' if cached else ''}."
         )
     return resolved
@@ -124,11 +119,11 @@ def snapshot(
     local_files_only: bool = False,
     may_run_code: bool = False,
 ) -> Path:
-    """Return the cached files of a Hub model, fetching what is missing: of weights only those that
-    are read. What is in the cache at a commit is not asked for again.
+    """Return the cached files of a Hub model, and fetch missing ones.
 
-    Raises the errors of huggingface_hub; LocalEntryNotFoundError where the cache lacks a file and
-    nothing may be fetched.
+    Only weights files that are read are fetched. Files in the cache at a commit are not requested
+    again. Raises the errors of huggingface_hub, and LocalEntryNotFoundError if the cache lacks a
+    file and `local_files_only` is set.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -136,14 +131,14 @@ def snapshot(
     repo_id, revision = ref.repo
 
     def fetch(**chosen: Any) -> str:
-        with hub_answers():
+        with checking_answers():
             return str(snapshot_download(repo_id, local_files_only=local_files_only, **chosen))
 
     path = Path(fetch(revision=revision, allow_patterns=BESIDE_WEIGHTS))
     if with_weights:
         if not may_run_code:
             refuse_code(path)  # before gigabytes are fetched
-        # config.json everywhere: the client warns where nothing matches
+        # always include config.json: the client warns if no file matches
         if not (path / "adapter_config.json").exists():
             fetch(revision=path.name, allow_patterns=["model.safetensors", "config.json"])
             wanted = weight_names(path)
@@ -162,8 +157,9 @@ def snapshot(
 
 
 def missing_files(path: Path, *, with_weights: bool = True) -> list[str]:
-    """Return what a model, an adapter or a vector in a cached snapshot lacks of its files; of the
-    links to files that are gone, too.
+    """Return the files that a model, adapter or vector lacks in a cached snapshot.
+
+    Links whose files have been deleted count as missing.
     """
     lacking = sorted(
         file.name for file in path.iterdir() if file.is_symlink() and not file.exists()
@@ -191,7 +187,7 @@ def _is_delta(path: Path) -> bool:
     return record.is_file() and read_yaml(record).get("kind") == "delta"
 
 
-def _fetched(
+def _fetch(
     ref: Reference, *, with_weights: bool = True, may_run_code: bool = False
 ) -> ResolvedModel:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -204,8 +200,7 @@ def _fetched(
             reason = f"it is not in the cache, and {_why_offline()}."
         raise ModelError(
             f"{ref.text}: cannot be fetched from the Hub ({reason}) Check the name and revision, "
-            "log in with "
-            "`hf auth login`, or give a local directory."
+            "log in with `hf auth login`, or give a local directory."
         ) from error
     _refuse_incomplete(ref, path, with_weights=with_weights)
     return ResolvedModel(path, ref.repo[0], path.name)
@@ -218,7 +213,7 @@ def _why_offline() -> str:
 
 
 def _refuse_incomplete(ref: Reference, path: Path, *, with_weights: bool) -> None:
-    """Raise ModelError for a snapshot that lacks files after a download that was interrupted."""
+    """Raise ModelError if a snapshot lacks files because its download was interrupted."""
     lacking = missing_files(path, with_weights=with_weights)
     if not lacking:
         return
@@ -227,7 +222,7 @@ def _refuse_incomplete(ref: Reference, path: Path, *, with_weights: bool) -> Non
     names = [*on_hub, *(file.name for file in path.iterdir())]
     if with_weights and not any(name.endswith(".safetensors") for name in names):
         refuse_pickled(ref.text, sorted(names))
-    if on_hub:  # what the repository has not either, whoever needs it says
+    if on_hub:  # a file that the repository also lacks is reported where it is needed
         lacking = [name for name in lacking if name in on_hub]
     if not lacking:
         return
@@ -235,12 +230,12 @@ def _refuse_incomplete(ref: Reference, path: Path, *, with_weights: bool) -> Non
     raise ModelError(
         f"{ref.text}: the copy of {repo_id} at commit {path.name} in the cache is incomplete: it "
         f"lacks {files}, and {_why_offline()}. Run `hf download {repo_id} --revision {path.name}` "
-        "where the Hub can be reached, or give a local directory."
+        "with access to the Hub, or give a local directory."
     )
 
 
 def _names_on_hub(repo_id: str, commit: str) -> list[str]:
-    """Return the files of a repository, none where the Hub cannot be asked."""
+    """Return the files in a repository, or an empty list if the Hub cannot be reached."""
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

@@ -1,10 +1,10 @@
-"""Two config.json files -> the settings by which their models compute other functions.
+"""Compare two config.json files for settings that change what the model computes.
 
-A merge has the config of its base. Where a fine-tune changed a number that no tensor shows (the
-theta of RoPE, an activation, a window of attention, what logits are multiplied by), the merge at
-weight 1 is not the fine-tune, although every name and shape fits. What a reader would not guess:
-configs are compared as transformers completes them, and every field of a class counts that is not
-known to be harmless, so that a field of a new class is not overlooked.
+A merge uses the config of its base. If a fine-tune changed a setting that no tensor shows (RoPE's
+theta, an activation, an attention window, a factor on the logits), the merge at weight 1 is not the
+fine-tune, although every name and shape fits. Configs are compared after transformers has completed
+them. Every field counts unless it is known to be harmless, so fields of new classes are not
+overlooked.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 from optimer_hf.errors import ModelError
 from optimer_hf.models.loader import read_config
 
-HARMLESS = re.compile(  # of training, generation, caches and programs; sizes that tensors show
+HARMLESS = re.compile(  # about training, generation, caches and programs; sizes that tensors show
     r"_token_ids?$|_token_index$|dropout|_pdrop$|layerdrop|drop$|initializer|(^|_)init(_|$)"
     r"|cache|loss|jitter|pretraining_tp|vocab_size|summary_|classifier|output_router_logits"
     r"|logits_to_keep|kernels?$|mambapy|associative_scan|chunk_size|nextn|mtp_|_version$"
@@ -26,25 +26,25 @@ HARMLESS = re.compile(  # of training, generation, caches and programs; sizes th
     r"|max_window_layers|tie_word_embeddings|quantization_config|prefix|pruned_heads"
     r"|rescale_prenorm_residual|slow_but_exact|seed|suppress_tokens|begin_suppress_tokens)$"
 )
-POSITIONS = re.compile(  # how long a text may be: of no effect on RoPE of a fixed scale
+POSITIONS = re.compile(  # the longest text, which has no effect on RoPE with a fixed scale
     r"^(max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length)$"
 )
-BY_LENGTH = {"dynamic", "longrope", "yarn", "su", "proportional"}  # RoPE that looks at it
-SAME = {  # names of one function
+BY_LENGTH = {"dynamic", "longrope", "yarn", "su", "proportional"}  # RoPE that depends on length
+SAME = {  # two names for one function
     "swish": "silu",
     "gelu_new": "gelu_pytorch_tanh",
     "gelu_fast": "gelu_pytorch_tanh",
     "gelu_python": "gelu",
-    "mistral": "llama",  # but for the window of attention, which is a setting
+    "mistral": "llama",  # except for the attention window, which is a setting
 }
 LONGEST = 500  # characters shown
-CLOSE = 1e-6  # a config made of a GGUF file has float32 numbers
+CLOSE = 1e-6  # a config made from a GGUF file has float32 numbers
 
 
-def differing_settings(tuned: Path, base: Path) -> dict[str, tuple[Any, Any]]:
-    """Return the settings of two model directories that make their functions differ, by name with
-    the value of the tuned model and that of the base (None: not set); nothing where transformers
-    does not know the class of one.
+def compare_settings(tuned: Path, base: Path) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ between two models: name -> (tuned value, base value).
+
+    None means not set. The result is empty if transformers does not know one of the classes.
     """
     try:
         one, other = _settings(read_config(tuned)), _settings(read_config(base))
@@ -55,43 +55,43 @@ def differing_settings(tuned: Path, base: Path) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if not _are_same(*pair)}
 
 
-def shown_settings(differing: Mapping[str, tuple[Any, Any]]) -> str:
-    """Return what `differing_settings` found as it is shown."""
+def describe_settings(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return the result of `compare_settings` as text for a message."""
     parts = (f"{key}: {one!r}, base {other!r}" for key, (one, other) in differing.items())
     return "; ".join(parts)[:LONGEST]
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Return the fields of the language part that say how it computes; unset ones are left out."""
+    """Return the fields that affect what the language part computes, without unset ones."""
     text = config.get_text_config(decoder=True)
     fields = {field.name for field in dataclasses.fields(text)} | {"model_type"}
-    found = {
+    settings = {
         name: value
         for name, value in text.to_dict().items()
-        if name in fields and not HARMLESS.search(name) and not _says_nothing(value)
+        if name in fields and not HARMLESS.search(name) and not _is_unset(value)
     }
-    if not _looks_at_length(found.get("rope_parameters")):
-        found = {name: value for name, value in found.items() if not POSITIONS.search(name)}
-    if set(found.get("layer_types", ())) == {"full_attention"}:
-        found.pop("layer_types")
-        found.pop("sliding_window", None)
-    heads, size = found.get("num_attention_heads"), found.get("hidden_size")
+    if not _depends_on_length(settings.get("rope_parameters")):
+        settings = {name: value for name, value in settings.items() if not POSITIONS.search(name)}
+    if set(settings.get("layer_types", ())) == {"full_attention"}:
+        settings.pop("layer_types")
+        settings.pop("sliding_window", None)
+    heads, size = settings.get("num_attention_heads"), settings.get("hidden_size")
     if isinstance(heads, int) and isinstance(size, int):
-        found.setdefault("num_key_value_heads", heads)
-        found.setdefault("head_dim", size // heads)
-    return found
+        settings.setdefault("num_key_value_heads", heads)
+        settings.setdefault("head_dim", size // heads)
+    return settings
 
 
-def _looks_at_length(rope: Any) -> bool:
-    """Whether the parameters of RoPE, which may be those of kinds of layers, look at lengths."""
+def _depends_on_length(rope: Any) -> bool:
+    """Whether RoPE, perhaps with parameters for each kind of layer, depends on the text length."""
     if not isinstance(rope, Mapping):
         return False
     kinds = {rope.get("rope_type"), rope.get("type")}
-    return bool(kinds & BY_LENGTH) or any(map(_looks_at_length, rope.values()))
+    return bool(kinds & BY_LENGTH) or any(map(_depends_on_length, rope.values()))
 
 
-def _says_nothing(value: Any) -> bool:
-    """Whether a value is that of a setting which is not there: of 0 some mean something."""
+def _is_unset(value: Any) -> bool:
+    """Whether a value means the same as no value; 0 does not, since it can be a setting."""
     return value is None or value is False or value == [] or value == {}
 
 
@@ -109,18 +109,19 @@ def _are_same(one: Any, other: Any) -> bool:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a part (RoPE, mostly) without those that say nothing; `type` is the older
-    `rope_type`.
+    """Return nested settings (mostly of RoPE) without unset and default values.
+
+    `type` is the older name of `rope_type`.
     """
-    found = {
+    plain = {
         key: value
         for key, value in settings.items()
-        if not _says_nothing(value) and not HARMLESS.search(str(key))
+        if not _is_unset(value) and not HARMLESS.search(str(key))
     }
-    if "type" in found:
-        found.setdefault("rope_type", found.pop("type"))
-        found.pop("type", None)
-    return {key: value for key, value in found.items() if (key, value) not in _DEFAULTS}
+    if "type" in plain:
+        plain.setdefault("rope_type", plain.pop("type"))
+        plain.pop("type", None)
+    return {key: value for key, value in plain.items() if (key, value) not in _DEFAULTS}
 
 
 _DEFAULTS = (("rope_type", "default"), ("partial_rotary_factor", 1.0))

@@ -1,4 +1,4 @@
-"""Safetensors shards written from blocks of rows, whole tensors never in memory."""
+"""Write safetensors shards from blocks of rows, without holding whole tensors in memory."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from optimer_hf.errors import OutputError
-from optimer_hf.models.blocks import computed_ahead, row_blocks
+from optimer_hf.models.blocks import compute_ahead, row_blocks
 from optimer_hf.models.checkpoint import SAFETENSORS_DTYPES, Checkpoint
 from optimer_hf.models.layout import INDEX
 
@@ -23,8 +23,9 @@ Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_safetensors(out: Path, specs: Specs, blocks: Iterable[torch.Tensor]) -> None:
-    """Write one safetensors file from row blocks that come in the order of `specs`, holding one
-    block at a time.
+    """Write one safetensors file from row blocks in the order of `specs`, one block at a time.
+
+    Raises OutputError if the file is shorter than expected.
     """
     with open(out, "wb") as file:
         written, expected = _write_all(file, specs, blocks)
@@ -37,7 +38,7 @@ class _Sink(Protocol):
 
 
 def _write_all(sink: _Sink, specs: Specs, blocks: Iterable[torch.Tensor]) -> tuple[int, int]:
-    """Write header and row blocks; return the bytes of the blocks, and those expected."""
+    """Write header and row blocks; return the number of block bytes written, and expected."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in specs.items():
@@ -66,11 +67,10 @@ def write_sharded(
     max_shard_size: int,
     device: str = "cpu",
 ) -> None:
-    """Write tensors as `prefix.safetensors`, or as shards of at most `max_shard_size` bytes with an
-    index.
+    """Write tensors as `prefix.safetensors`, or as indexed shards of up to `max_shard_size` bytes.
 
-    `rows_of(name, rows)` computes a row block, of a size that suits `device`; several threads call
-    it, ahead of the writing.
+    `rows_of(name, rows)` computes a row block sized for `device`. Several threads call it, ahead of
+    the writing.
     """
     shards = _named_shards(prefix, specs, max_shard_size)
     weight_map: dict[str, str] = {}
@@ -78,7 +78,7 @@ def write_sharded(
         blocks = [
             (name, rows) for name, (_, shape) in shard.items() for rows in row_blocks(shape, device)
         ]
-        with closing(computed_ahead(rows_of, blocks, device)) as computed:
+        with closing(compute_ahead(rows_of, blocks, device)) as computed:
             write_safetensors(out_dir / file, shard, computed)
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
@@ -88,7 +88,7 @@ def write_sharded(
 
 
 class _Hash:
-    """A file that is not kept, only its sha256."""
+    """A sink that keeps only the sha256 of the data."""
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
@@ -99,10 +99,11 @@ class _Hash:
 
 
 def files_in_shards(path: Path, max_shard_size: int) -> dict[str, str]:
-    """Return file name -> sha256 that the model in a directory has when `write_sharded` writes it
-    in shards of at most `max_shard_size` bytes. Memory: a row block.
+    """Return the sha256 of each file (name -> digest) that `write_sharded` would write for a model.
+
+    The shards have at most `max_shard_size` bytes. Only one row block is in memory at a time.
     """
-    checkpoint, found = Checkpoint(path), {}
+    checkpoint, digests = Checkpoint(path), {}
     specs = {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint.names}
     for file, shard in _named_shards("model", specs, max_shard_size).items():
         sink = _Hash()
@@ -112,12 +113,12 @@ def files_in_shards(path: Path, max_shard_size: int) -> dict[str, str]:
             for rows in row_blocks(shape)
         )
         _write_all(sink, shard, blocks)
-        found[file] = sink.sha256.hexdigest()
-    return found
+        digests[file] = sink.sha256.hexdigest()
+    return digests
 
 
 def _named_shards(prefix: str, specs: Specs, max_shard_size: int) -> dict[str, Specs]:
-    """Return file name -> what is in it."""
+    """Return the tensors in each shard, by file name."""
     shards = _shards(specs, max_shard_size)
     if len(shards) == 1:
         return {f"{prefix}.safetensors": shards[0]}

@@ -1,4 +1,4 @@
-"""Parameters of a live model <-> tensors of its checkpoint."""
+"""Translate between the parameters of a live model and the tensors in its checkpoint."""
 
 import re
 from contextlib import suppress
@@ -9,12 +9,13 @@ import torch
 from optimer_hf.errors import ModelError
 from optimer_hf.models.blocks import matrix_rows
 
-_Place = tuple[torch.Size, list[int], int]  # shape, steps and offset, in numbers
+_Place = tuple[torch.Size, list[int], int]  # shape, strides and offset, in elements
 
 
-def as_stored(model: Any, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a parameter under the names, and in the form, that its checkpoint has it: transformers
-    renames (multimodal Gemma 3) and fuses (experts) while it loads.
+def to_stored(model: Any, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a parameter with the names and in the form that its checkpoint uses.
+
+    transformers renames tensors (multimodal Gemma 3) and fuses them (experts) while loading.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -23,23 +24,23 @@ def as_stored(model: Any, name: str, parameter: torch.Tensor) -> dict[str, torch
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name}: has no form of its own in a checkpoint ({error}).") from error
+        raise ModelError(f"{name}: cannot be stored in a checkpoint alone ({error}).") from error
 
 
 def stored_views(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model's checkpoint by name, each a view of the parameter or buffer
-    that holds it: writing to one changes the model. A tied head has the name of its own, too.
+    """Return a view of the live model for each tensor in its checkpoint, by name.
 
-    Tensors that are spread over several parameters, or whose rows are not regular parts of one, are
-    left out.
+    Writing to a view changes the parameter or buffer behind it. A tied head appears under its own
+    name, too. Tensors that are spread over several parameters, or whose rows are not at regular
+    steps in one, are left out.
     """
-    found: dict[str, torch.Tensor] = {}
-    known: dict[Any, list[_Place | None]] = {}  # of one layer: others are stored alike
-    for name, whole in model.state_dict().items():  # buffers, too: Gemma 4 scales its layers by one
+    views: dict[str, torch.Tensor] = {}
+    known: dict[Any, list[_Place | None]] = {}  # for one layer, since all are stored alike
+    for name, whole in model.state_dict().items():  # with buffers: Gemma 4 scales layers by one
         with suppress(ModelError):
-            stored = _names_as_stored(model, name, whole)
+            stored = _stored_names(model, name, whole)
             if isinstance(stored, str):
-                found[stored] = whole
+                views[stored] = whole
                 continue
             layer = (re.sub(r"(?<=\.)\d+(?=\.)", "#", name), whole.shape)
             if layer not in known:
@@ -49,27 +50,28 @@ def stored_views(model: Any) -> dict[str, torch.Tensor]:
                     shape, steps, offset = place
                     view = whole.as_strided(shape, steps, offset + whole.storage_offset())
                     if _has_rows(view):
-                        found[key] = view
-    return found
+                        views[key] = view
+    return views
 
 
-def _names_as_stored(model: Any, name: str, whole: torch.Tensor) -> str | list[str]:
-    """Return the name of a parameter that is stored as it is, or those of its parts."""
+def _stored_names(model: Any, name: str, whole: torch.Tensor) -> str | list[str]:
+    """Return the stored name of a parameter that is stored unchanged, or the names of its parts."""
     probe = torch.empty_like(whole, device="meta")
-    stored = as_stored(model, name, probe)
+    stored = to_stored(model, name, probe)
     if len(stored) == 1 and next(iter(stored.values())) is probe:
         return next(iter(stored))
     return list(stored)
 
 
 def _places(model: Any, name: str, shape: torch.Size) -> list[_Place | None]:
-    """Return where in a parameter the tensors lie that its checkpoint has of it, found out by
-    storing the numbers of the places; None where they lie in no regular steps.
+    """Return where in a parameter each of its stored tensors lies; None without regular steps.
+
+    Storing a tensor of element numbers shows it.
     """
     n = shape.numel()
     numbers = torch.arange(n, dtype=torch.int32 if n < 2**31 else torch.int64).view(shape)
-    found: list[_Place | None] = []
-    for stored in as_stored(model, name, numbers).values():
+    places: list[_Place | None] = []
+    for stored in to_stored(model, name, numbers).values():
         first = (0,) * stored.dim()
         offset = int(stored[first])
         steps = [
@@ -78,10 +80,10 @@ def _places(model: Any, name: str, shape: torch.Size) -> list[_Place | None]:
         ]
         try:
             is_regular = torch.equal(numbers.as_strided(stored.shape, steps, offset), stored)
-        except RuntimeError:  # steps back, or beyond the end
+        except RuntimeError:  # a negative step, or one beyond the end
             is_regular = False
-        found.append((stored.shape, steps, offset) if is_regular else None)
-    return found
+        places.append((stored.shape, steps, offset) if is_regular else None)
+    return places
 
 
 def _has_rows(tensor: torch.Tensor) -> bool:

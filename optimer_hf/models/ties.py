@@ -1,9 +1,9 @@
-"""Which tensors of a stored model are one tensor when it is loaded: head and embedding, mostly.
+"""Find tied tensors: stored tensors that become one when a model is loaded, such as its head.
 
-A checkpoint comes in; groups of names come out, with the stored tensor that stands for each group.
-The model class decides, built from config.json without weights: a config may be silent where its
-class ties by default, and a head need not be called lm_head. Where the class cannot be built, the
-config and the names of the tensors decide.
+A checkpoint comes in; groups of names come out, with the stored tensor that represents each group.
+The model class decides, built from config.json without weights: some classes tie by default without
+saying so in the config, and a head need not be called lm_head. If the class cannot be built, the
+config and the tensor names decide.
 """
 
 import functools
@@ -33,10 +33,10 @@ CACHED = 64  # checkpoints
 class Ties:
     """The tied tensors of one checkpoint.
 
-    `groups` are names as the model class has them, the tensor that the others repeat first;
-    `stored` maps those names, and the names in the file, to the stored tensor that holds them all.
-    `head` is the stored output layer that is a tensor of its own. `is_assumed`: the model class
-    could not be built, and the config does not say.
+    `groups` contain names from the model class, the original first and then the tensors that
+    repeat it. `stored` maps those names, and the names in the file, to the stored tensor for the
+    group. `head` is the stored output layer if it is not tied. `is_assumed` means that the model
+    class could not be built and the config does not say.
     """
 
     groups: Sequence[tuple[str, ...]] = ()
@@ -47,20 +47,20 @@ class Ties:
     is_assumed: bool = False
 
     def kept(self, name: str) -> str:
-        """Return the stored tensor that holds the values of a tensor, itself where none is tied."""
+        """Return the stored tensor with the values of a tensor: itself, if it is not tied."""
         return self.stored.get(name, name)
 
     def group_of(self, name: str) -> tuple[str, ...]:
-        """Return the names, as the class has them, of what is tied to a tensor; none if nothing."""
+        """Return the class names of all tensors tied to this one; empty if it is not tied."""
         name = self.class_names.get(name, name)
         return next((group for group in self.groups if name in group), ())
 
 
 def ties_of(checkpoint: Checkpoint) -> Ties:
-    """Return the tied tensors of a checkpoint; a stored copy of one is read, once, and compared.
+    """Return the tied tensors of a checkpoint; compares stored copies by reading them once.
 
-    Raises ModelError for a copy that differs, which programs load differently, and for a head that
-    is neither stored nor tied, which transformers would make up.
+    Raises ModelError if a copy differs, since programs load it differently, and if the head is
+    neither stored nor tied, since transformers would fill it with random numbers.
     """
     file, config = checkpoint.path / CONFIG, "{}"
     if file.exists():
@@ -71,7 +71,7 @@ def ties_of(checkpoint: Checkpoint) -> Ties:
 
 @functools.lru_cache(maxsize=CACHED)
 def _ties(path: Path, config_text: str, state: Any) -> Ties:
-    """`state` is of the files: what is remembered holds for them as they are."""
+    """Find the ties; `state` is part of the cache key, so that changed files are read again."""
     checkpoint, config = Checkpoint(path), json.loads(config_text)
     model = _empty_model_of(path, config)
     if model is None:
@@ -82,7 +82,7 @@ def _ties(path: Path, config_text: str, state: Any) -> Ties:
         groups, is_assumed = _groups_of(model), False
         class_names = _class_names(model, checkpoint.names)
         head = _name_of(model, model.get_output_embeddings())
-        heads = [name for name, found in class_names.items() if found == head]
+        heads = [name for name, class_name in class_names.items() if class_name == head]
         if head is not None and not heads:
             _refuse_headless(checkpoint, model, head, groups, class_names)
     stored: dict[str, str] = {}
@@ -100,10 +100,10 @@ def _ties(path: Path, config_text: str, state: Any) -> Ties:
 def _refuse_differing(checkpoint: Checkpoint, kept: str, copy: str) -> None:
     if not checkpoint.are_equal(kept, copy):
         raise ModelError(
-            f"{checkpoint.path}: tensor {copy!r} differs from {kept!r}, and the config ties them "
-            "(tie_word_embeddings, which many models have by default): some programs load both, "
-            'others drop the former. Write "tie_word_embeddings": false into config.json where '
-            "both are meant, or remove the tensor."
+            f"{checkpoint.path}: tensor {copy!r} differs from {kept!r}, but the config ties them "
+            "(tie_word_embeddings, the default of many models). Some programs load both, others "
+            'ignore the former. Write "tie_word_embeddings": false into config.json if the model '
+            "needs both, or remove the tensor."
         )
 
 
@@ -119,16 +119,16 @@ def _refuse_headless(
     if embedding in class_names.values() and not is_tied:
         raise ModelError(
             f"{checkpoint.path}: lacks tensor {head!r}, and the config does not tie it to "
-            f"{embedding!r}, so that transformers would make it up. Fetch the weights again, or "
-            'write "tie_word_embeddings": true into config.json where the model is tied.'
+            f"{embedding!r}, so transformers would fill it with random numbers. Fetch the weights "
+            'again, or write "tie_word_embeddings": true into config.json if the model is tied.'
         )
 
 
 def _name_of(model: Any, module: Any) -> str | None:
-    """Return the name of the weight of a module of a model."""
+    """Return the name of a module's weight in a model."""
     weight = getattr(module, "weight", None)
     named = model.named_parameters(remove_duplicate=False)
-    of_module = next((name for name, found in model.named_modules() if found is module), None)
+    of_module = next((name for name, each in model.named_modules() if each is module), None)
     names = [name for name, parameter in named if parameter is weight and weight is not None]
     return next((name for name in names if name == f"{of_module}.weight"), None)
 
@@ -137,8 +137,9 @@ def _name_of(model: Any, module: Any) -> str | None:
 
 
 def _empty_model_of(path: Path, config: Mapping[str, Any]) -> Any:
-    """Return the model that a config describes, without weights and in the class it names; None
-    where transformers has none.
+    """Build the model that a config describes, without weights, in the class that it names.
+
+    Returns None if transformers has no such class.
     """
     import transformers
 
@@ -151,8 +152,8 @@ def _empty_model_of(path: Path, config: Mapping[str, Any]) -> Any:
             return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)](parsed)
     except Exception as error:  # transformers raises dozens of types
         logger.info(
-            "%s: its model class cannot be built (%s); its config and the names of its tensors say "
-            "whether the head is the embedding",
+            "%s: cannot build its model class (%s); its config and tensor names decide whether "
+            "the head is tied to the embedding",
             path,
             first_line(error),
         )
@@ -160,7 +161,7 @@ def _empty_model_of(path: Path, config: Mapping[str, Any]) -> Any:
 
 
 def _groups_of(model: Any) -> list[tuple[str, ...]]:
-    """Return the names of the tensors of a model that are one, the one that is stored first."""
+    """Return groups of names that share one tensor in a model, the stored name first."""
     named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     group_of = {name: {name} for name in named}
 
@@ -185,7 +186,7 @@ def _groups_of(model: Any) -> list[tuple[str, ...]]:
 
 
 def _class_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Return the name in the model of every stored tensor, as transformers finds it to load it."""
+    """Return the class name of every stored tensor, using transformers' rules for loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -208,8 +209,9 @@ def _class_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 def _groups_by_name(
     names: Sequence[str], config: Mapping[str, Any]
 ) -> tuple[list[tuple[str, ...]], bool]:
-    """Return the groups of a model without a known class, and whether they are assumed: where the
-    config is silent, a head that is not stored is taken to be the embedding.
+    """Return the tied groups of a model without a known class, and whether they are assumed.
+
+    If the config does not say, a head that is not stored is assumed to be the embedding.
     """
     text = config.get("text_config") or {}
     said = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))

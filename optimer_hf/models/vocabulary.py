@@ -1,8 +1,8 @@
-"""Two tokenizers -> the tokens that have other ids in the one than in the other.
+"""Find tokens that have different ids in two tokenizers.
 
-Row by row an embedding is added to that of the base, whichever tokens the rows stand for. Shapes do
-not show it: tokenizers of 32,000 tokens are many. Tokens that a fine-tune adds, or renames (an
-unused one into `<|im_start|>`), keep the others where they are, and are no fault.
+A merge adds embeddings row by row, whichever tokens the rows stand for. Shapes do not reveal a
+mismatch, since many tokenizers have 32,000 tokens. Tokens that a fine-tune adds or renames (an
+unused one to `<|im_start|>`) do not move the others, so they are fine.
 """
 
 import functools
@@ -15,9 +15,10 @@ from optimer_hf.models.loader import read_tokenizer
 from optimer_hf.models.resolve import TOKENIZER_FILES
 
 
-def moved_tokens(tuned: Path, base: Path) -> list[tuple[str, int, int]]:
-    """Return the tokens of text with their ids in a tuned model and in its base, where they differ,
-    by id; nothing where one has no tokenizer that can be read.
+def find_moved_tokens(tuned: Path, base: Path) -> list[tuple[str, int, int]]:
+    """Return text tokens whose ids differ, as (token, id in the tuned model, id in the base).
+
+    They are sorted by id. The list is empty if either model has no readable tokenizer.
     """
     if not _has_tokenizer(tuned) or not _has_tokenizer(base) or _is_same_file(tuned, base):
         return []
@@ -26,19 +27,19 @@ def moved_tokens(tuned: Path, base: Path) -> list[tuple[str, int, int]]:
         tokenizer = read_tokenizer(tuned)
     except ModelError:
         return []
-    found = tokenizer.get_vocab()
+    ids = tokenizer.get_vocab()
     added = tokenizer.get_added_vocab()
     moved = [
-        (token, found[token], number)
+        (token, ids[token], number)
         for token, number in known.items()
-        if found.get(token, number) != number and token not in added
+        if ids.get(token, number) != number and token not in added
     ]
     return sorted(moved, key=lambda each: each[2])
 
 
 @functools.lru_cache(maxsize=1)  # all vectors of a command have one base
 def _vocabulary(path: Path, state: tuple[tuple[str, str], ...]) -> Mapping[str, int]:
-    """`state` is of the files: what is remembered holds for them as they are."""
+    """Return the ids of text tokens; `state` is part of the cache key, to notice changed files."""
     tokenizer = read_tokenizer(path)
     added = tokenizer.get_added_vocab()
     return {token: id_ for token, id_ in tokenizer.get_vocab().items() if token not in added}
@@ -49,7 +50,7 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def _is_same_file(tuned: Path, base: Path) -> bool:
-    """Whether both have the same tokenizer.json, which saves reading it twice."""
+    """Whether both have the same tokenizer.json, so nothing needs to be compared."""
     one, other = tuned / "tokenizer.json", base / "tokenizer.json"
     if not one.is_file() or not other.is_file() or one.stat().st_size != other.stat().st_size:
         return False

@@ -8,7 +8,7 @@ import torch
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.text import first_line
-from optimer_hf.models.live import default_device, multiplied_in
+from optimer_hf.models.live import compute_dtype, default_device
 from optimer_hf.training.checkpoints import CHECKPOINTS
 from optimer_hf.training.config import TrainConfig
 
@@ -38,7 +38,7 @@ def training_arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     device = default_device()
-    has_kernels = multiplied_in(torch.bfloat16, device) == torch.bfloat16
+    has_kernels = compute_dtype(torch.bfloat16, device) == torch.bfloat16
     fields: dict[str, Any] = {
         "learning_rate": 2e-4 if config.lora is not None else 1e-5,
         "use_cpu": device == "cpu",

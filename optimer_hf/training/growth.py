@@ -16,7 +16,7 @@ from optimer_hf.errors import ModelError
 from optimer_hf.models.blocks import matrix_rows, row_blocks
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.names import names_in
-from optimer_hf.models.stored import as_stored
+from optimer_hf.models.stored import to_stored
 
 N_NORMS = 16  # per run
 
@@ -53,11 +53,11 @@ def full_norm(model: Any, base: Path) -> float:
     stored = [
         key
         for name, parameter in model.named_parameters()
-        for key in as_stored(model, name, parameter.detach().to("meta"))
+        for key in to_stored(model, name, parameter.detach().to("meta"))
     ]
     known = names_in(checkpoint, stored)
     for name, parameter in model.named_parameters():
-        for key, tensor in as_stored(model, name, parameter.detach()).items():
+        for key, tensor in to_stored(model, name, parameter.detach()).items():
             here = known.get(key, [""])[0]
             if not here or checkpoint.shape(here) != tuple(tensor.shape):
                 raise ModelError(f"{base}: holds no tensor {key!r} of shape {list(tensor.shape)}.")

@@ -29,7 +29,7 @@ from optimer_hf.files.staging import make_directory, sync_all
 from optimer_hf.files.versions import versions
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.models.live import default_device, empty_model, loaded_tokenizer
+from optimer_hf.models.live import default_device, empty_model, load_tokenizer
 from optimer_hf.models.resolve import resolve_base
 from optimer_hf.models.ties import ties_of
 from optimer_hf.progress import Cost
@@ -256,7 +256,7 @@ def _check_base(config: TrainConfig) -> Any:
     Loads no weights.
     """
     base = resolve_base(config.base_model)
-    tokenizer = loaded_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     adapted = add_lora(empty_model(base), config, base)
     check_targets(config, adapted)
     refuse_untied_copies(config, ties_of(Checkpoint(base.path)))

@@ -16,7 +16,7 @@ from optimer_hf.files.text import did_you_mean, first_line
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.head import fuse_loss, keeps_documents_apart
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.models.live import loaded_model
+from optimer_hf.models.live import load_model
 from optimer_hf.models.ties import Ties
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.training.arguments import lora_config, training_arguments
@@ -79,7 +79,7 @@ def _model(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArgumen
     float32 otherwise. Full-parameter runs in mixed precision multiply 16-bit copies of it.
     """
     mixed = config.lora is not None and (arguments.bf16 or arguments.fp16)
-    model = loaded_model(base, "auto" if mixed else torch.float32)
+    model = load_model(base, "auto" if mixed else torch.float32)
     fuse_loss(model)
     if not keeps_documents_apart(model):
         logger.warning(

@@ -11,12 +11,12 @@ import torch
 from optimer_hf.errors import ModelError, VocabularyError
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_files
-from optimer_hf.models.live import loaded_tokenizer
+from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.names import Match, match, names_in, summary, vocabulary_names
 from optimer_hf.models.resolve import TOKENIZER_FILES, resolve_model
-from optimer_hf.models.settings import differing_settings, shown_settings
+from optimer_hf.models.settings import compare_settings, describe_settings
 from optimer_hf.models.ties import ties_of
-from optimer_hf.models.vocabulary import moved_tokens
+from optimer_hf.models.vocabulary import find_moved_tokens
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.int8 import SCALES, n_blocks
 from optimer_hf.vectors.lora import read_adapter
@@ -181,7 +181,7 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
                 "its config.json."
             )
     _tell_differences(name, tuned, found)
-    return tuned.renamed(stored | tied)
+    return tuned.rename(stored | tied)
 
 
 def _refuse_other_form(
@@ -259,21 +259,20 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
 
 def _check_settings(name: str, tuned: Path, base: Path) -> None:
     """Refuse a fine-tune whose config makes another function of the same tensors."""
-    differing = differing_settings(tuned, base)
+    differing = compare_settings(tuned, base)
     if not differing:
         return
     raise ModelError(
         f"vector {name!r} ({tuned}): its config.json changes how the model computes "
-        f"({shown_settings(differing)}). A merge has the config of the base, so that at weight 1 "
-        "it would not be this model. Use a fine-tune that left these settings alone; if its "
-        "tensors are meant to work with the settings of the base, write those into a copy of its "
-        "config.json."
+        f"({describe_settings(differing)}). A merge uses the config of the base, so at weight 1 it "
+        "would not be this model. Use a fine-tune that keeps these settings. If its tensors also "
+        "work with the settings of the base, write those into a copy of its config.json."
     )
 
 
 def _check_tokens(name: str, tuned: Path, base: Path) -> None:
     """Refuse a vector that was trained with other ids for the tokens of the base."""
-    moved = moved_tokens(tuned, base)
+    moved = find_moved_tokens(tuned, base)
     if moved:
         token, found, expected = moved[0]
         raise VocabularyError(
@@ -304,7 +303,7 @@ def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | Non
         f"{base.shape(padded[0])[0]}"
     )
     try:
-        tokens = loaded_tokenizer(ResolvedModel(base.path, base.path.name)).get_vocab()
+        tokens = load_tokenizer(ResolvedModel(base.path, base.path.name)).get_vocab()
     except ModelError as error:
         raise VocabularyError(
             f"{differs}, and whether those are tokens cannot be told: {error}"
@@ -313,13 +312,13 @@ def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | Non
     if lost := [t for t in at_end if n_rows <= tokens[t] < base.shape(padded[0])[0]]:
         raise VocabularyError(f"{differs}, of which {lost[0]!r} is a token. {OTHER_TOKENS}")
     if any((tuned.path / file).exists() for file in TOKENIZER_FILES):
-        own = loaded_tokenizer(ResolvedModel(tuned.path, tuned.path.name)).get_vocab()
+        own = load_tokenizer(ResolvedModel(tuned.path, tuned.path.name)).get_vocab()
         if other := [token for token in at_end if own.get(token) != tokens[token]]:
             raise VocabularyError(
                 f"{differs}, and its token {other[0]!r} has the id {own.get(other[0])}, that of "
                 f"the base {tokens[other[0]]}. {OTHER_TOKENS}"
             )
-    return base.renamed({key: key for key in padded})
+    return base.rename({key: key for key in padded})
 
 
 def _shape_of(vector: DistributionVector, name: str) -> tuple[int, ...]:

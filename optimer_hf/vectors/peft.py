@@ -14,7 +14,7 @@ from optimer_hf.files.patterns import matches
 from optimer_hf.files.text import first_line
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.models.live import empty_model, loaded_model
+from optimer_hf.models.live import empty_model, load_model
 from optimer_hf.models.loader import model_with_adapter, read_adapter_config, refuse_lack_of_memory
 from optimer_hf.models.ties import ties_of
 from optimer_hf.vectors.lora import (
@@ -40,7 +40,7 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
     refuse_unmerged_by_peft(adapter, base)
-    model = loaded_model(ResolvedModel(base, base.name), torch.float32)
+    model = load_model(ResolvedModel(base, base.name), torch.float32)
     with _naming_unmergeable(adapter):
         merged = model_with_adapter(model, adapter).merge_and_unload()
     with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
@@ -100,7 +100,7 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
         except RuntimeError as error:
             if "meta" not in str(error):  # not: a tensor without numbers
                 raise _misfit(where, first_line(error)) from error
-            unused = _unused(loaded_model(base, torch.float32), config, stored)
+            unused = _unused(load_model(base, torch.float32), config, stored)
     if unused:
         raise _misfit(where, f"{unused[0]!r} and {len(unused) - 1} more")
 

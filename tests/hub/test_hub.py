@@ -1124,7 +1124,7 @@ def test_code_in_a_repository_is_neither_fetched_nor_run_and_named_by_a_build(
     )
     hubs.pull(f"alice/{name}-v0", tmp_path / "vector", token=ALICE)
     hubs.pull(f"alice/{name}", tmp_path / "theirs", token=ALICE)
-    with pytest.raises(ModelError, match=r"config\.json: `auto_map` names code of the model"):
+    with pytest.raises(ModelError, match=r"config\.json: `auto_map` names code in the model"):
         build(tmp_path / "theirs" / "recipe.yaml", tmp_path / "built")
     assert not (tmp_path / "vector" / "evil.py").exists()
     assert not ran.exists()

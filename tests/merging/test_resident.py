@@ -124,7 +124,7 @@ def test_a_device_without_16_bit_products_holds_the_same_numbers_in_float32(
     open_pool, dtype, held, tmp_path, monkeypatch
 ):
     chosen = dtype if held == "as asked" else torch.float32
-    monkeypatch.setattr(resident_module, "multiplied_in", lambda dtype, device: chosen)
+    monkeypatch.setattr(resident_module, "compute_dtype", lambda dtype, device: chosen)
     base, pool = open_pool("tied", "float32", POOLS["mixed"])
     name = str(dtype).removeprefix("torch.")
     resident = ResidentModel(base, pool, dtype=name)
@@ -136,7 +136,7 @@ def test_a_device_without_16_bit_products_holds_the_same_numbers_in_float32(
 
 def test_rotary_frequencies_are_never_rounded(open_pool, monkeypatch):
     """A buffer that transformers keeps in float32 stays what it was, whatever is multiplied."""
-    monkeypatch.setattr(resident_module, "multiplied_in", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(resident_module, "compute_dtype", lambda dtype, device: torch.float32)
     base, pool = open_pool("tied", "bfloat16", POOLS["adapter"])
     asked, wide = (ResidentModel(base, pool, dtype=name) for name in ("bfloat16", "float32"))
     buffers = dict(wide.model.named_buffers())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from optimer_hf.errors import ModelError, OptimerError, OutputError
 from optimer_hf.models import blocks as blocks_module
-from optimer_hf.models.blocks import computed_ahead, matrix_shape, row_blocks
+from optimer_hf.models.blocks import compute_ahead, matrix_shape, row_blocks
 from optimer_hf.models.checkpoint import Checkpoint, Loaded
 from optimer_hf.models.layout import weight_files, weight_states, weights_fingerprint
 from optimer_hf.models.shards import write_safetensors, write_sharded
@@ -122,7 +122,7 @@ def test_blocks_are_computed_by_several_threads_and_come_in_order():
 
     try:
         arguments = [(name, slice(i, i + 1)) for name in "ab" for i in range(6)]
-        found = list(computed_ahead(compute, arguments))
+        found = list(compute_ahead(compute, arguments))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -141,7 +141,7 @@ def test_an_error_in_a_thread_stops_the_rest():
             raise ModelError("three")
 
     with pytest.raises(ModelError, match="three"):
-        list(computed_ahead(compute, [("x", slice(i, i + 1)) for i in range(10_000)]))
+        list(compute_ahead(compute, [("x", slice(i, i + 1)) for i in range(10_000)]))
     assert len(started) < 100 * threads
     assert torch.get_num_threads() == threads
 
@@ -213,7 +213,7 @@ def test_a_missing_shard_is_named(sharded):
         (lambda m: m | {"t9": m["t0"]}, "lacks tensor 't9'"),
         (lambda m: m | {"t0": m["t1"]}, "lacks tensor 't0'|does not know|missing"),
         (lambda m: {k: v for k, v in m.items() if k != "t0"} | {"t8": m["t0"]}, "'t8'|'t0'"),
-        (lambda m: m | {"t0": "../elsewhere.safetensors"}, "not a file beside it"),
+        (lambda m: m | {"t0": "../elsewhere.safetensors"}, "the name of a file beside it"),
         (lambda m: m | {"t0": 7}, "missing shard"),
         (lambda m: ["t0"], "not an index"),
         (lambda m: None, "not an index"),
@@ -248,7 +248,7 @@ def test_a_directory_with_pickles_only_is_refused(tmp_path):
     with pytest.raises(ModelError, match=message):
         Checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "optimizer.pt")
-    with pytest.raises(ModelError, match=r"no safetensors weights in this directory\.$"):
+    with pytest.raises(ModelError, match=r"found no safetensors weights in this directory\.$"):
         Checkpoint(tmp_path)
 
 
@@ -265,7 +265,7 @@ def test_a_file_that_changes_after_its_header_was_read_is_an_error(tmp_path):
     save_file({"x": torch.ones(100)}, file)
     checkpoint = Checkpoint(tmp_path)
     os.truncate(file, file.stat().st_size - 100)
-    with pytest.raises(ModelError, match=r"model\.safetensors: was changed while it was read"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: changed while it was being read"):
         checkpoint.read("x")
     file.unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read"):

@@ -526,7 +526,7 @@ def test_a_copy_of_the_embedding_as_head_is_taken_and_another_head_is_refused(tm
         more = {"output.weight": head}
         file = write_gguf(tmp_path / f"{name}.gguf", architecture, model, keys, stored, more)
         if name == "other":
-            with pytest.raises(ModelError, match=r"output\.weight is another tensor than"):
+            with pytest.raises(ModelError, match=r"output\.weight differs from"):
                 gguf_model(read_header(file), torch.float32)
         else:
             found, expected = (
@@ -623,14 +623,14 @@ def test_a_tensor_that_is_missing_is_named(tmp_path):
         return {} if "layers.1.mlp.up_proj" in name else stored(model, name, tensor)
 
     file = write_gguf(tmp_path / "m.gguf", architecture, random_model(config), keys, without)
-    with pytest.raises(ModelError, match=r"describes a model of|lacks the tensor"):
+    with pytest.raises(ModelError, match=r"describes a model with|lacks the tensor"):
         gguf_model(read_header(file), torch.float32)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("/general.type", "adapter", "holds a 'adapter', not a model"),
+        ("/general.type", "adapter", "contains a 'adapter', expected a model"),
         ("/split.count", 3, "is one of 3 parts"),
     ],
 )

@@ -174,7 +174,7 @@ def test_a_lie_is_one_error_and_writes_nothing_outside_the_cache(
         else:
             resolve_model("org/evil")
     assert "\n" not in str(error.value).strip()
-    assert "no answer of a Hub" in str(error.value) or "cannot be used" in str(error.value)
+    assert "a Hub would not send" in str(error.value) or "an unusable answer" in str(error.value)
     assert files_outside(tmp_path) == []
     assert not Path("/tmp/optimer-evil.json").exists()
 

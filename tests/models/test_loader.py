@@ -11,7 +11,7 @@ import torch
 from optimer_hf.errors import ModelError
 from optimer_hf.merging.mergekit import merge
 from optimer_hf.models.layout import ResolvedModel, copy_beside_weights
-from optimer_hf.models.live import empty_model, loaded_model, loaded_tokenizer
+from optimer_hf.models.live import empty_model, load_model, load_tokenizer
 from optimer_hf.models.loader import (
     loading_of,
     model_with_adapter,
@@ -58,9 +58,9 @@ LOADERS = {
     "reference": lambda path: resolve_model(str(path)),
     "tokenizer_source": lambda path: resolve_tokenizer(str(path)),
     "config": read_config,
-    "model": lambda path: loaded_model(ResolvedModel(path, "m"), torch.float32),
+    "model": lambda path: load_model(ResolvedModel(path, "m"), torch.float32),
     "empty model": lambda path: empty_model(ResolvedModel(path, "m")),
-    "tokenizer": lambda path: loaded_tokenizer(ResolvedModel(path, "m")),
+    "tokenizer": lambda path: load_tokenizer(ResolvedModel(path, "m")),
     "adapter config": read_adapter_config,
     "adapter": lambda path: model_with_adapter(tiny_model("llama"), path),
 }
@@ -85,7 +85,7 @@ def test_a_model_that_names_code_is_refused_and_the_code_does_not_run(
 ):
     path = copied(file, auto_map=AUTO_MAP, **settings)
     (path / "evil.py").write_text(CODE.format(marker=str(marker)))
-    with pytest.raises(ModelError, match=rf"{file}: `auto_map` names code of the model"):
+    with pytest.raises(ModelError, match=rf"{file}: `auto_map` names code in the model"):
         load(path)
     assert not marker.exists()
 
@@ -185,7 +185,7 @@ def test_a_damaged_tokenizer_is_named(copied, content):
     path = copied()
     (path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ModelError, match="cannot load the tokenizer"):
-        loaded_tokenizer(ResolvedModel(path, "m"))
+        load_tokenizer(ResolvedModel(path, "m"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_config_with_an_absurd_number_is_refused_before_anything_is_made(copie
 )
 def test_a_config_that_does_not_fit_is_a_model_error_or_changes_nothing(copied, key, value):
     path = copied(**{key: value})
-    expected = loaded_model(resolve_base(str(copied(name="good"))), torch.float32)
+    expected = load_model(resolve_base(str(copied(name="good"))), torch.float32)
     try:
         found = read_model(path, dtype=torch.float32)
     except ModelError as error:
@@ -268,7 +268,7 @@ def test_a_config_that_names_another_weights_file_is_refused(make_base, tmp_path
     config = tmp_path / "base" / "config.json"
     settings = json.loads(config.read_text()) | {"transformers_weights": "other.safetensors"}
     config.write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match="`transformers_weights` names another weights file"):
+    with pytest.raises(ModelError, match="`transformers_weights` names a weights file"):
         resolve_base(str(tmp_path / "base"))
 
 

@@ -19,9 +19,9 @@ from optimer_hf.files.staging import write_text
 from optimer_hf.merging.mergekit import merge
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.writer import write_merged
-from optimer_hf.models.checkpoint import Checkpoint, unwrapped_names
+from optimer_hf.models.checkpoint import Checkpoint, unwrap_names
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.models.live import loaded_model
+from optimer_hf.models.live import load_model
 from optimer_hf.models.ties import ties_of
 from optimer_hf.training.growth import full_norm
 from optimer_hf.vectors.delta import extract, extract_any_adapter
@@ -343,7 +343,7 @@ def test_weight_one_is_the_tuned_model_in_every_form_a_merge_has(pair, tmp_path)
     write_merged(base, [vector], {"v": 1.0}, tmp_path / "out")
     write_merged(base, [delta], {"v": 1.0}, tmp_path / "of-delta")
     merged, again = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "of-delta")
-    stored = unwrapped_names(load_file(base.path / "model.safetensors"))
+    stored = unwrap_names(load_file(base.path / "model.safetensors"))
     kept = set(stored.values()) - ties_of(Checkpoint(base.path)).copies
     assert set(merged.names) == set(again.names) == kept
     for name in merged.names:
@@ -364,7 +364,7 @@ def test_weight_one_is_the_tuned_model_in_every_form_a_merge_has(pair, tmp_path)
 
 def lora(base: ResolvedModel, out, **options):
     """Save an adapter on a base and return the model that has it."""
-    model = loaded_model(base, torch.float32)
+    model = load_model(base, torch.float32)
     layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     wanted = sorted(layers.intersection({"c_attn", "query_key_value", "q_proj", "v_proj"}))
     options = {"target_modules": wanted, "fan_in_fan_out": "c_attn" in layers} | options
@@ -570,7 +570,7 @@ def lacking(*parts: str) -> Edit:
             "gpt2",
             adding(ln_f__weight=torch.ones(32) * 3),
             same,
-            r"'ln_f\.weight' and 'transformer\.ln_f\.weight' are one parameter",
+            r"'ln_f\.weight' and 'transformer\.ln_f\.weight' are the same parameter",
         ),
         (
             "gpt2",

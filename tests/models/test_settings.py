@@ -10,7 +10,7 @@ import transformers
 
 from optimer_hf.errors import ModelError
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.models.settings import differing_settings
+from optimer_hf.models.settings import compare_settings
 from optimer_hf.vectors.opening import open_vector
 from tests.support.tiny import VOCABULARY, tiny_model
 
@@ -162,7 +162,7 @@ def test_a_fine_tune_whose_config_leaves_the_function_alone_is_taken(
     base = models(kind) if kind != "mistral" else no_window(models, tmp_path)
     tuned = changed(base, tmp_path / "tuned", **changes)
     assert torch.equal(logits(tuned), logits(base))
-    assert differing_settings(tuned, base) == {}
+    assert compare_settings(tuned, base) == {}
     open_vector("v", str(tuned), ResolvedModel(base, "base"))
 
 
@@ -175,4 +175,4 @@ def test_how_long_a_text_may_be_counts_where_rope_looks_at_it(models, tmp_path):
     base = changed(models("llama"), tmp_path / "base", rope_parameters=rope)
     tuned = changed(base, tmp_path / "tuned", max_position_embeddings=16)
     assert not torch.allclose(logits(tuned), logits(base))
-    assert list(differing_settings(tuned, base)) == ["max_position_embeddings"]
+    assert list(compare_settings(tuned, base)) == ["max_position_embeddings"]

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.comparison.costs import ledger
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError, OutputError, StudyError
-from optimer_hf.models.live import multiplied_in
+from optimer_hf.models.live import compute_dtype
 from optimer_hf.recipes.build import build
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.evaluator import Evaluator
@@ -897,7 +897,7 @@ def test_a_built_recipe_scores_what_its_incumbent_scored(
     write_recipe(study, tmp_path / "recipe.yaml", name="tiny")
     build(tmp_path / "recipe.yaml", tmp_path / "built")
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "built", dtype=multiplied_in(getattr(torch, dtype), "cpu")
+        tmp_path / "built", dtype=compute_dtype(getattr(torch, dtype), "cpu")
     ).eval()
     evaluator = Evaluator(
         model, AutoTokenizer.from_pretrained(tmp_path / "built"), [config.objective]

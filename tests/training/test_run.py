@@ -128,7 +128,7 @@ def test_the_record_says_what_was_trained_on_what(make_config, tmp_path):
 def test_a_run_multiplies_in_bfloat16_where_the_machine_does_else_in_float32(
     make_base, corpus_dir, tmp_path, monkeypatch, multiplied, asked, lora
 ):
-    monkeypatch.setattr(arguments_module, "multiplied_in", lambda dtype, device: multiplied)
+    monkeypatch.setattr(arguments_module, "compute_dtype", lambda dtype, device: multiplied)
     base = make_base("gemma", torch.bfloat16)
     config = TrainConfig(
         name="aaa",
@@ -155,7 +155,7 @@ def test_a_run_multiplies_in_bfloat16_where_the_machine_does_else_in_float32(
 def test_who_asks_for_float16_is_not_given_bfloat16_besides(
     make_config, make_base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(arguments_module, "multiplied_in", lambda dtype, device: dtype)
+    monkeypatch.setattr(arguments_module, "compute_dtype", lambda dtype, device: dtype)
     config = make_config(trainer={"fp16": True})
     packed = prepare(config, tmp_path / "out")
     base = make_base("gemma", torch.float32)
