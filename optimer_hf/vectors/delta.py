@@ -1,4 +1,4 @@
-"""Trained minus base, written as a delta; norms, errors and records of vectors."""
+"""Write vectors as deltas (trained minus base), and measure their norms and rounding errors."""
 
 import logging
 import math
@@ -32,17 +32,17 @@ logger = logging.getLogger(__name__)
 def blocks_of(
     vector: DistributionVector, base: Checkpoint, name: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield delta and base of one tensor in float32, row block by row block."""
+    """Yield the delta and the base of one tensor in float32, one row block at a time."""
     for rows in row_blocks(base.shape(name)):
         base_rows = base.read_rows(name, rows).float()
         yield dense_rows(vector, name, rows, base_rows), base_rows
 
 
 def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
-    """Return the Frobenius norm of the delta, and that norm over the norm of the base tensors it
-    moves (an adapter moves few of them).
+    """Return the Frobenius norm of the delta, and its ratio to the norm of the base.
 
-    Raises ModelError, naming the tensor, when the delta is not finite.
+    The ratio counts only the base tensors that the delta moves; an adapter moves few of them.
+    Raises a ModelError that names the tensor if the delta or the base is not finite.
     """
     squares = base_squares = 0.0
     for name in sorted(vector.names):
@@ -58,8 +58,8 @@ def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
     relative = math.sqrt(squares / max(base_squares, 1e-30))
     if relative > 1:
         logger.warning(
-            "vector %s: its delta is larger than the base tensors it moves (%.0f %%). Is that its "
-            "base, and was the learning rate not too high?",
+            "vector %s: its delta is larger than the base tensors it moves (%.0f %%). Check that "
+            "this is its base, and that the learning rate was not too high.",
             vector.name,
             100 * relative,
         )
@@ -71,7 +71,7 @@ def _squares(tensor: torch.Tensor) -> float:
 
 
 def not_finite(vector: DistributionVector, name: str) -> ModelError:
-    """Return the error of a vector with NaN or infinite values in a tensor."""
+    """Return the error for a vector with NaN or infinite values in a tensor."""
     return ModelError(
         f"vector {vector.name!r}: its delta holds NaN or infinite values (tensor {name!r}). "
         "Retrain it, or drop it."
@@ -81,8 +81,9 @@ def not_finite(vector: DistributionVector, name: str) -> ModelError:
 def describe(
     path: Path, base: ResolvedModel, *, name: str, kind: Literal["adapter", "checkpoint"]
 ) -> VectorFile:
-    """Write vector.json beside a trained adapter or checkpoint, with what training.json says, and
-    return it.
+    """Write vector.json beside a trained adapter or checkpoint, and return it.
+
+    It includes the corpus, settings and versions from training.json.
     """
     trained = read_training(path)
     known = {} if trained is None else trained.model_dump(mode="json")
@@ -114,14 +115,13 @@ def extract(
     source: Path | None = None,
     replace: bool = False,
 ) -> VectorFile:
-    """Write a vector as a delta directory and return its record, with the relative error of what
-    was stored.
+    """Write a vector as a delta directory; return its record, with the relative rounding error.
 
-    In a floating-point dtype it has a tensor for every one of the base (zeros where nothing moved),
-    so that mergekit reads it as a model; in `int8`, with a scale for every `block_size` numbers, it
-    has the moved ones only. A delta keeps its own exponent, so bfloat16 moves each number by at
-    most 2^-8 of it. `source` holds the weights that the record names (None: those of the vector);
-    with `replace` it takes the place of what is in `out`. Memory: a few row blocks.
+    In a floating-point dtype, it has every tensor of the base (zeros if nothing moved), so mergekit
+    can read it as a model. In `int8`, it has only tensors that moved, with one scale per
+    `block_size` numbers. A delta keeps its own exponent, so bfloat16 changes each number by at most
+    a factor of 2^-8. The record names the weights in `source` (None: those of the vector). With
+    `replace`, `out` is overwritten. Memory: a few row blocks.
     """
     checkpoint = Checkpoint(base.path)
     norm, relative_norm = norms(vector, checkpoint)
@@ -154,9 +154,9 @@ def extract(
 def extract_any_adapter(
     name: str, adapter: ResolvedModel, base: ResolvedModel, out: Path, **options: Any
 ) -> VectorFile:
-    """Write an adapter of any type that PEFT can merge (DoRA, IA3, ...) as a delta directory.
+    """Write any adapter that PEFT can merge (DoRA, IA3, ...) as a delta directory.
 
-    Holds the whole model in memory, in float32. `options` are those of `extract`.
+    The whole model is in memory, in float32. `options` go to `extract`.
     """
     recorded = _record_of_this_base(name, str(adapter.path), adapter.path, base)
     with merged_by_peft(adapter.path, base.path) as merged:
@@ -176,7 +176,7 @@ def _write_dense(
     moved, ties = vector.names, ties_of(base)
 
     def rows_of(key: str, rows: slice) -> torch.Tensor:
-        name = ties.kept(key)  # of a copy the same delta: mergekit keeps it equal then
+        name = ties.kept(key)  # copies get the same delta, so they stay equal in mergekit
         base_rows = base.read_rows(name, rows)
         if name not in moved:
             return torch.zeros(base_rows.shape, dtype=dtype)
@@ -189,7 +189,7 @@ def _write_dense(
 def _write_quantised(
     vector: DistributionVector, base: Checkpoint, out: Path, block_size: int, max_shard_size: int
 ) -> None:
-    """Write int8 numbers and scales; tensors of one dimension (norms, biases) stay in float32."""
+    """Write int8 numbers and scales; one-dimensional tensors (norms, biases) stay in float32."""
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in sorted(vector.names):
         shape = base.shape(name)
@@ -209,7 +209,7 @@ def _write_quantised(
             return delta if delta.dim() < 2 else quantize(delta, block_size)[0]
         name = key.removesuffix(SCALES)
         _, columns = matrix_shape(base.shape(name))
-        parts = [  # a block of scales stands for many blocks of the delta
+        parts = [  # a block of scales covers many blocks of the delta
             slice(rows.start + part.start, rows.start + part.stop)
             for part in row_blocks((rows.stop - rows.start, columns))
         ]
@@ -221,7 +221,7 @@ def _write_quantised(
 def relative_errors(
     vector: DistributionVector, stored: DistributionVector, base: Checkpoint
 ) -> tuple[float, dict[str, float]]:
-    """Return |stored - vector| / |vector| in total and by tensor (0 where nothing moved)."""
+    """Return |stored - vector| / |vector| in total and by tensor (0 if nothing moved)."""
     squares = error_squares = 0.0
     by_tensor = {}
     for name in sorted(vector.names):

@@ -1,4 +1,4 @@
-"""The three forms of a delta while it is merged: low-rank product, trained tensor, dense tensor."""
+"""The three forms of a delta during a merge: low-rank product, trained tensor, dense tensor."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class LowRank:
-    """Rows of a delta as a product: scale * (b @ a), with b [rows, r] and a [r, columns] in
-    float32.
-    """
+    """Rows of a delta as a product scale * (b @ a): b [rows, r] and a [r, columns], in float32."""
 
     b: torch.Tensor
     a: torch.Tensor
@@ -22,7 +20,7 @@ class LowRank:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the factors."""
+        """Size of the factors in bytes."""
         return self.b.nbytes + self.a.nbytes
 
     def dense(self) -> torch.Tensor:
@@ -36,9 +34,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Trained:
-    """Rows of a tensor as they are after training, in the dtype of the file; their delta is
-    themselves minus the base.
-    """
+    """Rows of a tensor after training, in the dtype of the file; their delta subtracts the base."""
 
     tensor: torch.Tensor
 
@@ -49,7 +45,7 @@ class Trained:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the tensor."""
+        """Size of the tensor in bytes."""
         return self.tensor.nbytes
 
     def to(self, device: torch.device | str) -> "Trained":
@@ -61,9 +57,7 @@ Delta = torch.Tensor | Trained | LowRank
 
 
 def dense(delta: Delta, base: torch.Tensor) -> torch.Tensor:
-    """Return a delta as a float32 tensor, whatever its form; `base` holds the same rows of the
-    base.
-    """
+    """Return a delta of any form as a float32 tensor; `base` has the same rows of the base."""
     if isinstance(delta, LowRank):
         return delta.dense()
     if isinstance(delta, Trained):

@@ -1,8 +1,8 @@
-"""Rows of a delta <-> int8 numbers with a scale per block: half the bytes of bfloat16.
+"""Store rows of a delta as int8 numbers with one scale per block: half the bytes of bfloat16.
 
-Symmetric rounding to 255 levels of the largest value of a block (absmax; Dettmers et al., arXiv
-2110.02861, in its linear form). Deltas have a narrow range and quantise well (arXiv
-2503.06921). Blocks run along the last axis, so that rows can be read without their neighbours.
+Each block is rounded symmetrically to 255 levels, scaled by its largest absolute value (absmax;
+Dettmers et al., arXiv 2110.02861, in linear form). Deltas have a narrow range and quantise well
+(arXiv 2503.06921). Blocks run along the last axis, so rows can be read without their neighbours.
 """
 
 import torch
@@ -10,12 +10,13 @@ from torch.nn.functional import pad
 
 BLOCK_SIZE = 64
 LEVELS = 127
-SCALES = ".scales"  # suffix of the tensor that holds the scales of another one
+SCALES = ".scales"  # suffix for the tensor with the scales of another one
 
 
 def quantize(rows: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 numbers [..., n] and bfloat16 scales [..., ceil(n / block_size)] of float32
-    rows [..., n].
+    """Quantise float32 rows [..., n].
+
+    Returns int8 numbers [..., n] and bfloat16 scales [..., ceil(n / block_size)].
     """
     n = rows.shape[-1]
     blocks = _blocks(rows, block_size)
@@ -27,7 +28,7 @@ def quantize(rows: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.T
 
 
 def dequantize(numbers: torch.Tensor, scales: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Return the float32 rows [..., n] that int8 numbers and their scales stand for."""
+    """Return float32 rows [..., n] from int8 numbers and their scales."""
     n = numbers.shape[-1]
     blocks = _blocks(numbers, block_size)
     rows: torch.Tensor = (blocks.float() * scales.float().unsqueeze(-1)).flatten(-2)[..., :n]
@@ -35,7 +36,7 @@ def dequantize(numbers: torch.Tensor, scales: torch.Tensor, block_size: int) -> 
 
 
 def _blocks(rows: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Return rows [..., n] as [..., blocks, block_size], the last block filled up with zeros."""
+    """Return rows [..., n] as [..., blocks, block_size], padding the last block with zeros."""
     padded = pad(rows, (0, -rows.shape[-1] % block_size))
     return padded.view(*padded.shape[:-1], -1, block_size)
 

@@ -1,9 +1,9 @@
-"""A PEFT adapter -> the delta of every tensor it moves, kept as small as it is stored.
+"""Read a PEFT adapter as the delta of every tensor that it moves, without expanding it.
 
-LoRA factors stay factors (`LowRank`): a row block of B times A is multiplied straight into the
-merge. What is not a product (biases, whole modules saved beside it) comes as it is stored, to be
-compared with the base when it is read. Adapters whose delta is not of that form (DoRA, IA3, LoHa,
-OFT ...) are merged by PEFT itself, on request.
+LoRA factors stay factors (`LowRank`): a merge multiplies row blocks of B by A directly. Biases and
+whole modules, which are not products, are kept as stored and compared with the base when they are
+read. For adapters whose delta has another form (DoRA, IA3, LoHa, OFT ...), PEFT can do the merge on
+request.
 """
 
 import functools
@@ -44,15 +44,15 @@ PARTNERS = {
     "lora_embedding_A": "lora_embedding_B",
     "lora_embedding_B": "lora_embedding_A",
 }
-PARTS = {  # of a stored tensor, by the end of its name
+PARTS = {  # what a stored tensor is, by the end of its name
     ".lora_A.weight": "A",
     ".lora_embedding_A": "embedding A",
     ".lora_B.weight": "B",
     ".lora_embedding_B": "B",
     ".lora_B.bias": "B.bias",
-    ".token_adapter.trainable_tokens_delta": "tokens",  # rows, as they are after training
+    ".token_adapter.trainable_tokens_delta": "tokens",  # rows after training
 }
-FROZEN_COPY = ".base_layer.weight"  # of an adapted embedding: PEFT saves it beside the factors
+FROZEN_COPY = ".base_layer.weight"  # PEFT saves an adapted embedding itself beside the factors
 FACTORS_TWICE = (
     "PEFT's merge would add the product twice. Read the factors as they are: `optimer extract "
     "ADAPTER --base BASE OUT`, without --from-adapter."
@@ -62,7 +62,7 @@ FACTORS_APART = (
     "modules_to_save and ensure_weight_tying, with full parameters (leave `lora` out), or not at "
     "all."
 )
-OWN_NAME = re.compile(  # an adapter's name in that of a tensor, which PEFT's files leave out
+OWN_NAME = re.compile(  # the name of the adapter in a tensor's name; PEFT's files omit it
     r"\.(?:lora_(?:embedding_)?[AB]|modules_to_save)\.(?!(?:weight|bias)$)([^.]+)"
     r"(?:\.(?:weight|bias))?$|\.(default)(?:\.(?:weight|bias))?$"
 )
@@ -74,8 +74,9 @@ CACHED = 16  # models whose layers are remembered
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA and its base, before anything of it is read: the fields of its config, and the shape
-    of each of its tensors by name. `where` begins and `advice` ends what is said of it.
+    """A LoRA and its base before any weights are read: its config fields, and its tensors' shapes.
+
+    Error messages begin with `where` and end with `advice`.
     """
 
     options: Mapping[str, Any]
@@ -86,19 +87,20 @@ class Lora:
 
     @cached_property
     def ties(self) -> Ties:
-        """Which tensors of the base are one."""
+        """The tied tensors of the base."""
         return ties_of(self.base)
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """Tensors of the base."""
+        """The tensor names of the base."""
         return frozenset(self.base.names)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a stored tensor is of a base tensor; `module` is named as in the adapter, `rank` and
-    `scale` are of products and of the bias of B.
+    """The role of a stored tensor in the delta of a base tensor.
+
+    `module` has its name in the adapter. Only products and the biases of B have `rank` and `scale`.
     """
 
     key: str
@@ -111,10 +113,10 @@ class Part:
 
 
 def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank | Trained]:
-    """Read a PEFT LoRA adapter by base tensor name.
+    """Read a PEFT LoRA adapter into its parts, by base tensor name.
 
-    Raises ModelError for what is not a sum of products and trained tensors, and for a tensor that
-    would not be used.
+    Raises ModelError if it is not a sum of products and trained tensors, or if a tensor would not
+    be used.
     """
     where = f"vector {name!r} ({path})"
     options = read_options(path, where)
@@ -141,8 +143,9 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
 def _say_lacking(
     found: Iterable[str], options: Mapping[str, Any], base: Checkpoint, where: str
 ) -> None:
-    """Warn of layers that the config of an adapter targets and of which it holds nothing: PEFT
-    leaves them as they are, too. Of a pattern it cannot be said which layers it means.
+    """Warn of layers that an adapter's config targets but that have no tensors in it.
+
+    PEFT leaves them unchanged, too. If the config has a pattern, its layers are not known.
     """
     if not isinstance(options.get("target_modules"), list):
         return
@@ -152,7 +155,7 @@ def _say_lacking(
         for name in base.names
         if name.endswith(".weight")
         and not {name, ties.kept(name)} & held
-        and ".experts." not in name  # which are one tensor where the model is loaded
+        and ".experts." not in name  # a loaded model stacks these in one tensor
         and len(base.shape(name)) == 2
         and is_targeted(options, name.removesuffix(".weight"))
     ]
@@ -166,14 +169,14 @@ def _say_lacking(
 
 
 def _by_layer(names: Iterable[str]) -> str:
-    """Return tensor names in a few words, with the numbers of their layers."""
+    """Summarise tensor names in a few words, with their layer numbers."""
     numbers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
     shown = ", ".join(map(str, numbers[:LAYERS_SHOWN])) + ", ..." * (len(numbers) > LAYERS_SHOWN)
     return summary(names) + (f"; of layer {shown}" if numbers else "")
 
 
 def _opened(path: Path, where: str) -> Checkpoint:
-    """Return the tensors of an adapter; raises ModelError where there are none."""
+    """Open the tensors of an adapter; raises ModelError if there are none."""
     stored = Checkpoint(path, "adapter_model")
     if not stored.names:
         raise ModelError(f"{where}: holds no tensors, so it moves nothing. Fetch it again.")
@@ -181,15 +184,15 @@ def _opened(path: Path, where: str) -> Checkpoint:
 
 
 def refuse_options(options: Mapping[str, Any], where: str, advice: str) -> None:
-    """Raise ModelError for fields of a LoRA whose delta cannot be weighted."""
+    """Raise ModelError if a LoRA has fields that make it impossible to weight its delta."""
     if reason := why_not_weighted(options):
         raise ModelError(f"{where}: {reason}. {advice}")
 
 
 def parts_of(lora: Lora) -> list[Part]:
-    """Return what the tensors of a LoRA are of the tensors of its base.
+    """Return the role of each tensor of a LoRA.
 
-    Raises ModelError, naming it, for a tensor that would be left out or that fits no layer.
+    Raises a ModelError that names a tensor if it would be ignored or fits no layer.
     """
     refuse_own_names(lora.shapes, lora.where)
     found: dict[str, Part] = {}
@@ -205,7 +208,7 @@ def parts_of(lora: Lora) -> list[Part]:
             if kind == "B":
                 continue
             part = _checked_product(part, partner, lora)
-        elif kind == "B.bias":  # on top of a bias that is trained itself
+        elif kind == "B.bias":  # added after the layer's own bias, which may be trained, too
             last.append(_checked_bias(part, lora))
             continue
         if target in found:
@@ -216,8 +219,9 @@ def parts_of(lora: Lora) -> list[Part]:
 
 
 def refuse_own_names(keys: Iterable[str], where: str) -> None:
-    """Raise ModelError for tensors whose names have that of the adapter in them, as they have in a
-    running model: PEFT would find a place for none of them.
+    """Raise ModelError if tensor names include the adapter's name, as in a running model.
+
+    PEFT would find a place for none of them.
     """
     for key in keys:
         if match := OWN_NAME.search(key):
@@ -251,7 +255,7 @@ def _refuse_left_out(part: Part, lora: Lora) -> None:
 
 
 def _refuse_unsaved(held: Iterable[str], lora: Lora) -> None:
-    """Refuse a module of modules_to_save that the base has and the adapter does not hold."""
+    """Refuse an adapter without tensors for a module in modules_to_save that the base has."""
     names = [f".{target}" for target in held]
     for module in saved_modules(lora.options):
         in_base = any(f".{module}." in f".{tensor}" for tensor in lora.base.names)
@@ -263,9 +267,9 @@ def _refuse_unsaved(held: Iterable[str], lora: Lora) -> None:
 
 
 def refuse_unfit(keys: Sequence[str], base: Checkpoint, where: str) -> None:
-    """Raise ModelError for a LoRA, by the names of its tensors, that would be trained and then fit
-    no merge: of layers that are no tensors of the base's checkpoint, or of a part of what the base
-    ties.
+    """Raise ModelError before training a LoRA that no merge could use, given its tensor names.
+
+    Its layers may not be tensors in the base's checkpoint, or may be only part of a tied group.
     """
     products = [target for target, part in targets_of(keys, base).values() if part.endswith("A")]
     known, ties = set(base.names), ties_of(base)
@@ -282,8 +286,9 @@ def refuse_unfit(keys: Sequence[str], base: Checkpoint, where: str) -> None:
 
 
 def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, str]]:
-    """Return base tensor and part of every tensor of an adapter, see `_target_of`; PEFT names
-    modules as the loaded model does, which is not always as the checkpoint does.
+    """Return the base tensor and the part of every tensor in an adapter, see `_target_of`.
+
+    PEFT names modules as in the loaded model; the checkpoint may use other names.
     """
     found = {key: _target_of(key) for key in keys}
     known, ties = set(base.names), ties_of(base)
@@ -293,8 +298,9 @@ def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, st
 
 
 def _target_of(key: str) -> tuple[str, str]:
-    """Return the base tensor a stored tensor belongs to, and its part, see PARTS: `trained`, or
-    nothing known.
+    """Return the base tensor that a stored tensor belongs to, and its part.
+
+    The part is a value of PARTS, `trained`, or empty if unknown.
     """
     module = key.removeprefix(PREFIX)
     for suffix, part in PARTS.items():
@@ -307,13 +313,13 @@ def _target_of(key: str) -> tuple[str, str]:
 
 
 def _module_of(key: str) -> str:
-    """Return the layer of a stored tensor, named as in the adapter."""
+    """Return the layer of a stored tensor, under its name in the adapter."""
     module = key.removeprefix(PREFIX).split(".lora_")[0]
     return module if ".lora_" in key else module.rpartition(".")[0].removesuffix(".base_layer")
 
 
 def _partner_of(part: Part, lora: Lora) -> str:
-    """Return the other factor of a product."""
+    """Return the name of the other factor of a product; raises ModelError if it is missing."""
     factor = next(piece for piece in reversed(part.key.split(".")) if piece in PARTNERS)
     before, _, after = part.key.rpartition(f".{factor}")
     partner = f"{before}.{PARTNERS[factor]}{after}"
@@ -323,7 +329,7 @@ def _partner_of(part: Part, lora: Lora) -> str:
 
 
 def _checked_product(part: Part, partner: str, lora: Lora) -> Part:
-    """Return a product with its rank, its scale and its direction."""
+    """Check the shapes of a product, and add its rank, scale and direction."""
     a, b = lora.shapes[part.key], lora.shapes[partner]
     if len(a) != 2 or len(b) != 2:
         raise ModelError(
@@ -341,7 +347,7 @@ def _checked_product(part: Part, partner: str, lora: Lora) -> Part:
 
 
 def _checked_bias(part: Part, lora: Lora) -> Part:
-    """Return the bias of a factor B, which PEFT adds to that of the layer, with its scale."""
+    """Check the bias of a factor B, which PEFT adds to the layer's bias, and add its scale."""
     if part.key.removesuffix("bias") + "weight" not in lora.shapes:
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} has no factors. Fetch the adapter again."
@@ -371,8 +377,10 @@ def _rank_and_scale(module: str, lora: Lora) -> tuple[int, float]:
 
 
 def _is_transposed(part: Part, shape: tuple[int, int], lora: Lora) -> bool:
-    """Whether a layer stores its weight input-first, (b @ a).T: embeddings and GPT-2's Conv1D. Its
-    class says so; the config of an adapter may be wrong, and a square matrix fits either way.
+    """Whether a layer stores its weight input-first, (b @ a).T: embeddings and GPT-2's Conv1D.
+
+    The class of the layer decides, since an adapter's config may be wrong and a square matrix fits
+    either way.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -396,8 +404,9 @@ def _is_transposed(part: Part, shape: tuple[int, int], lora: Lora) -> bool:
 
 
 def _layers_of(base: Checkpoint) -> Mapping[str, type]:
-    """Return the class of the layer of every weight, by its name in the model; none where
-    transformers does not know the model.
+    """Return the layer class of every weight, by its name in the model.
+
+    The mapping is empty if transformers does not know the model.
     """
     config = base.path / "config.json"
     changed = config.stat().st_mtime_ns if config.exists() else 0
@@ -406,7 +415,7 @@ def _layers_of(base: Checkpoint) -> Mapping[str, type]:
 
 @functools.lru_cache(maxsize=CACHED)
 def _layers(path: Path, changed: int) -> Mapping[str, type]:
-    """`changed` is of the config: what is remembered holds for it as it is."""
+    """Return layer classes; `changed` is part of the cache key, to notice a changed config."""
     try:
         model = empty_model(ResolvedModel(path, path.name))
     except ModelError:
@@ -435,14 +444,15 @@ def _refuse_moved(stored: Checkpoint, part: Part, base: Checkpoint, where: str) 
 def _joined(
     found: Mapping[str, LowRank | Trained], ties: Ties, where: str
 ) -> dict[str, LowRank | Trained]:
-    """Return the parts of an adapter by stored tensor: one for tensors that are one in the base,
-    which the adapter has to move alike, as PEFT does with `ensure_weight_tying`.
+    """Return an adapter's parts by stored tensor, with one part for each group of tied tensors.
+
+    The adapter must move tied tensors alike, as PEFT does with `ensure_weight_tying`.
     """
     refuse_parted({name: type(part).__name__ for name, part in found.items()}, ties, where)
     joined: dict[str, LowRank | Trained] = {}
     for name, part in sorted(found.items(), key=lambda item: item[0] != ties.kept(item[0])):
         other = joined.setdefault(ties.kept(name), part)
-        if part is not other and not _are_alike(part, other):  # NaN is not even like itself
+        if part is not other and not _are_alike(part, other):  # NaN does not even equal itself
             raise _parted([name], [ties.kept(name)], where)
     return joined
 
@@ -458,8 +468,9 @@ def _are_alike(one: LowRank | Trained, other: LowRank | Trained) -> bool:
 
 
 def refuse_parted(found: Mapping[str, str], ties: Ties, where: str) -> None:
-    """Raise ModelError where an adapter, by tensor and kind of its parts, moves one of the tensors
-    that are one in the base and leaves another, or moves them in different ways.
+    """Raise ModelError if an adapter moves only some tensors of a tied group, or not alike.
+
+    `found` maps tensor names to the kind of their part.
     """
     for group in ties.groups:
         moved = {name: kind for name, kind in found.items() if ties.group_of(name) == group}
@@ -479,8 +490,9 @@ def _parted(moved: Sequence[str], left: Sequence[str], where: str) -> ModelError
 
 
 def _kinds_of(keys: Iterable[str], base: Checkpoint) -> dict[str, str]:
-    """Return how PEFT moves the tensors of a base, by the names of an adapter's tensors. Tokens of
-    a tied embedding it trains and merges in both halves.
+    """Return how PEFT moves each base tensor, given the names of an adapter's tensors.
+
+    PEFT trains and merges tokens of a tied embedding in both tensors.
     """
     ties, kinds = ties_of(base), dict[str, str]()
     for key, (target, part) in targets_of(keys, base).items():

@@ -1,9 +1,8 @@
-"""The fields of a LoRA, of adapter_config.json or of a train file -> rank and scale of a product,
-or the reason why its delta is not one that can be weighted.
+"""Turn the fields of a LoRA config into rank and scale, or say why its delta cannot be weighted.
 
-One table holds the decision about every field of peft.LoraConfig; a field that it does not know is
-refused where it says anything. What a reader would not guess: nothing here compiles a pattern of an
-adapter_config.json (its author may be anybody), and PEFT itself is not asked.
+The fields come from adapter_config.json or a train file. One table decides about every field of
+peft.LoraConfig; an unknown field is refused unless it has its default value. The file is untrusted,
+so nothing here compiles a pattern from it or passes it to PEFT.
 """
 
 import dataclasses
@@ -18,10 +17,10 @@ from optimer_hf.models.loader import read_settings, refuse_code
 
 LARGEST_RANK = 2**16
 
-# Decisions. HANDLED: read here or by `adapter`. HARMLESS: says where the adapter comes from, how it
-# was started or trained, or only matters beside a field that is refused; the tensors say the rest.
+# Decisions. HANDLED: read here or in `lora`. HARMLESS: describes the origin or training of the
+# adapter, matters only together with a refused field, or can be seen from the tensors.
 HANDLED, HARMLESS = "handled", "harmless"
-FIELDS: dict[str, str] = {  # of LoraConfig; any other text is the reason of a refusal
+FIELDS: dict[str, str] = {  # of LoraConfig; any other text is the reason for refusing the field
     "peft_type": HANDLED,
     "base_model_name_or_path": HANDLED,
     "r": HANDLED,
@@ -36,9 +35,9 @@ FIELDS: dict[str, str] = {  # of LoraConfig; any other text is the reason of a r
     "modules_to_save": HANDLED,
     "init_lora_weights": HANDLED,
     "ensure_weight_tying": HANDLED,
-    "bias": HARMLESS,  # the tensors say which biases moved
+    "bias": HARMLESS,  # the tensors show which biases moved
     "lora_bias": HARMLESS,
-    "fan_in_fan_out": HARMLESS,  # the layer says it
+    "fan_in_fan_out": HARMLESS,  # the layer shows it
     "task_type": HARMLESS,
     "auto_mapping": HARMLESS,
     "peft_version": HARMLESS,
@@ -65,13 +64,13 @@ FIELDS: dict[str, str] = {  # of LoraConfig; any other text is the reason of a r
     "use_qalora": "use_qalora pools the input of the layer",
     "velora_config": "velora_config compresses what the layer keeps",
 }
-OTHERS = dict.fromkeys(  # fields that ms-swift writes beside PEFT's; of training
+OTHERS = dict.fromkeys(  # training fields that ms-swift adds to PEFT's
     ("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"), HARMLESS
 )
 KEEPING_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 FIELD_OF = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-REPLACING = ("layer_replication",)  # the layers, so that no merge into the base has the function
-PATTERNS = {  # fields that PEFT matches names with, and how; {} is what the field says
+REPLACING = ("layer_replication",)  # replaces layers, so a merge cannot have the same function
+PATTERNS = {  # how PEFT matches names with these fields; {} is the value of the field
     "target_modules": "(?:{})\\Z",
     "exclude_modules": "(?:{})\\Z",
     "feedforward_modules": "(?:{})\\Z",
@@ -83,11 +82,11 @@ PATTERNS = {  # fields that PEFT matches names with, and how; {} is what the fie
 
 
 class PatternError(ValueError):
-    """A key of rank_pattern or alpha_pattern would have to be compiled."""
+    """A key of rank_pattern or alpha_pattern is a real pattern, which is never compiled."""
 
 
 def read_options(path: Path, where: str) -> dict[str, Any]:
-    """Return adapter_config.json of a directory as a mapping; ModelError where it is none."""
+    """Return adapter_config.json as a mapping; raises ModelError if it cannot be read."""
     try:
         refuse_code(path)
         return read_settings(path / "adapter_config.json")
@@ -96,8 +95,10 @@ def read_options(path: Path, where: str) -> dict[str, Any]:
 
 
 def why_not_weighted(options: Mapping[str, Any]) -> str | None:
-    """Return why the delta of a LoRA is not the sum of products and trained tensors that its file
-    holds, None where it is. Takes the fields of a LoraConfig, those at their defaults or not.
+    """Return why a LoRA's delta is not the sum of the products and trained tensors in its file.
+
+    Returns None if it is. Takes the fields of a LoraConfig, with or without those at their
+    defaults.
     """
     kind = options.get("peft_type")
     if str(getattr(kind, "value", kind)) != "LORA":
@@ -115,7 +116,7 @@ def why_not_weighted(options: Mapping[str, Any]) -> str | None:
 
 
 def why_not_trained(options: Mapping[str, Any]) -> str | None:
-    """Return why a LoRA of these fields cannot be trained here, None where it can."""
+    """Return why a LoRA with these fields cannot be trained here, or None if it can."""
     if options.get("inference_mode"):
         return "inference_mode freezes the factors, so nothing would be trained"
     task = options.get("task_type")
@@ -135,7 +136,7 @@ def why_not_trained(options: Mapping[str, Any]) -> str | None:
 
 
 def _default_of(field: str) -> Any:
-    """Return the default of a field in the PEFT that is installed, None if it knows no such one."""
+    """Return the default of a field in the installed PEFT, or None if it has no such field."""
     from peft import LoraConfig
 
     known = {item.name: item for item in dataclasses.fields(LoraConfig)}
@@ -145,14 +146,14 @@ def _default_of(field: str) -> Any:
 
 
 def _says_nothing(value: Any) -> bool:
-    """Whether a field has the value of a plain LoRA; {} is the defaults of a variant, not none."""
+    """Whether a field has the value of a plain LoRA; {} does not, it selects a variant."""
     return value is None or value is False or value == []
 
 
 def rank_and_scale(options: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Return rank and scale of the product of a module, as PEFT finds them.
+    """Return the rank and scale of a module's product, as PEFT determines them.
 
-    Raises ValueError for numbers that are none, PatternError for a pattern that is no name.
+    Raises ValueError for invalid values, and PatternError for a pattern that is not a name.
     """
     rank = _of_module(options, "rank_pattern", module, options.get("r"))
     alpha = _of_module(options, "alpha_pattern", module, options.get("lora_alpha"))
@@ -173,7 +174,7 @@ def rank_and_scale(options: Mapping[str, Any], module: str) -> tuple[int, float]
 
 
 def _of_module(options: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
-    """Return what the first key of a pattern field that fits a module says, else the default."""
+    """Return the value of the first key in a pattern field that matches a module, else default."""
     given = _mapping(options, field)
     for key in given:
         if not is_literal(key):
@@ -193,7 +194,7 @@ def _mapping(options: Mapping[str, Any], field: str) -> Mapping[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """Return a value as it is shown; an integer may have more digits than Python prints."""
+    """Return a short repr; an integer may have more digits than Python prints."""
     try:
         return repr(value)[:80]
     except (ValueError, RecursionError):
@@ -204,9 +205,7 @@ def _short(value: Any) -> str:
 
 
 def is_targeted(options: Mapping[str, Any], module: str) -> bool:
-    """Whether a config lets PEFT adapt a module, as far as that can be said without a pattern: of a
-    pattern (a string) it is taken for granted.
-    """
+    """Whether a config lets PEFT adapt a module; a pattern (a string) is assumed to match."""
     excluded, wanted = _names(options, "exclude_modules"), _names(options, "target_modules")
     if excluded is not None and _is_among(module, excluded):
         return False
@@ -216,7 +215,7 @@ def is_targeted(options: Mapping[str, Any], module: str) -> bool:
 
 
 def _names(options: Mapping[str, Any], field: str) -> list[str] | None:
-    """Return the names that a field lists, None where it is a pattern, a word of PEFT or absent."""
+    """Return the names listed in a field; None for a pattern, a PEFT keyword or a missing field."""
     given = options.get(field)
     return [str(name) for name in given] if isinstance(given, list | set | tuple) else None
 
@@ -236,22 +235,22 @@ def _is_in_layers(options: Mapping[str, Any], module: str) -> bool:
 
 
 def saved_modules(options: Mapping[str, Any]) -> list[str]:
-    """Return the names of modules_to_save."""
+    """Return the names in modules_to_save."""
     given = options.get("modules_to_save")
     return [str(name) for name in given] if isinstance(given, list | tuple) else []
 
 
 def patterns_of(options: Mapping[str, Any]) -> list[str]:
-    """Return the regular expressions that PEFT would make of a config, without those of names."""
-    found = []
+    """Return the regular expressions that PEFT would compile from a config, except plain names."""
+    patterns = []
     for field, frame in PATTERNS.items():
         given = options.get(field)
         texts = given if isinstance(given, list | tuple | set | Mapping) else [given]
         if field in ("target_modules", "exclude_modules", "feedforward_modules"):
-            texts = [given]  # a list of them is one of names
-        found += [
+            texts = [given]  # a list contains names, not patterns
+        patterns += [
             frame.replace("{}", text)
             for text in texts
             if isinstance(text, str) and not is_literal(text)
         ]
-    return found
+    return patterns

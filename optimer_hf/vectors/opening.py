@@ -1,4 +1,4 @@
-"""A directory -> a distribution vector that fits a base, or an error that says why it does not."""
+"""Open a directory as a distribution vector, and check that it fits its base."""
 
 import json
 import logging
@@ -45,11 +45,10 @@ OTHER_TOKENS = (
 
 
 def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVector:
-    """Open the vector that `source` (directory or Hub id) holds; its kind is recognised from its
-    files.
+    """Open the vector in `source` (directory or Hub id); its files show which kind it is.
 
-    Raises ModelError when it records other weights of its base, or when its tensors do not fit the
-    base. An adapter that fits and only names another base gets a warning.
+    Raises ModelError if its record names a base with other weights, or if its tensors do not fit
+    the base. An adapter that fits but names another base only causes a warning.
     """
     try:
         resolved = resolve_model(source)
@@ -60,7 +59,7 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     vector: DistributionVector
     if (resolved.path / "adapter_config.json").exists():
         parts = read_adapter(resolved.path, checkpoint, name)
-        stored = names_in(checkpoint, parts)  # two of a tensor that the base has twice
+        stored = names_in(checkpoint, parts)  # a tensor that the base has twice has two names
         parts = {known: parts[key] for key in parts for known in stored.get(key, [key])}
         vector = AdapterVector(name, resolved.path, parts)
     elif record is not None and record.kind == "delta":
@@ -74,7 +73,7 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     _check_shapes(vector, checkpoint)
     if vector.kind == "checkpoint":
         _check_settings(name, resolved.path, base.path)
-    if vector.kind != "delta":  # which has the tokenizer of its base
+    if vector.kind != "delta":  # a delta has the tokenizer of its base
         _check_tokens(name, resolved.path, base.path)
     if vector.kind == "adapter" and record is None:
         _warn_of_another_base(name, resolved.path, base)
@@ -104,7 +103,7 @@ def _open_delta(name: str, path: Path, record: VectorFile) -> DeltaVector:
 def _record_of_this_base(
     name: str, source: str, path: Path, base: ResolvedModel
 ) -> VectorFile | None:
-    """Return the vector.json of a directory; refuse a vector that records another base."""
+    """Return the vector.json in a directory; refuse a vector that was trained from another base."""
     record = read_record(path)
     if record is not None and record.base.files != weight_files(base.path):
         raise ModelError(
@@ -116,8 +115,10 @@ def _record_of_this_base(
 
 
 def _warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
-    """Warn of an adapter that names another Hub model as its base. A name proves nothing: QLoRA
-    names the quantised copy, others a mirror. A local path tells nothing at all.
+    """Warn if an adapter names another Hub model as its base.
+
+    A name proves nothing: QLoRA names the quantised copy, others name a mirror. A local path is
+    ignored.
     """
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     declared = str(config.get("base_model_name_or_path") or "")
@@ -126,16 +127,16 @@ def _warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
         warn_once(
             logger,
             f"vector {name!r} ({path}): its adapter_config.json names {declared} as its base, and "
-            f"base_model is {base.reference}. Its shapes fit. That is right where the one is a "
-            "mirror or a quantised copy (QLoRA) of the other; an adapter of other weights has to "
-            "be trained again.",
+            f"base_model is {base.reference}. Its shapes fit. That is fine if one is a mirror or "
+            "a quantised copy (QLoRA) of the other; otherwise train the adapter again.",
         )
 
 
 def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
-    """Return a tuned checkpoint by the names of the base, without what is no part of it; refuse one
-    that lacks a part of the base, or has others. Of tensors that are one in either, the one that is
-    stored stands for the others.
+    """Rename a tuned checkpoint's tensors to the names in the base, and drop what is not in it.
+
+    Raises ModelError if it lacks part of the base or has additional parts. Tied tensors are
+    represented by the one that is stored.
     """
     of_base = ties_of(base)
     try:
@@ -187,8 +188,10 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
 def _refuse_other_form(
     name: str, path: Path, missing: Mapping[str, str], extra: Mapping[str, str]
 ) -> None:
-    """Raise ModelError where tensors of base and tuned model, by parameter of their classes, are
-    the same in two forms: experts together in one and one by one in the other.
+    """Raise ModelError if base and tuned model store a parameter in different forms.
+
+    For example, one may stack the experts that the other stores one by one. Both mappings go from
+    parameter to tensor name.
     """
     for parameter in sorted(missing.keys() & extra.keys()):
         raise ModelError(
@@ -213,7 +216,7 @@ def _tell_differences(name: str, tuned: Checkpoint, found: Match) -> None:
 
 
 def _check_same_kinds(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
-    """Refuse quantised tensors, and whole numbers other than those of the base."""
+    """Refuse quantised tensors, and integer tensors that differ from the base."""
     for tensor in tuned.names:
         kinds = tuned.dtype(tensor), base.dtype(tensor)
         if kinds[0].is_floating_point != kinds[1].is_floating_point:
@@ -258,7 +261,7 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
 
 
 def _check_settings(name: str, tuned: Path, base: Path) -> None:
-    """Refuse a fine-tune whose config makes another function of the same tensors."""
+    """Refuse a fine-tune whose config makes the same tensors compute something else."""
     differing = compare_settings(tuned, base)
     if not differing:
         return
@@ -271,7 +274,7 @@ def _check_settings(name: str, tuned: Path, base: Path) -> None:
 
 
 def _check_tokens(name: str, tuned: Path, base: Path) -> None:
-    """Refuse a vector that was trained with other ids for the tokens of the base."""
+    """Refuse a vector that was trained with different ids for the base's tokens."""
     moved = find_moved_tokens(tuned, base)
     if moved:
         token, found, expected = moved[0]
@@ -283,10 +286,9 @@ def _check_tokens(name: str, tuned: Path, base: Path) -> None:
 
 
 def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | None:
-    """Return the tensors of the vocabulary of which the base has more rows than a tuned model; None
-    where there is none.
+    """Return the vocabulary tensors that have more rows in the base than in a tuned model, or None.
 
-    Raises VocabularyError where those rows belong to tokens.
+    Raises VocabularyError if those rows belong to tokens.
     """
     short = [
         key

@@ -1,4 +1,4 @@
-"""Adapters that PEFT alone can merge."""
+"""Merge adapters that only PEFT can merge."""
 
 import tempfile
 import warnings
@@ -33,9 +33,9 @@ from optimer_hf.vectors.lora_config import FIELDS, REPLACING, patterns_of, read_
 
 @contextmanager
 def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
-    """Yield a temporary float32 checkpoint: base plus any adapter that PEFT can merge.
+    """Yield a temporary float32 checkpoint: the base plus any adapter that PEFT can merge.
 
-    Holds the whole model in memory, in float32. Raises ModelError for adapters without a merge.
+    The whole model is in memory, in float32. Raises ModelError if the adapter cannot be merged.
     """
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
@@ -63,10 +63,9 @@ def _naming_unmergeable(adapter: Path) -> Iterator[None]:
 
 
 def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
-    """Raise ModelError for an adapter, of any type, that PEFT would put on its base in part, with
-    no more than a warning; or whose layers are not those of the base.
+    """Raise ModelError if PEFT would use only part of an adapter, or if it does not fit the base.
 
-    PEFT is asked on an empty model. Where a type needs the weights for that, they are loaded.
+    PEFT itself only warns. The test runs on an empty model; types that need the weights get them.
     """
     where = str(adapter)
     options, stored = read_options(adapter, where), _opened(adapter, where)
@@ -93,12 +92,12 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
             "moves no weight)."
         )
     if "init_lora_weights" in vars(config):
-        config.init_lora_weights = True  # a decomposition of weights that are not there
+        config.init_lora_weights = True  # other values may decompose weights, which do not exist
     with _naming_unmergeable(adapter):
         try:
             unused = _unused(model, config, stored)
         except RuntimeError as error:
-            if "meta" not in str(error):  # not: a tensor without numbers
+            if "meta" not in str(error):  # the error is not about a tensor without numbers
                 raise _misfit(where, first_line(error)) from error
             unused = _unused(load_model(base, torch.float32), config, stored)
     if unused:
@@ -113,9 +112,7 @@ def _misfit(where: str, found: str) -> ModelError:
 
 
 def _unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
-    """Return the tensors of an adapter that PEFT finds no place for on a model, and those that are
-    missing beside others of their layer.
-    """
+    """Return adapter tensors that PEFT cannot place on a model, and those missing in a layer."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     device = next(model.parameters()).device
@@ -133,11 +130,13 @@ def _unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
 
 
 def refuse_unmerged_by_peft(adapter: Path, base: Path) -> None:
-    """Raise ModelError for an adapter that PEFT would merge into another model than it is: in part,
-    of a part of what the base ties, or with factors of both halves, which it would add twice.
+    """Raise ModelError if PEFT's merge would differ from the trained model.
+
+    It may use only part of the adapter, adapt only one of two tied tensors, or add the factors of
+    both twice.
     """
     _refuse_unused(adapter, ResolvedModel(base, base.name))
-    stored = Checkpoint(adapter, "adapter_model")  # PEFT would take pickled weights
+    stored = Checkpoint(adapter, "adapter_model")  # PEFT would accept pickled weights
     kinds, ties = _kinds_of(stored.names, Checkpoint(base)), ties_of(Checkpoint(base))
     refuse_parted(kinds, ties, str(adapter))
     _refuse_both_factors(kinds, ties, str(adapter), FACTORS_TWICE)

@@ -17,7 +17,7 @@ QUANTISED = "int8"
 
 
 class BaseRecord(FileModel):
-    """The base model a vector was trained from."""
+    """The base model that a vector was trained from."""
 
     reference: str
     commit: str | None = None
@@ -25,10 +25,10 @@ class BaseRecord(FileModel):
 
 
 class VectorFile(VersionedFile):
-    """vector.json: what the vector is, where it comes from, how large it is.
+    """vector.json: what the vector is, where it comes from and how large it is.
 
-    `dtype`, `block_size`, `relative_error` (of the stored delta, in total and by tensor) and
-    `source_files` (sha256 of the weights it was taken from) belong to deltas.
+    Only deltas have `dtype`, `block_size`, the relative errors of the stored delta (in total and by
+    tensor) and `source_files` (the sha256 of the weights that it was extracted from).
     """
 
     name: str
@@ -47,7 +47,7 @@ class VectorFile(VersionedFile):
 
 
 def read_record(path: Path) -> VectorFile | None:
-    """Return the vector.json of a directory, or None when there is none."""
+    """Return the vector.json in a directory, or None if there is none."""
     file = path / "vector.json"
     if not file.exists():
         return None

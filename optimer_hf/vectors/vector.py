@@ -1,4 +1,4 @@
-"""Distribution vectors: what one dataset did to the base model, as checkpoint, delta or adapter."""
+"""Distribution vectors: the effect of one dataset on a base, as checkpoint, delta or adapter."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from optimer_hf.vectors.int8 import SCALES, dequantize
 
 
 class DistributionVector(Protocol):
-    """What merging needs of a vector: its name, the tensors it moves, and rows of its delta."""
+    """What merging needs from a vector: its name, the tensors it moves, and rows of its delta."""
 
     @property
     def name(self) -> str:
@@ -31,7 +31,7 @@ class DistributionVector(Protocol):
 
     @property
     def path(self) -> Path:
-        """The directory that holds its weights."""
+        """The directory with its weights."""
         ...
 
     @property
@@ -41,17 +41,18 @@ class DistributionVector(Protocol):
 
     @property
     def n_bytes(self) -> int:
-        """Memory it takes when it is loaded."""
+        """Memory in bytes that it takes when loaded."""
         ...
 
     def delta(self, name: str, rows: slice, device: torch.device | str) -> Delta:
-        """Return rows of the delta of a tensor on a device, in the form it is stored in; see
-        `kernel.dense`. Not to be changed by the caller.
+        """Return rows of a tensor's delta on a device, in its stored form (see `forms.dense`).
+
+        The caller must not change them.
         """
         ...
 
     def loaded(self, device: str) -> "DistributionVector":
-        """Return the vector with its weights in the memory of a device."""
+        """Return the vector with its weights in a device's memory."""
         ...
 
 
@@ -65,10 +66,10 @@ class _Brief:
 
 @dataclass(frozen=True, repr=False)
 class CheckpointVector(_Brief):
-    """A whole tuned model; its delta, tuned minus base, is taken in float32 when it is merged.
+    """A whole tuned model; merging computes its delta, tuned minus base, in float32.
 
-    Where the base is padded and the tuned model is not, its tensors of the vocabulary end early:
-    the rows that it lacks are those of `padding`, the base, and do not move.
+    If the base has a padded vocabulary and the tuned model does not, the missing rows come from
+    `padding`, the base, and do not move.
     """
 
     name: str
@@ -86,7 +87,7 @@ class CheckpointVector(_Brief):
         return self.tuned.n_bytes(self.names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, with the rows that only the base has."""
+        """Shape of a tensor, including rows that only the base has."""
         is_padded = self.padding is not None and name in self.padding.names
         return (self.padding if is_padded and self.padding else self.tuned).shape(name)
 
@@ -107,8 +108,9 @@ class CheckpointVector(_Brief):
 
 @dataclass(frozen=True, repr=False)
 class DeltaVector(_Brief):
-    """Stored deltas: bf16, fp16, fp32, or int8 with a scale per block; `copies`, of a tied head,
-    are stored, too, and not read.
+    """Stored deltas: bf16, fp16, fp32, or int8 with one scale per block.
+
+    `copies` (of a tied embedding) are stored, too, but never read.
     """
 
     name: str
@@ -143,7 +145,7 @@ class DeltaVector(_Brief):
 
 @dataclass(frozen=True, repr=False)
 class AdapterVector(_Brief):
-    """A LoRA adapter, kept as float32 factors in memory; biases and whole modules as trained."""
+    """A LoRA adapter, with float32 factors in memory; biases and whole modules stay as trained."""
 
     name: str
     path: Path
@@ -175,5 +177,5 @@ def _loaded(source: Checkpoint | Loaded, names: Iterable[str], device: str) -> L
 def dense_rows(
     vector: DistributionVector, name: str, rows: slice, base_rows: torch.Tensor
 ) -> torch.Tensor:
-    """Return rows of a delta in float32, given the same rows of the base."""
+    """Return rows of a delta in float32; `base_rows` are the same rows of the base."""
     return dense(vector.delta(name, rows, base_rows.device), base_rows)
