@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py [--tokens 64]
 
-Shows what `convert.multiplied_in` decides on: where the processor has no 16-bit kernels, PyTorch
+Shows what `live.compute_dtype` decides: where the processor has no 16-bit kernels, PyTorch
 falls back to loops, and a run in bfloat16 would take days. Medians of three.
 """
 
