@@ -53,7 +53,7 @@ class InputFile(Existing):
         return path
 
 
-class RecipeFile(InputFile):
+class Recipe(InputFile):
     """A recipe file, or the directory of a study, a run or a model that has one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -74,7 +74,7 @@ STUDY_FILE = InputFile("study")
 TRAIN_FILE = InputFile("train")
 OBJECTIVE_FILE = InputFile("objective")
 DIRECTORY = Existing("no such directory")
-RECIPE = RecipeFile("recipe")
+RECIPE = Recipe("recipe")
 STUDY = Existing("no such directory. `optimer search STUDY.yaml STUDY_DIR` makes a study")
 
 FORMAT = click.option(

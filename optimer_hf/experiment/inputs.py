@@ -19,7 +19,7 @@ from optimer_hf.files.model import (
     list_mistakes,
 )
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.recipes.record import RecipeFile
+from optimer_hf.recipes.record import Recipe
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.config import TrainConfig
@@ -32,7 +32,7 @@ KINDS: dict[str, type[VersionedFile]] = {
     "study": StudyConfig,
     "train": TrainConfig,
     "objective": ObjectiveFile,
-    "recipe": RecipeFile,
+    "recipe": Recipe,
 }
 
 

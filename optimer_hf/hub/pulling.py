@@ -32,7 +32,7 @@ from optimer_hf.hub.client import described, described_input, explained, licence
 from optimer_hf.hub.publication import ALLOWED, CARD, WEIGHTS, Kind, is_allowed, kind_of
 from optimer_hf.hub.untrusted import LARGEST_TEXT, check_pulled, refuse_other_weights
 from optimer_hf.models.layout import COPIED_BESIDE_WEIGHTS, PENDING
-from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
+from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.vectors.record import VectorFile
 
 logger = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ def _refuse_damaged(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
             )
 
 
-def _record_of(snapshot: _Snapshot) -> RecipeFile | VectorFile:
+def _record_of(snapshot: _Snapshot) -> Recipe | VectorFile:
     """Validate the small files of a snapshot and return its record."""
     with TemporaryDirectory() as scratch:
         for name in snapshot.names:  # the cache holds links to files without an ending
@@ -344,7 +344,7 @@ def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -
     done = Pull(
         snapshot.repo_id, snapshot.commit, snapshot.kind, target, tuple(digests), moved=moved
     )
-    if api is None or snapshot.kind != "recipe" or not isinstance(record, RecipeFile):
+    if api is None or snapshot.kind != "recipe" or not isinstance(record, Recipe):
         return done
     references = [record.base_model, *(item.source for item in record.vectors.values())]
     if record.tokenizer_reference is not None:
@@ -409,14 +409,14 @@ def _moved(
     target: Path,
     commit: str,
     digests: Mapping[str, str],
-    record: RecipeFile | VectorFile,
+    record: Recipe | VectorFile,
 ) -> tuple[str, ...]:
     """Say what differs between a pulled directory and what is pulled now."""
     if before.commit == commit:
         return ()
     lines = [f"commit: {before.commit} -> {commit}"]
-    if isinstance(record, RecipeFile) and (target / "recipe.yaml").exists():
-        old = RecipeFile.read(target / "recipe.yaml")
+    if isinstance(record, Recipe) and (target / "recipe.yaml").exists():
+        old = Recipe.read(target / "recipe.yaml")
         if old.base_model != record.base_model:
             lines.append(f"base_model: {old.base_model} -> {record.base_model}")
         if old.tokenizer_source != record.tokenizer_source:

@@ -56,7 +56,7 @@ from optimer_hf.hub.publication import (
     publication,
 )
 from optimer_hf.models.layout import weight_files
-from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
+from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.vectors.record import VectorFile
 
@@ -356,7 +356,7 @@ def _origins(
     return card.Origins(licences, tuple(base_models), tuple(datasets), tuple(languages))
 
 
-def _idle(record: VectorFile | RecipeFile) -> set[str]:
+def _idle(record: VectorFile | Recipe) -> set[str]:
     """Return where vectors of weight 0 are, of which a merge has nothing."""
     if isinstance(record, VectorFile):
         return set()
@@ -388,7 +388,7 @@ def _name(repo_id: str) -> str:
     return repo_id.rpartition("/")[2]
 
 
-def _evaluations(recipe: RecipeFile) -> list[EvalResult]:
+def _evaluations(recipe: Recipe) -> list[EvalResult]:
     sealed = recipe.scores.get("sealed")
     if sealed is None:
         return []

@@ -19,7 +19,7 @@ from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import COMMIT, pinned
 from optimer_hf.files.text import quote
 from optimer_hf.hub.publication import IDENTITY, Kind
-from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
+from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import open_study
 from optimer_hf.study.trials import STUDY_FILE
@@ -30,7 +30,7 @@ LARGEST_YAML = 2**20
 DEEPEST = 50  # levels of YAML; a recipe has 7
 
 
-def check_pulled(kind: Kind, directory: Path) -> RecipeFile | VectorFile:
+def check_pulled(kind: Kind, directory: Path) -> Recipe | VectorFile:
     """Validate the small files of what was pulled, strictly, and return its record.
 
     Raises HubError for YAML with aliases, oversized files and inputs that are not pinned;
@@ -53,7 +53,7 @@ def check_pulled(kind: Kind, directory: Path) -> RecipeFile | VectorFile:
         references["tokenizer_source"] = named
     for where, reference in references.items():
         _refuse_local(f"{directory / 'recipe.yaml'}: {where}", reference)
-    recipe = parse(RecipeFile, data, directory / "recipe.yaml")
+    recipe = parse(Recipe, data, directory / "recipe.yaml")
     lock = Lock.read(directory / LOCK)
     if set(lock.vectors) != set(recipe.vectors):
         raise HubError(

@@ -20,6 +20,7 @@ from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import compute_dtype, load_model
 from optimer_hf.models.memory import free_memory
 from optimer_hf.models.names import ClassNames, summary, views_in
+from optimer_hf.models.resolve import AnyModel, base_from_here
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.vector import DistributionVector
 
@@ -35,18 +36,20 @@ class ResidentModel:
 
     def __init__(
         self,
-        base: ResolvedModel,
+        base: AnyModel,
         vectors: Sequence[DistributionVector],
         *,
         dtype: str,
         device: str = "cpu",
     ) -> None:
-        """Load the base in `dtype`; the weights start at zero.
+        """Load the base, a directory, a Hub id or a ResolvedModel, in `dtype`; the weights start at
+        zero.
 
         On a device that cannot multiply in `dtype`, the parameters are held in float32, but still
         rounded to `dtype`. Raises ModelError when a vector moves a tensor that the loaded model
         holds in another form.
         """
+        base = base_from_here(base)
         self.dtype = DTYPES[dtype]
         self.model = _load_rounded(base, self.dtype, device)
         views = views_in(Checkpoint(base.path), self.model)

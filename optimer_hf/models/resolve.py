@@ -6,7 +6,7 @@ from typing import Any
 from optimer_hf.errors import ModelError
 from optimer_hf.files.paths import cache_dir
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.files.reference import Reference, is_there
+from optimer_hf.files.reference import AnyPath, Reference, is_there, reference_from_here
 from optimer_hf.files.staging import is_half_filled
 from optimer_hf.models.gguf import convert_once
 from optimer_hf.models.guard import checking_answers
@@ -26,6 +26,28 @@ from optimer_hf.models.packages import packaged_gguf
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
 BESIDE_WEIGHTS = ["*.json", *OF_TOKENIZER, "*.txt", "*.jinja", *LEGAL]
+
+
+AnyModel = AnyPath | ResolvedModel  # a model as a caller in Python gives it
+
+
+def model_from_here(given: AnyModel) -> ResolvedModel:
+    """Return a model, an adapter or a vector that a caller names, see `resolve_model`."""
+    if isinstance(given, ResolvedModel):
+        return given
+    return resolve_model(reference_from_here(given))
+
+
+def vector_reference(given: AnyModel) -> str:
+    """Return the reference of a vector that a caller names, for `open_vector`."""
+    return str(given.path) if isinstance(given, ResolvedModel) else reference_from_here(given)
+
+
+def base_from_here(given: AnyModel) -> ResolvedModel:
+    """Return a base that a caller names, see `resolve_base`."""
+    if isinstance(given, ResolvedModel):
+        return given
+    return resolve_base(reference_from_here(given))
 
 
 def resolve_model(text: str, *, may_run_code: bool = False) -> ResolvedModel:

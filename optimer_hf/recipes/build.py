@@ -21,7 +21,7 @@ from optimer_hf.models.layout import (
 )
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.shards import files_in_shards
-from optimer_hf.recipes.record import LOCK, Lock, RecipeFile
+from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.recipes.write import _tokenizer_digests
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES
 from optimer_hf.vectors.opening import open_vector
@@ -53,7 +53,7 @@ def build(
     ones, before anything is written.
     """
     n_bytes = _n_bytes(max_shard_size)
-    recipe = RecipeFile.read(path)
+    recipe = Recipe.read(path)
     lock_file = path.with_suffix(".lock.json")
     base = resolve_model(recipe.base_model)
     lock = Lock.read(lock_file) if lock_file.exists() else None
@@ -151,7 +151,7 @@ def _keep_output(lock_file: Path, out: Path, built: Lock, has_adapters: bool) ->
         )
 
 
-def _write_beside(recipe: RecipeFile, figures: Path, built: Lock, model: Path, out: Path) -> None:
+def _write_beside(recipe: Recipe, figures: Path, built: Lock, model: Path, out: Path) -> None:
     """Write into a built model how it was built, so that it can be verified and published, and the
     figures of its card, which lie in a folder of the recipe; what is there stays. `out` is where
     the model will be.
@@ -171,7 +171,7 @@ def _write_beside(recipe: RecipeFile, figures: Path, built: Lock, model: Path, o
         built.write(model / LOCK)
 
 
-def _check_lock(lock: Lock, recipe: RecipeFile, base: ResolvedModel) -> None:
+def _check_lock(lock: Lock, recipe: Recipe, base: ResolvedModel) -> None:
     if (recipe.weights, recipe.dtype) != (lock.weights, lock.dtype):
         raise ModelError(
             f"{recipe.name}: weights or dtype are not the locked ones. Restore them, or delete the "

@@ -1,12 +1,13 @@
 """recipe.yaml and its lock."""
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field, SerializationInfo, field_serializer, field_validator
+from pydantic import Field, PrivateAttr, SerializationInfo, field_serializer, field_validator
 
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.files.model import FileModel, VersionedFile
-from optimer_hf.files.reference import ReferenceText, TokenizerSource, tokenizer_reference
+from optimer_hf.files.reference import AnyPath, ReferenceText, TokenizerSource, tokenizer_reference
 from optimer_hf.models.layout import MAX_SHARD_SIZE
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.study.trials import Fidelity
@@ -118,13 +119,26 @@ class Evidence(FileModel):
         return {term.label: term.metric for term in terms}
 
 
-class RecipeFile(Evidence, Composition):
+class Recipe(Evidence, Composition):
     """recipe.yaml: everything needed to build the merge, and the evidence for it."""
 
     versions: dict[str, str] = {}
     """Versions of the packages that the search ran with."""
     derived_from: str | None = None
     """Recipe that this one continues, as org/name@commit."""
+    _path: Path | None = PrivateAttr(default=None)
+
+    @classmethod
+    def read(cls, path: AnyPath) -> Self:
+        """Read a recipe, see VersionedFile; it remembers where it lies."""
+        recipe = super().read(path)
+        recipe._path = Path(path)
+        return recipe
+
+    @property
+    def path(self) -> Path | None:
+        """File that the recipe was read from; its lock lies beside it."""
+        return self._path
 
 
 class Lock(VersionedFile):

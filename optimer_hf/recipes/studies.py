@@ -8,7 +8,7 @@ from typing import Any
 from optimer_hf.comparison.costs import ledger
 from optimer_hf.comparison.sealed import recorded
 from optimer_hf.errors import ConfigError, StudyError
-from optimer_hf.recipes.record import MERGE_CONFIG, RecipeFile
+from optimer_hf.recipes.record import MERGE_CONFIG, Recipe
 from optimer_hf.recipes.write import write_recipe, write_vanilla
 from optimer_hf.report.captions import FIGURES
 from optimer_hf.searching.loop import search
@@ -62,28 +62,44 @@ def recipe_of_study(
     a config for unmodified mergekit is written, too. Raises StudyError where the front has fewer
     points.
     """
-    from optimer_hf.report.page import write_figures
-
     study = load_study(study_dir)
     trial = _picked(study, pick, study_dir)
-    sealed = recorded(study) if trial is None else None  # the sealed merge is the incumbent
-    write_recipe(
-        study,
-        recipe_yaml,
-        name=study_dir.resolve().name,
-        sealed=sealed,
-        ledger=ledger(study),
-        pick=trial,
-        derived_from=derived_from,
-    )
+    name = study_dir.resolve().name
+    write_with_evidence(study, recipe_yaml, name=name, pick=trial, derived_from=derived_from)
     folder = recipe_yaml.resolve().parent
-    if trial is None:  # the figures of a study show its incumbent
-        write_figures(study, folder / FIGURES)
     beside = [f"{recipe_yaml.stem}.lock.json", MERGE_CONFIG]
     if vanilla:
         write_vanilla(study, folder / VANILLA_CONFIG, pick=trial)
         beside.append(f"{VANILLA_CONFIG}, with deltas/ where it needs them")
     return beside
+
+
+def write_with_evidence(
+    study: Study,
+    path: Path,
+    *,
+    name: str,
+    pick: Trial | None = None,
+    derived_from: str | None = None,
+) -> Recipe:
+    """Write the recipe of a study, as `write_recipe` does, with its ledger and, where the merge is
+    the incumbent, what the sealed test said and the figures; return the recipe.
+    """
+    from optimer_hf.report.page import write_figures
+
+    sealed = recorded(study) if pick is None else None  # the sealed merge is the incumbent
+    recipe = write_recipe(
+        study,
+        path,
+        name=name,
+        sealed=sealed,
+        ledger=ledger(study),
+        pick=pick,
+        derived_from=derived_from,
+    )
+    if pick is None:  # the figures of a study show its incumbent
+        write_figures(study, path.resolve().parent / FIGURES)
+    return recipe
 
 
 def _picked(study: Study, pick: int | None, study_dir: Path) -> Trial | None:
@@ -151,7 +167,7 @@ def _weights_of(source: Path, without: Sequence[str]) -> tuple[dict[str, float],
         weights = study.incumbent.weights
         sources = {name: str(v.source) for name, v in study.config.vectors.items()}
     else:
-        recipe = RecipeFile.read(source)
+        recipe = Recipe.read(source)
         weights = recipe.weights
         sources = {name: vector.source for name, vector in recipe.vectors.items()}
     for name in without:

@@ -22,7 +22,7 @@ from optimer_hf.recipes.record import (
     Evidence,
     Ingredient,
     Lock,
-    RecipeFile,
+    Recipe,
     Score,
     Search,
 )
@@ -53,7 +53,7 @@ def write_recipe(
     ledger: Ledger | None = None,
     pick: Trial | None = None,
     derived_from: str | None = None,
-) -> RecipeFile:
+) -> Recipe:
     """Write recipe.yaml at `path`, its lock and `optimer.yml` beside it, and return the recipe.
 
     `pick` is the trial to write (None: the incumbent), for instance one of the front;
@@ -72,7 +72,7 @@ def write_recipe(
     base = resolve_model(config.base_model)
     sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
     _check_inputs(study, base, sources)
-    recipe = RecipeFile.model_construct(  # with references as they are seen from its folder
+    recipe = Recipe.model_construct(  # with references as they are seen from its folder
         name=name,
         base_model=_pinned(config.base_model, base, folder),
         dtype=config.dtype,
@@ -95,7 +95,7 @@ def write_recipe(
     header = f"# Build it with: optimer build {path.name} OUT\n"
     data = recipe.model_dump(mode="json", exclude_none=True, context={"folder": folder})
     write_text(path, header + yaml_text(data))
-    return RecipeFile.read(path)
+    return Recipe.read(path)
 
 
 def _lock_of(
@@ -145,7 +145,7 @@ def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
     foreign = None
     if is_there(recipe):
         try:
-            RecipeFile.read(recipe)
+            Recipe.read(recipe)
         except ConfigError:
             foreign = recipe
     elif is_there(merge_config) and not merge_config.read_bytes().startswith(MADE_HERE.encode()):

@@ -1,15 +1,17 @@
 """A model and an objective file -> the score of every term."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimer_hf.files.reference import absolute_reference
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.tokenizer import scoring_tokenizer
 from optimer_hf.models.live import default_device
-from optimer_hf.models.resolve import resolve_base
-from optimer_hf.scoring.evaluator import Evaluator
-from optimer_hf.scoring.objective import ObjectiveFile
+from optimer_hf.models.resolve import AnyModel, base_from_here
+from optimer_hf.progress import announce
+from optimer_hf.scoring.evaluator import Evaluator, Scorer
+from optimer_hf.scoring.objective import Objective, ObjectiveFile
+from optimer_hf.scoring.scores import TermScore
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,7 @@ def evaluate_model(model: str, objective: Path, *, dtype: str = "bfloat16") -> l
     the file.
     """
     target = ObjectiveFile.read(objective)
-    resolved = resolve_base(absolute_reference(model, Path.cwd()))
-    tokenizer = scoring_tokenizer(resolved, None, apply_chat_template=target.apply_chat_template)
-    resident = ResidentModel(resolved, [], dtype=dtype, device=default_device())
-    evaluator = Evaluator(resident.model, tokenizer, [target])
-    asked = target.asked("rescore")
-    scores = evaluator.evaluate(asked)
+    scores = scores_of(model, target, dtype=dtype)
     return [
         Scored(
             each.label,
@@ -42,5 +39,25 @@ def evaluate_model(model: str, objective: Path, *, dtype: str = "bfloat16") -> l
             len(scores[each.label].items),
             each.limit is not None,
         )
-        for each in asked
+        for each in target.asked("rescore")
     ]
+
+
+def scores_of(
+    model: AnyModel,
+    objective: Objective,
+    *,
+    dtype: str = "bfloat16",
+    functions: Mapping[str, Scorer] | None = None,
+) -> dict[str, TermScore]:
+    """Return the score of a model on every term of an objective; `functions` score the terms that
+    name them, see Evaluator.
+    """
+    with announce("evaluate: opening model and tasks"):
+        base, templated = base_from_here(model), objective.apply_chat_template
+        tokenizer = scoring_tokenizer(base, None, apply_chat_template=templated)
+        resident = ResidentModel(base, [], dtype=dtype, device=default_device())
+        evaluator = Evaluator(resident.model, tokenizer, [objective], functions=functions)
+    asked = objective.asked("rescore")
+    with announce(f"evaluate: scoring {', '.join(each.label for each in asked)}"):
+        return evaluator.evaluate(asked)

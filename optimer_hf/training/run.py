@@ -146,6 +146,11 @@ def train_vector(path: Path, out: Path) -> VectorFile | None:
     config = TrainConfig.read(path)
     if not (out / TRAINING_FILE).exists():  # a trained vector no longer needs its corpus
         refuse_absent_files({path: config.model_dump()})
+    return train_and_describe(config, out)
+
+
+def train_and_describe(config: TrainConfig, out: Path) -> VectorFile | None:
+    """Do what `train_vector` does with a config."""
     train(config, out)
     if int(os.environ.get("RANK", "0")) != 0:
         return None

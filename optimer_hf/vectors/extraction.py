@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
-from optimer_hf.files.reference import absolute_reference
 from optimer_hf.files.staging import require_empty
-from optimer_hf.models.resolve import resolve_base, resolve_model
+from optimer_hf.models.resolve import (
+    AnyModel,
+    base_from_here,
+    model_from_here,
+    vector_reference,
+)
 from optimer_hf.vectors.delta import extract, extract_any_adapter
 from optimer_hf.vectors.int8 import BLOCK_SIZE
 from optimer_hf.vectors.opening import open_vector
@@ -12,8 +16,8 @@ from optimer_hf.vectors.record import VectorFile
 
 
 def extract_vector(
-    tuned: str,
-    base: str,
+    tuned: AnyModel,
+    base: AnyModel,
     out: Path,
     *,
     name: str | None = None,
@@ -28,10 +32,9 @@ def extract_vector(
     `dtype` and `block_size` are those of `extract`.
     """
     require_empty(out)
-    resolved = resolve_base(absolute_reference(base, Path.cwd()))
-    source, name = absolute_reference(tuned, Path.cwd()), name or out.name
+    resolved, name = base_from_here(base), name or out.name
     if from_adapter:
-        adapter = resolve_model(source)
+        adapter = model_from_here(tuned)
         return extract_any_adapter(name, adapter, resolved, out, dtype=dtype, block_size=block_size)
-    vector = open_vector(name, source, resolved)
+    vector = open_vector(name, vector_reference(tuned), resolved)
     return extract(vector, resolved, out, dtype=dtype, block_size=block_size)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from optimer_hf.errors import ConfigError, OptimerError
 from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.reading import LARGEST_YAML, MOST_VALUES, line_of, read_yaml
-from optimer_hf.recipes.record import RecipeFile
+from optimer_hf.recipes.record import Recipe
 from optimer_hf.scoring.objective import ObjectiveFile
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.config import TrainConfig
@@ -147,7 +147,7 @@ def mutated(draw, text: str) -> str:
 @settings(max_examples=120, deadline=10_000)
 def test_a_mutated_file_is_read_or_refused_by_an_error_of_ours(tmp_path_factory, suffix, data):
     sources = [(cls, path.read_text(encoding="utf-8")) for cls, path in FILES]
-    sources += [(ObjectiveFile, OBJECTIVE), (RecipeFile, json.dumps(RECIPE, indent=1))]
+    sources += [(ObjectiveFile, OBJECTIVE), (Recipe, json.dumps(RECIPE, indent=1))]
     cls, text = data.draw(st.sampled_from(sources))
     if suffix == ".json":
         text = json.dumps(yaml.safe_load(text), default=str)

@@ -8,7 +8,7 @@ import pytest
 from optimer_hf.comparison.sealed import recorded
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.models.resolve import resolve_base
-from optimer_hf.recipes.record import RecipeFile
+from optimer_hf.recipes.record import Recipe
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import load_study
@@ -30,7 +30,7 @@ KINDS = {
 
 def test_a_study_is_read(golden: Path):
     study = load_study(golden / "runs" / "tiny")
-    recipe = RecipeFile.read(golden / "runs" / "tiny" / "recipe.yaml")
+    recipe = Recipe.read(golden / "runs" / "tiny" / "recipe.yaml")
     assert study.is_finished
     assert study.incumbent.weights == recipe.weights
     assert recipe.study is not None and study.incumbent.number == recipe.study.incumbent

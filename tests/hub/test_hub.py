@@ -30,7 +30,7 @@ from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_files
 from optimer_hf.models.resolve import resolve_base, resolve_model
 from optimer_hf.recipes.build import build, verify
-from optimer_hf.recipes.record import Lock, RecipeFile
+from optimer_hf.recipes.record import Lock, Recipe
 from optimer_hf.report.captions import Captions
 from optimer_hf.report.page import write_figures
 from optimer_hf.searching.loop import search
@@ -888,7 +888,7 @@ def test_a_moved_tag_is_refused_without_update(hub, make_recipe, name, tmp_path)
         hubs.pull(f"alice/{name}@v1", out, token=ALICE)
     moved = hubs.pull(f"alice/{name}@v1", out, token=ALICE, update=True).moved
     assert any("vectors.v0: 0.5 x " in line and "-> 0.75 x" in line for line in moved)
-    assert RecipeFile.read(out / "recipe.yaml").weights == weights
+    assert Recipe.read(out / "recipe.yaml").weights == weights
 
 
 def test_other_weights_behind_a_pinned_input_do_not_build(hub, make_recipe, name, tmp_path):

@@ -25,7 +25,7 @@ from optimer_hf.merging.mergekit_pool import linear_merge_of, unsearched_setting
 from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.models.layout import ResolvedModel, weight_files
 from optimer_hf.recipes.build import build, verify
-from optimer_hf.recipes.record import Lock, RecipeFile
+from optimer_hf.recipes.record import Lock, Recipe
 from optimer_hf.recipes.write import write_recipe, write_vanilla
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.loop import search
@@ -252,7 +252,7 @@ def test_a_recipe_builds_the_model_with_the_tokenizer_and_locks_it(
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    beside = RecipeFile.read(tmp_path / "out" / "recipe.yaml")
+    beside = Recipe.read(tmp_path / "out" / "recipe.yaml")
     assert beside.tokenizer_reference == str(models["it"])
     (models["it"] / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     with pytest.raises(ModelError, match=r"chat: tokenizer_source: .* is not the locked one"):

@@ -14,7 +14,7 @@ from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_files
 from optimer_hf.recipes.build import build, verify
-from optimer_hf.recipes.record import Lock, RecipeFile
+from optimer_hf.recipes.record import Lock, Recipe
 from optimer_hf.recipes.write import _delta_directory
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
@@ -334,11 +334,11 @@ def test_mistakes_in_a_recipe_are_named_by_file_and_field(recipe, change, messag
     data = yaml.safe_load(recipe.read_text(encoding="utf-8")) | change
     recipe.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
-        RecipeFile.read(recipe)
+        Recipe.read(recipe)
 
 
 def test_the_weights_of_a_recipe_are_those_in_the_file(recipe):
-    assert RecipeFile.read(recipe).weights == WEIGHTS
+    assert Recipe.read(recipe).weights == WEIGHTS
     assert set(
         json.loads(recipe.with_suffix(".lock.json").read_text(encoding="utf-8"))["vectors"]
     ) == set(WEIGHTS)

@@ -19,7 +19,7 @@ from optimer_hf.comparison.sealed import compare, recorded
 from optimer_hf.comparison.tables import to_json, to_markdown
 from optimer_hf.errors import EvaluationError, HubError, OptimerError, StudyError
 from optimer_hf.hub.untrusted import check_pulled
-from optimer_hf.recipes.record import Lock, RecipeFile
+from optimer_hf.recipes.record import Lock, Recipe
 from optimer_hf.report.page import write_report
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
@@ -502,7 +502,7 @@ def pulled(finished, tmp_path) -> Path:
     """A recipe with its study, as a push leaves them."""
     commit = "0" * 40
     sources = {name: {"source": f"a/{name}@{commit}", "weight": 0.1} for name in "xyf"}
-    RecipeFile(
+    Recipe(
         name="r", base_model=f"a/b@{commit}", dtype="bfloat16", vectors=sources,
         objective={}, scores={}, study={},
     ).write(tmp_path / "recipe.yaml")  # fmt: skip

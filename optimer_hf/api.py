@@ -1,0 +1,412 @@
+"""The functions of `import optimer_hf as optimer`: what a caller names comes in, one function of a
+room does the work.
+
+The counterpart of `cli` for Python. A path is a text or a path object and is seen from the working
+directory; a model is that, a name on the Hub, or a ResolvedModel. `a/b` is a directory where there
+is one, otherwise a name on the Hub; a path object is always a path. The rooms, which take seconds
+to import, are imported when a function is called.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.model import VersionedFile, parse
+from optimer_hf.files.reference import AnyPath
+from optimer_hf.files.staging import require_empty
+from optimer_hf.progress import announce
+
+if TYPE_CHECKING:
+    from optimer_hf.comparison.rows import Comparison
+    from optimer_hf.hub.pulling import Pull
+    from optimer_hf.hub.pushing import Push
+    from optimer_hf.models.resolve import AnyModel
+    from optimer_hf.recipes.record import Recipe
+    from optimer_hf.scoring.evaluator import Scorer
+    from optimer_hf.scoring.objective import Objective
+    from optimer_hf.scoring.scores import TermScore
+    from optimer_hf.searching.pool import Pool
+    from optimer_hf.searching.runner import Runner
+    from optimer_hf.study.config import StudyConfig
+    from optimer_hf.study.directory import Study
+    from optimer_hf.study.prediction import Prediction
+    from optimer_hf.study.trials import Trial
+    from optimer_hf.training.config import TrainConfig
+    from optimer_hf.vectors.record import VectorFile
+    from optimer_hf.vectors.vector import DistributionVector
+
+FileT = TypeVar("FileT", bound=VersionedFile)
+
+
+# -- vectors ---------------------------------------------------------------------------------------
+
+
+def train(config: "TrainConfig | Mapping[str, Any] | AnyPath", out: AnyPath) -> "VectorFile | None":
+    """Continually pre-train one model on one corpus, write it to `out` as a vector, and return the
+    vector's record, with its norm.
+
+    `config` is a TrainConfig, a mapping of its fields or a train file. An interrupted run goes on
+    in `out`, a finished one only returns. Under `accelerate launch` every process calls this, and
+    the first one alone gets the record. Raises OutputError when `out` belongs to something else.
+    """
+    with announce("train: loading libraries"):
+        from optimer_hf.training.config import TrainConfig
+        from optimer_hf.training.run import train_and_describe, train_vector
+    if isinstance(config, str | os.PathLike):
+        return train_vector(Path(config), Path(out))
+    return train_and_describe(_config(TrainConfig, config), Path(out))
+
+
+def open_vector(name: str, source: "AnyModel", base: "AnyModel") -> "DistributionVector":
+    """Open a vector under a name: an adapter, a delta or a whole model that was trained from
+    `base`.
+
+    Raises ModelError when it records other weights of its base, or does not fit it.
+    """
+    from optimer_hf.models.resolve import base_from_here, vector_reference
+    from optimer_hf.vectors.opening import open_vector as open_reference
+
+    return open_reference(name, vector_reference(source), base_from_here(base))
+
+
+def extract(
+    tuned: "AnyModel",
+    base: "AnyModel",
+    out: AnyPath,
+    *,
+    name: str | None = None,
+    dtype: str = "bfloat16",
+    block_size: int = 64,
+    from_adapter: bool = False,
+) -> "VectorFile":
+    """Write `tuned` minus `base` as a delta into `out`, which has to be new or empty, and return
+    its record, with norm and relative error.
+
+    `name` is that of the vector (None: that of `out`). `dtype` is the stored one: bfloat16,
+    float16, float32, or int8 with a scale for every `block_size` numbers. `from_adapter` takes an
+    adapter of any type that PEFT can merge.
+    """
+    from optimer_hf.vectors.extraction import extract_vector
+
+    return extract_vector(
+        tuned,
+        base,
+        Path(out),
+        name=name,
+        dtype=dtype,
+        block_size=block_size,
+        from_adapter=from_adapter,
+    )
+
+
+def merge(config: AnyPath, out: AnyPath, *, engine: str | None = None) -> Path:
+    """Run any mergekit YAML into `out`, which has to be new or empty, and return it.
+
+    The streaming writer does what it can and mergekit the rest; `engine`, native or mergekit,
+    forces one of them.
+    """
+    from optimer_hf.merging.mergekit import merge as run_merge
+
+    directory = Path(out)
+    require_empty(directory)
+    run_merge(Path(config), directory, engine=engine)
+    return directory
+
+
+# -- the search ------------------------------------------------------------------------------------
+
+
+def search(
+    config: "StudyConfig | Mapping[str, Any] | AnyPath",
+    out: AnyPath,
+    *,
+    objective: AnyPath | None = None,
+    functions: "Mapping[str, Scorer] | None" = None,
+    runner: "Runner | None" = None,
+) -> "Study":
+    """Run a study in the directory `out` to its end and return it; a trial that is on disk already
+    is not run again.
+
+    `config` is a StudyConfig, a mapping of its fields, a study.yaml, or a mergekit YAML with an
+    `objective` file. `functions` score the terms
+    that name them: (model, tokenizer, limit) -> a number for each item. `runner` says where trials
+    run (None: `InProcess()`, here); see `searching.workers.Workers` for many processes. Raises
+    OptimerError for whatever is wrong with the config before the first trial; a trial that fails is
+    recorded as crashed, and the search goes on.
+    """
+    with announce("search: loading libraries"):
+        from optimer_hf.searching.loop import search as run_search
+        from optimer_hf.searching.pool import ResidentPool
+        from optimer_hf.searching.runner import InProcess
+        from optimer_hf.searching.study_file import read_study
+        from optimer_hf.study.config import StudyConfig
+    if runner is not None and functions is not None:
+        raise ConfigError("functions: go to the pool of the runner where one is given.")
+    where = runner or InProcess(partial(ResidentPool, functions=functions))
+    if isinstance(config, str | os.PathLike):
+        file = Path(objective) if objective is not None else None
+        return run_search(read_study(Path(config), objective=file), Path(out), runner=where)
+    if objective is not None:
+        raise ConfigError("objective: goes with the path of a mergekit YAML; leave it out.")
+    return run_search(_config(StudyConfig, config), Path(out), runner=where)
+
+
+def load_study(directory: AnyPath, *, unfinished: bool = False) -> "Study":
+    """Open the study in a directory, or in that of a run; `unfinished` takes one that still runs or
+    was interrupted, with its best trial so far.
+    """
+    from optimer_hf.study.directory import load_study as load
+
+    return load(Path(directory), unfinished=unfinished)
+
+
+def predict(
+    study: "Study | AnyPath", target: "Objective | Mapping[str, float] | None" = None
+) -> "Prediction":
+    """Return the weights that the trials of a study predict to be best for another objective over
+    its terms, without a new evaluation.
+
+    `target` is an Objective or the weight of every term that counts (None: the study's own).
+    """
+    from optimer_hf.study.prediction import predict as predict_weights
+
+    return predict_weights(_study(study), target)
+
+
+# -- evidence --------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: "AnyModel",
+    objective: "Objective | Mapping[str, Any] | AnyPath",
+    *,
+    dtype: str = "bfloat16",
+    functions: "Mapping[str, Scorer] | None" = None,
+) -> "dict[str, TermScore]":
+    """Score a model on every term of an objective and return the scores by the label of the term.
+
+    `objective` is an Objective, a mapping of its fields or an objective file; `functions` are those
+    of `search`.
+    """
+    with announce("evaluate: loading libraries"):
+        from optimer_hf.scoring.objective import Objective, ObjectiveFile
+        from optimer_hf.searching.evaluation import scores_of
+    target = objective if isinstance(objective, Objective) else _config(ObjectiveFile, objective)
+    return scores_of(model, target, dtype=dtype, functions=functions)
+
+
+def compare(
+    study: "Study | AnyPath",
+    *,
+    functions: "Mapping[str, Scorer] | None" = None,
+    pool: "Callable[[StudyConfig], Pool] | None" = None,
+) -> "Comparison":
+    """Score the merge of a finished study and its baselines on the sealed test; what was scored
+    before is read.
+
+    `functions` and `pool` are those of `search`. Raises ConfigError when the study has no `test`.
+    """
+    with announce("compare: loading libraries"):
+        from optimer_hf.comparison.sealed import compare as compare_rows
+        from optimer_hf.searching.pool import ResidentPool
+    return compare_rows(_study(study), pool=pool or partial(ResidentPool, functions=functions))
+
+
+def write_report(
+    study: "Study | AnyPath",
+    out: AnyPath,
+    *,
+    figures: AnyPath | None = None,
+    vectors: bool = True,
+) -> Path:
+    """Write one HTML page about a study, finished or not, and return where it is.
+
+    `figures` is a directory that gets every figure as PNG. `vectors=False` leaves out the cosines,
+    for which every vector is read once.
+    """
+    from optimer_hf.report.page import write_report as write_page
+
+    page, folder = Path(out), Path(figures) if figures is not None else None
+    write_page(_study(study, unfinished=True), page, figures=folder, vectors=vectors)
+    return page
+
+
+# -- recipes ---------------------------------------------------------------------------------------
+
+
+def write_recipe(
+    study: "Study | AnyPath",
+    path: AnyPath,
+    *,
+    name: str | None = None,
+    pick: "Trial | None" = None,
+    derived_from: str | None = None,
+) -> "Recipe":
+    """Write the best merge of a study as recipe.yaml with its lock, merge config and figures, and
+    return the recipe.
+
+    `name` is that of the recipe (None: that of the directory of the study). `pick` is another trial
+    to write, for instance one of the Pareto front. `derived_from` is the recipe it continues,
+    org/name@commit. What the sealed test said goes into the recipe of the best trial.
+    """
+    from optimer_hf.recipes.studies import write_with_evidence
+
+    opened = _study(study)
+    name = name or opened.directory.resolve().name
+    return write_with_evidence(opened, Path(path), name=name, pick=pick, derived_from=derived_from)
+
+
+def build(
+    recipe: "Recipe | AnyPath",
+    out: AnyPath,
+    *,
+    out_dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    device: str = "cpu",
+) -> Path:
+    """Build the merged model of a recipe into `out` and return it; `out` appears whole or not at
+    all.
+
+    `recipe` is its file, a directory with a recipe.yaml, or what `write_recipe` returned.
+    `out_dtype` replaces the recipe's dtype, `max_shard_size` is in bytes or a text such as 5GB,
+    `device` does the arithmetic. Raises ModelError when base or vectors are not the locked ones.
+    """
+    from optimer_hf.recipes.build import build as build_model
+
+    build_model(
+        _recipe_file(recipe),
+        Path(out),
+        out_dtype=out_dtype,
+        max_shard_size=max_shard_size,
+        device=device,
+    )
+    return Path(out)
+
+
+def verify(recipe: "Recipe | AnyPath", model: AnyPath) -> None:
+    """Raise ModelError unless a built model is the one that the lock of its recipe records."""
+    from optimer_hf.recipes.build import verify as verify_model
+
+    verify_model(_recipe_file(recipe), Path(model))
+
+
+def run(
+    recipe_dir: AnyPath,
+    out: AnyPath | None = None,
+    *,
+    short: bool = False,
+    tokens: int | None = None,
+    n_seeds: int | None = None,
+) -> Path:
+    """Run a recipe folder from corpora to the compared merge, and return the directory with the
+    results; finished stages are skipped.
+
+    `out` is that directory (None: runs/NAME, with -short, -TOKENS or -seeds appended). `short`
+    takes the smaller budget of the folder, `tokens` trains every vector on that many, `n_seeds`
+    makes a whole run under each of so many seeds.
+    """
+    from optimer_hf.experiment.seeds import run_folder
+
+    target = Path(out) if out is not None else None
+    done, _ = run_folder(Path(recipe_dir), target, short=short, tokens=tokens, n_seeds=n_seeds)
+    return done.out
+
+
+# -- the Hub ---------------------------------------------------------------------------------------
+
+
+def push(
+    directory: AnyPath,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    tag: str | None = None,
+    licence: str | None = None,
+    vectors: bool = False,
+    dry_run: bool = False,
+) -> "Push":
+    """Push a vector, a recipe or a merged model to the Hub in one commit, and say what was sent.
+
+    `private` None leaves the choice to the account; `revision` is a branch, made when it is
+    missing; `tag` is set last. `vectors` pushes the local vectors of a recipe first, each to
+    `<repo_id>-<name>`. `dry_run` sends nothing. Raises HubError, with what to do.
+    """
+    from optimer_hf.hub.pushing import push as push_directory
+
+    return push_directory(
+        Path(directory),
+        repo_id,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        tag=tag,
+        licence=licence,
+        vectors=vectors,
+        dry_run=dry_run,
+    )
+
+
+def pull(
+    repo_id: str,
+    out: AnyPath | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    update: bool = False,
+) -> "Pull":
+    """Pull a vector, a recipe or a merged model to `out` (None: the name of the repository); of a
+    recipe only its small files.
+
+    `repo_id` may carry the revision, org/name@rev. What was pulled before stays at its commit
+    unless `update` is given. Raises HubError before anything is written.
+    """
+    from optimer_hf.hub.pulling import pull as pull_repo
+
+    target = Path(out) if out is not None else None
+    return pull_repo(repo_id, target, revision=revision, token=token, update=update)
+
+
+# -- what a caller names ---------------------------------------------------------------------------
+
+
+def _config(cls: type[FileT], given: "FileT | Mapping[str, Any] | AnyPath") -> FileT:
+    """Return a config that is given as one, as its fields, or as the file that holds them."""
+    if isinstance(given, cls):
+        return given
+    if isinstance(given, Mapping):
+        return parse(cls, given, Path(cls.__name__))
+    if isinstance(given, str | os.PathLike):
+        return cls.read(Path(given))
+    raise TypeError(
+        f"found a {type(given).__name__}, expected a {cls.__name__}, its fields or a file"
+    )
+
+
+def _study(given: "Study | AnyPath", *, unfinished: bool = False) -> "Study":
+    return (
+        load_study(given, unfinished=unfinished) if isinstance(given, str | os.PathLike) else given
+    )
+
+
+def _recipe_file(given: "Recipe | AnyPath") -> Path:
+    """Return the file of a recipe.
+
+    Raises ConfigError for a recipe that is in no file, or that was changed since it was read.
+    """
+    if isinstance(given, str | os.PathLike):
+        path = Path(given)
+        return path / "recipe.yaml" if path.is_dir() else path
+    if given.path is None or type(given).read(given.path) != given:
+        raise ConfigError(
+            f"recipe {given.name!r}: is not what its file says. Write it to a file, and give that."
+        )
+    return given.path
