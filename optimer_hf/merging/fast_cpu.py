@@ -1,4 +1,8 @@
-"""The kernel as one compiled pass over memory, for CPUs, with the same bits as `add_in_steps`."""
+"""The kernel as one compiled pass over memory, for CPUs, with the same bits as `add_in_steps`.
+
+numba is worth its place: one torch operation after the other takes twice the CPU time of a merge
+from disk to disk, and three times that of `set_weights` (four checkpoint vectors of Gemma 3 270M).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any

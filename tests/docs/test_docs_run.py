@@ -74,6 +74,9 @@ CHANGED = {
     DEMO_BASE: BASE,
     'Path("study.yaml")': 'Path("brevity.yaml")',
     'Path("my-study")': 'Path("my-brevity")',
+    '"n_trials": 30': '"n_trials": 6, "rescore_top": 0',
+    '"limit": 100': '"limit": 4',
+    "objective={": 'objective={"include_path": "tasks", ',
 }
 # The tasks that ship with lm-eval take ten seconds to find, so gsm8k is in a folder of the world.
 TASKS = (re.compile(r"^( *)terms:", flags=re.M), r"\1include_path: tasks\n\1terms:")
@@ -408,8 +411,9 @@ def test_a_section_works_from_its_begin_to_its_end(section, request, terminal, m
     for line in lines_of(section):
         if is_run(line):
             terminal.run(line)
+    names: dict[str, Any] = {}  # of all blocks of a page together, as a person would type them
     for text in pythons_of(section):
-        exec(compile(changed(text), section.name, "exec"), {})
+        exec(compile(changed(text), section.name, "exec"), names)
 
 
 @pytest.mark.slow
