@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from optimer_hf.scoring.evaluator import Scorer
     from optimer_hf.scoring.objective import Objective
     from optimer_hf.scoring.scores import TermScore
-    from optimer_hf.searching.pool import Pool
     from optimer_hf.searching.runner import Runner
+    from optimer_hf.searching.trial import Pool
     from optimer_hf.study.config import StudyConfig
     from optimer_hf.study.directory import Study
     from optimer_hf.study.prediction import Prediction
@@ -139,9 +139,9 @@ def search(
     """
     with announce("search: loading libraries"):
         from optimer_hf.searching.loop import search as run_search
-        from optimer_hf.searching.pool import ResidentPool
         from optimer_hf.searching.runner import InProcess
         from optimer_hf.searching.study_file import read_study
+        from optimer_hf.searching.trial import ResidentPool
         from optimer_hf.study.config import StudyConfig
     if runner is not None and functions is not None:
         raise ConfigError("functions: go to the pool of the runner where one is given.")
@@ -193,7 +193,7 @@ def evaluate(
     """
     with announce("evaluate: loading libraries"):
         from optimer_hf.scoring.objective import Objective, ObjectiveFile
-        from optimer_hf.searching.evaluation import scores_of
+        from optimer_hf.searching.one_model import scores_of
     target = objective if isinstance(objective, Objective) else _config(ObjectiveFile, objective)
     return scores_of(model, target, dtype=dtype, functions=functions)
 
@@ -211,7 +211,7 @@ def compare(
     """
     with announce("compare: loading libraries"):
         from optimer_hf.comparison.sealed import compare as compare_rows
-        from optimer_hf.searching.pool import ResidentPool
+        from optimer_hf.searching.trial import ResidentPool
     return compare_rows(_study(study), pool=pool or partial(ResidentPool, functions=functions))
 
 

@@ -23,7 +23,7 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
 
     MODEL is a directory or a Hub id, OBJECTIVE a YAML file with `terms`.
     """
-    from optimer_hf.searching.evaluation import evaluate_model
+    from optimer_hf.searching.one_model import evaluate_model
 
     scored = evaluate_model(model, objective, dtype=dtype)
     if output == "json":

@@ -24,14 +24,14 @@ from optimer_hf.comparison.rows import (
     title_of,
     weights_key,
 )
-from optimer_hf.comparison.seal import SealedLog
+from optimer_hf.comparison.sealed_file import SealedLog
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.text import slug
 from optimer_hf.progress import Meter
 from optimer_hf.searching.loop import search
-from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
 from optimer_hf.searching.runner import InProcess
+from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.directory import Study, locked
 from optimer_hf.study.prediction import best_scale, predict

@@ -175,7 +175,7 @@ def ledger_of(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
     were trained here.
     """
     from optimer_hf.comparison.costs import ledger, training_cost, trial_cost
-    from optimer_hf.comparison.seal import SealedLog
+    from optimer_hf.comparison.sealed_file import SealedLog
     from optimer_hf.study.trials import TrialLog
 
     files = [_vector_dir(run, name) / TRAINING_FILE for name in names]

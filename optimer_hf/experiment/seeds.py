@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimer_hf.comparison.rows import RowKind, marked, title_of
-from optimer_hf.comparison.seal import kind_of_title
+from optimer_hf.comparison.sealed_file import kind_of_title
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.folder import Run, load, run_of
 from optimer_hf.experiment.run import claim, finished_summary, plan_run, run_recipe

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from optimer_hf.errors import HubError
 from optimer_hf.files.reference import Reference
-from optimer_hf.models.guard import checking_answers
+from optimer_hf.models.hub_answers import checking_answers
 
 logger = logging.getLogger(__name__)
 

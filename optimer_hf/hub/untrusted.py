@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from optimer_hf.comparison.seal import SealedLog
+from optimer_hf.comparison.sealed_file import SealedLog
 from optimer_hf.errors import HubError
 from optimer_hf.files.model import parse
 from optimer_hf.files.paths import strings_in

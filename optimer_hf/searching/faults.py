@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from optimer_hf.errors import EvaluationError, OptimerError
 from optimer_hf.files.text import first_line
-from optimer_hf.study.faults import BUILTINS, MESSAGES
+from optimer_hf.study.recorded_faults import BUILTINS, MESSAGES
 
 CLASSES: tuple[type[BaseException], ...] = (
     *BUILTINS,

@@ -13,7 +13,7 @@ from typing import Protocol
 from optimer_hf.progress import announce
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.faults import naming_faults
-from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
+from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.trials import Candidate, Trial
 

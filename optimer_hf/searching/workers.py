@@ -29,7 +29,7 @@ from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.files.staging import scratch_directory
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.faults import naming_faults
-from optimer_hf.searching.pool import Pool, ResidentPool, run_trial
+from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.trials import Candidate, Trial
 

@@ -13,7 +13,7 @@ from optimer_hf.files.digest import digest
 from optimer_hf.files.text import first_line, summarize_numbers
 from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.faults import was_environmental
+from optimer_hf.study.recorded_faults import was_environmental
 from optimer_hf.study.records import Rules, append_line, read_lines
 
 Fidelity = Literal["search", "rescore", "sealed"]

@@ -331,7 +331,7 @@ def test_a_shell_completes_commands():
 
 
 def test_verbose_lets_the_traceback_of_a_crashed_trial_through():
-    logger = logging.getLogger("optimer_hf.searching.pool")
+    logger = logging.getLogger("optimer_hf.searching.trial")
     try:
         for options, shown in ((["-v"], True), ([], False)):
             assert CliRunner().invoke(main, [*options, "schema", "study"]).exit_code == 0

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
 from optimer_hf.cli import main
-from optimer_hf.comparison.seal import Seal
+from optimer_hf.comparison.sealed_file import Seal
 from optimer_hf.experiment.inputs import KINDS
 from optimer_hf.hub.pulling import PulledFile
 from optimer_hf.merging.geometry import GeometryFile

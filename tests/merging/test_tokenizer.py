@@ -29,8 +29,8 @@ from optimer_hf.recipes.record import Lock, Recipe
 from optimer_hf.recipes.write import write_recipe, write_vanilla
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.loop import search
-from optimer_hf.searching.pool import ResidentPool
 from optimer_hf.searching.study_file import study_of_merge_config
+from optimer_hf.searching.trial import ResidentPool
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.directory import load_study
 from optimer_hf.vectors.delta import extract

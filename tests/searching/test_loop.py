@@ -28,10 +28,10 @@ from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Asked, combine
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.searching import pool as pool_module
+from optimer_hf.searching import trial as pool_module
 from optimer_hf.searching.loop import search
-from optimer_hf.searching.pool import run_trial
 from optimer_hf.searching.runner import InProcess
+from optimer_hf.searching.trial import run_trial
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study, locked

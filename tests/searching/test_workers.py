@@ -26,7 +26,7 @@ from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching import workers as workers_module
 from optimer_hf.searching.loop import search
-from optimer_hf.searching.pool import ResidentPool, run_trial
+from optimer_hf.searching.trial import ResidentPool, run_trial
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.trials import Candidate, Trial

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from optimer_hf.comparison.seal import SealedLog, kind_of_title
 from optimer_hf.comparison.sealed import compare, recorded
+from optimer_hf.comparison.sealed_file import SealedLog, kind_of_title
 from optimer_hf.errors import StudyError
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
