@@ -82,17 +82,15 @@ def _resolve(text: str, *, may_run_code: bool) -> ResolvedModel:
 
 
 def _refuse_half_moved(path: Path) -> None:
-    """Refuse a directory with files of two states: what was to replace it is whole, and was stopped
-    on its way there.
-    """
+    """Refuse a directory with files from two states, since a move into place was stopped."""
     if (path / PENDING / "hub.json").exists():
         raise ModelError(
-            f"{path}: an update was stopped half-way, so its files are of two commits. Finish it: "
-            f"`optimer pull REPO {path} --update`."
+            f"{path}: an update was stopped half-way, so its files are from two commits. Finish "
+            f"it: `optimer pull REPO {path} --update`."
         )
     if is_half_filled(path):
         raise ModelError(
-            f"{path}: was stopped while it was moved into place. Give the command that wrote it "
+            f"{path}: was stopped while it was moved into place. Run the command that wrote it "
             "again."
         )
 
