@@ -151,8 +151,8 @@ def test_a_source_without_a_tokenizer_of_its_own_is_refused(models, base, tmp_pa
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"<eos>": 0, "<pad>": 1}, r"the token '<pad>' the id 1, that of the base 0"),
-        ({"<end>": 1}, r"the token '<eos>' no id, that of the base 1"),
+        ({"<eos>": 0, "<pad>": 1}, r"the token '<pad>' the id 1, but the base gives it 0"),
+        ({"<end>": 1}, r"the token '<eos>' no id, but the base gives it 1"),
         ({"<end>": 259}, r"the token '<end>' the id 259, but the embedding of the base has 259"),
     ],
     ids=["swapped", "renamed", "beyond the embedding"],
