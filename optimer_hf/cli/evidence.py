@@ -104,7 +104,7 @@ def check_overlap(files: tuple[Path, ...], n: int, text_field: str, output: str)
     """Look for the items of objectives in training corpora; exit status 1 when one is found.
 
     FILES are corpora (JSONL, text, train.yaml) and objectives (objective.yaml, study.yaml with its
-    sealed test), in any order. An item shorter than N is looked for as a whole, from 8 units on.
+    sealed test), in any order. Shorter items (at least 8 units) must match as a whole.
     """
     from optimer_hf.experiment.inputs import overlap_of_files
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,10 @@ from optimer_hf.cli.options import (
     runners,
 )
 from optimer_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from optimer_hf.study.directory import Study
+    from optimer_hf.study.prediction import Prediction
 
 
 @click.command(epilog="Example: optimer search study.yaml my-study")
@@ -81,29 +85,37 @@ def retarget(
 
     STUDY_DIR holds the study. With --n-trials, OUT gets the study that verifies the prediction.
     """
-    from optimer_hf.comparison.summary import study_to_json
     from optimer_hf.searching import retargeting
 
     if (out is None) != (n_trials is None):
         raise ConfigError("OUT and --n-trials go together: the study that verifies, and its size.")
     target, prediction = retargeting.predict_for(study_dir, objective)
-    results = {"prediction": asdict(prediction)}
     if output == "text":
         echo(retargeting.prediction_text(prediction, target))
+    verified = None
     if out is not None and n_trials is not None:
-        verified = retargeting.verify_prediction(
-            study_dir, target, out, n_trials, runner=runner_of(workers, scheduler)
-        )
-        results["verified"] = study_to_json(verified)
-        if output == "text":
-            echo(retargeting.verified_text(verified))
+        runner = runner_of(workers, scheduler)
+        verified = retargeting.verify_prediction(study_dir, target, out, n_trials, runner=runner)
     if output == "json":
-        echo(json.dumps(results, indent=2))
+        echo(json.dumps(_results(prediction, verified), indent=2))
     else:
-        _print_next(study_dir, objective, out)
+        _print_verified(study_dir, objective, out, verified)
 
 
-def _print_next(study_dir: Path, objective: Path, out: Path | None) -> None:
+def _results(prediction: "Prediction", verified: "Study | None") -> dict[str, Any]:
+    from optimer_hf.comparison.summary import study_to_json
+
+    results = {"prediction": asdict(prediction)}
+    return results if verified is None else results | {"verified": study_to_json(verified)}
+
+
+def _print_verified(
+    study_dir: Path, objective: Path, out: Path | None, verified: "Study | None"
+) -> None:
+    from optimer_hf.searching.retargeting import verified_text
+
+    if verified is not None:
+        echo(verified_text(verified))
     if out is None:
         command = f"optimer retarget {study_dir} {objective} OUT --n-trials 3"
         echo(f"verify it with three trials: {command}", err=True)

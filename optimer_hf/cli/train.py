@@ -78,7 +78,7 @@ def extract(tuned: str, base: str, out: Path, **options: Any) -> None:
 @click.command(epilog="Example: optimer vectors ./math ./code --base google/gemma-3-270m")
 @click.argument("vectors", nargs=-1, required=True)
 @BASE
-@dtype("Dtype of the merge that the vectors have to survive.")
+@dtype("Dtype of the merge, for the check of what survives rounding.")
 @FORMAT
 def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> None:
     """Show norms, cosines and ranks of vectors, and whether they can be merged.

@@ -56,7 +56,7 @@ OF_ONE_VECTOR: tuple[RowKind, ...] = ("alone", "best_scale")
 
 
 def title_of(kind: RowKind, subject: str) -> str:
-    """Return the title of a row whose weights do not matter."""
+    """Return the title of a row, without weights."""
     return TITLES[kind].format(subject)
 
 

@@ -56,7 +56,7 @@ def to_markdown(comparison: Comparison) -> str:
     """Return table and verdicts as Markdown."""
     header, lines = table(comparison)
     notes = "\n".join(f"* {sentence}" for sentence in verdicts(comparison))
-    own = " The objective is the study's own for re-targeted merges, too; below they are by theirs."
+    own = " The column of the objective is by the study's own, even for re-targeted merges."
     unit = Unit.of(comparison.objective)
     mean = f" The objective is a mean in {unit.name}; a gain in it is larger when it is better."
     return (

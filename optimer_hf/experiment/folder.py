@@ -27,6 +27,13 @@ RESULTS = (  # of a finished run, whose figures are in its model, too
 )
 
 
+def _is_claim(file: Path) -> bool:
+    """Whether a run.json marks the results of a run, and is not a file of the user's."""
+    with contextlib.suppress(ConfigError):
+        return "recipe" in read_yaml(file)
+    return False
+
+
 @dataclass(frozen=True)
 class Run:
     """A recipe folder, where its results go, and which budget it runs with: the short one, other
@@ -55,7 +62,8 @@ class Run:
 
     def _inputs(self, pattern: str) -> list[Path]:
         """Return what matches in the folder, without results of runs that lie in it."""
-        claimed = {file.parent for file in self.folder.rglob("run.json")} | {self.out}
+        runs = {file.parent for file in self.folder.rglob("run.json") if _is_claim(file)}
+        claimed = (runs | {self.out}) - {self.folder}
         found = sorted(self.folder.rglob(pattern))
         return [path for path in found if claimed.isdisjoint(path.parents)]
 
@@ -223,8 +231,8 @@ def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], 
 
 
 def check_given(inputs: Inputs) -> None:
-    """Open the vectors and models that are not trained here, and look for the tools that trials are
-    reported to: what cannot be used would be found after the training, or after the search.
+    """Open the vectors and models that are not trained here, and the tools that trials are reported
+    to, so that unusable inputs fail before the training.
     """
     from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
     from optimer_hf.models.resolve import resolve_base

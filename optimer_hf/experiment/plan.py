@@ -243,7 +243,7 @@ def _training_cost(config: TrainConfig, out: Path) -> tuple[Cost, int]:
 
 
 def _key(training: TrainConfig) -> str:
-    """Trainings with equal keys take equally long for a token."""
+    """Return a key; trainings with the same key cost the same per token."""
     text = {"name", "corpus", "mixture", "max_tokens", "seed"}
     return digest(training.model_dump(mode="json", exclude=text))
 

@@ -31,8 +31,13 @@ def strings_in(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[Pla
 def drop_folders(value: Any) -> Any:
     """Shorten every path in a value, absolute or relative, to the file name."""
     return _map_texts(
-        value, lambda text: Path(text).name if text.startswith(("/", "./", "../")) else text
+        value, lambda text: _last_name(text) if text.startswith(("/", "./", "../")) else text
     )
+
+
+def _last_name(text: str) -> str:
+    name = Path(text).name
+    return "elsewhere" if name in ("", "..") else name  # a folder above, which has no name here
 
 
 def _map_texts(value: Any, replaced: Callable[[str], str]) -> Any:

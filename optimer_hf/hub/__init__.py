@@ -1,7 +1,7 @@
 """The Hub: push and pull vectors, recipes and merged models, and find the recipes of others.
 
-This is the interface for Python; `push.py` and `pull.py` do the work, and no other module knows of
-the Hub (`convert.py` fetches models by their Hub id).
+`pushing.py` and `pulling.py` do the work. Besides this room, only `models/resolve.py` talks to the
+Hub: it fetches models.
 """
 
 import json

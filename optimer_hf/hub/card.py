@@ -40,7 +40,7 @@ WIDEST_BAR = 20  # characters
 PERMISSIVE = frozenset(
     {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "0bsd", "unlicense", "cc0-1.0"}
 )
-BINDING = frozenset(  # a work made of such a part and permissive ones is under its licence
+BINDING = frozenset(  # a work that combines one with permissive parts takes its licence
     {
         "gemma",
         *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4"),

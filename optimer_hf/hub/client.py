@@ -38,7 +38,7 @@ UNREACHABLE = (
 
 
 def tried(request: Callable[[], ResultT]) -> ResultT:
-    """Return the answer of a request; ask again after faults that pass.
+    """Return the answer of a request; retry transient faults.
 
     Raises HubError for an answer that no Hub gives.
     """

@@ -62,7 +62,7 @@ class Publication:
     files: Mapping[str, Path | bytes]
     record: VectorFile | Recipe
     inputs: tuple[str, ...]
-    lender: str | None = None  # of the inputs, one that gives its tokenizer and no weights
+    lender: str | None = None  # an input that provides only the tokenizer
 
     def text(self, name: str) -> str:
         """Return the content of a text file of it, empty when it has none of that name."""
@@ -265,10 +265,12 @@ def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
     if path.name == DECISIONS_FILE:
         return b"".join(line + b"\n" for line in read_lines(path, repair=False))
     for trial in _trials(path):
+        if "worker" in trial:
+            trial["worker"] = None
         if "error" in trial:
             reason = str(trial["error"] or "").strip().splitlines()
-            kind = reason[0].partition(":")[0] if reason else None  # it may name hosts or paths
-            trial |= {"worker": None, "error": kind}
+            # only its kind: a message may name hosts or paths
+            trial["error"] = reason[0].partition(":")[0] if reason else None
         lines.append(json.dumps(trial, ensure_ascii=False))
     return ("\n".join(lines) + "\n").encode()
 

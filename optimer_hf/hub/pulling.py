@@ -436,7 +436,7 @@ def _moved(
 
 
 def inputs_of(api: HfApi, references: Sequence[str]) -> tuple[Input, ...]:
-    """Return what the Hub says of models; one that cannot be asked for is taken as gated."""
+    """Return what the Hub says about models; a model we cannot query counts as gated."""
     found = []
     for text in dict.fromkeys(references):
         ref = Reference(text)
@@ -456,7 +456,7 @@ def inputs_of(api: HfApi, references: Sequence[str]) -> tuple[Input, ...]:
 
 def _is_fetched(name: str) -> bool:
     """Whether a file of a model is fetched: no pickled weights, conversions and copies of weights
-    (see `convert.snapshot`; of Mistral's two it takes the one that transformers reads).
+    (see `resolve.snapshot`; of Mistral's two it takes the one that transformers reads).
     """
     is_copy = "/" in name or name.startswith("consolidated")
     return not is_copy and not name.endswith(PICKLES)

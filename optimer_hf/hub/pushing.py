@@ -1,8 +1,8 @@
 """A vector, recipe or merged model to the Hub.
 
 A push is one commit on top of the head it has looked at, so that a reader sees the old state or the
-new one, and two people who push at once cannot overwrite each other unseen. Files that are there
-already travel no second time, also after a kill.
+new one, and two people who push at once cannot overwrite each other unseen. Files that have
+arrived are not sent again, even after a kill.
 """
 
 import hashlib

@@ -296,4 +296,4 @@ def _cosines(found: Geometry) -> str:
 def _trust(found: Geometry, name: str) -> str:
     if found.recorded[name]:
         return " (same sha256, tensors and vocabulary)"
-    return " (same tensors and vocabulary; of the base it was trained from no sha256 is recorded)"
+    return " (same tensors and vocabulary; no sha256 of its base is recorded)"

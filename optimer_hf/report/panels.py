@@ -117,7 +117,7 @@ def _weights(study: Study, posterior: Surrogate) -> Panel:
     return Panel(
         "weights",
         "Weights, and how sure they are",
-        f"{told}: inside its bar, the others held, a weight cannot be told from the best one."
+        f"{told}: within its bar, with the others fixed, no weight is clearly worse."
         f"{_at_an_edge(free, best)}{held}",
         f"Weight of every vector and its range: {rows}.{held}",
         figure,
@@ -380,8 +380,8 @@ def _losses(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorF
     return Panel(
         "losses",
         "Loss along continual pre-training",
-        f"Means of the first and the last fifth: {said}. Each step reads another text: only a fall "
-        "beyond the scatter tells, and what was learned the scores say.",
+        f"Means of the first and the last fifth: {said}. Each step sees new text: only a drop "
+        "beyond the scatter counts; the scores say what was learned.",
         f"Training loss of {', '.join(series)} over tokens.",
         figure,
     )

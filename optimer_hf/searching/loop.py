@@ -1,4 +1,4 @@
-"""Running a study: weights are asked for, a pool answers with scores, the log keeps both."""
+"""Run a study: choose weights, score them, log both."""
 
 import logging
 import math

@@ -1,4 +1,7 @@
-"""SMAC behind a function that is told trials and asked for weights; nothing else imports it."""
+"""Wrap SMAC: an Asker is told finished trials and proposes the next weights.
+
+No other file imports SMAC.
+"""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -249,9 +252,10 @@ def _scenario(space: ConfigurationSpace, scratch: Path, seed: int) -> Scenario:
 
 def _driven_by_us(facade: Any, scenario: Scenario) -> dict[str, Any]:
     """Return what every facade needs when it is only asked and told."""
-    logging.getLogger("smac").setLevel(
-        logging.ERROR
-    )  # it warns that the initial design is empty: the anchors are ours
+    logger = logging.getLogger("smac")
+    if logger.level != logging.ERROR:  # it warns that the initial design is empty: ours has anchors
+        # Once, not at every ask: a signal that raises inside setLevel would leave logging locked
+        logger.setLevel(logging.ERROR)
     return {
         "initial_design": facade.get_initial_design(scenario, n_configs=0),
         "intensifier": facade.get_intensifier(scenario, max_config_calls=1),

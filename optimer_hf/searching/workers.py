@@ -1,10 +1,10 @@
 """Trials on the processes of a Dask cluster, local or anywhere, each with one resident pool.
 
 A StudyConfig comes in with a number of local processes or the address of a scheduler; trials go out
-through `submit` and come back from `next_finished` in the order they finish. What a reader would
-not guess: Dask runs a trial again elsewhere when its worker dies, so a trial may start more than
-once, but it comes back once. One that killed every worker it had is tried again alone; if these
-workers then score the base, it is recorded as crashed, and else the machine is at fault.
+through `submit` and come back from `next_finished` in the order they finish. Dask runs
+a trial again elsewhere when its worker dies, so a trial may start more than once, but it comes back
+once. A trial that killed all its workers is retried alone. If it kills them again and they can then
+score the base, it is recorded as crashed; otherwise the machine is at fault.
 """
 
 import contextlib

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-ALIKE_SHARE = 0.8  # of the items of a term that may tell nothing apart
+ALIKE_SHARE = 0.8  # share of a term's items that may be uninformative
 
 
 # -- the study directory ---------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def say_what_tells_nothing(study: Study) -> None:
         alike = sum(len(set(column)) == 1 for column in columns)
         if len(trials) > 2 and alike > ALIKE_SHARE * len(columns):
             logger.warning(
-                "term %r: all trials score %d of %d items alike; such items tell nothing apart. "
+                "term %r: all trials score %d of %d items alike; such items separate no merges. "
                 "Take harder or easier ones, or a continuous metric (bits_per_byte)",
                 label,
                 alike,

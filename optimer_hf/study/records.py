@@ -64,7 +64,7 @@ def append_line(path: Path, text: str) -> None:
 
 
 class Recorded(Protocol):
-    """The fields of a trial, see `study.Trial`."""
+    """The fields of a trial, see `trials.Trial`."""
 
     @property
     def number(self) -> int: ...

@@ -88,9 +88,9 @@ class Surrogate:
         return total
 
     def ranking(self, points: "Array", caution: float = 0.0) -> "Array":
-        """Return the posterior mean of the objective less `caution` standard deviations; where a
-        constraint is not expected to be kept by as many, far below it, and the lower the more
-        likely it is broken.
+        """Return the posterior mean of the objective minus `caution` standard deviations. Where a
+        constraint may break by that measure, the score is far lower, and falls with the
+        probability that it breaks.
         """
         kept = np.full(len(points), True)
         for process in self.constraints:

@@ -1,4 +1,4 @@
-"""compare.py and retarget.py: what is scored under the seal, once, and what recorded trials
+"""sealed.py: what is scored under the seal, once, and what recorded trials
 predict.
 """
 

@@ -1,4 +1,4 @@
-"""seal.py: rows on disk, and those that version 0.1.0 wrote as trials."""
+"""sealed_file.py: rows on disk, and those that version 0.1.0 wrote as trials."""
 
 import json
 from dataclasses import asdict

@@ -31,6 +31,7 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from optimer_hf.cli import main
+from optimer_hf.study.config import StudyConfig
 from tests.support.gguf import write_gguf
 from tests.support.minihub.running import HUB
 from tests.support.pages import ROOT, Section, sections
@@ -184,8 +185,10 @@ def made_with_a_study(made) -> Path:
         optimer("optimer run my-recipe")
         Path("runs/gemma-3-270m-demo").symlink_to("my-recipe")
         shutil.copytree("runs/my-recipe/study", "my-study")
+        config = StudyConfig.read(Path("runs/my-recipe/study/study.json"))
+        for copy in ("my-study/study.json", "study.yaml"):  # JSON is YAML; its paths are relative
+            config.write(Path(copy))
         shutil.copytree("runs/my-recipe/vectors", "vectors")
-        shutil.copy("my-study/study.json", "study.yaml")  # JSON is YAML
         optimer("optimer recipe my-study recipe.yaml")
         optimer("optimer build recipe.yaml merged")
     shutil.copytree(made / "world", made / "studied", symlinks=True)

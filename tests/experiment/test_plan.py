@@ -41,9 +41,8 @@ def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_pat
 
 
 def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_path: Path):
-    study = json.loads((finished / "study" / "study.json").read_text())
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(study))
+    StudyConfig.read(finished / "study" / "study.json").write(path)
     result = optimer("plan", path)
     assert result.exit_code == 0, result.output
     assert "| search | 7 trials of" in result.stdout and "train" not in result.stdout

@@ -1,4 +1,4 @@
-"""files.py: mistakes are named, references resolved, and nothing half-written stays."""
+"""Records, references and writes: errors name the mistake, and nothing half-written stays."""
 
 import contextlib
 import errno

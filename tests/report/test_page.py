@@ -1,4 +1,4 @@
-"""report.py: one page that stands alone, says what a study found, and is read on a phone."""
+"""page.py: one page that stands alone, says what a study found, and is read on a phone."""
 
 import os
 import re

@@ -1,5 +1,5 @@
-"""evaluate.py: scores against independent computations and the stock harness; combining, intervals,
-errors.
+"""evaluator.py: scores against independent computations and the stock harness; combining,
+intervals, errors.
 """
 
 import json

@@ -93,10 +93,9 @@ def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, rule, pool):
     (verdict,) = verdicts(comparison)
     assert re.search(difference, verdict)
     assert ("points" in verdict) == ("%" in shown)
-    sealed = json.loads(json.dumps(to_json(comparison)))
-    found = _scores(study, study.incumbent, sealed)
-    assert f"over the base {shown} [" in found["sealed"]["summary"]
-    assert found["sealed"]["verdicts"] == [verdict]
+    sealed = _scores(study, study.incumbent, comparison)["sealed"]
+    assert f"over the base {shown} [" in sealed.summary
+    assert sealed.verdicts == [verdict]
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
     assert f"searched merge {shown}" in panels["sealed"].shows
     assert panels["sealed"].conclusion.lower() == verdict.lower()
@@ -165,7 +164,7 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
     comparison = compare(study, pool=TwoItems)
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
     sealed = to_json(comparison)
-    recipe = _scores(study, study.incumbent, sealed)
+    recipe = _scores(study, study.incumbent, comparison)
     facts = card.recipe_facts({"w": 1.0}, {}, to_markdown(comparison))
     said = [
         *verdicts(comparison),
@@ -174,7 +173,7 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
         panels["sealed"].conclusion,
         panels["terms"].conclusion,
         lead(tmp_path / "r.html"),
-        *(found["summary"] for found in recipe.values()),
+        *(score.summary for score in recipe.values()),
         said_of(study.over_next()[1], Unit.of(study.config.objective), is_gain=False),
     ]
     for text in said:

@@ -1,4 +1,4 @@
-"""search.py: anchors, resuming after any cut, crashes, locks, and a real study on tiny models."""
+"""loop.py: anchors, resuming after any cut, crashes, locks, and a real study on tiny models."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""ask.py and smac_parts.py: every surrogate asks inside the box, and pending trials are not asked
+"""smac.py: every surrogate asks inside the box, and pending trials are not asked
 for again.
 """
 
@@ -137,8 +137,8 @@ def test_constraints_are_kept_by_the_incumbent_and_by_most_of_what_is_asked(tmp_
     assert not keeps(ignored.weights), "the constraint must bind for this test to mean anything"
     assert keeps(study.incumbent.weights)
     assert study.value(study.incumbent) > 0
-    asked = [trial for trial in study.log.of("search") if trial.origin == "surrogate"]
-    assert np.mean([keeps(trial.weights) for trial in asked[6:]]) > 0.5
+    suggested = [trial for trial in study.log.of("search") if trial.origin == "surrogate"]
+    assert np.mean([keeps(trial.weights) for trial in suggested[6:]]) > 0.5
 
 
 def covered(study) -> float:

@@ -1,5 +1,5 @@
-"""surrogate.py: the process against its own likelihood, the acquisition against Monte Carlo, the
-maximiser.
+"""gp.py, acquisition.py: the process against its own likelihood, the acquisition against Monte
+Carlo, the maximiser.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""retarget.py: new objectives from recorded trials, and real trials that go on from them."""
+"""prediction.py: new objectives from recorded trials, and real trials that go on from them."""
 
 from dataclasses import replace
 

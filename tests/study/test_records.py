@@ -1,4 +1,4 @@
-"""record.py and the decisions of a study: damage is named, what was decided stays decided."""
+"""records.py and the decisions of a study: damage is named, what was decided stays decided."""
 
 import json
 import shutil

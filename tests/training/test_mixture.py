@@ -1,4 +1,4 @@
-"""ratios.py: weights to mixture ratios, and the run that retrains with them."""
+"""mixture.py: weights to mixture ratios, and the run that retrains with them."""
 
 import json
 

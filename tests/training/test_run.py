@@ -119,7 +119,8 @@ def test_the_record_says_what_was_trained_on_what(make_config, tmp_path):
     assert 0 < record["corpus"]["n_documents"] < 120
     assert record["training"]["n_steps"] == 6
     assert record["training"]["seed"] == 5
-    assert set(record["versions"]) == {"torch", "transformers", "peft", "accelerate", "safetensors"}
+    trained_with = {"torch", "transformers", "peft", "accelerate", "safetensors"}
+    assert trained_with <= set(record["versions"])
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
@@ -419,7 +420,7 @@ def test_another_config_in_the_same_directory_is_refused(make_config, tmp_path):
     ):
         train(make_config(lora=lora), out)
     with pytest.raises(
-        OutputError, match=r"differs: max_tokens: found 192, expected 32\. Remove it"
+        OutputError, match=r"different config \(max_tokens: found 192, expected 32\)\. Remove it"
     ):
         train(make_config(max_tokens=32), out)
     assert record_of(out)["training"]["seed"] == 0
