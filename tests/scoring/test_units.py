@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from optimer_hf.cli import main
+from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.summary import front_lines
 from optimer_hf.comparison.tables import (
@@ -165,7 +166,7 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
     sealed = to_json(comparison)
     recipe = _scores(study, study.incumbent, comparison)
-    facts = card.recipe_facts({"w": 1.0}, {}, to_markdown(comparison))
+    facts = card.recipe_facts({"w": 1.0}, Ledger(), to_markdown(comparison), {})
     said = [
         *verdicts(comparison),
         to_markdown(comparison),
