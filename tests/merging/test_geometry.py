@@ -140,7 +140,10 @@ def test_what_cannot_be_merged_is_named_beside_what_can(base, sources, make_base
     assert "same architecture" in refusals["other"]
     found = measure(pool, base, "bfloat16")
     text = to_markdown(found, refusals)
-    assert "* math: can be merged into this base (same tensors and vocabulary; of the base" in text
+    assert (
+        "* math: can be merged into this base (same tensors and vocabulary; no sha256 of its base"
+        in text
+    )
     assert "* other: cannot be merged: vector 'other'" in text
     assert "| cosine | ja | math |" in text
     data = json.loads(json.dumps(to_json(found, refusals)))
