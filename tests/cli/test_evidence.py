@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from tests.support.cli import optimer
+from tests.support.cli import optimer, search_merge
 
 
 def test_evaluate_prints_scores_as_text_and_as_json(folder, pool):
@@ -19,15 +19,7 @@ def test_evaluate_prints_scores_as_text_and_as_json(folder, pool):
 
 
 def test_compare_without_a_sealed_test_says_what_is_missing(folder, tmp_path):
-    optimer(
-        "search",
-        folder / "my-merge.yml",
-        tmp_path / "s",
-        "--objective",
-        folder / "obj.yaml",
-        "--n-trials",
-        "1",
-    )
+    search_merge(folder, tmp_path / "s", 1)
     assert "no `test:` section" in optimer("compare", tmp_path / "s", ok=False).stderr
 
 

@@ -5,19 +5,11 @@ import json
 import yaml
 
 from optimer_hf.files.staging import write_text
-from tests.support.cli import assert_is_merge, optimer
+from tests.support.cli import assert_is_merge, optimer, search_merge
 
 
 def test_recipe_of_a_study_also_comes_as_a_config_for_unmodified_mergekit(folder, pool, tmp_path):
-    optimer(
-        "search",
-        folder / "my-merge.yml",
-        tmp_path / "s",
-        "--objective",
-        folder / "obj.yaml",
-        "--n-trials",
-        "2",
-    )
+    search_merge(folder, tmp_path / "s", 2)
     optimer("recipe", tmp_path / "s", tmp_path / "r" / "recipe.yaml", "--vanilla")
     recipe = yaml.safe_load((tmp_path / "r" / "recipe.yaml").read_text(encoding="utf-8"))
     config = yaml.safe_load((tmp_path / "r" / "mergekit_config.yml").read_text(encoding="utf-8"))
@@ -29,15 +21,7 @@ def test_recipe_of_a_study_also_comes_as_a_config_for_unmodified_mergekit(folder
 
 
 def test_verify_refuses_a_model_that_was_changed(folder, tmp_path):
-    optimer(
-        "search",
-        folder / "my-merge.yml",
-        tmp_path / "s",
-        "--objective",
-        folder / "obj.yaml",
-        "--n-trials",
-        "1",
-    )
+    search_merge(folder, tmp_path / "s", 1)
     recipe = tmp_path / "s" / "recipe.yaml"
     assert (
         "records no built model" in optimer("verify", recipe, tmp_path / "built", ok=False).stderr

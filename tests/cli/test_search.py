@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from tests.support.cli import assert_is_merge, optimer
+from tests.support.cli import assert_is_merge, optimer, search_merge
 
 
 def test_a_mergekit_yaml_of_base_plus_adapter_is_searched(
@@ -26,15 +26,7 @@ def test_a_mergekit_yaml_of_base_plus_adapter_is_searched(
 
 
 def test_a_mergekit_yaml_is_searched_and_comes_back_as_a_yaml_with_weights(folder, pool, tmp_path):
-    result = optimer(
-        "search",
-        folder / "my-merge.yml",
-        tmp_path / "s",
-        "--objective",
-        folder / "obj.yaml",
-        "--n-trials",
-        "4",
-    )
+    result = search_merge(folder, tmp_path / "s", 4)
     config = yaml.safe_load(result.stdout)
     assert config["merge_method"] == "optimer"
     assert [list(model["parameters"]) for model in config["models"]] == [["weight"], ["weight"]]

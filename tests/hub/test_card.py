@@ -102,25 +102,23 @@ def test_only_data_sets_of_the_hub_are_named_as_such():
     assert datasets_of(None) == []
 
 
+FACTS = {  # of a recipe about which there is nothing to say
+    **{"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""},
+    **{"merge_configs": {}, "figures": [], "bars": {}, "costs": "", "headings": {}, "units": {}},
+    "recipe": {
+        **{"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}},
+        "derived_from": None,
+    },
+}
+
+
 def test_a_card_keeps_what_a_person_set_and_drops_what_no_longer_holds():
     existing = (
         "---\nlicense: other\nlicense_name: house\npipeline_tag: fill-mask\n"
         "base_model: [org/old]\ntags: mine\n---\ntext\n"
     )
     metadata = metadata_of("model", "merge", "other", Origins({}, ("org/new",)))
-    facts = {"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""}
-    facts |= {
-        "merge_configs": {},
-        "figures": [],
-        "bars": {},
-        "costs": "",
-        "headings": {},
-        "units": {},
-    }
-    recipe = {"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}}
-    written, _ = split(
-        render(metadata, {**facts, "recipe": recipe | {"derived_from": None}}, existing)
-    )
+    written, _ = split(render(metadata, FACTS, existing))
     assert (written["license_name"], written["pipeline_tag"]) == ("house", "fill-mask")
     assert written["base_model"] == ["org/new"]
     assert "mine" in written["tags"] and "merge" in written["tags"]
@@ -170,17 +168,6 @@ def test_names_add_nothing_to_a_card_but_their_letters(evil):
 
 
 def test_marks_that_an_older_card_has_too_many_of_are_healed():
-    facts = {"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""}
-    facts |= {
-        "merge_configs": {},
-        "figures": [],
-        "bars": {},
-        "costs": "",
-        "headings": {},
-        "units": {},
-    }
-    recipe = {"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}}
-    facts |= {"recipe": recipe | {"derived_from": None}}
     old = f"above\n{BEGIN}\nx {END} y\n{END}\nbelow\n"
-    card = render({}, facts, old)
+    card = render({}, FACTS, old)
     assert card.count(END) == 1 and "above" in card and "below" in card and "x " + END not in card

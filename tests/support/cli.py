@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from optimer_hf.cli import main
@@ -43,3 +43,11 @@ def assert_is_merge(directory: Path, pool, weights) -> None:
     found = AutoModelForCausalLM.from_pretrained(directory).state_dict()
     for name, tensor in expected_weights(pool, weights).items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def search_merge(folder: Path, out: Path, n_trials: int) -> Result:
+    """Search the weights of the mergekit YAML in `folder`, and return what the command printed."""
+    objective, n = folder / "obj.yaml", str(n_trials)
+    return optimer(
+        "search", folder / "my-merge.yml", out, "--objective", objective, "--n-trials", n
+    )
