@@ -310,8 +310,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seeds", type=int, default=QUALITY_SEEDS, help="Of `quality`.")
-    parser.add_argument("--processes", type=int, default=1, help="Of `quality`.")
+    parser.add_argument("--seeds", type=int, default=QUALITY_SEEDS, help="Seeds per landscape.")
+    parser.add_argument("--processes", type=int, default=1, help="Processes for the quality part.")
     parsed = parser.parse_args()
     for name in parsed.only:
         for line in PARTS[name](Options(parsed.seeds, parsed.processes)):

@@ -2,7 +2,7 @@
 other methods, random vectors of equal norm, and models trained on data mixtures.
 
 A study comes in, a list of models goes out that are built when they are scored, each as vectors on
-the study's base. What a reader would not guess: merged LoRA pools of random directions can look
+the study's base. Merged LoRA pools of random directions can look
 good (arXiv 2602.12323), so the random control keeps rank and norm of every tensor of the real one.
 """
 

@@ -2,7 +2,7 @@
 
 Trials come in, seconds, tokens and items by phase go out. An attempt at a data mixture is training
 on the tokens of all vectors together and one evaluation; the vectors are trained once, whatever the
-number of trials. What a reader would not guess: two ratios are given, because the vectors have to
+number of trials. Two ratios are given, because the vectors have to
 be paid for, too, unless somebody else has trained them.
 """
 

@@ -4,7 +4,7 @@
           results.md  results.json   every row's gain by seed, means, intervals over the seeds
 
 Intervals of one run are over test items; only runs with other seeds say how much of a difference is
-the luck of a training or a search. What a reader would not guess: a run of OUT/seed-0 is the
+the luck of a training or a search. A run of OUT/seed-0 is the
 folder's own, whose seeds are moved by 0.
 """
 

@@ -1,7 +1,7 @@
 """The kernel as one compiled pass over memory, for CPUs, with the same bits as `add_in_steps`.
 
-numba is worth its place: one torch operation after the other takes twice the CPU time of a merge
-from disk to disk, and three times that of `set_weights` (four checkpoint vectors of Gemma 3 270M).
+numba is worth its place: one torch operation after the other reads and writes every block again,
+which slows a merge from disk to disk and `set_weights` alike.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """The `generation` of a term over that of its task -> lm-eval's generation_kwargs, tried before
 anything is scored.
 
-What a reader would not guess: transformers itself judges the settings. A model of a few numbers
+Transformers itself judges the settings. A model of a few numbers
 generates two tokens with them, through lm-eval's own code, so that whatever would end a trial in a
 traceback ends here with the name of the term.
 """

@@ -2,7 +2,7 @@
 
 Each term comes as numerators and denominators by item, for both sides and the base, and as numbers
 of the documents its items are from. Documents are the sampling unit: the items that one document
-gives to several terms are drawn together. What a reader would not guess: the kind of the interval
+gives to several terms are drawn together. The kind of the interval
 depends on the items, because no one kind holds for few items, for skewed ones and for right/wrong.
 
 * Bootstrap-t (Efron & Tibshirani 1993, sec. 12.5): every draw is studentised by its own standard

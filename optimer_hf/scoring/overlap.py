@@ -3,7 +3,7 @@
 An overlap is 13 consecutive units in common (Brown et al. 2020, arXiv 2005.14165, appendix C). A
 unit is a word, or one character of a script that puts no spaces between words; case, punctuation
 and Unicode compatibility forms do not matter. Only the n-grams of the items are held in memory, so
-a corpus may be larger than it. What a reader would not guess: all items of a term are checked, also
+a corpus may be larger than it. All items of a term are checked, also
 those that a `limit` keeps from the search.
 """
 

@@ -2,7 +2,7 @@
 
 An exception comes in, or the text under which a trial recorded one; what goes out is whether the
 same weights may well score on another try: memory ran out, a disk is full, a file or a connection
-is gone. What a reader would not guess: PyTorch reports most of them as plain RuntimeErrors, so
+is gone. PyTorch reports most of them as plain RuntimeErrors, so
 their messages are looked at, too.
 """
 

@@ -1,7 +1,7 @@
 """Trials in TensorBoard, Weights & Biases, or whatever else the HF Trainer reports to.
 
 Finished trials come in; the Trainer's own reporting callbacks carry them out, so that a search and
-the trainings of its vectors stand side by side in one tool. What a reader would not guess: the step
+the trainings of its vectors stand side by side in one tool. The step
 of a trial is its number, and the callbacks put `train/` before every name.
 """
 

@@ -1,7 +1,7 @@
 """One trial: weights and terms in, scores out; a failure is a recorded crash.
 
 A Pool is whatever can do that: a resident model with the harness, or in tests a plain function of
-the weights. What a reader would not guess: memory that ran out, a full disk and the like are not
+the weights. Memory that ran out, a full disk and the like are not
 the weights' fault. Such a trial is tried once more and then ends the search, unrecorded.
 """
 

@@ -1,7 +1,7 @@
 """Recorded trials + a new objective -> predicted best weights and fronts, without a new evaluation.
 
 Each trial records the score of every term, so the surrogate of a new weighting of the terms is a
-new sum of the same processes. What a reader would not guess: to verify a prediction is to search,
+new sum of the same processes. To verify a prediction is to search,
 in a study of its own that begins with the trials of the old one.
 """
 
