@@ -106,7 +106,7 @@ def convert(gguf: Path, out: Path, dtype: str) -> None:
 
     GGUF is the file. OUT gets weights, config and tokenizer, and has to be new or empty.
     """
-    from optimer_hf.models.gguf import convert_gguf
+    from optimer_hf.models.gguf_conversion import convert_gguf
 
     convert_gguf(gguf, out, dtype=dtype)
     echo(out)

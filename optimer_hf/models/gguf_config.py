@@ -12,7 +12,7 @@ from typing import Any
 from optimer_hf.errors import ModelError
 from optimer_hf.files.text import quote
 from optimer_hf.models.gguf_header import GgufHeader
-from optimer_hf.models.loader import gguf_keys_read, gguf_numbers
+from optimer_hf.models.gguf_loader import known_gguf_keys, read_gguf_rows
 
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 FACTORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -62,7 +62,7 @@ def fit_config(config: Any, header: GgufHeader) -> Any:
         )
     values = header.of_model
     # for GPT-2, transformers stores context_length where it is never used
-    read = gguf_keys_read(header) - {"context_length"}
+    read = known_gguf_keys(header) - {"context_length"}
     for key in sorted(values.keys() - read - HARMLESS):
         if not key.startswith(("rope.scaling.", "rope.scale")) and not _take(
             config, key, values[key], header
@@ -242,7 +242,8 @@ def _refuse_other_head(header: GgufHeader) -> None:
     A copy is allowed to differ by rounding, since the two may be quantised differently.
     """
     head, embedding = (
-        gguf_numbers(header, name, SAMPLED_ROWS) for name in ("output.weight", "token_embd.weight")
+        read_gguf_rows(header, name, SAMPLED_ROWS)
+        for name in ("output.weight", "token_embd.weight")
     )
     if head.shape != embedding.shape or ((head - embedding) ** 2).sum() > 0.1 * (head**2).sum():
         raise ModelError(
@@ -349,7 +350,7 @@ def _scaling_by_factors(
 def _factors(header: GgufHeader, name: str) -> list[float]:
     if header.tensors[name].n_elements > MOST_FACTORS:
         raise _not_supported(header, name, header.tensors[name].shape)
-    return [float(value) for value in gguf_numbers(header, name, MOST_FACTORS)]
+    return [float(value) for value in read_gguf_rows(header, name, MOST_FACTORS)]
 
 
 def _as_llama3(

@@ -8,7 +8,7 @@ from optimer_hf.files.paths import cache_dir
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import AnyPath, Reference, is_there, reference_from_here
 from optimer_hf.files.staging import is_half_filled
-from optimer_hf.models.gguf import convert_once
+from optimer_hf.models.gguf_conversion import convert_once
 from optimer_hf.models.hub_answers import checking_answers
 from optimer_hf.models.layout import (
     ANY_WEIGHTS,

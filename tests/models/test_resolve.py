@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.paths import cache_dir
-from optimer_hf.models.gguf import convert_gguf
+from optimer_hf.models.gguf_conversion import convert_gguf
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import compute_dtype, empty_model, load_model, load_tokenizer
 from optimer_hf.models.resolve import resolve_base, resolve_model, resolve_tokenizer

@@ -16,11 +16,11 @@ from optimer_hf.files.paths import cache_dir
 from optimer_hf.files.staging import make_directory, staged_directory, write_text
 from optimer_hf.models.gguf_config import FACTORS, fit_config
 from optimer_hf.models.gguf_header import GgufHeader, read_header
-from optimer_hf.models.loader import (
+from optimer_hf.models.gguf_loader import (
+    decode_weights,
     gguf_model_without_weights,
-    gguf_names_read,
+    known_gguf_tensors,
     naming_unreadable_gguf,
-    read_gguf,
     read_gguf_config,
     read_gguf_tokenizer,
 )
@@ -63,7 +63,7 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
     except ImportError as error:
         raise ModelError(f"{gguf}: reading GGUF needs a package: {error}") from error
     with staged_directory(out) as staging, _sharing_gguf_reader():
-        model = gguf_model(header, getattr(torch, dtype))
+        model = decode_gguf(header, getattr(torch, dtype))
         with naming_unreadable_gguf(gguf):
             tokenizer = read_gguf_tokenizer(gguf)
         _forget_quantisation(model)
@@ -83,20 +83,21 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
         write_text(staging / "conversion.json", json.dumps(record, indent=2))
 
 
-def gguf_model(header: GgufHeader, dtype: torch.dtype) -> Any:
-    """Return the model in a GGUF file, having accounted for everything in the file.
+def decode_gguf(header: GgufHeader, dtype: torch.dtype) -> Any:
+    """Return the model in a GGUF file, de-quantised to `dtype`.
 
-    Raises ModelError for a tensor or a key that changes the model's function but is never read.
+    Everything in the file is accounted for. Raises ModelError for a tensor or a key that changes
+    the model's function but is never read.
     """
     with naming_unreadable_gguf(header.path):
         config = fit_config(read_gguf_config(header.path), header)
         _refuse_unread_tensors(gguf_model_without_weights(config), header)
-        return read_gguf(header.path, config, dtype)
+        return decode_weights(header.path, config, dtype)
 
 
 def _refuse_unread_tensors(model: Any, header: GgufHeader) -> None:
     """Raise ModelError for tensors without a parameter, and for more parameters than numbers."""
-    unread = sorted(header.tensors.keys() - gguf_names_read(model, header) - FACTORS)
+    unread = sorted(header.tensors.keys() - known_gguf_tensors(model, header) - FACTORS)
     if unread:
         raise ModelError(
             f"{header.path}: transformers has no place for the tensor {unread[0]!r} "

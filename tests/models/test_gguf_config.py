@@ -19,7 +19,7 @@ from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
 
 from optimer_hf.errors import ModelError, OptimerError
-from optimer_hf.models.gguf import convert_gguf, gguf_model
+from optimer_hf.models.gguf_conversion import convert_gguf, decode_gguf
 from optimer_hf.models.gguf_header import read_header
 
 TOKENS, WIDTH, LAYERS, HEADS, GROUPS, CONTEXT = 96, 64, 2, 4, 2, 256
@@ -508,13 +508,13 @@ def test_a_model_from_gguf_gives_the_logits_of_the_original(tmp_path, case):
     architecture, config, keys, *rest = case
     model = random_model(config)
     file = write_gguf(tmp_path / "model.gguf", architecture, model, keys, *rest)
-    assert_same_function(gguf_model(read_header(file), torch.float32), model)
+    assert_same_function(decode_gguf(read_header(file), torch.float32), model)
 
 
 def test_the_scaling_of_llama_3_is_written_as_its_own_four_numbers(tmp_path):
     architecture, config, keys, *rest = CASES["llama 3 as it is"]
     file = write_gguf(tmp_path / "m.gguf", architecture, random_model(config), keys, *rest)
-    found = gguf_model(read_header(file), torch.float32).config.rope_parameters
+    found = decode_gguf(read_header(file), torch.float32).config.rope_parameters
     assert found == config.rope_parameters
 
 
@@ -527,10 +527,10 @@ def test_a_copy_of_the_embedding_as_head_is_taken_and_another_head_is_refused(tm
         file = write_gguf(tmp_path / f"{name}.gguf", architecture, model, keys, stored, more)
         if name == "other":
             with pytest.raises(ModelError, match=r"output\.weight differs from"):
-                gguf_model(read_header(file), torch.float32)
+                decode_gguf(read_header(file), torch.float32)
         else:
             found, expected = (
-                logits(each) for each in (gguf_model(read_header(file), torch.float32), model)
+                logits(each) for each in (decode_gguf(read_header(file), torch.float32), model)
             )
             assert (found - expected).norm() / expected.norm() < 0.02
 
@@ -578,7 +578,7 @@ def test_a_key_that_changes_the_function_and_has_no_place_is_refused(tmp_path, c
         keys["rope.scaling.factor"] = 4.0
     file = write_gguf(tmp_path / "m.gguf", architecture, random_model(config), keys, *rest)
     with pytest.raises(ModelError, match=rf"m\.gguf: {architecture}\.{key} = .* may change"):
-        gguf_model(read_header(file), torch.float32)
+        decode_gguf(read_header(file), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_a_key_whose_value_changes_nothing_is_taken(tmp_path, key, value):
     architecture, config, keys, *rest = CASES["llama"]
     model = random_model(config)
     file = write_gguf(tmp_path / "m.gguf", architecture, model, keys | {key: value}, *rest)
-    assert_same_function(gguf_model(read_header(file), torch.float32), model)
+    assert_same_function(decode_gguf(read_header(file), torch.float32), model)
 
 
 @pytest.mark.parametrize(
@@ -613,7 +613,7 @@ def test_a_tensor_that_no_parameter_takes_is_refused(tmp_path, name):
     more = {name: torch.ones(WIDTH)}
     file = write_gguf(tmp_path / "m.gguf", architecture, random_model(config), keys, *rest, more)
     with pytest.raises(ModelError, match=rf"no place for the tensor '{name}' \(1 in all\)"):
-        gguf_model(read_header(file), torch.float32)
+        decode_gguf(read_header(file), torch.float32)
 
 
 def test_a_tensor_that_is_missing_is_named(tmp_path):
@@ -624,7 +624,7 @@ def test_a_tensor_that_is_missing_is_named(tmp_path):
 
     file = write_gguf(tmp_path / "m.gguf", architecture, random_model(config), keys, without)
     with pytest.raises(ModelError, match=r"describes a model with|lacks the tensor"):
-        gguf_model(read_header(file), torch.float32)
+        decode_gguf(read_header(file), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -640,7 +640,7 @@ def test_a_file_that_is_no_whole_model_is_refused(tmp_path, key, value, message)
         tmp_path / "m.gguf", architecture, random_model(config), keys | {key: value}, *rest
     )
     with pytest.raises(ModelError, match=message):
-        gguf_model(read_header(file), torch.float32)
+        decode_gguf(read_header(file), torch.float32)
 
 
 # -- damage ----------------------------------------------------------------------------------------
