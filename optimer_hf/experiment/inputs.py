@@ -74,7 +74,7 @@ def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
 
 def _checked(path: Path) -> tuple[str, Any]:
     """Return what a file is, and its fields with local paths absolute."""
-    from optimer_hf.merging.mergekit_yaml import is_for_mergekit
+    from optimer_hf.merging.mergekit_keys import is_for_mergekit
 
     keys = set(read_yaml(path))
     if keys and keys <= {"train", "study"}:
@@ -109,14 +109,15 @@ def _absent_beside_mistakes(path: Path) -> str:
 
     The text is empty for a file that is not YAML.
     """
-    from optimer_hf.merging.mergekit_yaml import absent_models, is_for_mergekit
+    from optimer_hf.merging.mergekit_keys import is_for_mergekit
+    from optimer_hf.merging.mergekit_models import list_absent_models
 
     try:
         data = read_yaml(path)
     except ConfigError:
         return ""
     if is_for_mergekit(data):
-        return absent_models(data, path)
+        return list_absent_models(data, path)
     return list_absent_files_of_data(KINDS[kind_of(data)], data, path)
 
 
@@ -125,7 +126,7 @@ def check_fields(path: Path, kind: str) -> None:
     it can be found without a library that takes seconds to import. A mergekit YAML passes as a
     study.
     """
-    from optimer_hf.merging.mergekit_yaml import is_for_mergekit
+    from optimer_hf.merging.mergekit_keys import is_for_mergekit
 
     if kind == "study" and is_for_mergekit(read_yaml(path)):
         return

@@ -18,24 +18,21 @@ from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import require_empty, staged_directory, write_text
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.check import Promise, check_merged
+from optimer_hf.merging.mergekit_keys import METHOD
+from optimer_hf.merging.mergekit_method import register_method
+from optimer_hf.merging.mergekit_models import ModelName, models_of, with_models
 from optimer_hf.merging.mergekit_pool import (
     LinearMerge,
     linear_merge_of,
     makes_tokenizer,
     name_in_file,
     tokenizer_of,
-    warn_of_idle_filters,
     with_absolute_references,
 )
 from optimer_hf.merging.mergekit_yaml import (
-    METHOD,
-    ModelName,
     chat_templates,
-    models_of,
     parse_with_mergekit,
     read_merge_config,
-    registered_parameters,
-    with_models,
 )
 from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.merging.writer import write_merged
@@ -216,7 +213,7 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
     from mergekit.options import MergeOptions
 
     options = options or MergeOptions(quiet=True)
-    registered_parameters()
+    register_method()
     named = parse_with_mergekit(config, path)
     opened = _resolve_models(config, path, options)
     parsed = parse_with_mergekit(
@@ -241,7 +238,7 @@ def run_mergekit(config: Mapping[str, Any], path: Path, out: Path, options: Any 
             raise ModelError(f"{path}: {error}{reason}") from error
         for message in dict.fromkeys(warnings):
             logger.warning("mergekit: %s", message)
-        warn_of_idle_filters(config, staging, path)
+        _warn_of_idle_filters(config, staging, path)
         if models and not config.get("slices") and not config.get("modules"):
             _warn_of_left_out(models[0], Checkpoint(staging), path)
         _copy_generation_config(config, path, staging)
@@ -511,6 +508,24 @@ def _warn_of_left_out(base: Checkpoint, merged: Checkpoint, path: Path) -> None:
             len(left),
             summary(left),
         )
+
+
+def _warn_of_idle_filters(config: Any, merged: Path, path: Path) -> None:
+    """Warn of filters that match no tensor name."""
+    names = Checkpoint(merged).names
+    for text in sorted(set(_filters_in(config))):
+        if text != "*" and not any(text in name for name in names):
+            logger.warning("%s: the filter %r matches no tensor name", path, text)
+
+
+def _filters_in(value: Any) -> Iterator[str]:
+    for item in value if isinstance(value, list) else ():
+        yield from _filters_in(item)
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        if key == "filter" and isinstance(item, str):
+            yield item
+        else:
+            yield from _filters_in(item)
 
 
 def _refuse_mixed_heads(models: Sequence[Checkpoint], method: str, path: Path) -> None:

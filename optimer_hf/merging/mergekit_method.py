@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from optimer_hf.merging.kernel import add_weighted
-from optimer_hf.merging.mergekit_yaml import METHOD
+from optimer_hf.merging.mergekit_keys import METHOD
 from optimer_hf.vectors.forms import Delta, Trained
 from optimer_hf.vectors.record import read_record
 

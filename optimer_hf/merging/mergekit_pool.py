@@ -1,6 +1,5 @@
 """Convert between mergekit's YAML and a pool of vectors with weights."""
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any, Protocol
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.text import quote
-from optimer_hf.merging.mergekit_yaml import METHOD, ModelName, model_name, with_models
+from optimer_hf.merging.mergekit_keys import METHOD
+from optimer_hf.merging.mergekit_models import ModelName, model_name, with_models
 from optimer_hf.vectors.record import read_record
 
-logger = logging.getLogger(__name__)
-
+WRITTEN_DTYPES = {"bfloat16", "float16", "float32"}  # by the streaming writer
 LARGEST_CANCELLATION = 2.0  # sum of |w| beyond which 1 - sum w loses digits of bfloat16
 
 
@@ -232,8 +231,6 @@ def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str,
 
 def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
     """Return a config as one number per vector, or None when only mergekit can run it."""
-    from optimer_hf.models.checkpoint import DTYPES
-
     simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
     if not makes_tokenizer(config):
         simple |= {"tokenizer", "tokenizer_source"}
@@ -243,7 +240,7 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
     given = {key: config.get(key) for key in ("dtype", "out_dtype")}
     if given["out_dtype"] and given["dtype"] not in (None, "float32", given["out_dtype"]):
         return None
-    if not set(given.values()) - {None} <= DTYPES.keys():
+    if not set(given.values()) - {None} <= WRITTEN_DTYPES:
         return None
     if config.get("base_model") and any(_entries_for_mergekit(config, path)):
         return None
@@ -267,26 +264,6 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         weights[name] = float(parameters["weight"])
     out_dtype = given["out_dtype"] or given["dtype"]
     return LinearMerge(base, sources, weights, out_dtype, tokenizer_of(config, path))
-
-
-def warn_of_idle_filters(config: Any, merged: Path, path: Path) -> None:
-    """Warn of filters that match no tensor name."""
-    from optimer_hf.models.checkpoint import Checkpoint
-
-    names = Checkpoint(merged).names
-    for text in sorted(set(_filters_in(config))):
-        if text != "*" and not any(text in name for name in names):
-            logger.warning("%s: the filter %r matches no tensor name", path, text)
-
-
-def _filters_in(value: Any) -> Iterator[str]:
-    for item in value if isinstance(value, list) else ():
-        yield from _filters_in(item)
-    for key, item in value.items() if isinstance(value, Mapping) else ():
-        if key == "filter" and isinstance(item, str):
-            yield item
-        else:
-            yield from _filters_in(item)
 
 
 # -- export ----------------------------------------------------------------------------------------

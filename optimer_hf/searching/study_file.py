@@ -10,6 +10,7 @@ from typing import Any
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.model import parse, refuse_absent_files
 from optimer_hf.files.reading import read_yaml
+from optimer_hf.merging.mergekit_keys import is_for_mergekit
 from optimer_hf.merging.mergekit_pool import (
     merge_config_of,
     pool_to_search,
@@ -18,7 +19,7 @@ from optimer_hf.merging.mergekit_pool import (
     with_absolute_references,
     with_weights,
 )
-from optimer_hf.merging.mergekit_yaml import is_for_mergekit, read_merge_config
+from optimer_hf.merging.mergekit_yaml import read_merge_config
 from optimer_hf.scoring.objective import ObjectiveFile
 from optimer_hf.study.config import SearchConfig, StudyConfig
 

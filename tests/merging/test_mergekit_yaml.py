@@ -19,8 +19,9 @@ from optimer_hf.errors import ConfigError, ModelError, OptimerError
 from optimer_hf.experiment.inputs import check_file
 from optimer_hf.merging.check import Promise, check_merged
 from optimer_hf.merging.mergekit import merge
+from optimer_hf.merging.mergekit_models import ModelName, model_name
 from optimer_hf.merging.mergekit_pool import linear_merge_of, pool_of, with_weights
-from optimer_hf.merging.mergekit_yaml import ModelName, model_name, read_merge_config
+from optimer_hf.merging.mergekit_yaml import read_merge_config
 from optimer_hf.searching.study_file import study_of_merge_config
 from tests.support.tiny import bits
 
