@@ -3,24 +3,31 @@ inputs. A command does what it is asked, or says in a line why not, and leaves w
 """
 
 import errno
+import itertools
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 
 from optimer_hf.files import staging
 from optimer_hf.study.directory import locked
 from tests.support.experiments import optimer
 from tests.support.golden import VERSIONS, copy_golden
 
+ALICE = "hf_alice_write"
 ENDS = {  # command -> the file without which its output is not whole
     "train": "training.json",
     "extract": "vector.json",
     "merge": "model.safetensors",
     "build": "recipe.lock.json",
+    "pull": "adapter_model.safetensors",
+    "run": "done.json",
 }
+SHORT = [kind for kind in ENDS if kind != "run"]  # run is the others, one after another
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def world(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def command(world: Path):
+def command(world: Path, hub):
     """Return a function that runs a command of a kind with an output at a place."""
     base, adapter = world / "base", world / "vectors" / "adapter"
     merge = {
@@ -50,6 +57,7 @@ def command(world: Path):
         "trainer": {"learning_rate": 2e-2, "per_device_train_batch_size": 4, "bf16": False},
     }
     (world / "train.yaml").write_text(yaml.safe_dump(train))
+    _publish(adapter)
 
     def run(kind: str, out: object):
         arguments = {
@@ -57,11 +65,23 @@ def command(world: Path):
             "extract": ["extract", adapter, "--base", base, out],
             "merge": ["merge", world / "merge.yml", out],
             "build": ["build", world / "runs" / "tiny" / "recipe.yaml", out],
+            "pull": ["pull", "alice/placed", out],
             "run": ["run", world / "recipes" / "tiny", out],
         }[kind]
         return optimer(*arguments)
 
     return run
+
+
+def _publish(adapter: Path) -> None:
+    """Put a vector on the Hub, trained on a base that is there, too."""
+    api = HfApi(token=ALICE)
+    api.create_repo("alice/placed", exist_ok=True)
+    api.upload_folder(repo_id="alice/placed", folder_path=adapter, ignore_patterns="vector.json")
+    record = json.loads((adapter / "vector.json").read_text())
+    record["base"]["reference"] = "alice/base@" + "0" * 40
+    data = json.dumps(record).encode()
+    api.upload_file(repo_id="alice/placed", path_in_repo="vector.json", path_or_fileobj=data)
 
 
 def is_refused(result, *said: str) -> bool:
@@ -84,8 +104,10 @@ def test_a_file_is_written_where_a_link_leads(tmp_path):
         assert out.is_symlink() and real.read_text() == text
 
 
-@pytest.mark.parametrize("kind", ["train", "extract", "merge", "build"])
-@pytest.mark.parametrize("place", ["slash", "link", "dangling"])
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [*itertools.product(SHORT, ("slash", "link", "dangling")), ("run", "dangling")],
+)
 def test_an_output_may_be_named_with_a_slash_or_through_a_link(command, tmp_path, kind, place):
     real, out = tmp_path / "disk" / "real", tmp_path / "out"
     real.parent.mkdir()
@@ -101,7 +123,7 @@ def test_an_output_may_be_named_with_a_slash_or_through_a_link(command, tmp_path
     assert not leftovers(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["train", "extract", "merge", "build"])
+@pytest.mark.parametrize("kind", SHORT)
 def test_a_file_system_that_does_not_move_files_is_named(command, tmp_path, monkeypatch, kind):
     out = tmp_path / "out"
 
@@ -117,7 +139,7 @@ def test_a_file_system_that_does_not_move_files_is_named(command, tmp_path, monk
     assert command(kind, out).exit_code == 0
 
 
-@pytest.mark.parametrize("kind", ["extract", "merge", "build"])
+@pytest.mark.parametrize("kind", ["extract", "merge", "build", "pull"])
 def test_a_folder_that_is_removed_meanwhile_is_named(command, tmp_path, monkeypatch, kind):
     out, sync_all = tmp_path / "gone" / "out", staging.sync_all
 
