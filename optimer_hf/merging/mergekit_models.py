@@ -157,7 +157,7 @@ def _is_model(at: Place, value: Any) -> bool:
     return False
 
 
-def absent_models(config: Mapping[str, Any], path: Path) -> str:
+def list_absent_models(config: Mapping[str, Any], path: Path) -> str:
     """Return the missing local models of a config with mistakes, like `list_absent_files`."""
 
     def absolute(value: Any) -> Any:
