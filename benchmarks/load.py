@@ -35,9 +35,9 @@ from search import (
 
 from optimer_hf.report.page import write_report
 from optimer_hf.scoring.objective import Objective
+from optimer_hf.scoring.paired import paired_interval
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.scoring.units import paired_interval
-from optimer_hf.searching.smac import Asker
+from optimer_hf.searching.next_weights import Asker
 from optimer_hf.study import gp as surrogate
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import load_study, open_study

@@ -39,8 +39,8 @@ from threadpoolctl import threadpool_limits
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.next_weights import Asker
 from optimer_hf.searching.runner import InProcess
-from optimer_hf.searching.smac import Asker
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.prediction import predict
@@ -511,7 +511,7 @@ def ranked(config: StudyConfig, trials: Sequence[Trial]) -> list["Array"]:
     log.trials = list(trials)
     decisions = DecisionLog(log.path.with_name("decisions.jsonl"))
     study = Study(log.path.parent, config, log, decisions)
-    return [point_of(trial.weights) for trial in study.ranked()]
+    return [point_of(trial.weights) for trial in study.rank_trials()]
 
 
 # -- what is measured ------------------------------------------------------------------------------
@@ -852,7 +852,7 @@ def retarget_study(job: Job) -> dict[str, Any]:
         directory = Path(folder) / "study"
         runner = InProcess(lambda _: LandscapePool(landscape, job.seed))
         study = search(config, directory, runner=runner)
-        incumbent = point_of(study.incumbent.weights)
+        incumbent = point_of(study.best_trial.weights)
         for objective in objectives:
             named = {f"t{t}": float(weight) for t, weight in enumerate(objective)}
             point = point_of(predict(study, named).weights)

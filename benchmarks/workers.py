@@ -42,7 +42,7 @@ class Warm:
 
 def warm_up(config: StudyConfig, cluster: Cluster, n_workers: int) -> None:
     """Let every worker open its pool, and pay for first calls, with a trial each of the base."""
-    asked = [Asked(term, 1) for term in config.objective.at("search")]
+    asked = [Asked(term, 1) for term in config.objective.terms_at("search")]
     base = anchors(config)[0][1]
     for number in range(n_workers):
         cluster.submit(Candidate(number, "base", base), asked)
@@ -70,8 +70,8 @@ def run(config: StudyConfig, n_workers: int) -> dict[str, float]:
             started = perf_counter()
             study = search(config, Path(folder) / "study", runner=Warm(cluster))
             seconds = perf_counter() - started
-    per_minute = 60 * len(study.log.of("search")) / seconds
-    return {"seconds": seconds, "per_minute": per_minute, "value": study.value(study.incumbent)}
+    per_minute = 60 * len(study.trials) / seconds
+    return {"seconds": seconds, "per_minute": per_minute, "value": study.value(study.best_trial)}
 
 
 def main() -> None:

@@ -193,9 +193,9 @@ def evaluate(
     """
     with announce("evaluate: loading libraries"):
         from optimer_hf.scoring.objective import Objective, ObjectiveFile
-        from optimer_hf.searching.one_model import scores_of
+        from optimer_hf.searching.one_model import score_model
     target = objective if isinstance(objective, Objective) else _config(ObjectiveFile, objective)
-    return scores_of(model, target, dtype=dtype, functions=functions)
+    return score_model(model, target, dtype=dtype, functions=functions)
 
 
 def compare(

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import HfApi
 
 from optimer_hf.files import staging
-from optimer_hf.study.directory import locked
+from optimer_hf.study.directory import lock_directory
 from tests.support.experiments import optimer
 from tests.support.golden import VERSIONS, copy_golden
 
@@ -173,7 +173,7 @@ def test_the_second_run_into_a_folder_says_so(command, world, tmp_path):
     out = world / "runs" / "tiny"
     (out / "done.json").unlink()
     before = {path: path.read_bytes() for path in out.rglob("*.json*")}
-    with locked(out):
+    with lock_directory(out):
         assert is_refused(command("run", out), "another process is working in it")
     assert {path: path.read_bytes() for path in out.rglob("*.json*")} == before
 

@@ -112,10 +112,10 @@ def _results(prediction: "Prediction", verified: "Study | None") -> dict[str, An
 def _print_verified(
     study_dir: Path, objective: Path, out: Path | None, verified: "Study | None"
 ) -> None:
-    from optimer_hf.searching.retargeting import verified_text
+    from optimer_hf.searching.retargeting import verification_text
 
     if verified is not None:
-        echo(verified_text(verified))
+        echo(verification_text(verified))
     if out is None:
         command = f"optimer retarget {study_dir} {objective} OUT --n-trials 3"
         echo(f"verify it with three trials: {command}", err=True)

@@ -67,7 +67,7 @@ def models(study: Study, mixtures: Mapping[str, str] | None = None) -> list[Mode
             continue
         rows.append(_merged_by(method, config))
     if wanted.random_vectors:
-        rows.append(_random(config, study.incumbent.weights))
+        rows.append(_random(config, study.best_trial.weights))
     rows.extend(_as_it_is("model", name, source) for name, source in wanted.models.items())
     rows.extend(_as_it_is("mixture", name, source) for name, source in (mixtures or {}).items())
     return [_beside_fixed(model, config) for model in rows]

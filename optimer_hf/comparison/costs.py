@@ -64,7 +64,7 @@ def ledger(study: Study) -> Ledger:
     """Return the ledger of a study: its trials by fidelity, and data mixtures beside them where the
     vectors say what their training took.
     """
-    search, rescored = study.log.of("search"), study.log.of("rescore")
+    search, rescored = study.trials, study.log.trials_at("rescore")
     found = Ledger(
         search=trial_cost(search) if search else None,
         rescore=trial_cost(rescored) if rescored else None,

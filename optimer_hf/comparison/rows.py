@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Literal
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.text import html_table
+from optimer_hf.scoring.formatting import Unit
 from optimer_hf.scoring.intervals import Interval
 from optimer_hf.scoring.objective import Objective, combine, gains
+from optimer_hf.scoring.paired import paired_interval
 from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
-from optimer_hf.scoring.units import Unit, paired_interval
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.prediction import retargeted
+from optimer_hf.study.prediction import reweight
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -228,4 +229,4 @@ class Comparison:
 
     def term_interval(self, row: SealedRow, label: str) -> Interval:
         """Return the gain of a row over the base on one term, with its interval."""
-        return self.interval(row, self.base, retargeted(self.objective, {label: 1.0}))
+        return self.interval(row, self.base, reweight(self.objective, {label: 1.0}))

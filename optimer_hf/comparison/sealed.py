@@ -6,7 +6,6 @@ from there. A row whose weights were chosen after sealed scores had been seen is
 """
 
 import gc
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from optimer_hf.comparison.rows import (
     Contender,
     SealedRow,
     check_titles,
-    title_of,
     weights_key,
 )
 from optimer_hf.comparison.sealed_file import SealedLog
@@ -33,9 +31,9 @@ from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
 from optimer_hf.study.config import StudyConfig, VectorConfig
-from optimer_hf.study.directory import Study, locked
+from optimer_hf.study.directory import Study, lock_directory
 from optimer_hf.study.prediction import best_scale, predict
-from optimer_hf.study.trials import OF_TEST, Candidate
+from optimer_hf.study.trials import OF_TEST, Candidate, ChosenRow
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +52,15 @@ def candidates(study: Study) -> list[Contender]:
         rows.append(Contender("alone", name, nothing | {name: 1.0} | fixed))
     for name in free:
         choose = partial(best_scale, study, name)
-        weights = study.row(title_of("best_scale", name), choose)
+        weights = study.decide_row(ChosenRow("best_scale", name), choose)
         rows.append(Contender("best_scale", name, weights))
     if len(free) > 1:
         rows.append(Contender("average", "", dict.fromkeys(free, 1 / len(free)) | fixed))
         rows.append(Contender("sum", "", dict.fromkeys(free, 1.0) | fixed))
-    rows.append(Contender("merge", "", study.incumbent.weights))
+    rows.append(Contender("merge", "", study.best_trial.weights))
     for name, target in config.retarget.items():
-        key = f"{title_of('retargeted', name)} {json.dumps(target, sort_keys=True)}"
-        weights = study.row(key, partial(_predicted, study, target))
+        row = ChosenRow("retargeted", name, target)
+        weights = study.decide_row(row, partial(_predicted, study, target))
         rows.append(Contender("retargeted", name, weights))
     return rows
 
@@ -96,10 +94,10 @@ def compare(
     @cache
     def opened() -> Pool:
         found = pool(study.config)
-        study.go_on_with(found.inputs)
+        study.record_inputs(found.inputs)
         return found
 
-    with locked(study.directory):
+    with lock_directory(study.directory):
         models = baselines.models(study, mixtures)
         log = SealedLog(study.directory, study.config)
         contenders = _contenders(study, models, opened)
@@ -172,7 +170,7 @@ def recorded(study: Study) -> Comparison | None:
     rows = {(row.kind, row.subject): row for row in log.rows}  # of several, the last
     base = next((row for row in rows.values() if not any(row.weights.values())), None)
     merge = rows.get(("merge", ""))
-    if base is None or merge is None or merge.key != weights_key(study.incumbent.weights):
+    if base is None or merge is None or merge.key != weights_key(study.best_trial.weights):
         return None
     # of rows with equal weights one was scored, as the last of them
     others = [row for row in rows.values() if row is not base and row.is_baseline]
@@ -193,11 +191,11 @@ def _contenders(
     own = candidates(study)
     searches = []
     for name, settings in study.config.baselines.searches.items():
-        config = study.config.searched_otherwise(settings)
+        config = study.config.with_other_search(settings)
         folder = f"{slug(name)}-{digest(settings.model_dump(mode='json'))[:6]}"
         directory = study.directory / "searches" / folder
         runner = InProcess(lambda _: opened())
-        best = search(config, directory, runner=runner).incumbent
+        best = search(config, directory, runner=runner).best_trial
         searches.append(Contender("other_search", name, best.weights))
     baseline, last = (
         [each for each in own if each.is_baseline == is_baseline] for is_baseline in (True, False)
@@ -221,7 +219,7 @@ def _score(
     """Score rows on the sealed test, each on disk before the next."""
     objective = study.config.test
     assert objective is not None  # `compare` has looked
-    asked = objective.asked("rescore")
+    asked = objective.asked_terms("rescore")
     n_known = len(study.log.trials)
     with Meter("sealed test", len(contenders), "rows") as meter:
         for each in contenders:

@@ -91,7 +91,7 @@ class SealedLog:
     def _check(self, number: int, row: SealedRow, config: StudyConfig) -> None:
         if config.test is None:
             return
-        labels = [term.label for term in config.test.at("rescore")]
+        labels = [term.label for term in config.test.terms_at("rescore")]
         for wrong in _mistakes(row, self.rows, labels):
             raise StudyError(
                 f"{self.path}:{number}: row {quote(row.subject or row.kind)}: {wrong}. Restore the "

@@ -5,7 +5,7 @@ from typing import Any
 
 from optimer_hf.comparison.costs import ledger
 from optimer_hf.files.text import markdown_table
-from optimer_hf.scoring.units import OF_TERMS, Unit, said_of
+from optimer_hf.scoring.formatting import OF_TERMS, Unit, describe_interval
 from optimer_hf.study.directory import Study
 from optimer_hf.study.prediction import front
 from optimer_hf.study.trials import ITEMS_OF
@@ -17,7 +17,7 @@ def study_to_json(study: Study) -> dict[str, Any]:
     """Return the best weights, their value and intervals, the Pareto front and the ledger as JSON
     values.
     """
-    best = study.incumbent
+    best = study.best_trial
     choices = [
         {"trial": choice.trial.number, "weights": choice.trial.weights, "gains": choice.gains}
         for choice in front(study)
@@ -35,21 +35,21 @@ def study_to_json(study: Study) -> dict[str, Any]:
 
 def headline(study: Study) -> str:
     """Return which trial was the best of how many, and by how much."""
-    best = study.incumbent
+    best = study.best_trial
     gain = Unit.of(study.config.objective).show(study.over_base(best).difference)
     return (
-        f"best of {len(study.log.of('search'))} trials: number {best.number} ({best.origin}), "
+        f"best of {len(study.trials)} trials: number {best.number} ({best.origin}), "
         f"{gain} over {study.baseline} on {ITEMS_OF[best.fidelity]}"
     )
 
 
 def study_lines(study: Study) -> Iterator[str]:
     """Yield the paired 95 % intervals, the Pareto front and the ledger of a study as text."""
-    best, unit = study.incumbent, Unit.of(study.config.objective)
-    yield f"minus {study.baseline}: {said_of(study.over_base(best), unit, is_gain=True)}"
+    best, unit = study.best_trial, Unit.of(study.config.objective)
+    yield f"minus {study.baseline}: {describe_interval(study.over_base(best), unit, is_gain=True)}"
     if (other := study.over_next()) is not None:
         trial, interval = other
-        said = said_of(interval, unit, is_gain=False)
+        said = describe_interval(interval, unit, is_gain=False)
         yield f"minus the next best, trial {trial.number}: {said}"
     yield from front_lines(study)
     yield "\nwhere the time went (seconds):"

@@ -4,9 +4,9 @@ from typing import Any
 
 from optimer_hf.comparison.rows import Comparison, SealedRow
 from optimer_hf.files.text import markdown_table
+from optimer_hf.scoring.formatting import OF_TERMS, Unit, describe_interval, show_value
 from optimer_hf.scoring.objective import Objective, gains
-from optimer_hf.scoring.units import OF_TERMS, Unit, said_of, shown_value
-from optimer_hf.study.prediction import retargeted
+from optimer_hf.study.prediction import reweight
 
 # -- tables ----------------------------------------------------------------------------------------
 
@@ -17,7 +17,9 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """
     labels = list(comparison.base.scores)
     objective, base = comparison.objective, comparison.base.scores
-    limited = {term.label for term in objective.scored if objective.limit_of(term) is not None}
+    limited = {
+        term.label for term in objective.scored_terms if objective.limit_of(term) is not None
+    }
     marked = [f"{x} ({len(base[x].items)} items)" if x in limited else x for x in labels]
     header = ["weights", *marked, "objective"]
     lines = []
@@ -28,7 +30,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         else:
             cells = [OF_TERMS.show(each[label]) for label in labels]
         is_base = row is comparison.base
-        value = shown_value(objective, row.scores, comparison.base.scores, is_base=is_base)
+        value = show_value(objective, row.scores, comparison.base.scores, is_base=is_base)
         lines.append([row.marked_title, *cells, value])
     return header, lines
 
@@ -39,13 +41,15 @@ def verdicts(comparison: Comparison) -> list[str]:
     """
     rows: list[tuple[SealedRow, Objective | None]] = [(comparison.merge, None)]
     for name, weights in comparison.retarget.items():
-        target = retargeted(comparison.objective, weights)
+        target = reweight(comparison.objective, weights)
         rows.append((comparison.row("retargeted", name), target))
     sentences = []
     for row, objective in rows:
         other = comparison.best_baseline(objective)
         interval = comparison.interval(row, other, objective)
-        said = said_of(interval, Unit.of(objective or comparison.objective), is_gain=False)
+        said = describe_interval(
+            interval, Unit.of(objective or comparison.objective), is_gain=False
+        )
         if objective is not None:
             said += "; the best scales are those for the study's own objective"
         sentences.append(f"{row.title} minus the best of the others ({other.title}): {said}.")
@@ -97,7 +101,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "chosen_after_seal": row.chosen_after_seal,
                 "value": comparison.value(row),
                 "over_base": over_base.to_json(),
-                "summary": f"over the base {said_of(over_base, unit, is_gain=True)}",
+                "summary": f"over the base {describe_interval(over_base, unit, is_gain=True)}",
                 "merge_minus": comparison.interval(comparison.merge, row).to_json(),
                 "terms": {
                     label: {

@@ -203,7 +203,9 @@ def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], 
     from optimer_hf.scoring.items import check_disjoint
     from optimer_hf.scoring.tasks import load_tasks
 
-    scored = [term for part in (config.objective, config.test) if part for term in part.scored]
+    scored = [
+        term for part in (config.objective, config.test) if part for term in part.scored_terms
+    ]
     if any(term.function is not None for term in scored):
         raise ConfigError(
             f"{file}: terms with a 'function' are for Python, where functions are given to "
@@ -236,12 +238,12 @@ def check_given(inputs: Inputs) -> None:
     """
     from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
     from optimer_hf.models.resolve import resolve_base
-    from optimer_hf.searching.tracking import callbacks_of
+    from optimer_hf.searching.tracking import make_callbacks
     from optimer_hf.vectors.opening import open_vector
 
     config = inputs.study
     for search in (config.search, *config.baselines.searches.values()):
-        callbacks_of(search.report_to)
+        make_callbacks(search.report_to)
     given = {name: v.source for name, v in config.vectors.items() if name not in inputs.trainings}
     base = resolve_base(config.base_model)
     scoring_tokenizer(

@@ -181,7 +181,7 @@ def _probed(
                 began = Cost.now()
                 scored = evaluator.evaluate([Asked(term, PROBE_ITEMS)])[term.label]
                 item_costs[_item_key(term)] = began.since() * (1 / len(scored.items))
-                counts[_item_key(term)] = evaluator.n_items(term)
+                counts[_item_key(term)] = evaluator.count_items(term)
                 meter.advance(1)
     return Probe(item_costs, counts, token_costs, sizes)
 
@@ -201,8 +201,8 @@ def _terms(config: StudyConfig) -> list[Term]:
     """Return the terms of search and sealed test that the harness can score without a person's
     Python.
     """
-    tested = config.test.scored if config.test is not None else []
-    return [term for term in (*config.objective.scored, *tested) if term.function is None]
+    tested = config.test.scored_terms if config.test is not None else []
+    return [term for term in (*config.objective.scored_terms, *tested) if term.function is None]
 
 
 def _evaluator(config: StudyConfig, base: ResolvedModel, trained: Mapping[str, str]) -> Evaluator:
@@ -249,7 +249,7 @@ def _key(training: TrainConfig) -> str:
 
 
 def _item_key(term: Term) -> str:
-    return digest([term.asked_as, term.metric, list(term.hash_range)])
+    return digest([term.task_key, term.metric, list(term.hash_range)])
 
 
 # -- from the probe to the stages ------------------------------------------------------------------
@@ -278,9 +278,9 @@ def _stages(
     slowest = max(probe.token_costs.values(), key=lambda cost: cost.seconds, default=Cost())
     stages.append(Stage("mixtures", f"{mixed:,} tokens", slowest * mixed))
     for name, settings in each.searches.items():
-        stages += _searching(config.searched_otherwise(settings), probe, f"{name}: ")
+        stages += _searching(config.with_other_search(settings), probe, f"{name}: ")
     n_rows = len(rows_of(config))  # at most: rows with equal weights are scored once
-    items, cost = _scoring(config.test.asked("rescore"), probe)
+    items, cost = _scoring(config.test.asked_terms("rescore"), probe)
     stages.append(Stage("sealed test", f"{n_rows} rows of {items:,} items", cost * n_rows))
     return stages
 
@@ -288,14 +288,14 @@ def _stages(
 def _searching(config: StudyConfig, probe: Probe, prefix: str) -> list[Stage]:
     """Return the trials and re-scorings of the search of a study."""
     search, objective = config.search, config.objective
-    items, cost = _scoring(objective.asked("search"), probe)
+    items, cost = _scoring(objective.asked_terms("search"), probe)
     work = f"{search.n_trials} trials of {items:,} items"
     stages = [Stage(f"{prefix}search", work, cost * search.n_trials)]
     if search.rescore_top:
         again = [
             Asked(term, config.rescore_limit_of(term))
-            for term in objective.at("rescore")
-            if not config.takes_over(term, probe.n_items.get(_item_key(term)))
+            for term in objective.terms_at("rescore")
+            if not config.keeps_search_scores(term, probe.n_items.get(_item_key(term)))
         ]
         items, cost = _scoring(again, probe)
         n = search.rescore_top + 1

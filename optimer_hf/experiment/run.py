@@ -58,13 +58,13 @@ def run_recipe(run: Run) -> str:
     from optimer_hf.report.captions import FIGURES
     from optimer_hf.report.page import write_report
     from optimer_hf.searching import loop as search
-    from optimer_hf.study.directory import locked
+    from optimer_hf.study.directory import lock_directory
 
     started = perf_counter()
     inputs = load(run)
     check_given(inputs)
     claim(run.out, {"recipe": run.name} | run.budget)
-    with locked(run.out):
+    with lock_directory(run.out):
         train_vectors(run, inputs.trainings)
         study = search.search(inputs.study, run.out / "study")
         comparison = compare(study, mixtures=train_mixtures(run, study, inputs.trainings))
@@ -90,11 +90,11 @@ def plan_run(run: Run) -> "Plan":
     what it took.
     """
     from optimer_hf.experiment import plan
-    from optimer_hf.study.directory import locked
+    from optimer_hf.study.directory import lock_directory
 
     inputs = load(run)
     claim(run.out, {"recipe": run.name} | run.budget)
-    with locked(run.out):
+    with lock_directory(run.out):
         found = plan.plan(inputs.study, inputs.trainings, run.out, is_run=True)
         write_text(run.out / "plan.json", json.dumps(plan.to_json(found), indent=2))
     return found
@@ -149,7 +149,7 @@ def train_mixtures(
     from optimer_hf.training.run import train
 
     tokens = {name: int(training.max_tokens or 0) for name, training in trainings.items()}
-    weights, trained = study.incumbent.weights, {}
+    weights, trained = study.best_trial.weights, {}
     for name, baseline in study.config.baselines.mixtures.items():
         shares = baseline.shares
         if shares == "uniform":
@@ -198,7 +198,7 @@ def ledger_of(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
 def _results(run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger") -> str:
     from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
 
-    best = study.incumbent
+    best = study.best_trial
     weights = ", ".join(f"{name} {weight:g}" for name, weight in best.weights.items())
     rows = [[stage, _entry(entry)] for stage, entry in ledger.to_json().items()]
     return (

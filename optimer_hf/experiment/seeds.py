@@ -25,7 +25,7 @@ from optimer_hf.experiment.run import claim, finished_summary, plan_run, run_rec
 from optimer_hf.files.reading import read_json
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table
-from optimer_hf.scoring.units import Unit
+from optimer_hf.scoring.formatting import Unit
 from optimer_hf.study.config import StudyConfig
 
 if TYPE_CHECKING:

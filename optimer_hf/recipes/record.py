@@ -115,7 +115,7 @@ class Evidence(FileModel):
     @property
     def metrics(self) -> dict[str, str]:
         """Metric of every term of the objective, by label."""
-        terms = [] if self.objective is None else self.objective.scored
+        terms = [] if self.objective is None else self.objective.scored_terms
         return {term.label: term.metric for term in terms}
 
 

@@ -41,7 +41,7 @@ def search_study(
     config = read_study(path, objective=objective, n_trials=n_trials)
     study = search(config, study_dir, runner=runner)
     write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger(study))
-    return study, merge_config_of_study(config, study.incumbent.weights, path)
+    return study, merge_config_of_study(config, study.best_trial.weights, path)
 
 
 # -- the recipe ------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def _weights_of(source: Path, without: Sequence[str]) -> tuple[dict[str, float],
     """
     if source.is_dir():
         study = load_study(source)
-        weights = study.incumbent.weights
+        weights = study.best_trial.weights
         sources = {name: str(v.source) for name, v in study.config.vectors.items()}
     else:
         recipe = Recipe.read(source)

@@ -26,8 +26,8 @@ from optimer_hf.recipes.record import (
     Score,
     Search,
 )
+from optimer_hf.scoring.formatting import Unit, describe_interval
 from optimer_hf.scoring.scores import Scores
-from optimer_hf.scoring.units import Unit, said_of
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Fidelity, Trial
@@ -66,7 +66,7 @@ def write_recipe(
             f"--derived-from: found {derived_from!r}, expected org/name@<40-digit commit>, as "
             "`optimer pull` prints it."
         )
-    config, incumbent = study.config, pick or study.incumbent
+    config, incumbent = study.config, pick or study.best_trial
     folder = path.resolve().parent
     _refuse_foreign(path, folder / MERGE_CONFIG)
     base = resolve_model(config.base_model)
@@ -162,8 +162,8 @@ def _evidence_of(
 ) -> Evidence:
     """Return what was asked of the merge, how it scored, and in which search it was found."""
     search = Search(
-        sha256=study.config.digest,
-        n_trials=len(study.log.of("search")),
+        sha256=study.config.digest(),
+        n_trials=len(study.trials),
         seed=study.config.search.seed,
         incumbent=incumbent.number,
     )
@@ -194,7 +194,7 @@ def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
 
 def _scores(study: Study, incumbent: Trial, sealed: Comparison | None) -> dict[Fidelity, Score]:
     unit = Unit.of(study.config.objective)
-    said = said_of(study.over_base(incumbent), unit, is_gain=True)
+    said = describe_interval(study.over_base(incumbent), unit, is_gain=True)
     scores: dict[Fidelity, Score] = {
         incumbent.fidelity: Score(
             value=study.value(incumbent),
@@ -205,7 +205,9 @@ def _scores(study: Study, incumbent: Trial, sealed: Comparison | None) -> dict[F
     }
     if sealed is not None:
         merge = sealed.merge
-        said = said_of(sealed.interval(merge, sealed.base), Unit.of(sealed.objective), is_gain=True)
+        said = describe_interval(
+            sealed.interval(merge, sealed.base), Unit.of(sealed.objective), is_gain=True
+        )
         scores["sealed"] = Score(
             value=sealed.value(merge),
             summary=f"over the base {said}",
@@ -228,7 +230,7 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
     and sums that would cancel, are written as delta directories under `deltas/` beside it, which
     `linear` adds to the base. What mergekit does not write of another tokenizer, a comment says.
     """
-    config, weights = study.config, (pick or study.incumbent).weights
+    config, weights = study.config, (pick or study.best_trial).weights
     base = resolve_model(config.base_model)
     vectors = [
         open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()

@@ -29,10 +29,10 @@ from optimer_hf.report.panels import (
     _terms,
     _weights,
 )
-from optimer_hf.scoring.units import Unit, said_of
+from optimer_hf.scoring.formatting import Unit, describe_interval
 from optimer_hf.study.config import MergeMethod
 from optimer_hf.study.directory import Study, load_study
-from optimer_hf.study.surrogate import surrogate_of
+from optimer_hf.study.surrogate import fit_surrogate
 from optimer_hf.study.trials import ITEMS_OF
 
 
@@ -58,7 +58,7 @@ def write_report(
         title=_title(study),
         summary=_summary(study, sealed.recorded(study)),
         pictures=pictures,
-        weights=study.incumbent.weights,
+        weights=study.best_trial.weights,
         pinned=_pinned(study),
     )
     write_text(out, page)
@@ -138,7 +138,7 @@ def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:
     for panel in panels:
         _write_figure(panel.figure, folder / f"{panel.name}.png")
     captions = {p.name: Caption(title=p.title, conclusion=p.conclusion) for p in panels}
-    record = Captions(weights=study.incumbent.weights, captions=captions)
+    record = Captions(weights=study.best_trial.weights, captions=captions)
     record.write(folder / Path(CAPTIONS).name)
 
 
@@ -146,9 +146,9 @@ def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
     """Return the panels that this study has something to show in."""
     unit, trials = (
         Unit.of(study.config.objective),
-        [t for t in study.log.of("search") if t.status == "ok"],
+        [t for t in study.trials if t.status == "ok"],
     )
-    posterior = surrogate_of(study.config, study.log.of("search"))
+    posterior = fit_surrogate(study.config, study.trials)
     comparison = sealed.recorded(study)
     yield _progress(study, trials, unit)
     yield _weights(study, posterior)
@@ -178,11 +178,11 @@ def _summary(study: Study, comparison: Comparison | None) -> str:
     """Return what the sealed test says, where it was scored, and the score that the merge was
     chosen by, which is another number.
     """
-    best = study.incumbent
-    said = said_of(study.over_base(best), Unit.of(study.config.objective), is_gain=True)
+    best = study.best_trial
+    said = describe_interval(study.over_base(best), Unit.of(study.config.objective), is_gain=True)
     state = "" if study.is_finished else " The search is not finished."
     chosen = (
-        f"The best of {len(study.log.of('search'))} trials is number {best.number} "
+        f"The best of {len(study.trials)} trials is number {best.number} "
         f"({best.origin}): on {ITEMS_OF[best.fidelity]}, over {study.baseline}, {said}."
     )
     if comparison is None:
@@ -197,7 +197,7 @@ def _summary(study: Study, comparison: Comparison | None) -> str:
 def _pinned(study: Study) -> list[tuple[str, str]]:
     """Return what the study stands on, with the digests that are known."""
     records = _records(study)
-    rows = [("study", study.config.digest), ("base model", _shown(study.config.base_model))]
+    rows = [("study", study.config.digest()), ("base model", _shown(study.config.base_model))]
     bases = {record.base.reference: record.base.files for record in records.values()}
     rows += [
         (f"base model, {name}", f"sha256 {value}")

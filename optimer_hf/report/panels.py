@@ -23,8 +23,8 @@ from optimer_hf.report.drawing import (
     _note,
     _seconds,
 )
+from optimer_hf.scoring.formatting import Unit
 from optimer_hf.scoring.objective import gains
-from optimer_hf.scoring.units import Unit
 from optimer_hf.study.directory import Study
 from optimer_hf.study.prediction import front
 from optimer_hf.study.space import anchors, to_unit
@@ -76,8 +76,8 @@ def _progress(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
     )
     told += (
         f". On the items of the search, over {study.baseline}, trial {last} has "
-        f"{unit.show(best[-1] / unit.factor)}, the merge (trial {study.incumbent.number}) "
-        f"{unit.show(values[numbers.index(study.incumbent.number)] / unit.factor)}"
+        f"{unit.show(best[-1] / unit.factor)}, the merge (trial {study.best_trial.number}) "
+        f"{unit.show(values[numbers.index(study.best_trial.number)] / unit.factor)}"
     )
     return Panel(
         "progress",
@@ -91,7 +91,7 @@ def _progress(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
 
 
 def _weights(study: Study, posterior: Surrogate) -> Panel:
-    free, best = study.config.free, study.incumbent.weights
+    free, best = study.config.free, study.best_trial.weights
     ranges = {name: _alike(study, posterior, best, name) for name in free}
     figure, axes = _figure(0.9 + 0.34 * len(free))
     for at, (name, (low, high)) in enumerate(ranges.items()):
@@ -157,7 +157,7 @@ def _slice(study: Study, weights: Mapping[str, float], name: str) -> tuple["Arra
 
 
 def _slices(study: Study, posterior: Surrogate, trials: Sequence[Trial], unit: Unit) -> Panel:
-    free, best = list(study.config.free), study.incumbent.weights
+    free, best = list(study.config.free), study.best_trial.weights
     values = [unit.factor * (study.value(t) - study.value(trials[0])) for t in trials]
     points = to_unit(study.config, [trial.weights for trial in trials])
     here = to_unit(study.config, [best])[0]
@@ -241,7 +241,7 @@ def _is_shown(row: SealedRow, comparison: Comparison) -> bool:
 
 def _of_search(study: Study) -> Comparison:
     """Return anchors and incumbent on the search items, as if they were a comparison."""
-    trials = [trial for trial in study.log.of("search") if trial.status == "ok"]
+    trials = [trial for trial in study.trials if trial.status == "ok"]
     kinds: list[tuple[RowKind, str]] = [
         ("base", ""),
         *(("alone", name) for name in study.config.free),
@@ -251,7 +251,7 @@ def _of_search(study: Study) -> Comparison:
         origin: kind for (origin, _), kind in zip(anchors(study.config), kinds, strict=False)
     }
     rows = [_row_of(t, *anchor_of[t.origin]) for t in trials if t.origin in anchor_of]
-    best = study.incumbent.number
+    best = study.best_trial.number
     rows += [_row_of(trial, "merge", "") for trial in trials if trial.number == best]
     return Comparison(rows, study.config.objective, {})
 
@@ -293,7 +293,7 @@ def _front(study: Study, trials: Sequence[Trial]) -> Panel:
     pairs = list(itertools.combinations(labels, 2))
     figure, axes = _figure(2.3 * len(pairs), rows=len(pairs))
     everywhere = {t.number: gains(t.terms, study.base) for t in trials}
-    best = study.incumbent.number
+    best = study.best_trial.number
     for axis, (a, b) in zip(axes, pairs, strict=True):
         axis.plot(*_columns(everywhere.values(), a, b), "o", markersize=4, alpha=0.35)
         kept = [choice.gains for choice in choices]

@@ -11,11 +11,11 @@ import torch
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
-from optimer_hf.scoring.harness import harness_model, quiet_harness
-from optimer_hf.scoring.items import _item_hash, items_within, spread
+from optimer_hf.scoring.items import hash_item, indices_within, spread_indices
+from optimer_hf.scoring.lm_eval_model import make_lm_eval_model, quiet_lm_eval
 from optimer_hf.scoring.objective import ASKED_BY, N_ASKED, Asked, Objective, Term
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.scoring.tasks import _aggregation, load_tasks
+from optimer_hf.scoring.tasks import aggregation_of, load_tasks
 
 # -- the harness -----------------------------------------------------------------------------------
 
@@ -39,52 +39,52 @@ class Evaluator:
 
         Raises EvaluationError for a task, metric, file or function that does not exist.
         """
-        self._lm = harness_model(model, tokenizer)
+        self._lm = make_lm_eval_model(model, tokenizer)
         self.tasks = load_tasks(objectives)
         self._prompting = objectives[0].prompting
         self._functions = dict(functions or {})
         self._within: dict[tuple[str, tuple[float, float]], list[int]] = {}
-        for term in (term for objective in objectives for term in objective.scored):
+        for term in (term for objective in objectives for term in objective.scored_terms):
             if term.function is not None and term.function not in self._functions:
                 raise EvaluationError(
                     f"term {term.label!r}: no function {term.function!r} was given; functions "
                     "come from Python: "
                     "search(..., runner=InProcess(partial(ResidentPool, functions={...})))."
                 )
-            if term.function is None and not self._indices(term):
+            if term.function is None and not self._indices_of(term):
                 raise EvaluationError(
                     f"term {term.label!r}: no item of {term.task_name!r} is in hash_range "
                     f"{list(term.hash_range)}."
                 )
 
-    def _chosen(self, asked: Asked) -> list[int]:
+    def _choose_items(self, asked: Asked) -> list[int]:
         """Return the items that a term is scored on."""
-        within = self._indices(asked.term)
-        return [within[index] for index in spread(len(within), asked.limit)]
+        within = self._indices_of(asked.term)
+        return [within[index] for index in spread_indices(len(within), asked.limit)]
 
-    def _indices(self, term: Term) -> list[int]:
+    def _indices_of(self, term: Term) -> list[int]:
         """Return the items of a term that are in its hash range."""
         key = (term.task_name, term.hash_range)
         if key not in self._within:
-            self._within[key] = items_within(self.tasks[term.asked_as], term.hash_range)
+            self._within[key] = indices_within(self.tasks[term.task_key], term.hash_range)
         return self._within[key]
 
-    def items_digest(self, term: Term) -> str | None:
+    def digest_items(self, term: Term) -> str | None:
         """Return a digest of the items of a term: their rows, of a few what is asked, and how they
         are scored; None for a term that a function scores.
         """
         if term.function is not None:
             return None
-        task, within = self.tasks[term.asked_as], self._indices(term)
-        docs, few = list(task.eval_docs), spread(len(within), N_ASKED)
-        asked = [_item_hash(task, docs[within[index]]) for index in few]
+        task, within = self.tasks[term.task_key], self._indices_of(term)
+        docs, few = list(task.eval_docs), spread_indices(len(within), N_ASKED)
+        asked = [hash_item(task, docs[within[index]]) for index in few]
         how = [repr(getattr(task.config, name, None)) for name in ASKED_BY]
         rows = [docs[index] for index in within]
-        return digest([*map(_without_addresses, how), *map(_plain, rows), *asked])
+        return digest([*map(_without_addresses, how), *map(_row_text, rows), *asked])
 
-    def n_items(self, term: Term) -> int:
+    def count_items(self, term: Term) -> int:
         """Return how many items a term of the harness has."""
-        return len(self._indices(term))
+        return len(self._indices_of(term))
 
     def evaluate(self, asked: Sequence[Asked]) -> dict[str, TermScore]:
         """Score terms, each on the first `limit` of its items in a fixed order spread over the
@@ -106,16 +106,16 @@ class Evaluator:
     def _harness_scores(self, asked: Sequence[Asked]) -> dict[str, TermScore]:
         from lm_eval.evaluator import evaluate
 
-        chosen = {each.label: self._chosen(each) for each in asked}
+        chosen = {each.label: self._choose_items(each) for each in asked}
         terms = [each.term for each in asked]
         samples: dict[str, list[int]] = {}
         for term in terms:  # each item is asked once, whatever the number of terms that look at it
-            known = samples.get(term.asked_as, [])
-            samples[term.asked_as] = sorted({*known, *chosen[term.label]})
+            known = samples.get(term.task_key, [])
+            samples[term.task_key] = sorted({*known, *chosen[term.label]})
         if not samples:
             return {}
         tasks = {name: self.tasks[name] for name in sorted(samples)}
-        with quiet_harness():
+        with quiet_lm_eval():
             try:
                 results = evaluate(
                     lm=self._lm,
@@ -131,9 +131,9 @@ class Evaluator:
                 ) from error
         scores = {}
         for term in terms:
-            task, own = self.tasks[term.asked_as], {*chosen[term.label]}
-            logged = [row for row in results["samples"][term.asked_as] if row["doc_id"] in own]
-            scores[term.label] = _sound(term, _term_score(term, task, logged))
+            task, own = self.tasks[term.task_key], {*chosen[term.label]}
+            logged = [row for row in results["samples"][term.task_key] if row["doc_id"] in own]
+            scores[term.label] = _require_finite(term, _term_score(term, task, logged))
         return scores
 
     def _function_score(self, asked: Asked) -> TermScore:
@@ -159,7 +159,7 @@ class Evaluator:
         return int(self._lm.n_tokens["total"])
 
 
-def _sound(term: Term, found: TermScore) -> TermScore:
+def _require_finite(term: Term, found: TermScore) -> TermScore:
     """Return a score that is a finite number; raise EvaluationError for another."""
     try:
         if math.isfinite(found.score):
@@ -176,19 +176,19 @@ def _term_score(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> T
     if not chosen:
         rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
     rows.sort(key=lambda row: row["doc_id"])
-    aggregation = _aggregation(term, task)
-    items = [_item(row[name], aggregation) for row in rows]
+    aggregation = aggregation_of(term, task)
+    items = [_item_parts(row[name], aggregation) for row in rows]
     for row, (top, _) in zip(rows, items, strict=True):
         if not math.isfinite(top):
             raise EvaluationError(
                 f"term {term.label!r}: the score of item {row['doc_id']} is not a finite number."
             )
     higher, is_perplexity = task.higher_is_better()[name], aggregation.endswith("perplexity")
-    documents = [_document(term, row["doc"]) for row in rows]
+    documents = [_document_checksum(term, row["doc"]) for row in rows]
     return TermScore(items, bool(higher), 0, is_perplexity, documents=documents)
 
 
-def _item(value: Any, aggregation: str) -> tuple[float, float]:
+def _item_parts(value: Any, aggregation: str) -> tuple[float, float]:
     """Return numerator and denominator of an item out of lm-eval's value of it."""
     if isinstance(value, tuple):  # (log-likelihood in nats, bytes or words)
         return -float(value[0]) / math.log(2), float(value[1])
@@ -197,12 +197,12 @@ def _item(value: Any, aggregation: str) -> tuple[float, float]:
     return float(value), 1.0
 
 
-def _document(term: Term, row: Any) -> int:
+def _document_checksum(term: Term, row: Any) -> int:
     """Return a checksum of what an item is made from: of a document of a file its text."""
-    return zlib.crc32((row[term.text_field] if term.text is not None else _plain(row)).encode())
+    return zlib.crc32((row[term.text_field] if term.text is not None else _row_text(row)).encode())
 
 
-def _plain(row: Any) -> str:
+def _row_text(row: Any) -> str:
     """Return a row as text."""
     return _without_addresses(repr(row))
 

@@ -16,7 +16,7 @@ from typing import Any
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.text import did_you_mean, first_line, quote
 from optimer_hf.printable import warn_once
-from optimer_hf.scoring.harness import quiet_harness
+from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
 from optimer_hf.scoring.objective import LENGTHS, Term
 
 logger = logging.getLogger(__name__)
@@ -42,26 +42,26 @@ def generation_settings(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
     not take, or not as they are meant.
     """
     _refuse_unusable(term)
-    settings = _assembled(term, own)
+    settings = _assemble_settings(term, own)
     reason = _why_not_taken(settings)
     if reason is None:
         _warn_of_idle(term, settings)
         return settings
-    if field := _culprit(term, own, reason):
+    if field := _field_at_fault(term, own, reason):
         where = f"generation.{field}: found {quote(term.generation[field])}"
         raise EvaluationError(f"term {term.label!r}: {where}, which cannot be used: {reason}")
     whose = "generation" if term.generation else f"generation_kwargs of task {term.task_name!r}"
     raise EvaluationError(f"term {term.label!r}: {whose}: cannot be used: {reason}")
 
 
-def _culprit(term: Term, own: Mapping[str, Any], reason: str) -> str | None:
+def _field_at_fault(term: Term, own: Mapping[str, Any], reason: str) -> str | None:
     """Return the field of a term that a refusal names, or without which there is none."""
     for field in term.generation:
         if f"`{field}`" in reason:
             return field
     for field in term.generation:
         others = {key: value for key, value in term.generation.items() if key != field}
-        rest = _assembled(term.model_copy(update={"generation": others}), own)
+        rest = _assemble_settings(term.model_copy(update={"generation": others}), own)
         if _why_not_taken(rest) is None:
             return field
     return None
@@ -93,7 +93,7 @@ def _refuse_unusable(term: Term) -> None:
         )
 
 
-def _assembled(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
+def _assemble_settings(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a term over those of its task; only one of ALIASES is left."""
     settings = {"max_gen_toks": GENERATION_CAP} | dict(own) | term.generation
     for source in (term.generation, own):
@@ -111,7 +111,7 @@ def _why_not_taken(settings: Mapping[str, Any]) -> str | None:
     if settings.get("do_sample") is True and not temperature:
         return "`do_sample` needs a temperature above 0. Add one, or leave do_sample out."
     try:
-        with _undisturbed():
+        with _quiet_libraries():
             _generate(settings)
     except Exception as error:  # of any type, from deep within the libraries
         reason = first_line(error).rstrip(".")
@@ -129,7 +129,7 @@ def _warn_of_idle(term: Term, settings: Mapping[str, Any]) -> None:
     if not temperature:
         fields.pop("temperature", None)
     try:
-        with _undisturbed():
+        with _quiet_libraries():
             GenerationConfig(**fields).validate(
                 strict=True, user_set_attributes=set(term.generation)
             )
@@ -191,7 +191,7 @@ def _integers_in(value: Any) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def _quiet_libraries() -> Iterator[None]:
     """Keep the random numbers of torch as they are, and the libraries quiet."""
     import torch
     from transformers.utils import logging as of_transformers
@@ -199,7 +199,7 @@ def _undisturbed() -> Iterator[None]:
     level = of_transformers.get_verbosity()
     of_transformers.set_verbosity_error()
     try:
-        with quiet_harness(), torch.random.fork_rng(), warnings.catch_warnings():
+        with quiet_lm_eval(), torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -137,9 +137,9 @@ def interval_of(terms: Sequence[Paired], rule: Rule, *, seed: int = 0) -> Interv
     kind: Kind = "bootstrap-t"
     found: tuple[float, float] | None = None
     if not is_coarse and n_fewest >= FEWEST:
-        found = _studentised(groups, value, float(middle[0]), seed)
+        found = _bootstrap_quantiles(groups, value, float(middle[0]), seed)
     if found is None:
-        quantile = _student(variances, [len(group.table) for group in groups])
+        quantile = _student_quantile(variances, [len(group.table) for group in groups])
         found, kind = (-quantile, quantile), "Student's t"
     ends = float(middle[0] - found[1] * error), float(middle[0] - found[0] * error)
     return Interval(float(difference[0]), *ends, kind, n_fewest, fewest_in)
@@ -155,9 +155,10 @@ def _value(terms: Sequence[Paired], rule: Rule) -> Callable[["Array"], tuple["Ar
     weights = np.array([term.weight for term in terms]) / sum(term.weight for term in terms)
 
     def value(sums: "Array") -> tuple["Array", "Array"]:
-        with np.errstate(all="ignore"):  # a draw without a document of a term, see _studentised
+        with np.errstate(all="ignore"):  # a draw may lack a term's documents
             parts = [
-                _term(term, sums[:, 6 * at : 6 * at + 6], rule) for at, term in enumerate(terms)
+                _term_values(term, sums[:, 6 * at : 6 * at + 6], rule)
+                for at, term in enumerate(terms)
             ]
         total, slopes = np.zeros(len(sums)), np.zeros_like(sums)
         for side, sign in ((0, 1.0), (1, -1.0)):
@@ -173,7 +174,7 @@ def _value(terms: Sequence[Paired], rule: Rule) -> Callable[["Array"], tuple["Ar
     return value
 
 
-def _term(term: Paired, sums: "Array", rule: Rule) -> list[tuple["Array", "Array"]]:
+def _term_values(term: Paired, sums: "Array", rule: Rule) -> list[tuple["Array", "Array"]]:
     """Return the term's value [m] and its slopes [m, 6] for the first and the second side."""
     scores, slopes = [], []
     for side in range(3):
@@ -225,7 +226,7 @@ def _groups(
     ways. `columns` [n, 6] by term, `slopes` [6 n_terms] of the value.
     """
     groups, is_coarse = [], False
-    for members in _connected([term.documents for term in terms]):
+    for members in _group_terms([term.documents for term in terms]):
         everything = np.concatenate([terms[at].documents for at in members])
         known, place = np.unique(everything, return_inverse=True)
         ends = np.cumsum([len(terms[at].documents) for at in members])[:-1]
@@ -238,14 +239,14 @@ def _groups(
                 )
             if _is_coarse(table[np.unique(places), own] @ slopes[own]):
                 is_coarse = True
-                for row in _imaginary(terms[at]):
+                for row in _imaginary_items(terms[at]):
                     imaginary.append(np.zeros(6 * len(terms)))
                     imaginary[-1][own] = row
-        groups.append(_Group(_bundled(np.vstack([table, *imaginary]))))
+        groups.append(_Group(_bundle(np.vstack([table, *imaginary]))))
     return groups, is_coarse
 
 
-def _connected(documents: Sequence["NDArray[np.int64]"]) -> list[list[int]]:
+def _group_terms(documents: Sequence["NDArray[np.int64]"]) -> list[list[int]]:
     """Return the numbers of terms in groups; terms of different groups share no document."""
     groups: list[list[int]] = []
     for at, own in enumerate(documents):
@@ -263,7 +264,7 @@ def _is_coarse(influences: "Array") -> bool:
     return n_distinct <= COARSE * len(influences)
 
 
-def _imaginary(term: Paired) -> list["Array"]:
+def _imaginary_items(term: Paired) -> list["Array"]:
     """Return two average items [6] that differ as much as items can, each in favour of a side;
     none when no items differ.
     """
@@ -284,7 +285,7 @@ def _imaginary(term: Paired) -> list["Array"]:
     return rows
 
 
-def _bundled(table: "Array") -> "Array":
+def _bundle(table: "Array") -> "Array":
     """Return documents as they are, or added up in MOST bundles, always the same ones."""
     if len(table) <= MOST:
         return table
@@ -295,7 +296,7 @@ def _bundled(table: "Array") -> "Array":
 # -- quantiles -------------------------------------------------------------------------------------
 
 
-def _student(variances: Sequence[float], sizes: Sequence[int]) -> float:
+def _student_quantile(variances: Sequence[float], sizes: Sequence[int]) -> float:
     """Return the 97.5 % quantile of Student's t for a sum of independent variances, each of so many
     documents (Satterthwaite 1946).
     """
@@ -305,7 +306,7 @@ def _student(variances: Sequence[float], sizes: Sequence[int]) -> float:
     return float(t.ppf(0.975, sum(variances) ** 2 / below))
 
 
-def _studentised(
+def _bootstrap_quantiles(
     groups: Sequence[_Group],
     value: Callable[["Array"], tuple["Array", "Array"]],
     middle: float,

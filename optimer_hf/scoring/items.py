@@ -8,7 +8,7 @@ from optimer_hf.files.digest import digest
 from optimer_hf.scoring.objective import Objective
 
 
-def spread(n_items: int, limit: int | None) -> list[int]:
+def spread_indices(n_items: int, limit: int | None) -> list[int]:
     """Return `limit` indices spread evenly over range(n_items), in order; all of them when limit is
     None or larger.
 
@@ -19,26 +19,27 @@ def spread(n_items: int, limit: int | None) -> list[int]:
     return [(2 * index + 1) * n_items // (2 * limit) for index in range(limit)]
 
 
-def items_within(task: Any, hash_range: tuple[float, float]) -> list[int]:
+def indices_within(task: Any, hash_range: tuple[float, float]) -> list[int]:
     """Return the indices of a task's items whose hash, as a number in [0, 1), is in the range."""
     low, high = hash_range
     if (low, high) == (0.0, 1.0):
         return list(range(len(task.eval_docs)))
-    places = (int(item[:12], 16) / 16**12 for item in item_hashes(task))
+    places = (int(item[:12], 16) / 16**12 for item in hash_items(task))
     return [index for index, place in enumerate(places) if low <= place < high]
 
 
-def _row_hashes(task: Any) -> list[str]:
+def _hash_rows(task: Any) -> list[str]:
     """Return a digest of every row that the items of a task are made from."""
     return [digest(repr(doc)) for doc in task.eval_docs]
 
 
-def item_hashes(task: Any) -> list[str]:
+def hash_items(task: Any) -> list[str]:
     """Return a digest of prompt, target and choices of every item of a task."""
-    return [_item_hash(task, doc) for doc in task.eval_docs]
+    return [hash_item(task, doc) for doc in task.eval_docs]
 
 
-def _item_hash(task: Any, doc: Any) -> str:
+def hash_item(task: Any, doc: Any) -> str:
+    """Return a digest of prompt, target and choices of one item."""
     has_choices = task.config.doc_to_choice is not None
     choices = [str(choice) for choice in task.doc_to_choice(doc)] if has_choices else []
     return digest([str(task.doc_to_text(doc)), str(task.doc_to_target(doc)), choices])
@@ -48,12 +49,12 @@ def check_disjoint(objective: Objective, test: Objective, tasks: Mapping[str, An
     """Raise EvaluationError when an item of the sealed test is one the search may look at."""
     seen: dict[str, str] = {}
     for part in (objective, test):
-        for term in part.scored:
+        for term in part.scored_terms:
             if term.function is not None:
                 continue
-            task = tasks[term.asked_as]
-            rows, items = _row_hashes(task), item_hashes(task)
-            found = [(rows[index], items[index]) for index in items_within(task, term.hash_range)]
+            task = tasks[term.task_key]
+            rows, items = _hash_rows(task), hash_items(task)
+            found = [(rows[index], items[index]) for index in indices_within(task, term.hash_range)]
             if part is objective:
                 seen |= {each: term.label for pair in found for each in pair}
             elif shared := [pair for pair in found if seen.keys() & set(pair)]:

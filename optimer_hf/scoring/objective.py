@@ -117,10 +117,10 @@ class Term(FileModel):
                 yield (name,), f"{name!r} says nothing to a 'function'; leave it out"
             elif self.text is not None and name in ("num_fewshot", "generation"):
                 yield (name,), "a 'text' term has no num_fewshot and no generation; leave it out"
-        for at, message in _no_plain_json(self.generation):
+        for at, message in _mistakes_of_json(self.generation):
             yield ("generation", *at), message
         for name, value in self.generation.items():
-            if reason := _out_of_range(name, value):
+            if reason := _mistake_of_setting(name, value):
                 yield ("generation", name), reason
         if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
             yield (
@@ -136,7 +136,12 @@ class Term(FileModel):
         return str(self.name or self.task or self.function)
 
     @property
-    def asked_as(self) -> str:
+    def metric_name(self) -> str:
+        """The metric without its filter."""
+        return self.metric.partition(",")[0]
+
+    @property
+    def task_key(self) -> str:
         """Names the task as this term asks it; terms that ask alike share the answers."""
         settings = [self.num_fewshot, self.generation]
         return self.task_name + (f" {digest(settings)[:8]}" if settings != [None, {}] else "")
@@ -152,16 +157,16 @@ class Term(FileModel):
         return f"text-{digest([str(self.text), self.text_field])[:16]}"
 
 
-def _no_plain_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
+def _mistakes_of_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
     """Yield the values within one that JSON does not have, and so no record and no digest."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _no_plain_json(item, (*at, str(key)))
+            yield from _mistakes_of_json(item, (*at, str(key)))
             if not isinstance(key, str):
                 yield at, f"found the key {quote(key)}. Expected a text"
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _no_plain_json(item, (*at, index))
+            yield from _mistakes_of_json(item, (*at, index))
     elif not isinstance(value, str | bool | int | float | None) or (
         isinstance(value, float) and not math.isfinite(value)
     ):
@@ -169,7 +174,7 @@ def _no_plain_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
         yield at, f"found {quote(value)}. {expected}"
 
 
-def _out_of_range(name: str, value: Any) -> str | None:
+def _mistake_of_setting(name: str, value: Any) -> str | None:
     """Return what is wrong with a setting of `generation`, which transformers would say late."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     texts = value if isinstance(value, list) else [value]
@@ -217,7 +222,7 @@ class Constraint(Term):
     """
 
 
-def _asked_otherwise(constraint: Term, term: Term) -> str | None:
+def _differing_field(constraint: Term, term: Term) -> str | None:
     """Return the field in which a constraint that is about a term asks for something else; what it
     leaves out is as in the term.
     """
@@ -283,7 +288,7 @@ class Objective(FileModel):
                         f"two {group} are called {term.label!r}; tell them apart with 'name'",
                     )
                 known = by_label.get(term.label, term)
-                if group == "constraints" and (differing := _asked_otherwise(term, known)):
+                if group == "constraints" and (differing := _differing_field(term, known)):
                     yield (
                         (*where, differing),
                         f"constraint {term.label!r} is called as a term with another {differing}; "
@@ -291,18 +296,18 @@ class Objective(FileModel):
                     )
 
     @property
-    def scored(self) -> list[Term]:
+    def scored_terms(self) -> list[Term]:
         """Every term, and every constraint that is not one of them."""
         labels = {term.label for term in self.terms}
         return [*self.terms, *(term for term in self.constraints if term.label not in labels)]
 
-    def at(self, stage: Literal["search", "rescore"]) -> list[Term]:
+    def terms_at(self, stage: Literal["search", "rescore"]) -> list[Term]:
         """Return the terms and constraints that are scored at a stage."""
-        return [term for term in self.scored if stage == "rescore" or not term.rescore_only]
+        return [term for term in self.scored_terms if stage == "rescore" or not term.rescore_only]
 
-    def asked(self, stage: Literal["search", "rescore"]) -> list[Asked]:
+    def asked_terms(self, stage: Literal["search", "rescore"]) -> list[Asked]:
         """Return what is scored at a stage, each term on the items that the objective names."""
-        return [Asked(term, self.limit_of(term)) for term in self.at(stage)]
+        return [Asked(term, self.limit_of(term)) for term in self.terms_at(stage)]
 
     def limit_of(self, term: Term) -> int | None:
         """Return how many items of a term the search looks at (None: all)."""
@@ -363,14 +368,10 @@ def headroom(constraint: Constraint, score: TermScore, base: TermScore) -> float
     return constraint.max_relative_to_base + better / (abs(base.score) or 1.0)
 
 
-def feasible(objective: Objective, scores: Scores, base: Scores) -> bool:
+def is_feasible(objective: Objective, scores: Scores, base: Scores) -> bool:
     """Return whether scores keep every constraint that was scored."""
     return all(
         headroom(constraint, scores[constraint.label], base[constraint.label]) >= 0
         for constraint in objective.constraints
         if constraint.label in scores
     )
-
-
-def _metric_name(term: Term) -> str:
-    return term.metric.split(",")[0]

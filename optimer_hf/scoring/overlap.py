@@ -54,7 +54,7 @@ class TermOverlap:
         return len(self.overlaps) / max(self.n_items, 1)
 
 
-class _Separated(dict[int, str]):
+class _UnitTable(dict[int, str]):
     """A table for str.translate, filled as characters come up; str.split then gives the units."""
 
     def __missing__(self, code: int) -> str:
@@ -66,12 +66,12 @@ class _Separated(dict[int, str]):
         return self[code]
 
 
-_SEPARATED = _Separated()
+_UNITS = _UnitTable()
 
 
 def units(text: str) -> list[str]:
     """Return the words of a text, in scripts without spaces its characters; no punctuation."""
-    return unicodedata.normalize("NFKC", text).casefold().translate(_SEPARATED).split()
+    return unicodedata.normalize("NFKC", text).casefold().translate(_UNITS).split()
 
 
 def windows(sequence: Sequence[str], length: int) -> Iterator[Ngram]:
@@ -112,10 +112,10 @@ def check_overlap(
     texts: dict[str, list[str]] = {}
     for name, objective in objectives.items():
         tasks = load_tasks([objective])
-        for term in objective.scored:
+        for term in objective.scored_terms:
             if term.function is not None:  # only it knows its items
                 continue
-            texts[f"{name}: {term.label}"] = item_texts(term, tasks[term.asked_as])
+            texts[f"{name}: {term.label}"] = item_texts(term, tasks[term.task_key])
     return find_overlaps(corpora, texts, n=n)
 
 
@@ -132,7 +132,7 @@ def find_overlaps(
             for gram in grams:
                 owners.setdefault(gram, []).append((term, item))
     found: dict[str, dict[int, Overlap]] = {term: {} for term in texts}
-    for corpus, document, gram in _shared(corpora, owners):
+    for corpus, document, gram in _find_shared(corpora, owners):
         for term, item in owners[gram]:
             found[term].setdefault(item, Overlap(item, " ".join(gram), corpus, document))
     return [
@@ -141,7 +141,7 @@ def find_overlaps(
     ]
 
 
-def _shared(
+def _find_shared(
     corpora: Sequence[CorpusConfig], wanted: Collection[Ngram]
 ) -> Iterator[tuple[str, int, Ngram]]:
     """Yield name of the corpus, number of the document and n-gram wherever a wanted one occurs."""

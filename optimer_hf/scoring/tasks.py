@@ -16,8 +16,8 @@ from optimer_hf.errors import CorpusError, EvaluationError
 from optimer_hf.files.text import did_you_mean
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.generation import generation_settings
-from optimer_hf.scoring.harness import quiet_harness
-from optimer_hf.scoring.objective import Objective, Term, _metric_name
+from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
+from optimer_hf.scoring.objective import Objective, Term
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ REPORTED = (
 
 def warn_of_reported_benchmarks(objective: Objective) -> None:
     """Log a warning for terms whose benchmark is usually reported: weights are fitted to it."""
-    for term in objective.scored:
+    for term in objective.scored_terms:
         name = next((name for name in REPORTED if (term.task or "").startswith(name)), None)
         if name is not None:
             logger.warning(
@@ -89,7 +89,7 @@ def warn_of_other_weights(objective: Objective, test: Objective) -> None:
 
 
 def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
-    """Return the lm-eval tasks of some objectives by `asked_as`, and by name as the first of its
+    """Return the lm-eval tasks of some objectives by `task_key`, and by name as the first of its
     terms asks it; needs no model, so it comes before anything expensive.
 
     Raises EvaluationError for a task, metric or file that does not exist.
@@ -97,17 +97,17 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
     _refuse_two_folders(objectives)
     tasks: dict[str, Any] = {}
     for objective in objectives:
-        named = [term for term in objective.scored if term.function is None]
-        wanted = {term.asked_as: term for term in named if term.asked_as not in tasks}
+        named = [term for term in objective.scored_terms if term.function is None]
+        wanted = {term.task_key: term for term in named if term.task_key not in tasks}
         for term in wanted.values():
             if term.text is not None:
                 _check_text(term, term.text)
         if wanted:
             tasks |= _load_tasks(list(wanted.values()), objective.include_path)
         for term in named:
-            tasks.setdefault(term.task_name, tasks[term.asked_as])
-            _check_metric(term, tasks[term.asked_as])
-            _refuse_sealed_examples(term, tasks[term.asked_as])
+            tasks.setdefault(term.task_name, tasks[term.task_key])
+            _check_metric(term, tasks[term.task_key])
+            _refuse_sealed_examples(term, tasks[term.task_key])
     return tasks
 
 
@@ -117,7 +117,7 @@ def _refuse_two_folders(objectives: Sequence[Objective]) -> None:
     """
     folders: dict[str, Path] = {}
     for objective in objectives:
-        for term in objective.scored:
+        for term in objective.scored_terms:
             if term.task is None or objective.include_path is None:
                 continue
             folder = folders.setdefault(term.task, objective.include_path)
@@ -179,13 +179,13 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
         spec: Any = _text_task(term) if term.text is not None else term.task
         folder = include_path if include_path is not None and term.text is None else Path.cwd()
         try:
-            with contextlib.chdir(folder), quiet_harness():
+            with contextlib.chdir(folder), quiet_lm_eval():
                 tasks = manager.load([spec])["tasks"]
         except Exception as error:  # lm-eval and `datasets` raise many types for a broken task
             raise EvaluationError(
                 f"term {term.label!r}: task {term.task_name!r} cannot be loaded ({error})."
             ) from error
-        loaded[term.asked_as] = _with_settings(tasks[term.task_name], term)
+        loaded[term.task_key] = _with_settings(tasks[term.task_name], term)
     return loaded
 
 
@@ -293,7 +293,7 @@ def _check_metric(term: Term, task: Any) -> None:
     sums over items.
     """
     known = dict(task.aggregation())
-    name = _metric_name(term)
+    name = term.metric_name
     if name not in known:
         raise EvaluationError(
             f"term {term.label!r}: task {term.task_name!r} has no metric "
@@ -313,11 +313,11 @@ def _check_metric(term: Term, task: Any) -> None:
             f"term {term.label!r}: task {term.task_name!r} has {len(filters)} filters, and "
             f"{name!r} alone is scored with the first. Say which in `metric`: {choices}",
         )
-    if _aggregation(term, task) not in AGGREGATIONS:
+    if aggregation_of(term, task) not in AGGREGATIONS:
         raise EvaluationError(
-            f"term {term.label!r}: metric {name!r} is aggregated by {_aggregation(term, task)!r}; "
-            "only means, bits_per_byte and perplexities can be compared item by item. Use one of "
-            "the task's other metrics."
+            f"term {term.label!r}: metric {name!r} is aggregated by "
+            f"{aggregation_of(term, task)!r}; only means, bits_per_byte and perplexities can be "
+            "compared item by item. Use one of the task's other metrics."
         )
     if task.higher_is_better().get(name) is None:
         raise EvaluationError(
@@ -326,5 +326,6 @@ def _check_metric(term: Term, task: Any) -> None:
         )
 
 
-def _aggregation(term: Term, task: Any) -> str:
-    return str(task.aggregation()[_metric_name(term)].__name__)
+def aggregation_of(term: Term, task: Any) -> str:
+    """Return lm-eval's name of the function that makes the score of a term from its items."""
+    return str(task.aggregation()[term.metric_name].__name__)

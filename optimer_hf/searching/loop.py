@@ -12,16 +12,22 @@ from time import perf_counter
 from optimer_hf.errors import EvaluationError, StudyError
 from optimer_hf.files.staging import scratch_directory, write_text
 from optimer_hf.progress import Meter
-from optimer_hf.scoring.objective import Objective, feasible
+from optimer_hf.scoring.formatting import Unit
+from optimer_hf.scoring.objective import Objective, is_feasible
 from optimer_hf.scoring.tasks import warn_of_other_weights, warn_of_reported_benchmarks
-from optimer_hf.scoring.units import Unit
+from optimer_hf.searching.next_weights import Asker
 from optimer_hf.searching.runner import InProcess, Runner, Slots
-from optimer_hf.searching.smac import Asker
 from optimer_hf.searching.tracking import Tracker
 from optimer_hf.study.config import LARGEST_SEARCH, StudyConfig
-from optimer_hf.study.directory import Inputs, Study, locked, open_study, say_what_tells_nothing
+from optimer_hf.study.directory import (
+    Inputs,
+    Study,
+    lock_directory,
+    open_study,
+    warn_of_uninformative_items,
+)
 from optimer_hf.study.prediction import PREDICTION, predict
-from optimer_hf.study.records import Rules, mistakes_of_score, unusable_gain
+from optimer_hf.study.records import Rules, mistake_of_gain, mistakes_of_score
 from optimer_hf.study.space import anchors
 from optimer_hf.study.trials import INPUTS_FILE, TRIALS_FILE, Candidate, Trial, TrialLog, rules_of
 
@@ -42,8 +48,8 @@ def search_on(
     """Search on for a new objective from the trials of a study, `n_trials` real ones more, the
     predicted weights first; return the new study, whose directory begins with the old trials.
     """
-    terms = {term.label for term in target.at("search")}
-    in_order = sorted(study.log.of("search"), key=lambda trial: trial.number)
+    terms = {term.label for term in target.terms_at("search")}
+    in_order = sorted(study.trials, key=lambda trial: trial.number)
     seeds = [  # numbered without gaps, which a search by several workers can leave
         replace(
             trial,
@@ -52,7 +58,7 @@ def search_on(
         )
         for number, trial in enumerate(in_order)
     ]
-    earlier = TrialLog(directory / TRIALS_FILE, repair=False).of("search")
+    earlier = TrialLog(directory / TRIALS_FILE, repair=False).trials_at("search")
     n_seeds = _n_seeds(earlier, seeds) if earlier else len(seeds)
     if n_seeds + n_trials > LARGEST_SEARCH:
         raise StudyError(
@@ -72,11 +78,11 @@ def search_on(
             }
         }
     )
-    with locked(directory):
+    with lock_directory(directory):
         opened = open_study(config, directory)
         if not opened.log.trials:
-            if study.inputs:  # first: what the old trials scored has to be what new ones score
-                Inputs(digests=study.inputs).write(directory / INPUTS_FILE)
+            if digests := study.read_inputs():  # first, so that new trials score the same
+                Inputs(digests=digests).write(directory / INPUTS_FILE)
             text = "".join(f"{trial.to_json()}\n" for trial in seeds)
             write_text(opened.log.path, text)
     first = {n_seeds: (PREDICTION, predict(study, target).weights)}
@@ -110,17 +116,15 @@ def search(
     fails is recorded as crashed and the search goes on, unless the base itself cannot be scored or
     nothing else could, or the failure is not the fault of its weights (see `run_trial`).
     """
-    with locked(directory):
+    with lock_directory(directory):
         study = open_study(config, directory)
         study.decide(to_disk=True)
         if study.is_finished and study.names_recorded_files():
-            logger.info(
-                "search: %d trials are recorded, nothing to do", len(study.log.of("search"))
-            )
+            logger.info("search: %d trials are recorded, nothing to do", len(study.trials))
             return study
         tracker = Tracker(config.search.report_to, directory)  # what it lacks is said at once
         with (runner or InProcess()).open(config) as slots, tracker:
-            study.go_on_with(slots.digest_inputs())
+            study.record_inputs(slots.digest_inputs())
             warn_of_reported_benchmarks(config.objective)
             if config.test is not None:
                 warn_of_other_weights(config.objective, config.test)
@@ -128,7 +132,7 @@ def search(
             study.decide(to_disk=True)
             _run_rescore(study, slots)
             study.decide(to_disk=True)
-    say_what_tells_nothing(study)
+    warn_of_uninformative_items(study)
     return study
 
 
@@ -139,8 +143,8 @@ def _run_search(
     tracker: Tracker,
 ) -> None:
     config = study.config
-    done = {trial.number for trial in study.log.of("search")}
-    asked = config.objective.asked("search")
+    done = {trial.number for trial in study.trials}
+    asked = config.objective.asked_terms("search")
     waiting = deque(number for number in range(config.search.n_trials) if number not in done)
     running: dict[int, Candidate] = {}
     if done and waiting:
@@ -153,12 +157,12 @@ def _run_search(
         plan = _Plan(study, scratch, planned)
         while waiting or running:
             while waiting and len(running) < slots.count_slots():
-                if running and not study.log.of("search"):
+                if running and not study.trials:
                     break  # gains are relative to the base, so it comes first and alone
                 candidate = plan.next_candidate(waiting.popleft(), list(running.values()))
                 running[candidate.number] = candidate
                 slots.submit(candidate, asked)
-            finished = _usable(rules, slots.next_finished())
+            finished = _refuse_unusable(rules, slots.next_finished())
             del running[finished.number]
             _check_sound(study, finished)
             study.log.append(finished)
@@ -186,7 +190,7 @@ class _Plan:
             return Candidate(number, origin, dict(planned), seconds={"ask": 0.0})
         if self._asker is None:
             self._asker = Asker(self._study.config, self._scratch)
-            for trial in self._study.log.of("search"):
+            for trial in self._study.log.trials_at("search"):
                 self._asker.tell(trial)
         started = perf_counter()
         weights = self._asker.ask(number, [candidate.weights for candidate in running])
@@ -205,7 +209,7 @@ def _check_sound(study: Study, finished: Trial) -> None:
         return
     if finished.number == 0:
         raise EvaluationError(f"the base model itself cannot be scored: {_reason(finished)}")
-    others = [trial for trial in study.log.of("search") if trial.number != 0]
+    others = [trial for trial in study.trials if trial.number != 0]
     n_others = len(anchors(study.config)) - 1
     if len(others) == n_others - 1 and all(trial.status == "crashed" for trial in others):
         first = min([*others, finished], key=lambda trial: trial.number)
@@ -228,7 +232,7 @@ def _rules(study: Study) -> Rules:
     return rules
 
 
-def _usable(rules: Rules, finished: Trial) -> Trial:
+def _refuse_unusable(rules: Rules, finished: Trial) -> Trial:
     """Return a finished trial, as crashed where its scores are numbers that nothing can be made of.
 
     Raises EvaluationError for scores that cannot be compared with those of the base: then no trial
@@ -238,7 +242,7 @@ def _usable(rules: Rules, finished: Trial) -> Trial:
     for label, term in finished.terms.items():
         wrong = next(mistakes_of_score(term), None)
         if wrong is None and base is not None and label in base.terms:
-            wrong = unusable_gain(term, base.terms[label])
+            wrong = mistake_of_gain(term, base.terms[label])
         if wrong is not None:
             error = f"EvaluationError: term {label!r}: {wrong}"
             return replace(finished, status="crashed", terms={}, error=error)
@@ -257,12 +261,12 @@ class _Best:
 
     def __init__(self, study: Study) -> None:
         self._study, self.value = study, -math.inf
-        for trial in study.log.of("search"):
+        for trial in study.trials:
             self.take(trial)
 
     def take(self, trial: Trial) -> None:
         """Look at a trial that is in the log."""
-        if trial.status == "ok" and feasible(
+        if trial.status == "ok" and is_feasible(
             self._study.config.objective, trial.terms, self._study.base
         ):
             self.value = max(self.value, self._study.value(trial))
@@ -290,25 +294,25 @@ def _run_rescore(study: Study, slots: Slots) -> None:
     """Score the base and the best few on more items, with the terms that joined for this; scores
     that were taken on those items already are taken over.
     """
-    remaining, done = deque(study.to_rescore()), len(study.log.of("rescore"))
+    remaining, done = deque(study.trials_to_rescore()), len(study.log.trials_at("rescore"))
     if not remaining:
         return
-    asked = study.asked_again()
+    asked = study.terms_to_rescore()
     if not asked:
         logger.info("re-score: the search scored the same items, so its scores are taken over")
         for trial in remaining:
-            again = replace(_again(trial).scored({}, {}, 0), worker=trial.worker)
-            study.log.append(study.with_searched(again))
+            again = replace(_rescore_candidate(trial).to_trial({}, {}, 0), worker=trial.worker)
+            study.log.append(study.with_search_scores(again))
         return
     n_running, rules = 0, _rules(study)
     with Meter("re-score", done + len(remaining), "trials", done=done) as meter:
         while remaining or n_running:
             while remaining and n_running < slots.count_slots():
-                if n_running and not study.log.of("rescore"):
+                if n_running and not study.log.trials_at("rescore"):
                     break  # the base first, as above
-                slots.submit(_again(remaining.popleft()), asked)
+                slots.submit(_rescore_candidate(remaining.popleft()), asked)
                 n_running += 1
-            rescored = _rescored(study, rules, slots.next_finished())
+            rescored = _complete_rescored(study, rules, slots.next_finished())
             n_running -= 1
             if rescored.number == 0 and rescored.status == "crashed":
                 raise EvaluationError(
@@ -319,10 +323,10 @@ def _run_rescore(study: Study, slots: Slots) -> None:
             meter.advance(1)
 
 
-def _rescored(study: Study, rules: Rules, trial: Trial) -> Trial:
+def _complete_rescored(study: Study, rules: Rules, trial: Trial) -> Trial:
     """Return a trial that was scored again with the scores that it takes over, see `_usable`."""
-    return _usable(rules, study.with_searched(trial))
+    return _refuse_unusable(rules, study.with_search_scores(trial))
 
 
-def _again(trial: Trial) -> Candidate:
+def _rescore_candidate(trial: Trial) -> Candidate:
     return Candidate(trial.number, trial.origin, trial.weights, "rescore")

@@ -15,7 +15,7 @@ from optimer_hf.scoring.scores import TermScore
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredTerm:
     """The score of a term of an objective; `limited` when its items are not all that there are."""
 
     label: str
@@ -25,25 +25,25 @@ class Scored:
     limited: bool
 
 
-def evaluate_model(model: str, objective: Path, *, dtype: str = "bfloat16") -> list[Scored]:
+def evaluate_model(model: str, objective: Path, *, dtype: str = "bfloat16") -> list[ScoredTerm]:
     """Score a model, a directory or a Hub id, on every term of an objective file, in the order of
     the file.
     """
     target = ObjectiveFile.read(objective)
-    scores = scores_of(model, target, dtype=dtype)
+    scores = score_model(model, target, dtype=dtype)
     return [
-        Scored(
+        ScoredTerm(
             each.label,
             str(each.term.metric),
             scores[each.label].score,
             len(scores[each.label].items),
             each.limit is not None,
         )
-        for each in target.asked("rescore")
+        for each in target.asked_terms("rescore")
     ]
 
 
-def scores_of(
+def score_model(
     model: AnyModel,
     objective: Objective,
     *,
@@ -58,6 +58,6 @@ def scores_of(
         tokenizer = scoring_tokenizer(base, None, apply_chat_template=templated)
         resident = ResidentModel(base, [], dtype=dtype, device=default_device())
         evaluator = Evaluator(resident.model, tokenizer, [objective], functions=functions)
-    asked = objective.asked("rescore")
+    asked = objective.asked_terms("rescore")
     with announce(f"evaluate: scoring {', '.join(each.label for each in asked)}"):
         return evaluator.evaluate(asked)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from optimer_hf.scoring.formatting import Unit
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
-from optimer_hf.scoring.units import Unit
 from optimer_hf.searching.loop import search_on
 from optimer_hf.searching.runner import Runner
 from optimer_hf.study.directory import Study, load_study
-from optimer_hf.study.prediction import Estimate, Prediction, over_record, predict
+from optimer_hf.study.prediction import Estimate, Prediction, match_to_record, predict
 
 
 def predict_for(study_dir: Path, objective: Path) -> tuple[Objective, Prediction]:
@@ -18,7 +18,7 @@ def predict_for(study_dir: Path, objective: Path) -> tuple[Objective, Prediction
     Raises StudyError for a term that was not recorded.
     """
     study = load_study(study_dir)
-    target = over_record(study, ObjectiveFile.read(objective))
+    target = match_to_record(study, ObjectiveFile.read(objective))
     return target, predict(study, target)
 
 
@@ -55,9 +55,9 @@ def prediction_text(prediction: Prediction, target: Objective) -> str:
     return "\n".join(lines)
 
 
-def verified_text(study: Study) -> str:
+def verification_text(study: Study) -> str:
     """Return the best of the real trials of a study that verified a prediction."""
-    best = study.incumbent
+    best = study.best_trial
     value = Unit.of(study.config.objective).show(study.over_base(best).difference)
     weights = _weights_text(best.weights)
     return f"verified: value {value} (trial {best.number})\n  weights: {weights}"

@@ -12,7 +12,7 @@ from typing import Any
 from optimer_hf.errors import ConfigError
 
 
-def callbacks_of(report_to: Sequence[str]) -> list[Any]:
+def make_callbacks(report_to: Sequence[str]) -> list[Any]:
     """Return the Trainer's callbacks of some tools.
 
     Raises ConfigError for a tool that transformers does not know, or that is not installed.
@@ -39,7 +39,7 @@ class Tracker:
         from transformers import TrainerControl, TrainerState, TrainingArguments
 
         name = str(directory.resolve().name)
-        self._callbacks = callbacks_of(report_to)
+        self._callbacks = make_callbacks(report_to)
         self._args = TrainingArguments(
             output_dir=str(directory), report_to="none", run_name=name, use_cpu=True
         )

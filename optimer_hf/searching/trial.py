@@ -93,8 +93,8 @@ class ResidentPool:
         tokenizer = None if self._tokenizer is None else self._tokenizer.path
         found = model_digests(self.base.path, paths, tokenizer)
         for name, objective in self._objectives.items():
-            for term in objective.scored:
-                if (items := self._evaluator.items_digest(term)) is not None:
+            for term in objective.scored_terms:
+                if (items := self._evaluator.digest_items(term)) is not None:
                     found[f"{name}.{term.label}"] = items
         return found
 
@@ -131,12 +131,12 @@ def run_trial(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial
     What is not the weights' fault (see `faults`) is tried once more, after memory was freed. Raises
     EvaluationError when it fails so again, and any other OptimerError of the pool as it is.
     """
-    fault = _attempted(pool, candidate, asked)
+    fault = _attempt(pool, candidate, asked)
     if isinstance(fault, Trial):
         return fault
     logger.warning("trial %d: %s; it is tried once more", candidate.number, fault)
     collect_memory()  # the frames that failed, and what they held, are gone by now
-    fault = _attempted(pool, candidate, asked)
+    fault = _attempt(pool, candidate, asked)
     if isinstance(fault, Trial):
         return fault
     raise EvaluationError(
@@ -146,7 +146,7 @@ def run_trial(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial
     )
 
 
-def _attempted(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial | str:
+def _attempt(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial | str:
     """Return the trial, scored or crashed; or in one line what failed, if the weights are not at
     fault.
 
@@ -168,7 +168,7 @@ def _attempted(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Tria
             return f"{type(error).__name__}: {first_line(error)}"
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
         logger.warning("trial %d crashed: %s", candidate.number, error)
-        return candidate.crashed(text)
+        return candidate.to_crashed_trial(text)
     seconds = candidate.seconds | seconds | {"cpu": started.since().cpu_seconds}
     rounded = {phase: round(value, 4) for phase, value in seconds.items()}
-    return candidate.scored(scores, rounded, n_tokens)
+    return candidate.to_trial(scores, rounded, n_tokens)

@@ -105,7 +105,7 @@ class Cluster:
         self._n_workers, self._scheduler = n_workers, scheduler
         n_threads = max(1, CPU_COUNT // n_workers) if n_workers is not None else None
         # not the config alone: a vector may be trained again between two searches
-        self._session = f"{config.digest}-{uuid4()}"
+        self._session = f"{config.digest()}-{uuid4()}"
         self._opening = _Opening(self._session, config.model_dump_json(), pool, n_threads)
         self._pending: dict[Future, _Request] = {}
         self._lost: deque[_Request] = deque()  # killed their workers, and are tried again alone
@@ -118,7 +118,7 @@ class Cluster:
                 scratch = stack.enter_context(scratch_directory("optimer-dask-"))
                 stack.enter_context(dask.config.set({"temporary-directory": str(scratch)}))
                 cluster = stack.enter_context(_local_cluster(self._n_workers or 1, str(scratch)))
-            self._client = stack.enter_context(_connected(cluster))
+            self._client = stack.enter_context(_connect(cluster))
             self._stack = stack.pop_all()
         return self
 
@@ -141,19 +141,19 @@ class Cluster:
         """Return how many trials may run at once now: one per worker, and only one while a trial
         is to run alone; waits while there is no worker.
         """
-        return 1 if self._lost else len(self._addresses())
+        return 1 if self._lost else len(self._wait_for_workers())
 
     def digest_inputs(self) -> dict[str, str]:
         """Wait for a worker, open its pool and return what it scores, see Pool.
 
         Raises what `next_finished` raises, and StudyError when all workers die of it.
         """
-        self._addresses()
+        self._wait_for_workers()
         with self._naming_lost_scheduler():
-            future = self._client.submit(_inputs, self._opening, pure=False)
-            self._first_done([future])
+            future = self._client.submit(_digest_in_worker, self._opening, pure=False)
+            self._wait_for_one([future])
         try:
-            inputs: dict[str, str] = self._outcome(future)
+            inputs: dict[str, str] = self._result_of(future)
         except _AllDiedError as error:
             address = self._client.scheduler.address
             raise StudyError(f"{address}: no pool could be opened. {error}") from None
@@ -168,7 +168,7 @@ class Cluster:
         with self._naming_lost_scheduler():
             # Dask takes an idle worker first. Naming one (`workers=`) would leave the trial waiting
             # for ever once all workers die, even with `allow_other_workers`
-            self._pending[self._client.submit(_run, request, pure=False)] = request
+            self._pending[self._client.submit(_run_in_worker, request, pure=False)] = request
 
     def next_finished(self) -> Trial:
         """Wait for a submitted trial and return it as `run_trial` does, with its worker's name; as
@@ -180,7 +180,7 @@ class Cluster:
         """
         while self._pending:
             with self._naming_lost_scheduler():
-                future = self._first_done(list(self._pending))
+                future = self._wait_for_one(list(self._pending))
             request = self._pending.pop(future)
             try:
                 return self._trial_of(future)
@@ -188,9 +188,9 @@ class Cluster:
                 number = request.candidate.number
                 logger.warning("trial %d: %s It is tried once more, alone", number, error)
                 self._lost.append(request)
-        return self._tried_alone(self._lost.popleft())
+        return self._retry_alone(self._lost.popleft())
 
-    def _tried_alone(self, request: _Request) -> Trial:
+    def _retry_alone(self, request: _Request) -> Trial:
         """Return a trial that killed its workers before, see `next_finished`; no other runs now."""
         candidate = request.candidate
         base = replace(candidate, weights=dict.fromkeys(candidate.weights, 0.0))
@@ -212,20 +212,20 @@ class Cluster:
             ) from None
         error_text = f"{fault} It died of this trial alone, too, and then scored the base."
         logger.warning("trial %d is recorded as crashed: %s", candidate.number, error_text)
-        return candidate.crashed(error_text)
+        return candidate.to_crashed_trial(error_text)
 
     def _run_now(self, request: _Request) -> Trial:
         self._submit(request)
         with self._naming_lost_scheduler():
-            future = self._first_done(list(self._pending))
+            future = self._wait_for_one(list(self._pending))
         self._pending.pop(future)
         return self._trial_of(future)
 
     def _trial_of(self, future: Future) -> Trial:
-        finished: Trial = self._outcome(future)
+        finished: Trial = self._result_of(future)
         return finished
 
-    def _outcome(self, future: Future) -> Any:
+    def _result_of(self, future: Future) -> Any:
         """Return the result of a task that is done. Raises _AllDiedError when it killed its
         workers.
         """
@@ -247,7 +247,7 @@ class Cluster:
             "which."
         )
 
-    def _first_done(self, futures: Sequence[Future]) -> Future:
+    def _wait_for_one(self, futures: Sequence[Future]) -> Future:
         while True:
             with contextlib.suppress(TimeoutError), self._client.as_current():
                 done = wait(
@@ -256,9 +256,9 @@ class Cluster:
                     return_when="FIRST_COMPLETED",
                 ).done
                 return next(future for future in futures if future in done)
-            self._addresses()
+            self._wait_for_workers()
 
-    def _addresses(self) -> list[str]:
+    def _wait_for_workers(self) -> list[str]:
         """Return the workers there are, and wait for one while there is none."""
         started = perf_counter()
         with self._naming_lost_scheduler():
@@ -317,7 +317,7 @@ def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:
     )
 
 
-def _connected(cluster: LocalCluster | str) -> Client:
+def _connect(cluster: LocalCluster | str) -> Client:
     try:
         return Client(cluster, timeout=WAIT_FOR_SCHEDULER, set_as_default=False)
     except (OSError, ValueError, AssertionError) as error:  # the last: Dask's own, on a timeout
@@ -344,21 +344,21 @@ _open_pools: dict[str, Pool] = {}  # by session; one at most, because a model fi
 _one_at_a_time = threading.Lock()
 
 
-def _run(request: _Request) -> Trial:
+def _run_in_worker(request: _Request) -> Trial:
     """Run a trial in this process."""
-    with _opened(request.opening) as (name, pool):
+    with _open_pool(request.opening) as (name, pool):
         trial = run_trial(pool, request.candidate, request.asked)
     return replace(trial, worker=name)
 
 
-def _inputs(opening: _Opening) -> dict[str, str]:
+def _digest_in_worker(opening: _Opening) -> dict[str, str]:
     """Return what the pool of this process scores."""
-    with _opened(opening) as (_, pool):
+    with _open_pool(opening) as (_, pool):
         return pool.inputs
 
 
 @contextlib.contextmanager
-def _opened(opening: _Opening) -> Iterator[tuple[str, Pool]]:
+def _open_pool(opening: _Opening) -> Iterator[tuple[str, Pool]]:
     """Give the name of this worker and its pool, to one task at a time; an OptimerError, which ends
     the search, names the worker.
     """

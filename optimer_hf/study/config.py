@@ -61,14 +61,14 @@ class VectorConfig(FileModel):
             )
 
 
-def _with_fields(value: Any) -> Any:
+def _expand_source(value: Any) -> Any:
     """Return the fields of a vector that is given as its source alone."""
     return {"source": value} if isinstance(value, str | os.PathLike) else value
 
 
 # a text stands for {"source": text}
 VectorEntry = Annotated[
-    VectorConfig, BeforeValidator(_with_fields, json_schema_input_type=str | VectorConfig)
+    VectorConfig, BeforeValidator(_expand_source, json_schema_input_type=str | VectorConfig)
 ]
 
 
@@ -200,7 +200,7 @@ class StudyConfig(VersionedFile):
         limits += [] if term.rescore_only else [self.objective.limit_of(term)]
         return None if None in limits else max(limit for limit in limits if limit is not None)
 
-    def takes_over(self, term: Term, n_items: int | None) -> bool:
+    def keeps_search_scores(self, term: Term, n_items: int | None) -> bool:
         """Whether re-scoring takes over the scores of a term, because the search has looked at all
         that it would look at; `n_items` are those of the term, as far as they are known.
         """
@@ -233,8 +233,8 @@ class StudyConfig(VersionedFile):
     def _mistakes_of_test(self) -> Iterator[Mistake]:
         if self.test is None:
             return
-        searched = [(term.task_name, *term.hash_range) for term in self.objective.scored]
-        for term in self.test.scored:
+        searched = [(term.task_name, *term.hash_range) for term in self.objective.scored_terms]
+        for term in self.test.scored_terms:
             group: list[Any] = self.test.terms if term in self.test.terms else self.test.constraints
             where = ("test", "terms" if group is self.test.terms else "constraints")
             place, shared = (*where, group.index(term)), term.task or term.text or term.function
@@ -254,7 +254,7 @@ class StudyConfig(VersionedFile):
             )
 
     def _mistakes_of_retarget(self) -> Iterator[Mistake]:
-        recorded = {term.label for term in self.objective.at("search")}
+        recorded = {term.label for term in self.objective.terms_at("search")}
         tested = {term.label for term in self.test.terms} if self.test is not None else recorded
         for name, weights in self.retarget.items():
             if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
@@ -267,7 +267,7 @@ class StudyConfig(VersionedFile):
                     told = f"the test has no term {label!r} to measure it on"
                     yield ("retarget", name, label), told
 
-    def searched_otherwise(self, settings: SearchBaseline) -> "StudyConfig":
+    def with_other_search(self, settings: SearchBaseline) -> "StudyConfig":
         """Return the study with another search, without test and baselines of its own."""
         objective = self.objective.model_dump()
         if settings.limit is not None:
@@ -300,7 +300,7 @@ class StudyConfig(VersionedFile):
         """Yield what is wrong with the search, or with another one over the same objective."""
         search = other or self.search
         total = search.total or self.search.total
-        counting = [term for term in self.objective.at("search") if term.weight > 0]
+        counting = [term for term in self.objective.terms_at("search") if term.weight > 0]
         if search.pareto and (len(counting) < 2 or self.objective.combine == "worst"):
             yield (
                 ("search", "pareto"),
@@ -332,9 +332,8 @@ class StudyConfig(VersionedFile):
             del data["tokenizer_source"]
         return data
 
-    @property
     def digest(self) -> str:
-        """Digest of the identity; names the study in recipes."""
+        """Return a digest of the identity, which names the study in recipes."""
         return digest(self.identity)
 
     @property

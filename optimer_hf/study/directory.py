@@ -20,14 +20,14 @@ from optimer_hf.files.paths import drop_folders
 from optimer_hf.files.staging import make_directory
 from optimer_hf.files.text import quote
 from optimer_hf.scoring.intervals import Interval
-from optimer_hf.scoring.objective import Asked, combine, feasible
+from optimer_hf.scoring.objective import Asked, combine, is_feasible
+from optimer_hf.scoring.paired import paired_interval
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.scoring.units import paired_interval
 from optimer_hf.study import tables
 from optimer_hf.study.config import LARGEST_WEIGHT, StudyConfig
 from optimer_hf.study.records import check_trials
 from optimer_hf.study.space import to_unit
-from optimer_hf.study.surrogate import surrogate_of
+from optimer_hf.study.surrogate import fit_surrogate
 from optimer_hf.study.trials import (
     DECISIONS_FILE,
     INPUTS_FILE,
@@ -35,6 +35,7 @@ from optimer_hf.study.trials import (
     SEALED_FILE,
     STUDY_FILE,
     TRIALS_FILE,
+    ChosenRow,
     Decision,
     DecisionLog,
     Fidelity,
@@ -86,15 +87,22 @@ class Study:
     @property
     def trials(self) -> list[Trial]:
         """The trials of the search, in the order they finished; the first one is the base."""
-        return self.log.of("search")
+        return self.log.trials_at("search")
 
     @property
     def best_trial(self) -> Trial:
-        """The best trial, with its re-scored scores where others were re-scored, too.
+        """The best trial, as it was decided; with its scores of re-scoring if other trials were
+        re-scored, too.
 
         Raises StudyError while it is not decided.
         """
-        return self.incumbent
+        decision = self.decision
+        if decision is None or decision.incumbent is None:
+            raise StudyError(
+                f"{self.directory}: the search is not finished. Run `optimer search` again."
+            )
+        candidates = self._candidates() or self.trials
+        return next(trial for trial in candidates if trial.number == decision.incumbent)
 
     @property
     def best_weights(self) -> dict[str, float]:
@@ -116,9 +124,10 @@ class Study:
         """
         return tables.trials_frame(self, fidelity)
 
-    @property
-    def inputs(self) -> dict[str, str]:
-        """What the trials scored, digests by field; empty for a study that did not record it."""
+    def read_inputs(self) -> dict[str, str]:
+        """Return digests of what the trials scored, by field; none for a study that did not record
+        them.
+        """
         file = self.directory / INPUTS_FILE
         if not file.exists() or not self.log.trials:
             return {}
@@ -127,7 +136,7 @@ class Study:
             return digests
         return {name: text for name, text in digests.items() if not name.startswith(OF_TEST)}
 
-    def go_on_with(self, digests: Mapping[str, str]) -> None:
+    def record_inputs(self, digests: Mapping[str, str]) -> None:
         """Record what a pool scores, digests by field, and where the files lie that the config
         names. Raises StudyError as `check_inputs`.
         """
@@ -141,7 +150,7 @@ class Study:
                 "weights and items that are there now",
                 self.directory,
             )
-        record = Inputs(digests={**self.inputs, **digests})
+        record = Inputs(digests={**self.read_inputs(), **digests})
         if not file.exists() or Inputs.read(file) != record:
             record.write(file)
 
@@ -149,7 +158,7 @@ class Study:
         """Raise StudyError when weights or items, digests by field, are not those that the trials
         scored.
         """
-        known = self.inputs
+        known = self.read_inputs()
         changed = sorted(name for name in known.keys() & digests if known[name] != digests[name])
         if changed:
             of_test = all(name.startswith(OF_TEST) for name in changed)
@@ -189,7 +198,7 @@ class Study:
     @property
     def is_searched(self) -> bool:
         """Whether all trials of the search have run."""
-        done = {trial.number for trial in self.log.of("search")}
+        done = {trial.number for trial in self.trials}
         return len(done) >= self.config.search.n_trials and done >= set(
             range(self.config.search.n_trials)
         )
@@ -201,17 +210,17 @@ class Study:
             return False
         decision = self.decision
         is_decided = decision is not None and decision.incumbent is not None
-        return is_decided and not self.to_rescore()
+        return is_decided and not self.trials_to_rescore()
 
-    def to_rescore(self) -> list[Trial]:
+    def trials_to_rescore(self) -> list[Trial]:
         """Return the trials that still have to be scored on the re-scoring items, as was decided:
         the base, then the best few.
         """
         decision = self.decision
         if decision is None:
             return []
-        done = {trial.number for trial in self.log.of("rescore")}
-        searched = {trial.number: trial for trial in self.log.of("search")}
+        done = {trial.number for trial in self.log.trials_at("rescore")}
+        searched = {trial.number: trial for trial in self.trials}
         return [searched[number] for number in decision.rescore if number not in done]
 
     def decide(self, *, to_disk: bool) -> None:
@@ -224,24 +233,25 @@ class Study:
             return
         decision = self.decision
         if decision is None:
-            decision = Decision(self.log.digest(), self._worth_rescoring())
+            decision = Decision(self.log.digest(), self._numbers_to_rescore())
             self.decisions.add(decision, to_disk=to_disk)
-        if decision.incumbent is None and not self.to_rescore():
+        if decision.incumbent is None and not self.trials_to_rescore():
             decision = replace(decision, incumbent=self.best_so_far().number)
             self.decisions.add(decision, to_disk=to_disk)
 
-    def row(self, name: str, choose: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Return the weights of a row of the sealed test, chosen once from the trials there are and
-        then written down, which is for the holder of the lock.
+    def decide_row(
+        self, row: ChosenRow, choose: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        """Return the weights of a row of the sealed test. They are chosen once, from the trials
+        there are, and written to disk; only the holder of the lock may call this.
         """
-        decision = self.decision
+        decision, key = self.decision, row.key()
         if decision is None:
             return choose()
-        if name not in decision.rows:
-            rows = decision.rows | {name: choose()}
-            self.decisions.add(replace(decision, rows=rows), to_disk=True)
-            return rows[name]
-        return decision.rows[name]
+        if key not in decision.rows:
+            decision = replace(decision, rows=decision.rows | {key: choose()})
+            self.decisions.add(decision, to_disk=True)
+        return decision.rows[key]
 
     def take_best_so_far(self) -> None:
         """Take the best trial so far as the incumbent of a study that still runs, in this process
@@ -252,7 +262,7 @@ class Study:
             decision = Decision(self.log.digest(), rescore, self.best_so_far().number)
             self.decisions.add(decision, to_disk=False)
 
-    def _worth_rescoring(self) -> list[int]:
+    def _numbers_to_rescore(self) -> list[int]:
         """Return the numbers of the base and the best few; those that were scored again after the
         last search trial, if there are as many.
         """
@@ -262,74 +272,60 @@ class Study:
         again = [trial.number for trial in self.log.trials[last + 1 :]]
         if len(again) == 1 + self.config.search.rescore_top and again[0] == 0:
             return again
-        best = [trial.number for trial in self.ranked()[: self.config.search.rescore_top]]
+        best = [trial.number for trial in self.rank_trials()[: self.config.search.rescore_top]]
         return list(dict.fromkeys([0, *best]))
 
-    def asked_again(self) -> list[Asked]:
+    def terms_to_rescore(self) -> list[Asked]:
         """Return what re-scoring has to score; the scores of other terms are taken over. All trials
         meet on the items on which the base was re-scored, whatever version did it.
         """
         searched, rescored = (
             {label: len(score.items) for label, score in trials[0].terms.items()} if trials else {}
-            for trials in (self.log.of("search"), self.log.of("rescore"))
+            for trials in (self.trials, self.log.trials_at("rescore"))
         )
         to_score = []
-        for term in self.config.objective.at("rescore"):
+        for term in self.config.objective.terms_at("rescore"):
             limit = self.config.rescore_limit_of(term)
             if term.function is not None:
-                is_known = self.config.takes_over(term, None)
+                is_known = self.config.keeps_search_scores(term, None)
             else:
                 n_items = searched.get(term.label)
                 n_again = rescored.get(term.label, n_items)
-                is_known = self.config.takes_over(term, n_items) and n_again == n_items
+                is_known = self.config.keeps_search_scores(term, n_items) and n_again == n_items
                 if term.label in rescored:
                     limit = n_again
             if not is_known:
                 to_score.append(Asked(term, limit))
         return to_score
 
-    def with_searched(self, rescored: Trial) -> Trial:
+    def with_search_scores(self, rescored: Trial) -> Trial:
         """Return a re-scored trial with the scores that it takes over from the search."""
         if rescored.status == "crashed":
             return rescored
-        (searched,) = (t for t in self.log.of("search") if t.number == rescored.number)
+        (searched,) = (t for t in self.trials if t.number == rescored.number)
         found = {
             label: replace(score, taken_over=True) for label, score in searched.terms.items()
         } | rescored.terms
-        labels = [term.label for term in self.config.objective.at("rescore")]
+        labels = [term.label for term in self.config.objective.terms_at("rescore")]
         return replace(rescored, terms={label: found[label] for label in labels})
 
-    def ranked(self) -> list[Trial]:
+    def rank_trials(self) -> list[Trial]:
         """Return the sound search trials, best first by posterior mean (one observation is noisy,
         the mean less so); those that break a constraint come last.
         """
-        trials = self.log.of("search")
+        trials = self.trials
         points = to_unit(self.config, [t.weights for t in trials])
-        order = np.argsort(-surrogate_of(self.config, trials).ranking(points), kind="stable")
+        order = np.argsort(-fit_surrogate(self.config, trials).ranking(points), kind="stable")
         return [trials[index] for index in order if trials[index].status == "ok"]
-
-    @property
-    def incumbent(self) -> Trial:
-        """The best trial, as was decided, with its scores of re-scoring if others have some, too.
-
-        Raises StudyError while it is not decided.
-        """
-        decision = self.decision
-        if decision is None or decision.incumbent is None:
-            raise StudyError(
-                f"{self.directory}: the search is not finished. Run `optimer search` again."
-            )
-        candidates = self._candidates() or self.log.of("search")
-        return next(trial for trial in candidates if trial.number == decision.incumbent)
 
     def _candidates(self) -> list[Trial]:
         """Return the re-scored trials that may be the best; none while only the base is one."""
-        rescored = self.log.of("rescore")
+        rescored = self.log.trials_at("rescore")
         if len(rescored) < 2:
             return []
         base = rescored[0].terms  # it keeps every constraint
         objective = self.config.objective
-        return [t for t in rescored if t.status == "ok" and feasible(objective, t.terms, base)]
+        return [t for t in rescored if t.status == "ok" and is_feasible(objective, t.terms, base)]
 
     def best_so_far(self) -> Trial:
         """Return the best trial: by value among the re-scored ones, by posterior mean when none was
@@ -339,7 +335,7 @@ class Study:
         if candidates := self._candidates():
             base = self.rescored_base
             return max(candidates, key=lambda trial: combine(objective, trial.terms, base))
-        return next(t for t in self.ranked() if feasible(objective, t.terms, self.base))
+        return next(t for t in self.rank_trials() if is_feasible(objective, t.terms, self.base))
 
     def value(self, trial: Trial) -> float:
         """Return the objective of a sound trial, relative to the base at the same fidelity."""
@@ -355,14 +351,14 @@ class Study:
         """Return the best of the other trials that met the incumbent on the same items, and how
         much better than it the incumbent is; None when there is no other.
         """
-        best, objective = self.incumbent, self.config.objective
+        best, objective = self.best_trial, self.config.objective
         base = self.log.first(best.fidelity).terms
         others = [
             trial
-            for trial in self.log.of(best.fidelity)
+            for trial in self.log.trials_at(best.fidelity)
             if trial.status == "ok"
             and trial.number != best.number
-            and feasible(objective, trial.terms, base)
+            and is_feasible(objective, trial.terms, base)
         ]
         if not others:
             return None
@@ -370,11 +366,11 @@ class Study:
         return other, paired_interval(objective, best.terms, other.terms, base)
 
 
-def say_what_tells_nothing(study: Study) -> None:
+def warn_of_uninformative_items(study: Study) -> None:
     """Log a warning for every term most of whose items all trials score alike: they cost time and
     carry no information.
     """
-    trials = [trial for trial in study.log.of("search") if trial.status == "ok"]
+    trials = [trial for trial in study.trials if trial.status == "ok"]
     for label in trials[0].terms:
         columns = list(zip(*(trial.terms[label].items for trial in trials), strict=False))
         alike = sum(len(set(column)) == 1 for column in columns)
@@ -449,7 +445,7 @@ def _check_record(study: Study, n_trials: int) -> None:
     decision = study.decision
     if decision is None:
         return
-    sound = {trial.number for trial in study.log.of("search") if trial.status == "ok"}
+    sound = {trial.number for trial in study.trials if trial.status == "ok"}
     rescored = {trial.number for trial in study._candidates()} or sound
     at = f"{study.decisions.path}:{study.decisions.decisions.index(decision) + 1}"
     for name, weights in decision.rows.items():
@@ -490,7 +486,7 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
             + (hint_of_seeds(directory) or f" Run `optimer search STUDY.yaml {directory}` first.")
         )
     study = open_study(StudyConfig.read(file), directory, repair=False)
-    if unfinished and not study.log.of("search"):
+    if unfinished and not study.trials:
         raise StudyError(f"{directory}: has no trial yet. Run `optimer search` first.")
     study.decide(to_disk=False)
     if unfinished:
@@ -507,7 +503,7 @@ def hint_of_seeds(directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path) -> Iterator[None]:
     """Hold a directory for this process; raise StudyError when a live process holds it."""
     make_directory(directory)
     with contextlib.ExitStack() as stack:

@@ -77,11 +77,11 @@ def _squared_distances(a: "Array", b: "Array", scales: "Array") -> "Array":
             difference *= difference
             return np.asarray(difference)
 
-        squared[start : start + n_rows] = _added(along, len(scales))
+        squared[start : start + n_rows] = _add_up(along, len(scales))
     return squared
 
 
-def _added(summand: Callable[[int], "Array"], n: int) -> "Array":
+def _add_up(summand: Callable[[int], "Array"], n: int) -> "Array":
     """Return the sum of n arrays in the order in which numpy adds up to 128 numbers."""
     n_in_eights = n - n % 8
     if n_in_eights == 0:
@@ -132,7 +132,7 @@ class GaussianProcess:
         variance = np.maximum(prior - reduction, 1e-12)
         return self.center + self.spread * (cross @ self.coefficients), self.spread**2 * variance
 
-    def conditioned(self, points: "Array") -> "GaussianProcess":
+    def condition_on(self, points: "Array") -> "GaussianProcess":
         """Return the process as if points [n, d] were measured, too, each at its posterior mean.
 
         The mean stays as it is everywhere and the variance shrinks around them (Desautels et al.,
@@ -153,7 +153,7 @@ def _covariance(points: "Array", h: Hyperparameters) -> "Array":
     return np.asarray(h.matern * correlation + h.quadratic * _quadratic(points, points) + noise)
 
 
-def informative(points: "Array", values: "Array") -> "NDArray[np.intp]":
+def choose_informative(points: "Array", values: "Array") -> "NDArray[np.intp]":
     """Return the indices of the points [n, d] that a process is fitted to, in order: all of them up
     to N_KEPT, then as many: the first (the base), the newest, those with the largest `values`
     [n, m], a column after the other, and for the rest always the one farthest from those chosen.
@@ -236,6 +236,6 @@ class WeightedSum:
         )
         return self.weights @ np.array(means), self.weights**2 @ np.array(variances)
 
-    def conditioned(self, points: "Array") -> "WeightedSum":
+    def condition_on(self, points: "Array") -> "WeightedSum":
         """Return the sum of the processes conditioned on points, see there."""
-        return replace(self, processes=[process.conditioned(points) for process in self.processes])
+        return replace(self, processes=[process.condition_on(points) for process in self.processes])

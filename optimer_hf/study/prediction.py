@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimer_hf.errors import StudyError
-from optimer_hf.scoring.objective import Objective, Term, feasible, gains
+from optimer_hf.scoring.objective import Objective, Term, gains, is_feasible
 from optimer_hf.study.acquisition import maximise
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.space import from_unit, to_unit, within_total
-from optimer_hf.study.surrogate import Surrogate, surrogate_of
+from optimer_hf.study.surrogate import Surrogate, fit_surrogate
 from optimer_hf.study.trials import Trial
 
 if TYPE_CHECKING:
@@ -55,22 +55,22 @@ class Prediction:
 # -- new objectives --------------------------------------------------------------------------------
 
 
-def retargeted(objective: Objective, term_weights: Mapping[str, float]) -> Objective:
+def reweight(objective: Objective, term_weights: Mapping[str, float]) -> Objective:
     """Return the objective with other weights on its terms; terms that are not named count nothing.
 
     Raises StudyError for a term that was not recorded.
     """
     for label in term_weights:
-        _named(objective.scored, label)
+        _find_term(objective.scored_terms, label)
     terms = [
         Term.model_validate(term.model_dump(exclude={"max_relative_to_base"}) | {"weight": weight})
-        for term in objective.scored
+        for term in objective.scored_terms
         for weight in [term_weights.get(term.label, 0.0)]
     ]
     return objective.model_copy(update={"terms": terms, "combine": "relative_to_base"})
 
 
-def over_record(study: Study, target: Objective) -> Objective:
+def match_to_record(study: Study, target: Objective) -> Objective:
     """Return a new objective over the terms that a study recorded, matched by label.
 
     Weights, combination and constraints are those of `target`; the items those of the record.
@@ -78,8 +78,8 @@ def over_record(study: Study, target: Objective) -> Objective:
     """
     recorded = study.config.objective
 
-    def matched(term: Term) -> dict[str, Any]:
-        known = _named(recorded.at("search"), term.label)
+    def recorded_fields(term: Term) -> dict[str, Any]:
+        known = _find_term(recorded.terms_at("search"), term.label)
         _refuse_other_source(term, known)
         return known.model_dump(exclude={"weight", "max_relative_to_base"}) | {
             "limit": recorded.limit_of(known)
@@ -88,9 +88,9 @@ def over_record(study: Study, target: Objective) -> Objective:
     return Objective.model_validate(
         {
             "combine": target.combine,
-            "terms": [matched(term) | {"weight": term.weight} for term in target.terms],
+            "terms": [recorded_fields(term) | {"weight": term.weight} for term in target.terms],
             "constraints": [
-                matched(term) | {"max_relative_to_base": term.max_relative_to_base}
+                recorded_fields(term) | {"max_relative_to_base": term.max_relative_to_base}
                 for term in target.constraints
             ],
             "include_path": recorded.include_path,
@@ -119,7 +119,7 @@ def _refuse_other_source(term: Term, known: Term) -> None:
             )
 
 
-def _named(terms: Sequence[Term], label: str) -> Term:
+def _find_term(terms: Sequence[Term], label: str) -> Term:
     for term in terms:
         if term.label == label:
             return term
@@ -136,8 +136,8 @@ def predict(study: Study, target: Objective | Mapping[str, float] | None = None)
     objective over recorded terms, given whole or as term weights (None: the study's own).
     """
     config = _config_for(study, target)
-    trials = study.log.of("search")
-    posterior = surrogate_of(config, trials)
+    trials = study.trials
+    posterior = fit_surrogate(config, trials)
     points = to_unit(config, [trial.weights for trial in trials])
     near = points[np.argsort(-posterior.ranking(points), kind="stable")[:5]]
     rng = np.random.default_rng(config.search.seed)
@@ -163,13 +163,13 @@ def _config_for(study: Study, target: Objective | Mapping[str, float] | None) ->
         return study.config
     if not isinstance(target, Objective):
         for label in target:
-            _named(study.config.objective.at("search"), label)
-        target = retargeted(study.config.objective, target)
+            _find_term(study.config.objective.terms_at("search"), label)
+        target = reweight(study.config.objective, target)
     return study.config.model_copy(update={"objective": target})
 
 
 def _terms_at(config: StudyConfig, posterior: Surrogate, point: "Array") -> dict[str, Estimate]:
-    labels = [term.label for term in config.objective.at("search") if term.weight > 0]
+    labels = [term.label for term in config.objective.terms_at("search") if term.weight > 0]
     processes = posterior.objective.processes
     if len(processes) != len(labels):  # `worst` has one process for all
         return {}
@@ -190,7 +190,7 @@ def best_scale(study: Study, name: str) -> dict[str, float]:
     sets = [
         {other: float(s) * (other == name) for other in config.free} | config.fixed for s in scales
     ]
-    ranking = surrogate_of(config, study.log.of("search")).ranking(to_unit(config, sets))
+    ranking = fit_surrogate(config, study.trials).ranking(to_unit(config, sets))
     best = sets[int(np.argmax(ranking))]
     return {other: round(weight, 4) for other, weight in best.items()}
 
@@ -211,11 +211,11 @@ def front(study: Study) -> list[Choice]:
     every term by none. Gains are those measured on the search items; sorted by the first term.
     """
     objective = study.config.objective
-    labels = [term.label for term in objective.at("search") if term.weight > 0]
+    labels = [term.label for term in objective.terms_at("search") if term.weight > 0]
     sound = [
         Choice(trial, {label: gains(trial.terms, study.base)[label] for label in labels})
-        for trial in study.log.of("search")
-        if trial.status == "ok" and feasible(objective, trial.terms, study.base)
+        for trial in study.trials
+        if trial.status == "ok" and is_feasible(objective, trial.terms, study.base)
     ]
     table = np.array([list(choice.gains.values()) for choice in sound])
     kept = [

@@ -63,7 +63,7 @@ def append_line(path: Path, text: str) -> None:
 # -- trials ----------------------------------------------------------------------------------------
 
 
-class Recorded(Protocol):
+class RecordedTrial(Protocol):
     """The fields of a trial, see `trials.Trial`."""
 
     @property
@@ -96,13 +96,13 @@ class Rules:
     base: Mapping[str, float]
     labels: Mapping[str, Sequence[str]]
     n_trials: int
-    _seen: dict[str, dict[int, Recorded]] = field(default_factory=dict)
+    _seen: dict[str, dict[int, RecordedTrial]] = field(default_factory=dict)
 
-    def add(self, trial: Recorded) -> None:
+    def add(self, trial: RecordedTrial) -> None:
         """Take a trial as one that those after it are compared with."""
         self._seen.setdefault(trial.fidelity, {}).setdefault(trial.number, trial)
 
-    def mistakes(self, trial: Recorded) -> Iterator[str]:
+    def mistakes(self, trial: RecordedTrial) -> Iterator[str]:
         """Yield what is wrong with the next trial: found and expected."""
         if trial.fidelity not in self.labels:
             expected = " or ".join(self.labels)
@@ -113,11 +113,11 @@ class Rules:
         yield from mistakes_of_cost(trial.seconds, trial.n_tokens, trial.terms)
         yield from self._mistakes_of_terms(trial)
 
-    def first(self, fidelity: str) -> Recorded | None:
+    def first(self, fidelity: str) -> RecordedTrial | None:
         """Return the first trial of one fidelity, the base, if there is one."""
         return next(iter(self._seen.get(fidelity, {}).values()), None)
 
-    def _mistakes_of_place(self, trial: Recorded) -> Iterator[str]:
+    def _mistakes_of_place(self, trial: RecordedTrial) -> Iterator[str]:
         """Yield what is wrong with number and status, given the trials before."""
         before = self._seen.get(trial.fidelity, {})
         if not 0 <= trial.number < LARGEST_COUNT:
@@ -137,7 +137,7 @@ class Rules:
                 f"n_trials of the study"
             )
 
-    def _mistakes_of_weights(self, trial: Recorded) -> Iterator[str]:
+    def _mistakes_of_weights(self, trial: RecordedTrial) -> Iterator[str]:
         if wrong := next(mistakes_of_size(trial.weights), None):
             yield wrong
             return
@@ -160,7 +160,7 @@ class Rules:
         if trial.fidelity == "rescore":
             yield from self._mistakes_of_searched(trial)
 
-    def _mistakes_of_searched(self, trial: Recorded) -> Iterator[str]:
+    def _mistakes_of_searched(self, trial: RecordedTrial) -> Iterator[str]:
         searched = self._seen.get("search", {}).get(trial.number)
         if searched is None or searched.status != "ok":
             yield f"found no sound search trial {trial.number} before it"
@@ -170,7 +170,7 @@ class Rules:
                 f"{trial.number}, {quote(dict(searched.weights))}"
             )
 
-    def _mistakes_of_terms(self, trial: Recorded) -> Iterator[str]:
+    def _mistakes_of_terms(self, trial: RecordedTrial) -> Iterator[str]:
         labels = self.labels[trial.fidelity] if trial.status == "ok" else []
         first = self.first(trial.fidelity)
         yield from mistakes_of_terms(trial.terms, labels, first.terms if first is not None else {})
@@ -179,14 +179,14 @@ class Rules:
                 for wrong in self._mistakes_of_taken_over(trial, label):
                     yield f"term {label!r}: {wrong}"
 
-    def _mistakes_of_taken_over(self, trial: Recorded, label: str) -> Iterator[str]:
+    def _mistakes_of_taken_over(self, trial: RecordedTrial, label: str) -> Iterator[str]:
         searched = self._seen.get("search", {}).get(trial.number)
         known = None if searched is None else searched.terms.get(label)
         if trial.fidelity != "rescore" or known is None or known.items != trial.terms[label].items:
             yield "found scores that were taken over, expected those of its search trial"
 
 
-def check_trials(path: Path, trials: Sequence[Recorded], rules: Rules) -> None:
+def check_trials(path: Path, trials: Sequence[RecordedTrial], rules: Rules) -> None:
     """Raise StudyError for the first trial of a file that breaks the rules, with its line."""
     for line, trial in enumerate(trials, start=1):
         for wrong in rules.mistakes(trial):
@@ -253,7 +253,7 @@ def _mistakes_beside(term: TermScore, base: TermScore) -> Iterator[str]:
     ):
         if value != expected:
             yield f"found {what} {value}, but the base has {expected}"
-    if (wrong := unusable_gain(term, base)) is not None:
+    if (wrong := mistake_of_gain(term, base)) is not None:
         yield wrong
 
 
@@ -275,7 +275,7 @@ def mistakes_of_score(term: TermScore) -> Iterator[str]:
         yield f"found a score of {score:g}, expected one of use"
 
 
-def unusable_gain(term: TermScore, base: TermScore) -> str | None:
+def mistake_of_gain(term: TermScore, base: TermScore) -> str | None:
     """Return what keeps a score from being compared with that of the base, or None."""
     found = gain(term.score, base.score, higher_is_better=base.higher_is_better)
     if math.isfinite(found) and found <= LARGEST_GAIN:

@@ -10,7 +10,7 @@ from scipy.special import log_ndtr
 from optimer_hf.scoring.objective import Objective, combine, gains, headroom
 from optimer_hf.scoring.scores import Scores
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.gp import GaussianProcess, WeightedSum, fit, informative
+from optimer_hf.study.gp import GaussianProcess, WeightedSum, choose_informative, fit
 from optimer_hf.study.space import to_unit
 from optimer_hf.study.trials import Trial
 
@@ -31,7 +31,7 @@ def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
     the base: a Gaussian process takes no infinities, and how bad a broken merge is does not matter.
     """
     base = trials[0].terms
-    counting = [term for term in config.objective.at("search") if term.weight > 0]
+    counting = [term for term in config.objective.terms_at("search") if term.weight > 0]
     per_term = config.objective.combine != "worst"
     n_columns = len(counting) if per_term else 1
     table = np.full((len(trials), n_columns), -np.inf)
@@ -40,10 +40,10 @@ def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
             each = _surrogate_gains(config.objective, trial.terms, base)
             values = [each[term.label] for term in counting]
             table[row] = values if per_term else [combine(config.objective, trial.terms, base)]
-    return _floored(table)
+    return _apply_floor(table)
 
 
-def _floored(table: "Array") -> "Array":
+def _apply_floor(table: "Array") -> "Array":
     floor = -max(10 * float(table.max(initial=0.0)), 0.5)
     return np.asarray(np.maximum(table, floor))
 
@@ -100,19 +100,19 @@ class Surrogate:
         mean, variance = self.predict(points)
         return np.where(kept, mean - caution * np.sqrt(variance), broken)
 
-    def conditioned(self, points: "Array") -> "Surrogate":
+    def condition_on(self, points: "Array") -> "Surrogate":
         """Return the surrogate as if points [n, d] were measured where it expects them: trials that
         still run are not asked for again.
         """
         if not len(points):
             return self
         return Surrogate(
-            self.objective.conditioned(points),
-            [process.conditioned(points) for process in self.constraints],
+            self.objective.condition_on(points),
+            [process.condition_on(points) for process in self.constraints],
         )
 
 
-def surrogate_of(
+def fit_surrogate(
     config: StudyConfig, trials: Sequence[Trial], preference: "Array | None" = None
 ) -> Surrogate:
     """Fit the posterior of the objective and its constraints to trials whose first one is the base,
@@ -125,9 +125,9 @@ def surrogate_of(
     trials = [trial for trial in trials if not trial.is_blameless]
     table = columns(config, trials)
     points = to_unit(config, [trial.weights for trial in trials])
-    counting = [term.weight for term in config.objective.at("search") if term.weight > 0]
+    counting = [term.weight for term in config.objective.terms_at("search") if term.weight > 0]
     weights = np.array(counting) / sum(counting) if table.shape[1] > 1 else np.ones(1)
-    kept = informative(points, np.column_stack([table @ weights, table]))
+    kept = choose_informative(points, np.column_stack([table @ weights, table]))
     if preference is not None:
         weights = preference / np.maximum(table.max(axis=0) - np.median(table, axis=0), 1e-6)
     processes = [fit(points[kept], column[kept]) for column in table.T]
@@ -143,4 +143,4 @@ def _headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
     for row, trial in enumerate(trials):
         if trial.status == "ok":
             table[row] = [headroom(c, trial.terms[c.label], base[c.label]) for c in known]
-    return np.column_stack([_floored(column) for column in table.T]) if known else table
+    return np.column_stack([_apply_floor(column) for column in table.T]) if known else table

@@ -4,8 +4,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from optimer_hf.files.text import html_table, summarize_numbers
-from optimer_hf.scoring.objective import feasible, gains
-from optimer_hf.scoring.units import OF_TERMS, Unit
+from optimer_hf.scoring.formatting import OF_TERMS, Unit
+from optimer_hf.scoring.objective import gains, is_feasible
 from optimer_hf.study.trials import ITEMS_OF, Fidelity, Trial
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def trials_frame(study: "Study", fidelity: Fidelity) -> "DataFrame":
     """Return a row for every trial of one fidelity; see Study.to_dataframe."""
     from pandas import DataFrame, Index
 
-    trials = study.log.of(fidelity)
+    trials = study.log.trials_at(fidelity)
     rows = [_row(study, trial, trials[0]) for trial in trials]
     return DataFrame(rows, index=Index([trial.number for trial in trials], name="trial"))
 
@@ -31,7 +31,7 @@ def _row(study: "Study", trial: Trial, base: Trial) -> dict[str, Any]:
         "origin": trial.origin,
         "status": trial.status,
         "objective": study.value(trial) if is_sound else math.nan,
-        "feasible": is_sound and feasible(study.config.objective, trial.terms, base.terms),
+        "feasible": is_sound and is_feasible(study.config.objective, trial.terms, base.terms),
     }
     row |= {f"weight/{name}": weight for name, weight in trial.weights.items()}
     row |= {f"score/{label}": score.score for label, score in trial.terms.items()}
@@ -57,7 +57,7 @@ def study_html(study: "Study") -> str:
         return html_table(f"Study {name}: no trial yet", ["trial"], [])
     base = trials[0]
     sound = [trial for trial in trials[1:] if trial.status == "ok"]
-    kept = [t for t in sound if feasible(study.config.objective, t.terms, base.terms)]
+    kept = [t for t in sound if is_feasible(study.config.objective, t.terms, base.terms)]
     shown = sorted(kept, key=study.value, reverse=True)[:N_SHOWN]
     caption = f"Study {name}: {summary(study)}"
     if study.has_best_trial:

@@ -40,7 +40,7 @@ class Candidate:
     fidelity: Fidelity = "search"
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def scored(
+    def to_trial(
         self, terms: Mapping[str, TermScore], seconds: Mapping[str, float], n_tokens: int
     ) -> "Trial":
         """Return the trial that scored `terms` in `seconds` by phase."""
@@ -55,7 +55,7 @@ class Candidate:
             n_tokens,
         )
 
-    def crashed(self, error: str) -> "Trial":
+    def to_crashed_trial(self, error: str) -> "Trial":
         """Return the trial that failed; the first line of `error` is `Class: message`."""
         return Trial(
             self.number,
@@ -138,11 +138,11 @@ class TrialLog:
     def digest(self) -> str:
         """Return a digest of the search trials, made once until another trial is there."""
         if (n_trials := len(self.trials)) not in self._digests:
-            told = [[each.number, each.status, each.weights] for each in self.of("search")]
+            told = [[each.number, each.status, each.weights] for each in self.trials_at("search")]
             self._digests = {n_trials: digest(told)}
         return self._digests[n_trials]
 
-    def of(self, fidelity: Fidelity) -> list[Trial]:
+    def trials_at(self, fidelity: Fidelity) -> list[Trial]:
         """Return the trials of one fidelity, in the order they ran."""
         return [trial for trial in self.trials if trial.fidelity == fidelity]
 
@@ -155,11 +155,32 @@ class TrialLog:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What was decided when the search was done: which trials are scored again, and, once they are,
-    which is the best; numbers of trials. `trials` is a digest of the search trials it is about.
+class ChosenRow:
+    """A row of the sealed test whose weights the surrogate chooses: a vector (`subject`) alone at
+    its best scale, or the objective `subject` of `retarget`, with its `target`, weights by term.
+    """
 
-    `rows` are weights that the surrogate chose from these trials for the sealed test, by name.
+    kind: Literal["best_scale", "retargeted"]
+    subject: str
+    target: Mapping[str, float] | None = None
+
+    def key(self) -> str:
+        """Return the text that stands for the row in decisions.jsonl. It is part of the format:
+        tables may call the row something else.
+        """
+        if self.kind == "best_scale":
+            return f"{self.subject} at its best scale"
+        return f"re-targeted to {self.subject} {json.dumps(self.target, sort_keys=True)}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided once the search is done, as numbers of trials: which ones to score again
+    (`rescore`), and then which one is the best (`incumbent`). `trials` is a digest of the search
+    trials that it is about.
+
+    `rows` are weights that the surrogate chose from these trials for the sealed test, by the key of
+    a ChosenRow.
     """
 
     __pydantic_config__ = STRICT_RECORD
@@ -210,8 +231,8 @@ def rules_of(config: StudyConfig, n_trials: int) -> Rules:
     """Return what a study of `n_trials` says of its trials."""
     fixed = {name: (weight, weight) for name, weight in config.fixed.items()}
     labels = {
-        "search": [term.label for term in config.objective.at("search")],
-        "rescore": [term.label for term in config.objective.at("rescore")],
+        "search": [term.label for term in config.objective.terms_at("search")],
+        "rescore": [term.label for term in config.objective.terms_at("rescore")],
     }
     return Rules(
         config.free | fixed, dict.fromkeys(config.free, 0.0) | config.fixed, labels, n_trials

@@ -13,7 +13,7 @@ from optimer_hf.comparison.tables import table, to_json, to_markdown, verdicts
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
-from optimer_hf.study.prediction import best_scale, predict, retargeted
+from optimer_hf.study.prediction import best_scale, predict, reweight
 from tests.support.landscapes import (
     TEST,
     FunctionPool,
@@ -121,7 +121,7 @@ def test_a_candidate_chosen_after_the_seal_was_opened_is_marked(tmp_path):
         runner=InProcess(FunctionPool),
     )
     comparison = compare(longer, pool=CountingPool)
-    assert comparison.merge.weights != short.incumbent.weights
+    assert comparison.merge.weights != short.best_trial.weights
     assert comparison.merge.chosen_after_seal
     assert not comparison.base.chosen_after_seal
     assert any(
@@ -168,7 +168,7 @@ def test_retargeted_rows_are_scored_under_their_own_objective_and_are_no_baselin
     comparison = compare(study, pool=FunctionPool)
     row = comparison.row("retargeted", "for q")
     assert not row.is_baseline
-    own = retargeted(comparison.objective, {"q": 1.0})
+    own = reweight(comparison.objective, {"q": 1.0})
     assert comparison.value(row, own) > comparison.value(comparison.merge, own)
     assert comparison.value(row, own) > comparison.value(comparison.base, own)
     assert [sentence.split(" minus")[0] for sentence in verdicts(comparison)] == [
@@ -184,7 +184,7 @@ def test_retarget_predicts_better_weights_for_another_objective_than_average_and
     prediction = predict(study, {"q": 1.0})
     found = landscape("q", prediction.weights)
     assert found < landscape("q", dict.fromkeys("wxyz", 0.25))
-    assert found < landscape("q", study.incumbent.weights)
+    assert found < landscape("q", study.best_trial.weights)
     base = landscape("q", dict.fromkeys("wxyz", 0.0))
     assert prediction.value == pytest.approx(
         (base - found) / base, abs=max(0.02, 3 * prediction.deviation)
@@ -195,7 +195,7 @@ def test_retarget_to_the_own_objective_is_near_the_incumbent(study):
     own = predict(study)
     same = predict(study, {"t": 1.0, "u": 1.0})
     assert own == same
-    gap = np.abs([own.weights[name] - study.incumbent.weights[name] for name in "wxyz"])
+    gap = np.abs([own.weights[name] - study.best_trial.weights[name] for name in "wxyz"])
     assert gap.max() < 0.3
 
 
@@ -207,7 +207,7 @@ def test_retargeting_to_a_term_that_was_not_recorded_lists_those_that_were(study
 
 
 def test_a_retargeted_objective_counts_only_the_named_terms():
-    objective = retargeted(config_of().objective, {"q": 2.0})
+    objective = reweight(config_of().objective, {"q": 2.0})
     assert [(term.label, term.weight) for term in objective.terms] == [("t", 0), ("u", 0), ("q", 2)]
 
 

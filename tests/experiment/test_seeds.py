@@ -8,7 +8,7 @@ import yaml
 from scipy.stats import ttest_1samp
 
 from optimer_hf.experiment.seeds import Spread, rows_of, to_markdown
-from optimer_hf.scoring.units import Unit
+from optimer_hf.scoring.formatting import Unit
 from tests.support.experiments import optimer
 from tests.support.landscapes import config_of
 

@@ -32,9 +32,9 @@ def test_a_study_is_read(golden: Path):
     study = load_study(golden / "runs" / "tiny")
     recipe = Recipe.read(golden / "runs" / "tiny" / "recipe.yaml")
     assert study.is_finished
-    assert study.incumbent.weights == recipe.weights
-    assert recipe.study is not None and study.incumbent.number == recipe.study.incumbent
-    assert study.value(study.incumbent) == recipe.scores["rescore"].value
+    assert study.best_trial.weights == recipe.weights
+    assert recipe.study is not None and study.best_trial.number == recipe.study.incumbent
+    assert study.value(study.best_trial) == recipe.scores["rescore"].value
     assert (
         set(predict(study).weights) == set(predict(study, {"xyz": 1.0}).weights) == {"aaa", "xyz"}
     )
@@ -44,7 +44,7 @@ def test_a_study_is_read(golden: Path):
 def test_a_finished_study_is_not_searched_again(golden: Path):
     study = load_study(golden / "runs" / "tiny")
     again = search(study.config, study.directory, runner=InProcess(no_pool_for("the study")))
-    assert again.log.trials == study.log.trials and again.incumbent == study.incumbent
+    assert again.log.trials == study.log.trials and again.best_trial == study.best_trial
 
 
 def test_the_rows_of_the_sealed_test_are_read(golden: Path):

@@ -1274,7 +1274,7 @@ def drawn(tmp_path_factory):
 def drawn_recipe(drawn, make_recipe) -> Path:
     """The folder of a recipe of what a search found, with its figures."""
     study, figures = drawn
-    folder = make_recipe("delta", tuple(study.incumbent.weights.values()))
+    folder = make_recipe("delta", tuple(study.best_trial.weights.values()))
     shutil.copytree(figures, folder / "figures")
     return folder
 

@@ -213,7 +213,7 @@ def test_a_multimodal_gemma_is_trained_and_searched(save_model, corpus_dir, tmp_
         ),
         tmp_path / "study",
     )
-    alone = study.log.of("search")[1]
+    alone = study.trials[1]
     assert alone.origin == "aaa alone"
     own = next(label for label in alone.terms if label.startswith("aaa"))
     assert alone.terms[own].score < study.base[own].score, "the vector helps its own domain"

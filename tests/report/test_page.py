@@ -94,7 +94,7 @@ def test_the_conclusions_say_what_the_numbers_say(study, tmp_path):
         if comparison.term_interval(comparison.merge, label).low > 0
     ]
     assert f"better in {', '.join(better)}" in panels["terms"].conclusion
-    best = max(study.log.of("search"), key=study.value)
+    best = max(study.trials, key=study.value)
     assert f"(trial {best.number})" in panels["progress"].conclusion
 
 
@@ -174,7 +174,7 @@ def test_crashed_trials_and_constraints_leave_a_report(tmp_path):
     config = config_of(objective=objective, search={"n_trials": 9, "rescore_top": 2})
     pool = failing_at({7: RuntimeError("no")})
     found = search(config, tmp_path / "s", runner=InProcess(pool))
-    assert any(trial.status == "crashed" for trial in found.log.of("search"))
+    assert any(trial.status == "crashed" for trial in found.log.trials_at("search"))
     assert write_report(found, tmp_path / "r.html")
 
 
@@ -195,7 +195,7 @@ def test_figures_are_written_as_png(study, tmp_path):
     assert set(found) == set(FIGURES)
     assert all(content.startswith(b"\x89PNG") for content in found.values())
     record = Captions.read(tmp_path / "figures" / "captions.json")
-    assert record.weights == study.incumbent.weights
+    assert record.weights == study.best_trial.weights
     assert list(record.captions) == FIGURES
 
 

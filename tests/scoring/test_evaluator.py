@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.scoring.evaluator import Evaluator
-from optimer_hf.scoring.harness import batches
-from optimer_hf.scoring.items import check_disjoint, items_within, spread
+from optimer_hf.scoring.items import check_disjoint, indices_within, spread_indices
+from optimer_hf.scoring.lm_eval_model import batches
 from optimer_hf.scoring.objective import Asked, Objective, ObjectiveFile, Term, combine, gains
+from optimer_hf.scoring.paired import paired_interval
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import load_tasks, warn_of_other_weights, warn_of_reported_benchmarks
-from optimer_hf.scoring.units import paired_interval
 from tests.support.tiny import BOS, tiny_model
 
 CHOICE_TASK = """
@@ -217,7 +217,7 @@ def test_a_limit_scores_the_spread_items_and_they_equal_those_of_the_whole_file(
     whole = evaluate_all(model, tokenizer, objective_of({"text": path}))["t"].items
     some = evaluate_all(model, tokenizer, objective_of({"text": path}, limit=3))["t"].items
     assert [bits for bits, _ in some] == pytest.approx(
-        [whole[index][0] for index in spread(9, 3)], rel=1e-6
+        [whole[index][0] for index in spread_indices(9, 3)], rel=1e-6
     )
 
 
@@ -327,7 +327,7 @@ def test_generated_answers_equal_the_stock_harness_under_the_chosen_filter(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
         tasks=["toy_generate"],
         task_manager=TaskManager(include_path=str(tasks_dir), include_defaults=False),
-        samples={"toy_generate": spread(24, 4)},
+        samples={"toy_generate": spread_indices(24, 4)},
         bootstrap_iters=0,
     )
     assert len(found.items) == 4
@@ -403,8 +403,8 @@ def alone(tokenizer, tasks_dir, tmp_path_factory):
         name, _, chain = term["metric"].partition(",")
         kept = [row for row in found if row["filter"] == (chain or found[0]["filter"])]
         kept.sort(key=lambda row: row["doc_id"])
-        within = items_within(task, tuple(term.get("hash_range", (0.0, 1.0))))
-        chosen = [within[index] for index in spread(len(within), term.get("limit"))]
+        within = indices_within(task, tuple(term.get("hash_range", (0.0, 1.0))))
+        chosen = [within[index] for index in spread_indices(len(within), term.get("limit"))]
         return chosen, [kept[index][name] for index in chosen]
 
     terms = {
@@ -439,7 +439,7 @@ def test_terms_of_one_file_are_each_scored_on_their_own_items(tokenizer, tmp_pat
     terms[1]["metric"] = "byte_perplexity"
     found = evaluate_all(model, tokenizer, objective_of(*terms))
     for name, limit in limits.items():
-        expected = [bits_and_bytes(model, texts[index]) for index in spread(9, limit)]
+        expected = [bits_and_bytes(model, texts[index]) for index in spread_indices(9, limit)]
         assert found[name].items == [pytest.approx(item, rel=1e-5) for item in expected]
 
 
@@ -637,8 +637,8 @@ def test_terms_for_rescoring_only_stay_out_of_the_search():
     objective = objective_of(
         {"text": "a"}, {"text": "b", "rescore_only": True, "limit": 7}, limit=5
     )
-    assert [term.label for term in objective.at("search")] == ["a"]
-    assert [term.label for term in objective.at("rescore")] == ["a", "b"]
+    assert [term.label for term in objective.terms_at("search")] == ["a"]
+    assert [term.label for term in objective.terms_at("rescore")] == ["a", "b"]
     assert [objective.limit_of(term) for term in objective.terms] == [5, 7]
 
 
@@ -743,7 +743,7 @@ def test_the_95_percent_interval_covers_the_truth_about_95_times_in_100(rule):
 
 @given(st.integers(1, 500), st.none() | st.integers(1, 600))
 def test_spread_gives_distinct_items_in_order_with_even_gaps(n_items, limit):
-    chosen = spread(n_items, limit)
+    chosen = spread_indices(n_items, limit)
     assert len(chosen) == min(n_items, limit or n_items)
     assert chosen == sorted(set(chosen)) and chosen[0] >= 0 and chosen[-1] < n_items
     gaps = np.diff(chosen)
@@ -751,7 +751,7 @@ def test_spread_gives_distinct_items_in_order_with_even_gaps(n_items, limit):
 
 
 def test_spread_takes_the_same_share_of_every_source():
-    chosen = spread(300, 30)
+    chosen = spread_indices(300, 30)
     assert [sum(start <= index < start + 100 for index in chosen) for start in (0, 100, 200)] == [
         10,
         10,
@@ -866,7 +866,7 @@ def test_hash_ranges_split_the_items_of_a_task_and_never_overlap(tokenizer, task
     ]
     whole = objective_of(term, include_path=str(tasks_dir))
     tasks = load_tasks([whole])
-    parts = [items_within(tasks["toy_choice"], h.terms[0].hash_range) for h in halves]
+    parts = [indices_within(tasks["toy_choice"], h.terms[0].hash_range) for h in halves]
     assert sorted(parts[0] + parts[1]) == list(range(24))
     check_disjoint(*halves, tasks)
     everything = evaluate_all(model, tokenizer, whole)["toy_choice"].items

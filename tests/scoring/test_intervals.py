@@ -10,8 +10,8 @@ import pytest
 from optimer_hf.errors import EvaluationError
 from optimer_hf.scoring import intervals
 from optimer_hf.scoring.objective import Objective, combine
+from optimer_hf.scoring.paired import paired_interval
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.scoring.units import paired_interval
 
 
 def term_score(values, *, higher=False, bottoms=None, perplexity=False, documents=()):

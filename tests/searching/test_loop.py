@@ -34,9 +34,9 @@ from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import run_trial
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.directory import Study, load_study, locked
+from optimer_hf.study.directory import Study, load_study, lock_directory
 from optimer_hf.study.space import anchors, from_unit, to_unit
-from optimer_hf.study.surrogate import columns, surrogate_of
+from optimer_hf.study.surrogate import columns, fit_surrogate
 from optimer_hf.study.trials import Candidate, Trial, TrialLog
 from tests.support.landscapes import OPTIMA, FunctionPool, config_of, failing_at, landscape
 
@@ -117,7 +117,7 @@ def test_fixed_vectors_keep_their_weight_in_every_trial(tmp_path):
         "z": {"source": "a/z", "fixed": 0.35}
     }
     study = search(config_of(vectors=vectors), tmp_path / "s", runner=InProcess(FunctionPool))
-    assert len(study.log.of("search")) == 12
+    assert len(study.trials) == 12
     assert all(trial.weights["z"] == 0.35 for trial in study.log.trials)
 
 
@@ -129,9 +129,9 @@ def test_a_smooth_landscape_is_searched_to_near_its_optimum_in_24_trials(tmp_pat
     objective = config_of().objective.model_dump() | {"combine": combination}
     config = config_of(objective=objective, search={"n_trials": 24, "rescore_top": 2})
     study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
-    values = [study.value(trial) for trial in study.log.of("search")]
+    values = [study.value(trial) for trial in study.trials]
     best_anchor = max(values[:6])
-    assert study.value(study.incumbent) > best_anchor
+    assert study.value(study.best_trial) > best_anchor
     grid = np.random.default_rng(0).dirichlet(np.ones(4), 20000) * np.random.default_rng(1).uniform(
         0, 1.5, (20000, 1)
     )
@@ -146,12 +146,12 @@ def test_a_smooth_landscape_is_searched_to_near_its_optimum_in_24_trials(tmp_pat
         return combine(config.objective, scores, base)
 
     optimum = max(true_value(point) for point in grid)
-    found, start = true_value(study.incumbent.weights.values()), true_value([0.0] * 4)
+    found, start = true_value(study.best_trial.weights.values()), true_value([0.0] * 4)
     assert found - start > 0.93 * (optimum - start)
 
 
 def test_trials_record_their_origin_number_and_all_items(uninterrupted):
-    trials = uninterrupted.log.of("search")
+    trials = uninterrupted.log.trials_at("search")
     assert [trial.number for trial in trials] == list(range(12))
     assert [trial.origin for trial in trials[6:]] == ["surrogate"] * 6
     assert all(
@@ -163,12 +163,12 @@ def test_trials_record_their_origin_number_and_all_items(uninterrupted):
 def test_base_and_the_best_few_are_scored_again_and_the_incumbent_is_the_best_of_them(
     uninterrupted,
 ):
-    rescored = uninterrupted.log.of("rescore")
+    rescored = uninterrupted.log.trials_at("rescore")
     assert rescored[0].number == 0
     assert [trial.number for trial in rescored[1:]] == [
-        trial.number for trial in uninterrupted.ranked()[:2]
+        trial.number for trial in uninterrupted.rank_trials()[:2]
     ]
-    assert uninterrupted.value(uninterrupted.incumbent) == max(map(uninterrupted.value, rescored))
+    assert uninterrupted.value(uninterrupted.best_trial) == max(map(uninterrupted.value, rescored))
 
 
 def test_rescoring_uses_its_own_limit_and_the_terms_that_join_for_it(tmp_path):
@@ -212,8 +212,8 @@ def test_items_that_the_search_saw_are_not_scored_again(tmp_path, limit, rescore
     study = search(config, tmp_path / "s", runner=InProcess(pool))
     assert {tuple(labels) for _, labels, _ in pools[0].calls[:7]} == {("t",)}
     assert [labels for _, labels, _ in pools[0].calls[7:]] == ([["u"]] * 3 if joins else [])
-    searched = {trial.number: trial for trial in study.log.of("search")}
-    rescored = study.log.of("rescore")
+    searched = {trial.number: trial for trial in study.trials}
+    rescored = study.log.trials_at("rescore")
     assert rescored[0].number == 0 and len(rescored) == 3
     for trial in rescored:
         assert trial.terms["t"] == replace(searched[trial.number].terms["t"], taken_over=True)
@@ -259,8 +259,8 @@ def test_a_study_rescored_on_fewer_items_goes_on_with_those(tmp_path):
     )
     asked = [limits for _, _, limits in pools[1].calls]
     assert asked and all(limits == {"t": 3} for limits in asked)
-    assert {len(trial.terms["t"].items) for trial in found.log.of("rescore")} == {3}
-    assert found.over_base(found.incumbent) and found.over_next()
+    assert {len(trial.terms["t"].items) for trial in found.log.trials_at("rescore")} == {3}
+    assert found.over_base(found.best_trial) and found.over_next()
 
 
 def test_rescoring_looks_at_more_items_or_at_more_terms(tmp_path):
@@ -281,13 +281,13 @@ def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
         tmp_path / "s",
         runner=InProcess(FunctionPool),
     )
-    assert study.log.of("rescore") == []
-    assert study.incumbent == study.ranked()[0]
+    assert study.log.trials_at("rescore") == []
+    assert study.best_trial == study.rank_trials()[0]
     assert study.is_finished
 
 
 def test_the_incumbent_is_compared_in_pairs_with_the_base_and_the_next_best(uninterrupted):
-    best, found = uninterrupted.incumbent, uninterrupted.over_next()
+    best, found = uninterrupted.best_trial, uninterrupted.over_next()
     assert found is not None
     other, interval = found
     assert other.number != best.number and other.fidelity == best.fidelity
@@ -304,7 +304,7 @@ def test_another_seed_asks_for_other_weights(uninterrupted, tmp_path):
     other = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     same = [
         a.weights == b.weights
-        for a, b in zip(other.log.of("search"), uninterrupted.log.trials, strict=False)
+        for a, b in zip(other.log.trials_at("search"), uninterrupted.log.trials, strict=False)
     ]
     assert all(same[:6]) and not all(same[6:])
 
@@ -440,7 +440,7 @@ def test_five_kills_at_random_moments_leave_the_same_study(uninterrupted, tmp_pa
 def test_a_finished_study_does_nothing(uninterrupted):
     before = (uninterrupted.directory / "trials.jsonl").read_bytes()
     again = search(config_of(), uninterrupted.directory, runner=InProcess(no_pool))
-    assert again.incumbent == uninterrupted.incumbent
+    assert again.best_trial == uninterrupted.best_trial
     assert (uninterrupted.directory / "trials.jsonl").read_bytes() == before
 
 
@@ -452,11 +452,11 @@ def test_more_trials_go_on_from_a_finished_study_and_can_become_the_incumbent(tm
     )
     longer = config_of(search={"n_trials": 14, "rescore_top": 2})
     study = search(longer, tmp_path / "s", runner=InProcess(FunctionPool))
-    assert [trial.number for trial in study.log.of("search")] == list(range(14))
-    assert {trial.number for trial in study.ranked()[:2]} <= {
-        trial.number for trial in study.log.of("rescore")
+    assert [trial.number for trial in study.trials] == list(range(14))
+    assert {trial.number for trial in study.rank_trials()[:2]} <= {
+        trial.number for trial in study.log.trials_at("rescore")
     }
-    assert study.incumbent.origin == "surrogate"
+    assert study.best_trial.origin == "surrogate"
     assert study.is_finished
     search(longer, tmp_path / "s", runner=InProcess(no_pool))
 
@@ -472,13 +472,13 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
         }
     )
     study = search(config_of(), tmp_path / "s", runner=InProcess(pool))
-    crashed = [trial for trial in study.log.of("search") if trial.status == "crashed"]
+    crashed = [trial for trial in study.trials if trial.status == "crashed"]
     assert [trial.number for trial in crashed] == [3, 8]
     assert "RuntimeError: probability tensor" in crashed[0].error
     assert "Traceback" in crashed[0].error
     assert crashed[0].terms == {}
-    assert len(study.log.of("search")) == 12
-    assert study.incumbent.status == "ok" and study.value(study.incumbent) > 0
+    assert len(study.trials) == 12
+    assert study.best_trial.status == "ok" and study.value(study.best_trial) > 0
 
 
 def test_a_device_that_fails_ends_the_search_and_blames_no_weights(tmp_path, uninterrupted):
@@ -577,14 +577,14 @@ def test_a_pool_that_cannot_be_opened_for_lack_of_memory_is_one_line(tmp_path):
     ],
 )
 def test_an_old_crash_for_lack_of_memory_teaches_the_surrogate_nothing(error, uninterrupted):
-    config, trials = config_of(), uninterrupted.log.of("search")
+    config, trials = config_of(), uninterrupted.log.trials_at("search")
     crash = replace(trials[9], status="crashed", terms={}, error=error)
     points = np.random.default_rng(0).random((5, 4))
-    with_crash = surrogate_of(config, [*trials[:9], crash]).predict(points)
-    without = surrogate_of(config, trials[:9]).predict(points)
+    with_crash = fit_surrogate(config, [*trials[:9], crash]).predict(points)
+    without = fit_surrogate(config, trials[:9]).predict(points)
     assert np.array_equal(with_crash, without)
     blamed = replace(crash, error="ValueError: the score is not a number")
-    assert not np.array_equal(surrogate_of(config, [*trials[:9], blamed]).predict(points), without)
+    assert not np.array_equal(fit_surrogate(config, [*trials[:9], blamed]).predict(points), without)
 
 
 def test_a_study_with_crashed_trials_resumes_to_the_same_trials(tmp_path):
@@ -629,17 +629,17 @@ def test_anchors_that_all_crash_end_the_search_with_the_first_cause(tmp_path):
 def test_two_workers_run_the_same_number_of_trials_each_once_the_base_first(tmp_path):
     config = config_of(search={"n_trials": 12, "rescore_top": 2})
     study = search(config, tmp_path / "s", runner=Workers(n_workers=2, pool=FunctionPool))
-    trials = study.log.of("search")
+    trials = study.trials
     assert sorted(trial.number for trial in trials) == list(range(12))
     assert trials[0].origin == "base"
     assert len({trial.worker for trial in trials}) == 2
     pool = FunctionPool(config)
     for trial in trials:
-        expected, *_ = pool.score(trial.weights, config.objective.asked("search"))
+        expected, *_ = pool.score(trial.weights, config.objective.asked_terms("search"))
         assert trial.terms == expected
-    assert study.is_finished and study.value(study.incumbent) > 0.1
+    assert study.is_finished and study.value(study.best_trial) > 0.1
     again = search(config, tmp_path / "s", runner=Workers(n_workers=2, pool=no_pool))
-    assert again.incumbent == study.incumbent
+    assert again.best_trial == study.best_trial
 
 
 def test_trials_lost_with_a_killed_search_on_workers_are_asked_for_again(tmp_path):
@@ -650,7 +650,7 @@ def test_trials_lost_with_a_killed_search_on_workers_are_asked_for_again(tmp_pat
     (tmp_path / "s" / "study.json").write_bytes((whole.directory / "study.json").read_bytes())
     lost = lines[:3] + lines[4:7] + lines[8:9]  # 3 and 7 ran beside others when it was killed
     (tmp_path / "s" / "trials.jsonl").write_bytes(b"".join(lost))
-    found = search(config, tmp_path / "s", runner=InProcess(FunctionPool)).log.of("search")
+    found = search(config, tmp_path / "s", runner=InProcess(FunctionPool)).log.trials_at("search")
     assert sorted(trial.number for trial in found) == list(range(12))
     assert found[7].number == 3 and found[7].origin == "y alone"
 
@@ -802,12 +802,12 @@ def test_loading_a_directory_without_a_study_says_how_to_make_one(tmp_path):
 
 def test_a_loaded_study_is_the_one_that_ran(uninterrupted):
     loaded = load_study(uninterrupted.directory)
-    assert loaded.config == uninterrupted.config and loaded.incumbent == uninterrupted.incumbent
+    assert loaded.config == uninterrupted.config and loaded.best_trial == uninterrupted.best_trial
 
 
 def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
     for _ in range(2):
-        with locked(tmp_path / "s"):
+        with lock_directory(tmp_path / "s"):
             pass
 
 
@@ -893,7 +893,7 @@ def test_a_built_recipe_scores_what_its_incumbent_scored(
         }
     )
     study = search(config, tmp_path / "study")
-    best = study.incumbent
+    best = study.best_trial
     write_recipe(study, tmp_path / "recipe.yaml", name="tiny")
     build(tmp_path / "recipe.yaml", tmp_path / "built")
     model = AutoModelForCausalLM.from_pretrained(
@@ -938,10 +938,10 @@ def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
     assert load_study(tmp_path / "two" / "s").config.base_model == str(tmp_path / "two" / "base")
     study = searched("two", 5)
     assert (study.directory / "trials.jsonl").read_bytes().startswith(began)
-    assert len(study.log.of("search")) == 5
+    assert len(study.trials) == 5
     (tmp_path / "two").rename(tmp_path / "three")
     finished = searched("three", 4)
-    assert len(finished.log.of("search")) == 5  # all there, and taken on
+    assert len(finished.log.trials_at("search")) == 5  # all there, and taken on
     there = load_study(tmp_path / "three" / "s").config
     assert there.base_model == str(tmp_path / "three" / "base") and there.search.n_trials == 5
 
@@ -970,10 +970,10 @@ def test_a_study_that_moved_goes_on_and_one_of_other_weights_or_items_does_not(
         write_recipe(finished, tmp_path / "recipe.yaml", name="tiny")
     assert not (tmp_path / "recipe.yaml").exists()
     shutil.copytree(adapters["v2"], tmp_path / "three" / "v2", dirs_exist_ok=True)
-    assert len(searched("three", 6).log.of("search")) == 6
+    assert len(searched("three", 6).log.trials_at("search")) == 6
 
     (tmp_path / "three" / "base").rename(elsewhere)
-    assert len(searched("three", 6, "other/base").log.of("search")) == 6
+    assert len(searched("three", 6, "other/base").log.trials_at("search")) == 6
     assert load_study(tmp_path / "three" / "s").config.base_model == str(elsewhere)
 
     (tmp_path / "three" / "s" / "inputs.json").unlink()  # of an earlier version: nothing to go by

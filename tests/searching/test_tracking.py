@@ -18,7 +18,7 @@ def test_every_trial_is_in_tensorboard(tmp_path):
     tags = set(events.Tags()["scalars"])
     assert {"train/objective", "train/best", "train/weight/w", "train/score/t"} <= tags
     shown = {event.step: event.value for event in events.Scalars("train/objective")}
-    assert shown == pytest.approx({t.number: study.value(t) for t in study.log.of("search")})
+    assert shown == pytest.approx({t.number: study.value(t) for t in study.trials})
     best = [event.value for event in events.Scalars("train/best")]
     assert best == sorted(best) and best[-1] == pytest.approx(max(shown.values()))
 
@@ -28,7 +28,7 @@ def test_where_trials_are_shown_is_no_part_of_the_study(tmp_path):
     search(quiet, tmp_path / "study", runner=InProcess(FunctionPool))
     shown = {"n_trials": 8, "rescore_top": 0, "report_to": ["tensorboard"]}
     study = search(config_of(search=shown), tmp_path / "study", runner=InProcess(FunctionPool))
-    assert len(study.log.of("search")) == 8 and config_of(search=shown).digest == quiet.digest
+    assert len(study.trials) == 8 and config_of(search=shown).digest() == quiet.digest()
 
 
 def test_an_unknown_tool_is_said_before_the_first_trial(tmp_path):

@@ -25,7 +25,7 @@ def test_a_text_is_the_source_of_a_vector_in_yaml_and_in_python(tmp_path, monkey
     assert config.vectors["code"].source == str(tmp_path / "code")
     assert config.free == {"math": (0.0, 1.5), "code": (0.0, 1.5)}
     in_full = {n: {"source": v} if isinstance(v, str) else v for n, v in vectors.items()}
-    assert config.digest == StudyConfig(**FIELDS, vectors=in_full).digest
+    assert config.digest() == StudyConfig(**FIELDS, vectors=in_full).digest()
 
 
 def test_a_path_object_is_local_even_if_it_looks_like_a_name_on_the_hub(tmp_path, monkeypatch):

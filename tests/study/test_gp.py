@@ -12,7 +12,13 @@ from scipy.stats import norm
 
 from optimer_hf.study import gp as surrogate
 from optimer_hf.study.acquisition import log_expected_improvement, maximise
-from optimer_hf.study.gp import GaussianProcess, Hyperparameters, WeightedSum, fit, informative
+from optimer_hf.study.gp import (
+    GaussianProcess,
+    Hyperparameters,
+    WeightedSum,
+    choose_informative,
+    fit,
+)
 
 
 def smooth(points):
@@ -99,7 +105,7 @@ def test_noiseless_scores_of_crowded_points_do_not_break_the_fit(d):
     around = 0.4 + 10 ** rng.uniform(-4, 0, (100, 1)) * rng.normal(size=(100, d))
     points = np.clip(around, 0, 1)
     scores = -((points - 0.4) ** 2).sum(axis=1)
-    process = fit(points, scores).conditioned(points[-3:] + 1e-4).conditioned(points[-2:])
+    process = fit(points, scores).condition_on(points[-3:] + 1e-4).condition_on(points[-2:])
     mean, variance = process.predict(points)
     assert mean == pytest.approx(scores, abs=5e-4 * scores.std())
     assert np.isfinite(variance).all()
@@ -236,7 +242,7 @@ def test_conditioning_keeps_the_mean_and_shrinks_the_variance_near_the_points():
     points = rng.random((20, 3))
     process = fit(points, np.sin(3 * points).sum(1) + 0.01 * rng.normal(size=20))
     pending, elsewhere = rng.random((4, 3)), rng.random((50, 3))
-    told = process.conditioned(pending)
+    told = process.condition_on(pending)
     mean, variance = process.predict(elsewhere)
     told_mean, told_variance = told.predict(elsewhere)
     assert told_mean == pytest.approx(mean, abs=1e-4)
@@ -254,7 +260,7 @@ def test_squared_distances_are_the_plain_ones_to_the_last_bit(d):
 
 def test_up_to_the_bound_a_process_is_fitted_to_every_point():
     points = np.random.default_rng(0).random((surrogate.N_KEPT, 3))
-    assert np.array_equal(informative(points, points), np.arange(surrogate.N_KEPT))
+    assert np.array_equal(choose_informative(points, points), np.arange(surrogate.N_KEPT))
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(101, 400), distinct=st.integers(1, 400))
@@ -263,8 +269,8 @@ def test_of_many_points_the_first_the_newest_the_best_and_far_ones_are_kept(seed
     rng = np.random.default_rng(seed)
     points = rng.random((distinct, 4))[rng.integers(distinct, size=n)]
     values = rng.normal(size=(n, 2))
-    kept = informative(points, values)
-    assert np.array_equal(kept, informative(points.copy(), values.copy()))
+    kept = choose_informative(points, values)
+    assert np.array_equal(kept, choose_informative(points.copy(), values.copy()))
     assert np.all(np.diff(kept) > 0) and len(kept) <= surrogate.N_KEPT
     n_distinct = len(np.unique(points, axis=0))
     assert len(kept) == surrogate.N_KEPT or n_distinct < surrogate.N_KEPT + 1
@@ -277,7 +283,7 @@ def test_a_process_of_many_points_predicts_near_the_best_as_one_of_all():
     rng = np.random.default_rng(0)
     points = rng.random((260, 3))
     scores = smooth(points) + 0.01 * rng.normal(size=260)
-    kept = informative(points, scores[:, None])
+    kept = choose_informative(points, scores[:, None])
     near = 0.4 + 0.1 * rng.normal(size=(50, 3))
     few, all_of_them = fit(points[kept], scores[kept]), fit(points, scores)
     assert few.predict(near)[0] == pytest.approx(all_of_them.predict(near)[0], abs=0.02)

@@ -9,9 +9,9 @@ from optimer_hf.errors import StudyError
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.searching.loop import search, search_on
 from optimer_hf.searching.runner import InProcess
-from optimer_hf.study.prediction import CAUTION, best_scale, over_record, predict
+from optimer_hf.study.prediction import CAUTION, best_scale, match_to_record, predict
 from optimer_hf.study.space import to_unit
-from optimer_hf.study.surrogate import surrogate_of
+from optimer_hf.study.surrogate import fit_surrogate
 from optimer_hf.study.trials import TrialLog
 from tests.support.landscapes import OPTIMA, FunctionPool, config_of, landscape
 
@@ -50,7 +50,7 @@ def regret(weights, label: str) -> float:
 
 @pytest.mark.parametrize("label", ["t", "u", "q"])
 def test_any_recorded_term_can_become_the_objective_without_a_trial(study, label):
-    found = predict(study, over_record(study, objective(**{label: 1.0})))
+    found = predict(study, match_to_record(study, objective(**{label: 1.0})))
     assert regret(found.weights, label) < 0.05
     assert list(found.terms) == [label]
     assert found.terms[label].value == pytest.approx(found.value)
@@ -68,11 +68,11 @@ def test_any_recorded_term_can_become_the_objective_without_a_trial(study, label
 def test_a_term_of_the_same_name_that_looks_at_something_else_is_refused(study, changes, message):
     target = Objective.model_validate({"terms": [{"metric": "bits_per_byte"} | changes]})
     with pytest.raises(StudyError, match=message):
-        over_record(study, target)
+        match_to_record(study, target)
 
 
 def test_a_prediction_is_careful_where_nothing_was_measured(study):
-    posterior = surrogate_of(study.config, study.log.of("search"))
+    posterior = fit_surrogate(study.config, study.trials)
     points = np.array([[0.3] * 4, [1.0] * 4])
     mean, variance = posterior.predict(points)
     np.testing.assert_allclose(posterior.ranking(points, 0.5), mean - 0.5 * np.sqrt(variance))
@@ -83,7 +83,7 @@ def test_a_prediction_is_careful_where_nothing_was_measured(study):
 
 
 def test_an_objective_over_the_record_takes_tasks_and_items_from_it(study):
-    found = over_record(study, objective(q=2.0, t=1.0))
+    found = match_to_record(study, objective(q=2.0, t=1.0))
     assert [(term.label, term.task, term.weight) for term in found.terms] == [
         ("q", "q", 2.0),
         ("t", "t", 1.0),
@@ -94,14 +94,14 @@ def test_a_term_that_was_not_recorded_is_an_error_that_names_the_recorded_ones(s
     with pytest.raises(
         StudyError, match=r"no term 'v' was recorded; this study has \['q', 't', 'u'\]"
     ):
-        over_record(study, objective(v=1.0))
+        match_to_record(study, objective(v=1.0))
 
 
 def test_a_prediction_keeps_the_constraints_of_the_new_objective(study):
-    free = over_record(study, objective(t=1.0))
+    free = match_to_record(study, objective(t=1.0))
     constraint = {"task": "q", "metric": "loss", "max_relative_to_base": 0.0}
     target = objective(t=1.0).model_dump() | {"constraints": [constraint]}
-    bound = over_record(study, Objective.model_validate(target))
+    bound = match_to_record(study, Objective.model_validate(target))
     assert predict(study, free).feasible == 1.0
     unbound, found = predict(study, free).weights, predict(study, bound)
     base = landscape("q", dict.fromkeys("wxyz", 0.0))
@@ -111,7 +111,7 @@ def test_a_prediction_keeps_the_constraints_of_the_new_objective(study):
 
 
 def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study, tmp_path):
-    target = over_record(study, objective(q=1.0))
+    target = match_to_record(study, objective(q=1.0))
     opened = []
 
     class Pool(FunctionPool):
@@ -120,32 +120,32 @@ def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study,
             opened.append(self)
 
     found = search_on(study, target, tmp_path / "new", 3, runner=InProcess(Pool))
-    trials = found.log.of("search")
+    trials = found.log.trials_at("search")
     assert len(trials) == 33
-    assert [t.weights for t in trials[:30]] == [t.weights for t in study.log.of("search")]
+    assert [t.weights for t in trials[:30]] == [t.weights for t in study.trials]
     assert trials[30].origin == "prediction"
     assert trials[30].weights == predict(study, target).weights
     assert {label for trial in trials for label in trial.terms} == {"q"}
     assert len(opened[0].calls) == 3 + 3  # and the base and two best again
-    assert regret(found.incumbent.weights, "q") < 0.05
+    assert regret(found.best_trial.weights, "q") < 0.05
     again = search_on(study, target, tmp_path / "new", 3, runner=InProcess(no_pool))
-    assert again.incumbent == found.incumbent
+    assert again.best_trial == found.best_trial
 
 
 def test_a_killed_search_whose_prediction_was_not_finished_first_tries_it_all_the_same(
     study, tmp_path
 ):
-    target = over_record(study, objective(q=1.0))
-    whole = search_on(study, target, tmp_path / "whole", 3, runner=InProcess(FunctionPool)).log.of(
-        "search"
-    )
+    target = match_to_record(study, objective(q=1.0))
+    whole = search_on(
+        study, target, tmp_path / "whole", 3, runner=InProcess(FunctionPool)
+    ).log.trials_at("search")
     search_on(study, target, tmp_path / "new", 3, runner=InProcess(FunctionPool))
     log = tmp_path / "new" / "trials.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join([*lines[:30], lines[31]]))  # of two workers, the other one was faster
-    found = search_on(study, target, tmp_path / "new", 3, runner=InProcess(FunctionPool)).log.of(
-        "search"
-    )
+    found = search_on(
+        study, target, tmp_path / "new", 3, runner=InProcess(FunctionPool)
+    ).log.trials_at("search")
     assert sorted(trial.number for trial in found) == list(range(33))
     assert {trial.number for trial in found if trial.origin == "prediction"} == {30}
     assert whole[30].weights in [trial.weights for trial in found]
@@ -154,18 +154,18 @@ def test_a_killed_search_whose_prediction_was_not_finished_first_tries_it_all_th
 def test_a_search_for_a_new_objective_is_searched_on_for_another(study, tmp_path):
     first = search_on(
         study,
-        over_record(study, objective(q=1.0)),
+        match_to_record(study, objective(q=1.0)),
         tmp_path / "1",
         3,
         runner=InProcess(FunctionPool),
     )
-    target = over_record(first, objective(q=0.5))
+    target = match_to_record(first, objective(q=0.5))
     search_on(first, target, tmp_path / "2", 3, runner=InProcess(FunctionPool))
     log = tmp_path / "2" / "trials.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:33]))  # killed at once
-    found = search_on(first, target, tmp_path / "2", 3, runner=InProcess(FunctionPool)).log.of(
-        "search"
-    )
+    found = search_on(
+        first, target, tmp_path / "2", 3, runner=InProcess(FunctionPool)
+    ).log.trials_at("search")
     assert sorted(trial.number for trial in found) == list(range(36))
     assert [trial.number for trial in found if trial.origin == "prediction"] == [30, 33]
 
@@ -175,10 +175,10 @@ def test_a_record_with_gaps_is_searched_on_without_them(study, tmp_path):
     (tmp_path / "gaps").mkdir()
     (tmp_path / "gaps" / "trials.jsonl").write_text("".join(f"{t.to_json()}\n" for t in kept))
     gaps = replace(study, log=TrialLog(tmp_path / "gaps" / "trials.jsonl"))
-    target = over_record(gaps, objective(q=1.0))
-    found = search_on(gaps, target, tmp_path / "new", 3, runner=InProcess(FunctionPool)).log.of(
-        "search"
-    )
+    target = match_to_record(gaps, objective(q=1.0))
+    found = search_on(
+        gaps, target, tmp_path / "new", 3, runner=InProcess(FunctionPool)
+    ).log.trials_at("search")
     assert sorted(trial.number for trial in found) == list(range(32))
     assert found[29].origin == "prediction"
 
@@ -189,17 +189,17 @@ def test_any_study_can_be_searched_on(settings, tmp_path):
     study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     constraint = {"task": "q", "metric": "loss", "max_relative_to_base": 0.1}
     target = objective(t=1.0).model_dump() | {"constraints": [constraint]}
-    over = over_record(study, Objective.model_validate(target))
+    over = match_to_record(study, Objective.model_validate(target))
     found = search_on(study, over, tmp_path / "new", 1, runner=InProcess(FunctionPool))
-    assert found.log.of("search")[8].origin == "prediction"
+    assert found.log.trials_at("search")[8].origin == "prediction"
     longer = search(
         config.model_copy(update={"search": config.search.model_copy(update={"n_trials": 10})}),
         tmp_path / "s",
         runner=InProcess(FunctionPool),
     )
     assert (
-        search_on(longer, over, tmp_path / "new", 1, runner=InProcess(no_pool)).incumbent
-        == found.incumbent
+        search_on(longer, over, tmp_path / "new", 1, runner=InProcess(no_pool)).best_trial
+        == found.best_trial
     )
 
 
@@ -210,7 +210,7 @@ def test_what_is_searched_on_has_to_be_what_the_old_trials_scored(tmp_path):
         tmp_path / "s",
         runner=InProcess(pools[0]),
     )
-    over = over_record(study, objective(t=1.0))
+    over = match_to_record(study, objective(t=1.0))
     for _ in range(2):
         with pytest.raises(StudyError, match=r"vectors\.w: not the weights or items"):
             search_on(study, over, tmp_path / "other", 1, runner=InProcess(pools[1]))
@@ -225,12 +225,12 @@ def test_a_prediction_comes_first_even_in_a_study_shorter_than_its_anchors(tmp_p
     )
     found = search_on(
         short,
-        over_record(short, objective(t=1.0)),
+        match_to_record(short, objective(t=1.0)),
         tmp_path / "n",
         1,
         runner=InProcess(FunctionPool),
     )
-    assert found.log.of("search")[3].origin == "prediction"
+    assert found.log.trials_at("search")[3].origin == "prediction"
 
 
 def test_a_vector_that_only_subtracts_has_a_best_scale(tmp_path):
@@ -248,10 +248,10 @@ def test_a_vector_that_only_subtracts_has_a_best_scale(tmp_path):
 
 def test_uncertainty_is_larger_far_from_what_was_tried(study):
     from optimer_hf.study.space import to_unit
-    from optimer_hf.study.surrogate import surrogate_of
+    from optimer_hf.study.surrogate import fit_surrogate
 
-    surrogate = surrogate_of(study.config, study.log.of("search"))
-    best = to_unit(study.config, [study.incumbent.weights])
+    surrogate = fit_surrogate(study.config, study.trials)
+    best = to_unit(study.config, [study.best_trial.weights])
     _, variance = surrogate.predict(np.vstack([best, np.ones_like(best)]))
     assert variance[1] > 4 * variance[0]
 
@@ -260,4 +260,4 @@ def test_an_objective_over_the_record_prompts_as_the_record_did(study):
     chatty = study.config.objective.model_copy(update={"apply_chat_template": True})
     config = study.config.model_copy(update={"objective": chatty})
     recorded = replace(study, config=config)
-    assert over_record(recorded, objective(q=1.0)).prompting == chatty.prompting
+    assert match_to_record(recorded, objective(q=1.0)).prompting == chatty.prompting

@@ -224,8 +224,8 @@ def damage(path: Path, change: Callable[[Lines], Any]) -> None:
 def use(directory: Path) -> None:
     """Do with a study what the commands do that read it."""
     study = load_study(directory, unfinished=True)
-    assert study.incumbent and study.over_base(study.incumbent)
-    study.over_next(), study.ranked(), front(study), ledger(study)
+    assert study.best_trial and study.over_base(study.best_trial)
+    study.over_next(), study.rank_trials(), front(study), ledger(study)
     assert np.isfinite(predict(study).value)
     if (sealed := recorded(study)) is not None:
         json.dumps(to_json(sealed), allow_nan=False)
@@ -299,7 +299,7 @@ def test_a_torn_last_line_is_left_out_by_readers(finished, copy, name, keep):
     whole = (copy / name).read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     (copy / name).write_bytes(whole + last[:keep])
-    assert load_study(copy).incumbent == finished.incumbent
+    assert load_study(copy).best_trial == finished.best_trial
     assert (copy / name).read_bytes() == whole + last[:keep]
     search(config_of(), copy, runner=InProcess(no_pool))
     compare(load_study(copy), pool=no_pool)
@@ -404,7 +404,7 @@ def test_scores_that_nothing_can_be_made_of_are_a_crash_and_the_record_stays_rea
 
     study = search(config_of(), tmp_path / "s", runner=InProcess(pool_giving(change)))
     assert study.log.trials[2].status == "crashed"
-    assert load_study(tmp_path / "s").incumbent == study.incumbent
+    assert load_study(tmp_path / "s").best_trial == study.best_trial
 
 
 def test_a_function_that_scores_other_items_each_time_ends_the_search(tmp_path):
@@ -437,9 +437,9 @@ def test_a_finished_study_is_read_without_a_fit(finished, copy, monkeypatch):
     rows = compare(finished, pool=no_pool).rows
     monkeypatch.setattr(surrogate_module, "fit", no_fit)
     loaded = load_study(copy)
-    assert loaded.is_finished and loaded.incumbent == finished.incumbent
-    assert loaded.to_rescore() == [] and loaded.over_next() == finished.over_next()
-    assert search(config_of(), copy, runner=InProcess(no_pool)).incumbent == finished.incumbent
+    assert loaded.is_finished and loaded.best_trial == finished.best_trial
+    assert loaded.trials_to_rescore() == [] and loaded.over_next() == finished.over_next()
+    assert search(config_of(), copy, runner=InProcess(no_pool)).best_trial == finished.best_trial
     assert compare(loaded, pool=no_pool).rows == rows
 
 
@@ -451,9 +451,9 @@ def test_another_surrogate_changes_no_finished_study(rescore_top, tmp_path, monk
     rows = compare(study, pool=Pool).rows
     before = (tmp_path / "s" / "trials.jsonl").read_bytes()
     monkeypatch.setattr(surrogate_module, "fit", upside_down)
-    assert {t.number for t in study.ranked()[:2]} != set(study.decision.rescore) - {0}
+    assert {t.number for t in study.rank_trials()[:2]} != set(study.decision.rescore) - {0}
     found = search(config, tmp_path / "s", runner=InProcess(no_pool))
-    assert found.incumbent == study.incumbent
+    assert found.best_trial == study.best_trial
     assert compare(load_study(tmp_path / "s"), pool=no_pool).rows == rows
     write_report(found, tmp_path / "report.html")
     result = CliRunner().invoke(main, ["report", str(tmp_path / "s")])
@@ -470,7 +470,7 @@ def test_an_older_study_that_was_scored_again_whole_is_finished_under_any_surrog
 ):
     (copy / "decisions.jsonl").unlink()
     monkeypatch.setattr(surrogate_module, "fit", no_fit)
-    assert load_study(copy).incumbent == finished.incumbent
+    assert load_study(copy).best_trial == finished.best_trial
     assert not (copy / "decisions.jsonl").exists()  # readers write nothing
     search(config_of(), copy, runner=InProcess(no_pool))
     assert len(read(copy / "decisions.jsonl")) == 2
@@ -482,7 +482,7 @@ def test_what_was_decided_of_other_trials_does_not_count(copy):
     with pytest.raises(StudyError, match="the search is not finished"):
         load_study(copy)
     study = search(config_of(), copy, runner=InProcess(Pool))
-    assert study.is_finished and len(study.log.of("rescore")) >= 2
+    assert study.is_finished and len(study.log.trials_at("rescore")) >= 2
 
 
 def test_a_longer_search_is_decided_anew_and_keeps_what_was_decided_before(copy):
@@ -564,6 +564,6 @@ def test_the_digest_of_a_log_is_of_its_search_trials_only(finished, tmp_path):
     for trial in finished.log.trials:
         log.append(trial)
         digests.append(log.digest())
-    n_search = len(finished.log.of("search"))
+    n_search = len(finished.log.trials_at("search"))
     assert len(set(digests)) == n_search
     assert digests[-1] == digests[n_search - 1] == finished.decisions.decisions[-1].trials

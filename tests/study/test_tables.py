@@ -33,10 +33,11 @@ def comparison(tmp_path_factory):
     )
 
 
-def test_the_best_trial_is_the_incumbent_and_has_the_best_weights(study):
-    assert study.best_trial == study.incumbent
-    assert study.best_weights == study.incumbent.weights
-    assert study.trials == study.log.of("search")
+def test_the_best_trial_is_the_one_that_was_decided_and_has_the_best_weights(study):
+    assert study.decision is not None
+    assert study.best_trial.number == study.decision.incumbent
+    assert study.best_weights == study.best_trial.weights
+    assert study.trials == study.log.trials_at("search")
 
 
 def test_a_study_without_a_decision_has_no_best_trial_and_shows_all_the_same(tmp_path):
@@ -69,7 +70,7 @@ def test_a_row_of_the_frame_is_a_trial(study):
         assert row["objective"] == study.value(trial)
         assert row["score/t"] == trial.terms["t"].score
         assert row["gain/u"] == gains(trial.terms, study.base)["u"]
-    assert len(study.to_dataframe("rescore")) == len(study.log.of("rescore"))
+    assert len(study.to_dataframe("rescore")) == len(study.log.trials_at("rescore"))
 
 
 def test_a_row_of_the_frame_of_a_comparison_is_a_weight_set(comparison):

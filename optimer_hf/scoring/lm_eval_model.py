@@ -21,7 +21,7 @@ GPU_TOKENS_PER_BATCH = 4096  # fewer do not fill it; more take the memory that t
 
 
 @contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """Silence the harness, its progress bars and those of `datasets` for a while; our own meter
     shows the trials.
     """
@@ -47,7 +47,7 @@ def quiet_harness() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def harness_model(model: Any, tokenizer: Any) -> Any:
+def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
     """Return an lm-eval model over a live transformers model that scores without materialising
     logits.
     """
@@ -132,7 +132,7 @@ def harness_model(model: Any, tokenizer: Any) -> Any:
             self.n_tokens["total"] += generated.numel()
             return generated
 
-    with quiet_harness():
+    with quiet_lm_eval():
         return HarnessModel()
 
 

@@ -23,8 +23,8 @@ from optimer_hf.comparison.tables import (
 from optimer_hf.hub import card
 from optimer_hf.recipes.write import _scores
 from optimer_hf.report.page import write_report
+from optimer_hf.scoring.formatting import Unit, describe_interval
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.scoring.units import Unit, said_of
 from optimer_hf.searching import retargeting
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
@@ -94,14 +94,14 @@ def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, rule, pool):
     (verdict,) = verdicts(comparison)
     assert re.search(difference, verdict)
     assert ("points" in verdict) == ("%" in shown)
-    sealed = _scores(study, study.incumbent, comparison)["sealed"]
+    sealed = _scores(study, study.best_trial, comparison)["sealed"]
     assert f"over the base {shown} [" in sealed.summary
     assert sealed.verdicts == [verdict]
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
     assert f"searched merge {shown}" in panels["sealed"].shows
     assert panels["sealed"].conclusion.lower() == verdict.lower()
     unit = Unit.of(study.config.objective)
-    best = max(map(study.value, study.log.of("search"))) - study.value(study.log.of("search")[0])
+    best = max(map(study.value, study.trials)) - study.value(study.trials[0])
     assert f"best so far, {unit.show(best)} at the end" in panels["progress"].shows
     assert shown in to_markdown(comparison)
     printed = "\n".join(front_lines(study))
@@ -123,8 +123,8 @@ def test_a_verified_prediction_is_a_gain_over_the_base_as_the_prediction_is(tmp_
     arguments = [tmp_path / "s", tmp_path / "o.yaml", tmp_path / "new", "--n-trials", 2]
     found = CliRunner().invoke(main, ["retarget", *map(str, arguments)])
     new = load_study(tmp_path / "new")
-    base = new.log.first(new.incumbent.fidelity)
-    gain = new.value(new.incumbent) - new.value(base)
+    base = new.log.first(new.best_trial.fidelity)
+    gain = new.value(new.best_trial) - new.value(base)
     assert f"verified: value {gain:+.4f} bits_per_byte (trial" in found.stdout, found.output
 
 
@@ -165,7 +165,7 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
     comparison = compare(study, pool=TwoItems)
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
     sealed = to_json(comparison)
-    recipe = _scores(study, study.incumbent, comparison)
+    recipe = _scores(study, study.best_trial, comparison)
     facts = card.recipe_facts({"w": 1.0}, Ledger(), to_markdown(comparison), {})
     said = [
         *verdicts(comparison),
@@ -175,7 +175,7 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
         panels["terms"].conclusion,
         lead(tmp_path / "r.html"),
         *(score.summary for score in recipe.values()),
-        said_of(study.over_next()[1], Unit.of(study.config.objective), is_gain=False),
+        describe_interval(study.over_next()[1], Unit.of(study.config.objective), is_gain=False),
     ]
     for text in said:
         assert "too few items to tell" in text, text

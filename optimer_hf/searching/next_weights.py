@@ -24,9 +24,9 @@ from threadpoolctl import threadpool_limits
 from optimer_hf.scoring.objective import combine
 from optimer_hf.study.acquisition import log_expected_improvement, maximise
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.gp import informative
+from optimer_hf.study.gp import choose_informative
 from optimer_hf.study.space import from_unit, to_unit, within_total
-from optimer_hf.study.surrogate import Surrogate, columns, surrogate_of
+from optimer_hf.study.surrogate import Surrogate, columns, fit_surrogate
 from optimer_hf.study.trials import Trial
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ SPREAD_FROM, SPREAD_EVERY = 20, 2  # trials
 
 
 @dataclass
-class Record:
+class AskState:
     """What the components know: finished trials, weights that still run, the next number."""
 
     config: StudyConfig
@@ -53,32 +53,32 @@ class Record:
 
     def surrogate(self) -> Surrogate:
         """Return the surrogate of the record, fitted once for a number of trials and preference."""
-        spreads = _spreads(self.config, self.number)
+        spreads = _is_for_random_preference(self.config, self.number)
         state = (len(self.trials), self.number if spreads else 0)
         if self._fitted is None or self._fitted[0] != state:
             rng = np.random.default_rng([self.config.search.seed, self.number, 1])
-            n_terms = sum(term.weight > 0 for term in self.config.objective.at("search"))
+            n_terms = sum(term.weight > 0 for term in self.config.objective.terms_at("search"))
             preference = rng.dirichlet(np.ones(n_terms)) if spreads else None
-            self._fitted = state, surrogate_of(self.config, self.trials, preference)
+            self._fitted = state, fit_surrogate(self.config, self.trials, preference)
         return self._fitted[1]
 
 
-def _spreads(config: StudyConfig, number: int) -> bool:
+def _is_for_random_preference(config: StudyConfig, number: int) -> bool:
     """Return whether trial `number` is asked for under a random preference over the terms: all are
     with `pareto`, every other one with `spread` once the objective's own optimum is roughly known.
     """
     if config.search.pareto:
         return True
     in_turn = number >= SPREAD_FROM and number % SPREAD_EVERY == 0
-    n_terms = sum(term.weight > 0 for term in config.objective.at("search"))
+    n_terms = sum(term.weight > 0 for term in config.objective.terms_at("search"))
     has_several = n_terms > 1 and config.objective.combine != "worst"
     return config.search.spread and in_turn and has_several
 
 
-class Model(AbstractModel):
+class SurrogateModel(AbstractModel):
     """The surrogate of the record; SMAC's combined costs are not used."""
 
-    def __init__(self, record: Record, space: ConfigurationSpace) -> None:
+    def __init__(self, record: AskState, space: ConfigurationSpace) -> None:
         super().__init__(space, seed=record.config.search.seed)
         self._record = record
 
@@ -152,7 +152,7 @@ class Maximiser(AbstractAcquisitionMaximizer):
     study repeats it.
     """
 
-    def __init__(self, record: Record, space: ConfigurationSpace) -> None:
+    def __init__(self, record: AskState, space: ConfigurationSpace) -> None:
         super().__init__(space, challengers=1, seed=record.config.search.seed)
         self._record = record
 
@@ -164,13 +164,13 @@ class Maximiser(AbstractAcquisitionMaximizer):
     ) -> Iterator[Configuration]:
         record, acquisition = self._record, self.acquisition_function
         assert isinstance(acquisition, FeasibleImprovement)
-        assert isinstance(acquisition.model, Model)
+        assert isinstance(acquisition.model, SurrogateModel)
         fitted, config = acquisition.model.posterior, record.config
         pending = to_unit(config, record.pending)
         tried = np.vstack([fitted.points, pending])
         ranking = fitted.ranking(tried)
         acquisition.best = float(fitted.predict(tried)[0][np.argmax(ranking)])
-        acquisition.posterior = fitted.conditioned(pending)
+        acquisition.posterior = fitted.condition_on(pending)
         acquisition.log_prior = partial(log_prior_of_total, config, len(record.trials))
         rng = np.random.default_rng([config.search.seed, record.number])
         found = maximise(
@@ -180,10 +180,10 @@ class Maximiser(AbstractAcquisitionMaximizer):
             tried[np.argsort(-ranking, kind="stable")[:5]],
             allowed=lambda points: within_total(config, points),
         )
-        untried = self._untried(found, rng)
+        untried = self._step_off_tried(found, rng)
         return iter([Configuration(self._configspace, vector=untried)])
 
-    def _untried(self, found: "Array", rng: np.random.Generator) -> "Array":
+    def _step_off_tried(self, found: "Array", rng: np.random.Generator) -> "Array":
         """Return the point, or one nearby when its weights were tried: SMAC would refuse it and
         draw a random one, with a generator that a resumed search has in another state.
         """
@@ -216,7 +216,7 @@ def unit_space(config: StudyConfig, seed: int) -> ConfigurationSpace:
     return space
 
 
-def facade_of(record: Record, scratch: Path) -> Any:
+def facade_of(record: AskState, scratch: Path) -> Any:
     """Return SMAC's black-box facade with our components; it writes its own files into `scratch`,
     where nobody reads them.
     """
@@ -224,17 +224,17 @@ def facade_of(record: Record, scratch: Path) -> Any:
     scenario = _scenario(space, scratch, record.config.search.seed)
     return _Facade(
         scenario,
-        _unused_target,
-        model=Model(record, space),
+        _refuse_to_run,
+        model=SurrogateModel(record, space),
         acquisition_function=FeasibleImprovement(),
         acquisition_maximizer=Maximiser(record, space),
         random_design=BlackBoxFacade.get_random_design(scenario, probability=1e-9),
         config_selector=ConfigSelector(scenario, retrain_after=1),
-        **_driven_by_us(BlackBoxFacade, scenario),
+        **_ask_and_tell_settings(BlackBoxFacade, scenario),
     )
 
 
-def stock_facade_of(record: Record, scratch: Path) -> Any:
+def stock_facade_of(record: AskState, scratch: Path) -> Any:
     """Return one of SMAC's own facades as it comes, for one ask: seeded by the trial's number, as
     SMAC does not restore the state of its generators.
     """
@@ -243,14 +243,14 @@ def stock_facade_of(record: Record, scratch: Path) -> Any:
     seed = int(np.random.default_rng([config.search.seed, record.number]).integers(2**31))
     scenario = _scenario(unit_space(config, seed), scratch, seed)
     facade = facades[config.search.surrogate]
-    return facade(scenario, _unused_target, **_driven_by_us(facade, scenario))
+    return facade(scenario, _refuse_to_run, **_ask_and_tell_settings(facade, scenario))
 
 
 def _scenario(space: ConfigurationSpace, scratch: Path, seed: int) -> Scenario:
     return Scenario(space, deterministic=True, n_trials=10**6, output_directory=scratch, seed=seed)
 
 
-def _driven_by_us(facade: Any, scenario: Scenario) -> dict[str, Any]:
+def _ask_and_tell_settings(facade: Any, scenario: Scenario) -> dict[str, Any]:
     """Return what every facade needs when it is only asked and told."""
     logger = logging.getLogger("smac")
     if logger.level != logging.ERROR:  # it warns that the initial design is empty: ours has anchors
@@ -264,7 +264,7 @@ def _driven_by_us(facade: Any, scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def _unused_target(config: Any, seed: int = 0) -> float:
+def _refuse_to_run(config: Any, seed: int = 0) -> float:
     raise AssertionError("SMAC is only asked and told")
 
 
@@ -278,10 +278,10 @@ class Asker:
     def __init__(self, config: StudyConfig, scratch: Path) -> None:
         """Prepare SMAC; it writes its own files into `scratch`, where nobody reads them."""
         self._config, self._scratch = config, scratch
-        self._record = Record(config)
+        self._record = AskState(config)
 
     def tell(self, trial: Trial) -> None:
-        """Record a finished trial; the first one is the base."""
+        """AskState a finished trial; the first one is the base."""
         self._record.trials.append(trial)
 
     def ask(self, number: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
@@ -308,7 +308,7 @@ class Asker:
             facade = stock_facade_of(self._record, self._scratch)
             points = to_unit(self._config, [trial.weights for trial in trials])
             values = columns(self._config, trials).mean(axis=1, keepdims=True)
-            known = [trials[index] for index in informative(points, values)]
+            known = [trials[index] for index in choose_informative(points, values)]
         for trial in known:
             self._tell(facade, trial)
         return facade

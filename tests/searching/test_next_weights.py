@@ -9,11 +9,11 @@ import pytest
 
 from optimer_hf.errors import StudyError
 from optimer_hf.files.model import parse
-from optimer_hf.scoring.objective import feasible
+from optimer_hf.scoring.objective import is_feasible
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
+from optimer_hf.searching.next_weights import Asker
 from optimer_hf.searching.runner import InProcess
-from optimer_hf.searching.smac import Asker
 from optimer_hf.study import gp as gp_module
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.prediction import front, predict
@@ -29,7 +29,7 @@ def told(config: StudyConfig, scratch) -> Asker:
     """Return an asker that knows the anchors."""
     asker, pool = Asker(config, scratch), FunctionPool(config)
     for number, (origin, weights) in enumerate(anchors(config)):
-        terms, *_ = pool.score(weights, config.objective.asked("search"))
+        terms, *_ = pool.score(weights, config.objective.asked_terms("search"))
         asker.tell(Trial(number, origin, "search", weights, "ok", terms, {}))
     return asker
 
@@ -106,7 +106,7 @@ def test_the_first_weights_asked_for_stay_near_the_usual_total(tmp_path):
 
 
 def test_the_prior_of_the_total_fades_with_the_trials():
-    from optimer_hf.searching.smac import log_prior_of_total
+    from optimer_hf.searching.next_weights import log_prior_of_total
 
     points = np.array([[0.0] * 4, [0.2] * 4, [1.0] * 4])  # sums 0, 1.2, 6
     early = log_prior_of_total(config_of(), 6, points)
@@ -124,20 +124,20 @@ def test_constraints_are_kept_by_the_incumbent_and_by_most_of_what_is_asked(tmp_
         objective={"terms": TERMS, "constraints": [constraint]},
         search={"n_trials": 24, "rescore_top": 2},
     )
-    ignored = search(free, tmp_path / "free", runner=InProcess(FunctionPool)).incumbent
+    ignored = search(free, tmp_path / "free", runner=InProcess(FunctionPool)).best_trial
     study = search(bound, tmp_path / "bound", runner=InProcess(FunctionPool))
     pool = FunctionPool(bound)
-    asked = bound.objective.asked("search")
+    asked = bound.objective.asked_terms("search")
     assert [each.label for each in asked] == ["t", "u", "q"]
     base, *_ = pool.score(dict.fromkeys("wxyz", 0.0), asked)
 
     def keeps(weights) -> bool:
-        return feasible(bound.objective, pool.score(weights, asked)[0], base)
+        return is_feasible(bound.objective, pool.score(weights, asked)[0], base)
 
     assert not keeps(ignored.weights), "the constraint must bind for this test to mean anything"
-    assert keeps(study.incumbent.weights)
-    assert study.value(study.incumbent) > 0
-    suggested = [trial for trial in study.log.of("search") if trial.origin == "surrogate"]
+    assert keeps(study.best_trial.weights)
+    assert study.value(study.best_trial) > 0
+    suggested = [trial for trial in study.trials if trial.origin == "surrogate"]
     assert np.mean([keeps(trial.weights) for trial in suggested[6:]]) > 0.5
 
 
@@ -158,8 +158,8 @@ def test_a_constraint_to_be_no_worse_than_the_base_leaves_a_search_and_a_predict
         search={"n_trials": 20, "rescore_top": 0},
     )
     study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
-    assert feasible(config.objective, study.incumbent.terms, study.base)
-    assert study.value(study.incumbent) > 0
+    assert is_feasible(config.objective, study.best_trial.terms, study.base)
+    assert study.value(study.best_trial) > 0
     assert predict(study).feasible > 0.4
     other = study.over_next()
     assert other is not None and other[1].difference >= 0
@@ -272,7 +272,7 @@ def test_a_search_beyond_the_bound_resumes_to_the_same_trials(settings, tmp_path
         (half / "trials.jsonl").write_bytes(b"".join(lines[:n_lines]))
         resumed = search(config, half, runner=InProcess(FunctionPool))
         assert [t.weights for t in resumed.log.trials] == [t.weights for t in whole.log.trials]
-    values = [whole.value(trial) for trial in whole.log.of("search")]
+    values = [whole.value(trial) for trial in whole.log.trials_at("search")]
     assert max(values[12:]) > max(values[:6])
 
 
@@ -286,12 +286,12 @@ def test_asking_beyond_the_bound_keeps_constraints_and_avoids_what_still_runs(
     config = config_of(objective=objective, search={"n_trials": 20, "rescore_top": 0})
     study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     asker = Asker(config, tmp_path)
-    for trial in study.log.of("search"):
+    for trial in study.trials:
         asker.tell(trial)
     first = asker.ask(20)
     second = asker.ask(21, [first])
     assert first != second
-    assert study.incumbent.status == "ok"
+    assert study.best_trial.status == "ok"
 
 
 def test_asking_after_two_thousand_trials_of_sixteen_vectors_takes_a_moment(tmp_path):

@@ -1,0 +1,72 @@
+"""Values of an objective as text: their unit, differences with intervals, verdicts."""
+
+from dataclasses import dataclass
+
+from optimer_hf.scoring.intervals import Interval
+from optimer_hf.scoring.objective import Objective, combine
+from optimer_hf.scoring.scores import Scores
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the values of an objective are counted in: the number shown is `factor` times a value,
+    with `digits` decimals, in percent or in what `name` says. `text` describes a gain.
+    """
+
+    factor: float
+    text: str
+    name: str = ""
+    digits: int = 2
+
+    @classmethod
+    def of(cls, objective: Objective) -> "Unit":
+        """Percent over the base, or the metric of the terms under `weighted_mean`."""
+        if objective.combine != "weighted_mean":
+            return cls(100.0, "objective over the base, %")
+        term = next(term for term in objective.terms if term.weight > 0)
+        name = term.function or term.metric_name
+        return cls(1.0, f"objective over the base, {name}", name, 4)
+
+    def show(self, gain: float) -> str:
+        """Return a gain, larger is better, as text."""
+        return f"{self.number(gain)}{' %' if self.factor > 1 else self.name and f' {self.name}'}"
+
+    def show_difference(self, difference: float) -> str:
+        """Return a difference of two gains as text: of percentages it is points."""
+        return f"{self.number(difference)} points" if self.factor > 1 else self.show(difference)
+
+    def show_interval(self, interval: Interval) -> str:
+        """Return the ends of an interval as text."""
+        if interval.kind == "none":
+            return "no interval"
+        return f"[{self.number(interval.low)}, {self.number(interval.high)}]"
+
+    def number(self, value: float) -> str:
+        """Return a value as a number with its sign, and never as -0.00."""
+        return f"{round(self.factor * value, self.digits) + 0.0:+.{self.digits}f}"
+
+
+OF_TERMS = Unit(100.0, "gain over the base, %")  # losses relative, accuracies in points
+
+
+def describe_interval(interval: Interval, unit: Unit, *, is_gain: bool) -> str:
+    """Return a difference with its interval, the kind of it, and the verdict, as text; `is_gain`
+    says that it is one over the base, not one between two merges.
+    """
+    show = unit.show if is_gain else unit.show_difference
+    found = show(interval.difference)
+    if interval.kind != "none":
+        found += f" {unit.show_interval(interval)}, paired 95 % interval ({interval.kind})"
+    return f"{found}: {interval.verdict}"
+
+
+def show_value(objective: Objective, scores: Scores, base: Scores, *, is_base: bool) -> str:
+    """Return the objective as tables show it: over the base, or under `weighted_mean` for the base
+    itself as the mean that it is.
+    """
+    unit, value = Unit.of(objective), combine(objective, scores, base)
+    if not is_base or objective.combine != "weighted_mean":
+        return unit.show(value - combine(objective, base, base))
+    counting = [term.label for term in objective.terms if term.weight > 0]
+    lower_is_better = not any(base[label].higher_is_better for label in counting)
+    return f"{-value if lower_is_better else value:.{unit.digits}f} {unit.name}"
