@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from optimer_hf.cli.options import INPUT, PATH, CommandT, echo
+from optimer_hf.cli.options import MERGE_FILE, PATH, CommandT, echo
 
 LARGEST_SHARD = 2**50
 UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -87,7 +87,7 @@ def _flag(name: str) -> str:
 
 
 @click.command(epilog="Example: optimer merge my-merge.yml merged --cuda")
-@click.argument("config", type=INPUT)
+@click.argument("config", type=MERGE_FILE)
 @click.argument("out", type=PATH)
 @click.option(
     "--engine",

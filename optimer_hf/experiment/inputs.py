@@ -122,13 +122,16 @@ def _absent_beside_mistakes(path: Path) -> str:
 
 
 def check_fields(path: Path, kind: str) -> None:
-    """Raise ConfigError for a mistake in the fields of a file of a kind, a key of KINDS, so far as
-    it can be found without a library that takes seconds to import. A mergekit YAML passes as a
-    study.
+    """Raise ConfigError for a mistake in the fields of a file, so far as it can be found without a
+    library that takes seconds to import.
+
+    `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a study.
     """
     from optimer_hf.merging.mergekit_keys import is_for_mergekit
+    from optimer_hf.merging.mergekit_yaml import known_keys, read_keys
 
-    if kind == "study" and is_for_mergekit(read_yaml(path)):
+    if kind == "merge config" or (kind == "study" and is_for_mergekit(read_yaml(path))):
+        read_keys(path, known_keys())
         return
     config = KINDS[kind].read(path)
     if isinstance(config, TrainConfig) and (mistakes := [*unknown_fields(config)]):

@@ -2,15 +2,19 @@
 
 import functools
 import logging
+import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.mergekit_keys import Keys, check_merge_config, keep_read_keys
 from optimer_hf.merging.mergekit_models import model_name, with_models
+from optimer_hf.merging.mergekit_table import KEYS, VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +25,10 @@ def read_merge_config(path: Path, *, warns: bool = True) -> dict[str, Any]:
 
     Raises ConfigError with one line for each mistake: keys that no merge method knows, values that
     the method does not accept, and everything else that mergekit would refuse before it opens a
-    model. Importing mergekit takes seconds.
+    model. Imports mergekit, which takes seconds, when the keys are right.
     """
-    config = {key: value for key, value in read_yaml(path).items() if value is not None}
-    keys = mergekit_keys()
-    ignored = check_merge_config(config, path, keys)
+    keys = known_keys()
+    config, ignored = read_keys(path, keys)
     if ignored and warns:
         named = ", ".join(".".join(map(str, place)) for place in ignored)
         method = config["merge_method"]
@@ -36,6 +39,14 @@ def read_merge_config(path: Path, *, warns: bool = True) -> dict[str, Any]:
             read[field] = str(read[field]).removeprefix("torch.")
     parse_with_mergekit(read, path)
     return read
+
+
+def read_keys(path: Path, keys: Keys) -> tuple[dict[str, Any], list[Place]]:
+    """Return the fields of a mergekit YAML that have a value, and the places of those that its
+    merge method ignores. Raises the ConfigError of `check_merge_config`.
+    """
+    config = {key: value for key, value in read_yaml(path).items() if value is not None}
+    return config, check_merge_config(config, path, keys)
 
 
 def parse_with_mergekit(config: Mapping[str, Any], path: Path) -> Any:
@@ -83,6 +94,15 @@ def chat_templates() -> dict[str, str]:
         for file in files
         if file.name.endswith(".jinja")
     }
+
+
+def known_keys() -> Keys:
+    """Return the keys of mergekit from the table, without importing it. mergekit itself is asked
+    where it may know more: in another version, or once it is imported, since programs can register
+    merge methods.
+    """
+    is_imported = "mergekit.merge_methods.registry" in sys.modules
+    return mergekit_keys() if is_imported or version("mergekit") != VERSION else KEYS
 
 
 @functools.cache

@@ -275,6 +275,9 @@ STUDY = {
         (["validate", "wrong.yaml"], "Did you mean 'vectors'?"),
         (["search", "wrong.yaml", "s"], "Did you mean 'vectors'?"),
         (["train", "train.yaml", "v"], "train.yaml:4: lora.alpha: unknown field of LoraConfig."),
+        (["validate", "merge.yml"], "merge.yml:2: models.0: unknown field 'modle'"),
+        (["merge", "merge.yml", "out"], "merge.yml:2: models.0: unknown field 'modle'"),
+        (["search", "merge.yml", "s"], "merge.yml:2: models.0: unknown field 'modle'"),
     ],
 )
 def test_help_schemas_and_mistakes_answer_without_the_libraries(arguments, says, tmp_path):
@@ -284,6 +287,7 @@ def test_help_schemas_and_mistakes_answer_without_the_libraries(arguments, says,
     (tmp_path / "train.yaml").write_text(
         "name: n\nbase_model: a/b\ncorpus: {path: x.jsonl}\nlora: {alpha: 8}\n", encoding="utf-8"
     )
+    (tmp_path / "merge.yml").write_text("merge_method: linear\nmodels: [{modle: a/b}]\n")
     result = process("-X", "importtime", "-m", "optimer_hf", *arguments, cwd=tmp_path)
     assert says in result.stdout + result.stderr
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
