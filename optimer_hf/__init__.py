@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from optimer_hf.api import verify as verify
     from optimer_hf.api import write_recipe as write_recipe
     from optimer_hf.api import write_report as write_report
-    from optimer_hf.comparison.rows import Comparison as Comparison
+    from optimer_hf.comparison.result import Comparison as Comparison
     from optimer_hf.errors import ConfigError as ConfigError
     from optimer_hf.errors import CorpusError as CorpusError
     from optimer_hf.errors import EvaluationError as EvaluationError
@@ -76,7 +76,7 @@ _HOMES = {
         "write_recipe",
         "write_report",
     ],
-    "comparison.rows": ["Comparison"],
+    "comparison.result": ["Comparison"],
     "errors": [
         "ConfigError",
         "CorpusError",

@@ -20,7 +20,7 @@ from optimer_hf.files.staging import require_empty
 from optimer_hf.progress import announce
 
 if TYPE_CHECKING:
-    from optimer_hf.comparison.rows import Comparison
+    from optimer_hf.comparison.result import Comparison
     from optimer_hf.hub.pulling import Pull
     from optimer_hf.hub.pushing import Push
     from optimer_hf.models.resolve import AnyModel

@@ -1,27 +1,18 @@
-"""The rows of a sealed test: what each one is, what it scored, and how two of them compare.
+"""The rows of a sealed test: what each one is, and what it scored.
 
-A row is a kind and a subject (which vector, method, target or model); its title is made from them
-and never read.
+A row is a kind and a subject (which vector, method, target or model). Its title is made from them,
+and nothing reads it.
 """
 
 import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.text import html_table
-from optimer_hf.scoring.formatting import Unit
-from optimer_hf.scoring.intervals import Interval
-from optimer_hf.scoring.objective import Objective, combine, gains
-from optimer_hf.scoring.paired import paired_interval
 from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.prediction import reweight
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 RowKind = Literal[
     "base",
@@ -150,83 +141,3 @@ class SealedRow(Contender):
     def marked_title(self) -> str:
         """The title, marked when the row was chosen after sealed scores had been seen."""
         return marked(self.title, self.chosen_after_seal)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All rows, first the base, and the objective they are compared by."""
-
-    rows: list[SealedRow]
-    objective: Objective
-    retarget: Mapping[str, Mapping[str, float]]
-
-    def __repr__(self) -> str:
-        unit, merge = Unit.of(self.objective), self.merge
-        gain = unit.show(self.value(merge) - self.value(self.base))
-        best = self.best_baseline()
-        ahead = unit.show_difference(self.value(merge) - self.value(best))
-        return (
-            f"Comparison({len(self.rows)} rows; {merge.title}: {gain} over the base, {ahead} over "
-            f"{best.title})"
-        )
-
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: the table of the sealed test and its verdicts."""
-        from optimer_hf.comparison.tables import table, verdicts
-
-        return html_table(" ".join(verdicts(self)), *table(self))
-
-    def to_dataframe(self) -> "DataFrame":
-        """Return a pandas DataFrame with a row for every weight set, indexed by its title.
-
-        Columns: kind, subject, chosen_after_seal, objective (larger is better), and `weight/NAME`,
-        `score/TERM` and `gain/TERM` (over the base; losses relative, accuracies as a difference).
-        """
-        from pandas import DataFrame, Index
-
-        rows = [
-            {"kind": row.kind, "subject": row.subject}
-            | {"chosen_after_seal": row.chosen_after_seal, "objective": self.value(row)}
-            | {f"weight/{name}": weight for name, weight in row.weights.items()}
-            | {f"score/{label}": score.score for label, score in row.scores.items()}
-            | {f"gain/{name}": g for name, g in gains(row.scores, self.base.scores).items()}
-            for row in self.rows
-        ]
-        return DataFrame(rows, index=Index([row.title for row in self.rows], name="row"))
-
-    @property
-    def base(self) -> SealedRow:
-        """The base model."""
-        return self.rows[0]
-
-    @property
-    def merge(self) -> SealedRow:
-        """The searched merge."""
-        return self.row("merge")
-
-    def row(self, kind: RowKind, subject: str = "") -> SealedRow:
-        """Return the row of a kind and subject."""
-        return next(row for row in self.rows if (row.kind, row.subject) == (kind, subject))
-
-    def value(self, row: SealedRow, objective: Objective | None = None) -> float:
-        """Return the value of a row under an objective (None: that of the study)."""
-        return combine(objective or self.objective, row.scores, self.base.scores)
-
-    def best_baseline(self, objective: Objective | None = None) -> SealedRow:
-        """Return the best of the others by its sealed value: the hardest one to beat."""
-        return max(
-            (row for row in self.rows if row.is_baseline),
-            key=lambda row: self.value(row, objective),
-        )
-
-    def interval(
-        self, row: SealedRow, other: SealedRow, objective: Objective | None = None
-    ) -> Interval:
-        """Return value(row) - value(other) with its paired 95 % interval."""
-        return paired_interval(
-            objective or self.objective, row.scores, other.scores, self.base.scores
-        )
-
-    def term_interval(self, row: SealedRow, label: str) -> Interval:
-        """Return the gain of a row over the base on one term, with its interval."""
-        return self.interval(row, self.base, reweight(self.objective, {label: 1.0}))

@@ -15,8 +15,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from optimer_hf.comparison import baselines
+from optimer_hf.comparison.result import Comparison
 from optimer_hf.comparison.rows import (
-    Comparison,
     Contender,
     SealedRow,
     check_titles,

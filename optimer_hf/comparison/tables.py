@@ -2,58 +2,9 @@
 
 from typing import Any
 
-from optimer_hf.comparison.rows import Comparison, SealedRow
+from optimer_hf.comparison.result import Comparison, table, verdicts
 from optimer_hf.files.text import markdown_table
-from optimer_hf.scoring.formatting import OF_TERMS, Unit, describe_interval, show_value
-from optimer_hf.scoring.objective import Objective, gains
-from optimer_hf.study.prediction import reweight
-
-# -- tables ----------------------------------------------------------------------------------------
-
-
-def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the sealed-test table: gain over the base per term in percent, then
-    of the objective in its unit; terms under a `limit` say how many items were scored.
-    """
-    labels = list(comparison.base.scores)
-    objective, base = comparison.objective, comparison.base.scores
-    limited = {
-        term.label for term in objective.scored_terms if objective.limit_of(term) is not None
-    }
-    marked = [f"{x} ({len(base[x].items)} items)" if x in limited else x for x in labels]
-    header = ["weights", *marked, "objective"]
-    lines = []
-    for row in comparison.rows:
-        each = gains(row.scores, comparison.base.scores)
-        if row is comparison.base:
-            cells = [f"{row.scores[label].score:.4f}" for label in labels]
-        else:
-            cells = [OF_TERMS.show(each[label]) for label in labels]
-        is_base = row is comparison.base
-        value = show_value(objective, row.scores, comparison.base.scores, is_base=is_base)
-        lines.append([row.marked_title, *cells, value])
-    return header, lines
-
-
-def verdicts(comparison: Comparison) -> list[str]:
-    """Return what the sealed test says, a sentence per objective: merge against the best of the
-    others.
-    """
-    rows: list[tuple[SealedRow, Objective | None]] = [(comparison.merge, None)]
-    for name, weights in comparison.retarget.items():
-        target = reweight(comparison.objective, weights)
-        rows.append((comparison.row("retargeted", name), target))
-    sentences = []
-    for row, objective in rows:
-        other = comparison.best_baseline(objective)
-        interval = comparison.interval(row, other, objective)
-        said = describe_interval(
-            interval, Unit.of(objective or comparison.objective), is_gain=False
-        )
-        if objective is not None:
-            said += "; the best scales are those for the study's own objective"
-        sentences.append(f"{row.title} minus the best of the others ({other.title}): {said}.")
-    return sentences
+from optimer_hf.scoring.formatting import OF_TERMS, Unit, describe_interval
 
 
 def to_markdown(comparison: Comparison) -> str:

@@ -19,6 +19,7 @@ from optimer_hf.files.model import (
     list_mistakes,
 )
 from optimer_hf.files.reading import read_yaml
+from optimer_hf.merging.mergekit_keys import is_for_mergekit
 from optimer_hf.recipes.record import Recipe
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.study.config import StudyConfig
@@ -74,8 +75,6 @@ def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
 
 def _checked(path: Path) -> tuple[str, Any]:
     """Return what a file is, and its fields with local paths absolute."""
-    from optimer_hf.merging.mergekit_keys import is_for_mergekit
-
     keys = set(read_yaml(path))
     if keys and keys <= {"train", "study"}:
         return "short budget of a recipe", {}
@@ -109,7 +108,6 @@ def _absent_beside_mistakes(path: Path) -> str:
 
     The text is empty for a file that is not YAML.
     """
-    from optimer_hf.merging.mergekit_keys import is_for_mergekit
     from optimer_hf.merging.mergekit_models import list_absent_models
 
     try:
@@ -127,7 +125,6 @@ def check_fields(path: Path, kind: str) -> None:
 
     `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a study.
     """
-    from optimer_hf.merging.mergekit_keys import is_for_mergekit
     from optimer_hf.merging.mergekit_yaml import known_keys, read_keys
 
     if kind == "merge config" or (kind == "study" and is_for_mergekit(read_yaml(path))):

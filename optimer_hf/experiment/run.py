@@ -16,7 +16,7 @@ from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
 
 if TYPE_CHECKING:
     from optimer_hf.comparison.ledger import Ledger
-    from optimer_hf.comparison.rows import Comparison
+    from optimer_hf.comparison.result import Comparison
     from optimer_hf.experiment.plan import Plan
     from optimer_hf.study.directory import Study
     from optimer_hf.training.config import TrainConfig

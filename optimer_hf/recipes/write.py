@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from optimer_hf.comparison.ledger import Ledger
-from optimer_hf.comparison.rows import Comparison
-from optimer_hf.comparison.tables import verdicts
+from optimer_hf.comparison.result import Comparison, verdicts
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import is_pinned, is_there, pinned, relative_reference

@@ -8,8 +8,8 @@ from typing import Any, get_args
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from optimer_hf.comparison import sealed, tables
-from optimer_hf.comparison.rows import Comparison
+from optimer_hf.comparison import sealed
+from optimer_hf.comparison.result import Comparison, verdicts
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.reference import Reference, absolute_reference
 from optimer_hf.files.staging import make_directory, write_text
@@ -187,9 +187,9 @@ def _summary(study: Study, comparison: Comparison | None) -> str:
     )
     if comparison is None:
         return f"{chosen} Weights are chosen by this score, so it flatters them.{state}"
-    sealed = tables.verdicts(comparison)[0]
+    verdict = verdicts(comparison)[0]
     return (
-        f"On the sealed test: {sealed} {chosen} Weights are chosen by that score, so it flatters "
+        f"On the sealed test: {verdict} {chosen} Weights are chosen by that score, so it flatters "
         f"them; the sealed one does not.{state}"
     )
 

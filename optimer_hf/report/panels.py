@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimer_hf.comparison import tables as compare
 from optimer_hf.comparison.costs import ledger
-from optimer_hf.comparison.rows import Comparison, RowKind, SealedRow
+from optimer_hf.comparison.result import Comparison, verdicts
+from optimer_hf.comparison.rows import RowKind, SealedRow
 from optimer_hf.errors import OptimerError
 from optimer_hf.merging import geometry
 from optimer_hf.report.drawing import (
@@ -209,20 +209,20 @@ def _terms(study: Study, comparison: Comparison | None) -> Panel:
     rows = [row for row in found.rows[1:] if _is_shown(row, found)]
     labels = list(found.base.scores)
     figure, axes = _figure((0.65 + 0.2 * len(rows)) * len(labels), rows=len(labels))
-    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
+    labels_of: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
     baseline = "the base" if comparison is not None else study.baseline
     for axis, label in zip(axes, labels, strict=True):
         for at, row in enumerate(reversed(rows)):
             interval = found.term_interval(row, label)
             _draw_interval(axis, at, interval, row.kind == "merge")
             if row.kind == "merge":
-                verdicts.setdefault(interval.answer, []).append(label)
+                labels_of.setdefault(interval.answer, []).append(label)
         axis.axvline(0, color=INK, linewidth=0.7)
         axis.set_yticks(range(len(rows)), [_label(row) for row in reversed(rows)])
         axis.set_ylim(-0.7, len(rows) - 0.3)
         axis.set_title(label)
     figure.supxlabel(f"gain over {baseline}, %, 95 % interval (accuracies: points){_note(rows)}")
-    said = "; ".join(f"{side} in {', '.join(each)}" for side, each in verdicts.items() if each)
+    said = "; ".join(f"{side} in {', '.join(each)}" for side, each in labels_of.items() if each)
     return Panel(
         "terms",
         f"Scores per term, {where}",
@@ -277,7 +277,7 @@ def _sealed(comparison: Comparison) -> Panel:
     values = "; ".join(
         f"{row.marked_title} {unit.show(comparison.value(row) - base)}" for row in reversed(rows)
     )
-    told = compare.verdicts(comparison)[0]
+    told = verdicts(comparison)[0]
     return Panel(
         "sealed",
         "Everything on the sealed test",

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from optimer_hf.comparison.result import table, verdicts
 from optimer_hf.comparison.sealed import candidates, compare
 from optimer_hf.comparison.sealed_file import SealedLog
-from optimer_hf.comparison.tables import table, to_json, to_markdown, verdicts
+from optimer_hf.comparison.tables import to_json, to_markdown
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from optimer_hf.cli import main
+from optimer_hf.comparison.result import verdicts
 from optimer_hf.comparison.sealed import compare, recorded
-from optimer_hf.comparison.tables import verdicts
 from optimer_hf.merging.geometry import read_or_measure
 from optimer_hf.report.captions import CARD_FIGURES, Captions
 from optimer_hf.report.page import write_figures, write_report

@@ -11,15 +11,10 @@ from click.testing import CliRunner
 
 from optimer_hf.cli import main
 from optimer_hf.comparison.ledger import Ledger
+from optimer_hf.comparison.result import table, verdicts
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.summary import front_lines
-from optimer_hf.comparison.tables import (
-    intervals_to_markdown,
-    table,
-    to_json,
-    to_markdown,
-    verdicts,
-)
+from optimer_hf.comparison.tables import intervals_to_markdown, to_json, to_markdown
 from optimer_hf.hub import card
 from optimer_hf.recipes.write import _scores
 from optimer_hf.report.page import write_report

@@ -1,0 +1,142 @@
+"""The result of a sealed test: all rows, and how any two of them compare."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from optimer_hf.comparison.rows import RowKind, SealedRow
+from optimer_hf.files.text import html_table
+from optimer_hf.scoring.formatting import OF_TERMS, Unit, describe_interval, show_value
+from optimer_hf.scoring.intervals import Interval
+from optimer_hf.scoring.objective import Objective, combine, gains
+from optimer_hf.scoring.paired import paired_interval
+from optimer_hf.study.prediction import reweight
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, first the base, and the objective they are compared by."""
+
+    rows: list[SealedRow]
+    objective: Objective
+    retarget: Mapping[str, Mapping[str, float]]
+
+    def __repr__(self) -> str:
+        unit, merge = Unit.of(self.objective), self.merge
+        gain = unit.show(self.value(merge) - self.value(self.base))
+        best = self.best_baseline()
+        ahead = unit.show_difference(self.value(merge) - self.value(best))
+        return (
+            f"Comparison({len(self.rows)} rows; {merge.title}: {gain} over the base, {ahead} over "
+            f"{best.title})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the table of the sealed test and its verdicts."""
+        return html_table(" ".join(verdicts(self)), *table(self))
+
+    def to_dataframe(self) -> "DataFrame":
+        """Return a pandas DataFrame with a row for every weight set, indexed by its title.
+
+        Columns: kind, subject, chosen_after_seal, objective (larger is better), and `weight/NAME`,
+        `score/TERM` and `gain/TERM` (over the base; losses relative, accuracies as a difference).
+        """
+        from pandas import DataFrame, Index
+
+        rows = [
+            {"kind": row.kind, "subject": row.subject}
+            | {"chosen_after_seal": row.chosen_after_seal, "objective": self.value(row)}
+            | {f"weight/{name}": weight for name, weight in row.weights.items()}
+            | {f"score/{label}": score.score for label, score in row.scores.items()}
+            | {f"gain/{name}": g for name, g in gains(row.scores, self.base.scores).items()}
+            for row in self.rows
+        ]
+        return DataFrame(rows, index=Index([row.title for row in self.rows], name="row"))
+
+    @property
+    def base(self) -> SealedRow:
+        """The base model."""
+        return self.rows[0]
+
+    @property
+    def merge(self) -> SealedRow:
+        """The searched merge."""
+        return self.row("merge")
+
+    def row(self, kind: RowKind, subject: str = "") -> SealedRow:
+        """Return the row of a kind and subject."""
+        return next(row for row in self.rows if (row.kind, row.subject) == (kind, subject))
+
+    def value(self, row: SealedRow, objective: Objective | None = None) -> float:
+        """Return the value of a row under an objective (None: that of the study)."""
+        return combine(objective or self.objective, row.scores, self.base.scores)
+
+    def best_baseline(self, objective: Objective | None = None) -> SealedRow:
+        """Return the best of the others by its sealed value: the hardest one to beat."""
+        return max(
+            (row for row in self.rows if row.is_baseline),
+            key=lambda row: self.value(row, objective),
+        )
+
+    def interval(
+        self, row: SealedRow, other: SealedRow, objective: Objective | None = None
+    ) -> Interval:
+        """Return value(row) - value(other) with its paired 95 % interval."""
+        return paired_interval(
+            objective or self.objective, row.scores, other.scores, self.base.scores
+        )
+
+    def term_interval(self, row: SealedRow, label: str) -> Interval:
+        """Return the gain of a row over the base on one term, with its interval."""
+        return self.interval(row, self.base, reweight(self.objective, {label: 1.0}))
+
+
+# -- in words --------------------------------------------------------------------------------------
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the sealed-test table: gain over the base per term in percent, then
+    of the objective in its unit; terms under a `limit` say how many items were scored.
+    """
+    labels = list(comparison.base.scores)
+    objective, base = comparison.objective, comparison.base.scores
+    limited = {
+        term.label for term in objective.scored_terms if objective.limit_of(term) is not None
+    }
+    marked = [f"{x} ({len(base[x].items)} items)" if x in limited else x for x in labels]
+    header = ["weights", *marked, "objective"]
+    lines = []
+    for row in comparison.rows:
+        each = gains(row.scores, comparison.base.scores)
+        if row is comparison.base:
+            cells = [f"{row.scores[label].score:.4f}" for label in labels]
+        else:
+            cells = [OF_TERMS.show(each[label]) for label in labels]
+        is_base = row is comparison.base
+        value = show_value(objective, row.scores, comparison.base.scores, is_base=is_base)
+        lines.append([row.marked_title, *cells, value])
+    return header, lines
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """Return what the sealed test says, a sentence per objective: merge against the best of the
+    others.
+    """
+    rows: list[tuple[SealedRow, Objective | None]] = [(comparison.merge, None)]
+    for name, weights in comparison.retarget.items():
+        target = reweight(comparison.objective, weights)
+        rows.append((comparison.row("retargeted", name), target))
+    sentences = []
+    for row, objective in rows:
+        other = comparison.best_baseline(objective)
+        interval = comparison.interval(row, other, objective)
+        said = describe_interval(
+            interval, Unit.of(objective or comparison.objective), is_gain=False
+        )
+        if objective is not None:
+            said += "; the best scales are those for the study's own objective"
+        sentences.append(f"{row.title} minus the best of the others ({other.title}): {said}.")
+    return sentences
