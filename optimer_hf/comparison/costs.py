@@ -71,15 +71,12 @@ def ledger(study: Study) -> Ledger:
     )
     paths = [Path(source) for source in study.config.sources.values()]
     records = [read_record(path) if path.is_dir() else None for path in paths]
-    trainings = [record.training for record in records if record is not None and record.training]
-    if found.search is None or len(trainings) != len(paths):
-        return found
-    if not all("seconds" in training for training in trainings):
+    runs = [record.training for record in records if record is not None]
+    seconds = [run.seconds for run in runs if run is not None and run.seconds is not None]
+    if found.search is None or len(seconds) != len(paths):
         return found
     study_seconds = found.search.seconds + (found.rescore.seconds if found.rescore else 0.0)
-    mixtures = against_mixtures(
-        sum(float(training["seconds"]) for training in trainings), study_seconds, found.search
-    )
+    mixtures = against_mixtures(sum(seconds), study_seconds, found.search)
     return found.model_copy(update={"data_mixture": mixtures})
 
 

@@ -143,9 +143,9 @@ def metadata_of(
     return dict(data.to_dict())
 
 
-def datasets_of(corpus: Mapping[str, Any] | None) -> list[str]:
-    """Return the Hub data sets a corpus was made of; local files have no slash in their name."""
-    parts = str((corpus or {}).get("name", "")).split(" + ")
+def datasets_of(corpus: str) -> list[str]:
+    """Return the Hub data sets in the name of a corpus; names of local files have no slash."""
+    parts = corpus.split(" + ")
     return [part for part in parts if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
 
 

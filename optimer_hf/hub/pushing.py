@@ -315,7 +315,9 @@ def _metadata(
     origins = _origins(target.api, found, is_private, foreseen)
     if isinstance(found.record, VectorFile):
         relation = card.RELATIONS[found.record.kind]
-        origins = replace(origins, datasets=tuple(card.datasets_of(found.record.corpus)))
+        corpus = found.record.corpus
+        datasets = card.datasets_of(corpus.name or "") if corpus is not None else []
+        origins = replace(origins, datasets=tuple(datasets))
         results = []
     else:
         relation, results = "merge", _evaluations(found.record)

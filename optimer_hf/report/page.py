@@ -28,6 +28,7 @@ from optimer_hf.report.panels import (
     _slices,
     _terms,
     _weights,
+    training_runs,
 )
 from optimer_hf.scoring.formatting import Unit, describe_interval
 from optimer_hf.study.config import MergeMethod
@@ -160,12 +161,11 @@ def _panels(study: Study, vectors: bool) -> Iterator[Panel]:
         yield _front(study, trials)
     if vectors and (found := _cosines(study)) is not None:
         yield found
-    records = _records(study)
-    for key, build in (("losses", _losses), ("norms", _norms)):
-        trained = {name: record.training or {} for name, record in records.items()}
-        series = {name: training[key] for name, training in trained.items() if training.get(key)}
-        if series:
-            yield build(series, records)
+    runs = training_runs(_records(study))
+    if losses := {name: run.losses for name, run in runs.items() if run.losses}:
+        yield _losses(losses, runs)
+    if norms := {name: run.norms for name, run in runs.items() if run.norms}:
+        yield _norms(norms, runs)
     yield _ledger(study)
 
 
@@ -205,10 +205,10 @@ def _pinned(study: Study) -> list[tuple[str, str]]:
         for name, value in files.items()
     ]
     for name, vector in study.config.vectors.items():
-        corpus = (records[name].corpus or {}) if name in records else {}
+        corpus = records[name].corpus if name in records else None
         rows.append((f"vector {name}", _shown(str(vector.source))))
-        if "sha256" in corpus:
-            rows.append((f"corpus of {name}", f"{corpus.get('name')}, sha256 {corpus['sha256']}"))
+        if corpus is not None and corpus.sha256 is not None:
+            rows.append((f"corpus of {name}", f"{corpus.name}, sha256 {corpus.sha256}"))
     versions: dict[str, str] = {}
     for record in records.values():
         versions |= record.versions

@@ -31,6 +31,7 @@ from optimer_hf.study.space import anchors, to_unit
 from optimer_hf.study.surrogate import Surrogate
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.record import VectorFile, read_record
+from optimer_hf.vectors.training_record import PartialRun, RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -372,8 +373,16 @@ def _records(study: Study) -> dict[str, VectorFile]:
     return {name: record for name, record in found.items() if record is not None}
 
 
-def _losses(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile]) -> Panel:
-    figure = _over_tokens(series, records, "training loss, nats a token", {})
+def training_runs(records: Mapping[str, VectorFile]) -> dict[str, RunRecord | PartialRun]:
+    """Return the training of each vector, for those whose vector.json says how long it was."""
+    runs = {name: record.training for name, record in records.items()}
+    return {name: run for name, run in runs.items() if run and run.n_steps and run.n_tokens}
+
+
+def _losses(
+    series: Mapping[str, Sequence[float]], runs: Mapping[str, RunRecord | PartialRun]
+) -> Panel:
+    figure = _over_tokens(series, runs, "training loss, nats a token", {})
     parts = {n: max(len(values) // 5, 1) for n, values in series.items()}
     ends = {n: (np.mean(v[: parts[n]]), np.mean(v[-parts[n] :])) for n, v in series.items()}
     said = ", ".join(f"{name} {first:.2f} to {last:.2f}" for name, (first, last) in ends.items())
@@ -387,9 +396,11 @@ def _losses(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorF
     )
 
 
-def _norms(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFile]) -> Panel:
-    steps = {name: (records[name].training or {}).get("norm_steps") for name in series}
-    figure = _over_tokens(series, records, "norm of the vector", steps)
+def _norms(
+    series: Mapping[str, Sequence[float]], runs: Mapping[str, RunRecord | PartialRun]
+) -> Panel:
+    steps = {name: runs[name].norm_steps for name in series}
+    figure = _over_tokens(series, runs, "norm of the vector", steps)
     shares = {n: values[-1] / max(values[len(values) // 2], 1e-30) for n, values in series.items()}
     most = max(shares, key=lambda name: shares[name])
     return Panel(
@@ -406,16 +417,16 @@ def _norms(series: Mapping[str, Sequence[float]], records: Mapping[str, VectorFi
 
 def _over_tokens(
     series: Mapping[str, Sequence[float]],
-    records: Mapping[str, VectorFile],
+    runs: Mapping[str, RunRecord | PartialRun],
     label: str,
     steps: Mapping[str, Sequence[int] | None],
 ) -> "Figure":
     """Draw values over the tokens read; without the steps they are of, evenly spread."""
     figure, axes = _figure(2.4)
     for name, values in series.items():
-        training = records[name].training or {}
-        at = steps.get(name) or np.linspace(0, training["n_steps"], len(values) + 1)[1:]
-        x = np.asarray(at) * training["n_tokens"] / max(training["n_steps"], 1)
+        n_steps, n_tokens = runs[name].n_steps or 1, runs[name].n_tokens or 0
+        at = steps.get(name) or np.linspace(0, n_steps, len(values) + 1)[1:]
+        x = np.asarray(at) * n_tokens / n_steps
         axes[0].plot(x, values, label=name)
     axes[0].set_xlabel("tokens")
     axes[0].set_ylabel(label)
@@ -439,8 +450,8 @@ def _ledger(study: Study) -> Panel:
             ("harness", cost.harness),
         )
     }
-    trained = [record.training or {} for record in _records(study).values()]
-    if seconds := sum(float(training.get("seconds", 0.0)) for training in trained):
+    runs = [record.training for record in _records(study).values()]
+    if seconds := sum(run.seconds or 0.0 for run in runs if run is not None):
         stages = {"training of the vectors": seconds} | stages
     figure, axes = _figure(0.8 + 0.24 * len(stages))
     axes[0].barh(range(len(stages)), [seconds / 60 for seconds in stages.values()])

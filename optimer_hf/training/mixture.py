@@ -8,7 +8,6 @@ with a weight of zero or less get no share; they are reported by name.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError
@@ -54,14 +53,14 @@ def training_tokens(sources: Mapping[str, str]) -> dict[str, int]:
     tokens = {}
     for name, source in sources.items():
         record = read_record(Path(source)) if Path(source).is_dir() else None
-        training: Mapping[str, Any] = (record.training if record is not None else None) or {}
-        if "n_tokens" not in training:
+        run = None if record is None else record.training
+        if run is None or run.n_tokens is None:
             raise ConfigError(
                 f"vector {name!r} ({source}) does not say how many tokens it was trained on: its "
                 "vector.json has no training record. Train it with `optimer train`, or give "
                 f"--tokens {name}=N. If it has no corpus, leave it out with --without {name}."
             )
-        tokens[name] = int(training["n_tokens"])
+        tokens[name] = run.n_tokens
     return tokens
 
 

@@ -86,7 +86,6 @@ def describe(
     It includes the corpus, settings and versions from training.json.
     """
     trained = read_training(path)
-    known = {} if trained is None else trained.model_dump(mode="json")
     (path / "vector.json").unlink(missing_ok=True)
     vector = open_vector(name, str(path.resolve()), base)
     norm, relative_norm = norms(vector, Checkpoint(base.path))
@@ -96,9 +95,9 @@ def describe(
         base=_base_record(base),
         norm=norm,
         relative_norm=relative_norm,
-        corpus=known.get("corpus"),
-        training=known.get("training"),
-        versions=known.get("versions", {}),
+        corpus=trained.corpus if trained else None,
+        training=trained.training if trained else None,
+        versions=trained.versions if trained else {},
     )
     record.write(path / "vector.json")
     return record

@@ -1,7 +1,7 @@
 """vector.json: what a distribution vector is and which base it belongs to."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
@@ -9,6 +9,12 @@ from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.model import FileModel, VersionedFile
 from optimer_hf.files.reading import read_json
 from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.vectors.training_record import (
+    CorpusRecord,
+    PartialCorpus,
+    PartialRun,
+    RunRecord,
+)
 
 QUANTISED = "int8"
 
@@ -41,8 +47,8 @@ class VectorFile(VersionedFile):
     relative_norm: float
     relative_error: float | None = None
     relative_errors: dict[str, float] | None = None
-    corpus: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
+    corpus: CorpusRecord | PartialCorpus | None = None
+    training: RunRecord | PartialRun | None = None
     versions: dict[str, str] = {}
 
 

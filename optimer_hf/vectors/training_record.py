@@ -1,5 +1,5 @@
 """training.json: what a training run read, did and took. It is written last, so it makes the
-directory of a vector complete.
+directory of a vector complete. A vector.json repeats its corpus and its run.
 """
 
 from pathlib import Path
@@ -17,8 +17,8 @@ def _is_none(value: object) -> bool:
 
 
 class CorpusRecord(FileModel):
-    """The text a run was trained on; `sha256` is of the packed blocks, `parts` are those of a
-    mixture.
+    """The text that a run was trained on. `sha256` is the digest of the packed blocks; `parts` has
+    the corpora of a mixture.
     """
 
     name: str
@@ -29,10 +29,11 @@ class CorpusRecord(FileModel):
 
 
 class RunRecord(FileModel):
-    """Settings of a run as its train file has them, then what came of them: a loss for each time
-    the Trainer logs, and the norm of the vector (`norms`) after some steps (`norm_steps`).
+    """The settings of a run, as its train file has them, and what came of them.
 
-    `n_tokens` are those of all steps, `seconds` and `cpu_seconds` those of all tries together.
+    There is a loss for each time that the Trainer logs, and the norm of the vector (`norms`) after
+    some steps (`norm_steps`). `n_tokens` counts the tokens of all steps; `seconds` and
+    `cpu_seconds` include every interrupted attempt.
     """
 
     # a run that diverged records losses that are not finite
@@ -53,9 +54,32 @@ class RunRecord(FileModel):
     cpu_seconds: float = 0.0
 
 
+class PartialCorpus(FileModel):
+    """The corpus in a vector.json of another program, which may lack any field or have more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = None
+    n_tokens: int | None = None
+    sha256: str | None = None
+
+
+class PartialRun(FileModel):
+    """The run in a vector.json of another program, which may lack any field or have more."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True, ser_json_inf_nan="constants")
+
+    n_steps: int | None = None
+    n_tokens: int | None = None
+    losses: list[float] | None = None
+    norms: list[float] | None = None
+    norm_steps: list[int] | None = None
+    seconds: float | None = None
+
+
 class TrainingRecord(VersionedFile):
-    """training.json. `config_sha256` is of everything that decides the result, `inputs` are digests
-    of the local base and texts, by field of the train file.
+    """training.json. `config_sha256` is the digest of everything that decides the result; `inputs`
+    has the digests of the local base and texts, by field of the train file.
     """
 
     config_sha256: str

@@ -98,8 +98,8 @@ def test_a_figure_stands_under_its_sentence_which_is_its_text_too():
 
 
 def test_only_data_sets_of_the_hub_are_named_as_such():
-    assert datasets_of({"name": "ja.train.jsonl.xz + org/wiki"}) == ["org/wiki"]
-    assert datasets_of(None) == []
+    assert datasets_of("ja.train.jsonl.xz + org/wiki") == ["org/wiki"]
+    assert datasets_of("") == []
 
 
 FACTS = {  # of a recipe about which there is nothing to say
