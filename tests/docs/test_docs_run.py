@@ -73,8 +73,6 @@ CHANGED = {
     "--workers 2": "--workers 1",
     "LOGIN_NODE": "127.0.0.1",
     DEMO_BASE: BASE,
-    'Path("study.yaml")': 'Path("brevity.yaml")',
-    'Path("my-study")': 'Path("my-brevity")',
     '"n_trials": 30': '"n_trials": 6, "rescore_top": 0',
     '"limit": 100': '"limit": 4',
     "objective={": 'objective={"include_path": "tasks", ',
