@@ -15,6 +15,7 @@ from optimer_hf.files.reference import (
     TokenizerSource,
     tokenizer_reference,
 )
+from optimer_hf.files.text import did_you_mean, quote
 from optimer_hf.scoring.objective import Objective, Term
 
 LARGEST_WEIGHT = 1000.0  # of a vector; merges break far below
@@ -25,6 +26,10 @@ MergeMethod = Literal["ties", "dare_ties", "model_stock"]
 Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
 LARGEST_TOTAL = LARGEST_WEIGHT * MOST_VECTORS
 Total = Annotated[float, Field(ge=-LARGEST_TOTAL, le=LARGEST_TOTAL)]
+TRACKERS = (  # that transformers reports to; one that it drops stays, so that old studies are read
+    *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow"),
+    *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
+)
 Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # below 0 it is refused by what it is for
 
 
@@ -108,6 +113,14 @@ class SearchConfig(FileModel):
     """
     report_to: list[str] = []
     """Where to log every trial, by the names that the HF Trainer knows: tensorboard, wandb, ..."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        for index, name in enumerate(self.report_to):
+            if name not in TRACKERS:
+                close = did_you_mean(name, list(TRACKERS))
+                hint = close if "mean" in close else ""
+                expected = f"Expected one of {', '.join(TRACKERS)}"
+                yield ("report_to", index), f"found {quote(name)}.{hint} {expected}"
 
 
 class SearchBaseline(SearchConfig):

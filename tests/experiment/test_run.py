@@ -212,7 +212,11 @@ def test_an_output_directory_with_foreign_files_is_refused(recipe_dir: Path, tmp
         ("train-xyz.yaml", {"base_model": "another/base"}, "Give both the same base"),
         ("study.yaml", {"retarget": {"x": {"klingon": 1}}}, "klingon"),
         ("study.yaml", {"baselines": {"models": {"m": "./gone"}}}, "vector 'm': "),
-        ("study.yaml", {"search": {"report_to": ["tensorbord"]}}, "search.report_to: tensorbord"),
+        (
+            "study.yaml",
+            {"search": {"report_to": ["tensorbord"]}},
+            "report_to.0: found 'tensorbord'",
+        ),
         ("study.yaml", {"objective": {"terms": [{"function": "f"}]}}, "higher_is_better"),
         (
             "study.yaml",

@@ -31,9 +31,9 @@ def test_where_trials_are_shown_is_no_part_of_the_study(tmp_path):
     assert len(study.trials) == 8 and config_of(search=shown).digest() == quiet.digest()
 
 
-def test_an_unknown_tool_is_said_before_the_first_trial(tmp_path):
-    config = config_of(search={"n_trials": 8, "report_to": ["tensorbored"]})
-    with pytest.raises(ConfigError, match=r"search\.report_to: tensorbored is not supported"):
+def test_a_tool_that_is_not_installed_is_named_before_the_first_trial(tmp_path):
+    config = config_of(search={"n_trials": 8, "report_to": ["flyte"]})
+    with pytest.raises(ConfigError, match=r"search\.report_to: FlyteCallback requires flytekit"):
         search(
             config,
             tmp_path / "study",

@@ -1,12 +1,13 @@
 """The fields of a study file, in YAML and in Python."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.config import TRACKERS, StudyConfig
 
 FIELDS = {"base_model": "a/base", "objective": {"terms": [{"task": "t"}]}}
 
@@ -35,6 +36,29 @@ def test_a_path_object_is_local_even_if_it_looks_like_a_name_on_the_hub(tmp_path
     )
     assert config.base_model == os.fspath(tmp_path / "a" / "base")
     assert config.vectors["w"].source == os.fspath(tmp_path / "a" / "w")
+
+
+def test_a_tool_that_the_trainer_does_not_report_to_is_refused_when_the_file_is_read(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "base_model: a/base\nvectors: {w: a/w}\nobjective: {terms: [{task: t}]}\n"
+        "search:\n  report_to: [tensorboard, wanbd]\n"
+        "baselines: {searches: {other: {report_to: [paper]}}}\n"
+    )
+    expected = r"Expected one of azure_ml, .*tensorboard, trackio, wandb\."
+    with pytest.raises(ConfigError) as caught:
+        StudyConfig.read(file)
+    first, second = str(caught.value).splitlines()
+    said = r"study\.yaml:5: search\.report_to\.1: found 'wanbd'\. Did you mean 'wandb'\? "
+    assert re.search(said + expected, first)
+    place = r"study\.yaml:6: baselines\.searches\.other\.report_to\.0: "
+    assert re.search(place + "found 'paper'. " + expected, second)
+
+
+def test_every_tool_of_the_trainer_is_known():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(TRACKERS) >= INTEGRATION_TO_CALLBACK.keys()
 
 
 def test_what_is_neither_a_source_nor_fields_is_refused_by_name(tmp_path):
