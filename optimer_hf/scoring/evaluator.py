@@ -11,6 +11,7 @@ import torch
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
+from optimer_hf.scoring.generation import refuse_too_long
 from optimer_hf.scoring.items import hash_item, indices_within, spread_indices
 from optimer_hf.scoring.lm_eval_model import make_lm_eval_model, quiet_lm_eval
 from optimer_hf.scoring.objective import ASKED_BY, N_ASKED, Asked, Objective, Term
@@ -51,11 +52,21 @@ class Evaluator:
                     "come from Python: "
                     "search(..., runner=InProcess(partial(ResidentPool, functions={...})))."
                 )
-            if term.function is None and not self._indices_of(term):
-                raise EvaluationError(
-                    f"term {term.label!r}: no item of {term.task_name!r} is in hash_range "
-                    f"{list(term.hash_range)}."
-                )
+            if term.function is None:
+                self._check_task(term)
+
+    def _check_task(self, term: Term) -> None:
+        """Raise EvaluationError for a term without items, or that generates too much for the
+        model.
+        """
+        if not self._indices_of(term):
+            raise EvaluationError(
+                f"term {term.label!r}: no item of {term.task_name!r} is in hash_range "
+                f"{list(term.hash_range)}."
+            )
+        task = self.tasks[term.task_key]
+        if task.OUTPUT_TYPE == "generate_until":
+            refuse_too_long(term, task.config.generation_kwargs, self._lm.max_length)
 
     def _choose_items(self, asked: Asked) -> list[int]:
         """Return the items that a term is scored on."""

@@ -54,6 +54,24 @@ def generation_settings(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
     raise EvaluationError(f"term {term.label!r}: {whose}: cannot be used: {reason}")
 
 
+def refuse_too_long(term: Term, settings: Mapping[str, Any], window: int) -> None:
+    """Raise EvaluationError when the generation_kwargs of a task, as a term asks it, generate as
+    many tokens as the model's window holds: the prompt has to fit in, too, or lm-eval gives up.
+    """
+    name = next(name for name in ALIASES if settings.get(name) is not None)
+    n_new = int(settings[name])
+    if n_new < window:
+        return
+    if name in term.generation:
+        where = f"generation.{name}: found {n_new:,}"
+    else:
+        where = f"task {term.task_name!r} generates up to {n_new:,} tokens"
+    raise EvaluationError(
+        f"term {term.label!r}: {where}, but the model's window holds {window:,} tokens, prompt "
+        f"included. Give the term generation: {{max_gen_toks: N}} with N far below {window:,}."
+    )
+
+
 def _field_at_fault(term: Term, own: Mapping[str, Any], reason: str) -> str | None:
     """Return the field of a term that a refusal names, or without which there is none."""
     for field in term.generation:

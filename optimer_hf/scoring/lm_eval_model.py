@@ -15,6 +15,9 @@ import torch
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.models.head import is_plain_head, log_probabilities, plain_weight, softcap_of
+from optimer_hf.printable import warn_once
+
+logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 1024
 GPU_TOKENS_PER_BATCH = 4096  # fewer do not fill it; more take the memory that the vectors are given
@@ -90,6 +93,7 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
             return list(super().loglikelihood(requests, disable_tqdm=True))
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            _warn_of_cut_prompts(self, requests)
             return list(super().generate_until(requests, disable_tqdm=True))
 
         def loglikelihood_rolling(
@@ -134,6 +138,28 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
 
     with quiet_lm_eval():
         return HarnessModel()
+
+
+def _warn_of_cut_prompts(lm: Any, requests: Sequence[Any]) -> None:
+    """Log a warning for each task of whose prompts lm-eval cuts the beginning off, because the
+    model's window does not hold them and what is to be generated.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    by_task: dict[str, list[Any]] = {}
+    for request in requests:
+        by_task.setdefault(request.task_name, []).append(request)
+    for name, own in by_task.items():
+        n_new = int(normalize_gen_kwargs(own[0].args[1], lm.max_gen_toks)["max_gen_toks"])
+        room = lm.max_length - n_new
+        n_cut = sum(len(lm.tok_encode(request.args[0])) > room for request in own)
+        if n_cut:
+            warn_once(
+                logger,
+                f"task {name!r}: {n_cut:,} of {len(own):,} prompts lose their beginning: the "
+                f"model's window holds {lm.max_length:,} tokens, and {n_new:,} of them are for "
+                "the answer. Lower max_gen_toks or num_fewshot, or use another model",
+            )
 
 
 @torch.no_grad()

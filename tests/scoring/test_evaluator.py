@@ -3,7 +3,9 @@ intervals, errors.
 """
 
 import json
+import logging
 import math
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -453,7 +455,7 @@ def test_a_constraint_about_a_term_asks_as_the_term_does(field, value):
     bound = {"max_relative_to_base": 0.1}
     with pytest.raises(ValidationError, match=f"'a' is called as a term with another {field}"):
         objective_of(term, constraints=[limited | bound])
-    assert objective_of(limited, constraints=[term | bound]).scored == [
+    assert objective_of(limited, constraints=[term | bound]).scored_terms == [
         objective_of(limited).terms[0]
     ]
     assert objective_of(limited, constraints=[limited | bound])
@@ -816,6 +818,40 @@ def test_generation_options_reach_the_harness_and_a_cap_is_always_set(tokenizer,
     (uncapped / "t.yaml").write_text(text, encoding="utf-8")
     objective = objective_of(term, include_path=str(uncapped))
     assert load_tasks([objective])["toy_generate"].config.generation_kwargs["max_gen_toks"] == 256
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "message"),
+    [
+        (4, {"max_gen_toks": 256}, r"generation\.max_gen_toks: found 256, but .* 256 tokens"),
+        (4, {"max_new_tokens": 9999}, r"generation\.max_new_tokens: found 9,999"),
+        (1024, {}, r"task 'toy_generate' generates up to 1,024 tokens, but the model's window"),
+        (None, {}, r"task 'toy_generate' generates up to 256 tokens"),
+    ],
+)
+def test_a_task_that_generates_more_than_the_window_holds_is_refused_before_it_is_scored(
+    own, generation, message, tokenizer, tmp_path, tasks_dir
+):
+    shutil.copy(tasks_dir / "choice.jsonl", tmp_path)
+    task = GENERATE_TASK.replace(", max_gen_toks: 4", f", max_gen_toks: {own}" if own else "")
+    (tmp_path / "toy_generate.yaml").write_text(task, encoding="utf-8")
+    term = {"task": "toy_generate", "metric": "exact_match,whole", "generation": generation}
+    objective = objective_of(term, include_path=tmp_path)
+    with pytest.raises(EvaluationError, match=f"term 'toy_generate': {message}"):
+        Evaluator(tiny_model("llama"), tokenizer, [objective])
+
+
+def test_prompts_that_lose_their_beginning_are_counted_before_any_is_answered(
+    tokenizer, tasks_dir, caplog
+):
+    generation = {"max_gen_toks": 250, "until": ["\n"]}
+    term = {"task": "toy_generate", "metric": "exact_match,whole", "generation": generation}
+    objective = objective_of(term, include_path=tasks_dir, limit=3)
+    with caplog.at_level(logging.WARNING):
+        evaluate_all(tiny_model("llama"), tokenizer, objective)
+    (said,) = [r.message for r in caplog.records if "prompts" in r.message]
+    assert said.startswith("task 'toy_generate': 3 of 3 prompts lose their beginning: the model's")
+    assert "holds 256 tokens, and 250 of them are for the answer" in said
 
 
 def test_generation_options_of_a_task_that_does_not_generate_are_refused(tasks_dir):
