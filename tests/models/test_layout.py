@@ -1,0 +1,174 @@
+"""What happens to each kind of file in a model directory."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+
+from optimer_hf.errors import HubError, ModelError
+from optimer_hf.files.reference import Reference
+from optimer_hf.hub.private import refuse_private
+from optimer_hf.hub.publication import is_allowed
+from optimer_hf.models.layout import copy_beside_weights, refuse_pickled, tokenizer_files
+from optimer_hf.models.resolve import missing_files, snapshot
+
+# fetched: from the Hub with a model, before and besides its weights
+# copied: beside a merge or a delta; digested: with the tokenizer; taken: enough for a tokenizer
+# pushed: with a vector or a merged model; named: with a recipe, too
+# any: may contain any text, so only tokens and secrets are looked for before a push
+# pickled: named where safetensors are missing
+FILES = {
+    "config.json": "fetched copied pushed",
+    "preprocessor_config.json": "fetched copied pushed",
+    "generation_config.json": "fetched copied digested pushed",
+    "tokenizer_config.json": "fetched copied digested taken pushed",
+    "tokenizer.json": "fetched copied digested taken pushed any",
+    "tokenizer.model": "fetched copied digested taken pushed any",
+    "spiece.model": "fetched copied digested pushed any",
+    "qwen.tiktoken": "fetched copied digested pushed any",
+    "tekken.json": "fetched copied digested pushed",
+    "tokenizer.txt": "fetched copied digested pushed",
+    "vocab.json": "fetched copied digested taken pushed any",
+    "vocab.txt": "fetched copied digested pushed any",
+    "vocab.bpe": "fetched copied digested pushed any",
+    "merges.txt": "fetched copied digested pushed any",
+    "special_tokens_map.json": "fetched copied digested pushed any",
+    "added_tokens.json": "fetched copied digested pushed any",
+    "chat_template.jinja": "fetched copied digested pushed any",
+    "chat_template.json": "fetched copied digested pushed any",
+    "chat_template_tools.jinja": "fetched copied digested pushed",
+    "LICENSE": "fetched copied pushed named",
+    "LICENCE.txt": "fetched copied pushed named",
+    "LICENSE-MODEL.md": "fetched copied pushed named",
+    "LICENSE-1.0": "fetched copied pushed named",
+    "COPYING": "fetched copied pushed named",
+    "NOTICE.md": "fetched copied pushed named",
+    "USE_POLICY.md": "fetched copied pushed named",
+    "model.safetensors": "pushed",
+    "model-00001-of-00002.safetensors": "pushed",
+    "vector.safetensors": "pushed",
+    "vector-00001-of-00002.safetensors": "pushed",
+    "adapter_model.safetensors": "pushed",
+    "consolidated.safetensors": "",
+    "model.fp16.safetensors": "",
+    "model.safetensors.index.json": "fetched pushed",
+    "vector.safetensors.index.json": "fetched pushed",
+    "consolidated.safetensors.index.json": "fetched",
+    "adapter_config.json": "fetched",
+    "vector.json": "fetched",
+    "training.json": "fetched",
+    "config.4.0.0.json": "fetched",
+    "anything.json": "fetched",
+    "anything.txt": "fetched",
+    "anything.jinja": "fetched",
+    "onnx/config.json": "fetched",
+    "additional_chat_templates/tools.jinja": "fetched",
+    "onnx/model.safetensors": "",
+    "README.md": "",
+    "image.png": "",
+    "pytorch_model.bin": "pickled",
+    "adapter_model.bin": "pickled",
+    "model.pt": "pickled",
+    "consolidated.00.pth": "pickled",
+    "weights.bin": "",
+    "model.ckpt": "",
+    "weights.pkl": "",
+    "training_args.bin": "",
+    "optimizer.pt": "",
+    "scheduler.pt": "",
+    "rng_state.pth": "",
+    "modeling.py": "",
+    "tokenizer.py": "",
+    "LICENSE-check.py": "fetched",
+    "LICENSE_check.Sh": "fetched",
+    "chat_template.sh": "",
+    "vocab.so": "",
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in FILES:
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text("{}")
+    return tmp_path / "model"
+
+
+def files_with(mark: str) -> set[str]:
+    return {name for name, marks in FILES.items() if mark in marks.split()}
+
+
+def test_files_beside_the_weights_are_fetched_before_them(monkeypatch, tmp_path, folder):
+    calls: list[set[str]] = []
+
+    def download(repo_id, *, revision, allow_patterns, local_files_only):
+        calls.append(set(filter_repo_objects(FILES, allow_patterns=allow_patterns)))
+        for name in calls[-1]:
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, tmp_path / "cache" / name)
+        return tmp_path / "cache"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    snapshot(Reference("org/model"), with_weights=False)
+    assert calls == [files_with("fetched")]
+
+
+def test_config_tokenizer_and_licence_are_copied_and_code_never_is(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    copy_beside_weights(folder, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files_with("copied")
+
+
+def test_a_merge_may_take_its_tokenizer_from_another_model(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json", "LICENSE"):
+        (other / name).write_text("other")
+    copy_beside_weights(folder, tmp_path / "out", tokenizer=other)
+    copied = {file.name: file.read_text() for file in (tmp_path / "out").iterdir()}
+    own = files_with("copied") - files_with("digested") | {"generation_config.json"}
+    assert {name for name, text in copied.items() if text == "{}"} == own
+    assert copied.keys() - own == {"tokenizer.json", "chat_template.jinja"}
+
+
+def test_a_tokenizer_is_identified_by_all_its_files(folder):
+    assert tokenizer_files(folder).keys() == files_with("digested")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "/" not in name])
+def test_a_directory_has_a_tokenizer_if_one_can_be_read_from_it(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    lacking = missing_files(tmp_path, with_weights=False)
+    assert lacking == ([] if name in files_with("taken") else ["tokenizer.json"])
+
+
+def test_what_is_pushed_and_pulled_is_known_by_its_name():
+    own = {"adapter_config.json", "vector.json"}  # what says how to read a vector
+    for kind, more in (("vector", own), ("model", set())):
+        allowed = {name for name in FILES if is_allowed(kind, name)}
+        assert allowed == files_with("pushed") | more
+    assert {name for name in FILES if is_allowed("recipe", name)} == files_with("named")
+
+
+def test_a_vocabulary_may_contain_any_text_but_no_token(folder):
+    path = f"{folder}/model.safetensors"
+    for name in files_with("copied"):
+        if name in files_with("any"):
+            refuse_private(Path(name), path.encode())
+        else:
+            with pytest.raises(HubError, match="a path"):
+                refuse_private(Path(name), path.encode())
+        with pytest.raises(HubError, match="a token"):
+            refuse_private(Path(name), b"hf_" + b"aB3" * 10)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pickled_weights_are_named_where_safetensors_are_missing(name):
+    if name in files_with("pickled"):
+        with pytest.raises(ModelError, match=rf"only pickled ones \({name}\)"):
+            refuse_pickled("model", [name])
+    else:
+        refuse_pickled("model", [name])
