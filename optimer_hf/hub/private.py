@@ -15,21 +15,8 @@ from optimer_hf.errors import HubError
 from optimer_hf.files.paths import FREE_TEXT
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.secret import SHORTEST_SECRET, TOKEN, own_secrets
+from optimer_hf.models.layout import role_of
 
-VOCABULARIES = frozenset(
-    {
-        "tokenizer.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "vocab.bpe",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-    }
-)
 STRUCTURED = (".json", ".jsonl", ".yaml", ".yml", ".safetensors")
 SECRET_FIELD = re.compile(  # of a file: an API key of W&B is 40 hex digits, as a commit is
     r"(^|[._-])(api_?key|(access|auth|hub|secret)_?(token|key)|secret|password|passwd)$",
@@ -46,9 +33,7 @@ def refuse_private(where: Path, content: Path | bytes) -> None:
     if where.suffix == ".png":
         return
     text, secrets = _text(content), own_secrets()
-    is_vocabulary = (
-        where.name in VOCABULARIES or where.match("*.model") or where.match("*.tiktoken")
-    )
+    is_vocabulary = role_of(where.name) in ("vocabulary", "tokens", "template")
     for number, line in enumerate(text.splitlines(), start=1):
         found = _tokens(line, secrets) if is_vocabulary else _secrets(line, secrets)
         for what, secret in found:

@@ -7,7 +7,6 @@ else can fetch is refused before anything leaves the machine.
 
 import json
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import Reference, is_pinned, pinned
 from optimer_hf.hub.private import refuse_private
 from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
-from optimer_hf.models.layout import LEGAL, is_beside_weights, weight_files
+from optimer_hf.models.layout import COPIED, Role, role_of, weight_files
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.recipes.write import untaken_note
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
@@ -33,10 +32,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["vector", "recipe", "model"]
 CARD = "README.md"
-WEIGHTS = re.compile(r"(model|vector)(-\d{5}-of-\d{5})?\.safetensors|adapter_model\.safetensors")
-IDENTITY = re.compile(rf"{WEIGHTS.pattern}|adapter_config\.json")  # what a lock knows
 RECIPE_FILES = frozenset({"recipe.yaml", LOCK, "optimer.yml", "mergekit_config.yml"})
-INDEX_FILES = frozenset({"model.safetensors.index.json", "vector.safetensors.index.json"})
 STUDY_FILES = frozenset(
     {
         "study/study.json",
@@ -47,10 +43,15 @@ STUDY_FILES = frozenset(
     }
 )
 FIGURE_FILES = frozenset({CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)})
-ALLOWED: dict[Kind, frozenset[str]] = {  # beside what is_beside_weights allows
-    "vector": INDEX_FILES | {"vector.json", "adapter_config.json"},
+ALLOWED_FILES: dict[Kind, frozenset[str]] = {
+    "vector": frozenset(),
     "recipe": RECIPE_FILES | STUDY_FILES | FIGURE_FILES | {"results.json", "results.md"},
-    "model": INDEX_FILES | RECIPE_FILES | FIGURE_FILES,
+    "model": RECIPE_FILES | FIGURE_FILES,
+}
+ALLOWED_ROLES: dict[Kind, tuple[Role, ...]] = {
+    "vector": (*COPIED, "weights", "index", "vector"),
+    "recipe": ("licence",),
+    "model": (*COPIED, "weights", "index"),
 }
 
 
@@ -77,19 +78,22 @@ def kind_of(names: Collection[str]) -> Kind | None:
         return "vector"
     if "recipe.yaml" not in names:
         return None
-    return "model" if any(map(WEIGHTS.fullmatch, names)) else "recipe"
+    return "model" if any(map(is_weights, names)) else "recipe"
 
 
 def is_allowed(kind: Kind, name: str) -> bool:
     """Whether a file of this name belongs into a repository of this kind."""
-    if kind != "recipe" and (WEIGHTS.fullmatch(name) or is_beside_weights(name)):
-        return True
-    return name in ALLOWED[kind] or is_legal(name)
+    return name in ALLOWED_FILES[kind] or role_of(name) in ALLOWED_ROLES[kind]
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name contains the weights of a model, a vector or an adapter."""
+    return role_of(name) == "weights"
 
 
 def is_legal(name: str) -> bool:
     """Whether a file of this name is a licence, a notice or a policy."""
-    return is_beside_weights(name, LEGAL)
+    return role_of(name) == "licence"
 
 
 def local_vectors(directory: Path) -> dict[str, Path]:
@@ -119,7 +123,7 @@ def publication(directory: Path, pushed: Mapping[str, str] | None = None) -> Pub
     files: dict[str, Path | bytes] = {
         name: directory / name
         for name in names
-        if is_allowed(kind, name) and (name in read or WEIGHTS.fullmatch(name) is None)
+        if is_allowed(kind, name) and (name in read or not is_weights(name))
     }
     unknown = sorted(read.keys() - files.keys())
     if unknown:
@@ -145,7 +149,7 @@ def _files(directory: Path) -> Iterator[Path]:
 def _vector(directory: Path, files: dict[str, Path | bytes]) -> Publication:
     record = read_record(directory)
     assert record is not None  # vector.json is there
-    if not any(map(WEIGHTS.fullmatch, files)):
+    if not any(map(is_weights, files)):
         raise HubError(f"{directory}: has vector.json but no safetensors weights. Write it again.")
     base = record.base
     reference = pinned(base.reference, base.commit)

@@ -29,9 +29,18 @@ from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.reference import Reference
 from optimer_hf.files.staging import require_empty, staged_directory
 from optimer_hf.hub.client import described, described_input, explained, licence_of, tried
-from optimer_hf.hub.publication import ALLOWED, CARD, WEIGHTS, Kind, is_allowed, kind_of
+from optimer_hf.hub.publication import (
+    ALLOWED_FILES,
+    ALLOWED_ROLES,
+    CARD,
+    Kind,
+    is_allowed,
+    is_weights,
+    kind_of,
+)
 from optimer_hf.hub.untrusted import LARGEST_TEXT, check_pulled, refuse_other_weights
-from optimer_hf.models.layout import COPIED_BESIDE_WEIGHTS, PENDING
+from optimer_hf.models.layout import PENDING, patterns, role_of
+from optimer_hf.models.resolve import may_fetch
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.vectors.record import VectorFile
 
@@ -39,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 
 RECORD = "hub.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class PulledFile(VersionedFile):
     @classmethod
     def _only_ours(cls, files: dict[str, str]) -> dict[str, str]:
         for name in files:
-            if name != CARD and not any(is_allowed(kind, name) for kind in ALLOWED):
+            if name != CARD and not any(is_allowed(kind, name) for kind in ALLOWED_FILES):
                 raise ValueError(f"{name!r} is no file that a pull writes")
         return files
 
@@ -146,7 +154,7 @@ def _fetched(
 ) -> _Snapshot:
     """Fetch and check the small files, then the weights."""
     wanted = [name for name in listed if is_allowed(snapshot.kind, name) or name == CARD]
-    small = tuple(name for name in wanted if WEIGHTS.fullmatch(name) is None)
+    small = tuple(name for name in wanted if not is_weights(name))
     first = replace(snapshot, names=small, path=_download(snapshot, small, token))
     _refuse_damaged(first, listed)
     _record_of(first)
@@ -179,10 +187,11 @@ def _download(snapshot: _Snapshot, names: tuple[str, ...], token: str | None) ->
 def _cached(repo_id: str, revision: str | None) -> _Snapshot:
     """Return what the cache holds of a repository that was pulled before."""
     try:
-        named = sorted(frozenset().union(*ALLOWED.values()))
-        patterns = [CARD, "*.safetensors", *COPIED_BESIDE_WEIGHTS, *named]
+        named = sorted(frozenset().union(*ALLOWED_FILES.values()))
+        roles = sorted(frozenset().union(*ALLOWED_ROLES.values()))
+        allowed = [CARD, *patterns(*roles), *named]
         found = snapshot_download(
-            repo_id, revision=revision, allow_patterns=patterns, local_files_only=True
+            repo_id, revision=revision, allow_patterns=allowed, local_files_only=True
         )
     except LocalEntryNotFoundError:
         raise HubError(
@@ -201,7 +210,7 @@ def _kind_of_remote(repo_id: str, names: Collection[str]) -> Kind:
     if kind is not None:
         return kind
     has_weights = any(name.endswith(".safetensors") for name in names)
-    if not has_weights and any(name.endswith(PICKLES) for name in names):
+    if not has_weights and any(role_of(name) == "pickle" for name in names):
         raise HubError(
             f"{repo_id}: holds pickled weights only, which can run code when they are read. Ask "
             "its author for safetensors."
@@ -214,7 +223,7 @@ def _kind_of_remote(repo_id: str, names: Collection[str]) -> Kind:
 
 def _refuse_oversized(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
     for name, file in listed.items():
-        is_text = is_allowed(snapshot.kind, name) and WEIGHTS.fullmatch(name) is None
+        is_text = is_allowed(snapshot.kind, name) and not is_weights(name)
         if (is_text or name == CARD) and (file.size or 0) > LARGEST_TEXT:
             raise HubError(
                 f"{snapshot.repo_id}: {name} has {file.size} bytes, expected at most "
@@ -262,7 +271,7 @@ def _record_of(snapshot: _Snapshot) -> Recipe | VectorFile:
     """Validate the small files of a snapshot and return its record."""
     with TemporaryDirectory() as scratch:
         for name in snapshot.names:  # the cache holds links to files without an ending
-            if WEIGHTS.fullmatch(name) is None:
+            if not is_weights(name):
                 copy = Path(scratch) / name
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(snapshot.path / name, copy)
@@ -449,14 +458,6 @@ def inputs_of(api: HfApi, references: Sequence[str]) -> tuple[Input, ...]:
             logger.warning("%s", error)
             found.append(Input(text, None, None, True))
             continue
-        sizes = [file.size or 0 for file in info.siblings or [] if _is_fetched(file.rfilename)]
+        sizes = [file.size or 0 for file in info.siblings or [] if may_fetch(file.rfilename)]
         found.append(Input(text, sum(sizes), licence_of(info), bool(info.gated)))
     return tuple(found)
-
-
-def _is_fetched(name: str) -> bool:
-    """Whether a file of a model is fetched: no pickled weights, conversions and copies of weights
-    (see `resolve.snapshot`; of Mistral's two it takes the one that transformers reads).
-    """
-    is_copy = "/" in name or name.startswith("consolidated")
-    return not is_copy and not name.endswith(PICKLES)

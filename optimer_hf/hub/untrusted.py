@@ -18,7 +18,7 @@ from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import COMMIT, pinned
 from optimer_hf.files.text import quote
-from optimer_hf.hub.publication import IDENTITY, Kind
+from optimer_hf.hub.publication import Kind, is_weights
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import open_study
@@ -99,7 +99,11 @@ def refuse_other_weights(repo_id: str, lock: Lock, digests: Mapping[str, str]) -
     """Raise HubError unless the weights among `digests` (file -> sha256) are those of the lock that
     came with them.
     """
-    found = {name: sha256 for name, sha256 in digests.items() if IDENTITY.fullmatch(name)}
+    found = {
+        name: sha256
+        for name, sha256 in digests.items()
+        if is_weights(name) or name == "adapter_config.json"
+    }
     if found != lock.output:
         raise HubError(
             f"{repo_id}: its weights are not those of its own recipe.lock.json. Build the recipe "

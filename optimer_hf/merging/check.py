@@ -14,9 +14,8 @@ from typing import Any
 from optimer_hf.errors import ModelError
 from optimer_hf.models.blocks import row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
-from optimer_hf.models.layout import ANY_WEIGHTS
+from optimer_hf.models.layout import ANY_WEIGHTS, has_tokenizer
 from optimer_hf.models.loader import CONFIG, Loading, loading_of, read_settings, read_tokenizer
-from optimer_hf.models.resolve import TOKENIZER_FILES
 from optimer_hf.models.ties import ties_of
 
 
@@ -104,7 +103,7 @@ def _loading_faults(merged: Checkpoint, config_of: Path | None) -> Iterator[str]
 
 
 def _tokenizer_faults(out: Path, promise: Promise) -> Iterator[str]:
-    if not any((out / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(out):
         yield "it has no tokenizer. If you want none, pass --no-copy-tokenizer."
         return
     if promise.runs_code or not promise.new_tokenizer:

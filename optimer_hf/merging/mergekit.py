@@ -41,13 +41,13 @@ from optimer_hf.models.layout import (
     ANY_WEIGHTS,
     GENERATION_CONFIG,
     ResolvedModel,
+    has_tokenizer,
     tokenizer_files,
     weights_fingerprint,
 )
 from optimer_hf.models.loader import CONFIG, read_settings, read_tokenizer, refuse_lack_of_memory
 from optimer_hf.models.names import match, summary
 from optimer_hf.models.resolve import (
-    TOKENIZER_FILES,
     refuse_other_than_models,
     resolve_model,
     resolve_tokenizer,
@@ -378,17 +378,17 @@ def _promise_of(config: Mapping[str, Any], parsed: Any, path: Path, options: Any
         raise ConfigError(
             f"{path}: chat_template: --no-copy-tokenizer leaves no tokenizer for it. Leave one out."
         )
-    has_tokenizer = builds or options.copy_tokenizer
-    if has_tokenizer and not options.trust_remote_code:
+    needs_tokenizer = builds or options.copy_tokenizer
+    if needs_tokenizer and not options.trust_remote_code:
         _refuse_unread_tokenizers(parsed, path, every=builds or template == "auto")
-    if has_tokenizer and donor is not None:
+    if needs_tokenizer and donor is not None:
         _refuse_no_tokenizer(donor, path)
     expected = chat_templates().get(template or "", template)
     return Promise(
         donor,
         config.get("out_dtype", config.get("dtype")),
         config.get("out_dtype"),
-        has_tokenizer,
+        needs_tokenizer,
         builds or template is not None,
         None if template == "auto" else expected,
         options.trust_remote_code,
@@ -423,7 +423,7 @@ def _warn_of_other_functions(
 
 
 def _refuse_no_tokenizer(model: Path, path: Path) -> None:
-    if not any((model / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(model):
         raise ConfigError(
             f"{path}: {model}: has no tokenizer for the merge. Save one beside the model, or merge "
             "without one (--no-copy-tokenizer)."
@@ -435,7 +435,7 @@ def _refuse_unread_tokenizers(parsed: Any, path: Path, *, every: bool) -> None:
     models = parsed.referenced_models()
     for model in models if every else models[:1]:
         source = Path(model.model.path)
-        if any((source / name).is_file() for name in TOKENIZER_FILES):
+        if has_tokenizer(source):
             read_tokenizer(source)
         elif every and source.is_dir():
             logger.warning("%s: %s has no tokenizer; using that of the base", path, source)

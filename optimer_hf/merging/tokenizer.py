@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.models.layout import ResolvedModel, tokenizer_files
+from optimer_hf.models.layout import ResolvedModel, has_tokenizer, tokenizer_files
 from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.loader import read_config, read_generation_config
-from optimer_hf.models.resolve import TOKENIZER_FILES, resolve_tokenizer
+from optimer_hf.models.resolve import resolve_tokenizer
 from optimer_hf.vectors.record import read_record
 
 GIVE_A_MODEL = "Give a model with a tokenizer that fits, or leave tokenizer_source out."
@@ -27,7 +27,7 @@ def open_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedModel 
     if reference is None:
         return None
     source = resolve_tokenizer(reference)
-    if not any((source.path / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(source.path):
         raise ConfigError(f"tokenizer_source: {reference}: has no tokenizer. {GIVE_A_MODEL}")
     record = read_record(source.path)
     is_delta = record is not None and record.kind == "delta"
@@ -36,7 +36,7 @@ def open_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedModel 
             f"tokenizer_source: {reference}: is a delta with the tokenizer of the base. Give the "
             "model that it was extracted from."
         )
-    if not any((base.path / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(base.path):
         raise ConfigError(
             f"base_model: {base.reference}: has no tokenizer to compare tokenizer_source with. "
             "Save it beside the model."

@@ -1,11 +1,15 @@
-"""The files in a model directory: the weights, their digests, and the files to copy with them."""
+"""The files in a model directory: what each is for, by its name, and what identifies a model.
+
+One table gives each file a role. Whatever fetches, copies, digests, pushes or pulls files asks it.
+"""
 
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
@@ -14,39 +18,96 @@ from optimer_hf.files.reference import is_there
 
 INDEX = ".safetensors.index.json"
 ANY_WEIGHTS = "*.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 PENDING = ".update"  # in a pulled directory: a whole update that is not yet in place
-PICKLES = ("*model*.bin", "*model*.pt", "consolidated*.pth")  # not training_args.bin, optimizer.pt
+MAX_SHARD_SIZE = 5 * 10**9  # bytes
 
-GENERATION_CONFIG = "generation_config.json"  # lists the tokens that end an answer
-OF_TOKENIZER = [  # the endings make sure that only data matches: a tokenizer.py is code
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.txt",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "vocab.bpe",
-    "merges.txt",
-    "chat_template*.jinja",
-    "chat_template*.json",
-    "*.model",
-    "*.tiktoken",
+Role = Literal[
+    "code",
+    "state",
+    "pickle",
+    "weights",
+    "other weights",
+    "index",
+    "vector",
+    "config",
+    "generation",
+    "tokenizer",
+    "vocabulary",
+    "tokens",
+    "template",
+    "licence",
+    "data",
 ]
-LEGAL = [
-    name + ending
-    for name in ("LICEN[SC]E", "LICEN[SC]E[-_]*", "COPYING", "USE_POLICY", "NOTICE")
-    for ending in ("", ".txt", ".md", ".rst", ".html")
-]
-COPIED_BESIDE_WEIGHTS = [
-    "config.json",
-    GENERATION_CONFIG,
-    *OF_TOKENIZER,
-    "*processor_config.json",
-    *LEGAL,
-]
-OTHER = re.compile(r"LICEN[SC]E[-_].*\.(?!txt$|md$|rst$|html$)\w*[a-z]\w*", re.IGNORECASE)
+NUMBER = "[0-9]" * 5  # of a shard, in a pattern
+TEXTS = ("", ".txt", ".md", ".rst", ".html")  # endings of a licence
+
+FILES: dict[Role, list[str]] = {  # a name has the first role of which a pattern matches it
+    "code": ["*.py", "*.pyc", "*.pyd", "*.so", "*.dll", "*.sh"],
+    "state": [  # of a training run, pickled
+        "training_args.bin",
+        *(f"{name}*.{end}" for name in ("optimizer", "scheduler") for end in ("pt", "bin")),
+        "rng_state*.pth",
+    ],
+    "pickle": ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"],  # weights that can run code
+    "weights": [  # by the names that transformers, PEFT and this package give them
+        *("model.safetensors", "vector.safetensors", "adapter_model.safetensors"),
+        *(f"{prefix}-{NUMBER}-of-{NUMBER}.safetensors" for prefix in ("model", "vector")),
+    ],
+    "other weights": [ANY_WEIGHTS],  # read if an index names them, or if there are no others
+    "index": [f"model{INDEX}", f"vector{INDEX}"],
+    "vector": ["vector.json", "adapter_config.json"],  # how the weights of a vector are read
+    "config": ["config.json", "*processor_config.json"],  # of the model; of images and sound
+    "generation": [GENERATION_CONFIG],  # lists the tokens that end an answer
+    "tokenizer": ["tokenizer_config.json"],
+    "vocabulary": [  # each is enough to read a tokenizer from
+        *("tokenizer.json", "tokenizer.txt", "tekken.json", "vocab.json", "vocab.txt"),
+        *("*.model", "*.tiktoken"),
+    ],
+    "tokens": ["special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.bpe"],
+    "template": ["chat_template*.jinja", "chat_template*.json"],
+    "licence": [
+        name + ending
+        for name in ("LICEN[SC]E", "LICEN[SC]E[-_]*", "COPYING", "USE_POLICY", "NOTICE")
+        for ending in TEXTS
+    ],
+    "data": ["*.json", "*.txt", "*.jinja"],  # for other programs and other kinds of model
+}
+NO_LICENCE = re.compile(  # an ending with a letter other than in TEXTS, as in LICENSE-check.rb
+    r"LICEN[SC]E[-_].*\.(?!txt$|md$|rst$|html$)\w*[a-z]\w*", re.IGNORECASE
+)
+OF_TOKENIZER: tuple[Role, ...] = ("tokenizer", "vocabulary", "tokens", "template")
+COPIED: tuple[Role, ...] = ("config", "generation", *OF_TOKENIZER, "licence")
+FETCHED: tuple[Role, ...] = (*COPIED, "index", "vector", "data")  # beside the weights
+RUNNABLE: tuple[Role, ...] = ("code", "pickle", "state")  # never fetched, copied or pushed
+
+
+def role_of(name: str) -> Role | None:
+    """Return what a file in a model directory is for, by its name.
+
+    It is None for an unknown file, and for one in a folder below.
+    """
+    if "/" in name:
+        return None
+    for role, names in FILES.items():
+        if any(fnmatchcase(name, pattern) for pattern in names):
+            return None if role == "licence" and NO_LICENCE.fullmatch(name) else role
+    return None
+
+
+def patterns(*roles: Role) -> list[str]:
+    """Return the patterns of the files that have one of these roles."""
+    return [pattern for role in roles for pattern in FILES[role]]
+
+
+def files_with_role(path: Path, *roles: Role) -> list[Path]:
+    """Return the files in a directory that have one of these roles, sorted by name."""
+    return sorted(file for file in path.glob("*") if role_of(file.name) in roles and file.is_file())
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory contains a tokenizer."""
+    return bool(files_with_role(path, "tokenizer", "vocabulary"))
 
 
 def find_weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | None) -> list[Path]:
@@ -68,7 +129,7 @@ def find_weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | 
 def refuse_pickled(where: str, names: Sequence[str]) -> None:
     """Raise ModelError if a place without safetensors has pickled weights instead."""
     for name in names:
-        if any(fnmatch(name, pattern) for pattern in PICKLES):
+        if role_of(name) == "pickle":
             raise ModelError(
                 f"{where}: has no safetensors weights, only pickled ones ({name}), which can run "
                 "code when they are read. If you trust them, load model and tokenizer with "
@@ -148,8 +209,7 @@ def tokenizer_files(path: Path) -> dict[str, str]:
 
 
 def _files_of_tokenizer(path: Path) -> list[Path]:
-    found = {file for pattern in (*OF_TOKENIZER, GENERATION_CONFIG) for file in path.glob(pattern)}
-    return sorted(file for file in found if file.is_file())
+    return files_with_role(path, *OF_TOKENIZER, "generation")
 
 
 def _identifying_files(path: Path) -> list[Path]:
@@ -172,31 +232,15 @@ def weight_names(path: Path) -> list[str]:
     return sorted(set(_weight_map(index).values())) if index.exists() else [ANY_WEIGHTS]
 
 
-def is_beside_weights(name: str, patterns: Sequence[str] = COPIED_BESIDE_WEIGHTS) -> bool:
-    """Whether a file is copied with a model: config, tokenizer and licence are, code never is."""
-    return (
-        "/" not in name
-        and OTHER.fullmatch(name) is None
-        and any(fnmatch(name, pattern) for pattern in patterns)
-    )
-
-
 def files_beside_weights(source: Path, *, tokenizer: Path | None = None) -> list[Path]:
     """Return a model's config, tokenizer, chat template and licence files.
 
     If `tokenizer` is given, the `tokenizer_files` come from that directory.
     """
-    patterns = [
-        pattern
-        for pattern in COPIED_BESIDE_WEIGHTS
-        if tokenizer is None or pattern not in OF_TOKENIZER
-    ]
-    files = [
-        path
-        for path in sorted(source.glob("*"))
-        if path.is_file() and is_beside_weights(path.name, patterns)
-    ]
-    return files if tokenizer is None else [*files, *_files_of_tokenizer(tokenizer)]
+    if tokenizer is None:
+        return files_with_role(source, *COPIED)
+    own = [role for role in COPIED if role not in OF_TOKENIZER]
+    return [*files_with_role(source, *own), *_files_of_tokenizer(tokenizer)]
 
 
 def copy_beside_weights(source: Path, out: Path, *, tokenizer: Path | None = None) -> None:
@@ -227,6 +271,3 @@ class ResolvedModel:
     path: Path
     reference: str
     commit: str | None = None
-
-
-MAX_SHARD_SIZE = 5 * 10**9

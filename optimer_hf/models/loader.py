@@ -20,13 +20,9 @@ import torch
 
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.files.text import first_line, quote
-from optimer_hf.models.layout import GENERATION_CONFIG
+from optimer_hf.models.layout import GENERATION_CONFIG, role_of
 
 CONFIG = "config.json"
-READ = {  # files that a library reads; others with similar names may contain anything
-    *("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"),
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-}
 NO_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|annot allocate memory", re.IGNORECASE)
 CONFIGS = "*config*.json"  # for model (also config.5.0.0.json), tokenizer, processor, adapter
 PARTS = re.compile(r"layers?$|blocks?$|heads?$|experts?$|labels$|depth$|stages?$|codebooks?$")
@@ -72,9 +68,11 @@ def refuse_code(path: Path) -> None:
 
 
 def _is_list(file: Path) -> bool:
-    """Whether a file belongs to no library: it contains a list, and none reads its name."""
+    """Whether a file contains a list, unless a library reads files of this name."""
+    if role_of(file.name) != "data":
+        return False
     with open(file, "rb") as opened:
-        return file.name not in READ and opened.read(64).lstrip()[:1] == b"["
+        return opened.read(64).lstrip()[:1] == b"["
 
 
 def read_settings(file: Path) -> dict[str, Any]:

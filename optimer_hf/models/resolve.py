@@ -12,21 +12,20 @@ from optimer_hf.models.gguf_conversion import convert_once
 from optimer_hf.models.hub_answers import checking_answers
 from optimer_hf.models.layout import (
     ANY_WEIGHTS,
+    FETCHED,
     INDEX,
-    LEGAL,
-    OF_TOKENIZER,
     PENDING,
+    RUNNABLE,
     ResolvedModel,
+    has_tokenizer,
     missing_shards,
+    patterns,
     refuse_pickled,
+    role_of,
     weight_names,
 )
 from optimer_hf.models.loader import refuse_code
 from optimer_hf.models.packages import packaged_gguf
-
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
-BESIDE_WEIGHTS = ["*.json", *OF_TOKENIZER, "*.txt", "*.jinja", *LEGAL]
-
 
 AnyModel = AnyPath | ResolvedModel  # a model as a caller in Python gives it
 
@@ -112,7 +111,7 @@ def resolve_base(text: str) -> ResolvedModel:
     """
     resolved = resolve_model(text)
     refuse_other_than_models(resolved)
-    if not any((resolved.path / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(resolved.path):
         cached = f" in the cache at commit {resolved.commit}" if resolved.commit else ""
         raise ModelError(
             f"{text}: has no tokenizer{cached}. Save the model's tokenizer in the same directory"
@@ -154,7 +153,8 @@ def snapshot(
         with checking_answers():
             return str(snapshot_download(repo_id, local_files_only=local_files_only, **chosen))
 
-    path = Path(fetch(revision=revision, allow_patterns=BESIDE_WEIGHTS))
+    beside = {"allow_patterns": patterns(*FETCHED), "ignore_patterns": patterns(*RUNNABLE)}
+    path = Path(fetch(revision=revision, **beside))
     if with_weights:
         if not may_run_code:
             refuse_code(path)  # before gigabytes are fetched
@@ -176,6 +176,18 @@ def snapshot(
     return path
 
 
+def may_fetch(name: str) -> bool:
+    """Whether `snapshot` may fetch a file of this name.
+
+    It leaves out pickles, code, and the second copy of the weights in Mistral's repositories.
+    """
+    role = role_of(name)
+    is_weights = role == "weights" or (
+        role == "other weights" and not name.startswith("consolidated")
+    )
+    return is_weights or role in FETCHED
+
+
 def missing_files(path: Path, *, with_weights: bool = True) -> list[str]:
     """Return the files that a model, adapter or vector lacks in a cached snapshot.
 
@@ -185,8 +197,7 @@ def missing_files(path: Path, *, with_weights: bool = True) -> list[str]:
         file.name for file in path.iterdir() if file.is_symlink() and not file.exists()
     )
     if not with_weights:
-        has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
-        return lacking or ([] if has_tokenizer else TOKENIZER_FILES[:1])
+        return lacking or ([] if has_tokenizer(path) else ["tokenizer.json"])
     if (path / "adapter_config.json").exists():
         weights = "adapter_model.safetensors"
     elif _is_delta(path):

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from optimer_hf.errors import ModelError
-from optimer_hf.models.layout import tokenizer_files
+from optimer_hf.models.layout import has_tokenizer, tokenizer_files
 from optimer_hf.models.loader import read_tokenizer
-from optimer_hf.models.resolve import TOKENIZER_FILES
 
 
 def find_moved_tokens(tuned: Path, base: Path) -> list[tuple[str, int, int]]:
@@ -20,7 +19,7 @@ def find_moved_tokens(tuned: Path, base: Path) -> list[tuple[str, int, int]]:
 
     They are sorted by id. The list is empty if either model has no readable tokenizer.
     """
-    if not _has_tokenizer(tuned) or not _has_tokenizer(base) or _is_same_file(tuned, base):
+    if not has_tokenizer(tuned) or not has_tokenizer(base) or _is_same_file(tuned, base):
         return []
     try:
         known = _vocabulary(base, tuple(sorted(tokenizer_files(base).items())))
@@ -43,10 +42,6 @@ def _vocabulary(path: Path, state: tuple[tuple[str, str], ...]) -> Mapping[str, 
     tokenizer = read_tokenizer(path)
     added = tokenizer.get_added_vocab()
     return {token: id_ for token, id_ in tokenizer.get_vocab().items() if token not in added}
-
-
-def _has_tokenizer(path: Path) -> bool:
-    return any((path / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _is_same_file(tuned: Path, base: Path) -> bool:

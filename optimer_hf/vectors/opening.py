@@ -10,10 +10,10 @@ import torch
 
 from optimer_hf.errors import ModelError, VocabularyError
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.models.layout import ResolvedModel, has_tokenizer, weight_files
 from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.names import Match, match, names_in, summary, vocabulary_names
-from optimer_hf.models.resolve import TOKENIZER_FILES, resolve_model
+from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.settings import compare_settings, describe_settings
 from optimer_hf.models.ties import ties_of
 from optimer_hf.models.vocabulary import find_moved_tokens
@@ -313,7 +313,7 @@ def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | Non
     at_end = sorted(tokens, key=tokens.__getitem__)
     if lost := [t for t in at_end if n_rows <= tokens[t] < base.shape(padded[0])[0]]:
         raise VocabularyError(f"{differs}, of which {lost[0]!r} is a token. {OTHER_TOKENS}")
-    if any((tuned.path / file).exists() for file in TOKENIZER_FILES):
+    if has_tokenizer(tuned.path):
         own = load_tokenizer(ResolvedModel(tuned.path, tuned.path.name)).get_vocab()
         if other := [token for token in at_end if own.get(token) != tokens[token]]:
             raise VocabularyError(

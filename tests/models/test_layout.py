@@ -12,7 +12,7 @@ from optimer_hf.files.reference import Reference
 from optimer_hf.hub.private import refuse_private
 from optimer_hf.hub.publication import is_allowed
 from optimer_hf.models.layout import copy_beside_weights, refuse_pickled, tokenizer_files
-from optimer_hf.models.resolve import missing_files, snapshot
+from optimer_hf.models.resolve import may_fetch, missing_files, snapshot
 
 # fetched: from the Hub with a model, before and besides its weights
 # copied: beside a merge or a delta; digested: with the tokenizer; taken: enough for a tokenizer
@@ -26,19 +26,19 @@ FILES = {
     "tokenizer_config.json": "fetched copied digested taken pushed",
     "tokenizer.json": "fetched copied digested taken pushed any",
     "tokenizer.model": "fetched copied digested taken pushed any",
-    "spiece.model": "fetched copied digested pushed any",
-    "qwen.tiktoken": "fetched copied digested pushed any",
-    "tekken.json": "fetched copied digested pushed",
-    "tokenizer.txt": "fetched copied digested pushed",
+    "spiece.model": "fetched copied digested taken pushed any",
+    "qwen.tiktoken": "fetched copied digested taken pushed any",
+    "tekken.json": "fetched copied digested taken pushed any",
+    "tokenizer.txt": "fetched copied digested taken pushed any",
     "vocab.json": "fetched copied digested taken pushed any",
-    "vocab.txt": "fetched copied digested pushed any",
+    "vocab.txt": "fetched copied digested taken pushed any",
     "vocab.bpe": "fetched copied digested pushed any",
     "merges.txt": "fetched copied digested pushed any",
     "special_tokens_map.json": "fetched copied digested pushed any",
     "added_tokens.json": "fetched copied digested pushed any",
     "chat_template.jinja": "fetched copied digested pushed any",
     "chat_template.json": "fetched copied digested pushed any",
-    "chat_template_tools.jinja": "fetched copied digested pushed",
+    "chat_template_tools.jinja": "fetched copied digested pushed any",
     "LICENSE": "fetched copied pushed named",
     "LICENCE.txt": "fetched copied pushed named",
     "LICENSE-MODEL.md": "fetched copied pushed named",
@@ -72,17 +72,17 @@ FILES = {
     "adapter_model.bin": "pickled",
     "model.pt": "pickled",
     "consolidated.00.pth": "pickled",
-    "weights.bin": "",
-    "model.ckpt": "",
-    "weights.pkl": "",
+    "weights.bin": "pickled",
+    "model.ckpt": "pickled",
+    "weights.pkl": "pickled",
     "training_args.bin": "",
     "optimizer.pt": "",
     "scheduler.pt": "",
     "rng_state.pth": "",
     "modeling.py": "",
     "tokenizer.py": "",
-    "LICENSE-check.py": "fetched",
-    "LICENSE_check.Sh": "fetched",
+    "LICENSE-check.py": "",
+    "LICENSE_check.rb": "fetched",
     "chat_template.sh": "",
     "vocab.so": "",
 }
@@ -103,8 +103,8 @@ def files_with(mark: str) -> set[str]:
 def test_files_beside_the_weights_are_fetched_before_them(monkeypatch, tmp_path, folder):
     calls: list[set[str]] = []
 
-    def download(repo_id, *, revision, allow_patterns, local_files_only):
-        calls.append(set(filter_repo_objects(FILES, allow_patterns=allow_patterns)))
+    def download(repo_id, *, revision, local_files_only, **chosen):
+        calls.append(set(filter_repo_objects(FILES, **chosen)))
         for name in calls[-1]:
             (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, tmp_path / "cache" / name)
@@ -113,6 +113,13 @@ def test_files_beside_the_weights_are_fetched_before_them(monkeypatch, tmp_path,
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     snapshot(Reference("org/model"), with_weights=False)
     assert calls == [files_with("fetched")]
+
+
+def test_the_size_of_a_download_counts_the_weights_but_not_a_second_copy():
+    weights = {name for name in FILES if name.endswith(".safetensors")}
+    counted = files_with("fetched") | weights - {"consolidated.safetensors"}
+    left_out = {"LICENSE_check.rb", *(name for name in FILES if "/" in name)}
+    assert {name for name in FILES if may_fetch(name)} == counted - left_out
 
 
 def test_config_tokenizer_and_licence_are_copied_and_code_never_is(folder, tmp_path):
