@@ -104,7 +104,9 @@ def write_adapter(out: Path, base: Path, seed: int) -> None:
 
 def child(kind: str, base: Path, sources: list[Path], out: Path, device: str) -> float:
     """Run one merge and return its seconds."""
-    if kind == "native":
+    if kind == "torch":
+        use_plain_torch()
+    if kind in ("native", "torch"):
         from optimer_hf.merging.kernel import add_weighted
         from optimer_hf.merging.writer import write_merged
         from optimer_hf.models.layout import ResolvedModel
@@ -150,6 +152,24 @@ def child(kind: str, base: Path, sources: list[Path], out: Path, device: str) ->
         copies = sum(file.stat().st_size for file in Path(cache).rglob("*") if file.is_file())
     print(json.dumps({"copies": copies}))
     return seconds
+
+
+def use_plain_torch() -> Callable[[], None]:
+    """Make merges on the CPU use torch operations instead of numba's loops, which give the same
+    bits; return a function that takes this back.
+    """
+    from optimer_hf.merging import kernel
+
+    compiled = kernel.add_in_one_pass
+
+    def add_in_steps(base: Any, deltas: Any, weights: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(kernel.add_in_steps(base, deltas, weights, out.dtype))
+
+    def restore() -> None:
+        kernel.add_in_one_pass = compiled
+
+    kernel.add_in_one_pass = add_in_steps
+    return restore
 
 
 def run_child(
@@ -271,19 +291,23 @@ class Inputs:
 def checkpoints(inputs: Inputs) -> dict[str, Any]:
     """Base + 4 checkpoints of 268 M parameters against the floor and mergekit."""
     base, tuned = inputs.models("small", gemma_shapes())
-    floor, ours, fast, exact = repeat(
+    floor, ours, plain, fast, exact = repeat(
         inputs.rounds,
         lambda: inputs.floor(base, tuned),
         lambda: inputs.merge("native", base, tuned),
+        lambda: inputs.merge("torch", base, tuned),
         lambda: inputs.merge("mergekit-bfloat16", base, tuned),
         lambda: inputs.merge("mergekit-float32", base, tuned),
     )
     print("\nbase + 4 checkpoints, bfloat16, shapes of Gemma 3 270M")
     line("read + write floor", floor, floor)
     line("optimer", ours, floor)
+    line("optimer without numba", plain, floor)
     line("mergekit task_arithmetic, bfloat16", fast, floor)
     line("mergekit task_arithmetic, float32", exact, floor)
-    return {"floor": floor, "optimer": ours, "mergekit_bfloat16": fast, "mergekit_float32": exact}
+    print(f"  without numba / with {plain['seconds'] / ours['seconds']:.2f}x")
+    found = {"floor": floor, "optimer": ours, "optimer_without_numba": plain}
+    return found | {"mergekit_bfloat16": fast, "mergekit_float32": exact}
 
 
 def adapters(inputs: Inputs) -> dict[str, Any]:
@@ -342,17 +366,26 @@ def switch(inputs: Inputs) -> dict[str, Any]:
             synchronize(inputs.device)
             return {"seconds": perf_counter() - started}
 
+        def without_numba(set_weights: Any = set_weights) -> dict[str, float]:
+            restore = use_plain_torch()
+            measured = set_weights()
+            restore()
+            return measured
+
         set_weights()
-        ours, copies = repeat(
+        ours, plain, copies = repeat(
             max(9, inputs.rounds),
             set_weights,
+            without_numba,
             lambda n=moved + held: copy_bytes(n, inputs.device),
         )
         found[kind] = ours | {"copies": copies["seconds"], "held_bytes": held}
+        found[kind]["without_numba"] = plain["seconds"]
         print(
             f"  4 {kind:5} vectors {ours['seconds']:.3f} s, "
             f"{ours['seconds'] / copies['seconds']:.2f}x a copy of base and pool "
-            f"(pool {held / 1e6:,.0f} MB, copied in {copies['seconds']:.3f} s)"
+            f"(pool {held / 1e6:,.0f} MB, copied in {copies['seconds']:.3f} s); "
+            f"without numba / with {plain['seconds'] / ours['seconds']:.2f}x"
         )
         del resident, pool
     ratio = found["dense"]["held_bytes"] / found["LoRA"]["held_bytes"]
