@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, constants
 
 from optimer_hf import hub as hubs
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.vectors.delta import describe
+from optimer_hf.vectors.delta import write_record
 
 ALICE = "hf_alice_write"
 N_SAMPLED = 1  # event of a command
@@ -77,7 +77,7 @@ def first_commit(scratch: Path, make_base, make_adapter, make_tuned, corpus_dir:
         file = work / "vectors" / "ja" / "adapter_config.json"
         config = json.loads(file.read_text()) | {"base_model_name_or_path": "alice/killbase"}
         file.write_text(json.dumps(config))
-        describe(work / "vectors" / "ja", published, name="ja", kind="adapter")
+        write_record(work / "vectors" / "ja", published, name="ja", kind="adapter")
         shutil.copytree(work / "vectors" / "ja", work / "other")
         first = hubs.push(work / "other", "alice/vector", token=ALICE).commit
         record = json.loads((work / "other" / "vector.json").read_text())

@@ -242,5 +242,5 @@ class _RandomVector:
         factor: float = real.norm().item() / max(noise.norm().item(), 1e-30)
         return noise.mul_(factor).to(device)
 
-    def loaded(self, device: str) -> DistributionVector:
+    def load_to(self, device: str) -> DistributionVector:
         return self

@@ -128,7 +128,7 @@ def train_vectors(run: Run, trainings: Mapping[str, "TrainConfig"]) -> None:
         return
     from optimer_hf.models.resolve import resolve_base
     from optimer_hf.training.run import prepare, train
-    from optimer_hf.vectors.delta import describe
+    from optimer_hf.vectors.delta import write_record
 
     for name, config in trainings.items():  # all are checked and packed before the first is trained
         prepare(config, _vector_dir(run, name))
@@ -136,7 +136,7 @@ def train_vectors(run: Run, trainings: Mapping[str, "TrainConfig"]) -> None:
         out = _vector_dir(run, name)
         if not (out / "vector.json").exists():
             train(config, out)
-            describe(out, resolve_base(config.base_model), name=name, kind=config.kind)
+            write_record(out, resolve_base(config.base_model), name=name, kind=config.kind)
 
 
 def train_mixtures(
@@ -161,7 +161,7 @@ def train_mixtures(
             shares = ratios_of(weights, tokens).shares
         n_tokens = sum(tokens.values()) // (1 if baseline.budget == "all" else len(tokens))
         config = mix_runs(trainings, shares, name=slug(name), max_tokens=n_tokens)
-        out = run.out / "mixtures" / f"{config.name}-{config.digest[:6]}"
+        out = run.out / "mixtures" / f"{config.name}-{config.digest()[:6]}"
         train(config, out)
         trained[name] = str(out)
     return trained

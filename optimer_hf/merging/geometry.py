@@ -25,7 +25,7 @@ from optimer_hf.models.blocks import compute_ahead, row_blocks
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_states
 from optimer_hf.models.resolve import resolve_base, resolve_model
-from optimer_hf.vectors.delta import not_finite
+from optimer_hf.vectors.delta import not_finite_error
 from optimer_hf.vectors.forms import LowRank
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
@@ -154,7 +154,7 @@ def _products(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Produ
     ):
         if not bool(products.isfinite().all()):
             vector = vectors[int((~products.diagonal().isfinite()).nonzero()[0])]
-            raise not_finite(vector, name)
+            raise not_finite_error(vector, name)
         gram += products
         groups[group_of(name)] = groups.get(group_of(name), 0) + products.diagonal()
         for i, vector in enumerate(vectors):

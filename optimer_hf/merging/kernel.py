@@ -6,7 +6,7 @@ import torch
 
 from optimer_hf.errors import ModelError
 from optimer_hf.merging.fast_cpu import add_in_one_pass
-from optimer_hf.vectors.forms import Delta, LowRank, dense
+from optimer_hf.vectors.forms import Delta, LowRank, to_dense
 
 
 def add_weighted(
@@ -62,8 +62,8 @@ def add_in_steps(
                 total = torch.zeros(base.shape, dtype=torch.float32, device=base.device)
             total.addmm_(delta.b, delta.a, alpha=weight * delta.scale)
         elif total is None:
-            total = dense(delta, wide) * weight
+            total = to_dense(delta, wide) * weight
         else:
-            total += dense(delta, wide) * weight
+            total += to_dense(delta, wide) * weight
     merged = wide if total is None else total.add_(wide)
     return merged.to(dtype)

@@ -57,7 +57,7 @@ from optimer_hf.models.ties import ties_of
 from optimer_hf.models.vocabulary import find_moved_tokens
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.peft import refuse_unmerged_by_peft
+from optimer_hf.vectors.peft import check_merge_with_peft
 from optimer_hf.vectors.record import QUANTISED, read_record
 
 logger = logging.getLogger(__name__)
@@ -474,7 +474,7 @@ def _checkpoints_of(parsed: Any) -> list[Checkpoint]:
             continue  # pickled weights, which mergekit may read
         checkpoints.setdefault(path, Checkpoint(path))
         if model.lora is not None:
-            refuse_unmerged_by_peft(Path(model.lora.path), path)
+            check_merge_with_peft(Path(model.lora.path), path)
     return list(checkpoints.values())
 
 

@@ -142,6 +142,6 @@ def _place(vector: DistributionVector, device: str) -> DistributionVector:
     for place in dict.fromkeys((device, "cpu")):
         free = free_memory(place)
         if vector.n_bytes <= LARGEST_SHARE * free:
-            return vector.loaded(place)
+            return vector.load_to(place)
         logger.info("vector %s: does not fit into the memory of %s", vector.name, place)
     return vector

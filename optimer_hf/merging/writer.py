@@ -21,7 +21,7 @@ from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import MAX_SHARD_SIZE, ResolvedModel, copy_beside_weights
 from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
-from optimer_hf.vectors.delta import not_finite
+from optimer_hf.vectors.delta import not_finite_error
 from optimer_hf.vectors.vector import DistributionVector, dense_rows
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def _explain_not_finite(
         if name not in vector.names:
             continue
         if not bool(dense_rows(vector, name, rows, base).isfinite().all()):
-            return not_finite(vector, name)
+            return not_finite_error(vector, name)
     return ModelError(
         f"tensor {name!r}: the merged values are too large for {dtype}. Use smaller weights or "
         "another --out-dtype."

@@ -30,7 +30,7 @@ from optimer_hf.scoring.scores import Scores
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Fidelity, Trial
-from optimer_hf.vectors.delta import extract, norms
+from optimer_hf.vectors.delta import extract, measure_norms
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
 from optimer_hf.vectors.vector import DistributionVector
@@ -275,7 +275,7 @@ def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Pa
     record = read_record(out)
     current = weight_files(vector.path), weight_files(base.path)
     if record is None or (record.source_files, record.base.files) != current:
-        _, relative_norm = norms(vector, Checkpoint(base.path))
+        _, relative_norm = measure_norms(vector, Checkpoint(base.path))
         extract(
             vector,
             base,

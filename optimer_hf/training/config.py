@@ -139,10 +139,10 @@ class TrainConfig(VersionedFile):
         fields = {"block_size", "max_tokens", "lora", "trainer", "seed"}
         return self.model_dump(mode="json", include=fields)
 
-    @property
     def digest(self) -> str:
-        """Digest of everything that decides the result. Local files count by name; `inputs` has the
-        digests of their content.
+        """Return a digest of everything that decides the result.
+
+        Local files count by name; `digest_inputs` returns the digests of their content.
         """
         absent = {"mixture"} if self.mixture is None else {"corpus"}
         data = self.model_dump(mode="json", exclude=absent)

@@ -49,11 +49,11 @@ from optimer_hf.training.trainer import (
     add_lora,
     build_trainer,
     cost_before,
-    refuse_unmergeable_lora,
+    refuse_unmergeable_adapter,
     refuse_untied_copies,
     tokens_per_step,
 )
-from optimer_hf.vectors.delta import describe
+from optimer_hf.vectors.delta import write_record
 from optimer_hf.vectors.record import VectorFile
 from optimer_hf.vectors.training_record import (
     TRAINING_FILE,
@@ -100,7 +100,7 @@ def _difference(config: TrainConfig, record: TrainingRecord | StartedRecord) -> 
     """Return which config, base or text of a run differs from the recorded one, or an empty string.
     Local files that no longer exist are not compared.
     """
-    if record.config_sha256 != config.digest:
+    if record.config_sha256 != config.digest():
         known, settings = record.settings, config.settings
         recorded = {field: known.get(field) for field in settings}
         differing = differences(recorded, settings) if known else []
@@ -155,7 +155,7 @@ def train_and_describe(config: TrainConfig, out: Path) -> VectorFile | None:
     if int(os.environ.get("RANK", "0")) != 0:
         return None
     base = resolve_base(config.base_model)
-    return describe(out, base, name=config.name, kind=config.kind)
+    return write_record(out, base, name=config.name, kind=config.kind)
 
 
 def _lock(out: Path) -> contextlib.AbstractContextManager[bool]:
@@ -239,7 +239,7 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
         with naming_disk_errors(out, "Nothing was left behind"):
             packed = _pack_text(config, tokenizer, out / BLOCKS)
         StartedRecord(
-            config_sha256=config.digest,
+            config_sha256=config.digest(),
             training=config.settings,
             inputs=config.digest_inputs(),
             parts=[dataclasses.asdict(part) for part in packed.parts],
@@ -266,7 +266,7 @@ def _check_base(config: TrainConfig) -> Any:
     check_targets(config, adapted)
     refuse_untied_copies(config, ties_of(Checkpoint(base.path)))
     if config.lora is not None:
-        refuse_unmergeable_lora(adapted, config, base)
+        refuse_unmergeable_adapter(adapted, config, base)
     return tokenizer
 
 
@@ -363,7 +363,7 @@ def _training_record(
     norms = {entry["step"]: entry["norm"] for entry in history if "norm" in entry}
     parts = [dataclasses.asdict(part) for part in packed.parts]
     return TrainingRecord(
-        config_sha256=config.digest,
+        config_sha256=config.digest(),
         name=config.name,
         base_model=base.reference,
         corpus=CorpusRecord(

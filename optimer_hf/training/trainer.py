@@ -25,7 +25,7 @@ from optimer_hf.training.checks import LORA_FIX
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.growth import full_norm, is_due, lora_norm
 from optimer_hf.training.packing import PackedCorpus
-from optimer_hf.vectors.lora import Lora, parts_of, refuse_unfit
+from optimer_hf.vectors.lora import Lora, parts_of, refuse_unmergeable
 from optimer_hf.vectors.lora_config import FIELD_OF, patterns_of
 
 if TYPE_CHECKING:
@@ -168,14 +168,14 @@ def _refuse_unmatched(model: Any, target_modules: Any, name: str) -> None:
             )
 
 
-def refuse_unmergeable_lora(adapted: Any, config: TrainConfig, base: ResolvedModel) -> None:
+def refuse_unmergeable_adapter(adapted: Any, config: TrainConfig, base: ResolvedModel) -> None:
     """Raise ConfigError for a LoRA whose trained adapter `open_vector` would refuse."""
     from peft import get_peft_model_state_dict
 
     where, checkpoint = f"train config {config.name!r}: lora", Checkpoint(base.path)
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     options = adapted.peft_config["default"].to_dict()
-    refuse_unfit([*state], checkpoint, where)
+    refuse_unmergeable([*state], checkpoint, where)
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     try:
         parts_of(Lora(options, shapes, checkpoint, where, LORA_FIX))

@@ -17,9 +17,9 @@ from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_
 from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
 from optimer_hf.vectors.int8 import BLOCK_SIZE, SCALES, n_blocks, quantize
-from optimer_hf.vectors.opening import _record_of_this_base, _warn_of_another_base, open_vector
-from optimer_hf.vectors.peft import merged_by_peft
-from optimer_hf.vectors.record import QUANTISED, VectorFile, _base_record
+from optimer_hf.vectors.opening import open_vector, read_record_for_base, warn_of_another_base
+from optimer_hf.vectors.peft import merge_with_peft
+from optimer_hf.vectors.record import QUANTISED, BaseRecord, VectorFile
 from optimer_hf.vectors.training_record import read_training
 from optimer_hf.vectors.vector import DeltaVector, DistributionVector, dense_rows
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # -- size and storage ------------------------------------------------------------------------------
 
 
-def blocks_of(
+def delta_blocks(
     vector: DistributionVector, base: Checkpoint, name: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the delta and the base of one tensor in float32, one row block at a time."""
@@ -38,7 +38,7 @@ def blocks_of(
         yield dense_rows(vector, name, rows, base_rows), base_rows
 
 
-def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
+def measure_norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
     """Return the Frobenius norm of the delta, and its ratio to the norm of the base.
 
     The ratio counts only the base tensors that the delta moves; an adapter moves few of them.
@@ -47,13 +47,13 @@ def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
     squares = base_squares = 0.0
     for name in sorted(vector.names):
         here = 0.0
-        for delta, base_rows in blocks_of(vector, base, name):
-            here += _squares(delta)
-            base_squares += _squares(base_rows)
+        for delta, base_rows in delta_blocks(vector, base, name):
+            here += _sum_of_squares(delta)
+            base_squares += _sum_of_squares(base_rows)
         if not math.isfinite(base_squares):
             raise ModelError(f"base model: tensor {name!r} holds NaN or infinite values.")
         if not math.isfinite(here):
-            raise not_finite(vector, name)
+            raise not_finite_error(vector, name)
         squares += here
     relative = math.sqrt(squares / max(base_squares, 1e-30))
     if relative > 1:
@@ -66,11 +66,11 @@ def norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
     return math.sqrt(squares), relative
 
 
-def _squares(tensor: torch.Tensor) -> float:
+def _sum_of_squares(tensor: torch.Tensor) -> float:
     return tensor.double().square().sum().item()
 
 
-def not_finite(vector: DistributionVector, name: str) -> ModelError:
+def not_finite_error(vector: DistributionVector, name: str) -> ModelError:
     """Return the error for a vector with NaN or infinite values in a tensor."""
     return ModelError(
         f"vector {vector.name!r}: its delta holds NaN or infinite values (tensor {name!r}). "
@@ -78,7 +78,7 @@ def not_finite(vector: DistributionVector, name: str) -> ModelError:
     )
 
 
-def describe(
+def write_record(
     path: Path, base: ResolvedModel, *, name: str, kind: Literal["adapter", "checkpoint"]
 ) -> VectorFile:
     """Write vector.json beside a trained adapter or checkpoint, and return it.
@@ -88,11 +88,11 @@ def describe(
     trained = read_training(path)
     (path / "vector.json").unlink(missing_ok=True)
     vector = open_vector(name, str(path.resolve()), base)
-    norm, relative_norm = norms(vector, Checkpoint(base.path))
+    norm, relative_norm = measure_norms(vector, Checkpoint(base.path))
     record = VectorFile(
         name=name,
         kind=kind,
-        base=_base_record(base),
+        base=BaseRecord.of(base),
         norm=norm,
         relative_norm=relative_norm,
         corpus=trained.corpus if trained else None,
@@ -123,7 +123,7 @@ def extract(
     `replace`, `out` is overwritten. Memory: a few row blocks.
     """
     checkpoint = Checkpoint(base.path)
-    norm, relative_norm = norms(vector, checkpoint)
+    norm, relative_norm = measure_norms(vector, checkpoint)
     with staged_directory(out, replace=replace) as staging:
         if dtype == QUANTISED:
             _write_quantised(vector, checkpoint, staging, block_size, max_shard_size)
@@ -136,7 +136,7 @@ def extract(
         record = VectorFile(
             name=vector.name,
             kind="delta",
-            base=_base_record(base),
+            base=BaseRecord.of(base),
             source_files=weight_files(vector.path if source is None else source),
             dtype=dtype,
             block_size=block_size if dtype == QUANTISED else None,
@@ -157,10 +157,10 @@ def extract_any_adapter(
 
     The whole model is in memory, in float32. `options` go to `extract`.
     """
-    recorded = _record_of_this_base(name, str(adapter.path), adapter.path, base)
-    with merged_by_peft(adapter.path, base.path) as merged:
+    recorded = read_record_for_base(name, str(adapter.path), adapter.path, base)
+    with merge_with_peft(adapter.path, base.path) as merged:
         if recorded is None:
-            _warn_of_another_base(name, adapter.path, base)
+            warn_of_another_base(name, adapter.path, base)
         vector = open_vector(name, str(merged), base)
         return extract(vector, base, out, source=adapter.path, **options)
 
@@ -228,8 +228,8 @@ def relative_errors(
         for rows in row_blocks(base.shape(name)):
             base_rows = base.read_rows(name, rows).float()
             exact = dense_rows(vector, name, rows, base_rows)
-            here += _squares(exact)
-            error_here += _squares(dense_rows(stored, name, rows, base_rows) - exact)
+            here += _sum_of_squares(exact)
+            error_here += _sum_of_squares(dense_rows(stored, name, rows, base_rows) - exact)
         by_tensor[name] = math.sqrt(error_here / here) if here else 0.0
         squares += here
         error_squares += error_here

@@ -23,7 +23,7 @@ class LowRank:
         """Size of the factors in bytes."""
         return self.b.nbytes + self.a.nbytes
 
-    def dense(self) -> torch.Tensor:
+    def to_dense(self) -> torch.Tensor:
         """Return the rows as one float32 tensor."""
         return (self.b @ self.a) * self.scale
 
@@ -56,10 +56,10 @@ class Trained:
 Delta = torch.Tensor | Trained | LowRank
 
 
-def dense(delta: Delta, base: torch.Tensor) -> torch.Tensor:
+def to_dense(delta: Delta, base: torch.Tensor) -> torch.Tensor:
     """Return a delta of any form as a float32 tensor; `base` has the same rows of the base."""
     if isinstance(delta, LowRank):
-        return delta.dense()
+        return delta.to_dense()
     if isinstance(delta, Trained):
         return delta.tensor.float() - base.float()
     return delta.float()

@@ -121,12 +121,12 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     where = f"vector {name!r} ({path})"
     options = read_options(path, where)
     refuse_options(options, where, MATERIALISE)
-    stored = _opened(path, where)
+    stored = open_adapter(path, where)
     shapes = {key: stored.shape(key) for key in stored.names}
     found: dict[str, LowRank | Trained] = {}
     for part in parts_of(Lora(options, shapes, base, where, MATERIALISE)):
         if part.kind == "copy":
-            _refuse_moved(stored, part, base, where)
+            _refuse_changed_copy(stored, part, base, where)
         elif part.kind == "B.bias":
             before = found.get(part.target)
             bias = before.tensor if isinstance(before, Trained) else base.read(part.target)
@@ -135,12 +135,12 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
         elif part.kind == "trained":
             found[part.target] = Trained(stored.read(part.key))
         else:
-            found[part.target] = _product(stored, part)
-    _say_lacking(found, options, base, where)
-    return _joined(found, ties_of(base), where)
+            found[part.target] = _read_product(stored, part)
+    _warn_of_missing_layers(found, options, base, where)
+    return _merge_tied_parts(found, ties_of(base), where)
 
 
-def _say_lacking(
+def _warn_of_missing_layers(
     found: Iterable[str], options: Mapping[str, Any], base: Checkpoint, where: str
 ) -> None:
     """Warn of layers that an adapter's config targets but that have no tensors in it.
@@ -163,19 +163,19 @@ def _say_lacking(
         warn_once(
             logger,
             f"{where}: holds nothing for {len(lacking)} layers that its config targets "
-            f"({_by_layer(lacking)}). They stay as in the base. If it was trained on "
+            f"({_summarize_layers(lacking)}). They stay as in the base. If it was trained on "
             "them, fetch it again.",
         )
 
 
-def _by_layer(names: Iterable[str]) -> str:
+def _summarize_layers(names: Iterable[str]) -> str:
     """Summarise tensor names in a few words, with their layer numbers."""
     numbers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
     shown = ", ".join(map(str, numbers[:LAYERS_SHOWN])) + ", ..." * (len(numbers) > LAYERS_SHOWN)
     return summary(names) + (f"; of layer {shown}" if numbers else "")
 
 
-def _opened(path: Path, where: str) -> Checkpoint:
+def open_adapter(path: Path, where: str) -> Checkpoint:
     """Open the tensors of an adapter; raises ModelError if there are none."""
     stored = Checkpoint(path, "adapter_model")
     if not stored.names:
@@ -198,8 +198,8 @@ def parts_of(lora: Lora) -> list[Part]:
     found: dict[str, Part] = {}
     last = []
     for key, (target, kind) in targets_of(lora.shapes, lora.base).items():
-        part = Part(key, kind, target, _module_of(key))
-        _refuse_left_out(part, lora)
+        part = Part(key, kind, target, module_of(key))
+        _refuse_unused_tensor(part, lora)
         if key.endswith(FROZEN_COPY):
             last.append(replace(part, kind="copy"))
             continue
@@ -207,14 +207,14 @@ def parts_of(lora: Lora) -> list[Part]:
             partner = _partner_of(part, lora)
             if kind == "B":
                 continue
-            part = _checked_product(part, partner, lora)
+            part = _complete_product(part, partner, lora)
         elif kind == "B.bias":  # added after the layer's own bias, which may be trained, too
-            last.append(_checked_bias(part, lora))
+            last.append(_complete_bias(part, lora))
             continue
         if target in found:
             raise ModelError(f"{lora.where}: adapts {target!r} in two ways. {lora.advice}")
         found[target] = part
-    _refuse_unsaved(found, lora)
+    _refuse_missing_modules(found, lora)
     return [*found.values(), *last]
 
 
@@ -233,7 +233,7 @@ def refuse_own_names(keys: Iterable[str], where: str) -> None:
             )
 
 
-def _refuse_left_out(part: Part, lora: Lora) -> None:
+def _refuse_unused_tensor(part: Part, lora: Lora) -> None:
     if part.kind in ("", "tokens"):
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} is not a LoRA factor of a linear or embedding "
@@ -254,7 +254,7 @@ def _refuse_left_out(part: Part, lora: Lora) -> None:
         )
 
 
-def _refuse_unsaved(held: Iterable[str], lora: Lora) -> None:
+def _refuse_missing_modules(held: Iterable[str], lora: Lora) -> None:
     """Refuse an adapter without tensors for a module in modules_to_save that the base has."""
     names = [f".{target}" for target in held]
     for module in saved_modules(lora.options):
@@ -266,7 +266,7 @@ def _refuse_unsaved(held: Iterable[str], lora: Lora) -> None:
             )
 
 
-def refuse_unfit(keys: Sequence[str], base: Checkpoint, where: str) -> None:
+def refuse_unmergeable(keys: Sequence[str], base: Checkpoint, where: str) -> None:
     """Raise ModelError before training a LoRA that no merge could use, given its tensor names.
 
     Its layers may not be tensors in the base's checkpoint, or may be only part of a tied group.
@@ -280,9 +280,9 @@ def refuse_unfit(keys: Sequence[str], base: Checkpoint, where: str) -> None:
             f"another form (fused experts), so that it would fit no merge. Name the layers: "
             f"target_modules: [{', '.join(fit)}]."
         )
-    kinds = _kinds_of(keys, base)
-    refuse_parted(kinds, ties, where)
-    _refuse_both_factors(kinds, ties, where, FACTORS_APART)
+    kinds = kinds_of_targets(keys, base)
+    refuse_split_ties(kinds, ties, where)
+    refuse_products_on_ties(kinds, ties, where, FACTORS_APART)
 
 
 def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, str]]:
@@ -312,7 +312,7 @@ def _target_of(key: str) -> tuple[str, str]:
     return module.replace(".base_layer.", "."), "trained"
 
 
-def _module_of(key: str) -> str:
+def module_of(key: str) -> str:
     """Return the layer of a stored tensor, under its name in the adapter."""
     module = key.removeprefix(PREFIX).split(".lora_")[0]
     return module if ".lora_" in key else module.rpartition(".")[0].removesuffix(".base_layer")
@@ -328,7 +328,7 @@ def _partner_of(part: Part, lora: Lora) -> str:
     return partner
 
 
-def _checked_product(part: Part, partner: str, lora: Lora) -> Part:
+def _complete_product(part: Part, partner: str, lora: Lora) -> Part:
     """Check the shapes of a product, and add its rank, scale and direction."""
     a, b = lora.shapes[part.key], lora.shapes[partner]
     if len(a) != 2 or len(b) != 2:
@@ -346,7 +346,7 @@ def _checked_product(part: Part, partner: str, lora: Lora) -> Part:
     return replace(part, rank=rank, scale=scale, is_transposed=is_transposed)
 
 
-def _checked_bias(part: Part, lora: Lora) -> Part:
+def _complete_bias(part: Part, lora: Lora) -> Part:
     """Check the bias of a factor B, which PEFT adds to the layer's bias, and add its scale."""
     if part.key.removesuffix("bias") + "weight" not in lora.shapes:
         raise ModelError(
@@ -423,7 +423,7 @@ def _layers(path: Path, changed: int) -> Mapping[str, type]:
     return {f"{name}.weight": type(module) for name, module in model.named_modules()}
 
 
-def _product(stored: Checkpoint, part: Part) -> LowRank:
+def _read_product(stored: Checkpoint, part: Part) -> LowRank:
     key = part.key
     partner = key.replace(".lora_embedding_A", ".lora_embedding_B").replace(".lora_A", ".lora_B")
     a, b = stored.read(key).float(), stored.read(partner).float()
@@ -432,7 +432,7 @@ def _product(stored: Checkpoint, part: Part) -> LowRank:
     return LowRank(b, a, part.scale)
 
 
-def _refuse_moved(stored: Checkpoint, part: Part, base: Checkpoint, where: str) -> None:
+def _refuse_changed_copy(stored: Checkpoint, part: Part, base: Checkpoint, where: str) -> None:
     copy, tensor = stored.read(part.key), base.read(ties_of(base).kept(part.target))
     if copy.shape != tensor.shape or not torch.equal(copy.to(tensor.dtype), tensor):
         raise ModelError(
@@ -441,19 +441,19 @@ def _refuse_moved(stored: Checkpoint, part: Part, base: Checkpoint, where: str) 
         )
 
 
-def _joined(
+def _merge_tied_parts(
     found: Mapping[str, LowRank | Trained], ties: Ties, where: str
 ) -> dict[str, LowRank | Trained]:
     """Return an adapter's parts by stored tensor, with one part for each group of tied tensors.
 
     The adapter must move tied tensors alike, as PEFT does with `ensure_weight_tying`.
     """
-    refuse_parted({name: type(part).__name__ for name, part in found.items()}, ties, where)
+    refuse_split_ties({name: type(part).__name__ for name, part in found.items()}, ties, where)
     joined: dict[str, LowRank | Trained] = {}
     for name, part in sorted(found.items(), key=lambda item: item[0] != ties.kept(item[0])):
         other = joined.setdefault(ties.kept(name), part)
         if part is not other and not _are_alike(part, other):  # NaN does not even equal itself
-            raise _parted([name], [ties.kept(name)], where)
+            raise _split_ties_error([name], [ties.kept(name)], where)
     return joined
 
 
@@ -467,7 +467,7 @@ def _are_alike(one: LowRank | Trained, other: LowRank | Trained) -> bool:
     return False
 
 
-def refuse_parted(found: Mapping[str, str], ties: Ties, where: str) -> None:
+def refuse_split_ties(found: Mapping[str, str], ties: Ties, where: str) -> None:
     """Raise ModelError if an adapter moves only some tensors of a tied group, or not alike.
 
     `found` maps tensor names to the kind of their part.
@@ -477,10 +477,10 @@ def refuse_parted(found: Mapping[str, str], ties: Ties, where: str) -> None:
         names = {ties.class_names.get(name, name) for name in moved}
         left = [name for name in group if name not in names]
         if moved and (left or len(set(moved.values())) > 1):
-            raise _parted(sorted(moved), left, where)
+            raise _split_ties_error(sorted(moved), left, where)
 
 
-def _parted(moved: Sequence[str], left: Sequence[str], where: str) -> ModelError:
+def _split_ties_error(moved: Sequence[str], left: Sequence[str], where: str) -> ModelError:
     other = f"leaves {left[0]!r} as it is" if left else "does not move them alike"
     return ModelError(
         f"{where}: trains {' and '.join(map(repr, moved))} and {other}, but the base ties them to "
@@ -489,7 +489,7 @@ def _parted(moved: Sequence[str], left: Sequence[str], where: str) -> ModelError
     )
 
 
-def _kinds_of(keys: Iterable[str], base: Checkpoint) -> dict[str, str]:
+def kinds_of_targets(keys: Iterable[str], base: Checkpoint) -> dict[str, str]:
     """Return how PEFT moves each base tensor, given the names of an adapter's tensors.
 
     PEFT trains and merges tokens of a tied embedding in both tensors.
@@ -504,7 +504,8 @@ def _kinds_of(keys: Iterable[str], base: Checkpoint) -> dict[str, str]:
     return kinds
 
 
-def _refuse_both_factors(kinds: Mapping[str, str], ties: Ties, where: str, advice: str) -> None:
+def refuse_products_on_ties(kinds: Mapping[str, str], ties: Ties, where: str, advice: str) -> None:
+    """Raise ModelError if an adapter adds a product to tensors that the base ties to one."""
     for target, kind in kinds.items():
         if kind == "product" and (group := ties.group_of(target)):
             raise ModelError(

@@ -109,8 +109,10 @@ def why_not_weighted(options: Mapping[str, Any]) -> str | None:
     for field, value in options.items():
         decision = FIELDS.get(field) or OTHERS.get(field)
         if decision is None and value and value != _default_of(field):
-            return f"{field[:80]}: {_short(value)} is no field of a LoRA that this version knows"
-        if decision not in (None, HANDLED, HARMLESS) and not _says_nothing(value):
+            return (
+                f"{field[:80]}: {_short_repr(value)} is no field of a LoRA that this version knows"
+            )
+        if decision not in (None, HANDLED, HARMLESS) and not _is_unset(value):
             return decision
     return None
 
@@ -126,7 +128,7 @@ def why_not_trained(options: Mapping[str, Any]) -> str | None:
         return "init_lora_weights 'eva' needs a pass over the data before training"
     try:
         for field in ("rank_pattern", "alpha_pattern"):
-            values = _mapping(options, field).values()
+            values = _mapping_in(options, field).values()
             for value in values:
                 rank_and_scale({**options, FIELD_OF[field]: value, field: {}}, "")
         rank_and_scale({**options, "rank_pattern": {}, "alpha_pattern": {}}, "")
@@ -145,7 +147,7 @@ def _default_of(field: str) -> Any:
     return known[field].default
 
 
-def _says_nothing(value: Any) -> bool:
+def _is_unset(value: Any) -> bool:
     """Whether a field has the value of a plain LoRA; {} does not, it selects a variant."""
     return value is None or value is False or value == []
 
@@ -155,45 +157,45 @@ def rank_and_scale(options: Mapping[str, Any], module: str) -> tuple[int, float]
 
     Raises ValueError for invalid values, and PatternError for a pattern that is not a name.
     """
-    rank = _of_module(options, "rank_pattern", module, options.get("r"))
-    alpha = _of_module(options, "alpha_pattern", module, options.get("lora_alpha"))
+    rank = _value_for(options, "rank_pattern", module, options.get("r"))
+    alpha = _value_for(options, "alpha_pattern", module, options.get("lora_alpha"))
     stabilised = options.get("use_rslora")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= LARGEST_RANK:
-        raise ValueError(f"rank {_short(rank)}, expected 1 to {LARGEST_RANK:,}")
+        raise ValueError(f"rank {_short_repr(rank)}, expected 1 to {LARGEST_RANK:,}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise ValueError(f"alpha {_short(alpha)}, expected a number")
+        raise ValueError(f"alpha {_short_repr(alpha)}, expected a number")
     if not isinstance(stabilised, bool | None):
-        raise ValueError(f"use_rslora {_short(stabilised)}, expected true or false")
+        raise ValueError(f"use_rslora {_short_repr(stabilised)}, expected true or false")
     try:
         scale = float(alpha / math.sqrt(rank) if stabilised else alpha / rank)
     except OverflowError:
         scale = math.inf
     if not math.isfinite(scale):
-        raise ValueError(f"alpha {_short(alpha)}, expected a finite number")
+        raise ValueError(f"alpha {_short_repr(alpha)}, expected a finite number")
     return rank, scale
 
 
-def _of_module(options: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
+def _value_for(options: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
     """Return the value of the first key in a pattern field that matches a module, else default."""
-    given = _mapping(options, field)
+    given = _mapping_in(options, field)
     for key in given:
         if not is_literal(key):
             raise PatternError(
-                f"{field} {_short(key)}, a pattern; expected the end of a name of a layer"
+                f"{field} {_short_repr(key)}, a pattern; expected the end of a name of a layer"
             )
     return next((value for key, value in given.items() if ends_with(module, key)), default)
 
 
-def _mapping(options: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+def _mapping_in(options: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     given = options.get(field)
     if given is None:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise ValueError(f"{field} {_short(given)}, expected a mapping from names")
+        raise ValueError(f"{field} {_short_repr(given)}, expected a mapping from names")
     return given
 
 
-def _short(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     """Return a short repr; an integer may have more digits than Python prints."""
     try:
         return repr(value)[:80]

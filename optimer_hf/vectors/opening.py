@@ -55,7 +55,7 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     except ModelError as error:
         raise ModelError(f"vector {name!r}: {error}") from error
     checkpoint = Checkpoint(base.path)
-    record = _record_of_this_base(name, source, resolved.path, base)
+    record = read_record_for_base(name, source, resolved.path, base)
     vector: DistributionVector
     if (resolved.path / "adapter_config.json").exists():
         parts = read_adapter(resolved.path, checkpoint, name)
@@ -67,16 +67,16 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
         vector = replace(delta, copies=ties_of(checkpoint).copies)
     else:
         tuned = _by_names_of(checkpoint, Checkpoint(resolved.path), name)
-        _check_same_kinds(name, tuned, checkpoint)
+        _check_dtypes(name, tuned, checkpoint)
         padding = _padding(name, tuned, checkpoint)
-        vector = CheckpointVector(name, tuned, _merged_names(tuned, checkpoint), padding)
+        vector = CheckpointVector(name, tuned, _floating_names(tuned, checkpoint), padding)
     _check_shapes(vector, checkpoint)
     if vector.kind == "checkpoint":
         _check_settings(name, resolved.path, base.path)
     if vector.kind != "delta":  # a delta has the tokenizer of its base
         _check_tokens(name, resolved.path, base.path)
     if vector.kind == "adapter" and record is None:
-        _warn_of_another_base(name, resolved.path, base)
+        warn_of_another_base(name, resolved.path, base)
     return vector
 
 
@@ -100,7 +100,7 @@ def _open_delta(name: str, path: Path, record: VectorFile) -> DeltaVector:
     return DeltaVector(name, stored, block_size)
 
 
-def _record_of_this_base(
+def read_record_for_base(
     name: str, source: str, path: Path, base: ResolvedModel
 ) -> VectorFile | None:
     """Return the vector.json in a directory; refuse a vector that was trained from another base."""
@@ -114,7 +114,7 @@ def _record_of_this_base(
     return record
 
 
-def _warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
+def warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
     """Warn if an adapter names another Hub model as its base.
 
     A name proves nothing: QLoRA names the quantised copy, others name a mirror. A local path is
@@ -181,7 +181,7 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
                 f"nor its model class says that it is {other!r}. Write tie_word_embeddings into "
                 "its config.json."
             )
-    _tell_differences(name, tuned, found)
+    _warn_of_differences(name, tuned, found)
     return tuned.rename(stored | tied)
 
 
@@ -200,7 +200,7 @@ def _refuse_other_form(
         )
 
 
-def _tell_differences(name: str, tuned: Checkpoint, found: Match) -> None:
+def _warn_of_differences(name: str, tuned: Checkpoint, found: Match) -> None:
     if found.unmoved:
         warn_once(
             logger,
@@ -215,7 +215,7 @@ def _tell_differences(name: str, tuned: Checkpoint, found: Match) -> None:
         )
 
 
-def _check_same_kinds(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
+def _check_dtypes(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
     """Refuse quantised tensors, and integer tensors that differ from the base."""
     for tensor in tuned.names:
         kinds = tuned.dtype(tensor), base.dtype(tensor)
@@ -233,7 +233,7 @@ def _check_same_kinds(name: str, tuned: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def _merged_names(tuned: Checkpoint, base: Checkpoint) -> frozenset[str]:
+def _floating_names(tuned: Checkpoint, base: Checkpoint) -> frozenset[str]:
     return frozenset(name for name in tuned.names if base.dtype(name).is_floating_point)
 
 

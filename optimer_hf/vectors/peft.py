@@ -19,12 +19,12 @@ from optimer_hf.models.loader import model_with_adapter, read_adapter_config, re
 from optimer_hf.models.ties import ties_of
 from optimer_hf.vectors.lora import (
     FACTORS_TWICE,
-    _kinds_of,
-    _module_of,
-    _opened,
-    _refuse_both_factors,
+    kinds_of_targets,
+    module_of,
+    open_adapter,
     refuse_own_names,
-    refuse_parted,
+    refuse_products_on_ties,
+    refuse_split_ties,
 )
 from optimer_hf.vectors.lora_config import FIELDS, REPLACING, patterns_of, read_options
 
@@ -32,16 +32,16 @@ from optimer_hf.vectors.lora_config import FIELDS, REPLACING, patterns_of, read_
 
 
 @contextmanager
-def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
+def merge_with_peft(adapter: Path, base: Path) -> Iterator[Path]:
     """Yield a temporary float32 checkpoint: the base plus any adapter that PEFT can merge.
 
     The whole model is in memory, in float32. Raises ModelError if the adapter cannot be merged.
     """
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
-    refuse_unmerged_by_peft(adapter, base)
+    check_merge_with_peft(adapter, base)
     model = load_model(ResolvedModel(base, base.name), torch.float32)
-    with _naming_unmergeable(adapter):
+    with _name_failures(adapter):
         merged = model_with_adapter(model, adapter).merge_and_unload()
     with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
         merged.save_pretrained(folder)
@@ -49,7 +49,7 @@ def merged_by_peft(adapter: Path, base: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming_unmergeable(adapter: Path) -> Iterator[None]:
+def _name_failures(adapter: Path) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, ModelError):
@@ -68,7 +68,7 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
     PEFT itself only warns. The test runs on an empty model; types that need the weights get them.
     """
     where = str(adapter)
-    options, stored = read_options(adapter, where), _opened(adapter, where)
+    options, stored = read_options(adapter, where), open_adapter(adapter, where)
     if stored.wrappers:
         raise ModelError(
             f"{where}: its tensor names have the prefix {', '.join(stored.wrappers)} of a wrapper, "
@@ -84,7 +84,7 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
     model = empty_model(base)
     if patterns := patterns_of(options):
         matches(patterns, [name for name, _ in model.named_modules()], where)
-    with _naming_unmergeable(adapter):
+    with _name_failures(adapter):
         config = read_adapter_config(adapter)
     if config.is_prompt_learning:
         raise ModelError(
@@ -93,25 +93,25 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
         )
     if "init_lora_weights" in vars(config):
         config.init_lora_weights = True  # other values may decompose weights, which do not exist
-    with _naming_unmergeable(adapter):
+    with _name_failures(adapter):
         try:
-            unused = _unused(model, config, stored)
+            unused = _find_unused(model, config, stored)
         except RuntimeError as error:
             if "meta" not in str(error):  # the error is not about a tensor without numbers
-                raise _misfit(where, first_line(error)) from error
-            unused = _unused(load_model(base, torch.float32), config, stored)
+                raise _misfit_error(where, first_line(error)) from error
+            unused = _find_unused(load_model(base, torch.float32), config, stored)
     if unused:
-        raise _misfit(where, f"{unused[0]!r} and {len(unused) - 1} more")
+        raise _misfit_error(where, f"{unused[0]!r} and {len(unused) - 1} more")
 
 
-def _misfit(where: str, found: str) -> ModelError:
+def _misfit_error(where: str, found: str) -> ModelError:
     return ModelError(
         f"{where}: tensors that fit no layer of the base, or are missing beside others: {found}. "
         "PEFT would leave them out. Give the base it was trained from, or fetch it again."
     )
 
 
-def _unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
+def _find_unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
     """Return adapter tensors that PEFT cannot place on a model, and those missing in a layer."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -124,12 +124,12 @@ def _unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
         }
         found = set_peft_model_state_dict(adapted, given)
         known = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    layers = {_module_of(key) for key in stored.names}
-    missing = [key for key in known if key not in given and _module_of(key) in layers]
+    layers = {module_of(key) for key in stored.names}
+    missing = [key for key in known if key not in given and module_of(key) in layers]
     return [key.replace(".default", "") for key in found.unexpected_keys] + sorted(missing)
 
 
-def refuse_unmerged_by_peft(adapter: Path, base: Path) -> None:
+def check_merge_with_peft(adapter: Path, base: Path) -> None:
     """Raise ModelError if PEFT's merge would differ from the trained model.
 
     It may use only part of the adapter, adapt only one of two tied tensors, or add the factors of
@@ -137,6 +137,6 @@ def refuse_unmerged_by_peft(adapter: Path, base: Path) -> None:
     """
     _refuse_unused(adapter, ResolvedModel(base, base.name))
     stored = Checkpoint(adapter, "adapter_model")  # PEFT would accept pickled weights
-    kinds, ties = _kinds_of(stored.names, Checkpoint(base)), ties_of(Checkpoint(base))
-    refuse_parted(kinds, ties, str(adapter))
-    _refuse_both_factors(kinds, ties, str(adapter), FACTORS_TWICE)
+    kinds, ties = kinds_of_targets(stored.names, Checkpoint(base)), ties_of(Checkpoint(base))
+    refuse_split_ties(kinds, ties, str(adapter))
+    refuse_products_on_ties(kinds, ties, str(adapter), FACTORS_TWICE)

@@ -1,7 +1,7 @@
 """vector.json: what a distribution vector is and which base it belongs to."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -23,11 +23,16 @@ QUANTISED = "int8"
 
 
 class BaseRecord(FileModel):
-    """The base model that a vector was trained from."""
+    """The base model that a vector was trained from; `files` has the sha256 of its weights."""
 
     reference: str
     commit: str | None = None
     files: dict[str, str]
+
+    @classmethod
+    def of(cls, base: ResolvedModel) -> Self:
+        """Return the record of a base; hashes its weights."""
+        return cls(reference=base.reference, commit=base.commit, files=weight_files(base.path))
 
 
 class VectorFile(VersionedFile):
@@ -62,7 +67,3 @@ def read_record(path: Path) -> VectorFile | None:
     except (ConfigError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ModelError(f"{file}: not a vector.json of format version 1 ({reason}).") from None
-
-
-def _base_record(base: ResolvedModel) -> BaseRecord:
-    return BaseRecord(reference=base.reference, commit=base.commit, files=weight_files(base.path))

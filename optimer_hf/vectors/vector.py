@@ -10,7 +10,7 @@ import torch
 
 from optimer_hf.models.blocks import matrix_rows, matrix_shape
 from optimer_hf.models.checkpoint import Checkpoint, Loaded
-from optimer_hf.vectors.forms import Delta, LowRank, Trained, dense
+from optimer_hf.vectors.forms import Delta, LowRank, Trained, to_dense
 from optimer_hf.vectors.int8 import SCALES, dequantize
 
 # -- the three kinds -------------------------------------------------------------------------------
@@ -45,13 +45,13 @@ class DistributionVector(Protocol):
         ...
 
     def delta(self, name: str, rows: slice, device: torch.device | str) -> Delta:
-        """Return rows of a tensor's delta on a device, in its stored form (see `forms.dense`).
+        """Return rows of a tensor's delta on a device, in its stored form (see `forms.to_dense`).
 
         The caller must not change them.
         """
         ...
 
-    def loaded(self, device: str) -> "DistributionVector":
+    def load_to(self, device: str) -> "DistributionVector":
         """Return the vector with its weights in a device's memory."""
         ...
 
@@ -100,9 +100,9 @@ class CheckpointVector(_Brief):
         dtype = torch.promote_types(trained.dtype, unmoved.dtype)
         return Trained(torch.cat([part.to(device, dtype) for part in (trained, unmoved)]))
 
-    def loaded(self, device: str) -> "CheckpointVector":
-        tuned = _loaded(self.tuned, self.names, device)
-        padding = self.padding and _loaded(self.padding, self.padding.names, device)
+    def load_to(self, device: str) -> "CheckpointVector":
+        tuned = _load(self.tuned, self.names, device)
+        padding = self.padding and _load(self.padding, self.padding.names, device)
         return replace(self, tuned=tuned, padding=padding)
 
 
@@ -139,8 +139,8 @@ class DeltaVector(_Brief):
         scales = self.stored.read_rows(f"{name}{SCALES}", rows).to(device)
         return dequantize(stored, scales, self.block_size)
 
-    def loaded(self, device: str) -> "DeltaVector":
-        return replace(self, stored=_loaded(self.stored, self.stored.names, device))
+    def load_to(self, device: str) -> "DeltaVector":
+        return replace(self, stored=_load(self.stored, self.stored.names, device))
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,11 +166,11 @@ class AdapterVector(_Brief):
             return LowRank(part.b[rows], part.a, part.scale).to(device)
         return Trained(matrix_rows(part.tensor, rows).to(device))
 
-    def loaded(self, device: str) -> "AdapterVector":
+    def load_to(self, device: str) -> "AdapterVector":
         return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
 
 
-def _loaded(source: Checkpoint | Loaded, names: Iterable[str], device: str) -> Loaded:
+def _load(source: Checkpoint | Loaded, names: Iterable[str], device: str) -> Loaded:
     return Loaded(source.path, {name: source.read(name).to(device) for name in names})
 
 
@@ -178,4 +178,4 @@ def dense_rows(
     vector: DistributionVector, name: str, rows: slice, base_rows: torch.Tensor
 ) -> torch.Tensor:
     """Return rows of a delta in float32; `base_rows` are the same rows of the base."""
-    return dense(vector.delta(name, rows, base_rows.device), base_rows)
+    return to_dense(vector.delta(name, rows, base_rows.device), base_rows)

@@ -22,7 +22,7 @@ from optimer_hf.report.page import write_sealed_figure
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.config import Baselines, StudyConfig
-from optimer_hf.vectors.delta import norms
+from optimer_hf.vectors.delta import measure_norms
 from optimer_hf.vectors.opening import open_vector
 from tests.support.experiments import optimer
 from tests.support.landscapes import FunctionPool, config_of, failing_at, no_pool_for
@@ -58,8 +58,8 @@ def test_a_random_vector_has_the_norm_of_every_tensor_and_no_direction_in_common
     flat = [torch.cat([delta.flatten() for delta in side.values()]) for side in (found, expected)]
     cosine = torch.nn.functional.cosine_similarity(*flat, dim=0)
     assert abs(cosine) < 6 / len(flat[0]) ** 0.5 + 0.02
-    assert norms(noise, Checkpoint(base.path)) == pytest.approx(
-        norms(real, Checkpoint(base.path)), rel=3e-3
+    assert measure_norms(noise, Checkpoint(base.path)) == pytest.approx(
+        measure_norms(real, Checkpoint(base.path)), rel=3e-3
     )
 
 

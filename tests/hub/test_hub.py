@@ -36,7 +36,7 @@ from optimer_hf.report.page import write_figures
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.vectors.delta import describe, extract
+from optimer_hf.vectors.delta import extract, write_record
 from optimer_hf.vectors.opening import open_vector
 from tests.support import landscapes
 from tests.support.tiny import tiny_model
@@ -91,7 +91,7 @@ def make_vector(base, make_adapter, make_tuned, tmp_path):
         if config.exists():
             data = json.loads(config.read_text())
             config.write_text(json.dumps(data | {"base_model_name_or_path": "alice/base"}))
-        describe(out, base, name=f"v{seed}", kind=kind)
+        write_record(out, base, name=f"v{seed}", kind=kind)
         return out
 
     return vector

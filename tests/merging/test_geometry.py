@@ -84,7 +84,7 @@ def test_the_effective_rank_counts_directions_of_equal_size(base, make_adapter):
     rank = effective_rank(vector)
     ranks = []
     for part in vector.parts.values():
-        values = torch.linalg.svdvals(part.dense().double())
+        values = torch.linalg.svdvals(part.to_dense().double())
         shares = values[values > 1e-9 * values[0]] / values.sum()
         ranks.append(math.exp(-(shares * shares.log()).sum().item()))
     assert rank == pytest.approx(sum(ranks) / len(ranks), rel=1e-3)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from optimer_hf.errors import ModelError
 from optimer_hf.merging import kernel
 from optimer_hf.merging.kernel import add_in_steps, add_weighted
-from optimer_hf.vectors.forms import LowRank, Trained, dense
+from optimer_hf.vectors.forms import LowRank, Trained, to_dense
 from tests.support.tiny import bits, ulps_apart
 
 
@@ -184,10 +184,10 @@ def test_nothing_at_all_can_be_merged():
 def test_every_form_of_a_delta_is_the_same_delta():
     base = torch.randn(6, 5)
     product = LowRank(torch.randn(6, 2), torch.randn(2, 5), 0.5)
-    delta = product.dense()
-    torch.testing.assert_close(dense(Trained(base + delta), base), delta)
-    torch.testing.assert_close(dense(delta, base), delta)
-    torch.testing.assert_close(dense(product, base), delta)
+    delta = product.to_dense()
+    torch.testing.assert_close(to_dense(Trained(base + delta), base), delta)
+    torch.testing.assert_close(to_dense(delta, base), delta)
+    torch.testing.assert_close(to_dense(product, base), delta)
 
 
 WITHOUT_A_PLACE = """

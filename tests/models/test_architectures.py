@@ -16,7 +16,7 @@ from optimer_hf.searching.loop import search
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import train
-from optimer_hf.vectors.delta import describe, extract
+from optimer_hf.vectors.delta import extract, write_record
 from optimer_hf.vectors.opening import open_vector
 from tests.support.tiny import VOCABULARY, bits
 
@@ -199,7 +199,7 @@ def test_a_multimodal_gemma_is_trained_and_searched(save_model, corpus_dir, tmp_
             trainer={"learning_rate": 2e-2, "per_device_train_batch_size": 4, "bf16": False},
         )
         train(config, tmp_path / name)
-        describe(tmp_path / name, resolve_base(str(path)), name=name, kind="adapter")
+        write_record(tmp_path / name, resolve_base(str(path)), name=name, kind="adapter")
     terms = [{"text": str(corpus_dir / f"{name}.search.jsonl")} for name in ("aaa", "xyz")]
     study = search(
         StudyConfig.model_validate(

@@ -25,7 +25,7 @@ from optimer_hf.recipes.build import build
 from optimer_hf.recipes.record import Lock
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import train
-from optimer_hf.vectors.delta import extract, extract_any_adapter, norms
+from optimer_hf.vectors.delta import extract, extract_any_adapter, measure_norms
 from optimer_hf.vectors.opening import open_vector
 from tests.support.tiny import VOCABULARY
 
@@ -181,7 +181,7 @@ def by_delta(base: Path, source: Path, folder: Path) -> torch.Tensor:
     resolved = ResolvedModel(base, "base")
     vector = open_vector("v", str(source), resolved)
     record = extract(vector, resolved, folder / "delta", dtype="float32")
-    assert record.norm == pytest.approx(norms(vector, Checkpoint(base))[0])
+    assert record.norm == pytest.approx(measure_norms(vector, Checkpoint(base))[0])
     return by_writer(base, folder / "delta", folder)
 
 

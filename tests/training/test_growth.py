@@ -11,7 +11,7 @@ from optimer_hf.errors import ModelError
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.growth import N_NORMS, full_norm, is_due
 from optimer_hf.training.run import train
-from optimer_hf.vectors.delta import describe
+from optimer_hf.vectors.delta import write_record
 from tests.support.tiny import VOCABULARY, tiny_model
 
 
@@ -87,7 +87,7 @@ def test_a_run_ends_at_the_norm_of_its_vector(config, make_base, tmp_path, kind)
     lora = {"r": 4, "target_modules": "all-linear"} if kind == "adapter" else None
     out = train(config.model_copy(update={"lora": lora}), tmp_path / "out")
     found = training_of(out)
-    record = describe(out, make_base("llama", torch.bfloat16), name="aaa", kind=kind)
+    record = write_record(out, make_base("llama", torch.bfloat16), name="aaa", kind=kind)
     assert found["norms"][-1] == pytest.approx(record.norm, rel=1e-5)
     assert found["norm_steps"][-1] == found["n_steps"] == 20
     assert len(found["norms"]) == len(found["norm_steps"]) == N_NORMS

@@ -14,7 +14,7 @@ from optimer_hf.errors import ConfigError
 from optimer_hf.training.config import MixturePart, TrainConfig
 from optimer_hf.training.mixture import mix_runs, ratios_of, training_tokens, write_mixture
 from optimer_hf.training.run import train
-from optimer_hf.vectors.delta import describe
+from optimer_hf.vectors.delta import write_record
 
 LORA = {"r": 2, "target_modules": "all-linear"}
 
@@ -96,7 +96,7 @@ def test_from_a_recipe_to_a_model_trained_on_the_mixture(make_base, corpus_dir, 
         config = run(name, corpus_dir / f"{name}.train.jsonl", **fields)
         config.write(tmp_path / f"train-{name}.yaml")
         train(config, tmp_path / name)
-        describe(tmp_path / name, base, name=name, kind="adapter")
+        write_record(tmp_path / name, base, name=name, kind="adapter")
     recipe = {
         "name": "r",
         "base_model": str(base.path),

@@ -113,7 +113,7 @@ def test_the_record_says_what_was_trained_on_what(make_config, tmp_path):
     config = make_config(seed=5)
     train(config, tmp_path / "out")
     record = record_of(tmp_path / "out")
-    assert record["config_sha256"] == config.digest
+    assert record["config_sha256"] == config.digest()
     assert record["corpus"]["name"] == "aaa.train.jsonl"
     assert record["corpus"]["n_tokens"] == 192
     assert 0 < record["corpus"]["n_documents"] < 120

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from optimer_hf.errors import ModelError
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.vectors.delta import extract, norms
+from optimer_hf.vectors.delta import extract, measure_norms
 from optimer_hf.vectors.int8 import SCALES, dequantize, n_blocks, quantize
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
@@ -74,7 +74,7 @@ def test_a_quantised_delta_records_the_error_that_it_has(base, tuned, tmp_path, 
         assert record.relative_errors[name] == pytest.approx(relative, rel=1e-6, abs=1e-12)
     assert record.relative_error == pytest.approx((errors / squares) ** 0.5, rel=1e-6)
     assert 1e-4 < record.relative_error < 0.01
-    assert norms(stored, Checkpoint(base.path))[0] == pytest.approx(record.norm, rel=1e-3)
+    assert measure_norms(stored, Checkpoint(base.path))[0] == pytest.approx(record.norm, rel=1e-3)
 
 
 def test_a_quantised_delta_takes_half_the_bytes_of_bfloat16(base, tuned, tmp_path):

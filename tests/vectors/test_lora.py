@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.delta import extract_any_adapter
-from optimer_hf.vectors.forms import LowRank, dense
+from optimer_hf.vectors.forms import LowRank, to_dense
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.vector import AdapterVector
 from tests.support.tiny import VOCABULARY, whole_delta
@@ -48,7 +48,7 @@ def adapter(base, make_adapter) -> Path:
     return make_adapter(base, 1)
 
 
-def merged_by_peft(base: ResolvedModel, adapter: Path):
+def merge_with_peft(base: ResolvedModel, adapter: Path):
     """Return the tensors before and after PEFT merged an adapter, in float32."""
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -56,7 +56,7 @@ def merged_by_peft(base: ResolvedModel, adapter: Path):
 
 
 def assert_moves_as_peft(vector, base: ResolvedModel, adapter: Path) -> None:
-    before, merged = merged_by_peft(base, adapter)
+    before, merged = merge_with_peft(base, adapter)
     tied = {"lm_head.weight"} - {name for name in before if name in vector.names}
     moved = {name for name in before if not torch.equal(before[name], merged[name])}
     assert vector.names == moved - tied
@@ -112,10 +112,9 @@ def test_a_patterned_adapter_is_not_the_plain_one(base, make_adapter):
 
 def test_a_low_rank_delta_is_its_scaled_product():
     delta = LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 5.0]]), 0.5)
-    assert delta.dense().tolist() == [[1.5, 2.5], [3.0, 5.0]]
-    assert (
-        dense(delta.to(torch.device("cpu")), torch.zeros(2, 2)).tolist() == delta.dense().tolist()
-    )
+    assert delta.to_dense().tolist() == [[1.5, 2.5], [3.0, 5.0]]
+    moved = to_dense(delta.to(torch.device("cpu")), torch.zeros(2, 2))
+    assert moved.tolist() == delta.to_dense().tolist()
 
 
 @pytest.mark.filterwarnings("ignore:Adapter .default.:peft.utils.warning.PeftWarning")
@@ -331,7 +330,7 @@ def test_any_adapter_becomes_the_delta_that_peft_merges(base, make_adapter, tmp_
     source = ResolvedModel(adapter, adapter.name)
     record = extract_any_adapter("v", source, base, tmp_path / "delta", dtype=dtype)
     vector = open_vector("v", str(tmp_path / "delta"), base)
-    before, merged = merged_by_peft(base, adapter)
+    before, merged = merge_with_peft(base, adapter)
     loss = {"float32": 1e-6, "bfloat16": 2.0**-8, "int8": 0.01}[dtype]
     squares = errors = 0.0
     for name in vector.names:

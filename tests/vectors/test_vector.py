@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_files
-from optimer_hf.vectors.delta import describe, extract, extract_any_adapter, norms
+from optimer_hf.vectors.delta import extract, extract_any_adapter, measure_norms, write_record
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import VectorFile, read_record
 from optimer_hf.vectors.training_record import TRAINING_FILE
@@ -129,39 +129,39 @@ def test_norms_equal_those_of_the_flat_vectors(base, tuned, adapter):
             [whole_delta(vector, base, name).double().flatten() for name in sorted(vector.names)]
         )
         moved = torch.cat([stored[name].flatten() for name in sorted(vector.names)])
-        norm, relative_norm = norms(vector, Checkpoint(base.path))
+        norm, relative_norm = measure_norms(vector, Checkpoint(base.path))
         assert norm == pytest.approx(delta.norm().item(), rel=1e-9)
         assert relative_norm == pytest.approx((delta.norm() / moved.norm()).item(), rel=1e-9)
 
 
-def test_describe_writes_what_training_recorded(base, adapter, tmp_path):
+def test_the_record_of_a_vector_repeats_what_training_recorded(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "ja")
     RECORD.write(tmp_path / "ja" / TRAINING_FILE)
-    record = describe(tmp_path / "ja", base, name="ja", kind="adapter")
+    record = write_record(tmp_path / "ja", base, name="ja", kind="adapter")
     assert read_record(tmp_path / "ja") == record
     assert (record.name, record.kind, record.base.files) == (
         "ja",
         "adapter",
         weight_files(base.path),
     )
-    assert record.corpus == RECORD.corpus.model_dump()
-    assert record.training == RECORD.training.model_dump()
+    assert record.corpus == RECORD.corpus
+    assert record.training == RECORD.training
     assert record.versions == RECORD.versions == {"torch": "x"}
     assert record.norm > 0
     assert isinstance(open_vector("ja", str(tmp_path / "ja"), base), AdapterVector)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_vector_with_nan_is_named_by_norms_and_describe_and_extract(base, tuned, tmp_path, value):
+def test_a_vector_with_nan_is_named_whatever_is_done_with_it(base, tuned, tmp_path, value):
     def spoil(tensors):
         tensors["model.norm.weight"][3] = value
 
     broken = edit_weights(tuned, tmp_path / "broken", spoil)
     vector = open_vector("math", str(broken), base)
     with pytest.raises(ModelError, match="vector 'math': its delta holds NaN or infinite"):
-        norms(vector, Checkpoint(base.path))
+        measure_norms(vector, Checkpoint(base.path))
     with pytest.raises(ModelError, match="vector 'math'"):
-        describe(broken, base, name="math", kind="checkpoint")
+        write_record(broken, base, name="math", kind="checkpoint")
     assert not (broken / "vector.json").exists()
     with pytest.raises(ModelError, match="vector 'math'"):
         extract(vector, base, tmp_path / "delta")
@@ -180,7 +180,7 @@ def test_a_vector_of_another_base_is_refused_by_the_sha256_in_its_record(
         extract(open_vector("ja", str(tuned), base), base, copy)
     else:
         shutil.copytree(adapter if source == "adapter" else tuned, copy)
-        describe(copy, base, name="ja", kind="adapter" if source == "adapter" else "checkpoint")
+        write_record(copy, base, name="ja", kind="adapter" if source == "adapter" else "checkpoint")
     open_vector("ja", str(copy), base)
     path = save_model(tiny_model("llama", seed=9, dtype=torch.bfloat16), "other")
     with pytest.raises(
@@ -232,7 +232,7 @@ def test_a_record_of_other_weights_is_refused_also_where_the_name_is_right(
     base, adapter, save_model, tmp_path
 ):
     copy = declaring(adapter, "google/gemma-3-270m-it", tmp_path / "ja")
-    describe(copy, base, name="ja", kind="adapter")
+    write_record(copy, base, name="ja", kind="adapter")
     path = save_model(tiny_model("llama", seed=9, dtype=torch.bfloat16), "other")
     with pytest.raises(ModelError, match=r"vector 'ja'.*whose weights differ"):
         open_vector("ja", str(copy), ResolvedModel(path, "google/gemma-3-270m-it", "0" * 40))
