@@ -24,7 +24,7 @@ from optimer_hf.recipes.record import Recipe
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.config import TrainConfig
-from optimer_hf.training.fields import unknown_fields
+from optimer_hf.training.fields import is_settled, list_field_mistakes
 
 if TYPE_CHECKING:
     from optimer_hf.scoring.overlap import TermOverlap
@@ -81,9 +81,9 @@ def _checked(path: Path) -> tuple[str, Any]:
     if is_for_mergekit(keys):
         return "merge config", _checked_merge_config(path)
     kind = kind_of(keys)
-    config = KINDS[kind].read(path)
-    if isinstance(config, TrainConfig):
-        from optimer_hf.training.checks import check_config
+    config = _read_checked(path, kind)
+    if isinstance(config, TrainConfig) and not is_settled(config):
+        from optimer_hf.training.checks import check_config  # takes seconds to import
 
         check_config(config, path)
     # what a recipe was searched with need not be here
@@ -130,9 +130,15 @@ def check_fields(path: Path, kind: str) -> None:
     if kind == "merge config" or (kind == "study" and is_for_mergekit(read_yaml(path))):
         read_keys(path, known_keys())
         return
+    _read_checked(path, kind)
+
+
+def _read_checked(path: Path, kind: str) -> VersionedFile:
+    """Return a file of a kind without mistakes in its fields."""
     config = KINDS[kind].read(path)
-    if isinstance(config, TrainConfig) and (mistakes := [*unknown_fields(config)]):
+    if isinstance(config, TrainConfig) and (mistakes := list_field_mistakes(config)):
         raise ConfigError(list_mistakes(path, mistakes))
+    return config
 
 
 # -- sorting ---------------------------------------------------------------------------------------
