@@ -1,4 +1,4 @@
-"""Files of anybody's: whatever is in them, they are read in a moment or refused by their line."""
+"""YAML and JSON from anybody: they are read in a moment, or refused with the line."""
 
 import json
 import time
@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from optimer_hf.errors import ConfigError, OptimerError
 from optimer_hf.files.model import VersionedFile
-from optimer_hf.files.reading import LARGEST_YAML, MOST_VALUES, line_of, read_yaml
+from optimer_hf.files.reading import LARGEST_YAML, MOST_VALUES, line_of, read_yaml, yaml_text
+from optimer_hf.files.staging import write_text
 from optimer_hf.recipes.record import Recipe
 from optimer_hf.scoring.objective import ObjectiveFile
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.config import TrainConfig
+from tests.support.files import write_example
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +64,9 @@ def bomb(width: int = 10, depth: int = 9) -> str:
         ("a: 1\nb: *nobody\n", ":2: not valid YAML. .*undefined alias"),
     ],
 )
-def test_yaml_that_costs_more_than_it_says_or_means_nothing_is_refused(tmp_path, text, message):
+def test_yaml_that_costs_more_than_its_size_says_or_means_nothing_is_refused(
+    tmp_path, text, message
+):
     (tmp_path / "a.yaml").write_text(text)
     started = time.process_time()
     with pytest.raises(ConfigError, match=rf"a\.yaml.*{message}"):
@@ -81,7 +85,7 @@ def test_yaml_that_costs_more_than_it_says_or_means_nothing_is_refused(tmp_path,
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' is given twice"),
     ],
 )
-def test_json_that_costs_more_than_it_says_is_refused(tmp_path, text, message):
+def test_json_that_costs_more_than_its_size_says_is_refused(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ConfigError, match=rf"a\.json.*{message}"):
         read_yaml(tmp_path / "a.json")
@@ -93,20 +97,98 @@ def test_aliases_that_stand_for_little_are_read(tmp_path):
     assert found == {"a": {"x": 1}, "b": {"x": 1}, "c": [{"x": 1}] * 2, "d": {"x": 1, "y": 2}}
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     (tmp_path / "a.yaml").write_text("\ufeffa: 1\n", encoding="utf-8")
     (tmp_path / "a.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
     assert read_yaml(tmp_path / "a.yaml") == read_yaml(tmp_path / "a.json") == {"a": 1}
     assert line_of(tmp_path / "a.yaml", ["a"]) == 1
 
 
-def test_numbers_are_those_of_yaml(tmp_path):
+def test_numbers_are_read_as_yaml_defines_them(tmp_path):
     text = "a: 0x1F\nb: 0b101\nc: 1_000\nd: -12\ne: 017\nf: 1:30\ng: 9223372036854775807\n"
     (tmp_path / "a.yaml").write_text(text)
     assert read_yaml(tmp_path / "a.yaml") == yaml.safe_load(text)
 
 
-# -- property: mutated files of ours ---------------------------------------------------------------
+WRITABLE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path):
+    path = write_example(tmp_path, "a: 2e-4\nb: -1E+3\nc: 1.e2\nd: 2e\ne: '2e-4'\nf: 12e4f6\n")
+    assert list(read_yaml(path).values()) == [2e-4, -1000.0, 100.0, "2e", "2e-4", "12e4f6"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n",
+        "a: &a {x: 1, y: 2}\nb: {x: 3, <<: *a}\n",
+        "a: {x: 1, y: 2}\nb: {<<: [{x: 3}, {x: 4, y: 2}]}\n",
+        "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  <<: {x: 3}\n",
+        "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 2}\nd: [{<<: *b}, {<<: *b}]\n",
+    ],
+)
+def test_merge_keys_are_read_as_pyyaml_reads_them(tmp_path, text):
+    found = read_yaml(write_example(tmp_path, text))
+    assert found == yaml.safe_load(text) and found["b"] == {"x": 3, "y": 2}
+
+
+def test_a_duplicate_key_beside_a_merge_key_is_refused(tmp_path):
+    for text in ("a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}\n", "b: {<<: {y: 1, y: 2}}\n"):
+        with pytest.raises(ConfigError, match="key 'y' is given twice"):
+            read_yaml(write_example(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("", "an empty file"), ("- 1\n", "a list"), ("hello\n", "a str")]
+)
+def test_a_file_that_holds_no_mapping_is_refused(tmp_path, text, found):
+    with pytest.raises(ConfigError, match=f"found {found}, expected a mapping"):
+        read_yaml(write_example(tmp_path, text))
+
+
+def test_a_directory_in_place_of_a_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="found a directory, expected a file"):
+        read_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1,\n "b": }', r"example\.json:2: not valid JSON\. Expecting value"),
+        ('{"a": 1, "a": 2}', r"example\.json: not valid JSON\. key 'a' is given twice"),
+        ("[" * 10**5, r"example\.json: is nested too deeply"),
+    ],
+)
+def test_invalid_json_is_refused(tmp_path, text, message):
+    (tmp_path / "example.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(tmp_path / "example.json")
+
+
+def test_missing_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
+        read_yaml(tmp_path / "binary.yaml")
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z0-9.+-]{1,8}", fullmatch=True),
+        st.from_regex(r"[0-9.eE+-]{1,8}", fullmatch=True) | WRITABLE | st.floats(allow_nan=False),
+    )
+)
+@example({"1e6": "2e-4", "3e5-model": "1e3 tokens"})
+@example({"0": "\x85", "1": "a\u2028b\u2029", "2": "a\r\nb\n\n", "3": "\ufeffa"})
+def test_what_is_written_as_yaml_is_read_back_equal(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("yaml") / "data.yaml"
+    write_text(file, yaml_text(data))
+    assert read_yaml(file) == data
+
+
+# -- mutated files of ours ---------------------------------------------------------------
 
 FILES: list[tuple[type[VersionedFile], Path]] = [
     (StudyConfig, ROOT / "recipes/gemma-3-270m-demo/study.yaml"),
