@@ -1,4 +1,4 @@
-"""What to ask of a Gaussian process: expected improvement, and where it is largest."""
+"""Expected improvement of a Gaussian process, and the point where an acquisition is largest."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -27,9 +27,8 @@ def log_expected_improvement(mean: "Array", variance: "Array", best: float) -> "
     result = np.empty_like(z)
     inside = np.exp(log_density[near]) + z[near] * np.exp(log_ndtr(z[near]))
     result[near] = np.log(np.maximum(inside, 1e-300))
-    result[~near] = log_density[~near] - 2 * np.log(
-        -z[~near]
-    )  # phi(z) / z^2, the tail of the improvement
+    # phi(z) / z^2 is the tail of the improvement
+    result[~near] = log_density[~near] - 2 * np.log(-z[~near])
     return result + np.log(deviation)
 
 
@@ -41,11 +40,11 @@ def maximise(
     *,
     allowed: Callable[["Array"], "Array"] = lambda points: points,
 ) -> "Array":
-    """Return the point of [0, 1]^d with the largest acquisition: random candidates, then shrinking
-    refinement.
+    """Return the point [d] of the unit box with the largest acquisition among random candidates,
+    after refinements in ever smaller steps.
 
-    Candidates are uniform, scaled Dirichlet draws (blends of a given sum), and perturbations of the
-    points `near`; `allowed` moves points into the part of the box that is searched.
+    Candidates are uniform draws, scaled Dirichlet draws (blends of a given sum), and perturbations
+    of the points `near` [n, d]. `allowed` moves points into the part of the box that is searched.
     """
     uniform = rng.random((N_CANDIDATES // 2, d))
     blends = rng.dirichlet(np.full(d, 0.7), N_CANDIDATES // 2) * rng.uniform(

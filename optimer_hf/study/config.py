@@ -1,4 +1,4 @@
-"""What a study is: the fields of a study file."""
+"""The fields of a study file: vectors, objective, search, test and baselines."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from optimer_hf.files.reference import (
 from optimer_hf.files.text import did_you_mean, quote
 from optimer_hf.scoring.objective import Objective, Term
 
-LARGEST_WEIGHT = 1000.0  # of a vector; merges break far below
+LARGEST_WEIGHT = 1000.0  # of one vector; merges break long before
 LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
 MOST_VECTORS, NARROWEST = 1000, 1e-3
 LONGEST_NAME = 200  # characters of a vector's name
@@ -30,7 +30,7 @@ TRACKERS = (  # that transformers reports to; one that it drops stays, so that o
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow"),
     *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
 )
-Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # below 0 it is refused by what it is for
+Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # each use says what is wrong below 0
 
 
 class VectorConfig(FileModel):
@@ -56,8 +56,8 @@ class VectorConfig(FileModel):
             )
         low, high = self.bounds
         if low < high < low + NARROWEST:
-            told = f"bounds {[low, high]} are closer than {NARROWEST:g}; give 'fixed' instead"
-            yield ("bounds",), told
+            message = f"bounds {[low, high]} are closer than {NARROWEST:g}; give 'fixed' instead"
+            yield ("bounds",), message
         if low >= high:
             yield (
                 ("bounds",),
@@ -67,7 +67,7 @@ class VectorConfig(FileModel):
 
 
 def _expand_source(value: Any) -> Any:
-    """Return the fields of a vector that is given as its source alone."""
+    """Return the fields of a vector; a text or a path alone is its source."""
     return {"source": value} if isinstance(value, str | os.PathLike) else value
 
 
@@ -204,8 +204,8 @@ class StudyConfig(VersionedFile):
     """What to compare the merge with."""
 
     def rescore_limit_of(self, term: Term) -> int | None:
-        """Return how many items of a term re-scoring looks at (None: all): never fewer than the
-        search.
+        """Return how many items of a term are re-scored (None: all), never fewer than the search
+        scored.
         """
         if term.rescore_only and term.limit is not None:
             return term.limit
@@ -214,8 +214,8 @@ class StudyConfig(VersionedFile):
         return None if None in limits else max(limit for limit in limits if limit is not None)
 
     def keeps_search_scores(self, term: Term, n_items: int | None) -> bool:
-        """Whether re-scoring takes over the scores of a term, because the search has looked at all
-        that it would look at; `n_items` are those of the term, as far as they are known.
+        """Whether re-scoring keeps the search's scores of a term, because it would score the same
+        items. `n_items` is how many items the search scored, None if that is not known.
         """
         if term.rescore_only:
             return False
@@ -226,17 +226,17 @@ class StudyConfig(VersionedFile):
     def mistakes(self) -> Iterator[Mistake]:
         for name in self.vectors:
             if not name.isprintable() or not 0 < len(name.strip()) <= LONGEST_NAME:
-                told = f"found {name[:80]!r}. Expected a name of visible characters"
-                yield ("vectors", name), told
+                message = f"found {name[:80]!r}. Expected a name of visible characters"
+                yield ("vectors", name), message
         for name in self.vectors:
-            if re.fullmatch(r"[^./][^/]*", name) is None:  # directories are called so
+            if re.fullmatch(r"[^./][^/]*", name) is None:  # directories get this name
                 yield (
                     ("vectors", name),
                     f"found the name {name!r}. Expected one without '/' that does not begin with "
                     "'.'",
                 )
         if all(vector.fixed is not None for vector in self.vectors.values()):
-            yield ("vectors",), "every vector is fixed, so there is nothing to search"
+            yield ("vectors",), "every vector is fixed, so there is nothing to search; free one"
             return
         yield from self._mistakes_of_search()
         yield from self._mistakes_of_test()
@@ -274,14 +274,14 @@ class StudyConfig(VersionedFile):
                 yield ("retarget", name), "weights must be >= 0, and one > 0"
             for label in weights:
                 if label not in recorded:
-                    told = f"no term {label!r} is recorded; terms: {sorted(recorded)}"
-                    yield ("retarget", name, label), told
+                    message = f"no term {label!r} is recorded; terms: {sorted(recorded)}"
+                    yield ("retarget", name, label), message
                 elif label not in tested:
-                    told = f"the test has no term {label!r} to measure it on"
-                    yield ("retarget", name, label), told
+                    message = f"the test has no term {label!r} to measure it on"
+                    yield ("retarget", name, label), message
 
     def with_other_search(self, settings: SearchBaseline) -> "StudyConfig":
-        """Return the study with another search, without test and baselines of its own."""
+        """Return the study with other search settings, and without its test and its baselines."""
         objective = self.objective.model_dump()
         if settings.limit is not None:
             objective["limit"] = settings.limit
@@ -294,37 +294,37 @@ class StudyConfig(VersionedFile):
 
     def _mistakes_of_baselines(self) -> Iterator[Mistake]:
         for name, settings in self.baselines.searches.items():
-            for where, told in self._mistakes_of_search(settings):
-                yield ("baselines", "searches", name, *where[1:]), told
+            for where, message in self._mistakes_of_search(settings):
+                yield ("baselines", "searches", name, *where[1:]), message
         names: set[str] = set()
         for group in ("searches", "models", "mixtures"):
             for name in getattr(self.baselines, group):
                 if name in names:
-                    told = f"two are called {name!r}; give each its own name"
-                    yield ("baselines", group, name), told
+                    message = f"two are called {name!r}; give each its own name"
+                    yield ("baselines", group, name), message
                 names.add(name)
         for name, mixture in self.baselines.mixtures.items():
             for vector in mixture.shares if isinstance(mixture.shares, dict) else ():
                 if vector not in self.vectors:
-                    told = f"no vector is called {vector!r}; vectors: {sorted(self.vectors)}"
-                    yield ("baselines", "mixtures", name, "shares", vector), told
+                    message = f"no vector is called {vector!r}; vectors: {sorted(self.vectors)}"
+                    yield ("baselines", "mixtures", name, "shares", vector), message
 
     def _mistakes_of_search(self, other: SearchConfig | None = None) -> Iterator[Mistake]:
-        """Yield what is wrong with the search, or with another one over the same objective."""
+        """Yield what is wrong with the search, or with `other` settings over the same objective."""
         search = other or self.search
         total = search.total or self.search.total
         counting = [term for term in self.objective.terms_at("search") if term.weight > 0]
         if search.pareto and (len(counting) < 2 or self.objective.combine == "worst"):
             yield (
                 ("search", "pareto"),
-                "a front needs two terms that count, and combine is not 'worst'",
+                "a front needs two terms with a weight above 0, and another combine than 'worst'",
             )
         if search.surrogate not in ("per_term", "random") and (
             total is not None or self.objective.constraints or search.pareto
         ):
             yield (
                 ("search", "surrogate"),
-                f"{search.surrogate!r} knows no total, constraints or pareto; use per_term",
+                f"{search.surrogate!r} supports no total, constraints or pareto; use per_term",
             )
         if total is not None and (other is None or other.total is not None):
             lows, highs = zip(*self.free.values(), strict=True)
@@ -338,10 +338,10 @@ class StudyConfig(VersionedFile):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change while a study goes on: all that decides its trials."""
+        """Everything that decides the trials; it must not change while a study goes on."""
         data = self.model_dump(mode="json", exclude={"retarget", "baselines"})
         del data["search"]["n_trials"], data["search"]["report_to"]
-        if self.tokenizer_source is None:  # studies are older than the field
+        if self.tokenizer_source is None:  # the field is newer than some studies
             del data["tokenizer_source"]
         return data
 
@@ -351,7 +351,7 @@ class StudyConfig(VersionedFile):
 
     @property
     def tokenizer_reference(self) -> str | None:
-        """The model whose tokenizer the merge has; None: the base."""
+        """The model whose tokenizer the merge takes; None: the base."""
         sources = {name: vector.source for name, vector in self.vectors.items()}
         return tokenizer_reference(self.tokenizer_source, sources)
 

@@ -1,4 +1,4 @@
-"""A study on disk: its config, its inputs, its trials, and what follows from them."""
+"""A study on disk: its config, inputs, trials and decisions, and what follows from them."""
 
 import contextlib
 import logging
@@ -50,21 +50,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-ALIKE_SHARE = 0.8  # share of a term's items that may be uninformative
+ALIKE_SHARE = 0.8  # of a term's items, above which a warning says that they tell nothing
 
 
 # -- the study directory ---------------------------------------------------------------------------
 
 
 class Inputs(VersionedFile):
-    """inputs.json: what the trials of a study scored, digests by the field that names it."""
+    """inputs.json: digests of what the trials scored, by the field of the study that names it."""
 
     digests: dict[str, str]
 
     @model_validator(mode="before")
     @classmethod
     def _without_folder(cls, data: Any) -> Any:
-        """Version 0.1.0 wrote where the study lay."""
+        """Drop a field that version 0.1.0 wrote, the folder of the study."""
         return {k: v for k, v in data.items() if k != "folder"} if isinstance(data, dict) else data
 
 
@@ -91,8 +91,7 @@ class Study:
 
     @property
     def best_trial(self) -> Trial:
-        """The best trial, as it was decided; with its scores of re-scoring if other trials were
-        re-scored, too.
+        """The best trial. Its scores are those of re-scoring, if other trials were re-scored, too.
 
         Raises StudyError while it is not decided.
         """
@@ -137,8 +136,8 @@ class Study:
         return {name: text for name, text in digests.items() if not name.startswith(OF_TEST)}
 
     def record_inputs(self, digests: Mapping[str, str]) -> None:
-        """Record what a pool scores, digests by field, and where the files lie that the config
-        names. Raises StudyError as `check_inputs`.
+        """Record digests of what a pool scores, by field, and where the files of the config are
+        now. Raises StudyError, as `check_inputs` does, if they are not what the trials scored.
         """
         self.check_inputs(digests)
         if not self.names_recorded_files():
@@ -146,8 +145,8 @@ class Study:
         file = self.directory / INPUTS_FILE
         if self.log.trials and digests and not file.exists():
             logger.warning(
-                "%s: does not know what its trials scored (of an earlier version); taken to be the "
-                "weights and items that are there now",
+                "%s: an earlier version did not record what its trials scored; the weights and "
+                "items that are there now are taken to be the same",
                 self.directory,
             )
         record = Inputs(digests={**self.read_inputs(), **digests})
@@ -155,8 +154,8 @@ class Study:
             record.write(file)
 
     def check_inputs(self, digests: Mapping[str, str]) -> None:
-        """Raise StudyError when weights or items, digests by field, are not those that the trials
-        scored.
+        """Raise StudyError if weights or items, given as digests by field, are not those that the
+        trials scored.
         """
         known = self.read_inputs()
         changed = sorted(name for name in known.keys() & digests if known[name] != digests[name])
@@ -169,8 +168,8 @@ class Study:
             )
 
     def names_recorded_files(self) -> bool:
-        """Whether the config names the files that the trials scored: where they lie elsewhere now,
-        `check_inputs` has to say that they are the same ones.
+        """Whether the config names its files as study.json does. If they are elsewhere now,
+        `check_inputs` has to prove that they are the same.
         """
         return StudyConfig.read(self.directory / STUDY_FILE).identity == self.config.identity
 
@@ -181,7 +180,7 @@ class Study:
 
     @property
     def baseline(self) -> str:
-        """What the gains of a search are over: fixed vectors are in every trial, the first too."""
+        """What gains are relative to: the base, with the fixed vectors, which every trial has."""
         along = ", ".join(f"{name} at {weight:g}" for name, weight in self.config.fixed.items())
         return f"the base with {along}" if along else "the base"
 
@@ -192,7 +191,7 @@ class Study:
 
     @property
     def decision(self) -> Decision | None:
-        """What was decided about the search trials that are there."""
+        """The last decision about the search trials that are there; None if there is none."""
         return self.decisions.about(self.log)
 
     @property
@@ -213,8 +212,8 @@ class Study:
         return is_decided and not self.trials_to_rescore()
 
     def trials_to_rescore(self) -> list[Trial]:
-        """Return the trials that still have to be scored on the re-scoring items, as was decided:
-        the base, then the best few.
+        """Return the trials that still have to be re-scored, as was decided: the base, then the
+        best few.
         """
         decision = self.decision
         if decision is None:
@@ -224,10 +223,10 @@ class Study:
         return [searched[number] for number in decision.rescore if number not in done]
 
     def decide(self, *, to_disk: bool) -> None:
-        """Decide what can be decided now and was not: which trials to score again once all have
-        run, which is the best once they are scored. `to_disk` is for the holder of the lock.
+        """Decide what is still open: once all trials have run, which ones to re-score; once those
+        are scored, which one is the best. Only the holder of the lock may write `to_disk`.
 
-        A study of an earlier version, which wrote nothing down, is decided when it is read.
+        Early versions wrote no decisions; their studies are decided when they are read.
         """
         if not self.is_searched:
             return
@@ -254,8 +253,8 @@ class Study:
         return decision.rows[key]
 
     def take_best_so_far(self) -> None:
-        """Take the best trial so far as the incumbent of a study that still runs, in this process
-        only.
+        """Take the best trial so far for the best one, in this process only: for a study that is
+        still running.
         """
         if (decision := self.decision) is None or decision.incumbent is None:
             rescore = decision.rescore if decision is not None else []
@@ -263,8 +262,8 @@ class Study:
             self.decisions.add(decision, to_disk=False)
 
     def _numbers_to_rescore(self) -> list[int]:
-        """Return the numbers of the base and the best few; those that were scored again after the
-        last search trial, if there are as many.
+        """Return the numbers of the base and the best few. If as many trials were re-scored after
+        the last search trial, those are taken.
         """
         if self.config.search.rescore_top == 0:
             return []
@@ -276,8 +275,8 @@ class Study:
         return list(dict.fromkeys([0, *best]))
 
     def terms_to_rescore(self) -> list[Asked]:
-        """Return what re-scoring has to score; the scores of other terms are taken over. All trials
-        meet on the items on which the base was re-scored, whatever version did it.
+        """Return the terms that re-scoring has to score; other terms keep their scores from the
+        search. If the base was re-scored already, by whatever version, its items are used again.
         """
         searched, rescored = (
             {label: len(score.items) for label, score in trials[0].terms.items()} if trials else {}
@@ -299,19 +298,19 @@ class Study:
         return to_score
 
     def with_search_scores(self, rescored: Trial) -> Trial:
-        """Return a re-scored trial with the scores that it takes over from the search."""
+        """Return a re-scored trial, completed with the scores that it keeps from the search."""
         if rescored.status == "crashed":
             return rescored
         (searched,) = (t for t in self.trials if t.number == rescored.number)
-        found = {
+        scores = {
             label: replace(score, taken_over=True) for label, score in searched.terms.items()
         } | rescored.terms
         labels = [term.label for term in self.config.objective.terms_at("rescore")]
-        return replace(rescored, terms={label: found[label] for label in labels})
+        return replace(rescored, terms={label: scores[label] for label in labels})
 
     def rank_trials(self) -> list[Trial]:
-        """Return the sound search trials, best first by posterior mean (one observation is noisy,
-        the mean less so); those that break a constraint come last.
+        """Return the search trials that did not crash, best first; those that break a constraint
+        come last. They are ranked by posterior mean, which is less noisy than a single score.
         """
         trials = self.trials
         points = to_unit(self.config, [t.weights for t in trials])
@@ -319,7 +318,7 @@ class Study:
         return [trials[index] for index in order if trials[index].status == "ok"]
 
     def _candidates(self) -> list[Trial]:
-        """Return the re-scored trials that may be the best; none while only the base is one."""
+        """Return the re-scored trials that may be the best; none while that is the base alone."""
         rescored = self.log.trials_at("rescore")
         if len(rescored) < 2:
             return []
@@ -328,8 +327,8 @@ class Study:
         return [t for t in rescored if t.status == "ok" and is_feasible(objective, t.terms, base)]
 
     def best_so_far(self) -> Trial:
-        """Return the best trial: by value among the re-scored ones, by posterior mean when none was
-        re-scored.
+        """Return the best trial of those that keep all constraints: by value if any were re-scored,
+        otherwise by posterior mean.
         """
         objective = self.config.objective
         if candidates := self._candidates():
@@ -338,18 +337,18 @@ class Study:
         return next(t for t in self.rank_trials() if is_feasible(objective, t.terms, self.base))
 
     def value(self, trial: Trial) -> float:
-        """Return the objective of a sound trial, relative to the base at the same fidelity."""
+        """Return the value of the objective for a trial that did not crash; larger is better."""
         base = self.base if trial.fidelity == "search" else self.rescored_base
         return combine(self.config.objective, trial.terms, base)
 
     def over_base(self, trial: Trial) -> Interval:
-        """Return how much better than the base a sound trial is, item by item, at its fidelity."""
+        """Return by how much a trial beats the base on the items of its fidelity."""
         base = self.log.first(trial.fidelity).terms
         return paired_interval(self.config.objective, trial.terms, base, base)
 
     def over_next(self) -> tuple[Trial, Interval] | None:
-        """Return the best of the other trials that met the incumbent on the same items, and how
-        much better than it the incumbent is; None when there is no other.
+        """Return the second-best trial that was scored on the same items, and by how much the best
+        one beats it; None if there is no other trial.
         """
         best, objective = self.best_trial, self.config.objective
         base = self.log.first(best.fidelity).terms
@@ -367,8 +366,8 @@ class Study:
 
 
 def warn_of_uninformative_items(study: Study) -> None:
-    """Log a warning for every term most of whose items all trials score alike: they cost time and
-    carry no information.
+    """Log a warning for every term in which all trials score most items alike. Such items cost time
+    and tell nothing.
     """
     trials = [trial for trial in study.trials if trial.status == "ok"]
     for label in trials[0].terms:
@@ -376,8 +375,8 @@ def warn_of_uninformative_items(study: Study) -> None:
         alike = sum(len(set(column)) == 1 for column in columns)
         if len(trials) > 2 and alike > ALIKE_SHARE * len(columns):
             logger.warning(
-                "term %r: all trials score %d of %d items alike; such items separate no merges. "
-                "Take harder or easier ones, or a continuous metric (bits_per_byte)",
+                "term %r: all trials score %d of %d items alike, so these items do not tell merges "
+                "apart. Take harder or easier ones, or a continuous metric (bits_per_byte)",
                 label,
                 alike,
                 len(columns),
@@ -385,97 +384,102 @@ def warn_of_uninformative_items(study: Study) -> None:
 
 
 def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> Study:
-    """Create a study directory, or open the one that is there; see TrialLog for `repair`.
+    """Open a study directory, or create it. `repair` cuts off a line that a crash left incomplete,
+    which only the holder of the lock may do.
 
-    Files of the same names may lie in other folders than recorded, see `names_recorded_files`.
-    Raises StudyError when it holds another study; the message names the fields that differ.
+    The files of the config may be in other folders than recorded, see `names_recorded_files`.
+    Raises StudyError, which names the fields that differ, if the directory holds another study.
     """
     file = directory / STUDY_FILE
     if not file.exists():
-        if directory.exists() and any(
-            not path.name.startswith(".") for path in directory.iterdir()
-        ):
-            raise StudyError(
-                f"{directory}: is not empty and holds no study. Give another study directory."
-            )
+        _refuse_foreign_files(directory)
         config.write(file)
     recorded = StudyConfig.read(file)
-    found, expected = recorded.identity, config.identity
-    differing = differences(expected, found)
+    ours, theirs = config.identity, recorded.identity
+    differing = differences(ours, theirs)
     log = TrialLog(directory / TRIALS_FILE, repair=repair)
-    lie_elsewhere = (
+    has_moved_files = (
         bool(differing and log.trials)
         and (directory / INPUTS_FILE).exists()
-        and not differences(drop_folders(expected), drop_folders(found))
+        and not differences(drop_folders(ours), drop_folders(theirs))
     )
     decisions = DecisionLog(directory / DECISIONS_FILE, repair=repair)
     study = Study(directory, config, log, decisions)
-    if not differing or lie_elsewhere:
+    if not differing or has_moved_files:
         _check_record(study, max(recorded.search.n_trials, config.search.n_trials))
     if not differing and repair and recorded != config:  # more trials, other baselines
         _record_config(config, file)
     if differing and not log.trials:  # nothing was spent on the other config
         config.write(file)
-    elif differing and not lie_elsewhere:
-        asks_otherwise = all(text.startswith("objective.") for text in differing)
+    elif differing and not has_moved_files:
+        has_other_objective = all(text.startswith("objective.") for text in differing)
+        hint = " `optimer retarget` answers other objectives from its trials."
         raise StudyError(
             f"{directory}: holds a study of another config; these fields differ: "
             f"{'; '.join(differing)}. Give another study directory, or restore the config."
-            + " `optimer retarget` answers other objectives from its trials."
-            * asks_otherwise
+            f"{hint * has_other_objective}"
         )
     return study
 
 
+def _refuse_foreign_files(directory: Path) -> None:
+    if directory.exists() and any(path.name[0] != "." for path in directory.iterdir()):
+        raise StudyError(
+            f"{directory}: is not empty and holds no study. Give another study directory."
+        )
+
+
 def _record_config(config: StudyConfig, file: Path) -> None:
-    """Write a config over the one recorded; of the numbers of trials the larger one is kept."""
+    """Replace the recorded config, but keep its number of trials if that is larger."""
     longest = max(StudyConfig.read(file).search.n_trials, config.search.n_trials)
     search = config.search.model_copy(update={"n_trials": longest})
     config.model_copy(update={"search": search}).write(file)
 
 
 def _check_record(study: Study, n_trials: int) -> None:
-    """Raise StudyError for anything in the record of a study that its config, or the rest of the
-    record, contradicts; `n_trials` are those of the longest search in its directory.
+    """Raise StudyError for anything in the record of a study that contradicts its config or the
+    rest of the record; `n_trials` is that of the longest search in its directory.
     """
     config, directory = study.config, study.directory
     check_trials(study.log.path, study.log.trials, rules_of(config, n_trials))
     if (directory / INPUTS_FILE).exists():
         Inputs.read(directory / INPUTS_FILE)
-    decision = study.decision
-    if decision is None:
+    if (decision := study.decision) is None:
         return
+    for message in _mistakes_of_decision(study, decision):
+        line = study.decisions.decisions.index(decision) + 1
+        raise StudyError(
+            f"{study.decisions.path}:{line}: {message}. Remove the line: what it decided is decided"
+            " again."
+        )
+
+
+def _mistakes_of_decision(study: Study, decision: Decision) -> Iterator[str]:
+    """Yield what contradicts the config and the trials of a study: found and expected."""
     sound = {trial.number for trial in study.trials if trial.status == "ok"}
-    rescored = {trial.number for trial in study._candidates()} or sound
-    at = f"{study.decisions.path}:{study.decisions.decisions.index(decision) + 1}"
-    for name, weights in decision.rows.items():
-        if weights.keys() != config.vectors.keys():
-            raise StudyError(
-                f"{at}: found weights of {sorted(weights)} for {name!r}, expected "
-                f"{sorted(config.vectors)}. Remove the line: what it said is decided again."
-            )
+    candidates = {trial.number for trial in study._candidates()} or sound
+    names = study.config.vectors.keys()
+    for row, weights in decision.rows.items():
+        if weights.keys() != names:
+            yield f"found weights of {sorted(weights)} for {row!r}, expected {sorted(names)}"
         for vector, weight in weights.items():
             if not abs(weight) <= LARGEST_WEIGHT:
-                raise StudyError(
-                    f"{at}: found {vector} at {weight!r}, expected at most {LARGEST_WEIGHT:g}. "
-                    "Remove the line: what it said is decided again."
-                )
+                yield f"found {vector} at {weight!r}, expected at most {LARGEST_WEIGHT:g}"
     for number in (*decision.rescore, decision.incumbent or 0):
         if number not in sound:
-            raise StudyError(
-                f"{at}: found trial {quote(number)}, expected one that was scored. Remove the "
-                "line: what it said is decided again."
-            )
-    if decision.incumbent is not None and decision.incumbent not in rescored:
-        raise StudyError(
-            f"{at}: found incumbent {decision.incumbent}, expected one that was scored again and "
-            "keeps every constraint. Remove the line: what it said is decided again."
+            yield f"found trial {quote(number)}, expected one that was scored"
+    if decision.incumbent is not None and decision.incumbent not in candidates:
+        yield (
+            f"found incumbent {decision.incumbent}, expected one that was scored again and keeps "
+            "every constraint"
         )
 
 
 def load_study(directory: Path, *, unfinished: bool = False) -> Study:
-    """Open an existing study, or that of a run's directory, with the config it was made with;
-    `unfinished` takes one that has scored the base.
+    """Open an existing study, or the one in the directory of a run, with its recorded config.
+
+    Raises StudyError for a directory without a study, and for a search that is not finished; with
+    `unfinished`, one that has scored the base will do.
     """
     if not (directory / STUDY_FILE).exists() and (directory / "study" / STUDY_FILE).exists():
         directory = directory / "study"
@@ -497,14 +501,14 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
 
 
 def hint_of_seeds(directory: Path) -> str:
-    """Return what to give instead of the directory of `optimer run --seeds`, or nothing."""
+    """Return what to give instead of a directory of `optimer run --seeds`; else an empty text."""
     runs = sorted(path.parent for path in directory.glob("seed-*/study"))
     return f" It holds whole runs: give one of them, e.g. {runs[0]}." if runs else ""
 
 
 @contextlib.contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Hold a directory for this process; raise StudyError when a live process holds it."""
+    """Hold a directory for this process; raise StudyError if another process holds it."""
     make_directory(directory)
     with contextlib.ExitStack() as stack:
         try:

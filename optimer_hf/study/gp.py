@@ -1,4 +1,4 @@
-"""A small Gaussian process for scores as functions of merge weights."""
+"""A small Gaussian process: scores as a function of merge weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 JITTER = 1e-8
-CACHED = 2**14  # numbers
-N_KEPT = 100  # points, and the shares of them that are the best and the newest
-BEST, NEWEST = 0.4, 0.25
+CACHED = 2**14  # numbers that stay in the processor's cache
+N_KEPT = 100  # points that a process is fitted to
+BEST, NEWEST = 0.4, 0.25  # shares of them
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Kernel variances and length scales, all on a log scale; `vector` is what the fit moves."""
+    """Kernel variances and length scales; the fit changes `vector`, their logarithms."""
 
     vector: "Array"
 
@@ -63,8 +63,8 @@ def _features(points: "Array") -> "Array":
 def _squared_distances(a: "Array", b: "Array", scales: "Array") -> "Array":
     """Return the squared distances of all pairs in length scales, [n, m].
 
-    The same to the last bit as `(((a[:, None] - b) / scales) ** 2).sum(-1)`, whose order of adding
-    (eight partial sums) it repeats, and several times as fast: what is added stays in the cache.
+    Equal to the last bit to `(((a[:, None] - b) / scales) ** 2).sum(-1)`, since it adds in the same
+    order (eight partial sums), but several times as fast, since the summands stay in the cache.
     """
     squared = np.empty((len(a), len(b)))
     n_rows, columns = max(1, CACHED // max(1, len(b))), np.ascontiguousarray(b.T)
@@ -82,7 +82,7 @@ def _squared_distances(a: "Array", b: "Array", scales: "Array") -> "Array":
 
 
 def _add_up(summand: Callable[[int], "Array"], n: int) -> "Array":
-    """Return the sum of n arrays in the order in which numpy adds up to 128 numbers."""
+    """Return the sum of n arrays, in the order in which numpy adds up to 128 numbers."""
     n_in_eights = n - n % 8
     if n_in_eights == 0:
         total, first_left = summand(0), 1
@@ -98,8 +98,8 @@ def _add_up(summand: Callable[[int], "Array"], n: int) -> "Array":
 
 
 def _matern(a: "Array", b: "Array", scales: "Array") -> tuple["Array", "Array"]:
-    """Return the Matern 5/2 correlation of all pairs, and the factor its derivative in log scale
-    shares.
+    """Return the Matern 5/2 correlation of all pairs, and the factor that its derivatives in the
+    log scales have in common.
     """
     squared = _squared_distances(a, b, scales)
     r = np.sqrt(5.0 * squared + 1e-16)
@@ -133,10 +133,10 @@ class GaussianProcess:
         return self.center + self.spread * (cross @ self.coefficients), self.spread**2 * variance
 
     def condition_on(self, points: "Array") -> "GaussianProcess":
-        """Return the process as if points [n, d] were measured, too, each at its posterior mean.
+        """Return the process as if points [n, d] had scored their posterior mean.
 
-        The mean stays as it is everywhere and the variance shrinks around them (Desautels et al.,
-        JMLR 2014); hyperparameters stay.
+        The mean stays the same everywhere, and the variance shrinks near the points (Desautels et
+        al., JMLR 2014). Hyperparameters stay the same.
         """
         h, everywhere = self.hyperparameters, np.vstack([self.points, points])
         expected = (self.predict(points)[0] - self.center) / self.spread
@@ -147,19 +147,21 @@ class GaussianProcess:
 
 
 def _covariance(points: "Array", h: Hyperparameters) -> "Array":
-    """Return the covariance of scores measured at points, noise included, [n, n]."""
+    """Return the covariance of scores measured at points [n, d], with noise, [n, n]."""
     correlation, _ = _matern(_features(points), _features(points), h.scales)
     noise = (h.noise + JITTER) * np.eye(len(points))
     return np.asarray(h.matern * correlation + h.quadratic * _quadratic(points, points) + noise)
 
 
 def choose_informative(points: "Array", values: "Array") -> "NDArray[np.intp]":
-    """Return the indices of the points [n, d] that a process is fitted to, in order: all of them up
-    to N_KEPT, then as many: the first (the base), the newest, those with the largest `values`
-    [n, m], a column after the other, and for the rest always the one farthest from those chosen.
+    """Return the indices of the points [n, d] that a process is fitted to, in order.
 
-    The time that a fit takes grows with the cube of its points; this depends on nothing else, so a
-    resumed search chooses the same.
+    Up to N_KEPT points, these are all of them. Beyond that, N_KEPT are chosen: the first (the
+    base), the newest, those with the largest `values` [n, m], column by column, and then again and
+    again the point farthest from those chosen.
+
+    The time of a fit grows with the cube of its points. The choice depends on nothing but the
+    arguments, so a resumed search repeats it.
     """
     n = len(points)
     if n <= N_KEPT:
@@ -173,7 +175,7 @@ def choose_informative(points: "Array", values: "Array") -> "NDArray[np.intp]":
     distances = _squared_distances(points, points[list(chosen)], np.ones(points.shape[1])).min(1)
     while len(chosen) < N_KEPT:
         farthest = int(np.argmax(distances))
-        if farthest in chosen:  # all that are left repeat a chosen one
+        if farthest in chosen:  # the others repeat points that are chosen
             break
         chosen[farthest] = None
         distances = np.minimum(distances, ((points - points[farthest]) ** 2).sum(axis=1))
@@ -181,8 +183,8 @@ def choose_informative(points: "Array", values: "Array") -> "NDArray[np.intp]":
 
 
 def fit(points: "Array", scores: "Array") -> GaussianProcess:
-    """Fit a process to scores [n] at points [n, d] in [0, 1]^d by maximum a posteriori with exact
-    gradients.
+    """Fit a process to scores [n] at points [n, d] of the unit box: the maximum a posteriori of the
+    hyperparameters, with exact gradients.
     """
     d = points.shape[1]
     center, spread = float(scores.mean()), float(max(scores.std(), 1e-9))
@@ -224,7 +226,7 @@ def fit(points: "Array", scores: "Array") -> GaussianProcess:
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """A weighted sum of independent processes, one per term: the posterior of the objective."""
+    """The posterior of an objective: a weighted sum of independent processes, one for each term."""
 
     processes: Sequence[GaussianProcess]
     weights: "Array"
@@ -237,5 +239,5 @@ class WeightedSum:
         return self.weights @ np.array(means), self.weights**2 @ np.array(variances)
 
     def condition_on(self, points: "Array") -> "WeightedSum":
-        """Return the sum of the processes conditioned on points, see there."""
+        """Return the sum with every process conditioned on points [n, d]."""
         return replace(self, processes=[process.condition_on(points) for process in self.processes])

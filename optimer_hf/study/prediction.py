@@ -1,8 +1,8 @@
-"""Recorded trials + a new objective -> predicted best weights and fronts, without a new evaluation.
+"""Recorded trials + a new objective -> predicted weights and Pareto fronts, without evaluations.
 
 Each trial records the score of every term, so the surrogate of a new weighting of the terms is a
-new sum of the same processes. To verify a prediction is to search,
-in a study of its own that begins with the trials of the old one.
+new sum of the same processes. To verify a prediction, `searching.loop.search_on` searches further,
+in a study of its own that begins with the recorded trials.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 SCALE_STEP = 0.05
-CAUTION = 0.5  # standard deviations; weights far from all trials can have a high mean by chance
+CAUTION = 0.5  # standard deviations: far from all trials, the mean can be high by chance
 PREDICTION = "prediction"  # origin of the trial that verifies one
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A posterior mean with its standard deviation."""
+    """A posterior mean and its standard deviation."""
 
     value: float
     deviation: float
@@ -41,8 +41,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Weights, the value the surrogate expects of them, the gain of every term that counts, and the
-    probability that they keep the constraints.
+    """Weights; the value that the surrogate expects of them, with its standard deviation; the gain
+    of every term with a weight above 0; and the probability (`feasible`) that the weights keep all
+    constraints.
     """
 
     weights: dict[str, float]
@@ -56,7 +57,8 @@ class Prediction:
 
 
 def reweight(objective: Objective, term_weights: Mapping[str, float]) -> Objective:
-    """Return the objective with other weights on its terms; terms that are not named count nothing.
+    """Return the objective with new weights on its terms, 0 for those that are not named, combined
+    as relative_to_base. Its constraints stay.
 
     Raises StudyError for a term that was not recorded.
     """
@@ -71,10 +73,10 @@ def reweight(objective: Objective, term_weights: Mapping[str, float]) -> Objecti
 
 
 def match_to_record(study: Study, target: Objective) -> Objective:
-    """Return a new objective over the terms that a study recorded, matched by label.
+    """Return the objective `target` over the terms that a study recorded, matched by label.
 
-    Weights, combination and constraints are those of `target`; the items those of the record.
-    Raises StudyError for a term that was not recorded, or from another source or in another metric.
+    Weights, combination and constraints come from `target`, items and prompts from the record.
+    Raises StudyError for a term that was not recorded, or that has another source or metric there.
     """
     recorded = study.config.objective
 
@@ -100,22 +102,22 @@ def match_to_record(study: Study, target: Objective) -> Objective:
 
 
 def _refuse_other_source(term: Term, known: Term) -> None:
-    """Raise StudyError for a term that looks at something else than the one recorded as it. Of
-    files the names are compared: a study may have been moved.
+    """Raise StudyError if a term has another source or metric than the recorded term of its label.
+    Files are compared by name, since a study may have been moved.
     """
 
     def source_of(term: Term) -> str:
         return str(term.text.name if term.text is not None else term.task or term.function)
 
-    for field, found, expected in (
+    for field, given, recorded in (
         ("source", source_of(term), source_of(known)),
         ("metric", term.metric, known.metric),
     ):
-        if found != expected:
+        if given != recorded:
             raise StudyError(
-                f"term {term.label!r}: {field} {found!r}, but the study recorded {expected!r} "
-                "under that name. Nothing else can be answered from its record: give the recorded "
-                "one, or search a study of its own."
+                f"term {term.label!r}: {field} {given!r}, but the study recorded {recorded!r} "
+                "under that name, and only what it recorded can be predicted. Give the recorded "
+                "one, or start a new search."
             )
 
 
@@ -132,8 +134,10 @@ def _find_term(terms: Sequence[Term], label: str) -> Term:
 
 
 def predict(study: Study, target: Objective | Mapping[str, float] | None = None) -> Prediction:
-    """Return the weights with the best posterior mean, less CAUTION standard deviations, for an
-    objective over recorded terms, given whole or as term weights (None: the study's own).
+    """Return the weights with the largest posterior mean minus CAUTION standard deviations.
+
+    `target` is an objective over recorded terms, or their weights by label; None stands for the
+    study's own objective. Raises StudyError for a term that was not recorded.
     """
     config = _config_for(study, target)
     trials = study.trials
@@ -142,11 +146,11 @@ def predict(study: Study, target: Objective | Mapping[str, float] | None = None)
     near = points[np.argsort(-posterior.ranking(points), kind="stable")[:5]]
     rng = np.random.default_rng(config.search.seed)
     best = maximise(
-        lambda found: posterior.ranking(found, CAUTION),
+        lambda candidates: posterior.ranking(candidates, CAUTION),
         points.shape[1],
         rng,
         near,
-        allowed=lambda found: within_total(config, found),
+        allowed=lambda candidates: within_total(config, candidates),
     )
     mean, variance = posterior.predict(best[None])
     return Prediction(
@@ -173,16 +177,16 @@ def _terms_at(config: StudyConfig, posterior: Surrogate, point: "Array") -> dict
     processes = posterior.objective.processes
     if len(processes) != len(labels):  # `worst` has one process for all
         return {}
-    found = {}
+    estimates = {}
     for label, process in zip(labels, processes, strict=True):
         mean, variance = process.predict(point[None])
-        found[label] = Estimate(float(mean[0]), float(np.sqrt(variance[0])))
-    return found
+        estimates[label] = Estimate(float(mean[0]), float(np.sqrt(variance[0])))
+    return estimates
 
 
 def best_scale(study: Study, name: str) -> dict[str, float]:
-    """Return the weights of one vector alone at the scale the surrogate likes best, on a grid of
-    SCALE_STEP.
+    """Return the weights of one vector alone, at the scale with the largest posterior mean on a
+    grid of SCALE_STEP.
     """
     config = study.config
     low, high = config.free[name]
@@ -200,15 +204,18 @@ def best_scale(study: Study, name: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A trial that no other one beats in every term, with the gains of the terms that count."""
+    """A trial of the Pareto front, with the gain of every term that has a weight above 0."""
 
     trial: Trial
     gains: dict[str, float]
 
 
 def front(study: Study) -> list[Choice]:
-    """Return the Pareto front of the search trials: sound, within the constraints, and beaten in
-    every term by none. Gains are those measured on the search items; sorted by the first term.
+    """Return the Pareto front of the search trials, those with the largest gain in the first term
+    first.
+
+    A trial is on the front when it keeps all constraints and no other trial is at least as good in
+    every term and better in one. Gains are those on the items of the search.
     """
     objective = study.config.objective
     labels = [term.label for term in objective.terms_at("search") if term.weight > 0]

@@ -1,4 +1,4 @@
-"""Which recorded failures were the machine's and not those of the weights that were tried."""
+"""Which recorded failures were the fault of the machine, not of the weights that were tried."""
 
 import builtins
 import re
@@ -13,12 +13,12 @@ MESSAGES = re.compile(
 )
 BUILTINS = (MemoryError, OSError, EOFError, ImportError)  # OSError: files, disks, connections
 
-NAMES = frozenset(  # under which trials have recorded them
+NAMES = frozenset(  # of the classes, as trials have recorded them
     {
         *(
             name
-            for name, found in vars(builtins).items()
-            if isinstance(found, type) and issubclass(found, BUILTINS)
+            for name, value in vars(builtins).items()
+            if isinstance(value, type) and issubclass(value, BUILTINS)
         ),
         "OutOfMemoryError",
         "_ArrayMemoryError",
@@ -31,7 +31,7 @@ NAMES = frozenset(  # under which trials have recorded them
 
 
 def was_environmental(recorded: str) -> bool:
-    """Whether the first line of a recorded error, `Class: message`, is of such a failure."""
+    """Whether a recorded error, whose first line is `Class: message`, was the machine's fault."""
     name, _, message = recorded.partition("\n")[0].partition(":")
     is_general = name.strip() in ("RuntimeError", "SystemError")
     return name.strip() in NAMES or (is_general and MESSAGES.search(message) is not None)

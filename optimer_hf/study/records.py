@@ -1,8 +1,7 @@
-"""Append-only records, a line of JSON each, and what the trials in them have to be.
+"""Append-only files of JSON lines, and the rules that trials have to obey.
 
-A file or a trial comes in; lines, or what is wrong with a trial, come out. What a reader would not
-guess: the same rules hold before a trial is written and when it is read again, so what a search
-wrote can always be read, and what somebody else changed is found before it is used.
+The same rules hold before a trial is written and when it is read. So whatever a search wrote can be
+read again, and what somebody changed in the meantime is found before it is used.
 """
 
 import logging
@@ -22,9 +21,9 @@ from optimer_hf.scoring.scores import TermScore
 logger = logging.getLogger(__name__)
 
 
-ROUNDING = 1e-4  # of weights, which are recorded with 4 digits
-LARGEST_SCORE = 1e290  # sums of them stay finite
-LARGEST_GAIN = 1e100  # squares of them stay finite
+ROUNDING = 1e-4  # weights are recorded with 4 digits
+LARGEST_SCORE = 1e290  # sums of such scores stay finite
+LARGEST_GAIN = 1e100  # squares of such gains stay finite
 LARGEST_COUNT = 10**15  # of tokens, bytes or items
 LONGEST = 1e12  # seconds
 
@@ -33,27 +32,27 @@ LONGEST = 1e12  # seconds
 
 
 def read_lines(path: Path, *, repair: bool) -> list[bytes]:
-    """Return the whole lines of a file that may be absent, without their ends.
+    """Return the complete lines of a file, without line breaks; none if there is no file.
 
-    A last line that was torn is left out, and cut off with `repair`, which only the holder of the
-    lock may do: what looks torn may be a line that a running search is writing. Raises StudyError
-    for a file that cannot be read.
+    An incomplete last line is left out, and with `repair` it is cut off. Only the holder of the
+    lock may repair: a running search may just be writing that line. Raises StudyError for a file
+    that cannot be read.
     """
     if not path.exists():
         return []
     try:
-        *lines, torn = path.read_bytes().split(b"\n")
+        *lines, incomplete = path.read_bytes().split(b"\n")
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror}).") from None
-    if torn and repair:
-        logger.warning("%s: the last line was torn by a crash and is dropped", path.name)
+    if incomplete and repair:
+        logger.warning("%s: a crash left the last line incomplete; it is dropped", path.name)
         with open(path, "r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines))
     return lines
 
 
 def append_line(path: Path, text: str) -> None:
-    """Write one line to disk before returning."""
+    """Append a line; it is on disk when this returns."""
     with naming_disk_errors(path, "All lines before this one are kept"), open(path, "ab") as file:
         file.write(text.encode() + b"\n")
         file.flush()
@@ -64,7 +63,7 @@ def append_line(path: Path, text: str) -> None:
 
 
 class RecordedTrial(Protocol):
-    """The fields of a trial, see `trials.Trial`."""
+    """The fields of `trials.Trial`."""
 
     @property
     def number(self) -> int: ...
@@ -86,10 +85,11 @@ class RecordedTrial(Protocol):
 
 @dataclass
 class Rules:
-    """What a study says of its trials, and what the trials before say of the next one.
+    """What the config of a study and its earlier trials demand of the next trial.
 
-    `bounds` are those of every vector, of a fixed one its weight twice; `labels` the terms by
-    fidelity; `n_trials` how many trials the search has.
+    `bounds` are [low, high] for every vector, where a fixed one has its weight twice; `base` are
+    the weights of trial 0; `labels` are those of the terms, by fidelity; `n_trials` is the number
+    of trials in the search.
     """
 
     bounds: Mapping[str, tuple[float, float]]
@@ -99,11 +99,11 @@ class Rules:
     _seen: dict[str, dict[int, RecordedTrial]] = field(default_factory=dict)
 
     def add(self, trial: RecordedTrial) -> None:
-        """Take a trial as one that those after it are compared with."""
+        """Add a trial, with which later ones are compared."""
         self._seen.setdefault(trial.fidelity, {}).setdefault(trial.number, trial)
 
     def mistakes(self, trial: RecordedTrial) -> Iterator[str]:
-        """Yield what is wrong with the next trial: found and expected."""
+        """Yield what is wrong with the next trial: what was found and what was expected."""
         if trial.fidelity not in self.labels:
             expected = " or ".join(self.labels)
             yield f"found fidelity {trial.fidelity!r}, expected {expected}"
@@ -114,18 +114,18 @@ class Rules:
         yield from self._mistakes_of_terms(trial)
 
     def first(self, fidelity: str) -> RecordedTrial | None:
-        """Return the first trial of one fidelity, the base, if there is one."""
+        """Return the first trial of one fidelity, which is the base, or None."""
         return next(iter(self._seen.get(fidelity, {}).values()), None)
 
     def _mistakes_of_place(self, trial: RecordedTrial) -> Iterator[str]:
-        """Yield what is wrong with number and status, given the trials before."""
+        """Yield what is wrong with number and status, given the earlier trials."""
         before = self._seen.get(trial.fidelity, {})
         if not 0 <= trial.number < LARGEST_COUNT:
             yield f"found number {quote(trial.number)}, expected one from 0 on"
         if not before and trial.number != 0:
-            yield ("found it first, expected number 0, the base that all others are compared with")
+            yield "comes first, expected number 0, the base that all others are compared with"
         if not before and trial.status != "ok":
-            yield f"found status {trial.status!r}, expected 'ok' of the base"
+            yield f"found status {trial.status!r}, expected 'ok', because it is the base"
         if trial.number in before:
             yield (
                 f"found number {trial.number} a second time, expected each {trial.fidelity} trial "
@@ -134,7 +134,7 @@ class Rules:
         if trial.number >= self.n_trials:
             yield (
                 f"found number {quote(trial.number)}, expected one below {self.n_trials}, the "
-                f"n_trials of the study"
+                "n_trials of the study"
             )
 
     def _mistakes_of_weights(self, trial: RecordedTrial) -> Iterator[str]:
@@ -163,7 +163,7 @@ class Rules:
     def _mistakes_of_searched(self, trial: RecordedTrial) -> Iterator[str]:
         searched = self._seen.get("search", {}).get(trial.number)
         if searched is None or searched.status != "ok":
-            yield f"found no sound search trial {trial.number} before it"
+            yield f"found no search trial {trial.number} before it that was scored"
         elif dict(searched.weights) != dict(trial.weights):
             yield (
                 f"found weights {quote(dict(trial.weights))}, expected those of search trial "
@@ -187,7 +187,7 @@ class Rules:
 
 
 def check_trials(path: Path, trials: Sequence[RecordedTrial], rules: Rules) -> None:
-    """Raise StudyError for the first trial of a file that breaks the rules, with its line."""
+    """Raise StudyError, with file and line, for the first trial that breaks the rules."""
     for line, trial in enumerate(trials, start=1):
         for wrong in rules.mistakes(trial):
             fix = "Restore the line"
@@ -200,7 +200,7 @@ def check_trials(path: Path, trials: Sequence[RecordedTrial], rules: Rules) -> N
 
 
 def mistakes_of_size(weights: Mapping[str, float]) -> Iterator[str]:
-    """Yield the first weight that no sum can use."""
+    """Yield what is wrong with the first weight that is too large for any sum."""
     for name, weight in weights.items():
         if not abs(weight) <= LARGEST_SCORE:
             yield f"found weight {weight!r} of {name!r}, expected a finite one"
@@ -210,7 +210,7 @@ def mistakes_of_size(weights: Mapping[str, float]) -> Iterator[str]:
 def mistakes_of_cost(
     seconds: Mapping[str, float], n_tokens: int, terms: Mapping[str, TermScore]
 ) -> Iterator[str]:
-    """Yield what is wrong with what an evaluation took."""
+    """Yield what is wrong with the time and the tokens that an evaluation took."""
     for phase, value in seconds.items():
         if not 0 <= value <= LONGEST:
             yield f"found {value!r} seconds of {phase!r}, expected 0 or more"
@@ -224,8 +224,8 @@ def mistakes_of_cost(
 def mistakes_of_terms(
     terms: Mapping[str, TermScore], labels: Sequence[str], first: Mapping[str, TermScore]
 ) -> Iterator[str]:
-    """Yield what is wrong with the scores of an evaluation, of which terms with these labels are
-    expected; `first` are the scores that the first one had on the same items.
+    """Yield what is wrong with the scores of an evaluation. `labels` are the terms that are
+    expected, `first` the scores of the first evaluation on the same items.
     """
     for label in labels:
         if label not in terms or not terms[label].items:
@@ -245,7 +245,7 @@ def mistakes_of_terms(
 
 
 def _mistakes_beside(term: TermScore, base: TermScore) -> Iterator[str]:
-    """Yield what keeps the scores of a term from being compared with those of the base."""
+    """Yield why the scores of a term cannot be compared with those of the base."""
     for what, value, expected in (
         ("items", len(term.items), len(base.items)),
         ("higher_is_better", term.higher_is_better, base.higher_is_better),
@@ -258,10 +258,10 @@ def _mistakes_beside(term: TermScore, base: TermScore) -> Iterator[str]:
 
 
 def mistakes_of_score(term: TermScore) -> Iterator[str]:
-    """Yield what keeps the items of a term from making a score."""
+    """Yield why the items of a term do not make a score."""
     for top, bottom in term.items:
         if not (abs(top) <= LARGEST_SCORE and 0 <= bottom <= LARGEST_COUNT):
-            yield f"found an item {(top, bottom)}, expected finite ones, the second >= 0"
+            yield f"found an item {(top, bottom)}, expected finite numbers, the second >= 0"
             return
     total = sum(bottom for _, bottom in term.items)
     if not 0 < total <= LARGEST_SCORE:
@@ -272,12 +272,12 @@ def mistakes_of_score(term: TermScore) -> Iterator[str]:
     except OverflowError:
         score = math.inf
     if not abs(score) <= LARGEST_SCORE:
-        yield f"found a score of {score:g}, expected one of use"
+        yield f"found a score of {score:g}, expected at most {LARGEST_SCORE:g}"
 
 
 def mistake_of_gain(term: TermScore, base: TermScore) -> str | None:
-    """Return what keeps a score from being compared with that of the base, or None."""
-    found = gain(term.score, base.score, higher_is_better=base.higher_is_better)
-    if math.isfinite(found) and found <= LARGEST_GAIN:
+    """Return why a score cannot be compared with that of the base, or None."""
+    over_base = gain(term.score, base.score, higher_is_better=base.higher_is_better)
+    if math.isfinite(over_base) and over_base <= LARGEST_GAIN:
         return None
-    return f"found a gain of {found:g} over the base, expected one of use"
+    return f"found a gain of {over_base:g} over the base, expected at most {LARGEST_GAIN:g}"

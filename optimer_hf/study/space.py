@@ -1,4 +1,4 @@
-"""Weights <-> points of the unit box, and the weights that every search starts with."""
+"""Weights <-> points of the unit box, and the weights that every search starts from."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,11 +13,8 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
-# -- the surrogate of the record -------------------------------------------------------------------
-
-
 def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> "Array":
-    """Scale the free weights by their bounds to [0, 1]."""
+    """Return the free weights, scaled by their bounds to [0, 1], as points [n, d]."""
     low, high = np.array(list(config.free.values())).T
     points = np.array([[weights[name] for name in config.free] for weights in weight_sets])
     points = points.reshape(-1, len(config.free))
@@ -25,8 +22,8 @@ def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> 
 
 
 def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:
-    """Return the full weight set of a point in [0, 1]^d, rounded to 4 digits, which is all that
-    YAML should show.
+    """Return the weights of all vectors at a point [d] of the unit box, rounded to 4 digits, which
+    is all that YAML should show.
     """
     low, high = np.array(list(config.free.values())).T
     values = low + point * (high - low)
@@ -36,8 +33,8 @@ def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:
 
 
 def within_total(config: StudyConfig, points: "Array") -> "Array":
-    """Move points [n, d] of the box towards a corner until their weights sum to what `search.total`
-    allows.
+    """Return points [n, d] of the unit box, moved towards a corner until their weights sum to what
+    `search.total` allows.
     """
     if config.search.total is None:
         return points
@@ -54,7 +51,9 @@ ANCHOR_WEIGHT = 0.7
 
 
 def anchors(config: StudyConfig) -> list[tuple[str, dict[str, float]]]:
-    """Return the weight sets every search starts from: base, each vector alone, uniform average."""
+    """Return origin and weights of the trials that every search starts with: the base, each vector
+    alone at ANCHOR_WEIGHT, and the uniform average.
+    """
     free = list(config.free)
     sets = [("base", dict.fromkeys(free, 0.0))]
     sets += [

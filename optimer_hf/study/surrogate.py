@@ -1,4 +1,4 @@
-"""Recorded trials -> the surrogate that predicts the objective."""
+"""Recorded trials -> a surrogate, which predicts the objective at weights that were not tried."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
-EDGE = 0.125  # standard deviations; the base lies on the edge of a constraint of 0
+EDGE = 0.125  # standard deviations; the base is at the edge of a constraint of 0
 
 
 def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
-    """Return what the surrogate learns, [n_trials, n_columns]: a gain per counting term, or the
-    value for `worst`.
+    """Return what the surrogate learns, [n_trials, n_columns]: the gain of every term with a weight
+    above 0, or under `worst` the value of the objective.
 
-    Crashed trials and broken ones are set to a floor, ten times the best gain (at least 0.5) below
-    the base: a Gaussian process takes no infinities, and how bad a broken merge is does not matter.
+    Crashed and very bad trials get a floor, ten times the best gain (at least 0.5) below the base:
+    a Gaussian process takes no infinities, and how bad a broken merge is does not matter.
     """
     base = trials[0].terms
     counting = [term for term in config.objective.terms_at("search") if term.weight > 0]
@@ -49,8 +49,8 @@ def _apply_floor(table: "Array") -> "Array":
 
 
 def _surrogate_gains(objective: Objective, scores: Scores, base: Scores) -> dict[str, float]:
-    """Return gains in the unit that `combine` averages: weighted_mean takes losses as they are, not
-    relative ones.
+    """Return gains in the unit that `combine` averages: under weighted_mean losses count as they
+    are, not relative to the base.
     """
     each = gains(scores, base)
     if objective.combine != "weighted_mean":
@@ -63,24 +63,22 @@ def _surrogate_gains(objective: Objective, scores: Scores, base: Scores) -> dict
 
 @dataclass(frozen=True)
 class Surrogate:
-    """What the record says of weights that were not tried: the objective, and by constraint how far
-    it is from being broken.
-    """
+    """Predicts the objective, and for each constraint how far it is from being broken."""
 
     objective: WeightedSum
     constraints: Sequence[GaussianProcess] = ()
 
     @property
     def points(self) -> "Array":
-        """The trials that it was fitted to, in [0, 1]^d."""
+        """The trials that it was fitted to, as points [n, d] of the unit box."""
         return self.objective.processes[0].points
 
     def predict(self, points: "Array") -> tuple["Array", "Array"]:
-        """Return posterior mean and variance of the objective at points [n, d] in [0, 1]."""
+        """Return posterior mean and variance [n] of the objective at points [n, d]."""
         return self.objective.predict(points)
 
     def log_feasibility(self, points: "Array") -> "Array":
-        """Return the log of the probability that points keep every constraint, [n]."""
+        """Return the log probability [n] that points [n, d] keep every constraint."""
         total = np.zeros(len(points))
         for process in self.constraints:
             mean, variance = process.predict(points)
@@ -88,9 +86,9 @@ class Surrogate:
         return total
 
     def ranking(self, points: "Array", caution: float = 0.0) -> "Array":
-        """Return the posterior mean of the objective minus `caution` standard deviations. Where a
-        constraint may break by that measure, the score is far lower, and falls with the
-        probability that it breaks.
+        """Return a number [n] for points [n, d], larger is better: the posterior mean of the
+        objective minus `caution` standard deviations. Points that may break a constraint by that
+        measure come far below all others, in the order of their probability to keep it.
         """
         kept = np.full(len(points), True)
         for process in self.constraints:
@@ -101,8 +99,8 @@ class Surrogate:
         return np.where(kept, mean - caution * np.sqrt(variance), broken)
 
     def condition_on(self, points: "Array") -> "Surrogate":
-        """Return the surrogate as if points [n, d] were measured where it expects them: trials that
-        still run are not asked for again.
+        """Return the surrogate as if points [n, d] had scored what it expects, so that trials that
+        are still running are not suggested again.
         """
         if not len(points):
             return self
@@ -115,12 +113,12 @@ class Surrogate:
 def fit_surrogate(
     config: StudyConfig, trials: Sequence[Trial], preference: "Array | None" = None
 ) -> Surrogate:
-    """Fit the posterior of the objective and its constraints to trials whose first one is the base,
-    of many to the `informative` ones.
+    """Fit a surrogate of the objective and its constraints to trials, the first of which is the
+    base; see `choose_informative` for what happens to many.
 
-    A `preference` [n_terms] weights the terms instead of the objective, each relative to how far
-    its best trial is from the middle one. Trials that crashed by no fault of their weights say
-    nothing.
+    A `preference` [n_terms] replaces the term weights of the objective, each relative to the
+    distance between the best and the median trial of its term. Trials that crashed through no fault
+    of their weights are left out.
     """
     trials = [trial for trial in trials if not trial.is_blameless]
     table = columns(config, trials)
@@ -136,7 +134,7 @@ def fit_surrogate(
 
 
 def _headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
-    """Return the headroom of every constraint, [n_trials, n_constraints], with the same floor."""
+    """Return the headroom of every constraint, [n_trials, n_constraints], with a floor."""
     base = trials[0].terms
     known = [c for c in config.objective.constraints if c.label in base]
     table = np.full((len(trials), len(known)), -np.inf)

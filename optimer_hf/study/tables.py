@@ -1,4 +1,4 @@
-"""A study as a table: a DataFrame of its trials, and what a notebook shows."""
+"""A study as a DataFrame, as one line, and as the HTML table that a notebook shows."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
     from optimer_hf.study.directory import Study
 
-N_SHOWN = 5  # trials beside the base
+N_SHOWN = 5  # trials below the base
 
 
 def trials_frame(study: "Study", fidelity: Fidelity) -> "DataFrame":
-    """Return a row for every trial of one fidelity; see Study.to_dataframe."""
+    """Return a DataFrame with a row for every trial of one fidelity; see Study.to_dataframe."""
     from pandas import DataFrame, Index
 
     trials = study.log.trials_at(fidelity)
@@ -41,7 +41,7 @@ def _row(study: "Study", trial: Trial, base: Trial) -> dict[str, Any]:
 
 
 def summary(study: "Study") -> str:
-    """Return the state of a study in one line: how many trials have run, and the best so far."""
+    """Return the state of a study in one line: how many trials have run, and the best weights."""
     n_run, n_trials = len(study.trials), study.config.search.n_trials
     text = f"{n_run} of {n_trials} trials" if n_run < n_trials else f"{n_run} trials"
     if study.has_best_trial:
@@ -68,7 +68,7 @@ def study_html(study: "Study") -> str:
 
 
 def _cells(study: "Study", trial: Trial, base: Trial) -> list[str]:
-    """Return a trial as text: gains over the base, of the base itself its scores."""
+    """Return a trial as text, with its gains over the base; the base itself with its scores."""
     unit = Unit.of(study.config.objective)
     each = gains(trial.terms, base.terms)
     scores = [

@@ -1,4 +1,4 @@
-"""What a search recorded: trials and decisions, appended a line at a time."""
+"""What a search records: trials and decisions, appended line by line."""
 
 import json
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from optimer_hf.study.recorded_faults import was_environmental
 from optimer_hf.study.records import Rules, append_line, read_lines
 
 Fidelity = Literal["search", "rescore", "sealed"]
-ITEMS_OF: dict[Fidelity, str] = {  # what a score is of, by fidelity
+ITEMS_OF: dict[Fidelity, str] = {  # which items were scored, by fidelity
     "search": "the items of the search",
     "rescore": "the items on which the best trials were scored again",
     "sealed": "the sealed test",
 }
 STUDY_FILE, INPUTS_FILE = "study.json", "inputs.json"
 TRIALS_FILE, DECISIONS_FILE, SEALED_FILE = "trials.jsonl", "decisions.jsonl", "sealed.jsonl"
-OF_TEST = "test."  # digests of the items of the sealed test
+OF_TEST = "test."  # fields of inputs.json that are about the sealed test
 
 
 # -- trials ----------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ OF_TEST = "test."  # digests of the items of the sealed test
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight set to try, and on which items; `seconds` are what it took to choose it."""
+    """Weights to try, and on which items; `seconds` is the time that choosing them took."""
 
     number: int
     origin: str
@@ -43,7 +43,7 @@ class Candidate:
     def to_trial(
         self, terms: Mapping[str, TermScore], seconds: Mapping[str, float], n_tokens: int
     ) -> "Trial":
-        """Return the trial that scored `terms` in `seconds` by phase."""
+        """Return the trial of a candidate that was scored; `seconds` are by phase."""
         return Trial(
             self.number,
             self.origin,
@@ -56,7 +56,7 @@ class Candidate:
         )
 
     def to_crashed_trial(self, error: str) -> "Trial":
-        """Return the trial that failed; the first line of `error` is `Class: message`."""
+        """Return the trial of a candidate that failed; `error` begins with `Class: message`."""
         return Trial(
             self.number,
             self.origin,
@@ -71,8 +71,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one weight set scored; `seconds` are ask, merge, evaluate, forward (a part of evaluate)
-    and cpu.
+    """The scores of one set of weights, or the error with which it crashed. `seconds` has the keys
+    ask, merge, evaluate, forward (a part of evaluate) and cpu.
     """
 
     __pydantic_config__ = STRICT_RECORD
@@ -90,8 +90,9 @@ class Trial:
 
     def __repr__(self) -> str:
         scores = {label: score.score for label, score in self.terms.items()}
-        told = summarize_numbers(scores) if self.status == "ok" else self.status
-        return f"Trial({self.number}, {self.origin!r}, {summarize_numbers(self.weights)}: {told})"
+        outcome = summarize_numbers(scores) if self.status == "ok" else self.status
+        weights = summarize_numbers(self.weights)
+        return f"Trial({self.number}, {self.origin!r}, {weights}: {outcome})"
 
     def to_json(self) -> str:
         """Return the trial as one line of trials.jsonl."""
@@ -99,12 +100,12 @@ class Trial:
 
     @property
     def is_blameless(self) -> bool:
-        """Whether it crashed by no fault of its weights, which earlier versions recorded, too."""
+        """Whether it crashed through no fault of its weights; old records have such trials."""
         return self.status == "crashed" and was_environmental(self.error or "")
 
     @classmethod
     def from_json(cls, line: str) -> "Trial":
-        """Read a line of trials.jsonl."""
+        """Return the trial of a line of trials.jsonl; raise ValueError for anything else."""
         return _TRIAL.validate_json(line)
 
 
@@ -112,12 +113,12 @@ _TRIAL = TypeAdapter(Trial)
 
 
 class TrialLog:
-    """trials.jsonl: append-only, one fsync a trial; a line torn by a crash is cut off when it is
-    opened.
+    """trials.jsonl: append-only, with one fsync for each trial. A last line that a crash left
+    incomplete is cut off when the file is opened with `repair`.
     """
 
     def __init__(self, path: Path, *, repair: bool = True) -> None:
-        """Read what is there, see `read_lines`; raise StudyError for a line that is no trial."""
+        """Read the file, if there is one; raise StudyError for a line that is not a trial."""
         self.path = path
         self.trials: list[Trial] = []
         self._digests: dict[int, str] = {}
@@ -136,18 +137,19 @@ class TrialLog:
         self.trials.append(trial)
 
     def digest(self) -> str:
-        """Return a digest of the search trials, made once until another trial is there."""
+        """Return a digest of the search trials; it is computed anew only after another trial."""
         if (n_trials := len(self.trials)) not in self._digests:
-            told = [[each.number, each.status, each.weights] for each in self.trials_at("search")]
-            self._digests = {n_trials: digest(told)}
+            searched = self.trials_at("search")
+            facts = [[each.number, each.status, each.weights] for each in searched]
+            self._digests = {n_trials: digest(facts)}
         return self._digests[n_trials]
 
     def trials_at(self, fidelity: Fidelity) -> list[Trial]:
-        """Return the trials of one fidelity, in the order they ran."""
+        """Return the trials of one fidelity, in the order in which they finished."""
         return [trial for trial in self.trials if trial.fidelity == fidelity]
 
     def first(self, fidelity: Fidelity) -> Trial:
-        """Return the first trial of one fidelity, the base."""
+        """Return the first trial of one fidelity, which is the base."""
         return next(trial for trial in self.trials if trial.fidelity == fidelity)
 
 
@@ -195,13 +197,14 @@ _DECISION = TypeAdapter(Decision)
 
 
 class DecisionLog:
-    """decisions.jsonl: append-only, a line for each decision, the last one about the trials counts.
+    """decisions.jsonl: append-only, one line for each decision. Of the decisions about the same
+    trials, the last one counts.
 
-    A decision is read and never made again: a later version may fit another surrogate.
+    A decision is never made again, because a later version may fit another surrogate.
     """
 
     def __init__(self, path: Path, *, repair: bool = True) -> None:
-        """Read what is there, see `read_lines`; raise StudyError for a line that is none."""
+        """Read the file, if there is one; raise StudyError for a line that is not a decision."""
         self.path = path
         self.decisions: list[Decision] = []
         for number, line in enumerate(read_lines(path, repair=repair), start=1):
@@ -210,17 +213,17 @@ class DecisionLog:
             except (ValueError, RecursionError, OverflowError) as error:
                 raise StudyError(
                     f"{path}:{number}: not a decision ({first_line(error)}). Remove the line: what "
-                    "it said is decided again."
+                    "it decided is decided again."
                 ) from None
 
     def add(self, decision: Decision, *, to_disk: bool) -> None:
-        """Take a decision; `to_disk` writes it down before returning."""
+        """Add a decision; with `to_disk`, write it to disk before returning."""
         if to_disk:
             append_line(self.path, json.dumps(asdict(decision)))
         self.decisions.append(decision)
 
     def about(self, log: TrialLog) -> Decision | None:
-        """Return what was decided last about the search trials of a log."""
+        """Return the last decision about the search trials of a log; None if there is none."""
         if not self.decisions:
             return None
         key = log.digest()
@@ -228,7 +231,7 @@ class DecisionLog:
 
 
 def rules_of(config: StudyConfig, n_trials: int) -> Rules:
-    """Return what a study of `n_trials` says of its trials."""
+    """Return the rules for the trials of a study that has `n_trials` of them."""
     fixed = {name: (weight, weight) for name, weight in config.fixed.items()}
     labels = {
         "search": [term.label for term in config.objective.terms_at("search")],

@@ -377,5 +377,5 @@ def test_fixed_vectors_are_in_every_row(make_base, make_adapter, tmp_path):
 def test_a_search_baseline_that_could_not_run_is_refused_with_the_study():
     constraint = {"task": "c", "metric": "loss", "max_relative_to_base": 0.1}
     objective = {"terms": [{"task": "t", "metric": "loss"}], "constraints": [constraint]}
-    with pytest.raises(ValueError, match="'black_box' knows no total, constraints or pareto"):
+    with pytest.raises(ValueError, match="'black_box' supports no total, constraints or pareto"):
         config_of(objective=objective, baselines={"searches": {"x": {"surrogate": "black_box"}}})

@@ -717,7 +717,7 @@ def test_any_line_that_is_no_trial_is_an_error(tmp_path, line):
     [
         (
             lambda trials: trials.pop(0),
-            r":1: trial 1 \(search\): found it first, expected",
+            r":1: trial 1 \(search\): comes first, expected",
         ),
         (lambda trials: trials[2]["weights"].pop("w"), r":3: trial 2 \(search\): lacks 'w'"),
         (lambda trials: trials[2]["terms"].pop("t"), r":3: trial 2 \(search\): lacks 't'"),

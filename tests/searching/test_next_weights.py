@@ -84,8 +84,8 @@ def test_a_total_bounds_the_sum_of_the_weights_in_every_trial_but_the_base(surro
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"surrogate": "black_box", "pareto": True}, "knows no total, constraints or pareto"),
-        ({"surrogate": "random_forest", "total": [0, 1]}, "knows no total, constraints or pareto"),
+        ({"surrogate": "black_box", "pareto": True}, "supports no total, constraints or p"),
+        ({"surrogate": "random_forest", "total": [0, 1]}, "supports no total, constraints or p"),
         ({"total": [1.0, 1.0]}, "search.total: .* cannot be met"),
         ({"total": [7.0, 8.0]}, "search.total: .* cannot be met"),
         ({"surrogate": "tpe"}, "per_term"),

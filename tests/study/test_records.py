@@ -157,7 +157,7 @@ DAMAGES = {
         trial(N_TRIALS, status="crashed", terms={}),
         ":8: .*status 'crashed'",
     ),
-    "no re-scored base": (lambda lines: lines.pop(N_TRIALS), ":8: .*found it first"),
+    "no re-scored base": (lambda lines: lines.pop(N_TRIALS), ":8: .*comes first"),
     "a weight above its bound": (weights(x=1.01), r":3: .*x at 1.01, expected \[-0.5, 1\]"),
     "a weight below its bound": (weights(x=-0.51), ":3: .*x at -0.51"),
     "a fixed weight that moved": (weights(f=0.4), r":3: .*f at 0.4, expected \[0.3, 0.3\]"),
@@ -167,7 +167,7 @@ DAMAGES = {
     "weights of another trial, re-scored": (weights(8, y=0.123), ":9: .*expected those of search"),
     "a re-scored trial that was not searched": (
         trial(8, number=5000),
-        ":9: .*(no sound search trial|expected one below 7)",
+        ":9: .*(no search trial|expected one below 7)",
     ),
     "an unknown term": (
         lambda lines: lines[2]["terms"].update(new=lines[2]["terms"]["loss"]),
