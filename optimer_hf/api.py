@@ -252,7 +252,7 @@ def write_recipe(
     to write, for instance one of the Pareto front. `derived_from` is the recipe it continues,
     org/name@commit. What the sealed test said goes into the recipe of the best trial.
     """
-    from optimer_hf.recipes.studies import write_with_evidence
+    from optimer_hf.recipes.from_study import write_with_evidence
 
     opened = _study(study)
     name = name or opened.directory.resolve().name

@@ -52,17 +52,23 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
 )
 @click.option("--figure", type=PATH, help="Draw the result as a figure (.png, .svg, .pdf).")
 @FORMAT
-def compare(study_dir: Path, output: str, **options: Any) -> None:
+def compare(study_dir: Path, output: str, figure: Path | None, **options: Any) -> None:
     """Score the baselines and the merge of a finished study on its sealed test.
 
     STUDY_DIR holds the study, and keeps the scores.
     """
-    from optimer_hf.comparison.tables import to_json, to_markdown
-    from optimer_hf.report.page import compare_study
+    from optimer_hf.comparison.results_file import results_of
+    from optimer_hf.comparison.sealed import compare_study
+    from optimer_hf.comparison.tables import to_markdown
+    from optimer_hf.report.page import prepare_figure_path, write_sealed_figure
 
+    if figure is not None:
+        prepare_figure_path(figure)
     comparison = compare_study(study_dir, **options)
+    if figure is not None:
+        write_sealed_figure(comparison, figure)
     if output == "json":
-        echo(json.dumps(to_json(comparison), indent=2))
+        echo(results_of(comparison).model_dump_json(indent=2))
     else:
         echo(to_markdown(comparison))
 
@@ -79,9 +85,9 @@ def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: 
 
     STUDY_DIR holds the study. Writes to OUT (default: report.html in STUDY_DIR).
     """
-    from optimer_hf.report.page import report_on
+    from optimer_hf.report.page import report_study
 
-    page, panels = report_on(study_dir, out, figures=figures, vectors=not no_vectors)
+    page, panels = report_study(study_dir, out, figures=figures, vectors=not no_vectors)
     for panel in panels:
         echo(f"{panel.title}: {panel.conclusion}")
     echo(page, err=True)

@@ -39,7 +39,7 @@ def recipe(study_dir: Path, recipe_yaml: Path, **options: Any) -> None:
 
     STUDY_DIR holds the study. RECIPE_YAML is the file to write; the others go beside it.
     """
-    from optimer_hf.recipes.studies import recipe_of_study
+    from optimer_hf.recipes.from_study import recipe_of_study
 
     beside = recipe_of_study(study_dir, recipe_yaml, **options)
     echo(recipe_yaml)
@@ -109,7 +109,7 @@ def ratios(
     With the train files of its vectors (TRAIN_YAML ...) and --out, also writes the run that
     retrains with them.
     """
-    from optimer_hf.recipes.studies import ratios_of
+    from optimer_hf.recipes.ratios import ratios_of
 
     result = ratios_of(source, train_yaml, out=out, **options)
     if output == "json":

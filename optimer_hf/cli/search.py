@@ -49,7 +49,7 @@ def search(
     """
     from optimer_hf.comparison.summary import headline, study_lines, study_to_json
     from optimer_hf.files.reading import yaml_text
-    from optimer_hf.recipes.studies import search_study
+    from optimer_hf.recipes.from_search import search_study
 
     runner = runner_of(workers, scheduler)
     result, merge_config = search_study(study, study_dir, runner=runner, **options)

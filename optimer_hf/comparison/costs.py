@@ -76,13 +76,11 @@ def ledger(study: Study) -> Ledger:
     if found.search is None or len(seconds) != len(paths):
         return found
     study_seconds = found.search.seconds + (found.rescore.seconds if found.rescore else 0.0)
-    mixtures = against_mixtures(sum(seconds), study_seconds, found.search)
+    mixtures = mixture_cost(sum(seconds), study_seconds, found.search)
     return found.model_copy(update={"data_mixture": mixtures})
 
 
-def against_mixtures(
-    training_seconds: float, study_seconds: float, search: TrialCost
-) -> MixtureCost:
+def mixture_cost(training_seconds: float, study_seconds: float, search: TrialCost) -> MixtureCost:
     """Return what as many data mixtures as trials would have cost, and by how much that exceeds the
     study: without the training of its vectors, and with it.
     """

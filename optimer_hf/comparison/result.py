@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, first the base, and the objective they are compared by."""
+    """The rows of a sealed test, the base first, and the objective that compares them.
+
+    `retarget` has the term weights of each re-targeted merge, by name.
+    """
 
     rows: list[SealedRow]
     objective: Objective
@@ -35,14 +38,15 @@ class Comparison:
         )
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the table of the sealed test and its verdicts."""
+        """Return the table of the sealed test and its verdicts, for a notebook."""
         return html_table(" ".join(verdicts(self)), *table(self))
 
     def to_dataframe(self) -> "DataFrame":
-        """Return a pandas DataFrame with a row for every weight set, indexed by its title.
+        """Return a pandas DataFrame with one row for each weight set, indexed by its title.
 
-        Columns: kind, subject, chosen_after_seal, objective (larger is better), and `weight/NAME`,
-        `score/TERM` and `gain/TERM` (over the base; losses relative, accuracies as a difference).
+        The columns are kind, subject, chosen_after_seal, objective (larger is better),
+        `weight/NAME`, `score/TERM` and `gain/TERM`. Gains are over the base: relative for losses,
+        differences for accuracies.
         """
         from pandas import DataFrame, Index
 
@@ -67,15 +71,15 @@ class Comparison:
         return self.row("merge")
 
     def row(self, kind: RowKind, subject: str = "") -> SealedRow:
-        """Return the row of a kind and subject."""
+        """Return the row with a kind and a subject."""
         return next(row for row in self.rows if (row.kind, row.subject) == (kind, subject))
 
     def value(self, row: SealedRow, objective: Objective | None = None) -> float:
-        """Return the value of a row under an objective (None: that of the study)."""
+        """Return the value of a row under an objective (None: that of the test)."""
         return combine(objective or self.objective, row.scores, self.base.scores)
 
     def best_baseline(self, objective: Objective | None = None) -> SealedRow:
-        """Return the best of the others by its sealed value: the hardest one to beat."""
+        """Return the baseline with the largest value, which is the hardest to beat."""
         return max(
             (row for row in self.rows if row.is_baseline),
             key=lambda row: self.value(row, objective),
@@ -84,7 +88,7 @@ class Comparison:
     def interval(
         self, row: SealedRow, other: SealedRow, objective: Objective | None = None
     ) -> Interval:
-        """Return value(row) - value(other) with its paired 95 % interval."""
+        """Return value(row) - value(other) with its paired 95 % interval over items."""
         return paired_interval(
             objective or self.objective, row.scores, other.scores, self.base.scores
         )
@@ -98,8 +102,10 @@ class Comparison:
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the sealed-test table: gain over the base per term in percent, then
-    of the objective in its unit; terms under a `limit` say how many items were scored.
+    """Return the header and the rows of the table of a sealed test.
+
+    Each row has the gain over the base in every term, in percent, and in the objective, in its
+    unit; the first row has the scores of the base. Terms with a `limit` show the number of items.
     """
     labels = list(comparison.base.scores)
     objective, base = comparison.objective, comparison.base.scores
@@ -122,9 +128,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """Return what the sealed test says, a sentence per objective: merge against the best of the
-    others.
-    """
+    """Return one sentence for each objective that compares its merge with the best baseline."""
     rows: list[tuple[SealedRow, Objective | None]] = [(comparison.merge, None)]
     for name, weights in comparison.retarget.items():
         target = reweight(comparison.objective, weights)

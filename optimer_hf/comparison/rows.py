@@ -48,18 +48,18 @@ OF_ONE_VECTOR: tuple[RowKind, ...] = ("alone", "best_scale")
 
 
 def title_of(kind: RowKind, subject: str) -> str:
-    """Return the title of a row, without weights."""
+    """Return the title of a row, without its weights."""
     return TITLES[kind].format(subject)
 
 
-def marked(title: str, chosen_after_seal: bool) -> str:
-    """Return a title, marked for a row that was chosen after sealed scores had been seen."""
+def mark_title(title: str, chosen_after_seal: bool) -> str:
+    """Return a title, with a mark if the row was chosen after the seal was opened."""
     return title + " (chosen after the seal was opened)" * chosen_after_seal
 
 
-def rows_of(config: StudyConfig) -> list[tuple[RowKind, str]]:
-    """Return kind and subject of every row that a comparison of a study may have, in the order of
-    the table.
+def list_rows(config: StudyConfig) -> list[tuple[RowKind, str]]:
+    """Return the kind and subject of every row that the comparison of a study may have, in the
+    order of the table.
     """
     free, baselines = list(config.free), config.baselines
     rows: list[tuple[RowKind, str]] = [("base", "")]
@@ -76,19 +76,21 @@ def rows_of(config: StudyConfig) -> list[tuple[RowKind, str]]:
 
 
 def check_titles(config: StudyConfig) -> None:
-    """Raise ConfigError when two rows of a comparison would have one title."""
-    counts = Counter(title_of(kind, subject) for kind, subject in rows_of(config))
+    """Raise ConfigError if two rows of a comparison would have the same title."""
+    counts = Counter(title_of(kind, subject) for kind, subject in list_rows(config))
     for title, n in counts.items():
         if n > 1:
             raise ConfigError(
-                f"baselines: {title!r} is the name of another row. Give another name."
+                f"baselines: {title!r} is the title of another row. Choose another name."
             )
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Weights to score on the sealed test; `subject` is the vector, method, target or model that
-    the kind is about, empty for kinds of which there is one.
+    """Weights to score on the sealed test.
+
+    `subject` is the vector, method, target or model that the kind is about. It is empty for kinds
+    that occur once.
     """
 
     kind: RowKind
@@ -97,7 +99,7 @@ class Contender:
 
     @property
     def title(self) -> str:
-        """The name of the row in tables and figures."""
+        """Title of the row in tables and figures."""
         if self.kind == "alone":
             return f"{self.subject} at {self.weights[self.subject]}"
         title = title_of(self.kind, self.subject)
@@ -106,17 +108,17 @@ class Contender:
 
     @property
     def key(self) -> str:
-        """The weights as text: rows with equal keys are scored once."""
+        """The weights as text. Rows with equal keys are scored once."""
         return weights_key(self.weights)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the merge is compared with it: all but the merge and re-targeted merges."""
+        """Whether the merge is compared with it, as with all rows but re-targeted merges."""
         return self.kind not in ("merge", "retargeted")
 
 
 def weights_key(weights: Mapping[str, float]) -> str:
-    """Return weights as text, to six digits."""
+    """Return weights as text, rounded to six digits."""
     rounded = {name: round(weight, 6) + 0.0 for name, weight in weights.items()}
     return json.dumps(rounded, sort_keys=True)
 
@@ -125,8 +127,8 @@ def weights_key(weights: Mapping[str, float]) -> str:
 class SealedRow(Contender):
     """What weights scored on the sealed test: a line of sealed.jsonl.
 
-    `n_trials_known` is how many trials of the search had been recorded by then; `seconds` are
-    merge, evaluate, forward (a part of evaluate) and cpu.
+    `n_trials_known` counts the trials that the search had recorded by then. The phases of `seconds`
+    are merge, evaluate, forward (part of evaluate) and cpu.
     """
 
     __pydantic_config__ = STRICT_RECORD
@@ -139,5 +141,5 @@ class SealedRow(Contender):
 
     @property
     def marked_title(self) -> str:
-        """The title, marked when the row was chosen after sealed scores had been seen."""
-        return marked(self.title, self.chosen_after_seal)
+        """The title, with a mark if the row was chosen after the seal was opened."""
+        return mark_title(self.title, self.chosen_after_seal)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any, get_args
 
 from optimer_hf.comparison import baselines
 from optimer_hf.comparison.result import Comparison
@@ -20,18 +21,18 @@ from optimer_hf.comparison.rows import (
     Contender,
     SealedRow,
     check_titles,
-    weights_key,
 )
 from optimer_hf.comparison.sealed_file import SealedLog
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.files.digest import digest
+from optimer_hf.files.reference import absolute_reference
 from optimer_hf.files.text import slug
 from optimer_hf.progress import Meter
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
-from optimer_hf.study.config import StudyConfig, VectorConfig
-from optimer_hf.study.directory import Study, lock_directory
+from optimer_hf.study.config import MergeMethod, StudyConfig, VectorConfig
+from optimer_hf.study.directory import Study, load_study, lock_directory
 from optimer_hf.study.prediction import best_scale, predict
 from optimer_hf.study.trials import OF_TEST, Candidate, ChosenRow
 
@@ -120,6 +121,32 @@ def compare(
     return Comparison(rows, objective, study.config.retarget)
 
 
+def compare_study(
+    study_dir: Path, *, everything: bool = False, models: Sequence[str] = ()
+) -> Comparison:
+    """Score the baselines and the merge of the finished study in a directory on its sealed test.
+
+    `everything` adds all merge methods and random vectors; `models` adds models, each as a text
+    NAME=MODEL. Raises ConfigError for another text before anything is scored.
+    """
+    study = load_study(study_dir)
+    added = dict(_parse_model(text) for text in models)
+    known = study.config.baselines
+    changes: dict[str, Any] = {"models": known.models | added}
+    if everything:
+        changes |= {"merge_methods": [*get_args(MergeMethod)], "random_vectors": True}
+    wanted = known.model_copy(update=changes)
+    return compare(replace(study, config=study.config.model_copy(update={"baselines": wanted})))
+
+
+def _parse_model(text: str) -> tuple[str, str]:
+    """Return the name and the reference in a text NAME=MODEL."""
+    name, _, source = text.partition("=")
+    if not (name and source):
+        raise ConfigError(f"--model {text!r}: expected NAME=MODEL.")
+    return name, absolute_reference(source, Path.cwd())
+
+
 def _last_by_weights(contenders: Sequence[Contender]) -> list[Contender]:
     """Return one contender for each weight set, the last of those that share it."""
     return list({each.key: each for each in contenders}.values())
@@ -157,29 +184,6 @@ def _scratch_of(study: Study) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def recorded(study: Study) -> Comparison | None:
-    """Return the rows that were scored so far, without scoring any; None while the incumbent is not
-    among them.
-    """
-    config = study.config
-    if config.test is None:
-        return None
-    log = SealedLog(study.directory, config, repair=False)
-    rows = {(row.kind, row.subject): row for row in log.rows}  # of several, the last
-    base = next((row for row in rows.values() if not any(row.weights.values())), None)
-    merge = rows.get(("merge", ""))
-    if base is None or merge is None or merge.key != weights_key(study.best_trial.weights):
-        return None
-    # of rows with equal weights one was scored, as the last of them
-    others = [row for row in rows.values() if row is not base and row.is_baseline]
-    targets = [row for row in rows.values() if row.kind == "retargeted"]
-    retarget = {
-        name: weights for name, weights in config.retarget.items() if ("retargeted", name) in rows
-    }
-    first = replace(base, kind="base", subject="")
-    return Comparison([first, *others, merge, *targets], config.test, retarget)
 
 
 def _contenders(

@@ -7,12 +7,13 @@ row; they are read as rows here and nowhere else.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
 from pydantic import TypeAdapter
 
+from optimer_hf.comparison.result import Comparison
 from optimer_hf.comparison.rows import (
     OF_ONE_VECTOR,
     TITLES,
@@ -25,6 +26,7 @@ from optimer_hf.errors import StudyError
 from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.text import first_line, quote
 from optimer_hf.study.config import MergeMethod, StudyConfig
+from optimer_hf.study.directory import Study
 from optimer_hf.study.records import (
     LARGEST_COUNT,
     append_line,
@@ -120,6 +122,27 @@ def _parse(path: Path, number: int, line: str) -> SealedRow:
             f"{path}:{number}: not a row ({first_line(error)}). Remove the damaged line to go on "
             "without that row."
         ) from None
+
+
+def read_comparison(study: Study) -> Comparison | None:
+    """Return the rows that were scored so far; None if the best trial is not among them."""
+    config = study.config
+    if config.test is None:
+        return None
+    log = SealedLog(study.directory, config, repair=False)
+    rows = {(row.kind, row.subject): row for row in log.rows}  # the last of several
+    base = next((row for row in rows.values() if not any(row.weights.values())), None)
+    merge = rows.get(("merge", ""))
+    if base is None or merge is None or merge.key != weights_key(study.best_trial.weights):
+        return None
+    # of rows with equal weights, the last one was scored
+    others = [row for row in rows.values() if row is not base and row.is_baseline]
+    targets = [row for row in rows.values() if row.kind == "retargeted"]
+    retarget = {
+        name: weights for name, weights in config.retarget.items() if ("retargeted", name) in rows
+    }
+    first = replace(base, kind="base", subject="")
+    return Comparison([first, *others, merge, *targets], config.test, retarget)
 
 
 # -- files of version 0.1.0 ------------------------------------------------------------------------

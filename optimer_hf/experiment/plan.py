@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from optimer_hf.comparison.ledger import Ledger
-from optimer_hf.comparison.rows import rows_of
+from optimer_hf.comparison.rows import list_rows
 from optimer_hf.errors import ModelError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.reference import Reference
@@ -279,7 +279,7 @@ def _stages(
     stages.append(Stage("mixtures", f"{mixed:,} tokens", slowest * mixed))
     for name, settings in each.searches.items():
         stages += _searching(config.with_other_search(settings), probe, f"{name}: ")
-    n_rows = len(rows_of(config))  # at most: rows with equal weights are scored once
+    n_rows = len(list_rows(config))  # at most: rows with equal weights are scored once
     items, cost = _scoring(config.test.asked_terms("rescore"), probe)
     stages.append(Stage("sealed test", f"{n_rows} rows of {items:,} items", cost * n_rows))
     return stages

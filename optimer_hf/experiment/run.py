@@ -50,8 +50,8 @@ def run_recipe(run: Run) -> str:
     not ours.
     """
     from optimer_hf.comparison.ledger import StageCost
+    from optimer_hf.comparison.results_file import results_of
     from optimer_hf.comparison.sealed import compare
-    from optimer_hf.comparison.tables import to_json
     from optimer_hf.experiment import plan
     from optimer_hf.recipes.build import build
     from optimer_hf.recipes.write import write_recipe, write_vanilla
@@ -78,7 +78,7 @@ def run_recipe(run: Run) -> str:
         write = StageCost(seconds=round(perf_counter() - writing, 1))
         whole = StageCost(seconds=round(perf_counter() - started, 1), peak_bytes=plan.peak_memory())
         spent = spent.model_copy(update={"write": write, "this_invocation": whole})
-        write_text(run.out / "results.json", json.dumps(to_json(comparison), indent=2))
+        results_of(comparison).write(run.out / "results.json")
         write_text(run.out / "ledger.json", json.dumps(spent.to_json(), indent=2))
         write_text(run.out / "results.md", _results(run, comparison, study, spent))
         write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))

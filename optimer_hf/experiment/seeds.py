@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimer_hf.comparison.rows import RowKind, marked, title_of
+from optimer_hf.comparison.rows import RowKind, mark_title, title_of
 from optimer_hf.comparison.sealed_file import kind_of_title
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.folder import Run, load, run_of
@@ -215,7 +215,7 @@ def to_markdown(
     """Return the tables of rows and of the weights found."""
     numbers = [
         [
-            marked(row.title, row.chosen_after_seal),
+            mark_title(row.title, row.chosen_after_seal),
             unit.show(row.gain.mean),
             f"{unit.show(min(row.gain.values))} ... {unit.show(max(row.gain.values))}",
             "" if row.kind == "merge" else _shown(row.merge_minus, unit),

@@ -9,14 +9,14 @@ CARD_FIGURES = ("sealed", "terms", "weights", "progress", "slices", "front", "co
 
 
 class Caption(FileModel):
-    """What a figure on disk shows and what to conclude from it."""
+    """The title of a figure on disk, and what to conclude from it."""
 
     title: str
     conclusion: str
 
 
 class Captions(VersionedFile):
-    """captions.json beside the figures: the weights of the merge they are of, and their texts."""
+    """captions.json beside the figures: their texts, and the weights of the merge they show."""
 
     weights: dict[str, float]
     captions: dict[str, Caption]

@@ -1,4 +1,4 @@
-"""How the figures of a report are drawn."""
+"""Draw the figures of a report and write them as SVG, PNG or PDF."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 INK = "#1b1b1f"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito 2008
-PAGE_COLOURS = {  # what a page in dark mode has another shade of
+PAGE_COLOURS = {  # colours with another shade in dark mode
     INK: "currentColor",
     COLOURS[0]: "var(--blue)",
     COLOURS[1]: "var(--accent)",
@@ -50,7 +50,7 @@ STYLE = {
 }
 WIDTH = 5.2  # inches: at 72 points an inch, a phone shows a figure at its own size
 
-FIGURE_METADATA = {  # of a figure file, by suffix; what would differ from one drawing to the next
+FIGURE_METADATA = {  # by suffix; None removes what differs from one drawing to the next
     ".png": {"Software": None},
     ".svg": {"Date": None, "Creator": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
@@ -59,7 +59,7 @@ FIGURE_METADATA = {  # of a figure file, by suffix; what would differ from one d
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with what to conclude from it and what it shows, for those who cannot see it."""
+    """A figure, what to conclude from it, and a text for readers who cannot see it (`shows`)."""
 
     name: str
     title: str
@@ -68,9 +68,10 @@ class Panel:
     figure: "Figure"
 
 
-def _draw_interval(
+def draw_interval(
     axis: "Axes", at: float, interval: Interval, marked: bool, factor: float = 100.0
 ) -> None:
+    """Draw a difference as a point with a bar for its interval, at a height of the axis."""
     middle, low, high = (factor * v for v in (interval.difference, interval.low, interval.high))
     colour = COLOURS[1] if marked else COLOURS[0]
     if interval.kind != "none":
@@ -82,7 +83,8 @@ def _draw_interval(
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def use_style() -> Iterator[None]:
+    """Draw with the style of a report inside a `with` statement."""
     import matplotlib
     from cycler import cycler
 
@@ -91,29 +93,34 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Sequence["Axes"]]:
+def make_figure(
+    height: float, rows: int = 1, columns: int = 1
+) -> tuple["Figure", Sequence["Axes"]]:
+    """Return a figure of a height in inches, and its axes row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _label(row: SealedRow) -> str:
-    """Return the title of a row as it fits beside a figure, with a star that `_note` explains."""
+def row_label(row: SealedRow) -> str:
+    """Return the title of a row, shortened for a figure; `seal_note` explains its star."""
     title = row.title if len(row.title) <= 34 else f"{row.title[:32]}…"
     return title + " *" * row.chosen_after_seal
 
 
-def _note(rows: Sequence[SealedRow]) -> str:
+def seal_note(rows: Sequence[SealedRow]) -> str:
+    """Return a line that explains the stars of some rows; nothing if they have none."""
     return "\n* chosen after the seal was opened" * any(row.chosen_after_seal for row in rows)
 
 
-def _seconds(trial: Trial) -> float:
+def seconds_of(trial: Trial) -> float:
+    """Return how long a trial took. Its forward passes are part of its evaluation."""
     return sum(value for phase, value in trial.seconds.items() if phase != "forward")
 
 
-def _svg(panel: Panel) -> str:
-    """Return a figure as an inline SVG with a text for screen readers; ids are unique in a page."""
+def to_svg(panel: Panel) -> str:
+    """Return a figure as inline SVG with a text for screen readers and ids unique in a page."""
     buffer = io.StringIO()
     panel.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -129,8 +136,8 @@ def _svg(panel: Panel) -> str:
     return text.strip()
 
 
-def _write_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure without metadata: the same figure gives the same bytes."""
+def write_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure without metadata, so that the same figure gives the same bytes."""
     bare: Any = FIGURE_METADATA[path.suffix]
     with replacing(path) as partial:
         figure.savefig(partial, dpi=160, facecolor="white", metadata=bare)

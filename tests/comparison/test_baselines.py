@@ -11,8 +11,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from optimer_hf.comparison.baselines import models, write_random_like
+from optimer_hf.comparison.results_file import results_of
 from optimer_hf.comparison.sealed import compare
-from optimer_hf.comparison.tables import intervals_to_markdown, to_json, to_markdown
+from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.files.digest import digest
 from optimer_hf.merging.resident import ResidentModel
@@ -212,7 +213,7 @@ def test_the_figure_shows_every_row(suffix, tmp_path):
     study = search(config_of(**changes), tmp_path / "s", runner=InProcess(FunctionPool))
     comparison = compare(study, pool=FunctionPool)
     file = tmp_path / f"figure.{suffix}"
-    write_sealed_figure(study, comparison, file)
+    write_sealed_figure(comparison, file)
     assert file.stat().st_size > 5000
     if suffix == "svg":
         for row in comparison.rows[1:]:
@@ -220,7 +221,7 @@ def test_the_figure_shows_every_row(suffix, tmp_path):
         assert "chosen after" not in file.read_text()
         late = replace(comparison.rows[1], kind="model", subject="m" * 60, chosen_after_seal=True)
         rows = [late if row.kind == "average" else row for row in comparison.rows]
-        write_sealed_figure(study, replace(comparison, rows=rows), file)
+        write_sealed_figure(replace(comparison, rows=rows), file)
         assert f"{'m' * 32}… *" in file.read_text()
         assert "* chosen after the seal was opened" in file.read_text()
 
@@ -293,7 +294,7 @@ def test_a_model_cannot_take_the_name_of_another_row(name, tmp_path):
         config_of(**SEALED, retarget=retarget), tmp_path / "s", runner=InProcess(FunctionPool)
     )
     joined = study.config.model_copy(update={"baselines": Baselines(models={name: "you/model"})})
-    with pytest.raises(ConfigError, match="is the name of another row"):
+    with pytest.raises(ConfigError, match="is the title of another row"):
         compare(replace(study, config=joined), pool=no_pool_for("nothing"))
     with pytest.raises(ValueError, match="two are called 'm'"):
         config_of(baselines={"models": {"m": "you/m"}, "mixtures": {"m": {}}})
@@ -311,13 +312,11 @@ def test_what_joins_after_the_seal_was_opened_is_marked_everywhere(tmp_path):
     assert marked == ["later"]
     for text in (to_markdown(comparison), intervals_to_markdown(comparison)):
         assert "later (chosen after the seal was opened)" in text
-    rows = {row["name"]: row for row in to_json(comparison)["rows"]}
-    assert rows["searched merge"]["merge_minus"]["difference"] == 0.0
-    assert rows["searched merge"]["merge_minus"]["low"] is None, (
-        "a row beside itself has no interval"
-    )
-    assert rows["later"]["merge_minus"]["difference"] == pytest.approx(
-        rows["searched merge"]["value"] - rows["later"]["value"]
+    rows = {row.name: row for row in results_of(comparison).rows}
+    assert rows["searched merge"].merge_minus.difference == 0.0
+    assert rows["searched merge"].merge_minus.low is None, "a row beside itself has no interval"
+    assert rows["later"].merge_minus.difference == pytest.approx(
+        rows["searched merge"].value - rows["later"].value
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from optimer_hf.comparison.costs import against_mixtures, ledger, trial_cost
+from optimer_hf.comparison.costs import ledger, mixture_cost, trial_cost
 from optimer_hf.comparison.ledger import TrialCost
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
@@ -30,7 +30,7 @@ def test_items_are_counted_over_terms_and_trials(tmp_path):
 
 
 def test_a_mixture_attempt_trains_on_all_tokens_and_is_evaluated_once():
-    found = against_mixtures(1000.0, 60.0, TrialCost(n=20, seconds=50.0))
+    found = mixture_cost(1000.0, 60.0, TrialCost(n=20, seconds=50.0))
     assert found.model_dump() == {
         "attempts": 20,
         "seconds": 20 * 1000 + 50,

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from optimer_hf.comparison.result import table, verdicts
+from optimer_hf.comparison.results_file import results_of
 from optimer_hf.comparison.sealed import candidates, compare
 from optimer_hf.comparison.sealed_file import SealedLog
-from optimer_hf.comparison.tables import to_json, to_markdown
+from optimer_hf.comparison.tables import to_markdown
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
@@ -58,7 +59,7 @@ def test_constraints_of_the_test_are_scored_and_shown_like_terms(tmp_path):
     )
     comparison = compare(study, pool=FunctionPool)
     assert set(comparison.merge.scores) == {"t", "u", "q"}
-    assert to_json(comparison) and to_markdown(comparison)
+    assert results_of(comparison) and to_markdown(comparison)
 
 
 def test_all_baselines_stand_beside_the_merge(study):
@@ -152,7 +153,7 @@ def test_the_merge_is_compared_with_the_best_of_the_others(study):
 
 def test_tables_in_markdown_and_json_say_the_same(study):
     comparison = compare(study, pool=FunctionPool)
-    data = json.loads(json.dumps(to_json(comparison)))
+    data = results_of(comparison).model_dump(mode="json")
     text = to_markdown(comparison)
     for row in data["rows"]:
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {row['name']} |")]

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from optimer_hf.comparison.sealed import compare, recorded
-from optimer_hf.comparison.sealed_file import SealedLog, kind_of_title
+from optimer_hf.comparison.sealed import compare
+from optimer_hf.comparison.sealed_file import SealedLog, kind_of_title, read_comparison
 from optimer_hf.errors import StudyError
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
@@ -64,10 +64,10 @@ def test_rows_are_recorded_by_kind_and_subject(study):
 @pytest.mark.parametrize("n", [None, 3])
 def test_rows_of_0_1_0_are_read_as_those_of_today(study, n):
     rows = SealedLog(study.directory, study.config).rows
-    before = recorded(study)
+    before = read_comparison(study)
     write_as_trials(study, n)
     assert SealedLog(study.directory, study.config).rows == rows
-    assert recorded(study) == before
+    assert read_comparison(study) == before
     assert compare(study, pool=no_pool_for("everything")).rows[0] == before.base
 
 
@@ -91,7 +91,7 @@ def test_a_trial_that_is_no_row_is_named_with_its_line(study, changes):
     lines[1] |= changes
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(StudyError, match=r"sealed\.jsonl:2: .*expected sealed and ok"):
-        recorded(study)
+        read_comparison(study)
 
 
 @pytest.mark.parametrize(

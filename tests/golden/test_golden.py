@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from optimer_hf.comparison.sealed import recorded
+from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.models.resolve import resolve_base
 from optimer_hf.recipes.record import Recipe
@@ -49,7 +49,7 @@ def test_a_finished_study_is_not_searched_again(golden: Path):
 
 def test_the_rows_of_the_sealed_test_are_read(golden: Path):
     study = load_study(golden / "runs" / "tiny")
-    comparison = recorded(study)
+    comparison = read_comparison(study)
     results = json.loads((golden / "runs" / "tiny" / "results.json").read_text(encoding="utf-8"))
     known = {row["name"]: row["value"] for row in results["rows"]}
     assert comparison is not None

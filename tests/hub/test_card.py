@@ -3,7 +3,7 @@
 import pytest
 from markdown_it import MarkdownIt
 
-from optimer_hf.comparison.costs import against_mixtures
+from optimer_hf.comparison.costs import mixture_cost
 from optimer_hf.comparison.ledger import Ledger, TrialCost
 from optimer_hf.errors import HubError
 from optimer_hf.hub.card import (
@@ -79,7 +79,7 @@ def test_a_card_without_metadata_is_all_text():
 
 def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
     search = TrialCost(n=3, items=12, seconds=2.5)
-    ledger = Ledger(search=search, data_mixture=against_mixtures(1e6, 2.5, search))
+    ledger = Ledger(search=search, data_mixture=mixture_cost(1e6, 2.5, search))
     facts = recipe_facts(
         {"a": 1.0, "b": -0.5, "c": 0.0}, ledger, "text\n\n| x |\n| - |\n\nmore", {}
     )

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from optimer_hf.cli import main
 from optimer_hf.comparison.result import verdicts
-from optimer_hf.comparison.sealed import compare, recorded
+from optimer_hf.comparison.sealed import compare
+from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.merging.geometry import read_or_measure
 from optimer_hf.report.captions import CARD_FIGURES, Captions
 from optimer_hf.report.page import write_figures, write_report
@@ -85,7 +86,7 @@ def test_the_same_study_gives_the_same_page(study, page, tmp_path):
 
 def test_the_conclusions_say_what_the_numbers_say(study, tmp_path):
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
-    comparison = recorded(study)
+    comparison = read_comparison(study)
     assert comparison is not None
     assert panels["sealed"].conclusion.lower() == verdicts(comparison)[0].lower()
     better = [
@@ -100,7 +101,7 @@ def test_the_conclusions_say_what_the_numbers_say(study, tmp_path):
 
 def test_recorded_rows_are_those_that_compare_scored(study):
     again = compare(study, pool=lambda config: pytest.fail("nothing is left to score"))
-    found = recorded(study)
+    found = read_comparison(study)
     weights = [row.weights for row in again.rows]
     assert all(row.weights in weights for row in found.rows)
     assert {row.title for row in again.rows} >= {row.title for row in found.rows}
@@ -113,7 +114,7 @@ def test_a_merge_that_was_not_scored_has_no_sealed_figure(study, tmp_path):
     longer = replace(study, log=empty[0], decisions=empty[1])
     longer.log.trials = [t for t in study.log.trials if t.fidelity == "search"][:4]
     longer.take_best_so_far()
-    assert recorded(longer) is None
+    assert read_comparison(longer) is None
     assert "sealed" not in {panel.name for panel in write_report(longer, tmp_path / "r.html")}
 
 
@@ -146,8 +147,8 @@ def test_weights_that_are_fixed_stand_beside_the_searched_ones(tmp_path):
     found = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
     panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
     assert panels["progress"].conclusion.startswith("The last 5 trials raised the best score")
-    assert "Fixed by the study, in every trial: x 0.5." in panels["weights"].conclusion
-    assert "Fixed by the study, in every trial: x 0.5." in panels["weights"].shows
+    assert "The study fixes in every trial: x 0.5." in panels["weights"].conclusion
+    assert "The study fixes in every trial: x 0.5." in panels["weights"].shows
 
 
 @pytest.mark.parametrize("combine", ["weighted_mean", "worst"])

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from optimer_hf.cli import main
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.comparison.result import table, verdicts
+from optimer_hf.comparison.results_file import results_of
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.summary import front_lines
-from optimer_hf.comparison.tables import intervals_to_markdown, to_json, to_markdown
+from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
 from optimer_hf.hub import card
 from optimer_hf.recipes.write import _scores
 from optimer_hf.report.page import write_report
@@ -97,7 +98,7 @@ def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, rule, pool):
     assert panels["sealed"].conclusion.lower() == verdict.lower()
     unit = Unit.of(study.config.objective)
     best = max(map(study.value, study.trials)) - study.value(study.trials[0])
-    assert f"best so far, {unit.show(best)} at the end" in panels["progress"].shows
+    assert f"best gain so far, {unit.show(best)} at the end" in panels["progress"].shows
     assert shown in to_markdown(comparison)
     printed = "\n".join(front_lines(study))
     assert f"gains over {study.baseline}" in printed
@@ -138,13 +139,14 @@ def test_the_report_leads_with_the_sealed_test_and_says_of_what_each_number_is(t
     study = study_of(tmp_path / "s", vectors=vectors)
     write_report(study, tmp_path / "before.html")
     before = lead(tmp_path / "before.html")
-    assert before.startswith("The best of 9 trials") and "over the base with z at 0.5, +" in before
-    assert "on the items on which the best trials were scored again" in before
+    assert before.startswith("The best of 9 trials")
+    where = "the items on which the best trials were scored again"
+    assert f"gain over the base with z at 0.5 on {where}: +" in before
     comparison = compare(study, pool=Losses)
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "after.html")}
     after = lead(tmp_path / "after.html")
     assert after.startswith(f"On the sealed test: {verdicts(comparison)[0]}")
-    assert before.split(" Weights")[0] in after
+    assert before.split(" This score")[0] in after
     assert "over the base with z at 0.5" in panels["progress"].conclusion
     assert "over the base with z at 0.5 on the items of the search" in panels["progress"].shows
     assert "The merge against the base:" in panels["terms"].conclusion
@@ -159,7 +161,7 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
     study = study_of(tmp_path / "s", pool=TwoItems)
     comparison = compare(study, pool=TwoItems)
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
-    sealed = to_json(comparison)
+    sealed = results_of(comparison)
     recipe = _scores(study, study.best_trial, comparison)
     facts = card.recipe_facts({"w": 1.0}, Ledger(), to_markdown(comparison), {})
     said = [
@@ -174,17 +176,17 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
     ]
     for text in said:
         assert "too few items to tell" in text, text
-        assert not re.search(r"better|worse|significant", text.replace("when it is better", "")), (
-            text
-        )
+        assert not re.search(
+            r"better|worse|significant", text.replace("larger gains are better", "")
+        ), text
     assert "better" not in facts["results"]
-    for row in sealed["rows"]:
-        assert row["over_base"]["verdict"] == "too few items to tell (2 in term 't')"
+    for row in sealed.rows:
+        assert row.over_base.verdict == "too few items to tell (2 in term 't')"
+        assert row.over_base.has_few_items
 
 
 def test_a_row_beside_itself_has_no_interval_in_json(tmp_path):
     comparison = compare(study_of(tmp_path / "s"), pool=Losses)
-    rows = {row["name"]: row for row in to_json(comparison)["rows"]}
-    own = rows["searched merge"]["merge_minus"]
-    assert (own["difference"], own["low"], own["high"]) == (0.0, None, None)
-    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    rows = {row.name: row for row in results_of(comparison).rows}
+    own = rows["searched merge"].merge_minus
+    assert (own.difference, own.low, own.high) == (0.0, None, None)

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from optimer_hf.cli import main
 from optimer_hf.comparison.costs import ledger
-from optimer_hf.comparison.sealed import compare, recorded
-from optimer_hf.comparison.tables import to_json, to_markdown
+from optimer_hf.comparison.results_file import results_of
+from optimer_hf.comparison.sealed import compare
+from optimer_hf.comparison.sealed_file import read_comparison
+from optimer_hf.comparison.tables import to_markdown
 from optimer_hf.errors import EvaluationError, HubError, OptimerError, StudyError
 from optimer_hf.hub.untrusted import check_pulled
 from optimer_hf.recipes.record import Lock, Recipe
@@ -227,8 +229,8 @@ def use(directory: Path) -> None:
     assert study.best_trial and study.over_base(study.best_trial)
     study.over_next(), study.rank_trials(), front(study), ledger(study)
     assert np.isfinite(predict(study).value)
-    if (sealed := recorded(study)) is not None:
-        json.dumps(to_json(sealed), allow_nan=False)
+    if (sealed := read_comparison(study)) is not None:
+        json.dumps(results_of(sealed).model_dump(mode="json"), allow_nan=False)
         to_markdown(sealed)
 
 
@@ -265,7 +267,7 @@ def test_damage_in_the_trials_is_named_with_file_and_line(name, copy):
 def test_damage_in_the_sealed_scores_is_named_with_file_and_line(change, message, copy):
     damage(copy / "sealed.jsonl", change)
     study = load_study(copy)
-    for reader in (recorded, lambda study: compare(study, pool=no_pool)):
+    for reader in (read_comparison, lambda study: compare(study, pool=no_pool)):
         with pytest.raises(StudyError, match=f"sealed.jsonl(?:{message})"):
             reader(study)
 

@@ -1,0 +1,29 @@
+"""A study file -> its search, and the recipe of its best merge."""
+
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.comparison.costs import ledger
+from optimer_hf.recipes.write import write_recipe
+from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import Runner
+from optimer_hf.searching.study_file import merge_config_of_study, read_study
+from optimer_hf.study.directory import Study
+
+
+def search_study(
+    path: Path,
+    study_dir: Path,
+    *,
+    objective: Path | None = None,
+    n_trials: int | None = None,
+    runner: Runner | None = None,
+) -> tuple[Study, dict[str, Any]]:
+    """Search the study of a file, see `read_study`, into a directory, write its recipe there, and
+    return the study with the mergekit config of its best merge. Trials run with `runner`, see
+    `searching.loop.search`.
+    """
+    config = read_study(path, objective=objective, n_trials=n_trials)
+    study = search(config, study_dir, runner=runner)
+    write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger(study))
+    return study, merge_config_of_study(config, study.best_trial.weights, path)

@@ -1,0 +1,87 @@
+"""A study or a recipe -> the mixture ratios that its weights stand for, and a train file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.recipes.record import Recipe
+from optimer_hf.study.directory import load_study
+from optimer_hf.training import mixture
+from optimer_hf.training.config import MOST_TOKENS, TrainConfig, is_count_of_tokens
+
+
+@dataclass(frozen=True)
+class SourceRatios:
+    """Mixture ratios read from a study or a recipe, the weights behind them, and the vectors
+    without a share, each with the reason.
+    """
+
+    ratios: mixture.Ratios
+    weights: dict[str, float]
+    reasons: dict[str, str]
+
+
+def ratios_of(
+    source: Path,
+    train_yamls: Sequence[Path] = (),
+    *,
+    out: Path | None = None,
+    max_tokens: int | None = None,
+    tokens: Sequence[str] = (),
+    without: Sequence[str] = (),
+) -> SourceRatios:
+    """Return the mixture ratios that the weights of a study directory or a recipe stand for; with
+    the train files of its vectors, write the run that retrains with them to `out`.
+
+    `tokens` are texts NAME=N, for vectors that do not record how many tokens they were trained on;
+    `without` names the vectors to leave out. `max_tokens` is the length of the run (None: the
+    tokens of all vectors together). Raises ConfigError for names that the source does not have.
+    """
+    if (out is None) != (not train_yamls):
+        raise ConfigError("TRAIN_YAML and --out go together: what to mix, and where to write it.")
+    weights, sources = _weights_of(source, without)
+    given = _numbers(tokens, sources)
+    known = given | mixture.training_tokens({n: s for n, s in sources.items() if n not in given})
+    ratios = mixture.ratios_of(weights, known)
+    reasons = {n: f"weight {weights[n]:g} is not above 0" for n in ratios.left_out}
+    reasons |= dict.fromkeys(without, "--without")
+    ratios.left_out.extend(without)
+    if out is not None:
+        trainings = {training.name: training for training in map(TrainConfig.read, train_yamls)}
+        n_tokens = max_tokens or sum(known.values())
+        mixed = mixture.mix_runs(trainings, ratios.shares, name="mixture", max_tokens=n_tokens)
+        mixture.write_mixture(mixed, out)
+    return SourceRatios(ratios, weights, reasons)
+
+
+def _weights_of(source: Path, without: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Return weights and sources of the vectors of a study directory or of a recipe, but those of
+    some names.
+    """
+    if source.is_dir():
+        study = load_study(source)
+        weights = study.best_trial.weights
+        sources = {name: str(v.source) for name, v in study.config.vectors.items()}
+    else:
+        recipe = Recipe.read(source)
+        weights = recipe.weights
+        sources = {name: vector.source for name, vector in recipe.vectors.items()}
+    for name in without:
+        if name not in sources:
+            raise ConfigError(f"--without {name}: no vector is called so; known: {[*sources]}.")
+    kept = [name for name in sources if name not in without]
+    return {name: weights[name] for name in kept}, {name: sources[name] for name in kept}
+
+
+def _numbers(texts: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
+    numbers = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if name not in names or not is_count_of_tokens(number):
+            raise ConfigError(
+                f"--tokens {text!r}: expected NAME=N with one of {sorted(names)} and a number of "
+                f"tokens up to {MOST_TOKENS:,}."
+            )
+        numbers[name] = int(number)
+    return numbers
