@@ -32,7 +32,7 @@ from huggingface_hub import constants
 
 from optimer_hf.cli import main
 from optimer_hf.study.config import StudyConfig
-from tests.support.gguf import write_gguf
+from tests.support.gguf import write_llama
 from tests.support.minihub.running import HUB
 from tests.support.pages import ROOT, Section, sections
 from tests.support.pages_world import BASE, DEMO_BASE, TOKEN, USER, write_files, write_models
@@ -160,7 +160,7 @@ def made(
     out = tmp_path_factory.mktemp("pages")
     (out / "world").mkdir()
     write_files(out / "world", corpus_dir)
-    write_gguf(out / "world" / "tiny.gguf", tiny_model("llama"), tokenizer)
+    write_llama(out / "world" / "tiny.gguf", tiny_model("llama"), tokenizer)
     write_models(out / "world", make_base, make_tuned, make_adapter, out)
     shutil.copytree(out / "world", out / "plain")
     return out

@@ -18,35 +18,17 @@ from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import train
 from optimer_hf.vectors.delta import extract, write_record
 from optimer_hf.vectors.opening import open_vector
-from tests.support.tiny import VOCABULARY, bits
+from tests.support.tiny import GROUPED, VOCABULARY, WIDE, bits, gemma3_multimodal, qwen35_multimodal
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-GROUPED = COMMON | {"num_key_value_heads": 2}
 EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
 
 
-def gemma3_multimodal():
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    return transformers.Gemma3Config(
-        text_config=GROUPED | {"head_dim": 16},
-        vision_config=vision
-        | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False},
-        mm_tokens_per_image=1,
-    )
-
-
 ARCHITECTURES = {
-    "Gemma3ForConditionalGeneration": gemma3_multimodal,
+    "Gemma3ForConditionalGeneration": lambda: gemma3_multimodal(head_dim=16),
     "LlamaForCausalLM": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
     "Qwen3ForCausalLM": lambda: transformers.Qwen3Config(**GROUPED, head_dim=8),
     "MistralForCausalLM": lambda: transformers.MistralConfig(**GROUPED),
-    "GPTNeoXForCausalLM": lambda: transformers.GPTNeoXConfig(**COMMON),
+    "GPTNeoXForCausalLM": lambda: transformers.GPTNeoXConfig(**WIDE),
     "MambaForCausalLM": lambda: transformers.MambaConfig(
         vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2
     ),
@@ -133,23 +115,8 @@ def test_every_architecture_is_searched_in_place_with_the_weights_that_are_writt
             assert torch.equal(bits(held.read(name).to(torch.bfloat16)), bits(written.read(name)))
 
 
-def qwen35_multimodal():
-    """Loaded as its language part alone, under names without the prefix of the checkpoint."""
-    return transformers.Qwen3_5Config(
-        text_config=GROUPED | {"head_dim": 8, "layer_types": ["full_attention"] * 2},
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 4,
-        },
-    )
-
-
 RENAMED = {
-    "Gemma3ForConditionalGeneration": gemma3_multimodal,
+    "Gemma3ForConditionalGeneration": lambda: gemma3_multimodal(head_dim=16),
     "MixtralForCausalLM": ARCHITECTURES["MixtralForCausalLM"],
     "Qwen3_5ForConditionalGeneration": qwen35_multimodal,
 }
@@ -187,7 +154,7 @@ def test_adapters_of_models_that_transformers_renames_are_merged_as_peft_merges_
 
 def test_a_multimodal_gemma_is_trained_and_searched(save_model, corpus_dir, tmp_path):
     torch.manual_seed(0)
-    path = save_model(transformers.Gemma3ForConditionalGeneration(gemma3_multimodal()))
+    path = save_model(transformers.Gemma3ForConditionalGeneration(gemma3_multimodal(head_dim=16)))
     for name in ("aaa", "xyz"):
         config = TrainConfig(
             name=name,

@@ -1,92 +1,24 @@
+"""Safetensors directories as they are read: every tensor once, or an error that names the file."""
+
 import json
-import math
 import os
-import threading
+import struct
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from optimer_hf.errors import ModelError, OptimerError, OutputError
+from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.models import blocks as blocks_module
-from optimer_hf.models.blocks import compute_ahead, matrix_shape, row_blocks
-from optimer_hf.models.checkpoint import Checkpoint, Loaded
+from optimer_hf.models.blocks import matrix_shape, row_blocks
+from optimer_hf.models.checkpoint import LARGEST_HEADER, MOST_TENSORS, Checkpoint, Loaded
 from optimer_hf.models.layout import weight_files, weight_states, weights_fingerprint
-from optimer_hf.models.shards import write_safetensors, write_sharded
-
-# -- blocks ----------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 200))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_row_blocks_cover_every_row_once_and_stay_small(monkeypatch, shape, chunk):
-    monkeypatch.setattr(blocks_module, "CHUNK_ELEMENTS", chunk)
-    blocks = row_blocks(tuple(shape))
-    n_rows, *columns_of = matrix_shape(tuple(shape))
-    rows = [row for block in blocks for row in range(n_rows)[block]]
-    assert rows == list(range(n_rows))
-    columns = math.prod(columns_of)
-    assert n_rows * columns == math.prod(shape)
-    assert all((block.stop - block.start) * columns <= max(chunk, columns) for block in blocks)
-
-
-def test_a_scalar_is_one_block():
-    assert torch.tensor(3.0)[()] == 3.0
-    assert row_blocks(()) == [slice(0, 1)]
-
-
-def test_files_of_every_dtype_and_shape_are_read_back_by_safetensors(tmp_path):
-    torch.manual_seed(0)
-    tensors = {
-        "matrix": torch.randn(7, 5).bfloat16(),
-        "half": torch.randn(3).half(),
-        "cube": torch.randn(2, 3, 4),
-        "double": torch.randn(3, 2).double(),
-        "scalar": torch.tensor(2.5),
-        "counts": torch.arange(6).reshape(2, 3),
-        "flags": torch.tensor([True, False, True]),
-        "empty": torch.zeros(0, 4),
-    }
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_safetensors(tmp_path / "x.safetensors", specs, tensors.values())
-    found = load_file(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
-
-
-def test_a_file_with_too_few_bytes_is_an_error(tmp_path):
-    with pytest.raises(OutputError, match=r"wrote 16 of 24 bytes"):
-        write_safetensors(
-            tmp_path / "x.safetensors", {"a": (torch.float32, (6,))}, [torch.zeros(4)]
-        )
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 200))
-@settings(deadline=None, max_examples=25)
-def test_shards_hold_every_tensor_once_and_keep_the_size_limit(
-    tmp_path_factory, lengths, max_shard_size
-):
-    out = tmp_path_factory.mktemp("shards")
-    tensors = {f"t{i}": torch.arange(n, dtype=torch.float32) + i for i, n in enumerate(lengths)}
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_sharded(out, "model", specs, lambda name, rows: tensors[name][rows], max_shard_size)
-    checkpoint = Checkpoint(out)
-    assert checkpoint.names == sorted(tensors)
-    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
-    for file in out.glob("*.safetensors"):
-        shard = load_file(file)
-        assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard.values()) <= max_shard_size
-    index = out / "model.safetensors.index.json"
-    assert index.exists() == (len(list(out.glob("*.safetensors"))) > 1)
-    if index.exists():
-        data = json.loads(index.read_text(encoding="utf-8"))
-        assert data["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
-        assert all(name in load_file(out / file) for name, file in data["weight_map"].items())
+from optimer_hf.models.shards import write_sharded
+from tests.support.damage import damage
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 3), (2, 3, 4), (2, 2, 2, 2)])
@@ -106,44 +38,6 @@ def test_row_blocks_of_a_file_and_of_memory_are_the_rows_of_the_matrix_form(
         assert torch.equal(source.read("x"), tensor)
         for rows in row_blocks(shape):
             assert torch.equal(source.read_rows("x", rows), matrix[rows])
-
-
-def test_blocks_are_computed_by_several_threads_and_come_in_order():
-    seen: set[int] = set()
-    both = threading.Barrier(2, timeout=30)  # two blocks are under way at the same time
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-
-    def compute(name: str, rows: slice) -> str:
-        seen.add(threading.get_ident())
-        both.wait()
-        assert torch.get_num_threads() == 1
-        return f"{name}{rows.start}"
-
-    try:
-        arguments = [(name, slice(i, i + 1)) for name in "ab" for i in range(6)]
-        found = list(compute_ahead(compute, arguments))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
-    assert found == [f"{name}{rows.start}" for name, rows in arguments]
-    assert len(seen) == 2
-    assert threading.get_ident() not in seen
-
-
-def test_an_error_in_a_thread_stops_the_rest():
-    started = []
-    threads = torch.get_num_threads()
-
-    def compute(name: str, rows: slice) -> None:
-        started.append(rows.start)
-        if rows.start == 3:
-            raise ModelError("three")
-
-    with pytest.raises(ModelError, match="three"):
-        list(compute_ahead(compute, [("x", slice(i, i + 1)) for i in range(10_000)]))
-    assert len(started) < 100 * threads
-    assert torch.get_num_threads() == threads
 
 
 # -- damaged directories ---------------------------------------------------------------------------
@@ -178,17 +72,6 @@ def test_a_single_file_wins_over_a_stale_index_as_in_transformers(sharded):
     save_file({"whole": torch.ones(1)}, sharded / "model.safetensors")
     assert Checkpoint(sharded).names == ["whole"]
     assert weight_files(sharded).keys() == {"model.safetensors"}
-
-
-def test_all_files_count_where_nothing_says_which_are_read_and_in_an_adapter(tmp_path):
-    for name in ("consolidated", "b"):
-        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    both = {"b.safetensors", "consolidated.safetensors"}
-    assert weight_files(tmp_path).keys() == both
-    save_file({"c": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert weight_files(tmp_path).keys() == {"model.safetensors"}
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert weight_files(tmp_path).keys() == {*both, "model.safetensors", "adapter_config.json"}
 
 
 @pytest.mark.parametrize("name", ["", "..", "gone.safetensors"])
@@ -320,7 +203,7 @@ def mutations(draw):
 @settings(
     deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_a_mutated_file_gives_tensors_or_our_error_and_nothing_else(tmp_path_factory, data):
+def test_a_file_with_other_bytes_is_read_or_refused_by_an_error_of_ours(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "mutated"
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes(data)
@@ -328,5 +211,77 @@ def test_a_mutated_file_gives_tensors_or_our_error_and_nothing_else(tmp_path_fac
         checkpoint = Checkpoint(folder)
         for name in checkpoint.names:
             assert checkpoint.read(name).shape == checkpoint.shape(name)
+    except OptimerError as error:
+        assert str(folder) in str(error)
+
+
+def write_raw(path: Path, header: bytes, data: bytes = b"", size: int | None = None) -> Path:
+    """Write a safetensors file with a header as it is."""
+    path.write_bytes(struct.pack("<Q", len(header) if size is None else size) + header + data)
+    return path
+
+
+def entry(shape: list, offsets: tuple = (0, 0), dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (json.dumps({"a": entry([2**62, 0])}), r"a tensor of shape \[4611686018427387904, 0\]"),
+        (json.dumps({"a": entry([0, 2**45])}), "a tensor of shape"),
+        (json.dumps({f"t{n}": entry([0]) for n in range(MOST_TENSORS + 1)}), "names more than"),
+        ("[" * 1_000, "not a readable safetensors file"),
+        ('{"__metadata__": ' + "[" * 100_000, "not a readable safetensors file"),
+        (json.dumps({"a": entry([1])}), "not a readable safetensors file"),
+        (json.dumps({"a": entry(["x"])}), "not a readable safetensors file"),
+        (json.dumps({"a": entry([-1])}), "not a readable safetensors file"),
+        (json.dumps([]), "not a readable safetensors file"),
+        ("", "not a readable safetensors file"),
+    ],
+)
+def test_a_header_that_no_file_can_have_is_refused_at_once(tmp_path, header, message):
+    write_raw(tmp_path / "model.safetensors", header.encode())
+    started = time.process_time()
+    with pytest.raises(ModelError, match=rf"model\.safetensors: .*{message}"):
+        Checkpoint(tmp_path)
+    assert time.process_time() - started < 5
+
+
+def test_a_header_that_says_it_is_huge_is_not_read(tmp_path):
+    write_raw(tmp_path / "model.safetensors", b"{}", size=2**62)
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        Checkpoint(tmp_path)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", 2 * LARGEST_HEADER))
+        file.truncate(3 * LARGEST_HEADER)
+    with pytest.raises(ModelError, match="its header names more than"):
+        Checkpoint(tmp_path)
+
+
+def test_a_tensor_without_elements_is_one_block_and_read_as_it_is(tmp_path):
+    for shape in ([3, 0], [0, 3], [0], [2**40, 0]):
+        write_raw(tmp_path / "model.safetensors", json.dumps({"a": entry(shape)}).encode())
+        stored = Checkpoint(tmp_path)
+        assert len(row_blocks(stored.shape("a"))) <= 1
+        assert list(stored.read("a").shape) == shape
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=10_000)
+def test_a_header_with_other_values_is_read_or_refused_by_an_error_of_ours(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("weights")
+    file = folder / "model.safetensors"
+    save_file({"a": torch.ones(4, 4), "b": torch.ones(3, dtype=torch.bfloat16)}, file)
+    whole = file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = damage(data.draw, json.loads(whole[8 : 8 + size]))
+    text = header if isinstance(header, str) else json.dumps(header)
+    write_raw(file, text.encode("utf-8", "surrogatepass"), whole[8 + size :])
+    try:
+        stored = Checkpoint(folder)
+        for name in stored.names:
+            stored.dtype(name)
+            stored.read(name)
     except OptimerError as error:
         assert str(folder) in str(error)

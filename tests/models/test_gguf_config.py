@@ -1,26 +1,18 @@
-"""GGUF files of many architectures, written here as llama.cpp's converter writes them: the model
-that comes out gives the logits of the one that went in, or what nobody reads is named.
+"""GGUF files of many architectures: the decoded model gives the logits of the original, or the file
+is refused with the key or tensor that transformers does not read.
 """
 
 import math
-import resource
-import shutil
-import struct
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import gguf
-import hypothesis.strategies as st
 import pytest
 import torch
 import transformers
-from gguf import GGUFWriter
-from hypothesis import HealthCheck, given, settings
 
-from optimer_hf.errors import ModelError, OptimerError
-from optimer_hf.models.gguf_conversion import convert_gguf, decode_gguf
+from optimer_hf.errors import ModelError
+from optimer_hf.models.gguf_conversion import decode_gguf
 from optimer_hf.models.gguf_header import read_header
+from tests.support.gguf import Tensors, interleave_heads, keep, write_gguf
 
 TOKENS, WIDTH, LAYERS, HEADS, GROUPS, CONTEXT = 96, 64, 2, 4, 2, 256
 HEAD = WIDTH // HEADS
@@ -36,7 +28,6 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-Tensors = dict[str, torch.Tensor]
 
 
 def random_model(config: Any) -> Any:
@@ -56,20 +47,11 @@ def random_model(config: Any) -> Any:
 # -- what llama.cpp's converter does to tensors ----------------------------------------------------
 
 
-def permuted(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
-    """Interleave the rotary halves of queries and keys."""
-    for part, n_heads in (("q_proj", HEADS), ("k_proj", GROUPS)):
-        if part in name:
-            halves = tensor.reshape(n_heads, 2, tensor.shape[0] // n_heads // 2, *tensor.shape[1:])
-            tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
-    return {name: tensor}
-
-
-def shifted_norms(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
+def shift_norms(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
     return {name: tensor + 1 if name.endswith("norm.weight") else tensor}
 
 
-def transposed(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
+def transpose_conv1d(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
     is_conv1d = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
     return {name: tensor.T if is_conv1d and tensor.dim() == 2 else tensor}
 
@@ -84,7 +66,7 @@ def split_experts(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
     return {name: tensor[0] if name.endswith("shared_expert_gate.weight") else tensor}
 
 
-def grouped_by_part(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
+def group_by_part(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
     """Put BLOOM's queries, keys and values of all heads together, not those of a head."""
     if "query_key_value" in name:
         parts = tensor.reshape(HEADS, 3, HEAD, *tensor.shape[1:])
@@ -92,63 +74,8 @@ def grouped_by_part(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
     return {name.removeprefix("transformer."): tensor}
 
 
-def as_it_is(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
-    return {name: tensor}
-
-
-# -- a file ----------------------------------------------------------------------------------------
-
-
-def write_value(writer: GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
-
-
-def write_gguf(
-    path: Path,
-    architecture: str,
-    model: Any,
-    keys: Mapping[str, Any],
-    stored: Callable[[Any, str, torch.Tensor], Tensors] = as_it_is,
-    more: Mapping[str, torch.Tensor] | None = None,
-) -> Path:
-    """Write a model in F32; `keys` are those of the architecture, `more` are tensors besides."""
-    writer = GGUFWriter(path, architecture)
-    for key, value in keys.items():
-        full = key.removeprefix("/") if key.startswith("/") else f"{architecture}.{key}"
-        write_value(writer, full, value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{number}" for number in range(TOKENS)])
-    writer.add_token_scores([0.0] * TOKENS)  # transformers derives the merges from them: none
-    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(kind, LAYERS)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        for each, value in stored(model, name, tensor).items():
-            stem, _, suffix = each.rpartition(".")
-            writer.add_tensor(
-                f"{names.get_name(stem)}.{suffix}", value.contiguous().float().numpy()
-            )
-    for name, tensor in (more or {}).items():
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def keys_of(**more: Any) -> dict[str, Any]:
-    """Return the keys that every converter writes; dots are underscores doubled."""
+    """Return the keys that every converter writes; a double underscore stands for a dot."""
     found: dict[str, Any] = {
         "context_length": CONTEXT,
         "embedding_length": WIDTH,
@@ -201,25 +128,25 @@ CASES: dict[str, tuple] = {
         "llama",
         llama(),
         rms_keys(rope__dimension_count=HEAD),
-        permuted,
+        interleave_heads,
     ),
     "llama with another base, tied": (
         "llama",
         llama(rope_theta=500000.0, tie_word_embeddings=True),
         rms_keys(base=500000.0, rope__dimension_count=HEAD),
-        permuted,
+        interleave_heads,
     ),
     "llama with wide heads": (
         "llama",
         llama(head_dim=32),
         rms_keys(rope__dimension_count=32, attention__key_length=32, attention__value_length=32),
-        permuted,
+        interleave_heads,
     ),
     "llama with biases": (
         "llama",
         llama(attention_bias=True, mlp_bias=True),
         rms_keys(rope__dimension_count=HEAD),
-        permuted,
+        interleave_heads,
     ),
     "llama 3 as it is": (
         "llama",
@@ -232,7 +159,7 @@ CASES: dict[str, tuple] = {
             }
         ),
         rms_keys(base=500000.0, rope__dimension_count=HEAD),
-        permuted,
+        interleave_heads,
         llama3_factors(500000.0, 8.0, 8192, 1.0, 4.0),
     ),
     "llama 3 with other numbers": (
@@ -246,7 +173,7 @@ CASES: dict[str, tuple] = {
             }
         ),
         rms_keys(base=500.0, rope__dimension_count=HEAD),
-        permuted,
+        interleave_heads,
         llama3_factors(500.0, 16.0, 64, 1.0, 4.0),
     ),
     "llama with linear scaling": (
@@ -255,13 +182,13 @@ CASES: dict[str, tuple] = {
         rms_keys(
             rope__dimension_count=HEAD, rope__scaling__type="linear", rope__scaling__factor=4.0
         ),
-        permuted,
+        interleave_heads,
     ),
     "llama with linear scaling, old key": (
         "llama",
         llama(rope_scaling={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
         rms_keys(rope__dimension_count=HEAD, rope__scale_linear=4.0),
-        permuted,
+        interleave_heads,
     ),
     "qwen2": (
         "qwen2",
@@ -355,7 +282,7 @@ CASES: dict[str, tuple] = {
             attn_logit_softcapping=7.0,
             final_logit_softcapping=5.0,
         ),
-        shifted_norms,
+        shift_norms,
     ),
     "gemma3": (
         "gemma3",
@@ -381,7 +308,7 @@ CASES: dict[str, tuple] = {
             rope__scaling__type="linear",
             rope__scaling__factor=8.0,
         ),
-        shifted_norms,
+        shift_norms,
     ),
     "phi3 with a window": (
         "phi3",
@@ -407,7 +334,7 @@ CASES: dict[str, tuple] = {
             rope__scaling__original_context_length=128,
         )
         | {"attention.head_count": 2, "attention.head_count_kv": 1},
-        as_it_is,
+        keep,
         {
             "rope_factors_long.weight": torch.tensor(LONG_FACTORS),
             "rope_factors_short.weight": torch.tensor(SHORT_FACTORS),
@@ -428,7 +355,7 @@ CASES: dict[str, tuple] = {
             feed_forward_length=4 * WIDTH,
             attention__layer_norm_epsilon=1e-3,
         ),
-        transposed,
+        transpose_conv1d,
     ),
     "starcoder2": (
         "starcoder2",
@@ -463,7 +390,7 @@ CASES: dict[str, tuple] = {
             rope__dimension_count=HEAD // 4,
             rope__freq_base=20000.0,
         ),
-        shifted_norms,
+        shift_norms,
     ),
     "falcon": (
         "falcon",
@@ -498,7 +425,7 @@ CASES: dict[str, tuple] = {
             attention__head_count_kv=HEADS,
             attention__layer_norm_epsilon=1e-3,
         ),
-        grouped_by_part,
+        group_by_part,
     ),
 }
 
@@ -518,7 +445,7 @@ def test_the_scaling_of_llama_3_is_written_as_its_own_four_numbers(tmp_path):
     assert found == config.rope_parameters
 
 
-def test_a_copy_of_the_embedding_as_head_is_taken_and_another_head_is_refused(tmp_path):
+def test_a_head_that_copies_the_embedding_is_accepted_and_another_is_refused(tmp_path):
     architecture, config, keys, stored = CASES["bloom"]
     model = random_model(config)
     embedding = model.transformer.word_embeddings.weight.detach()
@@ -535,7 +462,7 @@ def test_a_copy_of_the_embedding_as_head_is_taken_and_another_head_is_refused(tm
             assert (found - expected).norm() / expected.norm() < 0.02
 
 
-# -- what nobody reads -----------------------------------------------------------------------------
+# -- keys and tensors that transformers does not read ----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -571,7 +498,9 @@ def test_a_copy_of_the_embedding_as_head_is_taken_and_another_head_is_refused(tm
         ("stablelm", "use_parallel_residual", True),
     ],
 )
-def test_a_key_that_changes_the_function_and_has_no_place_is_refused(tmp_path, case, key, value):
+def test_a_key_that_changes_the_function_and_has_no_place_in_the_config_is_refused(
+    tmp_path, case, key, value
+):
     architecture, config, keys, *rest = CASES[case]
     keys = keys | {key: value}
     if key == "rope.scaling.type":
@@ -598,7 +527,7 @@ def test_a_key_that_changes_the_function_and_has_no_place_is_refused(tmp_path, c
         ("/somebody.note", "hello"),
     ],
 )
-def test_a_key_whose_value_changes_nothing_is_taken(tmp_path, key, value):
+def test_a_key_whose_value_changes_nothing_is_accepted(tmp_path, key, value):
     architecture, config, keys, *rest = CASES["llama"]
     model = random_model(config)
     file = write_gguf(tmp_path / "m.gguf", architecture, model, keys | {key: value}, *rest)
@@ -608,7 +537,7 @@ def test_a_key_whose_value_changes_nothing_is_taken(tmp_path, key, value):
 @pytest.mark.parametrize(
     "name", ["blk.0.attn_q_norm.weight", "blk.0.attn_output.bias", "blk.2.attn_q.weight", "extra"]
 )
-def test_a_tensor_that_no_parameter_takes_is_refused(tmp_path, name):
+def test_a_tensor_without_a_parameter_is_refused(tmp_path, name):
     architecture, config, keys, *rest = CASES["llama"]
     more = {name: torch.ones(WIDTH)}
     file = write_gguf(tmp_path / "m.gguf", architecture, random_model(config), keys, *rest, more)
@@ -634,116 +563,10 @@ def test_a_tensor_that_is_missing_is_named(tmp_path):
         ("/split.count", 3, "is one of 3 parts"),
     ],
 )
-def test_a_file_that_is_no_whole_model_is_refused(tmp_path, key, value, message):
+def test_a_file_that_is_not_a_whole_model_is_refused(tmp_path, key, value, message):
     architecture, config, keys, *rest = CASES["llama"]
     file = write_gguf(
         tmp_path / "m.gguf", architecture, random_model(config), keys | {key: value}, *rest
     )
     with pytest.raises(ModelError, match=message):
         decode_gguf(read_header(file), torch.float32)
-
-
-# -- damage ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> bytes:
-    architecture, config, keys, *rest = CASES["llama"]
-    path = tmp_path_factory.mktemp("whole") / "m.gguf"
-    return write_gguf(path, architecture, random_model(config), keys, *rest).read_bytes()
-
-
-def replaced(data: bytes, before: bytes, after: bytes, skip: int = 0) -> bytes:
-    """Return bytes with those that follow a text (and `skip` more) replaced."""
-    at = data.index(before) + len(before) + skip
-    return data[:at] + after + data[at + len(after) :]
-
-
-HUGE = struct.pack("<Q", 2**63)
-DIRECTED = {
-    "empty": lambda data: b"",
-    "magic alone": lambda data: b"GGUF",
-    "version 1": lambda data: replaced(data, b"GGUF", struct.pack("<I", 1)),
-    "big-endian": lambda data: replaced(data, b"GGUF", struct.pack(">I", 3)),
-    "2^63 tensors": lambda data: replaced(data, b"GGUF", HUGE, 4),
-    "2^63 values": lambda data: replaced(data, b"GGUF", HUGE, 12),
-    "as many values as bytes": lambda data: replaced(
-        data, b"GGUF", struct.pack("<Q", len(data)), 12
-    ),
-    "2^31 layers": lambda data: replaced(data, b"block_count", struct.pack("<I", 2**31), 4),
-    "a million layers": lambda data: replaced(data, b"block_count", struct.pack("<I", 10**6), 4),
-    "no layers": lambda data: replaced(data, b"block_count", struct.pack("<I", 0), 4),
-    "2^31 heads": lambda data: replaced(data, b".head_count", struct.pack("<I", 2**31), 4),
-    "no heads": lambda data: replaced(data, b".head_count", struct.pack("<I", 0), 4),
-    "2^31 columns": lambda data: replaced(data, b"embedding_length", struct.pack("<I", 2**31), 4),
-    "a layer of 2^31": lambda data: replaced(
-        data, b"feed_forward_length", struct.pack("<I", 2**31 - 1), 4
-    ),
-    "2^62 tokens": lambda data: replaced(data, b"ggml.tokens", struct.pack("<Q", 2**62), 8),
-    "an array of arrays": lambda data: replaced(data, b"ggml.tokens", struct.pack("<I", 9), 4),
-    "a text of 2^63 bytes": lambda data: replaced(data, b"ggml.model", HUGE, 4),
-    "a value of type 77": lambda data: replaced(data, b"block_count", struct.pack("<I", 77)),
-    "a tensor of 2^62 rows": lambda data: replaced(data, b"token_embd.weight", HUGE, 4),
-    "a tensor of 2^31 axes": lambda data: replaced(
-        data, b"token_embd.weight", struct.pack("<I", 2**31)
-    ),
-    "a tensor of type 999": lambda data: replaced(
-        data, b"token_embd.weight", struct.pack("<I", 999), 20
-    ),
-    "a tensor beyond the end": lambda data: replaced(data, b"token_embd.weight", HUGE, 24),
-    "a tensor without rows": lambda data: replaced(data, b"token_embd.weight", bytes(8), 4),
-    "a name that is no text": lambda data: replaced(data, b"token_em", b"\xff"),
-    "cut": lambda data: data[: len(data) * 2 // 3],
-}
-
-
-def test_the_undamaged_file_converts(tmp_path, whole):
-    (tmp_path / "m.gguf").write_bytes(whole)
-    convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
-    assert (tmp_path / "out" / "tokenizer.json").exists()
-
-
-@pytest.mark.parametrize("damage", DIRECTED.values(), ids=DIRECTED.keys())
-def test_a_damaged_gguf_file_is_named_and_leaves_nothing_behind(tmp_path, whole, damage):
-    (tmp_path / "m.gguf").write_bytes(damage(whole))
-    with pytest.raises(ModelError, match=r"m\.gguf"):
-        convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["m.gguf"]
-
-
-Mutation = tuple[float, bytes, bool]  # where, the new bytes, and whether others make room
-
-
-@settings(
-    max_examples=40,
-    deadline=10_000,  # milliseconds
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    st.lists(
-        st.tuples(
-            st.floats(0, 1),
-            st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([HUGE, b"\xff", b"\0"])),
-            st.sampled_from([True, True, True, False]),
-        ),
-        min_size=1,
-        max_size=3,
-    )
-)
-def test_a_gguf_file_with_other_bytes_converts_or_is_an_optimer_error(
-    tmp_path, whole, mutations: list[Mutation]
-):
-    header = whole.index(b"blk.1.ffn_down") + 64  # what comes later are numbers of weights
-    data = bytearray(whole)
-    for place, new, makes_room in mutations:
-        at = int(place * header)
-        data[at : at + len(new) * makes_room] = new
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (tmp_path / "m.gguf").write_bytes(data)
-    try:
-        convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
-    except OptimerError as error:
-        assert "m.gguf" in str(error)
-    finally:
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB

@@ -5,13 +5,20 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 
 from optimer_hf.errors import HubError, ModelError
 from optimer_hf.files.reference import Reference
 from optimer_hf.hub.private import refuse_private
 from optimer_hf.hub.publication import is_allowed
-from optimer_hf.models.layout import copy_beside_weights, refuse_pickled, tokenizer_files
+from optimer_hf.models.layout import (
+    copy_beside_weights,
+    refuse_pickled,
+    tokenizer_files,
+    weight_files,
+)
 from optimer_hf.models.resolve import may_fetch, missing_files, snapshot
 
 # fetched: from the Hub with a model, before and besides its weights
@@ -179,3 +186,14 @@ def test_pickled_weights_are_named_where_safetensors_are_missing(name):
             refuse_pickled("model", [name])
     else:
         refuse_pickled("model", [name])
+
+
+def test_all_files_count_where_nothing_says_which_are_read_and_in_an_adapter(tmp_path):
+    for name in ("consolidated", "b"):
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    both = {"b.safetensors", "consolidated.safetensors"}
+    assert weight_files(tmp_path).keys() == both
+    save_file({"c": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert weight_files(tmp_path).keys() == {"model.safetensors"}
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert weight_files(tmp_path).keys() == {*both, "model.safetensors", "adapter_config.json"}

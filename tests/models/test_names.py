@@ -26,38 +26,27 @@ from optimer_hf.models.ties import ties_of
 from optimer_hf.training.growth import full_norm
 from optimer_hf.vectors.delta import extract, extract_any_adapter
 from optimer_hf.vectors.opening import open_vector
-from tests.support.tiny import BOS, EOS, PAD, VOCABULARY
+from tests.support.tiny import (
+    GROUPED,
+    QWEN_VISION,
+    SIZES,
+    VISION,
+    VOCABULARY,
+    WIDE,
+    gemma3_multimodal,
+    qwen35_multimodal,
+)
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-}
-WIDE = COMMON | {"intermediate_size": 48}
-GROUPED = WIDE | {"num_key_value_heads": 2}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
 CLASSES = {
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, **COMMON)),
-    "bloom": lambda: transformers.BloomForCausalLM(transformers.BloomConfig(**COMMON)),
-    "falcon": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**COMMON)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=64, **SIZES)),
+    "bloom": lambda: transformers.BloomForCausalLM(transformers.BloomConfig(**SIZES)),
+    "falcon": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**SIZES)),
     "mpt": lambda: transformers.MptForCausalLM(
         transformers.MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)
     ),
     "neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WIDE)),
     "opt": lambda: transformers.OPTForCausalLM(
-        transformers.OPTConfig(**COMMON, word_embed_proj_dim=32, ffn_dim=48)
+        transformers.OPTConfig(**SIZES, word_embed_proj_dim=32, ffn_dim=48)
     ),
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**WIDE)),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
@@ -69,35 +58,11 @@ CLASSES = {
             **GROUPED, head_dim=8, moe_intermediate_size=16, num_experts=3, num_experts_per_tok=2
         )
     ),
-    "gemma3": lambda: transformers.Gemma3ForConditionalGeneration(
-        transformers.Gemma3Config(
-            text_config=GROUPED | {"head_dim": 8}, vision_config=VISION, mm_tokens_per_image=1
-        )
-    ),
-    "qwen3.5": lambda: transformers.Qwen3_5ForConditionalGeneration(
-        transformers.Qwen3_5Config(
-            text_config=GROUPED | {"head_dim": 8, "layer_types": ["full_attention"] * 2},
-            vision_config={
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_heads": 2,
-                "out_hidden_size": 32,
-                "patch_size": 4,
-            },
-        )
-    ),
+    "gemma3": lambda: transformers.Gemma3ForConditionalGeneration(gemma3_multimodal()),
+    "qwen3.5": lambda: transformers.Qwen3_5ForConditionalGeneration(qwen35_multimodal()),
 }
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-QWEN_VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "patch_size": 4,
-}
 CLASSES |= {
     "qwen2.5-vl": lambda: transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(

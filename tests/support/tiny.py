@@ -1,7 +1,14 @@
 """Tiny real models, and how tensors are compared."""
 
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3_5Config,
+)
 
 from optimer_hf.models.blocks import matrix_shape
 from optimer_hf.models.checkpoint import Checkpoint
@@ -9,26 +16,55 @@ from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.vector import dense_rows
 
 PAD, EOS, BOS = 0, 1, 2
-
-
 VOCABULARY = 3 + 256
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+WIDE = SIZES | {"intermediate_size": 48}
+GROUPED = WIDE | {"num_key_value_heads": 2}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+}
+
+
+def gemma3_multimodal(head_dim: int = 8) -> Gemma3Config:
+    return Gemma3Config(
+        text_config=GROUPED | {"head_dim": head_dim}, vision_config=VISION, mm_tokens_per_image=1
+    )
+
+
+def qwen35_multimodal() -> Qwen3_5Config:
+    """Loaded as its language part alone, under names without the prefix of the checkpoint."""
+    return Qwen3_5Config(
+        text_config=GROUPED | {"head_dim": 8, "layer_types": ["full_attention"] * 2},
+        vision_config=QWEN_VISION,
+    )
 
 
 def tiny_model(kind: str = "gemma", *, seed: int = 0, dtype: torch.dtype = torch.float32):
     """Return a 2-layer Gemma 3 text model (tied) or Llama (untied) with random weights."""
     torch.manual_seed(seed)
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-    }
+    common = GROUPED | {"max_position_embeddings": 256}
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
     else:
