@@ -40,15 +40,16 @@ class InputFile(Existing):
     loads.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, or_folder: bool = False) -> None:
         super().__init__("no such file")
         self._kind = kind
+        self._or_folder = or_folder
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from optimer_hf.experiment.inputs import check_fields
 
         path = super().convert(value, param, ctx)
-        if path.is_file():
+        if path.is_file() or (path.is_dir() and not self._or_folder):  # a pipe is read only once
             check_fields(path, self._kind)
         return path
 
@@ -71,6 +72,7 @@ class Recipe(InputFile):
 PATH = click.Path(path_type=Path)
 INPUT = Existing("no such file")
 STUDY_FILE = InputFile("study")
+STUDY_OR_FOLDER = InputFile("study", or_folder=True)
 TRAIN_FILE = InputFile("train")
 OBJECTIVE_FILE = InputFile("objective")
 MERGE_FILE = InputFile("merge config")

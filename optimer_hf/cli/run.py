@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from optimer_hf.cli.options import FORMAT, PATH, SEEDS, SHORT, STUDY_FILE, TOKENS, echo
+from optimer_hf.cli.options import FORMAT, PATH, SEEDS, SHORT, STUDY_OR_FOLDER, TOKENS, echo
 
 
 @click.command(epilog="Example: optimer run recipes/demo --short")
@@ -33,7 +33,7 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
 
 
 @click.command(epilog="Example: optimer plan recipes/demo")
-@click.argument("source", type=STUDY_FILE)
+@click.argument("source", type=STUDY_OR_FOLDER)
 @click.argument("out", type=PATH, required=False)
 @SHORT
 @TOKENS
@@ -47,10 +47,11 @@ def plan(source: Path, out: Path | None, fetch: bool, output: str, **budget: Any
     is kept in OUT, and `optimer run` compares it with what the run took; with --seeds, it is that
     of the first seed.
     """
-    from optimer_hf.experiment import plan
     from optimer_hf.experiment.seeds import plan_source
 
     planned = plan_source(source, out, fetch=fetch, **budget)
+    from optimer_hf.experiment import plan  # takes seconds to import
+
     if output == "json":
         echo(json.dumps(plan.to_json(planned), indent=2))
     else:

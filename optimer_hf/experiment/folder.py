@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
-from optimer_hf.files.model import parse
+from optimer_hf.files.model import list_mistakes, parse
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import expand_home, is_there
@@ -137,26 +137,29 @@ class Inputs:
     trainings: Mapping[str, "TrainConfig"]
 
 
+def check_folder(run: Run) -> None:
+    """Raise ConfigError for a folder without a study.yaml, and for mistakes in the fields of its
+    files, so far as they are found without a library that takes seconds to import.
+    """
+    _read(run)
+
+
 def load(run: Run) -> Inputs:
     """Read a recipe folder.
 
     Everything that can be wrong with the inputs is found here, before anything is trained.
     """
-    from optimer_hf.study.config import StudyConfig
+    from optimer_hf.corpus.documents import read_documents
+    from optimer_hf.training.checks import check_config
 
-    file = run.folder / "study.yaml"
-    if not file.exists():
-        raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
-    short = read_yaml(run.folder / "short.yaml") if run.short else {}
-    _check_short(short, run.folder / "short.yaml")
-    changes = short.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
-    data = _laid_over(read_yaml(file), short.get("study", {}))
-    trainings = {
-        name: _seeded(training, run.seed)
-        for name, training in _trainings(run.folder, data, changes).items()
-    }
-    config = parse(StudyConfig, data, file)
-    _check_study(config, trainings, file)
+    config, read = _read(run)
+    for file, training in read.values():
+        check_config(training, file)
+        for corpus in training.corpora:
+            next(read_documents(corpus), None)
+    trainings = {name: _seeded(training, run.seed) for name, (_, training) in read.items()}
+    _check_tests(config)
+    _check_mixtures(config, trainings, run.folder / "study.yaml")
     sources = {
         name: vector.model_copy(update={"train": None, "source": str(_vector_dir(run, name))})
         if vector.train
@@ -177,31 +180,45 @@ def _seeded(config: SeededT, seed: int) -> SeededT:
     return config.model_copy(update={"seed": (config.seed + seed) % 2**32})
 
 
-def _trainings(
+def _read(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConfig]]]":
+    """Return the study of a recipe folder with the budget of the run, and for every vector to train
+    its train file and what it says with that budget.
+    """
+    from optimer_hf.study.config import StudyConfig
+
+    file = run.folder / "study.yaml"
+    if not file.exists():
+        raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
+    short = read_yaml(run.folder / "short.yaml") if run.short else {}
+    _check_short(short, run.folder / "short.yaml")
+    changes = short.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
+    data = _laid_over(read_yaml(file), short.get("study", {}))
+    read = _read_trainings(run.folder, data, changes)
+    config = parse(StudyConfig, data, file)
+    _check_study(config, {name: training for name, (_, training) in read.items()}, file)
+    return config, read
+
+
+def _read_trainings(
     folder: Path, study: Mapping[str, Any], changes: Mapping[str, Any]
-) -> dict[str, "TrainConfig"]:
-    """Return the TrainConfig of every vector to train, with the changes of the budget."""
-    from optimer_hf.corpus.documents import read_documents
-    from optimer_hf.training.checks import check_config
+) -> "dict[str, tuple[Path, TrainConfig]]":
     from optimer_hf.training.config import TrainConfig
+    from optimer_hf.training.fields import list_field_mistakes
 
     vectors, trainings = study.get("vectors"), {}
     for name, vector in vectors.items() if isinstance(vectors, dict) else ():
         if isinstance(vector, dict) and "train" in vector:
             file = folder / str(vector["train"])
             training = parse(TrainConfig, _laid_over(read_yaml(file), changes), file)
-            check_config(training, file)
-            for corpus in training.corpora:
-                next(read_documents(corpus), None)
-            trainings[name] = training
+            if mistakes := list_field_mistakes(training):
+                raise ConfigError(list_mistakes(file, mistakes))
+            trainings[name] = file, training
     return trainings
 
 
 def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], file: Path) -> None:
     """Raise ConfigError for a study that a run cannot carry out."""
     from optimer_hf.comparison.rows import check_titles
-    from optimer_hf.scoring.items import check_disjoint
-    from optimer_hf.scoring.tasks import load_tasks
 
     scored = [
         term for part in (config.objective, config.test) if part for term in part.scored_terms
@@ -216,7 +233,6 @@ def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], 
             f"{file}: field 'test' is missing. A run ends with the sealed test; name its terms, or "
             "use `optimer search`."
         )
-    check_disjoint(config.objective, config.test, load_tasks([config.objective, config.test]))
     for name, training in trainings.items():
         if training.base_model != config.base_model:
             raise ConfigError(
@@ -228,8 +244,16 @@ def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], 
             f"{file}: tokenizer_source: the vector {config.tokenizer_source!r} is trained here, "
             "with the tokenizer of the base. Leave the field out, or name another model."
         )
-    _check_mixtures(config, trainings, file)
     check_titles(config)
+
+
+def _check_tests(config: "StudyConfig") -> None:
+    """Raise EvaluationError for items that the search and the sealed test have in common."""
+    from optimer_hf.scoring.items import check_disjoint
+    from optimer_hf.scoring.tasks import load_tasks
+
+    if config.test is not None:
+        check_disjoint(config.objective, config.test, load_tasks([config.objective, config.test]))
 
 
 def check_given(inputs: Inputs) -> None:

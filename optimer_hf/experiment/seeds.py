@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 from optimer_hf.comparison.rows import RowKind, mark_title, title_of
 from optimer_hf.comparison.sealed_file import kind_of_title
 from optimer_hf.errors import ConfigError
-from optimer_hf.experiment.folder import Run, load, run_of
-from optimer_hf.experiment.run import claim, finished_summary, plan_run, run_recipe
+from optimer_hf.experiment.folder import Run, check_folder, load, run_of
 from optimer_hf.files.reading import read_json
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table
@@ -87,6 +86,9 @@ def run_folder(
     summary; a finished run only says so. The arguments are those of `run_of`.
     """
     run = run_of(recipe_dir, out, short=short, tokens=tokens, is_seeded=n_seeds is not None)
+    check_folder(run)
+    from optimer_hf.experiment.run import finished_summary, run_recipe  # takes seconds to import
+
     if n_seeds is not None:
         return run, run_seeds(run, n_seeds)
     done = finished_summary(run)
@@ -110,15 +112,18 @@ def plan_source(
     The base has to be on this disk, unless `fetch` allows downloading it. With `n_seeds` the plan
     is that of the first seed. Raises ConfigError for options that do not go with the source.
     """
-    from optimer_hf.experiment.plan import plan
-
     if source.is_dir():
         run = run_of(source, out, short=short, tokens=tokens, is_seeded=n_seeds is not None)
+        check_folder(run)
+        from optimer_hf.experiment.run import plan_run  # takes seconds to import
+
         _check_base(load(run).study, fetch)
         return plan_run(claimed_runs(run, n_seeds)[0] if n_seeds else run)
     if out is not None or short or tokens or n_seeds:
         raise ConfigError(f"{source}: OUT, --short, --tokens and --seeds go with a recipe folder.")
     config = StudyConfig.read(source)
+    from optimer_hf.experiment.plan import plan
+
     _check_base(config, fetch)
     return plan(config, {}, Path.cwd(), is_run=False)
 
@@ -141,6 +146,8 @@ def run_seeds(run: Run, n_seeds: int) -> str:
 
     Finished runs are kept, so that more seeds can be added later. Raises what `run_recipe` raises.
     """
+    from optimer_hf.experiment.run import finished_summary, run_recipe
+
     config = load(run).study
     unit = Unit.of(config.test or config.objective)
     runs = claimed_runs(run, n_seeds)
@@ -175,6 +182,8 @@ def claimed_runs(run: Run, n_seeds: int) -> list[Run]:
     """Take `run.out` for runs under several seeds, and return them. Raises OutputError for one that
     holds something else.
     """
+    from optimer_hf.experiment.run import claim
+
     claim(run.out, {"recipe": run.name, "seeds": True} | run.budget)
     return [replace(run, out=run.out / f"seed-{seed}", seed=seed) for seed in range(n_seeds)]
 

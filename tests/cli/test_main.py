@@ -277,6 +277,16 @@ STUDY = {
         (["train", "train.yaml", "v"], "train.yaml:4: lora.alpha: unknown field of LoraConfig."),
         (["validate", "train.yaml"], "train.yaml:4: lora.alpha: unknown field of LoraConfig."),
         (["validate", "right.yaml"], "right.yaml: a valid train config"),
+        (["run", "empty"], "empty: not a recipe folder (it has no study.yaml)."),
+        (["plan", "empty"], "empty: not a recipe folder (it has no study.yaml)."),
+        (["plan", "."], "study.yaml: field 'test' is missing."),
+        (["run", "wrong"], "Did you mean 'vectors'?"),
+        (["plan", "wrong"], "Did you mean 'vectors'?"),
+        (["plan", "wrong.yaml"], "Did you mean 'vectors'?"),
+        (["plan", "train.yaml"], "train.yaml:"),
+        (["plan", "linear.yml"], "linear.yml:"),
+        (["search", ".", "s"], ".: found a directory, expected a file."),
+        (["merge", ".", "out"], ".: found a directory, expected a file."),
         (["validate", "merge.yml"], "merge.yml:2: models.0: unknown field 'modle'"),
         (["merge", "merge.yml", "out"], "merge.yml:2: models.0: unknown field 'modle'"),
         (["search", "merge.yml", "s"], "merge.yml:2: models.0: unknown field 'modle'"),
@@ -285,12 +295,16 @@ STUDY = {
 def test_help_schemas_and_mistakes_answer_without_the_libraries(arguments, says, tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
     wrong = STUDY | {"vectros": {}}
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong), encoding="utf-8")
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("wrong.yaml", "wrong/study.yaml"):
+        (tmp_path / name).write_text(yaml.safe_dump(wrong), encoding="utf-8")
     train = "name: n\nbase_model: a/b\ncorpus: {path: x.jsonl}\n"
     (tmp_path / "train.yaml").write_text(f"{train}lora: {{alpha: 8}}\n", encoding="utf-8")
     right = "lora: {r: 8, target_modules: all-linear}\ntrainer: {learning_rate: 1.0e-4}\n"
     (tmp_path / "right.yaml").write_text(train + right, encoding="utf-8")
     (tmp_path / "merge.yml").write_text("merge_method: linear\nmodels: [{modle: a/b}]\n")
+    (tmp_path / "linear.yml").write_text("merge_method: linear\nmodels: [{model: a/b}]\n")
     result = process("-X", "importtime", "-m", "optimer_hf", *arguments, cwd=tmp_path)
     assert says in result.stdout + result.stderr
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
