@@ -122,6 +122,7 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     options = read_options(path, where)
     refuse_options(options, where, MATERIALISE)
     stored = open_adapter(path, where)
+    _check_prefix(stored.names, where)
     shapes = {key: stored.shape(key) for key in stored.names}
     found: dict[str, LowRank | Trained] = {}
     for part in parts_of(Lora(options, shapes, base, where, MATERIALISE)):
@@ -181,6 +182,28 @@ def open_adapter(path: Path, where: str) -> Checkpoint:
     if not stored.names:
         raise ModelError(f"{where}: holds no tensors, so it moves nothing. Fetch it again.")
     return stored
+
+
+def _check_prefix(names: Sequence[str], where: str) -> None:
+    """Warn if tensor names lack PEFT's prefix, as after `inject_adapter_in_model`.
+
+    PeftModel would load none of them, but transformers' `load_adapter` does, and so do we. Raises
+    ModelError if only some names lack the prefix.
+    """
+    bare = sorted(name for name in names if not name.startswith(PREFIX))
+    if not bare:
+        return
+    if len(bare) < len(names):
+        raise ModelError(
+            f"{where}: tensor {bare[0]!r} lacks the prefix {PREFIX!r} that other tensors have, so "
+            "PEFT would ignore it. Rename it, or save the adapter with PEFT's `save_pretrained`."
+        )
+    warn_once(
+        logger,
+        f"{where}: its tensor names lack the prefix {PREFIX!r}, so PEFT's PeftModel would ignore "
+        "them. They are applied to the layers that they name, as transformers' load_adapter does. "
+        "PEFT's `save_pretrained` adds the prefix.",
+    )
 
 
 def refuse_options(options: Mapping[str, Any], where: str, advice: str) -> None:

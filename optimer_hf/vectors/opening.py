@@ -12,6 +12,7 @@ from optimer_hf.errors import ModelError, VocabularyError
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, has_tokenizer, weight_files
 from optimer_hf.models.live import load_tokenizer
+from optimer_hf.models.loader import read_settings
 from optimer_hf.models.names import Match, match, names_in, summary, vocabulary_names
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.settings import compare_settings, describe_settings
@@ -55,6 +56,7 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     except ModelError as error:
         raise ModelError(f"vector {name!r}: {error}") from error
     checkpoint = Checkpoint(base.path)
+    _refuse_leftover_quantization(base, checkpoint)
     record = read_record_for_base(name, source, resolved.path, base)
     vector: DistributionVector
     if (resolved.path / "adapter_config.json").exists():
@@ -73,6 +75,7 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     _check_shapes(vector, checkpoint)
     if vector.kind == "checkpoint":
         _check_settings(name, resolved.path, base.path)
+        _warn_of_leftover_quantization(name, resolved.path, base.path)
     if vector.kind != "delta":  # a delta has the tokenizer of its base
         _check_tokens(name, resolved.path, base.path)
     if vector.kind == "adapter" and record is None:
@@ -271,6 +274,39 @@ def _check_settings(name: str, tuned: Path, base: Path) -> None:
         "would not be this model. Use a fine-tune that keeps these settings. If its tensors also "
         "work with the settings of the base, write those into a copy of its config.json."
     )
+
+
+def _refuse_leftover_quantization(base: ResolvedModel, checkpoint: Checkpoint) -> None:
+    """Refuse a base of plain floats whose config tells transformers to load it quantised: every
+    merge would inherit that config.
+    """
+    method = _quantization_of(base.path)
+    floats = {torch.bfloat16, torch.float16, torch.float32}
+    if method and all(checkpoint.dtype(tensor) in floats for tensor in checkpoint.names):
+        raise ModelError(
+            f"base_model {base.reference}: its config.json has a quantization_config ({method}), "
+            "but its tensors are plain floats. transformers would quantise every merge when it "
+            "loads it, or fail. Give a copy of the base whose config.json does not have it."
+        )
+
+
+def _warn_of_leftover_quantization(name: str, tuned: Path, base: Path) -> None:
+    """Warn of a fine-tune that asks to be loaded quantised: its floats are merged, unquantised."""
+    method = _quantization_of(tuned)
+    if method and method != _quantization_of(base):
+        warn_once(
+            logger,
+            f"vector {name!r} ({tuned}): its config.json has a quantization_config ({method}), but "
+            "its tensors have the dtypes of the base. They are merged as they are; the merge is "
+            "not quantised",
+        )
+
+
+def _quantization_of(path: Path) -> str:
+    """Return the method in the quantization_config of a model, or an empty text."""
+    file = path / "config.json"
+    found = read_settings(file).get("quantization_config") if file.exists() else None
+    return str(found.get("quant_method") if isinstance(found, dict) else found or "")[:80]
 
 
 def _check_tokens(name: str, tuned: Path, base: Path) -> None:

@@ -234,6 +234,52 @@ def test_names_of_a_wrapper_that_peft_would_not_find_are_refused(base, adapter, 
     assert open_vector("ja", str(path), base).names == open_vector("ja", str(adapter), base).names
 
 
+def without_prefix(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def test_names_without_the_prefix_of_peft_are_applied_as_transformers_does_and_said_once(
+    base, adapter, tmp_path, caplog
+):
+    def bare(tensors):
+        return {without_prefix(name): tensor for name, tensor in tensors.items()}
+
+    path = changed_adapter(adapter, tmp_path / "bare", bare)
+    vectors = [open_vector("ja", str(path), base) for _ in range(2)]
+    said = [message for message in caplog.messages if "lack the prefix" in message]
+    assert len(said) == 1 and "PEFT's PeftModel would ignore them" in said[0]
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        before, merged = merge_with_peft(base, path)
+    assert all(torch.equal(before[name], merged[name]) for name in before)  # PeftModel ignores it
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model.load_adapter(str(path))
+    layer = model.model.layers[0].self_attn.q_proj
+    expected = layer.get_delta_weight("default")
+    found = whole_delta(vectors[0], base, "model.layers.0.self_attn.q_proj.weight")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    whole = open_vector("ja", str(adapter), base)
+    assert vectors[0].names == whole.names
+    assert all(
+        torch.equal(whole_delta(vectors[0], base, name), whole_delta(whole, base, name))
+        for name in whole.names
+    )
+    with pytest.raises(ModelError, match="PEFT would leave them out"):
+        extract_any_adapter("v", ResolvedModel(path, "v"), base, tmp_path / "out")
+
+
+def test_a_file_in_which_only_some_names_lack_the_prefix_is_refused(base, adapter, tmp_path):
+    def mixed(tensors):
+        return {
+            without_prefix(name) if "layers.1." in name else name: tensor
+            for name, tensor in tensors.items()
+        }
+
+    path = changed_adapter(adapter, tmp_path / "mixed", mixed)
+    expected = r"'model\.layers\.1\.mlp\.down_proj\.lora_A\.weight' lacks the prefix"
+    with pytest.raises(ModelError, match=expected):
+        open_vector("ja", str(path), base)
+
+
 def test_factors_that_are_not_finite_are_not_taken_for_parted_halves(base, adapter, tmp_path):
     def broken(tensors):
         return {name: tensor * float("nan") for name, tensor in tensors.items()}

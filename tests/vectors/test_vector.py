@@ -273,6 +273,37 @@ def test_a_quantised_model_is_refused_as_a_vector(base, tuned, tmp_path):
         open_vector("it", str(broken), base)
 
 
+def asking_to_be_quantised(model: Path, out: Path) -> Path:
+    """Return a copy of a model of plain floats whose config.json has a quantization_config."""
+    shutil.copytree(model, out)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_floats_of_a_fine_tune_that_asks_to_be_quantised_are_merged_with_one_warning(
+    base, tuned, tmp_path, caplog
+):
+    path = asking_to_be_quantised(tuned, tmp_path / "qlora")
+    expected = open_vector("math", str(tuned), base)
+    for _ in range(2):
+        vector = open_vector("math", str(path), base)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(whole_delta(vector, base, name), whole_delta(expected, base, name))
+    said = [message for message in caplog.messages if "quantization_config" in message]
+    assert len(said) == 1 and "(bitsandbytes)" in said[0] and "the merge is not" in said[0]
+
+
+def test_a_base_of_floats_that_asks_to_be_quantised_is_refused(base, tuned, adapter, tmp_path):
+    path = asking_to_be_quantised(base.path, tmp_path / "base")
+    for source in (tuned, adapter):
+        with pytest.raises(
+            ModelError, match=r"base_model b: its config\.json has a quantization_c"
+        ):
+            open_vector("math", str(source), ResolvedModel(path, "b"))
+
+
 def test_a_tied_head_may_be_stored_on_one_side_only(make_base, make_tuned, tmp_path):
     base = make_base("gemma")
     tuned = make_tuned(base, "gemma", 1)
