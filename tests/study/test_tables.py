@@ -4,12 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.errors import StudyError
-from optimer_hf.files.text import html_table
 from optimer_hf.scoring.objective import gains
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
@@ -86,13 +83,3 @@ def test_a_notebook_shows_tables_without_markup_of_names(study, comparison):
     assert "Study a&lt;b: 14 trials, best w " in page and "a<b" not in page
     assert page.count("<tr>") == 1 + 1 + 5  # header, base, the best five
     assert comparison._repr_html_().count("<tr>") == 1 + len(comparison.rows)
-
-
-@given(st.lists(st.text(), min_size=1, max_size=3))
-def test_a_text_in_a_table_is_never_markup(cells):
-    page = html_table(cells[0], cells, [cells])
-    names = {"table", "caption", "thead", "tbody", "tr", "th", "td"}
-    rest = page
-    for name in names:
-        rest = rest.replace(f"<{name}>", "").replace(f"</{name}>", "")
-    assert "<" not in rest and ">" not in rest

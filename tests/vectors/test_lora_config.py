@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from optimer_hf.errors import ConfigError, ModelError
-from optimer_hf.files.patterns import ends_with, is_literal, matches
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.delta import extract_any_adapter
 from optimer_hf.vectors.lora_config import (
@@ -24,6 +23,7 @@ from optimer_hf.vectors.lora_config import (
     why_not_weighted,
 )
 from optimer_hf.vectors.opening import open_vector
+from tests.support.damage import HANGING
 from tests.support.tiny import VOCABULARY, tiny_model, whole_delta
 
 REFUSED = [field for field, decision in FIELDS.items() if decision not in (HANDLED, HARMLESS)]
@@ -35,7 +35,6 @@ SOMETHING = {  # a value of a refused field that says something
     "alora_invocation_tokens": [5],
     "use_qalora": True,
 }
-HANGING = r"(([a-z._0-9])+)+!"
 
 
 @pytest.fixture(scope="module")
@@ -491,51 +490,6 @@ def test_patterns_that_peft_would_hang_on_are_stopped(fields, plain, base, tmp_p
         (ConfigError, ModelError), match=r"patterns take longer|not a usable regular"
     ):
         extract_any_adapter("ja", ResolvedModel(adapter, "v"), base, tmp_path / "delta")
-
-
-def test_literals_are_compared_as_peft_matches_them():
-    from peft.utils.other import get_pattern_key
-
-    names = [
-        "model.layers.1.q_proj",
-        "q_proj",
-        "xq_proj",
-        "model.q.proj",
-        "layers_1.q_proj",
-        "model.layers.11.q_proj",
-    ]
-    keys = [
-        "q_proj",
-        "q.proj",
-        r"q\.proj",
-        "^q_proj",
-        "q_proj$",
-        "layers.1.q_proj",
-        r"layers\.1\.q_proj",
-        "1.q_proj",
-    ]
-    for key in keys:
-        assert is_literal(key)
-        for name in names:
-            assert ends_with(name, key) == (
-                get_pattern_key([key], name) == key
-                and (key == name or get_pattern_key([key, "(.*)"], name) == key)
-            ), (key, name)
-    assert not any(
-        is_literal(text) for text in ("", "a*", "a|b", "(a)", "a+", "[a]", "a\n", r"\d", "^", "$")
-    )
-
-
-def test_patterns_are_matched_in_a_process_with_limits(monkeypatch):
-    assert matches(["a.*", "b"], ["abc", "b", "c"], "file") == [
-        [True, False, False],
-        [False, True, False],
-    ]
-    with pytest.raises(ConfigError, match=r"file: not a usable regular expression"):
-        matches(["a", "("], ["a"], "file")
-    monkeypatch.setattr("optimer_hf.files.patterns.SECONDS", 0.3)
-    with pytest.raises(ConfigError, match=r"file: its patterns take longer than 0\.3 s"):
-        matches([HANGING], ["model.layers.0.self_attn.q_proj"], "file")
 
 
 def test_fields_that_ms_swift_writes_beside_those_of_peft_are_known():
