@@ -19,8 +19,7 @@ from optimer_hf.files.reference import Reference, is_pinned, pinned
 from optimer_hf.hub.private import refuse_private
 from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
 from optimer_hf.models.layout import COPIED, Role, role_of, weight_files
-from optimer_hf.recipes.record import LOCK, Lock, Recipe
-from optimer_hf.recipes.write import untaken_note
+from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.study.directory import Inputs, hint_of_seeds
 from optimer_hf.study.records import read_lines
@@ -200,7 +199,7 @@ def _recipe(
 def _note_of(recipe: Recipe) -> str:
     """Return what to copy beside what mergekit writes."""
     reference = recipe.tokenizer_reference
-    return "" if reference is None else untaken_note(reference)
+    return "" if reference is None else tokenizer_note(reference)
 
 
 def _shown(directory: Path, recipe: Recipe) -> set[str]:

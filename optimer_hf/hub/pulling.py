@@ -39,8 +39,7 @@ from optimer_hf.hub.publication import (
     kind_of,
 )
 from optimer_hf.hub.untrusted import LARGEST_TEXT, check_pulled, refuse_other_weights
-from optimer_hf.models.layout import PENDING, patterns, role_of
-from optimer_hf.models.resolve import may_fetch
+from optimer_hf.models.layout import PENDING, may_fetch, patterns, role_of
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.vectors.record import VectorFile
 

@@ -95,6 +95,18 @@ def role_of(name: str) -> Role | None:
     return None
 
 
+def may_fetch(name: str) -> bool:
+    """Whether `resolve.snapshot` may fetch a file of this name.
+
+    It leaves out pickles, code, and the second copy of the weights in Mistral's repositories.
+    """
+    role = role_of(name)
+    is_weights = role == "weights" or (
+        role == "other weights" and not name.startswith("consolidated")
+    )
+    return is_weights or role in FETCHED
+
+
 def patterns(*roles: Role) -> list[str]:
     """Return the patterns of the files that have one of these roles."""
     return [pattern for role in roles for pattern in FILES[role]]

@@ -21,7 +21,6 @@ from optimer_hf.models.layout import (
     missing_shards,
     patterns,
     refuse_pickled,
-    role_of,
     weight_names,
 )
 from optimer_hf.models.loader import refuse_code
@@ -174,18 +173,6 @@ def snapshot(
     if lacking and local_files_only:
         raise LocalEntryNotFoundError(f"the cache lacks {', '.join(lacking)}")
     return path
-
-
-def may_fetch(name: str) -> bool:
-    """Whether `snapshot` may fetch a file of this name.
-
-    It leaves out pickles, code, and the second copy of the weights in Mistral's repositories.
-    """
-    role = role_of(name)
-    is_weights = role == "weights" or (
-        role == "other weights" and not name.startswith("consolidated")
-    )
-    return is_weights or role in FETCHED
 
 
 def missing_files(path: Path, *, with_weights: bool = True) -> list[str]:

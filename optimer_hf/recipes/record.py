@@ -155,3 +155,15 @@ class Lock(VersionedFile):
     dtype: str
     output: dict[str, str] = {}
     max_shard_size: int = Field(default=MAX_SHARD_SIZE, gt=0, le=2**50)
+
+
+def tokenizer_note(source: str) -> str:
+    """Return a comment for a config for mergekit alone: which files of `source` to copy beside what
+    mergekit writes.
+
+    The config itself names no tokenizer, because mergekit would cut the embedding to its tokens.
+    """
+    return (
+        f"# Copy tokenizer, chat template and (if there is one) generation_config.json of {source} "
+        "into OUT.\n"
+    )

@@ -24,6 +24,7 @@ from optimer_hf.recipes.record import (
     Recipe,
     Score,
     Search,
+    tokenizer_note,
 )
 from optimer_hf.scoring.formatting import Unit, describe_interval
 from optimer_hf.scoring.scores import Scores
@@ -251,18 +252,8 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
     assert merge_config is not None  # a sum of deltas cancels nothing
     header = f"# Paths are of this machine. Run: mergekit-yaml {path.name} OUT\n"
     if config.tokenizer_reference is not None:
-        header += untaken_note(str(resolve_tokenizer(config.tokenizer_reference).path))
+        header += tokenizer_note(str(resolve_tokenizer(config.tokenizer_reference).path))
     write_text(path, header + yaml_text(merge_config))
-
-
-def untaken_note(source: str) -> str:
-    """Return a comment that says whose tokenizer to copy beside what mergekit writes. Given a
-    tokenizer, mergekit cuts the embedding to its tokens, which makes another model.
-    """
-    return (
-        f"# Copy tokenizer, chat template and (if there is one) generation_config.json of {source} "
-        "into OUT.\n"
-    )
 
 
 def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:

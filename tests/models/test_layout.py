@@ -15,11 +15,12 @@ from optimer_hf.hub.private import refuse_private
 from optimer_hf.hub.publication import is_allowed
 from optimer_hf.models.layout import (
     copy_beside_weights,
+    may_fetch,
     refuse_pickled,
     tokenizer_files,
     weight_files,
 )
-from optimer_hf.models.resolve import may_fetch, missing_files, snapshot
+from optimer_hf.models.resolve import missing_files, snapshot
 
 # fetched: from the Hub with a model, before and besides its weights
 # copied: beside a merge or a delta; digested: with the tokenizer; taken: enough for a tokenizer
