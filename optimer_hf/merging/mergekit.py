@@ -15,7 +15,7 @@ from optimer_hf.files.digest import digest, sha256_file
 from optimer_hf.files.disk import DISK_ERRORS
 from optimer_hf.files.model import refuse_absent_files
 from optimer_hf.files.reference import is_there
-from optimer_hf.files.staging import require_empty, staged_directory, write_text
+from optimer_hf.files.staging import finish_move, require_empty, staged_directory, write_text
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.check import Promise, check_merged
 from optimer_hf.merging.mergekit_keys import METHOD
@@ -603,6 +603,7 @@ def _merge_adapters(parsed: Any, options: Any, path: Path) -> Iterator[Any]:
         for model in adapted
     ]
     folder = Path(options.lora_merge_cache) / digest([content, options.lora_merge_dtype])[:16]
+    finish_move(folder)
     if not folder.exists():
         with staged_directory(folder) as staging, _name_failures(path):
             for model in adapted:

@@ -13,7 +13,7 @@ from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.locks import UNTIL_FREE, locking
 from optimer_hf.files.paths import cache_dir
-from optimer_hf.files.staging import make_directory, staged_directory, write_text
+from optimer_hf.files.staging import finish_move, make_directory, staged_directory, write_text
 from optimer_hf.models.gguf_config import FACTORS, fit_config
 from optimer_hf.models.gguf_header import GgufHeader, read_header
 from optimer_hf.models.gguf_loader import (
@@ -37,6 +37,7 @@ def convert_once(gguf: Path) -> Path:
     out = folder / f"{gguf.stem}-{sha256_file(gguf)[:16]}-{CONVERSION}"
     make_directory(folder)
     with locking(folder / f".{out.name}.lock", UNTIL_FREE):
+        finish_move(out)
         try:
             if not (out / "conversion.json").exists():
                 convert_gguf(gguf, out)

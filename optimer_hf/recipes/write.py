@@ -8,7 +8,7 @@ from optimer_hf.comparison.result import Comparison, verdicts
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import is_pinned, is_there, pinned, relative_reference
-from optimer_hf.files.staging import write_text
+from optimer_hf.files.staging import finish_move, write_text
 from optimer_hf.files.versions import versions
 from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
 from optimer_hf.merging.tokenizer import tokenizer_path
@@ -263,6 +263,7 @@ def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Pa
     out = folder / "deltas" / vector.name
     if out.resolve() == vector.path.resolve():
         return out
+    finish_move(out)
     record = read_record(out)
     current = weight_files(vector.path), weight_files(base.path)
     if record is None or (record.source_files, record.base.files) != current:
