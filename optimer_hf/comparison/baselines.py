@@ -24,7 +24,7 @@ from optimer_hf.files.staging import staged_directory, write_text
 from optimer_hf.merging.mergekit import run_mergekit
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.models.resolve import resolve_base
 from optimer_hf.study.config import MergeMethod, StudyConfig
 from optimer_hf.study.directory import Study
@@ -91,7 +91,7 @@ def _beside_fixed(model: Model, config: StudyConfig) -> Model:
 def _sha256_of(source: str) -> str:
     """Return a short digest of the weights of a local model; of the reference of another."""
     path = Path(source)
-    return digest(weight_files(path) if path.is_dir() else source)[:8]
+    return digest(weight_digests(path) if path.is_dir() else source)[:8]
 
 
 def _sources(config: StudyConfig) -> dict[str, str]:

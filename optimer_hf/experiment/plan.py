@@ -30,7 +30,7 @@ from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
 from optimer_hf.models.layout import ResolvedModel, weight_states
 from optimer_hf.models.live import default_device
 from optimer_hf.models.memory import total_memory
-from optimer_hf.models.resolve import resolve_base, snapshot
+from optimer_hf.models.resolve import fetch_snapshot, resolve_base
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Asked, Term
@@ -110,7 +110,7 @@ def _is_to_fetch(ref: Reference) -> bool:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        snapshot(ref, local_files_only=True)
+        fetch_snapshot(ref, local_files_only=True)
     except LocalEntryNotFoundError:
         return True
     return False

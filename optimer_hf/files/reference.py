@@ -63,7 +63,7 @@ def is_pinned(reference: str) -> bool:
     return ref.package is not None or COMMIT.fullmatch(ref.repo[1] or "") is not None
 
 
-def pinned(reference: str, commit: str | None) -> str:
+def pin(reference: str, commit: str | None) -> str:
     """Return a Hub reference at a commit; as it is where no commit is known."""
     return reference if commit is None else f"{reference}@{commit}"
 

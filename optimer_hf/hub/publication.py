@@ -15,10 +15,10 @@ from typing import Any, Literal
 from optimer_hf.errors import HubError
 from optimer_hf.files.paths import drop_folders
 from optimer_hf.files.reading import yaml_text
-from optimer_hf.files.reference import Reference, is_pinned, pinned
+from optimer_hf.files.reference import Reference, is_pinned, pin
 from optimer_hf.hub.private import refuse_private
 from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
-from optimer_hf.models.layout import COPIED, Role, role_of, weight_files
+from optimer_hf.models.layout import COPIED, Role, role_of, weight_digests
 from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.study.directory import Inputs, hint_of_seeds
@@ -118,7 +118,7 @@ def publication(directory: Path, pushed: Mapping[str, str] | None = None) -> Pub
             "or merged model. `optimer extract`, `optimer recipe` and `optimer build` write them."
             + hint_of_seeds(directory)
         )
-    read = weight_files(directory) if kind != "recipe" else {}
+    read = weight_digests(directory) if kind != "recipe" else {}
     files: dict[str, Path | bytes] = {
         name: directory / name
         for name in names
@@ -151,7 +151,7 @@ def _vector(directory: Path, files: dict[str, Path | bytes]) -> Publication:
     if not any(map(is_weights, files)):
         raise HubError(f"{directory}: has vector.json but no safetensors weights. Write it again.")
     base = record.base
-    reference = pinned(base.reference, base.commit)
+    reference = pin(base.reference, base.commit)
     _refuse_unpinned("vector.json: base", reference)
     return Publication("vector", files, record, (reference,))
 
@@ -222,7 +222,7 @@ def _shown(directory: Path, recipe: Recipe) -> set[str]:
 def _refuse_other_model(directory: Path, lock: Lock) -> None:
     if not lock.output:
         raise HubError(f"{directory}: its lock records no model. Run `optimer build` again.")
-    if weight_files(directory) != lock.output:
+    if weight_digests(directory) != lock.output:
         raise HubError(
             f"{directory}: its weights are not the locked ones. Run `optimer build` again."
         )

@@ -55,7 +55,7 @@ from optimer_hf.hub.publication import (
     local_vectors,
     publication,
 )
-from optimer_hf.models.layout import weight_files
+from optimer_hf.models.layout import weight_digests
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.vectors.record import VectorFile
@@ -191,7 +191,7 @@ def _vectors_to_push(directory: Path) -> Collection[str]:
     lock = Lock.read(directory / LOCK)
     for name, path in paths.items():
         where = f"{directory / 'recipe.yaml'}: vectors.{name}"
-        if not path.is_dir() or weight_files(path) != lock.vectors.get(name):
+        if not path.is_dir() or weight_digests(path) != lock.vectors.get(name):
             raise HubError(
                 f"{where}: the weights in {path} are not the locked ones. Write the recipe again."
             )

@@ -16,7 +16,7 @@ from optimer_hf.errors import HubError
 from optimer_hf.files.model import parse
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.files.reference import COMMIT, pinned
+from optimer_hf.files.reference import COMMIT, pin
 from optimer_hf.files.text import quote
 from optimer_hf.hub.publication import Kind, is_weights
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
@@ -115,7 +115,7 @@ def _vector(directory: Path) -> VectorFile:
     record = read_record(directory)
     assert record is not None  # this is how a vector is recognised
     base = record.base
-    _refuse_local(f"{directory / 'vector.json'}: base", pinned(base.reference, base.commit))
+    _refuse_local(f"{directory / 'vector.json'}: base", pin(base.reference, base.commit))
     return record
 
 

@@ -15,7 +15,13 @@ from optimer_hf.errors import ModelError
 from optimer_hf.models.blocks import row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import ANY_WEIGHTS, has_tokenizer
-from optimer_hf.models.loader import CONFIG, Loading, loading_of, read_settings, read_tokenizer
+from optimer_hf.models.loader import (
+    CONFIG,
+    Loading,
+    describe_loading,
+    read_settings,
+    read_tokenizer,
+)
 from optimer_hf.models.ties import ties_of
 
 
@@ -82,10 +88,10 @@ def _value_faults(merged: Checkpoint) -> Iterator[str]:
 
 def _loading_faults(merged: Checkpoint, config_of: Path | None) -> Iterator[str]:
     """Yield tensors that do not fit the config, except where the model behind it has the fault."""
-    loading = loading_of(merged.path)
+    loading = describe_loading(merged.path)
     nothing = Loading(frozenset(), frozenset(), frozenset())
     is_compared = config_of is not None and any(config_of.glob(ANY_WEIGHTS))  # mergekit reads .bin
-    known = loading_of(config_of) if config_of is not None and is_compared else nothing
+    known = describe_loading(config_of) if config_of is not None and is_compared else nothing
     for what, names in (
         ("it lacks", loading.missing - known.missing),
         (

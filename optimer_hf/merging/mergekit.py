@@ -42,11 +42,11 @@ from optimer_hf.models.layout import (
     GENERATION_CONFIG,
     ResolvedModel,
     has_tokenizer,
-    tokenizer_files,
+    tokenizer_digests,
     weights_fingerprint,
 )
 from optimer_hf.models.loader import CONFIG, read_settings, read_tokenizer, refuse_lack_of_memory
-from optimer_hf.models.names import match, summary
+from optimer_hf.models.names import match, summarize_names
 from optimer_hf.models.resolve import (
     refuse_other_than_models,
     resolve_model,
@@ -139,7 +139,7 @@ def _write(
 
     def complete(staging: Path) -> None:
         if not options.copy_tokenizer:
-            for name in tokenizer_files(staging):
+            for name in tokenizer_digests(staging):
                 (staging / name).unlink()
         dtype = linear.out_dtype
         check_merged(staging, Promise(base.path, dtype, dtype, options.copy_tokenizer))
@@ -506,7 +506,7 @@ def _warn_of_left_out(base: Checkpoint, merged: Checkpoint, path: Path) -> None:
             "load; the streaming writer keeps them",
             path,
             len(left),
-            summary(left),
+            summarize_names(left),
         )
 
 
@@ -539,9 +539,9 @@ def _refuse_mixed_heads(models: Sequence[Checkpoint], method: str, path: Path) -
         ties = ties_of(models[0])
         for copy in sorted(ties.copies):
             raise ModelError(
-                f"{path}: {models[0].path}: stores {copy!r}, a copy of {ties.kept(copy)!r}, and "
-                f"{method} drops numbers at random, so the two would no longer be equal. Save the "
-                "models without the copy (`save_pretrained`)."
+                f"{path}: {models[0].path}: stores {copy!r}, a copy of {ties.source_of(copy)!r}, "
+                f"and {method} drops numbers at random, so the two would no longer be equal. Save "
+                "the models without the copy (`save_pretrained`)."
             )
 
 

@@ -15,11 +15,11 @@ import torch
 from optimer_hf.errors import ModelError
 from optimer_hf.merging.writer import merge_rows
 from optimer_hf.models.blocks import compute_ahead, matrix_rows, row_blocks
-from optimer_hf.models.checkpoint import DTYPES, Checkpoint, Loaded
+from optimer_hf.models.checkpoint import DTYPES, Checkpoint, LoadedTensors
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import compute_dtype, load_model
 from optimer_hf.models.memory import free_memory
-from optimer_hf.models.names import ClassNames, summary, views_in
+from optimer_hf.models.names import ClassNames, summarize_names, views_in
 from optimer_hf.models.resolve import AnyModel, base_from_here
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.vector import DistributionVector
@@ -82,7 +82,8 @@ class ResidentModel:
         warn_once(
             logger,
             f"{base.reference}: {type(self.model).__name__} does not load {len(unknown)} tensors "
-            f"that the vectors move ({summary(unknown)}); the merge on disk will include them",
+            f"that the vectors move ({summarize_names(unknown)}); the merge on disk will include "
+            "them",
         )
 
     @torch.no_grad()
@@ -126,13 +127,15 @@ def _load_rounded(base: ResolvedModel, dtype: torch.dtype, device: str) -> Any:
     return model
 
 
-def _place_base(checkpoint: Checkpoint, names: Sequence[str], device: str) -> Checkpoint | Loaded:
+def _place_base(
+    checkpoint: Checkpoint, names: Sequence[str], device: str
+) -> Checkpoint | LoadedTensors:
     """Load tensors of the base to the device if they fit, else to host memory, else not at all."""
     n_bytes = checkpoint.n_bytes(names)
     for place in dict.fromkeys((device, "cpu")):
         if n_bytes <= LARGEST_SHARE_OF_BASE * free_memory(place):
             tensors = {name: checkpoint.read(name).to(place) for name in names}
-            return Loaded(checkpoint.path, tensors)
+            return LoadedTensors(checkpoint.path, tensors)
         logger.info("base: a second copy does not fit into the memory of %s", place)
     return checkpoint
 

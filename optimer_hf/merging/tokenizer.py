@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.models.layout import ResolvedModel, has_tokenizer, tokenizer_files
+from optimer_hf.models.layout import ResolvedModel, has_tokenizer, tokenizer_digests
 from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.loader import read_config, read_generation_config
 from optimer_hf.models.resolve import resolve_tokenizer
@@ -31,7 +31,7 @@ def open_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedModel 
         raise ConfigError(f"tokenizer_source: {reference}: has no tokenizer. {GIVE_A_MODEL}")
     record = read_record(source.path)
     is_delta = record is not None and record.kind == "delta"
-    if is_delta and tokenizer_files(source.path) == tokenizer_files(base.path):
+    if is_delta and tokenizer_digests(source.path) == tokenizer_digests(base.path):
         raise ConfigError(
             f"tokenizer_source: {reference}: is a delta with the tokenizer of the base. Give the "
             "model that it was extracted from."

@@ -55,7 +55,7 @@ LONGEST_AXIS = 2**40  # more than any file holds; safetensors accepts any shape 
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _Location:
     """The location of a tensor, and the state of its file when the header was read."""
 
     file: Path
@@ -76,7 +76,7 @@ class Checkpoint:
         ModelError for missing, damaged or pickled weights, and if index and shards disagree.
         """
         self.path = path
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, _Location] = {}
         index = path / f"{prefix}{INDEX}"
         sharded = index.exists() and not (path / f"{prefix}.safetensors").exists()
         weight_map = read_index(index) if sharded else None
@@ -188,7 +188,7 @@ class Checkpoint:
         )
 
 
-class Loaded:
+class LoadedTensors:
     """Tensors in memory with the interface of a checkpoint; `path` says where they came from."""
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -245,7 +245,7 @@ def wrappers_in(unwrapped: Mapping[str, str]) -> list[str]:
     return inner + [OUTER_WRAPPER] * is_outer
 
 
-def _read_header(file: Path) -> dict[str, _Stored]:
+def _read_header(file: Path) -> dict[str, _Location]:
     """Return the tensors in one file.
 
     The library checks the header, but not its size nor duplicate names, so we do.
@@ -273,13 +273,13 @@ def _read_header(file: Path) -> dict[str, _Stored]:
         ) from None
 
 
-def _locate(file: Path, entry: Any, start: int, status: os.stat_result) -> _Stored:
+def _locate(file: Path, entry: Any, start: int, status: os.stat_result) -> _Location:
     """Return the location of a tensor from its entry in a header that ends at byte `start`."""
     shape, (first, last) = tuple(map(int, entry["shape"])), entry["data_offsets"]
     if max(shape, default=0) > LONGEST_AXIS:
         raise ValueError(f"a tensor of shape {list(shape)}, expected axes up to {LONGEST_AXIS:,}")
     state = (status.st_size, status.st_mtime_ns)
-    return _Stored(file, str(entry["dtype"]), shape, start + first, last - first, state)
+    return _Location(file, str(entry["dtype"]), shape, start + first, last - first, state)
 
 
 def _mapping_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def _mapping_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _read_into(buffer: torch.Tensor, stored: _Stored, offset: int) -> None:
+def _read_into(buffer: torch.Tensor, stored: _Location, offset: int) -> None:
     view = buffer.numpy().data
     try:
         with open(stored.file, "rb", buffering=0) as file:

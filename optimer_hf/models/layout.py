@@ -96,7 +96,7 @@ def role_of(name: str) -> Role | None:
 
 
 def may_fetch(name: str) -> bool:
-    """Whether `resolve.snapshot` may fetch a file of this name.
+    """Whether `resolve.fetch_snapshot` may fetch a file of this name.
 
     It leaves out pickles, code, and the second copy of the weights in Mistral's repositories.
     """
@@ -189,7 +189,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return files
 
 
-def weight_files(path: Path) -> dict[str, str]:
+def weight_digests(path: Path) -> dict[str, str]:
     """Return the sha256 of each weights file that is read (file name -> digest).
 
     They identify a model. An adapter's config counts, too, since rank and alpha scale the weights.
@@ -211,7 +211,7 @@ def weights_fingerprint(path: Path) -> str:
     return digest({file.name: fingerprint(file) for file in _identifying_files(path)})
 
 
-def tokenizer_files(path: Path) -> dict[str, str]:
+def tokenizer_digests(path: Path) -> dict[str, str]:
     """Return the sha256 of each file that belongs to the tokenizer (file name -> digest).
 
     These include the chat template and generation_config.json, which lists the tokens that end an
@@ -247,7 +247,7 @@ def weight_names(path: Path) -> list[str]:
 def files_beside_weights(source: Path, *, tokenizer: Path | None = None) -> list[Path]:
     """Return a model's config, tokenizer, chat template and licence files.
 
-    If `tokenizer` is given, the `tokenizer_files` come from that directory.
+    If `tokenizer` is given, the `tokenizer_digests` come from that directory.
     """
     if tokenizer is None:
         return files_with_role(source, *COPIED)
@@ -272,7 +272,7 @@ def model_digests(
         f"vectors.{name}": weights_fingerprint(path) for name, path in vectors.items()
     }
     if tokenizer is not None:
-        digests["tokenizer_source"] = digest(tokenizer_files(tokenizer))
+        digests["tokenizer_source"] = digest(tokenizer_digests(tokenizer))
     return digests
 
 

@@ -227,7 +227,7 @@ class Loading:
     misshapen: frozenset[str]
 
 
-def loading_of(path: Path) -> Loading:
+def describe_loading(path: Path) -> Loading:
     """Return how transformers would load a model of any class, without reading its weights."""
     import transformers
 

@@ -102,7 +102,7 @@ def _drop_common_front(name: str, other: str) -> str:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BaseClass:
     """The class of a base and, if it is multimodal, the class of its language part."""
 
     whole: ClassNames
@@ -166,20 +166,20 @@ class Layout:
         return layer is not None and n_layers <= int(layer[1]) < n_layers + n_more
 
 
-def layout_of(path: Path) -> Layout:
+def base_class_of(path: Path) -> BaseClass:
     """Return the parameter names that the class of a model directory uses.
 
     Raises ModelError if transformers has no class for its config.
     """
     config = path / "config.json"
-    return _layout_of(path, config.stat().st_mtime_ns if config.exists() else 0)
+    return _base_class_of(path, config.stat().st_mtime_ns if config.exists() else 0)
 
 
 @functools.lru_cache(maxsize=8)
-def _layout_of(path: Path, changed: int) -> Layout:
+def _base_class_of(path: Path, changed: int) -> BaseClass:
     text = text_model_without_weights(path)
     whole = ClassNames.of(whole_model_without_weights(path))
-    return Layout(whole, None if text is None else ClassNames.of(text))
+    return BaseClass(whole, None if text is None else ClassNames.of(text))
 
 
 # -- names of a loaded model -----------------------------------------------------------------------
@@ -195,11 +195,13 @@ def names_in(base: Checkpoint, names: Collection[str]) -> dict[str, list[str]]:
     if len(same) == len(set(names)) and not _may_repeat(known):
         return same
     try:
-        layout = layout_of(base.path)
+        base_class = base_class_of(base.path)
     except ModelError:  # transformers does not know the class, so only equal names match
         return same
-    stored = _by_key(base, layout)
-    return same | {name: stored[key] for name, key in layout.keys(names).items() if key in stored}
+    stored = _by_key(base, base_class)
+    return same | {
+        name: stored[key] for name, key in base_class.keys(names).items() if key in stored
+    }
 
 
 def _may_repeat(names: Collection[str]) -> bool:
@@ -207,18 +209,18 @@ def _may_repeat(names: Collection[str]) -> bool:
     return any(name.partition(".")[2] in names for name in names)
 
 
-def _by_key(base: Checkpoint, layout: Layout) -> dict[Key, list[str]]:
+def _by_key(base: Checkpoint, base_class: BaseClass) -> dict[Key, list[str]]:
     """Return the names of the base's tensors by key; raises ModelError if copies differ."""
     by_key: dict[Key, list[str]] = {}
-    for name, key in layout.keys(base.names).items():
+    for name, key in base_class.keys(base.names).items():
         by_key.setdefault(key, []).append(name)
     for first, *others in by_key.values():
         for name in others:
             if not _is_copy(base, name, first):
                 raise ModelError(
                     f"{base.path}: tensors {first!r} and {name!r} are the same parameter of "
-                    f"{type(layout.whole.model).__name__}, but their numbers differ. Remove the "
-                    "stale one."
+                    f"{type(base_class.whole.model).__name__}, but their numbers differ. Remove "
+                    "the stale one."
                 )
     return by_key
 
@@ -243,11 +245,11 @@ def views_in(base: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
 def vocabulary_names(base: Checkpoint) -> frozenset[str]:
     """Return the tensors in a base that have one row per token."""
     try:
-        layout = layout_of(base.path)
+        base_class = base_class_of(base.path)
     except ModelError:
         return frozenset(name for name in base.names if "embed" in name or "lm_head" in name)
-    keys = layout.keys(base.names)
-    return frozenset(name for name in keys if keys[name].parameter in layout.whole.vocabulary)
+    keys = base_class.keys(base.names)
+    return frozenset(name for name in keys if keys[name].parameter in base_class.whole.vocabulary)
 
 
 # -- two files -------------------------------------------------------------------------------------
@@ -280,15 +282,15 @@ def match(tuned: Checkpoint, base: Checkpoint) -> Match:
     if is_plain and not _may_repeat(both):
         return Match(both, [], [], [], [])
     try:
-        layout = layout_of(base.path)
+        base_class = base_class_of(base.path)
     except ModelError as error:
         return Match(both, [], [], only_base, only_tuned, str(error))
-    return _match(tuned, base, layout)
+    return _match(tuned, base, base_class)
 
 
-def _match(tuned: Checkpoint, base: Checkpoint, layout: Layout) -> Match:
-    of_base = {name: key for key, names in _by_key(base, layout).items() for name in names}
-    of_tuned = layout.keys(tuned.names)
+def _match(tuned: Checkpoint, base: Checkpoint, base_class: BaseClass) -> Match:
+    of_base = {name: key for key, names in _by_key(base, base_class).items() for name in names}
+    of_tuned = base_class.keys(tuned.names)
     by_key: dict[Key, str] = {}
     for name, key in of_tuned.items():
         by_key.setdefault(key, name)
@@ -296,15 +298,15 @@ def _match(tuned: Checkpoint, base: Checkpoint, layout: Layout) -> Match:
     tuned_names = {
         name: other
         for name, other in pairs.items()
-        if other is not None and (layout.loads(of_base[name]) or not BUFFERS.search(name))
+        if other is not None and (base_class.loads(of_base[name]) or not BUFFERS.search(name))
     }
     lacking = [name for name, other in pairs.items() if other is None]
-    parts = {layout.part_beside_text(key) for key in of_tuned.values() if layout.loads(key)}
+    parts = {base_class.part_beside_text(key) for key in of_tuned.values() if base_class.loads(key)}
     unmoved = [
         name
         for name in lacking
-        if not layout.loads(of_base[name])
-        or layout.part_beside_text(of_base[name]) not in (None, *parts)
+        if not base_class.loads(of_base[name])
+        or base_class.part_beside_text(of_base[name]) not in (None, *parts)
     ]
     paired = set(pairs.values())
     keys = {of_tuned[name]: name for name in paired if name is not None}
@@ -313,7 +315,7 @@ def _match(tuned: Checkpoint, base: Checkpoint, layout: Layout) -> Match:
         name
         for name in extra
         if _is_copy(tuned, name, keys.get(of_tuned[name]))
-        or (not layout.loads(of_tuned[name]) and layout.is_beside(name, of_tuned[name]))
+        or (not base_class.loads(of_tuned[name]) and base_class.is_beside(name, of_tuned[name]))
     ]
     return Match(
         tuned_names,
@@ -331,7 +333,7 @@ def _is_copy(checkpoint: Checkpoint, name: str, other: str | None) -> bool:
     return checkpoint.are_equal(name, other)
 
 
-def summary(names: Iterable[str]) -> str:
+def summarize_names(names: Iterable[str]) -> str:
     """Summarise many tensor names in a few words, using one name for all layers."""
     kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
     fronts = list(dict.fromkeys(_front(kind) for kind in kinds)) if len(kinds) > 3 else kinds

@@ -130,7 +130,7 @@ def refuse_other_than_models(resolved: ResolvedModel) -> None:
         raise ModelError(f"{text}: is a delta, not a model. Merge it into its base first.")
 
 
-def snapshot(
+def fetch_snapshot(
     ref: Reference,
     *,
     with_weights: bool = True,
@@ -211,7 +211,7 @@ def _fetch(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = snapshot(ref, with_weights=with_weights, may_run_code=may_run_code)
+        path = fetch_snapshot(ref, with_weights=with_weights, may_run_code=may_run_code)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         if isinstance(error, LocalEntryNotFoundError):

@@ -46,7 +46,7 @@ class Ties:
     head: str | None = None
     is_assumed: bool = False
 
-    def kept(self, name: str) -> str:
+    def source_of(self, name: str) -> str:
         """Return the stored tensor with the values of a tensor: itself, if it is not tied."""
         return self.stored.get(name, name)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from optimer_hf.errors import ModelError
-from optimer_hf.models.layout import has_tokenizer, tokenizer_files
+from optimer_hf.models.layout import has_tokenizer, tokenizer_digests
 from optimer_hf.models.loader import read_tokenizer
 
 
@@ -22,7 +22,7 @@ def find_moved_tokens(tuned: Path, base: Path) -> list[tuple[str, int, int]]:
     if not has_tokenizer(tuned) or not has_tokenizer(base) or _is_same_file(tuned, base):
         return []
     try:
-        known = _vocabulary(base, tuple(sorted(tokenizer_files(base).items())))
+        known = _vocabulary(base, tuple(sorted(tokenizer_digests(base).items())))
         tokenizer = read_tokenizer(tuned)
     except ModelError:
         return []

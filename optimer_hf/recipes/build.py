@@ -16,8 +16,8 @@ from optimer_hf.models.layout import (
     MAX_SHARD_SIZE,
     ResolvedModel,
     files_beside_weights,
-    tokenizer_files,
-    weight_files,
+    tokenizer_digests,
+    weight_digests,
 )
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.shards import files_in_shards
@@ -110,7 +110,7 @@ def _n_bytes(size: int | str) -> int:
 
 def _with_output(lock: Lock, model: Path, asked: Mapping[str, Any]) -> Lock:
     """Return the lock of a recipe as it is of a model built from it, with what was asked of it."""
-    return lock.model_copy(update={"output": weight_files(model), **asked})
+    return lock.model_copy(update={"output": weight_digests(model), **asked})
 
 
 def _lock_of_built(
@@ -184,7 +184,7 @@ def _check_lock(lock: Lock, recipe: Recipe, base: ResolvedModel) -> None:
             resolve_model(ingredient.source).path,
         )
     for field, (expected, directory) in parts.items():
-        if weight_files(directory) != expected:
+        if weight_digests(directory) != expected:
             raise ModelError(
                 f"{recipe.name}: {field}: the weights in {directory} are not the locked ones. "
                 "Fetch them again, or write the recipe anew."
@@ -218,7 +218,7 @@ def verify(path: Path, model: Path) -> None:
             )
         raise ModelError(f"{model}: no such model. Build it: `optimer build {path} {model}`.")
     beside = model / LOCK
-    built, found = Lock.read(beside) if beside.exists() else lock, weight_files(model)
+    built, found = Lock.read(beside) if beside.exists() else lock, weight_digests(model)
     if found != lock.output and built.max_shard_size != lock.max_shard_size:
         found = files_in_shards(model, lock.max_shard_size)
     for name in sorted(lock.output.keys() | found.keys()):
@@ -226,7 +226,7 @@ def verify(path: Path, model: Path) -> None:
             raise ModelError(
                 f"{model / name}: sha256 differs from {lock_file.name}. Build it again."
             )
-    has = tokenizer_files(model)
+    has = tokenizer_digests(model)
     for name in sorted(lock.tokenizer):
         if has.get(name) != lock.tokenizer[name]:
             raise ModelError(

@@ -7,13 +7,13 @@ from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.comparison.result import Comparison, verdicts
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.reading import yaml_text
-from optimer_hf.files.reference import is_pinned, is_there, pinned, relative_reference
+from optimer_hf.files.reference import is_pinned, is_there, pin, relative_reference
 from optimer_hf.files.staging import finish_move, write_text
 from optimer_hf.files.versions import versions
 from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
 from optimer_hf.merging.tokenizer import tokenizer_path
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_files, weight_files
+from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_digests, weight_digests
 from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
 from optimer_hf.recipes.record import (
     MADE_HERE,
@@ -106,8 +106,8 @@ def _lock_of(
 ) -> Lock:
     """Return the lock of a merge that is not built yet; `sources` by vector."""
     return Lock(
-        base=weight_files(base.path),
-        vectors={key: weight_files(source.path) for key, source in sources.items()},
+        base=weight_digests(base.path),
+        vectors={key: weight_digests(source.path) for key, source in sources.items()},
         kinds={
             key: open_vector(key, str(config.vectors[key].source), base).kind for key in sources
         },
@@ -137,7 +137,7 @@ def _tokenizer_source(config: StudyConfig, folder: Path) -> str | None:
 def _tokenizer_digests(reference: str | None) -> dict[str, str]:
     """Return file name -> sha256 of a tokenizer that is not the base's; nothing for the base's."""
     path = tokenizer_path(reference)
-    return {} if path is None else tokenizer_files(path)
+    return {} if path is None else tokenizer_digests(path)
 
 
 def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
@@ -188,7 +188,7 @@ def _write_lock(lock: Lock, path: Path) -> None:
 def _pinned(reference: str, resolved: ResolvedModel, folder: Path) -> str:
     """Return a Hub reference with its commit, a local one relative to the folder of the recipe."""
     if resolved.commit is not None:
-        return pinned(resolved.reference, resolved.commit)
+        return pin(resolved.reference, resolved.commit)
     return relative_reference(reference, folder)
 
 
@@ -265,7 +265,7 @@ def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Pa
         return out
     finish_move(out)
     record = read_record(out)
-    current = weight_files(vector.path), weight_files(base.path)
+    current = weight_digests(vector.path), weight_digests(base.path)
     if record is None or (record.source_files, record.base.files) != current:
         _, relative_norm = measure_norms(vector, Checkpoint(base.path))
         extract(

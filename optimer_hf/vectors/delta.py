@@ -13,7 +13,7 @@ from optimer_hf.files.staging import staged_directory
 from optimer_hf.files.versions import versions
 from optimer_hf.models.blocks import matrix_shape, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
-from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_files
+from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_digests
 from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
 from optimer_hf.vectors.int8 import BLOCK_SIZE, SCALES, n_blocks, quantize
@@ -137,7 +137,7 @@ def extract(
             name=vector.name,
             kind="delta",
             base=BaseRecord.of(base),
-            source_files=weight_files(vector.path if source is None else source),
+            source_files=weight_digests(vector.path if source is None else source),
             dtype=dtype,
             block_size=block_size if dtype == QUANTISED else None,
             norm=norm,
@@ -175,7 +175,7 @@ def _write_dense(
     moved, ties = vector.names, ties_of(base)
 
     def rows_of(key: str, rows: slice) -> torch.Tensor:
-        name = ties.kept(key)  # copies get the same delta, so they stay equal in mergekit
+        name = ties.source_of(key)  # copies get the same delta, so they stay equal in mergekit
         base_rows = base.read_rows(name, rows)
         if name not in moved:
             return torch.zeros(base_rows.shape, dtype=dtype)

@@ -22,7 +22,7 @@ from optimer_hf.errors import ModelError
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import empty_model
-from optimer_hf.models.names import names_in, summary
+from optimer_hf.models.names import names_in, summarize_names
 from optimer_hf.models.ties import Ties, ties_of
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.forms import LowRank, Trained
@@ -155,7 +155,7 @@ def _warn_of_missing_layers(
         name
         for name in base.names
         if name.endswith(".weight")
-        and not {name, ties.kept(name)} & held
+        and not {name, ties.source_of(name)} & held
         and ".experts." not in name  # a loaded model stacks these in one tensor
         and len(base.shape(name)) == 2
         and is_targeted(options, name.removesuffix(".weight"))
@@ -173,7 +173,7 @@ def _summarize_layers(names: Iterable[str]) -> str:
     """Summarise tensor names in a few words, with their layer numbers."""
     numbers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
     shown = ", ".join(map(str, numbers[:LAYERS_SHOWN])) + ", ..." * (len(numbers) > LAYERS_SHOWN)
-    return summary(names) + (f"; of layer {shown}" if numbers else "")
+    return summarize_names(names) + (f"; of layer {shown}" if numbers else "")
 
 
 def open_adapter(path: Path, where: str) -> Checkpoint:
@@ -269,7 +269,7 @@ def _refuse_unused_tensor(part: Part, lora: Lora) -> None:
             "exclude_modules or layers_to_transform of its config leave out, so PEFT would ignore "
             "it. Mend the config, or remove the tensor."
         )
-    if lora.ties.kept(part.target) not in lora.names:
+    if lora.ties.source_of(part.target) not in lora.names:
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} is of {part.target!r}, which is not in the base "
             f"{lora.base.path}. Give an adapter that was trained from this base; for one whose "
@@ -296,7 +296,7 @@ def refuse_unmergeable(keys: Sequence[str], base: Checkpoint, where: str) -> Non
     """
     products = [target for target, part in targets_of(keys, base).values() if part.endswith("A")]
     known, ties = set(base.names), ties_of(base)
-    if unfit := sorted(name for name in products if ties.kept(name) not in known):
+    if unfit := sorted(name for name in products if ties.source_of(name) not in known):
         fit = sorted({name.split(".")[-2] for name in products if name in known})
         raise ModelError(
             f"{where}: adapts {unfit[0].removesuffix('.weight')!r}, which the checkpoint stores in "
@@ -315,7 +315,7 @@ def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, st
     """
     found = {key: _target_of(key) for key in keys}
     known, ties = set(base.names), ties_of(base)
-    others = {target for target, _ in found.values() if ties.kept(target) not in known}
+    others = {target for target, _ in found.values() if ties.source_of(target) not in known}
     names = names_in(base, others)
     return {key: (names.get(target, [target])[0], part) for key, (target, part) in found.items()}
 
@@ -423,7 +423,7 @@ def _is_transposed(part: Part, shape: tuple[int, int], lora: Lora) -> bool:
             f"nothing says which way round the square {part.target!r} is stored. Merge the adapter "
             "with the program that trained it."
         )
-    return is_embedding or lora.base.shape(ties.kept(part.target)) == shape[::-1] != shape
+    return is_embedding or lora.base.shape(ties.source_of(part.target)) == shape[::-1] != shape
 
 
 def _layers_of(base: Checkpoint) -> Mapping[str, type]:
@@ -456,7 +456,7 @@ def _read_product(stored: Checkpoint, part: Part) -> LowRank:
 
 
 def _refuse_changed_copy(stored: Checkpoint, part: Part, base: Checkpoint, where: str) -> None:
-    copy, tensor = stored.read(part.key), base.read(ties_of(base).kept(part.target))
+    copy, tensor = stored.read(part.key), base.read(ties_of(base).source_of(part.target))
     if copy.shape != tensor.shape or not torch.equal(copy.to(tensor.dtype), tensor):
         raise ModelError(
             f"{where}: tensor {part.key!r} differs from the base: the embedding was resized or "
@@ -473,10 +473,10 @@ def _merge_tied_parts(
     """
     refuse_split_ties({name: type(part).__name__ for name, part in found.items()}, ties, where)
     joined: dict[str, LowRank | Trained] = {}
-    for name, part in sorted(found.items(), key=lambda item: item[0] != ties.kept(item[0])):
-        other = joined.setdefault(ties.kept(name), part)
+    for name, part in sorted(found.items(), key=lambda item: item[0] != ties.source_of(item[0])):
+        other = joined.setdefault(ties.source_of(name), part)
         if part is not other and not _are_alike(part, other):  # NaN does not even equal itself
-            raise _split_ties_error([name], [ties.kept(name)], where)
+            raise _split_ties_error([name], [ties.source_of(name)], where)
     return joined
 
 

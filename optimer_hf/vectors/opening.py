@@ -10,10 +10,10 @@ import torch
 
 from optimer_hf.errors import ModelError, VocabularyError
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel, has_tokenizer, weight_files
+from optimer_hf.models.layout import ResolvedModel, has_tokenizer, weight_digests
 from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.loader import read_settings
-from optimer_hf.models.names import Match, match, names_in, summary, vocabulary_names
+from optimer_hf.models.names import Match, match, names_in, summarize_names, vocabulary_names
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.settings import compare_settings, describe_settings
 from optimer_hf.models.ties import ties_of
@@ -108,7 +108,7 @@ def read_record_for_base(
 ) -> VectorFile | None:
     """Return the vector.json in a directory; refuse a vector that was trained from another base."""
     record = read_record(path)
-    if record is not None and record.base.files != weight_files(base.path):
+    if record is not None and record.base.files != weight_digests(base.path):
         raise ModelError(
             f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights "
             f"differ from those of base_model {base.reference}. Retrain it from this base, or drop "
@@ -154,7 +154,7 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
     missing = sorted(lacking - tied.keys())
     rest = {*found.unknown, *copies} - {*stored.values(), *tied.values()} - of_tuned.copies
     groups = {key: of_base.group_of(of_tuned.class_names.get(key, key)) for key in sorted(rest)}
-    parted = {key: of_base.kept(group[0]) for key, group in groups.items() if group}
+    parted = {key: of_base.source_of(group[0]) for key, group in groups.items() if group}
     extra = sorted(key for key in rest if parted.get(key) not in stored)
     if missing or extra:
         _refuse_other_form(
@@ -208,13 +208,13 @@ def _warn_of_differences(name: str, tuned: Checkpoint, found: Match) -> None:
         warn_once(
             logger,
             f"vector {name!r} ({tuned.path}): does without {len(found.unmoved)} tensors of the "
-            f"base ({summary(found.unmoved)}), which a merge leaves as they are",
+            f"base ({summarize_names(found.unmoved)}), which a merge leaves as they are",
         )
     if found.left_out:
         warn_once(
             logger,
             f"vector {name!r} ({tuned.path}): {len(found.left_out)} tensors that the base does not "
-            f"have and its class does not load ({summary(found.left_out)}) are left out",
+            f"have and its class does not load ({summarize_names(found.left_out)}) are left out",
         )
 
 

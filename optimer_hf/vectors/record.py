@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.model import FileModel, VersionedFile
 from optimer_hf.files.reading import read_json
-from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.vectors.training_record import (
     CorpusRecord,
     PartialCorpus,
@@ -32,7 +32,7 @@ class BaseRecord(FileModel):
     @classmethod
     def of(cls, base: ResolvedModel) -> Self:
         """Return the record of a base; hashes its weights."""
-        return cls(reference=base.reference, commit=base.commit, files=weight_files(base.path))
+        return cls(reference=base.reference, commit=base.commit, files=weight_digests(base.path))
 
 
 class VectorFile(VersionedFile):

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from optimer_hf.models.blocks import matrix_rows, matrix_shape
-from optimer_hf.models.checkpoint import Checkpoint, Loaded
+from optimer_hf.models.checkpoint import Checkpoint, LoadedTensors
 from optimer_hf.vectors.forms import Delta, LowRank, Trained, to_dense
 from optimer_hf.vectors.int8 import SCALES, dequantize
 
@@ -73,9 +73,9 @@ class CheckpointVector(_Brief):
     """
 
     name: str
-    tuned: Checkpoint | Loaded
+    tuned: Checkpoint | LoadedTensors
     names: frozenset[str]
-    padding: Checkpoint | Loaded | None = None
+    padding: Checkpoint | LoadedTensors | None = None
     kind: str = "checkpoint"
 
     @property
@@ -114,7 +114,7 @@ class DeltaVector(_Brief):
     """
 
     name: str
-    stored: Checkpoint | Loaded
+    stored: Checkpoint | LoadedTensors
     block_size: int | None = None
     copies: frozenset[str] = frozenset()
     kind: str = "delta"
@@ -170,8 +170,8 @@ class AdapterVector(_Brief):
         return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
 
 
-def _load(source: Checkpoint | Loaded, names: Iterable[str], device: str) -> Loaded:
-    return Loaded(source.path, {name: source.read(name).to(device) for name in names})
+def _load(source: Checkpoint | LoadedTensors, names: Iterable[str], device: str) -> LoadedTensors:
+    return LoadedTensors(source.path, {name: source.read(name).to(device) for name in names})
 
 
 def dense_rows(

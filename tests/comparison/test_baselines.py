@@ -18,7 +18,7 @@ from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.files.digest import digest
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import weight_files
+from optimer_hf.models.layout import weight_digests
 from optimer_hf.report.page import write_sealed_figure
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
@@ -160,7 +160,7 @@ def test_the_seed_of_the_search_draws_random_vectors_and_the_masks_of_dare(real_
                 found |= model.make(tmp_path / folder)
             else:
                 kept.append(model.weights)
-        return {key: digest(weight_files(Path(path))) for key, path in found.items()}
+        return {key: digest(weight_digests(Path(path))) for key, path in found.items()}
 
     kept = []
     first, again, other = built(0, "first"), built(0, "again"), built(1, "other")

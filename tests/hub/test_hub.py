@@ -27,7 +27,7 @@ from optimer_hf.hub.card import split as card_split
 from optimer_hf.hub.private import refuse_private
 from optimer_hf.hub.publication import publication
 from optimer_hf.merging.writer import write_merged
-from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_files
+from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_digests
 from optimer_hf.models.resolve import resolve_base, resolve_model
 from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock, Recipe
@@ -121,8 +121,8 @@ def make_recipe(published_base, make_vector, base, tmp_path):
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(data))
         lock = Lock(
-            base=weight_files(base.path),
-            vectors={key: weight_files(path) for key, path in paths.items()},
+            base=weight_digests(base.path),
+            vectors={key: weight_digests(path) for key, path in paths.items()},
             kinds=dict.fromkeys(paths, kind),
             weights=chosen,
             dtype="bfloat16",
@@ -156,7 +156,7 @@ def test_a_pushed_vector_comes_back_with_the_same_sha256(hub, make_vector, name,
     pulled = hubs.pull(f"alice/{name}", tmp_path / "back", token=ALICE)
     assert pulled.kind == "vector"
     assert pulled.commit == pushed.commit
-    assert weight_files(tmp_path / "back") == weight_files(vector)
+    assert weight_digests(tmp_path / "back") == weight_digests(vector)
     assert (tmp_path / "back" / "vector.json").read_bytes() == (vector / "vector.json").read_bytes()
 
 
@@ -177,7 +177,7 @@ def test_a_stranger_builds_the_same_model_from_a_pushed_recipe(
     assert str(tmp_path) not in recipe.read_text()
     assert "private" not in recipe.read_text()
     build(recipe, tmp_path / "built")
-    assert weight_files(tmp_path / "built") == weight_files(tmp_path / "mine")
+    assert weight_digests(tmp_path / "built") == weight_digests(tmp_path / "mine")
     verify(recipe, tmp_path / "built")
 
 
@@ -212,7 +212,7 @@ def test_the_command_line_pushes_and_pulls_over_both_transports(
     home = str(tmp_path / "home")  # an empty cache: the bytes come from the server
     pulled = run_cli("pull", f"alice/{name}", tmp_path / "back", hub=hub, xet=xet, HF_HOME=home)
     assert pulled.returncode == 0, pulled.stderr
-    assert weight_files(tmp_path / "back") == weight_files(vector)
+    assert weight_digests(tmp_path / "back") == weight_digests(vector)
     assert ALICE not in pushed.stdout + pushed.stderr + pulled.stdout + pulled.stderr
 
 
@@ -224,7 +224,7 @@ def test_hf_download_and_git_clone_give_what_was_pushed(hub, make_vector, name, 
     out = tmp_path / "out"
     command = [hf, "download", f"alice/{name}", "--local-dir", str(out), "--quiet"]
     subprocess.run(command, env=env, check=True, capture_output=True)
-    assert weight_files(out) == weight_files(vector)
+    assert weight_digests(out) == weight_digests(vector)
     clone = tmp_path / "clone"
     git_env = {**os.environ, "GIT_LFS_SKIP_SMUDGE": "1", "GIT_CONFIG_GLOBAL": "/dev/null"}
     command = ["git", "clone", "-q", f"{hub.endpoint}/alice/{name}", str(clone)]
@@ -652,8 +652,8 @@ def test_of_weights_only_those_that_are_read_are_fetched_and_count(
     more = ("consolidated.safetensors", "onnx/model.safetensors", "onnx/x.safetensors")
     reference = published(f"alice/{name}", files | {each: each.encode() for each in more})
     found = resolve_model(reference)
-    assert weight_files(found.path) == weight_files(source.path)
-    assert (len(weight_files(source.path)) > 1) == sharded
+    assert weight_digests(found.path) == weight_digests(source.path)
+    assert (len(weight_digests(source.path)) > 1) == sharded
     fetched = {str(p.relative_to(found.path)) for p in found.path.rglob("*") if p.is_file()}
     assert not fetched & set(more)
     assert resolve_base(reference) == found
@@ -661,7 +661,7 @@ def test_of_weights_only_those_that_are_read_are_fetched_and_count(
     assert resolve_model(reference) == found and hub.log == []  # all of a commit is in the cache
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_model(reference) == found
-    (found.path / sorted(weight_files(found.path))[-1]).unlink()
+    (found.path / sorted(weight_digests(found.path))[-1]).unlink()
     with pytest.raises(ModelError, match="cannot be fetched"):
         resolve_model(reference)
 
@@ -672,10 +672,10 @@ def test_an_adapter_and_a_repository_without_an_index_are_fetched_whole(
     adapter = make_adapter(make_base("llama"), 1)
     files: dict[str, bytes | Path] = {p.name: p for p in adapter.iterdir() if p.suffix != ".md"}
     found = resolve_model(published(f"alice/{name}", files))
-    assert weight_files(found.path) == weight_files(adapter)
+    assert weight_digests(found.path) == weight_digests(adapter)
     weights = make_base("llama").path / "model.safetensors"
     found = resolve_model(published(f"alice/{name}-2", {"consolidated.safetensors": weights}))
-    assert weight_files(found.path).keys() == {"consolidated.safetensors"}
+    assert weight_digests(found.path).keys() == {"consolidated.safetensors"}
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin"])
@@ -780,7 +780,7 @@ def test_a_download_that_is_cut_goes_on(hub, make_vector, name, tmp_path):
     done = run_cli("pull", f"alice/{name}", tmp_path / "back", hub=hub, xet=False, HF_HOME=home)
     assert done.returncode == 0, done.stderr
     assert len(hub.calls("GET /_cdn/")) == 3
-    assert weight_files(tmp_path / "back") == weight_files(vector)
+    assert weight_digests(tmp_path / "back") == weight_digests(vector)
 
 
 @pytest.mark.parametrize(
@@ -822,7 +822,7 @@ def test_a_renamed_repository_is_found_and_told(hub, make_vector, name, tmp_path
     pulled = hubs.pull(f"alice/{name}", tmp_path / "back", token=ALICE)
     assert pulled.repo_id == f"alice/{name}-new"
     assert f"is called alice/{name}-new now" in caplog.text
-    assert weight_files(tmp_path / "back") == weight_files(vector)
+    assert weight_digests(tmp_path / "back") == weight_digests(vector)
 
 
 def test_a_card_that_cannot_be_read_now_is_not_overwritten(hub, make_vector, name):
@@ -854,7 +854,7 @@ def test_a_pull_through_faults_ends_well_or_says_so(hub, make_vector, name, tmp_
 def test_a_damaged_blob_is_refused_and_fetched_again(hub, make_vector, name, tmp_path):
     vector = make_vector("adapter", 31)
     hubs.push(vector, f"alice/{name}", token=ALICE)
-    sha256 = weight_files(vector)["adapter_model.safetensors"]
+    sha256 = weight_digests(vector)["adapter_model.safetensors"]
     blob = hub.materialize(sha256)
     right = blob.read_bytes()
     blob.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
@@ -1143,7 +1143,7 @@ def test_a_pull_and_a_build_work_offline_from_the_cache(
     hub.log.clear()
     hubs.pull(f"alice/{name}", tmp_path / "offline")
     build(tmp_path / "offline" / "recipe.yaml", tmp_path / "second")
-    assert weight_files(tmp_path / "second") == weight_files(tmp_path / "first")
+    assert weight_digests(tmp_path / "second") == weight_digests(tmp_path / "first")
     assert not hub.log
     with pytest.raises(HubError, match="not in the cache"):
         hubs.pull("alice/never-seen", tmp_path / "other")

@@ -23,7 +23,7 @@ from optimer_hf.hub.untrusted import check_pulled
 from optimer_hf.merging.mergekit import merge
 from optimer_hf.merging.mergekit_pool import linear_merge_of, unsearched_settings, with_weights
 from optimer_hf.merging.tokenizer import open_tokenizer
-from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock, Recipe
 from optimer_hf.recipes.write import write_recipe, write_vanilla
@@ -282,7 +282,7 @@ def test_the_exported_configs_give_the_same_model_with_the_same_tokenizer(
     build(tmp_path / "recipe.yaml", tmp_path / "built")
     assert merge(tmp_path / "optimer.yml", tmp_path / "ours") == "native"
     assert_is_instruct(tmp_path / "ours")
-    assert weight_files(tmp_path / "ours") == weight_files(tmp_path / "built")
+    assert weight_digests(tmp_path / "ours") == weight_digests(tmp_path / "built")
     write_vanilla(study, tmp_path / "vanilla.yml")
     text = (tmp_path / "vanilla.yml").read_text(encoding="utf-8")
     assert (

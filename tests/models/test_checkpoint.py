@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.models import blocks as blocks_module
 from optimer_hf.models.blocks import matrix_shape, row_blocks
-from optimer_hf.models.checkpoint import LARGEST_HEADER, MOST_TENSORS, Checkpoint, Loaded
-from optimer_hf.models.layout import weight_files, weight_states, weights_fingerprint
+from optimer_hf.models.checkpoint import LARGEST_HEADER, MOST_TENSORS, Checkpoint, LoadedTensors
+from optimer_hf.models.layout import weight_digests, weight_states, weights_fingerprint
 from optimer_hf.models.shards import write_sharded
 from tests.support.damage import damage
 
@@ -29,7 +29,7 @@ def test_row_blocks_of_a_file_and_of_memory_are_the_rows_of_the_matrix_form(
     tensor = torch.randn(shape).bfloat16()
     save_file({"x": tensor}, tmp_path / "model.safetensors")
     stored = Checkpoint(tmp_path)
-    loaded = Loaded(tmp_path, {"x": stored.read("x")})
+    loaded = LoadedTensors(tmp_path, {"x": stored.read("x")})
     matrix = tensor.reshape(matrix_shape(shape))
     for source in (stored, loaded):
         assert source.names == ["x"]
@@ -61,24 +61,24 @@ def test_a_directory_of_shards_is_read_through_its_index(sharded):
 
 
 def test_a_file_the_index_does_not_name_is_left_out_as_transformers_does(sharded):
-    before = weight_files(sharded), weight_states(sharded), weights_fingerprint(sharded)
+    before = weight_digests(sharded), weight_states(sharded), weights_fingerprint(sharded)
     assert len(before[0]) == 3
     save_file({"stale": torch.ones(1)}, sharded / "consolidated.safetensors")
     assert Checkpoint(sharded).names == ["t0", "t1", "t2"]
-    assert (weight_files(sharded), weight_states(sharded), weights_fingerprint(sharded)) == before
+    assert (weight_digests(sharded), weight_states(sharded), weights_fingerprint(sharded)) == before
 
 
 def test_a_single_file_wins_over_a_stale_index_as_in_transformers(sharded):
     save_file({"whole": torch.ones(1)}, sharded / "model.safetensors")
     assert Checkpoint(sharded).names == ["whole"]
-    assert weight_files(sharded).keys() == {"model.safetensors"}
+    assert weight_digests(sharded).keys() == {"model.safetensors"}
 
 
 @pytest.mark.parametrize("name", ["", "..", "gone.safetensors"])
 def test_a_shard_that_is_not_there_has_no_part_in_the_identity(sharded, name):
     index = sharded / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"t0": name}}), encoding="utf-8")
-    assert weight_files(sharded) == {}
+    assert weight_digests(sharded) == {}
     with pytest.raises(ModelError):
         Checkpoint(sharded)
 

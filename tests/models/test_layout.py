@@ -17,10 +17,10 @@ from optimer_hf.models.layout import (
     copy_beside_weights,
     may_fetch,
     refuse_pickled,
-    tokenizer_files,
-    weight_files,
+    tokenizer_digests,
+    weight_digests,
 )
-from optimer_hf.models.resolve import missing_files, snapshot
+from optimer_hf.models.resolve import fetch_snapshot, missing_files
 
 # fetched: from the Hub with a model, before and besides its weights
 # copied: beside a merge or a delta; digested: with the tokenizer; taken: enough for a tokenizer
@@ -119,7 +119,7 @@ def test_files_beside_the_weights_are_fetched_before_them(monkeypatch, tmp_path,
         return tmp_path / "cache"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    snapshot(Reference("org/model"), with_weights=False)
+    fetch_snapshot(Reference("org/model"), with_weights=False)
     assert calls == [files_with("fetched")]
 
 
@@ -150,7 +150,7 @@ def test_a_merge_may_take_its_tokenizer_from_another_model(folder, tmp_path):
 
 
 def test_a_tokenizer_is_identified_by_all_its_files(folder):
-    assert tokenizer_files(folder).keys() == files_with("digested")
+    assert tokenizer_digests(folder).keys() == files_with("digested")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "/" not in name])
@@ -193,8 +193,8 @@ def test_all_files_count_where_nothing_says_which_are_read_and_in_an_adapter(tmp
     for name in ("consolidated", "b"):
         save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
     both = {"b.safetensors", "consolidated.safetensors"}
-    assert weight_files(tmp_path).keys() == both
+    assert weight_digests(tmp_path).keys() == both
     save_file({"c": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert weight_files(tmp_path).keys() == {"model.safetensors"}
+    assert weight_digests(tmp_path).keys() == {"model.safetensors"}
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert weight_files(tmp_path).keys() == {*both, "model.safetensors", "adapter_config.json"}
+    assert weight_digests(tmp_path).keys() == {*both, "model.safetensors", "adapter_config.json"}

@@ -13,7 +13,7 @@ from optimer_hf.merging.mergekit import merge
 from optimer_hf.models.layout import ResolvedModel, copy_beside_weights
 from optimer_hf.models.live import empty_model, load_model, load_tokenizer
 from optimer_hf.models.loader import (
-    loading_of,
+    describe_loading,
     model_with_adapter,
     read_adapter_config,
     read_config,
@@ -277,4 +277,4 @@ def test_a_class_that_transformers_lacks_is_loaded_as_a_causal_model(make_base, 
     config = tmp_path / "base" / "config.json"
     named = {"architectures": ["LlamaForCausalLMWithValueHead"]}  # TRL's
     config.write_text(json.dumps(json.loads(config.read_text()) | named))
-    assert loading_of(tmp_path / "base").missing == frozenset()
+    assert describe_loading(tmp_path / "base").missing == frozenset()

@@ -19,7 +19,7 @@ from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.merging.mergekit import merge
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.models.ties import ties_of
 from optimer_hf.recipes.build import build
 from optimer_hf.recipes.record import Lock
@@ -144,8 +144,8 @@ def write_recipe(folder: Path, base: Path, source: Path) -> Path:
     }
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     lock = Lock(
-        base=weight_files(base),
-        vectors={"v": weight_files(source)},
+        base=weight_digests(base),
+        vectors={"v": weight_digests(source)},
         weights={"v": 1.0},
         dtype="float32",
     )

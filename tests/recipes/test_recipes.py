@@ -12,7 +12,7 @@ from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock, Recipe
 from optimer_hf.recipes.write import _delta_directory
@@ -65,8 +65,8 @@ def recipe(pool, tmp_path) -> Path:
         "study": {"sha256": "0" * 64, "n_trials": 1, "seed": 0, "incumbent": 0},
     }
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    files = {name: weight_files(source) for name, source in sources.items()}
-    lock = Lock(base=weight_files(base.path), vectors=files, weights=WEIGHTS, dtype="bfloat16")
+    files = {name: weight_digests(source) for name, source in sources.items()}
+    lock = Lock(base=weight_digests(base.path), vectors=files, weights=WEIGHTS, dtype="bfloat16")
     lock.write(path.with_suffix(".lock.json"))
     return path
 
@@ -77,8 +77,8 @@ def test_a_recipe_over_all_three_kinds_builds_the_weighted_sum(recipe, pool, tmp
     vectors = [open_vector(name, str(source), base) for name, source in sources.items()]
     assert [vector.kind for vector in vectors] == ["adapter", "delta", "checkpoint"]
     write_merged(base, vectors, WEIGHTS, tmp_path / "expected", out_dtype="bfloat16")
-    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "expected")
-    assert weight_files(tmp_path / "out") != weight_files(base.path)
+    assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "expected")
+    assert weight_digests(tmp_path / "out") != weight_digests(base.path)
 
 
 def test_the_first_build_locks_the_model_and_the_second_gives_it_again(recipe, tmp_path):
@@ -156,7 +156,7 @@ def test_a_model_in_any_shards_is_verified_by_every_lock_of_its_recipe(recipe, t
     for path in (recipe, *(model / "recipe.yaml" for model in models)):
         for model in models:
             verify(path, model)
-    assert Lock.read(recipe.with_suffix(".lock.json")).output == weight_files(models[0])
+    assert Lock.read(recipe.with_suffix(".lock.json")).output == weight_digests(models[0])
     change_weights(models[1])
     for path in (recipe, *(model / "recipe.yaml" for model in models)):
         with pytest.raises(ModelError, match="sha256 differs from"):
@@ -348,7 +348,7 @@ def test_an_exported_delta_is_reused_until_its_vector_is_trained_again(pool, tmp
     base, sources = pool
     vector = open_vector("ja", str(sources["ja"]), base)
     out = _delta_directory(vector, base, tmp_path)
-    first, written = weight_files(out), (out / "vector.json").stat().st_mtime_ns
+    first, written = weight_digests(out), (out / "vector.json").stat().st_mtime_ns
     left = out.with_name(
         ".partial-ja.lock"
     )  # by a process that died right after it wrote the delta
@@ -357,11 +357,11 @@ def test_an_exported_delta_is_reused_until_its_vector_is_trained_again(pool, tmp
     assert (out / "vector.json").stat().st_mtime_ns == written
     change_weights(sources["ja"])
     retrained = open_vector("ja", str(sources["ja"]), base)
-    assert weight_files(_delta_directory(retrained, base, tmp_path)) != first
+    assert weight_digests(_delta_directory(retrained, base, tmp_path)) != first
     itself = open_vector("ja", str(out), base)
-    before = weight_files(out)
+    before = weight_digests(out)
     assert _delta_directory(itself, base, tmp_path) == out
-    assert weight_files(out) == before
+    assert weight_digests(out) == before
 
 
 def test_a_directory_that_is_not_ours_is_not_replaced_by_an_exported_delta(pool, tmp_path):

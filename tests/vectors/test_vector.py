@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
-from optimer_hf.models.layout import ResolvedModel, weight_files
+from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.vectors.delta import extract, extract_any_adapter, measure_norms, write_record
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import VectorFile, read_record
@@ -85,7 +85,7 @@ def test_an_extracted_delta_loses_only_what_its_dtype_loses(base, tuned, tmp_pat
     assert (record.kind, record.dtype, record.base.files) == (
         "delta",
         dtype,
-        weight_files(base.path),
+        weight_digests(base.path),
     )
     for name in source.names:
         assert stored.stored.dtype(name) == DTYPES[dtype]
@@ -142,7 +142,7 @@ def test_the_record_of_a_vector_repeats_what_training_recorded(base, adapter, tm
     assert (record.name, record.kind, record.base.files) == (
         "ja",
         "adapter",
-        weight_files(base.path),
+        weight_digests(base.path),
     )
     assert record.corpus == RECORD.corpus
     assert record.training == RECORD.training
@@ -395,7 +395,7 @@ def test_a_record_survives_a_round_trip(base, tmp_path):
         {
             "name": "日本語",
             "kind": "delta",
-            "base": {"reference": "b", "files": weight_files(base.path)},
+            "base": {"reference": "b", "files": weight_digests(base.path)},
             "norm": 0.1,
             "relative_norm": 0.2,
         }
