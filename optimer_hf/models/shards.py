@@ -3,10 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,18 +27,20 @@ def write_safetensors(out: Path, specs: Specs, blocks: Iterable[torch.Tensor]) -
 
     Raises OutputError if the file is shorter than expected.
     """
+    expected = len(_header(specs)) + _n_bytes(specs)
     with open(out, "wb") as file:
-        written, expected = _write_all(file, specs, blocks)
+        written = sum(file.write(piece) for piece in _pieces(specs, blocks))
     if written != expected:
         raise OutputError(f"{out}: wrote {written:,} of {expected:,} bytes. The disk may be full.")
 
 
-class _Sink(Protocol):
-    def write(self, data: Any, /) -> int: ...
+def _pieces(specs: Specs, blocks: Iterable[torch.Tensor]) -> Iterator[Any]:
+    """Yield the bytes of a safetensors file: its header, then each row block."""
+    yield _header(specs)
+    yield from map(_raw_bytes, blocks)
 
 
-def _write_all(sink: _Sink, specs: Specs, blocks: Iterable[torch.Tensor]) -> tuple[int, int]:
-    """Write header and row blocks; return the number of block bytes written, and expected."""
+def _header(specs: Specs) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in specs.items():
@@ -51,8 +53,11 @@ def _write_all(sink: _Sink, specs: Specs, blocks: Iterable[torch.Tensor]) -> tup
         offset += n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    sink.write(len(text).to_bytes(8, "little") + text)
-    return sum(sink.write(_raw_bytes(block)) for block in blocks), offset
+    return len(text).to_bytes(8, "little") + text
+
+
+def _n_bytes(specs: Specs) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
 
 
 def _raw_bytes(block: torch.Tensor) -> Any:
@@ -82,20 +87,8 @@ def write_sharded(
             write_safetensors(out_dir / file, shard, computed)
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
-        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": _n_bytes(specs)}, "weight_map": weight_map}
         (out_dir / f"{prefix}{INDEX}").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-class _Hash:
-    """A sink that keeps only the sha256 of the data."""
-
-    def __init__(self) -> None:
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: Any, /) -> int:
-        self.sha256.update(data)
-        return len(data)
 
 
 def files_in_shards(path: Path, max_shard_size: int) -> dict[str, str]:
@@ -106,14 +99,15 @@ def files_in_shards(path: Path, max_shard_size: int) -> dict[str, str]:
     checkpoint, digests = Checkpoint(path), {}
     specs = {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint.names}
     for file, shard in _named_shards("model", specs, max_shard_size).items():
-        sink = _Hash()
+        sha256 = hashlib.sha256()
         blocks = (
             checkpoint.read_rows(name, rows)
             for name, (_, shape) in shard.items()
             for rows in row_blocks(shape)
         )
-        _write_all(sink, shard, blocks)
-        digests[file] = sink.sha256.hexdigest()
+        for piece in _pieces(shard, blocks):
+            sha256.update(piece)
+        digests[file] = sha256.hexdigest()
     return digests
 
 
