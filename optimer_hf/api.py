@@ -54,10 +54,10 @@ def train(config: "TrainConfig | Mapping[str, Any] | AnyPath", out: AnyPath) -> 
     """
     with announce("train: loading libraries"):
         from optimer_hf.training.config import TrainConfig
-        from optimer_hf.training.run import train_and_describe, train_vector
+        from optimer_hf.training.run import train_and_record, train_vector
     if isinstance(config, str | os.PathLike):
         return train_vector(Path(config), Path(out))
-    return train_and_describe(_config(TrainConfig, config), Path(out))
+    return train_and_record(_config(TrainConfig, config), Path(out))
 
 
 def open_vector(name: str, source: "AnyModel", base: "AnyModel") -> "DistributionVector":
@@ -108,7 +108,7 @@ def merge(config: AnyPath, out: AnyPath, *, engine: str | None = None) -> Path:
     The streaming writer does what it can and mergekit the rest; `engine`, native or mergekit,
     forces one of them.
     """
-    from optimer_hf.merging.mergekit import merge as run_merge
+    from optimer_hf.merging.engines import merge as run_merge
 
     directory = Path(out)
     require_empty(directory)

@@ -101,7 +101,7 @@ def merge(config: Path, out: Path, engine: str | None, **flags: Any) -> None:
     CONFIG is the YAML file. OUT gets the merged model with its tokenizer, whole or not at all, and
     has to be new or empty.
     """
-    from optimer_hf.merging.mergekit import merge_with_flags
+    from optimer_hf.merging.engines import merge_with_flags
 
     used = merge_with_flags(config, out, flags, engine=engine)
     echo(f"{out}: written by {'the streaming writer' if used == 'native' else 'mergekit'}")

@@ -90,7 +90,7 @@ def measure(vectors: Sequence[DistributionVector], model: ResolvedModel, dtype: 
     Raises ModelError for a vector with NaN or infinite values.
     """
     base = Checkpoint(model.path)
-    products = _products(vectors, base)
+    products = _multiply(vectors, base)
     norms = products.gram.diagonal().sqrt()
     cosines = products.gram / torch.outer(norms, norms).clamp_min(1e-30)
     names = [vector.name for vector in vectors]
@@ -127,8 +127,8 @@ def measure_sources(
 
 @dataclass(frozen=True)
 class _Products:
-    """Inner products in float64: of all pairs of vectors [n, n], squared norms by module group [n],
-    and squared norms of the base tensors that each vector changes [n].
+    """Inner products of all pairs of vectors [n, n], their squared norms by module group [n], and
+    the squared norms of the base tensors that each vector changes [n]; all in float64.
     """
 
     gram: torch.Tensor
@@ -136,7 +136,7 @@ class _Products:
     base_squares: torch.Tensor
 
 
-def _products(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Products:
+def _multiply(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Products:
     """Compute the inner products of vectors in one pass over them and the base."""
     names = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
     blocks = [(name, rows) for name in names for rows in row_blocks(base.shape(name))]
@@ -235,57 +235,59 @@ def effective_rank(vector: DistributionVector) -> float:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def to_json(found: Geometry, refusals: Mapping[str, str]) -> dict[str, Any]:
+def to_json(geometry: Geometry, refusals: Mapping[str, str]) -> dict[str, Any]:
     """Return everything as JSON values."""
-    cosines = {f"{a} {b}": value for (a, b), value in found.cosines.items()}
-    return asdict(found) | {"cosines": cosines, "refused": dict(refusals)}
+    cosines = {f"{a} {b}": value for (a, b), value in geometry.cosines.items()}
+    return asdict(geometry) | {"cosines": cosines, "refused": dict(refusals)}
 
 
-def to_markdown(found: Geometry, refusals: Mapping[str, str]) -> str:
+def to_markdown(geometry: Geometry, refusals: Mapping[str, str]) -> str:
     """Return the tables of `optimer vectors` and a list of what can be merged."""
-    names = list(found.norms)
+    names = list(geometry.norms)
     if not names:
         return "\n".join(f"* {name}: cannot be merged: {why}" for name, why in refusals.items())
-    parts = [_sizes(found)]
+    parts = [_sizes(geometry)]
     if len(names) > 1:
-        parts.append(_cosines(found))
+        parts.append(_cosines(geometry))
     groups = [
         [group, *(f"{norms[name]:.4g}" for name in names)]
-        for group, norms in found.group_norms.items()
+        for group, norms in geometry.group_norms.items()
     ]
     parts.append(markdown_table(["norm by module", *names], groups))
-    parts += [f"* {name}: can be merged into this base{_trust(found, name)}." for name in names]
-    low = [name for name in names if found.surviving[name] < LOW_SURVIVAL]
+    parts += [
+        f"* {name}: can be merged into this base{_note_on_base(geometry, name)}." for name in names
+    ]
+    low = [name for name in names if geometry.surviving[name] < LOW_SURVIVAL]
     if low:
         parts.append(
-            f"* {', '.join(low)}: less than half of the delta survives rounding to {found.dtype}; "
-            "`--out-dtype float32` keeps it all."
+            f"* {', '.join(low)}: less than half of the delta survives rounding to "
+            f"{geometry.dtype}; `--out-dtype float32` keeps it all."
         )
     parts += [f"* {name}: cannot be merged: {reason}" for name, reason in refusals.items()]
     return "\n".join(parts)
 
 
-def _sizes(found: Geometry) -> str:
+def _sizes(geometry: Geometry) -> str:
     """Return the table with one row for each vector."""
     rows = [
         [
             name,
             f"{norm:.4g}",
-            f"{100 * found.relative_norms[name]:.2f} %",
-            f"{found.effective_ranks[name]:.1f}" if name in found.effective_ranks else "",
-            f"{100 * found.surviving[name]:.0f} %",
+            f"{100 * geometry.relative_norms[name]:.2f} %",
+            f"{geometry.effective_ranks[name]:.1f}" if name in geometry.effective_ranks else "",
+            f"{100 * geometry.surviving[name]:.0f} %",
         ]
-        for name, norm in found.norms.items()
+        for name, norm in geometry.norms.items()
     ]
-    survives = f"survives {found.dtype}"
+    survives = f"survives {geometry.dtype}"
     header = ["vector", "norm", "share of base norm", "effective rank", survives]
     return markdown_table(header, rows)
 
 
-def _cosines(found: Geometry) -> str:
+def _cosines(geometry: Geometry) -> str:
     """Return the table of cosines, the part below its diagonal."""
-    names = list(found.norms)
-    either = found.cosines | {(b, a): value for (a, b), value in found.cosines.items()}
+    names = list(geometry.norms)
+    either = geometry.cosines | {(b, a): value for (a, b), value in geometry.cosines.items()}
     rows = [
         [a, *(f"{either[a, b]:+.3f}" for b in names[: i + 1]), *[""] * (len(names) - i - 2)]
         for i, a in enumerate(names[1:])
@@ -293,7 +295,7 @@ def _cosines(found: Geometry) -> str:
     return markdown_table(["cosine", *names[:-1]], rows)
 
 
-def _trust(found: Geometry, name: str) -> str:
-    if found.recorded[name]:
+def _note_on_base(geometry: Geometry, name: str) -> str:
+    if geometry.recorded[name]:
         return " (same sha256, tensors and vocabulary)"
     return " (same tensors and vocabulary; no sha256 of its base is recorded)"

@@ -65,13 +65,13 @@ def model_name(value: Any, folder: Path) -> ModelName:
         raise ValueError(f"found {quote(value)}, expected {{model: {{path: ...}}}}.")
     adapter = value.get("lora")
     return ModelName(
-        _of_long_path(value["model"], folder),
-        None if adapter is None else _of_long_path(adapter, folder),
+        _path_of_long_form(value["model"], folder),
+        None if adapter is None else _path_of_long_form(adapter, folder),
         value.get("override_architecture"),
     )
 
 
-def _of_long_path(value: Any, folder: Path) -> str:
+def _path_of_long_form(value: Any, folder: Path) -> str:
     if isinstance(value, str):
         return _absolute(value, folder)
     if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
@@ -116,9 +116,9 @@ def _exists(text: str, folder: Path) -> bool:
     return is_there(folder / expand_home(Path(text)))
 
 
-def with_models(config: Mapping[str, Any], changed: Callable[[Any], Any]) -> dict[str, Any]:
-    """Return a config with every model reference replaced by `changed` of it."""
-    replaced = _with_models(dict(config), (), lambda _, value: changed(value))
+def with_models(config: Mapping[str, Any], replace: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return a config with every model reference replaced by `replace` of it."""
+    replaced = _with_models(dict(config), (), lambda _, value: replace(value))
     assert isinstance(replaced, dict)
     return replaced
 
@@ -130,15 +130,15 @@ def models_of(config: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
     yield from references
 
 
-def _with_models(value: Any, at: Place, changed: Callable[[Place, Any], Any]) -> Any:
+def _with_models(value: Any, at: Place, replace: Callable[[Place, Any], Any]) -> Any:
     if isinstance(value, list):
-        return [_with_models(item, (*at, i), changed) for i, item in enumerate(value)]
+        return [_with_models(item, (*at, i), replace) for i, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
     return {
-        key: changed((*at, key), item)
+        key: replace((*at, key), item)
         if _is_model((*at, key), item)
-        else _with_models(item, (*at, key), changed)
+        else _with_models(item, (*at, key), replace)
         for key, item in value.items()
     }
 

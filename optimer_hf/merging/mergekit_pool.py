@@ -68,18 +68,18 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
     return base, sources
 
 
-def name_in_file(value: Any, path: Path) -> ModelName:
+def model_name_in(value: Any, path: Path) -> ModelName:
     """Return a model reference of the config at `path`, with absolute local paths."""
     return model_name(value, path.resolve().parent)
 
 
 def _base_of(config: Mapping[str, Any], path: Path) -> ModelName:
-    return name_in_file(config["base_model"], path)
+    return model_name_in(config["base_model"], path)
 
 
 def _vectors_of(config: Mapping[str, Any], path: Path) -> list[ModelName]:
     """Return the entries of `models` that are not the base."""
-    names = [name_in_file(entry["model"], path) for entry in config.get("models") or []]
+    names = [model_name_in(entry["model"], path) for entry in config.get("models") or []]
     return [name for name in names if name != _base_of(config, path)]
 
 
@@ -92,7 +92,7 @@ def _entries_for_mergekit(config: Mapping[str, Any], path: Path) -> Iterator[tup
         yield "base_model", base
         return
     for index, entry in enumerate(config.get("models") or []):
-        name = name_in_file(entry["model"], path)
+        name = model_name_in(entry["model"], path)
         if name.architecture or (name.adapter and name.model != base.model):
             yield f"models.{index}.model", name
 
@@ -116,7 +116,7 @@ def tokenizer_of(config: Mapping[str, Any], path: Path) -> str | None:
     source = _tokenizer_source(config)
     if source == "base" or makes_tokenizer(config):
         return None
-    reference = name_in_file(source, path).model
+    reference = model_name_in(source, path).model
     base = config.get("base_model")
     return None if base and reference == _base_of(config, path).model else reference
 
@@ -147,7 +147,7 @@ def pool_to_search(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str
     """
     base, sources = pool_of(config, path)
     for entry in config.get("models") or []:
-        name = name_in_file(entry["model"], path)
+        name = model_name_in(entry["model"], path)
         source = Path(name.parts[-1])
         if not (entry.get("parameters") or {}).get("delta"):
             continue
@@ -200,11 +200,12 @@ def with_weights(
     dtype, tokenizer and chat template are kept; parameters of other methods (density, ...) are not.
     """
     base, sources = pool_of(config, path)
-    found = optimer_config(base, sources, weights, "bfloat16")
+    merge_config = optimer_config(base, sources, weights, "bfloat16")
     if "dtype" in config or "out_dtype" in config:
-        del found["dtype"], found["out_dtype"]
-    kept = with_models(config, lambda value: _shortest_form(name_in_file(value, path)))
-    return found | {key: kept[key] for key in config if key not in (*found, "parameters")}
+        del merge_config["dtype"], merge_config["out_dtype"]
+    kept = with_models(config, lambda value: _shortest_form(model_name_in(value, path)))
+    ours = {*merge_config, "parameters"}
+    return merge_config | {key: kept[key] for key in config if key not in ours}
 
 
 def _shortest_form(name: ModelName) -> Any:
@@ -220,7 +221,7 @@ def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str,
     """
 
     def absolute(value: Any) -> Any:
-        parts = name_in_file(value, path).parts
+        parts = model_name_in(value, path).parts
         return parts if parts[1:] else parts[0]
 
     return with_models(config, absolute)
@@ -249,7 +250,7 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
     entries = [
         entry
         for entry in config["models"]
-        if name_in_file(entry["model"], path) != _base_of(config, path)
+        if model_name_in(entry["model"], path) != _base_of(config, path)
     ]
     for name, entry in zip(sources, entries, strict=True):
         parameters = entry.get("parameters") or {}

@@ -56,7 +56,7 @@ class ResidentModel:
         every = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
         moved = [name for name in every if name in views]
         if unknown := [name for name in every if name not in views]:
-            self._refuse_loaded(unknown, base)
+            self._check_unplaced(unknown, base)
         places = {name: place for place, name in enumerate(views)}
         by_place = {  # the first name, that of the embedding, wins over its alias
             views[name].data_ptr(): name for name in sorted(moved, key=places.__getitem__)[::-1]
@@ -67,7 +67,7 @@ class ResidentModel:
         self.vectors = [_place(vector, device) for vector in vectors]
         self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
 
-    def _refuse_loaded(self, unknown: Sequence[str], base: ResolvedModel) -> None:
+    def _check_unplaced(self, unknown: Sequence[str], base: ResolvedModel) -> None:
         """Raise ModelError for tensors that the model holds in another form, and warn of those that
         it does not load (a vision tower), which cannot change the scores.
         """

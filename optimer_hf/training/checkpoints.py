@@ -59,7 +59,7 @@ def seal(folder: Path) -> None:
     write_text(folder / SEAL, json.dumps(_digests_of(folder)))
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint in a folder, or None. Changes nothing."""
     return next((path for path in _checkpoints_in(folder) if not _damage(path)), None)
 

@@ -39,7 +39,7 @@ from optimer_hf.training.checkpoints import (
     STARTED,
     StartedRecord,
     drop_damaged,
-    newest_whole,
+    newest_checkpoint,
     read_started,
 )
 from optimer_hf.training.checks import check_config, check_fields, check_targets
@@ -132,7 +132,7 @@ def train(config: TrainConfig, out: Path) -> Path:
                 return out
             if state.is_main_process:
                 stack.enter_context(_lock(out))
-            packed = _prepare_locked(config, out)
+            packed = _prepare_under_lock(config, out)
         if packed is not None:  # None: another run has just finished it
             _run(config, out, packed, state)
     return out
@@ -146,10 +146,10 @@ def train_vector(path: Path, out: Path) -> VectorFile | None:
     config = TrainConfig.read(path)
     if not (out / TRAINING_FILE).exists():  # a trained vector no longer needs its corpus
         refuse_absent_files({path: config.model_dump()})
-    return train_and_describe(config, out)
+    return train_and_record(config, out)
 
 
-def train_and_describe(config: TrainConfig, out: Path) -> VectorFile | None:
+def train_and_record(config: TrainConfig, out: Path) -> VectorFile | None:
     """Do what `train_vector` does with a config."""
     train(config, out)
     if int(os.environ.get("RANK", "0")) != 0:
@@ -176,7 +176,7 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
     trainer = build_trainer(config, base, packed, out)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
     before, started = cost_before(out), Cost.now()
-    checkpoint = newest_whole(out / CHECKPOINTS)
+    checkpoint = newest_checkpoint(out / CHECKPOINTS)
     if checkpoint is not None:
         logger.info("train %s: resuming from %s", config.name, checkpoint.name)
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
@@ -208,10 +208,10 @@ def prepare(config: TrainConfig, out: Path) -> PackedCorpus | None:
         _tidy(out)  # a killed run may have left files
         return None
     with _lock(out):
-        return _prepare_locked(config, out)
+        return _prepare_under_lock(config, out)
 
 
-def _prepare_locked(config: TrainConfig, out: Path) -> PackedCorpus | None:
+def _prepare_under_lock(config: TrainConfig, out: Path) -> PackedCorpus | None:
     """Do the work of `prepare` while this process holds the lock of `out`."""
     if is_trained(config, out):
         return None

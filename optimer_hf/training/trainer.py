@@ -20,7 +20,7 @@ from optimer_hf.models.live import load_model
 from optimer_hf.models.ties import Ties
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.training.arguments import lora_config, training_arguments
-from optimer_hf.training.checkpoints import CHECKPOINTS, SPENT_FILE, newest_whole, seal
+from optimer_hf.training.checkpoints import CHECKPOINTS, SPENT_FILE, newest_checkpoint, seal
 from optimer_hf.training.checks import LORA_FIX
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.growth import full_norm, is_due, lora_norm
@@ -48,7 +48,7 @@ def build_trainer(
 
     arguments = training_arguments(config, out)
     set_seed(config.seed)
-    model = _model(config, base, arguments)
+    model = _load_base(config, base, arguments)
     try:
         trainer = Trainer(
             model=model,
@@ -74,7 +74,7 @@ def _refuse_sharded(kind: str, name: str) -> None:
         )
 
 
-def _model(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArguments") -> Any:
+def _load_base(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArguments") -> Any:
     """Load the base: in its own dtype for a LoRA in mixed precision, where it stays frozen, and in
     float32 otherwise. Full-parameter runs in mixed precision multiply 16-bit copies of it.
     """
@@ -129,17 +129,19 @@ def _expand_patterns(lora: Any, model: Any, where: str) -> None:
         matches(others, [name for name, _ in model.named_modules()], where)
     for field in FIELD_OF:
         given: dict[str, Any] = getattr(lora, field) or {}
-        fitting = {key: _fitting(key, layers, f"{where}.{field}") for key in given}
+        fitting = {key: _matching_layers(key, layers, f"{where}.{field}") for key in given}
         for key, names in fitting.items():
             if not names:
                 raise ConfigError(f"{where}.{field}: found {key!r}, which matches no layer.")
         n_fits = sum(len(names) for names in fitting.values())
         by_layer = {name: given[key] for key in reversed(given) for name in fitting[key]}
         if n_fits > len(by_layer) or not all(is_literal(key) for key in given):
-            setattr(lora, field, {_only(name, layers): by_layer[name] for name in sorted(by_layer)})
+            setattr(
+                lora, field, {_exact_key(name, layers): by_layer[name] for name in sorted(by_layer)}
+            )
 
 
-def _fitting(key: str, layers: Sequence[str], where: str) -> list[str]:
+def _matching_layers(key: str, layers: Sequence[str], where: str) -> list[str]:
     """Return the layers that a key of rank_pattern or alpha_pattern matches."""
     if is_literal(key):
         return [name for name in layers if ends_with(name, key)]
@@ -147,7 +149,7 @@ def _fitting(key: str, layers: Sequence[str], where: str) -> list[str]:
     return [name for name, fits in zip(layers, found, strict=True) if fits]
 
 
-def _only(name: str, layers: Sequence[str]) -> str:
+def _exact_key(name: str, layers: Sequence[str]) -> str:
     """Return a key that matches this layer and no other."""
     return f"^{name}" if any(layer.endswith(f".{name}") for layer in layers) else name
 
@@ -275,7 +277,7 @@ def tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
 
 def cost_before(out: Path) -> Cost:
     """Return the time already spent on training up to the newest checkpoint of `out`."""
-    checkpoint = newest_whole(out / CHECKPOINTS)
+    checkpoint = newest_checkpoint(out / CHECKPOINTS)
     if checkpoint is None:
         return Cost()
     return Cost(**json.loads((checkpoint / SPENT_FILE).read_text(encoding="utf-8")))

@@ -93,7 +93,7 @@ def test_a_size_is_what_mergekit_reads(text):
 def test_only_the_flags_that_are_given_are_handed_on(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(
-        "optimer_hf.merging.mergekit.merge",
+        "optimer_hf.merging.engines.merge",
         lambda path, out, *, options, engine: seen.update(options.model_dump()) or "native",
     )
     (tmp_path / "m.yml").write_text("merge_method: optimer\n")

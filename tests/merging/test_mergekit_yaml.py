@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimer_hf.errors import ConfigError, ModelError, OptimerError
 from optimer_hf.experiment.inputs import check_file
 from optimer_hf.merging.check import Promise, check_merged
-from optimer_hf.merging.mergekit import merge
+from optimer_hf.merging.engines import merge
 from optimer_hf.merging.mergekit_models import ModelName, model_name
 from optimer_hf.merging.mergekit_pool import linear_merge_of, pool_of, with_weights
 from optimer_hf.merging.mergekit_yaml import read_merge_config

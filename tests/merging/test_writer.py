@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.staging import staged_directory
-from optimer_hf.merging.mergekit import merge
+from optimer_hf.merging.engines import merge
 from optimer_hf.merging.mergekit_pool import (
     linear_merge_of,
     optimer_config,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from optimer_hf.errors import ModelError
-from optimer_hf.merging.mergekit import merge
+from optimer_hf.merging.engines import merge
 from optimer_hf.models.layout import ResolvedModel, copy_beside_weights
 from optimer_hf.models.live import empty_model, load_model, load_tokenizer
 from optimer_hf.models.loader import (

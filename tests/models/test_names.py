@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from optimer_hf.errors import ModelError, VocabularyError
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.staging import write_text
-from optimer_hf.merging.mergekit import merge
+from optimer_hf.merging.engines import merge
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint, unwrap_names

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError, ModelError
-from optimer_hf.merging.mergekit import merge
+from optimer_hf.merging.engines import merge
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests

@@ -1,0 +1,163 @@
+"""Run a mergekit YAML with the streaming writer where it can, and with mergekit otherwise."""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import ConfigError, ModelError, VocabularyError
+from optimer_hf.files.model import refuse_absent_files
+from optimer_hf.files.staging import require_empty
+from optimer_hf.merging.check import Promise, check_merged
+from optimer_hf.merging.mergekit import run_mergekit, write_card
+from optimer_hf.merging.mergekit_checks import refuse_no_tokenizer
+from optimer_hf.merging.mergekit_pool import (
+    LinearMerge,
+    linear_merge_of,
+    with_absolute_references,
+)
+from optimer_hf.merging.mergekit_yaml import (
+    parse_with_mergekit,
+    read_merge_config,
+)
+from optimer_hf.merging.tokenizer import open_tokenizer
+from optimer_hf.merging.writer import write_merged
+from optimer_hf.models.layout import (
+    ResolvedModel,
+    tokenizer_digests,
+)
+from optimer_hf.models.loader import read_tokenizer
+from optimer_hf.models.resolve import (
+    refuse_other_than_models,
+    resolve_model,
+)
+from optimer_hf.vectors.opening import open_vector
+
+logger = logging.getLogger(__name__)
+
+
+def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = None) -> str:
+    """Run any mergekit YAML and return the engine used, 'native' or 'mergekit'.
+
+    `options` are mergekit's MergeOptions (None: its defaults). The streaming writer runs configs
+    with one number per vector, unless `engine` or an option asks for mergekit. `out` appears whole,
+    with everything that the config promises, or not at all.
+    """
+    from mergekit.options import MergeOptions
+
+    config, options = read_merge_config(path), options or MergeOptions(quiet=True)
+    linear = linear_merge_of(config, path)
+    only_mergekit = _mergekit_only_flags(options)
+    if engine == "native" and linear is None:
+        raise ConfigError(
+            f"{path}: only mergekit can run this config (method, slices, filters or gradients). "
+            "Leave out --engine native."
+        )
+    if engine == "native" and only_mergekit:
+        raise ConfigError(
+            f"--engine native: only mergekit reads {only_mergekit[0]}. Leave out one of them."
+        )
+    refuse_absent_files({path: with_absolute_references(config, path)})
+    if linear is not None and engine != "mergekit" and not only_mergekit:
+        base = resolve_model(linear.base_model)
+        refuse_other_than_models(base)
+        try:
+            tokenizer = open_tokenizer(base, linear.tokenizer_source)
+        except ConfigError:
+            if engine == "native":
+                raise
+        else:
+            with contextlib.suppress(*_errors_for_mergekit(config, engine)):
+                _write(linear, base, tokenizer, config, path, out, options)
+                return "native"
+    run_mergekit(config, path, out, options)  # which can reorder tokens
+    return "mergekit"
+
+
+def merge_with_flags(
+    path: Path, out: Path, flags: Mapping[str, Any], *, engine: str | None = None
+) -> str:
+    """Run `merge` with the flags of `mergekit-yaml`, fields of its MergeOptions (None: not given).
+
+    `out` has to be new or empty. Log level, threads and seed are set for the whole process.
+    """
+    from mergekit.options import MergeOptions
+
+    require_empty(out)
+    options = MergeOptions(**{name: value for name, value in flags.items() if value is not None})
+    options.apply_global_options()
+    if options.verbosity:  # mergekit sets it only if logging is not set up yet
+        level = logging.INFO if options.verbosity == 1 else logging.DEBUG
+        logging.getLogger().setLevel(level)
+    return merge(path, out, options=options, engine=engine)
+
+
+def _write(
+    linear: LinearMerge,
+    base: ResolvedModel,
+    tokenizer: ResolvedModel | None,
+    config: Mapping[str, Any],
+    path: Path,
+    out: Path,
+    options: Any,
+) -> None:
+    """Write a merge with the streaming writer, and check it."""
+    donor = (tokenizer or base).path
+    if options.copy_tokenizer:
+        refuse_no_tokenizer(donor, path)
+        read_tokenizer(donor)  # raises if it cannot be loaded
+
+    def complete(staging: Path) -> None:
+        if not options.copy_tokenizer:
+            for name in tokenizer_digests(staging):
+                (staging / name).unlink()
+        dtype = linear.out_dtype
+        check_merged(staging, Promise(base.path, dtype, dtype, options.copy_tokenizer))
+        if options.write_model_card:
+            write_card(parse_with_mergekit(config, path), path, out.name, staging)
+
+    write_merged(
+        base,
+        [open_vector(name, source, base) for name, source in linear.sources.items()],
+        linear.weights,
+        out,
+        out_dtype=linear.out_dtype,
+        tokenizer=tokenizer,
+        max_shard_size=options.out_shard_size,
+        device=options.device,
+        complete=complete,
+    )
+
+
+def _errors_for_mergekit(config: Mapping[str, Any], engine: str | None) -> list[type[ModelError]]:
+    """Return the errors of the writer after which mergekit is tried: it can align tokens if the
+    config asks for that.
+    """
+    is_asked = bool(config.get("tokenizer") or config.get("tokenizer_source"))
+    return [VocabularyError] if is_asked and engine != "native" else []
+
+
+def _mergekit_only_flags(options: Any) -> list[str]:
+    """Return the flags that were given and that the streaming writer does not know."""
+    from mergekit.options import MergeOptions
+
+    known = {
+        "out_shard_size",
+        "quiet",
+        "verbosity",
+        "num_threads",
+        "random_seed",
+        "write_model_card",
+        "copy_tokenizer",
+        "lora_merge_cache",  # for adapters that mergekit merges first; the writer needs none
+        "low_cpu_memory",
+        "cuda",
+        "device",
+    }
+    defaults = MergeOptions()
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in MergeOptions.model_fields
+        if name not in known and getattr(options, name) != getattr(defaults, name)
+    ]
