@@ -308,7 +308,7 @@ def run(
     takes the smaller budget of the folder, `tokens` trains every vector on that many, `n_seeds`
     makes a whole run under each of so many seeds.
     """
-    from optimer_hf.experiment.seeds import run_folder
+    from optimer_hf.experiment.commands import run_folder
 
     target = Path(out) if out is not None else None
     done, _ = run_folder(Path(recipe_dir), target, short=short, tokens=tokens, n_seeds=n_seeds)

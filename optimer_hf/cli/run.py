@@ -1,6 +1,5 @@
 """Commands for a recipe folder: run, plan."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
     runs/NAME, with -short, -TOKENS or -seeds appended). With --seeds, OUT has a whole run in every
     seed-K, whose trainings and searches have K added to their seeds.
     """
-    from optimer_hf.experiment.seeds import run_folder
+    from optimer_hf.experiment.commands import run_folder
 
     job, summary = run_folder(recipe_dir, out, n_seeds=n_seeds, **budget)
     echo(summary)
@@ -47,12 +46,11 @@ def plan(source: Path, out: Path | None, fetch: bool, output: str, **budget: Any
     is kept in OUT, and `optimer run` compares it with what the run took; with --seeds, it is that
     of the first seed.
     """
-    from optimer_hf.experiment.seeds import plan_source
+    from optimer_hf.experiment.commands import plan_source
+    from optimer_hf.experiment.plan_file import to_markdown
 
     planned = plan_source(source, out, fetch=fetch, **budget)
-    from optimer_hf.experiment import plan  # takes seconds to import
-
     if output == "json":
-        echo(json.dumps(plan.to_json(planned), indent=2))
+        echo(planned.model_dump_json(indent=2))
     else:
-        echo(plan.to_markdown(planned, budget["n_seeds"] or 1))
+        echo(to_markdown(planned, budget["n_seeds"] or 1))

@@ -1,4 +1,4 @@
-"""A folder of inputs -> the trainings, study and baselines of a run, checked."""
+"""Read a recipe folder: the trainings, the study and the baselines of a run, all checked."""
 
 import contextlib
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 SeededT = TypeVar("SeededT", "TrainConfig", "SearchConfig")
 
-RESULTS = (  # of a finished run, whose figures are in its model, too
+RESULTS = (  # files of a finished run; its model has figures, too
     *(f"merged/{name}" for name in ("config.json", "recipe.yaml", "recipe.lock.json")),
     *("merged/figures/captions.json", "results.json", "results.md"),
 )
 
 
 def _is_claim(file: Path) -> bool:
-    """Whether a run.json marks the results of a run, and is not a file of the user's."""
+    """Whether a run.json marks the results of a run, and is not a file of the user."""
     with contextlib.suppress(ConfigError):
         return "recipe" in read_yaml(file)
     return False
@@ -36,8 +36,10 @@ def _is_claim(file: Path) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe folder, where its results go, and which budget it runs with: the short one, other
-    tokens per vector; `seed` is added to the seeds of every training and search.
+    """A recipe folder, the directory for its results, and its budget.
+
+    `short` takes the smaller budget of the folder, `tokens` trains every vector on that many.
+    `seed` is added to the seeds of all trainings and searches.
     """
 
     folder: Path
@@ -48,42 +50,42 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the recipe: that of its folder."""
+        """Name of the recipe, which is that of its folder."""
         return self.folder.name
 
     def inputs_digest(self) -> str:
-        """Return the digest of every input file and the budget: equal digests, nothing to do."""
+        """Return a digest of all input files and the budget; a finished run records it."""
         files = {
             str(path.relative_to(self.folder)): sha256_file(path)
-            for path in self._inputs("*")
+            for path in self._match_inputs("*")
             if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
         }
-        return digest({"files": files, "elsewhere": self._elsewhere()} | self.budget)
+        return digest({"files": files, "elsewhere": self._digest_elsewhere()} | self.budget)
 
-    def _inputs(self, pattern: str) -> list[Path]:
-        """Return what matches in the folder, without results of runs that lie in it."""
+    def _match_inputs(self, pattern: str) -> list[Path]:
+        """Return what matches in the folder, without the results of runs that lie in it."""
         runs = {file.parent for file in self.folder.rglob("run.json") if _is_claim(file)}
         claimed = (runs | {self.out}) - {self.folder}
-        found = sorted(self.folder.rglob(pattern))
-        return [path for path in found if claimed.isdisjoint(path.parents)]
+        matches = sorted(self.folder.rglob(pattern))
+        return [path for path in matches if claimed.isdisjoint(path.parents)]
 
-    def _elsewhere(self) -> dict[str, dict[str, str]]:
-        """Return fingerprints of the files that the folder's YAML files name and that lie outside
-        of it, of a directory (a model, tasks) those right in it.
+    def _digest_elsewhere(self) -> dict[str, dict[str, str]]:
+        """Return fingerprints of the files that YAML files of the folder name and that lie outside
+        it. For a directory (a model, tasks), they are those of the files directly in it.
         """
-        found = {}
-        for file in sorted([*self._inputs("*.yaml"), *self._inputs("*.yml")]):
-            with contextlib.suppress(ConfigError):  # none of ours, or told when it is read
+        fingerprints = {}
+        for file in sorted([*self._match_inputs("*.yaml"), *self._match_inputs("*.yml")]):
+            with contextlib.suppress(ConfigError):  # not one of ours, or refused when it is read
                 for _, text in strings_in(read_yaml(file)):
                     path = (file.parent / expand_home(Path(text))).resolve()
                     if is_there(path) and not path.is_relative_to(self.folder):
                         files = sorted(path.iterdir()) if path.is_dir() else [path]
-                        found[text] = {f.name: fingerprint(f) for f in files if f.is_file()}
-        return found
+                        fingerprints[text] = {f.name: fingerprint(f) for f in files if f.is_file()}
+        return fingerprints
 
     @property
     def budget(self) -> dict[str, Any]:
-        """What the command line changes of the folder's budget."""
+        """What the command line changes in the budget of the folder."""
         changed = {"tokens": self.tokens, "seed": self.seed}
         return {"short": self.short} | {name: value for name, value in changed.items() if value}
 
@@ -96,11 +98,11 @@ def run_of(
     tokens: str | int | None = None,
     is_seeded: bool = False,
 ) -> Run:
-    """Return the run of a recipe folder: its results go to `out`, or under runs/ to a folder named
-    after the recipe and its budget.
+    """Return the run of a recipe folder. Its results go to `out` (None: a folder under runs/ named
+    after the recipe and its budget).
 
-    `tokens` may be written as on a command line, `1_000_000`. Raises ConfigError where there is no
-    such folder, or no such number.
+    `tokens` may be a text such as 1_000_000. Raises ConfigError if there is no such folder, or if
+    `tokens` is no number.
     """
     if not recipe_dir.is_dir():
         raise ConfigError(f"{recipe_dir}: no such recipe folder.")
@@ -129,8 +131,8 @@ def _n_tokens(given: str | int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe folder asks for: the study, its vectors pointing into `out`, and the training
-    of each vector that is trained here, by name.
+    """What a recipe folder asks for: the study, and the training of each vector that is trained
+    here, by name. The study takes such vectors from `out`.
     """
 
     study: "StudyConfig"
@@ -139,50 +141,49 @@ class Inputs:
 
 def check_folder(run: Run) -> None:
     """Raise ConfigError for a folder without a study.yaml, and for mistakes in the fields of its
-    files, so far as they are found without a library that takes seconds to import.
+    files that are found without a library that takes seconds to import.
     """
-    _read(run)
+    _read_files(run)
 
 
-def load(run: Run) -> Inputs:
-    """Read a recipe folder.
-
-    Everything that can be wrong with the inputs is found here, before anything is trained.
+def load_inputs(run: Run) -> Inputs:
+    """Read a recipe folder, and refuse everything that can be wrong with its files before anything
+    is trained. Raises ConfigError and CorpusError.
     """
     from optimer_hf.corpus.documents import read_documents
     from optimer_hf.training.checks import check_config
 
-    config, read = _read(run)
+    config, read = _read_files(run)
     for file, training in read.values():
         check_config(training, file)
         for corpus in training.corpora:
             next(read_documents(corpus), None)
-    trainings = {name: _seeded(training, run.seed) for name, (_, training) in read.items()}
+    trainings = {name: _add_seed(training, run.seed) for name, (_, training) in read.items()}
     _check_tests(config)
     _check_mixtures(config, trainings, run.folder / "study.yaml")
     sources = {
-        name: vector.model_copy(update={"train": None, "source": str(_vector_dir(run, name))})
+        name: vector.model_copy(update={"train": None, "source": str(vector_dir(run, name))})
         if vector.train
         else vector
         for name, vector in config.vectors.items()
     }
-    searches = {name: _seeded(s, run.seed) for name, s in config.baselines.searches.items()}
+    searches = {name: _add_seed(s, run.seed) for name, s in config.baselines.searches.items()}
     changed = {
         "vectors": sources,
-        "search": _seeded(config.search, run.seed),
+        "search": _add_seed(config.search, run.seed),
         "baselines": config.baselines.model_copy(update={"searches": searches}),
     }
     return Inputs(config.model_copy(update=changed), trainings)
 
 
-def _seeded(config: SeededT, seed: int) -> SeededT:
-    """Return a training or search with `seed` added to its own."""
+def _add_seed(config: SeededT, seed: int) -> SeededT:
+    """Return a training or a search with `seed` added to its own seed."""
     return config.model_copy(update={"seed": (config.seed + seed) % 2**32})
 
 
-def _read(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConfig]]]":
-    """Return the study of a recipe folder with the budget of the run, and for every vector to train
-    its train file and what it says with that budget.
+def _read_files(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConfig]]]":
+    """Return the study of a recipe folder, and for every vector to train its train file and its
+    config, all with the budget of the run.
     """
     from optimer_hf.study.config import StudyConfig
 
@@ -192,7 +193,7 @@ def _read(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConfig]]]"
     short = read_yaml(run.folder / "short.yaml") if run.short else {}
     _check_short(short, run.folder / "short.yaml")
     changes = short.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
-    data = _laid_over(read_yaml(file), short.get("study", {}))
+    data = lay_over(read_yaml(file), short.get("study", {}))
     read = _read_trainings(run.folder, data, changes)
     config = parse(StudyConfig, data, file)
     _check_study(config, {name: training for name, (_, training) in read.items()}, file)
@@ -202,6 +203,7 @@ def _read(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConfig]]]"
 def _read_trainings(
     folder: Path, study: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> "dict[str, tuple[Path, TrainConfig]]":
+    """Return the train file and the config of every vector to train, changed to the budget."""
     from optimer_hf.training.config import TrainConfig
     from optimer_hf.training.fields import list_field_mistakes
 
@@ -209,7 +211,7 @@ def _read_trainings(
     for name, vector in vectors.items() if isinstance(vectors, dict) else ():
         if isinstance(vector, dict) and "train" in vector:
             file = folder / str(vector["train"])
-            training = parse(TrainConfig, _laid_over(read_yaml(file), changes), file)
+            training = parse(TrainConfig, lay_over(read_yaml(file), changes), file)
             if mistakes := list_field_mistakes(training):
                 raise ConfigError(list_mistakes(file, mistakes))
             trainings[name] = file, training
@@ -217,7 +219,7 @@ def _read_trainings(
 
 
 def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], file: Path) -> None:
-    """Raise ConfigError for a study that a run cannot carry out."""
+    """Raise ConfigError for a study that `optimer run` cannot run."""
     from optimer_hf.comparison.rows import check_titles
 
     scored = [
@@ -225,12 +227,12 @@ def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], 
     ]
     if any(term.function is not None for term in scored):
         raise ConfigError(
-            f"{file}: terms with a 'function' are for Python, where functions are given to "
-            "ResidentPool; `optimer run` has none."
+            f"{file}: terms with a 'function' need Python, where `optimer_hf.search` takes the "
+            "functions. `optimer run` has none; use terms with a task or a text."
         )
     if config.test is None:
         raise ConfigError(
-            f"{file}: field 'test' is missing. A run ends with the sealed test; name its terms, or "
+            f"{file}: field 'test' is missing. A run ends with the sealed test. Name its terms, or "
             "use `optimer search`."
         )
     for name, training in trainings.items():
@@ -248,7 +250,7 @@ def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], 
 
 
 def _check_tests(config: "StudyConfig") -> None:
-    """Raise EvaluationError for items that the search and the sealed test have in common."""
+    """Raise EvaluationError for items that are in both the search and the sealed test."""
     from optimer_hf.scoring.items import check_disjoint
     from optimer_hf.scoring.tasks import load_tasks
 
@@ -256,9 +258,9 @@ def _check_tests(config: "StudyConfig") -> None:
         check_disjoint(config.objective, config.test, load_tasks([config.objective, config.test]))
 
 
-def check_given(inputs: Inputs) -> None:
+def check_sources(inputs: Inputs) -> None:
     """Open the vectors and models that are not trained here, and the tools that trials are reported
-    to, so that unusable inputs fail before the training.
+    to. Raises OptimerError for those that cannot be used, before anything is trained.
     """
     from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
     from optimer_hf.models.resolve import resolve_base
@@ -282,7 +284,7 @@ def check_given(inputs: Inputs) -> None:
 def _check_mixtures(
     config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], path: Path
 ) -> None:
-    """Refuse mixtures that could not be trained after the search."""
+    """Raise ConfigError for mixtures that could not be trained after the search."""
     from optimer_hf.training.mixture import mix_runs
 
     if not config.baselines.mixtures:
@@ -291,7 +293,7 @@ def _check_mixtures(
         if name not in trainings or trainings[name].max_tokens is None:
             raise ConfigError(
                 f"{path}: baselines.mixtures: vector {name!r} is not trained here with max_tokens, "
-                "so no mixture has its text. Train it in this folder, or leave the mixtures out."
+                "so no mixture can contain its text. Train it in this folder, or drop the mixtures."
             )
     for name, baseline in config.baselines.mixtures.items():
         shares = baseline.shares
@@ -314,9 +316,9 @@ def _check_short(short: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _laid_over(data: Any, changes: Any) -> Any:
-    """Return data with the values of changes laid over it; a list of named mappings is changed by
-    name.
+def lay_over(data: Any, changes: Any) -> Any:
+    """Return data with some values replaced by those of `changes`. In a list of named mappings,
+    `changes` goes by name.
     """
     if isinstance(data, list) and isinstance(changes, dict):
         names = [item.get("name") if isinstance(item, dict) else None for item in data]
@@ -324,13 +326,12 @@ def _laid_over(data: Any, changes: Any) -> Any:
             if name not in names:
                 raise ConfigError(f"short.yaml: nothing is named {name!r}; known: {names}.")
         pairs = zip(names, data, strict=True)
-        return [
-            _laid_over(item, changes[name]) if name in changes else item for name, item in pairs
-        ]
+        return [lay_over(item, changes[name]) if name in changes else item for name, item in pairs]
     if not isinstance(data, dict) or not isinstance(changes, dict):
         return changes
-    return data | {key: _laid_over(data.get(key), value) for key, value in changes.items()}
+    return data | {key: lay_over(data.get(key), value) for key, value in changes.items()}
 
 
-def _vector_dir(run: Run, name: str) -> Path:
+def vector_dir(run: Run, name: str) -> Path:
+    """Return the directory of a vector that a run trains."""
     return (run.out / "vectors" / name).resolve()

@@ -1,15 +1,16 @@
-"""A folder of inputs run from corpora to the compared merge; a finished stage is skipped."""
+"""Run a recipe folder from corpora to the compared merge. Finished stages are skipped."""
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from optimer_hf.errors import OutputError
-from optimer_hf.experiment.folder import RESULTS, Run, _vector_dir, check_given, load
-from optimer_hf.files.reading import read_json, read_yaml
+from optimer_hf.experiment.folder import RESULTS, Run, check_sources, load_inputs, vector_dir
+from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table, slug
 from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
@@ -17,16 +18,18 @@ from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
 if TYPE_CHECKING:
     from optimer_hf.comparison.ledger import Ledger
     from optimer_hf.comparison.result import Comparison
-    from optimer_hf.experiment.plan import Plan
+    from optimer_hf.experiment.plan_file import Plan
     from optimer_hf.study.directory import Study
     from optimer_hf.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
+PLAN_FILE = "plan.json"
+
 
 def finished_summary(run: Run) -> str | None:
-    """Return the summary of a finished run, or None when there is something to do; reads files
-    only, in a moment.
+    """Return the summary of a finished run, or None if something is left to do. Only small files
+    are read.
     """
     done = run.out / "done.json"
     if not done.exists():
@@ -35,40 +38,38 @@ def finished_summary(run: Run) -> str | None:
     is_whole = all((run.out / name).exists() for name in RESULTS)
     if not is_whole or record.get("inputs_sha256") != run.inputs_digest():
         return None
-    return summary(run)
+    return read_summary(run)
 
 
-def summary(run: Run) -> str:
-    """Return the results and the ledger of a run as Markdown."""
+def read_summary(run: Run) -> str:
+    """Return the results and the ledger of a run, which results.md has as Markdown."""
     return (run.out / "results.md").read_text(encoding="utf-8")
 
 
 def run_recipe(run: Run) -> str:
     """Run every stage that is not finished yet and return the summary.
 
-    Raises ConfigError and CorpusError for bad input before any training, OutputError when `out` is
-    not ours.
+    Raises ConfigError and CorpusError for bad input before any training, OutputError if `run.out`
+    holds something else, StudyError if another process holds it.
     """
     from optimer_hf.comparison.ledger import StageCost
     from optimer_hf.comparison.results_file import results_of
     from optimer_hf.comparison.sealed import compare
-    from optimer_hf.experiment import plan
+    from optimer_hf.models.memory import peak_memory
     from optimer_hf.recipes.build import build
     from optimer_hf.recipes.write import write_recipe, write_vanilla
     from optimer_hf.report.captions import FIGURES
     from optimer_hf.report.page import write_report
-    from optimer_hf.searching import loop as search
-    from optimer_hf.study.directory import lock_directory
+    from optimer_hf.searching.loop import search
 
     started = perf_counter()
-    inputs = load(run)
-    check_given(inputs)
-    claim(run.out, {"recipe": run.name} | run.budget)
-    with lock_directory(run.out):
+    inputs = load_inputs(run)
+    check_sources(inputs)
+    with claim_directory(run.out, {"recipe": run.name} | run.budget):
         train_vectors(run, inputs.trainings)
-        study = search.search(inputs.study, run.out / "study")
+        study = search(inputs.study, run.out / "study")
         comparison = compare(study, mixtures=train_mixtures(run, study, inputs.trainings))
-        spent = ledger_of(run, study, list(inputs.trainings))
+        spent = ledger_of_run(run, study, list(inputs.trainings))
         write_report(study, run.out / "report.html", figures=run.out / FIGURES)
         recipe_file = run.out / "recipe.yaml"
         write_recipe(study, recipe_file, name=run.name, sealed=comparison, ledger=spent)
@@ -76,64 +77,78 @@ def run_recipe(run: Run) -> str:
         build(recipe_file, run.out / "merged", replace=True)
         write_vanilla(study, run.out / "mergekit_config.yml")
         write = StageCost(seconds=round(perf_counter() - writing, 1))
-        whole = StageCost(seconds=round(perf_counter() - started, 1), peak_bytes=plan.peak_memory())
+        whole = StageCost(seconds=round(perf_counter() - started, 1), peak_bytes=peak_memory())
         spent = spent.model_copy(update={"write": write, "this_invocation": whole})
         results_of(comparison).write(run.out / "results.json")
         write_text(run.out / "ledger.json", json.dumps(spent.to_json(), indent=2))
-        write_text(run.out / "results.md", _results(run, comparison, study, spent))
+        write_text(run.out / "results.md", _results_text(run, comparison, study, spent))
         write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))
-    return summary(run)
+    return read_summary(run)
 
 
 def plan_run(run: Run) -> "Plan":
-    """Probe this machine, write plan.json into `out` and return the plan; the run compares it with
-    what it took.
+    """Probe this machine, write plan.json into `run.out` and return the plan. The run compares it
+    with what it took. Raises what `run_recipe` raises for bad input and for `run.out`.
     """
-    from optimer_hf.experiment import plan
+    from optimer_hf.experiment.probe import make_plan
+
+    inputs = load_inputs(run)
+    with claim_directory(run.out, {"recipe": run.name} | run.budget):
+        plan = make_plan(inputs.study, inputs.trainings, run.out, is_run=True)
+        plan.write(run.out / PLAN_FILE)
+    return plan
+
+
+@contextmanager
+def claim_directory(out: Path, owner: Mapping[str, Any]) -> Iterator[None]:
+    """Hold an output directory for this process, and mark it with its owner. Each stage checks its
+    own inputs.
+
+    Raises OutputError if it holds something else, and then leaves it as it is; StudyError if
+    another process holds it.
+    """
     from optimer_hf.study.directory import lock_directory
 
-    inputs = load(run)
-    claim(run.out, {"recipe": run.name} | run.budget)
-    with lock_directory(run.out):
-        found = plan.plan(inputs.study, inputs.trainings, run.out, is_run=True)
-        write_text(run.out / "plan.json", json.dumps(plan.to_json(found), indent=2))
-    return found
+    _refuse_other_owner(out, owner)  # before a lock appears in a directory that is not ours
+    with lock_directory(out):
+        if not _refuse_other_owner(out, owner):
+            write_text(out / "run.json", json.dumps(owner))
+        yield
 
 
-def claim(out: Path, owner: Mapping[str, Any]) -> None:
-    """Take an output directory for a run; each stage checks its own inputs.
-
-    Raises OutputError for one that holds something else.
+def _refuse_other_owner(out: Path, owner: Mapping[str, Any]) -> bool:
+    """Return whether a directory is marked with an owner; raise OutputError if it has another one,
+    or holds files and has none.
     """
     marker = out / "run.json"
     if marker.exists():
-        if (found := read_yaml(marker)) != owner:
+        if (marked := read_yaml(marker)) != owner:
             raise OutputError(
-                f"{out}: holds results of another recipe, or of the other budget (--short, "
-                f"--tokens, --seeds): found {found}, expected {dict(owner)}. Give another output "
+                f"{out}: holds results of another recipe, or of another budget (--short, "
+                f"--tokens, --seeds): found {marked}, expected {dict(owner)}. Give another output "
                 "directory."
             )
-        return
+        return True
     if others := sorted(path.name for path in out.glob("[!.]*")):
         raise OutputError(
             f"{out}: is not empty ({others[0]}) and was not made by `optimer run`. Give another "
             "output directory."
         )
-    write_text(marker, json.dumps(owner))
+    return False
 
 
 def train_vectors(run: Run, trainings: Mapping[str, "TrainConfig"]) -> None:
-    """Train and describe every vector that is not there yet."""
+    """Train and describe every vector that is not finished yet."""
     if not trainings:
         return
     from optimer_hf.models.resolve import resolve_base
     from optimer_hf.training.run import prepare, train
     from optimer_hf.vectors.delta import write_record
 
-    for name, config in trainings.items():  # all are checked and packed before the first is trained
-        prepare(config, _vector_dir(run, name))
+    for name, config in trainings.items():  # check and pack all before training the first
+        prepare(config, vector_dir(run, name))
     for name, config in trainings.items():
-        out = _vector_dir(run, name)
+        out = vector_dir(run, name)
         if not (out / "vector.json").exists():
             train(config, out)
             write_record(out, resolve_base(config.base_model), name=name, kind=config.kind)
@@ -142,8 +157,8 @@ def train_vectors(run: Run, trainings: Mapping[str, "TrainConfig"]) -> None:
 def train_mixtures(
     run: Run, study: "Study", trainings: Mapping[str, "TrainConfig"]
 ) -> dict[str, str]:
-    """Train the data mixtures that `baselines` asks for, with the settings of the vectors, and
-    return where they are, by name.
+    """Train the data mixtures among the baselines with the settings of the vectors, and return
+    their directories by name.
     """
     from optimer_hf.training.mixture import mix_runs, ratios_of
     from optimer_hf.training.run import train
@@ -155,7 +170,9 @@ def train_mixtures(
         if shares == "uniform":
             shares = dict.fromkeys(trainings, 1.0)
         elif shares == "searched" and not any(weight > 0 for weight in weights.values()):
-            logger.warning("mixture %r: no weight is above 0, so it has no ratios", name)
+            logger.warning(
+                "mixture %r is left out: no weight is above 0, so there are no ratios", name
+            )
             continue
         elif shares == "searched":
             shares = ratios_of(weights, tokens).shares
@@ -170,15 +187,13 @@ def train_mixtures(
 # -- ledger ----------------------------------------------------------------------------------------
 
 
-def ledger_of(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
-    """Return where the time went: seconds and tokens of every stage; `names` are the vectors that
-    were trained here.
-    """
+def ledger_of_run(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
+    """Return the seconds and tokens of every stage; `names` are the vectors trained here."""
     from optimer_hf.comparison.costs import ledger, training_cost, trial_cost
     from optimer_hf.comparison.sealed_file import SealedLog
     from optimer_hf.study.trials import TrialLog
 
-    files = [_vector_dir(run, name) / TRAINING_FILE for name in names]
+    files = [vector_dir(run, name) / TRAINING_FILE for name in names]
     trained = [TrainingRecord.read(file).training for file in files]
     files = sorted((run.out / "mixtures").glob(f"*/{TRAINING_FILE}"))
     mixed = [TrainingRecord.read(file).training for file in files]
@@ -195,7 +210,7 @@ def ledger_of(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
     return ledger(study).model_copy(update=costs)
 
 
-def _results(run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger") -> str:
+def _results_text(run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger") -> str:
     from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
 
     best = study.best_trial
@@ -206,20 +221,18 @@ def _results(run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger
         f"{best.origin})\n\n{to_markdown(comparison)}\n## Paired 95 % intervals of "
         f"the gains, in percent\n\n{intervals_to_markdown(comparison)}\n## Ledger\n\n"
         f"{markdown_table(['stage', 'seconds and counts'], rows)}\n"
-        f"{_against_plan(run, ledger)}"
-        "Beside this file: the merged model in `merged`, and its recipe in `recipe.yaml`.\n"
+        f"{_compare_with_plan(run, ledger)}"
+        "Beside this file are the merged model, in `merged`, and its recipe, `recipe.yaml`.\n"
     )
 
 
-def _against_plan(run: Run, ledger: "Ledger") -> str:
-    from optimer_hf.experiment import plan
+def _compare_with_plan(run: Run, ledger: "Ledger") -> str:
+    from optimer_hf.experiment.plan_file import Plan, compare_with_ledger
 
-    file = run.out / "plan.json"
+    file = run.out / PLAN_FILE
     if not file.exists():
         return ""
-    planned = read_json(file)
-    table = plan.against(planned, ledger)
-    return f"## Planned and taken\n\n{table}\n"
+    return f"## Planned and taken\n\n{compare_with_ledger(Plan.read(file), ledger)}\n"
 
 
 def _entry(entry: Mapping[str, Any]) -> str:

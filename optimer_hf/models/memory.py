@@ -4,6 +4,8 @@ A container or a batch job (Docker, Kubernetes, SLURM) often has less than the m
 group or a parent has a limit, and a process that exceeds it is killed.
 """
 
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,12 @@ def free_memory(device: str) -> int:
 def total_memory() -> int:
     """Return the memory in bytes that this process may take if nothing else runs."""
     return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak * (1 if sys.platform == "darwin" else 1024))
 
 
 def _limits() -> Iterator[tuple[int, int]]:

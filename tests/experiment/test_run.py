@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.errors import OutputError
-from optimer_hf.experiment.run import claim
+from optimer_hf.experiment.run import claim_directory
 from tests.support.experiments import optimer
 
 
@@ -166,16 +166,57 @@ def test_the_short_form_is_a_smaller_budget_of_the_same(recipe_dir: Path, tmp_pa
 def test_another_budget_does_not_overwrite_a_run(finished: Path, recipe_dir: Path):
     result = optimer("run", recipe_dir, finished, "--short")
     assert result.exit_code == 1
-    assert "of the other budget" in result.output
+    assert "of another budget" in result.output
 
 
 def test_a_file_of_the_users_beside_a_run_does_not_stop_it(tmp_path: Path):
     owner = {"recipe": "tiny", "short": True}
-    claim(tmp_path, owner)
-    (tmp_path / "notes.txt").write_text("x")
-    claim(tmp_path, owner)
-    with pytest.raises(OutputError, match=r"found \{.*expected \{.*Give another output"):
-        claim(tmp_path, owner | {"tokens": 2})
+    with claim_directory(tmp_path, owner):
+        (tmp_path / "notes.txt").write_text("x")
+    with claim_directory(tmp_path, owner):
+        pass
+    refused = pytest.raises(OutputError, match=r"found \{.*expected \{.*Give another output")
+    with refused, claim_directory(tmp_path, owner | {"tokens": 2}):
+        pass
+
+
+RACING = """
+import sys, time
+from pathlib import Path
+from optimer_hf.errors import OptimerError
+from optimer_hf.experiment import run
+
+write = run.write_text
+
+def write_late(path, text):
+    time.sleep(1)  # both have looked by now
+    write(path, text)
+
+run.write_text = write_late
+out, name = Path(sys.argv[1]), sys.argv[2]
+try:
+    with run.claim_directory(out, {"recipe": name}):
+        time.sleep(1)
+        print("ran", name, (out / "run.json").read_text())
+except OptimerError as error:
+    print("refused", name, error)
+"""
+
+
+def test_of_two_recipes_started_at_once_in_one_directory_one_is_refused(tmp_path: Path):
+    out = tmp_path / "out"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACING, str(out), name], stdout=subprocess.PIPE, text=True
+        )
+        for name in ("one", "other")
+    ]
+    said = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
+    ran, refused = said
+    name = ran.split()[1]
+    assert ran == f'ran {name} {{"recipe": "{name}"}}'
+    assert refused.startswith("refused") and "another process is working in it" in refused
+    assert json.loads((out / "run.json").read_text()) == {"recipe": name}
 
 
 @pytest.mark.parametrize("lost", ["results.json", "results.md"])

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from scipy.stats import ttest_1samp
 
-from optimer_hf.experiment.seeds import Spread, rows_of, to_markdown
+from optimer_hf.comparison.results_file import read_results
+from optimer_hf.experiment.seeds import Spread, join_rows, to_markdown
 from optimer_hf.scoring.formatting import Unit
 from tests.support.experiments import optimer
 from tests.support.landscapes import config_of
@@ -17,7 +18,9 @@ def row(
     name: str | tuple[str, str], value: float, merge: float, **weights: float
 ) -> dict[str, object]:
     """Return a row of a results.json: a title as 0.1.0 wrote it, or kind and subject."""
-    named = {"name": name} if isinstance(name, str) else {"kind": name[0], "subject": name[1]}
+    named = {"name": name}
+    if not isinstance(name, str):
+        named = {"name": "", "kind": name[0], "subject": name[1]}
     return named | {
         "value": value - 1,  # what `weighted_mean` gives: no gain over the base
         "over_base": {"difference": value},
@@ -34,14 +37,19 @@ def test_an_interval_is_that_of_students_t_over_the_seeds():
     assert Spread([0.03]).interval is None
 
 
-def test_rows_are_joined_by_kind_whatever_scale_a_seed_has_found():
+def test_rows_are_joined_by_kind_whatever_scale_a_seed_has_found(tmp_path: Path):
     results = [
         {"rows": [row("base", 0.0, 0.2), row("x at its best scale, 0.6", 0.1, 0.2)]},
         {"rows": [row(("base", ""), 0.0, 0.4), row(("best_scale", "x"), 0.2, 0.4)]},
     ]
     results[1]["rows"].append(row("mixture, 50 : 50", 0.1, 0.4))  # one seed has no such row
     results[1]["rows"][1]["chosen_after_seal"] = True
-    base, scaled = rows_of(results, config_of())
+    read = []
+    for seed, result in enumerate(results):
+        file = tmp_path / f"{seed}.json"
+        file.write_text(json.dumps(result))
+        read.append(read_results(file, config_of()))
+    base, scaled = join_rows(read)
     assert (base.title, scaled.title) == ("base", "x at its best scale")
     assert scaled.gain.values == [0.1, 0.2]
     assert scaled.merge_minus.mean == pytest.approx(0.15)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from optimer_hf import hub as hubs
 from optimer_hf.errors import HubError, ModelError, OptimerError, OutputError
-from optimer_hf.experiment.plan import downloads
+from optimer_hf.experiment.probe import list_downloads
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.locks import hold_place
 from optimer_hf.hub import client as remote
@@ -242,9 +242,9 @@ def test_what_was_fetched_is_no_download_of_a_plan(base, published_base):
     objective = {"terms": [{"task": "none"}]}
     study = {"base_model": published_base, "vectors": {"v": {"source": "./v"}}}
     config = StudyConfig.model_validate(study | {"objective": objective})
-    assert downloads(config) == ()
+    assert list_downloads(config) == ()
     shutil.rmtree(base.path.parents[1])
-    assert [each.reference for each in downloads(config)] == [published_base]
+    assert [each.reference for each in list_downloads(config)] == [published_base]
 
 
 def test_unmodified_mergekit_runs_the_exported_config(hub, make_recipe, name, tmp_path):

@@ -1,4 +1,4 @@
-"""plan.py: what a run will take, measured on the real base, and compared with what it took."""
+"""probe.py: what a run will take, measured on the real base, and compared with what it took."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from optimer_hf.errors import ModelError
-from optimer_hf.experiment import plan
-from optimer_hf.experiment.folder import Run, load
+from optimer_hf.experiment import probe
+from optimer_hf.experiment.folder import Run, load_inputs
 from optimer_hf.study.config import StudyConfig
 from tests.support.experiments import optimer
 
@@ -50,7 +50,7 @@ def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_p
 
 
 def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Path):
-    inputs = load(Run(recipe_dir, tmp_path / "out", False))
+    inputs = load_inputs(Run(recipe_dir, tmp_path / "out", False))
     config, trainings = inputs.study, inputs.trainings
     more = config.model_dump() | {
         "baselines": {
@@ -62,7 +62,7 @@ def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Pat
             "merge_methods": ["ties"],
         }
     }
-    found = plan.plan(StudyConfig.model_validate(more), trainings, tmp_path, is_run=True)
+    found = probe.make_plan(StudyConfig.model_validate(more), trainings, tmp_path, is_run=True)
     work = {stage.name: stage.work for stage in found.stages}
     assert work["mixtures"] == "1,024 tokens"
     assert work["chance: search"] == "5 trials of 9 items"
@@ -70,9 +70,9 @@ def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Pat
 
 
 def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(tmp_path: Path):
-    found = plan._warnings(10**15, 10**18, tmp_path / "not" / "yet")
+    found = probe._warn_of_room(10**15, 10**18, tmp_path / "not" / "yet")
     assert "per_device_train_batch_size" in found[0] and "another disk" in found[1]
-    assert plan._warnings(1, 1, tmp_path) == ()
+    assert probe._warn_of_room(1, 1, tmp_path) == ()
 
 
 @pytest.mark.parametrize(("changes", "blocks"), [({}, 1), ({"gradient_accumulation_steps": 2}, 2)])
@@ -82,11 +82,11 @@ def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
     changes: dict[str, int],
     blocks: int,
 ):
-    trainings = load(Run(recipe_dir, tmp_path / "out", False)).trainings
+    trainings = load_inputs(Run(recipe_dir, tmp_path / "out", False)).trainings
     config = trainings["aaa"].model_copy(update={"trainer": {"bf16": False, **changes}})
-    plan._training_cost(config, tmp_path / "probe")
+    probe._measure_training(config, tmp_path / "probe")
     record = json.loads((tmp_path / "probe" / "training.json").read_text())["training"]
-    assert record["n_tokens"] == plan.PROBE_STEPS * blocks * config.block_size
+    assert record["n_tokens"] == probe.PROBE_STEPS * blocks * config.block_size
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,13 @@ def test_what_does_not_fit_into_an_accelerator_is_said_of_the_stage_that_does_no
     def full(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    inputs = load(Run(recipe_dir, tmp_path / "out", False))
+    inputs = load_inputs(Run(recipe_dir, tmp_path / "out", False))
     config, trainings = inputs.study, inputs.trainings
-    monkeypatch.setattr(plan, failing, full)
-    monkeypatch.setattr(plan, "open_vector", lambda *arguments: None)
+    monkeypatch.setattr(probe, failing, full)
+    monkeypatch.setattr(probe, "open_vector", lambda *arguments: None)
     chosen = {n: t.model_copy(update=changes) for n, t in trainings.items() if changes is not None}
     with pytest.raises(ModelError, match=message):
-        plan.plan(config, chosen, tmp_path, is_run=False)
+        probe.make_plan(config, chosen, tmp_path, is_run=False)
 
 
 def test_a_base_that_is_not_here_is_not_fetched_unasked(tmp_path: Path, hub):
@@ -129,8 +129,3 @@ def test_a_base_that_is_not_here_is_not_fetched_unasked(tmp_path: Path, hub):
     result = optimer("plan", path)
     assert result.exit_code == 1
     assert "nobody/nothing: is not on this disk" in result.output and "--fetch" in result.output
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (300, "5 min"), (9000, "2.5 h")])
-def test_times_are_readable(seconds: float, text: str):
-    assert plan._clock(seconds) == text

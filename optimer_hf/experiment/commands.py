@@ -1,0 +1,94 @@
+"""What `optimer run` and `optimer plan` do: one run of a recipe folder, or one for each seed.
+
+Mistakes in the files of the folder are named before anything is imported that takes seconds.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.experiment.folder import Run, check_folder, load_inputs, run_of
+
+if TYPE_CHECKING:
+    from optimer_hf.experiment.plan_file import Plan
+    from optimer_hf.study.config import StudyConfig
+
+logger = logging.getLogger(__name__)
+
+
+def run_folder(
+    recipe_dir: Path,
+    out: Path | None = None,
+    *,
+    short: bool = False,
+    tokens: str | int | None = None,
+    n_seeds: int | None = None,
+) -> tuple[Run, str]:
+    """Run a recipe folder, under `n_seeds` seeds if that is given, and return the run with its
+    summary. If the run is finished, only read the summary. The arguments are those of `run_of`.
+    """
+    run = run_of(recipe_dir, out, short=short, tokens=tokens, is_seeded=n_seeds is not None)
+    check_folder(run)
+    from optimer_hf.experiment.run import finished_summary, run_recipe
+    from optimer_hf.experiment.seeds import run_seeds
+
+    if n_seeds is not None:
+        return run, run_seeds(run, n_seeds)
+    summary = finished_summary(run)
+    if summary is None:
+        return run, run_recipe(run)
+    logger.info("finished already, nothing to do")
+    return run, summary
+
+
+def plan_source(
+    source: Path,
+    out: Path | None = None,
+    *,
+    short: bool = False,
+    tokens: str | int | None = None,
+    n_seeds: int | None = None,
+    fetch: bool = False,
+) -> "Plan":
+    """Return the plan of a recipe folder, which `out` keeps, or of a study.yaml.
+
+    The base has to be on this disk unless `fetch` allows downloading it. With `n_seeds`, the plan
+    is that of the first seed. Raises ConfigError for options that do not go with the source.
+    """
+    if source.is_dir():
+        run = run_of(source, out, short=short, tokens=tokens, is_seeded=n_seeds is not None)
+        check_folder(run)
+        from optimer_hf.experiment.run import plan_run
+        from optimer_hf.experiment.seeds import claim_seeds
+
+        _check_base(load_inputs(run).study, fetch)
+        if n_seeds is None:
+            return plan_run(run)
+        with claim_seeds(run, n_seeds) as runs:
+            return plan_run(runs[0])
+    if out is not None or short or tokens or n_seeds:
+        raise ConfigError(f"{source}: OUT, --short, --tokens and --seeds go with a recipe folder.")
+    from optimer_hf.study.config import StudyConfig
+
+    config = StudyConfig.read(source)
+    from optimer_hf.experiment.probe import make_plan
+
+    _check_base(config, fetch)
+    return make_plan(config, {}, Path.cwd(), is_run=False)
+
+
+def _check_base(config: "StudyConfig", fetch: bool) -> None:
+    """Log what has to be downloaded; raise ConfigError if that includes the base, which the probe
+    needs, unless `fetch` allows it.
+    """
+    from optimer_hf.experiment.plan_file import describe_download
+    from optimer_hf.experiment.probe import list_downloads
+
+    missing = list_downloads(config)
+    for each in missing:
+        logger.info("%s", describe_download(each))
+    if not fetch and any(each.reference == config.base_model for each in missing):
+        raise ConfigError(
+            f"{config.base_model}: is not on this disk, and the probe needs it. Add --fetch."
+        )
