@@ -44,9 +44,9 @@ class FileModel(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_mistakes(self) -> Self:
-        found = list(self.mistakes())
-        if found:
-            raise FieldError(found)
+        mistakes = list(self.mistakes())
+        if mistakes:
+            raise FieldError(mistakes)
         return self
 
 
@@ -111,13 +111,13 @@ def list_absent_files_of_data(cls: type[BaseModel], data: Mapping[str, Any], pat
     noted: dict[tuple[str, str], str] = {}
     with contextlib.suppress(ValidationError):
         cls.model_validate(data, context={"folder": path.resolve().parent, "noted": noted})
-    found = []
+    absent = []
     for at, text in strings_in(data):
         names = ((str(part), each) for part in at for each in (text, str(Path(text))))
         absolute = next((noted[name] for name in names if name in noted), text)
         if Path(absolute).is_absolute() and not _exists(absolute):
-            found.append((at, f"{field_path(at)}: {absolute}: no such file or directory."))
-    return list_mistakes(path, found)
+            absent.append((at, f"{field_path(at)}: {absolute}: no such file or directory."))
+    return list_mistakes(path, absent)
 
 
 def _exists(text: str) -> bool:
@@ -127,9 +127,9 @@ def _exists(text: str) -> bool:
 
 def refuse_absent_files(configs: Mapping[Path, Any]) -> None:
     """Raise a ConfigError that lists the missing files named by `configs` (path -> config)."""
-    found = [text for path, config in configs.items() if (text := list_absent_files(path, config))]
-    if found:
-        raise ConfigError("\n".join(found))
+    lines = [text for path, config in configs.items() if (text := list_absent_files(path, config))]
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 def _at_line(path: Path | str, location: Sequence[str | int]) -> str:
@@ -167,10 +167,10 @@ def _fields_at(cls: type[BaseModel], where: Sequence[str | int]) -> list[str]:
     models: list[type[BaseModel]] = [cls]
     for part in where:
         inner = [
-            found
+            model_inside
             for model in models
             if part in model.model_fields
-            for found in _models_in(model.model_fields[str(part)].annotation)
+            for model_inside in _models_in(model.model_fields[str(part)].annotation)
         ]
         models = inner or models  # a key of a mapping or an item of a list
     return list(dict.fromkeys(name for model in models for name in model.model_fields))

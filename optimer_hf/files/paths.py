@@ -40,16 +40,16 @@ def _last_name(text: str) -> str:
     return "elsewhere" if name in ("", "..") else name  # a folder above, which has no name here
 
 
-def _map_texts(value: Any, replaced: Callable[[str], str]) -> Any:
-    """Apply `replaced` to each text in a config that may name a file."""
+def _map_texts(value: Any, replace: Callable[[str], str]) -> Any:
+    """Apply `replace` to each text in a config that may name a file."""
     if isinstance(value, dict):
         return {
-            key: item if key in FREE_TEXT else _map_texts(item, replaced)
+            key: item if key in FREE_TEXT else _map_texts(item, replace)
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [_map_texts(item, replaced) for item in value]
-    return replaced(value) if isinstance(value, str) else value
+        return [_map_texts(item, replace) for item in value]
+    return replace(value) if isinstance(value, str) else value
 
 
 def hidden_name(name: str, mark: str, *, before: bool = False) -> str:

@@ -150,13 +150,13 @@ def _say_unwritable(text: str) -> str:
 def parse_yaml(text: str, path: Path | str) -> Any:
     """Return the value in a YAML text; raises ConfigErrors that name `path`."""
     try:
-        _refuse_deep(text)
+        _refuse_deep_nesting(text)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _refuse_bomb(node)
+            _refuse_many_values(node)
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -171,7 +171,7 @@ def parse_yaml(text: str, path: Path | str) -> Any:
         raise ConfigError(f"{path}: is nested too deeply.") from None
 
 
-def _refuse_deep(text: str) -> None:
+def _refuse_deep_nesting(text: str) -> None:
     """Raise YAMLError for more than DEEPEST levels, which would exhaust the stack."""
     depth = 0
     event: Any
@@ -185,7 +185,7 @@ def _refuse_deep(text: str) -> None:
             )
 
 
-def _refuse_bomb(root: yaml.Node) -> None:
+def _refuse_many_values(root: yaml.Node) -> None:
     """Raise YAMLError if aliases stand for more than MOST_VALUES values, or for themselves."""
     sizes: dict[int, int | None] = {}  # id of a node -> its size; None while it is being counted
 

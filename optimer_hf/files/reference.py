@@ -64,7 +64,7 @@ def is_pinned(reference: str) -> bool:
 
 
 def pin(reference: str, commit: str | None) -> str:
-    """Return a Hub reference at a commit; as it is where no commit is known."""
+    """Return a Hub reference with its commit, or unchanged if no commit is known."""
     return reference if commit is None else f"{reference}@{commit}"
 
 

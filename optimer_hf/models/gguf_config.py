@@ -60,17 +60,17 @@ def fit_config(config: Any, header: GgufHeader) -> Any:
             f"{header.path}: is one of {header.metadata['split.count']} parts. Join them with "
             "llama.cpp's `llama-gguf-split --merge`."
         )
-    values = header.of_model
+    values = header.model_metadata
     # for GPT-2, transformers stores context_length where it is never used
     read = known_gguf_keys(header) - {"context_length"}
     for key in sorted(values.keys() - read - HARMLESS):
-        if not key.startswith(("rope.scaling.", "rope.scale")) and not _take(
+        if not key.startswith(("rope.scaling.", "rope.scale")) and not _apply_key(
             config, key, values[key], header
         ):
             raise _not_supported(header, key, values[key])
-    _take_widths(config, values, header)
-    _take_rope(config, values, header)
-    _take_the_rest(config, header)
+    _apply_widths(config, values, header)
+    _apply_rope(config, values, header)
+    _apply_rest(config, header)
     return config
 
 
@@ -84,48 +84,48 @@ def _not_supported(header: GgufHeader, key: str, value: Any) -> ModelError:
 # -- one key ---------------------------------------------------------------------------------------
 
 
-def _take(config: Any, key: str, value: Any, header: GgufHeader) -> bool:
+def _apply_key(config: Any, key: str, value: Any, header: GgufHeader) -> bool:
     """Set what a key says; return whether the config now expresses all of it."""
     if key in ONLY:
         return value in ONLY[key]
-    taker = _TAKERS.get(key)
-    return taker is not None and taker(config, value, header)
+    rule = _RULES.get(key)
+    return rule is not None and rule(config, value, header)
 
 
 def _setter(*names: str) -> Callable[[Any, Any, GgufHeader], bool]:
-    """Return a taker that sets the first of these attributes that a config has."""
+    """Return a rule that sets the first of these attributes that a config has."""
 
-    def take(config: Any, value: Any, header: GgufHeader) -> bool:
+    def apply(config: Any, value: Any, header: GgufHeader) -> bool:
         name = next((name for name in names if hasattr(config, name)), None)
         if name is not None:
             setattr(config, name, value)
         return name is not None
 
-    return take
+    return apply
 
 
 def _softcap_setter(name: str) -> Callable[[Any, Any, GgufHeader], bool]:
-    def take(config: Any, value: Any, header: GgufHeader) -> bool:
+    def apply(config: Any, value: Any, header: GgufHeader) -> bool:
         if hasattr(config, name):
             setattr(config, name, value or None)
             return True
         return not value
 
-    return take
+    return apply
 
 
 def _comparer(*names: str) -> Callable[[Any, Any, GgufHeader], bool]:
-    """Return a taker that only compares a value with those of these attributes that exist."""
+    """Return a rule that only compares a value with those of these attributes that exist."""
 
-    def take(config: Any, value: Any, header: GgufHeader) -> bool:
+    def apply(config: Any, value: Any, header: GgufHeader) -> bool:
         values = [getattr(config, name) for name in names if hasattr(config, name)]
         return bool(values) and all(each == value for each in values)
 
-    return take
+    return apply
 
 
 def _window(config: Any, value: Any, header: GgufHeader) -> bool:
-    context = header.of_model.get("context_length", 0)
+    context = header.model_metadata.get("context_length", 0)
     if not value or value >= context:
         if getattr(config, "sliding_window", None) is not None and config.layer_types is None:
             config.sliding_window = None
@@ -167,7 +167,7 @@ def _parallel(config: Any, value: Any, header: GgufHeader) -> bool:
     return any(getattr(config, name, None) == value for name in names)
 
 
-_TAKERS: Mapping[str, Callable[[Any, Any, GgufHeader], bool]] = {
+_RULES: Mapping[str, Callable[[Any, Any, GgufHeader], bool]] = {
     "context_length": lambda config, value, header: (
         _setter("n_positions", "max_position_embeddings")(config, value, header) or True
     ),
@@ -176,13 +176,13 @@ _TAKERS: Mapping[str, Callable[[Any, Any, GgufHeader], bool]] = {
     "attention.head_count_kv": _comparer("num_key_value_heads", "num_attention_heads"),
     "attention.layer_norm_epsilon": _setter(*EPSILONS),
     "attention.layer_norm_rms_epsilon": _setter(*EPSILONS),
-    "attention.key_length": lambda config, value, header: True,  # _take_widths
+    "attention.key_length": lambda config, value, header: True,  # _apply_widths
     "attention.value_length": lambda config, value, header: True,
     "rope.dimension_count": lambda config, value, header: True,
-    "rope.freq_base": lambda config, value, header: _has_rope(config),  # _take_rope
+    "rope.freq_base": lambda config, value, header: _has_rope(config),  # _apply_rope
     "rope.freq_base_swa": lambda config, value, header: _has_rope(config),
     "rope.dimension_count_swa": lambda config, value, header: (
-        value == header.of_model.get("rope.dimension_count")
+        value == header.model_metadata.get("rope.dimension_count")
     ),
     "attn_logit_softcapping": _softcap_setter("attn_logit_softcapping"),
     "final_logit_softcapping": _softcap_setter("final_logit_softcapping"),
@@ -206,7 +206,7 @@ def _head_width(config: Any) -> int:
     )
 
 
-def _take_widths(config: Any, values: Mapping[str, Any], header: GgufHeader) -> None:
+def _apply_widths(config: Any, values: Mapping[str, Any], header: GgufHeader) -> None:
     """Set the head width; refuse a model whose values and keys differ in width."""
     keys = values.get("attention.key_length")
     if keys is not None and "rope.dimension_count_swa" not in values:
@@ -223,7 +223,7 @@ def _take_widths(config: Any, values: Mapping[str, Any], header: GgufHeader) -> 
         )
 
 
-def _take_the_rest(config: Any, header: GgufHeader) -> None:
+def _apply_rest(config: Any, header: GgufHeader) -> None:
     """Set the biases of a Llama, and drop special tokens that the vocabulary lacks."""
     if config.model_type == "llama":
         config.attention_bias = "blk.0.attn_q.bias" in header.tensors
@@ -260,7 +260,7 @@ def _has_rope(config: Any) -> bool:
     return bool(getattr(config, "rope_parameters", None))
 
 
-def _take_rope(config: Any, values: Mapping[str, Any], header: GgufHeader) -> None:
+def _apply_rope(config: Any, values: Mapping[str, Any], header: GgufHeader) -> None:
     """Set base, rotated fraction and scaling of the rotary embeddings."""
     scaling = _scaling(config, values, header)
     width = values.get("rope.dimension_count")

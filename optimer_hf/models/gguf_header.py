@@ -48,7 +48,7 @@ class GgufHeader:
         return str(self.metadata["general.architecture"])
 
     @property
-    def of_model(self) -> dict[str, Any]:
+    def model_metadata(self) -> dict[str, Any]:
         """The metadata of the architecture, with its prefix removed from the keys."""
         prefix = f"{self.architecture}."
         return {
@@ -205,7 +205,7 @@ def _check_sizes(header: GgufHeader) -> None:
     """Refuse absurd numbers of layers, heads and experts."""
     if not isinstance(header.metadata.get("general.architecture"), str):
         raise _DamageError("general.architecture is missing")
-    for key, value in header.of_model.items():
+    for key, value in header.model_metadata.items():
         numbers = value if isinstance(value, list) else [value]
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int):

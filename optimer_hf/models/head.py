@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+IGNORED_LABEL = -100  # for tokens that are not trained on, as in PyTorch
 VOCABULARY_BLOCK = 2048  # rows of the head at a time: a block of logits stays in the CPU cache
 GPU_LOGITS = 2**26  # at a time on a GPU, 256 MiB in float32: few, large launches
 PROBE_TOKENS = 8  # per document when a model is probed
@@ -320,6 +321,3 @@ def _stock_forward(
         use_cache=False,
         **counted,
     )
-
-
-IGNORED_LABEL = -100

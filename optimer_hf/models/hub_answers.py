@@ -62,19 +62,19 @@ def _guard(plain: Callable[[], httpx2.Client]) -> httpx2.Client:
     client = plain()
     hooks = client.event_hooks
     client.event_hooks = {
-        "request": [*hooks["request"], _ask],
-        "response": [*hooks["response"], _check],
+        "request": [*hooks["request"], _forbid_compression],
+        "response": [*hooks["response"], _check_response],
     }
     return client
 
 
-def _ask(request: httpx2.Request) -> None:
+def _forbid_compression(request: httpx2.Request) -> None:
     """Request files without compression, since the size of a compressed answer is unknown."""
     if FILE.search(request.url.path):
         request.headers["Accept-Encoding"] = "identity"
 
 
-def _check(response: httpx2.Response) -> None:
+def _check_response(response: httpx2.Response) -> None:
     """Raise HubError for an answer that must not reach the client."""
     request = response.request
     limits = request.extensions
@@ -82,26 +82,26 @@ def _check(response: httpx2.Response) -> None:
         value = response.headers.get(name)
         pattern = COMMIT if name == "x-repo-commit" else ETAG
         is_of_file = FILE.search(request.url.path) is not None
-        if is_of_file and value is not None and not pattern.fullmatch(_plain(value)):
-            raise _nonsense(request, f"the header {name}: {value[:80]!r}")
+        if is_of_file and value is not None and not pattern.fullmatch(_plain_etag(value)):
+            raise _unusable_answer(request, f"the header {name}: {value[:80]!r}")
     if "/api/" in request.url.path:
         limits.setdefault(LIMIT, LARGEST_ANSWER)
     elif (size := _listed_size(request.url.path)) is not None:
         limits.setdefault(LIMIT, size + SLACK)
         packed = response.headers.get("content-encoding", "identity")
         if packed != "identity" and response.is_success:
-            raise _nonsense(request, f"a file compressed with {packed[:20]!r}")
+            raise _unusable_answer(request, f"a file compressed with {packed[:20]!r}")
     if LIMIT in limits and request.method == "GET":
-        response.stream = _Bounded(response.stream, limits[LIMIT], request)
+        response.stream = _BoundedStream(response.stream, limits[LIMIT], request)
     if request.method == "GET" and "/api/models/" in request.url.path and response.is_success:
         _check_answer(request, response)
 
 
-def _plain(etag: str) -> str:
+def _plain_etag(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
-class _Bounded(httpx2.SyncByteStream):
+class _BoundedStream(httpx2.SyncByteStream):
     """A response stream that fails beyond `limit` bytes."""
 
     def __init__(self, stream: Any, limit: int, request: httpx2.Request) -> None:
@@ -112,7 +112,9 @@ class _Bounded(httpx2.SyncByteStream):
         for chunk in self._stream:
             n_bytes += len(chunk)
             if n_bytes > self._limit:
-                raise _nonsense(self._request, f"more than the {self._limit:,} bytes expected")
+                raise _unusable_answer(
+                    self._request, f"more than the {self._limit:,} bytes expected"
+                )
             yield chunk
 
     def close(self) -> None:
@@ -120,10 +122,10 @@ class _Bounded(httpx2.SyncByteStream):
 
 
 def _listed_size(path: str) -> int | None:
-    found = FILE.search(path)
-    if found is None:
+    file = FILE.search(path)
+    if file is None:
         return None
-    return _sizes.get((path[: found.start()].strip("/"), found[1]))
+    return _sizes.get((path[: file.start()].strip("/"), file[1]))
 
 
 # -- descriptions and listings ---------------------------------------------------------------------
@@ -151,7 +153,7 @@ def _check_answer(request: httpx2.Request, response: httpx2.Response) -> None:
     except HubError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _nonsense(request, f"{type(error).__name__}: {str(error)[:100]}") from None
+        raise _unusable_answer(request, f"{type(error).__name__}: {str(error)[:100]}") from None
 
 
 def _check_file(name: Any, entry: Any) -> None:
@@ -169,8 +171,8 @@ def _check_file(name: Any, entry: Any) -> None:
             raise ValueError(f"the hash {value[:80]!r} of {name[:80]!r}")
 
 
-def _nonsense(request: httpx2.Request, found: str) -> HubError:
+def _unusable_answer(request: httpx2.Request, content: str) -> HubError:
     return HubError(
-        f"{request.url.host}: found {found} in the answer to {request.url.path[:100]}, which a Hub "
-        "would not send. Check the network (a login page?), HF_ENDPOINT and the repository."
+        f"{request.url.host}: found {content} in the answer to {request.url.path[:100]}, which a "
+        "Hub would not send. Check the network (a login page?), HF_ENDPOINT and the repository."
     )

@@ -42,7 +42,7 @@ Role = Literal[
 NUMBER = "[0-9]" * 5  # of a shard, in a pattern
 TEXTS = ("", ".txt", ".md", ".rst", ".html")  # endings of a licence
 
-FILES: dict[Role, list[str]] = {  # a name has the first role of which a pattern matches it
+FILES: dict[Role, list[str]] = {  # a name has the first role with a pattern that matches
     "code": ["*.py", "*.pyc", "*.pyd", "*.so", "*.dll", "*.sh"],
     "state": [  # of a training run, pickled
         "training_args.bin",

@@ -58,7 +58,7 @@ def _limits() -> Iterator[tuple[int, int]]:
                 break
 
 
-def _limit(folder: Path, limit: str, taken: str, given_up: str) -> tuple[int, int] | None:
+def _limit(folder: Path, limit: str, taken: str, reclaimable: str) -> tuple[int, int] | None:
     """Return (limit, taken) of one control group; None without a limit or without access."""
     try:
         most = (folder / limit).read_text(encoding="utf-8").strip()
@@ -69,6 +69,6 @@ def _limit(folder: Path, limit: str, taken: str, given_up: str) -> tuple[int, in
             for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
         )
         used = int((folder / taken).read_text(encoding="utf-8"))
-        return int(most), used - int(statistics.get(given_up, 0))
+        return int(most), used - int(statistics.get(reclaimable, 0))
     except (OSError, ValueError):
         return None

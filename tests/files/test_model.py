@@ -32,7 +32,7 @@ def test_unknown_key_inside_a_part_names_the_whole_field(tmp_path):
     assert "'parts.x.shar'" in message and "Did you mean 'share'?" in message
 
 
-def test_unknown_key_that_resembles_none_lists_what_is_known(tmp_path):
+def test_unknown_key_that_resembles_none_lists_the_known_ones(tmp_path):
     assert "Known: base_model, corpus" in mistakes(tmp_path, "base_model: a/b\nqqqqqq: 1\n")
 
 
@@ -85,7 +85,7 @@ def test_mistakes_between_fields_are_reported_at_once_each_with_its_line(tmp_pat
     ]
 
 
-def test_a_value_that_is_no_choice_is_answered_with_the_closest_choice(tmp_path):
+def test_a_value_that_is_not_a_choice_is_refused_with_the_closest_one(tmp_path):
     with pytest.raises(ConfigError, match=r":1: kind: found 'fsat'\..*Did you mean 'fast'\?"):
         Whole.read(write_example(tmp_path, "kind: fsat\nlimits: [1, 2]\n"))
 
@@ -119,7 +119,7 @@ def test_a_written_file_reads_back_equal(tmp_path):
     assert "é" in (tmp_path / "deep" / "example.json").read_text(encoding="utf-8")
 
 
-def test_mistakes_of_a_file_come_all_at_once_with_their_lines(tmp_path: Path):
+def test_all_mistakes_in_a_study_file_are_listed_at_once_with_their_lines(tmp_path: Path):
     from optimer_hf.study.config import StudyConfig
 
     path = tmp_path / "study.yaml"

@@ -40,7 +40,7 @@ def test_literals_are_compared_as_peft_matches_them():
     )
 
 
-def test_patterns_are_matched_in_a_process_with_limits(monkeypatch):
+def test_patterns_are_matched_in_a_process_with_limited_time_and_memory(monkeypatch):
     assert matches(["a.*", "b"], ["abc", "b", "c"], "file") == [
         [True, False, False],
         [False, True, False],

@@ -91,7 +91,7 @@ def test_json_that_costs_more_than_its_size_says_is_refused(tmp_path, text, mess
         read_yaml(tmp_path / "a.json")
 
 
-def test_aliases_that_stand_for_little_are_read(tmp_path):
+def test_aliases_of_small_values_are_read(tmp_path):
     (tmp_path / "a.yaml").write_text("a: &a {x: 1}\nb: *a\nc: [*a, *a]\nd: {<<: *a, y: 2}\n")
     found = read_yaml(tmp_path / "a.yaml")
     assert found == {"a": {"x": 1}, "b": {"x": 1}, "c": [{"x": 1}] * 2, "d": {"x": 1, "y": 2}}
@@ -182,7 +182,7 @@ def test_missing_and_binary_files_are_refused(tmp_path):
 )
 @example({"1e6": "2e-4", "3e5-model": "1e3 tokens"})
 @example({"0": "\x85", "1": "a\u2028b\u2029", "2": "a\r\nb\n\n", "3": "\ufeffa"})
-def test_what_is_written_as_yaml_is_read_back_equal(tmp_path_factory, data):
+def test_data_written_as_yaml_is_read_back_equal(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("yaml") / "data.yaml"
     write_text(file, yaml_text(data))
     assert read_yaml(file) == data

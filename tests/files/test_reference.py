@@ -35,7 +35,7 @@ def test_org_and_name_is_a_local_path_only_when_it_exists(tmp_path):
     assert absolute_reference("vectors/ja", tmp_path) == str((tmp_path / "vectors/ja").resolve())
 
 
-def test_a_home_that_nobody_has_and_a_name_that_is_too_long_are_names_like_any_other(tmp_path):
+def test_an_unknown_home_and_a_name_that_is_too_long_are_names_like_any_other(tmp_path):
     assert absolute_reference("~nobody-at-all/m", tmp_path) == str(tmp_path / "~nobody-at-all/m")
     assert Reference("~nobody-at-all/m").path is None
     assert absolute_reference(f"org/{'x' * 300}", tmp_path) == f"org/{'x' * 300}"

@@ -102,7 +102,7 @@ def test_links_are_followed_to_the_directory_they_name(tmp_path):
         assert (tmp_path / target / "a").exists() and (tmp_path / name).is_symlink()
 
 
-def test_what_is_staged_is_on_the_disk_before_it_is_moved(tmp_path, monkeypatch):
+def test_staged_files_are_on_the_disk_before_they_are_moved(tmp_path, monkeypatch):
     events = []
     sync, move = os.fsync, os.replace
     monkeypatch.setattr(
@@ -130,7 +130,7 @@ def test_a_directory_that_cannot_be_replaced_is_filled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("n_moved", range(4))
-def test_a_directory_whose_filling_was_killed_is_whole_at_the_next_look(
+def test_a_directory_whose_filling_was_killed_is_completed_by_the_next_command(
     tmp_path, monkeypatch, n_moved
 ):
     (tmp_path / "out").mkdir()
@@ -232,7 +232,7 @@ def test_a_failed_replacement_leaves_the_old_directory(tmp_path):
         pytest.fail("the body must not run")
 
 
-def test_what_was_written_into_an_output_meanwhile_is_kept(tmp_path):
+def test_files_that_others_wrote_into_an_output_meanwhile_are_kept(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="not empty"), staged_directory(out) as staging:
         (staging / "a").write_text("a")
@@ -253,7 +253,7 @@ def test_an_output_that_holds_files_is_refused_and_kept(tmp_path):
         pytest.fail("the body must not run")
 
 
-def test_an_empty_output_directory_is_taken(tmp_path):
+def test_an_empty_output_directory_is_used(tmp_path):
     (tmp_path / "out").mkdir()
     with staged_directory(tmp_path / "out") as staging:
         (staging / "a").write_text("a")
@@ -261,7 +261,7 @@ def test_an_empty_output_directory_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("write", [lambda out: write_text(out, "x"), lambda out: staged(out)])
-def test_a_place_under_a_file_is_refused(tmp_path, write):
+def test_a_place_below_a_file_is_refused(tmp_path, write):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match=r"file: cannot create this directory \(.*Give another"):
         write(tmp_path / "file" / "out")
@@ -273,7 +273,9 @@ def staged(out: Path) -> None:
         pytest.fail("nothing may be written")
 
 
-def test_scratch_of_a_dead_process_is_removed_and_that_of_a_living_one_stays(tmp_path, monkeypatch):
+def test_the_scratch_directory_of_a_dead_process_is_removed_and_that_of_a_live_one_stays(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dead, elsewhere, link = tmp_path / "x-dead", tmp_path / "elsewhere", tmp_path / "x-link"
     young = tmp_path / "x-young"

@@ -7,7 +7,7 @@ from optimer_hf.files.text import html_table
 
 
 @given(st.lists(st.text(), min_size=1, max_size=3))
-def test_a_text_in_a_table_is_never_markup(cells):
+def test_text_in_a_table_is_never_markup(cells):
     page = html_table(cells[0], cells, [cells])
     names = {"table", "caption", "thead", "tbody", "tr", "th", "td"}
     rest = page

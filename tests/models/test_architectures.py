@@ -98,9 +98,7 @@ def test_every_architecture_is_merged_by_its_tensor_names_and_loads(models, stor
     assert out.isfinite().all()
 
 
-def test_every_architecture_is_searched_in_place_with_the_weights_that_are_written(
-    models, tmp_path
-):
+def test_weights_set_in_place_equal_written_ones_for_every_architecture(models, tmp_path):
     _, base, tuned = models
     pool = [open_vector(path.name, str(path), base) for path in tuned]
     resident = ResidentModel(base, pool, dtype="bfloat16")

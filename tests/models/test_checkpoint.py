@@ -60,7 +60,7 @@ def test_a_directory_of_shards_is_read_through_its_index(sharded):
     ]
 
 
-def test_a_file_the_index_does_not_name_is_left_out_as_transformers_does(sharded):
+def test_a_file_that_the_index_does_not_name_is_left_out_as_in_transformers(sharded):
     before = weight_digests(sharded), weight_states(sharded), weights_fingerprint(sharded)
     assert len(before[0]) == 3
     save_file({"stale": torch.ones(1)}, sharded / "consolidated.safetensors")
@@ -75,7 +75,7 @@ def test_a_single_file_wins_over_a_stale_index_as_in_transformers(sharded):
 
 
 @pytest.mark.parametrize("name", ["", "..", "gone.safetensors"])
-def test_a_shard_that_is_not_there_has_no_part_in_the_identity(sharded, name):
+def test_a_missing_shard_is_not_part_of_the_digests(sharded, name):
     index = sharded / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"t0": name}}), encoding="utf-8")
     assert weight_digests(sharded) == {}
@@ -125,7 +125,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
-def test_a_directory_with_pickles_only_is_refused(tmp_path):
+def test_a_directory_of_pickles_alone_is_refused(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     message = r"no safetensors weights.*pytorch_model\.bin.*`save_pretrained\(DIRECTORY\)`"
     with pytest.raises(ModelError, match=message):
@@ -155,7 +155,7 @@ def test_a_file_that_changes_after_its_header_was_read_is_an_error(tmp_path):
         checkpoint.read("x")
 
 
-def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path):
+def test_a_name_that_occurs_twice_in_a_header_is_refused(tmp_path):
     entry = '"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     header = f"{{{entry},{entry}}}".encode()
     file = tmp_path / "model.safetensors"
@@ -240,7 +240,7 @@ def entry(shape: list, offsets: tuple = (0, 0), dtype: str = "F32") -> dict:
         ("", "not a readable safetensors file"),
     ],
 )
-def test_a_header_that_no_file_can_have_is_refused_at_once(tmp_path, header, message):
+def test_an_impossible_header_is_refused_at_once(tmp_path, header, message):
     write_raw(tmp_path / "model.safetensors", header.encode())
     started = time.process_time()
     with pytest.raises(ModelError, match=rf"model\.safetensors: .*{message}"):
@@ -248,7 +248,7 @@ def test_a_header_that_no_file_can_have_is_refused_at_once(tmp_path, header, mes
     assert time.process_time() - started < 5
 
 
-def test_a_header_that_says_it_is_huge_is_not_read(tmp_path):
+def test_a_header_of_an_enormous_declared_size_is_not_read(tmp_path):
     write_raw(tmp_path / "model.safetensors", b"{}", size=2**62)
     with pytest.raises(ModelError, match="not a readable safetensors file"):
         Checkpoint(tmp_path)
@@ -259,7 +259,7 @@ def test_a_header_that_says_it_is_huge_is_not_read(tmp_path):
         Checkpoint(tmp_path)
 
 
-def test_a_tensor_without_elements_is_one_block_and_read_as_it_is(tmp_path):
+def test_a_tensor_without_elements_is_read_as_one_block(tmp_path):
     for shape in ([3, 0], [0, 3], [0], [2**40, 0]):
         write_raw(tmp_path / "model.safetensors", json.dumps({"a": entry(shape)}).encode())
         stored = Checkpoint(tmp_path)

@@ -438,7 +438,7 @@ def test_a_model_from_gguf_gives_the_logits_of_the_original(tmp_path, case):
     assert_same_function(decode_gguf(read_header(file), torch.float32), model)
 
 
-def test_the_scaling_of_llama_3_is_written_as_its_own_four_numbers(tmp_path):
+def test_the_scaling_of_llama_3_is_recognised_as_its_four_numbers(tmp_path):
     architecture, config, keys, *rest = CASES["llama 3 as it is"]
     file = write_gguf(tmp_path / "m.gguf", architecture, random_model(config), keys, *rest)
     found = decode_gguf(read_header(file), torch.float32).config.rope_parameters

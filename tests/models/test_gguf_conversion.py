@@ -26,7 +26,7 @@ def converted(tmp_path_factory, gguf_file) -> Path:
     return out
 
 
-def test_a_gguf_file_in_f32_gives_its_weights_bit_for_bit(converted):
+def test_a_gguf_file_in_f32_keeps_its_weights_bit_for_bit(converted):
     tensors = load_file(converted / "model.safetensors")
     expected = tiny_model("llama").state_dict()
     assert tensors.keys() == expected.keys()
@@ -51,7 +51,7 @@ def test_a_converted_tokenizer_splits_and_joins_text_as_the_original(converted, 
     assert (loaded.bos_token, loaded.eos_token) == ("<bos>", "<eos>")
 
 
-def test_the_record_of_a_conversion_holds_digests_and_says_it_was_gguf(converted, gguf_file):
+def test_the_record_of_a_conversion_has_digests_and_names_the_gguf_file(converted, gguf_file):
     record = json.loads((converted / "conversion.json").read_text(encoding="utf-8"))
     assert record["source"] == "tiny.gguf"
     assert record["source_sha256"] == sha256_file(gguf_file)
@@ -85,7 +85,9 @@ def test_a_gguf_reference_is_converted_into_the_cache_once(gguf_file):
     assert (first.path / "conversion.json").stat().st_mtime_ns == before
 
 
-def test_several_that_convert_one_file_at_once_get_one_conversion(gguf_file, monkeypatch, tmp_path):
+def test_several_processes_that_need_one_file_share_one_conversion(
+    gguf_file, monkeypatch, tmp_path
+):
     monkeypatch.setenv("OPTIMER_CACHE", str(tmp_path / "fresh"))
     with ThreadPoolExecutor(4) as executor:  # a lock is held by a file, not by a process
         found = list(executor.map(resolve_model, [str(gguf_file)] * 4))

@@ -91,7 +91,7 @@ def test_a_factor_on_the_loss_scales_both_gradients(softcap):
     torch.testing.assert_close(weight.grad, weight_gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same_one():
+def test_a_frozen_head_gets_no_gradient_and_leaves_that_of_the_hidden_states_unchanged():
     hidden, weight, labels = problem(300)
     _, expected, _ = reference(hidden, weight, labels, None)
     weight = weight.detach()
@@ -100,7 +100,7 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same_one():
     torch.testing.assert_close(hidden.grad, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_logits_of_thousands_neither_overflow_nor_underflow():
+def test_logits_in_the_thousands_neither_overflow_nor_underflow():
     hidden, weight, labels = problem(3 * VOCABULARY_BLOCK)
     with torch.no_grad():
         hidden *= 1000
@@ -128,7 +128,7 @@ def test_log_probabilities_equal_log_softmax(n_vocabulary, softcap):
 
 @pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("n_vocabulary", SIZES)
-def test_greedy_flags_mark_the_labels_that_are_the_most_likely_token(n_vocabulary, softcap):
+def test_greedy_flags_mark_labels_that_are_the_most_likely_token(n_vocabulary, softcap):
     hidden, weight, labels = problem(n_vocabulary, n=64)
     best = logits_of(hidden, weight, softcap).argmax(1)
     labels[::2] = best[::2]
@@ -342,7 +342,7 @@ def test_recurrent_and_convolutional_layers_are_noticed(architecture):
 # -- devices ---------------------------------------------------------------------------------------
 
 
-def test_a_gpu_takes_as_many_rows_of_the_vocabulary_as_its_logits_have_room_for():
+def test_a_gpu_takes_as_many_rows_of_the_vocabulary_as_there_is_room_for_logits():
     assert rows_at_a_time(512, "cpu") == VOCABULARY_BLOCK
     assert rows_at_a_time(512, "cuda") == GPU_LOGITS // 512
     assert rows_at_a_time(10**6, "cuda") == VOCABULARY_BLOCK

@@ -163,7 +163,7 @@ LIES: list[tuple[str, Callable[[EvilHub], object]]] = [
 
 @pytest.mark.parametrize("use", ["pull", "base"])
 @pytest.mark.parametrize(("what", "lie"), LIES)
-def test_a_lie_is_one_error_and_writes_nothing_outside_the_cache(
+def test_a_false_answer_is_one_error_and_writes_nothing_outside_the_cache(
     evil, tmp_path, monkeypatch, use, what, lie
 ):
     lie(evil)

@@ -160,7 +160,7 @@ def test_a_directory_has_a_tokenizer_if_one_can_be_read_from_it(tmp_path, name):
     assert lacking == ([] if name in files_with("taken") else ["tokenizer.json"])
 
 
-def test_what_is_pushed_and_pulled_is_known_by_its_name():
+def test_the_name_of_a_file_decides_whether_it_may_be_pushed_and_pulled():
     own = {"adapter_config.json", "vector.json"}  # what says how to read a vector
     for kind, more in (("vector", own), ("model", set())):
         allowed = {name for name in FILES if is_allowed(kind, name)}
@@ -189,7 +189,7 @@ def test_pickled_weights_are_named_where_safetensors_are_missing(name):
         refuse_pickled("model", [name])
 
 
-def test_all_files_count_where_nothing_says_which_are_read_and_in_an_adapter(tmp_path):
+def test_all_weights_count_in_an_adapter_and_where_no_index_selects_some(tmp_path):
     for name in ("consolidated", "b"):
         save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
     both = {"b.safetensors", "consolidated.safetensors"}

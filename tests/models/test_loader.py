@@ -96,7 +96,7 @@ def test_code_in_another_repository_is_refused(copied):
         resolve_tokenizer(str(path))
 
 
-def test_an_alternative_config_that_transformers_would_take_is_looked_at_too(copied):
+def test_an_alternative_config_that_transformers_would_read_is_checked_too(copied):
     path = copied(configuration_files=["config.4.0.0.json"])
     (path / "config.4.0.0.json").write_text('{"auto_map": {"AutoConfig": "evil.Evil"}}')
     with pytest.raises(ModelError, match=r"config\.4\.0\.0\.json: `auto_map` names code"):
@@ -199,7 +199,7 @@ def test_a_damaged_tokenizer_is_named(copied, content):
         {"cache_implementation": "evil"},
     ],
 )
-def test_a_generation_config_of_other_types_is_taken_or_named(copied, settings):
+def test_a_generation_config_with_other_types_is_read_or_named(copied, settings):
     path = copied("generation_config.json", **settings)
     try:
         read_generation_config(path)
@@ -219,7 +219,7 @@ def test_a_generation_config_of_other_types_is_taken_or_named(copied, settings):
         ("max_position_embeddings", 10**12),
     ],
 )
-def test_a_config_with_an_absurd_number_is_refused_before_anything_is_made(copied, key, number):
+def test_a_config_with_an_absurd_number_is_refused_before_anything_is_built(copied, key, number):
     with pytest.raises(ModelError, match=rf"{key}: found .*, expected at most"):
         empty_model(ResolvedModel(copied(**{key: number}), "m"))
 
@@ -245,7 +245,7 @@ def test_a_config_with_an_absurd_number_is_refused_before_anything_is_made(copie
         ("intermediate_size", 2**20),
     ],
 )
-def test_a_config_that_does_not_fit_is_a_model_error_or_changes_nothing(copied, key, value):
+def test_a_config_that_does_not_fit_is_refused_or_changes_nothing(copied, key, value):
     path = copied(**{key: value})
     expected = load_model(resolve_base(str(copied(name="good"))), torch.float32)
     try:
@@ -258,7 +258,7 @@ def test_a_config_that_does_not_fit_is_a_model_error_or_changes_nothing(copied, 
         assert torch.equal(found(ids).logits, expected(ids).logits)
 
 
-def test_a_weight_that_the_files_lack_is_named_and_not_drawn_at_random(copied):
+def test_a_missing_weight_is_named_and_not_filled_at_random(copied):
     with pytest.raises(ModelError, match=r"lacks the tensor 'model\.layers\.2\..*9 in all"):
         read_model(copied(num_hidden_layers=3))
 

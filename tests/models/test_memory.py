@@ -37,7 +37,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
 
 
-def test_without_a_limit_it_is_the_machines(groups):
+def test_without_a_limit_the_memory_of_the_machine_counts(groups):
     groups("0::/user.slice\n", {"user.slice": ("max", GIB, 0)}, version=2)
     assert (free_memory("cpu"), total_memory()) == (50 * GIB, 64 * GIB)
 
@@ -46,13 +46,13 @@ def test_without_a_limit_it_is_the_machines(groups):
     ("own", "folder", "version"),
     [("0::/\n", "", 2), ("4:memory:/\n3:cpuset:/\n0::/\n", "memory", 1)],
 )
-def test_a_container_has_what_its_limit_leaves(groups, own, folder, version):
+def test_in_a_container_its_limit_counts(groups, own, folder, version):
     groups(own, {folder: (str(8 * GIB), 5 * GIB, 2 * GIB)}, version)
     assert free_memory("cpu") == 5 * GIB  # files in the cache make room
     assert total_memory() == 8 * GIB
 
 
-def test_the_tightest_group_above_counts(groups):
+def test_the_tightest_limit_of_the_groups_above_counts(groups):
     limits = {
         "job": (str(16 * GIB), 10 * GIB, 0),
         "job/step": (str(12 * GIB), 2 * GIB, 0),
@@ -63,14 +63,14 @@ def test_the_tightest_group_above_counts(groups):
     assert total_memory() == 12 * GIB
 
 
-def test_a_group_that_is_not_shown_here_counts_by_those_above(groups):
+def test_an_unreadable_group_counts_by_those_above_it(groups):
     groups(
         "7:cpu,cpuacct:/x\n5:memory:/docker/abc\n", {"memory": (str(4 * GIB), GIB, 0)}, version=1
     )
     assert free_memory("cpu") == 3 * GIB
 
 
-def test_a_full_group_leaves_nothing(groups):
+def test_a_full_group_leaves_no_memory(groups):
     groups("0::/\n", {"": (str(4 * GIB), 5 * GIB, 0)}, version=2)
     assert free_memory("cpu") == 0
 

@@ -300,7 +300,7 @@ def in_transformers(path):
     return model
 
 
-def test_weight_one_is_the_tuned_model_in_every_form_a_merge_has(pair, tmp_path):
+def test_weight_one_gives_the_tuned_model_in_every_form_of_a_merge(pair, tmp_path):
     base, tuned, expected = pair
     vector = open_vector("v", str(tuned), base)
     extract(vector, base, tmp_path / "delta", dtype="float32")
@@ -408,7 +408,7 @@ TOGETHER = {"save_original_format": False}
         ("qwen3-vl moe", {"of_tuned": input_first}, {}, r"experts\.down_proj' has shape"),
     ],
 )
-def test_weights_in_two_forms_are_refused_with_how_to_store_them_alike(
+def test_weights_in_two_forms_are_refused_with_advice_on_how_to_store_them_alike(
     saved_pair, tmp_path, kind, edits, options, told
 ):
     base, tuned = saved_pair(kind, **edits, **options)
@@ -423,9 +423,7 @@ def test_weights_in_two_forms_are_refused_with_how_to_store_them_alike(
     assert close(logits(resident.model), logits(in_transformers(tuned)))
 
 
-def test_a_form_that_the_loaded_model_does_not_hold_is_merged_and_refused_by_a_search(
-    saved_pair, tmp_path
-):
+def test_a_form_that_the_loaded_model_lacks_is_merged_but_refused_by_a_search(saved_pair, tmp_path):
     base, tuned = saved_pair("qwen3-vl moe", input_first, input_first)
     vector = open_vector("v", str(tuned), base)
     write_merged(base, [vector], {"v": 1.0}, tmp_path / "out")
@@ -436,7 +434,7 @@ def test_a_form_that_the_loaded_model_does_not_hold_is_merged_and_refused_by_a_s
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "deepseek v3"])
-def test_an_adapter_of_stacked_experts_is_refused_and_merged_as_a_delta(kind, tmp_path):
+def test_an_adapter_of_stacked_experts_is_refused_but_merged_as_a_delta(kind, tmp_path):
     torch.manual_seed(0)
     CLASSES[kind]().save_pretrained(tmp_path / "base")
     base = ResolvedModel(tmp_path / "base", "base")
@@ -476,7 +474,7 @@ def llama(tmp_path_factory):
     ],
     ids=["compiled", "DDP", "both, inside", "a layer"],
 )
-def test_an_adapter_of_a_wrapped_model_is_that_of_the_model(llama, edit, tmp_path, caplog):
+def test_an_adapter_of_a_wrapped_model_is_read_as_one_of_the_model(llama, edit, tmp_path, caplog):
     base, _ = llama
     lora(base, tmp_path / "adapter")
     plain = open_vector("v", str(tmp_path / "adapter"), base)
@@ -489,7 +487,7 @@ def test_an_adapter_of_a_wrapped_model_is_that_of_the_model(llama, edit, tmp_pat
         assert torch.equal(vectors[0].parts[name].b, plain.parts[name].b)
 
 
-def test_what_a_fine_tune_does_without_and_has_more_is_said_once(llama, tmp_path, caplog):
+def test_tensors_that_a_fine_tune_lacks_or_adds_are_reported_once(llama, tmp_path, caplog):
     base, tuned = llama
     copies = [ResolvedModel(tmp_path / "base", "base"), tmp_path / "tuned"]
     for source, out, more in ((base.path, copies[0].path, MTP), (tuned, copies[1], FREQUENCIES)):
@@ -564,7 +562,7 @@ def test_a_damaged_fine_tune_or_another_model_is_refused_by_name(
         (under("module."), same, r"have the prefix module\. of a wrapper"),
     ],
 )
-def test_mergekit_which_merges_by_name_is_not_given_two_names_of_a_tensor(
+def test_two_names_of_one_tensor_are_never_passed_to_mergekit(
     llama, tokenizer, of_base, of_tuned, told, tmp_path
 ):
     paths = {"base": llama[0].path, "tuned": llama[1]}
@@ -583,7 +581,9 @@ def test_mergekit_which_merges_by_name_is_not_given_two_names_of_a_tensor(
     assert merge(tmp_path / "merge.yml", tmp_path / "out") == "native"
 
 
-def test_what_mergekit_leaves_out_of_a_base_is_said(llama, tokenizer, tmp_path, caplog):
+def test_tensors_that_mergekit_leaves_out_of_a_base_are_reported(
+    llama, tokenizer, tmp_path, caplog
+):
     shutil.copytree(llama[0].path, tmp_path / "base")
     rewrite(tmp_path / "base", adding(**MTP))
     tokenizer.save_pretrained(tmp_path / "base")
@@ -618,7 +618,7 @@ def padded(request, save_model):
 
 
 @pytest.mark.parametrize("engine", ["native", "mergekit"])
-def test_a_fine_tune_that_is_cut_to_its_tokens_is_merged_as_mergekit_does(padded, engine, tmp_path):
+def test_a_fine_tune_that_is_cut_to_its_tokens_is_merged_as_in_mergekit(padded, engine, tmp_path):
     base, tuned = padded
     config = {
         "merge_method": "optimer",
@@ -640,7 +640,9 @@ def test_a_fine_tune_that_is_cut_to_its_tokens_is_merged_as_mergekit_does(padded
             assert torch.equal(found[n:], b[n:]), "padding stays, and the shape of the base"
 
 
-def test_logits_of_its_tokens_are_those_of_the_cut_fine_tune_in_every_form(padded, tmp_path):
+def test_a_merge_at_weight_one_gives_the_logits_of_the_cut_fine_tune_in_every_form(
+    padded, tmp_path
+):
     base, tuned = padded
     expected = logits(in_transformers(tuned))
     vector = open_vector("v", str(tuned), base)
@@ -656,7 +658,7 @@ def test_logits_of_its_tokens_are_those_of_the_cut_fine_tune_in_every_form(padde
 
 
 @pytest.mark.parametrize("case", ["too short", "other ids", "no tokenizer"])
-def test_rows_that_are_tokens_are_no_padding(padded, tokenizer, case, tmp_path):
+def test_missing_rows_that_are_tokens_are_refused(padded, tokenizer, case, tmp_path):
     base, tuned = (
         shutil.copytree(path, tmp_path / path.name) for path in (padded[0].path, padded[1])
     )
@@ -680,9 +682,7 @@ def test_rows_that_are_tokens_are_no_padding(padded, tokenizer, case, tmp_path):
         open_vector("v", str(tuned), ResolvedModel(base, "base"))
 
 
-def test_tokens_that_a_fine_tune_added_are_left_to_mergekit_where_it_is_asked(
-    padded, tokenizer, tmp_path
-):
+def test_tokens_that_a_fine_tune_added_are_left_to_mergekit_on_request(padded, tokenizer, tmp_path):
     base, tuned = padded
     model = in_transformers(tuned)
     model.resize_token_embeddings(PADDED + 1)

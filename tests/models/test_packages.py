@@ -119,7 +119,7 @@ def test_a_package_without_a_model_is_refused_and_not_imported(install, name):
 
 
 @pytest.mark.parametrize("package", ["this", "os.path", "../x"])
-def test_no_module_is_imported_that_is_no_installed_package(package):
+def test_only_installed_packages_are_imported(package):
     with pytest.raises(ModelError, match=r"not installed|not a valid package name"):
         resolve_model(f"pypi:{package}")
     assert package not in sys.modules or package == "os.path"

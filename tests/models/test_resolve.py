@@ -13,7 +13,7 @@ from optimer_hf.models.resolve import resolve_base, resolve_model, resolve_token
 from tests.support.tiny import tiny_model
 
 
-def test_a_directory_is_used_as_it_is_and_named_by_its_last_part(make_base):
+def test_a_directory_is_used_as_it_is_and_called_by_its_last_part(make_base):
     base = make_base("llama")
     assert resolve_model(str(base.path)) == ResolvedModel(base.path, base.path.name)
 
@@ -23,7 +23,7 @@ def test_a_path_that_does_not_exist_is_named(tmp_path):
         resolve_model(str(tmp_path / "gone"))
 
 
-def test_a_file_that_is_no_model_is_refused_with_what_was_expected(tmp_path):
+def test_a_file_that_is_not_a_model_is_refused_with_what_was_expected(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(
         ModelError, match=r"expected a directory, a GGUF file or a Hub id, found a \.bin file"
@@ -32,7 +32,7 @@ def test_a_file_that_is_no_model_is_refused_with_what_was_expected(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["no-such-org/no-such-model", "hf://no-such-org/no-such-model@v1"])
-def test_a_hub_model_that_cannot_be_fetched_is_refused_with_what_to_check(text):
+def test_a_hub_model_that_cannot_be_fetched_is_refused_with_advice(text):
     with pytest.raises(
         ModelError, match=rf"{text}: cannot be fetched from the Hub .*hf auth login"
     ):
@@ -78,7 +78,7 @@ def cached(make_base, tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("reference", ["me/tuned", f"hf://me/tuned@{COMMIT}"])
-def test_an_incomplete_cache_offline_is_named_with_what_it_lacks(
+def test_an_incomplete_cache_offline_is_refused_with_the_files_that_it_lacks(
     cached, without, sharded, named, reference
 ):
     cached(*without, sharded=sharded)
@@ -88,13 +88,13 @@ def test_an_incomplete_cache_offline_is_named_with_what_it_lacks(
         resolve_model(reference)
 
 
-def test_a_whole_cache_is_enough_offline(cached):
+def test_a_complete_cache_is_enough_offline(cached):
     path = cached(sharded=True)
     assert resolve_model("me/tuned") == ResolvedModel(path, "me/tuned", COMMIT)
     assert resolve_tokenizer("me/tuned").path == path
 
 
-def test_a_cache_without_tokenizer_is_named(cached):
+def test_a_cache_without_a_tokenizer_is_refused(cached):
     cached("tokenizer*")
     with pytest.raises(ModelError, match=rf"has no tokenizer in the cache at commit {COMMIT}"):
         resolve_base("me/tuned")
@@ -115,6 +115,6 @@ def test_a_damaged_record_of_a_vector_is_named(make_base, tmp_path):
         resolve_base(str(tmp_path / "base"))
 
 
-def test_a_name_that_is_too_long_is_no_model():
+def test_a_name_that_is_too_long_is_not_a_model():
     with pytest.raises(ModelError, match="no such file or directory"):
         resolve_model("/" + "x" * 300)

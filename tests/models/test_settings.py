@@ -156,7 +156,7 @@ def test_a_fine_tune_whose_config_changes_the_function_is_refused(
         ("mpt", {"attn_config": {"attn_pdrop": 1}}),
     ],
 )
-def test_a_fine_tune_whose_config_leaves_the_function_alone_is_taken(
+def test_a_fine_tune_whose_config_leaves_the_function_alone_is_accepted(
     models, tmp_path, kind, changes
 ):
     base = models(kind) if kind != "mistral" else no_window(models, tmp_path)
@@ -170,7 +170,7 @@ def no_window(models, folder: Path) -> Path:
     return changed(models("mistral"), folder / "base", sliding_window=None)
 
 
-def test_how_long_a_text_may_be_counts_where_rope_looks_at_it(models, tmp_path):
+def test_the_longest_text_counts_only_if_rope_depends_on_it(models, tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     base = changed(models("llama"), tmp_path / "base", rope_parameters=rope)
     tuned = changed(base, tmp_path / "tuned", max_position_embeddings=16)

@@ -211,7 +211,7 @@ WAYS = {
         *itertools.product(FORMS[1:], FORMS[1:], ["recipe", "delta", "delta, mergekit"]),
     ],
 )
-def test_weight_one_is_the_fine_tune_or_is_refused_by_name(
+def test_weight_one_gives_the_fine_tune_or_is_refused_by_name(
     saved, reference, tmp_path, of_base, of_tuned, way
 ):
     base, tuned = saved(of_base, 0), saved(of_tuned, 1)
@@ -290,7 +290,7 @@ def test_every_class_keeps_its_head(save_model, tmp_path, make, head):
         open_vector("v", str(untied), ResolvedModel(tied, "base"))
 
 
-def test_a_fine_tune_that_scales_its_logits_otherwise_is_refused(save_model):
+def test_a_fine_tune_that_scales_its_logits_differently_is_refused(save_model):
     base, tuned = (save_model(of_kind("CohereConfig")(True), f"scaled-{seed}") for seed in range(2))
     open_vector("v", str(tuned), ResolvedModel(base, "base"))
     edit_config(tuned, logit_scale=0.5)
@@ -315,7 +315,7 @@ def test_a_head_that_is_neither_stored_nor_tied_is_refused(copied):
         ties_of(Checkpoint(base))
 
 
-def test_a_copy_that_was_rounded_is_another_tensor(copied):
+def test_a_rounded_copy_is_another_tensor(copied):
     base = copied("tied, with a copy")
 
     def round_head(tensors):
@@ -326,7 +326,7 @@ def test_a_copy_that_was_rounded_is_another_tensor(copied):
         ties_of(Checkpoint(base))
 
 
-def test_a_file_that_stores_the_head_in_place_of_the_embedding_is_read(saved, copied, tmp_path):
+def test_a_file_that_stores_the_head_instead_of_the_embedding_is_read(saved, copied, tmp_path):
     base, tuned = saved("tied by the class", 0), copied("tied, with a copy", 1)
     edit_weights(tuned, lambda tensors: tensors.pop(EMBEDDING))
     expected = logits_of(saved("tied, with a copy", 1))
@@ -334,7 +334,7 @@ def test_a_file_that_stores_the_head_in_place_of_the_embedding_is_read(saved, co
 
 
 @pytest.mark.parametrize("is_silent", [True, False])
-def test_without_a_known_class_the_config_and_the_names_say_what_is_tied(copied, is_silent):
+def test_without_a_known_class_the_config_and_the_names_decide_what_is_tied(copied, is_silent):
     base = copied("tied by the config")
     edit_config(base, model_type="new", **({"tie_word_embeddings": None} if is_silent else {}))
     ties = ties_of(Checkpoint(base))
@@ -439,7 +439,7 @@ def is_accepted(form: str, kind: str, way: str) -> bool:
         *itertools.product(FORMS[1:3], sorted(MOVE_BOTH), ["search"]),
     ],
 )
-def test_weight_one_is_the_adapter_as_trained_or_is_refused_by_name(
+def test_weight_one_gives_the_adapter_as_trained_or_is_refused_by_name(
     saved, adapter, tmp_path, form, kind, way
 ):
     base, (path, expected) = saved(form, 0), adapter(form, kind)
@@ -461,7 +461,7 @@ def test_weight_one_is_the_adapter_as_trained_or_is_refused_by_name(
         ("untied", "saved both"),
     ],
 )
-def test_a_run_is_refused_before_it_packs_or_leaves_what_a_merge_gives(
+def test_a_run_is_refused_before_it_packs_or_trains_what_a_merge_gives(
     saved, corpus_dir, tmp_path, form, kind
 ):
     base = saved(form, 0)

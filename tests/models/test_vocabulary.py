@@ -82,7 +82,7 @@ def test_tokens_that_are_added_or_renamed_leave_the_others_in_place(base, tuned,
     assert open_vector("v", str(source), base).names
 
 
-def test_a_fine_tune_without_a_tokenizer_that_can_be_read_is_taken(base, tuned, tmp_path):
+def test_a_fine_tune_without_a_readable_tokenizer_is_accepted(base, tuned, tmp_path):
     for number, files in enumerate(
         (["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"])
     ):

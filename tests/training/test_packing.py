@@ -77,7 +77,7 @@ def test_every_token_appears_once_in_order_and_only_the_tail_is_dropped(token_li
 
 
 @given(TOKENS, BLOCK_SIZES)
-def test_blocks_are_full_and_every_segment_but_a_gap_of_one_starts_with_bos(
+def test_blocks_are_full_and_every_segment_but_a_last_one_of_one_token_starts_with_bos(
     token_lists, block_size
 ):
     for block in segments(token_lists, bos=BOS, eos=EOS, block_size=block_size):
@@ -88,7 +88,7 @@ def test_blocks_are_full_and_every_segment_but_a_gap_of_one_starts_with_bos(
             assert EOS not in segment[:-1]
 
 
-def test_a_gap_of_one_takes_a_token_without_bos_and_the_document_goes_on_with_bos():
+def test_a_gap_of_one_takes_a_token_without_bos_and_the_document_continues_with_bos():
     packed = list(segments([[10, 11], [20, 21, 22, 23]], bos=BOS, eos=EOS, block_size=5))
     assert packed == [[[BOS, 10, 11, EOS], [20]], [[BOS, 21, 22, 23, EOS]]]
 
@@ -185,7 +185,7 @@ def test_an_empty_corpus_is_refused(tmp_path, tokenizer, content):
         pack(config, tokenizer, block_size=8, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
 
 
-def test_a_corpus_with_fewer_tokens_than_asked_is_refused_with_both_counts(tmp_path, tokenizer):
+def test_a_corpus_with_fewer_tokens_than_requested_is_refused_with_both_counts(tmp_path, tokenizer):
     config = write_jsonl(tmp_path / "a.jsonl", ["abcdef"] * 200)
     with pytest.raises(
         CorpusError, match="holds 1,600 tokens in 200 documents, but max_tokens asks for 10,000"
@@ -201,7 +201,9 @@ def test_a_corpus_that_does_not_fill_one_block_is_refused(tmp_path, tokenizer):
         pack(config, tokenizer, block_size=64, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
 
 
-def test_a_text_longer_than_the_model_takes_is_packed_without_a_warning(tmp_path, tokenizer):
+def test_a_text_longer_than_the_context_of_the_model_is_packed_without_a_warning(
+    tmp_path, tokenizer
+):
     config = write_jsonl(tmp_path / "a.jsonl", ["word " * 500])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -283,7 +285,7 @@ def part(path, share, **fields) -> MixturePart:
     return MixturePart(path=path, share=share, **fields)
 
 
-def test_a_mixture_has_exactly_the_shares_asked_for(tmp_path, tokenizer, corpus_dir):
+def test_a_mixture_has_exactly_the_requested_shares(tmp_path, tokenizer, corpus_dir):
     mixture = [
         part(corpus_dir / "aaa.train.jsonl", 0.3),
         part(corpus_dir / "mix.train.jsonl", 0.7),
