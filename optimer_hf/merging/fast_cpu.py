@@ -1,7 +1,7 @@
 """The kernel as one compiled pass over memory, for CPUs, with the same bits as `add_in_steps`.
 
-numba is worth its place: one torch operation after the other reads and writes every block again,
-which slows a merge from disk to disk and `set_weights` alike.
+numba earns its place: torch operations, one after the other, read and write every block each time,
+which slows both `set_weights` and a merge from disk to disk.
 """
 
 from collections.abc import Callable, Sequence

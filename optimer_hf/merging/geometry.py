@@ -167,7 +167,7 @@ def read_or_measure(
     sources: Mapping[str, str], base_model: str, dtype: str, path: Path
 ) -> GeometryFile:
     """Return norms and cosines of a pool, cached in `path`; measure them again when weights
-    changed.
+    have changed.
 
     A valid cache is returned without reading weights. Raises ModelError for a vector that cannot be
     merged into this base.

@@ -2,7 +2,7 @@
 
 mergekit silently ignores keys that it does not know. Here a key that no merge method knows is an
 error, and a key that only other methods know has no effect. Keys that only hold YAML anchors are
-allowed. `mergekit_yaml` asks the installed mergekit for its keys; nothing here imports it.
+allowed. `mergekit_yaml` reads the keys from the installed mergekit; nothing here imports it.
 """
 
 import functools

@@ -30,8 +30,8 @@ STATE = "trainer_state.json"
 
 
 class StartedRecord(VersionedFile):
-    """started.json: what a run that began was to read and do, `training` being its settings, and
-    what was packed for it.
+    """started.json: the settings of a run that has begun (`training`), the digests of what it
+    reads, and what was packed for it.
     """
 
     config_sha256: str

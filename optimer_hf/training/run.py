@@ -150,7 +150,7 @@ def train_vector(path: Path, out: Path) -> VectorFile | None:
 
 
 def train_and_record(config: TrainConfig, out: Path) -> VectorFile | None:
-    """Do what `train_vector` does with a config."""
+    """Do as `train_vector` does, for a config."""
     train(config, out)
     if int(os.environ.get("RANK", "0")) != 0:
         return None
@@ -321,7 +321,7 @@ def _save(
     spent: Cost,
 ) -> None:
     if not (out / STARTED).exists():
-        raise OutputError(f"{out}: was removed while it was trained. Give the command again.")
+        raise OutputError(f"{out}: was removed during the training. Run the command again.")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if config.lora is not None:
         for lora in model.peft_config.values():

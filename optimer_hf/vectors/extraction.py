@@ -28,8 +28,8 @@ def extract_vector(
     """Write `tuned` minus `base` into `out`, which has to be new or empty, and return its record.
 
     `tuned` and `base` are directories or Hub ids; `tuned` may be an adapter, with `from_adapter`
-    one of any type that PEFT can merge. `name` is that of the vector (None: the name of `out`);
-    `dtype` and `block_size` are those of `extract`.
+    one of any type that PEFT can merge. `name` names the vector (default: the name of `out`). For
+    `dtype` and `block_size` see `extract`.
     """
     require_empty(out)
     resolved, name = base_from_here(base), name or out.name

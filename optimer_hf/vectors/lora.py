@@ -2,8 +2,7 @@
 
 LoRA factors stay factors (`LowRank`): a merge multiplies row blocks of B by A directly. Biases and
 whole modules, which are not products, are kept as stored and compared with the base when they are
-read. For adapters whose delta has another form (DoRA, IA3, LoHa, OFT ...), PEFT can do the merge on
-request.
+read. Adapters whose delta has another form (DoRA, IA3, LoHa, OFT ...) are left to PEFT, on request.
 """
 
 import functools
@@ -58,7 +57,7 @@ FACTORS_TWICE = (
     "ADAPTER --base BASE OUT`, without --from-adapter."
 )
 FACTORS_APART = (
-    "PEFT gives each its own factors, which part on a GPU. Train the embedding with "
+    "PEFT gives each its own factors, which drift apart on a GPU. Train the embedding with "
     "modules_to_save and ensure_weight_tying, with full parameters (leave `lora` out), or not at "
     "all."
 )
@@ -74,7 +73,8 @@ CACHED = 16  # models whose layers are remembered
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA and its base before any weights are read: its config fields, and its tensors' shapes.
+    """A LoRA before any weights are read: the fields of its config, the shapes of its tensors, and
+    its base.
 
     Error messages begin with `where` and end with `advice`.
     """
@@ -124,25 +124,25 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     stored = open_adapter(path, where)
     _check_prefix(stored.names, where)
     shapes = {key: stored.shape(key) for key in stored.names}
-    found: dict[str, LowRank | Trained] = {}
+    parts: dict[str, LowRank | Trained] = {}
     for part in parts_of(Lora(options, shapes, base, where, MATERIALISE)):
         if part.kind == "copy":
             _refuse_changed_copy(stored, part, base, where)
         elif part.kind == "B.bias":
-            before = found.get(part.target)
+            before = parts.get(part.target)
             bias = before.tensor if isinstance(before, Trained) else base.read(part.target)
             added = part.scale * stored.read(part.key).float()
-            found[part.target] = Trained(bias.float() + added)
+            parts[part.target] = Trained(bias.float() + added)
         elif part.kind == "trained":
-            found[part.target] = Trained(stored.read(part.key))
+            parts[part.target] = Trained(stored.read(part.key))
         else:
-            found[part.target] = _read_product(stored, part)
-    _warn_of_missing_layers(found, options, base, where)
-    return _merge_tied_parts(found, ties_of(base), where)
+            parts[part.target] = _read_product(stored, part)
+    _warn_of_missing_layers(parts, options, base, where)
+    return _merge_tied_parts(parts, ties_of(base), where)
 
 
 def _warn_of_missing_layers(
-    found: Iterable[str], options: Mapping[str, Any], base: Checkpoint, where: str
+    moved: Iterable[str], options: Mapping[str, Any], base: Checkpoint, where: str
 ) -> None:
     """Warn of layers that an adapter's config targets but that have no tensors in it.
 
@@ -150,7 +150,7 @@ def _warn_of_missing_layers(
     """
     if not isinstance(options.get("target_modules"), list):
         return
-    ties, held = ties_of(base), {*found}
+    ties, held = ties_of(base), {*moved}
     lacking = [
         name
         for name in base.names
@@ -218,7 +218,7 @@ def parts_of(lora: Lora) -> list[Part]:
     Raises a ModelError that names a tensor if it would be ignored or fits no layer.
     """
     refuse_own_names(lora.shapes, lora.where)
-    found: dict[str, Part] = {}
+    parts: dict[str, Part] = {}
     last = []
     for key, (target, kind) in targets_of(lora.shapes, lora.base).items():
         part = Part(key, kind, target, module_of(key))
@@ -234,11 +234,11 @@ def parts_of(lora: Lora) -> list[Part]:
         elif kind == "B.bias":  # added after the layer's own bias, which may be trained, too
             last.append(_complete_bias(part, lora))
             continue
-        if target in found:
+        if target in parts:
             raise ModelError(f"{lora.where}: adapts {target!r} in two ways. {lora.advice}")
-        found[target] = part
-    _refuse_missing_modules(found, lora)
-    return [*found.values(), *last]
+        parts[target] = part
+    _refuse_missing_modules(parts, lora)
+    return [*parts.values(), *last]
 
 
 def refuse_own_names(keys: Iterable[str], where: str) -> None:
@@ -267,13 +267,13 @@ def _refuse_unused_tensor(part: Part, lora: Lora) -> None:
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} adapts a layer that target_modules, "
             "exclude_modules or layers_to_transform of its config leave out, so PEFT would ignore "
-            "it. Mend the config, or remove the tensor."
+            "it. Correct the config, or remove the tensor."
         )
     if lora.ties.source_of(part.target) not in lora.names:
         raise ModelError(
-            f"{lora.where}: tensor {part.key!r} is of {part.target!r}, which is not in the base "
-            f"{lora.base.path}. Give an adapter that was trained from this base; for one whose "
-            "modules have other names, see `optimer extract --from-adapter`."
+            f"{lora.where}: tensor {part.key!r} belongs to {part.target!r}, which the base "
+            f"{lora.base.path} does not have. Give an adapter that was trained from this base; for "
+            "one whose modules have other names, see `optimer extract --from-adapter`."
         )
 
 
@@ -284,8 +284,8 @@ def _refuse_missing_modules(held: Iterable[str], lora: Lora) -> None:
         in_base = any(f".{module}." in f".{tensor}" for tensor in lora.base.names)
         if in_base and not any(f".{module}." in name for name in names):
             raise ModelError(
-                f"{lora.where}: modules_to_save names {module!r}, of which the file holds no "
-                "tensor. Fetch the adapter again."
+                f"{lora.where}: modules_to_save names {module!r}, but the file has no tensor "
+                "of it. Fetch the adapter again."
             )
 
 
@@ -313,11 +313,11 @@ def targets_of(keys: Iterable[str], base: Checkpoint) -> dict[str, tuple[str, st
 
     PEFT names modules as in the loaded model; the checkpoint may use other names.
     """
-    found = {key: _target_of(key) for key in keys}
+    targets = {key: _target_of(key) for key in keys}
     known, ties = set(base.names), ties_of(base)
-    others = {target for target, _ in found.values() if ties.source_of(target) not in known}
+    others = {target for target, _ in targets.values() if ties.source_of(target) not in known}
     names = names_in(base, others)
-    return {key: (names.get(target, [target])[0], part) for key, (target, part) in found.items()}
+    return {key: (names.get(target, [target])[0], part) for key, (target, part) in targets.items()}
 
 
 def _target_of(key: str) -> tuple[str, str]:
@@ -375,10 +375,10 @@ def _complete_bias(part: Part, lora: Lora) -> Part:
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} has no factors. Fetch the adapter again."
         )
-    found, expected = lora.shapes[part.key], lora.base.shape(part.target)
-    if found != expected:
+    shape, expected = lora.shapes[part.key], lora.base.shape(part.target)
+    if shape != expected:
         raise ModelError(
-            f"{lora.where}: tensor {part.key!r} has shape {list(found)}, {part.target!r} of the "
+            f"{lora.where}: tensor {part.key!r} has shape {list(shape)}, {part.target!r} of the "
             f"base has {list(expected)}. {lora.advice}"
         )
     rank, scale = _rank_and_scale(part.module, lora)
@@ -395,7 +395,7 @@ def _rank_and_scale(module: str, lora: Lora) -> tuple[int, float]:
     except ValueError as error:
         raise ModelError(
             f"{lora.where}: adapter_config.json has no usable rank and alpha for {module}: found "
-            f"{error}. Mend it as it was trained, or fetch the adapter again."
+            f"{error}. Enter the values it was trained with, or fetch the adapter again."
         ) from None
 
 
@@ -465,15 +465,15 @@ def _refuse_changed_copy(stored: Checkpoint, part: Part, base: Checkpoint, where
 
 
 def _merge_tied_parts(
-    found: Mapping[str, LowRank | Trained], ties: Ties, where: str
+    parts: Mapping[str, LowRank | Trained], ties: Ties, where: str
 ) -> dict[str, LowRank | Trained]:
     """Return an adapter's parts by stored tensor, with one part for each group of tied tensors.
 
     The adapter must move tied tensors alike, as PEFT does with `ensure_weight_tying`.
     """
-    refuse_split_ties({name: type(part).__name__ for name, part in found.items()}, ties, where)
+    refuse_split_ties({name: type(part).__name__ for name, part in parts.items()}, ties, where)
     joined: dict[str, LowRank | Trained] = {}
-    for name, part in sorted(found.items(), key=lambda item: item[0] != ties.source_of(item[0])):
+    for name, part in sorted(parts.items(), key=lambda item: item[0] != ties.source_of(item[0])):
         other = joined.setdefault(ties.source_of(name), part)
         if part is not other and not _are_alike(part, other):  # NaN does not even equal itself
             raise _split_ties_error([name], [ties.source_of(name)], where)
@@ -490,13 +490,13 @@ def _are_alike(one: LowRank | Trained, other: LowRank | Trained) -> bool:
     return False
 
 
-def refuse_split_ties(found: Mapping[str, str], ties: Ties, where: str) -> None:
+def refuse_split_ties(kinds: Mapping[str, str], ties: Ties, where: str) -> None:
     """Raise ModelError if an adapter moves only some tensors of a tied group, or not alike.
 
-    `found` maps tensor names to the kind of their part.
+    `kinds` maps tensor names to the kind of their part.
     """
     for group in ties.groups:
-        moved = {name: kind for name, kind in found.items() if ties.group_of(name) == group}
+        moved = {name: kind for name, kind in kinds.items() if ties.group_of(name) == group}
         names = {ties.class_names.get(name, name) for name in moved}
         left = [name for name in group if name not in names]
         if moved and (left or len(set(moved.values())) > 1):

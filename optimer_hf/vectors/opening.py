@@ -68,7 +68,7 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
         delta = _open_delta(name, resolved.path, record)
         vector = replace(delta, copies=ties_of(checkpoint).copies)
     else:
-        tuned = _by_names_of(checkpoint, Checkpoint(resolved.path), name)
+        tuned = _rename_to_base(name, Checkpoint(resolved.path), checkpoint)
         _check_dtypes(name, tuned, checkpoint)
         padding = _padding(name, tuned, checkpoint)
         vector = CheckpointVector(name, tuned, _floating_names(tuned, checkpoint), padding)
@@ -93,11 +93,11 @@ def _open_delta(name: str, path: Path, record: VectorFile) -> DeltaVector:
         *rows, n = stored.shape(tensor)
         expected = (*rows, n_blocks(n, block_size)) if block_size > 0 else None
         scales = f"{tensor}{SCALES}"
-        found = stored.shape(scales) if scales in stored.names else None
-        if found is None or found != expected:
+        shape = stored.shape(scales) if scales in stored.names else None
+        if shape is None or shape != expected:
             raise ModelError(
-                f"vector {name!r} ({path}): tensor {tensor!r} has scales of shape {found}; "
-                f"block_size {record.block_size} of vector.json makes it {expected}. Fetch it "
+                f"vector {name!r} ({path}): tensor {tensor!r} has scales of shape {shape}; with "
+                f"block_size {record.block_size} of vector.json it would be {expected}. Fetch it "
                 "again."
             )
     return DeltaVector(name, stored, block_size)
@@ -135,7 +135,7 @@ def warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
         )
 
 
-def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
+def _rename_to_base(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint:
     """Rename a tuned checkpoint's tensors to the names in the base, and drop what is not in it.
 
     Raises ModelError if it lacks part of the base or has additional parts. Tied tensors are
@@ -143,19 +143,19 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
     """
     of_base = ties_of(base)
     try:
-        of_tuned, found = ties_of(tuned), match(tuned, base)
+        of_tuned, matched = ties_of(tuned), match(tuned, base)
     except ModelError as error:
         raise ModelError(f"vector {name!r}: {error}") from error
-    copies = {other for key, other in found.tuned_names.items() if key in of_base.copies}
-    stored = {key: found.tuned_names[key] for key in found.tuned_names.keys() - of_base.copies}
-    lacking = set(found.missing) - of_base.copies
+    copies = {other for key, other in matched.tuned_names.items() if key in of_base.copies}
+    stored = {key: matched.tuned_names[key] for key in matched.tuned_names.keys() - of_base.copies}
+    lacking = set(matched.missing) - of_base.copies
     kept = {key: of_tuned.stored.get(of_base.class_names.get(key, key)) for key in lacking}
     tied = {key: other for key, other in kept.items() if other in tuned.names}
     missing = sorted(lacking - tied.keys())
-    rest = {*found.unknown, *copies} - {*stored.values(), *tied.values()} - of_tuned.copies
+    rest = {*matched.unknown, *copies} - {*stored.values(), *tied.values()} - of_tuned.copies
     groups = {key: of_base.group_of(of_tuned.class_names.get(key, key)) for key in sorted(rest)}
-    parted = {key: of_base.source_of(group[0]) for key, group in groups.items() if group}
-    extra = sorted(key for key in rest if parted.get(key) not in stored)
+    separate = {key: of_base.source_of(group[0]) for key, group in groups.items() if group}
+    extra = sorted(key for key in rest if separate.get(key) not in stored)
     if missing or extra:
         _refuse_other_form(
             name,
@@ -167,25 +167,32 @@ def _by_names_of(base: Checkpoint, tuned: Checkpoint, name: str) -> Checkpoint:
             f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} "
             f"tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: "
             f"{extra[:1]}). Use a model of the same architecture."
-            + (f" Names were compared as they are: {found.reason}" if found.reason else "")
+            + (f" Names were compared as they are: {matched.reason}" if matched.reason else "")
         )
-    for key, one in parted.items():
+    for key, one in separate.items():
         if not tuned.are_equal(key, stored[one]):
-            raise ModelError(
-                f"vector {name!r} ({tuned.path}): has a tensor {key!r} of its own, which the base "
-                f"{base.path} ties to {one!r}. A merge has the form of the base and would drop "
-                "it. Untie the base first (save it with the head as a tensor and "
-                "tie_word_embeddings: false), or use a fine-tune with a tied head."
-            )
+            raise _separate_copy_error(name, tuned.path, key, base.path, one)
     for key, other in tied.items():
         if of_tuned.is_assumed:
-            raise ModelError(
-                f"vector {name!r} ({tuned.path}): lacks tensor {key!r}, and neither its config "
-                f"nor its model class says that it is {other!r}. Write tie_word_embeddings into "
-                "its config.json."
-            )
-    _warn_of_differences(name, tuned, found)
+            raise _assumed_tie_error(name, tuned.path, key, other)
+    _warn_of_differences(name, tuned, matched)
     return tuned.rename(stored | tied)
+
+
+def _separate_copy_error(name: str, tuned: Path, key: str, base: Path, tied_to: str) -> ModelError:
+    return ModelError(
+        f"vector {name!r} ({tuned}): has a separate tensor {key!r}, which the base {base} ties to "
+        f"{tied_to!r}. A merge has the form of the base and would drop it. Untie the base first "
+        "(save it with the head as a tensor and tie_word_embeddings: false), or use a fine-tune "
+        "with a tied head."
+    )
+
+
+def _assumed_tie_error(name: str, tuned: Path, key: str, other: str) -> ModelError:
+    return ModelError(
+        f"vector {name!r} ({tuned}): lacks tensor {key!r}, and neither its config nor its model "
+        f"class says that it is {other!r}. Write tie_word_embeddings into its config.json."
+    )
 
 
 def _refuse_other_form(
@@ -203,18 +210,19 @@ def _refuse_other_form(
         )
 
 
-def _warn_of_differences(name: str, tuned: Checkpoint, found: Match) -> None:
-    if found.unmoved:
+def _warn_of_differences(name: str, tuned: Checkpoint, matched: Match) -> None:
+    if matched.unmoved:
         warn_once(
             logger,
-            f"vector {name!r} ({tuned.path}): does without {len(found.unmoved)} tensors of the "
-            f"base ({summarize_names(found.unmoved)}), which a merge leaves as they are",
+            f"vector {name!r} ({tuned.path}): does without {len(matched.unmoved)} tensors of the "
+            f"base ({summarize_names(matched.unmoved)}), which a merge leaves as they are",
         )
-    if found.left_out:
+    if matched.left_out:
         warn_once(
             logger,
-            f"vector {name!r} ({tuned.path}): {len(found.left_out)} tensors that the base does not "
-            f"have and its class does not load ({summarize_names(found.left_out)}) are left out",
+            f"vector {name!r} ({tuned.path}): leaves out {len(matched.left_out)} tensors that the "
+            "base does not have and its class does not load "
+            f"({summarize_names(matched.left_out)})",
         )
 
 
@@ -249,16 +257,16 @@ def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
                 "vector trained from this base; for an adapter whose module names differ, see "
                 "`optimer extract --from-adapter`."
             )
-        found = _shape_of(vector, name)
-        if found == base.shape(name):
+        shape = _shape_of(vector, name)
+        if shape == base.shape(name):
             continue
         differs = (
-            f"vector {vector.name!r}: tensor {name!r} has shape {list(found)}, the base has "
+            f"vector {vector.name!r}: tensor {name!r} has shape {list(shape)}, the base has "
             f"{list(base.shape(name))}."
         )
-        if found[1:] == base.shape(name)[1:] and name in vocabulary_names(base):
+        if shape[1:] == base.shape(name)[1:] and name in vocabulary_names(base):
             raise VocabularyError(f"{differs} {OTHER_TOKENS}")
-        if sorted(found) == sorted(base.shape(name)):
+        if sorted(shape) == sorted(base.shape(name)):
             raise ModelError(f"{differs} One is stored the other way round. {STORE_ALIKE}")
         raise ModelError(f"{differs} Give a vector trained from this base.")
 
@@ -313,9 +321,9 @@ def _check_tokens(name: str, tuned: Path, base: Path) -> None:
     """Refuse a vector that was trained with different ids for the base's tokens."""
     moved = find_moved_tokens(tuned, base)
     if moved:
-        token, found, expected = moved[0]
+        token, number, expected = moved[0]
         raise VocabularyError(
-            f"vector {name!r} ({tuned}): its tokenizer gives the token {token!r} the id {found}, "
+            f"vector {name!r} ({tuned}): its tokenizer gives the token {token!r} the id {number}, "
             f"that of the base {expected} ({len(moved):,} tokens in all): it was trained with "
             f"other rows for them. {OTHER_TOKENS}"
         )

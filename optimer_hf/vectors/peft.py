@@ -38,7 +38,7 @@ def merge_with_peft(adapter: Path, base: Path) -> Iterator[Path]:
     The whole model is in memory, in float32. Raises ModelError if the adapter cannot be merged.
     """
     if not (adapter / "adapter_config.json").exists():
-        raise ModelError(f"{adapter}: is no adapter (it has no adapter_config.json).")
+        raise ModelError(f"{adapter}: is not an adapter (it has no adapter_config.json).")
     check_merge_with_peft(adapter, base)
     model = load_model(ResolvedModel(base, base.name), torch.float32)
     with _name_failures(adapter):
@@ -79,7 +79,7 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
     for field in REPLACING:
         if options.get(field):
             raise ModelError(
-                f"{where}: {FIELDS[field]}, so that no merge into the base has its function."
+                f"{where}: {FIELDS[field]}, so no merge into the base computes what it does."
             )
     model = empty_model(base)
     if patterns := patterns_of(options):
@@ -104,15 +104,17 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
         raise _misfit_error(where, f"{unused[0]!r} and {len(unused) - 1} more")
 
 
-def _misfit_error(where: str, found: str) -> ModelError:
+def _misfit_error(where: str, misfits: str) -> ModelError:
     return ModelError(
-        f"{where}: tensors that fit no layer of the base, or are missing beside others: {found}. "
+        f"{where}: tensors fit no layer of the base, or layers lack some of them: {misfits}. "
         "PEFT would leave them out. Give the base it was trained from, or fetch it again."
     )
 
 
 def _find_unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
-    """Return adapter tensors that PEFT cannot place on a model, and those missing in a layer."""
+    """Return the adapter's tensors that PEFT cannot place on a model, and those that a layer
+    lacks.
+    """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     device = next(model.parameters()).device
@@ -122,11 +124,11 @@ def _find_unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
         given = {
             key: torch.empty(stored.shape(key), dtype=stored.dtype(key)) for key in stored.names
         }
-        found = set_peft_model_state_dict(adapted, given)
+        placed = set_peft_model_state_dict(adapted, given)
         known = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     layers = {module_of(key) for key in stored.names}
     missing = [key for key in known if key not in given and module_of(key) in layers]
-    return [key.replace(".default", "") for key in found.unexpected_keys] + sorted(missing)
+    return [key.replace(".default", "") for key in placed.unexpected_keys] + sorted(missing)
 
 
 def check_merge_with_peft(adapter: Path, base: Path) -> None:

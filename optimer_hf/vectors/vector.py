@@ -125,8 +125,8 @@ class DeltaVector(_Brief):
 
     @cached_property
     def names(self) -> frozenset[str]:
-        found = frozenset(name for name in self.stored.names if not name.endswith(SCALES))
-        return found - self.copies
+        names = frozenset(name for name in self.stored.names if not name.endswith(SCALES))
+        return names - self.copies
 
     @property
     def n_bytes(self) -> int:

@@ -46,7 +46,7 @@ def test_extract_takes_an_adapter_that_is_no_lora_through_peft(
     refused = optimer("extract", adapter, "--base", base, tmp_path / "v", ok=False)
     assert "--from-adapter" in refused.stderr
     refused = optimer("extract", base, "--from-adapter", "--base", base, tmp_path / "v", ok=False)
-    assert "is no adapter" in refused.stderr and "Traceback" not in refused.stderr
+    assert "is not an adapter" in refused.stderr and "Traceback" not in refused.stderr
     optimer("extract", adapter, "--from-adapter", "--base", base, tmp_path / "v")
     assert json.loads((tmp_path / "v" / "vector.json").read_text())["kind"] == "delta"
 

@@ -286,7 +286,7 @@ def test_every_class_keeps_its_head(save_model, tmp_path, make, head):
         folder.mkdir()
         assert_equal_logits(by_writer(base, tuned, folder), logits_of(tuned, auto))
     assert ties_of(Checkpoint(untied)).head == head
-    with pytest.raises(ModelError, match=f"has a tensor '{head}' of its own"):
+    with pytest.raises(ModelError, match=f"has a separate tensor '{head}'"):
         open_vector("v", str(untied), ResolvedModel(tied, "base"))
 
 
