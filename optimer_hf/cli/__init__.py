@@ -1,7 +1,7 @@
 """The `optimer` command: click functions that read arguments, call the library and print.
 
-Results go to stdout, progress and logs to stderr. An OptimerError becomes `error: ...` and exit
-status 1. A command is imported when it is used, and imports its libraries when it runs, so that
+Results go to stdout, progress and logs to stderr. An OptimerError is printed as `error: ...`, and
+the exit status is 1. A command is imported when it is used, and imports libraries when it runs, so
 every `--help` answers at once.
 """
 
@@ -62,12 +62,12 @@ COMMANDS = {
 
 
 class Program(LazyGroup):
-    """Turns an OptimerError into one line and exit status 1 (with -v after its traceback), Ctrl-C
-    into one line and 130, SIGTERM into 143, SIGHUP into 129; lets bugs show their traceback.
+    """Prints an OptimerError as one line (with -v after its traceback) and exits with status 1. The
+    status is 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP. Bugs show their traceback.
     """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Run the command line of the process and end the process, or run `arguments`."""
+        """Run `arguments`, or the command line of this process, and then end the process."""
         if arguments or "args" in options:
             return self.main(*arguments, **options)
         try:
@@ -92,13 +92,13 @@ class Program(LazyGroup):
             self.fail(ctx, error, f"{error.filename}: {error.strerror}. {remedy}")
         except KeyboardInterrupt as error:
             text = f"\ninterrupted. {what_is_kept(ctx.invoked_subcommand, sys.argv[1:])}"
-            with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+            with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
                 echo(text, err=True)
             number = error.number if isinstance(error, TerminatedError) else signal.SIGINT
             ctx.exit(128 + number)
 
     def fail(self, ctx: click.Context, error: Exception, text: str) -> NoReturn:
-        """Print an error, with -v after its traceback and causes, and exit with status 1."""
+        """Print an error (with -v after its traceback and causes) and exit with status 1."""
         if ctx.params.get("verbose"):
             import traceback
 
@@ -121,7 +121,7 @@ def main(verbose: bool) -> None:
     logging.basicConfig(handlers=[handler], level=logging.INFO if verbose else logging.ERROR)
     logging.getLogger("optimer_hf").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
-        warnings.simplefilter("ignore")  # from the libraries below: nothing a person can act on
+        warnings.simplefilter("ignore")  # from libraries; users cannot act on them
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,4 +1,4 @@
-"""How the process of a command ends: signals, what an interrupted command left, a prompt exit."""
+"""End the process of a command: handle signals, say what an interrupted command kept, exit fast."""
 
 import atexit
 import contextlib
@@ -14,7 +14,7 @@ RESUMABLE = {"run", "train", "search", "compare", "retarget", "push", "pull"}
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM or SIGHUP; as after Ctrl-C, everything tidies up on the way out."""
+    """SIGTERM or SIGHUP. As after Ctrl-C, everything is cleaned up on the way out."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -23,14 +23,14 @@ class TerminatedError(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def raising_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise TerminatedError in the main thread, unless they are ignored
-    (nohup) or have a handler; further ones do not disturb the tidying up.
+    """Make SIGTERM and SIGHUP raise TerminatedError in the main thread, unless they are ignored
+    (nohup) or have a handler. Further signals do not disturb the cleaning up.
     """
 
     process = os.getpid()
 
     def end(number: int, _: object) -> None:
-        if os.getpid() != process:  # one forked from it, which has nothing to tidy up
+        if os.getpid() != process:  # a fork of the process, which has nothing to clean up
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         for each in taken:
@@ -53,18 +53,18 @@ def raising_signals() -> Iterator[None]:
 
 
 def what_is_kept(command: str | None, arguments: Sequence[str]) -> str:
-    """Return what an interrupted command left, and the command that resumes it, without secrets."""
+    """Say what an interrupted command kept, and which command resumes it, without secrets."""
     if command not in RESUMABLE:
-        return "Nothing half-written was left behind."
+        return "No half-written files were left behind."
     kept = "Finished stages and trials and the last checkpoint are kept"
-    shown = without_secrets(arguments)
+    shown = remove_secrets(arguments)
     hint = "" if len(shown) == len(arguments) else ", with your --token"
-    return f"{kept}; to go on: optimer {shlex.join(shown)}{hint}"
+    return f"{kept}; to resume: optimer {shlex.join(shown)}{hint}"
 
 
-def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """Return a command line without --token and its value, and with `...` for whatever holds a
-    token, or the value of an environment variable that is one.
+def remove_secrets(arguments: Sequence[str]) -> list[str]:
+    """Return a command line without --token and its value, and with `...` for every argument that
+    contains a token or the value of a secret environment variable.
     """
     from optimer_hf.files.secret import TOKEN, own_secrets
 
@@ -79,15 +79,15 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process now: run what is registered for the exit (temporary directories, child
-    processes, clusters, trackers), flush, and skip the rest.
+    """End the process now: run the exit handlers (for temporary directories, child processes,
+    clusters, trackers), flush, and skip the rest.
 
-    The rest would free every tensor and module and join the idle threads of libraries, for seconds.
+    The rest, freeing every tensor and module and joining idle threads of libraries, takes seconds.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # a full disk, a closed pipe; as Python itself ends then
+        except (OSError, ValueError):  # a full disk or a closed pipe; Python itself ends with 120
             status = status or 120
     os._exit(status)

@@ -55,7 +55,7 @@ def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
 def compare(study_dir: Path, output: str, figure: Path | None, **options: Any) -> None:
     """Score the baselines and the merge of a finished study on its sealed test.
 
-    STUDY_DIR holds the study, and keeps the scores.
+    STUDY_DIR contains the study, and gets the scores.
     """
     from optimer_hf.comparison.results_file import results_of
     from optimer_hf.comparison.sealed import compare_study
@@ -83,7 +83,7 @@ def compare(study_dir: Path, output: str, figure: Path | None, **options: Any) -
 def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: bool) -> None:
     """Write one HTML page about a study, finished or not: what it found, how certain, at what cost.
 
-    STUDY_DIR holds the study. Writes to OUT (default: report.html in STUDY_DIR).
+    STUDY_DIR contains the study. The page goes to OUT (default: report.html in STUDY_DIR).
     """
     from optimer_hf.report.page import report_study
 
@@ -107,10 +107,11 @@ def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: 
 )
 @FORMAT
 def check_overlap(files: tuple[Path, ...], n: int, text_field: str, output: str) -> None:
-    """Look for the items of objectives in training corpora; exit status 1 when one is found.
+    """Look for the items of objectives in training corpora; the exit status is 1 if one is found.
 
     FILES are corpora (JSONL, text, train.yaml) and objectives (objective.yaml, study.yaml with its
-    sealed test), in any order. Shorter items (at least 8 units) must match as a whole.
+    sealed test), in any order. Items shorter than a match, but of at least 8 units, must match as a
+    whole.
     """
     from optimer_hf.experiment.inputs import overlap_of_files
 

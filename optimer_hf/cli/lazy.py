@@ -8,8 +8,8 @@ import click
 
 
 class Entry(NamedTuple):
-    """A command in the table of its group: the module that defines it as a function of its name,
-    and the line that describes it in the help of the group.
+    """A command in the table of its group: the module with the function of its name, and the line
+    that describes it in the help of the group.
     """
 
     module: str
@@ -17,7 +17,7 @@ class Entry(NamedTuple):
 
 
 class LazyGroup(click.Group):
-    """A click group from a table: section -> name of a command -> Entry."""
+    """A click group made from a table: section -> name of a command -> Entry."""
 
     def __init__(
         self, *arguments: Any, sections: Mapping[str, Mapping[str, Entry]], **options: Any
@@ -27,13 +27,13 @@ class LazyGroup(click.Group):
         self.entries = {name: entry for each in sections.values() for name, entry in each.items()}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the commands in the order of the table, then of those that were added
-        as to any group.
+        """Return the names of the commands in the table, in its order, and then of those that were
+        added to the group.
         """
         return [*self.entries, *self.commands]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command, None where there is none of this name."""
+        """Import and return a command, or return None if there is no command of this name."""
         if cmd_name not in self.entries:
             return super().get_command(ctx, cmd_name)
         module = importlib.import_module(self.entries[cmd_name].module)
@@ -43,7 +43,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command of a command line; suggest the most similar one where it is unknown."""
+        """Return the command of a command line; for an unknown one, suggest the most similar."""
         name, known = args[0], self.list_commands(ctx)
         if name not in known and not name.startswith("-") and not ctx.resilient_parsing:
             from difflib import get_close_matches

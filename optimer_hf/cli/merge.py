@@ -1,7 +1,7 @@
 """The command merge, with every flag of `mergekit-yaml`.
 
-The flags stand in a table, since importing mergekit takes seconds; a test compares it with
-mergekit's own.
+Importing mergekit takes seconds, so the flags are listed here; a test compares them with
+mergekit's.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def parse_size(text: str) -> int:
-    """Return a number of parameters as mergekit reads it: 500000, 500k, 200M, 5B."""
+    """Return a number of parameters, which may be written as 500000, 500k, 200M or 5B."""
     unit = UNITS.get(text[-1:].lower(), 1)
     digits = text if unit == 1 else text[:-1]
     size = int(digits) * unit if digits.isnumeric() and len(digits) < 20 else 0
@@ -54,7 +54,7 @@ VALUES: dict[str, tuple[Any, str]] = {
 
 
 def mergekit_flags(command: CommandT) -> CommandT:
-    """Add the flags of mergekit; one that is not given is None."""
+    """Add the flags of mergekit. A flag that is not given is None."""
     options: list[Callable[[CommandT], CommandT]] = [
         *(
             click.option(f"{_flag(name)}/--no-{_flag(name)[2:]}", name, default=None, help=text)
@@ -92,14 +92,14 @@ def _flag(name: str) -> str:
 @click.option(
     "--engine",
     type=click.Choice(["native", "mergekit"]),
-    help="Engine to use: the streaming writer, or mergekit (default: what the config needs).",
+    help="Engine to use: the streaming writer or mergekit (default: chosen by the config).",
 )
 @mergekit_flags
 def merge(config: Path, out: Path, engine: str | None, **flags: Any) -> None:
     """Run any mergekit YAML, with the `optimer` method and all of mergekit's flags.
 
-    CONFIG is the YAML file. OUT gets the merged model with its tokenizer, whole or not at all, and
-    has to be new or empty.
+    CONFIG is the YAML file. OUT has to be new or empty. It gets the merged model with its
+    tokenizer, whole or not at all.
     """
     from optimer_hf.merging.engines import merge_with_flags
 

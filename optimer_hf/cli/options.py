@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how text is printed."""
+"""Arguments and options that several commands share, and printing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def echo(message: object, *, err: bool = False, nl: bool = True) -> None:
 
 
 class Existing(click.Path):
-    """A path that has to exist. A missing one is an error before any library loads."""
+    """A path that has to exist. If it does not, that is an error before any library loads."""
 
     def __init__(self, expected: str) -> None:
         super().__init__(path_type=Path)
@@ -62,8 +62,8 @@ class Recipe(InputFile):
         if path.is_dir():
             if not (path / "recipe.yaml").is_file():
                 raise ConfigError(
-                    f"{path}: a directory without recipe.yaml. Give a recipe file, or a directory "
-                    "that `optimer search`, `run` or `build` wrote."
+                    f"{path}: found a directory without recipe.yaml. Give a recipe file, or a "
+                    "directory that `optimer search`, `run` or `build` wrote."
                 )
             path = path / "recipe.yaml"
         return super().convert(path, param, ctx)
@@ -86,9 +86,11 @@ FORMAT = click.option(
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
-    help="Form of the printed result.",
+    help="Format of the printed result.",
 )
-TOKEN = click.option("--token", help="Access token of the Hub (default: that of `hf auth login`).")
+TOKEN = click.option(
+    "--token", help="Access token for the Hub (default: the one from `hf auth login`)."
+)
 SHORT = click.option("--short", is_flag=True, help="Use the smaller budget in short.yaml.")
 TOKENS = click.option(
     "--tokens", help="Tokens to train each vector on, e.g. 1_000_000 (default: the folder's)."
@@ -97,7 +99,7 @@ SEEDS = click.option(
     "--seeds",
     "n_seeds",
     type=click.IntRange(min=1, max=1000),
-    help="Number of seeds to run under, to see how far the results move.",
+    help="Number of seeds to run with, to see how much the results vary.",
 )
 
 
@@ -107,7 +109,7 @@ def n_trials(help_text: str) -> Callable[[CommandT], CommandT]:
 
 
 def dtype(help_text: str, *choices: str) -> Callable[[CommandT], CommandT]:
-    """Return the option --dtype: `choices`, or the three of FLOATS, bfloat16 by default."""
+    """Return the option --dtype with these choices (default: those in FLOATS)."""
     return click.option(
         "--dtype",
         type=click.Choice([*(choices or FLOATS)]),
@@ -118,12 +120,12 @@ def dtype(help_text: str, *choices: str) -> Callable[[CommandT], CommandT]:
 
 
 def runners(command: CommandT) -> CommandT:
-    """Add --workers and --scheduler, of which one may be given."""
+    """Add --workers and --scheduler; only one of them may be given."""
     workers = click.option(
         "--workers",
         type=click.IntRange(min=1, max=1000),
         callback=_refuse_both,
-        help="Number of processes on this machine that run trials in parallel, a model each.",
+        help="Number of processes on this machine that run trials in parallel, each with a model.",
     )
     scheduler = click.option(
         "--scheduler",
@@ -134,7 +136,7 @@ def runners(command: CommandT) -> CommandT:
 
 
 def runner_of(workers: int | None, scheduler: str | None) -> Any:
-    """Return where trials run by these options; None: one at a time, in this process."""
+    """Return the runner that these options ask for; None: one trial at a time, in this process."""
     if workers is None and scheduler is None:
         return None
     from optimer_hf.searching.workers import Workers
@@ -145,5 +147,7 @@ def runner_of(workers: int | None, scheduler: str | None) -> Any:
 def _refuse_both(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     other = "scheduler" if param.name == "workers" else "workers"
     if value is not None and ctx.params.get(other) is not None:
-        raise ConfigError("--workers starts a cluster and --scheduler uses one; give one of them.")
+        raise ConfigError(
+            "--workers starts a cluster and --scheduler uses one. Give only one of them."
+        )
     return value

@@ -37,7 +37,7 @@ from optimer_hf.cli.options import (
 def recipe(study_dir: Path, recipe_yaml: Path, **options: Any) -> None:
     """Write the best merge of a study as recipe.yaml with its lock, merge config and figures.
 
-    STUDY_DIR holds the study. RECIPE_YAML is the file to write; the others go beside it.
+    STUDY_DIR contains the study. RECIPE_YAML is the file to write; the others go beside it.
     """
     from optimer_hf.recipes.from_study import recipe_of_study
 
@@ -59,10 +59,10 @@ def recipe(study_dir: Path, recipe_yaml: Path, **options: Any) -> None:
 def build(recipe_yaml: Path, out: Path, **options: Any) -> None:
     """Build the merged model of a recipe and write it to OUT.
 
-    RECIPE_YAML is the file, or the directory it lies in. Base and vectors that are not on this disk
-    are fetched, checked against the lock of the recipe, and added with its weights. OUT gets the
-    weights as safetensors with config, tokenizer, recipe and lock, whole or not at all. A model of
-    the same recipe that is there already stays; anything else there is refused.
+    RECIPE_YAML is the file, or its directory. Base and vectors are downloaded if they are not on
+    this disk, checked against the lock of the recipe, and added with its weights. OUT gets the
+    weights as safetensors with config, tokenizer, recipe and lock, whole or not at all. It has to
+    be new or empty, or to contain the model of this recipe, which is then kept.
     """
     from optimer_hf.recipes.build import build as build_recipe
 
@@ -76,7 +76,7 @@ def build(recipe_yaml: Path, out: Path, **options: Any) -> None:
 def verify(recipe_yaml: Path, model: Path) -> None:
     """Check a built model against the lock of its recipe.
 
-    RECIPE_YAML is the file, or the directory it lies in; MODEL is what `optimer build` wrote.
+    RECIPE_YAML is the file, or its directory. MODEL is what `optimer build` wrote.
     """
     from optimer_hf.recipes.build import verify as verify_model
 
@@ -87,18 +87,20 @@ def verify(recipe_yaml: Path, model: Path) -> None:
 @click.command(epilog="Example: optimer ratios my-study train-*.yaml --out retrain.yaml")
 @click.argument("source", type=INPUT)
 @click.argument("train_yaml", type=TRAIN_FILE, nargs=-1)
-@click.option("--out", type=PATH, help="Write the train file of the mixture of the TRAIN_YAMLs.")
+@click.option("--out", type=PATH, help="Train file to write, for the mixture of the TRAIN_YAMLs.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1, max=MOST_TOKENS),
-    help="Length of the mixture in tokens (default: those of all its vectors together).",
+    help="Length of the mixture in tokens (default: the sum over its vectors).",
 )
-@click.option("--tokens", multiple=True, metavar="NAME=N", help="Tokens a vector was trained on.")
+@click.option(
+    "--tokens", multiple=True, metavar="NAME=N", help="Number of tokens a vector was trained on."
+)
 @click.option(
     "--without",
     multiple=True,
     metavar="NAME",
-    help="Vector that no corpus stands behind, such as an instruction vector.",
+    help="Vector without a corpus of its own, such as an instruction vector.",
 )
 @FORMAT
 def ratios(
@@ -106,8 +108,8 @@ def ratios(
 ) -> None:
     """Turn the weights of a study directory or a recipe.yaml (SOURCE) into mixture ratios.
 
-    With the train files of its vectors (TRAIN_YAML ...) and --out, also writes the run that
-    retrains with them.
+    Given the train files of its vectors (TRAIN_YAML ...) and --out, it also writes the train file
+    that retrains with these ratios.
     """
     from optimer_hf.recipes.ratios import ratios_of
 

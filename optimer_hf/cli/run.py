@@ -17,9 +17,9 @@ from optimer_hf.cli.options import FORMAT, PATH, SEEDS, SHORT, STUDY_OR_FOLDER, 
 def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) -> None:
     """Run a recipe folder from corpora to the compared merge; resumes where it stopped.
 
-    RECIPE_DIR holds a study.yaml and the train files of its vectors. Writes to OUT (default:
-    runs/NAME, with -short, -TOKENS or -seeds appended). With --seeds, OUT has a whole run in every
-    seed-K, whose trainings and searches have K added to their seeds.
+    RECIPE_DIR contains a study.yaml and the train files of its vectors. The results go to OUT
+    (default: runs/NAME, with -short, -TOKENS or -seeds appended). With --seeds, OUT gets a whole
+    run in every seed-K, with K added to the seeds of all trainings and searches.
     """
     from optimer_hf.experiment.commands import run_folder
 
@@ -42,9 +42,9 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
 def plan(source: Path, out: Path | None, fetch: bool, output: str, **budget: Any) -> None:
     """Estimate what a recipe folder or a study.yaml (SOURCE) will take: time, memory, disk.
 
-    Runs a few real training steps and items, and names the downloads. The plan of a recipe folder
-    is kept in OUT, and `optimer run` compares it with what the run took; with --seeds, it is that
-    of the first seed.
+    Runs a few real training steps and scores a few real items, and lists the downloads. The plan of
+    a recipe folder is kept in OUT, and `optimer run` compares it with what the run took. With
+    --seeds, it is the plan of the first seed.
     """
     from optimer_hf.experiment.commands import plan_source
     from optimer_hf.experiment.plan_file import to_markdown

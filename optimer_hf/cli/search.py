@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--objective", type=OBJECTIVE_FILE, help="Objective file; needed when STUDY is a mergekit YAML."
 )
-@n_trials("Trials in total; raise it to continue a search (default: that of the study, or 30).")
+@n_trials("Trials in total; raise it to continue a search (default: the study's number, or 30).")
 @runners
 @FORMAT
 def search(
@@ -44,8 +44,8 @@ def search(
 ) -> None:
     """Search the weights of a study.yaml, or of a mergekit YAML whose models are the pool.
 
-    STUDY is that file. STUDY_DIR gets the trials and the recipe of the best; the same command
-    resumes there. Prints the best merge as a mergekit YAML.
+    STUDY is that file. STUDY_DIR gets the trials and the recipe of the best trial; the same command
+    resumes the search. Prints the best merge as a mergekit YAML.
     """
     from optimer_hf.comparison.summary import headline, study_lines, study_to_json
     from optimer_hf.files.reading import yaml_text
@@ -69,7 +69,7 @@ def search(
 @click.argument("study_dir", type=STUDY)
 @click.argument("objective", type=OBJECTIVE_FILE)
 @click.argument("out", type=PATH, required=False)
-@n_trials("Real trials that verify the prediction, in a study of their own at OUT.")
+@n_trials("Number of real trials that verify the prediction, in a study of their own at OUT.")
 @runners
 @FORMAT
 def retarget(
@@ -81,9 +81,9 @@ def retarget(
     workers: int | None,
     scheduler: str | None,
 ) -> None:
-    """Predict the best weights for another OBJECTIVE over the terms a study recorded.
+    """Predict the best weights for another OBJECTIVE over the terms that a study recorded.
 
-    STUDY_DIR holds the study. With --n-trials, OUT gets the study that verifies the prediction.
+    STUDY_DIR contains the study. With --n-trials, OUT gets the study that verifies the prediction.
     """
     from optimer_hf.searching import retargeting
 

@@ -20,9 +20,8 @@ BASE = click.option("--base", required=True, help="Model that the vectors were t
 def train(train_yaml: Path, out: Path) -> None:
     """Continually pre-train one model and write it as a vector.
 
-    TRAIN_YAML names the base and the corpus. OUT gets an adapter or a full model. An interrupted
-    run resumes when the same command is given again. `accelerate launch -m optimer_hf train` uses
-    many GPUs.
+    TRAIN_YAML names the base and the corpus. OUT gets an adapter or a full model. The same command
+    resumes an interrupted run. `accelerate launch -m optimer_hf train` uses many GPUs.
     """
     from optimer_hf.training.run import train_vector
 
@@ -33,7 +32,7 @@ def train(train_yaml: Path, out: Path) -> None:
 
 def _size_of(record: "VectorFile") -> str:
     share = 100 * record.relative_norm
-    return f"{record.kind}, norm {record.norm:.4g}, {share:.2f} % of the tensors it moves"
+    return f"{record.kind}, norm {record.norm:.4g}, {share:.2f} % of the base tensors it moves"
 
 
 @click.command(
@@ -44,7 +43,7 @@ def _size_of(record: "VectorFile") -> str:
 @click.argument("out", type=PATH)
 @click.option("--name", help="Name of the vector (default: the name of OUT).")
 @dtype(
-    "Stored dtype; int8 has a scale for every --block-size numbers.",
+    "Stored dtype; int8 has one scale for every --block-size numbers.",
     *("bfloat16", "float16", "float32", "int8"),
 )
 @click.option(
@@ -57,7 +56,7 @@ def _size_of(record: "VectorFile") -> str:
 @click.option(
     "--from-adapter",
     is_flag=True,
-    help="Take TUNED as an adapter of any type that PEFT can merge (DoRA, IA3, ...).",
+    help="Allow TUNED to be any adapter that PEFT can merge (DoRA, IA3, ...).",
 )
 def extract(tuned: str, base: str, out: Path, **options: Any) -> None:
     """Write the vector TUNED minus BASE as a delta directory.
@@ -83,7 +82,7 @@ def extract(tuned: str, base: str, out: Path, **options: Any) -> None:
 def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> None:
     """Show norms, cosines and ranks of vectors, and whether they can be merged.
 
-    VECTORS are adapters, deltas and checkpoints: directories or Hub ids. The exit status is 1 when
+    VECTORS are adapters, deltas and checkpoints: directories or Hub ids. The exit status is 1 if
     one of them cannot be merged into the base.
     """
     from optimer_hf.merging import geometry
@@ -102,9 +101,10 @@ def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> Non
 @click.argument("out", type=PATH)
 @dtype("Stored dtype.")
 def convert(gguf: Path, out: Path, dtype: str) -> None:
-    """De-quantise a GGUF file that transformers reads into a safetensors directory.
+    """Convert a GGUF file that transformers can read to a directory with safetensors weights.
 
-    GGUF is the file. OUT gets weights, config and tokenizer, and has to be new or empty.
+    GGUF is the file; quantised weights are de-quantised. OUT has to be new or empty, and gets
+    weights, config and tokenizer.
     """
     from optimer_hf.models.gguf_conversion import convert_gguf
 

@@ -40,7 +40,7 @@ def test_validate_reports_all_bad_files_and_still_the_good_ones(folder, tmp_path
     assert "a.yaml:1: terms: " in result.stderr and "Did you mean 'objective'?" in result.stderr
 
 
-def test_validate_tells_all_mistakes_of_a_file_each_with_its_line(tmp_path):
+def test_validate_names_all_mistakes_in_a_file_with_their_lines(tmp_path):
     terms = [{"task": "t", "num_fewshot": 1}, {"task": "t"}]
     study = {
         "base_model": "a/b",

@@ -170,7 +170,7 @@ def test_a_signal_tidies_up_says_how_to_go_on_and_is_the_exit_status(
         signal.signal(signal.SIGINT, before)
     assert result.exit_code == status
     assert "interrupted. Finished" in result.stderr
-    assert result.stderr.endswith("; to go on: optimer pull a/b\n")
+    assert result.stderr.endswith("; to resume: optimer pull a/b\n")
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
@@ -225,7 +225,7 @@ def test_no_token_is_shown_with_the_command_that_goes_on(monkeypatch, given, sho
     monkeypatch.setattr(sys, "argv", ["optimer", "pull", "a/b", *given, "--update"])
     result = optimer("pull", "a/b", ok=False)
     assert result.exit_code == 130
-    assert result.stderr.endswith(f"to go on: {shown}")
+    assert result.stderr.endswith(f"to resume: {shown}")
 
 
 @pytest.mark.parametrize(

@@ -353,7 +353,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(recipe_dir: Path, tmp_path: P
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 130, said
-    assert f"to go on: optimer run {recipe_dir} {out}" in said
+    assert f"to resume: optimer run {recipe_dir} {out}" in said
     assert "Traceback" not in said
 
 
