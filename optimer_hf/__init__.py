@@ -7,9 +7,9 @@ before it.
     recipe = optimer.write_recipe(study, "recipe.yaml")
     optimer.build(recipe, "merged")
 
-What is named here is the public interface; everything else may change. A name is imported when it
-is first used, so that importing the package takes no time. Paths are texts or path objects, models
-are directories, Hub ids or ResolvedModels.
+The names here are the public interface; everything else may change. A name is imported when it is
+first used, so importing the package takes no time. Paths are texts or path objects. Models are
+directories, Hub ids or ResolvedModels.
 """
 
 from importlib import import_module
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from optimer_hf.api import merge as merge
     from optimer_hf.api import open_vector as open_vector
     from optimer_hf.api import predict as predict
-    from optimer_hf.api import pull as pull
-    from optimer_hf.api import push as push
     from optimer_hf.api import run as run
     from optimer_hf.api import search as search
     from optimer_hf.api import train as train
@@ -43,6 +41,8 @@ if TYPE_CHECKING:
     from optimer_hf.errors import OutputError as OutputError
     from optimer_hf.errors import StudyError as StudyError
     from optimer_hf.errors import VocabularyError as VocabularyError
+    from optimer_hf.hub.pulling import pull as pull
+    from optimer_hf.hub.pushing import push as push
     from optimer_hf.merging.resident import ResidentModel as ResidentModel
     from optimer_hf.models.layout import ResolvedModel as ResolvedModel
     from optimer_hf.recipes.record import Recipe as Recipe
@@ -67,8 +67,6 @@ _HOMES = {
         "merge",
         "open_vector",
         "predict",
-        "pull",
-        "push",
         "run",
         "search",
         "train",
@@ -88,6 +86,8 @@ _HOMES = {
         "StudyError",
         "VocabularyError",
     ],
+    "hub.pulling": ["pull"],
+    "hub.pushing": ["push"],
     "merging.resident": ["ResidentModel"],
     "models.layout": ["ResolvedModel"],
     "recipes.record": ["Recipe"],

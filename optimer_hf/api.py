@@ -1,10 +1,9 @@
-"""The functions of `import optimer_hf as optimer`: what a caller names comes in, one function of a
-room does the work.
+"""The functions of `import optimer_hf as optimer`, the counterpart of `cli` for Python.
 
-The counterpart of `cli` for Python. A path is a text or a path object and is seen from the working
-directory; a model is that, a name on the Hub, or a ResolvedModel. `a/b` is a directory where there
-is one, otherwise a name on the Hub; a path object is always a path. The rooms, which take seconds
-to import, are imported when a function is called.
+Each converts what the caller gives and calls one function of a room. A path is a text or a path
+object, relative to the working directory. A model is a path, a name on the Hub, or a ResolvedModel:
+`a/b` is a directory if there is one, otherwise a name on the Hub; a path object is always a path.
+Many rooms take seconds to import, so they are imported when a function is called.
 """
 
 import os
@@ -21,8 +20,6 @@ from optimer_hf.progress import announce
 
 if TYPE_CHECKING:
     from optimer_hf.comparison.result import Comparison
-    from optimer_hf.hub.pulling import Pull
-    from optimer_hf.hub.pushing import Push
     from optimer_hf.models.resolve import AnyModel
     from optimer_hf.recipes.record import Recipe
     from optimer_hf.scoring.evaluator import Scorer
@@ -46,11 +43,11 @@ FileT = TypeVar("FileT", bound=VersionedFile)
 
 def train(config: "TrainConfig | Mapping[str, Any] | AnyPath", out: AnyPath) -> "VectorFile | None":
     """Continually pre-train one model on one corpus, write it to `out` as a vector, and return the
-    vector's record, with its norm.
+    vector's record, which includes its norm.
 
-    `config` is a TrainConfig, a mapping of its fields or a train file. An interrupted run goes on
-    in `out`, a finished one only returns. Under `accelerate launch` every process calls this, and
-    the first one alone gets the record. Raises OutputError when `out` belongs to something else.
+    `config` is a TrainConfig, a mapping of its fields or a train file. An interrupted run resumes
+    in `out`; a finished one is not repeated. Under `accelerate launch` every process calls this,
+    and only the first one gets the record. Raises OutputError if `out` belongs to something else.
     """
     with announce("train: loading libraries"):
         from optimer_hf.training.config import TrainConfig
@@ -61,10 +58,10 @@ def train(config: "TrainConfig | Mapping[str, Any] | AnyPath", out: AnyPath) -> 
 
 
 def open_vector(name: str, source: "AnyModel", base: "AnyModel") -> "DistributionVector":
-    """Open a vector under a name: an adapter, a delta or a whole model that was trained from
-    `base`.
+    """Open a vector and give it a name. It is an adapter, a delta or a whole model that was trained
+    from `base`.
 
-    Raises ModelError when it records other weights of its base, or does not fit it.
+    Raises ModelError if it was trained from other weights, or does not fit the base.
     """
     from optimer_hf.models.resolve import base_from_here, vector_reference
     from optimer_hf.vectors.opening import open_vector as open_reference
@@ -82,12 +79,12 @@ def extract(
     block_size: int = 64,
     from_adapter: bool = False,
 ) -> "VectorFile":
-    """Write `tuned` minus `base` as a delta into `out`, which has to be new or empty, and return
-    its record, with norm and relative error.
+    """Write `tuned` minus `base` as a delta to `out`, which has to be new or empty, and return its
+    record, which includes norm and relative error.
 
-    `name` is that of the vector (None: that of `out`). `dtype` is the stored one: bfloat16,
-    float16, float32, or int8 with a scale for every `block_size` numbers. `from_adapter` takes an
-    adapter of any type that PEFT can merge.
+    `name` is the name of the vector (None: the name of `out`). `dtype` is the stored dtype:
+    bfloat16, float16, float32, or int8 with a scale for every `block_size` numbers. With
+    `from_adapter`, `tuned` may be an adapter of any type that PEFT can merge.
     """
     from optimer_hf.vectors.extraction import extract_vector
 
@@ -103,10 +100,11 @@ def extract(
 
 
 def merge(config: AnyPath, out: AnyPath, *, engine: str | None = None) -> Path:
-    """Run any mergekit YAML into `out`, which has to be new or empty, and return it.
+    """Run any mergekit YAML, write the merge to `out`, which has to be new or empty, and return
+    `out`.
 
-    The streaming writer does what it can and mergekit the rest; `engine`, native or mergekit,
-    forces one of them.
+    The streaming writer runs every config that it can, and mergekit the others. `engine`, native or
+    mergekit, forces one of them.
     """
     from optimer_hf.merging.engines import merge as run_merge
 
@@ -127,15 +125,15 @@ def search(
     functions: "Mapping[str, Scorer] | None" = None,
     runner: "Runner | None" = None,
 ) -> "Study":
-    """Run a study in the directory `out` to its end and return it; a trial that is on disk already
-    is not run again.
+    """Run a study in the directory `out` to its end and return it. Trials that are already on disk
+    are not run again.
 
     `config` is a StudyConfig, a mapping of its fields, a study.yaml, or a mergekit YAML with an
-    `objective` file. `functions` score the terms
-    that name them: (model, tokenizer, limit) -> a number for each item. `runner` says where trials
-    run (None: `InProcess()`, here); see `searching.workers.Workers` for many processes. Raises
-    OptimerError for whatever is wrong with the config before the first trial; a trial that fails is
-    recorded as crashed, and the search goes on.
+    `objective` file. `functions` score the terms that name them: (model, tokenizer, limit) -> a
+    number for each item. `runner` decides where trials run (None: in this process); see
+    `searching.workers.Workers` for many processes. Raises OptimerError for anything wrong with the
+    config before the first trial. A trial that fails is recorded as crashed, and the search goes
+    on.
     """
     with announce("search: loading libraries"):
         from optimer_hf.searching.loop import search as run_search
@@ -144,19 +142,21 @@ def search(
         from optimer_hf.searching.trial import ResidentPool
         from optimer_hf.study.config import StudyConfig
     if runner is not None and functions is not None:
-        raise ConfigError("functions: go to the pool of the runner where one is given.")
+        raise ConfigError(
+            "functions: found both functions and a runner. Give the functions to the runner's pool."
+        )
     where = runner or InProcess(partial(ResidentPool, functions=functions))
     if isinstance(config, str | os.PathLike):
         file = Path(objective) if objective is not None else None
         return run_search(read_study(Path(config), objective=file), Path(out), runner=where)
     if objective is not None:
-        raise ConfigError("objective: goes with the path of a mergekit YAML; leave it out.")
+        raise ConfigError("objective: goes with the path of a mergekit YAML. Leave it out.")
     return run_search(_config(StudyConfig, config), Path(out), runner=where)
 
 
 def load_study(directory: AnyPath, *, unfinished: bool = False) -> "Study":
-    """Open the study in a directory, or in that of a run; `unfinished` takes one that still runs or
-    was interrupted, with its best trial so far.
+    """Open the study in a directory, or in the directory of a run. With `unfinished`, a study that
+    is still running or was interrupted is opened, too, with its best trial so far.
     """
     from optimer_hf.study.directory import load_study as load
 
@@ -166,10 +166,11 @@ def load_study(directory: AnyPath, *, unfinished: bool = False) -> "Study":
 def predict(
     study: "Study | AnyPath", target: "Objective | Mapping[str, float] | None" = None
 ) -> "Prediction":
-    """Return the weights that the trials of a study predict to be best for another objective over
-    its terms, without a new evaluation.
+    """Predict the best weights for another objective over the terms of a study, from its trials
+    alone; nothing is evaluated.
 
-    `target` is an Objective or the weight of every term that counts (None: the study's own).
+    `target` is an Objective, or the weight of every term that counts (None: the study's own
+    objective).
     """
     from optimer_hf.study.prediction import predict as predict_weights
 
@@ -188,8 +189,8 @@ def evaluate(
 ) -> "dict[str, TermScore]":
     """Score a model on every term of an objective and return the scores by the label of the term.
 
-    `objective` is an Objective, a mapping of its fields or an objective file; `functions` are those
-    of `search`.
+    `objective` is an Objective, a mapping of its fields or an objective file. `functions` are
+    described at `search`.
     """
     with announce("evaluate: loading libraries"):
         from optimer_hf.scoring.objective import Objective, ObjectiveFile
@@ -204,10 +205,11 @@ def compare(
     functions: "Mapping[str, Scorer] | None" = None,
     pool: "Callable[[StudyConfig], Pool] | None" = None,
 ) -> "Comparison":
-    """Score the merge of a finished study and its baselines on the sealed test; what was scored
-    before is read.
+    """Score the merge of a finished study and its baselines on the sealed test. Models that were
+    scored before are not scored again.
 
-    `functions` and `pool` are those of `search`. Raises ConfigError when the study has no `test`.
+    `functions` are described at `search`; `pool` returns the pool of a study. Raises ConfigError if
+    the study has no `test`.
     """
     with announce("compare: loading libraries"):
         from optimer_hf.comparison.sealed import compare as compare_rows
@@ -222,10 +224,10 @@ def write_report(
     figures: AnyPath | None = None,
     vectors: bool = True,
 ) -> Path:
-    """Write one HTML page about a study, finished or not, and return where it is.
+    """Write one HTML page about a study, finished or not, and return its path.
 
-    `figures` is a directory that gets every figure as PNG. `vectors=False` leaves out the cosines,
-    for which every vector is read once.
+    `figures` is a directory to which every figure is written as PNG. `vectors=False` leaves out the
+    cosines between vectors, which read every vector once.
     """
     from optimer_hf.report.page import write_report as write_page
 
@@ -248,9 +250,10 @@ def write_recipe(
     """Write the best merge of a study as recipe.yaml with its lock, merge config and figures, and
     return the recipe.
 
-    `name` is that of the recipe (None: that of the directory of the study). `pick` is another trial
-    to write, for instance one of the Pareto front. `derived_from` is the recipe it continues,
-    org/name@commit. What the sealed test said goes into the recipe of the best trial.
+    `name` is the name of the recipe (None: the name of the study's directory). `pick` is another
+    trial to write, for instance one on the Pareto front. `derived_from` is the recipe that this one
+    continues, org/name@commit. The recipe of the best trial includes the results of the sealed
+    test.
     """
     from optimer_hf.recipes.from_study import write_with_evidence
 
@@ -267,12 +270,13 @@ def build(
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
 ) -> Path:
-    """Build the merged model of a recipe into `out` and return it; `out` appears whole or not at
-    all.
+    """Build the merged model of a recipe, write it to `out` and return `out`, which appears whole
+    or not at all.
 
-    `recipe` is its file, a directory with a recipe.yaml, or what `write_recipe` returned.
+    `recipe` is a recipe file, a directory with a recipe.yaml, or what `write_recipe` returned.
     `out_dtype` replaces the recipe's dtype, `max_shard_size` is in bytes or a text such as 5GB,
-    `device` does the arithmetic. Raises ModelError when base or vectors are not the locked ones.
+    `device` does the arithmetic. Raises ModelError if the base or the vectors are not the locked
+    ones.
     """
     from optimer_hf.recipes.build import build as build_model
 
@@ -302,11 +306,11 @@ def run(
     n_seeds: int | None = None,
 ) -> Path:
     """Run a recipe folder from corpora to the compared merge, and return the directory with the
-    results; finished stages are skipped.
+    results. Finished stages are skipped.
 
     `out` is that directory (None: runs/NAME, with -short, -TOKENS or -seeds appended). `short`
-    takes the smaller budget of the folder, `tokens` trains every vector on that many, `n_seeds`
-    makes a whole run under each of so many seeds.
+    uses the smaller budget of the folder. `tokens` is the number of tokens to train each vector on.
+    `n_seeds` is the number of seeds, with a whole run for each.
     """
     from optimer_hf.experiment.commands import run_folder
 
@@ -315,71 +319,11 @@ def run(
     return done.out
 
 
-# -- the Hub ---------------------------------------------------------------------------------------
-
-
-def push(
-    directory: AnyPath,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    tag: str | None = None,
-    licence: str | None = None,
-    vectors: bool = False,
-    dry_run: bool = False,
-) -> "Push":
-    """Push a vector, a recipe or a merged model to the Hub in one commit, and say what was sent.
-
-    `private` None leaves the choice to the account; `revision` is a branch, made when it is
-    missing; `tag` is set last. `vectors` pushes the local vectors of a recipe first, each to
-    `<repo_id>-<name>`. `dry_run` sends nothing. Raises HubError, with what to do.
-    """
-    from optimer_hf.hub.pushing import push as push_directory
-
-    return push_directory(
-        Path(directory),
-        repo_id,
-        private=private,
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-        tag=tag,
-        licence=licence,
-        vectors=vectors,
-        dry_run=dry_run,
-    )
-
-
-def pull(
-    repo_id: str,
-    out: AnyPath | None = None,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    update: bool = False,
-) -> "Pull":
-    """Pull a vector, a recipe or a merged model to `out` (None: the name of the repository); of a
-    recipe only its small files.
-
-    `repo_id` may carry the revision, org/name@rev. What was pulled before stays at its commit
-    unless `update` is given. Raises HubError before anything is written.
-    """
-    from optimer_hf.hub.pulling import pull as pull_repo
-
-    target = Path(out) if out is not None else None
-    return pull_repo(repo_id, target, revision=revision, token=token, update=update)
-
-
-# -- what a caller names ---------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------
 
 
 def _config(cls: type[FileT], given: "FileT | Mapping[str, Any] | AnyPath") -> FileT:
-    """Return a config that is given as one, as its fields, or as the file that holds them."""
+    """Return a config that is given as a config, as its fields, or as a file."""
     if isinstance(given, cls):
         return given
     if isinstance(given, Mapping):
@@ -400,13 +344,14 @@ def _study(given: "Study | AnyPath", *, unfinished: bool = False) -> "Study":
 def _recipe_file(given: "Recipe | AnyPath") -> Path:
     """Return the file of a recipe.
 
-    Raises ConfigError for a recipe that is in no file, or that was changed since it was read.
+    Raises ConfigError if the recipe was never written to a file, or was changed since it was read.
     """
     if isinstance(given, str | os.PathLike):
         path = Path(given)
         return path / "recipe.yaml" if path.is_dir() else path
     if given.path is None or type(given).read(given.path) != given:
         raise ConfigError(
-            f"recipe {given.name!r}: is not what its file says. Write it to a file, and give that."
+            f"recipe {given.name!r}: differs from its file, or has none. Write it to a file and "
+            "give the path of the file."
         )
     return given.path

@@ -135,7 +135,7 @@ def test_from_a_base_and_two_vectors_to_a_verified_model(here, make_base, make_t
     (label,) = scores
     assert scores[label].score == pytest.approx(study.best_trial.terms[label].score, rel=1e-4)
     changed = recipe.model_copy(update={"name": "other"})
-    with pytest.raises(optimer.ConfigError, match="is not what its file says"):
+    with pytest.raises(optimer.ConfigError, match="differs from its file, or has none"):
         optimer.build(changed, "merged2")
     record = optimer.extract("math", base, "delta", dtype="float32")
     opened = optimer.open_vector("m", Path("delta"), str(base.path))
