@@ -6,7 +6,11 @@ import pytest
 import torch
 import yaml
 
+from tests.support import publishing
 from tests.support.cli import optimer
+
+base, name, published_base = publishing.base, publishing.name, publishing.published_base
+make_recipe, make_vector = publishing.make_recipe, publishing.make_vector
 
 
 @pytest.fixture(scope="session")

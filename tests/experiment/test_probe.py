@@ -1,6 +1,7 @@
 """probe.py: what a run will take, measured on the real base, and compared with what it took."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from optimer_hf.errors import ModelError
 from optimer_hf.experiment import probe
 from optimer_hf.experiment.folder import Run, load_inputs
+from optimer_hf.experiment.probe import list_downloads
 from optimer_hf.study.config import StudyConfig
 from tests.support.experiments import optimer
 
@@ -129,3 +131,12 @@ def test_a_base_that_is_not_here_is_not_fetched_unasked(tmp_path: Path, hub):
     result = optimer("plan", path)
     assert result.exit_code == 1
     assert "nobody/nothing: is not on this disk" in result.output and "--fetch" in result.output
+
+
+def test_a_plan_does_not_download_what_is_here(base, published_base):
+    objective = {"terms": [{"task": "none"}]}
+    study = {"base_model": published_base, "vectors": {"v": {"source": "./v"}}}
+    config = StudyConfig.model_validate(study | {"objective": objective})
+    assert list_downloads(config) == ()
+    shutil.rmtree(base.path.parents[1])
+    assert [each.reference for each in list_downloads(config)] == [published_base]

@@ -16,9 +16,10 @@ from optimer_hf.hub.card import (
     metadata_of,
     recipe_facts,
     render,
-    split,
+    split_card,
 )
 from optimer_hf.hub.card import strictest_licence as strictest
+from optimer_hf.vectors.training_record import CorpusRecord, PartialCorpus
 
 
 @pytest.mark.parametrize(
@@ -39,11 +40,11 @@ from optimer_hf.hub.card import strictest_licence as strictest
         ({}, None),
     ],
 )
-def test_the_strictest_licence_is_told_or_not_guessed(licences, expected):
+def test_the_strictest_licence_is_known_or_none(licences, expected):
     assert strictest(licences) == expected
 
 
-def test_metadata_says_how_a_vector_and_a_merge_stand_to_their_base():
+def test_metadata_says_how_a_vector_and_a_merge_relate_to_their_base():
     vector = metadata_of("vector", "adapter", "mit", Origins({}, ("org/base",)))
     assert (vector["base_model_relation"], vector["library_name"]) == ("adapter", "optimer")
     origins = Origins({}, ("org/base", "org/v", "org/base"), ("org/wiki",), ("ja",))
@@ -70,11 +71,11 @@ def test_scores_are_indexed_with_their_metric_and_direction():
 
 
 def test_a_card_without_metadata_is_all_text():
-    assert split("# Mine\n") == ({}, "# Mine\n")
+    assert split_card("# Mine\n") == ({}, "# Mine\n")
     for broken in ("- a list", "a: ["):
-        with pytest.raises(HubError, match="Mend it there"):
-            split(f"---\n{broken}\n---\ntext\n")
-    assert split("---\nlicense: mit\n---\ntext\n") == ({"license": "mit"}, "text\n")
+        with pytest.raises(HubError, match="Correct it there"):
+            split_card(f"---\n{broken}\n---\ntext\n")
+    assert split_card("---\nlicense: mit\n---\ntext\n") == ({"license": "mit"}, "text\n")
 
 
 def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
@@ -90,16 +91,22 @@ def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
     assert BEGIN != END
 
 
-def test_a_figure_stands_under_its_sentence_which_is_its_text_too():
+def test_a_figure_follows_its_conclusion_which_is_also_its_text():
     drawn = Picture("figures/a.png", "A *title*", "x matters\nmost](evil) <b>").markdown
     said = r"x matters most\](evil) \<b\>"
     assert drawn == rf"**A \*title\*.** {said}" + f"\n\n![{said}](figures/a.png)"
     assert Picture("c.png", "Gains").markdown == "![Gains](c.png)"
 
 
-def test_only_data_sets_of_the_hub_are_named_as_such():
-    assert datasets_of("ja.train.jsonl.xz + org/wiki") == ["org/wiki"]
-    assert datasets_of("") == []
+def test_only_data_sets_on_the_hub_are_named():
+    counts = {"n_tokens": 1, "n_documents": 1}
+    names = ["ja.train.jsonl.xz", "org/wiki"]
+    parts = [{"name": name, "n_repeats": 0, **counts} for name in names]
+    mixture = CorpusRecord(name=" + ".join(names), sha256="0", parts=parts, **counts)
+    assert datasets_of(mixture) == ["org/wiki"]
+    assert datasets_of(mixture.model_copy(update={"name": "a/b", "parts": None})) == ["a/b"]
+    assert datasets_of(PartialCorpus(name="org/wiki")) == ["org/wiki"]
+    assert datasets_of(PartialCorpus()) == datasets_of(None) == []
 
 
 FACTS = {  # of a recipe about which there is nothing to say
@@ -118,7 +125,7 @@ def test_a_card_keeps_what_a_person_set_and_drops_what_no_longer_holds():
         "base_model: [org/old]\ntags: mine\n---\ntext\n"
     )
     metadata = metadata_of("model", "merge", "other", Origins({}, ("org/new",)))
-    written, _ = split(render(metadata, FACTS, existing))
+    written, _ = split_card(render(metadata, FACTS, existing))
     assert (written["license_name"], written["pipeline_tag"]) == ("house", "fill-mask")
     assert written["base_model"] == ["org/new"]
     assert "mine" in written["tags"] and "merge" in written["tags"]
@@ -155,7 +162,7 @@ def test_names_add_nothing_to_a_card_but_their_letters(evil):
     card = pushed(None)
     assert card.count(END) == 1
     assert pushed(pushed(card + "\nmine\n")) == pushed(card + "\nmine\n")
-    tokens = MarkdownIt("commonmark").enable("table").parse(split(card)[1])
+    tokens = MarkdownIt("commonmark").enable("table").parse(split_card(card)[1])
     inline = [child for token in tokens for child in token.children or []]
     assert {t.content.strip() for t in [*tokens, *inline] if t.type.startswith("html")} == {
         BEGIN,
@@ -167,7 +174,7 @@ def test_names_add_nothing_to_a_card_but_their_letters(evil):
     assert len(headings) == 6
 
 
-def test_marks_that_an_older_card_has_too_many_of_are_healed():
+def test_extra_marks_in_an_older_card_are_removed():
     old = f"above\n{BEGIN}\nx {END} y\n{END}\nbelow\n"
     card = render({}, FACTS, old)
     assert card.count(END) == 1 and "above" in card and "below" in card and "x " + END not in card

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from optimer_hf.cli import main
 from optimer_hf.comparison.sealed import _with_pool
 from optimer_hf.errors import ConfigError, HubError, ModelError, StudyError
-from optimer_hf.hub.publication import publication
+from optimer_hf.hub.publication import choose_files
 from optimer_hf.hub.untrusted import check_pulled
 from optimer_hf.merging.engines import merge
 from optimer_hf.merging.mergekit_pool import linear_merge_of, unsearched_settings, with_weights
@@ -428,7 +428,7 @@ def test_a_published_recipe_names_no_tokenizer_of_this_machine(models, tmp_path)
     chosen = f"org/tokenizer@{'2' * 40}"
     for named, reference in {"it": f"org/it@{'1' * 40}", chosen: chosen}.items():
         file.write_text(yaml.safe_dump(recipe | {"tokenizer_source": named}), encoding="utf-8")
-        found = publication(tmp_path)
+        found = choose_files(tmp_path)
         assert yaml.safe_load(found.text("optimer.yml"))["tokenizer_source"] == reference
         assert f"generation_config.json of {reference} into" in found.text("mergekit_config.yml")
         assert found.lender == (None if named == "it" else chosen)
@@ -437,6 +437,6 @@ def test_a_published_recipe_names_no_tokenizer_of_this_machine(models, tmp_path)
     for named, error in {str(models["it"]): HubError, "org/it": HubError}.items():
         file.write_text(yaml.safe_dump(recipe | {"tokenizer_source": named}), encoding="utf-8")
         with pytest.raises(error, match=r"recipe\.yaml: tokenizer_source: "):
-            publication(tmp_path)
+            choose_files(tmp_path)
         with pytest.raises(error, match=r"tokenizer_source: found .* may not name local files"):
             check_pulled("recipe", tmp_path)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.gguf import write_llama
+from tests.support.publishing import name  # noqa: F401 - a fixture
 from tests.support.tiny import tiny_model
 
 

@@ -7,9 +7,11 @@ import pytest
 from huggingface_hub import constants
 
 from optimer_hf.errors import ConfigError, ModelError
-from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.merging.writer import write_merged
+from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.models.live import empty_model
 from optimer_hf.models.resolve import resolve_base, resolve_model, resolve_tokenizer
+from tests.support.hub import publish_files
 from tests.support.tiny import tiny_model
 
 
@@ -118,3 +120,49 @@ def test_a_damaged_record_of_a_vector_is_named(make_base, tmp_path):
 def test_a_name_that_is_too_long_is_not_a_model():
     with pytest.raises(ModelError, match="no such file or directory"):
         resolve_model("/" + "x" * 300)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_only_weights_that_are_read_are_fetched_and_counted(
+    hub, make_base, name, sharded, tmp_path, monkeypatch
+):
+    source = make_base("llama")
+    if sharded:
+        write_merged(source, [], {}, tmp_path / "shards", max_shard_size=30_000)
+        source = ResolvedModel(tmp_path / "shards", "shards")
+    files: dict[str, bytes | Path] = {path.name: path for path in source.path.iterdir()}
+    more = ("consolidated.safetensors", "onnx/model.safetensors", "onnx/x.safetensors")
+    reference = publish_files(f"alice/{name}", files | {each: each.encode() for each in more})
+    found = resolve_model(reference)
+    assert weight_digests(found.path) == weight_digests(source.path)
+    assert (len(weight_digests(source.path)) > 1) == sharded
+    fetched = {str(p.relative_to(found.path)) for p in found.path.rglob("*") if p.is_file()}
+    assert not fetched & set(more)
+    assert resolve_base(reference) == found
+    hub.log.clear()
+    assert resolve_model(reference) == found and hub.log == []  # all of a commit is in the cache
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model(reference) == found
+    (found.path / sorted(weight_digests(found.path))[-1]).unlink()
+    with pytest.raises(ModelError, match="cannot be fetched"):
+        resolve_model(reference)
+
+
+def test_an_adapter_and_a_repository_without_an_index_are_fetched_whole(
+    hub, make_base, make_adapter, name
+):
+    adapter = make_adapter(make_base("llama"), 1)
+    files: dict[str, bytes | Path] = {p.name: p for p in adapter.iterdir() if p.suffix != ".md"}
+    found = resolve_model(publish_files(f"alice/{name}", files))
+    assert weight_digests(found.path) == weight_digests(adapter)
+    weights = make_base("llama").path / "model.safetensors"
+    found = resolve_model(publish_files(f"alice/{name}-2", {"consolidated.safetensors": weights}))
+    assert weight_digests(found.path).keys() == {"consolidated.safetensors"}
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin"])
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(hub, name, file):
+    reference = publish_files(f"alice/{name}", {"config.json": b"{}", file: b"x"})
+    message = rf"{reference}: has no safetensors weights.*{file}.*save_pretrained"
+    with pytest.raises(ModelError, match=message):
+        resolve_model(reference)
