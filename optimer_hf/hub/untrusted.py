@@ -1,15 +1,13 @@
-"""What was pulled from others -> a validated record, or an error; nothing of it is run.
+"""Validate what was pulled from others, before it is put in place; nothing of it is run.
 
-A few lines of YAML can grow to gigabytes by aliases, a reference can point into the file system of
-the reader, a lock can belong to another recipe: each is refused before anything is put in place.
+A reference may point into the file system of the reader, and a lock may belong to another recipe:
+both are refused. No YAML file can make reading slow, see `files.reading`.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from optimer_hf.comparison.sealed_file import SealedLog
 from optimer_hf.errors import HubError
@@ -25,22 +23,22 @@ from optimer_hf.study.directory import open_study
 from optimer_hf.study.trials import STUDY_FILE
 from optimer_hf.vectors.record import VectorFile, read_record
 
-LARGEST_TEXT = 64 * 2**20  # bytes of a file beside weights: tokenizers reach 33 MB
+LARGEST_TEXT = 64 * 2**20  # bytes of a file beside the weights; the largest tokenizers have 33 MB
 LARGEST_YAML = 2**20
 DEEPEST = 50  # levels of YAML; a recipe has 7
 
 
 def check_pulled(kind: Kind, directory: Path) -> Recipe | VectorFile:
-    """Validate the small files of what was pulled, strictly, and return its record.
+    """Validate the small files in a pulled directory and return its record.
 
-    Raises HubError for YAML with aliases, oversized files and inputs that are not pinned;
-    ConfigError for unknown keys.
+    Raises HubError for inputs that are not pinned, and ConfigError for unknown fields and for YAML
+    that is malformed, too large or too deep.
     """
     for path in directory.iterdir():
         if path.suffix in (".yaml", ".yml"):
-            _refuse_bomb(path)
+            read_yaml(path)  # also those that only mergekit will read
     if kind == "vector":
-        return _vector(directory)
+        return _check_vector(directory)
     data = read_yaml(directory / "recipe.yaml")
     vectors = data.get("vectors")
     references = {"base_model": data.get("base_model")} | {
@@ -57,8 +55,8 @@ def check_pulled(kind: Kind, directory: Path) -> Recipe | VectorFile:
     lock = Lock.read(directory / LOCK)
     if set(lock.vectors) != set(recipe.vectors):
         raise HubError(
-            f"{directory / 'recipe.lock.json'}: locks the vectors {sorted(lock.vectors)}, but the "
-            f"recipe has {sorted(recipe.vectors)}. Ask its author to push it again."
+            f"{directory / LOCK}: locks the vectors {sorted(lock.vectors)}, but the recipe has "
+            f"{sorted(recipe.vectors)}. Ask its author to push it again."
         )
     if (directory / "study" / STUDY_FILE).exists():
         _check_study(directory / "study")
@@ -66,8 +64,8 @@ def check_pulled(kind: Kind, directory: Path) -> Recipe | VectorFile:
 
 
 def _check_study(directory: Path) -> None:
-    """Raise an OptimerError for a study that cannot be read, or that names files elsewhere than
-    beside it: a push leaves only the names of local files.
+    """Raise an OptimerError for a study that cannot be read, or that names files outside its own
+    folder. A push leaves only the names of local files.
     """
     file = directory / STUDY_FILE
     data = read_yaml(file)
@@ -81,39 +79,39 @@ def _check_study(directory: Path) -> None:
 
 
 def _is_named_elsewhere(reference: str) -> bool:
-    """Whether a reference, pinned or not, is one to the Hub or to a package."""
+    """Whether a reference, pinned or not, names something on the Hub or a package."""
     unpinned = reference.removeprefix("hf://").partition("@")[0]
     return _is_remote(reference) or _is_remote(f"{unpinned}@{'0' * 40}")
 
 
 def _refuse_folders(where: str, text: str) -> None:
-    """Raise HubError for a text that as a path leads out of the folder that it stands in."""
+    """Raise HubError for a text that, read as a path, leads out of its folder."""
     if re.search(r"[/\\\0]", text) or text.startswith(("~", ".")):
         raise HubError(
             f"{where}: found {quote(text)}, expected a model on the Hub or the name of a file. "
-            "What comes from others may not name local files."
+            "Files from others may not name local files."
         )
 
 
 def refuse_other_weights(repo_id: str, lock: Lock, digests: Mapping[str, str]) -> None:
-    """Raise HubError unless the weights among `digests` (file -> sha256) are those of the lock that
+    """Raise HubError unless the weights among `digests` (file -> sha256) are those in the lock that
     came with them.
     """
-    found = {
+    pulled = {
         name: sha256
         for name, sha256 in digests.items()
         if is_weights(name) or name == "adapter_config.json"
     }
-    if found != lock.output:
+    if pulled != lock.output:
         raise HubError(
-            f"{repo_id}: its weights are not those of its own recipe.lock.json. Build the recipe "
+            f"{repo_id}: its weights are not those in its own recipe.lock.json. Build the recipe "
             "yourself, or ask its author."
         )
 
 
-def _vector(directory: Path) -> VectorFile:
+def _check_vector(directory: Path) -> VectorFile:
     record = read_record(directory)
-    assert record is not None  # this is how a vector is recognised
+    assert record is not None  # vector.json is there
     base = record.base
     _refuse_local(f"{directory / 'vector.json'}: base", pin(base.reference, base.commit))
     return record
@@ -123,7 +121,7 @@ def _refuse_local(where: str, reference: Any) -> None:
     if not isinstance(reference, str) or not _is_remote(reference):
         raise HubError(
             f"{where}: found {reference!r}, expected org/name@<40-digit commit> or pypi:package. "
-            "What comes from others may not name local files."
+            "Files from others may not name local files."
         )
 
 
@@ -137,21 +135,3 @@ def _is_remote(reference: str) -> bool:
         and all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part) for part in parts)
         and COMMIT.fullmatch(revision) is not None
     )
-
-
-def _refuse_bomb(path: Path) -> None:
-    """Raise HubError for YAML that costs more to read than its size says."""
-    if path.stat().st_size > LARGEST_YAML:
-        raise HubError(f"{path}: has {path.stat().st_size} bytes, expected at most 1 MiB.")
-    depth = 0
-    try:
-        for event in yaml.parse(path.read_text(encoding="utf-8")):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise HubError(f"{path}: is nested too deeply, expected at most {DEEPEST} levels.")
-            if isinstance(event, yaml.AliasEvent):
-                raise HubError(f"{path}: uses YAML aliases, which no recipe of ours does. Refused.")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise HubError(f"{path}: not valid YAML. {reason}") from None

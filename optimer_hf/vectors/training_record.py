@@ -27,6 +27,11 @@ class CorpusRecord(FileModel):
     sha256: str
     parts: list[dict[str, Any]] | None = Field(default=None, exclude_if=_is_none)
 
+    @property
+    def names(self) -> list[str]:
+        """The name of the corpus, or those of the corpora of a mixture."""
+        return [str(part["name"]) for part in self.parts] if self.parts else [self.name]
+
 
 class RunRecord(FileModel):
     """The settings of a run, as its train file has them, and what came of them.
@@ -62,6 +67,11 @@ class PartialCorpus(FileModel):
     name: str | None = None
     n_tokens: int | None = None
     sha256: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The name of the corpus, if it has one."""
+        return [self.name] if self.name is not None else []
 
 
 class PartialRun(FileModel):
