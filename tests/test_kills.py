@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "report": (["report", "study", "report.html", "--figures", "drawn"], "search"),
     "compare": (["compare", "study", "--figure", "sealed.png"], "search"),
     "recipe": (["recipe", "study", "made/recipe.yaml", "--vanilla"], "search"),
+    "rewrite": (["recipe", "study", "made/recipe.yaml", "--pick", "2"], "recipe"),
     "build": (["build", "made/recipe.yaml", "built"], "recipe"),
     "run": (["run", "tiny", "out"], "inputs"),
     "push": (["push", "vectors/ja", "alice/pushed"], "inputs"),

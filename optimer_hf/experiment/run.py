@@ -57,7 +57,8 @@ def run_recipe(run: Run) -> str:
     from optimer_hf.comparison.sealed import compare
     from optimer_hf.models.memory import peak_memory
     from optimer_hf.recipes.build import build
-    from optimer_hf.recipes.write import write_recipe, write_vanilla
+    from optimer_hf.recipes.vanilla import write_vanilla
+    from optimer_hf.recipes.write import write_recipe
     from optimer_hf.report.captions import FIGURES
     from optimer_hf.report.page import write_report
     from optimer_hf.searching.loop import search

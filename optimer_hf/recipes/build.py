@@ -1,4 +1,4 @@
-"""A recipe -> its merged model, and whether a model is the one that was locked."""
+"""Build the model of a recipe, and verify a built model against the lock."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from optimer_hf.models.layout import (
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.shards import files_in_shards
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
-from optimer_hf.recipes.write import _tokenizer_digests
+from optimer_hf.recipes.write import digests_of_tokenizer
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.vector import AdapterVector
@@ -30,9 +30,6 @@ from optimer_hf.vectors.vector import AdapterVector
 logger = logging.getLogger(__name__)
 
 LARGEST_FILE = 2**50  # bytes
-
-
-# -- recipe -> model -------------------------------------------------------------------------------
 
 
 def build(
@@ -44,15 +41,17 @@ def build(
     device: str = "cpu",
     replace: bool = False,
 ) -> None:
-    """Build the merged model of a recipe; `device` does the arithmetic, and with `replace` it takes
-    the place of another model in `out`, which stays until then.
+    """Build the merged model of a recipe into `out`, with its recipe, lock and figures.
 
-    The model appears with its recipe, lock and figures. One that is in `out` already, whole and of
-    this recipe and lock, stays; what is beside its weights is brought up to date. `max_shard_size`
-    is in bytes, or a text such as 5GB. Raises ModelError when base or vectors are not the locked
-    ones, before anything is written.
+    `device` does the arithmetic. `max_shard_size` is in bytes, or a text such as 5GB. With
+    `replace`, the model takes the place of another one in `out`, which stays until then. A whole
+    model of this recipe and lock that is already in `out` stays, and the files beside its weights
+    are updated.
+
+    Raises ModelError if base, vectors or tokenizer are not the locked ones, before anything is
+    written.
     """
-    n_bytes = _n_bytes(max_shard_size)
+    n_bytes = _parse_size(max_shard_size)
     recipe = Recipe.read(path)
     lock_file = path.with_suffix(".lock.json")
     base = resolve_model(recipe.base_model)
@@ -96,7 +95,7 @@ def build(
         _keep_output(lock_file, out, built, any(isinstance(v, AdapterVector) for v in vectors))
 
 
-def _n_bytes(size: int | str) -> int:
+def _parse_size(size: int | str) -> int:
     from accelerate.utils import convert_file_size_to_int
 
     try:
@@ -109,15 +108,15 @@ def _n_bytes(size: int | str) -> int:
 
 
 def _with_output(lock: Lock, model: Path, asked: Mapping[str, Any]) -> Lock:
-    """Return the lock of a recipe as it is of a model built from it, with what was asked of it."""
+    """Return the lock of a recipe with the digests of its model and the options of the build."""
     return lock.model_copy(update={"output": weight_digests(model), **asked})
 
 
 def _lock_of_built(
     lock: Lock, model: Path, asked: Mapping[str, Any], beside: Sequence[str]
 ) -> Lock | None:
-    """Return the lock of a model that is what a build after `lock` gives, with the files `beside`
-    its weights; None when there is another one, or none.
+    """Return the lock of a model that is what a build after `lock` gives; None if it is another
+    model, or lacks one of the files `beside` its weights.
     """
     if not all((model / name).is_file() for name in beside):
         return None
@@ -130,31 +129,31 @@ def _lock_of_built(
 
 
 def _keep_output(lock_file: Path, out: Path, built: Lock, has_adapters: bool) -> None:
-    """Lock the files of the first build, and compare those of a later one."""
+    """Lock the files of the first build. Compare those of a later build with them."""
     lock = Lock.read(lock_file)
     if not lock.output:
         built.write(lock_file)
         return
-    found = built.output
-    if found != lock.output and built.max_shard_size != lock.max_shard_size:
-        found = files_in_shards(out, lock.max_shard_size)
-    if lock.output != found and has_adapters:
+    output = built.output
+    if output != lock.output and built.max_shard_size != lock.max_shard_size:
+        output = files_in_shards(out, lock.max_shard_size)
+    if lock.output != output and has_adapters:
         logger.warning(
-            "%s: differs in bits from the model built first; LoRA products round differently on "
-            "another processor",
+            "%s: some bits differ from those of the model built first. LoRA products round "
+            "differently on another processor",
             out,
         )
-    elif lock.output != found:
+    elif lock.output != output:
         raise ModelError(
-            f"{out}: differs from the model this recipe built first ({lock_file.name}). It was "
-            "kept."
+            f"{out}: differs from the model that this recipe built first ({lock_file.name}). It "
+            "was kept."
         )
 
 
 def _write_beside(recipe: Recipe, figures: Path, built: Lock, model: Path, out: Path) -> None:
-    """Write into a built model how it was built, so that it can be verified and published, and the
-    figures of its card, which lie in a folder of the recipe; what is there stays. `out` is where
-    the model will be.
+    """Write the recipe and the lock of a built model into it, so that it can be verified and
+    published, and the figures of its card from the folder `figures`. Files that are already right
+    stay. `out` is the final place of the model.
     """
     built_recipe = recipe.model_copy(update={"dtype": built.dtype})
     folder = {"folder": out.resolve()}
@@ -172,11 +171,8 @@ def _write_beside(recipe: Recipe, figures: Path, built: Lock, model: Path, out: 
 
 
 def _check_lock(lock: Lock, recipe: Recipe, base: ResolvedModel) -> None:
-    if (recipe.weights, recipe.dtype) != (lock.weights, lock.dtype):
-        raise ModelError(
-            f"{recipe.name}: weights or dtype are not the locked ones. Restore them, or delete the "
-            "lock to make this another recipe."
-        )
+    """Raise ModelError unless base, vectors, weights, dtype and tokenizer are the locked ones."""
+    _check_weights(lock, recipe)
     parts = {"base_model": (lock.base, base.path)}
     for name, ingredient in recipe.vectors.items():
         parts[f"vectors.{name}"] = (
@@ -187,48 +183,58 @@ def _check_lock(lock: Lock, recipe: Recipe, base: ResolvedModel) -> None:
         if weight_digests(directory) != expected:
             raise ModelError(
                 f"{recipe.name}: {field}: the weights in {directory} are not the locked ones. "
-                "Fetch them again, or write the recipe anew."
+                "Fetch them again, or write the recipe again with `optimer recipe`."
             )
-    if _tokenizer_digests(recipe.tokenizer_reference) != lock.tokenizer:
+    if digests_of_tokenizer(recipe.tokenizer_reference) != lock.tokenizer:
         raise ModelError(
             f"{recipe.name}: tokenizer_source: found {recipe.tokenizer_reference or 'base'}, whose "
             "tokenizer, chat template or generation config is not the locked one. Fetch it again, "
-            "or write the recipe anew."
+            "or write the recipe again with `optimer recipe`."
+        )
+
+
+def _check_weights(lock: Lock, recipe: Recipe) -> None:
+    if (recipe.weights, recipe.dtype) != (lock.weights, lock.dtype):
+        raise ModelError(
+            f"{recipe.name}: the weights or the dtype are not the locked ones. The recipe was "
+            "edited, or `optimer recipe` was stopped: restore it, or run that command again. To "
+            "make another recipe of it, delete the lock."
         )
 
 
 def verify(path: Path, model: Path) -> None:
-    """Raise ModelError unless a built model has the sha256 that the lock of its recipe records, and
-    the tokenizer, if that is not the base's; one in other shards than the locked one is hashed as
-    if it were in those.
+    """Raise ModelError unless a built model is the one that the lock of a recipe records, and the
+    recipe has the weights of its lock.
+
+    The weights and, if it is not that of the base, the tokenizer are compared by sha256. A model
+    in other shards than the locked one is hashed as if it were in those.
     """
     lock_file = path.with_suffix(".lock.json")
     if not path.is_file() or not lock_file.is_file():
         lacking = f"has no {lock_file.name} beside it" if path.is_file() else "no such recipe file"
         raise ConfigError(f"{path}: {lacking}. `optimer recipe STUDY_DIR {path}` writes both.")
-    lock = Lock.read(lock_file)
+    recipe, lock = Recipe.read(path), Lock.read(lock_file)
+    _check_weights(lock, recipe)
     if not lock.output:
         raise ModelError(
             f"{path}: its lock records no built model. Run `optimer build {path} OUT` first."
         )
     if not model.is_dir():
         if is_there(model):
-            raise ModelError(
-                f"{model}: a file; expected the directory of a model after the recipe."
-            )
+            raise ModelError(f"{model}: found a file, expected the directory of a built model.")
         raise ModelError(f"{model}: no such model. Build it: `optimer build {path} {model}`.")
     beside = model / LOCK
-    built, found = Lock.read(beside) if beside.exists() else lock, weight_digests(model)
-    if found != lock.output and built.max_shard_size != lock.max_shard_size:
-        found = files_in_shards(model, lock.max_shard_size)
-    for name in sorted(lock.output.keys() | found.keys()):
-        if found.get(name) != lock.output.get(name):
+    built, output = Lock.read(beside) if beside.exists() else lock, weight_digests(model)
+    if output != lock.output and built.max_shard_size != lock.max_shard_size:
+        output = files_in_shards(model, lock.max_shard_size)
+    for name in sorted(lock.output.keys() | output.keys()):
+        if output.get(name) != lock.output.get(name):
             raise ModelError(
                 f"{model / name}: sha256 differs from {lock_file.name}. Build it again."
             )
-    has = tokenizer_digests(model)
+    tokenizer = tokenizer_digests(model)
     for name in sorted(lock.tokenizer):
-        if has.get(name) != lock.tokenizer[name]:
+        if tokenizer.get(name) != lock.tokenizer[name]:
             raise ModelError(
                 f"{model / name}: not the tokenizer that {lock_file.name} records. Build it again."
             )

@@ -1,4 +1,4 @@
-"""A study on disk -> its recipe, with the evidence that the study holds."""
+"""Write the recipe of a study directory, with the evidence that the study holds."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from optimer_hf.comparison.costs import ledger
 from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.errors import StudyError
 from optimer_hf.recipes.record import MERGE_CONFIG, Recipe
-from optimer_hf.recipes.write import write_recipe, write_vanilla
+from optimer_hf.recipes.write import write_recipe
 from optimer_hf.report.captions import FIGURES
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.prediction import front
@@ -26,17 +26,18 @@ def recipe_of_study(
     """Write the recipe of a study with its lock, merge config and figures, and return the names of
     the files beside it.
 
-    The merge is the incumbent, or point `pick` of the Pareto front, counted from 1. With `vanilla`
-    a config for unmodified mergekit is written, too. Raises StudyError where the front has fewer
-    points.
+    The merge is that of the best trial, or of point `pick` of the Pareto front, counted from 1.
+    `vanilla` adds a config for unmodified mergekit. Raises StudyError if there is no such point.
     """
     study = load_study(study_dir)
-    trial = _picked(study, pick, study_dir)
+    trial = _pick_trial(study, pick, study_dir)
     name = study_dir.resolve().name
     write_with_evidence(study, recipe_yaml, name=name, pick=trial, derived_from=derived_from)
     folder = recipe_yaml.resolve().parent
     beside = [f"{recipe_yaml.stem}.lock.json", MERGE_CONFIG]
     if vanilla:
+        from optimer_hf.recipes.vanilla import write_vanilla  # imports torch
+
         write_vanilla(study, folder / VANILLA_CONFIG, pick=trial)
         beside.append(f"{VANILLA_CONFIG}, with deltas/ where it needs them")
     return beside
@@ -50,12 +51,13 @@ def write_with_evidence(
     pick: Trial | None = None,
     derived_from: str | None = None,
 ) -> Recipe:
-    """Write the recipe of a study, as `write_recipe` does, with its ledger and, where the merge is
-    the incumbent, what the sealed test said and the figures; return the recipe.
+    """Write the recipe of a study like `write_recipe`, with its ledger, and return it.
+
+    The recipe of the best trial also gets the figures and what the sealed test said.
     """
     from optimer_hf.report.page import write_figures
 
-    sealed = read_comparison(study) if pick is None else None  # the sealed merge is the incumbent
+    sealed = read_comparison(study) if pick is None else None  # the best trial was sealed
     recipe = write_recipe(
         study,
         path,
@@ -65,12 +67,12 @@ def write_with_evidence(
         pick=pick,
         derived_from=derived_from,
     )
-    if pick is None:  # the figures of a study show its incumbent
+    if pick is None:  # the figures show the best trial
         write_figures(study, path.resolve().parent / FIGURES)
     return recipe
 
 
-def _picked(study: Study, pick: int | None, study_dir: Path) -> Trial | None:
+def _pick_trial(study: Study, pick: int | None, study_dir: Path) -> Trial | None:
     if pick is None:
         return None
     choices = front(study)

@@ -1,4 +1,4 @@
-"""recipe.yaml and its lock."""
+"""The records of a recipe: recipe.yaml and its lock."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -41,17 +41,17 @@ class Composition(VersionedFile):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of every vector."""
+        """The weight of every vector, by name."""
         return {name: ingredient.weight for name, ingredient in self.vectors.items()}
 
     @property
     def sources(self) -> dict[str, str]:
-        """Where the vectors are, by name."""
+        """The reference of every vector, by name."""
         return {name: vector.source for name, vector in self.vectors.items()}
 
     @property
     def tokenizer_reference(self) -> str | None:
-        """The model whose tokenizer the merge has; None: the base."""
+        """The model that the merge takes its tokenizer from (None: the base)."""
         return tokenizer_reference(self.tokenizer_source, self.sources)
 
 
@@ -120,7 +120,7 @@ class Evidence(FileModel):
 
 
 class Recipe(Evidence, Composition):
-    """recipe.yaml: everything needed to build the merge, and the evidence for it."""
+    """recipe.yaml: everything that is needed to build the merge, and the evidence for it."""
 
     versions: dict[str, str] = {}
     """Versions of the packages that the search ran with."""
@@ -130,7 +130,7 @@ class Recipe(Evidence, Composition):
 
     @classmethod
     def read(cls, path: AnyPath) -> Self:
-        """Read a recipe, see VersionedFile; it remembers where it lies."""
+        """Read a recipe as `VersionedFile.read` does. It remembers its path."""
         recipe = super().read(path)
         recipe._path = Path(path)
         return recipe
@@ -142,9 +142,11 @@ class Recipe(Evidence, Composition):
 
 
 class Lock(VersionedFile):
-    """recipe.lock.json: file name -> sha256 of the weights of base, vectors and the built model,
-    and of the tokenizer, if it is not the base's; `kinds` says which vectors are adapters, deltas
-    and checkpoints, `max_shard_size` how large a file of the built model may be, in bytes.
+    """recipe.lock.json: the sha256 of each weights file of base, vectors and model (`output`) by
+    name, and of each file of the tokenizer if that is not the base's.
+
+    `kinds` says which vectors are adapters, deltas or checkpoints. `max_shard_size` is the size
+    limit for files of the built model, in bytes.
     """
 
     base: dict[str, str]

@@ -26,7 +26,8 @@ from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock, Recipe
-from optimer_hf.recipes.write import write_recipe, write_vanilla
+from optimer_hf.recipes.vanilla import write_vanilla
+from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.study_file import study_of_merge_config

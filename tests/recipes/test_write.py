@@ -1,0 +1,89 @@
+"""write.py: a recipe beside its lock, also when an older recipe was there and the command stops."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from optimer_hf.errors import ModelError
+from optimer_hf.recipes import write
+from optimer_hf.recipes.build import build, verify
+from optimer_hf.recipes.record import Lock, Recipe
+from optimer_hf.recipes.write import write_recipe
+from optimer_hf.searching.loop import search
+from optimer_hf.searching.runner import InProcess
+from optimer_hf.study.directory import Study
+from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.opening import open_vector
+from tests.support.landscapes import FunctionPool, config_of
+
+
+class Stopped(BaseException):
+    """The end of a process that is killed."""
+
+
+@pytest.fixture
+def study(make_base, make_tuned, make_adapter, tmp_path: Path) -> Study:
+    """A study over an adapter, a delta and two checkpoints, whose scores are made up."""
+    base, sources = make_base("llama"), {}
+    for seed, name in enumerate("yz"):
+        sources[name] = make_tuned(base, "llama", seed)
+    shutil.copytree(make_adapter(base, 2), tmp_path / "w")
+    tuned = open_vector("x", str(make_tuned(base, "llama", 3)), base)
+    extract(tuned, base, tmp_path / "x")
+    sources |= {name: tmp_path / name for name in "wx"}
+    config = config_of(
+        base_model=str(base.path),
+        vectors={name: {"source": str(sources[name])} for name in "wxyz"},
+        search={"n_trials": 7, "rescore_top": 0},
+    )
+    return search(config, tmp_path / "s", runner=InProcess(FunctionPool))
+
+
+def test_a_lock_says_of_which_kind_each_vector_is(study: Study, tmp_path: Path):
+    write_recipe(study, tmp_path / "recipe.yaml", name="r")
+    kinds = Lock.read(tmp_path / "recipe.lock.json").kinds
+    assert kinds == {"w": "adapter", "x": "delta", "y": "checkpoint", "z": "checkpoint"}
+
+
+@pytest.mark.parametrize("n_written", [0, 1, 2, 3])
+def test_a_recipe_whose_rewriting_was_stopped_is_whole_or_refused_and_then_mended(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int
+):
+    path, other = tmp_path / "recipe.yaml", study.trials[1]
+    first = write_recipe(study, path, name="r")
+    assert other.weights != first.weights
+    build(path, tmp_path / "first")
+    left = iter(range(n_written))
+
+    def stopping(function):
+        def call(*arguments, **options):
+            if next(left, None) is None:
+                raise Stopped
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "write_text", stopping(write.write_text))
+        patch.setattr(Lock, "write", stopping(Lock.write))
+        if n_written < 3:
+            with pytest.raises(Stopped):
+                write_recipe(study, path, name="r", pick=other)
+        else:
+            write_recipe(study, path, name="r", pick=other)
+    if Recipe.read(path).weights == Lock.read(path.with_suffix(".lock.json")).weights:
+        assert n_written in (0, 3)
+        build(path, tmp_path / "after")
+        verify(path, tmp_path / "after")
+    else:
+        for refused in (
+            lambda: build(path, tmp_path / "after"),
+            lambda: verify(path, tmp_path / "first"),
+        ):
+            with pytest.raises(ModelError, match="`optimer recipe` was stopped"):
+                refused()
+    write_recipe(study, path, name="r", pick=other)
+    assert Recipe.read(path).weights == other.weights
+    build(path, tmp_path / "mended")
+    verify(path, tmp_path / "mended")
