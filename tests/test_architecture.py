@@ -4,7 +4,11 @@ import-linter holds it.
 
 import ast
 import functools
+import subprocess
+import sys
 from pathlib import Path
+
+from tests.support.golden import VERSIONS, copy_golden
 
 PACKAGE = Path(__file__).parent.parent / "optimer_hf"
 LOADERS = {"models.loader", "models.gguf_loader"}
@@ -73,3 +77,35 @@ def test_the_command_line_prints_through_one_function():
         and ast.unparse(node.func) in ("click.echo", "click.secho", "print")
     ]
     assert calls == ["click.echo(make_visible(str(message)), err=err, nl=nl)"]
+
+
+ENGINES = ("torch", "transformers", "lm_eval", "mergekit", "smac", "dask", "distributed", "numba")
+COMMANDS = [  # about a finished study; each finds the files that those before it wrote
+    ["report", "STUDY", "report.html", "--no-vectors"],
+    ["report", "STUDY", "report.html"],  # measures the cosines
+    ["report", "STUDY", "report.html"],  # reads them
+    ["recipe", "STUDY", "recipe.yaml"],
+    ["ratios", "STUDY"],
+    ["ratios", "recipe.yaml"],
+    ["schema", "study"],
+    ["validate", "STUDY/study.json"],
+]
+
+
+def test_commands_about_a_finished_study_load_no_engine(tmp_path: Path):
+    study = copy_golden(VERSIONS[-1], tmp_path / "golden") / "runs" / "tiny" / "study"
+    code = (
+        "import sys; from optimer_hf.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        f"finally: print('loaded', [name for name in {ENGINES} if name in sys.modules])"
+    )
+    loaded = []
+    for command in COMMANDS:
+        arguments = [text.replace("STUDY", str(study)) for text in command]
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert "Traceback" not in result.stderr, result.stderr
+        loaded.append(result.stdout.splitlines()[-1])
+    assert "torch" in loaded.pop(1)
+    assert set(loaded) == {"loaded []"}, loaded

@@ -15,16 +15,15 @@ from typing import Any
 
 import torch
 
-from optimer_hf.errors import ConfigError, ModelError, OutputError
-from optimer_hf.files.model import VersionedFile
+from optimer_hf.errors import ModelError
 from optimer_hf.files.reference import absolute_reference
 from optimer_hf.files.text import markdown_table
 from optimer_hf.merging.mergekit_pool import name_sources
 from optimer_hf.merging.writer import LOW_SURVIVAL, surviving_share
 from optimer_hf.models.blocks import compute_ahead, row_blocks
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel, weight_states
-from optimer_hf.models.resolve import resolve_base, resolve_model
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.resolve import resolve_base
 from optimer_hf.vectors.delta import not_finite_error
 from optimer_hf.vectors.forms import LowRank
 from optimer_hf.vectors.opening import open_vector
@@ -33,8 +32,6 @@ from optimer_hf.vectors.vector import AdapterVector, DistributionVector, dense_r
 
 logger = logging.getLogger(__name__)
 
-
-States = dict[str, tuple[int, int]]  # file name -> size in bytes, modification time in ns
 
 MODULE_GROUPS = {  # first match wins; parts of tensor names
     "head": ("lm_head", "embed_out"),
@@ -57,17 +54,6 @@ class Geometry:
     surviving: dict[str, float]
     recorded: dict[str, bool]  # whether the vector records the sha256 of its base
     dtype: str
-
-
-class GeometryFile(VersionedFile):
-    """geometry.json: norms and cosines of a pool, with the state of the files that they were read
-    from, which changes when a vector or the base changes.
-    """
-
-    base: States
-    vectors: dict[str, States]
-    norms: dict[str, float]
-    cosines: list[tuple[str, str, float]]
 
 
 def open_pool(
@@ -161,41 +147,6 @@ def _multiply(vectors: Sequence[DistributionVector], base: Checkpoint) -> _Produ
             if name in vector.names:
                 base_squares[i] += squares
     return _Products(gram, groups, base_squares)
-
-
-def read_or_measure(
-    sources: Mapping[str, str], base_model: str, dtype: str, path: Path
-) -> GeometryFile:
-    """Return norms and cosines of a pool, cached in `path`; measure them again when weights
-    have changed.
-
-    A valid cache is returned without reading weights. Raises ModelError for a vector that cannot be
-    merged into this base.
-    """
-    base = resolve_base(base_model)
-    state = weight_states(base.path)
-    states = {name: weight_states(resolve_model(text).path) for name, text in sources.items()}
-    try:
-        cached = GeometryFile.read(path)
-        if (cached.base, cached.vectors) == (state, states):
-            return cached
-    except ConfigError as error:
-        logger.debug("%s", error)
-    pool, refusals = open_pool(sources, base)
-    if refusals:
-        raise ModelError("; ".join(refusals.values()))
-    measured = measure(pool, base, dtype)
-    fresh = GeometryFile(
-        base=state,
-        vectors=states,
-        norms=measured.norms,
-        cosines=[(a, b, value) for (a, b), value in measured.cosines.items()],
-    )
-    try:
-        fresh.write(path)
-    except OutputError as error:  # somebody else's study
-        logger.warning("cosines are not cached: %s", error)
-    return fresh
 
 
 def _gram(

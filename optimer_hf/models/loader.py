@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from optimer_hf.errors import ModelError, OptimerError
 from optimer_hf.files.text import first_line, quote
 from optimer_hf.models.layout import GENERATION_CONFIG, role_of
@@ -136,11 +134,13 @@ def naming_unloadable(path: Path, what: str) -> Iterator[None]:
     """Turn any error of a library that reads a model into a ModelError that names the model."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, OptimerError):
-        raise
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (MemoryError, OptimerError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # dozens of types; a panic in tokenizers is not an Exception
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         refuse_lack_of_memory(error, path)
         raise ModelError(
             f"{path}: transformers cannot load the {what} ({first_line(error)}). Fetch it again, "
@@ -213,6 +213,8 @@ def refuse_missing_weights(path: Path, info: Mapping[str, Any]) -> None:
 
 def model_without_weights(path: Path) -> Any:
     """Build the language model in a directory on the device `meta`."""
+    import torch
+
     config = read_config(path)
     with naming_unloadable(path, "model"), torch.device("meta"):
         return _class_of_text(config).from_config(config, trust_remote_code=False)
@@ -247,6 +249,7 @@ def whole_model_without_weights(path: Path) -> Any:
     That includes the vision part of a multimodal model, although only the language part is trained
     and evaluated.
     """
+    import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -264,6 +267,7 @@ def whole_model_without_weights(path: Path) -> Any:
 
 def text_model_without_weights(path: Path) -> Any | None:
     """Build the language part of a multimodal model on the device `meta`; None for other models."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     whole = read_config(path)

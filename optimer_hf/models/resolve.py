@@ -8,7 +8,6 @@ from optimer_hf.files.paths import cache_dir
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import AnyPath, Reference, is_there, reference_from_here
 from optimer_hf.files.staging import is_half_filled
-from optimer_hf.models.gguf_conversion import convert_once
 from optimer_hf.models.hub_answers import checking_answers
 from optimer_hf.models.layout import (
     ANY_WEIGHTS,
@@ -63,7 +62,7 @@ def resolve_model(text: str, *, may_run_code: bool = False) -> ResolvedModel:
 def _resolve(text: str, *, may_run_code: bool) -> ResolvedModel:
     ref = Reference(text)
     if ref.package is not None:
-        return ResolvedModel(convert_once(packaged_gguf(ref.package, cache_dir() / "gguf")), text)
+        return ResolvedModel(_convert(packaged_gguf(ref.package, cache_dir() / "gguf")), text)
     if ref.path is None:
         return _fetch(ref, may_run_code=may_run_code)
     if not is_there(ref.path):
@@ -72,11 +71,17 @@ def _resolve(text: str, *, may_run_code: bool) -> ResolvedModel:
         _refuse_half_moved(ref.path)
         return ResolvedModel(ref.path, ref.path.name)
     if ref.path.suffix == ".gguf":
-        return ResolvedModel(convert_once(ref.path), ref.path.name)
+        return ResolvedModel(_convert(ref.path), ref.path.name)
     raise ModelError(
         f"{text}: expected a directory, a GGUF file or a Hub id, found a "
         f"{ref.path.suffix or 'plain'} file."
     )
+
+
+def _convert(gguf: Path) -> Path:
+    from optimer_hf.models.gguf_conversion import convert_once  # imports torch
+
+    return convert_once(gguf)
 
 
 def _refuse_half_moved(path: Path) -> None:

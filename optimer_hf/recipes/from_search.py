@@ -1,4 +1,4 @@
-"""A study file -> its search, and the recipe of its best merge."""
+"""Search the study in a file, and write the recipe of its best merge."""
 
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ def search_study(
     n_trials: int | None = None,
     runner: Runner | None = None,
 ) -> tuple[Study, dict[str, Any]]:
-    """Search the study of a file, see `read_study`, into a directory, write its recipe there, and
-    return the study with the mergekit config of its best merge. Trials run with `runner`, see
-    `searching.loop.search`.
+    """Search the study in a file, write its recipe into its directory, and return the study with
+    the mergekit config of its best merge.
+
+    `read_study` reads the file; `objective` and `n_trials` go to it. `searching.loop.search` runs
+    the trials with `runner`.
     """
     config = read_study(path, objective=objective, n_trials=n_trials)
     study = search(config, study_dir, runner=runner)

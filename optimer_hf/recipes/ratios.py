@@ -1,4 +1,4 @@
-"""A study or a recipe -> the mixture ratios that its weights stand for, and a train file."""
+"""Turn the weights of a study or a recipe into mixture ratios, and those into a train file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from optimer_hf.training.config import MOST_TOKENS, TrainConfig, is_count_of_tok
 
 @dataclass(frozen=True)
 class SourceRatios:
-    """Mixture ratios read from a study or a recipe, the weights behind them, and the vectors
-    without a share, each with the reason.
+    """The mixture ratios of a study or a recipe, the weights behind them, and the reason why each
+    vector without a share has none.
     """
 
     ratios: mixture.Ratios
@@ -31,17 +31,17 @@ def ratios_of(
     tokens: Sequence[str] = (),
     without: Sequence[str] = (),
 ) -> SourceRatios:
-    """Return the mixture ratios that the weights of a study directory or a recipe stand for; with
-    the train files of its vectors, write the run that retrains with them to `out`.
+    """Return the mixture ratios that correspond to the weights of a study directory or a recipe.
+    Given the train files of its vectors, also write the train file of that mixture to `out`.
 
-    `tokens` are texts NAME=N, for vectors that do not record how many tokens they were trained on;
-    `without` names the vectors to leave out. `max_tokens` is the length of the run (None: the
+    `tokens` are texts NAME=N, for vectors that do not record how many tokens they were trained on.
+    `without` names vectors to leave out. `max_tokens` is the length of the mixture (None: the
     tokens of all vectors together). Raises ConfigError for names that the source does not have.
     """
     if (out is None) != (not train_yamls):
         raise ConfigError("TRAIN_YAML and --out go together: what to mix, and where to write it.")
     weights, sources = _weights_of(source, without)
-    given = _numbers(tokens, sources)
+    given = _parse_tokens(tokens, sources)
     known = given | mixture.training_tokens({n: s for n, s in sources.items() if n not in given})
     ratios = mixture.ratios_of(weights, known)
     reasons = {n: f"weight {weights[n]:g} is not above 0" for n in ratios.left_out}
@@ -56,8 +56,8 @@ def ratios_of(
 
 
 def _weights_of(source: Path, without: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
-    """Return weights and sources of the vectors of a study directory or of a recipe, but those of
-    some names.
+    """Return the weights and the sources of the vectors of a study directory or a recipe, without
+    those in `without`.
     """
     if source.is_dir():
         study = load_study(source)
@@ -69,12 +69,14 @@ def _weights_of(source: Path, without: Sequence[str]) -> tuple[dict[str, float],
         sources = {name: vector.source for name, vector in recipe.vectors.items()}
     for name in without:
         if name not in sources:
-            raise ConfigError(f"--without {name}: no vector is called so; known: {[*sources]}.")
+            raise ConfigError(
+                f"--without {name}: there is no such vector. Known: {', '.join(sources)}."
+            )
     kept = [name for name in sources if name not in without]
     return {name: weights[name] for name in kept}, {name: sources[name] for name in kept}
 
 
-def _numbers(texts: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
+def _parse_tokens(texts: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
     numbers = {}
     for text in texts:
         name, _, number = text.partition("=")

@@ -12,7 +12,7 @@ from optimer_hf.comparison.costs import ledger
 from optimer_hf.comparison.result import Comparison, verdicts
 from optimer_hf.comparison.rows import RowKind, SealedRow
 from optimer_hf.errors import OptimerError
-from optimer_hf.merging import geometry
+from optimer_hf.merging.geometry_file import read_or_measure
 from optimer_hf.report.drawing import (
     COLOURS,
     INK,
@@ -353,7 +353,7 @@ def cosines_panel(study: Study) -> Panel | None:
         return None
     try:
         kept = study.directory / "geometry.json"
-        measured = geometry.read_or_measure(sources, config.base_model, config.dtype, kept)
+        measured = read_or_measure(sources, config.base_model, config.dtype, kept)
     except OptimerError as error:
         logger.warning("the report leaves out the cosines: %s", error)
         return None

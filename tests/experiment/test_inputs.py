@@ -13,7 +13,7 @@ from optimer_hf.cli import main
 from optimer_hf.comparison.sealed_file import Seal
 from optimer_hf.experiment.inputs import KINDS
 from optimer_hf.hub.pulling import PulledFile
-from optimer_hf.merging.geometry import GeometryFile
+from optimer_hf.merging.geometry_file import GeometryFile
 from optimer_hf.recipes.record import Lock
 from optimer_hf.study.directory import Inputs
 from optimer_hf.vectors.record import VectorFile

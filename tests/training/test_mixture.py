@@ -145,7 +145,7 @@ def test_ratios_of_the_command_line_refuses_what_does_not_fit(tmp_path):
         (["--tokens", "b=1"], "--tokens 'b=1': expected NAME=N with one of ['a']"),
         (["--tokens", "a=1", "--out", "x.yaml"], "TRAIN_YAML and --out go together"),
         ([], "vector 'a' (a/v) does not say how many tokens"),
-        (["--without", "b"], "--without b: no vector is called so; known: ['a']"),
+        (["--without", "b"], "--without b: there is no such vector. Known: a."),
         (["--without", "a"], "no weight is above 0"),
     ):
         found = CliRunner().invoke(main, ["ratios", str(file), *arguments])
