@@ -1,0 +1,38 @@
+"""Pools of two vectors of each kind."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.opening import open_vector
+
+
+@pytest.fixture(scope="module")
+def pool(make_base, make_tuned, make_adapter, tmp_path_factory):
+    """Return a function architecture, kind of vector, dtype -> base and two sources; made once."""
+    made: dict[tuple[str, str, torch.dtype], tuple[ResolvedModel, dict[str, Path]]] = {}
+
+    def sources(
+        kind: str, vectors: str, dtype: torch.dtype
+    ) -> tuple[ResolvedModel, dict[str, Path]]:
+        if (kind, vectors, dtype) not in made:
+            base = make_base(kind, dtype)
+            if vectors == "adapter":
+                paths = {name: make_adapter(base, seed) for seed, name in enumerate(("ja", "math"))}
+            else:
+                paths = {
+                    name: make_tuned(base, kind, seed, dtype)
+                    for seed, name in enumerate(("ja", "math"))
+                }
+            if vectors == "delta":
+                folder = tmp_path_factory.mktemp("deltas")
+                for name, path in paths.items():
+                    extract(open_vector(name, str(path), base), base, folder / name)
+                paths = {name: folder / name for name in paths}
+            made[kind, vectors, dtype] = base, paths
+        return made[kind, vectors, dtype]
+
+    return sources
