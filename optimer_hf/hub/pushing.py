@@ -105,13 +105,8 @@ def push(
     recipe to them. `dry_run` sends nothing. Raises HubError that says what to do, before anything
     is sent where that is possible.
     """
-    if create_pr and (tag is not None or vectors):
-        option, reason = (
-            ("--tag", "a pull request has no tag. Tag the commit once it is merged.")
-            if tag is not None
-            else ("--vectors", "a pull request is for one repository. Push each vector first.")
-        )
-        raise HubError(f"{option} with --create-pr: {reason}")
+    if create_pr:
+        _refuse_beside_pull_request(tag, vectors)
     folder = Path(directory)
     options = _Options(private, licence, commit_message, create_pr, tag, dry_run)
     with explaining_errors(repo_id):
@@ -126,6 +121,18 @@ def push(
         _refuse_other_visibility(target, info, private)
         _card_metadata(target, info, publication, options)
         return _commit(target, publication, options)
+
+
+def _refuse_beside_pull_request(tag: str | None, vectors: bool) -> None:
+    if tag is not None:
+        raise HubError(
+            "--tag with --create-pr: a pull request has no tag. Tag the commit once it is merged."
+        )
+    if vectors:
+        raise HubError(
+            "--vectors with --create-pr: a pull request is for one repository. Push each vector "
+            "first."
+        )
 
 
 def _warn_of_unbuilt(lock: Path) -> None:

@@ -8,14 +8,10 @@ import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
-import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import click
 import pytest
@@ -25,7 +21,6 @@ from click.testing import CliRunner
 from optimer_hf.cli import Program, main
 from optimer_hf.cli.options import Existing
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.staging import staged_directory
 from tests.support.cli import optimer, process
 
 HEAVY = {"torch", "transformers", "lm_eval", "mergekit", "smac", "datasets", "scipy"}
@@ -144,88 +139,6 @@ def test_a_disk_that_refuses_anything_is_one_line_with_the_path(monkeypatch, num
         f"error: /some/file: {os.strerror(number)}. Free space there, allow access, or give "
         "another place.\n"
     )
-
-
-ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-
-
-@pytest.mark.parametrize(("number", "status"), ENDINGS)
-def test_a_signal_tidies_up_says_how_to_go_on_and_is_the_exit_status(
-    tmp_path, monkeypatch, number, status
-):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
-    def interrupted(*arguments, **options):
-        with TemporaryDirectory(), staged_directory(tmp_path / "out") as staging:
-            (staging / "half").write_text("half")
-            os.kill(os.getpid(), number)
-            time.sleep(10)
-
-    monkeypatch.setattr("optimer_hf.hub.pull", interrupted)
-    monkeypatch.setattr(sys, "argv", ["optimer", "pull", "a/b"])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    try:
-        result = optimer("pull", "a/b", ok=False)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert result.exit_code == status
-    assert "interrupted. Finished" in result.stderr
-    assert result.stderr.endswith("; to resume: optimer pull a/b\n")
-    assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-
-
-def test_signals_that_are_ignored_or_of_others_stay_so(monkeypatch):
-    found = []
-    monkeypatch.setattr(
-        "optimer_hf.hub.pull", lambda *_, **__: found.append(signal.getsignal(signal.SIGHUP))
-    )
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        CliRunner().invoke(main, ["pull", "a/b"])
-        assert found == [signal.SIG_IGN] == [signal.getsignal(signal.SIGHUP)]
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def test_the_prompt_returns_although_threads_wait_and_what_is_registered_still_runs():
-    code = (
-        "import atexit, sys, threading\n"
-        "from optimer_hf.cli import main\n"
-        "threading.Thread(target=threading.Event().wait).start()\n"
-        "atexit.register(print, 'tidied up')\n"
-        "sys.argv = ['optimer', 'nonsense']\n"
-        "main()"
-    )
-    result = process("-c", code)
-    assert result.returncode == 2 and "No such command 'nonsense'" in result.stderr
-    assert result.stdout == "tidied up\n"
-
-
-SECRET = "hf_" + "aB3" * 11
-
-
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        (["--token", SECRET], "optimer pull a/b --update, with your --token\n"),
-        ([f"--token={SECRET}"], "optimer pull a/b --update, with your --token\n"),
-        (["--token", "--token"], "optimer pull a/b --update, with your --token\n"),
-        (["--revision", SECRET], "optimer pull a/b --revision ... --update\n"),
-        (["--out", "of-the-environment"], "optimer pull a/b --out ... --update\n"),
-        (["--out", "tokens"], "optimer pull a/b --out tokens --update\n"),
-    ],
-)
-def test_no_token_is_shown_with_the_command_that_goes_on(monkeypatch, given, shown):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("optimer_hf.hub.pull", interrupted)
-    monkeypatch.setenv("HF_TOKEN", "of-the-environment")
-    monkeypatch.setattr(sys, "argv", ["optimer", "pull", "a/b", *given, "--update"])
-    result = optimer("pull", "a/b", ok=False)
-    assert result.exit_code == 130
-    assert result.stderr.endswith(f"to resume: {shown}")
 
 
 @pytest.mark.parametrize(
