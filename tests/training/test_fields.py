@@ -67,7 +67,10 @@ EXAMPLES = {
     "optim": ["adamw_torch"],
     "report_to": ["none"],
     "lr_scheduler_type": ["linear", "cosine", "constant", "constant_with_warmup"],
+    "task_type": ["CAUSAL_LM"],
     "use_rslora": [True, False],
+    "activation_checkpointing": [True, False],
+    "logging_first_step": [True, False],
 }
 
 
@@ -83,6 +86,23 @@ def test_a_settled_value_is_one_that_no_package_refuses(section, field):
         if not fields.list_field_mistakes(config):
             assert is_settled(config), (field, value)
             check_config(config)
+
+
+@pytest.mark.parametrize("end", [0, -1])
+def test_settled_values_are_not_refused_together_either(end):
+    values = {
+        section: {
+            field: EXAMPLES[field][end] if field in EXAMPLES else (BOUNDS | LORA_BOUNDS)[field][end]
+            for field in SETTLED[section]
+        }
+        for section in SETTLED
+    }
+    for field in ("num_train_epochs", "logging_steps", "save_steps"):  # above 0
+        values["trainer"][field] = max(values["trainer"][field], 1)
+    data = {"name": "n", "base_model": "a/b", "corpus": {"path": "x.jsonl"}}
+    config = TrainConfig.model_validate(data | values)
+    assert is_settled(config) and not fields.list_field_mistakes(config)
+    check_config(config)
 
 
 @pytest.mark.parametrize(
