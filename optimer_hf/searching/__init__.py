@@ -1,1 +1,1 @@
-"""Running a study: SMAC asks, a pool of vectors answers."""
+"""Runs a study: SMAC proposes weights, a pool of vectors is merged with them and scored."""

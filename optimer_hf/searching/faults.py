@@ -1,9 +1,8 @@
-"""Which failures are the machine's and not those of the weights that were tried.
+"""Which failures are the fault of the machine, not of the weights that were tried.
 
-An exception comes in, or the text under which a trial recorded one; what goes out is whether the
-same weights may well score on another try: memory ran out, a disk is full, a file or a connection
-is gone. PyTorch reports most of them as plain RuntimeErrors, so
-their messages are looked at, too.
+After such a failure the same weights may well score on another try: memory ran out, a disk is full,
+a file or a connection is gone. PyTorch reports most of these as plain RuntimeErrors, so their
+messages count, too. `study.recorded_faults` does the same for errors that trials recorded.
 """
 
 import contextlib
@@ -30,25 +29,26 @@ LIBRARIES = (
 
 
 def is_environmental(error: BaseException) -> bool:
-    """Whether a failure, or the one that caused it, is the machine's.
+    """Whether a failure, or the failure that caused it, is the machine's fault.
 
-    Of our own errors only an EvaluationError speaks of the weights. An error that was raised while
-    another was handled counts as caused by it only when memory had run out: libraries try imports
-    and files that need not be there.
+    Of our own errors, only an EvaluationError can be the weights' fault. An error raised while
+    another one was handled counts as caused by it only if memory had run out: libraries often try
+    imports and files that need not be there.
     """
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        if _is_one(found):
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if _is_fault(cause):
             return True
-        context = None if found.__suppress_context__ else found.__context__
+        context = None if cause.__suppress_context__ else cause.__context__
         lacked_memory = isinstance(context, MemoryError | torch.OutOfMemoryError)
-        found = found.__cause__ or (context if lacked_memory else None)
+        cause = cause.__cause__ or (context if lacked_memory else None)
     return False
 
 
-def _is_one(error: BaseException) -> bool:
+def _is_fault(error: BaseException) -> bool:
+    """Whether this failure alone, without its causes, is the machine's fault."""
     if isinstance(error, OptimerError):
         return not isinstance(error, EvaluationError)
     if isinstance(error, BaseExceptionGroup):
@@ -60,7 +60,7 @@ def _is_one(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def naming_faults(what: str) -> Iterator[None]:
-    """Turn a failure of the machine while `what` happens into an EvaluationError of one line."""
+    """Turn a fault of the machine during `what` into an EvaluationError of one line."""
     try:
         yield
     except OptimerError:
@@ -75,7 +75,7 @@ def naming_faults(what: str) -> Iterator[None]:
 
 
 def collect_memory() -> None:
-    """Give back what nothing refers to any longer, on the devices, too."""
+    """Free memory that nothing refers to any more, on the devices, too."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -34,7 +34,7 @@ from optimer_hf.study.trials import INPUTS_FILE, TRIALS_FILE, Candidate, Trial, 
 logger = logging.getLogger(__name__)
 
 
-# -- verifying -------------------------------------------------------------------------------------
+# -- for a new objective ---------------------------------------------------------------------------
 
 
 def search_on(
@@ -45,39 +45,20 @@ def search_on(
     *,
     runner: Runner | None = None,
 ) -> Study:
-    """Search on for a new objective from the trials of a study, `n_trials` real ones more, the
-    predicted weights first; return the new study, whose directory begins with the old trials.
+    """Search for a new objective, starting from the trials of a study, and return the new study.
+
+    Its directory begins with the recorded trials. `n_trials` new ones follow, the first of them at
+    the predicted weights. Raises StudyError when that is more than LARGEST_SEARCH trials.
     """
-    terms = {term.label for term in target.terms_at("search")}
-    in_order = sorted(study.trials, key=lambda trial: trial.number)
-    seeds = [  # numbered without gaps, which a search by several workers can leave
-        replace(
-            trial,
-            number=number,
-            terms={label: s for label, s in trial.terms.items() if label in terms},
-        )
-        for number, trial in enumerate(in_order)
-    ]
+    seeds = _seeds(study, target)
     earlier = TrialLog(directory / TRIALS_FILE, repair=False).trials_at("search")
     n_seeds = _n_seeds(earlier, seeds) if earlier else len(seeds)
     if n_seeds + n_trials > LARGEST_SEARCH:
         raise StudyError(
             f"{directory}: found {n_seeds} recorded trials and {n_trials} more, expected at most "
-            f"{LARGEST_SEARCH}. Ask for fewer."
+            f"{LARGEST_SEARCH} together. Ask for fewer."
         )
-    config = StudyConfig.model_validate(
-        study.config.model_dump()
-        | {"objective": target.model_dump(), "test": None, "retarget": {}}
-        | {
-            "search": study.config.search.model_dump()
-            | {
-                "n_trials": n_seeds + n_trials,
-                "surrogate": "per_term",
-                "pareto": False,
-                "spread": False,
-            }
-        }
-    )
+    config = _config_for(study, target, n_seeds + n_trials)
     with lock_directory(directory):
         opened = open_study(config, directory)
         if not opened.log.trials:
@@ -89,15 +70,46 @@ def search_on(
     return search(config, directory, runner=runner, planned=first)
 
 
+def _config_for(study: Study, target: Objective, n_trials: int) -> StudyConfig:
+    """Return the config of a search for another objective that has `n_trials` in all."""
+    settings = {"n_trials": n_trials, "surrogate": "per_term", "pareto": False, "spread": False}
+    changes = {
+        "objective": target.model_dump(),
+        "test": None,
+        "retarget": {},
+        "search": study.config.search.model_dump() | settings,
+    }
+    return StudyConfig.model_validate(study.config.model_dump() | changes)
+
+
+def _seeds(study: Study, target: Objective) -> list[Trial]:
+    """Return the search trials of a study with their scores of the terms of a new objective,
+    numbered without gaps, which a search by several workers can leave.
+    """
+    labels = {term.label for term in target.terms_at("search")}
+    in_order = sorted(study.trials, key=lambda trial: trial.number)
+    return [
+        replace(
+            trial,
+            number=number,
+            terms={label: score for label, score in trial.terms.items() if label in labels},
+        )
+        for number, trial in enumerate(in_order)
+    ]
+
+
 def _n_seeds(earlier: Sequence[Trial], seeds: Sequence[Trial]) -> int:
-    """Return how many trials a search for a new objective began with: the number of its prediction,
-    the first open one where that was not finished before others of several workers.
+    """Return how many recorded trials a search for a new objective began with: the number of its
+    prediction or, if several workers have not finished that one, the first number that is missing.
     """
     numbers = {trial.number for trial in earlier}
     first_open = next(number for number in count() if number not in numbers)
     inherited = {trial.number for trial in seeds if trial.origin == PREDICTION}
     own = {trial.number for trial in earlier if trial.origin == PREDICTION} - inherited
     return min(own, default=first_open)
+
+
+# -- a study ---------------------------------------------------------------------------------------
 
 
 def search(
@@ -107,14 +119,14 @@ def search(
     runner: Runner | None = None,
     planned: Mapping[int, tuple[str, Mapping[str, float]]] | None = None,
 ) -> Study:
-    """Run a study to its end and return it; trials that are on disk already are not run again.
+    """Run a study to its end and return it; trials that are on disk are not run again.
 
-    Trials run with `runner`: `InProcess()` (the default), or `Workers(...)`, processes of this
-    machine or of a Dask cluster. `planned` trials, origin and weights by number, are not asked for.
+    `runner` runs the trials: `InProcess()` (the default), or `Workers(...)`, processes of this
+    machine or of a Dask cluster. `planned` sets origin and weights of trials, by number.
 
     Raises OptimerError for anything wrong with the config before the first trial. A trial that
-    fails is recorded as crashed and the search goes on, unless the base itself cannot be scored or
-    nothing else could, or the failure is not the fault of its weights (see `run_trial`).
+    fails is recorded as crashed, and the search goes on. It ends with an EvaluationError if the
+    base cannot be scored, if all anchors crash, or if the machine is at fault (see `run_trial`).
     """
     with lock_directory(directory):
         study = open_study(config, directory)
@@ -122,7 +134,7 @@ def search(
         if study.is_finished and study.names_recorded_files():
             logger.info("search: %d trials are recorded, nothing to do", len(study.trials))
             return study
-        tracker = Tracker(config.search.report_to, directory)  # what it lacks is said at once
+        tracker = Tracker(config.search.report_to, directory)  # raises before anything is loaded
         with (runner or InProcess()).open(config) as slots, tracker:
             study.record_inputs(slots.digest_inputs())
             warn_of_reported_benchmarks(config.objective)
@@ -158,11 +170,11 @@ def _run_search(
         while waiting or running:
             while waiting and len(running) < slots.count_slots():
                 if running and not study.trials:
-                    break  # gains are relative to the base, so it comes first and alone
+                    break  # gains are relative to the base, so it runs first and alone
                 candidate = plan.next_candidate(waiting.popleft(), list(running.values()))
                 running[candidate.number] = candidate
                 slots.submit(candidate, asked)
-            finished = _refuse_unusable(rules, slots.next_finished())
+            finished = _crash_if_unusable(rules, slots.next_finished())
             del running[finished.number]
             _check_sound(study, finished)
             study.log.append(finished)
@@ -174,7 +186,7 @@ def _run_search(
 
 
 class _Plan:
-    """What is tried next: an anchor, planned weights, or what the surrogate asks for."""
+    """Chooses what to try next: an anchor, planned weights, or what the surrogate proposes."""
 
     def __init__(
         self, study: Study, scratch: Path, planned: Mapping[int, tuple[str, Mapping[str, float]]]
@@ -184,7 +196,7 @@ class _Plan:
         self._asker: Asker | None = None
 
     def next_candidate(self, number: int, running: Sequence[Candidate]) -> Candidate:
-        """Return what trial `number` is to score, given those that still run."""
+        """Return the candidate for trial `number`, given those that are still running."""
         if number in self._planned:
             origin, planned = self._planned[number]
             return Candidate(number, origin, dict(planned), seconds={"ask": 0.0})
@@ -198,13 +210,13 @@ class _Plan:
         return Candidate(number, "surrogate", weights, seconds=seconds)
 
     def tell(self, trial: Trial) -> None:
-        """Tell the surrogate a finished trial; one that is not made yet reads the log."""
+        """Tell the asker a finished trial, unless it is not made yet: then it will read the log."""
         if self._asker is not None:
             self._asker.tell(trial)
 
 
 def _check_sound(study: Study, finished: Trial) -> None:
-    """End a search whose base cannot be scored, or whose anchors all crash."""
+    """Raise EvaluationError if the base cannot be scored, or if all anchors have crashed."""
     if finished.status == "ok":
         return
     if finished.number == 0:
@@ -219,12 +231,12 @@ def _check_sound(study: Study, finished: Trial) -> None:
 
 
 def _reason(crashed: Trial) -> str:
-    """Return the first line of what a trial crashed with; `optimer -v` shows the traceback."""
+    """Return the first line of the error of a crashed trial; `optimer -v` shows the traceback."""
     return str(crashed.error).partition("\n")[0]
 
 
 def _rules(study: Study) -> Rules:
-    """Return what the trials to come have to be, given those that are there."""
+    """Return the rules for the trials to come, given those that are there."""
     longest = 1 + max((trial.number for trial in study.log.trials), default=0)
     rules = rules_of(study.config, max(study.config.search.n_trials, longest))
     for trial in study.log.trials:
@@ -232,11 +244,11 @@ def _rules(study: Study) -> Rules:
     return rules
 
 
-def _refuse_unusable(rules: Rules, finished: Trial) -> Trial:
-    """Return a finished trial, as crashed where its scores are numbers that nothing can be made of.
+def _crash_if_unusable(rules: Rules, finished: Trial) -> Trial:
+    """Return a finished trial; as a crashed one if its scores are too large or not finite.
 
-    Raises EvaluationError for scores that cannot be compared with those of the base: then no trial
-    of this search can.
+    Raises EvaluationError for scores that cannot be compared with those of the base, because then
+    no trial of this search can.
     """
     base = rules.first(finished.fidelity)
     for label, term in finished.terms.items():
@@ -247,8 +259,8 @@ def _refuse_unusable(rules: Rules, finished: Trial) -> Trial:
             error = f"EvaluationError: term {label!r}: {wrong}"
             return replace(finished, status="crashed", terms={}, error=error)
     for wrong in rules.mistakes(finished):
-        is_first = base is None and finished.status != "ok"  # which is said of the base elsewhere
-        if not is_first:
+        is_crashed_base = base is None and finished.status != "ok"  # `_check_sound` says so
+        if not is_crashed_base:
             raise EvaluationError(
                 f"trial {finished.number}: {wrong}. A pool or function has to score the same items "
                 "of the same terms every time."
@@ -257,7 +269,7 @@ def _refuse_unusable(rules: Rules, finished: Trial) -> Trial:
 
 
 class _Best:
-    """The best value of the trials so far that break no constraint."""
+    """The best value so far among the trials that break no constraint."""
 
     def __init__(self, study: Study) -> None:
         self._study, self.value = study, -math.inf
@@ -265,7 +277,7 @@ class _Best:
             self.take(trial)
 
     def take(self, trial: Trial) -> None:
-        """Look at a trial that is in the log."""
+        """Take a trial that is in the log into account."""
         if trial.status == "ok" and is_feasible(
             self._study.config.objective, trial.terms, self._study.base
         ):
@@ -280,8 +292,8 @@ def _note(study: Study, trial: Trial, best: float) -> str:
 
 
 def _figures(study: Study, trial: Trial, best: float) -> dict[str, float]:
-    """Return what a tracking tool shows of a trial: weights, and what they scored unless it
-    crashed.
+    """Return what a tracking tool shows of a trial: its weights and, unless it crashed, its
+    scores.
     """
     figures = {f"weight/{name}": weight for name, weight in trial.weights.items()}
     if trial.status == "ok":
@@ -291,15 +303,15 @@ def _figures(study: Study, trial: Trial, best: float) -> dict[str, float]:
 
 
 def _run_rescore(study: Study, slots: Slots) -> None:
-    """Score the base and the best few on more items, with the terms that joined for this; scores
-    that were taken on those items already are taken over.
+    """Score the base and the best few on more items, and on the terms that are for re-scoring only.
+    Scores that the search measured on the same items are kept.
     """
     remaining, done = deque(study.trials_to_rescore()), len(study.log.trials_at("rescore"))
     if not remaining:
         return
     asked = study.terms_to_rescore()
     if not asked:
-        logger.info("re-score: the search scored the same items, so its scores are taken over")
+        logger.info("re-score: the search scored the same items, so its scores are kept")
         for trial in remaining:
             again = replace(_rescore_candidate(trial).to_trial({}, {}, 0), worker=trial.worker)
             study.log.append(study.with_search_scores(again))
@@ -309,7 +321,7 @@ def _run_rescore(study: Study, slots: Slots) -> None:
         while remaining or n_running:
             while remaining and n_running < slots.count_slots():
                 if n_running and not study.log.trials_at("rescore"):
-                    break  # the base first, as above
+                    break  # the base first, as in the search
                 slots.submit(_rescore_candidate(remaining.popleft()), asked)
                 n_running += 1
             rescored = _complete_rescored(study, rules, slots.next_finished())
@@ -325,7 +337,7 @@ def _run_rescore(study: Study, slots: Slots) -> None:
 
 def _complete_rescored(study: Study, rules: Rules, trial: Trial) -> Trial:
     """Return a trial that was scored again with the scores that it takes over, see `_usable`."""
-    return _refuse_unusable(rules, study.with_search_scores(trial))
+    return _crash_if_unusable(rules, study.with_search_scores(trial))
 
 
 def _rescore_candidate(trial: Trial) -> Candidate:

@@ -1,6 +1,7 @@
-"""Wrap SMAC: an Asker is told finished trials and proposes the next weights.
+"""Finished trials -> the weights to try next, by SMAC. No other file imports SMAC.
 
-No other file imports SMAC.
+SMAC is only asked and told: an Asker hands it a surrogate, an acquisition function and a maximiser
+of ours, or takes one of its stock facades as it is.
 """
 
 import logging
@@ -35,15 +36,15 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
-USUAL_TOTAL, TOTAL_DEVIATION = 1.2, 0.5  # of the weights of good merges
+USUAL_TOTAL, TOTAL_DEVIATION = 1.2, 0.5  # sum of the weights in good merges
 PRIOR_TRIALS = 30  # the prior counts as this many trials
 N_NEIGHBOURS = 100
-SPREAD_FROM, SPREAD_EVERY = 20, 2  # trials
+SPREAD_FROM, SPREAD_EVERY = 20, 2  # from this trial on, every second one
 
 
 @dataclass
 class AskState:
-    """What the components know: finished trials, weights that still run, the next number."""
+    """What our components of SMAC know: finished trials, weights that run, the next number."""
 
     config: StudyConfig
     trials: list[Trial] = field(default_factory=list)
@@ -52,7 +53,7 @@ class AskState:
     _fitted: tuple[tuple[int, int], Surrogate] | None = None
 
     def surrogate(self) -> Surrogate:
-        """Return the surrogate of the record, fitted once for a number of trials and preference."""
+        """Return the surrogate, fitted once for each number of trials and each preference."""
         spreads = _is_for_random_preference(self.config, self.number)
         state = (len(self.trials), self.number if spreads else 0)
         if self._fitted is None or self._fitted[0] != state:
@@ -64,8 +65,8 @@ class AskState:
 
 
 def _is_for_random_preference(config: StudyConfig, number: int) -> bool:
-    """Return whether trial `number` is asked for under a random preference over the terms: all are
-    with `pareto`, every other one with `spread` once the objective's own optimum is roughly known.
+    """Whether trial `number` is chosen for a random weighting of the terms: with `pareto` every one
+    is, with `spread` every second one, once the optimum of the objective is roughly known.
     """
     if config.search.pareto:
         return True
@@ -76,7 +77,7 @@ def _is_for_random_preference(config: StudyConfig, number: int) -> bool:
 
 
 class SurrogateModel(AbstractModel):
-    """The surrogate of the record; SMAC's combined costs are not used."""
+    """Our surrogate as a model of SMAC, which ignores SMAC's combined costs."""
 
     def __init__(self, record: AskState, space: ConfigurationSpace) -> None:
         super().__init__(space, seed=record.config.search.seed)
@@ -88,7 +89,7 @@ class SurrogateModel(AbstractModel):
 
     @property
     def posterior(self) -> Surrogate:
-        """The surrogate of the record as it is now."""
+        """The surrogate as it is now."""
         return self._record.surrogate()
 
     def _predict(
@@ -104,19 +105,19 @@ class SurrogateModel(AbstractModel):
         ]
 
     def predict_marginalized(self, X: "Array") -> tuple["Array", "Array"]:  # noqa: N803
-        """Return nothing of use: SMAC looks for its best trial with it, one by one, and no
-        component of ours asks which one that is.
+        """Return constants: SMAC looks for its best trial with this, but nobody asks for that
+        trial.
         """
         return np.zeros((len(X), 1)), np.ones((len(X), 1))
 
 
 class FeasibleImprovement(AbstractAcquisitionFunction):
-    """log EI over the best posterior mean among the trials, as observed scores are noisy, plus the
-    log probability that every constraint is kept (Gardner et al., ICML 2014), plus a prior that
-    fades with the number of trials (Hvarfner et al., ICLR 2022, eq. 6).
+    """The sum of log EI, the log probability to keep every constraint (Gardner et al., ICML 2014),
+    and a log prior that fades with the number of trials (Hvarfner et al., ICLR 2022, eq. 6).
 
-    The prior is what is known of merges: weights whose sum is far beyond 1 break the model. Without
-    it the first asks go to far corners of the box, where nothing was measured.
+    EI is over the best posterior mean among the trials, since observed scores are noisy. The prior
+    says what is known of merges: weights whose sum is far beyond 1 break the model. Without it, the
+    first proposals go to far corners of the box, where nothing was measured.
     """
 
     posterior: Surrogate
@@ -128,18 +129,18 @@ class FeasibleImprovement(AbstractAcquisitionFunction):
         return "log expected feasible improvement"
 
     def _update(self, **kwargs: Any) -> None:
-        pass  # the maximiser sets posterior and best for every ask
+        pass  # the maximiser sets posterior, best and prior for every ask
 
     def _compute(self, X: "Array") -> "Array":  # noqa: N803
         mean, variance = self.posterior.predict(X)
         improvement = log_expected_improvement(mean, variance, self.best)
-        found = improvement + self.posterior.log_feasibility(X) + self.log_prior(X)
-        return np.asarray(found)[:, None]
+        total = improvement + self.posterior.log_feasibility(X) + self.log_prior(X)
+        return np.asarray(total)[:, None]
 
 
 def log_prior_of_total(config: StudyConfig, n_trials: int, points: "Array") -> "Array":
-    """Return the log prior of points [n, d] after n_trials: a half normal density of the sum of
-    absolute weights beyond USUAL_TOTAL.
+    """Return the log prior [n] of points [n, d] after n_trials: a half-normal density of how far
+    the sum of the absolute weights is beyond USUAL_TOTAL.
     """
     low, high = np.array(list(config.free.values())).T
     total = np.abs(low + points * (high - low)).sum(axis=1)
@@ -148,8 +149,8 @@ def log_prior_of_total(config: StudyConfig, n_trials: int, points: "Array") -> "
 
 
 class Maximiser(AbstractAcquisitionMaximizer):
-    """Vectorised; its randomness depends on the seed and the trial's number only, so a resumed
-    study repeats it.
+    """Our vectorised maximiser. Its random numbers depend only on the seed and the number of the
+    trial, so that a resumed study repeats them.
     """
 
     def __init__(self, record: AskState, space: ConfigurationSpace) -> None:
@@ -173,28 +174,28 @@ class Maximiser(AbstractAcquisitionMaximizer):
         acquisition.posterior = fitted.condition_on(pending)
         acquisition.log_prior = partial(log_prior_of_total, config, len(record.trials))
         rng = np.random.default_rng([config.search.seed, record.number])
-        found = maximise(
+        best = maximise(
             lambda points: acquisition._compute(points)[:, 0],
             len(config.free),
             rng,
             tried[np.argsort(-ranking, kind="stable")[:5]],
             allowed=lambda points: within_total(config, points),
         )
-        untried = self._step_off_tried(found, rng)
+        untried = self._step_off_tried(best, rng)
         return iter([Configuration(self._configspace, vector=untried)])
 
-    def _step_off_tried(self, found: "Array", rng: np.random.Generator) -> "Array":
-        """Return the point, or one nearby when its weights were tried: SMAC would refuse it and
-        draw a random one, with a generator that a resumed search has in another state.
+    def _step_off_tried(self, best: "Array", rng: np.random.Generator) -> "Array":
+        """Return the point, or one nearby if its weights were tried. SMAC would refuse those, and
+        draw a random point with a generator whose state a resumed search does not repeat.
         """
         record = self._record
         known = [trial.weights for trial in record.trials] + record.pending
-        point = found
+        point = best
         for step in range(N_NEIGHBOURS):
             weights = from_unit(record.config, point)
             if weights not in known:
                 return np.asarray(to_unit(record.config, [weights])[0])
-            moved = found + 0.02 * 1.1**step * rng.normal(size=found.shape)
+            moved = best + 0.02 * 1.1**step * rng.normal(size=best.shape)
             point = within_total(record.config, np.clip(moved, 0, 1)[None])[0]
         return point
 
@@ -203,22 +204,22 @@ class Maximiser(AbstractAcquisitionMaximizer):
 
 
 class _Facade(BlackBoxFacade):
-    """SMAC's black-box facade without its rule that the model must be one of its own processes."""
+    """SMAC's black-box facade, but its model need not be one of SMAC's own processes."""
 
     def _validate(self) -> None:
         AbstractFacade._validate(self)
 
 
 def unit_space(config: StudyConfig, seed: int) -> ConfigurationSpace:
-    """Return SMAC's space of unit weights."""
+    """Return SMAC's space of weights scaled to [0, 1]."""
     space = ConfigurationSpace(seed=seed)
     space.add([Float(name, (0.0, 1.0)) for name in config.free])
     return space
 
 
 def facade_of(record: AskState, scratch: Path) -> Any:
-    """Return SMAC's black-box facade with our components; it writes its own files into `scratch`,
-    where nobody reads them.
+    """Return SMAC's black-box facade with our components. It writes files into `scratch`, which
+    nobody reads.
     """
     space = unit_space(record.config, record.config.search.seed)
     scenario = _scenario(space, scratch, record.config.search.seed)
@@ -235,8 +236,8 @@ def facade_of(record: AskState, scratch: Path) -> Any:
 
 
 def stock_facade_of(record: AskState, scratch: Path) -> Any:
-    """Return one of SMAC's own facades as it comes, for one ask: seeded by the trial's number, as
-    SMAC does not restore the state of its generators.
+    """Return one of SMAC's own facades as it comes, for one ask. Its seed depends on the number of
+    the trial, since SMAC does not restore the state of its generators.
     """
     config = record.config
     facades = {"black_box": BlackBoxFacade, "random_forest": HyperparameterOptimizationFacade}
@@ -251,15 +252,15 @@ def _scenario(space: ConfigurationSpace, scratch: Path, seed: int) -> Scenario:
 
 
 def _ask_and_tell_settings(facade: Any, scenario: Scenario) -> dict[str, Any]:
-    """Return what every facade needs when it is only asked and told."""
+    """Return the settings of a facade that is only asked and told."""
     logger = logging.getLogger("smac")
-    if logger.level != logging.ERROR:  # it warns that the initial design is empty: ours has anchors
-        # Once, not at every ask: a signal that raises inside setLevel would leave logging locked
+    if logger.level != logging.ERROR:  # it warns of an empty initial design; we have anchors
+        # once, not at every ask: a signal that raises inside setLevel would leave logging locked
         logger.setLevel(logging.ERROR)
     return {
         "initial_design": facade.get_initial_design(scenario, n_configs=0),
         "intensifier": facade.get_intensifier(scenario, max_config_calls=1),
-        "overwrite": True,  # SMAC asks on stdin when it finds an old run
+        "overwrite": True,  # SMAC prompts on stdin when it finds an old run
         "logging_level": False,
     }
 
@@ -269,14 +270,14 @@ def _refuse_to_run(config: Any, seed: int = 0) -> float:
 
 
 class Asker:
-    """Told every finished trial, asked for the next weights.
+    """Takes every finished trial, and proposes the next weights.
 
-    SMAC is made anew for every ask: it compares each configuration with all others that it knows,
-    which takes minutes at a thousand, and our components need none of what it would remember.
+    It makes a new SMAC for every ask. SMAC compares each configuration with all others that it
+    knows, which takes minutes at a thousand of them, and our components need none of that.
     """
 
     def __init__(self, config: StudyConfig, scratch: Path) -> None:
-        """Prepare SMAC; it writes its own files into `scratch`, where nobody reads them."""
+        """Prepare for SMAC, which writes files into `scratch` that nobody reads."""
         self._config, self._scratch = config, scratch
         self._record = AskState(config)
 
@@ -285,7 +286,7 @@ class Asker:
         self._record.trials.append(trial)
 
     def ask(self, number: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
-        """Return the weights to try as trial `number`, while `pending` weights are still being
+        """Return the weights to try as trial `number`, while `pending` weights are being
         evaluated.
         """
         self._record.number, self._record.pending = number, [dict(weights) for weights in pending]
@@ -293,13 +294,13 @@ class Asker:
             rng = np.random.default_rng([self._config.search.seed, number])
             point = within_total(self._config, rng.random((1, len(self._config.free))))[0]
             return from_unit(self._config, point)
-        with threadpool_limits(1):  # matrices of twenty rows: threads cost more than they bring
+        with threadpool_limits(1):  # for matrices of twenty rows, threads cost more than they save
             info = self._facade().ask()
         return from_unit(self._config, np.asarray(info.config.get_array()))
 
     def _facade(self) -> Any:
-        """Return a facade that knows what it needs: ours the base, so that it does not draw at
-        random; one of SMAC's own all trials, or as many as the surrogate would look at.
+        """Return a facade that has been told what it needs. Ours needs the base, or it would draw
+        at random; one of SMAC's own gets all trials, or those that a surrogate would be fitted to.
         """
         trials = [trial for trial in self._record.trials if not trial.is_blameless]
         if self._config.search.surrogate == "per_term":
@@ -314,8 +315,8 @@ class Asker:
         return facade
 
     def _tell(self, facade: Any, trial: Trial) -> None:
-        """Tell SMAC the cost of a trial; a crashed one gets a finite cost, an infinite one would
-        break the model.
+        """Tell SMAC the cost of a trial. A crashed one gets a finite cost, since an infinite one
+        would break the model.
         """
         point = np.clip(to_unit(self._config, [trial.weights])[0], 0, 1)
         configuration = Configuration(facade.scenario.configspace, vector=point)

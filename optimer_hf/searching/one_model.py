@@ -1,4 +1,4 @@
-"""A model and an objective file -> the score of every term."""
+"""A model + an objective -> the score of every term."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from optimer_hf.scoring.scores import TermScore
 
 @dataclass(frozen=True)
 class ScoredTerm:
-    """The score of a term of an objective; `limited` when its items are not all that there are."""
+    """The score of one term; `limited` says that a limit, not all items, was scored."""
 
     label: str
     metric: str
@@ -26,8 +26,8 @@ class ScoredTerm:
 
 
 def evaluate_model(model: str, objective: Path, *, dtype: str = "bfloat16") -> list[ScoredTerm]:
-    """Score a model, a directory or a Hub id, on every term of an objective file, in the order of
-    the file.
+    """Score a model, given as a directory or Hub id, on an objective file; return the terms in the
+    order of the file.
     """
     target = ObjectiveFile.read(objective)
     scores = score_model(model, target, dtype=dtype)
@@ -50,8 +50,8 @@ def score_model(
     dtype: str = "bfloat16",
     functions: Mapping[str, Scorer] | None = None,
 ) -> dict[str, TermScore]:
-    """Return the score of a model on every term of an objective; `functions` score the terms that
-    name them, see Evaluator.
+    """Return the scores of a model on an objective, by the label of the term. `functions` score the
+    terms that name them, see Evaluator.
     """
     with announce("evaluate: opening model and tasks"):
         base, templated = base_from_here(model), objective.apply_chat_template

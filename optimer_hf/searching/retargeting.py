@@ -1,4 +1,4 @@
-"""Another objective over the terms a study recorded: predict its best weights, and verify them."""
+"""A new objective over recorded terms: predict its best weights, and verify the prediction."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +12,8 @@ from optimer_hf.study.prediction import Estimate, Prediction, match_to_record, p
 
 
 def predict_for(study_dir: Path, objective: Path) -> tuple[Objective, Prediction]:
-    """Return the objective of a file, over the terms that a study recorded, and the weights that
-    the study predicts for it.
+    """Read an objective file, and return the objective over the terms that a study recorded, with
+    the weights that the study predicts for it.
 
     Raises StudyError for a term that was not recorded.
     """
@@ -30,15 +30,15 @@ def verify_prediction(
     *,
     runner: Runner | None = None,
 ) -> Study:
-    """Run `n_trials` real trials for the objective that `predict_for` returned, the predicted
-    weights first, and return the study at `out` that they make with the recorded trials.
+    """Run `n_trials` trials for the objective that `predict_for` returned, the predicted weights
+    first, and return the study at `out`, which holds the recorded trials, too.
     """
     study = load_study(study_dir)
     return search_on(study, target, out, n_trials, runner=runner)
 
 
 def prediction_text(prediction: Prediction, target: Objective) -> str:
-    """Return a prediction in lines, values in the unit of the objective."""
+    """Return a prediction as lines of text, in the unit of the objective."""
     unit = Unit.of(target)
 
     def show(estimate: Estimate | Prediction) -> str:
@@ -56,7 +56,7 @@ def prediction_text(prediction: Prediction, target: Objective) -> str:
 
 
 def verification_text(study: Study) -> str:
-    """Return the best of the real trials of a study that verified a prediction."""
+    """Return the best trial of a study that verified a prediction, as lines of text."""
     best = study.best_trial
     value = Unit.of(study.config.objective).show(study.over_base(best).difference)
     weights = _weights_text(best.weights)

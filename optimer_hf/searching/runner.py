@@ -1,7 +1,7 @@
-"""Where the trials of a search run: in this process, or (`workers`) on many others.
+"""Where the trials of a search run: in this process, or (see `workers`) in many.
 
-A caller makes a Runner and hands it to a search, which opens it for its study only when there is
-something to score, and closes it at the end.
+A caller makes a Runner and hands it to a search. The search opens it when there is something to
+score, and closes it at the end.
 """
 
 from collections import deque
@@ -19,22 +19,22 @@ from optimer_hf.study.trials import Candidate, Trial
 
 
 class Slots(Protocol):
-    """Takes candidates of one study, some at once, and gives back trials as they finish."""
+    """Takes candidates of one study, and gives back trials as they finish."""
 
     def count_slots(self) -> int:
-        """Return how many trials may run at once now, at least one."""
+        """Return how many trials may run at the same time now, at least one."""
         ...
 
     def digest_inputs(self) -> dict[str, str]:
-        """Return what is merged and scored, see Pool."""
+        """Return digests of what is merged and scored, see Pool."""
         ...
 
     def submit(self, candidate: Candidate, asked: Sequence[Asked]) -> None:
-        """Start to score a candidate."""
+        """Start scoring a candidate."""
         ...
 
     def next_finished(self) -> Trial:
-        """Wait for one of the candidates that were submitted, and return its trial."""
+        """Wait until one of the submitted candidates is scored, and return its trial."""
         ...
 
 
@@ -54,7 +54,7 @@ class InProcess:
 
     @contextmanager
     def open(self, config: StudyConfig) -> Iterator[Slots]:
-        """Open the pool; raises EvaluationError for a failure of the machine."""
+        """Open the pool; raise EvaluationError if the machine is at fault."""
         opening = "opening base, vectors and tasks"
         with announce(f"search: {opening}"), naming_faults(opening):
             slots = _OneSlot(self.pool(config))

@@ -1,5 +1,5 @@
-"""A study.yaml, or a mergekit YAML with an objective file -> StudyConfig; and back to a mergekit
-YAML with weights.
+"""A study.yaml, or a mergekit YAML with an objective file -> StudyConfig; StudyConfig + weights ->
+mergekit YAML.
 """
 
 import logging
@@ -29,25 +29,26 @@ logger = logging.getLogger(__name__)
 def read_study(
     path: Path, *, objective: Path | None = None, n_trials: int | None = None
 ) -> StudyConfig:
-    """Return the study of a study.yaml, or of a mergekit YAML, whose models are the pool, with the
-    objective file at `objective`; `n_trials` replaces the file's number.
+    """Return the study of a study.yaml, or of a mergekit YAML, whose models become the pool, and
+    the objective file at `objective`. `n_trials` replaces the number in the file.
 
     Raises ConfigError for a mistake in one of the files, and for a local file that is missing.
     """
     if is_for_mergekit(read_yaml(path)):
         if objective is None:
             raise ConfigError(
-                f"{path}: a merge config says what to merge, not what for. Add --objective "
-                "OBJECTIVE.yaml."
+                f"{path}: a mergekit YAML says what to merge, but not for which objective. Add "
+                "--objective OBJECTIVE.yaml."
             )
         config = study_of_merge_config(path, objective)
     elif objective is not None:
-        raise ConfigError(f"{path}: has its own objective; --objective goes with a mergekit YAML.")
+        raise ConfigError(
+            f"{path}: has its own objective. Leave --objective out; it is for a mergekit YAML."
+        )
     else:
         config = StudyConfig.read(path)
-        refuse_absent_files(
-            {path: config.model_dump(exclude={"baselines"})}
-        )  # `compare` reads those
+        # `compare` reads the baselines
+        refuse_absent_files({path: config.model_dump(exclude={"baselines"})})
     if n_trials is not None:
         changed = SearchConfig.model_validate(config.search.model_dump() | {"n_trials": n_trials})
         config = config.model_copy(update={"search": changed})
@@ -55,14 +56,14 @@ def read_study(
 
 
 def study_of_merge_config(path: Path, objective: Path) -> StudyConfig:
-    """Return the study whose pool are the models of a mergekit YAML."""
+    """Return the study whose pool is the models of a mergekit YAML."""
     data = read_merge_config(path)
     target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
     refuse_absent_files({path: with_absolute_references(data, path), objective: target})
     base, sources = pool_to_search(data, path)
     if dropped := unsearched_settings(data):
         logger.warning(
-            "%s: one plain weight per model is searched, scored and built; left out: %s",
+            "%s: only one plain weight for each model is searched, scored and built; left out: %s",
             path,
             ", ".join(dropped),
         )
@@ -81,8 +82,8 @@ def study_of_merge_config(path: Path, objective: Path) -> StudyConfig:
 def merge_config_of_study(
     config: StudyConfig, weights: Mapping[str, float], path: Path
 ) -> dict[str, Any]:
-    """Return the mergekit config of a study with these weights; what the mergekit YAML at `path`,
-    if the study came from one, sets besides them is kept.
+    """Return the mergekit config of a study with these weights. If `path`, from which the study was
+    read, is a mergekit YAML, its other settings are kept.
     """
     if is_for_mergekit(read_yaml(path)):
         return with_weights(read_merge_config(path, warns=False), path, weights)

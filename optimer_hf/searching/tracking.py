@@ -1,8 +1,8 @@
-"""Trials in TensorBoard, Weights & Biases, or whatever else the HF Trainer reports to.
+"""Logs trials to TensorBoard, Weights & Biases, or whatever else the HF Trainer reports to.
 
-Finished trials come in; the Trainer's own reporting callbacks carry them out, so that a search and
-the trainings of its vectors stand side by side in one tool. The step
-of a trial is its number, and the callbacks put `train/` before every name.
+The Trainer's own callbacks do it, so that a search and the trainings of its vectors appear side by
+side in one tool. The step of a trial is its number, and the callbacks put `train/` before every
+name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from optimer_hf.errors import ConfigError
 
 
 def make_callbacks(report_to: Sequence[str]) -> list[Any]:
-    """Return the Trainer's callbacks of some tools.
+    """Return the Trainer's callbacks for some tools.
 
-    Raises ConfigError for a tool that transformers does not know, or that is not installed.
+    Raises ConfigError for a tool that transformers does not know, or that cannot be used here.
     """
     from transformers.integrations import get_reporting_integration_callbacks
 
@@ -26,12 +26,12 @@ def make_callbacks(report_to: Sequence[str]) -> list[Any]:
 
 
 class Tracker:
-    """Sends figures of trials to the tools named in `search.report_to`; a context manager."""
+    """Sends the numbers of trials to the tools in `search.report_to`; a context manager."""
 
     def __init__(self, report_to: Sequence[str], directory: Path) -> None:
         """Open the tools; TensorBoard writes to `directory`/runs.
 
-        Raises ConfigError for a tool that transformers does not know, or that is not installed.
+        Raises ConfigError for a tool that transformers does not know, or that cannot be used here.
         """
         self._callbacks: list[Any] = []
         if not report_to:
@@ -53,7 +53,7 @@ class Tracker:
         self._call("on_train_end")
 
     def log(self, number: int, values: Mapping[str, float]) -> None:
-        """Send the figures of trial `number`."""
+        """Send the numbers of trial `number`, by name."""
         self._call("on_log", step=number, logs=dict(values))
 
     def _call(self, event: str, step: int = 0, **values: Any) -> None:

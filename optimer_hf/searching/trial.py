@@ -1,8 +1,8 @@
-"""One trial: weights and terms in, scores out; a failure is a recorded crash.
+"""Scores one trial: weights and terms come in, a Trial with scores or an error goes out.
 
-A Pool is whatever can do that: a resident model with the harness, or in tests a plain function of
-the weights. Memory that ran out, a full disk and the like are not
-the weights' fault. Such a trial is tried once more and then ends the search, unrecorded.
+A Pool does the work: a resident model that lm-eval scores or, in tests, a plain function of the
+weights. If the machine is at fault, not the weights (memory ran out, the disk is full, ...), the
+trial is tried once more. If it fails again, the search ends and the trial is not recorded.
 """
 
 import logging
@@ -34,31 +34,31 @@ logger = logging.getLogger(__name__)
 
 
 class Pool(Protocol):
-    """What a study needs to run a trial: set weights, score terms; tests give a function of the
-    weights instead.
+    """What runs the trials of a study: it sets weights and scores terms. Tests make one from a
+    function of the weights.
     """
 
     @property
     def inputs(self) -> dict[str, str]:
-        """What is merged and scored: digests of base, vectors and items, wherever they lie, by the
-        field of the study that names them.
+        """Digests of base, vectors and items, by the field of the study that names them. They are
+        of the content, wherever the files are.
         """
         ...
 
     def score(
         self, weights: Mapping[str, float], asked: Sequence[Asked]
     ) -> tuple[dict[str, TermScore], dict[str, float], int]:
-        """Return scores by term label, seconds by phase, and tokens read."""
+        """Return scores by label of the term, seconds by phase, and the number of tokens read."""
         ...
 
 
 class ResidentPool:
-    """The real pool: a resident model and the harness."""
+    """The pool of a real search: a resident model, scored by lm-eval."""
 
     def __init__(
         self, config: StudyConfig, *, functions: Mapping[str, Scorer] | None = None
     ) -> None:
-        """Open base, vectors and tasks; every mismatch is found here, before the first trial.
+        """Open base, vectors and tasks, so that every mismatch is found before the first trial.
 
         `functions` score the terms that name them, see Evaluator.
         """
@@ -91,17 +91,17 @@ class ResidentPool:
         """Return digests of base, vectors and items, see Pool."""
         paths = {vector.name: vector.path for vector in self.vectors}
         tokenizer = None if self._tokenizer is None else self._tokenizer.path
-        found = model_digests(self.base.path, paths, tokenizer)
+        digests = model_digests(self.base.path, paths, tokenizer)
         for name, objective in self._objectives.items():
             for term in objective.scored_terms:
                 if (items := self._evaluator.digest_items(term)) is not None:
-                    found[f"{name}.{term.label}"] = items
-        return found
+                    digests[f"{name}.{term.label}"] = items
+        return digests
 
     def score(
         self, weights: Mapping[str, float], asked: Sequence[Asked]
     ) -> tuple[dict[str, TermScore], dict[str, float], int]:
-        """Merge in place and evaluate."""
+        """Merge in place and evaluate; see Pool."""
         started = perf_counter()
         self._resident.set_weights(weights)
         merged = perf_counter()
@@ -119,43 +119,42 @@ def _source(name: str, vector: VectorConfig) -> str:
     if vector.source is None:
         raise ConfigError(
             f"vectors.{name}.train: {vector.train!r} has to be trained first. Run `optimer run` on "
-            "the recipe folder, "
-            "or give a 'source'."
+            "the recipe folder, or give a 'source'."
         )
     return vector.source
 
 
 def run_trial(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial:
-    """Score a candidate and return the trial, as crashed with the traceback where that failed.
+    """Score a candidate and return its trial; if the weights break it, a crashed trial with the
+    traceback.
 
-    What is not the weights' fault (see `faults`) is tried once more, after memory was freed. Raises
-    EvaluationError when it fails so again, and any other OptimerError of the pool as it is.
+    If the machine is at fault (see `faults`), frees memory and tries once more. Raises
+    EvaluationError if the machine fails again, and lets any other OptimerError of the pool pass.
     """
-    fault = _attempt(pool, candidate, asked)
-    if isinstance(fault, Trial):
-        return fault
-    logger.warning("trial %d: %s; it is tried once more", candidate.number, fault)
+    outcome = _attempt(pool, candidate, asked)
+    if isinstance(outcome, Trial):
+        return outcome
+    logger.warning("trial %d: %s; trying once more", candidate.number, outcome)
     collect_memory()  # the frames that failed, and what they held, are gone by now
-    fault = _attempt(pool, candidate, asked)
-    if isinstance(fault, Trial):
-        return fault
+    outcome = _attempt(pool, candidate, asked)
+    if isinstance(outcome, Trial):
+        return outcome
     raise EvaluationError(
-        f"trial {candidate.number}: {fault}, twice. That is not the fault of its weights, so it is "
-        "not recorded. Free memory, disk or device and run the same command again: finished trials "
-        "are kept, and this one is done anew."
+        f"trial {candidate.number}: {outcome}, twice. Its weights are not at fault, so it is not "
+        "recorded. Free memory, disk or device and run the same command again: finished trials are "
+        "kept, and this one is done anew."
     )
 
 
 def _attempt(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial | str:
-    """Return the trial, scored or crashed; or in one line what failed, if the weights are not at
-    fault.
+    """Return the trial, scored or crashed; or, if the machine is at fault, the error in one line.
 
-    Raises EvaluationError when the device has failed, after which no try of this process can do.
+    Raises EvaluationError if the device has failed, since this process cannot use it any more.
     """
     started = Cost.now()
     try:
         scores, seconds, n_tokens = pool.score(candidate.weights, asked)
-    except Exception as error:  # one bad weight set must not end a search of hours
+    except Exception as error:  # one bad set of weights must not end a search of hours
         if isinstance(error, OptimerError) and not isinstance(error, EvaluationError):
             raise
         if isinstance(error, torch.AcceleratorError):

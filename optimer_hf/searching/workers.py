@@ -1,10 +1,9 @@
-"""Trials on the processes of a Dask cluster, local or anywhere, each with one resident pool.
+"""Runs trials in the processes of a Dask cluster, on this machine or on others, each with a pool.
 
-A StudyConfig comes in with a number of local processes or the address of a scheduler; trials go out
-through `submit` and come back from `next_finished` in the order they finish. Dask runs
-a trial again elsewhere when its worker dies, so a trial may start more than once, but it comes back
-once. A trial that killed all its workers is retried alone. If it kills them again and they can then
-score the base, it is recorded as crashed; otherwise the machine is at fault.
+Trials come back in the order in which they finish. If a worker dies, Dask runs its trial again
+elsewhere, so that a trial may start more than once, but it comes back once. A trial that killed all
+its workers is retried alone. If it kills them again, and they can then score the base, it is
+recorded as crashed; otherwise the machine is at fault.
 """
 
 import contextlib
@@ -37,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 
 WAIT_FOR_SCHEDULER = 10  # seconds
-WAIT_FOR_WORKERS = 600  # seconds without any worker before a search gives up
+WAIT_FOR_WORKERS = 600  # seconds without any worker, after which a search gives up
 SECONDS_BETWEEN_WARNINGS = 30
 
 
 @dataclass(frozen=True)
 class _Opening:
-    """All that a worker process has to know to open its pool; `session` names an open one, and
-    `inputs` are those of the first that was opened.
+    """What a worker process needs to open its pool. `session` identifies the pool, `config` is the
+    study as JSON, and `inputs` are the digests of the first pool that was opened.
     """
 
     session: str
@@ -56,7 +55,7 @@ class _Opening:
 
 @dataclass(frozen=True)
 class _Request:
-    """All that a worker process has to know to run a trial."""
+    """What a worker process needs to run a trial."""
 
     opening: _Opening
     candidate: Candidate
@@ -69,8 +68,8 @@ class _AllDiedError(Exception):
 
 @dataclass(frozen=True)
 class Workers:
-    """Runs a trial on each process of a Dask cluster at once: `n_workers` processes of this
-    machine, or the workers of the scheduler at an address, with a pool each.
+    """Runs one trial in each process of a Dask cluster: `n_workers` processes of this machine, or
+    the workers of the scheduler at an address. Each process has a pool of its own.
 
     Raises ConfigError unless exactly one of the two is given.
     """
@@ -88,12 +87,12 @@ class Workers:
             )
 
     def open(self, config: StudyConfig) -> "Cluster":
-        """Return the cluster for the trials of a study, a context manager."""
+        """Return a cluster for the trials of a study; it is a context manager."""
         return Cluster(config, self.n_workers, self.scheduler, self.pool)
 
 
 class Cluster:
-    """The processes of a Dask cluster, each with a pool for one study; a context manager."""
+    """The processes of a Dask cluster, each with a pool of one study; a context manager."""
 
     def __init__(
         self,
@@ -108,10 +107,10 @@ class Cluster:
         self._session = f"{config.digest()}-{uuid4()}"
         self._opening = _Opening(self._session, config.model_dump_json(), pool, n_threads)
         self._pending: dict[Future, _Request] = {}
-        self._lost: deque[_Request] = deque()  # killed their workers, and are tried again alone
+        self._lost: deque[_Request] = deque()  # killed their workers; to be retried alone
 
     def __enter__(self) -> Self:
-        """Start or find the cluster; raise StudyError when no scheduler answers."""
+        """Start or find the cluster; raise StudyError if no scheduler answers."""
         _quiet_dask()
         with contextlib.ExitStack() as stack:
             if (cluster := self._scheduler) is None:  # Dask never removes its own scratch directory
@@ -128,9 +127,9 @@ class Cluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:  # its workers stop in the middle of their trials, which Dask reports
+        if kind is not None:  # workers stop in the middle of their trials, and Dask would report it
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
-        with contextlib.suppress(OSError):  # a scheduler that is gone needs no tidying
+        with contextlib.suppress(OSError):  # a scheduler that is gone needs no clean-up
             self._client.cancel(list(self._pending))
             if self._scheduler is not None:
                 self._client.run(_forget, self._session, on_error="ignore")
@@ -138,15 +137,15 @@ class Cluster:
         self._stack.close()
 
     def count_slots(self) -> int:
-        """Return how many trials may run at once now: one per worker, and only one while a trial
-        is to run alone; waits while there is no worker.
+        """Return how many trials may run at the same time now: one for each worker, or one in all
+        while a trial has to run alone. Waits while there is no worker.
         """
         return 1 if self._lost else len(self._wait_for_workers())
 
     def digest_inputs(self) -> dict[str, str]:
-        """Wait for a worker, open its pool and return what it scores, see Pool.
+        """Wait for a worker, open its pool and return the digests of its inputs, see Pool.
 
-        Raises what `next_finished` raises, and StudyError when all workers die of it.
+        Raises what `next_finished` raises, and StudyError if all workers die of it.
         """
         self._wait_for_workers()
         with self._naming_lost_scheduler():
@@ -161,22 +160,22 @@ class Cluster:
         return inputs
 
     def submit(self, candidate: Candidate, asked: Sequence[Asked]) -> None:
-        """Hand a candidate to an idle worker, or to whichever is idle first; return at once."""
+        """Hand a candidate to the first worker that is idle; return at once."""
         self._submit(_Request(self._opening, candidate, list(asked)))
 
     def _submit(self, request: _Request) -> None:
         with self._naming_lost_scheduler():
-            # Dask takes an idle worker first. Naming one (`workers=`) would leave the trial waiting
-            # for ever once all workers die, even with `allow_other_workers`
+            # Dask prefers idle workers. If one were named (`workers=`), the trial would wait for
+            # ever once all workers die, even with `allow_other_workers`
             self._pending[self._client.submit(_run_in_worker, request, pure=False)] = request
 
     def next_finished(self) -> Trial:
-        """Wait for a submitted trial and return it as `run_trial` does, with its worker's name; as
-        crashed when it killed its workers, alone, too, and these can score the base.
+        """Wait until a submitted trial finishes, and return it with the name of its worker. A trial
+        that killed its workers, and again when alone, is crashed if they can score the base.
 
-        Raises ModelError (or the OptimerError that it was) when a worker cannot open its pool, and
-        StudyError when a trial and the base killed all the workers Dask gave them, when there is no
-        worker for ten minutes, or when the scheduler is lost.
+        Raises the OptimerError with which a worker cannot open its pool; and StudyError if a trial
+        and then the base killed all workers that Dask gave them, if there is no worker for ten
+        minutes, or if the connection to the scheduler is lost.
         """
         while self._pending:
             with self._naming_lost_scheduler():
@@ -186,12 +185,12 @@ class Cluster:
                 return self._trial_of(future)
             except _AllDiedError as error:
                 number = request.candidate.number
-                logger.warning("trial %d: %s It is tried once more, alone", number, error)
+                logger.warning("trial %d: %s Trying once more, alone", number, error)
                 self._lost.append(request)
         return self._retry_alone(self._lost.popleft())
 
     def _retry_alone(self, request: _Request) -> Trial:
-        """Return a trial that killed its workers before, see `next_finished`; no other runs now."""
+        """Retry a trial that killed its workers, while no other runs; see `next_finished`."""
         candidate = request.candidate
         base = replace(candidate, weights=dict.fromkeys(candidate.weights, 0.0))
         try:
@@ -226,9 +225,7 @@ class Cluster:
         return finished
 
     def _result_of(self, future: Future) -> Any:
-        """Return the result of a task that is done. Raises _AllDiedError when it killed its
-        workers.
-        """
+        """Return the result of a finished task; raise _AllDiedError if it killed its workers."""
         with self._naming_lost_scheduler():
             if future.status != "error":
                 return future.result()
@@ -259,10 +256,10 @@ class Cluster:
             self._wait_for_workers()
 
     def _wait_for_workers(self) -> list[str]:
-        """Return the workers there are, and wait for one while there is none."""
+        """Return the addresses of the workers; wait while there is none."""
         started = perf_counter()
         with self._naming_lost_scheduler():
-            while not (found := list(self._client.nthreads())):
+            while not (addresses := list(self._client.nthreads())):
                 waited = perf_counter() - started
                 if waited > WAIT_FOR_WORKERS:
                     raise StudyError(
@@ -278,7 +275,7 @@ class Cluster:
                         perf_counter() - started,
                         WAIT_FOR_WORKERS,
                     )
-        return found
+        return addresses
 
     @contextlib.contextmanager
     def _naming_lost_scheduler(self) -> Iterator[None]:
@@ -292,15 +289,16 @@ class Cluster:
 
 
 def _quiet_dask() -> None:
-    """Let Dask say what it does only where everything is shown; it raises its own level to INFO."""
+    """Keep Dask's own messages, which it logs at INFO, from a screen that shows only warnings."""
     if not logging.getLogger().isEnabledFor(logging.INFO):
         logging.getLogger("distributed").setLevel(logging.WARNING)
 
 
 def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:
-    """Return processes on this machine, without Dask's limit: a model may fill the memory.
+    """Return a cluster of processes on this machine, without Dask's limit of memory: a model may
+    fill all of it.
 
-    They take connections with the keys of this process only: every user of a machine reaches its
+    They accept connections only with the keys of this process. Every user of a machine reaches its
     loopback interface, and whoever reaches a scheduler can run code in it.
     """
     return LocalCluster(
@@ -332,15 +330,15 @@ def _connect(cluster: LocalCluster | str) -> Client:
 
 
 def dask_setup(_: object) -> None:
-    """Leave signals that end a terminal or a batch job to the process that opened the cluster, in a
-    worker of its own (Dask calls this in each): they reach all, and it ends the workers in order.
+    """Make a worker ignore the signals that end a terminal or a batch job (Dask calls this in each
+    worker). They reach the process that opened the cluster, too, and it ends the workers in order.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     logging.getLogger("distributed").setLevel(logging.ERROR)
 
 
-_open_pools: dict[str, Pool] = {}  # by session; one at most, because a model fills the memory
+_open_pools: dict[str, Pool] = {}  # by session; at most one, since a model may fill the memory
 _one_at_a_time = threading.Lock()
 
 
@@ -352,23 +350,25 @@ def _run_in_worker(request: _Request) -> Trial:
 
 
 def _digest_in_worker(opening: _Opening) -> dict[str, str]:
-    """Return what the pool of this process scores."""
+    """Return the digests of what the pool of this process scores."""
     with _open_pool(opening) as (_, pool):
         return pool.inputs
 
 
 @contextlib.contextmanager
 def _open_pool(opening: _Opening) -> Iterator[tuple[str, Pool]]:
-    """Give the name of this worker and its pool, to one task at a time; an OptimerError, which ends
-    the search, names the worker.
+    """Yield the name of this worker and its pool, to one task at a time. An OptimerError, which
+    ends the search, gets the name of the worker.
     """
     worker = get_worker()
-    # a worker without a name is called by its address, and trials are published
+    # a worker without a name has its address as one, and trials are published
     name = worker.id if "://" in str(worker.name) else str(worker.name)
     with _one_at_a_time:
         # Dask starts workers with OMP_NUM_THREADS=1
         torch.set_num_threads(opening.n_threads or worker.state.nthreads)
-        if opening.n_threads is not None and torch.cuda.is_available():  # a GPU each, in turn
+        if (
+            opening.n_threads is not None and torch.cuda.is_available()
+        ):  # each worker takes a GPU in turn
             torch.cuda.set_device(int(worker.name) % torch.cuda.device_count())
         try:
             yield name, _pool_of(opening)
@@ -384,13 +384,13 @@ def _pool_of(opening: _Opening) -> Pool:
         own, first = pool.inputs, opening.inputs or {}
         if differing := sorted(name for name in first if first[name] != own.get(name)):
             raise StudyError(
-                f"{', '.join(differing)}: other weights or items than the first worker sees. Give "
-                "all workers the same files."
+                f"{', '.join(differing)}: not the weights or items of the first worker. Give all "
+                "workers the same files."
             )
         _open_pools[opening.session] = pool
     return _open_pools[opening.session]
 
 
 def _forget(session: str) -> None:
-    """Free the memory that a finished search takes in a worker that lives on."""
+    """Free the memory of a finished search in a worker that goes on."""
     _open_pools.pop(session, None)
