@@ -1,1 +1,1 @@
-"""Objectives, and the scores that lm-eval gives a model on them."""
+"""Objectives, and how lm-eval scores a model on them."""

@@ -1,4 +1,4 @@
-"""Model + objective -> scores of every term, by lm-eval in this process."""
+"""Model + objective -> the score of every term, by lm-eval in this process."""
 
 import math
 import re
@@ -14,18 +14,15 @@ from optimer_hf.files.digest import digest
 from optimer_hf.scoring.generation import refuse_too_long
 from optimer_hf.scoring.items import hash_item, indices_within, spread_indices
 from optimer_hf.scoring.lm_eval_model import make_lm_eval_model, quiet_lm_eval
-from optimer_hf.scoring.objective import ASKED_BY, N_ASKED, Asked, Objective, Term
+from optimer_hf.scoring.objective import N_PROMPTS, TASK_FIELDS, Asked, Objective, Term
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import aggregation_of, load_tasks
-
-# -- the harness -----------------------------------------------------------------------------------
-
 
 Scorer = Callable[[Any, Any, int | None], Sequence[float]]
 
 
 class Evaluator:
-    """A model, its tokenizer and the tasks of some objectives, ready to be scored."""
+    """Scores a live model on the tasks of some objectives."""
 
     def __init__(
         self,
@@ -35,10 +32,11 @@ class Evaluator:
         *,
         functions: Mapping[str, Scorer] | None = None,
     ) -> None:
-        """Load the tasks. `functions` score the terms that name them: (model, tokenizer, limit) ->
-        a number per item.
+        """Load the tasks. `functions` score the terms that name them: each takes (model, tokenizer,
+        limit) and returns a number for each item.
 
-        Raises EvaluationError for a task, metric, file or function that does not exist.
+        Raises EvaluationError for a task, metric, file or function that does not exist, and for a
+        task that generates more than the model's window holds.
         """
         self._lm = make_lm_eval_model(model, tokenizer)
         self.tasks = load_tasks(objectives)
@@ -69,44 +67,44 @@ class Evaluator:
             refuse_too_long(term, task.config.generation_kwargs, self._lm.max_length)
 
     def _choose_items(self, asked: Asked) -> list[int]:
-        """Return the items that a term is scored on."""
+        """Return the indices of the items to score."""
         within = self._indices_of(asked.term)
         return [within[index] for index in spread_indices(len(within), asked.limit)]
 
     def _indices_of(self, term: Term) -> list[int]:
-        """Return the items of a term that are in its hash range."""
+        """Return the indices of the items that are in the hash range of a term."""
         key = (term.task_name, term.hash_range)
         if key not in self._within:
             self._within[key] = indices_within(self.tasks[term.task_key], term.hash_range)
         return self._within[key]
 
     def digest_items(self, term: Term) -> str | None:
-        """Return a digest of the items of a term: their rows, of a few what is asked, and how they
-        are scored; None for a term that a function scores.
+        """Return a digest of the items of a term: all rows, the prompts of a few, and how they are
+        scored. A term that a function scores has none.
         """
         if term.function is not None:
             return None
         task, within = self.tasks[term.task_key], self._indices_of(term)
-        docs, few = list(task.eval_docs), spread_indices(len(within), N_ASKED)
-        asked = [hash_item(task, docs[within[index]]) for index in few]
-        how = [repr(getattr(task.config, name, None)) for name in ASKED_BY]
+        docs, few = list(task.eval_docs), spread_indices(len(within), N_PROMPTS)
+        prompts = [hash_item(task, docs[within[index]]) for index in few]
+        settings = [repr(getattr(task.config, name, None)) for name in TASK_FIELDS]
         rows = [docs[index] for index in within]
-        return digest([*map(_without_addresses, how), *map(_row_text, rows), *asked])
+        return digest([*map(_drop_addresses, settings), *map(_row_text, rows), *prompts])
 
     def count_items(self, term: Term) -> int:
-        """Return how many items a term of the harness has."""
+        """Return how many items a term that lm-eval scores has."""
         return len(self._indices_of(term))
 
     def evaluate(self, asked: Sequence[Asked]) -> dict[str, TermScore]:
-        """Score terms, each on the first `limit` of its items in a fixed order spread over the
-        file, and return the scores by label.
+        """Score terms, each on `limit` items that are spread evenly over all of its items, and
+        return the scores by label.
 
-        Raises EvaluationError when a score is not a finite number.
+        Raises EvaluationError if a score is not a finite number.
         """
         before = self.n_tokens
-        of_harness = [each for each in asked if each.term.function is None]
-        scores = self._harness_scores(of_harness)
-        used = (self.n_tokens - before) // max(len(of_harness), 1)
+        of_tasks = [each for each in asked if each.term.function is None]
+        scores = self._task_scores(of_tasks)
+        used = (self.n_tokens - before) // max(len(of_tasks), 1)
         for each in asked:
             if each.term.function is None:
                 scores[each.label] = replace(scores[each.label], n_tokens=used)
@@ -114,13 +112,13 @@ class Evaluator:
                 scores[each.label] = self._function_score(each)
         return {each.label: scores[each.label] for each in asked}
 
-    def _harness_scores(self, asked: Sequence[Asked]) -> dict[str, TermScore]:
+    def _task_scores(self, asked: Sequence[Asked]) -> dict[str, TermScore]:
         from lm_eval.evaluator import evaluate
 
         chosen = {each.label: self._choose_items(each) for each in asked}
         terms = [each.term for each in asked]
         samples: dict[str, list[int]] = {}
-        for term in terms:  # each item is asked once, whatever the number of terms that look at it
+        for term in terms:  # each item runs once, however many terms score it
             known = samples.get(term.task_key, [])
             samples[term.task_key] = sorted({*known, *chosen[term.label]})
         if not samples:
@@ -154,8 +152,8 @@ class Evaluator:
             values = [float(value) for value in scored]
         if not values or not all(map(math.isfinite, values)):
             raise EvaluationError(
-                f"term {term.label!r}: function {term.function!r} gave {values[:5]!r}, expected a "
-                "finite number per item."
+                f"term {term.label!r}: function {term.function!r} returned {values[:5]!r}, "
+                "expected a finite number for each item."
             )
         return TermScore([(value, 1.0) for value in values], bool(term.higher_is_better))
 
@@ -166,25 +164,25 @@ class Evaluator:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens the model has read so far."""
+        """Number of tokens that the model has read so far."""
         return int(self._lm.n_tokens["total"])
 
 
-def _require_finite(term: Term, found: TermScore) -> TermScore:
-    """Return a score that is a finite number; raise EvaluationError for another."""
+def _require_finite(term: Term, score: TermScore) -> TermScore:
+    """Return the score, or raise EvaluationError if it is not a finite number."""
     try:
-        if math.isfinite(found.score):
-            return found
+        if math.isfinite(score.score):
+            return score
     except (OverflowError, ZeroDivisionError):
         pass
     raise EvaluationError(f"term {term.label!r}: the score is not a finite number.")
 
 
 def _term_score(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> TermScore:
-    """Return the score of a term from what lm-eval logged of its items, all filters of each."""
-    name, _, chosen = term.metric.partition(",")
-    rows = [row for row in logged if row["filter"] == (chosen or row["filter"])]
-    if not chosen:
+    """Return the score of a term from what lm-eval logged for its items, under all filters."""
+    name, _, wanted = term.metric.partition(",")
+    rows = [row for row in logged if row["filter"] == (wanted or row["filter"])]
+    if not wanted:
         rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
     rows.sort(key=lambda row: row["doc_id"])
     aggregation = aggregation_of(term, task)
@@ -200,7 +198,7 @@ def _term_score(term: Term, task: Any, logged: Sequence[Mapping[str, Any]]) -> T
 
 
 def _item_parts(value: Any, aggregation: str) -> tuple[float, float]:
-    """Return numerator and denominator of an item out of lm-eval's value of it."""
+    """Return numerator and denominator of an item from lm-eval's value for it."""
     if isinstance(value, tuple):  # (log-likelihood in nats, bytes or words)
         return -float(value[0]) / math.log(2), float(value[1])
     if aggregation == "perplexity":  # log-likelihood in nats
@@ -209,15 +207,15 @@ def _item_parts(value: Any, aggregation: str) -> tuple[float, float]:
 
 
 def _document_checksum(term: Term, row: Any) -> int:
-    """Return a checksum of what an item is made from: of a document of a file its text."""
+    """Return a checksum of the row that an item is made from, or of the text of a document."""
     return zlib.crc32((row[term.text_field] if term.text is not None else _row_text(row)).encode())
 
 
 def _row_text(row: Any) -> str:
     """Return a row as text."""
-    return _without_addresses(repr(row))
+    return _drop_addresses(repr(row))
 
 
-def _without_addresses(text: str) -> str:
-    """Return a text without the addresses of functions, images and the like."""
+def _drop_addresses(text: str) -> str:
+    """Return a text without memory addresses, which the reprs of functions and images have."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)

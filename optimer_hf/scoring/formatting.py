@@ -9,8 +9,8 @@ from optimer_hf.scoring.scores import Scores
 
 @dataclass(frozen=True)
 class Unit:
-    """What the values of an objective are counted in: the number shown is `factor` times a value,
-    with `digits` decimals, in percent or in what `name` says. `text` describes a gain.
+    """The unit of an objective's values. They are shown times `factor`, with `digits` decimals, in
+    percent or in the unit `name`. `text` is the label of an axis of gains.
     """
 
     factor: float
@@ -20,7 +20,7 @@ class Unit:
 
     @classmethod
     def of(cls, objective: Objective) -> "Unit":
-        """Percent over the base, or the metric of the terms under `weighted_mean`."""
+        """Return percent over the base; under `weighted_mean`, the metric of the terms."""
         if objective.combine != "weighted_mean":
             return cls(100.0, "objective over the base, %")
         term = next(term for term in objective.terms if term.weight > 0)
@@ -28,11 +28,11 @@ class Unit:
         return cls(1.0, f"objective over the base, {name}", name, 4)
 
     def show(self, gain: float) -> str:
-        """Return a gain, larger is better, as text."""
+        """Return a gain as text; larger is better."""
         return f"{self.number(gain)}{' %' if self.factor > 1 else self.name and f' {self.name}'}"
 
     def show_difference(self, difference: float) -> str:
-        """Return a difference of two gains as text: of percentages it is points."""
+        """Return a difference of two gains as text; a difference of percentages is in points."""
         return f"{self.number(difference)} points" if self.factor > 1 else self.show(difference)
 
     def show_interval(self, interval: Interval) -> str:
@@ -42,27 +42,27 @@ class Unit:
         return f"[{self.number(interval.low)}, {self.number(interval.high)}]"
 
     def number(self, value: float) -> str:
-        """Return a value as a number with its sign, and never as -0.00."""
+        """Return a value as a number with a sign, but never as -0.00."""
         return f"{round(self.factor * value, self.digits) + 0.0:+.{self.digits}f}"
 
 
-OF_TERMS = Unit(100.0, "gain over the base, %")  # losses relative, accuracies in points
+OF_TERMS = Unit(100.0, "gain over the base, %")  # of losses relative, of accuracies in points
 
 
 def describe_interval(interval: Interval, unit: Unit, *, is_gain: bool) -> str:
-    """Return a difference with its interval, the kind of it, and the verdict, as text; `is_gain`
-    says that it is one over the base, not one between two merges.
+    """Return a difference, its interval and the verdict as text. `is_gain` says that it is a gain
+    over the base, not a difference between two merges.
     """
     show = unit.show if is_gain else unit.show_difference
-    found = show(interval.difference)
+    text = show(interval.difference)
     if interval.kind != "none":
-        found += f" {unit.show_interval(interval)}, paired 95 % interval ({interval.kind})"
-    return f"{found}: {interval.verdict}"
+        text += f" {unit.show_interval(interval)}, paired 95 % interval ({interval.kind})"
+    return f"{text}: {interval.verdict}"
 
 
 def show_value(objective: Objective, scores: Scores, base: Scores, *, is_base: bool) -> str:
-    """Return the objective as tables show it: over the base, or under `weighted_mean` for the base
-    itself as the mean that it is.
+    """Return the value of an objective as tables show it: relative to the base. Under
+    `weighted_mean`, the base itself is shown with its mean.
     """
     unit, value = Unit.of(objective), combine(objective, scores, base)
     if not is_base or objective.combine != "weighted_mean":

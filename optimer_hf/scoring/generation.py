@@ -1,9 +1,8 @@
-"""The `generation` of a term over that of its task -> lm-eval's generation_kwargs, tried before
-anything is scored.
+"""The `generation` of a term + that of its task -> lm-eval's generation_kwargs, which are tried out
+before anything is scored.
 
-Transformers itself judges the settings. A model of a few numbers
-generates two tokens with them, through lm-eval's own code, so that whatever would end a trial in a
-traceback ends here with the name of the term.
+Transformers itself judges the settings: a tiny model generates two tokens with them, through
+lm-eval's own code. Whatever would end a trial in a traceback ends here with the name of the term.
 """
 
 import contextlib
@@ -22,8 +21,8 @@ from optimer_hf.scoring.objective import LENGTHS, Term
 logger = logging.getLogger(__name__)
 
 
-GENERATION_CAP = 256  # tokens, where a task sets none: generation that never stops
-ALIASES = ("max_gen_toks", "max_new_tokens", *LENGTHS[1:])  # of one number; lm-eval takes the first
+GENERATION_CAP = 256  # tokens, if a task sets no length: it might never stop
+ALIASES = ("max_gen_toks", "max_new_tokens", *LENGTHS[1:])  # lm-eval takes the first one given
 NOT_OURS = {  # fields of GenerationConfig that a term cannot set, and what to do instead
     "use_cache": "lm-eval sets it itself. Leave it out.",
     "pad_token_id": "lm-eval takes that of the tokenizer. Leave it out.",
@@ -31,15 +30,15 @@ NOT_OURS = {  # fields of GenerationConfig that a term cannot set, and what to d
     "max_time": "the scores would depend on the speed of the machine. Give max_gen_toks.",
     "stop_strings": "lm-eval stops at the texts of `until`. Give them there.",
 }
-N_TRIED = 2  # prompts, as many as show that a setting does not work with a batch
+N_TRIED = 2  # prompts; settings that do not work with a batch need more than one
 MOST_TRIED_BEAMS = 8
 
 
 def generation_settings(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the generation_kwargs of a task with settings of its `own`, as a term asks it.
+    """Return the generation_kwargs of a term: its `generation` over the `own` ones of its task.
 
-    Raises EvaluationError, naming term and field, for settings that lm-eval or transformers would
-    not take, or not as they are meant.
+    Raises EvaluationError, which names term and field, for settings that lm-eval or transformers
+    would refuse or misunderstand.
     """
     _refuse_unusable(term)
     settings = _assemble_settings(term, own)
@@ -55,8 +54,8 @@ def generation_settings(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_too_long(term: Term, settings: Mapping[str, Any], window: int) -> None:
-    """Raise EvaluationError when the generation_kwargs of a task, as a term asks it, generate as
-    many tokens as the model's window holds: the prompt has to fit in, too, or lm-eval gives up.
+    """Raise EvaluationError if the generation_kwargs of a term allow as many new tokens as the
+    model's window holds. The prompt has to fit in, too, or lm-eval gives up.
     """
     name = next(name for name in ALIASES if settings.get(name) is not None)
     n_new = int(settings[name])
@@ -73,7 +72,7 @@ def refuse_too_long(term: Term, settings: Mapping[str, Any], window: int) -> Non
 
 
 def _field_at_fault(term: Term, own: Mapping[str, Any], reason: str) -> str | None:
-    """Return the field of a term that a refusal names, or without which there is none."""
+    """Return the field of a term that a refusal names, or without which nothing is refused."""
     for field in term.generation:
         if f"`{field}`" in reason:
             return field
@@ -86,7 +85,7 @@ def _field_at_fault(term: Term, own: Mapping[str, Any], reason: str) -> str | No
 
 
 def _refuse_unusable(term: Term) -> None:
-    """Raise EvaluationError for fields that nobody reads, or that say something else here."""
+    """Raise EvaluationError for fields that nothing reads, or that would be misunderstood."""
     from transformers import GenerationConfig
 
     known = ["until", *LENGTHS, *(key for key in vars(GenerationConfig()) if key[0] != "_")]
@@ -100,7 +99,7 @@ def _refuse_unusable(term: Term) -> None:
     if len(given := [name for name in ALIASES if name in term.generation]) > 1:
         raise EvaluationError(
             f"term {term.label!r}: generation: {' and '.join(given)} are names of one number. Give "
-            "one of them."
+            "only one of them."
         )
     until = term.generation.get("until", [])
     texts = until if isinstance(until, list) else [until]
@@ -112,7 +111,7 @@ def _refuse_unusable(term: Term) -> None:
 
 
 def _assemble_settings(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a term over those of its task; only one of ALIASES is left."""
+    """Return the settings of a term over those of its task, with one of ALIASES."""
     settings = {"max_gen_toks": GENERATION_CAP} | dict(own) | term.generation
     for source in (term.generation, own):
         if given := [name for name in ALIASES if source.get(name) is not None]:
@@ -124,21 +123,21 @@ def _assemble_settings(term: Term, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _why_not_taken(settings: Mapping[str, Any]) -> str | None:
-    """Return why lm-eval and transformers do not generate with settings, None where they do."""
+    """Return why lm-eval and transformers cannot generate with settings; None if they can."""
     temperature = settings.get("temperature")
     if settings.get("do_sample") is True and not temperature:
         return "`do_sample` needs a temperature above 0. Add one, or leave do_sample out."
     try:
         with _quiet_libraries():
             _generate(settings)
-    except Exception as error:  # of any type, from deep within the libraries
+    except Exception as error:  # of any type, from deep inside the libraries
         reason = first_line(error).rstrip(".")
         return f"{reason}. Change or drop it."
     return None
 
 
 def _warn_of_idle(term: Term, settings: Mapping[str, Any]) -> None:
-    """Log what transformers says of fields of a term that it ignores beside the others."""
+    """Log what transformers says about fields that it ignores, given the other fields."""
     from transformers import GenerationConfig
 
     fields = {key: value for key, value in settings.items() if key not in ("until", *ALIASES)}
@@ -158,7 +157,7 @@ def _warn_of_idle(term: Term, settings: Mapping[str, Any]) -> None:
 
 
 def _generate(settings: Mapping[str, Any]) -> None:
-    """Generate with a tiny model as `HFLM.generate_until` does."""
+    """Generate with a tiny model, as `HFLM.generate_until` does."""
     import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -170,7 +169,8 @@ def _generate(settings: Mapping[str, Any]) -> None:
     if isinstance(options.get("num_beams"), int):
         options["num_beams"] = min(options["num_beams"], MOST_TRIED_BEAMS)
     config = LlamaConfig(
-        vocab_size=64 + max(_integers_in(settings), default=0),  # any token that is named is there
+        vocab_size=64
+        + max(_integers_in(settings), default=0),  # so that every token that is named exists
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,
@@ -195,7 +195,7 @@ def _generate(settings: Mapping[str, Any]) -> None:
         **options,
     )
     if not isinstance(generated, torch.Tensor) or len(generated) != N_TRIED:
-        raise ValueError("it gives other than one text per prompt")
+        raise ValueError("it does not return one text for each prompt")
 
 
 def _integers_in(value: Any) -> Iterator[int]:
@@ -210,7 +210,7 @@ def _integers_in(value: Any) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep the random numbers of torch as they are, and the libraries quiet."""
+    """Keep the state of torch's random numbers, and keep the libraries quiet."""
     import torch
     from transformers.utils import logging as of_transformers
 

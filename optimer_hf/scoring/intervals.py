@@ -1,17 +1,18 @@
 """Paired items of two models and their base -> the difference of their values with a 95 % interval.
 
-Each term comes as numerators and denominators by item, for both sides and the base, and as numbers
-of the documents its items are from. Documents are the sampling unit: the items that one document
-gives to several terms are drawn together. The kind of the interval
-depends on the items, because no one kind holds for few items, for skewed ones and for right/wrong.
+Each term has numerators and denominators by item, for both sides and for the base, and the number
+of the document behind each item. Documents are the sampling unit: items that one document gives to
+several terms are drawn together. The kind of the interval depends on the items, because no kind is
+right for few items, for skewed ones and for right/wrong answers.
 
 * Bootstrap-t (Efron & Tibshirani 1993, sec. 12.5): every draw is studentised by its own standard
-  error, the delta method's. Its error in coverage falls as 1/n, that of percentiles as 1/sqrt(n).
-* Student's t over the same standard error, with the degrees of freedom of Welch and Satterthwaite,
-  where items differ in few ways (accuracies) or are fewer than FEWEST. Two imaginary items, one in
-  favour of each side, stand beside those of a term whose items differ in few ways, as in Bonett &
-  Price (2012) for paired proportions: ten equal answers do not prove that all answers are equal.
-* None, without two documents, or where all items differ alike and no scale is known.
+  error, from the delta method. Its error in coverage falls as 1/n, that of percentiles as
+  1/sqrt(n).
+* Student's t with the same standard error and the degrees of freedom of Welch and Satterthwaite,
+  if items differ in few ways (accuracies) or are fewer than FEWEST. A term whose items differ in
+  few ways gets two imaginary items, one in favour of each side, as in Bonett & Price (2012) for
+  paired proportions: ten equal answers do not prove that all answers are equal.
+* None, if there are not two documents, or if all items differ alike, so that no scale is known.
 """
 
 import math
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
 
 
 N_DRAWS = 2000
-FEWEST = 10  # items in every term that counts, below which no verdict is given
-MOST = 1000  # documents that are drawn one by one; more are drawn in as many bundles
-COARSE = 0.5  # share of distinct differences up to which the items of a term differ in few ways
+FEWEST = 10  # items in each term with a weight above 0; below that, no verdict is given
+MOST = 1000  # documents that are drawn one by one; more are drawn in that many bundles
+COARSE = 0.5  # share of distinct differences; up to it, items differ in few ways
 SOUND = 0.99  # share of the draws that must have a standard error
-NO_SPREAD = 1e-10  # standard error over the size of what it is of, below which it is rounding
+NO_SPREAD = 1e-10  # relative standard error, below which it is rounding alone
 Kind = Literal["bootstrap-t", "Student's t", "none"]
 Answer = Literal[
     "better",
@@ -47,8 +48,8 @@ Rule = Literal["relative_to_base", "weighted_mean", "worst"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference with its paired 95 % interval over items, the `kind` of the interval, and the
-    fewest documents in a term that counts; without an interval the ends are infinite.
+    """A difference with its paired 95 % interval, and the number of documents in the term that has
+    the fewest (`n_fewest`, `fewest_in`). If `kind` is "none", the ends are infinite.
     """
 
     difference: float
@@ -60,17 +61,17 @@ class Interval:
 
     @property
     def has_few_items(self) -> bool:
-        """Whether a term has so few items that no verdict is given."""
+        """Whether a term has too few items for a verdict."""
         return self.n_fewest < FEWEST
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the sign of the difference is settled at 95 %; never by few items."""
+        """Whether the sign of the difference is certain at 95 %; never with few items."""
         return not self.has_few_items and (self.low > 0 or self.high < 0)
 
     @property
     def answer(self) -> Answer:
-        """What the items say of the difference."""
+        """What the items say about the difference."""
         if self.has_few_items:
             return "too few items to tell"
         if self.kind == "none":
@@ -81,13 +82,13 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """The answer and, unless there is one, what it is due to."""
+        """The answer, with the reason if there is none."""
         if self.has_few_items:
             return f"{self.answer} ({self.n_fewest} in term {self.fewest_in!r})"
         return self.answer + " at 95 %" * (self.answer == "no significant difference")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the interval as JSON values; ends that are infinite are null."""
+        """Return the interval as JSON values; infinite ends are null."""
         low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))
         return {
             "difference": self.difference,
@@ -100,9 +101,9 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Paired:
-    """A term that counts: its weight, documents [n], and items [n, 2] (numerator, denominator) of
-    the two sides and the base.
+class PairedTerm:
+    """A term with its weight, the documents [n] of its items, and the items [n, 2] (numerator,
+    denominator) of the two sides and the base.
     """
 
     label: str
@@ -113,10 +114,10 @@ class Paired:
     sides: "tuple[Array, Array, Array]"
 
 
-def interval_of(terms: Sequence[Paired], rule: Rule, *, seed: int = 0) -> Interval:
+def interval_of(terms: Sequence[PairedTerm], rule: Rule, *, seed: int = 0) -> Interval:
     """Return value(first side) - value(second side) with its 95 % interval.
 
-    The same seed and documents give the same draws, whatever the sides.
+    Equal seeds and documents give equal draws, whatever the sides are.
     """
     value = _value(terms, rule)
     columns = [np.hstack(term.sides) for term in terms]
@@ -135,22 +136,23 @@ def interval_of(terms: Sequence[Paired], rule: Rule, *, seed: int = 0) -> Interv
     if n_fewest < 2 or not error > NO_SPREAD * size:
         return nothing
     kind: Kind = "bootstrap-t"
-    found: tuple[float, float] | None = None
+    quantiles: tuple[float, float] | None = None
     if not is_coarse and n_fewest >= FEWEST:
-        found = _bootstrap_quantiles(groups, value, float(middle[0]), seed)
-    if found is None:
+        quantiles = _bootstrap_quantiles(groups, value, float(middle[0]), seed)
+    if quantiles is None:
         quantile = _student_quantile(variances, [len(group.table) for group in groups])
-        found, kind = (-quantile, quantile), "Student's t"
-    ends = float(middle[0] - found[1] * error), float(middle[0] - found[0] * error)
+        quantiles, kind = (-quantile, quantile), "Student's t"
+    low, high = quantiles
+    ends = float(middle[0] - high * error), float(middle[0] - low * error)
     return Interval(float(difference[0]), *ends, kind, n_fewest, fewest_in)
 
 
 # -- the value and its slopes ----------------------------------------------------------------------
 
 
-def _value(terms: Sequence[Paired], rule: Rule) -> Callable[["Array"], tuple["Array", "Array"]]:
-    """Return a function of sums [m, 6 n_terms], which gives value(first) - value(second) [m] and
-    its slopes [m, 6 n_terms] in the sums.
+def _value(terms: Sequence[PairedTerm], rule: Rule) -> Callable[["Array"], tuple["Array", "Array"]]:
+    """Return a function of sums [m, 6 n_terms] that returns value(first) - value(second) [m] and
+    its derivatives by the sums, the slopes [m, 6 n_terms].
     """
     weights = np.array([term.weight for term in terms]) / sum(term.weight for term in terms)
 
@@ -174,8 +176,8 @@ def _value(terms: Sequence[Paired], rule: Rule) -> Callable[["Array"], tuple["Ar
     return value
 
 
-def _term_values(term: Paired, sums: "Array", rule: Rule) -> list[tuple["Array", "Array"]]:
-    """Return the term's value [m] and its slopes [m, 6] for the first and the second side."""
+def _term_values(term: PairedTerm, sums: "Array", rule: Rule) -> list[tuple["Array", "Array"]]:
+    """Return the values [m] of a term and their slopes [m, 6], for the first and second side."""
     scores, slopes = [], []
     for side in range(3):
         top, bottom = sums[:, 2 * side], sums[:, 2 * side + 1]
@@ -184,7 +186,7 @@ def _term_values(term: Paired, sums: "Array", rule: Rule) -> list[tuple["Array",
         steepness = math.log(2) * score if term.is_perplexity else np.ones_like(ratio)
         scores.append(score)
         slopes.append((steepness / bottom, -steepness * ratio / bottom))
-    base, found = scores[2], []
+    base, values = scores[2], []
     size = np.where(base == 0, 1.0, np.abs(base))
     for side in range(2):
         if rule == "weighted_mean":
@@ -200,8 +202,8 @@ def _term_values(term: Paired, sums: "Array", rule: Rule) -> list[tuple["Array",
         for at in range(2):
             columns[:, 2 * side + at] = by_score * slopes[side][at]
             columns[:, 4 + at] += by_base * slopes[2][at]
-        found.append((value, columns))
-    return found
+        values.append((value, columns))
+    return values
 
 
 # -- documents -------------------------------------------------------------------------------------
@@ -209,21 +211,21 @@ def _term_values(term: Paired, sums: "Array", rule: Rule) -> list[tuple["Array",
 
 @dataclass(frozen=True)
 class _Group:
-    """Documents that are drawn together: their part [n, 6 n_terms] of the sums."""
+    """Documents that are drawn from one pool, as their parts [n, 6 n_terms] of the sums."""
 
     table: "Array"
 
     def variance(self, slopes: "Array") -> float:
-        """Return the variance of the value that is due to these documents, by the delta method."""
+        """Return the variance of the value that these documents cause, by the delta method."""
         n = len(self.table)
         return float(((self.table @ slopes) ** 2).sum() * n / max(n - 1, 1))
 
 
 def _groups(
-    terms: Sequence[Paired], columns: Sequence["Array"], slopes: "Array"
+    terms: Sequence[PairedTerm], columns: Sequence["Array"], slopes: "Array"
 ) -> tuple[list[_Group], bool]:
-    """Return the documents in groups that share no term, and whether a term's items differ in few
-    ways. `columns` [n, 6] by term, `slopes` [6 n_terms] of the value.
+    """Return the documents in groups that share no term, and whether the items of any term differ
+    in few ways. `columns` are [n, 6] by term, `slopes` [6 n_terms] are those of the value.
     """
     groups, is_coarse = [], False
     for members in _group_terms([term.documents for term in terms]):
@@ -247,7 +249,7 @@ def _groups(
 
 
 def _group_terms(documents: Sequence["NDArray[np.int64]"]) -> list[list[int]]:
-    """Return the numbers of terms in groups; terms of different groups share no document."""
+    """Return the indices of terms in groups; terms of different groups share no document."""
     groups: list[list[int]] = []
     for at, own in enumerate(documents):
         touching = [
@@ -264,9 +266,9 @@ def _is_coarse(influences: "Array") -> bool:
     return n_distinct <= COARSE * len(influences)
 
 
-def _imaginary_items(term: Paired) -> list["Array"]:
-    """Return two average items [6] that differ as much as items can, each in favour of a side;
-    none when no items differ.
+def _imaginary_items(term: PairedTerm) -> list["Array"]:
+    """Return two average items [6] that differ as much as items can, each in favour of one side;
+    none if no items differ.
     """
     first, second, base = term.sides
     tops, bottoms = np.concatenate([first, second]).T
@@ -286,7 +288,7 @@ def _imaginary_items(term: Paired) -> list["Array"]:
 
 
 def _bundle(table: "Array") -> "Array":
-    """Return documents as they are, or added up in MOST bundles, always the same ones."""
+    """Return documents as they are; if there are more than MOST, in as many fixed bundles."""
     if len(table) <= MOST:
         return table
     bundle = np.random.default_rng(0).permutation(len(table)) % MOST
@@ -297,8 +299,8 @@ def _bundle(table: "Array") -> "Array":
 
 
 def _student_quantile(variances: Sequence[float], sizes: Sequence[int]) -> float:
-    """Return the 97.5 % quantile of Student's t for a sum of independent variances, each of so many
-    documents (Satterthwaite 1946).
+    """Return the 97.5 % quantile of Student's t for a sum of independent variances, each from
+    `sizes` documents (Satterthwaite 1946).
     """
     from scipy.stats import t
 
@@ -312,8 +314,8 @@ def _bootstrap_quantiles(
     middle: float,
     seed: int,
 ) -> tuple[float, float] | None:
-    """Return the quantiles of (draw - middle) / (standard error of the draw) over the draws; None
-    when too many draws have no standard error.
+    """Return the 2.5 % and 97.5 % quantiles of (draw - middle) / (standard error of the draw);
+    None if too many draws have no standard error.
     """
     counts = [_counts(len(group.table), at, seed) for at, group in enumerate(groups)]
     sums = np.zeros((N_DRAWS, groups[0].table.shape[1]))
@@ -327,11 +329,11 @@ def _bootstrap_quantiles(
             influence = slopes[block] @ group.table.T
             variance[block] += (count[block] * influence**2).sum(axis=1) * n / (n - 1)
     with np.errstate(all="ignore"):
-        found = (values - middle) / np.sqrt(variance)
-    found = found[np.isfinite(found)]
-    if len(found) < SOUND * N_DRAWS:
+        draws = (values - middle) / np.sqrt(variance)
+    draws = draws[np.isfinite(draws)]
+    if len(draws) < SOUND * N_DRAWS:
         return None
-    low, high = np.quantile(found, [0.025, 0.975])
+    low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -340,5 +342,5 @@ def _counts(n: int, group: int, seed: int) -> "NDArray[np.uint8]":
     """Return how often each of n documents is drawn, [N_DRAWS, n]."""
     rng = np.random.default_rng((seed, group, n))
     drawn = rng.integers(n, size=(N_DRAWS, n)) + n * np.arange(N_DRAWS)[:, None]
-    found = np.bincount(drawn.ravel(), minlength=N_DRAWS * n).reshape(N_DRAWS, n)
-    return np.minimum(found, 255).astype(np.uint8)
+    counts = np.bincount(drawn.ravel(), minlength=N_DRAWS * n).reshape(N_DRAWS, n)
+    return np.minimum(counts, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Which items of a task are scored, and which of two objectives are the same."""
+"""Which items of a task are scored, and whether two objectives share items."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from optimer_hf.scoring.objective import Objective
 
 
 def spread_indices(n_items: int, limit: int | None) -> list[int]:
-    """Return `limit` indices spread evenly over range(n_items), in order; all of them when limit is
-    None or larger.
+    """Return `limit` indices that are spread evenly over range(n_items), in order; all of them if
+    the limit is None or larger.
 
     Corpora list their sources one after another, so an even spread is stratified by source.
     """
@@ -20,16 +20,16 @@ def spread_indices(n_items: int, limit: int | None) -> list[int]:
 
 
 def indices_within(task: Any, hash_range: tuple[float, float]) -> list[int]:
-    """Return the indices of a task's items whose hash, as a number in [0, 1), is in the range."""
+    """Return the indices of a task's items whose hash, as a number in [0, 1), is in a range."""
     low, high = hash_range
     if (low, high) == (0.0, 1.0):
         return list(range(len(task.eval_docs)))
-    places = (int(item[:12], 16) / 16**12 for item in hash_items(task))
-    return [index for index, place in enumerate(places) if low <= place < high]
+    numbers = (int(item[:12], 16) / 16**12 for item in hash_items(task))
+    return [index for index, number in enumerate(numbers) if low <= number < high]
 
 
 def _hash_rows(task: Any) -> list[str]:
-    """Return a digest of every row that the items of a task are made from."""
+    """Return a digest of every row from which a task makes its items."""
     return [digest(repr(doc)) for doc in task.eval_docs]
 
 
@@ -46,7 +46,7 @@ def hash_item(task: Any, doc: Any) -> str:
 
 
 def check_disjoint(objective: Objective, test: Objective, tasks: Mapping[str, Any]) -> None:
-    """Raise EvaluationError when an item of the sealed test is one the search may look at."""
+    """Raise EvaluationError if the search may score an item of the sealed test."""
     seen: dict[str, str] = {}
     for part in (objective, test):
         for term in part.scored_terms:
@@ -54,13 +54,14 @@ def check_disjoint(objective: Objective, test: Objective, tasks: Mapping[str, An
                 continue
             task = tasks[term.task_key]
             rows, items = _hash_rows(task), hash_items(task)
-            found = [(rows[index], items[index]) for index in indices_within(task, term.hash_range)]
+            within = indices_within(task, term.hash_range)
+            hashes = [(rows[index], items[index]) for index in within]
             if part is objective:
-                seen |= {each: term.label for pair in found for each in pair}
-            elif shared := [pair for pair in found if seen.keys() & set(pair)]:
+                seen |= {each: term.label for pair in hashes for each in pair}
+            elif shared := [pair for pair in hashes if seen.keys() & set(pair)]:
                 first = next(seen[each] for each in shared[0] if each in seen)
                 raise EvaluationError(
-                    f"test term {term.label!r}: {len(shared)} of its {len(found)} items are items "
+                    f"test term {term.label!r}: {len(shared)} of its {len(hashes)} items are items "
                     f"of the search, too (term {first!r}). Give the test other items: a file of "
                     "its own, or another hash_range."
                 )

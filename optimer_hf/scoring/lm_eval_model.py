@@ -1,8 +1,7 @@
-"""lm-eval's own model class over a live model, scoring without logits; and quiet.
+"""A live model + its tokenizer -> an lm-eval model, which scores without materialising logits.
 
-A model and its tokenizer come in, an object goes out that lm-eval's `evaluate` takes. What a reader
-would not guess: the stock class puts BOS twice before a rolling document and takes its log-softmax
-in the dtype of the model; this one does neither.
+lm-eval's stock class puts BOS twice before a rolling document, and takes the log-softmax in the
+dtype of the model. This one does neither.
 """
 
 import contextlib
@@ -20,12 +19,12 @@ from optimer_hf.printable import warn_once
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 1024
-GPU_TOKENS_PER_BATCH = 4096  # fewer do not fill it; more take the memory that the vectors are given
+GPU_TOKENS_PER_BATCH = 4096  # fewer do not fill a GPU, more need the memory of the vectors
 
 
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Silence the harness, its progress bars and those of `datasets` for a while; our own meter
+    """Silence lm-eval, its progress bars and those of `datasets` for a while; our own progress bar
     shows the trials.
     """
     import datasets
@@ -51,7 +50,7 @@ def quiet_lm_eval() -> Iterator[None]:
 
 
 def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
-    """Return an lm-eval model over a live transformers model that scores without materialising
+    """Return an lm-eval model that scores with a live transformers model, without materialising
     logits.
     """
     from time import perf_counter
@@ -60,8 +59,8 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class HarnessModel(HFLM):
-        """HFLM with float32 scoring by vocabulary blocks, batches by length, and one BOS before a
-        document.
+        """HFLM, but with scores in float32 from blocks of the vocabulary, batches of similar
+        length, and one BOS before a document.
         """
 
         def __init__(self) -> None:
@@ -141,8 +140,8 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
 
 
 def _warn_of_cut_prompts(lm: Any, requests: Sequence[Any]) -> None:
-    """Log a warning for each task of whose prompts lm-eval cuts the beginning off, because the
-    model's window does not hold them and what is to be generated.
+    """Log a warning for each task with prompts whose beginning lm-eval cuts off, because the
+    model's window does not hold the whole prompt and the answer.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -169,10 +168,11 @@ def _score(
     max_length: int,
     n_tokens: dict[str, int],
 ) -> list[tuple[float, bool]]:
-    """Return (sum of log p of the continuation in nats, is it greedy) per (text, context,
-    continuation) request.
+    """Return the log-likelihood in nats of the continuation, and whether it is the greedy one, for
+    each request (text, context, continuation).
 
-    Equal inputs run once; batches hold inputs of like length, as many tokens as suit the device.
+    Equal inputs run once. Batches hold inputs of similar length, and as many tokens as suit the
+    device.
     """
     inputs: dict[tuple[int, ...], list[int]] = {}
     for index, (_, context, continuation) in enumerate(requests):
@@ -185,7 +185,7 @@ def _score(
         inputs.setdefault(tokens, []).append(index)
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     weight, softcap = plain_weight(model), softcap_of(model)
-    assert weight is not None  # the head of a model that is scored here is plain
+    assert weight is not None  # only models with a plain head are scored here
     in_order = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))
     for batch in batches(in_order, model.device.type):
         hidden = _hidden(model, batch)
@@ -203,7 +203,7 @@ def _score(
             torch.cat(rows).to(weight.dtype), weight, targets, softcap
         )
         lengths = [len(continuation) for continuation in continuations]
-        # on the host: one wait for the device a batch, not one an item
+        # on the host: wait for the device once for each batch, not for each item
         parts = (torch.split(each.cpu(), lengths) for each in (values, greedy))
         for (_, index), value, is_greedy in zip(asked, *parts, strict=True):
             answers[index] = value.sum().item(), bool(is_greedy.all())
@@ -212,9 +212,9 @@ def _score(
 
 
 def _hidden(model: Any, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """Return the last hidden states of inputs, the longest first, [n, length, width].
+    """Return the last hidden states [n, length, width] of inputs, the longest of which comes first.
 
-    Right padding of a causal model changes nothing to its left, so no mask is needed.
+    In a causal model, padding on the right changes nothing to its left, so no mask is needed.
     """
     length = len(batch[0])
     padded = [[*tokens, *[0] * (length - len(tokens))] for tokens in batch]
@@ -226,8 +226,8 @@ def _hidden(model: Any, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
 def batches(
     inputs: Sequence[tuple[int, ...]], device: str = "cpu"
 ) -> Iterator[list[tuple[int, ...]]]:
-    """Split inputs, the longest first, into batches (>= 1 input) of as many tokens, padding
-    included, as suit a device.
+    """Yield inputs, the longest of which comes first, in batches of as many tokens, with padding,
+    as suit a device; at least one input in each.
     """
     n_tokens = TOKENS_PER_BATCH if device == "cpu" else GPU_TOKENS_PER_BATCH
     batch: list[tuple[int, ...]] = []

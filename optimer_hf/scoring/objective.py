@@ -15,24 +15,23 @@ from optimer_hf.files.reference import LocalPath
 from optimer_hf.files.text import quote
 from optimer_hf.scoring.scores import Scores, TermScore
 
-N_ASKED = 32  # items of a term whose prompts its digest looks at
+N_PROMPTS = 32  # items of a term whose prompts go into its digest
 FLAGS = ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values")
 PROPORTIONS = (
     *("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
     *("diversity_penalty", "epsilon_cutoff", "eta_cutoff"),
 )
-LENGTHS = ("max_gen_toks", "max_tokens", "max_completion_tokens")  # lm-eval's names of one
-LARGEST_SETTING = 2**20  # of a number of `generation` that sizes nothing
-SIZES = {  # of `generation`: least and most
+LENGTHS = ("max_gen_toks", "max_tokens", "max_completion_tokens")  # lm-eval's names for it
+LARGEST_SETTING = 2**20  # of a number in `generation` that is no size
+SIZES = {  # in `generation`: least and most
     **dict.fromkeys(LENGTHS, (1, 2**17)),
     **dict.fromkeys(("max_new_tokens", "max_length"), (1, 2**17)),
     **dict.fromkeys(("min_new_tokens", "min_length"), (0, 2**17)),
     **dict.fromkeys(("num_beams", "num_beam_groups"), (1, 1024)),
-    "num_return_sequences": (1, 1),  # lm-eval reads one answer an item
+    "num_return_sequences": (1, 1),  # lm-eval reads one answer for each item
     **dict.fromkeys(("top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0, 2**20)),
 }
-
-ASKED_BY = (  # and fields of lm-eval's task that say how they are asked and scored
+TASK_FIELDS = (  # of lm-eval that say how items are prompted and scored
     "output_type",
     "num_fewshot",
     "description",
@@ -44,7 +43,7 @@ ASKED_BY = (  # and fields of lm-eval's task that say how they are asked and sco
 )
 
 Portion = Annotated[float, Field(ge=0, le=1)]
-ONLY_OF_ITEMS = {"metric", "text_field", "num_fewshot", "generation", "hash_range"}
+NOT_FOR_FUNCTIONS = {"metric", "text_field", "num_fewshot", "generation", "hash_range"}
 
 
 class Term(FileModel):
@@ -112,9 +111,9 @@ class Term(FileModel):
                 "'higher_is_better' goes with 'function': lm-eval tasks know their direction",
             )
         changed = self.model_dump(exclude_defaults=True)  # a study that is read again sets all
-        for name in sorted(ONLY_OF_ITEMS & changed.keys()):
+        for name in sorted(NOT_FOR_FUNCTIONS & changed.keys()):
             if self.function is not None:
-                yield (name,), f"{name!r} says nothing to a 'function'; leave it out"
+                yield (name,), f"{name!r} means nothing to a 'function'; leave it out"
             elif self.text is not None and name in ("num_fewshot", "generation"):
                 yield (name,), "a 'text' term has no num_fewshot and no generation; leave it out"
         for at, message in _mistakes_of_json(self.generation):
@@ -130,7 +129,7 @@ class Term(FileModel):
 
     @property
     def label(self) -> str:
-        """How the term is called in trials, tables and messages."""
+        """What trials, tables and messages call the term."""
         if self.text is not None:
             return self.name or self.text.name.split(".")[0]
         return str(self.name or self.task or self.function)
@@ -142,7 +141,7 @@ class Term(FileModel):
 
     @property
     def task_key(self) -> str:
-        """Names the task as this term asks it; terms that ask alike share the answers."""
+        """The task and its settings in this term. Terms with equal keys share their answers."""
         settings = [self.num_fewshot, self.generation]
         return self.task_name + (f" {digest(settings)[:8]}" if settings != [None, {}] else "")
 
@@ -158,7 +157,7 @@ class Term(FileModel):
 
 
 def _mistakes_of_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
-    """Yield the values within one that JSON does not have, and so no record and no digest."""
+    """Yield the parts of a value that JSON cannot hold, so that no record and no digest could."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _mistakes_of_json(item, (*at, str(key)))
@@ -175,7 +174,7 @@ def _mistakes_of_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
 
 
 def _mistake_of_setting(name: str, value: Any) -> str | None:
-    """Return what is wrong with a setting of `generation`, which transformers would say late."""
+    """Return what is wrong with a setting of `generation`; transformers would say it too late."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     texts = value if isinstance(value, list) else [value]
     if name == "until" and not all(isinstance(text, str) for text in texts):
@@ -204,7 +203,7 @@ class Asked:
 
     @property
     def label(self) -> str:
-        """How the term is called in trials, tables and messages."""
+        """What trials, tables and messages call the term."""
         return self.term.label
 
 
@@ -223,8 +222,8 @@ class Constraint(Term):
 
 
 def _differing_field(constraint: Term, term: Term) -> str | None:
-    """Return the field in which a constraint that is about a term asks for something else; what it
-    leaves out is as in the term.
+    """Return the field in which a constraint contradicts the term of its name, or None; what the
+    constraint leaves out is taken from the term.
     """
     if constraint.task_name != term.task_name:
         return "task"
@@ -285,19 +284,19 @@ class Objective(FileModel):
                 if term.label in labels[:index]:
                     yield (
                         where,
-                        f"two {group} are called {term.label!r}; tell them apart with 'name'",
+                        f"two {group} are called {term.label!r}; give each its own 'name'",
                     )
                 known = by_label.get(term.label, term)
                 if group == "constraints" and (differing := _differing_field(term, known)):
                     yield (
                         (*where, differing),
-                        f"constraint {term.label!r} is called as a term with another {differing}; "
-                        "leave it out, or tell them apart with 'name'",
+                        f"constraint {term.label!r} has the name of a term with another "
+                        f"{differing}; leave it out, or give the constraint its own 'name'",
                     )
 
     @property
     def scored_terms(self) -> list[Term]:
-        """Every term, and every constraint that is not one of them."""
+        """All terms, and the constraints that are not one of them."""
         labels = {term.label for term in self.terms}
         return [*self.terms, *(term for term in self.constraints if term.label not in labels)]
 
@@ -306,16 +305,16 @@ class Objective(FileModel):
         return [term for term in self.scored_terms if stage == "rescore" or not term.rescore_only]
 
     def asked_terms(self, stage: Literal["search", "rescore"]) -> list[Asked]:
-        """Return what is scored at a stage, each term on the items that the objective names."""
+        """Return what is scored at a stage: each term, with its limit."""
         return [Asked(term, self.limit_of(term)) for term in self.terms_at(stage)]
 
     def limit_of(self, term: Term) -> int | None:
-        """Return how many items of a term the search looks at (None: all)."""
+        """Return how many items of a term the search scores (None: all)."""
         return term.limit if term.limit is not None else self.limit
 
     @property
     def prompting(self) -> dict[str, Any]:
-        """How lm-eval turns items into prompts, under its own names."""
+        """How lm-eval turns items into prompts, under lm-eval's names."""
         return {
             "apply_chat_template": self.apply_chat_template,
             "fewshot_as_multiturn": self.fewshot_as_multiturn,
@@ -331,12 +330,12 @@ class ObjectiveFile(VersionedFile, Objective):
 
 
 def gain(score: float, base: float, *, higher_is_better: bool) -> float:
-    """Return how much better than the base: points for accuracies, relative change for losses."""
+    """Return by how much a score beats the base: a difference of accuracies, a share of a loss."""
     return score - base if higher_is_better else (base - score) / (abs(base) or 1.0)
 
 
 def gains(scores: Scores, base: Scores) -> dict[str, float]:
-    """Return the gain of every term that both have."""
+    """Return the gain over the base of every term that both have."""
     return {
         label: gain(term.score, base[label].score, higher_is_better=term.higher_is_better)
         for label, term in scores.items()
@@ -345,7 +344,7 @@ def gains(scores: Scores, base: Scores) -> dict[str, float]:
 
 
 def combine(objective: Objective, scores: Scores, base: Scores) -> float:
-    """Return the value of an objective, larger is better, over the terms that were scored."""
+    """Return the value of an objective over the terms that were scored; larger is better."""
     terms = [term for term in objective.terms if term.weight > 0 and term.label in scores]
     weights = np.array([term.weight for term in terms])
     if objective.combine == "weighted_mean":
@@ -361,15 +360,15 @@ def combine(objective: Objective, scores: Scores, base: Scores) -> float:
 
 
 def headroom(constraint: Constraint, score: TermScore, base: TermScore) -> float:
-    """Return how far a score is from breaking a constraint, as a share of the base's score (in its
-    unit, where that is 0); less than 0 breaks it.
+    """Return how far a score is from breaking a constraint, as a share of the base's score (or in
+    its unit, if that score is 0). Below 0, the constraint is broken.
     """
     better = score.score - base.score if score.higher_is_better else base.score - score.score
     return constraint.max_relative_to_base + better / (abs(base.score) or 1.0)
 
 
 def is_feasible(objective: Objective, scores: Scores, base: Scores) -> bool:
-    """Return whether scores keep every constraint that was scored."""
+    """Whether scores keep every constraint that was scored."""
     return all(
         headroom(constraint, scores[constraint.label], base[constraint.label]) >= 0
         for constraint in objective.constraints

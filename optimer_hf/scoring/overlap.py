@@ -1,10 +1,9 @@
 """Training corpora + the items of objectives -> which items share an n-gram with the training text.
 
 An overlap is 13 consecutive units in common (Brown et al. 2020, arXiv 2005.14165, appendix C). A
-unit is a word, or one character of a script that puts no spaces between words; case, punctuation
-and Unicode compatibility forms do not matter. Only the n-grams of the items are held in memory, so
-a corpus may be larger than it. All items of a term are checked, also
-those that a `limit` keeps from the search.
+unit is a word, or one character of a script without spaces; case, punctuation and Unicode
+compatibility forms do not matter. Only the n-grams of the items are in memory, so a corpus may be
+larger than that. All items of a term are checked, even those that its `limit` leaves out.
 """
 
 import re
@@ -24,7 +23,7 @@ from optimer_hf.scoring.tasks import load_tasks
 
 N = 13
 SHORTEST = 8  # units; the smallest n of Brown et al.
-# scripts without spaces, by how the Unicode names of their characters begin
+# scripts without spaces, by the beginning of their characters' Unicode names
 UNSPACED = re.compile("CJK|IDEOGRAPHIC|BOPOMOFO|HIRAGANA|KATAKANA|THAI |LAO |KHMER|MYANMAR")
 Ngram = tuple[str, ...]
 
@@ -41,7 +40,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class TermOverlap:
-    """What the training text has in common with the items of one term."""
+    """The items of one term that share an n-gram with the training text."""
 
     term: str
     n_items: int
@@ -50,12 +49,12 @@ class TermOverlap:
 
     @property
     def share(self) -> float:
-        """Overlapping items over all items, also those that are too short to be checked."""
+        """Share of overlapping items among all items, with those too short to be checked."""
         return len(self.overlaps) / max(self.n_items, 1)
 
 
 class _UnitTable(dict[int, str]):
-    """A table for str.translate, filled as characters come up; str.split then gives the units."""
+    """A table for str.translate, after which str.split gives the units; fills itself on demand."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -70,7 +69,7 @@ _UNITS = _UnitTable()
 
 
 def units(text: str) -> list[str]:
-    """Return the words of a text, in scripts without spaces its characters; no punctuation."""
+    """Return the words of a text, or its characters in scripts without spaces; no punctuation."""
     return unicodedata.normalize("NFKC", text).casefold().translate(_UNITS).split()
 
 
@@ -80,14 +79,14 @@ def windows(sequence: Sequence[str], length: int) -> Iterator[Ngram]:
 
 
 def ngrams(text: str, n: int) -> set[Ngram]:
-    """Return the n-grams of an item; a short one is an n-gram as a whole, or has none at all."""
-    found = units(text)
-    return set(windows(found, min(n, len(found)))) if len(found) >= min(n, SHORTEST) else set()
+    """Return the n-grams of an item; a short item as a whole, and a very short one not at all."""
+    own = units(text)
+    return set(windows(own, min(n, len(own)))) if len(own) >= min(n, SHORTEST) else set()
 
 
 def item_texts(term: Term, task: Any) -> list[str]:
-    """Return the text of each item of a loaded lm-eval task: the text field of a text file's rows;
-    of other tasks all strings of a row, those in lists and mappings too, joined by line breaks.
+    """Return the text of each item of a loaded lm-eval task. For a text file, that is the text
+    field; for other tasks, all strings of a row, nested ones too, joined by line breaks.
     """
     rows = task.eval_docs
     return ["\n".join(_strings(row[term.text_field] if term.text else row)) for row in rows]
@@ -104,7 +103,7 @@ def _strings(value: Any) -> Iterator[str]:
 def check_overlap(
     corpora: Sequence[CorpusConfig], objectives: Mapping[str, Objective], *, n: int = N
 ) -> list[TermOverlap]:
-    """Look for the items of all terms in the corpora; a term is called `objective: label`.
+    """Look for the items of all terms in the corpora; the result calls a term `objective: label`.
 
     Raises EvaluationError for a task that cannot be loaded, before any corpus is read, and
     CorpusError for a corpus that cannot be read or holds no text.
@@ -113,7 +112,7 @@ def check_overlap(
     for name, objective in objectives.items():
         tasks = load_tasks([objective])
         for term in objective.scored_terms:
-            if term.function is not None:  # only it knows its items
+            if term.function is not None:  # only the function knows its items
                 continue
             texts[f"{name}: {term.label}"] = item_texts(term, tasks[term.task_key])
     return find_overlaps(corpora, texts, n=n)
@@ -122,7 +121,7 @@ def check_overlap(
 def find_overlaps(
     corpora: Sequence[CorpusConfig], texts: Mapping[str, Sequence[str]], *, n: int = N
 ) -> list[TermOverlap]:
-    """Look for items, given as the texts of each term, in the corpora; report each item once."""
+    """Look for items, given as texts by term, in the corpora; report each item once."""
     owners: dict[Ngram, list[tuple[str, int]]] = {}
     n_too_short = dict.fromkeys(texts, 0)
     for term, items in texts.items():
@@ -131,42 +130,45 @@ def find_overlaps(
             n_too_short[term] += not grams
             for gram in grams:
                 owners.setdefault(gram, []).append((term, item))
-    found: dict[str, dict[int, Overlap]] = {term: {} for term in texts}
+    overlaps: dict[str, dict[int, Overlap]] = {term: {} for term in texts}
     for corpus, document, gram in _find_shared(corpora, owners):
         for term, item in owners[gram]:
-            found[term].setdefault(item, Overlap(item, " ".join(gram), corpus, document))
+            overlaps[term].setdefault(item, Overlap(item, " ".join(gram), corpus, document))
     return [
         TermOverlap(term, len(texts[term]), n_too_short[term], [each[i] for i in sorted(each)])
-        for term, each in found.items()
+        for term, each in overlaps.items()
     ]
 
 
 def _find_shared(
     corpora: Sequence[CorpusConfig], wanted: Collection[Ngram]
 ) -> Iterator[tuple[str, int, Ngram]]:
-    """Yield name of the corpus, number of the document and n-gram wherever a wanted one occurs."""
+    """Yield corpus, number of the document, and n-gram, wherever a wanted n-gram occurs."""
     lengths = {len(gram) for gram in wanted}
     shortest = min(lengths, default=1)
-    beginnings = {gram[:shortest] for gram in wanted}  # so that one pass, in C, finds all lengths
+    beginnings = {gram[:shortest] for gram in wanted}  # one pass, in C, finds all lengths
     with Meter("check overlap", len(corpora), "corpora") as meter:
         for corpus in corpora:
             number = n_units = 0
             for number, text in enumerate(read_documents(corpus), start=1):
-                found = units(text)
-                n_units += len(found)
-                is_start = map(beginnings.__contains__, windows(found, shortest))
+                own = units(text)
+                n_units += len(own)
+                is_start = map(beginnings.__contains__, windows(own, shortest))
                 for start in compress(count(), is_start):
                     for length in lengths:
-                        gram = tuple(found[start : start + length])
+                        gram = tuple(own[start : start + length])
                         if gram in wanted:
                             yield corpus.name, number, gram
             if n_units == 0:
-                raise CorpusError(f"{corpus.name}: holds no text, so nothing would be checked.")
+                raise CorpusError(
+                    f"{corpus.name}: holds no text, so nothing would be checked. Give the corpus "
+                    "that the vector was trained on."
+                )
             meter.advance(1, f"{number:,} documents of {corpus.name}")
 
 
 def to_markdown(terms: Sequence[TermOverlap]) -> str:
-    """Return how many items of each term overlap as a table."""
+    """Return a Markdown table of how many items of each term overlap."""
     header = ["term", "items", "overlapping", "share", "too short"]
     rows = [
         [

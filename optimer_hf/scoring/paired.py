@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optimer_hf.errors import EvaluationError
-from optimer_hf.scoring.intervals import Interval, Paired, interval_of
+from optimer_hf.scoring.intervals import Interval, PairedTerm, interval_of
 from optimer_hf.scoring.objective import Objective, Term
 from optimer_hf.scoring.scores import Scores, TermScore
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def paired_interval(
     objective: Objective, scores: Scores, other: Scores, base: Scores, *, seed: int = 0
 ) -> Interval:
-    """Return value(scores) - value(other) with a 95 % interval over the items that all three have.
+    """Return value(scores) - value(other) of an objective, with a 95 % interval over the items.
 
-    Terms that share documents are resampled together; see `intervals`. Raises EvaluationError when
-    the sides were not scored on the same items.
+    Terms that share documents are resampled together; see `intervals`. Raises EvaluationError if
+    the two models were not scored on the same items.
     """
     terms = [term for term in objective.terms if term.weight > 0 and term.label in scores]
     if all(scores[term.label] is other[term.label] for term in terms):
@@ -33,7 +33,7 @@ def paired_interval(
     for term in terms:
         sides = scores[term.label], other[term.label], base[term.label]
         _check_paired(term, sides)
-        own = Paired(
+        own = PairedTerm(
             term.label,
             term.weight,
             sides[0].higher_is_better,
@@ -46,23 +46,24 @@ def paired_interval(
 
 
 def _check_paired(term: Term, sides: Sequence[TermScore]) -> None:
+    """Raise EvaluationError if scores of a term are not from the same items."""
     counts = sorted({len(side.items) for side in sides})
     known = [side.documents for side in sides if side.documents]
     if len(counts) > 1:
-        found = f"{counts[0]} and {counts[-1]} items"
+        difference = f"{counts[0]} and {counts[-1]} items"
     elif any(documents != known[0] for documents in known):
-        found = "other documents"
+        difference = "different documents"
     else:
         return
     raise EvaluationError(
-        f"term {term.label!r}: two models were scored on {found}, so they cannot be compared item "
-        "by item. Score them again on the same items."
+        f"term {term.label!r}: two models were scored on {difference}, so they cannot be compared "
+        "item by item. Score them again on the same items."
     )
 
 
 def _documents_of(term: Term, score: TermScore) -> "NDArray[np.int64]":
-    """Return numbers of the documents behind items, [n]. Where they were not recorded, terms of one
-    task and one length are taken to have the same.
+    """Return a number for the document behind each item, [n]. If they were not recorded, terms of
+    the same task and length are taken to have the same documents.
     """
     if score.documents:
         return np.array(score.documents, dtype=np.int64)

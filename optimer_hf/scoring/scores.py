@@ -12,17 +12,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-STRICT_RECORD = ConfigDict(
-    extra="forbid", allow_inf_nan=False, strict=True
-)  # of what is read back from a log
+# for what is read back from a log
+STRICT_RECORD = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 @dataclass(frozen=True)
 class TermScore:
-    """The items of one term: [numerator, denominator] each, and the direction of the metric; a
-    perplexity is two to the power of the ratio (numerators are in bits). `taken_over`: scored for
-    the search and copied to re-scoring. `documents`: a checksum of the row behind each item, where
-    there is one; it says which items of several terms are of one document.
+    """The score of one term, as [numerator, denominator] of every item.
+
+    A perplexity is two to the power of the ratio of the sums; its numerators are in bits.
+    `taken_over` marks scores of the search that re-scoring keeps. `documents` has a checksum of the
+    row behind each item, which shows which items of several terms come from the same document; it
+    may be empty.
     """
 
     __pydantic_config__ = STRICT_RECORD

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: loaded, set up and checked."""
+"""Objectives -> lm-eval's tasks, with the settings of the terms, checked before any scoring."""
 
 import contextlib
 import logging
@@ -53,7 +53,7 @@ REPORTED = (
 
 
 def warn_of_reported_benchmarks(objective: Objective) -> None:
-    """Log a warning for terms whose benchmark is usually reported: weights are fitted to it."""
+    """Log a warning for terms whose benchmark is usually reported: the weights are fitted to it."""
     for term in objective.scored_terms:
         name = next((name for name in REPORTED if (term.task or "").startswith(name)), None)
         if name is not None:
@@ -66,8 +66,8 @@ def warn_of_reported_benchmarks(objective: Objective) -> None:
 
 
 def warn_of_other_weights(objective: Objective, test: Objective) -> None:
-    """Log a warning for a sealed test that weighs the terms of the objective otherwise: its
-    `objective` column is then another objective than the one that was searched.
+    """Log a warning for a sealed test whose term weights differ from those of the objective: it
+    measures something else than was searched for.
     """
     weights = {term.label: 0.0 for term in objective.constraints}
     weights |= {term.label: term.weight for term in objective.terms}
@@ -89,10 +89,10 @@ def warn_of_other_weights(objective: Objective, test: Objective) -> None:
 
 
 def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
-    """Return the lm-eval tasks of some objectives by `task_key`, and by name as the first of its
-    terms asks it; needs no model, so it comes before anything expensive.
+    """Return the lm-eval tasks of some objectives by the `task_key` of their terms. Each is also
+    there under its plain name, with the settings of its first term. No model is needed.
 
-    Raises EvaluationError for a task, metric or file that does not exist.
+    Raises EvaluationError for a task, metric or file that does not exist or cannot be used.
     """
     _refuse_two_folders(objectives)
     tasks: dict[str, Any] = {}
@@ -112,8 +112,8 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
 
 
 def _refuse_two_folders(objectives: Sequence[Objective]) -> None:
-    """Raise EvaluationError for a task that two objectives look up in different folders: it is one
-    task by its name, in records and in tables.
+    """Raise EvaluationError for a task that two objectives look up in different folders. Records
+    and tables would take the two for one, since they have one name.
     """
     folders: dict[str, Path] = {}
     for objective in objectives:
@@ -130,19 +130,18 @@ def _refuse_two_folders(objectives: Sequence[Objective]) -> None:
 
 
 def _check_text(term: Term, path: Path) -> None:
-    """Read the documents of a term: a mistake is told with its line and field, which lm-eval would
-    not do, or only in the middle of a search.
+    """Raise EvaluationError for a text file that cannot be scored, with line and field. lm-eval
+    would say less, and only in the middle of a search.
     """
     if path.is_dir() or (path.is_file() and not has_rows(path)):
-        found = "a folder" if path.is_dir() else f"a file that ends in {path.suffix!r}"
+        what = "a folder" if path.is_dir() else f"a file that ends in {path.suffix!r}"
         raise EvaluationError(
-            f"term {term.label!r}: {path}: found {found}, expected a JSONL file, or another with a "
+            f"term {term.label!r}: {path}: found {what}, expected a JSONL file, or another with a "
             "document in each row (.json, .csv, .parquet)."
         )
+    corpus = CorpusConfig(path=path, text_field=term.text_field)
     try:
-        n_texts = sum(
-            map(bool, read_documents(CorpusConfig(path=path, text_field=term.text_field)))
-        )
+        n_texts = sum(map(bool, read_documents(corpus)))
     except CorpusError as error:
         raise EvaluationError(f"term {term.label!r}: {error}") from None
     if not n_texts:
@@ -159,9 +158,8 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
     manager = TaskManager(include_path=include, include_defaults=False)
     groups = {*manager.all_groups, *manager.all_tags}
     if any(term.task not in {*manager.all_subtasks, *groups} for term in named):
-        manager = TaskManager(
-            include_path=include
-        )  # ten seconds, only for tasks that ship with lm-eval
+        # ten seconds, which only tasks that ship with lm-eval are worth
+        manager = TaskManager(include_path=include)
     for term in named:
         if term.task in {*manager.all_groups, *manager.all_tags}:
             raise EvaluationError(
@@ -190,10 +188,10 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
 
 
 def _with_settings(task: Any, term: Term) -> Any:
-    """Return a task with the few-shot and generation settings of its term, which builds its
-    requests once for the same items.
+    """Return a task with the few-shot and generation settings of its term. It builds the requests
+    for the same items only once.
     """
-    if getattr(task, "UNSAFE_CODE", False):  # lm-eval gives it to such tasks alone
+    if getattr(task, "UNSAFE_CODE", False):  # only such tasks have the attribute
         raise EvaluationError(
             f"term {term.label!r}: {term.task_name!r} runs the code that a model writes, which a "
             "search does not. Score the likelihood of the reference solutions instead, as the "
@@ -227,17 +225,20 @@ def _with_settings(task: Any, term: Term) -> Any:
 
 
 def _refuse_sealed_examples(term: Term, task: Any) -> None:
-    has_examples = bool(task.config.num_fewshot)  # of the term, or of the task itself
+    """Raise EvaluationError if few-shot examples may be items outside the hash range of a term."""
+    has_examples = bool(task.config.num_fewshot)  # set by the term, or by the task itself
     if has_examples and term.hash_range != (0.0, 1.0) and not _has_other_examples(task):
         raise EvaluationError(
             f"term {term.label!r}: the examples of num_fewshot come from the items themselves, so "
-            "hash_range would not keep sealed ones out. Give the task a fewshot_split."
+            "hash_range would not keep sealed items out. Give the task a fewshot_split."
         )
 
 
 def _refuse_too_many_examples(task: Any, term: Term) -> None:
     n_examples = len(task.sampler.fewshot_docs()) if term.num_fewshot else 0
-    n_own = int(task.fewshot_cfg.split == task.config.test_split)  # an item is none for itself
+    n_own = int(
+        task.fewshot_cfg.split == task.config.test_split
+    )  # an item is no example for itself
     if (term.num_fewshot or 0) > n_examples - n_own:
         raise EvaluationError(
             f"term {term.label!r}: num_fewshot: found {term.num_fewshot}, but {term.task_name!r} "
@@ -252,8 +253,8 @@ def _has_other_examples(task: Any) -> bool:
 
 
 def _draw_examples_by_item(task: Any) -> None:
-    """Draw the examples before an item with a seed of its own: lm-eval's drawing depends on what
-    was drawn before, and so on limits, resumes and workers.
+    """Draw the few-shot examples of every item with a seed of its own. lm-eval's draws depend on
+    earlier ones, and so on limits, resumed searches and workers.
     """
     plain = task.fewshot_context
 
@@ -265,7 +266,7 @@ def _draw_examples_by_item(task: Any) -> None:
 
 
 def _text_task(term: Term) -> dict[str, Any]:
-    """Return the lm-eval task that scores each document of a file on its own, after BOS."""
+    """Return an lm-eval task that scores each document of a file on its own, after BOS."""
     corpus = CorpusConfig(path=term.text, text_field=term.text_field)
 
     def rows(**_: Any) -> dict[str, Any]:
@@ -280,17 +281,16 @@ def _text_task(term: Term) -> dict[str, Any]:
         "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
-        "doc_to_target": itemgetter(
-            term.text_field
-        ),  # a template would turn the document "[1, 2]" into a list
+        # a template would turn the document "[1, 2]" into a list
+        "doc_to_target": itemgetter(term.text_field),
         "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
         "metadata": {"version": 1},
     }
 
 
 def _check_metric(term: Term, task: Any) -> None:
-    """Raise EvaluationError when the task has no such metric, or one whose score is not a ratio of
-    sums over items.
+    """Raise EvaluationError if the task has no such metric, or if its score is not a ratio of sums
+    over items.
     """
     known = dict(task.aggregation())
     name = term.metric_name
@@ -327,5 +327,5 @@ def _check_metric(term: Term, task: Any) -> None:
 
 
 def aggregation_of(term: Term, task: Any) -> str:
-    """Return lm-eval's name of the function that makes the score of a term from its items."""
+    """Return lm-eval's name for the function that aggregates the items of a term to its score."""
     return str(task.aggregation()[term.metric_name].__name__)

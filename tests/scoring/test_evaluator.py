@@ -453,7 +453,7 @@ def test_a_constraint_about_a_term_asks_as_the_term_does(field, value):
     term = {"task": "a", "metric": "acc"}
     limited = {**term, field: value}
     bound = {"max_relative_to_base": 0.1}
-    with pytest.raises(ValidationError, match=f"'a' is called as a term with another {field}"):
+    with pytest.raises(ValidationError, match=f"'a' has the name of a term with another {field}"):
         objective_of(term, constraints=[limited | bound])
     assert objective_of(limited, constraints=[term | bound]).scored_terms == [
         objective_of(limited).terms[0]
@@ -609,7 +609,7 @@ def test_scores_that_are_not_numbers_raise(tokenizer, tmp_path):
         ({"terms": [{"text": "a", "metric": "acc"}]}, "has the metric bits_per_byte"),
         (
             {"terms": [{"text": "ja.a"}, {"text": "ja.b"}]},
-            "two terms are called 'ja'; tell them apart with 'name'",
+            "two terms are called 'ja'; give each its own 'name'",
         ),
         ({"terms": [{"task": "a", "weight": 0}]}, "every term has weight 0"),
         ({"terms": [{"task": "a", "weight": -1}]}, "greater than or equal to 0"),
@@ -803,7 +803,7 @@ def test_a_python_function_can_be_a_term(tokenizer):
     broken = Evaluator(
         model, tokenizer, [objective], functions={"norms": lambda *_: [float("nan")]}
     )
-    with pytest.raises(EvaluationError, match="expected a finite number per item"):
+    with pytest.raises(EvaluationError, match="expected a finite number for each item"):
         broken.evaluate([Asked(objective.terms[0], 3)])
 
 
@@ -1052,7 +1052,7 @@ def test_a_perplexity_beyond_all_numbers_is_an_error_not_a_crash(tokenizer, tmp_
 
 def test_options_that_say_nothing_to_a_term_are_refused_and_a_written_one_reads_back():
     function = {"function": "f", "higher_is_better": True}
-    with pytest.raises(ValueError, match="'num_fewshot' says nothing to a 'function'"):
+    with pytest.raises(ValueError, match="'num_fewshot' means nothing to a 'function'"):
         objective_of(function | {"num_fewshot": 3})
     with pytest.raises(ValueError, match="a 'text' term has no num_fewshot and no generation"):
         objective_of({"text": "a.jsonl", "num_fewshot": 3})

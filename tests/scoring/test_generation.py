@@ -49,7 +49,9 @@ def test_settings_that_would_end_a_trial_in_a_traceback_are_refused(generation, 
 
 
 def test_a_task_that_asks_for_several_texts_of_a_prompt_is_refused():
-    with pytest.raises(EvaluationError, match=r"task 'toy': .* other than one text per prompt"):
+    with pytest.raises(
+        EvaluationError, match=r"task 'toy': .* not return one text for each prompt"
+    ):
         settings_of({}, OWN | {"num_beams": 2, "num_return_sequences": 2})
 
 

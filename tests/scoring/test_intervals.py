@@ -199,7 +199,7 @@ def test_sides_that_were_scored_on_other_items_are_not_compared():
     with pytest.raises(EvaluationError, match=r"term 't': .* scored on 11 and 12 items"):
         paired_interval(objective_of("t"), a, b, b)
     a, b = ({"t": term_score([1.0] * 12, documents=range(at, at + 12))} for at in (0, 1))
-    with pytest.raises(EvaluationError, match=r"term 't': .* scored on other documents"):
+    with pytest.raises(EvaluationError, match=r"term 't': .* scored on different documents"):
         paired_interval(objective_of("t"), a, b, b)
 
 

@@ -243,7 +243,9 @@ def test_a_constraint_named_as_a_term_of_another_task_is_refused(tmp_path):
     data = config_of().model_dump(mode="json") | {
         "objective": {"terms": TERMS, "constraints": [constraint]}
     }
-    with pytest.raises(ConfigError, match="constraint 't' is called as a term with another task"):
+    with pytest.raises(
+        ConfigError, match="constraint 't' has the name of a term with another task"
+    ):
         parse(StudyConfig, data, tmp_path / "study.yaml")
 
 
