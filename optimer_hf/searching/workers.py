@@ -292,6 +292,8 @@ def _quiet_dask() -> None:
     """Keep Dask's own messages, which it logs at INFO, from a screen that shows only warnings."""
     if not logging.getLogger().isEnabledFor(logging.INFO):
         logging.getLogger("distributed").setLevel(logging.WARNING)
+        # an interrupt that hits Dask while it starts to wait makes a callback of its own fail
+        logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
 
 
 def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:
@@ -335,7 +337,8 @@ def dask_setup(_: object) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    # what a trial raises comes back as its result; at the end, heartbeats find no scheduler
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
 
 
 _open_pools: dict[str, Pool] = {}  # by session; at most one, since a model may fill the memory

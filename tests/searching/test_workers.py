@@ -429,7 +429,7 @@ def test_workers_that_see_other_weights_end_the_search_before_a_trial(tmp_path):
 
 
 def test_workers_that_see_different_weights_end_the_search(tmp_path):
-    with pytest.raises(StudyError, match=r"worker \d: vectors\.w: other weights or items than"):
+    with pytest.raises(StudyError, match=r"worker \d: vectors\.w: not the weights or items of"):
         search(
             config_of(tmp_path, n_trials=8),
             tmp_path / "s",
