@@ -85,6 +85,8 @@ def write_merged(
         if name not in left_out
     }
 
+    used = [vector for vector in vectors if weights[vector.name] != 0]
+
     def rows_of(name: str, rows: slice) -> torch.Tensor:
         base_rows = checkpoint.read_rows(name, rows)
         if not base_rows.is_floating_point():
@@ -92,7 +94,6 @@ def write_merged(
         base_rows = base_rows.to(device)
         merged = merge_rows(base_rows, name, rows, vectors, weights, specs[name][0])
         if not math.isfinite(merged.sum().item()) and not bool(merged.isfinite().all()):
-            used = [vector for vector in vectors if weights[vector.name] != 0]
             raise _explain_not_finite(base_rows, name, rows, used, merged.dtype)
         return merged.cpu()
 
@@ -103,7 +104,7 @@ def write_merged(
             _set_config_dtype(staging / "config.json", out_dtype)
         if complete is not None:
             complete(staging)
-    if any(weights[vector.name] != 0 for vector in vectors):
+    if used:
         _log_survival(surviving_share(checkpoint, vectors, weights, out_dtype), out_dtype)
 
 

@@ -126,11 +126,9 @@ def extract(
     norm, relative_norm = measure_norms(vector, checkpoint)
     with staged_directory(out, replace=replace) as staging:
         if dtype == QUANTISED:
-            _write_quantised(vector, checkpoint, staging, block_size, max_shard_size)
-            stored = DeltaVector(vector.name, Checkpoint(staging, "vector"), block_size)
+            stored = _write_quantised(vector, checkpoint, staging, block_size, max_shard_size)
         else:
-            _write_dense(vector, checkpoint, staging, DTYPES[dtype], max_shard_size)
-            stored = DeltaVector(vector.name, Checkpoint(staging))
+            stored = _write_dense(vector, checkpoint, staging, DTYPES[dtype], max_shard_size)
             copy_beside_weights(base.path, staging)
         total, errors = relative_errors(vector, stored, checkpoint)
         record = VectorFile(
@@ -171,7 +169,8 @@ def _write_dense(
     out: Path,
     dtype: torch.dtype,
     max_shard_size: int,
-) -> None:
+) -> DeltaVector:
+    """Write a delta in a floating-point dtype, and return it as it is stored."""
     moved, ties = vector.names, ties_of(base)
 
     def rows_of(key: str, rows: slice) -> torch.Tensor:
@@ -183,12 +182,16 @@ def _write_dense(
 
     specs = {name: (dtype, base.shape(name)) for name in base.names}
     write_sharded(out, "model", specs, rows_of, max_shard_size)
+    return DeltaVector(vector.name, Checkpoint(out))
 
 
 def _write_quantised(
     vector: DistributionVector, base: Checkpoint, out: Path, block_size: int, max_shard_size: int
-) -> None:
-    """Write int8 numbers and scales; one-dimensional tensors (norms, biases) stay in float32."""
+) -> DeltaVector:
+    """Write a delta as int8 numbers and scales, and return it as it is stored.
+
+    One-dimensional tensors (norms, biases) stay in float32.
+    """
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in sorted(vector.names):
         shape = base.shape(name)
@@ -215,6 +218,7 @@ def _write_quantised(
         return torch.cat([quantize(delta_rows(name, part), block_size)[1] for part in parts])
 
     write_sharded(out, "vector", specs, rows_of, max_shard_size)
+    return DeltaVector(vector.name, Checkpoint(out, "vector"), block_size)
 
 
 def relative_errors(

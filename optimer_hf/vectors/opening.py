@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,12 +163,7 @@ def _rename_to_base(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoin
             {of_base.class_names.get(key, key): key for key in missing},
             {of_tuned.class_names.get(key, key): key for key in extra},
         )
-        raise ModelError(
-            f"vector {name!r} ({tuned.path}): is not a fine-tune of the base: {len(missing)} "
-            f"tensors are missing (first: {missing[:1]}), {len(extra)} are unknown (first: "
-            f"{extra[:1]}). Use a model of the same architecture."
-            + (f" Names were compared as they are: {matched.reason}" if matched.reason else "")
-        )
+        raise _other_model_error(name, tuned.path, missing, extra, matched.reason)
     for key, one in separate.items():
         if not tuned.are_equal(key, stored[one]):
             raise _separate_copy_error(name, tuned.path, key, base.path, one)
@@ -177,6 +172,17 @@ def _rename_to_base(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoin
             raise _assumed_tie_error(name, tuned.path, key, other)
     _warn_of_differences(name, tuned, matched)
     return tuned.rename(stored | tied)
+
+
+def _other_model_error(
+    name: str, path: Path, missing: Sequence[str], extra: Sequence[str], reason: str
+) -> ModelError:
+    return ModelError(
+        f"vector {name!r} ({path}): is not a fine-tune of the base: {len(missing)} tensors are "
+        f"missing (first: {missing[:1]}), {len(extra)} are unknown (first: {extra[:1]}). Use a "
+        "model of the same architecture."
+        + (f" Names were compared as they are: {reason}" if reason else "")
+    )
 
 
 def _separate_copy_error(name: str, tuned: Path, key: str, base: Path, tied_to: str) -> ModelError:
