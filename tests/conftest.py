@@ -24,9 +24,7 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from optimer_hf.models.layout import ResolvedModel
 from tests.support.experiments import finished, recipe_dir  # noqa: F401 - fixtures
@@ -45,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory: pytest.TempPathFactory):
-    """Keep what tests convert and `datasets` prepares out of the user's caches."""
+    """Keep converted models and prepared data sets out of the user's caches."""
     home = tmp_path_factory.mktemp("cache")
     os.environ["OPTIMER_CACHE"] = str(home / "optimer")
     os.environ["HF_DATASETS_CACHE"] = str(home / "datasets")
@@ -110,8 +108,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def make_base(save_model):
-    """Return a function kind, dtype -> ResolvedModel of a tiny base; the same arguments give the
-    same directory.
+    """Return a function kind, dtype -> ResolvedModel of a tiny base.
+
+    The same arguments give the same directory.
     """
     made: dict[tuple[str, torch.dtype], ResolvedModel] = {}
 

@@ -1,4 +1,4 @@
-"""The command line in this process and in another, and what a merge of tiny models has to be."""
+"""Run commands, in this process or in another, and compute the merges that they should write."""
 
 import os
 import subprocess
@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def optimer(*arguments, ok: bool = True):
+    """Run a command and check whether it succeeds."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -46,7 +47,7 @@ def assert_is_merge(directory: Path, pool, weights) -> None:
 
 
 def search_merge(folder: Path, out: Path, n_trials: int) -> Result:
-    """Search the weights of the mergekit YAML in `folder`, and return what the command printed."""
+    """Search the weights of the mergekit YAML in `folder`, and return the result of the command."""
     objective, n = folder / "obj.yaml", str(n_trials)
     return optimer(
         "search", folder / "my-merge.yml", out, "--objective", objective, "--n-trials", n

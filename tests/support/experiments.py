@@ -19,8 +19,8 @@ TRAIN = {
 
 @pytest.fixture
 def recipe_dir(tmp_path: Path, make_base, corpus_dir: Path) -> Path:
-    """A recipe folder: two vectors to train on made-up languages, a third language kept; sealed
-    test; retarget.
+    """A recipe folder: two vectors trained on made-up languages, a third language to keep, a
+    sealed test, and a retargeted objective.
     """
     folder = tmp_path / "recipes" / "tiny"
     folder.mkdir(parents=True)
@@ -56,6 +56,7 @@ def recipe_dir(tmp_path: Path, make_base, corpus_dir: Path) -> Path:
 
 
 def optimer(*arguments: object):
+    """Run a command, whether it succeeds or fails."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 

@@ -11,7 +11,7 @@ PLACEHOLDER = "@GOLDEN@"  # the folder in which they were made
 
 
 def copy_golden(version: str, out: Path) -> Path:
-    """Copy the files of a version to `out`, which they name where they named their own folder."""
+    """Copy the files of a version to `out`, and let them name `out` as their folder."""
     shutil.copytree(GOLDEN / version, out)
     for file in out.rglob("*"):
         if file.is_file() and file.suffix != ".safetensors":

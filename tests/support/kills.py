@@ -1,11 +1,11 @@
-"""A command killed at every event of the file system, started again, and compared with a run that
-nobody interrupted.
+"""Kill a command at every change of the file system, start it again, and compare the result with
+that of an uninterrupted run.
 
 Run as a process of its own: `python kills.py SCRATCH`, requests as JSON lines on stdin, answers as
 JSON lines on stdout. It imports what the commands import, once, and forks a child for every try, so
-that a kill costs a fraction of a second. A child counts what it does to the files below SCRATCH
-(opening to write, renaming, making, removing, syncing; of writers in Rust and C++ the calls), and
-kills itself with SIGKILL right before the event it was told.
+that a kill costs a fraction of a second. A child counts its changes to the files below SCRATCH
+(opening to write, renaming, making, removing, syncing; for writers in Rust and C++, the calls). It
+kills itself with SIGKILL right before the event in the request.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ OUTSIDE_PYTHON = (  # writers that no audit event sees: module, function
     ("peft.peft_model", "safe_save_file"),
     ("torch", "save"),
 )
-ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # of a disk that takes no data
+ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # of a disk that refuses data
 SECONDS = 300  # a child that takes longer hangs
-# what may differ from run to run: how long it took, in what memory, and when a file was written
+# differs from run to run: durations, memory, and when a file was written
 TIMED = [
     re.compile(r"\bseconds\": \{[^}]*\}"),  # of a trial
     re.compile(
@@ -64,7 +64,7 @@ DRAWN_TIMES = ("figures/progress.png", "figures/ledger.png")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: exit status (negative: the signal), what it did to files, what it said."""
+    """How a child ended: exit status (negative: a signal), its changes to files, its output."""
 
     status: int
     events: list[str]
@@ -76,55 +76,58 @@ class Driver:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch, self.work = scratch, scratch / "work"
-        self.repo: str | None = None  # what a push makes, removed before every try
+        self.repo: str | None = None  # the repository that a push makes; removed before every try
         self._references: dict[str, tuple[Outcome, dict[str, str]]] = {}
 
     def reference(
         self, start: str, arguments: Sequence[str], result: str, ignored: str
     ) -> tuple[Outcome, dict[str, str]]:
-        """Run a command uninterrupted from a state, once, and keep what it leaves as `result`;
-        return how it ended and file -> digest of what it leaves.
+        """Run a command uninterrupted from a state, only once, and keep its files as `result`.
+
+        Returns how it ended, and file -> digest.
         """
         if result not in self._references:
-            outcome = self._uninterrupted(start, arguments, result)
-            self._references[result] = outcome, self.left(ignored)
+            outcome = self._run_uninterrupted(start, arguments, result)
+            self._references[result] = outcome, self.read_files(ignored)
         return self._references[result]
 
-    def _uninterrupted(self, start: str, arguments: Sequence[str], result: str) -> Outcome:
-        self._put(start)
-        _forked_import(self.scratch / "modules.json")
+    def _run_uninterrupted(self, start: str, arguments: Sequence[str], result: str) -> Outcome:
+        self._restore(start)
+        _import_known_modules(self.scratch / "modules.json")
         outcome = self._child(arguments)
-        _forked_import(self.scratch / "modules.json")
+        _import_known_modules(self.scratch / "modules.json")
         if outcome.status == 0:
             shutil.rmtree(self.scratch / result, ignore_errors=True)
             shutil.copytree(self.work, self.scratch / result, symlinks=True)
         return outcome
 
-    def again(self, arguments: Sequence[str]) -> Outcome:
-        """Run a command on what is there."""
+    def run_again(self, arguments: Sequence[str]) -> Outcome:
+        """Run a command on the files as they are."""
         return self._child(arguments)
 
-    def killed_at(self, start: str, arguments: Sequence[str], number: int) -> Outcome:
+    def run_and_kill(self, start: str, arguments: Sequence[str], number: int) -> Outcome:
         """Run a command and kill it right before an event."""
-        self._put(start)
+        self._restore(start)
         return self._child(arguments, kill_at=number)
 
-    def refused_at(self, start: str, arguments: Sequence[str], number: int, error: int) -> Outcome:
+    def run_and_refuse(
+        self, start: str, arguments: Sequence[str], number: int, error: int
+    ) -> Outcome:
         """Run a command on a disk that refuses data from an event on."""
-        self._put(start)
+        self._restore(start)
         return self._child(arguments, kill_at=number, error=error)
 
-    def left(self, ignored: str) -> dict[str, str]:
-        """Return file -> digest of what a command left here and on the Hub."""
-        there = {} if self.repo is None else repository(self.repo)
+    def read_files(self, ignored: str) -> dict[str, str]:
+        """Return file -> digest of the files that are here and on the Hub."""
+        there = {} if self.repo is None else repository_files(self.repo)
         return contents(self.work, ignored) | there
 
-    def _put(self, state: str) -> None:
+    def _restore(self, state: str) -> None:
         for path in (self.work, self.scratch / "tmp"):
             shutil.rmtree(path, ignore_errors=True)
         (self.scratch / "tmp").mkdir()
         if self.repo is not None:
-            removed_repository(self.repo)
+            remove_repository(self.repo)
         shutil.copytree(self.scratch / state, self.work, symlinks=True)
 
     def _child(
@@ -149,8 +152,8 @@ class Driver:
         return Outcome(status, events.read_text().splitlines(), said.read_text())
 
 
-def _forked_import(names: Path) -> None:
-    """Import what the children before imported, so that the next ones find it imported."""
+def _import_known_modules(names: Path) -> None:
+    """Import the modules that earlier children imported, so that later ones need not."""
     for name in json.loads(names.read_text()) if names.exists() else ():
         if name not in sys.modules:
             try:
@@ -197,8 +200,9 @@ def _be_child(
 
 
 def _count_events(work: str, log: int, kill_at: int | None, error: int | None) -> None:
-    """Note every change below `work` in the file `log`; SIGKILL right before number `kill_at`, or,
-    where there is an errno, refuse whatever takes room from there on.
+    """Note every change below `work` in the file `log`, and kill right before number `kill_at`.
+
+    With an errno, refuse everything that takes space from that event on instead.
     """
     lock, count = threading.Lock(), 0
     seen = threading.local()
@@ -234,7 +238,7 @@ def _count_events(work: str, log: int, kill_at: int | None, error: int | None) -
         finally:
             seen.busy = False
 
-    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def count_calls(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             note(f"before {name}")
             result = function(*args, **options)
@@ -246,8 +250,8 @@ def _count_events(work: str, log: int, kill_at: int | None, error: int | None) -
     for module, name in OUTSIDE_PYTHON:
         if module in sys.modules and hasattr(sys.modules[module], name):
             function = getattr(sys.modules[module], name)
-            setattr(sys.modules[module], name, counted(f"{module}.{name}", function))
-    os.fsync = counted("os.fsync", os.fsync)
+            setattr(sys.modules[module], name, count_calls(f"{module}.{name}", function))
+    os.fsync = count_calls("os.fsync", os.fsync)
     sys.addaudithook(hook)
 
 
@@ -261,16 +265,16 @@ def _absolute(path: Any, folder: int | None) -> str:
 # -- the repository of a push ----------------------------------------------------------------------
 
 
-def removed_repository(repo: str) -> None:
+def remove_repository(repo: str) -> None:
     """Remove a repository from the local Hub, if it is there."""
     owner, _, name = repo.partition("/")
     with contextlib.suppress(urllib.error.HTTPError):
-        _asked("/api/repos/delete", "DELETE", {"organization": owner, "name": name})
+        _request("/api/repos/delete", "DELETE", {"organization": owner, "name": name})
 
 
-def repository(repo: str) -> dict[str, str]:
-    """Return file -> digest of what a repository of the local Hub holds."""
-    files = _asked(f"/api/models/{repo}/tree/main?recursive=true")
+def repository_files(repo: str) -> dict[str, str]:
+    """Return file -> digest for a repository on the local Hub."""
+    files = _request(f"/api/models/{repo}/tree/main?recursive=true")
     return {
         f"hub:{file['path']}": file.get("lfs", {}).get("oid", file["oid"])
         for file in files
@@ -278,7 +282,7 @@ def repository(repo: str) -> dict[str, str]:
     }
 
 
-def _asked(path: str, method: str = "GET", body: Any = None) -> Any:
+def _request(path: str, method: str = "GET", body: Any = None) -> Any:
     request = urllib.request.Request(
         os.environ["HF_ENDPOINT"] + path,
         method=method,
@@ -296,7 +300,7 @@ def _asked(path: str, method: str = "GET", body: Any = None) -> Any:
 
 
 def contents(folder: Path, ignored: str) -> dict[str, str]:
-    """Return file -> sha256 of its content, but for times, of what does not match `ignored`."""
+    """Return file -> sha256 without times, for files that do not match `ignored`."""
     return dict(_digests(folder, re.compile(ignored)))
 
 
@@ -306,21 +310,21 @@ def _digests(folder: Path, ignored: re.Pattern[str]) -> Iterator[tuple[str, str]
         if path.is_file() and not ignored.search(name):
             data = path.read_bytes()
             if path.suffix in (".json", ".jsonl", ".yaml", ".yml", ".md", ".html"):
-                data = untimed(data.decode()).encode()
+                data = drop_times(data.decode()).encode()
             if name.endswith(DRAWN_TIMES):
                 data = b""
             yield name, hashlib.sha256(data).hexdigest()
 
 
-def untimed(text: str) -> str:
-    """Return a text without what TIMED finds."""
+def drop_times(text: str) -> str:
+    """Replace the times in a text."""
     for pattern in TIMED:
         text = pattern.sub("TIME", text)
     return text
 
 
-def differing(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
-    """Return which files differ, are missing, or are too many."""
+def list_differences(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    """Return one line for each file that differs, is missing or is too many."""
     wrong = []
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
@@ -329,25 +333,26 @@ def differing(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str
     return wrong
 
 
-def _wrong_refusal(
+def _refusal_faults(
     driver: Driver,
     outcome: Outcome,
     error: int,
     states: tuple[Mapping[str, str], Mapping[str, str]],
     request: Mapping[str, Any],
 ) -> list[str]:
-    """Return what is wrong with how a command ended that the disk refused: it says so in a line, or
-    did without what is optional; every file is the one from before or the one from after; nothing
-    else is there.
+    """Return what a command did wrong when the disk refused its data.
+
+    It should report the error in one line, or do without optional files. Every file should be the
+    old one or the new one, and no other file should be there.
     """
     work, result = driver.work, driver.scratch / request["result"]
-    (before, after), left = states, driver.left(request["ignored"])
+    (before, after), left = states, driver.read_files(request["ignored"])
     optional, resumed = re.compile(request["optional"]), re.compile(request["resumed"])
     wrong = []
     errors = [line for line in outcome.said.splitlines() if line.startswith("error: ")]
     is_said = len(errors) == 1 and os.strerror(error) in errors[0]
     if outcome.status == 0:
-        missing = [name for name in differing(left, after) if not optional.search(name)]
+        missing = [name for name in list_differences(left, after) if not optional.search(name)]
         wrong += [f"exit 0 without {name}" for name in missing]
     elif outcome.status != 1 or not is_said or "Traceback" in outcome.said:
         wrong.append("not said")
@@ -355,7 +360,7 @@ def _wrong_refusal(
         if ".partial-" in name:
             wrong.append(f"left behind: {name}")
         elif digest not in (before.get(name), after.get(name)) and not (
-            resumed.search(name) and _is_begun(work / name, result / name)
+            resumed.search(name) and _is_beginning(work / name, result / name)
         ):
             wrong.append(f"half-written: {name}")
     for name in before.keys() & after.keys() - left.keys():
@@ -363,40 +368,42 @@ def _wrong_refusal(
     return wrong
 
 
-def _is_begun(file: Path, whole: Path) -> bool:
-    """Whether a log holds the first lines of another; true of other files."""
+def _is_beginning(file: Path, whole: Path) -> bool:
+    """Whether a log contains only the first lines of another; true for other files."""
     if file.suffix != ".jsonl" or not whole.exists():
         return True
-    found, expected = (untimed(each.read_text()).splitlines() for each in (file, whole))
+    found, expected = (drop_times(each.read_text()).splitlines() for each in (file, whole))
     return found == expected[: len(found)]
 
 
-def tried(driver: Driver, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Kill one command as often as asked, and return how often it failed, and how."""
+def try_events(driver: Driver, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Kill one command at the requested events; return the number of tries and the failures."""
     start, arguments, ignored = request["start"], request["arguments"], request["ignored"]
     driver.repo = request.get("repo")
     whole, expected = driver.reference(start, arguments, request["result"], ignored)
     if whole.status != 0:
         return {"n_events": 0, "tried": 0, "failed": [f"uninterrupted: {whole.said}"]}
     before = contents(driver.scratch / start, ignored)
-    numbers = _chosen(len(whole.events), request)
+    numbers = _choose_events(len(whole.events), request)
     failed = []
     for number in numbers:
         error, event = ERRORS[number % len(ERRORS)], whole.events[number - 1]
         wrong: list[str] = []
         if request["is_refused"]:
-            first = last = driver.refused_at(start, arguments, number, error)
-            wrong = _wrong_refusal(driver, first, error, (before, expected), request)
+            first = last = driver.run_and_refuse(start, arguments, number, error)
+            wrong = _refusal_faults(driver, first, error, (before, expected), request)
         else:
-            first = last = driver.killed_at(start, arguments, number)
+            first = last = driver.run_and_kill(start, arguments, number)
         if request["is_refused"] or first.status == -signal.SIGKILL:
-            last = driver.again(arguments)
-        found = differing(driver.left(ignored), expected)
+            last = driver.run_again(arguments)
+        found = list_differences(driver.read_files(ignored), expected)
         ended = last.status == 0 or re.search(request["accepted"], last.said) is not None
         if not ended or found:
-            failed.append(f"{number} ({event}): again: exit {last.status}, {found}, {_end(last)}")
+            failed.append(
+                f"{number} ({event}): again: exit {last.status}, {found}, {_last_lines(last)}"
+            )
         if wrong:
-            how = f"exit {first.status}, {wrong}, {_end(first)}"
+            how = f"exit {first.status}, {wrong}, {_last_lines(first)}"
             failed.append(f"{number} ({event}): {os.strerror(error)}: {how}")
         told = f"{request['name']} {number}/{len(whole.events)}: {len(failed)} failed\n"
         sys.stderr.write(told)
@@ -404,7 +411,7 @@ def tried(driver: Driver, request: Mapping[str, Any]) -> dict[str, Any]:
     return {"n_events": len(whole.events), "tried": len(numbers), "failed": failed}
 
 
-def _chosen(n_events: int, request: Mapping[str, Any]) -> list[int]:
+def _choose_events(n_events: int, request: Mapping[str, Any]) -> list[int]:
     """Return the numbers of the events to try: all, or a sample."""
     numbers = list(range(1, n_events + 1))
     if request["sample"] is None:
@@ -413,7 +420,7 @@ def _chosen(n_events: int, request: Mapping[str, Any]) -> list[int]:
     return sorted(random.Random(request["seed"]).sample(numbers, n_chosen))
 
 
-def _end(outcome: Outcome) -> str:
+def _last_lines(outcome: Outcome) -> str:
     return " | ".join(outcome.said.strip().splitlines()[-4:])
 
 
@@ -424,7 +431,7 @@ def main() -> None:
     torch.set_num_threads(1)
     driver = Driver(Path(sys.argv[1]))
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(tried(driver, json.loads(line))) + "\n")
+        sys.stdout.write(json.dumps(try_events(driver, json.loads(line))) + "\n")
         sys.stdout.flush()
 
 

@@ -27,7 +27,7 @@ def config_of(**changes) -> StudyConfig:
 
 
 def landscape(label: str, weights) -> float:
-    """A loss with one optimum per term, and the cliff along the sum that merges have."""
+    """A loss with one optimum per term, and a cliff in the sum of the weights, as merges have."""
     point = np.array(list(weights.values()))
     return 3 + ((point - OPTIMA[label]) ** 2).sum() + 0.3 * max(0, point.sum() - 1.8) ** 2
 
@@ -53,13 +53,13 @@ class FunctionPool:
 
 
 class TellingPool(FunctionPool):
-    """Has as many items as a verdict needs."""
+    """Has enough items for a verdict."""
 
     n_items = 12
 
 
 def no_pool_for(what: str):
-    """Return a pool that must not be opened."""
+    """Return a function that fails the test if a pool is opened."""
     return lambda config: pytest.fail(f"{what} is scored already, no pool may be opened")
 
 
@@ -76,6 +76,7 @@ class FailingPool(FunctionPool):
 
 
 def failing_at(failures):
+    """Return a pool class whose calls with these numbers raise these errors."""
     return type("FailingHere", (FailingPool,), {"failures": failures})
 
 

@@ -1,7 +1,7 @@
-"""What the README and docs/ show: a page comes in, out come its sections with the snippets of each.
+"""Split the README and docs/ into sections, each with its snippets of code.
 
-A section is a chapter of the README or a whole page of docs/. Markdown is read as a browser would,
-so a line that looks like a command and is none (a formula, a listing) has to be named by the tests.
+A section is a chapter of the README or a whole page of docs/. Markdown is read as in a browser, so
+tests must name the lines that look like commands but are not (formulas, listings).
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,9 @@ SHELL = {"sh", "bash", "indented"}
 
 @dataclass(frozen=True)
 class Snippet:
-    """A block or a span of code: its language, or `indented` and `inline` for those without one;
-    '' is what a program printed.
+    """A block or a span of code with its language.
+
+    Blocks and spans without one are `indented` and `inline`; '' is the output of a program.
     """
 
     language: str
@@ -28,7 +29,7 @@ class Snippet:
 
 @dataclass
 class Section:
-    """A part of a page that a person follows from its begin to its end."""
+    """A part of a page that a reader follows from beginning to end."""
 
     name: str
     snippets: list[Snippet] = field(default_factory=list)
@@ -38,7 +39,7 @@ class Section:
 
 
 def sections() -> list[Section]:
-    """Return all sections that show a snippet, in the order of the pages."""
+    """Return all sections with a snippet, in the order of the pages."""
     found: list[Section] = []
     for page in PAGES:
         name = str(page.relative_to(ROOT))

@@ -1,6 +1,6 @@
-"""The world that the pages speak of, small: files, models under their names on the local Hub.
+"""Small versions of the files and models that the pages name; the models are on the local Hub.
 
-`write_files` and `write_models` fill a folder; what `optimer` writes into it comes later.
+`write_files` and `write_models` fill a folder, into which `optimer` writes later.
 """
 
 import itertools
@@ -47,7 +47,7 @@ STUDY = {
     "search": {"n_trials": 6, "rescore_top": 1},
 }
 BREVITY = {"terms": [{"function": "brevity", "higher_is_better": True}]}
-OBJECTIVES = {  # the last is for the study of a page that has only this term
+OBJECTIVES = {  # the last is the objective of one page
     "objective.yaml": {"terms": [{"text": "held_out.jsonl"}]},
     "other-objective.yaml": {"terms": [{"text": "held_out.jsonl"}]},
     "gsm8k-objective.yaml": {
@@ -66,10 +66,10 @@ CORPORA = {
 def write_files(out: Path, corpus_dir: Path) -> None:
     """Write corpora, the task gsm8k, train files and recipe folders."""
     words = (corpus_dir / "aaa.train.jsonl").read_text().splitlines()
-    asked = [json.loads(line)["text"][:9] for line in words]
-    texts = [f"Question: {question}\nAnswer: 7777" for question in asked]
+    questions = [json.loads(line)["text"][:9] for line in words]
+    texts = [f"Question: {question}\nAnswer: 7777" for question in questions]
     _write_rows(out / "math.jsonl", [{"text": text} for text in 8 * texts])
-    for number, name in enumerate(("english", "held_out.zh")):  # what the vector math is good for
+    for number, name in enumerate(("english", "held_out.zh")):  # the vector math improves both
         rows = [{"text": text} for text in texts[8 * number : 8 * number + 8]]
         _write_rows(out / f"{name}.jsonl", rows)
     for name, source in CORPORA.items():
@@ -96,7 +96,7 @@ def write_models(out: Path, make_base, make_tuned, make_adapter, tmp_path: Path)
     _upload(base.path, BASE, card="---\nlicense: gemma\n---\n")
     _upload(make_tuned(base, "gemma", 1), "google/gemma-3-270m-it")
     _upload(make_tuned(base, "gemma", 2), "your-name/gemma-3-270m-code")
-    _upload(_mathematician(base.path, out, tmp_path), "your-name/gemma-3-270m-math")
+    _upload(_train_math(base.path, out, tmp_path), "your-name/gemma-3-270m-math")
     shutil.copytree(make_tuned(base, "gemma", 3), out / "my-model")
     for name, options in {"my-code-lora": {}, "my-dora": {"use_dora": True}}.items():
         shutil.copytree(make_adapter(base, 4, **options), out / name)
@@ -105,8 +105,8 @@ def write_models(out: Path, make_base, make_tuned, make_adapter, tmp_path: Path)
         file.write_text(json.dumps(config | {"base_model_name_or_path": BASE}), encoding="utf-8")
 
 
-def _mathematician(base: Path, out: Path, tmp_path: Path) -> Path:
-    """Train all parameters on math.jsonl, so that there is something to find for gsm8k."""
+def _train_math(base: Path, out: Path, tmp_path: Path) -> Path:
+    """Train all parameters on math.jsonl, so that the vector improves gsm8k."""
     config = TrainConfig(
         name="math",
         base_model=str(base),
@@ -135,7 +135,7 @@ def _write_yaml(path: Path, data: dict[str, Any]) -> None:
 
 
 def _write_gsm8k(out: Path) -> None:
-    """Write lm-eval's own gsm8k over eight items of ours, with two shots and short answers."""
+    """Write lm-eval's gsm8k with eight items of our own, two shots and short answers."""
     items = [{"question": f"q{number}", "answer": "#### 7777"} for number in range(8)]
     _write_rows(out / "gsm8k.jsonl", items)
     source = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
@@ -149,9 +149,7 @@ def _write_gsm8k(out: Path) -> None:
 
 
 def _shrink(folder: Path, vectors: tuple[str, ...]) -> None:
-    """Give a copy of the demo the base of the world, fewer vectors, short texts, and a budget below
-    that of its short.yaml.
-    """
+    """Give a copy of the demo a tiny base, fewer vectors, short texts and a very small budget."""
     short = yaml.safe_load((folder / "short.yaml").read_text(encoding="utf-8"))
     fast = {"learning_rate": 1e-2, "save_strategy": "no"}
     for file in folder.glob("train-*.yaml"):

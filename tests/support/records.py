@@ -1,4 +1,4 @@
-"""Records as a run leaves them."""
+"""A record as a training run writes it."""
 
 from optimer_hf.vectors.training_record import TrainingRecord
 
