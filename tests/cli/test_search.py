@@ -99,12 +99,13 @@ def test_another_objective_is_answered_from_the_record_and_verified(searched, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("retarget", ".", ".", "--n-trials", "3"), "OUT and --n-trials go together"),
+        (("retarget", ".", "obj.yaml", "--n-trials", "3"), "OUT and --n-trials go together"),
         (
             ("retarget", ".", ".", "O", "--n-trials", "3", "--workers", "2", "--scheduler", "x"),
             "--workers starts a cluster and --scheduler uses one",
         ),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(arguments, message):
+def test_options_that_do_not_go_together_are_refused(folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
     assert message in optimer(*arguments, ok=False).stderr
