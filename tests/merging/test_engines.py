@@ -127,7 +127,7 @@ def test_a_merge_with_a_nan_weight_is_refused(pool, tmp_path):
         merge(write_config(tmp_path / "c.yml", config), tmp_path / "out")
 
 
-def test_added_tokens_are_refused_with_the_way_and_mergekit_goes_it(
+def test_added_tokens_are_refused_and_mergekit_aligns_them(
     make_base, save_model, tokenizer, tmp_path
 ):
     base = make_base("llama")
@@ -174,7 +174,7 @@ def test_an_int8_delta_is_merged_by_the_writer_and_refused_for_mergekit(pool, tm
         merged_by(config, tmp_path / "theirs", "mergekit")
 
 
-def test_an_adapter_is_refused_for_mergekit_with_the_way_round(pool, tmp_path):
+def test_an_adapter_is_refused_for_mergekit_and_the_error_says_what_to_do(pool, tmp_path):
     base, sources = pool("llama", "adapter", torch.bfloat16)
     config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "float32")
     config["models"][0]["parameters"]["weight"] = [0.2, 0.8]
@@ -184,7 +184,7 @@ def test_an_adapter_is_refused_for_mergekit_with_the_way_round(pool, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["base", "the base by name"])
-def test_the_base_named_as_the_tokenizer_is_what_the_writer_does_anyway(pool, tmp_path, source):
+def test_naming_the_base_as_tokenizer_changes_nothing_for_the_writer(pool, tmp_path, source):
     base, sources = pool("llama", "adapter", torch.bfloat16)
     config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "float32")
     named = "base" if source == "base" else str(base.path)

@@ -89,7 +89,7 @@ def test_the_kernel_rounds_once_and_not_after_every_vector():
     assert add_weighted(base, [small], [1.0]).item() == 1.0
 
 
-def test_the_kernel_wants_a_weight_for_every_delta():
+def test_the_kernel_needs_a_weight_for_every_delta():
     with pytest.raises(ValueError, match="zip"):
         add_weighted(torch.ones(1), [torch.ones(1)], [1.0, 2.0])
 
@@ -124,9 +124,7 @@ def any_numbers(n: int, dtype: torch.dtype, generator: torch.Generator) -> torch
     st.booleans(),
 )
 @settings(deadline=None, max_examples=150)
-def test_one_pass_gives_the_bits_of_one_operation_after_the_other(
-    seed, n, parts, stored, dtype, usual
-):
+def test_one_pass_gives_the_bits_of_separate_operations(seed, n, parts, stored, dtype, usual):
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(of: torch.dtype) -> torch.Tensor:
@@ -197,7 +195,7 @@ print(add_weighted(torch.ones(3), [torch.ones(3)], [0.5]).tolist())
 """
 
 
-def test_the_pass_is_compiled_where_nothing_can_be_kept(tmp_path):
+def test_the_pass_is_compiled_where_its_cache_cannot_be_written(tmp_path):
     locked = tmp_path / "locked"
     shutil.copytree(
         Path(kernel.__file__).parents[1],

@@ -72,7 +72,7 @@ def test_slices_take_layers_from_their_models(pool, tmp_path):
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_delta_directory_of_somebody_else_is_declared_in_the_config(pool, declared, tmp_path):
+def test_a_delta_directory_of_another_program_is_declared_in_the_config(pool, declared, tmp_path):
     base, sources = pool("llama", "delta", torch.bfloat16)
     shutil.copytree(sources["ja"], tmp_path / "delta")
     (tmp_path / "delta" / "vector.json").unlink()

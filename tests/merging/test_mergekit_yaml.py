@@ -626,7 +626,7 @@ def test_an_output_that_is_not_as_promised_is_refused(models, tmp_path, damage, 
         check_merged(out, Promise(model, **promise))
 
 
-def test_what_the_model_behind_it_has_too_is_no_fault_of_the_merge(models, tmp_path):
+def test_a_fault_that_the_source_model_has_too_is_ignored(models, tmp_path):
     shutil.copytree((models / "a").resolve(), tmp_path / "base")
     added(tmp_path / "base")
     shutil.copytree(tmp_path / "base", tmp_path / "out")
@@ -653,7 +653,7 @@ def _other_theta(model: Path) -> None:
         (_moved_tokens, "the token 'a' at id"),
     ],
 )
-def test_what_only_names_and_shapes_have_in_common_is_said(world, caplog, change, said):
+def test_a_model_that_shares_only_names_and_shapes_causes_a_warning(world, caplog, change, said):
     source = shutil.copytree((world / "a").resolve(), world / "other")
     change(source)
     models = [{"model": "other", "parameters": {"weight": 1.0}}]

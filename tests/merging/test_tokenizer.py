@@ -109,7 +109,7 @@ def test_the_base_as_the_source_is_the_study_without_the_field(models, tmp_path)
     assert named.tokenizer_reference == str(models["it"])
 
 
-def test_a_name_that_is_neither_a_vector_nor_a_model_is_told_with_its_line(models, tmp_path):
+def test_a_name_that_is_neither_a_vector_nor_a_model_is_reported_with_its_line(models, tmp_path):
     data = study_of(models, tmp_path).model_dump(mode="json", exclude_none=True)
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(data | {"tokenizer_source": "itt"}), encoding="utf-8")
@@ -158,7 +158,7 @@ def test_a_source_without_a_tokenizer_of_its_own_is_refused(models, base, tmp_pa
     ],
     ids=["swapped", "renamed", "beyond the embedding"],
 )
-def test_a_tokenizer_with_other_tokens_is_refused_by_the_first(models, base, change, said):
+def test_a_tokenizer_with_other_tokens_is_refused_naming_the_first(models, base, change, said):
     file = models["it"] / "tokenizer.json"
     data = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = data["model"]["vocab"]
@@ -186,7 +186,7 @@ def test_a_token_of_the_base_beyond_its_embedding_is_no_mistake(models, tmp_path
     assert open_tokenizer(base, str(models["it"])).path == models["it"]
 
 
-def test_of_a_model_on_the_hub_all_but_the_weights_is_fetched(hub, models, base):
+def test_everything_but_the_weights_of_a_model_is_fetched_from_the_hub(hub, models, base):
     api = HfApi(token="hf_alice_write")
     api.create_repo("alice/chatty-model", exist_ok=True)
     api.upload_folder(repo_id="alice/chatty-model", folder_path=models["it"])
@@ -195,7 +195,7 @@ def test_of_a_model_on_the_hub_all_but_the_weights_is_fetched(hub, models, base)
     assert not list(found.path.glob("*.safetensors")) and found.commit is not None
 
 
-def test_a_chat_template_that_is_asked_for_has_to_be_there(models, tmp_path):
+def test_a_requested_chat_template_must_exist(models, tmp_path):
     asked = study_of(models, tmp_path).objective.model_dump() | {"apply_chat_template": True}
     with pytest.raises(ConfigError, match=r"apply_chat_template: .*tokenizer_source"):
         ResidentPool(study_of(models, tmp_path, objective=asked))
@@ -333,7 +333,7 @@ def merge_config(models, path: Path, **changes) -> dict:
 @pytest.mark.parametrize(
     "field", [{"tokenizer_source": "./it"}, {"tokenizer": {"source": "./it"}}], ids=str
 )
-def test_a_search_takes_the_tokenizer_of_a_merge_config_over(models, tmp_path, field):
+def test_a_search_takes_over_the_tokenizer_of_a_merge_config(models, tmp_path, field):
     path = tmp_path / "merge.yml"
     config = merge_config(models, path, **field)
     (tmp_path / "x.jsonl").write_text('{"text": "aaa"}\n', encoding="utf-8")

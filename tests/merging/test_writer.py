@@ -327,7 +327,7 @@ if what == "merge":
 else:
     import optimer_hf.vectors.delta
     # stall in the writing that follows
-    optimer_hf.vectors.delta.norms = lambda vector, base: (1.0, 0.1)
+    optimer_hf.vectors.delta.measure_norms = lambda vector, base: (1.0, 0.1)
     extract(stalling, ResolvedModel(base, "base"), out, dtype=what, max_shard_size=8000)
 """
 

@@ -144,7 +144,7 @@ def test_every_refused_field_is_tried():
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("lora", REFUSED.values(), ids=REFUSED)
-def test_a_lora_that_no_vector_could_be_is_refused_before_the_corpus_is_packed(
+def test_a_lora_that_would_open_as_no_vector_is_refused_before_packing(
     lora, make_config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("optimer_hf.files.patterns.SECONDS", 0.5)
@@ -162,7 +162,7 @@ def test_a_token_in_a_train_file_is_refused_and_not_shown(field, make_config):
     assert field != "hub_token" or secret not in str(caught.value)
 
 
-def test_keys_of_ranks_are_written_down_by_layer_where_their_order_counts(make_config, tmp_path):
+def test_patterns_of_ranks_are_expanded_by_layer_where_their_order_matters(make_config, tmp_path):
     lora = {"alpha_pattern": {"up_proj": 3, "0.mlp.up_proj": 90}, "rank_pattern": {"q_proj": 2}}
     out = train(make_config(**lora), tmp_path / "out")
     config = json.loads(Path(out / "adapter_config.json").read_text(encoding="utf-8"))

@@ -83,7 +83,7 @@ def test_a_written_mixture_reads_back_and_names_no_path_of_this_machine(tmp_path
     assert TrainConfig.read(tmp_path / "train-mixture.yaml") == mixed
 
 
-def test_a_vector_without_a_training_record_is_an_error_that_says_how_to_go_on(tmp_path):
+def test_a_vector_without_a_training_record_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"vector 'a' .* --tokens a=N"):
         training_tokens({"a": str(tmp_path)})
 

@@ -109,7 +109,7 @@ def test_what_a_run_writes_names_no_path_of_this_machine(make_config, make_base,
         assert str(tmp_path) not in text
 
 
-def test_the_record_says_what_was_trained_on_what(make_config, tmp_path):
+def test_the_record_names_the_base_the_corpus_and_the_settings(make_config, tmp_path):
     config = make_config(seed=5)
     train(config, tmp_path / "out")
     record = record_of(tmp_path / "out")
@@ -153,9 +153,7 @@ def test_a_run_multiplies_in_bfloat16_where_the_machine_does_else_in_float32(
     assert record_of(tmp_path / "out")["training"]["mixed_precision"] == expected
 
 
-def test_who_asks_for_float16_is_not_given_bfloat16_besides(
-    make_config, make_base, tmp_path, monkeypatch
-):
+def test_a_run_in_float16_does_not_also_use_bfloat16(make_config, make_base, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments_module, "compute_dtype", lambda dtype, device: dtype)
     config = make_config(trainer={"fp16": True})
     packed = prepare(config, tmp_path / "out")
@@ -240,7 +238,7 @@ def test_a_finished_run_is_not_touched_by_a_second_call(make_config, tmp_path):
         ),
     ],
 )
-def test_a_field_nobody_knows_is_refused_before_anything_is_written(
+def test_an_unknown_field_is_refused_before_anything_is_written(
     make_config, tmp_path, fields, message
 ):
     config = make_config(**fields)
@@ -354,7 +352,7 @@ def test_a_run_on_another_base_of_the_same_name_is_refused(make_config, make_bas
         train(other, out)
 
 
-def test_a_first_try_on_a_text_that_was_mended_is_refused_and_left_alone(
+def test_a_run_whose_text_was_corrected_since_is_refused_and_left_alone(
     make_config, corpus_dir, tmp_path
 ):
     text = tmp_path / "aaa.jsonl"
@@ -368,7 +366,7 @@ def test_a_first_try_on_a_text_that_was_mended_is_refused_and_left_alone(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_whether_a_run_is_finished_is_found_out_without_a_change(make_config, tmp_path):
+def test_asking_whether_a_run_is_finished_changes_nothing(make_config, tmp_path):
     (tmp_path / "started.json").write_text('{"config_sha256": "of another config"}')
     (tmp_path / "my-notes.txt").write_text("years of work")
     broken = tmp_path / "checkpoints" / "checkpoint-3"
@@ -451,7 +449,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
         sleep(0.005)
 
 
-def test_a_killed_run_goes_on_and_gives_the_losses_of_an_uninterrupted_one(
+def test_a_killed_run_resumes_and_gives_the_losses_of_an_uninterrupted_one(
     make_config, tmp_path, caplog
 ):
     trainer = {**FAST, "save_strategy": "steps", "save_steps": 5}
@@ -560,7 +558,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("harm", DAMAGES.values(), ids=DAMAGES)
-def test_a_run_goes_on_from_what_is_not_damaged_to_the_same_result(killed, tmp_path, harm):
+def test_a_run_resumes_from_what_is_not_damaged_to_the_same_result(killed, tmp_path, harm):
     config, run, expected = killed
     out = shutil.copytree(run, tmp_path / "out")
     harm(out)
@@ -621,7 +619,7 @@ def test_a_sharded_run_is_refused_before_it_trains(make_config, tmp_path, monkey
     assert not (tmp_path / "out" / "training.json").exists()
 
 
-def test_of_several_gpus_one_process_takes_one(make_config, make_base, tmp_path, monkeypatch):
+def test_one_process_uses_one_of_several_gpus(make_config, make_base, tmp_path, monkeypatch):
     from transformers import TrainingArguments
 
     class OnTwoGPUs(TrainingArguments):
@@ -736,7 +734,7 @@ def test_a_run_without_its_packed_corpus_keeps_its_checkpoints(make_config, tmp_
     moved = config.model_copy(
         update={"corpus": config.corpus.model_copy(update={"path": tmp_path / "gone.jsonl"})}
     )
-    (out / "started.json").write_text(json.dumps({"config_sha256": moved.digest}))
+    (out / "started.json").write_text(json.dumps({"config_sha256": moved.digest()}))
     with pytest.raises(CorpusError):
         prepare(moved, out)
     assert checkpoint.exists()
@@ -901,7 +899,7 @@ def test_a_value_that_a_library_reads_late_is_refused_before_any_work(
         {"torch_compile": False, "save_strategy": "epoch", "neftune_noise_alpha": 5.0},
     ],
 )
-def test_values_that_libraries_take_are_taken(trainer):
+def test_values_that_libraries_accept_are_accepted(trainer):
     data = {"name": "n", "base_model": "a/b", "corpus": {"path": "x.jsonl"}, "trainer": trainer}
     check_config(TrainConfig.model_validate(data))
 

@@ -137,7 +137,7 @@ def test_biases_and_saved_modules_equal_what_peft_merges(biased, tmp_path, optio
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def test_dora_is_refused_with_the_way_to_a_delta(base, make_adapter):
+def test_dora_is_refused_and_the_error_says_how_to_write_a_delta(base, make_adapter):
     with pytest.raises(ModelError, match=r"vector 'ja'.*DoRA.*optimer extract .*--from-adapter"):
         open_vector("ja", str(make_adapter(base, 4, use_dora=True)), base)
 
@@ -280,7 +280,7 @@ def test_a_file_in_which_only_some_names_lack_the_prefix_is_refused(base, adapte
         open_vector("ja", str(path), base)
 
 
-def test_factors_that_are_not_finite_are_not_taken_for_parted_halves(base, adapter, tmp_path):
+def test_factors_that_are_not_finite_are_not_taken_for_tensors_that_differ(base, adapter, tmp_path):
     def broken(tensors):
         return {name: tensor * float("nan") for name, tensor in tensors.items()}
 

@@ -142,18 +142,18 @@ def test_a_field_that_changes_what_the_factors_mean_is_refused(field, plain, bas
 
 @pytest.mark.parametrize("nothing", [None, False, []])
 @pytest.mark.parametrize("field", REFUSED)
-def test_a_refused_field_that_says_nothing_is_taken(field, nothing, plain, base, tmp_path):
+def test_a_refused_field_with_a_harmless_value_is_accepted(field, nothing, plain, base, tmp_path):
     open_vector("ja", str(changed(plain, tmp_path / "v", **{field: nothing})), base)
 
 
 @pytest.mark.parametrize("value", [True, 16, "on", {"a": 1}, [0]])
-def test_an_unknown_field_that_says_something_is_refused(value, plain, base, tmp_path):
+def test_an_unknown_field_with_a_value_is_refused(value, plain, base, tmp_path):
     with pytest.raises(ModelError, match=r"vector 'ja'.*use_something_newer"):
         open_vector("ja", str(changed(plain, tmp_path / "v", use_something_newer=value)), base)
 
 
 @pytest.mark.parametrize("value", [None, False, 0, "", [], {}])
-def test_an_unknown_field_that_says_nothing_is_taken(value, plain, base, tmp_path):
+def test_an_unknown_field_without_a_value_is_accepted(value, plain, base, tmp_path):
     open_vector("ja", str(changed(plain, tmp_path / "v", use_something_newer=value)), base)
 
 
@@ -231,7 +231,7 @@ GPT2_OPTIONS = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("declared", [None, True, False])
 @pytest.mark.parametrize("options", GPT2_OPTIONS.values(), ids=GPT2_OPTIONS)
-def test_the_layer_says_which_way_round_it_is_stored_and_not_the_config(
+def test_the_layer_and_not_the_config_says_how_a_weight_is_stored(
     options, declared, gpt2, make_lora, tmp_path
 ):
     adapter = make_lora(gpt2, **options)
@@ -453,7 +453,7 @@ def test_a_pattern_among_ranks_can_be_written_out_or_left_to_peft(plain, base, t
         ("v_proj.lora_A.weight", "v_proj.modules_to_save.default.weight", "default"),
     ],
 )
-def test_the_name_of_the_adapter_in_those_of_tensors_is_to_be_taken_out(
+def test_tensor_names_that_contain_the_name_of_the_adapter_are_refused(
     old, new, name, plain, base, tmp_path
 ):
     adapter = changed(plain, tmp_path / "v", renamed(old, new))
@@ -465,7 +465,7 @@ def test_the_name_of_the_adapter_in_those_of_tensors_is_to_be_taken_out(
 
 
 @pytest.mark.parametrize("pattern", [HANGING, "(", "(.*.*)*!"])
-def test_a_pattern_among_targets_is_not_looked_at(pattern, plain, base, tmp_path):
+def test_a_pattern_in_target_modules_is_not_compiled(pattern, plain, base, tmp_path):
     adapter = changed(plain, tmp_path / "v", target_modules=pattern, exclude_modules=pattern)
     expected = open_vector("ja", str(plain), base)
     assert open_vector("ja", str(adapter), base).names == expected.names

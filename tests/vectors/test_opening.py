@@ -224,7 +224,7 @@ def test_a_head_that_differs_from_what_it_is_tied_to_is_refused(
         open_vector("it", str(tuned if headed == "base" else changed), base)
 
 
-def test_a_larger_vocabulary_is_refused_with_the_way_to_align_it(base, save_model):
+def test_a_larger_vocabulary_is_refused_and_the_error_says_how_to_align_it(base, save_model):
     model = tiny_model("llama")
     model.resize_token_embeddings(VOCABULARY + 5)
     with pytest.raises(
