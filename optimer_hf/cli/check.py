@@ -17,7 +17,7 @@ def validate(files: tuple[Path, ...], strict: bool) -> None:
     FILES are studies, train files, objectives, recipes and mergekit YAMLs. Models and tasks are not
     opened.
     """
-    from optimer_hf.experiment.inputs import check_file
+    from optimer_hf.experiment.checking import check_file
 
     errors = []
     for path in files:

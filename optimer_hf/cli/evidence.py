@@ -113,7 +113,7 @@ def check_overlap(files: tuple[Path, ...], n: int, text_field: str, output: str)
     sealed test), in any order. Items shorter than a match, but of at least 8 units, must match as a
     whole.
     """
-    from optimer_hf.experiment.inputs import overlap_of_files
+    from optimer_hf.experiment.overlap_files import overlap_of_files
 
     terms = overlap_of_files(files, n=n, text_field=text_field)
     if output == "json":

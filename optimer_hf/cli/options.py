@@ -46,7 +46,7 @@ class InputFile(Existing):
         self._or_folder = or_folder
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from optimer_hf.experiment.inputs import check_fields
+        from optimer_hf.experiment.checking import check_fields
 
         path = super().convert(value, param, ctx)
         if path.is_file() or (path.is_dir() and not self._or_folder):  # a pipe is read only once

@@ -10,7 +10,7 @@ import numpy as np
 
 from optimer_hf.comparison.costs import ledger
 from optimer_hf.comparison.result import Comparison, verdicts
-from optimer_hf.comparison.rows import RowKind, SealedRow
+from optimer_hf.comparison.rows import RowKind, SealedRow, weights_key
 from optimer_hf.errors import OptimerError
 from optimer_hf.merging.geometry_file import read_or_measure
 from optimer_hf.report.drawing import (
@@ -253,17 +253,19 @@ def _is_shown(row: SealedRow, comparison: Comparison) -> bool:
 
 
 def _search_comparison(study: Study) -> Comparison:
-    """Return anchors and incumbent on the search items, as if they were a comparison."""
+    """Return the anchors and the best trial on the items of the search, as a comparison."""
     trials = [trial for trial in study.trials if trial.status == "ok"]
     kinds: list[tuple[RowKind, str]] = [
         ("base", ""),
         *(("alone", name) for name in study.config.free),
         ("average", ""),
     ]
-    anchor_of = {
-        origin: kind for (origin, _), kind in zip(anchors(study.config), kinds, strict=False)
-    }
-    rows = [_row_of_trial(t, *anchor_of[t.origin]) for t in trials if t.origin in anchor_of]
+    first = {weights_key(trial.weights): trial for trial in reversed(trials)}
+    rows = [
+        _row_of_trial(first[key], *kind)
+        for kind, (_, weights) in zip(kinds, anchors(study.config), strict=False)
+        if (key := weights_key(weights)) in first
+    ]
     best = study.best_trial.number
     rows += [_row_of_trial(trial, "merge", "") for trial in trials if trial.number == best]
     return Comparison(rows, study.config.objective, {})

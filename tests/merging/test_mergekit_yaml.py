@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.errors import ConfigError, ModelError, OptimerError
-from optimer_hf.experiment.inputs import check_file
+from optimer_hf.experiment.checking import check_file
 from optimer_hf.merging.check import Promise, check_merged
 from optimer_hf.merging.engines import merge
 from optimer_hf.merging.mergekit_models import ModelName, model_name

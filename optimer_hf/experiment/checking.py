@@ -1,0 +1,101 @@
+"""Check a YAML file that a person wrote: its fields, and the local files that it names."""
+
+from pathlib import Path
+from typing import Any
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.experiment.inputs import KINDS, kind_of_file
+from optimer_hf.files.model import (
+    VersionedFile,
+    list_absent_files,
+    list_absent_files_of_data,
+    list_mistakes,
+)
+from optimer_hf.files.reading import read_yaml
+from optimer_hf.merging.mergekit_keys import is_for_mergekit
+from optimer_hf.training.config import TrainConfig
+from optimer_hf.training.fields import is_settled, list_field_mistakes
+
+
+def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
+    """Return what a YAML file is, in words, and one line for each missing local file that it names.
+    Models and tasks are not opened.
+
+    Raises ConfigError with one line for each mistake. With `strict`, missing files are mistakes.
+    """
+    try:
+        what, fields = _read_whole(path)
+    except ConfigError as error:
+        missing = _list_absent_beside_mistakes(path) if strict else ""
+        raise ConfigError("\n".join(filter(None, [str(error), missing]))) from error
+    missing = list_absent_files(path, fields)
+    if strict and missing:
+        raise ConfigError(missing)
+    return what, missing.splitlines()
+
+
+def _read_whole(path: Path) -> tuple[str, Any]:
+    """Return what a file is, in words, and its fields with absolute local paths."""
+    keys = set(read_yaml(path))
+    if keys and keys <= {"train", "study"}:
+        return "short budget of a recipe", {}
+    if is_for_mergekit(keys):
+        return "merge config", _read_merge_config(path)
+    kind = kind_of_file(keys)
+    config = _read_fields(path, kind)
+    if isinstance(config, TrainConfig) and not is_settled(config):
+        from optimer_hf.training.checks import check_config  # takes seconds to import
+
+        check_config(config, path)
+    # the tasks of a recipe need not be on this disk
+    fields = config.model_dump(exclude={"objective"} if kind == "recipe" else None)
+    for vector in fields["vectors"].values() if kind == "study" else ():
+        if vector["train"] is not None:
+            vector["train"] = str(path.resolve().parent / vector["train"])
+    return "train config" if kind == "train" else kind, fields
+
+
+def _read_merge_config(path: Path) -> dict[str, Any]:
+    from optimer_hf.merging.mergekit_pool import linear_merge_of, with_absolute_references
+    from optimer_hf.merging.mergekit_yaml import read_merge_config
+
+    config = read_merge_config(path)
+    linear_merge_of(config, path)
+    return with_absolute_references(config, path)
+
+
+def _list_absent_beside_mistakes(path: Path) -> str:
+    """Return the missing files that a file with mistakes names, like `list_absent_files`; nothing
+    for a file that is not YAML.
+    """
+    from optimer_hf.merging.mergekit_models import list_absent_models
+
+    try:
+        data = read_yaml(path)
+    except ConfigError:
+        return ""
+    if is_for_mergekit(data):
+        return list_absent_models(data, path)
+    return list_absent_files_of_data(KINDS[kind_of_file(data)], data, path)
+
+
+def check_fields(path: Path, kind: str) -> None:
+    """Raise ConfigError for mistakes in the fields of a file that are found without a library that
+    takes seconds to import.
+
+    `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a study.
+    """
+    from optimer_hf.merging.mergekit_yaml import known_keys, read_keys
+
+    if kind == "merge config" or (kind == "study" and is_for_mergekit(read_yaml(path))):
+        read_keys(path, known_keys())
+        return
+    _read_fields(path, kind)
+
+
+def _read_fields(path: Path, kind: str) -> VersionedFile:
+    """Read a file of a kind; raise ConfigError for mistakes in its fields."""
+    config = KINDS[kind].read(path)
+    if isinstance(config, TrainConfig) and (mistakes := list_field_mistakes(config)):
+        raise ConfigError(list_mistakes(path, mistakes))
+    return config
