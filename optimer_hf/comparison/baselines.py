@@ -1,9 +1,9 @@
-"""Models to compare a searched merge with that are no weights of its own pool: merges by mergekit's
-other methods, random vectors of equal norm, and models trained on data mixtures.
+"""Baselines that are not weights of the pool of a study: merges by other methods of mergekit,
+random vectors of equal norm, and models trained on data mixtures.
 
-A study comes in, a list of models goes out that are built when they are scored, each as vectors on
-the study's base. Merged LoRA pools of random directions can look
-good (arXiv 2602.12323), so the random control keeps rank and norm of every tensor of the real one.
+A study comes in; a list of models goes out. Each is built when it is scored, as vectors on the base
+of the study. Merged LoRA pools of random directions can look good (arXiv 2602.12323), so the random
+vectors keep the rank and the norm of every tensor of the real ones.
 """
 
 import logging
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 MERGE_METHODS: dict[MergeMethod, Callable[[int], dict[str, float]]] = {
-    # parameters of every model among n: those of mergekit's own examples, its defaults otherwise
+    # parameters of each of n models, from mergekit's own examples; its defaults otherwise
     "ties": lambda n: {"weight": 1.0, "density": 0.5},
     "dare_ties": lambda n: {"weight": 1 / n, "density": 0.5},
     "model_stock": lambda n: {},
@@ -44,17 +44,17 @@ MERGE_METHODS: dict[MergeMethod, Callable[[int], dict[str, float]]] = {
 
 
 @dataclass(frozen=True)
-class Model(Contender):
-    """A model to compare with: its weights are of vectors that `make` writes into a scratch
-    directory, by the names that they are known by once they were scored.
+class ModelContender(Contender):
+    """A model to compare with. `make` writes its vectors into a scratch directory and returns where
+    they are, by the names that `weights` has.
     """
 
     make: Callable[[Path], dict[str, str]]
 
 
-def models(study: Study, mixtures: Mapping[str, str] | None = None) -> list[Model]:
-    """Return the models that `baselines` of a study asks for, not yet built; of its mixtures those
-    that are given, name -> directory.
+def list_models(study: Study, mixtures: Mapping[str, str] | None = None) -> list[ModelContender]:
+    """Return the models among the baselines of a study, without building them. Mixtures are those
+    in `mixtures`, which maps names to directories.
     """
     config, wanted = study.config, study.config.baselines
     for name, source in wanted.models.items():
@@ -63,23 +63,23 @@ def models(study: Study, mixtures: Mapping[str, str] | None = None) -> list[Mode
     rows = []
     for method in wanted.merge_methods:
         if method == "model_stock" and len(config.free) < 2:
-            logger.warning("model_stock needs two vectors; it is left out")
+            logger.warning("model_stock is left out: it needs two vectors")
             continue
-        rows.append(_merged_by(method, config))
+        rows.append(_by_method(method, config))
     if wanted.random_vectors:
-        rows.append(_random(config, study.best_trial.weights))
-    rows.extend(_as_it_is("model", name, source) for name, source in wanted.models.items())
-    rows.extend(_as_it_is("mixture", name, source) for name, source in (mixtures or {}).items())
-    return [_beside_fixed(model, config) for model in rows]
+        rows.append(_random_vectors(config, study.best_trial.weights))
+    rows.extend(_ready_model("model", name, source) for name, source in wanted.models.items())
+    rows.extend(_ready_model("mixture", name, source) for name, source in (mixtures or {}).items())
+    return [_add_fixed(model, config) for model in rows]
 
 
-def _as_it_is(kind: RowKind, name: str, source: str) -> Model:
-    key = f"{name} ({_sha256_of(source)})"
-    return Model(kind, name, {key: 1.0}, lambda scratch: {key: source})
+def _ready_model(kind: RowKind, name: str, source: str) -> ModelContender:
+    key = f"{name} ({_short_digest(source)})"
+    return ModelContender(kind, name, {key: 1.0}, lambda scratch: {key: source})
 
 
-def _beside_fixed(model: Model, config: StudyConfig) -> Model:
-    """Add the fixed vectors at their weights, as every other row has them."""
+def _add_fixed(model: ModelContender, config: StudyConfig) -> ModelContender:
+    """Add the fixed vectors at their weights, which every row has."""
     fixed = {name: str(config.vectors[name].source) for name in config.fixed}
     return replace(
         model,
@@ -88,22 +88,22 @@ def _beside_fixed(model: Model, config: StudyConfig) -> Model:
     )
 
 
-def _sha256_of(source: str) -> str:
-    """Return a short digest of the weights of a local model; of the reference of another."""
+def _short_digest(source: str) -> str:
+    """Return a short digest of the weights of a local model, or of the reference of another."""
     path = Path(source)
     return digest(weight_digests(path) if path.is_dir() else source)[:8]
 
 
-def _sources(config: StudyConfig) -> dict[str, str]:
-    """Return where the searched vectors are."""
+def _searched_sources(config: StudyConfig) -> dict[str, str]:
+    """Return the reference of each searched vector, by name."""
     return {name: str(config.vectors[name].source) for name in config.free}
 
 
 # -- mergekit --------------------------------------------------------------------------------------
 
 
-def _merged_by(method: MergeMethod, config: StudyConfig) -> Model:
-    inputs = {name: _sha256_of(source) for name, source in _sources(config).items()}
+def _by_method(method: MergeMethod, config: StudyConfig) -> ModelContender:
+    inputs = {name: _short_digest(source) for name, source in _searched_sources(config).items()}
     parameters = MERGE_METHODS[method](len(inputs))
     drawn_by = [config.search.seed] if method == "dare_ties" else []
     key = f"{method} ({digest([method, parameters, inputs, *drawn_by])[:8]})"
@@ -113,23 +113,23 @@ def _merged_by(method: MergeMethod, config: StudyConfig) -> Model:
         _merge_with_mergekit(method, parameters, config, scratch, out)
         return {key: str(out)}
 
-    return Model("method", method, {key: 1.0}, make)
+    return ModelContender("method", method, {key: 1.0}, make)
 
 
 def _merge_with_mergekit(
     method: str, parameters: Mapping[str, float], config: StudyConfig, scratch: Path, out: Path
 ) -> None:
-    """Merge the pool with a method of mergekit in float32; the vectors are written as whole
-    checkpoints first, which is what it reads.
+    """Merge the pool with a method of mergekit in float32. The vectors are first written as whole
+    checkpoints, which is what mergekit reads.
     """
     from mergekit.options import MergeOptions
 
     base = resolve_base(config.base_model)
     tuned = []
-    for name, source in _sources(config).items():
+    for name, source in _searched_sources(config).items():
         path = scratch / "vectors" / name
         tuned.append(path)
-        if not path.exists():  # the next method needs them, too
+        if not path.exists():  # another method may have written it
             vector = open_vector(name, source, base)
             write_merged(base, [vector], {name: 1.0}, path, out_dtype="float32")
     merge_config: dict[str, Any] = {
@@ -147,10 +147,12 @@ def _merge_with_mergekit(
 # -- random vectors --------------------------------------------------------------------------------
 
 
-def _random(config: StudyConfig, weights: Mapping[str, float]) -> Model:
-    sources = _sources(config)
+def _random_vectors(config: StudyConfig, weights: Mapping[str, float]) -> ModelContender:
+    sources = _searched_sources(config)
     seeds = {name: int(digest([config.search.seed, name])[:12], 16) for name in sources}
-    key = digest({name: [_sha256_of(source), seeds[name]] for name, source in sources.items()})[:8]
+    key = digest({name: [_short_digest(source), seeds[name]] for name, source in sources.items()})[
+        :8
+    ]
     names = {name: f"random {name} ({key})" for name in sources}
 
     def make(scratch: Path) -> dict[str, str]:
@@ -161,14 +163,14 @@ def _random(config: StudyConfig, weights: Mapping[str, float]) -> Model:
             made[names[name]] = str(out)
         return made
 
-    return Model("random", "", {names[name]: weights[name] for name in names}, make)
+    return ModelContender("random", "", {names[name]: weights[name] for name in names}, make)
 
 
 def write_random_like(
     vector: DistributionVector, base: ResolvedModel, out: Path, *, seed: int
 ) -> None:
-    """Write a vector of Gaussian noise that has, tensor by tensor, the norm of the given one; an
-    adapter stays one of the same rank.
+    """Write a vector of Gaussian noise in which every tensor has the norm of that in `vector`. For
+    an adapter, write an adapter of the same rank.
     """
     stored = load_file(vector.path / "adapter_model.safetensors") if _is_lora(vector) else None
     if stored is None:
@@ -196,13 +198,13 @@ def _is_lora(vector: DistributionVector) -> bool:
 def _random_product(
     a: torch.Tensor, b: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return Gaussian factors [rank, in], [out, rank] whose product has the norm of b @ a."""
+    """Return Gaussian factors [rank, in] and [out, rank] whose product has the norm of b @ a."""
     new_a, new_b = (torch.randn(t.shape, generator=generator) for t in (a, b))
-    factor = (_norm_of_product(a, b) / _norm_of_product(new_a, new_b)).sqrt()
+    factor = (_product_norm(a, b) / _product_norm(new_a, new_b)).sqrt()
     return (new_a * factor).to(a.dtype), (new_b * factor).to(b.dtype)
 
 
-def _norm_of_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _product_norm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the Frobenius norm of b @ a, from two Gram matrices [rank, rank]."""
     a, b = a.double(), b.double()
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
@@ -210,7 +212,7 @@ def _norm_of_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _RandomVector:
-    """Noise in place of a vector, drawn afresh and alike whenever rows are read."""
+    """Noise in place of a vector. Rows are drawn when they are read, always the same."""
 
     like: DistributionVector
     base: Checkpoint

@@ -1,9 +1,9 @@
-"""Where the time of a study went, and what the same attempts would have cost as data mixtures.
+"""Count what a study took, and what as many data mixtures would have cost.
 
-Trials come in, seconds, tokens and items by phase go out. An attempt at a data mixture is training
-on the tokens of all vectors together and one evaluation; the vectors are trained once, whatever the
-number of trials. Two ratios are given, because the vectors have to
-be paid for, too, unless somebody else has trained them.
+Trials come in; seconds, tokens and items by phase go out. An attempt at a data mixture trains on
+the tokens of all vectors together and is evaluated once, while the vectors are trained once for all
+trials. There are two ratios, with and without the training of the vectors, because somebody else
+may have trained them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ PHASES = ("ask", "merge", "evaluate", "forward", "cpu")
 
 
 def trial_cost(trials: Sequence[Trial | SealedRow]) -> TrialCost:
-    """Return what trials took together."""
+    """Return what some trials took in total."""
     total = {phase: sum(trial.seconds.get(phase, 0.0) for trial in trials) for phase in PHASES}
     spent = total["ask"] + total["merge"] + total["evaluate"]
     return TrialCost(
@@ -44,7 +44,7 @@ def trial_cost(trials: Sequence[Trial | SealedRow]) -> TrialCost:
 
 
 def training_cost(runs: Sequence[RunRecord], n: int | None = None) -> TrainingCost:
-    """Return what training runs took together."""
+    """Return what some training runs took in total."""
     seconds = sum(run.seconds for run in runs)
     tokens = sum(run.n_tokens for run in runs)
     return TrainingCost(
@@ -60,12 +60,12 @@ def _scores_of(trial: Trial | SealedRow) -> Mapping[str, TermScore]:
     return trial.scores if isinstance(trial, SealedRow) else trial.terms
 
 
-def ledger(study: Study) -> Ledger:
-    """Return the ledger of a study: its trials by fidelity, and data mixtures beside them where the
-    vectors say what their training took.
+def ledger_of_study(study: Study) -> Ledger:
+    """Return the ledger of a study: its trials by fidelity and, if all vectors record what their
+    training took, what data mixtures would have cost.
     """
     search, rescored = study.trials, study.log.trials_at("rescore")
-    found = Ledger(
+    spent = Ledger(
         search=trial_cost(search) if search else None,
         rescore=trial_cost(rescored) if rescored else None,
     )
@@ -73,16 +73,16 @@ def ledger(study: Study) -> Ledger:
     records = [read_record(path) if path.is_dir() else None for path in paths]
     runs = [record.training for record in records if record is not None]
     seconds = [run.seconds for run in runs if run is not None and run.seconds is not None]
-    if found.search is None or len(seconds) != len(paths):
-        return found
-    study_seconds = found.search.seconds + (found.rescore.seconds if found.rescore else 0.0)
-    mixtures = mixture_cost(sum(seconds), study_seconds, found.search)
-    return found.model_copy(update={"data_mixture": mixtures})
+    if spent.search is None or len(seconds) != len(paths):
+        return spent
+    study_seconds = spent.search.seconds + (spent.rescore.seconds if spent.rescore else 0.0)
+    mixtures = mixture_cost(sum(seconds), study_seconds, spent.search)
+    return spent.model_copy(update={"data_mixture": mixtures})
 
 
 def mixture_cost(training_seconds: float, study_seconds: float, search: TrialCost) -> MixtureCost:
-    """Return what as many data mixtures as trials would have cost, and by how much that exceeds the
-    study: without the training of its vectors, and with it.
+    """Return what as many data mixtures as trials would have cost, and the ratio of that to the
+    cost of the study, without and with the training of its vectors.
     """
     attempts = search.n * training_seconds + search.seconds
     return MixtureCost(

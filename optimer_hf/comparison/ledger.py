@@ -1,4 +1,4 @@
-"""Where the time of a study or run went, by stage: what recipe.yaml and ledger.json record."""
+"""The record of what a study or a run took, by stage, in recipe.yaml and ledger.json."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from optimer_hf.files.model import FileModel
 
 
 class TrialCost(FileModel):
-    """What trials took."""
+    """What some trials took."""
 
     n: int = 0
     """Number of trials."""
@@ -33,7 +33,7 @@ class TrialCost(FileModel):
 
 
 class TrainingCost(FileModel):
-    """What trainings took together."""
+    """What some trainings took in total."""
 
     n: int | None = None
     """Number of trainings. Default: one for each vector."""
@@ -70,7 +70,7 @@ class StageCost(FileModel):
 
 
 class Ledger(FileModel):
-    """Where the time of a study or run went, by stage."""
+    """What a study or a run took, by stage."""
 
     train: TrainingCost | None = None
     """Training of the vectors."""
@@ -94,5 +94,5 @@ class Ledger(FileModel):
     """The whole of the last call of `optimer run`."""
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """Return the stages that there were as JSON values, by name."""
+        """Return the stages that the run had as JSON values, by name."""
         return self.model_dump(mode="json", exclude_none=True)

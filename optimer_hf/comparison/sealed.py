@@ -1,8 +1,7 @@
-"""A finished study -> every baseline and the merge on the sealed test, with paired intervals, as a
-table, JSON and a figure.
+"""Score the baselines and the merge of a finished study on its sealed test.
 
-Each weight set is scored on the sealed test once and kept in `sealed.jsonl`; asking again reads it
-from there. A row whose weights were chosen after sealed scores had been seen is marked.
+Each weight set is scored once; `sealed.jsonl` keeps its scores for the next time. A row whose
+weights were chosen after sealed scores had been seen is marked.
 """
 
 import gc
@@ -39,9 +38,9 @@ from optimer_hf.study.trials import OF_TEST, Candidate, ChosenRow
 logger = logging.getLogger(__name__)
 
 
-def candidates(study: Study) -> list[Contender]:
-    """Return the weights of every row of the study's own pool: base, each vector alone at 1.0 and
-    at its best scale, average, sum; then the merge, and what it was re-targeted to.
+def list_own_contenders(study: Study) -> list[Contender]:
+    """Return the rows with weights of the study's own pool: the base, each vector alone at 1.0 and
+    at its best scale, the average, the sum, the merge, and the re-targeted merges.
     """
     config = study.config
     free, fixed = list(config.free), config.fixed
@@ -61,12 +60,12 @@ def candidates(study: Study) -> list[Contender]:
     rows.append(Contender("merge", "", study.best_trial.weights))
     for name, target in config.retarget.items():
         row = ChosenRow("retargeted", name, target)
-        weights = study.decide_row(row, partial(_predicted, study, target))
+        weights = study.decide_row(row, partial(_predict_weights, study, target))
         rows.append(Contender("retargeted", name, weights))
     return rows
 
 
-def _predicted(study: Study, target: Mapping[str, float]) -> dict[str, float]:
+def _predict_weights(study: Study, target: Mapping[str, float]) -> dict[str, float]:
     return predict(study, target).weights
 
 
@@ -76,48 +75,47 @@ def compare(
     mixtures: Mapping[str, str] | None = None,
     pool: Callable[[StudyConfig], Pool] = ResidentPool,
 ) -> Comparison:
-    """Score all candidates on the sealed test and return them; scored ones are read, not scored
-    again. `mixtures` are the models trained for `baselines.mixtures`, by name.
+    """Score all rows on the sealed test and return them. Rows that were scored before are read.
 
-    Raises ConfigError when the study has no `test`, or two rows one title; EvaluationError when a
-    row cannot be scored.
+    `mixtures` maps the names of `baselines.mixtures` to the trained models. Raises ConfigError if
+    the study has no `test`, or two rows the same title; EvaluationError if a row cannot be scored.
     """
     objective, mixtures = study.config.test, mixtures or {}
     if objective is None:
         raise ConfigError(
-            f"{study.directory}: study.yaml has no `test:` section, so there is nothing sealed to "
-            "compare on."
+            f"{study.directory}: study.yaml has no `test:` section, so there is no sealed test to "
+            "compare on. Add one, and search again."
         )
     check_titles(study.config)
     if study.config.baselines.mixtures.keys() - mixtures:
-        logger.warning("mixtures of `baselines` are trained by `optimer run`; they are left out")
+        logger.warning("the mixtures of `baselines` are left out: only `optimer run` trains them")
 
     @cache
-    def opened() -> Pool:
-        found = pool(study.config)
-        study.record_inputs(found.inputs)
-        return found
+    def open_pool() -> Pool:
+        own = pool(study.config)
+        study.record_inputs(own.inputs)
+        return own
 
     with lock_directory(study.directory):
-        models = baselines.models(study, mixtures)
+        models = baselines.list_models(study, mixtures)
         log = SealedLog(study.directory, study.config)
-        contenders = _contenders(study, models, opened)
+        contenders = _list_contenders(study, models, open_pool)
         planned = log.open_seal(contenders)
         known = {row.key for row in log.rows}
         to_score = [each for each in _last_by_weights(contenders) if each.key not in known]
         built = {each.key: each for each in models}
         own = [each for each in to_score if each.key not in built]
         if own:
-            _score(study, own, log, opened(), planned)
-        opened.cache_clear()
-        with _scratch_of(study) as scratch:
+            _score(study, own, log, open_pool(), planned)
+        open_pool.cache_clear()
+        with _scratch_directory(study) as scratch:
             for each in to_score:
                 if (model := built.get(each.key)) is not None:
-                    gc.collect()  # the harness holds its model, the one before, in a cycle
-                    made = _with_pool(study.config, model.make(scratch))
+                    gc.collect()  # the harness keeps the previous model alive in a cycle
+                    made = with_pool(study.config, model.make(scratch))
                     _score_other(study, each, log, pool(made), planned)
     scored = {row.key: row for row in log.rows}
-    rows = [_as(each, scored[each.key]) for each in contenders]
+    rows = [_give_scores(each, scored[each.key]) for each in contenders]
     return Comparison(rows, objective, study.config.retarget)
 
 
@@ -148,12 +146,12 @@ def _parse_model(text: str) -> tuple[str, str]:
 
 
 def _last_by_weights(contenders: Sequence[Contender]) -> list[Contender]:
-    """Return one contender for each weight set, the last of those that share it."""
+    """Return one contender for each weight set: the last of those that have it."""
     return list({each.key: each for each in contenders}.values())
 
 
-def _as(contender: Contender, scored: SealedRow) -> SealedRow:
-    """Return what equal weights scored as the row of a contender."""
+def _give_scores(contender: Contender, scored: SealedRow) -> SealedRow:
+    """Return the row of a contender with the scores of equal weights."""
     return replace(
         scored, kind=contender.kind, subject=contender.subject, weights=contender.weights
     )
@@ -162,9 +160,9 @@ def _as(contender: Contender, scored: SealedRow) -> SealedRow:
 def _score_other(
     study: Study, contender: Contender, log: SealedLog, pool: Pool, planned: frozenset[str]
 ) -> None:
-    """Score a row of a pool of other vectors.
+    """Score a row with vectors from outside the pool of the study.
 
-    Raises StudyError when all else is not what the study has: base, tokenizer and sealed items.
+    Raises StudyError unless base, tokenizer and sealed items are those of the study.
     """
     common = {
         key: digest
@@ -176,29 +174,29 @@ def _score_other(
 
 
 @contextmanager
-def _scratch_of(study: Study) -> Iterator[Path]:
-    """Return where models of baselines are built, empty before and gone afterwards."""
-    scratch = study.directory.resolve() / "scratch"  # seen from the YAML of mergekit
+def _scratch_directory(study: Study) -> Iterator[Path]:
+    """Yield an empty directory to build baselines in, and remove it afterwards."""
+    scratch = study.directory.resolve() / "scratch"  # the YAML for mergekit names it
     try:
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _contenders(
-    study: Study, models: Sequence[baselines.Model], opened: Callable[[], Pool]
+def _list_contenders(
+    study: Study, models: Sequence[baselines.ModelContender], open_pool: Callable[[], Pool]
 ) -> list[Contender]:
-    """Return every row to score, the merge and what it was re-targeted to behind all others; other
-    searches run here, before anything sealed is scored.
+    """Return every row to score; the merge and the re-targeted merges come last. Other searches
+    run here, before anything is scored on the sealed test.
     """
-    own = candidates(study)
+    own = list_own_contenders(study)
     searches = []
     for name, settings in study.config.baselines.searches.items():
         config = study.config.with_other_search(settings)
         folder = f"{slug(name)}-{digest(settings.model_dump(mode='json'))[:6]}"
         directory = study.directory / "searches" / folder
-        runner = InProcess(lambda _: opened())
+        runner = InProcess(lambda _: open_pool())
         best = search(config, directory, runner=runner).best_trial
         searches.append(Contender("other_search", name, best.weights))
     baseline, last = (
@@ -207,7 +205,8 @@ def _contenders(
     return [*baseline, *searches, *models, *last]
 
 
-def _with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
+def with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
+    """Return the config of a study with another pool: name -> reference."""
     vectors = {name: VectorConfig(source=source) for name, source in sources.items()}
     changes = {"vectors": vectors, "tokenizer_source": config.tokenizer_reference}
     return config.model_copy(update=changes)
@@ -220,9 +219,9 @@ def _score(
     pool: Pool,
     planned: frozenset[str],
 ) -> None:
-    """Score rows on the sealed test, each on disk before the next."""
+    """Score rows on the sealed test; each is on disk before the next."""
     objective = study.config.test
-    assert objective is not None  # `compare` has looked
+    assert objective is not None  # `compare` has checked it
     asked = objective.asked_terms("rescore")
     n_known = len(study.log.trials)
     with Meter("sealed test", len(contenders), "rows") as meter:

@@ -1,8 +1,8 @@
-"""The seal on disk: sealed.json, the rows chosen before it was opened, and sealed.jsonl, what was
-scored since.
+"""Read and write the sealed test on disk: sealed.json has the rows that were chosen before it was
+opened, sealed.jsonl those that were scored since.
 
-Lines come in, checked; rows go out. Version 0.1.0 wrote trials whose origin was the title of the
-row; they are read as rows here and nowhere else.
+Version 0.1.0 wrote trials whose origin was the title of the row. They are read as rows here and
+nowhere else.
 """
 
 import json
@@ -41,17 +41,17 @@ _ROW = TypeAdapter(SealedRow)
 
 
 class Seal(VersionedFile):
-    """sealed.json: the rows chosen before the first sealed score was seen, title -> weights."""
+    """sealed.json: the rows chosen before the first sealed score was seen, as title -> weights."""
 
     rows: dict[str, str]
 
 
 class SealedLog:
-    """sealed.jsonl: append-only, one fsync a row, each weight set once."""
+    """sealed.jsonl: append-only, with one fsync for each row; each weight set occurs once."""
 
     def __init__(self, directory: Path, config: StudyConfig, *, repair: bool = True) -> None:
-        """Read what is there, see `read_lines`; raise StudyError for a line that is no row, or that
-        the study contradicts.
+        """Read the rows in a directory with `read_lines`. Raise StudyError for a line that is no
+        row, or that contradicts the study.
         """
         self.path = directory / SEALED_FILE
         self._seal = directory / "sealed.json"
@@ -73,8 +73,8 @@ class SealedLog:
         self.rows.append(row)
 
     def open_seal(self, contenders: Sequence[Contender]) -> frozenset[str]:
-        """Return the weights that were chosen before the seal was opened; at the first opening they
-        are those of the contenders, and are written down.
+        """Return the weights that were chosen before the seal was opened. The first opening writes
+        down those of the contenders.
         """
         if not self._seal.exists():
             first = [row for row in self.rows if row.n_trials_known == self.rows[0].n_trials_known]
@@ -82,7 +82,7 @@ class SealedLog:
         return frozenset(Seal.read(self._seal).rows.values())
 
     def _planned(self, trials: Mapping[int, Trial]) -> frozenset[str]:
-        """Return what `open_seal` does for trials of 0.1.0, and write nothing."""
+        """Return what `open_seal` returns for trials of version 0.1.0; write nothing."""
         if self._seal.exists():
             return frozenset(Seal.read(self._seal).rows.values())
         first, *_ = trials.values()
@@ -102,7 +102,7 @@ class SealedLog:
 
 
 def _mistakes(row: SealedRow, before: Sequence[SealedRow], labels: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong with the next row: found and expected."""
+    """Yield what is wrong with a row, given the rows before it."""
     if not 0 <= row.n_trials_known < LARGEST_COUNT:
         yield f"found {quote(row.n_trials_known)} trials known, expected 0 or more"
     yield from mistakes_of_size(row.weights)
@@ -149,7 +149,7 @@ def read_comparison(study: Study) -> Comparison | None:
 
 
 def _trials_of_0_1_0(path: Path, lines: Sequence[str]) -> dict[int, Trial]:
-    """Return the lines that are trials, by number."""
+    """Return the lines that are trials, by line number."""
     trials = {}
     for number, line in enumerate(lines, start=1):
         if '"origin"' not in line:
@@ -157,7 +157,7 @@ def _trials_of_0_1_0(path: Path, lines: Sequence[str]) -> dict[int, Trial]:
         try:
             trial = Trial.from_json(line)
         except (ValueError, RecursionError, OverflowError):
-            continue  # it is no row, either, and `_parse` says so
+            continue  # it is no row either, which `_parse` reports
         if (trial.fidelity, trial.status) != ("sealed", "ok"):
             raise StudyError(
                 f"{path}:{number}: found fidelity {trial.fidelity!r} and status {trial.status!r}, "
@@ -182,7 +182,7 @@ def _row_of(trial: Trial, config: StudyConfig, planned: frozenset[str]) -> Seale
 
 
 def kind_of_title(title: str, config: StudyConfig) -> tuple[RowKind, str]:
-    """Return kind and subject of a row of which version 0.1.0 recorded only the title."""
+    """Return the kind and subject of a row of version 0.1.0, which recorded only its title."""
     baselines = config.baselines
     if title in get_args(MergeMethod):
         return "method", title

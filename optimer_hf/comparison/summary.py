@@ -1,16 +1,16 @@
-"""What a searched study came to: as JSON values, and as the lines that follow its merge config."""
+"""Summarize a searched study, as JSON values and as the lines that follow its merge config."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from optimer_hf.comparison.costs import ledger
+from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.files.text import markdown_table
 from optimer_hf.scoring.formatting import OF_TERMS, Unit, describe_interval
 from optimer_hf.study.directory import Study
 from optimer_hf.study.prediction import front
 from optimer_hf.study.trials import ITEMS_OF
 
-N_SHOWN = 12  # points of a front
+N_SHOWN = 12  # points of a front that a table shows
 
 
 def study_to_json(study: Study) -> dict[str, Any]:
@@ -30,11 +30,11 @@ def study_to_json(study: Study) -> dict[str, Any]:
     }
     if (other := study.over_next()) is not None:
         summary["over_next"] = {"trial": other[0].number} | other[1].to_json()
-    return summary | {"front": choices, "ledger": ledger(study).to_json()}
+    return summary | {"front": choices, "ledger": ledger_of_study(study).to_json()}
 
 
 def headline(study: Study) -> str:
-    """Return which trial was the best of how many, and by how much."""
+    """Return which trial is the best of how many, and its gain."""
     best = study.best_trial
     gain = Unit.of(study.config.objective).show(study.over_base(best).difference)
     return (
@@ -53,13 +53,13 @@ def study_lines(study: Study) -> Iterator[str]:
         yield f"minus the next best, trial {trial.number}: {said}"
     yield from front_lines(study)
     yield "\nwhere the time went (seconds):"
-    for stage, entry in ledger(study).to_json().items():
+    for stage, entry in ledger_of_study(study).to_json().items():
         yield f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}"
 
 
 def front_lines(study: Study) -> Iterator[str]:
-    """Yield the Pareto front of several terms as a table, numbered for `optimer recipe --pick`;
-    nothing where there is one term.
+    """Yield the Pareto front as a table, numbered for `optimer recipe --pick`; nothing if there is
+    only one term.
     """
     choices = front(study)
     if not choices or len(choices[0].gains) < 2:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def sort_files(
     files: Sequence[Path], text_field: str
 ) -> tuple[list[CorpusConfig], dict[str, Objective]]:
-    """Sort files into corpora and objectives by name. Train files give corpora, as do JSONL and text
-    files; objective files and studies give objectives, studies also that of their sealed test.
+    """Sort files into corpora (JSONL and text files, and those that train files name) and
+    objectives by name (of objective files, and of studies with their sealed tests).
 
     Raises ConfigError for a file that is neither, and if there are no corpora or no objectives.
     """

@@ -190,7 +190,7 @@ def train_mixtures(
 
 def ledger_of_run(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
     """Return the seconds and tokens of every stage; `names` are the vectors trained here."""
-    from optimer_hf.comparison.costs import ledger, training_cost, trial_cost
+    from optimer_hf.comparison.costs import ledger_of_study, training_cost, trial_cost
     from optimer_hf.comparison.sealed_file import SealedLog
     from optimer_hf.study.trials import TrialLog
 
@@ -208,7 +208,7 @@ def ledger_of_run(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
         else None,
         "sealed": trial_cost(rows) if rows else None,
     }
-    return ledger(study).model_copy(update=costs)
+    return ledger_of_study(study).model_copy(update=costs)
 
 
 def _results_text(run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger") -> str:

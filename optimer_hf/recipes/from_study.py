@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from optimer_hf.comparison.costs import ledger
+from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.errors import StudyError
 from optimer_hf.recipes.record import MERGE_CONFIG, Recipe
@@ -63,7 +63,7 @@ def write_with_evidence(
         path,
         name=name,
         sealed=sealed,
-        ledger=ledger(study),
+        ledger=ledger_of_study(study),
         pick=pick,
         derived_from=derived_from,
     )

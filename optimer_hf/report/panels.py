@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optimer_hf.comparison.costs import ledger
+from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.result import Comparison, verdicts
 from optimer_hf.comparison.rows import RowKind, SealedRow, weights_key
 from optimer_hf.errors import OptimerError
@@ -463,7 +463,7 @@ def _draw_over_tokens(
 
 def ledger_panel(study: Study) -> Panel:
     """Show how many minutes each stage took."""
-    spent = ledger(study)
+    spent = ledger_of_study(study)
     stages = {
         f"{stage}, {part}": seconds
         for stage, cost in (("search", spent.search), ("rescore", spent.rescore))

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from optimer_hf.comparison.baselines import models, write_random_like
+from optimer_hf.comparison.baselines import list_models, write_random_like
 from optimer_hf.comparison.results_file import results_of
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
@@ -136,7 +136,7 @@ def test_mergekits_methods_and_random_vectors_stand_beside_the_merge(
 def test_a_ties_row_scores_what_mergekit_wrote(real_study, tmp_path):
     from optimer_hf.models.resolve import resolve_base
 
-    ties = models(real_study)[0]
+    ties = list_models(real_study)[0]
     (source,) = ties.make(tmp_path / "scratch").values()
     base = resolve_base(real_study.config.base_model)
     vector = open_vector("ties", source, base)
@@ -155,7 +155,7 @@ def test_the_seed_of_the_search_draws_random_vectors_and_the_masks_of_dare(real_
             update={"search": real_study.config.search.model_copy(update={"seed": seed})}
         )
         found = {}
-        for model in models(replace(real_study, config=config)):
+        for model in list_models(replace(real_study, config=config)):
             if model.title in ("dare_ties", "random vectors of equal norm"):
                 found |= model.make(tmp_path / folder)
             else:
@@ -367,7 +367,7 @@ def test_fixed_vectors_are_in_every_row(make_base, make_adapter, tmp_path):
     vectors["z"] |= {"fixed": 0.5}
     changes = {"base_model": str(base.path), "vectors": vectors, "baselines": ALL}
     study = search(config_of(**SEALED, **changes), tmp_path / "s", runner=InProcess(FunctionPool))
-    for model in models(study):
+    for model in list_models(study):
         assert model.weights["z"] == 0.5
         sources = model.make(tmp_path / "scratch")
         assert sources["z"] == vectors["z"]["source"] and sources.keys() == model.weights.keys()

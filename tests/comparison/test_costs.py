@@ -2,7 +2,7 @@
 
 import pytest
 
-from optimer_hf.comparison.costs import ledger, mixture_cost, trial_cost
+from optimer_hf.comparison.costs import ledger_of_study, mixture_cost, trial_cost
 from optimer_hf.comparison.ledger import TrialCost
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
@@ -23,7 +23,7 @@ def test_trials_are_summed_by_phase():
 
 def test_items_are_counted_over_terms_and_trials(tmp_path):
     study = search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
-    found = ledger(study)
+    found = ledger_of_study(study)
     assert found.search.items == 12 * 3 * 4  # trials, terms, items
     assert found.rescore.n == 3
     assert found.data_mixture is None  # nobody knows what training these vectors took
@@ -53,7 +53,7 @@ def test_vectors_that_say_what_they_took_are_compared_with_mixtures(tmp_path):
         record.write(tmp_path / name / "vector.json")
     vectors = {name: {"source": str(tmp_path / name)} for name in "wxyz"}
     study = search(config_of(vectors=vectors), tmp_path / "s", runner=InProcess(FunctionPool))
-    mixtures = ledger(study).data_mixture
+    mixtures = ledger_of_study(study).data_mixture
     assert mixtures.attempts == 12
     assert mixtures.seconds >= 12 * 400
     assert mixtures.ratio_end_to_end < mixtures.ratio_search_only

@@ -9,7 +9,7 @@ import pytest
 
 from optimer_hf.comparison.result import table, verdicts
 from optimer_hf.comparison.results_file import results_of
-from optimer_hf.comparison.sealed import candidates, compare
+from optimer_hf.comparison.sealed import compare, list_own_contenders
 from optimer_hf.comparison.sealed_file import SealedLog
 from optimer_hf.comparison.tables import to_markdown
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
@@ -63,7 +63,7 @@ def test_constraints_of_the_test_are_scored_and_shown_like_terms(tmp_path):
 
 
 def test_all_baselines_stand_beside_the_merge(study):
-    rows = {(row.kind, row.subject): row for row in candidates(study)}
+    rows = {(row.kind, row.subject): row for row in list_own_contenders(study)}
     assert next(iter(rows)) == ("base", "") and ("merge", "") in rows
     assert {(kind, name) for kind in ("alone", "best_scale") for name in "wxyz"} <= set(rows)
     assert rows["base", ""].weights == dict.fromkeys("wxyz", 0.0)

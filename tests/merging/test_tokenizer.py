@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from optimer_hf.cli import main
-from optimer_hf.comparison.sealed import _with_pool
+from optimer_hf.comparison.sealed import with_pool
 from optimer_hf.errors import ConfigError, HubError, ModelError, StudyError
 from optimer_hf.hub.publication import choose_files
 from optimer_hf.hub.untrusted import check_pulled
@@ -124,7 +124,7 @@ def test_a_name_that_is_neither_a_vector_nor_a_model_is_reported_with_its_line(m
 
 def test_a_model_of_other_vectors_is_scored_with_the_tokenizer_of_the_study(models, tmp_path):
     config = study_of(models, tmp_path, tokenizer_source="it")
-    other = _with_pool(config, {"ties (1)": str(models["math"])})
+    other = with_pool(config, {"ties (1)": str(models["math"])})
     assert StudyConfig.model_validate(other.model_dump()).tokenizer_reference == str(models["it"])
     assert set(other.vectors.values()) == {VectorConfig(source=str(models["math"]))}
 

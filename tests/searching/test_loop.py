@@ -20,7 +20,7 @@ from distributed.comm import CommClosedError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimer_hf.comparison.costs import ledger
+from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError, OutputError, StudyError
 from optimer_hf.models.live import compute_dtype
 from optimer_hf.recipes.build import build
@@ -218,8 +218,8 @@ def test_items_that_the_search_saw_are_not_scored_again(tmp_path, limit, rescore
     for trial in rescored:
         assert trial.terms["t"] == replace(searched[trial.number].terms["t"], taken_over=True)
         assert list(trial.terms) == (["t", "u"] if joins else ["t"])
-    assert ledger(study).rescore.items == (12 if joins else 0)
-    assert ledger(study).search.items == 28
+    assert ledger_of_study(study).rescore.items == (12 if joins else 0)
+    assert ledger_of_study(study).search.items == 28
     assert study.is_finished
     assert outcome(search(config, tmp_path / "s", runner=InProcess(no_pool))) == outcome(study)
 

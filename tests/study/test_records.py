@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimer_hf.cli import main
-from optimer_hf.comparison.costs import ledger
+from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.results_file import results_of
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.sealed_file import read_comparison
@@ -227,7 +227,7 @@ def use(directory: Path) -> None:
     """Do with a study what the commands do that read it."""
     study = load_study(directory, unfinished=True)
     assert study.best_trial and study.over_base(study.best_trial)
-    study.over_next(), study.rank_trials(), front(study), ledger(study)
+    study.over_next(), study.rank_trials(), front(study), ledger_of_study(study)
     assert np.isfinite(predict(study).value)
     if (sealed := read_comparison(study)) is not None:
         json.dumps(results_of(sealed).model_dump(mode="json"), allow_nan=False)
