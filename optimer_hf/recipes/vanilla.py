@@ -42,8 +42,7 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
         )
     if merge_config is None:
         deltas = {
-            vector.name: str(_delta_directory(vector, base, path.resolve().parent))
-            for vector in vectors
+            vector.name: str(write_delta(vector, base, path.resolve().parent)) for vector in vectors
         }
         merge_config = vanilla_config(
             str(base.path), deltas, weights, config.dtype, are_deltas=True
@@ -55,8 +54,8 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
     write_text(path, header + yaml_text(merge_config))
 
 
-def _delta_directory(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:
-    """Return the vector as a complete delta directory, which is written once for the same weights.
+def write_delta(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:
+    """Write a vector as a complete delta directory, once for the same weights, and return it.
 
     It is in bfloat16 if that changes nothing visible, otherwise in float32.
     """

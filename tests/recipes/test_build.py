@@ -1,3 +1,5 @@
+"""build.py: recipe and lock to model, and models against locks."""
+
 import json
 import os
 import shutil
@@ -6,69 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
 from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel, weight_digests
+from optimer_hf.models.layout import weight_digests
 from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock, Recipe
-from optimer_hf.recipes.vanilla import _delta_directory
-from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
-
-WEIGHTS = {"ja": 0.8, "math": -0.35, "it": 1.0}
-
-
-def change_weights(directory: Path) -> None:
-    """Add a step to one element of one weights file."""
-    file = sorted(directory.glob("*.safetensors"))[0]
-    tensors = load_file(file)
-    name = sorted(tensors)[0]
-    tensors[name].view(-1)[0] += 1
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-@pytest.fixture
-def pool(make_base, make_tuned, make_adapter, tmp_path) -> tuple[ResolvedModel, dict[str, Path]]:
-    """A base and an adapter, a delta and a checkpoint, copied so that a test may damage them."""
-    made = make_base("llama")
-    shutil.copytree(made.path, tmp_path / "base")
-    base = ResolvedModel(tmp_path / "base", "base")
-    vectors = tmp_path / "vectors"
-    shutil.copytree(make_adapter(base, 0), vectors / "ja")
-    extract(open_vector("math", str(make_tuned(base, "llama", 1)), base), base, vectors / "math")
-    shutil.copytree(make_tuned(base, "llama", 2), vectors / "it")
-    return base, {name: vectors / name for name in WEIGHTS}
-
-
-@pytest.fixture
-def recipe(pool, tmp_path) -> Path:
-    """A recipe written by hand over all three kinds of vector, with its lock, in a folder that uses
-    relative paths.
-    """
-    base, sources = pool
-    path = tmp_path / "recipe.yaml"
-    data = {
-        "format_version": 1,
-        "name": "demo",
-        "base_model": "./base",
-        "dtype": "bfloat16",
-        "vectors": {
-            name: {"source": f"./vectors/{name}", "weight": weight}
-            for name, weight in WEIGHTS.items()
-        },
-        "objective": {"terms": [{"task": "t"}]},
-        "scores": {},
-        "study": {"sha256": "0" * 64, "n_trials": 1, "seed": 0, "incumbent": 0},
-    }
-    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    files = {name: weight_digests(source) for name, source in sources.items()}
-    lock = Lock(base=weight_digests(base.path), vectors=files, weights=WEIGHTS, dtype="bfloat16")
-    lock.write(path.with_suffix(".lock.json"))
-    return path
+from tests.support.recipes import WEIGHTS, change_weights
 
 
 def test_a_recipe_over_all_three_kinds_builds_the_weighted_sum(recipe, pool, tmp_path):
@@ -341,33 +290,3 @@ def test_the_weights_of_a_recipe_are_those_in_the_file(recipe):
     assert set(
         json.loads(recipe.with_suffix(".lock.json").read_text(encoding="utf-8"))["vectors"]
     ) == set(WEIGHTS)
-
-
-def test_an_exported_delta_is_reused_until_its_vector_is_trained_again(pool, tmp_path):
-    base, sources = pool
-    vector = open_vector("ja", str(sources["ja"]), base)
-    out = _delta_directory(vector, base, tmp_path)
-    first, written = weight_digests(out), (out / "vector.json").stat().st_mtime_ns
-    left = out.with_name(
-        ".partial-ja.lock"
-    )  # by a process that died right after it wrote the delta
-    left.touch()
-    assert _delta_directory(vector, base, tmp_path) == out and not left.exists()
-    assert (out / "vector.json").stat().st_mtime_ns == written
-    change_weights(sources["ja"])
-    retrained = open_vector("ja", str(sources["ja"]), base)
-    assert weight_digests(_delta_directory(retrained, base, tmp_path)) != first
-    itself = open_vector("ja", str(out), base)
-    before = weight_digests(out)
-    assert _delta_directory(itself, base, tmp_path) == out
-    assert weight_digests(out) == before
-
-
-def test_a_directory_that_is_not_ours_is_not_replaced_by_an_exported_delta(pool, tmp_path):
-    base, sources = pool
-    vector = open_vector("ja", str(sources["ja"]), base)
-    (tmp_path / "deltas" / "ja").mkdir(parents=True)
-    (tmp_path / "deltas" / "ja" / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(OutputError, match="not empty"):
-        _delta_directory(vector, base, tmp_path)
-    assert (tmp_path / "deltas" / "ja" / "mine.txt").exists()
