@@ -61,6 +61,7 @@ def write_card(parsed: Any, path: Path, name: str, out: Path) -> None:
     """Write mergekit's model card and a copy of the config."""
     from mergekit.card import generate_card
 
+    register_method()  # else the card names `optimer` without its paper
     source = path.read_text(encoding="utf-8")
     write_text(out / "README.md", generate_card(parsed, source, name))
     write_text(out / "mergekit_config.yml", source)

@@ -50,6 +50,15 @@ def test_merge_runs_other_methods_and_takes_the_flags_of_mergekit(folder, pool, 
     assert_is_merge(tmp_path / "out", pool, [0.5, 0.5])
 
 
+def test_the_card_of_a_native_merge_links_the_paper(pool, tmp_path):
+    config = yaml.safe_dump(linear_config(pool, [0.3, 0.6]))
+    (tmp_path / "m.yml").write_text(config, encoding="utf-8")
+    # in another process, since this one may have registered the method
+    result = process("-m", "optimer_hf", "merge", tmp_path / "m.yml", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "[OptiMer](https://arxiv.org/abs/" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_size_that_mergekit_cannot_read_is_a_usage_error(folder, tmp_path):
     flags = ["--out-shard-size", "much"]
     result = CliRunner().invoke(main, ["merge", str(folder / "my-merge.yml"), "out", *flags])
