@@ -16,7 +16,7 @@ assert optimer_hf.__file__.startswith(sys.argv[1]), optimer_hf.__file__
 for name in sys.argv[2:]:
     assert files("optimer_hf").joinpath(name).is_file(), name
 """
-SHIPPED = ["report/report.html.jinja", "model_card.md.jinja", "schemas/study.json", "py.typed"]
+SHIPPED = ["report/report.html.jinja", "hub/model_card.md.jinja", "schemas/study.json", "py.typed"]
 
 package = str(Path(sys.argv[1]).resolve())
 with tempfile.TemporaryDirectory() as alone:

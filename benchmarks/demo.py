@@ -5,7 +5,7 @@ ratio, losses.
 
 Both arms train the same LoRA on the same packed blocks of the demo's Japanese corpus, in the same
 order and dtype (bfloat16 mixed precision where the machine can, see benchmarks/precision.py). The
-stock arm is transformers' own Trainer and loss; ours differs in `head.fuse_loss` alone. Rounds
+stock arm is transformers' own Trainer and loss; ours differs in `head_loss.fuse_loss` alone. Rounds
 alternate; medians. Losses are compared once more in float32: in
 bfloat16 two runs drift apart, because each rounds its gradients and the optimizer amplifies that.
 """
@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
-from optimer_hf.models import head
+from optimer_hf.models import head_loss
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.training import trainer as trainer_module
 from optimer_hf.training.config import TrainConfig
@@ -63,7 +63,7 @@ def one_arm(
         out=scratch / "blocks.npy",
     )
     keep = trainer_module.fuse_loss
-    trainer_module.fuse_loss = head.fuse_loss if fused else (lambda model: False)
+    trainer_module.fuse_loss = head_loss.fuse_loss if fused else (lambda model: False)
     try:
         trainer: Trainer = trainer_module.build_trainer(config, base, blocks, scratch)
     finally:

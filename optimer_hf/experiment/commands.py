@@ -72,7 +72,7 @@ def plan_source(
     from optimer_hf.study.config import StudyConfig
 
     config = StudyConfig.read(source)
-    from optimer_hf.experiment.probe import make_plan
+    from optimer_hf.experiment.planning import make_plan
 
     _check_base(config, fetch)
     return make_plan(config, {}, Path.cwd(), is_run=False)
@@ -83,7 +83,7 @@ def _check_base(config: "StudyConfig", fetch: bool) -> None:
     needs, unless `fetch` allows it.
     """
     from optimer_hf.experiment.plan_file import describe_download
-    from optimer_hf.experiment.probe import list_downloads
+    from optimer_hf.experiment.planning import list_downloads
 
     missing = list_downloads(config)
     for each in missing:

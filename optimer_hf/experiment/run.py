@@ -91,7 +91,7 @@ def plan_run(run: Run) -> "Plan":
     """Probe this machine, write plan.json into `run.out` and return the plan. The run compares it
     with what it took. Raises what `run_recipe` raises for bad input and for `run.out`.
     """
-    from optimer_hf.experiment.probe import make_plan
+    from optimer_hf.experiment.planning import make_plan
 
     inputs = load_inputs(run)
     with claim_directory(run.out, {"recipe": run.name} | run.budget):

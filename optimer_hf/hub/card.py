@@ -235,7 +235,7 @@ def _neutralise(line: str) -> str:
 def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str | None) -> str:
     """Return a card that keeps what people added to the `existing` one."""
     environment = Environment(
-        loader=PackageLoader("optimer_hf", "."), undefined=StrictUndefined, autoescape=False
+        loader=PackageLoader("optimer_hf", "hub"), undefined=StrictUndefined, autoescape=False
     )
     environment.filters |= {
         "text": _escape_markdown,

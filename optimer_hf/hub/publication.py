@@ -16,7 +16,7 @@ from optimer_hf.errors import HubError
 from optimer_hf.files.paths import drop_folders
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import Reference, is_pinned, pin
-from optimer_hf.hub.private import refuse_private
+from optimer_hf.hub.leaks import refuse_private
 from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
 from optimer_hf.models.layout import COPIED, Role, role_of, weight_digests
 from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note

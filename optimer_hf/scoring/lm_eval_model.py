@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optimer_hf.errors import EvaluationError
-from optimer_hf.models.head import is_plain_head, log_probabilities, plain_weight, softcap_of
+from optimer_hf.models.head_loss import is_plain_head, log_probabilities, plain_weight, softcap_of
 from optimer_hf.printable import warn_once
 
 logger = logging.getLogger(__name__)

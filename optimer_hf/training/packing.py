@@ -13,7 +13,7 @@ from optimer_hf.corpus.documents import read_documents, shuffle
 from optimer_hf.errors import CorpusError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.staging import make_directory
-from optimer_hf.models.head import IGNORED_LABEL
+from optimer_hf.models.head_loss import IGNORED_LABEL
 from optimer_hf.training.config import MixturePart
 
 if TYPE_CHECKING:

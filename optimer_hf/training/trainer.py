@@ -14,7 +14,7 @@ from optimer_hf.files.patterns import ends_with, is_literal, matches
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import did_you_mean, first_line
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.head import fuse_loss, keeps_documents_apart
+from optimer_hf.models.head_loss import fuse_loss, keeps_documents_apart
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import load_model
 from optimer_hf.models.ties import Ties

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from optimer_hf.errors import HubError, ModelError
 from optimer_hf.files.reference import Reference
-from optimer_hf.hub.private import refuse_private
+from optimer_hf.hub.leaks import refuse_private
 from optimer_hf.hub.publication import is_allowed
 from optimer_hf.models.layout import (
     copy_beside_weights,

@@ -1,4 +1,4 @@
-"""probe.py: what a run will take, measured on the real base, and compared with what it took."""
+"""planning.py: what a run will take, measured on the real base, and compared with what it took."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import yaml
 from optimer_hf.errors import ModelError
 from optimer_hf.experiment import probe
 from optimer_hf.experiment.folder import Run, load_inputs
-from optimer_hf.experiment.probe import list_downloads
+from optimer_hf.experiment.planning import list_downloads
 from optimer_hf.study.config import StudyConfig
 from tests.support.experiments import optimer
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from optimer_hf.errors import HubError
-from optimer_hf.hub.private import refuse_private
+from optimer_hf.hub.leaks import refuse_private
 from optimer_hf.hub.publication import choose_files
 
 

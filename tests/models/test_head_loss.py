@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from optimer_hf.models.head import (
+from optimer_hf.models.head_loss import (
     GPU_LOGITS,
     IGNORED_LABEL,
     VOCABULARY_BLOCK,
@@ -354,7 +354,7 @@ def test_the_number_of_rows_at_a_time_changes_no_result(monkeypatch):
     found = []
     for rows in (VOCABULARY_BLOCK, 3 * VOCABULARY_BLOCK, 130):
         monkeypatch.setattr(
-            "optimer_hf.models.head.rows_at_a_time", lambda n, device, rows=rows: rows
+            "optimer_hf.models.head_loss.rows_at_a_time", lambda n, device, rows=rows: rows
         )
         loss = HeadLoss.apply(hidden, weight, labels, None)
         gradients = torch.autograd.grad(loss, (hidden, weight))
