@@ -1,7 +1,6 @@
-"""loop.py: anchors, resuming after any cut, crashes, locks, and a real study on tiny models."""
+"""loop.py: resuming after any cut, crashes, and a real study on tiny models."""
 
 import contextlib
-import errno
 import json
 import os
 import random
@@ -16,28 +15,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distributed.comm import CommClosedError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.comparison.costs import ledger_of_study
-from optimer_hf.errors import ConfigError, EvaluationError, ModelError, OutputError, StudyError
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
 from optimer_hf.models.live import compute_dtype
 from optimer_hf.recipes.build import build
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Asked, combine
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.searching import trial as pool_module
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
-from optimer_hf.searching.trial import run_trial
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.directory import Study, load_study, lock_directory
-from optimer_hf.study.space import anchors, from_unit, to_unit
-from optimer_hf.study.surrogate import columns, fit_surrogate
-from optimer_hf.study.trials import Candidate, Trial, TrialLog
+from optimer_hf.study.directory import Study, load_study
+from optimer_hf.study.surrogate import fit_surrogate
+from optimer_hf.study.trials import Trial, TrialLog
 from tests.support.landscapes import OPTIMA, FunctionPool, config_of, failing_at, landscape
 
 
@@ -59,57 +53,6 @@ def uninterrupted(tmp_path_factory) -> Study:
     return search(
         config_of(), tmp_path_factory.mktemp("study") / "s", runner=InProcess(FunctionPool)
     )
-
-
-# -- anchors and scaling ---------------------------------------------------------------------------
-
-
-def test_a_search_starts_from_base_each_vector_alone_and_the_average():
-    found = anchors(config_of())
-    assert [origin for origin, _ in found] == [
-        "base",
-        "w alone",
-        "x alone",
-        "y alone",
-        "z alone",
-        "average",
-    ]
-    assert found[0][1] == dict.fromkeys("wxyz", 0.0)
-    assert found[2][1] == {"w": 0.0, "x": 0.7, "y": 0.0, "z": 0.0}
-    assert found[5][1] == dict.fromkeys("wxyz", 0.25)
-
-
-def test_anchors_stay_inside_the_bounds():
-    vectors = {
-        "w": {"source": "a/w", "bounds": [0.0, 0.5]},
-        "x": {"source": "a/x", "bounds": [0.1, 1.0]},
-    }
-    assert [weights for _, weights in anchors(config_of(vectors=vectors))] == [
-        {"w": 0.0, "x": 0.0},  # the base itself: every gain is relative to it
-        {"w": 0.5, "x": 0.1},
-        {"w": 0.0, "x": 0.7},
-        {"w": 0.5, "x": 0.5},
-    ]
-
-
-def test_a_single_vector_has_no_average():
-    assert [origin for origin, _ in anchors(config_of(vectors={"w": {"source": "a/w"}}))] == [
-        "base",
-        "w alone",
-    ]
-
-
-def test_unit_points_and_weights_convert_both_ways():
-    config = config_of(
-        vectors={
-            "w": {"source": "a/w", "bounds": [-0.5, 1.5]},
-            "f": {"source": "a/f", "fixed": 0.3},
-            "x": {"source": "a/x"},
-        }
-    )
-    weights = from_unit(config, np.array([0.25, 1.0]))
-    assert weights == {"w": 0.0, "x": 1.5, "f": 0.3}
-    assert to_unit(config, [weights]) == pytest.approx(np.array([[0.25, 1.0]]))
 
 
 def test_fixed_vectors_keep_their_weight_in_every_trial(tmp_path):
@@ -491,43 +434,6 @@ def test_a_device_that_fails_ends_the_search_and_blames_no_weights(tmp_path, uni
     )
 
 
-def caused_by(cause: Exception) -> Exception:
-    error = ValueError("the task cannot be scored")
-    error.__cause__ = cause
-    return error
-
-
-NO_FAULT_OF_WEIGHTS = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"),
-    RuntimeError("can't start new thread"),
-    MemoryError(),
-    OSError(errno.ENOSPC, "No space left on device"),
-    OSError(errno.EMFILE, "Too many open files"),
-    ConnectionResetError("reset by peer"),
-    TimeoutError("the Hub did not answer"),
-    FileNotFoundError("items.jsonl"),
-    ModuleNotFoundError("No module named 'sacrebleu'"),
-    SafetensorError("Error while deserializing header"),
-    CommClosedError("the worker is gone"),
-    caused_by(MemoryError()),
-    ExceptionGroup("two", [ValueError("no"), MemoryError()]),
-]
-FAULT_OF_WEIGHTS = [
-    EvaluationError("the score of item 0 is not a finite number"),
-    OverflowError("math range error"),
-    ZeroDivisionError("float division by zero"),
-    FloatingPointError("invalid value"),
-    ValueError("generation stopped at a token that is none"),
-    RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"),
-    np.linalg.LinAlgError("singular"),
-    KeyError("resps"),
-    AssertionError("no"),
-]
-
-
 def test_lack_of_memory_ends_the_search_unrecorded(tmp_path, uninterrupted):
     error, expected = torch.OutOfMemoryError("CUDA out of memory."), outcome(uninterrupted)
     once = search(config_of(), tmp_path / "once", runner=InProcess(failing_at({7: error})))
@@ -536,25 +442,6 @@ def test_lack_of_memory_ends_the_search_unrecorded(tmp_path, uninterrupted):
         search(config_of(), tmp_path / "s", runner=InProcess(failing_at({7: error, 8: error})))
     assert outcome_of(tmp_path / "s") == expected[:7]
     assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == expected
-
-
-@pytest.mark.parametrize("error", NO_FAULT_OF_WEIGHTS, ids=repr)
-def test_what_is_not_the_fault_of_the_weights_is_tried_twice_and_raised(error, monkeypatch):
-    freed = []
-    monkeypatch.setattr(pool_module, "collect_memory", lambda: freed.append(True))
-    config = config_of()
-    asked = (Candidate(3, "x", dict.fromkeys("wxyz", 0.1)), [])
-    assert run_trial(failing_at({0: error})(config), *asked).status == "ok"
-    with pytest.raises(EvaluationError, match=r"trial 3: .*, twice\."):
-        run_trial(failing_at({0: error, 1: error})(config), *asked)
-    assert len(freed) == 2
-
-
-@pytest.mark.parametrize("error", FAULT_OF_WEIGHTS, ids=repr)
-def test_what_the_weights_break_is_a_crashed_trial(error):
-    asked = (Candidate(3, "x", dict.fromkeys("wxyz", 0.1)), [])
-    crashed = run_trial(failing_at({0: error})(config_of()), *asked)
-    assert crashed.status == "crashed" and not crashed.is_blameless
 
 
 def test_a_pool_that_cannot_be_opened_for_lack_of_memory_is_one_line(tmp_path):
@@ -662,35 +549,11 @@ def test_a_model_error_is_not_a_bad_trial_and_ends_the_search(tmp_path):
         )
 
 
-def test_crashed_and_very_bad_trials_are_learned_at_a_floor():
-    def trial(loss, status="ok"):
-        terms = (
-            {"t": TermScore([(loss, 1.0)], False), "u": TermScore([(loss, 1.0)], False)}
-            if status == "ok"
-            else {}
-        )
-        return Trial(0, "x", "search", dict.fromkeys("wxyz", 0.0), status, terms, {})
-
-    table = columns(config_of(), [trial(2.0), trial(1.8), trial(0, "crashed"), trial(1e9)])
-    assert table[:, 0] == pytest.approx([0, 0.1, -1, -1])
-
-
 def test_a_base_that_cannot_be_scored_again_ends_the_search(tmp_path):
     config = config_of(search={"n_trials": 6, "rescore_top": 1})
     with pytest.raises(EvaluationError, match="the base model itself cannot be scored again"):
         search(config, tmp_path / "s", runner=InProcess(failing_at({6: ValueError("no")})))
     assert search(config, tmp_path / "s", runner=InProcess(FunctionPool)).is_finished
-
-
-def test_the_surrogate_of_a_weighted_mean_learns_losses_in_their_own_unit():
-    objective = config_of().objective.model_dump() | {"combine": "weighted_mean"}
-
-    def trial(t, u):
-        terms = {"t": TermScore([(t, 1.0)], False), "u": TermScore([(u, 1.0)], False)}
-        return Trial(0, "x", "search", dict.fromkeys("wxyz", 0.0), "ok", terms, {})
-
-    table = columns(config_of(objective=objective), [trial(100.0, 1.0), trial(90.0, 0.5)])
-    assert table[1] == pytest.approx([10.0, 0.5])
 
 
 # -- the study directory ---------------------------------------------------------------------------
@@ -703,13 +566,6 @@ def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(uninterrupted,
     path.write_bytes(b"".join([*lines[:3], b'{"number": 3, "ori\n', *lines[4:]]))
     with pytest.raises(StudyError, match=r"trials\.jsonl:4: not a trial"):
         search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
-
-
-@pytest.mark.parametrize("line", [b"[]\n", b"3\n", b"\xff\n", b'{"number": 1}\n', b"\n"])
-def test_any_line_that_is_no_trial_is_an_error(tmp_path, line):
-    (tmp_path / "trials.jsonl").write_bytes(line)
-    with pytest.raises(StudyError, match=r"trials\.jsonl:1: not a trial"):
-        TrialLog(tmp_path / "trials.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -743,18 +599,6 @@ def test_a_record_that_the_study_cannot_go_on_from_is_refused(
         search(config_of(), tmp_path / "s", runner=InProcess(no_pool))
 
 
-def test_a_study_directory_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="file: cannot create this directory"):
-        search(config_of(), tmp_path / "file", runner=InProcess(no_pool))
-
-
-@pytest.mark.parametrize("name", ["", "a/b", ".."])
-def test_a_vector_whose_name_is_no_file_name_is_refused(name):
-    with pytest.raises(ValueError, match="Expected one without '/'"):
-        config_of(vectors={name: {"source": "a/b"}})
-
-
 def test_a_trial_reads_back_equal(uninterrupted):
     for trial in uninterrupted.log.trials:
         assert Trial.from_json(trial.to_json()) == trial
@@ -780,94 +624,9 @@ def test_a_study_of_a_newer_format_is_refused(uninterrupted, tmp_path):
             opened()
 
 
-def test_a_directory_with_foreign_files_is_refused(tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(StudyError, match="is not empty and holds no study"):
-        search(config_of(), tmp_path, runner=InProcess(no_pool))
-
-
-def test_what_a_process_killed_at_the_very_start_left_is_no_obstacle(tmp_path):
-    (tmp_path / ".partial-study.json").write_text("{")
-    assert search(
-        config_of(search={"n_trials": 2, "rescore_top": 0}),
-        tmp_path,
-        runner=InProcess(FunctionPool),
-    ).is_finished
-
-
-def test_loading_a_directory_without_a_study_says_how_to_make_one(tmp_path):
-    with pytest.raises(StudyError, match=r"holds no study .*\. Run `optimer search"):
-        load_study(tmp_path)
-
-
 def test_a_loaded_study_is_the_one_that_ran(uninterrupted):
     loaded = load_study(uninterrupted.directory)
     assert loaded.config == uninterrupted.config and loaded.best_trial == uninterrupted.best_trial
-
-
-def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
-    for _ in range(2):
-        with lock_directory(tmp_path / "s"):
-            pass
-
-
-# -- configs ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("vectors: {w: {}}", r"vectors\.w: .*exactly one of 'source'"),
-        ("vectors: {w: {source: a/w, train: t}}", r"exactly one of 'source'"),
-        ("vectors: {w: {source: a/w, bounds: [1, 1]}}", r"bounds \[1\.0, 1\.0\] are empty"),
-        ("vectors: {w: {source: a/w, fixed: 1}}", "every vector is fixed"),
-        ("vectors: {}", "at least 1 item"),
-        (
-            "vectors: {w: {source: a/w}}\nretarget: {r: {nope: 1}}",
-            r"retarget\.r\.nope: no term 'nope' is recorded",
-        ),
-        (
-            "vectors: {w: {source: a/w}}\nsearch: {n_trails: 3}",
-            r"'search\.n_trails'.*Did you mean 'n_trials'",
-        ),
-        ("vectors: {w: {source: a/w}}\ndtype: int8", "dtype: found 'int8'"),
-        *(
-            (
-                f"vectors: {{w: {{source: a/w}}}}\nsearch: {{{field}: {value}}}",
-                rf"{field}: found .*less",
-            )
-            for field, value in [
-                ("n_trials", 10_001),
-                ("rescore_top", 10**9),
-                ("rescore_limit", 10**18),
-                ("seed", 2**40),
-            ]
-        ),
-        (f"vectors: {{w: {{source: a/w}}}}\nsearch: {{n_trials: {'9' * 4000}}}", "4000 digits"),
-        ("vectors: {w: {source: a/w, bounds: [-1e308, 1e308]}}", r"bounds\.0: found -1e\+308"),
-        ("vectors: {w: {source: a/w, bounds: [0, 1e9]}}", r"bounds\.1: found 1000000000"),
-        ("vectors: {w: {source: a/w, bounds: [0, 1e-300]}}", r"are closer than 0\.001"),
-        ("vectors: {w: {source: a/w}, f: {source: a/f, fixed: 1e308}}", r"fixed: found 1e\+308"),
-        ("vectors: {w: {source: a/w}}\nsearch: {total: [0, 1e308]}", r"total\.1: found 1e\+308"),
-        (
-            "vectors: {w: {source: a/w}}\nretarget: {r: {t: 1e308}}",
-            r"retarget\.r\.t: found 1e\+308",
-        ),
-        (
-            "vectors: {w: {source: a/w}}\nbaselines: {searches: {s: {limit: 1000000000}}}",
-            r"limit: found 1000000000",
-        ),
-    ],
-)
-def test_an_impossible_study_is_refused_with_field_and_reason(tmp_path, text, message):
-    path = tmp_path / "study.yaml"
-    path.write_text(
-        f"base_model: a/b\nobjective: {{terms: [{{task: t, metric: loss}}]}}\n{text}\n",
-        encoding="utf-8",
-    )
-    with pytest.raises(ConfigError, match=message) as caught:
-        StudyConfig.read(path)
-    assert "study.yaml" in str(caught.value)
 
 
 # -- a real study ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.study.config import TRACKERS, StudyConfig
+from tests.support.landscapes import config_of
 
 FIELDS = {"base_model": "a/base", "objective": {"terms": [{"task": "t"}]}}
 
@@ -66,3 +67,65 @@ def test_what_is_neither_a_source_nor_fields_is_refused_by_name(tmp_path):
     file.write_text("base_model: a/b\nobjective: {terms: [{task: t}]}\nvectors: {math: 3}")
     with pytest.raises(ConfigError, match=r"study.yaml:3: vectors\.math: found 3"):
         StudyConfig.read(file)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".."])
+def test_a_vector_whose_name_is_no_file_name_is_refused(name):
+    with pytest.raises(ValueError, match="Expected one without '/'"):
+        config_of(vectors={name: {"source": "a/b"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vectors: {w: {}}", r"vectors\.w: .*exactly one of 'source'"),
+        ("vectors: {w: {source: a/w, train: t}}", r"exactly one of 'source'"),
+        ("vectors: {w: {source: a/w, bounds: [1, 1]}}", r"bounds \[1\.0, 1\.0\] are empty"),
+        ("vectors: {w: {source: a/w, fixed: 1}}", "every vector is fixed"),
+        ("vectors: {}", "at least 1 item"),
+        (
+            "vectors: {w: {source: a/w}}\nretarget: {r: {nope: 1}}",
+            r"retarget\.r\.nope: no term 'nope' is recorded",
+        ),
+        (
+            "vectors: {w: {source: a/w}}\nsearch: {n_trails: 3}",
+            r"'search\.n_trails'.*Did you mean 'n_trials'",
+        ),
+        ("vectors: {w: {source: a/w}}\ndtype: int8", "dtype: found 'int8'"),
+        *(
+            (
+                f"vectors: {{w: {{source: a/w}}}}\nsearch: {{{field}: {value}}}",
+                rf"{field}: found .*less",
+            )
+            for field, value in [
+                ("n_trials", 10_001),
+                ("rescore_top", 10**9),
+                ("rescore_limit", 10**18),
+                ("seed", 2**40),
+            ]
+        ),
+        (f"vectors: {{w: {{source: a/w}}}}\nsearch: {{n_trials: {'9' * 4000}}}", "4000 digits"),
+        ("vectors: {w: {source: a/w, bounds: [-1e308, 1e308]}}", r"bounds\.0: found -1e\+308"),
+        ("vectors: {w: {source: a/w, bounds: [0, 1e9]}}", r"bounds\.1: found 1000000000"),
+        ("vectors: {w: {source: a/w, bounds: [0, 1e-300]}}", r"are closer than 0\.001"),
+        ("vectors: {w: {source: a/w}, f: {source: a/f, fixed: 1e308}}", r"fixed: found 1e\+308"),
+        ("vectors: {w: {source: a/w}}\nsearch: {total: [0, 1e308]}", r"total\.1: found 1e\+308"),
+        (
+            "vectors: {w: {source: a/w}}\nretarget: {r: {t: 1e308}}",
+            r"retarget\.r\.t: found 1e\+308",
+        ),
+        (
+            "vectors: {w: {source: a/w}}\nbaselines: {searches: {s: {limit: 1000000000}}}",
+            r"limit: found 1000000000",
+        ),
+    ],
+)
+def test_an_impossible_study_is_refused_with_field_and_reason(tmp_path, text, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        f"base_model: a/b\nobjective: {{terms: [{{task: t, metric: loss}}]}}\n{text}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
+        StudyConfig.read(path)
+    assert "study.yaml" in str(caught.value)
