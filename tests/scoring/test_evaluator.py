@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -21,11 +19,11 @@ from pydantic import ValidationError
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from optimer_hf.errors import ConfigError, EvaluationError
+from optimer_hf.errors import EvaluationError
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.items import check_disjoint, indices_within, spread_indices
 from optimer_hf.scoring.lm_eval_model import batches
-from optimer_hf.scoring.objective import Asked, Objective, ObjectiveFile, Term, combine, gains
+from optimer_hf.scoring.objective import Asked, Objective, Term, combine, gains
 from optimer_hf.scoring.paired import paired_interval
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import load_tasks, warn_of_other_weights, warn_of_reported_benchmarks
@@ -600,41 +598,6 @@ def test_scores_that_are_not_numbers_raise(tokenizer, tmp_path):
 # -- objectives ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"terms": []}, "at least 1 item"),
-        ({"terms": [{}]}, "exactly one of 'task'"),
-        ({"terms": [{"task": "a", "text": "b"}]}, "exactly one of 'task'"),
-        ({"terms": [{"text": "a", "metric": "acc"}]}, "has the metric bits_per_byte"),
-        (
-            {"terms": [{"text": "ja.a"}, {"text": "ja.b"}]},
-            "two terms are called 'ja'; give each its own 'name'",
-        ),
-        ({"terms": [{"task": "a", "weight": 0}]}, "every term has weight 0"),
-        ({"terms": [{"task": "a", "weight": -1}]}, "greater than or equal to 0"),
-        ({"terms": [{"task": "a", "limit": 0}]}, "greater than 0"),
-        ({"terms": [{"task": "a", "rescore_only": True}]}, "the search needs at least one"),
-        (
-            {"combine": "weighted_mean", "terms": [{"text": "a"}, {"task": "b", "metric": "acc"}]},
-            "mixes units",
-        ),
-        ({"combine": "best", "terms": [{"text": "a"}]}, "weighted_mean"),
-    ],
-)
-def test_an_impossible_objective_is_refused_with_its_reason(data, message):
-    with pytest.raises(ValidationError, match=message):
-        Objective.model_validate(data)
-
-
-def test_an_objective_file_names_itself_in_its_mistakes(tmp_path):
-    (tmp_path / "objective.yaml").write_text("terms: [{task: a, metrik: acc}]\n", encoding="utf-8")
-    with pytest.raises(
-        ConfigError, match=r"objective\.yaml:1: unknown field 'terms\.0\.metrik'.*'metric'"
-    ):
-        ObjectiveFile.read(tmp_path / "objective.yaml")
-
-
 def test_terms_for_rescoring_only_stay_out_of_the_search():
     objective = objective_of(
         {"text": "a"}, {"text": "b", "rescore_only": True, "limit": 7}, limit=5
@@ -738,27 +701,6 @@ def test_the_95_percent_interval_covers_the_truth_about_95_times_in_100(rule):
         truth = 0.05 if rule == "relative_to_base" else 0.05 * 4.5
         covered += interval.low <= truth <= interval.high
     assert 0.89 * 200 <= covered <= 0.99 * 200
-
-
-# -- spread ----------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 500), st.none() | st.integers(1, 600))
-def test_spread_gives_distinct_items_in_order_with_even_gaps(n_items, limit):
-    chosen = spread_indices(n_items, limit)
-    assert len(chosen) == min(n_items, limit or n_items)
-    assert chosen == sorted(set(chosen)) and chosen[0] >= 0 and chosen[-1] < n_items
-    gaps = np.diff(chosen)
-    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
-
-
-def test_spread_takes_the_same_share_of_every_source():
-    chosen = spread_indices(300, 30)
-    assert [sum(start <= index < start + 100 for index in chosen) for start in (0, 100, 200)] == [
-        10,
-        10,
-        10,
-    ]
 
 
 # -- perplexities, functions, generation, hash ranges ----------------------------------------------
@@ -1069,34 +1011,3 @@ def test_a_task_that_two_objectives_look_up_in_different_folders_is_refused(tmp_
     objectives = [Objective.model_validate(terms | {"include_path": each}) for each in folders]
     with pytest.raises(EvaluationError, match="task 'arc' is looked up in two folders"):
         load_tasks(objectives)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{until: 2024-01-31}", r"generation\.until: found datetime"),
-        ("{until: !!set {a, b}}", r"generation\.until: found {'[ab]', '[ab]'}"),
-        ("{bad_words_ids: [[1, .nan]]}", r"generation\.bad_words_ids\.0\.1: found nan"),
-        ("{temperature: .inf}", r"generation\.temperature: found inf"),
-        ("{until: [!!binary YQ==]}", r"generation\.until\.0: found b'a'"),
-        ("{watermarking_config: {1: 2}}", r"generation\.watermarking_config: found the key 1"),
-        ("{max_gen_toks: 1000000000}", r"max_gen_toks: found 1000000000\. .* 1 to 131,072"),
-        ("{max_gen_toks: 0}", r"max_gen_toks: found 0"),
-        ("{max_gen_toks: 8.5}", r"max_gen_toks: found 8\.5\. Expected a whole number"),
-        ("{max_gen_toks: true}", r"max_gen_toks: found True"),
-        ("{max_tokens: null}", r"max_tokens: found None"),
-        ('{max_new_tokens: "8"}', r"max_new_tokens: found '8'"),
-        ("{num_beams: 100000}", r"num_beams: found 100000\. .* 1 to 1,024"),
-        ("{top_k: -1}", r"top_k: found -1"),
-        ("{num_return_sequences: 4}", r"num_return_sequences: found 4"),
-        ('{do_sample: "yes"}', r"do_sample: found 'yes'\. Expected true or false"),
-        ("{temperature: hot}", r"temperature: found 'hot'\. Expected a number"),
-        ("{until: [x, 5]}", r"until: found \['x', 5\]\. Expected a text or a list of texts"),
-        ("{temperature: 1e300}", r"temperature: found 1e\+300"),
-    ],
-)
-def test_generation_is_plain_json_of_bounded_numbers(tmp_path, text, message):
-    path = tmp_path / "objective.yaml"
-    path.write_text(f"terms:\n- task: t\n  generation: {text}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=rf"objective\.yaml:3: terms\.0\.{message}|{message}"):
-        ObjectiveFile.read(path)
