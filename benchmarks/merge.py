@@ -418,7 +418,7 @@ def accuracy(inputs: Inputs) -> dict[str, Any]:
     from optimer_hf.merging.writer import merge_rows
     from optimer_hf.models.checkpoint import Checkpoint
     from optimer_hf.models.layout import ResolvedModel
-    from optimer_hf.vectors.forms import LowRank, dense
+    from optimer_hf.vectors.forms import LowRank, to_dense
     from optimer_hf.vectors.opening import open_vector
 
     base, tuned = inputs.models("small", gemma_shapes())
@@ -438,7 +438,7 @@ def accuracy(inputs: Inputs) -> dict[str, Any]:
                 if isinstance(delta, LowRank):
                     product = delta.scale * (delta.b.double() @ delta.a.double())
                 else:
-                    product = dense(delta, base_rows).double()
+                    product = to_dense(delta, base_rows).double()
                 exact += weights[vector.name] * product
             merged = merge_rows(base_rows, name, rows, pool, weights, torch.bfloat16)
             right += int((merged == exact.to(torch.bfloat16)).sum())
