@@ -262,7 +262,7 @@ def test_an_output_directory_with_foreign_files_is_refused(recipe_dir: Path, tmp
         (
             "study.yaml",
             {"objective": {"terms": [{"function": "f", "higher_is_better": True}]}, "retarget": {}},
-            "terms with a 'function' are for Python",
+            "terms with a 'function' need Python",
         ),
     ],
 )
