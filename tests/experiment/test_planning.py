@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from optimer_hf.errors import ModelError
-from optimer_hf.experiment import probe
+from optimer_hf.experiment import planning
 from optimer_hf.experiment.folder import Run, load_inputs
 from optimer_hf.experiment.planning import list_downloads
 from optimer_hf.study.config import StudyConfig
@@ -64,7 +64,7 @@ def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Pat
             "merge_methods": ["ties"],
         }
     }
-    found = probe.make_plan(StudyConfig.model_validate(more), trainings, tmp_path, is_run=True)
+    found = planning.make_plan(StudyConfig.model_validate(more), trainings, tmp_path, is_run=True)
     work = {stage.name: stage.work for stage in found.stages}
     assert work["mixtures"] == "1,024 tokens"
     assert work["chance: search"] == "5 trials of 9 items"
@@ -72,9 +72,9 @@ def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Pat
 
 
 def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(tmp_path: Path):
-    found = probe._warn_of_room(10**15, 10**18, tmp_path / "not" / "yet")
+    found = planning._warn_of_room(10**15, 10**18, tmp_path / "not" / "yet")
     assert "per_device_train_batch_size" in found[0] and "another disk" in found[1]
-    assert probe._warn_of_room(1, 1, tmp_path) == ()
+    assert planning._warn_of_room(1, 1, tmp_path) == ()
 
 
 @pytest.mark.parametrize(("changes", "blocks"), [({}, 1), ({"gradient_accumulation_steps": 2}, 2)])
@@ -86,9 +86,9 @@ def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
 ):
     trainings = load_inputs(Run(recipe_dir, tmp_path / "out", False)).trainings
     config = trainings["aaa"].model_copy(update={"trainer": {"bf16": False, **changes}})
-    probe._measure_training(config, tmp_path / "probe")
+    planning._measure_training(config, tmp_path / "probe")
     record = json.loads((tmp_path / "probe" / "training.json").read_text())["training"]
-    assert record["n_tokens"] == probe.PROBE_STEPS * blocks * config.block_size
+    assert record["n_tokens"] == planning.PROBE_STEPS * blocks * config.block_size
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_what_does_not_fit_into_an_accelerator_is_said_of_the_stage_that_does_no
 
     inputs = load_inputs(Run(recipe_dir, tmp_path / "out", False))
     config, trainings = inputs.study, inputs.trainings
-    monkeypatch.setattr(probe, failing, full)
-    monkeypatch.setattr(probe, "open_vector", lambda *arguments: None)
+    monkeypatch.setattr(planning, failing, full)
+    monkeypatch.setattr(planning, "open_vector", lambda *arguments: None)
     chosen = {n: t.model_copy(update=changes) for n, t in trainings.items() if changes is not None}
     with pytest.raises(ModelError, match=message):
-        probe.make_plan(config, chosen, tmp_path, is_run=False)
+        planning.make_plan(config, chosen, tmp_path, is_run=False)
 
 
 def test_a_base_that_is_not_here_is_not_fetched_unasked(tmp_path: Path, hub):
