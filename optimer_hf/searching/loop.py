@@ -336,7 +336,9 @@ def _run_rescore(study: Study, slots: Slots) -> None:
 
 
 def _complete_rescored(study: Study, rules: Rules, trial: Trial) -> Trial:
-    """Return a trial that was scored again with the scores that it takes over, see `_usable`."""
+    """Return a re-scored trial with the scores that it keeps from the search, crashed if they are
+    unusable.
+    """
     return _crash_if_unusable(rules, study.with_search_scores(trial))
 
 

@@ -282,7 +282,7 @@ class Asker:
         self._record = AskState(config)
 
     def tell(self, trial: Trial) -> None:
-        """AskState a finished trial; the first one is the base."""
+        """Record a finished trial; the first one is the base."""
         self._record.trials.append(trial)
 
     def ask(self, number: int, pending: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
