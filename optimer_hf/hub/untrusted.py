@@ -24,8 +24,6 @@ from optimer_hf.study.trials import STUDY_FILE
 from optimer_hf.vectors.record import VectorFile, read_record
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a file beside the weights; the largest tokenizers have 33 MB
-LARGEST_YAML = 2**20
-DEEPEST = 50  # levels of YAML; a recipe has 7
 
 
 def check_pulled(kind: Kind, directory: Path) -> Recipe | VectorFile:
