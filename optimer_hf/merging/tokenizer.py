@@ -5,7 +5,6 @@ that end an answer, which differ between an instruct model and its base. Tokens 
 beyond its embedding (Gemma 3's image token does); new tokens may not.
 """
 
-from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError
@@ -60,11 +59,6 @@ def scoring_tokenizer(
             "tokenizer has one."
         )
     return tokenizer
-
-
-def tokenizer_path(reference: str | None) -> Path | None:
-    """Return the directory of a tokenizer without checking it, or None for that of the base."""
-    return None if reference is None else resolve_tokenizer(reference).path
 
 
 def _check_tokens(base: ResolvedModel, source: ResolvedModel, reference: str) -> None:

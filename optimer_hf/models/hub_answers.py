@@ -24,7 +24,6 @@ from optimer_hf.files.text import first_line
 HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 ETAG = re.compile(r"[\w.+=-]{1,200}")
 FILE = re.compile(r"/resolve/[^/]+/(.+)")
-REPO = re.compile(r"/(revision|tree)(/.*)?$")  # follows the name of a repository in an API path
 LARGEST_ANSWER = 2**26  # bytes of JSON
 SLACK = 2**10  # bytes by which a file may exceed its listed size
 LIMIT = "optimer_limit"  # a request extension, which redirects inherit
