@@ -75,13 +75,12 @@ def progress_panel(study: Study, trials: Sequence[Trial], unit: Unit) -> Panel:
     late = min(max(len(trials) // 5, FEWEST_LATE), len(trials))
     gained = best[-1] - best[-1 - late] if len(trials) > late else best[-1]
     has_settled = gained <= SETTLED * best[-1]
-    raised = f"by {unit.show(gained / unit.factor)}" if gained > 0 else "by nothing"
-    text = f"The last {late} trials raised the best score (trial {last}) {raised}: " + (
-        "the search has settled" if has_settled else "more trials may find more"
-    )
-    text += (
-        f". On the items of the search, trial {last} gains "
-        f"{unit.show(best[-1] / unit.factor)} over {study.baseline}, and the merge (trial "
+    change = f"raised the best score by {unit.show(gained / unit.factor)}"
+    change = f"{change} (trial {last})" if gained > 0 else "did not raise the best score"
+    outlook = "the search has settled" if has_settled else "more trials may find more"
+    text = (
+        f"The last {late} trials {change}: {outlook}. On the items of the search, trial {last} "
+        f"gains {unit.show(best[-1] / unit.factor)} over {study.baseline}, and the merge (trial "
         f"{study.best_trial.number}) "
         f"{unit.show(values[numbers.index(study.best_trial.number)] / unit.factor)}"
     )
