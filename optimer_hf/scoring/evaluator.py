@@ -47,8 +47,7 @@ class Evaluator:
             if term.function is not None and term.function not in self._functions:
                 raise EvaluationError(
                     f"term {term.label!r}: no function {term.function!r} was given; functions "
-                    "come from Python: "
-                    "search(..., runner=InProcess(partial(ResidentPool, functions={...})))."
+                    "come from Python: `optimer_hf.search(..., functions={...})`."
                 )
             if term.function is None:
                 self._check_task(term)

@@ -55,7 +55,7 @@ class Term(FileModel):
     """JSONL file of documents, plain or compressed, to measure the likelihood of."""
     function: str | None = None
     """Name of a Python function of the model that returns a number for each item; it is given to
-    `ResidentPool`, so such a term works from Python only.
+    `optimer_hf.search`, so such a term works from Python only.
     """
     text_field: str = "text"
     """Field of a `text` file's rows that holds the document."""
