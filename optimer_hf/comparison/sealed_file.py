@@ -58,7 +58,7 @@ class SealedLog:
         self.rows: list[SealedRow] = []
         lines = [line.decode(errors="replace") for line in read_lines(self.path, repair=repair)]
         trials = _trials_of_0_1_0(self.path, lines)
-        planned = self._planned(trials) if trials else frozenset()
+        planned = self._planned_weights(trials) if trials else frozenset()
         for number, line in enumerate(lines, start=1):
             if number in trials:
                 row = _row_of(trials[number], config, planned)
@@ -81,7 +81,7 @@ class SealedLog:
             Seal(rows={row.title: row.key for row in first or contenders}).write(self._seal)
         return frozenset(Seal.read(self._seal).rows.values())
 
-    def _planned(self, trials: Mapping[int, Trial]) -> frozenset[str]:
+    def _planned_weights(self, trials: Mapping[int, Trial]) -> frozenset[str]:
         """Return what `open_seal` returns for trials of version 0.1.0; write nothing."""
         if self._seal.exists():
             return frozenset(Seal.read(self._seal).rows.values())

@@ -124,13 +124,13 @@ def _folder(info: ValidationInfo) -> Path:
     return Path((info.context or {}).get("folder", "."))
 
 
-def _seen_from_folder(value: Any, info: SerializationInfo) -> str:
+def _relative_to_folder(value: Any, info: SerializationInfo) -> str:
     """Return a path or reference as it stands in a file of the folder that is written to."""
     folder = (info.context or {}).get("folder")
     return str(value) if folder is None else relative_reference(str(value), folder)
 
 
-WRITTEN_RELATIVE = PlainSerializer(_seen_from_folder, when_used="json-unless-none")
+WRITTEN_RELATIVE = PlainSerializer(_relative_to_folder, when_used="json-unless-none")
 
 
 def _note_path(info: ValidationInfo, text: str, absolute: str) -> str:
