@@ -145,8 +145,8 @@ def _matching_layers(key: str, layers: Sequence[str], where: str) -> list[str]:
     """Return the layers that a key of rank_pattern or alpha_pattern matches."""
     if is_literal(key):
         return [name for name in layers if ends_with(name, key)]
-    (found,) = matches([rf"(.*\.)?({key})$"], layers, where)
-    return [name for name, fits in zip(layers, found, strict=True) if fits]
+    (fitting,) = matches([rf"(.*\.)?({key})$"], layers, where)
+    return [name for name, fits in zip(layers, fitting, strict=True) if fits]
 
 
 def _exact_key(name: str, layers: Sequence[str]) -> str:

@@ -319,8 +319,8 @@ def _warn_of_leftover_quantization(name: str, tuned: Path, base: Path) -> None:
 def _quantization_of(path: Path) -> str:
     """Return the method in the quantization_config of a model, or an empty text."""
     file = path / "config.json"
-    found = read_settings(file).get("quantization_config") if file.exists() else None
-    return str(found.get("quant_method") if isinstance(found, dict) else found or "")[:80]
+    config = read_settings(file).get("quantization_config") if file.exists() else None
+    return str(config.get("quant_method") if isinstance(config, dict) else config or "")[:80]
 
 
 def _check_tokens(name: str, tuned: Path, base: Path) -> None:
