@@ -233,7 +233,7 @@ class Cluster:
         if "deserialization" in str(error) and isinstance(error.__cause__, ImportError):
             raise StudyError(
                 f"{self._client.scheduler.address}: the Dask scheduler cannot load a trial "
-                f"({error.__cause__}). Install the optimer-hf that runs here there, too."
+                f"({error.__cause__}). Install the same optimer-hf there as on this machine."
             ) from error
         if not isinstance(error, KilledWorker):
             with naming_faults(f"{self._client.scheduler.address}: a worker"):
