@@ -412,7 +412,8 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     if differing and not log.trials:  # nothing was spent on the other config
         config.write(file)
     elif differing and not has_moved_files:
-        has_other_objective = all(text.startswith("objective.") for text in differing)
+        fields = {field for field in ours | theirs if ours.get(field) != theirs.get(field)}
+        has_other_objective = fields == {"objective"}
         hint = " `optimer retarget` answers other objectives from its trials."
         raise StudyError(
             f"{directory}: holds a study of another config; these fields differ: "
