@@ -17,6 +17,7 @@ from typing import Any
 from optimer_hf.files.digest import fingerprint
 from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.staging import sync_all, write_text
+from optimer_hf.vectors.training_record import Part
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class StartedRecord(VersionedFile):
     config_sha256: str
     training: dict[str, Any] = {}
     inputs: dict[str, str] = {}
-    parts: list[dict[str, Any]] = []
+    parts: list[Part] = []
     blocks_sha256: str | None = None  # earlier versions did not have it
 
     @property

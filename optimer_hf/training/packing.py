@@ -15,24 +15,13 @@ from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.staging import make_directory
 from optimer_hf.models.head_loss import IGNORED_LABEL
 from optimer_hf.training.config import MixturePart
+from optimer_hf.vectors.training_record import Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What was packed of one corpus: tokens, documents, and how many documents were read again
-    because the corpus was too small for its share.
-    """
-
-    name: str
-    n_tokens: int
-    n_documents: int
-    n_repeats: int = 0
 
 
 @dataclass(frozen=True)

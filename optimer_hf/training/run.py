@@ -9,7 +9,6 @@ not attend to each other: their positions restart, and there is no cache.
 """
 
 import contextlib
-import dataclasses
 import logging
 import os
 import shutil
@@ -44,7 +43,7 @@ from optimer_hf.training.checkpoints import (
 )
 from optimer_hf.training.checks import check_config, check_fields, check_targets
 from optimer_hf.training.config import TrainConfig
-from optimer_hf.training.packing import PackedCorpus, Part, load_packed, pack, pack_mixture
+from optimer_hf.training.packing import PackedCorpus, load_packed, pack, pack_mixture
 from optimer_hf.training.trainer import (
     add_lora,
     build_trainer,
@@ -242,7 +241,7 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
             config_sha256=config.digest(),
             training=config.settings,
             inputs=config.digest_inputs(),
-            parts=[dataclasses.asdict(part) for part in packed.parts],
+            parts=list(packed.parts),
             blocks_sha256=packed.sha256,
         ).write(out / STARTED)
     except BaseException:
@@ -273,7 +272,7 @@ def _check_base(config: TrainConfig) -> Any:
 def _read_blocks(record: StartedRecord, out: Path) -> PackedCorpus | None:
     """Return the packed corpus of a run that was started, or None when it cannot be read."""
     try:
-        return load_packed(out / BLOCKS, [Part(**part) for part in record.parts])
+        return load_packed(out / BLOCKS, record.parts)
     except (OSError, ValueError, EOFError):
         return None
 
@@ -361,7 +360,6 @@ def _training_record(
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     norms = {entry["step"]: entry["norm"] for entry in history if "norm" in entry}
-    parts = [dataclasses.asdict(part) for part in packed.parts]
     return TrainingRecord(
         config_sha256=config.digest(),
         name=config.name,
@@ -371,7 +369,7 @@ def _training_record(
             n_tokens=packed.n_tokens,
             n_documents=packed.n_documents,
             sha256=packed.sha256,
-            parts=parts if config.mixture else None,
+            parts=list(packed.parts) if config.mixture else None,
         ),
         training=RunRecord(
             **config.settings,

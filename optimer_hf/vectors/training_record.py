@@ -2,6 +2,7 @@
 directory of a vector complete. A vector.json repeats its corpus and its run.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+@dataclass(frozen=True)
+class Part:
+    """What was packed of one corpus: tokens, documents, and how many documents were read again
+    because the corpus was too small for its share.
+    """
+
+    name: str
+    n_tokens: int
+    n_documents: int
+    n_repeats: int = 0
+
+
 class CorpusRecord(FileModel):
     """The text that a run was trained on. `sha256` is the digest of the packed blocks; `parts` has
     the corpora of a mixture.
@@ -25,12 +38,12 @@ class CorpusRecord(FileModel):
     n_tokens: int
     n_documents: int
     sha256: str
-    parts: list[dict[str, Any]] | None = Field(default=None, exclude_if=_is_none)
+    parts: list[Part] | None = Field(default=None, exclude_if=_is_none)
 
     @property
     def names(self) -> list[str]:
         """The name of the corpus, or those of the corpora of a mixture."""
-        return [str(part["name"]) for part in self.parts] if self.parts else [self.name]
+        return [part.name for part in self.parts] if self.parts else [self.name]
 
 
 class RunRecord(FileModel):

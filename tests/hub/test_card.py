@@ -19,7 +19,7 @@ from optimer_hf.hub.card import (
     split_card,
 )
 from optimer_hf.hub.card import strictest_licence as strictest
-from optimer_hf.vectors.training_record import CorpusRecord, PartialCorpus
+from optimer_hf.vectors.training_record import CorpusRecord, Part, PartialCorpus
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_figure_follows_its_conclusion_which_is_also_its_text():
 def test_only_data_sets_on_the_hub_are_named():
     counts = {"n_tokens": 1, "n_documents": 1}
     names = ["ja.train.jsonl.xz", "org/wiki"]
-    parts = [{"name": name, "n_repeats": 0, **counts} for name in names]
+    parts = [Part(name=name, **counts) for name in names]
     mixture = CorpusRecord(name=" + ".join(names), sha256="0", parts=parts, **counts)
     assert datasets_of(mixture) == ["org/wiki"]
     assert datasets_of(mixture.model_copy(update={"name": "a/b", "parts": None})) == ["a/b"]

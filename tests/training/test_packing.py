@@ -17,7 +17,8 @@ from optimer_hf.corpus.documents import SHUFFLE_BUFFER, read_documents, shuffle
 from optimer_hf.errors import CorpusError
 from optimer_hf.models.head_loss import IGNORED_LABEL, fuse_loss
 from optimer_hf.training.config import MixturePart
-from optimer_hf.training.packing import Part, deal_out, pack, pack_mixture, segments
+from optimer_hf.training.packing import deal_out, pack, pack_mixture, segments
+from optimer_hf.vectors.training_record import Part
 from tests.support.corpora import write_jsonl
 from tests.support.tiny import BOS, EOS, tiny_model
 
