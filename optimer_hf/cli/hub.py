@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from optimer_hf.cli.options import DIRECTORY, FORMAT, PATH, TOKEN, echo
+from optimer_hf.files.reference import Reference
 
 if TYPE_CHECKING:
     from optimer_hf.hub import Pull, Push
@@ -91,7 +92,7 @@ def _print_pull(done: "Pull") -> None:
     for line in done.moved:
         echo(f"changed: {line}")
     for each in done.inputs:
-        if each.reference.startswith("pypi:"):
+        if Reference(each.reference).package is not None:
             echo(f"to install: {each.reference} (a package, whose code is run)")
             continue
         size = f"{each.n_bytes:,} bytes" if each.n_bytes is not None else "size unknown"

@@ -1,10 +1,12 @@
 """Signals, what an interrupted command says, and the end of the process."""
 
+import contextlib
 import os
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -15,6 +17,22 @@ from optimer_hf.files.staging import staged_directory
 from tests.support.cli import optimer, process
 
 ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@contextlib.contextmanager
+def defaults() -> Iterator[None]:
+    """Handle signals as a command in a terminal does; `nohup` and `&` ignore some of them."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("number", "status"), ENDINGS)
@@ -31,16 +49,14 @@ def test_a_signal_cleans_up_says_how_to_resume_and_is_the_exit_status(
 
     monkeypatch.setattr("optimer_hf.hub.pull", interrupted)
     monkeypatch.setattr(sys, "argv", ["optimer", "pull", "a/b"])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    try:
+    with defaults():
         result = optimer("pull", "a/b", ok=False)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        ended = {signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
     assert result.exit_code == status
     assert "interrupted. Finished" in result.stderr
     assert result.stderr.endswith("; to resume: optimer pull a/b\n")
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert ended == {signal.SIG_DFL}
 
 
 def test_ignored_and_handled_signals_are_left_alone(monkeypatch):
