@@ -1,7 +1,7 @@
 """Score the baselines and the merge of a finished study on its sealed test.
 
-Each weight set is scored once; `sealed.jsonl` keeps its scores for the next time. A row whose
-weights were chosen after sealed scores had been seen is marked.
+Each weight set is scored once; `sealed.jsonl` keeps every row with its scores for the next time. A
+row whose weights were chosen after sealed scores had been seen is marked.
 """
 
 import gc
@@ -114,8 +114,9 @@ def compare(
                     gc.collect()  # the harness keeps the previous model alive in a cycle
                     made = with_pool(study.config, model.make(scratch))
                     _score_other(study, each, log, pool(made), planned)
-    scored = {row.key: row for row in log.rows}
-    rows = [_give_scores(each, scored[each.key]) for each in contenders]
+        scored = {row.key: row for row in log.scored}
+        rows = [_give_scores(each, scored[each.key]) for each in contenders]
+        log.append_equals(rows)
     return Comparison(rows, objective, study.config.retarget)
 
 

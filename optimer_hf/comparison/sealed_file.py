@@ -47,7 +47,10 @@ class Seal(VersionedFile):
 
 
 class SealedLog:
-    """sealed.jsonl: append-only, with one fsync for each row; each weight set occurs once."""
+    """sealed.jsonl: append-only, with one fsync for each row.
+
+    Of rows with equal weights, one was scored; the others have its scores and took no time.
+    """
 
     def __init__(self, directory: Path, config: StudyConfig, *, repair: bool = True) -> None:
         """Read the rows in a directory with `read_lines`. Raise StudyError for a line that is no
@@ -71,6 +74,21 @@ class SealedLog:
         """Write one row to disk before returning."""
         append_line(self.path, json.dumps(asdict(row), ensure_ascii=False, allow_nan=False))
         self.rows.append(row)
+
+    @property
+    def scored(self) -> list[SealedRow]:
+        """The rows that were scored, one for each weight set."""
+        scored: dict[str, SealedRow] = {}
+        for row in self.rows:
+            scored.setdefault(row.key, row)
+        return list(scored.values())
+
+    def append_equals(self, rows: Sequence[SealedRow]) -> None:
+        """Write the rows that got the scores of equal weights, so that readers find them, too."""
+        known = {(row.kind, row.subject, row.key) for row in self.rows}
+        for row in rows:
+            if (row.kind, row.subject, row.key) not in known:
+                self.append(replace(row, seconds={}, n_tokens=0))
 
     def open_seal(self, contenders: Sequence[Contender]) -> frozenset[str]:
         """Return the weights that were chosen before the seal was opened. The first opening writes
@@ -108,8 +126,11 @@ def _mistakes(row: SealedRow, before: Sequence[SealedRow], labels: Sequence[str]
     yield from mistakes_of_size(row.weights)
     if row.kind in OF_ONE_VECTOR and row.subject not in row.weights:
         yield f"found no weight of {row.subject!r}, expected one"
-    if any(row.weights == other.weights for other in before):
+    equals = [other for other in before if other.weights == row.weights]
+    if any((row.kind, row.subject) == (each.kind, each.subject) for each in equals):
         yield "found weights that were sealed before"
+    elif any(row.scores != each.scores for each in equals):
+        yield "found weights that were sealed before, with other scores"
     yield from mistakes_of_cost(row.seconds, row.n_tokens, row.scores)
     yield from mistakes_of_terms(row.scores, labels, before[0].scores if before else {})
 
@@ -130,12 +151,13 @@ def read_comparison(study: Study) -> Comparison | None:
     if config.test is None:
         return None
     log = SealedLog(study.directory, config, repair=False)
-    rows = {(row.kind, row.subject): row for row in log.rows}  # the last of several
-    base = next((row for row in rows.values() if not any(row.weights.values())), None)
+    scored = {row.key: row for row in log.scored}
+    rows = {(row.kind, row.subject): _with_cost(row, scored[row.key]) for row in log.rows}
+    zero = (row for row in rows.values() if not any(row.weights.values()))
+    base = rows.get(("base", "")) or next(zero, None)  # files of 0.1.0 lack rows of equal weights
     merge = rows.get(("merge", ""))
     if base is None or merge is None or merge.key != weights_key(study.best_trial.weights):
         return None
-    # of rows with equal weights, the last one was scored
     others = [row for row in rows.values() if row is not base and row.is_baseline]
     targets = [row for row in rows.values() if row.kind == "retargeted"]
     retarget = {
@@ -143,6 +165,11 @@ def read_comparison(study: Study) -> Comparison | None:
     }
     first = replace(base, kind="base", subject="")
     return Comparison([first, *others, merge, *targets], config.test, retarget)
+
+
+def _with_cost(row: SealedRow, scored: SealedRow) -> SealedRow:
+    """Return a row with the time and tokens that its weights took."""
+    return replace(row, seconds=scored.seconds, n_tokens=scored.n_tokens)
 
 
 # -- files of version 0.1.0 ------------------------------------------------------------------------

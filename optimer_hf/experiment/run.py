@@ -199,7 +199,7 @@ def ledger_of_run(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
     files = sorted((run.out / "mixtures").glob(f"*/{TRAINING_FILE}"))
     mixed = [TrainingRecord.read(file).training for file in files]
     others = sorted((run.out / "study" / "searches").glob("*/trials.jsonl"))
-    rows = SealedLog(study.directory, study.config).rows
+    rows = SealedLog(study.directory, study.config).scored
     costs = {
         "train": training_cost(trained) if trained else None,
         "mixtures": training_cost(mixed, n=len(mixed)) if mixed else None,

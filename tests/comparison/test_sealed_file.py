@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
+from optimer_hf.comparison.result import verdicts
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.sealed_file import SealedLog, kind_of_title, read_comparison
 from optimer_hf.errors import StudyError
@@ -61,6 +62,18 @@ def test_rows_are_recorded_by_kind_and_subject(study):
     assert {("other_search", "random"), ("model", "w at 2.0")} <= found
 
 
+def test_a_row_with_the_weights_of_another_is_read_with_its_scores(study):
+    compared = compare(study, pool=no_pool_for("everything"))
+    assert len({row.key for row in compared.rows}) < len(compared.rows)
+    read = read_comparison(study)
+    scores = {(row.kind, row.subject): row.scores for row in read.rows}
+    assert scores == {(row.kind, row.subject): row.scores for row in compared.rows}
+    assert verdicts(read) == verdicts(compared)
+    log = SealedLog(study.directory, study.config)
+    assert [row.key for row in log.scored] == list(dict.fromkeys(row.key for row in log.rows))
+    assert all(row.seconds for row in log.scored)
+
+
 @pytest.mark.parametrize("n", [None, 3])
 def test_rows_of_0_1_0_are_read_as_those_of_today(study, n):
     rows = SealedLog(study.directory, study.config).rows
@@ -75,7 +88,8 @@ def test_rows_of_0_1_0_without_a_seal_were_planned_when_they_are_the_first(study
     write_as_trials(study)
     (study.directory / "sealed.json").unlink()
     path = study.directory / "sealed.jsonl"
-    *lines, last = [json.loads(line) for line in path.read_text().splitlines()]
+    trials = [json.loads(line) for line in path.read_text().splitlines()]
+    *lines, last = [trial for trial in trials if trial["seconds"]]  # 0.1.0 wrote no equals
     last["number"] += 4
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
     rows = SealedLog(study.directory, study.config).rows
