@@ -63,6 +63,12 @@ def measure_norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, 
             vector.name,
             100 * relative,
         )
+    if squares == 0:
+        logger.warning(
+            "vector %s: it is zero and moves nothing. Check that it was trained: a run of very few "
+            "steps can end before its learning rate has risen above zero.",
+            vector.name,
+        )
     return math.sqrt(squares), relative
 
 

@@ -78,6 +78,12 @@ def test_norms_equal_those_of_the_flat_vectors(base, tuned, adapter):
         assert relative_norm == pytest.approx((delta.norm() / moved.norm()).item(), rel=1e-9)
 
 
+def test_a_vector_that_moves_nothing_is_said(base, caplog):
+    vector = open_vector("math", str(base.path), base)
+    assert measure_norms(vector, Checkpoint(base.path)) == (0, 0)
+    assert "vector math: it is zero and moves nothing" in caplog.text
+
+
 def test_the_record_of_a_vector_repeats_what_training_recorded(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "ja")
     RECORD.write(tmp_path / "ja" / TRAINING_FILE)
