@@ -59,10 +59,11 @@ def recipe(study_dir: Path, recipe_yaml: Path, **options: Any) -> None:
 def build(recipe_yaml: Path, out: Path, **options: Any) -> None:
     """Build the merged model of a recipe and write it to OUT.
 
-    RECIPE_YAML is the file, or its directory. Base and vectors are downloaded if they are not on
-    this disk, checked against the lock of the recipe, and added with its weights. OUT gets the
-    weights as safetensors with config, tokenizer, recipe and lock, whole or not at all. It has to
-    be new or empty, or to contain the model of this recipe, which is then kept.
+    RECIPE_YAML is the file, or a directory with one, such as that of a study or a run. Base and
+    vectors are downloaded if they are not on this disk, checked against the lock of the recipe, and
+    added with its weights. OUT gets the weights as safetensors with config, tokenizer, recipe and
+    lock, whole or not at all. It has to be new or empty, or to contain the model of this recipe,
+    which is then kept.
     """
     from optimer_hf.recipes.build import build as build_recipe
 
@@ -76,7 +77,8 @@ def build(recipe_yaml: Path, out: Path, **options: Any) -> None:
 def verify(recipe_yaml: Path, model: Path) -> None:
     """Check a built model against the lock of its recipe.
 
-    RECIPE_YAML is the file, or its directory. MODEL is what `optimer build` wrote.
+    RECIPE_YAML is the file, or a directory with one, such as that of a study or a run. MODEL is
+    what `optimer build` wrote.
     """
     from optimer_hf.recipes.build import verify as verify_model
 

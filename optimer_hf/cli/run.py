@@ -8,7 +8,7 @@ import click
 from optimer_hf.cli.options import FORMAT, PATH, SEEDS, SHORT, STUDY_OR_FOLDER, TOKENS, echo
 
 
-@click.command(epilog="Example: optimer run recipes/demo --short")
+@click.command(epilog="Example: optimer run recipes/gemma-3-270m-demo --short")
 @click.argument("recipe_dir", type=PATH)
 @click.argument("out", type=PATH, required=False)
 @SHORT
@@ -31,7 +31,7 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
     echo(f"{job.out / 'results.md'}; {where}", err=True)
 
 
-@click.command(epilog="Example: optimer plan recipes/demo")
+@click.command(epilog="Example: optimer plan recipes/gemma-3-270m-demo")
 @click.argument("source", type=STUDY_OR_FOLDER)
 @click.argument("out", type=PATH, required=False)
 @SHORT

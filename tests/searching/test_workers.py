@@ -450,7 +450,9 @@ def test_a_scheduler_that_cannot_load_a_trial_is_told_what_to_install(tmp_path, 
     config = config_of(tmp_path)
     with (
         Workers(scheduler=cluster.scheduler_address, pool=UnknownPool()).open(config) as workers,
-        pytest.raises(StudyError, match=r"No module named 'not_installed'.*Install the same optimer-hf"),
+        pytest.raises(
+            StudyError, match=r"No module named 'not_installed'.*Install the same optimer-hf"
+        ),
     ):
         run(workers, config, [0])
 
