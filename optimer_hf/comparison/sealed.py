@@ -21,7 +21,7 @@ from optimer_hf.comparison.rows import (
     SealedRow,
     check_titles,
 )
-from optimer_hf.comparison.sealed_file import SealedLog
+from optimer_hf.comparison.sealed_file import SealedLog, give_scores
 from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.reference import absolute_reference
@@ -115,7 +115,7 @@ def compare(
                     made = with_pool(study.config, model.make(scratch))
                     _score_other(study, each, log, pool(made), planned)
         scored = {row.key: row for row in log.scored}
-        rows = [_give_scores(each, scored[each.key]) for each in contenders]
+        rows = [give_scores(each, scored[each.key]) for each in contenders]
         log.append_equals(rows)
     return Comparison(rows, objective, study.config.retarget)
 
@@ -149,13 +149,6 @@ def _parse_model(text: str) -> tuple[str, str]:
 def _last_by_weights(contenders: Sequence[Contender]) -> list[Contender]:
     """Return one contender for each weight set: the last of those that have it."""
     return list({each.key: each for each in contenders}.values())
-
-
-def _give_scores(contender: Contender, scored: SealedRow) -> SealedRow:
-    """Return the row of a contender with the scores of equal weights."""
-    return replace(
-        scored, kind=contender.kind, subject=contender.subject, weights=contender.weights
-    )
 
 
 def _score_other(

@@ -152,9 +152,9 @@ def read_comparison(study: Study) -> Comparison | None:
         return None
     log = SealedLog(study.directory, config, repair=False)
     scored = {row.key: row for row in log.scored}
-    rows = {(row.kind, row.subject): _with_cost(row, scored[row.key]) for row in log.rows}
+    rows = {(row.kind, row.subject): give_scores(row, scored[row.key]) for row in log.rows}
     zero = (row for row in rows.values() if not any(row.weights.values()))
-    base = rows.get(("base", "")) or next(zero, None)  # files of 0.1.0 lack rows of equal weights
+    base = rows.get(("base", "")) or next(zero, None)  # older files lack rows of equal weights
     merge = rows.get(("merge", ""))
     if base is None or merge is None or merge.key != weights_key(study.best_trial.weights):
         return None
@@ -167,9 +167,11 @@ def read_comparison(study: Study) -> Comparison | None:
     return Comparison([first, *others, merge, *targets], config.test, retarget)
 
 
-def _with_cost(row: SealedRow, scored: SealedRow) -> SealedRow:
-    """Return a row with the time and tokens that its weights took."""
-    return replace(row, seconds=scored.seconds, n_tokens=scored.n_tokens)
+def give_scores(contender: Contender, scored: SealedRow) -> SealedRow:
+    """Return the row of a contender with the scores, time and tokens of equal weights."""
+    return replace(
+        scored, kind=contender.kind, subject=contender.subject, weights=contender.weights
+    )
 
 
 # -- files of version 0.1.0 ------------------------------------------------------------------------
