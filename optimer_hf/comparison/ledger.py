@@ -1,10 +1,13 @@
 """The record of what a study or a run took, by stage, in recipe.yaml and ledger.json."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field
 
-from optimer_hf.files.model import FileModel
+from optimer_hf.files.model import FileModel, parse
+from optimer_hf.files.reading import read_yaml
+from optimer_hf.files.staging import write_text
 
 
 class TrialCost(FileModel):
@@ -96,3 +99,22 @@ class Ledger(FileModel):
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Return the stages that the run had as JSON values, by name."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+class LedgerFile(Ledger):
+    """ledger.json of a run."""
+
+    # no VersionedFile, whose method `write` has the name of a stage
+    format_version: Literal[1] = 1
+
+
+def write_ledger(ledger: Ledger, path: Path) -> None:
+    """Write ledger.json at `path`, without the stages that a run did not have."""
+    file = LedgerFile(**dict(ledger))
+    write_text(path, file.model_dump_json(indent=2, exclude_none=True))
+
+
+def read_ledger(path: Path) -> Ledger:
+    """Return the ledger in a ledger.json. Raises ConfigError for a file that is not one."""
+    file = dict(parse(LedgerFile, read_yaml(path), path))
+    return Ledger(**{stage: cost for stage, cost in file.items() if stage != "format_version"})

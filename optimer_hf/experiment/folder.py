@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.experiment.marks import CLAIM_FILE, Claim, read_claim
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
 from optimer_hf.files.model import list_mistakes, parse
 from optimer_hf.files.paths import strings_in
@@ -27,10 +28,10 @@ RESULTS = (  # files of a finished run; its model has figures, too
 )
 
 
-def _is_claim(file: Path) -> bool:
-    """Whether a run.json marks the results of a run, and is not a file of the user."""
+def _is_claimed(folder: Path) -> bool:
+    """Whether a folder has the results of a run, and a run.json in it is no file of the user."""
     with contextlib.suppress(ConfigError):
-        return "recipe" in read_yaml(file)
+        return read_claim(folder) is not None
     return False
 
 
@@ -60,11 +61,12 @@ class Run:
             for path in self._match_inputs("*")
             if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
         }
-        return digest({"files": files, "elsewhere": self._digest_elsewhere()} | self.budget)
+        return digest({"files": files, "elsewhere": self._digest_elsewhere()} | self.claim().budget)
 
     def _match_inputs(self, pattern: str) -> list[Path]:
         """Return what matches in the folder, without the results of runs that lie in it."""
-        runs = {file.parent for file in self.folder.rglob("run.json") if _is_claim(file)}
+        folders = {file.parent for file in self.folder.rglob(CLAIM_FILE)}
+        runs = {folder for folder in folders if _is_claimed(folder)}
         claimed = (runs | {self.out}) - {self.folder}
         matches = sorted(self.folder.rglob(pattern))
         return [path for path in matches if claimed.isdisjoint(path.parents)]
@@ -83,11 +85,11 @@ class Run:
                         fingerprints[text] = {f.name: fingerprint(f) for f in files if f.is_file()}
         return fingerprints
 
-    @property
-    def budget(self) -> dict[str, Any]:
-        """What the command line changes in the budget of the folder."""
-        changed = {"tokens": self.tokens, "seed": self.seed}
-        return {"short": self.short} | {name: value for name, value in changed.items() if value}
+    def claim(self, *, seeds: bool = False) -> Claim:
+        """Return the claim of this run, or of runs under several `seeds`, on its directory."""
+        return Claim(
+            recipe=self.name, seeds=seeds, short=self.short, tokens=self.tokens, seed=self.seed
+        )
 
 
 def run_of(

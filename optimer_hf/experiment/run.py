@@ -1,6 +1,5 @@
 """Run a recipe folder from corpora to the compared merge. Finished stages are skipped."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimer_hf.errors import OutputError
 from optimer_hf.experiment.folder import RESULTS, Run, check_sources, load_inputs, vector_dir
-from optimer_hf.files.reading import read_yaml
+from optimer_hf.experiment.marks import CLAIM_FILE, DONE_FILE, Claim, Done, read_claim
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table, slug
 from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
@@ -31,14 +30,12 @@ def finished_summary(run: Run) -> str | None:
     """Return the summary of a finished run, or None if something is left to do. Only small files
     are read.
     """
-    done = run.out / "done.json"
-    if not done.exists():
+    file = run.out / DONE_FILE
+    if not file.exists():
         return None
-    record = read_yaml(done)
+    done = Done.read(file)
     is_whole = all((run.out / name).exists() for name in RESULTS)
-    if not is_whole or record.get("inputs_sha256") != run.inputs_digest():
-        return None
-    return read_summary(run)
+    return read_summary(run) if is_whole and done.inputs_sha256 == run.inputs_digest() else None
 
 
 def read_summary(run: Run) -> str:
@@ -52,7 +49,7 @@ def run_recipe(run: Run) -> str:
     Raises ConfigError and CorpusError for bad input before any training, OutputError if `run.out`
     holds something else, StudyError if another process holds it.
     """
-    from optimer_hf.comparison.ledger import StageCost
+    from optimer_hf.comparison.ledger import StageCost, write_ledger
     from optimer_hf.comparison.results_file import results_of
     from optimer_hf.comparison.sealed import compare
     from optimer_hf.models.memory import peak_memory
@@ -66,7 +63,7 @@ def run_recipe(run: Run) -> str:
     started = perf_counter()
     inputs = load_inputs(run)
     check_sources(inputs)
-    with claim_directory(run.out, {"recipe": run.name} | run.budget):
+    with claim_directory(run.out, run.claim()):
         train_vectors(run, inputs.trainings)
         study = search(inputs.study, run.out / "study")
         comparison = compare(study, mixtures=train_mixtures(run, study, inputs.trainings))
@@ -81,9 +78,9 @@ def run_recipe(run: Run) -> str:
         whole = StageCost(seconds=round(perf_counter() - started, 1), peak_bytes=peak_memory())
         spent = spent.model_copy(update={"write": write, "this_invocation": whole})
         results_of(comparison).write(run.out / "results.json")
-        write_text(run.out / "ledger.json", json.dumps(spent.to_json(), indent=2))
+        write_ledger(spent, run.out / "ledger.json")
         write_text(run.out / "results.md", _results_text(run, comparison, study, spent))
-        write_text(run.out / "done.json", json.dumps({"inputs_sha256": run.inputs_digest()}))
+        Done(inputs_sha256=run.inputs_digest()).write(run.out / DONE_FILE)
     return read_summary(run)
 
 
@@ -94,15 +91,15 @@ def plan_run(run: Run) -> "Plan":
     from optimer_hf.experiment.planning import make_plan
 
     inputs = load_inputs(run)
-    with claim_directory(run.out, {"recipe": run.name} | run.budget):
+    with claim_directory(run.out, run.claim()):
         plan = make_plan(inputs.study, inputs.trainings, run.out, is_run=True)
         plan.write(run.out / PLAN_FILE)
     return plan
 
 
 @contextmanager
-def claim_directory(out: Path, owner: Mapping[str, Any]) -> Iterator[None]:
-    """Hold an output directory for this process, and mark it with its owner. Each stage checks its
+def claim_directory(out: Path, claim: Claim) -> Iterator[None]:
+    """Hold an output directory for this process, and mark it with its claim. Each stage checks its
     own inputs.
 
     Raises OutputError if it holds something else, and then leaves it as it is; StudyError if
@@ -110,23 +107,23 @@ def claim_directory(out: Path, owner: Mapping[str, Any]) -> Iterator[None]:
     """
     from optimer_hf.study.directory import lock_directory
 
-    _refuse_other_owner(out, owner)  # before a lock appears in a directory that is not ours
+    _refuse_other_claim(out, claim)  # before a lock appears in a directory that is not ours
     with lock_directory(out):
-        if not _refuse_other_owner(out, owner):
-            write_text(out / "run.json", json.dumps(owner))
+        if not _refuse_other_claim(out, claim):
+            claim.write(out / CLAIM_FILE)
         yield
 
 
-def _refuse_other_owner(out: Path, owner: Mapping[str, Any]) -> bool:
-    """Return whether a directory is marked with an owner; raise OutputError if it has another one,
+def _refuse_other_claim(out: Path, claim: Claim) -> bool:
+    """Return whether a directory is marked with a claim; raise OutputError if it has another one,
     or holds files and has none.
     """
-    marker = out / "run.json"
-    if marker.exists():
-        if (marked := read_yaml(marker)) != owner:
+    marked = read_claim(out)
+    if marked is not None:
+        if marked != claim:
             raise OutputError(
                 f"{out}: holds results of another recipe, or of another budget (--short, "
-                f"--tokens, --seeds): found {marked}, expected {dict(owner)}. Give another output "
+                f"--tokens, --seeds): found {marked}, expected {claim}. Give another output "
                 "directory."
             )
         return True

@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.errors import OutputError
+from optimer_hf.experiment.marks import Claim, read_claim
 from optimer_hf.experiment.run import claim_directory
 from tests.support.experiments import optimer
 
@@ -170,34 +171,37 @@ def test_another_budget_does_not_overwrite_a_run(finished: Path, recipe_dir: Pat
 
 
 def test_a_file_of_the_users_beside_a_run_does_not_stop_it(tmp_path: Path):
-    owner = {"recipe": "tiny", "short": True}
-    with claim_directory(tmp_path, owner):
+    claim = Claim(recipe="tiny", short=True)
+    with claim_directory(tmp_path, claim):
         (tmp_path / "notes.txt").write_text("x")
-    with claim_directory(tmp_path, owner):
+    with claim_directory(tmp_path, claim):
         pass
-    refused = pytest.raises(OutputError, match=r"found \{.*expected \{.*Give another output")
-    with refused, claim_directory(tmp_path, owner | {"tokens": 2}):
+    both = r"found 'tiny' \(--short\), expected 'tiny' \(--short, --tokens 2\)\. Give another"
+    with (
+        pytest.raises(OutputError, match=both),
+        claim_directory(tmp_path, claim.model_copy(update={"tokens": 2})),
+    ):
         pass
 
 
 RACING = """
-import sys, time
+import json, sys, time
 from pathlib import Path
 from optimer_hf.errors import OptimerError
-from optimer_hf.experiment import run
+from optimer_hf.experiment import marks, run
 
-write = run.write_text
+write = marks.Claim.write
 
-def write_late(path, text):
+def write_late(claim, path):
     time.sleep(1)  # both have looked by now
-    write(path, text)
+    write(claim, path)
 
-run.write_text = write_late
+marks.Claim.write = write_late
 out, name = Path(sys.argv[1]), sys.argv[2]
 try:
-    with run.claim_directory(out, {"recipe": name}):
+    with run.claim_directory(out, marks.Claim(recipe=name)):
         time.sleep(1)
-        print("ran", name, (out / "run.json").read_text())
+        print("ran", name, json.loads((out / "run.json").read_text())["recipe"])
 except OptimerError as error:
     print("refused", name, error)
 """
@@ -214,9 +218,9 @@ def test_of_two_recipes_started_at_once_in_one_directory_one_is_refused(tmp_path
     said = sorted(process.communicate(timeout=120)[0].strip() for process in processes)
     ran, refused = said
     name = ran.split()[1]
-    assert ran == f'ran {name} {{"recipe": "{name}"}}'
+    assert ran == f"ran {name} {name}"
     assert refused.startswith("refused") and "another process is working in it" in refused
-    assert json.loads((out / "run.json").read_text()) == {"recipe": name}
+    assert read_claim(out) == Claim(recipe=name)
 
 
 @pytest.mark.parametrize("lost", ["results.json", "results.md"])

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scipy.stats import ttest_1samp
 
 from optimer_hf.comparison.results_file import read_results
-from optimer_hf.experiment.seeds import Spread, join_rows, to_markdown
+from optimer_hf.experiment.seeds import join_rows, to_markdown
+from optimer_hf.experiment.seeds_file import SeedResults
 from optimer_hf.scoring.formatting import Unit
 from tests.support.experiments import optimer
 from tests.support.landscapes import config_of
@@ -30,13 +30,6 @@ def row(
     }
 
 
-def test_an_interval_is_that_of_students_t_over_the_seeds():
-    values = [0.03, 0.05, 0.04, 0.08]
-    expected = ttest_1samp(values, 0).confidence_interval(0.95)
-    assert Spread(values).interval == pytest.approx((expected.low, expected.high))
-    assert Spread([0.03]).interval is None
-
-
 def test_rows_are_joined_by_kind_whatever_scale_a_seed_has_found(tmp_path: Path):
     results = [
         {"rows": [row("base", 0.0, 0.2), row("x at its best scale, 0.6", 0.1, 0.2)]},
@@ -50,7 +43,7 @@ def test_rows_are_joined_by_kind_whatever_scale_a_seed_has_found(tmp_path: Path)
         file.write_text(json.dumps(result))
         read.append(read_results(file, config_of()))
     base, scaled = join_rows(read)
-    assert (base.title, scaled.title) == ("base", "x at its best scale")
+    assert (base.name, scaled.name) == ("base", "x at its best scale")
     assert scaled.gain.values == [0.1, 0.2]
     assert scaled.merge_minus.mean == pytest.approx(0.15)
     table = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(100.0, "in percent"))
@@ -101,18 +94,18 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
     ]
     lasts = [json.loads(path.read_text().splitlines()[4])["weights"] for path in tried]
     assert lasts[0] != lasts[1], "a search of the baselines has another seed, too"
-    summary = json.loads((out / "results.json").read_text())
-    table = {found["name"]: found for found in summary["rows"]}
+    summary = SeedResults.read(out / "results.json")
+    table = {row.name: row for row in summary.rows}
     for name in ("searched merge", "xyz at 1.0"):
         rows = [next(r for r in result["rows"] if r["name"] == name) for result in results[1:]]
         gains = [r["over_base"]["difference"] for r in rows]
-        assert table[name]["gain"]["values"] == gains and gains[0] != gains[1]
+        assert table[name].gain.values == gains and gains[0] != gains[1]
         lost = [r["merge_minus"]["difference"] for r in rows]
-        assert table[name]["merge_minus"]["values"] == lost
+        assert table[name].merge_minus.values == lost
     merges = [
         next(r for r in result["rows"] if r["name"] == "searched merge") for result in results
     ]
-    assert summary["merges"] == [r["weights"] for r in merges[1:]]
+    assert summary.merges == [r["weights"] for r in merges[1:]]
 
     refused = optimer("run", recipe_dir, out, "--short")
     assert refused.exit_code == 1 and "--seeds" in refused.output
