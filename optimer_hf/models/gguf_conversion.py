@@ -1,7 +1,6 @@
 """Convert a GGUF file to safetensors, config and tokenizer, once, in the cache."""
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.locks import UNTIL_FREE, locking
 from optimer_hf.files.paths import cache_dir
-from optimer_hf.files.staging import finish_move, make_directory, staged_directory, write_text
+from optimer_hf.files.staging import finish_move, make_directory, staged_directory
 from optimer_hf.models.gguf_config import FACTORS, fit_config
 from optimer_hf.models.gguf_header import GgufHeader, read_header
 from optimer_hf.models.gguf_loader import (
@@ -24,6 +23,7 @@ from optimer_hf.models.gguf_loader import (
     read_gguf_config,
     read_gguf_tokenizer,
 )
+from optimer_hf.models.gguf_record import CONVERSION_FILE, ConversionRecord
 
 CONVERSION = 2  # version of the conversion; 1 dropped what transformers does not read
 
@@ -39,10 +39,10 @@ def convert_once(gguf: Path) -> Path:
     with locking(folder / f".{out.name}.lock", UNTIL_FREE):
         finish_move(out)
         try:
-            if not (out / "conversion.json").exists():
+            if not (out / CONVERSION_FILE).exists():
                 convert_gguf(gguf, out)
         except OutputError:  # without locks in the file system, another process may be faster
-            if not (out / "conversion.json").exists():
+            if not (out / CONVERSION_FILE).exists():
                 raise
     return out
 
@@ -70,18 +70,13 @@ def convert_gguf(gguf: Path, out: Path, *, dtype: str = "bfloat16") -> None:
         _forget_quantisation(model)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        record = {
-            "format_version": 1,
-            "source": gguf.name,
-            "source_sha256": sha256_file(gguf),
-            "dtype": dtype,
-            "note": "de-quantised from GGUF; not the original weights",
-            "transformers": transformers.__version__,
-            "sha256": {
-                path.name: sha256_file(path) for path in sorted(staging.glob("*.safetensors"))
-            },
-        }
-        write_text(staging / "conversion.json", json.dumps(record, indent=2))
+        ConversionRecord(
+            source=gguf.name,
+            source_sha256=sha256_file(gguf),
+            dtype=dtype,
+            transformers=transformers.__version__,
+            sha256={path.name: sha256_file(path) for path in sorted(staging.glob("*.safetensors"))},
+        ).write(staging / CONVERSION_FILE)
 
 
 def decode_gguf(header: GgufHeader, dtype: torch.dtype) -> Any:

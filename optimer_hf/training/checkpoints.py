@@ -7,16 +7,19 @@ unfinished.
 """
 
 import hashlib
-import json
 import logging
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
+from optimer_hf.errors import ConfigError
 from optimer_hf.files.digest import fingerprint
 from optimer_hf.files.model import VersionedFile
-from optimer_hf.files.staging import sync_all, write_text
+from optimer_hf.files.staging import sync_all
+from optimer_hf.progress import Cost
 from optimer_hf.vectors.training_record import Part
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,37 @@ class StartedRecord(VersionedFile):
         return self.training
 
 
+class CheckpointSeal(VersionedFile):
+    """sealed.json of a checkpoint: the digest of each of its other files, by its path in there."""
+
+    files: dict[str, str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_0_1_0(cls, data: Any) -> Any:
+        """Read the digests of version 0.1.0, which wrote nothing around them."""
+        return {"files": data} if isinstance(data, dict) and STATE in data else data
+
+
+class SpentRecord(VersionedFile):
+    """spent.json of a checkpoint: the time of the whole run so far, in seconds by the clock and of
+    processors.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, cost: Cost) -> "SpentRecord":
+        """Return the record of a cost."""
+        return cls(seconds=cost.seconds, cpu_seconds=cost.cpu_seconds)
+
+    @property
+    def cost(self) -> Cost:
+        """The recorded cost."""
+        return Cost(self.seconds, self.cpu_seconds)
+
+
 def read_started(out: Path) -> StartedRecord | None:
     """Return the record of a run that began in `out` and has not ended, or None."""
     file = out / STARTED
@@ -57,7 +91,13 @@ def seal(folder: Path) -> None:
     """Sync a checkpoint to disk and write the digest of each of its files into its seal."""
     (folder / SEAL).unlink(missing_ok=True)
     sync_all(folder)
-    write_text(folder / SEAL, json.dumps(_digests_of(folder)))
+    CheckpointSeal(files=_digests_of(folder)).write(folder / SEAL)
+
+
+def cost_before(out: Path) -> Cost:
+    """Return the time already spent on training up to the newest checkpoint of `out`."""
+    checkpoint = newest_checkpoint(out / CHECKPOINTS)
+    return Cost() if checkpoint is None else SpentRecord.read(checkpoint / SPENT_FILE).cost
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -88,11 +128,11 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 def _damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, or an empty string."""
     try:
-        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        sealed = CheckpointSeal.read(folder / SEAL).files
         digests = _digests_of(folder)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ConfigError):
         return "was not finished"
-    if not isinstance(sealed, dict) or STATE not in sealed:
+    if STATE not in sealed:
         return "was not finished"
     changed = sorted(name for name, digest in sealed.items() if digests.get(name) != digest)
     return f"{changed[0]} has changed since it was written" if changed else ""

@@ -37,6 +37,7 @@ from optimer_hf.training.checkpoints import (
     CHECKPOINTS,
     STARTED,
     StartedRecord,
+    cost_before,
     drop_damaged,
     newest_checkpoint,
     read_started,
@@ -47,7 +48,6 @@ from optimer_hf.training.packing import PackedCorpus, load_packed, pack, pack_mi
 from optimer_hf.training.trainer import (
     add_lora,
     build_trainer,
-    cost_before,
     refuse_unmergeable_adapter,
     refuse_untied_copies,
     tokens_per_step,

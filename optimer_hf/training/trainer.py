@@ -1,7 +1,5 @@
 """Build the HF Trainer of a run, with its model, adapter and callback."""
 
-import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +9,6 @@ import torch
 
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.patterns import ends_with, is_literal, matches
-from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import did_you_mean, first_line
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.head_loss import fuse_loss, keeps_documents_apart
@@ -20,7 +17,7 @@ from optimer_hf.models.live import load_model
 from optimer_hf.models.ties import Ties
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.training.arguments import lora_config, training_arguments
-from optimer_hf.training.checkpoints import CHECKPOINTS, SPENT_FILE, newest_checkpoint, seal
+from optimer_hf.training.checkpoints import SPENT_FILE, SpentRecord, cost_before, seal
 from optimer_hf.training.checks import LORA_FIX
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.growth import full_norm, is_due, lora_norm
@@ -219,8 +216,7 @@ def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallbac
             args.distributed_state.wait_for_everyone()  # each process writes its own file
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                spent = dataclasses.asdict(earlier + self.started.since())
-                write_text(folder / SPENT_FILE, json.dumps(spent))
+                SpentRecord.of(earlier + self.started.since()).write(folder / SPENT_FILE)
                 seal(folder)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -273,11 +269,3 @@ def tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
     """Return how many tokens one step of all processes together trains on."""
     n_blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return int(n_blocks * config.block_size)
-
-
-def cost_before(out: Path) -> Cost:
-    """Return the time already spent on training up to the newest checkpoint of `out`."""
-    checkpoint = newest_checkpoint(out / CHECKPOINTS)
-    if checkpoint is None:
-        return Cost()
-    return Cost(**json.loads((checkpoint / SPENT_FILE).read_text(encoding="utf-8")))

@@ -1,6 +1,5 @@
 """A GGUF file, read back as a directory of safetensors."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.paths import cache_dir
 from optimer_hf.models.gguf_conversion import convert_gguf
+from optimer_hf.models.gguf_record import ConversionRecord
 from optimer_hf.models.resolve import resolve_model
 from tests.support.gguf import write_llama
 from tests.support.tiny import tiny_model
@@ -52,12 +52,12 @@ def test_a_converted_tokenizer_splits_and_joins_text_as_the_original(converted, 
 
 
 def test_the_record_of_a_conversion_has_digests_and_names_the_gguf_file(converted, gguf_file):
-    record = json.loads((converted / "conversion.json").read_text(encoding="utf-8"))
-    assert record["source"] == "tiny.gguf"
-    assert record["source_sha256"] == sha256_file(gguf_file)
-    assert record["dtype"] == "float32"
-    assert record["sha256"] == {"model.safetensors": sha256_file(converted / "model.safetensors")}
-    assert "not the original weights" in record["note"]
+    record = ConversionRecord.read(converted / "conversion.json")
+    assert record.source == "tiny.gguf"
+    assert record.source_sha256 == sha256_file(gguf_file)
+    assert record.dtype == "float32"
+    assert record.sha256 == {"model.safetensors": sha256_file(converted / "model.safetensors")}
+    assert "not the original weights" in record.note
 
 
 def test_no_file_of_a_conversion_names_a_path_of_this_machine_or_a_quantisation(
