@@ -24,7 +24,7 @@ from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.study.directory import Inputs, hint_of_seeds
 from optimer_hf.study.records import read_lines
 from optimer_hf.study.trials import DECISIONS_FILE
-from optimer_hf.vectors.record import VectorFile, read_record
+from optimer_hf.vectors.record import QUANTISED, VectorFile, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -245,8 +245,8 @@ def vanilla_config_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
         return None
     base = _in_form_of_mergekit(recipe.base_model)
     plain = {name: _in_form_of_mergekit(source) for name, source in recipe.sources.items()}
-    if any(name.startswith("vector") for files in lock.vectors.values() for name in files):
-        return None  # int8: mergekit reads no scales
+    if QUANTISED in lock.dtypes.values():
+        return None  # mergekit reads no scales
     kinds = {lock.kinds.get(name) for name in plain}
     if len(kinds) > 1 or None in kinds:
         return None

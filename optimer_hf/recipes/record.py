@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, SerializationInfo, field_serializer, field_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.files.model import FileModel, VersionedFile
@@ -11,6 +18,7 @@ from optimer_hf.files.reference import AnyPath, ReferenceText, TokenizerSource, 
 from optimer_hf.models.layout import MAX_SHARD_SIZE
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.study.trials import Fidelity
+from optimer_hf.vectors.record import QUANTISED
 
 LOCK = "recipe.lock.json"  # beside a built model
 MERGE_CONFIG, MADE_HERE = "optimer.yml", "# Written beside a recipe by optimer-hf.\n"
@@ -145,18 +153,34 @@ class Lock(VersionedFile):
     """recipe.lock.json: the sha256 of each weights file of base, vectors and model (`output`) by
     name, and of each file of the tokenizer if that is not the base's.
 
-    `kinds` says which vectors are adapters, deltas or checkpoints. `max_shard_size` is the size
-    limit for files of the built model, in bytes.
+    `kinds` says which vectors are adapters, deltas or checkpoints, and `dtypes` how each delta is
+    stored. `max_shard_size` is the size limit for files of the built model, in bytes.
     """
 
     base: dict[str, str]
     vectors: dict[str, dict[str, str]]
     kinds: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     tokenizer: dict[str, str] = {}
     weights: dict[str, float]
     dtype: str
     output: dict[str, str] = {}
     max_shard_size: int = Field(default=MAX_SHARD_SIZE, gt=0, le=2**50)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_dtypes(cls, data: Any) -> Any:
+        """Tell int8 deltas by their files in locks of version 0.1.0, which recorded no dtypes."""
+        if not isinstance(data, dict) or "dtypes" in data:
+            return data
+        vectors = data.get("vectors")
+        return data | {
+            "dtypes": {
+                name: QUANTISED
+                for name, files in (vectors.items() if isinstance(vectors, dict) else ())
+                if isinstance(files, dict) and any(str(x).startswith("vector") for x in files)
+            }
+        }
 
 
 def tokenizer_note(source: str) -> str:

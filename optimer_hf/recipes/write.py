@@ -99,10 +99,13 @@ def _lock_of(
     weights: Mapping[str, float],
 ) -> Lock:
     """Return the lock of a merge that is not built yet; `sources` by vector."""
+    kinds = {key: _kind_of_vector(source.path) for key, source in sources.items()}
+    deltas = {key: read_record(sources[key].path) for key in kinds if kinds[key] == "delta"}
     return Lock(
         base=weight_digests(base.path),
         vectors={key: weight_digests(source.path) for key, source in sources.items()},
-        kinds={key: _kind_of_vector(source.path) for key, source in sources.items()},
+        kinds=kinds,
+        dtypes={key: delta.dtype for key, delta in deltas.items() if delta and delta.dtype},
         tokenizer=digests_of_tokenizer(config.tokenizer_reference),
         weights=dict(weights),
         dtype=config.dtype,
@@ -180,7 +183,8 @@ def _write_lock(lock: Lock, path: Path) -> None:
     if path.exists():
         earlier = Lock.read(path)
         built = {"output": earlier.output, "max_shard_size": earlier.max_shard_size}
-        if lock.model_copy(update={**built, "kinds": earlier.kinds}) == earlier:
+        unrecorded = {"kinds": earlier.kinds, "dtypes": earlier.dtypes}  # locks may lack these
+        if lock.model_copy(update=built | unrecorded) == earlier:
             lock = lock.model_copy(update=built)
     lock.write(path)
 

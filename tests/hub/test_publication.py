@@ -8,9 +8,10 @@ from huggingface_hub import HfApi
 
 from optimer_hf import hub as hubs
 from optimer_hf.errors import HubError
-from optimer_hf.hub.publication import choose_files
+from optimer_hf.hub.publication import choose_files, vanilla_config_of
 from optimer_hf.models.layout import copy_beside_weights
 from optimer_hf.recipes.build import build
+from optimer_hf.recipes.record import Ingredient, Lock, Recipe
 from tests.support.hub import ALICE
 from tests.support.tiny import tiny_model
 
@@ -85,3 +86,30 @@ def test_a_torn_record_is_pushed_without_its_torn_line(make_recipe, make_vector)
     (folder / "study" / "trials.jsonl").write_text("\n".join([lines[2], lines[0]]))
     with pytest.raises(HubError, match="line 1 is not a trial"):
         choose_files(folder, pushed)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "file", "is_vanilla"),
+    [
+        ({"x": "bfloat16", "y": "float32"}, "model.safetensors", True),
+        ({"x": "bfloat16", "y": "float32"}, "vectors.safetensors", True),
+        ({"x": "bfloat16", "y": "int8"}, "model.safetensors", False),
+        (None, "model.safetensors", True),  # version 0.1.0 recorded no dtypes
+        (None, "vector.safetensors", False),
+    ],
+)
+def test_mergekit_alone_is_offered_only_deltas_that_it_can_read(dtypes, file, is_vanilla):
+    commit = "0" * 40
+    recipe = Recipe(
+        name="r",
+        base_model=f"o/base@{commit}",
+        dtype="bfloat16",
+        vectors={name: Ingredient(source=f"o/{name}@{commit}", weight=0.5) for name in "xy"},
+    )
+    lock = {
+        **{"base": {}, "vectors": {"x": {file: "0"}, "y": {file: "0"}}, "dtype": "bfloat16"},
+        **{"kinds": {"x": "delta", "y": "delta"}, "weights": recipe.weights},
+    }
+    lock |= {} if dtypes is None else {"dtypes": dtypes}
+    config = vanilla_config_of(recipe, Lock.model_validate(lock))
+    assert (config is not None) == is_vanilla

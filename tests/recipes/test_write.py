@@ -40,10 +40,13 @@ def study(make_base, make_tuned, make_adapter, tmp_path: Path) -> Study:
     return search(config, tmp_path / "s", runner=InProcess(FunctionPool))
 
 
-def test_a_lock_says_of_which_kind_each_vector_is(study: Study, tmp_path: Path):
+def test_a_lock_has_the_kind_of_each_vector_and_the_dtype_of_each_delta(
+    study: Study, tmp_path: Path
+):
     write_recipe(study, tmp_path / "recipe.yaml", name="r")
-    kinds = Lock.read(tmp_path / "recipe.lock.json").kinds
-    assert kinds == {"w": "adapter", "x": "delta", "y": "checkpoint", "z": "checkpoint"}
+    lock = Lock.read(tmp_path / "recipe.lock.json")
+    assert lock.kinds == {"w": "adapter", "x": "delta", "y": "checkpoint", "z": "checkpoint"}
+    assert lock.dtypes == {"x": "bfloat16"}
 
 
 @pytest.mark.parametrize("n_written", [0, 1, 2, 3])
