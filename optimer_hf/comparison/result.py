@@ -109,9 +109,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """
     labels = list(comparison.base.scores)
     objective, base = comparison.objective, comparison.base.scores
-    limited = {
-        term.label for term in objective.scored_terms if objective.limit_of(term) is not None
-    }
+    limited = limited_terms(objective)
     marked = [f"{x} ({len(base[x].items)} items)" if x in limited else x for x in labels]
     header = ["weights", *marked, "objective"]
     lines = []
@@ -125,6 +123,11 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         value = show_value(objective, row.scores, comparison.base.scores, is_base=is_base)
         lines.append([row.marked_title, *cells, value])
     return header, lines
+
+
+def limited_terms(objective: Objective) -> list[str]:
+    """Return the labels of the terms that are scored on some of their items."""
+    return [term.label for term in objective.scored_terms if objective.limit_of(term) is not None]
 
 
 def verdicts(comparison: Comparison) -> list[str]:

@@ -8,12 +8,14 @@ import math
 from pathlib import Path
 from typing import Any, Self
 
-from optimer_hf.comparison.result import Comparison, verdicts
-from optimer_hf.comparison.rows import RowKind, SealedRow
+from pydantic import Field
+
+from optimer_hf.comparison.result import Comparison, limited_terms, verdicts
+from optimer_hf.comparison.rows import RowKind, SealedRow, mark_title
 from optimer_hf.comparison.sealed_file import kind_of_title
 from optimer_hf.files.model import FileModel, VersionedFile, parse
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.scoring.formatting import Unit, describe_interval
+from optimer_hf.scoring.formatting import OF_TERMS, PERCENT, Unit, describe_interval, mean_of
 from optimer_hf.scoring.intervals import FEWEST, Interval, Kind
 from optimer_hf.study.config import StudyConfig
 
@@ -56,7 +58,10 @@ class TermResult(FileModel):
 
 
 class RowResult(FileModel):
-    """A row of the sealed test: its weights, and its differences from the base and to the merge."""
+    """A row of the sealed test: its weights, and its differences from the base and to the merge.
+
+    `mean` is the mean of its terms in their own unit, under `weighted_mean`.
+    """
 
     name: str
     kind: RowKind
@@ -64,6 +69,7 @@ class RowResult(FileModel):
     weights: dict[str, float]
     chosen_after_seal: bool
     value: float
+    mean: float | None = None
     over_base: IntervalRecord
     summary: str = ""
     merge_minus: IntervalRecord
@@ -76,10 +82,16 @@ class RowResult(FileModel):
 
 
 class Results(VersionedFile):
-    """results.json of a run."""
+    """results.json of a run: the rows with the base first, in `unit`, and the verdicts.
 
-    rows: list[RowResult]
+    `limited` has the labels of the terms that were scored on some of their items. Files of version
+    0.1.0 lack both; `read_results` adds them.
+    """
+
+    rows: list[RowResult] = Field(min_length=1)
     verdicts: list[str] = []
+    unit: Unit = PERCENT
+    limited: list[str] = []
 
     @property
     def by_key(self) -> dict[tuple[RowKind, str], RowResult]:
@@ -94,8 +106,13 @@ class Results(VersionedFile):
 
 def results_of(comparison: Comparison) -> Results:
     """Return the record of a comparison."""
-    rows = [_result_of(comparison, row) for row in comparison.rows]
-    return Results(rows=rows, verdicts=verdicts(comparison))
+    objective = comparison.objective
+    return Results(
+        rows=[_result_of(comparison, row) for row in comparison.rows],
+        verdicts=verdicts(comparison),
+        unit=Unit.of(objective),
+        limited=limited_terms(objective),
+    )
 
 
 def _result_of(comparison: Comparison, row: SealedRow) -> RowResult:
@@ -108,6 +125,7 @@ def _result_of(comparison: Comparison, row: SealedRow) -> RowResult:
         weights=row.weights,
         chosen_after_seal=row.chosen_after_seal,
         value=comparison.value(row),
+        mean=mean_of(comparison.objective, row.scores),
         over_base=IntervalRecord.of(over_base),
         summary=f"over the base {gain}",
         merge_minus=IntervalRecord.of(comparison.interval(comparison.merge, row)),
@@ -125,13 +143,16 @@ def _result_of(comparison: Comparison, row: SealedRow) -> RowResult:
 def read_results(path: Path, config: StudyConfig) -> Results:
     """Read the results.json of a run of a study.
 
-    Version 0.1.0 wrote no kinds; they are told from the titles of that version. Raises ConfigError
-    for a file that is not one.
+    Version 0.1.0 wrote no unit and no kinds; those come from the study and from the titles of that
+    version. Raises ConfigError for a file that is not one.
     """
     data = read_yaml(path)
     rows = data.get("rows")
     if isinstance(rows, list):
         data["rows"] = [_add_kind(row, config) for row in rows]
+    if "unit" not in data:
+        objective = config.test or config.objective
+        data |= {"unit": Unit.of(objective), "limited": limited_terms(objective)}
     return parse(Results, data, path)
 
 
@@ -140,3 +161,21 @@ def _add_kind(row: Any, config: StudyConfig) -> Any:
         return row
     kind, subject = kind_of_title(row["name"], config)
     return row | {"kind": kind, "subject": subject}
+
+
+def table_of(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the table of a sealed test, as `result.table` does."""
+    unit, base = results.unit, results.rows[0]
+    marked = [
+        f"{label} ({term.n_items} items)" if label in results.limited else label
+        for label, term in base.terms.items()
+    ]
+    lines = []
+    for row in results.rows:
+        value = unit.show(row.value - base.value)
+        cells = [OF_TERMS.show(term.gain.difference) for term in row.terms.values()]
+        if row is base:
+            cells = [f"{term.score:.4f}" for term in row.terms.values()]
+            value = value if row.mean is None else unit.show_mean(row.mean)
+        lines.append([mark_title(row.name, row.chosen_after_seal), *cells, value])
+    return ["weights", *marked, "objective"], lines

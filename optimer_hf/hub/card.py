@@ -15,10 +15,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from optimer_hf.comparison.ledger import Ledger
+from optimer_hf.comparison.results_file import Results, table_of
 from optimer_hf.errors import ConfigError, HubError
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.text import markdown_table
 from optimer_hf.recipes.record import Recipe
+from optimer_hf.vectors.record import VectorFile
 from optimer_hf.vectors.training_record import CorpusRecord, PartialCorpus
 
 BEGIN = "<!-- optimer: written anew by every push; write above or below -->"
@@ -78,6 +80,43 @@ class Picture:
         title, conclusion = _escape_markdown(self.title), _escape_markdown(self.conclusion)
         sentence = f"**{title}.** {conclusion}\n\n" if conclusion else ""
         return f"{sentence}![{conclusion or title}]({self.path})"
+
+
+@dataclass(frozen=True)
+class RecipeFacts:
+    """What a card says about a recipe, besides its fields: recipe.yaml as `text`, the configs for
+    mergekit by title, bars for the weights by vector, units of the scores by term, and the tables
+    of costs and of the sealed test, empty if there are none.
+    """
+
+    recipe: Recipe
+    text: str
+    merge_configs: Mapping[str, str]
+    bars: Mapping[str, str]
+    units: Mapping[str, str]
+    costs: str
+    results: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the text of a card is written from: a vector, or a recipe, built as a model or not."""
+
+    title: str
+    repo_id: str
+    subject: VectorFile | RecipeFacts
+    is_model: bool = False
+    figures: Sequence[Picture] = ()
+
+    @property
+    def vector(self) -> VectorFile | None:
+        """The vector, if the card is that of one."""
+        return self.subject if isinstance(self.subject, VectorFile) else None
+
+    @property
+    def merge(self) -> RecipeFacts | None:
+        """The recipe, if the card is that of one or of a model built from it."""
+        return self.subject if isinstance(self.subject, RecipeFacts) else None
 
 
 def _escape_markdown(text: str) -> str:
@@ -183,33 +222,42 @@ def unit_of(label: str, metrics: Mapping[str, str], higher_is_better: Mapping[st
 
 
 def recipe_facts(
-    weights: Mapping[str, float], ledger: Ledger, results: str, units: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return what a card says about a recipe: bars for the weights, the cost of each stage, the
-    table of the sealed test from results.md, and the units of the scores by term.
+    recipe: Recipe, text: str, merge_configs: Mapping[str, str], results: Results | None
+) -> RecipeFacts:
+    """Return what a card says about a recipe; `text` is its recipe.yaml, and `results` are those of
+    the sealed test, if there was one.
     """
+    return RecipeFacts(
+        recipe=recipe,
+        text=text,
+        merge_configs=merge_configs,
+        bars=_bars_of(recipe.weights),
+        units=_units_of(recipe),
+        costs=_cost_table(recipe.ledger),
+        results="" if results is None else _results_table(results),
+    )
+
+
+def _bars_of(weights: Mapping[str, float]) -> dict[str, str]:
     largest = max((abs(weight) for weight in weights.values()), default=0.0) or 1.0
-    bars = {
+    return {
         name: ("-" if weight < 0 else "") + "█" * round(WIDEST_BAR * abs(weight) / largest)
         for name, weight in weights.items()
     }
+
+
+def _cost_table(ledger: Ledger) -> str:
+    """Return what each stage took as a table; empty if nothing was measured."""
     spent = ledger.to_json()
     rows = [
         [part, *(str(spent[part].get(key, "")) for key in ("n", "items", "tokens", "seconds"))]
         for part in MEASURED
         if part in spent
     ]
-    costs = markdown_table(["part", "trials", "items", "tokens", "seconds"], rows) if rows else ""
-    return {
-        "bars": bars,
-        "units": units,
-        "costs": costs,
-        "results": _sealed_table(results),
-        "headings": HEADINGS,
-    }
+    return markdown_table(["part", "trials", "items", "tokens", "seconds"], rows) if rows else ""
 
 
-def units_of(recipe: Recipe) -> dict[str, str]:
+def _units_of(recipe: Recipe) -> dict[str, str]:
     """Return metric and direction of every scored term of a recipe."""
     return {
         label: unit_of(label, recipe.metrics, score.higher_is_better)
@@ -218,21 +266,15 @@ def units_of(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _sealed_table(results: str) -> str:
-    lines = [_neutralise(line) for line in results.splitlines()]
-    begin = next((n for n, line in enumerate(lines) if line.startswith("|")), len(lines))
-    end = next((n for n in range(begin, len(lines)) if not lines[n].startswith("|")), len(lines))
-    if begin == end:
-        return ""
-    return "\n".join(["Gain over the base on the sealed test:", "", *lines[begin:end]])
+def _results_table(results: Results) -> str:
+    """Return the table of the sealed test; the names in it are shown as they are."""
+    header, rows = table_of(results)
+    names = [_escape_markdown(name) for name in header]
+    lines = [[_escape_markdown(name), *numbers] for name, *numbers in rows]
+    return f"Gain over the base on the sealed test:\n\n{markdown_table(names, lines)}".strip()
 
 
-def _neutralise(line: str) -> str:
-    """Return a line of our Markdown table in which names can add neither HTML nor links."""
-    return line.replace("<", "&lt;").replace("](", "]\\(").replace("![", "\\![")
-
-
-def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str | None) -> str:
+def render(metadata: Mapping[str, Any], facts: Facts, existing: str | None) -> str:
     """Return a card that keeps what people added to the `existing` one."""
     environment = Environment(
         loader=PackageLoader("optimer_hf", "hub"), undefined=StrictUndefined, autoescape=False
@@ -244,7 +286,11 @@ def render(metadata: Mapping[str, Any], facts: Mapping[str, Any], existing: str 
         "fenced": _code_block,
     }
     template = environment.get_template("model_card.md.jinja")
-    inner = template.render(**facts).strip().replace("<!-- optimer:", "<! -- optimer:")
+    inner = (
+        template.render(card=facts, headings=HEADINGS)
+        .strip()
+        .replace("<!-- optimer:", "<! -- optimer:")
+    )
     text = f"{BEGIN}\n{inner}\n{END}"
     theirs, body = split_card(existing or "")
     begin, end = body.find(BEGIN), body.rfind(END)  # names in older cards may contain marks

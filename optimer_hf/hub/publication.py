@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from optimer_hf.comparison.results_file import Results, read_results
 from optimer_hf.errors import HubError
 from optimer_hf.files.paths import drop_folders
 from optimer_hf.files.reading import yaml_text
@@ -21,6 +22,7 @@ from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
 from optimer_hf.models.layout import COPIED, Role, role_of, weight_digests
 from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
+from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Inputs, hint_of_seeds
 from optimer_hf.study.records import read_lines
 from optimer_hf.study.trials import DECISIONS_FILE
@@ -65,6 +67,7 @@ class Publication:
     record: VectorFile | Recipe
     inputs: tuple[str, ...]
     lender: str | None = None  # an input that provides only the tokenizer
+    results: Results | None = None  # of the sealed test
 
     def text(self, name: str) -> str:
         """Return the content of a text file, or an empty text if there is no such file."""
@@ -198,7 +201,18 @@ def _recipe_publication(
     files = {n: content for n, content in files.items() if n not in FIGURE_FILES or n in shown}
     inputs = [recipe.base_model, *recipe.sources.values()]
     lender = None if lender in inputs else lender
-    return Publication(kind, files, recipe, (*inputs, *filter(None, [lender])), lender)
+    inputs += [] if lender is None else [lender]
+    return Publication(kind, files, recipe, tuple(inputs), lender, _read_results(directory, files))
+
+
+def _read_results(directory: Path, files: Collection[str]) -> Results | None:
+    """Return the results of the sealed test among the files of a recipe, or None."""
+    if "results.json" not in files:
+        return None
+    if "study/study.json" not in files:
+        return Results.read(directory / "results.json")
+    config = StudyConfig.read(directory / "study" / "study.json")
+    return read_results(directory / "results.json", config)
 
 
 def _note_for_mergekit(recipe: Recipe) -> str:

@@ -419,28 +419,27 @@ def _sealed_results(recipe: Recipe) -> list[EvalResult]:
 def _render_card(
     repo_id: str, publication: Publication, metadata: Mapping[str, Any], existing: str | None
 ) -> str:
-    record = publication.record
+    record: VectorFile | Recipe | card.RecipeFacts = publication.record
     configs = {
         "Merge config for mergekit with optimer-hf installed": publication.text(
             "optimer.yml"
         ).strip(),
         "Merge config for mergekit alone": publication.text("mergekit_config.yml").strip(),
     }
-    facts: dict[str, Any] = {
-        "kind": publication.kind,
-        "title": _name_of(repo_id),
-        "repo_id": repo_id,
-        "recipe_text": publication.text("recipe.yaml").strip(),
-        "merge_configs": {title: text for title, text in configs.items() if text},
-        "figures": _figures_in_card(publication),
-    }
-    if isinstance(record, VectorFile):
-        facts["vector"] = record
-    else:
-        facts["recipe"] = record
-        results = publication.text("results.md")
-        units = card.units_of(record)
-        facts |= card.recipe_facts(record.weights, record.ledger, results, units)
+    if isinstance(record, Recipe):
+        record = card.recipe_facts(
+            record,
+            publication.text("recipe.yaml").strip(),
+            {title: text for title, text in configs.items() if text},
+            publication.results,
+        )
+    facts = card.Facts(
+        title=_name_of(repo_id),
+        repo_id=repo_id,
+        is_model=publication.kind == "model",
+        subject=record,
+        figures=_figures_in_card(publication),
+    )
     return card.render(metadata, facts, existing)
 
 

@@ -22,7 +22,7 @@ class Unit:
     def of(cls, objective: Objective) -> "Unit":
         """Return percent over the base; under `weighted_mean`, the metric of the terms."""
         if objective.combine != "weighted_mean":
-            return cls(100.0, "objective over the base, %")
+            return PERCENT
         term = next(term for term in objective.terms if term.weight > 0)
         name = term.function or term.metric_name
         return cls(1.0, f"objective over the base, {name}", name, 4)
@@ -41,11 +41,16 @@ class Unit:
             return "no interval"
         return f"[{self.number(interval.low)}, {self.number(interval.high)}]"
 
+    def show_mean(self, mean: float) -> str:
+        """Return the mean of the terms of a `weighted_mean` as text."""
+        return f"{mean:.{self.digits}f} {self.name}"
+
     def number(self, value: float) -> str:
         """Return a value as a number with a sign, but never as -0.00."""
         return f"{round(self.factor * value, self.digits) + 0.0:+.{self.digits}f}"
 
 
+PERCENT = Unit(100.0, "objective over the base, %")
 OF_TERMS = Unit(100.0, "gain over the base, %")  # of losses relative, of accuracies in points
 
 
@@ -64,9 +69,18 @@ def show_value(objective: Objective, scores: Scores, base: Scores, *, is_base: b
     """Return the value of an objective as tables show it: relative to the base. Under
     `weighted_mean`, the base itself is shown with its mean.
     """
-    unit, value = Unit.of(objective), combine(objective, scores, base)
-    if not is_base or objective.combine != "weighted_mean":
-        return unit.show(value - combine(objective, base, base))
+    unit, mean = Unit.of(objective), mean_of(objective, scores)
+    if is_base and mean is not None:
+        return unit.show_mean(mean)
+    return unit.show(combine(objective, scores, base) - combine(objective, base, base))
+
+
+def mean_of(objective: Objective, scores: Scores) -> float | None:
+    """Return the mean of the terms in their own unit, where lower may be better; None if the
+    objective is no `weighted_mean`.
+    """
+    if objective.combine != "weighted_mean":
+        return None
+    value = combine(objective, scores, scores)
     counting = [term.label for term in objective.terms if term.weight > 0]
-    lower_is_better = not any(base[label].higher_is_better for label in counting)
-    return f"{-value if lower_is_better else value:.{unit.digits}f} {unit.name}"
+    return value if any(scores[label].higher_is_better for label in counting) else -value

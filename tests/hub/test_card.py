@@ -1,14 +1,18 @@
 """Cards: licences are never guessed, and what a person writes stays."""
 
+from dataclasses import replace
+
 import pytest
 from markdown_it import MarkdownIt
 
 from optimer_hf.comparison.costs import mixture_cost
 from optimer_hf.comparison.ledger import Ledger, TrialCost
+from optimer_hf.comparison.results_file import Results
 from optimer_hf.errors import HubError
 from optimer_hf.hub.card import (
     BEGIN,
     END,
+    Facts,
     Origins,
     Picture,
     datasets_of,
@@ -19,6 +23,7 @@ from optimer_hf.hub.card import (
     split_card,
 )
 from optimer_hf.hub.card import strictest_licence as strictest
+from optimer_hf.recipes.record import Ingredient, Recipe, Score
 from optimer_hf.vectors.training_record import CorpusRecord, Part, PartialCorpus
 
 
@@ -78,17 +83,46 @@ def test_a_card_without_metadata_is_all_text():
     assert split_card("---\nlicense: mit\n---\ntext\n") == ({"license": "mit"}, "text\n")
 
 
+def recipe_of(**fields) -> Recipe:
+    """A recipe that merges `a`, `b` and `c`."""
+    weights = {"a": 1.0, "b": -0.5, "c": 0.0}
+    vectors = {name: Ingredient(source=f"o/{name}", weight=w) for name, w in weights.items()}
+    given = {"name": "r", "base_model": "o/b", "dtype": "float32", "vectors": vectors}
+    return Recipe(**given | fields)
+
+
+def results_of_row(name: str) -> Results:
+    """The results of the base and of a row with a name."""
+    base = {
+        **{"kind": "base", "subject": "", "weights": {}, "chosen_after_seal": False, "value": 0.0},
+        **{"over_base": {"difference": 0.0}, "merge_minus": {"difference": 0.0}},
+        "terms": {name: {"score": 1.25, "n_items": 6, "gain": {"difference": 0.0}}},
+    }
+    term = {"score": 1.0, "n_items": 6, "gain": {"difference": 0.2}}
+    row = base | {"name": name, "kind": "model", "value": 0.1, "terms": {name: term}}
+    rows = [base | {"name": "base"}, row | {"chosen_after_seal": True}]
+    return Results.model_validate({"rows": rows, "limited": [name]})
+
+
 def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
     search = TrialCost(n=3, items=12, seconds=2.5)
     ledger = Ledger(search=search, data_mixture=mixture_cost(1e6, 2.5, search))
-    facts = recipe_facts(
-        {"a": 1.0, "b": -0.5, "c": 0.0}, ledger, "text\n\n| x |\n| - |\n\nmore", {}
-    )
-    assert [len(facts["bars"][name]) for name in "abc"] == [20, 11, 0]
-    assert "| search | 3 | 12 | 0 | 2.5 |" in facts["costs"]
-    assert "data_mixture" not in facts["costs"]
-    assert facts["results"].endswith("| x |\n| - |")
+    facts = recipe_facts(recipe_of(ledger=ledger), "", {}, None)
+    assert [len(facts.bars[name]) for name in "abc"] == [20, 11, 0]
+    assert "| search | 3 | 12 | 0 | 2.5 |" in facts.costs
+    assert "data_mixture" not in facts.costs
+    assert facts.results == ""
     assert BEGIN != END
+
+
+def test_the_table_of_the_sealed_test_is_that_of_the_results():
+    facts = recipe_facts(recipe_of(), "", {}, results_of_row("x|y"))
+    assert facts.results.splitlines()[2:] == [
+        r"| weights | x\|y (6 items) | objective |",
+        "| --- | --- | --- |",
+        "| base | 1.2500 | +0.00 % |",
+        r"| x\|y (chosen after the seal was opened) | +20.00 % | +10.00 % |",
+    ]
 
 
 def test_a_figure_follows_its_conclusion_which_is_also_its_text():
@@ -109,14 +143,7 @@ def test_only_data_sets_on_the_hub_are_named():
     assert datasets_of(PartialCorpus()) == datasets_of(None) == []
 
 
-FACTS = {  # of a recipe about which there is nothing to say
-    **{"kind": "recipe", "title": "t", "repo_id": "o/r", "recipe_text": "", "results": ""},
-    **{"merge_configs": {}, "figures": [], "bars": {}, "costs": "", "headings": {}, "units": {}},
-    "recipe": {
-        **{"vectors": {}, "base_model": "b", "dtype": "float32", "scores": {}},
-        "derived_from": None,
-    },
-}
+FACTS = Facts("t", "o/r", recipe_facts(recipe_of(), "", {}, None))
 
 
 def test_a_card_keeps_what_a_person_set_and_drops_what_no_longer_holds():
@@ -146,18 +173,19 @@ EVIL = [
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_names_add_nothing_to_a_card_but_their_letters(evil):
-    table = f"| row | gain |\n| --- | --- |\n| {evil.splitlines()[0]} | 1 |"
-    facts = {"kind": "recipe", "title": evil, "repo_id": "o/r", "recipe_text": f"a: {evil}"}
-    facts |= {"merge_configs": {evil: evil}, "figures": [Picture("figures/a.png", evil, evil)]}
-    facts |= recipe_facts({evil: 1.0}, Ledger(), table, {evil: evil}) | {
-        "headings": {"sealed": "On the sealed test"}
-    }
-    scores = {"sealed": {"terms": {evil: 0.5}, "value": 0.1, "verdicts": [evil]}}
-    recipe = {"vectors": {evil: {"weight": 1.0, "source": evil}}, "base_model": evil}
-    recipe |= {"dtype": "float32", "scores": scores, "derived_from": evil}
+    scores = {"sealed": Score(terms={evil: 0.5}, value=0.1, verdicts=[evil])}
+    recipe = recipe_of(scores=scores).model_copy(
+        update={
+            "vectors": {evil: Ingredient.model_construct(source=evil, weight=1.0)},
+            **{"base_model": evil, "derived_from": evil},
+        }
+    )
+    about = recipe_facts(recipe, f"a: {evil}", {evil: evil}, results_of_row(evil))
+    about = replace(about, units={evil: evil})
+    facts = Facts(evil, "o/r", about, figures=[Picture("figures/a.png", evil, evil)])
 
     def pushed(existing: str | None) -> str:
-        return render({"license": "mit"}, {**facts, "recipe": recipe}, existing)
+        return render({"license": "mit"}, facts, existing)
 
     card = pushed(None)
     assert card.count(END) == 1

@@ -10,9 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from optimer_hf.cli import main
-from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.comparison.result import table, verdicts
-from optimer_hf.comparison.results_file import results_of
+from optimer_hf.comparison.results_file import results_of, table_of
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.summary import front_lines
 from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
@@ -84,7 +83,8 @@ def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, rule, pool):
         difference = rf"[+-]\d\.\d{{4}} {name} \["
     else:
         shown, of_base, difference = f"{100 * gain:+.2f} %", "+0.00 %", r"[+-]\d+\.\d\d points \["
-    _header, lines = table(comparison)
+    header, lines = table(comparison)
+    assert table_of(results_of(comparison)) == (header, lines)
     cells = {line[0]: line[-1] for line in lines}
     assert (cells["base"], cells["searched merge"]) == (of_base, shown)
     (verdict,) = verdicts(comparison)
@@ -163,7 +163,6 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
     sealed = results_of(comparison)
     recipe = _scores(study, study.best_trial, comparison)
-    facts = card.recipe_facts({"w": 1.0}, Ledger(), to_markdown(comparison), {})
     said = [
         *verdicts(comparison),
         to_markdown(comparison),
@@ -179,7 +178,7 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
         assert not re.search(
             r"better|worse|significant", text.replace("larger gains are better", "")
         ), text
-    assert "better" not in facts["results"]
+    assert "better" not in card._results_table(sealed)
     for row in sealed.rows:
         assert row.over_base.verdict == "too few items to tell (2 in term 't')"
         assert row.over_base.has_few_items
