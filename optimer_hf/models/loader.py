@@ -21,7 +21,6 @@ from optimer_hf.files.text import first_line, quote
 from optimer_hf.models.layout import GENERATION_CONFIG, role_of
 
 CONFIG = "config.json"
-NO_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|annot allocate memory", re.IGNORECASE)
 CONFIGS = "*config*.json"  # for model (also config.5.0.0.json), tokenizer, processor, adapter
 PARTS = re.compile(r"layers?$|blocks?$|heads?$|experts?$|labels$|depth$|stages?$|codebooks?$")
 SIZES = re.compile(r"size|dim|embd|vocab|d_model|d_ff|width|rank|positions|embeddings|n_inner|ctx")
@@ -122,7 +121,9 @@ def refuse_lack_of_memory(error: BaseException, where: object) -> None:
 
     The file that was being read is not at fault.
     """
-    if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+    from optimer_hf.models.memory import lacks_memory
+
+    if isinstance(error, RuntimeError) and lacks_memory(error):
         raise ModelError(
             f"{where}: does not fit into the free memory ({first_line(error)}). Free some memory, "
             "or use a larger machine."

@@ -1,9 +1,12 @@
-"""Measure how much memory this process may still take, on a GPU or on the host.
+"""Measure how much memory this process may still take, on a GPU or on the host; free it; and tell
+whether a failure is the lack of it.
 
 A container or a batch job (Docker, Kubernetes, SLURM) often has less than the machine: its control
 group or a parent has a limit, and a process that exceeds it is killed.
 """
 
+import gc
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -14,6 +17,10 @@ import torch
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
+NO_MEMORY = re.compile(  # PyTorch reports what the CPU and cuBLAS lack as plain RuntimeErrors
+    r"DefaultCPUAllocator|out of memory|annot allocate memory|failed to allocate|_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 NAMES = {  # for each version: files with the limit and the use, and the part the system can reclaim
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
@@ -22,8 +29,9 @@ NAMES = {  # for each version: files with the limit and the use, and the part th
 
 def free_memory(device: str) -> int:
     """Return the free memory of a device in bytes; for the CPU, what this process may take."""
-    if device != "cpu":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device != "cpu":  # what PyTorch keeps of tensors that are gone is free, too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     left = [max(0, limit - taken) for limit, taken in _limits()]
     return min([int(psutil.virtual_memory().available), *left])
 
@@ -37,6 +45,22 @@ def peak_memory() -> int:
     """Return the largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak * (1 if sys.platform == "darwin" else 1024))
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a failure means that memory ran out, on a device or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+
+
+def collect_memory() -> None:
+    """Free memory that nothing refers to any more, on the devices, too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def _limits() -> Iterator[tuple[int, int]]:

@@ -164,7 +164,7 @@ class Evaluator:
     @property
     def n_tokens(self) -> int:
         """Number of tokens that the model has read so far."""
-        return int(self._lm.n_tokens["total"])
+        return int(self._lm.n_tokens)
 
 
 def _require_finite(term: Term, score: TermScore) -> TermScore:

@@ -6,20 +6,21 @@ dtype of the model. This one does neither.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 
-from optimer_hf.errors import EvaluationError
-from optimer_hf.models.head_loss import is_plain_head, log_probabilities, plain_weight, softcap_of
+from optimer_hf.models.head_loss import is_plain_head
 from optimer_hf.printable import warn_once
+from optimer_hf.scoring.batching import Budget, budget_for, padded_batches
+from optimer_hf.scoring.likelihood import Likelihoods
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = 1024
-GPU_TOKENS_PER_BATCH = 4096  # fewer do not fill a GPU, more need the memory of the vectors
+Answer = TypeVar("Answer")
+Windows = list[tuple[None, list[int], list[int]]]
 
 
 @contextlib.contextmanager
@@ -68,9 +69,15 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
                 pretrained=model, tokenizer=tokenizer, batch_size=8, trust_remote_code=False
             )
             self.forward_seconds = 0.0
-            self.n_tokens = {"total": 0}
-            self._is_plain = is_plain_head(model)
+            self.n_tokens = 0
+            self.follows_memory = self.device.type == "cuda"  # on a CPU, batches of eight
+            self._likelihoods = (
+                Likelihoods(model, self.max_length, shares_rows=self.follows_memory)
+                if is_plain_head(model)
+                else None
+            )
             self._encoded: dict[tuple[str, bool | None], list[int]] = {}
+            self._windows: dict[str, Windows] = {}
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -93,50 +100,114 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             _warn_of_cut_prompts(self, requests)
-            return list(super().generate_until(requests, disable_tqdm=True))
+            if not self.follows_memory:
+                return list(super().generate_until(requests, disable_tqdm=True))
+            answers: dict[int, str] = {}
+            for indices in _indices_by_settings(requests):
+                own = [requests[index] for index in indices]
+                run = partial(HFLM.generate_until, self, disable_tqdm=True)
+                lengths = [_generated_length(self, request) for request in own]
+                texts = _answer_in_batches(self, own, lengths, self._generation_budget, run)
+                answers |= zip(indices, texts, strict=True)
+            return [answers[index] for index in range(len(requests))]
+
+        @cached_property
+        def _generation_budget(self) -> Budget:
+            settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+            return budget_for(lambda ids: model.generate(ids, **settings), self.device)
+
+        @cached_property
+        def _logits_budget(self) -> Budget:
+            return budget_for(
+                lambda ids: torch.log_softmax(model(input_ids=ids).logits, -1), self.device
+            )
 
         def loglikelihood_rolling(
             self, requests: list[Any], disable_tqdm: bool = False
         ) -> list[float]:
-            windows: list[tuple[None, list[int], list[int]]] = []
-            owners: list[int] = []
-            for owner, request in enumerate(requests):
+            windows = [self._windows_of(request.args[0]) for request in requests]
+            values = iter(self._loglikelihood_tokens([each for own in windows for each in own]))
+            return [sum(next(values)[0] for _ in own) for own in windows]
+
+        def _windows_of(self, text: str) -> Windows:
+            if text not in self._windows:
                 # add_special_tokens=False: the rolling windows put BOS first themselves
                 rolling = utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
+                    token_list=self.tok_encode(text, add_special_tokens=False),
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,
                     context_len=1,
                 )
-                for window in map(utils.make_disjoint_window, rolling):
-                    windows.append((None, *window))
-                    owners.append(owner)
-            totals = [0.0] * len(requests)
-            for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-                totals[owner] += value
-            return totals
+                disjoint = map(utils.make_disjoint_window, rolling)
+                self._windows[text] = [(None, *window) for window in disjoint]
+            return self._windows[text]
 
         def _loglikelihood_tokens(
             self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
         ) -> list[tuple[float, bool]]:
             started = perf_counter()
-            if self._is_plain:
-                answers = _score(self.model, requests, self.max_length, self.n_tokens)
+            if self._likelihoods is not None:
+                answers, n_tokens = self._likelihoods.of(requests)
             else:
-                answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
-                self.n_tokens["total"] += sum(len(a) + len(b) for _, a, b in requests)
+                n_tokens = sum(len(a) + len(b) for _, a, b in requests)
+                run = partial(HFLM._loglikelihood_tokens, self, disable_tqdm=True, **kwargs)
+                answers = self._likelihoods_of_logits(requests, run)
+            self.n_tokens += n_tokens
             self.forward_seconds += perf_counter() - started
             return answers
+
+        def _likelihoods_of_logits(self, requests: list[Any], run: Any) -> list[Any]:
+            if not self.follows_memory:
+                return list(run(requests))
+            lengths = [min(len(a) + len(b), self.max_length) for _, a, b in requests]
+            return _answer_in_batches(self, requests, lengths, self._logits_budget, run)
 
         def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
             started = perf_counter()
             generated = super()._model_generate(context, *args, **kwargs)
             self.forward_seconds += perf_counter() - started
-            self.n_tokens["total"] += generated.numel()
+            self.n_tokens += generated.numel()
             return generated
 
     with quiet_lm_eval():
         return HarnessModel()
+
+
+def _answer_in_batches(
+    lm: Any,
+    requests: Sequence[Any],
+    lengths: Sequence[int],
+    budget: Budget,
+    run: Callable[[list[Any]], Sequence[Answer]],
+) -> list[Answer]:
+    """Return what HFLM answers to requests of some lengths in tokens, in batches of a budget."""
+
+    def answer(batch: Sequence[int]) -> Sequence[Answer]:
+        lm.batch_size_per_gpu = len(batch)
+        return run([requests[index] for index in batch])
+
+    in_order = sorted(range(len(requests)), key=lambda index: -lengths[index])
+    cut = partial(padded_batches, length=lengths.__getitem__)
+    parts = budget.answer(in_order, cut, answer)
+    answers = dict(zip(in_order, (each for part in parts for each in part), strict=True))
+    return [answers[index] for index in range(len(requests))]
+
+
+def _indices_by_settings(requests: Sequence[Any]) -> list[list[int]]:
+    """Return the indices of requests that generate with the same settings, group by group."""
+    groups: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(repr(request.args[1]), []).append(index)
+    return list(groups.values())
+
+
+def _generated_length(lm: Any, request: Any) -> int:
+    """Return how many tokens of the cache a request takes: prompt and answer, for every beam."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    settings = normalize_gen_kwargs(request.args[1], lm.max_gen_toks)
+    n_tokens = len(lm.tok_encode(request.args[0])) + int(settings["max_gen_toks"])
+    return min(n_tokens, int(lm.max_length)) * int(settings.get("num_beams") or 1)
 
 
 def _warn_of_cut_prompts(lm: Any, requests: Sequence[Any]) -> None:
@@ -159,82 +230,3 @@ def _warn_of_cut_prompts(lm: Any, requests: Sequence[Any]) -> None:
                 f"model's window holds {lm.max_length:,} tokens, and {n_new:,} of them are for "
                 "the answer. Lower max_gen_toks or num_fewshot, or use another model",
             )
-
-
-@torch.no_grad()
-def _score(
-    model: Any,
-    requests: Sequence[tuple[Any, list[int], list[int]]],
-    max_length: int,
-    n_tokens: dict[str, int],
-) -> list[tuple[float, bool]]:
-    """Return the log-likelihood in nats of the continuation, and whether it is the greedy one, for
-    each request (text, context, continuation).
-
-    Equal inputs run once. Batches hold inputs of similar length, and as many tokens as suit the
-    device.
-    """
-    inputs: dict[tuple[int, ...], list[int]] = {}
-    for index, (_, context, continuation) in enumerate(requests):
-        if len(continuation) > max_length:
-            raise EvaluationError(
-                f"an item asks for the likelihood of {len(continuation)} tokens, but the model's "
-                f"window is {max_length}. Leave such items out, or score them as a 'text' term."
-            )
-        tokens = tuple((context + continuation)[-(max_length + 1) : -1])
-        inputs.setdefault(tokens, []).append(index)
-    answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-    weight, softcap = plain_weight(model), softcap_of(model)
-    assert weight is not None  # only models with a plain head are scored here
-    in_order = sorted(inputs, key=lambda tokens: (-len(tokens), tokens))
-    for batch in batches(in_order, model.device.type):
-        hidden = _hidden(model, batch)
-        asked = [(row, index) for row, tokens in enumerate(batch) for index in inputs[tokens]]
-        continuations = [requests[index][2] for _, index in asked]
-        rows = [
-            hidden[row, len(batch[row]) - len(continuation) : len(batch[row])]
-            for (row, _), continuation in zip(asked, continuations, strict=True)
-        ]
-        targets = torch.tensor(
-            [token for continuation in continuations for token in continuation],
-            device=model.device,
-        )
-        values, greedy = log_probabilities(
-            torch.cat(rows).to(weight.dtype), weight, targets, softcap
-        )
-        lengths = [len(continuation) for continuation in continuations]
-        # on the host: wait for the device once for each batch, not for each item
-        parts = (torch.split(each.cpu(), lengths) for each in (values, greedy))
-        for (_, index), value, is_greedy in zip(asked, *parts, strict=True):
-            answers[index] = value.sum().item(), bool(is_greedy.all())
-        n_tokens["total"] += sum(len(tokens) for tokens in batch)
-    return answers
-
-
-def _hidden(model: Any, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """Return the last hidden states [n, length, width] of inputs, the longest of which comes first.
-
-    In a causal model, padding on the right changes nothing to its left, so no mask is needed.
-    """
-    length = len(batch[0])
-    padded = [[*tokens, *[0] * (length - len(tokens))] for tokens in batch]
-    input_ids = torch.tensor(padded, device=model.device)
-    hidden: torch.Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return hidden
-
-
-def batches(
-    inputs: Sequence[tuple[int, ...]], device: str = "cpu"
-) -> Iterator[list[tuple[int, ...]]]:
-    """Yield inputs, the longest of which comes first, in batches of as many tokens, with padding,
-    as suit a device; at least one input in each.
-    """
-    n_tokens = TOKENS_PER_BATCH if device == "cpu" else GPU_TOKENS_PER_BATCH
-    batch: list[tuple[int, ...]] = []
-    for tokens in inputs:
-        if batch and (len(batch) + 1) * len(batch[0]) > n_tokens:
-            yield batch
-            batch = []
-        batch.append(tokens)
-    if batch:
-        yield batch

@@ -6,7 +6,6 @@ messages count, too. `study.recorded_faults` does the same for errors that trial
 """
 
 import contextlib
-import gc
 from collections.abc import Iterator
 
 import torch
@@ -72,12 +71,3 @@ def naming_faults(what: str) -> Iterator[None]:
             f"{what}: {type(error).__name__}: {first_line(error)}. Free memory, disk or device and "
             "run the same command again."
         ) from error
-
-
-def collect_memory() -> None:
-    """Free memory that nothing refers to any more, on the devices, too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()

@@ -19,13 +19,14 @@ from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer, set_generation_config
 from optimer_hf.models.layout import model_digests
 from optimer_hf.models.live import default_device
+from optimer_hf.models.memory import collect_memory
 from optimer_hf.models.resolve import resolve_base
 from optimer_hf.progress import Cost
 from optimer_hf.scoring.evaluator import Evaluator, Scorer
 from optimer_hf.scoring.items import check_disjoint
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.searching.faults import collect_memory, is_environmental
+from optimer_hf.searching.faults import is_environmental
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.trials import Candidate, Trial
 from optimer_hf.vectors.opening import open_vector

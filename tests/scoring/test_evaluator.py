@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerFast
 from optimer_hf.errors import EvaluationError
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.items import check_disjoint, indices_within, spread_indices
-from optimer_hf.scoring.lm_eval_model import batches
 from optimer_hf.scoring.objective import Asked, Objective, Term, combine, gains
 from optimer_hf.scoring.paired import paired_interval
 from optimer_hf.scoring.scores import TermScore
@@ -269,21 +268,6 @@ def test_tokens_are_counted(tokenizer, tmp_path):
         evaluator.n_tokens == 6
     )  # BOS a a a, BOS b: the last token of a text is predicted, not read
     assert evaluator.forward_seconds > 0
-
-
-@pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 2, 3]), ("cuda", [6])])
-def test_a_batch_holds_as_many_tokens_as_suit_the_device(device, sizes):
-    lengths = [600, 500, 400, 300, 200, 100]
-    inputs = [(7,) * length for length in lengths]
-    found = list(batches(inputs, device))
-    assert [len(batch) for batch in found] == sizes
-    assert [tokens for batch in found for tokens in batch] == inputs
-
-
-def test_an_input_longer_than_a_batch_is_a_batch_of_its_own():
-    inputs = [(7,) * 5000, (7,) * 2000, (7,) * 10]
-    assert [len(batch) for batch in batches(inputs, "cpu")] == [1, 1, 1]
-    assert list(batches([], "cpu")) == []
 
 
 # -- tasks of the harness --------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
-from optimer_hf.models.live import compute_dtype
+from optimer_hf.models.live import compute_dtype, default_device
 from optimer_hf.recipes.build import build
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.evaluator import Evaluator
@@ -633,7 +633,7 @@ def test_a_loaded_study_is_the_one_that_ran(uninterrupted):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_built_recipe_scores_what_its_incumbent_scored(
+def test_a_built_recipe_scores_what_its_incumbent_scored_on_the_same_device(
     tmp_path, make_base, make_adapter, corpus_dir, dtype
 ):
     base = make_base("gemma", torch.float32)
@@ -655,9 +655,11 @@ def test_a_built_recipe_scores_what_its_incumbent_scored(
     best = study.best_trial
     write_recipe(study, tmp_path / "recipe.yaml", name="tiny")
     build(tmp_path / "recipe.yaml", tmp_path / "built")
+    device = default_device()  # as in the trials: a GPU adds in another order than a CPU
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "built", dtype=compute_dtype(getattr(torch, dtype), "cpu")
-    ).eval()
+        tmp_path / "built", dtype=compute_dtype(getattr(torch, dtype), device)
+    )
+    model = model.to(device).eval()
     evaluator = Evaluator(
         model, AutoTokenizer.from_pretrained(tmp_path / "built"), [config.objective]
     )

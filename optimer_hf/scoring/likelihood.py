@@ -1,0 +1,172 @@
+"""Token sequences -> log-likelihoods of their ends, without materialising the logits.
+
+On a CPU every input is a row of its own, padded on the right. On a GPU short inputs share rows:
+positions restart at each one, so that attention keeps them apart, and a few large launches compute
+no padding. Batches stay on the device from trial to trial, and a trial waits for the device once.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from optimer_hf.errors import EvaluationError
+from optimer_hf.models.head_loss import (
+    keeps_documents_apart,
+    log_probabilities,
+    plain_weight,
+    softcap_of,
+)
+from optimer_hf.scoring.batching import budget_for, pack_rows, packed_batches, padded_batches
+
+ROW_LENGTH = 512  # of rows that inputs share
+KEPT_BATCHES = 64
+
+Tokens = tuple[int, ...]
+Request = tuple[Any, list[int], list[int]]  # text, context, continuation
+
+
+class Input(NamedTuple):
+    """Tokens that the model reads, and what may follow: the last tokens of each continuation but
+    one are the last of `tokens`, too.
+    """
+
+    tokens: Tokens
+    continuations: tuple[Tokens, ...]
+
+
+class Batch(NamedTuple):
+    """Inputs on the device of a model.
+
+    `ids` and `positions` (None: every row is one input) are [n, length]. `places` [m] are those of
+    the hidden states, all rows in one line, that predict `targets` [m].
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor | None
+    places: torch.Tensor
+    targets: torch.Tensor
+
+
+class Likelihoods:
+    """Computes log-likelihoods with a live model whose head is a single matrix product."""
+
+    def __init__(self, model: Any, max_length: int, *, shares_rows: bool) -> None:
+        """Prepare for inputs of up to `max_length` tokens, several in a row if `shares_rows` and
+        the model can keep them apart.
+        """
+        self._model, self._max_length = model, max_length
+        packs = shares_rows and keeps_documents_apart(model)
+        self._row_length = min(ROW_LENGTH, max_length) if packs else 0
+        hidden_bytes = 8 * model.config.get_text_config().hidden_size
+        self._budget = budget_for(self._hidden, model.device, hidden_bytes)
+        self._place = lru_cache(maxsize=KEPT_BATCHES)(self._place_batch)
+
+    @torch.no_grad()
+    def of(self, requests: Sequence[Request]) -> tuple[list[tuple[float, bool]], int]:
+        """Return the log-likelihood in nats of the continuation, and whether it is the greedy one,
+        for each request; and how many tokens the model has read. Equal inputs run once.
+
+        Raises EvaluationError for a continuation that is longer than the model's window.
+        """
+        asked = self._group(requests)
+        in_order = sorted(asked, key=lambda tokens: (-len(tokens), tokens))
+        inputs = [
+            Input(tokens, tuple(tuple(requests[index][2]) for index in asked[tokens]))
+            for tokens in in_order
+        ]
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        if inputs:
+            parts = self._budget.answer(inputs, self._cut, self._score)
+            # on the host: wait for the device once, not for each item
+            values, greedy = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
+            indices = [index for tokens in in_order for index in asked[tokens]]
+            lengths = [len(requests[index][2]) for index in indices]
+            ends = zip(torch.split(values, lengths), torch.split(greedy, lengths), strict=True)
+            for index, (value, is_greedy) in zip(indices, ends, strict=True):
+                answers[index] = value.sum().item(), bool(is_greedy.all())
+        return answers, sum(map(len, in_order))
+
+    def _group(self, requests: Sequence[Request]) -> dict[Tokens, list[int]]:
+        """Return the indices of the requests by the tokens that the model reads for them."""
+        indices: dict[Tokens, list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self._max_length:
+                raise EvaluationError(
+                    f"an item asks for the likelihood of {len(continuation)} tokens, but the "
+                    f"model's window is {self._max_length}. Leave such items out, or score them "
+                    "as a 'text' term."
+                )
+            tokens = tuple((context + continuation)[-(self._max_length + 1) : -1])
+            indices.setdefault(tokens, []).append(index)
+        return indices
+
+    def _cut(self, inputs: Iterable[Input], n_tokens: int) -> Iterator[list[Input]]:
+        if self._row_length:
+            return packed_batches(inputs, n_tokens, _length, self._row_length)
+        return padded_batches(inputs, n_tokens, _length)
+
+    def _score(self, inputs: list[Input]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probability and greediness of every token of the continuations, in order."""
+        weight = plain_weight(self._model)
+        assert weight is not None  # only models with a plain head are scored here
+        batch = self._place(tuple(inputs))
+        hidden = self._hidden(batch.ids, batch.positions).flatten(0, 1)[batch.places]
+        softcap = softcap_of(self._model)
+        return log_probabilities(hidden.to(weight.dtype), weight, batch.targets, softcap)
+
+    def _hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the last hidden states [n, length, width].
+
+        In a causal model, padding on the right changes nothing to its left, so no mask is needed.
+        """
+        options = {} if positions is None else {"position_ids": positions}
+        hidden: torch.Tensor = self._model.base_model(
+            input_ids=ids, use_cache=False, **options
+        ).last_hidden_state
+        return hidden
+
+    def _place_batch(self, inputs: tuple[Input, ...]) -> Batch:
+        lengths = [len(each.tokens) for each in inputs]
+        rows = [[index] for index in range(len(inputs))]
+        if lengths[0] <= self._row_length:
+            rows = pack_rows(lengths, self._row_length)
+        starts, positions = _arrange(lengths, rows)
+        ids = np.zeros(positions.shape, dtype=np.int64)
+        places, targets = [], []
+        for each, start in zip(inputs, starts, strict=True):
+            end = start + len(each.tokens)
+            ids.reshape(-1)[start:end] = each.tokens
+            for continuation in each.continuations:
+                places.append(np.arange(end - len(continuation), end))
+                targets.append(np.array(continuation, dtype=np.int64))
+        is_shared = len(rows) < len(inputs)
+        device = self._model.device
+        return Batch(
+            torch.from_numpy(ids).to(device),
+            torch.from_numpy(positions).to(device) if is_shared else None,
+            torch.from_numpy(np.concatenate(places)).to(device),
+            torch.from_numpy(np.concatenate(targets)).to(device),
+        )
+
+
+def _length(each: Input) -> int:
+    return len(each.tokens)
+
+
+def _arrange(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int], Any]:
+    """Return where each item starts, all rows in one line, and the positions [n, length], which
+    restart at every item and at the padding.
+    """
+    width = max(sum(lengths[index] for index in row) for row in rows)
+    starts, positions = [0] * len(lengths), np.zeros((len(rows), width), dtype=np.int64)
+    for number, row in enumerate(rows):
+        at = 0
+        for index in row:
+            starts[index] = number * width + at
+            positions[number, at : at + lengths[index]] = np.arange(lengths[index])
+            at += lengths[index]
+        positions[number, at:] = np.arange(width - at)
+    return starts, positions
