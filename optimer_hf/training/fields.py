@@ -69,25 +69,64 @@ LORA_UNUSABLE = {
     "runtime_config": "It is for using an adapter, not for training one",
     "auto_mapping": "It names classes of another model",
 }
-SETTLED: dict[str, dict[str, Any]] = {  # values that no package refuses, if they have no mistakes
+LayerIndex = Annotated[int, Field(ge=0, le=10**5)]
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Tracker = Literal["none", "all", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml"]
+# Values that no package refuses, if they have no mistakes. (Without bf16, a GPU refuses that.) Any
+# stands for whatever passes `list_field_mistakes`.
+SETTLED: dict[str, dict[str, Any]] = {
     "lora": {
         **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "use_rslora"), Any),
         "target_modules": Literal["all-linear"] | list[str],
+        **dict.fromkeys(("exclude_modules", "modules_to_save"), list[str]),
+        "init_lora_weights": Literal[True, "gaussian"],
+        **dict.fromkeys(("rank_pattern", "alpha_pattern"), dict[str, Rank]),
         "bias": Literal["none"],
         "task_type": Literal["CAUSAL_LM"],
     },
     "trainer": {
-        **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), Any),
+        # the batch and the length of a run
         **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), Any),
-        **dict.fromkeys(("num_train_epochs", "save_total_limit", "dataloader_num_workers"), Any),
-        **dict.fromkeys(("max_steps", "activation_checkpointing", "logging_first_step"), Any),
-        **dict.fromkeys(("logging_steps", "save_steps", "warmup_steps"), int),
-        "lr_scheduler_type": Literal["linear", "cosine", "constant", "constant_with_warmup"],
-        "optim": Literal["adamw_torch"],
-        "report_to": Literal["none"],
+        **dict.fromkeys(("num_train_epochs", "max_steps", "average_tokens_across_devices"), Any),
+        # the optimizer
+        "optim": Literal[
+            "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop", "adagrad"
+        ],
+        **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"), Any),
+        **dict.fromkeys(("adam_beta1", "adam_beta2"), Share),
+        "lr_scheduler_type": Literal[
+            *("linear", "cosine", "constant", "constant_with_warmup"),
+            *("cosine_with_restarts", "inverse_sqrt"),
+        ],
+        **dict.fromkeys(("logging_steps", "save_steps", "warmup_steps"), int | Share),
+        "neftune_noise_alpha": Any,
+        # numbers and memory
+        **dict.fromkeys(("bf16", "fp16", "full_determinism", "use_cache"), bool),
+        "tf32": Literal[False] | None,
+        "use_cpu": Literal[True],
+        **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), Any),
+        **dict.fromkeys(
+            ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+            dict[Literal["use_reentrant"], bool] | None,
+        ),
+        "torch_empty_cache_steps": Any,
+        # the log and the checkpoints
+        **dict.fromkeys(("logging_first_step", "logging_nan_inf_filter", "disable_tqdm"), Any),
+        **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node"), Any),
+        **dict.fromkeys(("logging_strategy", "save_strategy"), Literal["no", "steps", "epoch"]),
+        **dict.fromkeys(("save_total_limit", "save_on_each_node", "skip_memory_metrics"), Any),
+        **dict.fromkeys(("include_num_input_tokens_seen", "run_name", "project"), Any),
+        "report_to": Tracker | list[Tracker],
+        # the data and the processes
+        "train_sampling_strategy": Literal["random", "sequential"],
+        **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor"), Any),
+        **dict.fromkeys(("dataloader_drop_last", "dataloader_pin_memory"), Any),
+        **dict.fromkeys(("dataloader_persistent_workers", "dataloader_in_order"), Any),
+        **dict.fromkeys(("remove_unused_columns", "ddp_timeout", "ddp_bucket_cap_mb"), Any),
+        **dict.fromkeys(("ddp_find_unused_parameters", "ddp_broadcast_buffers"), Any),
     },
 }
-LayerIndex = Annotated[int, Field(ge=0, le=10**5)]
 
 TEXTS = {str, list[str], type(None)}
 TYPED = {  # stricter types than the hints of some fields
@@ -120,6 +159,7 @@ def list_field_mistakes(config: TrainConfig) -> list[Mistake]:
         mistakes += list_type_mistakes((section,), given, known, cls)
     for field, value in trainer.items():
         mistakes += _mistakes_of_trainer(field, value)
+    mistakes += _mistakes_together(trainer)
     for field, value in lora.items():
         mistakes += _mistakes_of_bounds("lora", field, value, LORA_BOUNDS)
         if field in LORA_UNUSABLE and value not in (None, {}):
@@ -178,6 +218,16 @@ def _mistakes_of_trainer(field: str, value: Any) -> Iterator[Mistake]:
         yield at, f"found {value!r}. Expected a number above 0."
     else:
         yield from _mistakes_of_bounds("trainer", field, value, BOUNDS)
+
+
+def _mistakes_together(trainer: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Yield values of `trainer` that contradict each other."""
+    if trainer.get("bf16") is True and trainer.get("fp16") is True:
+        yield ("trainer", "fp16"), "found true, and bf16 is true as well. Choose one of them."
+    has_workers = trainer.get("dataloader_num_workers") not in (None, 0)
+    if trainer.get("dataloader_prefetch_factor") is not None and not has_workers:
+        message = "only workers load data ahead. Set dataloader_num_workers, or leave it out."
+        yield ("trainer", "dataloader_prefetch_factor"), message
 
 
 def choice_mistakes(at: Place, value: Any, choices: Sequence[Any]) -> Iterator[Mistake]:

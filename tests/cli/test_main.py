@@ -214,7 +214,7 @@ def test_help_schemas_and_mistakes_answer_without_the_libraries(arguments, says,
         (tmp_path / name).write_text(yaml.safe_dump(wrong), encoding="utf-8")
     train = "name: n\nbase_model: a/b\ncorpus: {path: x.jsonl}\n"
     (tmp_path / "train.yaml").write_text(f"{train}lora: {{alpha: 8}}\n", encoding="utf-8")
-    right = "lora: {r: 8, target_modules: all-linear}\ntrainer: {learning_rate: 1.0e-4}\n"
+    right = "lora: {r: 8, target_modules: all-linear}\ntrainer: {bf16: true, adam_beta2: 0.95}\n"
     (tmp_path / "right.yaml").write_text(train + right, encoding="utf-8")
     (tmp_path / "merge.yml").write_text("merge_method: linear\nmodels: [{modle: a/b}]\n")
     (tmp_path / "linear.yml").write_text("merge_method: linear\nmodels: [{model: a/b}]\n")

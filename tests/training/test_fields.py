@@ -12,6 +12,7 @@ from optimer_hf.training import fields
 from optimer_hf.training.checks import check_config
 from optimer_hf.training.config import BOUNDS, LORA_BOUNDS, PLAIN, TrainConfig
 from optimer_hf.training.fields import (
+    CHOICES,
     ENUMS,
     SETTLED,
     SOURCES,
@@ -64,25 +65,59 @@ def test_the_classes_are_where_the_table_says():
 EXAMPLES = {
     "target_modules": ["all-linear", ["q_proj", "x"], []],
     "bias": ["none"],
-    "optim": ["adamw_torch"],
-    "report_to": ["none"],
-    "lr_scheduler_type": ["linear", "cosine", "constant", "constant_with_warmup"],
+    "exclude_modules": [["lm_head"], []],
+    "modules_to_save": [["lm_head"], []],
+    "init_lora_weights": [True, "gaussian"],
+    "rank_pattern": [{"q_proj": 4}, {}],
+    "alpha_pattern": [{"q_proj": 4}, {}],
     "task_type": ["CAUSAL_LM"],
     "use_rslora": [True, False],
-    "activation_checkpointing": [True, False],
-    "logging_first_step": [True, False],
+    "optim": ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"],
+    "adam_beta1": [0.0, 0.999],
+    "adam_beta2": [0.0, 0.999],
+    "lr_scheduler_type": [
+        *("linear", "cosine", "constant", "constant_with_warmup"),
+        *("cosine_with_restarts", "inverse_sqrt"),
+    ],
+    **{key: [0.5, 1, 10**9] for key in ("logging_steps", "save_steps", "warmup_steps")},
+    "tf32": [False, None],
+    "use_cpu": [True],
+    **{
+        key: [{"use_reentrant": True}, {"use_reentrant": False}, {}, None]
+        for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    },
+    **dict.fromkeys(("log_level", "log_level_replica"), CHOICES["log_level"]),
+    **{key: ["no", "steps", "epoch"] for key in ("logging_strategy", "save_strategy")},
+    "include_num_input_tokens_seen": CHOICES["include_num_input_tokens_seen"],
+    "run_name": ["x"],
+    "project": ["x"],
+    "report_to": [
+        *("none", "all", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml"),
+        *([], ["none"], ["wandb", "tensorboard"]),
+    ],
+    "train_sampling_strategy": ["random", "sequential"],
 }
+
+
+def examples_of(section: str, field: str) -> list:
+    """Values of a field: the least and the largest first and last, if it is a number."""
+    known = BOUNDS | LORA_BOUNDS
+    if field in EXAMPLES or field in known:
+        return EXAMPLES.get(field) or [*known[field]]
+    assert field_types(section)[field] in (bool, bool | None), field
+    return [True, False]
 
 
 @pytest.mark.parametrize(
     ("section", "field"), [(section, field) for section in SETTLED for field in SETTLED[section]]
 )
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
 def test_a_settled_value_is_one_that_no_package_refuses(section, field):
-    least, most = (BOUNDS | LORA_BOUNDS).get(field, (None, None))
-    smallest = [least, 1e-9] if field == "num_train_epochs" else [least]
-    for value in EXAMPLES.get(field, [*smallest, most]):
+    others = {"dataloader_num_workers": 1} if field == "dataloader_prefetch_factor" else {}
+    values = examples_of(section, field)
+    for value in [*values, 1e-9] if field == "num_train_epochs" else values:
         data = {"name": "n", "base_model": "a/b", "corpus": {"path": "x.jsonl"}}
-        config = TrainConfig.model_validate(data | {section: {field: value}})
+        config = TrainConfig.model_validate(data | {section: others | {field: value}})
         if not fields.list_field_mistakes(config):
             assert is_settled(config), (field, value)
             check_config(config)
@@ -91,13 +126,11 @@ def test_a_settled_value_is_one_that_no_package_refuses(section, field):
 @pytest.mark.parametrize("end", [0, -1])
 def test_settled_values_are_not_refused_together_either(end):
     values = {
-        section: {
-            field: EXAMPLES[field][end] if field in EXAMPLES else (BOUNDS | LORA_BOUNDS)[field][end]
-            for field in SETTLED[section]
-        }
+        section: {field: examples_of(section, field)[end] for field in SETTLED[section]}
         for section in SETTLED
     }
-    for field in ("num_train_epochs", "logging_steps", "save_steps"):  # above 0
+    values["trainer"]["fp16"] = not values["trainer"]["bf16"]
+    for field in ("num_train_epochs", "dataloader_num_workers"):
         values["trainer"][field] = max(values["trainer"][field], 1)
     data = {"name": "n", "base_model": "a/b", "corpus": {"path": "x.jsonl"}}
     config = TrainConfig.model_validate(data | values)
@@ -108,7 +141,11 @@ def test_settled_values_are_not_refused_together_either(end):
 @pytest.mark.parametrize(
     "given",
     [
-        {"trainer": {"bf16": True}},
+        {"trainer": {"tf32": True}},
+        {"trainer": {"use_cpu": False}},
+        {"trainer": {"torch_compile": True}},
+        {"trainer": {"adam_beta1": 1}},
+        {"trainer": {"lr_scheduler_kwargs": {"num_cycles": 2}}},
         {"trainer": {"optim": "lomo"}},
         {"trainer": {"logging_steps": 1.5}},
         {"lora": {"target_modules": "q_.*"}},
@@ -118,3 +155,18 @@ def test_settled_values_are_not_refused_together_either(end):
 def test_values_that_packages_check_are_not_settled(given):
     data = {"name": "n", "base_model": "a/b", "corpus": {"path": "x.jsonl"}}
     assert not is_settled(TrainConfig.model_validate(data | given))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"bf16": True, "fp16": True}, "trainer.fp16: found true, and bf16 is true as well."),
+        ({"dataloader_prefetch_factor": 2}, "trainer.dataloader_prefetch_factor: only workers"),
+        ({"bf16": False, "fp16": True}, None),
+        ({"dataloader_prefetch_factor": 2, "dataloader_num_workers": 1}, None),
+    ],
+)
+def test_values_that_contradict_each_other_are_named(trainer, message):
+    data = {"name": "n", "base_model": "a/b", "corpus": {"path": "x.jsonl"}, "trainer": trainer}
+    mistakes = fields.list_field_mistakes(TrainConfig.model_validate(data))
+    assert [text.startswith(str(message)) for _, text in mistakes] == [True] * bool(message)
