@@ -108,12 +108,8 @@ def compare(
         if own:
             _score(study, own, log, open_pool(), planned)
         open_pool.cache_clear()
-        with _scratch_directory(study) as scratch:
-            for each in to_score:
-                if (model := built.get(each.key)) is not None:
-                    gc.collect()  # the harness keeps the previous model alive in a cycle
-                    made = with_pool(study.config, model.make(scratch))
-                    _score_other(study, each, log, pool(made), planned)
+        others = [(each, built[each.key]) for each in to_score if each.key in built]
+        _score_models(study, others, log, pool, planned)
         scored = {row.key: row for row in log.scored}
         rows = [give_scores(each, scored[each.key]) for each in contenders]
         log.append_equals(rows)
@@ -149,6 +145,22 @@ def _parse_model(text: str) -> tuple[str, str]:
 def _last_by_weights(contenders: Sequence[Contender]) -> list[Contender]:
     """Return one contender for each weight set: the last of those that have it."""
     return list({each.key: each for each in contenders}.values())
+
+
+def _score_models(
+    study: Study,
+    contenders: Sequence[tuple[Contender, baselines.ModelContender]],
+    log: SealedLog,
+    pool: Callable[[StudyConfig], Pool],
+    planned: frozenset[str],
+) -> None:
+    """Build each model that is not a merge of the study's pool, and score it."""
+    with _scratch_directory(study) as scratch:
+        for contender, model in contenders:
+            gc.collect()  # the harness keeps the previous model alive in a cycle
+            sources = model.make(scratch)
+            opened = pool(with_pool(study.config, sources))
+            _score_other(study, contender, log, opened, planned)
 
 
 def _score_other(

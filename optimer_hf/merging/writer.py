@@ -78,13 +78,7 @@ def write_merged(
     """
     _refuse_missing_device(device)
     checkpoint = Checkpoint(base.path)
-    left_out = ties_of(checkpoint).copies  # tied heads, which the model class fills in
-    specs = {
-        name: (_output_dtype(checkpoint.dtype(name), out_dtype), checkpoint.shape(name))
-        for name in checkpoint.names
-        if name not in left_out
-    }
-
+    specs = _specs_of(checkpoint, out_dtype)
     used = [vector for vector in vectors if weights[vector.name] != 0]
 
     def rows_of(name: str, rows: slice) -> torch.Tensor:
@@ -106,6 +100,18 @@ def write_merged(
             complete(staging)
     if used:
         _log_survival(surviving_share(checkpoint, vectors, weights, out_dtype), out_dtype)
+
+
+def _specs_of(
+    base: Checkpoint, out_dtype: str | None
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of a merge, by name."""
+    left_out = ties_of(base).copies  # tied heads, which the model class fills in
+    return {
+        name: (_output_dtype(base.dtype(name), out_dtype), base.shape(name))
+        for name in base.names
+        if name not in left_out
+    }
 
 
 def _log_survival(share: float, out_dtype: str | None) -> None:

@@ -1,7 +1,7 @@
 """Build the model of a recipe, and verify a built model against the lock."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,7 @@ def build(
     recipe = Recipe.read(path)
     lock_file = path.with_suffix(".lock.json")
     base = resolve_model(recipe.base_model)
-    lock = Lock.read(lock_file) if lock_file.exists() else None
-    if lock is not None:
-        _check_lock(lock, recipe, base)
+    lock = _read_lock(lock_file, recipe, base)
     tokenizer = open_tokenizer(base, recipe.tokenizer_reference)
     vectors = [
         open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()
@@ -81,16 +79,11 @@ def build(
     beside = files_beside_weights(base.path, tokenizer=tokenizer.path if tokenizer else None)
     finish_move(out)
     built = _lock_of_built(lock, out, asked, [file.name for file in beside])
-    if built is not None:
+    if built is None:
+        built = _write_locked(write, recipe, path.parent, lock, asked, out)
+    else:
         logger.info("%s: holds the model of this recipe already; nothing to build", out)
         _write_beside(recipe, path.parent, built, out, out)
-    else:
-        write(
-            complete=lambda staging: _write_beside(
-                recipe, path.parent, _with_output(lock, staging, asked), staging, out
-            )
-        )
-        built = Lock.read(out / LOCK)
     if out_dtype is None:
         _keep_output(lock_file, out, built, any(isinstance(v, AdapterVector) for v in vectors))
 
@@ -126,6 +119,23 @@ def _lock_of_built(
     except OptimerError:
         return None
     return built if built.output and built in (lock, recorded) else None
+
+
+def _write_locked(
+    write: Callable[..., None],
+    recipe: Recipe,
+    figures: Path,
+    lock: Lock,
+    asked: Mapping[str, Any],
+    out: Path,
+) -> Lock:
+    """Write a model with `write`, and its recipe, lock and figures beside it; return the lock."""
+
+    def complete(staging: Path) -> None:
+        _write_beside(recipe, figures, _with_output(lock, staging, asked), staging, out)
+
+    write(complete=complete)
+    return Lock.read(out / LOCK)
 
 
 def _keep_output(lock_file: Path, out: Path, built: Lock, has_adapters: bool) -> None:
@@ -170,8 +180,14 @@ def _write_beside(recipe: Recipe, figures: Path, built: Lock, model: Path, out: 
         built.write(model / LOCK)
 
 
-def _check_lock(lock: Lock, recipe: Recipe, base: ResolvedModel) -> None:
-    """Raise ModelError unless base, vectors, weights, dtype and tokenizer are the locked ones."""
+def _read_lock(file: Path, recipe: Recipe, base: ResolvedModel) -> Lock | None:
+    """Return the lock of a recipe, or None if there is none.
+
+    Raises ModelError unless base, vectors, weights, dtype and tokenizer are the locked ones.
+    """
+    if not file.exists():
+        return None
+    lock = Lock.read(file)
     _check_weights(lock, recipe)
     parts = {"base_model": (lock.base, base.path)}
     for name, ingredient in recipe.vectors.items():
@@ -191,6 +207,7 @@ def _check_lock(lock: Lock, recipe: Recipe, base: ResolvedModel) -> None:
             "tokenizer, chat template or generation config is not the locked one. Fetch it again, "
             "or write the recipe again with `optimer recipe`."
         )
+    return lock
 
 
 def _check_weights(lock: Lock, recipe: Recipe) -> None:

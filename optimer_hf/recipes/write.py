@@ -55,11 +55,7 @@ def write_recipe(
     Raises ConfigError if `derived_from` is not pinned, OutputError if files of somebody else would
     be lost, StudyError if weights are no longer those that the trials scored.
     """
-    if derived_from is not None and not is_pinned(derived_from):
-        raise ConfigError(
-            f"--derived-from: found {derived_from!r}, expected org/name@<40-digit commit>, as "
-            "`optimer pull` prints it."
-        )
+    _refuse_unpinned(derived_from)
     config, trial = study.config, pick or study.best_trial
     folder = path.resolve().parent
     _refuse_foreign(path, folder / MERGE_CONFIG)
@@ -70,13 +66,7 @@ def write_recipe(
         name=name,
         base_model=_pin(config.base_model, base, folder),
         dtype=config.dtype,
-        vectors={
-            key: Ingredient.model_construct(
-                source=_pin(str(config.vectors[key].source), source, folder),
-                weight=trial.weights[key],
-            )
-            for key, source in sources.items()
-        },
+        vectors=_ingredients_of(config, sources, trial.weights, folder),
         tokenizer_source=_tokenizer_source(config, folder),
         **dict(_evidence_of(study, trial, sealed, ledger)),
         versions=versions(),
@@ -90,6 +80,30 @@ def write_recipe(
     data = recipe.model_dump(mode="json", exclude_none=True, context={"folder": folder})
     write_text(path, header + yaml_text(data))
     return Recipe.read(path)
+
+
+def _refuse_unpinned(derived_from: str | None) -> None:
+    """Raise ConfigError if the recipe that another one continues has no commit."""
+    if derived_from is not None and not is_pinned(derived_from):
+        raise ConfigError(
+            f"--derived-from: found {derived_from!r}, expected org/name@<40-digit commit>, as "
+            "`optimer pull` prints it."
+        )
+
+
+def _ingredients_of(
+    config: StudyConfig,
+    sources: Mapping[str, ResolvedModel],
+    weights: Mapping[str, float],
+    folder: Path,
+) -> dict[str, Ingredient]:
+    """Return the vectors of a study with their weights; `sources` by vector."""
+    return {
+        name: Ingredient.model_construct(
+            source=_pin(str(config.vectors[name].source), source, folder), weight=weights[name]
+        )
+        for name, source in sources.items()
+    }
 
 
 def _lock_of(

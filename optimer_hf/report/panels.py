@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 N_POINTS = 61  # on the grid of a slice
 NEARLY_PARALLEL = 0.2  # cosine
+LEAST_GAIN = 0.001  # of a weight that is said to gain something
 VISIBLE_WIDTH = 0.005  # of a range of weights, whose ends differ in two decimals
 SETTLED = 0.02  # share of the gain that the last fifth of the trials may still add
 FEWEST_LATE = 5  # trials without a gain before a search has settled
@@ -190,23 +191,29 @@ def slices_panel(study: Study, posterior: Surrogate, trials: Sequence[Trial], un
         axis.set_visible(False)
     figure.supxlabel("weight; the others are those of the merge")
     figure.supylabel(unit.text)
-    most = max(gained, key=lambda name: gained[name])
-    idle = [name for name in free if gained[name] < 0.001]
-    text = (
-        f"{most} matters most: its best weight gains {unit.show(gained[most])} over leaving it out"
-        if gained[most] >= 0.001
-        else f"None of {', '.join(free)} gains more than {unit.show(0.001)} over leaving it out"
-    )
-    if idle and gained[most] >= 0.001:
-        text += f"; {', '.join(idle)} add{'s' if len(idle) == 1 else ''} nothing"
     return Panel(
         "slices",
         "What each weight does",
-        f"{text}.",
+        _say_what_weights_gain(gained, unit),
         "Posterior mean with two standard deviations along the weight of every vector, and the "
         "trials; those further from the line are fainter.",
         figure,
     )
+
+
+def _say_what_weights_gain(gained: Mapping[str, float], unit: Unit) -> str:
+    """Return which vectors gain over leaving them out, and which do not."""
+    most = max(gained, key=lambda name: gained[name])
+    if gained[most] < LEAST_GAIN:
+        names, least = ", ".join(gained), unit.show(LEAST_GAIN)
+        return f"None of {names} gains more than {least} over leaving it out."
+    text = (
+        f"{most} matters most: its best weight gains {unit.show(gained[most])} over leaving it out"
+    )
+    idle = [name for name, gain in gained.items() if gain < LEAST_GAIN]
+    if idle:
+        text += f"; {', '.join(idle)} add{'s' if len(idle) == 1 else ''} nothing"
+    return f"{text}."
 
 
 # -- scores ----------------------------------------------------------------------------------------
