@@ -1,15 +1,6 @@
-"""geometry.json: norms and cosines of a pool, kept so that no weight is read twice for them."""
+"""geometry.json: norms and cosines of a pool."""
 
-import logging
-from collections.abc import Mapping
-from pathlib import Path
-
-from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.files.model import VersionedFile
-from optimer_hf.models.layout import weight_states
-from optimer_hf.models.resolve import resolve_base, resolve_model
-
-logger = logging.getLogger(__name__)
 
 States = dict[str, tuple[int, int]]  # file name -> size in bytes, modification time in ns
 
@@ -23,40 +14,3 @@ class GeometryFile(VersionedFile):
     vectors: dict[str, States]
     norms: dict[str, float]
     cosines: list[tuple[str, str, float]]
-
-
-def read_or_measure(
-    sources: Mapping[str, str], base_model: str, dtype: str, path: Path
-) -> GeometryFile:
-    """Return norms and cosines of a pool, cached in `path`; measure them again when weights
-    changed.
-
-    A valid cache is returned without reading weights, and without importing torch. Raises
-    ModelError for a vector that cannot be merged into this base.
-    """
-    base = resolve_base(base_model)
-    state = weight_states(base.path)
-    states = {name: weight_states(resolve_model(text).path) for name, text in sources.items()}
-    try:
-        cached = GeometryFile.read(path)
-        if (cached.base, cached.vectors) == (state, states):
-            return cached
-    except ConfigError as error:
-        logger.debug("%s", error)
-    from optimer_hf.merging.geometry import measure, open_pool
-
-    pool, refusals = open_pool(sources, base)
-    if refusals:
-        raise ModelError("; ".join(refusals.values()))
-    measured = measure(pool, base, dtype)
-    fresh = GeometryFile(
-        base=state,
-        vectors=states,
-        norms=measured.norms,
-        cosines=[(a, b, value) for (a, b), value in measured.cosines.items()],
-    )
-    try:
-        fresh.write(path)
-    except OutputError as error:  # somebody else's study
-        logger.warning("cosines are not cached: %s", error)
-    return fresh

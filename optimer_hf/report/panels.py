@@ -12,7 +12,7 @@ from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.result import Comparison, verdicts
 from optimer_hf.comparison.rows import RowKind, SealedRow, weights_key
 from optimer_hf.errors import OptimerError
-from optimer_hf.merging.geometry_file import read_or_measure
+from optimer_hf.merging.geometry_cache import read_or_measure
 from optimer_hf.report.drawing import (
     COLOURS,
     INK,

@@ -15,7 +15,7 @@ from optimer_hf.cli import main
 from optimer_hf.comparison.result import verdicts
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.sealed_file import read_comparison
-from optimer_hf.merging.geometry_file import read_or_measure
+from optimer_hf.merging.geometry_cache import read_or_measure
 from optimer_hf.report.captions import CARD_FIGURES, Captions
 from optimer_hf.report.page import write_figures, write_report
 from optimer_hf.searching.loop import search
