@@ -11,6 +11,7 @@ from optimer_hf.models.resolve import resolve_base, resolve_model
 
 logger = logging.getLogger(__name__)
 
+
 def read_or_measure(
     sources: Mapping[str, str], base_model: str, dtype: str, path: Path
 ) -> GeometryFile:

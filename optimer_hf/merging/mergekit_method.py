@@ -10,8 +10,8 @@ import torch
 
 from optimer_hf.merging.kernel import add_weighted
 from optimer_hf.merging.mergekit_keys import METHOD
+from optimer_hf.models.layout import is_delta
 from optimer_hf.vectors.forms import Delta, Trained
-from optimer_hf.vectors.record import read_record
 
 
 @functools.cache
@@ -29,9 +29,9 @@ def register_method() -> None:
         declared = delta.values_for(group.non_base)
         deltas: list[Delta] = [
             entry.tensor
-            if (_is_delta(entry.id) if is_delta is None else is_delta)
+            if (is_delta(_path_of(entry)) if declared_delta is None else declared_delta)
             else Trained(entry.tensor)
-            for entry, is_delta in zip(group.non_base, declared, strict=True)
+            for entry, declared_delta in zip(group.non_base, declared, strict=True)
         ]
         weights = weight.values_for(group.non_base)
         return add_weighted(group.base.tensor, deltas, weights)  # the contract requires a base
@@ -54,10 +54,8 @@ def register_method() -> None:
     )
 
 
-def _is_delta(entry_id: Any) -> bool:
-    """Whether mergekit's ModelReference is one of our delta directories; for others, the config
-    says `delta: true`.
+def _path_of(entry: Any) -> Path:
+    """Return the directory of a tensor's model, if it is on this disk; of models elsewhere, the
+    config says which are deltas.
     """
-    path = Path(str(entry_id.model.path))
-    record = read_record(path) if path.is_dir() else None
-    return record is not None and record.kind == "delta"
+    return Path(str(entry.id.model.path))

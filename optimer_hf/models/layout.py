@@ -13,7 +13,7 @@ from typing import Literal
 
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
-from optimer_hf.files.reading import read_json
+from optimer_hf.files.reading import read_json, read_yaml
 from optimer_hf.files.reference import is_there
 
 INDEX = ".safetensors.index.json"
@@ -120,6 +120,14 @@ def files_with_role(path: Path, *roles: Role) -> list[Path]:
 def has_tokenizer(path: Path) -> bool:
     """Whether a directory contains a tokenizer."""
     return bool(files_with_role(path, "tokenizer", "vocabulary"))
+
+
+def is_delta(path: Path) -> bool:
+    """Whether a directory holds a delta, which is no model. Raises ConfigError for a vector.json
+    that cannot be read.
+    """
+    record = path / "vector.json"
+    return record.is_file() and read_yaml(record).get("kind") == "delta"
 
 
 def find_weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | None) -> list[Path]:

@@ -5,7 +5,6 @@ from typing import Any
 
 from optimer_hf.errors import ModelError
 from optimer_hf.files.paths import cache_dir
-from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import AnyPath, Reference, is_there, reference_from_here
 from optimer_hf.files.staging import is_half_filled
 from optimer_hf.models.hub_answers import checking_answers
@@ -17,6 +16,7 @@ from optimer_hf.models.layout import (
     RUNNABLE,
     ResolvedModel,
     has_tokenizer,
+    is_delta,
     missing_shards,
     patterns,
     refuse_pickled,
@@ -131,7 +131,7 @@ def refuse_other_than_models(resolved: ResolvedModel) -> None:
         raise ModelError(f"{text}: is an adapter, not a model. Merge it into its base first.")
     if not (path / "config.json").exists():
         raise ModelError(f"{text}: not a model directory (it has no config.json).")
-    if _is_delta(path):
+    if is_delta(path):
         raise ModelError(f"{text}: is a delta, not a model. Merge it into its base first.")
 
 
@@ -192,7 +192,7 @@ def missing_files(path: Path, *, with_weights: bool = True) -> list[str]:
         return lacking or ([] if has_tokenizer(path) else ["tokenizer.json"])
     if (path / "adapter_config.json").exists():
         weights = "adapter_model.safetensors"
-    elif _is_delta(path):
+    elif is_delta(path):
         weights = "vector.safetensors"
     else:
         weights = "model.safetensors"
@@ -203,11 +203,6 @@ def missing_files(path: Path, *, with_weights: bool = True) -> list[str]:
     if not (path / weights).is_file():
         lacking += [file for index in indices if index.is_file() for file in missing_shards(index)]
     return sorted(set(lacking))
-
-
-def _is_delta(path: Path) -> bool:
-    record = path / "vector.json"
-    return record.is_file() and read_yaml(record).get("kind") == "delta"
 
 
 def _fetch(
