@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 
 from optimer_hf.files import staging
 from optimer_hf.study.directory import lock_directory
-from tests.support.experiments import optimer
+from tests.support.experiments import run_optimer
 from tests.support.golden import VERSIONS, copy_golden
 
 ALICE = "hf_alice_write"
@@ -68,7 +68,7 @@ def command(world: Path, hub):
             "pull": ["pull", "alice/placed", out],
             "run": ["run", world / "recipes" / "tiny", out],
         }[kind]
-        return optimer(*arguments)
+        return run_optimer(*arguments)
 
     return run
 

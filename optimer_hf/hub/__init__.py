@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from optimer_hf.hub.listing import list_recipes, recipes
+from optimer_hf.hub.listing import list_hub_recipes, list_recipes
 from optimer_hf.hub.pulling import Input, Pull, pull
 from optimer_hf.hub.pushing import Push, push
 
-__all__ = ["Input", "Pull", "Push", "list_recipes", "pull", "push", "recipes", "to_json"]
+__all__ = ["Input", "Pull", "Push", "list_hub_recipes", "list_recipes", "pull", "push", "to_json"]
 
 
 def to_json(result: Push | Pull) -> str:

@@ -29,11 +29,13 @@ def list_recipes(
     """Yield the recipe folders in `folder`, then the recipes on the Hub."""
     for study in sorted(folder.glob("*/study.yaml")):
         yield FolderOrRepo(str(study.parent))
-    for repo_id, changed in recipes(token=token):
+    for repo_id, changed in list_hub_recipes(token=token):
         yield FolderOrRepo(repo_id, changed)
 
 
-def recipes(*, token: str | None = None, limit: int | None = None) -> Iterator[tuple[str, str]]:
+def list_hub_recipes(
+    *, token: str | None = None, limit: int | None = None
+) -> Iterator[tuple[str, str]]:
     """Yield the repositories on the Hub with our tag for recipes, each with the day of its last
     change (YYYY-MM-DD), the latest first.
     """

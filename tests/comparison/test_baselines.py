@@ -25,7 +25,7 @@ from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.config import Baselines, StudyConfig
 from optimer_hf.vectors.delta import measure_norms
 from optimer_hf.vectors.opening import open_vector
-from tests.support.experiments import optimer
+from tests.support.experiments import run_optimer
 from tests.support.landscapes import FunctionPool, config_of, failing_at, no_pool_for
 from tests.support.tiny import whole_delta
 
@@ -241,7 +241,7 @@ def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):
     }
     file.write_text(yaml.safe_dump(study))
     out = tmp_path / "run"
-    result = optimer("run", recipe_dir, out)
+    result = run_optimer("run", recipe_dir, out)
     assert result.exit_code == 0, result.output
     rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
     assert rows["uniform mixture"]["value"] > 0, "it was trained on what the test asks for"
@@ -268,7 +268,7 @@ def test_mixtures_of_vectors_that_are_not_trained_here_are_refused(recipe_dir, t
     study["vectors"]["xyz"] = {"source": "you/xyz"}
     study["baselines"] = {"mixtures": {"uniform": {}}}
     file.write_text(yaml.safe_dump(study))
-    result = optimer("run", recipe_dir, tmp_path / "run")
+    result = run_optimer("run", recipe_dir, tmp_path / "run")
     assert result.exit_code == 1
     assert "vector 'xyz' is not trained here with max_tokens" in result.output
     with pytest.raises(ValueError, match="no vector is called 'q'"):
@@ -277,7 +277,7 @@ def test_mixtures_of_vectors_that_are_not_trained_here_are_refused(recipe_dir, t
 
 def test_a_model_of_the_command_line_needs_a_name(tmp_path):
     search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
-    result = optimer("compare", tmp_path / "s", "--model", "nonsense")
+    result = run_optimer("compare", tmp_path / "s", "--model", "nonsense")
     assert result.exit_code == 1 and "expected NAME=MODEL" in result.output
 
 

@@ -13,12 +13,12 @@ from optimer_hf.experiment import planning
 from optimer_hf.experiment.folder import Run, load_inputs
 from optimer_hf.experiment.planning import list_downloads
 from optimer_hf.study.config import StudyConfig
-from tests.support.experiments import optimer
+from tests.support.experiments import run_optimer
 
 
 def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_path: Path):
     out = tmp_path / "out"
-    result = optimer("plan", recipe_dir, out, "--format", "json")
+    result = run_optimer("plan", recipe_dir, out, "--format", "json")
     assert result.exit_code == 0, result.output
     planned = json.loads(result.stdout)
     work = {stage["name"]: stage["work"] for stage in planned["stages"]}
@@ -28,7 +28,7 @@ def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_pat
     )
     assert planned["memory_bytes"] > 50e6 and planned["downloads"] == []
 
-    assert optimer("run", recipe_dir, out).exit_code == 0
+    assert run_optimer("run", recipe_dir, out).exit_code == 0
     spent = json.loads((out / "ledger.json").read_text())
     for stage, entry in (("search", "search"), ("re-score", "rescore")):
         n, items = work[stage].split(" trials of ")
@@ -45,10 +45,10 @@ def test_a_plan_counts_the_work_that_the_run_then_does(recipe_dir: Path, tmp_pat
 def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_path: Path):
     path = tmp_path / "study.yaml"
     StudyConfig.read(finished / "study" / "study.json").write(path)
-    result = optimer("plan", path)
+    result = run_optimer("plan", path)
     assert result.exit_code == 0, result.output
     assert "| search | 7 trials of" in result.stdout and "train" not in result.stdout
-    assert optimer("plan", path, "--short").exit_code == 1
+    assert run_optimer("plan", path, "--short").exit_code == 1
 
 
 def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Path):
@@ -128,7 +128,7 @@ def test_a_base_that_is_not_here_is_not_fetched_unasked(tmp_path: Path, hub):
     }
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study))
-    result = optimer("plan", path)
+    result = run_optimer("plan", path)
     assert result.exit_code == 1
     assert "nobody/nothing: is not on this disk" in result.output and "--fetch" in result.output
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimer_hf.errors import OutputError
 from optimer_hf.experiment.marks import Claim, read_claim
 from optimer_hf.experiment.run import claim_directory
-from tests.support.experiments import optimer
+from tests.support.experiments import run_optimer
 
 
 def test_a_run_goes_from_corpora_to_a_model_that_generates(finished: Path):
@@ -98,10 +98,10 @@ def test_a_run_that_was_moved_is_not_done_again(finished: Path, recipe_dir: Path
     recipe_dir.rename(recipe)
     finished.rename(out)
     (out / "done.json").unlink()  # otherwise there is nothing to do at once
-    again = optimer("run", recipe, out)
+    again = run_optimer("run", recipe, out)
     assert again.exit_code == 0, again.output
     assert [(out / name).read_bytes() for name in names] == before
-    compared = optimer("compare", out)
+    compared = run_optimer("compare", out)
     assert compared.exit_code == 0, compared.output
 
 
@@ -110,11 +110,11 @@ def test_a_finished_run_notices_other_text_outside_its_folder(
 ):
     file = corpus_dir / "aaa.train.jsonl"
     text = file.read_text()
-    optimer("run", recipe_dir, finished)
+    run_optimer("run", recipe_dir, finished)
     assert "finished already, nothing to do" in caplog.text
     try:
         file.write_text(text.replace("a", "b", 1))
-        again = optimer("run", recipe_dir, finished)
+        again = run_optimer("run", recipe_dir, finished)
     finally:
         file.write_text(text)
     assert again.exit_code == 1
@@ -157,7 +157,7 @@ def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
 
 
 def test_the_short_form_is_a_smaller_budget_of_the_same(recipe_dir: Path, tmp_path: Path):
-    result = optimer("run", recipe_dir, tmp_path / "out", "--short")
+    result = run_optimer("run", recipe_dir, tmp_path / "out", "--short")
     assert result.exit_code == 0, result.output
     ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
     assert ledger["train"]["tokens"] == 512
@@ -165,7 +165,7 @@ def test_the_short_form_is_a_smaller_budget_of_the_same(recipe_dir: Path, tmp_pa
 
 
 def test_another_budget_does_not_overwrite_a_run(finished: Path, recipe_dir: Path):
-    result = optimer("run", recipe_dir, finished, "--short")
+    result = run_optimer("run", recipe_dir, finished, "--short")
     assert result.exit_code == 1
     assert "of another budget" in result.output
 
@@ -229,7 +229,7 @@ def test_a_run_whose_results_are_lost_is_not_finished(
 ):
     before = (finished / "results.json").read_text()
     (finished / lost).unlink()
-    result = optimer("run", recipe_dir, finished)
+    result = run_optimer("run", recipe_dir, finished)
     assert result.exit_code == 0, result.output
     assert "finished already" not in caplog.text
     assert "searched merge" in (finished / "results.md").read_text()
@@ -240,7 +240,7 @@ def test_an_output_directory_with_foreign_files_is_refused(recipe_dir: Path, tmp
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("x")
-    result = optimer("run", recipe_dir, out)
+    result = run_optimer("run", recipe_dir, out)
     assert result.exit_code == 1
     assert "thesis.tex" in result.output
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
@@ -275,7 +275,7 @@ def test_bad_input_is_refused_before_anything_is_trained(
 ):
     path = recipe_dir / file
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
-    result = optimer("run", recipe_dir, tmp_path / "out")
+    result = run_optimer("run", recipe_dir, tmp_path / "out")
     assert result.exit_code == 1
     assert result.output.startswith("error: ")
     assert message in result.output
@@ -295,7 +295,7 @@ def test_bad_input_is_refused_before_anything_is_trained(
 )
 def test_mistakes_of_the_short_budget_are_named(recipe_dir: Path, tmp_path, short, message):
     (recipe_dir / "short.yaml").write_text(yaml.safe_dump(short))
-    result = optimer("run", recipe_dir, tmp_path / "out", "--short")
+    result = run_optimer("run", recipe_dir, tmp_path / "out", "--short")
     assert result.exit_code == 1 and message in result.output
 
 
@@ -304,7 +304,7 @@ def test_a_given_vector_that_is_not_there_ends_a_run_before_it_trains(recipe_dir
     study = yaml.safe_load(path.read_text())
     study["vectors"]["it"] = {"source": "./gone", "fixed": 1.0}
     path.write_text(yaml.safe_dump(study))
-    result = optimer("run", recipe_dir, tmp_path / "out")
+    result = run_optimer("run", recipe_dir, tmp_path / "out")
     assert result.exit_code == 1 and "vector 'it': " in result.output
     assert not (tmp_path / "out").exists()
 
@@ -314,7 +314,7 @@ def test_damaged_marks_of_a_run_are_named(recipe_dir: Path, tmp_path: Path):
         out = tmp_path / name
         out.mkdir()
         (out / name).write_text("{")
-        result = optimer("run", recipe_dir, out)
+        result = run_optimer("run", recipe_dir, out)
         assert result.exit_code == 1 and f"{name}:1: not valid JSON" in result.output
 
 
@@ -334,7 +334,7 @@ def test_a_fixed_instruct_like_vector_is_in_every_trial(
     }
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study))
-    result = optimer("search", path, tmp_path / "study")
+    result = run_optimer("search", path, tmp_path / "study")
     assert result.exit_code == 0, result.output
     lines = (tmp_path / "study" / "trials.jsonl").read_text().splitlines()
     assert {json.loads(line)["weights"]["it"] for line in lines} == {1.0}
@@ -369,7 +369,9 @@ def test_a_run_leaves_a_report_with_the_training_of_its_vectors(finished: Path):
     norms = record["training"]["norms"]
     assert len(norms) == len(record["training"]["losses"])
     assert norms[-1] == pytest.approx(record["norm"], rel=0.01)
-    compared = optimer("compare", finished)  # the study of a run goes by the run's directory, too
+    compared = run_optimer(
+        "compare", finished
+    )  # the study of a run goes by the run's directory, too
     assert compared.exit_code == 0 and "searched merge" in compared.stdout
     for folder in (finished, finished / "merged"):
         drawn = {path.name for path in (folder / "figures").iterdir()}

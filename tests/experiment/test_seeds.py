@@ -10,7 +10,7 @@ from optimer_hf.comparison.results_file import read_results
 from optimer_hf.experiment.seeds import join_rows, to_markdown
 from optimer_hf.experiment.seeds_file import SeedResults
 from optimer_hf.scoring.formatting import Unit
-from tests.support.experiments import optimer
+from tests.support.experiments import run_optimer
 from tests.support.landscapes import config_of
 
 
@@ -61,21 +61,21 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
     study["baselines"] = {"searches": {"random": {"surrogate": "random", "n_trials": 5}}}
     file.write_text(yaml.safe_dump(study))
     out, alone = tmp_path / "seeds", tmp_path / "alone"
-    planned = optimer("plan", recipe_dir, out, "--short", "--seeds", "2")
+    planned = run_optimer("plan", recipe_dir, out, "--short", "--seeds", "2")
     assert planned.exit_code == 0, planned.output
     assert "all 2 seeds: " in planned.stdout
-    first = optimer("run", recipe_dir, out, "--short", "--seeds", "1")
+    first = run_optimer("run", recipe_dir, out, "--short", "--seeds", "1")
     assert first.exit_code == 0, first.output
     assert "Memory: planned" in (out / "seed-0" / "results.md").read_text()
     kept = {path: path.stat().st_mtime_ns for path in (out / "seed-0").rglob("*") if path.is_file()}
-    both = optimer("run", recipe_dir, out, "--short", "--seeds", "2")
+    both = run_optimer("run", recipe_dir, out, "--short", "--seeds", "2")
     assert both.exit_code == 0, both.output
     assert kept == {
         path: path.stat().st_mtime_ns for path in (out / "seed-0").rglob("*") if path.is_file()
     }
     assert "searched merge" in both.stdout and "| seed-1 |" in both.stdout
 
-    assert optimer("run", recipe_dir, alone, "--short").exit_code == 0
+    assert run_optimer("run", recipe_dir, alone, "--short").exit_code == 0
     results = [
         json.loads((folder / "results.json").read_text())
         for folder in (alone, out / "seed-0", out / "seed-1")
@@ -107,10 +107,10 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
     ]
     assert summary.merges == [r["weights"] for r in merges[1:]]
 
-    refused = optimer("run", recipe_dir, out, "--short")
+    refused = run_optimer("run", recipe_dir, out, "--short")
     assert refused.exit_code == 1 and "--seeds" in refused.output
     for command in (["report"], ["compare"], ["push", "--dry-run"]):
         name, *options = command
-        told = optimer(name, out, *["me/it"] * (name == "push"), *options)
+        told = run_optimer(name, out, *["me/it"] * (name == "push"), *options)
         assert told.exit_code == 1
         assert f"It holds whole runs: give one of them, e.g. {out / 'seed-0'}." in told.output

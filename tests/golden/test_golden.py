@@ -17,7 +17,7 @@ from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import is_trained
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
-from tests.support.experiments import optimer
+from tests.support.experiments import run_optimer
 from tests.support.landscapes import no_pool_for
 
 KINDS = {
@@ -59,7 +59,7 @@ def test_the_rows_of_the_sealed_test_are_read(golden: Path):
 
 
 def test_a_report_is_written_of_a_study(golden: Path, tmp_path: Path):
-    result = optimer("report", golden / "runs" / "tiny" / "study", tmp_path / "report.html")
+    result = run_optimer("report", golden / "runs" / "tiny" / "study", tmp_path / "report.html")
     assert result.exit_code == 0, result.output
     assert "searched merge" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -68,7 +68,7 @@ def test_a_run_that_is_finished_has_nothing_to_do(golden: Path, caplog: pytest.L
     run = golden / "runs" / "tiny"
     before = {path: sha256_file(path) for path in run.rglob("*") if path.is_file()}
     with caplog.at_level("INFO"):
-        result = optimer("run", golden / "recipes" / "tiny", run)
+        result = run_optimer("run", golden / "recipes" / "tiny", run)
     assert result.exit_code == 0, result.output
     assert "nothing to do" in caplog.text
     after = {path: sha256_file(path) for path in run.rglob("*") if path.is_file()}
@@ -82,7 +82,7 @@ def test_a_recipe_is_built_again_to_the_locked_model(golden: Path, tmp_path: Pat
         ("build", recipe, tmp_path / "merged"),
         ("verify", recipe, tmp_path / "merged"),
     ):
-        result = optimer(*arguments)
+        result = run_optimer(*arguments)
         assert result.exit_code == 0, result.output
 
 

@@ -55,7 +55,7 @@ def recipe_dir(tmp_path: Path, make_base, corpus_dir: Path) -> Path:
     return folder
 
 
-def optimer(*arguments: object):
+def run_optimer(*arguments: object):
     """Run a command, whether it succeeds or fails."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -64,6 +64,6 @@ def optimer(*arguments: object):
 def finished(recipe_dir: Path, tmp_path: Path) -> Path:
     """A finished run."""
     out = tmp_path / "runs" / "tiny"
-    result = optimer("run", recipe_dir, out)
+    result = run_optimer("run", recipe_dir, out)
     assert result.exit_code == 0, result.output
     return out
