@@ -9,11 +9,13 @@ both loss and gradient.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from optimer_hf.models.token_loss import TokenBlockLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -252,17 +254,60 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
     return bool(change <= LARGEST_CHANGE * after_one.abs().mean())
 
 
-def fuse_loss(model: "PreTrainedModel") -> bool:
-    """Make `model(labels=...)` compute its loss with HeadLoss if the head is plain.
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
 
-    Returns whether it is. If an adapter is put on the head later, the stock loss is used, since it
-    includes the adapter.
+
+def loss_by_vocabulary(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """Return the summed cross entropy, a block of the vocabulary at a time, for CPUs.
+
+    Takes hidden [n, d], weight [v, d] and labels [n], of which those below 0 do not count.
     """
+    places = (labels != IGNORED_LABEL).nonzero()[:, 0]  # only once: the host waits for it
+    loss: torch.Tensor = HeadLoss.apply(hidden[places], weight, labels[places], softcap)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def loss_by_tokens(is_compiled: bool) -> Loss:
+    """Return the summed cross entropy, a block of tokens at a time, for GPUs."""
+
+    def compute(
+        hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        loss: torch.Tensor = TokenBlockLoss.apply(hidden, weight, labels, softcap, is_compiled)  # type: ignore[no-untyped-call]
+        return loss
+
+    return compute
+
+
+def blocked_loss(device: str, *, is_compiled: bool = False) -> Loss:
+    """Return the blocked loss for a device."""
+    return loss_by_vocabulary if device == "cpu" else loss_by_tokens(is_compiled)
+
+
+def fuse_loss(model: "PreTrainedModel", loss: Loss | None = None) -> bool:
+    """Make `model(labels=...)` compute its loss from hidden states if the head is plain.
+
+    `loss` is the blocked loss for the device of the model unless it is given; calling this again
+    replaces it. Returns whether the head is plain. If an adapter is put on the head later, the
+    stock loss is used, since it includes the adapter.
+    """
+    chosen = blocked_loss(model.device.type) if loss is None else loss
+    if is_fused(model):
+        model._fused_loss = chosen
+        return True
     if "forward" in vars(model) or not is_plain_head(model):
         logger.info("%s: the fused loss does not apply, using the stock one", type(model).__name__)
         return False
+    model._fused_loss = chosen
     model.forward = MethodType(_fused_forward, model)
     return True
+
+
+def is_fused(model: "PreTrainedModel") -> bool:
+    """Whether `fuse_loss` has given a model another loss."""
+    return "_fused_loss" in vars(model)
 
 
 def _fused_forward(
@@ -289,16 +334,14 @@ def _fused_forward(
         attention_mask=attention_mask,
         use_cache=False,
     ).last_hidden_state
-    targets = labels[:, 1:]
-    scored = targets != IGNORED_LABEL
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    # each token predicts the next one, and the last of a row none
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
     with torch.autocast(device, enabled=False):
-        places = scored.flatten().nonzero()[:, 0]  # only once: the host waits for it
-        picked = hidden[:, :-1].flatten(0, 1)[places].to(dtype)
-        labels_of = targets.flatten()[places]
-        loss: torch.Tensor = HeadLoss.apply(picked, weight, labels_of, softcap_of(self))  # type: ignore[no-untyped-call]
-    n_items = scored.sum() if num_items_in_batch is None else num_items_in_batch
+        states = hidden.flatten(0, 1).to(dtype)
+        loss = self._fused_loss(states, weight, targets, softcap_of(self))
+    n_items = (targets != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
     return CausalLMOutput(loss=loss / n_items)
 
 
