@@ -5,7 +5,7 @@ ratio, losses.
 
 Both arms train the same LoRA on the same packed blocks of the demo's Japanese corpus, in the same
 order and dtype (bfloat16 mixed precision where the machine can, see benchmarks/precision.py). The
-stock arm is transformers' own Trainer and loss; ours differs in `head_loss.fuse_loss` alone. Rounds
+stock arm is transformers' own Trainer and loss; ours differs in `head: blocked` alone. Rounds
 alternate; medians. Losses are compared once more in float32: in
 bfloat16 two runs drift apart, because each rounds its gradients and the optimizer amplifies that.
 """
@@ -20,11 +20,10 @@ from time import perf_counter
 import torch
 from transformers import AutoTokenizer, Trainer, TrainerCallback
 
-from optimer_hf.models import head_loss
 from optimer_hf.models.resolve import resolve_model
-from optimer_hf.training import trainer as trainer_module
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import pack
+from optimer_hf.training.trainer import build_trainer
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "gemma-3-270m-demo"
 
@@ -62,12 +61,8 @@ def one_arm(
         seed=0,
         out=scratch / "blocks.npy",
     )
-    keep = trainer_module.fuse_loss
-    trainer_module.fuse_loss = head_loss.fuse_loss if fused else (lambda model: False)
-    try:
-        trainer: Trainer = trainer_module.build_trainer(config, base, blocks, scratch)
-    finally:
-        trainer_module.fuse_loss = keep
+    config = config.model_copy(update={"head": "blocked" if fused else "stock"})
+    trainer: Trainer = build_trainer(config, base, blocks, scratch)
     times = StepTimes()
     trainer.add_callback(times)
     trainer.args.save_strategy = "no"

@@ -23,7 +23,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
-    "logging_steps": 1,
+    "logging_steps": 0.002,  # at most 500 losses a run: the host waits for the GPU to log one
+    "logging_nan_inf_filter": False,  # it waits at every step, and hides that a run has diverged
     "save_steps": 0.1,
     "save_total_limit": 2,  # if the run is killed while it writes one, the other is whole
     "report_to": "none",
@@ -49,6 +50,8 @@ def training_arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
         "seed": config.seed,
         "disable_tqdm": True,
     }
+    if compiles_layers(config):
+        fields["torch_compile"] = False  # transformers would compile the model as a whole
     try:
         arguments = TrainingArguments(**fields)
     except Exception as error:  # TrainingArguments raises errors of many kinds
@@ -58,6 +61,15 @@ def training_arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
         logger.info("train: using one GPU of %d; `accelerate launch` uses all", arguments.n_gpu)
         arguments._n_gpu = 1
     return arguments
+
+
+def compiles_layers(config: TrainConfig) -> bool:
+    """Whether a train file asks for compiled layers: `torch_compile: true`, without a backend or a
+    mode. With one of these, transformers compiles the model as a whole, which takes much longer.
+    """
+    given = config.trainer
+    others = ("torch_compile_backend", "torch_compile_mode")
+    return bool(given.get("torch_compile")) and not any(given.get(field) for field in others)
 
 
 def lora_config(config: TrainConfig) -> Any:

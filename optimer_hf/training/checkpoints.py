@@ -20,7 +20,7 @@ from optimer_hf.files.digest import fingerprint
 from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.staging import sync_all
 from optimer_hf.progress import Cost
-from optimer_hf.vectors.training_record import Part
+from optimer_hf.vectors.training_record import Part, Speed
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,12 @@ class SpentRecord(VersionedFile):
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    speed: Speed | None = None
 
     @classmethod
-    def of(cls, cost: Cost) -> "SpentRecord":
-        """Return the record of a cost."""
-        return cls(seconds=cost.seconds, cpu_seconds=cost.cpu_seconds)
+    def of(cls, cost: Cost, speed: Speed) -> "SpentRecord":
+        """Return the record of a cost, and of the choices that decide the speed."""
+        return cls(seconds=cost.seconds, cpu_seconds=cost.cpu_seconds, speed=speed)
 
     @property
     def cost(self) -> Cost:
@@ -98,6 +99,12 @@ def cost_before(out: Path) -> Cost:
     """Return the time already spent on training up to the newest checkpoint of `out`."""
     checkpoint = newest_checkpoint(out / CHECKPOINTS)
     return Cost() if checkpoint is None else SpentRecord.read(checkpoint / SPENT_FILE).cost
+
+
+def speed_before(out: Path) -> Speed | None:
+    """Return how the newest checkpoint of `out` computed its steps, if there is one."""
+    checkpoint = newest_checkpoint(out / CHECKPOINTS)
+    return None if checkpoint is None else SpentRecord.read(checkpoint / SPENT_FILE).speed
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

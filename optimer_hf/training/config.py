@@ -81,6 +81,7 @@ LORA_BOUNDS = {
     "lora_dropout": (0, 1),
     "qalora_group_size": (1, 2**20),
 }
+FOR_SPEED = {"head", "cuda_graph"}  # fields that decide nothing but the speed
 MOST_TOKENS = 10**13  # of one run
 PLAIN = {int, float, bool, type(None)}  # types that are checked before a run
 
@@ -110,6 +111,13 @@ class TrainConfig(VersionedFile):
     """Fields of transformers' TrainingArguments. Defaults of ours: learning_rate 2e-4 with LoRA and
     1e-5 without, batches of one block, one epoch, cosine schedule with 10 % warmup.
     """
+    head: Literal["auto", "stock", "blocked", "liger"] = "auto"
+    """How the loss is computed: by transformers (stock), without storing all logits (blocked) or by
+    Liger's kernels. Default: on a GPU, the fastest that fits its memory, measured at the start; on
+    a CPU, blocked. The loss is the same.
+    """
+    cuda_graph: bool = True
+    """Capture a training step on a GPU as one CUDA graph where the model allows it."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the order of documents and of the training."""
 
@@ -145,6 +153,7 @@ class TrainConfig(VersionedFile):
         Local files count by name; `digest_inputs` returns the digests of their content.
         """
         absent = {"mixture"} if self.mixture is None else {"corpus"}
+        absent |= FOR_SPEED
         data = self.model_dump(mode="json", exclude=absent)
         for part in (data, data.get("corpus") or {}, *data.get("mixture", ())):
             named = ("base_model", "path", "dataset", "data_files")

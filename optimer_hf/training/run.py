@@ -50,7 +50,6 @@ from optimer_hf.training.trainer import (
     build_trainer,
     refuse_unmergeable_adapter,
     refuse_untied_copies,
-    tokens_per_step,
 )
 from optimer_hf.vectors.delta import write_record
 from optimer_hf.vectors.record import VectorFile
@@ -63,7 +62,7 @@ from optimer_hf.vectors.training_record import (
 )
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from optimer_hf.training.captured import CapturedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +314,7 @@ def _save(
     config: TrainConfig,
     base: ResolvedModel,
     packed: PackedCorpus,
-    trainer: "Trainer",
+    trainer: "CapturedTrainer",
     out: Path,
     spent: Cost,
 ) -> None:
@@ -352,14 +351,19 @@ def _training_record(
     config: TrainConfig,
     base: ResolvedModel,
     packed: PackedCorpus,
-    trainer: "Trainer",
+    trainer: "CapturedTrainer",
     spent: Cost,
     inputs: Mapping[str, str],
 ) -> TrainingRecord:
     """Return the content of training.json. It names no path of this machine."""
+    from optimer_hf.training.callback import tokens_per_step, utilisation
+
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     norms = {entry["step"]: entry["norm"] for entry in history if "norm" in entry}
+    n_tokens = trainer.state.global_step * tokens_per_step(config, trainer.args)
+    rate, speed = n_tokens / max(spent.seconds, 1e-9), trainer.speed
+    mfu = utilisation(rate, trainer.flops_per_token, speed.device, trainer.args.world_size)
     return TrainingRecord(
         config_sha256=config.digest(),
         name=config.name,
@@ -375,12 +379,18 @@ def _training_record(
             **config.settings,
             mixed_precision=trainer.accelerator.mixed_precision,
             n_steps=trainer.state.global_step,
-            n_tokens=trainer.state.global_step * tokens_per_step(config, trainer.args),
+            n_tokens=n_tokens,
             losses=losses,
             norms=[*norms.values()] or None,
             norm_steps=[*norms] or None,
             seconds=round(spent.seconds, 2),
             cpu_seconds=round(spent.cpu_seconds, 2),
+            speed=speed.model_copy(
+                update={
+                    "tokens_per_second": round(rate),
+                    "mfu": None if mfu is None else round(mfu, 3),
+                }
+            ),
         ),
         versions=versions(),
         inputs=dict(inputs),

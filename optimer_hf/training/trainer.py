@@ -11,22 +11,26 @@ from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.patterns import ends_with, is_literal, matches
 from optimer_hf.files.text import did_you_mean, first_line
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.head_loss import fuse_loss, keeps_documents_apart
+from optimer_hf.models.flops import training_flops
+from optimer_hf.models.head_loss import keeps_documents_apart
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import load_model
+from optimer_hf.models.sizes import measure_sizes
 from optimer_hf.models.ties import Ties
-from optimer_hf.progress import Cost, Meter
-from optimer_hf.training.arguments import lora_config, training_arguments
-from optimer_hf.training.checkpoints import SPENT_FILE, SpentRecord, cost_before, seal
+from optimer_hf.training.arguments import compiles_layers, lora_config, training_arguments
+from optimer_hf.training.checkpoints import cost_before, speed_before
 from optimer_hf.training.checks import LORA_FIX
 from optimer_hf.training.config import TrainConfig
-from optimer_hf.training.growth import full_norm, is_due, lora_norm
+from optimer_hf.training.head_choice import install_head
 from optimer_hf.training.packing import PackedCorpus
 from optimer_hf.vectors.lora import Lora, parts_of, refuse_unmergeable
 from optimer_hf.vectors.lora_config import FIELD_OF, patterns_of
+from optimer_hf.vectors.training_record import Speed
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import TrainingArguments
+
+    from optimer_hf.training.captured import CapturedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -36,29 +40,59 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 def build_trainer(
     config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, out: Path
-) -> "Trainer":
+) -> "CapturedTrainer":
     """Return the Trainer of a run, with its model loaded.
 
     Raises ConfigError for arguments that the Trainer refuses, and for sharded training.
     """
-    from transformers import PrinterCallback, Trainer, default_data_collator, set_seed
+    from transformers import PrinterCallback, default_data_collator, set_seed
+
+    from optimer_hf.training.callback import RunCallback
+    from optimer_hf.training.captured import CapturedTrainer  # takes seconds to import
 
     arguments = training_arguments(config, out)
     set_seed(config.seed)
     model = _load_base(config, base, arguments)
+    speed = speed_before(out) or _requested_speed(config)
+    callback = RunCallback(config, base.path, cost_before(out), speed)
     try:
-        trainer = Trainer(
+        trainer = CapturedTrainer(
             model=model,
             args=arguments,
             train_dataset=packed,  # any object with __len__ and __getitem__ is a dataset
             data_collator=default_data_collator,
-            callbacks=[_callback(config, base.path, cost_before(out))],
+            callbacks=[callback],
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
     _refuse_sharded(trainer.accelerator.distributed_type.value, config.name)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+    trainer.speed = speed
+    _make_fast(trainer, config)
+    callback.flops_per_token = trainer.flops_per_token
     return trainer
+
+
+def _requested_speed(config: TrainConfig) -> Speed:
+    """Return the choices that a train file makes; the rest is None."""
+    is_decided = "torch_compile" in config.trainer
+    return Speed(
+        cuda_graph=None if config.cuda_graph else False,
+        compiled=compiles_layers(config) if is_decided else None,
+    )
+
+
+def _make_fast(trainer: "CapturedTrainer", config: TrainConfig) -> None:
+    """Choose how the loss is computed, and count the FLOPs of a token."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    args = trainer.args
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+    plain = model if config.lora is None else model.get_base_model()
+    n_tokens = args.train_batch_size * config.block_size
+    install_head(plain, config.head, n_tokens, dtype, trainer.speed)
+    if args.device.type != "cpu":
+        trainer.speed.device = torch.cuda.get_device_name(args.device)
+    trainer.flops_per_token = training_flops(measure_sizes(model), config.block_size)
 
 
 def _refuse_sharded(kind: str, name: str) -> None:
@@ -77,7 +111,6 @@ def _load_base(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArg
     """
     mixed = config.lora is not None and (arguments.bf16 or arguments.fp16)
     model = load_model(base, "auto" if mixed else torch.float32)
-    fuse_loss(model)
     if not keeps_documents_apart(model):
         logger.warning(
             "train %s: %s has layers that carry their state across documents, so documents in one "
@@ -198,74 +231,3 @@ def refuse_untied_copies(config: TrainConfig, ties: Ties) -> None:
                 "to one tensor, and so does a merge. Add ensure_weight_tying: true, train full "
                 "parameters (leave `lora` out), or drop it."
             )
-
-
-def _callback(config: TrainConfig, base: Path, earlier: Cost) -> "TrainerCallback":
-    """Return a callback that shows progress, saves the time spent with every checkpoint and
-    records the norm of the vector.
-    """
-    from transformers import TrainerCallback
-
-    class Callback(TrainerCallback):
-        meter: Meter
-        loss = ""
-        started = Cost.now()
-        is_measured = True
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            args.distributed_state.wait_for_everyone()  # each process writes its own file
-            if state.is_world_process_zero:
-                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                SpentRecord.of(earlier + self.started.since()).write(folder / SPENT_FILE)
-                seal(folder)
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.n_tokens = tokens_per_step(config, args)
-            self.meter = Meter(
-                f"train {config.name}",
-                state.max_steps * self.n_tokens,
-                "tokens",
-                done=state.global_step * self.n_tokens,
-            )
-            if state.is_world_process_zero:
-                self.meter.__enter__()
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any
-        ) -> None:
-            if "loss" not in (logs or {}):
-                return
-            self.loss = f"loss {logs['loss']:.3f}"
-            if state.is_world_process_zero and self.is_measured:
-                self.is_measured = _note_norm(config, base, model, state)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                self.meter.advance(self.n_tokens, self.loss)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                self.meter.__exit__(None, None, None)
-
-    return Callback()
-
-
-def _note_norm(config: TrainConfig, base: Path, model: Any, state: Any) -> bool:
-    """Add the norm of the vector so far to the last entry of a run's log, if one is due.
-
-    Returns False, and logs why, when it cannot be measured.
-    """
-    try:
-        if is_due(state.log_history, state.max_steps):
-            norm = full_norm(model, base) if config.lora is None else lora_norm(model)
-            state.log_history[-1]["norm"] = norm
-    except ModelError as error:
-        logger.info("train %s: the norm of the vector is not recorded: %s", config.name, error)
-        return False
-    return True
-
-
-def tokens_per_step(config: TrainConfig, args: "TrainingArguments") -> int:
-    """Return how many tokens one step of all processes together trains on."""
-    n_blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return int(n_blocks * config.block_size)

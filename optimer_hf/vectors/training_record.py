@@ -4,7 +4,7 @@ directory of a vector complete. A vector.json repeats its corpus and its run.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -46,6 +46,34 @@ class CorpusRecord(FileModel):
         return [part.name for part in self.parts] if self.parts else [self.name]
 
 
+Head = Literal["stock", "blocked", "liger"]
+
+
+class Speed(FileModel):
+    """How a run computed its steps, and how fast. A resumed run repeats the choices, so its numbers
+    are those of a run without an interruption.
+
+    `head` is the loss that was used, and `head_ms` has the milliseconds that each candidate took
+    for the loss of a batch and its gradients, if they were measured. `batch_size` is in blocks on
+    each device, if it was found. `cuda_graph` (steps were captured) and `compiled` are None while
+    that is not decided; `seconds_before` is the time of a batch before its layers were compiled.
+    `mfu` is the share of the peak of the device (`device`) that the arithmetic of the model used,
+    after PaLM; it is None for a device whose peak is not known.
+    """
+
+    model_config = ConfigDict(frozen=False)  # a run fills it in
+
+    head: Head | None = None
+    head_ms: dict[Head, float] = {}
+    batch_size: int | None = None
+    cuda_graph: bool | None = None
+    compiled: bool | None = None
+    seconds_before: float | None = None
+    device: str | None = None
+    tokens_per_second: int | None = None
+    mfu: float | None = None
+
+
 class RunRecord(FileModel):
     """The settings of a run, as its train file has them, and what came of them.
 
@@ -70,6 +98,7 @@ class RunRecord(FileModel):
     norm_steps: list[int] | None = Field(default=None, exclude_if=_is_none)
     seconds: float
     cpu_seconds: float = 0.0
+    speed: Speed | None = Field(default=None, exclude_if=_is_none)
 
 
 class PartialCorpus(FileModel):

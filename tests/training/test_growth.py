@@ -106,7 +106,7 @@ def test_a_full_run_that_was_stopped_has_the_norms_of_an_uninterrupted_one(
             raise KeyboardInterrupt
         return measured[-1]
 
-    monkeypatch.setattr("optimer_hf.training.trainer.full_norm", interrupted)
+    monkeypatch.setattr("optimer_hf.training.callback.full_norm", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "stopped")
     stopped = training_of(train(config, tmp_path / "stopped"))

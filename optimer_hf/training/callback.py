@@ -1,0 +1,121 @@
+"""What happens between the steps of a run: progress, seals of checkpoints, norms of the vector."""
+
+import logging
+from collections import deque
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from optimer_hf.errors import ModelError
+from optimer_hf.models.devices import peak_flops
+from optimer_hf.progress import Cost, Meter
+from optimer_hf.training.checkpoints import SPENT_FILE, SpentRecord, seal
+from optimer_hf.training.config import TrainConfig
+from optimer_hf.training.growth import full_norm, is_due, lora_norm
+from optimer_hf.vectors.training_record import Speed
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 20  # steps whose speed is shown
+
+
+class RunCallback(TrainerCallback):
+    """Shows progress, saves the time spent with every checkpoint and records the norm of the
+    vector.
+    """
+
+    meter: Meter
+    flops_per_token: float | None = None
+
+    def __init__(self, config: TrainConfig, base: Path, earlier: Cost, speed: Speed) -> None:
+        self.config, self.base, self.earlier, self.speed = config, base, earlier, speed
+        self.loss, self.is_measured, self.n_tokens = "", True, 0
+        self.started = Cost.now()
+        self._ends: deque[float] = deque(maxlen=WINDOW)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Seal a checkpoint, with the time spent so far."""
+        args.distributed_state.wait_for_everyone()  # each process writes its own file
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            spent = self.earlier + self.started.since()
+            SpentRecord.of(spent, self.speed).write(folder / SPENT_FILE)
+            seal(folder)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start to show progress."""
+        self.n_tokens = tokens_per_step(self.config, args)
+        self.meter = Meter(
+            f"train {self.config.name}",
+            state.max_steps * self.n_tokens,
+            "tokens",
+            done=state.global_step * self.n_tokens,
+        )
+        if state.is_world_process_zero:
+            self.meter.__enter__()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any
+    ) -> None:
+        """Record the norm of the vector, if one is due."""
+        if "loss" not in (logs or {}):
+            return
+        self.loss = f"loss {logs['loss']:.3f}"
+        if state.is_world_process_zero and self.is_measured:
+            self.is_measured = self._note_norm(model, state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show what is done, and how fast."""
+        if state.is_world_process_zero:
+            self._ends.append(perf_counter())
+            self.meter.advance(self.n_tokens, f"{self.loss}{self._show_mfu(args.world_size)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the last state on the screen."""
+        if state.is_world_process_zero:
+            self.meter.__exit__(None, None, None)
+
+    def _show_mfu(self, n_devices: int) -> str:
+        """Return the share of the peak that the last steps used, if the peak is known."""
+        n_steps = len(self._ends) - 1
+        if n_steps < 1:
+            return ""
+        tokens = n_steps * self.n_tokens / max(1e-9, self._ends[-1] - self._ends[0])
+        mfu = utilisation(tokens, self.flops_per_token, self.speed.device, n_devices)
+        return "" if mfu is None else f", {mfu:.0%} MFU"
+
+    def _note_norm(self, model: Any, state: Any) -> bool:
+        """Add the norm of the vector so far to the last entry of a run's log, if one is due.
+
+        Returns False, and logs why, when it cannot be measured.
+        """
+        try:
+            if is_due(state.log_history, state.max_steps):
+                is_full = self.config.lora is None
+                norm = full_norm(model, self.base) if is_full else lora_norm(model)
+                state.log_history[-1]["norm"] = norm
+        except ModelError as error:
+            name = self.config.name
+            logger.info("train %s: the norm of the vector is not recorded: %s", name, error)
+            return False
+        return True
+
+
+def tokens_per_step(config: TrainConfig, args: TrainingArguments) -> int:
+    """Return how many tokens one step of all processes together trains on."""
+    n_blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return int(n_blocks * config.block_size)
+
+
+def utilisation(
+    tokens_per_second: float, flops_per_token: float | None, device: str | None, n_devices: int
+) -> float | None:
+    """Return the share of the peak of `n_devices` devices (MFU, after PaLM) that a speed takes;
+    None where the peak or the FLOPs are not known.
+    """
+    peak = None if device is None else peak_flops(device)
+    if peak is None or flops_per_token is None:
+        return None
+    return tokens_per_second * flops_per_token / (peak * n_devices)

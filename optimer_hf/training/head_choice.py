@@ -1,0 +1,119 @@
+"""Choose how a run computes its loss, by measuring the candidates on its own shapes."""
+
+import importlib.util
+import logging
+import statistics
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from optimer_hf.models.head_loss import (
+    Loss,
+    blocked_loss,
+    fuse_loss,
+    is_plain_head,
+    plain_weight,
+    softcap_of,
+)
+from optimer_hf.models.token_loss import liger_loss, stock_loss
+from optimer_hf.vectors.training_record import Head, Speed
+
+logger = logging.getLogger(__name__)
+
+REPEATS = 5
+STOCK_SHARE = 0.5  # of the free memory: more of it would leave too little for the layers
+WORTH_CHANGING = 0.95  # of the time of the blocked loss; a smaller gain is noise
+
+
+def install_head(model: Any, wanted: str, n_tokens: int, dtype: torch.dtype, speed: Speed) -> None:
+    """Make a model compute its loss as wanted: `stock`, `blocked`, `liger`, or `auto`, the fastest
+    for batches of `n_tokens` in `dtype`. Notes the choice, and the times, in `speed`.
+
+    On a CPU, `auto` is the blocked loss. A head that is more than one product keeps its stock loss.
+    """
+    if not is_plain_head(model):
+        fuse_loss(model)  # says that it does not apply
+        speed.head = "stock"
+        return
+    if wanted == "auto":
+        wanted = speed.head or _choose(model, n_tokens, dtype, speed)
+    loss = {"blocked": blocked_loss(model.device.type), "liger": liger_loss}.get(wanted)
+    if loss is not None:
+        fuse_loss(model, loss)
+    speed.head = wanted  # type: ignore[assignment]
+
+
+def _choose(model: Any, n_tokens: int, dtype: torch.dtype, speed: Speed) -> Head:
+    """Return the fastest loss that fits the memory, and note the times."""
+    if model.device.type == "cpu":
+        return "blocked"
+    candidates: dict[Head, Loss] = {"stock": stock_loss, "blocked": blocked_loss("cuda")}
+    if importlib.util.find_spec("liger_kernel") is not None:
+        candidates["liger"] = liger_loss
+    weight = plain_weight(model)
+    assert weight is not None
+    for name, loss in candidates.items():
+        milliseconds = measure_loss(loss, weight, n_tokens, dtype, softcap_of(model))
+        if milliseconds is not None:
+            speed.head_ms[name] = round(milliseconds, 2)
+    chosen = choose_fastest(speed.head_ms)
+    logger.info("train: %s loss; ms a batch: %s", chosen, speed.head_ms)
+    return chosen
+
+
+def choose_fastest(milliseconds: Mapping[Head, float]) -> Head:
+    """Return the fastest loss; of two about as fast the blocked one, which needs less memory."""
+    times = dict(milliseconds)
+    if "blocked" in times:
+        times["blocked"] *= WORTH_CHANGING
+    return min(times, key=lambda name: times[name], default="blocked")
+
+
+def measure_loss(
+    loss: Loss, weight: torch.Tensor, n_tokens: int, dtype: torch.dtype, softcap: float | None
+) -> float | None:
+    """Return the milliseconds of a loss and its gradients for random hidden states [n, d] in a
+    dtype, or None if they do not fit in the memory or in STOCK_SHARE of what is free.
+    """
+    device = weight.device
+    head = weight.detach().requires_grad_(weight.requires_grad)
+    hidden = torch.randn(n_tokens, weight.shape[1], device=device).to(dtype).requires_grad_()
+    labels = torch.randint(len(weight), (n_tokens,), device=device)
+    free = _free_memory(device)
+    seconds = []
+    try:
+        for _ in range(1 + REPEATS):
+            hidden.grad = head.grad = None
+            started = perf_counter()
+            loss(hidden, head, labels, softcap).backward()  # type: ignore[no-untyped-call]
+            _wait(device)
+            seconds.append(perf_counter() - started)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        hidden.grad = head.grad = None
+        _free_memory(device)
+    if peak > _in_use(device) + STOCK_SHARE * free:
+        return None
+    return 1e3 * statistics.median(seconds[1:])
+
+
+def _free_memory(device: torch.device) -> int:
+    """Give unused memory of a GPU back, start to measure the peak, and return what is free."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _in_use(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
