@@ -1,0 +1,264 @@
+"""What a GPU does with this package: training, trials and merges; a table for each.
+
+    python benchmarks/gpu.py [--seconds 300] [--parts training,trials,merge]
+
+The model has the shape of Gemma 3 270M and random weights, which changes no time. Training is timed
+on blocks of 512 tokens, 16 a step, in bfloat16 mixed precision, and each arm in its own process:
+
+* stock: transformers' Trainer and its loss, without capture or compilation
+* liger: the same with Liger's kernels, if Liger is installed
+* ours: as `optimer train` does it, and then with single switches off or on
+
+`ms` is the median of the steps after all choices are made; `start` are the seconds before. MFU
+counts the FLOPs of PaLM's formula (no gradients of frozen weights). Peaks are of memory allocated.
+Where there is no GPU, everything is done once with a tiny model, to see that it runs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+IS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if IS_GPU else "cpu"
+BLOCK, BATCH = (512, 16) if IS_GPU else (32, 2)
+N_STEPS = 40 if IS_GPU else 12
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+COMPILED = {"torch_compile": True}
+ARMS: dict[str, dict[str, Any]] = {  # name -> fields of a train file, or who trains
+    "stock": {"by": "stock"},
+    "liger": {"by": "liger"},
+    "ours": {"trainer": COMPILED},
+    "ours, not compiled": {},
+    "ours, not captured": {"cuda_graph": False, "trainer": COMPILED},
+    "ours, neither": {"cuda_graph": False},
+    "ours, stock loss": {"head": "stock"},
+}
+
+
+def write_model(folder: Path) -> None:
+    """Write a model of random weights."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    shape: dict[str, Any] = {
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "vocab_size": 262144,
+        "sliding_window": 512,
+        "max_position_embeddings": 32768,
+    }
+    if not IS_GPU:
+        shape |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        shape |= {"vocab_size": 512, "head_dim": 16, "query_pre_attn_scalar": 16}
+    kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(18)]
+    shape["layer_types"] = kinds[: shape["num_hidden_layers"]]
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**shape))
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def random_blocks(n: int, n_vocabulary: int) -> "np.ndarray[Any, Any]":
+    """Return packed blocks [n, 2, BLOCK] of documents of random length."""
+    generator = np.random.default_rng(0)
+    blocks = np.empty((n, 2, BLOCK), dtype=np.int32)
+    blocks[:, 0] = generator.integers(5, n_vocabulary, (n, BLOCK))
+    for positions in blocks[:, 1]:
+        start = 0
+        while start < BLOCK:
+            stop = min(BLOCK, start + int(generator.integers(BLOCK // 8, BLOCK)))
+            positions[start:stop] = np.arange(stop - start)
+            start = stop
+    return blocks
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def train_arm(name: str, is_lora: bool, folder: Path) -> dict[str, Any]:
+    """Train with one arm and return its row."""
+    from transformers import AutoConfig, TrainerCallback
+
+    from optimer_hf.models.flops import training_flops
+    from optimer_hf.models.sizes import measure_sizes
+    from optimer_hf.training.callback import utilisation
+    from optimer_hf.training.config import TrainConfig
+    from optimer_hf.training.packing import PackedCorpus
+
+    class Times(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if IS_GPU:
+                torch.cuda.synchronize()
+            self.ends.append(perf_counter())
+
+    options = dict(ARMS[name])
+    by = options.pop("by", "ours")
+    trainer_options = {
+        "per_device_train_batch_size": BATCH,
+        "save_strategy": "no",
+        "logging_steps": 10,
+        **options.pop("trainer", {}),
+    }
+    config = TrainConfig(
+        format_version=1,
+        name="benchmark",
+        base_model=str(folder / "base"),
+        corpus={"path": "none"},
+        block_size=BLOCK,
+        max_tokens=N_STEPS * BATCH * BLOCK,
+        lora=LORA if is_lora else None,
+        trainer=trainer_options,
+        **options,
+    )
+    n_vocabulary = AutoConfig.from_pretrained(folder / "base").vocab_size
+    packed = PackedCorpus(random_blocks(N_STEPS * BATCH, n_vocabulary), "")
+    started, times = perf_counter(), Times()
+    with tempfile.TemporaryDirectory() as out:
+        trainer = build_ours(config, packed, Path(out), folder)
+        if by != "ours":
+            trainer = build_stock(config, packed, Path(out), folder, is_liger=by == "liger")
+        trainer.add_callback(times)
+        if IS_GPU:
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    steps = np.diff(times.ends)
+    tail = steps[len(steps) // 2 :]
+    ms = 1e3 * statistics.median(tail)
+    rate = BATCH * BLOCK / ms * 1e3
+    flops = training_flops(measure_sizes(trainer.model), BLOCK)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    speed = getattr(trainer, "speed", None)
+    return {
+        "arm": name,
+        "mode": "LoRA" if is_lora else "full",
+        "ms": round(ms, 1),
+        "tokens/s": round(rate),
+        "MFU": utilisation(rate, flops, device_name(), 1),
+        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1) if IS_GPU else None,
+        "start": round(times.ends[len(steps) // 2] - started, 1),
+        "loss": round(losses[-1], 4),
+        "speed": None if speed is None else speed.model_dump(),
+    }
+
+
+def build_ours(config: Any, packed: Any, out: Path, folder: Path) -> Any:
+    """Return the Trainer of `optimer train`."""
+    from optimer_hf.models.resolve import resolve_model
+    from optimer_hf.training.trainer import build_trainer
+
+    return build_trainer(config, resolve_model(str(folder / "base")), packed, out)
+
+
+def build_stock(config: Any, packed: Any, out: Path, folder: Path, *, is_liger: bool) -> Any:
+    """Return the Trainer of transformers, with a model and an adapter of its own."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, default_data_collator
+
+    from optimer_hf.training.arguments import training_arguments
+
+    arguments = training_arguments(config, out)
+    arguments.use_liger_kernel = is_liger
+    dtype = "auto" if config.lora else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
+    if config.lora:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.lora))
+    return Trainer(
+        model=model, args=arguments, train_dataset=packed, data_collator=default_data_collator
+    )
+
+
+def device_name() -> str:
+    """Return the name of the device."""
+    return torch.cuda.get_device_name() if IS_GPU else "CPU"
+
+
+# -- all -------------------------------------------------------------------------------------------
+
+
+def run_arms(folder: Path, names: list[str], modes: list[str], until: float) -> Iterator[Any]:
+    """Yield a row for each arm, each from its own process, one at a time; what would begin after
+    the limit is left out.
+
+    The processes start together, since importing takes longer than timing; each waits for its turn.
+    """
+    waiting = [(name, mode, start_arm(folder, name, mode)) for mode in modes for name in names]
+    for name, mode, process in waiting:
+        if perf_counter() > until:
+            process.kill()
+            print(f"left out: {name}, {mode}", file=sys.stderr)
+            continue
+        output, errors = process.communicate("go\n")
+        lines = [line for line in output.splitlines() if line.startswith("{")]
+        if lines:
+            yield json.loads(lines[-1])
+        else:
+            print(f"{name}, {mode}: {errors[-1500:]}", file=sys.stderr)
+
+
+def start_arm(folder: Path, name: str, mode: str) -> "subprocess.Popen[str]":
+    """Start the process of an arm, which waits for a line before it does anything."""
+    command = [sys.executable, __file__, "--arm", name, "--mode", mode, "--folder", str(folder)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def show_table(rows: list[dict[str, Any]]) -> str:
+    """Return rows as a Markdown table."""
+    keys = [key for key in rows[0] if key != "speed"]
+    lines = [f"| {' | '.join(keys)} |", f"|{' --- |' * len(keys)}"]
+    lines += [f"| {' | '.join(str(row.get(key)) for key in keys)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all parts and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--arms", default="all", help="names, separated by ';'")
+    parser.add_argument("--modes", default="LoRA,full")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--mode", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        from optimer_hf.training import captured  # noqa: F401
+
+        sys.stdin.readline()
+        row = train_arm(options.arm, options.mode == "LoRA", options.folder)
+        print(json.dumps(row))
+        return
+    until = perf_counter() + options.seconds
+    print(device_name(), torch.__version__, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_model(folder / "base")
+        arms = list(ARMS) if options.arms == "all" else options.arms.split(";")
+        rows = []
+        for row in run_arms(folder, arms, options.modes.split(","), until):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        print(show_table(rows))
+    if out := os.environ.get("OUT"):
+        Path(out, "gpu.json").write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
