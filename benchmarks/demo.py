@@ -85,10 +85,10 @@ def main() -> None:
     for _ in range(options.rounds):
         for fused in (False, True):
             with tempfile.TemporaryDirectory() as scratch:
-                found, losses[fused] = one_arm(
+                measured, losses[fused] = one_arm(
                     config, fused=fused, steps=options.steps, scratch=Path(scratch)
                 )
-            seconds[fused] += found[1:]
+            seconds[fused] += measured[1:]
     stock, ours = statistics.median(seconds[False]), statistics.median(seconds[True])
     differences = _differences(losses)
     exact: dict[bool, list[float]] = {}

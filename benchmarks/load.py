@@ -141,10 +141,10 @@ def seconds_to_ask(n_trials: int, n_vectors: int) -> float:
 def asking(options: Options) -> Iterator[str]:
     """An ask with two terms."""
     sizes = [(n_trials, n_vectors) for n_vectors in VECTORS for n_trials in TRIALS]
-    found = ((size, measured_alone(seconds_to_ask, *size)) for size in sizes)
+    costs = ((size, measured_alone(seconds_to_ask, *size)) for size in sizes)
     yield from table(
         ["trials", "vectors", "CPU-seconds of an ask", "peak memory (MB)"],
-        ([*map(str, size), f"{cost:.2f}", f"{memory:.0f}"] for size, (cost, memory) in found),
+        ([*map(str, size), f"{cost:.2f}", f"{memory:.0f}"] for size, (cost, memory) in costs),
     )
 
 
@@ -218,16 +218,16 @@ def covered(world: str, n_items: int) -> float:
     rng, n_covered = np.random.default_rng(n_items), 0
     for _ in range(SAMPLES):
         first, second = ({"t": term_score(side)} for side in draw(rng, n_items))
-        found = paired_interval(objective, first, second, second)
-        n_covered += found.low <= truth <= found.high
+        interval = paired_interval(objective, first, second, second)
+        n_covered += interval.low <= truth <= interval.high
     return n_covered / SAMPLES
 
 
 def coverage(options: Options) -> Iterator[str]:
     """Simulated coverage of the paired 95 % intervals."""
     sizes = (10, 20, 50, 200)
-    found = ([world, *(f"{100 * covered(world, n):.1f} %" for n in sizes)] for world in WORLDS)
-    yield from table(["differences", *(f"{n} items" for n in sizes)], found)
+    shares = ([world, *(f"{100 * covered(world, n):.1f} %" for n in sizes)] for world in WORLDS)
+    yield from table(["differences", *(f"{n} items" for n in sizes)], shares)
 
 
 # -- quality of a search ---------------------------------------------------------------------------
@@ -285,10 +285,13 @@ def quality(options: Options) -> Iterator[str]:
         for n_kept in fits
     ]
     with multiprocessing.get_context("spawn").Pool(options.processes, one_thread) as pool:
-        found = zip(jobs, pool.imap(regret_of, jobs), strict=True)
+        regrets = zip(jobs, pool.imap(regret_of, jobs), strict=True)
         yield from table(
             ["landscape", "vectors", "regret (%), bounded", "full", "each seed", "CPU-s", "full"],
-            (summary(kind, d, [next(found) for _ in range(2 * options.seeds)]) for kind, d in rows),
+            (
+                summary(kind, d, [next(regrets) for _ in range(2 * options.seeds)])
+                for kind, d in rows
+            ),
         )
 
 

@@ -197,11 +197,11 @@ def run_child(
     stdout, stderr = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{kind}: {stderr[-2000:]}")
-    found: dict[str, float] = {"anonymous": anonymous}
+    figures: dict[str, float] = {"anonymous": anonymous}
     for line in stdout.splitlines():
         if line.startswith("{"):
-            found |= json.loads(line)
-    return found
+            figures |= json.loads(line)
+    return figures
 
 
 def child_main(arguments: list[str]) -> None:
@@ -239,11 +239,13 @@ def weights_of(directory: Path) -> Path:
 
 def repeat(rounds: int, *arms: Callable[[], dict[str, float]]) -> list[dict[str, float]]:
     """Run the arms in turn and return the median of every figure of each."""
-    found: list[list[dict[str, float]]] = [[] for _ in arms]
+    by_arm: list[list[dict[str, float]]] = [[] for _ in arms]
     for _ in range(rounds):
-        for runs, arm in zip(found, arms, strict=True):
+        for runs, arm in zip(by_arm, arms, strict=True):
             runs.append(arm())
-    return [{key: statistics.median(run[key] for run in runs) for key in runs[0]} for runs in found]
+    return [
+        {key: statistics.median(run[key] for run in runs) for key in runs[0]} for runs in by_arm
+    ]
 
 
 class Inputs:
@@ -276,9 +278,9 @@ class Inputs:
         out = self.scratch / f"out-{kind}"
         shutil.rmtree(out, ignore_errors=True)
         os.sync()  # what others left to be written is not part of it
-        found = run_child(kind, base, sources, out, self.device)
+        measured = run_child(kind, base, sources, out, self.device)
         shutil.rmtree(out)
-        return found
+        return measured
 
     def floor(self, base: Path, sources: list[Path]) -> dict[str, float]:
         """Read the inputs and write the output once, without a merge."""
@@ -306,8 +308,8 @@ def checkpoints(inputs: Inputs) -> dict[str, Any]:
     line("mergekit task_arithmetic, bfloat16", fast, floor)
     line("mergekit task_arithmetic, float32", exact, floor)
     print(f"  without numba / with {plain['seconds'] / ours['seconds']:.2f}x")
-    found = {"floor": floor, "optimer": ours, "optimer_without_numba": plain}
-    return found | {"mergekit_bfloat16": fast, "mergekit_float32": exact}
+    by_engine = {"floor": floor, "optimer": ours, "optimer_without_numba": plain}
+    return by_engine | {"mergekit_bfloat16": fast, "mergekit_float32": exact}
 
 
 def adapters(inputs: Inputs) -> dict[str, Any]:
@@ -350,7 +352,7 @@ def switch(inputs: Inputs) -> dict[str, Any]:
 
     base, tuned = inputs.models("small", gemma_shapes())
     model = ResolvedModel(base, "base")
-    found: dict[str, Any] = {}
+    seconds_by_kind: dict[str, Any] = {}
     print(f"\nset_weights on Gemma 3 270M's shapes, {inputs.device}")
     for kind, sources in (("dense", tuned), ("LoRA", inputs.adapters(base))):
         pool = [open_vector(source.name, str(source), model) for source in sources]
@@ -379,8 +381,8 @@ def switch(inputs: Inputs) -> dict[str, Any]:
             without_numba,
             lambda n=moved + held: copy_bytes(n, inputs.device),
         )
-        found[kind] = ours | {"copies": copies["seconds"], "held_bytes": held}
-        found[kind]["without_numba"] = plain["seconds"]
+        seconds_by_kind[kind] = ours | {"copies": copies["seconds"], "held_bytes": held}
+        seconds_by_kind[kind]["without_numba"] = plain["seconds"]
         print(
             f"  4 {kind:5} vectors {ours['seconds']:.3f} s, "
             f"{ours['seconds'] / copies['seconds']:.2f}x a copy of base and pool "
@@ -388,9 +390,9 @@ def switch(inputs: Inputs) -> dict[str, Any]:
             f"without numba / with {plain['seconds'] / ours['seconds']:.2f}x"
         )
         del resident, pool
-    ratio = found["dense"]["held_bytes"] / found["LoRA"]["held_bytes"]
+    ratio = seconds_by_kind["dense"]["held_bytes"] / seconds_by_kind["LoRA"]["held_bytes"]
     print(f"  pool of 4 dense / 4 LoRA vectors: {ratio:.0f}x the memory")
-    return found
+    return seconds_by_kind
 
 
 def synchronize(device: str) -> None:
@@ -423,7 +425,7 @@ def accuracy(inputs: Inputs) -> dict[str, Any]:
 
     base, tuned = inputs.models("small", gemma_shapes())
     model, checkpoint = ResolvedModel(base, "base"), Checkpoint(base)
-    found = {}
+    errors = {}
     print("\naccuracy, bfloat16 output against float64")
     for kind, sources in (("dense", tuned), ("LoRA", inputs.adapters(base))):
         pool = [open_vector(source.name, str(source), model) for source in sources]
@@ -443,9 +445,9 @@ def accuracy(inputs: Inputs) -> dict[str, Any]:
             merged = merge_rows(base_rows, name, rows, pool, weights, torch.bfloat16)
             right += int((merged == exact.to(torch.bfloat16)).sum())
             total += merged.numel()
-        found[kind] = right / total
+        errors[kind] = right / total
         print(f"  4 {kind:5} vectors {100 * right / total:.3f} % of {total:,} correctly rounded")
-    return found
+    return errors
 
 
 def line(name: str, found: dict[str, float], floor: dict[str, float]) -> None:
@@ -479,8 +481,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(options.scratch or Path(folder), options.device, options.rounds)
         print(f"threads {torch.get_num_threads()}, {options.rounds} rounds, medians")
-        found = {name: MEASUREMENTS[name](inputs) for name in options.only}
-    print(json.dumps(found))
+        measured = {name: MEASUREMENTS[name](inputs) for name in options.only}
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -94,9 +94,9 @@ class Landscape:
 
     def observed_value(self, point: "Array", rng: np.random.Generator) -> float:
         """Return one noisy value of the uniform objective: what samplers without terms see."""
-        found = self.observe(point, rng).mean(axis=1)
+        observed = self.observe(point, rng).mean(axis=1)
         base = self.scores(np.zeros((1, self.d)))[0]
-        return float(self.relative_to_base(found, base).mean())
+        return float(self.relative_to_base(observed, base).mean())
 
 
 def owners(rng: np.random.Generator, d: int) -> "Array":
@@ -287,9 +287,9 @@ def regrets(landscape: Landscape, term_weights: "Array", points: "Array") -> lis
         return landscape.gains(at) @ term_weights
 
     best = best_value(value, landscape.d, points)
-    found = 100 * (1 - value(points) / best)
-    assert found.min() >= -0.5, f"a recommendation beats the optimum by {-found.min():.2f} %"
-    return [float(regret) for regret in found]
+    regrets = 100 * (1 - value(points) / best)
+    assert regrets.min() >= -0.5, f"a recommendation beats the optimum by {-regrets.min():.2f} %"
+    return [float(regret) for regret in regrets]
 
 
 def uniform_regrets(landscape: Landscape, points: Sequence["Array"]) -> list[float]:
@@ -322,11 +322,11 @@ def observe_all(
     sampler: str, landscape: Landscape, seed: int, points: Iterable["Array"]
 ) -> Observations:
     """Evaluate points in order; a generator of points may look at the values in between."""
-    rng, found = noise_of(sampler, seed), Observations([], [])
+    rng, observations = noise_of(sampler, seed), Observations([], [])
     for point in points:
-        found.points.append(point)
-        found.values.append(landscape.observed_value(point, rng))
-    return found
+        observations.points.append(point)
+        observations.values.append(landscape.observed_value(point, rng))
+    return observations
 
 
 def random_search(landscape: Landscape, seed: int, n_trials: int) -> Observations:
@@ -341,14 +341,14 @@ def optuna_tpe(landscape: Landscape, seed: int, n_trials: int) -> Observations:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize")
-    rng, found = noise_of("tpe", seed), Observations([], [])
+    rng, observations = noise_of("tpe", seed), Observations([], [])
     for _ in range(n_trials):
         trial = study.ask()
         point = np.array([trial.suggest_float(f"w{i}", 0, 1) for i in range(landscape.d)])
-        found.points.append(point)
-        found.values.append(landscape.observed_value(point, rng))
-        study.tell(trial, found.values[-1])
-    return found
+        observations.points.append(point)
+        observations.values.append(landscape.observed_value(point, rng))
+        study.tell(trial, observations.values[-1])
+    return observations
 
 
 def cma_es(landscape: Landscape, seed: int, n_trials: int) -> Observations:
@@ -357,14 +357,14 @@ def cma_es(landscape: Landscape, seed: int, n_trials: int) -> Observations:
 
     options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9}
     strategy = cma.CMAEvolutionStrategy(np.full(landscape.d, 1 / landscape.d), 0.2, options)
-    rng, found = noise_of("cma", seed), Observations([], [])
-    while len(found.points) < n_trials:
+    rng, observations = noise_of("cma", seed), Observations([], [])
+    while len(observations.points) < n_trials:
         population = [np.array(point) for point in strategy.ask()]
         values = [landscape.observed_value(point, rng) for point in population]
         strategy.tell(population, [-value for value in values])
-        found.points.extend(population)
-        found.values.extend(values)
-    return found
+        observations.points.extend(population)
+        observations.values.extend(values)
+    return observations
 
 
 def stock_smac(facade_name: str, landscape: Landscape, seed: int, n_trials: int) -> Observations:
@@ -380,7 +380,7 @@ def stock_smac(facade_name: str, landscape: Landscape, seed: int, n_trials: int)
     names = [f"w{i}" for i in range(landscape.d)]
     space = ConfigurationSpace(seed=seed)
     space.add([Float(name, (0.0, 1.0)) for name in names])
-    rng, found = noise_of(facade_name, seed), Observations([], [])
+    rng, observations = noise_of(facade_name, seed), Observations([], [])
     with tempfile.TemporaryDirectory() as scratch:
         scenario = smac.Scenario(
             space,
@@ -394,10 +394,10 @@ def stock_smac(facade_name: str, landscape: Landscape, seed: int, n_trials: int)
         )
         for _ in range(n_trials):
             info = facade.ask()
-            found.points.append(np.array([info.config[name] for name in names]))
-            found.values.append(landscape.observed_value(found.points[-1], rng))
-            facade.tell(info, TrialValue(cost=-found.values[-1]), save=False)
-    return found
+            observations.points.append(np.array([info.config[name] for name in names]))
+            observations.values.append(landscape.observed_value(observations.points[-1], rng))
+            facade.tell(info, TrialValue(cost=-observations.values[-1]), save=False)
+    return observations
 
 
 def unused_target(config: Any, seed: int = 0) -> float:
@@ -548,14 +548,14 @@ def run_jobs(
     name: str, function: Callable[[Job], dict[str, Any]], jobs: Sequence[Job], processes: int
 ) -> list[dict[str, Any]]:
     """Run jobs in one or more processes, each on one thread, and return their results in order."""
-    started, found = perf_counter(), list[dict[str, Any]]()
+    started, results = perf_counter(), list[dict[str, Any]]()
     with multiprocessing.get_context("spawn").Pool(processes, initializer=one_thread) as pool:
         for number, result in enumerate(pool.imap(function, jobs), start=1):
-            found.append(result)
+            results.append(result)
             seconds = perf_counter() - started
             print(f"\r{name}: {number}/{len(jobs)}, {seconds:.0f} s", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return found
+    return results
 
 
 def one_thread() -> None:
@@ -573,12 +573,12 @@ def compare_samplers(job: Job) -> dict[str, Any]:
     recommended = {("optimer", n): ranked(config, trials[:n])[0] for n in CHECKPOINTS}
     for name in OTHERS | STOCK_SMAC if job.with_smac else OTHERS:
         recommended |= recommended_by(name, job)
-    found = uniform_regrets(landscape, list(recommended.values()))
+    regrets = uniform_regrets(landscape, list(recommended.values()))
     return {
         "kind": job.kind,
         "d": job.d,
         "seed": job.seed,
-        "regret": {f"{name}@{n}": r for (name, n), r in zip(recommended, found, strict=True)},
+        "regret": {f"{name}@{n}": r for (name, n), r in zip(recommended, regrets, strict=True)},
     }
 
 
@@ -594,8 +594,8 @@ def against_tpe(job: Job) -> dict[str, Any]:
     config = config_of(landscape, job.seed, CHECKPOINTS[0])
     ours = ranked(config, optimer_trials(landscape, config))[0]
     theirs = recommended_by("tpe", job)["tpe", TPE_TRIALS]
-    found = uniform_regrets(landscape, [ours, theirs])
-    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": found}
+    regrets = uniform_regrets(landscape, [ours, theirs])
+    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": regrets}
 
 
 def against_one_worker(job: Job) -> dict[str, Any]:
@@ -606,8 +606,8 @@ def against_one_worker(job: Job) -> dict[str, Any]:
         ranked(config, optimer_trials(landscape, config, n_workers=n_workers))[0]
         for n_workers in (2, 1)
     ]
-    found = uniform_regrets(landscape, points)
-    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": found}
+    regrets = uniform_regrets(landscape, points)
+    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": regrets}
 
 
 def paired(options: Options) -> dict[str, Any]:
@@ -642,10 +642,10 @@ def compare_pairs(
     jobs = [
         Job(kind, d, seed, others=options.others) for kind, d in rows for seed in range(n_seeds)
     ]
-    found = run_jobs(name, function, jobs, options.processes)
+    results = run_jobs(name, function, jobs, options.processes)
     table = {}
     for kind, d in rows:
-        both = np.array([r["regret"] for r in found if (r["kind"], r["d"]) == (kind, d)]).T
+        both = np.array([r["regret"] for r in results if (r["kind"], r["d"]) == (kind, d)]).T
         ours, theirs = np.median(both, axis=1)
         interval = bootstrap(
             both, median_difference, paired=True, method="percentile", rng=np.random.default_rng(0)
@@ -655,7 +655,7 @@ def compare_pairs(
         print(f"(bar: no more{missed(ours, theirs)}), {ours - theirs:+.2f} ", end="")
         print(f"[{interval.low:+.2f}, {interval.high:+.2f}]; ", end="")
         print(f"lower on {(both[0] < both[1]).mean():.0%} of the landscapes")
-    return {"table": table, "runs": found}
+    return {"table": table, "runs": results}
 
 
 def median_difference(a: "Array", b: "Array", axis: int = -1) -> "Array":
@@ -693,19 +693,19 @@ def compare(options: Options, rows: Sequence[tuple[str, int]], name: str) -> dic
         for seed in range(options.seeds)
         for kind, d in rows
     ]
-    found = run_jobs(name, compare_samplers, jobs, options.processes)
-    columns = list({column: None for result in found for column in result["regret"]})
+    runs = run_jobs(name, compare_samplers, jobs, options.processes)
+    columns = list({column: None for result in runs for column in result["regret"]})
     print(f"  {'':19}" + "".join(f"{column:>{len(column) + 2}}" for column in columns))
     table = {}
     for kind, d in rows:
-        results = [r for r in found if (r["kind"], r["d"]) == (kind, d)]
+        results = [r for r in runs if (r["kind"], r["d"]) == (kind, d)]
         table[f"{kind} {d}"] = print_row(f"{kind}, {d} vectors", results, columns)
         if kind in KINDS:
             for family in FAMILIES:
                 some = [r for r in results if family_of(r["seed"]) == family]
                 table[f"{kind} {d} {family}"] = print_row(f"  {family}", some, columns)
     print(f"  bar: no more than {BAR}; ", end="")
-    return {"regret": table, "rank": print_ranks(found), "runs": found}
+    return {"regret": table, "rank": print_ranks(runs), "runs": runs}
 
 
 def print_row(
@@ -734,10 +734,10 @@ def print_ranks(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     complete = [r["regret"] for r in results if all(column in r["regret"] for column in compared)]
     ranks = np.array([rankdata([regret[c] for c in compared]) for regret in complete])
     medians = dict(zip(compared, np.median(ranks, axis=0), strict=True))
-    found = {column.split("@")[0]: float(rank) for column, rank in medians.items()}
+    by_sampler = {column.split("@")[0]: float(rank) for column, rank in medians.items()}
     print(f"median rank at {CHECKPOINTS[-1]} trials over {len(ranks)} runs (bar 1): ", end="")
-    print(", ".join(f"{name} {rank:g}" for name, rank in found.items()))
-    return found
+    print(", ".join(f"{name} {rank:g}" for name, rank in by_sampler.items()))
+    return by_sampler
 
 
 def spend_items(job: Job) -> dict[str, Any]:
@@ -756,8 +756,8 @@ def spend_items(job: Job) -> dict[str, Any]:
     for n in range(first, len(trials) + 1):
         best = ranked(config, trials[:n])[:3]
         ours.append(max(best, key=lambda point: landscape.observed_value(point, rng)))
-    found = uniform_regrets(landscape, [*ours, *theirs])
-    our_regrets, their_regrets = found[: len(ours)], found[len(ours) :]
+    regrets = uniform_regrets(landscape, [*ours, *theirs])
+    our_regrets, their_regrets = regrets[: len(ours)], regrets[len(ours) :]
     rescored = (3 + 1) * N_TERMS * N_ITEMS
     costs = [n * N_TERMS * N_ITEMS_SEARCH + rescored for n in range(first, len(trials) + 1)]
     target = their_regrets[-1]
@@ -799,21 +799,23 @@ def items(options: Options) -> dict[str, Any]:
     """Items evaluated until our search on a third of the items is as good as TPE's 100 trials."""
     dimensions = [d for _, d in options.chosen(("items", d) for d in DIMENSIONS)]
     jobs = [Job("items", d, seed) for d in dimensions for seed in range(options.seeds)]
-    found = run_jobs("items", spend_items, jobs, options.processes)
+    results = run_jobs("items", spend_items, jobs, options.processes)
     print(
         f"\nitems: those evaluated until as good as {TPE_TRIALS} trials of TPE, which take", end=""
     )
-    print(f" {found[0]['tpe_items']:,}; ours on {N_ITEMS_SEARCH} of {N_ITEMS} a term, 3 re-scored")
+    print(
+        f" {results[0]['tpe_items']:,}; ours on {N_ITEMS_SEARCH} of {N_ITEMS} a term, 3 re-scored"
+    )
     table = {}
     for d in dimensions:
-        row = table[d] = summary_of([run for run in found if run["d"] == d])
+        row = table[d] = summary_of([run for run in results if run["d"] == d])
         print(f"  {d} vectors: {share(row['ratio'])} of them, median of runs", end="")
         print(f" (bar {share(ITEMS_BAR)}{missed(row['ratio'], ITEMS_BAR)})", end="")
         print(f"; {row['reached']:.0%} of the runs get there within {max(CHECKPOINTS)} trials")
         print(f"    {share(row['ratio_of_medians'])} until the median regret is TPE's, ", end="")
         print(f"{row['tpe_regret']:.2f} %; at the end {row['optimer_regret']:.2f} %")
         print(f"    TPE itself was there for the first time after {share(row['tpe_first'])}")
-    return {"table": table, "runs": found}
+    return {"table": table, "runs": results}
 
 
 def share(value: float | None) -> str:
@@ -838,8 +840,8 @@ class LandscapePool:
         self, weights: Mapping[str, float], asked: Sequence[Asked]
     ) -> tuple[dict[str, TermScore], dict[str, float], int]:
         """Observe the landscape once."""
-        found = self.landscape.observe(point_of(weights), self.rng)
-        return term_scores(self.landscape, found), {"merge": 0.0, "evaluate": 0.0}, 0
+        observed = self.landscape.observe(point_of(weights), self.rng)
+        return term_scores(self.landscape, observed), {"merge": 0.0, "evaluate": 0.0}, 0
 
 
 def retarget_study(job: Job) -> dict[str, Any]:
@@ -847,7 +849,7 @@ def retarget_study(job: Job) -> dict[str, Any]:
     landscape = landscape_of(job.kind, job.d, job.seed)
     config = config_of(landscape, job.seed, RETARGET_TRIALS)
     objectives = np.random.default_rng([job.seed, 2]).dirichlet(np.ones(N_TERMS), N_OBJECTIVES)
-    found, kept = [], []
+    predicted, kept = [], []
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "study"
         runner = InProcess(lambda _: LandscapePool(landscape, job.seed))
@@ -857,21 +859,21 @@ def retarget_study(job: Job) -> dict[str, Any]:
             named = {f"t{t}": float(weight) for t, weight in enumerate(objective)}
             point = point_of(predict(study, named).weights)
             new, old = regrets(landscape, objective, np.array([point, incumbent]))
-            found.append(new)
+            predicted.append(new)
             kept.append(old)
-    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": found, "incumbent": kept}
+    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": predicted, "incumbent": kept}
 
 
 def retarget(options: Options) -> dict[str, Any]:
     """Regret of weights predicted for new objectives from 60 recorded trials, no new ones."""
     rows = options.chosen((kind, d) for kind in ("smooth", "accuracy", "items") for d in DIMENSIONS)
     jobs = [Job(kind, d, seed) for kind, d in rows for seed in range(options.seeds)]
-    found = run_jobs("retarget", retarget_study, jobs, options.processes)
+    results = run_jobs("retarget", retarget_study, jobs, options.processes)
     print(f"\nretarget: regret in % for new objectives after {RETARGET_TRIALS} trials; ", end="")
     print(f"medians, their 95 % bootstrap intervals; {options.seeds} studies a row")
     table = {}
     for kind, d in rows:
-        runs = [run for run in found if (run["kind"], run["d"]) == (kind, d)]
+        runs = [run for run in results if (run["kind"], run["d"]) == (kind, d)]
         regrets_of = np.array([run["regret"] for run in runs])
         predicted, interval = float(np.median(regrets_of)), median_interval(regrets_of)
         kept = statistics.median(regret for run in runs for regret in run["incumbent"])
@@ -882,7 +884,7 @@ def retarget(options: Options) -> dict[str, Any]:
         print(f"  {name:21} {d} vectors {predicted:6.2f} ", end="")
         print("[{:.2f}, {:.2f}] ".format(*interval), end="")
         print(f"({note}); old incumbent {kept:6.2f}")
-    return {"table": table, "runs": found}
+    return {"table": table, "runs": results}
 
 
 def median_interval(by_study: "Array") -> tuple[float, float]:
@@ -970,11 +972,13 @@ def main() -> None:
         rows=parsed.rows,
     )
     print(f"{options.seeds} seeds ({options.smac_seeds} for stock SMAC), medians")
-    found = {name: MEASUREMENTS[name](options) for name in parsed.only}
-    if "samplers" in found and "real" in found:
+    measured = {name: MEASUREMENTS[name](options) for name in parsed.only}
+    if "samplers" in measured and "real" in measured:
         print("\nsamplers and real together: ", end="")
-        found["both"] = {"rank": print_ranks(found["samplers"]["runs"] + found["real"]["runs"])}
-    print(json.dumps(found))
+        measured["both"] = {
+            "rank": print_ranks(measured["samplers"]["runs"] + measured["real"]["runs"])
+        }
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     config = StudyConfig.read(options.study / "study.json")
-    found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    by_n_workers: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     print(f"{options.trials} trials, one thread a worker, {options.seeds} seeds")
     print("seed  trials/min, 1 and 2 workers  ratio  best value, 1 and 2 workers")
     for seed in range(options.seeds):
@@ -91,20 +91,20 @@ def main() -> None:
             update={"n_trials": options.trials, "rescore_top": 0, "seed": seed}
         )
         asked = config.model_copy(update={"search": settings, "test": None, "retarget": {}})
-        for n_workers, arm in found.items():
+        for n_workers, arm in by_n_workers.items():
             arm.append(run(asked, n_workers))
-        one, two = found[1][-1], found[2][-1]
+        one, two = by_n_workers[1][-1], by_n_workers[2][-1]
         print(
             f"{seed:4}  {one['per_minute']:10.1f} {two['per_minute']:10.1f} "
             f"{two['per_minute'] / one['per_minute']:12.2f}x  "
             f"{one['value']:+10.4f} {two['value']:+10.4f}",
             flush=True,
         )
-    pairs = list(zip(found[1], found[2], strict=True))
+    pairs = list(zip(by_n_workers[1], by_n_workers[2], strict=True))
     ratio = median(two["per_minute"] / one["per_minute"] for one, two in pairs)
     difference = median(two["value"] - one["value"] for one, two in pairs)
     print(f"throughput {ratio:.2f}x (bar 1.6x), best value {difference:+.4f} (medians of pairs)")
-    print(json.dumps(found))
+    print(json.dumps(by_n_workers))
 
 
 if __name__ == "__main__":

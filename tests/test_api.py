@@ -26,8 +26,8 @@ def test_importing_the_package_loads_no_library_and_takes_no_time():
         "print(time.process_time() - started, len(dir(optimer_hf)), "
         "*{'torch', 'numpy', 'pydantic', 'click'} & sys.modules.keys())"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    seconds, n_names, *loaded = found.stdout.split()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    seconds, n_names, *loaded = result.stdout.split()
     assert loaded == [] and float(seconds) < 0.2
     assert int(n_names) > len(optimer.__all__)
 

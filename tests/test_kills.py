@@ -193,11 +193,11 @@ def test_a_command_killed_anywhere_and_started_again_ends_as_if_it_had_not_been(
     tried, request: pytest.FixtureRequest, name: str
 ):
     every = request.config.getoption("--every-event")
-    found = tried(name, None if every else N_SAMPLED)
-    told = f"{name}: {found['n_events']} events, {found['tried']} killed, "
-    sys.stderr.write(f"{told}{len(found['failed'])} failed\n")
-    assert found["failed"] == []
-    assert found["tried"] >= N_SAMPLED
+    outcome = tried(name, None if every else N_SAMPLED)
+    told = f"{name}: {outcome['n_events']} events, {outcome['tried']} killed, "
+    sys.stderr.write(f"{told}{len(outcome['failed'])} failed\n")
+    assert outcome["failed"] == []
+    assert outcome["tried"] >= N_SAMPLED
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -205,6 +205,6 @@ def test_a_command_whose_disk_takes_no_more_data_says_so_and_can_be_started_agai
     tried, request: pytest.FixtureRequest, name: str
 ):
     every = request.config.getoption("--every-event")
-    found = tried(name, None if every else N_SAMPLED, seed=1, is_refused=True)
-    assert not found["failed"], "\n".join(found["failed"])
-    assert found["tried"] >= N_SAMPLED
+    outcome = tried(name, None if every else N_SAMPLED, seed=1, is_refused=True)
+    assert not outcome["failed"], "\n".join(outcome["failed"])
+    assert outcome["tried"] >= N_SAMPLED

@@ -110,10 +110,10 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
         "- {model: org/a+org/b, parameters: {weight: 1}}\n",
         encoding="utf-8",
     )
-    found = optimer(
+    result = optimer(
         "validate", *(tmp_path / name for name in ("study.yaml", "train.yaml", "m.yml"))
     )
-    assert found.stdout.replace(f"{tmp_path}/", "").splitlines() == [
+    assert result.stdout.replace(f"{tmp_path}/", "").splitlines() == [
         "study.yaml: a valid study",
         "study.yaml:2: vectors.x.source: x: no such file or directory.",
         "study.yaml:5: objective.terms.1.text: gone.jsonl: no such file or directory.",
@@ -126,13 +126,15 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
     ]
     (tmp_path / "obj.yaml").write_text("terms: [{text: gone.jsonl}]\n", encoding="utf-8")
     for arguments in (["study.yaml"], ["m.yml", "--objective", tmp_path / "obj.yaml"]):
-        found = optimer("search", tmp_path / arguments[0], *arguments[1:], tmp_path / "s", ok=False)
-        assert "gone.jsonl: no such file or directory." in found.stderr
-        assert f"{arguments[0]}:2: " in found.stderr
+        result = optimer(
+            "search", tmp_path / arguments[0], *arguments[1:], tmp_path / "s", ok=False
+        )
+        assert "gone.jsonl: no such file or directory." in result.stderr
+        assert f"{arguments[0]}:2: " in result.stderr
         assert not (tmp_path / "s").exists()
-    found = optimer("validate", "--strict", tmp_path / "study.yaml", tmp_path / "m.yml", ok=False)
-    assert found.stdout == ""
-    assert found.stderr.count("no such file or directory.") == 5
+    result = optimer("validate", "--strict", tmp_path / "study.yaml", tmp_path / "m.yml", ok=False)
+    assert result.stdout == ""
+    assert result.stderr.count("no such file or directory.") == 5
 
 
 def test_strict_names_wrong_fields_and_absent_files_together(tmp_path):
@@ -150,8 +152,8 @@ def test_strict_names_wrong_fields_and_absent_files_together(tmp_path):
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    found = optimer("validate", "--strict", *(tmp_path / name for name in files), ok=False)
-    lines = found.stderr.removeprefix("error: ").replace(f"{tmp_path}/", "").splitlines()
+    result = optimer("validate", "--strict", *(tmp_path / name for name in files), ok=False)
+    lines = result.stderr.removeprefix("error: ").replace(f"{tmp_path}/", "").splitlines()
     absent = [line for line in lines if line.endswith(": no such file or directory.")]
     assert [line.rpartition(": no ")[0] for line in absent] == [
         "study.yaml:1: base_model: base",

@@ -60,14 +60,14 @@ def test_a_signal_cleans_up_says_how_to_resume_and_is_the_exit_status(
 
 
 def test_ignored_and_handled_signals_are_left_alone(monkeypatch):
-    found = []
+    handlers = []
     monkeypatch.setattr(
-        "optimer_hf.hub.pull", lambda *_, **__: found.append(signal.getsignal(signal.SIGHUP))
+        "optimer_hf.hub.pull", lambda *_, **__: handlers.append(signal.getsignal(signal.SIGHUP))
     )
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         CliRunner().invoke(main, ["pull", "a/b"])
-        assert found == [signal.SIG_IGN] == [signal.getsignal(signal.SIGHUP)]
+        assert handlers == [signal.SIG_IGN] == [signal.getsignal(signal.SIGHUP)]
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

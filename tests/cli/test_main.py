@@ -249,8 +249,8 @@ def test_the_traceback_of_an_error_has_its_causes():
             raise ConfigError("c.json: not valid JSON.") from error
 
     assert CliRunner().invoke(group, ["fail"]).stderr == "error: c.json: not valid JSON.\n"
-    found = CliRunner().invoke(group, ["-v", "fail"]).stderr
-    assert re.search(r"(?s)JSONDecodeError.*direct cause.*ConfigError.*\nerror: c\.json", found)
+    shown = CliRunner().invoke(group, ["-v", "fail"]).stderr
+    assert re.search(r"(?s)JSONDecodeError.*direct cause.*ConfigError.*\nerror: c\.json", shown)
 
 
 def test_the_package_runs_as_a_module_and_knows_its_version():
@@ -262,10 +262,10 @@ def test_a_shell_completes_commands():
     command = [sys.executable, "-m", "optimer_hf"]
     asked = {"COMP_WORDS": "optimer rep", "COMP_CWORD": "1", "_OPTIMER_COMPLETE": "bash_complete"}
     code = "from optimer_hf.cli import main; main(prog_name='optimer')"
-    found = subprocess.run(
+    result = subprocess.run(
         [*command[:1], "-c", code], env=os.environ | asked, capture_output=True, text=True
     )
-    assert found.stdout.split() == ["plain,report"]
+    assert result.stdout.split() == ["plain,report"]
 
 
 def test_verbose_lets_the_traceback_of_a_crashed_trial_through():

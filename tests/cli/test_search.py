@@ -85,15 +85,15 @@ def test_another_objective_is_answered_from_the_record_and_verified(searched, tm
     text = optimer("retarget", study, target).stdout
     assert "predicted: value" in text and "xyz: gain" in text
     assert re.search(r"weights: \S+ [\d.]+, \S+ [\d.]+\n", text)
-    found = json.loads(
+    result = json.loads(
         optimer(
             *("retarget", study, target, tmp_path / "new", "--n-trials", 1, "--format", "json")
         ).stdout
     )
-    assert found["verified"]["ledger"]["search"]["n"] == 7
+    assert result["verified"]["ledger"]["search"]["n"] == 7
     assert (study / "trials.jsonl").read_bytes() == before
     lines = (tmp_path / "new" / "trials.jsonl").read_text().splitlines()
-    assert json.loads(lines[6])["weights"] == found["prediction"]["weights"]
+    assert json.loads(lines[6])["weights"] == result["prediction"]["weights"]
 
 
 @pytest.mark.parametrize(

@@ -49,14 +49,14 @@ def test_a_random_vector_has_the_norm_of_every_tensor_and_no_direction_in_common
     write_random_like(real, base, tmp_path / "random", seed=3)
     noise = open_vector("v", str(tmp_path / "random"), base)
     assert noise.kind == ("adapter" if stored == "adapter" else "delta")
-    found, expected = deltas(noise, base), deltas(real, base)
+    drawn, expected = deltas(noise, base), deltas(real, base)
     for name, delta in expected.items():
         tolerance = 1e-5 if stored == "adapter" else 3e-3  # stored in bfloat16
-        assert found[name].norm().item() == pytest.approx(delta.norm().item(), rel=tolerance), name
+        assert drawn[name].norm().item() == pytest.approx(delta.norm().item(), rel=tolerance), name
         if stored == "adapter":
-            rank = torch.linalg.matrix_rank(found[name].double(), rtol=1e-5)
+            rank = torch.linalg.matrix_rank(drawn[name].double(), rtol=1e-5)
             assert rank == torch.linalg.matrix_rank(delta.double(), rtol=1e-5)
-    flat = [torch.cat([delta.flatten() for delta in side.values()]) for side in (found, expected)]
+    flat = [torch.cat([delta.flatten() for delta in side.values()]) for side in (drawn, expected)]
     cosine = torch.nn.functional.cosine_similarity(*flat, dim=0)
     assert abs(cosine) < 6 / len(flat[0]) ** 0.5 + 0.02
     assert measure_norms(noise, Checkpoint(base.path)) == pytest.approx(
@@ -154,13 +154,13 @@ def test_the_seed_of_the_search_draws_random_vectors_and_the_masks_of_dare(real_
         config = real_study.config.model_copy(
             update={"search": real_study.config.search.model_copy(update={"seed": seed})}
         )
-        found = {}
+        directories = {}
         for model in list_models(replace(real_study, config=config)):
             if model.title in ("dare_ties", "random vectors of equal norm"):
-                found |= model.make(tmp_path / folder)
+                directories |= model.make(tmp_path / folder)
             else:
                 kept.append(model.weights)
-        return {key: digest(weight_digests(Path(path))) for key, path in found.items()}
+        return {key: digest(weight_digests(Path(path))) for key, path in directories.items()}
 
     kept = []
     first, again, other = built(0, "first"), built(0, "again"), built(1, "other")

@@ -14,24 +14,24 @@ from tests.support.landscapes import FunctionPool, config_of
 def test_trials_are_summed_by_phase():
     seconds = {"ask": 0.5, "merge": 0.25, "evaluate": 4.0, "forward": 3.5}
     trial = Trial(0, "x", "search", {}, "ok", {}, seconds, n_tokens=10)
-    found = trial_cost([trial, trial])
-    assert found.n == 2 and found.tokens == 20
-    assert found.seconds == 9.5
-    assert (found.ask, found.merge, found.forward, found.harness) == (1, 0.5, 7, 1)
-    assert found.overhead_share == pytest.approx(1 - 7 / 9.5, abs=1e-4)
+    cost = trial_cost([trial, trial])
+    assert cost.n == 2 and cost.tokens == 20
+    assert cost.seconds == 9.5
+    assert (cost.ask, cost.merge, cost.forward, cost.harness) == (1, 0.5, 7, 1)
+    assert cost.overhead_share == pytest.approx(1 - 7 / 9.5, abs=1e-4)
 
 
 def test_items_are_counted_over_terms_and_trials(tmp_path):
     study = search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
-    found = ledger_of_study(study)
-    assert found.search.items == 12 * 3 * 4  # trials, terms, items
-    assert found.rescore.n == 3
-    assert found.data_mixture is None  # nobody knows what training these vectors took
+    ledger = ledger_of_study(study)
+    assert ledger.search.items == 12 * 3 * 4  # trials, terms, items
+    assert ledger.rescore.n == 3
+    assert ledger.data_mixture is None  # nobody knows what training these vectors took
 
 
 def test_a_mixture_attempt_trains_on_all_tokens_and_is_evaluated_once():
-    found = mixture_cost(1000.0, 60.0, TrialCost(n=20, seconds=50.0))
-    assert found.model_dump() == {
+    cost = mixture_cost(1000.0, 60.0, TrialCost(n=20, seconds=50.0))
+    assert cost.model_dump() == {
         "attempts": 20,
         "seconds": 20 * 1000 + 50,
         "ratio_search_only": round(20050 / 60, 1),

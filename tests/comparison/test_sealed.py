@@ -184,12 +184,12 @@ def test_retargeted_rows_are_scored_under_their_own_objective_and_are_no_baselin
 
 def test_retarget_predicts_better_weights_for_another_objective_than_average_and_incumbent(study):
     prediction = predict(study, {"q": 1.0})
-    found = landscape("q", prediction.weights)
-    assert found < landscape("q", dict.fromkeys("wxyz", 0.25))
-    assert found < landscape("q", study.best_trial.weights)
+    value = landscape("q", prediction.weights)
+    assert value < landscape("q", dict.fromkeys("wxyz", 0.25))
+    assert value < landscape("q", study.best_trial.weights)
     base = landscape("q", dict.fromkeys("wxyz", 0.0))
     assert prediction.value == pytest.approx(
-        (base - found) / base, abs=max(0.02, 3 * prediction.deviation)
+        (base - value) / base, abs=max(0.02, 3 * prediction.deviation)
     )
 
 

@@ -57,9 +57,9 @@ def write_as_trials(study, n: int | None = None) -> None:
 
 def test_rows_are_recorded_by_kind_and_subject(study):
     lines = (study.directory / "sealed.jsonl").read_text().splitlines()
-    found = {(line["kind"], line["subject"]) for line in map(json.loads, lines)}
-    assert ("alone", "x") in found and ("retargeted", "for q") in found
-    assert {("other_search", "random"), ("model", "w at 2.0")} <= found
+    data = {(line["kind"], line["subject"]) for line in map(json.loads, lines)}
+    assert ("alone", "x") in data and ("retargeted", "for q") in data
+    assert {("other_search", "random"), ("model", "w at 2.0")} <= data
 
 
 def test_a_row_with_the_weights_of_another_is_read_with_its_scores(study):

@@ -57,9 +57,9 @@ def test_shuffling_keeps_few_characters_in_memory():
             most = max(most, held)
             yield text
 
-    found = []
+    shuffled = []
     for text in shuffle(source(), seed=1, buffer_size=50, n_characters=300):
         held -= len(text)
-        found.append(text)
-    assert sorted(found) == sorted(chr(97 + n % 26) * (1 + n % 90) for n in range(200))
+        shuffled.append(text)
+    assert sorted(shuffled) == sorted(chr(97 + n % 26) * (1 + n % 90) for n in range(200))
     assert most <= 300 + 2 * 90

@@ -235,9 +235,9 @@ def test_a_large_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, mo
     monkeypatch.setattr(texts_module, "LONGEST_TEXT", 50)
     lines = [f"line {number}\n" for number in range(30)]
     (tmp_path / "a.txt").write_text("".join(lines))
-    found = texts(tmp_path / "a.txt")
-    assert "".join(found) == "".join(lines)
-    assert all(len(part) <= 50 and part.endswith("\n") for part in found)
+    documents = texts(tmp_path / "a.txt")
+    assert "".join(documents) == "".join(lines)
+    assert all(len(part) <= 50 and part.endswith("\n") for part in documents)
 
 
 def test_a_small_archive_of_a_long_text_is_read_in_parts(tmp_path):
@@ -348,9 +348,9 @@ def test_a_saved_dict_of_one_split_is_read_and_one_of_two_is_refused(tmp_path):
 
 
 def test_an_empty_shard_of_a_table_is_read_as_empty(tmp_path):
-    for name, found in (("a", []), ("b", ["x"])):
+    for name, values in (("a", []), ("b", ["x"])):
         pq.write_table(
-            pa.table({"text": pa.array(found, pa.string())}), tmp_path / f"{name}.parquet"
+            pa.table({"text": pa.array(values, pa.string())}), tmp_path / f"{name}.parquet"
         )
     assert texts(tmp_path) == ["x"]
 

@@ -33,5 +33,5 @@ def test_every_page_is_in_the_navigation():
         values = entry.values() if isinstance(entry, dict) else entry
         return [page for value in values for page in pages(value)]
 
-    found = {str(path.relative_to(ROOT / "docs")) for path in PAGES[1:]}
-    assert set(pages(config["nav"])) == found
+    present = {str(path.relative_to(ROOT / "docs")) for path in PAGES[1:]}
+    assert set(pages(config["nav"])) == present

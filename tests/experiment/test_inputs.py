@@ -36,8 +36,8 @@ def test_the_published_schema_is_the_one_that_the_command_prints(kind: str):
 def test_every_field_of_a_file_says_what_it_is_for(kind: str):
     whole = KINDS[kind].model_json_schema()
     for name, part in {kind: whole, **whole.get("$defs", {})}.items():
-        for field, found in part["properties"].items():
-            assert found.get("description", "").endswith((".", "...")), f"{name}.{field}"
+        for field, schema in part["properties"].items():
+            assert schema.get("description", "").endswith((".", "...")), f"{name}.{field}"
 
 
 def test_no_schema_is_left_over():
@@ -47,9 +47,9 @@ def test_no_schema_is_left_over():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_file_that_ships_names_its_schema_and_keeps_it(path: Path):
     text = path.read_text(encoding="utf-8")
-    found = MARK.match(text)
-    assert found is not None
-    checker = Draft202012Validator(json.loads((path.parent / found[1]).read_text(encoding="utf-8")))
+    match = MARK.match(text)
+    assert match is not None
+    checker = Draft202012Validator(json.loads((path.parent / match[1]).read_text(encoding="utf-8")))
     data = yaml.safe_load(text)
     assert list(checker.iter_errors(data)) == []
     assert list(checker.iter_errors(data | {"bse_model": 1}))
@@ -97,9 +97,9 @@ def numbers(part, definitions, at):
 @pytest.mark.parametrize("cls", READ)
 def test_every_number_of_a_file_has_bounds_or_a_reason(cls):
     whole = cls.model_json_schema()
-    for at, found in numbers(whole, whole.get("$defs", {}), cls.__name__):
-        least = found.keys() & {"minimum", "exclusiveMinimum"}
-        most = found.keys() & {"maximum", "exclusiveMaximum"}
+    for at, schema in numbers(whole, whole.get("$defs", {}), cls.__name__):
+        least = schema.keys() & {"minimum", "exclusiveMinimum"}
+        most = schema.keys() & {"maximum", "exclusiveMaximum"}
         is_excused = any(
             f"{at}.".startswith(f"{name}.") or at.startswith(f"{name}[") or f".{name}" in at
             for name in UNBOUNDED

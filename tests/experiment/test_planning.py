@@ -64,16 +64,16 @@ def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Pat
             "merge_methods": ["ties"],
         }
     }
-    found = planning.make_plan(StudyConfig.model_validate(more), trainings, tmp_path, is_run=True)
-    work = {stage.name: stage.work for stage in found.stages}
+    plan = planning.make_plan(StudyConfig.model_validate(more), trainings, tmp_path, is_run=True)
+    work = {stage.name: stage.work for stage in plan.stages}
     assert work["mixtures"] == "1,024 tokens"
     assert work["chance: search"] == "5 trials of 9 items"
     assert work["longer: search"].removeprefix("9") == work["search"].removeprefix("7")
 
 
 def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(tmp_path: Path):
-    found = planning._warn_of_room(10**15, 10**18, tmp_path / "not" / "yet")
-    assert "per_device_train_batch_size" in found[0] and "another disk" in found[1]
+    warnings = planning._warn_of_room(10**15, 10**18, tmp_path / "not" / "yet")
+    assert "per_device_train_batch_size" in warnings[0] and "another disk" in warnings[1]
     assert planning._warn_of_room(1, 1, tmp_path) == ()
 
 

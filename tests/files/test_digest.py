@@ -38,14 +38,14 @@ def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
 
 
 def test_differences_name_every_field_that_differs_and_both_values():
-    found = {"a": 1, "b": {"c": [1, 2], "d": [1]}, "e": None}
+    other = {"a": 1, "b": {"c": [1, 2], "d": [1]}, "e": None}
     expected = {"a": 1, "b": {"c": [1, 3], "d": [1, 2]}, "f": 2}
-    assert differences(found, expected) == [
+    assert differences(other, expected) == [
         "b.c.1: found 2, expected 3",
         "b.d: found [1], expected [1, 2]",
         "f: found None, expected 2",
     ]
-    assert differences(found, found) == []
+    assert differences(other, other) == []
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 100_000, 5 * 2**20])
@@ -53,9 +53,9 @@ def test_versions_of_a_file_have_different_fingerprints(tmp_path, n_bytes):
     content = random.Random(0).randbytes(n_bytes)
     (tmp_path / "f").write_bytes(content)
     (tmp_path / "g").write_bytes(content)
-    found = fingerprint(tmp_path / "f")
-    assert found == fingerprint(tmp_path / "g")
+    first = fingerprint(tmp_path / "f")
+    assert first == fingerprint(tmp_path / "g")
     for other in (content + b"x", random.Random(1).randbytes(n_bytes), content[:-1]):
         if other != content:
             (tmp_path / "g").write_bytes(other)
-            assert found != fingerprint(tmp_path / "g")
+            assert first != fingerprint(tmp_path / "g")

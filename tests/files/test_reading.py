@@ -93,8 +93,8 @@ def test_json_that_costs_more_than_its_size_says_is_refused(tmp_path, text, mess
 
 def test_aliases_of_small_values_are_read(tmp_path):
     (tmp_path / "a.yaml").write_text("a: &a {x: 1}\nb: *a\nc: [*a, *a]\nd: {<<: *a, y: 2}\n")
-    found = read_yaml(tmp_path / "a.yaml")
-    assert found == {"a": {"x": 1}, "b": {"x": 1}, "c": [{"x": 1}] * 2, "d": {"x": 1, "y": 2}}
+    data = read_yaml(tmp_path / "a.yaml")
+    assert data == {"a": {"x": 1}, "b": {"x": 1}, "c": [{"x": 1}] * 2, "d": {"x": 1, "y": 2}}
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path):
@@ -129,8 +129,8 @@ def test_exponents_without_a_point_are_numbers(tmp_path):
     ],
 )
 def test_merge_keys_are_read_as_pyyaml_reads_them(tmp_path, text):
-    found = read_yaml(write_example(tmp_path, text))
-    assert found == yaml.safe_load(text) and found["b"] == {"x": 3, "y": 2}
+    data = read_yaml(write_example(tmp_path, text))
+    assert data == yaml.safe_load(text) and data["b"] == {"x": 3, "y": 2}
 
 
 def test_a_duplicate_key_beside_a_merge_key_is_refused(tmp_path):

@@ -195,16 +195,16 @@ def test_a_directory_whose_replacement_was_killed_is_the_old_or_the_new_one(
             for name in "ac":
                 (staging / name).write_text("new")
 
-    def found():
+    def read():
         return {path.name: None if path.is_dir() else path.read_text() for path in out.iterdir()}
 
     number, states = 0, []
     while write_old() or killed_at(number, replace):
         finish_move(out)
         assert [entry.name for entry in out.parent.iterdir()] == ["out"]
-        states.append({k: v for k, v in found().items() if not k.startswith(".partial-")})
+        states.append({k: v for k, v in read().items() if not k.startswith(".partial-")})
         replace()  # as the next start does
-        assert found() == new
+        assert read() == new
         assert [entry.name for entry in out.parent.iterdir()] == ["out"]
         number += 1
     assert number >= 6

@@ -65,9 +65,9 @@ def test_scores_are_indexed_with_their_metric_and_direction():
     card = metadata_of("model", "merge", "mit", Origins({}), "my-merge", results)
     (index,) = card["model-index"]
     assert index["name"] == "my-merge"
-    found = [(result["dataset"]["type"], result["metrics"][0]) for result in index["results"]]
+    entries = [(result["dataset"]["type"], result["metrics"][0]) for result in index["results"]]
     name = "bits per byte, lower is better"
-    assert found == [
+    assert entries == [
         ("ja", {"type": "bits_per_byte", "value": 1.5, "name": name}),
         ("mc", {"type": "acc", "value": 0.25, "name": "acc, higher is better"}),
         ("x", {"type": "score", "value": 3.0}),  # a recipe of 0.1.0 may not know

@@ -65,8 +65,8 @@ def test_weights_that_are_not_read_are_not_published(make_recipe, tmp_path):
         (tmp_path / "model" / each).write_bytes(b"x")
     recipe = yaml.safe_load((tmp_path / "model" / "recipe.yaml").read_text())
     pins = {key: f"alice/{key}@{'0' * 40}" for key in recipe["vectors"]}
-    found = choose_files(tmp_path / "model", pins)
-    assert "model.safetensors" in found.files and not found.files.keys() & set(stale)
+    publication = choose_files(tmp_path / "model", pins)
+    assert "model.safetensors" in publication.files and not publication.files.keys() & set(stale)
 
 
 def test_a_directory_without_our_metadata_is_refused(tmp_path, save_model):

@@ -358,7 +358,7 @@ def test_two_people_who_push_at_once_lose_nothing(hub, make_vector, name, monkey
     calls = []
 
     def changes(*arguments):
-        found = original(*arguments)
+        operations = original(*arguments)
         if not calls:
             api.create_commit(
                 f"alice/{name}",
@@ -366,7 +366,7 @@ def test_two_people_who_push_at_once_lose_nothing(hub, make_vector, name, monkey
                 commit_message="another person",
             )
         calls.append(1)
-        return found
+        return operations
 
     monkeypatch.setattr(pushes, "_changes", changes)
     done = hubs.push(make_vector("adapter", 2), f"alice/{name}", token=ALICE)

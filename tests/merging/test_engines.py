@@ -54,8 +54,8 @@ def test_base_plus_adapter_is_merged_as_the_adapter_is(pool, tmp_path):
     layered = {name: f"{base.path}+{path}" for name, path in sources.items()}
     config = optimer_config(str(base.path), layered, weights, "float32")
     plain_config = optimer_config(str(base.path), plain, weights, "float32")
-    found = merged_by(config, tmp_path / "a", "native")
-    assert_same_bits(found, merged_by(plain_config, tmp_path / "b", "native"))
+    merged = merged_by(config, tmp_path / "a", "native")
+    assert_same_bits(merged, merged_by(plain_config, tmp_path / "b", "native"))
     shutil.copytree(other.path, tmp_path / "other")
     config["models"][0]["model"] = f"{tmp_path / 'other'}+{sources['ja']}"
     with pytest.raises(ConfigError, match=r"other\+.*Give --lora-merge-cache DIR"):
@@ -166,10 +166,10 @@ def test_an_int8_delta_is_merged_by_the_writer_and_refused_for_mergekit(pool, tm
     base, sources = pool("llama", "checkpoint", torch.bfloat16)
     extract(open_vector("ja", str(sources["ja"]), base), base, tmp_path / "ja", dtype="int8")
     config = optimer_config(str(base.path), {"ja": str(tmp_path / "ja")}, {"ja": 0.5}, "float32")
-    found = merged_by(config, tmp_path / "out")
+    merged = merged_by(config, tmp_path / "out")
     exact = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "float32")
     for name, tensor in merged_by(exact, tmp_path / "exact").items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-4)
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=2e-4)
     with pytest.raises(ModelError, match=r"an int8 delta, which mergekit cannot read"):
         merged_by(config, tmp_path / "theirs", "mergekit")
 
@@ -188,5 +188,5 @@ def test_naming_the_base_as_tokenizer_changes_nothing_for_the_writer(pool, tmp_p
     base, sources = pool("llama", "adapter", torch.bfloat16)
     config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "float32")
     named = "base" if source == "base" else str(base.path)
-    found = merged_by(config | {"tokenizer_source": named}, tmp_path / "out", "native")
-    assert_same_bits(found, merged_by(config, tmp_path / "plain"))
+    merged = merged_by(config | {"tokenizer_source": named}, tmp_path / "out", "native")
+    assert_same_bits(merged, merged_by(config, tmp_path / "plain"))

@@ -52,18 +52,18 @@ def test_norms_and_cosines_are_those_of_the_flat_vectors(base, sources, monkeypa
     monkeypatch.setattr("optimer_hf.models.blocks.CHUNK_ELEMENTS", 300)
     pool, refusals = open_pool(sources, base)
     assert refusals == {}
-    found = measure(pool, base, "bfloat16")
+    geometry = measure(pool, base, "bfloat16")
     whole = {vector.name: flat(vector, base) for vector in pool}
     for name, delta in whole.items():
-        assert found.norms[name] == pytest.approx(delta.norm().item(), rel=1e-6)
-        squares = sum(norms[name] ** 2 for norms in found.group_norms.values())
-        assert squares == pytest.approx(found.norms[name] ** 2, rel=1e-6)
-    for (a, b), value in found.cosines.items():
+        assert geometry.norms[name] == pytest.approx(delta.norm().item(), rel=1e-6)
+        squares = sum(norms[name] ** 2 for norms in geometry.group_norms.values())
+        assert squares == pytest.approx(geometry.norms[name] ** 2, rel=1e-6)
+    for (a, b), value in geometry.cosines.items():
         expected = torch.cosine_similarity(whole[a], whole[b], dim=0).item()
         assert value == pytest.approx(expected, abs=1e-6)
-    assert len(found.cosines) == 3
-    assert found.group_norms.keys() == {"attention", "embedding", "head", "mlp", "norm"}
-    assert found.effective_ranks.keys() == {"ja"}
+    assert len(geometry.cosines) == 3
+    assert geometry.group_norms.keys() == {"attention", "embedding", "head", "mlp", "norm"}
+    assert geometry.effective_ranks.keys() == {"ja"}
 
 
 def test_a_vector_lies_along_itself_and_against_its_negative(base, sources, tmp_path):
@@ -121,8 +121,8 @@ def test_the_surviving_share_is_what_a_written_merge_keeps(
         [(merged.read(n).double() - before.read(n).double()).flatten() for n in before.names]
     )
     expected = max(0.0, 1 - ((stored - exact).norm() / exact.norm()).item())
-    found = surviving_share(before, pool, weights, dtype)
-    assert found == pytest.approx(expected, abs=2e-4)
+    share = surviving_share(before, pool, weights, dtype)
+    assert share == pytest.approx(expected, abs=2e-4)
 
 
 def test_small_deltas_survive_in_float32_only(base, sources):
@@ -138,15 +138,15 @@ def test_what_cannot_be_merged_is_named_beside_what_can(base, sources, make_base
     pool, refusals = open_pool(sources | {"other": str(make_base("gemma").path)}, base)
     assert [vector.name for vector in pool] == list(sources)
     assert "same architecture" in refusals["other"]
-    found = measure(pool, base, "bfloat16")
-    text = to_markdown(found, refusals)
+    geometry = measure(pool, base, "bfloat16")
+    text = to_markdown(geometry, refusals)
     assert (
         "* math: can be merged into this base (same tensors and vocabulary; no sha256 of its base"
         in text
     )
     assert "* other: cannot be merged: vector 'other'" in text
     assert "| cosine | ja | math |" in text
-    data = json.loads(json.dumps(to_json(found, refusals)))
+    data = json.loads(json.dumps(to_json(geometry, refusals)))
     assert data["norms"].keys() == sources.keys()
     assert data["refused"] == refusals
 

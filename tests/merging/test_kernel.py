@@ -32,10 +32,10 @@ def test_999_of_1000_outputs_are_the_float64_sum_correctly_rounded(seed, weights
     exact = base.double() + sum(
         weight * delta.double() for weight, delta in zip(weights, deltas, strict=True)
     )
-    found = add_weighted(base, deltas, weights, torch.bfloat16)
-    assert found.dtype == torch.bfloat16
-    assert (found == exact.to(torch.bfloat16)).double().mean().item() >= 0.999
-    assert int(ulps_apart(found, exact.to(torch.bfloat16))[exact.abs() > 1e-3].max()) <= 1
+    merged = add_weighted(base, deltas, weights, torch.bfloat16)
+    assert merged.dtype == torch.bfloat16
+    assert (merged == exact.to(torch.bfloat16)).double().mean().item() >= 0.999
+    assert int(ulps_apart(merged, exact.to(torch.bfloat16))[exact.abs() > 1e-3].max()) <= 1
 
 
 @given(
@@ -49,12 +49,12 @@ def test_a_vector_of_weight_zero_drops_out_bit_for_bit(seed, weights):
     base[0] = -0.0
     deltas = [torch.randn(8, 8, generator=generator) for _ in weights]
     kept = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight != 0]
-    found = add_weighted(base, deltas, weights)
+    merged = add_weighted(base, deltas, weights)
     assert torch.equal(
-        bits(found), bits(add_weighted(base, [d for d, _ in kept], [w for _, w in kept]))
+        bits(merged), bits(add_weighted(base, [d for d, _ in kept], [w for _, w in kept]))
     )
     if not kept:
-        assert torch.equal(bits(found), bits(base))
+        assert torch.equal(bits(merged), bits(base))
 
 
 @given(st.integers(0, 2**31), st.integers(1, 8), st.floats(-2, 2), st.floats(0.1, 4))
@@ -136,18 +136,18 @@ def test_one_pass_gives_the_bits_of_separate_operations(seed, n, parts, stored, 
     deltas = [Trained(numbers(of)) if trained else numbers(of) for of, trained, _ in parts]
     weights = [weight for *_, weight in parts]
     used = [pair for pair in zip(deltas, weights, strict=True) if pair[1] != 0]
-    found = add_weighted(base, deltas, weights, dtype)
+    merged = add_weighted(base, deltas, weights, dtype)
     expected = add_in_steps(base, [d for d, _ in used], [w for _, w in used], dtype)
-    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(merged.isnan(), expected.isnan())
     known = ~expected.isnan()  # the payload of a NaN says nothing
-    assert torch.equal(bits(found)[known], bits(expected)[known])
+    assert torch.equal(bits(merged)[known], bits(expected)[known])
 
 
 def test_one_pass_reads_views_and_transposed_tensors_as_they_are():
     base, trained = torch.randn(40, 30).t()[3:], torch.randn(30, 80)[3:, ::2]
-    found = add_weighted(base, [Trained(trained)], [0.5])
-    assert torch.equal(found, base + 0.5 * (trained - base))
-    assert found.shape == (27, 40)
+    merged = add_weighted(base, [Trained(trained)], [0.5])
+    assert torch.equal(merged, base + 0.5 * (trained - base))
+    assert merged.shape == (27, 40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -406,8 +406,8 @@ def test_a_search_reads_what_a_merge_reads_and_refuses_the_rest_by_name(world, c
     config = study_of_merge_config(path, objective)
     tuned = [str((world / name).resolve()) for name in ("a", "b")]
     assert [vector.source for vector in config.vectors.values()] == tuned
-    found = with_weights(read_merge_config(path), path, dict.fromkeys(config.vectors, 1.0))
-    assert [model["model"] for model in found["models"]] == tuned and "defaults" not in found
+    changed = with_weights(read_merge_config(path), path, dict.fromkeys(config.vectors, 1.0))
+    assert [model["model"] for model in changed["models"]] == tuned and "defaults" not in changed
     with pytest.raises(ConfigError, match="slices: has weights for each layer"):
         study_of_merge_config(written(world, WITH_BASE + CONFIGS["layers stacked"]), objective)
 

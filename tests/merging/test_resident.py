@@ -42,11 +42,11 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 def state(resident: ResidentModel) -> dict[str, torch.Tensor]:
     """The parameters in the dtype asked for; held in float32 or not, they are numbers of it."""
-    found = {}
+    state = {}
     for name, tensor in resident.model.state_dict().items():
-        found[name] = tensor.to(resident.dtype, copy=True)
-        assert torch.equal(found[name].to(tensor.dtype), tensor), name
-    return found
+        state[name] = tensor.to(resident.dtype, copy=True)
+        assert torch.equal(state[name].to(tensor.dtype), tensor), name
+    return state
 
 
 def written(path: Path) -> dict[str, torch.Tensor]:
@@ -279,11 +279,11 @@ def test_a_pool_gives_the_same_bits_wherever_it_has_room(open_pool, monkeypatch,
     monkeypatch.setattr(resident_module, "free_memory", lambda device: free)
     resident = ResidentModel(base, pool, dtype="bfloat16")
     resident.set_weights(WEIGHTS)
-    found = state(resident)
+    tensors = state(resident)
     monkeypatch.setattr(resident_module, "free_memory", lambda device: 10**12)
     reference = ResidentModel(base, pool, dtype="bfloat16")
     reference.set_weights(WEIGHTS)
-    assert_same_bits(found, state(reference))
+    assert_same_bits(tensors, state(reference))
     in_memory = [
         not isinstance(getattr(v, "stored", None) or getattr(v, "tuned", None), Checkpoint)
         for v in resident.vectors

@@ -55,13 +55,17 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 def models(make_base, make_tuned, make_adapter, tmp_path) -> dict[str, Path]:
     """A base, an adapter, a fine-tune, and an instruct model with a template and another EOS."""
     base = make_base("llama")
-    found = {"base": base.path, "code": make_adapter(base, 0), "math": make_tuned(base, "llama", 1)}
+    sources = {
+        "base": base.path,
+        "code": make_adapter(base, 0),
+        "math": make_tuned(base, "llama", 1),
+    }
     shutil.copytree(make_tuned(base, "llama", 2), tmp_path / "it")
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path / "it")
     GenerationConfig(eos_token_id=END_OF_TURN).save_pretrained(tmp_path / "it")
-    return found | {"it": tmp_path / "it"}
+    return sources | {"it": tmp_path / "it"}
 
 
 @pytest.fixture
@@ -190,9 +194,9 @@ def test_everything_but_the_weights_of_a_model_is_fetched_from_the_hub(hub, mode
     api = HfApi(token="hf_alice_write")
     api.create_repo("alice/chatty-model", exist_ok=True)
     api.upload_folder(repo_id="alice/chatty-model", folder_path=models["it"])
-    found = open_tokenizer(base, "alice/chatty-model")
-    assert_is_instruct(found.path)
-    assert not list(found.path.glob("*.safetensors")) and found.commit is not None
+    tokenizer = open_tokenizer(base, "alice/chatty-model")
+    assert_is_instruct(tokenizer.path)
+    assert not list(tokenizer.path.glob("*.safetensors")) and tokenizer.commit is not None
 
 
 def test_a_requested_chat_template_must_exist(models, tmp_path):
@@ -341,8 +345,8 @@ def test_a_search_takes_over_the_tokenizer_of_a_merge_config(models, tmp_path, f
     objective.write_text("terms: [{text: x.jsonl}]", encoding="utf-8")
     assert study_of_merge_config(path, objective).tokenizer_source == "it"
     assert unsearched_settings(config) == []
-    found = with_weights(config, path, {models["math"].name: 0.1, "it": 1.0})
-    absolute = yaml.safe_dump(found).count(str(models["it"]))
+    changed = with_weights(config, path, {models["math"].name: 0.1, "it": 1.0})
+    absolute = yaml.safe_dump(changed).count(str(models["it"]))
     assert absolute == 2  # the model, and the tokenizer
     assert merge(path, tmp_path / "out") == "native"
     assert_is_instruct(tmp_path / "out")
@@ -360,8 +364,8 @@ def test_a_search_takes_over_the_tokenizer_of_a_merge_config(models, tmp_path, f
 )
 def test_a_search_names_what_it_does_not_keep_of_a_tokenizer(models, tmp_path, field, said):
     config = merge_config(models, tmp_path / "merge.yml", **field)
-    (found,) = unsearched_settings(config)
-    assert found.startswith(said)
+    (setting,) = unsearched_settings(config)
+    assert setting.startswith(said)
     assert linear_merge_of(config, tmp_path / "merge.yml") is None
 
 
@@ -429,11 +433,15 @@ def test_a_published_recipe_names_no_tokenizer_of_this_machine(models, tmp_path)
     chosen = f"org/tokenizer@{'2' * 40}"
     for named, reference in {"it": f"org/it@{'1' * 40}", chosen: chosen}.items():
         file.write_text(yaml.safe_dump(recipe | {"tokenizer_source": named}), encoding="utf-8")
-        found = choose_files(tmp_path)
-        assert yaml.safe_load(found.text("optimer.yml"))["tokenizer_source"] == reference
-        assert f"generation_config.json of {reference} into" in found.text("mergekit_config.yml")
-        assert found.lender == (None if named == "it" else chosen)
-        assert reference in found.inputs and len(found.inputs) == len(set(found.inputs))
+        publication = choose_files(tmp_path)
+        assert yaml.safe_load(publication.text("optimer.yml"))["tokenizer_source"] == reference
+        assert f"generation_config.json of {reference} into" in publication.text(
+            "mergekit_config.yml"
+        )
+        assert publication.lender == (None if named == "it" else chosen)
+        assert reference in publication.inputs and len(publication.inputs) == len(
+            set(publication.inputs)
+        )
         assert check_pulled("recipe", tmp_path).tokenizer_source == named
     for named, error in {str(models["it"]): HubError, "org/it": HubError}.items():
         file.write_text(yaml.safe_dump(recipe | {"tokenizer_source": named}), encoding="utf-8")

@@ -152,9 +152,9 @@ def test_an_adapter_and_its_extracted_delta_merge_alike(pool, tmp_path):
         tmp_path / "out",
         out_dtype="float32",
     )
-    found, expected = read_all(tmp_path / "from-adapters"), read_all(tmp_path / "out")
+    tensors, expected = read_all(tmp_path / "from-adapters"), read_all(tmp_path / "out")
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("vectors", ["checkpoint", "adapter", "delta"])

@@ -82,11 +82,11 @@ def test_every_architecture_is_merged_by_its_tensor_names_and_loads(models, stor
     right = []
     for name in merged.names:
         assert merged.shape(name) == Checkpoint(base.path).shape(name)
-        found, expected = merged.read(name), exact[name].to(torch.bfloat16)
+        written, expected = merged.read(name), exact[name].to(torch.bfloat16)
         if stored == "int8":
-            torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
+            torch.testing.assert_close(written, expected, rtol=2e-2, atol=1e-3)
         else:
-            right.append((found == expected).flatten())
+            right.append((written == expected).flatten())
     assert stored == "int8" or torch.cat(right).double().mean().item() >= 0.999
     loaded, information = cls.from_pretrained(
         tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True

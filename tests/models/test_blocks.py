@@ -45,11 +45,11 @@ def test_blocks_are_computed_by_several_threads_and_come_in_order():
 
     try:
         arguments = [(name, slice(i, i + 1)) for name in "ab" for i in range(6)]
-        found = list(compute_ahead(compute, arguments))
+        results = list(compute_ahead(compute, arguments))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert found == [f"{name}{rows.start}" for name, rows in arguments]
+    assert results == [f"{name}{rows.start}" for name, rows in arguments]
     assert len(seen) == 2
     assert threading.get_ident() not in seen
 

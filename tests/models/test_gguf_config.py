@@ -76,7 +76,7 @@ def group_by_part(model: Any, name: str, tensor: torch.Tensor) -> Tensors:
 
 def keys_of(**more: Any) -> dict[str, Any]:
     """Return the keys that every converter writes; a double underscore stands for a dot."""
-    found: dict[str, Any] = {
+    keys: dict[str, Any] = {
         "context_length": CONTEXT,
         "embedding_length": WIDTH,
         "feed_forward_length": 80,
@@ -84,8 +84,8 @@ def keys_of(**more: Any) -> dict[str, Any]:
         "attention.head_count": HEADS,
         "attention.head_count_kv": GROUPS,
     }
-    found |= {key.replace("__", "."): value for key, value in more.items()}
-    return {key: value for key, value in found.items() if value is not None}
+    keys |= {key.replace("__", "."): value for key, value in more.items()}
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def rms_keys(eps: float = 1e-5, base: float = 10000.0, **more: Any) -> dict[str, Any]:
@@ -441,8 +441,8 @@ def test_a_model_from_gguf_gives_the_logits_of_the_original(tmp_path, case):
 def test_the_scaling_of_llama_3_is_recognised_as_its_four_numbers(tmp_path):
     architecture, config, keys, *rest = CASES["llama 3 as it is"]
     file = write_gguf(tmp_path / "m.gguf", architecture, random_model(config), keys, *rest)
-    found = decode_gguf(read_header(file), torch.float32).config.rope_parameters
-    assert found == config.rope_parameters
+    rope = decode_gguf(read_header(file), torch.float32).config.rope_parameters
+    assert rope == config.rope_parameters
 
 
 def test_a_head_that_copies_the_embedding_is_accepted_and_another_is_refused(tmp_path):
@@ -456,10 +456,10 @@ def test_a_head_that_copies_the_embedding_is_accepted_and_another_is_refused(tmp
             with pytest.raises(ModelError, match=r"output\.weight differs from"):
                 decode_gguf(read_header(file), torch.float32)
         else:
-            found, expected = (
+            shown, expected = (
                 logits(each) for each in (decode_gguf(read_header(file), torch.float32), model)
             )
-            assert (found - expected).norm() / expected.norm() < 0.02
+            assert (shown - expected).norm() / expected.norm() < 0.02
 
 
 # -- keys and tensors that transformers does not read ----------------------------------------------

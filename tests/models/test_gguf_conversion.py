@@ -37,9 +37,9 @@ def test_a_gguf_file_in_f32_keeps_its_weights_bit_for_bit(converted):
 def test_a_converted_model_loads_and_gives_the_logits_of_the_original(converted):
     ids = torch.arange(3, 60).unsqueeze(0)
     with torch.no_grad():
-        found = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)(ids).logits
+        logits = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)(ids).logits
         expected = tiny_model("llama")(ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_converted_tokenizer_splits_and_joins_text_as_the_original(converted, tokenizer):
@@ -90,11 +90,11 @@ def test_several_processes_that_need_one_file_share_one_conversion(
 ):
     monkeypatch.setenv("OPTIMER_CACHE", str(tmp_path / "fresh"))
     with ThreadPoolExecutor(4) as executor:  # a lock is held by a file, not by a process
-        found = list(executor.map(resolve_model, [str(gguf_file)] * 4))
-    assert len(set(found)) == 1
-    assert (found[0].path / "conversion.json").exists()
-    left = {path.name for path in found[0].path.parent.iterdir()}
-    assert left <= {found[0].path.name, f".{found[0].path.name}.lock"}
+        models = list(executor.map(resolve_model, [str(gguf_file)] * 4))
+    assert len(set(models)) == 1
+    assert (models[0].path / "conversion.json").exists()
+    left = {path.name for path in models[0].path.parent.iterdir()}
+    assert left <= {models[0].path.name, f".{models[0].path.name}.lock"}
 
 
 def test_another_file_of_the_same_name_is_another_conversion(gguf_file, tmp_path, tokenizer):

@@ -118,12 +118,12 @@ def test_logits_in_the_thousands_neither_overflow_nor_underflow():
 @pytest.mark.parametrize("n_vocabulary", SIZES)
 def test_log_probabilities_equal_log_softmax(n_vocabulary, softcap):
     hidden, weight, labels = problem(n_vocabulary)
-    found, _ = log_probabilities(hidden, weight, labels, softcap)
+    values, _ = log_probabilities(hidden, weight, labels, softcap)
     expected = torch.log_softmax(logits_of(hidden, weight, softcap), -1).gather(
         1, labels.unsqueeze(1)
     )[:, 0]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", SOFTCAPS)
@@ -140,10 +140,10 @@ def test_greedy_flags_mark_labels_that_are_the_most_likely_token(n_vocabulary, s
 
 def test_log_probabilities_in_bfloat16_differ_only_by_the_rounding_of_the_logits():
     hidden, weight, labels = problem(1000, torch.bfloat16)
-    found, _ = log_probabilities(hidden, weight, labels, None)
+    values, _ = log_probabilities(hidden, weight, labels, None)
     logits = (hidden @ weight.T).float()
     expected = torch.log_softmax(logits, -1).gather(1, labels.unsqueeze(1))[:, 0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -351,16 +351,16 @@ def test_a_gpu_takes_as_many_rows_of_the_vocabulary_as_there_is_room_for_logits(
 
 def test_the_number_of_rows_at_a_time_changes_no_result(monkeypatch):
     hidden, weight, labels = problem(2 * VOCABULARY_BLOCK + 77)
-    found = []
+    results = []
     for rows in (VOCABULARY_BLOCK, 3 * VOCABULARY_BLOCK, 130):
         monkeypatch.setattr(
             "optimer_hf.models.head_loss.rows_at_a_time", lambda n, device, rows=rows: rows
         )
         loss = HeadLoss.apply(hidden, weight, labels, None)
         gradients = torch.autograd.grad(loss, (hidden, weight))
-        found.append(
+        results.append(
             (loss.detach(), *gradients, log_probabilities(hidden, weight, labels, None)[0])
         )
-    for other in found[1:]:
-        for value, expected in zip(other, found[0], strict=True):
+    for other in results[1:]:
+        for value, expected in zip(other, results[0], strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)

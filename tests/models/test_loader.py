@@ -39,8 +39,8 @@ def copied(make_base, tmp_path):
     def copy(file: str = "config.json", name: str = "model", **settings: object) -> Path:
         path = tmp_path / name
         shutil.copytree(make_base("llama").path, path)
-        found = json.loads((path / file).read_text()) if (path / file).exists() else {}
-        (path / file).write_text(json.dumps(found | settings))
+        data = json.loads((path / file).read_text()) if (path / file).exists() else {}
+        (path / file).write_text(json.dumps(data | settings))
         return path
 
     return copy
@@ -150,9 +150,9 @@ def test_code_beside_a_model_is_not_copied(copied, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     copy_beside_weights(path, out)
-    found = {file.name for file in out.iterdir()}
-    assert found >= {"config.json", "tokenizer.json", "tokenizer_config.json", "qwen.tiktoken"}
-    assert {Path(name).suffix for name in found} == {".json", ".tiktoken"}
+    names = {file.name for file in out.iterdir()}
+    assert names >= {"config.json", "tokenizer.json", "tokenizer_config.json", "qwen.tiktoken"}
+    assert {Path(name).suffix for name in names} == {".json", ".tiktoken"}
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -249,13 +249,13 @@ def test_a_config_that_does_not_fit_is_refused_or_changes_nothing(copied, key, v
     path = copied(**{key: value})
     expected = load_model(resolve_base(str(copied(name="good"))), torch.float32)
     try:
-        found = read_model(path, dtype=torch.float32)
+        model = read_model(path, dtype=torch.float32)
     except ModelError as error:
         assert str(path) in str(error)
         return
     ids = torch.arange(3, 30).unsqueeze(0)
     with torch.no_grad():
-        assert torch.equal(found(ids).logits, expected(ids).logits)
+        assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
 def test_a_missing_weight_is_named_and_not_filled_at_random(copied):

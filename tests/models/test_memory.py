@@ -33,8 +33,8 @@ def groups(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """A machine with 64 GiB, 50 of them free."""
-    found = type("Memory", (), {"available": 50 * GIB, "total": 64 * GIB})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+    memory = type("Memory", (), {"available": 50 * GIB, "total": 64 * GIB})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 
 
 def test_without_a_limit_the_memory_of_the_machine_counts(groups):

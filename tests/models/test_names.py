@@ -169,11 +169,11 @@ def same(tensors):
 def newer(tensors):
     """Name the tensors of a Qwen2.5-VL as the classes of transformers 5 do."""
     places = {"model.": "model.language_model.", "visual.": "model.visual."}
-    found = {}
+    renamed = {}
     for name, value in tensors.items():
         front = next((front for front in places if name.startswith(front)), "")
-        found[places.get(front, "") + name.removeprefix(front)] = value
-    return found
+        renamed[places.get(front, "") + name.removeprefix(front)] = value
+    return renamed
 
 
 MASK = {"transformer__h__0__attn__bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8)}
@@ -633,11 +633,11 @@ def test_a_fine_tune_that_is_cut_to_its_tokens_is_merged_as_in_mergekit(padded, 
     merged, before, after = (Checkpoint(path) for path in (tmp_path / "out", base.path, tuned))
     assert set(merged.names) == set(before.names)
     for name in merged.names:
-        found, b, t = (each.read(name).double() for each in (merged, before, after))
+        m, b, t = (each.read(name).double() for each in (merged, before, after))
         n = len(t)
-        torch.testing.assert_close(found[:n], b[:n] + 0.7 * (t - b[:n]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(m[:n], b[:n] + 0.7 * (t - b[:n]), rtol=0, atol=1e-6)
         if engine == "native":
-            assert torch.equal(found[n:], b[n:]), "padding stays, and the shape of the base"
+            assert torch.equal(m[n:], b[n:]), "padding stays, and the shape of the base"
 
 
 def test_a_merge_at_weight_one_gives_the_logits_of_the_cut_fine_tune_in_every_form(
@@ -653,8 +653,8 @@ def test_a_merge_at_weight_one_gives_the_logits_of_the_cut_fine_tune_in_every_fo
         extract(vector, base, tmp_path / dtype, dtype=dtype)
         delta = open_vector("v", str(tmp_path / dtype), base)
         write_merged(base, [delta], {"v": 1.0}, tmp_path / f"of-{dtype}", out_dtype="float32")
-        found = logits(in_transformers(tmp_path / f"of-{dtype}"))[..., :VOCABULARY]
-        assert float((found - expected).norm() / expected.norm()) < error
+        shown = logits(in_transformers(tmp_path / f"of-{dtype}"))[..., :VOCABULARY]
+        assert float((shown - expected).norm() / expected.norm()) < error
 
 
 @pytest.mark.parametrize("case", ["too short", "other ids", "no tokenizer"])
@@ -702,5 +702,5 @@ def test_tokens_that_a_fine_tune_added_are_left_to_mergekit_on_request(padded, t
         with pytest.raises(VocabularyError, match="added, removed or moved tokens"):
             merge(tmp_path / file, tmp_path / "out", engine=engine)
     assert merge(tmp_path / "merge.yml", tmp_path / "out") == "mergekit"
-    found = logits(in_transformers(tmp_path / "out"))
-    assert close(found, logits(model)[..., :VOCABULARY])
+    shown = logits(in_transformers(tmp_path / "out"))
+    assert close(shown, logits(model)[..., :VOCABULARY])

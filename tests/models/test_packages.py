@@ -70,13 +70,13 @@ def in_parts(install, gguf_file):
 
 def test_the_parts_of_a_packaged_file_are_joined_without_importing_anything(in_parts, gguf_file):
     mark = in_parts("parts")
-    found = resolve_model("pypi:parts")
+    model = resolve_model("pypi:parts")
     expected = resolve_model(str(gguf_file)).path / "model.safetensors"
-    assert (found.path / "model.safetensors").read_bytes() == expected.read_bytes()
+    assert (model.path / "model.safetensors").read_bytes() == expected.read_bytes()
     joined = cache_dir() / "gguf" / "parts" / "parts.gguf"
     assert joined.read_bytes() == gguf_file.read_bytes()
     joined.write_bytes(joined.read_bytes()[::-1])  # damaged since
-    assert resolve_model("pypi:parts") == found
+    assert resolve_model("pypi:parts") == model
     assert not mark.exists()
 
 

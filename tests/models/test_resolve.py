@@ -133,17 +133,17 @@ def test_only_weights_that_are_read_are_fetched_and_counted(
     files: dict[str, bytes | Path] = {path.name: path for path in source.path.iterdir()}
     more = ("consolidated.safetensors", "onnx/model.safetensors", "onnx/x.safetensors")
     reference = publish_files(f"alice/{name}", files | {each: each.encode() for each in more})
-    found = resolve_model(reference)
-    assert weight_digests(found.path) == weight_digests(source.path)
+    model = resolve_model(reference)
+    assert weight_digests(model.path) == weight_digests(source.path)
     assert (len(weight_digests(source.path)) > 1) == sharded
-    fetched = {str(p.relative_to(found.path)) for p in found.path.rglob("*") if p.is_file()}
+    fetched = {str(p.relative_to(model.path)) for p in model.path.rglob("*") if p.is_file()}
     assert not fetched & set(more)
-    assert resolve_base(reference) == found
+    assert resolve_base(reference) == model
     hub.log.clear()
-    assert resolve_model(reference) == found and hub.log == []  # all of a commit is in the cache
+    assert resolve_model(reference) == model and hub.log == []  # all of a commit is in the cache
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert resolve_model(reference) == found
-    (found.path / sorted(weight_digests(found.path))[-1]).unlink()
+    assert resolve_model(reference) == model
+    (model.path / sorted(weight_digests(model.path))[-1]).unlink()
     with pytest.raises(ModelError, match="cannot be fetched"):
         resolve_model(reference)
 
@@ -153,11 +153,11 @@ def test_an_adapter_and_a_repository_without_an_index_are_fetched_whole(
 ):
     adapter = make_adapter(make_base("llama"), 1)
     files: dict[str, bytes | Path] = {p.name: p for p in adapter.iterdir() if p.suffix != ".md"}
-    found = resolve_model(publish_files(f"alice/{name}", files))
-    assert weight_digests(found.path) == weight_digests(adapter)
+    model = resolve_model(publish_files(f"alice/{name}", files))
+    assert weight_digests(model.path) == weight_digests(adapter)
     weights = make_base("llama").path / "model.safetensors"
-    found = resolve_model(publish_files(f"alice/{name}-2", {"consolidated.safetensors": weights}))
-    assert weight_digests(found.path).keys() == {"consolidated.safetensors"}
+    model = resolve_model(publish_files(f"alice/{name}-2", {"consolidated.safetensors": weights}))
+    assert weight_digests(model.path).keys() == {"consolidated.safetensors"}
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin"])

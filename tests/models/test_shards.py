@@ -27,11 +27,11 @@ def test_files_of_every_dtype_and_shape_are_read_back_by_safetensors(tmp_path):
     }
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_safetensors(tmp_path / "x.safetensors", specs, tensors.values())
-    found = load_file(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys()
+    state = load_file(tmp_path / "x.safetensors")
+    assert state.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name], tensor)
 
 
 def test_a_file_with_too_few_bytes_is_an_error(tmp_path):

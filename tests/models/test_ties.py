@@ -111,12 +111,12 @@ def reference(saved):
     """Return a function form, seed -> logits of the model in float64."""
     made = {}
 
-    def found(form: str, seed: int) -> torch.Tensor:
+    def logits(form: str, seed: int) -> torch.Tensor:
         if (form, seed) not in made:
             made[form, seed] = logits_of(saved(form, seed))
         return made[form, seed]
 
-    return found
+    return logits
 
 
 def write_config(path: Path, base: Path, source: Path, method: str = "optimer") -> Path:

@@ -29,13 +29,13 @@ FIGURES = ["progress", "weights", "slices", "terms", "sealed", "front", "ledger"
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    found = search(
+    searched = search(
         with_test(),
         tmp_path_factory.mktemp("report") / "a <b> & $c_1$",
         runner=InProcess(TellingPool),
     )
-    compare(found, pool=TellingPool)
-    return found
+    compare(searched, pool=TellingPool)
+    return searched
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def test_the_conclusions_say_what_the_numbers_say(study, tmp_path):
 
 def test_recorded_rows_are_those_that_compare_scored(study):
     again = compare(study, pool=lambda config: pytest.fail("nothing is left to score"))
-    found = read_comparison(study)
+    comparison = read_comparison(study)
     weights = [row.weights for row in again.rows]
-    assert all(row.weights in weights for row in found.rows)
-    assert {row.title for row in again.rows} >= {row.title for row in found.rows}
-    assert all(row.weights in [other.weights for other in found.rows] for row in again.rows)
-    assert found.base == again.base and found.merge == again.merge
+    assert all(row.weights in weights for row in comparison.rows)
+    assert {row.title for row in again.rows} >= {row.title for row in comparison.rows}
+    assert all(row.weights in [other.weights for other in comparison.rows] for row in again.rows)
+    assert comparison.base == again.base and comparison.merge == again.merge
 
 
 def test_a_merge_that_was_not_scored_has_no_sealed_figure(study, tmp_path):
@@ -133,8 +133,8 @@ def test_a_study_of_one_vector_has_a_report(tmp_path):
     config = config_of(
         vectors={"w": {"source": "/nowhere/w"}}, search={"n_trials": 5, "rescore_top": 0}
     )
-    found = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
-    panels = write_report(found, tmp_path / "r.html")
+    searched = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
+    panels = write_report(searched, tmp_path / "r.html")
     assert "cosines" not in {panel.name for panel in panels}
 
 
@@ -144,8 +144,8 @@ def test_weights_that_are_fixed_stand_beside_the_searched_ones(tmp_path):
         "x": {"source": "/nowhere/x", "fixed": 0.5},
     } | {name: {"source": f"/nowhere/{name}"} for name in "yz"}
     config = config_of(vectors=vectors, search={"n_trials": 6, "rescore_top": 0})
-    found = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
-    panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
+    searched = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
+    panels = {panel.name: panel for panel in write_report(searched, tmp_path / "r.html")}
     assert panels["progress"].conclusion.startswith("The last 5 trials raised the best score")
     assert "The study fixes in every trial: x 0.5." in panels["weights"].conclusion
     assert "The study fixes in every trial: x 0.5." in panels["weights"].shows
@@ -157,11 +157,11 @@ def test_every_way_to_combine_terms_has_a_report(tmp_path, combine):
     data = config.model_dump()
     for part in ("objective", "test"):
         data[part]["combine"] = combine
-    found = search(
+    searched = search(
         type(config).model_validate(data), tmp_path / "s", runner=InProcess(FunctionPool)
     )
-    compare(found, pool=FunctionPool)
-    panels = {panel.name: panel for panel in write_report(found, tmp_path / "r.html")}
+    compare(searched, pool=FunctionPool)
+    panels = {panel.name: panel for panel in write_report(searched, tmp_path / "r.html")}
     assert set(panels) == set(FIGURES)
     percent = " %" in panels["sealed"].shows
     assert percent == (combine == "worst")
@@ -174,9 +174,9 @@ def test_crashed_trials_and_constraints_leave_a_report(tmp_path):
     }
     config = config_of(objective=objective, search={"n_trials": 9, "rescore_top": 2})
     pool = failing_at({7: RuntimeError("no")})
-    found = search(config, tmp_path / "s", runner=InProcess(pool))
-    assert any(trial.status == "crashed" for trial in found.log.trials_at("search"))
-    assert write_report(found, tmp_path / "r.html")
+    searched = search(config, tmp_path / "s", runner=InProcess(pool))
+    assert any(trial.status == "crashed" for trial in searched.log.trials_at("search"))
+    assert write_report(searched, tmp_path / "r.html")
 
 
 def test_an_empty_study_is_refused(study, tmp_path):
@@ -192,9 +192,9 @@ def test_figures_are_written_as_png(study, tmp_path):
     arguments = ["report", str(study.directory), str(tmp_path / "r.html")]
     result = CliRunner().invoke(main, [*arguments, "--figures", str(tmp_path / "figures")])
     assert result.exit_code == 0, result.output
-    found = {path.stem: path.read_bytes() for path in (tmp_path / "figures").glob("*.png")}
-    assert set(found) == set(FIGURES)
-    assert all(content.startswith(b"\x89PNG") for content in found.values())
+    pictures = {path.stem: path.read_bytes() for path in (tmp_path / "figures").glob("*.png")}
+    assert set(pictures) == set(FIGURES)
+    assert all(content.startswith(b"\x89PNG") for content in pictures.values())
     record = Captions.read(tmp_path / "figures" / "captions.json")
     assert record.weights == study.best_trial.weights
     assert list(record.captions) == FIGURES
@@ -207,9 +207,9 @@ def test_figures_of_a_card_are_the_same_bytes_whoever_draws_them(study, tmp_path
     drawn = {path.name for path in (tmp_path / "once").glob("*.png")}
     assert drawn == {f"{name}.png" for name in FIGURES if name in CARD_FIGURES}
     for name in drawn:
-        found = {path.read_bytes() for path in tmp_path.glob(f"*/{name}")}
-        assert len(found) == 1
-        assert b"tEXt" not in found.pop()[:200]  # the version of matplotlib
+        contents = {path.read_bytes() for path in tmp_path.glob(f"*/{name}")}
+        assert len(contents) == 1
+        assert b"tEXt" not in contents.pop()[:200]  # the version of matplotlib
 
 
 def read_again(study, tmp_path) -> tuple[str, bytes]:
@@ -250,8 +250,8 @@ def test_a_report_of_a_study_that_cannot_be_written_to_has_its_cosines(
     base = make_base("llama")
     sources = {name: str(make_tuned(base, "llama", seed)) for seed, name in enumerate("ab")}
     (tmp_path / "geometry.json").mkdir()  # in the way; a test that runs as root may write anywhere
-    found = read_or_measure(sources, str(base.path), "bfloat16", tmp_path / "geometry.json")
-    assert len(found.cosines) == 1 and "cosines are not cached" in caplog.text
+    geometry = read_or_measure(sources, str(base.path), "bfloat16", tmp_path / "geometry.json")
+    assert len(geometry.cosines) == 1 and "cosines are not cached" in caplog.text
 
 
 # -- in a browser ----------------------------------------------------------------------------------

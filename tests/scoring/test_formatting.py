@@ -34,13 +34,13 @@ class Losses(FunctionPool):
     n_items, higher = 12, False
 
     def score(self, weights, asked):
-        found, seconds, n_tokens = super().score(weights, asked)
+        scores, seconds, n_tokens = super().score(weights, asked)
         rng = np.random.default_rng(round(1e6 * sum(weights.values())))
-        for label, score in found.items():
+        for label, score in scores.items():
             tops = [0.3 * top + 0.01 * rng.normal() for top, _ in score.items[: self.n_items]]
             tops = [1 - 0.5 * top for top in tops] if self.higher else tops
-            found[label] = TermScore([(top, 1.0) for top in tops], self.higher)
-        return found, seconds, n_tokens
+            scores[label] = TermScore([(top, 1.0) for top in tops], self.higher)
+        return scores, seconds, n_tokens
 
 
 class Accuracies(Losses):
@@ -117,11 +117,11 @@ def test_a_verified_prediction_is_a_gain_over_the_base_as_the_prediction_is(tmp_
     objective["terms"][0]["weight"] = 3.0
     (tmp_path / "o.yaml").write_text(json.dumps(objective), encoding="utf-8")
     arguments = [tmp_path / "s", tmp_path / "o.yaml", tmp_path / "new", "--n-trials", 2]
-    found = CliRunner().invoke(main, ["retarget", *map(str, arguments)])
+    result = CliRunner().invoke(main, ["retarget", *map(str, arguments)])
     new = load_study(tmp_path / "new")
     base = new.log.first(new.best_trial.fidelity)
     gain = new.value(new.best_trial) - new.value(base)
-    assert f"verified: value {gain:+.4f} bits_per_byte (trial" in found.stdout, found.output
+    assert f"verified: value {gain:+.4f} bits_per_byte (trial" in result.stdout, result.output
 
 
 def test_sealed_numbers_are_in_the_unit_of_the_test_not_of_the_search(tmp_path):

@@ -44,9 +44,9 @@ def test_the_interval_covers_the_truth_about_95_times_in_100(world, n):
     n_missed, n_samples = 0, 300
     for _ in range(n_samples):
         first, second = ({"t": term_score(side, higher=True)} for side in draw(rng, n))
-        found = paired_interval(objective, first, second, second)
-        n_missed += not found.low <= truth <= found.high
-        assert found.kind == ("Student's t" if "wrong" in world else "bootstrap-t")
+        interval = paired_interval(objective, first, second, second)
+        n_missed += not interval.low <= truth <= interval.high
+        assert interval.kind == ("Student's t" if "wrong" in world else "bootstrap-t")
     assert n_missed <= may_miss * n_samples
 
 
@@ -96,12 +96,12 @@ def test_the_interval_is_as_wide_as_the_jackknife_over_documents_says(kind, rule
             )
         sides.append(side)
     objective = objective_of("t", "u", rule=rule)
-    found = paired_interval(objective, *sides)
-    error = (found.high - found.low) / (2 * 1.97)
+    interval = paired_interval(objective, *sides)
+    error = (interval.high - interval.low) / (2 * 1.97)
     assert error == pytest.approx(jackknife(objective, sides, documents), rel=0.2)
     expected = combine(objective, sides[0], sides[2]) - combine(objective, sides[1], sides[2])
-    assert found.difference == pytest.approx(expected)
-    assert found.low <= expected <= found.high
+    assert interval.difference == pytest.approx(expected)
+    assert interval.low <= expected <= interval.high
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -132,8 +132,8 @@ def test_items_whose_documents_are_not_recorded_are_joined_by_their_task():
     for task in ("t", "other"):
         terms = [{"task": "t", "metric": "m"}, {"task": task, "metric": "m", "name": "u"}]
         sides = [{"t": side["t"], "u": side["t"]} for side in sides]
-        found = paired_interval(Objective.model_validate({"terms": terms}), *sides)
-        widths.append(found.high - found.low)
+        interval = paired_interval(Objective.model_validate({"terms": terms}), *sides)
+        widths.append(interval.high - interval.low)
     assert widths[1] == pytest.approx(math.sqrt(0.5) * widths[0], rel=0.05)
 
 
@@ -150,10 +150,12 @@ def test_no_verdict_is_given_below_ten_items_in_any_term_that_counts(n):
         }
         for level in (1.0, 2.0, 3.0)
     ]
-    found = paired_interval(objective_of("many", "few"), *sides)
-    assert found.excludes_zero == (n == 10) and found.has_few_items == (n < 10)
-    assert found.verdict == ("better" if n == 10 else f"too few items to tell ({n} in term 'few')")
-    assert (found.kind == "none") == (n == 1)
+    interval = paired_interval(objective_of("many", "few"), *sides)
+    assert interval.excludes_zero == (n == 10) and interval.has_few_items == (n < 10)
+    assert interval.verdict == (
+        "better" if n == 10 else f"too few items to tell ({n} in term 'few')"
+    )
+    assert (interval.kind == "none") == (n == 1)
     only = Objective.model_validate(
         {"terms": [{"task": "many", "metric": "m"}, {"task": "few", "metric": "m", "weight": 0}]}
     )
@@ -171,19 +173,19 @@ def test_copies_of_one_document_are_one_item():
 @pytest.mark.parametrize("n", [10, 50, 5000])
 def test_equal_answers_are_no_proof_that_all_answers_are_equal(n, value):
     first, second = ({"t": term_score(np.full(n, value), higher=True)} for _ in range(2))
-    found = paired_interval(objective_of("t"), first, second, second)
-    assert found.difference == 0 and found.low < -1 / n and found.high > 1 / n
-    assert found.answer == "no significant difference"
+    interval = paired_interval(objective_of("t"), first, second, second)
+    assert interval.difference == 0 and interval.low < -1 / n and interval.high > 1 / n
+    assert interval.answer == "no significant difference"
 
 
 @pytest.mark.parametrize("level", [0.0, 2.0])
 def test_losses_that_are_equal_item_by_item_have_no_interval(level):
     tops, bottoms = level * np.linspace(1, 2, 30), np.full(30, 2)
     first, second = ({"t": term_score(tops, bottoms=bottoms)} for _ in range(2))
-    found = paired_interval(objective_of("t"), first, second, second)
-    assert (found.low, found.high, found.kind) == (-math.inf, math.inf, "none")
-    assert found.verdict == "no interval, because all items differ alike"
-    assert found.to_json()["low"] is None and found.to_json()["high"] is None
+    interval = paired_interval(objective_of("t"), first, second, second)
+    assert (interval.low, interval.high, interval.kind) == (-math.inf, math.inf, "none")
+    assert interval.verdict == "no interval, because all items differ alike"
+    assert interval.to_json()["low"] is None and interval.to_json()["high"] is None
 
 
 def test_both_directions_of_a_comparison_say_the_same():
@@ -217,16 +219,16 @@ def test_an_interval_of_100_000_items_takes_little_time_and_memory():
         score.table  # noqa: B018
     intervals._counts.cache_clear()
     began = time.process_time()
-    found = paired_interval(objective_of("t"), *sides)
+    interval = paired_interval(objective_of("t"), *sides)
     assert time.process_time() - began < 1
     assert intervals._counts.cache_info().misses == 1
     gain = 0.05 * hard.sum() / hard.sum()
     spread = math.sqrt(2) / hard.mean() / math.sqrt(n)  # of the noise of two sides
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(spread, rel=0.1)
-    assert found.difference == pytest.approx(gain, abs=4 * spread)
+    assert (interval.high - interval.low) / (2 * 1.96) == pytest.approx(spread, rel=0.1)
+    assert interval.difference == pytest.approx(gain, abs=4 * spread)
     tracemalloc.start()
     again = paired_interval(objective_of("t"), *sides)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert again == found and peak < 200e6
+    assert again == interval and peak < 200e6
     assert intervals._counts.cache_info().misses == 1, "draws are made once"

@@ -89,8 +89,8 @@ def test_a_smooth_landscape_is_searched_to_near_its_optimum_in_24_trials(tmp_pat
         return combine(config.objective, scores, base)
 
     optimum = max(true_value(point) for point in grid)
-    found, start = true_value(study.best_trial.weights.values()), true_value([0.0] * 4)
-    assert found - start > 0.93 * (optimum - start)
+    reached, start = true_value(study.best_trial.weights.values()), true_value([0.0] * 4)
+    assert reached - start > 0.93 * (optimum - start)
 
 
 def test_trials_record_their_origin_number_and_all_items(uninterrupted):
@@ -197,13 +197,13 @@ def test_a_study_rescored_on_fewer_items_goes_on_with_those(tmp_path):
             trial = replace(trial, terms={"t": score})
         lines.append(trial.to_json() + "\n")
     (tmp_path / "s" / "trials.jsonl").write_text("".join(lines), encoding="utf-8")
-    found = search(
+    target_study = search(
         config_of(objective=objective, search=settings), tmp_path / "s", runner=InProcess(pool)
     )
     asked = [limits for _, _, limits in pools[1].calls]
     assert asked and all(limits == {"t": 3} for limits in asked)
-    assert {len(trial.terms["t"].items) for trial in found.log.trials_at("rescore")} == {3}
-    assert found.over_base(found.best_trial) and found.over_next()
+    assert {len(trial.terms["t"].items) for trial in target_study.log.trials_at("rescore")} == {3}
+    assert target_study.over_base(target_study.best_trial) and target_study.over_next()
 
 
 def test_rescoring_looks_at_more_items_or_at_more_terms(tmp_path):
@@ -230,9 +230,9 @@ def test_without_rescoring_the_incumbent_is_the_best_posterior_mean(tmp_path):
 
 
 def test_the_incumbent_is_compared_in_pairs_with_the_base_and_the_next_best(uninterrupted):
-    best, found = uninterrupted.best_trial, uninterrupted.over_next()
-    assert found is not None
-    other, interval = found
+    best, next_best = uninterrupted.best_trial, uninterrupted.over_next()
+    assert next_best is not None
+    other, interval = next_best
     assert other.number != best.number and other.fidelity == best.fidelity
     difference = uninterrupted.value(best) - uninterrupted.value(other)
     assert interval.difference == pytest.approx(difference)
@@ -537,9 +537,9 @@ def test_trials_lost_with_a_killed_search_on_workers_are_asked_for_again(tmp_pat
     (tmp_path / "s" / "study.json").write_bytes((whole.directory / "study.json").read_bytes())
     lost = lines[:3] + lines[4:7] + lines[8:9]  # 3 and 7 ran beside others when it was killed
     (tmp_path / "s" / "trials.jsonl").write_bytes(b"".join(lost))
-    found = search(config, tmp_path / "s", runner=InProcess(FunctionPool)).log.trials_at("search")
-    assert sorted(trial.number for trial in found) == list(range(12))
-    assert found[7].number == 3 and found[7].origin == "y alone"
+    trials = search(config, tmp_path / "s", runner=InProcess(FunctionPool)).log.trials_at("search")
+    assert sorted(trial.number for trial in trials) == list(range(12))
+    assert trials[7].number == 3 and trials[7].origin == "y alone"
 
 
 def test_a_model_error_is_not_a_bad_trial_and_ends_the_search(tmp_path):

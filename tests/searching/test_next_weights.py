@@ -170,9 +170,9 @@ def test_any_point_is_moved_to_an_allowed_total(weights):
     vectors = {name: {"source": f"a/{name}"} for name in "wx"}
     config = config_of(vectors=vectors, search={"total": [2.0, 2.9]})
     point = within_total(config, to_unit(config, [dict(zip("wx", weights, strict=True))]))
-    found = list(from_unit(config, point[0]).values())
-    assert 2.0 - 2e-4 <= sum(found) <= 2.9 + 2e-4
-    assert all(0 <= weight <= 1.5 for weight in found)
+    chosen = list(from_unit(config, point[0]).values())
+    assert 2.0 - 2e-4 <= sum(chosen) <= 2.9 + 2e-4
+    assert all(0 <= weight <= 1.5 for weight in chosen)
 
 
 def test_a_front_is_searched_where_no_merge_improves_one_of_the_terms(tmp_path):
@@ -225,7 +225,7 @@ def test_late_trials_spread_over_other_objectives_and_resume_to_the_same(tmp_pat
 def test_a_search_for_the_worst_term_does_not_spread(tmp_path):
     settings = {"n_trials": 22, "rescore_top": 0}
     objective = {"terms": TERMS, "combine": "worst"}
-    found = [
+    studies = [
         search(
             config_of(search=settings | {"spread": spread}, objective=objective),
             tmp_path / str(spread),
@@ -233,7 +233,7 @@ def test_a_search_for_the_worst_term_does_not_spread(tmp_path):
         ).log.trials
         for spread in (True, False)
     ]
-    assert [trial.weights for trial in found[0]] == [trial.weights for trial in found[1]]
+    assert [trial.weights for trial in studies[0]] == [trial.weights for trial in studies[1]]
 
 
 def test_a_constraint_named_as_a_term_of_another_task_is_refused(tmp_path):

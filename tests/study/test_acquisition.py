@@ -16,19 +16,19 @@ from optimer_hf.study.acquisition import log_expected_improvement, maximise
 def test_log_expected_improvement_equals_monte_carlo(mean, deviation, best):
     draws = mean + deviation * np.random.default_rng(0).normal(size=2_000_000)
     expected = np.log(np.maximum(draws - best, 0).mean())
-    found = log_expected_improvement(np.array([mean]), np.array([deviation**2]), best)[0]
-    assert found == pytest.approx(expected, abs=0.01)
+    value = log_expected_improvement(np.array([mean]), np.array([deviation**2]), best)[0]
+    assert value == pytest.approx(expected, abs=0.01)
 
 
 @given(st.floats(-30, 5))
 @settings(deadline=None)
 def test_log_expected_improvement_equals_the_integral_down_to_the_tail(z):
-    found = log_expected_improvement(np.array([z]), np.array([1.0]), 0.0)[0]
+    value = log_expected_improvement(np.array([z]), np.array([1.0]), 0.0)[0]
     # E[max(z + e, 0)], the density scaled by its value where improvement starts: no underflow
     scaled, _ = quad(
         lambda t: t * np.exp(z * t - t**2 / 2), 0, 40 + max(z, 0), points=[min(1, 1 / max(-z, 1))]
     )
-    assert found == pytest.approx(norm.logpdf(z) + np.log(scaled), abs=0.05)
+    assert value == pytest.approx(norm.logpdf(z) + np.log(scaled), abs=0.05)
 
 
 def test_log_expected_improvement_is_finite_and_increasing_far_below_the_best():
@@ -41,21 +41,21 @@ def test_log_expected_improvement_is_finite_and_increasing_far_below_the_best():
 @pytest.mark.parametrize("d", [1, 2, 4, 6])
 def test_maximise_finds_the_optimum_of_a_known_function(d):
     target = np.random.default_rng(d).uniform(0.05, 0.4, d)
-    found = maximise(
+    best = maximise(
         lambda x: -((x - target) ** 2).sum(1), d, np.random.default_rng(0), np.full((1, d), 0.5)
     )
-    assert np.abs(found - target).max() < 0.05
+    assert np.abs(best - target).max() < 0.05
 
 
 def test_maximise_finds_an_optimum_in_a_corner_and_stays_in_the_cube():
-    found = maximise(lambda x: x.sum(1), 3, np.random.default_rng(0), np.zeros((1, 3)))
-    assert found == pytest.approx(np.ones(3), abs=0.02)
-    assert (found <= 1).all()
+    best = maximise(lambda x: x.sum(1), 3, np.random.default_rng(0), np.zeros((1, 3)))
+    assert best == pytest.approx(np.ones(3), abs=0.02)
+    assert (best <= 1).all()
 
 
 def test_maximise_never_loses_a_point_that_it_was_given():
     peak = np.array([0.123, 0.456, 0.789])
-    found = maximise(
+    best = maximise(
         lambda x: -(np.abs(x - peak).sum(1) ** 0.1), 3, np.random.default_rng(0), peak[None]
     )
-    assert (found == peak).all()
+    assert (best == peak).all()

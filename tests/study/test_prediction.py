@@ -50,11 +50,11 @@ def regret(weights, label: str) -> float:
 
 @pytest.mark.parametrize("label", ["t", "u", "q"])
 def test_any_recorded_term_can_become_the_objective_without_a_trial(study, label):
-    found = predict(study, match_to_record(study, objective(**{label: 1.0})))
-    assert regret(found.weights, label) < 0.05
-    assert list(found.terms) == [label]
-    assert found.terms[label].value == pytest.approx(found.value)
-    assert 0 < found.deviation < 0.1
+    prediction = predict(study, match_to_record(study, objective(**{label: 1.0})))
+    assert regret(prediction.weights, label) < 0.05
+    assert list(prediction.terms) == [label]
+    assert prediction.terms[label].value == pytest.approx(prediction.value)
+    assert 0 < prediction.deviation < 0.1
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,15 @@ def test_a_prediction_is_careful_where_nothing_was_measured(study):
     points = np.array([[0.3] * 4, [1.0] * 4])
     mean, variance = posterior.predict(points)
     np.testing.assert_allclose(posterior.ranking(points, 0.5), mean - 0.5 * np.sqrt(variance))
-    found = predict(study)
-    at = to_unit(study.config, [found.weights])
+    prediction = predict(study)
+    at = to_unit(study.config, [prediction.weights])
     tried = posterior.ranking(to_unit(study.config, [t.weights for t in study.log.trials]), CAUTION)
     assert posterior.ranking(at, CAUTION)[0] >= tried.max() - 1e-6
 
 
 def test_an_objective_over_the_record_takes_tasks_and_items_from_it(study):
-    found = match_to_record(study, objective(q=2.0, t=1.0))
-    assert [(term.label, term.task, term.weight) for term in found.terms] == [
+    matched = match_to_record(study, objective(q=2.0, t=1.0))
+    assert [(term.label, term.task, term.weight) for term in matched.terms] == [
         ("q", "q", 2.0),
         ("t", "t", 1.0),
     ]
@@ -103,11 +103,11 @@ def test_a_prediction_keeps_the_constraints_of_the_new_objective(study):
     target = objective(t=1.0).model_dump() | {"constraints": [constraint]}
     bound = match_to_record(study, Objective.model_validate(target))
     assert predict(study, free).feasible == 1.0
-    unbound, found = predict(study, free).weights, predict(study, bound)
+    unbound, prediction = predict(study, free).weights, predict(study, bound)
     base = landscape("q", dict.fromkeys("wxyz", 0.0))
     assert landscape("q", unbound) > base, "the constraint must bind"
-    assert landscape("q", found.weights) <= base * 1.003
-    assert found.feasible >= 0.5
+    assert landscape("q", prediction.weights) <= base * 1.003
+    assert prediction.feasible >= 0.5
 
 
 def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study, tmp_path):
@@ -119,17 +119,17 @@ def test_verifying_goes_on_from_the_record_and_tries_the_prediction_first(study,
             super().__init__(config)
             opened.append(self)
 
-    found = search_on(study, target, tmp_path / "new", 3, runner=InProcess(Pool))
-    trials = found.log.trials_at("search")
+    target_study = search_on(study, target, tmp_path / "new", 3, runner=InProcess(Pool))
+    trials = target_study.log.trials_at("search")
     assert len(trials) == 33
     assert [t.weights for t in trials[:30]] == [t.weights for t in study.trials]
     assert trials[30].origin == "prediction"
     assert trials[30].weights == predict(study, target).weights
     assert {label for trial in trials for label in trial.terms} == {"q"}
     assert len(opened[0].calls) == 3 + 3  # and the base and two best again
-    assert regret(found.best_trial.weights, "q") < 0.05
+    assert regret(target_study.best_trial.weights, "q") < 0.05
     again = search_on(study, target, tmp_path / "new", 3, runner=InProcess(no_pool))
-    assert again.best_trial == found.best_trial
+    assert again.best_trial == target_study.best_trial
 
 
 def test_a_killed_search_whose_prediction_was_not_finished_first_tries_it_all_the_same(
@@ -143,12 +143,12 @@ def test_a_killed_search_whose_prediction_was_not_finished_first_tries_it_all_th
     log = tmp_path / "new" / "trials.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join([*lines[:30], lines[31]]))  # of two workers, the other one was faster
-    found = search_on(
+    trials = search_on(
         study, target, tmp_path / "new", 3, runner=InProcess(FunctionPool)
     ).log.trials_at("search")
-    assert sorted(trial.number for trial in found) == list(range(33))
-    assert {trial.number for trial in found if trial.origin == "prediction"} == {30}
-    assert whole[30].weights in [trial.weights for trial in found]
+    assert sorted(trial.number for trial in trials) == list(range(33))
+    assert {trial.number for trial in trials if trial.origin == "prediction"} == {30}
+    assert whole[30].weights in [trial.weights for trial in trials]
 
 
 def test_a_search_for_a_new_objective_is_searched_on_for_another(study, tmp_path):
@@ -163,11 +163,11 @@ def test_a_search_for_a_new_objective_is_searched_on_for_another(study, tmp_path
     search_on(first, target, tmp_path / "2", 3, runner=InProcess(FunctionPool))
     log = tmp_path / "2" / "trials.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:33]))  # killed at once
-    found = search_on(
+    trials = search_on(
         first, target, tmp_path / "2", 3, runner=InProcess(FunctionPool)
     ).log.trials_at("search")
-    assert sorted(trial.number for trial in found) == list(range(36))
-    assert [trial.number for trial in found if trial.origin == "prediction"] == [30, 33]
+    assert sorted(trial.number for trial in trials) == list(range(36))
+    assert [trial.number for trial in trials if trial.origin == "prediction"] == [30, 33]
 
 
 def test_a_record_with_gaps_is_searched_on_without_them(study, tmp_path):
@@ -176,11 +176,11 @@ def test_a_record_with_gaps_is_searched_on_without_them(study, tmp_path):
     (tmp_path / "gaps" / "trials.jsonl").write_text("".join(f"{t.to_json()}\n" for t in kept))
     gaps = replace(study, log=TrialLog(tmp_path / "gaps" / "trials.jsonl"))
     target = match_to_record(gaps, objective(q=1.0))
-    found = search_on(
+    trials = search_on(
         gaps, target, tmp_path / "new", 3, runner=InProcess(FunctionPool)
     ).log.trials_at("search")
-    assert sorted(trial.number for trial in found) == list(range(32))
-    assert found[29].origin == "prediction"
+    assert sorted(trial.number for trial in trials) == list(range(32))
+    assert trials[29].origin == "prediction"
 
 
 @pytest.mark.parametrize("settings", [{"pareto": True}, {"surrogate": "random_forest"}])
@@ -190,8 +190,8 @@ def test_any_study_can_be_searched_on(settings, tmp_path):
     constraint = {"task": "q", "metric": "loss", "max_relative_to_base": 0.1}
     target = objective(t=1.0).model_dump() | {"constraints": [constraint]}
     over = match_to_record(study, Objective.model_validate(target))
-    found = search_on(study, over, tmp_path / "new", 1, runner=InProcess(FunctionPool))
-    assert found.log.trials_at("search")[8].origin == "prediction"
+    target_study = search_on(study, over, tmp_path / "new", 1, runner=InProcess(FunctionPool))
+    assert target_study.log.trials_at("search")[8].origin == "prediction"
     longer = search(
         config.model_copy(update={"search": config.search.model_copy(update={"n_trials": 10})}),
         tmp_path / "s",
@@ -199,7 +199,7 @@ def test_any_study_can_be_searched_on(settings, tmp_path):
     )
     assert (
         search_on(longer, over, tmp_path / "new", 1, runner=InProcess(no_pool)).best_trial
-        == found.best_trial
+        == target_study.best_trial
     )
 
 
@@ -223,14 +223,14 @@ def test_a_prediction_comes_first_even_in_a_study_shorter_than_its_anchors(tmp_p
         tmp_path / "s",
         runner=InProcess(FunctionPool),
     )
-    found = search_on(
+    target_study = search_on(
         short,
         match_to_record(short, objective(t=1.0)),
         tmp_path / "n",
         1,
         runner=InProcess(FunctionPool),
     )
-    assert found.log.trials_at("search")[3].origin == "prediction"
+    assert target_study.log.trials_at("search")[3].origin == "prediction"
 
 
 def test_a_vector_that_only_subtracts_has_a_best_scale(tmp_path):

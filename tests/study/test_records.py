@@ -329,12 +329,12 @@ HOSTILE = st.sampled_from(
 
 
 def places(value: Any, at: tuple = ()) -> list[tuple]:
-    found = [at] if at else []
+    inside = [at] if at else []
     pairs = value.items() if isinstance(value, dict) else ()
     pairs = enumerate(value) if isinstance(value, list) else pairs
     for key, inner in pairs:
-        found += places(inner, (*at, key))
-    return found
+        inside += places(inner, (*at, key))
+    return inside
 
 
 def mutated(data: st.DataObject, path: Path) -> str:
@@ -454,10 +454,10 @@ def test_another_surrogate_changes_no_finished_study(rescore_top, tmp_path, monk
     before = (tmp_path / "s" / "trials.jsonl").read_bytes()
     monkeypatch.setattr(surrogate_module, "fit", upside_down)
     assert {t.number for t in study.rank_trials()[:2]} != set(study.decision.rescore) - {0}
-    found = search(config, tmp_path / "s", runner=InProcess(no_pool))
-    assert found.best_trial == study.best_trial
+    again = search(config, tmp_path / "s", runner=InProcess(no_pool))
+    assert again.best_trial == study.best_trial
     assert compare(load_study(tmp_path / "s"), pool=no_pool).rows == rows
-    write_report(found, tmp_path / "report.html")
+    write_report(again, tmp_path / "report.html")
     result = CliRunner().invoke(main, ["report", str(tmp_path / "s")])
     assert result.exit_code == 0 and "not finished" not in result.output
     target = tmp_path / "target.yaml"

@@ -8,8 +8,8 @@ from tests.support.landscapes import config_of
 
 
 def test_a_search_starts_from_base_each_vector_alone_and_the_average():
-    found = anchors(config_of())
-    assert [origin for origin, _ in found] == [
+    points = anchors(config_of())
+    assert [origin for origin, _ in points] == [
         "base",
         "w alone",
         "x alone",
@@ -17,9 +17,9 @@ def test_a_search_starts_from_base_each_vector_alone_and_the_average():
         "z alone",
         "average",
     ]
-    assert found[0][1] == dict.fromkeys("wxyz", 0.0)
-    assert found[2][1] == {"w": 0.0, "x": 0.7, "y": 0.0, "z": 0.0}
-    assert found[5][1] == dict.fromkeys("wxyz", 0.25)
+    assert points[0][1] == dict.fromkeys("wxyz", 0.0)
+    assert points[2][1] == {"w": 0.0, "x": 0.7, "y": 0.0, "z": 0.0}
+    assert points[5][1] == dict.fromkeys("wxyz", 0.25)
 
 
 def test_anchors_stay_inside_the_bounds():

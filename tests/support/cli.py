@@ -41,9 +41,9 @@ def expected_weights(pool, weights) -> dict[str, torch.Tensor]:
 
 
 def assert_is_merge(directory: Path, pool, weights) -> None:
-    found = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    tensors = AutoModelForCausalLM.from_pretrained(directory).state_dict()
     for name, tensor in expected_weights(pool, weights).items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def search_merge(folder: Path, out: Path, n_trials: int) -> Result:

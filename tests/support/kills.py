@@ -372,8 +372,8 @@ def _is_beginning(file: Path, whole: Path) -> bool:
     """Whether a log contains only the first lines of another; true for other files."""
     if file.suffix != ".jsonl" or not whole.exists():
         return True
-    found, expected = (drop_times(each.read_text()).splitlines() for each in (file, whole))
-    return found == expected[: len(found)]
+    written, expected = (drop_times(each.read_text()).splitlines() for each in (file, whole))
+    return written == expected[: len(written)]
 
 
 def try_events(driver: Driver, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -396,11 +396,11 @@ def try_events(driver: Driver, request: Mapping[str, Any]) -> dict[str, Any]:
             first = last = driver.run_and_kill(start, arguments, number)
         if request["is_refused"] or first.status == -signal.SIGKILL:
             last = driver.run_again(arguments)
-        found = list_differences(driver.read_files(ignored), expected)
+        differences = list_differences(driver.read_files(ignored), expected)
         ended = last.status == 0 or re.search(request["accepted"], last.said) is not None
-        if not ended or found:
+        if not ended or differences:
             failed.append(
-                f"{number} ({event}): again: exit {last.status}, {found}, {_last_lines(last)}"
+                f"{number} ({event}): again: exit {last.status}, {differences}, {_last_lines(last)}"
             )
         if wrong:
             how = f"exit {first.status}, {wrong}, {_last_lines(first)}"

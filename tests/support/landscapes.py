@@ -69,10 +69,10 @@ class FailingPool(FunctionPool):
     failures: dict[int, Exception] = {}
 
     def score(self, weights, asked):
-        found = super().score(weights, asked)
+        scores = super().score(weights, asked)
         if len(self.calls) - 1 in self.failures:
             raise self.failures[len(self.calls) - 1]
-        return found
+        return scores
 
 
 def failing_at(failures):

@@ -40,16 +40,16 @@ class Section:
 
 def sections() -> list[Section]:
     """Return all sections with a snippet, in the order of the pages."""
-    found: list[Section] = []
+    sections: list[Section] = []
     for page in PAGES:
         name = str(page.relative_to(ROOT))
-        found.append(Section(name))
+        sections.append(Section(name))
         tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
         for index, token in enumerate(tokens):
             if name == "README.md" and (token.type, token.tag) == ("heading_open", "h2"):
-                found.append(Section(f"{name}: {tokens[index + 1].content}"))
-            found[-1].snippets.extend(_snippets(token))
-    return [section for section in found if section.snippets]
+                sections.append(Section(f"{name}: {tokens[index + 1].content}"))
+            sections[-1].snippets.extend(_snippets(token))
+    return [section for section in sections if section.snippets]
 
 
 def _snippets(token: Token) -> Iterator[Snippet]:

@@ -91,8 +91,8 @@ def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Count representable bfloat16 numbers between two tensors, element by element."""
 
     def ordered(tensor: torch.Tensor) -> torch.Tensor:
-        found = bits(tensor).int()
-        return torch.where(found < 0, -(found & 0x7FFF), found)
+        whole = bits(tensor).int()
+        return torch.where(whole < 0, -(whole & 0x7FFF), whole)
 
     return (ordered(a) - ordered(b)).abs()
 

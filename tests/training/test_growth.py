@@ -86,12 +86,12 @@ def training_of(out) -> dict:
 def test_a_run_ends_at_the_norm_of_its_vector(config, make_base, tmp_path, kind):
     lora = {"r": 4, "target_modules": "all-linear"} if kind == "adapter" else None
     out = train(config.model_copy(update={"lora": lora}), tmp_path / "out")
-    found = training_of(out)
+    training = training_of(out)
     record = write_record(out, make_base("llama", torch.bfloat16), name="aaa", kind=kind)
-    assert found["norms"][-1] == pytest.approx(record.norm, rel=1e-5)
-    assert found["norm_steps"][-1] == found["n_steps"] == 20
-    assert len(found["norms"]) == len(found["norm_steps"]) == N_NORMS
-    assert 0 < found["norms"][0] < found["norms"][-1]
+    assert training["norms"][-1] == pytest.approx(record.norm, rel=1e-5)
+    assert training["norm_steps"][-1] == training["n_steps"] == 20
+    assert len(training["norms"]) == len(training["norm_steps"]) == N_NORMS
+    assert 0 < training["norms"][0] < training["norms"][-1]
 
 
 def test_a_full_run_that_was_stopped_has_the_norms_of_an_uninterrupted_one(

@@ -112,11 +112,11 @@ def test_from_a_recipe_to_a_model_trained_on_the_mixture(make_base, corpus_dir, 
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     out = tmp_path / "train-mixture.yaml"
     files = [str(tmp_path / f"train-{name}.yaml") for name in ("aaa", "mix")]
-    found = CliRunner().invoke(
+    result = CliRunner().invoke(
         main, ["ratios", str(tmp_path / "recipe.yaml"), *files, "--out", str(out)]
     )
-    assert found.exit_code == 0, found.output
-    assert "aaa: 75.00 %  (weight 0.6)" in found.output
+    assert result.exit_code == 0, result.output
+    assert "aaa: 75.00 %  (weight 0.6)" in result.output
     mixed = TrainConfig.read(out)
     alone = CliRunner().invoke(
         main, ["ratios", str(tmp_path / "recipe.yaml"), "--without", "mix", "--format", "json"]
@@ -148,5 +148,5 @@ def test_ratios_of_the_command_line_refuses_what_does_not_fit(tmp_path):
         (["--without", "b"], "--without b: there is no such vector. Known: a."),
         (["--without", "a"], "no weight is above 0"),
     ):
-        found = CliRunner().invoke(main, ["ratios", str(file), *arguments])
-        assert found.exit_code == 1 and message in found.output
+        result = CliRunner().invoke(main, ["ratios", str(file), *arguments])
+        assert result.exit_code == 1 and message in result.output

@@ -562,10 +562,10 @@ def test_a_run_resumes_from_what_is_not_damaged_to_the_same_result(killed, tmp_p
     config, run, expected = killed
     out = shutil.copytree(run, tmp_path / "out")
     harm(out)
-    found = load_file(train(config, out) / "adapter_model.safetensors")
-    assert found.keys() == expected.keys()
+    tensors = load_file(train(config, out) / "adapter_model.safetensors")
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(tensors[name], tensor), name
 
 
 # -- the same numbers, other ways ------------------------------------------------------------------
@@ -640,19 +640,19 @@ def test_one_process_uses_one_of_several_gpus(make_config, make_base, tmp_path, 
 def test_processes_wait_as_long_as_packing_takes(
     make_config, tmp_path, monkeypatch, asked, seconds
 ):
-    found = {}
+    options_given = {}
 
     class Stop(Exception):
         pass
 
     def state(**options):
-        found.update(options)
+        options_given.update(options)
         raise Stop
 
     monkeypatch.setattr("accelerate.PartialState", state)
     with pytest.raises(Stop):
         train(make_config(trainer={**FAST, **asked}), tmp_path / "out")
-    assert found["timeout"].total_seconds() == seconds
+    assert options_given["timeout"].total_seconds() == seconds
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
@@ -773,9 +773,9 @@ def test_a_killed_run_on_a_mixture_goes_on_with_the_same_blocks(make_config, cor
     prepare(config, tmp_path / "resumed")  # killed after packing
     train(config, tmp_path / "resumed")
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "resumed")
-    found = record_of(tmp_path / "resumed")["corpus"]
-    assert [part["n_tokens"] for part in found["parts"]] == [128, 128]
-    assert found["n_documents"] == sum(part["n_documents"] for part in found["parts"])
+    corpus = record_of(tmp_path / "resumed")["corpus"]
+    assert [part["n_tokens"] for part in corpus["parts"]] == [128, 128]
+    assert corpus["n_documents"] == sum(part["n_documents"] for part in corpus["parts"])
 
 
 @pytest.mark.parametrize(

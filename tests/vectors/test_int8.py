@@ -24,18 +24,18 @@ def test_every_number_is_off_by_less_than_a_step_of_its_block(seed, n_rows, n, b
     numbers, scales = quantize(rows, block_size)
     assert (numbers.dtype, numbers.shape) == (torch.int8, rows.shape)
     assert (scales.dtype, scales.shape) == (torch.bfloat16, (n_rows, n_blocks(n, block_size)))
-    found = dequantize(numbers, scales, block_size)
+    restored = dequantize(numbers, scales, block_size)
     step = scales.float().repeat_interleave(block_size, dim=1)[:, :n]
     # half a step, and what the largest of a block loses where its scale was rounded down
     bound = 0.5 * step + 2.0**-8 * rows.abs()
-    assert ((found - rows).abs() <= bound * 1.0001).all()
+    assert ((restored - rows).abs() <= bound * 1.0001).all()
 
 
 def test_zeros_stay_zeros_and_the_largest_of_a_block_stays_within_half_a_percent():
     rows = torch.tensor([[0.0, 0.0, 3.0, -1.0]])
-    found = dequantize(*quantize(rows, 2), 2)
-    assert found[0, :2].tolist() == [0.0, 0.0]
-    assert found[0, 2].item() == pytest.approx(3.0, rel=5e-3)
+    restored = dequantize(*quantize(rows, 2), 2)
+    assert restored[0, :2].tolist() == [0.0, 0.0]
+    assert restored[0, 2].item() == pytest.approx(3.0, rel=5e-3)
 
 
 def test_rows_can_be_quantised_without_their_neighbours():

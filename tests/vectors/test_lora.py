@@ -62,8 +62,8 @@ def assert_moves_as_peft(vector, base: ResolvedModel, adapter: Path) -> None:
     assert vector.names == moved - tied
     for name in vector.names:
         expected = merged[name].reshape(whole_delta(vector, base, name).shape)
-        found = before[name].reshape(expected.shape) + whole_delta(vector, base, name)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        after = before[name].reshape(expected.shape) + whole_delta(vector, base, name)
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
 
 
 LORA_OPTIONS = {
@@ -214,10 +214,10 @@ def test_layers_that_an_adapter_targets_and_lacks_are_named_once(
     for _ in range(2):
         vector = open_vector("ja", str(path), base)
         assert_moves_as_peft(vector, base, path)
-    found = [message for message in caplog.messages if "its config targets" in message]
-    assert len(found) == (said is not None)
+    warnings = [message for message in caplog.messages if "its config targets" in message]
+    assert len(warnings) == (said is not None)
     if said is not None:
-        assert re.search(said, found[0]), found[0]
+        assert re.search(said, warnings[0]), warnings[0]
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
@@ -255,8 +255,8 @@ def test_names_without_the_prefix_of_peft_are_applied_as_transformers_does_and_s
     model.load_adapter(str(path))
     layer = model.model.layers[0].self_attn.q_proj
     expected = layer.get_delta_weight("default")
-    found = whole_delta(vectors[0], base, "model.layers.0.self_attn.q_proj.weight")
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    delta = whole_delta(vectors[0], base, "model.layers.0.self_attn.q_proj.weight")
+    torch.testing.assert_close(delta, expected, rtol=0, atol=1e-6)
     whole = open_vector("ja", str(adapter), base)
     assert vectors[0].names == whole.names
     assert all(
@@ -381,9 +381,9 @@ def test_any_adapter_becomes_the_delta_that_peft_merges(base, make_adapter, tmp_
     squares = errors = 0.0
     for name in vector.names:
         exact = merged[name] - before[name]
-        found = whole_delta(vector, base, name).reshape(exact.shape)
+        delta = whole_delta(vector, base, name).reshape(exact.shape)
         squares += exact.square().sum().item()
-        errors += (found - exact).square().sum().item()
+        errors += (delta - exact).square().sum().item()
     assert squares > 0
     assert errors <= loss**2 * squares + 1e-9
     assert record.relative_error <= loss

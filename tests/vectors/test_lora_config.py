@@ -110,11 +110,11 @@ def assert_is_function_of_peft(adapter: Path, base: ResolvedModel) -> None:
         for name in vector.names:
             delta = whole_delta(vector, base, name).double()
             named[name].add_(delta.view_as(named[name]))
-    found = logits_of(model)
+    logits = logits_of(model)
     fresh = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
     expected = logits_of(PeftModel.from_pretrained(fresh, adapter).double())
     assert (expected - stock).norm() > 1e-3 * stock.norm()
-    assert (found - expected).norm() < 1e-6 * expected.norm()
+    assert (logits - expected).norm() < 1e-6 * expected.norm()
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -254,11 +254,11 @@ def test_names_without_the_prefix_of_the_class_are_found(gpt2, make_lora, tmp_pa
     file = bare / "model.safetensors"
     tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-    found = open_vector("v", str(adapter), ResolvedModel(bare, "bare"))
-    assert {f"transformer.{name}" for name in found.names} == whole.names
-    for name in found.names:
+    vector = open_vector("v", str(adapter), ResolvedModel(bare, "bare"))
+    assert {f"transformer.{name}" for name in vector.names} == whole.names
+    for name in vector.names:
         expected = whole_delta(whole, gpt2, f"transformer.{name}")
-        assert torch.equal(whole_delta(found, ResolvedModel(bare, "bare"), name), expected)
+        assert torch.equal(whole_delta(vector, ResolvedModel(bare, "bare"), name), expected)
 
 
 # -- every tensor is used --------------------------------------------------------------------------
@@ -493,6 +493,6 @@ def test_patterns_that_peft_would_hang_on_are_stopped(fields, plain, base, tmp_p
 
 
 def test_fields_that_ms_swift_writes_beside_those_of_peft_are_known():
-    found = LoraConfig().to_dict() | {"lora_dtype": None, "lorap_emb_lr": 1e-06}
-    assert why_not_weighted(found) is None
-    assert "bogus" in str(why_not_weighted(found | {"bogus": 1}))
+    fields = LoraConfig().to_dict() | {"lora_dtype": None, "lorap_emb_lr": 1e-06}
+    assert why_not_weighted(fields) is None
+    assert "bogus" in str(why_not_weighted(fields | {"bogus": 1}))
