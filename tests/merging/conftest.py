@@ -36,3 +36,16 @@ def pool(make_base, make_tuned, make_adapter, tmp_path_factory):
         return made[kind, vectors, dtype]
 
     return sources
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, make_base, make_tuned):
+    """A folder with a base and two fine-tunes, and paths that mergekit's short form cannot say."""
+    folder = tmp_path_factory.mktemp("models")
+    base = make_base("llama", torch.float32)
+    (folder / "base").symlink_to(base.path)
+    for name, seed in (("a", 1), ("b", 2)):
+        tuned = make_tuned(base, "llama", seed, torch.float32, 0.02)
+        (folder / name).symlink_to(tuned)
+        (folder / f"{name}+{name}@1").symlink_to(tuned)
+    return folder

@@ -12,33 +12,19 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.errors import ConfigError, ModelError, OptimerError
 from optimer_hf.experiment.checking import check_file
-from optimer_hf.merging.check import Promise, check_merged
 from optimer_hf.merging.engines import merge
 from optimer_hf.merging.mergekit_models import ModelName, model_name
 from optimer_hf.merging.mergekit_pool import linear_merge_of, pool_of, with_weights
 from optimer_hf.merging.mergekit_yaml import read_merge_config
 from optimer_hf.searching.study_file import study_of_merge_config
+from tests.support.merges import tensors_in, with_broken_tokenizer, without_tokenizer
 from tests.support.tiny import bits
 
 OPTIONS = {"quiet": True, "random_seed": 3}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory, make_base, make_tuned):
-    """A folder with a base and two fine-tunes, and paths that mergekit's short form cannot say."""
-    folder = tmp_path_factory.mktemp("models")
-    base = make_base("llama", torch.float32)
-    (folder / "base").symlink_to(base.path)
-    for name, seed in (("a", 1), ("b", 2)):
-        tuned = make_tuned(base, "llama", seed, torch.float32, 0.02)
-        (folder / name).symlink_to(tuned)
-        (folder / f"{name}+{name}@1").symlink_to(tuned)
-    return folder
 
 
 @pytest.fixture
@@ -49,13 +35,9 @@ def world(models, tmp_path):
     return tmp_path
 
 
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    return {k: v for f in sorted(path.glob("*.safetensors")) for k, v in load_file(f).items()}
-
-
 def assert_same_model(found: Path, expected: Path) -> None:
     """Compare tensors bit for bit, and every file beside them but the card, whose title differs."""
-    ours, theirs = tensors(found), tensors(expected)
+    ours, theirs = tensors_in(found), tensors_in(expected)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
@@ -446,8 +428,8 @@ def test_a_retrained_adapter_is_merged_again_and_a_failed_merge_leaves_nothing(
         config = {"merge_method": "optimer", "base_model": str(base.path), "models": [plain]}
         merge(written(tmp_path, yaml.safe_dump(config)), tmp_path / f"native{seed}")
         path = written(tmp_path, text)
-        for name, tensor in tensors(tmp_path / f"native{seed}").items():
-            torch.testing.assert_close(tensors(out)[name], tensor, rtol=0, atol=1e-6)
+        for name, tensor in tensors_in(tmp_path / f"native{seed}").items():
+            torch.testing.assert_close(tensors_in(out)[name], tensor, rtol=0, atol=1e-6)
     kept = sorted(file.name for file in (tmp_path / "cache").iterdir())
     assert len(kept) == 2
     (adapter / "adapter_model.safetensors").write_bytes(b"broken")
@@ -472,15 +454,6 @@ def with_base(world):
         return written(world, text)
 
     return changed
-
-
-def without_tokenizer(base: Path) -> None:
-    for file in [*base.glob("tokenizer*"), *base.glob("special*")]:
-        file.unlink()
-
-
-def with_broken_tokenizer(base: Path) -> None:
-    (base / "tokenizer.json").write_text('{"x"', encoding="utf-8")
 
 
 @pytest.mark.parametrize("method", ["optimer", "task_arithmetic"])
@@ -570,67 +543,6 @@ def test_layers_whose_kinds_the_config_lists_are_not_stacked(make_base, tmp_path
     path = written(tmp_path, f"slices: [{piece}, {piece}]\nmerge_method: passthrough\n")
     with pytest.raises(ConfigError, match=r"give 4 layers, but .*lists 2 layer_types"):
         merge(path, tmp_path / "out")
-
-
-def dropped(out: Path) -> None:
-    write(out, {name: t for name, t in tensors(out).items() if "layers.1.mlp.up" not in name})
-
-
-def cut(out: Path) -> None:
-    write(out, {name: t[:-1] if "embed_tokens" in name else t for name, t in tensors(out).items()})
-
-
-def added(out: Path) -> None:
-    write(out, tensors(out) | {"model.extra.weight": torch.zeros(2)})
-
-
-def infinite(out: Path) -> None:
-    write(out, {name: t / (0 if "norm" in name else 1) for name, t in tensors(out).items()})
-
-
-def write(out: Path, found: dict[str, torch.Tensor]) -> None:
-    save_file(found, out / "model.safetensors", metadata={"format": "pt"})
-
-
-def deeper(out: Path) -> None:
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-
-
-@pytest.mark.parametrize(
-    ("damage", "promise", "message"),
-    [
-        (dropped, {}, r"lacks 'model\.layers\.1\.mlp\.up_proj\.weight' \(1 in all"),
-        (cut, {}, r"another shape for 'model\.embed_tokens\.weight'"),
-        (added, {}, r"no place for 'model\.extra\.weight'"),
-        (infinite, {}, r"holds NaN or infinite values"),
-        (deeper, {}, r"lacks 'model\.layers\.2"),
-        (without_tokenizer, {}, r"it has no tokenizer"),
-        (with_broken_tokenizer, {"new_tokenizer": True}, r"the merge: .*cannot load the tokenizer"),
-        (lambda out: (out / "config.json").unlink(), {}, r"no config\.json"),
-        (lambda out: None, {"out_dtype": "bfloat16"}, r"written as torch\.float32, expected"),
-        (lambda out: None, {"dtype": "float16"}, r"names the dtype float32, expected float16"),
-        (
-            lambda out: None,
-            {"new_tokenizer": True, "chat_template": "{{ messages }}"},
-            r"lacks the chat template",
-        ),
-    ],
-)
-def test_an_output_that_is_not_as_promised_is_refused(models, tmp_path, damage, promise, message):
-    model, out = (models / "a").resolve(), tmp_path / "out"
-    shutil.copytree(model, out)
-    check_merged(out, Promise(model))
-    damage(out)
-    with pytest.raises(ModelError, match=message):
-        check_merged(out, Promise(model, **promise))
-
-
-def test_a_fault_that_the_source_model_has_too_is_ignored(models, tmp_path):
-    shutil.copytree((models / "a").resolve(), tmp_path / "base")
-    added(tmp_path / "base")
-    shutil.copytree(tmp_path / "base", tmp_path / "out")
-    check_merged(tmp_path / "out", Promise(tmp_path / "base"))
 
 
 def _moved_tokens(model: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from optimer_hf.merging.engines import merge
 from optimer_hf.models.checkpoint import Checkpoint
@@ -66,3 +67,16 @@ def expected_merge(base: Path, sources: dict[str, Path], weight_of) -> dict[str,
             total += delta * weight_of(vector, name)
         merged[name] = (total + tensor.float()).to(torch.bfloat16)
     return merged
+
+
+def tensors_in(path: Path) -> dict[str, torch.Tensor]:
+    return {k: v for f in sorted(path.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def without_tokenizer(base: Path) -> None:
+    for file in [*base.glob("tokenizer*"), *base.glob("special*")]:
+        file.unlink()
+
+
+def with_broken_tokenizer(base: Path) -> None:
+    (base / "tokenizer.json").write_text('{"x"', encoding="utf-8")
