@@ -26,7 +26,7 @@ class Stage(FileModel):
     @model_validator(mode="before")
     @classmethod
     def _add_kind(cls, data: Any) -> Any:
-        """Tell the kind from the name, for plans that version 0.1.0 wrote without kinds."""
+        """Derive the kind from the name, for plans that version 0.1.0 wrote without kinds."""
         if isinstance(data, dict) and "kind" not in data and isinstance(data.get("name"), str):
             return {"kind": _kind_of_name(data["name"]), **data}
         return data

@@ -107,7 +107,7 @@ def list_absent_files(path: Path, config: Any) -> str:
 
 
 def list_absent_files_of_data(cls: type[BaseModel], data: Mapping[str, Any], path: Path) -> str:
-    """Do as `list_absent_files` for data read from `path`, even if it is not a valid `cls`."""
+    """Return `list_absent_files` of data read from `path`, even if it is not a valid `cls`."""
     noted: dict[tuple[str, str], str] = {}
     with contextlib.suppress(ValidationError):
         cls.model_validate(data, context={"folder": path.resolve().parent, "noted": noted})

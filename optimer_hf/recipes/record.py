@@ -170,7 +170,7 @@ class Lock(VersionedFile):
     @model_validator(mode="before")
     @classmethod
     def _add_dtypes(cls, data: Any) -> Any:
-        """Tell int8 deltas by their files in locks of version 0.1.0, which recorded no dtypes."""
+        """Recognise int8 deltas by their files in locks of 0.1.0, which recorded no dtypes."""
         if not isinstance(data, dict) or "dtypes" in data:
             return data
         vectors = data.get("vectors")

@@ -210,7 +210,7 @@ class _Plan:
         return Candidate(number, "surrogate", weights, seconds=seconds)
 
     def tell(self, trial: Trial) -> None:
-        """Tell the asker a finished trial, unless it is not made yet: then it will read the log."""
+        """Report a finished trial to the asker, which reads the log if it is made later."""
         if self._asker is not None:
             self._asker.tell(trial)
 
