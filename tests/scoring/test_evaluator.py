@@ -1,6 +1,4 @@
-"""evaluator.py: scores against independent computations and the stock harness; combining,
-intervals, errors.
-"""
+"""evaluator.py: scores against independent computations and the stock harness; errors."""
 
 import json
 import logging
@@ -22,10 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from optimer_hf.errors import EvaluationError
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.items import check_disjoint, indices_within, spread_indices
-from optimer_hf.scoring.objective import Asked, Objective, Term, combine, gains
+from optimer_hf.scoring.objective import Asked, Objective, Term
 from optimer_hf.scoring.paired import paired_interval
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import load_tasks, warn_of_other_weights, warn_of_reported_benchmarks
+from tests.support.scores import objective_of
 from tests.support.tiny import BOS, tiny_model
 
 CHOICE_TASK = """
@@ -97,10 +96,6 @@ def model(kind):
 def evaluate_all(model, tokenizer, objective: Objective) -> dict[str, TermScore]:
     evaluator = Evaluator(model, tokenizer, [objective])
     return evaluator.evaluate([Asked(term, objective.limit_of(term)) for term in objective.terms])
-
-
-def objective_of(*terms, **options) -> Objective:
-    return Objective.model_validate({"terms": list(terms), **options})
 
 
 # -- texts -----------------------------------------------------------------------------------------
@@ -579,114 +574,6 @@ def test_scores_that_are_not_numbers_raise(tokenizer, tmp_path):
         evaluator.evaluate([Asked(objective.terms[0], None)])
 
 
-# -- objectives ------------------------------------------------------------------------------------
-
-
-def test_terms_for_rescoring_only_stay_out_of_the_search():
-    objective = objective_of(
-        {"text": "a"}, {"text": "b", "rescore_only": True, "limit": 7}, limit=5
-    )
-    assert [term.label for term in objective.terms_at("search")] == ["a"]
-    assert [term.label for term in objective.terms_at("rescore")] == ["a", "b"]
-    assert [objective.limit_of(term) for term in objective.terms] == [5, 7]
-
-
-def losses(*values: float) -> TermScore:
-    return TermScore([(value, 1.0) for value in values], False)
-
-
-def accuracies(*values: float) -> TermScore:
-    return TermScore([(value, 1.0) for value in values], True)
-
-
-def test_score_is_the_ratio_of_sums_not_the_mean_of_ratios():
-    assert TermScore([(1.0, 1.0), (1.0, 3.0)], False).score == 0.5
-
-
-BASE = {"loss": losses(2.0, 4.0), "acc": accuracies(0, 1, 0, 1), "free": losses(1.0)}
-OTHER = {"loss": losses(1.0, 2.0), "acc": accuracies(1, 1, 0, 1), "free": losses(9.0)}
-TERMS = [
-    {"task": "a", "metric": "m", "name": "loss", "weight": 3},
-    {"task": "b", "metric": "acc", "name": "acc"},
-    {"task": "c", "metric": "m", "name": "free", "weight": 0},
-]
-
-
-def test_gains_are_relative_for_losses_and_points_for_accuracies():
-    assert gains(OTHER, BASE) == pytest.approx({"loss": 0.5, "acc": 0.25, "free": -8.0})
-
-
-def test_relative_to_base_is_the_weighted_mean_of_the_gains():
-    assert combine(objective_of(*TERMS), OTHER, BASE) == pytest.approx((3 * 0.5 + 0.25) / 4)
-
-
-def test_worst_is_the_smallest_gain_of_the_counting_terms():
-    assert combine(objective_of(*TERMS, combine="worst"), OTHER, BASE) == pytest.approx(0.25)
-
-
-def test_weighted_mean_turns_losses_around():
-    same_unit = objective_of(TERMS[0], {**TERMS[2], "weight": 1}, combine="weighted_mean")
-    assert combine(same_unit, OTHER, BASE) == pytest.approx(-(3 * 1.5 + 9) / 4)
-    assert combine(objective_of(TERMS[1], combine="weighted_mean"), OTHER, BASE) == pytest.approx(
-        0.75
-    )
-
-
-@pytest.mark.parametrize("rule", ["relative_to_base", "worst"])
-def test_the_base_is_worth_nothing(rule):
-    assert combine(objective_of(*TERMS, combine=rule), BASE, BASE) == 0
-
-
-# -- intervals -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", ["relative_to_base", "worst"])
-def test_scores_beside_themselves_have_no_interval(rule):
-    interval = paired_interval(objective_of(*TERMS, combine=rule), OTHER, OTHER, BASE)
-    assert (interval.difference, interval.low, interval.high) == (0, -math.inf, math.inf)
-    assert interval.kind == "none" and not interval.excludes_zero
-
-
-def test_a_constant_improvement_is_settled_and_no_certain_number():
-    objective = objective_of({"task": "a", "metric": "m", "name": "loss"})
-    base = {"loss": losses(*[2.0] * 20)}
-    interval = paired_interval(
-        objective, {"loss": losses(*[1.0] * 20)}, {"loss": losses(*[1.5] * 20)}, base
-    )
-    assert interval.difference == pytest.approx(0.25)
-    assert 0 < interval.low < 0.22 and 0.25 < interval.high < 0.3
-    assert interval.excludes_zero
-
-
-def test_pairing_makes_the_interval_narrower_than_the_noise_between_items():
-    rng = np.random.default_rng(0)
-    hard = rng.normal(5, 2, 200)
-    objective = objective_of({"task": "a", "metric": "m", "name": "loss"})
-    sides = [
-        {"loss": losses(*(hard + shift + 0.05 * rng.normal(size=200)))}
-        for shift in (0.0, -0.05, 0.0)
-    ]
-    assert paired_interval(objective, sides[1], sides[2], sides[0]).excludes_zero
-    assert paired_interval(objective, sides[1], sides[2], sides[0]).difference > 0
-
-
-@pytest.mark.parametrize("rule", ["relative_to_base", "weighted_mean"])
-def test_the_95_percent_interval_covers_the_truth_about_95_times_in_100(rule):
-    rng = np.random.default_rng(1)
-    objective = objective_of({"task": "a", "metric": "m", "name": "loss"}, combine=rule)
-    covered = 0
-    for _ in range(200):
-        hard = rng.gamma(9, 0.5, 80)
-        sides = [
-            {"loss": losses(*(scale * hard + 0.3 * rng.normal(size=80)))}
-            for scale in (1.0, 0.9, 0.95)
-        ]
-        interval = paired_interval(objective, sides[1], sides[2], sides[0])
-        truth = 0.05 if rule == "relative_to_base" else 0.05 * 4.5
-        covered += interval.low <= truth <= interval.high
-    assert 0.89 * 200 <= covered <= 0.99 * 200
-
-
 # -- perplexities, functions, generation, hash ranges ----------------------------------------------
 
 
@@ -953,17 +840,6 @@ def test_the_same_rows_under_another_template_are_refused_in_the_sealed_test(tas
     test = objective_of({"task": "toy_other", "metric": "acc"}, include_path=str(tmp_path))
     with pytest.raises(EvaluationError, match="24 of its 24 items are items of the search"):
         check_disjoint(search, test, load_tasks([search]) | load_tasks([test]))
-
-
-def test_gains_of_negative_losses_and_zero_bases_have_the_right_sign():
-    def losses(*values):
-        return {"f": TermScore([(value, 1.0) for value in values], False)}
-
-    objective = objective_of({"function": "f", "higher_is_better": False})
-    better, base = losses(*np.linspace(-3, -3.2, 12)), losses(*[-2] * 12)
-    found = paired_interval(objective, better, base, base)
-    assert 0 < found.low <= found.difference <= found.high
-    assert gains(losses(1.0), losses(0.0)) == {"f": -1.0}
 
 
 def test_a_perplexity_beyond_all_numbers_is_an_error_not_a_crash(tokenizer, tmp_path):

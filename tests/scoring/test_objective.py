@@ -1,10 +1,11 @@
-"""objective.py: what an objective may say."""
+"""objective.py: what an objective may say, and how it combines scores."""
 
 import pytest
 from pydantic import ValidationError
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.scoring.objective import Objective, ObjectiveFile
+from optimer_hf.scoring.objective import Objective, ObjectiveFile, combine, gains
+from tests.support.scores import BASE, OTHER, TERMS, objective_of
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,37 @@ def test_generation_is_plain_json_of_bounded_numbers(tmp_path, text, message):
     path.write_text(f"terms:\n- task: t\n  generation: {text}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"objective\.yaml:3: terms\.0\.{message}|{message}"):
         ObjectiveFile.read(path)
+
+
+def test_terms_for_rescoring_only_stay_out_of_the_search():
+    objective = objective_of(
+        {"text": "a"}, {"text": "b", "rescore_only": True, "limit": 7}, limit=5
+    )
+    assert [term.label for term in objective.terms_at("search")] == ["a"]
+    assert [term.label for term in objective.terms_at("rescore")] == ["a", "b"]
+    assert [objective.limit_of(term) for term in objective.terms] == [5, 7]
+
+
+def test_gains_are_relative_for_losses_and_points_for_accuracies():
+    assert gains(OTHER, BASE) == pytest.approx({"loss": 0.5, "acc": 0.25, "free": -8.0})
+
+
+def test_relative_to_base_is_the_weighted_mean_of_the_gains():
+    assert combine(objective_of(*TERMS), OTHER, BASE) == pytest.approx((3 * 0.5 + 0.25) / 4)
+
+
+def test_worst_is_the_smallest_gain_of_the_counting_terms():
+    assert combine(objective_of(*TERMS, combine="worst"), OTHER, BASE) == pytest.approx(0.25)
+
+
+def test_weighted_mean_turns_losses_around():
+    same_unit = objective_of(TERMS[0], {**TERMS[2], "weight": 1}, combine="weighted_mean")
+    assert combine(same_unit, OTHER, BASE) == pytest.approx(-(3 * 1.5 + 9) / 4)
+    assert combine(objective_of(TERMS[1], combine="weighted_mean"), OTHER, BASE) == pytest.approx(
+        0.75
+    )
+
+
+@pytest.mark.parametrize("rule", ["relative_to_base", "worst"])
+def test_the_base_is_worth_nothing(rule):
+    assert combine(objective_of(*TERMS, combine=rule), BASE, BASE) == 0
