@@ -19,6 +19,7 @@ from optimer_hf.cli.ending import TerminatedError, leave, raising_signals, what_
 from optimer_hf.cli.lazy import Entry, LazyGroup
 from optimer_hf.cli.options import echo
 from optimer_hf.errors import OptimerError
+from optimer_hf.models.spinning import choose_spins
 from optimer_hf.printable import VisibleFormatter
 
 COMMANDS = {
@@ -126,3 +127,4 @@ def main(verbose: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.update(choose_spins(os.environ))

@@ -8,6 +8,7 @@ recorded as crashed; otherwise the machine is at fault.
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 from collections import deque
@@ -26,6 +27,7 @@ from distributed.security import Security
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.files.staging import scratch_directory
+from optimer_hf.models.spinning import choose_spins
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.faults import naming_faults
 from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 WAIT_FOR_SCHEDULER = 10  # seconds
 WAIT_FOR_WORKERS = 600  # seconds without any worker, after which a search gives up
 SECONDS_BETWEEN_WARNINGS = 30
+ENVIRONMENT = "distributed.nanny.pre-spawn-environ"  # of workers on this machine
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class Cluster:
         with contextlib.ExitStack() as stack:
             if (cluster := self._scheduler) is None:  # Dask never removes its own scratch directory
                 scratch = stack.enter_context(scratch_directory("optimer-dask-"))
-                stack.enter_context(dask.config.set({"temporary-directory": str(scratch)}))
+                settings = {"temporary-directory": str(scratch), ENVIRONMENT: _environment()}
+                stack.enter_context(dask.config.set(settings))
                 cluster = stack.enter_context(_local_cluster(self._n_workers or 1, str(scratch)))
             self._client = stack.enter_context(_connect(cluster))
             self._stack = stack.pop_all()
@@ -294,6 +298,13 @@ def _quiet_dask() -> None:
         logging.getLogger("distributed").setLevel(logging.WARNING)
         # an interrupt that hits Dask while it starts to wait makes a callback of its own fail
         logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
+
+
+def _environment() -> dict[str, Any]:
+    """Return the variables that Dask sets in a worker of this machine before it loads anything,
+    unless this process has them.
+    """
+    return {**dask.config.get(ENVIRONMENT), **choose_spins(os.environ)}
 
 
 def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:

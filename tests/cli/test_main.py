@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from optimer_hf.cli import Program, main
 from optimer_hf.cli.options import Existing
 from optimer_hf.errors import ConfigError
+from optimer_hf.models.spinning import DECIDING, SPINS
 from tests.support.cli import optimer, process
 
 HEAVY = {"torch", "transformers", "lm_eval", "mergekit", "smac", "datasets", "scipy"}
@@ -223,6 +224,20 @@ def test_help_schemas_and_mistakes_answer_without_the_libraries(arguments, says,
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "optimer_hf.cli" in imported
     assert imported & HEAVY == set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only GNU's OpenMP prints its settings")
+@pytest.mark.parametrize("policy", [None, "passive"])
+def test_threads_spin_for_a_while_unless_a_user_has_set_how_they_wait(monkeypatch, policy):
+    for name in DECIDING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")  # printed when the library loads, with torch
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    code = "from optimer_hf.cli import main; main(['schema', 'study'], standalone_mode=False)"
+    result = process("-c", f"{code}; import torch")
+    count = "0" if policy else SPINS["GOMP_SPINCOUNT"]
+    assert f"GOMP_SPINCOUNT = '{count}'" in result.stderr
 
 
 def test_verbose_shows_the_traceback_of_an_error_and_without_it_is_one_line(tmp_path):

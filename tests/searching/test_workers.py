@@ -22,6 +22,7 @@ from distributed import Client, LocalCluster, rpc
 from distributed.security import Security
 
 from optimer_hf.errors import ConfigError, EvaluationError, ModelError, StudyError
+from optimer_hf.models.spinning import DECIDING, SPINS
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching import workers as workers_module
@@ -102,6 +103,14 @@ class ThreadsPool(FunctionPool):
 
     def score(self, weights, asked):
         return {"t": TermScore([(torch.get_num_threads(), 1.0)], False)}, {}, 0
+
+
+class SpinsPool(FunctionPool):
+    """Scores how long GNU's threads spin for each other."""
+
+    def score(self, weights, asked):
+        score = float(os.environ["GOMP_SPINCOUNT"])
+        return {"t": TermScore([(score, 1.0)], False)}, {}, 0
 
 
 class DeadlyPool(FunctionPool):
@@ -259,6 +268,17 @@ def test_local_workers_share_the_cores(tmp_path):
     config = config_of(tmp_path)
     with Workers(n_workers=1, pool=ThreadsPool).open(config) as workers:
         assert run(workers, config, [0])[0].terms["t"].score == dask.system.CPU_COUNT
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, SPINS["GOMP_SPINCOUNT"]), ("77", "77")])
+def test_threads_of_local_workers_spin_for_a_while(tmp_path, monkeypatch, given, expected):
+    for name in DECIDING:
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", given)
+    config = config_of(tmp_path)
+    with Workers(n_workers=1, pool=SpinsPool).open(config) as workers:
+        assert run(workers, config, [0])[0].terms["t"].score == float(expected)
 
 
 # -- a cluster that is there -----------------------------------------------------------------------
