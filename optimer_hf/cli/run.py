@@ -6,6 +6,9 @@ from typing import Any
 import click
 
 from optimer_hf.cli.options import FORMAT, PATH, SEEDS, SHORT, STUDY_OR_FOLDER, TOKENS, echo
+from optimer_hf.errors import ConfigError
+
+MFU = 0.4  # well-tuned training on one H100 reaches 40 to 50 % (nanochat)
 
 
 @click.command(epilog="Example: optimer run recipes/gemma-3-270m-demo --short")
@@ -38,14 +41,40 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
 @TOKENS
 @SEEDS
 @click.option("--fetch", is_flag=True, help="Download the base for the probe if it is missing.")
+@click.option(
+    "--on", "devices", metavar="DEVICES", help="Plan for GPUs that are not here, e.g. 8xH100."
+)
+@click.option(
+    "--mfu",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of the peak of these GPUs that is reached.  [default: 0.4]",
+)
 @FORMAT
-def plan(source: Path, out: Path | None, fetch: bool, output: str, **budget: Any) -> None:
+def plan(
+    source: Path,
+    out: Path | None,
+    fetch: bool,
+    devices: str | None,
+    mfu: float | None,
+    output: str,
+    **budget: Any,
+) -> None:
     """Estimate what a recipe folder or a study.yaml (SOURCE) will take: time, memory, disk.
 
     Runs a few real training steps and scores a few real items, and lists the downloads. The plan of
     a recipe folder is kept in OUT, and `optimer run` compares it with what the run took. With
     --seeds, it is the plan of the first seed.
+
+    With --on, nothing runs, and the base need not be here: GPU-hours, memory of each GPU and disk
+    follow from FLOPs and bytes.
     """
+    if devices is not None:
+        if out is not None or fetch or budget.pop("n_seeds") is not None:
+            raise ConfigError("--on: OUT, --fetch and --seeds do not go with it. Leave them out.")
+        _plan_elsewhere(source, devices, mfu, output, budget)
+        return
+    if mfu is not None:
+        raise ConfigError("--mfu: goes with --on, which names the GPUs. Here the plan is measured.")
     from optimer_hf.experiment.commands import plan_source
     from optimer_hf.experiment.plan_file import to_markdown
 
@@ -54,3 +83,14 @@ def plan(source: Path, out: Path | None, fetch: bool, output: str, **budget: Any
         echo(planned.model_dump_json(indent=2))
     else:
         echo(to_markdown(planned, budget["n_seeds"] or 1))
+
+
+def _plan_elsewhere(
+    source: Path, devices: str, mfu: float | None, output: str, budget: dict[str, Any]
+) -> None:
+    from optimer_hf.experiment.commands import plan_elsewhere
+    from optimer_hf.experiment.hardware_plan import hardware_to_markdown
+
+    planned = plan_elsewhere(source, devices, utilisation=mfu or MFU, **budget)
+    is_json = output == "json"
+    echo(planned.model_dump_json(indent=2) if is_json else hardware_to_markdown(planned))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.folder import Run, check_folder, load_inputs, run_of
+from optimer_hf.models.devices import parse_devices
 
 if TYPE_CHECKING:
+    from optimer_hf.experiment.hardware_plan import HardwarePlan
     from optimer_hf.experiment.plan_file import Plan
     from optimer_hf.study.config import StudyConfig
 
@@ -76,6 +78,38 @@ def plan_source(
 
     _check_base(config, fetch)
     return make_plan(config, {}, Path.cwd(), is_run=False)
+
+
+def plan_elsewhere(
+    source: Path,
+    devices: str,
+    *,
+    utilisation: float,
+    short: bool = False,
+    tokens: str | int | None = None,
+) -> "HardwarePlan":
+    """Return the plan of a recipe folder or a study.yaml on devices such as `8xH100`, of whose peak
+    a share is reached. Neither they nor the weights of the base have to be here.
+
+    Raises ConfigError for an unknown device and for options that do not go with the source.
+    """
+    n_devices, device = parse_devices(devices)
+    if source.is_dir():
+        run = run_of(source, short=short, tokens=tokens)
+        check_folder(run)
+        inputs = load_inputs(run)
+        config, trainings = inputs.study, inputs.trainings
+    else:
+        if short or tokens:
+            raise ConfigError(f"{source}: --short and --tokens go with a recipe folder.")
+        from optimer_hf.study.config import StudyConfig
+
+        config, trainings = StudyConfig.read(source), {}
+    from optimer_hf.experiment.hardware import Hardware
+    from optimer_hf.experiment.hardware_planning import plan_for_hardware
+
+    hardware = Hardware(n_devices, device, utilisation)
+    return plan_for_hardware(config, trainings, hardware, is_run=source.is_dir())
 
 
 def _check_base(config: "StudyConfig", fetch: bool) -> None:

@@ -7,17 +7,16 @@ the run loads, and what is still to be fetched on top.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from optimer_hf.comparison.rows import list_rows
 from optimer_hf.errors import ModelError
-from optimer_hf.experiment.plan_file import Download, Plan, Stage, StageKind, show_bytes
-from optimer_hf.files.digest import digest
+from optimer_hf.experiment.plan_file import Download, Plan, show_bytes
+from optimer_hf.experiment.stages import Probe, make_stages, term_key, training_key
 from optimer_hf.files.reference import Reference
 from optimer_hf.files.text import first_line
 from optimer_hf.hub.pulling import inputs_of
@@ -44,18 +43,6 @@ TRIAL_REMEDY = (  # a trial holds the model, and, if there is room, the base and
     "use an accelerator with more memory. With CUDA_VISIBLE_DEVICES= the search runs on the CPU."
 )
 FREE_SHARE = 0.9  # of memory and disk that a run may fill
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What was measured: the time and number of items by term, the time of a token by kind of
-    training, and the bytes that such a training leaves behind.
-    """
-
-    item_costs: Mapping[str, Cost]
-    n_items: Mapping[str, int]
-    token_costs: Mapping[str, Cost]
-    vector_bytes: Mapping[str, int]
 
 
 def list_downloads(config: StudyConfig) -> tuple[Download, ...]:
@@ -93,18 +80,15 @@ def make_plan(
     """
     base = resolve_base(config.base_model)
     probe = _run_probe(config, trainings, base)
-    stages = [
-        stage for stage in _make_stages(config, trainings, probe, is_run) if stage.cost.seconds > 0
-    ]
     model_bytes = sum(n_bytes for n_bytes, _ in weight_states(base.path).values())
-    disk = sum(probe.vector_bytes[_training_key(training)] for training in trainings.values())
+    disk = sum(probe.vector_bytes[training_key(training)] for training in trainings.values())
     disk += max(probe.vector_bytes.values(), default=0) * len(config.baselines.mixtures)
     disk += model_bytes if is_run else 0
     fetched = list_downloads(config)
     memory = peak_memory() + sum(each.n_bytes or 0 for each in fetched)
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return Plan(
-        stages=tuple(stages),
+        stages=tuple(make_stages(config, trainings, probe, is_run)),
         memory_bytes=memory,
         device_bytes=int(device),
         disk_bytes=disk,
@@ -138,7 +122,7 @@ def _warn_of_room(memory: int, disk: int, out: Path) -> tuple[str, ...]:
 def _run_probe(
     config: StudyConfig, trainings: Mapping[str, TrainConfig], base: ResolvedModel
 ) -> Probe:
-    kinds = {_training_key(training): training for training in trainings.values()}
+    kinds = {training_key(training): training for training in trainings.values()}
     terms = _terms_to_probe(config)
     token_costs, sizes, item_costs, counts = {}, {}, {}, {}
     with (
@@ -149,7 +133,7 @@ def _run_probe(
             token_costs[key], sizes[key] = _measure_training(training, Path(scratch) / key)
             meter.advance(1)
         trained = {
-            n: str(Path(scratch) / _training_key(training)) for n, training in trainings.items()
+            n: str(Path(scratch) / training_key(training)) for n, training in trainings.items()
         }
         with _refusing_misfits(f"{config.base_model}: a trial", TRIAL_REMEDY):
             evaluator = _open_evaluator(config, base, trained)
@@ -158,8 +142,8 @@ def _run_probe(
             for term in terms:
                 began = Cost.now()
                 scored = evaluator.evaluate([Asked(term, PROBE_ITEMS)])[term.label]
-                item_costs[_term_key(term)] = began.since() * (1 / len(scored.items))
-                counts[_term_key(term)] = evaluator.count_items(term)
+                item_costs[term_key(term)] = began.since() * (1 / len(scored.items))
+                counts[term_key(term)] = evaluator.count_items(term)
                 meter.advance(1)
     return Probe(item_costs, counts, token_costs, sizes)
 
@@ -220,86 +204,3 @@ def _measure_training(config: TrainConfig, out: Path) -> tuple[Cost, int]:
     took = TrainingRecord.read(out / TRAINING_FILE).training
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Cost(took.seconds, took.cpu_seconds) * (1 / took.n_tokens), n_bytes
-
-
-def _training_key(training: TrainConfig) -> str:
-    """Return the key of a kind of training; trainings of one kind cost the same per token."""
-    text = {"name", "corpus", "mixture", "max_tokens", "seed"}
-    return digest(training.model_dump(mode="json", exclude=text))
-
-
-def _term_key(term: Term) -> str:
-    return digest([term.task_key, term.metric, list(term.hash_range)])
-
-
-# -- from the probe to the stages ------------------------------------------------------------------
-
-
-def _make_stages(
-    config: StudyConfig, trainings: Mapping[str, TrainConfig], probe: Probe, is_run: bool
-) -> list[Stage]:
-    tokens = {name: training.max_tokens or 0 for name, training in trainings.items()}
-    stages = [
-        Stage(
-            kind="train",
-            name=f"train {name}",
-            work=f"{tokens[name]:,} tokens",
-            cost=probe.token_costs[_training_key(training)] * tokens[name],
-        )
-        for name, training in trainings.items()
-    ]
-    stages += _search_stages(config, probe)
-    if not is_run or config.test is None:
-        return stages
-    each = config.baselines
-    mixed = sum(
-        sum(tokens.values()) // (1 if mixture.budget == "all" else max(len(tokens), 1))
-        for mixture in each.mixtures.values()
-    )
-    slowest = max(probe.token_costs.values(), key=lambda cost: cost.seconds, default=Cost())
-    work, cost = f"{mixed:,} tokens", slowest * mixed
-    stages.append(Stage(kind="mixtures", name="mixtures", work=work, cost=cost))
-    for name, settings in each.searches.items():
-        stages += _search_stages(config.with_other_search(settings), probe, name)
-    n_rows = len(list_rows(config))  # at most, since rows with equal weights are scored once
-    items, cost = _scoring_cost(config.test.asked_terms("rescore"), probe)
-    work = f"{n_rows} rows of {items:,} items"
-    stages.append(Stage(kind="sealed", name="sealed test", work=work, cost=cost * n_rows))
-    return stages
-
-
-def _search_stages(config: StudyConfig, probe: Probe, other: str | None = None) -> list[Stage]:
-    """Return the trials and the re-scoring of a search: that of a study, or another one that is a
-    baseline, by its name.
-    """
-    prefix = "" if other is None else f"{other}: "
-    search, objective = config.search, config.objective
-    items, cost = _scoring_cost(objective.asked_terms("search"), probe)
-    work = f"{search.n_trials} trials of {items:,} items"
-    kind: StageKind = "search" if other is None else "other_searches"
-    total = cost * search.n_trials
-    stages = [Stage(kind=kind, name=f"{prefix}search", work=work, cost=total)]
-    if search.rescore_top:
-        again = [
-            Asked(term, config.rescore_limit_of(term))
-            for term in objective.terms_at("rescore")
-            if not config.keeps_search_scores(term, probe.n_items.get(_term_key(term)))
-        ]
-        items, cost = _scoring_cost(again, probe)
-        n = search.rescore_top + 1
-        work = f"{n} trials of {items:,} items"
-        kind = "rescore" if other is None else "other_searches"
-        stages.append(Stage(kind=kind, name=f"{prefix}re-score", work=work, cost=cost * n))
-    return stages
-
-
-def _scoring_cost(asked: Sequence[Asked], probe: Probe) -> tuple[int, Cost]:
-    """Return how many items it takes to score some terms once, and how long that takes."""
-    n_items, cost = 0, Cost()
-    for each in asked:
-        if each.term.function is None:
-            n = probe.n_items[_term_key(each.term)]
-            n = n if each.limit is None else min(n, each.limit)
-            n_items += n
-            cost += probe.item_costs[_term_key(each.term)] * n
-    return n_items, cost

@@ -6,6 +6,11 @@ Names come in, as PyTorch reports them or as people write them; peaks, memory an
 import re
 from dataclasses import dataclass
 
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.text import did_you_mean
+
+MOST_DEVICES = 100_000
+
 
 @dataclass(frozen=True)
 class Device:
@@ -77,3 +82,26 @@ def peak_flops(reported: str) -> float | None:
     """
     device = identify_device(reported)
     return None if device is None else device.flops
+
+
+def parse_devices(text: str) -> tuple[int, Device]:
+    """Return the number and kind of the devices that a text such as `8xH100` or `H100` names.
+
+    Raises ConfigError for a number out of range and for a device that is not in the table.
+    """
+    match = re.fullmatch(r"\s*(?:(-?[0-9]+)\s*[x*]\s*)?(\S.*?)\s*", text, re.IGNORECASE)
+    number, name = match.groups() if match else (None, text)
+    by_name = {each.name.lower(): each for each in DEVICES}
+    names = [each.name for each in DEVICES]
+    if name.lower() not in by_name:
+        hint = did_you_mean(name.upper(), names)
+        hint = hint if "mean" in hint else ""
+        raise ConfigError(
+            f"--on {text!r}: found the device {name!r}.{hint} Expected [N x] one of "
+            f"{', '.join(names)}."
+        )
+    if number is not None and not (len(number) < 8 and 0 < int(number) <= MOST_DEVICES):
+        raise ConfigError(
+            f"--on {text!r}: found {number} devices, expected 1 to {MOST_DEVICES:,}, as in 8xH100."
+        )
+    return int(number or 1), by_name[name.lower()]

@@ -33,7 +33,9 @@ class Attention:
 @dataclass(frozen=True)
 class ModelSizes:
     """Numbers of weights: all of them (`total`) and those that an optimizer trains (`trained`); of
-    these two, those that each token is multiplied with. Experts count as often as they are chosen.
+    these two, those that each token is multiplied with, experts as often as they are chosen; and
+    those of the largest layer. `kept_bytes` is an estimate of what the forward pass keeps of each
+    token for the backward pass in 16-bit precision, in all `n_layers`.
     """
 
     total: int
@@ -41,6 +43,10 @@ class ModelSizes:
     multiplied: int
     trained_multiplied: int
     attention: tuple[Attention, ...]
+    largest_layer: int = 0
+    n_layers: int = 1
+    width: int = 0
+    kept_bytes: int = 0
 
 
 def training_flops(sizes: ModelSizes, n_context: int) -> float:
@@ -62,6 +68,15 @@ def forward_flops(sizes: ModelSizes, n_context: int) -> float:
 def _attention_flops(sizes: ModelSizes, n_context: int) -> int:
     """Return the FLOPs of attention to a context: 4 Q T a head, forward."""
     return 4 * sum(layer.width * layer.span(n_context) for layer in sizes.attention)
+
+
+def activation_bytes(sizes: ModelSizes, n_tokens: int, *, checkpointing: bool) -> int:
+    """Return the bytes that a training step keeps of `n_tokens` tokens for its backward pass. With
+    gradient checkpointing they are the inputs of all layers, and everything of one.
+    """
+    if not checkpointing:
+        return n_tokens * sizes.kept_bytes
+    return n_tokens * (2 * sizes.width * sizes.n_layers + sizes.kept_bytes // sizes.n_layers)
 
 
 def cache_bytes(sizes: ModelSizes, n_context: int, bytes_per_number: int = 2) -> int:

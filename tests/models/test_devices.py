@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from optimer_hf.models.devices import DEVICES, identify_device, peak_flops
+from optimer_hf.errors import ConfigError
+from optimer_hf.models.devices import DEVICES, identify_device, parse_devices, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,36 @@ def test_the_table_and_the_formulas_import_without_torch():
     code = "import sys, optimer_hf.models.devices, optimer_hf.models.flops as f"
     code += "; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "name"),
+    [
+        ("8xH100", 8, "H100"),
+        ("H200", 1, "H200"),
+        ("16 X a100-40gb", 16, "A100-40GB"),
+        ("2xRTX-4090", 2, "RTX-4090"),
+        (" 4*mi300x ", 4, "MI300X"),
+    ],
+)
+def test_a_number_of_devices_is_read(text: str, number: int, name: str):
+    n_devices, device = parse_devices(text)
+    assert (n_devices, device.name) == (number, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("8xH1000", r"found the device 'H1000'\. Did you mean 'H100'\?.*one of B300, "),
+        ("8xTPU", r"found the device 'TPU'\. Expected"),
+        ("", r"found the device ''"),
+        ("x", r"found the device 'x'"),
+        ("0xH100", r"found 0 devices, expected 1 to 100,000, as in 8xH100"),
+        ("-8xH100", r"found -8 devices"),
+        ("99999999999xH100", r"found 99999999999 devices"),
+        ("8.5xH100", r"found the device '8.5xH100'"),
+    ],
+)
+def test_other_devices_are_refused(text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        parse_devices(text)

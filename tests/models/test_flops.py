@@ -11,16 +11,19 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     GPT2Config,
+    LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Qwen2Config,
     Qwen3_5TextConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
 from optimer_hf.models.flops import (
     Attention,
     ModelSizes,
+    activation_bytes,
     cache_bytes,
     forward_flops,
     generation_bytes,
@@ -113,6 +116,46 @@ def test_training_a_lora_leaves_out_the_gradients_of_frozen_weights(kind: str, t
     attention = training_flops(bare, LENGTH) - 6 * bare.multiplied
     expected = 4 * bare.multiplied + 6 * adapter + attention
     assert training_flops(sizes, LENGTH) == expected
+
+
+def count_kept(model, length: int) -> int:
+    """Return the bytes of the tensors that the decoder keeps for its backward pass."""
+    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage, storage.nbytes()
+        return tensor
+
+    ids = torch.randint(3, VOCABULARY, (1, length))
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    assert states.requires_grad
+    return sum(n_bytes for _, n_bytes in kept.values())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma3TextConfig, Qwen3Config])
+def test_the_bytes_kept_for_the_backward_pass_are_about_those_that_pytorch_keeps(kind, lora):
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 32}
+    model = AutoModelForCausalLM.from_config(kind(**GROUPED | sizes)).train()
+    if lora:
+        model = model.to(torch.bfloat16)
+        model = get_peft_model(
+            model, LoraConfig(r=16, target_modules="all-linear")
+        ).base_model.model
+        model.enable_input_require_grads()
+    per_token = (count_kept(model, 256) - count_kept(model, 128)) / 128
+    assert measure_sizes(model).kept_bytes == pytest.approx(per_token, rel=0.25)
+
+
+def test_checkpointing_keeps_the_inputs_of_all_layers_and_one_layer():
+    sizes = ModelSizes(0, 0, 0, 0, (), n_layers=4, width=32, kept_bytes=4000)
+    assert activation_bytes(sizes, 10, checkpointing=False) == 10 * 4000
+    assert activation_bytes(sizes, 10, checkpointing=True) == 10 * (2 * 32 * 4 + 1000)
 
 
 def test_a_module_that_is_trained_whole_counts_once():

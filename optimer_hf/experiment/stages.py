@@ -1,0 +1,119 @@
+"""The stages of a search or a run, and what each takes, from the cost of a token and of an item."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from optimer_hf.comparison.rows import list_rows
+from optimer_hf.experiment.plan_file import Stage, StageKind
+from optimer_hf.files.digest import digest
+from optimer_hf.progress import Cost
+from optimer_hf.scoring.objective import Asked, Term
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What stages are made of: the time and number of items by term, the time of a token by kind of
+    training, the bytes that such a training leaves behind, and the time to set the weights of a
+    merge.
+    """
+
+    item_costs: Mapping[str, Cost]
+    n_items: Mapping[str, int]
+    token_costs: Mapping[str, Cost]
+    vector_bytes: Mapping[str, int]
+    merge_cost: Cost = field(default_factory=Cost)
+
+
+def training_key(training: TrainConfig) -> str:
+    """Return the key of a kind of training; trainings of one kind cost the same per token."""
+    text = {"name", "corpus", "mixture", "max_tokens", "seed"}
+    return digest(training.model_dump(mode="json", exclude=text))
+
+
+def term_key(term: Term) -> str:
+    """Return the key of what a term scores and how; with equal keys an item costs the same."""
+    return digest([term.task_key, term.metric, list(term.hash_range)])
+
+
+def make_stages(
+    config: StudyConfig, trainings: Mapping[str, TrainConfig], probe: Probe, is_run: bool
+) -> list[Stage]:
+    """Return the stages of a search, or of a whole run with `is_run`; those that take no time are
+    left out.
+    """
+    stages = _list_stages(config, trainings, probe, is_run)
+    return [stage for stage in stages if stage.cost.seconds > 0]
+
+
+def _list_stages(
+    config: StudyConfig, trainings: Mapping[str, TrainConfig], probe: Probe, is_run: bool
+) -> list[Stage]:
+    tokens = {name: training.max_tokens or 0 for name, training in trainings.items()}
+    stages = [
+        Stage(
+            kind="train",
+            name=f"train {name}",
+            work=f"{tokens[name]:,} tokens",
+            cost=probe.token_costs[training_key(training)] * tokens[name],
+        )
+        for name, training in trainings.items()
+    ]
+    stages += _search_stages(config, probe)
+    if not is_run or config.test is None:
+        return stages
+    each = config.baselines
+    mixed = sum(
+        sum(tokens.values()) // (1 if mixture.budget == "all" else max(len(tokens), 1))
+        for mixture in each.mixtures.values()
+    )
+    slowest = max(probe.token_costs.values(), key=lambda cost: cost.seconds, default=Cost())
+    work, cost = f"{mixed:,} tokens", slowest * mixed
+    stages.append(Stage(kind="mixtures", name="mixtures", work=work, cost=cost))
+    for name, settings in each.searches.items():
+        stages += _search_stages(config.with_other_search(settings), probe, name)
+    n_rows = len(list_rows(config))  # at most, since rows with equal weights are scored once
+    items, cost = _scoring_cost(config.test.asked_terms("rescore"), probe)
+    work = f"{n_rows} rows of {items:,} items"
+    total = (cost + probe.merge_cost) * n_rows
+    stages.append(Stage(kind="sealed", name="sealed test", work=work, cost=total))
+    return stages
+
+
+def _search_stages(config: StudyConfig, probe: Probe, other: str | None = None) -> list[Stage]:
+    """Return the trials and the re-scoring of a search: that of a study, or another one that is a
+    baseline, by its name.
+    """
+    prefix = "" if other is None else f"{other}: "
+    search, objective = config.search, config.objective
+    items, cost = _scoring_cost(objective.asked_terms("search"), probe)
+    work = f"{search.n_trials} trials of {items:,} items"
+    kind: StageKind = "search" if other is None else "other_searches"
+    total = (cost + probe.merge_cost) * search.n_trials
+    stages = [Stage(kind=kind, name=f"{prefix}search", work=work, cost=total)]
+    again = [
+        Asked(term, config.rescore_limit_of(term))
+        for term in objective.terms_at("rescore")
+        if not config.keeps_search_scores(term, probe.n_items.get(term_key(term)))
+    ]
+    if search.rescore_top and again:
+        items, cost = _scoring_cost(again, probe)
+        n = search.rescore_top + 1
+        work = f"{n} trials of {items:,} items"
+        kind = "rescore" if other is None else "other_searches"
+        total = (cost + probe.merge_cost) * n
+        stages.append(Stage(kind=kind, name=f"{prefix}re-score", work=work, cost=total))
+    return stages
+
+
+def _scoring_cost(asked: Sequence[Asked], probe: Probe) -> tuple[int, Cost]:
+    """Return how many items it takes to score some terms once, and how long that takes."""
+    n_items, cost = 0, Cost()
+    for each in asked:
+        if each.term.function is None:
+            n = probe.n_items[term_key(each.term)]
+            n = n if each.limit is None else min(n, each.limit)
+            n_items += n
+            cost += probe.item_costs[term_key(each.term)] * n
+    return n_items, cost
