@@ -1,18 +1,23 @@
 """How long OpenMP's threads should spin: a training step alone, and beside a busy loop.
 
-    python benchmarks/spin.py [--counts 1000 5000 20000] [--rounds 7] [--tokens 256]
+    python benchmarks/spin.py [--counts 2000 5000 20000] [--rounds 7] [--tokens 128] [--isolate]
 
 Trains LoRA layers of a random model with the shapes of SmolLM2-135M, in one process for each arm:
 libgomp as it is, `OMP_WAIT_POLICY=PASSIVE`, and each GOMP_SPINCOUNT. The processes stay open and
-take their steps in turn, arm by arm, first alone and then beside a process that never waits. The
-seconds are those of a step; ratios are medians over rounds of the pairs with libgomp as it is.
+take their steps in turn, arm by arm: alone, beside a process that never waits in a session of its
+own (another terminal, another user), and beside one in the same session. Ratios are medians over
+rounds of the pairs with libgomp as it is. `--isolate` is for a machine that others use, as root:
+steps alone come before everything else, and the sessions of the benchmark before other sessions.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -26,6 +31,7 @@ SHAPES = {  # HuggingFaceTB/SmolLM2-135M
     "tie_word_embeddings": True,
 }
 BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))"
+FIRST = "-20"  # of a session among others, from -20 to 19
 SETTINGS = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 
 
@@ -63,6 +69,37 @@ def open_arm(environment: dict[str, str], n_tokens: int) -> subprocess.Popen[str
     )
 
 
+@contextlib.contextmanager
+def run_first(arms: dict[str, subprocess.Popen[str]], is_first: bool) -> Iterator[None]:
+    """Let the threads of all arms run before all others for a while, if `is_first`."""
+    policies = ((os.SCHED_FIFO, 1), (os.SCHED_OTHER, 0)) if is_first else ()
+
+    def schedule(policy: int, priority: int) -> None:
+        for arm in arms.values():
+            for thread in Path(f"/proc/{arm.pid}/task").iterdir():
+                os.sched_setscheduler(int(thread.name), policy, os.sched_param(priority))
+
+    if policies:
+        schedule(*policies[0])
+    yield
+    if policies:
+        schedule(*policies[1])
+
+
+@contextlib.contextmanager
+def keep_busy(*, own_session: bool, is_first: bool) -> Iterator[None]:
+    """Run a process that never waits. Linux shares the cores between sessions first."""
+    command = [sys.executable, "-c", BUSY]
+    busy = subprocess.Popen(command, start_new_session=own_session)
+    if is_first:
+        Path(f"/proc/{busy.pid}/autogroup").write_text(FIRST)
+    try:
+        yield
+    finally:
+        busy.kill()
+        busy.wait()
+
+
 def time_step(arm: subprocess.Popen[str]) -> float:
     """Let an arm take a step; return its seconds."""
     assert arm.stdin is not None and arm.stdout is not None
@@ -96,27 +133,31 @@ def show(title: str, times: dict[str, list[float]], n_tokens: int) -> None:
 def main() -> None:
     """Run the arms and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--counts", type=int, nargs="*", default=[1000, 5000, 20000])
+    parser.add_argument("--counts", type=int, nargs="*", default=[2000, 5000, 20000])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--busy-rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--isolate", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return serve_steps(options.tokens)
     environments = {"as it is": {}, "PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"}}
     environments |= {f"GOMP_SPINCOUNT={n}": {"GOMP_SPINCOUNT": str(n)} for n in options.counts}
+    if options.isolate:
+        Path("/proc/self/autogroup").write_text(FIRST)
     arms = {name: open_arm(each, options.tokens) for name, each in environments.items()}
-    time_rounds(arms, 1)  # first calls are slower
-    show("Alone", time_rounds(arms, options.rounds), options.tokens)
-    # in a session of its own, as of another terminal: Linux shares the cores between sessions
-    busy = subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True)
     try:
-        beside = time_rounds(arms, options.rounds)
+        time_rounds(arms, 2)  # first calls are slower
+        with run_first(arms, options.isolate):
+            show("Alone", time_rounds(arms, options.rounds), options.tokens)
+        for own, title in ((True, "another"), (False, "the same")):
+            with keep_busy(own_session=own, is_first=options.isolate):
+                times = time_rounds(arms, options.busy_rounds)
+            show(f"Beside a busy loop in {title} session", times, options.tokens)
     finally:
-        busy.kill()
         for arm in arms.values():
             arm.kill()
-    show("Beside a process that never waits", beside, options.tokens)
     return None
 
 

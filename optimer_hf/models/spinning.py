@@ -10,7 +10,7 @@ times slower. If threads sleep at once, a run that has the machine to itself is 
 from collections.abc import Mapping
 
 SPINS = {  # read when the library loads
-    "GOMP_SPINCOUNT": "5000",  # rounds of GNU's loop, a tenth of a millisecond
+    "GOMP_SPINCOUNT": "2000",  # rounds of GNU's loop, which takes 300,000 by default
     "KMP_BLOCKTIME": "1",  # milliseconds, the shortest that is not 0
 }
 DECIDING = {*SPINS, "OMP_WAIT_POLICY", "KMP_LIBRARY"}
