@@ -15,7 +15,6 @@ from optimer_hf.cli import main
 from optimer_hf.comparison.result import verdicts
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.sealed_file import read_comparison
-from optimer_hf.merging.geometry_cache import read_or_measure
 from optimer_hf.report.captions import CARD_FIGURES, Captions
 from optimer_hf.report.page import write_figures, write_report
 from optimer_hf.searching.loop import search
@@ -242,16 +241,6 @@ def test_a_second_report_reads_no_weights_and_a_changed_vector_is_read(
         file = tmp_path / name / "model.safetensors"
         file.write_bytes((tmp_path / f"{other}.kept").read_bytes())
     assert "z, y +1.000" in read_again(study, tmp_path)[0]
-
-
-def test_a_report_of_a_study_that_cannot_be_written_to_has_its_cosines(
-    make_base, make_tuned, tmp_path, caplog
-):
-    base = make_base("llama")
-    sources = {name: str(make_tuned(base, "llama", seed)) for seed, name in enumerate("ab")}
-    (tmp_path / "geometry.json").mkdir()  # in the way; a test that runs as root may write anywhere
-    geometry = read_or_measure(sources, str(base.path), "bfloat16", tmp_path / "geometry.json")
-    assert len(geometry.cosines) == 1 and "cosines are not cached" in caplog.text
 
 
 # -- in a browser ----------------------------------------------------------------------------------
