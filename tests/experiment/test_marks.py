@@ -8,6 +8,7 @@ import pytest
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.folder import run_of
 from optimer_hf.experiment.marks import CLAIM_FILE, DONE_FILE, Claim, Done, read_claim
+from tests.support.experiments import run_optimer
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,12 @@ def test_a_file_of_the_user_is_no_claim_and_a_damaged_claim_is_named(tmp_path: P
     (tmp_path / CLAIM_FILE).write_text('{"recipe": "tiny", "shorts": true}')
     with pytest.raises(ConfigError, match=r"run\.json: unknown field 'shorts'"):
         read_claim(tmp_path)
+
+
+def test_damaged_marks_of_a_run_are_named(recipe_dir: Path, tmp_path: Path):
+    for name in ("run.json", "done.json"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("{")
+        result = run_optimer("run", recipe_dir, out)
+        assert result.exit_code == 1 and f"{name}:1: not valid JSON" in result.output

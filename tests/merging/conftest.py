@@ -49,3 +49,11 @@ def models(tmp_path_factory, make_base, make_tuned):
         (folder / name).symlink_to(tuned)
         (folder / f"{name}+{name}@1").symlink_to(tuned)
     return folder
+
+
+@pytest.fixture
+def world(models, tmp_path):
+    """Return a folder of one test with the models beside the config."""
+    for path in models.iterdir():
+        (tmp_path / path.name).symlink_to(path.resolve())
+    return tmp_path

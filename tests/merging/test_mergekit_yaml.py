@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimer_hf.errors import ConfigError, ModelError, OptimerError
 from optimer_hf.experiment.checking import check_file
 from optimer_hf.merging.engines import merge
-from optimer_hf.merging.mergekit_models import ModelName, model_name
 from optimer_hf.merging.mergekit_pool import linear_merge_of, pool_of, with_weights
 from optimer_hf.merging.mergekit_yaml import read_merge_config
 from optimer_hf.searching.study_file import study_of_merge_config
@@ -25,14 +24,6 @@ from tests.support.merges import tensors_in, with_broken_tokenizer, without_toke
 from tests.support.tiny import bits
 
 OPTIONS = {"quiet": True, "random_seed": 3}
-
-
-@pytest.fixture
-def world(models, tmp_path):
-    """Return a folder of one test with the models beside the config."""
-    for path in models.iterdir():
-        (tmp_path / path.name).symlink_to(path.resolve())
-    return tmp_path
 
 
 def assert_same_model(found: Path, expected: Path) -> None:
@@ -363,18 +354,6 @@ def test_layers_of_a_slice_are_bounded(tmp_path, layers, message):
     text = f"slices: [{{sources: [{{model: a, layer_range: {layers}}}]}}]\n"
     with pytest.raises(ConfigError, match=message):
         read_merge_config(written(tmp_path, f"{text}merge_method: passthrough\n"))
-
-
-def test_references_of_all_forms_name_the_same_model(world):
-    for value in ("./a", "a@main", {"model": "a"}, {"model": {"path": "./a", "revision": "x"}}):
-        assert model_name(value, world) == ModelName(str((world / "a").resolve()))
-    hub = ModelName("org/name@rev", "you/lora")
-    long = {"model": {"path": "org/name", "revision": "rev"}, "lora": "you/lora"}
-    assert model_name("org/name@rev+you/lora", world) == model_name(long, world) == hub
-    assert hub.long_form == {
-        "model": {"path": "org/name", "revision": "rev"},
-        "lora": {"path": "you/lora"},
-    }
 
 
 def test_a_search_reads_what_a_merge_reads_and_refuses_the_rest_by_name(world, corpus_dir):

@@ -32,27 +32,15 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.surrogate import fit_surrogate
 from optimer_hf.study.trials import Trial, TrialLog
-from tests.support.landscapes import OPTIMA, FunctionPool, config_of, failing_at, landscape
-
-
-def no_pool(config):
-    pytest.fail("a finished study must not open its pool")
-
-
-def outcome(study: Study):
-    """Everything of a study's trials but the clock."""
-    return [replace(trial, seconds={}, error=None) for trial in study.log.trials]
-
-
-def outcome_of(directory: Path):
-    return [replace(t, seconds={}) for t in TrialLog(directory / "trials.jsonl").trials]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Study:
-    return search(
-        config_of(), tmp_path_factory.mktemp("study") / "s", runner=InProcess(FunctionPool)
-    )
+from tests.support.landscapes import (
+    OPTIMA,
+    FunctionPool,
+    config_of,
+    failing_at,
+    landscape,
+    no_pool,
+    outcome,
+)
 
 
 def test_fixed_vectors_keep_their_weight_in_every_trial(tmp_path):
@@ -422,34 +410,6 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
     assert crashed[0].terms == {}
     assert len(study.trials) == 12
     assert study.best_trial.status == "ok" and study.value(study.best_trial) > 0
-
-
-def test_a_device_that_fails_ends_the_search_and_blames_no_weights(tmp_path, uninterrupted):
-    pool = failing_at({5: torch.AcceleratorError("CUDA error: an illegal memory access")})
-    with pytest.raises(EvaluationError, match=r"trial 5: the device failed \(CUDA error: an ill"):
-        search(config_of(), tmp_path / "s", runner=InProcess(pool))
-    assert len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) == 5
-    assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == outcome(
-        uninterrupted
-    )
-
-
-def test_lack_of_memory_ends_the_search_unrecorded(tmp_path, uninterrupted):
-    error, expected = torch.OutOfMemoryError("CUDA out of memory."), outcome(uninterrupted)
-    once = search(config_of(), tmp_path / "once", runner=InProcess(failing_at({7: error})))
-    assert outcome(once) == expected  # tried again
-    with pytest.raises(EvaluationError, match=r"trial 7: .*, twice\. .* this one is done anew"):
-        search(config_of(), tmp_path / "s", runner=InProcess(failing_at({7: error, 8: error})))
-    assert outcome_of(tmp_path / "s") == expected[:7]
-    assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == expected
-
-
-def test_a_pool_that_cannot_be_opened_for_lack_of_memory_is_one_line(tmp_path):
-    def opened(config):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    with pytest.raises(EvaluationError, match=r"opening base.*CUDA out of memory\.\. Free memory"):
-        search(config_of(), tmp_path / "s", runner=InProcess(opened))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
 """Searches over landscapes that are functions of the weights, without a model."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.directory import Study
+from optimer_hf.study.trials import TrialLog
 
 OPTIMA = {"t": [0.6, 0.3, 0.1, 0.0], "u": [0.1, 0.7, 0.0, 0.2], "q": [0.0, 0.0, 0.5, 0.5]}
 
@@ -90,3 +95,16 @@ TEST = {
 
 def with_test(**changes):
     return config_of(**{"test": TEST, "search": {"n_trials": 14, "rescore_top": 2}} | changes)
+
+
+def no_pool(config):
+    pytest.fail("a finished study must not open its pool")
+
+
+def outcome(study: Study):
+    """Everything of a study's trials but the clock."""
+    return [replace(trial, seconds={}, error=None) for trial in study.log.trials]
+
+
+def outcome_of(directory: Path):
+    return [replace(t, seconds={}) for t in TrialLog(directory / "trials.jsonl").trials]

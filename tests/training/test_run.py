@@ -26,7 +26,6 @@ from transformers import (
 
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError, CorpusError, ModelError, OutputError
-from optimer_hf.training import arguments as arguments_module
 from optimer_hf.training import run as run_module
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
 from optimer_hf.training.checks import check_config
@@ -34,17 +33,9 @@ from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import pack
 from optimer_hf.training.run import is_trained, prepare, train
 from optimer_hf.training.trainer import build_trainer
-from tests.support.training import FAST, LORA
+from tests.support.training import FAST, LORA, losses_of, record_of
 
 ROOT = Path(__file__).parents[2]
-
-
-def record_of(out: Path) -> dict:
-    return json.loads((out / "training.json").read_text(encoding="utf-8"))
-
-
-def losses_of(out: Path) -> list[float]:
-    return record_of(out)["training"]["losses"]
 
 
 def names_in(folder: Path) -> set[str]:
@@ -95,45 +86,6 @@ def test_the_record_names_the_base_the_corpus_and_the_settings(make_config, tmp_
     assert record["training"]["seed"] == 5
     trained_with = {"torch", "transformers", "peft", "accelerate", "safetensors"}
     assert trained_with <= set(record["versions"])
-
-
-@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-@pytest.mark.parametrize("multiplied", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("asked", [None, True, False])
-def test_a_run_multiplies_in_bfloat16_where_the_machine_does_else_in_float32(
-    make_base, corpus_dir, tmp_path, monkeypatch, multiplied, asked, lora
-):
-    monkeypatch.setattr(arguments_module, "compute_dtype", lambda dtype, device: multiplied)
-    base = make_base("gemma", torch.bfloat16)
-    config = TrainConfig(
-        name="aaa",
-        base_model=str(base.path),
-        corpus=CorpusConfig(path=corpus_dir / "aaa.train.jsonl"),
-        block_size=32,
-        max_tokens=64,
-        lora=lora,
-        trainer={"save_strategy": "no"} | ({} if asked is None else {"bf16": asked}),
-    )
-    packed = prepare(config, tmp_path / "out")
-    trainer = build_trainer(config, base, packed, tmp_path / "out")
-    is_mixed = asked if asked is not None else multiplied == torch.bfloat16
-    frozen = {p.dtype for p in trainer.model.parameters() if not p.requires_grad}
-    trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
-    assert trainer.args.bf16 == is_mixed
-    assert frozen == ({torch.bfloat16 if is_mixed else torch.float32} if lora else set())
-    assert trained == {torch.float32}
-    train(config, tmp_path / "out")
-    expected = "bf16" if is_mixed else "no"
-    assert record_of(tmp_path / "out")["training"]["mixed_precision"] == expected
-
-
-def test_a_run_in_float16_does_not_also_use_bfloat16(make_config, make_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(arguments_module, "compute_dtype", lambda dtype, device: dtype)
-    config = make_config(trainer={"fp16": True})
-    packed = prepare(config, tmp_path / "out")
-    base = make_base("gemma", torch.float32)
-    arguments = build_trainer(config, base, packed, tmp_path / "out").args
-    assert (arguments.fp16, arguments.bf16) == (True, False)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -684,19 +636,6 @@ def test_the_fused_run_and_a_stock_trainer_agree(make_config, make_base, kind, t
 
 
 # -- mixtures --------------------------------------------------------------------------------------
-
-
-def test_a_mixture_needs_shares_that_sum_to_one_and_a_budget(tmp_path):
-    def config(shares, **fields):
-        parts = [{"path": tmp_path / "a.jsonl", "share": share} for share in shares]
-        return TrainConfig(name="m", base_model="a/b", mixture=parts, **fields)
-
-    with pytest.raises(ValueError, match=r"the shares of the mixture sum to 0\.9, not to 1"):
-        config([0.5, 0.4], max_tokens=64)
-    with pytest.raises(ValueError, match="a mixture needs max_tokens"):
-        config([0.5, 0.5])
-    with pytest.raises(ValueError, match="exactly one of 'corpus' and 'mixture'"):
-        TrainConfig(name="m", base_model="a/b")
 
 
 def test_a_run_without_its_packed_corpus_keeps_its_checkpoints(make_config, tmp_path):
