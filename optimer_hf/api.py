@@ -20,6 +20,7 @@ from optimer_hf.progress import announce
 
 if TYPE_CHECKING:
     from optimer_hf.comparison.result import Comparison
+    from optimer_hf.models.placement import DeviceMap
     from optimer_hf.models.resolve import AnyModel
     from optimer_hf.recipes.record import Recipe
     from optimer_hf.scoring.evaluator import Scorer
@@ -186,17 +187,18 @@ def evaluate(
     *,
     dtype: str = "bfloat16",
     functions: "Mapping[str, Scorer] | None" = None,
+    device_map: "DeviceMap | None" = None,
 ) -> "dict[str, TermScore]":
     """Score a model on every term of an objective and return the scores by the label of the term.
 
     `objective` is an Objective, a mapping of its fields or an objective file. `functions` are
-    described at `search`.
+    described at `search`. `device_map` spreads a model over devices, as in a study file.
     """
     with announce("evaluate: loading libraries"):
         from optimer_hf.scoring.objective import Objective, ObjectiveFile
         from optimer_hf.searching.one_model import score_model
     target = objective if isinstance(objective, Objective) else _config(ObjectiveFile, objective)
-    return score_model(model, target, dtype=dtype, functions=functions)
+    return score_model(model, target, dtype=dtype, functions=functions, device_map=device_map)
 
 
 def compare(

@@ -17,15 +17,20 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("objective", type=OBJECTIVE_FILE)
 @dtype("Dtype to load the model in.")
+@click.option(
+    "--device-map",
+    type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+    help="Spread a model that is larger than one GPU over all of them, and host memory.",
+)
 @FORMAT
-def evaluate(model: str, objective: Path, dtype: str, output: str) -> None:
+def evaluate(model: str, objective: Path, dtype: str, device_map: str | None, output: str) -> None:
     """Score a model on every term of an objective file.
 
     MODEL is a directory or a Hub id, OBJECTIVE a YAML file with `terms`.
     """
     from optimer_hf.searching.one_model import evaluate_model
 
-    scored = evaluate_model(model, objective, dtype=dtype)
+    scored = evaluate_model(model, objective, dtype=dtype, device_map=device_map)
     if output == "json":
         fields = {each.label: {"score": each.score, "n_items": each.n_items} for each in scored}
         echo(json.dumps(fields, indent=2))

@@ -30,7 +30,7 @@ from optimer_hf.study.config import MergeMethod, StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.vector import DistributionVector, dense_rows
+from optimer_hf.vectors.vector import DistributionVector, Place, dense_rows
 
 logger = logging.getLogger(__name__)
 
@@ -244,5 +244,5 @@ class _RandomVector:
         factor: float = real.norm().item() / max(noise.norm().item(), 1e-30)
         return noise.mul_(factor).to(device)
 
-    def load_to(self, device: str) -> DistributionVector:
+    def load_to(self, place: Place) -> DistributionVector:
         return self

@@ -29,6 +29,7 @@ from optimer_hf.models.resolve import fetch_snapshot, resolve_base
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Asked, Term
+from optimer_hf.searching.trial import placement_of
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
 from optimer_hf.training.config import TrainConfig
@@ -180,7 +181,13 @@ def _open_evaluator(
         if not _is_to_fetch(Reference(source))
     ]
     objectives = [config.objective] + ([config.test] if config.test is not None else [])
-    resident = ResidentModel(base, pool, dtype=config.dtype, device=default_device())
+    resident = ResidentModel(
+        base,
+        pool,
+        dtype=config.dtype,
+        device=default_device(),
+        placement=placement_of(config),
+    )
     resident.set_weights({vector.name: 0.5 for vector in pool})
     tokenizer = scoring_tokenizer(  # a few MB where it has to be fetched
         base,

@@ -20,6 +20,7 @@ from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import compute_dtype, load_model
 from optimer_hf.models.memory import free_memory
 from optimer_hf.models.names import ClassNames, summarize_names, views_in
+from optimer_hf.models.placement import Placement, live_state
 from optimer_hf.models.resolve import AnyModel, base_from_here
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.vector import DistributionVector
@@ -41,9 +42,10 @@ class ResidentModel:
         *,
         dtype: str,
         device: str = "cpu",
+        placement: Placement | None = None,
     ) -> None:
-        """Load the base, a directory, a Hub id or a ResolvedModel, in `dtype`; the weights start at
-        zero.
+        """Load the base, a directory, a Hub id or a ResolvedModel, in `dtype`, to a device or, with
+        a `placement`, to several; the weights start at zero.
 
         On a device that cannot multiply in `dtype`, the parameters are held in float32, but still
         rounded to `dtype`. Raises ModelError when a vector moves a tensor that the loaded model
@@ -51,7 +53,7 @@ class ResidentModel:
         """
         base = base_from_here(base)
         self.dtype = DTYPES[dtype]
-        self.model = _load_rounded(base, self.dtype, device)
+        self.model = _load_rounded(base, self.dtype, device, placement)
         views = views_in(Checkpoint(base.path), self.model)
         every = sorted(frozenset[str]().union(*(vector.names for vector in vectors)))
         moved = [name for name in every if name in views]
@@ -62,9 +64,10 @@ class ResidentModel:
             views[name].data_ptr(): name for name in sorted(moved, key=places.__getitem__)[::-1]
         }
         self._parameters = {name: views[name] for name in by_place.values()}
+        devices = {name: str(view.device) for name, view in self._parameters.items()}
         # as stored: a float32 base is rounded once, after the sum
-        self._base = _place_base(Checkpoint(base.path), list(self._parameters), device)
-        self.vectors = [_place(vector, device) for vector in vectors]
+        self._base = _place_base(Checkpoint(base.path), devices)
+        self.vectors = [_place(vector, devices, self._parameters) for vector in vectors]
         self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
 
     def _check_unplaced(self, unknown: Sequence[str], base: ResolvedModel) -> None:
@@ -101,36 +104,52 @@ class ResidentModel:
             for name, parameter in self._parameters.items()
             for rows in row_blocks(tuple(parameter.shape), parameter.device.type)
         ]
-        if self.model.device.type == "cpu":
-            deque(compute_ahead(self._set_rows, blocks), maxlen=0)
-        else:
-            for name, rows in blocks:
+        on_host = [each for each in blocks if self._parameters[each[0]].device.type == "cpu"]
+        for name, rows in blocks:  # these are only launched, so the host works meanwhile
+            if self._parameters[name].device.type != "cpu":
                 self._set_rows(name, rows)
+        deque(compute_ahead(self._set_rows, on_host), maxlen=0)
 
     def _set_rows(self, name: str, rows: slice) -> None:
         target = matrix_rows(self._parameters[name], rows)
-        base_rows = self._base.read_rows(name, rows).to(target.device)
+        base_rows = self._base[name].read_rows(name, rows).to(target.device)
         out = target if target.dtype == self.dtype else None
         merged = merge_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)
         if out is None:
             target.copy_(merged)
 
 
-def _load_rounded(base: ResolvedModel, dtype: torch.dtype, device: str) -> Any:
+def _load_rounded(
+    base: ResolvedModel, dtype: torch.dtype, device: str, placement: Placement | None
+) -> Any:
     """Load a model, its weights rounded to `dtype`, in a dtype that the device can multiply."""
     held_in = compute_dtype(dtype, device)
-    model = load_model(base, held_in).to(device).eval()
+    model = load_model(base, held_in, placement).eval()
+    if placement is None:
+        model = model.to(device)
     if held_in != dtype:
-        for tensor in model.state_dict().values():
+        for tensor in live_state(model).values():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(dtype))
     return model
 
 
 def _place_base(
+    checkpoint: Checkpoint, devices: Mapping[str, str]
+) -> dict[str, Checkpoint | LoadedTensors]:
+    """Load the tensors of the base, each to its device if all of that device fit there, else to
+    host memory, else not at all; return where to read each.
+    """
+    sources: dict[str, Checkpoint | LoadedTensors] = {}
+    for device in sorted(set(devices.values())):
+        names = [name for name, own in devices.items() if own == device]
+        sources |= dict.fromkeys(names, _load_base(checkpoint, names, device))
+    return sources
+
+
+def _load_base(
     checkpoint: Checkpoint, names: Sequence[str], device: str
 ) -> Checkpoint | LoadedTensors:
-    """Load tensors of the base to the device if they fit, else to host memory, else not at all."""
     n_bytes = checkpoint.n_bytes(names)
     for place in dict.fromkeys((device, "cpu")):
         if n_bytes <= LARGEST_SHARE_OF_BASE * free_memory(place):
@@ -140,11 +159,22 @@ def _place_base(
     return checkpoint
 
 
-def _place(vector: DistributionVector, device: str) -> DistributionVector:
-    """Load a vector to the device if it fits, else to host memory, else not at all."""
-    for place in dict.fromkeys((device, "cpu")):
-        free = free_memory(place)
-        if vector.n_bytes <= LARGEST_SHARE * free:
-            return vector.load_to(place)
-        logger.info("vector %s: does not fit into the memory of %s", vector.name, place)
+def _place(
+    vector: DistributionVector, devices: Mapping[str, str], parameters: Mapping[str, torch.Tensor]
+) -> DistributionVector:
+    """Load the tensors of a vector to the devices of its parameters if they fit, else to host
+    memory, else not at all.
+    """
+    moved = [name for name in devices if name in vector.names]
+    sizes = dict.fromkeys([devices[name] for name in moved], 0)
+    for name in moved:
+        sizes[devices[name]] += parameters[name].nbytes
+    parts = {device: n / sum(sizes.values()) for device, n in sizes.items()} or {"cpu": 1.0}
+    for places, wanted in ((devices, parts), ("cpu", {"cpu": 1.0})):
+        if all(
+            part * vector.n_bytes <= LARGEST_SHARE * free_memory(device)
+            for device, part in wanted.items()
+        ):
+            return vector.load_to(places)
+        logger.info("vector %s: does not fit into the memory of %s", vector.name, [*wanted])
     return vector

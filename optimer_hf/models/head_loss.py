@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from optimer_hf.models.placement import input_device, is_only_placed, resident_weight
 from optimer_hf.models.token_loss import TokenBlockLoss
 
 if TYPE_CHECKING:
@@ -192,12 +193,13 @@ def plain_weight(model: "PreTrainedModel") -> torch.Tensor | None:
         head = _head_in_use(head)
     if type(head) is not torch.nn.Linear or head.bias is not None or _is_hooked(head):
         return None
-    return head.weight
+    return resident_weight(head)
 
 
 def _is_hooked(layer: torch.nn.Module) -> bool:
     """Whether calling a layer runs other code, too."""
-    return bool("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
+    is_replaced = "forward" in vars(layer) and not is_only_placed(layer)
+    return bool(is_replaced or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _head_in_use(wrapper: Any) -> Any:
@@ -218,17 +220,17 @@ def is_plain_head(model: "PreTrainedModel") -> bool:
     if weight is None:
         return False
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0) % vocabulary
+    ids = torch.arange(PROBE_TOKENS, device=input_device(model)).unsqueeze(0) % vocabulary
     with torch.no_grad():
         try:
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         except (AttributeError, TypeError):
             return False
         expected = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
-        computed, _ = log_probabilities(hidden, weight, ids[0], softcap_of(model))
-    return torch.allclose(
-        computed, expected.gather(1, ids[0].unsqueeze(1))[:, 0], rtol=1e-2, atol=1e-2
-    )
+        labels = ids[0].to(weight.device)
+        computed, _ = log_probabilities(hidden.to(weight.device), weight, labels, softcap_of(model))
+    picked = expected.to(weight.device).gather(1, labels.unsqueeze(1))[:, 0]
+    return torch.allclose(computed, picked, rtol=1e-2, atol=1e-2)
 
 
 def keeps_documents_apart(model: "PreTrainedModel") -> bool:
@@ -238,10 +240,10 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
     layers carries over. A few probe tokens decide.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(3 * PROBE_TOKENS, device=model.device) % vocabulary
+    ids = torch.arange(3 * PROBE_TOKENS, device=input_device(model)) % vocabulary
     one, another, second = ids.split(PROBE_TOKENS)
     blocks = torch.stack([torch.cat([first, second]) for first in (one, another)])
-    positions = torch.arange(PROBE_TOKENS, device=model.device).repeat(2, 2)
+    positions = torch.arange(PROBE_TOKENS, device=ids.device).repeat(2, 2)
     with torch.no_grad():
         try:
             hidden = model.base_model(

@@ -1,6 +1,8 @@
 """Load transformers models and tokenizers; choose devices and compute dtypes."""
 
 import gc
+import logging
+import tempfile
 from typing import Any
 
 import torch
@@ -8,14 +10,27 @@ import torch
 from optimer_hf.models.checkpoint import OUTER_WRAPPER, WRAPPERS, Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.loader import model_without_weights, read_model, read_tokenizer
+from optimer_hf.models.placement import Placement, live_state
 
 
-def load_model(base: ResolvedModel, dtype: Any) -> Any:
-    """Load the causal language model in a directory; raises ModelError with the reason."""
+def load_model(base: ResolvedModel, dtype: Any, placement: Placement | None = None) -> Any:
+    """Load the causal language model in a directory, on the CPU or where a placement puts its
+    parts; raises ModelError with the reason.
+    """
     gc.collect()  # reference cycles in the Trainer may keep the previous model alive
     torch.cuda.empty_cache()  # and its memory would count as taken; does nothing without a GPU
     unwrapping = unwrapping_patterns(Checkpoint(base.path))
-    model = read_model(base.path, dtype=dtype, key_mapping=unwrapping or None)
+    options: dict[str, Any] = {"dtype": dtype, "key_mapping": unwrapping or None}
+    if placement is None:
+        model = read_model(base.path, **options)
+    else:
+        logging.getLogger("accelerate.big_modeling").setLevel(
+            logging.ERROR
+        )  # tells what we ask for
+        placement.check(empty_model(base))
+        with tempfile.TemporaryDirectory() as folder:
+            model = read_model(base.path, **options, **placement.options(folder))
+            live_state(model)  # takes what lies in the folder
     if unwrapping:  # otherwise saving the model would restore the names of the wrappers
         model._weight_conversions = model._weight_conversions[len(unwrapping) :]
     return model

@@ -8,6 +8,7 @@ import torch
 
 from optimer_hf.errors import ModelError
 from optimer_hf.models.blocks import matrix_rows
+from optimer_hf.models.placement import live_state
 
 _Place = tuple[torch.Size, list[int], int]  # shape, strides and offset, in elements
 
@@ -36,7 +37,7 @@ def stored_views(model: Any) -> dict[str, torch.Tensor]:
     """
     views: dict[str, torch.Tensor] = {}
     known: dict[Any, list[_Place | None]] = {}  # for one layer, since all are stored alike
-    for name, whole in model.state_dict().items():  # with buffers: Gemma 4 scales layers by one
+    for name, whole in live_state(model).items():  # with buffers: Gemma 4 scales layers by one
         with suppress(ModelError):
             stored = _stored_names(model, name, whole)
             if isinstance(stored, str):

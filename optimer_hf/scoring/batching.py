@@ -75,24 +75,33 @@ def _try_twice(answer: Callable[[list[Item]], Answer], batch: list[Item]) -> Ans
 
 
 def budget_for(
-    run: Callable[[torch.Tensor], Any], device: torch.device, per_token: int = 0
+    run: Callable[[torch.Tensor], Any], devices: Sequence[torch.device], per_token: int = 0
 ) -> Budget:
-    """Return the budget for a function that runs a model on token ids [n, length].
+    """Return the budget for a function that runs a model on token ids [n, length]. The model may be
+    spread over several `devices`.
 
     `per_token` is how many bytes are needed for each token beyond what running it takes. On a GPU
     the number is a power of two, so that it is the same in every run of a study as long as about as
     much memory is free.
     """
-    if device.type != "cuda":
+    devices = [device for device in devices if device.type == "cuda"]
+    if not devices:
         return Budget(CPU_TOKENS)
-    ids = torch.zeros((PROBE_ROWS, PROBE_LENGTH), dtype=torch.long, device=device)
+    ids = torch.zeros((PROBE_ROWS, PROBE_LENGTH), dtype=torch.long, device=devices[0])
     with torch.no_grad():
         run(ids)  # the first call also allocates what libraries keep
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        before = [torch.cuda.memory_allocated(device) for device in devices]
         run(ids)
-    taken = (torch.cuda.max_memory_allocated(device) - before) / ids.numel()
-    return Budget(tokens_that_fit(SHARE * free_memory(str(device)), taken + per_token))
+    peaks = [torch.cuda.max_memory_allocated(device) for device in devices]
+    taken = [(peak - held) / ids.numel() for peak, held in zip(peaks, before, strict=True)]
+    return Budget(
+        min(
+            tokens_that_fit(SHARE * free_memory(str(device)), each + per_token)
+            for device, each in zip(devices, taken, strict=True)
+        )
+    )
 
 
 def tokens_that_fit(n_bytes: float, per_token: float) -> int:

@@ -19,6 +19,7 @@ from optimer_hf.models.head_loss import (
     plain_weight,
     softcap_of,
 )
+from optimer_hf.models.placement import devices_of, input_device
 from optimer_hf.scoring.batching import budget_for, pack_rows, packed_batches, padded_batches
 
 ROW_LENGTH = 512  # of rows that inputs share
@@ -58,10 +59,11 @@ class Likelihoods:
         the model can keep them apart.
         """
         self._model, self._max_length = model, max_length
+        self._device = input_device(model)
         packs = shares_rows and keeps_documents_apart(model)
         self._row_length = min(ROW_LENGTH, max_length) if packs else 0
         hidden_bytes = 8 * model.config.get_text_config().hidden_size
-        self._budget = budget_for(self._hidden, model.device, hidden_bytes)
+        self._budget = budget_for(self._hidden, devices_of(model), hidden_bytes)
         self._place = lru_cache(maxsize=KEPT_BATCHES)(self._place_batch)
 
     @torch.no_grad()
@@ -113,9 +115,10 @@ class Likelihoods:
         weight = plain_weight(self._model)
         assert weight is not None  # only models with a plain head are scored here
         batch = self._place(tuple(inputs))
-        hidden = self._hidden(batch.ids, batch.positions).flatten(0, 1)[batch.places]
-        softcap = softcap_of(self._model)
-        return log_probabilities(hidden.to(weight.dtype), weight, batch.targets, softcap)
+        hidden = self._hidden(batch.ids, batch.positions).flatten(0, 1)
+        picked = hidden[batch.places.to(hidden.device)].to(weight.device, weight.dtype)
+        targets = batch.targets.to(weight.device)
+        return log_probabilities(picked, weight, targets, softcap_of(self._model))
 
     def _hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Return the last hidden states [n, length, width].
@@ -143,7 +146,7 @@ class Likelihoods:
                 places.append(np.arange(end - len(continuation), end))
                 targets.append(np.array(continuation, dtype=np.int64))
         is_shared = len(rows) < len(inputs)
-        device = self._model.device
+        device = self._device
         return Batch(
             torch.from_numpy(ids).to(device),
             torch.from_numpy(positions).to(device) if is_shared else None,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from optimer_hf.models.head_loss import is_plain_head
+from optimer_hf.models.placement import devices_of, input_device
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.batching import Budget, budget_for, padded_batches
 from optimer_hf.scoring.likelihood import Likelihoods
@@ -68,6 +69,7 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size=8, trust_remote_code=False
             )
+            self._device = input_device(model)  # HFLM takes that of the first parameter
             self.forward_seconds = 0.0
             self.n_tokens = 0
             self.follows_memory = self.device.type == "cuda"  # on a CPU, batches of eight
@@ -114,12 +116,12 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
         @cached_property
         def _generation_budget(self) -> Budget:
             settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
-            return budget_for(lambda ids: model.generate(ids, **settings), self.device)
+            return budget_for(lambda ids: model.generate(ids, **settings), devices_of(model))
 
         @cached_property
         def _logits_budget(self) -> Budget:
             return budget_for(
-                lambda ids: torch.log_softmax(model(input_ids=ids).logits, -1), self.device
+                lambda ids: torch.log_softmax(model(input_ids=ids).logits, -1), devices_of(model)
             )
 
         def loglikelihood_rolling(

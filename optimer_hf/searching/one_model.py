@@ -7,6 +7,7 @@ from pathlib import Path
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.tokenizer import scoring_tokenizer
 from optimer_hf.models.live import default_device
+from optimer_hf.models.placement import DeviceMap, Placement
 from optimer_hf.models.resolve import AnyModel, base_from_here
 from optimer_hf.progress import announce
 from optimer_hf.scoring.evaluator import Evaluator, Scorer
@@ -25,12 +26,14 @@ class ScoredTerm:
     limited: bool
 
 
-def evaluate_model(model: str, objective: Path, *, dtype: str = "bfloat16") -> list[ScoredTerm]:
+def evaluate_model(
+    model: str, objective: Path, *, dtype: str = "bfloat16", device_map: str | None = None
+) -> list[ScoredTerm]:
     """Score a model, given as a directory or Hub id, on an objective file; return the terms in the
-    order of the file.
+    order of the file. With a `device_map` the model is spread over devices, see StudyConfig.
     """
     target = ObjectiveFile.read(objective)
-    scores = score_model(model, target, dtype=dtype)
+    scores = score_model(model, target, dtype=dtype, device_map=device_map)
     return [
         ScoredTerm(
             each.label,
@@ -49,14 +52,19 @@ def score_model(
     *,
     dtype: str = "bfloat16",
     functions: Mapping[str, Scorer] | None = None,
+    device_map: DeviceMap | None = None,
 ) -> dict[str, TermScore]:
     """Return the scores of a model on an objective, by the label of the term. `functions` score the
-    terms that name them, see Evaluator.
+    terms that name them, see Evaluator. With a `device_map` the model is spread over devices, see
+    StudyConfig.
     """
+    placement = None if device_map is None else Placement(device_map)
     with announce("evaluate: opening model and tasks"):
         base, templated = base_from_here(model), objective.apply_chat_template
         tokenizer = scoring_tokenizer(base, None, apply_chat_template=templated)
-        resident = ResidentModel(base, [], dtype=dtype, device=default_device())
+        resident = ResidentModel(
+            base, [], dtype=dtype, device=default_device(), placement=placement
+        )
         evaluator = Evaluator(resident.model, tokenizer, [objective], functions=functions)
     asked = objective.asked_terms("rescore")
     with announce(f"evaluate: scoring {', '.join(each.label for each in asked)}"):

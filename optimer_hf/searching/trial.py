@@ -20,6 +20,7 @@ from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer, set_
 from optimer_hf.models.layout import model_digests
 from optimer_hf.models.live import default_device
 from optimer_hf.models.memory import collect_memory
+from optimer_hf.models.placement import Placement
 from optimer_hf.models.resolve import resolve_base
 from optimer_hf.progress import Cost
 from optimer_hf.scoring.evaluator import Evaluator, Scorer
@@ -74,7 +75,11 @@ class ResidentPool:
         ]
         self.base = base
         self._resident = ResidentModel(
-            base, self.vectors, dtype=config.dtype, device=default_device()
+            base,
+            self.vectors,
+            dtype=config.dtype,
+            device=default_device(),
+            placement=placement_of(config),
         )
         if self._tokenizer is not None:
             set_generation_config(self._resident.model, self._tokenizer)
@@ -114,6 +119,16 @@ class ResidentPool:
             "forward": self._evaluator.forward_seconds - forward,
         }
         return scores, seconds, self._evaluator.n_tokens - tokens
+
+
+def placement_of(config: StudyConfig) -> Placement | None:
+    """Return where the trials of a study keep their model; None: on one device.
+
+    Raises ConfigError for a GPU that this machine does not have.
+    """
+    if config.device_map is None:
+        return None
+    return Placement(config.device_map, config.max_memory)
 
 
 def _source(name: str, vector: VectorConfig) -> str:

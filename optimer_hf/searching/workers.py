@@ -27,6 +27,7 @@ from distributed.security import Security
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.files.staging import scratch_directory
+from optimer_hf.files.text import quote
 from optimer_hf.models.spinning import choose_spins
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.searching.faults import naming_faults
@@ -90,7 +91,16 @@ class Workers:
             )
 
     def open(self, config: StudyConfig) -> "Cluster":
-        """Return a cluster for the trials of a study; it is a context manager."""
+        """Return a cluster for the trials of a study; it is a context manager.
+
+        Raises ConfigError for several processes on this machine that would each take all its GPUs.
+        """
+        if config.device_map is not None and (self.n_workers or 1) > 1:
+            raise ConfigError(
+                f"device_map: found {quote(config.device_map)} and {self.n_workers} workers, but "
+                "each of them would spread its model over all GPUs. Use one worker, or leave "
+                "device_map out if the model fits on one GPU."
+            )
         return Cluster(config, self.n_workers, self.scheduler, self.pool)
 
 

@@ -30,6 +30,9 @@ TRACKERS = (  # that transformers reports to; one that it drops stays, so that o
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow"),
     *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
 )
+DEVICES = re.compile(r"cpu|disk|(cuda:)?\d{1,3}")
+AMOUNT = re.compile(r"\d+(\.\d+)? ?[KMGT]i?B", re.IGNORECASE)
+Strategy = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # each use says what is wrong below 0
 
 
@@ -180,6 +183,15 @@ class StudyConfig(VersionedFile):
     """
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """dtype of the merged model, in the trials and on disk. Sums are always formed in float32."""
+    device_map: Strategy | dict[str, int | str] | None = None
+    """How to spread the model of the trials over devices if it is larger than one GPU: a strategy
+    of accelerate (auto, balanced, balanced_low_0, sequential), or a device for each module, as
+    {model.layers.0: 0, lm_head: cpu}: the number of a GPU, cpu or disk. Default: one device.
+    """
+    max_memory: dict[str | int, str] | None = None
+    """Most memory that the model may take of each device, as {0: 60GiB, cpu: 200GiB}. Leave room
+    for the vectors and a second copy of the base. Needs device_map.
+    """
     vectors: dict[str, VectorEntry] = Field(min_length=1, max_length=MOST_VECTORS)
     """Vectors to merge, by name. A plain text is short for its source:
     {math: you/gemma-math, code: {source: ./code-lora, bounds: [0, 1.2]}}.
@@ -238,10 +250,28 @@ class StudyConfig(VersionedFile):
         if all(vector.fixed is not None for vector in self.vectors.values()):
             yield ("vectors",), "every vector is fixed, so there is nothing to search; free one"
             return
+        yield from self._mistakes_of_placement()
         yield from self._mistakes_of_search()
         yield from self._mistakes_of_test()
         yield from self._mistakes_of_retarget()
         yield from self._mistakes_of_baselines()
+
+    def _mistakes_of_placement(self) -> Iterator[Mistake]:
+        named = self.device_map.items() if isinstance(self.device_map, dict) else ()
+        for module, device in named:
+            if DEVICES.fullmatch(str(device)) is None:
+                message = f"found {quote(device)}; expected the number of a GPU, 'cpu' or 'disk'"
+                yield ("device_map", module), message
+        for key, amount in (self.max_memory or {}).items():
+            device = str(key)
+            if DEVICES.fullmatch(device) is None or device == "disk":
+                message = f"found device {quote(key)}; expected the number of a GPU, or 'cpu'"
+                yield ("max_memory", device), message
+            if AMOUNT.fullmatch(amount) is None:
+                message = f"found {quote(amount)}; expected an amount like 60GiB"
+                yield ("max_memory", device), message
+        if self.max_memory is not None and self.device_map is None:
+            yield ("max_memory",), "it needs a device_map; add `device_map: auto`"
 
     def _mistakes_of_test(self) -> Iterator[Mistake]:
         if self.test is None:
@@ -339,7 +369,8 @@ class StudyConfig(VersionedFile):
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the trials; it must not change while a study goes on."""
-        data = self.model_dump(mode="json", exclude={"retarget", "baselines"})
+        outside = {"retarget", "baselines", "device_map", "max_memory"}
+        data = self.model_dump(mode="json", exclude=outside)
         del data["search"]["n_trials"], data["search"]["report_to"]
         if self.tokenizer_source is None:  # the field is newer than some studies
             del data["tokenizer_source"]

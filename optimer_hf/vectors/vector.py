@@ -1,6 +1,6 @@
 """Distribution vectors: the effect of one dataset on a base, as checkpoint, delta or adapter."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,8 @@ from optimer_hf.models.blocks import matrix_rows, matrix_shape
 from optimer_hf.models.checkpoint import Checkpoint, LoadedTensors
 from optimer_hf.vectors.forms import Delta, LowRank, Trained, to_dense
 from optimer_hf.vectors.int8 import SCALES, dequantize
+
+Place = str | Mapping[str, str]  # a device, or the device of each tensor
 
 # -- the three kinds -------------------------------------------------------------------------------
 
@@ -51,8 +53,10 @@ class DistributionVector(Protocol):
         """
         ...
 
-    def load_to(self, device: str) -> "DistributionVector":
-        """Return the vector with its weights in a device's memory."""
+    def load_to(self, place: "Place") -> "DistributionVector":
+        """Return the vector with its weights in the memory of a device, or each tensor in that of
+        its own device; tensors that are not named go to host memory.
+        """
         ...
 
 
@@ -100,9 +104,9 @@ class CheckpointVector(_Brief):
         dtype = torch.promote_types(trained.dtype, unmoved.dtype)
         return Trained(torch.cat([part.to(device, dtype) for part in (trained, unmoved)]))
 
-    def load_to(self, device: str) -> "CheckpointVector":
-        tuned = _load(self.tuned, self.names, device)
-        padding = self.padding and _load(self.padding, self.padding.names, device)
+    def load_to(self, place: Place) -> "CheckpointVector":
+        tuned = _load(self.tuned, self.names, place)
+        padding = self.padding and _load(self.padding, self.padding.names, place)
         return replace(self, tuned=tuned, padding=padding)
 
 
@@ -139,8 +143,8 @@ class DeltaVector(_Brief):
         scales = self.stored.read_rows(f"{name}{SCALES}", rows).to(device)
         return dequantize(stored, scales, self.block_size)
 
-    def load_to(self, device: str) -> "DeltaVector":
-        return replace(self, stored=_load(self.stored, self.stored.names, device))
+    def load_to(self, place: Place) -> "DeltaVector":
+        return replace(self, stored=_load(self.stored, self.stored.names, place))
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,12 +170,19 @@ class AdapterVector(_Brief):
             return LowRank(part.b[rows], part.a, part.scale).to(device)
         return Trained(matrix_rows(part.tensor, rows).to(device))
 
-    def load_to(self, device: str) -> "AdapterVector":
-        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
+    def load_to(self, place: Place) -> "AdapterVector":
+        parts = {name: part.to(_device_at(place, name)) for name, part in self.parts.items()}
+        return replace(self, parts=parts)
 
 
-def _load(source: Checkpoint | LoadedTensors, names: Iterable[str], device: str) -> LoadedTensors:
-    return LoadedTensors(source.path, {name: source.read(name).to(device) for name in names})
+def _load(source: Checkpoint | LoadedTensors, names: Iterable[str], place: Place) -> LoadedTensors:
+    tensors = {name: source.read(name).to(_device_at(place, name)) for name in names}
+    return LoadedTensors(source.path, tensors)
+
+
+def _device_at(place: Place, name: str) -> str:
+    """Return the device for a tensor; the scales of an int8 tensor go with it."""
+    return place if isinstance(place, str) else place.get(name.removesuffix(SCALES), "cpu")
 
 
 def dense_rows(

@@ -16,6 +16,7 @@ from optimer_hf.merging.writer import write_merged
 from optimer_hf.models import blocks as blocks_module
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.placement import Placement
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
 
@@ -289,8 +290,9 @@ def test_a_pool_gives_the_same_bits_wherever_it_has_room(open_pool, monkeypatch,
         for v in resident.vectors
     ]
     assert all(in_memory) == (room != "none" or vectors == POOLS["adapter"])
-    held = Checkpoint(base.path).n_bytes(resident._base.names)
-    assert isinstance(resident._base, Checkpoint) == (held > 0.75 * free)
+    held = Checkpoint(base.path).n_bytes(resident._base)
+    (source,) = set(resident._base.values())
+    assert isinstance(source, Checkpoint) == (held > 0.75 * free)
 
 
 def test_low_rank_vectors_stay_factors_in_memory(open_pool):
@@ -301,3 +303,52 @@ def test_low_rank_vectors_stay_factors_in_memory(open_pool):
     assert [vector.kind for vector in lora.vectors] == ["adapter"] * 3
     factors, whole = (sum(v.n_bytes for v in model.vectors) for model in (lora, dense))
     assert factors < whole
+
+
+# -- models larger than one device -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("vectors", [("adapter", "checkpoint"), ("int8", "delta")])
+def test_weights_are_set_where_each_tensor_lies(open_pool, kind, vectors, dtype):
+    base, pool = open_pool(kind, "float32", vectors)
+    layers = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    rest = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm"), "cpu")
+    for device_map in ({"": "disk"}, layers | rest | {"lm_head": "cpu"}):
+        whole = ResidentModel(base, pool, dtype=dtype)
+        spread = ResidentModel(base, pool, dtype=dtype, placement=Placement(device_map))
+        ids = torch.tensor([[5, 6, 7, 8]])
+        for weights in ([0.7, -0.3], [0.0, 0.0], [0.2, 1.1]):
+            chosen = dict(zip((vector.name for vector in pool), weights, strict=True))
+            for resident in (whole, spread):
+                resident.set_weights(chosen)
+            with torch.no_grad():
+                assert torch.equal(spread.model(ids).logits, whole.model(ids).logits)
+
+
+def test_every_tensor_of_a_vector_goes_to_the_device_of_its_parameter(open_pool):
+    """`meta` stands for a second device: tensors there have no values, but a place."""
+    _, pool = open_pool("gemma", "float32", ("adapter", "int8"))
+    for vector in pool:
+        name, *others = sorted(vector.names)
+        devices = {name: "meta"} | dict.fromkeys(others, "cpu")
+        loaded = vector.load_to(devices)
+        for each in (name, others[0]):
+            tensors = vars(loaded.delta(each, slice(0, 1), devices[each]))
+            kinds = {t.device.type for t in tensors.values() if isinstance(t, torch.Tensor)}
+            assert kinds <= {devices[each]}
+
+
+def test_a_vector_is_placed_by_what_each_device_has_to_take(open_pool, monkeypatch):
+    base, pool = open_pool("gemma", "float32", ("checkpoint",))
+    views = {name: torch.empty(Checkpoint(base.path).shape(name)) for name in sorted(pool[0].names)}
+    devices = {name: "meta" if "layers.1" in name else "cpu" for name in views}
+    on_meta = sum(view.nbytes for name, view in views.items() if devices[name] == "meta")
+    part = on_meta / sum(view.nbytes for view in views.values())
+    for room, place in ((1.01, devices), (0.99, "cpu")):
+        free = {"meta": int(2 * room * part * pool[0].n_bytes), "cpu": 10**12}
+        monkeypatch.setattr(resident_module, "free_memory", free.__getitem__)
+        placed = resident_module._place(pool[0], devices, views)
+        assert placed.tuned.read(max(views)).device.type == (
+            place if isinstance(place, str) else place[max(views)]
+        )

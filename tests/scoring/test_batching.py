@@ -79,7 +79,7 @@ def test_tokens_fit_by_powers_of_two():
 
 
 def test_a_cpu_needs_no_probe():
-    assert budget_for(pytest.fail, torch.device("cpu")).n_tokens == batching.CPU_TOKENS
+    assert budget_for(pytest.fail, [torch.device("cpu")]).n_tokens == batching.CPU_TOKENS
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)

@@ -8,9 +8,11 @@ import torch
 from distributed.comm import CommClosedError
 from safetensors import SafetensorError
 
-from optimer_hf.errors import EvaluationError
+from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.searching import trial as pool_module
-from optimer_hf.searching.trial import run_trial
+from optimer_hf.searching.one_model import score_model
+from optimer_hf.searching.trial import ResidentPool, run_trial
+from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.trials import Candidate
 from tests.support.landscapes import config_of, failing_at
 
@@ -71,3 +73,71 @@ def test_what_the_weights_break_is_a_crashed_trial(error):
     asked = (Candidate(3, "x", dict.fromkeys("wxyz", 0.1)), [])
     crashed = run_trial(failing_at({0: error})(config_of()), *asked)
     assert crashed.status == "crashed" and not crashed.is_blameless
+
+
+# -- models larger than one device -----------------------------------------------------------------
+
+
+@pytest.fixture
+def config(make_base, make_adapter, corpus_dir, kind) -> StudyConfig:
+    base = make_base(kind, torch.float32)
+    return StudyConfig.model_validate(
+        {
+            "base_model": str(base.path),
+            "vectors": {f"v{seed}": str(make_adapter(base, seed)) for seed in (1, 2)},
+            "objective": {"terms": [{"text": str(corpus_dir / "aaa.search.jsonl"), "limit": 4}]},
+            "search": {"rescore_top": 0},
+        }
+    )
+
+
+def test_a_trial_scores_the_same_wherever_the_model_lies(config):
+    asked = config.objective.asked_terms("search")
+    weights = {"v1": 0.7, "v2": -0.2}
+    whole = ResidentPool(config).score(weights, asked)
+    layers = {"model.layers.0": "cpu", "model.layers.1": "disk", "model.rotary_emb": "cpu"}
+    rest = {"model.embed_tokens": "cpu", "model.norm": "disk", "lm_head": "cpu"}
+    for device_map in ("auto", {"": "disk"}, layers | rest):
+        spread = ResidentPool(config.model_copy(update={"device_map": device_map}))
+        assert spread._evaluator._lm._likelihoods is not None  # a head elsewhere is plain, too
+        scores, _, n_tokens = spread.score(weights, asked)
+        assert scores == whole[0] and n_tokens == whole[2] > 0
+
+
+def test_a_model_spread_over_devices_is_evaluated_as_a_whole_one(config):
+    whole = score_model(config.base_model, config.objective)
+    assert score_model(config.base_model, config.objective, device_map={"": "disk"}) == whole
+
+
+def test_a_device_map_with_a_part_that_the_model_lacks_is_an_error_with_its_name(config):
+    wrong = config.model_copy(update={"device_map": {"": "cpu", "model.layer.1": "disk"}})
+    with pytest.raises(
+        ConfigError, match=r"no part 'model\.layer\.1'\. Did you mean 'model\.layers\.1'"
+    ):
+        ResidentPool(wrong)
+
+
+def test_a_batch_that_does_not_fit_is_no_fault_of_the_weights(config, caplog):
+    """The real model, and a real trial: only the device that lacks memory is not real."""
+    asked = config.objective.asked_terms("search")
+    pool = ResidentPool(config)
+    expected, _, _ = pool.score({"v1": 0.5, "v2": 0.5}, asked)
+    sizes = []
+
+    def refuse(_, args, options) -> None:
+        sizes.append(options["input_ids"].numel())
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    pool._resident.model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
+    candidate = Candidate(3, "smac", {"v1": 0.5, "v2": 0.5})
+    most = 300
+    trial = run_trial(pool, candidate, asked)
+    assert sizes[0] == sizes[1] > most >= sizes[-1]  # once more, then less
+    assert trial.status == "ok"
+    for label, term in expected.items():
+        values = [value for value, _ in trial.terms[label].items]
+        assert values == pytest.approx([value for value, _ in term.items], rel=1e-3)
+    most = 1
+    with pytest.raises(EvaluationError, match=r"trial 3: OutOfMemoryError: CUDA out of memory"):
+        run_trial(pool, candidate, asked)

@@ -543,6 +543,11 @@ def test_processes_and_a_scheduler_exclude_each_other(tmp_path, both):
         Workers(**both).open(config_of(tmp_path))
 
 
+def test_several_workers_that_would_each_take_all_gpus_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="device_map: found 'auto' and 2 workers, but each of"):
+        Workers(n_workers=2).open(config_of(tmp_path).model_copy(update={"device_map": "auto"}))
+
+
 # -- signals ---------------------------------------------------------------------------------------
 
 # a shell without job control starts what runs in the background with SIGINT ignored

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.study.config import TRACKERS, StudyConfig
@@ -129,3 +130,41 @@ def test_an_impossible_study_is_refused_with_field_and_reason(tmp_path, text, me
     with pytest.raises(ConfigError, match=message) as caught:
         StudyConfig.read(path)
     assert "study.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_map": {"": "gpu"}}, r"device_map\.: found 'gpu'; expected the number of a GPU"),
+        ({"device_map": "two"}, r"device_map"),
+        ({"device_map": {"model": -1}}, r"device_map\.model: found '?-1'?; expected the number"),
+        ({"max_memory": {0: "60GiB"}}, r"max_memory: it needs a device_map"),
+        (
+            {"device_map": "auto", "max_memory": {"disk": "60GiB"}},
+            r"max_memory\.disk: found device 'disk'; expected the number of a GPU, or 'cpu'",
+        ),
+        (
+            {"device_map": "auto", "max_memory": {0: "much"}},
+            r"max_memory\.0: found 'much'; expected an amount like 60GiB",
+        ),
+    ],
+)
+def test_a_device_map_that_cannot_be_followed_is_refused(tmp_path, settings, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(FIELDS | {"vectors": {"w": "./w"}} | settings))
+    with pytest.raises(ConfigError, match=message):
+        StudyConfig.read(path)
+
+
+def test_where_a_model_lies_is_no_part_of_a_study():
+    plain = StudyConfig(**FIELDS, vectors={"w": "./w"})
+    for device_map in ("auto", {"": 0, "lm_head": "cpu"}):
+        spread = StudyConfig(
+            **FIELDS,
+            vectors={"w": "./w"},
+            device_map=device_map,
+            max_memory={0: "60GiB", "cpu": "1.5TB"},
+        )
+        assert spread.digest() == plain.digest()
+        again = StudyConfig.model_validate_json(spread.model_dump_json())
+        assert again.device_map == device_map
