@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from optimer_hf.models.resolve import resolve_tokenizer
-from tests.support.experiments import optimer
+from tests.support.experiments import run_optimer
 
 
 def plan_of(*arguments: object) -> dict:
-    result = optimer("plan", *arguments, "--format", "json")
+    result = run_optimer("plan", *arguments, "--format", "json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -60,7 +60,7 @@ def test_what_does_not_fit_on_small_devices_is_a_warning(recipe_dir: Path):
     (base / "config.json").write_text(
         json.dumps(config | large | {"layer_types": ["full_attention"] * 40})
     )
-    result = optimer("plan", recipe_dir, "--on", "2xL4")
+    result = run_optimer("plan", recipe_dir, "--on", "2xL4")
     assert result.exit_code == 0, result.output
     assert "| does not fit |" in result.stdout
     assert "warning: search: " in result.stdout and "Use more devices" in result.stdout
@@ -117,6 +117,6 @@ def test_a_training_of_a_whole_corpus_is_named_as_missing(recipe_dir: Path):
     ],
 )
 def test_options_that_do_not_go_together_are_refused(recipe_dir: Path, options, message: str):
-    result = optimer("plan", recipe_dir, *options)
+    result = run_optimer("plan", recipe_dir, *options)
     assert result.exit_code in (1, 2)
     assert message in result.output
