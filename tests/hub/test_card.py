@@ -7,7 +7,6 @@ from markdown_it import MarkdownIt
 
 from optimer_hf.comparison.costs import mixture_cost
 from optimer_hf.comparison.ledger import Ledger, TrialCost
-from optimer_hf.comparison.results_file import Results
 from optimer_hf.errors import HubError
 from optimer_hf.hub.card import (
     BEGIN,
@@ -25,6 +24,7 @@ from optimer_hf.hub.card import (
 from optimer_hf.hub.card import strictest_licence as strictest
 from optimer_hf.recipes.record import Ingredient, Recipe, Score
 from optimer_hf.vectors.training_record import CorpusRecord, Part, PartialCorpus
+from tests.support.publishing import results_of_row
 
 
 @pytest.mark.parametrize(
@@ -89,19 +89,6 @@ def recipe_of(**fields) -> Recipe:
     vectors = {name: Ingredient(source=f"o/{name}", weight=w) for name, w in weights.items()}
     given = {"name": "r", "base_model": "o/b", "dtype": "float32", "vectors": vectors}
     return Recipe(**given | fields)
-
-
-def results_of_row(name: str) -> Results:
-    """The results of the base and of a row with a name."""
-    base = {
-        **{"kind": "base", "subject": "", "weights": {}, "chosen_after_seal": False, "value": 0.0},
-        **{"over_base": {"difference": 0.0}, "merge_minus": {"difference": 0.0}},
-        "terms": {name: {"score": 1.25, "n_items": 6, "gain": {"difference": 0.0}}},
-    }
-    term = {"score": 1.0, "n_items": 6, "gain": {"difference": 0.2}}
-    row = base | {"name": name, "kind": "model", "value": 0.1, "terms": {name: term}}
-    rows = [base | {"name": "base"}, row | {"chosen_after_seal": True}]
-    return Results.model_validate({"rows": rows, "limited": [name]})
 
 
 def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():

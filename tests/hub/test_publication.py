@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 from optimer_hf import hub as hubs
 from optimer_hf.errors import HubError
-from optimer_hf.hub.publication import choose_files, vanilla_config_of
+from optimer_hf.hub.publication import _read_results, choose_files, vanilla_config_of
 from optimer_hf.models.layout import copy_beside_weights
 from optimer_hf.recipes.build import build
 from optimer_hf.recipes.record import Ingredient, Lock, Recipe
@@ -113,3 +113,11 @@ def test_mergekit_alone_is_offered_only_deltas_that_it_can_read(dtypes, file, is
     lock |= {} if dtypes is None else {"dtypes": dtypes}
     config = vanilla_config_of(recipe, Lock.model_validate(lock))
     assert (config is not None) == is_vanilla
+
+
+def test_results_of_0_1_0_are_read_with_the_study_beside_them(golden):
+    run = golden / "runs" / "tiny"
+    results = _read_results(run, {"results.json", "study/study.json"})
+    assert results is not None
+    assert results.merge.weights == Recipe.read(run / "recipe.yaml").weights
+    assert _read_results(run, {"study/study.json"}) is None

@@ -25,6 +25,7 @@ from optimer_hf.recipes.build import build, verify
 from optimer_hf.report.captions import Captions
 from optimer_hf.report.page import write_figures
 from tests.support.hub import ALICE, BOB, change_record
+from tests.support.publishing import results_of_row
 
 
 @pytest.mark.parametrize("kind", ["adapter", "delta", "checkpoint"])
@@ -141,6 +142,14 @@ def test_a_dry_run_sends_nothing_and_shows_the_card(hub, make_vector, name):
     assert "adapter_model.safetensors" in done.sent
     assert "license: gemma" in done.card
     assert not hub.calls("^(POST|PUT) ")
+
+
+def test_the_card_of_a_recipe_shows_the_results_beside_it(hub, make_recipe, name):
+    folder = make_recipe("delta")
+    results_of_row("mine").write(folder / "results.json")
+    done = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True, dry_run=True)
+    assert "Gain over the base on the sealed test:\n\n| weights | mine (6 items) |" in done.card
+    assert "| mine (chosen after the seal was opened) | +20.00 % | +10.00 % |" in done.card
 
 
 def test_what_people_write_into_the_card_is_kept(hub, make_vector, name):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, constants
 
+from optimer_hf.comparison.results_file import Results
 from optimer_hf.models.layout import weight_digests
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.recipes.record import Lock
@@ -96,3 +97,16 @@ def make_recipe(published_base, make_vector, base, tmp_path):
         return folder
 
     return recipe
+
+
+def results_of_row(name: str) -> Results:
+    """The results of the base and of a row with a name."""
+    base = {
+        **{"kind": "base", "subject": "", "weights": {}, "chosen_after_seal": False, "value": 0.0},
+        **{"over_base": {"difference": 0.0}, "merge_minus": {"difference": 0.0}},
+        "terms": {name: {"score": 1.25, "n_items": 6, "gain": {"difference": 0.0}}},
+    }
+    term = {"score": 1.0, "n_items": 6, "gain": {"difference": 0.2}}
+    row = base | {"name": name, "kind": "model", "value": 0.1, "terms": {name: term}}
+    rows = [base | {"name": "base"}, row | {"chosen_after_seal": True}]
+    return Results.model_validate({"rows": rows, "limited": [name]})
