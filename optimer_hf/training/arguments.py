@@ -1,5 +1,6 @@
 """A train file -> TrainingArguments and LoraConfig."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,7 @@ def lora_config(config: TrainConfig) -> Any:
     from peft import LoraConfig
 
     try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})})
+        # PEFT writes into the lists that it is given
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **copy.deepcopy(config.lora or {})})
     except Exception as error:  # LoraConfig raises errors of many kinds
         raise ConfigError(f"train config {config.name!r}: lora: {first_line(error)}") from error
