@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from optimer_hf.models.placement import input_device, is_only_placed, resident_weight
+from optimer_hf.models.sharded import is_sharded, layer_class
 from optimer_hf.models.token_loss import TokenBlockLoss
 
 if TYPE_CHECKING:
@@ -188,12 +189,21 @@ def plain_weight(model: "PreTrainedModel") -> torch.Tensor | None:
     for a bias, hooks and parametrisations, since their logits differ from those of the weight. A
     head that is trained and saved as a whole (`modules_to_save`) is a plain head.
     """
+    head = plain_head(model)
+    return None if head is None else resident_weight(head)
+
+
+def plain_head(model: "PreTrainedModel") -> torch.nn.Linear | None:
+    """Return the layer whose weight `plain_weight` returns.
+
+    The hooks of a sharded head only gather its weight, so it may have them.
+    """
     head: Any = model.get_output_embeddings()
     if type(head).__name__ == "ModulesToSaveWrapper" and not _is_hooked(head):  # from PEFT
         head = _head_in_use(head)
-    if type(head) is not torch.nn.Linear or head.bias is not None or _is_hooked(head):
+    if head is None or layer_class(head) is not torch.nn.Linear or head.bias is not None:
         return None
-    return resident_weight(head)
+    return None if _is_hooked(head) and not is_sharded(head) else head
 
 
 def _is_hooked(layer: torch.nn.Module) -> bool:
@@ -312,6 +322,63 @@ def is_fused(model: "PreTrainedModel") -> bool:
     return "_fused_loss" in vars(model)
 
 
+@torch.no_grad()
+def fuse_sharded_loss(model: "PreTrainedModel", root: torch.nn.Module, loss: Loss) -> bool:
+    """Do as `fuse_loss` for a model whose parameters are spread over processes; collective.
+
+    Only `root`, the module that was sharded, can gather them. It computes the loss of a few probe
+    tokens in both ways, which have to agree.
+    """
+    if "forward" in vars(model) or plain_head(model) is None:
+        logger.info(
+            "%s: the fused loss does not apply, using the stock one", layer_class(model).__name__
+        )
+        return False
+    ids = _probe_ids(model, 2 * PROBE_TOKENS).unsqueeze(0)
+    expected = _loss_of(root, ids, ids)
+    model._fused_loss = loss
+    model.forward = MethodType(_fused_forward, model)
+    if bool(torch.isclose(_loss_of(root, ids, ids), expected, rtol=1e-2, atol=1e-2)):
+        return True
+    del model.forward, model._fused_loss
+    return False
+
+
+@torch.no_grad()
+def sharded_keeps_documents_apart(model: "PreTrainedModel", root: torch.nn.Module) -> bool:
+    """Do as `keeps_documents_apart` for a model whose parameters are spread over processes."""
+    one, another, second = _probe_ids(model, 3 * PROBE_TOKENS).view(3, -1)
+    positions = torch.arange(PROBE_TOKENS, device=second.device).repeat(1, 2)
+    losses = []
+    for first in (one, another):
+        ids = torch.cat([first, second]).unsqueeze(0)
+        labels = ids.clone()
+        labels[:, : PROBE_TOKENS + 1] = IGNORED_LABEL
+        losses.append(_loss_of(root, ids, labels, positions))
+    return bool(torch.isclose(losses[0], losses[1], rtol=LARGEST_CHANGE))
+
+
+def _probe_ids(model: "PreTrainedModel", n: int) -> torch.Tensor:
+    """Return n token ids that every process gives to a probe."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return torch.arange(n, device=model.device).remainder(vocabulary)
+
+
+def _loss_of(
+    root: torch.nn.Module,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the loss of one block, with dropout off."""
+    was_training = root.training
+    root.eval()
+    output = root(input_ids=ids, labels=labels, position_ids=positions, use_cache=False)
+    root.train(was_training)
+    loss: torch.Tensor = output.loss.float()
+    return loss
+
+
 def _fused_forward(
     self: "PreTrainedModel",
     input_ids: torch.Tensor,
@@ -324,8 +391,8 @@ def _fused_forward(
     """Return the same loss as the stock forward: sum / num_items_in_batch, or the mean."""
     from transformers.modeling_outputs import CausalLMOutput
 
-    weight = plain_weight(self)
-    if weight is None:  # an adapter was added after `fuse_loss`
+    head = plain_head(self)
+    if head is None:  # an adapter was added after `fuse_loss`
         return _stock_forward(
             self, input_ids, labels, position_ids, attention_mask, num_items_in_batch
         )
@@ -337,14 +404,38 @@ def _fused_forward(
         use_cache=False,
     ).last_hidden_state
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     # each token predicts the next one, and the last of a row none
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+
+    def sum_loss(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        dtype = mixed or weight.dtype
+        loss: torch.Tensor = self._fused_loss(states.to(dtype), weight, targets, softcap_of(self))
+        return loss
+
     with torch.autocast(device, enabled=False):
-        states = hidden.flatten(0, 1).to(dtype)
-        loss = self._fused_loss(states, weight, targets, softcap_of(self))
+        loss = _call_head(head, hidden.flatten(0, 1), sum_loss)
     n_items = (targets != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
     return CausalLMOutput(loss=loss / n_items)
+
+
+def _call_head(
+    head: torch.nn.Linear,
+    hidden: torch.Tensor,
+    compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return compute(hidden, weight of the head).
+
+    The weight of a sharded head is whole only while the layer runs, between its hooks.
+    """
+    if not _is_hooked(head):
+        return compute(hidden, resident_weight(head))
+    vars(head)["forward"] = lambda given: compute(given, head.weight)
+    try:
+        result: torch.Tensor = head(hidden)
+    finally:
+        del vars(head)["forward"]
+    return result
 
 
 def _stock_forward(

@@ -1,6 +1,7 @@
 """Write safetensors shards from blocks of rows, without holding whole tensors in memory."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -78,16 +79,34 @@ def write_sharded(
     the writing.
     """
     shards = _named_shards(prefix, specs, max_shard_size)
-    weight_map: dict[str, str] = {}
     for file, shard in shards.items():
         blocks = [
             (name, rows) for name, (_, shape) in shard.items() for rows in row_blocks(shape, device)
         ]
         with closing(compute_ahead(rows_of, blocks, device)) as computed:
             write_safetensors(out_dir / file, shard, computed)
-        weight_map.update(dict.fromkeys(shard, file))
+    _write_index(out_dir, prefix, shards)
+
+
+def write_whole_tensors(
+    out_dir: Path, specs: Specs, tensors: Iterator[torch.Tensor], max_shard_size: int
+) -> None:
+    """Write the tensors of a model as `write_sharded` does, one at a time, as `tensors` yields them
+    in the order of `specs`.
+    """
+    shards = _named_shards("model", specs, max_shard_size)
+    for file, shard in shards.items():
+        write_safetensors(out_dir / file, shard, itertools.islice(tensors, len(shard)))
+    _write_index(out_dir, "model", shards)
+
+
+def _write_index(out_dir: Path, prefix: str, shards: Mapping[str, Specs]) -> None:
+    """Write the index of several shards, by file name; one file needs none."""
     if len(shards) > 1:
-        index = {"metadata": {"total_size": _n_bytes(specs)}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(map(_n_bytes, shards.values()))},
+            "weight_map": {name: file for file, shard in shards.items() for name in shard},
+        }
         (out_dir / f"{prefix}{INDEX}").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from optimer_hf.errors import ModelError
 from optimer_hf.models.devices import peak_flops
+from optimer_hf.models.sharded import is_sharded
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.training.checkpoints import SPENT_FILE, SpentRecord, seal
 from optimer_hf.training.config import TrainConfig
@@ -63,7 +64,7 @@ class RunCallback(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         self.loss = f"loss {logs['loss']:.3f}"
-        if state.is_world_process_zero and self.is_measured:
+        if self.is_measured and (state.is_world_process_zero or is_sharded(model)):
             self.is_measured = self._note_norm(model, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

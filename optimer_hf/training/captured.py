@@ -89,6 +89,7 @@ class CapturedTrainer(Trainer):
         reasons = {
             "there is no CUDA device": args.device.type != "cuda",
             "several processes": args.world_size > 1,
+            "the model is sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled,
             "float16 scales its losses": self.accelerator.scaler is not None,
             "activation checkpointing": getattr(args, "activation_checkpointing", False)
             or getattr(args, "gradient_checkpointing", False),

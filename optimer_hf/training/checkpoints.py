@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from optimer_hf.errors import ConfigError
+from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.digest import fingerprint
 from optimer_hf.files.model import VersionedFile
 from optimer_hf.files.staging import sync_all
@@ -123,6 +123,28 @@ def drop_damaged(folder: Path) -> None:
             return
         logger.warning("%s: %s; removing it", path, damage)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_other_sharding(folder: Path, sharding: str | None) -> None:
+    """Raise OutputError when a run cannot resume from a folder of checkpoints, because they were
+    written by one that was sharded in another way.
+    """
+    for path in _checkpoints_in(folder)[:1]:
+        if (written := _sharding_of(path)) != sharding:
+            was, now = (
+                f"sharded with {kind}" if kind else "not sharded" for kind in (written, sharding)
+            )
+            raise OutputError(
+                f"{path}: was written by a run that was {was}, and this one is {now}. Start it as "
+                f"before, or remove {folder} to start again."
+            )
+
+
+def _sharding_of(checkpoint: Path) -> str | None:
+    """Return what a checkpoint was sharded with: "FSDP", "DeepSpeed" or None."""
+    if any(path.is_dir() for path in checkpoint.glob("pytorch_model_fsdp_*")):
+        return "FSDP"
+    return "DeepSpeed" if any(checkpoint.glob("global_step*")) else None
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:

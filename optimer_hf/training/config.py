@@ -45,7 +45,7 @@ UNUSABLE = {  # fields of TrainingArguments that our runs cannot use, and why
     "include_for_metrics": "There is nothing to evaluate on",
     **dict.fromkeys(
         ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
-        "One process has to hold the whole model to save it",
+        "The config of `accelerate launch` says how to shard (docs/how-to/gpus.md)",
     ),
 }
 

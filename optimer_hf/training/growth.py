@@ -16,6 +16,7 @@ from optimer_hf.errors import ModelError
 from optimer_hf.models.blocks import matrix_rows, row_blocks
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.names import names_in
+from optimer_hf.models.sharded import gather, is_sharded, name_parameters, whole_shape
 from optimer_hf.models.stored import to_stored
 
 N_NORMS = 16  # per run
@@ -29,7 +30,7 @@ def lora_norm(model: Any) -> float:
     squares = []
     for module in model.modules():
         for name, a in getattr(module, "lora_A", {}).items():
-            left, right = a.weight.detach().float(), module.lora_B[name].weight.detach().float()
+            left, right = gather(a.weight).float(), gather(module.lora_B[name].weight).float()
             if left.ndim == right.ndim == 2:
                 if min(len(right), left.shape[1]) < len(left):
                     product = (right @ left).square().sum()
@@ -47,22 +48,48 @@ def full_norm(model: Any, base: Path) -> float:
     """Return the Frobenius norm of a model minus the base in a directory. A tied head counts once.
 
     Raises ModelError when the base has no such parameter. Needs memory for a few row blocks, or for
-    one whole parameter where transformers stores it in another form (fused experts).
+    one whole parameter where transformers stores it in another form (fused experts) or where
+    processes share it; they then take turns, each with every n-th parameter.
     """
     checkpoint, squares = Checkpoint(base), 0.0
-    stored = [
-        key
-        for name, parameter in model.named_parameters()
-        for key in to_stored(model, name, parameter.detach().to("meta"))
-    ]
-    known = names_in(checkpoint, stored)
-    for name, parameter in model.named_parameters():
-        for key, tensor in to_stored(model, name, parameter.detach()).items():
-            here = known.get(key, [""])[0]
-            if not here or checkpoint.shape(here) != tuple(tensor.shape):
-                raise ModelError(f"{base}: holds no tensor {key!r} of shape {list(tensor.shape)}.")
-            squares += _squared_distance(tensor.contiguous(), checkpoint, here)
-    return math.sqrt(squares)
+    here = _places_in(checkpoint, model)
+    turn, n_turns = _own_turn(model)
+    for number, (name, parameter) in enumerate(name_parameters(model)):
+        whole = gather(parameter)
+        if number % n_turns == turn:
+            for key, tensor in to_stored(model, name, whole).items():
+                squares += _squared_distance(tensor.contiguous(), checkpoint, here[key])
+    return math.sqrt(squares if n_turns == 1 else _sum_over_processes(squares, model))
+
+
+def _places_in(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
+    """Return the tensor in a checkpoint, by the name of each tensor that a model would store."""
+    stored = {
+        key: tuple(tensor.shape)
+        for name, parameter in name_parameters(model)
+        for key, tensor in to_stored(
+            model, name, torch.empty(whole_shape(parameter), dtype=parameter.dtype, device="meta")
+        ).items()
+    }
+    known = names_in(checkpoint, [*stored])
+    places = {key: known.get(key, [""])[0] for key in stored}
+    for key, shape in stored.items():
+        if not places[key] or checkpoint.shape(places[key]) != shape:
+            raise ModelError(f"{checkpoint.path}: holds no tensor {key!r} of shape {list(shape)}.")
+    return places
+
+
+def _own_turn(model: Any) -> tuple[int, int]:
+    """Return the number of this process and of all that share a model's parameters."""
+    if not is_sharded(model):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _sum_over_processes(number: float, model: Any) -> float:
+    total = torch.tensor(number, dtype=torch.float64, device=model.device)
+    torch.distributed.all_reduce(total)
+    return float(total)
 
 
 def _squared_distance(tensor: torch.Tensor, base: Checkpoint, name: str) -> float:

@@ -13,6 +13,7 @@ from optimer_hf.models.head_loss import (
     Loss,
     blocked_loss,
     fuse_loss,
+    fuse_sharded_loss,
     is_plain_head,
     plain_weight,
     softcap_of,
@@ -43,6 +44,19 @@ def install_head(model: Any, wanted: str, n_tokens: int, dtype: torch.dtype, spe
     if loss is not None:
         fuse_loss(model, loss)
     speed.head = wanted  # type: ignore[assignment]
+
+
+def install_sharded_head(
+    model: Any, root: torch.nn.Module, wanted: str, device: str, speed: Speed
+) -> None:
+    """Do as `install_head` for a model whose parameters are spread over processes; collective.
+
+    `root` is the module that was sharded. `auto` is the blocked loss, which needs least memory.
+    """
+    wanted = "blocked" if wanted == "auto" else wanted
+    loss = {"blocked": blocked_loss(device), "liger": liger_loss}.get(wanted)
+    is_installed = loss is not None and fuse_sharded_loss(model, root, loss)
+    speed.head = wanted if is_installed else "stock"  # type: ignore[assignment]
 
 
 def _choose(model: Any, n_tokens: int, dtype: torch.dtype, speed: Speed) -> Head:

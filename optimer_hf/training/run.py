@@ -30,6 +30,7 @@ from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import default_device, empty_model, load_tokenizer
 from optimer_hf.models.resolve import resolve_base
+from optimer_hf.models.sharded import gather_adapter, is_sharded, write_gathered
 from optimer_hf.models.ties import ties_of
 from optimer_hf.progress import Cost
 from optimer_hf.training.checkpoints import (
@@ -41,10 +42,16 @@ from optimer_hf.training.checkpoints import (
     drop_damaged,
     newest_checkpoint,
     read_started,
+    refuse_other_sharding,
 )
 from optimer_hf.training.checks import check_config, check_fields, check_targets
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import PackedCorpus, load_packed, pack, pack_mixture
+from optimer_hf.training.sharding import (
+    check_sharding,
+    refuse_unpassable,
+    requested_sharding,
+)
 from optimer_hf.training.trainer import (
     add_lora,
     build_trainer,
@@ -120,6 +127,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     check_fields(
         config, f"train config {config.name!r}"
     )  # before the processes wait for each other
+    check_sharding(config.name)
     state = _join_processes(config)
     with contextlib.ExitStack() as stack:
         with state.main_process_first():
@@ -170,6 +178,7 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
     if state.is_main_process:
         drop_damaged(out / CHECKPOINTS)
     state.wait_for_everyone()
+    refuse_other_sharding(out / CHECKPOINTS, requested_sharding())
     base = resolve_base(config.base_model)
     trainer = build_trainer(config, base, packed, out)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
@@ -179,8 +188,7 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
         logger.info("train %s: resuming from %s", config.name, checkpoint.name)
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if state.is_main_process:
-            _save(config, base, packed, trainer, out, before + started.since())
+        _save(config, base, packed, trainer, out, before + started.since())
     state.wait_for_everyone()
 
 
@@ -262,6 +270,7 @@ def _check_base(config: TrainConfig) -> Any:
     tokenizer = load_tokenizer(base)
     adapted = add_lora(empty_model(base), config, base)
     check_targets(config, adapted)
+    refuse_unpassable(config, adapted)
     refuse_untied_copies(config, ties_of(Checkpoint(base.path)))
     if config.lora is not None:
         refuse_unmergeable_adapter(adapted, config, base)
@@ -318,24 +327,43 @@ def _save(
     out: Path,
     spent: Cost,
 ) -> None:
-    if not (out / STARTED).exists():
-        raise OutputError(f"{out}: was removed during the training. Run the command again.")
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if config.lora is not None:
-        for lora in model.peft_config.values():
-            lora.base_model_name_or_path = base.reference
-        # "auto" would look the base up on the Hub
-        model.save_pretrained(out, save_embedding_layers=False)
-    else:
-        model.save_pretrained(out)
-    # PEFT's card template; ours is written when the vector is pushed
-    (out / "README.md").unlink(missing_ok=True)
+    """Write what came of a run, and training.json last, which makes `out` complete."""
+    _save_model(config, base, trainer, out)
+    if not trainer.is_world_process_zero():
+        return
     started = read_started(out)
     inputs = {} if started is None else started.inputs
     record = _training_record(config, base, packed, trainer, spent, inputs)
     sync_all(out)
     record.write(out / TRAINING_FILE)
     _tidy(out)
+
+
+def _save_model(
+    config: TrainConfig, base: ResolvedModel, trainer: "CapturedTrainer", out: Path
+) -> None:
+    """Write the adapter or the model of a run; collective, and the first process writes."""
+    is_writer = trainer.is_world_process_zero()
+    if is_writer and not (out / STARTED).exists():
+        raise OutputError(f"{out}: was removed during the training. Run the command again.")
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    gathered = None
+    if is_sharded(model):
+        if config.lora is None:
+            return write_gathered(model, out, is_writer=is_writer)
+        gathered = gather_adapter(model)
+    if not is_writer:
+        return None
+    if config.lora is None:
+        model.save_pretrained(out)
+        return None
+    for lora in model.peft_config.values():
+        lora.base_model_name_or_path = base.reference
+    # "auto" would look the base up on the Hub
+    model.save_pretrained(out, save_embedding_layers=False, state_dict=gathered)
+    # PEFT's card template; ours is written when the vector is pushed
+    (out / "README.md").unlink(missing_ok=True)
+    return None
 
 
 def _tidy(out: Path) -> None:

@@ -12,30 +12,29 @@ from optimer_hf.files.patterns import ends_with, is_literal, matches
 from optimer_hf.files.text import did_you_mean, first_line
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.flops import training_flops
-from optimer_hf.models.head_loss import keeps_documents_apart
+from optimer_hf.models.head_loss import keeps_documents_apart, sharded_keeps_documents_apart
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import load_model
+from optimer_hf.models.sharded import is_sharded, layer_class
 from optimer_hf.models.sizes import measure_sizes
 from optimer_hf.models.ties import Ties
 from optimer_hf.training.arguments import compiles_layers, lora_config, training_arguments
 from optimer_hf.training.checkpoints import cost_before, speed_before
 from optimer_hf.training.checks import LORA_FIX
 from optimer_hf.training.config import TrainConfig
-from optimer_hf.training.head_choice import install_head
+from optimer_hf.training.head_choice import install_head, install_sharded_head
 from optimer_hf.training.packing import PackedCorpus
+from optimer_hf.training.sharding import reduce_in_float32, refuse_unsharded, requested_sharding
 from optimer_hf.vectors.lora import Lora, parts_of, refuse_unmergeable
 from optimer_hf.vectors.lora_config import FIELD_OF, patterns_of
 from optimer_hf.vectors.training_record import Speed
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     from optimer_hf.training.captured import CapturedTrainer
 
 logger = logging.getLogger(__name__)
-
-
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 def build_trainer(
@@ -43,7 +42,7 @@ def build_trainer(
 ) -> "CapturedTrainer":
     """Return the Trainer of a run, with its model loaded.
 
-    Raises ConfigError for arguments that the Trainer refuses, and for sharded training.
+    Raises ConfigError for arguments that the Trainer refuses.
     """
     from transformers import PrinterCallback, default_data_collator, set_seed
 
@@ -65,7 +64,7 @@ def build_trainer(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"train config {config.name!r}: trainer: {error}") from error
-    _refuse_sharded(trainer.accelerator.distributed_type.value, config.name)
+    refuse_unsharded(trainer, config.name)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     trainer.speed = speed
     _make_fast(trainer, config)
@@ -75,7 +74,7 @@ def build_trainer(
 
 def _requested_speed(config: TrainConfig) -> Speed:
     """Return the choices that a train file makes; the rest is None."""
-    is_decided = "torch_compile" in config.trainer
+    is_decided = "torch_compile" in config.trainer or requested_sharding() is not None
     return Speed(
         cuda_graph=None if config.cuda_graph else False,
         compiled=compiles_layers(config) if is_decided else None,
@@ -89,20 +88,34 @@ def _make_fast(trainer: "CapturedTrainer", config: TrainConfig) -> None:
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     plain = model if config.lora is None else model.get_base_model()
     n_tokens = args.train_batch_size * config.block_size
-    install_head(plain, config.head, n_tokens, dtype, trainer.speed)
+    if requested_sharding() is None:
+        install_head(plain, config.head, n_tokens, dtype, trainer.speed)
+    else:
+        trainer.add_callback(_sharded_start(config, trainer))
+    if trainer.is_fsdp_enabled:
+        reduce_in_float32(trainer)
     if args.device.type != "cpu":
         trainer.speed.device = torch.cuda.get_device_name(args.device)
-    trainer.flops_per_token = training_flops(measure_sizes(model), config.block_size)
+    if not is_sharded(model):  # DeepSpeed has by now taken the weights apart, FSDP has not
+        trainer.flops_per_token = training_flops(measure_sizes(model), config.block_size)
 
 
-def _refuse_sharded(kind: str, name: str) -> None:
-    """Raise ConfigError for sharded training: saving needs one process with the whole model."""
-    if kind in SHARDED:
-        raise ConfigError(
-            f"train config {name!r}: accelerate launch: found {kind}, expected the whole model on "
-            "each GPU (one GPU, or --multi_gpu). If it does not fit, train a LoRA (`lora:`), or "
-            "train it with another tool and make the vector with `optimer extract`."
-        )
+def _sharded_start(config: TrainConfig, trainer: "CapturedTrainer") -> "TrainerCallback":
+    """Return a callback that probes a model and chooses its loss once it is sharded. Before, only
+    one process may have its weights.
+    """
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            root = trainer.model_wrapped
+            model: Any = trainer.accelerator.unwrap_model(root)
+            plain = model if config.lora is None else model.get_base_model()
+            if not sharded_keeps_documents_apart(plain, root):
+                _warn_of_carried_state(config.name, plain)
+            install_sharded_head(plain, root, config.head, args.device.type, trainer.speed)
+
+    return Callback()
 
 
 def _load_base(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArguments") -> Any:
@@ -111,14 +124,18 @@ def _load_base(config: TrainConfig, base: ResolvedModel, arguments: "TrainingArg
     """
     mixed = config.lora is not None and (arguments.bf16 or arguments.fp16)
     model = load_model(base, "auto" if mixed else torch.float32)
-    if not keeps_documents_apart(model):
-        logger.warning(
-            "train %s: %s has layers that carry their state across documents, so documents in one "
-            "block influence each other",
-            config.name,
-            type(model).__name__,
-        )
+    if requested_sharding() is None and not keeps_documents_apart(model):
+        _warn_of_carried_state(config.name, model)
     return add_lora(model, config, base)
+
+
+def _warn_of_carried_state(name: str, model: Any) -> None:
+    logger.warning(
+        "train %s: %s has layers that carry their state across documents, so documents in one "
+        "block influence each other",
+        name,
+        layer_class(model).__name__,
+    )
 
 
 def add_lora(model: Any, config: TrainConfig, base: ResolvedModel) -> Any:

@@ -242,6 +242,14 @@ def test_untied_embeddings_may_be_saved_with_the_adapter(make_config, tmp_path):
     )
 
 
+def test_a_run_is_known_again_though_peft_writes_into_its_options(make_config, tmp_path):
+    lora = LORA | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    config = make_config("gemma", lora=lora)
+    prepare(config, tmp_path / "out")
+    assert lora["modules_to_save"] == ["embed_tokens"]
+    assert not is_trained(make_config("gemma", lora=lora), tmp_path / "out")
+
+
 def test_a_lora_on_an_untied_head_is_trained(make_config, tmp_path):
     lora = {**LORA, "target_modules": ["q_proj", "lm_head"]}
     train(make_config("llama", lora=lora, max_tokens=64), tmp_path / "out")
@@ -533,16 +541,6 @@ def test_a_layer_that_no_model_has_is_named_before_training(make_config, tmp_pat
     with pytest.raises(ConfigError, match=r"found 'k_porj', but no layer .*Did you mean 'k_proj'"):
         train(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_sharded_run_is_refused_before_it_trains(make_config, tmp_path, monkeypatch):
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType
-
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ConfigError, match=r"'aaa': accelerate launch: found FSDP, expected the"):
-        train(make_config(), tmp_path / "out")
-    assert not (tmp_path / "out" / "training.json").exists()
 
 
 def test_one_process_uses_one_of_several_gpus(make_config, make_base, tmp_path, monkeypatch):
