@@ -58,8 +58,8 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _gather_partitioned(parameter: Any) -> torch.Tensor:
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
 
     exact: torch.Tensor | None = None
     if parameter.requires_grad:
