@@ -47,7 +47,7 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
 @click.option(
     "--mfu",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Share of the peak of these GPUs that is reached.  [default: 0.4]",
+    help="Share of the peak of these GPUs to reckon with (default: 0.4).",
 )
 @FORMAT
 def plan(
