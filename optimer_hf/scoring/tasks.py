@@ -4,7 +4,8 @@ import contextlib
 import logging
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,16 @@ def _with_settings(task: Any, term: Term) -> Any:
             instance.resps, instance.filtered_resps = [], {}
         task._instances = built[key]
 
-    task.build_all_requests = build_once
+    walk, walked = task.doc_iterator, dict[str, list[tuple[int, Any]]]()
+
+    def walk_once(**settings: Any) -> Iterator[tuple[int, Any]]:
+        """Yield the items. lm-eval reads all rows of a data set anew to find a few of them."""
+        key = repr(settings["samples"])
+        if key not in walked:
+            walked[key] = list(walk(**settings))
+        return ((number, copy(doc)) for number, doc in walked[key])
+
+    task.build_all_requests, task.doc_iterator = build_once, walk_once
     return task
 
 

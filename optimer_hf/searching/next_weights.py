@@ -20,7 +20,7 @@ from smac.facade.abstract_facade import AbstractFacade
 from smac.main.config_selector import ConfigSelector
 from smac.model.abstract_model import AbstractModel
 from smac.runhistory.dataclasses import TrialInfo, TrialValue
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from optimer_hf.scoring.objective import combine
 from optimer_hf.study.acquisition import log_expected_improvement, maximise
@@ -280,6 +280,7 @@ class Asker:
         """Prepare for SMAC, which writes files into `scratch` that nobody reads."""
         self._config, self._scratch = config, scratch
         self._record = AskState(config)
+        self._threads = ThreadpoolController()  # it looks through all libraries that are loaded
 
     def tell(self, trial: Trial) -> None:
         """Record a finished trial; the first one is the base."""
@@ -294,7 +295,9 @@ class Asker:
             rng = np.random.default_rng([self._config.search.seed, number])
             point = within_total(self._config, rng.random((1, len(self._config.free))))[0]
             return from_unit(self._config, point)
-        with threadpool_limits(1):  # for matrices of twenty rows, threads cost more than they save
+        with self._threads.limit(
+            limits=1
+        ):  # for matrices of twenty rows, threads cost more than they save
             info = self._facade().ask()
         return from_unit(self._config, np.asarray(info.config.get_array()))
 

@@ -89,8 +89,9 @@ class SearchConfig(FileModel):
     """
     surrogate: Literal["per_term", "black_box", "random_forest", "random"] = "per_term"
     """Model that chooses the next weights. per_term: one Gaussian process for each term.
-    black_box: SMAC's Gaussian process of the combined value. random_forest: SMAC's random forest.
-    random: no model, random weights.
+    black_box: SMAC's Gaussian process of the combined value, which takes about a second to choose,
+    longer than a trial of a small model on a GPU. random_forest: SMAC's random forest. random: no
+    model, random weights.
     """
     total: tuple[Total, Total] | None = None
     """Lowest and highest sum of the searched weights, as [low, high]. Needs surrogate per_term or

@@ -15,6 +15,7 @@ from optimer_hf.models.head_loss import (
     is_plain_head,
     keeps_documents_apart,
     log_probabilities,
+    log_probabilities_in_few_passes,
     rows_at_a_time,
     softcap_of,
 )
@@ -114,11 +115,15 @@ def test_logits_in_the_thousands_neither_overflow_nor_underflow():
 # -- scoring ---------------------------------------------------------------------------------------
 
 
+WAYS = pytest.mark.parametrize("way", [log_probabilities, log_probabilities_in_few_passes])
+
+
+@WAYS
 @pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("n_vocabulary", SIZES)
-def test_log_probabilities_equal_log_softmax(n_vocabulary, softcap):
+def test_log_probabilities_equal_log_softmax(n_vocabulary, softcap, way):
     hidden, weight, labels = problem(n_vocabulary)
-    values, _ = log_probabilities(hidden, weight, labels, softcap)
+    values, _ = way(hidden, weight, labels, softcap)
     expected = torch.log_softmax(logits_of(hidden, weight, softcap), -1).gather(
         1, labels.unsqueeze(1)
     )[:, 0]
@@ -126,21 +131,26 @@ def test_log_probabilities_equal_log_softmax(n_vocabulary, softcap):
     torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@WAYS
 @pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("n_vocabulary", SIZES)
-def test_greedy_flags_mark_labels_that_are_the_most_likely_token(n_vocabulary, softcap):
+def test_greedy_flags_mark_labels_that_are_the_most_likely_token(n_vocabulary, softcap, way):
     hidden, weight, labels = problem(n_vocabulary, n=64)
     best = logits_of(hidden, weight, softcap).argmax(1)
     labels[::2] = best[::2]
-    _, greedy = log_probabilities(hidden, weight, labels, softcap)
+    _, greedy = way(hidden, weight, labels, softcap)
     assert greedy.dtype == torch.bool
     assert greedy.tolist() == (labels == best).tolist()
     assert 32 <= greedy.sum() < 64
 
 
-def test_log_probabilities_in_bfloat16_differ_only_by_the_rounding_of_the_logits():
+@WAYS
+@pytest.mark.parametrize("scale", [1, 300])
+def test_log_probabilities_in_bfloat16_differ_only_by_the_rounding_of_the_logits(way, scale):
     hidden, weight, labels = problem(1000, torch.bfloat16)
-    values, _ = log_probabilities(hidden, weight, labels, None)
+    with torch.no_grad():
+        hidden *= scale
+    values, _ = way(hidden, weight, labels, None)
     logits = (hidden @ weight.T).float()
     expected = torch.log_softmax(logits, -1).gather(1, labels.unsqueeze(1))[:, 0]
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
@@ -345,6 +355,11 @@ def test_recurrent_and_convolutional_layers_are_noticed(architecture):
 def test_a_gpu_takes_as_many_rows_of_the_vocabulary_as_there_is_room_for_logits():
     assert rows_at_a_time(512, "cpu") == VOCABULARY_BLOCK
     assert rows_at_a_time(512, "cuda") == GPU_LOGITS // 512
+    for n in (511, 32_613):  # products with an odd number of columns are slow
+        rows = rows_at_a_time(n, "cuda")
+        assert rows % VOCABULARY_BLOCK == 0 and n * rows <= GPU_LOGITS < n * (
+            rows + VOCABULARY_BLOCK
+        )
     assert rows_at_a_time(10**6, "cuda") == VOCABULARY_BLOCK
     assert rows_at_a_time(0, "cuda") == GPU_LOGITS
 
