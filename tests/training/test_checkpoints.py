@@ -25,7 +25,7 @@ def make_checkpoint(out: Path, step: int, seconds: float = 0.0) -> Path:
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
     (folder / "weights").write_bytes(b"0123")
-    SpentRecord.of(Cost(seconds, 2 * seconds)).write(folder / SPENT_FILE)
+    SpentRecord(seconds=seconds, cpu_seconds=2 * seconds).write(folder / SPENT_FILE)
     seal(folder)
     return folder
 
