@@ -15,7 +15,8 @@ import torch
 
 LARGEST_LOGITS = 2**31  # bytes of a block of logits
 LARGEST_SHARE = 0.125  # of the memory that is free
-PLAIN_BYTES = 14  # per logit in separate passes: copies in float32 of the logits and their gradient
+PLAIN_BYTES = 8  # per logit in separate passes, which need a copy in float32
+ALIGNED = 128  # tokens; matrix units are several times slower for sizes that 8 does not divide
 
 Pass = Callable[[torch.Tensor, torch.Tensor, float | None], tuple[torch.Tensor, torch.Tensor]]
 
@@ -67,8 +68,8 @@ def _blocks(hidden: torch.Tensor, n_vocabulary: int, is_compiled: bool) -> list[
     n = len(hidden)
     n_bytes = n_vocabulary * (hidden.element_size() if is_compiled else PLAIN_BYTES)
     n_blocks = max(1, math.ceil(n * n_bytes / largest_block(hidden.device)))
-    size = math.ceil(n / n_blocks)
-    return [slice(start, min(start + size, n)) for start in range(0, n, max(1, size))]
+    size = max(1, math.ceil(n / n_blocks / ALIGNED)) * ALIGNED
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def largest_block(device: torch.device) -> int:
@@ -107,6 +108,8 @@ def differentiate(
     """Return the log of the sum of exponentials of logits [n, v], float32 [n, 1], and its gradient
     [n, v] in place of the logits; rows that do not count get zeros.
     """
+    if softcap is None and not torch.compiler.is_compiling():
+        return _differentiate_in_place(logits, counts)
     scores = logits.float()
     if softcap is not None:
         bounded = torch.tanh(scores / softcap)
@@ -116,6 +119,18 @@ def differentiate(
     if softcap is not None:
         slopes = slopes * (1 - bounded.square())
     logits.copy_(slopes * counts)
+    return normaliser, logits
+
+
+def _differentiate_in_place(
+    logits: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do as `differentiate` in few passes without the compiler: PyTorch has a kernel for the
+    logarithm of the softmax that reads 16 bits and writes 32.
+    """
+    log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
+    normaliser = logits[:, :1].float() - log_probabilities[:, :1]
+    logits.copy_(log_probabilities.exp_().mul_(counts))
     return normaliser, logits
 
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # steps before a capture: libraries allocate and choose kernels in the first ones
 TIMED = 5  # steps
-WORTH_COMPILING = 120.0  # seconds of steps left; compiling takes 10 to 60
+WORTH_COMPILING = 60.0  # seconds of steps left; compiling takes 10 to 30
 
 Inputs = dict[str, Any]
 Step = Callable[[Inputs, Any], torch.Tensor]
