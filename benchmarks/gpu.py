@@ -1,6 +1,6 @@
 """What a GPU does with this package: training, trials and merges; a table for each.
 
-    python benchmarks/gpu.py [--seconds 300] [--parts training,trials,merge]
+    python benchmarks/gpu.py [--seconds 300] [--arms "stock;ours"]
 
 The model has the shape of Gemma 3 270M and random weights, which changes no time. Training is timed
 on blocks of 512 tokens, 16 a step, in bfloat16 mixed precision, and each arm in its own process:
@@ -9,19 +9,21 @@ on blocks of 512 tokens, 16 a step, in bfloat16 mixed precision, and each arm in
 * liger: the same with Liger's kernels, if Liger is installed
 * ours: as `optimer train` does it, and then with single switches off or on
 
-`ms` is the mean of the second half of the steps, after all choices are made; `start` are the seconds
-before, with loading. MFU counts the FLOPs of PaLM's formula (no gradients of frozen weights). Peaks
+`ms` is the mean of the second half of the steps, after all choices are made; `start` are the
+seconds before, with loading. MFU counts the FLOPs of PaLM's formula (no gradients of frozen weights). Peaks
 are of memory allocated.
+A trial sets the weights of four LoRA vectors and scores 500 texts, about 33,000 tokens. The merge is
+shown beside a copy of the same tensors, which is what the memory of the device allows.
+
 Where there is no GPU, everything is done once with a tiny model, to see that it runs.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -189,16 +191,112 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if IS_GPU else "CPU"
 
 
+# -- trials ----------------------------------------------------------------------------------------
+
+
+def time_trials(folder: Path) -> dict[str, Any]:
+    """Return the milliseconds of a trial and of its parts."""
+    from optimer_hf.searching.trial import ResidentPool
+    from optimer_hf.study.config import StudyConfig
+
+    write_tokenizer(folder / "base")
+    write_adapters(folder / "base", [folder / f"vector-{number}" for number in range(4)])
+    write_texts(folder / "texts.jsonl", 500 if IS_GPU else 20)
+    config = StudyConfig.model_validate(
+        {
+            "base_model": str(folder / "base"),
+            "vectors": {f"v{n}": str(folder / f"vector-{n}") for n in range(4)},
+            "objective": {"terms": [{"text": str(folder / "texts.jsonl"), "name": "texts"}]},
+        }
+    )
+    pool, asked = ResidentPool(config), config.objective.asked_terms("search")
+    rows = []
+    for number in range(6):
+        weights = {f"v{n}": 0.1 * (number + n) for n in range(4)}
+        merge = clock(lambda weights=weights: pool._resident.set_weights(weights))
+        started = perf_counter()
+        _, seconds, n_tokens = pool.score(weights, asked)
+        rows.append((perf_counter() - started, merge, seconds["forward"]))
+    whole, merge, forward = np.median(rows[1:], axis=0)
+    tensors = list(pool._resident._parameters.values())
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    clock(lambda: torch._foreach_copy_(copies, tensors))
+    copy = np.median([clock(lambda: torch._foreach_copy_(copies, tensors)) for _ in range(5)])
+    return {
+        "tokens": n_tokens,
+        "trial ms": round(1e3 * whole, 1),
+        "forward ms": round(1e3 * forward, 1),
+        "merge ms": round(1e3 * merge, 1),
+        "copy ms": round(1e3 * copy, 2),
+        "tensors": len(tensors),
+        "MB": round(sum(tensor.nbytes for tensor in tensors) / 1e6),
+    }
+
+
+def clock(run: Callable[[], Any]) -> float:
+    """Return the seconds that something takes on the device."""
+    for wait in (True, False):
+        if IS_GPU:
+            torch.cuda.synchronize()
+        if wait:
+            started = perf_counter()
+            run()
+    return perf_counter() - started
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
+    vocabulary = special | {letter: 3 + n for n, letter in enumerate(alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
+
+
+def write_adapters(base: Path, folders: list[Path]) -> None:
+    """Write random LoRA adapters of all linear layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    for folder in folders:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.02)
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def write_texts(file: Path, n: int) -> None:
+    """Write texts of 20 to 110 letters."""
+    generator = np.random.default_rng(0)
+    texts = [
+        "".join(generator.choice(list("abcdefgh "), generator.integers(20, 111))) for _ in range(n)
+    ]
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+
+
 # -- all -------------------------------------------------------------------------------------------
 
 
-def run_arms(folder: Path, names: list[str], modes: list[str], until: float) -> Iterator[Any]:
+def run_arms(folder: Path, pairs: list[tuple[str, str]], until: float) -> Iterator[Any]:
     """Yield a row for each arm, each from its own process, one at a time; what would begin after
     the limit is left out.
 
     The processes start together, since importing takes longer than timing; each waits for its turn.
     """
-    waiting = [(name, mode, start_arm(folder, name, mode)) for mode in modes for name in names]
+    waiting = [(name, mode, start_arm(folder, name, mode)) for name, mode in pairs]
     for name, mode, process in waiting:
         if perf_counter() > until:
             process.kill()
@@ -241,7 +339,9 @@ def main() -> None:
         from optimer_hf.training import captured  # noqa: F401
 
         sys.stdin.readline()
-        row = train_arm(options.arm, options.mode == "LoRA", options.folder)
+        is_lora, folder = options.mode == "LoRA", options.folder
+        is_trial = options.arm == "trial"
+        row = time_trials(folder) if is_trial else train_arm(options.arm, is_lora, folder)
         print(json.dumps(row))
         return
     until = perf_counter() + options.seconds
@@ -250,13 +350,13 @@ def main() -> None:
         folder = Path(scratch)
         write_model(folder / "base")
         arms = list(ARMS) if options.arms == "all" else options.arms.split(";")
-        rows = []
-        for row in run_arms(folder, arms, options.modes.split(","), until):
-            rows.append(row)
+        pairs = [(arm, mode) for mode in options.modes.split(",") for arm in arms]
+        trials, rows = [], []
+        for row in run_arms(folder, [("trial", "LoRA"), *pairs], until):
+            (rows if "arm" in row else trials).append(row)
             print(json.dumps(row), flush=True)
-        print(show_table(rows))
-    if out := os.environ.get("OUT"):
-        Path(out, "gpu.json").write_text(json.dumps(rows, indent=1))
+    for table in filter(None, (trials, rows)):
+        print(f"\n{show_table(table)}")
 
 
 if __name__ == "__main__":

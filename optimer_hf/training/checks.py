@@ -6,6 +6,7 @@ model is loaded. Everything that they would refuse is refused here, with file, l
 
 import contextlib
 import copy
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.model import Mistake, list_mistakes
 from optimer_hf.files.text import first_line, quote
+from optimer_hf.models.live import default_device
 from optimer_hf.training.arguments import lora_config, training_arguments
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.fields import (
@@ -71,11 +73,22 @@ def check_fields(config: TrainConfig, origin: Path | str) -> None:
                 *_mistakes_of_compilation(config.trainer.get("torch_compile_backend")),
                 *_mistakes_of_checkpointing(config.trainer),
                 *_mistakes_of_accelerator(config.trainer.get("accelerator_config")),
+                *_mistakes_of_head(config.head),
             ]
         ),
     ]
     if mistakes:
         raise ConfigError(list_mistakes(origin, mistakes))
+
+
+def _mistakes_of_head(head: str) -> Iterator[Mistake]:
+    if head == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        yield (
+            ("head",),
+            "found 'liger', but Liger is not installed. pip install 'optimer-hf[liger]'",
+        )
+    elif head == "liger" and default_device() == "cpu":
+        yield ("head",), "found 'liger', whose kernels need a GPU. Leave it out."
 
 
 def _mistakes_of_compilation(backend: Any) -> Iterator[Mistake]:
