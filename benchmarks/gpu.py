@@ -10,10 +10,11 @@ on blocks of 512 tokens, 16 a step, in bfloat16 mixed precision, and each arm in
 * ours: as `optimer train` does it, and then with single switches off or on
 
 `ms` is the mean of the second half of the steps, after all choices are made; `start` are the
-seconds before, with loading. MFU counts the FLOPs of PaLM's formula (no gradients of frozen weights). Peaks
-are of memory allocated.
-A trial sets the weights of four LoRA vectors and scores 500 texts, about 33,000 tokens. The merge is
-shown beside a copy of the same tensors, which is what the memory of the device allows.
+seconds before, with loading. MFU counts the FLOPs of PaLM's formula (no gradients of frozen
+weights). Peaks are of memory allocated.
+
+A trial sets the weights of four LoRA vectors and scores 500 texts, about 33,000 tokens. The merge
+is shown beside a copy of the same tensors, which is what the memory of the device allows.
 
 Where there is no GPU, everything is done once with a tiny model, to see that it runs.
 """

@@ -32,7 +32,7 @@ from optimer_hf.scoring.objective import Asked, Term
 from optimer_hf.searching.trial import placement_of
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
-from optimer_hf.training.config import TrainConfig
+from optimer_hf.training.config import AUTO, TrainConfig
 from optimer_hf.training.run import train
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
@@ -200,7 +200,8 @@ def _open_evaluator(
 def _measure_training(config: TrainConfig, out: Path) -> tuple[Cost, int]:
     """Train a few real steps into `out`; return the time of a token and the bytes left behind."""
     settings = {**TRAINER_DEFAULTS, **config.trainer}
-    blocks = int(settings["per_device_train_batch_size"])
+    given = settings["per_device_train_batch_size"]
+    blocks = 1 if given == AUTO else int(given)  # as few steps would not find more
     blocks *= int(settings.get("gradient_accumulation_steps", 1))
     n_tokens = PROBE_STEPS * blocks * config.block_size
     n_tokens = min(n_tokens, config.max_tokens or n_tokens)

@@ -344,6 +344,12 @@ def fuse_loss(model: "PreTrainedModel", loss: Loss | None = None) -> bool:
     return True
 
 
+def restore_stock_loss(model: "PreTrainedModel") -> None:
+    """Undo `fuse_loss`."""
+    if is_fused(model):
+        del model.forward, model._fused_loss
+
+
 def is_fused(model: "PreTrainedModel") -> bool:
     """Whether `fuse_loss` has given a model another loss."""
     return "_fused_loss" in vars(model)

@@ -11,13 +11,15 @@ from optimer_hf.errors import ConfigError
 from optimer_hf.files.text import first_line
 from optimer_hf.models.live import compute_dtype, default_device
 from optimer_hf.training.checkpoints import CHECKPOINTS
-from optimer_hf.training.config import TrainConfig
+from optimer_hf.training.config import AUTO, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
+
+BATCH_SIZE = "per_device_train_batch_size"
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 1,
@@ -51,6 +53,8 @@ def training_arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
         "seed": config.seed,
         "disable_tqdm": True,
     }
+    if finds_batch_size(config):
+        fields[BATCH_SIZE] = 1  # until it is found
     if compiles_layers(config):
         fields["torch_compile"] = False  # transformers would compile the model as a whole
     try:
@@ -62,6 +66,11 @@ def training_arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
         logger.info("train: using one GPU of %d; `accelerate launch` uses all", arguments.n_gpu)
         arguments._n_gpu = 1
     return arguments
+
+
+def finds_batch_size(config: TrainConfig) -> bool:
+    """Whether the batch size of a run is to be found (`per_device_train_batch_size: auto`)."""
+    return bool(config.trainer.get(BATCH_SIZE) == AUTO)
 
 
 def compiles_layers(config: TrainConfig) -> bool:

@@ -81,6 +81,7 @@ LORA_BOUNDS = {
     "lora_dropout": (0, 1),
     "qalora_group_size": (1, 2**20),
 }
+AUTO = "auto"  # as a batch size: the fastest that fits the memory of a GPU
 FOR_SPEED = {"head", "cuda_graph"}  # fields that decide nothing but the speed
 MOST_TOKENS = 10**13  # of one run
 PLAIN = {int, float, bool, type(None)}  # types that are checked before a run
@@ -109,7 +110,8 @@ class TrainConfig(VersionedFile):
     """
     trainer: dict[str, Any] = {}
     """Fields of transformers' TrainingArguments. Defaults of ours: learning_rate 2e-4 with LoRA and
-    1e-5 without, batches of one block, one epoch, cosine schedule with 10 % warmup.
+    1e-5 without, batches of one block (`per_device_train_batch_size: auto` finds a fast size on a
+    GPU), one epoch, cosine schedule with 10 % warmup.
     """
     head: Literal["auto", "stock", "blocked", "liger"] = "auto"
     """How the loss is computed: by transformers (stock), without storing all logits (blocked) or by

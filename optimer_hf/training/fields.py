@@ -135,6 +135,7 @@ TYPED = {  # stricter types than the hints of some fields
     ),
     **dict.fromkeys(("peft_version", "megatron_core", "revision"), str | None),
     "base_model_name_or_path": str | None,
+    "per_device_train_batch_size": int | Literal["auto"],
     "bias": Literal["none", "all", "lora_only"],
     "layers_to_transform": LayerIndex | list[LayerIndex] | None,
     "modules_to_save": list[str] | None,

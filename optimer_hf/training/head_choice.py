@@ -16,6 +16,7 @@ from optimer_hf.models.head_loss import (
     fuse_sharded_loss,
     is_plain_head,
     plain_weight,
+    restore_stock_loss,
     softcap_of,
 )
 from optimer_hf.models.token_loss import liger_loss, stock_loss
@@ -34,6 +35,7 @@ def install_head(model: Any, wanted: str, n_tokens: int, dtype: torch.dtype, spe
 
     On a CPU, `auto` is the blocked loss. A head that is more than one product keeps its stock loss.
     """
+    restore_stock_loss(model)
     if not is_plain_head(model):
         fuse_loss(model)  # says that it does not apply
         speed.head = "stock"

@@ -12,13 +12,23 @@ from optimer_hf.files.patterns import ends_with, is_literal, matches
 from optimer_hf.files.text import did_you_mean, first_line
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.flops import training_flops
-from optimer_hf.models.head_loss import keeps_documents_apart, sharded_keeps_documents_apart
+from optimer_hf.models.head_loss import (
+    fuse_loss,
+    keeps_documents_apart,
+    sharded_keeps_documents_apart,
+)
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import load_model
 from optimer_hf.models.sharded import is_sharded, layer_class
 from optimer_hf.models.sizes import measure_sizes
 from optimer_hf.models.ties import Ties
-from optimer_hf.training.arguments import compiles_layers, lora_config, training_arguments
+from optimer_hf.training.arguments import (
+    compiles_layers,
+    finds_batch_size,
+    lora_config,
+    training_arguments,
+)
+from optimer_hf.training.batch_size import find_batch_size
 from optimer_hf.training.checkpoints import cost_before, speed_before
 from optimer_hf.training.checks import LORA_FIX
 from optimer_hf.training.config import TrainConfig
@@ -67,7 +77,7 @@ def build_trainer(
     refuse_unsharded(trainer, config.name)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     trainer.speed = speed
-    _make_fast(trainer, config)
+    _make_fast(trainer, config, packed)
     callback.flops_per_token = trainer.flops_per_token
     return trainer
 
@@ -81,21 +91,27 @@ def _requested_speed(config: TrainConfig) -> Speed:
     )
 
 
-def _make_fast(trainer: "CapturedTrainer", config: TrainConfig) -> None:
-    """Choose how the loss is computed, and count the FLOPs of a token."""
+def _make_fast(trainer: "CapturedTrainer", config: TrainConfig, packed: PackedCorpus) -> None:
+    """Choose the batch size, if that is wanted, and how the loss is computed; count the FLOPs of a
+    token.
+    """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    args = trainer.args
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     plain = model if config.lora is None else model.get_base_model()
-    n_tokens = args.train_batch_size * config.block_size
+    args, speed = trainer.args, trainer.speed
+    if finds_batch_size(config):
+        if config.head != "stock":
+            fuse_loss(plain)
+        speed.batch_size = speed.batch_size or find_batch_size(trainer, packed)
+        args.per_device_train_batch_size = trainer._train_batch_size = speed.batch_size
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     if requested_sharding() is None:
-        install_head(plain, config.head, n_tokens, dtype, trainer.speed)
+        install_head(plain, config.head, args.train_batch_size * config.block_size, dtype, speed)
     else:
         trainer.add_callback(_sharded_start(config, trainer))
     if trainer.is_fsdp_enabled:
         reduce_in_float32(trainer)
     if args.device.type != "cpu":
-        trainer.speed.device = torch.cuda.get_device_name(args.device)
+        speed.device = torch.cuda.get_device_name(args.device)
     if not is_sharded(model):  # DeepSpeed has by now taken the weights apart, FSDP has not
         trainer.flops_per_token = training_flops(measure_sizes(model), config.block_size)
 
