@@ -127,7 +127,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     check_fields(
         config, f"train config {config.name!r}"
     )  # before the processes wait for each other
-    check_sharding(config.name)
+    check_sharding(config)
     state = _join_processes(config)
     with contextlib.ExitStack() as stack:
         with state.main_process_first():

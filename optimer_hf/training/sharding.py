@@ -12,6 +12,7 @@ import torch
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.text import first_line
+from optimer_hf.training.arguments import finds_batch_size
 from optimer_hf.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def _is_on(flag: str) -> bool:
     return os.environ.get(flag, "").lower() in ("true", "1")
 
 
-def check_sharding(name: str) -> None:
+def check_sharding(config: TrainConfig) -> None:
     """Raise ConfigError when `accelerate launch` was told to shard in a way that cannot work."""
-    where = f"train config {name!r}: accelerate launch"
+    where = f"train config {config.name!r}: accelerate launch"
     kind = requested_sharding()
     if kind == "FSDP":
         _check_fsdp(where)
@@ -44,6 +45,11 @@ def check_sharding(name: str) -> None:
     elif kind is not None:
         raise ConfigError(
             f"{where}: found {kind}, expected FSDP with fsdp_version: 2 or DeepSpeed ZeRO-3."
+        )
+    if kind is not None and finds_batch_size(config):
+        raise ConfigError(
+            f"{where}: found {kind} and per_device_train_batch_size: auto, which is found with the "
+            "whole model on each GPU. Give a number."
         )
 
 

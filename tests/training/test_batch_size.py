@@ -3,10 +3,12 @@
 import pytest
 
 from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.errors import ConfigError
 from optimer_hf.training.arguments import finds_batch_size, training_arguments
 from optimer_hf.training.batch_size import double_while_faster
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.fields import list_field_mistakes
+from optimer_hf.training.sharding import check_sharding
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,11 @@ def test_other_words_and_numbers_are_refused(batch_size):
     ((at, message),) = list_field_mistakes(config_with(batch_size))
     assert at == ("trainer", "per_device_train_batch_size")
     assert "found" in message
+
+
+def test_auto_needs_the_whole_model_on_each_gpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_sharding(config_with(4))
+    with pytest.raises(ConfigError, match="found FSDP and per_device_train_batch_size: auto"):
+        check_sharding(config_with("auto"))

@@ -247,11 +247,11 @@ def test_a_way_to_shard_that_cannot_work_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
+def test_deepspeed_that_is_not_installed_is_named(make_config, monkeypatch):
     monkeypatch.setenv(FLAGS["DeepSpeed"], "true")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="DeepSpeed is not installed"):
-        check_sharding("aaa")
+        check_sharding(make_config("gemma", None, 2))
 
 
 def test_sharding_that_accelerate_ignores_is_refused(make_config, tmp_path, monkeypatch):
