@@ -153,3 +153,12 @@ def test_every_loss_trains_the_same_vector(run, head):
     other = run("other", head=head)
     assert other["speed"]["head"] == head
     assert other["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+
+
+@needs_gpu
+def test_a_batch_size_is_found_and_recorded(run, monkeypatch):
+    monkeypatch.setattr("optimer_hf.training.batch_size.LEAST_STEPS", 4)
+    found = run("found", trainer={"per_device_train_batch_size": "auto"})
+    size = found["speed"]["batch_size"]
+    assert size in (1, 2, 4, 8)
+    assert found["n_steps"] == 32 // size
