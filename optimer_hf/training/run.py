@@ -49,6 +49,7 @@ from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import PackedCorpus, load_packed, pack, pack_mixture
 from optimer_hf.training.sharding import (
     check_sharding,
+    forget_deepspeed,
     refuse_unpassable,
     requested_sharding,
 )
@@ -132,6 +133,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     with contextlib.ExitStack() as stack:
         with state.main_process_first():
             check_config(config)
+            forget_deepspeed()
             if is_trained(config, out):
                 _tidy(out)
                 logger.info("train %s: %s is already trained, nothing to do", config.name, out)
@@ -189,6 +191,7 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         _save(config, base, packed, trainer, out, before + started.since())
+    forget_deepspeed()
     state.wait_for_everyone()
 
 

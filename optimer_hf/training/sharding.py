@@ -125,6 +125,16 @@ def refuse_unsharded(trainer: "Trainer", name: str) -> None:
         )
 
 
+def forget_deepspeed() -> None:
+    """Let transformers build models as usual again. While it knows a config of ZeRO-3, every model
+    that it makes is spread over the processes, also one that is only looked at.
+    """
+    if requested_sharding() == "DeepSpeed":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 def reduce_in_float32(trainer: "Trainer") -> None:
     """Let FSDP2 add up gradients in float32, and leave the loss in float32, in mixed precision.
 
