@@ -19,7 +19,7 @@ CONFIGS = {
 
 
 def test_the_page_has_a_config_for_1_8_and_16_gpus():
-    assert set(CONFIGS) == {"1 GPU", "8 GPUs", "16 GPUs"}
+    assert set(CONFIGS) == {"1 GPU", "8 GPUs", "16 GPUs", "8 GPUs, DeepSpeed"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -29,8 +29,11 @@ def test_a_config_passes_accelerate_and_our_check(name, tmp_path, monkeypatch):
     words = ["--config_file", str(file), "--machine_rank", "0", "-m", "optimer_hf", "train"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     n_gpus, n_machines = int(name.split()[0]), yaml.safe_load(CONFIGS[name])["num_machines"]
-    assert args.use_fsdp and args.mixed_precision == "bf16"
+    assert args.use_fsdp != args.use_deepspeed and args.mixed_precision == "bf16"
     assert (args.num_processes, args.num_machines) == (n_gpus, n_machines)
+    if args.use_deepspeed:
+        assert args.zero_stage == 3
+        return  # the rest needs DeepSpeed
     environment = prepare_multi_gpu_env(args)
     assert args.nproc_per_node == str(n_gpus // n_machines)
     for variable in environment.keys() - os.environ.keys():

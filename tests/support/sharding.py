@@ -1,9 +1,10 @@
 """`accelerate launch` with a config that shards, on CPUs.
 
-accelerate chooses FSDP only for accelerators: on a CPU it ignores the config. Run as a module, this
-makes that one choice as it is made on a GPU. Everything after it is the code that runs there: FSDP2
-over gloo. `-m tests.support.sharding train FILE OUT` is that command of optimer. With a JSON file
-of (variables of accelerate, train file, OUT), it does all these runs in the same processes.
+accelerate shards only on accelerators: on a CPU it ignores the config. Run as a module, this makes
+that one choice as it is made on a GPU. Everything after it is the code that runs there: FSDP2 or
+DeepSpeed ZeRO-3, over gloo. `-m tests.support.sharding train FILE OUT` is that command of optimer.
+With a JSON file of (variables of accelerate, train file, OUT), it does all these runs in the same
+processes.
 """
 
 import json
@@ -22,18 +23,19 @@ FSDP2 = {
     "fsdp_state_dict_type": "SHARDED_STATE_DICT",
     "fsdp_cpu_ram_efficient_loading": True,
 }
+ZERO3 = {"zero_stage": 3, "zero3_init_flag": True, "gradient_clipping": 1.0}
 
 
-def write_accelerate_config(path: Path, *, n_processes: int = 2, **fsdp: object) -> Path:
-    """Write an accelerate config that shards on one machine."""
+def write_accelerate_config(path: Path, kind: str = "FSDP") -> Path:
+    """Write an accelerate config that shards over two processes, with FSDP or DeepSpeed."""
     config = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "FSDP",
-        "fsdp_config": FSDP2 | fsdp,
+        "distributed_type": kind.upper(),
+        **({"fsdp_config": FSDP2} if kind == "FSDP" else {"deepspeed_config": ZERO3}),
         "mixed_precision": "no",
         "num_machines": 1,
         "machine_rank": 0,
-        "num_processes": n_processes,
+        "num_processes": 2,
         "main_process_port": 0,
     }
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -48,24 +50,48 @@ def sharded_command(config: Path, *words: object) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Return an environment without a GPU, in which this module can be imported."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 def shard_on_cpus() -> None:
-    """Let accelerate take FSDP for processes on CPUs."""
+    """Let accelerate take FSDP or DeepSpeed for processes on CPUs."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     make = AcceleratorState.__init__
 
-    def make_sharded(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
-        make(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    def make_sharded(
+        self: Any,
+        mixed_precision: str | None = None,
+        *args: Any,
+        fsdp_plugin: Any = None,
+        deepspeed_plugin: Any = None,
+        **options: Any,
+    ) -> None:
+        plugins = {"fsdp_plugin": fsdp_plugin, "deepspeed_plugin": deepspeed_plugin}
+        make(self, mixed_precision, *args, **plugins, **options)
+        if self.distributed_type != DistributedType.MULTI_CPU:
+            return
+        if fsdp_plugin is not None:
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+        elif deepspeed_plugin is not None:
+            from deepspeed import comm
+
+            comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+            deepspeed_plugin.set_mixed_precision(mixed_precision)
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins = deepspeed_plugin
+            self._mixed_precision = "no"
+            self.distributed_type = DistributedType.DEEPSPEED
+        PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = make_sharded
 

@@ -89,9 +89,9 @@ def sharded(make_config, tmp_path_factory):
     return folder
 
 
-def launch(folder: Path, *words: object) -> subprocess.Popen[str]:
+def launch(folder: Path, *words: object, kind: str = "FSDP") -> subprocess.Popen[str]:
     """Start two processes that share a model."""
-    accelerate = write_accelerate_config(folder / "accelerate.yaml")
+    accelerate = write_accelerate_config(folder / "accelerate.yaml", kind)
     return subprocess.Popen(
         sharded_command(accelerate, *words),
         env=environment(),
@@ -169,6 +169,16 @@ def test_a_sharded_run_in_bfloat16_adds_up_in_float32(sharded, make_config, tmp_
     assert {tensor.dtype for tensor in tensors_in(sharded / name).values()} == {torch.float32}
     # a loss in bfloat16 would have 3 digits
     assert any(torch.tensor(loss).bfloat16().item() != loss for loss in ours["losses"])
+
+
+@pytest.mark.parametrize("name", ["full, tied", "full, untied", "lora, tied", "lora, untied"])
+def test_zero3_gives_the_vector_of_one_process(make_config, tmp_path, name):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    make_config(*WAYS[name], 2).write(tmp_path / "two.yaml")
+    words = "train", tmp_path / "two.yaml", tmp_path / "two"
+    wait(launch(tmp_path, *words, kind="DeepSpeed"))
+    train_and_record(make_config(*WAYS[name], 4), tmp_path / "one")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 # -- kill and go on --------------------------------------------------------------------------------
