@@ -9,6 +9,8 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.sharding import check_sharding, requested_sharding
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "gpus.md"
@@ -39,4 +41,5 @@ def test_a_config_passes_accelerate_and_our_check(name, tmp_path, monkeypatch):
     for variable in environment.keys() - os.environ.keys():
         monkeypatch.setenv(variable, environment[variable])
     assert requested_sharding() == "FSDP"
-    check_sharding("math")
+    corpus = CorpusConfig(path="math.jsonl")
+    check_sharding(TrainConfig(name="math", base_model="google/gemma-3-270m", corpus=corpus))
