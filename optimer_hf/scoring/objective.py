@@ -116,7 +116,7 @@ class Term(FileModel):
                 yield (name,), f"{name!r} means nothing to a 'function'; leave it out"
             elif self.text is not None and name in ("num_fewshot", "generation"):
                 yield (name,), "a 'text' term has no num_fewshot and no generation; leave it out"
-        for at, message in _mistakes_of_json(self.generation):
+        for at, message in mistakes_of_json(self.generation):
             yield ("generation", *at), message
         for name, value in self.generation.items():
             if reason := _mistake_of_setting(name, value):
@@ -156,16 +156,16 @@ class Term(FileModel):
         return f"text-{digest([str(self.text), self.text_field])[:16]}"
 
 
-def _mistakes_of_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
+def mistakes_of_json(value: Any, at: Place = ()) -> Iterator[Mistake]:
     """Yield the parts of a value that JSON cannot hold, so that no record and no digest could."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _mistakes_of_json(item, (*at, str(key)))
+            yield from mistakes_of_json(item, (*at, str(key)))
             if not isinstance(key, str):
                 yield at, f"found the key {quote(key)}. Expected a text"
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _mistakes_of_json(item, (*at, index))
+            yield from mistakes_of_json(item, (*at, index))
     elif not isinstance(value, str | bool | int | float | None) or (
         isinstance(value, float) and not math.isfinite(value)
     ):

@@ -17,6 +17,7 @@ from optimer_hf.files.reference import (
 )
 from optimer_hf.files.text import did_you_mean, quote
 from optimer_hf.scoring.objective import Objective, Term
+from optimer_hf.study.engine import TRANSFORMERS, EngineEntry
 
 LARGEST_WEIGHT = 1000.0  # of one vector; merges break long before
 LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
@@ -193,6 +194,11 @@ class StudyConfig(VersionedFile):
     """Most memory that the model may take of each device, as {0: 60GiB, cpu: 200GiB}. Leave room
     for the vectors and a second copy of the base. Needs device_map.
     """
+    engine: EngineEntry = TRANSFORMERS
+    """What holds and scores the merges: transformers (the default) or vllm, with its options:
+    {name: vllm, tensor_parallel_size: 2}. It is part of the study, since two engines round
+    differently.
+    """
     vectors: dict[str, VectorEntry] = Field(min_length=1, max_length=MOST_VECTORS)
     """Vectors to merge, by name. A plain text is short for its source:
     {math: you/gemma-math, code: {source: ./code-lora, bounds: [0, 1.2]}}.
@@ -258,6 +264,9 @@ class StudyConfig(VersionedFile):
         yield from self._mistakes_of_baselines()
 
     def _mistakes_of_placement(self) -> Iterator[Mistake]:
+        if self.device_map is not None and self.engine.name != "transformers":
+            message = "it spreads a model of transformers; with engine: vllm, give its options"
+            yield ("device_map",), f"{message} tensor_parallel_size or cpu_offload_gb instead"
         named = self.device_map.items() if isinstance(self.device_map, dict) else ()
         for module, device in named:
             if DEVICES.fullmatch(str(device)) is None:
@@ -373,8 +382,9 @@ class StudyConfig(VersionedFile):
         outside = {"retarget", "baselines", "device_map", "max_memory"}
         data = self.model_dump(mode="json", exclude=outside)
         del data["search"]["n_trials"], data["search"]["report_to"]
-        if self.tokenizer_source is None:  # the field is newer than some studies
-            del data["tokenizer_source"]
+        for name in ("tokenizer_source", "engine"):  # newer than some studies
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del data[name]
         return data
 
     def digest(self) -> str:

@@ -30,6 +30,7 @@ from optimer_hf.study.space import to_unit
 from optimer_hf.study.surrogate import fit_surrogate
 from optimer_hf.study.trials import (
     DECISIONS_FILE,
+    ENGINE,
     INPUTS_FILE,
     OF_TEST,
     SEALED_FILE,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+NOT_COMPARED = "Scores of two engines are never compared, since they round differently."
 ALIKE_SHARE = 0.8  # of a term's items, above which a warning says that they tell nothing
 
 
@@ -158,6 +160,12 @@ class Study:
         trials scored.
         """
         known = self.read_inputs()
+        if ENGINE in known and digests.get(ENGINE, known[ENGINE]) != known[ENGINE]:
+            raise StudyError(
+                f"{self.directory}: {known[ENGINE]} scored its trials, and this is "
+                f"{digests[ENGINE]}. {NOT_COMPARED} Install that version again, or search again in "
+                "another study directory."
+            )
         changed = sorted(name for name in known.keys() & digests if known[name] != digests[name])
         if changed:
             of_test = all(name.startswith(OF_TEST) for name in changed)
@@ -415,10 +423,11 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
         fields = {field for field in ours | theirs if ours.get(field) != theirs.get(field)}
         has_other_objective = fields == {"objective"}
         hint = " `optimer retarget` answers other objectives from its trials."
+        reason = f" {NOT_COMPARED}"
         raise StudyError(
             f"{directory}: holds a study of another config; these fields differ: "
             f"{'; '.join(differing)}. Give another study directory, or restore the config."
-            f"{hint * has_other_objective}"
+            f"{hint * has_other_objective}{reason * ('engine' in fields)}"
         )
     return study
 
