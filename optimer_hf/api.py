@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from optimer_hf.searching.trial import Pool
     from optimer_hf.study.config import StudyConfig
     from optimer_hf.study.directory import Study
+    from optimer_hf.study.engine import EngineConfig
     from optimer_hf.study.prediction import Prediction
     from optimer_hf.study.trials import Trial
     from optimer_hf.training.config import TrainConfig
@@ -186,19 +187,24 @@ def evaluate(
     objective: "Objective | Mapping[str, Any] | AnyPath",
     *,
     dtype: str = "bfloat16",
+    engine: "EngineConfig | Mapping[str, Any] | str" = "transformers",
     functions: "Mapping[str, Scorer] | None" = None,
     device_map: "DeviceMap | None" = None,
 ) -> "dict[str, TermScore]":
     """Score a model on every term of an objective and return the scores by the label of the term.
 
-    `objective` is an Objective, a mapping of its fields or an objective file. `functions` are
-    described at `search`. `device_map` spreads a model over devices, as in a study file.
+    `objective` is an Objective, a mapping of its fields or an objective file. `engine` scores, as
+    in a study: "vllm", or a mapping with its options. `functions` are described at `search`.
+    `device_map` spreads a model of transformers over devices, as in a study file.
     """
     with announce("evaluate: loading libraries"):
         from optimer_hf.scoring.objective import Objective, ObjectiveFile
         from optimer_hf.searching.one_model import score_model
+        from optimer_hf.study.engine import engine_of
     target = objective if isinstance(objective, Objective) else _config(ObjectiveFile, objective)
-    return score_model(model, target, dtype=dtype, functions=functions, device_map=device_map)
+    scorer = engine_of(engine)
+    options: dict[str, Any] = {"functions": functions, "device_map": device_map}
+    return score_model(model, target, dtype=dtype, engine=scorer, **options)
 
 
 def compare(

@@ -22,15 +22,24 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
     help="Spread a model that is larger than one GPU over all of them, and host memory.",
 )
+@click.option(
+    "--engine",
+    default="transformers",
+    show_default=True,
+    help="Engine to score with, as in a study: vllm, or '{name: vllm, max_model_len: 4096}'.",
+)
 @FORMAT
-def evaluate(model: str, objective: Path, dtype: str, device_map: str | None, output: str) -> None:
+def evaluate(model: str, objective: Path, engine: str, output: str, **options: Any) -> None:
     """Score a model on every term of an objective file.
 
     MODEL is a directory or a Hub id, OBJECTIVE a YAML file with `terms`.
     """
-    from optimer_hf.searching.one_model import evaluate_model
+    from optimer_hf.study.engine import engine_of
 
-    scored = evaluate_model(model, objective, dtype=dtype, device_map=device_map)
+    chosen = engine_of(engine)
+    from optimer_hf.searching.one_model import evaluate_model  # takes seconds to import
+
+    scored = evaluate_model(model, objective, engine=chosen, **options)
     if output == "json":
         fields = {each.label: {"score": each.score, "n_items": each.n_items} for each in scored}
         echo(json.dumps(fields, indent=2))

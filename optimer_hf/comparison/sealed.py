@@ -27,13 +27,14 @@ from optimer_hf.files.digest import digest
 from optimer_hf.files.reference import absolute_reference
 from optimer_hf.files.text import slug
 from optimer_hf.progress import Meter
+from optimer_hf.searching.engine import keep_engine
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
 from optimer_hf.study.config import MergeMethod, StudyConfig, VectorConfig
 from optimer_hf.study.directory import Study, load_study, lock_directory
 from optimer_hf.study.prediction import best_scale, predict
-from optimer_hf.study.trials import OF_TEST, Candidate, ChosenRow
+from optimer_hf.study.trials import ENGINE, OF_TEST, Candidate, ChosenRow
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def compare(
         study.record_inputs(own.inputs)
         return own
 
-    with lock_directory(study.directory):
+    with lock_directory(study.directory), keep_engine():
         models = baselines.list_models(study, mixtures)
         log = SealedLog(study.directory, study.config)
         contenders = _list_contenders(study, models, open_pool)
@@ -173,7 +174,7 @@ def _score_other(
     common = {
         key: digest
         for key, digest in pool.inputs.items()
-        if key.startswith(OF_TEST) or key in ("base_model", "tokenizer_source")
+        if key.startswith(OF_TEST) or key in ("base_model", "tokenizer_source", ENGINE)
     }
     study.check_inputs(common)
     _score(study, [contender], log, pool, planned)

@@ -266,19 +266,20 @@ def check_sources(inputs: Inputs) -> None:
     """
     from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
     from optimer_hf.models.resolve import resolve_base
+    from optimer_hf.searching.engine import refuse_missing_engine, refuse_unusable_engine
     from optimer_hf.searching.tracking import make_callbacks
     from optimer_hf.vectors.opening import open_vector
 
     config = inputs.study
+    refuse_missing_engine(config.engine)
     for search in (config.search, *config.baselines.searches.values()):
         make_callbacks(search.report_to)
     given = {name: v.source for name, v in config.vectors.items() if name not in inputs.trainings}
     base = resolve_base(config.base_model)
-    scoring_tokenizer(
-        base,
-        open_tokenizer(base, config.tokenizer_reference),
-        apply_chat_template=config.objective.apply_chat_template,
-    )
+    tokenizer = open_tokenizer(base, config.tokenizer_reference)
+    refuse_unusable_engine(config.engine, base, tokenizer, config.dtype)
+    templated = config.objective.apply_chat_template
+    scoring_tokenizer(base, tokenizer, apply_chat_template=templated)
     for name, source in (*given.items(), *config.baselines.models.items()):
         open_vector(name, str(source), base)
 

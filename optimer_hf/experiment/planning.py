@@ -20,15 +20,15 @@ from optimer_hf.experiment.stages import Probe, make_stages, term_key, training_
 from optimer_hf.files.reference import Reference
 from optimer_hf.files.text import first_line
 from optimer_hf.hub.pulling import inputs_of
-from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
 from optimer_hf.models.layout import ResolvedModel, weight_states
-from optimer_hf.models.live import default_device
 from optimer_hf.models.memory import peak_memory, total_memory
 from optimer_hf.models.resolve import fetch_snapshot, resolve_base
 from optimer_hf.progress import Cost, Meter
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Asked, Term
+from optimer_hf.scoring.tasks import load_tasks
+from optimer_hf.searching.engine import keep_engine, open_engine, refuse_unusable_engine
 from optimer_hf.searching.trial import placement_of
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
@@ -136,7 +136,7 @@ def _run_probe(
         trained = {
             n: str(Path(scratch) / training_key(training)) for n, training in trainings.items()
         }
-        with _refusing_misfits(f"{config.base_model}: a trial", TRIAL_REMEDY):
+        with keep_engine(), _refusing_misfits(f"{config.base_model}: a trial", TRIAL_REMEDY):
             evaluator = _open_evaluator(config, base, trained)
             for term in terms[:1]:  # the first call is slower
                 evaluator.evaluate([Asked(term, 1)])
@@ -181,20 +181,23 @@ def _open_evaluator(
         if not _is_to_fetch(Reference(source))
     ]
     objectives = [config.objective] + ([config.test] if config.test is not None else [])
-    resident = ResidentModel(
+    source = open_tokenizer(base, config.tokenizer_reference)  # a few MB where it is fetched
+    refuse_unusable_engine(config.engine, base, source, config.dtype)
+    tokenizer = scoring_tokenizer(
+        base, source, apply_chat_template=config.objective.apply_chat_template
+    )
+    tasks = load_tasks(objectives)
+    engine = open_engine(
+        config.engine,
         base,
         pool,
         dtype=config.dtype,
-        device=default_device(),
+        scoring_tokenizer=tokenizer,
+        tokenizer=source,
         placement=placement_of(config),
     )
-    resident.set_weights({vector.name: 0.5 for vector in pool})
-    tokenizer = scoring_tokenizer(  # a few MB where it has to be fetched
-        base,
-        open_tokenizer(base, config.tokenizer_reference),
-        apply_chat_template=config.objective.apply_chat_template,
-    )
-    return Evaluator(resident.model, tokenizer, objectives)
+    engine.set_weights({vector.name: 0.5 for vector in pool})
+    return Evaluator.of(engine.lm, tasks, objectives)
 
 
 def _measure_training(config: TrainConfig, out: Path) -> tuple[Cost, int]:

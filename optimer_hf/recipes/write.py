@@ -30,7 +30,7 @@ from optimer_hf.scoring.formatting import Unit, describe_interval
 from optimer_hf.scoring.scores import Scores
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
-from optimer_hf.study.trials import Fidelity, Trial
+from optimer_hf.study.trials import ENGINE, Fidelity, Trial
 from optimer_hf.vectors.record import read_record
 
 
@@ -69,7 +69,7 @@ def write_recipe(
         vectors=_ingredients_of(config, sources, trial.weights, folder),
         tokenizer_source=_tokenizer_source(config, folder),
         **dict(_evidence_of(study, trial, sealed, ledger)),
-        versions=versions(),
+        versions=versions() | _version_of_engine(study),
         derived_from=derived_from,
     )
     lock = _lock_of(config, base, sources, trial.weights)
@@ -104,6 +104,12 @@ def _ingredients_of(
         )
         for name, source in sources.items()
     }
+
+
+def _version_of_engine(study: Study) -> dict[str, str]:
+    """Return the engine that scored the trials, with its version, if the study records one."""
+    name, _, version = study.read_inputs().get(ENGINE, "").partition(" ")
+    return {name: version} if name else {}
 
 
 def _lock_of(

@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -38,8 +38,32 @@ class Evaluator:
         Raises EvaluationError for a task, metric, file or function that does not exist, and for a
         task that generates more than the model's window holds.
         """
-        self._lm = make_lm_eval_model(model, tokenizer)
-        self.tasks = load_tasks(objectives)
+        self._open(
+            make_lm_eval_model(model, tokenizer), load_tasks(objectives), objectives, functions
+        )
+
+    @classmethod
+    def of(
+        cls,
+        lm: Any,
+        tasks: Mapping[str, Any],
+        objectives: Sequence[Objective],
+        *,
+        functions: Mapping[str, Scorer] | None = None,
+    ) -> Self:
+        """Return an evaluator of a model of lm-eval, which answers the tasks of `load_tasks`."""
+        evaluator = cls.__new__(cls)
+        evaluator._open(lm, tasks, objectives, functions)
+        return evaluator
+
+    def _open(
+        self,
+        lm: Any,
+        tasks: Mapping[str, Any],
+        objectives: Sequence[Objective],
+        functions: Mapping[str, Scorer] | None,
+    ) -> None:
+        self._lm, self.tasks = lm, tasks
         self._prompting = objectives[0].prompting
         self._functions = dict(functions or {})
         self._within: dict[tuple[str, tuple[float, float]], list[int]] = {}

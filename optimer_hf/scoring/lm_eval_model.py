@@ -57,7 +57,6 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
     """
     from time import perf_counter
 
-    from lm_eval import utils
     from lm_eval.models.huggingface import HFLM
 
     class HarnessModel(HFLM):
@@ -101,7 +100,7 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
             return list(super().loglikelihood(requests, disable_tqdm=True))
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            _warn_of_cut_prompts(self, requests)
+            warn_of_cut_prompts(self, requests)
             if not self.follows_memory:
                 return list(super().generate_until(requests, disable_tqdm=True))
             answers: dict[int, str] = {}
@@ -133,15 +132,7 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
 
         def _windows_of(self, text: str) -> Windows:
             if text not in self._windows:
-                # add_special_tokens=False: the rolling windows put BOS first themselves
-                rolling = utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(text, add_special_tokens=False),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length,
-                    context_len=1,
-                )
-                disjoint = map(utils.make_disjoint_window, rolling)
-                self._windows[text] = [(None, *window) for window in disjoint]
+                self._windows[text] = rolling_windows(self, text, self.max_length)
             return self._windows[text]
 
         def _loglikelihood_tokens(
@@ -212,7 +203,23 @@ def _generated_length(lm: Any, request: Any) -> int:
     return min(n_tokens, int(lm.max_length)) * int(settings.get("num_beams") or 1)
 
 
-def _warn_of_cut_prompts(lm: Any, requests: Sequence[Any]) -> None:
+def rolling_windows(lm: Any, text: str, max_seq_len: int) -> Windows:
+    """Return the windows (None, context, continuation) of a document, each of which asks for at
+    most `max_seq_len` tokens after one of context.
+    """
+    from lm_eval import utils
+
+    # add_special_tokens=False: the rolling windows put BOS first themselves
+    rolling = utils.get_rolling_token_windows(
+        token_list=lm.tok_encode(text, add_special_tokens=False),
+        prefix_token=lm.prefix_token_id,
+        max_seq_len=max_seq_len,
+        context_len=1,
+    )
+    return [(None, *window) for window in map(utils.make_disjoint_window, rolling)]
+
+
+def warn_of_cut_prompts(lm: Any, requests: Sequence[Any]) -> None:
     """Log a warning for each task with prompts whose beginning lm-eval cuts off, because the
     model's window does not hold the whole prompt and the answer.
     """

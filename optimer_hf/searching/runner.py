@@ -12,6 +12,7 @@ from typing import Protocol
 
 from optimer_hf.progress import announce
 from optimer_hf.scoring.objective import Asked
+from optimer_hf.searching.engine import keep_engine
 from optimer_hf.searching.faults import naming_faults
 from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
 from optimer_hf.study.config import StudyConfig
@@ -56,9 +57,10 @@ class InProcess:
     def open(self, config: StudyConfig) -> Iterator[Slots]:
         """Open the pool; raise EvaluationError if the machine is at fault."""
         opening = "opening base, vectors and tasks"
-        with announce(f"search: {opening}"), naming_faults(opening):
-            slots = _OneSlot(self.pool(config))
-        yield slots
+        with keep_engine():
+            with announce(f"search: {opening}"), naming_faults(opening):
+                slots = _OneSlot(self.pool(config))
+            yield slots
 
 
 class _OneSlot:

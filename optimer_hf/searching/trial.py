@@ -15,10 +15,8 @@ import torch
 
 from optimer_hf.errors import ConfigError, EvaluationError, OptimerError
 from optimer_hf.files.text import first_line
-from optimer_hf.merging.resident import ResidentModel
-from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer, set_generation_config
+from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
 from optimer_hf.models.layout import model_digests
-from optimer_hf.models.live import default_device
 from optimer_hf.models.memory import collect_memory
 from optimer_hf.models.placement import Placement
 from optimer_hf.models.resolve import resolve_base
@@ -27,9 +25,17 @@ from optimer_hf.scoring.evaluator import Evaluator, Scorer
 from optimer_hf.scoring.items import check_disjoint
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore
+from optimer_hf.scoring.tasks import load_tasks
+from optimer_hf.searching.engine import (
+    engine_version,
+    open_engine,
+    refuse_missing_engine,
+    refuse_other_generation,
+    refuse_unusable_engine,
+)
 from optimer_hf.searching.faults import is_environmental
 from optimer_hf.study.config import StudyConfig, VectorConfig
-from optimer_hf.study.trials import Candidate, Trial
+from optimer_hf.study.trials import ENGINE, Candidate, Trial
 from optimer_hf.vectors.opening import open_vector
 
 logger = logging.getLogger(__name__)
@@ -55,7 +61,7 @@ class Pool(Protocol):
 
 
 class ResidentPool:
-    """The pool of a real search: a resident model, scored by lm-eval."""
+    """The pool of a real search: the engine of the study, scored by lm-eval."""
 
     def __init__(
         self, config: StudyConfig, *, functions: Mapping[str, Scorer] | None = None
@@ -64,8 +70,10 @@ class ResidentPool:
 
         `functions` score the terms that name them, see Evaluator.
         """
+        refuse_missing_engine(config.engine)
         base = resolve_base(config.base_model)
         self._tokenizer = open_tokenizer(base, config.tokenizer_reference)
+        refuse_unusable_engine(config.engine, base, self._tokenizer, config.dtype)
         tokenizer = scoring_tokenizer(
             base, self._tokenizer, apply_chat_template=config.objective.apply_chat_template
         )
@@ -74,24 +82,27 @@ class ResidentPool:
             for name, vector in config.vectors.items()
         ]
         self.base = base
-        self._resident = ResidentModel(
-            base,
-            self.vectors,
-            dtype=config.dtype,
-            device=default_device(),
-            placement=placement_of(config),
-        )
-        if self._tokenizer is not None:
-            set_generation_config(self._resident.model, self._tokenizer)
         self._objectives = {"objective": config.objective}
         if config.test is not None:
             self._objectives["test"] = config.test
-        self._evaluator = Evaluator(
-            self._resident.model, tokenizer, list(self._objectives.values()), functions=functions
+        objectives = list(self._objectives.values())
+        tasks = load_tasks(objectives)
+        refuse_other_generation(config.engine, objectives, tasks)
+        self._engine = open_engine(
+            config.engine,
+            base,
+            self.vectors,
+            dtype=config.dtype,
+            scoring_tokenizer=tokenizer,
+            tokenizer=self._tokenizer,
+            placement=placement_of(config),
         )
+        self._evaluator = Evaluator.of(self._engine.lm, tasks, objectives, functions=functions)
         if config.test is not None:
             check_disjoint(config.objective, config.test, self._evaluator.tasks)
         self.inputs = self._digests()
+        if (version := engine_version(config.engine)) is not None:
+            self.inputs[ENGINE] = version
 
     def _digests(self) -> dict[str, str]:
         """Return digests of base, vectors and items, see Pool."""
@@ -109,7 +120,7 @@ class ResidentPool:
     ) -> tuple[dict[str, TermScore], dict[str, float], int]:
         """Merge in place and evaluate; see Pool."""
         started = perf_counter()
-        self._resident.set_weights(weights)
+        self._engine.set_weights(weights)
         merged = perf_counter()
         forward, tokens = self._evaluator.forward_seconds, self._evaluator.n_tokens
         scores = self._evaluator.evaluate(asked)

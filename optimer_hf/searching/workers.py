@@ -93,13 +93,20 @@ class Workers:
     def open(self, config: StudyConfig) -> "Cluster":
         """Return a cluster for the trials of a study; it is a context manager.
 
-        Raises ConfigError for several processes on this machine that would each take all its GPUs.
+        Raises ConfigError for several processes on this machine that would each take all its GPUs,
+        and for vLLM, which has processes of its own.
         """
         if config.device_map is not None and (self.n_workers or 1) > 1:
             raise ConfigError(
                 f"device_map: found {quote(config.device_map)} and {self.n_workers} workers, but "
                 "each of them would spread its model over all GPUs. Use one worker, or leave "
                 "device_map out if the model fits on one GPU."
+            )
+        if config.engine.name == "vllm":
+            raise ConfigError(
+                "engine: vllm runs all trials in one engine, which fills the devices itself. Leave "
+                "--workers and --scheduler out; `tensor_parallel_size` of the engine spreads a "
+                "model over several GPUs."
             )
         return Cluster(config, self.n_workers, self.scheduler, self.pool)
 

@@ -46,6 +46,8 @@ NOT_RUN = {
     "pip install -c constraints.txt -e '.[demo]'": "changes the environment; .ci/run does it",
     "pip install optimer-hf": "not published yet",
     "pip install optuna cma": "changes the environment",
+    "pip install 'optimer-hf[vllm]'": "gigabytes; .ci/vllm installs it for the CPU",
+    "optimer evaluate merged objective.yaml --engine": "vLLM; tests/searching/test_vllm.py does it",
     "hf auth login": "asks for a token",
     "python benchmarks/demo.py": "minutes, and the base of the demo",
     "python benchmarks/merge.py": "minutes, and gigabytes of weights",

@@ -96,7 +96,7 @@ def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
     [
         ("train", {}, r"a training step of '\w+' does not fit .* or block_size\.$"),
         ("train", {"lora": None}, r"a training step of '\w+' does not fit .* or train a LoRA"),
-        ("ResidentModel", None, r"a trial does not fit .*--dtype int8((?!train).)*$"),
+        ("open_engine", None, r"a trial does not fit .*--dtype int8((?!train).)*$"),
     ],
     ids=["LoRA", "full parameters", "without training"],
 )

@@ -129,7 +129,7 @@ def test_a_batch_that_does_not_fit_is_no_fault_of_the_weights(config, caplog):
         if sizes[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    pool._resident.model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
+    pool._engine.lm.model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
     candidate = Candidate(3, "smac", {"v1": 0.5, "v2": 0.5})
     most = 300
     trial = run_trial(pool, candidate, asked)

@@ -58,3 +58,8 @@ def test_scores_of_two_engines_are_never_compared(other, tmp_path):
     search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
     with pytest.raises(StudyError, match=r"engine.*Scores of two engines are never compared"):
         search(config_of(engine=other), tmp_path / "s", runner=InProcess(no_pool_for("another")))
+
+
+def test_a_device_map_is_for_transformers():
+    with pytest.raises(ValueError, match=r"device_map.*give its options tensor_parallel_size"):
+        config_of(engine="vllm", device_map="auto")
