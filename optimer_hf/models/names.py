@@ -88,8 +88,8 @@ class ClassNames:
             elif source is None:
                 keys[name] = Key(parameter)
             else:
-                own = loading.apply_renamings(name, renamings)
-                whole, _ = loading.apply_converters(own, converters)
+                own, _ = loading.rename_source_key(name, renamings, [])
+                whole, _ = loading.rename_source_key(own, [], converters)
                 keys[name] = Key(parameter, _drop_common_front(own, whole))
         return keys
 
