@@ -38,14 +38,14 @@ BLOCK, BATCH = (512, 16) if IS_GPU else (32, 2)
 N_STEPS = 40 if IS_GPU else 12
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 COMPILED = {"torch_compile": True}
-ARMS: dict[str, dict[str, Any]] = {  # name -> fields of a train file, or who trains
+ARMS: dict[str, dict[str, Any]] = {  # name -> fields of a train file, or who trains; in order
     "stock": {"by": "stock"},
-    "liger": {"by": "liger"},
     "ours": {"trainer": COMPILED},
     "ours, not compiled": {},
+    "liger": {"by": "liger"},
     "ours, not captured": {"cuda_graph": False, "trainer": COMPILED},
-    "ours, neither": {"cuda_graph": False},
     "ours, stock loss": {"head": "stock"},
+    "ours, neither": {"cuda_graph": False},
 }
 
 
@@ -351,7 +351,7 @@ def main() -> None:
         folder = Path(scratch)
         write_model(folder / "base")
         arms = list(ARMS) if options.arms == "all" else options.arms.split(";")
-        pairs = [(arm, mode) for mode in options.modes.split(",") for arm in arms]
+        pairs = [(arm, mode) for arm in arms for mode in options.modes.split(",")]
         trials, rows = [], []
         for row in run_arms(folder, [("trial", "LoRA"), *pairs], until):
             (rows if "arm" in row else trials).append(row)

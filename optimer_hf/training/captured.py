@@ -3,8 +3,8 @@
 A step of a small model launches thousands of kernels, and the GPU waits for the host between them.
 Blocks of tokens are all of one shape, so the forward pass, the loss and the backward pass of a step
 can be captured once as a CUDA graph; each further step copies its batch in and replays it. The same
-kernels run, so the numbers stay the same. The layers of a run that is long enough are compiled
-first, and stay so if that makes steps faster.
+operations run, so results agree up to the order of sums. The layers of a run that is long enough
+are compiled first, and stay so if that makes steps faster.
 """
 
 import logging
@@ -131,7 +131,7 @@ class CapturedTrainer(Trainer):
                 1e3 * (self.speed.seconds_before or 0),
             )
             if not self.speed.compiled:
-                _undo_compilation(model)
+                _undo_compilation(model, keeps_loss=self.speed.compiled_head)
                 self._restart(model)
 
 
@@ -283,10 +283,10 @@ def _compile(model: Any) -> bool:
     return bool(layers)
 
 
-def _undo_compilation(model: Any) -> None:
+def _undo_compilation(model: Any, *, keeps_loss: bool) -> None:
     for layer in repeated_layers(model):
         layer._compiled_call_impl = None
-    _fuse_again(model, is_compiled=False)
+    _fuse_again(model, is_compiled=keeps_loss)
 
 
 def _fuse_again(model: Any, *, is_compiled: bool) -> None:

@@ -2,13 +2,15 @@
 
 import importlib.util
 import logging
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from optimer_hf.files.text import first_line
 from optimer_hf.models.head_loss import (
     Loss,
     blocked_loss,
@@ -25,24 +27,36 @@ from optimer_hf.vectors.training_record import Head, Speed
 logger = logging.getLogger(__name__)
 
 REPEATS = 5
+WORTH_COMPILING = 10.0  # seconds of the run for the loss; compiling it takes a few
 STOCK_SHARE = 0.5  # of the free memory: more of it would leave too little for the layers
 WORTH_CHANGING = 0.9  # of the time of the blocked loss; a smaller gain is not worth the memory
 
 
-def install_head(model: Any, wanted: str, n_tokens: int, dtype: torch.dtype, speed: Speed) -> None:
+def install_head(
+    model: Any,
+    wanted: str,
+    n_tokens: int,
+    dtype: torch.dtype,
+    speed: Speed,
+    *,
+    n_batches: int = 0,
+) -> None:
     """Make a model compute its loss as wanted: `stock`, `blocked`, `liger`, or `auto`, the fastest
     for batches of `n_tokens` in `dtype`. Notes the choice, and the times, in `speed`.
 
     On a CPU, `auto` is the blocked loss. A head that is more than one product keeps its stock loss.
+    `n_batches` decides whether compiling the blocked loss can pay.
     """
     restore_stock_loss(model)
     if not is_plain_head(model):
         fuse_loss(model)  # says that it does not apply
         speed.head = "stock"
         return
+    speed.compiled_head = speed.compiled_head or bool(speed.compiled)
     if wanted == "auto":
-        wanted = speed.head or _choose(model, n_tokens, dtype, speed)
-    loss = {"blocked": blocked_loss(model.device.type), "liger": liger_loss}.get(wanted)
+        wanted = speed.head or _choose(model, n_tokens, dtype, speed, n_batches)
+    blocked = blocked_loss(model.device.type, is_compiled=speed.compiled_head)
+    loss = {"blocked": blocked, "liger": liger_loss}.get(wanted)
     if loss is not None:
         fuse_loss(model, loss)
     speed.head = wanted  # type: ignore[assignment]
@@ -61,22 +75,42 @@ def install_sharded_head(
     speed.head = wanted if is_installed else "stock"  # type: ignore[assignment]
 
 
-def _choose(model: Any, n_tokens: int, dtype: torch.dtype, speed: Speed) -> Head:
+def _choose(model: Any, n_tokens: int, dtype: torch.dtype, speed: Speed, n_batches: int) -> Head:
     """Return the fastest loss that fits the memory, and note the times."""
     if model.device.type == "cpu":
         return "blocked"
-    candidates: dict[Head, Loss] = {"stock": stock_loss, "blocked": blocked_loss("cuda")}
-    if importlib.util.find_spec("liger_kernel") is not None:
-        candidates["liger"] = liger_loss
     weight = plain_weight(model)
     assert weight is not None
+
+    def measure(loss: Loss) -> float | None:
+        return measure_loss(loss, weight, n_tokens, dtype, softcap_of(model))
+
+    plain = blocked_loss("cuda", is_compiled=speed.compiled_head)
+    candidates: dict[Head, Loss] = {"stock": stock_loss, "blocked": plain}
+    if importlib.util.find_spec("liger_kernel") is not None:
+        candidates["liger"] = liger_loss
     for name, loss in candidates.items():
-        milliseconds = measure_loss(loss, weight, n_tokens, dtype, softcap_of(model))
+        milliseconds = measure(loss)
         if milliseconds is not None:
-            speed.head_ms[name] = round(milliseconds, 2)
+            speed.head_ms[name] = milliseconds
     chosen = choose_fastest(speed.head_ms)
+    spent = n_batches * speed.head_ms.get(chosen, 0.0) / 1e3
+    if spent > WORTH_COMPILING and speed.compiled is None:
+        speed.compiled_head_ms = _measure_compiled(measure)
+        others = speed.head_ms | {"blocked": speed.compiled_head_ms or math.inf}
+        speed.compiled_head = choose_fastest(others) == "blocked"
+        chosen = "blocked" if speed.compiled_head else chosen
     logger.info("train: %s loss; ms a batch: %s", chosen, speed.head_ms)
     return chosen
+
+
+def _measure_compiled(measure: Callable[[Loss], float | None]) -> float | None:
+    """Return the milliseconds of the compiled loss; None where nothing can be compiled."""
+    try:
+        return measure(blocked_loss("cuda", is_compiled=True))
+    except Exception as error:  # no compiler, or one that fails
+        logger.info("train: the loss is not compiled: %s", first_line(error))
+        return None
 
 
 def choose_fastest(milliseconds: Mapping[Head, float]) -> Head:
@@ -114,7 +148,7 @@ def measure_loss(
         _free_memory(device)
     if peak > _in_use(device) + STOCK_SHARE * free:
         return None
-    return 1e3 * statistics.median(seconds[1:])
+    return round(1e3 * statistics.median(seconds[1:]), 2)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -105,7 +105,9 @@ def _make_fast(trainer: "CapturedTrainer", config: TrainConfig, packed: PackedCo
         args.per_device_train_batch_size = trainer._train_batch_size = speed.batch_size
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     if requested_sharding() is None:
-        install_head(plain, config.head, args.train_batch_size * config.block_size, dtype, speed)
+        n_batches = len(packed) * args.num_train_epochs / args.train_batch_size / args.world_size
+        n_tokens = args.train_batch_size * config.block_size
+        install_head(plain, config.head, n_tokens, dtype, speed, n_batches=int(n_batches))
     else:
         trainer.add_callback(_sharded_start(config, trainer))
     if trainer.is_fsdp_enabled:

@@ -54,7 +54,8 @@ class Speed(FileModel):
     are those of a run without an interruption.
 
     `head` is the loss that was used, and `head_ms` has the milliseconds that each candidate took
-    for the loss of a batch and its gradients, if they were measured. `batch_size` is in blocks on
+    for the loss of a batch and its gradients, if they were measured; `compiled_head_ms` is that of
+    the blocked loss when compiled, and `compiled_head` whether it is. `batch_size` is in blocks on
     each device, if it was found. `cuda_graph` (steps were captured) and `compiled` are None while
     that is not decided; `seconds_before` is the time of a batch before its layers were compiled.
     `mfu` is the share of the peak of the device (`device`) that the arithmetic of the model used,
@@ -65,6 +66,8 @@ class Speed(FileModel):
 
     head: Head | None = None
     head_ms: dict[Head, float] = {}
+    compiled_head: bool = False
+    compiled_head_ms: float | None = None
     batch_size: int | None = None
     cuda_graph: bool | None = None
     compiled: bool | None = None

@@ -115,7 +115,8 @@ def test_a_captured_step_gives_the_numbers_of_a_plain_one(run, options, lora):
     plain = run("plain", lora=lora, trainer=options, cuda_graph=False, head="blocked")
     captured = run("captured", lora=lora, trainer=options, head="blocked")
     assert captured["speed"]["cuda_graph"] and not plain["speed"]["cuda_graph"]
-    assert captured["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    rel = 1e-3 if options.get("bf16") else 1e-4
+    assert captured["losses"] == pytest.approx(plain["losses"], rel=rel)
     assert captured["norms"] == pytest.approx(plain["norms"], rel=1e-3)
 
 

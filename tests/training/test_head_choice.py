@@ -6,6 +6,7 @@ import torch
 from optimer_hf.models import head_loss
 from optimer_hf.models.head_loss import blocked_loss, is_fused, loss_by_tokens
 from optimer_hf.models.token_loss import stock_loss
+from optimer_hf.training import head_choice
 from optimer_hf.training.head_choice import choose_fastest, install_head, measure_loss
 from optimer_hf.vectors.training_record import Speed
 from tests.support.tiny import VOCABULARY, tiny_model
@@ -85,3 +86,24 @@ def test_a_loss_that_does_not_fit_is_no_candidate():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert measure_loss(too_large, torch.randn(300, 16), 64, torch.float32, None) is None
+
+
+@pytest.mark.parametrize(
+    ("n_batches", "compiled_ms", "expected"),
+    [
+        (10, 1.0, ("stock", False)),  # too short a run
+        (10_000, 1.0, ("blocked", True)),
+        (10_000, 9.0, ("stock", False)),
+        (10_000, None, ("stock", False)),  # there is no compiler
+    ],
+)
+def test_the_loss_of_a_long_run_is_compiled_where_that_is_faster(
+    monkeypatch, n_batches, compiled_ms, expected
+):
+    times = {stock_loss: 5.0}
+    monkeypatch.setattr(head_choice, "measure_loss", lambda loss, *_: times.get(loss, 7.0))
+    monkeypatch.setattr(head_choice, "_measure_compiled", lambda measure: compiled_ms)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    model, speed = tiny_model("llama").to("meta"), Speed()
+    chosen = head_choice._choose(model, 80, torch.float32, speed, n_batches)
+    assert (chosen, speed.compiled_head) == expected
