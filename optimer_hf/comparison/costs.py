@@ -53,7 +53,18 @@ def training_cost(runs: Sequence[RunRecord], n: int | None = None) -> TrainingCo
         cpu_seconds=round(sum(run.cpu_seconds for run in runs), 1),
         tokens=tokens,
         tokens_per_second=round(tokens / seconds),
+        mfu=_mean_mfu(runs),
     )
+
+
+def _mean_mfu(runs: Sequence[RunRecord]) -> float | None:
+    """Return the mean MFU of some training runs over their seconds; None if one is not known."""
+    shares = [run.speed.mfu if run.speed is not None else None for run in runs]
+    known = [share for share in shares if share is not None]
+    if not runs or len(known) < len(runs):
+        return None
+    weighted = sum(share * run.seconds for share, run in zip(known, runs, strict=True))
+    return round(weighted / max(sum(run.seconds for run in runs), 1e-9), 3)
 
 
 def _scores_of(trial: Trial | SealedRow) -> Mapping[str, TermScore]:

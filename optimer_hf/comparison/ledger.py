@@ -48,6 +48,8 @@ class TrainingCost(FileModel):
     """Tokens trained on."""
     tokens_per_second: int = 0
     """Tokens trained on in a second."""
+    mfu: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Share of the peak of the GPU that the arithmetic of the models used, where it is known."""
 
 
 class MixtureCost(FileModel):

@@ -2,12 +2,18 @@
 
 import pytest
 
-from optimer_hf.comparison.costs import ledger_of_study, mixture_cost, trial_cost
+from optimer_hf.comparison.costs import (
+    ledger_of_study,
+    mixture_cost,
+    training_cost,
+    trial_cost,
+)
 from optimer_hf.comparison.ledger import TrialCost
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.record import BaseRecord, VectorFile
+from optimer_hf.vectors.training_record import RunRecord, Speed
 from tests.support.landscapes import FunctionPool, config_of
 
 
@@ -57,3 +63,27 @@ def test_vectors_that_say_what_they_took_are_compared_with_mixtures(tmp_path):
     assert mixtures.attempts == 12
     assert mixtures.seconds >= 12 * 400
     assert mixtures.ratio_end_to_end < mixtures.ratio_search_only
+
+
+@pytest.mark.parametrize(
+    ("shares", "mean"), [([0.2, 0.4], 0.35), ([0.2, None], None), ([None, None], None)]
+)
+def test_the_mfu_of_several_runs_is_their_mean_over_time(shares, mean):
+    runs = [
+        RunRecord(
+            block_size=32,
+            max_tokens=None,
+            lora=None,
+            trainer={},
+            seed=0,
+            mixed_precision="bf16",
+            n_steps=1,
+            n_tokens=32,
+            losses=[],
+            seconds=seconds,
+            speed=Speed(mfu=share),
+        )
+        for seconds, share in zip((10.0, 30.0), shares, strict=True)
+    ]
+    assert training_cost(runs).mfu == mean
+    assert training_cost([run.model_copy(update={"speed": None}) for run in runs]).mfu is None
