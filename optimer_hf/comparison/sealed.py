@@ -159,9 +159,8 @@ def _score_models(
     with _scratch_directory(study) as scratch:
         for contender, model in contenders:
             gc.collect()  # the harness keeps the previous model alive in a cycle
-            sources = model.make(scratch)
-            opened = pool(with_pool(study.config, sources))
-            _score_other(study, contender, log, opened, planned)
+            made = with_pool(study.config, model.make(scratch))
+            _score_other(study, contender, log, pool(made), planned)  # not held any longer
 
 
 def _score_other(
