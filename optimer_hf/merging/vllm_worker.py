@@ -91,14 +91,14 @@ def _end_after(owner: int) -> None:
     """End this process, and the engine's that started it, when a process has ended. vLLM's engine
     would outlive a search that was killed, and keep the memory of the device.
     """
-    own = os.getpid()
+    own, parent = psutil.Process(), psutil.Process(os.getppid())
+    started_by = psutil.Process(owner)  # remembers when it began, so a new process is not it
 
     def watch() -> None:
-        while psutil.pid_exists(owner):
+        while started_by.is_running() and started_by.status() != psutil.STATUS_ZOMBIE:
             sleep(SECONDS_BETWEEN_LOOKS)
-        parent = os.getppid()
-        if parent > 1 and parent != owner:
-            os.kill(parent, 9)
-        os.kill(own, 9)
+        if parent.pid != owner and parent.is_running():  # the engine's, as it was at the start
+            parent.kill()
+        own.kill()
 
     threading.Thread(target=watch, daemon=True, name="end after the search").start()

@@ -134,7 +134,14 @@ def _naming_vllm() -> Iterator[None]:
 def running_processes() -> list[psutil.Process]:
     """Return the processes of the engines that this process has started."""
     children = psutil.Process().children(recursive=True)
-    return [each for each in children if any("VLLM::" in part for part in each.cmdline())]
+    return [each for each in children if _is_of_vllm(each)]
+
+
+def _is_of_vllm(process: psutil.Process) -> bool:
+    try:
+        return any("VLLM::" in part for part in process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
 
 
 def call_engine(processes: Sequence[psutil.Process], call: Callable[[], Result]) -> Result:

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
 
-from optimer_hf.errors import ModelError
+from optimer_hf.errors import ModelError, StudyError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.resident import ResidentModel
@@ -206,7 +206,11 @@ class _VllmEngine:
             )
         if self._names:
             self._call("set_merge_weights", dict(weights))
-            self.lm.model.reset_prefix_cache()  # the cached keys and values are of other weights
+            if not self.lm.model.reset_prefix_cache():
+                raise StudyError(
+                    "vLLM keeps keys and values of the weights before, since a request is still "
+                    "running. Run the command again; the finished trials are kept."
+                )
 
     def close(self) -> None:
         """End the processes, and free the memory of the device."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from optimer_hf.models.memory import lacks_memory
 from optimer_hf.training.packing import PackedCorpus
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def find_batch_size(trainer: "Trainer", packed: PackedCorpus) -> int:
     if args.device.type == "cpu":
         return 1
     n_batches = LEAST_STEPS * args.gradient_accumulation_steps * args.world_size
-    most = max(1, int(len(packed) * max(1, args.num_train_epochs)) // n_batches)
+    n_blocks = len(packed) if args.max_steps > 0 else int(len(packed) * args.num_train_epochs)
+    most = max(1, n_blocks // (1 if args.max_steps > 0 else n_batches))
     with torch.random.fork_rng(devices=[args.device]):
         found = double_while_faster(lambda size: _time_batch(trainer, packed, size), most)
     sizes: list[int] = gather_object([found])
@@ -80,11 +82,13 @@ def _time_batch(trainer: "Trainer", packed: PackedCorpus, size: int) -> float | 
             torch.cuda.synchronize(device)
             seconds.append(perf_counter() - started)
             model.zero_grad()
-    except torch.OutOfMemoryError:
-        return None
+    except Exception as error:
+        if lacks_memory(error):
+            return None
+        raise
     finally:
         model.zero_grad()
         loss = None
     moments = sum(MOMENTS * each.numel() for each in model.parameters() if each.requires_grad)
-    is_small = torch.cuda.max_memory_allocated(device) + moments <= limit
-    return statistics.median(seconds) if is_small else None
+    fits = torch.cuda.max_memory_allocated(device) + moments <= limit
+    return statistics.median(seconds) if fits else None

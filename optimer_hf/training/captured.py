@@ -8,7 +8,9 @@ are compiled first, and stay so if that makes steps faster.
 """
 
 import logging
+import statistics
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import Trainer
 
 from optimer_hf.files.text import first_line
 from optimer_hf.models.head_loss import blocked_loss, fuse_loss, is_fused
+from optimer_hf.models.memory import lacks_memory
 from optimer_hf.vectors.training_record import Speed
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ class CapturedTrainer(Trainer):
     flops_per_token: float | None = None
     _captured: "CapturedStep | None" = None
     _clock: "StepClock | None" = None
+    _is_first_compiled = False
 
     def training_step(
         self, model: Any, inputs: Inputs, num_items_in_batch: Any = None
@@ -53,9 +57,35 @@ class CapturedTrainer(Trainer):
             loss: torch.Tensor = super(CapturedTrainer, self).training_step(model, batch, n_items)
             return loss
 
+        if self._is_first_compiled:
+            self._is_first_compiled = False
+            return self._try_compiled(model, step, inputs, num_items_in_batch)
+        return self._do(step, inputs, num_items_in_batch)
+
+    def _do(self, step: "Step", inputs: Inputs, n_items: Any) -> torch.Tensor:
         if self._captured is None:
-            return step(inputs, num_items_in_batch)
-        return self._captured(step, self._prepare_inputs(inputs), num_items_in_batch)
+            return step(inputs, n_items)
+        n_batches = self.current_gradient_accumulation_steps
+        return self._captured(step, self._prepare_inputs(inputs), n_items, n_batches)
+
+    def _try_compiled(self, model: Any, step: "Step", inputs: Inputs, n_items: Any) -> torch.Tensor:
+        """Do the first batch after the layers were compiled without having been asked to. If the
+        compiler fails, undo it and do the batch without.
+        """
+        trained = [each for each in model.parameters() if each.requires_grad]
+        before = [None if each.grad is None else each.grad.clone() for each in trained]
+        try:
+            return self._do(step, dict(inputs), n_items)
+        except Exception as error:
+            if lacks_memory(error):
+                raise
+            logger.info("train: the layers are not compiled: %s", first_line(error))
+        _undo_compilation(model, self.speed)
+        self.speed.compiled = False
+        for parameter, gradient in zip(trained, before, strict=True):
+            parameter.grad = gradient
+        self._restart(model)
+        return self._do(step, inputs, n_items)
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Return the FLOPs of a batch. Counting the parameters, as the Trainer does, takes
@@ -68,7 +98,9 @@ class CapturedTrainer(Trainer):
     def _begin(self, model: Any) -> None:
         """Compile what an earlier part of the run had compiled, and prepare the capture."""
         if self.speed.compiled:
-            _compile(model)
+            _compile(model, self.speed)
+        elif self.speed.compiled is None:
+            self.speed.seconds_before = None  # an earlier part was interrupted while it decided
         if self.speed.cuda_graph is not False and (reason := self._why_not_captured()):
             logger.info("train: steps are not captured as a CUDA graph: %s", reason)
             self.speed.cuda_graph = False
@@ -91,8 +123,8 @@ class CapturedTrainer(Trainer):
             "several processes": args.world_size > 1,
             "the model is sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled,
             "float16 scales its losses": self.accelerator.scaler is not None,
-            "activation checkpointing": getattr(args, "activation_checkpointing", False)
-            or getattr(args, "gradient_checkpointing", False),
+            "activation checkpointing": _checkpoints_activations(args),
+            "the optimizer steps in the backward pass": _steps_in_backward(args.optim),
             "torch_empty_cache_steps": args.torch_empty_cache_steps is not None,
             "the loss of Liger waits for the device": self.speed.head == "liger",
         }
@@ -119,7 +151,8 @@ class CapturedTrainer(Trainer):
                 self.speed.compiled = False
                 return
             self.speed.seconds_before = seconds
-            if _compile(model):
+            if _compile(model, self.speed):
+                self._is_first_compiled = True
                 self._restart(model)
             else:
                 self.speed.compiled = False
@@ -131,35 +164,44 @@ class CapturedTrainer(Trainer):
                 1e3 * (self.speed.seconds_before or 0),
             )
             if not self.speed.compiled:
-                _undo_compilation(model, keeps_loss=self.speed.compiled_head)
+                _undo_compilation(model, self.speed)
                 self._restart(model)
 
 
+def _steps_in_backward(optimizer: Any) -> bool:
+    """Whether an optimizer updates parameters while gradients are computed."""
+    name = str(getattr(optimizer, "value", optimizer))
+    return "lomo" in name or name.endswith("layerwise")
+
+
+def _checkpoints_activations(args: Any) -> bool:
+    """Whether activations are computed again in the backward pass; the field has had two names."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    return any(vars(args).get(name) for name in names)
+
+
 class StepClock:
-    """The seconds of a batch: `tick` is called before each one."""
+    """The seconds of a batch: `tick` is called before each one. A batch during which the run saved
+    a checkpoint or measured a norm does not move the median.
+    """
 
     def __init__(self, n_warm_up: int, device: str) -> None:
         self.n_warm_up, self.device, self.n = n_warm_up, device, 0
-        self._started = 0.0
+        self._ticks: list[float] = []
 
     def tick(self) -> float | None:
-        """Return the mean of TIMED batches once, after them, else None."""
+        """Return the median of TIMED batches once, after them, else None."""
         self.n += 1
-        if self.n == self.n_warm_up + 1:
-            self._wait()
-            self._started = perf_counter()
-        elif self.n == self.n_warm_up + TIMED + 1:
-            self._wait()
-            return self.seconds()
-        return None
-
-    def seconds(self) -> float:
-        """Return the mean seconds of a batch since the clock was started."""
-        return (perf_counter() - self._started) / TIMED
-
-    def _wait(self) -> None:
+        if not self.n_warm_up < self.n <= self.n_warm_up + TIMED + 1:
+            return None
         if self.device == "cuda":
             torch.cuda.synchronize()
+        self._ticks.append(perf_counter())
+        return self.seconds() if len(self._ticks) == TIMED + 1 else None
+
+    def seconds(self) -> float:
+        """Return the median seconds of the batches so far."""
+        return statistics.median(end - start for start, end in pairwise(self._ticks))
 
 
 class CapturedStep:
@@ -178,18 +220,25 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: Inputs = {}
         self._n_items: Any = None
+        self._n_batches = 1
+        self._touched = [True] * len(self.parameters)
         self._loss = torch.empty(0)
         self._gradients: list[torch.Tensor | None] = []
 
-    def __call__(self, step: Step, inputs: Inputs, n_items: Any) -> torch.Tensor:
-        """Return the loss of a batch and add its gradients to those of the parameters."""
+    def __call__(self, step: Step, inputs: Inputs, n_items: Any, n_batches: int) -> torch.Tensor:
+        """Return the loss of a batch and add its gradients to those of the parameters. It is one of
+        `n_batches` of a step, which some models divide their loss by.
+        """
         if self._graph is None:
             self._n_seen += 1
             if self._n_seen <= WARM_UP:
                 return self._run_aside(step, inputs, n_items)
             if self.failure or not self._capture(step, inputs, n_items):
                 return step(inputs, n_items)
-        if not self._fits(inputs, n_items):  # the last batch of an epoch may be smaller
+            self._n_batches = n_batches
+        if n_batches != self._n_batches or not self._fits(
+            inputs, n_items
+        ):  # the last batch of an epoch may be smaller
             return self._run_plainly(step, inputs, n_items)
         return self._replay(inputs, n_items)
 
@@ -199,6 +248,7 @@ class CapturedStep:
         with torch.cuda.stream(self._stream):
             loss = step(inputs, n_items)
         torch.cuda.current_stream().wait_stream(self._stream)
+        self._touched = [each.grad is not None for each in self.parameters]
         return loss
 
     def _run_plainly(self, step: Step, inputs: Inputs, n_items: Any) -> torch.Tensor:
@@ -213,8 +263,9 @@ class CapturedStep:
         self._inputs = {key: value.clone() for key, value in inputs.items()}
         self._n_items = n_items.clone() if isinstance(n_items, torch.Tensor) else n_items
         before = [each.grad for each in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter) if self.accumulates else None
+        for parameter, is_touched in zip(self.parameters, self._touched, strict=True):
+            adds = self.accumulates and is_touched
+            parameter.grad = torch.zeros_like(parameter) if adds else None
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -271,7 +322,7 @@ def repeated_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield from repeated_layers(child)
 
 
-def _compile(model: Any) -> bool:
+def _compile(model: Any, speed: Speed) -> bool:
     """Compile the layers and the loss of a model, at their first use. Returns whether it can be.
 
     Layers of one class share their code, so this takes no longer for a deep model.
@@ -279,18 +330,18 @@ def _compile(model: Any) -> bool:
     layers = list(repeated_layers(model))
     for layer in layers:
         layer.compile(dynamic=False)
-    _fuse_again(model, is_compiled=True)
+    _fuse_again(model, speed, is_compiled=True)
     return bool(layers)
 
 
-def _undo_compilation(model: Any, *, keeps_loss: bool) -> None:
+def _undo_compilation(model: Any, speed: Speed) -> None:
     for layer in repeated_layers(model):
         layer._compiled_call_impl = None
-    _fuse_again(model, is_compiled=keeps_loss)
+    _fuse_again(model, speed, is_compiled=speed.compiled_head)
 
 
-def _fuse_again(model: Any, *, is_compiled: bool) -> None:
-    """Give models inside `model` whose loss is blocked the same loss, compiled or not."""
-    for module in model.modules():
+def _fuse_again(model: Any, speed: Speed, *, is_compiled: bool) -> None:
+    """Give models inside `model` whose loss is the blocked one the same loss, compiled or not."""
+    for module in model.modules() if speed.head == "blocked" else ():
         if is_fused(module):
             fuse_loss(module, blocked_loss(module.device.type, is_compiled=is_compiled))

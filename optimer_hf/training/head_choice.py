@@ -21,6 +21,7 @@ from optimer_hf.models.head_loss import (
     restore_stock_loss,
     softcap_of,
 )
+from optimer_hf.models.memory import lacks_memory
 from optimer_hf.models.token_loss import liger_loss, stock_loss
 from optimer_hf.vectors.training_record import Head, Speed
 
@@ -83,20 +84,23 @@ def _choose(model: Any, n_tokens: int, dtype: torch.dtype, speed: Speed, n_batch
     assert weight is not None
 
     def measure(loss: Loss) -> float | None:
-        return measure_loss(loss, weight, n_tokens, dtype, softcap_of(model))
+        devices = [weight.device] if weight.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # dropout must not depend on this
+            return measure_loss(loss, weight, n_tokens, dtype, softcap_of(model))
 
     plain = blocked_loss("cuda", is_compiled=speed.compiled_head)
     candidates: dict[Head, Loss] = {"stock": stock_loss, "blocked": plain}
     if importlib.util.find_spec("liger_kernel") is not None:
         candidates["liger"] = liger_loss
     for name, loss in candidates.items():
-        milliseconds = measure(loss)
+        milliseconds = _try_to_measure(measure, loss, name)
         if milliseconds is not None:
             speed.head_ms[name] = milliseconds
     chosen = choose_fastest(speed.head_ms)
     spent = n_batches * speed.head_ms.get(chosen, 0.0) / 1e3
     if spent > WORTH_COMPILING and speed.compiled is None:
-        speed.compiled_head_ms = _measure_compiled(measure)
+        compiled = blocked_loss("cuda", is_compiled=True)
+        speed.compiled_head_ms = _try_to_measure(measure, compiled, "compiled")
         others = speed.head_ms | {"blocked": speed.compiled_head_ms or math.inf}
         speed.compiled_head = choose_fastest(others) == "blocked"
         chosen = "blocked" if speed.compiled_head else chosen
@@ -104,12 +108,12 @@ def _choose(model: Any, n_tokens: int, dtype: torch.dtype, speed: Speed, n_batch
     return chosen
 
 
-def _measure_compiled(measure: Callable[[Loss], float | None]) -> float | None:
-    """Return the milliseconds of the compiled loss; None where nothing can be compiled."""
+def _try_to_measure(measure: Callable[[Loss], float | None], loss: Loss, name: str) -> float | None:
+    """Return the milliseconds of a loss; None where it fails, for instance without a compiler."""
     try:
-        return measure(blocked_loss("cuda", is_compiled=True))
-    except Exception as error:  # no compiler, or one that fails
-        logger.info("train: the loss is not compiled: %s", first_line(error))
+        return measure(loss)
+    except Exception as error:
+        logger.info("train: the %s loss is no candidate: %s", name, first_line(error))
         return None
 
 
@@ -141,8 +145,10 @@ def measure_loss(
             _wait(device)
             seconds.append(perf_counter() - started)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    except torch.OutOfMemoryError:
-        return None
+    except Exception as error:
+        if lacks_memory(error):
+            return None
+        raise
     finally:
         hidden.grad = head.grad = None
         _free_memory(device)

@@ -62,7 +62,7 @@ def build_trainer(
     arguments = training_arguments(config, out)
     set_seed(config.seed)
     model = _load_base(config, base, arguments)
-    speed = speed_before(out) or _requested_speed(config)
+    speed = _speed_of(config, out, arguments.device)
     callback = RunCallback(config, base.path, cost_before(out), speed)
     try:
         trainer = CapturedTrainer(
@@ -80,6 +80,20 @@ def build_trainer(
     _make_fast(trainer, config, packed)
     callback.flops_per_token = trainer.flops_per_token
     return trainer
+
+
+def _speed_of(config: TrainConfig, out: Path, device: torch.device) -> Speed:
+    """Return the choices that a train file makes, and those of the run so far if it goes on on the
+    same kind of device; the rest is None.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    requested, recorded = _requested_speed(config), speed_before(out)
+    if recorded is None or recorded.device != name:
+        return requested.model_copy(update={"device": name})
+    decided = {"cuda_graph": requested.cuda_graph, "compiled": requested.compiled}
+    return recorded.model_copy(
+        update={field: value for field, value in decided.items() if value is not None}
+    )
 
 
 def _requested_speed(config: TrainConfig) -> Speed:
@@ -106,14 +120,14 @@ def _make_fast(trainer: "CapturedTrainer", config: TrainConfig, packed: PackedCo
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     if requested_sharding() is None:
         n_batches = len(packed) * args.num_train_epochs / args.train_batch_size / args.world_size
+        if args.max_steps > 0:
+            n_batches = args.max_steps * args.gradient_accumulation_steps
         n_tokens = args.train_batch_size * config.block_size
         install_head(plain, config.head, n_tokens, dtype, speed, n_batches=int(n_batches))
     else:
         trainer.add_callback(_sharded_start(config, trainer))
     if trainer.is_fsdp_enabled:
         reduce_in_float32(trainer)
-    if args.device.type != "cpu":
-        speed.device = torch.cuda.get_device_name(args.device)
     if not is_sharded(model):  # DeepSpeed has by now taken the weights apart, FSDP has not
         trainer.flops_per_token = training_flops(measure_sizes(model), config.block_size)
 

@@ -53,10 +53,16 @@ NOT_RUN = {
     "python benchmarks/merge.py": "minutes, and gigabytes of weights",
     "python benchmarks/search.py": "hours",
     "python benchmarks/precision.py": "the base of the demo",
+    "python benchmarks/gpu.py": "a GPU",
+    "python benchmarks/spin.py": "minutes, and a machine of its own",
+    "python benchmarks/plan_27b.py": "test_27b.py runs it",
+    "optimer plan recipes/mine --on": "a base of 27 B parameters; benchmarks/plan_27b.py does it",
     'python3 -m venv "${VENV:-.venv}"': "the two blocks that .ci/run has, too",
 }
 NO_COMMANDS = {
     "theta(w) = ": "a formula",
+    "google/gemma-3-27b-pt (27 billion": "a plan; test_27b.py compares it with that of its script",
+    "device_map: auto": "two lines of a study.yaml",
     "runs/gemma-3-270m-demo/": "a listing; a test below looks for its files",
 }
 
@@ -125,6 +131,7 @@ FILES = {  # where a YAML block is written, by a field that only its kind has
     "corpus": ["train-math.yaml"],
     "mixture": ["train-mixed.yaml"],
     "terms": ["objective.yaml", "other-objective.yaml"],
+    "compute_environment": [],  # of accelerate; tests/docs/test_accelerate_configs.py reads them
 }
 PROGRAMS = {"optimer", "hf", "pip", "python", "mkdocs", "dask", "accelerate", "eval"}
 OUTPUTS = {"out", "study_dir", "recipe_yaml", "figures", "figure"}

@@ -64,6 +64,8 @@ UNBOUNDED = {  # number fields without bounds, and why that is no harm
     "relative_error": MEASURED,
     "relative_errors[]": MEASURED,
     "Lock.weights[]": "compared with those of the recipe, which have bounds",
+    "StudyConfig.device_map": "the number of a GPU, which a trial looks for",
+    "StudyConfig.engine": "options of vLLM, which knows their bounds",
     "GeometryFile": "a cache of ours, made again where it does not fit",
     "Recipe.scores": MEASURED,
     "Recipe.study": MEASURED,
