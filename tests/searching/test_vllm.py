@@ -83,12 +83,6 @@ def searched(study_file: Path, tmp_path_factory):
     return search(StudyConfig.read(study_file), tmp_path_factory.mktemp("searched") / "s")
 
 
-def outcome(study) -> list:
-    return [
-        (t.number, t.origin, t.fidelity, t.weights, t.status, t.terms) for t in study.log.trials
-    ]
-
-
 def test_a_study_in_vllm_scores_what_transformers_scores(searched):
     """The reference: the same trials in the engine transformers, in float32."""
     config = searched.config.model_copy(update={"engine": TRANSFORMERS})
@@ -114,10 +108,28 @@ def test_a_killed_study_goes_on_to_the_same_trials_and_leaves_no_engine(
     assert len(engine) >= 1
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert len(trials.read_bytes().splitlines()) < 10
+    kept = trials.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    assert kept.count(b"\n") < 10
     _wait_until(lambda: not any(each.is_running() for each in engine), seconds=20)
     resumed = search(StudyConfig.read(study_file), tmp_path / "s")
-    assert outcome(resumed) == outcome(searched)
+    assert trials.read_bytes().startswith(kept)
+    assert len(resumed.log.trials) == len(searched.log.trials)
+    for one, other in zip(resumed.log.trials, searched.log.trials, strict=True):
+        assert_same_trial(one, other)
+
+
+def assert_same_trial(one, other) -> None:
+    """Trials are the same but for rounding: vLLM forms its batches by the time that items arrive,
+    and a sum of another batch is rounded in another way.
+    """
+    assert (one.number, one.origin, one.fidelity) == (other.number, other.origin, other.fidelity)
+    assert one.status == other.status == "ok"
+    assert one.weights == pytest.approx(other.weights, abs=1e-3)
+    assert one.terms.keys() == other.terms.keys()
+    for label, term in one.terms.items():
+        tops = [top for top, _ in term.items]
+        assert tops == pytest.approx([top for top, _ in other.terms[label].items], **CLOSE)
 
 
 def _wait_until(is_true, seconds: float = 300) -> None:

@@ -113,6 +113,8 @@ def examples_of(section: str, field: str) -> list:
 )
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
 def test_a_settled_value_is_one_that_no_package_refuses(section, field):
+    if field not in field_types(section):
+        pytest.skip("the installed version of the package does not have the field")
     others = {"dataloader_num_workers": 1} if field == "dataloader_prefetch_factor" else {}
     values = examples_of(section, field)
     for value in [*values, 1e-9] if field == "num_train_epochs" else values:
@@ -126,7 +128,11 @@ def test_a_settled_value_is_one_that_no_package_refuses(section, field):
 @pytest.mark.parametrize("end", [0, -1])
 def test_settled_values_are_not_refused_together_either(end):
     values = {
-        section: {field: examples_of(section, field)[end] for field in SETTLED[section]}
+        section: {  # older versions of the packages lack some
+            field: examples_of(section, field)[end]
+            for field in SETTLED[section]
+            if field in field_types(section)
+        }
         for section in SETTLED
     }
     values["trainer"]["fp16"] = not values["trainer"]["bf16"]
