@@ -63,18 +63,24 @@ class TokenBlockLoss(torch.autograd.Function):
         return gradient * scale, scaled, None, None, None
 
 
+_SIZES: dict[tuple[int, int, torch.dtype, bool], int] = {}  # of the last blocks of each shape
+
+
 def _blocks(hidden: torch.Tensor, n_vocabulary: int, is_compiled: bool) -> list[slice]:
     """Return slices of about the same number of tokens, as large as memory allows."""
-    n = len(hidden)
+    n, key = len(hidden), (len(hidden), n_vocabulary, hidden.dtype, is_compiled)
+    if hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        size = _SIZES[key]  # as in the steps before the capture
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
     n_bytes = n_vocabulary * (hidden.element_size() if is_compiled else PLAIN_BYTES)
     n_blocks = max(1, math.ceil(n * n_bytes / largest_block(hidden.device)))
-    size = max(1, math.ceil(n / n_blocks / ALIGNED)) * ALIGNED
+    size = _SIZES[key] = max(1, math.ceil(n / n_blocks / ALIGNED)) * ALIGNED
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def largest_block(device: torch.device) -> int:
     """Return how many bytes one block of logits may take on a device."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return LARGEST_LOGITS
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused

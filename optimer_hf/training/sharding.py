@@ -31,7 +31,7 @@ def requested_sharding() -> str | None:
 
 
 def _is_on(flag: str) -> bool:
-    return os.environ.get(flag, "").lower() in ("true", "1")
+    return os.environ.get(flag, "").lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def check_sharding(config: TrainConfig) -> None:
