@@ -95,16 +95,11 @@ def seal(folder: Path) -> None:
     CheckpointSeal(files=_digests_of(folder)).write(folder / SEAL)
 
 
-def cost_before(out: Path) -> Cost:
-    """Return the time already spent on training up to the newest checkpoint of `out`."""
-    checkpoint = newest_checkpoint(out / CHECKPOINTS)
-    return Cost() if checkpoint is None else SpentRecord.read(checkpoint / SPENT_FILE).cost
-
-
-def speed_before(out: Path) -> Speed | None:
-    """Return how the newest checkpoint of `out` computed its steps, if there is one."""
-    checkpoint = newest_checkpoint(out / CHECKPOINTS)
-    return None if checkpoint is None else SpentRecord.read(checkpoint / SPENT_FILE).speed
+def read_spent(checkpoint: Path | None) -> SpentRecord:
+    """Return what a run had spent, and how it computed its steps, up to a checkpoint; nothing where
+    there is none.
+    """
+    return SpentRecord() if checkpoint is None else SpentRecord.read(checkpoint / SPENT_FILE)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -38,9 +38,9 @@ from optimer_hf.training.checkpoints import (
     CHECKPOINTS,
     STARTED,
     StartedRecord,
-    cost_before,
     drop_damaged,
     newest_checkpoint,
+    read_spent,
     read_started,
     refuse_other_sharding,
 )
@@ -182,15 +182,16 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
     state.wait_for_everyone()
     refuse_other_sharding(out / CHECKPOINTS, requested_sharding())
     base = resolve_base(config.base_model)
-    trainer = build_trainer(config, base, packed, out)
+    checkpoint = newest_checkpoint(out / CHECKPOINTS)  # reads all of it
+    spent = read_spent(checkpoint)
+    trainer = build_trainer(config, base, packed, out, spent)
     logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
-    before, started = cost_before(out), Cost.now()
-    checkpoint = newest_checkpoint(out / CHECKPOINTS)
+    started = Cost.now()
     if checkpoint is not None:
         logger.info("train %s: resuming from %s", config.name, checkpoint.name)
     with naming_disk_errors(out, "The last complete checkpoint is kept"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        _save(config, base, packed, trainer, out, before + started.since())
+        _save(config, base, packed, trainer, out, spent.cost + started.since())
     forget_deepspeed()
     state.wait_for_everyone()
 

@@ -29,7 +29,7 @@ from optimer_hf.training.arguments import (
     training_arguments,
 )
 from optimer_hf.training.batch_size import find_batch_size
-from optimer_hf.training.checkpoints import cost_before, speed_before
+from optimer_hf.training.checkpoints import SpentRecord
 from optimer_hf.training.checks import LORA_FIX
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.head_choice import install_head, install_sharded_head
@@ -48,9 +48,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_trainer(
-    config: TrainConfig, base: ResolvedModel, packed: PackedCorpus, out: Path
+    config: TrainConfig,
+    base: ResolvedModel,
+    packed: PackedCorpus,
+    out: Path,
+    spent: SpentRecord | None = None,
 ) -> "CapturedTrainer":
-    """Return the Trainer of a run, with its model loaded.
+    """Return the Trainer of a run, with its model loaded. `spent` is of the checkpoint that the run
+    goes on from, if there is one.
 
     Raises ConfigError for arguments that the Trainer refuses.
     """
@@ -62,8 +67,9 @@ def build_trainer(
     arguments = training_arguments(config, out)
     set_seed(config.seed)
     model = _load_base(config, base, arguments)
-    speed = _speed_of(config, out, arguments.device)
-    callback = RunCallback(config, base.path, cost_before(out), speed)
+    spent = spent or SpentRecord()
+    speed = _speed_of(config, spent.speed, arguments.device)
+    callback = RunCallback(config, base.path, spent.cost, speed)
     try:
         trainer = CapturedTrainer(
             model=model,
@@ -82,12 +88,12 @@ def build_trainer(
     return trainer
 
 
-def _speed_of(config: TrainConfig, out: Path, device: torch.device) -> Speed:
+def _speed_of(config: TrainConfig, recorded: Speed | None, device: torch.device) -> Speed:
     """Return the choices that a train file makes, and those of the run so far if it goes on on the
     same kind of device; the rest is None.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    requested, recorded = _requested_speed(config), speed_before(out)
+    requested = _requested_speed(config)
     if recorded is None or recorded.device != name:
         return requested.model_copy(update={"device": name})
     decided = {"cuda_graph": requested.cuda_graph, "compiled": requested.compiled}

@@ -8,13 +8,14 @@ import pytest
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.progress import Cost
 from optimer_hf.training.checkpoints import (
+    CHECKPOINTS,
     SEAL,
     SPENT_FILE,
     CheckpointSeal,
     SpentRecord,
-    cost_before,
     drop_damaged,
     newest_checkpoint,
+    read_spent,
     seal,
 )
 
@@ -39,14 +40,14 @@ def seal_as_0_1_0(folder: Path) -> None:
 
 @pytest.mark.parametrize("finish", [lambda folder: None, seal_as_0_1_0], ids=["now", "0.1.0"])
 def test_the_time_of_the_newest_sealed_checkpoint_is_read(tmp_path: Path, finish):
-    assert cost_before(tmp_path) == Cost()
+    assert read_spent(newest_checkpoint(tmp_path / CHECKPOINTS)).cost == Cost()
     make_checkpoint(tmp_path, 3, 1.0)
     newest = make_checkpoint(tmp_path, 20, 3.0)
     finish(newest)
     assert newest_checkpoint(tmp_path / "checkpoints") == newest
-    assert cost_before(tmp_path) == Cost(3.0, 6.0)
+    assert read_spent(newest_checkpoint(tmp_path / CHECKPOINTS)).cost == Cost(3.0, 6.0)
     (newest / "weights").write_bytes(b"0124")
-    assert cost_before(tmp_path) == Cost(1.0, 2.0)
+    assert read_spent(newest_checkpoint(tmp_path / CHECKPOINTS)).cost == Cost(1.0, 2.0)
 
 
 def test_a_seal_names_every_other_file(tmp_path: Path):
