@@ -45,6 +45,7 @@ NOT_RUN = {
     "pip install -c constraints.txt -e .": "changes the environment; .ci/run does it",
     "pip install -c constraints.txt -e '.[demo]'": "changes the environment; .ci/run does it",
     "pip install optimer-hf": "not published yet",
+    "pip install deepspeed": "changes the environment, also that of the tests after it",
     "pip install optuna cma": "changes the environment",
     "pip install 'optimer-hf[vllm]'": "gigabytes; .ci/vllm installs it for the CPU",
     "optimer evaluate merged objective.yaml --engine": "vLLM; tests/searching/test_vllm.py does it",
