@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from optimer_hf.models.memory import free_memory
+
 LARGEST_LOGITS = 2**31  # bytes of a block of logits
 LARGEST_SHARE = 0.125  # of the memory that is free
 PLAIN_BYTES = 8  # per logit in separate passes, which need a copy in float32
@@ -69,12 +71,11 @@ _SIZES: dict[tuple[int, int, torch.dtype, bool], int] = {}  # of the last blocks
 def _blocks(hidden: torch.Tensor, n_vocabulary: int, is_compiled: bool) -> list[slice]:
     """Return slices of about the same number of tokens, as large as memory allows."""
     n, key = len(hidden), (len(hidden), n_vocabulary, hidden.dtype, is_compiled)
-    if hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        size = _SIZES[key]  # as in the steps before the capture
-        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-    n_bytes = n_vocabulary * (hidden.element_size() if is_compiled else PLAIN_BYTES)
-    n_blocks = max(1, math.ceil(n * n_bytes / largest_block(hidden.device)))
-    size = _SIZES[key] = max(1, math.ceil(n / n_blocks / ALIGNED)) * ALIGNED
+    if not (hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        n_bytes = n_vocabulary * (hidden.element_size() if is_compiled else PLAIN_BYTES)
+        n_blocks = max(1, math.ceil(n * n_bytes / largest_block(hidden.device)))
+        _SIZES[key] = max(1, math.ceil(n / n_blocks / ALIGNED)) * ALIGNED
+    size = _SIZES[key]  # a capture takes that of the steps before it
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -82,9 +83,7 @@ def largest_block(device: torch.device) -> int:
     """Return how many bytes one block of logits may take on a device."""
     if device.type != "cuda":
         return LARGEST_LOGITS
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    return max(2**26, min(LARGEST_LOGITS, int(free * LARGEST_SHARE)))
+    return max(2**26, min(LARGEST_LOGITS, int(free_memory(str(device)) * LARGEST_SHARE)))
 
 
 def _loss_of_block(

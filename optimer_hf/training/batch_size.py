@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimer_hf.models.memory import lacks_memory
+from optimer_hf.models.memory import free_memory, lacks_memory
 from optimer_hf.training.packing import PackedCorpus
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ def find_batch_size(trainer: "Trainer", packed: PackedCorpus) -> int:
     args = trainer.args
     if args.device.type == "cpu":
         return 1
-    n_batches = LEAST_STEPS * args.gradient_accumulation_steps * args.world_size
-    n_blocks = len(packed) if args.max_steps > 0 else int(len(packed) * args.num_train_epochs)
-    most = max(1, n_blocks // (1 if args.max_steps > 0 else n_batches))
+    most = len(packed)
+    if args.max_steps <= 0:  # otherwise the number of steps does not depend on the batch
+        n_batches = LEAST_STEPS * args.gradient_accumulation_steps * args.world_size
+        most = max(1, int(len(packed) * args.num_train_epochs) // n_batches)
     with torch.random.fork_rng(devices=[args.device]):
         found = double_while_faster(lambda size: _time_batch(trainer, packed, size), most)
     sizes: list[int] = gather_object([found])
@@ -67,9 +68,7 @@ def _time_batch(trainer: "Trainer", packed: PackedCorpus, size: int) -> float | 
     batch = {key: value.to(device) for key, value in batch.items()}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    limit = LARGEST_SHARE * (
-        torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    )
+    limit = LARGEST_SHARE * (free_memory(str(device)) + torch.cuda.memory_allocated(device))
     model.train()
     seconds = []
     try:

@@ -236,9 +236,8 @@ class CapturedStep:
             if self.failure or not self._capture(step, inputs, n_items):
                 return step(inputs, n_items)
             self._n_batches = n_batches
-        if n_batches != self._n_batches or not self._fits(
-            inputs, n_items
-        ):  # the last batch of an epoch may be smaller
+        # the last batch of an epoch may be smaller, and its last step have fewer batches
+        if n_batches != self._n_batches or not self._fits(inputs, n_items):
             return self._run_plainly(step, inputs, n_items)
         return self._replay(inputs, n_items)
 

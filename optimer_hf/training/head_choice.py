@@ -135,7 +135,7 @@ def measure_loss(
     head = weight.detach().requires_grad_(weight.requires_grad)
     hidden = torch.randn(n_tokens, weight.shape[1], device=device).to(dtype).requires_grad_()
     labels = torch.randint(len(weight), (n_tokens,), device=device)
-    free = _free_memory(device)
+    free = _reset_memory(device)
     seconds = []
     try:
         for _ in range(1 + REPEATS):
@@ -151,13 +151,13 @@ def measure_loss(
         raise
     finally:
         hidden.grad = head.grad = None
-        _free_memory(device)
+        _reset_memory(device)
     if peak > _in_use(device) + STOCK_SHARE * free:
         return None
     return round(1e3 * statistics.median(seconds[1:]), 2)
 
 
-def _free_memory(device: torch.device) -> int:
+def _reset_memory(device: torch.device) -> int:
     """Give unused memory of a GPU back, start to measure the peak, and return what is free."""
     if device.type != "cuda":
         return 0

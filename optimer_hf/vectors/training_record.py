@@ -55,11 +55,11 @@ class Speed(FileModel):
 
     `head` is the loss that was used, and `head_ms` has the milliseconds that each candidate took
     for the loss of a batch and its gradients, if they were measured; `compiled_head_ms` is that of
-    the blocked loss when compiled, and `compiled_head` whether it is. `batch_size` is in blocks on
-    each device, if it was found. `cuda_graph` (steps were captured) and `compiled` are None while
-    that is not decided; `seconds_before` is the time of a batch before its layers were compiled.
-    `mfu` is the share of the peak of the device (`device`) that the arithmetic of the model used,
-    after PaLM; it is None for a device whose peak is not known.
+    the blocked loss when compiled, and `compiled_head` whether it was, apart from the layers.
+    `batch_size` is in blocks on each device, if it was found. `cuda_graph` (steps were captured)
+    and `compiled` are None while that is not decided; `seconds_before` is the time of a batch
+    before its layers were compiled. `mfu` is the share of the peak of the device (`device`) that
+    the arithmetic of the model used, after PaLM; it is None for a device whose peak is not known.
     """
 
     model_config = ConfigDict(frozen=False)  # a run fills it in
