@@ -85,7 +85,7 @@ def sharded(make_config, tmp_path_factory):
         for name, (given, _) in runs.items()
     ]
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
-    wait(launch(folder, folder / "cases.json"), seconds=900)
+    wait(launch(folder, folder / "cases.json"), seconds=600)
     return folder
 
 
