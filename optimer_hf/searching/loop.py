@@ -257,7 +257,7 @@ def _crash_if_unusable(rules: Rules, finished: Trial) -> Trial:
             wrong = mistake_of_gain(term, base.terms[label])
         if wrong is not None:
             error = f"EvaluationError: term {label!r}: {wrong}"
-            return replace(finished, status="crashed", terms={}, error=error)
+            return replace(finished, status="crashed", terms={}, gradients={}, error=error)
     for wrong in rules.mistakes(finished):
         is_crashed_base = base is None and finished.status != "ok"  # `_check_sound` says so
         if not is_crashed_base:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 ROUNDING = 1e-4  # weights are recorded with 4 digits
 LARGEST_SCORE = 1e290  # sums of such scores stay finite
 LARGEST_GAIN = 1e100  # squares of such gains stay finite
+LARGEST_SLOPE = 1e100  # squares of such derivatives stay finite
 LARGEST_COUNT = 10**15  # of tokens, bytes or items
 LONGEST = 1e12  # seconds
 
@@ -81,6 +82,8 @@ class RecordedTrial(Protocol):
     def seconds(self) -> Mapping[str, float]: ...
     @property
     def n_tokens(self) -> int: ...
+    @property
+    def gradients(self) -> Mapping[str, Mapping[str, float]]: ...
 
 
 @dataclass
@@ -112,6 +115,7 @@ class Rules:
         yield from self._mistakes_of_weights(trial)
         yield from mistakes_of_cost(trial.seconds, trial.n_tokens, trial.terms)
         yield from self._mistakes_of_terms(trial)
+        yield from self._mistakes_of_gradients(trial)
 
     def first(self, fidelity: str) -> RecordedTrial | None:
         """Return the first trial of one fidelity, which is the base, or None."""
@@ -178,6 +182,20 @@ class Rules:
             if term.taken_over:
                 for wrong in self._mistakes_of_taken_over(trial, label):
                     yield f"term {label!r}: {wrong}"
+
+    def _mistakes_of_gradients(self, trial: RecordedTrial) -> Iterator[str]:
+        free = sorted(name for name, (low, high) in self.bounds.items() if low != high)
+        for label, gradient in trial.gradients.items():
+            if label not in trial.terms:
+                yield f"found a gradient of {label!r}, expected one of {sorted(trial.terms)}"
+                return
+            if sorted(gradient) != free:
+                yield f"found a gradient of {label!r} in {sorted(gradient)}, expected one in {free}"
+                return
+            for name, slope in gradient.items():
+                if not abs(slope) <= LARGEST_SLOPE:
+                    yield f"found gradient {slope!r} of {label!r} in {name}, expected a finite one"
+                    return
 
     def _mistakes_of_taken_over(self, trial: RecordedTrial, label: str) -> Iterator[str]:
         searched = self._seen.get("search", {}).get(trial.number)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import TypeAdapter
@@ -14,9 +15,10 @@ from optimer_hf.files.text import first_line, summarize_numbers
 from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.recorded_faults import was_environmental
-from optimer_hf.study.records import Rules, append_line, read_lines
+from optimer_hf.study.records import LARGEST_SLOPE, Rules, append_line, read_lines
 
 Fidelity = Literal["search", "rescore", "sealed"]
+Gradients = Mapping[str, Mapping[str, float]]  # label of the term -> name of the vector
 ITEMS_OF: dict[Fidelity, str] = {  # which items were scored, by fidelity
     "search": "the items of the search",
     "rescore": "the items on which the best trials were scored again",
@@ -33,18 +35,27 @@ OF_TEST = "test."  # fields of inputs.json that are about the sealed test
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights to try, and on which items; `seconds` is the time that choosing them took."""
+    """Weights to try, on which items, and whether with gradients; `seconds` is the time that
+    choosing them took.
+    """
 
     number: int
     origin: str
     weights: dict[str, float]
     fidelity: Fidelity = "search"
     seconds: dict[str, float] = field(default_factory=dict)
+    with_gradients: bool = False
 
     def to_trial(
-        self, terms: Mapping[str, TermScore], seconds: Mapping[str, float], n_tokens: int
+        self,
+        terms: Mapping[str, TermScore],
+        seconds: Mapping[str, float],
+        n_tokens: int,
+        gradients: Gradients = MappingProxyType({}),
     ) -> "Trial":
-        """Return the trial of a candidate that was scored; `seconds` are by phase."""
+        """Return the trial of a candidate that was scored; `seconds` are by phase. A gradient that
+        is not finite is left out: the score is good without it.
+        """
         return Trial(
             self.number,
             self.origin,
@@ -54,6 +65,11 @@ class Candidate:
             dict(terms),
             self.seconds | dict(seconds),
             n_tokens,
+            gradients={
+                label: dict(gradient)
+                for label, gradient in gradients.items()
+                if all(abs(slope) <= LARGEST_SLOPE for slope in gradient.values())
+            },
         )
 
     def to_crashed_trial(self, error: str) -> "Trial":
@@ -73,7 +89,11 @@ class Candidate:
 @dataclass(frozen=True)
 class Trial:
     """The scores of one set of weights, or the error with which it crashed. `seconds` has the keys
-    ask, merge, evaluate, forward (a part of evaluate) and cpu.
+    ask, merge, evaluate, forward and backward (parts of evaluate) and cpu.
+
+    `gradients` are the derivatives of a term's score in the weight of every free vector, by label
+    and name, in the unit of the score. Terms that are not differentiable have none, nor has a trial
+    that took none.
     """
 
     __pydantic_config__ = STRICT_RECORD
@@ -88,6 +108,7 @@ class Trial:
     n_tokens: int = 0
     error: str | None = None
     worker: str | None = None
+    gradients: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         scores = {label: score.score for label, score in self.terms.items()}
@@ -96,8 +117,13 @@ class Trial:
         return f"Trial({self.number}, {self.origin!r}, {weights}: {outcome})"
 
     def to_json(self) -> str:
-        """Return the trial as one line of trials.jsonl."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        """Return the trial as one line of trials.jsonl. Without gradients it is the line that
+        versions wrote which knew none.
+        """
+        data = asdict(self)
+        if not self.gradients:
+            del data["gradients"]
+        return json.dumps(data, ensure_ascii=False, allow_nan=False)
 
     @property
     def is_blameless(self) -> bool:

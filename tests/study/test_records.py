@@ -136,6 +136,10 @@ def weights(line: int = 2, **changes) -> Callable[[Lines], Any]:
     return lambda lines: lines[line]["weights"].update(changes)
 
 
+def gradient(label: str = "loss", **changes) -> Callable[[Lines], Any]:
+    return trial(gradients={label: {"x": 0.1, "y": 0.2} | changes})
+
+
 def swapped(lines: Lines) -> None:
     lines[2]["terms"]["loss"], lines[2]["terms"]["accuracy"] = (
         lines[2]["terms"]["accuracy"],
@@ -208,6 +212,21 @@ DAMAGES = {
     "negative tokens of a term": (term(n_tokens=-1), ":3: .*-1 tokens"),
     "an origin that is a number": (trial(origin=3), ":3: not a trial"),
     "an unknown field": (trial(note="x"), ":3: not a trial"),
+    "a gradient of an unknown term": (gradient("new"), ":3: .*found a gradient of 'new'"),
+    "a gradient of a crashed trial": (
+        trial(status="crashed", terms={}, gradients={"loss": {"x": 0.1, "y": 0.2}}),
+        r":3: .*gradient of 'loss', expected one of \[\]",
+    ),
+    "a gradient without a vector": (
+        trial(gradients={"loss": {"x": 0.1}}),
+        r":3: .*in \['x'\], expected one in \['x', 'y'\]",
+    ),
+    "a gradient in a fixed vector": (
+        gradient(f=0.1),
+        r":3: .*expected one in \['x', 'y'\]",
+    ),
+    "an enormous gradient": (gradient(y=1e200), ":3: .*gradient 1e[+]200 of 'loss' in y"),
+    "a gradient that is NaN": (gradient(y=float("nan")), ":3: not a trial"),
     "scores taken over by the search": (term(taken_over=True), ":3: .*were taken over"),
     "an empty line": (lambda lines: lines.insert(2, "EMPTY"), ":3: not a trial"),
     "a list": (lambda lines: lines.insert(2, []), ":3: not a trial"),
