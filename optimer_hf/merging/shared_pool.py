@@ -7,6 +7,7 @@ with `merge_rows`.
 import logging
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -83,6 +84,8 @@ class SharedPool:
     def merged_tensors(self, weights: Mapping[str, float]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the name and the value of every tensor in `names`: base + sum_i w_i v_i, whole, in
         new memory on the device. Vectors that are not named get weight 0.
+
+        If this process fails, it still exchanges what the others wait for before it raises.
         """
         every = {vector.name: float(weights.get(vector.name, 0.0)) for vector in self._vectors}
         parts: dict[str, torch.Tensor] = {}
@@ -101,11 +104,18 @@ class SharedPool:
             self._merge_into(target, name, rows, every)
             return None
 
-        for name in self._in_order(merge_block, own_blocks()):
-            if name is not None:
-                shape = self._checkpoint.shape(name)
-                whole = self._gather(parts.pop(name))
-                yield name, whole[: matrix_shape(shape)[0]].view(shape)
+        left = deque(self.names)
+        try:
+            for name in self._in_order(merge_block, own_blocks()):
+                if name is not None:
+                    shape = self._checkpoint.shape(name)
+                    left.popleft()
+                    whole = self._gather(parts.pop(name))
+                    yield name, whole[: matrix_shape(shape)[0]].view(shape)
+        except Exception:
+            for name in left:  # the other processes would wait for these parts for ever
+                self._gather(self._empty_part(name))
+            raise
 
     def _in_order(
         self,

@@ -70,6 +70,32 @@ def test_a_pool_that_does_not_fit_into_memory_reads_the_base_from_disk(pool, mon
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("place", [0, 3, -1], ids=["first", "fourth", "last"])
+def test_a_process_that_fails_exchanges_the_rest_before_it_raises(pool, monkeypatch, place):
+    base, vectors = pool
+    n_exchanged = 0
+
+    def gather(part: torch.Tensor) -> torch.Tensor:
+        nonlocal n_exchanged
+        n_exchanged += 1
+        return part.repeat(2, *[1] * (part.dim() - 1))
+
+    options = {"dtype": "bfloat16", "device": "cpu", "rank": 0, "n_ranks": 2}
+    shared = SharedPool(base, vectors, **options, gather=gather)
+    failing = shared.names[place]
+    merge_rows = shared_pool.merge_rows
+
+    def merge_or_fail(base_rows, name, *rest, **kept):
+        if name == failing:
+            raise MemoryError("of this process")
+        return merge_rows(base_rows, name, *rest, **kept)
+
+    monkeypatch.setattr(shared_pool, "merge_rows", merge_or_fail)
+    with pytest.raises(MemoryError, match="of this process"):
+        list(shared.merged_tensors({"lora": 1.0}))
+    assert n_exchanged == len(shared.names)  # as many as the other processes wait for
+
+
 def test_only_the_layers_that_vectors_move_are_merged_and_those_whole(make_base, make_adapter):
     base = make_base("llama", torch.bfloat16)
     lora = make_adapter(base, 1, target_modules=["q_proj"], layers_to_transform=[1])
