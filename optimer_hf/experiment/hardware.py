@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from optimer_hf.experiment.plan_file import show_bytes
-from optimer_hf.models.devices import Device
+from optimer_hf.models.devices import Accelerator
 from optimer_hf.models.flops import (
     ModelSizes,
     activation_bytes,
@@ -36,7 +36,7 @@ class Hardware:
     """Devices of one kind, and the share of their peak that is reached, in FLOP/s and bytes/s."""
 
     n_devices: int
-    device: Device
+    device: Accelerator
     utilisation: float
 
     @property
@@ -53,7 +53,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Placement:
+class Allocation:
     """Where the model of a stage is: on how many devices together, in words, and with how many
     bytes on each. `host_bytes` are in the memory of the machine. A warning says what does not fit.
     """
@@ -122,21 +122,21 @@ def training_bytes(sizes: ModelSizes, settings: TrainingSettings, n_shards: int 
 
 def place_training(
     name: str, sizes: ModelSizes, settings: TrainingSettings, hardware: Hardware
-) -> Placement:
+) -> Allocation:
     """Return where a training runs: a copy on each device if one fits, else sharded over all."""
     n = hardware.n_devices
-    alone = Placement(1, "one GPU" if n == 1 else "a copy on each", 0)
-    ways = [(1, alone)] + ([(n, Placement(n, f"sharded over {n}", 0))] if n > 1 else [])
-    for n_shards, placement in ways:
+    alone = Allocation(1, "one GPU" if n == 1 else "a copy on each", 0)
+    ways = [(1, alone)] + ([(n, Allocation(n, f"sharded over {n}", 0))] if n > 1 else [])
+    for n_shards, allocation in ways:
         n_bytes = training_bytes(sizes, settings, n_shards)
         if n_bytes <= hardware.room:
-            return replace(placement, memory_bytes=n_bytes)
-    n_shards, placement = ways[-1]
+            return replace(allocation, memory_bytes=n_bytes)
+    n_shards, allocation = ways[-1]
     n_bytes = training_bytes(sizes, settings, n_shards)
     reason = f"train {name}: {show_bytes(n_bytes)} a device do not fit. " + _find_remedy(
         sizes, settings, hardware
     )
-    return replace(placement, memory_bytes=n_bytes, words="does not fit", warning=reason)
+    return replace(allocation, memory_bytes=n_bytes, words="does not fit", warning=reason)
 
 
 def _find_remedy(sizes: ModelSizes, settings: TrainingSettings, hardware: Hardware) -> str:
@@ -171,7 +171,7 @@ class TrialModel:
         return self.weight_bytes // self.sizes.total
 
 
-def place_trial(model: TrialModel, works: Sequence[ItemWork], hardware: Hardware) -> Placement:
+def place_trial(model: TrialModel, works: Sequence[ItemWork], hardware: Hardware) -> Allocation:
     """Return where a trial runs: on as few devices as hold the model. What merges start from is
     beside it if it fits, else in the memory of the machine.
     """
@@ -182,7 +182,7 @@ def place_trial(model: TrialModel, works: Sequence[ItemWork], hardware: Hardware
     n_bytes += RESERVED
     if n_bytes > hardware.room:
         warning = f"search: {show_bytes(n_bytes)} a device do not fit. Use more devices."
-        return Placement(n, "does not fit", n_bytes, warning=warning)
+        return Allocation(n, "does not fit", n_bytes, warning=warning)
     words = (
         f"a model on {n} together"
         if n > 1
@@ -194,7 +194,7 @@ def place_trial(model: TrialModel, works: Sequence[ItemWork], hardware: Hardware
     n_bytes += 0 if host else sources
     free = n * (hardware.room - n_bytes)
     caches = [_count_texts(model, work, free) * _text_bytes(model, work) for work in works]
-    return Placement(n, words, n_bytes + math.ceil(max(caches, default=0) / n), host)
+    return Allocation(n, words, n_bytes + math.ceil(max(caches, default=0) / n), host)
 
 
 def _text_bytes(model: TrialModel, work: ItemWork) -> int:
@@ -210,7 +210,7 @@ def _count_texts(model: TrialModel, work: ItemWork, free: float) -> int:
 
 
 def item_seconds(
-    model: TrialModel, work: ItemWork, placement: Placement, hardware: Hardware
+    model: TrialModel, work: ItemWork, allocation: Allocation, hardware: Hardware
 ) -> float:
     """Return the time of one device for an item: to read its inputs and to generate the longest
     answers that are allowed, for many texts at a time, each token with one pass over the weights.
@@ -218,8 +218,8 @@ def item_seconds(
     sizes = model.sizes
     seconds = hardware.seconds(work.n_read * forward_flops(sizes, round(work.n_read)))
     if work.n_written:
-        free = placement.n_together * (hardware.room - RESERVED) - model.weight_bytes
-        free -= 0 if placement.host_bytes else model.source_bytes
+        free = allocation.n_together * (hardware.room - RESERVED) - model.weight_bytes
+        free -= 0 if allocation.host_bytes else model.source_bytes
         n_texts, halfway = _count_texts(model, work, free), round(work.n_read + work.n_written / 2)
         n_bytes = generation_bytes(sizes, halfway, n_texts, model.bytes_per_number)
         step = hardware.seconds(n_texts * forward_flops(sizes, halfway), n_bytes)
@@ -227,8 +227,8 @@ def item_seconds(
     return work.n_inputs * seconds
 
 
-def merge_seconds(model: TrialModel, placement: Placement, hardware: Hardware) -> float:
+def merge_seconds(model: TrialModel, allocation: Allocation, hardware: Hardware) -> float:
     """Return the time of one device to set the weights of a merge."""
-    if placement.host_bytes:
-        return placement.host_bytes / HOST_BANDWIDTH
+    if allocation.host_bytes:
+        return allocation.host_bytes / HOST_BANDWIDTH
     return hardware.seconds(0, model.source_bytes + model.weight_bytes)

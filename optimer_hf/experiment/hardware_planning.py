@@ -15,8 +15,9 @@ from optimer_hf.experiment.hardware import (
     HOST_BANDWIDTH,
     MOST_TEXTS,
     RESERVED,
+    Allocation,
     Hardware,
-    Placement,
+    TrainingSettings,
     TrialModel,
     item_seconds,
     merge_seconds,
@@ -52,7 +53,7 @@ class Training:
     the bytes of its vector and of its checkpoints.
     """
 
-    placement: Placement
+    allocation: Allocation
     seconds: float
     vector_bytes: int
     checkpoint_bytes: int
@@ -163,11 +164,21 @@ def _estimate_training(
     )
     n_kept = int(fields.get("save_total_limit") or 1) + 1  # and the one that is being written
     return Training(
-        placement=place_training(config.name, sizes, settings, hardware),
-        seconds=seconds * float(fields["num_train_epochs"]),
+        allocation=place_training(config.name, sizes, settings, hardware),
+        seconds=seconds * _count_epochs(config, settings, hardware.n_devices),
         vector_bytes=4 * (sizes.total if config.lora is None else sizes.trained),
         checkpoint_bytes=n_kept * CHECKPOINT * sizes.trained,
     )
+
+
+def _count_epochs(config: TrainConfig, settings: TrainingSettings, n_devices: int) -> float:
+    """Return how often a training reads its tokens; `max_steps` decides before the epochs do."""
+    fields = {**TRAINER_DEFAULTS, **config.trainer}
+    n_steps = int(fields.get("max_steps") or -1)
+    if n_steps <= 0 or config.max_tokens is None:
+        return float(fields["num_train_epochs"])
+    n_batches = n_steps * int(fields.get("gradient_accumulation_steps") or 1)
+    return n_batches * settings.n_tokens * n_devices / config.max_tokens
 
 
 def _count_work(
@@ -194,7 +205,7 @@ def _make_probe(
     config: StudyConfig,
     model: TrialModel,
     works: Mapping[tuple[str, tuple[float, float]], ItemWork],
-    trial: Placement,
+    trial: Allocation,
     hardware: Hardware,
 ) -> Probe:
     """Return what the stages are made of, in seconds of one device."""
@@ -211,14 +222,14 @@ def _make_probe(
 
 
 def _place_stage(
-    stage: Stage, estimates: Mapping[str, Training], trial: Placement, hardware: Hardware
+    stage: Stage, estimates: Mapping[str, Training], trial: Allocation, hardware: Hardware
 ) -> HardwareStage:
     """Return a stage on the hardware; mixtures are trained like the slowest of the vectors."""
     hours, place = stage.cost.seconds / 3600, trial
     n_used = trial.n_together * (hardware.n_devices // trial.n_together)
     if stage.kind in ("train", "mixtures"):
         slowest = max(estimates.values(), key=lambda each: each.seconds)
-        place = estimates.get(stage.name.removeprefix("train "), slowest).placement
+        place = estimates.get(stage.name.removeprefix("train "), slowest).allocation
         n_used = hardware.n_devices
     return HardwareStage(
         name=stage.name,
@@ -255,13 +266,13 @@ def _list_assumptions(
 def _list_warnings(
     trainings: Mapping[str, TrainConfig],
     estimates: Mapping[str, Training],
-    trial: Placement,
+    trial: Allocation,
     given: Mapping[str, int | None],
 ) -> Iterator[str]:
     for name, training in trainings.items():
         if training.max_tokens is None:
             yield f"train {name}: has no max_tokens, so its time is not in the plan"
-    placements = [*(each.placement for each in estimates.values()), trial]
+    placements = [*(each.allocation for each in estimates.values()), trial]
     yield from (each.warning for each in placements if each.warning is not None)
     for name, n_bytes in given.items():
         if n_bytes is None:

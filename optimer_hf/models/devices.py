@@ -13,7 +13,7 @@ MOST_DEVICES = 100_000
 
 
 @dataclass(frozen=True)
-class Device:
+class Accelerator:
     """One kind of accelerator.
 
     `flops` is its peak in FLOP/s for products of dense bfloat16 matrices, summed in float32 (many
@@ -28,8 +28,10 @@ class Device:
     bandwidth: float
 
 
-def _device(name: str, reported: str, teraflops: float, gigabytes: int, gb_per_s: int) -> Device:
-    return Device(name, reported, teraflops * 1e12, gigabytes * 10**9, gb_per_s * 1e9)
+def _device(
+    name: str, reported: str, teraflops: float, gigabytes: int, gb_per_s: int
+) -> Accelerator:
+    return Accelerator(name, reported, teraflops * 1e12, gigabytes * 10**9, gb_per_s * 1e9)
 
 
 DEVICES = (  # the first whose pattern matches counts
@@ -67,7 +69,7 @@ DEVICES = (  # the first whose pattern matches counts
 )
 
 
-def identify_device(reported: str) -> Device | None:
+def identify_device(reported: str) -> Accelerator | None:
     """Return the device that PyTorch reports under a name, or None if it is not in the table.
 
     Parts of a device (MIG) and devices of laptops are not in it.
@@ -84,7 +86,7 @@ def peak_flops(reported: str) -> float | None:
     return None if device is None else device.flops
 
 
-def parse_devices(text: str) -> tuple[int, Device]:
+def parse_devices(text: str) -> tuple[int, Accelerator]:
     """Return the number and kind of the devices that a text such as `8xH100` or `H100` names.
 
     Raises ConfigError for a number out of range and for a device that is not in the table.

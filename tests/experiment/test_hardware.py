@@ -21,7 +21,7 @@ from optimer_hf.experiment.hardware import (
     training_bytes,
     training_seconds,
 )
-from optimer_hf.models.devices import Device
+from optimer_hf.models.devices import Accelerator
 from optimer_hf.models.flops import Attention, ModelSizes
 from optimer_hf.models.sizes import measure_sizes
 from optimer_hf.scoring.work import ItemWork
@@ -29,7 +29,7 @@ from optimer_hf.training.config import TrainConfig
 from tests.support.tiny import tiny_model
 
 GB = 10**9
-DEVICE = Device("D", "", 100e12, 80 * GB, 2e12)  # room: 76 GB
+DEVICE = Accelerator("D", "", 100e12, 80 * GB, 2e12)  # room: 76 GB
 BILLION = ModelSizes(
     total=GB,
     trained=GB,

@@ -95,6 +95,22 @@ def test_a_study_of_ready_vectors_counts_their_bytes(
     ]
 
 
+def test_max_steps_decide_how_long_a_training_takes(recipe_dir: Path):
+    def hours(**trainer: int) -> float:
+        for file in recipe_dir.glob("train-*.yaml"):
+            data = yaml.safe_load(file.read_text())
+            data["trainer"] = data.get("trainer", {}) | trainer
+            file.write_text(yaml.safe_dump(data))
+        stages = plan_of(recipe_dir, "--on", "2xH100")["stages"]
+        return next(each["device_hours"] for each in stages if each["name"] == "train aaa")
+
+    data = yaml.safe_load((recipe_dir / "train-aaa.yaml").read_text())
+    once = hours(num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    n_tokens = 50 * 3 * 2 * 4 * data["block_size"]  # steps, batches, devices, blocks
+    assert hours(max_steps=50) == pytest.approx(once * n_tokens / data["max_tokens"])
+    assert hours(num_train_epochs=7) == hours()
+
+
 def test_a_training_of_a_whole_corpus_is_named_as_missing(recipe_dir: Path):
     for file in recipe_dir.glob("train-*.yaml"):
         data = yaml.safe_load(file.read_text())
