@@ -214,17 +214,17 @@ def time_trials(folder: Path) -> dict[str, Any]:
     rows = []
     for number in range(6):
         weights = {f"v{n}": 0.1 * (number + n) for n in range(4)}
-        merge = clock(lambda weights=weights: pool._resident.set_weights(weights))
+        merge = clock(lambda weights=weights: pool._engine.set_weights(weights))
         started = perf_counter()
-        _, seconds, n_tokens = pool.score(weights, asked)
-        rows.append((perf_counter() - started, merge, seconds["forward"]))
+        scored = pool.score(weights, asked)
+        rows.append((perf_counter() - started, merge, scored.seconds["forward"]))
     whole, merge, forward = np.median(rows[1:], axis=0)
-    tensors = list(pool._resident._parameters.values())
+    tensors = list(pool._engine._resident._parameters.values())
     copies = [torch.empty_like(tensor) for tensor in tensors]
     clock(lambda: torch._foreach_copy_(copies, tensors))
     copy = np.median([clock(lambda: torch._foreach_copy_(copies, tensors)) for _ in range(5)])
     return {
-        "tokens": n_tokens,
+        "tokens": scored.n_tokens,
         "trial ms": round(1e3 * whole, 1),
         "forward ms": round(1e3 * forward, 1),
         "merge ms": round(1e3 * merge, 1),

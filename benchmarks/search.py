@@ -41,6 +41,7 @@ from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.next_weights import Asker
 from optimer_hf.searching.runner import InProcess
+from optimer_hf.searching.trial import Scored
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.prediction import predict
@@ -837,11 +838,11 @@ class LandscapePool:
         self.landscape, self.rng = landscape, noise_of("optimer", seed)
 
     def score(
-        self, weights: Mapping[str, float], asked: Sequence[Asked]
-    ) -> tuple[dict[str, TermScore], dict[str, float], int]:
+        self, weights: Mapping[str, float], asked: Sequence[Asked], *, gradients: bool = False
+    ) -> Scored:
         """Observe the landscape once."""
         observed = self.landscape.observe(point_of(weights), self.rng)
-        return term_scores(self.landscape, observed), {"merge": 0.0, "evaluate": 0.0}, 0
+        return Scored(term_scores(self.landscape, observed), {"merge": 0.0, "evaluate": 0.0}, 0)
 
 
 def retarget_study(job: Job) -> dict[str, Any]:

@@ -8,6 +8,7 @@ trial is tried once more. If it fails again, the search ends and the trial is no
 import logging
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
 
@@ -41,6 +42,19 @@ from optimer_hf.vectors.opening import open_vector
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a pool found for one set of weights: scores by label of the term, seconds by phase, the
+    number of tokens read, and for each differentiable term, by label and name of the vector, the
+    derivative of its score in the weight, in the unit of the score.
+    """
+
+    terms: dict[str, TermScore]
+    seconds: dict[str, float]
+    n_tokens: int
+    gradients: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
 class Pool(Protocol):
     """What runs the trials of a study: it sets weights and scores terms. Tests make one from a
     function of the weights.
@@ -54,9 +68,11 @@ class Pool(Protocol):
         ...
 
     def score(
-        self, weights: Mapping[str, float], asked: Sequence[Asked]
-    ) -> tuple[dict[str, TermScore], dict[str, float], int]:
-        """Return scores by label of the term, seconds by phase, and the number of tokens read."""
+        self, weights: Mapping[str, float], asked: Sequence[Asked], *, gradients: bool = False
+    ) -> Scored:
+        """Return the scores of terms and, with `gradients`, their derivatives in the weights where
+        this pool can take them.
+        """
         ...
 
 
@@ -116,8 +132,8 @@ class ResidentPool:
         return digests
 
     def score(
-        self, weights: Mapping[str, float], asked: Sequence[Asked]
-    ) -> tuple[dict[str, TermScore], dict[str, float], int]:
+        self, weights: Mapping[str, float], asked: Sequence[Asked], *, gradients: bool = False
+    ) -> Scored:
         """Merge in place and evaluate; see Pool."""
         started = perf_counter()
         self._engine.set_weights(weights)
@@ -129,7 +145,7 @@ class ResidentPool:
             "evaluate": perf_counter() - merged,
             "forward": self._evaluator.forward_seconds - forward,
         }
-        return scores, seconds, self._evaluator.n_tokens - tokens
+        return Scored(scores, seconds, self._evaluator.n_tokens - tokens)
 
 
 def placement_of(config: StudyConfig) -> Placement | None:
@@ -180,7 +196,7 @@ def _attempt(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial 
     """
     started = Cost.now()
     try:
-        scores, seconds, n_tokens = pool.score(candidate.weights, asked)
+        scored = pool.score(candidate.weights, asked)
     except Exception as error:  # one bad set of weights must not end a search of hours
         if isinstance(error, OptimerError) and not isinstance(error, EvaluationError):
             raise
@@ -195,6 +211,6 @@ def _attempt(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial 
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
         logger.warning("trial %d crashed: %s", candidate.number, error)
         return candidate.to_crashed_trial(text)
-    seconds = candidate.seconds | seconds | {"cpu": started.since().cpu_seconds}
+    seconds = candidate.seconds | scored.seconds | {"cpu": started.since().cpu_seconds}
     rounded = {phase: round(value, 4) for phase, value in seconds.items()}
-    return candidate.to_trial(scores, rounded, n_tokens)
+    return candidate.to_trial(scored.terms, rounded, scored.n_tokens)

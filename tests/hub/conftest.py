@@ -23,7 +23,7 @@ def _fast(monkeypatch):
 class FunctionPool(landscapes.FunctionPool):
     """Scores two weights."""
 
-    def score(self, weights, asked):
+    def score(self, weights, asked, *, gradients=False):
         return super().score(dict(weights) | {"y": 0.0, "z": 0.0}, asked)
 
 

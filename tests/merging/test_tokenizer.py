@@ -221,7 +221,7 @@ def test_trials_are_scored_with_the_template_and_the_end_of_turn(models, tmp_pat
     config = study_of(models, tmp_path, objective=chatty, tokenizer_source="it")
     pool, plain = ResidentPool(config), ResidentPool(study_of(models, tmp_path))
     weights, asked = {"math": 0.5, "it": 1.0}, [Asked(config.objective.terms[0], 4)]
-    tokens = [each.score(weights, asked)[2] for each in (pool, plain)]
+    tokens = [each.score(weights, asked).n_tokens for each in (pool, plain)]
     assert tokens[0] >= tokens[1] + 4 * len("<user>")
     assert pool._engine.lm.model.generation_config.eos_token_id == END_OF_TURN
     assert set(pool.inputs) - set(plain.inputs) == {"tokenizer_source"}

@@ -33,14 +33,14 @@ class Losses(FunctionPool):
 
     n_items, higher = 12, False
 
-    def score(self, weights, asked):
-        scores, seconds, n_tokens = super().score(weights, asked)
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(weights, asked)
         rng = np.random.default_rng(round(1e6 * sum(weights.values())))
-        for label, score in scores.items():
+        for label, score in scored.terms.items():
             tops = [0.3 * top + 0.01 * rng.normal() for top, _ in score.items[: self.n_items]]
             tops = [1 - 0.5 * top for top in tops] if self.higher else tops
-            scores[label] = TermScore([(top, 1.0) for top in tops], self.higher)
-        return scores, seconds, n_tokens
+            scored.terms[label] = TermScore([(top, 1.0) for top in tops], self.higher)
+        return scored
 
 
 class Accuracies(Losses):

@@ -27,6 +27,7 @@ from optimer_hf.scoring.objective import Asked, combine
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
+from optimer_hf.searching.trial import Scored
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study
@@ -158,11 +159,11 @@ def test_items_that_the_search_saw_are_not_scored_again(tmp_path, limit, rescore
 class LimitedPool(FunctionPool):
     """Scores as many of its four items as it is asked for."""
 
-    def score(self, weights, asked):
-        scores, *rest = super().score(weights, asked)
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(weights, asked)
         limits = {each.label: each.limit for each in asked}
-        cut = {k: replace(s, items=s.items[: limits[k]]) for k, s in scores.items()}
-        return cut, *rest
+        cut = {k: replace(s, items=s.items[: limits[k]]) for k, s in scored.terms.items()}
+        return replace(scored, terms=cut)
 
 
 def test_a_study_rescored_on_fewer_items_goes_on_with_those(tmp_path):
@@ -275,10 +276,10 @@ def test_every_prefix_of_a_log_resumes_to_the_uninterrupted_study(
 )
 def test_weights_that_were_tried_are_not_asked_again_whether_resumed_or_not(vectors, tmp_path):
     class FarPool(FunctionPool):
-        def score(self, weights, asked):
+        def score(self, weights, asked, *, gradients=False):
             self.calls.append(weights)
             loss = 3 - 0.5 * weights["w"]
-            return {t.label: TermScore([(loss, 1.0)], False) for t in asked}, {}, 1
+            return Scored({t.label: TermScore([(loss, 1.0)], False) for t in asked}, {}, 1)
 
     config = config_of(vectors=vectors, search={"n_trials": 14, "rescore_top": 0})
     whole = search(config, tmp_path / "whole", runner=InProcess(FarPool))
@@ -321,9 +322,9 @@ from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 
 class SlowPool(FunctionPool):
-    def score(self, *arguments):
+    def score(self, *arguments, **options):
         time.sleep(0.1)
-        return super().score(*arguments)
+        return super().score(*arguments, **options)
 
 search(config_of(), Path(sys.argv[1]), runner=InProcess(SlowPool))
 """
@@ -436,7 +437,7 @@ def test_an_old_crash_for_lack_of_memory_teaches_the_surrogate_nothing(error, un
 
 def test_a_study_with_crashed_trials_resumes_to_the_same_trials(tmp_path):
     class CliffPool(FunctionPool):
-        def score(self, weights, asked):
+        def score(self, weights, asked, *, gradients=False):
             if weights["y"] > 0.5:
                 raise RuntimeError("fell off")
             return super().score(weights, asked)
@@ -482,8 +483,8 @@ def test_two_workers_run_the_same_number_of_trials_each_once_the_base_first(tmp_
     assert len({trial.worker for trial in trials}) == 2
     pool = FunctionPool(config)
     for trial in trials:
-        expected, *_ = pool.score(trial.weights, config.objective.asked_terms("search"))
-        assert trial.terms == expected
+        expected = pool.score(trial.weights, config.objective.asked_terms("search"))
+        assert trial.terms == expected.terms
     assert study.is_finished and study.value(study.best_trial) > 0.1
     again = search(config, tmp_path / "s", runner=Workers(n_workers=2, pool=no_pool))
     assert again.best_trial == study.best_trial

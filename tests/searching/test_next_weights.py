@@ -29,7 +29,7 @@ def told(config: StudyConfig, scratch) -> Asker:
     """Return an asker that knows the anchors."""
     asker, pool = Asker(config, scratch), FunctionPool(config)
     for number, (origin, weights) in enumerate(anchors(config)):
-        terms, *_ = pool.score(weights, config.objective.asked_terms("search"))
+        terms = pool.score(weights, config.objective.asked_terms("search")).terms
         asker.tell(Trial(number, origin, "search", weights, "ok", terms, {}))
     return asker
 
@@ -129,10 +129,10 @@ def test_constraints_are_kept_by_the_incumbent_and_by_most_of_what_is_asked(tmp_
     pool = FunctionPool(bound)
     asked = bound.objective.asked_terms("search")
     assert [each.label for each in asked] == ["t", "u", "q"]
-    base, *_ = pool.score(dict.fromkeys("wxyz", 0.0), asked)
+    base = pool.score(dict.fromkeys("wxyz", 0.0), asked).terms
 
     def keeps(weights) -> bool:
-        return is_feasible(bound.objective, pool.score(weights, asked)[0], base)
+        return is_feasible(bound.objective, pool.score(weights, asked).terms, base)
 
     assert not keeps(ignored.weights), "the constraint must bind for this test to mean anything"
     assert keeps(study.best_trial.weights)
@@ -177,11 +177,11 @@ def test_any_point_is_moved_to_an_allowed_total(weights):
 
 def test_a_front_is_searched_where_no_merge_improves_one_of_the_terms(tmp_path):
     class OnlyDown(FunctionPool):
-        def score(self, weights, asked):
-            scores, *rest = super().score(weights, asked)
+        def score(self, weights, asked, *, gradients=False):
+            scored = super().score(weights, asked)
             loss = 3 + sum(weights.values())
-            scores["u"] = TermScore([(loss, 1.0)], False)
-            return scores, *rest
+            scored.terms["u"] = TermScore([(loss, 1.0)], False)
+            return scored
 
     settings = {"n_trials": 20, "rescore_top": 0, "pareto": True}
     study = search(config_of(search=settings), tmp_path / "s", runner=InProcess(OnlyDown))

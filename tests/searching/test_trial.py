@@ -100,8 +100,8 @@ def test_a_trial_scores_the_same_wherever_the_model_lies(config):
     for device_map in ("auto", {"": "disk"}, layers | rest):
         spread = ResidentPool(config.model_copy(update={"device_map": device_map}))
         assert spread._evaluator._lm._likelihoods is not None  # a head elsewhere is plain, too
-        scores, _, n_tokens = spread.score(weights, asked)
-        assert scores == whole[0] and n_tokens == whole[2] > 0
+        scored = spread.score(weights, asked)
+        assert scored.terms == whole.terms and scored.n_tokens == whole.n_tokens > 0
 
 
 def test_a_model_spread_over_devices_is_evaluated_as_a_whole_one(config):
@@ -121,7 +121,7 @@ def test_a_batch_that_does_not_fit_is_no_fault_of_the_weights(config, caplog):
     """The real model, and a real trial: only the device that lacks memory is not real."""
     asked = config.objective.asked_terms("search")
     pool = ResidentPool(config)
-    expected, _, _ = pool.score({"v1": 0.5, "v2": 0.5}, asked)
+    expected = pool.score({"v1": 0.5, "v2": 0.5}, asked).terms
     sizes = []
 
     def refuse(_, args, options) -> None:

@@ -88,7 +88,7 @@ def test_a_study_in_vllm_scores_what_transformers_scores(searched):
     config = searched.config.model_copy(update={"engine": TRANSFORMERS})
     pool = ResidentPool(config)
     for trial in searched.trials[:4]:
-        scores, _, _ = pool.score(trial.weights, config.objective.asked_terms("search"))
+        scores = pool.score(trial.weights, config.objective.asked_terms("search")).terms
         assert trial.status == "ok"
         assert trial.n_tokens > 0
         for label, term in trial.terms.items():
@@ -159,7 +159,7 @@ def test_the_sealed_test_is_scored_in_the_engine_of_the_study(searched):
     pool = ResidentPool(config)
     asked = config.test.asked_terms("rescore")
     for row in (rows["base"], rows["merge"]):
-        scores, _, _ = pool.score(row.weights, asked)
+        scores = pool.score(row.weights, asked).terms
         assert row.scores["aaa"].score == pytest.approx(scores["aaa"].score, rel=2e-4)
     another = score_model_of("another", config, asked)
     assert rows["model"].scores["aaa"].score == pytest.approx(another["aaa"].score, rel=2e-4)
@@ -168,7 +168,7 @@ def test_the_sealed_test_is_scored_in_the_engine_of_the_study(searched):
 def score_model_of(name: str, config: StudyConfig, asked) -> dict:
     """Score a model of the baselines at weight 1, in the engine of a config."""
     pool = ResidentPool(with_pool(config, {name: config.baselines.models[name]}))
-    return pool.score({name: 1.0}, asked)[0]
+    return pool.score({name: 1.0}, asked).terms
 
 
 @pytest.mark.parametrize(

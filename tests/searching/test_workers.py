@@ -27,7 +27,7 @@ from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching import workers as workers_module
 from optimer_hf.searching.loop import search
-from optimer_hf.searching.trial import ResidentPool, run_trial
+from optimer_hf.searching.trial import ResidentPool, Scored, run_trial
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.trials import Candidate, Trial
@@ -65,23 +65,24 @@ class FunctionPool:
     def leave(self, what: str) -> None:
         (self.directory / f"{what}-{os.getpid()}-{uuid4()}").touch()
 
-    def score(self, weights, asked):
+    def score(self, weights, asked, *, gradients=False):
         self.leave("started")
         if weights["w"] == 0.9:
             raise ValueError("a broken merge")
         items = [((weights["w"] - 0.3) ** 2, 1.0)] * asked[0].limit
-        return {term.label: TermScore(items, False) for term in asked}, {"merge": 0.25}, 7
+        scores = {term.label: TermScore(items, False) for term in asked}
+        return Scored(scores, {"merge": 0.25}, 7)
 
 
 class WaitingPool(FunctionPool):
     """Does not score before there is a file `go`; leaves a file for each other trial that runs."""
 
-    def score(self, weights, asked):
-        found = super().score(weights, asked)
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(weights, asked)
         deadline = time.monotonic() + 30
         while not (self.directory / "go").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        return found
+        return scored
 
 
 class CrowdedPool(FunctionPool):
@@ -89,7 +90,7 @@ class CrowdedPool(FunctionPool):
 
     running = 0
 
-    def score(self, weights, asked):
+    def score(self, weights, asked, *, gradients=False):
         CrowdedPool.running += 1
         time.sleep(0.2)
         crowd, CrowdedPool.running = CrowdedPool.running, CrowdedPool.running - 1
@@ -101,29 +102,29 @@ class CrowdedPool(FunctionPool):
 class ThreadsPool(FunctionPool):
     """Scores the number of torch's threads."""
 
-    def score(self, weights, asked):
-        return {"t": TermScore([(torch.get_num_threads(), 1.0)], False)}, {}, 0
+    def score(self, weights, asked, *, gradients=False):
+        return Scored({"t": TermScore([(torch.get_num_threads(), 1.0)], False)}, {}, 0)
 
 
 class SpinsPool(FunctionPool):
     """Scores how long GNU's threads spin for each other."""
 
-    def score(self, weights, asked):
+    def score(self, weights, asked, *, gradients=False):
         score = float(os.environ["GOMP_SPINCOUNT"])
-        return {"t": TermScore([(score, 1.0)], False)}, {}, 0
+        return Scored({"t": TermScore([(score, 1.0)], False)}, {}, 0)
 
 
 class DeadlyPool(FunctionPool):
     """Kills its worker, as a lack of memory does."""
 
-    def score(self, weights, asked):
+    def score(self, weights, asked, *, gradients=False):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class GreedyPool(FunctionPool):
     """Finds no memory left."""
 
-    def score(self, weights, asked):
+    def score(self, weights, asked, *, gradients=False):
         super().score(weights, asked)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -395,12 +396,12 @@ def test_a_trial_that_kills_every_worker_ends_the_search_when_the_base_does_too(
 class HeavyPool(FunctionPool):
     """Kills its worker for one vector of weights."""
 
-    def score(self, weights, asked):
-        scores = super().score(weights, asked)
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(weights, asked)
         if weights["w"] == 0.4:
             self.leave("heavy")
             os.kill(os.getpid(), signal.SIGKILL)
-        return scores
+        return scored
 
 
 def test_a_trial_that_kills_workers_which_score_the_base_is_recorded_and_the_others_go_on(

@@ -239,7 +239,7 @@ def test_a_vector_that_only_subtracts_has_a_best_scale(tmp_path):
     config = config_of(vectors=vectors, search={"n_trials": 8, "rescore_top": 0})
 
     class InOrder(FunctionPool):
-        def score(self, weights, asked):
+        def score(self, weights, asked, *, gradients=False):
             return super().score({name: weights[name] for name in "wxyz"}, asked)
 
     study = search(config, tmp_path / "s", runner=InProcess(InOrder))

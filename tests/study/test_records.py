@@ -26,6 +26,7 @@ from optimer_hf.report.page import write_report
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
+from optimer_hf.searching.trial import Scored
 from optimer_hf.study import surrogate as surrogate_module
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study
@@ -70,7 +71,7 @@ class Pool:
     def __init__(self, config: StudyConfig) -> None:
         pass
 
-    def score(self, weights, asked):
+    def score(self, weights, asked, *, gradients=False):
         loss = 2 + (weights["x"] - 0.4) ** 2 + (weights["y"] - 0.2) ** 2
         noise = np.random.default_rng(0).normal(size=asked[0].limit or 8) * 0.05
         scores = {}
@@ -82,7 +83,7 @@ class Pool:
             scores[term.label] = TermScore(
                 items, term.label == "accuracy", 3, term.label == "perplexity"
             )
-        return scores, {"merge": 0.01, "evaluate": 0.1, "forward": 0.1}, 30
+        return Scored(scores, {"merge": 0.01, "evaluate": 0.1, "forward": 0.1}, 30)
 
 
 def no_pool(config):
@@ -404,10 +405,10 @@ def pool_giving(change: Callable[[dict[str, TermScore], int], dict[str, TermScor
     class Changing(Pool):
         n_calls = 0
 
-        def score(self, weights, asked):
-            scores, *rest = super().score(weights, asked)
+        def score(self, weights, asked, *, gradients=False):
+            scored = super().score(weights, asked)
             self.n_calls += 1
-            return change(scores, self.n_calls), *rest
+            return replace(scored, terms=change(scored.terms, self.n_calls))
 
     return Changing
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from optimer_hf.scoring.scores import TermScore
+from optimer_hf.searching.trial import Scored
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import TrialLog
@@ -46,7 +47,7 @@ class FunctionPool:
     def __init__(self, config: StudyConfig, *, noise: float = 0.1) -> None:
         self.noise, self.calls = noise, []
 
-    def score(self, weights, asked):
+    def score(self, weights, asked, *, gradients=False):
         limits = {each.label: each.limit for each in asked}
         self.calls.append((dict(weights), list(limits), limits))
         jitter = self.noise * np.random.default_rng(0).normal(size=self.n_items)
@@ -54,7 +55,7 @@ class FunctionPool:
             t.label: TermScore([(landscape(t.label, weights) + e, 1.0) for e in jitter], False)
             for t in asked
         }
-        return scores, {"merge": 0.0, "evaluate": 0.0}, 10
+        return Scored(scores, {"merge": 0.0, "evaluate": 0.0}, 10)
 
 
 class TellingPool(FunctionPool):
@@ -73,11 +74,11 @@ class FailingPool(FunctionPool):
 
     failures: dict[int, Exception] = {}
 
-    def score(self, weights, asked):
-        scores = super().score(weights, asked)
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(weights, asked)
         if len(self.calls) - 1 in self.failures:
             raise self.failures[len(self.calls) - 1]
-        return scores
+        return scored
 
 
 def failing_at(failures):
