@@ -196,7 +196,7 @@ def _attempt(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial 
     """
     started = Cost.now()
     try:
-        scored = pool.score(candidate.weights, asked)
+        scored = pool.score(candidate.weights, asked, gradients=candidate.with_gradients)
     except Exception as error:  # one bad set of weights must not end a search of hours
         if isinstance(error, OptimerError) and not isinstance(error, EvaluationError):
             raise
@@ -213,4 +213,4 @@ def _attempt(pool: Pool, candidate: Candidate, asked: Sequence[Asked]) -> Trial 
         return candidate.to_crashed_trial(text)
     seconds = candidate.seconds | scored.seconds | {"cpu": started.since().cpu_seconds}
     rounded = {phase: round(value, 4) for phase, value in seconds.items()}
-    return candidate.to_trial(scored.terms, rounded, scored.n_tokens)
+    return candidate.to_trial(scored.terms, rounded, scored.n_tokens, scored.gradients)
