@@ -26,6 +26,12 @@ from optimer_hf.study.directory import (
     open_study,
     warn_of_uninformative_items,
 )
+from optimer_hf.study.gradients import (
+    cost_ratio,
+    n_trials_saved,
+    next_anchor,
+    takes_gradients,
+)
 from optimer_hf.study.prediction import PREDICTION, predict
 from optimer_hf.study.records import Rules, mistake_of_gain, mistakes_of_score
 from optimer_hf.study.space import anchors
@@ -93,6 +99,7 @@ def _seeds(study: Study, target: Objective) -> list[Trial]:
             trial,
             number=number,
             terms={label: score for label, score in trial.terms.items() if label in labels},
+            gradients={label: each for label, each in trial.gradients.items() if label in labels},
         )
         for number, trial in enumerate(in_order)
     ]
@@ -178,6 +185,8 @@ def _run_search(
             del running[finished.number]
             _check_sound(study, finished)
             study.log.append(finished)
+            if finished.number == 0:
+                _say_whether_gradients_pay(study, finished)
             rules.add(finished)
             plan.tell(finished)
             best.take(finished)
@@ -192,14 +201,18 @@ class _Plan:
         self, study: Study, scratch: Path, planned: Mapping[int, tuple[str, Mapping[str, float]]]
     ) -> None:
         self._study, self._scratch = study, scratch
-        self._planned = dict(enumerate(anchors(study.config))) | dict(planned)
+        self._planned = dict(planned)
         self._asker: Asker | None = None
 
     def next_candidate(self, number: int, running: Sequence[Candidate]) -> Candidate:
         """Return the candidate for trial `number`, given those that are still running."""
-        if number in self._planned:
-            origin, planned = self._planned[number]
-            return Candidate(number, origin, dict(planned), seconds={"ask": 0.0})
+        takes = takes_gradients(self._study.config, self._study.trials)
+        planned = self._planned.get(number) or next_anchor(
+            self._study.config, number, self._study.trials
+        )
+        if planned is not None:
+            origin, weights = planned[0], dict(planned[1])
+            return Candidate(number, origin, weights, seconds={"ask": 0.0}, with_gradients=takes)
         if self._asker is None:
             self._asker = Asker(self._study.config, self._scratch)
             for trial in self._study.log.trials_at("search"):
@@ -207,12 +220,33 @@ class _Plan:
         started = perf_counter()
         weights = self._asker.ask(number, [candidate.weights for candidate in running])
         seconds = {"ask": perf_counter() - started}
-        return Candidate(number, "surrogate", weights, seconds=seconds)
+        return Candidate(number, "surrogate", weights, seconds=seconds, with_gradients=takes)
 
     def tell(self, trial: Trial) -> None:
         """Report a finished trial to the asker, which reads the log if it is made later."""
         if self._asker is not None:
             self._asker.tell(trial)
+
+
+def _say_whether_gradients_pay(study: Study, base: Trial) -> None:
+    """Log what the base says about the gradients that its trial took."""
+    config = study.config
+    if not takes_gradients(config, []):
+        return
+    if not base.gradients:
+        logger.warning(
+            "search.gradients: found %r, but no term of this objective has a gradient, so the "
+            "trials have none",
+            config.search.gradients,
+        )
+        return
+    logger.info(
+        "search: with gradients a trial takes %.1f times as long and tells as much as %.1f without;"
+        " %s",
+        cost_ratio(base),
+        n_trials_saved(config, base),
+        "it takes them" if takes_gradients(config, [base]) else "it goes on without them",
+    )
 
 
 def _check_sound(study: Study, finished: Trial) -> None:

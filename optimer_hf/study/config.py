@@ -108,6 +108,12 @@ class SearchConfig(FileModel):
     The study can then answer other objectives, and it does not settle on a lucky score. Only with
     surrogate per_term.
     """
+    gradients: Literal["auto", "always", "never"] = "never"
+    """Whether trials also take gradients: from one backward pass the derivative of every term in
+    every weight. Such a trial takes two to three times as long, and the surrogate needs far fewer
+    of them. auto: take them if the time and the gradients of the base say that they pay. Needs
+    surrogate per_term and engine transformers.
+    """
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the search, of random vectors and of DARE's masks."""
     rescore_top: int = Field(default=3, ge=0, le=LARGEST_SEARCH)
@@ -366,6 +372,8 @@ class StudyConfig(VersionedFile):
                 ("search", "surrogate"),
                 f"{search.surrogate!r} supports no total, constraints or pareto; use per_term",
             )
+        if search.gradients == "always" and (reason := self._why_no_gradients(search)):
+            yield ("search", "gradients"), f"found 'always', but {reason}"
         if total is not None and (other is None or other.total is not None):
             lows, highs = zip(*self.free.values(), strict=True)
             low, high = total
@@ -376,12 +384,26 @@ class StudyConfig(VersionedFile):
                     "the sums that the bounds (none below 0) allow",
                 )
 
+    def _why_no_gradients(self, search: SearchConfig) -> str | None:
+        """Return why a search cannot use gradients, and what to change; None if it can."""
+        if self.engine.name != "transformers":
+            return f"engine {self.engine.name} has no gradients; use transformers, or never"
+        if search.surrogate != "per_term":
+            return f"surrogate {search.surrogate} does not use gradients; use per_term, or never"
+        return None
+
+    @property
+    def can_use_gradients(self) -> bool:
+        """Whether engine and surrogate can take and use gradients."""
+        return self._why_no_gradients(self.search) is None
+
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the trials; it must not change while a study goes on."""
+        """What all trials of a study have in common; it must not change while a study goes on."""
         outside = {"retarget", "baselines", "device_map", "max_memory"}
         data = self.model_dump(mode="json", exclude=outside)
-        del data["search"]["n_trials"], data["search"]["report_to"]
+        for name in ("n_trials", "report_to", "gradients"):
+            del data["search"][name]
         for name in ("tokenizer_source", "engine"):  # newer than some studies
             if getattr(self, name) == type(self).model_fields[name].default:
                 del data[name]

@@ -50,18 +50,20 @@ def within_total(config: StudyConfig, points: "Array") -> "Array":
 ANCHOR_WEIGHT = 0.7
 
 
-def anchors(config: StudyConfig) -> list[tuple[str, dict[str, float]]]:
+def anchors(
+    config: StudyConfig, *, average_first: bool = False
+) -> list[tuple[str, dict[str, float]]]:
     """Return origin and weights of the trials that every search starts with: the base, each vector
-    alone at ANCHOR_WEIGHT, and the uniform average.
+    alone at ANCHOR_WEIGHT, and the uniform average; or the average before the single vectors.
     """
     free = list(config.free)
-    sets = [("base", dict.fromkeys(free, 0.0))]
-    sets += [
+    alone = [
         (f"{name} alone", {other: ANCHOR_WEIGHT * (other == name) for other in free})
         for name in free
     ]
-    if len(free) > 1:
-        sets.append(("average", dict.fromkeys(free, 1 / len(free))))
+    average = [("average", dict.fromkeys(free, 1 / len(free)))] if len(free) > 1 else []
+    first, second = (average, alone) if average_first else (alone, average)
+    sets = [("base", dict.fromkeys(free, 0.0)), *first, *second]
     result = []
     for origin, weights in sets:
         if origin != "base":  # every gain is relative to it, whatever the bounds

@@ -25,22 +25,27 @@ from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Asked, combine
 from optimer_hf.scoring.scores import TermScore
-from optimer_hf.searching.loop import search
+from optimer_hf.searching.loop import search, search_on
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Scored
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study
+from optimer_hf.study.prediction import reweight
 from optimer_hf.study.surrogate import fit_surrogate
 from optimer_hf.study.trials import Trial, TrialLog
 from tests.support.landscapes import (
     OPTIMA,
+    DearGradientPool,
     FunctionPool,
+    GradientPool,
+    ValuesOnlyPool,
     config_of,
     failing_at,
     landscape,
     no_pool,
     outcome,
+    slope,
 )
 
 
@@ -318,7 +323,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from tests.support.landscapes import FunctionPool, config_of
-from optimer_hf.searching.loop import search
+from optimer_hf.searching.loop import search, search_on
 from optimer_hf.searching.runner import InProcess
 
 class SlowPool(FunctionPool):
@@ -367,6 +372,94 @@ def test_five_kills_at_random_moments_leave_the_same_study(uninterrupted, tmp_pa
     assert outcome(search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))) == outcome(
         uninterrupted
     )
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def with_gradients(setting: str, n_trials: int = 10):
+    return config_of(search={"n_trials": n_trials, "rescore_top": 2, "gradients": setting})
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory) -> Study:
+    """A finished study for which gradients pay."""
+    directory = tmp_path_factory.mktemp("steered") / "s"
+    return search(with_gradients("auto"), directory, runner=InProcess(GradientPool))
+
+
+def test_gradients_are_recorded_by_every_trial_of_the_search_and_by_no_other(steered):
+    assert [trial.origin for trial in steered.trials[:3]] == ["base", "average", "surrogate"]
+    for trial in steered.trials:
+        assert trial.gradients == {label: slope(label, trial.weights) for label in "tuq"}
+        assert trial.seconds["backward"] == 1
+    again = steered.log.trials_at("rescore")
+    assert len(again) == 3 and not any(trial.gradients for trial in again)
+    assert load_study(steered.directory).log.trials == steered.log.trials
+
+
+@pytest.mark.parametrize("n_lines", [0, 1, 2, 3, 6, 9, 10, 12])
+def test_every_prefix_of_a_log_with_gradients_resumes_to_the_whole(steered, tmp_path, n_lines):
+    cut(steered, tmp_path / "s", n_lines, 60)
+    resumed = search(with_gradients("auto"), tmp_path / "s", runner=InProcess(GradientPool))
+    assert outcome(resumed) == outcome(steered)
+
+
+def test_the_first_choice_of_auto_holds_even_where_gradients_cost_more_by_now(steered, tmp_path):
+    cut(steered, tmp_path / "s", 4, 0)
+    resumed = search(with_gradients("auto"), tmp_path / "s", runner=InProcess(DearGradientPool))
+    assert outcome(resumed) == outcome(steered)
+    dear = search(with_gradients("auto"), tmp_path / "dear", runner=InProcess(DearGradientPool))
+    assert [bool(trial.gradients) for trial in dear.trials] == [True] + [False] * 9
+    assert [t.origin for t in dear.trials[1:6]] == [*(f"{n} alone" for n in "wxyz"), "average"]
+
+
+@pytest.mark.parametrize(("first", "then"), [("never", "always"), ("always", "never")])
+@pytest.mark.parametrize("n_lines", [3, 7])
+def test_a_study_goes_on_with_gradients_or_without(tmp_path, first, then, n_lines):
+    begun = search(with_gradients(first), tmp_path / "begun", runner=InProcess(GradientPool))
+    runs = []
+    for name in ("a", "b"):
+        cut(begun, tmp_path / name, n_lines, 0)
+        config = with_gradients(then)
+        runs.append(search(config, tmp_path / name, runner=InProcess(GradientPool)))
+    assert outcome(runs[0]) == outcome(runs[1])
+    taken = [bool(trial.gradients) for trial in runs[0].trials]
+    assert taken == [first == "always"] * n_lines + [then == "always"] * (10 - n_lines)
+    assert StudyConfig.read(tmp_path / "a" / "study.json").search.gradients == then
+
+
+def test_without_gradients_a_pool_that_has_them_gives_the_same_bytes(uninterrupted, tmp_path):
+    study = search(config_of(), tmp_path / "s", runner=InProcess(GradientPool))
+    assert outcome(study) == outcome(uninterrupted)
+    assert "gradients" not in study.log.path.read_text(encoding="utf-8")
+
+
+def test_an_objective_without_a_gradient_is_searched_as_ever_and_says_so(tmp_path, caplog):
+    study = search(with_gradients("always"), tmp_path / "s", runner=InProcess(ValuesOnlyPool))
+    without = search(with_gradients("never"), tmp_path / "n", runner=InProcess(FunctionPool))
+    assert outcome(study) == outcome(without)
+    assert caplog.text.count("no term of this objective has a gradient") == 1
+
+
+def test_workers_take_gradients_too(tmp_path):
+    runner = Workers(n_workers=2, pool=GradientPool)
+    study = search(with_gradients("always"), tmp_path / "s", runner=runner)
+    assert sorted(trial.number for trial in study.trials) == list(range(10))
+    for trial in study.trials:
+        assert trial.gradients == {label: slope(label, trial.weights) for label in "tuq"}
+    assert study.is_finished and study.value(study.best_trial) > 0.1
+
+
+def test_a_search_for_another_objective_keeps_the_gradients_of_its_terms(steered, tmp_path):
+    target = reweight(steered.config.objective, {"u": 1.0})
+    target = target.model_copy(update={"terms": [t for t in target.terms if t.label != "q"]})
+    study = search_on(steered, target, tmp_path / "on", 2, runner=InProcess(GradientPool))
+    assert all(set(trial.gradients) == {"t", "u"} for trial in study.trials)
+    assert study.value(study.best_trial) > 0.99 * 0.5 / 3.5  # the optimum of u
+
+
+# -- a study that is there -------------------------------------------------------------------------
 
 
 def test_a_finished_study_does_nothing(uninterrupted):

@@ -58,6 +58,43 @@ class FunctionPool:
         return Scored(scores, {"merge": 0.0, "evaluate": 0.0}, 10)
 
 
+def slope(label: str, weights) -> dict[str, float]:
+    """The derivative of `landscape` in every weight."""
+    point = np.array(list(weights.values()))
+    each = 2 * (point - OPTIMA[label]) + 0.6 * max(0, point.sum() - 1.8)
+    return dict(zip(weights, each.tolist(), strict=True))
+
+
+class GradientPool(FunctionPool):
+    """Takes the gradients that it is asked for, in `backward` seconds on top of one second."""
+
+    backward = 1.0
+    differentiable: tuple[str, ...] = ("t", "u", "q")
+
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(weights, asked)
+        if not gradients:
+            return replace(scored, seconds={"merge": 0.0, "evaluate": 1.0})
+        labels = [each.label for each in asked if each.label in self.differentiable]
+        return replace(
+            scored,
+            seconds={"merge": 0.0, "evaluate": 1.0 + self.backward, "backward": self.backward},
+            gradients={label: slope(label, weights) for label in labels},
+        )
+
+
+class DearGradientPool(GradientPool):
+    """Takes nine times as long with gradients."""
+
+    backward = 8.0
+
+
+class ValuesOnlyPool(GradientPool):
+    """Has no term with a gradient."""
+
+    differentiable = ()
+
+
 class TellingPool(FunctionPool):
     """Has enough items for a verdict."""
 

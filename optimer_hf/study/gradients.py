@@ -1,0 +1,120 @@
+"""Recorded trials -> whether the next trial takes gradients.
+
+The answer follows from the record alone, so a resumed search gives the same one: what a trial with
+gradients takes, and which terms have them, is read from the first one that has them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from optimer_hf.scoring.objective import Objective, gains
+from optimer_hf.scoring.scores import TermScore
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.space import anchors
+from optimer_hf.study.trials import Trial
+
+WORTH = 0.5  # of a derivative, in values of a term
+N_TO_FIT = 2  # trials that a surrogate with gradients needs
+
+
+def takes_gradients(config: StudyConfig, trials: Sequence[Trial]) -> bool:
+    """Whether the next trial takes gradients, given the search trials on record.
+
+    With `auto` the first one does, so that its time can be measured; see `saves_time`.
+    """
+    setting = config.search.gradients
+    if setting == "never" or not config.can_use_gradients:
+        return False
+    measured = first_with_gradients(trials)
+    return setting == "always" or measured is None or saves_time(config, measured)
+
+
+def next_anchor(
+    config: StudyConfig, number: int, trials: Sequence[Trial]
+) -> tuple[str, dict[str, float]] | None:
+    """Return origin and weights of trial `number` if that is an anchor; None: ask the surrogate.
+
+    With gradients the base and the average say what every vector does, so the single vectors wait
+    until the surrogate has too few trials. An anchor that was tried is no trial of its own.
+    """
+    if first_with_gradients(trials) is None:
+        return dict(enumerate(anchors(config))).get(number)
+    takes = takes_gradients(config, trials)
+    sound = [trial for trial in trials if trial.status == "ok"]
+    if takes and len(sound) >= N_TO_FIT:
+        return None
+    planned = dict(enumerate(anchors(config, average_first=takes))).get(number)
+    tried = [trial.weights for trial in trials]
+    return None if planned is None or planned[1] in tried else planned
+
+
+def first_with_gradients(trials: Sequence[Trial]) -> Trial | None:
+    """Return the first trial on record that has gradients, or None."""
+    return next((trial for trial in trials if trial.gradients), None)
+
+
+def saves_time(config: StudyConfig, measured: Trial) -> bool:
+    """Whether a search with gradients needs less time than one without to learn as much, judged by
+    one trial that has them.
+    """
+    return n_trials_saved(config, measured) > cost_ratio(measured)
+
+
+def cost_ratio(measured: Trial) -> float:
+    """Return how many times as long a trial takes with gradients as without, from one that has
+    them: the backward passes are a part of its evaluation that others do not have.
+    """
+    merge, evaluate, backward = (
+        measured.seconds.get(phase, 0.0) for phase in ("merge", "evaluate", "backward")
+    )
+    if backward == 0:
+        return 1.0
+    without = merge + evaluate - backward
+    return (merge + evaluate) / without if without > 0 else math.inf
+
+
+def n_trials_saved(config: StudyConfig, measured: Trial) -> float:
+    """Return how many trials without gradients tell as much as one with them.
+
+    A term with gradients tells 1 + WORTH * d numbers, d being the number of searched weights. Terms
+    without tell one, and hold the others back as the serial part of a program does (Amdahl's law).
+    """
+    constraints = {term.label for term in config.objective.constraints}
+    counting = [
+        term.label
+        for term in config.objective.terms_at("search")
+        if term.weight > 0 or term.label in constraints
+    ]
+    share = sum(label in measured.gradients for label in counting) / len(counting)
+    return 1 / (1 - share + share / (1 + WORTH * len(config.free)))
+
+
+def value_gradient(
+    objective: Objective, trial: Trial, base: Mapping[str, TermScore]
+) -> dict[str, float] | None:
+    """Return the derivative of the objective's value in every searched weight at a trial, by name
+    of the vector; None if a term that counts has no gradient there. Larger values are better.
+    """
+    counting = [term for term in objective.terms_at("search") if term.weight > 0]
+    if not all(term.label in trial.gradients for term in counting):
+        return None
+    if objective.combine == "worst":  # the value is that of the worst term
+        each = gains(trial.terms, base)
+        counting = [min(counting, key=lambda term: each[term.label])]
+    total = sum(term.weight for term in counting)
+    factors = {
+        term.label: term.weight / total * _gain_per_score(objective, base[term.label])
+        for term in counting
+    }
+    names = trial.gradients[counting[0].label]
+    return {
+        name: sum(factor * trial.gradients[label][name] for label, factor in factors.items())
+        for name in names
+    }
+
+
+def _gain_per_score(objective: Objective, base: TermScore) -> float:
+    """Return by how much a gain rises with its score."""
+    if base.higher_is_better:
+        return 1.0
+    return -1.0 if objective.combine == "weighted_mean" else -1.0 / (abs(base.score) or 1.0)

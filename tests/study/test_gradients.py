@@ -1,0 +1,145 @@
+"""gradients.py: which trials take them, and what they say about the objective."""
+
+import pytest
+
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.model import parse
+from optimer_hf.scoring.objective import combine
+from optimer_hf.searching.trial import run_trial
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.gradients import (
+    cost_ratio,
+    next_anchor,
+    saves_time,
+    takes_gradients,
+    value_gradient,
+)
+from optimer_hf.study.trials import Candidate
+from tests.support.landscapes import DearGradientPool, FunctionPool, GradientPool, config_of
+
+LOSSES = config_of().objective.model_dump()["terms"][:2]
+
+
+def searching(gradients: str, **changes) -> StudyConfig:
+    return config_of(search={"n_trials": 12, "rescore_top": 2, "gradients": gradients}, **changes)
+
+
+def trial_of(config, *, pool=GradientPool, number=0, weights=None, with_gradients=True):
+    weights = weights or dict.fromkeys(config.free, 0.0)
+    candidate = Candidate(number, "base", weights, with_gradients=with_gradients)
+    return run_trial(pool(config), candidate, config.objective.asked_terms("search"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "pool", "first", "later"),
+    [
+        ("never", GradientPool, False, False),
+        ("always", DearGradientPool, True, True),
+        ("auto", GradientPool, True, True),
+        ("auto", DearGradientPool, True, False),
+    ],
+)
+def test_auto_measures_the_base_and_takes_what_saves_time(setting, pool, first, later):
+    config = searching(setting)
+    assert takes_gradients(config, []) is first
+    base = trial_of(config, pool=pool)
+    assert takes_gradients(config, [base]) is later
+    without = trial_of(config, with_gradients=False)
+    assert takes_gradients(config, [without]) is first  # a study that began without them
+    assert takes_gradients(config, [without, base]) is later
+    dearer = trial_of(config, pool=DearGradientPool, number=1)
+    assert takes_gradients(config, [base, dearer]) is later  # the first one has decided
+
+
+def test_the_cost_of_gradients_is_read_from_the_trial_that_has_them():
+    assert cost_ratio(trial_of(searching("auto"))) == 2
+    assert cost_ratio(trial_of(searching("auto"), pool=DearGradientPool)) == 9
+
+
+@pytest.mark.parametrize("terms", [("t", "u"), ("t",)])
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 16])
+def test_gradients_pay_with_many_vectors_and_when_all_terms_have_them(terms, n):
+    names = [f"v{i}" for i in range(n)]
+    config = searching("auto", vectors={name: {"source": f"a/{name}"} for name in names})
+    base = trial_of(config, pool=FunctionPool, weights=dict.fromkeys("wxyz", 0.0))
+    gradients = {label: dict.fromkeys(names, 0.0) for label in terms}
+    for backward, ratio in ((1.0, 2), (1.5, 2.5), (3.0, 4)):
+        seconds = {"merge": 0.1, "evaluate": 0.9 + backward, "backward": backward}
+        measured = type(base)(
+            0, "base", "search", {}, "ok", base.terms, seconds, gradients=gradients
+        )
+        assert cost_ratio(measured) == pytest.approx(ratio)
+        pays = saves_time(config, measured)
+        assert not pays if len(terms) == 1 else pays == (1 + n / 2 > ratio)
+
+
+@pytest.mark.parametrize("combination", ["relative_to_base", "worst", "weighted_mean"])
+@pytest.mark.parametrize("higher", [False, True])
+def test_the_gradient_of_the_value_equals_central_differences(combination, higher, monkeypatch):
+    objective = config_of().objective.model_dump() | {"combine": combination}
+    objective["terms"][1]["weight"] = 2.5
+    config = searching("always", objective=objective)
+    weights, step = {"w": 0.3, "x": 0.9, "y": 0.2, "z": 0.7}, 1e-5
+    base = trial_of(config)
+
+    def as_reward(trial):  # the other direction of one term
+        terms = {
+            label: type(term)(term.items, higher if label == "u" else False)
+            for label, term in trial.terms.items()
+        }
+        return type(trial)(**(vars(trial) | {"terms": terms}))
+
+    base, here = as_reward(base), as_reward(trial_of(config, weights=weights))
+    gradient = value_gradient(config.objective, here, base.terms)
+    for name in weights:
+        low, high = (
+            as_reward(trial_of(config, weights=weights | {name: weights[name] + move}))
+            for move in (-step, step)
+        )
+        difference = combine(config.objective, high.terms, base.terms) - combine(
+            config.objective, low.terms, base.terms
+        )
+        assert gradient[name] == pytest.approx(difference / (2 * step), rel=1e-4, abs=1e-7)
+
+
+def test_a_value_without_the_gradient_of_a_term_has_none():
+    config = searching("always")
+    base = trial_of(config)
+    del base.gradients["u"]
+    assert value_gradient(config.objective, base, base.terms) is None
+
+
+def test_with_gradients_two_sound_trials_replace_the_single_vectors():
+    config = searching("always")
+    base = trial_of(config)
+    assert next_anchor(config, 1, [base])[0] == "average"
+    average = trial_of(config, number=1, weights=next_anchor(config, 1, [base])[1])
+    assert next_anchor(config, 2, [base, average]) is None
+    crashed = Candidate(1, "average", average.weights).to_crashed_trial("ValueError: no")
+    assert next_anchor(config, 2, [base, crashed])[0] == "w alone"
+    never = searching("never")  # going on without: the single vectors, but not the average twice
+    assert [
+        planned and planned[0]
+        for planned in (next_anchor(never, number, [base, average]) for number in range(2, 7))
+    ] == ["x alone", "y alone", "z alone", None, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"engine": "vllm"}, "engine vllm has no gradients"),
+        ({"search": {"surrogate": "random_forest"}}, "surrogate random_forest does not use"),
+    ],
+)
+def test_gradients_that_nothing_can_take_are_refused_and_auto_does_without(changes, why, tmp_path):
+    data = config_of().model_dump()
+    search = {"n_trials": 3} | changes.get("search", {})
+    wrong = data | changes | {"search": search | {"gradients": "always"}}
+    with pytest.raises(ConfigError, match=why):
+        parse(StudyConfig, wrong, tmp_path / "study.yaml")
+    auto = StudyConfig.model_validate(data | changes | {"search": search | {"gradients": "auto"}})
+    assert not takes_gradients(auto, [])
+
+
+def test_whether_gradients_are_taken_is_no_part_of_a_study():
+    assert searching("always").identity == searching("never").identity == config_of().identity
