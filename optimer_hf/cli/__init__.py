@@ -34,6 +34,7 @@ COMMANDS = {
         "retarget": Entry(
             "optimer_hf.cli.search", "Predict the best weights for another objective."
         ),
+        "trials": Entry("optimer_hf.cli.show", "List the trials of a study."),
         "ratios": Entry("optimer_hf.cli.recipe", "Turn weights into data mixture ratios."),
         "run": Entry("optimer_hf.cli.run", "Run a recipe folder from corpora to compared merge."),
         "plan": Entry("optimer_hf.cli.run", "Estimate time, memory and disk of a run."),
@@ -56,6 +57,7 @@ COMMANDS = {
         "recipes": Entry("optimer_hf.cli.hub", "Browse published recipes."),
     },
     "Files": {
+        "status": Entry("optimer_hf.cli.show", "Show how far a run, search or training is."),
         "validate": Entry("optimer_hf.cli.check", "Check YAML files and name missing files."),
         "schema": Entry("optimer_hf.cli.check", "Print the JSON Schema of a kind of file."),
     },

@@ -7,13 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from optimer_hf.cli.options import FORMAT, INPUT, OBJECTIVE_FILE, PATH, STUDY, dtype, echo
+from optimer_hf.cli.options import (
+    FORMAT,
+    INPUT,
+    OBJECTIVE_FILE,
+    PATH,
+    STUDY,
+    LoadingCommand,
+    dtype,
+    echo,
+)
+from optimer_hf.cli.tables import echo_markdown
 
 if TYPE_CHECKING:
     from optimer_hf.scoring.overlap import TermOverlap
 
 
-@click.command(epilog="Example: optimer evaluate google/gemma-3-270m objective.yaml")
+@click.command(
+    cls=LoadingCommand, epilog="Example: optimer evaluate google/gemma-3-270m objective.yaml"
+)
 @click.argument("model")
 @click.argument("objective", type=OBJECTIVE_FILE)
 @dtype("Dtype to load the model in.")
@@ -49,7 +61,7 @@ def evaluate(model: str, objective: Path, engine: str, output: str, **options: A
         echo(f"{each.label}: {each.metric} {each.score:.4f} on {each.n_items} items{limited}")
 
 
-@click.command(epilog="Example: optimer compare my-study --all")
+@click.command(cls=LoadingCommand, epilog="Example: optimer compare my-study --all")
 @click.argument("study_dir", type=STUDY)
 @click.option(
     "--all",
@@ -84,10 +96,10 @@ def compare(study_dir: Path, output: str, figure: Path | None, **options: Any) -
     if output == "json":
         echo(results_of(comparison).model_dump_json(indent=2))
     else:
-        echo(to_markdown(comparison))
+        echo_markdown(to_markdown(comparison))
 
 
-@click.command(epilog="Example: optimer report my-study")
+@click.command(cls=LoadingCommand, epilog="Example: optimer report my-study")
 @click.argument("study_dir", type=STUDY)
 @click.argument("out", type=PATH, required=False)
 @click.option("--figures", type=PATH, help="Directory that also gets every figure as PNG.")
@@ -107,7 +119,7 @@ def report(study_dir: Path, out: Path | None, figures: Path | None, no_vectors: 
     echo(page, err=True)
 
 
-@click.command(epilog="Example: optimer check-overlap train.jsonl study.yaml")
+@click.command(cls=LoadingCommand, epilog="Example: optimer check-overlap train.jsonl study.yaml")
 @click.argument("files", type=INPUT, nargs=-1, required=True)
 @click.option(
     "--n",
@@ -142,7 +154,7 @@ def check_overlap(files: tuple[Path, ...], n: int, text_field: str, output: str)
 def _print_overlap(terms: "list[TermOverlap]") -> None:
     from optimer_hf.scoring.overlap import to_markdown
 
-    echo(to_markdown(terms))
+    echo_markdown(to_markdown(terms))
     for term in terms:
         for each in term.overlaps[:5]:
             where = f"document {each.document} of {each.corpus}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from optimer_hf.cli.options import MERGE_FILE, PATH, CommandT, echo
+from optimer_hf.cli.options import MERGE_FILE, PATH, CommandT, LoadingCommand, echo
 
 LARGEST_SHARD = 2**50
 UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -86,7 +86,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-@click.command(epilog="Example: optimer merge my-merge.yml merged --cuda")
+@click.command(cls=LoadingCommand, epilog="Example: optimer merge my-merge.yml merged --cuda")
 @click.argument("config", type=MERGE_FILE)
 @click.argument("out", type=PATH)
 @click.option(

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, and printing."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +9,8 @@ import click
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.printable import make_visible
+
+logger = logging.getLogger(__name__)
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -18,6 +21,14 @@ FLOATS = ["bfloat16", "float16", "float32"]
 def echo(message: object, *, err: bool = False, nl: bool = True) -> None:
     """Print a text on stdout or stderr, see `make_visible`."""
     click.echo(make_visible(str(message)), err=err, nl=nl)
+
+
+class LoadingCommand(click.Command):
+    """A command whose libraries take seconds to import: it says so at once, on stderr."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        logger.info("%s: loading libraries", ctx.info_name)
+        return super().invoke(ctx)
 
 
 class Existing(click.Path):

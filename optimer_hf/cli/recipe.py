@@ -16,11 +16,12 @@ from optimer_hf.cli.options import (
     RECIPE,
     STUDY,
     TRAIN_FILE,
+    LoadingCommand,
     echo,
 )
 
 
-@click.command(epilog="Example: optimer recipe my-study recipe.yaml")
+@click.command(cls=LoadingCommand, epilog="Example: optimer recipe my-study recipe.yaml")
 @click.argument("study_dir", type=STUDY)
 @click.argument("recipe_yaml", type=PATH)
 @click.option(
@@ -46,7 +47,7 @@ def recipe(study_dir: Path, recipe_yaml: Path, **options: Any) -> None:
     echo(f"beside it: {', '.join(beside)}", err=True)
 
 
-@click.command(epilog="Example: optimer build recipe.yaml merged")
+@click.command(cls=LoadingCommand, epilog="Example: optimer build recipe.yaml merged")
 @click.argument("recipe_yaml", type=RECIPE)
 @click.argument("out", type=PATH)
 @click.option(
@@ -71,7 +72,7 @@ def build(recipe_yaml: Path, out: Path, **options: Any) -> None:
     echo(out)
 
 
-@click.command(epilog="Example: optimer verify recipe.yaml merged")
+@click.command(cls=LoadingCommand, epilog="Example: optimer verify recipe.yaml merged")
 @click.argument("recipe_yaml", type=RECIPE)
 @click.argument("model", type=PATH)
 def verify(recipe_yaml: Path, model: Path) -> None:

@@ -5,13 +5,23 @@ from typing import Any
 
 import click
 
-from optimer_hf.cli.options import FORMAT, PATH, SEEDS, SHORT, STUDY_OR_FOLDER, TOKENS, echo
+from optimer_hf.cli.options import (
+    FORMAT,
+    PATH,
+    SEEDS,
+    SHORT,
+    STUDY_OR_FOLDER,
+    TOKENS,
+    LoadingCommand,
+    echo,
+)
+from optimer_hf.cli.tables import echo_markdown
 from optimer_hf.errors import ConfigError
 
 MFU = 0.4  # well-tuned training on one H100 reaches 40 to 50 % (nanochat)
 
 
-@click.command(epilog="Example: optimer run recipes/gemma-3-270m-demo --short")
+@click.command(cls=LoadingCommand, epilog="Example: optimer run recipes/gemma-3-270m-demo --short")
 @click.argument("recipe_dir", type=PATH)
 @click.argument("out", type=PATH, required=False)
 @SHORT
@@ -27,14 +37,14 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
     from optimer_hf.experiment.commands import run_folder
 
     job, summary = run_folder(recipe_dir, out, n_seeds=n_seeds, **budget)
-    echo(summary)
+    echo_markdown(summary)
     where = f"the merged model is in {job.out / 'merged'}"
     if n_seeds is not None:
         where = "every seed-K there has its results.md, report.html and merged/"
     echo(f"{job.out / 'results.md'}; {where}", err=True)
 
 
-@click.command(epilog="Example: optimer plan recipes/gemma-3-270m-demo")
+@click.command(cls=LoadingCommand, epilog="Example: optimer plan recipes/gemma-3-270m-demo")
 @click.argument("source", type=STUDY_OR_FOLDER)
 @click.argument("out", type=PATH, required=False)
 @SHORT
@@ -82,7 +92,7 @@ def plan(
     if output == "json":
         echo(planned.model_dump_json(indent=2))
     else:
-        echo(to_markdown(planned, budget["n_seeds"] or 1))
+        echo_markdown(to_markdown(planned, budget["n_seeds"] or 1))
 
 
 def _plan_elsewhere(
@@ -92,5 +102,7 @@ def _plan_elsewhere(
     from optimer_hf.experiment.hardware_plan import hardware_to_markdown
 
     planned = plan_elsewhere(source, devices, utilisation=mfu or MFU, **budget)
-    is_json = output == "json"
-    echo(planned.model_dump_json(indent=2) if is_json else hardware_to_markdown(planned))
+    if output == "json":
+        echo(planned.model_dump_json(indent=2))
+    else:
+        echo_markdown(hardware_to_markdown(planned))

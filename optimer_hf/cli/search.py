@@ -13,11 +13,13 @@ from optimer_hf.cli.options import (
     PATH,
     STUDY,
     STUDY_FILE,
+    LoadingCommand,
     echo,
     n_trials,
     runner_of,
     runners,
 )
+from optimer_hf.cli.tables import echo_markdown
 from optimer_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from optimer_hf.study.prediction import Prediction
 
 
-@click.command(epilog="Example: optimer search study.yaml my-study")
+@click.command(cls=LoadingCommand, epilog="Example: optimer search study.yaml my-study")
 @click.argument("study", type=STUDY_FILE)
 @click.argument("study_dir", type=PATH)
 @click.option(
@@ -58,14 +60,13 @@ def search(
         return
     echo(f"# {headline(result)}")  # a comment: stdout is a YAML file
     echo(yaml_text(merge_config))
-    for line in study_lines(result):
-        echo(line, err=True)
+    echo_markdown("\n".join(study_lines(result)), err=True)
     if result.config.test is not None:
         echo(f"compare it: optimer compare {study_dir}", err=True)
     echo(f"build it: optimer build {study_dir / 'recipe.yaml'} OUT", err=True)
 
 
-@click.command(epilog="Example: optimer retarget my-study other-objective.yaml")
+@click.command(cls=LoadingCommand, epilog="Example: optimer retarget my-study other-objective.yaml")
 @click.argument("study_dir", type=STUDY)
 @click.argument("objective", type=OBJECTIVE_FILE)
 @click.argument("out", type=PATH, required=False)

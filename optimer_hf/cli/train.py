@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from optimer_hf.cli.options import FORMAT, INPUT, PATH, TRAIN_FILE, dtype, echo
+from optimer_hf.cli.options import FORMAT, INPUT, PATH, TRAIN_FILE, LoadingCommand, dtype, echo
+from optimer_hf.cli.tables import echo_markdown
 
 if TYPE_CHECKING:
     from optimer_hf.vectors.record import VectorFile
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 BASE = click.option("--base", required=True, help="Model that the vectors were trained from.")
 
 
-@click.command(epilog="Example: optimer train train-math.yaml vectors/math")
+@click.command(cls=LoadingCommand, epilog="Example: optimer train train-math.yaml vectors/math")
 @click.argument("train_yaml", type=TRAIN_FILE)
 @click.argument("out", type=PATH)
 def train(train_yaml: Path, out: Path) -> None:
@@ -36,7 +37,8 @@ def _size_of(record: "VectorFile") -> str:
 
 
 @click.command(
-    epilog="Example: optimer extract you/my-finetune --base google/gemma-3-270m my-delta"
+    cls=LoadingCommand,
+    epilog="Example: optimer extract you/my-finetune --base google/gemma-3-270m my-delta",
 )
 @click.argument("tuned")
 @BASE
@@ -74,7 +76,9 @@ def extract(tuned: str, base: str, out: Path, **options: Any) -> None:
         echo(f"largest error of a tensor: {100 * error:.3f} % ({worst})")
 
 
-@click.command(epilog="Example: optimer vectors ./math ./code --base google/gemma-3-270m")
+@click.command(
+    cls=LoadingCommand, epilog="Example: optimer vectors ./math ./code --base google/gemma-3-270m"
+)
 @click.argument("vectors", nargs=-1, required=True)
 @BASE
 @dtype("Dtype of the merge, for the check of what survives rounding.")
@@ -91,12 +95,14 @@ def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> Non
     if output == "json":
         echo(json.dumps(geometry.to_json(measured, refusals), indent=2))
     else:
-        echo(geometry.to_markdown(measured, refusals))
+        echo_markdown(geometry.to_markdown(measured, refusals))
     if refusals:
         raise SystemExit(1)
 
 
-@click.command(epilog="Example: optimer convert gemma-3-270m-Q4_K_M.gguf gemma-3-270m")
+@click.command(
+    cls=LoadingCommand, epilog="Example: optimer convert gemma-3-270m-Q4_K_M.gguf gemma-3-270m"
+)
 @click.argument("gguf", type=INPUT)
 @click.argument("out", type=PATH)
 @dtype("Stored dtype.")

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field
 from optimer_hf.files.model import FileModel, parse
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.staging import write_text
+from optimer_hf.files.text import count, show_seconds
 
 
 class TrialCost(FileModel):
@@ -120,3 +121,61 @@ def read_ledger(path: Path) -> Ledger:
     """Return the ledger in a ledger.json. Raises ConfigError for a file that is not one."""
     file = dict(parse(LedgerFile, read_yaml(path), path))
     return Ledger(**{stage: cost for stage, cost in file.items() if stage != "format_version"})
+
+
+# -- in words --------------------------------------------------------------------------------------
+
+TITLES = {
+    "train": "training the vectors",
+    "search": "search",
+    "rescore": "scoring the best again",
+    "data_mixture": "as many data mixtures instead (estimate)",
+    "mixtures": "training data mixtures",
+    "other_searches": "other searches",
+    "sealed": "sealed test",
+    "write": "writing the model",
+    "this_invocation": "this call of `optimer run`",
+}
+
+
+def describe_ledger(ledger: Ledger) -> list[list[str]]:
+    """Return a row for every stage that took something: its name, its time, and what was done."""
+    return [
+        [TITLES[stage], show_seconds(cost.seconds), _describe_cost(cost)]
+        for stage, cost in ledger
+        if cost is not None
+    ]
+
+
+def _describe_cost(cost: FileModel) -> str:
+    """Return what one stage did, in words."""
+    match cost:
+        case TrialCost():
+            return _describe_trials(cost)
+        case TrainingCost():
+            trainings = "" if cost.n is None else f"{count(cost.n, 'training')}, "
+            mfu = "" if cost.mfu is None else f", {100 * cost.mfu:.0f} % MFU"
+            speed = f"{cost.tokens_per_second:,} tokens a second"
+            return f"{trainings}{count(cost.tokens, 'token')}, {speed}{mfu}"
+        case MixtureCost():
+            ends = f"{cost.ratio_search_only:,g} times the search"
+            return f"{ends}, {cost.ratio_end_to_end:,g} times search and training together"
+        case StageCost(peak_bytes=int(n_bytes)):
+            return f"at most {n_bytes / 1e9:.2f} GB of memory"
+    return ""
+
+
+def _describe_trials(cost: TrialCost) -> str:
+    """Return what some trials did, with the shares of their time from one percent on."""
+    done = f"{count(cost.n, 'merge')}, {count(cost.items, 'item')}, {count(cost.tokens, 'token')}"
+    if not cost.items:
+        return f"{count(cost.n, 'merge')}, whose scores were known"
+    phases = {
+        "in the model": cost.forward,
+        "in the rest of the scoring": cost.harness,
+        "merging": cost.merge,
+        "choosing weights": cost.ask,
+    }
+    shares = [(phase, 100 * spent / (cost.seconds or 1)) for phase, spent in phases.items()]
+    shown = [f"{share:.0f} % {phase}" for phase, share in shares if share >= 0.5]
+    return f"{done}: {', '.join(shown)}" if shown else done

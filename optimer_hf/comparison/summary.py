@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from optimer_hf.comparison.costs import ledger_of_study
+from optimer_hf.comparison.ledger import describe_ledger
 from optimer_hf.files.text import markdown_table
 from optimer_hf.scoring.formatting import OF_TERMS, Unit, describe_interval
 from optimer_hf.study.directory import Study
@@ -52,9 +53,9 @@ def study_lines(study: Study) -> Iterator[str]:
         said = describe_interval(interval, unit, is_gain=False)
         yield f"minus the next best, trial {trial.number}: {said}"
     yield from front_lines(study)
-    yield "\nwhere the time went (seconds):"
-    for stage, entry in ledger_of_study(study).to_json().items():
-        yield f"{stage}: {', '.join(f'{k} {v:,}' for k, v in entry.items())}"
+    yield "\nwhere the time went:"
+    for stage, taken, done in describe_ledger(ledger_of_study(study)):
+        yield f"* {stage}: {taken}{f' ({done})' if done else ''}"
 
 
 def front_lines(study: Study) -> Iterator[str]:

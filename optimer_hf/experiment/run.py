@@ -5,10 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from optimer_hf.errors import OutputError
-from optimer_hf.experiment.folder import RESULTS, Run, check_sources, load_inputs, vector_dir
+from optimer_hf.experiment.folder import (
+    RESULTS,
+    Inputs,
+    Run,
+    check_sources,
+    load_inputs,
+    vector_dir,
+)
 from optimer_hf.experiment.marks import CLAIM_FILE, DONE_FILE, Claim, Done, read_claim
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table, slug
@@ -61,16 +68,25 @@ def run_recipe(run: Run) -> str:
     from optimer_hf.searching.loop import search
 
     started = perf_counter()
+    logger.info("run %s: checking texts, tasks and models", run.name)
     inputs = load_inputs(run)
     check_sources(inputs)
+    stages = _number_stages(inputs)
     with claim_directory(run.out, run.claim()):
+        _announce(stages, "train the vectors")
         train_vectors(run, inputs.trainings)
+        _announce(stages, "search")
         study = search(inputs.study, run.out / "study")
-        comparison = compare(study, mixtures=train_mixtures(run, study, inputs.trainings))
+        _announce(stages, "train the data mixtures")
+        mixtures = train_mixtures(run, study, inputs.trainings)
+        _announce(stages, "sealed test")
+        comparison = compare(study, mixtures=mixtures)
+        _announce(stages, "report and recipe")
         spent = ledger_of_run(run, study, list(inputs.trainings))
         write_report(study, run.out / "report.html", figures=run.out / FIGURES)
         recipe_file = run.out / "recipe.yaml"
         write_recipe(study, recipe_file, name=run.name, sealed=comparison, ledger=spent)
+        _announce(stages, "build the model")
         writing = perf_counter()
         build(recipe_file, run.out / "merged", replace=True)
         write_vanilla(study, run.out / "mergekit_config.yml")
@@ -82,6 +98,22 @@ def run_recipe(run: Run) -> str:
         write_text(run.out / "results.md", _results_text(run, comparison, study, spent))
         Done(inputs_sha256=run.inputs_digest()).write(run.out / DONE_FILE)
     return read_summary(run)
+
+
+def _number_stages(inputs: Inputs) -> dict[str, str]:
+    """Return `stage 3 of 6` for every stage that a run has, by its name."""
+    names = ["search", "sealed test", "report and recipe", "build the model"]
+    if inputs.trainings:
+        names.insert(0, "train the vectors")
+    if inputs.study.baselines.mixtures:
+        names.insert(names.index("search") + 1, "train the data mixtures")
+    return {name: f"stage {index} of {len(names)}" for index, name in enumerate(names, 1)}
+
+
+def _announce(stages: Mapping[str, str], name: str) -> None:
+    """Log the number and the name of a stage, if the run has it."""
+    if name in stages:
+        logger.info("%s: %s", stages[name], name)
 
 
 def plan_run(run: Run) -> "Plan":
@@ -209,16 +241,16 @@ def ledger_of_run(run: Run, study: "Study", names: Sequence[str]) -> "Ledger":
 
 
 def _results_text(run: Run, comparison: "Comparison", study: "Study", ledger: "Ledger") -> str:
+    from optimer_hf.comparison.ledger import describe_ledger
     from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
 
     best = study.best_trial
     weights = ", ".join(f"{name} {weight:g}" for name, weight in best.weights.items())
-    rows = [[stage, _entry(entry)] for stage, entry in ledger.to_json().items()]
     return (
         f"# {run.name}\n\nBest weights: {weights} (trial {best.number}, "
         f"{best.origin})\n\n{to_markdown(comparison)}\n## Paired 95 % intervals of "
         f"the gains, in percent\n\n{intervals_to_markdown(comparison)}\n## Ledger\n\n"
-        f"{markdown_table(['stage', 'seconds and counts'], rows)}\n"
+        f"{markdown_table(['stage', 'time', 'what'], describe_ledger(ledger))}\n"
         f"{_compare_with_plan(run, ledger)}"
         "Beside this file are the merged model, in `merged`, and its recipe, `recipe.yaml`.\n"
     )
@@ -231,7 +263,3 @@ def _compare_with_plan(run: Run, ledger: "Ledger") -> str:
     if not file.exists():
         return ""
     return f"## Planned and taken\n\n{compare_with_ledger(Plan.read(file), ledger)}\n"
-
-
-def _entry(entry: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value:,}" for key, value in entry.items())

@@ -43,6 +43,23 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f" Known: {', '.join(sorted(known))}." if len(known) <= 30 else ""
 
 
+def show_seconds(seconds: float) -> str:
+    """Return a time in words, in the units that people use for it: 4.2 s, 3 min 5 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        minutes, rest = divmod(whole, 60)
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"
+
+
+def count(n: int, what: str) -> str:
+    """Return a number with its noun, which gets an s unless there is one of it."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
 # -- tables ----------------------------------------------------------------------------------------
 
 

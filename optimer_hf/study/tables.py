@@ -1,9 +1,11 @@
 """A study as a DataFrame, as one line, and as the HTML table that a notebook shows."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from optimer_hf.files.text import html_table, summarize_numbers
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.text import did_you_mean, html_table, markdown_table, summarize_numbers
 from optimer_hf.scoring.formatting import OF_TERMS, Unit
 from optimer_hf.scoring.objective import gains, is_feasible
 from optimer_hf.study.trials import ITEMS_OF, Fidelity, Trial
@@ -23,6 +25,62 @@ def trials_frame(study: "Study", fidelity: Fidelity) -> "DataFrame":
     trials = study.log.trials_at(fidelity)
     rows = [_row(study, trial, trials[0]) for trial in trials]
     return DataFrame(rows, index=Index([trial.number for trial in trials], name="trial"))
+
+
+def list_trials(
+    study: "Study", fidelity: Fidelity = "search", *, sort: str = "objective"
+) -> list[dict[str, Any]]:
+    """Return a row for every trial of one fidelity, sorted; the columns are those of
+    Study.to_dataframe, after `trial` and `best`.
+
+    `sort` is trial (as they ran), objective (best first; those that break a constraint after the
+    others), or a term (by its gain, largest first). Crashed trials come last. Raises ConfigError
+    for any other name.
+    """
+    trials, best = study.log.trials_at(fidelity), study.best_trial.number
+    base = trials[0] if trials else study.trials[0]
+    known = ["trial", "objective", *base.terms]
+    if sort not in known:
+        raise ConfigError(f"--sort {sort!r}: no such column.{did_you_mean(sort, known)}")
+    rows = [
+        {"trial": trial.number, "best": trial.number == best} | _row(study, trial, base)
+        for trial in trials
+    ]
+    if sort == "trial":
+        return sorted(rows, key=lambda row: row["trial"])
+    key = "objective" if sort == "objective" else f"gain/{sort}"
+
+    def rank(row: dict[str, Any]) -> tuple[bool, bool, float]:
+        breaks = sort == "objective" and not row["feasible"]
+        return row["status"] != "ok", breaks, -row.get(key, math.nan)
+
+    return sorted(rows, key=rank)
+
+
+def trials_to_markdown(study: "Study", rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of `list_trials` as a Markdown table: weights, gains over the base, seconds."""
+    vectors, unit = list(study.config.vectors), Unit.of(study.config.objective)
+    terms = list(study.trials[0].terms)
+    base = study.value(study.trials[0])
+    lines = []
+    for row in rows:
+        is_sound = row["status"] == "ok"
+        mark = "" if row["feasible"] or not is_sound else " (breaks a constraint)"
+        gains_shown = [OF_TERMS.show(row[f"gain/{each}"]) if is_sound else "" for each in terms]
+        seconds = sum(v for k, v in row.items() if k in ("seconds/merge", "seconds/evaluate"))
+        lines.append(
+            [
+                f"{row['trial']}{' *' * row['best']}",
+                row["origin"],
+                *(f"{row[f'weight/{name}']:.3g}" for name in vectors),
+                *gains_shown,
+                unit.show(row["objective"] - base) + mark if is_sound else "crashed",
+                f"{seconds:.1f}",
+            ]
+        )
+    weights = [f"weight {name}" for name in vectors]
+    header = ["trial", "origin", *weights, *terms, "objective", "seconds"]
+    return markdown_table(header, lines)
 
 
 def _row(study: "Study", trial: Trial, base: Trial) -> dict[str, Any]:

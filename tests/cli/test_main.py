@@ -19,7 +19,7 @@ import yaml
 from click.testing import CliRunner
 
 from optimer_hf.cli import Program, main
-from optimer_hf.cli.options import Existing
+from optimer_hf.cli.options import Existing, LoadingCommand
 from optimer_hf.errors import ConfigError
 from optimer_hf.models.spinning import DECIDING, SPINS
 from tests.support.cli import optimer, process
@@ -224,6 +224,39 @@ def test_help_schemas_and_mistakes_answer_without_the_libraries(arguments, says,
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "optimer_hf.cli" in imported
     assert imported & HEAVY == set()
+
+
+WITHOUT_LIBRARIES = {  # commands that read records, or talk to the Hub at once
+    *("trials", "ratios", "status", "validate", "schema", "push", "pull", "list", "init"),
+}
+NO_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, *_):
+        if name in {"torch", "transformers", "lm_eval", "mergekit", "smac", "scipy"}:
+            sys.stderr.write(f"LOADS {name}\\n")
+            sys.exit(3)
+sys.meta_path.insert(0, Refuse())
+from optimer_hf.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["search study.yaml s", "evaluate a/b objective.yaml", "plan study.yaml", "compare ."],
+)
+def test_a_command_says_something_before_it_loads_its_libraries(words, tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
+    (tmp_path / "objective.yaml").write_text(yaml.safe_dump(STUDY["objective"]), encoding="utf-8")
+    result = process("-c", NO_TORCH, *words.split(), cwd=tmp_path)
+    first, *_ = result.stderr.splitlines()
+    assert first == f"{words.split()[0]}: loading libraries"
+
+
+def test_every_command_with_libraries_is_one_that_says_so():
+    silent = {each.name for each in commands() if not isinstance(each, LoadingCommand)}
+    assert silent == WITHOUT_LIBRARIES - {"init"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only GNU's OpenMP prints its settings")

@@ -71,7 +71,7 @@ def test_search_prints_front_and_ledger_beside_the_merge_config(searched):
     _, result = searched
     assert yaml.safe_load(result.stdout)["merge_method"] == "optimer"
     assert "Pareto front" in result.stderr and "| pick | trial | aaa" in result.stderr
-    assert "search: n 6, items 36, tokens" in result.stderr
+    assert re.search(r"\* search: [\d.]+ s \(6 merges, 36 items, [\d,]+ tokens: ", result.stderr)
     assert re.search(r"minus the base: \+\d+\.\d\d % \[[+-]\d+\.\d\d, \+\d+\.\d\d\]", result.stderr)
     assert "minus the next best, trial" in result.stderr
 
