@@ -6,10 +6,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from optimer_hf.cli.options import DIRECTORY, FORMAT, PATH, TOKEN, echo
+from optimer_hf.errors import ConfigError
 from optimer_hf.files.reference import Reference
 
 if TYPE_CHECKING:
     from optimer_hf.hub import Pull, Push
+
+
+def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """Return NAME=REPO texts as a mapping."""
+    pairs = [text.partition("=") for text in given]
+    for name, _, repo in pairs:
+        if not (name and repo):
+            raise ConfigError(f"--at {name}: expected NAME=REPO, e.g. --at math=you/my-math.")
+    return {name: repo for name, _, repo in pairs}
 
 
 @click.command(epilog="Example: optimer push runs/demo you/my-merge --dry-run")
@@ -28,15 +38,25 @@ if TYPE_CHECKING:
     "--license", "licence", help="Licence in the card (default: the licence of the inputs)."
 )
 @click.option(
-    "--vectors", is_flag=True, help="Push the local vectors of a recipe first, to REPO-<name>."
+    "--vectors",
+    is_flag=True,
+    help="Push the local base and vectors of a recipe first, as they are, to REPO-<name>.",
+)
+@click.option(
+    "--at",
+    multiple=True,
+    metavar="NAME=REPO",
+    callback=_pairs,
+    help="Repository with the same weights as a local vector, or as the base (--at base=REPO).",
 )
 @click.option("--dry-run", is_flag=True, help="Show files, sizes and the card; send nothing.")
 @TOKEN
 @FORMAT
 def push(directory: Path, repo: str, output: str, **options: Any) -> None:
-    """Push a vector, a recipe or a merged model to the Hub, in one commit.
+    """Push a study, a run, a recipe, a merged model or a vector to the Hub, in one commit.
 
-    DIRECTORY contains what to push. REPO is org/name, and is created if it is missing.
+    DIRECTORY contains what to push. Of a study or a run, that is the recipe with its trials,
+    figures and report. REPO is org/name, and is created if it is missing.
     """
     from optimer_hf import hub
 
@@ -63,6 +83,9 @@ def _print_push(done: "Push", dry_run: bool) -> None:
     else:
         unchanged = f", {len(done.unchanged)} unchanged" if done.unchanged else ""
         echo(f"{done.repo_id}@{done.commit}: {size} sent{unchanged}")
+    echo(f"{done.url}: readers")
+    for line in done.readers:
+        echo(f"  {line}")
 
 
 @click.command(epilog="Example: optimer pull you/my-merge")

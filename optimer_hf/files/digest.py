@@ -51,6 +51,11 @@ def fingerprint(path: Path) -> str:
     return state.hexdigest()
 
 
+def fingerprint_of(content: bytes) -> str:
+    """Return the `fingerprint` of a file with this content, of up to N_PIECES * PIECE bytes."""
+    return hashlib.sha256(str(len(content)).encode() + content).hexdigest()
+
+
 @functools.lru_cache(maxsize=1024)
 def _sha256(path: Path, n_bytes: int, modified: int) -> str:
     with open(path, "rb") as file:

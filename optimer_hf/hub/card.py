@@ -32,6 +32,7 @@ TAGS = {
     "vector": ["optimer", "optimer-vector"],
     "recipe": ["optimer", "optimer-recipe", "mergekit", "merge"],
     "model": ["optimer", "mergekit", "merge"],
+    "base": ["optimer"],
 }
 SHARED = ("tags", "language")  # lists that people may add to
 THEIRS = ("library_name", "pipeline_tag")  # what people write there is kept
@@ -99,12 +100,21 @@ class RecipeFacts:
 
 
 @dataclass(frozen=True)
+class BaseFacts:
+    """What a card says about the base of a recipe: the repository of the recipe."""
+
+    recipe: str
+
+
+@dataclass(frozen=True)
 class Facts:
-    """What the text of a card is written from: a vector, or a recipe, built as a model or not."""
+    """What the text of a card is written from: a vector, a base, or a recipe, built as a model or
+    not.
+    """
 
     title: str
     repo_id: str
-    subject: VectorFile | RecipeFacts
+    subject: VectorFile | RecipeFacts | BaseFacts
     is_model: bool = False
     figures: Sequence[Picture] = ()
 
@@ -112,6 +122,11 @@ class Facts:
     def vector(self) -> VectorFile | None:
         """The vector, if the card is that of one."""
         return self.subject if isinstance(self.subject, VectorFile) else None
+
+    @property
+    def base(self) -> BaseFacts | None:
+        """The base of a recipe, if the card is that of one."""
+        return self.subject if isinstance(self.subject, BaseFacts) else None
 
     @property
     def merge(self) -> RecipeFacts | None:
@@ -171,7 +186,7 @@ def metadata_of(
     """Return the metadata of a card. `relation` is the relation to the base models, `results` are
     the scores of the model called `name`.
     """
-    is_model = kind == "model"
+    is_model = kind in ("model", "base")
     data = ModelCardData(
         license=licence,
         library_name="transformers" if is_model else "optimer",

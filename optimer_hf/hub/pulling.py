@@ -41,6 +41,7 @@ from optimer_hf.hub.publication import (
     CARD,
     Kind,
     is_allowed,
+    is_pulled,
     is_weights,
     kind_of,
 )
@@ -161,7 +162,7 @@ def _fetch(
     snapshot: _Snapshot, listed: Mapping[str, Any], target: Path, token: str | None
 ) -> _Snapshot:
     """Download and check the small files, then the weights."""
-    wanted = [name for name in listed if is_allowed(snapshot.kind, name) or name == CARD]
+    wanted = [name for name in listed if is_pulled(snapshot.kind, name)]
     small = tuple(name for name in wanted if not is_weights(name))
     first = replace(snapshot, names=small, path=_download(snapshot, small, token))
     _refuse_damaged(first, listed)
@@ -212,7 +213,7 @@ def _find_in_cache(repo_id: str, revision: str | None) -> _Snapshot:
         ) from None
     names = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
     kind = _kind_of_remote(repo_id, names)
-    wanted = tuple(sorted(name for name in names if is_allowed(kind, name) or name == CARD))
+    wanted = tuple(sorted(name for name in names if is_pulled(kind, name)))
     return _Snapshot(repo_id, revision, path.name, kind, wanted, path)
 
 
@@ -234,8 +235,8 @@ def _kind_of_remote(repo_id: str, names: Collection[str]) -> Kind:
 
 def _refuse_oversized(snapshot: _Snapshot, listed: Mapping[str, Any]) -> None:
     for name, file in listed.items():
-        is_text = is_allowed(snapshot.kind, name) and not is_weights(name)
-        if (is_text or name == CARD) and (file.size or 0) > LARGEST_TEXT:
+        is_text = is_pulled(snapshot.kind, name) and not is_weights(name)
+        if is_text and (file.size or 0) > LARGEST_TEXT:
             raise HubError(
                 f"{snapshot.repo_id}: {name} has {file.size} bytes, expected at most "
                 f"{LARGEST_TEXT}. Ask its author for a smaller file."

@@ -45,17 +45,20 @@ from optimer_hf.hub.client import (
     retry,
     values_in_card,
 )
+from optimer_hf.hub.local_inputs import BASE, Placed, find_on_hub, local_inputs
 from optimer_hf.hub.publication import (
     CARD,
+    BaseModel,
     Kind,
     Publication,
     choose_files,
     is_allowed,
     is_legal,
+    is_weights,
     kind_of,
-    local_vectors,
 )
-from optimer_hf.models.layout import weight_digests
+from optimer_hf.hub.readers import describe_uses
+from optimer_hf.hub.uploads import base_of, uploads_of
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
 from optimer_hf.vectors.record import VectorFile
@@ -64,12 +67,13 @@ logger = logging.getLogger(__name__)
 
 
 MOST_FILES = 250  # in one commit
-NOT_YET = "0" * 40  # stands for the commit of a vector that is still to be pushed
 
 
 @dataclass(frozen=True)
 class Push:
-    """What a push did, or would do if `commit` is None. `sent` maps files to sizes in bytes."""
+    """What a push did, or would do if `commit` is None. `sent` maps files to sizes in bytes.
+    `readers` says what others can do with the repository at `url`.
+    """
 
     repo_id: str
     kind: Kind
@@ -77,6 +81,8 @@ class Push:
     unchanged: tuple[str, ...]
     deleted: tuple[str, ...]
     card: str
+    url: str = ""
+    readers: tuple[str, ...] = ()
     commit: str | None = None
     pull_request: str | None = None
     vectors: tuple["Push", ...] = ()
@@ -94,6 +100,7 @@ def push(
     tag: str | None = None,
     licence: str | None = None,
     vectors: bool = False,
+    at: Mapping[str, str] | None = None,
     dry_run: bool = False,
 ) -> Push:
     """Push a vector, a recipe or a merged model to the Hub in one commit, and return what was sent.
@@ -101,9 +108,10 @@ def push(
 
     `private` None leaves the choice to the account. `revision` is a branch, created if it is
     missing. `tag` is set last. `licence` None takes that of the card on the Hub, or of the inputs.
-    `vectors` pushes the local vectors of a recipe first, each to `<repo_id>-<name>`, and pins the
-    recipe to them. `dry_run` sends nothing. Raises HubError that says what to do, before anything
-    is sent where that is possible.
+    `vectors` pushes the local base and vectors of a recipe first, each to `<repo_id>-<name>`, and
+    pins the recipe to them. `at` maps the names of local inputs (`base`, or a vector) to Hub
+    repositories that have the same weights, which are compared by sha256. `dry_run` sends nothing.
+    Raises HubError that says what to do, before anything is sent where that is possible.
     """
     if create_pr:
         _refuse_beside_pull_request(tag, vectors)
@@ -115,11 +123,17 @@ def push(
             raise HubError(f"{repo_id!r}: expected a repository as OWNER/NAME.")
         target = _Repository(HfApi(token=token), repo_id, revision)
         _warn_of_unbuilt(folder / LOCK)
+        if (vectors or at) and not (folder / "recipe.yaml").exists():
+            raise HubError(
+                f"{folder}: has no recipe.yaml, and --vectors and --at go with a recipe."
+            )
+        placed = find_on_hub(target.api, local_inputs(folder), at) if at else {}
         if vectors:
-            return _push_with_vectors(folder, target, options)
-        publication, info = choose_files(folder), target.fetch_info()
+            return _push_with_inputs(folder, target, options, placed)
+        publication, info = choose_files(folder, placed), target.fetch_info()
         _refuse_other_visibility(target, info, private)
         _card_metadata(target, info, publication, options)
+        _announce(target, publication, options)
         return _commit(target, publication, options)
 
 
@@ -156,63 +170,73 @@ class _Options:
     dry_run: bool
 
 
-# -- a recipe and its vectors ----------------------------------------------------------------------
+def _announce(target: "_Repository", publication: Publication, options: _Options) -> None:
+    """Say where a push goes and what readers will be able to do, before anything is sent."""
+    if not options.dry_run:
+        uses = "\n".join(f"  {line}" for line in describe_uses(publication, target.repo_id))
+        logger.info("%s will hold this %s. Readers\n%s", target.url, publication.kind, uses)
 
 
-def _push_with_vectors(directory: Path, target: "_Repository", options: _Options) -> Push:
-    """Check the recipe and every vector. Then send the vectors, then the recipe pinned to them."""
-    targets = {
-        name: replace(target, repo_id=f"{target.repo_id}-{name}", revision=None)
-        for name in _vectors_to_push(directory)
-    }
-    foreseen = {name: f"{each.repo_id}@{NOT_YET}" for name, each in targets.items()}
-    publication = choose_files(directory, foreseen)
-    paths = local_vectors(directory)
-    parts = {name: choose_files(paths[name]) for name in targets}
+# -- a recipe and what it takes from this machine --------------------------------------------------
+
+
+def _push_with_inputs(
+    directory: Path, target: "_Repository", options: _Options, placed: Mapping[str, Placed]
+) -> Push:
+    """Check the recipe and its local inputs. Then send the base, then the vectors, then the recipe
+    pinned to them. Inputs that are `placed` on the Hub already are not sent.
+    """
+    uploads = uploads_of(directory, target.repo_id, placed)
+    targets = {n: replace(target, repo_id=u.repo_id, revision=None) for n, u in uploads.items()}
+    places = {**placed, **{name: upload.place for name, upload in uploads.items()}}
+    publication = choose_files(directory, places)
+    base = base_of(Recipe.read(directory / "recipe.yaml"), places)
+    parts = {name: each.publication(target.repo_id, base) for name, each in uploads.items()}
+    foreseen = [each.place.reference for each in uploads.values()]
+    options = _check_parts(target, targets, publication, parts, options, foreseen)
+    pushes: dict[str, Push] = {}
+    part_options = replace(options, message=None, tag=None)
+    for name, upload in uploads.items():  # the base comes first
+        part = upload.publication(target.repo_id, base)
+        pushes[name] = _commit(targets[name], part, part_options, foreseen)
+        if not options.dry_run:
+            places[name] = upload.at_commit(pushes[name].commit)
+            base = places[name].reference if name == BASE else base
+    if not options.dry_run:
+        publication, foreseen = choose_files(directory, places, publication.evidence), []
+    done = _commit(target, publication, options, foreseen)
+    return replace(done, vectors=tuple(pushes.values()))
+
+
+def _check_parts(
+    target: "_Repository",
+    targets: Mapping[str, "_Repository"],
+    publication: Publication,
+    parts: Mapping[str, Publication],
+    options: _Options,
+    foreseen: Collection[str],
+) -> _Options:
+    """Ask the Hub about a recipe and its parts, and return the options for them: they get the
+    visibility that the account gives the recipe. Raises HubError for what cannot be published.
+    """
+    info = target.fetch_info()
     infos = {name: each.fetch_info() for name, each in targets.items()}
-    _refuse_other_visibility(target, target.fetch_info(), options.private)
+    _refuse_other_visibility(target, info, options.private)
     for name, each in targets.items():
         _refuse_other_visibility(each, infos[name], options.private)
-    if not options.dry_run:  # the vectors get the visibility that the account gives the recipe
+    _card_metadata(target, info, publication, options, foreseen)
+    _announce(target, publication, options)
+    if not options.dry_run:
         options = replace(options, private=target.create_if_missing(options.private).private)
     for name, each in targets.items():
-        info = infos[name]
-        if info is not None and info.private and not options.private:
+        there = infos[name]
+        if there is not None and there.private and not options.private:
             raise HubError(
                 f"{each.repo_id}: is private, so others could not build a public recipe. Push with "
                 "--private, or make it public."
             )
-        _card_metadata(each, info, parts[name], options)
-    _card_metadata(target, target.fetch_info(), publication, options, foreseen.values())
-    part_options = replace(options, message=None, tag=None)
-    pushes = {name: _commit(each, parts[name], part_options) for name, each in targets.items()}
-    if not options.dry_run:
-        pinned = {name: f"{each.repo_id}@{each.commit}" for name, each in pushes.items()}
-        publication, foreseen = choose_files(directory, pinned), {}
-    done = _commit(target, publication, options, foreseen.values())
-    return replace(done, vectors=tuple(pushes.values()))
-
-
-def _vectors_to_push(directory: Path) -> Collection[str]:
-    """Return the directories of the local vectors of a recipe, by name. Raises HubError unless
-    their weights are the locked ones.
-    """
-    if not (directory / "recipe.yaml").exists():
-        raise HubError(f"{directory}: has no recipe.yaml, and --vectors goes with a recipe.")
-    paths = local_vectors(directory)
-    lock = Lock.read(directory / LOCK)
-    for name, path in paths.items():
-        where = f"{directory / 'recipe.yaml'}: vectors.{name}"
-        if not path.is_dir() or weight_digests(path) != lock.vectors.get(name):
-            raise HubError(
-                f"{where}: the weights in {path} are not the locked ones. Write the recipe again."
-            )
-        if not (path / "vector.json").exists():
-            raise HubError(
-                f"{where}: {path} has no vector.json, which says what it was trained from. "
-                "`optimer extract` makes a vector from it."
-            )
-    return paths
+        _card_metadata(each, there, parts[name], options, foreseen)
+    return options
 
 
 # -- the repository --------------------------------------------------------------------------------
@@ -225,6 +249,11 @@ class _Repository:
     api: HfApi
     repo_id: str
     revision: str | None
+
+    @property
+    def url(self) -> str:
+        """The page of the repository."""
+        return f"{self.api.endpoint}/{self.repo_id}"
 
     @property
     def branch(self) -> str:
@@ -289,11 +318,22 @@ def _refuse_other_content(target: _Repository, info: ModelInfo, publication: Pub
             "repository."
         )
     foreign = [name for name in names if is_allowed(publication.kind, name) and not is_legal(name)]
+    if publication.kind == "base" and foreign and _has_same_weights(target, info, publication):
+        return
     if there is None and foreign:
         raise HubError(
             f"{target.repo_id}: contains another model ({', '.join(foreign[:3])} ...), which this "
             f"{publication.kind} would replace. Give another repository."
         )
+
+
+def _has_same_weights(target: _Repository, info: ModelInfo, publication: Publication) -> bool:
+    """Whether a repository has the weights of a publication and no others."""
+    there = {n: file for n, file in target.list_files(str(info.sha)).items() if is_weights(n)}
+    here = {name: data for name, data in publication.files.items() if is_weights(name)}
+    return there.keys() == here.keys() and all(
+        _is_same(data, there[name]) for name, data in here.items()
+    )
 
 
 def _refuse_other_visibility(
@@ -327,13 +367,13 @@ def _card_metadata(
     existing = target.read_card(info.sha) if info is not None else None
     is_private = bool(info.private if info is not None else options.private)
     origins = _read_origins(target.api, publication, is_private, foreseen)
+    relation, results = "merge", list[EvalResult]()
     if isinstance(publication.record, VectorFile):
         relation = card.RELATIONS[publication.record.kind]
         datasets = card.datasets_of(publication.record.corpus)
         origins = replace(origins, datasets=tuple(datasets))
-        results = []
-    else:
-        relation, results = "merge", _sealed_results(publication.record)
+    elif isinstance(publication.record, Recipe):
+        results = _sealed_results(publication.record)
     licence = _choose_licence(target.repo_id, existing, origins, options.licence)
     return card.metadata_of(
         publication.kind, relation, licence, origins, _name_of(target.repo_id), results
@@ -346,7 +386,7 @@ def _read_origins(
     """Return what the cards of the inputs say. Raises HubError for a private input of a public
     work.
     """
-    base, *_ = publication.inputs
+    base = next(iter(publication.inputs), None)  # a base has no inputs
     idle = _unused_sources(publication.record)
     licences: dict[str, str | None] = {}
     base_models, datasets, languages = [], [], []
@@ -373,9 +413,9 @@ def _read_origins(
     return card.Origins(licences, tuple(base_models), tuple(datasets), tuple(languages))
 
 
-def _unused_sources(record: VectorFile | Recipe) -> set[str]:
+def _unused_sources(record: VectorFile | Recipe | BaseModel) -> set[str]:
     """Return the references of the vectors with weight 0, which a merge does not contain."""
-    if isinstance(record, VectorFile):
+    if not isinstance(record, Recipe):
         return set()
     vectors = record.vectors.values()
     return {vector.source for vector in vectors if vector.weight == 0}
@@ -419,28 +459,34 @@ def _sealed_results(recipe: Recipe) -> list[EvalResult]:
 def _render_card(
     repo_id: str, publication: Publication, metadata: Mapping[str, Any], existing: str | None
 ) -> str:
-    record: VectorFile | Recipe | card.RecipeFacts = publication.record
+    facts = card.Facts(
+        title=_name_of(repo_id),
+        repo_id=repo_id,
+        is_model=publication.kind == "model",
+        subject=_subject_of(publication),
+        figures=_figures_in_card(publication),
+    )
+    return card.render(metadata, facts, existing)
+
+
+def _subject_of(publication: Publication) -> VectorFile | card.BaseFacts | card.RecipeFacts:
+    record = publication.record
+    if isinstance(record, BaseModel):
+        return card.BaseFacts(record.recipe)
+    if isinstance(record, VectorFile):
+        return record
     configs = {
         "Merge config for mergekit with optimer-hf installed": publication.text(
             "optimer.yml"
         ).strip(),
         "Merge config for mergekit alone": publication.text("mergekit_config.yml").strip(),
     }
-    if isinstance(record, Recipe):
-        record = card.recipe_facts(
-            record,
-            publication.text("recipe.yaml").strip(),
-            {title: text for title, text in configs.items() if text},
-            publication.results,
-        )
-    facts = card.Facts(
-        title=_name_of(repo_id),
-        repo_id=repo_id,
-        is_model=publication.kind == "model",
-        subject=record,
-        figures=_figures_in_card(publication),
+    return card.recipe_facts(
+        record,
+        publication.text("recipe.yaml").strip(),
+        {title: text for title, text in configs.items() if text},
+        publication.results,
     )
-    return card.render(metadata, facts, existing)
 
 
 def _figures_in_card(publication: Publication) -> list[card.Picture]:
@@ -472,7 +518,8 @@ def _commit(
         files = {**publication.files, CARD: text.encode()}
         there = target.list_files(info.sha) if info is not None and info.sha is not None else {}
         done, operations = _changes(target.repo_id, publication.kind, files, there)
-        done = replace(done, card=text)
+        uses = tuple(describe_uses(publication, target.repo_id))
+        done = replace(done, card=text, url=target.url, readers=uses)
         if options.dry_run or info is None:
             return done
         if not options.create_pr:

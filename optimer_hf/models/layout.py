@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from optimer_hf.errors import ConfigError, ModelError
-from optimer_hf.files.digest import digest, fingerprint, sha256_file
+from optimer_hf.files.digest import digest, fingerprint, fingerprint_of, sha256_file
 from optimer_hf.files.reading import read_json, read_yaml
 from optimer_hf.files.reference import is_there
 
 INDEX = ".safetensors.index.json"
 ANY_WEIGHTS = "*.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 PENDING = ".update"  # in a pulled directory: a whole update that is not yet in place
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
@@ -214,9 +215,14 @@ def weight_states(path: Path) -> dict[str, tuple[int, int]]:
     return {name: (state.st_size, state.st_mtime_ns) for name, state in states.items()}
 
 
-def weights_fingerprint(path: Path) -> str:
-    """Return a digest that distinguishes the weights in a directory, see `fingerprint`."""
-    return digest({file.name: fingerprint(file) for file in _identifying_files(path)})
+def weights_fingerprint(path: Path, adapter_config: bytes | None = None) -> str:
+    """Return a digest that distinguishes the weights in a directory, see `fingerprint`. With
+    `adapter_config`, it is that of a copy whose adapter_config.json has this content.
+    """
+    digests = {file.name: fingerprint(file) for file in _identifying_files(path)}
+    if adapter_config is not None:
+        digests[ADAPTER_CONFIG] = fingerprint_of(adapter_config)
+    return digest(digests)
 
 
 def tokenizer_digests(path: Path) -> dict[str, str]:

@@ -68,7 +68,7 @@ def write_recipe(
         dtype=config.dtype,
         vectors=_ingredients_of(config, sources, trial.weights, folder),
         tokenizer_source=_tokenizer_source(config, folder),
-        **dict(_evidence_of(study, trial, sealed, ledger)),
+        **dict(evidence_of(study, trial, sealed, ledger)),
         versions=versions() | _version_of_engine(study),
         derived_from=derived_from,
     )
@@ -119,7 +119,7 @@ def _lock_of(
     weights: Mapping[str, float],
 ) -> Lock:
     """Return the lock of a merge that is not built yet; `sources` by vector."""
-    kinds = {key: _kind_of_vector(source.path) for key, source in sources.items()}
+    kinds = {key: kind_of_vector(source.path) for key, source in sources.items()}
     deltas = {key: read_record(sources[key].path) for key in kinds if kinds[key] == "delta"}
     return Lock(
         base=weight_digests(base.path),
@@ -132,7 +132,7 @@ def _lock_of(
     )
 
 
-def _kind_of_vector(path: Path) -> str:
+def kind_of_vector(path: Path) -> str:
     """Return the kind of the vector in a directory; the trials have already merged it."""
     if (path / "adapter_config.json").exists():
         return "adapter"
@@ -180,7 +180,7 @@ def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
         )
 
 
-def _evidence_of(
+def evidence_of(
     study: Study, trial: Trial, sealed: Comparison | None, ledger: Ledger | None
 ) -> Evidence:
     """Return what the search maximized, how the merge scored, and which search found it."""

@@ -4,6 +4,7 @@ from optimer_hf.files.model import FileModel, VersionedFile
 
 FIGURES = "figures"  # the folder of a card's figures, beside recipe.yaml
 CAPTIONS = f"{FIGURES}/captions.json"
+REPORT = "report.html"  # the page, beside recipe.yaml
 
 CARD_FIGURES = ("sealed", "terms", "weights", "progress", "slices", "front", "cosines")
 

@@ -87,15 +87,24 @@ def not_finite_error(vector: DistributionVector, name: str) -> ModelError:
 def write_record(
     path: Path, base: ResolvedModel, *, name: str, kind: Literal["adapter", "checkpoint"]
 ) -> VectorFile:
-    """Write vector.json beside a trained adapter or checkpoint, and return it.
+    """Write vector.json beside a trained adapter or checkpoint, and return it."""
+    (path / "vector.json").unlink(missing_ok=True)
+    record = describe_vector(path, base, name=name, kind=kind)
+    record.write(path / "vector.json")
+    return record
 
-    It includes the corpus, settings and versions from training.json.
+
+def describe_vector(
+    path: Path, base: ResolvedModel, *, name: str, kind: Literal["adapter", "checkpoint"]
+) -> VectorFile:
+    """Return the vector.json of an adapter or checkpoint that has none. Its weights are read once.
+
+    It includes the corpus, settings and versions from training.json, if there is one.
     """
     trained = read_training(path)
-    (path / "vector.json").unlink(missing_ok=True)
     vector = open_vector(name, str(path.resolve()), base)
     norm, relative_norm = measure_norms(vector, Checkpoint(base.path))
-    record = VectorFile(
+    return VectorFile(
         name=name,
         kind=kind,
         base=BaseRecord.of(base),
@@ -105,8 +114,6 @@ def write_record(
         training=trained.training if trained else None,
         versions=trained.versions if trained else {},
     )
-    record.write(path / "vector.json")
-    return record
 
 
 def extract(

@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 
 from optimer_hf import hub as hubs
 from optimer_hf.errors import HubError
+from optimer_hf.hub.local_inputs import Placed
 from optimer_hf.hub.publication import _read_results, choose_files, vanilla_config_of
 from optimer_hf.models.layout import copy_beside_weights
 from optimer_hf.recipes.build import build
@@ -64,7 +65,7 @@ def test_weights_that_are_not_read_are_not_published(make_recipe, tmp_path):
     for each in stale:
         (tmp_path / "model" / each).write_bytes(b"x")
     recipe = yaml.safe_load((tmp_path / "model" / "recipe.yaml").read_text())
-    pins = {key: f"alice/{key}@{'0' * 40}" for key in recipe["vectors"]}
+    pins = {key: Placed(f"alice/{key}@{'0' * 40}") for key in recipe["vectors"]}
     publication = choose_files(tmp_path / "model", pins)
     assert "model.safetensors" in publication.files and not publication.files.keys() & set(stale)
 
@@ -80,7 +81,7 @@ def test_a_torn_record_is_pushed_without_its_torn_line(make_recipe, make_vector)
     crash = {"number": 1, "worker": "tcp://node7:1", "error": "RuntimeError: on node7\nTraceback"}
     lines = [json.dumps({"number": 0, "error": "  "}), json.dumps(crash), '{"number": 2, "wei']
     (folder / "study" / "trials.jsonl").write_text("\n".join(lines))
-    pushed = {f"v{n}": f"alice/v{n}@{'0' * 40}" for n in range(2)}
+    pushed = {f"v{n}": Placed(f"alice/v{n}@{'0' * 40}") for n in range(2)}
     written = choose_files(folder, pushed).text("study/trials.jsonl").splitlines()
     assert [json.loads(line)["error"] for line in written] == [None, "RuntimeError"]
     (folder / "study" / "trials.jsonl").write_text("\n".join([lines[2], lines[0]]))

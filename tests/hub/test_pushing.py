@@ -351,8 +351,8 @@ def test_nothing_is_sent_if_one_vector_cannot_be_sent(hub, make_recipe, name, tm
     folder = make_recipe("delta")
     config = tmp_path / "delta-1" / "config.json"
     data = json.loads(config.read_text())
-    config.write_text(json.dumps(data | {"_name_or_path": "/scratch/ann/gemma"}))
-    with pytest.raises(HubError, match=r"_name_or_path: contains a path \(/scratch/ann/gemma\)"):
+    config.write_text(json.dumps(data | {"tokenizer_file": "/scratch/ann/gemma"}))
+    with pytest.raises(HubError, match=r"tokenizer_file: contains a path \(/scratch/ann/gemma\)"):
         hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     config.write_text(json.dumps(data))
     (tmp_path / "delta-0" / "vector.json").unlink()

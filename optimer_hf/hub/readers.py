@@ -1,0 +1,44 @@
+"""Say what readers can do with what was pushed, and what they cannot."""
+
+from collections.abc import Iterator
+
+from optimer_hf.hub.publication import BaseModel, Publication
+from optimer_hf.recipes.record import LOCK, Lock, Recipe
+from optimer_hf.report.captions import REPORT
+from optimer_hf.vectors.record import VectorFile
+
+
+def describe_uses(publication: Publication, repo_id: str) -> Iterator[str]:
+    """Yield a line for each thing that readers can do with a repository, with its command, and for
+    what they cannot do, with the reason.
+    """
+    record = publication.record
+    if isinstance(record, BaseModel):
+        yield f"can merge into it: base_model: {repo_id}"
+    elif isinstance(record, VectorFile):
+        yield f"can search its weight: vectors: {{{record.name}: {repo_id}}} in a study.yaml"
+    else:
+        yield from _uses_of_merge(publication, record, repo_id)
+
+
+def _uses_of_merge(publication: Publication, recipe: Recipe, repo_id: str) -> Iterator[str]:
+    out = repo_id.rpartition("/")[2]
+    if publication.kind == "model":
+        yield f'can load it: AutoModelForCausalLM.from_pretrained("{repo_id}")'
+    yield f"can build it: optimer pull {repo_id}, then optimer build {out}/recipe.yaml MODEL"
+    if Lock.model_validate_json(publication.text(LOCK)).output:
+        yield f"can verify it: optimer verify {out}/recipe.yaml MODEL"
+    else:
+        yield "cannot verify it: no model was built. Run `optimer build`, and push again"
+    if "mergekit_config.yml" in publication.files:
+        yield "can merge it with mergekit alone, as mergekit_config.yml says"
+    n_trials = publication.text("study/trials.jsonl").count("\n")
+    if n_trials:
+        yield f"can re-target it from its {n_trials} trials: optimer retarget {out} OBJECTIVE.yaml"
+        yield f"can draw its report: optimer report {out}"
+        if recipe.objective and any(term.text is not None for term in recipe.objective.terms):
+            yield "cannot score new trials on your texts, which stay with you"
+    elif publication.kind == "recipe":
+        yield "cannot re-target it, as it has no trials: push the directory of the study or run"
+    if REPORT in publication.files:
+        yield f"can look at the report: {REPORT}"

@@ -1,0 +1,101 @@
+"""What `push --vectors` uploads beside a recipe: the base and the vectors of this machine."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from optimer_hf.errors import HubError
+from optimer_hf.files.reference import is_pinned, pin
+from optimer_hf.hub.completing import describe_local
+from optimer_hf.hub.local_inputs import (
+    BASE,
+    LocalInput,
+    Placed,
+    adapter_config_naming,
+    local_inputs,
+    with_base_on_hub,
+)
+from optimer_hf.hub.publication import Publication, base_to_publish, vector_to_publish
+from optimer_hf.recipes.record import Recipe
+from optimer_hf.vectors.record import VectorFile, read_record
+
+logger = logging.getLogger(__name__)
+
+NOT_YET = "0" * 40  # stands for the commit of what is still to be pushed
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An input that is uploaded: where it is, where it goes, and the vector.json of a vector."""
+
+    local: LocalInput
+    repo_id: str
+    place: Placed
+    record: VectorFile | None
+
+    def publication(self, recipe: str, base: str) -> Publication:
+        """Return what is published for the repository of a recipe, with its base at `base`."""
+        if self.record is None:
+            return base_to_publish(self.local.path, recipe)
+        record = self.record
+        if not is_pinned(pin(record.base.reference, record.base.commit)):
+            record = with_base_on_hub(record, base)
+        return vector_to_publish(self.local, record, self.place)
+
+    def at_commit(self, commit: str | None) -> Placed:
+        """Return where readers find the input once it has been pushed."""
+        return replace(self.place, reference=pin(self.repo_id, commit))
+
+
+def uploads_of(directory: Path, repo_id: str, placed: Mapping[str, Placed]) -> dict[str, Upload]:
+    """Return what the recipe in a directory takes from this machine, the base first, unless it is
+    `placed` on the Hub already. Each goes to the repository of the recipe with its name behind it.
+
+    Raises HubError unless the weights are the locked ones.
+    """
+    recipe = Recipe.read(directory / "recipe.yaml")
+    inputs = {n: each for n, each in local_inputs(directory).items() if n not in placed}
+    for local in inputs.values():
+        local.refuse_changed()
+    named = {name: f"{repo_id}-{_suffix_of(name, recipe)}" for name in inputs}
+    if BASE in inputs:
+        logger.info(
+            "the base %s is on this machine and goes to %s. If the Hub has a copy of it, name that "
+            "instead: --at base=OWNER/NAME",
+            inputs[BASE].path,
+            named[BASE],
+        )
+    places = {name: Placed(f"{each}@{NOT_YET}") for name, each in named.items()}
+    base = base_of(recipe, {**placed, **places}).partition("@")[0]
+    is_base_local = BASE in placed or BASE in inputs
+    uploads = {}
+    for name, local in inputs.items():
+        record = None if name == BASE else _record_of(name, local, recipe.base_model)
+        place = places[name]
+        if local.kind == "adapter":
+            config = adapter_config_naming(base, local.path, is_base_local=is_base_local)
+            place = replace(place, adapter_config=config)
+        uploads[name] = Upload(local, named[name], place, record)
+    return uploads
+
+
+def base_of(recipe: Recipe, placed: Mapping[str, Placed]) -> str:
+    """Return the reference by which readers find the base of a recipe."""
+    return placed[BASE].reference if BASE in placed else recipe.base_model
+
+
+def _suffix_of(name: str, recipe: Recipe) -> str:
+    return "base" if name == BASE and "base" not in recipe.vectors else name
+
+
+def _record_of(name: str, local: LocalInput, base: str) -> VectorFile:
+    record = read_record(local.path)
+    if record is not None:
+        return record
+    if local.kind == "delta":
+        raise HubError(
+            f"{local.field}: {local.path} has no vector.json, which a delta needs. Restore it, or "
+            "write the delta again with `optimer extract`."
+        )
+    return describe_local(name, local.path, base, is_adapter=local.kind == "adapter")

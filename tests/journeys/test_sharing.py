@@ -1,0 +1,161 @@
+"""From models of one's own to a page that others trust: search, push; pull, verify, re-target."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import HfApi, constants
+
+from optimer_hf.models.layout import weight_digests
+from optimer_hf.recipes.record import Lock
+from optimer_hf.study.directory import load_study
+from tests.support.journeys import Person
+
+PUSH = "optimer push my-study you/my-merge --vectors --license gemma"
+STUDY = {
+    "base_model": "./models/base",
+    "vectors": {
+        "math": "./models/math",
+        "code": {"source": "./my-code-lora", "bounds": [0.0, 1.2]},
+    },
+    "objective": {
+        "terms": [
+            {"text": "held_out.jsonl", "name": "zh"},
+            {"text": "held_out.en.jsonl", "name": "en", "weight": 0.5},
+        ]
+    },
+    "test": {"terms": [{"text": "sealed.jsonl"}]},
+    "search": {"n_trials": 6, "rescore_top": 0},
+}
+OTHER = {"terms": [{"text": "held_out.jsonl", "name": "zh"}]}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, make_base, make_tuned, make_adapter, corpus_dir) -> Path:
+    """The folder of somebody who has trained, searched, compared and built, all on one machine."""
+    folder = tmp_path_factory.mktemp("a")
+    base = make_base()
+    shutil.copytree(base.path, folder / "models/base")
+    shutil.copytree(make_tuned(base, "gemma", 1), folder / "models/math")
+    shutil.copytree(make_adapter(base, 4), folder / "my-code-lora")  # it names a folder as its base
+    for name, source in {"held_out": "xyz.search", "held_out.en": "mix.search"}.items():
+        shutil.copy(corpus_dir / f"{source}.jsonl", folder / f"{name}.jsonl")
+    shutil.copy(corpus_dir / "xyz.test.jsonl", folder / "sealed.jsonl")
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    patch = pytest.MonkeyPatch()
+    ann = Person("you", folder)
+    ann.sign_in(patch)
+    for line in (
+        "optimer search study.yaml my-study",
+        "optimer compare my-study",
+        "optimer build my-study/recipe.yaml merged",
+    ):
+        ann.types(line)
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def ann(searched, tmp_path, hub, monkeypatch) -> Person:
+    """Her, in a copy of that folder, signed in; nothing of hers is on the Hub."""
+    for repo in [repo for repo in hub.store.repos.values() if repo.id.startswith("you/")]:
+        hub.store.delete(repo)
+    for cached in Path(constants.HF_HUB_CACHE).glob("models--you--*"):
+        shutil.rmtree(cached)
+    shutil.copytree(searched, tmp_path / "ann")
+    person = Person("you", tmp_path / "ann")
+    person.sign_in(monkeypatch)
+    return person
+
+
+def upload(repo_id: str, folder: Path) -> None:
+    """Upload a folder without our help, and without the card that PEFT wrote."""
+    HfApi().create_repo(repo_id)
+    HfApi().upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns="README.md")
+
+
+def follow_as_reader(folder: Path, monkeypatch) -> str:
+    """Pull, build, verify and re-target as somebody else; return what re-targeting printed."""
+    folder.mkdir()
+    (folder / "other-objective.yaml").write_text(yaml.safe_dump(OTHER))
+    shutil.copy(folder.parent / "ann/held_out.jsonl", folder)
+    shutil.rmtree(folder.parent / "ann")  # another machine
+    bob = Person("bob", folder)
+    bob.sign_in(monkeypatch)
+    bob.types("optimer pull you/my-merge theirs")
+    assert not (folder / "theirs/report.html").exists()  # a page of others is not pulled
+    for line in (
+        "optimer build theirs/recipe.yaml model",
+        "optimer verify theirs/recipe.yaml model",
+        "optimer report theirs",
+    ):
+        bob.types(line)
+    return bob.types("optimer retarget theirs other-objective.yaml").output
+
+
+def test_local_models_are_searched_published_and_rebuilt_by_others(ann, tmp_path, monkeypatch):
+    best = load_study(ann.folder / "my-study").best_trial
+    foreseen = ann.types(f"{PUSH} --dry-run").output
+    assert not HfApi().repo_exists("you/my-merge")
+    pushed = ann.types(PUSH).output
+    for text in (foreseen, pushed):
+        assert "/you/my-merge: readers\n  can build it" in text
+        assert "can re-target it from its 6 trials: optimer retarget my-merge" in text
+    assert ann.types(PUSH).output.count("already has everything") == 4
+    api = HfApi()
+    there = {name: set(api.list_repo_files(f"you/my-merge{name}")) for name in ("", "-base")}
+    assert {"report.html", "results.json", "study/trials.jsonl"} <= there[""]
+    assert {"figures/sealed.png", "figures/weights.png"} <= there[""]
+    assert "model.safetensors" in there["-base"] and "README.md" in there["-base"]
+    retargeted = follow_as_reader(tmp_path / "bob", monkeypatch)
+    assert re.search(r"math .*\d", retargeted)
+    theirs = load_study(tmp_path / "bob/theirs").best_trial
+    assert (theirs.weights, theirs.terms) == (best.weights, best.terms)
+
+
+def test_an_adapter_on_the_hub_names_the_base_on_the_hub(ann, tmp_path, monkeypatch):
+    from peft import AutoPeftModelForCausalLM
+
+    ann.types(PUSH)
+    config = Path(HfApi().snapshot_download("you/my-merge-code")) / "adapter_config.json"
+    assert json.loads(config.read_text())["base_model_name_or_path"] == "you/my-merge-base"
+    AutoPeftModelForCausalLM.from_pretrained("you/my-merge-code")
+
+
+def test_models_that_are_on_the_hub_are_named_and_not_sent_again(
+    ann, hub, tmp_path, monkeypatch, caplog
+):
+    config = ann.folder / "my-code-lora/adapter_config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"base_model_name_or_path": "you/base"}))
+    for name, path in (("base", "models/base"), ("math", "models/math"), ("code", "my-code-lora")):
+        upload(f"you/{name}", ann.folder / path)
+    config.write_text(before)
+    hub.log.clear()
+    at = " ".join(f"--at {name}=you/{name}" for name in ("base", "math", "code"))
+    ann.runs(f"optimer push my-study you/my-merge {at} --license mit")
+    assert not hub.calls("POST .*/you/(base|math|code)/commit/")
+    lock = Lock.read(Path(HfApi().snapshot_download("you/my-merge")) / "recipe.lock.json")
+    assert lock.vectors["code"] != weight_digests(ann.folder / "my-code-lora")
+    follow_as_reader(tmp_path / "bob", monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["math", "code", "base"])
+def test_other_weights_on_the_hub_are_refused(ann, name, make_tuned, make_base, make_adapter):
+    other = {"code": make_adapter(make_base(), 5)}.get(name, make_tuned(make_base(), "gemma", 7))
+    upload("you/other", other)
+    refused = ann.runs(f"optimer push my-study you/my-merge --at {name}=you/other", ok=False)
+    assert re.search(r"weights are not those of .*: found [0-9a-f]{64}, exp", refused.output)
+
+
+def test_another_rank_on_the_hub_is_refused(ann):
+    config = ann.folder / "my-code-lora/adapter_config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"lora_alpha": 99}))
+    upload("you/other", config.parent)
+    config.write_text(before)
+    refused = ann.runs("optimer push my-study you/my-merge --at code=you/other", ok=False)
+    assert "in lora_alpha. Only the name of the base may differ" in refused.output
