@@ -2,7 +2,7 @@
 
 `<!-- fields: study -->` becomes the table of study.yaml, `<!-- fields: study.Term -->` that of one
 of its parts, and `<!-- fields: objective.Constraint beyond Term -->` only what Term does not have
-alike. A table has a row for each field: name, type with bounds, default, meaning.
+alike. A table has a row for each field: name, type with bounds and unit, default, example, meaning.
 """
 
 import json
@@ -35,11 +35,18 @@ def field_table(kind: str, part: str | None = None, known: str | None = None) ->
     model = schema if part is None else schema["$defs"][part]
     shown_elsewhere = {} if known is None else schema["$defs"][known]["properties"]
     rows = [
-        (f"`{name}`", type_of(field), _default(name, field, model), _line(field["description"]))
+        (
+            f"`{name}`",
+            type_of(field) + (f" ({field['unit']})" if "unit" in field else ""),
+            _default(name, field, model),
+            ", ".join(f"`{_json(each)}`" for each in field["examples"]),
+            _line(field["description"]),
+        )
         for name, field in model["properties"].items()
         if field != shown_elsewhere.get(name)
     ]
-    lines = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
+    header = ["field", "type", "default", "example", "meaning"]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)])
 
 

@@ -14,89 +14,122 @@ from optimer_hf.files.text import count, show_seconds
 class TrialCost(FileModel):
     """What some trials took."""
 
-    n: int = 0
+    n: int = Field(default=0, examples=[30], json_schema_extra={"unit": "trials"})
     """Number of trials."""
-    items: int = 0
+    items: int = Field(default=0, examples=[3840], json_schema_extra={"unit": "items"})
     """Items scored; scores that were taken over cost nothing and do not count."""
-    tokens: int = 0
+    tokens: int = Field(default=0, examples=[120_000], json_schema_extra={"unit": "tokens"})
     """Tokens that the model read and wrote."""
-    seconds: float = 0.0
+    seconds: float = Field(default=0.0, examples=[123.1], json_schema_extra={"unit": "seconds"})
     """Seconds of asking, merging and evaluating."""
-    cpu_seconds: float = 0.0
+    cpu_seconds: float = Field(default=0.0, examples=[230.4], json_schema_extra={"unit": "seconds"})
     """Seconds of processors, asking aside."""
-    ask: float = 0.0
+    ask: float = Field(default=0.0, examples=[0.47], json_schema_extra={"unit": "seconds"})
     """Seconds of choosing weights."""
-    merge: float = 0.0
+    merge: float = Field(default=0.0, examples=[3.27], json_schema_extra={"unit": "seconds"})
     """Seconds of merging."""
-    forward: float = 0.0
+    forward: float = Field(default=0.0, examples=[119.1], json_schema_extra={"unit": "seconds"})
     """Seconds of the model's forward passes."""
-    harness: float = 0.0
+    harness: float = Field(default=0.0, examples=[0.23], json_schema_extra={"unit": "seconds"})
     """Seconds of evaluation outside of the forward passes."""
-    overhead_share: float = 0.0
+    overhead_share: float = Field(
+        default=0.0, examples=[0.03], json_schema_extra={"unit": "share of the seconds"}
+    )
     """Share of the seconds that is not the model's forward pass."""
 
 
 class TrainingCost(FileModel):
     """What some trainings took in total."""
 
-    n: int | None = None
+    n: int | None = Field(default=None, examples=[4], json_schema_extra={"unit": "trainings"})
     """Number of trainings. Default: one for each vector."""
-    seconds: float = 0.0
+    seconds: float = Field(default=0.0, examples=[676.0], json_schema_extra={"unit": "seconds"})
     """Seconds of training."""
-    cpu_seconds: float = 0.0
+    cpu_seconds: float = Field(
+        default=0.0, examples=[1_300.0], json_schema_extra={"unit": "seconds"}
+    )
     """Seconds of processors."""
-    tokens: int = 0
+    tokens: int = Field(default=0, examples=[133_120], json_schema_extra={"unit": "tokens"})
     """Tokens trained on."""
-    tokens_per_second: int = 0
+    tokens_per_second: int = Field(
+        default=0, examples=[197], json_schema_extra={"unit": "tokens a second"}
+    )
     """Tokens trained on in a second."""
-    mfu: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    mfu: float | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        examples=[0.41],
+        json_schema_extra={"unit": "share of the peak"},
+    )
     """Share of the peak of the GPU that the arithmetic of the models used, where it is known."""
 
 
 class MixtureCost(FileModel):
     """What as many data mixtures as there were trials would have cost."""
 
-    attempts: int
+    attempts: int = Field(examples=[30], json_schema_extra={"unit": "mixtures"})
     """Number of mixtures: as many as trials of the search."""
-    seconds: float
+    seconds: float = Field(examples=[12_291.1], json_schema_extra={"unit": "seconds"})
     """Seconds of training and evaluating them."""
-    ratio_search_only: float
+    ratio_search_only: float = Field(
+        examples=[66.4], json_schema_extra={"unit": "times the search"}
+    )
     """These seconds over those of the search."""
-    ratio_end_to_end: float
+    ratio_end_to_end: float = Field(
+        examples=[14.3], json_schema_extra={"unit": "times search and training"}
+    )
     """These seconds over those of the search and of training the vectors."""
 
 
 class StageCost(FileModel):
     """What one stage, or one call of `optimer run`, took."""
 
-    seconds: float = 0.0
+    seconds: float = Field(default=0.0, examples=[11.5], json_schema_extra={"unit": "seconds"})
     """Seconds by the clock."""
-    peak_bytes: int | None = None
+    peak_bytes: int | None = Field(
+        default=None, examples=[2_000_000_000], json_schema_extra={"unit": "bytes"}
+    )
     """Largest memory of the process in bytes."""
 
 
 class Ledger(FileModel):
     """What a study or a run took, by stage."""
 
-    train: TrainingCost | None = None
+    train: TrainingCost | None = Field(
+        default=None, examples=[{"n": 4, "seconds": 676.0, "tokens": 133120}]
+    )
     """Training of the vectors."""
-    search: TrialCost | None = None
+    search: TrialCost | None = Field(default=None, examples=[{"n": 30, "seconds": 123.1}])
     """Trials of the search."""
-    rescore: TrialCost | None = None
+    rescore: TrialCost | None = Field(default=None, examples=[{"n": 30, "seconds": 123.1}])
     """Re-scoring of the best trials."""
-    data_mixture: MixtureCost | None = None
+    data_mixture: MixtureCost | None = Field(
+        default=None,
+        examples=[
+            {
+                "attempts": 30,
+                "seconds": 12291.1,
+                "ratio_search_only": 66.4,
+                "ratio_end_to_end": 14.3,
+            }
+        ],
+    )
     """What data mixtures would have cost instead."""
-    mixtures: TrainingCost | None = None
+    mixtures: TrainingCost | None = Field(
+        default=None, examples=[{"n": 4, "seconds": 676.0, "tokens": 133120}]
+    )
     """Training of the data mixtures among the baselines."""
     other_searches: TrialCost | None = Field(
-        default=None, validation_alias=AliasChoices("other_searches", "other searches")
+        default=None,
+        validation_alias=AliasChoices("other_searches", "other searches"),
+        examples=[{"n": 30, "seconds": 123.1}],
     )
     """Trials of the searches among the baselines."""
-    sealed: TrialCost | None = None
+    sealed: TrialCost | None = Field(default=None, examples=[{"n": 30, "seconds": 123.1}])
     """Rows of the sealed test."""
-    write: StageCost | None = None
+    write: StageCost | None = Field(default=None, examples=[{"seconds": 11.5}])
     """Writing of the merged model."""
-    this_invocation: StageCost | None = None
+    this_invocation: StageCost | None = Field(default=None, examples=[{"seconds": 1116.0}])
     """The whole of the last call of `optimer run`."""
 
     def to_json(self) -> dict[str, dict[str, Any]]:

@@ -15,21 +15,21 @@ DataFiles = LocalText | list[LocalText] | dict[str, LocalText | list[LocalText]]
 class CorpusConfig(FileModel):
     """Where training text comes from. Give either `path` or `dataset`."""
 
-    path: LocalPath | None = None
+    path: LocalPath | None = Field(default=None, examples=["math.jsonl", "shards/*.parquet"])
     """Local text: a file (.jsonl .json .csv .tsv .txt .md .parquet .arrow; .gz .xz .bz2 .zst), a
     folder of such files, or a pattern (data/*.jsonl).
     """
-    dataset: LocalText | None = None
+    dataset: LocalText | None = Field(default=None, examples=["HuggingFaceFW/fineweb-2"])
     """Data set for `datasets.load_dataset`, streamed: a Hub id or a folder."""
     dataset_config: str | None = Field(
-        default=None, validation_alias=AliasChoices("dataset_config", "name")
+        default=None, validation_alias=AliasChoices("dataset_config", "name"), examples=["jpn_Jpan"]
     )
     """Configuration of the data set, the `name` of load_dataset. Default: the data set's own."""
-    data_files: DataFiles | None = None
+    data_files: DataFiles | None = Field(default=None, examples=["data/*.parquet"])
     """Files of the data set to read, as load_dataset takes them. Default: all files."""
-    split: str = "train"
+    split: str = Field(default="train", examples=["validation"])
     """Split of the data set, as load_dataset names it."""
-    text_field: str = "text"
+    text_field: str = Field(default="text", examples=["content"])
     """Column or field that holds the text of a document."""
 
     def mistakes(self) -> Iterator[Mistake]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.paths import Place, strings_in
@@ -53,7 +53,7 @@ class FileModel(BaseModel):
 class VersionedFile(FileModel):
     """The top level of one of our files."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1] = Field(default=1, examples=[1])
     """Version of the file format."""
 
     @classmethod

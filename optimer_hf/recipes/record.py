@@ -23,28 +23,40 @@ from optimer_hf.vectors.record import QUANTISED
 LOCK = "recipe.lock.json"  # beside a built model
 MERGE_CONFIG, MADE_HERE = "optimer.yml", "# Written beside a recipe by optimer-hf.\n"
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # in examples
+PINNED = f"you/gemma-3-270m-math@{COMMIT}"
+
 
 class Ingredient(FileModel):
     """One vector of a recipe."""
 
-    source: ReferenceText
+    source: ReferenceText = Field(examples=[PINNED])
     """Where the vector is: a directory, a Hub id at a commit (org/name@commit) or pypi:PACKAGE."""
-    weight: float = Field(ge=-1e4, le=1e4)
+    weight: float = Field(ge=-1e4, le=1e4, examples=[0.62], json_schema_extra={"unit": "weight"})
     """Weight of the vector in the merge."""
 
 
 class Composition(VersionedFile):
     """What is merged: a base, vectors with their weights, and a tokenizer."""
 
-    name: str
+    name: str = Field(examples=["my-merge"])
     """Name of the recipe."""
-    base_model: ReferenceText
+    base_model: ReferenceText = Field(examples=[f"google/gemma-3-270m@{COMMIT}"])
     """Model that the vectors are added to."""
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(examples=["bfloat16"])
     """dtype of the merged model."""
-    vectors: dict[str, Ingredient]
+    vectors: dict[str, Ingredient] = Field(
+        examples=[
+            {
+                "math": {
+                    "source": PINNED,
+                    "weight": 0.62,
+                }
+            }
+        ]
+    )
     """Vectors of the merge with their weights, by name."""
-    tokenizer_source: TokenizerSource = None
+    tokenizer_source: TokenizerSource = Field(default=None, examples=["chat"])
     """Vector or model that the merge takes its tokenizer from. Default: the base."""
 
     @property
@@ -66,28 +78,34 @@ class Composition(VersionedFile):
 class Score(FileModel):
     """What a merge scored at one fidelity."""
 
-    value: float
+    value: float = Field(examples=[0.063], json_schema_extra={"unit": "that of the objective"})
     """Value of the objective; larger is better."""
-    summary: str | None = None
+    summary: str | None = Field(
+        default=None, examples=["+6.26 % [+5.60, +6.91], paired 95 % interval: better"]
+    )
     """The gain over the base with its interval, in words."""
-    terms: dict[str, float]
+    terms: dict[str, float] = Field(
+        examples=[{"math": 0.9601}], json_schema_extra={"unit": "that of the metric"}
+    )
     """Score of every term, in the unit of its metric."""
-    higher_is_better: dict[str, bool] = {}
+    higher_is_better: dict[str, bool] = Field(default={}, examples=[{"math": False}])
     """Direction of every term; not in recipes of 0.1.0."""
-    verdicts: list[str] | None = None
+    verdicts: list[str] | None = Field(
+        default=None, examples=[["searched merge minus the best of the others: +0.85 points"]]
+    )
     """The merge against the best of the others, in words; of the sealed test only."""
 
 
 class Search(FileModel):
     """The study that weights come from."""
 
-    sha256: str
+    sha256: str = Field(examples=["9f86d081" * 8])
     """Digest of everything that decides its trials."""
-    n_trials: int
+    n_trials: int = Field(examples=[30], json_schema_extra={"unit": "trials"})
     """Number of trials of the search."""
-    seed: int
+    seed: int = Field(examples=[0])
     """Seed of the search."""
-    incumbent: int
+    incumbent: int = Field(examples=[16])
     """Number of the trial with these weights."""
 
 
@@ -96,15 +114,23 @@ class Evidence(FileModel):
     recipe that a person wrote has none.
     """
 
-    objective: Objective | None = None
+    objective: Objective | None = Field(
+        default=None,
+        examples=[{"terms": [{"task": "gsm8k", "metric": "exact_match,flexible-extract"}]}],
+    )
     """What the search maximized; the fields of an objective."""
-    scores: dict[Fidelity, Score] = {}
+    scores: dict[Fidelity, Score] = Field(
+        default={}, examples=[{"search": {"value": 0.063, "terms": {"math": 0.9601}}}]
+    )
     """Scores of the merge: in the search, re-scored, and on the sealed test. `optimer build` does
     not read them.
     """
-    study: Search | None = None
+    study: Search | None = Field(
+        default=None,
+        examples=[{"sha256": "9f86d081" * 8, "n_trials": 30, "seed": 0, "incumbent": 16}],
+    )
     """Study that the weights come from: its digest, trials and seed."""
-    ledger: Ledger = Ledger()
+    ledger: Ledger = Field(default=Ledger(), examples=[{"search": {"n": 30, "seconds": 123.1}}])
     """Time, items and tokens that the search took."""
 
     @field_validator("objective", "study", mode="before")
@@ -130,9 +156,9 @@ class Evidence(FileModel):
 class Recipe(Evidence, Composition):
     """recipe.yaml: everything that is needed to build the merge, and the evidence for it."""
 
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default={}, examples=[{"torch": "2.13.0"}])
     """Versions of the packages that the search ran with."""
-    derived_from: str | None = None
+    derived_from: str | None = Field(default=None, examples=[f"you/my-merge@{COMMIT}"])
     """Recipe that this one continues, as org/name@commit."""
     _path: Path | None = PrivateAttr(default=None)
 

@@ -49,45 +49,55 @@ NOT_FOR_FUNCTIONS = {"metric", "text_field", "num_fewshot", "generation", "hash_
 class Term(FileModel):
     """One part of an objective. Give exactly one of `task`, `text` and `function`."""
 
-    task: str | None = None
+    task: str | None = Field(default=None, examples=["gsm8k"])
     """lm-eval task, one of its own or one found through `include_path`."""
-    text: LocalPath | None = None
+    text: LocalPath | None = Field(default=None, examples=["held-out.jsonl"])
     """JSONL file of documents, plain or compressed, to measure the likelihood of."""
-    function: str | None = None
+    function: str | None = Field(default=None, examples=["brevity"])
     """Name of a Python function of the model that returns a number for each item; it is given to
     `optimer_hf.search`, so such a term works from Python only.
     """
-    text_field: str = "text"
+    text_field: str = Field(default="text", examples=["content"])
     """Field of a `text` file's rows that holds the document."""
-    metric: str = "bits_per_byte"
+    metric: str = Field(
+        default="bits_per_byte", examples=["acc_norm", "exact_match,flexible-extract"]
+    )
     """What to measure. For `text`: bits_per_byte or byte_perplexity. For `task`: a metric of the
     task, with its filter where it has one (exact_match,flexible-extract).
     """
-    higher_is_better: bool | None = None
+    higher_is_better: bool | None = Field(default=None, examples=[True])
     """Whether larger numbers of a `function` are better. lm-eval's metrics know this themselves."""
-    name: str | None = None
+    name: str | None = Field(default=None, examples=["math"])
     """What tables and messages call the term. Default: the task, the function, or the name of the
     text file up to its first dot.
     """
-    weight: float = Field(default=1.0, ge=0, le=1e6)
+    weight: float = Field(
+        default=1.0, ge=0, le=1e6, examples=[0.5], json_schema_extra={"unit": "weight"}
+    )
     """Weight of the term in the objective. 0 records the score without counting it, so that other
     objectives can use it later.
     """
-    limit: int | None = Field(default=None, gt=0, le=10**7)
+    limit: int | None = Field(
+        default=None, gt=0, le=10**7, examples=[100], json_schema_extra={"unit": "items"}
+    )
     """Number of items to score, spread evenly over the file or task, the same in every trial.
     Default: the limit of the objective.
     """
-    num_fewshot: int | None = Field(default=None, ge=0, le=1000)
+    num_fewshot: int | None = Field(
+        default=None, ge=0, le=1000, examples=[5], json_schema_extra={"unit": "examples"}
+    )
     """Number of few-shot examples of a `task`. Default: what the task says."""
-    generation: dict[str, Any] = {}
+    generation: dict[str, Any] = Field(default={}, examples=[{"max_gen_toks": 160}])
     """Options for a `task` that generates text, over the task's own generation_kwargs; for
     instance {max_gen_toks: 160}. A task that sets no length stops at 256 tokens.
     """
-    hash_range: tuple[Portion, Portion] = (0.0, 1.0)
+    hash_range: tuple[Portion, Portion] = Field(
+        default=(0.0, 1.0), examples=[[0.0, 0.5]], json_schema_extra={"unit": "share of the items"}
+    )
     """Use only the items whose hash, as a number in [0, 1), lies in [low, high). With [0, 0.5] in
     the objective and [0.5, 1] in the test, one task serves both.
     """
-    rescore_only: bool = False
+    rescore_only: bool = Field(default=False, examples=[True])
     """Skip the term in the search and score it only when the best trials are scored again; for
     tasks that are too slow for every trial.
     """
@@ -213,9 +223,11 @@ class Constraint(Term):
     A constraint with the name of a term is a bound on that term, and nothing is scored twice.
     """
 
-    weight: Literal[0] = 0
+    weight: Literal[0] = Field(default=0, examples=[0], json_schema_extra={"unit": "weight"})
     """A constraint does not count in the objective."""
-    max_relative_to_base: float = Field(ge=0, le=1e6)
+    max_relative_to_base: float = Field(
+        ge=0, le=1e6, examples=[0.02], json_schema_extra={"unit": "share of the base's score"}
+    )
     """How much worse than the base the score may be, as a share of the base's score: 0.02 allows a
     loss 2 % higher or an accuracy 2 % lower.
     """
@@ -238,27 +250,35 @@ def _differing_field(constraint: Term, term: Term) -> str | None:
 class Objective(FileModel):
     """What to score a merge on, and how the scores become one number; larger is better."""
 
-    combine: Literal["relative_to_base", "weighted_mean", "worst"] = "relative_to_base"
+    combine: Literal["relative_to_base", "weighted_mean", "worst"] = Field(
+        default="relative_to_base", examples=["worst"]
+    )
     """How the terms become one number. relative_to_base: the weighted mean of the gains over the
     base, where a gain is the difference of accuracies or the relative decrease of a loss.
     weighted_mean: the weighted mean of the scores themselves (losses negated), for terms of one
     metric. worst: the smallest gain of any term, so that no term is sacrificed for another.
     """
-    terms: list[Term] = Field(min_length=1)
+    terms: list[Term] = Field(
+        min_length=1, examples=[[{"task": "gsm8k", "metric": "exact_match,flexible-extract"}]]
+    )
     """Tasks, texts and functions to score."""
-    constraints: list[Constraint] = []
+    constraints: list[Constraint] = Field(
+        default=[], examples=[[{"text": "english.jsonl", "max_relative_to_base": 0.02}]]
+    )
     """What must not get worse; merges that break a constraint are rejected."""
-    include_path: LocalPath | None = None
+    include_path: LocalPath | None = Field(default=None, examples=["tasks"])
     """Folder with your own lm-eval tasks (YAML)."""
-    limit: int | None = Field(default=None, gt=0, le=10**7)
+    limit: int | None = Field(
+        default=None, gt=0, le=10**7, examples=[100], json_schema_extra={"unit": "items"}
+    )
     """Number of items for each term and trial. Default: all items."""
-    apply_chat_template: bool = False
+    apply_chat_template: bool = Field(default=False, examples=[True])
     """Wrap the prompts of tasks in the tokenizer's chat template."""
-    fewshot_as_multiturn: bool = False
+    fewshot_as_multiturn: bool = Field(default=False, examples=[True])
     """Write few-shot examples as turns of a conversation instead of one long prompt. Needs
     apply_chat_template.
     """
-    system_instruction: str | None = None
+    system_instruction: str | None = Field(default=None, examples=["Answer briefly."])
     """System message to put before every prompt."""
 
     def mistakes(self) -> Iterator[Mistake]:

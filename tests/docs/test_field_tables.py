@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+from optimer_hf.experiment.inputs import KINDS
 from tests.support.pages import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "files.md"
@@ -39,21 +40,37 @@ def test_every_link_of_a_table_leads_to_a_heading(hooks):
 @pytest.mark.parametrize(
     ("table", "row"),
     [
-        (("study", "SearchConfig"), "| `n_trials` | whole number, 1 to 10,000 | `30` | Number of "),
+        (
+            ("study", "SearchConfig"),
+            "| `n_trials` | whole number, 1 to 10,000 (trials) | `30` | `100` | Number ",
+        ),
         (
             ("study",),
             "| `vectors` | mapping of names to text or [VectorConfig](#VectorConfig) | re",
         ),
         (
             ("study", "VectorConfig"),
-            "| `bounds` | two values: number, -1,000 to 1,000 | `[0.0, 1.5",
+            "| `bounds` | two values: number, -1,000 to 1,000 (weight) | `[0.0",
         ),
-        (("train", "MixturePart", "CorpusConfig"), "| `share` | number, above 0 to 1 | required |"),
+        (
+            ("train", "MixturePart", "CorpusConfig"),
+            "| `share` | number, above 0 to 1 (share of max_tokens) | required | `0.25` |",
+        ),
         (("objective",), "| `combine` | `relative_to_base`, `weighted_mean`, `worst` | `relative_"),
     ],
 )
-def test_a_row_has_type_bounds_default_and_meaning(hooks, table, row):
+def test_a_row_has_type_bounds_unit_default_example_and_meaning(hooks, table, row):
     assert any(line.startswith(row) for line in hooks.field_table(*table).splitlines())
+
+
+def test_the_tables_say_what_the_models_say(hooks):
+    page = hooks.on_page_markdown(PAGE.read_text("utf-8"))
+    for kind, cls in KINDS.items():
+        whole = cls.model_json_schema()
+        for part in (whole, *whole.get("$defs", {}).values()):
+            for name, field in part["properties"].items():
+                meaning = " ".join(field["description"].split()).replace("|", "\\|")
+                assert f"| {meaning} |" in page, (kind, name)
 
 
 def test_a_table_beyond_a_part_leaves_out_what_both_have_alike(hooks):

@@ -40,6 +40,23 @@ def test_every_field_of_a_file_says_what_it_is_for(kind: str):
             assert schema.get("description", "").endswith((".", "...")), f"{name}.{field}"
 
 
+WITHOUT_UNIT = {"format_version", "seed", "incumbent", "device_map", "engine", "trainer", "lora"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_of_a_file_has_an_example_that_is_valid_and_every_number_a_unit(kind: str):
+    whole = KINDS[kind].model_json_schema()
+    for name, part in {kind: whole, **whole.get("$defs", {})}.items():
+        for field, schema in part["properties"].items():
+            checker = Draft202012Validator(schema | {"$defs": whole.get("$defs", {})})
+            examples = schema.get("examples", [])
+            assert examples, f"{name}.{field}"
+            for example in examples:
+                assert list(checker.iter_errors(example)) == [], f"{name}.{field}: {example}"
+            has_number = re.search(r'"type": "(integer|number)"', json.dumps(schema))
+            assert "unit" in schema or not has_number or field in WITHOUT_UNIT, f"{name}.{field}"
+
+
 def test_no_schema_is_left_over():
     assert {path.stem for path in PUBLISHED.iterdir()} == set(KINDS)
 
