@@ -16,6 +16,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process: some tests fork it
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
 

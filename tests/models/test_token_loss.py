@@ -17,7 +17,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and DEVICE == "cpu", reason="torch.compile needs a compiler"
 )
-PASSES = [False, pytest.param(True, marks=needs_compiler)]
 
 
 def problem(dtype: torch.dtype, n: int = 37, size: int = 16):
@@ -44,23 +43,36 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.fixture(params=[1, 5, 1000], ids="blocks of {} tokens".format)
-def block(request, monkeypatch):
-    """Blocks of one token, of a few, and one block for all."""
-    size = request.param
-    monkeypatch.setattr(
-        token_loss,
-        "_blocks",
-        lambda hidden, n_vocabulary, is_compiled: [
-            slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)
-        ],
-    )
+WAYS = {  # tokens in a block: one, a few, all; compiled code is the same for each size
+    "blocks of 1": (1, False),
+    "blocks of 5": (5, False),
+    "one block": (1000, False),
+    "blocks of 5, compiled": pytest.param(5, True, marks=needs_compiler),
+}
+in_blocks = pytest.mark.parametrize(("size", "is_compiled"), WAYS.values(), ids=WAYS)
 
 
-@pytest.mark.parametrize("is_compiled", PASSES, ids=["plain", "compiled"])
+@pytest.fixture
+def set_blocks(monkeypatch):
+    """Return a function that sets how many tokens a block has."""
+
+    def set_size(size: int) -> None:
+        monkeypatch.setattr(
+            token_loss,
+            "_blocks",
+            lambda hidden, n_vocabulary, is_compiled: [
+                slice(start, min(start + size, len(hidden)))
+                for start in range(0, len(hidden), size)
+            ],
+        )
+
+    return set_size
+
+
+@in_blocks
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.usefixtures("block")
-def test_loss_and_gradients_equal_cross_entropy_in_float32(softcap, is_compiled):
+def test_loss_and_gradients_equal_cross_entropy_in_float32(set_blocks, softcap, size, is_compiled):
+    set_blocks(size)
     hidden, weight, labels = problem(torch.float32)
     expected, hidden_gradient, weight_gradient = reference(hidden, weight, labels, softcap, -0.37)
     loss = TokenBlockLoss.apply(hidden, weight, labels, softcap, is_compiled)
@@ -71,10 +83,12 @@ def test_loss_and_gradients_equal_cross_entropy_in_float32(softcap, is_compiled)
     torch.testing.assert_close(weight.grad, weight_gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_compiled", PASSES, ids=["plain", "compiled"])
+@in_blocks
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.usefixtures("block")
-def test_loss_and_gradients_are_near_cross_entropy_in_bfloat16(softcap, is_compiled):
+def test_loss_and_gradients_are_near_cross_entropy_in_bfloat16(
+    set_blocks, softcap, size, is_compiled
+):
+    set_blocks(size)
     hidden, weight, labels = problem(torch.bfloat16)
     expected, hidden_gradient, weight_gradient = reference(hidden, weight, labels, softcap, 1.0)
     loss = TokenBlockLoss.apply(hidden, weight, labels, softcap, is_compiled)
