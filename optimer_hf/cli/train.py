@@ -6,8 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from optimer_hf.cli.options import FORMAT, INPUT, PATH, TRAIN_FILE, LoadingCommand, dtype, echo
+from optimer_hf.cli.options import (
+    FORMAT,
+    INPUT,
+    OBJECTIVE_FILE,
+    PATH,
+    STUDY_FILE,
+    TRAIN_FILE,
+    LoadingCommand,
+    dtype,
+    echo,
+)
 from optimer_hf.cli.tables import echo_markdown
+from optimer_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from optimer_hf.vectors.record import VectorFile
@@ -80,15 +91,40 @@ def extract(tuned: str, base: str, out: Path, **options: Any) -> None:
     cls=LoadingCommand, epilog="Example: optimer vectors ./math ./code --base google/gemma-3-270m"
 )
 @click.argument("vectors", nargs=-1, required=True)
-@BASE
+@click.option("--base", help="Model that the vectors were trained from.")
 @dtype("Dtype of the merge, for the check of what survives rounding.")
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Show what more of each vector does to every term, at the base and at the average.",
+)
+@click.option(
+    "--objective",
+    type=OBJECTIVE_FILE,
+    help="Objective file; needed for --sensitivity of a mergekit YAML.",
+)
 @FORMAT
-def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> None:
+def vectors(
+    vectors: tuple[str, ...],
+    base: str | None,
+    dtype: str,
+    sensitivity: bool,
+    objective: Path | None,
+    output: str,
+) -> None:
     """Show norms, cosines and ranks of vectors, and whether they can be merged.
 
     VECTORS are adapters, deltas and checkpoints: directories or Hub ids. The exit status is 1 if
-    one of them cannot be merged into the base.
+    one of them cannot be merged into the base. With --sensitivity, VECTORS is a study.yaml, or a
+    mergekit YAML whose models are the pool; two trials with gradients measure all of them.
     """
+    if sensitivity:
+        _print_sensitivity(vectors, base, objective, output)
+        return
+    if objective is not None:
+        raise ConfigError("--objective is for --sensitivity. Add that, or leave --objective out.")
+    if base is None:
+        raise click.UsageError("Missing option '--base'.")
     from optimer_hf.merging import geometry
 
     measured, refusals = geometry.measure_sources(vectors, base, dtype)
@@ -98,6 +134,24 @@ def vectors(vectors: tuple[str, ...], base: str, dtype: str, output: str) -> Non
         echo_markdown(geometry.to_markdown(measured, refusals))
     if refusals:
         raise SystemExit(1)
+
+
+def _print_sensitivity(
+    files: tuple[str, ...], base: str | None, objective: Path | None, output: str
+) -> None:
+    if len(files) != 1 or base is not None:
+        raise ConfigError(
+            "--sensitivity takes one file, a study.yaml or a mergekit YAML, which names its base. "
+            f"Found {len(files)} argument(s){' and --base' * (base is not None)}."
+        )
+    (path,) = (STUDY_FILE.convert(file, None, None) for file in files)
+    from optimer_hf.searching import sensitivity as measuring
+
+    measured = measuring.measure_sensitivity(path, objective=objective)
+    if output == "json":
+        echo(json.dumps(measuring.to_json(measured), indent=2, ensure_ascii=False))
+    else:
+        echo_markdown(measuring.to_markdown(measured))
 
 
 @click.command(

@@ -101,9 +101,9 @@ def value_gradient(
     if objective.combine == "worst":  # the value is that of the worst term
         each = gains(trial.terms, base)
         counting = [min(counting, key=lambda term: each[term.label])]
-    total = sum(term.weight for term in counting)
+    total, is_relative = sum(term.weight for term in counting), objective.combine != "weighted_mean"
     factors = {
-        term.label: term.weight / total * _gain_per_score(objective, base[term.label])
+        term.label: term.weight / total * _gain_per_score(base[term.label], is_relative=is_relative)
         for term in counting
     }
     names = trial.gradients[counting[0].label]
@@ -113,8 +113,18 @@ def value_gradient(
     }
 
 
-def _gain_per_score(objective: Objective, base: TermScore) -> float:
-    """Return by how much a gain rises with its score."""
+def gain_gradients(trial: Trial, base: Mapping[str, TermScore]) -> dict[str, dict[str, float]]:
+    """Return the derivatives of the gains over the base, by label and name of the vector, of the
+    terms that have gradients at a trial.
+    """
+    return {
+        label: {name: slope * _gain_per_score(base[label]) for name, slope in gradient.items()}
+        for label, gradient in trial.gradients.items()
+    }
+
+
+def _gain_per_score(base: TermScore, *, is_relative: bool = True) -> float:
+    """Return by how much a gain rises with its score; of losses it is relative to the base."""
     if base.higher_is_better:
         return 1.0
-    return -1.0 if objective.combine == "weighted_mean" else -1.0 / (abs(base.score) or 1.0)
+    return -1.0 / (abs(base.score) or 1.0) if is_relative else -1.0

@@ -62,3 +62,17 @@ def test_vectors_shows_a_pool_and_fails_where_one_cannot_be_merged(pool, make_ba
     )
     assert list(data["norms"]) == [tuned[0].name]
     assert list(data["refused"]) == [other.name]
+
+
+def test_sensitivity_takes_one_file_that_names_its_base(folder, pool):
+    base, tuned = pool
+    for arguments, why in (
+        ((*tuned, "--sensitivity"), "found 2 argument"),
+        ((folder / "my-merge.yml", "--sensitivity", "--base", base), "and --base"),
+        ((folder / "my-merge.yml", "--sensitivity"), "Add --objective OBJECTIVE.yaml"),
+        ((folder / "none.yaml", "--sensitivity"), "no such file"),
+        ((tuned[0], "--base", base, "--objective", folder / "obj.yaml"), "is for --sensitivity"),
+        (tuned, "Missing option '--base'"),
+    ):
+        refused = optimer("vectors", *arguments, ok=False)
+        assert why.lower() in refused.stderr.lower() and "Traceback" not in refused.stderr
