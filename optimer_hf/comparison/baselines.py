@@ -25,7 +25,7 @@ from optimer_hf.merging.mergekit import run_mergekit
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
-from optimer_hf.models.resolve import resolve_base
+from optimer_hf.searching.trial import base_of_study
 from optimer_hf.study.config import MergeMethod, StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.vectors.delta import extract
@@ -124,7 +124,7 @@ def _merge_with_mergekit(
     """
     from mergekit.options import MergeOptions
 
-    base = resolve_base(config.base_model)
+    base, _ = base_of_study(config)
     tuned = []
     for name, source in _searched_sources(config).items():
         path = scratch / "vectors" / name
@@ -156,7 +156,7 @@ def _random_vectors(config: StudyConfig, weights: Mapping[str, float]) -> ModelC
     names = {name: f"random {name} ({key})" for name in sources}
 
     def make(scratch: Path) -> dict[str, str]:
-        base, made = resolve_base(config.base_model), {}
+        (base, _), made = base_of_study(config), {}
         for name, source in sources.items():
             out = scratch / "random" / name
             write_random_like(open_vector(name, source, base), base, out, seed=seeds[name])

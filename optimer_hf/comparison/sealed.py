@@ -30,7 +30,7 @@ from optimer_hf.progress import Meter
 from optimer_hf.searching.engine import keep_engine
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
-from optimer_hf.searching.trial import Pool, ResidentPool, run_trial
+from optimer_hf.searching.trial import Pool, ResidentPool, base_of_study, run_trial
 from optimer_hf.study.config import MergeMethod, StudyConfig, VectorConfig
 from optimer_hf.study.directory import Study, load_study, lock_directory
 from optimer_hf.study.prediction import best_scale, predict
@@ -212,9 +212,15 @@ def _list_contenders(
 
 
 def with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
-    """Return the config of a study with another pool: name -> reference."""
+    """Return the config of a study with another pool: name -> reference. It keeps the base and the
+    tokens of the study.
+    """
     vectors = {name: VectorConfig(source=source) for name, source in sources.items()}
-    changes = {"vectors": vectors, "tokenizer_source": config.tokenizer_reference}
+    changes: dict[str, Any] = {"vectors": vectors, "tokenizer_source": config.tokenizer_reference}
+    if config.vocabulary == "union":
+        base, tokenizer = base_of_study(config)
+        changes |= {"base_model": str(base.path), "vocabulary": "base"}
+        changes |= {"tokenizer_source": None} if tokenizer is None else {}
     return config.model_copy(update=changes)
 
 

@@ -264,7 +264,8 @@ def check_sources(inputs: Inputs) -> None:
     """Open the vectors and models that are not trained here, and the tools that trials are reported
     to. Raises OptimerError for those that cannot be used, before anything is trained.
     """
-    from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
+    from optimer_hf.merging.tokenizer import scoring_tokenizer
+    from optimer_hf.merging.union import open_base
     from optimer_hf.models.resolve import resolve_base
     from optimer_hf.searching.engine import refuse_missing_engine, refuse_unusable_engine
     from optimer_hf.searching.tracking import make_callbacks
@@ -275,8 +276,12 @@ def check_sources(inputs: Inputs) -> None:
     for search in (config.search, *config.baselines.searches.values()):
         make_callbacks(search.report_to)
     given = {name: v.source for name, v in config.vectors.items() if name not in inputs.trainings}
-    base = resolve_base(config.base_model)
-    tokenizer = open_tokenizer(base, config.tokenizer_reference)
+    base, tokenizer = open_base(
+        resolve_base(config.base_model),
+        {name: str(source) for name, source in given.items()},
+        config.tokenizer_reference,
+        config.vocabulary,
+    )
     refuse_unusable_engine(config.engine, base, tokenizer, config.dtype)
     templated = config.objective.apply_chat_template
     scoring_tokenizer(base, tokenizer, apply_chat_template=templated)

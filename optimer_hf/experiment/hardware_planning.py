@@ -186,7 +186,7 @@ def _count_work(
 ) -> dict[tuple[str, tuple[float, float]], ItemWork]:
     tokenizer = scoring_tokenizer(
         base,
-        open_tokenizer(base, config.tokenizer_reference),
+        open_tokenizer(base, config.tokenizer_reference, config.vocabulary),
         apply_chat_template=config.objective.apply_chat_template,
     )
     return count_work(_objectives(config), model, tokenizer)

@@ -20,7 +20,8 @@ from optimer_hf.experiment.stages import Probe, make_stages, term_key, training_
 from optimer_hf.files.reference import Reference
 from optimer_hf.files.text import first_line
 from optimer_hf.hub.pulling import inputs_of
-from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
+from optimer_hf.merging.tokenizer import scoring_tokenizer
+from optimer_hf.merging.union import open_base
 from optimer_hf.models.layout import ResolvedModel, weight_states
 from optimer_hf.models.memory import peak_memory, total_memory
 from optimer_hf.models.resolve import fetch_snapshot, resolve_base
@@ -175,13 +176,12 @@ def _open_evaluator(
     this disk, and what the probe trained in place of those to be trained.
     """
     sources = {name: str(vector.source) for name, vector in config.vectors.items()} | dict(trained)
-    pool = [
-        open_vector(name, source, base)
-        for name, source in sources.items()
-        if not _is_to_fetch(Reference(source))
-    ]
+    here = {name: text for name, text in sources.items() if not _is_to_fetch(Reference(text))}
+    is_whole = config.vocabulary == "base" or here == sources
+    reference = config.tokenizer_reference if is_whole else None  # may have tokens of the others
+    base, source = open_base(base, here, reference, config.vocabulary)
+    pool = [open_vector(name, source, base) for name, source in here.items()]
     objectives = [config.objective] + ([config.test] if config.test is not None else [])
-    source = open_tokenizer(base, config.tokenizer_reference)  # a few MB where it is fetched
     refuse_unusable_engine(config.engine, base, source, config.dtype)
     tokenizer = scoring_tokenizer(
         base, source, apply_chat_template=config.objective.apply_chat_template

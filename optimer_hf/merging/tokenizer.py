@@ -2,7 +2,7 @@
 
 A tokenizer brings its chat template and generation_config.json with it. The latter names the tokens
 that end an answer, which differ between an instruct model and its base. Tokens of the base may lie
-beyond its embedding (Gemma 3's image token does); new tokens may not.
+beyond its embedding (Gemma 3's image token does); new tokens may not, except in a union.
 """
 
 from typing import Any
@@ -12,16 +12,19 @@ from optimer_hf.models.layout import ResolvedModel, has_tokenizer, tokenizer_dig
 from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.loader import read_config, read_generation_config
 from optimer_hf.models.resolve import resolve_tokenizer
+from optimer_hf.models.union import Vocabulary
 from optimer_hf.vectors.record import read_record
 
 GIVE_A_MODEL = "Give a model with a tokenizer that fits, or leave tokenizer_source out."
 
 
-def open_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedModel | None:
+def open_tokenizer(
+    base: ResolvedModel, reference: str | None, vocabulary: Vocabulary = "base"
+) -> ResolvedModel | None:
     """Return the model that a merge takes its tokenizer from, or None for the base.
 
     Raises ConfigError when it has no tokenizer, gives a token of the base another id, or has a new
-    token beyond the embedding; the error names the first such token.
+    token beyond the embedding, which `union` enlarges; the error names the first such token.
     """
     if reference is None:
         return None
@@ -40,7 +43,7 @@ def open_tokenizer(base: ResolvedModel, reference: str | None) -> ResolvedModel 
             f"base_model: {base.reference}: has no tokenizer to compare tokenizer_source with. "
             "Save it beside the model."
         )
-    _check_tokens(base, source, reference)
+    _check_tokens(base, source, reference, vocabulary)
     return source
 
 
@@ -61,7 +64,9 @@ def scoring_tokenizer(
     return tokenizer
 
 
-def _check_tokens(base: ResolvedModel, source: ResolvedModel, reference: str) -> None:
+def _check_tokens(
+    base: ResolvedModel, source: ResolvedModel, reference: str, vocabulary: Vocabulary
+) -> None:
     expected = load_tokenizer(base).get_vocab()
     ids = load_tokenizer(source).get_vocab()
     for token, number in sorted(expected.items(), key=lambda item: item[1]):
@@ -72,13 +77,16 @@ def _check_tokens(base: ResolvedModel, source: ResolvedModel, reference: str) ->
                 f"but the base gives it {number}, so the merge would misread its input. "
                 f"{GIVE_A_MODEL}"
             )
+    if vocabulary == "union":
+        return
     n_rows = _embedding_rows(base)
     new = {token: ids[token] for token in ids.keys() - expected.keys()}
     beyond = [token for token in sorted(new, key=new.__getitem__) if new[token] >= n_rows]
     if beyond:
         raise ConfigError(
             f"tokenizer_source: {reference}: its tokenizer gives the token {beyond[0]!r} the "
-            f"id {new[beyond[0]]}, but the embedding of the base has {n_rows} rows. {GIVE_A_MODEL}"
+            f"id {new[beyond[0]]}, but the embedding of the base has {n_rows} rows. {GIVE_A_MODEL} "
+            "With `vocabulary: union`, a merge gets the tokens of its vectors."
         )
 
 

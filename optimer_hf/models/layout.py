@@ -15,6 +15,7 @@ from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.digest import digest, fingerprint, fingerprint_of, sha256_file
 from optimer_hf.files.reading import read_json, read_yaml
 from optimer_hf.files.reference import is_there
+from optimer_hf.models.union import UnionRecord
 
 INDEX = ".safetensors.index.json"
 ANY_WEIGHTS = "*.safetensors"
@@ -280,11 +281,15 @@ def model_digests(
 ) -> dict[str, str]:
     """Return digests of all models in a study, for `Study.check_inputs`.
 
-    The tokenizer is included if it is not that of the base.
+    The tokenizer is included if it is not that of the base. A base with added tokens counts as the
+    one that it is a copy of.
     """
-    digests = {"base_model": weights_fingerprint(base)} | {
+    union = UnionRecord.of(base)
+    digests = {"base_model": weights_fingerprint(base) if union is None else union.fingerprint} | {
         f"vectors.{name}": weights_fingerprint(path) for name, path in vectors.items()
     }
+    if union is not None:
+        digests["vocabulary"] = union.digest_tokens()
     if tokenizer is not None:
         digests["tokenizer_source"] = digest(tokenizer_digests(tokenizer))
     return digests

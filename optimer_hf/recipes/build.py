@@ -10,20 +10,23 @@ from optimer_hf.errors import ConfigError, ModelError, OptimerError
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import finish_move, replacing
-from optimer_hf.merging.tokenizer import open_tokenizer
+from optimer_hf.merging.union import open_base
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.layout import (
     MAX_SHARD_SIZE,
     ResolvedModel,
     files_beside_weights,
+    role_of,
     tokenizer_digests,
     weight_digests,
 )
+from optimer_hf.models.loader import read_tokenizer
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.shards import files_in_shards
+from optimer_hf.models.union import UnionRecord
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.recipes.write import digests_of_tokenizer
-from optimer_hf.report.captions import CAPTIONS, CARD_FILES
+from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.vector import AdapterVector
 
@@ -56,7 +59,9 @@ def build(
     lock_file = path.with_suffix(".lock.json")
     base = resolve_model(recipe.base_model)
     lock = _read_lock(lock_file, recipe, base)
-    tokenizer = open_tokenizer(base, recipe.tokenizer_reference)
+    base, tokenizer = open_base(base, recipe.sources, recipe.tokenizer_reference, recipe.vocabulary)
+    if lock is not None:
+        _check_added_tokens(lock, recipe, base)
     vectors = [
         open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()
     ]
@@ -170,8 +175,8 @@ def _write_beside(recipe: Recipe, figures: Path, built: Lock, model: Path, out: 
     written = built_recipe.model_dump(mode="json", exclude_none=True, context=folder)
     files = {"recipe.yaml": yaml_text(written).encode()}
     if (figures / CAPTIONS).exists():
-        there = [name for name in CARD_FILES if is_there(figures / name)]
-        files |= {name: (figures / name).read_bytes() for name in there}
+        names = (*(f"{FIGURES}/{name}.png" for name in CARD_FIGURES), CAPTIONS)
+        files |= {name: (figures / name).read_bytes() for name in names if is_there(figures / name)}
     for name, data in files.items():
         if not is_there(model / name) or (model / name).read_bytes() != data:
             with replacing(model / name) as partial:
@@ -208,6 +213,16 @@ def _read_lock(file: Path, recipe: Recipe, base: ResolvedModel) -> Lock | None:
             "or write the recipe again with `optimer recipe`."
         )
     return lock
+
+
+def _check_added_tokens(lock: Lock, recipe: Recipe, base: ResolvedModel) -> None:
+    """Raise ModelError if the base of the merge, with the tokens of the vectors, has others."""
+    union = UnionRecord.of(base.path)
+    if (union.added if union is not None else {}) != lock.added_tokens:
+        raise ModelError(
+            f"{recipe.name}: vocabulary: the vectors have other tokens than the locked ones. Fetch "
+            "their tokenizers again, or write the recipe again with `optimer recipe`."
+        )
 
 
 def _check_weights(lock: Lock, recipe: Recipe) -> None:
@@ -249,9 +264,25 @@ def verify(path: Path, model: Path) -> None:
             raise ModelError(
                 f"{model / name}: sha256 differs from {lock_file.name}. Build it again."
             )
+    _verify_tokens(lock, model, lock_file.name)
     tokenizer = tokenizer_digests(model)
     for name in sorted(lock.tokenizer):
+        if lock.added_tokens and role_of(name) not in ("template", "generation"):
+            continue  # a union writes the others anew
         if tokenizer.get(name) != lock.tokenizer[name]:
             raise ModelError(
                 f"{model / name}: not the tokenizer that {lock_file.name} records. Build it again."
+            )
+
+
+def _verify_tokens(lock: Lock, model: Path, lock_name: str) -> None:
+    """Raise ModelError if the tokenizer of a built model gives an added token another id."""
+    if not lock.added_tokens:
+        return
+    ids = read_tokenizer(model).get_vocab()
+    for token, added in lock.added_tokens.items():
+        if ids.get(token) != added.id:
+            raise ModelError(
+                f"{model}: its tokenizer gives the token {token!r} the id {ids.get(token)}, and "
+                f"{lock_name} records {added.id}. Build it again."
             )

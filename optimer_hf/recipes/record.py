@@ -16,6 +16,7 @@ from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.files.model import FileModel, VersionedFile
 from optimer_hf.files.reference import AnyPath, ReferenceText, TokenizerSource, tokenizer_reference
 from optimer_hf.models.layout import MAX_SHARD_SIZE
+from optimer_hf.models.union import AddedToken, Vocabulary
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.study.trials import Fidelity
 from optimer_hf.vectors.record import QUANTISED
@@ -25,6 +26,10 @@ MERGE_CONFIG, MADE_HERE = "optimer.yml", "# Written beside a recipe by optimer-h
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # in examples
 PINNED = f"you/gemma-3-270m-math@{COMMIT}"
+
+
+def _is_base(vocabulary: Vocabulary) -> bool:
+    return vocabulary == "base"
 
 
 class Ingredient(FileModel):
@@ -58,6 +63,10 @@ class Composition(VersionedFile):
     """Vectors of the merge with their weights, by name."""
     tokenizer_source: TokenizerSource = Field(default=None, examples=["chat"])
     """Vector or model that the merge takes its tokenizer from. Default: the base."""
+    vocabulary: Vocabulary = Field(default="base", exclude_if=_is_base, examples=["union"])
+    """Tokens that the merge has: those of the base, or with union those of the vectors, too. The
+    lock says which vectors the rows of the added tokens come from.
+    """
 
     @property
     def weights(self) -> dict[str, float]:
@@ -175,9 +184,14 @@ class Recipe(Evidence, Composition):
         return self._path
 
 
+def _is_empty(tokens: dict[str, AddedToken]) -> bool:
+    return not tokens
+
+
 class Lock(VersionedFile):
     """recipe.lock.json: the sha256 of each weights file of base, vectors and model (`output`) by
-    name, and of each file of the tokenizer if that is not the base's.
+    name, and of each file of the tokenizer if that is not the base's. `added_tokens` are those of a
+    union that the base lacks, with the vectors that their rows come from.
 
     `kinds` says which vectors are adapters, deltas or checkpoints, and `dtypes` how each delta is
     stored. `max_shard_size` is the size limit for files of the built model, in bytes.
@@ -188,6 +202,7 @@ class Lock(VersionedFile):
     kinds: dict[str, str] = {}
     dtypes: dict[str, str] = {}
     tokenizer: dict[str, str] = {}
+    added_tokens: dict[str, AddedToken] = Field(default={}, exclude_if=_is_empty)
     weights: dict[str, float]
     dtype: str
     output: dict[str, str] = {}

@@ -5,9 +5,10 @@ from pathlib import Path
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.staging import finish_move, write_text
 from optimer_hf.merging.mergekit_pool import vanilla_config
+from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
-from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
+from optimer_hf.models.resolve import resolve_model
 from optimer_hf.recipes.record import tokenizer_note
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Trial
@@ -26,16 +27,21 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
 
     A pool of checkpoints is merged with `linear`, in which the base has the weight 1 - sum w. If
     there are adapters or deltas, or if that sum would cancel digits, every vector is written as a
-    delta directory under `deltas/` beside the config, and `linear` adds them to the base. If the
-    merge has another tokenizer than the base, a comment says which of its files to copy.
+    delta directory under `deltas/` beside the config, and `linear` adds them to the base. So are
+    vectors with other tokens than the base, to the copy of it in the cache that has them all. If
+    the merge has another tokenizer than the base, a comment says which of its files to copy.
     """
     config, weights = study.config, (pick or study.best_trial).weights
-    base = resolve_model(config.base_model)
+    original = resolve_model(config.base_model)
+    base, tokenizer = open_base(
+        original, config.sources, config.tokenizer_reference, config.vocabulary
+    )
     vectors = [
         open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()
     ]
     merge_config = None
-    if all(vector.kind == "checkpoint" for vector in vectors):
+    is_grown = base.path != original.path  # mergekit would cut rows without a token from the base
+    if not is_grown and all(vector.kind == "checkpoint" for vector in vectors):
         sources = {vector.name: str(vector.path) for vector in vectors}
         merge_config = vanilla_config(
             str(base.path), sources, weights, config.dtype, are_deltas=False
@@ -49,8 +55,8 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
         )
     assert merge_config is not None  # a sum of deltas cancels no digits
     header = f"# The paths are those of this machine. Run: mergekit-yaml {path.name} OUT\n"
-    if config.tokenizer_reference is not None:
-        header += tokenizer_note(str(resolve_tokenizer(config.tokenizer_reference).path))
+    if tokenizer is not None:
+        header += tokenizer_note(str(tokenizer.path))
     write_text(path, header + yaml_text(merge_config))
 
 

@@ -1,6 +1,7 @@
 """Write the recipe of a finished study: recipe.yaml, its lock, and optimer.yml.
 
-Weights are hashed and not read, so nothing here imports torch, unless the base is a GGUF file.
+Weights are hashed and not read, so nothing here imports torch, unless the base is a GGUF file or
+the merge has the tokens of its vectors.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from optimer_hf.files.versions import versions
 from optimer_hf.merging.mergekit_pool import merge_config_of
 from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_digests, weight_digests
 from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
+from optimer_hf.models.union import AddedToken, UnionRecord
 from optimer_hf.recipes.record import (
     MADE_HERE,
     MERGE_CONFIG,
@@ -68,6 +70,7 @@ def write_recipe(
         dtype=config.dtype,
         vectors=_ingredients_of(config, sources, trial.weights, folder),
         tokenizer_source=_tokenizer_source(config, folder),
+        vocabulary=config.vocabulary,
         **dict(evidence_of(study, trial, sealed, ledger)),
         versions=versions() | _version_of_engine(study),
         derived_from=derived_from,
@@ -127,9 +130,21 @@ def _lock_of(
         kinds=kinds,
         dtypes={key: delta.dtype for key, delta in deltas.items() if delta and delta.dtype},
         tokenizer=digests_of_tokenizer(config.tokenizer_reference),
+        added_tokens=_added_tokens(config, base),
         weights=dict(weights),
         dtype=config.dtype,
     )
+
+
+def _added_tokens(config: StudyConfig, base: ResolvedModel) -> dict[str, AddedToken]:
+    """Return the tokens that the merges of a study have and its base lacks."""
+    if config.vocabulary == "base":
+        return {}
+    from optimer_hf.merging.union import open_base  # imports torch
+
+    grown, _ = open_base(base, config.sources, config.tokenizer_reference, config.vocabulary)
+    union = UnionRecord.of(grown.path)
+    return {} if union is None else union.added
 
 
 def kind_of_vector(path: Path) -> str:

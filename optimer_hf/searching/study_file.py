@@ -12,6 +12,7 @@ from optimer_hf.files.model import parse, refuse_absent_files
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.merging.mergekit_keys import is_for_mergekit
 from optimer_hf.merging.mergekit_pool import (
+    is_union,
     merge_config_of,
     pool_to_search,
     tokenizer_of,
@@ -73,6 +74,8 @@ def study_of_merge_config(path: Path, objective: Path) -> StudyConfig:
         "vectors": {name: {"source": source} for name, source in sources.items()},
         "objective": target,
     }
+    if is_union(data):
+        fields["vocabulary"] = "union"
     if (reference := tokenizer_of(data, path)) is not None:
         by_source = {source: name for name, source in sources.items()}
         fields["tokenizer_source"] = by_source.get(reference, reference)

@@ -16,11 +16,12 @@ import torch
 
 from optimer_hf.errors import ConfigError, EvaluationError, OptimerError
 from optimer_hf.files.text import first_line
-from optimer_hf.merging.tokenizer import open_tokenizer, scoring_tokenizer
-from optimer_hf.models.layout import model_digests
+from optimer_hf.merging.tokenizer import scoring_tokenizer
+from optimer_hf.merging.union import open_base
+from optimer_hf.models.layout import ResolvedModel, model_digests
 from optimer_hf.models.memory import collect_memory
 from optimer_hf.models.placement import Placement
-from optimer_hf.models.resolve import resolve_base
+from optimer_hf.models.resolve import resolve_base, resolve_tokenizer
 from optimer_hf.progress import Cost
 from optimer_hf.scoring.evaluator import Evaluator, Scorer
 from optimer_hf.scoring.items import check_disjoint
@@ -87,17 +88,15 @@ class ResidentPool:
         `functions` score the terms that name them, see Evaluator.
         """
         refuse_missing_engine(config.engine)
-        base = resolve_base(config.base_model)
-        self._tokenizer = open_tokenizer(base, config.tokenizer_reference)
+        base, self._tokenizer = base_of_study(config)
         refuse_unusable_engine(config.engine, base, self._tokenizer, config.dtype)
         tokenizer = scoring_tokenizer(
             base, self._tokenizer, apply_chat_template=config.objective.apply_chat_template
         )
         self.vectors = [
-            open_vector(name, _source(name, vector), base)
-            for name, vector in config.vectors.items()
+            open_vector(name, source, base) for name, source in _sources(config).items()
         ]
-        self.base = base
+        self.base, self._reference = base, config.tokenizer_reference
         self._objectives = {"objective": config.objective}
         if config.test is not None:
             self._objectives["test"] = config.test
@@ -123,7 +122,7 @@ class ResidentPool:
     def _digests(self) -> dict[str, str]:
         """Return digests of base, vectors and items, see Pool."""
         paths = {vector.name: vector.path for vector in self.vectors}
-        tokenizer = None if self._tokenizer is None else self._tokenizer.path
+        tokenizer = None if self._reference is None else resolve_tokenizer(self._reference).path
         digests = model_digests(self.base.path, paths, tokenizer)
         for name, objective in self._objectives.items():
             for term in objective.scored_terms:
@@ -148,6 +147,15 @@ class ResidentPool:
         return Scored(scores, seconds, self._evaluator.n_tokens - tokens)
 
 
+def base_of_study(config: StudyConfig) -> tuple[ResolvedModel, ResolvedModel | None]:
+    """Return the base of the merges of a study, with the tokens of its `vocabulary`, and the model
+    that they take their tokenizer from (None: that base). Reads all vectors for a union.
+    """
+    base, reference = resolve_base(config.base_model), config.tokenizer_reference
+    sources = _sources(config) if config.vocabulary == "union" else {}
+    return open_base(base, sources, reference, config.vocabulary)
+
+
 def placement_of(config: StudyConfig) -> Placement | None:
     """Return where the trials of a study keep their model; None: on one device.
 
@@ -156,6 +164,10 @@ def placement_of(config: StudyConfig) -> Placement | None:
     if config.device_map is None:
         return None
     return Placement(config.device_map, config.max_memory)
+
+
+def _sources(config: StudyConfig) -> dict[str, str]:
+    return {name: _source(name, vector) for name, vector in config.vectors.items()}
 
 
 def _source(name: str, vector: VectorConfig) -> str:

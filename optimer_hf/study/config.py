@@ -16,6 +16,7 @@ from optimer_hf.files.reference import (
     tokenizer_reference,
 )
 from optimer_hf.files.text import did_you_mean, quote
+from optimer_hf.models.union import Vocabulary
 from optimer_hf.scoring.objective import Objective, Term
 from optimer_hf.study.engine import TRANSFORMERS, EngineEntry
 
@@ -245,6 +246,12 @@ class StudyConfig(VersionedFile):
     """Where the merge takes its tokenizer, chat template and generation config from: base (the
     default), the name of a vector, or a model. Tokens of the base must keep their ids.
     """
+    vocabulary: Vocabulary = Field(default="base", examples=["union"])
+    """Tokens that the merge has. base: those of the base; a vector with others is refused. union:
+    those of all vectors, too, such as <|im_start|> of a chat model. Rows of embedding and head are
+    then matched by token, and one that the base lacks comes from the vectors that have it. The base
+    with these tokens is kept in the cache, which takes as much disk as the base.
+    """
     objective: Objective = Field(
         examples=[{"terms": [{"task": "gsm8k", "metric": "exact_match,flexible-extract"}]}]
     )
@@ -442,7 +449,7 @@ class StudyConfig(VersionedFile):
         data = self.model_dump(mode="json", exclude=outside)
         for name in ("n_trials", "report_to", "gradients"):
             del data["search"][name]
-        for name in ("tokenizer_source", "engine"):  # newer than some studies
+        for name in ("tokenizer_source", "engine", "vocabulary"):  # newer than some studies
             if getattr(self, name) == type(self).model_fields[name].default:
                 del data[name]
         return data

@@ -17,8 +17,10 @@ from optimer_hf.models.names import Match, match, names_in, summarize_names, voc
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.settings import compare_settings, describe_settings
 from optimer_hf.models.ties import ties_of
+from optimer_hf.models.union import UnionRecord
 from optimer_hf.models.vocabulary import find_moved_tokens
 from optimer_hf.printable import warn_once
+from optimer_hf.vectors.alignment import align_vector, own_vocabulary
 from optimer_hf.vectors.int8 import SCALES, n_blocks
 from optimer_hf.vectors.lora import read_adapter
 from optimer_hf.vectors.record import QUANTISED, VectorFile, read_record
@@ -27,6 +29,7 @@ from optimer_hf.vectors.vector import (
     CheckpointVector,
     DeltaVector,
     DistributionVector,
+    Tensors,
 )
 
 logger = logging.getLogger(__name__)
@@ -37,8 +40,8 @@ STORE_ALIKE = (
     "save_original_format=False)`, which stores them alike."
 )
 OTHER_TOKENS = (
-    "The vocabularies differ: the fine-tune added, removed or moved tokens. Align them with "
-    "mergekit's `tokenizer:` through `optimer merge` first."
+    "The vocabularies differ: the fine-tune added, removed or moved tokens. In a study or recipe, "
+    "`vocabulary: union` matches rows by token; in a mergekit config, `tokenizer:` does."
 )
 
 
@@ -48,39 +51,78 @@ OTHER_TOKENS = (
 def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVector:
     """Open the vector in `source` (directory or Hub id); its files show which kind it is.
 
-    Raises ModelError if its record names a base with other weights, or if its tensors do not fit
-    the base. An adapter that fits but names another base only causes a warning.
+    If the base was given tokens that it lacks (`vocabulary: union`), rows of embedding and head are
+    matched by token. Raises ModelError if the vector's record names a base with other weights, or
+    if its tensors do not fit the base. An adapter that fits but names another base only causes a
+    warning.
     """
-    try:
-        resolved = resolve_model(source)
-    except ModelError as error:
-        raise ModelError(f"vector {name!r}: {error}") from error
+    resolved = _resolve(name, source)
     checkpoint = Checkpoint(base.path)
     _refuse_leftover_quantization(base, checkpoint)
     record = read_record_for_base(name, source, resolved.path, base)
-    vector: DistributionVector
-    if (resolved.path / "adapter_config.json").exists():
-        parts = read_adapter(resolved.path, checkpoint, name)
-        stored = names_in(checkpoint, parts)  # a tensor that the base has twice has two names
-        parts = {known: parts[key] for key in parts for known in stored.get(key, [key])}
-        vector = AdapterVector(name, resolved.path, parts)
-    elif record is not None and record.kind == "delta":
-        delta = _open_delta(name, resolved.path, record)
-        vector = replace(delta, copies=ties_of(checkpoint).copies)
-    else:
-        tuned = _rename_to_base(name, Checkpoint(resolved.path), checkpoint)
-        _check_dtypes(name, tuned, checkpoint)
-        padding = _padding(name, tuned, checkpoint)
-        vector = CheckpointVector(name, tuned, _floating_names(tuned, checkpoint), padding)
-    _check_shapes(vector, checkpoint)
+    vector = _read_vector(name, resolved.path, record, checkpoint)
+    union = _union_of(base, record)
+    if union is not None:
+        vector = align_vector(vector, own_vocabulary(vector, base.path, union), checkpoint)
+    elif isinstance(vector, CheckpointVector):
+        vector = replace(vector, padding=_padding(name, vector.tuned, checkpoint))
+    check_shapes(vector, checkpoint)
     if vector.kind == "checkpoint":
         _check_settings(name, resolved.path, base.path)
         _warn_of_leftover_quantization(name, resolved.path, base.path)
-    if vector.kind != "delta":  # a delta has the tokenizer of its base
+    if vector.kind != "delta" and union is None:  # a delta has the tokenizer of its base
         _check_tokens(name, resolved.path, base.path)
     if vector.kind == "adapter" and record is None:
         warn_of_another_base(name, resolved.path, base)
     return vector
+
+
+def open_unaligned(name: str, source: str, base: ResolvedModel) -> DistributionVector:
+    """Open a vector whose embedding and head may have rows for other tokens than its base has, in
+    its own order. Raises ModelError if its other tensors do not fit the base.
+    """
+    resolved, checkpoint = _resolve(name, source), Checkpoint(base.path)
+    _refuse_leftover_quantization(base, checkpoint)
+    record = read_record_for_base(name, source, resolved.path, base)
+    vector = _read_vector(name, resolved.path, record, checkpoint)
+    check_shapes(vector, checkpoint, apart_from=vocabulary_names(checkpoint))
+    if vector.kind == "checkpoint":
+        _check_settings(name, resolved.path, base.path)
+    return vector
+
+
+def _resolve(name: str, source: str) -> ResolvedModel:
+    try:
+        return resolve_model(source)
+    except ModelError as error:
+        raise ModelError(f"vector {name!r}: {error}") from error
+
+
+def _read_vector(
+    name: str, path: Path, record: VectorFile | None, base: Checkpoint
+) -> DistributionVector:
+    """Return the vector in a directory as it is stored."""
+    if (path / "adapter_config.json").exists():
+        parts = read_adapter(path, base, name)
+        stored = names_in(base, parts)  # a tensor that the base has twice has two names
+        return AdapterVector(
+            name, path, {known: parts[key] for key in parts for known in stored.get(key, [key])}
+        )
+    if record is not None and record.kind == "delta":
+        return replace(_open_delta(name, path, record), copies=ties_of(base).copies)
+    tuned = _rename_to_base(name, Checkpoint(path), base)
+    _check_dtypes(name, tuned, base)
+    return CheckpointVector(name, tuned, _floating_names(tuned, base))
+
+
+def _union_of(base: ResolvedModel, record: VectorFile | None) -> UnionRecord | None:
+    """Return the record of a base with added tokens; None for a vector that was made from that very
+    base, whose rows are in their places.
+    """
+    union = UnionRecord.of(base.path)
+    if union is None or record is None or record.base.files == union.base:
+        return union
+    return None
 
 
 def _open_delta(name: str, path: Path, record: VectorFile) -> DeltaVector:
@@ -107,8 +149,10 @@ def read_record_for_base(
     name: str, source: str, path: Path, base: ResolvedModel
 ) -> VectorFile | None:
     """Return the vector.json in a directory; refuse a vector that was trained from another base."""
-    record = read_record(path)
-    if record is not None and record.base.files != weight_digests(base.path):
+    record, union = read_record(path), UnionRecord.of(base.path)
+    if record is None or (union is not None and record.base.files == union.base):
+        return record
+    if record.base.files != weight_digests(base.path):
         raise ModelError(
             f"vector {name!r} ({source}) was trained from {record.base.reference}, whose weights "
             f"differ from those of base_model {base.reference}. Retrain it from this base, or drop "
@@ -254,9 +298,12 @@ def _floating_names(tuned: Checkpoint, base: Checkpoint) -> frozenset[str]:
     return frozenset(name for name in tuned.names if base.dtype(name).is_floating_point)
 
 
-def _check_shapes(vector: DistributionVector, base: Checkpoint) -> None:
+def check_shapes(
+    vector: DistributionVector, base: Checkpoint, *, apart_from: frozenset[str] = frozenset()
+) -> None:
+    """Raise ModelError if a tensor of a vector is not in the base, or has another shape there."""
     known = set(base.names)
-    for name in sorted(vector.names):
+    for name in sorted(vector.names - apart_from):
         if name not in known:
             raise ModelError(
                 f"vector {vector.name!r}: tensor {name!r} is not in the base {base.path}. Give a "
@@ -335,7 +382,7 @@ def _check_tokens(name: str, tuned: Path, base: Path) -> None:
         )
 
 
-def _padding(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint | None:
+def _padding(name: str, tuned: Tensors, base: Checkpoint) -> Checkpoint | None:
     """Return the vocabulary tensors that have more rows in the base than in a tuned model, or None.
 
     Raises VocabularyError if those rows belong to tokens.

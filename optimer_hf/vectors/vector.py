@@ -8,12 +8,14 @@ from typing import Protocol
 
 import torch
 
+from optimer_hf.models.aligned import AlignedTensors
 from optimer_hf.models.blocks import matrix_rows, matrix_shape
 from optimer_hf.models.checkpoint import Checkpoint, LoadedTensors
 from optimer_hf.vectors.forms import Delta, LowRank, Trained, to_dense
 from optimer_hf.vectors.int8 import SCALES, dequantize
 
 Place = str | Mapping[str, str]  # a device, or the device of each tensor
+Tensors = Checkpoint | LoadedTensors | AlignedTensors
 
 # -- the three kinds -------------------------------------------------------------------------------
 
@@ -77,9 +79,9 @@ class CheckpointVector(_Brief):
     """
 
     name: str
-    tuned: Checkpoint | LoadedTensors
+    tuned: Tensors
     names: frozenset[str]
-    padding: Checkpoint | LoadedTensors | None = None
+    padding: Tensors | None = None
     kind: str = "checkpoint"
 
     @property
@@ -118,7 +120,7 @@ class DeltaVector(_Brief):
     """
 
     name: str
-    stored: Checkpoint | LoadedTensors
+    stored: Tensors
     block_size: int | None = None
     copies: frozenset[str] = frozenset()
     kind: str = "delta"
@@ -175,7 +177,7 @@ class AdapterVector(_Brief):
         return replace(self, parts=parts)
 
 
-def _load(source: Checkpoint | LoadedTensors, names: Iterable[str], place: Place) -> LoadedTensors:
+def _load(source: Tensors, names: Iterable[str], place: Place) -> LoadedTensors:
     tensors = {name: source.read(name).to(_device_at(place, name)) for name in names}
     return LoadedTensors(source.path, tensors)
 

@@ -355,8 +355,7 @@ def test_a_search_takes_over_the_tokenizer_of_a_merge_config(models, tmp_path, f
 @pytest.mark.parametrize(
     ("field", "said"),
     [
-        ({"tokenizer_source": "union"}, "tokenizer_source: 'union'"),
-        ({"tokenizer": {"source": "union"}}, "tokenizer: {'source': 'union'}"),
+        ({"tokenizer": {"pad_to_multiple_of": 8}}, "tokenizer: {'pad_to_multiple_of': 8}"),
         ({"tokenizer": {"source": "base", "tokens": {"a": {}}}}, "tokenizer: {'source': 'base', "),
         ({"tokenizer_source": "org/a+org/b"}, "tokenizer_source: 'org/a+org/b'"),
         ({"chat_template": "chatml"}, "chat_template: 'chatml'"),
@@ -367,6 +366,19 @@ def test_a_search_names_what_it_does_not_keep_of_a_tokenizer(models, tmp_path, f
     (setting,) = unsearched_settings(config)
     assert setting.startswith(said)
     assert linear_merge_of(config, tmp_path / "merge.yml") is None
+
+
+@pytest.mark.parametrize(
+    "field", [{"tokenizer_source": "union"}, {"tokenizer": {"source": "union"}}], ids=str
+)
+def test_a_search_takes_over_the_union_of_a_merge_config(models, tmp_path, field):
+    path = tmp_path / "merge.yml"
+    config = merge_config(models, path, **field)
+    (tmp_path / "x.jsonl").write_text('{"text": "aaa"}\n', encoding="utf-8")
+    (tmp_path / "objective.yaml").write_text("terms: [{text: x.jsonl}]", encoding="utf-8")
+    assert study_of_merge_config(path, tmp_path / "objective.yaml").vocabulary == "union"
+    assert unsearched_settings(config) == []
+    assert linear_merge_of(config, path) is None  # mergekit makes the tokenizer
 
 
 def test_a_tokenizer_with_other_tokens_is_left_to_mergekit(models, tmp_path):

@@ -1,0 +1,286 @@
+"""union.py: merges of vectors whose tokenizers have tokens that the base lacks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from transformers import AutoTokenizer
+
+from optimer_hf.comparison.sealed import compare
+from optimer_hf.errors import ConfigError, ModelError, VocabularyError
+from optimer_hf.merging.engines import merge
+from optimer_hf.merging.mergekit_pool import optimer_config
+from optimer_hf.merging.resident import ResidentModel
+from optimer_hf.merging.union import open_base
+from optimer_hf.merging.writer import write_merged
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.stored import stored_views
+from optimer_hf.models.union import UnionRecord
+from optimer_hf.recipes.build import build, verify
+from optimer_hf.recipes.record import Lock
+from optimer_hf.recipes.vanilla import write_vanilla
+from optimer_hf.recipes.write import write_recipe
+from optimer_hf.searching.loop import search
+from optimer_hf.searching.trial import ResidentPool
+from optimer_hf.study.config import Baselines, StudyConfig
+from optimer_hf.vectors.opening import open_vector
+from tests.support.added_tokens import (
+    END,
+    START,
+    TEMPLATE,
+    TOOL,
+    logits_by_token,
+    rows_by_token,
+    save_tuned,
+    turned_round,
+    with_tokens,
+    write_chat_task,
+)
+from tests.support.merges import TORCH_DTYPES, assert_same_bits, merged_by, read_all
+from tests.support.tiny import bits
+
+TOKENS = {
+    "end": [START, END],
+    "other order": [END, TOOL, START],
+    "all moved": [TOOL, START],
+    "none": [],
+}
+PLACES = {
+    "end": with_tokens,
+    "other order": with_tokens,
+    "all moved": turned_round,
+    "none": lambda base, _: AutoTokenizer.from_pretrained(base),
+}
+
+
+@pytest.fixture(scope="module")
+def pool_of(make_base, tmp_path_factory):
+    """Return a function kind, dtype -> base and sources: fine-tunes with tokens in all places."""
+    made = {}
+
+    def pool(kind, dtype=torch.float32):
+        if (kind, dtype) not in made:
+            base, folder = make_base(kind, dtype), tmp_path_factory.mktemp("union")
+            made[kind, dtype] = (
+                base,
+                {
+                    name: save_tuned(
+                        base, folder / name, make(base.path, TOKENS[name]), seed=seed, dtype=dtype
+                    )
+                    for seed, (name, make) in enumerate(PLACES.items())
+                },
+            )
+        return made[kind, dtype]
+
+    return pool
+
+
+def open_union(base, sources, reference=None):
+    grown, tokenizer = open_base(
+        base, {name: str(path) for name, path in sources.items()}, reference, "union"
+    )
+    assert tokenizer is None
+    return grown, [open_vector(name, str(path), grown) for name, path in sources.items()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", PLACES)
+def test_one_vector_at_weight_1_is_the_fine_tune_token_by_token(
+    pool_of, kind, place, dtype, tmp_path
+):
+    base, sources = pool_of(kind, dtype)
+    grown, vectors = open_union(base, sources)
+    weights = {name: float(name == place) for name in sources}
+    write_merged(grown, vectors, weights, tmp_path / "out", out_dtype="float32")
+    tokens = [token for token in (START, END, TOOL) if token in TOKENS[place]]
+    text = f"aab xy{'user ab'.join(tokens)}zz"
+    merged = logits_by_token(tmp_path / "out", text)
+    own = logits_by_token(sources[place], text)
+    assert {*tokens} <= own.keys() <= merged.keys()
+    for token, logits in own.items():
+        assert torch.allclose(merged[token], logits, atol=1e-4), token
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_resident_model_equals_the_writer_bit_for_bit(pool_of, kind, dtype, tmp_path):
+    grown, vectors = open_union(*pool_of(kind, torch.bfloat16))
+    resident = ResidentModel(grown, vectors, dtype=dtype)
+    for weights in ({}, {"end": 0.6, "other order": -0.3, "all moved": 0.4, "none": 0.2}):
+        out = tmp_path / str(len(weights))
+        resident.set_weights(weights)
+        write_merged(
+            grown,
+            vectors,
+            {v.name: weights.get(v.name, 0.0) for v in vectors},
+            out,
+            out_dtype=dtype,
+        )
+        live = stored_views(resident.model)
+        for name, tensor in read_all(out).items():
+            assert torch.equal(bits(tensor), bits(live[name])), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_union_equals_that_of_mergekit_token_by_token(pool_of, kind, dtype, tmp_path):
+    base, sources = pool_of(kind, TORCH_DTYPES[dtype])
+    weights = dict(zip(sources, (0.6, -0.35, 0.4, 0.0), strict=True))
+    config = optimer_config(
+        str(base.path), {name: str(path) for name, path in sources.items()}, weights, dtype
+    )
+    merged_by(config | {"tokenizer_source": "union"}, tmp_path / "theirs", "mergekit")
+    grown, vectors = open_union(base, sources)
+    write_merged(grown, vectors, weights, tmp_path / "ours", out_dtype=dtype)
+    theirs, ours = read_all(tmp_path / "theirs"), read_all(tmp_path / "ours")
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        if tensor.shape == Checkpoint(base.path).shape(name):
+            assert torch.equal(bits(tensor), bits(ours[name])), name
+        else:
+            rows = rows_by_token(tmp_path / "ours", read_all, name)
+            expected = rows_by_token(tmp_path / "theirs", read_all, name)
+            assert rows.keys() == expected.keys() and {START, END, TOOL} < rows.keys()
+            for token, row in expected.items():
+                assert torch.equal(bits(row), bits(rows[token])), (name, token)
+
+
+def test_rows_that_the_base_lacks_are_averaged_over_the_vectors_that_have_them(
+    pool_of, kind, tmp_path
+):
+    base, sources = pool_of(kind)
+    grown, vectors = open_union(base, sources)
+    union = UnionRecord.of(grown.path)
+    assert {token: added.vectors for token, added in union.added.items()} == {
+        START: ["end", "other order", "all moved"],
+        END: ["end", "other order"],
+        TOOL: ["other order", "all moved"],
+    }
+    name = "model.embed_tokens.weight"
+    rows = {key: rows_by_token(path, read_all, name) for key, path in sources.items()}
+    found, old = (rows_by_token(path, read_all, name) for path in (grown.path, base.path))
+    for token, added in union.added.items():
+        mean = torch.stack([rows[key][token].double() for key in added.vectors]).mean(0)
+        assert torch.allclose(found[token].double(), mean, atol=1e-7)
+    assert all(torch.equal(found[token], row) for token, row in old.items())
+    weights = {"end": 0.5, "other order": 0.25, "all moved": 0.0, "none": 0.0}
+    write_merged(grown, vectors, weights, tmp_path / "out")
+    merged = rows_by_token(tmp_path / "out", read_all, name)
+    for token, row in found.items():
+        deltas = [
+            weights[key] * (rows[key][token].double() - row.double())
+            for key in weights
+            if token in rows[key]
+        ]
+        assert torch.allclose(merged[token].double(), row.double() + sum(deltas), atol=1e-6)
+
+
+# -- from the study to the model -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study(pool_of, tmp_path_factory):
+    """A finished search over vectors with added tokens, through the template of one of them."""
+    base, sources = pool_of("llama", torch.bfloat16)
+    folder = tmp_path_factory.mktemp("union-study")
+    return search(study_of(folder, base, sources), folder / "study")
+
+
+def study_of(folder, base, sources, **changes):
+    task = write_chat_task(folder)
+    objective = {
+        "include_path": str(task.parent),
+        "terms": [{"task": "chatty", "metric": "acc", "limit": 2}],
+        "apply_chat_template": True,
+    }
+    test = objective | {"terms": [objective["terms"][0] | {"hash_range": [0.5, 1.0]}]}
+    objective["terms"][0]["hash_range"] = [0.0, 0.5]
+    data = {
+        "base_model": str(base.path),
+        "vectors": {name: str(path) for name, path in sources.items()},
+        "tokenizer_source": "end",
+        "vocabulary": "union",
+        "objective": objective,
+        "test": test,
+        "search": {"n_trials": 7, "rescore_top": 0},
+    }
+    return StudyConfig.model_validate(data | changes)
+
+
+def test_a_study_without_the_field_is_as_before(pool_of, tmp_path):
+    config = study_of(tmp_path, *pool_of("llama", torch.bfloat16), vocabulary="base")
+    assert "vocabulary" not in config.identity
+    with pytest.raises(ConfigError, match=r"<\|im_start\|>.*With `vocabulary: union`"):
+        ResidentPool(config)
+    with pytest.raises(VocabularyError, match="`vocabulary: union` matches rows by token"):
+        ResidentPool(
+            config.model_copy(update={"tokenizer_source": None, "objective": plain(config)})
+        )
+
+
+def mixed(study):
+    """A trial in which every vector has a weight."""
+    return next(trial for trial in study.trials if all(trial.weights.values()))
+
+
+def plain(config):
+    return config.objective.model_copy(update={"apply_chat_template": False})
+
+
+def test_a_recipe_of_a_union_builds_verifies_and_says_where_rows_come_from(study, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    recipe = write_recipe(study, file, name="chat", pick=mixed(study))
+    lock = Lock.read(file.with_suffix(".lock.json"))
+    assert recipe.vocabulary == "union" and lock.added_tokens[END].vectors == ["end", "other order"]
+    build(file, tmp_path / "out")
+    verify(file, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == TEMPLATE
+    assert {t: tokenizer.get_vocab()[t] for t in lock.added_tokens} == {
+        token: added.id for token, added in lock.added_tokens.items()
+    }
+    resident = ResidentPool(study.config)
+    resident._engine.set_weights(recipe.weights)
+    live = stored_views(resident._engine.lm.model)
+    for name, tensor in read_all(tmp_path / "out").items():
+        assert torch.equal(bits(tensor), bits(live[name].to(tensor.dtype))), name
+    build(tmp_path / "out" / "recipe.yaml", tmp_path / "again")  # the copy beside the model
+    assert_same_bits(read_all(tmp_path / "again"), read_all(tmp_path / "out"))
+    tokenizer.add_tokens(["<|late|>"])
+    text = (tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "out" / "tokenizer.json").write_text(text.replace(START, "<|start|>"), "utf-8")
+    with pytest.raises(ModelError, match=r"gives the token '<\|im_start\|>' the id None"):
+        verify(file, tmp_path / "out")
+
+
+def test_every_baseline_has_the_tokens_of_the_study(study, tmp_path):
+    wanted = Baselines(
+        merge_methods=["ties"],
+        random_vectors=True,
+        models={"other": study.config.vectors["other order"].source},
+    )
+    config = study.config.model_copy(update={"baselines": wanted})
+    rows = compare(replace(study, config=config)).rows
+    assert {row.kind for row in rows} >= {"base", "alone", "method", "random", "model", "merge"}
+    alone = next(row for row in rows if row.kind == "alone" and row.subject == "other order")
+    model = next(row for row in rows if row.kind == "model")
+    assert model.scores == alone.scores  # its rows are the same, by token
+
+
+def test_the_exports_of_a_union_run_in_mergekit(study, tmp_path):
+    write_recipe(study, tmp_path / "recipe.yaml", name="chat", pick=mixed(study))
+    build(tmp_path / "recipe.yaml", tmp_path / "built")
+    assert merge(tmp_path / "optimer.yml", tmp_path / "ours") == "mergekit"
+    write_vanilla(study, tmp_path / "vanilla.yml", pick=mixed(study))
+    config = yaml.safe_load((tmp_path / "vanilla.yml").read_text(encoding="utf-8"))
+    theirs = MergeConfiguration.model_validate(config)
+    run_merge(theirs, str(tmp_path / "theirs"), MergeOptions(quiet=True, write_model_card=False))
+    name = "model.embed_tokens.weight"
+    built = rows_by_token(tmp_path / "built", read_all, name)
+    for out, bound in (("ours", 0.0), ("theirs", 2**-7)):
+        rows = rows_by_token(tmp_path / out, read_all, name)
+        assert {START, END, TOOL} <= rows.keys()
+        for token, row in rows.items():
+            torch.testing.assert_close(row, built[token], rtol=bound, atol=bound / 8)
