@@ -20,6 +20,7 @@ from optimer_hf.errors import ConfigError, HubError
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.text import markdown_table
 from optimer_hf.recipes.record import Recipe
+from optimer_hf.report.captions import Caption
 from optimer_hf.vectors.record import VectorFile
 from optimer_hf.vectors.training_record import CorpusRecord, PartialCorpus
 
@@ -69,18 +70,26 @@ class Origins:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure in the repository: its file, its title, and what to conclude from it."""
+    """A figure in the repository: its file, the one for dark pages if there is one, its texts."""
 
     path: str
-    title: str
-    conclusion: str = ""
+    dark_path: str | None
+    caption: Caption
 
     @property
     def markdown(self) -> str:
-        """The picture below its conclusion, which is also its text for people who cannot see it."""
-        title, conclusion = _escape_markdown(self.title), _escape_markdown(self.conclusion)
-        sentence = f"**{title}.** {conclusion}\n\n" if conclusion else ""
-        return f"{sentence}![{conclusion or title}]({self.path})"
+        """The picture below its title and conclusion, with a text for people who cannot see it. The
+        Hub shows the file for light or for dark pages by the ends of their names.
+        """
+        title, conclusion = map(_escape_markdown, (self.caption.title, self.caption.conclusion))
+        shows = _escape_markdown(self.caption.shows) or title
+        text = f"**{title}.** {conclusion}\n\n" if conclusion else ""
+        if self.dark_path is None:
+            return f"{text}![{shows}]({self.path})"
+        return (
+            f"{text}![{shows}]({self.path}#hf-light-mode-only)\n"
+            f"![{shows}]({self.dark_path}#hf-dark-mode-only)"
+        )
 
 
 @dataclass(frozen=True)

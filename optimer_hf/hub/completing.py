@@ -14,7 +14,7 @@ from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.results_file import Results, results_of
 from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.recipes.record import Recipe
-from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, REPORT
+from optimer_hf.report.captions import CARD_FILES, FIGURES, REPORT
 from optimer_hf.study.directory import load_study
 from optimer_hf.vectors.record import VectorFile
 
@@ -69,7 +69,7 @@ def evidence_of_study(directory: Path, recipe: Recipe) -> StudyEvidence:
         write_report(study, out / REPORT, figures=out / FIGURES, vectors=has_geometry)
         if results is not None:
             results.write(out / RESULTS)
-        wanted = (REPORT, RESULTS, CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES))
+        wanted = (REPORT, RESULTS, *CARD_FILES)
         files: dict[str, Path | bytes] = {
             name: (out / name).read_bytes() for name in wanted if (out / name).exists()
         }

@@ -29,7 +29,15 @@ from optimer_hf.hub.local_inputs import (
 from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config, with_tokenizer
 from optimer_hf.models.layout import ADAPTER_CONFIG, COPIED, Role, role_of, weight_digests
 from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note
-from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, REPORT, Captions
+from optimer_hf.report.captions import (
+    CAPTIONS,
+    CARD_FILES,
+    FIGURES,
+    REPORT,
+    Captions,
+    dark_file,
+    light_file,
+)
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Inputs, hint_of_seeds
 from optimer_hf.study.records import read_lines
@@ -51,7 +59,7 @@ STUDY_FILES = frozenset(
         "study/sealed.jsonl",
     }
 )
-FIGURE_FILES = frozenset({CAPTIONS, *(f"{FIGURES}/{name}.png" for name in CARD_FIGURES)})
+FIGURE_FILES = frozenset(CARD_FILES)
 ALLOWED_FILES: dict[Kind, frozenset[str]] = {
     "vector": frozenset(),
     "recipe": RECIPE_FILES | STUDY_FILES | FIGURE_FILES | {RESULTS, "results.md", REPORT},
@@ -393,7 +401,8 @@ def _figures_to_publish(directory: Path, recipe: Recipe) -> set[str]:
             directory / CAPTIONS,
         )
         return set()
-    return {CAPTIONS, *(f"{FIGURES}/{name}.png" for name in captions.captions)}
+    drawn = captions.captions
+    return {CAPTIONS, *map(light_file, drawn), *map(dark_file, drawn)}
 
 
 def _refuse_other_model(directory: Path, lock: Lock) -> None:

@@ -60,7 +60,7 @@ from optimer_hf.hub.publication import (
 from optimer_hf.hub.readers import describe_uses
 from optimer_hf.hub.uploads import base_of, uploads_of
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
-from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES, Captions
+from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, Captions, dark_file, light_file
 from optimer_hf.vectors.record import VectorFile
 
 logger = logging.getLogger(__name__)
@@ -495,9 +495,13 @@ def _figures_in_card(publication: Publication) -> list[card.Picture]:
         return []
     texts = Captions.model_validate_json(publication.text(CAPTIONS)).captions
     return [
-        card.Picture(f"{FIGURES}/{name}.png", texts[name].title, texts[name].conclusion)
+        card.Picture(
+            light_file(name),
+            dark_file(name) if dark_file(name) in publication.files else None,
+            texts[name],
+        )
         for name in CARD_FIGURES
-        if name in texts and f"{FIGURES}/{name}.png" in publication.files
+        if name in texts and light_file(name) in publication.files
     ]
 
 

@@ -26,7 +26,7 @@ from optimer_hf.models.shards import files_in_shards
 from optimer_hf.models.union import UnionRecord
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.recipes.write import digests_of_tokenizer
-from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, FIGURES
+from optimer_hf.report.captions import CAPTIONS, CARD_FILES
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.vector import AdapterVector
 
@@ -175,8 +175,8 @@ def _write_beside(recipe: Recipe, figures: Path, built: Lock, model: Path, out: 
     written = built_recipe.model_dump(mode="json", exclude_none=True, context=folder)
     files = {"recipe.yaml": yaml_text(written).encode()}
     if (figures / CAPTIONS).exists():
-        names = (*(f"{FIGURES}/{name}.png" for name in CARD_FIGURES), CAPTIONS)
-        files |= {name: (figures / name).read_bytes() for name in names if is_there(figures / name)}
+        there = [name for name in CARD_FILES if is_there(figures / name)]
+        files |= {name: (figures / name).read_bytes() for name in there}
     for name, data in files.items():
         if not is_there(model / name) or (model / name).read_bytes() != data:
             with replacing(model / name) as partial:

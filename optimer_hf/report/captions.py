@@ -9,11 +9,27 @@ REPORT = "report.html"  # the page, beside recipe.yaml
 CARD_FIGURES = ("sealed", "terms", "weights", "progress", "slices", "front", "cosines")
 
 
+def light_file(name: str) -> str:
+    """Return the file of a figure for light pages, beside recipe.yaml."""
+    return f"{FIGURES}/{name}.png"
+
+
+def dark_file(name: str) -> str:
+    """Return the file of a figure for dark pages; pushes of 0.1.0 have none."""
+    return f"{FIGURES}/{name}-dark.png"
+
+
+CARD_FILES = (*map(light_file, CARD_FIGURES), *map(dark_file, CARD_FIGURES), CAPTIONS)
+
+
 class Caption(FileModel):
-    """The title of a figure on disk, and what to conclude from it."""
+    """The title of a figure on disk, what to conclude from it, and what it shows, for readers who
+    cannot see it.
+    """
 
     title: str
     conclusion: str
+    shows: str = ""
 
 
 class Captions(VersionedFile):

@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from markupsafe import Markup
 
 from optimer_hf.comparison.rows import SealedRow
@@ -16,29 +18,42 @@ from optimer_hf.scoring.intervals import Interval
 from optimer_hf.study.trials import Trial
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-INK = "#1b1b1f"
+INK, QUIET, PAPER = "#1b1b1f", "#8a8a96", "#ffffff"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito 2008
+BASELINE, MERGE, TARGET = COLOURS[:3]  # what these three mean in every figure
 PAGE_COLOURS = {  # colours with another shade in dark mode
     INK: "currentColor",
-    COLOURS[0]: "var(--blue)",
-    COLOURS[1]: "var(--accent)",
+    QUIET: "var(--faint)",
+    BASELINE: "var(--blue)",
+    MERGE: "var(--accent)",
+    TARGET: "var(--green)",
+}
+DARK = {  # the same colours in pictures for dark pages
+    INK: "#e8e8ee",
+    QUIET: "#7d7d8a",
+    PAPER: "#16161a",
+    BASELINE: "#6aa5ff",
+    MERGE: "#ff9a4d",
+    TARGET: "#35c08e",
 }
 STYLE = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
     "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlesize": 9,
+    "axes.titlesize": 10,
     "figure.constrained_layout.h_pad": 0.08,  # inches: a title keeps away from the ticks above it
     "figure.facecolor": "none",
-    "figure.labelsize": 9,
-    "font.size": 9,
-    "legend.fontsize": 8.5,
+    "figure.labelsize": 10,
+    "font.size": 10,
+    "legend.fontsize": 9.5,
     "legend.frameon": False,
     "savefig.facecolor": "none",
     "svg.fonttype": "none",
@@ -49,6 +64,8 @@ STYLE = {
     "ytick.color": INK,
 }
 WIDTH = 5.2  # inches: at 72 points an inch, a phone shows a figure at its own size
+DOTS = 320  # an inch of a PNG: two pixels for each one of a page 832 pixels wide
+HINT = "hint: "  # begins the id of a mark that shows a text when the mouse is over it
 
 FIGURE_METADATA = {  # by suffix; None removes what differs from one drawing to the next
     ".png": {"Software": None},
@@ -68,15 +85,93 @@ class Panel:
     figure: "Figure"
 
 
+# -- marks -----------------------------------------------------------------------------------------
+
+
+Part = Literal["merge", "best", "target", "other"]  # that a row plays in a comparison
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the differences of rows with one part are drawn, and what the key calls them."""
+
+    name: str
+    colour: str
+    marker: str
+    size: float
+    has_bar: bool = True
+
+
+LOOKS: Mapping[Part, Look] = {
+    "merge": Look("the merge", MERGE, "D", 6.0),
+    "best": Look("best baseline", BASELINE, "o", 5.5),
+    "target": Look("re-targeted", TARGET, "s", 4.5),
+    "other": Look("other baselines", QUIET, "o", 3.5),
+}
+
+
+def add_hint(artist: "Artist", text: str) -> None:
+    """Let a mark of an SVG show a text when the mouse is over it."""
+    artist.set_gid(HINT + " ".join(text.split()))
+
+
 def draw_interval(
-    axis: "Axes", at: float, interval: Interval, marked: bool, factor: float = 100.0
+    axis: "Axes", at: float, interval: Interval, look: Look, factor: float, hint: str
 ) -> None:
-    """Draw a difference as a point with a bar for its interval, at a height of the axis."""
-    middle, low, high = (factor * v for v in (interval.difference, interval.low, interval.high))
-    colour = COLOURS[1] if marked else COLOURS[0]
-    if interval.kind != "none":
-        axis.plot([low, high], [at, at], color=colour, linewidth=1.4)
-    axis.plot(middle, at, "o", color=colour, markersize=4)
+    """Draw a difference, times `factor`, as a point with a bar for its interval. A point beyond the
+    limits of the axis is an arrow at its edge, with the number beside it.
+    """
+    low, high = axis.get_xlim()
+    middle, *ends = (factor * v for v in (interval.difference, interval.low, interval.high))
+    if low <= middle <= high:
+        if interval.kind != "none" and look.has_bar:
+            axis.plot(np.clip(ends, low, high), [at, at], color=look.colour, linewidth=1.6)
+        (point,) = axis.plot(middle, at, look.marker, color=look.colour, markersize=look.size)
+    else:
+        edge, marker, side, shift = (
+            (low, "<", "left", 6) if middle < low else (high, ">", "right", -6)
+        )
+        (point,) = axis.plot(edge, at, marker, color=look.colour, markersize=5)
+        axis.annotate(
+            f"{middle:+.3g}",
+            (edge, at),
+            (shift, 0),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            color=look.colour,
+        )
+    point.set_clip_on(False)
+    add_hint(point, hint)
+
+
+def add_key(figure: "Figure", parts: Collection[Part]) -> None:
+    """Explain the marks of the parts above a figure."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [], [], linestyle="none", color=look.colour, marker=look.marker, markersize=look.size
+        )
+        for part, look in LOOKS.items()
+        if part in parts
+    ]
+    names = [look.name for part, look in LOOKS.items() if part in parts]
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=4, handletextpad=0.1, columnspacing=1.2
+    )
+
+
+def choose_limits(focus: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Return limits of an axis that show 0, all of `focus`, and of the others those that do not
+    squeeze it: within twice the span of `focus` on either side.
+    """
+    low, high = min(0.0, *focus), max(0.0, *focus)
+    span = max(high - low, 1e-9)
+    near = [value for value in others if low - 2 * span <= value <= high + 2 * span]
+    low, high = min(low, *near, low), max(high, *near, high)
+    room = 0.05 * (high - low)
+    return low - room, high + room
 
 
 # -- drawing ---------------------------------------------------------------------------------------
@@ -94,13 +189,16 @@ def use_style() -> Iterator[None]:
 
 
 def make_figure(
-    height: float, rows: int = 1, columns: int = 1
+    height: float, rows: int = 1, columns: int = 1, *, share: bool = False
 ) -> tuple["Figure", Sequence["Axes"]]:
-    """Return a figure of a height in inches, and its axes row by row."""
+    """Return a figure of a height in inches, and its axes row by row; with `share`, they have the
+    same limits.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
+    return figure, list(axes.flat)
 
 
 def row_label(row: SealedRow) -> str:
@@ -129,6 +227,7 @@ def to_svg(panel: Panel) -> str:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.name}-", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(rf'<g id="{panel.name}-{HINT}([^"]*)">', r"<g><title>\1</title>", text)
     label = str(Markup.escape(panel.shows))
     text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     for colour, name in PAGE_COLOURS.items():
@@ -136,8 +235,55 @@ def to_svg(panel: Panel) -> str:
     return text.strip()
 
 
-def write_figure(figure: "Figure", path: Path) -> None:
+def write_figure(figure: "Figure", path: Path, *, paper: str = PAPER) -> None:
     """Write a figure without metadata, so that the same figure gives the same bytes."""
     bare: Any = FIGURE_METADATA[path.suffix]
     with replacing(path) as partial:
-        figure.savefig(partial, dpi=160, facecolor="white", metadata=bare)
+        figure.savefig(partial, dpi=DOTS, facecolor=paper, metadata=bare)
+
+
+def write_pictures(panel: Panel, light: Path, dark: Path) -> None:
+    """Write a panel with its title as two PNGs, for light and for dark pages."""
+    figure = _copy(panel.figure)
+    figure.suptitle(panel.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    write_figure(figure, light)
+    figure.draw_without_rendering()  # makes the labels of all ticks
+    for artist in figure.findobj():
+        _darken(artist)
+    write_figure(figure, dark, paper=DARK[PAPER])
+
+
+def _copy(figure: "Figure") -> "Figure":
+    copied: Figure = pickle.loads(pickle.dumps(figure))
+    return copied
+
+
+def _darken(artist: "Artist") -> None:
+    """Give an artist the colours for dark pages."""
+    from matplotlib.collections import Collection
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.text import Text
+
+    match artist:
+        case Line2D():
+            artist.set_color(_dark(artist.get_color()))
+            artist.set_markerfacecolor(_dark(artist.get_markerfacecolor()))
+            artist.set_markeredgecolor(_dark(artist.get_markeredgecolor()))
+        case Text():
+            artist.set_color(_dark(artist.get_color()))
+        case Patch():
+            artist.set_facecolor(_dark(artist.get_facecolor()))
+            artist.set_edgecolor(_dark(artist.get_edgecolor()))
+        case Collection():
+            artist.set_facecolor([_dark(colour) for colour in artist.get_facecolor()])
+            artist.set_edgecolor([_dark(colour) for colour in artist.get_edgecolor()])
+
+
+def _dark(colour: Any) -> Any:
+    """Return a colour as it is on dark pages, with its transparency."""
+    from matplotlib.colors import to_hex, to_rgba
+
+    if isinstance(colour, str) and colour in ("none", "auto"):
+        return colour
+    return to_rgba(DARK.get(to_hex(colour), colour), to_rgba(colour)[3])

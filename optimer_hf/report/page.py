@@ -1,63 +1,90 @@
-"""Write the report of a study: one self-contained HTML page, and its figures."""
+"""Write the report of a study: one self-contained HTML page, and its figures.
 
-from collections.abc import Iterator, Sequence
+A study is read once, as Evidence. The first screen and each section are made from that alone, and
+the template arranges them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from optimer_hf.comparison.result import Comparison, verdicts
-from optimer_hf.comparison.sealed_file import read_comparison
+from optimer_hf.comparison.result import Comparison
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.reference import Reference
 from optimer_hf.files.staging import make_directory, write_text
-from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, Caption, Captions
-from optimer_hf.report.drawing import FIGURE_METADATA, Panel, to_svg, use_style, write_figure
-from optimer_hf.report.panels import (
-    FEWEST_TERMS,
-    cosines_panel,
+from optimer_hf.report.answer import answer_of
+from optimer_hf.report.captions import (
+    CAPTIONS,
+    CARD_FIGURES,
+    Caption,
+    Captions,
+    dark_file,
+    light_file,
+)
+from optimer_hf.report.cells import Table
+from optimer_hf.report.drawing import (
+    FIGURE_METADATA,
+    Panel,
+    to_svg,
+    use_style,
+    write_figure,
+    write_pictures,
+)
+from optimer_hf.report.evidence import Evidence, read_evidence
+from optimer_hf.report.facts import (
+    digests_table,
+    identity_of,
+    inputs_table,
+    objective_in_words,
+)
+from optimer_hf.report.score_panels import sealed_panel, terms_panel
+from optimer_hf.report.search_panels import (
     front_panel,
-    ledger_panel,
-    losses_panel,
-    norms_panel,
     progress_panel,
-    read_records,
-    sealed_panel,
     slices_panel,
-    terms_panel,
-    training_runs,
     weights_panel,
 )
-from optimer_hf.scoring.formatting import Unit, describe_interval
+from optimer_hf.report.tables import sealed_table, targets_table, terms_table, trial_table
+from optimer_hf.report.vector_panels import cosines_panel, ledger_panel, losses_panel, norms_panel
 from optimer_hf.study.directory import Study, load_study
-from optimer_hf.study.surrogate import fit_surrogate
-from optimer_hf.study.trials import ITEMS_OF
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its panels side by side, then its tables. A folded one shows its title
+    and its lead until it is opened.
+    """
+
+    name: str
+    title: str
+    lead: str = ""
+    panels: Sequence[Panel] = ()
+    tables: Sequence[Table] = ()
+    is_folded: bool = True
+
+
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write_report(
     study: Study, out: Path, *, figures: Path | None = None, vectors: bool = True
 ) -> list[Panel]:
-    """Write the page at `out` and its figures as PNG, with their captions, into `figures`; return
-    the panels.
+    """Write the page at `out` and its figures as PNG, for light and for dark pages and with their
+    captions, into `figures`; return the panels in the order of the page.
 
     `vectors=False` leaves out the cosines, for which every vector is read once; geometry.json of
     the study keeps them. Raises StudyError for a study without a trial.
     """
+    evidence = read_evidence(study)
     with use_style():
-        panels = list(_make_panels(study, vectors))
-        if figures is not None:
-            _write_figures(study, panels, figures)
-        pictures = [(panel, Markup(to_svg(panel))) for panel in panels]
-    environment = Environment(
-        loader=PackageLoader("optimer_hf", "report"), undefined=StrictUndefined, autoescape=True
-    )
-    page = environment.get_template("report.html.jinja").render(
-        title=_title_of(study),
-        summary=_summarize(study, read_comparison(study)),
-        pictures=pictures,
-        weights=study.best_trial.weights,
-        pinned=_list_pinned(study),
-    )
+        sections = list(_make_sections(evidence, vectors))
+        panels = [panel for section in sections for panel in section.panels]
+        if figures is not None:  # before the page: drawing settles where the labels are
+            _write_figures(evidence, panels, figures)
+        page = _render(evidence, sections)
     write_text(out, page)
     return panels
 
@@ -66,9 +93,12 @@ def write_figures(study: Study, folder: Path) -> None:
     """Write the figures of a card as PNG, with their captions, into a folder. None of them reads a
     vector.
     """
+    evidence = read_evidence(study)
     with use_style():
-        panels = [panel for panel in _make_panels(study, False) if panel.name in CARD_FIGURES]
-        _write_figures(study, panels, folder)
+        sections = _make_sections(evidence, False)
+        panels = [panel for section in sections for panel in section.panels]
+        shown = [panel for panel in panels if panel.name in CARD_FIGURES]
+        _write_figures(evidence, shown, folder)
 
 
 def prepare_figure_path(path: Path) -> None:
@@ -104,86 +134,94 @@ def report_study(
     return page, write_report(study, page, figures=figures, vectors=vectors)
 
 
-def _write_figures(study: Study, panels: Sequence[Panel], folder: Path) -> None:
+def _write_figures(evidence: Evidence, panels: Sequence[Panel], folder: Path) -> None:
     for panel in panels:
-        write_figure(panel.figure, folder / f"{panel.name}.png")
-    captions = {p.name: Caption(title=p.title, conclusion=p.conclusion) for p in panels}
-    record = Captions(weights=study.best_trial.weights, captions=captions)
+        light, dark = (folder / Path(of(panel.name)).name for of in (light_file, dark_file))
+        write_pictures(panel, light, dark)
+    captions = {
+        panel.name: Caption(title=panel.title, conclusion=panel.conclusion, shows=panel.shows)
+        for panel in panels
+    }
+    record = Captions(weights=evidence.study.best_trial.weights, captions=captions)
     record.write(folder / Path(CAPTIONS).name)
 
 
-def _make_panels(study: Study, vectors: bool) -> Iterator[Panel]:
-    """Return the panels for which this study has data."""
-    unit = Unit.of(study.config.objective)
-    trials = [trial for trial in study.trials if trial.status == "ok"]
-    posterior = fit_surrogate(study.config, study.trials)
-    comparison = read_comparison(study)
-    yield progress_panel(study, trials, unit)
-    yield weights_panel(study, posterior)
-    yield slices_panel(study, posterior, trials, unit)
-    yield terms_panel(study, comparison)
-    if comparison is not None:
-        yield sealed_panel(comparison)
-    if len([t for t in study.config.objective.terms if t.weight > 0]) >= FEWEST_TERMS:
-        yield front_panel(study, trials)
-    if vectors and (cosines := cosines_panel(study)) is not None:
-        yield cosines
-    runs = training_runs(read_records(study))
-    if losses := {name: run.losses for name, run in runs.items() if run.losses}:
-        yield losses_panel(losses, runs)
-    if norms := {name: run.norms for name, run in runs.items() if run.norms}:
-        yield norms_panel(norms, runs)
-    yield ledger_panel(study)
+def _render(evidence: Evidence, sections: Sequence[Section]) -> str:
+    environment = Environment(
+        loader=PackageLoader("optimer_hf", "report"), undefined=StrictUndefined, autoescape=True
+    )
+    environment.filters["svg"] = lambda panel: Markup(to_svg(panel))
+    here = files("optimer_hf.report")
+    return environment.get_template("report.html.jinja").render(
+        name=evidence.name,
+        identity=identity_of(evidence),
+        answer=answer_of(evidence),
+        sections=sections,
+        style=Markup(here.joinpath("report.css").read_text(encoding="utf-8")),
+        script=Markup(here.joinpath("report.js").read_text(encoding="utf-8")),
+    )
 
 
-def _title_of(study: Study) -> str:
-    directory = study.directory.resolve()
-    return directory.parent.name if directory.name == "study" else directory.name
+# -- sections --------------------------------------------------------------------------------------
 
 
-def _summarize(study: Study, comparison: Comparison | None) -> str:
-    """Return what the sealed test says, if it was run, and the score that chose the merge."""
-    best = study.best_trial
-    gain = describe_interval(study.over_base(best), Unit.of(study.config.objective), is_gain=True)
-    state = "" if study.is_finished else " The search is not finished."
-    chosen = (
-        f"The best of {len(study.trials)} trials is number {best.number} ({best.origin}). Its gain "
-        f"over {study.baseline} on {ITEMS_OF[best.fidelity]}: {gain}."
+def _make_sections(evidence: Evidence, vectors: bool) -> Iterator[Section]:
+    """Yield the sections for which this study has data, in the order of the page."""
+    yield from _score_sections(evidence)
+    yield Section(
+        "inputs",
+        "What went in",
+        "Objective: " + objective_in_words(evidence.study.config.objective),
+        tables=[inputs_table(evidence)],
+        is_folded=False,
+    )
+    search = _drawn(evidence, progress_panel, weights_panel, slices_panel, front_panel)
+    yield Section(
+        "search",
+        "How the search went",
+        search[0].conclusion,
+        search,
+        [trial_table(evidence)],
+    )
+    makers = ([cosines_panel] if vectors else []) + [losses_panel, norms_panel]
+    if panels := _drawn(evidence, *makers):
+        yield Section("vectors", "The vectors", panels[0].conclusion, panels)
+    if panels := _drawn(evidence, ledger_panel):
+        yield Section("cost", panels[0].title, panels[0].conclusion, panels)
+    yield Section(
+        "digests",
+        "Digests and versions",
+        "They say exactly which weights and items were scored.",
+        tables=[digests_table(evidence)],
+    )
+
+
+def _score_sections(evidence: Evidence) -> Iterator[Section]:
+    comparison = evidence.comparison
+    terms = terms_panel(evidence)
+    panels = [terms] if comparison is None else [terms, sealed_panel(comparison)]
+    yield Section(
+        "scores", "Scores", panels=panels, tables=[terms_table(evidence)], is_folded=False
     )
     if comparison is None:
-        return f"{chosen} This score chose the weights, so it flatters them.{state}"
-    verdict = verdicts(comparison)[0]
-    return (
-        f"On the sealed test: {verdict} {chosen} This score chose the weights, so it flatters "
-        f"them; the sealed test does not.{state}"
+        return
+    if comparison.retarget:
+        yield Section(
+            "targets",
+            "Re-targeted merges",
+            "Other objectives, answered from the trials of this search.",
+            tables=[targets_table(comparison)],
+            is_folded=False,
+        )
+    yield Section(
+        "rows",
+        "Every score of the sealed test",
+        f"{len(comparison.rows)} rows with their intervals.",
+        tables=[sealed_table(comparison)],
     )
 
 
-def _list_pinned(study: Study) -> list[tuple[str, str]]:
-    """Return the inputs of a study with the digests that are known, as rows of a table."""
-    records = read_records(study)
-    rows = [
-        ("study", study.config.digest()),
-        ("base model", _readable_reference(study.config.base_model)),
-    ]
-    bases = {record.base.reference: record.base.files for record in records.values()}
-    rows += [
-        (f"base model, {name}", f"sha256 {value}")
-        for files in list(bases.values())[:1]
-        for name, value in files.items()
-    ]
-    for name, vector in study.config.vectors.items():
-        corpus = records[name].corpus if name in records else None
-        rows.append((f"vector {name}", _readable_reference(str(vector.source))))
-        if corpus is not None and corpus.sha256 is not None:
-            rows.append((f"corpus of {name}", f"{corpus.name}, sha256 {corpus.sha256}"))
-    versions: dict[str, str] = {}
-    for record in records.values():
-        versions |= record.versions
-    return rows + [(name, version) for name, version in versions.items()]
-
-
-def _readable_reference(reference: str) -> str:
-    """Return a reference that others may read: the last part of a local path, or a Hub id."""
-    path = Reference(reference).path
-    return path.name if path is not None else reference
+def _drawn(evidence: Evidence, *makers: Callable[[Evidence], Panel | None]) -> list[Panel]:
+    """Return the panels that have something to show."""
+    panels = (make(evidence) for make in makers)
+    return [panel for panel in panels if panel is not None]

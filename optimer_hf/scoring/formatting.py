@@ -31,6 +31,11 @@ class Unit:
         """Return a gain as text; larger is better."""
         return f"{self.number(gain)}{' %' if self.factor > 1 else self.name and f' {self.name}'}"
 
+    @property
+    def sign(self) -> str:
+        """What stands behind numbers in this unit, for the label of an axis."""
+        return "%" if self.factor > 1 else self.name
+
     def show_difference(self, difference: float) -> str:
         """Return a difference of two gains as text; a difference of percentages is in points."""
         return f"{self.number(difference)} points" if self.factor > 1 else self.show(difference)

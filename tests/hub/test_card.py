@@ -23,6 +23,7 @@ from optimer_hf.hub.card import (
 )
 from optimer_hf.hub.card import strictest_licence as strictest
 from optimer_hf.recipes.record import Ingredient, Recipe, Score
+from optimer_hf.report.captions import Caption
 from optimer_hf.vectors.training_record import CorpusRecord, Part, PartialCorpus
 from tests.support.publishing import results_of_row
 
@@ -112,11 +113,15 @@ def test_the_table_of_the_sealed_test_is_that_of_the_results():
     ]
 
 
-def test_a_figure_follows_its_conclusion_which_is_also_its_text():
-    drawn = Picture("figures/a.png", "A *title*", "x matters\nmost](evil) <b>").markdown
-    said = r"x matters most\](evil) \<b\>"
-    assert drawn == rf"**A \*title\*.** {said}" + f"\n\n![{said}](figures/a.png)"
-    assert Picture("c.png", "Gains").markdown == "![Gains](c.png)"
+def test_a_figure_follows_its_conclusion_and_has_a_text_of_its_own():
+    caption = Caption(title="A *title*", conclusion="x matters\nmost](evil) <b>", shows="x: 1.")
+    said = r"**A \*title\*.** x matters most\](evil) \<b\>" + "\n\n"
+    assert Picture("a.png", None, caption).markdown == f"{said}![x: 1.](a.png)"
+    assert Picture("a.png", "a-dark.png", caption).markdown == (
+        f"{said}![x: 1.](a.png#hf-light-mode-only)\n![x: 1.](a-dark.png#hf-dark-mode-only)"
+    )
+    old = Caption(title="Gains", conclusion="")  # of 0.1.0
+    assert Picture("c.png", None, old).markdown == "![Gains](c.png)"
 
 
 def test_only_data_sets_on_the_hub_are_named():
@@ -169,7 +174,8 @@ def test_names_add_nothing_to_a_card_but_their_letters(evil):
     )
     about = recipe_facts(recipe, f"a: {evil}", {evil: evil}, results_of_row(evil))
     about = replace(about, units={evil: evil})
-    facts = Facts(evil, "o/r", about, figures=[Picture("figures/a.png", evil, evil)])
+    caption = Caption(title=evil, conclusion=evil, shows=evil)
+    facts = Facts(evil, "o/r", about, figures=[Picture("figures/a.png", "b.png", caption)])
 
     def pushed(existing: str | None) -> str:
         return render({"license": "mit"}, facts, existing)
@@ -184,7 +190,10 @@ def test_names_add_nothing_to_a_card_but_their_letters(evil):
         END,
     }
     assert not [t for t in inline if t.type == "link_open"]
-    assert [t.attrs["src"] for t in inline if t.type == "image"] == ["figures/a.png"]
+    assert [t.attrs["src"] for t in inline if t.type == "image"] == [
+        "figures/a.png#hf-light-mode-only",
+        "b.png#hf-dark-mode-only",
+    ]
     headings = [t for t in tokens if t.type == "heading_open"]
     assert len(headings) == 6
 

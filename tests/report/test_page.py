@@ -1,5 +1,6 @@
 """page.py: one page that stands alone, says what a study found, and is read on a phone."""
 
+import io
 import os
 import re
 import shutil
@@ -7,23 +8,28 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.image import imread
 
 from optimer_hf.cli import main
 from optimer_hf.comparison.result import verdicts
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.report.captions import CARD_FIGURES, Captions
+from optimer_hf.report.drawing import DARK, INK, PAPER
 from optimer_hf.report.page import write_figures, write_report
+from optimer_hf.scoring.formatting import Unit
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import load_study
 from optimer_hf.study.trials import DecisionLog, TrialLog
 from tests.support.landscapes import FunctionPool, TellingPool, config_of, failing_at, with_test
 
-FIGURES = ["progress", "weights", "slices", "terms", "sealed", "front", "ledger"]
+SVG, TITLE = "{http://www.w3.org/2000/svg}svg", "{http://www.w3.org/2000/svg}title"
+FIGURES = ["terms", "sealed", "progress", "weights", "slices", "front"]
 
 
 @pytest.fixture(scope="module")
@@ -44,30 +50,73 @@ def page(study, tmp_path_factory) -> Path:
     return out
 
 
-def svgs(text: str) -> list[str]:
-    return re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+def parse(page: Path) -> Element:
+    """Return a page as a tree: it is well-formed XML, too."""
+    return ElementTree.fromstring(page.read_text(encoding="utf-8").partition("\n")[2])
 
 
-def test_every_figure_is_there_with_a_conclusion_and_a_text(page):
+def text_of(element: Element | None) -> str:
+    assert element is not None
+    return " ".join("".join(element.itertext()).split())
+
+
+def test_the_page_begins_with_the_answer_and_folds_the_diagnostics(page):
+    tree = parse(page)
+    header, main, footer = (tree.find(f"body/{tag}") for tag in ("header", "main", "footer"))
+    assert header is not None and main is not None and footer is not None
+    assert [text_of(title) for title in header.iter("h2")] == ["Weights", "Build it"]
+    assert len(list(header.iter("h1"))) == 1
+    sections = [(section.tag, section.get("id")) for section in main]
+    assert sections == [
+        ("section", "scores"),
+        ("details", "rows"),
+        ("section", "inputs"),
+        *(("details", name) for name in ("search", "digests")),
+    ]
+    for section in main:
+        assert len(section.findall("summary/h2") + section.findall("h2")) == 1
+
+
+def test_every_figure_has_a_title_a_conclusion_and_a_text(page):
+    figures = list(parse(page).iter("figure"))
+    assert [figure.get("id") for figure in figures] == FIGURES
+    for figure in figures:
+        assert text_of(figure.find("figcaption/h3"))
+        assert len(text_of(figure.find("figcaption/p"))) > 30
+        assert len(figure.find(SVG).get("aria-label")) > 30
+
+
+def test_marks_say_their_values_under_the_mouse(study, page):
+    figures = {figure.get("id"): figure for figure in parse(page).iter("figure")}
+    hints = {name: [text_of(t) for t in fig.iter(TITLE)] for name, fig in figures.items()}
+    comparison = read_comparison(study)
+    merge = Unit.of(comparison.objective).show(
+        comparison.value(comparison.merge) - comparison.value(comparison.base)
+    )
+    assert any(hint.startswith(f"searched merge: {merge} [") for hint in hints["sealed"])
+    assert sum(hint.startswith("trial ") for hint in hints["progress"]) == len(study.trials)
+    assert {hint.partition(",")[0] for hint in hints["terms"]} == {"t", "u", "q"}
+
+
+def test_the_page_loads_nothing_and_reads_without_its_script(page):
+    tree = parse(page)
     text = page.read_text(encoding="utf-8")
-    assert re.findall(r'<figure id="(\w+)"', text) == FIGURES
-    for svg in svgs(text):
-        label = ElementTree.fromstring(svg).get("aria-label")
-        assert label is not None and len(label) > 30
-    assert len(re.findall(r"<figcaption><h2>[^<]+</h2><p>[^<]{30,}</p>", text)) == len(FIGURES)
-
-
-def test_the_page_loads_nothing_and_runs_nothing(page):
-    text = page.read_text(encoding="utf-8")
-    assert "<script" not in text and "@import" not in text
-    assert not re.findall(r'(?:src|href)="(?!#|data:)', text)
-    assert not re.findall(r"url\((?!#)", text)
-    assert "<image" not in text
+    assert "@import" not in text and not re.findall(r"url\((?!#)", text)
+    (script,) = tree.iter("script")
+    assert not script.attrib
+    assert not re.findall(r"\b(fetch|import|src|innerHTML|eval|XMLHttpRequest)\b", script.text)
+    loading = [e for e in tree.iter() if {"src", "srcset", "data", "poster"} & e.attrib.keys()]
+    assert loading == []
+    assert [link.get("href") for link in tree.iter("link")] == ["data:,"]
+    assert not [e for e in tree.iter() if any(name.startswith("on") for name in e.attrib)]
+    assert {link.get("href").partition("/")[0] for link in tree.iter("a")} == {"https:"}
+    script.text = ""
+    assert not list(tree.iter("button"))
+    assert all("hidden" not in element.attrib for element in tree.iter())
 
 
 def test_names_are_escaped(page):
-    text = page.read_text(encoding="utf-8")
-    assert "<h1>a &lt;b&gt; &amp; $c_1$</h1>" in text
+    assert text_of(parse(page).find("body/header/p/b")) == "a <b> & $c_1$"
 
 
 def test_ids_are_unique_and_references_lead_somewhere(page):
@@ -95,7 +144,7 @@ def test_the_conclusions_say_what_the_numbers_say(study, tmp_path):
     ]
     assert f"better in {', '.join(better)}" in panels["terms"].conclusion
     best = max(study.trials, key=study.value)
-    assert f"(trial {best.number})" in panels["progress"].conclusion
+    assert f"The search score of trial {best.number} is" in panels["progress"].conclusion
 
 
 def test_recorded_rows_are_those_that_compare_scored(study):
@@ -124,7 +173,9 @@ def test_a_study_that_still_runs_has_a_report_that_says_so(study, tmp_path):
     (tmp_path / "s" / "trials.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
     result = CliRunner().invoke(main, ["report", str(tmp_path / "s")])
     assert result.exit_code == 0, result.output
-    assert "The search is not finished." in (tmp_path / "s" / "report.html").read_text()
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "The search is not finished: 5 of 14 trials have run." in page
+    assert "optimer build" not in page
     assert (tmp_path / "s" / "trials.jsonl").read_text().endswith(lines[5][:20])
 
 
@@ -187,13 +238,26 @@ def test_an_empty_study_is_refused(study, tmp_path):
         load_study(tmp_path / "s")
 
 
+def size_and_colours(png: bytes) -> tuple[int, int, set[str]]:
+    """Return the width, the height and the colours of a picture, as #rrggbb."""
+    pixels = imread(io.BytesIO(png))
+    whole = (255 * pixels.reshape(-1, pixels.shape[2])[:, :3]).round().astype(int)
+    packed = whole @ [1 << 16, 1 << 8, 1]
+    return pixels.shape[1], pixels.shape[0], {f"#{colour:06x}" for colour in set(packed.tolist())}
+
+
 def test_figures_are_written_as_png(study, tmp_path):
     arguments = ["report", str(study.directory), str(tmp_path / "r.html")]
     result = CliRunner().invoke(main, [*arguments, "--figures", str(tmp_path / "figures")])
     assert result.exit_code == 0, result.output
     pictures = {path.stem: path.read_bytes() for path in (tmp_path / "figures").glob("*.png")}
-    assert set(pictures) == set(FIGURES)
-    assert all(content.startswith(b"\x89PNG") for content in pictures.values())
+    assert set(pictures) == {name + end for name in FIGURES for end in ("", "-dark")}
+    for name, content in pictures.items():
+        width, height, colours = size_and_colours(content)
+        assert content.startswith(b"\x89PNG") and width == 1664 and height > 300
+        paper, ink = (DARK[PAPER], DARK[INK]) if name.endswith("-dark") else (PAPER, INK)
+        assert paper in colours and ink in colours
+        assert not name.endswith("-dark") or PAPER not in colours
     record = Captions.read(tmp_path / "figures" / "captions.json")
     assert record.weights == study.best_trial.weights
     assert list(record.captions) == FIGURES
@@ -204,7 +268,8 @@ def test_figures_of_a_card_are_the_same_bytes_whoever_draws_them(study, tmp_path
     for folder in ("once", "twice"):
         write_figures(study, tmp_path / folder)
     drawn = {path.name for path in (tmp_path / "once").glob("*.png")}
-    assert drawn == {f"{name}.png" for name in FIGURES if name in CARD_FIGURES}
+    shown = [name for name in FIGURES if name in CARD_FIGURES]
+    assert drawn == {f"{name}{end}.png" for name in shown for end in ("", "-dark")}
     for name in drawn:
         contents = {path.read_bytes() for path in tmp_path.glob(f"*/{name}")}
         assert len(contents) == 1
