@@ -17,13 +17,14 @@ from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.record import read_record
 from optimer_hf.vectors.training_record import RunRecord
 
-PHASES = ("ask", "merge", "evaluate", "forward", "cpu")
+PHASES = ("ask", "merge", "evaluate", "forward", "backward", "cpu")
 
 
 def trial_cost(trials: Sequence[Trial | SealedRow]) -> TrialCost:
     """Return what some trials took in total."""
     total = {phase: sum(trial.seconds.get(phase, 0.0) for trial in trials) for phase in PHASES}
     spent = total["ask"] + total["merge"] + total["evaluate"]
+    computed = total["forward"] + total["backward"]
     return TrialCost(
         n=len(trials),
         items=sum(
@@ -38,8 +39,9 @@ def trial_cost(trials: Sequence[Trial | SealedRow]) -> TrialCost:
         ask=round(total["ask"], 2),
         merge=round(total["merge"], 2),
         forward=round(total["forward"], 1),
-        harness=round(total["evaluate"] - total["forward"], 2),
-        overhead_share=round(1 - total["forward"] / spent, 4) if spent else 0.0,
+        backward=round(total["backward"], 1),
+        harness=round(total["evaluate"] - computed, 2),
+        overhead_share=round(1 - computed / spent, 4) if spent else 0.0,
     )
 
 

@@ -30,12 +30,19 @@ class TrialCost(FileModel):
     """Seconds of merging."""
     forward: float = Field(default=0.0, examples=[119.1], json_schema_extra={"unit": "seconds"})
     """Seconds of the model's forward passes."""
+    backward: float = Field(
+        default=0.0,
+        examples=[140.2],
+        json_schema_extra={"unit": "seconds"},
+        exclude_if=lambda value: value == 0,
+    )
+    """Seconds of taking gradients, in trials that have them."""
     harness: float = Field(default=0.0, examples=[0.23], json_schema_extra={"unit": "seconds"})
-    """Seconds of evaluation outside of the forward passes."""
+    """Seconds of evaluation outside of the forward and backward passes."""
     overhead_share: float = Field(
         default=0.0, examples=[0.03], json_schema_extra={"unit": "share of the seconds"}
     )
-    """Share of the seconds that is not the model's forward pass."""
+    """Share of the seconds that is not the model's forward or backward pass."""
 
 
 class TrainingCost(FileModel):

@@ -11,6 +11,8 @@ from optimer_hf.scoring.objective import Asked, Term
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.config import TrainConfig
 
+GRADIENT_COST = 2.5  # times that of scoring, at most; all trials take gradients, or fewer do
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -89,6 +91,8 @@ def _search_stages(config: StudyConfig, probe: Probe, other: str | None = None) 
     search, objective = config.search, config.objective
     items, cost = _scoring_cost(objective.asked_terms("search"), probe)
     work = f"{search.n_trials} trials of {items:,} items"
+    if search.gradients != "never" and config.can_use_gradients:
+        cost, work = cost * GRADIENT_COST, f"{work}, with gradients"
     kind: StageKind = "search" if other is None else "other_searches"
     total = (cost + probe.merge_cost) * search.n_trials
     stages = [Stage(kind=kind, name=f"{prefix}search", work=work, cost=total)]

@@ -19,6 +19,7 @@ from optimer_hf.report.drawing import (
     seconds_of,
 )
 from optimer_hf.report.evidence import Evidence
+from optimer_hf.report.slopes import Slopes, draw_tangents, say_what_would_help, slopes_of_trials
 from optimer_hf.scoring.formatting import Unit
 from optimer_hf.scoring.objective import gains
 from optimer_hf.study.prediction import front
@@ -213,9 +214,9 @@ def slices_panel(evidence: Evidence) -> Panel | None:
     columns = {1: 1, 2: 2, 4: 2}.get(len(free), 3)
     rows = -(-len(free) // columns)
     figure, axes = make_figure(0.6 + 1.7 * rows, rows=rows, columns=columns, share=True)
-    gained, bottom = {}, 0.0
+    gained, bottom, slopes = {}, 0.0, slopes_of_trials(evidence.study)
     for name, axis in zip(free, axes, strict=False):
-        gained[name], low = _draw_slice(axis, evidence, name)
+        gained[name], low = _draw_slice(axis, evidence, name, slopes)
         bottom = min(bottom, low)
         axis.set_title(f"{name} = {best[name]:g}")
     for axis in axes[len(free) :]:
@@ -223,17 +224,19 @@ def slices_panel(evidence: Evidence) -> Panel | None:
     axes[0].set_ylim(bottom, None)
     figure.supxlabel("weight; the others are those of the merge")
     figure.supylabel(search_axis(evidence))
+    more = say_what_would_help(evidence.study, slopes, evidence.unit)
     return Panel(
         "slices",
         "What each weight does",
-        _say_what_weights_gain(gained, evidence.unit),
+        f"{_say_what_weights_gain(gained, evidence.unit)}{more and ' ' + more}",
         "Posterior mean with two standard deviations along the weight of every vector, and the "
-        "trials; those further from the line are fainter.",
+        f"trials{', with their measured slopes' * bool(slopes)}; those further from the line are "
+        "fainter.",
         figure,
     )
 
 
-def _draw_slice(axis: "Axes", evidence: Evidence, name: str) -> tuple[float, float]:
+def _draw_slice(axis: "Axes", evidence: Evidence, name: str, slopes: Slopes) -> tuple[float, float]:
     """Draw one slice; return what the best weight gains over 0, and the lowest value to show."""
     config, best = evidence.study.config, evidence.study.best_trial.weights
     factor = evidence.unit.factor
@@ -249,6 +252,8 @@ def _draw_slice(axis: "Axes", evidence: Evidence, name: str) -> tuple[float, flo
     y = [factor * evidence.gain(trial) for trial in evidence.trials]
     alpha = np.exp(-4 * np.linalg.norm(apart, axis=1))
     axis.scatter(x, y, s=10, alpha=alpha, color=MERGE, linewidths=0)
+    steps = [factor * slopes.get(t.number, {}).get(name, np.nan) for t in evidence.trials]
+    draw_tangents(axis, x, y, steps, alpha, grid[-1] - grid[0])
     axis.axhline(0, color=INK, linewidth=0.5, zorder=0)
     axis.axvline(best[name], color=INK, linewidth=0.7, linestyle=":")
     low = max(float((mean - 2 * deviation).min()), -LOWEST * max(float(mean.max()), 1e-9))

@@ -180,6 +180,7 @@ def _stages_of(evidence: Evidence) -> dict[str, float]:
                 f"{stage}: choosing weights": cost.ask,
                 f"{stage}: merging": cost.merge,
                 f"{stage}: running the model": cost.forward,
+                f"{stage}: gradients": cost.backward,
                 f"{stage}: rest of the evaluation": cost.harness,
             }
     return {stage: seconds for stage, seconds in stages.items() if seconds > 0}

@@ -27,6 +27,16 @@ def test_trials_are_summed_by_phase():
     assert cost.overhead_share == pytest.approx(1 - 7 / 9.5, abs=1e-4)
 
 
+def test_backward_passes_are_a_phase_of_their_own_and_only_where_there_are_some():
+    seconds = {"ask": 0.5, "merge": 0.25, "evaluate": 9.0, "forward": 3.5, "backward": 5.0}
+    with_gradients = Trial(0, "x", "search", {}, "ok", {}, seconds)
+    without = Trial(1, "x", "search", {}, "ok", {}, seconds | {"backward": 0.0, "evaluate": 4.0})
+    cost = trial_cost([with_gradients, without])
+    assert (cost.forward, cost.backward, cost.harness, cost.seconds) == (7, 5, 1, 14.5)
+    assert cost.overhead_share == pytest.approx(1 - 12 / 14.5, abs=1e-4)
+    assert "backward" in cost.model_dump() and "backward" not in trial_cost([without]).model_dump()
+
+
 def test_items_are_counted_over_terms_and_trials(tmp_path):
     study = search(config_of(), tmp_path / "s", runner=InProcess(FunctionPool))
     ledger = ledger_of_study(study)
