@@ -1,5 +1,6 @@
 """Tiny real models, tokenizers, adapters and corpora, built in milliseconds; no network."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -49,6 +50,16 @@ def _caches(tmp_path_factory: pytest.TempPathFactory):
     os.environ["OPTIMER_CACHE"] = str(home / "optimer")
     os.environ["HF_DATASETS_CACHE"] = str(home / "datasets")
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_libraries() -> None:
+    """Keep the objects of imported libraries out of later garbage collections, each of which would
+    look at half a million of them: every model that is loaded begins with one.
+    """
+    if len(gc.get_objects()) > 100_000:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture
