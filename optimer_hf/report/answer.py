@@ -14,7 +14,7 @@ from optimer_hf.report.evidence import Evidence
 from optimer_hf.scoring.formatting import Unit
 from optimer_hf.scoring.intervals import FEWEST, Interval
 
-ROOM = 0.06  # of a bar's track on either side
+ROOM = 0.02  # of a bar's track, beside the ends of the intervals
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Bar:
     low: float | None
     high: float | None
     is_leading: bool
+    is_certain: bool
 
     @property
     def left(self) -> float:
@@ -102,9 +103,8 @@ def _verdict(comparison: Comparison) -> str:
             return f"The merge is worse than {other}, by {by} on the sealed test."
         case "too few items to tell":
             return (
-                f"Too few items to tell whether the merge beats {other}: the sealed test has "
-                f"{interval.n_fewest} in term {interval.fewest_in!r}, and a verdict needs {FEWEST} "
-                "a term."
+                f"Too few items to tell: the sealed test has {interval.n_fewest} in term "
+                f"{interval.fewest_in!r}, and a verdict needs {FEWEST}."
             )
         case "no significant difference":
             return f"The merge and {other} do not differ significantly on the sealed test."
@@ -160,9 +160,10 @@ def _bars(comparison: Comparison) -> list[Bar]:
         ends = [] if interval.kind == "none" else [interval.low, interval.high]
         values += [interval.difference, *ends]
     low, span = min(values), max(max(values) - min(values), 1e-9)
+    before, after = ROOM * (low < 0), ROOM * (max(values) > 0)
 
     def place(value: float) -> float:
-        return round(100 * (ROOM + (1 - 2 * ROOM) * (value - low) / span), 2)
+        return round(100 * (before + (1 - before - after) * (value - low) / span), 2)
 
     unit = Unit.of(comparison.objective)
     return [
@@ -186,6 +187,7 @@ def _bar(
         low=place(interval.low) if has_ends else None,
         high=place(interval.high) if has_ends else None,
         is_leading=is_leading,
+        is_certain=interval.excludes_zero,
     )
 
 

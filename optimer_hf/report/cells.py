@@ -1,5 +1,6 @@
 """A table of the page as values: cells, rows and columns. The template makes HTML of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -28,14 +29,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption and the heads of its columns, with a text for the mouse where one is
-    needed. Others than `is_sortable` keep their order.
+    """A table with a caption and the heads of its columns. `groups` names neighbouring columns
+    together, as names and numbers of columns, from the left.
     """
 
     caption: str
     heads: list[Cell]
     rows: list[Row]
     is_sortable: bool = False
+    groups: Sequence[tuple[str, int]] = ()
 
 
 def head(text: str, hint: str = "", *, is_number: bool = True) -> Cell:

@@ -65,6 +65,7 @@ STYLE = {
 }
 WIDTH = 5.2  # inches: at 72 points an inch, a phone shows a figure at its own size
 DOTS = 320  # an inch of a PNG: two pixels for each one of a page 832 pixels wide
+TITLE_HEIGHT, TITLE_SIZE = 0.3, 12  # inches and points, of a figure that stands alone
 HINT = "hint: "  # begins the id of a mark that shows a text when the mouse is over it
 
 FIGURE_METADATA = {  # by suffix; None removes what differs from one drawing to the next
@@ -119,7 +120,7 @@ def draw_interval(
     axis: "Axes", at: float, interval: Interval, look: Look, factor: float, hint: str
 ) -> None:
     """Draw a difference, times `factor`, as a point with a bar for its interval. A point beyond the
-    limits of the axis is an arrow at its edge, with the number beside it.
+    limits of the axis is an arrow at its edge, with the number beside it unless there are no bars.
     """
     low, high = axis.get_xlim()
     middle, *ends = (factor * v for v in (interval.difference, interval.low, interval.high))
@@ -133,7 +134,7 @@ def draw_interval(
         )
         (point,) = axis.plot(edge, at, marker, color=look.colour, markersize=5)
         axis.annotate(
-            f"{middle:+.3g}",
+            f"{middle:+.3g}" if look.has_bar else "",
             (edge, at),
             (shift, 0),
             textcoords="offset points",
@@ -164,11 +165,11 @@ def add_key(figure: "Figure", parts: Collection[Part]) -> None:
 
 def choose_limits(focus: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
     """Return limits of an axis that show 0, all of `focus`, and of the others those that do not
-    squeeze it: within twice the span of `focus` on either side.
+    squeeze it: within the span of `focus` on either side.
     """
     low, high = min(0.0, *focus), max(0.0, *focus)
     span = max(high - low, 1e-9)
-    near = [value for value in others if low - 2 * span <= value <= high + 2 * span]
+    near = [value for value in others if low - span <= value <= high + span]
     low, high = min(low, *near, low), max(high, *near, high)
     room = 0.05 * (high - low)
     return low - room, high + room
@@ -243,14 +244,24 @@ def write_figure(figure: "Figure", path: Path, *, paper: str = PAPER) -> None:
 
 
 def write_pictures(panel: Panel, light: Path, dark: Path) -> None:
-    """Write a panel with its title as two PNGs, for light and for dark pages."""
+    """Write a panel with its title above it as two PNGs, for light and for dark pages."""
     figure = _copy(panel.figure)
-    figure.suptitle(panel.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    _add_title(figure, panel.title)
     write_figure(figure, light)
-    figure.draw_without_rendering()  # makes the labels of all ticks
     for artist in figure.findobj():
         _darken(artist)
     write_figure(figure, dark, paper=DARK[PAPER])
+
+
+def _add_title(figure: "Figure", title: str) -> None:
+    """Make a figure higher by a title: that of its key, where it has one above it."""
+    figure.set_figheight(figure.get_figheight() + TITLE_HEIGHT)
+    if figure.legends:
+        (key,) = figure.legends
+        key.set_title(title, prop={"size": TITLE_SIZE, "weight": "bold"})
+        key.set_alignment("left")
+    else:
+        figure.suptitle(title, x=0.02, ha="left", fontsize=TITLE_SIZE, fontweight="bold")
 
 
 def _copy(figure: "Figure") -> "Figure":

@@ -187,7 +187,7 @@ def _make_sections(evidence: Evidence, vectors: bool) -> Iterator[Section]:
     if panels := _drawn(evidence, *makers):
         yield Section("vectors", "The vectors", panels[0].conclusion, panels)
     if panels := _drawn(evidence, ledger_panel):
-        yield Section("cost", panels[0].title, panels[0].conclusion, panels)
+        yield Section("cost", "Where the time went", panels[0].conclusion, panels)
     yield Section(
         "digests",
         "Digests and versions",

@@ -1,6 +1,6 @@
 // The page is complete without this: it sorts tables by a click on a head, and copies commands.
 for (const table of document.querySelectorAll("table[data-sortable]")) {
-  const heads = [...table.tHead.rows[0].cells];
+  const heads = [...table.tHead.querySelectorAll("th")];
   heads.forEach((head, column) => {
     const button = document.createElement("button");
     button.append(...head.childNodes);

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from optimer_hf.comparison.result import Comparison, verdicts
+from optimer_hf.comparison.result import Comparison
 from optimer_hf.comparison.rows import RowKind, SealedRow, weights_key
 from optimer_hf.report.drawing import (
     INK,
@@ -20,7 +20,7 @@ from optimer_hf.report.drawing import (
 )
 from optimer_hf.report.evidence import Evidence
 from optimer_hf.scoring.formatting import OF_TERMS, Unit, describe_interval
-from optimer_hf.scoring.intervals import Interval
+from optimer_hf.scoring.intervals import Answer, Interval
 from optimer_hf.study.space import anchors
 from optimer_hf.study.trials import Trial
 
@@ -92,12 +92,10 @@ def _of_merge(gains: Gains) -> Interval:
 
 def _draw_term(axis: "Axes", at: int, label: str, gains: Gains, best: SealedRow) -> None:
     """Draw the gains on one term, the merge last, so that nothing covers it."""
-    low, high = axis.get_xlim()
     axis.axhline(at, color=INK, linewidth=0.3, alpha=0.3, zorder=0)
     for part, lane in LANES.items():
         for row, interval in gains:
-            is_inside = low <= 100 * interval.difference <= high
-            if part_of(row, best) == part and (is_inside or part in ("merge", "best")):
+            if part_of(row, best) == part:
                 said = describe_interval(interval, OF_TERMS, is_gain=True)
                 hint = f"{label}, {row.title}: {said}"
                 look = replace(LOOKS[part], has_bar=part in ("merge", "best"))
@@ -172,11 +170,29 @@ def sealed_panel(comparison: Comparison) -> Panel:
     values = "; ".join(
         f"{row.marked_title} {unit.show(comparison.value(row) - base)}" for row in rows
     )
-    verdict = verdicts(comparison)[0]
     return Panel(
         "sealed",
         "Every row of the sealed test",
-        f"{verdict[0].upper()}{verdict[1:]}",
+        _say_how_many(comparison),
         f"Gain of every row over the base: {values}.",
         figure,
     )
+
+
+RELATIONS: Mapping[Answer, str] = {  # of the merge to some baselines
+    "better": "better than {}",
+    "worse": "worse than {}",
+    "no significant difference": "not significantly different from {}",
+    "too few items to tell": "on too few items to tell from {}",
+    "no interval, because all items differ alike": "without an interval against {}",
+}
+
+
+def _say_how_many(comparison: Comparison) -> str:
+    """Return how many baselines the merge is better than, worse than, or neither."""
+    baselines = [row for row in comparison.rows if row.is_baseline]
+    answers = [comparison.interval(comparison.merge, row).answer for row in baselines]
+    counts = {answer: answers.count(answer) for answer in RELATIONS if answer in answers}
+    parts = [RELATIONS[answer].format(n) for answer, n in counts.items()]
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return f"Of {len(baselines)} baselines at 95 %, the merge is {listed}."

@@ -22,6 +22,7 @@ def trial_table(evidence: Evidence) -> Table:
     study, unit = evidence.study, evidence.unit
     rescored = {trial.number: trial for trial in study.log.trials_at("rescore")}
     labels = list(study.base)
+    groups = [("", 2), ("weight", len(study.config.vectors)), ("gain", len(labels))]
     heads = [head("trial"), head("chosen by", is_number=False)]
     heads += [head(name, f"weight of {name}") for name in study.config.vectors]
     heads += [head(label, _unit_of(study.config.objective, label)) for label in labels]
@@ -39,7 +40,7 @@ def trial_table(evidence: Evidence) -> Table:
         f"Weights and gains over {study.baseline} on the items of the search: losses relative, in "
         "percent; accuracies in points."
     )
-    return Table(caption, heads, rows, is_sortable=True)
+    return Table(caption, heads, rows, is_sortable=True, groups=groups)
 
 
 def _cells_of_trial(evidence: Evidence, trial: Trial, rescored: Mapping[int, Trial]) -> list[Cell]:
@@ -137,7 +138,8 @@ def terms_table(evidence: Evidence) -> Table:
         columns = {"base": comparison.base.scores, "merge": comparison.merge.scores}
         columns |= {} if best == comparison.base else {best.title: best.scores}
     weights = {term.label: term.weight for term in objective.terms}
-    heads = [head("term", is_number=False), head("measured in", is_number=False), head("counts")]
+    heads = [head("term", is_number=False), head("measured in", is_number=False)]
+    heads.append(head("weight", "in the objective; 0: recorded, but not part of it"))
     heads += [head(f"{name}", score) for name in columns]
     heads += [head("items, search"), *([head("items, sealed")] if comparison else [])]
     rows = []
@@ -146,7 +148,7 @@ def terms_table(evidence: Evidence) -> Table:
         counts += [_item_count(comparison.base.scores, label)] if comparison else []
         scores = [_raw_cell(scores[label]) for scores in columns.values()]
         weight = weights.get(label, 0.0)
-        counted = Cell(f"{weight:g}" if weight else "no", weight)
+        counted = Cell(f"{weight:g}", weight)
         named = [Cell(label), Cell(_unit_of(objective, label, columns["base"][label]))]
         rows.append(Row([*named, counted, *scores, *counts]))
     return Table(f"The {score}s by term, in their own units.", heads, rows)
@@ -195,7 +197,9 @@ def targets_table(comparison: Comparison) -> Table:
         head("verdict", is_number=False),
     ]
     rows = [_row_of_target(comparison, name) for name in comparison.retarget]
-    return Table("Each merge against the best baseline for its own objective.", heads, rows)
+    caption = "Each merge against the best baseline for its own objective."
+    groups = [("", 1), ("weight", len(comparison.merge.weights))]
+    return Table(caption, heads, rows, groups=groups)
 
 
 def _row_of_target(comparison: Comparison, name: str) -> Row:

@@ -161,7 +161,7 @@ def ledger_panel(evidence: Evidence) -> Panel | None:
     most = max(stages, key=lambda stage: stages[stage])
     return Panel(
         "ledger",
-        "Where the time went",
+        "Time by stage",
         f"{total / 60:.1f} min in all, {100 * stages[most] / total:.0f} % of it for "
         f"{most}.{_say_what_mixtures_cost(evidence.ledger)}",
         "; ".join(f"{stage}: {seconds:.1f} s" for stage, seconds in stages.items()) + ".",
