@@ -255,10 +255,12 @@ def write_pictures(panel: Panel, light: Path, dark: Path) -> None:
 
 def _add_title(figure: "Figure", title: str) -> None:
     """Make a figure higher by a title: that of its key, where it has one above it."""
+    from matplotlib.font_manager import FontProperties
+
     figure.set_figheight(figure.get_figheight() + TITLE_HEIGHT)
     if figure.legends:
         (key,) = figure.legends
-        key.set_title(title, prop={"size": TITLE_SIZE, "weight": "bold"})
+        key.set_title(title, prop=FontProperties(size=TITLE_SIZE, weight="bold"))
         key.set_alignment("left")
     else:
         figure.suptitle(title, x=0.02, ha="left", fontsize=TITLE_SIZE, fontweight="bold")
