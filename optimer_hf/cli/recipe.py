@@ -148,6 +148,10 @@ def ratios(
         return
     for name, share in result.ratios.shares.items():
         echo(f"{name}: {100 * share:.2f} %  (weight {result.weights[name]:g})")
+    for name in result.mixtures:
+        echo(
+            f"{name}: shared out, as it was trained on a mixture  (weight {result.weights[name]:g})"
+        )
     for name in result.ratios.left_out:
         echo(f"{name}: left out ({result.reasons[name]})")
     if out is not None:
