@@ -103,7 +103,7 @@ def value_gradient(
         counting = [min(counting, key=lambda term: each[term.label])]
     total, is_relative = sum(term.weight for term in counting), objective.combine != "weighted_mean"
     factors = {
-        term.label: term.weight / total * _gain_per_score(base[term.label], is_relative=is_relative)
+        term.label: term.weight / total * gain_per_score(base[term.label], is_relative=is_relative)
         for term in counting
     }
     names = trial.gradients[counting[0].label]
@@ -118,12 +118,12 @@ def gain_gradients(trial: Trial, base: Mapping[str, TermScore]) -> dict[str, dic
     terms that have gradients at a trial.
     """
     return {
-        label: {name: slope * _gain_per_score(base[label]) for name, slope in gradient.items()}
+        label: {name: slope * gain_per_score(base[label]) for name, slope in gradient.items()}
         for label, gradient in trial.gradients.items()
     }
 
 
-def _gain_per_score(base: TermScore, *, is_relative: bool = True) -> float:
+def gain_per_score(base: TermScore, *, is_relative: bool = True) -> float:
     """Return by how much a gain rises with its score; of losses it is relative to the base."""
     if base.higher_is_better:
         return 1.0

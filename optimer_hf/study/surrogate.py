@@ -10,7 +10,14 @@ from scipy.special import log_ndtr
 from optimer_hf.scoring.objective import Objective, combine, gains, headroom
 from optimer_hf.scoring.scores import Scores
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.gp import GaussianProcess, WeightedSum, choose_informative, fit
+from optimer_hf.study.gp import (
+    GaussianProcess,
+    WeightedSum,
+    choose_informative,
+    fit,
+    keep_informative,
+)
+from optimer_hf.study.gradients import gain_per_score
 from optimer_hf.study.space import to_unit
 from optimer_hf.study.trials import Trial
 
@@ -43,9 +50,43 @@ def columns(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
     return _apply_floor(table)
 
 
+def _floor(table: "Array") -> float:
+    return -max(10 * float(table.max(initial=0.0)), 0.5)
+
+
 def _apply_floor(table: "Array") -> "Array":
-    floor = -max(10 * float(table.max(initial=0.0)), 0.5)
-    return np.asarray(np.maximum(table, floor))
+    return np.asarray(np.maximum(table, _floor(table)))
+
+
+def column_gradients(config: StudyConfig, trials: Sequence[Trial], table: "Array") -> "Array":
+    """Return the gradients of `columns`, which are `table`, along the sides of the unit box,
+    [n_trials, n_columns, d].
+
+    NaN where a trial has none, and at the floor, which is flat. Under `worst` it is that of the
+    worst term.
+    """
+    base, objective = trials[0].terms, config.objective
+    is_relative = objective.combine != "weighted_mean"
+    counting = [term.label for term in objective.terms_at("search") if term.weight > 0]
+    result = np.full((*table.shape, len(config.free)), np.nan)
+    for row, trial in enumerate(trials):
+        labels = counting if trial.gradients else []
+        if objective.combine == "worst" and labels:
+            each = gains(trial.terms, base)
+            labels = [min(counting, key=lambda label: each[label])]
+        for column, label in enumerate(labels):
+            per_score = gain_per_score(base[label], is_relative=is_relative)
+            result[row, column] = per_score * _score_gradient(config, trial, label)
+    result[table <= _floor(table)] = np.nan
+    return result
+
+
+def _score_gradient(config: StudyConfig, trial: Trial, label: str) -> "Array":
+    """Return the gradient [d] of a score along the sides of the unit box, NaN if unknown."""
+    gradient = trial.gradients.get(label, {})
+    return np.array(
+        [gradient.get(name, np.nan) * (high - low) for name, (low, high) in config.free.items()]
+    )
 
 
 def _surrogate_gains(objective: Objective, scores: Scores, base: Scores) -> dict[str, float]:
@@ -114,7 +155,7 @@ def fit_surrogate(
     config: StudyConfig, trials: Sequence[Trial], preference: "Array | None" = None
 ) -> Surrogate:
     """Fit a surrogate of the objective and its constraints to trials, the first of which is the
-    base; see `choose_informative` for what happens to many.
+    base; see `choose_informative` and `keep_informative` for what happens to many.
 
     A `preference` [n_terms] replaces the term weights of the objective, each relative to the
     distance between the best and the median trial of its term. Trials that crashed through no fault
@@ -125,15 +166,31 @@ def fit_surrogate(
     points = to_unit(config, [trial.weights for trial in trials])
     counting = [term.weight for term in config.objective.terms_at("search") if term.weight > 0]
     weights = np.array(counting) / sum(counting) if table.shape[1] > 1 else np.ones(1)
-    kept = choose_informative(points, np.column_stack([table @ weights, table]))
+    values = np.column_stack([table @ weights, table])
+    kept = choose_informative(points, values)
     if preference is not None:
         weights = preference / np.maximum(table.max(axis=0) - np.median(table, axis=0), 1e-6)
-    processes = [fit(points[kept], column[kept]) for column in table.T]
-    limits = [fit(points[kept], column[kept]) for column in _headrooms(config, trials).T]
-    return Surrogate(WeightedSum(processes, weights), limits)
+    limits = headrooms(config, trials)
+    gradients = _gradients(config, [trials[row] for row in kept], table[kept], limits[kept])
+    gradients = keep_informative(points[kept], values[kept], gradients)
+    processes = [
+        fit(points[kept], column[kept], gradients[:, number])
+        for number, column in enumerate(np.hstack([table, limits]).T)
+    ]
+    n_columns = table.shape[1]
+    return Surrogate(WeightedSum(processes[:n_columns], weights), processes[n_columns:])
 
 
-def _headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
+def _gradients(
+    config: StudyConfig, trials: Sequence[Trial], table: "Array", limits: "Array"
+) -> "Array":
+    """Return the gradients of columns and headrooms, NaN where unknown."""
+    return np.hstack(
+        [column_gradients(config, trials, table), headroom_gradients(config, trials, limits)]
+    )
+
+
+def headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
     """Return the headroom of every constraint, [n_trials, n_constraints], with a floor."""
     base = trials[0].terms
     known = [c for c in config.objective.constraints if c.label in base]
@@ -142,3 +199,18 @@ def _headrooms(config: StudyConfig, trials: Sequence[Trial]) -> "Array":
         if trial.status == "ok":
             table[row] = [headroom(c, trial.terms[c.label], base[c.label]) for c in known]
     return np.column_stack([_apply_floor(column) for column in table.T]) if known else table
+
+
+def headroom_gradients(config: StudyConfig, trials: Sequence[Trial], table: "Array") -> "Array":
+    """Return the gradients of `headrooms`, which are `table`, along the sides of the unit box,
+    [n_trials, n_constraints, d]; NaN where unknown and at the floor.
+    """
+    base = trials[0].terms
+    known = [c.label for c in config.objective.constraints if c.label in base]
+    result = np.full((*table.shape, len(config.free)), np.nan)
+    for column, label in enumerate(known):
+        slope = (1.0 if base[label].higher_is_better else -1.0) / (abs(base[label].score) or 1.0)
+        for row, trial in enumerate(trials):
+            result[row, column] = slope * _score_gradient(config, trial, label)
+        result[table[:, column] <= _floor(table[:, column]), column] = np.nan
+    return result

@@ -13,6 +13,7 @@ from optimer_hf.study.gp import (
     WeightedSum,
     choose_informative,
     fit,
+    keep_informative,
 )
 
 
@@ -194,14 +195,6 @@ def test_conditioning_keeps_the_mean_and_shrinks_the_variance_near_the_points():
     assert (told.predict(pending)[1] < 0.7 * process.predict(pending)[1]).all()
 
 
-@pytest.mark.parametrize("d", [1, 2, 7, 8, 9, 16, 17, 40, 128])
-def test_squared_distances_are_the_plain_ones_to_the_last_bit(d):
-    rng = np.random.default_rng(d)
-    a, b, scales = rng.normal(size=(301, d)), rng.normal(size=(70, d)), rng.random(d) + 0.1
-    plain = (((a[:, None] - b[None]) / scales) ** 2).sum(-1)
-    assert np.array_equal(surrogate._squared_distances(a, b, scales), plain)
-
-
 def test_up_to_the_bound_a_process_is_fitted_to_every_point():
     points = np.random.default_rng(0).random((surrogate.N_KEPT, 3))
     assert np.array_equal(choose_informative(points, points), np.arange(surrogate.N_KEPT))
@@ -232,3 +225,113 @@ def test_a_process_of_many_points_predicts_near_the_best_as_one_of_all():
     few, all_of_them = fit(points[kept], scores[kept]), fit(points, scores)
     assert few.predict(near)[0] == pytest.approx(all_of_them.predict(near)[0], abs=0.02)
     assert few.predict(near)[0] == pytest.approx(smooth(near), abs=0.03)
+
+
+# -- with gradients --------------------------------------------------------------------------------
+
+
+def slope(points):
+    """The gradient of `smooth`."""
+    gradient = -2 * (points - 0.4)
+    gradient[:, 0] += 0.3 * np.cos(3 * points[:, 0])
+    return gradient
+
+
+def known_at(points, rows):
+    """Return the gradients of `smooth` at some rows of points, NaN at the others."""
+    gradients = np.full_like(points, np.nan)
+    gradients[rows] = slope(points[rows])
+    return gradients
+
+
+def test_gradients_that_nobody_knows_change_no_bit_of_a_fit(fitted):
+    points, scores, process = fitted
+    with_none = fit(points, scores, np.full_like(points, np.nan))
+    assert (with_none.coefficients == process.coefficients).all()
+    assert (with_none.hyperparameters.vector == process.hyperparameters.vector).all()
+
+
+def test_the_own_gradient_of_a_fit_with_gradients_equals_finite_differences(monkeypatch):
+    rng, caught = np.random.default_rng(1), {}
+    points = rng.random((9, 3))
+
+    def spy(loss, start, **options):
+        caught["loss"], caught["start"] = loss, start
+        return real(loss, start, **options)
+
+    real = surrogate.minimize
+    monkeypatch.setattr(surrogate, "minimize", spy)
+    fit(points, smooth(points), known_at(points, [0, 2, 5]))
+    loss, start = caught["loss"], caught["start"]
+    assert len(start) == 3 + 4 + 1
+    for offset in (0.0, 0.5, -0.7):
+        vector = start + offset * np.linspace(-1, 1, len(start))
+        gradient = loss(vector)[1]
+        for index, moved in enumerate(1e-5 * np.eye(len(vector))):
+            expected = (loss(vector + moved)[0] - loss(vector - moved)[0]) / 2e-5
+            assert gradient[index] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_noiseless_gradients_are_interpolated():
+    points = np.random.default_rng(0).random((8, 3))
+    process = fit(points, smooth(points), slope(points))
+    step = 1e-4 * np.eye(3)[:, None]
+    found = (process.predict((points + step).reshape(-1, 3))[0]).reshape(3, 8)
+    found = (found - process.predict((points - step).reshape(-1, 3))[0].reshape(3, 8)).T / 2e-4
+    assert found == pytest.approx(slope(points), abs=0.03)
+    assert process.predict(points)[0] == pytest.approx(smooth(points), abs=2e-3)
+
+
+@pytest.mark.parametrize("d", [4, 8])
+def test_unseen_points_are_predicted_from_few_scores_with_gradients(d):
+    rng = np.random.default_rng(d)
+    points, fresh = rng.random((2 * d, d)), rng.random((200, d))
+    without, with_them = fit(points, smooth(points)), fit(points, smooth(points), slope(points))
+
+    def error(process):
+        return ((process.predict(fresh)[0] - smooth(fresh)) ** 2).mean() / smooth(fresh).var()
+
+    assert error(with_them) < 0.02 < 0.2 < error(without)
+
+
+def test_the_noise_of_gradients_is_learned():
+    rng = np.random.default_rng(0)
+    points = rng.random((40, 3))
+    noisy = slope(points) + 0.05 * rng.normal(size=points.shape)
+    process = fit(points, smooth(points), noisy)
+    learned = process.spread * np.sqrt(process.hyperparameters.gradient_noise)
+    assert learned == pytest.approx(0.05, rel=0.3)
+
+
+def test_a_process_with_gradients_is_conditioned_like_any_other():
+    rng = np.random.default_rng(3)
+    points = rng.random((10, 3))
+    process = fit(points, smooth(points), known_at(points, [0, 4, 9]))
+    pending, elsewhere = rng.random((3, 3)), rng.random((50, 3))
+    told = process.condition_on(pending)
+    mean, variance = process.predict(elsewhere)
+    told_mean, told_variance = told.predict(elsewhere)
+    assert told_mean == pytest.approx(mean, abs=1e-4)
+    assert (told_variance <= variance + 1e-9).all()
+    assert (told.predict(pending)[1] < 0.7 * process.predict(pending)[1]).all()
+
+
+def test_repeated_points_with_gradients_do_not_break_the_fit():
+    points = np.repeat(np.random.default_rng(0).random((4, 2)), 3, axis=0)
+    mean, variance = fit(points, smooth(points), slope(points)).predict(points)
+    assert mean == pytest.approx(smooth(points), abs=5e-3)
+    assert np.isfinite(variance).all()
+
+
+def test_of_many_gradients_those_of_the_first_the_newest_and_the_best_are_kept():
+    rng = np.random.default_rng(0)
+    points = rng.random((100, 16))
+    values, gradients = smooth(points)[:, None], slope(points)[:, None]
+    gradients[10:20] = np.nan  # these trials took none
+    kept = keep_informative(points, values, gradients)
+    has_one = np.isfinite(kept).all(axis=(1, 2))
+    assert has_one.sum() == surrogate.N_DERIVATIVES // 16
+    known = np.flatnonzero(np.isfinite(gradients).all(axis=(1, 2)))
+    assert has_one[[0, 99, known[np.argmax(values[known, 0])]]].all()
+    assert not has_one[10:20].any()
+    assert (kept[has_one] == gradients[has_one]).all()

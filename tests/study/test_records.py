@@ -443,15 +443,15 @@ def test_a_function_that_scores_other_items_each_time_ends_the_search(tmp_path):
 # -- what was decided ------------------------------------------------------------------------------
 
 
-def upside_down(points, scores):
+def upside_down(points, scores, gradients):
     """Another surrogate, to whom the worst is the best."""
-    return FIT(points, -scores)
+    return FIT(points, -scores, -gradients)
 
 
 FIT = fit
 
 
-def no_fit(points, scores):
+def no_fit(points, scores, gradients):
     pytest.fail("a finished study was decided already, nothing may be fitted")
 
 
