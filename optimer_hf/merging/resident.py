@@ -33,7 +33,10 @@ LARGEST_SHARE = 0.5  # of the free memory, for one vector; activations need some
 
 
 class ResidentModel:
-    """A loaded model whose parameters are base + sum_i w_i v_i for the weights last set."""
+    """A loaded model whose parameters are base + sum_i w_i v_i for the weights last set.
+
+    `parameters` are views of those that the vectors move, by the name in the base's files.
+    """
 
     def __init__(
         self,
@@ -63,11 +66,11 @@ class ResidentModel:
         by_place = {  # the first name, that of the embedding, wins over its alias
             views[name].data_ptr(): name for name in sorted(moved, key=places.__getitem__)[::-1]
         }
-        self._parameters = {name: views[name] for name in by_place.values()}
-        devices = {name: str(view.device) for name, view in self._parameters.items()}
+        self.parameters = {name: views[name] for name in by_place.values()}
+        devices = {name: str(view.device) for name, view in self.parameters.items()}
         # as stored: a float32 base is rounded once, after the sum
         self._base = _place_base(Checkpoint(base.path), devices)
-        self.vectors = [_place(vector, devices, self._parameters) for vector in vectors]
+        self.vectors = [_place(vector, devices, self.parameters) for vector in vectors]
         self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
 
     def _check_unplaced(self, unknown: Sequence[str], base: ResolvedModel) -> None:
@@ -101,18 +104,22 @@ class ResidentModel:
         self.weights = {name: float(weights.get(name, 0.0)) for name in self.weights}
         blocks = [
             (name, rows)
-            for name, parameter in self._parameters.items()
+            for name, parameter in self.parameters.items()
             for rows in row_blocks(tuple(parameter.shape), parameter.device.type)
         ]
-        on_host = [each for each in blocks if self._parameters[each[0]].device.type == "cpu"]
+        on_host = [each for each in blocks if self.parameters[each[0]].device.type == "cpu"]
         for name, rows in blocks:  # these are only launched, so the host works meanwhile
-            if self._parameters[name].device.type != "cpu":
+            if self.parameters[name].device.type != "cpu":
                 self._set_rows(name, rows)
         deque(compute_ahead(self._set_rows, on_host), maxlen=0)
 
+    def base_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Return rows of the base as it is stored, on the device of the parameter."""
+        return self._base[name].read_rows(name, rows).to(self.parameters[name].device)
+
     def _set_rows(self, name: str, rows: slice) -> None:
-        target = matrix_rows(self._parameters[name], rows)
-        base_rows = self._base[name].read_rows(name, rows).to(target.device)
+        target = matrix_rows(self.parameters[name], rows)
+        base_rows = self.base_rows(name, rows)
         out = target if target.dtype == self.dtype else None
         merged = merge_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)
         if out is None:

@@ -87,6 +87,80 @@ class HeadLoss(torch.autograd.Function):
         return gradient * scale, weight_gradient, None, None
 
 
+class LogProbabilities(torch.autograd.Function):
+    """The log-probability of each label, in nats, and whether it is the most likely one. On a CPU
+    the bits are those of `log_probabilities`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float32 [n] and bool [n] from hidden [n, d], weight [v, d], labels [n].
+
+        Each row's gradient accumulates along with its softmax, without the label, whose share is
+        added last: as p - 1 in 16 bits, little would be left of it where the model is sure.
+        """
+        n = len(hidden)
+        largest = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
+        total = hidden.new_zeros((n, 1), dtype=torch.float32)
+        target = hidden.new_zeros((n, 1), dtype=torch.float32)
+        others = torch.zeros_like(hidden, dtype=torch.float32)  # sum of exp(logit) * row
+        for start, rows in _blocks(weight, hidden):
+            logits, slope = _logits(hidden, rows, softcap)
+            target = _pick(target, logits, labels, start)
+            new_largest = torch.maximum(largest, logits.amax(1, keepdim=True))
+            rescale = (largest - new_largest).exp_()
+            largest = new_largest
+            exponentials = logits.sub_(largest).exp_()
+            total.mul_(rescale).add_(exponentials.sum(1, keepdim=True))
+            columns, is_inside = _columns(labels, start, len(rows))
+            kept = exponentials.gather(1, columns).masked_fill_(is_inside, 0.0)
+            exponentials.scatter_(1, columns, kept)
+            if slope is not None:
+                exponentials *= slope
+            others.mul_(rescale).add_(exponentials.to(rows.dtype) @ rows)
+        value = target - largest - total.log()
+        of_label = -torch.expm1(value)
+        if softcap is not None:
+            of_label = of_label * (1 - (target / softcap).square())
+        gradient = weight[labels].to(hidden.dtype) * of_label - others / total
+        ctx.softcap, is_greedy = softcap, (target >= largest)[:, 0]
+        ctx.save_for_backward(
+            gradient.to(hidden.dtype), hidden, weight, labels, largest + total.log()
+        )
+        ctx.mark_non_differentiable(is_greedy)
+        return value[:, 0], is_greedy
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
+        """Scale each row's gradient; a head that moves needs a second pass over the vocabulary."""
+        scale = grad_outputs[0].unsqueeze(1)
+        gradient, hidden, weight, labels, log_normaliser = ctx.saved_tensors
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = _weight_gradient(
+                hidden, weight, labels, log_normaliser, ctx.softcap, scale.neg()
+            )
+        return (gradient * scale).to(gradient.dtype), of_weight, None, None
+
+
+def differentiable_log_probabilities(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `log_probabilities` returns, with a gradient in hidden and, if it requires one,
+    in weight.
+    """
+    values: tuple[torch.Tensor, torch.Tensor] = LogProbabilities.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, labels, softcap
+    )
+    return values
+
+
 @torch.no_grad()
 def log_probabilities(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
@@ -187,8 +261,11 @@ def _weight_gradient(
     labels: torch.Tensor,
     log_normaliser: torch.Tensor,
     softcap: float | None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return d loss / d weight [v, d] in the dtype of weight."""
+    """Return d loss / d weight [v, d] in the dtype of weight; `scale` [n, 1] is a factor of the
+    loss of each row.
+    """
     result = torch.empty_like(weight)
     for start, rows in _blocks(weight, hidden):
         logits, slope = _logits(hidden, rows, softcap)
@@ -197,6 +274,8 @@ def _weight_gradient(
         probabilities.scatter_add_(1, columns, -is_inside.to(probabilities.dtype))
         if slope is not None:
             probabilities *= slope
+        if scale is not None:
+            probabilities *= scale
         result[start : start + len(rows)] = probabilities.to(hidden.dtype).T @ hidden
     return result
 

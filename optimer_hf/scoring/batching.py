@@ -23,6 +23,8 @@ CPU_TOKENS = 1024
 MOST_TOKENS = 2**16  # on a GPU; more do not make it faster
 SHARE = 0.5  # of the free memory
 PROBE_ROWS, PROBE_LENGTH = 4, 256
+LEAST_ACTIVATIONS = 2**26  # bytes that a backward pass on a CPU may always keep
+GPU_WORK = 1.5  # what a backward pass takes, next to what it keeps
 
 
 class Budget:
@@ -102,6 +104,22 @@ def budget_for(
             for device, each in zip(devices, taken, strict=True)
         )
     )
+
+
+def gradient_budget(
+    model: torch.nn.Module, devices: Sequence[torch.device], per_token: float
+) -> Budget:
+    """Return the budget for backward passes through a model that keep `per_token` bytes for each.
+    On a CPU the batches get smaller, rather than that a trial takes much more memory with gradients
+    than without: what is kept takes half as much as the parameters.
+    """
+    devices = [device for device in devices if device.type == "cuda"]
+    if not devices:
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        room = max(LEAST_ACTIVATIONS, SHARE * held)
+        return Budget(min(CPU_TOKENS, tokens_that_fit(room, per_token)))
+    room = SHARE * min(free_memory(str(device)) for device in devices)
+    return Budget(tokens_that_fit(room, GPU_WORK * per_token))
 
 
 def tokens_that_fit(n_bytes: float, per_token: float) -> int:

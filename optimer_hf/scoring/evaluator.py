@@ -1,5 +1,6 @@
 """Model + objective -> the score of every term, by lm-eval in this process."""
 
+import logging
 import math
 import re
 import zlib
@@ -11,12 +12,16 @@ import torch
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
+from optimer_hf.printable import warn_once
 from optimer_hf.scoring.generation import refuse_too_long
+from optimer_hf.scoring.gradients import Derivatives, Differentiation, Sum, sum_of
 from optimer_hf.scoring.items import hash_item, indices_within, spread_indices
 from optimer_hf.scoring.lm_eval_model import make_lm_eval_model, quiet_lm_eval
 from optimer_hf.scoring.objective import N_PROMPTS, TASK_FIELDS, Asked, Objective, Term
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import aggregation_of, load_tasks
+
+logger = logging.getLogger(__name__)
 
 Scorer = Callable[[Any, Any, int | None], Sequence[float]]
 
@@ -135,15 +140,52 @@ class Evaluator:
                 scores[each.label] = self._function_score(each)
         return {each.label: scores[each.label] for each in asked}
 
+    def differentiate(
+        self, asked: Sequence[Asked], derivatives: Derivatives
+    ) -> tuple[dict[str, TermScore], dict[str, dict[str, float]]]:
+        """Return scores, as `evaluate` does, and the derivatives of those that have some in the
+        weights of the vectors, by label and name. Values and derivatives come from one pass.
+        """
+        of_tasks = [each for each in asked if each.term.function is None]
+        sums: dict[str, Sum] = {}
+        for each in of_tasks:
+            task, items = self.tasks[each.term.task_key], self._choose_items(each)
+            if (total := sum_of(each.term, task, items)) is not None:
+                sums[each.label] = total
+        unlike = list(dict.fromkeys(sums.values()))
+        samples = self._samples_of(of_tasks)
+        differentiation = Differentiation(derivatives, unlike, self.tasks, samples)
+        self._lm.differentiation = differentiation
+        try:
+            with derivatives.active():
+                scores = self.evaluate(asked)
+        finally:
+            self._lm.differentiation = None
+        gradients = {}
+        for label, total in sums.items():
+            gradient = differentiation.gradient_of(total, scores[label])
+            if gradient is None:
+                warn_once(logger, f"term {label!r}: no gradients, as its task changes the sums")
+            else:
+                gradients[label] = gradient
+        return scores, gradients
+
+    def _samples_of(self, asked: Sequence[Asked]) -> dict[str, list[int]]:
+        """Return the items of each task that some terms score. An item runs once, however many
+        terms score it.
+        """
+        samples: dict[str, list[int]] = {}
+        for each in asked:
+            known = samples.get(each.term.task_key, [])
+            samples[each.term.task_key] = sorted({*known, *self._choose_items(each)})
+        return samples
+
     def _task_scores(self, asked: Sequence[Asked]) -> dict[str, TermScore]:
         from lm_eval.evaluator import evaluate
 
         chosen = {each.label: self._choose_items(each) for each in asked}
         terms = [each.term for each in asked]
-        samples: dict[str, list[int]] = {}
-        for term in terms:  # each item runs once, however many terms score it
-            known = samples.get(term.task_key, [])
-            samples[term.task_key] = sorted({*known, *chosen[term.label]})
+        samples = self._samples_of(asked)
         if not samples:
             return {}
         tasks = {name: self.tasks[name] for name in sorted(samples)}
@@ -184,6 +226,11 @@ class Evaluator:
     def forward_seconds(self) -> float:
         """Seconds spent inside the model so far."""
         return float(self._lm.forward_seconds)
+
+    @property
+    def backward_seconds(self) -> float:
+        """Seconds spent in backward passes so far."""
+        return float(self._lm.backward_seconds)
 
     @property
     def n_tokens(self) -> int:

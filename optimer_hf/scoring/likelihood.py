@@ -5,28 +5,46 @@ positions restart at each one, so that attention keeps them apart, and a few lar
 no padding. Batches stay on the device from trial to trial, and a trial waits for the device once.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import lru_cache, partial
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from optimer_hf.errors import EvaluationError
+from optimer_hf.models.activations import activation_bytes, recompute_layers
 from optimer_hf.models.head_loss import (
+    differentiable_log_probabilities,
     keeps_documents_apart,
     log_probabilities,
     plain_weight,
     softcap_of,
 )
 from optimer_hf.models.placement import devices_of, input_device
-from optimer_hf.scoring.batching import budget_for, pack_rows, packed_batches, padded_batches
+from optimer_hf.scoring.batching import (
+    Budget,
+    budget_for,
+    gradient_budget,
+    pack_rows,
+    packed_batches,
+    padded_batches,
+)
+
+logger = logging.getLogger(__name__)
 
 ROW_LENGTH = 512  # of rows that inputs share
 KEPT_BATCHES = 64
 
 Tokens = tuple[int, ...]
 Request = tuple[Any, list[int], list[int]]  # text, context, continuation
+Row = tuple[Tokens, tuple[int, ...]]  # what the model reads, and for which requests
+Probabilities = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, float | None], tuple[torch.Tensor, torch.Tensor]
+]
 
 
 class Input(NamedTuple):
@@ -36,6 +54,16 @@ class Input(NamedTuple):
 
     tokens: Tokens
     continuations: tuple[Tokens, ...]
+
+
+class Item(NamedTuple):
+    """Requests, by their places, and what is differentiated: the sum of `factor` times their
+    log-likelihoods; or, where some of them are `right`, the log-probability of these among all.
+    """
+
+    requests: tuple[int, ...]
+    right: tuple[int, ...] | None = None
+    factor: float = 1.0
 
 
 class Batch(NamedTuple):
@@ -65,6 +93,8 @@ class Likelihoods:
         hidden_bytes = 8 * model.config.get_text_config().hidden_size
         self._budget = budget_for(self._hidden, devices_of(model), hidden_bytes)
         self._place = lru_cache(maxsize=KEPT_BATCHES)(self._place_batch)
+        self._gradient_budget: Budget | None = None
+        self.backward_seconds = 0.0
 
     @torch.no_grad()
     def of(self, requests: Sequence[Request]) -> tuple[list[tuple[float, bool]], int]:
@@ -91,6 +121,96 @@ class Likelihoods:
                 answers[index] = value.sum().item(), bool(is_greedy.all())
         return answers, sum(map(len, in_order))
 
+    def differentiate(
+        self,
+        requests: Sequence[Request],
+        items: Sequence[Item],
+        take: Callable[[], torch.Tensor],
+    ) -> tuple[dict[int, tuple[float, bool]], torch.Tensor, int]:
+        """Return the answers to the requests of some items by their places; the derivatives of the
+        sum over the items, of which `take` returns the parts after each backward pass; and how many
+        tokens the model has read.
+
+        Values and derivatives come from one pass. Its batches are others than those of `of`, so
+        that values may differ by rounding.
+        """
+        if self._gradient_budget is None:
+            per_token = activation_bytes(self._model, self._hidden, self._max_length)
+            self._gradient_budget = gradient_budget(self._model, devices_of(self._model), per_token)
+        budget = self._gradient_budget
+        apart = [one for item in items for one in self._fit(requests, item, budget.n_tokens)]
+        rows = {item: self._rows(requests, item) for item in apart}
+        in_order = sorted(apart, key=lambda item: -len(rows[item][0][0]))
+        run = partial(self._differentiate_batch, requests, rows, take)
+        cut = partial(_cut_items, rows)
+        answers: dict[int, tuple[float, bool]] = {}
+        total = torch.zeros_like(take())
+        for some, gradient in budget.answer(in_order, cut, run):
+            answers |= some
+            total += gradient
+        return answers, total, sum(len(tokens) for own in rows.values() for tokens, _ in own)
+
+    def _fit(self, requests: Sequence[Request], item: Item, n_tokens: int) -> list[Item]:
+        """Return the item, or, where its choices do not fit into one batch, one item for each: the
+        derivative of log sum_right p - log sum p needs the probabilities, which come first then.
+        """
+        rows = self._rows(requests, item)
+        if item.right is None or len(rows) * len(rows[0][0]) <= n_tokens:
+            return [item]
+        own, _ = self.of([requests[index] for index in item.requests])
+        values = torch.tensor([value for value, _ in own], requires_grad=True)
+        _choice_value(values, item.right).backward()  # type: ignore[no-untyped-call]
+        assert values.grad is not None
+        factors = values.grad.tolist()
+        return [
+            Item((index,), factor=factor)
+            for index, factor in zip(item.requests, factors, strict=True)
+        ]
+
+    def _rows(self, requests: Sequence[Request], item: Item) -> list[Row]:
+        """Return what the model reads for an item, the longest first, and for which requests."""
+        grouped = self._group([requests[index] for index in item.requests])
+        rows = [
+            (tokens, tuple(item.requests[place] for place in places))
+            for tokens, places in grouped.items()
+        ]
+        return sorted(rows, key=lambda row: (-len(row[0]), row[0]))
+
+    def _differentiate_batch(
+        self,
+        requests: Sequence[Request],
+        rows_of: Mapping[Item, Sequence[Row]],
+        take: Callable[[], torch.Tensor],
+        items: list[Item],
+    ) -> tuple[dict[int, tuple[float, bool]], torch.Tensor]:
+        """Return the answers of a batch, and the derivatives of the sum over its items."""
+        take()  # what a pass that ran out of memory has left
+        rows = sorted((row for item in items for row in rows_of[item]), key=lambda r: -len(r[0]))
+        indices = [index for _, own in rows for index in own]
+        inputs = [
+            Input(tokens, tuple(tuple(requests[index][2]) for index in own)) for tokens, own in rows
+        ]
+        assert self._gradient_budget is not None  # `differentiate` has set it
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            if len(rows) * len(rows[0][0]) > 2 * self._gradient_budget.n_tokens:
+                stack.enter_context(recompute_layers(self._model))
+            tokens, greedy = self._score(inputs, differentiable_log_probabilities)
+            ends = torch.split(tokens, [len(requests[index][2]) for index in indices])
+            values = dict(zip(indices, (each.sum() for each in ends), strict=True))
+            total = torch.stack([_item_value(item, values) for item in items]).sum()
+            total.item()  # waits for the device, for the clock
+            started = perf_counter()
+            if total.requires_grad:  # vectors may move nothing that the model computes with
+                total.backward()  # type: ignore[no-untyped-call]
+        gradient = take()
+        self.backward_seconds += perf_counter() - started
+        flags = torch.split(greedy, [len(each) for each in ends])
+        return {
+            index: (values[index].item(), bool(flag.all()))
+            for index, flag in zip(indices, flags, strict=True)
+        }, gradient
+
     def _group(self, requests: Sequence[Request]) -> dict[Tokens, list[int]]:
         """Return the indices of the requests by the tokens that the model reads for them."""
         indices: dict[Tokens, list[int]] = {}
@@ -110,7 +230,9 @@ class Likelihoods:
             return packed_batches(inputs, n_tokens, _length, self._row_length)
         return padded_batches(inputs, n_tokens, _length)
 
-    def _score(self, inputs: list[Input]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score(
+        self, inputs: list[Input], compute: Probabilities = log_probabilities
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log-probability and greediness of every token of the continuations, in order."""
         weight = plain_weight(self._model)
         assert weight is not None  # only models with a plain head are scored here
@@ -118,7 +240,7 @@ class Likelihoods:
         hidden = self._hidden(batch.ids, batch.positions).flatten(0, 1)
         picked = hidden[batch.places.to(hidden.device)].to(weight.device, weight.dtype)
         targets = batch.targets.to(weight.device)
-        return log_probabilities(picked, weight, targets, softcap_of(self._model))
+        return compute(picked, weight, targets, softcap_of(self._model))
 
     def _hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Return the last hidden states [n, length, width].
@@ -153,6 +275,36 @@ class Likelihoods:
             torch.from_numpy(np.concatenate(places)).to(device),
             torch.from_numpy(np.concatenate(targets)).to(device),
         )
+
+
+def _item_value(item: Item, values: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """Return what is differentiated for an item, from the log-likelihoods of its requests."""
+    own = torch.stack([values[index] for index in item.requests])
+    return item.factor * own.sum() if item.right is None else _choice_value(own, item.right)
+
+
+def _choice_value(values: torch.Tensor, right: Sequence[int]) -> torch.Tensor:
+    """Return the log-probability of the right ones among choices of some log-likelihoods."""
+    return values[list(right)].logsumexp(0) - values.logsumexp(0)
+
+
+def _cut_items(
+    rows_of: Mapping[Item, Sequence[Row]], items: Iterable[Item], n_tokens: int
+) -> Iterator[list[Item]]:
+    """Yield items, the longest of which comes first, in batches of at most n_tokens when all their
+    rows are padded to the longest; at least one item in each.
+    """
+    batch: list[Item] = []
+    n_rows = 0
+    for item in items:
+        n_more = len(rows_of[item])
+        if batch and (n_rows + n_more) * len(rows_of[batch[0]][0][0]) > n_tokens:
+            yield batch
+            batch, n_rows = [], 0
+        batch.append(item)
+        n_rows += n_more
+    if batch:
+        yield batch
 
 
 def _length(each: Input) -> int:

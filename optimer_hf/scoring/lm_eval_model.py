@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,6 +17,9 @@ from optimer_hf.models.placement import devices_of, input_device
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.batching import Budget, budget_for, padded_batches
 from optimer_hf.scoring.likelihood import Likelihoods
+
+if TYPE_CHECKING:
+    from optimer_hf.scoring.gradients import Differentiation
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,8 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
                 if is_plain_head(model)
                 else None
             )
+            self.differentiation: Differentiation | None = None  # of the evaluation that runs
+            self._instances: list[Any] = []  # those behind the requests for tokens
             self._encoded: dict[tuple[str, bool | None], list[int]] = {}
             self._windows: dict[str, Windows] = {}
 
@@ -97,6 +102,7 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
         def loglikelihood(
             self, requests: list[Any], disable_tqdm: bool = False
         ) -> list[tuple[float, bool]]:
+            self._instances = _once_each(requests)
             return list(super().loglikelihood(requests, disable_tqdm=True))
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -127,6 +133,8 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
             self, requests: list[Any], disable_tqdm: bool = False
         ) -> list[float]:
             windows = [self._windows_of(request.args[0]) for request in requests]
+            pairs = zip(_once_each(requests), windows, strict=True)
+            self._instances = [instance for instance, own in pairs for _ in own]
             values = iter(self._loglikelihood_tokens([each for own in windows for each in own]))
             return [sum(next(values)[0] for _ in own) for own in windows]
 
@@ -139,15 +147,31 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
             self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
         ) -> list[tuple[float, bool]]:
             started = perf_counter()
-            if self._likelihoods is not None:
+            before = self.backward_seconds
+            if self._likelihoods is not None and self.differentiation is not None:
+                answers, n_tokens = self.differentiation.answer(
+                    self._likelihoods, requests, self._instances
+                )
+            elif self._likelihoods is not None:
                 answers, n_tokens = self._likelihoods.of(requests)
             else:
                 n_tokens = sum(len(a) + len(b) for _, a, b in requests)
                 run = partial(HFLM._loglikelihood_tokens, self, disable_tqdm=True, **kwargs)
                 answers = self._likelihoods_of_logits(requests, run)
             self.n_tokens += n_tokens
-            self.forward_seconds += perf_counter() - started
+            passed = perf_counter() - started
+            self.forward_seconds += passed - (self.backward_seconds - before)
             return answers
+
+        @property
+        def can_differentiate(self) -> bool:
+            """Whether log-likelihoods have gradients: only if the head is a single product."""
+            return self._likelihoods is not None
+
+        @property
+        def backward_seconds(self) -> float:
+            """Seconds spent in backward passes so far."""
+            return 0.0 if self._likelihoods is None else self._likelihoods.backward_seconds
 
         def _likelihoods_of_logits(self, requests: list[Any], run: Any) -> list[Any]:
             if not self.follows_memory:
@@ -164,6 +188,12 @@ def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
 
     with quiet_lm_eval():
         return HarnessModel()
+
+
+def _once_each(requests: Sequence[Any]) -> list[Any]:
+    """Return lm-eval's instances, with None for those that are there once more (repeats)."""
+    first = {id(each): index for index, each in reversed(list(enumerate(requests)))}
+    return [each if first[id(each)] == index else None for index, each in enumerate(requests)]
 
 
 def _answer_in_batches(

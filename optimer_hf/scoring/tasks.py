@@ -10,6 +10,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.corpus.documents import read_documents
 from optimer_hf.corpus.texts import has_rows
@@ -23,7 +25,9 @@ from optimer_hf.scoring.objective import Objective, Term
 logger = logging.getLogger(__name__)
 
 
-AGGREGATIONS = ("mean", "bits_per_byte", "weighted_perplexity", "perplexity")
+LIKELIHOOD_AGGREGATIONS = ("bits_per_byte", "weighted_perplexity", "perplexity")
+AGGREGATIONS = ("mean", *LIKELIHOOD_AGGREGATIONS)
+CHOICE_METRIC = "choice_log_probability"  # ours, for every multiple-choice task of lm-eval
 REPORTED = (
     "arc_challenge",
     "arc_easy",
@@ -210,6 +214,7 @@ def _with_settings(task: Any, term: Term) -> Any:
             f"of type {task.OUTPUT_TYPE!r}."
         )
     _draw_examples_by_item(task)
+    _add_choice_metric(task)
     build, built = task.build_all_requests, dict[str, list[Any]]()
 
     def build_once(**settings: Any) -> None:
@@ -273,6 +278,40 @@ def _draw_examples_by_item(task: Any) -> None:
         return plain(doc, *arguments, **settings)
 
     task.fewshot_context = context
+
+
+def _add_choice_metric(task: Any) -> None:
+    """Give a multiple-choice task CHOICE_METRIC: the logarithm of the share of the right answer in
+    the probabilities of the choices, in nats. Unlike accuracy, it is a smooth function of a model.
+    """
+    from lm_eval.api.metrics import mean
+    from lm_eval.api.task import ConfigurableTask
+
+    if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice":
+        return
+    process, aggregation = task.process_results, task.aggregation
+    direction = task.higher_is_better
+
+    def process_results(doc: Any, results: Any) -> dict[str, Any]:
+        values = [value for value, _ in results][: len(task.doc_to_choice(doc))]
+        right = [values[choice] for choice in right_choices(task, doc)]
+        known: dict[str, Any] = process(doc, results)
+        share = np.logaddexp.reduce(right or [-math.inf]) - np.logaddexp.reduce(values)
+        return known | {CHOICE_METRIC: float(share)}
+
+    task.process_results = process_results
+    task.aggregation = lambda: {**aggregation(), CHOICE_METRIC: mean}
+    task.higher_is_better = lambda: {**direction(), CHOICE_METRIC: True}
+
+
+def right_choices(task: Any, doc: Any) -> list[int]:
+    """Return the indices of the right choices of an item, as lm-eval finds them."""
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if isinstance(gold, str):
+        gold = choices.index(gold) if gold in choices else -1
+    every = gold if isinstance(gold, list) else [gold]
+    return [choice for choice in every if 0 <= choice < len(choices)]
 
 
 def _text_task(term: Term) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def make_vllm_model(path: Path, tokenizer: Any, options: Mapping[str, Any]) -> A
             self.tokenizer = tokenizer
             self.hf_chat_template = None  # that of the tokenizer
             self.processes = running_processes()
-            self.forward_seconds = 0.0
+            self.forward_seconds, self.backward_seconds = 0.0, 0.0
             self.n_tokens = 0
             self._encoded: dict[tuple[str, bool | None], list[int]] = {}
 

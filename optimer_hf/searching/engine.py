@@ -6,6 +6,7 @@ base and vectors, too.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -15,11 +16,13 @@ from typing import Any, Protocol
 from optimer_hf.errors import ModelError, StudyError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.text import first_line
+from optimer_hf.merging.gradients import Derivatives
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.tokenizer import set_generation_config
 from optimer_hf.models.layout import GENERATION_CONFIG, ResolvedModel
 from optimer_hf.models.live import default_device
 from optimer_hf.models.placement import Placement
+from optimer_hf.printable import warn_once
 from optimer_hf.scoring.lm_eval_model import make_lm_eval_model
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.scoring.vllm_model import (
@@ -33,6 +36,8 @@ from optimer_hf.scoring.vllm_model import (
 from optimer_hf.study.engine import EngineConfig
 from optimer_hf.vectors.vector import DistributionVector
 
+logger = logging.getLogger(__name__)
+
 WORKER = "optimer_hf.merging.vllm_worker.MergeWorker"
 
 
@@ -43,6 +48,10 @@ class Engine(Protocol):
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Set its parameters to base + sum_i w_i v_i. Vectors that are not named get weight 0."""
+        ...
+
+    def derivatives(self) -> Derivatives | None:
+        """Return what takes derivatives in the weights; None, with a warning, if it has none."""
         ...
 
 
@@ -156,9 +165,21 @@ class _TransformersEngine:
         if tokenizer is not None:
             set_generation_config(self._resident.model, tokenizer)
         self.lm = make_lm_eval_model(self._resident.model, scoring_tokenizer)
+        self._is_spread = placement is not None
+        self._derivatives: Derivatives | None = None
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         self._resident.set_weights(weights)
+
+    def derivatives(self) -> Derivatives | None:
+        if self._is_spread:
+            warn_once(logger, "a model that device_map spreads over devices has no gradients")
+        elif not self.lm.can_differentiate:
+            kind = type(self._resident.model).__name__
+            warn_once(logger, f"{kind}: no gradients, as its head is no single matrix product")
+        else:
+            self._derivatives = self._derivatives or Derivatives(self._resident)
+        return self._derivatives
 
 
 # -- vLLM ------------------------------------------------------------------------------------------
@@ -211,6 +232,9 @@ class _VllmEngine:
                     "vLLM keeps keys and values of the weights before, since a request is still "
                     "running. Run the command again; the finished trials are kept."
                 )
+
+    def derivatives(self) -> None:
+        warn_once(logger, "vLLM computes no gradients; engine: transformers does")
 
     def close(self) -> None:
         """End the processes, and free the memory of the device."""

@@ -19,7 +19,7 @@ from optimer_hf.files.text import first_line
 from optimer_hf.merging.tokenizer import scoring_tokenizer
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.layout import ResolvedModel, model_digests
-from optimer_hf.models.memory import collect_memory
+from optimer_hf.models.memory import collect_memory, lacks_memory
 from optimer_hf.models.placement import Placement
 from optimer_hf.models.resolve import resolve_base, resolve_tokenizer
 from optimer_hf.progress import Cost
@@ -97,6 +97,7 @@ class ResidentPool:
             open_vector(name, source, base) for name, source in _sources(config).items()
         ]
         self.base, self._reference = base, config.tokenizer_reference
+        self._free, self._has_gradients = frozenset(config.free), True
         self._objectives = {"objective": config.objective}
         if config.test is not None:
             self._objectives["test"] = config.test
@@ -138,13 +139,40 @@ class ResidentPool:
         self._engine.set_weights(weights)
         merged = perf_counter()
         forward, tokens = self._evaluator.forward_seconds, self._evaluator.n_tokens
-        scores = self._evaluator.evaluate(asked)
+        backward = self._evaluator.backward_seconds if gradients else 0.0
+        scores, slopes = self._differentiate(asked) if gradients else ({}, {})
+        if not scores:
+            scores = self._evaluator.evaluate(asked)
         seconds = {
             "merge": merged - started,
             "evaluate": perf_counter() - merged,
             "forward": self._evaluator.forward_seconds - forward,
         }
-        return Scored(scores, seconds, self._evaluator.n_tokens - tokens)
+        if slopes:
+            seconds["backward"] = self._evaluator.backward_seconds - backward
+        return Scored(scores, seconds, self._evaluator.n_tokens - tokens, slopes)
+
+    def _differentiate(
+        self, asked: Sequence[Asked]
+    ) -> tuple[dict[str, TermScore], dict[str, dict[str, float]]]:
+        """Return scores and their derivatives in the free weights; nothing, after a warning, if the
+        model has no derivatives.
+        """
+        if not self._has_gradients or (derivatives := self._engine.derivatives()) is None:
+            return {}, {}
+        try:
+            scores, slopes = self._evaluator.differentiate(asked, derivatives)
+        except RuntimeError as error:  # an operation without a derivative; else it comes again
+            if lacks_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise
+            logger.warning("no gradients: the backward pass failed (%s)", first_line(error))
+            logger.debug("the backward pass failed", exc_info=True)
+            self._has_gradients = False
+            return {}, {}
+        return scores, {
+            label: {name: slope for name, slope in gradient.items() if name in self._free}
+            for label, gradient in slopes.items()
+        }
 
 
 def base_of_study(config: StudyConfig) -> tuple[ResolvedModel, ResolvedModel | None]:
