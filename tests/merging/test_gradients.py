@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 
 from optimer_hf.merging.gradients import Derivatives
 from optimer_hf.merging.resident import ResidentModel
