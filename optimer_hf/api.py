@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.model import VersionedFile, parse
@@ -277,15 +277,26 @@ def build(
     out_dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
+    form: Literal["model", "adapter"] = "model",
+    rank: int | None = None,
 ) -> Path:
     """Build the merged model of a recipe, write it to `out` and return `out`, which appears whole
     or not at all.
 
     `recipe` is a recipe file, a directory with a recipe.yaml, or what `write_recipe` returned.
     `out_dtype` replaces the recipe's dtype, `max_shard_size` is in bytes or a text such as 5GB,
-    `device` does the arithmetic. Raises ModelError if the base or the vectors are not the locked
-    ones.
+    `device` does the arithmetic. With form="adapter", `out` gets one LoRA adapter with the sum of
+    LoRA vectors, of at most `rank` (None: the sum of their ranks, which is exact) and in float32
+    unless `out_dtype` says otherwise. Raises ModelError if the base or the vectors are not the
+    locked ones, and if a vector has no place in an adapter.
     """
+    if form == "adapter":
+        from optimer_hf.recipes.adapter import build_adapter
+
+        build_adapter(_recipe_file(recipe), Path(out), rank=rank, out_dtype=out_dtype or "float32")
+        return Path(out)
+    if rank is not None:
+        raise ConfigError("rank: goes with form='adapter'. Leave it out to build a model.")
     from optimer_hf.recipes.build import build as build_model
 
     build_model(

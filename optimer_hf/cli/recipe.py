@@ -19,6 +19,7 @@ from optimer_hf.cli.options import (
     LoadingCommand,
     echo,
 )
+from optimer_hf.errors import ConfigError
 
 
 @click.command(cls=LoadingCommand, epilog="Example: optimer recipe my-study recipe.yaml")
@@ -57,18 +58,43 @@ def recipe(study_dir: Path, recipe_yaml: Path, **options: Any) -> None:
 @click.option(
     "--device", default="cpu", show_default=True, help="Device for the arithmetic: cpu or cuda."
 )
-def build(recipe_yaml: Path, out: Path, **options: Any) -> None:
-    """Build the merged model of a recipe and write it to OUT.
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["model", "adapter"]),
+    default="model",
+    show_default=True,
+    help="adapter: one LoRA adapter with the sum of LoRA vectors, for PEFT and vLLM.",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1, max=2**16),
+    help="Largest rank of the adapter (default: the sum of the ranks, which is exact).",
+)
+def build(
+    recipe_yaml: Path, out: Path, form: str, rank: int | None, out_dtype: str | None, **options: Any
+) -> None:
+    """Build the merged model of a recipe, or its adapter, and write it to OUT.
 
     RECIPE_YAML is the file, or a directory with one, such as that of a study or a run. Base and
     vectors are downloaded if they are not on this disk, checked against the lock of the recipe, and
     added with its weights. OUT gets the weights as safetensors with config, tokenizer, recipe and
     lock, whole or not at all. It has to be new or empty, or to contain the model of this recipe,
-    which is then kept.
+    which is then kept. With --as adapter, OUT gets a LoRA adapter instead, in float32 unless
+    --out-dtype says otherwise.
     """
+    if form == "adapter":
+        from optimer_hf.recipes.adapter import build_adapter
+
+        built = build_adapter(recipe_yaml, out, rank=rank, out_dtype=out_dtype or "float32")
+        echo(out)
+        echo(built.describe(), err=True)
+        return
+    if rank is not None:
+        raise ConfigError("--rank: goes with --as adapter. Leave it out to build a model.")
     from optimer_hf.recipes.build import build as build_recipe
 
-    build_recipe(recipe_yaml, out, **options)
+    build_recipe(recipe_yaml, out, out_dtype=out_dtype, **options)
     echo(out)
 
 
@@ -122,6 +148,10 @@ def ratios(
         return
     for name, share in result.ratios.shares.items():
         echo(f"{name}: {100 * share:.2f} %  (weight {result.weights[name]:g})")
+    for name in result.mixtures:
+        echo(
+            f"{name}: shared out, as it was trained on a mixture  (weight {result.weights[name]:g})"
+        )
     for name in result.ratios.left_out:
         echo(f"{name}: left out ({result.reasons[name]})")
     if out is not None:

@@ -62,8 +62,8 @@ def list_models(study: Study, mixtures: Mapping[str, str] | None = None) -> list
             raise ConfigError(f"baselines.models: {name!r}: {source}: no such directory.")
     rows = []
     for method in wanted.merge_methods:
-        if method == "model_stock" and len(config.free) < 2:
-            logger.warning("model_stock is left out: it needs two vectors")
+        if not config.free_singles or (method == "model_stock" and len(config.free_singles) < 2):
+            logger.warning("%s is left out: it needs more vectors that are no mixtures", method)
             continue
         rows.append(_by_method(method, config))
     if wanted.random_vectors:
@@ -99,11 +99,18 @@ def _searched_sources(config: StudyConfig) -> dict[str, str]:
     return {name: str(config.vectors[name].source) for name in config.free}
 
 
+def _single_sources(config: StudyConfig) -> dict[str, str]:
+    """Return the reference of each searched vector with text of its own, by name. Other methods
+    merge these: a mixture holds their text again.
+    """
+    return {name: str(config.vectors[name].source) for name in config.free_singles}
+
+
 # -- mergekit --------------------------------------------------------------------------------------
 
 
 def _by_method(method: MergeMethod, config: StudyConfig) -> ModelContender:
-    inputs = {name: _short_digest(source) for name, source in _searched_sources(config).items()}
+    inputs = {name: _short_digest(source) for name, source in _single_sources(config).items()}
     parameters = MERGE_METHODS[method](len(inputs))
     drawn_by = [config.search.seed] if method == "dare_ties" else []
     key = f"{method} ({digest([method, parameters, inputs, *drawn_by])[:8]})"
@@ -126,7 +133,7 @@ def _merge_with_mergekit(
 
     base, _ = base_of_study(config)
     tuned = []
-    for name, source in _searched_sources(config).items():
+    for name, source in _single_sources(config).items():
         path = scratch / "vectors" / name
         tuned.append(path)
         if not path.exists():  # another method may have written it

@@ -89,18 +89,29 @@ def ledger_of_study(study: Study) -> Ledger:
     if spent.search is None or len(seconds) != len(paths):
         return spent
     study_seconds = spent.search.seconds + (spent.rescore.seconds if spent.rescore else 0.0)
-    mixtures = mixture_cost(sum(seconds), study_seconds, spent.search)
+    mixed = sum(
+        second
+        for name, second in zip(study.config.sources, seconds, strict=True)
+        if name in study.config.mixtures
+    )
+    mixtures = mixture_cost(sum(seconds) - mixed, study_seconds, spent.search, mixed_seconds=mixed)
     return spent.model_copy(update={"data_mixture": mixtures})
 
 
-def mixture_cost(training_seconds: float, study_seconds: float, search: TrialCost) -> MixtureCost:
+def mixture_cost(
+    training_seconds: float, study_seconds: float, search: TrialCost, *, mixed_seconds: float = 0.0
+) -> MixtureCost:
     """Return what as many data mixtures as trials would have cost, and the ratio of that to the
     cost of the study, without and with the training of its vectors.
+
+    `training_seconds` is what the vectors with text of their own took, and an attempt as well;
+    `mixed_seconds` is what the mixtures in the pool took.
     """
     attempts = search.n * training_seconds + search.seconds
+    whole = training_seconds + mixed_seconds + study_seconds
     return MixtureCost(
         attempts=search.n,
         seconds=round(attempts, 1),
         ratio_search_only=round(attempts / max(study_seconds, 1e-9), 1),
-        ratio_end_to_end=round(attempts / max(training_seconds + study_seconds, 1e-9), 1),
+        ratio_end_to_end=round(attempts / max(whole, 1e-9), 1),
     )

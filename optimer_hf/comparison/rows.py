@@ -25,6 +25,7 @@ RowKind = Literal[
     "random",
     "other_search",
     "mixture",
+    "scaled_mixture",
     "model",
     "merge",
     "retargeted",
@@ -40,10 +41,12 @@ TITLES: dict[RowKind, str] = {  # {} is the subject
     "random": "random vectors of equal norm",
     "other_search": "{}",
     "mixture": "{}",
+    "scaled_mixture": "{} at its best scale",
     "model": "{}",
     "merge": "searched merge",
     "retargeted": "re-targeted to {}",
 }
+OF_MIXTURES: tuple[RowKind, ...] = ("mixture", "scaled_mixture")
 OF_ONE_VECTOR: tuple[RowKind, ...] = ("alone", "best_scale")
 
 
@@ -61,17 +64,19 @@ def list_rows(config: StudyConfig) -> list[tuple[RowKind, str]]:
     """Return the kind and subject of every row that the comparison of a study may have, in the
     order of the table.
     """
-    free, baselines = list(config.free), config.baselines
+    free, singles, baselines = list(config.free), config.free_singles, config.baselines
     rows: list[tuple[RowKind, str]] = [("base", "")]
     rows += [("fixed", "")] if config.fixed else []
     rows += [("alone", name) for name in free]
     rows += [("best_scale", name) for name in free]
-    rows += [("average", ""), ("sum", "")] if len(free) > 1 else []
+    rows += [("average", ""), ("sum", "")] if len(singles) > 1 else []
     rows += [("other_search", name) for name in baselines.searches]
     rows += [("method", method) for method in baselines.merge_methods]
     rows += [("random", "")] if baselines.random_vectors else []
     rows += [("model", name) for name in baselines.models]
     rows += [("mixture", name) for name in baselines.mixtures]
+    scaled = [name for name, each in baselines.mixtures.items() if each.scale == "searched"]
+    rows += [("scaled_mixture", name) for name in scaled]
     return [*rows, ("merge", ""), *(("retargeted", name) for name in config.retarget)]
 
 
@@ -103,6 +108,8 @@ class Contender:
         if self.kind == "alone":
             return f"{self.subject} at {self.weights[self.subject]}"
         title = title_of(self.kind, self.subject)
+        if self.kind == "scaled_mixture":  # its own weight is the first; fixed vectors follow
+            return f"{title}, {next(iter(self.weights.values())):g}"
         is_scaled = self.kind == "best_scale"
         return f"{title}, {self.weights[self.subject]:g}" if is_scaled else title
 

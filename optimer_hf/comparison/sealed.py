@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from optimer_hf.comparison import baselines
+from optimer_hf.comparison.mixtures_file import read_mixtures
 from optimer_hf.comparison.result import Comparison
 from optimer_hf.comparison.rows import (
+    OF_MIXTURES,
     Contender,
     SealedRow,
     check_titles,
@@ -38,6 +40,8 @@ from optimer_hf.study.trials import ENGINE, OF_TEST, Candidate, ChosenRow
 
 logger = logging.getLogger(__name__)
 
+SCALED = "the mixture"  # name of the vector in the search for its scale
+
 
 def list_own_contenders(study: Study) -> list[Contender]:
     """Return the rows with weights of the study's own pool: the base, each vector alone at 1.0 and
@@ -55,9 +59,11 @@ def list_own_contenders(study: Study) -> list[Contender]:
         choose = partial(best_scale, study, name)
         weights = study.decide_row(ChosenRow("best_scale", name), choose)
         rows.append(Contender("best_scale", name, weights))
-    if len(free) > 1:
-        rows.append(Contender("average", "", dict.fromkeys(free, 1 / len(free)) | fixed))
-        rows.append(Contender("sum", "", dict.fromkeys(free, 1.0) | fixed))
+    singles = config.free_singles  # a mixture holds their text again
+    if len(singles) > 1:
+        average = nothing | dict.fromkeys(singles, 1 / len(singles)) | fixed
+        rows.append(Contender("average", "", average))
+        rows.append(Contender("sum", "", nothing | dict.fromkeys(singles, 1.0) | fixed))
     rows.append(Contender("merge", "", study.best_trial.weights))
     for name, target in config.retarget.items():
         row = ChosenRow("retargeted", name, target)
@@ -78,18 +84,18 @@ def compare(
 ) -> Comparison:
     """Score all rows on the sealed test and return them. Rows that were scored before are read.
 
-    `mixtures` maps the names of `baselines.mixtures` to the trained models. Raises ConfigError if
-    the study has no `test`, or two rows the same title; EvaluationError if a row cannot be scored.
+    `mixtures` maps the names of `baselines.mixtures` to the trained models (None: those that a run
+    of the study has trained). Raises ConfigError if the study has no `test`, or two rows the same
+    title; EvaluationError if a row cannot be scored.
     """
-    objective, mixtures = study.config.test, mixtures or {}
+    objective = study.config.test
+    mixtures = read_mixtures(study.directory) if mixtures is None else mixtures
     if objective is None:
         raise ConfigError(
             f"{study.directory}: study.yaml has no `test:` section, so there is no sealed test to "
             "compare on. Add one, and search again."
         )
     check_titles(study.config)
-    if study.config.baselines.mixtures.keys() - mixtures:
-        logger.warning("the mixtures of `baselines` are left out: only `optimer run` trains them")
 
     @cache
     def open_pool() -> Pool:
@@ -100,7 +106,12 @@ def compare(
     with lock_directory(study.directory), keep_engine():
         models = baselines.list_models(study, mixtures)
         log = SealedLog(study.directory, study.config)
-        contenders = _list_contenders(study, models, open_pool)
+        searches = _run_searches(study, open_pool)
+        if to_scale := _list_to_scale(study, models):
+            open_pool.cache_clear()  # one model at a time
+            models += [_scale_mixture(study, model, pool) for model in to_scale]
+        recalled = _recall_mixtures(study, models, log)
+        contenders = _list_contenders(study, [*searches, *models, *recalled])
         planned = log.open_seal(contenders)
         known = {row.key for row in log.rows}
         to_score = [each for each in _last_by_weights(contenders) if each.key not in known]
@@ -190,13 +201,10 @@ def _scratch_directory(study: Study) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _list_contenders(
-    study: Study, models: Sequence[baselines.ModelContender], open_pool: Callable[[], Pool]
-) -> list[Contender]:
-    """Return every row to score; the merge and the re-targeted merges come last. Other searches
-    run here, before anything is scored on the sealed test.
+def _run_searches(study: Study, open_pool: Callable[[], Pool]) -> list[Contender]:
+    """Run the other searches among the baselines, before anything is scored on the sealed test, and
+    return their rows.
     """
-    own = list_own_contenders(study)
     searches = []
     for name, settings in study.config.baselines.searches.items():
         config = study.config.with_other_search(settings)
@@ -205,10 +213,66 @@ def _list_contenders(
         runner = InProcess(lambda _: open_pool())
         best = search(config, directory, runner=runner).best_trial
         searches.append(Contender("other_search", name, best.weights))
+    return searches
+
+
+def _list_contenders(study: Study, others: Sequence[Contender]) -> list[Contender]:
+    """Return every row to score, `others` among them; the merge and the re-targeted merges come
+    last.
+    """
+    own = list_own_contenders(study)
     baseline, last = (
         [each for each in own if each.is_baseline == is_baseline] for is_baseline in (True, False)
     )
-    return [*baseline, *searches, *models, *last]
+    return [*baseline, *others, *last]
+
+
+# -- mixtures --------------------------------------------------------------------------------------
+
+
+def _list_to_scale(
+    study: Study, models: Sequence[baselines.ModelContender]
+) -> list[baselines.ModelContender]:
+    """Return the mixtures for which a row at their best scale is wanted."""
+    wanted = study.config.baselines.mixtures
+    scaled = {name for name, each in wanted.items() if each.scale == "searched"}
+    return [each for each in models if each.kind == "mixture" and each.subject in scaled]
+
+
+def _scale_mixture(
+    study: Study, model: baselines.ModelContender, pool: Callable[[StudyConfig], Pool]
+) -> baselines.ModelContender:
+    """Return the row of a mixture at the scale that is best on the items of the search, as a search
+    of its own finds it.
+    """
+    key, *_ = model.weights
+    sources = model.make(study.directory)  # it is there already, so nothing is written
+    sources[SCALED] = sources.pop(key)
+    config = study.config.with_scale_search(sources, SCALED)
+    directory = study.directory / "searches" / f"scale-{slug(model.subject)}-{digest(key)[:6]}"
+    best = search(config, directory, runner=InProcess(pool)).best_trial
+    weights = {key: best.weights[SCALED]} | study.config.fixed
+    return replace(model, kind="scaled_mixture", weights=weights)
+
+
+def _recall_mixtures(study: Study, models: Sequence[Contender], log: SealedLog) -> list[SealedRow]:
+    """Return the recorded rows of the mixtures whose models are not here. Warns of mixtures that
+    have none.
+    """
+    here = {each.subject for each in models if each.kind == "mixture"}
+    recalled: list[SealedRow] = []
+    for name in (n for n in study.config.baselines.mixtures if n not in here):
+        rows = {
+            row.kind: row for row in log.rows if row.kind in OF_MIXTURES and row.subject == name
+        }
+        recalled.extend(rows.values())
+        if not rows:
+            logger.warning(
+                "mixture %r is left out, because it is not trained; `optimer run` on the recipe "
+                "folder trains it",
+                name,
+            )
+    return recalled
 
 
 def with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:

@@ -1,7 +1,7 @@
 """Read a recipe folder: the trainings, the study and the baselines of a run, all checked."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ from optimer_hf.files.text import slug
 from optimer_hf.training.config import MOST_TOKENS, is_count_of_tokens
 
 if TYPE_CHECKING:
-    from optimer_hf.study.config import SearchConfig, StudyConfig
+    from optimer_hf.study.config import SearchConfig, StudyConfig, VectorConfig
     from optimer_hf.training.config import TrainConfig
 
 SeededT = TypeVar("SeededT", "TrainConfig", "SearchConfig")
@@ -134,11 +134,17 @@ def _n_tokens(given: str | int | None) -> int | None:
 @dataclass(frozen=True)
 class Inputs:
     """What a recipe folder asks for: the study, and the training of each vector that is trained
-    here, by name. The study takes such vectors from `out`.
+    here, by name. The study takes such vectors from `out`, and has the shares of mixtures.
     """
 
     study: "StudyConfig"
     trainings: Mapping[str, "TrainConfig"]
+
+    @property
+    def single_trainings(self) -> dict[str, "TrainConfig"]:
+        """The trainings of the vectors that have text of their own, so of no mixtures."""
+        mixtures = self.study.mixtures
+        return {name: each for name, each in self.trainings.items() if name not in mixtures}
 
 
 def check_folder(run: Run) -> None:
@@ -160,13 +166,15 @@ def load_inputs(run: Run) -> Inputs:
         check_config(training, file)
         for corpus in training.corpora:
             next(read_documents(corpus), None)
-    trainings = {name: _add_seed(training, run.seed) for name, (_, training) in read.items()}
+    singles = {name: training for name, (_, training) in read.items()}
     _check_tests(config)
-    _check_mixtures(config, trainings, run.folder / "study.yaml")
+    _check_mixtures(config, singles, run.folder / "study.yaml")
+    trainings = {
+        name: _add_seed(training, run.seed)
+        for name, training in (singles | _mix_vectors(config, singles)).items()
+    }
     sources = {
-        name: vector.model_copy(update={"train": None, "source": str(vector_dir(run, name))})
-        if vector.train
-        else vector
+        name: _trained(vector, vector_dir(run, name), singles) if vector.source is None else vector
         for name, vector in config.vectors.items()
     }
     searches = {name: _add_seed(s, run.seed) for name, s in config.baselines.searches.items()}
@@ -176,6 +184,37 @@ def load_inputs(run: Run) -> Inputs:
         "baselines": config.baselines.model_copy(update={"searches": searches}),
     }
     return Inputs(config.model_copy(update=changed), trainings)
+
+
+def _trained(
+    vector: "VectorConfig", directory: Path, singles: Mapping[str, "TrainConfig"]
+) -> "VectorConfig":
+    """Return a vector that a run trains as the study names it: by its directory, and by the shares
+    of a mixture.
+    """
+    shares = dict.fromkeys(singles, 1.0) if vector.mixture == "uniform" else vector.mixture
+    changes = {"train": None, "source": str(directory), "mixture": shares}
+    return vector.model_copy(update=changes)
+
+
+def _mix_vectors(
+    config: "StudyConfig", singles: Mapping[str, "TrainConfig"]
+) -> "dict[str, TrainConfig]":
+    """Return the trainings of the mixtures in the pool; `singles` are those of the other vectors.
+
+    Raises ConfigError if the runs that it mixes are not alike.
+    """
+    from optimer_hf.training.mixture import budget_of, mix_runs
+
+    mixed = {}
+    for name, vector in config.vectors.items():
+        if vector.mixture is not None and vector.source is None:
+            shares = vector.mixture
+            if not isinstance(shares, dict):
+                shares = dict.fromkeys(singles, 1.0)
+            n_tokens = budget_of(singles, vector.budget)
+            mixed[name] = mix_runs(singles, shares, name=slug(name), max_tokens=n_tokens)
+    return mixed
 
 
 def _add_seed(config: SeededT, seed: int) -> SeededT:
@@ -243,7 +282,7 @@ def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], 
                 f"{file}: vectors.{name} is trained from {training.base_model!r}, but base_model "
                 f"is {config.base_model!r}. Give both the same base."
             )
-    if config.tokenizer_source in trainings:
+    if config.tokenizer_source in {*trainings, *config.mixtures}:
         raise ConfigError(
             f"{file}: tokenizer_source: the vector {config.tokenizer_source!r} is trained here, "
             "with the tokenizer of the base. Leave the field out, or name another model."
@@ -290,27 +329,40 @@ def check_sources(inputs: Inputs) -> None:
 
 
 def _check_mixtures(
-    config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], path: Path
+    config: "StudyConfig", singles: Mapping[str, "TrainConfig"], path: Path
 ) -> None:
-    """Raise ConfigError for mixtures that could not be trained after the search."""
+    """Raise ConfigError for mixtures that cannot be trained: those in the pool, and the baselines,
+    which are trained after the search.
+    """
     from optimer_hf.training.mixture import mix_runs
 
+    for name, vector in config.vectors.items():
+        if vector.mixture is not None and vector.source is None:
+            shares = vector.mixture
+            parts = list(shares) if isinstance(shares, dict) else list(singles)
+            _check_parts(f"{path}: vectors.{name}.mixture", parts, singles)
     if not config.baselines.mixtures:
         return
-    for name in config.vectors:
-        if name not in trainings or trainings[name].max_tokens is None:
-            raise ConfigError(
-                f"{path}: baselines.mixtures: vector {name!r} is not trained here with max_tokens, "
-                "so no mixture can contain its text. Train it in this folder, or drop the mixtures."
-            )
+    parts = [name for name, vector in config.vectors.items() if vector.mixture is None]
+    _check_parts(f"{path}: baselines.mixtures", parts, singles)
     for name, baseline in config.baselines.mixtures.items():
-        shares = baseline.shares
-        mix_runs(
-            trainings,
-            shares if isinstance(shares, dict) else dict.fromkeys(trainings, 1.0),
-            name=slug(name),
-            max_tokens=1,
+        given = baseline.shares
+        shares = given if isinstance(given, dict) else dict.fromkeys(singles, 1.0)
+        mix_runs(singles, shares, name=slug(name), max_tokens=1)
+
+
+def _check_parts(where: str, parts: Sequence[str], singles: Mapping[str, "TrainConfig"]) -> None:
+    """Raise ConfigError unless all parts of a mixture are trained here, on so many tokens."""
+    if not parts:
+        raise ConfigError(
+            f"{where}: no other vector has a 'train' file, so there is nothing to mix."
         )
+    for part in parts:
+        if part not in singles or singles[part].max_tokens is None:
+            raise ConfigError(
+                f"{where}: vector {part!r} is not trained here with max_tokens, so no mixture can "
+                "contain its text. Train it in this folder, or leave it out of the mixture."
+            )
 
 
 def _check_short(short: Mapping[str, Any], path: Path) -> None:

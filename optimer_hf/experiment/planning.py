@@ -30,7 +30,7 @@ from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Asked, Term
 from optimer_hf.scoring.tasks import load_tasks
 from optimer_hf.searching.engine import keep_engine, open_engine, refuse_unusable_engine
-from optimer_hf.searching.trial import placement_of
+from optimer_hf.searching.trial import placement_of, source_of
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
 from optimer_hf.training.config import AUTO, TrainConfig
@@ -175,7 +175,8 @@ def _open_evaluator(
     """Return what a trial runs, with a pool as large as that of the study: the vectors that are on
     this disk, and what the probe trained in place of those to be trained.
     """
-    sources = {name: str(vector.source) for name, vector in config.vectors.items()} | dict(trained)
+    given = {name: each for name, each in config.vectors.items() if name not in trained}
+    sources = {name: source_of(name, each) for name, each in given.items()} | dict(trained)
     here = {name: text for name, text in sources.items() if not _is_to_fetch(Reference(text))}
     is_whole = config.vocabulary == "base" or here == sources
     reference = config.tokenizer_reference if is_whole else None  # may have tokens of the others

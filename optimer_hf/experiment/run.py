@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from optimer_hf.errors import OutputError
+from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.experiment.folder import (
     RESULTS,
     Inputs,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from optimer_hf.comparison.ledger import Ledger
     from optimer_hf.comparison.result import Comparison
     from optimer_hf.experiment.plan_file import Plan
+    from optimer_hf.study.config import MixtureBaseline
     from optimer_hf.study.directory import Study
     from optimer_hf.training.config import TrainConfig
 
@@ -78,7 +79,7 @@ def run_recipe(run: Run) -> str:
         _announce(stages, "search")
         study = search(inputs.study, run.out / "study")
         _announce(stages, "train the data mixtures")
-        mixtures = train_mixtures(run, study, inputs.trainings)
+        mixtures = train_mixtures(run, study, inputs)
         _announce(stages, "sealed test")
         comparison = compare(study, mixtures=mixtures)
         _announce(stages, "report and recipe")
@@ -184,34 +185,48 @@ def train_vectors(run: Run, trainings: Mapping[str, "TrainConfig"]) -> None:
             write_record(out, resolve_base(config.base_model), name=name, kind=config.kind)
 
 
-def train_mixtures(
-    run: Run, study: "Study", trainings: Mapping[str, "TrainConfig"]
-) -> dict[str, str]:
+def train_mixtures(run: Run, study: "Study", inputs: Inputs) -> dict[str, str]:
     """Train the data mixtures among the baselines with the settings of the vectors, and return
-    their directories by name.
+    their directories by name. The study records them, for `optimer compare`.
     """
-    from optimer_hf.training.mixture import mix_runs, ratios_of
+    from optimer_hf.comparison.mixtures_file import record_mixture
+    from optimer_hf.training.mixture import budget_of, mix_runs
     from optimer_hf.training.run import train
 
-    tokens = {name: int(training.max_tokens or 0) for name, training in trainings.items()}
-    weights, trained = study.best_trial.weights, {}
+    singles, trained = inputs.single_trainings, {}
     for name, baseline in study.config.baselines.mixtures.items():
-        shares = baseline.shares
-        if shares == "uniform":
-            shares = dict.fromkeys(trainings, 1.0)
-        elif shares == "searched" and not any(weight > 0 for weight in weights.values()):
+        shares = _shares_of(baseline, study, inputs)
+        if shares is None:
             logger.warning(
                 "mixture %r is left out: no weight is above 0, so there are no ratios", name
             )
             continue
-        elif shares == "searched":
-            shares = ratios_of(weights, tokens).shares
-        n_tokens = sum(tokens.values()) // (1 if baseline.budget == "all" else len(tokens))
-        config = mix_runs(trainings, shares, name=slug(name), max_tokens=n_tokens)
+        n_tokens = budget_of(singles, baseline.budget)
+        config = mix_runs(singles, shares, name=slug(name), max_tokens=n_tokens)
         out = run.out / "mixtures" / f"{config.name}-{config.digest()[:6]}"
         train(config, out)
+        record_mixture(study.directory, name, out)
         trained[name] = str(out)
     return trained
+
+
+def _shares_of(
+    baseline: "MixtureBaseline", study: "Study", inputs: Inputs
+) -> Mapping[str, float] | None:
+    """Return the shares of a mixture; None if they are those of the search and no weight is above
+    zero.
+    """
+    from optimer_hf.training.mixture import ratios_of
+
+    if baseline.shares == "uniform":
+        return dict.fromkeys(inputs.single_trainings, 1.0)
+    if isinstance(baseline.shares, dict):
+        return baseline.shares
+    tokens = {name: int(each.max_tokens or 0) for name, each in inputs.trainings.items()}
+    try:
+        return ratios_of(study.best_trial.weights, tokens, study.config.mixtures).shares
+    except ConfigError:
+        return None
 
 
 # -- ledger ----------------------------------------------------------------------------------------

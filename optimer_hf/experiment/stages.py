@@ -10,6 +10,7 @@ from optimer_hf.progress import Cost
 from optimer_hf.scoring.objective import Asked, Term
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.training.config import TrainConfig
+from optimer_hf.training.mixture import budget_of
 
 GRADIENT_COST = 2.5  # times that of scoring, at most; all trials take gradients, or fewer do
 
@@ -65,22 +66,29 @@ def _list_stages(
     stages += _search_stages(config, probe)
     if not is_run or config.test is None:
         return stages
-    each = config.baselines
-    mixed = sum(
-        sum(tokens.values()) // (1 if mixture.budget == "all" else max(len(tokens), 1))
-        for mixture in each.mixtures.values()
-    )
+    each, singles = config.baselines, _single_trainings(config, trainings)
+    mixed = sum(budget_of(singles, mixture.budget) for mixture in each.mixtures.values())
     slowest = max(probe.token_costs.values(), key=lambda cost: cost.seconds, default=Cost())
     work, cost = f"{mixed:,} tokens", slowest * mixed
     stages.append(Stage(kind="mixtures", name="mixtures", work=work, cost=cost))
     for name, settings in each.searches.items():
         stages += _search_stages(config.with_other_search(settings), probe, name)
+    for name, mixture in each.mixtures.items():
+        if mixture.scale == "searched":
+            scaled = config.with_scale_search({"mixture": config.base_model}, "mixture")
+            stages += _search_stages(scaled, probe, f"scale of {name}")
     n_rows = len(list_rows(config))  # at most, since rows with equal weights are scored once
     items, cost = _scoring_cost(config.test.asked_terms("rescore"), probe)
     work = f"{n_rows} rows of {items:,} items"
     total = (cost + probe.merge_cost) * n_rows
     stages.append(Stage(kind="sealed", name="sealed test", work=work, cost=total))
     return stages
+
+
+def _single_trainings(
+    config: StudyConfig, trainings: Mapping[str, TrainConfig]
+) -> dict[str, TrainConfig]:
+    return {name: each for name, each in trainings.items() if name not in config.mixtures}
 
 
 def _search_stages(config: StudyConfig, probe: Probe, other: str | None = None) -> list[Stage]:

@@ -99,3 +99,9 @@ def first_line(error: BaseException) -> str:
         return f"{prefix_field(mistake['loc'], mistake['msg'])}; found {quote(mistake['input'])}"
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def show_shares(shares: Mapping[str, float]) -> str:
+    """Return shares, which need not sum to 1, as text in percent."""
+    total = sum(shares.values())
+    return ", ".join(f"{name} {100 * share / total:.3g} %" for name, share in shares.items())

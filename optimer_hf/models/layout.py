@@ -276,6 +276,12 @@ def copy_beside_weights(source: Path, out: Path, *, tokenizer: Path | None = Non
         shutil.copyfile(path, out / path.name)
 
 
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the files of `tokenizer_digests` to `out`."""
+    for path in _files_of_tokenizer(source):
+        shutil.copyfile(path, out / path.name)
+
+
 def model_digests(
     base: Path, vectors: Mapping[str, Path], tokenizer: Path | None
 ) -> dict[str, str]:

@@ -58,7 +58,7 @@ def build(
     recipe = Recipe.read(path)
     lock_file = path.with_suffix(".lock.json")
     base = resolve_model(recipe.base_model)
-    lock = _read_lock(lock_file, recipe, base)
+    lock = read_lock(lock_file, recipe, base)
     base, tokenizer = open_base(base, recipe.sources, recipe.tokenizer_reference, recipe.vocabulary)
     if lock is not None:
         _check_added_tokens(lock, recipe, base)
@@ -185,7 +185,7 @@ def _write_beside(recipe: Recipe, figures: Path, built: Lock, model: Path, out: 
         built.write(model / LOCK)
 
 
-def _read_lock(file: Path, recipe: Recipe, base: ResolvedModel) -> Lock | None:
+def read_lock(file: Path, recipe: Recipe, base: ResolvedModel) -> Lock | None:
     """Return the lock of a recipe, or None if there is none.
 
     Raises ModelError unless base, vectors, weights, dtype and tokenizer are the locked ones.

@@ -14,12 +14,13 @@ from optimer_hf.training.config import MOST_TOKENS, TrainConfig, is_count_of_tok
 @dataclass(frozen=True)
 class SourceRatios:
     """The mixture ratios of a study or a recipe, the weights behind them, and the reason why each
-    vector without a share has none.
+    vector without a share has none. `mixtures` are the vectors whose weight counts for others.
     """
 
     ratios: mixture.Ratios
     weights: dict[str, float]
     reasons: dict[str, str]
+    mixtures: list[str]
 
 
 def ratios_of(
@@ -40,40 +41,46 @@ def ratios_of(
     """
     if (out is None) != (not train_yamls):
         raise ConfigError("TRAIN_YAML and --out go together: what to mix, and where to write it.")
-    weights, sources = _weights_of(source, without)
+    weights, sources, mixtures = _weights_of(source, without)
     given = _parse_tokens(tokens, sources)
     known = given | mixture.training_tokens({n: s for n, s in sources.items() if n not in given})
-    ratios = mixture.ratios_of(weights, known)
-    reasons = {n: f"weight {weights[n]:g} is not above 0" for n in ratios.left_out}
+    ratios = mixture.ratios_of(weights, known, mixtures)
+    along = ", also with its share of the mixtures," if mixtures else ""
+    reasons = {n: f"weight {weights[n]:g}{along} is not above 0" for n in ratios.left_out}
     reasons |= dict.fromkeys(without, "--without")
     ratios.left_out.extend(without)
     if out is not None:
         trainings = {training.name: training for training in map(TrainConfig.read, train_yamls)}
-        n_tokens = max_tokens or sum(known.values())
+        n_tokens = max_tokens or sum(n for name, n in known.items() if name not in mixtures)
         mixed = mixture.mix_runs(trainings, ratios.shares, name="mixture", max_tokens=n_tokens)
         mixture.write_mixture(mixed, out)
-    return SourceRatios(ratios, weights, reasons)
+    return SourceRatios(ratios, weights, reasons, list(mixtures))
 
 
-def _weights_of(source: Path, without: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the weights and the sources of the vectors of a study directory or a recipe, without
-    those in `without`.
+def _weights_of(
+    source: Path, without: Sequence[str]
+) -> tuple[dict[str, float], dict[str, str], dict[str, Mapping[str, float]]]:
+    """Return the weights, the sources and the mixtures of the vectors of a study directory or a
+    recipe, without those in `without`.
     """
     if source.is_dir():
         study = load_study(source)
-        weights = study.best_trial.weights
-        sources = {name: str(v.source) for name, v in study.config.vectors.items()}
+        weights, sources = study.best_trial.weights, study.config.sources
+        mixtures = study.config.mixtures
     else:
         recipe = Recipe.read(source)
-        weights = recipe.weights
-        sources = {name: vector.source for name, vector in recipe.vectors.items()}
+        weights, sources, mixtures = recipe.weights, recipe.sources, recipe.mixtures
     for name in without:
         if name not in sources:
             raise ConfigError(
                 f"--without {name}: there is no such vector. Known: {', '.join(sources)}."
             )
     kept = [name for name in sources if name not in without]
-    return {name: weights[name] for name in kept}, {name: sources[name] for name in kept}
+    return (
+        {name: weights[name] for name in kept},
+        {name: sources[name] for name in kept},
+        {name: mixtures[name] for name in kept if name in mixtures},
+    )
 
 
 def _parse_tokens(texts: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The records of a recipe: recipe.yaml and its lock."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +19,7 @@ from optimer_hf.files.reference import AnyPath, ReferenceText, TokenizerSource, 
 from optimer_hf.models.layout import MAX_SHARD_SIZE
 from optimer_hf.models.union import AddedToken, Vocabulary
 from optimer_hf.scoring.objective import Objective
+from optimer_hf.study.config import Share
 from optimer_hf.study.trials import Fidelity
 from optimer_hf.vectors.record import QUANTISED
 
@@ -39,6 +41,13 @@ class Ingredient(FileModel):
     """Where the vector is: a directory, a Hub id at a commit (org/name@commit) or pypi:PACKAGE."""
     weight: float = Field(ge=-1e4, le=1e4, examples=[0.62], json_schema_extra={"unit": "weight"})
     """Weight of the vector in the merge."""
+    mixture: dict[str, Share] | None = Field(
+        default=None,
+        examples=[{"math": 2, "code": 1}],
+        json_schema_extra={"unit": "share"},
+        exclude_if=lambda value: value is None,
+    )
+    """Shares of the other vectors' text that the vector was trained on, by vector, if it was."""
 
 
 class Composition(VersionedFile):
@@ -77,6 +86,12 @@ class Composition(VersionedFile):
     def sources(self) -> dict[str, str]:
         """The reference of every vector, by name."""
         return {name: vector.source for name, vector in self.vectors.items()}
+
+    @property
+    def mixtures(self) -> dict[str, Mapping[str, float]]:
+        """The shares of each vector that was trained on the text of others, by name."""
+        named = self.vectors.items()
+        return {name: vector.mixture for name, vector in named if vector.mixture is not None}
 
     @property
     def tokenizer_reference(self) -> str | None:

@@ -103,7 +103,9 @@ def _ingredients_of(
     """Return the vectors of a study with their weights; `sources` by vector."""
     return {
         name: Ingredient.model_construct(
-            source=_pin(str(config.vectors[name].source), source, folder), weight=weights[name]
+            source=_pin(str(config.vectors[name].source), source, folder),
+            weight=weights[name],
+            mixture=config.mixtures.get(name),
         )
         for name, source in sources.items()
     }

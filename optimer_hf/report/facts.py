@@ -8,6 +8,7 @@ from pathlib import Path
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.reference import COMMIT, Reference
+from optimer_hf.files.text import show_shares
 from optimer_hf.report.cells import Cell, Row, Table, head
 from optimer_hf.report.evidence import Evidence
 from optimer_hf.scoring.objective import Objective
@@ -125,7 +126,10 @@ def inputs_table(evidence: Evidence) -> Table:
     ]
     for name, source in sources.items():
         weight = Cell(f"{weights[name]:g}", weights[name])
-        corpus = _made(has_corpus, _corpus_of(evidence.records.get(name)))
+        text = _corpus_of(evidence.records.get(name))
+        if shares := study.config.mixtures.get(name):
+            text = f"mixture ({show_shares(shares)}) of {text}"
+        corpus = _made(has_corpus, text)
         row = [Cell(name), weight, _source_cell(source), *corpus, Cell(licences[name])]
         rows.append(Row(row, "idle" if weights[name] == 0 else ""))
     heads = [head("", is_number=False), head("weight"), head("source", is_number=False)]

@@ -195,10 +195,16 @@ def placement_of(config: StudyConfig) -> Placement | None:
 
 
 def _sources(config: StudyConfig) -> dict[str, str]:
-    return {name: _source(name, vector) for name, vector in config.vectors.items()}
+    return {name: source_of(name, vector) for name, vector in config.vectors.items()}
 
 
-def _source(name: str, vector: VectorConfig) -> str:
+def source_of(name: str, vector: VectorConfig) -> str:
+    """Return where a vector is. Raises ConfigError for one that has to be trained first."""
+    if vector.source is None and vector.mixture is not None:
+        raise ConfigError(
+            f"vectors.{name}.mixture: a mixture has to be trained first. Run `optimer run` on the "
+            "recipe folder, or give the trained vector as `source`."
+        )
     if vector.source is None:
         raise ConfigError(
             f"vectors.{name}.train: {vector.train!r} has to be trained first. Run `optimer run` on "

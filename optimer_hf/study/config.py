@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -23,6 +23,7 @@ from optimer_hf.study.engine import TRANSFORMERS, EngineEntry
 LARGEST_WEIGHT = 1000.0  # of one vector; merges break long before
 LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
 MOST_VECTORS, NARROWEST = 1000, 1e-3
+SCALE_TRIALS = 8  # of the search for the scale of a mixture
 LONGEST_NAME = 200  # characters of a vector's name
 MergeMethod = Literal["ties", "dare_ties", "model_stock"]
 Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
@@ -38,8 +39,18 @@ Strategy = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # each use says what is wrong below 0
 
 
+Shares = dict[str, Share] | Literal["uniform", "searched"]
+Budget = Literal["all", "one"]
+
+
+def _mistakes_of_shares(shares: Mapping[str, float] | str) -> Iterator[Mistake]:
+    values = [1.0] if isinstance(shares, str) else shares.values()
+    if not sum(values) > 0 or min(values) < 0:
+        yield ("shares",), "shares must be >= 0, and one > 0"
+
+
 class VectorConfig(FileModel):
-    """One vector of the pool. Give either `source` or `train`."""
+    """One vector of the pool. Give one of `source`, `train` and `mixture`."""
 
     source: ReferenceText | None = Field(
         default=None, examples=["you/gemma-3-270m-math", "./my-code-lora"]
@@ -49,6 +60,20 @@ class VectorConfig(FileModel):
     """
     train: RelativeText | None = Field(default=None, examples=["train-math.yaml"])
     """Train file of the same recipe folder, from which `optimer run` trains the vector."""
+    mixture: Shares | None = Field(
+        default=None,
+        examples=["uniform", {"math": 2, "code": 1}],
+        json_schema_extra={"unit": "share"},
+        exclude_if=lambda value: value is None,
+    )
+    """Train the vector on the mixed text of the other vectors, with `optimer run`. uniform: equal
+    shares of all that have a train file. Or the share of each, as {vector: share}; shares need not
+    sum to 1. Beside a `source`, the shares that the vector there was trained on.
+    """
+    budget: Budget = Field(default="all", examples=["one"], exclude_if=lambda value: value == "all")
+    """Number of tokens that a mixture is trained on. all: as many as all vectors with a train file
+    together. one: as many as one of them on average.
+    """
     bounds: tuple[Weight, Weight] = Field(
         default=(0.0, 1.5), examples=[[0.0, 1.2]], json_schema_extra={"unit": "weight"}
     )
@@ -57,12 +82,14 @@ class VectorConfig(FileModel):
     """Keep the vector in every merge at this weight instead of searching its weight."""
 
     def mistakes(self) -> Iterator[Mistake]:
-        if (self.source is None) == (self.train is None):
+        given = [name for name in ("source", "train", "mixture") if getattr(self, name) is not None]
+        if len(given) != 1 and given != ["source", "mixture"]:
             yield (
                 (),
-                "give exactly one of 'source' (a directory or Hub id) and 'train' (a train file "
-                "of the recipe folder)",
+                "give exactly one of 'source' (a directory or Hub id), 'train' (a train file of "
+                "the recipe folder) and 'mixture' (shares of the other vectors' text)",
             )
+        yield from self._mistakes_of_mixture()
         low, high = self.bounds
         if low < high < low + NARROWEST:
             message = f"bounds {[low, high]} are closer than {NARROWEST:g}; give 'fixed' instead"
@@ -73,6 +100,21 @@ class VectorConfig(FileModel):
                 f"bounds {list(self.bounds)} are empty; give [low, high] with low < high, or "
                 "'fixed'",
             )
+
+    def _mistakes_of_mixture(self) -> Iterator[Mistake]:
+        if self.mixture is None and self.budget != "all":
+            yield ("budget",), "it goes with 'mixture'; leave it out"
+        if self.mixture == "searched":
+            yield (
+                ("mixture",),
+                "found 'searched', but its ratios come from a search that is still to run. Run it "
+                "without this vector, then give the shares that `optimer ratios` prints",
+            )
+        elif self.mixture == "uniform" and self.source is not None:
+            yield ("mixture",), "beside a 'source', give the shares as {vector: share}"
+        elif self.mixture is not None:
+            for _, message in _mistakes_of_shares(self.mixture):
+                yield ("mixture",), message
 
 
 def _expand_source(value: Any) -> Any:
@@ -161,21 +203,25 @@ class SearchBaseline(SearchConfig):
 class MixtureBaseline(FileModel):
     """A model trained on the mixed data by `optimer run`, to compare with."""
 
-    shares: dict[str, Share] | Literal["uniform", "searched"] = Field(
+    shares: Shares = Field(
         default="uniform", examples=[{"math": 3, "code": 1}], json_schema_extra={"unit": "share"}
     )
     """Share of each vector's corpus, as {vector: share}; shares need not sum to 1. uniform: equal
     shares. searched: the weights of the merge, read as ratios (see `optimer ratios`).
     """
-    budget: Literal["all", "one"] = Field(default="all", examples=["one"])
+    budget: Budget = Field(default="all", examples=["one"])
     """Number of tokens to train on. all: as many as all vectors together. one: as many as one
     vector on average.
     """
+    scale: Literal["one", "searched"] = Field(
+        default="one", examples=["searched"], exclude_if=lambda value: value == "one"
+    )
+    """Scale of the trained model minus the base. searched: add a row at the scale that is best on
+    the items of the search, which a search of eight trials finds.
+    """
 
     def mistakes(self) -> Iterator[Mistake]:
-        shares = self.shares.values() if isinstance(self.shares, dict) else [1.0]
-        if not sum(shares) > 0 or min(shares) < 0:
-            yield ("shares",), "shares must be >= 0, and one > 0"
+        yield from _mistakes_of_shares(self.shares)
 
 
 class Baselines(FileModel):
@@ -308,11 +354,28 @@ class StudyConfig(VersionedFile):
         if all(vector.fixed is not None for vector in self.vectors.values()):
             yield ("vectors",), "every vector is fixed, so there is nothing to search; free one"
             return
+        yield from self._mistakes_of_mixtures()
         yield from self._mistakes_of_placement()
         yield from self._mistakes_of_search()
         yield from self._mistakes_of_test()
         yield from self._mistakes_of_retarget()
         yield from self._mistakes_of_baselines()
+
+    def _mistakes_of_mixtures(self) -> Iterator[Mistake]:
+        for name, vector in self.vectors.items():
+            for part, message in self._unknown_parts(vector.mixture):
+                yield ("vectors", name, "mixture", part), message
+
+    def _unknown_parts(self, shares: Shares | None) -> Iterator[tuple[str, str]]:
+        """Yield the parts of a mixture that are no vectors with text of their own, each with what
+        is wrong.
+        """
+        singles = sorted(name for name, vector in self.vectors.items() if vector.mixture is None)
+        for part in shares if isinstance(shares, dict) else ():
+            if part in self.vectors and part not in singles:
+                yield part, f"{part!r} is a mixture itself; give the shares of what is in it"
+            elif part not in singles:
+                yield part, f"no vector is called {part!r}; vectors: {singles}"
 
     def _mistakes_of_placement(self) -> Iterator[Mistake]:
         if self.device_map is not None and self.engine.name != "transformers":
@@ -383,6 +446,20 @@ class StudyConfig(VersionedFile):
         own = self.model_dump(exclude={"test", "retarget", "baselines"})
         return StudyConfig.model_validate(own | {"objective": objective, "search": search})
 
+    def with_scale_search(self, sources: Mapping[str, str], scaled: str) -> "StudyConfig":
+        """Return the study of the scale of one model, `scaled`, beside the fixed vectors: name ->
+        reference. Its trials score the items of this study.
+        """
+        vectors = {
+            name: {"source": source, "fixed": None if name == scaled else self.fixed[name]}
+            for name, source in sources.items()
+        }
+        own = self.model_dump(exclude={"test", "retarget", "baselines", "vectors"})
+        changes = {"n_trials": SCALE_TRIALS, "surrogate": "per_term", "pareto": False}
+        search = own["search"] | changes | {"total": None, "report_to": []}
+        own |= {"vectors": vectors, "search": search}
+        return StudyConfig.model_validate(own | {"tokenizer_source": self.tokenizer_reference})
+
     def _mistakes_of_baselines(self) -> Iterator[Mistake]:
         for name, settings in self.baselines.searches.items():
             for where, message in self._mistakes_of_search(settings):
@@ -395,10 +472,8 @@ class StudyConfig(VersionedFile):
                     yield ("baselines", group, name), message
                 names.add(name)
         for name, mixture in self.baselines.mixtures.items():
-            for vector in mixture.shares if isinstance(mixture.shares, dict) else ():
-                if vector not in self.vectors:
-                    message = f"no vector is called {vector!r}; vectors: {sorted(self.vectors)}"
-                    yield ("baselines", "mixtures", name, "shares", vector), message
+            for vector, message in self._unknown_parts(mixture.shares):
+                yield ("baselines", "mixtures", name, "shares", vector), message
 
     def _mistakes_of_search(self, other: SearchConfig | None = None) -> Iterator[Mistake]:
         """Yield what is wrong with the search, or with `other` settings over the same objective."""
@@ -468,6 +543,22 @@ class StudyConfig(VersionedFile):
     def sources(self) -> dict[str, str]:
         """Where the vectors are, by name."""
         return {name: str(vector.source) for name, vector in self.vectors.items()}
+
+    @property
+    def mixtures(self) -> dict[str, Mapping[str, float]]:
+        """The shares of each vector that is trained on the text of others, by name; none while
+        `optimer run` still has to work out uniform shares.
+        """
+        return {
+            name: vector.mixture if isinstance(vector.mixture, dict) else {}
+            for name, vector in self.vectors.items()
+            if vector.mixture is not None
+        }
+
+    @property
+    def free_singles(self) -> list[str]:
+        """The searched vectors that have text of their own, so no mixtures."""
+        return [name for name in self.free if self.vectors[name].mixture is None]
 
     @property
     def free(self) -> dict[str, tuple[float, float]]:

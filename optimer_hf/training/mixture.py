@@ -1,13 +1,15 @@
 """Turn the weights of a merge into mixture ratios, and those into a train file.
 
 A weight scales what a vector learned from its tokens, so weight x tokens is the share of its
-dataset in a mixture that would have taught the same (OptiMer, arXiv 2603.28858, sec. 5). Vectors
-with a weight of zero or less get no share; they are reported by name.
+dataset in a mixture that would have taught the same (OptiMer, arXiv 2603.28858, sec. 5). The weight
+of a vector that was itself trained on a mixture counts for the datasets in it, by their shares.
+Vectors that come to zero or less get no share; they are reported by name.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError
@@ -30,19 +32,32 @@ class Ratios:
     left_out: list[str]
 
 
-def ratios_of(weights: Mapping[str, float], tokens: Mapping[str, int]) -> Ratios:
-    """Return shares in proportion to weight x tokens.
+def ratios_of(
+    weights: Mapping[str, float],
+    tokens: Mapping[str, int],
+    mixtures: Mapping[str, Mapping[str, float]] | None = None,
+) -> Ratios:
+    """Return shares in proportion to weight x tokens. `mixtures` has the shares of the vectors that
+    were trained on the text of others.
 
     Raises ConfigError when no weight is above zero.
     """
-    kept = {name: weight * tokens[name] for name, weight in weights.items() if weight > 0}
+    mixtures = mixtures or {}
+    amounts = {
+        name: weight * tokens[name] for name, weight in weights.items() if name not in mixtures
+    }
+    for name, shares in mixtures.items():
+        for part in amounts.keys() & shares.keys():
+            share = shares[part] / sum(shares.values())
+            amounts[part] += weights[name] * tokens[name] * share
+    kept = {name: amount for name, amount in amounts.items() if amount > 0}
     if not kept:
         raise ConfigError("no weight is above 0, so the weights give no mixture.")
     total = sum(kept.values())
     shares = {name: round(value / total, DIGITS) for name, value in kept.items()}
     largest = max(shares, key=lambda name: shares[name])
     shares[largest] = round(shares[largest] + 1 - sum(shares.values()), DIGITS)
-    return Ratios(shares, [name for name, weight in weights.items() if weight <= 0])
+    return Ratios(shares, [name for name in amounts if name not in kept])
 
 
 def training_tokens(sources: Mapping[str, str]) -> dict[str, int]:
@@ -100,6 +115,14 @@ def mix_runs(
     ]
     fields = first.model_dump(exclude={"corpus", "mixture", "name", "max_tokens"})
     return TrainConfig(**fields, name=name, mixture=parts, max_tokens=max_tokens)
+
+
+def budget_of(trainings: Mapping[str, TrainConfig], budget: Literal["all", "one"]) -> int:
+    """Return on how many tokens to train a mixture: those of all trainings together, or of one of
+    them on average.
+    """
+    n_tokens = sum(int(training.max_tokens or 0) for training in trainings.values())
+    return n_tokens if budget == "all" else n_tokens // max(len(trainings), 1)
 
 
 def _corpora(training: TrainConfig) -> list[tuple[CorpusConfig, float]]:

@@ -141,6 +141,53 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     return _merge_tied_parts(parts, ties_of(base), where)
 
 
+@dataclass(frozen=True)
+class Product:
+    """A LoRA of one layer as PEFT stores it: scale * (b @ a), with b [out, r] and a [r, in] in
+    float32. `module` has its name in the adapter.
+    """
+
+    module: str
+    b: torch.Tensor
+    a: torch.Tensor
+    scale: float
+    is_embedding: bool = False
+
+
+def read_products(path: Path, base: Checkpoint, name: str) -> dict[str, Product]:
+    """Read the products of a PEFT LoRA adapter, by base tensor name.
+
+    Raises ModelError for an adapter that `read_adapter` refuses, and for a tensor that is no factor
+    of a product: a bias, a whole module, the rows of tokens.
+    """
+    where = f"vector {name!r} ({path})"
+    options = read_options(path, where)
+    refuse_options(options, where, MATERIALISE)
+    stored = open_adapter(path, where)
+    _check_prefix(stored.names, where)
+    shapes = {key: stored.shape(key) for key in stored.names}
+    lora = Lora(options, shapes, base, where, MATERIALISE)
+    products = {}
+    for part in parts_of(lora):
+        if part.kind == "copy":
+            continue
+        if part.kind not in ("A", "embedding A"):
+            raise ModelError(
+                f"{where}: tensor {part.key!r} is no factor of a product (it is a bias, a module "
+                "of modules_to_save, or trained tokens), so no sum of LoRA factors holds it. Build "
+                "the model instead, without --as adapter."
+            )
+        if lora.ties.group_of(part.target):
+            raise ModelError(
+                f"{where}: adapts {part.target!r}, which the base ties to another tensor, and PEFT "
+                "would adapt one of them. Build the model instead, without --as adapter."
+            )
+        a, b = stored.read(part.key).float(), stored.read(_partner_key(part.key)).float()
+        is_embedding = part.kind == "embedding A"
+        products[part.target] = Product(part.module, b, a, part.scale, is_embedding)
+    return products
+
+
 def _warn_of_missing_layers(
     moved: Iterable[str], options: Mapping[str, Any], base: Checkpoint, where: str
 ) -> None:
@@ -447,12 +494,15 @@ def _layers(path: Path, changed: int) -> Mapping[str, type]:
 
 
 def _read_product(stored: Checkpoint, part: Part) -> LowRank:
-    key = part.key
-    partner = key.replace(".lora_embedding_A", ".lora_embedding_B").replace(".lora_A", ".lora_B")
-    a, b = stored.read(key).float(), stored.read(partner).float()
+    a, b = stored.read(part.key).float(), stored.read(_partner_key(part.key)).float()
     if part.is_transposed:
         a, b = b.T.contiguous(), a.T.contiguous()
     return LowRank(b, a, part.scale)
+
+
+def _partner_key(key: str) -> str:
+    """Return the name of the factor B that belongs to a factor A."""
+    return key.replace(".lora_embedding_A", ".lora_embedding_B").replace(".lora_A", ".lora_B")
 
 
 def _refuse_changed_copy(stored: Checkpoint, part: Part, base: Checkpoint, where: str) -> None:

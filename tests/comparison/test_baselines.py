@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from optimer_hf.comparison.baselines import list_models, write_random_like
 from optimer_hf.comparison.results_file import results_of
-from optimer_hf.comparison.sealed import compare
+from optimer_hf.comparison.sealed import SCALED, compare
 from optimer_hf.comparison.tables import intervals_to_markdown, to_markdown
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.files.digest import digest
@@ -22,7 +22,8 @@ from optimer_hf.models.layout import weight_digests
 from optimer_hf.report.page import write_sealed_figure
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
-from optimer_hf.study.config import Baselines, StudyConfig
+from optimer_hf.study.config import SCALE_TRIALS, Baselines, StudyConfig
+from optimer_hf.study.directory import load_study
 from optimer_hf.vectors.delta import measure_norms
 from optimer_hf.vectors.opening import open_vector
 from tests.support.experiments import run_optimer
@@ -234,7 +235,7 @@ def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):
     study = yaml.safe_load(file.read_text())
     study["baselines"] = {
         "mixtures": {
-            "uniform mixture": {},
+            "uniform mixture": {"scale": "searched"},
             "uniform mixture, one budget": {"budget": "one"},
             "found ratios": {"shares": "searched"},
         }
@@ -260,6 +261,43 @@ def test_a_run_trains_the_mixtures_it_compares_with(recipe_dir, tmp_path):
     assert (out / "figures" / "sealed.png").exists()
     ledger = json.loads((out / "ledger.json").read_text())
     assert ledger["mixtures"]["n"] == 3 and ledger["mixtures"]["tokens"] == 2048 + 1024 + 2048
+    check_scaled_mixture(out, rows)
+    check_rows_of_trained_mixtures(out, rows)
+
+
+def check_scaled_mixture(out: Path, rows) -> None:
+    """The scale of a mixture is the best of a search of its own over the items of the search."""
+    (title,) = (name for name in rows if name.startswith("uniform mixture at its best scale, "))
+    (scale,) = rows[title]["weights"].values()
+    (directory,) = (out / "study" / "searches").glob("scale-uniform-mixture-*")
+    study = load_study(directory)
+    assert len(study.trials) == SCALE_TRIALS and study.best_trial.weights == {SCALED: scale}
+    assert [term.label for term in study.config.objective.terms] == ["aaa", "xyz", "mix"]
+    assert title == f"uniform mixture at its best scale, {scale:g}"
+
+
+def check_rows_of_trained_mixtures(out: Path, rows) -> None:
+    """A later comparison has the rows of all mixtures, with their models there or not."""
+    names = [name for name in rows if name.startswith(("uniform mixture", "found ratios"))]
+    assert len(names) == 4
+    other = f"mixed={out / 'vectors' / 'aaa'}"
+    for is_there in (True, False):
+        if not is_there:
+            (out / "mixtures").rename(out / "elsewhere")
+        result = run_optimer("compare", out, "--model", other)
+        assert result.exit_code == 0, result.output
+        missing = [name for name in [*names, "mixed"] if f"{name} " not in result.stdout]
+        assert not missing, result.stdout
+
+
+def test_a_mixture_that_nobody_has_trained_is_left_out_with_a_warning(tmp_path, caplog):
+    study = search(
+        config_of(**SEALED, baselines={"mixtures": {"m": {}}}),
+        tmp_path / "s",
+        runner=InProcess(FunctionPool),
+    )
+    assert all(row.kind != "mixture" for row in compare(study, pool=FunctionPool).rows)
+    assert "mixture 'm' is left out, because it is not trained; `optimer run`" in caplog.text
 
 
 def test_mixtures_of_vectors_that_are_not_trained_here_are_refused(recipe_dir, tmp_path):

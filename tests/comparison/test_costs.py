@@ -73,6 +73,11 @@ def test_vectors_that_say_what_they_took_are_compared_with_mixtures(tmp_path):
     assert mixtures.attempts == 12
     assert mixtures.seconds >= 12 * 400
     assert mixtures.ratio_end_to_end < mixtures.ratio_search_only
+    vectors["z"] |= {"mixture": {"w": 1.0}}  # its training is no attempt, but part of the pool's
+    mixed = search(config_of(vectors=vectors), tmp_path / "m", runner=InProcess(FunctionPool))
+    cost = ledger_of_study(mixed).data_mixture
+    assert 12 * 300 <= cost.seconds < 12 * 400
+    assert cost.ratio_end_to_end == pytest.approx(cost.seconds / 400, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ BASE_IS_HERE = "optimer evaluate google/gemma-3-270m objective.yaml"  # fetched,
 BEFORE = {
     "docs/how-to/steer.md": "optimer search study.yaml my-study",
     "README.md: Commands": BASE_IS_HERE,
+    "docs/how-to/lora.md": "optimer search lora-study.yaml my-study",
     "README.md: Share it": "optimer search study.yaml my-study",
     "docs/tutorial.md": BASE_IS_HERE,
     "docs/how-to/retarget.md": "optimer search study.yaml my-study",

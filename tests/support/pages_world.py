@@ -46,6 +46,12 @@ STUDY = {
     },
     "search": {"n_trials": 6, "rescore_top": 1},
 }
+LORA_STUDY = STUDY | {  # a pool of adapters alone
+    "vectors": {
+        "code": {"source": "./my-code-lora", "fixed": 1.0},
+        "more": {"source": "./my-code-lora"},
+    }
+}
 BREVITY = {"terms": [{"function": "brevity", "higher_is_better": True}]}
 OBJECTIVES = {  # the last is the objective of one page
     "objective.yaml": {"terms": [{"text": "held_out.jsonl"}]},
@@ -82,6 +88,7 @@ def write_files(out: Path, corpus_dir: Path) -> None:
         shutil.copytree(ROOT / "recipes" / "gemma-3-270m-demo", folder)
         _shrink(folder, vectors)
     _write_yaml(out / "study.yaml", STUDY)
+    _write_yaml(out / "lora-study.yaml", LORA_STUDY)
     _write_yaml(out / "brevity.yaml", STUDY | {"objective": BREVITY})
     for name, objective in OBJECTIVES.items():
         _write_yaml(out / name, objective)

@@ -37,6 +37,19 @@ def test_weights_that_are_not_above_zero_have_no_share_and_are_named():
         ratios_of({"ja": -1.0}, {"ja": 1})
 
 
+def test_the_weight_of_a_mixture_counts_for_what_is_in_it():
+    weights = {"ja": 0.5, "zh": -0.2, "math": 0.0, "mix": 0.5}
+    tokens = {"ja": 100, "zh": 100, "math": 100, "mix": 200}
+    mixtures = {"mix": {"ja": 1, "zh": 1, "math": 2}}  # 25, 25 and 50 of its 100 weighted tokens
+    ratios = ratios_of(weights, tokens, mixtures)
+    expected = {"ja": 75 / 130, "zh": 5 / 130, "math": 50 / 130}
+    assert ratios.shares == pytest.approx(expected, abs=1e-6) and ratios.left_out == []
+    below = ratios_of(weights | {"mix": -0.3}, tokens, mixtures)
+    assert (below.shares, below.left_out) == ({"ja": 1.0}, ["zh", "math"])
+    alone = ratios_of({"math": 1.0, "mix": 1.0}, tokens, mixtures)
+    assert alone.shares == {"math": 1.0}, "what is left out has no share, in a mixture either"
+
+
 @given(st.lists(st.tuples(st.floats(1e-3, 2), st.integers(1, 10**9)), min_size=1, max_size=9))
 def test_shares_sum_to_one(pairs):
     weights = {str(number): weight for number, (weight, _) in enumerate(pairs)}
