@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from optimer_hf.scoring.scores import TermScore as TermScore
     from optimer_hf.study.config import StudyConfig as StudyConfig
     from optimer_hf.study.directory import Study as Study
+    from optimer_hf.study.plugins import Request as Request
     from optimer_hf.study.trials import Trial as Trial
     from optimer_hf.training.config import TrainConfig as TrainConfig
     from optimer_hf.vectors.vector import DistributionVector as DistributionVector
@@ -95,6 +96,7 @@ _HOMES = {
     "scoring.scores": ["TermScore"],
     "study.config": ["StudyConfig"],
     "study.directory": ["Study"],
+    "study.plugins": ["Request"],
     "study.trials": ["Trial"],
     "training.config": ["TrainConfig"],
     "vectors.vector": ["DistributionVector"],

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from optimer_hf.models.placement import DeviceMap
     from optimer_hf.models.resolve import AnyModel
     from optimer_hf.recipes.record import Recipe
-    from optimer_hf.scoring.evaluator import Scorer
+    from optimer_hf.scoring.functions import Scorer
     from optimer_hf.scoring.objective import Objective
     from optimer_hf.scoring.scores import TermScore
     from optimer_hf.searching.runner import Runner
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from optimer_hf.study.config import StudyConfig
     from optimer_hf.study.directory import Study
     from optimer_hf.study.engine import EngineConfig
+    from optimer_hf.study.plugins import Sampler
     from optimer_hf.study.prediction import Prediction
     from optimer_hf.study.trials import Trial
     from optimer_hf.training.config import TrainConfig
@@ -126,6 +127,7 @@ def search(
     objective: AnyPath | None = None,
     functions: "Mapping[str, Scorer] | None" = None,
     runner: "Runner | None" = None,
+    ask: "Sampler | None" = None,
 ) -> "Study":
     """Run a study in the directory `out` to its end and return it. Trials that are already on disk
     are not run again.
@@ -133,9 +135,10 @@ def search(
     `config` is a StudyConfig, a mapping of its fields, a study.yaml, or a mergekit YAML with an
     `objective` file. `functions` score the terms that name them: (model, tokenizer, limit) -> a
     number for each item. `runner` decides where trials run (None: in this process); see
-    `searching.workers.Workers` for many processes. Raises OptimerError for anything wrong with the
-    config before the first trial. A trial that fails is recorded as crashed, and the search goes
-    on.
+    `searching.workers.Workers` for many processes. `ask` chooses weights in place of the surrogate:
+    a function of a `Request` that returns the weight of each vector. Raises OptimerError for
+    anything wrong with the config before the first trial. A trial that fails is recorded as
+    crashed, and the search goes on.
     """
     with announce("search: loading libraries"):
         from optimer_hf.searching.loop import search as run_search
@@ -150,10 +153,11 @@ def search(
     where = runner or InProcess(partial(ResidentPool, functions=functions))
     if isinstance(config, str | os.PathLike):
         file = Path(objective) if objective is not None else None
-        return run_search(read_study(Path(config), objective=file), Path(out), runner=where)
+        study = read_study(Path(config), objective=file)
+        return run_search(study, Path(out), runner=where, ask=ask)
     if objective is not None:
         raise ConfigError("objective: goes with the path of a mergekit YAML. Leave it out.")
-    return run_search(_config(StudyConfig, config), Path(out), runner=where)
+    return run_search(_config(StudyConfig, config), Path(out), runner=where, ask=ask)
 
 
 def load_study(directory: AnyPath, *, unfinished: bool = False) -> "Study":

@@ -17,17 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimer_hf.comparison.rows import Contender, RowKind
-from optimer_hf.errors import ConfigError
+from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.reading import yaml_text
+from optimer_hf.files.reference import reference_from_here
 from optimer_hf.files.staging import staged_directory, write_text
+from optimer_hf.files.text import first_line
 from optimer_hf.merging.mergekit import run_mergekit
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.searching.trial import base_of_study
-from optimer_hf.study.config import MergeMethod, StudyConfig
+from optimer_hf.study.config import LARGEST_WEIGHT, MergeMethod, StudyConfig
 from optimer_hf.study.directory import Study
+from optimer_hf.study.plugins import check_weights, load_baseline
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.vector import DistributionVector, Place, dense_rows
@@ -52,9 +55,45 @@ class ModelContender(Contender):
     make: Callable[[Path], dict[str, str]]
 
 
-def list_models(study: Study, mixtures: Mapping[str, str] | None = None) -> list[ModelContender]:
+def list_plugins(study: Study) -> tuple[list[Contender], dict[str, str]]:
+    """Ask the installed baselines that a study names. Return the rows of those that chose weights,
+    and the models of the others, by name.
+
+    Raises ConfigError for one that is not installed, StudyError for one that fails or returns
+    neither.
+    """
+    rows, models, config = [], {}, study.config
+    for name in config.baselines.plugins:
+        baseline, who = load_baseline(name), f"baseline {name!r}"
+        try:
+            chosen = baseline(study)
+        except OptimerError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise StudyError(
+                f"{who} failed with {reason}. A baseline gets the study and returns a weight for "
+                f"each of {', '.join(config.free)}, or a model."
+            ) from error
+        if isinstance(chosen, str | Path):
+            models[name] = reference_from_here(chosen)
+        else:
+            anything = dict.fromkeys(config.free, (-LARGEST_WEIGHT, LARGEST_WEIGHT))
+            weights = check_weights(chosen, anything, who)
+            rounded = {each: round(weight, 6) for each, weight in weights.items()}
+            rows.append(Contender("plugin", name, rounded | config.fixed))
+    return rows, models
+
+
+def list_models(
+    study: Study,
+    mixtures: Mapping[str, str] | None = None,
+    *,
+    of_plugins: Mapping[str, str] | None = None,
+) -> list[ModelContender]:
     """Return the models among the baselines of a study, without building them. Mixtures are those
-    in `mixtures`, which maps names to directories.
+    in `mixtures`, which maps names to directories, and models of installed baselines those in
+    `of_plugins`, which maps names to references.
     """
     config, wanted = study.config, study.config.baselines
     for name, source in wanted.models.items():
@@ -68,6 +107,7 @@ def list_models(study: Study, mixtures: Mapping[str, str] | None = None) -> list
         rows.append(_by_method(method, config))
     if wanted.random_vectors:
         rows.append(_random_vectors(config, study.best_trial.weights))
+    rows.extend(_ready_model("plugin", name, source) for name, source in (of_plugins or {}).items())
     rows.extend(_ready_model("model", name, source) for name, source in wanted.models.items())
     rows.extend(_ready_model("mixture", name, source) for name, source in (mixtures or {}).items())
     return [_add_fixed(model, config) for model in rows]

@@ -21,6 +21,7 @@ RowKind = Literal[
     "best_scale",
     "average",
     "sum",
+    "plugin",
     "method",
     "random",
     "other_search",
@@ -37,6 +38,7 @@ TITLES: dict[RowKind, str] = {  # {} is the subject
     "best_scale": "{} at its best scale",
     "average": "uniform average",
     "sum": "uniform sum",
+    "plugin": "{}",
     "method": "{}",
     "random": "random vectors of equal norm",
     "other_search": "{}",
@@ -71,6 +73,7 @@ def list_rows(config: StudyConfig) -> list[tuple[RowKind, str]]:
     rows += [("best_scale", name) for name in free]
     rows += [("average", ""), ("sum", "")] if len(singles) > 1 else []
     rows += [("other_search", name) for name in baselines.searches]
+    rows += [("plugin", name) for name in baselines.plugins]
     rows += [("method", method) for method in baselines.merge_methods]
     rows += [("random", "")] if baselines.random_vectors else []
     rows += [("model", name) for name in baselines.models]

@@ -104,14 +104,15 @@ def compare(
         return own
 
     with lock_directory(study.directory), keep_engine():
-        models = baselines.list_models(study, mixtures)
+        of_plugins, models_of_plugins = baselines.list_plugins(study)
+        models = baselines.list_models(study, mixtures, of_plugins=models_of_plugins)
         log = SealedLog(study.directory, study.config)
         searches = _run_searches(study, open_pool)
         if to_scale := _list_to_scale(study, models):
             open_pool.cache_clear()  # one model at a time
             models += [_scale_mixture(study, model, pool) for model in to_scale]
         recalled = _recall_mixtures(study, models, log)
-        contenders = _list_contenders(study, [*searches, *models, *recalled])
+        contenders = _list_contenders(study, [*searches, *of_plugins, *models, *recalled])
         planned = log.open_seal(contenders)
         known = {row.key for row in log.rows}
         to_score = [each for each in _last_by_weights(contenders) if each.key not in known]

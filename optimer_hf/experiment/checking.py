@@ -13,6 +13,8 @@ from optimer_hf.files.model import (
 )
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.merging.mergekit_keys import is_for_mergekit
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.plugins import refuse_missing_plugins
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.fields import is_settled, list_field_mistakes
 
@@ -96,6 +98,11 @@ def check_fields(path: Path, kind: str) -> None:
 def _read_fields(path: Path, kind: str) -> VersionedFile:
     """Read a file of a kind; raise ConfigError for mistakes in its fields."""
     config = KINDS[kind].read(path)
+    if isinstance(config, StudyConfig):
+        try:
+            refuse_missing_plugins(config)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
     if isinstance(config, TrainConfig) and (mistakes := list_field_mistakes(config)):
         raise ConfigError(list_mistakes(path, mistakes))
     return config

@@ -12,7 +12,7 @@ from optimer_hf.files.digest import digest, fingerprint, sha256_file
 from optimer_hf.files.model import list_mistakes, parse
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.files.reference import expand_home, is_there
+from optimer_hf.files.reference import expand_home, function_in_file, is_there
 from optimer_hf.files.text import slug
 from optimer_hf.training.config import MOST_TOKENS, is_count_of_tokens
 
@@ -266,11 +266,12 @@ def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], 
     scored = [
         term for part in (config.objective, config.test) if part for term in part.scored_terms
     ]
-    if any(term.function is not None for term in scored):
-        raise ConfigError(
-            f"{file}: terms with a 'function' need Python, where `optimer_hf.search` takes the "
-            "functions. `optimer run` has none; use terms with a task or a text."
-        )
+    for term in scored:
+        if term.function is not None and function_in_file(term.function) is None:
+            raise ConfigError(
+                f"{file}: term {term.label!r}: found the function {term.function!r}, which only "
+                f"Python can give. Name its file: `function: my_metrics.py:{term.function}`."
+            )
     if config.test is None:
         raise ConfigError(
             f"{file}: field 'test' is missing. A run ends with the sealed test. Name its terms, or "

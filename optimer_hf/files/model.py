@@ -14,7 +14,7 @@ from optimer_hf.errors import ConfigError
 from optimer_hf.files.paths import Place, strings_in
 from optimer_hf.files.reading import line_of
 from optimer_hf.files.reading import read_yaml as read_yaml
-from optimer_hf.files.reference import AnyPath, is_there
+from optimer_hf.files.reference import AnyPath, function_in_file, is_there
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import did_you_mean, field_path, prefix_field, quote
 
@@ -121,7 +121,9 @@ def list_absent_files_of_data(cls: type[BaseModel], data: Mapping[str, Any], pat
 
 
 def _exists(text: str) -> bool:
-    """Whether a path exists, or is a pattern that matches a file."""
+    """Whether a path exists, or is a pattern that matches a file; of FILE.py:NAME, the file."""
+    if (function := function_in_file(text)) is not None:
+        return is_there(function[0])
     return is_there(Path(text)) or bool(glob.has_magic(text) and glob.glob(text, recursive=True))  # noqa: PTH207
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,16 @@ def strings_in(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[Pla
 
 
 def drop_folders(value: Any) -> Any:
-    """Shorten every path in a value, absolute or relative, to the file name."""
+    """Shorten every path in a value, absolute or relative, to the file name, and FILE.py:NAME to
+    the name: code stays where it is.
+    """
     return _map_texts(
         value, lambda text: _last_name(text) if text.startswith(("/", "./", "../")) else text
     )
 
 
 def _last_name(text: str) -> str:
-    name = Path(text).name
+    name = re.sub(r"^.*\.py:(?=\w+$)", "", Path(text).name)
     return "elsewhere" if name in ("", "..") else name  # a folder above, which has no name here
 
 

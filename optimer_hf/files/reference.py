@@ -208,3 +208,25 @@ def _local_text(text: str, info: ValidationInfo) -> str:
 LocalText = Annotated[  # a path if it looks like one
     str, AfterValidator(_local_text), WRITTEN_RELATIVE
 ]
+
+
+FUNCTION_IN_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
+
+
+def _function_text(text: str, info: ValidationInfo) -> str:
+    """Make the file of FILE.py:NAME absolute; keep a name alone."""
+    match = FUNCTION_IN_FILE.fullmatch(text)
+    if match is None:
+        if ":" in text or "/" in text:
+            raise ValueError("expected a name, or FILE.py:NAME of a function in a local file")
+        return text
+    return f"{_local_path(Path(match['file']), info)}:{match['name']}"
+
+
+FunctionText = Annotated[str, AfterValidator(_function_text), WRITTEN_RELATIVE]
+
+
+def function_in_file(text: str) -> tuple[Path, str] | None:
+    """Return file and name of a function that a FunctionText names; None for a name alone."""
+    match = FUNCTION_IN_FILE.fullmatch(text)
+    return None if match is None else (Path(match["file"]), match["name"])

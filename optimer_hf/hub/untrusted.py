@@ -49,6 +49,9 @@ def check_pulled(kind: Kind, directory: Path) -> Recipe | VectorFile:
         references["tokenizer_source"] = named
     for where, reference in references.items():
         _refuse_local(f"{directory / 'recipe.yaml'}: {where}", reference)
+    for at, text in strings_in(data.get("objective")):
+        if at[-1] == "function":
+            _refuse_code(f"{directory / 'recipe.yaml'}: objective.{'.'.join(map(str, at))}", text)
     recipe = parse(Recipe, data, directory / "recipe.yaml")
     lock = Lock.read(directory / LOCK)
     if set(lock.vectors) != set(recipe.vectors):
@@ -68,12 +71,23 @@ def _check_study(directory: Path) -> None:
     file = directory / STUDY_FILE
     data = read_yaml(file)
     for at, text in strings_in(data):
+        if at[-1] == "function":
+            _refuse_code(f"{file}: {'.'.join(map(str, at))}", text)
         is_file = at[-1] in ("text", "include_path")
         is_reference = at[-1] in ("source", "base_model", "tokenizer_source") or "models" in at
         if is_file or (is_reference and not _is_named_elsewhere(text)):
             _refuse_folders(f"{file}: {'.'.join(map(str, at))}", text)
     study = open_study(StudyConfig.read(file), directory, repair=False)
     SealedLog(directory, study.config, repair=False)
+
+
+def _refuse_code(where: str, function: str) -> None:
+    """Raise HubError for a function that is to be loaded from a file."""
+    if re.search(r"[:/\\]|\.py$", function):
+        raise HubError(
+            f"{where}: found {quote(function)}, expected the name of a function. Code from others "
+            "is never run; give such a function from Python."
+        )
 
 
 def _is_named_elsewhere(reference: str) -> bool:

@@ -4,15 +4,19 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
-
-import torch
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
 from optimer_hf.printable import warn_once
+from optimer_hf.scoring.functions import (
+    Scorer,
+    collect_functions,
+    digest_function,
+    score_by_function,
+)
 from optimer_hf.scoring.generation import refuse_too_long
 from optimer_hf.scoring.gradients import Derivatives, Differentiation, Sum, sum_of
 from optimer_hf.scoring.items import hash_item, indices_within, spread_indices
@@ -22,8 +26,6 @@ from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import aggregation_of, load_tasks
 
 logger = logging.getLogger(__name__)
-
-Scorer = Callable[[Any, Any, int | None], Sequence[float]]
 
 
 class Evaluator:
@@ -70,14 +72,9 @@ class Evaluator:
     ) -> None:
         self._lm, self.tasks = lm, tasks
         self._prompting = objectives[0].prompting
-        self._functions = dict(functions or {})
+        self._functions = collect_functions(objectives, functions)
         self._within: dict[tuple[str, tuple[float, float]], list[int]] = {}
         for term in (term for objective in objectives for term in objective.scored_terms):
-            if term.function is not None and term.function not in self._functions:
-                raise EvaluationError(
-                    f"term {term.label!r}: no function {term.function!r} was given; functions "
-                    "come from Python: `optimer_hf.search(..., functions={...})`."
-                )
             if term.function is None:
                 self._check_task(term)
 
@@ -108,10 +105,11 @@ class Evaluator:
 
     def digest_items(self, term: Term) -> str | None:
         """Return a digest of the items of a term: all rows, the prompts of a few, and how they are
-        scored. A term that a function scores has none.
+        scored; of a term that a function of a file scores, of that file. A function that was given
+        has none.
         """
         if term.function is not None:
-            return None
+            return digest_function(term)
         task, within = self.tasks[term.task_key], self._indices_of(term)
         docs, few = list(task.eval_docs), spread_indices(len(within), N_PROMPTS)
         prompts = [hash_item(task, docs[within[index]]) for index in few]
@@ -211,16 +209,10 @@ class Evaluator:
         return scores
 
     def _function_score(self, asked: Asked) -> TermScore:
-        term, function = asked.term, self._functions[str(asked.term.function)]
-        with torch.no_grad():
-            scored = function(self._lm.model, self._lm.tokenizer, asked.limit)
-            values = [float(value) for value in scored]
-        if not values or not all(map(math.isfinite, values)):
-            raise EvaluationError(
-                f"term {term.label!r}: function {term.function!r} returned {values[:5]!r}, "
-                "expected a finite number for each item."
-            )
-        return TermScore([(value, 1.0) for value in values], bool(term.higher_is_better))
+        function = self._functions[str(asked.term.function)]
+        return score_by_function(
+            asked.term, function, self._lm.model, self._lm.tokenizer, asked.limit
+        )
 
     @property
     def forward_seconds(self) -> float:

@@ -24,7 +24,7 @@ class Unit:
         if objective.combine != "weighted_mean":
             return PERCENT
         term = next(term for term in objective.terms if term.weight > 0)
-        name = term.function or term.metric_name
+        name = term.function_name or term.metric_name
         return cls(1.0, f"objective over the base, {name}", name, 4)
 
     def show(self, gain: float) -> str:

@@ -11,7 +11,7 @@ from pydantic import Field
 from optimer_hf.files.digest import digest
 from optimer_hf.files.model import FileModel, Mistake, VersionedFile
 from optimer_hf.files.paths import Place
-from optimer_hf.files.reference import LocalPath
+from optimer_hf.files.reference import FunctionText, LocalPath, function_in_file
 from optimer_hf.files.text import quote
 from optimer_hf.scoring.scores import Scores, TermScore
 
@@ -53,9 +53,10 @@ class Term(FileModel):
     """lm-eval task, one of its own or one found through `include_path`."""
     text: LocalPath | None = Field(default=None, examples=["held-out.jsonl"])
     """JSONL file of documents, plain or compressed, to measure the likelihood of."""
-    function: str | None = Field(default=None, examples=["brevity"])
-    """Name of a Python function of the model that returns a number for each item; it is given to
-    `optimer_hf.search`, so such a term works from Python only.
+    function: FunctionText | None = Field(default=None, examples=["my_metrics.py:brevity"])
+    """Python function that scores the model: FILE.py:NAME, or the name of one that is given to
+    `optimer_hf.search`. It gets (model, tokenizer, limit) and returns a number for each item. Code
+    in files from the Hub is never run.
     """
     text_field: str = Field(default="text", examples=["content"])
     """Field of a `text` file's rows that holds the document."""
@@ -142,7 +143,13 @@ class Term(FileModel):
         """What trials, tables and messages call the term."""
         if self.text is not None:
             return self.name or self.text.name.split(".")[0]
-        return str(self.name or self.task or self.function)
+        return str(self.name or self.task or self.function_name)
+
+    @property
+    def function_name(self) -> str | None:
+        """The name of the function without its file."""
+        in_file = function_in_file(self.function) if self.function is not None else None
+        return self.function if in_file is None else in_file[1]
 
     @property
     def metric_name(self) -> str:

@@ -17,6 +17,7 @@ from optimer_hf.scoring.objective import Objective, is_feasible
 from optimer_hf.scoring.tasks import warn_of_other_weights, warn_of_reported_benchmarks
 from optimer_hf.searching.next_weights import Asker
 from optimer_hf.searching.runner import InProcess, Runner, Slots
+from optimer_hf.searching.samplers import SamplerAsker, sampler_of
 from optimer_hf.searching.tracking import Tracker
 from optimer_hf.study.config import LARGEST_SEARCH, StudyConfig
 from optimer_hf.study.directory import (
@@ -32,6 +33,7 @@ from optimer_hf.study.gradients import (
     next_anchor,
     takes_gradients,
 )
+from optimer_hf.study.plugins import Sampler, refuse_missing_plugins
 from optimer_hf.study.prediction import PREDICTION, predict
 from optimer_hf.study.records import Rules, mistake_of_gain, mistakes_of_score
 from optimer_hf.study.space import anchors
@@ -78,7 +80,13 @@ def search_on(
 
 def _config_for(study: Study, target: Objective, n_trials: int) -> StudyConfig:
     """Return the config of a search for another objective that has `n_trials` in all."""
-    settings = {"n_trials": n_trials, "surrogate": "per_term", "pareto": False, "spread": False}
+    settings = {
+        "n_trials": n_trials,
+        "surrogate": "per_term",
+        "sampler": None,
+        "pareto": False,
+        "spread": False,
+    }
     changes = {
         "objective": target.model_dump(),
         "test": None,
@@ -125,11 +133,13 @@ def search(
     *,
     runner: Runner | None = None,
     planned: Mapping[int, tuple[str, Mapping[str, float]]] | None = None,
+    ask: Sampler | None = None,
 ) -> Study:
     """Run a study to its end and return it; trials that are on disk are not run again.
 
     `runner` runs the trials: `InProcess()` (the default), or `Workers(...)`, processes of this
-    machine or of a Dask cluster. `planned` sets origin and weights of trials, by number.
+    machine or of a Dask cluster. `planned` sets origin and weights of trials, by number. `ask`
+    chooses the weights after the first, common trials, in place of the surrogate.
 
     Raises OptimerError for anything wrong with the config before the first trial. A trial that
     fails is recorded as crashed, and the search goes on. It ends with an EvaluationError if the
@@ -141,13 +151,15 @@ def search(
         if study.is_finished and study.names_recorded_files():
             logger.info("search: %d trials are recorded, nothing to do", len(study.trials))
             return study
+        sampler = sampler_of(config, ask)
+        refuse_missing_plugins(config)
         tracker = Tracker(config.search.report_to, directory)  # raises before anything is loaded
         with (runner or InProcess()).open(config) as slots, tracker:
             study.record_inputs(slots.digest_inputs())
             warn_of_reported_benchmarks(config.objective)
             if config.test is not None:
                 warn_of_other_weights(config.objective, config.test)
-            _run_search(study, slots, planned or {}, tracker)
+            _run_search(study, slots, planned or {}, tracker, sampler)
             study.decide(to_disk=True)
             _run_rescore(study, slots)
             study.decide(to_disk=True)
@@ -160,6 +172,7 @@ def _run_search(
     slots: Slots,
     planned: Mapping[int, tuple[str, Mapping[str, float]]],
     tracker: Tracker,
+    sampler: tuple[str, Sampler] | None,
 ) -> None:
     config = study.config
     done = {trial.number for trial in study.trials}
@@ -173,7 +186,7 @@ def _run_search(
         Meter("search", config.search.n_trials, "trials", done=len(done)) as meter,
         scratch_directory("optimer-smac-") as scratch,
     ):
-        plan = _Plan(study, scratch, planned)
+        plan = _Plan(study, scratch, planned, sampler)
         while waiting or running:
             while waiting and len(running) < slots.count_slots():
                 if running and not study.trials:
@@ -195,14 +208,21 @@ def _run_search(
 
 
 class _Plan:
-    """Chooses what to try next: an anchor, planned weights, or what the surrogate proposes."""
+    """Chooses what to try next: an anchor, planned weights, or what the surrogate or a sampler
+    proposes.
+    """
 
     def __init__(
-        self, study: Study, scratch: Path, planned: Mapping[int, tuple[str, Mapping[str, float]]]
+        self,
+        study: Study,
+        scratch: Path,
+        planned: Mapping[int, tuple[str, Mapping[str, float]]],
+        sampler: tuple[str, Sampler] | None,
     ) -> None:
         self._study, self._scratch = study, scratch
         self._planned = dict(planned)
-        self._asker: Asker | None = None
+        self._sampler = sampler
+        self._asker: Asker | SamplerAsker | None = None
 
     def next_candidate(self, number: int, running: Sequence[Candidate]) -> Candidate:
         """Return the candidate for trial `number`, given those that are still running."""
@@ -214,13 +234,19 @@ class _Plan:
             origin, weights = planned[0], dict(planned[1])
             return Candidate(number, origin, weights, seconds={"ask": 0.0}, with_gradients=takes)
         if self._asker is None:
-            self._asker = Asker(self._study.config, self._scratch)
+            self._asker = self._open_asker()
             for trial in self._study.log.trials_at("search"):
                 self._asker.tell(trial)
         started = perf_counter()
         weights = self._asker.ask(number, [candidate.weights for candidate in running])
         seconds = {"ask": perf_counter() - started}
-        return Candidate(number, "surrogate", weights, seconds=seconds, with_gradients=takes)
+        origin = "surrogate" if self._sampler is None else f"sampler {self._sampler[0]}"
+        return Candidate(number, origin, weights, seconds=seconds, with_gradients=takes)
+
+    def _open_asker(self) -> Asker | SamplerAsker:
+        if self._sampler is None:
+            return Asker(self._study.config, self._scratch)
+        return SamplerAsker(self._study.config, *self._sampler)
 
     def tell(self, trial: Trial) -> None:
         """Report a finished trial to the asker, which reads the log if it is made later."""

@@ -9,7 +9,8 @@ from optimer_hf.merging.tokenizer import scoring_tokenizer
 from optimer_hf.models.placement import DeviceMap, Placement
 from optimer_hf.models.resolve import AnyModel, base_from_here
 from optimer_hf.progress import announce
-from optimer_hf.scoring.evaluator import Evaluator, Scorer
+from optimer_hf.scoring.evaluator import Evaluator
+from optimer_hf.scoring.functions import Scorer
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import load_tasks

@@ -23,7 +23,8 @@ from optimer_hf.models.memory import collect_memory, lacks_memory
 from optimer_hf.models.placement import Placement
 from optimer_hf.models.resolve import resolve_base, resolve_tokenizer
 from optimer_hf.progress import Cost
-from optimer_hf.scoring.evaluator import Evaluator, Scorer
+from optimer_hf.scoring.evaluator import Evaluator
+from optimer_hf.scoring.functions import Scorer
 from optimer_hf.scoring.items import check_disjoint
 from optimer_hf.scoring.objective import Asked
 from optimer_hf.scoring.scores import TermScore

@@ -36,6 +36,7 @@ TRACKERS = (  # that transformers reports to; one that it drops stays, so that o
 DEVICES = re.compile(r"cpu|disk|(cuda:)?\d{1,3}")
 AMOUNT = re.compile(r"\d+(\.\d+)? ?[KMGT]i?B", re.IGNORECASE)
 Strategy = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+PluginName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # each use says what is wrong below 0
 
 
@@ -145,6 +146,10 @@ class SearchConfig(FileModel):
     longer than a trial of a small model on a GPU. random_forest: SMAC's random forest. random: no
     model, random weights.
     """
+    sampler: PluginName | None = Field(default=None, examples=["my-sampler"])
+    """Installed sampler that chooses the weights in place of the surrogate: the name of an entry
+    point of the group optimer.samplers.
+    """
     total: tuple[Total, Total] | None = Field(
         default=None, examples=[[0.5, 1.5]], json_schema_extra={"unit": "weight"}
     )
@@ -229,6 +234,10 @@ class Baselines(FileModel):
     same vectors.
     """
 
+    plugins: list[PluginName] = Field(default=[], examples=[["my-baseline"]])
+    """Installed baselines: names of entry points of the group optimer.baselines. Each returns
+    weights of the same vectors, or a model.
+    """
     merge_methods: list[MergeMethod] = Field(default=[], examples=[["ties", "dare_ties"]])
     """Other merge methods to run on the same vectors, through mergekit."""
     random_vectors: bool = Field(default=False, examples=[True])
@@ -465,7 +474,7 @@ class StudyConfig(VersionedFile):
             for where, message in self._mistakes_of_search(settings):
                 yield ("baselines", "searches", name, *where[1:]), message
         names: set[str] = set()
-        for group in ("searches", "models", "mixtures"):
+        for group in ("plugins", "searches", "models", "mixtures"):
             for name in getattr(self.baselines, group):
                 if name in names:
                     message = f"two are called {name!r}; give each its own name"
@@ -508,6 +517,8 @@ class StudyConfig(VersionedFile):
         """Return why a search cannot use gradients, and what to change; None if it can."""
         if self.engine.name != "transformers":
             return f"engine {self.engine.name} has no gradients; use transformers, or never"
+        if search.sampler is not None:
+            return f"sampler {search.sampler} does not use gradients; use never"
         if search.surrogate != "per_term":
             return f"surrogate {search.surrogate} does not use gradients; use per_term, or never"
         return None
@@ -524,6 +535,8 @@ class StudyConfig(VersionedFile):
         data = self.model_dump(mode="json", exclude=outside)
         for name in ("n_trials", "report_to", "gradients"):
             del data["search"][name]
+        if self.search.sampler is None:  # newer than some studies
+            del data["search"]["sampler"]
         for name in ("tokenizer_source", "engine", "vocabulary"):  # newer than some studies
             if getattr(self, name) == type(self).model_fields[name].default:
                 del data[name]

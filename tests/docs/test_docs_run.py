@@ -412,6 +412,13 @@ def write_yaml(text: str) -> None:
             optimer(f"optimer validate {name}")
 
 
+def write_modules(section: Section) -> None:
+    """Write the Python files that a section shows: blocks whose first line is their name."""
+    for text in section.blocks("python"):
+        if (name := re.match(r"# (\w+\.py)\n", text)) is not None:
+            Path(name[1]).write_text(text, encoding="utf-8")
+
+
 # -- the tests -------------------------------------------------------------------------------------
 
 
@@ -419,6 +426,7 @@ def write_yaml(text: str) -> None:
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
 def test_a_section_works_from_its_begin_to_its_end(section, request, terminal, monkeypatch):
     monkeypatch.chdir(enter(request, section.name))
+    write_modules(section)
     for block in section.blocks("yaml"):
         write_yaml(block)
     if section.name in BEFORE:
@@ -457,7 +465,7 @@ def test_a_wrong_line_is_noticed(terminal, line, tmp_path, monkeypatch):
 
 def test_every_block_is_of_a_kind_that_is_run():
     kinds = {snippet.language for section in SECTIONS for snippet in section.snippets}
-    assert kinds <= {"sh", "bash", "indented", "inline", "yaml", "python", ""}
+    assert kinds <= {"sh", "bash", "indented", "inline", "yaml", "toml", "python", ""}
 
 
 def test_no_table_has_an_entry_that_no_page_needs():

@@ -28,7 +28,7 @@ from tests.support.experiments import run_optimer
         (
             "study.yaml",
             {"objective": {"terms": [{"function": "f", "higher_is_better": True}]}, "retarget": {}},
-            "terms with a 'function' need Python",
+            "found the function 'f', which only Python can give",
         ),
     ],
 )
