@@ -37,12 +37,23 @@ TAGS = {
 }
 SHARED = ("tags", "language")  # lists that people may add to
 THEIRS = ("library_name", "pipeline_tag")  # what people write there is kept
-HEADINGS = {
-    "search": "On the search split",
-    "rescore": "On the full search split",
-    "sealed": "On the sealed test, scored once and after the search",
+COLUMNS: Mapping[str, str] = {  # of the table of scores, by fidelity
+    "sealed": "sealed test",
+    "rescore": "search, all items",
+    "search": "search",
 }
-MEASURED = ("train", "search", "rescore", "sealed", "write")  # parts of a ledger
+NOTES: Mapping[str, str] = {  # about the objective, by fidelity
+    "sealed": "Sealed test, scored once and after the search",
+    "rescore": "Search, on all its items; this score chose the weights, so it flatters them",
+    "search": "Search; this score chose the weights, so it flatters them",
+}
+MEASURED: Mapping[str, str] = {  # parts of a ledger
+    "train": "training of the vectors",
+    "search": "search",
+    "rescore": "scoring the best again",
+    "sealed": "sealed test",
+    "write": "writing the model",
+}
 WIDEST_BAR = 20  # characters
 PERMISSIVE = frozenset(
     {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "0bsd", "unlicense", "cc0-1.0"}
@@ -93,17 +104,27 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class MergeConfig:
+    """A config for mergekit: what needs it, the command that runs it, and the YAML."""
+
+    title: str
+    command: str
+    text: str
+
+
+@dataclass(frozen=True)
 class RecipeFacts:
     """What a card says about a recipe, besides its fields: recipe.yaml as `text`, the configs for
-    mergekit by title, bars for the weights by vector, units of the scores by term, and the tables
-    of costs and of the sealed test, empty if there are none.
+    mergekit, the bars of the weights by vector, the value of the objective by fidelity in words,
+    and the tables of scores, of costs and of the sealed test, empty if there are none.
     """
 
     recipe: Recipe
     text: str
-    merge_configs: Mapping[str, str]
+    merge_configs: Sequence[MergeConfig]
     bars: Mapping[str, str]
-    units: Mapping[str, str]
+    scores: str
+    values: Sequence[tuple[str, str]]
     costs: str
     results: str
 
@@ -126,6 +147,8 @@ class Facts:
     subject: VectorFile | RecipeFacts | BaseFacts
     is_model: bool = False
     figures: Sequence[Picture] = ()
+    verdict: str = ""
+    has_report: bool = False
 
     @property
     def vector(self) -> VectorFile | None:
@@ -246,7 +269,7 @@ def unit_of(label: str, metrics: Mapping[str, str], higher_is_better: Mapping[st
 
 
 def recipe_facts(
-    recipe: Recipe, text: str, merge_configs: Mapping[str, str], results: Results | None
+    recipe: Recipe, text: str, merge_configs: Sequence[MergeConfig], results: Results | None
 ) -> RecipeFacts:
     """Return what a card says about a recipe; `text` is its recipe.yaml, and `results` are those of
     the sealed test, if there was one.
@@ -256,7 +279,8 @@ def recipe_facts(
         text=text,
         merge_configs=merge_configs,
         bars=_bars_of(recipe.weights),
-        units=_units_of(recipe),
+        scores=_score_table(recipe),
+        values=_values_of(recipe),
         costs=_cost_table(recipe.ledger),
         results="" if results is None else _results_table(results),
     )
@@ -274,20 +298,47 @@ def _cost_table(ledger: Ledger) -> str:
     """Return what each stage took as a table; empty if nothing was measured."""
     spent = ledger.to_json()
     rows = [
-        [part, *(str(spent[part].get(key, "")) for key in ("n", "items", "tokens", "seconds"))]
-        for part in MEASURED
+        [name, *(_count(spent[part].get(key)) for key in ("n", "items", "tokens", "seconds"))]
+        for part, name in MEASURED.items()
         if part in spent
     ]
     return markdown_table(["part", "trials", "items", "tokens", "seconds"], rows) if rows else ""
 
 
-def _units_of(recipe: Recipe) -> dict[str, str]:
-    """Return metric and direction of every scored term of a recipe."""
-    return {
-        label: unit_of(label, recipe.metrics, score.higher_is_better)
-        for score in recipe.scores.values()
-        for label in score.terms
-    }
+def _count(value: float | None) -> str:
+    """Return a number of a ledger as text; nothing for what was not counted."""
+    return f"{value:,}" if value else ""
+
+
+def _score_table(recipe: Recipe) -> str:
+    """Return the score of every term with its metric and direction, and a column for each fidelity;
+    empty if nothing was scored.
+    """
+    shown = {name: recipe.scores[name] for name in COLUMNS if name in recipe.scores}
+    directions = {k: v for score in shown.values() for k, v in score.higher_is_better.items()}
+    labels = dict.fromkeys(label for score in shown.values() for label in score.terms)
+    lines = [
+        [
+            _escape_markdown(label),
+            _escape_markdown(unit_of(label, recipe.metrics, directions)),
+            *(
+                f"{score.terms[label]:.4f}" if label in score.terms else ""
+                for score in shown.values()
+            ),
+        ]
+        for label in labels
+    ]
+    header = ["term", "measured in", *(COLUMNS[name] for name in shown)]
+    return markdown_table(header, lines).strip() if lines else ""
+
+
+def _values_of(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return the value of the objective by fidelity, the sealed one first, as note and words."""
+    return [
+        (note, recipe.scores[name].summary or f"{recipe.scores[name].value:.4g}")
+        for name, note in NOTES.items()
+        if name in recipe.scores
+    ]
 
 
 def _results_table(results: Results) -> str:
@@ -310,11 +361,7 @@ def render(metadata: Mapping[str, Any], facts: Facts, existing: str | None) -> s
         "fenced": _code_block,
     }
     template = environment.get_template("model_card.md.jinja")
-    inner = (
-        template.render(card=facts, headings=HEADINGS)
-        .strip()
-        .replace("<!-- optimer:", "<! -- optimer:")
-    )
+    inner = template.render(card=facts).strip().replace("<!-- optimer:", "<! -- optimer:")
     text = f"{BEGIN}\n{inner}\n{END}"
     theirs, body = split_card(existing or "")
     begin, end = body.find(BEGIN), body.rfind(END)  # names in older cards may contain marks

@@ -7,7 +7,8 @@ arrived are not sent again, not even after a kill.
 
 import hashlib
 import logging
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,14 @@ from optimer_hf.hub.publication import (
 from optimer_hf.hub.readers import describe_uses
 from optimer_hf.hub.uploads import base_of, uploads_of
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
-from optimer_hf.report.captions import CAPTIONS, CARD_FIGURES, Captions, dark_file, light_file
+from optimer_hf.report.captions import (
+    CAPTIONS,
+    CARD_FIGURES,
+    REPORT,
+    Captions,
+    dark_file,
+    light_file,
+)
 from optimer_hf.vectors.record import VectorFile
 
 logger = logging.getLogger(__name__)
@@ -465,6 +473,8 @@ def _render_card(
         is_model=publication.kind == "model",
         subject=_subject_of(publication),
         figures=_figures_in_card(publication),
+        verdict=_captions(publication).verdict if CAPTIONS in publication.files else "",
+        has_report=REPORT in publication.files,
     )
     return card.render(metadata, facts, existing)
 
@@ -475,25 +485,37 @@ def _subject_of(publication: Publication) -> VectorFile | card.BaseFacts | card.
         return card.BaseFacts(record.recipe)
     if isinstance(record, VectorFile):
         return record
-    configs = {
-        "Merge config for mergekit with optimer-hf installed": publication.text(
-            "optimer.yml"
-        ).strip(),
-        "Merge config for mergekit alone": publication.text("mergekit_config.yml").strip(),
-    }
     return card.recipe_facts(
         record,
         publication.text("recipe.yaml").strip(),
-        {title: text for title, text in configs.items() if text},
+        list(_merge_configs(publication)),
         publication.results,
     )
+
+
+def _merge_configs(publication: Publication) -> Iterator[card.MergeConfig]:
+    """Yield the configs for mergekit in a repository, with the commands that run them once it was
+    pulled into `merge`.
+    """
+    if text := publication.text("optimer.yml").strip():
+        title = "Merge config for mergekit with optimer-hf installed"
+        yield card.MergeConfig(title, "optimer merge merge/optimer.yml merged", text)
+    if text := publication.text("mergekit_config.yml").strip():
+        command = "mergekit-yaml merge/mergekit_config.yml merged"
+        if re.search(r"model: \S+\+", text):  # a base and an adapter, which mergekit joins first
+            command += " --lora-merge-cache lora-cache"
+        yield card.MergeConfig("Merge config for mergekit alone", command, text)
+
+
+def _captions(publication: Publication) -> Captions:
+    return Captions.model_validate_json(publication.text(CAPTIONS))
 
 
 def _figures_in_card(publication: Publication) -> list[card.Picture]:
     """Return the figures for the card, in the order of the card."""
     if CAPTIONS not in publication.files:
         return []
-    texts = Captions.model_validate_json(publication.text(CAPTIONS)).captions
+    texts = _captions(publication).captions
     return [
         card.Picture(
             light_file(name),

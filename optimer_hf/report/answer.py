@@ -77,7 +77,7 @@ def answer_of(evidence: Evidence) -> Answer:
     """Return the first screen of a report."""
     comparison = evidence.comparison
     return Answer(
-        verdict=_untested(evidence) if comparison is None else _verdict(comparison),
+        verdict=_untested(evidence) if comparison is None else verdict_of(comparison),
         bars=[] if comparison is None else _bars(comparison),
         notes=list(_notes(evidence)),
         weights=list(_weight_bars(evidence)),
@@ -88,7 +88,7 @@ def answer_of(evidence: Evidence) -> Answer:
 # -- the verdict -----------------------------------------------------------------------------------
 
 
-def _verdict(comparison: Comparison) -> str:
+def verdict_of(comparison: Comparison) -> str:
     """Return what the sealed test says about the merge and the best baseline, as one sentence."""
     best = comparison.best_baseline()
     interval = comparison.interval(comparison.merge, best)

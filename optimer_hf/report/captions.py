@@ -33,7 +33,10 @@ class Caption(FileModel):
 
 
 class Captions(VersionedFile):
-    """captions.json beside the figures: their texts, and the weights of the merge they show."""
+    """captions.json beside the figures: their texts, the weights of the merge they show, and what
+    the sealed test says of it in one sentence (empty without one).
+    """
 
     weights: dict[str, float]
+    verdict: str = ""
     captions: dict[str, Caption]

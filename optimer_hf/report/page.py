@@ -15,7 +15,7 @@ from markupsafe import Markup
 from optimer_hf.comparison.result import Comparison
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.staging import make_directory, write_text
-from optimer_hf.report.answer import answer_of
+from optimer_hf.report.answer import answer_of, verdict_of
 from optimer_hf.report.captions import (
     CAPTIONS,
     CARD_FIGURES,
@@ -142,7 +142,12 @@ def _write_figures(evidence: Evidence, panels: Sequence[Panel], folder: Path) ->
         panel.name: Caption(title=panel.title, conclusion=panel.conclusion, shows=panel.shows)
         for panel in panels
     }
-    record = Captions(weights=evidence.study.best_trial.weights, captions=captions)
+    comparison = evidence.comparison
+    record = Captions(
+        weights=evidence.study.best_trial.weights,
+        verdict="" if comparison is None else verdict_of(comparison),
+        captions=captions,
+    )
     record.write(folder / Path(CAPTIONS).name)
 
 

@@ -1,5 +1,6 @@
 """Cards: licences are never guessed, and what a person writes stays."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from optimer_hf.hub.card import (
     BEGIN,
     END,
     Facts,
+    MergeConfig,
     Origins,
     Picture,
     datasets_of,
@@ -95,16 +97,52 @@ def recipe_of(**fields) -> Recipe:
 def test_bars_are_as_long_as_the_weights_and_costs_are_what_was_measured():
     search = TrialCost(n=3, items=12, seconds=2.5)
     ledger = Ledger(search=search, data_mixture=mixture_cost(1e6, 2.5, search))
-    facts = recipe_facts(recipe_of(ledger=ledger), "", {}, None)
+    facts = recipe_facts(recipe_of(ledger=ledger), "", [], None)
     assert [len(facts.bars[name]) for name in "abc"] == [20, 11, 0]
-    assert "| search | 3 | 12 | 0 | 2.5 |" in facts.costs
+    assert "| search | 3 | 12 |  | 2.5 |" in facts.costs
     assert "data_mixture" not in facts.costs
     assert facts.results == ""
     assert BEGIN != END
 
 
+def test_scores_have_their_unit_and_direction_and_the_sealed_ones_come_first():
+    direction = {"ja": False, "mc": True}
+    scores = {
+        "search": Score(terms={"ja": 1.25}, value=0.1, summary="over the base +10.00 %"),
+        "sealed": Score(terms={"ja": 1.5, "mc": 0.5}, value=0.05, higher_is_better=direction),
+    }
+    terms = [{"text": "/ja.jsonl"}, {"task": "mc", "metric": "acc"}]
+    recipe = recipe_of(scores=scores, objective={"terms": terms})
+    facts = recipe_facts(recipe, "", [], None)
+    assert facts.scores.splitlines() == [
+        "| term | measured in | sealed test | search |",
+        "| --- | --- | --- | --- |",
+        "| ja | bits per byte, lower is better | 1.5000 | 1.2500 |",
+        "| mc | acc, higher is better | 0.5000 |  |",
+    ]
+    (sealed, _), (search, value) = facts.values
+    assert "after the search" in sealed and "flatters" in search and "+10.00 %" in value
+
+
+def test_the_citation_is_a_whole_bibtex_entry():
+    card = render({}, FACTS, None)
+    entry = card.partition("```bibtex\n")[2].partition("```")[0]
+    assert entry.startswith("@misc{song2026optimer,\n") and entry.endswith("}\n")
+    assert entry.count("{") == entry.count("}")
+    fields = dict(re.findall(r"^  (\w+)=\{(.*)\},?$", entry, re.MULTILINE))
+    assert fields["title"].startswith("{OptiMer}: Optimal Distribution Vector Merging")
+    assert fields["author"] == "Song, Haiyue and Utiyama, Masao"
+    assert fields["eprint"] in fields["url"]
+
+
+def test_a_card_begins_with_its_name_and_the_verdict_and_marks_what_is_left_out():
+    lines = split_card(render({}, replace(FACTS, verdict="It beats."), None))[1].splitlines()
+    assert [line for line in lines if line][1:3] == ["# t", "**It beats.**"]
+    assert "| c | 0 | left out | `o/c` |" in lines
+
+
 def test_the_table_of_the_sealed_test_is_that_of_the_results():
-    facts = recipe_facts(recipe_of(), "", {}, results_of_row("x|y"))
+    facts = recipe_facts(recipe_of(), "", [], results_of_row("x|y"))
     assert facts.results.splitlines()[2:] == [
         r"| weights | x\|y (6 items) | objective |",
         "| --- | --- | --- |",
@@ -135,7 +173,7 @@ def test_only_data_sets_on_the_hub_are_named():
     assert datasets_of(PartialCorpus()) == datasets_of(None) == []
 
 
-FACTS = Facts("t", "o/r", recipe_facts(recipe_of(), "", {}, None))
+FACTS = Facts("t", "o/r", recipe_facts(recipe_of(), "", [], None))
 
 
 def test_a_card_keeps_what_a_person_set_and_drops_what_no_longer_holds():
@@ -172,10 +210,11 @@ def test_names_add_nothing_to_a_card_but_their_letters(evil):
             **{"base_model": evil, "derived_from": evil},
         }
     )
-    about = recipe_facts(recipe, f"a: {evil}", {evil: evil}, results_of_row(evil))
-    about = replace(about, units={evil: evil})
+    configs = [MergeConfig(evil, evil, evil)]
+    about = recipe_facts(recipe, f"a: {evil}", configs, results_of_row(evil))
     caption = Caption(title=evil, conclusion=evil, shows=evil)
     facts = Facts(evil, "o/r", about, figures=[Picture("figures/a.png", "b.png", caption)])
+    facts = replace(facts, verdict=evil, has_report=True)
 
     def pushed(existing: str | None) -> str:
         return render({"license": "mit"}, facts, existing)

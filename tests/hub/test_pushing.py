@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,13 @@ from optimer_hf.hub import pushing as pushes
 from optimer_hf.hub.card import split_card
 from optimer_hf.models.layout import weight_digests
 from optimer_hf.recipes.build import build, verify
-from optimer_hf.report.captions import Captions
+from optimer_hf.report.captions import (
+    CAPTIONS,
+    CARD_FIGURES,
+    Captions,
+    dark_file,
+    light_file,
+)
 from optimer_hf.report.page import write_figures
 from tests.support.hub import ALICE, BOB, change_record
 from tests.support.publishing import results_of_row
@@ -101,30 +109,33 @@ def test_hf_download_and_git_clone_give_what_was_pushed(hub, make_vector, name, 
                 assert cloned == path.read_text()
 
 
-def test_unmodified_mergekit_runs_the_exported_config(hub, make_recipe, name, tmp_path):
-    folder = make_recipe("delta")
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("delta", 0.995), ("adapter", 0.95)],  # mergekit rounds the sum of base and adapter once more
+)
+def test_unmodified_mergekit_runs_the_command_of_the_card(
+    hub, make_recipe, name, tmp_path, kind, share
+):
+    folder = make_recipe(kind)
     build(folder / "recipe.yaml", tmp_path / "mine")
     hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
-    hubs.pull(f"alice/{name}", tmp_path / "theirs", token=ALICE)
-    config = tmp_path / "theirs" / "mergekit_config.yml"
+    hubs.pull(f"alice/{name}", tmp_path / "merge", token=ALICE)
+    config = tmp_path / "merge" / "mergekit_config.yml"
     assert f"alice/{name}-v0@" in config.read_text()
+    (command,) = re.findall(r"`(mergekit-yaml .*)`", (config.parent / "README.md").read_text())
+    scripts = Path(sys.executable).parent
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ALICE}
-    mergekit = str(Path(sys.executable).with_name("mergekit-yaml"))
-    command = [
-        mergekit,
-        str(config),
-        str(tmp_path / "vanilla"),
-        "--lora-merge-cache",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    env["PATH"] = f"{scripts}{os.pathsep}{env['PATH']}"
+    done = subprocess.run(
+        shlex.split(command), env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     ours = load_file(tmp_path / "mine" / "model.safetensors")
-    theirs = load_file(next((tmp_path / "vanilla").glob("*.safetensors")))
+    theirs = load_file(next((tmp_path / "merged").glob("*.safetensors")))
     same = [
         torch.isclose(ours[key], theirs[key], rtol=2**-7, atol=0).float().mean() for key in ours
     ]
-    assert min(same) > 0.995
+    assert min(same) > share
 
 
 def test_a_second_push_sends_nothing(hub, make_vector, name):
@@ -336,7 +347,7 @@ def test_the_card_of_a_recipe_names_data_and_languages_of_its_vectors(hub, make_
     again = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     assert "language:\n- ja\n" in again.card and "- org/wiki\n" in again.card
     assert "## Merge config for mergekit with optimer-hf installed" in again.card
-    assert "ja 1.5000 (bits per byte); objective" in again.card
+    assert "| ja | bits per byte | 1.5000 |" in again.card
     assert split_card(again.card)[0]["base_model"] == ["alice/base", f"alice/{name}-v0"]
 
 
@@ -425,16 +436,19 @@ def test_figures_are_pushed_with_a_recipe_and_shown_in_its_card(hub, drawn_recip
     captions.model_copy(update={"captions": kept}).write(folder / "figures" / "captions.json")
     hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     there = HfApi(token=ALICE).list_repo_files(f"alice/{name}")
-    drawn = ["captions.json", "progress.png", "slices.png", "terms.png", "weights.png"]
-    assert sorted(f for f in there if "/" in f) == [f"figures/{file}" for file in drawn]
+    shown = [name for name in CARD_FIGURES if name in kept]
+    assert {"progress", "slices", "terms", "weights"} == set(shown)
+    files = {of(name) for name in shown for of in (light_file, dark_file)}
+    assert {f for f in there if "/" in f} == files | {CAPTIONS}
     hubs.pull(f"alice/{name}", tmp_path / "theirs", token=BOB)
     card = (tmp_path / "theirs" / "README.md").read_text()
     texts = Captions.read(folder / "figures" / "captions.json").captions
-    for file in drawn[1:]:
-        said = texts[file.removesuffix(".png")].conclusion
-        assert f"![{said.replace('`', chr(92) + '`')}](figures/{file})" in card
-        written = (folder / "figures" / file).read_bytes()
-        assert (tmp_path / "theirs" / "figures" / file).read_bytes() == written
+    for figure in shown:
+        assert f"**{texts[figure].title}.**" in card
+        for of, mode in ((light_file, "light"), (dark_file, "dark")):
+            assert f"]({of(figure)}#hf-{mode}-mode-only)" in card
+            written = (folder / of(figure)).read_bytes()
+            assert (tmp_path / "theirs" / of(figure)).read_bytes() == written
 
 
 def test_figures_that_were_drawn_again_are_not_sent_again(hub, drawn, drawn_recipe, name):
@@ -451,8 +465,12 @@ def test_a_built_model_takes_the_figures_of_its_recipe_along(hub, drawn_recipe, 
     folder = drawn_recipe
     build(folder / "recipe.yaml", tmp_path / "model")
     done = hubs.push(tmp_path / "model", f"alice/{name}", token=ALICE, vectors=True)
-    assert "(figures/weights.png)" in done.card
-    assert {"figures/weights.png", "figures/captions.json"} <= done.sent.keys()
+    assert "(figures/weights.png#hf-light-mode-only)" in done.card
+    assert {
+        "figures/weights.png",
+        "figures/weights-dark.png",
+        "figures/captions.json",
+    } <= done.sent.keys()
 
 
 def test_figures_of_another_merge_are_not_pushed(hub, drawn_recipe, name, caplog):
