@@ -112,8 +112,10 @@ LOOKS: Mapping[Part, Look] = {
 
 
 def add_hint(artist: "Artist", text: str) -> None:
-    """Let a mark of an SVG show a text when the mouse is over it."""
-    artist.set_gid(HINT + " ".join(text.split()))
+    """Let a mark of an SVG show a text when the mouse is over it; its quotes become single ones,
+    since ids are written between double ones.
+    """
+    artist.set_gid(HINT + " ".join(text.split()).replace('"', "'"))
 
 
 def draw_interval(
@@ -168,10 +170,10 @@ def choose_limits(focus: Sequence[float], others: Sequence[float]) -> tuple[floa
     squeeze it: within the span of `focus` on either side.
     """
     low, high = min(0.0, *focus), max(0.0, *focus)
-    span = max(high - low, 1e-9)
+    span = max(high - low, 1e-3)
     near = [value for value in others if low - span <= value <= high + span]
     low, high = min(low, *near, low), max(high, *near, high)
-    room = 0.05 * (high - low)
+    room = 0.05 * max(high - low, span)
     return low - room, high + room
 
 

@@ -331,15 +331,49 @@ def browser():
     opened.quit()
 
 
-@pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_all_of_it(browser, page, width, scheme):
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+def show(browser, page: Path, width: int, height: int, scheme: str = "light") -> None:
+    """Open a page as a phone or a screen shows it."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     browser.get(page.as_uri())
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1440, 900)])
+def test_the_first_screen_has_verdict_bars_weights_and_command(browser, page, width, height):
+    show(browser, page, width, height)
+    for part in ("h1", ".gains li:last-child", ".weights tr:last-child", ".command"):
+        bottom = browser.execute_script(
+            f"return document.querySelector('{part}').getBoundingClientRect().bottom"
+        )
+        assert 0 < bottom < height, part
+    heights = "return [...document.querySelectorAll('details')].map(d => d.offsetHeight)"
+    assert max(browser.execute_script(heights)) < 150
+
+
+def test_a_click_on_a_head_sorts_a_table_and_another_turns_it_round(browser, page, study):
+    show(browser, page, 1440, 900)
+    browser.execute_script("document.querySelector('#search').open = true")
+    numbers = (
+        "return [...document.querySelectorAll('#search tbody tr')].map(r => +r.cells[0].innerText)"
+    )
+    values = {trial.number: study.value(trial) for trial in study.trials}
+    assert browser.execute_script(numbers) == list(values)
+    for turn in (True, False):
+        browser.execute_script(
+            "[...document.querySelectorAll('#search th button')]"
+            ".find(b => b.innerText == 'search score').click()"
+        )
+        assert browser.execute_script(numbers) == sorted(values, key=values.get, reverse=turn)
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_all_of_it(browser, page, width, scheme):
+    show(browser, page, width, 900, scheme)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     boxes = browser.execute_script(
         "return [...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect())"
@@ -356,3 +390,7 @@ def test_a_browser_shows_all_of_it(browser, page, width, scheme):
         "return getComputedStyle(document.querySelector('figure svg text')).fill"
     )
     assert text_ink == ink
+    sizes = browser.execute_script(
+        "return [...document.querySelectorAll('figure svg')].map(s => s.getScreenCTM().a * 9.5)"
+    )
+    assert min(sizes) > 8.5  # pixels, of the smallest text
