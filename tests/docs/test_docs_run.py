@@ -44,6 +44,7 @@ COMMANDS = main.list_commands(click.Context(main))
 NOT_RUN = {
     "pip install -c constraints.txt -e .": "changes the environment; .ci/run does it",
     "pip install -c constraints.txt -e '.[demo]'": "changes the environment; .ci/run does it",
+    "pip install -c constraints.txt torch": "changes the environment",
     "pip install optimer-hf": "not published yet",
     "pip install deepspeed": "changes the environment, also that of the tests after it",
     "pip install optuna cma": "changes the environment",

@@ -1,5 +1,5 @@
-"""The notebook in examples/ runs from its first cell to its last in a real kernel, and what its
-cells show is short.
+"""The notebooks in examples/ and docs/ run from first cell to last in a real kernel, and
+what the cells show is short.
 """
 
 import os
@@ -30,11 +30,16 @@ def cells(tmp_path_factory, make_base, make_tuned, corpus_dir):
     for cell in notebook.cells:
         for old, new in (SMALL | {k: str(v) for k, v in names.items()}).items():
             cell.source = cell.source.replace(old, new)
+    run(notebook, folder)
+    assert (folder / "merged" / "config.json").is_file()
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def run(notebook, folder: Path) -> None:
+    """Execute a notebook in a folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment | {"PYTHONPATH": str(ROOT)})
-    assert (folder / "merged" / "config.json").is_file()
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def pages_of(cell) -> list[str]:
@@ -58,3 +63,40 @@ def test_no_cell_is_full_of_the_bars_and_logs_of_libraries(cells):
         streams = "".join(output.get("text", "") for output in cell.outputs)
         lines = [line for line in re.split(r"[\r\n]+", streams) if line.strip()]
         assert [line for line in lines if not once.search(line)] == []
+
+
+QUICKSTART = ROOT / "docs" / "quickstart.ipynb"
+SMALLER = {
+    "%pip install -q optimer-hf": "",
+    "N_TRAIN, N_HELD_OUT = 2000, 80": "N_TRAIN, N_HELD_OUT = 60, 40",
+    '"block_size": 512': '"block_size": 32',
+    '"max_tokens": 100_000': '"max_tokens": 512',
+    '"n_trials": 20': '"n_trials": 5, "rescore_top": 1',
+    "max_new_tokens=40": "max_new_tokens=4",
+    ', name="main"': "",
+}
+
+
+@pytest.mark.slow
+def test_the_quickstart_goes_from_texts_to_a_merged_model(tmp_path, make_base, corpus_dir):
+    base = make_base("llama")
+    for name, corpus, field in (("TinyStories", "aaa", "text"), ("gsm8k", "xyz", "question")):
+        (tmp_path / name).mkdir()
+        text = (corpus_dir / f"{corpus}.train.jsonl").read_text("utf-8")
+        (tmp_path / name / "train.jsonl").write_text(text.replace('"text"', f'"{field}"'), "utf-8")
+    names = {
+        "HuggingFaceTB/SmolLM2-135M": str(base.path),
+        "roneneldan/TinyStories": str(tmp_path / "TinyStories"),
+        "openai/gsm8k": str(tmp_path / "gsm8k"),
+    }
+    notebook = nbformat.read(QUICKSTART, as_version=4)
+    for old, new in (SMALLER | names).items():
+        assert any(old in cell.source for cell in notebook.cells), old
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
+    run(notebook, tmp_path)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert "<caption>Study study: 5 trials, best stories" in pages_of(cells[3])[-1]
+    assert "searched merge" in pages_of(cells[4])[-1]
+    assert (tmp_path / "merged" / "recipe.lock.json").is_file()
+    assert (tmp_path / "report.html").is_file()
