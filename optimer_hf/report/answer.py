@@ -103,8 +103,8 @@ def verdict_of(comparison: Comparison) -> str:
             return f"The merge is worse than {other}, by {by} on the sealed test."
         case "too few items to tell":
             return (
-                f"Too few items to tell: the sealed test has {interval.n_fewest} in term "
-                f"{interval.fewest_in!r}, and a verdict needs {FEWEST}."
+                f"Too few items for a verdict: the sealed test has {interval.n_fewest} of "
+                f"{interval.fewest_in!r}, and {FEWEST} are needed."
             )
         case "no significant difference":
             return f"The merge and {other} do not differ significantly on the sealed test."

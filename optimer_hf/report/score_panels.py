@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LANES: Mapping[Part, float] = {"other": 0.0, "target": -0.2, "best": 0.22, "merge": 0.0}
+WIDEST_INTERVAL = 2.0  # times the span of the points, that an axis makes room for
 Gains = Sequence[tuple[SealedRow, Interval]]
 
 
@@ -39,15 +40,16 @@ def part_of(row: SealedRow, best: SealedRow) -> Part:
 
 
 def limits_of(gains: Gains, best: SealedRow, factor: float) -> tuple[float, float]:
-    """Return limits that show the merge and the best baseline with their intervals."""
-    focus, others = [], []
-    for row, interval in gains:
-        if part_of(row, best) in ("merge", "best"):
-            ends = [interval.low, interval.high] if interval.kind != "none" else []
-            focus += [factor * value for value in (interval.difference, *ends)]
-        else:
-            others.append(factor * interval.difference)
-    return choose_limits(focus, others)
+    """Return limits that show the merge and the best baseline with their intervals; one that is so
+    wide that it would squeeze everything else runs to the edge.
+    """
+    shown = [interval for row, interval in gains if part_of(row, best) in ("merge", "best")]
+    focus = [factor * interval.difference for interval in shown]
+    low, high = min(0.0, *focus), max(0.0, *focus)
+    room = WIDEST_INTERVAL * (high - low)
+    ends = [e for i in shown if i.kind != "none" for e in (factor * i.low, factor * i.high)]
+    focus += [min(max(end, low - room), high + room) for end in ends]
+    return choose_limits(focus, [factor * interval.difference for _, interval in gains])
 
 
 # -- by term ---------------------------------------------------------------------------------------
@@ -183,7 +185,6 @@ RELATIONS: Mapping[Answer, str] = {  # of the merge to some baselines
     "better": "better than {}",
     "worse": "worse than {}",
     "no significant difference": "not significantly different from {}",
-    "too few items to tell": "on too few items to tell from {}",
     "no interval, because all items differ alike": "without an interval against {}",
 }
 
@@ -192,6 +193,8 @@ def _say_how_many(comparison: Comparison) -> str:
     """Return how many baselines the merge is better than, worse than, or neither."""
     baselines = [row for row in comparison.rows if row.is_baseline]
     answers = [comparison.interval(comparison.merge, row).answer for row in baselines]
+    if "too few items to tell" in answers:  # all rows have the same items
+        return f"Too few items to compare the merge with its {len(baselines)} baselines."
     counts = {answer: answers.count(answer) for answer in RELATIONS if answer in answers}
     parts = [RELATIONS[answer].format(n) for answer, n in counts.items()]
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -33,7 +33,7 @@ def test_the_verdict_is_that_of_the_interval_to_the_best_baseline(compared):
         assert f"by {abs(100 * interval.difference):.2f} points on the sealed test" in verdict
     else:
         assert verdict == (
-            "Too few items to tell: the sealed test has 4 in term 't', and a verdict needs 10."
+            "Too few items for a verdict: the sealed test has 4 of 't', and 10 are needed."
         )
 
 
