@@ -57,6 +57,7 @@ COMMANDS = {
         "recipes": Entry("optimer_hf.cli.hub", "Browse published recipes."),
     },
     "Files": {
+        "init": Entry("optimer_hf.cli.check", "Write a first study or recipe folder."),
         "status": Entry("optimer_hf.cli.show", "Show how far a run, search or training is."),
         "validate": Entry("optimer_hf.cli.check", "Check YAML files and name missing files."),
         "schema": Entry("optimer_hf.cli.check", "Print the JSON Schema of a kind of file."),

@@ -1,11 +1,41 @@
-"""Commands for YAML files: validate, schema."""
+"""Commands for YAML files: init, validate, schema."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from optimer_hf.cli.options import PATH, echo
 from optimer_hf.errors import ConfigError, OptimerError
+
+
+@click.command(
+    epilog="Example: optimer init study.yaml math=you/math ./code-lora --base google/gemma-3-270m"
+)
+@click.argument("out", type=PATH)
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--base", required=True, help="Model that the vectors are trained from.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="TASK[=METRIC]",
+    help="Task of lm-eval to score merges on (metric: acc unless given).",
+)
+@click.option("--text", "texts", multiple=True, help="Held-out text to score merges on.")
+def init(out: Path, sources: tuple[str, ...], **options: Any) -> None:
+    """Write a study or a recipe folder, with every field explained.
+
+    OUT is a .yaml file for a study, or a new folder for a recipe. Each of SOURCES is NAME=SOURCE: a
+    fine-tune, an adapter or, in a folder, a text file to train a vector on.
+    """
+    from optimer_hf.experiment.templates import init as write_template
+
+    for path in write_template(out, sources, **options):
+        echo(path)
+    command = f"search {out} STUDY_DIR" if out.is_file() else f"run {out}"
+    echo(f"edit it, then: optimer validate {out if out.is_file() else out / '*.yaml'}", err=True)
+    echo(f"               optimer {command}", err=True)
 
 
 @click.command(epilog="Example: optimer validate study.yaml train-*.yaml")

@@ -256,7 +256,7 @@ def test_a_command_says_something_before_it_loads_its_libraries(words, tmp_path)
 
 def test_every_command_with_libraries_is_one_that_says_so():
     silent = {each.name for each in commands() if not isinstance(each, LoadingCommand)}
-    assert silent == WITHOUT_LIBRARIES - {"init"}
+    assert silent == WITHOUT_LIBRARIES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only GNU's OpenMP prints its settings")

@@ -1,0 +1,166 @@
+"""Write a first study or recipe folder: what is known filled in, and every other field as a comment
+with its meaning, made from the file models.
+"""
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.errors import ConfigError, OutputError
+from optimer_hf.files.reading import yaml_text
+from optimer_hf.files.staging import make_directory, write_text
+from optimer_hf.files.text import slug
+from optimer_hf.scoring.objective import Objective, Term
+from optimer_hf.study.config import Baselines, SearchConfig, StudyConfig, VectorConfig
+from optimer_hf.training.config import TrainConfig
+
+WIDTH = 100
+TEXTS = re.compile(r".*\.(jsonl?|csv|tsv|txt|md|parquet|arrow)(\.(gz|xz|bz2|zst))?", re.IGNORECASE)
+HELD_OUT = "held-out.jsonl"
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+HEADER = (
+    "# Written by `optimer init`. Lines that begin with `# NAME:` are fields that you may set.\n"
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The fields of a part of a file: those in `values` are set, the others become comments."""
+
+    cls: type[BaseModel]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def init(
+    out: Path,
+    sources: Sequence[str],
+    *,
+    base: str,
+    tasks: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> list[Path]:
+    """Write a study (`out` is a .yaml) or a recipe folder, and return the files.
+
+    Each of `sources` is a vector or, for a folder, a text to train one on: NAME=SOURCE, or a source
+    that is named by its last part. `tasks` are TASK or TASK=METRIC. Items are split by their
+    hashes: one half for the search, the other for the sealed test.
+
+    Raises ConfigError for sources that cannot be named, OutputError if `out` has something in it.
+    """
+    named = _name_sources(sources)
+    is_file = out.suffix in (".yaml", ".yml")
+    corpora = {name: text for name, text in named.items() if TEXTS.fullmatch(text)}
+    if is_file and corpora:
+        raise ConfigError(
+            f"{out}: found the text {next(iter(corpora.values()))}, which a recipe folder trains a "
+            "vector on. Give a folder instead of a .yaml, or a model."
+        )
+    if out.exists() and (is_file or not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: is there already. Give a new file or folder.")
+    vectors: dict[str, Any] = {
+        name: {"train": f"train-{slug(name)}.yaml"} if name in corpora else source
+        for name, source in named.items()
+    }
+    contents = {out if is_file else out / "study.yaml": _study_text(base, vectors, tasks, texts)}
+    for name, text in corpora.items():
+        contents[out / f"train-{slug(name)}.yaml"] = _train_text(base, name, text)
+    make_directory(out.parent if is_file else out)
+    for path, content in contents.items():
+        write_text(path, content)
+    return list(contents)
+
+
+def _name_sources(sources: Sequence[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for source in sources:
+        name, _, reference = source.rpartition("=")
+        name = name or Path(reference.partition("@")[0]).name.partition(".")[0]
+        if not name or name in named:
+            raise ConfigError(f"{source}: found no name of its own. Give it as NAME={reference}.")
+        named[name] = reference
+    return named
+
+
+def _study_text(
+    base: str, vectors: Mapping[str, Any], tasks: Sequence[str], texts: Sequence[str]
+) -> str:
+    terms = [_task_term(task) for task in tasks]
+    terms += [{"text": text} for text in texts or ([] if tasks else [HELD_OUT])]
+    halves = [[term | {"hash_range": half} for term in terms] for half in ([0, 0.5], [0.5, 1])]
+    values = {
+        "base_model": base,
+        "vectors": dict(vectors),
+        "objective": Block(Objective, {"terms": halves[0]}),
+        "test": {"terms": halves[1]},
+        "search": Block(SearchConfig, {"n_trials": 30}),
+        "baselines": Block(Baselines, {"random_vectors": True}),
+    }
+    return HEADER + _fields_text(Block(StudyConfig, values))
+
+
+def _task_term(task: str) -> dict[str, Any]:
+    name, _, metric = task.partition("=")
+    return {"task": name, "metric": metric or "acc"}
+
+
+def _train_text(base: str, name: str, text: str) -> str:
+    values = {
+        "name": slug(name),
+        "base_model": base,
+        "corpus": Block(CorpusConfig, {"path": text}),
+        "max_tokens": 1_000_000,
+        "lora": LORA,
+    }
+    return HEADER + _fields_text(Block(TrainConfig, values))
+
+
+# -- fields as text --------------------------------------------------------------------------------
+
+INNER = {"vectors": VectorConfig, "terms": Term}  # the fields of an entry, shown after the field
+
+
+def _fields_text(block: Block, indent: str = "") -> str:
+    """Return the YAML of a block. Every field has its meaning above it."""
+    parts = []
+    for name, info in block.cls.model_fields.items():
+        if name == "format_version":
+            continue
+        parts.append(_comment(str(info.description), indent))
+        value = block.values.get(name)
+        if isinstance(value, Block):
+            parts.append(f"{indent}{name}:\n{_fields_text(value, indent + '  ')}")
+        elif name in block.values:
+            parts.append(textwrap.indent(yaml_text({name: value}), indent))
+        else:
+            parts.append(f"{indent}# {name}: {_flow(_shown_value(info))}\n")
+        if name in INNER and name in block.values:
+            parts.append(_comment(f"Fields of each of the {name}:", f"{indent}  "))
+            inner = _fields_text(Block(INNER[name]), "")
+            parts.append(textwrap.indent(inner, f"{indent}  #   ", lambda line: True))
+    return "".join(parts)
+
+
+def _comment(text: str, indent: str) -> str:
+    lines = textwrap.wrap(" ".join(text.split()), WIDTH - len(indent) - 3)
+    return "".join(f"{indent}#  {line}\n" for line in lines)
+
+
+def _shown_value(info: FieldInfo) -> Any:
+    """Return the default of a field; if it has none, or an empty one, its example."""
+    default = info.get_default()
+    is_plain = isinstance(default, str | int | float | tuple) and not info.is_required()
+    return default if is_plain else (info.examples or [None])[0]
+
+
+def _flow(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text: str = yaml.safe_dump(plain, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...").strip()

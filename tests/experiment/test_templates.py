@@ -1,0 +1,86 @@
+"""What `optimer init` writes is valid, and shows every field with a value that it may have."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.experiment.folder import check_folder, run_of
+from optimer_hf.experiment.templates import init
+from optimer_hf.scoring.objective import Objective, Term
+from optimer_hf.study.config import Baselines, SearchConfig, StudyConfig, VectorConfig
+from optimer_hf.training.config import TrainConfig
+from tests.support.cli import optimer
+
+BASE = "google/gemma-3-270m"
+
+
+def names_in(text: str) -> set[str]:
+    return set(re.findall(r"^[ #-]*([a-z_]+):", text, flags=re.M))
+
+
+def test_a_study_is_valid_and_explains_every_field(tmp_path):
+    path = tmp_path / "study.yaml"
+    task = "gsm8k=exact_match,flexible-extract"
+    arguments = ("math=you/math", "./code-lora", "--base", BASE, "--task", task)
+    assert str(path) in optimer("init", path, *arguments).stdout
+    assert "a valid study" in optimer("validate", path).stdout
+    config = StudyConfig.read(path)
+    assert {name: v.source for name, v in config.vectors.items()} == {
+        "math": "you/math",
+        "code-lora": str(tmp_path / "code-lora"),
+    }
+    assert config.objective.terms[0].metric == "exact_match,flexible-extract"
+    assert config.test.terms[0].hash_range == (0.5, 1.0)
+    text = path.read_text("utf-8")
+    for cls in (StudyConfig, VectorConfig, Objective, Term, SearchConfig, Baselines):
+        assert set(cls.model_fields) - {"format_version"} <= names_in(text), cls.__name__
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_every_line_that_is_a_field_is_valid_yaml_when_it_is_set(tmp_path):
+    init(tmp_path / "study.yaml", ["math=you/math"], base=BASE)
+    lines = re.findall(r"^ *# ([a-z_]+: .*)$", (tmp_path / "study.yaml").read_text("utf-8"), re.M)
+    assert len(lines) > 20
+    for line in lines:
+        assert len(yaml.safe_load(line)) == 1, line
+
+
+@pytest.mark.parametrize("field", ["dtype: float32", "tokenizer_source: base", "engine: vllm"])
+def test_a_field_is_set_by_removing_its_mark(tmp_path, field):
+    path = init(tmp_path / "study.yaml", ["math=you/math"], base=BASE)[0]
+    name = field.partition(":")[0]
+    text, n = re.subn(rf"^# {name}: .*$", field, path.read_text("utf-8"), flags=re.M)
+    path.write_text(text, "utf-8")
+    assert n == 1 and "a valid study" in optimer("validate", path).stdout
+
+
+def test_a_recipe_folder_is_one_that_runs(tmp_path):
+    (tmp_path / "math.jsonl").write_text('{"text": "a"}\n', "utf-8")
+    folder = tmp_path / "mine"
+    written = init(folder, [f"math={tmp_path}/math.jsonl", "chat=you/chat"], base=BASE)
+    assert [path.name for path in written] == ["study.yaml", "train-math.yaml"]
+    check_folder(run_of(folder))
+    for path in written:
+        assert "a valid" in optimer("validate", path).stdout
+    names = names_in((folder / "train-math.yaml").read_text("utf-8"))
+    for cls in (TrainConfig, CorpusConfig):
+        assert set(cls.model_fields) - {"format_version"} <= names, cls.__name__
+
+
+@pytest.mark.parametrize(
+    ("out", "sources", "message"),
+    [
+        ("s.yaml", ["math.jsonl"], "Give a folder instead of a .yaml"),
+        ("s.yaml", ["a/math", "b/math"], "Give it as NAME=b/math"),
+        (".", ["a/math"], "is there already"),
+        ("old.yaml", ["a/math"], "is there already"),
+    ],
+)
+def test_nothing_is_written_over_and_names_are_clear(tmp_path, monkeypatch, out, sources, message):
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text("kept", "utf-8")
+    assert message in optimer("init", out, *sources, "--base", BASE, ok=False).stderr
+    assert Path("old.yaml").read_text("utf-8") == "kept"
