@@ -64,7 +64,7 @@ def recipe(study_dir: Path, recipe_yaml: Path, **options: Any) -> None:
     type=click.Choice(["model", "adapter"]),
     default="model",
     show_default=True,
-    help="adapter: one LoRA adapter with the sum of LoRA vectors, for PEFT and vLLM.",
+    help="What to build: a model, or one LoRA adapter for PEFT and vLLM from LoRA vectors.",
 )
 @click.option(
     "--rank",

@@ -27,7 +27,8 @@ TEXTS = re.compile(r".*\.(jsonl?|csv|tsv|txt|md|parquet|arrow)(\.(gz|xz|bz2|zst)
 HELD_OUT = "held-out.jsonl"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 HEADER = (
-    "# Written by `optimer init`. Lines that begin with `# NAME:` are fields that you may set.\n"
+    "# Written by `optimer init`. Lines like `# NAME: ...` are fields that you may set,\n"
+    "# with their default or an example.\n"
 )
 
 
@@ -124,7 +125,10 @@ def _train_text(base: str, name: str, text: str) -> str:
 
 # -- fields as text --------------------------------------------------------------------------------
 
-INNER = {"vectors": VectorConfig, "terms": Term}  # the fields of an entry, shown after the field
+INNER: dict[str, type[BaseModel]] = {
+    "vectors": VectorConfig,
+    "terms": Term,
+}  # the fields of an entry, shown after the field
 
 
 def _fields_text(block: Block, indent: str = "") -> str:
@@ -133,6 +137,7 @@ def _fields_text(block: Block, indent: str = "") -> str:
     for name, info in block.cls.model_fields.items():
         if name == "format_version":
             continue
+        parts.append("" if indent else "\n")
         parts.append(_comment(str(info.description), indent))
         value = block.values.get(name)
         if isinstance(value, Block):
@@ -143,7 +148,7 @@ def _fields_text(block: Block, indent: str = "") -> str:
             parts.append(f"{indent}# {name}: {_flow(_shown_value(info))}\n")
         if name in INNER and name in block.values:
             parts.append(_comment(f"Fields of each of the {name}:", f"{indent}  "))
-            inner = _fields_text(Block(INNER[name]), "")
+            inner = _fields_text(Block(INNER[name]), " ").replace("\n ", "\n").removeprefix(" ")
             parts.append(textwrap.indent(inner, f"{indent}  #   ", lambda line: True))
     return "".join(parts)
 

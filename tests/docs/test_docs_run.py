@@ -104,6 +104,7 @@ PLACEHOLDERS = {
     "VECTOR...": "vectors/math vectors/code",
     "TUNED": "my-model",
     "BASE": "google/gemma-3-270m",
+    "SOURCE...": "math=vectors/math",
     "MODEL": "merged",
     "MODEL.gguf": "tiny.gguf",
     "DIR": "vectors/math",
