@@ -132,6 +132,12 @@ def _member(
                 f"{where} {token!r} is a piece of words and not an added token. A union takes only "
                 "added tokens, such as those of a chat template."
             )
+    if not has_own and vector.kind != "delta" and max(n_rows.values()) > _n_rows(checkpoint):
+        raise VocabularyError(
+            f"vector {vector.name!r} ({vector.path}): has {max(n_rows.values())} rows for tokens, "
+            f"the base has {_n_rows(checkpoint)}, and no tokenizer says what the others are for. "
+            "Save its tokenizer beside it."
+        )
     _refuse_products(member, n_rows, known)
     return member
 
@@ -145,6 +151,10 @@ def _refuse_products(member: _Member, names: Mapping[str, int], known: Mapping[s
                 f"product, and has the token {new[0]!r}, which the base lacks. Train the embedding "
                 "with modules_to_save, or merge the adapter into its own base and give the result."
             )
+
+
+def _n_rows(base: Checkpoint) -> int:
+    return max(base.shape(name)[0] for name in _token_tensors(base))
 
 
 def _token_tensors(base: Checkpoint) -> list[str]:

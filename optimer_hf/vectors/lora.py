@@ -26,11 +26,13 @@ from optimer_hf.models.ties import Ties, ties_of
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.forms import LowRank, Trained
 from optimer_hf.vectors.lora_config import (
+    TOKENS,
     PatternError,
     is_targeted,
     rank_and_scale,
     read_options,
     saved_modules,
+    token_indices,
     why_not_weighted,
 )
 
@@ -43,15 +45,17 @@ PARTNERS = {
     "lora_embedding_A": "lora_embedding_B",
     "lora_embedding_B": "lora_embedding_A",
 }
+TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"
 PARTS = {  # what a stored tensor is, by the end of its name
     ".lora_A.weight": "A",
     ".lora_embedding_A": "embedding A",
     ".lora_B.weight": "B",
     ".lora_embedding_B": "B",
     ".lora_B.bias": "B.bias",
-    ".token_adapter.trainable_tokens_delta": "tokens",  # rows after training
+    TRAINED_TOKENS: "tokens",  # rows after training
 }
 FROZEN_COPY = ".base_layer.weight"  # PEFT saves an adapted embedding itself beside the factors
+TOKENS_COPY = f".token_adapter{FROZEN_COPY}"
 FACTORS_TWICE = (
     "PEFT's merge would add the product twice. Read the factors as they are: `optimer extract "
     "ADAPTER --base BASE OUT`, without --from-adapter."
@@ -120,13 +124,19 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
     """
     where = f"vector {name!r} ({path})"
     options = read_options(path, where)
-    refuse_options(options, where, MATERIALISE)
-    stored = open_adapter(path, where)
+    apart = {key: value for key, value in options.items() if key != TOKENS}
+    refuse_options(apart, where, MATERIALISE)
+    stored = _drop_copies(open_adapter(path, where), where)
+    if not any(key.endswith(TRAINED_TOKENS) for key in stored.names):
+        refuse_options(options, where, MATERIALISE)
     _check_prefix(stored.names, where)
     shapes = {key: stored.shape(key) for key in stored.names}
     parts: dict[str, LowRank | Trained] = {}
     for part in parts_of(Lora(options, shapes, base, where, MATERIALISE)):
-        if part.kind == "copy":
+        if part.kind == "tokens":
+            trained = Trained(_read_tokens(stored, part, options, base, where))
+            parts |= dict.fromkeys(_moved_with(part.target, ties_of(base)), trained)
+        elif part.kind == "copy":
             _refuse_changed_copy(stored, part, base, where)
         elif part.kind == "B.bias":
             before = parts.get(part.target)
@@ -270,6 +280,8 @@ def parts_of(lora: Lora) -> list[Part]:
     for key, (target, kind) in targets_of(lora.shapes, lora.base).items():
         part = Part(key, kind, target, module_of(key))
         _refuse_unused_tensor(part, lora)
+        if key.endswith(TOKENS_COPY):
+            continue  # read with the tokens
         if key.endswith(FROZEN_COPY):
             last.append(replace(part, kind="copy"))
             continue
@@ -304,12 +316,14 @@ def refuse_own_names(keys: Iterable[str], where: str) -> None:
 
 
 def _refuse_unused_tensor(part: Part, lora: Lora) -> None:
-    if part.kind in ("", "tokens"):
+    is_unnamed = part.kind == "tokens" and token_indices(lora.options, part.module) is None
+    if part.kind == "" or is_unnamed:
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} is not a LoRA factor of a linear or embedding "
             "layer, and nothing in adapter_config.json says what it is. Fetch both again, together."
         )
-    is_of_layer = part.kind != "trained" or ".base_layer." in part.key
+    is_of_layer = part.kind not in ("trained", "tokens") or ".base_layer." in part.key
+    is_of_layer = is_of_layer and not part.key.endswith(TOKENS_COPY)
     if is_of_layer and not is_targeted(lora.options, part.module):
         raise ModelError(
             f"{lora.where}: tensor {part.key!r} adapts a layer that target_modules, "
@@ -379,13 +393,15 @@ def _target_of(key: str) -> tuple[str, str]:
             return f"{module.removesuffix(suffix)}.{kind}", part
     if "lora_" in module:
         return module, ""
-    return module.replace(".base_layer.", "."), "trained"
+    return module.replace(TOKENS_COPY, ".weight").replace(".base_layer.", "."), "trained"
 
 
 def module_of(key: str) -> str:
     """Return the layer of a stored tensor, under its name in the adapter."""
-    module = key.removeprefix(PREFIX).split(".lora_")[0]
-    return module if ".lora_" in key else module.rpartition(".")[0].removesuffix(".base_layer")
+    module = re.split(r"\.(?:lora_|token_adapter\.)", key.removeprefix(PREFIX))[0]
+    if module != key.removeprefix(PREFIX):
+        return module
+    return module.rpartition(".")[0].removesuffix(".base_layer")
 
 
 def _partner_of(part: Part, lora: Lora) -> str:
@@ -503,6 +519,57 @@ def _read_product(stored: Checkpoint, part: Part) -> LowRank:
 def _partner_key(key: str) -> str:
     """Return the name of the factor B that belongs to a factor A."""
     return key.replace(".lora_embedding_A", ".lora_embedding_B").replace(".lora_A", ".lora_B")
+
+
+def _drop_copies(stored: Checkpoint, where: str) -> Checkpoint:
+    """Return the tensors of an adapter, each once. PEFT saves an embedding that was resized under
+    every name that its module has: as trained, as it was, and again as trained.
+
+    Raises ModelError if the two that were trained differ.
+    """
+    names = {key: key for key in stored.names if ".original_module." not in key}
+    for key in stored.names:
+        plain = key.replace(".modules_to_save.", ".")
+        if plain == key:
+            continue
+        if plain in names and not stored.are_equal(key, plain):
+            raise ModelError(
+                f"{where}: tensors {key!r} and {plain!r} are the same one, but their numbers "
+                "differ. Save the adapter again."
+            )
+        del names[key]
+        names[plain] = key
+    return stored if [*names] == stored.names else stored.rename(names)
+
+
+def _moved_with(target: str, ties: Ties) -> list[str]:
+    """Return the tensors that trained tokens move: PEFT moves what is tied to an embedding with
+    it, and a head alone.
+    """
+    group = ties.group_of(target)
+    is_first = group and ties.class_names.get(target, target) == group[0]
+    return [target, *group[1:]] if is_first else [target]
+
+
+def _read_tokens(
+    stored: Checkpoint, part: Part, options: Mapping[str, Any], base: Checkpoint, where: str
+) -> torch.Tensor:
+    """Return an embedding or a head with its trained rows, from the copy of it in the adapter, if
+    there is one, or from the base.
+    """
+    rows, indices = stored.read(part.key), token_indices(options, part.module) or []
+    copy = part.key.replace(TRAINED_TOKENS, TOKENS_COPY)
+    own = copy in stored.names
+    tensor = stored.read(copy) if own else base.read(ties_of(base).source_of(part.target))
+    if len(rows) != len(indices) or max(indices) >= len(tensor):
+        raise ModelError(
+            f"{where}: tensor {part.key!r} has {len(rows)} rows, and {TOKENS} names "
+            f"{len(indices)}, up to {max(indices)} of {len(tensor)}. If the embedding was resized, "
+            "save the adapter with `save_embedding_layers=True`; otherwise fetch it again."
+        )
+    tensor = tensor.to(torch.promote_types(tensor.dtype, rows.dtype))
+    tensor[indices] = rows.to(tensor.dtype)
+    return tensor
 
 
 def _refuse_changed_copy(stored: Checkpoint, part: Part, base: Checkpoint, where: str) -> None:

@@ -15,7 +15,8 @@ from optimer_hf.errors import ModelError
 from optimer_hf.files.patterns import ends_with, is_literal
 from optimer_hf.models.loader import read_settings, refuse_code
 
-LARGEST_RANK = 2**16
+LARGEST_RANK, LARGEST_ROW = 2**16, 2**25
+TOKENS = "trainable_token_indices"
 
 # Decisions. HANDLED: read here or in `lora`. HARMLESS: describes the origin or training of the
 # adapter, matters only together with a refused field, or can be seen from the tensors.
@@ -240,6 +241,19 @@ def saved_modules(options: Mapping[str, Any]) -> list[str]:
     """Return the names in modules_to_save."""
     given = options.get("modules_to_save")
     return [str(name) for name in given] if isinstance(given, list | tuple) else []
+
+
+def token_indices(options: Mapping[str, Any], module: str) -> list[int] | None:
+    """Return the rows of an embedding or a head that trainable_token_indices names; None if it
+    names none. A list is for the embedding and what is tied to it.
+    """
+    given = options.get(TOKENS)
+    if isinstance(given, Mapping):
+        ends = (value for key, value in given.items() if ends_with(module, str(key)))
+        given = next(ends, next(iter(given.values())) if len(given) == 1 else None)
+    rows = [*given] if isinstance(given, list | tuple) else []
+    are_rows = all(type(row) is int and 0 <= row < LARGEST_ROW for row in rows)
+    return rows if rows and are_rows and len(set(rows)) == len(rows) else None
 
 
 def patterns_of(options: Mapping[str, Any]) -> list[str]:

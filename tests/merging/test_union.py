@@ -1,5 +1,6 @@
 """union.py: merges of vectors whose tokenizers have tokens that the base lacks."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from optimer_hf.comparison.sealed import compare
@@ -34,13 +37,21 @@ from tests.support.added_tokens import (
     TEMPLATE,
     TOOL,
     logits_by_token,
+    logits_with_peft,
     rows_by_token,
+    save_adapter,
     save_tuned,
     turned_round,
     with_tokens,
     write_chat_task,
 )
-from tests.support.merges import TORCH_DTYPES, assert_same_bits, merged_by, read_all
+from tests.support.merges import (
+    TORCH_DTYPES,
+    assert_same_bits,
+    merged_by,
+    read_all,
+    without_tokenizer,
+)
 from tests.support.tiny import bits
 
 TOKENS = {
@@ -175,6 +186,111 @@ def test_rows_that_the_base_lacks_are_averaged_over_the_vectors_that_have_them(
             if token in rows[key]
         ]
         assert torch.allclose(merged[token].double(), row.double() + sum(deltas), atol=1e-6)
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+ADAPTERS = {
+    "resized": {},
+    "whole embedding": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "its tokens": {"tokens": [START, END]},
+    "other tokens, too": {"tokens": [START, END, "a"]},
+}
+
+
+@pytest.mark.parametrize("form", ADAPTERS)
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside others"])
+def test_an_adapter_at_weight_1_is_what_peft_computes(pool_of, kind, form, beside, tmp_path):
+    base, sources = pool_of(kind)
+    options = dict(ADAPTERS[form])
+    if "modules_to_save" in options and kind == "gemma":
+        options["ensure_weight_tying"] = True
+    tokenizer = with_tokens(base.path, [END, START])
+    adapter = save_adapter(base, tmp_path / "lora", tokenizer, seed=1, **options)
+    pool = {"lora": adapter} | ({"other order": sources["other order"]} if beside else {})
+    grown, vectors = open_union(base, pool)
+    assert vectors[0].kind == "adapter"
+    weights = {name: float(name == "lora") for name in pool}
+    write_merged(grown, vectors, weights, tmp_path / "out", out_dtype="float32")
+    text = f"aab xy{START}user ab{END}zz"
+    merged = logits_by_token(tmp_path / "out", text)
+    own = logits_with_peft(base, adapter, text)
+    for token, logits in own.items():
+        assert torch.allclose(merged[token], logits, atol=1e-4), token
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def with_piece(base, folder):
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    raw["model"]["vocab"]["ab"] = len(tokenizer)
+    raw["model"]["merges"] = [["a", "b"]]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(raw))
+    return save_tuned(base, folder / "v", tokenizer, seed=9)
+
+
+def without_its_tokenizer(base, folder):
+    path = save_tuned(base, folder / "v", with_tokens(base.path, [START]), seed=9)
+    without_tokenizer(path)
+    return path
+
+
+def without_rows(base, folder):
+    path = save_adapter(base, folder / "v", AutoTokenizer.from_pretrained(base.path), seed=9)
+    with_tokens(base.path, [START]).save_pretrained(path)
+    return path
+
+
+def without_a_row_of_the_head(base, folder):
+    path = save_adapter(base, folder / "v", with_tokens(base.path, [START]), seed=9)
+    tensors = load_file(path / "adapter_model.safetensors")
+    del tensors["base_model.model.lm_head.weight"]
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def with_factors_of_the_head(base, folder):
+    tokenizer = with_tokens(base.path, [START])
+    return save_adapter(base, folder / "v", tokenizer, seed=9, target_modules=["lm_head"])
+
+
+REFUSED = {
+    with_piece: r"vector 'v'.*its token 'ab' is a piece of words.*only added tokens",
+    without_its_tokenizer: r"vector 'v'.*has 260 rows for tokens, the base has 259, and no token",
+    without_rows: r"its token '<\|im_start\|>' has the id 259, and it stores no such row",
+    without_a_row_of_the_head: r"stores no such row of 'lm_head\.weight'\. Save the adapter with",
+    with_factors_of_the_head: r"'lm_head\.weight'.*by a product|lm_head.*base_layer.*differs",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_a_vector_whose_tokens_cannot_join_is_refused_by_name(make_base, tmp_path, make):
+    base = make_base("llama", torch.float32)
+    source = make(base, tmp_path)
+    with pytest.raises(ModelError, match=REFUSED[make]):
+        open_base(base, {"v": str(source)}, None, "union")
+
+
+def test_a_tokenizer_with_a_token_of_no_vector_is_refused(pool_of, tmp_path):
+    base, sources = pool_of("llama")
+    other = save_tuned(base, tmp_path / "v", with_tokens(base.path, ["<|none|>"]), seed=9)
+    with pytest.raises(ConfigError, match=r"neither the base nor a vector has a row .*<\|none\|>"):
+        open_base(base, {"end": str(sources["end"])}, str(other), "union")
+
+
+def test_a_vector_of_another_pool_has_no_token_of_its_own(pool_of, tmp_path):
+    base, sources = pool_of("llama")
+    grown, _ = open_base(base, {"end": str(sources["end"])}, None, "union")
+    with pytest.raises(VocabularyError, match=r"row for the token '<\|tool\|>', which no vector"):
+        open_vector("v", str(sources["other order"]), grown)
+
+
+def test_a_pool_with_the_tokens_of_its_base_needs_no_copy(pool_of):
+    base, sources = pool_of("llama")
+    assert open_base(base, {"none": str(sources["none"])}, None, "union") == (base, None)
 
 
 # -- from the study to the model -------------------------------------------------------------------

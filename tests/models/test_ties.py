@@ -425,9 +425,8 @@ def quiet(function):
 
 def is_accepted(form: str, kind: str, way: str) -> bool:
     """Whether an adapter has a delta: a tied pair is moved alike, and PEFT's own merge does so."""
-    if way == "from-adapter":
-        return form == "untied" or kind in MERGED_BY_PEFT
-    return "tokens" not in kind and (form == "untied" or kind in MOVE_BOTH)
+    accepted = MERGED_BY_PEFT if way == "from-adapter" or "tokens" in kind else MOVE_BOTH
+    return form == "untied" or kind in accepted
 
 
 @quiet

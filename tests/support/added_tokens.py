@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -85,6 +86,17 @@ def logits_by_token(directory: Path, text: str = TEXT) -> dict[str, torch.Tensor
     return {t: logits[:, i] for t, i in tokenizer.get_vocab().items() if i < n_rows}
 
 
+def logits_with_peft(base: ResolvedModel, adapter: Path, text: str) -> dict[str, torch.Tensor]:
+    """Return the logits of a base with an adapter as PEFT computes them, see `logits_by_token`."""
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    with torch.no_grad():
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0].double()
+    return {token: logits[:, number] for token, number in tokenizer.get_vocab().items()}
+
+
 def rows_by_token(directory: Path, read: Callable[[Path], dict[str, torch.Tensor]], name: str):
     """Return the rows of a tensor with one for each token, by token."""
     tensor = read(directory)[name]
@@ -113,3 +125,32 @@ def write_chat_task(folder: Path) -> Path:
     text = TASK.replace("ITEMS", str(tasks / "items.jsonl"))
     (tasks / "chatty.yaml").write_text(text, encoding="utf-8")
     return tasks / "chatty.yaml"
+
+
+def save_adapter(
+    base: ResolvedModel,
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    tokens: Sequence[str] = (),
+    **options,
+) -> Path:
+    """Write an adapter of a base whose embedding was resized to a tokenizer, as PEFT saves it, with
+    the tokenizer beside it. With `tokens`, only their rows of the embedding are trained.
+    """
+    torch.manual_seed(400 + seed)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokens:
+        indices = tokenizer.convert_tokens_to_ids([*tokens])
+        options["trainable_token_indices"] = {"embed_tokens": indices, "lm_head": indices}
+    config = {"r": 2, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    peft_model = get_peft_model(model, LoraConfig(**config | options))
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    peft_model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
