@@ -30,6 +30,7 @@ from optimer_hf.recipes.write import write_recipe
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.trial import ResidentPool
 from optimer_hf.study.config import Baselines, StudyConfig
+from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
 from tests.support.added_tokens import (
     END,
@@ -188,7 +189,7 @@ def test_rows_that_the_base_lacks_are_averaged_over_the_vectors_that_have_them(
         assert torch.allclose(merged[token].double(), row.double() + sum(deltas), atol=1e-6)
 
 
-# -- adapters --------------------------------------------------------------------------------------
+# -- adapters and deltas ---------------------------------------------------------------------------
 
 
 ADAPTERS = {
@@ -218,6 +219,22 @@ def test_an_adapter_at_weight_1_is_what_peft_computes(pool_of, kind, form, besid
     own = logits_with_peft(base, adapter, text)
     for token, logits in own.items():
         assert torch.allclose(merged[token], logits, atol=1e-4), token
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_delta_moves_the_tokens_of_its_base_alone(pool_of, make_tuned, kind, dtype, tmp_path):
+    base, sources = pool_of(kind)
+    tuned = make_tuned(base, kind, 5, torch.float32)
+    extract(open_vector("d", str(tuned), base), base, tmp_path / "d", dtype=dtype)
+    grown, vectors = open_union(base, {"end": sources["end"], "d": tmp_path / "d"})
+    assert vectors[1].kind == "delta"
+    write_merged(grown, vectors, {"end": 0.0, "d": 1.0}, tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        merged, expected = read_all(tmp_path / "out")[name], read_all(tuned)[name]
+        close = {"rtol": 0, "atol": 1e-6 if dtype == "float32" else 1e-3}
+        torch.testing.assert_close(merged[: len(expected)], expected, **close)
+    own = read_all(grown.path)["model.embed_tokens.weight"]
+    assert torch.equal(read_all(tmp_path / "out")["model.embed_tokens.weight"][259:], own[259:])
 
 
 # -- what is refused -------------------------------------------------------------------------------
