@@ -89,12 +89,13 @@ class Picture:
 
     @property
     def markdown(self) -> str:
-        """The picture below its title and conclusion, with a text for people who cannot see it. The
-        Hub shows the file for light or for dark pages by the ends of their names.
+        """The picture, which has its title, below its conclusion, and with a text for people who
+        cannot see it. The Hub shows the file for light or for dark pages by the ends of their
+        addresses.
         """
-        title, conclusion = map(_escape_markdown, (self.caption.title, self.caption.conclusion))
-        shows = _escape_markdown(self.caption.shows) or title
-        text = f"**{title}.** {conclusion}\n\n" if conclusion else ""
+        conclusion = _escape_markdown(self.caption.conclusion)
+        shows = _escape_markdown(self.caption.shows or self.caption.title)
+        text = f"{conclusion}\n\n" if conclusion else ""
         if self.dark_path is None:
             return f"{text}![{shows}]({self.path})"
         return (
@@ -345,7 +346,10 @@ def _results_table(results: Results) -> str:
     """Return the table of the sealed test; the names in it are shown as they are."""
     header, rows = table_of(results)
     names = [_escape_markdown(name) for name in header]
-    lines = [[_escape_markdown(name), *numbers] for name, *numbers in rows]
+    lines = [
+        [_escape_markdown(name), *(number.replace(" ", "\N{NO-BREAK SPACE}") for number in numbers)]
+        for name, *numbers in rows
+    ]
     return f"Gain over the base on the sealed test:\n\n{markdown_table(names, lines)}".strip()
 
 

@@ -245,32 +245,33 @@ def write_figure(figure: "Figure", path: Path, *, paper: str = PAPER) -> None:
         figure.savefig(partial, dpi=DOTS, facecolor=paper, metadata=bare)
 
 
+def write_picture(panel: Panel, path: Path) -> None:
+    """Write a panel with its title above it, in the format that the suffix of `path` names."""
+    write_figure(_titled(panel), path)
+
+
 def write_pictures(panel: Panel, light: Path, dark: Path) -> None:
-    """Write a panel with its title above it as two PNGs, for light and for dark pages."""
-    figure = _copy(panel.figure)
-    _add_title(figure, panel.title)
+    """Write a panel with its title above it as two pictures, for light and for dark pages."""
+    figure = _titled(panel)
     write_figure(figure, light)
     for artist in figure.findobj():
         _darken(artist)
     write_figure(figure, dark, paper=DARK[PAPER])
 
 
-def _add_title(figure: "Figure", title: str) -> None:
-    """Make a figure higher by a title: that of its key, where it has one above it."""
+def _titled(panel: Panel) -> "Figure":
+    """Return a copy of a figure, higher by its title: that of its key, where it has one above."""
     from matplotlib.font_manager import FontProperties
 
+    figure: Figure = pickle.loads(pickle.dumps(panel.figure))
     figure.set_figheight(figure.get_figheight() + TITLE_HEIGHT)
     if figure.legends:
         (key,) = figure.legends
-        key.set_title(title, prop=FontProperties(size=TITLE_SIZE, weight="bold"))
+        key.set_title(panel.title, prop=FontProperties(size=TITLE_SIZE, weight="bold"))
         key.set_alignment("left")
     else:
-        figure.suptitle(title, x=0.02, ha="left", fontsize=TITLE_SIZE, fontweight="bold")
-
-
-def _copy(figure: "Figure") -> "Figure":
-    copied: Figure = pickle.loads(pickle.dumps(figure))
-    return copied
+        figure.suptitle(panel.title, x=0.02, ha="left", fontsize=TITLE_SIZE, fontweight="bold")
+    return figure
 
 
 def _darken(artist: "Artist") -> None:

@@ -30,7 +30,7 @@ from optimer_hf.report.drawing import (
     Panel,
     to_svg,
     use_style,
-    write_figure,
+    write_picture,
     write_pictures,
 )
 from optimer_hf.report.evidence import Evidence, read_evidence
@@ -116,7 +116,7 @@ def write_sealed_figure(comparison: Comparison, path: Path) -> None:
     the suffix of `path` names, one of FIGURE_METADATA.
     """
     with use_style():
-        write_figure(sealed_panel(comparison).figure, path)
+        write_picture(sealed_panel(comparison), path)
 
 
 def report_study(
