@@ -64,7 +64,9 @@ class Term(FileModel):
         default="bits_per_byte", examples=["acc_norm", "exact_match,flexible-extract"]
     )
     """What to measure. For `text`: bits_per_byte or byte_perplexity. For `task`: a metric of the
-    task, with its filter where it has one (exact_match,flexible-extract).
+    task, with its filter where it has one (exact_match,flexible-extract); for a multiple-choice
+    task also choice_log_probability, the mean log-probability of the right answer among the
+    choices.
     """
     higher_is_better: bool | None = Field(default=None, examples=[True])
     """Whether larger numbers of a `function` are better. lm-eval's metrics know this themselves."""
