@@ -1,6 +1,7 @@
 """Tiny real models, tokenizers, adapters and corpora, built in milliseconds; no network."""
 
 import gc
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ def _freeze_libraries() -> None:
     """Keep the objects of imported libraries out of later garbage collections, each of which would
     look at half a million of them: every model that is loaded begins with one.
     """
+    importlib.import_module("hypothesis")  # it looks for referrers of its generators, frozen or not
     if len(gc.get_objects()) > 100_000:
         gc.collect()
         gc.freeze()
