@@ -13,7 +13,7 @@ from optimer_hf.study.prediction import CAUTION, best_scale, match_to_record, pr
 from optimer_hf.study.space import to_unit
 from optimer_hf.study.surrogate import fit_surrogate
 from optimer_hf.study.trials import TrialLog
-from tests.support.landscapes import OPTIMA, FunctionPool, config_of, landscape
+from tests.support.landscapes import OPTIMA, FunctionPool, GradientPool, config_of, landscape
 
 
 def no_pool(config):
@@ -55,6 +55,21 @@ def test_any_recorded_term_can_become_the_objective_without_a_trial(study, label
     assert list(prediction.terms) == [label]
     assert prediction.terms[label].value == pytest.approx(prediction.value)
     assert 0 < prediction.deviation < 0.1
+
+
+def test_gradients_make_predictions_of_other_objectives_better_at_the_same_cost(
+    tmp_path, record_property
+):
+    regrets = {}
+    for setting, n_trials in (("never", 8), ("always", 4)):  # as long: one takes twice the time
+        settings = {"n_trials": n_trials, "rescore_top": 0, "gradients": setting}
+        config = config_of(search=settings)
+        study = search(config, tmp_path / setting, runner=InProcess(GradientPool))
+        assert sum(trial.seconds["evaluate"] for trial in study.trials) == 8
+        targets = [{"t": 1.0}, {"u": 1.0}, {"q": 1.0}]
+        regrets[setting] = [regret(predict(study, each).weights, *each) for each in targets]
+    record_property("mean regret of retargeting", {name: np.mean(r) for name, r in regrets.items()})
+    assert np.mean(regrets["always"]) < 0.2 * np.mean(regrets["never"])
 
 
 @pytest.mark.parametrize(
