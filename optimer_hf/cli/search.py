@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 @click.option(
     "--objective", type=OBJECTIVE_FILE, help="Objective file; needed when STUDY is a mergekit YAML."
 )
+@click.option(
+    "--test", type=OBJECTIVE_FILE, help="Objective file of the sealed test of a mergekit YAML."
+)
 @n_trials("Trials in total; raise it to continue a search (default: the study's number, or 30).")
 @runners
 @FORMAT

@@ -1,9 +1,11 @@
 """The source of the text in a corpus."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
 from optimer_hf.corpus.texts import fingerprint_texts
 from optimer_hf.files.model import FileModel, Mistake
@@ -50,3 +52,14 @@ class CorpusConfig(FileModel):
     def fingerprint(self) -> str | None:
         """Return a digest of the local files, or None if there are none."""
         return None if self.path is None else fingerprint_texts(self.path)
+
+
+def _expand_path(value: Any) -> Any:
+    """Return the fields of a corpus; a text or a path alone is its path."""
+    return {"path": value} if isinstance(value, str | os.PathLike) else value
+
+
+# a text stands for {"path": text}
+CorpusEntry = Annotated[
+    CorpusConfig, BeforeValidator(_expand_path, json_schema_input_type=str | CorpusConfig)
+]

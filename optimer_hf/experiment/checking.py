@@ -96,7 +96,8 @@ def check_fields(path: Path, kind: str) -> None:
 
 
 def _read_fields(path: Path, kind: str) -> VersionedFile:
-    """Read a file of a kind; raise ConfigError for mistakes in its fields."""
+    """Read a file of a kind; raise ConfigError for mistakes in its fields, or for another kind."""
+    _refuse_other_kind(path, kind)
     config = KINDS[kind].read(path)
     if isinstance(config, StudyConfig):
         try:
@@ -106,3 +107,23 @@ def _read_fields(path: Path, kind: str) -> VersionedFile:
     if isinstance(config, TrainConfig) and (mistakes := list_field_mistakes(config)):
         raise ConfigError(list_mistakes(path, mistakes))
     return config
+
+
+TYPICAL = {  # fields that only files of a kind have, and what is done with such files
+    "study": ({"search", "test", "baselines"}, "`optimer search` takes a study"),
+    "train": ({"corpus", "mixture", "trainer"}, "`optimer train` takes a train file"),
+    "objective": ({"terms"}, "`optimer evaluate` and `search --objective` take an objective"),
+    "recipe": ({"scores", "versions", "ledger"}, "`optimer build` takes a recipe"),
+}
+
+
+def _refuse_other_kind(path: Path, kind: str) -> None:
+    """Raise ConfigError for a file that is, by its fields, clearly of another kind."""
+    data = read_yaml(path)
+    for other, (fields, use) in TYPICAL.items():
+        if other != kind and fields & data.keys() and not TYPICAL[kind][0] & data.keys():
+            names = {"train": "train file"}
+            found, expected = names.get(other, other), names.get(kind, kind)
+            raise ConfigError(
+                f"{path}: found a file of the kind {found}, expected {expected}. {use}."
+            )

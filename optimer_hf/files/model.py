@@ -161,6 +161,8 @@ def _explain(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mista
             close = did_you_mean(mistake["input"], re.findall("'(.+?)'", message))
             hint = close if "mean" in close else ""
         message = message.removeprefix("Value error, ")
+        if mistake["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            message = "Expected a mapping of fields to values"
         yield where, f"{field}: found {quote(mistake['input'])}. {message}.{hint}"
 
 

@@ -164,11 +164,19 @@ def parse_yaml(text: str, path: Path | str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
         reason = ", ".join(part for part in (error.context, error.problem) if part)
+        if mark is not None and "\t" in _line_at(text, mark.line)[: mark.column + 1]:
+            reason = "found a tab, expected spaces: YAML is indented with spaces only"
         raise ConfigError(f"{path}{line}: not valid YAML. {reason}.") from None
     except (yaml.YAMLError, ValueError) as error:  # a character that YAML does not allow
         raise ConfigError(f"{path}: not valid YAML. {' '.join(str(error).split())}.") from None
     except RecursionError:
         raise ConfigError(f"{path}: is nested too deeply.") from None
+
+
+def _line_at(text: str, number: int) -> str:
+    """Return line `number` of a text, counted from 0; empty after its end."""
+    lines = text.splitlines()
+    return lines[number] if number < len(lines) else ""
 
 
 def _refuse_deep_nesting(text: str) -> None:

@@ -288,7 +288,7 @@ def require_empty(out: Path) -> None:
     finish_move(out)
     if is_there(out) and (not out.is_dir() or _others_in(out)):
         raise OutputError(
-            f"{out}: already exists and is not empty. Remove it or give another output directory."
+            f"{out}: already exists and is not empty. Give a new or an empty directory."
         )
 
 
@@ -296,9 +296,7 @@ def _require_directory(out: Path) -> None:
     """Raise OutputError if `out` is a file and not a directory that can be replaced."""
     finish_move(out)
     if is_there(out) and not out.is_dir():
-        raise OutputError(
-            f"{out}: found a file, expected a directory. Remove it or give another one."
-        )
+        raise OutputError(f"{out}: found a file, expected a directory. Give another place.")
 
 
 def _others_in(out: Path) -> bool:

@@ -16,16 +16,17 @@ def search_study(
     study_dir: Path,
     *,
     objective: Path | None = None,
+    test: Path | None = None,
     n_trials: int | None = None,
     runner: Runner | None = None,
 ) -> tuple[Study, dict[str, Any]]:
     """Search the study in a file, write its recipe into its directory, and return the study with
     the mergekit config of its best merge.
 
-    `read_study` reads the file; `objective` and `n_trials` go to it. `searching.loop.search` runs
-    the trials with `runner`.
+    `read_study` reads the file; `objective`, `test` and `n_trials` go to it.
+    `searching.loop.search` runs the trials with `runner`.
     """
-    config = read_study(path, objective=objective, n_trials=n_trials)
+    config = read_study(path, objective=objective, test=test, n_trials=n_trials)
     study = search(config, study_dir, runner=runner)
     write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger_of_study(study))
     return study, merge_config_of_study(config, study.best_trial.weights, path)

@@ -343,6 +343,11 @@ def _check_metric(term: Term, task: Any) -> None:
     """
     known = dict(task.aggregation())
     name = term.metric_name
+    if name not in known and "metric" not in term.model_fields_set:
+        raise EvaluationError(
+            f"term {term.label!r}: names no `metric`. Give one of task {term.task_name!r}: "
+            f"{', '.join(sorted(known))}."
+        )
     if name not in known:
         raise EvaluationError(
             f"term {term.label!r}: task {term.task_name!r} has no metric "

@@ -28,10 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 def read_study(
-    path: Path, *, objective: Path | None = None, n_trials: int | None = None
+    path: Path,
+    *,
+    objective: Path | None = None,
+    test: Path | None = None,
+    n_trials: int | None = None,
 ) -> StudyConfig:
-    """Return the study of a study.yaml, or of a mergekit YAML, whose models become the pool, and
-    the objective file at `objective`. `n_trials` replaces the number in the file.
+    """Return the study of a study.yaml, or of a mergekit YAML, whose models become the pool, with
+    the objective files `objective` and (for its sealed test) `test`. `n_trials` replaces the number
+    in the file.
 
     Raises ConfigError for a mistake in one of the files, and for a local file that is missing.
     """
@@ -41,10 +46,11 @@ def read_study(
                 f"{path}: a mergekit YAML says what to merge, but not for which objective. Add "
                 "--objective OBJECTIVE.yaml."
             )
-        config = study_of_merge_config(path, objective)
-    elif objective is not None:
+        config = study_of_merge_config(path, objective, test)
+    elif objective is not None or test is not None:
         raise ConfigError(
-            f"{path}: has its own objective. Leave --objective out; it is for a mergekit YAML."
+            f"{path}: has its own objective. Leave --objective and --test out; they are for a "
+            "mergekit YAML."
         )
     else:
         config = StudyConfig.read(path)
@@ -56,8 +62,10 @@ def read_study(
     return config
 
 
-def study_of_merge_config(path: Path, objective: Path) -> StudyConfig:
-    """Return the study whose pool is the models of a mergekit YAML."""
+def study_of_merge_config(path: Path, objective: Path, test: Path | None = None) -> StudyConfig:
+    """Return the study whose pool is the models of a mergekit YAML, with the objective and the
+    sealed test of two objective files.
+    """
     data = read_merge_config(path)
     target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
     refuse_absent_files({path: with_absolute_references(data, path), objective: target})
@@ -74,6 +82,9 @@ def study_of_merge_config(path: Path, objective: Path) -> StudyConfig:
         "vectors": {name: {"source": source} for name, source in sources.items()},
         "objective": target,
     }
+    if test is not None:
+        fields["test"] = ObjectiveFile.read(test).model_dump(exclude={"format_version"})
+        refuse_absent_files({test: fields["test"]})
     if is_union(data):
         fields["vocabulary"] = "union"
     if (reference := tokenizer_of(data, path)) is not None:

@@ -312,7 +312,7 @@ class Cluster:
 def _quiet_dask() -> None:
     """Keep Dask's own messages, which it logs at INFO, from a screen that shows only warnings."""
     if not logging.getLogger().isEnabledFor(logging.INFO):
-        logging.getLogger("distributed").setLevel(logging.WARNING)
+        logging.getLogger("distributed").setLevel(logging.ERROR)
         # an interrupt that hits Dask while it starts to wait makes a callback of its own fail
         logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
 

