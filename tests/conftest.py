@@ -60,6 +60,8 @@ def _freeze_libraries() -> None:
     """
     importlib.import_module("hypothesis")  # it looks for referrers of its generators, frozen or not
     if len(gc.get_objects()) > 100_000:
+        import hypothesis  # noqa: F401 - later, it would not find objects that are frozen
+
         gc.collect()
         gc.freeze()
 

@@ -191,15 +191,34 @@ def run(workers: Workers, config: StudyConfig, numbers) -> dict[int, Trial]:
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """Somebody's cluster: two workers of two threads, one death of a worker is forgiven."""
-    with LocalCluster(
-        n_workers=2,
-        threads_per_worker=2,
-        dashboard_address="127.0.0.1:0",
-        scheduler_kwargs={"allowed_failures": 1},
-    ) as cluster:
-        yield cluster
+def clusters():
+    """The cluster of this module, the last one in a list."""
+    opened: list[LocalCluster] = []
+    yield opened
+    for each in opened:
+        each.close(timeout=20)
+
+
+@pytest.fixture
+def cluster(clusters):
+    """Somebody's cluster: two workers of two threads, one death of a worker is forgiven.
+
+    Dask gives up on a worker that dies while it starts, as those of the tests before may; so a
+    cluster that has lost workers for good is replaced.
+    """
+    if clusters:
+        with contextlib.suppress(TimeoutError):
+            clusters[-1].wait_for_workers(2, timeout=60)
+            return clusters[-1]
+    clusters.append(
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=2,
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"allowed_failures": 1},
+        )
+    )
+    return clusters[-1]
 
 
 @pytest.fixture
