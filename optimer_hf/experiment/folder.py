@@ -385,7 +385,9 @@ def lay_over(data: Any, changes: Any) -> Any:
         names = [item.get("name") if isinstance(item, dict) else None for item in data]
         for name in changes:
             if name not in names:
-                raise ConfigError(f"short.yaml: nothing is named {name!r}; known: {names}.")
+                raise ConfigError(
+                    f"short.yaml: nothing is named {name!r}; known: {', '.join(map(str, names))}."
+                )
         pairs = zip(names, data, strict=True)
         return [lay_over(item, changes[name]) if name in changes else item for name, item in pairs]
     if not isinstance(data, dict) or not isinstance(changes, dict):

@@ -56,8 +56,8 @@ def check_pulled(kind: Kind, directory: Path) -> Recipe | VectorFile:
     lock = Lock.read(directory / LOCK)
     if set(lock.vectors) != set(recipe.vectors):
         raise HubError(
-            f"{directory / LOCK}: locks the vectors {sorted(lock.vectors)}, but the recipe has "
-            f"{sorted(recipe.vectors)}. Ask its author to push it again."
+            f"{directory / LOCK}: locks the vectors {', '.join(sorted(lock.vectors))}, but the "
+            f"recipe has {', '.join(sorted(recipe.vectors))}. Ask its author to push it again."
         )
     if (directory / "study" / STUDY_FILE).exists():
         _check_study(directory / "study")

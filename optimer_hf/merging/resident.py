@@ -99,7 +99,7 @@ class ResidentModel:
         if unknown:
             raise ModelError(
                 f"no vector named {sorted(unknown)[0]!r} in the pool; known: "
-                f"{sorted(self.weights)}."
+                f"{', '.join(sorted(self.weights))}."
             )
         self.weights = {name: float(weights.get(name, 0.0)) for name in self.weights}
         blocks = [

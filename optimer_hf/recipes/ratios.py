@@ -89,7 +89,8 @@ def _parse_tokens(texts: Sequence[str], names: Mapping[str, str]) -> dict[str, i
         name, _, number = text.partition("=")
         if name not in names or not is_count_of_tokens(number):
             raise ConfigError(
-                f"--tokens {text!r}: expected NAME=N with one of {sorted(names)} and a number of "
+                f"--tokens {text!r}: expected NAME=N with one of "
+                f"{', '.join(sorted(names))} and a number of "
                 f"tokens up to {MOST_TOKENS:,}."
             )
         numbers[name] = int(number)

@@ -223,7 +223,8 @@ class _VllmEngine:
     def set_weights(self, weights: Mapping[str, float]) -> None:
         if unknown := set(weights) - self._names:
             raise ModelError(
-                f"no vector named {sorted(unknown)[0]!r} in the pool; known: {sorted(self._names)}."
+                f"no vector named {sorted(unknown)[0]!r} in the pool; known: "
+                f"{', '.join(sorted(self._names))}."
             )
         if self._names:
             self._call("set_merge_weights", dict(weights))

@@ -437,7 +437,7 @@ class StudyConfig(VersionedFile):
                 yield ("retarget", name), "weights must be >= 0, and one > 0"
             for label in weights:
                 if label not in recorded:
-                    message = f"no term {label!r} is recorded; terms: {sorted(recorded)}"
+                    message = f"no term {label!r} is recorded; terms: {', '.join(sorted(recorded))}"
                     yield ("retarget", name, label), message
                 elif label not in tested:
                     message = f"the test has no term {label!r} to measure it on"

@@ -126,7 +126,8 @@ def _find_term(terms: Sequence[Term], label: str) -> Term:
         if term.label == label:
             return term
     raise StudyError(
-        f"no term {label!r} was recorded; this study has {sorted(term.label for term in terms)}."
+        f"no term {label!r} was recorded; this study has "
+        f"{', '.join(sorted(term.label for term in terms))}."
     )
 
 

@@ -91,7 +91,7 @@ def mix_runs(
     if unknown:
         raise ConfigError(
             f"mixture {name!r}: no training run is called {unknown[0]!r}; known: "
-            f"{sorted(trainings)}. Give its train file as well, or leave the vector out."
+            f"{', '.join(sorted(trainings))}. Give its train file as well, or leave the vector out."
         )
     if not sum(shares.values()) > 0 or min(shares.values()) < 0:
         raise ConfigError(f"mixture {name!r}: no share may be below 0, and one must be above 0.")

@@ -202,9 +202,7 @@ def test_retarget_to_the_own_objective_is_near_the_incumbent(study):
 
 
 def test_retargeting_to_a_term_that_was_not_recorded_lists_those_that_were(study):
-    with pytest.raises(
-        StudyError, match=r"no term 'nope' was recorded; this study has \['q', 't', 'u'\]"
-    ):
+    with pytest.raises(StudyError, match=r"no term 'nope' was recorded; this study has q, t, u"):
         predict(study, {"t": 1.0, "nope": 2.0})
 
 

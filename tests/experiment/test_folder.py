@@ -51,7 +51,7 @@ def test_bad_input_is_refused_before_anything_is_trained(
         ({"train": "x"}, "short.yaml: train: found 'x', expected a mapping"),
         (
             {"study": {"objective": {"terms": {"klingon": {"weight": 2}}}}},
-            "short.yaml: nothing is named 'klingon'; known: ['aaa', 'xyz', 'mix']",
+            "short.yaml: nothing is named 'klingon'; known: aaa, xyz, mix",
         ),
     ],
 )

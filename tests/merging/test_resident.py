@@ -262,7 +262,7 @@ def test_a_vector_that_is_not_in_the_pool_is_an_error_and_changes_nothing(open_p
     resident = ResidentModel(base, pool, dtype="bfloat16")
     resident.set_weights({"ja": 0.5})
     before = state(resident)
-    with pytest.raises(ModelError, match=r"no vector named 'code' in the pool; known: \['ja'\]"):
+    with pytest.raises(ModelError, match=r"no vector named 'code' in the pool; known: ja"):
         resident.set_weights({"ja": 0.1, "code": 1.0})
     assert resident.weights == {"ja": 0.5}
     assert_same_bits(state(resident), before)

@@ -106,9 +106,7 @@ def test_an_objective_over_the_record_takes_tasks_and_items_from_it(study):
 
 
 def test_a_term_that_was_not_recorded_is_an_error_that_names_the_recorded_ones(study):
-    with pytest.raises(
-        StudyError, match=r"no term 'v' was recorded; this study has \['q', 't', 'u'\]"
-    ):
+    with pytest.raises(StudyError, match=r"no term 'v' was recorded; this study has q, t, u"):
         match_to_record(study, objective(v=1.0))
 
 

@@ -269,7 +269,7 @@ def test_a_run_is_known_wherever_it_lies_and_by_its_text(make_config, corpus_dir
     config = make_config(corpus=CorpusConfig(path=text))
     assert is_trained(config, out)
     text.write_bytes(text.read_bytes().replace(b"a", b"b", 1))
-    told = "was trained with a different content of corpus under the same name. Remove it"
+    told = "was trained with a different content of corpus under the same name. Give another"
     with pytest.raises(OutputError, match=told):
         train(config, out)
     text.unlink()  # a trained vector does not need it
@@ -344,15 +344,15 @@ def test_a_directory_with_foreign_files_is_refused_and_left_alone(make_config, t
 def test_another_config_in_the_same_directory_is_refused(make_config, tmp_path):
     out = train(make_config(), tmp_path / "out")
     differing = "seed: found 0, expected 1"
-    with pytest.raises(OutputError, match=rf"a different config \({differing}\)\. Remove it"):
+    with pytest.raises(OutputError, match=rf"a different config \({differing}\)\. Give another"):
         train(make_config(seed=1), out)
     lora = {**LORA, "r": LORA["r"] + 1}
     with pytest.raises(
-        OutputError, match=r"config \(lora\.r: found \d+, expected \d+\)\. Remove it"
+        OutputError, match=r"config \(lora\.r: found \d+, expected \d+\)\. Give another"
     ):
         train(make_config(lora=lora), out)
     with pytest.raises(
-        OutputError, match=r"different config \(max_tokens: found 192, expected 32\)\. Remove it"
+        OutputError, match=r"different config \(max_tokens: found 192, expected 32\)\. Give another"
     ):
         train(make_config(max_tokens=32), out)
     assert record_of(out)["training"]["seed"] == 0
