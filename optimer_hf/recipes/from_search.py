@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.comparison.costs import ledger_of_study
+from optimer_hf.recipes.record import LOCK, Lock
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import Runner
@@ -29,4 +30,5 @@ def search_study(
     config = read_study(path, objective=objective, test=test, n_trials=n_trials)
     study = search(config, study_dir, runner=runner)
     write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger_of_study(study))
-    return study, merge_config_of_study(config, study.best_trial.weights, path)
+    kinds = Lock.read(study_dir / LOCK).kinds
+    return study, merge_config_of_study(config, study.best_trial.weights, path, kinds)

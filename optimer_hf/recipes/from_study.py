@@ -38,7 +38,7 @@ def recipe_of_study(
     if vanilla:
         from optimer_hf.recipes.vanilla import write_vanilla  # imports torch
 
-        write_vanilla(study, folder / VANILLA_CONFIG, pick=trial)
+        write_vanilla(study, folder / VANILLA_CONFIG, pick=trial, may_write_deltas=True)
         beside.append(f"{VANILLA_CONFIG}, with deltas/ where it needs them")
     return beside
 

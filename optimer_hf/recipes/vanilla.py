@@ -4,7 +4,7 @@ from pathlib import Path
 
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.staging import finish_move, write_text
-from optimer_hf.merging.mergekit_pool import vanilla_config
+from optimer_hf.merging.mergekit_pool import mergekit_command, vanilla_config
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
@@ -15,21 +15,24 @@ from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.delta import extract, measure_norms
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
-from optimer_hf.vectors.vector import DistributionVector
+from optimer_hf.vectors.vector import DeltaVector, DistributionVector
 
 # relative norm of a delta; rounded by at most 2^-8, it moves 6 % of a bfloat16 output by one ulp
 LARGEST_BFLOAT16_DELTA = 0.05
 
 
-def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> None:
+def write_vanilla(
+    study: Study, path: Path, *, pick: Trial | None = None, may_write_deltas: bool = False
+) -> bool:
     """Write a config at `path` with which unmodified `mergekit-yaml` makes the merge of the best
-    trial, or of the trial `pick`.
+    trial, or of the trial `pick`. Return whether there is one.
 
-    A pool of checkpoints is merged with `linear`, in which the base has the weight 1 - sum w. If
-    there are adapters or deltas, or if that sum would cancel digits, every vector is written as a
-    delta directory under `deltas/` beside the config, and `linear` adds them to the base. So are
-    vectors with other tokens than the base, to the copy of it in the cache that has them all. If
-    the merge has another tokenizer than the base, a comment says which of its files to copy.
+    Checkpoints and adapters are named as they are. Other pools (deltas beside other vectors, int8
+    deltas, vectors with other tokens than the base) only have a config with
+    `may_write_deltas`: then every vector is written as a delta directory, as large as the base,
+    under `deltas/` beside the config, and `linear` adds them to the base or to the copy of it
+    in the cache that has all tokens. If the merge has another tokenizer than the base, a comment
+    says which of its files to copy.
     """
     config, weights = study.config, (pick or study.best_trial).weights
     original = resolve_model(config.base_model)
@@ -41,23 +44,33 @@ def write_vanilla(study: Study, path: Path, *, pick: Trial | None = None) -> Non
     ]
     merge_config = None
     is_grown = base.path != original.path  # mergekit would cut rows without a token from the base
-    if not is_grown and all(vector.kind == "checkpoint" for vector in vectors):
+    if not is_grown and not any(map(_is_quantised, vectors)):
         sources = {vector.name: str(vector.path) for vector in vectors}
-        merge_config = vanilla_config(
-            str(base.path), sources, weights, config.dtype, are_deltas=False
-        )
+        kinds = {vector.name: vector.kind for vector in vectors}
+        merge_config = vanilla_config(str(base.path), sources, weights, config.dtype, kinds)
+    if merge_config is None and not may_write_deltas:
+        path.unlink(missing_ok=True)  # that of an earlier pool
+        return False
     if merge_config is None:
-        deltas = {
-            vector.name: str(write_delta(vector, base, path.resolve().parent)) for vector in vectors
-        }
+        used = [vector for vector in vectors if weights[vector.name]]
+        folder = path.resolve().parent
+        deltas = {vector.name: str(write_delta(vector, base, folder)) for vector in used}
+        kinds = dict.fromkeys(deltas, "delta")
         merge_config = vanilla_config(
-            str(base.path), deltas, weights, config.dtype, are_deltas=True
+            str(base.path), deltas, {name: weights[name] for name in deltas}, config.dtype, kinds
         )
-    assert merge_config is not None  # a sum of deltas cancels no digits
-    header = f"# The paths are those of this machine. Run: mergekit-yaml {path.name} OUT\n"
+    assert merge_config is not None  # a pool of deltas alone has one
+    command = mergekit_command(merge_config, path.name)
+    header = f"# The paths are those of this machine. Run: {command}\n"
     if tokenizer is not None:
         header += tokenizer_note(str(tokenizer.path))
     write_text(path, header + yaml_text(merge_config))
+    return True
+
+
+def _is_quantised(vector: DistributionVector) -> bool:
+    """Whether mergekit cannot read a vector, which has scales."""
+    return isinstance(vector, DeltaVector) and vector.block_size is not None
 
 
 def write_delta(vector: DistributionVector, base: ResolvedModel, folder: Path) -> Path:

@@ -4,6 +4,7 @@ mergekit YAML.
 
 import logging
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     base, sources = pool_to_search(data, path)
     if dropped := unsearched_settings(data):
         logger.warning(
-            "%s: only one plain weight for each model is searched, scored and built; left out: %s",
+            "%s: one weight is searched for each model, and trials and builds know nothing else; "
+            "not in them: %s",
             path,
             ", ".join(dropped),
         )
@@ -94,11 +96,20 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
 
 
 def merge_config_of_study(
-    config: StudyConfig, weights: Mapping[str, float], path: Path
+    config: StudyConfig, weights: Mapping[str, float], path: Path, kinds: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the mergekit config of a study with these weights. If `path`, from which the study was
-    read, is a mergekit YAML, its other settings are kept.
+    """Return the mergekit config of a study with these weights; `kinds` has the kind of each
+    vector. If `path`, from which the study was read, is a mergekit YAML, it comes back with its
+    models as they are written there.
     """
     if is_for_mergekit(read_yaml(path)):
-        return with_weights(read_merge_config(path, warns=False), path, weights)
+        return with_weights(read_merge_config(path, warns=False), path, weights, kinds)
     return merge_config_of(config, weights)
+
+
+def opening_comments(path: Path) -> list[str]:
+    """Return the comments at the top of a mergekit YAML; none of another file."""
+    if not is_for_mergekit(read_yaml(path)):
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return list(takewhile(lambda line: line.startswith("#"), lines))

@@ -13,7 +13,8 @@ def test_recipe_of_a_study_also_comes_as_a_config_for_unmodified_mergekit(folder
     optimer("recipe", tmp_path / "s", tmp_path / "r" / "recipe.yaml", "--vanilla")
     recipe = yaml.safe_load((tmp_path / "r" / "recipe.yaml").read_text(encoding="utf-8"))
     config = yaml.safe_load((tmp_path / "r" / "mergekit_config.yml").read_text(encoding="utf-8"))
-    assert config["merge_method"] == "linear" and config["parameters"]["normalize"] is False
+    assert config["merge_method"] == "task_arithmetic"
+    assert config["parameters"]["normalize"] is False
     optimer("merge", tmp_path / "r" / "mergekit_config.yml", tmp_path / "merged")
     assert_is_merge(
         tmp_path / "merged", pool, [entry["weight"] for entry in recipe["vectors"].values()]

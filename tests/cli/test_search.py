@@ -22,13 +22,13 @@ def test_a_mergekit_yaml_of_base_plus_adapter_is_searched(
     objective = ("--objective", folder / "obj.yaml")
     result = optimer("search", path, tmp_path / "s", *objective, "--n-trials", "3")
     (model,) = yaml.safe_load(result.stdout)["models"]
-    assert model["model"] == str(adapter)
+    assert model["model"] == f"{base.path}+{adapter}"
 
 
 def test_a_mergekit_yaml_is_searched_and_comes_back_as_a_yaml_with_weights(folder, pool, tmp_path):
     result = search_merge(folder, tmp_path / "s", 4)
     config = yaml.safe_load(result.stdout)
-    assert config["merge_method"] == "optimer"
+    assert config["merge_method"] == "task_arithmetic"
     assert [list(model["parameters"]) for model in config["models"]] == [["weight"], ["weight"]]
     assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) >= 4
     weights = [model["parameters"]["weight"] for model in config["models"]]
@@ -69,7 +69,7 @@ def test_an_objective_beside_a_study_that_has_its_own_is_refused(folder, tmp_pat
 
 def test_search_prints_front_and_ledger_beside_the_merge_config(searched):
     _, result = searched
-    assert yaml.safe_load(result.stdout)["merge_method"] == "optimer"
+    assert yaml.safe_load(result.stdout)["merge_method"] == "task_arithmetic"
     assert "Pareto front" in result.stderr and "| pick | trial | aaa" in result.stderr
     assert re.search(r"\* search: [\d.]+ s \(6 merges, 36 items, [\d,]+ tokens: ", result.stderr)
     assert re.search(r"minus the base: \+\d+\.\d\d % \[[+-]\d+\.\d\d, \+\d+\.\d\d\]", result.stderr)

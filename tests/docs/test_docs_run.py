@@ -51,6 +51,7 @@ NOT_RUN = {
     "pip install 'optimer-hf[vllm]'": "gigabytes; .ci/vllm installs it for the CPU",
     "optimer evaluate merged objective.yaml --engine": "vLLM; tests/searching/test_vllm.py does it",
     "hf auth login": "asks for a token",
+    "mergekit-yaml THIS.yml OUT": "what was printed; tests/journeys/test_mergekit_user.py does it",
     "python benchmarks/demo.py": "minutes, and the base of the demo",
     "python benchmarks/merge.py": "minutes, and gigabytes of weights",
     "python benchmarks/search.py": "hours",

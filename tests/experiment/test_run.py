@@ -55,7 +55,10 @@ def test_the_exported_config_gives_the_same_weights_in_unmodified_mergekit(
         str(Path(sys.executable).parent / "mergekit-yaml"),
         str(finished / "mergekit_config.yml"),
         str(tmp_path / "out"),
+        *("--lora-merge-cache", str(tmp_path / "cache"), "--lora-merge-dtype", "float32"),
     ]
+    assert " ".join(command[3:4]) in (finished / "mergekit_config.yml").read_text()
+    assert not (finished / "deltas").exists()
     subprocess.run(command, check=True, capture_output=True)
     ours = AutoModelForCausalLM.from_pretrained(finished / "merged", dtype="auto").state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()

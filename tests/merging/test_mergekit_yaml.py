@@ -367,8 +367,12 @@ def test_a_search_reads_what_a_merge_reads_and_refuses_the_rest_by_name(world, c
     config = study_of_merge_config(path, objective)
     tuned = [str((world / name).resolve()) for name in ("a", "b")]
     assert [vector.source for vector in config.vectors.values()] == tuned
-    changed = with_weights(read_merge_config(path), path, dict.fromkeys(config.vectors, 1.0))
-    assert [model["model"] for model in changed["models"]] == tuned and "defaults" not in changed
+    given = read_merge_config(path)
+    kinds = dict.fromkeys(config.vectors, "checkpoint")
+    changed = with_weights(given, path, dict.fromkeys(kinds, 1.0), kinds)
+    models = [entry["model"] for entry in given["models"]]
+    assert [entry["model"] for entry in changed["models"]] == models[-2:]
+    assert "defaults" not in changed and changed["merge_method"] == "task_arithmetic"
     with pytest.raises(ConfigError, match="slices: has weights for each layer"):
         study_of_merge_config(written(world, WITH_BASE + CONFIGS["layers stacked"]), objective)
 

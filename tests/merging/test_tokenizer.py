@@ -282,13 +282,16 @@ def test_the_exported_configs_give_the_same_model_with_the_same_tokenizer(
     models, study, tmp_path, pool, monkeypatch
 ):
     if pool == "deltas":
-        monkeypatch.setattr("optimer_hf.merging.mergekit_pool.LARGEST_CANCELLATION", 0.0)
+        monkeypatch.setattr("optimer_hf.recipes.vanilla._is_quantised", lambda vector: True)
     write_recipe(study, tmp_path / "recipe.yaml", name="chat")
     build(tmp_path / "recipe.yaml", tmp_path / "built")
     assert merge(tmp_path / "optimer.yml", tmp_path / "ours") == "native"
     assert_is_instruct(tmp_path / "ours")
     assert weight_digests(tmp_path / "ours") == weight_digests(tmp_path / "built")
-    write_vanilla(study, tmp_path / "vanilla.yml")
+    written = write_vanilla(study, tmp_path / "vanilla.yml")
+    assert written == (pool == "checkpoints") == (tmp_path / "vanilla.yml").exists()
+    write_vanilla(study, tmp_path / "vanilla.yml", may_write_deltas=True)
+    assert (tmp_path / "deltas").exists() != written
     text = (tmp_path / "vanilla.yml").read_text(encoding="utf-8")
     assert (
         "# Copy tokenizer, chat template and (if there is one) generation_config.json of " in text
@@ -345,9 +348,9 @@ def test_a_search_takes_over_the_tokenizer_of_a_merge_config(models, tmp_path, f
     objective.write_text("terms: [{text: x.jsonl}]", encoding="utf-8")
     assert study_of_merge_config(path, objective).tokenizer_source == "it"
     assert unsearched_settings(config) == []
-    changed = with_weights(config, path, {models["math"].name: 0.1, "it": 1.0})
-    absolute = yaml.safe_dump(changed).count(str(models["it"]))
-    assert absolute == 2  # the model, and the tokenizer
+    weights = {models["math"].name: 0.1, "it": 1.0}
+    changed = with_weights(config, path, weights, dict.fromkeys(weights, "checkpoint"))
+    assert yaml.safe_dump(changed).count("/it\n") == 2  # the model, and the tokenizer
     assert merge(path, tmp_path / "out") == "native"
     assert_is_instruct(tmp_path / "out")
 

@@ -406,7 +406,7 @@ def test_the_exports_of_a_union_run_in_mergekit(study, tmp_path):
     write_recipe(study, tmp_path / "recipe.yaml", name="chat", pick=mixed(study))
     build(tmp_path / "recipe.yaml", tmp_path / "built")
     assert merge(tmp_path / "optimer.yml", tmp_path / "ours") == "mergekit"
-    write_vanilla(study, tmp_path / "vanilla.yml", pick=mixed(study))
+    write_vanilla(study, tmp_path / "vanilla.yml", pick=mixed(study), may_write_deltas=True)
     config = yaml.safe_load((tmp_path / "vanilla.yml").read_text(encoding="utf-8"))
     theirs = MergeConfiguration.model_validate(config)
     run_merge(theirs, str(tmp_path / "theirs"), MergeOptions(quiet=True, write_model_card=False))
