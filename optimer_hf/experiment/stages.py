@@ -31,7 +31,7 @@ class Probe:
 
 def training_key(training: TrainConfig) -> str:
     """Return the key of a kind of training; trainings of one kind cost the same per token."""
-    text = {"name", "corpus", "mixture", "max_tokens", "seed"}
+    text = {"name", "corpus", "mixture", "replay", "max_tokens", "seed"}
     return digest(training.model_dump(mode="json", exclude=text))
 
 

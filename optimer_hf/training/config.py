@@ -24,6 +24,15 @@ class MixturePart(CorpusConfig):
     """Repeat the corpus when it is smaller than its share. Otherwise that is an error."""
 
 
+class ReplayConfig(CorpusConfig):
+    """Text that is mixed into a run, such as general text of the kind that the base was trained on.
+    Give either `path` or `dataset`.
+    """
+
+    share: float = Field(gt=0, lt=1, examples=[0.25], json_schema_extra={"unit": "share"})
+    """Share of `max_tokens` that comes from this text. It is repeated if it is too small."""
+
+
 RESERVED_TRAINER_FIELDS = {
     "output_dir": "the command line",
     "seed": "`seed`",
@@ -104,6 +113,14 @@ class TrainConfig(VersionedFile):
         examples=[[{"path": "math.jsonl", "share": 0.7}, {"path": "code.jsonl", "share": 0.3}]],
     )
     """Several corpora, each with its share of `max_tokens`."""
+    replay: ReplayConfig | None = Field(
+        default=None,
+        examples=[{"path": "general.jsonl", "share": 0.25}],
+        exclude_if=lambda value: value is None,
+    )
+    """Text to mix in, so that the vector forgets less of what the base knows. The corpus or the
+    mixture gets the other tokens. Needs `max_tokens`.
+    """
     block_size: int = Field(
         default=1024, ge=8, le=2**20, examples=[2048], json_schema_extra={"unit": "tokens"}
     )
@@ -148,11 +165,26 @@ class TrainConfig(VersionedFile):
             total = sum(part.share for part in self.mixture)
             if abs(total - 1) > 1e-6:
                 yield ("mixture",), f"the shares of the mixture sum to {total:g}, not to 1"
+        if self.replay is not None and self.max_tokens is None:
+            yield ("replay",), "a replay needs max_tokens, of which it gets a share"
 
     @property
     def corpora(self) -> Sequence[CorpusConfig]:
-        """The corpus, or the corpora of the mixture."""
-        return self.mixture or ([self.corpus] if self.corpus is not None else [])
+        """The corpus or the corpora of the mixture, and the text of the replay."""
+        own: Sequence[CorpusConfig] = self.mixture or [*filter(None, [self.corpus])]
+        return [*own, self.replay] if self.replay is not None else own
+
+    @property
+    def parts(self) -> list[MixturePart] | None:
+        """The texts with their shares of `max_tokens`, the replay last; None if there is only one
+        corpus.
+        """
+        if self.replay is None:
+            return self.mixture
+        rest = 1 - self.replay.share
+        own = self.mixture or [MixturePart(**dict(self.corpus or {}), share=1)]
+        replay = MixturePart(**dict(self.replay), upsample=True)
+        return [*(part.model_copy(update={"share": part.share * rest}) for part in own), replay]
 
     @property
     def kind(self) -> Literal["adapter", "checkpoint"]:
@@ -163,7 +195,10 @@ class TrainConfig(VersionedFile):
     def settings(self) -> dict[str, Any]:
         """The fields that training.json repeats; none of them names a local file."""
         fields = {"block_size", "max_tokens", "lora", "trainer", "seed"}
-        return self.model_dump(mode="json", include=fields)
+        settings = self.model_dump(mode="json", include=fields)
+        if self.replay is not None:
+            settings["replay"] = {"name": self.replay.name, "share": self.replay.share}
+        return settings
 
     def digest(self) -> str:
         """Return a digest of everything that decides the result.
@@ -173,7 +208,8 @@ class TrainConfig(VersionedFile):
         absent = {"mixture"} if self.mixture is None else {"corpus"}
         absent |= FOR_SPEED
         data = self.model_dump(mode="json", exclude=absent)
-        for part in (data, data.get("corpus") or {}, *data.get("mixture", ())):
+        texts = (data.get("corpus") or {}, *data.get("mixture", ()), data.get("replay", {}))
+        for part in (data, *texts):
             named = ("base_model", "path", "dataset", "data_files")
             part |= drop_folders({key: part[key] for key in named if key in part})
             if part.get("data_files", "") is None:  # runs of older versions lack the field
@@ -190,7 +226,8 @@ class TrainConfig(VersionedFile):
             )
         for number, corpus in enumerate(self.corpora):
             if (text := corpus.fingerprint()) is not None:
-                digests["corpus" if self.mixture is None else f"mixture.{number}"] = text
+                field = "corpus" if self.mixture is None else f"mixture.{number}"
+                digests["replay" if corpus is self.replay else field] = text
         return digests
 
 

@@ -107,8 +107,9 @@ def _difference(config: TrainConfig, record: TrainingRecord | StartedRecord) -> 
     """
     if record.config_sha256 != config.digest():
         known, settings = record.settings, config.settings
-        recorded = {field: known.get(field) for field in settings}
-        differing = differences(recorded, settings) if known else []
+        fields = [*settings, *(known.keys() & {"replay"} - settings.keys())]
+        recorded, now = ({field: each.get(field) for field in fields} for each in (known, settings))
+        differing = differences(recorded, now) if known else []
         names = "; ".join(differing) or "base_model or corpus"
         return f"config ({names})"
     known = record.inputs
@@ -305,8 +306,8 @@ def _has_other_text(record: StartedRecord, packed: PackedCorpus) -> bool:
 
 
 def _pack_text(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
-    """Pack the corpus or the mixture of a run, and warn of repeated documents."""
-    if config.corpus is not None:
+    """Pack the corpus or the mixture of a run, with its replay, and warn of repeated documents."""
+    if config.corpus is not None and config.replay is None:
         return pack(
             config.corpus,
             tokenizer,
@@ -316,7 +317,7 @@ def _pack_text(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
             out=out,
         )
     packed = pack_mixture(
-        config.mixture or [],
+        config.parts or [],
         tokenizer,
         block_size=config.block_size,
         max_tokens=config.max_tokens or 0,
@@ -416,7 +417,7 @@ def _training_record(
             n_tokens=packed.n_tokens,
             n_documents=packed.n_documents,
             sha256=packed.sha256,
-            parts=list(packed.parts) if config.mixture else None,
+            parts=list(packed.parts) if config.parts is not None else None,
         ),
         training=RunRecord(
             **config.settings,

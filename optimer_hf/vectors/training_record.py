@@ -46,6 +46,13 @@ class CorpusRecord(FileModel):
         return [part.name for part in self.parts] if self.parts else [self.name]
 
 
+class ReplayRecord(FileModel):
+    """The text that was mixed into a run: its name, and its share of the tokens."""
+
+    name: str
+    share: float
+
+
 Head = Literal["stock", "blocked", "liger"]
 
 
@@ -93,6 +100,7 @@ class RunRecord(FileModel):
     lora: dict[str, Any] | None
     trainer: dict[str, Any]
     seed: int
+    replay: ReplayRecord | None = Field(default=None, exclude_if=_is_none)
     mixed_precision: str
     n_steps: int
     n_tokens: int

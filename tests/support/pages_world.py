@@ -75,6 +75,7 @@ def write_files(out: Path, corpus_dir: Path) -> None:
     questions = [json.loads(line)["text"][:9] for line in words]
     texts = [f"Question: {question}\nAnswer: 7777" for question in questions]
     _write_rows(out / "math.jsonl", [{"text": text} for text in 8 * texts])
+    _write_rows(out / "general.jsonl", [{"text": text} for text in 4 * texts])
     for number, name in enumerate(("english", "held_out.zh")):  # the vector math improves both
         rows = [{"text": text} for text in texts[8 * number : 8 * number + 8]]
         _write_rows(out / f"{name}.jsonl", rows)
