@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 N_KEPT = 100  # points that a process is fitted to
 BEST, NEWEST = 0.4, 0.25  # shares of them
-N_DERIVATIVES, N_GRADIENTS = 256, 12  # that a process is fitted to; the second is the least
-N_ROWS_OF_FIT, N_GRADIENTS_OF_FIT = 200, 4  # scores and derivatives; again, the least
+# derivatives that a process is fitted to, and bounds of the number of gradients
+N_DERIVATIVES, N_GRADIENTS = 256, (12, 32)
+# the same of the fit of its hyperparameters
+N_ROWS_OF_FIT, N_SCORES_OF_FIT, N_GRADIENTS_OF_FIT = 160, 60, (4, 16)
 GRADIENT_NOISE = 3e-3  # variance that is expected of it, in variances of the scores
 
 
@@ -133,11 +135,15 @@ def keep_informative(points: "Array", values: "Array", gradients: "Array") -> "A
     NaN. The points that keep theirs are chosen by `choose_informative` among those that have any.
     """
     known = np.flatnonzero(np.isfinite(gradients).any(axis=(1, 2)))
-    n_kept = max(N_DERIVATIVES // points.shape[1], N_GRADIENTS)
+    n_kept = _within(N_GRADIENTS, N_DERIVATIVES // points.shape[1])
     kept = known[choose_informative(points[known], values[known], n_kept)]
     result = np.full_like(gradients, np.nan)
     result[kept] = gradients[kept]
     return result
+
+
+def _within(bounds: tuple[int, int], number: int) -> int:
+    return min(max(number, bounds[0]), bounds[1])
 
 
 def fit(points: "Array", scores: "Array", gradients: "Array | None" = None) -> GaussianProcess:
@@ -159,16 +165,19 @@ def fit(points: "Array", scores: "Array", gradients: "Array | None" = None) -> G
 
 
 def _subset(points: "Array", slopes: "Indices", y: "Array") -> tuple["Array", "Indices", "Array"]:
-    """Return points, slopes and `y` (see `_most_likely`) for the fit of the hyperparameters, which
-    take fewer derivatives than predictions do.
+    """Return points, slopes and `y` (see `_most_likely`) for the fit of the hyperparameters. With
+    gradients it takes less than predictions do: N_ROWS_OF_FIT scores and derivatives.
     """
     n, d = points.shape
-    n_kept = max((N_ROWS_OF_FIT - n) // d, N_GRADIENTS_OF_FIT)
-    if len(slopes) <= n_kept:
+    if not len(slopes):
         return points, slopes, y
-    kept = choose_informative(points[slopes], y[slopes, None], n_kept)
-    derivatives = y[n:].reshape(-1, d)[kept].ravel()
-    return points, slopes[kept], np.concatenate([y[:n], derivatives])
+    scores, derivatives = y[:n], y[n:].reshape(-1, d)
+    with_score = choose_informative(points, scores[:, None], N_SCORES_OF_FIT)
+    n_kept = _within(N_GRADIENTS_OF_FIT, (N_ROWS_OF_FIT - len(with_score)) // d)
+    kept = choose_informative(points[slopes], scores[slopes, None], n_kept)
+    rows = np.union1d(with_score, slopes[kept])
+    at = np.searchsorted(rows, slopes[kept])
+    return points[rows], at, np.concatenate([scores[rows], derivatives[kept].ravel()])
 
 
 def _most_likely(points: "Array", slopes: "Indices", y: "Array") -> Hyperparameters:
@@ -203,7 +212,8 @@ def _most_likely(points: "Array", slopes: "Indices", y: "Array") -> Hyperparamet
 
     # losses on fixed items can be smooth to e^-16 of their variance; JITTER is e^-18.4
     bounds = [(-8, 4), (-8, 5), (-16, 2)] + [(-4, 4)] * (d + 1) + [(-16, 4)] * (len(mean) - d - 4)
-    best = minimize(loss, mean, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
+    options = {"maxiter": 60 if len(y) == n else 30}
+    best = minimize(loss, mean, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return _hyperparameters(best.x, d)
 
 
