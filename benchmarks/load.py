@@ -42,7 +42,7 @@ from optimer_hf.study import gp as surrogate
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import load_study, open_study
 from optimer_hf.study.space import anchors, from_unit
-from optimer_hf.study.trials import Trial
+from optimer_hf.study.trials import Candidate, Trial
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -93,7 +93,7 @@ def peak_megabytes() -> float:
 
 
 def record(
-    n_trials: int, n_vectors: int, n_terms: int = 2, n_items: int = 20
+    n_trials: int, n_vectors: int, n_terms: int = 2, n_items: int = 20, *, gradients: bool = False
 ) -> tuple[StudyConfig, list[Trial]]:
     """Return a study of a smooth landscape and trials of it: anchors, then random blends."""
     names = [f"v{index}" for index in range(n_vectors)]
@@ -113,20 +113,22 @@ def record(
         blend = rng.dirichlet(np.ones(n_vectors)) * rng.uniform(0, 1.2)
         weights = planned[number][1] if number < len(planned) else from_unit(config, blend)
         point = np.array(list(weights.values()))
-        scores = {}
+        scores, slopes = {}, {}
         for task, optimum in optima.items():
+            slopes[task] = dict(zip(names, map(float, 2 * (point - optimum)), strict=True))
             losses = 3 + ((point - optimum) ** 2).sum() + 0.01 * rng.normal(size=n_items)
             scores[task] = TermScore([(float(loss), 1.0) for loss in losses], False)
-        trials.append(Trial(number, "planned", "search", weights, "ok", scores, {}))
+        candidate = Candidate(number, "planned", weights, with_gradients=gradients)
+        trials.append(candidate.to_trial(scores, {}, 0, slopes if gradients else {}))
     return config, trials
 
 
 # -- asking, reports, intervals --------------------------------------------------------------------
 
 
-def seconds_to_ask(n_trials: int, n_vectors: int) -> float:
+def seconds_to_ask(n_trials: int, n_vectors: int, gradients: bool) -> float:
     """Return the CPU-seconds of the second ask after `n_trials`: the first one imports SMAC."""
-    config, trials = record(n_trials + 1, n_vectors)
+    config, trials = record(n_trials + 1, n_vectors, gradients=gradients)
     with tempfile.TemporaryDirectory() as scratch:
         asker = Asker(config, Path(scratch))
         for trial in trials[:-1]:
@@ -139,11 +141,16 @@ def seconds_to_ask(n_trials: int, n_vectors: int) -> float:
 
 
 def asking(options: Options) -> Iterator[str]:
-    """An ask with two terms."""
-    sizes = [(n_trials, n_vectors) for n_vectors in VECTORS for n_trials in TRIALS]
+    """An ask with two terms, without gradients and with one in every trial."""
+    sizes = [
+        (n_trials, n_vectors, gradients)
+        for gradients in (False, True)
+        for n_vectors in VECTORS
+        for n_trials in TRIALS
+    ]
     costs = ((size, measured_alone(seconds_to_ask, *size)) for size in sizes)
     yield from table(
-        ["trials", "vectors", "CPU-seconds of an ask", "peak memory (MB)"],
+        ["trials", "vectors", "gradients", "CPU-seconds of an ask", "peak memory (MB)"],
         ([*map(str, size), f"{cost:.2f}", f"{memory:.0f}"] for size, (cost, memory) in costs),
     )
 

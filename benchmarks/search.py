@@ -44,9 +44,10 @@ from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Scored
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
+from optimer_hf.study.gradients import next_anchor
 from optimer_hf.study.prediction import predict
 from optimer_hf.study.space import anchors
-from optimer_hf.study.trials import DecisionLog, Trial, TrialLog
+from optimer_hf.study.trials import Candidate, DecisionLog, Trial, TrialLog
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,6 +64,11 @@ BAR = f"tpe@{TPE_TRIALS}"
 RETARGET_TRIALS, N_OBJECTIVES = 60, 5
 RETARGET_BARS = {("smooth", 4): 1, ("smooth", 8): 3, ("accuracy", 4): 3, ("accuracy", 8): 8}
 ITEMS_BAR = 1 / 5
+GRADIENT_COST = 2.5  # forwards that a trial with gradients takes
+GRADIENT_BUDGETS = (20, 40)  # forwards
+GRADIENT_BARS = {(4, 20): 1.0, (8, 20): 1 / 2, (16, 40): 1 / 5}  # of the regret without
+GRADIENT_DIMENSIONS = (4, 8, 16)
+REACHED, REACHED_BAR = 2.0, 1 / 2  # % of regret, and the share of the forwards until there
 POOLS = Path(__file__).parent / "real_pool.json"
 
 
@@ -75,12 +81,14 @@ class Landscape:
 
     `scores` maps points [n, d] to noise-free scores [n, n_terms]; `observe` draws the items of one
     evaluation of one point [d], [n_terms, n_items], whose means are the observed scores.
+    `gradient_noise` [n_terms, 1] is the standard deviation of an observed derivative.
     """
 
     d: int
     scores: "Scores"
     observe: "Callable[[Array, np.random.Generator], Array]"
     higher_is_better: bool
+    gradient_noise: "float | Array" = 0.0
 
     def gains(self, points: "Array") -> "Array":
         """Return the noise-free gain of every term over the base, [n, n_terms]: points for
@@ -88,6 +96,14 @@ class Landscape:
         """
         base = self.scores(np.zeros((1, self.d)))
         return self.relative_to_base(self.scores(points), base)
+
+    def gradients(self, point: "Array") -> "Array":
+        """Return the noise-free derivatives of the scores at a point [d], [n_terms, d]: central
+        differences, which are exact to about nine digits.
+        """
+        steps = 1e-5 * np.eye(self.d)
+        scores = self.scores(np.vstack([point + steps, point - steps]))
+        return (scores[: self.d] - scores[self.d :]).T / 2e-5
 
     def relative_to_base(self, scores: "Array", base: "Array") -> "Array":
         """Return gains of scores over those of the base."""
@@ -189,7 +205,16 @@ def synthetic(kind: str, d: int, seed: int) -> Landscape:
         noise = deviation * rng.normal(size=(N_TERMS, N_ITEMS))
         return scores(point[None])[0][:, None] + noise
 
-    return Landscape(d, scores, observe, higher_is_better=False)
+    share = deviation / np.sqrt(N_ITEMS) / smooth(probes).std(axis=0)[:, None]
+    noise = share * root_mean_square_slope(smooth, d, probes[:64])
+    return Landscape(d, scores, observe, higher_is_better=False, gradient_noise=noise)
+
+
+def root_mean_square_slope(scores: "Scores", d: int, points: "Array") -> "Array":
+    """Return the size of a derivative of every term at points, [n_terms, 1]."""
+    noiseless = Landscape(d, scores, lambda point, rng: np.empty(0), higher_is_better=False)
+    slopes = np.array([noiseless.gradients(point) for point in points])
+    return np.asarray(np.sqrt((slopes**2).mean(axis=(0, 2)))[:, None])
 
 
 def accuracy(smooth: "Scores", d: int, rng: np.random.Generator, *, fixed_items: bool) -> Landscape:
@@ -451,7 +476,9 @@ def kept_by_others(file: Path | None) -> dict[str, list[list[float]]]:
 # -- ours ------------------------------------------------------------------------------------------
 
 
-def config_of(landscape: Landscape, seed: int, n_trials: int) -> StudyConfig:
+def config_of(
+    landscape: Landscape, seed: int, n_trials: int, *, gradients: bool = False
+) -> StudyConfig:
     """Return a study of a landscape: its terms with equal weights, its box, nothing re-scored."""
     n_terms = landscape.scores(np.zeros((1, landscape.d))).shape[1]
     metric = "acc" if landscape.higher_is_better else "loss"
@@ -462,7 +489,12 @@ def config_of(landscape: Landscape, seed: int, n_trials: int) -> StudyConfig:
                 f"v{i}": {"source": f"a/v{i}", "bounds": [0.0, 1.0]} for i in range(landscape.d)
             },
             "objective": {"terms": [{"task": f"t{t}", "metric": metric} for t in range(n_terms)]},
-            "search": {"n_trials": n_trials, "seed": seed, "rescore_top": 0},
+            "search": {
+                "n_trials": n_trials,
+                "seed": seed,
+                "rescore_top": 0,
+                "gradients": "always" if gradients else "never",
+            },
         }
     )
 
@@ -478,6 +510,36 @@ def term_scores(landscape: Landscape, items: "Array") -> dict[str, TermScore]:
         f"t{t}": TermScore([(float(item), 1.0) for item in row], landscape.higher_is_better)
         for t, row in enumerate(items)
     }
+
+
+def term_gradients(
+    landscape: Landscape, weights: Mapping[str, float], rng: np.random.Generator
+) -> dict[str, dict[str, float]]:
+    """Return observed gradients as a trial records them. Their noise is as large a share of their
+    size as that of a score is of the scores' standard deviation.
+    """
+    slopes = landscape.gradients(point_of(weights))
+    slopes = slopes + landscape.gradient_noise * rng.normal(size=slopes.shape)
+    return {
+        f"t{t}": dict(zip(weights, map(float, row), strict=True)) for t, row in enumerate(slopes)
+    }
+
+
+def gradient_trials(landscape: Landscape, config: StudyConfig) -> list[Trial]:
+    """Run our search with gradients in every trial, without a study directory."""
+    trials, rng = list[Trial](), noise_of("optimer", config.search.seed)
+    of_gradients = noise_of("gradients", config.search.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        asker = Asker(config, Path(scratch))
+        for number in range(config.search.n_trials):
+            planned = next_anchor(config, number, trials)
+            origin, weights = planned or ("surrogate", asker.ask(number))
+            scores = term_scores(landscape, landscape.observe(point_of(weights), rng))
+            gradients = term_gradients(landscape, weights, of_gradients)
+            candidate = Candidate(number, origin, weights, with_gradients=True)
+            trials.append(candidate.to_trial(scores, {}, 0, gradients))
+            asker.tell(trials[-1])
+    return trials
 
 
 def optimer_trials(
@@ -528,6 +590,8 @@ class Options:
     processes: int
     others: Path | None = None
     rows: Sequence[str] = ()
+    with_gradients: bool = False
+    gradient_cost: float = GRADIENT_COST
 
     def chosen(self, rows: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
         """Return the rows (kind, number of vectors) that `--rows` names, or all."""
@@ -543,6 +607,8 @@ class Job:
     seed: int
     with_smac: bool = False
     others: Path | None = None
+    with_gradients: bool = False
+    gradient_cost: float = GRADIENT_COST
 
 
 def run_jobs(
@@ -677,7 +743,13 @@ def real(options: Options) -> dict[str, Any]:
 def row_names() -> list[str]:
     """Return what `--rows` chooses from: kind and number of vectors."""
     rows = [(kind, d) for kind in (*KINDS, "items") for d in DIMENSIONS] + pool_rows()
+    rows += [(kind, d) for kind, d in gradient_rows() if (kind, d) not in rows]
     return [f"{kind}-{d}" for kind, d in rows]
+
+
+def gradient_rows() -> list[tuple[str, int]]:
+    """Return the rows whose scores have gradients: those that are losses."""
+    return [(kind, d) for d in GRADIENT_DIMENSIONS for kind in ("smooth", "cliff")] + pool_rows()
 
 
 def pool_rows() -> list[tuple[str, int]]:
@@ -829,6 +901,85 @@ def missed(value: float | None, bar: float) -> str:
     return ", missed" if value is None or value > bar else ""
 
 
+def compare_with_gradients(job: Job) -> dict[str, Any]:
+    """Return the regret with and without gradients, and of other samplers, after equal costs."""
+    landscape = landscape_of(job.kind, job.d, job.seed)
+    without = optimer_trials(landscape, config_of(landscape, job.seed, max(GRADIENT_BUDGETS)))
+    n_trials = count_with_gradients(max(GRADIENT_BUDGETS), job.gradient_cost)
+    config = config_of(landscape, job.seed, n_trials, gradients=True)
+    told = gradient_trials(landscape, config)
+    recommended = {}
+    for budget in GRADIENT_BUDGETS:
+        n = count_with_gradients(budget, job.gradient_cost)
+        recommended["gradients", budget] = ranked(config, told[:n])[0]
+        recommended["values", budget] = ranked(config, without[:budget])[0]
+    for name in OTHERS:
+        recommended |= recommended_by(name, job)
+    regrets = uniform_regrets(landscape, list(recommended.values()))
+    result = {f"{name}@{n}": r for (name, n), r in zip(recommended, regrets, strict=True)}
+    run: dict[str, Any] = {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": result}
+    if job.kind not in KINDS:
+        run["until"] = {
+            "values": cost_until(landscape, config, without, 1.0),
+            "gradients": cost_until(landscape, config, told, job.gradient_cost),
+        }
+    return run
+
+
+def count_with_gradients(budget: float, cost: float) -> int:
+    """Return how many trials with gradients a budget of forwards pays for."""
+    return int(budget / cost)
+
+
+def cost_until(
+    landscape: Landscape, config: StudyConfig, trials: Sequence[Trial], cost: float
+) -> float:
+    """Return the forwards after which what is recommended has a regret of REACHED % or less."""
+    counts = range(2, len(trials) + 1)
+    points = [ranked(config, trials[:n])[0] for n in counts]
+    regrets = uniform_regrets(landscape, points)
+    return next((n * cost for n, r in zip(counts, regrets, strict=True) if r <= REACHED), math.inf)
+
+
+def gradients(options: Options) -> dict[str, Any]:
+    """Our search with gradients against ours without, at equal cost in forwards."""
+    print("\ngradients: regret in % of the gain at equal cost; one with gradients costs ", end="")
+    print(f"{options.gradient_cost:g} forwards; medians; {options.seeds} landscapes a row")
+    rows = options.chosen(gradient_rows())
+    jobs = [
+        Job(kind, d, seed, others=options.others, gradient_cost=options.gradient_cost)
+        for kind, d in rows
+        for seed in range(options.seeds)
+    ]
+    runs = run_jobs("gradients", compare_with_gradients, jobs, options.processes)
+    columns = list({column: None for result in runs for column in result["regret"]})
+    print(f"  {'':19}" + "".join(f"{column:>{len(column) + 2}}" for column in columns))
+    table = {}
+    for kind, d in rows:
+        results = [r for r in runs if (r["kind"], r["d"]) == (kind, d)]
+        medians = {c: statistics.median(r["regret"][c] for r in results) for c in columns}
+        table[f"{kind} {d}"] = medians
+        cells = "".join(f"{medians[c]:{len(c) + 2}.2f}" for c in columns)
+        print(f"  {f'{kind}, {d} vectors':19}{cells}{verdict_on(kind, d, results, medians)}")
+    return {"table": table, "runs": runs}
+
+
+def verdict_on(
+    kind: str, d: int, results: Sequence[Mapping[str, Any]], medians: Mapping[str, float]
+) -> str:
+    """Return the comparison of a row with its bar, as text."""
+    if kind not in KINDS:
+        with_them, without = (
+            statistics.median(r["until"][arm] for r in results) for arm in ("gradients", "values")
+        )
+        ratio = with_them / without
+        text = f"{with_them:g} forwards until {REACHED:g} %, without {without:g}"
+        return f"  {text} (bar {REACHED_BAR:g}{missed(ratio, REACHED_BAR)})"
+    (budget, bar) = next((b, bar) for (n, b), bar in GRADIENT_BARS.items() if n == d)
+    ratio = medians[f"gradients@{budget}"] / medians[f"values@{budget}"]
+    return f"  {ratio:.2f} of the regret at {budget} (bar {bar:g}{missed(ratio, bar)})"
+
+
 class LandscapePool:
     """Scores weights by a landscape: what a study needs instead of a model."""
 
@@ -836,19 +987,25 @@ class LandscapePool:
 
     def __init__(self, landscape: Landscape, seed: int) -> None:
         self.landscape, self.rng = landscape, noise_of("optimer", seed)
+        self.of_gradients = noise_of("gradients", seed)
 
     def score(
         self, weights: Mapping[str, float], asked: Sequence[Asked], *, gradients: bool = False
     ) -> Scored:
         """Observe the landscape once."""
         observed = self.landscape.observe(point_of(weights), self.rng)
-        return Scored(term_scores(self.landscape, observed), {"merge": 0.0, "evaluate": 0.0}, 0)
+        slopes = term_gradients(self.landscape, weights, self.of_gradients) if gradients else {}
+        scores = term_scores(self.landscape, observed)
+        return Scored(scores, {"merge": 0.0, "evaluate": 0.0}, 0, slopes)
 
 
 def retarget_study(job: Job) -> dict[str, Any]:
     """Return the regret of weights predicted for random objectives from one recorded study."""
     landscape = landscape_of(job.kind, job.d, job.seed)
-    config = config_of(landscape, job.seed, RETARGET_TRIALS)
+    n_trials = RETARGET_TRIALS
+    if job.with_gradients:
+        n_trials = count_with_gradients(n_trials, job.gradient_cost)
+    config = config_of(landscape, job.seed, n_trials, gradients=job.with_gradients)
     objectives = np.random.default_rng([job.seed, 2]).dirichlet(np.ones(N_TERMS), N_OBJECTIVES)
     predicted, kept = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -868,9 +1025,25 @@ def retarget_study(job: Job) -> dict[str, Any]:
 def retarget(options: Options) -> dict[str, Any]:
     """Regret of weights predicted for new objectives from 60 recorded trials, no new ones."""
     rows = options.chosen((kind, d) for kind in ("smooth", "accuracy", "items") for d in DIMENSIONS)
-    jobs = [Job(kind, d, seed) for kind, d in rows for seed in range(options.seeds)]
+    if options.with_gradients:  # accuracies have none
+        rows = [(kind, d) for kind, d in rows if kind == "smooth"]
+    jobs = [
+        Job(
+            kind,
+            d,
+            seed,
+            with_gradients=options.with_gradients,
+            gradient_cost=options.gradient_cost,
+        )
+        for kind, d in rows
+        for seed in range(options.seeds)
+    ]
     results = run_jobs("retarget", retarget_study, jobs, options.processes)
-    print(f"\nretarget: regret in % for new objectives after {RETARGET_TRIALS} trials; ", end="")
+    print(f"\nretarget: regret in % for new objectives after {RETARGET_TRIALS} trials", end="")
+    if options.with_gradients:
+        n_trials = count_with_gradients(RETARGET_TRIALS, options.gradient_cost)
+        print(f", paid for {n_trials} with gradients", end="")
+    print("; ", end="")
     print(f"medians, their 95 % bootstrap intervals; {options.seeds} studies a row")
     table = {}
     for kind, d in rows:
@@ -926,7 +1099,7 @@ def asking(options: Options) -> dict[str, Any]:
 
 MEASUREMENTS = {
     function.__name__: function
-    for function in (samplers, paired, parallel, real, items, retarget, asking)
+    for function in (samplers, paired, parallel, real, items, retarget, asking, gradients)
 }
 
 
@@ -954,6 +1127,15 @@ def main() -> None:
         "from here what an earlier run kept.",
     )
     parser.add_argument("--quick", action="store_true", help="Two seeds and no stock SMAC.")
+    parser.add_argument(
+        "--gradient-cost",
+        type=float,
+        default=GRADIENT_COST,
+        help="Forwards that a trial with gradients takes.",
+    )
+    parser.add_argument(
+        "--with-gradients", action="store_true", help="Re-target from trials with gradients."
+    )
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument(
         "--rows", nargs="+", choices=row_names(), default=[], help="Only these landscapes."
@@ -971,6 +1153,8 @@ def main() -> None:
         processes=parsed.processes,
         others=parsed.others,
         rows=parsed.rows,
+        with_gradients=parsed.with_gradients,
+        gradient_cost=parsed.gradient_cost,
     )
     print(f"{options.seeds} seeds ({options.smac_seeds} for stock SMAC), medians")
     measured = {name: MEASUREMENTS[name](options) for name in parsed.only}
