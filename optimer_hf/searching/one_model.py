@@ -51,7 +51,7 @@ def evaluate_model(
     return [
         ScoredTerm(
             each.label,
-            str(each.term.metric),
+            str(each.term.function_name or each.term.metric),
             scores[each.label].score,
             len(scores[each.label].items),
             each.limit is not None,
