@@ -21,7 +21,7 @@ from optimer_hf.merging.mergekit_yaml import (
     parse_with_mergekit,
     read_merge_config,
 )
-from optimer_hf.merging.tokenizer import open_tokenizer
+from optimer_hf.merging.union import open_base
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.layout import (
     ResolvedModel,
@@ -32,6 +32,7 @@ from optimer_hf.models.resolve import (
     refuse_other_than_models,
     resolve_model,
 )
+from optimer_hf.models.union import Vocabulary
 from optimer_hf.vectors.opening import open_vector
 
 logger = logging.getLogger(__name__)
@@ -59,11 +60,14 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
             f"--engine native: only mergekit reads {only_mergekit[0]}. Leave out one of them."
         )
     refuse_absent_files({path: with_absolute_references(config, path)})
+    if linear is not None and linear.is_union and engine is None and not _has_adapters(linear):
+        linear = None  # mergekit drops rows without a token, as it always did
     if linear is not None and engine != "mergekit" and not only_mergekit:
         base = resolve_model(linear.base_model)
         refuse_other_than_models(base)
+        vocabulary: Vocabulary = "union" if linear.is_union else "base"
         try:
-            tokenizer = open_tokenizer(base, linear.tokenizer_source)
+            base, tokenizer = open_base(base, linear.sources, linear.tokenizer_source, vocabulary)
         except ConfigError:
             if engine == "native":
                 raise
@@ -73,6 +77,11 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
                 return "native"
     run_mergekit(config, path, out, options)  # which can reorder tokens
     return "mergekit"
+
+
+def _has_adapters(linear: LinearMerge) -> bool:
+    paths = (resolve_model(source).path for source in linear.sources.values())
+    return any((path / "adapter_config.json").exists() for path in paths)
 
 
 def merge_with_flags(

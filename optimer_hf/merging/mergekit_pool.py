@@ -20,7 +20,7 @@ WRITTEN_DTYPES = {"bfloat16", "float16", "float32"}  # by the streaming writer
 @dataclass(frozen=True)
 class LinearMerge:
     """A merge that the streaming writer can run: one number per vector, and the tokenizer of a
-    model (None: of the base).
+    model (None: of the base) or, with `is_union`, the tokens of all.
     """
 
     base_model: str
@@ -28,6 +28,7 @@ class LinearMerge:
     weights: dict[str, float]
     out_dtype: str | None
     tokenizer_source: str | None = None
+    is_union: bool = False
 
 
 def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
@@ -268,7 +269,7 @@ def with_absolute_references(config: Mapping[str, Any], path: Path) -> dict[str,
 def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None:
     """Return a config as one number per vector, or None when only mergekit can run it."""
     simple = {"merge_method", "base_model", "models", "dtype", "out_dtype"}
-    if not makes_tokenizer(config):
+    if not makes_tokenizer(config) or is_union(config):
         simple |= {"tokenizer", "tokenizer_source"}
     used = {key for key, value in config.items() if key != "parameters" or value}
     if config["merge_method"] != METHOD or not used <= simple:
@@ -299,7 +300,8 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
             )
         weights[name] = float(parameters["weight"])
     out_dtype = given["out_dtype"] or given["dtype"]
-    return LinearMerge(base, sources, weights, out_dtype, tokenizer_of(config, path))
+    source = tokenizer_of(config, path)
+    return LinearMerge(base, sources, weights, out_dtype, source, is_union(config))
 
 
 # -- export ----------------------------------------------------------------------------------------

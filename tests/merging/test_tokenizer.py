@@ -381,7 +381,7 @@ def test_a_search_takes_over_the_union_of_a_merge_config(models, tmp_path, field
     (tmp_path / "objective.yaml").write_text("terms: [{text: x.jsonl}]", encoding="utf-8")
     assert study_of_merge_config(path, tmp_path / "objective.yaml").vocabulary == "union"
     assert unsearched_settings(config) == []
-    assert linear_merge_of(config, path) is None  # mergekit makes the tokenizer
+    assert linear_merge_of(config, path).is_union
 
 
 def test_a_tokenizer_with_other_tokens_is_left_to_mergekit(models, tmp_path):

@@ -52,6 +52,7 @@ from tests.support.merges import (
     merged_by,
     read_all,
     without_tokenizer,
+    write_config,
 )
 from tests.support.tiny import bits
 
@@ -219,6 +220,22 @@ def test_an_adapter_at_weight_1_is_what_peft_computes(pool_of, kind, form, besid
     own = logits_with_peft(base, adapter, text)
     for token, logits in own.items():
         assert torch.allclose(merged[token], logits, atol=1e-4), token
+
+
+def test_a_config_for_a_union_with_adapters_runs_natively(pool_of, tmp_path):
+    base, sources = pool_of("llama")
+    adapter = save_adapter(base, tmp_path / "lora", with_tokens(base.path, [START]), seed=2)
+    pool = {"end": sources["end"], "lora": adapter}
+    weights = {"end": 0.5, "lora": 0.75}
+    config = optimer_config(
+        str(base.path), {name: str(path) for name, path in pool.items()}, weights, "float32"
+    )
+    file = write_config(tmp_path / "optimer.yml", config | {"tokenizer_source": "union"})
+    assert merge(file, tmp_path / "out") == "native"
+    grown, vectors = open_union(base, pool)
+    write_merged(grown, vectors, weights, tmp_path / "expected", out_dtype="float32")
+    assert_same_bits(read_all(tmp_path / "out"), read_all(tmp_path / "expected"))
+    assert {START, END} <= AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab().keys()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
