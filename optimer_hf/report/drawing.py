@@ -1,8 +1,8 @@
 """Draw the figures of a report and write them as SVG, PNG or PDF."""
 
 import contextlib
+import copy
 import io
-import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -263,7 +263,7 @@ def _titled(panel: Panel) -> "Figure":
     """Return a copy of a figure, higher by its title: that of its key, where it has one above."""
     from matplotlib.font_manager import FontProperties
 
-    figure: Figure = pickle.loads(pickle.dumps(panel.figure))
+    figure: Figure = copy.deepcopy(panel.figure)
     figure.set_figheight(figure.get_figheight() + TITLE_HEIGHT)
     if figure.legends:
         (key,) = figure.legends
