@@ -261,8 +261,8 @@ def _say_whether_gradients_pay(study: Study, base: Trial) -> None:
         return
     if not base.gradients:
         logger.warning(
-            "search.gradients: found %r, but no term of this objective has a gradient, so the "
-            "trials have none",
+            "search.gradients: found %r, but no term has a gradient at the base, so the search "
+            "goes on with scores alone",
             config.search.gradients,
         )
         return

@@ -519,6 +519,8 @@ class StudyConfig(VersionedFile):
             return f"engine {self.engine.name} has no gradients; use transformers, or never"
         if search.sampler is not None:
             return f"sampler {search.sampler} does not use gradients; use never"
+        if self.device_map is not None:
+            return "a model that device_map spreads has no gradients; leave it out, or give never"
         if search.surrogate != "per_term":
             return f"surrogate {search.surrogate} does not use gradients; use per_term, or never"
         return None

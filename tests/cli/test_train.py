@@ -76,3 +76,16 @@ def test_sensitivity_takes_one_file_that_names_its_base(folder, pool):
     ):
         refused = optimer("vectors", *arguments, ok=False)
         assert why.lower() in refused.stderr.lower() and "Traceback" not in refused.stderr
+
+
+def test_sensitivity_shows_what_more_of_each_vector_does_on_a_real_model(folder):
+    arguments = (
+        *("vectors", folder / "my-merge.yml", "--sensitivity"),
+        *("--objective", folder / "obj.yaml"),
+    )
+    text = optimer(*arguments).stdout
+    assert text.startswith("| vector | objective: base / average | aaa | xyz | advice |")
+    assert text.count("\n| ") == 3 and "orth searching" in text
+    data = json.loads(optimer(*arguments, "--format", "json").stdout)
+    for place in ("base", "average"):
+        assert set(data["places"][place]["gradients"]) == {"aaa", "xyz"}

@@ -180,6 +180,7 @@ def test_with_gradients_two_sound_trials_replace_the_single_vectors():
     ("changes", "why"),
     [
         ({"engine": "vllm"}, "engine vllm has no gradients"),
+        ({"device_map": "auto"}, "a model that device_map spreads has no gradients"),
         ({"search": {"surrogate": "random_forest"}}, "surrogate random_forest does not use"),
     ],
 )
