@@ -94,7 +94,7 @@ class Derivatives:
             gradient = torch.empty_like(leaf).copy_(gradient)
         total = self.total_on(leaf.device)
         for name, view in self._views[leaf].items():
-            start = view.storage_offset() - leaf.storage_offset()
+            start = gradient.storage_offset() + view.storage_offset() - leaf.storage_offset()
             self._add(total, name, gradient.as_strided(view.shape, view.stride(), start))
 
     def _add(self, total: torch.Tensor, name: str, gradient: torch.Tensor) -> None:

@@ -164,3 +164,20 @@ def test_derivatives_equal_central_differences(make_pool, architecture, pool, tm
     largest = max(map(abs, expected))
     assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4 * largest)
     assert largest > 0.1, "a pool that changes nothing shows nothing"
+
+
+def test_a_gradient_that_is_a_part_of_other_memory_counts_where_it_begins(make_pool):
+    """Autograd may hand over such a part, for instance where a model joins two weights."""
+    base, vectors = make_pool("llama, untied", POOLS["checkpoint"])
+    resident = ResidentModel(base, vectors, dtype="float32")
+    derivatives = Derivatives(resident)
+    with derivatives.active():
+        leaf = derivatives._hooked[0]
+        memory = torch.randn(2 * leaf.numel())
+        totals = []
+        for gradient in (memory[leaf.numel() :].clone(), memory[leaf.numel() :]):
+            leaf.grad = gradient.view(leaf.shape)
+            derivatives._collect(leaf)
+            totals.append(derivatives.take())
+    assert totals[0].abs().min() > 0
+    assert torch.equal(*totals)
