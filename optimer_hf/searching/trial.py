@@ -19,7 +19,7 @@ from optimer_hf.files.text import first_line
 from optimer_hf.merging.tokenizer import scoring_tokenizer
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.layout import ResolvedModel, model_digests
-from optimer_hf.models.memory import collect_memory, lacks_memory
+from optimer_hf.models.memory import collect_memory
 from optimer_hf.models.placement import Placement
 from optimer_hf.models.resolve import resolve_base, resolve_tokenizer
 from optimer_hf.progress import Cost
@@ -143,7 +143,9 @@ class ResidentPool:
         backward = self._evaluator.backward_seconds if gradients else 0.0
         scores, slopes = self._differentiate(asked) if gradients else ({}, {})
         if not scores:
+            collect_memory()  # of a backward pass that failed
             scores = self._evaluator.evaluate(asked)
+            self._has_gradients = self._has_gradients and not gradients  # the weights can be scored
         seconds = {
             "merge": merged - started,
             "evaluate": perf_counter() - merged,
@@ -159,16 +161,17 @@ class ResidentPool:
         """Return scores and their derivatives in the free weights; nothing, after a warning, if the
         model has no derivatives.
         """
-        if not self._has_gradients or (derivatives := self._engine.derivatives()) is None:
+        if not self._has_gradients:
             return {}, {}
         try:
+            if (derivatives := self._engine.derivatives()) is None:
+                return {}, {}
             scores, slopes = self._evaluator.differentiate(asked, derivatives)
-        except RuntimeError as error:  # an operation without a derivative; else it comes again
-            if lacks_memory(error) or isinstance(error, torch.AcceleratorError):
+        except (RuntimeError, TypeError) as error:  # an operation without a derivative, or memory
+            if isinstance(error, torch.AcceleratorError):
                 raise
             logger.warning("no gradients: the backward pass failed (%s)", first_line(error))
             logger.debug("the backward pass failed", exc_info=True)
-            self._has_gradients = False
             return {}, {}
         return scores, {
             label: {name: slope for name, slope in gradient.items() if name in self._free}

@@ -141,3 +141,26 @@ def test_a_batch_that_does_not_fit_is_no_fault_of_the_weights(config, caplog):
     most = 1
     with pytest.raises(EvaluationError, match=r"trial 3: OutOfMemoryError: CUDA out of memory"):
         run_trial(pool, candidate, asked)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("too little"), RuntimeError("not implemented"), TypeError("x")]
+)
+@pytest.mark.parametrize("place", ["derivatives", "differentiate"])
+def test_gradients_that_cannot_be_had_give_way_to_a_plain_trial(config, monkeypatch, place, error):
+    pool = ResidentPool(config)
+    asked = config.objective.asked_terms("search")
+    plain = pool.score({"v1": 0.5}, asked)
+    calls = []
+
+    def fail(*_):
+        calls.append(place)
+        raise error
+
+    owner = pool._engine if place == "derivatives" else pool._evaluator
+    monkeypatch.setattr(owner, place, fail)
+    for _ in range(2):
+        scored = pool.score({"v1": 0.5}, asked, gradients=True)
+        assert scored.terms == plain.terms
+        assert scored.gradients == {}
+    assert len(calls) == 1  # the next trial does not try again
