@@ -175,7 +175,7 @@ def _item_count(scores: Scores, label: str) -> Cell:
 def _unit_of(objective: Objective, label: str, score: TermScore | None = None) -> str:
     """Return the metric of a term in words and, with a score, its direction."""
     term = next((term for term in objective.scored_terms if term.label == label), None)
-    name = "score" if term is None else (term.function or term.metric_name).replace("_", " ")
+    name = "score" if term is None else (term.function_name or term.metric_name).replace("_", " ")
     if score is None:
         return name
     return f"{name}, {'higher' if score.higher_is_better else 'lower'} is better"

@@ -4,7 +4,9 @@ import pytest
 
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.report.evidence import read_evidence
+from optimer_hf.report.tables import _unit_of as unit_of
 from optimer_hf.report.tables import sealed_table, targets_table, terms_table, trial_table
+from optimer_hf.scoring.objective import Objective
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from tests.support.landscapes import FunctionPool, TellingPool, failing_at, with_test
@@ -94,3 +96,8 @@ def test_without_a_sealed_test_the_scores_are_those_of_the_search(tmp_path):
     table = terms_table(read_evidence(study))
     assert "search scores" in table.caption
     assert [head.text for head in table.heads][-1] == "items, search"
+
+
+def test_a_function_in_a_file_is_named_without_the_place_of_the_file():
+    term = {"name": "t", "function": "/data/me/my_metrics.py:brevity", "higher_is_better": True}
+    assert unit_of(Objective.model_validate({"terms": [term]}), "t") == "brevity"
