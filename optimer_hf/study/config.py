@@ -146,7 +146,9 @@ class SearchConfig(FileModel):
     longer than a trial of a small model on a GPU. random_forest: SMAC's random forest. random: no
     model, random weights.
     """
-    sampler: PluginName | None = Field(default=None, examples=["my-sampler"])
+    sampler: PluginName | None = Field(
+        default=None, exclude_if=lambda name: name is None, examples=["my-sampler"]
+    )
     """Installed sampler that chooses the weights in place of the surrogate: the name of an entry
     point of the group optimer.samplers.
     """
@@ -166,7 +168,9 @@ class SearchConfig(FileModel):
     The study can then answer other objectives, and it does not settle on a lucky score. Only with
     surrogate per_term.
     """
-    gradients: Literal["auto", "always", "never"] = Field(default="never", examples=["auto"])
+    gradients: Literal["auto", "always", "never"] = Field(
+        default="never", exclude_if=lambda choice: choice == "never", examples=["auto"]
+    )
     """Whether trials also take gradients: from one backward pass the derivative of every term in
     every weight. Such a trial takes two to three times as long, and the surrogate needs far fewer
     of them. auto: take them if the time and the gradients of the base say that they pay. Needs
@@ -536,9 +540,7 @@ class StudyConfig(VersionedFile):
         outside = {"retarget", "baselines", "device_map", "max_memory"}
         data = self.model_dump(mode="json", exclude=outside)
         for name in ("n_trials", "report_to", "gradients"):
-            del data["search"][name]
-        if self.search.sampler is None:  # newer than some studies
-            del data["search"]["sampler"]
+            data["search"].pop(name, None)
         for name in ("tokenizer_source", "engine", "vocabulary"):  # newer than some studies
             if getattr(self, name) == type(self).model_fields[name].default:
                 del data[name]

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.study.config import TRACKERS, StudyConfig
+from optimer_hf.files.digest import digest
+from optimer_hf.study.config import TRACKERS, SearchBaseline, StudyConfig
 from tests.support.landscapes import config_of
 
 FIELDS = {"base_model": "a/base", "objective": {"terms": [{"task": "t"}]}}
@@ -168,3 +169,9 @@ def test_where_a_model_lies_is_no_part_of_a_study():
         assert spread.digest() == plain.digest()
         again = StudyConfig.model_validate_json(spread.model_dump_json())
         assert again.device_map == device_map
+
+
+def test_settings_of_another_search_are_named_as_before():
+    """Their digest names the directory of a baseline, which a later version has to find again."""
+    settings = SearchBaseline(surrogate="random")
+    assert digest(settings.model_dump(mode="json"))[:6] == "593879"
