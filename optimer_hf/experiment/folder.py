@@ -335,8 +335,16 @@ def _check_mixtures(
     """Raise ConfigError for mixtures that cannot be trained: those in the pool, and the baselines,
     which are trained after the search.
     """
-    from optimer_hf.training.mixture import mix_runs
+    from optimer_hf.training.mixture import mix_runs, training_tokens
 
+    if any(each.shares == "searched" for each in config.baselines.mixtures.values()):
+        training_tokens(
+            {
+                name: vector.source
+                for name, vector in config.vectors.items()
+                if vector.mixture is not None and vector.source is not None
+            }
+        )
     for name, vector in config.vectors.items():
         if vector.mixture is not None and vector.source is None:
             shares = vector.mixture

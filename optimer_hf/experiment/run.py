@@ -216,13 +216,15 @@ def _shares_of(
     """Return the shares of a mixture; None if they are those of the search and no weight is above
     zero.
     """
-    from optimer_hf.training.mixture import ratios_of
+    from optimer_hf.training.mixture import ratios_of, training_tokens
 
     if baseline.shares == "uniform":
         return dict.fromkeys(inputs.single_trainings, 1.0)
     if isinstance(baseline.shares, dict):
         return baseline.shares
     tokens = {name: int(each.max_tokens or 0) for name, each in inputs.trainings.items()}
+    given = {name: study.config.sources[name] for name in study.config.mixtures.keys() - tokens}
+    tokens |= training_tokens(given)
     try:
         return ratios_of(study.best_trial.weights, tokens, study.config.mixtures).shares
     except ConfigError:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.folder import load_inputs, run_of
 from optimer_hf.experiment.planning import make_plan
 from optimer_hf.hub.card import Facts, recipe_facts, render
@@ -156,3 +157,15 @@ def test_a_mixture_needs_a_run(recipe_dir: Path, tmp_path: Path, command: str):
     assert "vectors.mix.mixture: a mixture has to be trained first. Run `optimer run`" in (
         result.output
     )
+
+
+def test_a_given_mixture_without_a_record_is_named_before_anything_is_trained(recipe_dir: Path):
+    """The ratios of the search need the tokens of every vector in the pool."""
+    given = {"source": str(yaml.safe_load((recipe_dir / "study.yaml").read_text())["base_model"])}
+    change_study(
+        recipe_dir,
+        vectors={"mix": {"mixture": {"aaa": 1}} | given},
+        baselines={"mixtures": {"m": {"shares": "searched"}}},
+    )
+    with pytest.raises(ConfigError, match=r"'mix'.*does not say how many tokens"):
+        load_inputs(run_of(recipe_dir))
