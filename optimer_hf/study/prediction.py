@@ -107,7 +107,7 @@ def _refuse_other_source(term: Term, known: Term) -> None:
     """
 
     def source_of(term: Term) -> str:
-        return str(term.text.name if term.text is not None else term.task or term.function)
+        return str(term.text.name if term.text is not None else term.task or term.function_name)
 
     for field, given, recorded in (
         ("source", source_of(term), source_of(known)),
