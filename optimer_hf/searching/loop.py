@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from time import perf_counter
 
-from optimer_hf.errors import EvaluationError, StudyError
+from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.files.staging import scratch_directory, write_text
 from optimer_hf.progress import Meter
 from optimer_hf.scoring.formatting import Unit
@@ -145,6 +145,11 @@ def search(
     fails is recorded as crashed, and the search goes on. It ends with an EvaluationError if the
     base cannot be scored, if all anchors crash, or if the machine is at fault (see `run_trial`).
     """
+    if ask is not None and config.search.gradients != "never":
+        raise ConfigError(
+            f"search.gradients: found {config.search.gradients!r}, but only the surrogate uses "
+            "gradients, and `ask` chooses the weights. Leave one of them out."
+        )
     with lock_directory(directory):
         study = open_study(config, directory)
         study.decide(to_disk=True)
@@ -267,8 +272,7 @@ def _say_whether_gradients_pay(study: Study, base: Trial) -> None:
         )
         return
     logger.info(
-        "search: with gradients a trial takes %.1f times as long and tells as much as %.1f without;"
-        " %s",
+        "search: with gradients a trial takes %.1f times as long and is worth %.1f without; %s",
         cost_ratio(base),
         n_trials_saved(config, base),
         "it takes them" if takes_gradients(config, [base]) else "it goes on without them",

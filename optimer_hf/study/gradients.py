@@ -76,9 +76,9 @@ def cost_ratio(measured: Trial) -> float:
 
 
 def n_trials_saved(config: StudyConfig, measured: Trial) -> float:
-    """Return how many trials without gradients tell as much as one with them.
+    """Return how many trials without gradients are worth one with them.
 
-    A term with gradients tells as much as 1 + WORTH * d without, d being the number of searched
+    A term with gradients is worth 1 + WORTH * d without, d being the number of searched
     weights. Terms without hold the others back as the serial part of a program does (Amdahl's law).
     """
     constraints = {term.label for term in config.objective.constraints}
