@@ -104,27 +104,41 @@ def _take_gradients(config: StudyConfig, slots: Slots, candidate: Candidate) -> 
 
 
 def _summarize(config: StudyConfig, base: Trial, other: Trial) -> Sensitivity:
+    places = (base, other)
     counting = [term for term in config.objective.terms_at("search") if term.weight > 0]
-    known = [term for term in counting if term.label in base.gradients]
+    known = [term for term in counting if all(term.label in place.gradients for place in places)]
     if not known:
-        names = ", ".join(term.label for term in counting)
-        raise EvaluationError(
-            f"objective: none of its terms ({names}) has a gradient. Add one that is a likelihood, "
-            "such as bits_per_byte of a text."
-        )
+        raise EvaluationError(_why_no_slopes([term.label for term in counting], places))
     objective = config.objective.model_copy(update={"terms": known})
-    values = [value_gradient(objective, trial, base.terms) or {} for trial in (base, other)]
-    gains = [gain_gradients(trial, base.terms) for trial in (base, other)]
+    values = [value_gradient(objective, place, base.terms) or {} for place in places]
+    gains = [gain_gradients(place, base.terms) for place in places]
+    labels = [label for label in base.gradients if label in other.gradients]
     slopes = {
         name: Slope(
             (values[0][name], values[1][name]),
-            {label: (gains[0][label][name], gains[1][label][name]) for label in gains[0]},
+            {label: (gains[0][label][name], gains[1][label][name]) for label in labels},
         )
         for name in config.free
     }
     steepest = sorted(slopes, key=lambda name: -max(slopes[name].value))
     lacking = [term.label for term in counting if term not in known]
-    return Sensitivity(config, (base, other), {name: slopes[name] for name in steepest}, lacking)
+    return Sensitivity(config, places, {name: slopes[name] for name in steepest}, lacking)
+
+
+def _why_no_slopes(labels: Sequence[str], places: Sequence[Trial]) -> str:
+    """Return why no term that counts has a gradient at both places; `labels` are those terms."""
+    seen = [label for label in labels if any(label in place.gradients for place in places)]
+    if not seen:
+        return (
+            f"objective: none of its terms ({', '.join(labels)}) has a gradient. Add one that is a "
+            "likelihood, such as bits_per_byte of a text."
+        )
+    without = {place.origin: [x for x in seen if x not in place.gradients] for place in places}
+    where = "; ".join(f"{origin}: {', '.join(gone)}" for origin, gone in without.items() if gone)
+    return (
+        f"objective: no term has a finite gradient at both places (not finite at {where}). Set "
+        "`dtype: float32`, or leave out vectors that break the model."
+    )
 
 
 # -- showing ---------------------------------------------------------------------------------------

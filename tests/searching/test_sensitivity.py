@@ -1,6 +1,8 @@
 """sensitivity.py: the slopes of a pool from two passes."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +91,47 @@ def test_a_vector_that_helps_only_a_term_without_weight_says_so(monkeypatch):
     measured = sensitivity_of(config_of(), runner=InProcess(GradientPool))
     assert measured.slopes["y"].advice == "leave out, helps only q"
     assert "The objective falls with y, at both places." in to_markdown(measured)
+
+
+def overflowing(*where: tuple[int, str]):
+    """Return a pool class whose gradients are not finite: of these terms, in these calls."""
+
+    class Overflowing(GradientPool):
+        def score(self, weights, asked, *, gradients=False):
+            scored, call = super().score(weights, asked, gradients=gradients), len(self.calls) - 1
+            slopes = {
+                label: gradient | {"x": math.inf} if (call, label) in where else gradient
+                for label, gradient in scored.gradients.items()
+            }
+            return replace(scored, gradients=slopes)
+
+    return Overflowing
+
+
+@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("label", ["u", "q"])
+def test_a_term_whose_gradient_is_not_finite_at_one_place_is_left_out(call, label):
+    whole = sensitivity_of(config_of(), runner=InProcess(GradientPool))
+    measured = sensitivity_of(config_of(), runner=InProcess(overflowing((call, label))))
+    assert measured.lacking == (["u"] if label == "u" else [])  # q has no weight
+    for name, slope_of in measured.slopes.items():
+        kept = {k: v for k, v in whole.slopes[name].terms.items() if k != label}
+        assert slope_of.terms == kept
+        assert slope_of.value == (kept["t"] if label == "u" else whole.slopes[name].value)
+    assert label not in to_markdown(measured).partition("\n")[0].split(" | ")
+    assert json.dumps(to_json(measured))
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ([(1, "t"), (1, "u")], r"not finite at average: t, u\)"),
+        ([(0, "t"), (1, "u")], r"not finite at base: t; average: u\)"),
+    ],
+)
+def test_without_a_term_that_has_slopes_at_both_places_the_error_names_the_place(where, why):
+    with pytest.raises(EvaluationError, match=why):
+        sensitivity_of(config_of(), runner=InProcess(overflowing(*where)))
 
 
 @pytest.mark.parametrize(
