@@ -4,6 +4,7 @@ Only records are read, without a lock, so that it may be asked while another pro
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -164,12 +165,16 @@ def _progress_of_search(study: Study) -> Progress:
 def _holder_of(directory: Path) -> int | None:
     """Return the process that holds the lock of a directory; None if nobody does, or if the system
     does not say. The lock itself is not touched: a command that starts now would be refused.
+
+    An inode has its number on one file system only, so the device is compared, too. Some file
+    systems (btrfs, overlay) show files another device than the kernel names: nobody is found there.
     """
     with contextlib.suppress(OSError, ValueError):
-        inode = (directory / ".lock").stat().st_ino
+        lock = (directory / ".lock").stat()
+        file = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
         for line in LOCKS.read_text(encoding="ascii").splitlines():
             fields = line.split()
-            if "->" not in fields and fields[5].rpartition(":")[2] == str(inode):
+            if "->" not in fields and fields[5] == file:
                 return int(fields[4])
     return None
 

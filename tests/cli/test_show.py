@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -105,15 +106,34 @@ def test_a_study_and_a_training_have_a_status_of_their_own(run):
     assert status(run / "vectors" / "aaa")["parts"][0]["state"] == "trained on 512 tokens"
 
 
-def test_the_process_that_holds_a_directory_is_named(run):
-    import os
+def device_of(path: Path) -> tuple[int, int]:
+    device = path.stat().st_dev
+    return os.major(device), os.minor(device)
 
+
+def test_the_process_that_holds_a_directory_is_named(run):
+    mounts = Path("/proc/self/mountinfo")  # its third column is the device as the kernel names it
+    lines = mounts.read_text("utf-8").splitlines() if mounts.exists() else []
+    devices = [line.split()[2] for line in lines]
+    can_tell = "{}:{}".format(*device_of(run)) in devices
     assert status(run)["process"] is None
     with locking(run / ".lock"):
-        assert status(run)["process"] in (os.getpid(), None)  # None: no /proc/locks
-        if Path("/proc/locks").exists():
-            assert status(run)["process"] == os.getpid()
+        assert status(run)["process"] == (os.getpid() if can_tell else None)
     assert status(run)["process"] is None
+
+
+def test_a_lock_on_another_file_system_is_not_that_of_the_directory(run, monkeypatch, tmp_path):
+    (run / ".lock").touch()
+    inode, (major, minor) = (run / ".lock").stat().st_ino, device_of(run)
+    locks = tmp_path / "locks"
+    monkeypatch.setattr("optimer_hf.experiment.status.LOCKS", locks)
+    stranger = f"1: FLOCK  ADVISORY  WRITE 11 {major + 1:02x}:{minor:02x}:{inode} 0 EOF\n"
+    locks.write_text(stranger, "ascii")
+    assert status(run)["process"] is None
+    waiting = f"2: -> FLOCK  ADVISORY  WRITE 22 {major:02x}:{minor:02x}:{inode} 0 EOF\n"
+    holder = f"2: FLOCK  ADVISORY  WRITE 33 {major:02x}:{minor:02x}:{inode} 0 EOF\n"
+    locks.write_text(stranger + waiting + holder, "ascii")
+    assert status(run)["process"] == 33
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
