@@ -1,6 +1,7 @@
 """prediction.py: new objectives from recorded trials, and real trials that go on from them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,19 @@ def objective(**weights: float) -> Objective:
             ]
         }
     )
+
+
+def test_a_function_is_the_same_wherever_its_file_is():
+    def of(file: str) -> dict:
+        return {"terms": [{"name": "t", "function": f"{file}:brevity", "higher_is_better": True}]}
+
+    recorded = SimpleNamespace(config=config_of(objective=of("/data/me/my_metrics.py")))
+    matched = match_to_record(recorded, Objective.model_validate(of("/srv/you/metrics.py")))
+    assert matched.terms[0].function == "/data/me/my_metrics.py:brevity"
+    other = Objective.model_validate(of("/data/me/my_metrics.py"))
+    other.terms[0].function = "/data/me/my_metrics.py:norms"
+    with pytest.raises(StudyError, match="'norms', but the study recorded 'brevity'"):
+        match_to_record(recorded, other)
 
 
 def regret(weights, label: str) -> float:
