@@ -176,7 +176,10 @@ def adapter_config_naming(base: str, path: Path, *, is_base_local: bool) -> byte
     is_hub_id = isinstance(named, str) and Reference(named).path is None and named.count("/") == 1
     if is_hub_id and not is_base_local and not Path(named).exists():
         return None
-    return json.dumps(config | {"base_model_name_or_path": base}, indent=2).encode()
+    moved: dict[str, str | None] = {"base_model_name_or_path": base}
+    if "revision" in config:
+        moved["revision"] = None  # a commit of the repository that it named before
+    return json.dumps(config | moved, indent=2).encode()
 
 
 def with_base_on_hub(record: VectorFile, base: str) -> VectorFile:
