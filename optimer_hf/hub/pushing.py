@@ -7,7 +7,6 @@ arrived are not sent again, not even after a kill.
 
 import hashlib
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +35,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from optimer_hf.errors import HubError
 from optimer_hf.files.digest import sha256_file
+from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.reference import AnyPath, Reference
 from optimer_hf.hub import card
 from optimer_hf.hub.client import (
@@ -60,6 +60,7 @@ from optimer_hf.hub.publication import (
 )
 from optimer_hf.hub.readers import describe_uses
 from optimer_hf.hub.uploads import base_of, uploads_of
+from optimer_hf.merging.mergekit_pool import mergekit_command
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.report.captions import (
     CAPTIONS,
@@ -501,9 +502,8 @@ def _merge_configs(publication: Publication) -> Iterator[card.MergeConfig]:
         title = "Merge config for mergekit with optimer-hf installed"
         yield card.MergeConfig(title, "optimer merge merge/optimer.yml merged", text)
     if text := publication.text("mergekit_config.yml").strip():
-        command = "mergekit-yaml merge/mergekit_config.yml merged"
-        if re.search(r"model: \S+\+", text):  # a base and an adapter, which mergekit joins first
-            command += " --lora-merge-cache lora-cache"
+        config = parse_yaml(text, "mergekit_config.yml")
+        command = mergekit_command(config, "merge/mergekit_config.yml", out="merged")
         yield card.MergeConfig("Merge config for mergekit alone", command, text)
 
 

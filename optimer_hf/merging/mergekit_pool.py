@@ -412,9 +412,9 @@ def _model_for_mergekit(base_model: str, source: str, kind: str | None) -> Any:
     return source if kind != "adapter" else _shortest_form(ModelName(base_model, source))
 
 
-def mergekit_command(config: Mapping[str, Any], name: str) -> str:
-    """Return the command that runs a config in the file `name`: that of mergekit alone, unless its
-    method is ours.
+def mergekit_command(config: Mapping[str, Any], name: str, *, out: str = "OUT") -> str:
+    """Return the command that writes the merge of a config in the file `name` to `out`: that of
+    mergekit alone, unless its method is ours.
 
     mergekit merges adapters first, into models that it keeps in a cache; in float32, that rounds
     nothing that the merge does not round.
@@ -424,6 +424,6 @@ def mergekit_command(config: Mapping[str, Any], name: str) -> str:
         for entry in config["models"]
     )
     if config["merge_method"] == METHOD:
-        return f"optimer merge {name} OUT"
+        return f"optimer merge {name} {out}"
     cache = " --lora-merge-cache CACHE --lora-merge-dtype float32"
-    return f"mergekit-yaml {name} OUT{cache * has_adapters}"
+    return f"mergekit-yaml {name} {out}{cache * has_adapters}"
