@@ -95,7 +95,8 @@ def _study_text(
 ) -> str:
     terms = [_task_term(task) for task in tasks]
     terms += [{"text": text} for text in texts or ([] if tasks else [HELD_OUT])]
-    halves = [[term | {"hash_range": half} for term in terms] for half in ([0, 0.5], [0.5, 1])]
+    # every term has a list of its own: YAML would write a shared one once, as an anchor
+    halves = [[term | {"hash_range": [*half]} for term in terms] for half in ((0, 0.5), (0.5, 1))]
     values = {
         "base_model": base,
         "vectors": dict(vectors),

@@ -70,6 +70,14 @@ def test_a_recipe_folder_is_one_that_runs(tmp_path):
         assert set(cls.model_fields) - {"format_version"} <= names, cls.__name__
 
 
+def test_several_terms_are_split_alike(tmp_path):
+    path, texts = tmp_path / "study.yaml", ("--text", "a.jsonl", "--text", "b.jsonl")
+    optimer("init", path, "you/math", "--base", BASE, "--task", "arc_easy", *texts)
+    study = StudyConfig.read(path)
+    assert [term.hash_range for term in study.objective.terms] == [(0, 0.5)] * 3
+    assert [term.hash_range for term in study.test.terms] == [(0.5, 1)] * 3
+
+
 @pytest.mark.parametrize(
     ("out", "sources", "message"),
     [
