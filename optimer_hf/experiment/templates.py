@@ -66,13 +66,14 @@ def init(
         )
     if out.exists() and (is_file or not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: is there already. Give a new file or folder.")
+    files = _name_train_files(list(corpora))
     vectors: dict[str, Any] = {
-        name: {"train": f"train-{slug(name)}.yaml"} if name in corpora else source
+        name: {"train": files[name]} if name in corpora else source
         for name, source in named.items()
     }
     contents = {out if is_file else out / "study.yaml": _study_text(base, vectors, tasks, texts)}
     for name, text in corpora.items():
-        contents[out / f"train-{slug(name)}.yaml"] = _train_text(base, name, text)
+        contents[out / files[name]] = _train_text(base, name, text)
     make_directory(out.parent if is_file else out)
     for path, content in contents.items():
         write_text(path, content)
@@ -88,6 +89,22 @@ def _name_sources(sources: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{source}: found no name of its own. Give it as NAME={reference}.")
         named[name] = reference
     return named
+
+
+def _name_train_files(names: Sequence[str]) -> dict[str, str]:
+    """Return the file of each vector to train. Raises ConfigError if two have the same, also where
+    file names that differ in case only are the same.
+    """
+    files = {name: f"train-{slug(name)}.yaml" for name in names}
+    owners: dict[str, str] = {}
+    for name, file in files.items():
+        owner = owners.setdefault(file.lower(), name)
+        if owner != name:
+            raise ConfigError(
+                f"{owner}, {name}: found names that both stand for the file {file}. Give NAME=TEXT "
+                "with names that differ in their letters a-z or digits, not only in upper case."
+            )
+    return files
 
 
 def _study_text(

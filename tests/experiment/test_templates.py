@@ -79,6 +79,16 @@ def test_several_terms_are_split_alike(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "names", [("math", "Math"), ("a b", "a-b"), ("\u6570\u5b66", "\u7269\u7406"), ("x", "x.")]
+)
+def test_vectors_that_would_share_a_train_file_are_refused(tmp_path, names):
+    sources = [f"{name}={name}.jsonl" for name in names]
+    message = optimer("init", tmp_path / "new", *sources, "--base", BASE, ok=False).stderr
+    assert f"{names[0]}, {names[1]}: found names that both stand for the file train-" in message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
     ("out", "sources", "message"),
     [
         ("s.yaml", ["math.jsonl"], "Give a folder instead of a .yaml"),
