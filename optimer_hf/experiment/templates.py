@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.files.reading import yaml_text
+from optimer_hf.files.reference import absolute_reference, expand_home, relative_reference
 from optimer_hf.files.staging import make_directory, write_text
 from optimer_hf.files.text import slug
 from optimer_hf.scoring.objective import Objective, Term
@@ -52,12 +53,14 @@ def init(
 
     Each of `sources` is a vector or, for a folder, a text to train one on: NAME=SOURCE, or a source
     that is named by its last part. `tasks` are TASK or TASK=METRIC. Items are split by their
-    hashes: one half for the search, the other for the sealed test.
+    hashes: one half for the search, the other for the sealed test. Paths are seen from the working
+    directory; the files name them as seen from their own folder.
 
     Raises ConfigError for sources that cannot be named, OutputError if `out` has something in it.
     """
-    named = _name_sources(sources)
     is_file = out.suffix in (".yaml", ".yml")
+    folder = out.parent if is_file else out
+    named = _name_sources(sources, folder)
     corpora = {name: text for name, text in named.items() if TEXTS.fullmatch(text)}
     if is_file and corpora:
         raise ConfigError(
@@ -71,23 +74,26 @@ def init(
         name: {"train": files[name]} if name in corpora else source
         for name, source in named.items()
     }
+    base, texts = _seen_from(folder, base), [_seen_from(folder, x, is_path=True) for x in texts]
     contents = {out if is_file else out / "study.yaml": _study_text(base, vectors, tasks, texts)}
     for name, text in corpora.items():
         contents[out / files[name]] = _train_text(base, name, text)
-    make_directory(out.parent if is_file else out)
+    make_directory(folder)
     for path, content in contents.items():
         write_text(path, content)
     return list(contents)
 
 
-def _name_sources(sources: Sequence[str]) -> dict[str, str]:
+def _name_sources(sources: Sequence[str], folder: Path) -> dict[str, str]:
+    """Return every source as a file in `folder` names it, by the name of its vector."""
     named: dict[str, str] = {}
     for source in sources:
         name, _, reference = source.rpartition("=")
         name = name or Path(reference.partition("@")[0]).name.partition(".")[0]
         if not name or name in named:
             raise ConfigError(f"{source}: found no name of its own. Give it as NAME={reference}.")
-        named[name] = reference
+        is_text = TEXTS.fullmatch(reference) is not None
+        named[name] = _seen_from(folder, reference, is_path=is_text)
     return named
 
 
@@ -105,6 +111,16 @@ def _name_train_files(names: Sequence[str]) -> dict[str, str]:
                 "with names that differ in their letters a-z or digits, not only in upper case."
             )
     return files
+
+
+def _seen_from(folder: Path, text: str, *, is_path: bool = False) -> str:
+    """Return what a file in `folder` has to say for a reference as seen from the working directory.
+    Hub ids and absolute paths mean the same in both. `is_path`: the text is never a Hub id.
+    """
+    if expand_home(Path(text)).is_absolute():
+        return text
+    here = str((Path.cwd() / text).resolve()) if is_path else absolute_reference(text, Path.cwd())
+    return relative_reference(here, folder.resolve())
 
 
 def _study_text(

@@ -21,7 +21,8 @@ def names_in(text: str) -> set[str]:
     return set(re.findall(r"^[ #-]*([a-z_]+):", text, flags=re.M))
 
 
-def test_a_study_is_valid_and_explains_every_field(tmp_path):
+def test_a_study_is_valid_and_explains_every_field(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "study.yaml"
     task = "gsm8k=exact_match,flexible-extract"
     arguments = ("math=you/math", "./code-lora", "--base", BASE, "--task", task)
@@ -76,6 +77,40 @@ def test_several_terms_are_split_alike(tmp_path):
     study = StudyConfig.read(path)
     assert [term.hash_range for term in study.objective.terms] == [(0, 0.5)] * 3
     assert [term.hash_range for term in study.test.terms] == [(0.5, 1)] * 3
+
+
+@pytest.mark.parametrize("out", ["rec", "deep/er/rec", "link/rec", "new/study.yaml", "study.yaml"])
+@pytest.mark.parametrize("base", ["./base", "base", BASE, "~/base"])
+def test_paths_are_those_of_the_working_directory(tmp_path, monkeypatch, out, base):
+    work = tmp_path / "work"
+    for folder in ("base", "code", "you/chat", "data"):
+        (work / folder).mkdir(parents=True)
+    (work / "link").symlink_to(tmp_path / "elsewhere" / "far")
+    (tmp_path / "elsewhere" / "far").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sources = ["code=./code", "chat=you/chat", "hub=you/other@main", "far=/models/far"]
+    corpora = (
+        {"math": "data/math.jsonl", "law": str(work / "law.csv")} if out[-5:] != ".yaml" else {}
+    )
+    sources += [f"{name}={text}" for name, text in corpora.items()]
+    written = init(Path(out), sources, base=base, texts=["data/held-out.jsonl", "more.jsonl"])
+    home = str(tmp_path / "base")
+    expected_base = {BASE: BASE, "~/base": home}.get(base, str(work / "base"))
+    study = StudyConfig.read(written[0])
+    assert study.base_model == expected_base
+    assert {name: v.source for name, v in study.vectors.items() if v.source is not None} == {
+        "code": str(work / "code"),
+        "chat": str(work / "you" / "chat"),
+        "hub": "you/other@main",
+        "far": "/models/far",
+    }
+    texts = [work / "data" / "held-out.jsonl", work / "more.jsonl"]
+    assert [term.text for term in study.objective.terms] == texts
+    assert [term.text for term in study.test.terms] == texts
+    trainings = [TrainConfig.read(path) for path in written[1:]]
+    assert [t.corpus.path for t in trainings] == [work / text for text in corpora.values()]
+    assert {t.base_model for t in trainings} <= {expected_base}
 
 
 @pytest.mark.parametrize(
