@@ -19,12 +19,15 @@ def read_or_measure(
     dtype: str,
     path: Path,
     vocabulary: Vocabulary = "base",
+    tokenizer_source: str | None = None,
 ) -> GeometryFile:
     """Return norms and cosines of a pool, cached in `path`; measure them again when weights
     changed.
 
-    A valid cache is returned without reading weights, and without importing torch. Raises
-    ModelError for a vector that cannot be merged into this base.
+    `tokenizer_source` is the model whose tokenizer the merges take (None: the base); with
+    `vocabulary: union`, it decides which copy of the base is theirs. A valid cache is returned
+    without reading weights, and without importing torch. Raises ModelError for a vector that cannot
+    be merged into this base.
     """
     base = resolve_base(base_model)
     state = weight_states(base.path)
@@ -38,7 +41,7 @@ def read_or_measure(
     from optimer_hf.merging.geometry import measure, open_pool
     from optimer_hf.merging.union import open_base
 
-    base, _ = open_base(base, sources, None, vocabulary)
+    base, _ = open_base(base, sources, tokenizer_source, vocabulary)
     pool, refusals = open_pool(sources, base)
     if refusals:
         raise ModelError("; ".join(refusals.values()))

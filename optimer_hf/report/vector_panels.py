@@ -38,7 +38,12 @@ def cosines_panel(evidence: Evidence) -> Panel | None:
     try:
         kept = study.directory / "geometry.json"
         measured = read_or_measure(
-            sources, config.base_model, config.dtype, kept, config.vocabulary
+            sources,
+            config.base_model,
+            config.dtype,
+            kept,
+            config.vocabulary,
+            config.tokenizer_reference,
         )
     except OptimerError as error:
         logger.warning("the report leaves out the cosines: %s", error)

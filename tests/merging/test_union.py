@@ -27,8 +27,10 @@ from optimer_hf.recipes.build import build, verify
 from optimer_hf.recipes.record import Lock
 from optimer_hf.recipes.vanilla import write_vanilla
 from optimer_hf.recipes.write import write_recipe
+from optimer_hf.report.evidence import read_evidence
+from optimer_hf.report.vector_panels import cosines_panel
 from optimer_hf.searching.loop import search
-from optimer_hf.searching.trial import ResidentPool
+from optimer_hf.searching.trial import ResidentPool, base_of_study
 from optimer_hf.study.config import Baselines, StudyConfig
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
@@ -417,6 +419,17 @@ def test_every_baseline_has_the_tokens_of_the_study(study, tmp_path):
     alone = next(row for row in rows if row.kind == "alone" and row.subject == "other order")
     model = next(row for row in rows if row.kind == "model")
     assert model.scores == alone.scores  # its rows are the same, by token
+
+
+def test_the_report_of_a_union_takes_the_copy_of_the_base_that_its_trials_took(
+    study, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPTIMER_CACHE", str(tmp_path))
+    grown, _ = base_of_study(study.config)
+    panel = cosines_panel(read_evidence(study))
+    assert panel is not None
+    copies = [file for file in (tmp_path / "union").iterdir() if file.is_dir()]
+    assert copies == [grown.path]
 
 
 def test_the_exports_of_a_union_run_in_mergekit(study, tmp_path):
