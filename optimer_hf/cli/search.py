@@ -1,6 +1,7 @@
 """Commands that find weights: search, retarget."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,27 +53,34 @@ def search(
     STUDY is that file. STUDY_DIR gets the trials and the recipe of the best trial; the same command
     resumes the search. Prints the best merge as a mergekit YAML.
     """
-    from optimer_hf.comparison.summary import headline, study_lines, study_to_json
-    from optimer_hf.files.reading import yaml_text
-    from optimer_hf.merging.mergekit_pool import mergekit_command
+    from optimer_hf.comparison.summary import study_lines, study_to_json
     from optimer_hf.recipes.from_search import search_study
-    from optimer_hf.searching.study_file import opening_comments
 
     runner = runner_of(workers, scheduler)
     result, merge_config = search_study(study, study_dir, runner=runner, **options)
     if output == "json":
         echo(json.dumps(study_to_json(result), indent=2))
         return
-    for line in opening_comments(study):
-        echo(line)
-    echo(f"# {headline(result)}")  # a comment: stdout is a YAML file
-    command = mergekit_command(merge_config, "THIS.yml")
-    echo(f"# Save it beside {study.name} as THIS.yml. Run: {command}")
-    echo(yaml_text(merge_config))
+    _print_merge_config(study, result, merge_config)
     echo_markdown("\n".join(study_lines(result)), err=True)
     if result.config.test is not None:
         echo(f"compare it: optimer compare {study_dir}", err=True)
     echo(f"build it: optimer build {study_dir / 'recipe.yaml'} OUT", err=True)
+
+
+def _print_merge_config(given: Path, result: "Study", merge_config: Mapping[str, Any]) -> None:
+    """Print a mergekit YAML; whatever else stdout gets is a comment."""
+    from optimer_hf.comparison.summary import headline
+    from optimer_hf.files.reading import yaml_text
+    from optimer_hf.merging.mergekit_pool import mergekit_command
+    from optimer_hf.searching.study_file import opening_comments
+
+    for line in opening_comments(given):
+        echo(line)
+    echo(f"# {headline(result)}")
+    command = mergekit_command(merge_config, "THIS.yml")
+    echo(f"# Save it beside {given.name} as THIS.yml. Run: {command}")
+    echo(yaml_text(merge_config))
 
 
 @click.command(cls=LoadingCommand, epilog="Example: optimer retarget my-study other-objective.yaml")
