@@ -140,10 +140,10 @@ def verdicts(comparison: Comparison) -> list[str]:
     for row, objective in rows:
         other = comparison.best_baseline(objective)
         interval = comparison.interval(row, other, objective)
-        said = describe_interval(
+        margin = describe_interval(
             interval, Unit.of(objective or comparison.objective), is_gain=False
         )
         if objective is not None:
-            said += "; the best scales are those for the study's own objective"
-        sentences.append(f"{row.title} minus the best of the others ({other.title}): {said}.")
+            margin += "; the best scales are those for the study's own objective"
+        sentences.append(f"{row.title} minus the best of the others ({other.title}): {margin}.")
     return sentences

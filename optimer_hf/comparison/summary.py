@@ -50,8 +50,8 @@ def study_lines(study: Study) -> Iterator[str]:
     yield f"minus {study.baseline}: {describe_interval(study.over_base(best), unit, is_gain=True)}"
     if (other := study.over_next()) is not None:
         trial, interval = other
-        said = describe_interval(interval, unit, is_gain=False)
-        yield f"minus the next best, trial {trial.number}: {said}"
+        margin = describe_interval(interval, unit, is_gain=False)
+        yield f"minus the next best, trial {trial.number}: {margin}"
     yield from front_lines(study)
     yield "\nwhere the time went:"
     for stage, taken, done in describe_ledger(ledger_of_study(study)):

@@ -174,7 +174,7 @@ def load_inputs(run: Run) -> Inputs:
         for name, training in (singles | _mix_vectors(config, singles)).items()
     }
     sources = {
-        name: _trained(vector, vector_dir(run, name), singles) if vector.source is None else vector
+        name: _locate(vector, vector_dir(run, name), singles) if vector.source is None else vector
         for name, vector in config.vectors.items()
     }
     searches = {name: _add_seed(s, run.seed) for name, s in config.baselines.searches.items()}
@@ -186,7 +186,7 @@ def load_inputs(run: Run) -> Inputs:
     return Inputs(config.model_copy(update=changed), trainings)
 
 
-def _trained(
+def _locate(
     vector: "VectorConfig", directory: Path, singles: Mapping[str, "TrainConfig"]
 ) -> "VectorConfig":
     """Return a vector that a run trains as the study names it: by its directory, and by the shares

@@ -290,11 +290,11 @@ def _recipe_publication(
         evidence = evidence_of_study(directory, recipe)
     if evidence is not None:
         recipe, files = evidence.recipe, files | evidence.files
-    recipe = _placed_recipe(recipe, placed)
+    recipe = _recipe_on_hub(recipe, placed)
     lender = _refuse_unpinned_inputs(file, recipe)
     if kind == "model":
         _refuse_other_model(directory, lock)
-    lock = _placed_lock(lock, placed)
+    lock = _lock_on_hub(lock, placed)
     if placed:
         files[LOCK] = _json_text(lock.model_dump(mode="json"))
     data = recipe.model_dump(mode="json", exclude_none=True)
@@ -322,7 +322,7 @@ def _recipe_publication(
     return Publication(kind, files, recipe, tuple(inputs), lender, results, evidence)
 
 
-def _placed_recipe(recipe: Recipe, placed: Mapping[str, Placed]) -> Recipe:
+def _recipe_on_hub(recipe: Recipe, placed: Mapping[str, Placed]) -> Recipe:
     """Return a recipe whose local inputs have their references on the Hub."""
     moved = {name: place.reference for name, place in placed.items()}
     vectors = {
@@ -341,7 +341,7 @@ def _placed_recipe(recipe: Recipe, placed: Mapping[str, Placed]) -> Recipe:
     )
 
 
-def _placed_lock(lock: Lock, placed: Mapping[str, Placed]) -> Lock:
+def _lock_on_hub(lock: Lock, placed: Mapping[str, Placed]) -> Lock:
     """Return a lock with the digests of the files as they are on the Hub."""
     vectors = {
         name: placed[name].digests(files) if name in placed else files

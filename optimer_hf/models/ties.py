@@ -214,9 +214,9 @@ def _groups_by_name(
     If the config does not say, a head that is not stored is assumed to be the embedding.
     """
     text = config.get("text_config") or {}
-    said = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    setting = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     embeddings = [name for name in names if name.endswith(EMBEDDINGS)]
     heads = [name for name in names if name.endswith(HEADS)]
-    if len(embeddings) != 1 or said is False or (said is None and heads):
+    if len(embeddings) != 1 or setting is False or (setting is None and heads):
         return [], False
-    return [(embeddings[0], *(heads or HEADS[:1]))], said is None
+    return [(embeddings[0], *(heads or HEADS[:1]))], setting is None

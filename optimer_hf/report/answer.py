@@ -77,7 +77,7 @@ def answer_of(evidence: Evidence) -> Answer:
     """Return the first screen of a report."""
     comparison = evidence.comparison
     return Answer(
-        verdict=_untested(evidence) if comparison is None else verdict_of(comparison),
+        verdict=_why_no_verdict(evidence) if comparison is None else verdict_of(comparison),
         bars=[] if comparison is None else _bars(comparison),
         notes=list(_notes(evidence)),
         weights=list(_weight_bars(evidence)),
@@ -117,7 +117,7 @@ def name_of(row: SealedRow) -> str:
     return "the base" if row.kind == "base" else row.title
 
 
-def _untested(evidence: Evidence) -> str:
+def _why_no_verdict(evidence: Evidence) -> str:
     study = evidence.study
     if not study.is_finished:
         return (

@@ -247,19 +247,19 @@ def write_figure(figure: "Figure", path: Path, *, paper: str = PAPER) -> None:
 
 def write_picture(panel: Panel, path: Path) -> None:
     """Write a panel with its title above it, in the format that the suffix of `path` names."""
-    write_figure(_titled(panel), path)
+    write_figure(_copy_with_title(panel), path)
 
 
 def write_pictures(panel: Panel, light: Path, dark: Path) -> None:
     """Write a panel with its title above it as two pictures, for light and for dark pages."""
-    figure = _titled(panel)
+    figure = _copy_with_title(panel)
     write_figure(figure, light)
     for artist in figure.findobj():
         _darken(artist)
     write_figure(figure, dark, paper=DARK[PAPER])
 
 
-def _titled(panel: Panel) -> "Figure":
+def _copy_with_title(panel: Panel) -> "Figure":
     """Return a copy of a figure, higher by its title: that of its key, where it has one above."""
     from matplotlib.font_manager import FontProperties
 

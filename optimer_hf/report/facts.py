@@ -119,7 +119,7 @@ def inputs_table(evidence: Evidence) -> Table:
                 Cell("base"),
                 Cell(""),
                 _source_cell(base),
-                *_made(has_corpus, ""),
+                *_corpus_cells(has_corpus, ""),
                 Cell(licence_of(base)),
             ]
         )
@@ -129,7 +129,7 @@ def inputs_table(evidence: Evidence) -> Table:
         text = _corpus_of(evidence.records.get(name))
         if shares := study.config.mixtures.get(name):
             text = f"mixture ({show_shares(shares)}) of {text}"
-        corpus = _made(has_corpus, text)
+        corpus = _corpus_cells(has_corpus, text)
         row = [Cell(name), weight, _source_cell(source), *corpus, Cell(licences[name])]
         rows.append(Row(row, "idle" if weights[name] == 0 else ""))
     heads = [head("", is_number=False), head("weight"), head("source", is_number=False)]
@@ -137,7 +137,7 @@ def inputs_table(evidence: Evidence) -> Table:
     return Table("Base and vectors.", [*heads, head("licence", is_number=False)], rows)
 
 
-def _made(has_corpus: bool, text: str) -> list[Cell]:
+def _corpus_cells(has_corpus: bool, text: str) -> list[Cell]:
     return [Cell(text)] if has_corpus else []
 
 

@@ -98,8 +98,8 @@ def _draw_term(axis: "Axes", at: int, label: str, gains: Gains, best: SealedRow)
     for part, lane in LANES.items():
         for row, interval in gains:
             if part_of(row, best) == part:
-                said = describe_interval(interval, OF_TERMS, is_gain=True)
-                hint = f"{label}, {row.title}: {said}"
+                gain = describe_interval(interval, OF_TERMS, is_gain=True)
+                hint = f"{label}, {row.title}: {gain}"
                 look = replace(LOOKS[part], has_bar=part in ("merge", "best"))
                 draw_interval(axis, at + lane, interval, look, 100, hint)
 

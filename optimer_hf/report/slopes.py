@@ -68,8 +68,8 @@ def say_what_would_help(study: Study, slopes: Slopes, unit: Unit) -> str:
     steep = {name: rise for name, rise in rises.items() if abs(rise) >= LEAST_RISE}
     ends = {name: _end_in_the_way(study, name, rise > 0) for name, rise in steep.items()}
     parts = [_say(steep, ends, unit, end, text) for end, text in ENDS.items()]
-    told = " ".join(part for part in parts if part)
-    return told or "There the measured slopes are level: a little more of no vector would help."
+    hint = " ".join(part for part in parts if part)
+    return hint or "There the measured slopes are level: a little more of no vector would help."
 
 
 ENDS = {  # what keeps the search from following a slope, and what to say about such vectors

@@ -55,12 +55,12 @@ def _cells_of_trial(evidence: Evidence, trial: Trial, rescored: Mapping[int, Tri
         kind = (trial.error or "").partition(":")[0]  # a message may name hosts or paths
         cells += [Cell("crashed", hint=kind), *(Cell("") for _ in study.base)]
     if rescored:
-        cells.append(_rescored_cell(evidence, rescored.get(trial.number)))
+        cells.append(_rescore_cell(evidence, rescored.get(trial.number)))
     seconds = seconds_of(trial)
     return [*cells, Cell(f"{seconds:.1f}", seconds, _phases_of(trial))]
 
 
-def _rescored_cell(evidence: Evidence, trial: Trial | None) -> Cell:
+def _rescore_cell(evidence: Evidence, trial: Trial | None) -> Cell:
     """Return the gain of a trial that was scored again; nothing if it was not."""
     if trial is None or trial.status != "ok":
         return Cell("")
@@ -113,12 +113,12 @@ def _cells_of_row(comparison: Comparison, row: SealedRow, unit: Unit) -> list[Ce
     cells = [Cell(row.marked_title, hint=weights)]
     for label, score in row.scores.items():
         interval = comparison.term_interval(row, label)
-        said = describe_interval(interval, OF_TERMS, is_gain=True)
-        hint = f"{_unit_of(comparison.objective, label)}: {score.score:.5g}; gain {said}"
+        gain = describe_interval(interval, OF_TERMS, is_gain=True)
+        hint = f"{_unit_of(comparison.objective, label)}: {score.score:.5g}; gain {gain}"
         cells.append(Cell(OF_TERMS.number(interval.difference), interval.difference, hint))
     interval = comparison.interval(row, comparison.base)
-    said = describe_interval(interval, unit, is_gain=True)
-    return [*cells, Cell(unit.number(interval.difference), interval.difference, said)]
+    gain = describe_interval(interval, unit, is_gain=True)
+    return [*cells, Cell(unit.number(interval.difference), interval.difference, gain)]
 
 
 # -- scores by term --------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def terms_table(evidence: Evidence) -> Table:
     study, comparison = evidence.study, evidence.comparison
     if comparison is None:
         objective, score = study.config.objective, "search score"
-        columns: dict[str, Scores] = {"base": study.base, "merge": _searched(evidence)}
+        columns: dict[str, Scores] = {"base": study.base, "merge": _search_scores(evidence)}
     else:
         objective, score = comparison.objective, "sealed score"
         best = comparison.best_baseline()
@@ -154,7 +154,7 @@ def terms_table(evidence: Evidence) -> Table:
     return Table(f"The {score}s by term, in their own units.", heads, rows)
 
 
-def _searched(evidence: Evidence) -> Scores:
+def _search_scores(evidence: Evidence) -> Scores:
     """Return the scores of the merge on the items of the search."""
     number = evidence.study.best_trial.number
     return next(trial.terms for trial in evidence.trials if trial.number == number)
