@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from pathlib import Path
 
 import click
@@ -42,20 +41,16 @@ def trials(study_dir: Path, sort: str, rescored: bool, output: str) -> None:
     if output == "text":
         echo_markdown(trials_to_markdown(study, rows).rstrip())
         return
-    plain = [{k: None if _is_nan(v) else v for k, v in row.items()} for row in rows]
+    plain = [row.to_json() for row in rows]
     if output == "json":
         echo(json.dumps(plain, indent=2, ensure_ascii=False))
         return
-    columns = dict.fromkeys(name for row in rows for name in row)
+    columns = dict.fromkeys(name for row in plain for name in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(plain)
     echo(text.getvalue(), nl=False)
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
 
 
 @click.command(epilog="Example: optimer status runs/gemma-3-270m-demo")

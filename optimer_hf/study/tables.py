@@ -1,7 +1,8 @@
 """A study as a DataFrame, as one line, and as the HTML table that a notebook shows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optimer_hf.errors import ConfigError
@@ -18,20 +19,72 @@ if TYPE_CHECKING:
 N_SHOWN = 5  # trials below the base
 
 
+@dataclass(frozen=True)
+class TrialRow:
+    """A trial with what a table shows of it: the value of its objective (NaN if it crashed) and its
+    gains over the base, by term, which are larger for better trials.
+    """
+
+    trial: Trial
+    objective: float
+    is_feasible: bool
+    gains: dict[str, float]
+    is_best: bool = False
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the trial was scored."""
+        return self.trial.status == "ok"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns of Study.to_dataframe."""
+        trial = self.trial
+        columns: dict[str, Any] = {
+            "origin": trial.origin,
+            "status": trial.status,
+            "objective": self.objective,
+            "feasible": self.is_feasible,
+        }
+        columns |= {f"weight/{name}": weight for name, weight in trial.weights.items()}
+        columns |= {f"score/{label}": score.score for label, score in trial.terms.items()}
+        columns |= {f"gain/{label}": gain for label, gain in self.gains.items()}
+        return columns | {f"seconds/{phase}": seconds for phase, seconds in trial.seconds.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the columns as JSON values, after `trial` and `best`; None for no number."""
+        columns = {"trial": self.trial.number, "best": self.is_best} | self.columns
+        return {name: None if _is_nan(value) else value for name, value in columns.items()}
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _row_of(study: "Study", trial: Trial, base: Trial, *, is_best: bool = False) -> TrialRow:
+    is_sound = trial.status == "ok"
+    return TrialRow(
+        trial,
+        study.value(trial) if is_sound else math.nan,
+        is_sound and is_feasible(study.config.objective, trial.terms, base.terms),
+        gains(trial.terms, base.terms),
+        is_best,
+    )
+
+
 def trials_frame(study: "Study", fidelity: Fidelity) -> "DataFrame":
     """Return a DataFrame with a row for every trial of one fidelity; see Study.to_dataframe."""
     from pandas import DataFrame, Index
 
     trials = study.log.trials_at(fidelity)
-    rows = [_row(study, trial, trials[0]) for trial in trials]
+    rows = [_row_of(study, trial, trials[0]).columns for trial in trials]
     return DataFrame(rows, index=Index([trial.number for trial in trials], name="trial"))
 
 
 def list_trials(
     study: "Study", fidelity: Fidelity = "search", *, sort: str = "objective"
-) -> list[dict[str, Any]]:
-    """Return a row for every trial of one fidelity, sorted; the columns are those of
-    Study.to_dataframe, after `trial` and `best`.
+) -> list[TrialRow]:
+    """Return a row for every trial of one fidelity, sorted.
 
     `sort` is trial (as they ran), objective (best first; those that break a constraint after the
     others), or a term (by its gain, largest first). Crashed trials come last. Raises ConfigError
@@ -42,60 +95,40 @@ def list_trials(
     known = ["trial", "objective", *base.terms]
     if sort not in known:
         raise ConfigError(f"--sort {sort!r}: no such column.{did_you_mean(sort, known)}")
-    rows = [
-        {"trial": trial.number, "best": trial.number == best} | _row(study, trial, base)
-        for trial in trials
-    ]
+    rows = [_row_of(study, trial, base, is_best=trial.number == best) for trial in trials]
     if sort == "trial":
-        return sorted(rows, key=lambda row: row["trial"])
-    key = "objective" if sort == "objective" else f"gain/{sort}"
+        return sorted(rows, key=lambda row: row.trial.number)
 
-    def rank(row: dict[str, Any]) -> tuple[bool, bool, float]:
-        breaks = sort == "objective" and not row["feasible"]
-        return row["status"] != "ok", breaks, -row.get(key, math.nan)
+    def rank(row: TrialRow) -> tuple[bool, bool, float]:
+        is_by_objective = sort == "objective"
+        value = row.objective if is_by_objective else row.gains.get(sort, math.nan)
+        return not row.is_sound, is_by_objective and not row.is_feasible, -value
 
     return sorted(rows, key=rank)
 
 
-def trials_to_markdown(study: "Study", rows: Sequence[Mapping[str, Any]]) -> str:
+def trials_to_markdown(study: "Study", rows: Sequence[TrialRow]) -> str:
     """Return rows of `list_trials` as a Markdown table: weights, gains over the base, seconds."""
-    vectors, unit = list(study.config.vectors), Unit.of(study.config.objective)
-    terms = list(study.trials[0].terms)
+    vectors, terms = list(study.config.vectors), list(study.trials[0].terms)
     base = study.value(study.trials[0])
-    lines = []
-    for row in rows:
-        is_sound = row["status"] == "ok"
-        mark = "" if row["feasible"] or not is_sound else " (breaks a constraint)"
-        gains_shown = [OF_TERMS.show(row[f"gain/{each}"]) if is_sound else "" for each in terms]
-        seconds = sum(v for k, v in row.items() if k in ("seconds/merge", "seconds/evaluate"))
-        lines.append(
-            [
-                f"{row['trial']}{' *' * row['best']}",
-                row["origin"],
-                *(f"{row[f'weight/{name}']:.3g}" for name in vectors),
-                *gains_shown,
-                unit.show(row["objective"] - base) + mark if is_sound else "crashed",
-                f"{seconds:.1f}",
-            ]
-        )
-    weights = [f"weight {name}" for name in vectors]
-    header = ["trial", "origin", *weights, *terms, "objective", "seconds"]
-    return markdown_table(header, lines)
+    header = ["trial", "origin", *(f"weight {name}" for name in vectors), *terms]
+    lines = [_cells_of_row(study, row, base) for row in rows]
+    return markdown_table([*header, "objective", "seconds"], lines)
 
 
-def _row(study: "Study", trial: Trial, base: Trial) -> dict[str, Any]:
-    is_sound = trial.status == "ok"
-    row: dict[str, Any] = {
-        "origin": trial.origin,
-        "status": trial.status,
-        "objective": study.value(trial) if is_sound else math.nan,
-        "feasible": is_sound and is_feasible(study.config.objective, trial.terms, base.terms),
-    }
-    row |= {f"weight/{name}": weight for name, weight in trial.weights.items()}
-    row |= {f"score/{label}": score.score for label, score in trial.terms.items()}
-    row |= {f"gain/{label}": gain for label, gain in gains(trial.terms, base.terms).items()}
-    row |= {f"seconds/{phase}": seconds for phase, seconds in trial.seconds.items()}
-    return row
+def _cells_of_row(study: "Study", row: TrialRow, base: float) -> list[str]:
+    """Return a row as text; `base` is the value of the objective there."""
+    trial, unit = row.trial, Unit.of(study.config.objective)
+    mark = "" if row.is_feasible or not row.is_sound else " (breaks a constraint)"
+    seconds = sum(trial.seconds.get(phase, 0.0) for phase in ("merge", "evaluate"))
+    return [
+        f"{trial.number}{' *' * row.is_best}",
+        trial.origin,
+        *(f"{trial.weights[name]:.3g}" for name in study.config.vectors),
+        *(OF_TERMS.show(row.gains[x]) if row.is_sound else "" for x in study.trials[0].terms),
+        unit.show(row.objective - base) + mark if row.is_sound else "crashed",
+        f"{seconds:.1f}",
+    ]
 
 
 def summary(study: "Study") -> str:

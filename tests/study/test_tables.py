@@ -1,6 +1,7 @@
 """A study and a comparison as Python shows them: reprs, HTML and DataFrames."""
 
-from dataclasses import replace
+import json
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from optimer_hf.scoring.objective import gains
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import open_study
+from optimer_hf.study.tables import list_trials
 from tests.support.landscapes import TellingPool, failing_at, with_test
 
 CRASHED = 3
@@ -68,6 +70,26 @@ def test_a_row_of_the_frame_is_a_trial(study):
         assert row["score/t"] == trial.terms["t"].score
         assert row["gain/u"] == gains(trial.terms, study.base)["u"]
     assert len(study.to_dataframe("rescore")) == len(study.log.trials_at("rescore"))
+
+
+def test_a_row_of_the_list_has_the_trial_and_the_numbers_of_the_frame(study):
+    rows, frame = list_trials(study), study.to_dataframe()
+    assert [row.trial.number for row in rows if row.is_best] == [study.best_trial.number]
+    assert sorted(row.trial.number for row in rows) == list(frame.index)
+    assert not rows[-1].is_sound and rows[-1].trial.number == CRASHED
+    for row in rows[:-1]:
+        assert row.objective == study.value(row.trial) and row.is_feasible
+        assert row.gains == gains(row.trial.terms, study.base)
+    for row in rows:
+        for name, value in row.columns.items():
+            expected = frame.loc[row.trial.number, name]
+            assert value == expected or np.isnan([value, expected]).all(), name
+        number, best, *others = row.to_json().items()
+        assert number == ("trial", row.trial.number) and best == ("best", row.is_best)
+        assert dict(others).keys() == row.columns.keys()
+    assert json.loads(json.dumps(rows[-1].to_json(), allow_nan=False))["objective"] is None
+    with pytest.raises(FrozenInstanceError):
+        rows[0].objective = 0.0
 
 
 def test_a_row_of_the_frame_of_a_comparison_is_a_weight_set(comparison):
