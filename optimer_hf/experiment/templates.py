@@ -62,13 +62,7 @@ def init(
     folder = out.parent if is_file else out
     named = _name_sources(sources, folder)
     corpora = {name: text for name, text in named.items() if TEXTS.fullmatch(text)}
-    if is_file and corpora:
-        raise ConfigError(
-            f"{out}: found the text {next(iter(corpora.values()))}, which a recipe folder trains a "
-            "vector on. Give a folder instead of a .yaml, or a model."
-        )
-    if out.exists() and (is_file or not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out}: is there already. Give a new file or folder.")
+    _check_place(out, list(corpora.values()), is_file=is_file)
     files = _name_train_files(list(corpora))
     vectors: dict[str, Any] = {
         name: {"train": files[name]} if name in corpora else source
@@ -82,6 +76,17 @@ def init(
     for path, content in contents.items():
         write_text(path, content)
     return list(contents)
+
+
+def _check_place(out: Path, texts: Sequence[str], *, is_file: bool) -> None:
+    """Refuse texts to train on in a single file, and a place that has something in it."""
+    if is_file and texts:
+        raise ConfigError(
+            f"{out}: found the text {texts[0]}, which a recipe folder trains a vector on. Give a "
+            "folder instead of a .yaml, or a model."
+        )
+    if out.exists() and (is_file or not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: is there already. Give a new file or folder.")
 
 
 def _name_sources(sources: Sequence[str], folder: Path) -> dict[str, str]:
