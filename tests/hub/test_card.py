@@ -124,6 +124,28 @@ def test_scores_have_their_unit_and_direction_and_the_sealed_ones_come_first():
     assert "after the search" in sealed and "flatters" in search and "+10.00 %" in value
 
 
+@pytest.mark.parametrize(
+    ("fidelity", "verdicts", "said"),
+    [
+        ("search", None, []),  # nobody has opened the seal
+        ("rescore", None, []),
+        ("sealed", None, []),  # as 0.1.0 recorded it
+        ("sealed", ["it beats.", "it is small."], ["it beats.", "it is small."]),
+    ],
+)
+def test_the_verdicts_of_the_sealed_test_are_in_the_card_if_there_was_one(fidelity, verdicts, said):
+    score = Score(terms={"ja": 1.25}, value=0.1, verdicts=verdicts)
+    about = recipe_facts(recipe_of(scores={fidelity: score}), "", [], None)
+    lines = render({}, Facts("t", "o/r", about), None).splitlines()
+    start = "* Sealed test, "
+    assert [
+        line.removeprefix(start)
+        for line in lines
+        if line.startswith(start) and "scored once" not in line
+    ] == said
+    assert "| ja |" in "\n".join(lines)
+
+
 def test_the_citation_is_a_whole_bibtex_entry():
     card = render({}, FACTS, None)
     entry = card.partition("```bibtex\n")[2].partition("```")[0]
