@@ -13,6 +13,7 @@ from typing import Literal
 from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.results_file import Results, results_of
 from optimer_hf.comparison.sealed_file import read_comparison
+from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.recipes.record import Recipe
 from optimer_hf.report.captions import CARD_FILES, FIGURES, REPORT
 from optimer_hf.study.directory import load_study
@@ -24,13 +25,25 @@ RESULTS = "results.json"
 GEOMETRY = "geometry.json"  # of a study whose report has read the vectors before
 
 
-def describe_local(name: str, path: Path, base: str, *, is_adapter: bool) -> VectorFile:
-    """Return the vector.json of a checkpoint or adapter that has none; reads its weights once."""
+def base_of_vectors(recipe: Recipe) -> ResolvedModel:
+    """Return the base to which the vectors of a recipe are compared: with `vocabulary: union`, the
+    copy that has the tokens of all.
+    """
+    from optimer_hf.merging.union import open_base
     from optimer_hf.models.resolve import resolve_model
+
+    base, reference = resolve_model(recipe.base_model), recipe.tokenizer_reference
+    if recipe.vocabulary == "base":
+        return base
+    return open_base(base, recipe.sources, reference, recipe.vocabulary)[0]
+
+
+def describe_local(name: str, path: Path, base: ResolvedModel, *, is_adapter: bool) -> VectorFile:
+    """Return the vector.json of a checkpoint or adapter that has none; reads its weights once."""
     from optimer_hf.vectors.delta import describe_vector
 
     kind: Literal["adapter", "checkpoint"] = "adapter" if is_adapter else "checkpoint"
-    return describe_vector(path, resolve_model(base), name=name, kind=kind)
+    return describe_vector(path, base, name=name, kind=kind)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """What `push --vectors` uploads beside a recipe: the base and the vectors of this machine."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from optimer_hf.errors import HubError
 from optimer_hf.files.reference import is_pinned, pin
-from optimer_hf.hub.completing import describe_local
+from optimer_hf.hub.completing import base_of_vectors, describe_local
 from optimer_hf.hub.local_inputs import (
     BASE,
     LocalInput,
@@ -17,6 +18,7 @@ from optimer_hf.hub.local_inputs import (
     with_base_on_hub,
 )
 from optimer_hf.hub.publication import Publication, base_to_publish, vector_to_publish
+from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.recipes.record import Recipe
 from optimer_hf.vectors.record import VectorFile, read_record
 
@@ -69,9 +71,10 @@ def uploads_of(directory: Path, repo_id: str, placed: Mapping[str, Placed]) -> d
     places = {name: Placed(f"{each}@{NOT_YET}") for name, each in named.items()}
     base = base_of(recipe, {**placed, **places}).partition("@")[0]
     is_base_local = BASE in placed or BASE in inputs
+    open_base = cache(partial(base_of_vectors, recipe))  # only if a vector has no vector.json
     uploads = {}
     for name, local in inputs.items():
-        record = None if name == BASE else _record_of(name, local, recipe.base_model)
+        record = None if name == BASE else _record_of(name, local, open_base)
         place = places[name]
         if local.kind == "adapter":
             config = adapter_config_naming(base, local.path, is_base_local=is_base_local)
@@ -89,7 +92,7 @@ def _suffix_of(name: str, recipe: Recipe) -> str:
     return "base" if name == BASE and "base" not in recipe.vectors else name
 
 
-def _record_of(name: str, local: LocalInput, base: str) -> VectorFile:
+def _record_of(name: str, local: LocalInput, open_base: Callable[[], ResolvedModel]) -> VectorFile:
     record = read_record(local.path)
     if record is not None:
         return record
@@ -98,4 +101,4 @@ def _record_of(name: str, local: LocalInput, base: str) -> VectorFile:
             f"{local.field}: {local.path} has no vector.json, which a delta needs. Restore it, or "
             "write the delta again with `optimer extract`."
         )
-    return describe_local(name, local.path, base, is_adapter=local.kind == "adapter")
+    return describe_local(name, local.path, open_base(), is_adapter=local.kind == "adapter")

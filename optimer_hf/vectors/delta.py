@@ -16,6 +16,7 @@ from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_digests
 from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
+from optimer_hf.models.union import UnionRecord
 from optimer_hf.vectors.int8 import BLOCK_SIZE, SCALES, n_blocks, quantize
 from optimer_hf.vectors.opening import open_vector, read_record_for_base, warn_of_another_base
 from optimer_hf.vectors.peft import merge_with_peft
@@ -99,15 +100,20 @@ def describe_vector(
 ) -> VectorFile:
     """Return the vector.json of an adapter or checkpoint that has none. Its weights are read once.
 
-    It includes the corpus, settings and versions from training.json, if there is one.
+    It includes the corpus, settings and versions from training.json, if there is one. If the base
+    is a copy with added tokens, it names the model that was copied, and the norm is that of the
+    difference to the copy.
     """
     trained = read_training(path)
     vector = open_vector(name, str(path.resolve()), base)
+    union, origin = UnionRecord.of(base.path), BaseRecord.of(base)
+    if union is not None:
+        origin = origin.model_copy(update={"files": union.base})
     norm, relative_norm = measure_norms(vector, Checkpoint(base.path))
     return VectorFile(
         name=name,
         kind=kind,
-        base=BaseRecord.of(base),
+        base=origin,
         norm=norm,
         relative_norm=relative_norm,
         corpus=trained.corpus if trained else None,

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import HfApi, constants
+from transformers import AutoTokenizer
 
 from optimer_hf.models.layout import weight_digests
+from optimer_hf.models.resolve import resolve_model
 from optimer_hf.recipes.record import Lock
 from optimer_hf.study.directory import load_study
+from optimer_hf.vectors.record import read_record
+from tests.support.added_tokens import END, START, save_tuned, with_tokens
 from tests.support.journeys import Person
 
 PUSH = "optimer push my-study you/my-merge --vectors --license gemma"
@@ -141,6 +145,41 @@ def test_models_that_are_on_the_hub_are_named_and_not_sent_again(
     lock = Lock.read(Path(HfApi().snapshot_download("you/my-merge")) / "recipe.lock.json")
     assert lock.vectors["code"] != weight_digests(ann.folder / "my-code-lora")
     follow_as_reader(tmp_path / "bob", monkeypatch)
+
+
+def test_a_chat_model_with_its_own_tokens_is_published_and_built_by_others(
+    ann, tmp_path, monkeypatch
+):
+    base = resolve_model(str(ann.folder / "models/base"))
+    save_tuned(base, ann.folder / "chat", with_tokens(base.path, [START, END]), seed=1)
+    study = STUDY | {
+        "vectors": {"math": "./models/math", "code": "./my-code-lora", "chat": "./chat"},
+        "vocabulary": "union",
+        "tokenizer_source": "chat",
+        "search": {"n_trials": 4, "rescore_top": 0},
+    }
+    (ann.folder / "chat.yaml").write_text(yaml.safe_dump(study))
+    ann.runs("optimer search chat.yaml my-chat")
+    ann.runs("optimer build my-chat/recipe.yaml chatty")
+    built = weight_digests(ann.folder / "chatty")
+    ann.runs("optimer push my-chat you/my-chat --vectors --license gemma")
+    for name in ("math", "code", "chat"):
+        record = read_record(Path(HfApi().snapshot_download(f"you/my-chat-{name}")))
+        assert record is not None and record.base.files == weight_digests(base.path)
+        assert record.base.reference == "you/my-chat-base"
+    shutil.rmtree(ann.folder)  # another machine
+    monkeypatch.setenv("OPTIMER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "bob").mkdir()
+    bob = Person("bob", tmp_path / "bob")
+    bob.sign_in(monkeypatch)
+    for line in (
+        "optimer pull you/my-chat theirs",
+        "optimer build theirs/recipe.yaml model",
+        "optimer verify theirs/recipe.yaml model",
+    ):
+        bob.runs(line)
+    assert weight_digests(bob.folder / "model") == built
+    assert {START, END} <= AutoTokenizer.from_pretrained(bob.folder / "model").get_vocab().keys()
 
 
 @pytest.mark.parametrize("name", ["math", "code", "base"])
