@@ -56,6 +56,7 @@ NOT_RUN = {
     "python benchmarks/merge.py": "minutes, and gigabytes of weights",
     "python benchmarks/search.py": "hours",
     "python benchmarks/precision.py": "the base of the demo",
+    "python benchmarks/gradients.py": "minutes",
     "python benchmarks/gpu.py": "a GPU",
     "python benchmarks/spin.py": "minutes, and a machine of its own",
     "python benchmarks/plan_27b.py": "test_27b.py runs it",
