@@ -95,7 +95,11 @@ def test_every_output_counts_in_the_unit_of_the_objective(tmp_path, rule, pool):
     assert sealed.verdicts == [verdict]
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "r.html")}
     assert f"searched merge {shown}" in panels["sealed"].shows
-    assert panels["sealed"].conclusion.lower() == verdict.lower()
+    by = re.search(r"[+-](\d+\.\d+ \S+) \[", verdict)
+    assert by is not None
+    is_better = verdict.endswith(": better.")
+    said = f" by {by[1]} on" if is_better else " do not differ significantly on"
+    assert f"{said} the sealed test." in first_sentence(tmp_path / "r.html")
     unit = Unit.of(study.config.objective)
     best = max(map(study.value, study.trials)) - study.value(study.trials[0])
     assert f"best gain so far, {unit.show(best)} at the end" in panels["progress"].shows
@@ -138,22 +142,25 @@ def test_the_report_leads_with_the_sealed_test_and_says_of_what_each_number_is(t
     vectors["z"]["fixed"] = 0.5
     study = study_of(tmp_path / "s", vectors=vectors)
     write_report(study, tmp_path / "before.html")
-    before = lead(tmp_path / "before.html")
-    assert before.startswith("The best of 9 trials")
-    where = "the items on which the best trials were scored again"
-    assert f"gain over the base with z at 0.5 on {where}: +" in before
+    assert first_sentence(tmp_path / "before.html").startswith("Not tested yet: the merge has not")
+    before = (tmp_path / "before.html").read_text(encoding="utf-8")
+    assert re.search(r"In the search it scored \+\S+ % over the base with z at 0\.5 ", before)
+    assert "scored again on more items" in before
     comparison = compare(study, pool=Losses)
     panels = {panel.name: panel for panel in write_report(study, tmp_path / "after.html")}
-    after = lead(tmp_path / "after.html")
-    assert after.startswith(f"On the sealed test: {verdicts(comparison)[0]}")
-    assert before.split(" This score")[0] in after
+    by = re.search(r"\+(\d+\.\d+ points) \[", verdicts(comparison)[0])
+    assert by is not None
+    after = first_sentence(tmp_path / "after.html")
+    assert after.startswith("The merge beats the best of ")
+    assert after.endswith(f" by {by[1]} on the sealed test.")
+    assert "In the search it scored" in (tmp_path / "after.html").read_text(encoding="utf-8")
     assert "over the base with z at 0.5" in panels["progress"].conclusion
     assert "over the base with z at 0.5 on the items of the search" in panels["progress"].shows
     assert "The merge against the base:" in panels["terms"].conclusion
 
 
-def lead(page) -> str:
-    (text,) = re.findall(r'<p class="lead">(.*?)</p>', page.read_text(encoding="utf-8"), re.S)
+def first_sentence(page) -> str:
+    (text,) = re.findall(r"<h1>(.*?)</h1>", page.read_text(encoding="utf-8"), re.S)
     return text.replace("&#39;", "'")
 
 
@@ -167,12 +174,13 @@ def test_two_items_a_term_are_too_few_for_a_verdict_wherever_one_is_given(tmp_pa
         *verdicts(comparison),
         to_markdown(comparison),
         intervals_to_markdown(comparison),
-        panels["sealed"].conclusion,
         panels["terms"].conclusion,
-        lead(tmp_path / "r.html"),
         *(score.summary for score in recipe.values()),
         describe_interval(study.over_next()[1], Unit.of(study.config.objective), is_gain=False),
     ]
+    assert panels["sealed"].conclusion.startswith("Too few items to compare the merge with")
+    few = "Too few items for a verdict: the sealed test has 2 of 't', and 10 are needed."
+    assert first_sentence(tmp_path / "r.html") == few
     for text in said:
         assert "too few items to tell" in text, text
         assert not re.search(
