@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError, ModelError, OptimerError
+from optimer_hf.files.locks import remove_dead_locks
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import finish_move, replacing
@@ -149,6 +150,7 @@ def _keep_output(lock_file: Path, out: Path, built: Lock, has_adapters: bool) ->
     if not lock.output:
         built.write(lock_file)
         return
+    remove_dead_locks(lock_file.parent)  # of a build that was killed when it had written the lock
     output = built.output
     if output != lock.output and built.max_shard_size != lock.max_shard_size:
         output = files_in_shards(out, lock.max_shard_size)
