@@ -84,9 +84,9 @@ def run_recipe(run: Run) -> str:
         comparison = compare(study, mixtures=mixtures)
         _announce(stages, "report and recipe")
         spent = ledger_of_run(run, study, list(inputs.trainings))
-        write_report(study, run.out / "report.html", figures=run.out / FIGURES)
         recipe_file = run.out / "recipe.yaml"
         write_recipe(study, recipe_file, name=run.name, sealed=comparison, ledger=spent)
+        write_report(study, run.out / "report.html", figures=run.out / FIGURES)
         _announce(stages, "build the model")
         writing = perf_counter()
         build(recipe_file, run.out / "merged", replace=True)
