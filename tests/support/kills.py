@@ -50,16 +50,22 @@ ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # of a disk th
 SECONDS = 300  # a child that takes longer hangs
 # differs from run to run: durations, memory, and when a file was written
 TIMED = [
+    re.compile(r'title="[^"]*cpu [\d.]+" data-value="[\d.e-]+">[\d.]+'),  # in a table of trials
     re.compile(r"\bseconds\": \{[^}]*\}"),  # of a trial
     re.compile(
         r"\b(?:seconds|cpu_seconds|ask|merge|forward|harness|overhead_share|tokens_per_second"
         r"|peak_bytes|\w+_runtime|\w+_per_second)\"?:? ?[-+\d.,e]*\d"
     ),
-    re.compile(r"\d+ % of [\d.]+ min went into [^\"<]*"),
+    re.compile(r"[\d.]+ min in all, \d+ % of it for [^\"<]*"),
+    re.compile(r"\bafter [\d.]+ minutes\b"),
+    re.compile(r"\btraining the vectors: [\d.]+ s[^\"<]*"),
+    re.compile(r"## Ledger\n.*?(?=\nBeside|\Z)", re.DOTALL),
     re.compile(r'<figure id="(?:progress|ledger)".*?</figure>', re.DOTALL),
     re.compile(r"\b\d{19}\b"),  # nanoseconds
 ]
-DRAWN_TIMES = ("figures/progress.png", "figures/ledger.png")
+DRAWN_TIMES = tuple(
+    f"figures/{name}{ending}.png" for name in ("progress", "ledger") for ending in ("", "-dark")
+)
 
 
 @dataclass(frozen=True)
