@@ -72,7 +72,7 @@ def test_vectors_are_named_by_the_last_part_of_their_path(tmp_path):
     "changes",
     [
         {"merge_method": "ties"},
-        {"tokenizer_source": "union"},
+        {"tokenizer": {"source": "union", "tokens": {"<x>": {"source": "./tuned"}}}},
         {"models": [{"model": "./tuned", "parameters": {"weight": [0.0, 1.0]}}]},
         {"dtype": "bfloat16", "out_dtype": "float32"},
     ],
