@@ -10,14 +10,20 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import Timeout
 
 from optimer_hf.errors import OutputError
 from optimer_hf.files.disk import naming_disk_errors
-from optimer_hf.files.locks import SECONDS_TO_LOCK, hold_place, locking, remove_dead_locks
+from optimer_hf.files.locks import (
+    SECONDS_TO_LOCK,
+    UNTIL_FREE,
+    hold_place,
+    locking,
+    remove_dead_locks,
+)
 from optimer_hf.files.paths import ATOMIC_PREFIX, hidden_name
 from optimer_hf.files.reference import is_there
 
@@ -116,6 +122,21 @@ def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
                 ) from error
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_once(out: Path, mark: str, write: Callable[[], None]) -> None:
+    """Write a directory of a cache with `write`, unless it has the file `mark` already. If
+    several processes need it, one writes it and the others wait.
+    """
+    make_directory(out.parent)
+    with locking(out.parent / f".{out.name}.lock", UNTIL_FREE):
+        finish_move(out)
+        try:
+            if not (out / mark).exists():
+                write()
+        except OutputError:  # without locks in the file system, another process may be faster
+            if not (out / mark).exists():
+                raise
 
 
 def _stages_inside(place: Path, replace: bool) -> bool:

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from optimer_hf.errors import ConfigError, ModelError, OutputError, VocabularyError
+from optimer_hf.errors import ConfigError, ModelError, VocabularyError
 from optimer_hf.files.digest import digest, sha256_file
-from optimer_hf.files.locks import UNTIL_FREE, locking
 from optimer_hf.files.paths import cache_dir
-from optimer_hf.files.staging import finish_move, make_directory, staged_directory, write_text
+from optimer_hf.files.staging import staged_directory, write_once, write_text
 from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import (
@@ -282,24 +281,19 @@ def _grow_once(union: _Union) -> Path:
     """Return the cached copy of a base with more tokens, writing it first if necessary. If several
     processes need the same copy, one writes it and the others wait.
     """
-    folder = cache_dir() / "union"
-    out = folder / f"{union.base.path.name}-{union.key()[:16]}"
-    make_directory(folder)
-    with locking(folder / f".{out.name}.lock", UNTIL_FREE):
-        finish_move(out)
-        try:
-            if not (out / UNION_FILE).exists():
-                logger.info(
-                    "%s: copying the base to %s, with %d added tokens",
-                    union.base.reference,
-                    out,
-                    len(union.added),
-                )
-                with staged_directory(out) as staging:
-                    _write(union, staging)
-        except OutputError:  # without locks in the file system, another process may be faster
-            if not (out / UNION_FILE).exists():
-                raise
+    out = cache_dir() / "union" / f"{union.base.path.name}-{union.key()[:16]}"
+
+    def write() -> None:
+        logger.info(
+            "%s: copying the base to %s, with %d added tokens",
+            union.base.reference,
+            out,
+            len(union.added),
+        )
+        with staged_directory(out) as staging:
+            _write(union, staging)
+
+    write_once(out, UNION_FILE, write)
     return out
 
 

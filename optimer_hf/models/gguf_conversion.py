@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from optimer_hf.errors import ConfigError, ModelError, OutputError
+from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.digest import sha256_file
-from optimer_hf.files.locks import UNTIL_FREE, locking
 from optimer_hf.files.paths import cache_dir
-from optimer_hf.files.staging import finish_move, make_directory, staged_directory
+from optimer_hf.files.staging import staged_directory, write_once
 from optimer_hf.models.gguf_config import FACTORS, fit_config
 from optimer_hf.models.gguf_header import GgufHeader, read_header
 from optimer_hf.models.gguf_loader import (
@@ -33,17 +32,8 @@ def convert_once(gguf: Path) -> Path:
 
     If several processes need the same file, one converts it and the others wait.
     """
-    folder = cache_dir() / "converted"
-    out = folder / f"{gguf.stem}-{sha256_file(gguf)[:16]}-{CONVERSION}"
-    make_directory(folder)
-    with locking(folder / f".{out.name}.lock", UNTIL_FREE):
-        finish_move(out)
-        try:
-            if not (out / CONVERSION_FILE).exists():
-                convert_gguf(gguf, out)
-        except OutputError:  # without locks in the file system, another process may be faster
-            if not (out / CONVERSION_FILE).exists():
-                raise
+    out = cache_dir() / "converted" / f"{gguf.stem}-{sha256_file(gguf)[:16]}-{CONVERSION}"
+    write_once(out, CONVERSION_FILE, lambda: convert_gguf(gguf, out))
     return out
 
 
