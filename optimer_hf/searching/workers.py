@@ -22,8 +22,18 @@ from uuid import uuid4
 import dask
 import torch
 from dask.system import CPU_COUNT
-from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
+from distributed import (
+    CancelledError,
+    Client,
+    Future,
+    KilledWorker,
+    LocalCluster,
+    get_worker,
+    rpc,
+    wait,
+)
 from distributed.security import Security
+from distributed.utils import LoopRunner
 
 from optimer_hf.errors import ConfigError, OptimerError, StudyError
 from optimer_hf.files.staging import scratch_directory
@@ -346,7 +356,15 @@ def _local_cluster(n_workers: int, scratch: str) -> LocalCluster:
 
 
 def _connect(cluster: LocalCluster | str) -> Client:
+    """Return a client of a cluster.
+
+    A client that cannot connect stays half open until it is garbage, and then closes itself in
+    whatever thread finds it: while another loop starts there, both wait for each other. So a
+    scheduler is asked for its identity before there is a client of it.
+    """
     try:
+        if isinstance(cluster, str):
+            LoopRunner().run_sync(_identify, cluster)
         return Client(cluster, timeout=WAIT_FOR_SCHEDULER, set_as_default=False)
     except (OSError, ValueError, AssertionError) as error:  # the last: Dask's own, on a timeout
         raise StudyError(
@@ -354,6 +372,11 @@ def _connect(cluster: LocalCluster | str) -> Client:
             f"({error or type(error).__name__}). Start one with `dask scheduler` and give the "
             "address that it prints, like tcp://HOST:8786."
         ) from error
+
+
+async def _identify(address: str) -> None:
+    async with rpc(address, timeout=WAIT_FOR_SCHEDULER) as scheduler:
+        await scheduler.identity()
 
 
 # -- in a worker process ---------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from importlib import import_module
@@ -505,6 +507,7 @@ def test_a_scheduler_that_does_not_answer_is_an_error_within_seconds(
     tmp_path, monkeypatch, address
 ):
     monkeypatch.setattr(workers_module, "WAIT_FOR_SCHEDULER", 2)
+    n_threads = threading.active_count()
     started = time.monotonic()
     with (
         pytest.raises(StudyError, match=f"{address}'.*no Dask scheduler.*`dask scheduler`"),
@@ -512,6 +515,9 @@ def test_a_scheduler_that_does_not_answer_is_an_error_within_seconds(
     ):
         pass
     assert time.monotonic() - started < 5
+    # neither a thread nor a client that the garbage collector would close in any other thread
+    assert threading.active_count() == n_threads
+    assert all(client.status == "closed" for client in gc.get_objects() if type(client) is Client)
 
 
 def test_a_scheduler_without_workers_is_waited_for_and_then_an_error(
