@@ -10,6 +10,7 @@ not attend to each other: their positions restart, and there is no cache.
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -406,6 +407,7 @@ def _training_record(
     losses = [entry["loss"] for entry in history if "loss" in entry]
     norms = {entry["step"]: entry["norm"] for entry in history if "norm" in entry}
     n_tokens = trainer.state.global_step * tokens_per_step(config, trainer.args)
+    n_tokens = min(n_tokens, math.ceil(trainer.state.epoch or 1) * packed.n_tokens)  # a last batch
     rate, speed = n_tokens / max(spent.seconds, 1e-9), trainer.speed
     mfu = utilisation(rate, trainer.flops_per_token, speed.device, trainer.args.world_size)
     return TrainingRecord(
