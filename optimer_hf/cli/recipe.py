@@ -142,11 +142,12 @@ def ratios(
     Given the train files of its vectors (TRAIN_YAML ...) and --out, it also writes the train file
     that retrains with these ratios.
     """
-    from optimer_hf.recipes.ratios import ratios_of
+    from optimer_hf.recipes.ratios import describe_check, ratios_of
 
     result = ratios_of(source, train_yaml, out=out, **options)
     if output == "json":
-        echo(json.dumps(asdict(result.ratios), indent=2))
+        check = {} if result.check is None else {"check": asdict(result.check)}
+        echo(json.dumps(asdict(result.ratios) | check, indent=2))
         return
     for name, share in result.ratios.shares.items():
         echo(f"{name}: {100 * share:.2f} %  (weight {result.weights[name]:g})")
@@ -156,5 +157,7 @@ def ratios(
         )
     for name in result.ratios.left_out:
         echo(f"{name}: left out ({result.reasons[name]})")
+    if result.check is not None:
+        echo(describe_check(result.check))
     if out is not None:
         echo(f"train it: optimer train {out} OUT", err=True)

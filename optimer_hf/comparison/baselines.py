@@ -107,18 +107,19 @@ def list_models(
         rows.append(_by_method(method, config))
     if wanted.random_vectors:
         rows.append(_random_vectors(config, study.best_trial.weights))
-    rows.extend(_ready_model("plugin", name, source) for name, source in (of_plugins or {}).items())
-    rows.extend(_ready_model("model", name, source) for name, source in wanted.models.items())
-    rows.extend(_ready_model("mixture", name, source) for name, source in (mixtures or {}).items())
-    return [_add_fixed(model, config) for model in rows]
+    rows.extend(ready_model("plugin", name, source) for name, source in (of_plugins or {}).items())
+    rows.extend(ready_model("model", name, source) for name, source in wanted.models.items())
+    rows.extend(ready_model("mixture", name, source) for name, source in (mixtures or {}).items())
+    return [add_fixed(model, config) for model in rows]
 
 
-def _ready_model(kind: RowKind, name: str, source: str) -> ModelContender:
-    key = f"{name} ({_short_digest(source)})"
+def ready_model(kind: RowKind, name: str, source: str) -> ModelContender:
+    """Return the row of a model that is there already, by its reference."""
+    key = f"{name} ({short_digest(source)})"
     return ModelContender(kind, name, {key: 1.0}, lambda scratch: {key: source})
 
 
-def _add_fixed(model: ModelContender, config: StudyConfig) -> ModelContender:
+def add_fixed(model: ModelContender, config: StudyConfig) -> ModelContender:
     """Add the fixed vectors at their weights, which every row has."""
     fixed = {name: str(config.vectors[name].source) for name in config.fixed}
     return replace(
@@ -128,7 +129,7 @@ def _add_fixed(model: ModelContender, config: StudyConfig) -> ModelContender:
     )
 
 
-def _short_digest(source: str) -> str:
+def short_digest(source: str) -> str:
     """Return a short digest of the weights of a local model, or of the reference of another."""
     path = Path(source)
     return digest(weight_digests(path) if path.is_dir() else source)[:8]
@@ -150,7 +151,7 @@ def _single_sources(config: StudyConfig) -> dict[str, str]:
 
 
 def _by_method(method: MergeMethod, config: StudyConfig) -> ModelContender:
-    inputs = {name: _short_digest(source) for name, source in _single_sources(config).items()}
+    inputs = {name: short_digest(source) for name, source in _single_sources(config).items()}
     parameters = MERGE_METHODS[method](len(inputs))
     drawn_by = [config.search.seed] if method == "dare_ties" else []
     key = f"{method} ({digest([method, parameters, inputs, *drawn_by])[:8]})"
@@ -197,7 +198,7 @@ def _merge_with_mergekit(
 def _random_vectors(config: StudyConfig, weights: Mapping[str, float]) -> ModelContender:
     sources = _searched_sources(config)
     seeds = {name: int(digest([config.search.seed, name])[:12], 16) for name in sources}
-    key = digest({name: [_short_digest(source), seeds[name]] for name, source in sources.items()})[
+    key = digest({name: [short_digest(source), seeds[name]] for name, source in sources.items()})[
         :8
     ]
     names = {name: f"random {name} ({key})" for name in sources}

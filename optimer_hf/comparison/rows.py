@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.files.text import count
 from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
 from optimer_hf.study.config import StudyConfig
 
@@ -27,6 +28,8 @@ RowKind = Literal[
     "other_search",
     "mixture",
     "scaled_mixture",
+    "attempts",
+    "scaled_attempts",
     "model",
     "merge",
     "retargeted",
@@ -44,17 +47,22 @@ TITLES: dict[RowKind, str] = {  # {} is the subject
     "other_search": "{}",
     "mixture": "{}",
     "scaled_mixture": "{} at its best scale",
+    "attempts": "best of {} at equal cost",
+    "scaled_attempts": "best of {} at equal cost, at its best scale",
     "model": "{}",
     "merge": "searched merge",
     "retargeted": "re-targeted to {}",
 }
 OF_MIXTURES: tuple[RowKind, ...] = ("mixture", "scaled_mixture")
+OF_ATTEMPTS: tuple[RowKind, ...] = ("attempts", "scaled_attempts")  # their subject is how many
+OF_SCALED_MODELS: tuple[RowKind, ...] = ("scaled_mixture", "scaled_attempts")
 OF_ONE_VECTOR: tuple[RowKind, ...] = ("alone", "best_scale")
 
 
 def title_of(kind: RowKind, subject: str) -> str:
     """Return the title of a row, without its weights."""
-    return TITLES[kind].format(subject)
+    named = count(int(subject), "data mixture") if kind in OF_ATTEMPTS else subject
+    return TITLES[kind].format(named)
 
 
 def mark_title(title: str, chosen_after_seal: bool) -> str:
@@ -80,6 +88,7 @@ def list_rows(config: StudyConfig) -> list[tuple[RowKind, str]]:
     rows += [("mixture", name) for name in baselines.mixtures]
     scaled = [name for name, each in baselines.mixtures.items() if each.scale == "searched"]
     rows += [("scaled_mixture", name) for name in scaled]
+    rows += [(kind, str(n)) for kind in OF_ATTEMPTS for n in baselines.attempts]
     return [*rows, ("merge", ""), *(("retargeted", name) for name in config.retarget)]
 
 
@@ -111,7 +120,7 @@ class Contender:
         if self.kind == "alone":
             return f"{self.subject} at {self.weights[self.subject]}"
         title = title_of(self.kind, self.subject)
-        if self.kind == "scaled_mixture":  # its own weight is the first; fixed vectors follow
+        if self.kind in OF_SCALED_MODELS:  # its own weight is the first; fixed vectors follow
             return f"{title}, {next(iter(self.weights.values())):g}"
         is_scaled = self.kind == "best_scale"
         return f"{title}, {self.weights[self.subject]:g}" if is_scaled else title

@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from optimer_hf.comparison import baselines
+from optimer_hf.comparison.attempts import choose_attempts
 from optimer_hf.comparison.mixtures_file import read_mixtures
 from optimer_hf.comparison.result import Comparison
 from optimer_hf.comparison.rows import (
+    OF_ATTEMPTS,
     OF_MIXTURES,
     Contender,
+    RowKind,
     SealedRow,
     check_titles,
+    title_of,
 )
 from optimer_hf.comparison.sealed_file import SealedLog, give_scores
 from optimer_hf.errors import ConfigError, EvaluationError
@@ -108,6 +112,9 @@ def compare(
         models = baselines.list_models(study, mixtures, of_plugins=models_of_plugins)
         log = SealedLog(study.directory, study.config)
         searches = _run_searches(study, open_pool)
+        if study.config.baselines.attempts:
+            open_pool.cache_clear()  # one model at a time
+            models += choose_attempts(study, pool)
         if to_scale := _list_to_scale(study, models):
             open_pool.cache_clear()  # one model at a time
             models += [_scale_mixture(study, model, pool) for model in to_scale]
@@ -234,10 +241,16 @@ def _list_contenders(study: Study, others: Sequence[Contender]) -> list[Contende
 def _list_to_scale(
     study: Study, models: Sequence[baselines.ModelContender]
 ) -> list[baselines.ModelContender]:
-    """Return the mixtures for which a row at their best scale is wanted."""
+    """Return the mixtures for which a row at their best scale is wanted. The best of several
+    attempts always has one, since the scale of a merge is searched, too.
+    """
     wanted = study.config.baselines.mixtures
     scaled = {name for name, each in wanted.items() if each.scale == "searched"}
-    return [each for each in models if each.kind == "mixture" and each.subject in scaled]
+    return [
+        each
+        for each in models
+        if each.kind == "attempts" or (each.kind == "mixture" and each.subject in scaled)
+    ]
 
 
 def _scale_mixture(
@@ -250,28 +263,31 @@ def _scale_mixture(
     sources = model.make(study.directory)  # it is there already, so nothing is written
     sources[SCALED] = sources.pop(key)
     config = study.config.with_scale_search(sources, SCALED)
-    directory = study.directory / "searches" / f"scale-{slug(model.subject)}-{digest(key)[:6]}"
+    name = model.subject if model.kind == "mixture" else model.title
+    directory = study.directory / "searches" / f"scale-{slug(name)}-{digest(key)[:6]}"
     best = search(config, directory, runner=InProcess(pool)).best_trial
     weights = {key: best.weights[SCALED]} | study.config.fixed
-    return replace(model, kind="scaled_mixture", weights=weights)
+    kind: RowKind = "scaled_mixture" if model.kind == "mixture" else "scaled_attempts"
+    return replace(model, kind=kind, weights=weights)
 
 
 def _recall_mixtures(study: Study, models: Sequence[Contender], log: SealedLog) -> list[SealedRow]:
     """Return the recorded rows of the mixtures whose models are not here. Warns of mixtures that
     have none.
     """
-    here = {each.subject for each in models if each.kind == "mixture"}
+    here = {(each.kind, each.subject) for each in models}
+    wanted = [(OF_MIXTURES, name) for name in study.config.baselines.mixtures]
+    wanted += [(OF_ATTEMPTS, str(n)) for n in study.config.baselines.attempts]
     recalled: list[SealedRow] = []
-    for name in (n for n in study.config.baselines.mixtures if n not in here):
-        rows = {
-            row.kind: row for row in log.rows if row.kind in OF_MIXTURES and row.subject == name
-        }
+    for kinds, subject in ((k, s) for k, s in wanted if (k[0], s) not in here):
+        rows = {row.kind: row for row in log.rows if row.kind in kinds and row.subject == subject}
         recalled.extend(rows.values())
         if not rows:
+            named = f"mixture {subject!r}" if kinds == OF_MIXTURES else title_of(kinds[0], subject)
             logger.warning(
-                "mixture %r is left out, because it is not trained; `optimer run` on the recipe "
-                "folder trains it",
-                name,
+                "%s is left out, because it is not trained; `optimer run` on the recipe folder "
+                "trains it",
+                named,
             )
     return recalled
 

@@ -350,7 +350,7 @@ def _check_mixtures(
             shares = vector.mixture
             parts = list(shares) if isinstance(shares, dict) else list(singles)
             _check_parts(f"{path}: vectors.{name}.mixture", parts, singles)
-    if not config.baselines.mixtures:
+    if not config.baselines.n_trained_models:
         return
     parts = [name for name, vector in config.vectors.items() if vector.mixture is None]
     _check_parts(f"{path}: baselines.mixtures", parts, singles)
@@ -358,6 +358,22 @@ def _check_mixtures(
         given = baseline.shares
         shares = given if isinstance(given, dict) else dict.fromkeys(singles, 1.0)
         mix_runs(singles, shares, name=slug(name), max_tokens=1)
+    if config.baselines.attempts:
+        _check_attempts(f"{path}: baselines.attempts", max(config.baselines.attempts), singles)
+
+
+def _check_attempts(where: str, n: int, singles: Mapping[str, "TrainConfig"]) -> None:
+    """Raise ConfigError if n attempts at a mixture cannot share the tokens of all vectors."""
+    from optimer_hf.training.mixture import budget_of, mix_runs
+
+    n_tokens = budget_of(singles, "all") // n
+    shares = dict.fromkeys(singles, 1.0)
+    block_size = mix_runs(singles, shares, name="attempt", max_tokens=1).block_size
+    if n_tokens < block_size:
+        raise ConfigError(
+            f"{where}: {n} attempts leave {n_tokens} tokens for each, less than a block of "
+            f"{block_size}. Give fewer attempts, or more tokens to the vectors."
+        )
 
 
 def _check_parts(where: str, parts: Sequence[str], singles: Mapping[str, "TrainConfig"]) -> None:

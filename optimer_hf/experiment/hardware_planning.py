@@ -92,7 +92,7 @@ def plan_for_hardware(
     results = sum(each.vector_bytes for each in estimates.values())
     if is_run:
         largest = max((each.vector_bytes for each in estimates.values()), default=0)
-        results += model_bytes + largest * len(config.baselines.mixtures)
+        results += model_bytes + largest * config.baselines.n_trained_models
     return HardwarePlan(
         device=hardware.device.name,
         n_devices=hardware.n_devices,

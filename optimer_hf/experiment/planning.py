@@ -84,7 +84,7 @@ def make_plan(
     probe = _run_probe(config, trainings, base)
     model_bytes = sum(n_bytes for n_bytes, _ in weight_states(base.path).values())
     disk = sum(probe.vector_bytes[training_key(training)] for training in trainings.values())
-    disk += max(probe.vector_bytes.values(), default=0) * len(config.baselines.mixtures)
+    disk += max(probe.vector_bytes.values(), default=0) * config.baselines.n_trained_models
     disk += model_bytes if is_run else 0
     fetched = list_downloads(config)
     memory = peak_memory() + sum(each.n_bytes or 0 for each in fetched)

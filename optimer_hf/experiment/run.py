@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from optimer_hf.errors import ConfigError, OutputError
+from optimer_hf.errors import OutputError
 from optimer_hf.experiment.folder import (
     RESULTS,
     Inputs,
@@ -18,14 +18,13 @@ from optimer_hf.experiment.folder import (
 )
 from optimer_hf.experiment.marks import CLAIM_FILE, DONE_FILE, Claim, Done, read_claim
 from optimer_hf.files.staging import write_text
-from optimer_hf.files.text import markdown_table, slug
+from optimer_hf.files.text import markdown_table
 from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
 
 if TYPE_CHECKING:
     from optimer_hf.comparison.ledger import Ledger
     from optimer_hf.comparison.result import Comparison
     from optimer_hf.experiment.plan_file import Plan
-    from optimer_hf.study.config import MixtureBaseline
     from optimer_hf.study.directory import Study
     from optimer_hf.training.config import TrainConfig
 
@@ -60,6 +59,7 @@ def run_recipe(run: Run) -> str:
     from optimer_hf.comparison.ledger import StageCost, write_ledger
     from optimer_hf.comparison.results_file import results_of
     from optimer_hf.comparison.sealed import compare
+    from optimer_hf.experiment.mixtures import train_attempts, train_mixtures
     from optimer_hf.models.memory import peak_memory
     from optimer_hf.recipes.build import build
     from optimer_hf.recipes.vanilla import write_vanilla
@@ -80,6 +80,7 @@ def run_recipe(run: Run) -> str:
         study = search(inputs.study, run.out / "study")
         _announce(stages, "train the data mixtures")
         mixtures = train_mixtures(run, study, inputs)
+        train_attempts(run, study, inputs)
         _announce(stages, "sealed test")
         comparison = compare(study, mixtures=mixtures)
         _announce(stages, "report and recipe")
@@ -106,7 +107,7 @@ def _number_stages(inputs: Inputs) -> dict[str, str]:
     names = ["search", "sealed test", "report and recipe", "build the model"]
     if inputs.trainings:
         names.insert(0, "train the vectors")
-    if inputs.study.baselines.mixtures:
+    if inputs.study.baselines.n_trained_models:
         names.insert(names.index("search") + 1, "train the data mixtures")
     return {name: f"stage {index} of {len(names)}" for index, name in enumerate(names, 1)}
 
@@ -183,52 +184,6 @@ def train_vectors(run: Run, trainings: Mapping[str, "TrainConfig"]) -> None:
         if not (out / "vector.json").exists():
             train(config, out)
             write_record(out, resolve_base(config.base_model), name=name, kind=config.kind)
-
-
-def train_mixtures(run: Run, study: "Study", inputs: Inputs) -> dict[str, str]:
-    """Train the data mixtures among the baselines with the settings of the vectors, and return
-    their directories by name. The study records them, for `optimer compare`.
-    """
-    from optimer_hf.comparison.mixtures_file import record_mixture
-    from optimer_hf.training.mixture import budget_of, mix_runs
-    from optimer_hf.training.run import train
-
-    singles, trained = inputs.single_trainings, {}
-    for name, baseline in study.config.baselines.mixtures.items():
-        shares = _shares_of(baseline, study, inputs)
-        if shares is None:
-            logger.warning(
-                "mixture %r is left out: no weight is above 0, so there are no ratios", name
-            )
-            continue
-        n_tokens = budget_of(singles, baseline.budget)
-        config = mix_runs(singles, shares, name=slug(name), max_tokens=n_tokens)
-        out = run.out / "mixtures" / f"{config.name}-{config.digest()[:6]}"
-        train(config, out)
-        record_mixture(study.directory, name, out)
-        trained[name] = str(out)
-    return trained
-
-
-def _shares_of(
-    baseline: "MixtureBaseline", study: "Study", inputs: Inputs
-) -> Mapping[str, float] | None:
-    """Return the shares of a mixture; None if they are those of the search and no weight is above
-    zero.
-    """
-    from optimer_hf.training.mixture import ratios_of, training_tokens
-
-    if baseline.shares == "uniform":
-        return dict.fromkeys(inputs.single_trainings, 1.0)
-    if isinstance(baseline.shares, dict):
-        return baseline.shares
-    tokens = {name: int(each.max_tokens or 0) for name, each in inputs.trainings.items()}
-    given = {name: study.config.sources[name] for name in study.config.mixtures.keys() - tokens}
-    tokens |= training_tokens(given)
-    try:
-        return ratios_of(study.best_trial.weights, tokens, study.config.mixtures).shares
-    except ConfigError:
-        return None
 
 
 # -- ledger ----------------------------------------------------------------------------------------

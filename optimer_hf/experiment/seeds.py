@@ -2,6 +2,7 @@
 
     OUT/  seed-0/  seed-1/  ...      whole runs; finished ones are skipped the next time
           results.md  results.json   the gain of every row by seed, means, intervals over the seeds
+          attempts.png               the gain of the best of R mixtures at equal cost, if asked for
 
 The intervals of one run are over test items. Only runs with other seeds show how much of a
 difference is due to chance in a training or a search. The run in OUT/seed-0 has the seeds of the
@@ -13,16 +14,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from optimer_hf.comparison.ratio_check import check_ratios
 from optimer_hf.comparison.results_file import Results, read_results
-from optimer_hf.comparison.rows import mark_title, title_of
+from optimer_hf.comparison.rows import OF_ATTEMPTS, mark_title, title_of
+from optimer_hf.experiment.attempts_figure import write_attempts_figure
 from optimer_hf.experiment.folder import Run, load_inputs
 from optimer_hf.experiment.run import claim_directory, finished_summary, run_recipe
 from optimer_hf.experiment.seeds_file import SeededRow, SeedResults, Spread
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table
-from optimer_hf.scoring.formatting import Unit
+from optimer_hf.scoring.formatting import OF_TERMS, Unit
+from optimer_hf.study.directory import load_study
 
 logger = logging.getLogger(__name__)
+
+ATTEMPTS_FIGURE = "attempts.png"
 
 
 def run_seeds(run: Run, n_seeds: int) -> str:
@@ -39,8 +45,16 @@ def run_seeds(run: Run, n_seeds: int) -> str:
                 run_recipe(each)
         results = [read_results(each.out / "results.json", config) for each in runs]
         rows, merges = join_rows(results), [result.merge.weights for result in results]
-        text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}{_notes(run, results, rows)}"
-        SeedResults(merges=merges, rows=rows).write(run.out / "results.json")
+        checks = [check_ratios(load_study(each.out / "study")) for each in runs]
+        correlations = [each.correlation for each in checks if each is not None]
+        spread = Spread(values=correlations) if len(correlations) == len(runs) else None
+        text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}{terms_to_markdown(rows)}"
+        text += describe_correlation(spread) + _notes(run, results, rows)
+        if any(row.kind in OF_ATTEMPTS for row in rows):
+            write_attempts_figure(rows, config, run.out / ATTEMPTS_FIGURE)
+        SeedResults(merges=merges, rows=rows, rank_correlation=spread).write(
+            run.out / "results.json"
+        )
         write_text(run.out / "results.md", text)
     return text
 
@@ -65,6 +79,11 @@ def join_rows(results: Sequence[Results]) -> list[SeededRow]:
             chosen_after_seal=any(table[key].chosen_after_seal for table in tables),
             gain=Spread(values=[table[key].over_base.difference for table in tables]),
             merge_minus=Spread(values=[table[key].merge_minus.difference for table in tables]),
+            terms={
+                label: Spread(values=[table[key].terms[label].gain.difference for table in tables])
+                for label in tables[0][key].terms
+                if all(label in table[key].terms for table in tables)
+            },
         )
         for key in tables[0]
         if all(key in table for table in tables)
@@ -114,6 +133,42 @@ def to_markdown(
         "objective here, and by theirs in the results.md of each run.\n\n"
         f"{markdown_table(header, numbers)}\nWeights of the merge:\n\n"
         f"{markdown_table(['seed', *merges[0]], weights)}"
+    )
+
+
+def terms_to_markdown(rows: Sequence[SeededRow]) -> str:
+    """Return the table of the gains on every term, means with their intervals over the seeds;
+    nothing if the runs have not recorded them.
+    """
+    labels = list(rows[0].terms)
+    if not labels:
+        return ""
+    numbers = [
+        [
+            mark_title(row.name, row.chosen_after_seal),
+            *(_show(row.terms[label], OF_TERMS) if label in row.terms else "" for label in labels),
+        ]
+        for row in rows[1:]
+    ]
+    return (
+        "\nThe gain over the base on every term (losses relative, accuracies in points): the mean "
+        f"with its 95 % interval over the seeds.\n\n{markdown_table(['row', *labels], numbers)}"
+    )
+
+
+def describe_correlation(spread: Spread | None) -> str:
+    """Return how well the searches predict mixtures, as a paragraph; nothing if not known."""
+    if spread is None:
+        return ""
+    ends = ""
+    if spread.interval is not None:  # of Student's t, which does not know that 1 is the most
+        low, high = spread.interval
+        ends = f" [{max(low, -1):.2f}, {min(high, 1):.2f}]"
+    each = ", ".join(f"{value:.2f}" for value in spread.values)
+    return (
+        "\nRank correlation (Spearman) between what the search predicts for the ratios of the "
+        f"mixtures that were trained, and what those scored on the items of the search: mean "
+        f"{spread.mean:.2f}{ends} over the seeds ({each}).\n"
     )
 
 

@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import Any
 
-from pydantic import computed_field, model_validator
+from pydantic import Field, computed_field, model_validator
 
 from optimer_hf.comparison.rows import RowKind, title_of
 from optimer_hf.files.model import FileModel, VersionedFile
@@ -42,7 +42,8 @@ class Spread(FileModel):
 
 
 class SeededRow(FileModel):
-    """A row of the sealed test in all runs: its gain over the base, and the merge minus the row.
+    """A row of the sealed test in all runs: its gain over the base, that on each term, by label,
+    and the merge minus the row.
 
     `chosen_after_seal` says that it was in at least one run.
     """
@@ -52,6 +53,7 @@ class SeededRow(FileModel):
     chosen_after_seal: bool
     gain: Spread
     merge_minus: Spread
+    terms: dict[str, Spread] = Field(default={}, exclude_if=lambda terms: not terms)
 
     @model_validator(mode="before")
     @classmethod
@@ -67,11 +69,13 @@ class SeededRow(FileModel):
 
 class SeedResults(VersionedFile):
     """results.json of runs under several seeds: the weights of the merge in each run, and the rows
-    that all runs have.
+    that all runs have. `rank_correlation` is between what the searches predict for the ratios of
+    mixtures and what the mixtures scored, if the runs have trained some.
     """
 
     merges: list[dict[str, float]]
     rows: list[SeededRow]
+    rank_correlation: Spread | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 def _without(data: Any, *names: str) -> Any:

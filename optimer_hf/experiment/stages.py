@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from optimer_hf.comparison.rows import list_rows
+from optimer_hf.comparison.rows import list_rows, title_of
 from optimer_hf.experiment.plan_file import Stage, StageKind
 from optimer_hf.files.digest import digest
 from optimer_hf.progress import Cost
@@ -68,15 +68,20 @@ def _list_stages(
         return stages
     each, singles = config.baselines, _single_trainings(config, trainings)
     mixed = sum(budget_of(singles, mixture.budget) for mixture in each.mixtures.values())
+    mixed += sum(budget_of(singles, "all") // n * n for n in each.attempts)
     slowest = max(probe.token_costs.values(), key=lambda cost: cost.seconds, default=Cost())
     work, cost = f"{mixed:,} tokens", slowest * mixed
     stages.append(Stage(kind="mixtures", name="mixtures", work=work, cost=cost))
     for name, settings in each.searches.items():
         stages += _search_stages(config.with_other_search(settings), probe, name)
-    for name, mixture in each.mixtures.items():
-        if mixture.scale == "searched":
-            scaled = config.with_scale_search({"mixture": config.base_model}, "mixture")
-            stages += _search_stages(scaled, probe, f"scale of {name}")
+    for n in each.attempts:
+        models = {f"attempt {index}": config.base_model for index in range(n)}
+        stages += _search_stages(config.with_attempts(models), probe, title_of("attempts", str(n)))
+    scaled = [name for name, mixture in each.mixtures.items() if mixture.scale == "searched"]
+    scaled += [title_of("attempts", str(n)) for n in each.attempts]
+    for name in scaled:
+        study = config.with_scale_search({"mixture": config.base_model}, "mixture")
+        stages += _search_stages(study, probe, f"scale of {name}")
     n_rows = len(list_rows(config))  # at most, since rows with equal weights are scored once
     items, cost = _scoring_cost(config.test.asked_terms("rescore"), probe)
     work = f"{n_rows} rows of {items:,} items"

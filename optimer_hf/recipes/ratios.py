@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from optimer_hf.comparison.ratio_check import RatioCheck, check_ratios
 from optimer_hf.errors import ConfigError
+from optimer_hf.files.text import count, markdown_table
 from optimer_hf.recipes.record import Recipe
 from optimer_hf.study.directory import load_study
 from optimer_hf.training import mixture
@@ -15,12 +17,14 @@ from optimer_hf.training.config import MOST_TOKENS, TrainConfig, is_count_of_tok
 class SourceRatios:
     """The mixture ratios of a study or a recipe, the weights behind them, and the reason why each
     vector without a share has none. `mixtures` are the vectors whose weight counts for others.
+    `check` says how well the search predicts mixtures, if its run has trained some.
     """
 
     ratios: mixture.Ratios
     weights: dict[str, float]
     reasons: dict[str, str]
     mixtures: list[str]
+    check: RatioCheck | None = None
 
 
 def ratios_of(
@@ -54,7 +58,8 @@ def ratios_of(
         n_tokens = max_tokens or sum(n for name, n in known.items() if name not in mixtures)
         mixed = mixture.mix_runs(trainings, ratios.shares, name="mixture", max_tokens=n_tokens)
         mixture.write_mixture(mixed, out)
-    return SourceRatios(ratios, weights, reasons, list(mixtures))
+    check = check_ratios(load_study(source)) if source.is_dir() else None
+    return SourceRatios(ratios, weights, reasons, list(mixtures), check)
 
 
 def _weights_of(
@@ -95,3 +100,24 @@ def _parse_tokens(texts: Sequence[str], names: Mapping[str, str]) -> dict[str, i
             )
         numbers[name] = int(number)
     return numbers
+
+
+def describe_check(check: RatioCheck) -> str:
+    """Return a Markdown table of what was predicted and measured, and the rank correlation."""
+    names = list(check.shares[0])
+    rows = [
+        [
+            *(f"{100 * shares[name]:.0f} %" for name in names),
+            *(check.unit.show(gain) for gain in (predicted, measured)),
+        ]
+        for shares, predicted, measured in zip(
+            check.shares, check.predicted, check.measured, strict=True
+        )
+    ]
+    table = markdown_table([*names, "merge, predicted", "mixture, measured"], rows)
+    ends = "" if check.interval is None else f" [{', '.join(f'{e:.2f}' for e in check.interval)}]"
+    return (
+        "\nGain over the base on the items of the search, of mixtures that were trained, and of "
+        f"merges with the same weights as the search predicts it:\n\n{table}\nRank correlation "
+        f"(Spearman, 95 %): {check.correlation:.2f}{ends} over {count(len(rows), 'mixture')}."
+    )

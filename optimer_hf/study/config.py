@@ -23,6 +23,7 @@ from optimer_hf.study.engine import TRANSFORMERS, EngineEntry
 LARGEST_WEIGHT = 1000.0  # of one vector; merges break long before
 LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
 MOST_VECTORS, NARROWEST = 1000, 1e-3
+MOST_ATTEMPTS = 100  # at a mixture, which all have to fit into the tokens of the vectors
 SCALE_TRIALS = 8  # of the search for the scale of a mixture
 LONGEST_NAME = 200  # characters of a vector's name
 MergeMethod = Literal["ties", "dare_ties", "model_stock"]
@@ -207,6 +208,10 @@ class SearchBaseline(SearchConfig):
         default=None, gt=0, le=LARGEST_LIMIT, examples=[10], json_schema_extra={"unit": "items"}
     )
     """Number of items for each term, instead of the limits of the objective."""
+    without: list[str] = Field(
+        default=[], exclude_if=lambda names: not names, examples=[["instruct"]]
+    )
+    """Vectors that it leaves out of the merge, at weight 0."""
 
 
 class MixtureBaseline(FileModel):
@@ -264,6 +269,22 @@ class Baselines(FileModel):
     """Models that `optimer run` trains on the mixed data, each under the name of its row in the
     tables.
     """
+    attempts: list[Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)]] = Field(
+        default=[],
+        exclude_if=lambda numbers: not numbers,
+        examples=[[1, 2, 4, 8]],
+        json_schema_extra={"unit": "mixtures"},
+    )
+    """Data mixtures at the cost of the vectors, the search for the ratio included. For each number
+    R, `optimer run` trains R mixtures, each on 1/R of the tokens of all vectors together: the first
+    one with equal shares, the others with random ones. The best by the items of the search is a
+    row, and so is that one at its best scale.
+    """
+
+    @property
+    def n_trained_models(self) -> int:
+        """How many models `optimer run` trains to compare with."""
+        return len(self.mixtures) + sum(self.attempts)
 
 
 class StudyConfig(VersionedFile):
@@ -454,9 +475,11 @@ class StudyConfig(VersionedFile):
             objective["limit"] = settings.limit
             for term in (*objective["terms"], *objective["constraints"]):
                 term["limit"] = None
-        search = settings.model_dump(exclude={"limit"})
+        search = settings.model_dump(exclude={"limit", "without"})
         search["total"] = search["total"] or self.search.total
         own = self.model_dump(exclude={"test", "retarget", "baselines"})
+        for name in settings.without:
+            own["vectors"][name]["fixed"] = 0.0
         return StudyConfig.model_validate(own | {"objective": objective, "search": search})
 
     def with_scale_search(self, sources: Mapping[str, str], scaled: str) -> "StudyConfig":
@@ -473,10 +496,41 @@ class StudyConfig(VersionedFile):
         own |= {"vectors": vectors, "search": search}
         return StudyConfig.model_validate(own | {"tokenizer_source": self.tokenizer_reference})
 
+    def with_attempts(self, sources: Mapping[str, str]) -> "StudyConfig":
+        """Return the study that scores models beside the fixed vectors: name -> reference. It has
+        a trial for the base and one for each model, on as many items as the best trials are scored
+        on in the end.
+        """
+        objective = self.objective.model_dump()
+        if self.search.rescore_top:
+            objective["limit"] = None
+            for group in ("terms", "constraints"):
+                for term, data in zip(
+                    getattr(self.objective, group), objective[group], strict=True
+                ):
+                    data |= {"limit": self.rescore_limit_of(term), "rescore_only": False}
+        vectors = {name: {"source": source} for name, source in sources.items()}
+        vectors |= {name: self.vectors[name].model_dump() for name in self.fixed}
+        search = {"n_trials": len(sources) + 1, "surrogate": "random", "rescore_top": 0}
+        own = self.model_dump(exclude={"test", "retarget", "baselines"})
+        own |= {"objective": objective, "vectors": vectors, "search": search}
+        return StudyConfig.model_validate(own | {"tokenizer_source": self.tokenizer_reference})
+
     def _mistakes_of_baselines(self) -> Iterator[Mistake]:
         for name, settings in self.baselines.searches.items():
+            at = ("baselines", "searches", name)
+            unknown = [each for each in settings.without if each not in self.free]
+            for each in unknown:
+                message = f"no searched vector is called {each!r}; searched: {list(self.free)}"
+                yield (*at, "without"), message
+            if not self.free.keys() - set(settings.without):
+                yield (*at, "without"), "it leaves nothing to search; leave one vector in"
+                continue
             for where, message in self._mistakes_of_search(settings):
-                yield ("baselines", "searches", name, *where[1:]), message
+                yield (*at, *where[1:]), message
+        attempts = self.baselines.attempts
+        for number in sorted({each for each in attempts if attempts.count(each) > 1}):
+            yield ("baselines", "attempts"), f"found {number} twice; give each number once"
         names: set[str] = set()
         for group in ("plugins", "searches", "models", "mixtures"):
             for name in getattr(self.baselines, group):
@@ -507,8 +561,10 @@ class StudyConfig(VersionedFile):
             )
         if search.gradients == "always" and (reason := self._why_no_gradients(search)):
             yield ("search", "gradients"), f"found 'always', but {reason}"
-        if total is not None and (other is None or other.total is not None):
-            lows, highs = zip(*self.free.values(), strict=True)
+        without = other.without if isinstance(other, SearchBaseline) else []
+        if total is not None and (other is None or other.total is not None or without):
+            bounds = [each for name, each in self.free.items() if name not in without]
+            lows, highs = zip(*bounds, strict=True)
             low, high = total
             if min(lows) < 0 or not max(sum(lows), 0) <= low < high or low > sum(highs):
                 yield (

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.digest import differences
@@ -115,6 +117,15 @@ def mix_runs(
     ]
     fields = first.model_dump(exclude={"corpus", "mixture", "name", "max_tokens"})
     return TrainConfig(**fields, name=name, mixture=parts, max_tokens=max_tokens)
+
+
+def draw_shares(names: Sequence[str], n: int, *, seed: int) -> list[dict[str, float]]:
+    """Return the shares of n mixtures of some vectors' text: equal ones first, then such as are
+    drawn evenly from all that sum to 1 (a flat Dirichlet distribution).
+    """
+    equal = {name: round(1 / len(names), DIGITS) for name in names}
+    drawn = np.random.default_rng([seed, n]).dirichlet(np.ones(len(names)), size=n - 1)
+    return [equal, *(dict(zip(names, row.round(DIGITS).tolist(), strict=True)) for row in drawn)]
 
 
 def budget_of(trainings: Mapping[str, TrainConfig], budget: Literal["all", "one"]) -> int:

@@ -9,14 +9,26 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft import PeftModel
+from scipy.stats import spearmanr
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimer_hf.comparison.baselines import short_digest
+from optimer_hf.comparison.mixtures_file import read_attempts
+from optimer_hf.comparison.sealed import compare_study
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.folder import load_inputs, run_of
 from optimer_hf.experiment.planning import make_plan
 from optimer_hf.hub.card import Facts, recipe_facts, render
 from optimer_hf.recipes.ratios import ratios_of
 from optimer_hf.recipes.record import Recipe
+from optimer_hf.searching.one_model import score_model
+from optimer_hf.study.directory import load_study
+from optimer_hf.study.space import to_unit
+from optimer_hf.study.surrogate import fit_surrogate
+from optimer_hf.training.mixture import draw_shares
 from tests.support.experiments import run_optimer
 
 MIX = {"mixture": {"aaa": 3, "xyz": 1}, "budget": "one"}
@@ -36,12 +48,16 @@ def mixed_run(recipe_dir: Path, tmp_path: Path) -> Path:
     finished.
     """
     change_study(recipe_dir, vectors={"mix": MIX})
-    out = tmp_path / "out"
+    return run_killed(recipe_dir, tmp_path / "out", "vectors/mix")
+
+
+def run_killed(recipe_dir: Path, out: Path, training: str) -> Path:
+    """Run a recipe, kill the run in the middle of one training, finish it, and return `out`."""
     command = [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(out)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    mark = "vectors/mix/checkpoints/checkpoint-*/trainer_state.json"
+    mark = f"{training}/checkpoints/checkpoint-*/trainer_state.json"
     deadline = time.monotonic() + 120
     while not list(out.glob(mark)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -169,3 +185,152 @@ def test_a_given_mixture_without_a_record_is_named_before_anything_is_trained(re
     )
     with pytest.raises(ConfigError, match=r"'mix'.*does not say how many tokens"):
         load_inputs(run_of(recipe_dir))
+
+
+# -- attempts at equal cost ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attempted_run(recipe_dir: Path, tmp_path: Path) -> Path:
+    """A run that compares with attempts at a mixture, was killed while it trained one, and then
+    finished. The search wants the language aaa, and the sealed test xyz.
+    """
+    study = yaml.safe_load((recipe_dir / "study.yaml").read_text())
+    parts = {"objective": study["objective"], "test": study["test"]}
+    for part, wanted in (("objective", "aaa"), ("test", "xyz")):
+        for term in parts[part]["terms"]:
+            term["weight"] = float(term["name"] == wanted)
+    without = {"n_trials": 5, "rescore_top": 0, "without": ["mix"]}
+    baselines = {"attempts": [4], "searches": {"no mixture": without}}
+    for file in recipe_dir.glob("train-*.yaml"):
+        train = yaml.safe_load(file.read_text())
+        train["trainer"]["per_device_train_batch_size"] = 1  # more steps, so ratios matter
+        file.write_text(yaml.safe_dump(train))
+    mix = {"mix": {"mixture": "uniform"}}
+    parts |= {"search": {"n_trials": 6, "rescore_top": 1}}
+    change_study(recipe_dir, vectors=mix, baselines=baselines, retarget={}, **parts)
+    return run_killed(recipe_dir, tmp_path / "out", "mixtures/attempt-2-of-4-*")
+
+
+def test_attempts_at_a_mixture_share_the_tokens_of_the_vectors(attempted_run: Path, recipe_dir):
+    out = attempted_run
+    attempts = read_attempts(out / "study")
+    trained = {n: [read_training(each.model) for each in known] for n, known in attempts.items()}
+    vectors = [read_training(out / "vectors" / name)["n_tokens"] for name in ("aaa", "xyz")]
+    assert [run["n_tokens"] for run in trained[4]] == [sum(vectors) // 4] * 4
+    for known in attempts.values():
+        assert known[0].shares == {"aaa": 0.5, "xyz": 0.5}
+    drawn = [each.shares for each in attempts[4][1:]]
+    assert drawn == draw_shares(["aaa", "xyz"], 4, seed=0)[1:] and drawn[0] != drawn[1]
+
+    rows = check_choice(out, attempts)
+    assert rows["no mixture"]["weights"]["mix"] == 0, "it was left out"
+    (directory,) = (out / "study" / "searches").glob("no-mixture-*")
+    trials = [json.loads(line) for line in (directory / "trials.jsonl").open()]
+    assert {trial["weights"]["mix"] for trial in trials} == {0}
+    ledger = json.loads((out / "ledger.json").read_text())
+    assert ledger["mixtures"]["n"] == 4
+    assert ledger["mixtures"]["tokens"] == sum(vectors)
+    check_prediction(out, attempts)
+    check_rows_without_models(out, rows)
+
+
+def read_training(directory: Path) -> dict[str, int]:
+    """Return what the record of a training says about its run."""
+    return json.loads((directory / "training.json").read_text())["training"]
+
+
+def merge_with_peft(adapter: Path, base_model: str) -> Path:
+    """Merge an adapter into its base, and return the directory of the model."""
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    out = adapter.parents[1] / "merged-by-peft" / adapter.name
+    merged.save_pretrained(out)
+    AutoTokenizer.from_pretrained(base_model).save_pretrained(out)
+    return out
+
+
+def check_choice(out: Path, attempts) -> dict[str, dict]:
+    """The best attempt is chosen by the items of the search, where what PEFT merges has the same
+    scores; the sealed test, which wants the other language, would have chosen another one.
+    """
+    study = load_study(out / "study")
+    (directory,) = (out / "study" / "searches").glob("attempts-4-*")
+    trials = load_study(directory).trials
+    assert [trial.weights for trial in trials] == [
+        {f"attempt {i}": float(i == number) for i in (1, 2, 3, 4)} for number in range(5)
+    ]
+    found = [trial.terms["aaa"].score for trial in trials[1:]]
+    searched = study.config.objective.model_copy(update={"limit": None})
+    models = [merge_with_peft(each.model, study.config.base_model) for each in attempts[4]]
+    scored = [score_model(str(model), searched)["aaa"].score for model in models]
+    assert found == pytest.approx(scored, rel=1e-3)
+    best = found.index(min(found))  # bits per byte
+    sealed = [score_model(str(model), study.config.test)["xyz"].score for model in models]
+    assert sealed.index(min(sealed)) != best, "the sealed test would have chosen another one"
+    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    row = rows["best of 4 data mixtures at equal cost"]
+    assert list(row["weights"]) == [f"4 ({short_digest(str(attempts[4][best].model))})"]
+    assert row["terms"]["xyz"]["score"] == pytest.approx(sealed[best], rel=1e-3)
+    titles = [name for name in rows if name.startswith("best of 4 data mixtures at equal cost, at")]
+    assert len(titles) == 1 and not rows[titles[0]]["chosen_after_seal"]
+    return rows
+
+
+def check_rows_without_models(out: Path, rows) -> None:
+    """A later comparison has the rows of all attempts, with their models there or not."""
+    names = {name for name in rows if name.startswith("best of ")}
+    assert len(names) == 2
+    for _ in range(2):
+        compared = compare_study(out / "study")
+        assert names <= {row.title for row in compared.rows}
+        if (out / "mixtures").exists():
+            (out / "mixtures").rename(out / "elsewhere")
+
+
+def check_prediction(out: Path, attempts) -> None:
+    """`optimer ratios` shows what the search predicts for the ratios beside what mixtures have."""
+    result = run_optimer("ratios", out, "--format", "json")
+    assert result.exit_code == 0, result.output
+    check = json.loads(result.stdout)["check"]
+    assert check["shares"] == [each.shares for each in attempts[4]]
+    study = load_study(out / "study")
+    points = to_unit(study.config, [{"mix": 0.0} | each.shares for each in attempts[4]])
+    surrogate = fit_surrogate(study.config, study.trials)
+    base = surrogate.predict(to_unit(study.config, [study.trials[0].weights]))[0][0]
+    assert check["predicted"] == pytest.approx((surrogate.predict(points)[0] - base).tolist())
+    (directory,) = (out / "study" / "searches").glob("attempts-4-*")
+    scored = load_study(directory)
+    losses = [trial.terms["aaa"].score for trial in scored.trials]
+    gains = [1 - loss / losses[0] for loss in losses[1:]]
+    assert check["measured"] == pytest.approx(gains)
+    assert check["correlation"] == pytest.approx(spearmanr(check["predicted"], gains).statistic)
+    shown = run_optimer("ratios", out).stdout
+    assert "Rank correlation (Spearman, 95 %): " in shown and "over 4 mixtures." in shown
+
+
+@pytest.mark.parametrize(
+    ("baselines", "message"),
+    [
+        ({"attempts": [2, 2]}, "found 2 twice"),
+        ({"attempts": [0]}, "attempts"),
+        ({"attempts": [65]}, "65 attempts leave 31 tokens for each, less than a block of 32"),
+        ({"searches": {"s": {"without": ["zzz"]}}}, "no searched vector is called 'zzz'"),
+        ({"searches": {"s": {"without": ["aaa", "xyz"]}}}, "it leaves nothing to search"),
+    ],
+)
+def test_attempts_that_cannot_be_made_are_refused(recipe_dir, tmp_path, baselines, message):
+    change_study(recipe_dir, baselines=baselines)
+    result = run_optimer("run", recipe_dir, tmp_path / "out")
+    assert result.exit_code == 1 and message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_attempts(recipe_dir: Path, tmp_path: Path):
+    change_study(recipe_dir, baselines={"attempts": [3]})
+    inputs = load_inputs(run_of(recipe_dir, tmp_path / "out"))
+    plan = make_plan(inputs.study, inputs.trainings, tmp_path / "out", is_run=True)
+    work = {stage.name: stage.work for stage in plan.stages}
+    assert work["mixtures"] == f"{2048 // 3 * 3:,} tokens"
+    assert work["best of 3 data mixtures at equal cost: search"].startswith("4 trials of ")
+    assert work["scale of best of 3 data mixtures at equal cost: search"].startswith("8 trials of ")

@@ -7,8 +7,13 @@ import pytest
 import yaml
 
 from optimer_hf.comparison.results_file import read_results
-from optimer_hf.experiment.seeds import join_rows, to_markdown
-from optimer_hf.experiment.seeds_file import SeedResults
+from optimer_hf.experiment.seeds import (
+    describe_correlation,
+    join_rows,
+    terms_to_markdown,
+    to_markdown,
+)
+from optimer_hf.experiment.seeds_file import SeededRow, SeedResults, Spread
 from optimer_hf.scoring.formatting import Unit
 from tests.support.experiments import run_optimer
 from tests.support.landscapes import config_of
@@ -52,6 +57,27 @@ def test_rows_are_joined_by_kind_whatever_scale_a_seed_has_found(tmp_path: Path)
     raw = to_markdown([base, scaled], [{"a": 0.5}, {"a": 0.75}], Unit(1.0, "bits per byte"))
     assert "| +0.15 | +0.10 ... +0.20 |" in raw
     assert "| seed-1 | 0.75 |" in table
+
+
+def test_gains_by_term_and_the_rank_correlation_have_intervals_over_the_seeds():
+    spreads = {"ja": Spread(values=[0.1, 0.2]), "en": Spread(values=[-0.01, -0.01])}
+    base, average = (
+        SeededRow(
+            kind=kind,
+            subject="",
+            chosen_after_seal=False,
+            gain=spreads["ja"],
+            merge_minus=spreads["ja"],
+            terms=spreads,
+        )
+        for kind in ("base", "average")
+    )
+    table = terms_to_markdown([base, average])
+    assert "| row | ja | en |" in table
+    assert "| uniform average | +15.00 % [-48.53 %, +78.53 %] | -1.00 % |" in table
+    text = describe_correlation(Spread(values=[0.5, 0.7]))
+    assert "mean 0.60 [-0.67, 1.00] over the seeds (0.50, 0.70)" in text
+    assert describe_correlation(None) == ""
 
 
 @pytest.mark.slow
@@ -100,6 +126,8 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
         rows = [next(r for r in result["rows"] if r["name"] == name) for result in results[1:]]
         gains = [r["over_base"]["difference"] for r in rows]
         assert table[name].gain.values == gains and gains[0] != gains[1]
+        on_term = [r["terms"]["xyz"]["gain"]["difference"] for r in rows]
+        assert table[name].terms["xyz"].values == on_term
         lost = [r["merge_minus"]["difference"] for r in rows]
         assert table[name].merge_minus.values == lost
     merges = [
