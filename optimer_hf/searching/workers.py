@@ -160,12 +160,12 @@ class Cluster:
     ) -> None:
         if kind is not None:  # workers stop in the middle of their trials, and Dask would report it
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
-        with contextlib.suppress(OSError):  # a scheduler that is gone needs no clean-up
-            self._client.cancel(list(self._pending))
+        self._pending, pending = {}, list(self._pending)
+        # a scheduler that is gone needs no clean-up
+        with self._stack, contextlib.suppress(OSError, CancelledError):
+            self._client.cancel(pending)
             if self._scheduler is not None:
                 self._client.run(_forget, self._session, on_error="ignore")
-        self._pending.clear()
-        self._stack.close()
 
     def count_slots(self) -> int:
         """Return how many trials may run at the same time now: one for each worker, or one in all
