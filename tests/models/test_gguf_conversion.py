@@ -3,9 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +18,13 @@ from optimer_hf.models.gguf_record import ConversionRecord
 from optimer_hf.models.resolve import resolve_model
 from tests.support.gguf import write_llama
 from tests.support.tiny import tiny_model
+
+NAMES_OF_MATRICES = {
+    "attn_q.weight": "self_attn.q_proj",
+    "attn_k.weight": "self_attn.k_proj",
+    "attn_v.weight": "self_attn.v_proj",
+    "ffn_up.weight": "mlp.up_proj",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +40,47 @@ def test_a_gguf_file_in_f32_keeps_its_weights_bit_for_bit(converted):
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensors[name], tensor), name
+
+
+def values_of_q4_1(blocks: np.ndarray) -> np.ndarray:
+    """Blocks of 20 bytes: a float16 scale and minimum, and 32 numbers of four bits."""
+    scale, least = (blocks[:, at : at + 2].copy().view("<f2").astype("f4") for at in (0, 2))
+    numbers = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
+    return scale * numbers + least
+
+
+def values_of_q8_0(blocks: np.ndarray) -> np.ndarray:
+    """Blocks of 34 bytes: a float16 scale, and 32 signed bytes."""
+    return blocks[:, :2].copy().view("<f2").astype("f4") * blocks[:, 2:].view("i1")
+
+
+@pytest.mark.parametrize(
+    ("stored", "n_bytes", "values_of"), [("Q4_1", 20, values_of_q4_1), ("Q8_0", 34, values_of_q8_0)]
+)
+def test_quantised_matrices_have_the_values_that_their_blocks_say(
+    tmp_path, tokenizer, stored, n_bytes, values_of
+):
+    """Blocks of 32 numbers by the layout in ggml's ggml-common.h. Rows of queries and keys come
+    back from the order in which llama.cpp keeps them.
+    """
+    model = tiny_model("llama")
+    kind = GGMLQuantizationType[stored]
+    file = write_llama(tmp_path / "q.gguf", model, tokenizer, kind)
+    convert_gguf(file, tmp_path / "out", dtype="float32")
+    tensors, checked = load_file(tmp_path / "out" / "model.safetensors"), set()
+    for tensor in GGUFReader(file).tensors:
+        name = NAMES_OF_MATRICES.get(tensor.name.rpartition("blk.0.")[2])
+        if name is None:
+            continue
+        shape = tensor.shape[::-1].tolist()
+        values = values_of(np.asarray(tensor.data).reshape(-1, n_bytes)).reshape(shape)
+        if n_heads := {"q": 4, "k": 2}.get(name.rpartition(".")[2][0]):
+            pairs = values.reshape(n_heads, shape[0] // n_heads // 2, 2, shape[1])
+            values = pairs.swapaxes(1, 2).reshape(shape)
+        converted = tensors[f"model.layers.0.{name}.weight"].numpy()
+        np.testing.assert_array_equal(converted, values.astype("f4"), err_msg=name)
+        checked.add(name)
+    assert checked == set(NAMES_OF_MATRICES.values())
 
 
 def test_a_converted_model_loads_and_gives_the_logits_of_the_original(converted):

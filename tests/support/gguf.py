@@ -6,7 +6,8 @@ from typing import Any
 
 import gguf
 import torch
-from gguf import GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import quantize
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,8 +38,9 @@ def write_gguf(
     more: Mapping[str, torch.Tensor] | None = None,
     *,
     tokenizer: Any = None,
+    stored: GGMLQuantizationType = GGMLQuantizationType.F32,
 ) -> Path:
-    """Write a model in F32.
+    """Write a model in F32, or the matrices with rows of whole blocks of 32 quantised as `stored`.
 
     `keys` belong to the architecture unless they begin with a slash, `convert` returns the tensors
     that are stored for one of the model, and `more` are further tensors. Without a tokenizer, the
@@ -49,16 +51,17 @@ def write_gguf(
         full = key.removeprefix("/") if key.startswith("/") else f"{architecture}.{key}"
         _write_value(writer, full, value)
     _write_tokens(writer, tokenizer, model.config.vocab_size)
-    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
+    number = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         for each, value in convert(model, name, tensor).items():
             stem, _, suffix = each.rpartition(".")
-            writer.add_tensor(
-                f"{names.get_name(stem)}.{suffix}", value.contiguous().float().numpy()
-            )
+            is_blocked = value.ndim == 2 and value.shape[1] % 32 == 0
+            kind = stored if is_blocked else GGMLQuantizationType.F32
+            data = quantize(value.contiguous().float().numpy(), kind)
+            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", data, raw_dtype=kind)
     for name, tensor in (more or {}).items():
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
@@ -68,8 +71,13 @@ def write_gguf(
     return path
 
 
-def write_llama(path: Path, model: Any, tokenizer: Any) -> Path:
-    """Write a Llama in F32 with its byte tokenizer."""
+def write_llama(
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    stored: GGMLQuantizationType = GGMLQuantizationType.F32,
+) -> Path:
+    """Write a Llama with its byte tokenizer in F32, or its matrices quantised as `stored`."""
     config = model.config
     keys = {
         "context_length": config.max_position_embeddings,
@@ -83,7 +91,8 @@ def write_llama(path: Path, model: Any, tokenizer: Any) -> Path:
         "rope.dimension_count": config.hidden_size // config.num_attention_heads,
         "vocab_size": config.vocab_size,
     }
-    return write_gguf(path, "llama", model, keys, interleave_heads, tokenizer=tokenizer)
+    more: dict[str, Any] = {"tokenizer": tokenizer, "stored": stored}
+    return write_gguf(path, "llama", model, keys, interleave_heads, **more)
 
 
 def _write_value(writer: GGUFWriter, key: str, value: Any) -> None:
