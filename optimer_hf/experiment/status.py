@@ -88,7 +88,8 @@ def status_of(directory: Path) -> Status:
 
 def status_to_text(status: Status) -> str:
     """Return a status as Markdown: what it is, a row for each part, and who works there."""
-    state = "finished" if status.is_done else "not finished"
+    still = [part.part for part in status.parts if not part.is_done]
+    state = f"still to do: {', '.join(still)}" if still else "finished"
     rows = [[part.part, part.state] for part in status.parts]
     lines = [f"{status.directory}: {status.kind}, {state}", "", markdown_table(["part", ""], rows)]
     if status.process is not None:
@@ -135,7 +136,7 @@ def _progress_of_training(directory: Path, part: str) -> Progress:
 
 
 def _parts_of_study(directory: Path) -> Iterator[Progress]:
-    config = StudyConfig.read(directory / STUDY_FILE)
+    config = StudyConfig.read_record(directory / STUDY_FILE)
     log = TrialLog(directory / TRIALS_FILE, repair=False)
     study = Study(directory, config, log, DecisionLog(directory / DECISIONS_FILE, repair=False))
     yield _progress_of_search(study)

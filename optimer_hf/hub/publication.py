@@ -385,7 +385,7 @@ def _read_results(directory: Path, files: Collection[str]) -> Results | None:
         return None
     if "study/study.json" not in files:
         return Results.read(directory / RESULTS)
-    config = StudyConfig.read(directory / "study" / "study.json")
+    config = StudyConfig.read_record(directory / "study" / "study.json")
     return read_results(directory / RESULTS, config)
 
 

@@ -77,7 +77,7 @@ def _check_study(directory: Path) -> None:
         is_reference = at[-1] in ("source", "base_model", "tokenizer_source") or "models" in at
         if is_file or (is_reference and not _is_named_elsewhere(text)):
             _refuse_folders(f"{file}: {'.'.join(map(str, at))}", text)
-    study = open_study(StudyConfig.read(file), directory, repair=False)
+    study = open_study(StudyConfig.read_record(file), directory, repair=False)
     SealedLog(directory, study.config, repair=False)
 
 

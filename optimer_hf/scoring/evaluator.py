@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,9 +18,22 @@ from optimer_hf.scoring.functions import (
 )
 from optimer_hf.scoring.generation import refuse_too_long
 from optimer_hf.scoring.gradients import Derivatives, Differentiation, Sum, sum_of
-from optimer_hf.scoring.items import hash_item, indices_within, spread_indices
+from optimer_hf.scoring.items import (
+    drop_addresses,
+    hash_item,
+    indices_within,
+    row_text,
+    spread_indices,
+)
 from optimer_hf.scoring.lm_eval_model import make_lm_eval_model, quiet_lm_eval
-from optimer_hf.scoring.objective import N_PROMPTS, TASK_FIELDS, Asked, Objective, Term
+from optimer_hf.scoring.objective import (
+    N_PROMPTS,
+    TASK_FIELDS,
+    Asked,
+    Objective,
+    Term,
+    split_of,
+)
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.scoring.tasks import aggregation_of, load_tasks
 
@@ -71,7 +83,7 @@ class Evaluator:
         functions: Mapping[str, Scorer] | None,
     ) -> None:
         self._lm, self.tasks = lm, tasks
-        self._prompting = objectives[0].prompting
+        self._prompting, self._split_by = objectives[0].prompting, split_of(objectives)
         self._functions = collect_functions(objectives, functions)
         self._within: dict[tuple[str, tuple[float, float]], list[int]] = {}
         for term in (term for objective in objectives for term in objective.scored_terms):
@@ -100,7 +112,8 @@ class Evaluator:
         """Return the indices of the items that are in the hash range of a term."""
         key = (term.task_name, term.hash_range)
         if key not in self._within:
-            self._within[key] = indices_within(self.tasks[term.task_key], term.hash_range)
+            task = self.tasks[term.task_key]
+            self._within[key] = indices_within(task, term.hash_range, self._split_by)
         return self._within[key]
 
     def digest_items(self, term: Term) -> str | None:
@@ -115,7 +128,7 @@ class Evaluator:
         prompts = [hash_item(task, docs[within[index]]) for index in few]
         settings = [repr(getattr(task.config, name, None)) for name in TASK_FIELDS]
         rows = [docs[index] for index in within]
-        return digest([*map(_drop_addresses, settings), *map(_row_text, rows), *prompts])
+        return digest([*map(drop_addresses, settings), *map(row_text, rows), *prompts])
 
     def count_items(self, term: Term) -> int:
         """Return how many items a term that lm-eval scores has."""
@@ -270,14 +283,4 @@ def _item_parts(value: Any, aggregation: str) -> tuple[float, float]:
 
 def _document_checksum(term: Term, row: Any) -> int:
     """Return a checksum of the row that an item is made from, or of the text of a document."""
-    return zlib.crc32((row[term.text_field] if term.text is not None else _row_text(row)).encode())
-
-
-def _row_text(row: Any) -> str:
-    """Return a row as text."""
-    return _drop_addresses(repr(row))
-
-
-def _drop_addresses(text: str) -> str:
-    """Return a text without memory addresses, which the reprs of functions and images have."""
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
+    return zlib.crc32((row[term.text_field] if term.text is not None else row_text(row)).encode())

@@ -1,12 +1,12 @@
 """What a merge is scored on: terms, constraints, and how their scores combine into one value."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from optimer_hf.files.digest import digest
 from optimer_hf.files.model import FileModel, Mistake, VersionedFile
@@ -42,6 +42,7 @@ TASK_FIELDS = (  # of lm-eval that say how items are prompted and scored
     "metric_list",
 )
 
+SplitBy = Literal["document", "prompt"]
 Portion = Annotated[float, Field(ge=0, le=1)]
 NOT_FOR_FUNCTIONS = {"metric", "text_field", "num_fewshot", "generation", "hash_range"}
 
@@ -98,7 +99,8 @@ class Term(FileModel):
         default=(0.0, 1.0), examples=[[0.0, 0.5]], json_schema_extra={"unit": "share of the items"}
     )
     """Use only the items whose hash, as a number in [0, 1), lies in [low, high). With [0, 0.5] in
-    the objective and [0.5, 1] in the test, one task serves both.
+    the objective and [0.5, 1] in the test, one task serves both, and so do several tasks that read
+    the same rows (see `split_by`).
     """
     rescore_only: bool = Field(default=False, examples=[True])
     """Skip the term in the search and score it only when the best trials are scored again; for
@@ -289,6 +291,21 @@ class Objective(FileModel):
     """
     system_instruction: str | None = Field(default=None, examples=["Answer briefly."])
     """System message to put before every prompt."""
+    split_by: SplitBy = Field(default="document", examples=["document"])
+    """What `hash_range` hashes. document: the row that an item is made from, so that all tasks over
+    the same rows agree which of them the test gets. prompt: the prompt and its answer, as in
+    studies from before this field, which keep it.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_idle_split(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `split_by` where no term has a hash_range: it says nothing there, and records
+        stay what they were before there was such a field.
+        """
+        data: dict[str, Any] = serialize(self)
+        if not self.splits_items:
+            data.pop("split_by", None)
+        return data
 
     def mistakes(self) -> Iterator[Mistake]:
         yield from self._mistakes_of_names()
@@ -329,6 +346,11 @@ class Objective(FileModel):
         labels = {term.label for term in self.terms}
         return [*self.terms, *(term for term in self.constraints if term.label not in labels)]
 
+    @property
+    def splits_items(self) -> bool:
+        """Whether a term scores only a part of its items, by `hash_range`."""
+        return any(term.hash_range != (0.0, 1.0) for term in self.scored_terms)
+
     def terms_at(self, stage: Literal["search", "rescore"]) -> list[Term]:
         """Return the terms and constraints that are scored at a stage."""
         return [term for term in self.scored_terms if stage == "rescore" or not term.rescore_only]
@@ -349,6 +371,11 @@ class Objective(FileModel):
             "fewshot_as_multiturn": self.fewshot_as_multiturn,
             "system_instruction": self.system_instruction,
         }
+
+
+def split_of(objectives: Sequence[Objective]) -> SplitBy:
+    """Return what hash ranges divide the items by; objective and test have the same."""
+    return next((each.split_by for each in objectives if each.splits_items), "document")
 
 
 class ObjectiveFile(VersionedFile, Objective):

@@ -3,13 +3,14 @@
 An overlap is 13 consecutive units in common (Brown et al. 2020, arXiv 2005.14165, appendix C). A
 unit is a word, or one character of a script without spaces; case, punctuation and Unicode
 compatibility forms do not matter. Only the n-grams of the items are in memory, so a corpus may be
-larger than that. All items of a term are checked, even those that its `limit` leaves out.
+larger than that. All items in the hash range of a term are checked, even those that its `limit`
+leaves out.
 """
 
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress, count
 from typing import Any
 
@@ -18,6 +19,7 @@ from optimer_hf.corpus.documents import read_documents
 from optimer_hf.errors import CorpusError
 from optimer_hf.files.text import markdown_table
 from optimer_hf.progress import Meter
+from optimer_hf.scoring.items import indices_within
 from optimer_hf.scoring.objective import Objective, Term
 from optimer_hf.scoring.tasks import load_tasks
 
@@ -109,13 +111,23 @@ def check_overlap(
     CorpusError for a corpus that cannot be read or holds no text.
     """
     texts: dict[str, list[str]] = {}
+    numbers: dict[str, list[int]] = {}
     for name, objective in objectives.items():
         tasks = load_tasks([objective])
         for term in objective.scored_terms:
             if term.function is not None:  # only the function knows its items
                 continue
-            texts[f"{name}: {term.label}"] = item_texts(term, tasks[term.task_key])
-    return find_overlaps(corpora, texts, n=n)
+            title, task = f"{name}: {term.label}", tasks[term.task_key]
+            numbers[title] = indices_within(task, term.hash_range, objective.split_by)
+            every = item_texts(term, task)
+            texts[title] = [every[number] for number in numbers[title]]
+    return [
+        replace(
+            each,
+            overlaps=[replace(one, item=numbers[each.term][one.item]) for one in each.overlaps],
+        )
+        for each in find_overlaps(corpora, texts, n=n)
+    ]
 
 
 def find_overlaps(

@@ -20,7 +20,7 @@ from optimer_hf.files.text import did_you_mean
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.generation import generation_settings
 from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
-from optimer_hf.scoring.objective import Objective, Term
+from optimer_hf.scoring.objective import Constraint, Objective, Term
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +57,29 @@ REPORTED = (
 )
 
 
-def warn_of_reported_benchmarks(objective: Objective) -> None:
-    """Log a warning for terms whose benchmark is usually reported: the weights are fitted to it."""
-    for term in objective.scored_terms:
-        name = next((name for name in REPORTED if (term.task or "").startswith(name)), None)
-        if name is not None:
+def warn_of_reported_benchmarks(objective: Objective, test: Objective | None) -> None:
+    """Log a warning for terms that count, whose benchmark is usually reported: the weights are
+    fitted to it. If the sealed test has other items of the same task, that is in order.
+    """
+    sealed = {_benchmark_of(term) for term in test.scored_terms} if test is not None else set()
+    counting = [
+        term for term in objective.scored_terms if term.weight > 0 or isinstance(term, Constraint)
+    ]
+    for term in counting:
+        name = _benchmark_of(term)
+        if name is not None and name not in sealed:
             logger.warning(
                 "objective term %r: %s is usually reported, and the weights are fitted to it; do "
-                "not report its score as if it were unseen, and seal other items for the test",
+                "not report its score as if it were unseen. `test:` can seal its other items "
+                "(hash_range)",
                 term.label,
                 name,
             )
+
+
+def _benchmark_of(term: Term) -> str | None:
+    """Return the benchmark of a term that is usually reported, or None."""
+    return next((name for name in REPORTED if (term.task or "").startswith(name)), None)
 
 
 def warn_of_other_weights(objective: Objective, test: Objective) -> None:

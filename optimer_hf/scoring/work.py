@@ -53,7 +53,7 @@ def key_of_items(term: Term) -> tuple[str, tuple[float, float]]:
 
 
 def _count_term(term: Term, task: Any, counter: Any, objective: Objective) -> ItemWork:
-    within = indices_within(task, term.hash_range)
+    within = indices_within(task, term.hash_range, objective.split_by)
     few = [within[index] for index in spread_indices(len(within), N_COUNTED)]
     has_template = objective.apply_chat_template
     task.build_all_requests(

@@ -152,6 +152,7 @@ def search(
         )
     with lock_directory(directory):
         study = open_study(config, directory)
+        config = study.config
         study.decide(to_disk=True)
         if study.is_finished and study.names_recorded_files():
             logger.info("search: %d trials are recorded, nothing to do", len(study.trials))
@@ -161,7 +162,8 @@ def search(
         tracker = Tracker(config.search.report_to, directory)  # raises before anything is loaded
         with (runner or InProcess()).open(config) as slots, tracker:
             study.record_inputs(slots.digest_inputs())
-            warn_of_reported_benchmarks(config.objective)
+            _warn_of_no_search(config)
+            warn_of_reported_benchmarks(config.objective, config.test)
             if config.test is not None:
                 warn_of_other_weights(config.objective, config.test)
             _run_search(study, slots, planned or {}, tracker, sampler)
@@ -170,6 +172,18 @@ def search(
             study.decide(to_disk=True)
     warn_of_uninformative_items(study)
     return study
+
+
+def _warn_of_no_search(config: StudyConfig) -> None:
+    """Log a warning if all trials are those that every search starts with."""
+    first = len(anchors(config))
+    if config.search.n_trials <= first and config.free:
+        logger.warning(
+            "search.n_trials: %d trials are the base, vectors alone and their average, which every "
+            "search starts with. From %d on, weights are searched",
+            config.search.n_trials,
+            first + 1,
+        )
 
 
 def _run_search(

@@ -3,13 +3,16 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
 from optimer_hf.files.digest import digest
-from optimer_hf.files.model import FileModel, Mistake, VersionedFile
+from optimer_hf.files.model import FileModel, Mistake, VersionedFile, parse
+from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import (
+    AnyPath,
     ReferenceText,
     RelativeText,
     TokenizerSource,
@@ -17,7 +20,7 @@ from optimer_hf.files.reference import (
 )
 from optimer_hf.files.text import did_you_mean, quote
 from optimer_hf.models.union import Vocabulary
-from optimer_hf.scoring.objective import Objective, Term
+from optimer_hf.scoring.objective import Objective, Term, split_of
 from optimer_hf.study.engine import TRANSFORMERS, EngineEntry
 
 LARGEST_WEIGHT = 1000.0  # of one vector; merges break long before
@@ -447,6 +450,9 @@ class StudyConfig(VersionedFile):
                     "search saw. Give the test its own file, or the two parts of the items: "
                     "hash_range [0, 0.5] and [0.5, 1]",
                 )
+        split = split_of([self.objective])
+        if self.objective.splits_items and self.test.splits_items and split != self.test.split_by:
+            yield ("test", "split_by"), f"found {self.test.split_by!r}; the objective has {split!r}"
         if self.objective.prompting != self.test.prompting:
             yield (
                 ("test",),
@@ -600,7 +606,30 @@ class StudyConfig(VersionedFile):
         for name in ("tokenizer_source", "engine", "vocabulary"):  # newer than some studies
             if getattr(self, name) == type(self).model_fields[name].default:
                 del data[name]
+        for name in ("objective", "test"):
+            if data[name] is not None and data[name].get("split_by") == "prompt":
+                del data[name]["split_by"]
         return data
+
+    @classmethod
+    def read_record(cls, path: AnyPath) -> Self:
+        """Read the study.json of a study directory. If it says nothing about `split_by`, it is from
+        before that field, when items were split by prompt.
+        """
+        data = read_yaml(Path(path))
+        for part in ("objective", "test"):
+            if isinstance(data.get(part), dict):
+                data[part].setdefault("split_by", "prompt")
+        return parse(cls, data, Path(path))
+
+    def with_split_of(self, recorded: Self) -> Self:
+        """Return the study with the `split_by` of its own record where this does not name one."""
+        parts = {}
+        for name in ("objective", "test"):
+            ours, theirs = getattr(self, name), getattr(recorded, name)
+            if ours is not None and theirs is not None and "split_by" not in ours.model_fields_set:
+                parts[name] = ours.model_copy(update={"split_by": theirs.split_by})
+        return self.model_copy(update=parts)
 
     def digest(self) -> str:
         """Return a digest of the identity, which names the study in recipes."""

@@ -179,7 +179,7 @@ class Study:
         """Whether the config names its files as study.json does. If they are elsewhere now,
         `check_inputs` has to prove that they are the same.
         """
-        return StudyConfig.read(self.directory / STUDY_FILE).identity == self.config.identity
+        return StudyConfig.read_record(self.directory / STUDY_FILE).identity == self.config.identity
 
     @property
     def base(self) -> dict[str, TermScore]:
@@ -402,7 +402,8 @@ def open_study(config: StudyConfig, directory: Path, *, repair: bool = True) -> 
     if not file.exists():
         _refuse_foreign_files(directory)
         config.write(file)
-    recorded = StudyConfig.read(file)
+    recorded = StudyConfig.read_record(file)
+    config = config.with_split_of(recorded)
     ours, theirs = config.identity, recorded.identity
     differing = differences(ours, theirs)
     log = TrialLog(directory / TRIALS_FILE, repair=repair)
@@ -441,7 +442,7 @@ def _refuse_foreign_files(directory: Path) -> None:
 
 def _record_config(config: StudyConfig, file: Path) -> None:
     """Replace the recorded config, but keep its number of trials if that is larger."""
-    longest = max(StudyConfig.read(file).search.n_trials, config.search.n_trials)
+    longest = max(StudyConfig.read_record(file).search.n_trials, config.search.n_trials)
     search = config.search.model_copy(update={"n_trials": longest})
     config.model_copy(update={"search": search}).write(file)
 
@@ -499,7 +500,7 @@ def load_study(directory: Path, *, unfinished: bool = False) -> Study:
             f"{directory}: holds no study (no study.json)."
             + (hint_of_seeds(directory) or f" Run `optimer search STUDY.yaml {directory}` first.")
         )
-    study = open_study(StudyConfig.read(file), directory, repair=False)
+    study = open_study(StudyConfig.read_record(file), directory, repair=False)
     if unfinished and not study.trials:
         raise StudyError(f"{directory}: has no trial yet. Run `optimer search` first.")
     study.decide(to_disk=False)

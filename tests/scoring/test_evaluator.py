@@ -382,7 +382,7 @@ def alone(tokenizer, tasks_dir, tmp_path_factory):
         name, _, chain = term["metric"].partition(",")
         kept = [row for row in found if row["filter"] == (chain or found[0]["filter"])]
         kept.sort(key=lambda row: row["doc_id"])
-        within = indices_within(task, tuple(term.get("hash_range", (0.0, 1.0))))
+        within = indices_within(task, tuple(term.get("hash_range", (0.0, 1.0))), "document")
         chosen = [within[index] for index in spread_indices(len(within), term.get("limit"))]
         return chosen, [kept[index][name] for index in chosen]
 
@@ -715,7 +715,7 @@ def test_hash_ranges_split_the_items_of_a_task_and_never_overlap(tokenizer, task
     ]
     whole = objective_of(term, include_path=str(tasks_dir))
     tasks = load_tasks([whole])
-    parts = [indices_within(tasks["toy_choice"], h.terms[0].hash_range) for h in halves]
+    parts = [indices_within(tasks["toy_choice"], h.terms[0].hash_range, "document") for h in halves]
     assert sorted(parts[0] + parts[1]) == list(range(24))
     check_disjoint(*halves, tasks)
     everything = evaluate_all(model, tokenizer, whole)["toy_choice"].items
@@ -756,11 +756,17 @@ def test_requests_are_built_once_and_answered_anew(tokenizer, tasks_dir):
     assert second["toy_choice"].items == fresh["toy_choice"].items != first["toy_choice"].items
 
 
-def test_benchmarks_that_are_usually_reported_are_warned_of(caplog):
-    warn_of_reported_benchmarks(objective_of({"task": "gsm8k_cot", "metric": "exact_match"}))
-    assert "gsm8k is usually reported" in caplog.text
-    caplog.clear()
-    warn_of_reported_benchmarks(objective_of({"task": "my_own_task", "metric": "acc"}))
+def test_benchmarks_that_are_usually_reported_are_warned_of_unless_the_test_seals_others(caplog):
+    searched = {"task": "gsm8k_cot", "metric": "exact_match", "hash_range": [0.0, 0.5]}
+    own = {"task": "my_own_task", "metric": "acc"}
+    for test in (None, objective_of(own)):
+        warn_of_reported_benchmarks(objective_of(searched), test)
+        assert "gsm8k is usually reported" in caplog.text
+        caplog.clear()
+    warn_of_reported_benchmarks(objective_of(own), None)
+    warn_of_reported_benchmarks(objective_of(searched | {"weight": 0}, own), None)  # fits nothing
+    sealed = objective_of(searched | {"hash_range": [0.5, 1.0]})
+    warn_of_reported_benchmarks(objective_of(searched), sealed)
     assert not caplog.text
 
 

@@ -381,3 +381,17 @@ def test_what_cannot_be_checked_is_an_error_with_its_fix(folder, monkeypatch, fi
     result = optimer(*files, status=1)
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert result.stdout == ""
+
+
+def test_only_the_items_of_a_hash_range_are_checked_and_each_in_one_half(tmp_path):
+    texts = [f"{ENGLISH} {number}" for number in range(12)]
+    held_out = write_texts(tmp_path / "held.jsonl", texts)
+    corpus = CorpusConfig(path=write_texts(tmp_path / "corpus.jsonl", texts[:1]))
+    halves = {
+        name: Objective.model_validate({"terms": [{"text": str(held_out), "hash_range": part}]})
+        for name, part in {"low": [0.0, 0.5], "high": [0.5, 1.0]}.items()
+    }
+    low, high = check_overlap([corpus], halves)
+    items = [each.item for term in (low, high) for each in term.overlaps]
+    assert sorted(items) == list(range(12)) and low.n_items + high.n_items == 12
+    assert low.overlaps and high.overlaps

@@ -1,11 +1,14 @@
 """directory.py: which directories are taken for a study."""
 
+import json
+
 import pytest
 
 from optimer_hf.errors import OutputError, StudyError
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
-from optimer_hf.study.directory import load_study, lock_directory
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.directory import load_study, lock_directory, open_study
 from tests.support.landscapes import FunctionPool, config_of, no_pool_for
 
 
@@ -39,3 +42,33 @@ def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
     for _ in range(2):
         with lock_directory(tmp_path / "s"):
             pass
+
+
+TASK = {"task": "t", "metric": "loss", "hash_range": [0.0, 0.5]}
+
+
+def test_a_study_from_before_the_field_keeps_its_split_and_its_identity(tmp_path):
+    given = config_of(objective={"terms": [TASK]})
+    assert given.identity["objective"]["split_by"] == "document"
+    old = given.identity
+    del old["objective"]["split_by"]
+    record = given.model_dump(mode="json")
+    del record["objective"]["split_by"]
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    for config in (given, StudyConfig.read_record(tmp_path / "study.json")):
+        opened = open_study(config, tmp_path).config
+        assert opened.objective.split_by == "prompt"
+        assert opened.identity == old
+    (tmp_path / "trials.jsonl").write_text("")
+    named = config_of(objective={"terms": [TASK], "split_by": "document"})
+    assert open_study(named, tmp_path).config.objective.split_by == "document"  # without trials
+
+
+def test_a_new_study_records_its_split_where_there_is_one(tmp_path):
+    given = config_of(objective={"terms": [TASK]})
+    for directory, config in ((tmp_path / "split", given), (tmp_path / "whole", config_of())):
+        opened = open_study(config, directory).config
+        recorded = StudyConfig.read_record(directory / "study.json")
+        assert recorded == opened and recorded.digest() == config.digest()
+    assert '"split_by": "document"' in (tmp_path / "split/study.json").read_text()
+    assert "split_by" not in (tmp_path / "whole/study.json").read_text()
