@@ -27,7 +27,7 @@ def init(out: Path, sources: tuple[str, ...], **options: Any) -> None:
     """Write a study or a recipe folder, with every field explained.
 
     OUT is a .yaml file for a study, or a new folder for a recipe. Each of SOURCES is NAME=SOURCE: a
-    fine-tune, an adapter or, in a folder, a text file to train a vector on.
+    fine-tune, an adapter or, for a recipe, a text file or a folder of texts to train a vector on.
     """
     from optimer_hf.experiment.templates import init as write_template
 

@@ -51,17 +51,16 @@ def init(
 ) -> list[Path]:
     """Write a study (`out` is a .yaml) or a recipe folder, and return the files.
 
-    Each of `sources` is a vector or, for a folder, a text to train one on: NAME=SOURCE, or a source
-    that is named by its last part. `tasks` are TASK or TASK=METRIC. Items are split by their
-    hashes: one half for the search, the other for the sealed test. Paths are seen from the working
-    directory; the files name them as seen from their own folder.
+    Each of `sources` is a vector or, for a recipe folder, a file or folder of texts to train on:
+    NAME=SOURCE, or a source that is named by its last part. `tasks` are TASK or TASK=METRIC. Items
+    are split by their hashes: one half for the search, the other for the sealed test. Paths are
+    seen from the working directory; the files name them as seen from their own folder.
 
     Raises ConfigError for sources that cannot be named, OutputError if `out` has something in it.
     """
     is_file = out.suffix in (".yaml", ".yml")
     folder = out.parent if is_file else out
-    named = _name_sources(sources, folder)
-    corpora = {name: text for name, text in named.items() if TEXTS.fullmatch(text)}
+    named, corpora = _name_sources(sources, folder)
     _check_place(out, list(corpora.values()), is_file=is_file)
     files = _name_train_files(list(corpora))
     vectors: dict[str, Any] = {
@@ -89,17 +88,33 @@ def _check_place(out: Path, texts: Sequence[str], *, is_file: bool) -> None:
         raise OutputError(f"{out}: is there already. Give a new file or folder.")
 
 
-def _name_sources(sources: Sequence[str], folder: Path) -> dict[str, str]:
-    """Return every source as a file in `folder` names it, by the name of its vector."""
+def _name_sources(sources: Sequence[str], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return every source as a file in `folder` names it, by the name of its vector; and those of
+    them that are texts to train on.
+    """
     named: dict[str, str] = {}
+    corpora: dict[str, str] = {}
     for source in sources:
         name, _, reference = source.rpartition("=")
         name = name or Path(reference.partition("@")[0]).name.partition(".")[0]
         if not name or name in named:
             raise ConfigError(f"{source}: found no name of its own. Give it as NAME={reference}.")
-        is_text = TEXTS.fullmatch(reference) is not None
-        named[name] = _seen_from(folder, reference, is_path=is_text)
-    return named
+        is_corpus = _is_corpus(reference)
+        named[name] = _seen_from(folder, reference, is_path=is_corpus)
+        if is_corpus:
+            corpora[name] = named[name]
+    return named, corpora
+
+
+def _is_corpus(reference: str) -> bool:
+    """Whether a source is text to train on: a file or pattern of a known kind, or a folder of such
+    files that is no model.
+    """
+    if TEXTS.fullmatch(reference):
+        return True
+    folder = expand_home(Path(reference))
+    is_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    return not is_model and any(TEXTS.fullmatch(path.name) for path in folder.rglob("*"))
 
 
 def _name_train_files(names: Sequence[str]) -> dict[str, str]:

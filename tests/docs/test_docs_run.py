@@ -60,6 +60,7 @@ NOT_RUN = {
     "python benchmarks/gpu.py": "a GPU",
     "python benchmarks/spin.py": "minutes, and a machine of its own",
     "python benchmarks/plan_27b.py": "test_27b.py runs it",
+    "optimer run my-recipe": "a million tokens; tests/journeys/test_pretraining.py has fewer",
     "optimer plan recipes/mine --on": "a base of 27 B parameters; benchmarks/plan_27b.py does it",
     'python3 -m venv "${VENV:-.venv}"': "the two blocks that .ci/run has, too",
 }

@@ -1,16 +1,20 @@
 """Follow a journey: a person types commands into a terminal, and only such as the pages show."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
 from optimer_hf.cli import main
 from tests.support.minihub.running import HUB
-from tests.support.pages import SHELL, sections
+from tests.support.pages import ROOT, SHELL, sections
 
 
 def shown_lines() -> frozenset[str]:
@@ -40,9 +44,19 @@ class Person:
         monkeypatch.chdir(self.folder)
 
     def types(self, line: str) -> Result:
-        """Run a line that the pages show; it has to succeed."""
+        """Run a line of `optimer` that the pages show; it has to succeed."""
         assert line in SHOWN, f"no page shows: {line}"
         return self.runs(line)
+
+    def types_in_shell(self, line: str, **options: Any) -> subprocess.Popen[str]:
+        """Start a line that the pages show in a shell of its own, as a group of processes."""
+        assert line in SHOWN, f"no page shows: {line}"
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+        command = ["bash", "-euo", "pipefail", "-c", line]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=environment, start_new_session=True, **options
+        )
 
     def runs(self, line: str, *, ok: bool = True) -> Result:
         """Run a line of `optimer`, whether a page shows it or not; it has to succeed, or not."""

@@ -65,6 +65,8 @@ CORPORA = {
     "code": "xyz.train",
     "held_out": "xyz.search",
     "sealed": "xyz.test",
+    "sealed.code": "mix.search",
+    "held_out.code": "xyz.search",
     "held_out.en": "mix.test",
 }
 
@@ -81,6 +83,7 @@ def write_files(out: Path, corpus_dir: Path) -> None:
         _write_rows(out / f"{name}.jsonl", rows)
     for name, source in CORPORA.items():
         shutil.copy(corpus_dir / f"{source}.jsonl", out / f"{name}.jsonl")
+    _write_shards(out)
     _write_gsm8k(out)
     shutil.copytree(ROOT / "merge_configs", out / "merge_configs")
     shutil.copy(ROOT / "merge_configs" / "task_arithmetic.yml", out / "my-merge.yml")
@@ -136,6 +139,16 @@ def _upload(folder: Path, repo_id: str, card: str | None = None) -> None:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_shards(out: Path) -> None:
+    """Write the corpora again, each in two files of a folder."""
+    for name in ("math", "code"):
+        (out / "corpora" / name).mkdir(parents=True)
+        lines = (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        for part in range(2):
+            file = out / "corpora" / name / f"part-{part}.jsonl"
+            file.write_text("".join(lines[part::2]), encoding="utf-8")
 
 
 def _write_yaml(path: Path, data: dict[str, Any]) -> None:
