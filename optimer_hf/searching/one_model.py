@@ -21,6 +21,7 @@ from optimer_hf.searching.engine import (
     refuse_other_generation,
     refuse_unusable_engine,
 )
+from optimer_hf.searching.study_file import naming_terms
 from optimer_hf.study.engine import TRANSFORMERS, EngineConfig
 
 
@@ -47,7 +48,8 @@ def evaluate_model(
     order of the file. With a `device_map` the model is spread over devices, see StudyConfig.
     """
     target = ObjectiveFile.read(objective)
-    scores = score_model(model, target, dtype=dtype, engine=engine, device_map=device_map)
+    with naming_terms(objective):
+        scores = score_model(model, target, dtype=dtype, engine=engine, device_map=device_map)
     return [
         ScoredTerm(
             each.label,

@@ -3,26 +3,32 @@ mergekit YAML.
 """
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from optimer_hf.errors import ConfigError
-from optimer_hf.files.model import parse, refuse_absent_files
+from optimer_hf.errors import ConfigError, EvaluationError
+from optimer_hf.files.model import list_mistakes, parse, refuse_absent_files
+from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
+from optimer_hf.files.reference import relative_reference
 from optimer_hf.merging.mergekit_keys import is_for_mergekit
 from optimer_hf.merging.mergekit_pool import (
     is_union,
     merge_config_of,
+    mergekit_can_merge,
     pool_to_search,
     tokenizer_of,
     unsearched_settings,
+    vanilla_config,
     with_absolute_references,
     with_weights,
 )
 from optimer_hf.merging.mergekit_yaml import read_merge_config
-from optimer_hf.scoring.objective import ObjectiveFile
+from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.study.config import SearchConfig, StudyConfig
 
 logger = logging.getLogger(__name__)
@@ -73,8 +79,7 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     base, sources = pool_to_search(data, path)
     if dropped := unsearched_settings(data):
         logger.warning(
-            "%s: one weight is searched for each model, and trials and builds know nothing else; "
-            "not in them: %s",
+            "%s: one weight is searched for each model. Ignored: %s",
             path,
             ", ".join(dropped),
         )
@@ -95,16 +100,63 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     return parse(StudyConfig, fields, path)
 
 
+@contextmanager
+def naming_terms(path: Path) -> Iterator[None]:
+    """Put the file, a study or an objective, and the line before an error about one of its terms,
+    such as a task that does not exist.
+    """
+    try:
+        yield
+    except EvaluationError as error:
+        named = re.match(r"(test )?term '(.+?)': ", str(error))
+        places = [] if named is None else _places_of_term(path, named[2])
+        if named is None or not places:
+            raise
+        place = places[-1 if named[1] else 0]
+        raise EvaluationError(list_mistakes(path, [(place, str(error))])) from error
+
+
+def _places_of_term(path: Path, label: str) -> list[Place]:
+    """Return where a file has terms or constraints of a label; of a study, its test comes last."""
+    parts: dict[tuple[str, ...], Objective | None]
+    if "objective" in read_yaml(path):
+        study = StudyConfig.read(path)
+        parts = {("objective",): study.objective, ("test",): study.test}
+    else:
+        parts = {(): ObjectiveFile.read(path)}
+    return [
+        (*at, group, index)
+        for at, part in parts.items()
+        if part is not None
+        for group, terms in (("terms", part.terms), ("constraints", part.constraints))
+        for index, term in enumerate(terms)
+        if term.label == label
+    ]
+
+
 def merge_config_of_study(
     config: StudyConfig, weights: Mapping[str, float], path: Path, kinds: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the mergekit config of a study with these weights; `kinds` has the kind of each
     vector. If `path`, from which the study was read, is a mergekit YAML, it comes back with its
-    models as they are written there.
+    models as they are written there. For a study.yaml, local models are seen from its folder, and
+    mergekit alone can run the config if it knows the models and the tokenizer is that of the base.
     """
     if is_for_mergekit(read_yaml(path)):
         return with_weights(read_merge_config(path, warns=False), path, weights, kinds)
-    return merge_config_of(config, weights)
+    folder = path.resolve().parent
+    base = relative_reference(config.base_model, folder)
+    sources = {name: relative_reference(text, folder) for name, text in config.sources.items()}
+    ours = merge_config_of(config, weights)
+    models = [
+        entry | {"model": source}
+        for entry, source in zip(ours["models"], sources.values(), strict=True)
+    ]
+    is_plain = "tokenizer_source" not in ours and "delta" not in kinds.values()
+    if is_plain and mergekit_can_merge([base, *sources.values()], (), joins_tokens=False):
+        vanilla = vanilla_config(base, sources, weights, config.dtype, kinds)
+        return ours if vanilla is None else vanilla
+    return ours | {"base_model": base, "models": models}
 
 
 def opening_comments(path: Path) -> list[str]:

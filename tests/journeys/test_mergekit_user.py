@@ -82,6 +82,6 @@ def test_a_search_says_in_one_sentence_what_it_leaves_alone(folder, monkeypatch,
     merger.runs(SEARCH)
     (said,) = [r.message for r in caplog.records if "one weight is searched" in r.message]
     assert said.endswith(
-        "not in them: merge_method: ties, parameters.normalize, "
+        "Ignored: merge_method: ties, parameters.normalize, "
         "models: ./models/math: parameters.density"
     )
