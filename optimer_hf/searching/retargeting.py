@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from optimer_hf.errors import ConfigError
+from optimer_hf.files.reference import is_there
 from optimer_hf.scoring.formatting import Unit
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.searching.loop import search_on
@@ -34,6 +36,13 @@ def verify_prediction(
     first, and return the study at `out`, which holds the recorded trials, too.
     """
     study = load_study(study_dir)
+    for term in target.scored_terms:
+        if term.text is not None and not is_there(term.text):
+            raise ConfigError(
+                f"term {term.label!r}: {term.text}: no such file. Items of a study that was pulled "
+                "stay with its author: ask for the file, and name it in the objective. It has to "
+                "be the one that the trials scored."
+            )
     return search_on(study, target, out, n_trials, runner=runner)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimer_hf.errors import StudyError
+from optimer_hf.files.reference import is_there
 from optimer_hf.scoring.objective import Objective, Term, gains, is_feasible
 from optimer_hf.study.acquisition import maximise
 from optimer_hf.study.config import StudyConfig
@@ -75,7 +76,8 @@ def reweight(objective: Objective, term_weights: Mapping[str, float]) -> Objecti
 def match_to_record(study: Study, target: Objective) -> Objective:
     """Return the objective `target` over the terms that a study recorded, matched by label.
 
-    Weights, combination and constraints come from `target`, items and prompts from the record.
+    Weights, combination and constraints come from `target`, items and prompts from the record. A
+    file that is not where the record says, as in a study that was pulled, is that of `target`.
     Raises StudyError for a term that was not recorded, or that has another source or metric there.
     """
     recorded = study.config.objective
@@ -83,8 +85,10 @@ def match_to_record(study: Study, target: Objective) -> Objective:
     def recorded_fields(term: Term) -> dict[str, Any]:
         known = _find_term(recorded.terms_at("search"), term.label)
         _refuse_other_source(term, known)
+        own = {} if known.text is None or is_there(known.text) else {"text": term.text}
         return known.model_dump(exclude={"weight", "max_relative_to_base"}) | {
-            "limit": recorded.limit_of(known)
+            "limit": recorded.limit_of(known),
+            **own,
         }
 
     return Objective.model_validate(
@@ -96,6 +100,7 @@ def match_to_record(study: Study, target: Objective) -> Objective:
                 for term in target.constraints
             ],
             "include_path": recorded.include_path,
+            "split_by": recorded.split_by,
             **recorded.prompting,
         }
     )

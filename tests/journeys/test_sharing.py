@@ -116,6 +116,9 @@ def test_local_models_are_searched_published_and_rebuilt_by_others(ann, tmp_path
     assert "model.safetensors" in there["-base"] and "README.md" in there["-base"]
     retargeted = follow_as_reader(tmp_path / "bob", monkeypatch)
     assert re.search(r"math .*\d", retargeted)
+    bob = Person("bob", tmp_path / "bob")
+    asked = "optimer retarget theirs other-objective.yaml verified --n-trials 1"
+    assert "verified: value" in bob.runs(asked).output  # on his own copy of the items
     theirs = load_study(tmp_path / "bob/theirs").best_trial
     assert (theirs.weights, theirs.terms) == (best.weights, best.terms)
 
