@@ -11,6 +11,7 @@ from optimer_hf.recipes.record import Recipe
 from optimer_hf.study.directory import load_study
 from optimer_hf.training import mixture
 from optimer_hf.training.config import MOST_TOKENS, TrainConfig, is_count_of_tokens
+from optimer_hf.vectors.record import read_record
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def ratios_of(
     reasons |= dict.fromkeys(without, "--without")
     ratios.left_out.extend(without)
     if out is not None:
-        trainings = {training.name: training for training in map(TrainConfig.read, train_yamls)}
+        trainings = _by_vector(list(map(TrainConfig.read, train_yamls)), sources)
         n_tokens = max_tokens or sum(n for name, n in known.items() if name not in mixtures)
         mixed = mixture.mix_runs(trainings, ratios.shares, name="mixture", max_tokens=n_tokens)
         mixture.write_mixture(mixed, out)
@@ -86,6 +87,18 @@ def _weights_of(
         {name: sources[name] for name in kept},
         {name: mixtures[name] for name in kept if name in mixtures},
     )
+
+
+def _by_vector(
+    trainings: Sequence[TrainConfig], sources: Mapping[str, str]
+) -> dict[str, TrainConfig]:
+    """Return trainings by name, and by the vector that recorded the name: in a study, a vector may
+    have another name than in its train file.
+    """
+    by_name = {training.name: training for training in trainings}
+    records = {name: read_record(Path(source)) for name, source in sources.items()}
+    recorded = {name: each.name for name, each in records.items() if each is not None}
+    return by_name | {name: by_name[own] for name, own in recorded.items() if own in by_name}
 
 
 def _parse_tokens(texts: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:

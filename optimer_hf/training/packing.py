@@ -13,6 +13,7 @@ from optimer_hf.corpus.documents import read_documents, shuffle
 from optimer_hf.errors import CorpusError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.staging import make_directory
+from optimer_hf.files.text import count
 from optimer_hf.models.head_loss import IGNORED_LABEL
 from optimer_hf.training.config import MixturePart
 from optimer_hf.vectors.training_record import Part
@@ -194,7 +195,9 @@ def _pack(
 
 
 def _size_of(part: Part) -> str:
-    return f"{part.name}: holds {part.n_tokens:,} tokens in {part.n_documents:,} documents"
+    fill = "fills" if part.n_documents == 1 else "fill"
+    documents, tokens = count(part.n_documents, "document"), count(part.n_tokens, "token")
+    return f"{part.name}: {documents} {fill} whole blocks with {tokens}"
 
 
 def load_packed(path: Path, parts: Sequence[Part]) -> PackedCorpus:

@@ -189,7 +189,8 @@ def test_an_empty_corpus_is_refused(tmp_path, tokenizer, content):
 def test_a_corpus_with_fewer_tokens_than_requested_is_refused_with_both_counts(tmp_path, tokenizer):
     config = write_jsonl(tmp_path / "a.jsonl", ["abcdef"] * 200)
     with pytest.raises(
-        CorpusError, match="holds 1,600 tokens in 200 documents, but max_tokens asks for 10,000"
+        CorpusError,
+        match="200 documents fill whole blocks with 1,600 tokens, but max_tokens asks for 10,000",
     ):
         pack(
             config, tokenizer, block_size=8, max_tokens=10_000, seed=0, out=tmp_path / "blocks.npy"
@@ -198,7 +199,7 @@ def test_a_corpus_with_fewer_tokens_than_requested_is_refused_with_both_counts(t
 
 def test_a_corpus_that_does_not_fill_one_block_is_refused(tmp_path, tokenizer):
     config = write_jsonl(tmp_path / "a.jsonl", ["abc"])
-    with pytest.raises(CorpusError, match="holds 0 tokens in 1 documents"):
+    with pytest.raises(CorpusError, match="1 document fills whole blocks with 0 tokens"):
         pack(config, tokenizer, block_size=64, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
 
 
@@ -329,7 +330,8 @@ def test_a_corpus_smaller_than_its_share_is_refused_unless_it_may_be_repeated(tm
     settings = {"block_size": 8, "max_tokens": 160, "seed": 0, "out": tmp_path / "blocks.npy"}
     mixture = [part(tmp_path / "a.jsonl", 0.5), part(tmp_path / "b.jsonl", 0.5)]
     with pytest.raises(
-        CorpusError, match=r"a.jsonl: holds 32 tokens in 4 documents, but its share of 0.5 asks for"
+        CorpusError,
+        match=r"a.jsonl: 4 documents fill whole blocks with 32 tokens, but its share of 0.5",
     ):
         pack_mixture(mixture, tokenizer, **settings)
     mixture[0] = part(tmp_path / "a.jsonl", 0.5, upsample=True)
