@@ -128,6 +128,7 @@ def main(verbose: bool) -> None:
         warnings.simplefilter("ignore")  # from libraries; users cannot act on them
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries; our own lines say so
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.update(choose_spins(os.environ))

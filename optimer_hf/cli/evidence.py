@@ -96,7 +96,8 @@ def compare(study_dir: Path, output: str, figure: Path | None, **options: Any) -
     if output == "json":
         echo(results_of(comparison).model_dump_json(indent=2))
     else:
-        echo_markdown(to_markdown(comparison))
+        echo_markdown(to_markdown(comparison).rstrip())
+        echo(f"see it: optimer report {study_dir}", err=True)
 
 
 @click.command(cls=LoadingCommand, epilog="Example: optimer report my-study")

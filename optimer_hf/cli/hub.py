@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from optimer_hf.cli.options import DIRECTORY, FORMAT, PATH, TOKEN, echo
+from optimer_hf.cli.options import DIRECTORY, FORMAT, PATH, TOKEN, LoadingCommand, echo
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.reference import Reference
 
@@ -22,7 +22,7 @@ def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -
     return {name: repo for name, _, repo in pairs}
 
 
-@click.command(epilog="Example: optimer push runs/demo you/my-merge --dry-run")
+@click.command(cls=LoadingCommand, epilog="Example: optimer push runs/demo you/my-merge --dry-run")
 @click.argument("directory", type=DIRECTORY)
 @click.argument("repo")
 @click.option(
@@ -88,7 +88,7 @@ def _print_push(done: "Push", dry_run: bool) -> None:
         echo(f"  {line}")
 
 
-@click.command(epilog="Example: optimer pull you/my-merge")
+@click.command(cls=LoadingCommand, epilog="Example: optimer pull you/my-merge")
 @click.argument("repo")
 @click.argument("out", type=PATH, required=False)
 @click.option("--revision", help="Branch, tag or commit; REPO@REVISION works, too.")
@@ -131,7 +131,7 @@ def recipes() -> None:
     """Browse published recipes."""
 
 
-@recipes.command("list", epilog="Example: optimer recipes list")
+@recipes.command("list", cls=LoadingCommand, epilog="Example: optimer recipes list")
 @TOKEN
 def list_recipes(token: str | None) -> None:
     """List the recipe folders in ./recipes, and the recipes on the Hub."""

@@ -27,7 +27,8 @@ class LoadingCommand(click.Command):
     """A command whose libraries take seconds to import: it says so at once, on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        logger.info("%s: loading libraries", ctx.info_name)
+        program = ctx.find_root().command_path
+        logger.info("%s: loading libraries", ctx.command_path.removeprefix(f"{program} "))
         return super().invoke(ctx)
 
 

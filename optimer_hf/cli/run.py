@@ -38,10 +38,13 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
 
     job, summary = run_folder(recipe_dir, out, n_seeds=n_seeds, **budget)
     echo_markdown(summary)
-    where = f"the merged model is in {job.out / 'merged'}"
     if n_seeds is not None:
         where = "every seed-K there has its results.md, report.html and merged/"
-    echo(f"{job.out / 'results.md'}; {where}", err=True)
+        echo(f"{job.out / 'results.md'}; {where}", err=True)
+        return
+    for what, name in (("report", "report.html"), ("tables", "results.md"), ("model", "merged")):
+        echo(f"{what}: {job.out / name}", err=True)
+    echo(f"share it: optimer push {job.out} YOU/NAME --vectors --dry-run", err=True)
 
 
 @click.command(cls=LoadingCommand, epilog="Example: optimer plan recipes/gemma-3-270m-demo")

@@ -65,6 +65,7 @@ def search(
     echo_markdown("\n".join(study_lines(result)), err=True)
     if result.config.test is not None:
         echo(f"compare it: optimer compare {study_dir}", err=True)
+    echo(f"see it: optimer report {study_dir}", err=True)
     echo(f"build it: optimer build {study_dir / 'recipe.yaml'} OUT", err=True)
 
 

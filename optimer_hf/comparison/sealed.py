@@ -32,7 +32,7 @@ from optimer_hf.errors import ConfigError, EvaluationError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.reference import absolute_reference
 from optimer_hf.files.text import slug
-from optimer_hf.progress import Meter
+from optimer_hf.progress import Meter, announce
 from optimer_hf.searching.engine import keep_engine
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
@@ -103,7 +103,8 @@ def compare(
 
     @cache
     def open_pool() -> Pool:
-        own = pool(study.config)
+        with announce("sealed test: opening base, vectors and tasks"):
+            own = pool(study.config)
         study.record_inputs(own.inputs)
         return own
 

@@ -1,5 +1,6 @@
 """Check a YAML file that a person wrote: its fields, and the local files that it names."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.plugins import refuse_missing_plugins
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.fields import is_settled, list_field_mistakes
+
+logger = logging.getLogger(__name__)
 
 
 def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
@@ -46,6 +49,7 @@ def _read_whole(path: Path) -> tuple[str, Any]:
     kind = kind_of_file(keys)
     config = _read_fields(path, kind)
     if isinstance(config, TrainConfig) and not is_settled(config):
+        logger.info("%s: loading the libraries that check it", path)
         from optimer_hf.training.checks import check_config  # takes seconds to import
 
         check_config(config, path)
@@ -58,6 +62,7 @@ def _read_whole(path: Path) -> tuple[str, Any]:
 
 
 def _read_merge_config(path: Path) -> dict[str, Any]:
+    logger.info("%s: loading mergekit, which checks it", path)
     from optimer_hf.merging.mergekit_pool import linear_merge_of, with_absolute_references
     from optimer_hf.merging.mergekit_yaml import read_merge_config
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.marks import CLAIM_FILE, Claim, read_claim
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
-from optimer_hf.files.model import list_mistakes, parse
+from optimer_hf.files.model import list_mistakes, parse, refuse_absent_files
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import expand_home, function_in_file, is_there
@@ -162,6 +162,8 @@ def load_inputs(run: Run) -> Inputs:
     from optimer_hf.training.checks import check_config
 
     config, read = _read_files(run)
+    scored = config.model_dump(include={"objective", "test"})
+    refuse_absent_files({run.folder / "study.yaml": scored})
     for file, training in read.values():
         check_config(training, file)
         for corpus in training.corpora:

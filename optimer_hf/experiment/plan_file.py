@@ -141,5 +141,7 @@ def _show_time(seconds: float) -> str:
 
 
 def show_bytes(n_bytes: int) -> str:
-    """Return a number of bytes as text, in GB or MB."""
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
+    """Return a number of bytes as text, in GB, MB or kB."""
+    if n_bytes >= 1e8:
+        return f"{n_bytes / 1e9:.2f} GB"
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.0f} kB"

@@ -31,7 +31,8 @@ TRIES = 4  # for each request
 LONGEST_WAIT = 60.0  # seconds between two tries
 TRANSIENT = (408, 500, 502, 503, 504)
 UNREACHABLE = (
-    "the Hub cannot be reached. Files that have arrived are kept: run the same command again."
+    "the Hub cannot be reached. Check the network and run the same command again; files that have "
+    "arrived are kept."
 )
 
 

@@ -1,5 +1,6 @@
 """Find recipes: the recipe folders in a directory, and the recipes on the Hub."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from huggingface_hub import HfApi
 
 from optimer_hf.hub.card import TAGS
 from optimer_hf.hub.client import explaining_errors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ def list_hub_recipes(
     """Yield the repositories on the Hub with our tag for recipes, each with the day of its last
     change (YYYY-MM-DD), the latest first.
     """
+    logger.info("recipes list: asking the Hub")
     with explaining_errors("recipes"):
         for info in HfApi(token=token).list_models(
             filter=TAGS["recipe"][1], sort="last_modified", limit=limit

@@ -139,6 +139,7 @@ def pull(
         _put_pending_in_place(target)
         if constants.is_offline_mode():
             return _place(None, _find_in_cache(name, revision), target, update=False)
+        logger.info("pull: asking the Hub about %s", name)
         api = HfApi(token=token)
         info = describe_repo(api, name, revision)
         listed = {file.rfilename: file for file in info.siblings or []}

@@ -136,6 +136,7 @@ def push(
             raise HubError(
                 f"{folder}: has no recipe.yaml, and --vectors and --at go with a recipe."
             )
+        logger.info("push: asking the Hub about %s", repo_id)
         placed = find_on_hub(target.api, local_inputs(folder), at) if at else {}
         if vectors:
             return _push_with_inputs(folder, target, options, placed)

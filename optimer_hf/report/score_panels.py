@@ -185,7 +185,7 @@ RELATIONS: Mapping[Answer, str] = {  # of the merge to some baselines
     "better": "better than {}",
     "worse": "worse than {}",
     "no significant difference": "not significantly different from {}",
-    "no interval, because all items differ alike": "without an interval against {}",
+    "no interval, because all items differ alike": "as far from {} in every item",
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.errors import OptimerError
+from optimer_hf.files.text import show_seconds
 from optimer_hf.merging.geometry_cache import read_or_measure
 from optimer_hf.report.drawing import COLOURS, Panel, make_figure
 from optimer_hf.report.evidence import Evidence
@@ -167,7 +168,7 @@ def ledger_panel(evidence: Evidence) -> Panel | None:
     return Panel(
         "ledger",
         "Time by stage",
-        f"{total / 60:.1f} min in all, {100 * stages[most] / total:.0f} % of it for "
+        f"{show_seconds(total)} in all, {100 * stages[most] / total:.0f} % of it for "
         f"{most}.{_say_what_mixtures_cost(evidence.ledger)}",
         "; ".join(f"{stage}: {seconds:.1f} s" for stage, seconds in stages.items()) + ".",
         figure,

@@ -1,10 +1,13 @@
 """Values of an objective as text: their unit, differences with intervals, verdicts."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from optimer_hf.scoring.intervals import Interval
 from optimer_hf.scoring.objective import Objective, combine
 from optimer_hf.scoring.scores import Scores
+
+MOST_DIGITS = 9  # decimals of a difference that fewer would show as 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,13 @@ class Unit:
         """Return the mean of the terms of a `weighted_mean` as text."""
         return f"{mean:.{self.digits}f} {self.name}"
 
+    def telling_from_zero(self, value: float) -> "Unit":
+        """Return the unit with as many decimals as it takes to see that a value is not 0."""
+        if not value or round(self.factor * value, self.digits):
+            return self
+        digits = -math.floor(math.log10(abs(self.factor * value)))
+        return replace(self, digits=min(digits, MOST_DIGITS))
+
     def number(self, value: float) -> str:
         """Return a value as a number with a sign, but never as -0.00."""
         return f"{round(self.factor * value, self.digits) + 0.0:+.{self.digits}f}"
@@ -63,6 +73,7 @@ def describe_interval(interval: Interval, unit: Unit, *, is_gain: bool) -> str:
     """Return a difference, its interval and the verdict as text. `is_gain` says that it is a gain
     over the base, not a difference between two merges.
     """
+    unit = unit.telling_from_zero(interval.difference)
     show = unit.show if is_gain else unit.show_difference
     text = show(interval.difference)
     if interval.kind != "none":

@@ -21,7 +21,7 @@ Fidelity = Literal["search", "rescore", "sealed"]
 Gradients = Mapping[str, Mapping[str, float]]  # label of the term -> name of the vector
 ITEMS_OF: dict[Fidelity, str] = {  # which items were scored, by fidelity
     "search": "the items of the search",
-    "rescore": "the items on which the best trials were scored again",
+    "rescore": "the items that the best trials were scored on again",
     "sealed": "the sealed test",
 }
 STUDY_FILE, INPUTS_FILE = "study.json", "inputs.json"

@@ -102,7 +102,8 @@ class CapturedTrainer(Trainer):
         elif self.speed.compiled is None:
             self.speed.seconds_before = None  # an earlier part was interrupted while it decided
         if self.speed.cuda_graph is not False and (reason := self._why_not_captured()):
-            logger.info("train: steps are not captured as a CUDA graph: %s", reason)
+            if self.args.device.type == "cuda":  # on a CPU nobody expects a graph
+                logger.info("train: steps are not captured as a CUDA graph: %s", reason)
             self.speed.cuda_graph = False
         self._restart(model)
 

@@ -19,6 +19,7 @@ from optimer_hf.hub import card
 from optimer_hf.recipes.write import _scores
 from optimer_hf.report.page import write_report
 from optimer_hf.scoring.formatting import Unit, describe_interval
+from optimer_hf.scoring.intervals import Interval
 from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching import retargeting
 from optimer_hf.searching.loop import search
@@ -197,3 +198,19 @@ def test_a_row_beside_itself_has_no_interval_in_json(tmp_path):
     rows = {row.name: row for row in results_of(comparison).rows}
     own = rows["searched merge"].merge_minus
     assert (own.difference, own.low, own.high) == (0.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("difference", "shown"),
+    [
+        (0.0, "+0.00"),
+        (0.01, "+1.00"),
+        (3e-5, "+0.003"),
+        (-2e-7, "-0.00002"),
+        (1e-30, "+0.000000000"),
+    ],
+)
+def test_a_difference_that_is_not_zero_is_not_shown_as_zero(difference, shown):
+    interval = Interval(difference, difference / 2, 2 * difference, "bootstrap-t", n_fewest=20)
+    text = describe_interval(interval, Unit(100.0, "%"), is_gain=False)
+    assert text.startswith(f"{shown} points [")

@@ -56,7 +56,7 @@ TIMED = [
         r"\b(?:seconds|cpu_seconds|ask|merge|forward|harness|overhead_share|tokens_per_second"
         r"|peak_bytes|\w+_runtime|\w+_per_second)\"?:? ?[-+\d.,e]*\d"
     ),
-    re.compile(r"[\d.]+ min in all, \d+ % of it for [^\"<]*"),
+    re.compile(r"[\d.]+ (?:s|min|h)(?: \d+ (?:s|min))? in all, \d+ % of it for [^\"<]*"),
     re.compile(r"\bafter [\d.]+ minutes\b"),
     re.compile(r"\btraining the vectors: [\d.]+ s[^\"<]*"),
     re.compile(r"## Ledger\n.*?(?=\nBeside|\Z)", re.DOTALL),
