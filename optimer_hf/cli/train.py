@@ -43,8 +43,8 @@ def train(train_yaml: Path, out: Path) -> None:
 
 
 def _size_of(record: "VectorFile") -> str:
-    share = 100 * record.relative_norm
-    return f"{record.kind}, norm {record.norm:.4g}, {share:.2f} % of the base tensors it moves"
+    share = f"{100 * record.relative_norm:.2f} % of the norm of the tensors it changes"
+    return f"{record.kind}, norm {record.norm:.4g}, {share}"
 
 
 @click.command(

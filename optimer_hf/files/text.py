@@ -55,6 +55,11 @@ def show_seconds(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
+def signed(value: float, digits: int) -> str:
+    """Return a number with its sign, but never as -0.00."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
 def count(n: int, what: str) -> str:
     """Return a number with its noun, which gets an s unless there is one of it."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"

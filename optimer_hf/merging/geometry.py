@@ -17,7 +17,7 @@ import torch
 
 from optimer_hf.errors import ModelError
 from optimer_hf.files.reference import absolute_reference
-from optimer_hf.files.text import markdown_table
+from optimer_hf.files.text import markdown_table, signed
 from optimer_hf.merging.mergekit_pool import name_sources
 from optimer_hf.merging.writer import LOW_SURVIVAL, surviving_share
 from optimer_hf.models.blocks import compute_ahead, row_blocks
@@ -225,13 +225,19 @@ def _sizes(geometry: Geometry) -> str:
             name,
             f"{norm:.4g}",
             f"{100 * geometry.relative_norms[name]:.2f} %",
-            f"{geometry.effective_ranks[name]:.1f}" if name in geometry.effective_ranks else "",
+            f"{geometry.effective_ranks[name]:.1f}" if name in geometry.effective_ranks else "-",
             f"{100 * geometry.surviving[name]:.0f} %",
         ]
         for name, norm in geometry.norms.items()
     ]
     survives = f"survives {geometry.dtype}"
-    header = ["vector", "norm", "share of base norm", "effective rank", survives]
+    header = [
+        "vector",
+        "norm",
+        "share of the norm of the tensors it changes",
+        "effective rank",
+        survives,
+    ]
     return markdown_table(header, rows)
 
 
@@ -240,7 +246,7 @@ def _cosines(geometry: Geometry) -> str:
     names = list(geometry.norms)
     either = geometry.cosines | {(b, a): value for (a, b), value in geometry.cosines.items()}
     rows = [
-        [a, *(f"{either[a, b]:+.3f}" for b in names[: i + 1]), *[""] * (len(names) - i - 2)]
+        [a, *(signed(either[a, b], 3) for b in names[: i + 1]), *[""] * (len(names) - i - 2)]
         for i, a in enumerate(names[1:])
     ]
     return markdown_table(["cosine", *names[:-1]], rows)

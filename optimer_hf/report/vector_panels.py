@@ -9,7 +9,7 @@ import numpy as np
 
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.errors import OptimerError
-from optimer_hf.files.text import show_seconds
+from optimer_hf.files.text import show_seconds, signed
 from optimer_hf.merging.geometry_cache import read_or_measure
 from optimer_hf.report.drawing import COLOURS, Panel, make_figure
 from optimer_hf.report.evidence import Evidence
@@ -58,7 +58,7 @@ def cosines_panel(evidence: Evidence) -> Panel | None:
     for i, j in itertools.product(range(len(names)), repeat=2):
         shade = {"color": COLOURS[int(table[i, j] < 0)], "alpha": 0.6 * abs(table[i, j])}
         axes[0].bar(j, 1, width=1, bottom=i - 0.5, linewidth=0, **shade)
-        axes[0].text(j, i, f"{table[i, j]:+.2f}", ha="center", va="center")
+        axes[0].text(j, i, signed(table[i, j], 2), ha="center", va="center")
     axes[0].set_xticks(range(len(names)), names)
     axes[0].set_yticks(range(len(names)), names)
     a, b, value = max(measured.cosines, key=lambda pair: abs(pair[2]))
@@ -67,13 +67,13 @@ def cosines_panel(evidence: Evidence) -> Panel | None:
         if value > NEARLY_PARALLEL
         else "work against each other"
         if value < -NEARLY_PARALLEL
-        else "are nearly orthogonal, and so are all others"
+        else "are nearly orthogonal" + ", and so are all others" * (len(measured.cosines) > 1)
     )
     return Panel(
         "cosines",
         "Angles between the vectors",
-        f"{a} and {b} (cosine {value:+.2f}) {relation}.",
-        "Cosines: " + "; ".join(f"{a}, {b} {v:+.3f}" for a, b, v in measured.cosines) + ".",
+        f"{a} and {b} (cosine {signed(value, 2)}) {relation}.",
+        "Cosines: " + "; ".join(f"{a}, {b} {signed(v, 3)}" for a, b, v in measured.cosines) + ".",
         figure,
     )
 

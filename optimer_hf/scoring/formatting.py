@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+from optimer_hf.files.text import signed
 from optimer_hf.scoring.intervals import Interval
 from optimer_hf.scoring.objective import Objective, combine
 from optimer_hf.scoring.scores import Scores
@@ -62,7 +63,7 @@ class Unit:
 
     def number(self, value: float) -> str:
         """Return a value as a number with a sign, but never as -0.00."""
-        return f"{round(self.factor * value, self.digits) + 0.0:+.{self.digits}f}"
+        return signed(self.factor * value, self.digits)
 
 
 PERCENT = Unit(100.0, "objective over the base, %")
