@@ -318,7 +318,8 @@ def _score(
     assert objective is not None  # `compare` has checked it
     asked = objective.asked_terms("rescore")
     n_known = len(study.log.trials)
-    with Meter("sealed test", len(contenders), "rows") as meter:
+    name = f", {contenders[0].title}" if len(contenders) == 1 else ""
+    with Meter(f"sealed test{name}", len(contenders), "rows") as meter:
         for each in contenders:
             trial = run_trial(pool, Candidate(n_known, each.title, each.weights), asked)
             if trial.status == "crashed":

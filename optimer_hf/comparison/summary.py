@@ -37,10 +37,11 @@ def study_to_json(study: Study) -> dict[str, Any]:
 def headline(study: Study) -> str:
     """Return which trial is the best of how many, and its gain."""
     best = study.best_trial
+    scored = best.fidelity if study.terms_to_rescore() else "search"
     gain = Unit.of(study.config.objective).show(study.over_base(best).difference)
     return (
         f"best of {len(study.trials)} trials: number {best.number} ({best.origin}), "
-        f"{gain} over {study.baseline} on {ITEMS_OF[best.fidelity]}"
+        f"{gain} over {study.baseline} on {ITEMS_OF[scored]}"
     )
 
 

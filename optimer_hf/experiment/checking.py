@@ -1,6 +1,7 @@
 """Check a YAML file that a person wrote: its fields, and the local files that it names."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def _read_whole(path: Path) -> tuple[str, Any]:
     kind = kind_of_file(keys)
     config = _read_fields(path, kind)
     if isinstance(config, TrainConfig) and not is_settled(config):
-        logger.info("%s: loading the libraries that check it", path)
+        if "transformers" not in sys.modules:
+            logger.info("%s: loading the libraries that check it", path)
         from optimer_hf.training.checks import check_config  # takes seconds to import
 
         check_config(config, path)
@@ -62,7 +64,8 @@ def _read_whole(path: Path) -> tuple[str, Any]:
 
 
 def _read_merge_config(path: Path) -> dict[str, Any]:
-    logger.info("%s: loading mergekit, which checks it", path)
+    if "mergekit.config" not in sys.modules:
+        logger.info("%s: loading mergekit, which checks it", path)
     from optimer_hf.merging.mergekit_pool import linear_merge_of, with_absolute_references
     from optimer_hf.merging.mergekit_yaml import read_merge_config
 

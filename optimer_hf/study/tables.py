@@ -153,7 +153,8 @@ def study_html(study: "Study") -> str:
     caption = f"Study {name}: {summary(study)}"
     if study.has_best_trial:
         best = study.best_trial
-        caption += f" (trial {best.number}, chosen on {ITEMS_OF[best.fidelity]})"
+        scored = best.fidelity if study.terms_to_rescore() else "search"
+        caption += f" (trial {best.number}, chosen on {ITEMS_OF[scored]})"
     header = ["trial", "origin", *base.weights, *base.terms, "objective"]
     return html_table(caption, header, [_cells(study, trial, base) for trial in [base, *shown]])
 
