@@ -141,7 +141,7 @@ def _show_time(seconds: float) -> str:
 
 
 def show_bytes(n_bytes: int) -> str:
-    """Return a number of bytes as text, in GB, MB or kB."""
+    """Return a number of bytes as text, in GB or MB."""
     if n_bytes >= 1e8:
         return f"{n_bytes / 1e9:.2f} GB"
-    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.0f} kB"
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else "under 0.1 MB"

@@ -174,8 +174,10 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
     include = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=include, include_defaults=False)
     groups = {*manager.all_groups, *manager.all_tags}
-    if any(term.task not in {*manager.all_subtasks, *groups} for term in named):
+    absent = [str(t.task) for t in named if t.task not in {*manager.all_subtasks, *groups}]
+    if absent:
         # ten seconds, which only tasks that ship with lm-eval are worth
+        logger.info("looking for %s among the tasks of lm-eval", ", ".join(absent))
         manager = TaskManager(include_path=include)
     for term in named:
         if term.task in {*manager.all_groups, *manager.all_tags}:
