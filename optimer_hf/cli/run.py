@@ -38,13 +38,14 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
 
     job, summary = run_folder(recipe_dir, out, n_seeds=n_seeds, **budget)
     echo_markdown(summary)
+    shown = job.out.relative_to(Path.cwd()) if job.out.is_relative_to(Path.cwd()) else job.out
     if n_seeds is not None:
         where = "every seed-K there has its results.md, report.html and merged/"
-        echo(f"{job.out / 'results.md'}; {where}", err=True)
+        echo(f"{shown / 'results.md'}; {where}", err=True)
         return
     for what, name in (("report", "report.html"), ("tables", "results.md"), ("model", "merged")):
-        echo(f"{what}: {job.out / name}", err=True)
-    echo(f"share it: optimer push {job.out} YOU/NAME --vectors --dry-run", err=True)
+        echo(f"{what}: {shown / name}", err=True)
+    echo(f"share it: optimer push {shown} YOU/NAME --vectors --dry-run", err=True)
 
 
 @click.command(cls=LoadingCommand, epilog="Example: optimer plan recipes/gemma-3-270m-demo")

@@ -40,7 +40,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path):
     plan.write(tmp_path / "plan.json")
     assert Plan.read(tmp_path / "plan.json") == plan
     assert json.loads((tmp_path / "plan.json").read_text())["cost"]["seconds"] == 280
-    assert "to fetch: a/b (0.0 MB, licence ?)" in to_markdown(plan)
+    assert "to fetch: a/b (under 0.1 MB, licence ?)" in to_markdown(plan)
 
 
 def test_stages_that_0_1_0_wrote_without_kinds_get_them_from_their_names(tmp_path: Path):
