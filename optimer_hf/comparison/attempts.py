@@ -55,7 +55,7 @@ def score_attempts(
     planned = {i: (name, nothing | {name: 1.0}) for i, name in enumerate(sources, start=1)}
     key = digest([short_digest(source) for source in sources.values()])[:6]
     directory = study.directory / "searches" / f"attempts-{len(attempts)}-{key}"
-    scored = search(config, directory, runner=InProcess(pool), planned=planned)
+    scored = search(config, directory, runner=InProcess(pool), planned=planned, warns=False)
     trials = {trial.number: trial for trial in scored.trials if trial.status == "ok"}
     if len(trials) < 2:  # the base is one
         raise StudyError(f"{directory}: none of {count(len(attempts), 'attempt')} can be scored.")

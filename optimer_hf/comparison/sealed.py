@@ -220,7 +220,7 @@ def _run_searches(study: Study, open_pool: Callable[[], Pool]) -> list[Contender
         folder = f"{slug(name)}-{digest(settings.model_dump(mode='json'))[:6]}"
         directory = study.directory / "searches" / folder
         runner = InProcess(lambda _: open_pool())
-        best = search(config, directory, runner=runner).best_trial
+        best = search(config, directory, runner=runner, warns=False).best_trial
         searches.append(Contender("other_search", name, best.weights))
     return searches
 
@@ -266,7 +266,7 @@ def _scale_mixture(
     config = study.config.with_scale_search(sources, SCALED)
     name = model.subject if model.kind == "mixture" else model.title
     directory = study.directory / "searches" / f"scale-{slug(name)}-{digest(key)[:6]}"
-    best = search(config, directory, runner=InProcess(pool)).best_trial
+    best = search(config, directory, runner=InProcess(pool), warns=False).best_trial
     weights = {key: best.weights[SCALED]} | study.config.fixed
     kind: RowKind = "scaled_mixture" if model.kind == "mixture" else "scaled_attempts"
     return replace(model, kind=kind, weights=weights)

@@ -134,12 +134,14 @@ def search(
     runner: Runner | None = None,
     planned: Mapping[int, tuple[str, Mapping[str, float]]] | None = None,
     ask: Sampler | None = None,
+    warns: bool = True,
 ) -> Study:
     """Run a study to its end and return it; trials that are on disk are not run again.
 
     `runner` runs the trials: `InProcess()` (the default), or `Workers(...)`, processes of this
     machine or of a Dask cluster. `planned` sets origin and weights of trials, by number. `ask`
-    chooses the weights after the first, common trials, in place of the surrogate.
+    chooses the weights after the first, common trials, in place of the surrogate. Without `warns`,
+    nothing is said of the choice of items and trials, as by a baseline, whose study has said it.
 
     Raises OptimerError for anything wrong with the config before the first trial. A trial that
     fails is recorded as crashed, and the search goes on. It ends with an EvaluationError if the
@@ -162,20 +164,24 @@ def search(
         tracker = Tracker(config.search.report_to, directory)  # raises before anything is loaded
         with (runner or InProcess()).open(config) as slots, tracker:
             study.record_inputs(slots.digest_inputs())
-            _warn_of_no_search(config)
-            warn_of_reported_benchmarks(config.objective, config.test)
-            if config.test is not None:
-                warn_of_other_weights(config.objective, config.test)
+            if warns:
+                _warn_of_config(config)
             _run_search(study, slots, planned or {}, tracker, sampler)
             study.decide(to_disk=True)
             _run_rescore(study, slots)
             study.decide(to_disk=True)
-    warn_of_uninformative_items(study)
+    if warns:
+        warn_of_uninformative_items(study)
     return study
 
 
-def _warn_of_no_search(config: StudyConfig) -> None:
-    """Log a warning if all trials are those that every search starts with."""
+def _warn_of_config(config: StudyConfig) -> None:
+    """Log a warning for items that prove less than they seem to, and if all trials are those that
+    every search starts with.
+    """
+    warn_of_reported_benchmarks(config.objective, config.test)
+    if config.test is not None:
+        warn_of_other_weights(config.objective, config.test)
     first = len(anchors(config))
     if config.search.n_trials <= first and config.free:
         logger.warning(
