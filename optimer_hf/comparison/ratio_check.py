@@ -27,13 +27,14 @@ NORMAL_975 = 1.959964  # quantile of the normal distribution
 class RatioCheck:
     """The shares of some mixtures, the gain that the search predicts for the merge with those
     weights and the gain that each mixture has, both in `unit`, and Spearman's rank correlation of
-    the two with its 95 % interval (None: all ranks agree, or all disagree).
+    the two (None: all predictions or all mixtures are alike) with its 95 % interval (None: all
+    ranks agree, or all disagree).
     """
 
     shares: list[dict[str, float]]
     predicted: list[float]
     measured: list[float]
-    correlation: float
+    correlation: float | None
     interval: tuple[float, float] | None
     unit: Unit
 
@@ -75,18 +76,22 @@ def _check(study: Study, shares: Sequence[dict[str, float]], attempts: Study) ->
     return RatioCheck([shares[i] for i in kept], predicted, measured, correlation, interval, unit)
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; ties share the mean of their ranks."""
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation; ties share the mean of their ranks. None if all numbers
+    of one side are equal.
+    """
     from scipy.stats import spearmanr
 
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        return None
     return float(spearmanr(first, second).statistic)
 
 
-def correlation_interval(correlation: float, n: int) -> tuple[float, float] | None:
+def correlation_interval(correlation: float | None, n: int) -> tuple[float, float] | None:
     """Return the 95 % interval of a rank correlation of n pairs, by Fisher's transformation with
-    the standard error of Bonett & Wright (Psychometrika 2000); None if it is 1, -1 or not a number.
+    the standard error of Bonett & Wright (Psychometrika 2000); None if it is 1, -1 or not there.
     """
-    if not abs(correlation) < 1 - 1e-12:
+    if correlation is None or abs(correlation) > 1 - 1e-12:
         return None
     error = math.sqrt((1 + correlation**2 / 2) / (n - 3))
     ends = (math.atanh(correlation) + sign * NORMAL_975 * error for sign in (-1, 1))

@@ -46,7 +46,8 @@ def run_seeds(run: Run, n_seeds: int) -> str:
         results = [read_results(each.out / "results.json", config) for each in runs]
         rows, merges = join_rows(results), [result.merge.weights for result in results]
         checks = [check_ratios(load_study(each.out / "study")) for each in runs]
-        correlations = [each.correlation for each in checks if each is not None]
+        known = [each.correlation for each in checks if each is not None]
+        correlations = [each for each in known if each is not None]
         spread = Spread(values=correlations) if len(correlations) == len(runs) else None
         text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}{terms_to_markdown(rows)}"
         text += describe_correlation(spread) + _notes(run, results, rows)

@@ -128,9 +128,14 @@ def describe_check(check: RatioCheck) -> str:
         )
     ]
     table = markdown_table([*names, "merge, predicted", "mixture, measured"], rows)
+    intro = (
+        "\nGain over the base on the items of the search, of mixtures that were trained, and of "
+        f"merges with the same weights as the search predicts it:\n\n{table}\n"
+    )
+    if check.correlation is None:
+        return f"{intro}No rank correlation, because all are alike."
     ends = "" if check.interval is None else f" [{', '.join(f'{e:.2f}' for e in check.interval)}]"
     return (
-        "\nGain over the base on the items of the search, of mixtures that were trained, and of "
-        f"merges with the same weights as the search predicts it:\n\n{table}\nRank correlation "
-        f"(Spearman, 95 %): {check.correlation:.2f}{ends} over {count(len(rows), 'mixture')}."
+        f"{intro}Rank correlation (Spearman, 95 %): {check.correlation:.2f}{ends} over "
+        f"{count(len(rows), 'mixture')}."
     )

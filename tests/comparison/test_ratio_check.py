@@ -30,6 +30,11 @@ def test_perfect_agreement_has_no_interval(first, second, expected):
     assert correlation_interval(correlation, 4) is None
 
 
+def test_numbers_that_are_all_alike_have_no_rank_correlation():
+    assert rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None
+    assert correlation_interval(None, 4) is None
+
+
 def test_ties_share_a_rank():
     first, second = [1.0, 2.0, 2.0, 4.0, 5.0], [1.0, 3.0, 2.0, 5.0, 4.0]
     assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second).statistic)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from optimer_hf.comparison.ratio_check import check_ratios
 from optimer_hf.comparison.results_file import read_results
 from optimer_hf.experiment.seeds import (
     describe_correlation,
@@ -15,6 +16,7 @@ from optimer_hf.experiment.seeds import (
 )
 from optimer_hf.experiment.seeds_file import SeededRow, SeedResults, Spread
 from optimer_hf.scoring.formatting import Unit
+from optimer_hf.study.directory import load_study
 from tests.support.experiments import run_optimer
 from tests.support.landscapes import config_of
 
@@ -85,7 +87,12 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
     file = recipe_dir / "study.yaml"
     study = yaml.safe_load(file.read_text())
     study["baselines"] = {"searches": {"random": {"surrogate": "random", "n_trials": 5}}}
+    study["baselines"]["attempts"] = [4]
     file.write_text(yaml.safe_dump(study))
+    short = {"max_tokens": 256, "trainer": {"per_device_train_batch_size": 1}}  # steps to learn in
+    (recipe_dir / "short.yaml").write_text(
+        yaml.safe_dump({"train": short, "study": {"search": {"n_trials": 5}}})
+    )
     out, alone = tmp_path / "seeds", tmp_path / "alone"
     planned = run_optimer("plan", recipe_dir, out, "--short", "--seeds", "2")
     assert planned.exit_code == 0, planned.output
@@ -134,6 +141,11 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
         next(r for r in result["rows"] if r["name"] == "searched merge") for result in results
     ]
     assert summary.merges == [r["weights"] for r in merges[1:]]
+    assert table["best of 4 data mixtures at equal cost"].gain.values != [0.0, 0.0]
+    checks = [check_ratios(load_study(out / f"seed-{seed}")) for seed in (0, 1)]
+    assert summary.rank_correlation == Spread(values=[each.correlation for each in checks])
+    assert checks[0].shares != checks[1].shares, "attempts are drawn anew, too"
+    assert (out / "attempts.png").exists()
 
     refused = run_optimer("run", recipe_dir, out, "--short")
     assert refused.exit_code == 1 and "--seeds" in refused.output
