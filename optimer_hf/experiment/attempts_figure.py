@@ -88,7 +88,7 @@ def _draw_curve(axis: "Axes", curve: Curve, unit: Unit, marker: str, name: str) 
 
 def _draw_lines(axis: "Axes", rows: Sequence[SeededRow], unit: Unit) -> None:
     """Draw the merge and the other searches as lines over all R, with bands for the intervals."""
-    shown = [row for row in rows if row.kind in ("merge", "other_search")]
+    shown = [row for kind in ("merge", "other_search") for row in rows if row.kind == kind]
     for row, colour in zip(shown, COLOURS_OF_LINES, strict=False):
         axis.axhline(unit.factor * row.gain.mean, color=colour, label=row.name)
         if (interval := row.gain.interval) is not None:
