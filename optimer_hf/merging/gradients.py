@@ -4,7 +4,8 @@ With W = base + sum_i w_i v_i, the derivative in w_i is the sum over all tensors
 One backward pass therefore serves any number of vectors. There are two ways to that sum:
 
 * A hook on each moved parameter multiplies its gradient with the vectors, in blocks of rows, and
-  drops it, so that the gradient of one tensor exists at a time. This fits every kind of vector.
+  drops it, so that the gradient of one tensor exists at a time. This fits every kind of vector. Of
+  an embedding and a head that is tied to it only the rows exist that have a gradient.
 * Where all that moves the weight of a linear layer y = W x are LoRA products s B A, the gradient of
   W is not needed: <dL/dW, s B A> is s times the sum over tokens of <B^T dL/dy, A x>. That takes a
   fraction of the arithmetic, and the layer keeps A x for the backward pass instead of x.
@@ -25,27 +26,34 @@ import torch
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.models.blocks import matrix_rows, row_blocks
 from optimer_hf.models.placement import input_device
-from optimer_hf.vectors.forms import Delta, LowRank, Trained, to_dense
+from optimer_hf.vectors.forms import LowRank, Trained
 
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 8
+GAP = 16  # rows that are read rather than left out between others
 
 
 class Derivatives:
     """Sums <dL/dW, v_i> over tensors and backward passes until they are taken.
 
-    `names` are those of the vectors, in order.
+    `names` are those of the vectors, in order; `pool_bytes` is what the vectors take in memory.
     """
 
     def __init__(self, resident: ResidentModel) -> None:
         self._resident = resident
         self.names = [vector.name for vector in resident.vectors]
+        self.pool_bytes = resident.pool_bytes
         self._totals: dict[torch.device, torch.Tensor] = {}
         self._views = _views_by_leaf(resident)
         self._taps = list(_taps_of(resident, self._views, self))
         tapped = {id(tap.layer.weight) for tap in self._taps}
         self._hooked = [leaf for leaf in self._views if id(leaf) not in tapped]
+        self._embeddings = [
+            each
+            for each in resident.model.modules()
+            if isinstance(each, torch.nn.Embedding) and not each.sparse
+        ]
 
     def take(self) -> torch.Tensor:
         """Return the sums [vectors] in float64 on the host, and start again from zero."""
@@ -69,11 +77,15 @@ class Derivatives:
                 handle = leaf.register_post_accumulate_grad_hook(self._collect)  # type: ignore[no-untyped-call]
                 handles.append(handle)
             handles += [tap.layer.register_forward_hook(tap.follow) for tap in self._taps]
+            for embedding in self._embeddings:
+                embedding.sparse = True
             self.take()
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for embedding in self._embeddings:
+                embedding.sparse = False
             for leaf, required in zip(leaves, before, strict=True):
                 leaf.grad = None
                 leaf.requires_grad_(required)
@@ -90,6 +102,10 @@ class Derivatives:
         """Multiply the gradient of a parameter with the vectors, and drop it."""
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None  # autograd calls this after it has set one
+        if gradient.is_sparse and self._add_sparse(leaf, gradient):
+            return
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
         if gradient.stride() != leaf.stride():
             gradient = torch.empty_like(leaf).copy_(gradient)
         total = self.total_on(leaf.device)
@@ -98,26 +114,70 @@ class Derivatives:
             self._add(total, name, gradient.as_strided(view.shape, view.stride(), start))
 
     def _add(self, total: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
-        vectors = [
-            (index, vector)
-            for index, vector in enumerate(self._resident.vectors)
-            if name in vector.names
-        ]
         for rows in row_blocks(tuple(gradient.shape), gradient.device.type):
-            slope = matrix_rows(gradient, rows).float()
-            for index, vector in vectors:
-                delta = vector.delta(name, rows, gradient.device)
-                if isinstance(delta, LowRank):
-                    inner = delta.scale * ((delta.b.T @ slope) * delta.a).sum(dtype=torch.float64)
-                else:
-                    dense = to_dense(delta, self._base_rows(delta, name, rows))
-                    inner = (slope * dense).sum(dtype=torch.float64)
-                total[index] += inner
+            self._add_rows(total, name, rows, matrix_rows(gradient, rows))
 
-    def _base_rows(self, delta: Delta, name: str, rows: slice) -> torch.Tensor:
-        """Return the rows from which a delta is the way to a trained tensor; others need none."""
-        is_trained = isinstance(delta, Trained)
-        return self._resident.base_rows(name, rows) if is_trained else torch.empty(0)
+    def _add_sparse(self, leaf: torch.Tensor, gradient: torch.Tensor) -> bool:
+        """Add the rows of a sparse gradient, some of which may be there twice; returns whether the
+        parameter is one whole tensor of the base.
+        """
+        (name, view), *others = self._views[leaf].items()
+        if others or view.shape != leaf.shape or view.stride() != leaf.stride():
+            return False
+        total = self.total_on(leaf.device)
+        places, order = gradient._indices()[0].sort()
+        values = gradient._values()
+        for rows in _spans(places, row_blocks(tuple(leaf.shape), leaf.device.type)[0].stop):
+            first, end = torch.searchsorted(places, places.new_tensor([rows.start, rows.stop]))
+            inside = slice(int(first), int(end))
+            self._add_rows(total, name, rows, values[order[inside]], places[inside] - rows.start)
+        return True
+
+    def _add_rows(
+        self,
+        total: torch.Tensor,
+        name: str,
+        rows: slice,
+        slope: torch.Tensor,
+        places: torch.Tensor | None = None,
+    ) -> None:
+        """Add the products with the gradient of some rows, or of the `places` among them."""
+        slope = slope.float()
+        base: torch.Tensor | None = None  # is read once, and only if a vector needs it
+        for index, vector in enumerate(self._resident.vectors):
+            if name not in vector.names:
+                continue
+            delta = vector.delta(name, rows, slope.device)
+            if isinstance(delta, LowRank):
+                b = _at(delta.b, places)
+                total[index] += delta.scale * ((b.T @ slope) * delta.a).sum(dtype=torch.float64)
+            elif isinstance(delta, Trained):
+                if base is None:
+                    base = _at(self._resident.base_rows(name, rows), places).float()
+                total[index] += _dot(slope, _at(delta.tensor, places).float() - base)
+            else:
+                total[index] += _dot(slope, _at(delta, places).float())
+
+
+def _at(rows: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    return rows if places is None else rows[places]
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.dot(a.flatten(), b.flatten())
+
+
+def _spans(places: torch.Tensor, step: int) -> Iterator[slice]:
+    """Yield ranges of at most `step` rows that cover places [n], which are in order, without the
+    wider gaps between them.
+    """
+    if not len(places):
+        return
+    after = (places.diff() > GAP).nonzero()[:, 0] + 1
+    for part in places.tensor_split(after.cpu()):
+        first, end = int(part[0]), int(part[-1]) + 1
+        for start in range(first, end, step):
+            yield slice(start, min(start + step, end))
 
 
 # -- where the parameters are ----------------------------------------------------------------------

@@ -36,6 +36,7 @@ class ResidentModel:
     """A loaded model whose parameters are base + sum_i w_i v_i for the weights last set.
 
     `parameters` are views of those that the vectors move, by the name in the base's files.
+    `pool_bytes` is the size of the vectors that are kept in memory.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class ResidentModel:
         # as stored: a float32 base is rounded once, after the sum
         self._base = _place_base(Checkpoint(base.path), devices)
         self.vectors = [_place(vector, devices, self.parameters) for vector in vectors]
+        pairs = zip(self.vectors, vectors, strict=True)
+        self.pool_bytes = sum(own.n_bytes for own, other in pairs if own is not other)
         self.weights: dict[str, float] = {vector.name: 0.0 for vector in vectors}
 
     def _check_unplaced(self, unknown: Sequence[str], base: ResolvedModel) -> None:

@@ -29,6 +29,7 @@ IGNORED_LABEL = -100  # for tokens that are not trained on, as in PyTorch
 VOCABULARY_BLOCK = 2048  # rows of the head at a time: a block of logits stays in the CPU cache
 GPU_LOGITS = 2**27  # at a time on a GPU, 512 MiB in float32: few, large launches
 PROBE_TOKENS = 8  # per document when a model is probed
+TAIL = 2e-4  # of the probability that is not the labels', without a gradient in the head
 LARGEST_CHANGE = 1e-4  # relative; masked tokens may change a hidden state by rounding only
 
 
@@ -90,6 +91,9 @@ class HeadLoss(torch.autograd.Function):
 class LogProbabilities(torch.autograd.Function):
     """The log-probability of each label, in nats, and whether it is the most likely one. On a CPU
     the bits are those of `log_probabilities`.
+
+    The gradient in the weight is a sparse tensor without the tokens at the tail of the vocabulary.
+    They have at most TAIL of the probability that the labels leave to others, see `_Tail`.
     """
 
     @staticmethod
@@ -110,6 +114,8 @@ class LogProbabilities(torch.autograd.Function):
         total = hidden.new_zeros((n, 1), dtype=torch.float32)
         target = hidden.new_zeros((n, 1), dtype=torch.float32)
         others = torch.zeros_like(hidden, dtype=torch.float32)  # sum of exp(logit) * row
+        tail = _Tail(hidden, weight, labels, softcap) if ctx.needs_input_grad[1] else None
+        kept = [labels.new_empty(0)]
         for start, rows in _blocks(weight, hidden):
             logits, slope = _logits(hidden, rows, softcap)
             target = _pick(target, logits, labels, start)
@@ -118,9 +124,11 @@ class LogProbabilities(torch.autograd.Function):
             largest = new_largest
             exponentials = logits.sub_(largest).exp_()
             total.mul_(rescale).add_(exponentials.sum(1, keepdim=True))
+            if tail is not None:
+                kept.append(tail.keep(start, exponentials, largest, total))
             columns, is_inside = _columns(labels, start, len(rows))
-            kept = exponentials.gather(1, columns).masked_fill_(is_inside, 0.0)
-            exponentials.scatter_(1, columns, kept)
+            without = exponentials.gather(1, columns).masked_fill_(is_inside, 0.0)
+            exponentials.scatter_(1, columns, without)
             if slope is not None:
                 exponentials *= slope
             others.mul_(rescale).add_(exponentials.to(rows.dtype) @ rows)
@@ -131,22 +139,76 @@ class LogProbabilities(torch.autograd.Function):
         gradient = weight[labels].to(hidden.dtype) * of_label - others / total
         ctx.softcap, is_greedy = softcap, (target >= largest)[:, 0]
         ctx.save_for_backward(
-            gradient.to(hidden.dtype), hidden, weight, labels, largest + total.log()
+            gradient.to(hidden.dtype),
+            hidden,
+            weight,
+            labels,
+            largest + total.log(),
+            torch.cat(kept),
         )
         ctx.mark_non_differentiable(is_greedy)
         return value[:, 0], is_greedy
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        """Scale each row's gradient; a head that moves needs a second pass over the vocabulary."""
+        """Scale each row's gradient; a head that moves needs a second pass over the rows kept."""
         scale = grad_outputs[0].unsqueeze(1)
-        gradient, hidden, weight, labels, log_normaliser = ctx.saved_tensors
+        gradient, hidden, weight, labels, log_normaliser, kept = ctx.saved_tensors
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = _weight_gradient(
-                hidden, weight, labels, log_normaliser, ctx.softcap, scale.neg()
+            of_weight = _sparse_weight_gradient(
+                hidden, weight, labels, log_normaliser, ctx.softcap, kept, scale.neg()
             )
         return (gradient * scale).to(gradient.dtype), of_weight, None, None
+
+
+class _Tail:
+    """Tells the tokens of a block of the vocabulary whose gradients count from those at the tail.
+
+    At the tail is a token if even a bound of its probability is small, summed over the positions.
+    The bound divides by what is known of the normaliser so far: the blocks before, and the labels
+    of all positions, which are likely tokens of such a text. No label is at the tail.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        softcap: float | None,
+    ) -> None:
+        step = rows_at_a_time(len(hidden), hidden.device.type)
+        self._labels: torch.Tensor = labels.unique()  # type: ignore[no-untyped-call]
+        some = self._labels[:step]
+        logits, _ = _logits(hidden, weight[some].to(hidden.dtype), softcap)
+        self._floor = logits.logsumexp(1, keepdim=True)
+        places = torch.searchsorted(some, labels).clamp_(max=len(some) - 1).unsqueeze(1)
+        doubt = -torch.expm1(logits.gather(1, places) - self._floor)[
+            some[places] == labels[:, None]
+        ]
+        self._per_row = TAIL * doubt.sum() / len(weight)
+        self._allowance = torch.zeros_like(self._per_row)
+
+    def keep(
+        self,
+        start: int,
+        exponentials: torch.Tensor,
+        largest: torch.Tensor,
+        total: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return which tokens of a block to keep, in order. `exponentials` [n, width] are those of
+        the logits minus `largest` [n, 1]; `total` [n, 1] is their sum so far.
+        """
+        normaliser = torch.maximum(total, (self._floor - largest).exp_())
+        mass = (normaliser.reciprocal_().T @ exponentials)[0]
+        inside = self._labels[(self._labels >= start) & (self._labels < start + len(mass))]
+        ascending, order = mass.index_fill_(0, inside - start, torch.inf).sort()
+        self._allowance = self._allowance + self._per_row * len(mass)
+        sums = ascending.cumsum(0)
+        n_at_tail = int((sums <= self._allowance).sum())
+        if n_at_tail:
+            self._allowance = self._allowance - sums[n_at_tail - 1]
+        return order[n_at_tail:].sort().values + start
 
 
 def differentiable_log_probabilities(
@@ -261,23 +323,63 @@ def _weight_gradient(
     labels: torch.Tensor,
     log_normaliser: torch.Tensor,
     softcap: float | None,
-    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return d loss / d weight [v, d] in the dtype of weight; `scale` [n, 1] is a factor of the
-    loss of each row.
-    """
+    """Return d loss / d weight [v, d] in the dtype of weight."""
     result = torch.empty_like(weight)
     for start, rows in _blocks(weight, hidden):
-        logits, slope = _logits(hidden, rows, softcap)
-        probabilities = logits.sub_(log_normaliser).exp_()
         columns, is_inside = _columns(labels, start, len(rows))
-        probabilities.scatter_add_(1, columns, -is_inside.to(probabilities.dtype))
-        if slope is not None:
-            probabilities *= slope
-        if scale is not None:
-            probabilities *= scale
-        result[start : start + len(rows)] = probabilities.to(hidden.dtype).T @ hidden
+        result[start : start + len(rows)] = _rows_gradient(
+            hidden, rows, columns, is_inside, log_normaliser, softcap
+        )
     return result
+
+
+def _rows_gradient(
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    is_inside: torch.Tensor,
+    log_normaliser: torch.Tensor,
+    softcap: float | None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the gradient of some rows of the head, in which the labels that are inside have these
+    columns; `scale` [n, 1] is a factor of the loss of each position.
+    """
+    logits, slope = _logits(hidden, rows, softcap)
+    probabilities = logits.sub_(log_normaliser).exp_()
+    probabilities.scatter_add_(1, columns, -is_inside.to(probabilities.dtype))
+    if slope is not None:
+        probabilities *= slope
+    if scale is not None:
+        probabilities *= scale
+    return probabilities.to(hidden.dtype).T @ hidden
+
+
+def _sparse_weight_gradient(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    log_normaliser: torch.Tensor,
+    softcap: float | None,
+    kept: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """Return d loss / d weight [v, d] as a sparse tensor with the rows `kept`, which are in order
+    and hold all labels.
+    """
+    values = weight.new_empty((len(kept), weight.shape[1]))
+    places = torch.searchsorted(kept, labels)
+    step = rows_at_a_time(len(hidden), hidden.device.type)
+    for start in range(0, len(kept), step):
+        rows = weight[kept[start : start + step]].to(hidden.dtype)
+        columns, is_inside = _columns(places, start, len(rows))
+        values[start : start + step] = _rows_gradient(
+            hidden, rows, columns, is_inside, log_normaliser, softcap, scale
+        )
+    return torch.sparse_coo_tensor(
+        kept.unsqueeze(0), values, weight.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 # -- models ----------------------------------------------------------------------------------------

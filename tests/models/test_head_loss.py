@@ -9,8 +9,10 @@ from peft import LoraConfig, get_peft_model
 from optimer_hf.models.head_loss import (
     GPU_LOGITS,
     IGNORED_LABEL,
+    TAIL,
     VOCABULARY_BLOCK,
     HeadLoss,
+    differentiable_log_probabilities,
     fuse_loss,
     is_plain_head,
     keeps_documents_apart,
@@ -142,6 +144,31 @@ def test_greedy_flags_mark_labels_that_are_the_most_likely_token(n_vocabulary, s
     assert greedy.dtype == torch.bool
     assert greedy.tolist() == (labels == best).tolist()
     assert 32 <= greedy.sum() < 64
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("n_vocabulary", SIZES)
+def test_gradients_of_log_probabilities_equal_those_of_whole_logits(n_vocabulary, softcap):
+    """Also where most of the vocabulary is at the tail, which the weight's gradient leaves out."""
+    hidden, weight, labels = problem(n_vocabulary, n=64)
+    hidden = (hidden + hidden[:1]).detach().requires_grad_()  # the positions are of one text
+    every = logits_of(hidden, weight, softcap).log_softmax(-1)
+    likely = torch.multinomial(every.exp(), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    labels = torch.cat([labels[:3], likely[3:]])  # the first are at the tail themselves
+    factors = torch.linspace(1, 2, 64)
+    expected = every.gather(1, labels[:, None])[:, 0]
+    of_hidden, of_weight = torch.autograd.grad(expected @ factors.double(), (hidden, weight))
+    values, _ = differentiable_log_probabilities(hidden, weight, labels, softcap)
+    (values @ factors).backward()
+    assert torch.equal(values, log_probabilities(hidden, weight, labels, softcap)[0])
+    assert relative_error(hidden.grad, of_hidden) < 1e-5
+    assert relative_error(weight.grad.to_dense(), of_weight) < 2e-3
+    doubt = factors @ (1 - expected.exp()).float() * hidden.norm(dim=1).max()
+    assert (weight.grad.to_dense() - of_weight).norm() < 2 * TAIL * doubt
+    kept = weight.grad.coalesce().indices()[0]
+    assert set(labels.tolist()) <= set(kept.tolist())
+    if softcap is None and n_vocabulary > VOCABULARY_BLOCK:
+        assert len(kept) < 0.8 * n_vocabulary
 
 
 @WAYS
