@@ -22,6 +22,7 @@ Answer = TypeVar("Answer")
 CPU_TOKENS = 1024
 MOST_TOKENS = 2**16  # on a GPU; more do not make it faster
 SHARE = 0.5  # of the free memory
+SHARE_OF_ALL = 0.25  # of parameters and vectors
 PROBE_ROWS, PROBE_LENGTH = 4, 256
 LEAST_ACTIVATIONS = 2**26  # bytes that a backward pass on a CPU may always keep
 GPU_WORK = 1.5  # what a backward pass takes, next to what it keeps
@@ -107,16 +108,20 @@ def budget_for(
 
 
 def gradient_budget(
-    model: torch.nn.Module, devices: Sequence[torch.device], per_token: float
+    model: torch.nn.Module,
+    devices: Sequence[torch.device],
+    per_token: float,
+    pool_bytes: int = 0,
 ) -> Budget:
     """Return the budget for backward passes through a model that keep `per_token` bytes for each.
     On a CPU the batches get smaller, rather than that a trial takes much more memory with gradients
-    than without: what is kept takes half as much as the parameters.
+    than without: what is kept takes half as much as the parameters, or a quarter of what they and
+    the vectors of the pool take.
     """
     devices = [device for device in devices if device.type == "cuda"]
     if not devices:
         held = sum(parameter.nbytes for parameter in model.parameters())
-        room = max(LEAST_ACTIVATIONS, SHARE * held)
+        room = max(LEAST_ACTIVATIONS, SHARE * held, SHARE_OF_ALL * (held + pool_bytes))
         return Budget(min(CPU_TOKENS, tokens_that_fit(room, per_token)))
     room = SHARE * min(free_memory(str(device)) for device in devices)
     return Budget(tokens_that_fit(room, GPU_WORK * per_token))

@@ -35,6 +35,11 @@ class Derivatives(Protocol):
         """The names of the vectors."""
         ...
 
+    @property
+    def pool_bytes(self) -> int:
+        """What the vectors take in memory."""
+        ...
+
     def active(self) -> AbstractContextManager[None]:
         """Return a context in which backward passes are followed."""
         ...
@@ -113,7 +118,7 @@ class Differentiation:
         n_read = 0
         for sums, items in self._group(instances).items():
             some, gradient, n_tokens = likelihoods.differentiate(
-                requests, items, self._derivatives.take
+                requests, items, self._derivatives.take, self._derivatives.pool_bytes
             )
             answers |= some
             n_read += n_tokens

@@ -126,17 +126,20 @@ class Likelihoods:
         requests: Sequence[Request],
         items: Sequence[Item],
         take: Callable[[], torch.Tensor],
+        pool_bytes: int = 0,
     ) -> tuple[dict[int, tuple[float, bool]], torch.Tensor, int]:
         """Return the answers to the requests of some items by their places; the derivatives of the
         sum over the items, of which `take` returns the parts after each backward pass; and how many
-        tokens the model has read.
+        tokens the model has read. The more `pool_bytes` the vectors take, the larger are batches.
 
         Values and derivatives come from one pass. Its batches are others than those of `of`, so
         that values may differ by rounding.
         """
         if self._gradient_budget is None:
             per_token = activation_bytes(self._model, self._hidden, self._max_length)
-            self._gradient_budget = gradient_budget(self._model, devices_of(self._model), per_token)
+            self._gradient_budget = gradient_budget(
+                self._model, devices_of(self._model), per_token, pool_bytes
+            )
         budget = self._gradient_budget
         apart = [one for item in items for one in self._fit(requests, item, budget.n_tokens)]
         rows = {item: self._rows(requests, item) for item in apart}
