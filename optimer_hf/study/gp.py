@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import cho_solve, solve_triangular
+from scipy.linalg.lapack import dpotri
 from scipy.optimize import minimize
 
 from optimer_hf.study.kernel import (
@@ -197,7 +198,10 @@ def _most_likely(points: "Array", slopes: "Indices", y: "Array") -> Hyperparamet
             lower = np.linalg.cholesky(kernel)
         except np.linalg.LinAlgError:
             return 1e10, np.zeros_like(vector)
-        inverse = cho_solve((lower, True), np.eye(len(y)), check_finite=False)
+        if len(slopes):
+            inverse = _inverse(lower)
+        else:  # the bits of earlier versions
+            inverse = cho_solve((lower, True), np.eye(n), check_finite=False)
         alpha = inverse @ y
         value = 0.5 * y @ alpha + np.log(np.diag(lower)).sum()
         inner = inverse - np.outer(alpha, alpha)  # d value / d kernel, times two
@@ -215,6 +219,14 @@ def _most_likely(points: "Array", slopes: "Indices", y: "Array") -> Hyperparamet
     options = {"maxiter": 60 if len(y) == n else 30}
     best = minimize(loss, mean, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return _hyperparameters(best.x, d)
+
+
+def _inverse(lower: "NDArray[np.floating]") -> "Array":
+    """Return the inverse of a matrix from its Cholesky factor, in a third of the time that solving
+    for every column takes; the last bits differ.
+    """
+    inverse, _ = dpotri(lower, lower=True)
+    return np.asarray(np.tril(inverse) + np.tril(inverse, -1).T)
 
 
 def _hyperparameters(vector: "Array", d: int) -> Hyperparameters:
