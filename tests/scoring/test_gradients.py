@@ -39,6 +39,17 @@ ANSWER = TASK.format(
     "  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n"
     "  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
 )
+WORDS = """
+task: toy_words
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+"""
 SCALED = ANSWER.replace("toy_answer", "toy_scaled").replace(
     "metric_list", "process_results: !function scaled.process\nmetric_list"
 )
@@ -54,7 +65,12 @@ ROWS = [
 def config(tmp_path_factory, make_base, make_adapter, make_tuned, corpus_dir):
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    for name, text in (("choice", CHOICE), ("answer", ANSWER), ("scaled", SCALED)):
+    for name, text in (
+        ("choice", CHOICE),
+        ("answer", ANSWER),
+        ("words", WORDS),
+        ("scaled", SCALED),
+    ):
         (folder / f"{name}.yaml").write_text(text)
     (folder / "scaled.py").write_text(
         "def process(doc, results):\n    return {'perplexity': 0.5 * results[0][0], 'acc': 1.0}\n"
@@ -76,6 +92,7 @@ def config(tmp_path_factory, make_base, make_adapter, make_tuned, corpus_dir):
                     {"task": "toy_choice", "name": "right", "metric": CHOICE_METRIC},
                     {"task": "toy_choice", "name": "accuracy", "metric": "acc", "limit": 2},
                     {"task": "toy_answer", "name": "answers", "metric": "perplexity"},
+                    {"task": "toy_words", "name": "words", "metric": "word_perplexity"},
                 ],
                 "include_path": str(folder),
             },
@@ -123,7 +140,7 @@ def test_gradients_of_scores_equal_central_differences(config, pool, expected, n
     likelihoods = pool._engine.lm._likelihoods
     likelihoods._gradient_budget = None if n_tokens is None else Budget(n_tokens)
     scored = pool.score(WEIGHTS, asked, gradients=True)
-    assert scored.gradients.keys() == {"bits", "some", "xyz", "right", "answers"}
+    assert scored.gradients.keys() == {"bits", "some", "words", "xyz", "right", "answers"}
     for label, gradient in scored.gradients.items():
         assert gradient == pytest.approx(expected[label], rel=1e-3, abs=2e-5), label
     for label, term in plain.terms.items():
