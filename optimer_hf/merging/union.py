@@ -7,7 +7,6 @@ the copy is the base, and a merge adds w_i (v_i - base) to these rows, too: with
 they are its own at any weight, and with several each gets its own at weight 1 alone.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from optimer_hf.errors import ConfigError, ModelError, VocabularyError
 from optimer_hf.files.digest import digest, sha256_file
 from optimer_hf.files.paths import cache_dir
-from optimer_hf.files.staging import staged_directory, write_once, write_text
+from optimer_hf.files.staging import staged_directory, write_once
 from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import (
@@ -34,15 +33,13 @@ from optimer_hf.models.layout import (
     weights_fingerprint,
 )
 from optimer_hf.models.live import load_tokenizer
-from optimer_hf.models.loader import CONFIG, read_config, read_settings
-from optimer_hf.models.names import vocabulary_names
 from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
 from optimer_hf.models.union import UNION_FILE, AddedToken, UnionRecord, Vocabulary
-from optimer_hf.vectors.alignment import own_vocabulary, rows_of_tokens
-from optimer_hf.vectors.forms import LowRank
+from optimer_hf.models.vocabulary import write_vocabulary_size
+from optimer_hf.vectors.alignment import token_row
 from optimer_hf.vectors.opening import open_unaligned
-from optimer_hf.vectors.vector import AdapterVector, DistributionVector
+from optimer_hf.vectors.tokens import TokensOfVector, token_tensors, tokens_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +61,9 @@ def open_base(
     donor = open_tokenizer(base, tokenizer_source, vocabulary)
     if vocabulary == "base":
         return base, donor
-    checkpoint = Checkpoint(base.path)
     known = load_tokenizer(base).get_vocab()
     members = [
-        _member(open_unaligned(name, source, base), base, checkpoint, known)
+        tokens_of(open_unaligned(name, source, base), base, known)
         for name, source in sources.items()
     ]
     root = donor or base
@@ -77,94 +73,10 @@ def open_base(
     return ResolvedModel(_grow_once(union), base.reference, base.commit), None
 
 
-# -- the vectors -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A vector with the ids of the tokens for which it has rows, and its tokenizer."""
-
-    vector: DistributionVector
-    ids: dict[str, int]
-    tokenizer: Any
-
-    def new_tokens(self, known: Mapping[str, int]) -> list[str]:
-        """Return its tokens that are not in `known`, in the order of its ids."""
-        return sorted(self.ids.keys() - known.keys(), key=self.ids.__getitem__)
-
-    def is_in_place(self, known: Mapping[str, int]) -> bool:
-        """Whether all its tokens have the same ids there."""
-        return all(known.get(token) == number for token, number in self.ids.items())
-
-
-def _member(
-    vector: DistributionVector,
-    base: ResolvedModel,
-    checkpoint: Checkpoint,
-    known: Mapping[str, int],
-) -> _Member:
-    """Read the tokens of a vector. Raises VocabularyError for new ones that have no rows, or that
-    are pieces of words, for which a tokenizer needs more than their names.
-    """
-    has_own = vector.kind != "delta" and bool(
-        files_with_role(vector.path, "tokenizer", "vocabulary")
-    )
-    tokenizer = load_tokenizer(ResolvedModel(vector.path if has_own else base.path, vector.name))
-    ids = own_vocabulary(vector, base.path)
-    n_rows = {
-        name: rows_of_tokens(vector, name, checkpoint).shape(name)[0]
-        for name in _token_tensors(checkpoint)
-    }
-    where = f"vector {vector.name!r} ({vector.path}): its token"
-    pieces = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
-    member = _Member(vector, {t: i for t, i in ids.items() if i < min(n_rows.values())}, tokenizer)
-    for token in sorted(ids.keys() - known.keys(), key=ids.__getitem__):
-        lacking = sorted(name for name in n_rows if ids[token] >= n_rows[name])
-        if lacking and (vector.kind == "adapter" or len(lacking) < len(n_rows)):
-            raise VocabularyError(
-                f"{where} {token!r} has the id {ids[token]}, and it stores no such row of "
-                f"{lacking[0]!r}. Save the adapter with the embedding and the head in "
-                "modules_to_save, or `save_embedding_layers=True`."
-            )
-        if not lacking and token in pieces:
-            raise VocabularyError(
-                f"{where} {token!r} is a piece of words and not an added token. A union takes only "
-                "added tokens, such as those of a chat template."
-            )
-    if not has_own and vector.kind != "delta" and max(n_rows.values()) > _n_rows(checkpoint):
-        raise VocabularyError(
-            f"vector {vector.name!r} ({vector.path}): has {max(n_rows.values())} rows for tokens, "
-            f"the base has {_n_rows(checkpoint)}, and no tokenizer says what the others are for. "
-            "Save its tokenizer beside it."
-        )
-    _refuse_products(member, n_rows, known)
-    return member
-
-
-def _refuse_products(member: _Member, names: Mapping[str, int], known: Mapping[str, int]) -> None:
-    parts = member.vector.parts if isinstance(member.vector, AdapterVector) else {}
-    for name in names:
-        if isinstance(parts.get(name), LowRank) and (new := member.new_tokens(known)):
-            raise VocabularyError(
-                f"vector {member.vector.name!r} ({member.vector.path}): adapts {name!r} by a "
-                f"product, and has the token {new[0]!r}, which the base lacks. Train the embedding "
-                "with modules_to_save, or merge the adapter into its own base and give the result."
-            )
-
-
-def _n_rows(base: Checkpoint) -> int:
-    return max(base.shape(name)[0] for name in _token_tensors(base))
-
-
-def _token_tensors(base: Checkpoint) -> list[str]:
-    """Return the tensors with a row for each token, without copies of a tied one."""
-    return sorted(vocabulary_names(base) - ties_of(base).copies)
-
-
 # -- the union -------------------------------------------------------------------------------------
 
 
-def _add_tokens(tokenizer: Any, members: Sequence[_Member]) -> Any:
+def _add_tokens(tokenizer: Any, members: Sequence[TokensOfVector]) -> Any:
     """Add the tokens of the vectors that a tokenizer lacks, vector by vector."""
     for member in members:
         known = tokenizer.get_vocab()
@@ -183,7 +95,7 @@ class _Union:
 
     base: ResolvedModel
     root: ResolvedModel
-    members: Sequence[_Member]
+    members: Sequence[TokensOfVector]
     known: Mapping[str, int]
     tokenizer: Any
 
@@ -195,7 +107,7 @@ class _Union:
     @cached_property
     def n_base(self) -> int:
         """Number of rows of the base; raises ModelError if embedding and head have not the same."""
-        n_rows = {name: self.checkpoint.shape(name)[0] for name in _token_tensors(self.checkpoint)}
+        n_rows = {name: self.checkpoint.shape(name)[0] for name in token_tensors(self.checkpoint)}
         if len(set(n_rows.values())) != 1:
             raise ModelError(
                 f"base_model {self.base.reference}: its tensors for tokens have {n_rows} rows, so "
@@ -234,20 +146,20 @@ class _Union:
 
     def _mean(self, name: str, token: str) -> torch.Tensor:
         having = [member for member in self.members if token in member.ids]
-        if not having:
-            return torch.zeros(self.checkpoint.shape(name)[1:])
         total = torch.zeros(self.checkpoint.shape(name)[1:])
         for member in having:
-            source = rows_of_tokens(member.vector, name, self.checkpoint)
-            if isinstance(source, Checkpoint) and member.vector.kind != "checkpoint" and having[1:]:
+            number = member.ids[token]
+            row = token_row(member.vector, name, number, self.checkpoint)
+            if row is None and having[1:]:
                 raise VocabularyError(
                     f"vector {member.vector.name!r}: has no row of its own for the token {token!r} "
                     f"in {name!r}, and {len(having) - 1} other vectors have. Save the adapter with "
                     "the embedding and the head in modules_to_save."
                 )
-            number = member.ids[token]
-            total += source.read_rows(name, slice(number, number + 1))[0].float()
-        return total / len(having)
+            if row is None:
+                row = self.checkpoint.read_rows(name, slice(number, number + 1))[0].float()
+            total += row
+        return total / max(len(having), 1)
 
     def key(self) -> str:
         """Return a digest of everything that decides the copy of the base."""
@@ -300,7 +212,7 @@ def _grow_once(union: _Union) -> Path:
 def _write(union: _Union, out: Path) -> None:
     _write_weights(union, out)
     copy_beside_weights(union.base.path, out, tokenizer=union.lender)
-    _set_vocabulary_size(out, union.n_rows)
+    write_vocabulary_size(out, union.n_rows)
     ids = union.tokenizer.get_vocab()
     if ids != load_tokenizer(union.root).get_vocab():  # otherwise the files are those of the root
         for file in files_with_role(out, "tokenizer", "vocabulary", "tokens"):
@@ -323,7 +235,7 @@ def _write_weights(union: _Union, out: Path) -> None:
     float32 if the dtype of the base cannot hold the new rows, so that a merge rounds once.
     """
     base, ties = union.checkpoint, ties_of(union.checkpoint)
-    new = {name: union.new_rows(name) for name in _token_tensors(base)}
+    new = {name: union.new_rows(name) for name in token_tensors(base)}
     specs = {}
     for name in base.names:
         dtype, shape = base.dtype(name), base.shape(name)
@@ -347,18 +259,3 @@ def _write_weights(union: _Union, out: Path) -> None:
         return block
 
     write_sharded(out, "model", specs, rows_of, MAX_SHARD_SIZE)
-
-
-def _set_vocabulary_size(path: Path, n_rows: int) -> None:
-    """Write the number of rows into config.json, where the class of the model looks for it."""
-    settings = read_settings(path / CONFIG)
-    inner = settings.get("text_config")
-    for place in (settings, inner) if isinstance(inner, dict) else (settings,):
-        if place is inner or "vocab_size" in place or not isinstance(inner, dict):
-            place["vocab_size"] = n_rows
-    write_text(path / CONFIG, json.dumps(settings, indent=2))
-    if read_config(path).get_text_config().vocab_size != n_rows:
-        raise ModelError(
-            f"{path / CONFIG}: nothing says where its class reads the size of the vocabulary. Use "
-            "`vocabulary: base`."
-        )

@@ -1,4 +1,4 @@
-"""Find tokens that have different ids in two tokenizers.
+"""Find tokens that have different ids in two tokenizers, and write the size of a vocabulary.
 
 A merge adds embeddings row by row, whichever tokens the rows stand for. Shapes do not reveal a
 mismatch, since many tokenizers have 32,000 tokens. Tokens that a fine-tune adds or renames (an
@@ -6,12 +6,14 @@ unused one to `<|im_start|>`) do not move the others, so they are fine.
 """
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from optimer_hf.errors import ModelError
+from optimer_hf.files.staging import write_text
 from optimer_hf.models.layout import has_tokenizer, tokenizer_digests
-from optimer_hf.models.loader import read_tokenizer
+from optimer_hf.models.loader import CONFIG, read_config, read_settings, read_tokenizer
 
 
 def find_moved_tokens(tuned: Path, base: Path) -> list[tuple[str, int, int]]:
@@ -50,3 +52,18 @@ def _is_same_file(tuned: Path, base: Path) -> bool:
     if not one.is_file() or not other.is_file() or one.stat().st_size != other.stat().st_size:
         return False
     return one.read_bytes() == other.read_bytes()
+
+
+def write_vocabulary_size(path: Path, n_rows: int) -> None:
+    """Write the number of rows into config.json, where the class of the model looks for it."""
+    settings = read_settings(path / CONFIG)
+    inner = settings.get("text_config")
+    for place in (settings, inner) if isinstance(inner, dict) else (settings,):
+        if place is inner or "vocab_size" in place or not isinstance(inner, dict):
+            place["vocab_size"] = n_rows
+    write_text(path / CONFIG, json.dumps(settings, indent=2))
+    if read_config(path).get_text_config().vocab_size != n_rows:
+        raise ModelError(
+            f"{path / CONFIG}: nothing says where its class reads the size of the vocabulary. Use "
+            "`vocabulary: base`."
+        )

@@ -9,6 +9,7 @@ from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.models.resolve import resolve_model
+from optimer_hf.models.union import UnionRecord
 from optimer_hf.recipes.record import tokenizer_note
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Trial
@@ -79,8 +80,11 @@ def write_delta(vector: DistributionVector, base: ResolvedModel, folder: Path) -
     It is in bfloat16 if that changes nothing visible, otherwise in float32.
     """
     out = folder / "deltas" / vector.name
-    if out.resolve() == vector.path.resolve():
+    is_own = out.resolve() == vector.path.resolve()
+    if is_own and UnionRecord.of(base.path) is None:
         return out
+    if is_own:  # its rows are in the order of its own tokens
+        out = out.with_name(f"{vector.name}-by-token")
     finish_move(out)
     record = read_record(out)
     current = weight_digests(vector.path), weight_digests(base.path)

@@ -13,16 +13,24 @@ from optimer_hf.files.staging import staged_directory
 from optimer_hf.files.versions import versions
 from optimer_hf.models.blocks import matrix_shape, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
-from optimer_hf.models.layout import ResolvedModel, copy_beside_weights, weight_digests
+from optimer_hf.models.layout import (
+    ResolvedModel,
+    copy_beside_weights,
+    copy_tokenizer,
+    weight_digests,
+)
 from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
 from optimer_hf.models.union import UnionRecord
+from optimer_hf.models.vocabulary import write_vocabulary_size
+from optimer_hf.vectors.alignment import rows_of_base, subtract_from
 from optimer_hf.vectors.int8 import BLOCK_SIZE, SCALES, n_blocks, quantize
 from optimer_hf.vectors.opening import open_vector, read_record_for_base, warn_of_another_base
 from optimer_hf.vectors.peft import merge_with_peft
 from optimer_hf.vectors.record import QUANTISED, BaseRecord, VectorFile
+from optimer_hf.vectors.tokens import TokensOfVector, token_tensors
 from optimer_hf.vectors.training_record import read_training
-from optimer_hf.vectors.vector import DeltaVector, DistributionVector, dense_rows
+from optimer_hf.vectors.vector import DeltaVector, DistributionVector, Tensors, dense_rows
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def delta_blocks(
-    vector: DistributionVector, base: Checkpoint, name: str
+    vector: DistributionVector, base: Tensors, name: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the delta and the base of one tensor in float32, one row block at a time."""
     for rows in row_blocks(base.shape(name)):
@@ -39,7 +47,7 @@ def delta_blocks(
         yield dense_rows(vector, name, rows, base_rows), base_rows
 
 
-def measure_norms(vector: DistributionVector, base: Checkpoint) -> tuple[float, float]:
+def measure_norms(vector: DistributionVector, base: Tensors) -> tuple[float, float]:
     """Return the Frobenius norm of the delta, and its ratio to the norm of the base.
 
     The ratio counts only the base tensors that the delta moves; an adapter moves few of them.
@@ -132,6 +140,7 @@ def extract(
     max_shard_size: int = 5 * 10**9,
     source: Path | None = None,
     replace: bool = False,
+    tokens: TokensOfVector | None = None,
 ) -> VectorFile:
     """Write a vector as a delta directory; return its record, with the relative rounding error.
 
@@ -139,24 +148,31 @@ def extract(
     can read it as a model. In `int8`, it has only tensors that moved, with one scale per
     `block_size` numbers. A delta keeps its own exponent, so bfloat16 changes each number by at most
     a factor of 2^-8. The record names the weights in `source` (None: those of the vector). With
-    `replace`, `out` is overwritten. Memory: a few row blocks.
+    `replace`, `out` is overwritten. With the `tokens` of an unaligned vector, the delta has their
+    rows in their order, and their tokenizer; rows that the base lacks are stored whole. Memory: a
+    few row blocks.
     """
-    checkpoint = Checkpoint(base.path)
+    checkpoint: Tensors = Checkpoint(base.path)
+    weights = weight_digests(vector.path if source is None else source)
+    if tokens is not None:
+        checkpoint = rows_of_base(vector, tokens.ids, Checkpoint(base.path))
+        vector = subtract_from(vector, checkpoint)
     norm, relative_norm = measure_norms(vector, checkpoint)
     with staged_directory(out, replace=replace) as staging:
         if dtype == QUANTISED:
             stored = _write_quantised(vector, checkpoint, staging, block_size, max_shard_size)
         else:
             stored = _write_dense(vector, checkpoint, staging, DTYPES[dtype], max_shard_size)
-            copy_beside_weights(base.path, staging)
+        _copy_files(vector.path, base.path, staging, is_model=dtype != QUANTISED, tokens=tokens)
         total, errors = relative_errors(vector, stored, checkpoint)
         record = VectorFile(
             name=vector.name,
             kind="delta",
             base=BaseRecord.of(base),
-            source_files=weight_digests(vector.path if source is None else source),
+            source_files=weights,
             dtype=dtype,
             block_size=block_size if dtype == QUANTISED else None,
+            added_tokens=None if tokens is None else tokens.without_row_in(base),
             norm=norm,
             relative_norm=relative_norm,
             relative_error=total,
@@ -165,6 +181,21 @@ def extract(
         )
         record.write(staging / "vector.json")
     return record
+
+
+def _copy_files(
+    vector: Path, base: Path, out: Path, *, is_model: bool, tokens: TokensOfVector | None
+) -> None:
+    """Copy what belongs beside a delta: the files of a model if it can be read as one, and the
+    tokenizer of the vector if its rows are in its order.
+    """
+    if is_model:
+        copy_beside_weights(base, out, tokenizer=None if tokens is None else vector)
+    elif tokens is not None:
+        copy_tokenizer(vector, out)
+    if is_model and tokens is not None:
+        stored = Checkpoint(out)
+        write_vocabulary_size(out, max(stored.shape(n)[0] for n in token_tensors(Checkpoint(base))))
 
 
 def extract_any_adapter(
@@ -184,13 +215,13 @@ def extract_any_adapter(
 
 def _write_dense(
     vector: DistributionVector,
-    base: Checkpoint,
+    base: Tensors,
     out: Path,
     dtype: torch.dtype,
     max_shard_size: int,
 ) -> DeltaVector:
     """Write a delta in a floating-point dtype, and return it as it is stored."""
-    moved, ties = vector.names, ties_of(base)
+    moved, ties = vector.names, ties_of(Checkpoint(base.path))
 
     def rows_of(key: str, rows: slice) -> torch.Tensor:
         name = ties.source_of(key)  # copies get the same delta, so they stay equal in mergekit
@@ -205,7 +236,7 @@ def _write_dense(
 
 
 def _write_quantised(
-    vector: DistributionVector, base: Checkpoint, out: Path, block_size: int, max_shard_size: int
+    vector: DistributionVector, base: Tensors, out: Path, block_size: int, max_shard_size: int
 ) -> DeltaVector:
     """Write a delta as int8 numbers and scales, and return it as it is stored.
 
@@ -241,7 +272,7 @@ def _write_quantised(
 
 
 def relative_errors(
-    vector: DistributionVector, stored: DistributionVector, base: Checkpoint
+    vector: DistributionVector, stored: DistributionVector, base: Tensors
 ) -> tuple[float, dict[str, float]]:
     """Return |stored - vector| / |vector| in total and by tensor (0 if nothing moved)."""
     squares = error_squares = 0.0

@@ -33,6 +33,19 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class OnCopy(LowRank):
+    """A product that belongs on top of `start`, a copy of the tensor whose rows differ from those
+    of the base: an adapter has one if its embedding was resized before training.
+    """
+
+    start: torch.Tensor
+
+    def to_dense(self) -> torch.Tensor:
+        """Return the rows after training as one float32 tensor."""
+        return self.start.float() + super().to_dense()
+
+
+@dataclass(frozen=True)
 class Trained:
     """Rows of a tensor after training, in the dtype of the file; their delta subtracts the base."""
 

@@ -24,7 +24,7 @@ from optimer_hf.models.live import empty_model
 from optimer_hf.models.names import names_in, summarize_names
 from optimer_hf.models.ties import Ties, ties_of
 from optimer_hf.printable import warn_once
-from optimer_hf.vectors.forms import LowRank, Trained
+from optimer_hf.vectors.forms import LowRank, OnCopy, Trained
 from optimer_hf.vectors.lora_config import (
     TOKENS,
     PatternError,
@@ -119,8 +119,8 @@ class Part:
 def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank | Trained]:
     """Read a PEFT LoRA adapter into its parts, by base tensor name.
 
-    Raises ModelError if it is not a sum of products and trained tensors, or if a tensor would not
-    be used.
+    A product on a resized or changed copy of the base's tensor is `OnCopy`. Raises ModelError if
+    the adapter is not a sum of products and trained tensors, or if a tensor would not be used.
     """
     where = f"vector {name!r} ({path})"
     options = read_options(path, where)
@@ -137,7 +137,8 @@ def read_adapter(path: Path, base: Checkpoint, name: str) -> dict[str, LowRank |
             trained = Trained(_read_tokens(stored, part, options, base, where))
             parts |= dict.fromkeys(_moved_with(part.target, ties_of(base)), trained)
         elif part.kind == "copy":
-            _refuse_changed_copy(stored, part, base, where)
+            if (copy := _read_changed_copy(stored, part, base)) is not None:
+                parts[part.target] = _put_on_copy(parts.get(part.target), copy, part, where)
         elif part.kind == "B.bias":
             before = parts.get(part.target)
             bias = before.tensor if isinstance(before, Trained) else base.read(part.target)
@@ -572,13 +573,28 @@ def _read_tokens(
     return tensor
 
 
-def _refuse_changed_copy(stored: Checkpoint, part: Part, base: Checkpoint, where: str) -> None:
+def _read_changed_copy(stored: Checkpoint, part: Part, base: Checkpoint) -> torch.Tensor | None:
+    """Return an adapter's copy of a tensor of the base, or None if it is the same."""
     copy, tensor = stored.read(part.key), base.read(ties_of(base).source_of(part.target))
-    if copy.shape != tensor.shape or not torch.equal(copy.to(tensor.dtype), tensor):
-        raise ModelError(
-            f"{where}: tensor {part.key!r} differs from the base: the embedding was resized or "
-            "trained. Train the embedding with full parameters, or leave it out."
-        )
+    is_same = copy.shape == tensor.shape and torch.equal(copy.to(tensor.dtype), tensor)
+    return None if is_same else copy
+
+
+def _put_on_copy(
+    product: LowRank | Trained | None, copy: torch.Tensor, part: Part, where: str
+) -> OnCopy:
+    if not isinstance(product, LowRank) or copy.shape != product.shape:
+        raise changed_copy_error(where, part.target)
+    return OnCopy(product.b, product.a, product.scale, copy)
+
+
+def changed_copy_error(where: str, name: str) -> ModelError:
+    """Return the error for an adapter whose copy of a tensor differs from the base."""
+    return ModelError(
+        f"{where}: its copy of {name!r} differs from the base: the embedding was resized or "
+        "trained. Train the embedding with full parameters, or leave it out; if it was resized for "
+        "new tokens, `vocabulary: union` in a study or recipe matches rows by token."
+    )
 
 
 def _merge_tied_parts(
@@ -598,13 +614,12 @@ def _merge_tied_parts(
 
 
 def _are_alike(one: LowRank | Trained, other: LowRank | Trained) -> bool:
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        return (
-            one.scale == other.scale and torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
-        )
-    if isinstance(one, Trained) and isinstance(other, Trained):
-        return torch.equal(one.tensor, other.tensor)
-    return False
+    if type(one) is not type(other):
+        return False
+    return all(
+        torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+        for mine, theirs in zip(vars(one).values(), vars(other).values(), strict=True)
+    )
 
 
 def refuse_split_ties(kinds: Mapping[str, str], ties: Ties, where: str) -> None:

@@ -21,8 +21,9 @@ from optimer_hf.models.union import UnionRecord
 from optimer_hf.models.vocabulary import find_moved_tokens
 from optimer_hf.printable import warn_once
 from optimer_hf.vectors.alignment import align_vector, own_vocabulary
+from optimer_hf.vectors.forms import OnCopy
 from optimer_hf.vectors.int8 import SCALES, n_blocks
-from optimer_hf.vectors.lora import read_adapter
+from optimer_hf.vectors.lora import changed_copy_error, read_adapter
 from optimer_hf.vectors.record import QUANTISED, VectorFile, read_record
 from optimer_hf.vectors.vector import (
     AdapterVector,
@@ -68,10 +69,13 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
     vector = _read_vector(name, resolved.path, record, checkpoint)
     union = _union_of(base, record)
     if union is not None:
-        vector = align_vector(vector, own_vocabulary(vector, base.path, union), checkpoint)
+        ids = own_vocabulary(vector, base.path, union)
+        vector = align_vector(vector, ids, checkpoint, union.added)
     elif isinstance(vector, CheckpointVector):
         vector = replace(vector, padding=_padding(name, vector.tuned, checkpoint))
     check_shapes(vector, checkpoint)
+    if union is None:
+        _refuse_other_rows(vector)
     if vector.kind == "checkpoint":
         _check_settings(name, resolved.path, base.path)
         _warn_of_leftover_quantization(name, resolved.path, base.path)
@@ -96,6 +100,17 @@ def open_unaligned(name: str, source: str, base: ResolvedModel) -> DistributionV
     return vector
 
 
+def _refuse_other_rows(vector: DistributionVector) -> None:
+    """Refuse a vector that has its rows in another order than its base, or on top of others."""
+    where = f"vector {vector.name!r} ({vector.path})"
+    if isinstance(vector, DeltaVector) and vector.added_tokens is not None:
+        raise VocabularyError(f"{where}: is a delta with tokens of its own. {OTHER_TOKENS}")
+    if isinstance(vector, AdapterVector):
+        for name, part in vector.parts.items():
+            if isinstance(part, OnCopy):
+                raise changed_copy_error(where, name)
+
+
 def _resolve(name: str, source: str) -> ResolvedModel:
     try:
         return resolve_model(source)
@@ -114,7 +129,10 @@ def _read_vector(
             name, path, {known: parts[key] for key in parts for known in stored.get(key, [key])}
         )
     if record is not None and record.kind == "delta":
-        return replace(_open_delta(name, path, record), copies=ties_of(base).copies)
+        tokens = record.added_tokens
+        return replace(
+            _open_delta(name, path, record), copies=ties_of(base).copies, added_tokens=tokens
+        )
     tuned = _rename_to_base(name, Checkpoint(path), base)
     _check_dtypes(name, tuned, base)
     return CheckpointVector(name, tuned, _floating_names(tuned, base))

@@ -35,11 +35,17 @@ class BaseRecord(FileModel):
         return cls(reference=base.reference, commit=base.commit, files=weight_digests(base.path))
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class VectorFile(VersionedFile):
     """vector.json: what the vector is, where it comes from and how large it is.
 
     Only deltas have `dtype`, `block_size`, the relative errors of the stored delta (in total and by
-    tensor) and `source_files` (the sha256 of the weights that it was extracted from).
+    tensor) and `source_files` (the sha256 of the weights that it was extracted from). If a delta
+    has a tokenizer of its own, `added_tokens` are those that the base lacks: their rows are stored
+    whole.
     """
 
     name: str
@@ -48,6 +54,7 @@ class VectorFile(VersionedFile):
     source_files: dict[str, str] | None = None
     dtype: str | None = None
     block_size: int | None = Field(default=None, gt=0, le=2**20)
+    added_tokens: list[str] | None = Field(default=None, exclude_if=_is_none)
     norm: float
     relative_norm: float
     relative_error: float | None = None

@@ -1,7 +1,7 @@
 """Distribution vectors: the effect of one dataset on a base, as checkpoint, delta or adapter."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -116,13 +116,19 @@ class CheckpointVector(_Brief):
 class DeltaVector(_Brief):
     """Stored deltas: bf16, fp16, fp32, or int8 with one scale per block.
 
-    `copies` (of a tied embedding) are stored, too, but never read.
+    `copies` (of a tied embedding) are stored, too, but never read. `added_tokens` are those that
+    its base lacks, and whose rows are stored whole, as trained; None if it has the tokens of its
+    base. Once the rows are in the order of a base that has them all, `whole` has the ids of these
+    tokens, int64 [n], and `starts` the rows of that base, which are subtracted, float32 [n, d].
     """
 
     name: str
     stored: Tensors
     block_size: int | None = None
     copies: frozenset[str] = frozenset()
+    added_tokens: Sequence[str] | None = None
+    whole: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    starts: Mapping[str, torch.Tensor] = field(default_factory=dict)
     kind: str = "delta"
 
     @property
@@ -139,6 +145,15 @@ class DeltaVector(_Brief):
         return self.stored.n_bytes(self.stored.names)
 
     def delta(self, name: str, rows: slice, device: torch.device | str) -> torch.Tensor:
+        delta = self._read_rows(name, rows, device)
+        inside = (self.whole >= rows.start) & (self.whole < rows.stop)
+        if name not in self.starts or not inside.any():
+            return delta
+        delta = delta.to(torch.float32, copy=True)
+        delta[self.whole[inside] - rows.start] -= self.starts[name][inside].to(device)
+        return delta
+
+    def _read_rows(self, name: str, rows: slice, device: torch.device | str) -> torch.Tensor:
         stored = self.stored.read_rows(name, rows).to(device)
         if self.block_size is None or stored.is_floating_point():
             return stored
@@ -146,7 +161,8 @@ class DeltaVector(_Brief):
         return dequantize(stored, scales, self.block_size)
 
     def load_to(self, place: Place) -> "DeltaVector":
-        return replace(self, stored=_load(self.stored, self.stored.names, place))
+        starts = {name: rows.to(_device_at(place, name)) for name, rows in self.starts.items()}
+        return replace(self, stored=_load(self.stored, self.stored.names, place), starts=starts)
 
 
 @dataclass(frozen=True, repr=False)

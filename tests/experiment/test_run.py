@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimer_hf.errors import OutputError
 from optimer_hf.experiment.marks import Claim, read_claim
 from optimer_hf.experiment.run import claim_directory
+from optimer_hf.recipes.record import Lock
+from tests.support.added_tokens import END, START, TEMPLATE, save_tuned, with_tokens
 from tests.support.experiments import run_optimer
 
 
@@ -165,6 +167,28 @@ def test_the_short_form_is_a_smaller_budget_of_the_same(recipe_dir: Path, tmp_pa
     ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
     assert ledger["train"]["tokens"] == 512
     assert ledger["search"]["n"] == 5
+
+
+def test_a_run_with_a_chat_model_gives_its_tokens_to_the_merge(
+    recipe_dir: Path, make_base, tmp_path: Path
+):
+    base, file = make_base("gemma"), recipe_dir / "study.yaml"
+    save_tuned(base, recipe_dir / "chat", with_tokens(base.path, [START, END]), seed=1)
+    study = yaml.safe_load(file.read_text(encoding="utf-8"))
+    study["vectors"]["chat"] = "chat"
+    file.write_text(yaml.safe_dump(study | {"vocabulary": "union", "tokenizer_source": "chat"}))
+    result = run_optimer("run", "--short", recipe_dir, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    lock = Lock.read(tmp_path / "out" / "recipe.lock.json")
+    assert {t: each.vectors for t, each in lock.added_tokens.items()} == {
+        START: ["chat"],
+        END: ["chat"],
+    }
+    assert (
+        run_optimer("verify", tmp_path / "out/recipe.yaml", tmp_path / "out/model").exit_code == 0
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    assert {START, END} <= tokenizer.get_vocab().keys() and tokenizer.chat_template == TEMPLATE
 
 
 def test_another_budget_does_not_overwrite_a_run(finished: Path, recipe_dir: Path):

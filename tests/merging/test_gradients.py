@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from optimer_hf.merging.gradients import Derivatives
 from optimer_hf.merging.resident import ResidentModel
+from optimer_hf.merging.union import open_base
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.head_loss import (
     differentiable_log_probabilities,
@@ -17,7 +18,9 @@ from optimer_hf.models.head_loss import (
 )
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.extraction import extract_vector
 from optimer_hf.vectors.opening import open_vector
+from tests.support.added_tokens import END, START, save_adapter, save_tuned, with_tokens
 from tests.support.tiny import GROUPED, VOCABULARY, WIDE, qwen35_multimodal
 
 WEIGHTS = {"ja": 0.8, "math": -0.35, "it": 0.0}
@@ -119,25 +122,25 @@ def make_pool(tmp_path_factory):
     return pool
 
 
-def log_likelihood(model) -> torch.Tensor:
+def log_likelihood(model, ids: torch.Tensor) -> torch.Tensor:
     """Return the log-likelihood of the tokens, from whole logits."""
-    logits = model(input_ids=IDS, use_cache=False).logits[:, :-1]
-    return logits.log_softmax(-1).gather(2, IDS[:, 1:, None]).sum()
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return logits.log_softmax(-1).gather(2, ids[:, 1:, None]).sum()
 
 
-def derivatives_of(resident: ResidentModel) -> tuple[torch.Tensor, float]:
+def derivatives_of(resident: ResidentModel, ids: torch.Tensor = IDS) -> tuple[torch.Tensor, float]:
     """Return the derivatives of the log-likelihood, and itself, through the head without logits."""
     derivatives, model = Derivatives(resident), resident.model
     with derivatives.active():
-        hidden = model.base_model(input_ids=IDS, use_cache=False).last_hidden_state[:, :-1]
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         values, _ = differentiable_log_probabilities(
-            hidden.flatten(0, 1), plain_weight(model), IDS[:, 1:].flatten(), softcap_of(model)
+            hidden.flatten(0, 1), plain_weight(model), ids[:, 1:].flatten(), softcap_of(model)
         )
         values.sum().backward()
         return derivatives.take(), values.sum().item()
 
 
-def central_difference(base, vectors, weights, name: str, folder: Path) -> float:
+def central_difference(base, vectors, weights, name: str, folder: Path, ids=IDS) -> float:
     """Return the derivative from two written merges, in float64."""
 
     def value(step: float) -> float:
@@ -147,7 +150,7 @@ def central_difference(base, vectors, weights, name: str, folder: Path) -> float
             folder, dtype=torch.float32, experts_implementation="eager"
         )
         with torch.no_grad():
-            return log_likelihood(model.eval().double()).item()
+            return log_likelihood(model.eval().double(), ids).item()
 
     return (value(1) - value(-1)) / (2 * STEP)
 
@@ -164,6 +167,31 @@ def test_derivatives_equal_central_differences(make_pool, architecture, pool, tm
     largest = max(map(abs, expected))
     assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4 * largest)
     assert largest > 0.1, "a pool that changes nothing shows nothing"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_derivatives_of_a_union_equal_central_differences(make_base, kind, tmp_path):
+    base = make_base(kind, torch.float32)
+    tuned = save_tuned(base, tmp_path / "ja", with_tokens(base.path, [START, END]), seed=1)
+    other = save_tuned(base, tmp_path / "other", with_tokens(base.path, [END, START]), seed=2)
+    extract_vector(other, base.path, tmp_path / "math", dtype="float32")
+    options = {"target_modules": ["q_proj", "embed_tokens"] + ["lm_head"] * (kind == "llama")}
+    options |= {"ensure_weight_tying": True} if kind == "gemma" else {}
+    save_adapter(base, tmp_path / "it", with_tokens(base.path, [END]), seed=3, **options)
+    sources = {"ja": str(tuned)} | {name: str(tmp_path / name) for name in ("math", "it")}
+    grown, _ = open_base(base, sources, None, "union")
+    vectors = [open_vector(name, source, grown) for name, source in sources.items()]
+    ids = torch.cat([IDS, torch.tensor([[259, 260, 259], [260, 259, 260]])], dim=1)
+    resident = ResidentModel(grown, vectors, dtype="float32")
+    resident.set_weights(WEIGHTS)
+    found, _ = derivatives_of(resident, ids)
+    expected = [
+        central_difference(grown, vectors, WEIGHTS, name, tmp_path / "merged", ids)
+        for name in WEIGHTS
+    ]
+    largest = max(map(abs, expected))
+    assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4 * largest)
+    assert largest > 0.1
 
 
 def test_a_gradient_that_is_a_part_of_other_memory_counts_where_it_begins(make_pool):

@@ -31,8 +31,11 @@ from optimer_hf.report.evidence import read_evidence
 from optimer_hf.report.vector_panels import cosines_panel
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.trial import ResidentPool, base_of_study
+from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import Baselines, StudyConfig
 from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.extraction import extract_vector
+from optimer_hf.vectors.forms import LowRank
 from optimer_hf.vectors.opening import open_vector
 from tests.support.added_tokens import (
     END,
@@ -43,6 +46,7 @@ from tests.support.added_tokens import (
     logits_with_peft,
     rows_by_token,
     save_adapter,
+    save_merged_by_peft,
     save_tuned,
     turned_round,
     with_tokens,
@@ -198,18 +202,27 @@ def test_rows_that_the_base_lacks_are_averaged_over_the_vectors_that_have_them(
 ADAPTERS = {
     "resized": {},
     "whole embedding": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "factors": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     "its tokens": {"tokens": [START, END]},
     "other tokens, too": {"tokens": [START, END, "a"]},
 }
+
+
+def adapter_options(form, kind):
+    """Return what PEFT needs for a form of an adapter; a tied embedding is trained as one."""
+    options = dict(ADAPTERS[form])
+    if kind == "gemma" and form == "factors":
+        options["target_modules"] = ["q_proj", "embed_tokens"]
+    if kind == "gemma" and form in ("factors", "whole embedding"):
+        options["ensure_weight_tying"] = True
+    return options
 
 
 @pytest.mark.parametrize("form", ADAPTERS)
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside others"])
 def test_an_adapter_at_weight_1_is_what_peft_computes(pool_of, kind, form, beside, tmp_path):
     base, sources = pool_of(kind)
-    options = dict(ADAPTERS[form])
-    if "modules_to_save" in options and kind == "gemma":
-        options["ensure_weight_tying"] = True
+    options = adapter_options(form, kind)
     tokenizer = with_tokens(base.path, [END, START])
     adapter = save_adapter(base, tmp_path / "lora", tokenizer, seed=1, **options)
     pool = {"lora": adapter} | ({"other order": sources["other order"]} if beside else {})
@@ -238,6 +251,92 @@ def test_a_config_for_a_union_with_adapters_runs_natively(pool_of, tmp_path):
     write_merged(grown, vectors, weights, tmp_path / "expected", out_dtype="float32")
     assert_same_bits(read_all(tmp_path / "out"), read_all(tmp_path / "expected"))
     assert {START, END} <= AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab().keys()
+
+
+def test_factors_on_a_resized_embedding_stay_factors(make_base, tmp_path):
+    base = make_base("llama", torch.float32)
+    tokenizer = with_tokens(base.path, [END, START])
+    adapter = save_adapter(
+        base, tmp_path / "v", tokenizer, seed=1, **adapter_options("factors", "llama")
+    )
+    _, vectors = open_union(base, {"v": adapter})
+    part = vectors[0].parts["model.embed_tokens.weight"]
+    assert type(part) is LowRank and part.b.shape == (261, 4)  # 2 of the factors, 1 for each token
+
+
+def test_factors_on_another_embedding_than_the_base_are_refused(make_base, tmp_path):
+    base, options = make_base("llama", torch.float32), adapter_options("factors", "llama")
+    adapter = save_adapter(base, tmp_path / "v", with_tokens(base.path, [END]), seed=1, **options)
+    with pytest.raises(VocabularyError, match="`vocabulary: union` matches rows by token"):
+        open_vector("v", str(adapter), base)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"][7] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"vector 'v'.*its copy of 'model\.embed.*differs"):
+        open_base(base, {"v": str(adapter)}, None, "union")
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "delta", "int8", "factors", "resized"])
+def test_every_kind_with_added_tokens_merges_as_its_model_does_in_mergekit(
+    pool_of, kind, form, tmp_path
+):
+    base, sources = pool_of(kind)
+    source, model = tmp_path / "v", sources["other order"]
+    if form in ("factors", "resized"):
+        tokenizer = with_tokens(base.path, [END, TOOL, START])
+        source = save_adapter(base, source, tokenizer, seed=3, **adapter_options(form, kind))
+        model = save_merged_by_peft(base, source, tmp_path / "model")
+    elif form == "checkpoint":
+        source = model
+    else:
+        dtype = "float32" if form == "delta" else form
+        record = extract_vector(model, base.path, source, dtype=dtype)
+        assert record.added_tokens == [END, TOOL, START]
+    weights = {"end": 0.6, "v": 0.75, "all moved": -0.2}
+    pool = {"end": sources["end"], "v": source, "all moved": sources["all moved"]}
+    theirs = {name: str(path) for name, path in (pool | {"v": model}).items()}
+    config = optimer_config(str(base.path), theirs, weights, "float32")
+    merged_by(config | {"tokenizer_source": "union"}, tmp_path / "theirs", "mergekit")
+    grown, vectors = open_union(base, pool)
+    assert UnionRecord.of(grown.path).added[TOOL].vectors == ["v", "all moved"]
+    write_merged(grown, vectors, weights, tmp_path / "ours")
+    expected = read_all(tmp_path / "theirs")
+    close = {"rtol": 0, "atol": 2e-3 if form == "int8" else 2e-6}
+    for name in expected:
+        if "embed_tokens" in name or "lm_head" in name:
+            rows = rows_by_token(tmp_path / "ours", read_all, name)
+            for token, row in rows_by_token(tmp_path / "theirs", read_all, name).items():
+                torch.testing.assert_close(rows[token], row, **close)
+        else:
+            torch.testing.assert_close(read_all(tmp_path / "ours")[name], expected[name], **close)
+
+
+@pytest.mark.parametrize("place", ["end", "all moved"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_delta_with_added_tokens_at_weight_1_is_its_model(
+    pool_of, kind, place, dtype, tmp_path, caplog
+):
+    base, sources = pool_of(kind)
+    extract_vector(sources[place], base.path, tmp_path / "d", dtype=dtype)
+    assert "needs `vocabulary: union`" in caplog.text
+    with pytest.raises(VocabularyError, match="union"):
+        open_vector("d", str(tmp_path / "d"), base)
+    extract_vector(tmp_path / "d", base.path, tmp_path / "again", dtype="float32")
+    for name in ("d", "again"):
+        grown, vectors = open_union(base, {name: tmp_path / name})
+        resident = ResidentModel(grown, vectors, dtype="float32")
+        resident.set_weights({name: 1.0})
+        write_merged(grown, vectors, {name: 1.0}, tmp_path / f"out-{name}")
+        live = stored_views(resident.model)
+        for tensor, value in read_all(tmp_path / f"out-{name}").items():
+            assert torch.equal(bits(value), bits(live[tensor])), tensor
+        tokens = [token for token in (START, TOOL) if token in TOKENS[place]]
+        text = f"aab xy{'user ab'.join(tokens)}zz"
+        merged = logits_by_token(tmp_path / f"out-{name}", text)
+        atol = {"float32": 1e-4, "bfloat16": 1e-2, "int8": 5e-2}[dtype]
+        for token, logits in logits_by_token(sources[place], text).items():
+            assert torch.allclose(merged[token], logits, atol=atol), token
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -288,9 +387,13 @@ def without_a_row_of_the_head(base, folder):
     return path
 
 
-def with_factors_of_the_head(base, folder):
+def without_the_rows_below_factors(base, folder):
     tokenizer = with_tokens(base.path, [START])
-    return save_adapter(base, folder / "v", tokenizer, seed=9, target_modules=["lm_head"])
+    path = save_adapter(base, folder / "v", tokenizer, seed=9, target_modules=["lm_head"])
+    tensors = load_file(path / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+    save_file(kept, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 REFUSED = {
@@ -298,7 +401,7 @@ REFUSED = {
     without_its_tokenizer: r"vector 'v'.*has 260 rows for tokens, the base has 259, and no token",
     without_rows: r"its token '<\|im_start\|>' has the id 259, and it stores no such row",
     without_a_row_of_the_head: r"stores no such row of 'lm_head\.weight'\. Save the adapter with",
-    with_factors_of_the_head: r"'lm_head\.weight'.*by a product|lm_head.*base_layer.*differs",
+    without_the_rows_below_factors: r"has the id 259, and it stores no such row of 'lm_head",
 }
 
 
@@ -447,3 +550,65 @@ def test_the_exports_of_a_union_run_in_mergekit(study, tmp_path):
         assert {START, END, TOOL} <= rows.keys()
         for token, row in rows.items():
             torch.testing.assert_close(row, built[token], rtol=bound, atol=bound / 8)
+
+
+# -- every kind of vector, in workers --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pool_of_kinds(pool_of, tmp_path_factory):
+    """A base and a checkpoint, an int8 delta and an adapter on a resized embedding, with tokens."""
+    base, sources = pool_of("llama", torch.bfloat16)
+    folder = tmp_path_factory.mktemp("kinds")
+    extract_vector(sources["all moved"], base.path, folder / "delta", dtype="int8")
+    tokenizer, options = with_tokens(base.path, [TOOL, END]), adapter_options("factors", "llama")
+    save_adapter(base, folder / "lora", tokenizer, seed=4, dtype=torch.bfloat16, **options)
+    return base, {"end": sources["end"]} | {name: folder / name for name in ("delta", "lora")}
+
+
+@pytest.fixture(scope="module")
+def study_of_kinds(pool_of_kinds, tmp_path_factory):
+    """A search over them by two processes."""
+    folder = tmp_path_factory.mktemp("kinds-study")
+    config = study_of(folder, *pool_of_kinds, search={"n_trials": 6, "rescore_top": 0})
+    return search(config, folder / "study", runner=Workers(n_workers=2))
+
+
+def test_workers_score_a_union_as_one_process_does(study_of_kinds):
+    assert {trial.worker for trial in study_of_kinds.trials} == {"0", "1"}
+    pool = ResidentPool(study_of_kinds.config)
+    asked = study_of_kinds.config.objective.asked_terms("search")
+    for trial in study_of_kinds.trials:
+        assert trial.status == "ok" and pool.score(trial.weights, asked).terms == trial.terms
+
+
+def test_a_recipe_of_every_kind_builds_verifies_exports_and_is_compared(study_of_kinds, tmp_path):
+    study, pick = study_of_kinds, mixed(study_of_kinds)
+    recipe = write_recipe(study, tmp_path / "recipe.yaml", name="kinds", pick=pick)
+    lock = Lock.read(tmp_path / "recipe.lock.json")
+    assert {token: each.vectors for token, each in lock.added_tokens.items()} == {
+        START: ["end", "delta"],
+        END: ["end", "lora"],
+        TOOL: ["delta", "lora"],
+    }
+    build(tmp_path / "recipe.yaml", tmp_path / "out")
+    verify(tmp_path / "recipe.yaml", tmp_path / "out")
+    built = read_all(tmp_path / "out")
+    resident = ResidentPool(study.config)
+    resident._engine.set_weights(recipe.weights)
+    live = stored_views(resident._engine.lm.model)
+    for name, tensor in built.items():
+        assert torch.equal(bits(tensor), bits(live[name].to(tensor.dtype))), name
+    assert merge(tmp_path / "optimer.yml", tmp_path / "ours") == "native"
+    assert_same_bits(read_all(tmp_path / "ours"), built)
+    write_vanilla(study, tmp_path / "vanilla.yml", pick=pick, may_write_deltas=True)
+    config = yaml.safe_load((tmp_path / "vanilla.yml").read_text(encoding="utf-8"))
+    theirs = MergeConfiguration.model_validate(config)
+    run_merge(theirs, str(tmp_path / "theirs"), MergeOptions(quiet=True, write_model_card=False))
+    for name, tensor in read_all(tmp_path / "theirs").items():
+        torch.testing.assert_close(tensor, built[name][: len(tensor)], rtol=2**-7, atol=2**-9)
+    wanted = Baselines(merge_methods=["ties"], random_vectors=True)
+    rows = compare(
+        replace(study, config=study.config.model_copy(update={"baselines": wanted}))
+    ).rows
+    assert {row.kind for row in rows} >= {"base", "alone", "method", "random", "merge"}

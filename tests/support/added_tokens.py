@@ -1,11 +1,13 @@
 """Vectors whose tokenizers have tokens that the base lacks, or have them in other places."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -88,13 +90,35 @@ def logits_by_token(directory: Path, text: str = TEXT) -> dict[str, torch.Tensor
 
 def logits_with_peft(base: ResolvedModel, adapter: Path, text: str) -> dict[str, torch.Tensor]:
     """Return the logits of a base with an adapter as PEFT computes them, see `logits_by_token`."""
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    tokenizer, model = AutoTokenizer.from_pretrained(adapter), _open_with_peft(base, adapter)
     with torch.no_grad():
         logits = model(**tokenizer(text, return_tensors="pt")).logits[0].double()
     return {token: logits[:, number] for token, number in tokenizer.get_vocab().items()}
+
+
+def save_merged_by_peft(base: ResolvedModel, adapter: Path, out: Path) -> Path:
+    """Write the model that PEFT makes of a base and an adapter, with the adapter's tokenizer. To an
+    embedding that is tied to the head, PEFT would add its product twice, so it is added here.
+    """
+    model = _open_with_peft(base, adapter)
+    layer, trained = model.get_input_embeddings(), None
+    if isinstance(layer, LoraLayer):
+        trained = (layer.get_base_layer().weight + layer.get_delta_weight("default")).detach()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
+        merged = model.merge_and_unload()
+    if trained is not None:
+        merged.get_input_embeddings().weight.data = trained
+        merged.tie_weights()
+    merged.save_pretrained(out)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(out)
+    return out
+
+
+def _open_with_peft(base: ResolvedModel, adapter: Path) -> PeftModel:
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(adapter)), mean_resizing=False)
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def rows_by_token(directory: Path, read: Callable[[Path], dict[str, torch.Tensor]], name: str):
@@ -134,13 +158,14 @@ def save_adapter(
     *,
     seed: int,
     tokens: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
     **options,
 ) -> Path:
     """Write an adapter of a base whose embedding was resized to a tokenizer, as PEFT saves it, with
     the tokenizer beside it. With `tokens`, only their rows of the embedding are trained.
     """
     torch.manual_seed(400 + seed)
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if tokens:
         indices = tokenizer.convert_tokens_to_ids([*tokens])
