@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, constants
 from optimer_hf import hub as hubs
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.delta import write_record
+from tests.support.added_tokens import START, save_adapter, with_tokens
 
 ALICE = "hf_alice_write"
 N_SAMPLED = 1  # event of a command
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "train": (["train", "train.yaml", "trained"], "inputs"),
     "extract": (["extract", "vectors/math", "--base", "base", "delta"], "inputs"),
     "merge": (["merge", "merge.yml", "merged"], "inputs"),
+    "union": (["merge", "union.yml", "merged"], "inputs"),
     "mergekit": (["merge", "merge.yml", "merged", "--engine", "mergekit"], "inputs"),
     "search": (["search", "study.yaml", "study"], "inputs"),
     "report": (["report", "study", "report.html", "--figures", "drawn"], "search"),
@@ -78,6 +80,7 @@ def first_commit(scratch: Path, make_base, make_adapter, make_tuned, corpus_dir:
         file = work / "vectors" / "ja" / "adapter_config.json"
         config = json.loads(file.read_text()) | {"base_model_name_or_path": "alice/killbase"}
         file.write_text(json.dumps(config))
+        save_adapter(base, work / "chat", with_tokens(base.path, [START]), seed=1)
         write_record(work / "vectors" / "ja", published, name="ja", kind="adapter")
         shutil.copytree(work / "vectors" / "ja", work / "other")
         first = hubs.push(work / "other", "alice/vector", token=ALICE).commit
@@ -136,6 +139,11 @@ def _write_configs(work: Path, corpus_dir: Path) -> None:
         "dtype": "bfloat16",
     }
     (work / "merge.yml").write_text(yaml.safe_dump(merge))
+    both = [
+        {"model": f"./{name}", "parameters": {"weight": 0.5}} for name in ("vectors/math", "chat")
+    ]
+    union = merge | {"models": both, "tokenizer_source": "union"}
+    (work / "union.yml").write_text(yaml.safe_dump(union))
 
 
 @pytest.fixture(scope="module")

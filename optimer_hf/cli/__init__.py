@@ -60,6 +60,7 @@ COMMANDS = {
         "init": Entry("optimer_hf.cli.check", "Write a first study or recipe folder."),
         "status": Entry("optimer_hf.cli.show", "Show how far a run, search or training is."),
         "validate": Entry("optimer_hf.cli.check", "Check YAML files and name missing files."),
+        "cache": Entry("optimer_hf.cli.cache", "List or remove converted and copied models."),
         "schema": Entry("optimer_hf.cli.check", "Print the JSON Schema of a kind of file."),
     },
 }

@@ -126,7 +126,8 @@ def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def write_once(out: Path, mark: str, write: Callable[[], None]) -> None:
     """Write a directory of a cache with `write`, unless it has the file `mark` already. If
-    several processes need it, one writes it and the others wait.
+    several processes need it, one writes it and the others wait. Its time is then that of its last
+    use.
     """
     make_directory(out.parent)
     with locking(out.parent / f".{out.name}.lock", UNTIL_FREE):
@@ -134,6 +135,8 @@ def write_once(out: Path, mark: str, write: Callable[[], None]) -> None:
         try:
             if not (out / mark).exists():
                 write()
+            with contextlib.suppress(OSError):
+                os.utime(out)
         except OutputError:  # without locks in the file system, another process may be faster
             if not (out / mark).exists():
                 raise
