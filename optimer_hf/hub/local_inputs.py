@@ -111,11 +111,15 @@ def find_on_hub(
                 f"--at {given}={reference}: found no input of that name on this machine, expected "
                 f"one of {', '.join(inputs) or 'none, since all are on the Hub'}."
             )
-        placed[name] = _find(api, f"--at {given}={reference}", inputs[name], Reference(reference))
+        option = f"--at {given}={reference}"
+        placed[name] = place_on_hub(api, option, inputs[name], Reference(reference))
     return placed
 
 
-def _find(api: HfApi, option: str, local: LocalInput, ref: Reference) -> Placed:
+def place_on_hub(api: HfApi, option: str, local: LocalInput, ref: Reference) -> Placed:
+    """Return where an input lies in a repository that `option` names. Raises HubError if the
+    weights there are not the locked ones.
+    """
     if ref.path is not None or ref.package is not None or ref.repo[0].count("/") != 1:
         raise HubError(f"{option}: expected a repository as OWNER/NAME or OWNER/NAME@REVISION.")
     info = describe_input(api, ref)

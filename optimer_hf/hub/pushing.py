@@ -59,7 +59,7 @@ from optimer_hf.hub.publication import (
     kind_of,
 )
 from optimer_hf.hub.readers import describe_uses
-from optimer_hf.hub.uploads import base_of, uploads_of
+from optimer_hf.hub.uploads import base_of, find_earlier_uploads, uploads_of
 from optimer_hf.merging.mergekit_pool import mergekit_command
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.report.captions import (
@@ -142,7 +142,7 @@ def push(
             return _push_with_inputs(folder, target, options, placed)
         publication, info = choose_files(folder, placed), target.fetch_info()
         _refuse_other_visibility(target, info, private)
-        _card_metadata(target, info, publication, options)
+        _check(target, info, publication, options)
         _announce(target, publication, options)
         return _commit(target, publication, options)
 
@@ -196,6 +196,10 @@ def _push_with_inputs(
     """Check the recipe and its local inputs. Then send the base, then the vectors, then the recipe
     pinned to them. Inputs that are `placed` on the Hub already are not sent.
     """
+    info = target.fetch_info()
+    is_private = bool(options.private if info is None else info.private)
+    earlier = find_earlier_uploads(target.api, directory, target.repo_id, is_private=is_private)
+    placed = {**earlier, **placed}
     uploads = uploads_of(directory, target.repo_id, placed)
     targets = {n: replace(target, repo_id=u.repo_id, revision=None) for n, u in uploads.items()}
     places = {**placed, **{name: upload.place for name, upload in uploads.items()}}
@@ -234,7 +238,7 @@ def _check_parts(
     _refuse_other_visibility(target, info, options.private)
     for name, each in targets.items():
         _refuse_other_visibility(each, infos[name], options.private)
-    _card_metadata(target, info, publication, options, foreseen)
+    _check(target, info, publication, options, foreseen)
     _announce(target, publication, options)
     if not options.dry_run:
         options = replace(options, private=target.create_if_missing(options.private).private)
@@ -245,8 +249,22 @@ def _check_parts(
                 f"{each.repo_id}: is private, so others could not build a public recipe. Push with "
                 "--private, or make it public."
             )
-        _card_metadata(each, there, parts[name], options, foreseen)
+        _check(each, there, parts[name], options, foreseen)
     return options
+
+
+def _check(
+    target: "_Repository",
+    info: ModelInfo | None,
+    publication: Publication,
+    options: _Options,
+    foreseen: Collection[str] = (),
+) -> None:
+    """Render the card as it would be now, so that whatever cannot be published is refused before
+    anything is sent.
+    """
+    metadata, existing = _card_metadata(target, info, publication, options, foreseen)
+    _render_card(target.repo_id, publication, metadata, existing)
 
 
 # -- the repository --------------------------------------------------------------------------------

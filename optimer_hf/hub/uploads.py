@@ -1,13 +1,18 @@
 """What `push --vectors` uploads beside a recipe: the base and the vectors of this machine."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
+from huggingface_hub import HfApi, ModelInfo
+from huggingface_hub.errors import RepositoryNotFoundError
+
 from optimer_hf.errors import HubError
-from optimer_hf.files.reference import is_pinned, pin
+from optimer_hf.files.reference import Reference, is_pinned, pin
+from optimer_hf.hub.client import describe_repo
 from optimer_hf.hub.completing import base_of_vectors, describe_local
 from optimer_hf.hub.local_inputs import (
     BASE,
@@ -15,6 +20,7 @@ from optimer_hf.hub.local_inputs import (
     Placed,
     adapter_config_naming,
     local_inputs,
+    place_on_hub,
     with_base_on_hub,
 )
 from optimer_hf.hub.publication import Publication, base_to_publish, vector_to_publish
@@ -81,6 +87,45 @@ def uploads_of(directory: Path, repo_id: str, placed: Mapping[str, Placed]) -> d
             place = replace(place, adapter_config=config)
         uploads[name] = Upload(local, named[name], place, record)
     return uploads
+
+
+def find_earlier_uploads(
+    api: HfApi, directory: Path, repo_id: str, *, is_private: bool
+) -> dict[str, Placed]:
+    """Return which local inputs of a recipe lie on the Hub already, since a push to a repository
+    whose name begins that of `repo_id` has sent them: one to you/merge those of you/merge-model.
+
+    Only the same weights count, and for a public recipe only public ones. What an earlier push to
+    `repo_id` itself has sent is not looked up, since it is not sent again.
+    """
+    recipe, found = Recipe.read(directory / "recipe.yaml"), {}
+    for name, local in local_inputs(directory).items():
+        suffix = _suffix_of(name, recipe)
+        if not local.locked or _describe(api, f"{repo_id}-{suffix}"):
+            continue
+        for shorter in _shorter_names(repo_id):
+            info = _describe(api, f"{shorter}-{suffix}")
+            if info is None or (info.private and not is_private):
+                continue
+            with contextlib.suppress(HubError):
+                found[name] = place_on_hub(api, info.id, local, Reference(info.id))
+                logger.info("%s: %s has the same weights; they are not sent again", name, info.id)
+                break
+    return found
+
+
+def _shorter_names(repo_id: str) -> Iterator[str]:
+    """Yield what comes before each hyphen in the name of a repository, the longest first."""
+    owner, _, name = repo_id.partition("/")
+    parts = name.split("-")
+    yield from (f"{owner}/{'-'.join(parts[:n])}" for n in range(len(parts) - 1, 0, -1))
+
+
+def _describe(api: HfApi, repo_id: str) -> ModelInfo | None:
+    try:
+        return describe_repo(api, repo_id, None)
+    except RepositoryNotFoundError:
+        return None
 
 
 def base_of(recipe: Recipe, placed: Mapping[str, Placed]) -> str:

@@ -369,6 +369,18 @@ def test_nothing_is_sent_if_one_vector_cannot_be_sent(hub, make_recipe, name, tm
     assert not hub.calls("POST .*/(commit|repos/create)")
 
 
+def test_a_card_that_cannot_be_written_stops_a_push_before_anything_is_sent(
+    hub, make_recipe, name, monkeypatch
+):
+    def fail(record, *_):
+        raise HubError(f"{record.name}: no sealed scores")
+
+    monkeypatch.setattr("optimer_hf.hub.card.recipe_facts", fail)
+    with pytest.raises(HubError, match="no sealed scores"):
+        hubs.push(make_recipe(), f"alice/{name}", token=ALICE, vectors=True)
+    assert not hub.calls("POST .*/(commit|repos/create)")
+
+
 def test_two_people_who_push_at_once_lose_nothing(hub, make_vector, name, monkeypatch, caplog):
     hubs.push(make_vector("adapter", 1), f"alice/{name}", token=ALICE)
     api, original = HfApi(token=ALICE), pushes._changes

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from optimer_hf.models.layout import weight_digests
 from optimer_hf.models.resolve import resolve_model
-from optimer_hf.recipes.record import Lock
+from optimer_hf.recipes.record import Lock, Recipe
 from optimer_hf.study.directory import load_study
 from optimer_hf.vectors.record import read_record
 from tests.support.added_tokens import END, START, save_tuned, with_tokens
@@ -132,6 +132,34 @@ def test_an_adapter_on_the_hub_names_the_base_on_the_hub(ann, tmp_path, monkeypa
     AutoPeftModelForCausalLM.from_pretrained("you/my-merge-code")
 
 
+def test_a_model_takes_the_vectors_that_came_with_its_study(ann, hub, tmp_path, monkeypatch):
+    ann.runs(PUSH)
+    hub.log.clear()
+    ann.runs("optimer push merged you/my-merge-bf16 --vectors --license gemma")
+    assert hub.calls("POST .*/you/my-merge-bf16/commit/")
+    assert not hub.calls("POST .*/you/my-merge(-bf16)?-(base|math|code)/commit/")
+    assert not any(repo.id.startswith("you/my-merge-bf16-") for repo in hub.store.repos.values())
+    recipe = Recipe.read(Path(HfApi().snapshot_download("you/my-merge-bf16")) / "recipe.yaml")
+    assert {name: source.partition("@")[0] for name, source in recipe.sources.items()} == {
+        "math": "you/my-merge-math",
+        "code": "you/my-merge-code",
+    }
+    assert recipe.base_model.startswith("you/my-merge-base@")
+    shutil.rmtree(ann.folder)
+    (tmp_path / "bob").mkdir()
+    bob = Person("bob", tmp_path / "bob")
+    bob.sign_in(monkeypatch)
+    bob.runs("optimer pull you/my-merge-bf16 model")
+    bob.runs("optimer build model/recipe.yaml again")
+    bob.runs("optimer verify again/recipe.yaml model")
+
+
+def test_other_weights_under_the_earlier_name_are_not_taken(ann, hub, make_tuned, make_base):
+    upload("you/my-merge-math", make_tuned(make_base(), "gemma", 7))
+    ann.runs("optimer push merged you/my-merge-bf16 --vectors --license gemma")
+    assert hub.calls("POST .*/you/my-merge-bf16-math/commit/")
+
+
 def test_models_that_are_on_the_hub_are_named_and_not_sent_again(
     ann, hub, tmp_path, monkeypatch, caplog
 ):
@@ -156,17 +184,22 @@ def test_a_chat_model_with_its_own_tokens_is_published_and_built_by_others(
     base = resolve_model(str(ann.folder / "models/base"))
     save_tuned(base, ann.folder / "chat", with_tokens(base.path, [START, END]), seed=1)
     study = STUDY | {
-        "vectors": {"math": "./models/math", "code": "./my-code-lora", "chat": "./chat"},
+        "vectors": {
+            **{"math": "./models/math", "code": "./my-code-lora", "chat": "./chat"},
+            "delta": "./chat-delta",
+        },
         "vocabulary": "union",
         "tokenizer_source": "chat",
         "search": {"n_trials": 4, "rescore_top": 0},
     }
     (ann.folder / "chat.yaml").write_text(yaml.safe_dump(study))
+    other = save_tuned(base, ann.folder / "other", with_tokens(base.path, [END]), seed=2)
+    ann.runs(f"optimer extract {other} --base models/base chat-delta --dtype int8")
     ann.runs("optimer search chat.yaml my-chat")
     ann.runs("optimer build my-chat/recipe.yaml chatty")
     built = weight_digests(ann.folder / "chatty")
     ann.runs("optimer push my-chat you/my-chat --vectors --license gemma")
-    for name in ("math", "code", "chat"):
+    for name in ("math", "code", "chat", "delta"):
         record = read_record(Path(HfApi().snapshot_download(f"you/my-chat-{name}")))
         assert record is not None and record.base.files == weight_digests(base.path)
         assert record.base.reference == "you/my-chat-base"
