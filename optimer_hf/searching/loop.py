@@ -17,7 +17,12 @@ from optimer_hf.scoring.objective import Objective, is_feasible
 from optimer_hf.scoring.tasks import warn_of_other_weights, warn_of_reported_benchmarks
 from optimer_hf.searching.next_weights import Asker
 from optimer_hf.searching.runner import InProcess, Runner, Slots
-from optimer_hf.searching.samplers import SamplerAsker, sampler_of
+from optimer_hf.searching.samplers import (
+    NOT_KNOWN,
+    SamplerAsker,
+    describe_sampler,
+    sampler_of,
+)
 from optimer_hf.searching.tracking import Tracker
 from optimer_hf.study.config import LARGEST_SEARCH, StudyConfig
 from optimer_hf.study.directory import (
@@ -37,7 +42,15 @@ from optimer_hf.study.plugins import Sampler, refuse_missing_plugins
 from optimer_hf.study.prediction import PREDICTION, predict
 from optimer_hf.study.records import Rules, mistake_of_gain, mistakes_of_score
 from optimer_hf.study.space import anchors
-from optimer_hf.study.trials import INPUTS_FILE, TRIALS_FILE, Candidate, Trial, TrialLog, rules_of
+from optimer_hf.study.trials import (
+    INPUTS_FILE,
+    SAMPLER,
+    TRIALS_FILE,
+    Candidate,
+    Trial,
+    TrialLog,
+    rules_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +84,7 @@ def search_on(
         opened = open_study(config, directory)
         if not opened.log.trials:
             if digests := study.read_inputs():  # first, so that new trials score the same
+                digests.pop(SAMPLER, None)
                 Inputs(digests=digests).write(directory / INPUTS_FILE)
             text = "".join(f"{trial.to_json()}\n" for trial in seeds)
             write_text(opened.log.path, text)
@@ -163,7 +177,7 @@ def search(
         refuse_missing_plugins(config)
         tracker = Tracker(config.search.report_to, directory)  # raises before anything is loaded
         with (runner or InProcess()).open(config) as slots, tracker:
-            study.record_inputs(slots.digest_inputs())
+            study.record_inputs(slots.digest_inputs() | _digest_sampler(study, sampler))
             if warns:
                 _warn_of_config(config)
             _run_search(study, slots, planned or {}, tracker, sampler)
@@ -190,6 +204,21 @@ def _warn_of_config(config: StudyConfig) -> None:
             config.search.n_trials,
             first + 1,
         )
+
+
+def _digest_sampler(study: Study, sampler: tuple[str, Sampler] | None) -> dict[str, str]:
+    """Return what inputs.json records of the code that chooses weights: nothing of the surrogate,
+    unless another code has chosen before.
+    """
+    known = study.read_inputs().get(SAMPLER)
+    if sampler is None and known is None:
+        return {}
+    text = describe_sampler(sampler)
+    if known is None and any(trial.origin == "surrogate" for trial in study.trials):
+        logger.warning("%s: the surrogate chose weights so far, and now %s", study.directory, text)
+    elif known == text and text.endswith(NOT_KNOWN):
+        logger.warning("%s: whether %s is the same as before is not known", study.directory, text)
+    return {SAMPLER: text}
 
 
 def _run_search(

@@ -1,5 +1,7 @@
 """Ask a sampler of a user for the next weights, in place of the surrogate."""
 
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,6 +13,8 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.plugins import Request, Sampler, check_weights, load_sampler
 from optimer_hf.study.space import from_unit, to_unit, within_total
 from optimer_hf.study.trials import Trial
+
+NOT_KNOWN = "(source not known)"
 
 
 def sampler_of(config: StudyConfig, ask: Sampler | None) -> tuple[str, Sampler] | None:
@@ -24,6 +28,22 @@ def sampler_of(config: StudyConfig, ask: Sampler | None) -> tuple[str, Sampler] 
     if config.search.sampler is not None:
         return config.search.sampler, load_sampler(config.search.sampler)
     return None
+
+
+def describe_sampler(sampler: tuple[str, Sampler] | None) -> str:
+    """Return module and name of a sampler and the sha256 of its source, or that this is not known,
+    as in a shell.
+    """
+    if sampler is None:
+        return "the surrogate"
+    function = sampler[1]
+    code = function if inspect.isroutine(function) else type(function)
+    where = f"{code.__module__}:{code.__qualname__}"
+    try:
+        source = inspect.getsource(code)
+    except (OSError, TypeError):
+        return f"{where} {NOT_KNOWN}"
+    return f"{where} (sha256 of its source {hashlib.sha256(source.encode()).hexdigest()})"
 
 
 class SamplerAsker:

@@ -33,6 +33,7 @@ from optimer_hf.study.trials import (
     ENGINE,
     INPUTS_FILE,
     OF_TEST,
+    SAMPLER,
     SEALED_FILE,
     STUDY_FILE,
     TRIALS_FILE,
@@ -165,6 +166,12 @@ class Study:
                 f"{self.directory}: {known[ENGINE]} scored its trials, and this is "
                 f"{digests[ENGINE]}. {NOT_COMPARED} Install that version again, or search again in "
                 "another study directory."
+            )
+        if SAMPLER in known and digests.get(SAMPLER, known[SAMPLER]) != known[SAMPLER]:
+            raise StudyError(
+                f"{self.directory}: {known[SAMPLER]} chose the weights of its trials, and this is "
+                f"{digests[SAMPLER]}. Go on with the same code, or search again in another study "
+                "directory."
             )
         changed = sorted(name for name in known.keys() & digests if known[name] != digests[name])
         if changed:

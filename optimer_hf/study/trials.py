@@ -27,6 +27,7 @@ ITEMS_OF: dict[Fidelity, str] = {  # which items were scored, by fidelity
 STUDY_FILE, INPUTS_FILE = "study.json", "inputs.json"
 TRIALS_FILE, DECISIONS_FILE, SEALED_FILE = "trials.jsonl", "decisions.jsonl", "sealed.jsonl"
 ENGINE = "engine"  # the field of inputs.json with name and version of the engine
+SAMPLER = "sampler"  # the field of inputs.json with the code that chose weights, unless ours did
 OF_TEST = "test."  # fields of inputs.json that are about the sealed test
 
 

@@ -1,5 +1,7 @@
 """The samplers and baselines of the page "Extend it", installed as a package would install them."""
 
+import hashlib
+import inspect
 import re
 import sys
 import tomllib
@@ -109,6 +111,56 @@ def test_a_search_takes_the_function_of_a_caller(tmp_path):
     assert first.number == 6 and len(first.trials) == len(first.values) == 6
     assert first.values[0] == 0.0  # the base
     assert StudyConfig.read(study.directory / "study.json").search.sampler is None
+
+
+def halfway(request):
+    return {name: (low + high) / 2 for name, (low, high) in request.bounds.items()}
+
+
+def cut_after(study, n_lines):
+    lines = study.log.path.read_text("utf-8").splitlines(keepends=True)
+    study.log.path.write_text("".join(lines[:n_lines]), "utf-8")
+
+
+def test_a_search_goes_on_only_with_the_function_that_began_it(tmp_path):
+    def corner(request):
+        return {name: high for name, (_, high) in request.bounds.items()}
+
+    config = config_of(search={"n_trials": 8, "rescore_top": 1})
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool), ask=halfway)
+    digest = hashlib.sha256(inspect.getsource(halfway).encode()).hexdigest()
+    named = f"{__name__}:halfway (sha256 of its source {digest})"
+    assert study.read_inputs()["sampler"] == named
+    cut_after(study, 7)
+    for other, text in ((corner, "corner"), (None, "this is the surrogate")):
+        with pytest.raises(StudyError, match=rf"halfway \(sha256 .*{text}.*Go on with the same"):
+            search(config, tmp_path / "s", runner=InProcess(FunctionPool), ask=other)
+    again = search(config, tmp_path / "s", runner=InProcess(FunctionPool), ask=halfway)
+    assert len(again.trials) == 8
+    plain = search(config, tmp_path / "plain", runner=InProcess(FunctionPool))
+    assert "sampler" not in plain.read_inputs()
+
+
+def test_a_function_without_source_is_said_to_be_unknown(tmp_path, caplog):
+    exec_globals = {"__name__": "shell"}
+    exec(
+        "def near(request):\n    return {n: low for n, (low, _) in request.bounds.items()}",
+        exec_globals,
+    )
+    config = config_of(search={"n_trials": 7, "rescore_top": 0})
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool), ask=exec_globals["near"])
+    assert study.read_inputs()["sampler"] == "shell:near (source not known)"
+    cut_after(study, 6)
+    search(config, tmp_path / "s", runner=InProcess(FunctionPool), ask=exec_globals["near"])
+    assert "shell:near (source not known) is the same as before is not known" in caplog.text
+
+
+def test_another_code_after_the_surrogate_is_said(tmp_path, caplog):
+    config = config_of(search={"n_trials": 8, "rescore_top": 0})
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
+    cut_after(study, 7)
+    search(config, tmp_path / "s", runner=InProcess(FunctionPool), ask=halfway)
+    assert "the surrogate chose weights so far, and now" in caplog.text
 
 
 @pytest.mark.parametrize(
