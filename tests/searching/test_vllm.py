@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimer_hf.comparison.sealed import compare, with_pool
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.recipes.adapter import build_adapter
 from optimer_hf.recipes.build import build
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.evaluator import Evaluator
@@ -29,7 +31,16 @@ from optimer_hf.searching.one_model import score_model
 from optimer_hf.searching.trial import ResidentPool
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.engine import TRANSFORMERS, EngineConfig
+from optimer_hf.vectors.extraction import extract_vector
 from optimer_hf.vectors.opening import open_vector
+from tests.support.added_tokens import (
+    END,
+    START,
+    save_adapter,
+    save_tuned,
+    with_tokens,
+    write_chat_task,
+)
 from tests.support.engines import (
     ENGINE,
     engine_model,
@@ -256,6 +267,106 @@ def _dense(delta, parameter):
     if isinstance(delta, LowRank):
         return delta.scale * (delta.b.double() @ delta.a.double())
     return delta.tensor.double() - parameter.double()
+
+
+# -- tokens that the base lacks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_a_union_in_vllm_scores_what_transformers_scores(kind, tmp_path, save_model, corpus_dir):
+    """Its rows of embedding and head, in the order of the base, come with a checkpoint, an int8
+    delta and the factors of an adapter.
+    """
+    path = save_model(engine_model(kind), "union-base")
+    base = ResolvedModel(path, path.name)
+    save_tuned(base, tmp_path / "chat", with_tokens(path, [START, END]), seed=1)
+    save_tuned(base, tmp_path / "other", with_tokens(path, [END, START]), seed=2)
+    extract_vector(tmp_path / "other", path, tmp_path / "delta", dtype="int8")
+    options = {"target_modules": ["q_proj", "embed_tokens"] + ["lm_head"] * (kind == "llama")}
+    options |= {} if kind == "llama" else {"ensure_weight_tying": True}
+    save_adapter(base, tmp_path / "lora", with_tokens(path, [END]), seed=3, **options)
+    task = write_chat_task(tmp_path)
+    data = {
+        "base_model": str(path),
+        "dtype": "float32",
+        "engine": ENGINE,
+        "vectors": {name: str(tmp_path / name) for name in ("chat", "delta", "lora")},
+        "vocabulary": "union",
+        "tokenizer_source": "chat",
+        "objective": {
+            "include_path": str(task.parent),
+            "terms": [
+                {"text": str(corpus_dir / "aaa.search.jsonl"), "limit": 4},
+                {"task": "chatty", "metric": "acc"},
+            ],
+            "apply_chat_template": True,
+        },
+    }
+    config = StudyConfig.model_validate(data)
+    asked = config.objective.asked_terms("search")
+    weights = ({}, {"chat": 0.6, "delta": -0.3, "lora": 0.8})
+    plain = ResidentPool(config.model_copy(update={"engine": TRANSFORMERS}))
+    expected = [plain.score(each, asked).terms for each in weights]
+    with keep_engine():
+        pool = ResidentPool(config)
+        scored = [pool.score(each, asked).terms for each in weights]
+    for one, other in zip(scored, expected, strict=True):
+        for label, term in one.items():
+            tops = [top for top, _ in term.items]
+            assert tops == pytest.approx([top for top, _ in other[label].items], **CLOSE)
+    assert expected[0]["aaa"].score != pytest.approx(expected[1]["aaa"].score, rel=1e-2)
+
+
+# -- a merged adapter ------------------------------------------------------------------------------
+
+
+def test_a_merged_adapter_in_vllm_has_the_log_probabilities_of_peft(
+    tmp_path, save_model, make_adapter
+):
+    """`optimer build --as adapter`: vLLM serves the base, with the adapter for one request."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    path = save_model(engine_model("llama"), "adapter-base")
+    base = ResolvedModel(path, path.name)
+    vectors = {
+        f"v{seed}": {"source": str(make_adapter(base, seed)), "weight": weight}
+        for seed, weight in enumerate((0.8, -0.4))
+    }
+    recipe = {"format_version": 1, "name": "sum", "base_model": str(path), "dtype": "float32"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"vectors": vectors}))
+    build_adapter(tmp_path / "recipe.yaml", tmp_path / "adapter")
+    ids = torch.randint(3, 259, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    options = {key: value for key, value in ENGINE.items() if key != "name"}
+    engine = LLM(model=str(path), dtype="float32", enable_lora=True, max_lora_rank=8, **options)
+    try:
+        sampling = SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0.0)
+        adapter = LoRARequest("sum", 1, str(tmp_path / "adapter"))
+        found = [
+            [
+                each[token].logprob
+                for token, each in zip(ids[1:], answer.prompt_logprobs[1:], strict=True)
+            ]
+            for request in (None, adapter)
+            for answer in engine.generate(
+                {"prompt_token_ids": ids}, sampling, lora_request=request, use_tqdm=False
+            )
+        ]
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = [log_probabilities(model, ids)]
+    expected.append(log_probabilities(PeftModel.from_pretrained(model, tmp_path / "adapter"), ids))
+    assert found[0] == pytest.approx(expected[0], abs=2e-4)
+    assert found[1] == pytest.approx(expected[1], abs=2e-4)
+    assert max(abs(a - b) for a, b in zip(*expected, strict=True)) > 0.1
+
+
+def log_probabilities(model, ids: list[int]) -> list[float]:
+    """Return the log-probability of each token but the first."""
+    with torch.no_grad():
+        rows = model.eval()(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return rows[range(len(ids) - 1), ids[1:]].tolist()
 
 
 # -- bad input -------------------------------------------------------------------------------------
