@@ -28,7 +28,7 @@ from optimer_hf.vectors.int8 import BLOCK_SIZE, SCALES, n_blocks, quantize
 from optimer_hf.vectors.opening import open_vector, read_record_for_base, warn_of_another_base
 from optimer_hf.vectors.peft import merge_with_peft
 from optimer_hf.vectors.record import QUANTISED, BaseRecord, VectorFile
-from optimer_hf.vectors.tokens import TokensOfVector, token_tensors
+from optimer_hf.vectors.tokens import TokensOfVector, open_with_tokens, token_tensors
 from optimer_hf.vectors.training_record import read_training
 from optimer_hf.vectors.vector import DeltaVector, DistributionVector, Tensors, dense_rows
 
@@ -209,8 +209,8 @@ def extract_any_adapter(
     with merge_with_peft(adapter.path, base.path) as merged:
         if recorded is None:
             warn_of_another_base(name, adapter.path, base)
-        vector = open_vector(name, str(merged), base)
-        return extract(vector, base, out, source=adapter.path, **options)
+        vector, tokens = open_with_tokens(name, str(merged), base)
+        return extract(vector, base, out, source=adapter.path, tokens=tokens, **options)
 
 
 def _write_dense(

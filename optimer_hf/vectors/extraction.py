@@ -1,27 +1,18 @@
 """A fine-tuned model or an adapter, named as on a command line -> a delta directory."""
 
-import logging
 from pathlib import Path
 
-from optimer_hf.errors import VocabularyError
 from optimer_hf.files.staging import require_empty
-from optimer_hf.models.layout import ResolvedModel, has_tokenizer
-from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.resolve import (
     AnyModel,
     base_from_here,
     model_from_here,
     vector_reference,
 )
-from optimer_hf.vectors.alignment import has_own_tokens
 from optimer_hf.vectors.delta import extract, extract_any_adapter
 from optimer_hf.vectors.int8 import BLOCK_SIZE
-from optimer_hf.vectors.opening import open_unaligned, open_vector
 from optimer_hf.vectors.record import VectorFile
-from optimer_hf.vectors.tokens import TokensOfVector, tokens_of
-from optimer_hf.vectors.vector import DistributionVector
-
-logger = logging.getLogger(__name__)
+from optimer_hf.vectors.tokens import open_with_tokens
 
 
 def extract_vector(
@@ -46,25 +37,5 @@ def extract_vector(
     if from_adapter:
         adapter = model_from_here(tuned)
         return extract_any_adapter(name, adapter, resolved, out, dtype=dtype, block_size=block_size)
-    vector, tokens = _open_with_tokens(name, vector_reference(tuned), resolved)
+    vector, tokens = open_with_tokens(name, vector_reference(tuned), resolved)
     return extract(vector, resolved, out, dtype=dtype, block_size=block_size, tokens=tokens)
-
-
-def _open_with_tokens(
-    name: str, source: str, base: ResolvedModel
-) -> tuple[DistributionVector, TokensOfVector | None]:
-    """Open a vector. If its tokens are not those of the base, return it unaligned, with them."""
-    try:
-        return open_vector(name, source, base), None
-    except VocabularyError:
-        vector = open_unaligned(name, source, base)
-        if not has_tokenizer(base.path) or not has_own_tokens(vector):
-            raise
-    tokens = tokens_of(vector, base, load_tokenizer(base).get_vocab())
-    logger.warning(
-        "vector %s: its tokens are not those of the base, so the delta has the tokenizer of %s; a "
-        "study or recipe needs `vocabulary: union` for it.",
-        name,
-        source,
-    )
-    return vector, tokens

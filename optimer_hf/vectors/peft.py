@@ -13,12 +13,13 @@ from optimer_hf.errors import ModelError
 from optimer_hf.files.patterns import matches
 from optimer_hf.files.text import first_line
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.layout import ResolvedModel, copy_tokenizer, has_tokenizer
 from optimer_hf.models.live import empty_model, load_model
 from optimer_hf.models.loader import model_with_adapter, read_adapter_config, refuse_lack_of_memory
 from optimer_hf.models.ties import ties_of
 from optimer_hf.vectors.lora import (
     FACTORS_TWICE,
+    PREFIX,
     kinds_of_targets,
     module_of,
     open_adapter,
@@ -33,19 +34,38 @@ from optimer_hf.vectors.lora_config import FIELDS, REPLACING, patterns_of, read_
 
 @contextmanager
 def merge_with_peft(adapter: Path, base: Path) -> Iterator[Path]:
-    """Yield a temporary float32 checkpoint: the base plus any adapter that PEFT can merge.
+    """Yield a temporary float32 checkpoint: the base plus any adapter that PEFT can merge. If the
+    adapter has the embedding of a larger vocabulary, so has the checkpoint, with its tokenizer.
 
     The whole model is in memory, in float32. Raises ModelError if the adapter cannot be merged.
     """
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"{adapter}: is not an adapter (it has no adapter_config.json).")
-    check_merge_with_peft(adapter, base)
+    check_merge_with_peft(adapter, base, may_grow=True)
     model = load_model(ResolvedModel(base, base.name), torch.float32)
+    is_larger = _resize_embedding(model, adapter)
     with _name_failures(adapter):
         merged = model_with_adapter(model, adapter).merge_and_unload()
     with tempfile.TemporaryDirectory(prefix="optimer-") as folder:
         merged.save_pretrained(folder)
+        if is_larger:
+            copy_tokenizer(adapter, Path(folder))
         yield Path(folder)
+
+
+def _resize_embedding(model: Any, adapter: Path) -> bool:
+    """Give a model rows for the tokens that an adapter has beyond those of its base, and return
+    whether there are any. The adapter sets all of these rows.
+    """
+    stored, embedding = Checkpoint(adapter, "adapter_model"), model.get_input_embeddings()
+    place = next(name for name, module in model.named_modules() if module is embedding)
+    endings = ("weight", "base_layer.weight", "modules_to_save.weight")
+    keys = [f"{PREFIX}{place}.{ending}" for ending in endings]
+    n_rows = max((stored.shape(key)[0] for key in keys if key in stored.names), default=0)
+    if n_rows <= embedding.num_embeddings or not has_tokenizer(adapter):
+        return False
+    model.resize_token_embeddings(n_rows, mean_resizing=False)
+    return True
 
 
 @contextmanager
@@ -62,8 +82,9 @@ def _name_failures(adapter: Path) -> Iterator[None]:
         ) from error
 
 
-def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
-    """Raise ModelError if PEFT would use only part of an adapter, or if it does not fit the base.
+def _refuse_unused(adapter: Path, base: ResolvedModel, *, may_grow: bool) -> None:
+    """Raise ModelError if PEFT would use only part of an adapter, or if it does not fit the base,
+    which `may_grow` by the tokens of the adapter.
 
     PEFT itself only warns. The test runs on an empty model; types that need the weights get them.
     """
@@ -82,6 +103,8 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
                 f"{where}: {FIELDS[field]}, so no merge into the base computes what it does."
             )
     model = empty_model(base)
+    if may_grow:
+        _resize_embedding(model, adapter)
     if patterns := patterns_of(options):
         matches(patterns, [name for name, _ in model.named_modules()], where)
     with _name_failures(adapter):
@@ -99,7 +122,10 @@ def _refuse_unused(adapter: Path, base: ResolvedModel) -> None:
         except RuntimeError as error:
             if "meta" not in str(error):  # the error is not about a tensor without numbers
                 raise _misfit_error(where, first_line(error)) from error
-            unused = _find_unused(load_model(base, torch.float32), config, stored)
+            model = load_model(base, torch.float32)
+            if may_grow:
+                _resize_embedding(model, adapter)
+            unused = _find_unused(model, config, stored)
     if unused:
         raise _misfit_error(where, f"{unused[0]!r} and {len(unused) - 1} more")
 
@@ -131,13 +157,13 @@ def _find_unused(model: Any, config: Any, stored: Checkpoint) -> list[str]:
     return [key.replace(".default", "") for key in placed.unexpected_keys] + sorted(missing)
 
 
-def check_merge_with_peft(adapter: Path, base: Path) -> None:
+def check_merge_with_peft(adapter: Path, base: Path, *, may_grow: bool = False) -> None:
     """Raise ModelError if PEFT's merge would differ from the trained model.
 
     It may use only part of the adapter, adapt only one of two tied tensors, or add the factors of
-    both twice.
+    both twice. With `may_grow`, the base gets the tokens that the adapter has beyond its own.
     """
-    _refuse_unused(adapter, ResolvedModel(base, base.name))
+    _refuse_unused(adapter, ResolvedModel(base, base.name), may_grow=may_grow)
     stored = Checkpoint(adapter, "adapter_model")  # PEFT would accept pickled weights
     kinds, ties = kinds_of_targets(stored.names, Checkpoint(base)), ties_of(Checkpoint(base))
     refuse_split_ties(kinds, ties, str(adapter))

@@ -1,12 +1,13 @@
 """The tokens that a vector has rows for: those of the tokenizer beside it, or those of its base."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from optimer_hf.errors import VocabularyError
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.layout import ResolvedModel, has_tokenizer
 from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.names import vocabulary_names
 from optimer_hf.models.ties import ties_of
@@ -17,7 +18,10 @@ from optimer_hf.vectors.alignment import (
     refuse_changed_copies,
 )
 from optimer_hf.vectors.forms import LowRank, OnCopy
+from optimer_hf.vectors.opening import open_unaligned, open_vector
 from optimer_hf.vectors.vector import AdapterVector, DistributionVector
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,27 @@ def tokens_of(
     _refuse_products(tokens, n_rows, known)
     refuse_changed_copies(vector, tokens.ids, checkpoint)
     return tokens
+
+
+def open_with_tokens(
+    name: str, source: str, base: ResolvedModel
+) -> tuple[DistributionVector, TokensOfVector | None]:
+    """Open a vector. If its tokens are not those of the base, return it unaligned, with them; its
+    delta then has its tokenizer.
+    """
+    try:
+        return open_vector(name, source, base), None
+    except VocabularyError:
+        vector = open_unaligned(name, source, base)
+        if not has_tokenizer(base.path) or not has_own_tokens(vector):
+            raise
+    tokens = tokens_of(vector, base, load_tokenizer(base).get_vocab())
+    logger.warning(
+        "vector %s: its tokens are not those of the base, so its delta has a tokenizer of its own; "
+        "a study or recipe needs `vocabulary: union` for it.",
+        name,
+    )
+    return vector, tokens
 
 
 def _refuse_unusable(

@@ -339,6 +339,23 @@ def test_a_delta_with_added_tokens_at_weight_1_is_its_model(
             assert torch.allclose(merged[token], logits, atol=atol), token
 
 
+def test_an_adapter_that_only_peft_can_merge_becomes_a_delta_with_its_tokens(
+    pool_of, kind, tmp_path
+):
+    base, sources = pool_of(kind)
+    tokenizer = with_tokens(base.path, [END, START])
+    adapter = save_adapter(base, tmp_path / "dora", tokenizer, seed=1, use_dora=True)
+    options = {"dtype": "float32", "from_adapter": True}
+    record = extract_vector(adapter, base.path, tmp_path / "d", **options)
+    assert record.added_tokens == [END, START]
+    grown, vectors = open_union(base, {"d": tmp_path / "d", "end": sources["end"]})
+    write_merged(grown, vectors, {"d": 1.0, "end": 0.0}, tmp_path / "out")
+    text = f"aab xy{START}user ab{END}zz"
+    merged = logits_by_token(tmp_path / "out", text)
+    for token, logits in logits_with_peft(base, adapter, text).items():
+        assert torch.allclose(merged[token], logits, atol=1e-4), token
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_delta_moves_the_tokens_of_its_base_alone(pool_of, make_tuned, kind, dtype, tmp_path):
     base, sources = pool_of(kind)
