@@ -37,9 +37,9 @@ from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
 from optimer_hf.models.union import UNION_FILE, AddedToken, UnionRecord, Vocabulary
 from optimer_hf.models.vocabulary import write_vocabulary_size
-from optimer_hf.vectors.alignment import token_row
+from optimer_hf.vectors.alignment import token_row, token_tensors
 from optimer_hf.vectors.opening import open_unaligned
-from optimer_hf.vectors.tokens import TokensOfVector, token_tensors, tokens_of
+from optimer_hf.vectors.tokens import TokensOfVector, tokens_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from optimer_hf.models.checkpoint import Checkpoint, LoadedTensors
 from optimer_hf.models.layout import has_tokenizer
 from optimer_hf.models.loader import read_tokenizer
 from optimer_hf.models.names import vocabulary_names
+from optimer_hf.models.ties import ties_of
 from optimer_hf.models.union import UnionRecord
 from optimer_hf.vectors.forms import LowRank, OnCopy, Trained
 from optimer_hf.vectors.int8 import SCALES
@@ -51,6 +52,11 @@ def own_vocabulary(
 
 
 # -- the rows of a vector in its own order ---------------------------------------------------------
+
+
+def token_tensors(base: Checkpoint) -> list[str]:
+    """Return the tensors with a row for each token, without copies of a tied one."""
+    return sorted(vocabulary_names(base) - ties_of(base).copies)
 
 
 def n_token_rows(vector: DistributionVector, name: str, base: Checkpoint) -> int:
@@ -92,7 +98,7 @@ def rows_of_base(
     """
     names = vocabulary_names(base)
     known = read_tokenizer(base.path).get_vocab()
-    n_rows = max(n_token_rows(vector, name, base) for name in names & {*base.names})
+    n_rows = max(n_token_rows(vector, name, base) for name in token_tensors(base))
     n_base = base.shape(min(names))[0]
     places = torch.full((n_rows,), -1, dtype=torch.int64)
     for token, number in ids.items():

@@ -23,12 +23,12 @@ from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
 from optimer_hf.models.union import UnionRecord
 from optimer_hf.models.vocabulary import write_vocabulary_size
-from optimer_hf.vectors.alignment import rows_of_base, subtract_from
+from optimer_hf.vectors.alignment import rows_of_base, subtract_from, token_tensors
 from optimer_hf.vectors.int8 import BLOCK_SIZE, SCALES, n_blocks, quantize
 from optimer_hf.vectors.opening import open_vector, read_record_for_base, warn_of_another_base
 from optimer_hf.vectors.peft import merge_with_peft
 from optimer_hf.vectors.record import QUANTISED, BaseRecord, VectorFile
-from optimer_hf.vectors.tokens import TokensOfVector, open_with_tokens, token_tensors
+from optimer_hf.vectors.tokens import TokensOfVector, open_with_tokens
 from optimer_hf.vectors.training_record import read_training
 from optimer_hf.vectors.vector import DeltaVector, DistributionVector, Tensors, dense_rows
 

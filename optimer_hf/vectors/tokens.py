@@ -9,13 +9,12 @@ from optimer_hf.errors import VocabularyError
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, has_tokenizer
 from optimer_hf.models.live import load_tokenizer
-from optimer_hf.models.names import vocabulary_names
-from optimer_hf.models.ties import ties_of
 from optimer_hf.vectors.alignment import (
     has_own_tokens,
     n_token_rows,
     own_vocabulary,
     refuse_changed_copies,
+    token_tensors,
 )
 from optimer_hf.vectors.forms import LowRank, OnCopy
 from optimer_hf.vectors.opening import open_unaligned, open_vector
@@ -46,11 +45,6 @@ class TokensOfVector:
     def is_in_place(self, known: Mapping[str, int]) -> bool:
         """Whether all its tokens have the same ids there."""
         return all(known.get(token) == number for token, number in self.ids.items())
-
-
-def token_tensors(base: Checkpoint) -> list[str]:
-    """Return the tensors with a row for each token, without copies of a tied one."""
-    return sorted(vocabulary_names(base) - ties_of(base).copies)
 
 
 def tokens_of(
