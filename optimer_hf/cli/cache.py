@@ -1,7 +1,5 @@
 """The command `optimer cache`: list and remove what was written once to be used again."""
 
-from datetime import UTC, datetime
-
 import click
 
 from optimer_hf.cli.options import echo
@@ -23,30 +21,16 @@ def cache(remove: bool, unused: float) -> None:
     They are in $OPTIMER_CACHE, and are written again when they are needed. Remove none that a
     search or a build is reading.
     """
-    from optimer_hf.files.cache import list_cache, remove_cached
+    from optimer_hf.files.cache import list_cache, remove_cached, to_markdown
     from optimer_hf.files.paths import cache_dir
-    from optimer_hf.files.text import markdown_table
 
     entries = list_cache(unused)
     if not entries:
         echo(f"{cache_dir()}: nothing" + (f" unused for {unused:g} days" if unused else ""))
         return
-    rows = [
-        [
-            each.path.name,
-            each.kind,
-            f"{each.n_bytes / 1e9:.2f} GB",
-            f"{datetime.fromtimestamp(each.used, UTC):%Y-%m-%d}",
-        ]
-        for each in entries
-    ]
-    echo_markdown(markdown_table(["name", "kind", "size", "last used"], rows))
-    total = sum(each.n_bytes for each in entries)
-    echo(f"{cache_dir()}: {total / 1e9:.2f} GB in {len(entries)} directories")
-    if not remove:
-        return
-    for each in entries:
-        if not remove_cached(each):
-            echo(f"{each.path}: another process is writing it, so it stays")
-        else:
-            echo(f"{each.path}: removed")
+    echo_markdown(to_markdown(entries))
+    total = sum(each.n_bytes for each in entries) / 1e9
+    echo(f"{cache_dir()}: {total:.2f} GB in {len(entries)} directories")
+    for each in entries if remove else ():
+        is_gone = remove_cached(each)
+        echo(f"{each.path}: {'removed' if is_gone else 'stays, as a process is writing it'}")

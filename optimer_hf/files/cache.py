@@ -6,8 +6,9 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import Timeout
@@ -15,6 +16,7 @@ from filelock import Timeout
 from optimer_hf.files.locks import locking
 from optimer_hf.files.paths import ATOMIC_PREFIX, cache_dir, hidden_name
 from optimer_hf.files.staging import finish_move
+from optimer_hf.files.text import markdown_table
 
 LEFT_OVER = re.compile(rf"{re.escape(ATOMIC_PREFIX)}[0-9a-f]{{8}}-(.+)")
 
@@ -65,6 +67,20 @@ def remove_cached(entry: Cached) -> bool:
     except Timeout:
         return False
     return True
+
+
+def to_markdown(entries: Sequence[Cached]) -> str:
+    """Return a table of directories of the cache."""
+    rows = [
+        [
+            each.path.name,
+            each.kind,
+            f"{each.n_bytes / 1e9:.2f} GB",
+            f"{datetime.fromtimestamp(each.used, UTC):%Y-%m-%d}",
+        ]
+        for each in entries
+    ]
+    return markdown_table(["name", "kind", "size", "last used"], rows)
 
 
 def _sweep() -> None:

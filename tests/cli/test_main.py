@@ -226,7 +226,7 @@ def test_help_schemas_and_mistakes_answer_without_the_libraries(arguments, says,
     assert imported & HEAVY == set()
 
 
-WITHOUT_LIBRARIES = {"trials", "ratios", "status", "validate", "schema", "init"}
+WITHOUT_LIBRARIES = {"trials", "ratios", "status", "validate", "schema", "init", "cache"}
 NO_TORCH = """
 import sys
 class Refuse:
