@@ -209,6 +209,7 @@ def _warn_of_missing_layers(
     if not isinstance(options.get("target_modules"), list):
         return
     ties, held = ties_of(base), {*moved}
+    listed = {key: value for key, value in options.items() if key != "ensure_weight_tying"}
     lacking = [
         name
         for name in base.names
@@ -216,7 +217,7 @@ def _warn_of_missing_layers(
         and not {name, ties.source_of(name)} & held
         and ".experts." not in name  # a loaded model stacks these in one tensor
         and len(base.shape(name)) == 2
-        and is_targeted(options, name.removesuffix(".weight"))
+        and is_targeted(listed, name.removesuffix(".weight"))
     ]
     if lacking:
         warn_once(

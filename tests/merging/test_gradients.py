@@ -177,7 +177,9 @@ def test_derivatives_of_a_union_equal_central_differences(make_base, kind, tmp_p
     extract_vector(other, base.path, tmp_path / "math", dtype="float32")
     options = {"target_modules": ["q_proj", "embed_tokens"] + ["lm_head"] * (kind == "llama")}
     options |= {"ensure_weight_tying": True} if kind == "gemma" else {}
-    save_adapter(base, tmp_path / "it", with_tokens(base.path, [END]), seed=3, **options)
+    save_adapter(
+        base, tmp_path / "it", with_tokens(base.path, [END]), seed=3, lora_alpha=1, **options
+    )
     sources = {"ja": str(tuned)} | {name: str(tmp_path / name) for name in ("math", "it")}
     grown, _ = open_base(base, sources, None, "union")
     vectors = [open_vector(name, source, grown) for name, source in sources.items()]
