@@ -184,10 +184,9 @@ def test_a_run_with_a_chat_model_gives_its_tokens_to_the_merge(
         START: ["chat"],
         END: ["chat"],
     }
-    assert (
-        run_optimer("verify", tmp_path / "out/recipe.yaml", tmp_path / "out/model").exit_code == 0
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    verified = run_optimer("verify", tmp_path / "out/recipe.yaml", tmp_path / "out/merged")
+    assert verified.exit_code == 0, verified.output
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")
     assert {START, END} <= tokenizer.get_vocab().keys() and tokenizer.chat_template == TEMPLATE
 
 
