@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from gpu import write_tokenizer
 from merge import write_adapter
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from optimer_hf.models.memory import peak_memory
 from optimer_hf.models.resolve import resolve_base
@@ -141,6 +141,25 @@ def show(kind: str, plain: dict[str, Any], full: dict[str, Any]) -> str:
     )
 
 
+def show_floor(base: Path) -> str:
+    """Return a line with the forwards that the products with matrices alone take.
+
+    Layers: one for the values, one for the gradient of their inputs, and where all weights move one
+    for that of the weights. Head: logits, and the gradient of the hidden states; where it moves,
+    logits once more and the gradient of its rows, of as much of the vocabulary as has one.
+    """
+    config = AutoConfig.from_pretrained(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    every = sum(each.numel() for each in model.parameters() if each.dim() > 1)
+    head = model.get_output_embeddings().weight.numel() / every
+    least, most = 3 * (1 - head) + 2 * head, 3 * (1 - head) + 4 * head
+    return (
+        f"products alone, head {head:.0%}: LoRA 2.00 forwards, checkpoints {least:.2f} to "
+        f"{most:.2f} by how much of the vocabulary has a gradient"
+    )
+
+
 def main() -> None:
     """Print a line for each pool."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -162,6 +181,7 @@ def main() -> None:
         write_pools(folder, base, terms)
         print(f"{options.base or base.name}, {torch.get_num_threads()} threads, ", end="")
         print(f"{options.trials} trials")
+        print(show_floor(base), flush=True)
         for kind in ("LoRA", "checkpoint"):
             arms = [
                 start_arm(folder / f"{kind}.json", each, options.trials) for each in (False, True)
