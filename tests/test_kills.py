@@ -123,7 +123,9 @@ def _write_configs(work: Path, corpus_dir: Path) -> None:
         "search": search,
     }
     sources = {name: {"source": f"./vectors/{name}"} for name in ("ja", "math")}
-    write("study.yaml", study | {"base_model": "./base", "vectors": sources})
+    steered = {"base_model": "./base", "vectors": sources}
+    steered["search"] = search | {"gradients": "always"}
+    write("study.yaml", study | steered)
     tiny = {
         "base_model": "../base",
         "vectors": {"aaa": {"train": "train-aaa.yaml"}, "math": {"source": "../vectors/math"}},

@@ -19,7 +19,13 @@ from optimer_hf.report.drawing import (
     seconds_of,
 )
 from optimer_hf.report.evidence import Evidence
-from optimer_hf.report.slopes import Slopes, draw_tangents, say_what_would_help, slopes_of_trials
+from optimer_hf.report.slopes import (
+    Slopes,
+    draw_tangents,
+    say_what_is_left_out,
+    say_what_would_help,
+    slopes_of_trials,
+)
 from optimer_hf.scoring.formatting import Unit
 from optimer_hf.scoring.objective import gains
 from optimer_hf.study.prediction import front
@@ -224,11 +230,15 @@ def slices_panel(evidence: Evidence) -> Panel | None:
     axes[0].set_ylim(bottom, None)
     figure.supxlabel("weight; the others are those of the merge")
     figure.supylabel(search_axis(evidence))
-    more = say_what_would_help(evidence.study, slopes, evidence.unit)
+    more = [
+        _say_what_weights_gain(gained, evidence.unit),
+        say_what_would_help(evidence.study, slopes, evidence.unit),
+        say_what_is_left_out(evidence.study, evidence.unit),
+    ]
     return Panel(
         "slices",
         "What each weight does",
-        f"{_say_what_weights_gain(gained, evidence.unit)}{more and ' ' + more}",
+        " ".join(part for part in more if part),
         "Posterior mean with two standard deviations along the weight of every vector, and the "
         f"trials{', with their measured slopes' * bool(slopes)}; those further from the line are "
         "fainter.",

@@ -11,6 +11,7 @@ from optimer_hf.report.drawing import MERGE
 from optimer_hf.scoring.formatting import Unit
 from optimer_hf.study.directory import Study
 from optimer_hf.study.gradients import value_gradient
+from optimer_hf.study.screening import screen_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,15 +67,39 @@ def say_what_would_help(study: Study, slopes: Slopes, unit: Unit) -> str:
         return ""
     rises = {name: STEP * slope for name, slope in slopes[best.number].items()}
     steep = {name: rise for name, rise in rises.items() if abs(rise) >= LEAST_RISE}
-    ends = {name: _end_in_the_way(study, name, rise > 0) for name, rise in steep.items()}
+    screen = screen_of(study.config, study.trials)
+    left_out = screen.left_out if screen is not None else {}
+    ends = {
+        name: "screen" if name in left_out else _end_in_the_way(study, name, rise > 0)
+        for name, rise in steep.items()
+        if name not in left_out or rise > 0
+    }
+    steep = {name: steep[name] for name in ends}
     parts = [_say(steep, ends, unit, end, text) for end, text in ENDS.items()]
     hint = " ".join(part for part in parts if part)
     return hint or "There the measured slopes are level: a little more of no vector would help."
 
 
+def say_what_is_left_out(study: Study, unit: Unit) -> str:
+    """Return which vectors search.screen leaves out, and why; nothing without it."""
+    screen = screen_of(study.config, study.trials)
+    if screen is None or not screen.left_out:
+        return ""
+    places = " and ".join(place.origin for place in screen.places)
+    promises = ", ".join(
+        f"{name} {unit.show_difference(STEP * rise)}" for name, rise in screen.left_out.items()
+    )
+    return (
+        f"search.screen keeps {len(screen.kept)} of {len(study.config.free)} vectors by the slopes "
+        f"at {places}. The others stay at 0; for {STEP:g} of their way to the bound those slopes "
+        f"promise: {promises}."
+    )
+
+
 ENDS = {  # what keeps the search from following a slope, and what to say about such vectors
     "high": "More of {names} would help beyond the bounds",
     "low": "Less of {names} would help beyond the bounds",
+    "screen": "Some of {names} would help, but search.screen leaves them out; raise it and go on",
     "total": "More of {names} would help, but search.total allows no larger sum",
     None: "The objective is not level in {names}, so more trials may help",
 }

@@ -33,14 +33,18 @@ from optimer_hf.study.directory import (
     warn_of_uninformative_items,
 )
 from optimer_hf.study.gradients import (
+    N_PLACES,
     cost_ratio,
     n_trials_saved,
+    needs_places,
     next_anchor,
+    places_of_screen,
     takes_gradients,
 )
 from optimer_hf.study.plugins import Sampler, refuse_missing_plugins
 from optimer_hf.study.prediction import PREDICTION, predict
 from optimer_hf.study.records import Rules, mistake_of_gain, mistakes_of_score
+from optimer_hf.study.screening import screen_of, searched_part
 from optimer_hf.study.space import anchors
 from optimer_hf.study.trials import (
     INPUTS_FILE,
@@ -235,6 +239,7 @@ def _run_search(
     running: dict[int, Candidate] = {}
     if done and waiting:
         logger.info("search: going on from trial %d of %d", waiting[0], config.search.n_trials)
+        _say_what_is_searched(study)
     best, rules = _Best(study), _rules(study)
     with (
         Meter("search", config.search.n_trials, "trials", done=len(done)) as meter,
@@ -243,8 +248,8 @@ def _run_search(
         plan = _Plan(study, scratch, planned, sampler)
         while waiting or running:
             while waiting and len(running) < slots.count_slots():
-                if running and not study.trials:
-                    break  # gains are relative to the base, so it runs first and alone
+                if running and plan.waits_for_first():
+                    break
                 candidate = plan.next_candidate(waiting.popleft(), list(running.values()))
                 running[candidate.number] = candidate
                 slots.submit(candidate, asked)
@@ -254,6 +259,8 @@ def _run_search(
             study.log.append(finished)
             if finished.number == 0:
                 _say_whether_gradients_pay(study, finished)
+            if finished in places_of_screen(study.trials)[-1:]:
+                _say_what_is_searched(study)
             rules.add(finished)
             plan.tell(finished)
             best.take(finished)
@@ -278,12 +285,19 @@ class _Plan:
         self._sampler = sampler
         self._asker: Asker | SamplerAsker | None = None
 
+    def waits_for_first(self) -> bool:
+        """Whether other trials wait for the first: gains are relative to the base, so it runs
+        alone, and the gradients of the first two choose the vectors of a large pool.
+        """
+        config, trials = self._study.config, self._study.trials
+        return not trials or (len(trials) < N_PLACES and needs_places(config, trials))
+
     def next_candidate(self, number: int, running: Sequence[Candidate]) -> Candidate:
         """Return the candidate for trial `number`, given those that are still running."""
-        takes = takes_gradients(self._study.config, self._study.trials)
-        planned = self._planned.get(number) or next_anchor(
-            self._study.config, number, self._study.trials
-        )
+        trials = self._study.trials
+        searched = searched_part(self._study.config, trials)
+        takes = takes_gradients(searched, trials)
+        planned = self._planned.get(number) or next_anchor(searched, number, trials)
         if planned is not None:
             origin, weights = planned[0], dict(planned[1])
             return Candidate(number, origin, weights, seconds={"ask": 0.0}, with_gradients=takes)
@@ -326,6 +340,19 @@ def _say_whether_gradients_pay(study: Study, base: Trial) -> None:
         n_trials_saved(config, base),
         "it takes them" if takes_gradients(config, [base]) else "it goes on without them",
     )
+
+
+def _say_what_is_searched(study: Study) -> None:
+    """Log what the screen of a large pool has chosen, once it has."""
+    screen = screen_of(study.config, study.trials)
+    if screen is not None:
+        logger.info(
+            "search: the gradients of %s choose %d of %d vectors: %s; the others stay at 0",
+            " and ".join(place.origin for place in screen.places),
+            len(screen.kept),
+            len(study.config.free),
+            ", ".join(screen.kept),
+        )
 
 
 def _check_sound(study: Study, finished: Trial) -> None:

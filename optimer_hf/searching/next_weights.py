@@ -23,9 +23,11 @@ from smac.runhistory.dataclasses import TrialInfo, TrialValue
 from threadpoolctl import ThreadpoolController
 
 from optimer_hf.scoring.objective import combine
-from optimer_hf.study.acquisition import log_expected_improvement, maximise
+from optimer_hf.study.acquisition import climb, log_expected_improvement, maximise
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.gp import choose_informative
+from optimer_hf.study.gradients import n_trials_worth
+from optimer_hf.study.screening import searched_part
 from optimer_hf.study.space import from_unit, to_unit, within_total
 from optimer_hf.study.surrogate import Surrogate, columns, fit_surrogate
 from optimer_hf.study.trials import Trial
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 USUAL_TOTAL, TOTAL_DEVIATION = 1.2, 0.5  # sum of the weights in good merges
 PRIOR_TRIALS = 30  # the prior counts as this many trials
+CAUTION, NEAR = 0.5, 0.02  # of trials with gradients: standard deviations; side of the unit box
 N_NEIGHBOURS = 100
 SPREAD_FROM, SPREAD_EVERY = 20, 2  # from this trial on, every second one
 
@@ -138,14 +141,67 @@ class FeasibleImprovement(AbstractAcquisitionFunction):
         return np.asarray(total)[:, None]
 
 
-def log_prior_of_total(config: StudyConfig, n_trials: int, points: "Array") -> "Array":
-    """Return the log prior [n] of points [n, d] after n_trials: a half-normal density of how far
-    the sum of the absolute weights is beyond USUAL_TOTAL.
+def log_prior_of_total(config: StudyConfig, n_trials: float, points: "Array") -> "Array":
+    """Return the log prior [n] of points [n, d] after n_trials, or what is worth as many: a
+    half-normal density of how far the sum of the absolute weights is beyond USUAL_TOTAL.
     """
     low, high = np.array(list(config.free.values())).T
     total = np.abs(low + points * (high - low)).sum(axis=1)
     beyond = np.maximum(total - USUAL_TOTAL, 0) / TOTAL_DEVIATION
     return np.asarray(-0.5 * beyond**2 * PRIOR_TRIALS / n_trials)
+
+
+def _cautious(acquisition: FeasibleImprovement, points: "Array") -> "Array":
+    """Return what is expected of points [n, d] minus CAUTION standard deviations, and more where
+    the prior of the total is low.
+
+    Gradients tell of the surroundings, so that a search need not look there to learn, which is
+    what expected improvement does: it spends every second trial far away.
+    """
+    return acquisition.posterior.ranking(points, CAUTION - acquisition.log_prior(points))
+
+
+def _find_largest(
+    config: StudyConfig,
+    searched: StudyConfig,
+    rng: np.random.Generator,
+    near: "Array",
+    acquisition: Callable[["Array"], "Array"],
+    *,
+    climbs: bool,
+) -> "Array":
+    """Return the point of the searched weights where an acquisition over all free weights is
+    largest.
+    """
+
+    def value(points: "Array") -> "Array":
+        return acquisition(_embed(config, searched, points))
+
+    allowed = partial(within_total, searched)
+    best = maximise(value, len(searched.free), rng, near, allowed=allowed)
+    return climb(value, best, allowed=allowed) if climbs else best
+
+
+def _is_near(point: "Array", tried: "Array") -> bool:
+    """Whether a point [d] of the unit box is so near one of those that were tried [n, d] that
+    another trial there would tell little.
+    """
+    return bool(np.sqrt(((tried - point) ** 2).sum(axis=1)).min() < NEAR)
+
+
+def _columns(config: StudyConfig, searched: StudyConfig) -> list[int]:
+    """Return where the weights of a part of a study are among its free ones."""
+    return [number for number, name in enumerate(config.free) if name in searched.free]
+
+
+def _embed(config: StudyConfig, searched: StudyConfig, points: "Array") -> "Array":
+    """Return points [n, d] of all free weights for points of the searched ones; the others rest."""
+    if len(searched.free) == len(config.free):
+        return points
+    resting = to_unit(config, [dict.fromkeys(config.free, 0.0) | searched.fixed])
+    whole = np.repeat(resting, len(points), axis=0)
+    whole[:, _columns(config, searched)] = points
+    return whole
 
 
 class Maximiser(AbstractAcquisitionMaximizer):
@@ -167,37 +223,47 @@ class Maximiser(AbstractAcquisitionMaximizer):
         assert isinstance(acquisition, FeasibleImprovement)
         assert isinstance(acquisition.model, SurrogateModel)
         fitted, config = acquisition.model.posterior, record.config
+        searched = searched_part(config, record.trials)
         pending = to_unit(config, record.pending)
         tried = np.vstack([fitted.points, pending])
         ranking = fitted.ranking(tried)
         acquisition.best = float(fitted.predict(tried)[0][np.argmax(ranking)])
         acquisition.posterior = fitted.condition_on(pending)
-        acquisition.log_prior = partial(log_prior_of_total, config, len(record.trials))
+        n_trials = n_trials_worth(searched, record.trials)
+        acquisition.log_prior = partial(log_prior_of_total, config, n_trials)
         rng = np.random.default_rng([config.search.seed, record.number])
-        best = maximise(
-            lambda points: acquisition._compute(points)[:, 0],
-            len(config.free),
+        in_part = tried[:, _columns(config, searched)]
+        find = partial(
+            _find_largest,
+            config,
+            searched,
             rng,
-            tried[np.argsort(-ranking, kind="stable")[:5]],
-            allowed=lambda points: within_total(config, points),
+            in_part[np.argsort(-ranking, kind="stable")[:5]],
+            climbs=fitted.has_gradients,
         )
-        untried = self._step_off_tried(best, rng)
+        best = find(partial(_cautious, acquisition)) if fitted.has_gradients else None
+        if best is None or _is_near(best, in_part):
+            best = find(lambda points: acquisition._compute(points)[:, 0])
+        untried = self._step_off_tried(searched, best, rng)
         return iter([Configuration(self._configspace, vector=untried)])
 
-    def _step_off_tried(self, best: "Array", rng: np.random.Generator) -> "Array":
-        """Return the point, or one nearby if its weights were tried. SMAC would refuse those, and
-        draw a random point with a generator whose state a resumed search does not repeat.
+    def _step_off_tried(
+        self, searched: StudyConfig, best: "Array", rng: np.random.Generator
+    ) -> "Array":
+        """Return the point of all free weights for one of the searched, or one nearby if its
+        weights were tried. SMAC would refuse those, and draw a random point with a generator whose
+        state a resumed search does not repeat.
         """
         record = self._record
         known = [trial.weights for trial in record.trials] + record.pending
         point = best
         for step in range(N_NEIGHBOURS):
-            weights = from_unit(record.config, point)
+            weights = from_unit(searched, point)
             if weights not in known:
                 return np.asarray(to_unit(record.config, [weights])[0])
             moved = best + 0.02 * 1.1**step * rng.normal(size=best.shape)
-            point = within_total(record.config, np.clip(moved, 0, 1)[None])[0]
-        return point
+            point = within_total(searched, np.clip(moved, 0, 1)[None])[0]
+        return np.asarray(_embed(record.config, searched, point[None])[0])
 
     def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[Any]:
         raise NotImplementedError("maximize() is overridden")

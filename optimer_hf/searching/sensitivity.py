@@ -17,7 +17,7 @@ from optimer_hf.scoring.formatting import OF_TERMS, Unit
 from optimer_hf.searching.runner import InProcess, Runner, Slots
 from optimer_hf.searching.study_file import read_study
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.gradients import gain_gradients, value_gradient
+from optimer_hf.study.gradients import differentiable_part, gain_gradients, value_gradient
 from optimer_hf.study.space import anchors
 from optimer_hf.study.trials import Candidate, Trial
 
@@ -106,10 +106,9 @@ def _take_gradients(config: StudyConfig, slots: Slots, candidate: Candidate) -> 
 def _summarize(config: StudyConfig, base: Trial, other: Trial) -> Sensitivity:
     places = (base, other)
     counting = [term for term in config.objective.terms_at("search") if term.weight > 0]
-    known = [term for term in counting if all(term.label in place.gradients for place in places)]
-    if not known:
+    objective = differentiable_part(config.objective, places)
+    if objective is None:
         raise EvaluationError(_why_no_slopes([term.label for term in counting], places))
-    objective = config.objective.model_copy(update={"terms": known})
     values = [value_gradient(objective, place, base.terms) or {} for place in places]
     gains = [gain_gradients(place, base.terms) for place in places]
     labels = [label for label in base.gradients if label in other.gradients]
@@ -121,7 +120,7 @@ def _summarize(config: StudyConfig, base: Trial, other: Trial) -> Sensitivity:
         for name in config.free
     }
     steepest = sorted(slopes, key=lambda name: -max(slopes[name].value))
-    lacking = [term.label for term in counting if term not in known]
+    lacking = [term.label for term in counting if term not in objective.terms]
     return Sensitivity(config, places, {name: slopes[name] for name in steepest}, lacking)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.optimize import minimize
 from scipy.special import log_ndtr
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 N_CANDIDATES = 1024
 N_REFINEMENTS = 4
+N_STEPS, DIFFERENCE = 30, 1e-5  # of a climb
 
 
 def log_expected_improvement(mean: "Array", variance: "Array", best: float) -> "Array":
@@ -61,3 +63,28 @@ def maximise(
         candidates = allowed(np.clip(np.vstack([best, (best + moves).reshape(-1, d)]), 0, 1))
         values = acquisition(candidates)
     return np.asarray(candidates[np.argmax(values)])
+
+
+def climb(
+    acquisition: Callable[["Array"], "Array"],
+    start: "Array",
+    *,
+    allowed: Callable[["Array"], "Array"] = lambda points: points,
+) -> "Array":
+    """Return the local maximum [d] of an acquisition near `start` [d], by L-BFGS-B with one-sided
+    differences, all points of which are computed at once; `start` if nothing is larger.
+
+    In sixteen dimensions random candidates come nowhere near the maximum.
+    """
+
+    def loss(point: "Array") -> tuple[float, "Array"]:
+        steps = np.where(point + DIFFERENCE > 1, -DIFFERENCE, DIFFERENCE)
+        values = acquisition(allowed(np.vstack([point, point + np.diag(steps)])))
+        return -float(values[0]), (values[0] - values[1:]) / steps
+
+    bounds = [(0.0, 1.0)] * len(start)
+    end = minimize(
+        loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": N_STEPS}
+    ).x
+    both = np.vstack([start, allowed(np.clip(end, 0, 1)[None])])
+    return np.asarray(both[np.argmax(acquisition(both))])

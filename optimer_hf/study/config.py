@@ -180,6 +180,18 @@ class SearchConfig(FileModel):
     of them. auto: take them if the time and the gradients of the base say that they pay. Needs
     surrogate per_term and engine transformers.
     """
+    screen: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_VECTORS)] | None = Field(
+        default=None,
+        exclude_if=lambda choice: choice is None,
+        examples=[8, "auto"],
+        json_schema_extra={"unit": "vectors"},
+    )
+    """Number of vectors to search in a large pool. The base and the average take gradients,
+    whatever `gradients` says, and the vectors that promise most by their slopes are searched: in
+    turn for the objective and for each term. The others stay at 0. auto: those with which the
+    objective rises at one of the two, at most sixteen. A study can raise the number and go on.
+    Default: all vectors.
+    """
     seed: int = Field(default=0, ge=0, lt=2**32, examples=[1])
     """Seed of the search, of random vectors and of DARE's masks."""
     rescore_top: int = Field(
@@ -498,7 +510,7 @@ class StudyConfig(VersionedFile):
         }
         own = self.model_dump(exclude={"test", "retarget", "baselines", "vectors"})
         changes = {"n_trials": SCALE_TRIALS, "surrogate": "per_term", "pareto": False}
-        search = own["search"] | changes | {"total": None, "report_to": []}
+        search = own["search"] | changes | {"total": None, "screen": None, "report_to": []}
         own |= {"vectors": vectors, "search": search}
         return StudyConfig.model_validate(own | {"tokenizer_source": self.tokenizer_reference})
 
@@ -567,6 +579,8 @@ class StudyConfig(VersionedFile):
             )
         if search.gradients == "always" and (reason := self._why_no_gradients(search)):
             yield ("search", "gradients"), f"found 'always', but {reason}"
+        if search.screen is not None and (reason := self._why_no_gradients(search)):
+            yield ("search", "screen"), f"it needs gradients, but {reason}"
         without = other.without if isinstance(other, SearchBaseline) else []
         if total is not None and (other is None or other.total is not None or without):
             bounds = [each for name, each in self.free.items() if name not in without]
@@ -601,7 +615,7 @@ class StudyConfig(VersionedFile):
         """What all trials of a study have in common; it must not change while a study goes on."""
         outside = {"retarget", "baselines", "device_map", "max_memory"}
         data = self.model_dump(mode="json", exclude=outside)
-        for name in ("n_trials", "report_to", "gradients"):
+        for name in ("n_trials", "report_to", "gradients", "screen"):
             data["search"].pop(name, None)
         for name in ("tokenizer_source", "engine", "vocabulary"):  # newer than some studies
             if getattr(self, name) == type(self).model_fields[name].default:

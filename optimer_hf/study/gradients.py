@@ -17,15 +17,21 @@ WORTH = (
     0.3  # of a derivative, in scores of a term; measured on simulated landscapes, 2 to 8 weights
 )
 N_TO_FIT = 2  # trials that a surrogate with gradients needs
+N_PLACES = 2  # trials whose gradients choose the vectors of a large pool, see `screening`
 
 
 def takes_gradients(config: StudyConfig, trials: Sequence[Trial]) -> bool:
     """Whether the next trial takes gradients, given the search trials on record.
 
-    With `auto` the first one does, so that its time can be measured; see `saves_time`.
+    With `auto` the first one does, so that its time can be measured; see `saves_time`. With a
+    screen the first two do.
     """
     setting = config.search.gradients
-    if setting == "never" or not config.can_use_gradients:
+    if not config.can_use_gradients:
+        return False
+    if needs_places(config, trials):
+        return True
+    if setting == "never":
         return False
     measured = first_with_gradients(trials)
     return setting == "always" or measured is None or saves_time(config, measured)
@@ -43,11 +49,21 @@ def next_anchor(
         return dict(enumerate(anchors(config))).get(number)
     takes = takes_gradients(config, trials)
     sound = [trial for trial in trials if trial.status == "ok"]
-    if takes and len(sound) >= N_TO_FIT:
+    if takes and min(number, len(sound)) >= N_TO_FIT:
         return None
     planned = dict(enumerate(anchors(config, average_first=takes))).get(number)
     tried = [trial.weights for trial in trials]
     return None if planned is None or planned[1] in tried else planned
+
+
+def places_of_screen(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials whose gradients choose the vectors to search, as many as there are now."""
+    return [trial for trial in trials if trial.gradients][:N_PLACES]
+
+
+def needs_places(config: StudyConfig, trials: Sequence[Trial]) -> bool:
+    """Whether the screen of a large pool still waits for gradients."""
+    return config.search.screen is not None and len(places_of_screen(trials)) < N_PLACES
 
 
 def first_with_gradients(trials: Sequence[Trial]) -> Trial | None:
@@ -89,6 +105,21 @@ def n_trials_saved(config: StudyConfig, measured: Trial) -> float:
     ]
     share = sum(label in measured.gradients for label in counting) / len(counting)
     return 1 / (1 - share + share / (1 + WORTH * len(config.free)))
+
+
+def n_trials_worth(config: StudyConfig, trials: Sequence[Trial]) -> float:
+    """Return how many trials without gradients these are worth, see WORTH."""
+    n_with = sum(bool(trial.gradients) for trial in trials)
+    return len(trials) + WORTH * len(config.free) * n_with
+
+
+def differentiable_part(objective: Objective, trials: Sequence[Trial]) -> Objective | None:
+    """Return the objective with those of its terms that count and have a gradient in all of these
+    trials; None if no term has.
+    """
+    counting = [term for term in objective.terms_at("search") if term.weight > 0]
+    known = [term for term in counting if all(term.label in trial.gradients for trial in trials)]
+    return objective.model_copy(update={"terms": known}) if known else None
 
 
 def value_gradient(

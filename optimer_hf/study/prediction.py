@@ -7,6 +7,7 @@ in a study of its own that begins with the recorded trials.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from optimer_hf.errors import StudyError
 from optimer_hf.files.reference import is_there
 from optimer_hf.scoring.objective import Objective, Term, gains, is_feasible
-from optimer_hf.study.acquisition import maximise
+from optimer_hf.study.acquisition import climb, maximise
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.space import from_unit, to_unit, within_total
@@ -151,13 +152,10 @@ def predict(study: Study, target: Objective | Mapping[str, float] | None = None)
     points = to_unit(config, [trial.weights for trial in trials])
     near = points[np.argsort(-posterior.ranking(points), kind="stable")[:5]]
     rng = np.random.default_rng(config.search.seed)
-    best = maximise(
-        lambda candidates: posterior.ranking(candidates, CAUTION),
-        points.shape[1],
-        rng,
-        near,
-        allowed=lambda candidates: within_total(config, candidates),
-    )
+    value, allowed = partial(posterior.ranking, caution=CAUTION), partial(within_total, config)
+    best = maximise(value, points.shape[1], rng, near, allowed=allowed)
+    if posterior.has_gradients:
+        best = climb(value, best, allowed=allowed)
     mean, variance = posterior.predict(best[None])
     return Prediction(
         from_unit(config, best),

@@ -114,6 +114,11 @@ class Surrogate:
         """The trials that it was fitted to, as points [n, d] of the unit box."""
         return self.objective.processes[0].points
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether it was fitted to gradients, too."""
+        return any(len(process.slopes) for process in self.objective.processes)
+
     def predict(self, points: "Array") -> tuple["Array", "Array"]:
         """Return posterior mean and variance [n] of the objective at points [n, d]."""
         return self.objective.predict(points)
@@ -126,10 +131,11 @@ class Surrogate:
             total += log_ndtr(mean / np.sqrt(variance))
         return total
 
-    def ranking(self, points: "Array", caution: float = 0.0) -> "Array":
+    def ranking(self, points: "Array", caution: "float | Array" = 0.0) -> "Array":
         """Return a number [n] for points [n, d], larger is better: the posterior mean of the
-        objective minus `caution` standard deviations. Points that may break a constraint by that
-        measure come far below all others, in the order of their probability to keep it.
+        objective minus `caution` (one number, or [n]) standard deviations. Points that may break a
+        constraint by that measure come far below all others, in the order of their probability to
+        keep it.
         """
         kept = np.full(len(points), True)
         for process in self.constraints:

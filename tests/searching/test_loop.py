@@ -322,24 +322,27 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from tests.support.landscapes import FunctionPool, config_of
+from tests.support import landscapes
 from optimer_hf.searching.loop import search, search_on
 from optimer_hf.searching.runner import InProcess
 
-class SlowPool(FunctionPool):
+class SlowPool(getattr(landscapes, sys.argv.pop())):
     def score(self, *arguments, **options):
         time.sleep(0.1)
         return super().score(*arguments, **options)
 
-search(config_of(), Path(sys.argv[1]), runner=InProcess(SlowPool))
+settings = {"n_trials": 12, "rescore_top": 2, "gradients": sys.argv.pop()}
+config = landscapes.config_of(search=settings)
+search(config, Path(sys.argv[1]), runner=InProcess(SlowPool))
 """
 
 
-def start_search(directory: Path) -> subprocess.Popen:
+def start_search(
+    directory: Path, gradients: str = "never", pool: type[FunctionPool] = FunctionPool
+) -> subprocess.Popen:
     here = Path(__file__).parents[1]
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(directory), str(here), str(here.parent)]
-    )
+    arguments = [str(directory), str(here), str(here.parent), gradients, pool.__name__]
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments])
 
 
 def wait_for_lines(path: Path, n: int) -> None:
@@ -429,6 +432,55 @@ def test_a_study_goes_on_with_gradients_or_without(tmp_path, first, then, n_line
     assert StudyConfig.read(tmp_path / "a" / "study.json").search.gradients == then
 
 
+def test_a_killed_search_with_gradients_resumes_to_the_same_trials(steered, tmp_path):
+    config = with_gradients("auto", 12)
+    whole = search(config, tmp_path / "whole", runner=InProcess(GradientPool))
+    assert outcome(whole)[:10] == outcome(steered)[:10]
+    process = start_search(tmp_path / "s", "auto", GradientPool)
+    wait_for_lines(tmp_path / "s" / "trials.jsonl", 4)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 4 <= len(TrialLog(tmp_path / "s" / "trials.jsonl").trials) < 15
+    resumed = search(config, tmp_path / "s", runner=InProcess(GradientPool))
+    assert outcome(resumed) == outcome(whole)
+
+
+LIMIT_OF_Q = {"task": "q", "metric": "loss", "max_relative_to_base": 0.02}
+TERMS = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss"}]
+KINDS_OF_SEARCH = {
+    "constraint": {"objective": {"terms": TERMS, "constraints": [LIMIT_OF_Q]}},
+    "worst": {"objective": {"terms": TERMS, "combine": "worst"}},
+    "weighted_mean": {"objective": {"terms": TERMS, "combine": "weighted_mean"}},
+    "pareto": {"search": {"pareto": True}},
+    "total": {"search": {"total": [0.4, 0.9]}},
+    "below zero": {"vectors": {n: {"source": "a/v", "bounds": [-0.5, 1]} for n in "wxyz"}},
+}
+
+
+class SomeGradientsPool(GradientPool):
+    """Has gradients of the terms of the objective, and none of the constraint."""
+
+    differentiable = ("t", "u")
+
+
+@pytest.mark.parametrize("pool", [GradientPool, SomeGradientsPool])
+@pytest.mark.parametrize("kind", KINDS_OF_SEARCH)
+def test_every_kind_of_search_resumes_with_gradients_to_the_same_trials(kind, pool, tmp_path):
+    changes = dict(KINDS_OF_SEARCH[kind])
+    settings = {"n_trials": 9, "rescore_top": 2, "gradients": "always"}
+    config = config_of(**changes | {"search": settings | changes.get("search", {})})
+    whole = search(config, tmp_path / "whole", runner=InProcess(pool))
+    for trial in whole.trials:
+        assert set(trial.gradients) == set(trial.terms) & set(pool.differentiable)
+        assert all(set(each) == set("wxyz") for each in trial.gradients.values())
+    assert {trial.origin for trial in whole.trials[2:]} == {"surrogate"}
+    for n_lines in (1, 4, 10):
+        cut(whole, tmp_path / f"s{n_lines}", n_lines, 30)
+        resumed = search(config, tmp_path / f"s{n_lines}", runner=InProcess(pool))
+        assert outcome(resumed) == outcome(whole)
+        assert resumed.best_trial.number == whole.best_trial.number
+
+
 def test_without_gradients_a_pool_that_has_them_gives_the_same_bytes(uninterrupted, tmp_path):
     study = search(config_of(), tmp_path / "s", runner=InProcess(GradientPool))
     assert outcome(study) == outcome(uninterrupted)
@@ -449,6 +501,22 @@ def test_workers_take_gradients_too(tmp_path):
     for trial in study.trials:
         assert trial.gradients == {label: slope(label, trial.weights) for label in "tuq"}
     assert study.is_finished and study.value(study.best_trial) > 0.1
+
+
+def test_trials_with_gradients_lost_with_a_killed_search_on_workers_are_asked_for_again(tmp_path):
+    config = with_gradients("always", 12)
+    whole = search(config, tmp_path / "whole", runner=Workers(n_workers=2, pool=GradientPool))
+    cut(whole, tmp_path / "s", 0, 0)
+    lines = (whole.directory / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines[:9] if json.loads(line)["number"] not in (1, 5)]
+    (tmp_path / "s" / "trials.jsonl").write_bytes(b"".join(kept))
+    study = search(config, tmp_path / "s", runner=Workers(n_workers=2, pool=GradientPool))
+    assert sorted(trial.number for trial in study.trials) == list(range(12))
+    assert all(trial.gradients for trial in study.trials)
+    assert [trial.number for trial in study.trials[: len(kept)]] == [
+        json.loads(line)["number"] for line in kept
+    ]
+    assert {trial.origin for trial in study.trials} >= {"base", "average", "surrogate"}
 
 
 def test_a_search_for_another_objective_keeps_the_gradients_of_its_terms(steered, tmp_path):

@@ -19,7 +19,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.prediction import front, predict
 from optimer_hf.study.space import anchors, from_unit, to_unit, within_total
 from optimer_hf.study.trials import Trial
-from tests.support.landscapes import FunctionPool, config_of
+from tests.support.landscapes import FunctionPool, GradientPool, config_of
 
 SURROGATES = ["per_term", "black_box", "random_forest", "random"]
 TERMS = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss"}]
@@ -141,6 +141,21 @@ def test_constraints_are_kept_by_the_incumbent_and_by_most_of_what_is_asked(tmp_
     assert np.mean([keeps(trial.weights) for trial in suggested[6:]]) > 0.5
 
 
+def test_gradients_keep_a_constraint_in_fewer_trials(tmp_path):
+    constraint = {"task": "q", "metric": "loss", "max_relative_to_base": 0.02}
+    config = config_of(
+        objective={"terms": TERMS, "constraints": [constraint]},
+        search={"n_trials": 10, "rescore_top": 2, "gradients": "always"},
+    )
+    study = search(config, tmp_path / "s", runner=InProcess(GradientPool))
+    assert is_feasible(config.objective, study.best_trial.terms, study.base)
+    longer = config_of(
+        objective=config.objective.model_dump(), search={"n_trials": 24, "rescore_top": 2}
+    )
+    without = search(longer, tmp_path / "without", runner=InProcess(FunctionPool))
+    assert study.value(study.best_trial) > 0.98 * without.value(without.best_trial) > 0
+
+
 def covered(study) -> float:
     """Return the area that the front of two terms dominates, from the base on."""
     area = reached = 0.0
@@ -200,6 +215,20 @@ def test_pareto_spreads_the_trials_along_the_front(tmp_path):
     assert len(front(many)) >= 4
     gains = np.array([list(choice.gains.values()) for choice in front(many)])
     assert (np.diff(gains[:, 0]) <= 0).all() and (np.diff(gains[:, 1]) >= 0).all()
+
+
+def test_gradients_spread_the_trials_along_the_front_as_well(tmp_path):
+    settings = {"rescore_top": 0, "pareto": True}
+    studies = [
+        search(
+            config_of(search=settings | {"n_trials": n_trials, "gradients": gradients}),
+            tmp_path / gradients,
+            runner=InProcess(GradientPool),
+        )
+        for gradients, n_trials in (("never", 24), ("always", 12))
+    ]
+    assert covered(studies[1]) > 0.95 * covered(studies[0])
+    assert len(front(studies[1])) >= 4
 
 
 def test_late_trials_spread_over_other_objectives_and_resume_to_the_same(tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from optimer_hf.study.acquisition import log_expected_improvement, maximise
+from optimer_hf.study.acquisition import climb, log_expected_improvement, maximise
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,21 @@ def test_maximise_never_loses_a_point_that_it_was_given():
         lambda x: -(np.abs(x - peak).sum(1) ** 0.1), 3, np.random.default_rng(0), peak[None]
     )
     assert (best == peak).all()
+
+
+@pytest.mark.parametrize("d", [1, 4, 16, 64])
+def test_a_climb_ends_at_the_optimum_in_any_number_of_dimensions(d):
+    target = np.random.default_rng(d).uniform(-0.2, 1.2, d)  # some beyond the box
+    best = climb(lambda x: -((x - target) ** 2).sum(1), np.full(d, 0.5))
+    assert best == pytest.approx(np.clip(target, 0, 1), abs=1e-4)
+
+
+def test_a_climb_never_loses_its_start_and_stays_where_it_is_allowed():
+    peak = np.array([0.123, 0.456, 0.789])
+    assert (climb(lambda x: -(np.abs(x - peak).sum(1) ** 0.1), peak) == peak).all()
+
+    def allowed(points):  # a sum of at most 1
+        return points / np.maximum(points.sum(1, keepdims=True), 1.0)
+
+    best = climb(lambda x: (x * [1, 2, 3]).sum(1), np.full(3, 0.2), allowed=allowed)
+    assert best.sum() <= 1 + 1e-12 and best @ [1, 2, 3] == pytest.approx(3, abs=1e-3)

@@ -53,7 +53,7 @@ TIMED = [
     re.compile(r'title="[^"]*cpu [\d.]+" data-value="[\d.e-]+">[\d.]+'),  # in a table of trials
     re.compile(r"\bseconds\": \{[^}]*\}"),  # of a trial
     re.compile(
-        r"\b(?:seconds|cpu_seconds|ask|merge|forward|harness|overhead_share|tokens_per_second"
+        r"\b(?:seconds|cpu_seconds|ask|merge|forward|backward|harness|overhead_share|tokens_per_second"
         r"|peak_bytes|\w+_runtime|\w+_per_second)\"?:? ?[-+\d.,e]*\d"
     ),
     re.compile(r"[\d.]+ (?:s|min|h)(?: \d+ (?:s|min))? in all, \d+ % of it for [^\"<]*"),
