@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy.interpolate import RBFInterpolator
@@ -46,6 +46,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.gradients import next_anchor
 from optimer_hf.study.prediction import predict
+from optimer_hf.study.screening import searched_part
 from optimer_hf.study.space import anchors
 from optimer_hf.study.trials import Candidate, DecisionLog, Trial, TrialLog
 
@@ -68,6 +69,9 @@ GRADIENT_COST = 2.5  # forwards that a trial with gradients takes
 GRADIENT_BUDGETS = (20, 40)  # forwards
 GRADIENT_BARS = {(4, 20): 1.0, (8, 20): 1 / 2, (16, 40): 1 / 5}  # of the regret without
 GRADIENT_DIMENSIONS = (4, 8, 16)
+LARGE_DIMENSIONS, N_DOMAINS = (16, 32, 64), 8  # vectors of a large pool, and what they are of
+SCREENS: tuple[int | Literal["auto"], ...] = (8, "auto")
+GRADIENT_STEP = 0.01  # of a weight, by which a recorded gradient becomes a point
 REACHED, REACHED_BAR = 2.0, 1 / 2  # % of regret, and the share of the forwards until there
 POOLS = Path(__file__).parent / "real_pool.json"
 
@@ -174,6 +178,24 @@ def skewed(rng: np.random.Generator, d: int) -> "Scores":
     return losses
 
 
+def by_domain(
+    family: "Callable[[np.random.Generator, int], Scores]", rng: np.random.Generator, d: int
+) -> "Scores":
+    """Return losses of a large pool: several vectors for each of N_DOMAINS, some better than
+    others, each with an error of its own that adds to every loss.
+    """
+    of_domains = family(rng, N_DOMAINS)
+    shares = np.zeros((N_DOMAINS, d))
+    shares[np.arange(d) % N_DOMAINS, np.arange(d)] = rng.uniform(0.2, 1.0, d)
+    shares += 0.05 * rng.normal(size=shares.shape)
+    error = rng.uniform(0.0, 0.5, d)
+
+    def losses(points: "Array") -> "Array":
+        return of_domains(points @ shares.T) + (points**2 @ error)[:, None]
+
+    return losses
+
+
 FAMILIES: dict[str, Callable[[np.random.Generator, int], "Scores"]] = {
     "valley": valley,
     "skewed": skewed,
@@ -188,7 +210,8 @@ def family_of(seed: int) -> str:
 def synthetic(kind: str, d: int, seed: int) -> Landscape:
     """Return the landscape of a seed."""
     rng = np.random.default_rng([seed, d, zlib.crc32(b"optimer-hf")])
-    smooth = FAMILIES[family_of(seed)](rng, d)
+    family = FAMILIES[family_of(seed)]
+    smooth = family(rng, d) if kind != "domains" else by_domain(family, rng, d)
     probes = np.random.default_rng(0).random((2048, d))
     if kind in ("accuracy", "items"):
         return accuracy(smooth, d, rng, fixed_items=kind == "items")
@@ -249,35 +272,49 @@ def accuracy(smooth: "Scores", d: int, rng: np.random.Generator, *, fixed_items:
 
 
 def recorded(name: str) -> Landscape:
-    """Return a recorded real pool, each term interpolated exactly by a thin-plate spline."""
-    pool = json.loads(POOLS.read_text(encoding="utf-8"))[name]
-    points = np.array([point["weights"] for point in pool["points"]])
-    losses = np.array([point["losses"] for point in pool["points"]])
-    scores = RBFInterpolator(points, losses, kernel="thin_plate_spline")
+    """Return a recorded real pool, each term interpolated exactly: by a thin-plate spline or, where
+    gradients were recorded, by a cubic one that has these as well.
+    """
+    scores = interpolate(json.loads(POOLS.read_text(encoding="utf-8"))[name]["points"])
     return Landscape(
-        points.shape[1], scores, lambda point, rng: scores(point[None])[0][:, None], False
+        scores.y.shape[1], scores, lambda point, rng: scores(point[None])[0][:, None], False
     )
+
+
+def interpolate(recorded: Sequence[Mapping[str, Any]]) -> RBFInterpolator:
+    """Return the spline through recorded points. A gradient is a second point on every side, a
+    short step further.
+    """
+    points = np.array([point["weights"] for point in recorded])
+    losses = np.array([point["losses"] for point in recorded])
+    if "gradients" not in recorded[0]:
+        return RBFInterpolator(points, losses, kernel="thin_plate_spline")
+    gradients = np.array([point["gradients"] for point in recorded])  # [n, n_terms, d]
+    d = points.shape[1]
+    beside = (points[:, None] + GRADIENT_STEP * np.eye(d)).reshape(-1, d)
+    there = losses[:, None] + GRADIENT_STEP * np.swapaxes(gradients, 1, 2)
+    all_losses = np.vstack([losses, there.reshape(-1, losses.shape[1])])
+    return RBFInterpolator(np.vstack([points, beside]), all_losses, kernel="cubic")
 
 
 def error_of(pool: Mapping[str, Any]) -> float:
     """Return the median error of the interpolation at recorded points that it was not given, in %
     of the best recorded gain.
     """
-    points = np.array([point["weights"] for point in pool["points"]])
-    losses = np.array([point["losses"] for point in pool["points"]])
-    relative = 1 - losses / losses[0]  # the base comes first
+    points = pool["points"]
+    base = np.array(points[0]["losses"])  # it comes first
+    gains = [float((1 - np.array(point["losses"]) / base).mean()) for point in points]
     errors = []
     for left_out in range(1, len(points)):
-        kept = np.arange(len(points)) != left_out
-        spline = RBFInterpolator(points[kept], relative[kept], kernel="thin_plate_spline")
-        predicted = spline(points[left_out][None])[0].mean()
-        errors.append(abs(predicted - relative[left_out].mean()))
-    return 100 * float(np.median(errors) / relative.mean(axis=1).max())
+        spline = interpolate([*points[:left_out], *points[left_out + 1 :]])
+        predicted = spline(np.array(points[left_out]["weights"])[None])[0]
+        errors.append(abs(float((1 - predicted / base).mean()) - gains[left_out]))
+    return 100 * float(np.median(errors) / max(gains))
 
 
 def landscape_of(kind: str, d: int, seed: int) -> Landscape:
     """Return a synthetic landscape, or for other kinds the recorded pool of that name."""
-    return synthetic(kind, d, seed) if kind in (*KINDS, "items") else recorded(kind)
+    return synthetic(kind, d, seed) if kind in (*KINDS, "items", "domains") else recorded(kind)
 
 
 # -- regret ----------------------------------------------------------------------------------------
@@ -365,15 +402,71 @@ def optuna_tpe(landscape: Landscape, seed: int, n_trials: int) -> Observations:
     """Run Optuna's TPE with its defaults."""
     import optuna
 
+    return run_optuna("tpe", optuna.samplers.TPESampler(seed=seed), landscape, seed, n_trials)
+
+
+def optuna_gp(landscape: Landscape, seed: int, n_trials: int) -> Observations:
+    """Run Optuna's Gaussian process with its defaults."""
+    import optuna
+
+    return run_optuna("gpsampler", optuna.samplers.GPSampler(seed=seed), landscape, seed, n_trials)
+
+
+def run_optuna(
+    name: str, sampler: Any, landscape: Landscape, seed: int, n_trials: int
+) -> Observations:
+    """Run a sampler of Optuna."""
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), direction="maximize")
-    rng, observations = noise_of("tpe", seed), Observations([], [])
+    study = optuna.create_study(sampler=sampler, direction="maximize")
+    rng, observations = noise_of(name, seed), Observations([], [])
     for _ in range(n_trials):
         trial = study.ask()
         point = np.array([trial.suggest_float(f"w{i}", 0, 1) for i in range(landscape.d)])
         observations.points.append(point)
         observations.values.append(landscape.observed_value(point, rng))
         study.tell(trial, observations.values[-1])
+    return observations
+
+
+def qlognei(landscape: Landscape, seed: int, n_trials: int) -> Observations:
+    """Run BoTorch's noisy expected improvement over its default process, after 2 d Sobol points (at
+    most half of the trials).
+    """
+    import torch
+    from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from botorch.models.transforms import Standardize
+    from botorch.optim import optimize_acqf
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    d = landscape.d
+    first = torch.quasirandom.SobolEngine(d, scramble=True, seed=seed).draw(
+        min(2 * d, n_trials // 2), dtype=torch.double
+    )
+    rng, observations = noise_of("qlognei", seed), Observations([], [])
+    torch.manual_seed(seed)
+    bounds = torch.stack([torch.zeros(d), torch.ones(d)]).double()
+    for number in range(n_trials):
+        if number < len(first):
+            point = first[number].numpy()
+        else:
+            tried = torch.tensor(np.array(observations.points))
+            values = torch.tensor(observations.values).double()[:, None]
+            model = SingleTaskGP(tried, values, outcome_transform=Standardize(1))
+            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+            chosen, _ = optimize_acqf(
+                qLogNoisyExpectedImprovement(model, tried),
+                bounds,
+                q=1,
+                num_restarts=4,
+                raw_samples=128,
+            )
+            point = chosen[0].detach().numpy()
+        observations.points.append(point)
+        observations.values.append(landscape.observed_value(point, rng))
     return observations
 
 
@@ -442,6 +535,7 @@ def smac_forest(landscape: Landscape, seed: int, n_trials: int) -> Observations:
 
 
 OTHERS = {"tpe": optuna_tpe, "cma": cma_es, "random": random_search}
+MODELS = {"gpsampler": optuna_gp, "qlognei": qlognei}  # that the arm with gradients compares with
 STOCK_SMAC = {"smac-gp": smac_gp, "smac-forest": smac_forest}
 
 
@@ -449,12 +543,13 @@ def recommended_by(name: str, job: "Job") -> dict[tuple[str, int], "Array"]:
     """Return what another sampler recommends at the checkpoints, [d] each; a line of `job.others`,
     if given, keeps it.
     """
-    counts = (*CHECKPOINTS, TPE_TRIALS) if name == "tpe" else CHECKPOINTS
+    counts = GRADIENT_BUDGETS if name in MODELS or job.d >= LARGE_DIMENSIONS[0] else CHECKPOINTS
+    counts = (*counts, TPE_TRIALS) if name == "tpe" else counts
     key = f"{name} {job.kind} {job.d} {job.seed}"
     kept = kept_by_others(job.others)
     if key not in kept:
         landscape = landscape_of(job.kind, job.d, job.seed)
-        observed = (OTHERS | STOCK_SMAC)[name](landscape, job.seed, max(counts))
+        observed = (OTHERS | MODELS | STOCK_SMAC)[name](landscape, job.seed, max(counts))
         kept[key] = [[round(w, 6) for w in observed.recommended(n)] for n in counts]
         if job.others:
             with open(
@@ -477,7 +572,12 @@ def kept_by_others(file: Path | None) -> dict[str, list[list[float]]]:
 
 
 def config_of(
-    landscape: Landscape, seed: int, n_trials: int, *, gradients: bool = False
+    landscape: Landscape,
+    seed: int,
+    n_trials: int,
+    *,
+    gradients: bool = False,
+    screen: int | Literal["auto"] | None = None,
 ) -> StudyConfig:
     """Return a study of a landscape: its terms with equal weights, its box, nothing re-scored."""
     n_terms = landscape.scores(np.zeros((1, landscape.d))).shape[1]
@@ -494,6 +594,7 @@ def config_of(
                 "seed": seed,
                 "rescore_top": 0,
                 "gradients": "always" if gradients else "never",
+                "screen": screen,
             },
         }
     )
@@ -532,7 +633,7 @@ def gradient_trials(landscape: Landscape, config: StudyConfig) -> list[Trial]:
     with tempfile.TemporaryDirectory() as scratch:
         asker = Asker(config, Path(scratch))
         for number in range(config.search.n_trials):
-            planned = next_anchor(config, number, trials)
+            planned = next_anchor(searched_part(config, trials), number, trials)
             origin, weights = planned or ("surrogate", asker.ask(number))
             scores = term_scores(landscape, landscape.observe(point_of(weights), rng))
             gradients = term_gradients(landscape, weights, of_gradients)
@@ -589,6 +690,7 @@ class Options:
     paired_seeds: int
     processes: int
     others: Path | None = None
+    kept: Path | None = None
     rows: Sequence[str] = ()
     with_gradients: bool = False
     gradient_cost: float = GRADIENT_COST
@@ -612,17 +714,37 @@ class Job:
 
 
 def run_jobs(
-    name: str, function: Callable[[Job], dict[str, Any]], jobs: Sequence[Job], processes: int
+    name: str,
+    function: Callable[[Job], dict[str, Any]],
+    jobs: Sequence[Job],
+    processes: int,
+    kept: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Run jobs in one or more processes, each on one thread, and return their results in order."""
-    started, results = perf_counter(), list[dict[str, Any]]()
+    """Run jobs in one or more processes, each on one thread, and return their results in order. A
+    file `kept` takes every result as it comes; those that are there are not run again.
+    """
+    started, keys = perf_counter(), [f"{name} {job.kind} {job.d} {job.seed}" for job in jobs]
+    results = kept_results(kept)
+    todo = [(key, job) for key, job in zip(keys, jobs, strict=True) if key not in results]
     with multiprocessing.get_context("spawn").Pool(processes, initializer=one_thread) as pool:
-        for number, result in enumerate(pool.imap(function, jobs), start=1):
-            results.append(result)
+        found = pool.imap(function, [job for _, job in todo])
+        for number, ((key, _), result) in enumerate(zip(todo, found, strict=True), start=1):
+            results[key] = result
+            if kept is not None:
+                with open(kept, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({key: result}) + "\n")
             seconds = perf_counter() - started
-            print(f"\r{name}: {number}/{len(jobs)}, {seconds:.0f} s", end="", file=sys.stderr)
+            print(f"\r{name}: {number}/{len(todo)}, {seconds:.0f} s", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return results
+    return [results[key] for key in keys]
+
+
+def kept_results(file: Path | None) -> dict[str, dict[str, Any]]:
+    """Return the results in a file, by the key of their job."""
+    if file is None or not file.exists():
+        return {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {key: result for line in lines for key, result in json.loads(line).items()}
 
 
 def one_thread() -> None:
@@ -734,7 +856,8 @@ def real(options: Options) -> dict[str, Any]:
     """The same on recorded real pools."""
     print("\nreal: recorded pools, each term interpolated by a thin-plate spline; a seed is a run")
     pools = json.loads(POOLS.read_text(encoding="utf-8"))
-    for name, pool in pools.items():
+    for name, _ in pool_rows():
+        pool = pools[name]
         print(f"  {name}: {len(pool['points'])} recorded points; one that is left out is ", end="")
         print(f"predicted within {error_of(pool):.1f} % of the best recorded gain (median)")
     return compare(options, pool_rows(), "real")
@@ -744,18 +867,24 @@ def row_names() -> list[str]:
     """Return what `--rows` chooses from: kind and number of vectors."""
     rows = [(kind, d) for kind in (*KINDS, "items") for d in DIMENSIONS] + pool_rows()
     rows += [(kind, d) for kind, d in gradient_rows() if (kind, d) not in rows]
+    rows += [("domains", d) for d in LARGE_DIMENSIONS]
     return [f"{kind}-{d}" for kind, d in rows]
 
 
 def gradient_rows() -> list[tuple[str, int]]:
     """Return the rows whose scores have gradients: those that are losses."""
-    return [(kind, d) for d in GRADIENT_DIMENSIONS for kind in ("smooth", "cliff")] + pool_rows()
+    rows = [(kind, d) for d in GRADIENT_DIMENSIONS for kind in ("smooth", "cliff")]
+    return rows + pool_rows(with_gradients=False) + pool_rows(with_gradients=True)
 
 
-def pool_rows() -> list[tuple[str, int]]:
-    """Return name and number of vectors of every recorded pool."""
+def pool_rows(*, with_gradients: bool = False) -> list[tuple[str, int]]:
+    """Return name and number of vectors of every pool recorded with gradients, or without."""
     pools = json.loads(POOLS.read_text(encoding="utf-8"))
-    return [(name, len(pool["vectors"])) for name, pool in pools.items()]
+    return [
+        (name, len(pool["vectors"]))
+        for name, pool in pools.items()
+        if ("gradients" in pool["points"][0]) == with_gradients
+    ]
 
 
 def compare(options: Options, rows: Sequence[tuple[str, int]], name: str) -> dict[str, Any]:
@@ -913,8 +1042,9 @@ def compare_with_gradients(job: Job) -> dict[str, Any]:
         n = count_with_gradients(budget, job.gradient_cost)
         recommended["gradients", budget] = ranked(config, told[:n])[0]
         recommended["values", budget] = ranked(config, without[:budget])[0]
-    for name in OTHERS:
-        recommended |= recommended_by(name, job)
+    for name in OTHERS | MODELS | STOCK_SMAC:
+        if name in OTHERS or takes_part(name, job):
+            recommended |= recommended_by(name, job)
     regrets = uniform_regrets(landscape, list(recommended.values()))
     result = {f"{name}@{n}": r for (name, n), r in zip(recommended, regrets, strict=True)}
     run: dict[str, Any] = {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": result}
@@ -924,6 +1054,11 @@ def compare_with_gradients(job: Job) -> dict[str, Any]:
             "gradients": cost_until(landscape, config, told, job.gradient_cost),
         }
     return run
+
+
+def takes_part(name: str, job: Job) -> bool:
+    """Whether a slow sampler runs on a landscape: with stock SMAC, or where `--others` keeps it."""
+    return job.with_smac or f"{name} {job.kind} {job.d} {job.seed}" in kept_by_others(job.others)
 
 
 def count_with_gradients(budget: float, cost: float) -> int:
@@ -947,21 +1082,82 @@ def gradients(options: Options) -> dict[str, Any]:
     print(f"{options.gradient_cost:g} forwards; medians; {options.seeds} landscapes a row")
     rows = options.chosen(gradient_rows())
     jobs = [
+        Job(
+            kind,
+            d,
+            seed,
+            with_smac=seed < options.smac_seeds,
+            others=options.others,
+            gradient_cost=options.gradient_cost,
+        )
+        for kind, d in rows
+        for seed in range(options.seeds)
+    ]
+    runs = run_jobs("gradients", compare_with_gradients, jobs, options.processes, options.kept)
+    return {"table": print_medians(rows, runs, verdict_on), "runs": runs}
+
+
+def compare_large(job: Job) -> dict[str, Any]:
+    """Return the regret in a large pool after equal costs: without gradients, with them, and with
+    them over the vectors that a screen keeps.
+    """
+    landscape = landscape_of(job.kind, job.d, job.seed)
+    n_trials = count_with_gradients(max(GRADIENT_BUDGETS), job.gradient_cost)
+    without = config_of(landscape, job.seed, max(GRADIENT_BUDGETS))
+    runs = {"values": (without, optimer_trials(landscape, without), 1.0)}
+    for screen in (None, *SCREENS):
+        config = config_of(landscape, job.seed, n_trials, gradients=True, screen=screen)
+        name = "gradients" if screen is None else f"screen-{screen}"
+        runs[name] = config, gradient_trials(landscape, config), job.gradient_cost
+    recommended = {
+        (name, budget): ranked(config, trials[: count_with_gradients(budget, cost)])[0]
+        for budget in GRADIENT_BUDGETS
+        for name, (config, trials, cost) in runs.items()
+    }
+    for name in OTHERS:
+        recommended |= recommended_by(name, job)
+    regrets = uniform_regrets(landscape, list(recommended.values()))
+    result = {f"{name}@{n}": r for (name, n), r in zip(recommended, regrets, strict=True)}
+    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": result}
+
+
+def large(options: Options) -> dict[str, Any]:
+    """Large pools, several vectors for each domain: with a screen, with all, without gradients."""
+    print(f"\nlarge: several vectors for each of {N_DOMAINS} domains; regret in % of the gain at ")
+    print(f"  equal cost; one with gradients costs {options.gradient_cost:g} forwards; ", end="")
+    print(f"medians; {options.seeds} landscapes a row")
+    rows = options.chosen(("domains", d) for d in LARGE_DIMENSIONS)
+    jobs = [
         Job(kind, d, seed, others=options.others, gradient_cost=options.gradient_cost)
         for kind, d in rows
         for seed in range(options.seeds)
     ]
-    runs = run_jobs("gradients", compare_with_gradients, jobs, options.processes)
+    runs = run_jobs("large", compare_large, jobs, options.processes, options.kept)
+    return {"table": print_medians(rows, runs, lambda *_: ""), "runs": runs}
+
+
+def print_medians(
+    rows: Sequence[tuple[str, int]],
+    runs: Sequence[Mapping[str, Any]],
+    verdict: Callable[[str, int, Sequence[Mapping[str, Any]], Mapping[str, float]], str],
+) -> dict[str, dict[str, float]]:
+    """Print a line of median regrets for every row, each with its verdict, and return them."""
     columns = list({column: None for result in runs for column in result["regret"]})
     print(f"  {'':19}" + "".join(f"{column:>{len(column) + 2}}" for column in columns))
     table = {}
     for kind, d in rows:
         results = [r for r in runs if (r["kind"], r["d"]) == (kind, d)]
-        medians = {c: statistics.median(r["regret"][c] for r in results) for c in columns}
+        having = {c: [r["regret"][c] for r in results if c in r["regret"]] for c in columns}
+        medians = {c: statistics.median(values) for c, values in having.items() if values}
         table[f"{kind} {d}"] = medians
-        cells = "".join(f"{medians[c]:{len(c) + 2}.2f}" for c in columns)
-        print(f"  {f'{kind}, {d} vectors':19}{cells}{verdict_on(kind, d, results, medians)}")
-    return {"table": table, "runs": runs}
+        cells = "".join(
+            f"{medians[c]:{len(c) + 2}.2f}" if c in medians else " " * (len(c) + 2) for c in columns
+        )
+        print(f"  {f'{kind}, {d} vectors':19}{cells}{verdict(kind, d, results, medians)}")
+        some = {c: len(values) for c, values in having.items() if 0 < len(values) < len(results)}
+        if some:
+            print("    of fewer landscapes: " + ", ".join(f"{c} {n}" for c, n in some.items()))
+    return table
 
 
 def verdict_on(
@@ -1099,7 +1295,7 @@ def asking(options: Options) -> dict[str, Any]:
 
 MEASUREMENTS = {
     function.__name__: function
-    for function in (samplers, paired, parallel, real, items, retarget, asking, gradients)
+    for function in (samplers, paired, parallel, real, items, retarget, asking, gradients, large)
 }
 
 
@@ -1125,6 +1321,12 @@ def main() -> None:
         type=Path,
         help="Keep what the other samplers recommend, which does not depend on our code, and take "
         "from here what an earlier run kept.",
+    )
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        help="Keep the result of every landscape of gradients and large, and take from here what "
+        "an earlier run of the same code kept.",
     )
     parser.add_argument("--quick", action="store_true", help="Two seeds and no stock SMAC.")
     parser.add_argument(
@@ -1152,6 +1354,7 @@ def main() -> None:
         paired_seeds=2 if parsed.quick else parsed.paired_seeds,
         processes=parsed.processes,
         others=parsed.others,
+        kept=parsed.kept,
         rows=parsed.rows,
         with_gradients=parsed.with_gradients,
         gradient_cost=parsed.gradient_cost,

@@ -1,0 +1,157 @@
+"""Large pools of LoRA vectors on a small model: searched with and without gradients and a screen.
+
+    python benchmarks/large_pool.py [--vectors 16 32 64] [--forwards 40] [--seeds 3]
+
+Trains a Llama of a quarter million parameters on a mixture of four made-up languages (Markov
+chains of letters), and then LoRA vectors of rank 4, each on another sample of one of them. The
+objective is the bits per byte of held-out text of all four. The search without gradients runs as
+many trials as `--forwards`. One with gradients runs as many as these would pay for, by the median
+of what its trials say that they cost. The gain over the base of the best trial of each counts.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from optimer_hf.searching.loop import search
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.directory import Study
+from optimer_hf.study.gradients import cost_ratio
+
+LETTERS, LENGTH, N_LANGUAGES = "abcdefghijklmnopqrstuvwxyz ", 96, 4
+N_HELD_OUT, BATCH = 24, 16
+BASE_STEPS, VECTOR_STEPS = 300, 80
+ARMS: dict[str, dict[str, Any]] = {
+    "without": {"gradients": "never"},
+    "with gradients": {"gradients": "always"},
+    "screen 8": {"gradients": "always", "screen": 8},
+}
+
+
+def chains(n: int) -> list[np.ndarray]:
+    """Return the transition probabilities [letters^2, letters] of n languages, which share half of
+    their habits.
+    """
+    rng, shape = np.random.default_rng(0), (len(LETTERS) ** 2, len(LETTERS))
+    shared = rng.gamma(0.15, size=shape)
+    tables = [shared + rng.gamma(0.08, size=shape) + 1e-4 for _ in range(n)]
+    return [table / table.sum(axis=1, keepdims=True) for table in tables]
+
+
+def write_texts(table: np.ndarray, n: int, rng: np.random.Generator) -> list[str]:
+    """Return n texts of LENGTH letters of one language."""
+    letters = rng.integers(len(LETTERS), size=(n, 2))
+    bounds = table.cumsum(axis=1)
+    for _ in range(LENGTH - 2):
+        states = letters[:, -2] * len(LETTERS) + letters[:, -1]
+        drawn = (rng.random((n, 1)) > bounds[states]).sum(axis=1).clip(max=len(LETTERS) - 1)
+        letters = np.column_stack([letters, drawn])
+    return ["".join(LETTERS[index] for index in row) for row in letters]
+
+
+def train(model: Any, tokenizer: Any, texts: Sequence[str], steps: int, rate: float) -> None:
+    """Train the parameters that require gradients, on random batches."""
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate)
+    ids = torch.tensor([tokenizer(text)["input_ids"] for text in texts])
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        batch = ids[torch.randint(len(ids), (BATCH,), generator=generator)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make_pool(folder: Path, n_vectors: int) -> dict[str, Any]:
+    """Write base, vectors and held-out texts, and return the fields of a study."""
+    vocabulary = {letter: index + 3 for index, letter in enumerate(LETTERS)}
+    special = {"<pad>": 0, "</s>": 1, "<s>": 2}
+    raw = Tokenizer(models.WordLevel(special | vocabulary, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", bos_token="<s>"
+    )
+    torch.manual_seed(0)
+    shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 256}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=32, bos_token_id=2, **shape, **heads))
+    tables, rng = chains(N_LANGUAGES), np.random.default_rng(1)
+    mixture = [text for table in tables for text in write_texts(table, 200, rng)]
+    train(model, tokenizer, mixture, BASE_STEPS, 3e-3)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for number in range(n_vectors):
+        tuned = LlamaForCausalLM.from_pretrained(folder / "base")
+        torch.manual_seed(number)
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        tuned = get_peft_model(tuned, lora)
+        texts = write_texts(tables[number % N_LANGUAGES], 200, rng)
+        train(tuned, tokenizer, texts, VECTOR_STEPS, 2e-3)
+        tuned.save_pretrained(folder / f"v{number}")
+    for name, table in zip("abcd", tables, strict=True):
+        rows = [json.dumps({"text": text}) for text in write_texts(table, N_HELD_OUT, rng)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return {
+        "base_model": str(folder / "base"),
+        "dtype": "float32",
+        "vectors": {f"v{n}": {"source": str(folder / f"v{n}")} for n in range(n_vectors)},
+        "objective": {"terms": [{"text": str(folder / f"{name}.jsonl")} for name in "abcd"]},
+    }
+
+
+def gains_of(study: Study) -> list[float]:
+    """Return the gain of every trial over the base, in %."""
+    base = study.value(study.trials[0])
+    return [100 * (study.value(trial) - base) for trial in study.trials]
+
+
+def compare(fields: dict[str, Any], n_forwards: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Return the gain of the best trial of every arm after equal costs, and what trials cost."""
+    row: dict[str, Any] = {"seed": seed}
+    for arm, choices in ARMS.items():
+        settings = {"n_trials": n_forwards, "rescore_top": 0, "seed": seed} | choices
+        if arm != "without":
+            settings["n_trials"] = n_forwards // 2
+        config = StudyConfig.model_validate(fields | {"search": settings})
+        study = search(config, folder / f"{arm}-{seed}")
+        cost = median(cost_ratio(trial) for trial in study.trials)
+        n_paid = max(int(n_forwards / cost), 1)
+        row[arm] = round(max(gains_of(study)[:n_paid]), 3)
+        row[f"cost {arm}"] = round(cost, 2)
+    return row
+
+
+def main() -> None:
+    """Print a line for every pool and seed, and the medians."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vectors", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--forwards", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    print(f"gain over the base in % after {options.forwards} forwards")
+    for n_vectors in options.vectors:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            fields = make_pool(folder, n_vectors)
+            rows = []
+            for seed in range(options.seeds):
+                rows.append(compare(fields, options.forwards, seed, folder))
+                print(f"  {json.dumps(rows[-1])}", flush=True)
+        medians = ", ".join(f"{median(row[arm] for row in rows):.2f} {arm}" for arm in ARMS)
+        print(f"{n_vectors} vectors, median of {options.seeds}: {medians}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
