@@ -21,6 +21,7 @@ from optimer_hf.files.text import first_line, quote
 from optimer_hf.models.layout import GENERATION_CONFIG, role_of
 
 CONFIG = "config.json"
+NUMBERS_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 CONFIGS = "*config*.json"  # for model (also config.5.0.0.json), tokenizer, processor, adapter
 PARTS = re.compile(r"layers?$|blocks?$|heads?$|experts?$|labels$|depth$|stages?$|codebooks?$")
 SIZES = re.compile(r"size|dim|embd|vocab|d_model|d_ff|width|rank|positions|embeddings|n_inner|ctx")
@@ -91,6 +92,22 @@ def read_settings(file: Path) -> dict[str, Any]:
             f"{file}: found {quote(settings)}, expected a mapping. Fetch the model again."
         )
     return settings
+
+
+def count_layers(model: Path) -> int:
+    """Return the number of layers of the language model in a directory, from its config. Raises
+    ModelError for a config that does not say it.
+    """
+    config = read_settings(model / CONFIG)
+    text = config.get("text_config")
+    for block in ([text] if isinstance(text, dict) else []) + [config]:
+        numbers = [block[key] for key in NUMBERS_OF_LAYERS if isinstance(block.get(key), int)]
+        if numbers and numbers[0] > 0:
+            return int(numbers[0])
+    raise ModelError(
+        f"{model / CONFIG}: does not say how many layers the model has, so a vector of it cannot "
+        "be split by layers. Split it by names."
+    )
 
 
 def refuse_absurd(path: Path) -> None:

@@ -131,7 +131,7 @@ def _read_vector(
     if record is not None and record.kind == "delta":
         tokens = record.added_tokens
         return replace(
-            _open_delta(name, path, record), copies=ties_of(base).copies, added_tokens=tokens
+            _open_delta(name, path, record), unread=ties_of(base).copies, added_tokens=tokens
         )
     tuned = _rename_to_base(name, Checkpoint(path), base)
     _check_dtypes(name, tuned, base)

@@ -116,16 +116,17 @@ class CheckpointVector(_Brief):
 class DeltaVector(_Brief):
     """Stored deltas: bf16, fp16, fp32, or int8 with one scale per block.
 
-    `copies` (of a tied embedding) are stored, too, but never read. `added_tokens` are those that
-    its base lacks, and whose rows are stored whole, as trained; None if it has the tokens of its
-    base. Once the rows are in the order of a base that has them all, `whole` has the ids of these
-    tokens, int64 [n], and `starts` the rows of that base, which are subtracted, float32 [n, d].
+    Tensors in `unread`, such as copies of a tied embedding, are stored, too, but never read.
+    `added_tokens` are those that its base lacks, and whose rows are stored whole, as trained; None
+    if it has the tokens of its base. Once the rows are in the order of a base that has them all,
+    `whole` has the ids of these tokens, int64 [n], and `starts` the rows of that base, which are
+    subtracted, float32 [n, d].
     """
 
     name: str
     stored: Tensors
     block_size: int | None = None
-    copies: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
     added_tokens: Sequence[str] | None = None
     whole: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     starts: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -138,11 +139,16 @@ class DeltaVector(_Brief):
     @cached_property
     def names(self) -> frozenset[str]:
         names = frozenset(name for name in self.stored.names if not name.endswith(SCALES))
-        return names - self.copies
+        return names - self.unread
+
+    @property
+    def _read(self) -> list[str]:
+        """The stored tensors that are read, with their scales."""
+        return [name for name in self.stored.names if name.removesuffix(SCALES) in self.names]
 
     @property
     def n_bytes(self) -> int:
-        return self.stored.n_bytes(self.stored.names)
+        return self.stored.n_bytes(self._read)
 
     def delta(self, name: str, rows: slice, device: torch.device | str) -> torch.Tensor:
         delta = self._read_rows(name, rows, device)
@@ -162,7 +168,7 @@ class DeltaVector(_Brief):
 
     def load_to(self, place: Place) -> "DeltaVector":
         starts = {name: rows.to(_device_at(place, name)) for name, rows in self.starts.items()}
-        return replace(self, stored=_load(self.stored, self.stored.names, place), starts=starts)
+        return replace(self, stored=_load(self.stored, self._read, place), starts=starts)
 
 
 @dataclass(frozen=True, repr=False)
