@@ -125,6 +125,7 @@ def search(
     out: AnyPath,
     *,
     objective: AnyPath | None = None,
+    test: AnyPath | None = None,
     functions: "Mapping[str, Scorer] | None" = None,
     runner: "Runner | None" = None,
     ask: "Sampler | None" = None,
@@ -133,12 +134,12 @@ def search(
     are not run again.
 
     `config` is a StudyConfig, a mapping of its fields, a study.yaml, or a mergekit YAML with an
-    `objective` file. `functions` score the terms that name them: (model, tokenizer, limit) -> a
-    number for each item. `runner` decides where trials run (None: in this process); see
-    `searching.workers.Workers` for many processes. `ask` chooses weights in place of the surrogate:
-    a function of a `Request` that returns the weight of each vector. Raises OptimerError for
-    anything wrong with the config before the first trial. A trial that fails is recorded as
-    crashed, and the search goes on.
+    `objective` file and, for the sealed test, another one, `test`. `functions` score the terms that
+    name them: (model, tokenizer, limit) -> a number for each item. `runner` decides where trials
+    run (None: in this process); see `searching.workers.Workers` for many processes. `ask` chooses
+    weights in place of the surrogate: a function of a `Request` that returns the weight of each
+    vector. Raises OptimerError for anything wrong with the config before the first trial. A trial
+    that fails is recorded as crashed, and the search goes on.
     """
     with announce("search: loading libraries"):
         from optimer_hf.searching.loop import search as run_search
@@ -152,11 +153,12 @@ def search(
         )
     where = runner or InProcess(partial(ResidentPool, functions=functions))
     if isinstance(config, str | os.PathLike):
-        file = Path(objective) if objective is not None else None
-        study = read_study(Path(config), objective=file)
+        target, sealed = (None if each is None else Path(each) for each in (objective, test))
+        study = read_study(Path(config), objective=target, test=sealed)
         return run_search(study, Path(out), runner=where, ask=ask)
-    if objective is not None:
-        raise ConfigError("objective: goes with the path of a mergekit YAML. Leave it out.")
+    for name, given in (("objective", objective), ("test", test)):
+        if given is not None:
+            raise ConfigError(f"{name}: goes with the path of a mergekit YAML. Leave it out.")
     return run_search(_config(StudyConfig, config), Path(out), runner=where, ask=ask)
 
 

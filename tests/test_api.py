@@ -87,6 +87,8 @@ def test_a_search_takes_a_config_its_fields_or_its_file(here):
         optimer.search(fields | {"vectors": {"w": {"sauce": "x"}}}, "e")
     with pytest.raises(optimer.ConfigError, match="mergekit YAML"):
         optimer.search(config, "e", objective="objective.yaml")
+    with pytest.raises(optimer.ConfigError, match="test: goes with the path of a mergekit YAML"):
+        optimer.search(config, "e", test="objective.yaml")
     with pytest.raises(TypeError, match="expected a StudyConfig"):
         optimer.search(3, "e")
 
