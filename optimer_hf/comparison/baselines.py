@@ -9,7 +9,7 @@ vectors keep the rank and the norm of every tensor of the real ones.
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.searching.trial import base_of_study
-from optimer_hf.study.config import LARGEST_WEIGHT, MergeMethod, StudyConfig
+from optimer_hf.study.config import LARGEST_WEIGHT, By, MergeMethod, StudyConfig, VectorConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.plugins import check_weights, load_baseline
 from optimer_hf.vectors.delta import extract
@@ -49,10 +49,12 @@ MERGE_METHODS: dict[MergeMethod, Callable[[int], dict[str, float]]] = {
 @dataclass(frozen=True)
 class ModelContender(Contender):
     """A model to compare with. `make` writes its vectors into a scratch directory and returns where
-    they are, by the names that `weights` has.
+    they are, by the names that `weights` has. `splits` has the groups of those with weights by
+    group.
     """
 
     make: Callable[[Path], dict[str, str]]
+    splits: Mapping[str, By] = field(default_factory=dict)
 
 
 def list_plugins(study: Study) -> tuple[list[Contender], dict[str, str]]:
@@ -120,13 +122,21 @@ def ready_model(kind: RowKind, name: str, source: str) -> ModelContender:
 
 
 def add_fixed(model: ModelContender, config: StudyConfig) -> ModelContender:
-    """Add the fixed vectors at their weights, which every row has."""
-    fixed = {name: str(config.vectors[name].source) for name in config.fixed}
+    """Add the vectors that are fixed as a whole, at their weights, which every row has."""
+    fixed = config.fixed_parts
+    vectors = {name: config.vectors[name] for name in fixed}
+    sources = {name: str(vector.source) for name, vector in vectors.items()}
+    weights = {weight: value for own in fixed.values() for weight, value in own.items()}
     return replace(
         model,
-        weights=model.weights | config.fixed,
-        make=lambda scratch: model.make(scratch) | fixed,
+        weights=model.weights | weights,
+        make=lambda scratch: model.make(scratch) | sources,
+        splits={**model.splits, **_splits_of(vectors)},
     )
+
+
+def _splits_of(vectors: Mapping[str, VectorConfig]) -> dict[str, By]:
+    return {name: vector.by for name, vector in vectors.items() if vector.by is not None}
 
 
 def short_digest(source: str) -> str:
@@ -137,7 +147,7 @@ def short_digest(source: str) -> str:
 
 def _searched_sources(config: StudyConfig) -> dict[str, str]:
     """Return the reference of each searched vector, by name."""
-    return {name: str(config.vectors[name].source) for name in config.free}
+    return {name: str(config.vectors[name].source) for name in config.free_parts}
 
 
 def _single_sources(config: StudyConfig) -> dict[str, str]:
@@ -211,7 +221,17 @@ def _random_vectors(config: StudyConfig, weights: Mapping[str, float]) -> ModelC
             made[names[name]] = str(out)
         return made
 
-    return ModelContender("random", "", {names[name]: weights[name] for name in names}, make)
+    vectors = {names[name]: config.vectors[name] for name in names}
+    own = {
+        new: weights[old]
+        for name in names
+        for old, new in zip(
+            config.vectors[name].weights_of(name),
+            config.vectors[name].weights_of(names[name]),
+            strict=True,
+        )
+    }
+    return ModelContender("random", "", own, make, _splits_of(vectors))
 
 
 def write_random_like(

@@ -64,8 +64,12 @@ def _check(study: Study, shares: Sequence[dict[str, float]], attempts: Study) ->
     kept = [i for i in range(len(shares)) if i + 1 in by_number]
     if len(kept) < FEWEST_MIXTURES:
         return None
-    nothing = dict.fromkeys(study.config.free, 0.0)
-    points = to_unit(study.config, [nothing, *(nothing | shares[i] for i in kept)])
+    nothing, parts = dict.fromkeys(study.config.free, 0.0), study.config.free_parts
+    merges = [
+        nothing | {part: share for name, share in shares[i].items() for part in parts.get(name, [])}
+        for i in kept
+    ]
+    points = to_unit(study.config, [nothing, *merges])
     means, _ = fit_surrogate(study.config, study.trials).predict(points)
     predicted = (means[1:] - means[0]).tolist()
     value_of_base = attempts.value(attempts.trials[0])

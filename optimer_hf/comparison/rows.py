@@ -74,7 +74,7 @@ def list_rows(config: StudyConfig) -> list[tuple[RowKind, str]]:
     """Return the kind and subject of every row that the comparison of a study may have, in the
     order of the table.
     """
-    free, singles, baselines = list(config.free), config.free_singles, config.baselines
+    free, singles, baselines = list(config.free_parts), config.free_singles, config.baselines
     rows: list[tuple[RowKind, str]] = [("base", "")]
     rows += [("fixed", "")] if config.fixed else []
     rows += [("alone", name) for name in free]
@@ -118,12 +118,24 @@ class Contender:
     def title(self) -> str:
         """Title of the row in tables and figures."""
         if self.kind == "alone":
-            return f"{self.subject} at {self.weights[self.subject]}"
+            return f"{self.subject} at {self._own_weight}"
         title = title_of(self.kind, self.subject)
         if self.kind in OF_SCALED_MODELS:  # its own weight is the first; fixed vectors follow
             return f"{title}, {next(iter(self.weights.values())):g}"
         is_scaled = self.kind == "best_scale"
-        return f"{title}, {self.weights[self.subject]:g}" if is_scaled else title
+        return f"{title}, {self._own_weight:g}" if is_scaled else title
+
+    @property
+    def own_weights(self) -> list[float]:
+        """The weights of the vector that the row is about: one, or those of its groups."""
+        if self.subject in self.weights:
+            return [self.weights[self.subject]]
+        return [w for name, w in self.weights.items() if name.startswith(f"{self.subject}.")]
+
+    @property
+    def _own_weight(self) -> float:
+        """The weight of the vector that the row is about, which its searched groups share."""
+        return max(self.own_weights, key=self.own_weights.count)
 
     @property
     def key(self) -> str:

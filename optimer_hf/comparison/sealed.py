@@ -37,7 +37,7 @@ from optimer_hf.searching.engine import keep_engine
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Pool, ResidentPool, base_of_study, run_trial
-from optimer_hf.study.config import MergeMethod, StudyConfig, VectorConfig
+from optimer_hf.study.config import By, MergeMethod, StudyConfig, VectorConfig
 from optimer_hf.study.directory import Study, load_study, lock_directory
 from optimer_hf.study.prediction import best_scale, predict
 from optimer_hf.study.trials import ENGINE, OF_TEST, Candidate, ChosenRow
@@ -52,22 +52,23 @@ def list_own_contenders(study: Study) -> list[Contender]:
     at its best scale, the average, the sum, the merge, and the re-targeted merges.
     """
     config = study.config
-    free, fixed = list(config.free), config.fixed
+    free, fixed, parts = list(config.free), config.fixed, config.free_parts
     nothing = dict.fromkeys(free, 0.0)
     rows = [Contender("base", "", nothing | dict.fromkeys(fixed, 0.0))]
     if fixed:
         rows.append(Contender("fixed", "", nothing | fixed))
-    for name in free:
-        rows.append(Contender("alone", name, nothing | {name: 1.0} | fixed))
-    for name in free:
+    for name, own in parts.items():
+        rows.append(Contender("alone", name, nothing | dict.fromkeys(own, 1.0) | fixed))
+    for name in parts:
         choose = partial(best_scale, study, name)
         weights = study.decide_row(ChosenRow("best_scale", name), choose)
         rows.append(Contender("best_scale", name, weights))
     singles = config.free_singles  # a mixture holds their text again
     if len(singles) > 1:
-        average = nothing | dict.fromkeys(singles, 1 / len(singles)) | fixed
+        own = [weight for name in singles for weight in parts[name]]
+        average = nothing | dict.fromkeys(own, 1 / len(singles)) | fixed
         rows.append(Contender("average", "", average))
-        rows.append(Contender("sum", "", nothing | dict.fromkeys(singles, 1.0) | fixed))
+        rows.append(Contender("sum", "", nothing | dict.fromkeys(own, 1.0) | fixed))
     rows.append(Contender("merge", "", study.best_trial.weights))
     for name, target in config.retarget.items():
         row = ChosenRow("retargeted", name, target)
@@ -179,7 +180,7 @@ def _score_models(
     with _scratch_directory(study) as scratch:
         for contender, model in contenders:
             gc.collect()  # the harness keeps the previous model alive in a cycle
-            made = with_pool(study.config, model.make(scratch))
+            made = with_pool(study.config, model.make(scratch), model.splits)
             _score_other(study, contender, log, pool(made), planned)  # not held any longer
 
 
@@ -267,7 +268,7 @@ def _scale_mixture(
     name = model.subject if model.kind == "mixture" else model.title
     directory = study.directory / "searches" / f"scale-{slug(name)}-{digest(key)[:6]}"
     best = search(config, directory, runner=InProcess(pool), warns=False).best_trial
-    weights = {key: best.weights[SCALED]} | study.config.fixed
+    weights = model.weights | {key: best.weights[SCALED]}
     kind: RowKind = "scaled_mixture" if model.kind == "mixture" else "scaled_attempts"
     return replace(model, kind=kind, weights=weights)
 
@@ -293,11 +294,15 @@ def _recall_mixtures(study: Study, models: Sequence[Contender], log: SealedLog) 
     return recalled
 
 
-def with_pool(config: StudyConfig, sources: Mapping[str, str]) -> StudyConfig:
-    """Return the config of a study with another pool: name -> reference. It keeps the base and the
-    tokens of the study.
+def with_pool(
+    config: StudyConfig, sources: Mapping[str, str], splits: Mapping[str, By]
+) -> StudyConfig:
+    """Return the config of a study with another pool: name -> reference; `splits` has the groups of
+    those that have weights by group. It keeps the base and the tokens of the study.
     """
-    vectors = {name: VectorConfig(source=source) for name, source in sources.items()}
+    vectors = {
+        name: VectorConfig(source=source, by=splits.get(name)) for name, source in sources.items()
+    }
     changes: dict[str, Any] = {"vectors": vectors, "tokenizer_source": config.tokenizer_reference}
     if config.vocabulary == "union":
         base, tokenizer = base_of_study(config)

@@ -124,7 +124,7 @@ def _mistakes(row: SealedRow, before: Sequence[SealedRow], labels: Sequence[str]
     if not 0 <= row.n_trials_known < LARGEST_COUNT:
         yield f"found {quote(row.n_trials_known)} trials known, expected 0 or more"
     yield from mistakes_of_size(row.weights)
-    if row.kind in OF_ONE_VECTOR and row.subject not in row.weights:
+    if row.kind in OF_ONE_VECTOR and not row.own_weights:
         yield f"found no weight of {row.subject!r}, expected one"
     equals = [other for other in before if other.weights == row.weights]
     if any((row.kind, row.subject) == (each.kind, each.subject) for each in equals):

@@ -312,6 +312,7 @@ def check_sources(inputs: Inputs) -> None:
     from optimer_hf.searching.engine import refuse_missing_engine, refuse_unusable_engine
     from optimer_hf.searching.tracking import make_callbacks
     from optimer_hf.vectors.opening import open_vector
+    from optimer_hf.vectors.splitting import refuse_unknown_groups, split_pool
 
     config = inputs.study
     refuse_missing_engine(config.engine)
@@ -327,8 +328,12 @@ def check_sources(inputs: Inputs) -> None:
     refuse_unusable_engine(config.engine, base, tokenizer, config.dtype)
     templated = config.objective.apply_chat_template
     scoring_tokenizer(base, tokenizer, apply_chat_template=templated)
-    for name, source in (*given.items(), *config.baselines.models.items()):
+    for name, source in config.baselines.models.items():
         open_vector(name, str(source), base)
+    split_pool([open_vector(n, str(each), base) for n, each in given.items()], config.groups, base)
+    for name, groups in config.groups.items():
+        if name in inputs.trainings:
+            refuse_unknown_groups(name, groups, base)
 
 
 def _check_mixtures(

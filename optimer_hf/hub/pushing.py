@@ -446,7 +446,7 @@ def _unused_sources(record: VectorFile | Recipe | BaseModel) -> set[str]:
     if not isinstance(record, Recipe):
         return set()
     vectors = record.vectors.values()
-    return {vector.source for vector in vectors if vector.weight == 0}
+    return {vector.source for vector in vectors if not vector.is_used}
 
 
 def _choose_licence(

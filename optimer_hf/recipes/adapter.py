@@ -1,6 +1,7 @@
 """Build the adapter of a recipe: one LoRA adapter with the weighted sum of its LoRA vectors."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import ResolvedModel, copy_tokenizer
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.recipes.build import read_lock
-from optimer_hf.recipes.record import Recipe
+from optimer_hf.recipes.record import Ingredient, Recipe
 from optimer_hf.vectors.delta import describe_vector
 from optimer_hf.vectors.lora import Product, read_products
 from optimer_hf.vectors.lora_config import read_options
 from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.splitting import split_pool
+from optimer_hf.vectors.vector import DistributionVector
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,15 @@ def build_adapter(
     base = resolve_model(recipe.base_model)
     read_lock(path.with_suffix(".lock.json"), recipe, base)
     checkpoint = Checkpoint(base.path)
-    sources = {name: source for name, source in recipe.sources.items() if recipe.weights[name]}
+    used = {name: each for name, each in recipe.vectors.items() if each.is_used}
     products, options = {}, dict[str, Any]()
-    for name, source in sources.items():
-        adapter, fields = _open_adapter(name, source, base, checkpoint)
+    for name, ingredient in used.items():
+        adapter, fields = _open_adapter(name, ingredient, base, checkpoint)
         products[name], options = adapter, fields | options
     ranks = {
         name: max(p.a.shape[0] for p in adapter.values()) for name, adapter in products.items()
     }
-    total, left_out = add_adapters(products, recipe.weights), Truncation()
+    total, left_out = add_adapters(products, dict.fromkeys(products, 1.0)), Truncation()
     if rank is not None and rank < sum(ranks.values()):
         total, left_out = truncate(total, rank)
     tokenizer = open_tokenizer(base, recipe.tokenizer_reference)
@@ -87,10 +90,12 @@ def build_adapter(
 
 
 def _open_adapter(
-    name: str, source: str, base: ResolvedModel, checkpoint: Checkpoint
+    name: str, ingredient: Ingredient, base: ResolvedModel, checkpoint: Checkpoint
 ) -> tuple[dict[str, Product], dict[str, Any]]:
-    """Return the products of a vector, and the fields of its config that its sum keeps."""
-    vector = open_vector(name, source, base)
+    """Return the products of a vector, scaled by its weights, and the fields of its config that its
+    sum keeps.
+    """
+    vector = open_vector(name, ingredient.source, base)
     if vector.kind != "adapter":
         raise ModelError(
             f"vector {name!r} ({vector.path}): is a {vector.kind}, and only LoRA adapters add up "
@@ -98,7 +103,25 @@ def _open_adapter(
         )
     options = read_options(vector.path, f"vector {name!r}")
     kept = {key: options[key] for key in ("task_type", "fan_in_fan_out") if options.get(key)}
-    return read_products(vector.path, checkpoint, name), kept
+    products = read_products(vector.path, checkpoint, name)
+    weights = _weights_by_tensor(vector, ingredient, base, products)
+    scaled = {
+        target: replace(product, scale=weights[target] * product.scale)
+        for target, product in products.items()
+        if weights[target]
+    }
+    return scaled, kept
+
+
+def _weights_by_tensor(
+    vector: DistributionVector, ingredient: Ingredient, base: ResolvedModel, names: Iterable[str]
+) -> dict[str, float]:
+    """Return the weight of each tensor in `names`, which a vector moves."""
+    own, groups = ingredient.weights_of(vector.name), ingredient.groups
+    if groups is None:
+        return dict.fromkeys(names, own[vector.name])
+    pool = split_pool([vector], {vector.name: groups}, base)
+    return {tensor: own[part.name] for part in pool for tensor in part.names}
 
 
 def _name_of_base(reference: str) -> dict[str, str | None]:

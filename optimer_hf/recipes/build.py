@@ -29,6 +29,7 @@ from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.recipes.write import digests_of_tokenizer
 from optimer_hf.report.captions import CAPTIONS, CARD_FILES
 from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.splitting import split_pool
 from optimer_hf.vectors.vector import AdapterVector
 
 logger = logging.getLogger(__name__)
@@ -63,9 +64,10 @@ def build(
     base, tokenizer = open_base(base, recipe.sources, recipe.tokenizer_reference, recipe.vocabulary)
     if lock is not None:
         _check_added_tokens(lock, recipe, base)
-    vectors = [
+    opened = [
         open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()
     ]
+    vectors = split_pool(opened, recipe.groups, base)
     write = partial(
         write_merged,
         base,

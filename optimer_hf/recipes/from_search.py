@@ -31,5 +31,5 @@ def search_study(
     with naming_terms(objective or path):
         study = search(config, study_dir, runner=runner)
     write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger_of_study(study))
-    kinds = Lock.read(study_dir / LOCK).kinds
+    kinds = Lock.read(study_dir / LOCK).stored_kinds
     return study, merge_config_of_study(config, study.best_trial.weights, path, kinds)

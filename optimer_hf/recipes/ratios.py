@@ -72,16 +72,22 @@ def _weights_of(
     if source.is_dir():
         study = load_study(source)
         weights, sources = study.best_trial.weights, study.config.sources
-        mixtures = study.config.mixtures
+        mixtures, groups = study.config.mixtures, study.config.groups
     else:
         recipe = Recipe.read(source)
         weights, sources, mixtures = recipe.weights, recipe.sources, recipe.mixtures
+        groups = recipe.groups
     for name in without:
         if name not in sources:
             raise ConfigError(
                 f"--without {name}: there is no such vector. Known: {', '.join(sources)}."
             )
     kept = [name for name in sources if name not in without]
+    if split := [name for name in kept if name in groups]:
+        raise ConfigError(
+            f"{source}: the vector {split[0]!r} has a weight for each group of its tensors, and a "
+            f"ratio needs one. Leave it out: --without {split[0]}."
+        )
     return (
         {name: weights[name] for name in kept},
         {name: sources[name] for name in kept},

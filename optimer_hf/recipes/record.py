@@ -1,8 +1,8 @@
 """The records of a recipe: recipe.yaml and its lock."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -14,18 +14,23 @@ from pydantic import (
 )
 
 from optimer_hf.comparison.ledger import Ledger
-from optimer_hf.files.model import FileModel, VersionedFile
+from optimer_hf.files.model import FileModel, Mistake, VersionedFile
 from optimer_hf.files.reference import AnyPath, ReferenceText, TokenizerSource, tokenizer_reference
+from optimer_hf.files.text import summarize_numbers
+from optimer_hf.merging.mergekit_pool import INT8
 from optimer_hf.models.layout import MAX_SHARD_SIZE
 from optimer_hf.models.union import AddedToken, Vocabulary
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.study.config import Share
 from optimer_hf.study.trials import Fidelity
+from optimer_hf.vectors.groups import Groups
 from optimer_hf.vectors.record import QUANTISED
 
 LOCK = "recipe.lock.json"  # beside a built model
 MERGE_CONFIG, MADE_HERE = "optimer.yml", "# Written beside a recipe by optimer-hf.\n"
 
+MOST_LAYERS = 10_000
+Weight = Annotated[float, Field(ge=-1e4, le=1e4)]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # in examples
 PINNED = f"you/gemma-3-270m-math@{COMMIT}"
 
@@ -39,8 +44,20 @@ class Ingredient(FileModel):
 
     source: ReferenceText = Field(examples=[PINNED])
     """Where the vector is: a directory, a Hub id at a commit (org/name@commit) or pypi:PACKAGE."""
-    weight: float = Field(ge=-1e4, le=1e4, examples=[0.62], json_schema_extra={"unit": "weight"})
+    weight: Weight | None = Field(
+        default=None, examples=[0.62], json_schema_extra={"unit": "weight"}
+    )
     """Weight of the vector in the merge."""
+    weights: dict[str, Weight] | None = Field(
+        default=None,
+        min_length=2,
+        examples=[{"self_attn": 0.3, "mlp": 0.5, "else": 0.1}],
+        json_schema_extra={"unit": "weight"},
+    )
+    """Instead of `weight`, that of each group of tensors: a tensor belongs to the first group that
+    is a part of its name, and `else` is the rest. Or layers.1, layers.2, ...: that many groups of
+    neighbouring layers, the first with what is in no layer.
+    """
     mixture: dict[str, Share] | None = Field(
         default=None,
         examples=[{"math": 2, "code": 1}],
@@ -48,6 +65,37 @@ class Ingredient(FileModel):
         exclude_if=lambda value: value is None,
     )
     """Shares of the other vectors' text that the vector was trained on, by vector, if it was."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        if (self.weight is None) == (self.weights is None):
+            fault = "it is missing" if self.weight is None else "'weights' is there, too"
+            yield ("weight",), f"{fault}; give the weight, or in 'weights' that of each group"
+        elif self.groups is not None and self.groups.keys != list(self.weights or ()):
+            yield ("weights",), f"expected the groups {', '.join(self.groups.keys)}, in this order"
+
+    @property
+    def groups(self) -> Groups | None:
+        """How the vector is split; None: it is whole."""
+        return None if self.weights is None else Groups.of_keys(self.weights)
+
+    def weights_of(self, name: str) -> dict[str, float]:
+        """Return the weights of the vector under its `name`: one, or that of each group."""
+        if self.groups is None or self.weights is None:
+            return {name: self.weight or 0.0}
+        names = self.groups.names_of(name)
+        return {names[key]: weight for key, weight in self.weights.items()}
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a weight is not zero."""
+        return any(self.weights_of("").values())
+
+    @property
+    def weights_text(self) -> str:
+        """The weight as text, or those of the groups."""
+        if self.weights is None:
+            return f"{self.weight:.4g}"
+        return summarize_numbers(self.weights)
 
 
 class Composition(VersionedFile):
@@ -70,6 +118,15 @@ class Composition(VersionedFile):
         ]
     )
     """Vectors of the merge with their weights, by name."""
+    n_layers: int | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_LAYERS,
+        exclude_if=lambda number: number is None,
+        examples=[24],
+        json_schema_extra={"unit": "layers"},
+    )
+    """Number of layers of the base, where weights are those of groups of layers."""
     tokenizer_source: TokenizerSource = Field(default=None, examples=["chat"])
     """Vector or model that the merge takes its tokenizer from. Default: the base."""
     vocabulary: Vocabulary = Field(default="base", exclude_if=_is_base, examples=["union"])
@@ -79,8 +136,18 @@ class Composition(VersionedFile):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of every vector, by name."""
-        return {name: ingredient.weight for name, ingredient in self.vectors.items()}
+        """All weights by name: `math`, or `math.mlp` of a group."""
+        return {
+            weight: value
+            for name, ingredient in self.vectors.items()
+            for weight, value in ingredient.weights_of(name).items()
+        }
+
+    @property
+    def groups(self) -> dict[str, Groups]:
+        """How the vectors that have several weights are split, by vector."""
+        named = self.vectors.items()
+        return {name: each.groups for name, each in named if each.groups is not None}
 
     @property
     def sources(self) -> dict[str, str]:
@@ -222,6 +289,12 @@ class Lock(VersionedFile):
     dtype: str
     output: dict[str, str] = {}
     max_shard_size: int = Field(default=MAX_SHARD_SIZE, gt=0, le=2**50)
+
+    @property
+    def stored_kinds(self) -> dict[str, str]:
+        """The kind of each vector, with int8 deltas apart, which mergekit cannot read."""
+        quantised = [name for name, dtype in self.dtypes.items() if dtype == QUANTISED]
+        return self.kinds | dict.fromkeys(quantised, INT8)
 
     @model_validator(mode="before")
     @classmethod

@@ -4,10 +4,16 @@ from pathlib import Path
 
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.staging import finish_move, write_text
-from optimer_hf.merging.mergekit_pool import mergekit_command, vanilla_config
+from optimer_hf.merging.mergekit_pool import (
+    is_zero,
+    mergekit_command,
+    settings_of,
+    vanilla_config,
+)
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
+from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.union import UnionRecord
 from optimer_hf.recipes.record import tokenizer_note
@@ -43,22 +49,25 @@ def write_vanilla(
     vectors = [
         open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()
     ]
+    by_layers = any(groups.n_layer_groups for groups in config.groups.values())
+    n_layers = count_layers(base.path) if by_layers else None
+    settings = settings_of(config.sources, weights, config.groups, n_layers)
     merge_config = None
     is_grown = base.path != original.path  # mergekit would cut rows without a token from the base
     if not is_grown and not any(map(_is_quantised, vectors)):
         sources = {vector.name: str(vector.path) for vector in vectors}
         kinds = {vector.name: vector.kind for vector in vectors}
-        merge_config = vanilla_config(str(base.path), sources, weights, config.dtype, kinds)
+        merge_config = vanilla_config(str(base.path), sources, settings, config.dtype, kinds)
     if merge_config is None and not may_write_deltas:
         path.unlink(missing_ok=True)  # that of an earlier pool
         return False
     if merge_config is None:
-        used = [vector for vector in vectors if weights[vector.name]]
+        used = [vector for vector in vectors if not is_zero(settings[vector.name])]
         folder = path.resolve().parent
         deltas = {vector.name: str(write_delta(vector, base, folder)) for vector in used}
         kinds = dict.fromkeys(deltas, "delta")
         merge_config = vanilla_config(
-            str(base.path), deltas, {name: weights[name] for name in deltas}, config.dtype, kinds
+            str(base.path), deltas, {name: settings[name] for name in deltas}, config.dtype, kinds
         )
     assert merge_config is not None  # a pool of deltas alone has one
     command = mergekit_command(merge_config, path.name)

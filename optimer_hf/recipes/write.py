@@ -16,6 +16,7 @@ from optimer_hf.files.staging import write_text
 from optimer_hf.files.versions import versions
 from optimer_hf.merging.mergekit_pool import merge_config_of
 from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_digests, weight_digests
+from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
 from optimer_hf.models.union import AddedToken, UnionRecord
 from optimer_hf.recipes.record import (
@@ -33,6 +34,7 @@ from optimer_hf.scoring.scores import Scores
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import ENGINE, Fidelity, Trial
+from optimer_hf.vectors.groups import weights_of_groups
 from optimer_hf.vectors.record import read_record
 
 
@@ -71,13 +73,14 @@ def write_recipe(
         vectors=_ingredients_of(config, sources, trial.weights, folder),
         tokenizer_source=_tokenizer_source(config, folder),
         vocabulary=config.vocabulary,
+        n_layers=_n_layers_of(config, base),
         **dict(evidence_of(study, trial, sealed, ledger)),
         versions=versions() | _version_of_engine(study),
         derived_from=derived_from,
     )
     lock = _lock_of(config, base, sources, trial.weights)
     _write_lock(lock, path.with_suffix(".lock.json"))
-    merge_config = merge_config_of(recipe, recipe.weights)
+    merge_config = merge_config_of(recipe, recipe.weights, recipe.n_layers)
     write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
     data = recipe.model_dump(mode="json", exclude_none=True, context={"folder": folder})
@@ -104,11 +107,20 @@ def _ingredients_of(
     return {
         name: Ingredient.model_construct(
             source=_pin(str(config.vectors[name].source), source, folder),
-            weight=weights[name],
+            weight=None if name in config.groups else weights[name],
+            weights=weights_of_groups(name, config.groups[name], weights)
+            if name in config.groups
+            else None,
             mixture=config.mixtures.get(name),
         )
         for name, source in sources.items()
     }
+
+
+def _n_layers_of(config: StudyConfig, base: ResolvedModel) -> int | None:
+    """Return the number of layers of the base, if weights are those of groups of layers."""
+    is_by_layers = any(groups.n_layer_groups for groups in config.groups.values())
+    return count_layers(base.path) if is_by_layers else None
 
 
 def _version_of_engine(study: Study) -> dict[str, str]:

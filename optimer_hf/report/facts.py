@@ -1,7 +1,7 @@
 """What went into a study: the objective; base and vectors with licences, links and digests."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from optimer_hf.files.text import show_shares
 from optimer_hf.report.cells import Cell, Row, Table, head
 from optimer_hf.report.evidence import Evidence
 from optimer_hf.scoring.objective import Objective
+from optimer_hf.vectors.groups import weights_of_groups
 from optimer_hf.vectors.record import VectorFile
 
 HUB, PYPI = "https://huggingface.co", "https://pypi.org/project"
@@ -125,16 +126,24 @@ def inputs_table(evidence: Evidence) -> Table:
         )
     ]
     for name, source in sources.items():
-        weight = Cell(f"{weights[name]:g}", weights[name])
+        own = weights_of_groups(name, study.config.groups.get(name), weights)
         text = _corpus_of(evidence.records.get(name))
         if shares := study.config.mixtures.get(name):
             text = f"mixture ({show_shares(shares)}) of {text}"
         corpus = _corpus_cells(has_corpus, text)
-        row = [Cell(name), weight, _source_cell(source), *corpus, Cell(licences[name])]
-        rows.append(Row(row, "idle" if weights[name] == 0 else ""))
+        row = [Cell(name), _weight_cell(own), _source_cell(source), *corpus, Cell(licences[name])]
+        rows.append(Row(row, "" if any(own.values()) else "idle"))
     heads = [head("", is_number=False), head("weight"), head("source", is_number=False)]
     heads += [head("trained on", is_number=False)] if has_corpus else []
     return Table("Base and vectors.", [*heads, head("licence", is_number=False)], rows)
+
+
+def _weight_cell(weights: Mapping[str, float]) -> Cell:
+    """Return the weight of a vector, or those of its groups."""
+    if len(weights) > 1:
+        return Cell(", ".join(f"{key} {weight:g}" for key, weight in weights.items()))
+    (weight,) = weights.values()
+    return Cell(f"{weight:g}", weight)
 
 
 def _corpus_cells(has_corpus: bool, text: str) -> list[Cell]:

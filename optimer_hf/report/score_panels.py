@@ -127,7 +127,7 @@ def search_comparison(evidence: Evidence) -> Comparison:
     study = evidence.study
     kinds: list[tuple[RowKind, str]] = [
         ("base", ""),
-        *(("alone", name) for name in study.config.free),
+        *(("alone", name) for name in study.config.free_parts),
         ("average", ""),
     ]
     first = {weights_key(trial.weights): trial for trial in reversed(evidence.trials)}

@@ -22,9 +22,9 @@ def trial_table(evidence: Evidence) -> Table:
     study, unit = evidence.study, evidence.unit
     rescored = {trial.number: trial for trial in study.log.trials_at("rescore")}
     labels = list(study.base)
-    groups = [("", 2), ("weight", len(study.config.vectors)), ("gain", len(labels))]
+    groups = [("", 2), ("weight", len(study.config.weight_names)), ("gain", len(labels))]
     heads = [head("trial"), head("chosen by", is_number=False)]
-    heads += [head(name, f"weight of {name}") for name in study.config.vectors]
+    heads += [head(name, f"weight of {name}") for name in study.config.weight_names]
     heads += [head(label, _unit_of(study.config.objective, label)) for label in labels]
     heads.append(head("search score", f"gain over {study.baseline}, {unit.sign}"))
     heads += [head("scored again", "the best few, on more items")] if rescored else []
@@ -46,7 +46,7 @@ def trial_table(evidence: Evidence) -> Table:
 def _cells_of_trial(evidence: Evidence, trial: Trial, rescored: Mapping[int, Trial]) -> list[Cell]:
     study, unit = evidence.study, evidence.unit
     cells = [Cell(str(trial.number), trial.number), Cell(trial.origin)]
-    weights = (trial.weights[name] for name in study.config.vectors)
+    weights = (trial.weights[name] for name in study.config.weight_names)
     cells += [Cell(f"{weight:.3g}", weight, repr(weight)) for weight in weights]
     if trial.status == "ok":
         cells += _gain_cells(trial.terms, study.base, study.config.objective)

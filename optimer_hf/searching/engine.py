@@ -216,9 +216,9 @@ class _VllmEngine:
         """Load base and vectors in the workers, in place of what they had."""
         self.set_weights({})  # tensors that only the earlier vectors moved go back to the base
         self._names = frozenset(vector.name for vector in vectors)
-        paths = {vector.name: str(vector.path) for vector in vectors}
+        pool = {vector.name: [str(vector.path), *sorted(vector.names)] for vector in vectors}
         base = str(self._base.path), self._base.reference
-        self._call("open_merge_pool", *base, paths, self._dtype, os.getpid())
+        self._call("open_merge_pool", *base, pool, self._dtype, os.getpid())
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         if unknown := set(weights) - self._names:

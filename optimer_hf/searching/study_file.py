@@ -17,17 +17,19 @@ from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import relative_reference
 from optimer_hf.merging.mergekit_keys import is_for_mergekit
 from optimer_hf.merging.mergekit_pool import (
+    groups_to_search,
     is_union,
     merge_config_of,
-    mergekit_can_merge,
+    plain_config_of,
     pool_to_search,
     tokenizer_of,
     unsearched_settings,
-    vanilla_config,
     with_absolute_references,
     with_weights,
 )
 from optimer_hf.merging.mergekit_yaml import read_merge_config
+from optimer_hf.models.loader import count_layers
+from optimer_hf.models.resolve import resolve_model
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.study.config import SearchConfig, StudyConfig
 
@@ -76,17 +78,20 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     data = read_merge_config(path)
     target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
     refuse_absent_files({path: with_absolute_references(data, path), objective: target})
-    base, sources = pool_to_search(data, path)
+    (base, sources), groups = pool_to_search(data, path), groups_to_search(data, path)
     if dropped := unsearched_settings(data):
         logger.warning(
-            "%s: one weight is searched for each model. Ignored: %s",
+            "%s: one weight is searched for each model, or each filter of a weight. Ignored: %s",
             path,
             ", ".join(dropped),
         )
     fields = {
         "base_model": base,
         "dtype": data.get("out_dtype") or data.get("dtype") or "bfloat16",
-        "vectors": {name: {"source": source} for name, source in sources.items()},
+        "vectors": {
+            name: {"source": source, "by": list(groups[name].keys) if name in groups else None}
+            for name, source in sources.items()
+        },
         "objective": target,
     }
     if test is not None:
@@ -137,26 +142,24 @@ def _places_of_term(path: Path, label: str) -> list[Place]:
 def merge_config_of_study(
     config: StudyConfig, weights: Mapping[str, float], path: Path, kinds: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the mergekit config of a study with these weights; `kinds` has the kind of each
-    vector. If `path`, from which the study was read, is a mergekit YAML, it comes back with its
-    models as they are written there. For a study.yaml, local models are seen from its folder, and
-    mergekit alone can run the config if it knows the models and the tokenizer is that of the base.
+    """Return the mergekit config of a study with these weights, for mergekit alone if that gives
+    the same merge; `kinds` has the kind of each vector. If `path`, from which the study was read,
+    is a mergekit YAML, it comes back with its models as they are written there. For a study.yaml,
+    local models are seen from its folder.
     """
     if is_for_mergekit(read_yaml(path)):
         return with_weights(read_merge_config(path, warns=False), path, weights, kinds)
+    is_by_layers = any(groups.n_layer_groups for groups in config.groups.values())
+    n_layers = count_layers(resolve_model(config.base_model).path) if is_by_layers else None
     folder = path.resolve().parent
+    vectors = {
+        name: vector.model_copy(update={"source": relative_reference(str(vector.source), folder)})
+        for name, vector in config.vectors.items()
+    }
     base = relative_reference(config.base_model, folder)
-    sources = {name: relative_reference(text, folder) for name, text in config.sources.items()}
-    ours = merge_config_of(config, weights)
-    models = [
-        entry | {"model": source}
-        for entry, source in zip(ours["models"], sources.values(), strict=True)
-    ]
-    is_plain = "tokenizer_source" not in ours and "delta" not in kinds.values()
-    if is_plain and mergekit_can_merge([base, *sources.values()], (), joins_tokens=False):
-        vanilla = vanilla_config(base, sources, weights, config.dtype, kinds)
-        return ours if vanilla is None else vanilla
-    return ours | {"base_model": base, "models": models}
+    here = config.model_copy(update={"base_model": base, "vectors": vectors})
+    plain = plain_config_of(here, weights, kinds, n_layers)
+    return plain or merge_config_of(here, weights, n_layers)
 
 
 def opening_comments(path: Path) -> list[str]:

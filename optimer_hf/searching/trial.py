@@ -40,6 +40,7 @@ from optimer_hf.searching.faults import is_environmental
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.trials import ENGINE, Candidate, Trial
 from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.splitting import split_pool
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +95,9 @@ class ResidentPool:
         tokenizer = scoring_tokenizer(
             base, self._tokenizer, apply_chat_template=config.objective.apply_chat_template
         )
-        self.vectors = [
-            open_vector(name, source, base) for name, source in _sources(config).items()
-        ]
+        vectors = [open_vector(name, source, base) for name, source in _sources(config).items()]
+        self._paths = {vector.name: vector.path for vector in vectors}
+        self.vectors = split_pool(vectors, config.groups, base)
         self.base, self._reference = base, config.tokenizer_reference
         self._free, self._has_gradients = frozenset(config.free), True
         self._objectives = {"objective": config.objective}
@@ -123,9 +124,8 @@ class ResidentPool:
 
     def _digests(self) -> dict[str, str]:
         """Return digests of base, vectors and items, see Pool."""
-        paths = {vector.name: vector.path for vector in self.vectors}
         tokenizer = None if self._reference is None else resolve_tokenizer(self._reference).path
-        digests = model_digests(self.base.path, paths, tokenizer)
+        digests = model_digests(self.base.path, self._paths, tokenizer)
         for name, objective in self._objectives.items():
             for term in objective.scored_terms:
                 if (items := self._evaluator.digest_items(term)) is not None:

@@ -22,15 +22,18 @@ from optimer_hf.files.text import did_you_mean, quote
 from optimer_hf.models.union import Vocabulary
 from optimer_hf.scoring.objective import Objective, Term, split_of
 from optimer_hf.study.engine import TRANSFORMERS, EngineEntry
+from optimer_hf.vectors.groups import ELSE, LAYER_KEY, LAYERS, Groups
 
 LARGEST_WEIGHT = 1000.0  # of one vector; merges break long before
 LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
 MOST_VECTORS, NARROWEST = 1000, 1e-3
 MOST_ATTEMPTS = 100  # at a mixture, which all have to fit into the tokens of the vectors
+MOST_GROUPS = 100  # of one vector
 SCALE_TRIALS = 8  # of the search for the scale of a mixture
 LONGEST_NAME = 200  # characters of a vector's name
 MergeMethod = Literal["ties", "dare_ties", "model_stock"]
 Weight = Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
+Range = tuple[tuple[float, float], float | None]  # bounds of a weight, and its fixed value
 LARGEST_TOTAL = LARGEST_WEIGHT * MOST_VECTORS
 Total = Annotated[float, Field(ge=-LARGEST_TOTAL, le=LARGEST_TOTAL)]
 TRACKERS = (  # that transformers reports to; one that it drops stays, so that old studies are read
@@ -46,6 +49,67 @@ Share = Annotated[float, Field(ge=-1e6, le=1e6)]  # each use says what is wrong 
 
 Shares = dict[str, Share] | Literal["uniform", "searched"]
 Budget = Literal["all", "one"]
+
+
+def _mistakes_of_bounds(bounds: tuple[float, float]) -> Iterator[Mistake]:
+    low, high = bounds
+    if low >= high:
+        message = f"bounds {[low, high]} are empty; give [low, high] with low < high, or 'fixed'"
+        yield ("bounds",), message
+    elif high < low + NARROWEST:
+        message = f"bounds {[low, high]} are closer than {NARROWEST:g}; give 'fixed' instead"
+        yield ("bounds",), message
+
+
+class GroupConfig(FileModel):
+    """The weight of one group of tensors of a vector."""
+
+    bounds: tuple[Weight, Weight] | None = Field(
+        default=None, examples=[[0.0, 1.2]], json_schema_extra={"unit": "weight"}
+    )
+    """Lowest and highest weight that the search may try, as [low, high]. Default: those of the
+    vector.
+    """
+    fixed: Weight | None = Field(default=None, examples=[0.0], json_schema_extra={"unit": "weight"})
+    """Keep the group in every merge at this weight instead of searching its weight."""
+    groups: int | None = Field(
+        default=None,
+        ge=2,
+        le=MOST_GROUPS,
+        exclude_if=lambda value: value is None,
+        examples=[3],
+        json_schema_extra={"unit": "groups"},
+    )
+    """Under `layers` alone: the number of groups of neighbouring layers."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        if self.bounds is not None:
+            yield from _mistakes_of_bounds(self.bounds)
+
+
+def _expand_groups(value: Any) -> Any:
+    """Return groups as a mapping: a list names them, an empty group has the defaults, and a number
+    under `layers` is that of its groups.
+    """
+    if isinstance(value, list) and all(isinstance(key, str) for key in value):
+        value = dict.fromkeys(value)
+    if not isinstance(value, dict):
+        return value
+    expanded = {key: {} if group is None else group for key, group in value.items()}
+    if isinstance(n_groups := expanded.get(LAYERS), int | float):
+        expanded[LAYERS] = {"groups": n_groups}
+    return expanded
+
+
+NumberOfGroups = Annotated[int, Field(ge=2, le=MOST_GROUPS)]
+By = Annotated[
+    dict[str, GroupConfig],
+    Field(min_length=1, max_length=MOST_GROUPS),
+    BeforeValidator(
+        _expand_groups,
+        json_schema_input_type=dict[str, GroupConfig | NumberOfGroups | None] | list[str],
+    ),
+]
 
 
 def _mistakes_of_shares(shares: Mapping[str, float] | str) -> Iterator[Mistake]:
@@ -85,6 +149,18 @@ class VectorConfig(FileModel):
     """Lowest and highest weight that the search may try, as [low, high]."""
     fixed: Weight | None = Field(default=None, examples=[1.0], json_schema_extra={"unit": "weight"})
     """Keep the vector in every merge at this weight instead of searching its weight."""
+    by: By | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        examples=[["self_attn", "mlp", "else"], {"layers": 3}, {"mlp": {"fixed": 0}, "else": {}}],
+        json_schema_extra={"unit": "groups"},
+    )
+    """Split the vector into groups of tensors, each with a weight of its own. By names, as with
+    mergekit's filters: a tensor belongs to the first group that is a part of its name, and `else`,
+    the last one, takes the rest; each may have its own `bounds` or `fixed`. Or {layers: N}: N
+    groups of neighbouring layers, the first with what is in no layer. Two or three groups are
+    enough to begin with, as each is one more weight to search.
+    """
 
     def mistakes(self) -> Iterator[Mistake]:
         given = [name for name in ("source", "train", "mixture") if getattr(self, name) is not None]
@@ -95,16 +171,52 @@ class VectorConfig(FileModel):
                 "the recipe folder) and 'mixture' (shares of the other vectors' text)",
             )
         yield from self._mistakes_of_mixture()
-        low, high = self.bounds
-        if low < high < low + NARROWEST:
-            message = f"bounds {[low, high]} are closer than {NARROWEST:g}; give 'fixed' instead"
-            yield ("bounds",), message
-        if low >= high:
-            yield (
-                ("bounds",),
-                f"bounds {list(self.bounds)} are empty; give [low, high] with low < high, or "
-                "'fixed'",
-            )
+        yield from _mistakes_of_bounds(self.bounds)
+        if self.by is not None:
+            yield from self._mistakes_of_groups(self.by)
+
+    def _mistakes_of_groups(self, by: By) -> Iterator[Mistake]:
+        if self.fixed is not None:
+            yield ("fixed",), "with 'by', each group has its own; give it there"
+        if self._n_layer_groups is not None:
+            if len(by) > 1:
+                yield ("by",), f"'{LAYERS}' splits the whole vector; leave the other groups out"
+            return
+        for key, group in by.items():
+            if group.groups is not None:
+                yield ("by", key, "groups"), f"only '{LAYERS}' has groups of its own; leave it out"
+            is_name = key.isprintable() and key.strip() and "/" not in key and key != "*"
+            if not is_name or LAYER_KEY.fullmatch(key):
+                message = f"found the group {key[:80]!r}; expected part of a tensor's name"
+                yield ("by", key), f"{message}, or '{ELSE}' for the rest"
+        if len(by) == 1:
+            yield ("by",), "one group is the whole vector; give two, or leave 'by' out"
+        if ELSE in list(by)[:-1]:
+            yield ("by", ELSE), "it takes every tensor, so it has to be the last group"
+
+    @property
+    def _n_layer_groups(self) -> int | None:
+        layers = (self.by or {}).get(LAYERS)
+        return None if layers is None else layers.groups
+
+    @property
+    def groups(self) -> Groups | None:
+        """How the vector is split; None: it is whole."""
+        if self.by is None:
+            return None
+        if self._n_layer_groups is not None:
+            return Groups(n_layer_groups=self._n_layer_groups)
+        return Groups(tuple(self.by))
+
+    def weights_of(self, name: str) -> "dict[str, Range]":
+        """Return the weights of the vector under its `name`, one or that of each group, each with
+        the bounds and the fixed value.
+        """
+        if self.groups is None or self.by is None:
+            return {name: (self.bounds, self.fixed)}
+        given = {key: (group.bounds or self.bounds, group.fixed) for key, group in self.by.items()}
+        names = self.groups.names_of(name)
+        return {weight: given.get(key) or given[LAYERS] for key, weight in names.items()}
 
     def _mistakes_of_mixture(self) -> Iterator[Mistake]:
         if self.mixture is None and self.budget != "all":
@@ -400,7 +512,8 @@ class StudyConfig(VersionedFile):
                     f"found the name {name!r}. Expected one without '/' that does not begin with "
                     "'.'",
                 )
-        if all(vector.fixed is not None for vector in self.vectors.values()):
+        yield from self._mistakes_of_names()
+        if not self.free:
             yield ("vectors",), "every vector is fixed, so there is nothing to search; free one"
             return
         yield from self._mistakes_of_mixtures()
@@ -409,6 +522,17 @@ class StudyConfig(VersionedFile):
         yield from self._mistakes_of_test()
         yield from self._mistakes_of_retarget()
         yield from self._mistakes_of_baselines()
+
+    def _mistakes_of_names(self) -> Iterator[Mistake]:
+        """Yield vectors whose names could be those of groups, and too many groups."""
+        for split in self.groups:
+            for name in self.vectors:
+                if name.startswith(f"{split}."):
+                    message = f"could be a group of {split!r}; choose a name without '{split}.'"
+                    yield ("vectors", name), message
+        if len(self.weight_names) > MOST_VECTORS:
+            message = f"{len(self.weight_names)} weights with all groups; at most {MOST_VECTORS}"
+            yield ("vectors",), message
 
     def _mistakes_of_mixtures(self) -> Iterator[Mistake]:
         for name, vector in self.vectors.items():
@@ -497,7 +621,9 @@ class StudyConfig(VersionedFile):
         search["total"] = search["total"] or self.search.total
         own = self.model_dump(exclude={"test", "retarget", "baselines"})
         for name in settings.without:
-            own["vectors"][name]["fixed"] = 0.0
+            vector = own["vectors"][name]
+            for weight in (vector.get("by") or {"": vector}).values():
+                weight["fixed"] = 0.0
         return StudyConfig.model_validate(own | {"objective": objective, "search": search})
 
     def with_scale_search(self, sources: Mapping[str, str], scaled: str) -> "StudyConfig":
@@ -505,7 +631,9 @@ class StudyConfig(VersionedFile):
         reference. Its trials score the items of this study.
         """
         vectors = {
-            name: {"source": source, "fixed": None if name == scaled else self.fixed[name]}
+            name: {"source": source}
+            if name == scaled
+            else self.vectors[name].model_dump(include={"fixed", "by"}) | {"source": source}
             for name, source in sources.items()
         }
         own = self.model_dump(exclude={"test", "retarget", "baselines", "vectors"})
@@ -528,7 +656,7 @@ class StudyConfig(VersionedFile):
                 ):
                     data |= {"limit": self.rescore_limit_of(term), "rescore_only": False}
         vectors = {name: {"source": source} for name, source in sources.items()}
-        vectors |= {name: self.vectors[name].model_dump() for name in self.fixed}
+        vectors |= {name: self.vectors[name].model_dump() for name in self.fixed_parts}
         search = {"n_trials": len(sources) + 1, "surrogate": "random", "rescore_top": 0}
         own = self.model_dump(exclude={"test", "retarget", "baselines"})
         own |= {"objective": objective, "vectors": vectors, "search": search}
@@ -537,11 +665,11 @@ class StudyConfig(VersionedFile):
     def _mistakes_of_baselines(self) -> Iterator[Mistake]:
         for name, settings in self.baselines.searches.items():
             at = ("baselines", "searches", name)
-            unknown = [each for each in settings.without if each not in self.free]
-            for each in unknown:
-                message = f"no searched vector is called {each!r}; searched: {list(self.free)}"
+            searched = self.free_parts
+            for each in (each for each in settings.without if each not in searched):
+                message = f"no searched vector is called {each!r}; searched: {list(searched)}"
                 yield (*at, "without"), message
-            if not self.free.keys() - set(settings.without):
+            if not searched.keys() - set(settings.without):
                 yield (*at, "without"), "it leaves nothing to search; leave one vector in"
                 continue
             for where, message in self._mistakes_of_search(settings):
@@ -557,6 +685,9 @@ class StudyConfig(VersionedFile):
                     yield ("baselines", group, name), message
                 names.add(name)
         for name, mixture in self.baselines.mixtures.items():
+            if mixture.shares == "searched" and self.groups:
+                message = "found 'searched', but a vector with groups ('by') has no one weight"
+                yield ("baselines", "mixtures", name, "shares"), f"{message}; give the shares"
             for vector, message in self._unknown_parts(mixture.shares):
                 yield ("baselines", "mixtures", name, "shares", vector), message
 
@@ -583,7 +714,8 @@ class StudyConfig(VersionedFile):
             yield ("search", "screen"), f"it needs gradients, but {reason}"
         without = other.without if isinstance(other, SearchBaseline) else []
         if total is not None and (other is None or other.total is not None or without):
-            bounds = [each for name, each in self.free.items() if name not in without]
+            left_out = [part for name in without for part in self.free_parts.get(name, [])]
+            bounds = [each for name, each in self.free.items() if name not in left_out]
             lows, highs = zip(*bounds, strict=True)
             low, high = total
             if min(lows) < 0 or not max(sum(lows), 0) <= low < high or low > sum(highs):
@@ -672,20 +804,60 @@ class StudyConfig(VersionedFile):
         }
 
     @property
-    def free_singles(self) -> list[str]:
-        """The searched vectors that have text of their own, so no mixtures."""
-        return [name for name in self.free if self.vectors[name].mixture is None]
+    def groups(self) -> dict[str, Groups]:
+        """How the vectors that have several weights are split, by vector."""
+        named = self.vectors.items()
+        return {name: vector.groups for name, vector in named if vector.groups is not None}
+
+    @property
+    def _weights(self) -> dict[str, Range]:
+        """Bounds and fixed value of every weight of the merge, by name."""
+        return {
+            weight: own
+            for name, vector in self.vectors.items()
+            for weight, own in vector.weights_of(name).items()
+        }
+
+    @property
+    def weight_names(self) -> list[str]:
+        """The names of all weights, searched or fixed: `math` or, of groups, `math.mlp`."""
+        return list(self._weights)
 
     @property
     def free(self) -> dict[str, tuple[float, float]]:
-        """Bounds of the vectors whose weight is searched."""
-        return {
-            name: vector.bounds for name, vector in self.vectors.items() if vector.fixed is None
-        }
+        """Bounds of the weights that are searched."""
+        return {name: bounds for name, (bounds, fixed) in self._weights.items() if fixed is None}
 
     @property
     def fixed(self) -> dict[str, float]:
-        """Weights of the vectors that are always in the merge."""
-        return {
-            name: vector.fixed for name, vector in self.vectors.items() if vector.fixed is not None
+        """The weights that are the same in every merge."""
+        return {name: fixed for name, (_, fixed) in self._weights.items() if fixed is not None}
+
+    @property
+    def free_parts(self) -> dict[str, list[str]]:
+        """The searched weights of each vector that has any, by vector: its own, or those of its
+        groups.
+        """
+        free = self.free
+        parts = {
+            name: [weight for weight in vector.weights_of(name) if weight in free]
+            for name, vector in self.vectors.items()
         }
+        return {name: own for name, own in parts.items() if own}
+
+    @property
+    def fixed_parts(self) -> dict[str, dict[str, float]]:
+        """The weights of each vector of which nothing is searched, by vector: every merge and every
+        baseline has them.
+        """
+        searched, fixed = self.free_parts, self.fixed
+        return {
+            name: {weight: fixed[weight] for weight in vector.weights_of(name)}
+            for name, vector in self.vectors.items()
+            if name not in searched
+        }
+
+    @property
+    def free_singles(self) -> list[str]:
+        """The searched vectors that have text of their own, so no mixtures."""
+        return [name for name in self.free_parts if self.vectors[name].mixture is None]

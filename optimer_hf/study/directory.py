@@ -476,7 +476,7 @@ def _mistakes_of_decision(study: Study, decision: Decision) -> Iterator[str]:
     """Yield what contradicts the config and the trials of a study: found and expected."""
     sound = {trial.number for trial in study.trials if trial.status == "ok"}
     candidates = {trial.number for trial in study._candidates()} or sound
-    names = study.config.vectors.keys()
+    names = set(study.config.weight_names)
     for row, weights in decision.rows.items():
         if weights.keys() != names:
             yield f"found weights of {sorted(weights)} for {row!r}, expected {sorted(names)}"

@@ -190,13 +190,13 @@ def _terms_at(config: StudyConfig, posterior: Surrogate, point: "Array") -> dict
 
 def best_scale(study: Study, name: str) -> dict[str, float]:
     """Return the weights of one vector alone, at the scale with the largest posterior mean on a
-    grid of SCALE_STEP.
+    grid of SCALE_STEP. All its groups have that weight, within the bounds of all of them together.
     """
-    config = study.config
-    low, high = config.free[name]
-    scales = np.arange(low, high + 1e-9, SCALE_STEP)
+    config, own = study.config, study.config.free_parts[name]
+    lows, highs = zip(*(config.free[part] for part in own), strict=True)
+    scales = np.arange(min(lows), max(highs) + 1e-9, SCALE_STEP)
     sets = [
-        {other: float(s) * (other == name) for other in config.free} | config.fixed for s in scales
+        {other: float(s) * (other in own) for other in config.free} | config.fixed for s in scales
     ]
     ranking = fit_surrogate(config, study.trials).ranking(to_unit(config, sets))
     best = sets[int(np.argmax(ranking))]

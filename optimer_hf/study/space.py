@@ -22,7 +22,7 @@ def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> 
 
 
 def from_unit(config: StudyConfig, point: "Array") -> dict[str, float]:
-    """Return the weights of all vectors at a point [d] of the unit box, rounded to 4 digits, which
+    """Return all weights at a point [d] of the unit box, rounded to 4 digits, which
     is all that YAML should show.
     """
     low, high = np.array(list(config.free.values())).T
@@ -54,14 +54,15 @@ def anchors(
     config: StudyConfig, *, average_first: bool = False
 ) -> list[tuple[str, dict[str, float]]]:
     """Return origin and weights of the trials that every search starts with: the base, each vector
-    alone at ANCHOR_WEIGHT, and the uniform average; or the average before the single vectors.
+    alone at ANCHOR_WEIGHT, and the uniform average; or the average before the single vectors. All
+    groups of a vector have one weight there.
     """
-    free = list(config.free)
+    free, parts = list(config.free), config.free_parts
     alone = [
-        (f"{name} alone", {other: ANCHOR_WEIGHT * (other == name) for other in free})
-        for name in free
+        (f"{name} alone", {other: ANCHOR_WEIGHT * (other in own) for other in free})
+        for name, own in parts.items()
     ]
-    average = [("average", dict.fromkeys(free, 1 / len(free)))] if len(free) > 1 else []
+    average = [("average", dict.fromkeys(free, 1 / len(parts)))] if len(parts) > 1 else []
     first, second = (average, alone) if average_first else (alone, average)
     sets = [("base", dict.fromkeys(free, 0.0)), *first, *second]
     result = []

@@ -109,7 +109,7 @@ def list_trials(
 
 def trials_to_markdown(study: "Study", rows: Sequence[TrialRow]) -> str:
     """Return rows of `list_trials` as a Markdown table: weights, gains over the base, seconds."""
-    vectors, terms = list(study.config.vectors), list(study.trials[0].terms)
+    vectors, terms = study.config.weight_names, list(study.trials[0].terms)
     base = study.value(study.trials[0])
     header = ["trial", "origin", *(f"weight {name}" for name in vectors), *terms]
     lines = [_cells_of_row(study, row, base) for row in rows]
@@ -124,7 +124,7 @@ def _cells_of_row(study: "Study", row: TrialRow, base: float) -> list[str]:
     return [
         f"{trial.number}{' *' * row.is_best}",
         trial.origin,
-        *(f"{trial.weights[name]:.3g}" for name in study.config.vectors),
+        *(f"{trial.weights[name]:.3g}" for name in study.config.weight_names),
         *(OF_TERMS.show(row.gains[x]) if row.is_sound else "" for x in study.trials[0].terms),
         unit.show(row.objective - base) + mark if row.is_sound else "crashed",
         f"{seconds:.1f}",

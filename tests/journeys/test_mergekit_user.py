@@ -51,6 +51,18 @@ def run_mergekit(command: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def assert_mergekit_makes(printed: str, folder: Path, built: Path) -> None:
+    """Run what `optimer search` printed as it says, and compare with a built model."""
+    (folder / "THIS.yml").write_text(printed)
+    shutil.rmtree(folder / "OUT", ignore_errors=True)
+    run_mergekit(re.search(r"Run: (mergekit-yaml .*)", printed)[1], folder)
+    ours = load_file(built / "model.safetensors")
+    (file,) = (folder / "OUT").glob("*.safetensors")
+    theirs = load_file(file)
+    distance = torch.cat([ulps_apart(ours[name], theirs[name]).flatten() for name in ours])
+    assert (distance <= 1).double().mean() > 0.9999 and (distance == 0).double().mean() > 0.999
+
+
 def test_the_printed_config_runs_in_mergekit_alone_and_gives_the_built_model(folder, monkeypatch):
     merger = Person("you", folder)
     merger.sign_in(monkeypatch)
@@ -65,14 +77,8 @@ def test_the_printed_config_runs_in_mergekit_alone_and_gives_the_built_model(fol
     ]
     assert (config["merge_method"], config["base_model"]) == ("task_arithmetic", "./models/base")
     assert (config["dtype"], config["out_dtype"]) == ("float32", "bfloat16")
-    (folder / "THIS.yml").write_text(printed)
-    run_mergekit(re.search(r"Run: (mergekit-yaml .*)", printed)[1], folder)
     merger.runs("optimer build merge-study/recipe.yaml merged")
-    ours = load_file(folder / "merged/model.safetensors")
-    (file,) = (folder / "OUT").glob("*.safetensors")
-    theirs = load_file(file)
-    distance = torch.cat([ulps_apart(ours[name], theirs[name]).flatten() for name in ours])
-    assert distance.max() <= 1 and (distance == 0).double().mean() > 0.999
+    assert_mergekit_makes(printed, folder, folder / "merged")
     assert not list(folder.rglob("deltas"))
 
 
@@ -85,3 +91,49 @@ def test_a_search_says_in_one_sentence_what_it_leaves_alone(folder, monkeypatch,
         "Ignored: merge_method: ties, parameters.normalize, "
         "models: ./models/math: parameters.density"
     )
+
+
+STUDY = """\
+base_model: ./models/base
+vectors:
+  math:
+    source: ./models/math
+    bounds: [-1.5, 1.5]
+    by: [self_attn, mlp, else]
+  code: {source: ./my-code-lora, bounds: [-1.5, 1.5], by: {layers: 2}}
+  more: {source: ./more-lora, fixed: 0.25}
+objective: {terms: [{text: held_out.jsonl, limit: 4}]}
+test: {terms: [{text: sealed.jsonl, limit: 4}]}
+search: {n_trials: 10, rescore_top: 0}
+baselines: {random_vectors: true, merge_methods: [ties]}
+"""
+
+
+def test_weights_by_group_are_searched_published_and_run_in_mergekit_alone(
+    folder, monkeypatch, corpus_dir
+):
+    merger = Person("you", folder)
+    merger.sign_in(monkeypatch)
+    shutil.copy(corpus_dir / "xyz.test.jsonl", folder / "sealed.jsonl")
+    (folder / "study.yaml").write_text(STUDY)
+    printed = merger.runs("optimer search study.yaml groups").stdout
+    config = yaml.safe_load(printed)
+    math, code, more = (entry["parameters"]["weight"] for entry in config["models"])
+    assert [each.get("filter") for each in math] == ["self_attn", "mlp", None]
+    assert (len(code), more) == (2, 0.25)  # a gradient with a value for each layer
+    merger.runs("optimer build groups/recipe.yaml split")
+    merger.runs("optimer verify groups/recipe.yaml split")
+    assert_mergekit_makes(printed, folder, folder / "split")
+    merger.runs("optimer merge groups/optimer.yml native")
+    ours, theirs = (load_file(folder / f"{out}/model.safetensors") for out in ("split", "native"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    trials = merger.runs("optimer trials groups --format csv").stdout
+    assert "math.self_attn" in trials and "code.layers.2" in trials
+    compared = merger.runs("optimer compare groups").stdout
+    for row in ("math at 1.0", "code at its best scale", "random vectors of equal norm", "ties"):
+        assert row in compared
+    merger.runs("optimer report groups report.html")
+    assert "self_attn" in (folder / "report.html").read_text(encoding="utf-8")
+    merger.runs("optimer recipe groups recipe/recipe.yaml")
+    merger.runs("optimer search study.yaml groups --n-trials 11")  # resumes

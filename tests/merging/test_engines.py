@@ -177,7 +177,7 @@ def test_an_int8_delta_is_merged_by_the_writer_and_refused_for_mergekit(pool, tm
 def test_an_adapter_is_refused_for_mergekit_and_the_error_says_what_to_do(pool, tmp_path):
     base, sources = pool("llama", "adapter", torch.bfloat16)
     config = optimer_config(str(base.path), {"ja": str(sources["ja"])}, {"ja": 0.5}, "float32")
-    config["models"][0]["parameters"]["weight"] = [0.2, 0.8]
+    config["models"][0]["parameters"]["weight"] = [0.2, 0.5, 0.8]  # to interpolate
     with pytest.raises(ModelError, match=r"an adapter, which mergekit .*`optimer extract"):
         merged_by(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()

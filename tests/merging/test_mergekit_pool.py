@@ -73,7 +73,14 @@ def test_vectors_are_named_by_the_last_part_of_their_path(tmp_path):
     [
         {"merge_method": "ties"},
         {"tokenizer": {"source": "union", "tokens": {"<x>": {"source": "./tuned"}}}},
-        {"models": [{"model": "./tuned", "parameters": {"weight": [0.0, 1.0]}}]},
+        {
+            "models": [
+                {
+                    "model": "./tuned",
+                    "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 1}]},
+                }
+            ]
+        },
         {"dtype": "bfloat16", "out_dtype": "float32"},
     ],
 )

@@ -269,7 +269,7 @@ def test_a_recipe_moves_with_its_folder(recipe, tmp_path):
         ({"dtype": "int8"}, r"recipe\.yaml:\d+: dtype: found 'int8'"),
         (
             {"vectors": {"ja": {"source": "./x"}}},
-            r"recipe\.yaml:\d+: field 'vectors\.ja\.weight' is missing",
+            r"recipe\.yaml:\d+: vectors\.ja\.weight: it is missing; give the weight",
         ),
         (
             {"vectors": {"ja": {"source": "./x", "weight": float("nan")}}},
