@@ -234,3 +234,26 @@ def test_another_rank_on_the_hub_is_refused(ann):
     config.write_text(before)
     refused = ann.runs("optimer push my-study you/my-merge --at code=you/other", ok=False)
     assert "in lora_alpha. Only the name of the base may differ" in refused.output
+
+
+def test_weights_by_group_are_published_and_rebuilt_and_retargeted_by_others(
+    ann, tmp_path, monkeypatch
+):
+    study = STUDY | {
+        "vectors": {
+            "math": {"source": "./models/math", "by": ["self_attn", "mlp", "else"]},
+            "code": {"source": "./my-code-lora", "by": {"layers": 2}, "bounds": [0.0, 1.2]},
+        },
+        "search": {"n_trials": 8, "rescore_top": 0, "gradients": "always"},
+    }
+    (ann.folder / "study.yaml").write_text(yaml.safe_dump(study))
+    shutil.rmtree(ann.folder / "my-study")
+    ann.runs("optimer search study.yaml my-study --workers 1")
+    ann.runs("optimer compare my-study")
+    shutil.rmtree(ann.folder / "merged")
+    ann.runs("optimer build my-study/recipe.yaml merged")
+    ann.runs(PUSH)
+    retargeted = follow_as_reader(tmp_path / "bob", monkeypatch)
+    assert re.search(r"math.self_attn .*\d", retargeted)
+    card = Path(HfApi().snapshot_download("you/my-merge")) / "README.md"
+    assert "\n| math.self\\_attn | " in card.read_text(encoding="utf-8")
