@@ -17,7 +17,9 @@ MIXTURES_FILE = "mixtures.json"
 
 
 class Attempt(FileModel):
-    """One attempt at a data mixture: where its model is, and the share of each vector's text."""
+    """One attempt at a data mixture: where its model is, and the shares of the vectors' text that
+    it was trained on.
+    """
 
     model: LocalPath
     shares: dict[str, float]
@@ -63,7 +65,7 @@ def recorded_shares(directory: Path) -> dict[int, list[dict[str, float]]]:
 
 def record_attempts(directory: Path, attempts: Sequence[Attempt]) -> None:
     """Record the models of as many attempts at a mixture."""
-    known, n = read_attempts(directory), len(attempts)
+    known, n = _read(directory).attempts, len(attempts)
     if known.get(n) != list(attempts):
         _change(directory, attempts=known | {n: list(attempts)})
 

@@ -8,7 +8,7 @@ report such correlations for mixtures at billions of tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -40,8 +40,8 @@ class RatioCheck:
 
 
 def check_ratios(study: Study) -> RatioCheck | None:
-    """Return the check for the largest number of attempts that the study has scored; None if there
-    are fewer than FEWEST_MIXTURES.
+    """Return the check for the largest number of attempts that the study has scored; None if fewer
+    than FEWEST_MIXTURES have shares within the bounds of the search.
     """
     for n, shares in sorted(recorded_shares(study.directory).items(), reverse=True):
         scored = _find_scores(study, n)
@@ -61,15 +61,16 @@ def _find_scores(study: Study, n: int) -> Study | None:
 
 def _check(study: Study, shares: Sequence[dict[str, float]], attempts: Study) -> RatioCheck | None:
     by_number = {trial.number: trial for trial in attempts.trials if trial.status == "ok"}
-    kept = [i for i in range(len(shares)) if i + 1 in by_number]
+    nothing, parts = dict.fromkeys(study.config.free, 0.0), study.config.free_parts
+    merges = {
+        i: nothing | {part: share for name, share in own.items() for part in parts.get(name, [])}
+        for i, own in enumerate(shares)
+        if i + 1 in by_number
+    }
+    kept = [i for i, merge in merges.items() if _is_within(study.config.free, merge)]
     if len(kept) < FEWEST_MIXTURES:
         return None
-    nothing, parts = dict.fromkeys(study.config.free, 0.0), study.config.free_parts
-    merges = [
-        nothing | {part: share for name, share in shares[i].items() for part in parts.get(name, [])}
-        for i in kept
-    ]
-    points = to_unit(study.config, [nothing, *merges])
+    points = to_unit(study.config, [nothing, *(merges[i] for i in kept)])
     means, _ = fit_surrogate(study.config, study.trials).predict(points)
     predicted = (means[1:] - means[0]).tolist()
     value_of_base = attempts.value(attempts.trials[0])
@@ -78,6 +79,11 @@ def _check(study: Study, shares: Sequence[dict[str, float]], attempts: Study) ->
     interval = correlation_interval(correlation, len(kept))
     unit = Unit.of(attempts.config.objective)
     return RatioCheck([shares[i] for i in kept], predicted, measured, correlation, interval, unit)
+
+
+def _is_within(bounds: Mapping[str, tuple[float, float]], weights: Mapping[str, float]) -> bool:
+    """Whether a search could try weights; its predictions of others would be extrapolated."""
+    return all(low <= weights[name] <= high for name, (low, high) in bounds.items())
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

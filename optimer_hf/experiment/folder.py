@@ -366,13 +366,23 @@ def _check_mixtures(
         shares = given if isinstance(given, dict) else dict.fromkeys(singles, 1.0)
         mix_runs(singles, shares, name=slug(name), max_tokens=1)
     if config.baselines.attempts:
-        _check_attempts(f"{path}: baselines.attempts", max(config.baselines.attempts), singles)
+        _check_attempts(f"{path}: baselines.attempts", config, singles)
 
 
-def _check_attempts(where: str, n: int, singles: Mapping[str, "TrainConfig"]) -> None:
-    """Raise ConfigError if n attempts at a mixture cannot share the tokens of all vectors."""
+def _check_attempts(
+    where: str, config: "StudyConfig", singles: Mapping[str, "TrainConfig"]
+) -> None:
+    """Raise ConfigError if the attempts at a mixture cannot share the tokens of all vectors, or if
+    one of these is in every merge, and so would be in each attempt twice.
+    """
     from optimer_hf.training.mixture import budget_of, mix_runs
 
+    if fixed := [name for name in singles if name in config.fixed_parts]:
+        raise ConfigError(
+            f"{where}: vector {fixed[0]!r} is trained here and fixed, so it is added to each "
+            "attempt, which has its text already. Search its weight, or leave the attempts out."
+        )
+    n = max(config.baselines.attempts)
     n_tokens = budget_of(singles, "all") // n
     shares = dict.fromkeys(singles, 1.0)
     block_size = mix_runs(singles, shares, name="attempt", max_tokens=1).block_size

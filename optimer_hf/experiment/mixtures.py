@@ -5,7 +5,7 @@ other, and is trained before it.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from optimer_hf.comparison.mixtures_file import Attempt, record_attempts, record_mixture
@@ -16,13 +16,16 @@ from optimer_hf.study.config import MixtureBaseline
 from optimer_hf.study.directory import Study
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.mixture import (
+    DIGITS,
     budget_of,
     draw_shares,
     mix_runs,
+    owners_of_parts,
     ratios_of,
     training_tokens,
 )
 from optimer_hf.training.run import train
+from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +80,22 @@ def train_attempts(run: Run, study: Study, inputs: Inputs) -> None:
             n_tokens = budget_of(singles, "all") // n
             name = f"attempt-{index}-of-{n}"
             config = mix_runs(singles, shares, name=name, max_tokens=n_tokens)
-            attempts.append(Attempt(model=_train(run, config), shares=shares))
+            model, owners = _train(run, config), owners_of_parts(singles, shares)
+            attempts.append(Attempt(model=model, shares=_trained_shares(model, singles, owners)))
         record_attempts(study.directory, attempts)
+
+
+def _trained_shares(model: Path, names: Iterable[str], owners: Sequence[str]) -> dict[str, float]:
+    """Return the share of each vector's text that a mixture was trained on, in whole blocks, by the
+    record of its training. `owners` names the vector of each part of the mixture; a replay, the
+    last part, has none.
+    """
+    parts = TrainingRecord.read(model / TRAINING_FILE).corpus.parts or []
+    tokens = dict.fromkeys(names, 0)
+    for owner, part in zip(owners, parts, strict=False):
+        tokens[owner] += part.n_tokens
+    total = sum(tokens.values())
+    return {name: round(n / total, DIGITS) for name, n in tokens.items()}
 
 
 def _train(run: Run, config: TrainConfig) -> Path:

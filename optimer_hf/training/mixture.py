@@ -119,6 +119,11 @@ def mix_runs(
     return TrainConfig(**fields, name=name, mixture=parts, max_tokens=max_tokens)
 
 
+def owners_of_parts(trainings: Mapping[str, TrainConfig], shares: Mapping[str, float]) -> list[str]:
+    """Return the run that each part of the mixture of `mix_runs` comes from, in their order."""
+    return [key for key, share in shares.items() if share > 0 for _ in _corpora(trainings[key])]
+
+
 def draw_shares(names: Sequence[str], n: int, *, seed: int) -> list[dict[str, float]]:
     """Return the shares of n mixtures of some vectors' text: equal ones first, then such as are
     drawn evenly from all that sum to 1 (a flat Dirichlet distribution).

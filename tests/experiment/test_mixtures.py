@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -220,8 +221,13 @@ def test_attempts_at_a_mixture_share_the_tokens_of_the_vectors(attempted_run: Pa
     assert [run["n_tokens"] for run in trained[4]] == [sum(vectors) // 4] * 4
     for known in attempts.values():
         assert known[0].shares == {"aaa": 0.5, "xyz": 0.5}
-    drawn = [each.shares for each in attempts[4][1:]]
-    assert drawn == draw_shares(["aaa", "xyz"], 4, seed=0)[1:] and drawn[0] != drawn[1]
+    drawn = draw_shares(["aaa", "xyz"], 4, seed=0)
+    for attempt, shares, run in zip(attempts[4], drawn, trained[4], strict=True):
+        whole = 32 / run["n_tokens"]  # shares are trained on in blocks of 32 tokens
+        assert attempt.shares == pytest.approx(shares, abs=whole)
+        parts = corpus_of(attempt.model)["parts"]
+        tokens = [part["n_tokens"] for part in parts]
+        assert [n / sum(tokens) for n in tokens] == pytest.approx(list(attempt.shares.values()))
 
     rows = check_choice(out, attempts)
     assert rows["no mixture"]["weights"]["mix"] == 0, "it was left out"
@@ -238,6 +244,11 @@ def test_attempts_at_a_mixture_share_the_tokens_of_the_vectors(attempted_run: Pa
 def read_training(directory: Path) -> dict[str, int]:
     """Return what the record of a training says about its run."""
     return json.loads((directory / "training.json").read_text())["training"]
+
+
+def corpus_of(directory: Path) -> dict[str, Any]:
+    """Return what the record of a training says about its text."""
+    return json.loads((directory / "training.json").read_text())["corpus"]
 
 
 def merge_with_peft(adapter: Path, base_model: str) -> Path:
@@ -324,6 +335,15 @@ def test_attempts_that_cannot_be_made_are_refused(recipe_dir, tmp_path, baseline
     result = run_optimer("run", recipe_dir, tmp_path / "out")
     assert result.exit_code == 1 and message in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_attempts_beside_a_trained_vector_that_is_in_every_merge_are_refused(
+    recipe_dir: Path, tmp_path: Path
+):
+    aaa = yaml.safe_load((recipe_dir / "study.yaml").read_text())["vectors"]["aaa"]
+    change_study(recipe_dir, vectors={"aaa": aaa | {"fixed": 0.5}}, baselines={"attempts": [2]})
+    result = run_optimer("run", recipe_dir, tmp_path / "out")
+    assert result.exit_code == 1 and "vector 'aaa' is trained here and fixed" in result.output
 
 
 def test_a_plan_counts_attempts(recipe_dir: Path, tmp_path: Path):
