@@ -134,8 +134,10 @@ class Contender:
 
     @property
     def _own_weight(self) -> float:
-        """The weight of the vector that the row is about, which its searched groups share."""
-        return max(self.own_weights, key=self.own_weights.count)
+        """The weight of the vector that the row is about, which its searched groups share; fixed
+        weights come after them.
+        """
+        return self.own_weights[0]
 
     @property
     def key(self) -> str:

@@ -23,7 +23,7 @@ from optimer_hf.models.union import AddedToken, Vocabulary
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.study.config import Share
 from optimer_hf.study.trials import Fidelity
-from optimer_hf.vectors.groups import Groups
+from optimer_hf.vectors.groups import Groups, confusable_names
 from optimer_hf.vectors.record import QUANTISED
 
 LOCK = "recipe.lock.json"  # beside a built model
@@ -133,6 +133,11 @@ class Composition(VersionedFile):
     """Tokens that the merge has: those of the base, or with union those of the vectors, too. The
     lock says which vectors the rows of the added tokens come from.
     """
+
+    def mistakes(self) -> Iterator[Mistake]:
+        split = [name for name, each in self.vectors.items() if each.weights is not None]
+        for name, message in confusable_names(split, self.vectors):
+            yield ("vectors", name), message
 
     @property
     def weights(self) -> dict[str, float]:

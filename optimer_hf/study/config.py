@@ -22,7 +22,7 @@ from optimer_hf.files.text import did_you_mean, quote
 from optimer_hf.models.union import Vocabulary
 from optimer_hf.scoring.objective import Objective, Term, split_of
 from optimer_hf.study.engine import TRANSFORMERS, EngineEntry
-from optimer_hf.vectors.groups import ELSE, LAYER_KEY, LAYERS, Groups
+from optimer_hf.vectors.groups import ELSE, LAYER_KEY, LAYERS, Groups, confusable_names
 
 LARGEST_WEIGHT = 1000.0  # of one vector; merges break long before
 LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
@@ -525,11 +525,8 @@ class StudyConfig(VersionedFile):
 
     def _mistakes_of_names(self) -> Iterator[Mistake]:
         """Yield vectors whose names could be those of groups, and too many groups."""
-        for split in self.groups:
-            for name in self.vectors:
-                if name.startswith(f"{split}."):
-                    message = f"could be a group of {split!r}; choose a name without '{split}.'"
-                    yield ("vectors", name), message
+        for name, message in confusable_names(self.groups, self.vectors):
+            yield ("vectors", name), message
         if len(self.weight_names) > MOST_VECTORS:
             message = f"{len(self.weight_names)} weights with all groups; at most {MOST_VECTORS}"
             yield ("vectors",), message

@@ -54,8 +54,8 @@ def anchors(
     config: StudyConfig, *, average_first: bool = False
 ) -> list[tuple[str, dict[str, float]]]:
     """Return origin and weights of the trials that every search starts with: the base, each vector
-    alone at ANCHOR_WEIGHT, and the uniform average; or the average before the single vectors. All
-    groups of a vector have one weight there.
+    alone at ANCHOR_WEIGHT, and the uniform average; or the average before the single vectors. The
+    searched groups of a vector have one weight there, as far as bounds and total allow.
     """
     free, parts = list(config.free), config.free_parts
     alone = [

@@ -6,7 +6,7 @@ A vector, its groups and weights by group come in; weights by name go out, `math
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 ELSE, LAYERS = "else", "layers"
@@ -80,6 +80,17 @@ def _refuse_two_stacks(names: Iterable[str]) -> None:
             f"{one!r} and {other!r} count layers apart from each other, so groups of layers cannot "
             "be told. Split the vector by names instead"
         )
+
+
+def confusable_names(split: Iterable[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield each of the `names` of vectors that could be that of a group of a `split` vector, with
+    what is wrong.
+    """
+    names = list(names)
+    for vector in split:
+        for name in names:
+            if name.startswith(f"{vector}."):
+                yield name, f"could be a group of {vector!r}; choose a name without '{vector}.'"
 
 
 def weights_of_groups(

@@ -49,6 +49,16 @@ def study(tmp_path):
     return search(with_test(), tmp_path / "s", runner=InProcess(TellingPool))
 
 
+def test_the_title_of_a_row_has_the_weight_that_is_searched_not_that_of_fixed_groups(tmp_path):
+    by = {"mlp": {}, "self_attn": {"fixed": 0.5}, "else": {"fixed": 0.5}}
+    config = with_test(vectors={"x": {"source": "a/x", "by": by}, "y": "a/y"})
+    rows = list_own_contenders(search(config, tmp_path / "s", runner=InProcess(TellingPool)))
+    of_x = {row.kind: row for row in rows if row.subject == "x"}
+    assert of_x["alone"].title == "x at 1.0"
+    own = of_x["best_scale"].weights["x.mlp"]
+    assert of_x["best_scale"].title == f"x at its best scale, {own:g}" and own != 0.5
+
+
 def test_constraints_of_the_test_are_scored_and_shown_like_terms(tmp_path):
     constraint = {"task": "c_test", "name": "q", "metric": "loss", "max_relative_to_base": 0.1}
     terms = TEST["terms"][:2]
