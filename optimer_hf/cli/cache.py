@@ -13,7 +13,7 @@ from optimer_hf.cli.tables import echo_markdown
     type=click.FloatRange(min=0, max=10_000),
     default=0,
     metavar="DAYS",
-    help="List only what nobody has asked for in so many days.",
+    help="List only what has not been used for DAYS days.",
 )
 def cache(remove: bool, unused: float) -> None:
     """List the converted GGUF files and the bases with more tokens in the cache, with their sizes.
@@ -21,8 +21,8 @@ def cache(remove: bool, unused: float) -> None:
     They are in $OPTIMER_CACHE, and are written again when they are needed. Remove none that a
     search or a build is reading.
     """
-    from optimer_hf.files.cache import list_cache, remove_cached, to_markdown
     from optimer_hf.files.paths import cache_dir
+    from optimer_hf.models.cache import list_cache, remove_cached, to_markdown
 
     entries = list_cache(unused)
     if not entries:

@@ -126,20 +126,33 @@ def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def write_once(out: Path, mark: str, write: Callable[[], None]) -> None:
     """Write a directory of a cache with `write`, unless it has the file `mark` already. If
-    several processes need it, one writes it and the others wait. Its time is then that of its last
-    use.
+    several processes need it, one writes it and the others wait.
     """
-    make_directory(out.parent)
-    with locking(out.parent / f".{out.name}.lock", UNTIL_FREE):
-        finish_move(out)
+    with using_cached(out):
         try:
             if not (out / mark).exists():
                 write()
-            with contextlib.suppress(OSError):
-                os.utime(out)
         except OutputError:  # without locks in the file system, another process may be faster
             if not (out / mark).exists():
                 raise
+
+
+@contextlib.contextmanager
+def using_cached(out: Path) -> Iterator[None]:
+    """Keep other processes from writing or removing a directory of a cache, which may not exist
+    yet. Its time is then that of its last use.
+    """
+    make_directory(out.parent)
+    with locking(lock_of_cached(out), UNTIL_FREE):
+        finish_move(out)
+        yield
+        with contextlib.suppress(OSError):
+            os.utime(out)
+
+
+def lock_of_cached(out: Path) -> Path:
+    """Return the lock file of a directory of a cache, which is beside it."""
+    return out.parent / f".{out.name}.lock"
 
 
 def _stages_inside(place: Path, replace: bool) -> bool:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from optimer_hf.errors import ModelError
 from optimer_hf.files.digest import sha256_file
-from optimer_hf.files.locks import UNTIL_FREE, locking
-from optimer_hf.files.staging import make_directory, replacing
+from optimer_hf.files.staging import make_directory, replacing, using_cached
 from optimer_hf.files.text import first_line
 
 ENTRY_POINTS = "optimer.models"  # the group in which a package declares a model
@@ -37,7 +36,7 @@ def packaged_gguf(package: str, cache: Path) -> Path:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         raise ModelError(f"pypi:{package}: not installed. Run `pip install {package}`.") from None
-    target = cache / package.replace("-", "_") / f"{package}.gguf"
+    target = cache / _module_of(package) / f"{package}.gguf"
     declared = list(distribution.entry_points.select(group=ENTRY_POINTS))
     whole = _shipped_files(distribution, r"\.gguf")
     if len(declared) > 1 or (not declared and len(whole) > 1):
@@ -47,11 +46,20 @@ def packaged_gguf(package: str, cache: Path) -> Path:
         )
     if not declared and whole:
         return whole[0]
-    make_directory(target.parent)
-    with locking(target.parent / ".lock", UNTIL_FREE):
+    with using_cached(target.parent):
+        make_directory(target.parent)
         if declared:
             return _from_entry_point(declared[0], package, target)
         return _join(package, _parts(package, distribution), target)
+
+
+def is_packaged_gguf(path: Path) -> bool:
+    """Whether a directory below the `cache` of `packaged_gguf` holds the file of a package."""
+    return any(_module_of(file.stem) == path.name for file in path.glob("*.gguf"))
+
+
+def _module_of(package: str) -> str:
+    return package.replace("-", "_")
 
 
 def _shipped_files(distribution: importlib.metadata.Distribution, ending: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """GGUF files in installed packages: found, joined and checked, without importing the package."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from optimer_hf.errors import ModelError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.paths import cache_dir
+from optimer_hf.models import packages
+from optimer_hf.models.cache import list_cache, remove_cached
 from optimer_hf.models.resolve import resolve_model
 
 
@@ -91,6 +94,28 @@ def test_the_parts_of_a_packaged_file_are_joined_without_importing_anything(in_p
     joined.write_bytes(joined.read_bytes()[::-1])  # damaged since
     assert resolve_model("pypi:parts") == model
     assert not mark.exists()
+
+
+def test_the_cache_knows_a_joined_file_and_when_it_was_used(in_parts, monkeypatch):
+    in_parts("some-parts")
+    packages.packaged_gguf("some-parts", cache_dir() / "gguf")
+
+    def entry():
+        return next(each for each in list_cache() if each.path.name == "some_parts")
+
+    os.utime(entry().path, (0, 0))
+    assert entry().used == 0 and entry().kind == "gguf"
+    was_removed, join = [], packages._join
+
+    def remove_and_join(*arguments):
+        was_removed.append(remove_cached(entry()))
+        return join(*arguments)
+
+    monkeypatch.setattr(packages, "_join", remove_and_join)
+    file = packages.packaged_gguf("some-parts", cache_dir() / "gguf")
+    assert was_removed == [False] and file.exists()
+    assert entry().used > 0
+    assert remove_cached(entry()) and not file.exists()
 
 
 def test_parts_that_are_missing_or_of_another_file_are_refused(in_parts):

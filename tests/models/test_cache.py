@@ -1,17 +1,21 @@
 """cache.py: what the cache holds, what killed processes leave in it, and how it is emptied."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
-from optimer_hf.files.cache import list_cache, remove_cached
 from optimer_hf.files.locks import locking
 from optimer_hf.files.paths import hidden_name
+from optimer_hf.models.cache import list_cache, remove_cached
+from optimer_hf.models.gguf_record import CONVERSION_FILE
+from optimer_hf.models.union import UNION_FILE
 from tests.support.cli import optimer
 
 DAY = 86_400
+MARKS = {"union": UNION_FILE, "converted": CONVERSION_FILE}
 
 
 @pytest.fixture
@@ -21,6 +25,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     for name, n_bytes, days in (("union/a", 300, 1), ("union/b", 500, 40), ("converted/c", 400, 2)):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model.safetensors").write_bytes(b"x" * n_bytes)
+        (tmp_path / name / MARKS[name.partition("/")[0]]).touch()
         (tmp_path / f"{name.replace('/', '/.')}.lock").touch()
         os.utime(tmp_path / name, (time.time() - days * DAY,) * 2)
     return tmp_path
@@ -53,6 +58,31 @@ def test_what_a_killed_process_left_is_swept(cache):
     assert {path.name.lstrip(".") for path in (cache / "union").iterdir()} == {
         *("a", "b", "a.lock", "b.lock")
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("union/mine/notes.txt", "converted/mine/union.json", "gguf/mine/tiny.gguf"),
+        *("mine/a/union.json", "gguf/llama.gguf", "union/union.json"),
+    ],
+)
+def test_what_others_keep_in_the_folder_of_the_cache_stays(cache, name):
+    (cache / name).parent.mkdir(parents=True, exist_ok=True)
+    (cache / name).write_text("mine")
+    left = cache / "mine" / hidden_name("x", "0123abcd-", before=True)
+    left.mkdir(parents=True)
+    optimer("cache", "--remove")
+    assert (cache / name).read_text() == "mine" and left.exists()
+    assert not any((cache / each).exists() for each in ("union/a", "union/b", "converted/c"))
+
+
+@pytest.mark.parametrize("vanished", ["union/b", "union"])
+def test_what_another_process_has_removed_meanwhile_is_gone(cache, vanished):
+    largest = list_cache()[0]
+    shutil.rmtree(cache / vanished)
+    assert remove_cached(largest)
+    assert len(list_cache()) == (2 if vanished == "union/b" else 1)
 
 
 def test_the_command_lists_and_removes(cache):
