@@ -19,6 +19,7 @@ from optimer_hf.experiment.folder import (
 from optimer_hf.experiment.marks import CLAIM_FILE, DONE_FILE, Claim, Done, read_claim
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table
+from optimer_hf.models.layout import VECTOR_FILE
 from optimer_hf.vectors.training_record import TRAINING_FILE, TrainingRecord
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def train_vectors(run: Run, trainings: Mapping[str, "TrainConfig"]) -> None:
         prepare(config, vector_dir(run, name))
     for name, config in trainings.items():
         out = vector_dir(run, name)
-        if not (out / "vector.json").exists():
+        if not (out / VECTOR_FILE).exists():
             train(config, out)
             write_record(out, resolve_base(config.base_model), name=name, kind=config.kind)
 

@@ -19,6 +19,7 @@ from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.reference import absolute_reference, expand_home, relative_reference
 from optimer_hf.files.staging import make_directory, write_text
 from optimer_hf.files.text import slug
+from optimer_hf.models.layout import ADAPTER_CONFIG, VECTOR_FILE
 from optimer_hf.scoring.objective import Objective, Term
 from optimer_hf.study.config import Baselines, SearchConfig, StudyConfig, VectorConfig
 from optimer_hf.training.config import TrainConfig
@@ -108,12 +109,13 @@ def _name_sources(sources: Sequence[str], folder: Path) -> tuple[dict[str, str],
 
 def _is_corpus(reference: str) -> bool:
     """Whether a source is text to train on: a file or pattern of a known kind, or a folder of such
-    files that is no model.
+    files that is neither a model nor a vector.
     """
     if TEXTS.fullmatch(reference):
         return True
     folder = expand_home(Path(reference))
-    is_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    marks = ("config.json", ADAPTER_CONFIG, VECTOR_FILE)
+    is_model = any((folder / name).exists() for name in marks)
     return not is_model and any(TEXTS.fullmatch(path.name) for path in folder.rglob("*"))
 
 

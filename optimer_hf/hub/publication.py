@@ -31,7 +31,14 @@ from optimer_hf.merging.mergekit_pool import (
     mergekit_command,
     plain_config_of,
 )
-from optimer_hf.models.layout import ADAPTER_CONFIG, COPIED, Role, role_of, weight_digests
+from optimer_hf.models.layout import (
+    ADAPTER_CONFIG,
+    COPIED,
+    VECTOR_FILE,
+    Role,
+    role_of,
+    weight_digests,
+)
 from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note
 from optimer_hf.report.captions import (
     CAPTIONS,
@@ -52,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 Kind = Literal["vector", "recipe", "model", "base"]
-CARD, VECTOR_FILE = "README.md", "vector.json"
+CARD = "README.md"
 RECIPE_FILES = frozenset({"recipe.yaml", LOCK, "optimer.yml", "mergekit_config.yml"})
 STUDY_FILES = frozenset(
     {
@@ -111,7 +118,7 @@ class Publication:
 
 def kind_of(names: Collection[str]) -> Kind | None:
     """Return what files with these names make up, or None if that is nothing of ours."""
-    if "vector.json" in names:
+    if VECTOR_FILE in names:
         return "vector"
     if "recipe.yaml" not in names:
         return None

@@ -20,6 +20,7 @@ from optimer_hf.models.union import UnionRecord
 INDEX = ".safetensors.index.json"
 ANY_WEIGHTS = "*.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+VECTOR_FILE = "vector.json"
 GENERATION_CONFIG = "generation_config.json"
 PENDING = ".update"  # in a pulled directory: a whole update that is not yet in place
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
@@ -58,7 +59,7 @@ FILES: dict[Role, list[str]] = {  # a name has the first role with a pattern tha
     ],
     "other weights": [ANY_WEIGHTS],  # read if an index names them, or if there are no others
     "index": [f"model{INDEX}", f"vector{INDEX}"],
-    "vector": ["vector.json", "adapter_config.json"],  # how the weights of a vector are read
+    "vector": [VECTOR_FILE, ADAPTER_CONFIG],  # how the weights of a vector are read
     "config": ["config.json", "*processor_config.json"],  # of the model; of images and sound
     "generation": [GENERATION_CONFIG],  # lists the tokens that end an answer
     "tokenizer": ["tokenizer_config.json"],
@@ -128,7 +129,7 @@ def is_delta(path: Path) -> bool:
     """Whether a directory holds a delta, which is no model. Raises ConfigError for a vector.json
     that cannot be read.
     """
-    record = path / "vector.json"
+    record = path / VECTOR_FILE
     return record.is_file() and read_yaml(record).get("kind") == "delta"
 
 

@@ -11,7 +11,7 @@ from optimer_hf.files.staging import staged_directory
 from optimer_hf.merging.adapters import Truncation, add_adapters, truncate, write_adapter
 from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
-from optimer_hf.models.layout import ResolvedModel, copy_tokenizer
+from optimer_hf.models.layout import VECTOR_FILE, ResolvedModel, copy_tokenizer
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.recipes.build import read_lock
 from optimer_hf.recipes.record import Ingredient, Recipe
@@ -84,7 +84,7 @@ def build_adapter(
         if tokenizer is not None:
             copy_tokenizer(tokenizer.path, staging)
         record = describe_vector(staging, base, name=recipe.name, kind="adapter")
-        record.write(staging / "vector.json")
+        record.write(staging / VECTOR_FILE)
     sizes = sum(ranks.values())
     return BuiltAdapter(sizes if rank is None else min(rank, sizes), ranks, left_out)
 

@@ -14,6 +14,7 @@ from optimer_hf.files.versions import versions
 from optimer_hf.models.blocks import matrix_shape, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import (
+    VECTOR_FILE,
     ResolvedModel,
     copy_beside_weights,
     copy_tokenizer,
@@ -97,9 +98,9 @@ def write_record(
     path: Path, base: ResolvedModel, *, name: str, kind: Literal["adapter", "checkpoint"]
 ) -> VectorFile:
     """Write vector.json beside a trained adapter or checkpoint, and return it."""
-    (path / "vector.json").unlink(missing_ok=True)
+    (path / VECTOR_FILE).unlink(missing_ok=True)
     record = describe_vector(path, base, name=name, kind=kind)
-    record.write(path / "vector.json")
+    record.write(path / VECTOR_FILE)
     return record
 
 
@@ -179,7 +180,7 @@ def extract(
             relative_errors=errors,
             versions=versions(),
         )
-        record.write(staging / "vector.json")
+        record.write(staging / VECTOR_FILE)
     return record
 
 

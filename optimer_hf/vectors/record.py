@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from optimer_hf.errors import ConfigError, ModelError
 from optimer_hf.files.model import FileModel, VersionedFile
 from optimer_hf.files.reading import read_json
-from optimer_hf.models.layout import ResolvedModel, weight_digests
+from optimer_hf.models.layout import VECTOR_FILE, ResolvedModel, weight_digests
 from optimer_hf.vectors.training_record import (
     CorpusRecord,
     PartialCorpus,
@@ -66,7 +66,7 @@ class VectorFile(VersionedFile):
 
 def read_record(path: Path) -> VectorFile | None:
     """Return the vector.json in a directory, or None if there is none."""
-    file = path / "vector.json"
+    file = path / VECTOR_FILE
     if not file.exists():
         return None
     try:

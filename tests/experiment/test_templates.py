@@ -113,6 +113,17 @@ def test_paths_are_those_of_the_working_directory(tmp_path, monkeypatch, out, ba
     assert {t.base_model for t in trainings} <= {expected_base}
 
 
+@pytest.mark.parametrize("mark", ["config.json", "adapter_config.json", "vector.json"])
+def test_a_folder_of_a_model_or_a_vector_is_no_text(tmp_path, mark):
+    folder = tmp_path / "math-int8"  # with vector.json as `extract --dtype int8` leaves it
+    folder.mkdir()
+    (folder / "README.md").write_text("a card", "utf-8")
+    for name in (mark, "vector.safetensors"):
+        (folder / name).write_text("{}", "utf-8")
+    (study,) = init(tmp_path / "study.yaml", [str(folder)], base=BASE)
+    assert StudyConfig.read(study).vectors["math-int8"].source == str(folder)
+
+
 @pytest.mark.parametrize(
     "names", [("math", "Math"), ("a b", "a-b"), ("\u6570\u5b66", "\u7269\u7406"), ("x", "x.")]
 )
