@@ -231,7 +231,8 @@ def _check_parts(
     foreseen: Collection[str],
 ) -> _Options:
     """Ask the Hub about a recipe and its parts, and return the options for them: they get the
-    visibility that the account gives the recipe. Raises HubError for what cannot be published.
+    visibility of the recipe, whose repository is created last. Raises HubError for what cannot be
+    published.
     """
     info = target.fetch_info()
     infos = {name: each.fetch_info() for name, each in targets.items()}
@@ -239,9 +240,7 @@ def _check_parts(
     for name, each in targets.items():
         _refuse_other_visibility(each, infos[name], options.private)
     _check(target, info, publication, options, foreseen)
-    _announce(target, publication, options)
-    if not options.dry_run:
-        options = replace(options, private=target.create_if_missing(options.private).private)
+    options = options if info is None else replace(options, private=info.private)
     for name, each in targets.items():
         there = infos[name]
         if there is not None and there.private and not options.private:
@@ -250,7 +249,10 @@ def _check_parts(
                 "--private, or make it public."
             )
         _check(each, there, parts[name], options, foreseen)
-    return options
+    _announce(target, publication, options)
+    if options.dry_run:
+        return options
+    return replace(options, private=target.create_if_missing(options.private).private)
 
 
 def _check(

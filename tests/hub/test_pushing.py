@@ -240,6 +240,7 @@ def test_private_vectors_of_an_earlier_push_do_not_end_in_a_public_recipe(hub, m
         HfApi(token=ALICE).create_repo(f"alice/{name}-v{number}", private=True)
     with pytest.raises(HubError, match="is private, so others could not build a public recipe"):
         hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
+    assert not HfApi(token=ALICE).repo_exists(f"alice/{name}")
 
 
 def test_an_unclear_licence_has_to_be_given(hub, make_vector, name, make_base):
@@ -351,8 +352,11 @@ def test_the_card_of_a_recipe_names_data_and_languages_of_its_vectors(hub, make_
 def test_vectors_are_private_if_the_account_makes_the_recipe_private(hub, make_recipe, name):
     """The recipe exists already and is private; its vectors follow it without --private."""
     HfApi(token=ALICE).create_repo(f"alice/{name}", private=True)
-    hubs.push(make_recipe(), f"alice/{name}", token=ALICE, vectors=True)
+    folder = make_recipe()
+    hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
     assert HfApi(token=ALICE).model_info(f"alice/{name}-v1").private
+    again = hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True, dry_run=True)
+    assert not any(each.sent for each in again.vectors)
 
 
 def test_nothing_is_sent_if_one_vector_cannot_be_sent(hub, make_recipe, name, tmp_path):
@@ -369,14 +373,19 @@ def test_nothing_is_sent_if_one_vector_cannot_be_sent(hub, make_recipe, name, tm
     assert not hub.calls("POST .*/(commit|repos/create)")
 
 
+@pytest.mark.parametrize("kind", ["recipe", "vector"])
 def test_a_card_that_cannot_be_written_stops_a_push_before_anything_is_sent(
-    hub, make_recipe, name, monkeypatch
+    hub, make_recipe, name, monkeypatch, kind
 ):
-    def fail(record, *_):
-        raise HubError(f"{record.name}: no sealed scores")
+    original = pushes._render_card
 
-    monkeypatch.setattr("optimer_hf.hub.card.recipe_facts", fail)
-    with pytest.raises(HubError, match="no sealed scores"):
+    def fail(repo_id, publication, *rest):
+        if publication.kind == kind:
+            raise HubError(f"{repo_id}: no card")
+        return original(repo_id, publication, *rest)
+
+    monkeypatch.setattr(pushes, "_render_card", fail)
+    with pytest.raises(HubError, match="no card"):
         hubs.push(make_recipe(), f"alice/{name}", token=ALICE, vectors=True)
     assert not hub.calls("POST .*/(commit|repos/create)")
 
