@@ -6,15 +6,21 @@ published, with every reference pinned. A path on this machine, a token, or an i
 else can download is refused before anything leaves the machine.
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import RepoFile
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils.sha import git_hash
+
 from optimer_hf.comparison.results_file import Results, read_results
 from optimer_hf.errors import HubError
+from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.paths import drop_folders
 from optimer_hf.files.reading import read_json, yaml_text
 from optimer_hf.files.reference import Reference, is_pinned, pin
@@ -34,8 +40,10 @@ from optimer_hf.merging.mergekit_pool import (
 from optimer_hf.models.layout import (
     ADAPTER_CONFIG,
     COPIED,
+    OF_TOKENIZER,
     VECTOR_FILE,
     Role,
+    files_with_role,
     role_of,
     weight_digests,
 )
@@ -83,6 +91,7 @@ ALLOWED_ROLES: dict[Kind, tuple[Role, ...]] = {
     "model": (*COPIED, "weights", "index"),
     "base": (*COPIED, "weights", "index"),
 }
+HOW_TO_RUN: tuple[Role, ...] = ("config", "generation", *OF_TOKENIZER)  # the weights of a model
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,21 @@ def is_legal(name: str) -> bool:
     return role_of(name) == "licence"
 
 
+def is_same(data: Path | bytes, entry: RepoFile | RepoSibling | None) -> bool:
+    """Whether a file in a repository has this content."""
+    if entry is None or entry.size != n_bytes_of(data):
+        return False
+    if entry.lfs is not None:
+        sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else sha256_file(data)
+        return bool(sha256 == entry.lfs.sha256)
+    return bool(git_hash(data if isinstance(data, bytes) else data.read_bytes()) == entry.blob_id)
+
+
+def n_bytes_of(data: Path | bytes) -> int:
+    """Return the size of a content in bytes."""
+    return len(data) if isinstance(data, bytes) else data.stat().st_size
+
+
 def choose_files(
     directory: Path,
     placed: Mapping[str, Placed] | None = None,
@@ -185,6 +209,16 @@ def base_to_publish(directory: Path, recipe: str) -> Publication:
     return _without_secrets(
         directory, Publication("base", files, BaseModel(directory.name, recipe), ())
     )
+
+
+def is_run_alike(directory: Path, files: Iterable[RepoSibling]) -> bool:
+    """Whether a repository with these files has the config and the tokenizer, with the chat
+    template, that are published of a base or vector in a directory.
+    """
+    here: dict[str, Path | bytes] = {x.name: x for x in files_with_role(directory, *HOW_TO_RUN)}
+    here |= _config_without_origin(here)
+    there = {file.rfilename: file for file in files if role_of(file.rfilename) in HOW_TO_RUN}
+    return here.keys() == there.keys() and all(is_same(here[name], there[name]) for name in here)
 
 
 def vector_to_publish(local: LocalInput, record: VectorFile, placed: Placed) -> Publication:

@@ -5,7 +5,6 @@ the new one, and two people who push at once cannot overwrite each other unnotic
 arrived are not sent again, not even after a kill.
 """
 
-import hashlib
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,10 +30,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import git_hash
 
 from optimer_hf.errors import HubError
-from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.reading import parse_yaml
 from optimer_hf.files.reference import AnyPath, Reference
 from optimer_hf.hub import card
@@ -55,8 +52,10 @@ from optimer_hf.hub.publication import (
     choose_files,
     is_allowed,
     is_legal,
+    is_same,
     is_weights,
     kind_of,
+    n_bytes_of,
 )
 from optimer_hf.hub.readers import describe_uses
 from optimer_hf.hub.uploads import base_of, find_earlier_uploads, uploads_of
@@ -362,7 +361,7 @@ def _has_same_weights(target: _Repository, info: ModelInfo, publication: Publica
     there = {n: file for n, file in target.list_files(str(info.sha)).items() if is_weights(n)}
     here = {name: data for name, data in publication.files.items() if is_weights(name)}
     return there.keys() == here.keys() and all(
-        _is_same(data, there[name]) for name, data in here.items()
+        is_same(data, there[name]) for name, data in here.items()
     )
 
 
@@ -619,7 +618,7 @@ def _changes(
     repo_id: str, kind: Kind, files: Mapping[str, Path | bytes], there: Mapping[str, RepoFile]
 ) -> tuple[Push, list[CommitOperationAdd | CommitOperationDelete]]:
     """Return what differs from the head of a branch, and the operations that make it the same."""
-    changed = {name: data for name, data in files.items() if not _is_same(data, there.get(name))}
+    changed = {name: data for name, data in files.items() if not is_same(data, there.get(name))}
     stale = [
         name
         for name in there
@@ -636,7 +635,7 @@ def _changes(
     done = Push(
         repo_id,
         kind,
-        {name: _n_bytes(data) for name, data in changed.items()},
+        {name: n_bytes_of(data) for name, data in changed.items()},
         tuple(name for name in files if name not in changed),
         tuple(stale),
         card="",
@@ -665,19 +664,6 @@ def _find_proposal(
             commit = head.sha if head is not None else None
             return replace(nothing, commit=commit, pull_request=proposal.url)
     return None
-
-
-def _n_bytes(data: Path | bytes) -> int:
-    return len(data) if isinstance(data, bytes) else data.stat().st_size
-
-
-def _is_same(data: Path | bytes, entry: RepoFile | None) -> bool:
-    if entry is None or entry.size != _n_bytes(data):
-        return False
-    if entry.lfs is not None:
-        sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else sha256_file(data)
-        return bool(sha256 == entry.lfs.sha256)
-    return bool(git_hash(data if isinstance(data, bytes) else data.read_bytes()) == entry.blob_id)
 
 
 def _refuse_moved_tag(

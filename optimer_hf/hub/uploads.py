@@ -10,9 +10,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from optimer_hf.errors import HubError
+from optimer_hf.errors import HubError, ModelError
 from optimer_hf.files.reference import Reference, is_pinned, pin
-from optimer_hf.hub.client import describe_repo
+from optimer_hf.hub.client import describe_repo, retry
 from optimer_hf.hub.completing import base_of_vectors, describe_local
 from optimer_hf.hub.local_inputs import (
     BASE,
@@ -23,9 +23,14 @@ from optimer_hf.hub.local_inputs import (
     place_on_hub,
     with_base_on_hub,
 )
-from optimer_hf.hub.publication import Publication, base_to_publish, vector_to_publish
-from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.recipes.record import Recipe
+from optimer_hf.hub.publication import (
+    Publication,
+    base_to_publish,
+    is_run_alike,
+    vector_to_publish,
+)
+from optimer_hf.models.layout import VECTOR_FILE, ResolvedModel
+from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.vectors.record import VectorFile, read_record
 
 logger = logging.getLogger(__name__)
@@ -95,10 +100,11 @@ def find_earlier_uploads(
     """Return which local inputs of a recipe lie on the Hub already, since a push to a repository
     whose name begins that of `repo_id` has sent them: one to you/merge those of you/merge-model.
 
-    Only the same weights count, and for a public recipe only public ones. What an earlier push to
-    `repo_id` itself has sent is not looked up, since it is not sent again.
+    Only those with the same weights, config and tokenizer count, only vectors of the locked base,
+    and for a public recipe only public ones. What an earlier push to `repo_id` itself has sent is
+    not looked up, since it is not sent again.
     """
-    recipe, found = Recipe.read(directory / "recipe.yaml"), {}
+    recipe, lock, found = Recipe.read(directory / "recipe.yaml"), Lock.read(directory / LOCK), {}
     for name, local in local_inputs(directory).items():
         suffix = _suffix_of(name, recipe)
         if not local.locked or _describe(api, f"{repo_id}-{suffix}"):
@@ -107,11 +113,32 @@ def find_earlier_uploads(
             info = _describe(api, f"{shorter}-{suffix}")
             if info is None or (info.private and not is_private):
                 continue
+            if not _is_interchangeable(api, info, local, lock):
+                continue
             with contextlib.suppress(HubError):
                 found[name] = place_on_hub(api, info.id, local, Reference(info.id))
-                logger.info("%s: %s has the same weights; they are not sent again", name, info.id)
+                logger.info("%s: %s has the same files; they are not sent again", name, info.id)
                 break
     return found
+
+
+def _is_interchangeable(api: HfApi, info: ModelInfo, local: LocalInput, lock: Lock) -> bool:
+    """Whether the files beside the weights in a repository say the same as those of an input. Of an
+    input that is on this machine no more, there is nothing to compare.
+    """
+    files = info.siblings or []
+    if local.path.is_dir() and not is_run_alike(local.path, files):
+        return False
+    if local.kind == "base":
+        return True
+    if all(file.rfilename != VECTOR_FILE for file in files):
+        return False
+    file = retry(partial(api.hf_hub_download, info.id, VECTOR_FILE, revision=info.sha))
+    try:
+        record = read_record(Path(file).parent)
+    except ModelError:
+        return False
+    return record is not None and record.base.files == lock.base
 
 
 def _shorter_names(repo_id: str) -> Iterator[str]:

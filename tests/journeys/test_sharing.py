@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import HfApi, constants
 from transformers import AutoTokenizer
 
+from optimer_hf.hub.uploads import find_earlier_uploads
 from optimer_hf.models.layout import weight_digests
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.recipes.record import Lock, Recipe
@@ -158,6 +159,39 @@ def test_other_weights_under_the_earlier_name_are_not_taken(ann, hub, make_tuned
     upload("you/my-merge-math", make_tuned(make_base(), "gemma", 7))
     ann.runs("optimer push merged you/my-merge-bf16 --vectors --license gemma")
     assert hub.calls("POST .*/you/my-merge-bf16-math/commit/")
+
+
+def test_other_files_beside_the_same_weights_are_not_taken(ann, hub):
+    ann.runs(PUSH)
+    api = HfApi()
+
+    def look_up() -> set[str]:
+        at = ann.folder / "merged", "you/my-merge-bf16"
+        return set(find_earlier_uploads(api, *at, is_private=False))
+
+    everything = {"base_model", "math", "code"}
+    assert look_up() == everything
+    vector = json.loads(Path(api.hf_hub_download("you/my-merge-math", "vector.json")).read_text())
+    vector["base"]["files"] = {"model.safetensors": "0" * 64}
+    for name, file, content in (
+        ("base_model", "config.json", "{}"),
+        ("base_model", "tokenizer_config.json", "{}"),
+        ("base_model", "tokenizer.json", "{}"),
+        ("base_model", "chat_template.jinja", "{{ messages }}"),
+        ("math", "chat_template.jinja", "{{ messages }}"),
+        ("math", "vector.json", json.dumps(vector)),
+        ("code", "vector.json", "{}"),
+    ):
+        repo_id = f"you/my-merge-{name.removesuffix('_model')}"
+        before = api.model_info(repo_id).sha
+        api.upload_file(path_or_fileobj=content.encode(), path_in_repo=file, repo_id=repo_id)
+        assert look_up() == everything - {name}, file
+        if file in api.list_repo_files(repo_id, revision=before):
+            old = Path(api.hf_hub_download(repo_id, file, revision=before)).read_bytes()
+            api.upload_file(path_or_fileobj=old, path_in_repo=file, repo_id=repo_id)
+        else:
+            api.delete_file(file, repo_id)
+    assert look_up() == everything
 
 
 def test_models_that_are_on_the_hub_are_named_and_not_sent_again(
