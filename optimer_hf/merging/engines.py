@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +50,11 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
     from mergekit.options import MergeOptions
 
     config, options = read_merge_config(path), options or MergeOptions(quiet=True)
-    linear = linear_merge_of(config, path)
-    only_mergekit = _mergekit_only_flags(options)
-    if engine == "native" and linear is None:
-        raise ConfigError(
-            f"{path}: only mergekit can run this config (method, slices, filtered gradients). "
-            "Leave out --engine native."
-        )
-    if engine == "native" and only_mergekit:
-        raise ConfigError(
-            f"--engine native: only mergekit reads {only_mergekit[0]}. Leave out one of them."
-        )
+    linear, flags = linear_merge_of(config, path), _mergekit_only_flags(options)
+    if engine == "native":
+        _refuse_mergekit_only(linear, flags, path)
     refuse_absent_files({path: with_absolute_references(config, path)})
-    if linear is not None and engine != "mergekit" and _interpolates(linear):
-        if engine == "native":
-            raise ConfigError(
-                f"{path}: only mergekit interpolates a gradient. Give a weight for each layer of "
-                "the base, or leave out --engine native."
-            )
-        linear = None
-    if linear is not None and engine is None and not _needs_writer(linear):
-        linear = None  # mergekit drops rows without a token, and warns of idle filters
-    if linear is not None and engine != "mergekit" and not only_mergekit:
+    if linear is not None and engine != "mergekit" and not flags and _fits(linear, path, engine):
         base = resolve_model(linear.base_model)
         refuse_other_than_models(base)
         vocabulary: Vocabulary = "union" if linear.is_union else "base"
@@ -86,6 +69,33 @@ def merge(path: Path, out: Path, *, options: Any = None, engine: str | None = No
                 return "native"
     run_mergekit(config, path, out, options)  # which can reorder tokens
     return "mergekit"
+
+
+def _refuse_mergekit_only(linear: LinearMerge | None, flags: Sequence[str], path: Path) -> None:
+    """Raise ConfigError for what only mergekit reads in a config, and for flags of its own."""
+    if linear is None:
+        raise ConfigError(
+            f"{path}: only mergekit can run this config (method, slices, filtered gradients). "
+            "Leave out --engine native."
+        )
+    if flags:
+        raise ConfigError(
+            f"--engine native: only mergekit reads {flags[0]}. Leave out one of them."
+        )
+
+
+def _fits(linear: LinearMerge, path: Path, engine: str | None) -> bool:
+    """Whether the writer is the one to run a merge. Raises ConfigError if it is told to and cannot
+    tell the weights of the layers.
+    """
+    if not _interpolates(linear):  # mergekit drops rows without a token, and warns of idle filters
+        return engine == "native" or _needs_writer(linear)
+    if engine == "native":
+        raise ConfigError(
+            f"{path}: only mergekit interpolates a gradient. Give a weight for each layer of the "
+            "base, or leave out --engine native."
+        )
+    return False
 
 
 def _needs_writer(linear: LinearMerge) -> bool:

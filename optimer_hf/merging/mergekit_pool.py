@@ -328,6 +328,18 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
     if config.get("base_model") and any(_entries_for_mergekit(config, path)):
         return None
     base, sources = pool_of(config, path)
+    if (settings := _weights_and_groups(config, path, sources)) is None:
+        return None
+    weights, groups = settings
+    out_dtype = given["out_dtype"] or given["dtype"]
+    source = tokenizer_of(config, path)
+    return LinearMerge(base, sources, weights, out_dtype, source, is_union(config), groups)
+
+
+def _weights_and_groups(
+    config: Mapping[str, Any], path: Path, names: Iterable[str]
+) -> tuple[dict[str, float], dict[str, Groups]] | None:
+    """Return the weights by name and the groups by vector; None when only mergekit reads them."""
     weights: dict[str, float] = {}
     groups: dict[str, Groups] = {}
     entries = [
@@ -335,7 +347,7 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         for entry in config["models"]
         if model_name_in(entry["model"], path) != _base_of(config, path)
     ]
-    for name, entry in zip(sources, entries, strict=True):
+    for name, entry in zip(names, entries, strict=True):
         parameters = entry.get("parameters") or {}
         if parameters.get("delta"):
             return None  # somebody else's delta directory, without our vector.json
@@ -352,9 +364,7 @@ def linear_merge_of(config: Mapping[str, Any], path: Path) -> LinearMerge | None
         groups[name] = Groups.of_keys(values)
         names_of = groups[name].names_of(name)
         weights |= {names_of[key]: value for key, value in values.items()}
-    out_dtype = given["out_dtype"] or given["dtype"]
-    source = tokenizer_of(config, path)
-    return LinearMerge(base, sources, weights, out_dtype, source, is_union(config), groups)
+    return weights, groups
 
 
 def read_setting(setting: list[Any] | Mapping[str, Any]) -> dict[str, float] | None:

@@ -2,7 +2,7 @@
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,18 +90,7 @@ def _refuse_unused(adapter: Path, base: ResolvedModel, *, may_grow: bool) -> Non
     """
     where = str(adapter)
     options, stored = read_options(adapter, where), open_adapter(adapter, where)
-    if stored.wrappers:
-        raise ModelError(
-            f"{where}: its tensor names have the prefix {', '.join(stored.wrappers)} of a wrapper, "
-            "under which PEFT finds none of them. Rename the tensors; a LoRA can be read as it is, "
-            "without --from-adapter."
-        )
-    refuse_own_names(stored.names, where)
-    for field in REPLACING:
-        if options.get(field):
-            raise ModelError(
-                f"{where}: {FIELDS[field]}, so no merge into the base computes what it does."
-            )
+    _refuse_unreadable(options, stored, where)
     model = empty_model(base)
     if may_grow:
         _resize_embedding(model, adapter)
@@ -128,6 +117,22 @@ def _refuse_unused(adapter: Path, base: ResolvedModel, *, may_grow: bool) -> Non
             unused = _find_unused(model, config, stored)
     if unused:
         raise _misfit_error(where, f"{unused[0]!r} and {len(unused) - 1} more")
+
+
+def _refuse_unreadable(options: Mapping[str, Any], stored: Checkpoint, where: str) -> None:
+    """Raise ModelError for names that PEFT does not find, and for options that no merge obeys."""
+    if stored.wrappers:
+        raise ModelError(
+            f"{where}: its tensor names have the prefix {', '.join(stored.wrappers)} of a wrapper, "
+            "under which PEFT finds none of them. Rename the tensors; a LoRA can be read as it is, "
+            "without --from-adapter."
+        )
+    refuse_own_names(stored.names, where)
+    for field in REPLACING:
+        if options.get(field):
+            raise ModelError(
+                f"{where}: {FIELDS[field]}, so no merge into the base computes what it does."
+            )
 
 
 def _misfit_error(where: str, misfits: str) -> ModelError:
