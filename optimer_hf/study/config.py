@@ -206,7 +206,7 @@ class VectorConfig(FileModel):
             return None
         if self._n_layer_groups is not None:
             return Groups(n_layer_groups=self._n_layer_groups)
-        return Groups(tuple(self.by))
+        return Groups.of_keys(list(self.by))
 
     def weights_of(self, name: str) -> "dict[str, Range]":
         """Return the weights of the vector under its `name`, one or that of each group, each with
@@ -217,6 +217,19 @@ class VectorConfig(FileModel):
         given = {key: (group.bounds or self.bounds, group.fixed) for key, group in self.by.items()}
         names = self.groups.names_of(name)
         return {weight: given.get(key) or given[LAYERS] for key, weight in names.items()}
+
+    def with_fixed(self, name: str, weights: Mapping[str, float]) -> "VectorConfig":
+        """Return the vector with those of its weights fixed that `weights` has, by name; `name` is
+        that of the vector.
+        """
+        if self.groups is None:
+            return self.model_copy(update={"fixed": weights.get(name, self.fixed)})
+        own, names = self.weights_of(name), self.groups.names_of(name)
+        by = {
+            key: GroupConfig(bounds=own[weight][0], fixed=weights.get(weight, own[weight][1]))
+            for key, weight in names.items()
+        }
+        return self.model_copy(update={"by": by})
 
     def _mistakes_of_mixture(self) -> Iterator[Mistake]:
         if self.mixture is None and self.budget != "all":
@@ -301,8 +314,8 @@ class SearchConfig(FileModel):
     """Number of vectors to search in a large pool. The base and the average take gradients,
     whatever `gradients` says, and the vectors that promise most by their slopes are searched: in
     turn for the objective and for each term. The others stay at 0. auto: those with which the
-    objective rises at one of the two, at most sixteen. A study can raise the number and go on.
-    Default: all vectors.
+    objective rises at one of the two, at most sixteen. Each group of a vector with `by` counts as
+    a vector. A study can raise the number and go on. Default: all vectors.
     """
     seed: int = Field(default=0, ge=0, lt=2**32, examples=[1])
     """Seed of the search, of random vectors and of DARE's masks."""

@@ -57,18 +57,14 @@ def screen_of(config: StudyConfig, trials: Sequence[Trial]) -> Screen | None:
 
 
 def searched_part(config: StudyConfig, trials: Sequence[Trial]) -> StudyConfig:
-    """Return the study with the vectors that the screen leaves out fixed at 0, or at the bound that
-    is closest to it.
+    """Return the study with the weights that the screen leaves out, of vectors or of their groups,
+    fixed at 0, or at the bound that is closest to it.
     """
     screen = screen_of(config, trials)
     if screen is None or not screen.left_out:
         return config
-    vectors = {
-        name: vector.model_copy(update={"fixed": _resting_weight(config, name)})
-        if name in screen.left_out
-        else vector
-        for name, vector in config.vectors.items()
-    }
+    resting = {name: _resting_weight(config, name) for name in screen.left_out}
+    vectors = {name: vector.with_fixed(name, resting) for name, vector in config.vectors.items()}
     return config.model_copy(update={"vectors": vectors})
 
 

@@ -126,6 +126,26 @@ def test_as_many_are_kept_as_the_lowest_total_needs():
     assert len(study_of.free) == 3 and set(study_of.fixed.values()) == {0.0}
 
 
+@pytest.mark.parametrize(
+    "by", [{"mlp": {}, "q": {"fixed": 0.2}, "else": {"bounds": [0.1, 0.9]}}, {"layers": 3}]
+)
+def test_groups_that_are_left_out_stay_at_0_or_at_the_closest_bound(by):
+    config = large(2, vectors={"w": {"source": "a/w", "by": by}, "x": "a/x", "y": "a/y"})
+    slopes = {name: -float(number) for number, name in enumerate(config.free)}
+    trials = [
+        Candidate(number, "x", dict.fromkeys(config.weight_names, 0.0)).to_trial(
+            {label: TermScore([(3.0, 1.0)], False) for label in "tuq"}, {}, 1, {"t": slopes}
+        )
+        for number in range(2)
+    ]
+    kept, part = screen_of(config, trials).kept, searched_part(config, trials)
+    assert kept == ["x", "y"]
+    assert part.free == {name: config.free[name] for name in kept}
+    assert part.weight_names == config.weight_names and part.groups == config.groups
+    low = {name: bounds[0] for name, bounds in config.free.items() if name not in kept}
+    assert part.fixed == config.fixed | low
+
+
 @pytest.mark.parametrize("gradients", ["always", "auto", "never"])
 @pytest.mark.parametrize("screen", [4, "auto"])
 def test_a_screened_search_moves_the_kept_alone_and_resumes(gradients, screen, tmp_path, caplog):
