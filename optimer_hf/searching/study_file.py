@@ -76,7 +76,7 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     sealed test of two objective files.
     """
     data = read_merge_config(path)
-    target = ObjectiveFile.read(objective).model_dump(exclude={"format_version"})
+    target = _read_objective(objective)
     refuse_absent_files({path: with_absolute_references(data, path), objective: target})
     (base, sources), groups = pool_to_search(data, path), groups_to_search(data, path)
     if dropped := unsearched_settings(data):
@@ -95,7 +95,7 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
         "objective": target,
     }
     if test is not None:
-        fields["test"] = ObjectiveFile.read(test).model_dump(exclude={"format_version"})
+        fields["test"] = _read_objective(test)
         refuse_absent_files({test: fields["test"]})
     if is_union(data):
         fields["vocabulary"] = "union"
@@ -103,6 +103,15 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
         by_source = {source: name for name, source in sources.items()}
         fields["tokenizer_source"] = by_source.get(reference, reference)
     return parse(StudyConfig, fields, path)
+
+
+def _read_objective(path: Path) -> dict[str, Any]:
+    """Return the fields of an objective file; without `split_by` unless the file has it, so that a
+    study on record keeps its own.
+    """
+    objective = ObjectiveFile.read(path)
+    idle = {"split_by"} - objective.model_fields_set
+    return objective.model_dump(exclude={"format_version"} | idle)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def test_a_mergekit_yaml_gets_a_sealed_test(make_base, make_tuned, corpus_dir, t
     sealed.write_text(f"terms: [{{text: {corpus_dir / 'mix.test.jsonl'}}}]", "utf-8")
     config = read_study(tmp_path / "m.yml", objective=objective, test=sealed)
     assert [term.label for term in config.test.terms] == ["mix"]
+    assert not {"split_by"} & (config.objective.model_fields_set | config.test.model_fields_set)
     (tmp_path / "study.yaml").write_text(FILES["study"], "utf-8")
     with pytest.raises(ConfigError, match="Leave --objective and --test out"):
         read_study(tmp_path / "study.yaml", test=sealed)

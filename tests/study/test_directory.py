@@ -5,10 +5,14 @@ import json
 import pytest
 
 from optimer_hf.errors import OutputError, StudyError
+from optimer_hf.files.staging import write_text
+from optimer_hf.scoring.scores import TermScore
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
+from optimer_hf.searching.study_file import read_study
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import load_study, lock_directory, open_study
+from optimer_hf.study.trials import Candidate
 from tests.support.landscapes import FunctionPool, config_of, no_pool_for
 
 
@@ -45,6 +49,7 @@ def test_a_lock_is_free_again_when_its_holder_is_done(tmp_path):
 
 
 TASK = {"task": "t", "metric": "loss", "hash_range": [0.0, 0.5]}
+DOCUMENT = {"split_by": "document"}
 
 
 def test_a_study_from_before_the_field_keeps_its_split_and_its_identity(tmp_path):
@@ -62,6 +67,36 @@ def test_a_study_from_before_the_field_keeps_its_split_and_its_identity(tmp_path
     (tmp_path / "trials.jsonl").write_text("")
     named = config_of(objective={"terms": [TASK], "split_by": "document"})
     assert open_study(named, tmp_path).config.objective.split_by == "document"  # without trials
+
+
+@pytest.mark.parametrize(
+    ("asked", "split"), [({}, "prompt"), ({"split_by": "prompt"}, "prompt"), (DOCUMENT, None)]
+)
+def test_a_study_of_a_mergekit_yaml_keeps_its_split(asked, split, tmp_path):
+    merge = {"merge_method": "task_arithmetic", "base_model": "a/b"}
+    models = [{"model": f"a/{name}", "parameters": {"weight": 1}} for name in "wx"]
+    write_text(tmp_path / "m.yml", json.dumps(merge | {"models": models}))
+    for name, part in (("search", [0.0, 0.5]), ("sealed", [0.5, 1.0])):
+        terms = [{"task": "t", "metric": "loss", "hash_range": part}]
+        write_text(tmp_path / name, json.dumps({"terms": terms} | asked))
+    files = {"objective": tmp_path / "search", "test": tmp_path / "sealed"}
+    given = read_study(tmp_path / "m.yml", **files)
+    record = given.model_dump(mode="json")
+    for part in files:
+        del record[part]["split_by"]
+    (tmp_path / "s").mkdir()
+    write_text(tmp_path / "s/study.json", json.dumps(record))
+    old = StudyConfig.read_record(tmp_path / "s/study.json")
+    base = Candidate(0, "base", dict.fromkeys("wx", 0.0))
+    trial = base.to_trial({"t": TermScore([(1.0, 1.0)], False)}, {}, 1, {})
+    write_text(tmp_path / "s/trials.jsonl", f"{trial.to_json()}\n")
+    if split is None:
+        with pytest.raises(StudyError, match=r"these fields differ: objective\.split_by"):
+            open_study(given, tmp_path / "s")
+        return
+    opened = open_study(given, tmp_path / "s").config
+    assert opened.objective.split_by == opened.test.split_by == split
+    assert opened.identity == old.identity
 
 
 def test_a_new_study_records_its_split_where_there_is_one(tmp_path):
