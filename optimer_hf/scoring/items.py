@@ -1,12 +1,20 @@
 """Which items of a task are scored, and whether two objectives share items."""
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
+from optimer_hf.printable import warn_once
 from optimer_hf.scoring.objective import Objective, SplitBy
+
+logger = logging.getLogger(__name__)
+
+ROW_NUMBER = "optimer row number"  # a column that follows the rows through process_docs
+N_TRIED_ALONE = 16  # rows
 
 
 def spread_indices(n_items: int, limit: int | None) -> list[int]:
@@ -34,21 +42,68 @@ def _hash_documents(task: Any) -> list[str]:
     """Return a digest of the row of every item. Items that differ in nothing but their rows, say in
     an id, have the smallest of their digests, so no range separates them.
     """
+    rows = _rows_of(task)
+    if rows is None:
+        warn_once(
+            logger,
+            f"task {task.config.task!r}: its process_docs does not tell which row an item is made "
+            "from, so hash_range divides its items by what process_docs makes of the rows. Other "
+            "tasks over the same rows may divide them otherwise",
+        )
+        rows = list(task.eval_docs)
     first: dict[str, str] = {}
     items = hash_items(task)
-    for item, row in zip(items, _hash_rows(_rows_of(task)), strict=True):
+    for item, row in zip(items, _hash_rows(rows), strict=True):
         first[item] = min(row, first.get(item, row))
     return [first[item] for item in items]
 
 
-def _rows_of(task: Any) -> Sequence[Any]:
-    """Return the rows that a task makes its items from, as they are in the data set if there is one
-    for each item; what a task makes of them (`process_docs`) differs from task to task.
+def _rows_of(task: Any) -> list[Any] | None:
+    """Return the row of the data set that each item is made from; what tasks make of one
+    (`process_docs`) differs. None if a task that changes its rows does not tell.
     """
     items = list(task.eval_docs)
     split = task.config.test_split or task.config.validation_split
-    rows = list(task.dataset[split]) if split in task.dataset else items
-    return rows if len(rows) == len(items) else items
+    raw = (task.dataset or {}).get(split)
+    if raw is None or _texts(raw) == _texts(items):
+        return items
+    numbers = _row_numbers(task, split, raw, items) if hasattr(raw, "add_column") else None
+    if numbers is None:
+        return None
+    rows = list(raw)
+    return [rows[number] for number in numbers]
+
+
+def _row_numbers(task: Any, split: str, raw: Any, items: Sequence[Any]) -> list[int] | None:
+    """Return which row each item is made from: a column tells, where the task keeps columns.
+    Otherwise it has to make one item of each row, in order, and so of a few rows given alone.
+    """
+    made = _items_from(task, split, raw.add_column(ROW_NUMBER, list(range(len(raw)))))
+    numbers: list[Any] = [doc.get(ROW_NUMBER) for doc in made if isinstance(doc, Mapping)]
+    if len(numbers) == len(items) and all(isinstance(number, int) for number in numbers):
+        return numbers
+    is_one_each = len(items) == len(raw) and all(
+        _texts(_items_from(task, split, raw.select([number]))) == _texts([items[number]])
+        for number in spread_indices(len(raw), N_TRIED_ALONE)
+    )
+    return list(range(len(raw))) if is_one_each else None
+
+
+def _items_from(task: Any, split: str, rows: Any) -> list[Any]:
+    """Return the items that a task makes of other rows; none if its code does not bear them."""
+    from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
+
+    other = copy(task)
+    other.dataset = {**task.dataset, split: rows}
+    try:
+        with quiet_lm_eval():
+            return list(other.eval_docs)
+    except Exception:  # whatever the code of a task raises
+        return []
+
+
+def _texts(rows: Iterable[Any]) -> list[str]:
+    return [row_text(row) for row in rows]
 
 
 def _hash_rows(rows: Sequence[Any]) -> list[str]:
@@ -86,17 +141,23 @@ def check_disjoint(objective: Objective, test: Objective, tasks: Mapping[str, An
             if term.function is not None:
                 continue
             task = tasks[term.task_key]
-            by_prompt = part.split_by == "prompt"
-            rows = _hash_rows(task.eval_docs if by_prompt else _rows_of(task))
-            items = hash_items(task)
             within = indices_within(task, term.hash_range, part.split_by)
-            hashes = [(rows[index], items[index]) for index in within]
+            every = list(zip(*_hashes_in_every_form(task), strict=True))
+            hashes = [every[index] for index in within]
             if part is objective:
-                seen |= {each: term.label for pair in hashes for each in pair}
-            elif shared := [pair for pair in hashes if seen.keys() & set(pair)]:
+                seen |= {each: term.label for forms in hashes for each in forms}
+            elif shared := [forms for forms in hashes if seen.keys() & set(forms)]:
                 first = next(seen[each] for each in shared[0] if each in seen)
                 raise EvaluationError(
                     f"test term {term.label!r}: {len(shared)} of its {len(hashes)} items are items "
                     f"of the search, too (term {first!r}). Give the test other items: a file of "
                     "its own, or another hash_range."
                 )
+
+
+def _hashes_in_every_form(task: Any) -> list[list[str]]:
+    """Return the digests of all items of a task as prompts, as what process_docs makes of their
+    rows, and as those rows themselves: two tasks may share an item in one form only.
+    """
+    docs = list(task.eval_docs)
+    return [hash_items(task), _hash_rows(docs), _hash_rows(_rows_of(task) or docs)]

@@ -100,7 +100,7 @@ class Term(FileModel):
     )
     """Use only the items whose hash, as a number in [0, 1), lies in [low, high). With [0, 0.5] in
     the objective and [0.5, 1] in the test, one task serves both, and so do several tasks that read
-    the same rows (see `split_by`).
+    the same rows, with the exception in `split_by`. Items in both are refused in any case.
     """
     rescore_only: bool = Field(default=False, examples=[True])
     """Skip the term in the search and score it only when the best trials are scored again; for
@@ -293,8 +293,10 @@ class Objective(FileModel):
     """System message to put before every prompt."""
     split_by: SplitBy = Field(default="document", examples=["document"])
     """What `hash_range` hashes. document: the row that an item is made from, so that all tasks over
-    the same rows agree which of them the test gets. prompt: the prompt and its answer, as in
-    studies from before this field, which keep it.
+    the same rows agree which of them the test gets, even if they filter or reorder them. If the
+    process_docs of a task does not tell which row an item is made from, a warning says so, and what
+    it makes of the row is hashed. prompt: the prompt and its answer, as in studies from before this
+    field, which keep it.
     """
 
     @model_serializer(mode="wrap")
