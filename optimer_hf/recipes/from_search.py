@@ -28,7 +28,7 @@ def search_study(
     `searching.loop.search` runs the trials with `runner`.
     """
     config = read_study(path, objective=objective, test=test, n_trials=n_trials)
-    with naming_terms(objective or path):
+    with naming_terms(objective or path, test):
         study = search(config, study_dir, runner=runner)
     write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger_of_study(study))
     kinds = Lock.read(study_dir / LOCK).stored_kinds

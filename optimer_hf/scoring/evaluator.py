@@ -32,6 +32,7 @@ from optimer_hf.scoring.objective import (
     Asked,
     Objective,
     Term,
+    naming_test,
     split_of,
 )
 from optimer_hf.scoring.scores import TermScore
@@ -86,9 +87,10 @@ class Evaluator:
         self._prompting, self._split_by = objectives[0].prompting, split_of(objectives)
         self._functions = collect_functions(objectives, functions)
         self._within: dict[tuple[str, tuple[float, float]], list[int]] = {}
-        for term in (term for objective in objectives for term in objective.scored_terms):
-            if term.function is None:
-                self._check_task(term)
+        for objective in objectives:
+            with naming_test(objectives, objective):
+                for term in (each for each in objective.scored_terms if each.function is None):
+                    self._check_task(term)
 
     def _check_task(self, term: Term) -> None:
         """Raise EvaluationError for a term without items, or that generates too much for the

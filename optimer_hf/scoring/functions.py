@@ -16,7 +16,7 @@ from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.reference import function_in_file
 from optimer_hf.files.text import did_you_mean, first_line, quote
-from optimer_hf.scoring.objective import Objective, Term
+from optimer_hf.scoring.objective import Objective, Term, naming_test
 from optimer_hf.scoring.scores import TermScore
 
 Scorer = Callable[[Any, Any, int | None], Sequence[float]]
@@ -35,17 +35,11 @@ def collect_functions(
     Raises EvaluationError for a function that is not there.
     """
     functions = dict(given or {})
-    for term in (term for objective in objectives for term in objective.scored_terms):
-        if term.function is None or term.function in functions:
-            continue
-        in_file = function_in_file(term.function)
-        if in_file is None:
-            raise EvaluationError(
-                f"term {term.label!r}: no function {term.function!r} was given. Name its file, as "
-                f"in `function: my_metrics.py:{term.function}`, or give it to "
-                "`optimer_hf.search(..., functions={...})`."
-            )
-        functions[term.function] = _load_function(term, *in_file)
+    for objective in objectives:
+        with naming_test(objectives, objective):
+            for term in objective.scored_terms:
+                if term.function is not None and term.function not in functions:
+                    functions[term.function] = _load_function(term, term.function)
     return functions
 
 
@@ -55,14 +49,22 @@ def digest_function(term: Term) -> str | None:
     return None if in_file is None else sha256_file(in_file[0])
 
 
-def _load_function(term: Term, file: Path, name: str) -> Scorer:
+def _load_function(term: Term, function: str) -> Scorer:
+    in_file = function_in_file(function)
+    if in_file is None:
+        raise EvaluationError(
+            f"term {term.label!r}: no function {function!r} was given. Name its file, as in "
+            f"`function: my_metrics.py:{function}`, or give it to "
+            "`optimer_hf.search(..., functions={...})`."
+        )
+    file, name = in_file
     module = _load_module(term, file)
-    function: Scorer | None = getattr(module, name, None)
-    if function is None or not callable(function):
+    scorer: Scorer | None = getattr(module, name, None)
+    if scorer is None or not callable(scorer):
         known = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         hint = did_you_mean(name, known)
         raise EvaluationError(f"term {term.label!r}: {file} has no function {name!r}.{hint}")
-    return function
+    return scorer
 
 
 def _load_module(term: Term, file: Path) -> ModuleType:

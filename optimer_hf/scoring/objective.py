@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from optimer_hf.errors import EvaluationError
 from optimer_hf.files.digest import digest
 from optimer_hf.files.model import FileModel, Mistake, VersionedFile
 from optimer_hf.files.paths import Place
@@ -378,6 +380,19 @@ class Objective(FileModel):
 def split_of(objectives: Sequence[Objective]) -> SplitBy:
     """Return what hash ranges divide the items by; objective and test have the same."""
     return next((each.split_by for each in objectives if each.splits_items), "document")
+
+
+@contextmanager
+def naming_test(objectives: Sequence[Objective], objective: Objective) -> Iterator[None]:
+    """Say in an EvaluationError about a term whether it is one of the sealed test: of all
+    `objectives` but the first.
+    """
+    try:
+        yield
+    except EvaluationError as error:
+        if objective is objectives[0] or not str(error).startswith("term "):
+            raise
+        raise EvaluationError(f"test {error}") from error
 
 
 class ObjectiveFile(VersionedFile, Objective):

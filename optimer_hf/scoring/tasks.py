@@ -20,7 +20,7 @@ from optimer_hf.files.text import did_you_mean
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.generation import generation_settings
 from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
-from optimer_hf.scoring.objective import Constraint, Objective, Term
+from optimer_hf.scoring.objective import Constraint, Objective, Term, naming_test
 
 logger = logging.getLogger(__name__)
 
@@ -114,18 +114,24 @@ def load_tasks(objectives: Sequence[Objective]) -> dict[str, Any]:
     _refuse_two_folders(objectives)
     tasks: dict[str, Any] = {}
     for objective in objectives:
-        named = [term for term in objective.scored_terms if term.function is None]
-        wanted = {term.task_key: term for term in named if term.task_key not in tasks}
-        for term in wanted.values():
-            if term.text is not None:
-                _check_text(term, term.text)
-        if wanted:
-            tasks |= _load_tasks(list(wanted.values()), objective.include_path)
-        for term in named:
-            tasks.setdefault(term.task_name, tasks[term.task_key])
-            _check_metric(term, tasks[term.task_key])
-            _refuse_sealed_examples(term, tasks[term.task_key])
+        with naming_test(objectives, objective):
+            _add_tasks(tasks, objective)
     return tasks
+
+
+def _add_tasks(tasks: dict[str, Any], objective: Objective) -> None:
+    """Add the tasks of one objective to those that are loaded."""
+    named = [term for term in objective.scored_terms if term.function is None]
+    wanted = {term.task_key: term for term in named if term.task_key not in tasks}
+    for term in wanted.values():
+        if term.text is not None:
+            _check_text(term, term.text)
+    if wanted:
+        tasks |= _load_tasks(list(wanted.values()), objective.include_path)
+    for term in named:
+        tasks.setdefault(term.task_name, tasks[term.task_key])
+        _check_metric(term, tasks[term.task_key])
+        _refuse_sealed_examples(term, tasks[term.task_key])
 
 
 def _refuse_two_folders(objectives: Sequence[Objective]) -> None:
@@ -140,7 +146,7 @@ def _refuse_two_folders(objectives: Sequence[Objective]) -> None:
             folder = folders.setdefault(term.task, objective.include_path)
             if folder != objective.include_path:
                 raise EvaluationError(
-                    f"term {term.label!r}: task {term.task!r} is looked up in two folders "
+                    f"test term {term.label!r}: task {term.task!r} is looked up in two folders "
                     f"(include_path: {folder} and {objective.include_path}). Give objective and "
                     "test the same include_path."
                 )

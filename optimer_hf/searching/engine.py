@@ -24,7 +24,7 @@ from optimer_hf.models.live import default_device
 from optimer_hf.models.placement import Placement
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.lm_eval_model import make_lm_eval_model
-from optimer_hf.scoring.objective import Objective
+from optimer_hf.scoring.objective import Objective, naming_test
 from optimer_hf.scoring.vllm_model import (
     call_engine,
     make_vllm_model,
@@ -81,9 +81,12 @@ def refuse_other_generation(
     """Raise EvaluationError for settings of generation that the engine does not have."""
     if config.name == "transformers":
         return  # `load_tasks` has tried them with transformers
-    for term in (term for objective in objectives for term in objective.scored_terms):
-        if term.function is None and tasks[term.task_key].OUTPUT_TYPE == "generate_until":
-            refuse_unknown_sampling(term, tasks[term.task_key].config.generation_kwargs)
+    for objective in objectives:
+        with naming_test(objectives, objective):
+            for term in objective.scored_terms:
+                task = None if term.function is not None else tasks[term.task_key]
+                if task is not None and task.OUTPUT_TYPE == "generate_until":
+                    refuse_unknown_sampling(term, task.config.generation_kwargs)
 
 
 def engine_version(config: EngineConfig) -> str | None:

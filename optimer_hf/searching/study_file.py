@@ -115,37 +115,40 @@ def _read_objective(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def naming_terms(path: Path) -> Iterator[None]:
-    """Put the file, a study or an objective, and the line before an error about one of its terms,
-    such as a task that does not exist.
+def naming_terms(path: Path, test: Path | None = None) -> Iterator[None]:
+    """Put the file and the line before an error about one of its terms, such as a task that does
+    not exist. `path` is a study or an objective; a sealed test may have its own file, `test`.
     """
     try:
         yield
     except EvaluationError as error:
         named = re.match(r"(test )?term '(.+?)': ", str(error))
-        places = [] if named is None else _places_of_term(path, named[2])
-        if named is None or not places:
+        if named is None:
             raise
-        place = places[-1 if named[1] else 0]
-        raise EvaluationError(list_mistakes(path, [(place, str(error))])) from error
+        in_test = named[1] is not None
+        file = test if test is not None and in_test else path
+        place = _place_of_term(file, named[2], in_test=in_test)
+        if place is None:
+            raise
+        raise EvaluationError(list_mistakes(file, [(place, str(error))])) from error
 
 
-def _places_of_term(path: Path, label: str) -> list[Place]:
-    """Return where a file has terms or constraints of a label; of a study, its test comes last."""
-    parts: dict[tuple[str, ...], Objective | None]
+def _place_of_term(path: Path, label: str, *, in_test: bool) -> Place | None:
+    """Return where a file has the term or constraint of a label: an objective file, or a study, in
+    its objective or in its test.
+    """
+    at: tuple[str, ...] = ()
+    part: Objective | None
     if "objective" in read_yaml(path):
         study = StudyConfig.read(path)
-        parts = {("objective",): study.objective, ("test",): study.test}
+        at, part = (("test",), study.test) if in_test else (("objective",), study.objective)
     else:
-        parts = {(): ObjectiveFile.read(path)}
-    return [
-        (*at, group, index)
-        for at, part in parts.items()
-        if part is not None
-        for group, terms in (("terms", part.terms), ("constraints", part.constraints))
-        for index, term in enumerate(terms)
-        if term.label == label
-    ]
+        part = ObjectiveFile.read(path)
+    for group in ("terms", "constraints"):
+        for index, term in enumerate(() if part is None else getattr(part, group)):
+            if term.label == label:
+                return (*at, group, index)
+    return None
 
 
 def merge_config_of_study(
