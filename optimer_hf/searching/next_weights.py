@@ -143,10 +143,14 @@ class FeasibleImprovement(AbstractAcquisitionFunction):
 
 def log_prior_of_total(config: StudyConfig, n_trials: float, points: "Array") -> "Array":
     """Return the log prior [n] of points [n, d] after n_trials, or what is worth as many: a
-    half-normal density of how far the sum of the absolute weights is beyond USUAL_TOTAL.
+    half-normal density of how far the sum of the absolute weights is beyond USUAL_TOTAL. Of a
+    vector with groups that sum takes the mean weight, a fixed group as 0.
     """
     low, high = np.array(list(config.free.values())).T
-    total = np.abs(low + points * (high - low)).sum(axis=1)
+    of_vectors = [vector.weights_of(name) for name, vector in config.vectors.items()]
+    n_groups = {weight: len(own) for own in of_vectors for weight in own}
+    shares = np.abs(low + points * (high - low)) / [n_groups[weight] for weight in config.free]
+    total = shares.sum(axis=1)
     beyond = np.maximum(total - USUAL_TOTAL, 0) / TOTAL_DEVIATION
     return np.asarray(-0.5 * beyond**2 * PRIOR_TRIALS / n_trials)
 

@@ -114,6 +114,18 @@ def test_the_prior_of_the_total_fades_with_the_trials():
     assert log_prior_of_total(config_of(), 60, points)[2] == pytest.approx(early[2] / 10)
 
 
+def test_the_prior_takes_the_groups_of_a_vector_together():
+    from optimer_hf.searching.next_weights import log_prior_of_total
+
+    whole = config_of(vectors={"w": {"source": "a/w"}, "x": {"source": "a/x"}})
+    groups = {"mlp": {}, "attn": {}, "else": {}}
+    split = config_of(vectors={"w": {"source": "a/w", "by": groups}, "x": {"source": "a/x"}})
+    points = np.random.default_rng(0).random((20, 2))
+    expected = log_prior_of_total(whole, 6, points)
+    assert expected.min() < -10
+    assert log_prior_of_total(split, 6, points[:, [0, 0, 0, 1]]) == pytest.approx(expected)
+
+
 # -- constraints and fronts ------------------------------------------------------------------------
 
 
