@@ -26,9 +26,9 @@ from optimer_hf.scoring.objective import combine
 from optimer_hf.study.acquisition import climb, log_expected_improvement, maximise
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.gp import choose_informative
-from optimer_hf.study.gradients import n_trials_worth
+from optimer_hf.study.gradients import has_all_gradients, n_trials_worth
 from optimer_hf.study.screening import searched_part
-from optimer_hf.study.space import from_unit, to_unit, within_total
+from optimer_hf.study.space import columns_of, embed, from_unit, to_unit, within_total
 from optimer_hf.study.surrogate import Surrogate, columns, fit_surrogate
 from optimer_hf.study.trials import Trial
 
@@ -179,7 +179,7 @@ def _find_largest(
     """
 
     def value(points: "Array") -> "Array":
-        return acquisition(_embed(config, searched, points))
+        return acquisition(embed(config, searched, points))
 
     allowed = partial(within_total, searched)
     best = maximise(value, len(searched.free), rng, near, allowed=allowed)
@@ -191,21 +191,6 @@ def _is_near(point: "Array", tried: "Array") -> bool:
     another trial there would tell little.
     """
     return bool(np.sqrt(((tried - point) ** 2).sum(axis=1)).min() < NEAR)
-
-
-def _columns(config: StudyConfig, searched: StudyConfig) -> list[int]:
-    """Return where the weights of a part of a study are among its free ones."""
-    return [number for number, name in enumerate(config.free) if name in searched.free]
-
-
-def _embed(config: StudyConfig, searched: StudyConfig, points: "Array") -> "Array":
-    """Return points [n, d] of all free weights for points of the searched ones; the others rest."""
-    if len(searched.free) == len(config.free):
-        return points
-    resting = to_unit(config, [dict.fromkeys(config.free, 0.0) | searched.fixed])
-    whole = np.repeat(resting, len(points), axis=0)
-    whole[:, _columns(config, searched)] = points
-    return whole
 
 
 class Maximiser(AbstractAcquisitionMaximizer):
@@ -236,16 +221,17 @@ class Maximiser(AbstractAcquisitionMaximizer):
         n_trials = n_trials_worth(searched, record.trials)
         acquisition.log_prior = partial(log_prior_of_total, config, n_trials)
         rng = np.random.default_rng([config.search.seed, record.number])
-        in_part = tried[:, _columns(config, searched)]
+        in_part = tried[:, columns_of(config, searched)]
+        knows_surroundings = has_all_gradients(config, record.trials)
         find = partial(
             _find_largest,
             config,
             searched,
             rng,
             in_part[np.argsort(-ranking, kind="stable")[:5]],
-            climbs=fitted.has_gradients,
+            climbs=knows_surroundings,
         )
-        best = find(partial(_cautious, acquisition)) if fitted.has_gradients else None
+        best = find(partial(_cautious, acquisition)) if knows_surroundings else None
         if best is None or _is_near(best, in_part):
             best = find(lambda points: acquisition._compute(points)[:, 0])
         untried = self._step_off_tried(searched, best, rng)
@@ -267,7 +253,7 @@ class Maximiser(AbstractAcquisitionMaximizer):
                 return np.asarray(to_unit(record.config, [weights])[0])
             moved = best + 0.02 * 1.1**step * rng.normal(size=best.shape)
             point = within_total(searched, np.clip(moved, 0, 1)[None])[0]
-        return np.asarray(_embed(record.config, searched, point[None])[0])
+        return np.asarray(embed(record.config, searched, point[None])[0])
 
     def _maximize(self, previous_configs: list[Configuration], n_points: int) -> list[Any]:
         raise NotImplementedError("maximize() is overridden")

@@ -119,6 +119,15 @@ def differentiable_part(objective: Objective, trials: Sequence[Trial]) -> Object
     """
     counting = [term for term in objective.terms_at("search") if term.weight > 0]
     known = [term for term in counting if all(term.label in trial.gradients for trial in trials)]
+def has_all_gradients(config: StudyConfig, trials: Sequence[Trial]) -> bool:
+    """Whether all sound trials have the gradients of all terms that count, so that each of them
+    told of its surroundings. A screen alone, or an `auto` that goes on without, takes too few.
+    """
+    counting = [term.label for term in config.objective.terms_at("search") if term.weight > 0]
+    sound = [trial for trial in trials if trial.status == "ok"]
+    return all(label in trial.gradients for trial in sound for label in counting)
+
+
     return objective.model_copy(update={"terms": known}) if known else None
 
 

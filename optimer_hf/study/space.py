@@ -47,6 +47,21 @@ def within_total(config: StudyConfig, points: "Array") -> "Array":
     return np.asarray(np.where(total > most, points * np.clip(down, 0, 1), raised))
 
 
+def columns_of(config: StudyConfig, searched: StudyConfig) -> list[int]:
+    """Return where the weights of a part of a study are among its free ones."""
+    return [number for number, name in enumerate(config.free) if name in searched.free]
+
+
+def embed(config: StudyConfig, searched: StudyConfig, points: "Array") -> "Array":
+    """Return points [n, d] of all free weights for points of the searched ones; the others rest."""
+    if len(searched.free) == len(config.free):
+        return points
+    resting = to_unit(config, [dict.fromkeys(config.free, 0.0) | searched.fixed])
+    whole = np.repeat(resting, len(points), axis=0)
+    whole[:, columns_of(config, searched)] = points
+    return whole
+
+
 ANCHOR_WEIGHT = 0.7
 
 

@@ -11,6 +11,7 @@ from optimer_hf.errors import StudyError
 from optimer_hf.files.model import parse
 from optimer_hf.scoring.objective import is_feasible
 from optimer_hf.scoring.scores import TermScore
+from optimer_hf.searching import next_weights
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.next_weights import Asker
 from optimer_hf.searching.runner import InProcess
@@ -19,7 +20,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.prediction import front, predict
 from optimer_hf.study.space import anchors, from_unit, to_unit, within_total
 from optimer_hf.study.trials import Trial
-from tests.support.landscapes import FunctionPool, GradientPool, config_of
+from tests.support.landscapes import DearGradientPool, FunctionPool, GradientPool, config_of
 
 SURROGATES = ["per_term", "black_box", "random_forest", "random"]
 TERMS = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss"}]
@@ -124,6 +125,24 @@ def test_the_prior_takes_the_groups_of_a_vector_together():
     expected = log_prior_of_total(whole, 6, points)
     assert expected.min() < -10
     assert log_prior_of_total(split, 6, points[:, [0, 0, 0, 1]]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "pool", "is_cautious"),
+    [
+        ({"gradients": "always"}, GradientPool, True),
+        ({"gradients": "auto"}, DearGradientPool, False),  # only the base has them
+        ({"screen": 2}, GradientPool, False),  # only base and average have them
+    ],
+)
+def test_a_search_is_cautious_only_where_its_trials_have_gradients(
+    settings, pool, is_cautious, tmp_path, monkeypatch
+):
+    calls = []
+    real = next_weights._cautious
+    monkeypatch.setattr(next_weights, "_cautious", lambda *args: calls.append(1) or real(*args))
+    search(config_of(search={"n_trials": 9, **settings}), tmp_path, runner=InProcess(pool))
+    assert bool(calls) == is_cautious
 
 
 # -- constraints and fronts ------------------------------------------------------------------------
