@@ -297,7 +297,8 @@ class _Plan:
         trials = self._study.trials
         searched = searched_part(self._study.config, trials)
         takes = takes_gradients(searched, trials)
-        planned = self._planned.get(number) or next_anchor(searched, number, trials)
+        others = [candidate.weights for candidate in running]
+        planned = self._planned.get(number) or next_anchor(searched, number, trials, others)
         if planned is not None:
             origin, weights = planned[0], dict(planned[1])
             return Candidate(number, origin, weights, seconds={"ask": 0.0}, with_gradients=takes)
@@ -306,7 +307,7 @@ class _Plan:
             for trial in self._study.log.trials_at("search"):
                 self._asker.tell(trial)
         started = perf_counter()
-        weights = self._asker.ask(number, [candidate.weights for candidate in running])
+        weights = self._asker.ask(number, others)
         seconds = {"ask": perf_counter() - started}
         origin = "surrogate" if self._sampler is None else f"sampler {self._sampler[0]}"
         return Candidate(number, origin, weights, seconds=seconds, with_gradients=takes)

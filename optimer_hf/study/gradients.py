@@ -38,9 +38,13 @@ def takes_gradients(config: StudyConfig, trials: Sequence[Trial]) -> bool:
 
 
 def next_anchor(
-    config: StudyConfig, number: int, trials: Sequence[Trial]
+    config: StudyConfig,
+    number: int,
+    trials: Sequence[Trial],
+    running: Sequence[Mapping[str, float]] = (),
 ) -> tuple[str, dict[str, float]] | None:
-    """Return origin and weights of trial `number` if that is an anchor; None: ask the surrogate.
+    """Return origin and weights of trial `number` if that is an anchor, while those of others are
+    `running`; None: ask the surrogate.
 
     With gradients the base and the average say what every vector does, so the single vectors wait
     until the surrogate has too few trials. An anchor that was tried is no trial of its own.
@@ -51,9 +55,11 @@ def next_anchor(
     sound = [trial for trial in trials if trial.status == "ok"]
     if takes and min(number, len(sound)) >= N_TO_FIT:
         return None
-    planned = dict(enumerate(anchors(config, average_first=takes))).get(number)
-    tried = [trial.weights for trial in trials]
-    return None if planned is None or planned[1] in tried else planned
+    planned = anchors(config, average_first=takes)
+    if number >= len(planned) + N_PLACES:  # the places need not be anchors of what is searched
+        return None
+    tried = [*(trial.weights for trial in trials), *running]
+    return next((anchor for anchor in planned if anchor[1] not in tried), None)
 
 
 def places_of_screen(trials: Sequence[Trial]) -> list[Trial]:
@@ -113,12 +119,6 @@ def n_trials_worth(config: StudyConfig, trials: Sequence[Trial]) -> float:
     return len(trials) + WORTH * len(config.free) * n_with
 
 
-def differentiable_part(objective: Objective, trials: Sequence[Trial]) -> Objective | None:
-    """Return the objective with those of its terms that count and have a gradient in all of these
-    trials; None if no term has.
-    """
-    counting = [term for term in objective.terms_at("search") if term.weight > 0]
-    known = [term for term in counting if all(term.label in trial.gradients for trial in trials)]
 def has_all_gradients(config: StudyConfig, trials: Sequence[Trial]) -> bool:
     """Whether all sound trials have the gradients of all terms that count, so that each of them
     told of its surroundings. A screen alone, or an `auto` that goes on without, takes too few.
@@ -128,6 +128,12 @@ def has_all_gradients(config: StudyConfig, trials: Sequence[Trial]) -> bool:
     return all(label in trial.gradients for trial in sound for label in counting)
 
 
+def differentiable_part(objective: Objective, trials: Sequence[Trial]) -> Objective | None:
+    """Return the objective with those of its terms that count and have a gradient in all of these
+    trials; None if no term has.
+    """
+    counting = [term for term in objective.terms_at("search") if term.weight > 0]
+    known = [term for term in counting if all(term.label in trial.gradients for trial in trials)]
     return objective.model_copy(update={"terms": known}) if known else None
 
 

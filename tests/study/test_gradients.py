@@ -15,6 +15,7 @@ from optimer_hf.searching.trial import Scored, run_trial
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.gradients import (
     cost_ratio,
+    has_all_gradients,
     next_anchor,
     saves_time,
     takes_gradients,
@@ -170,10 +171,33 @@ def test_with_gradients_two_sound_trials_replace_the_single_vectors():
     crashed = Candidate(1, "average", average.weights).to_crashed_trial("ValueError: no")
     assert next_anchor(config, 2, [base, crashed])[0] == "w alone"
     never = searching("never")  # going on without: the single vectors, but not the average twice
-    assert [
-        planned and planned[0]
-        for planned in (next_anchor(never, number, [base, average]) for number in range(2, 7))
-    ] == ["x alone", "y alone", "z alone", None, None]
+    trials = [base, average]
+    for name in "wxyz":
+        origin, weights = next_anchor(never, len(trials), trials)
+        assert origin == f"{name} alone"
+        trials.append(trial_of(config, number=len(trials), weights=weights))
+    assert next_anchor(never, len(trials), trials) is None
+
+
+def test_single_vectors_that_run_are_not_planned_again():
+    never, base = searching("never"), trial_of(searching("always"))
+    origins, running = [], []
+    for number in range(1, 7):
+        origin, weights = next_anchor(never, number, [base], running) or ("surrogate", {})
+        origins.append(origin)
+        running.append(weights)
+    assert origins == [*(f"{name} alone" for name in "wxyz"), "average", "surrogate"]
+
+
+def test_surroundings_are_known_if_all_sound_trials_have_the_gradients_that_count():
+    config = searching("always")
+    base, without = trial_of(config), trial_of(config, with_gradients=False)
+    crashed = Candidate(1, "x", base.weights).to_crashed_trial("ValueError: no")
+    partly = replace(base, gradients={"t": base.gradients["t"], "q": base.gradients["q"]})
+    unweighted = replace(base, gradients={label: base.gradients[label] for label in "tu"})
+    assert has_all_gradients(config, [base, crashed, unweighted])
+    assert not has_all_gradients(config, [base, base, without])
+    assert not has_all_gradients(config, [base, partly])
 
 
 @pytest.mark.parametrize(
