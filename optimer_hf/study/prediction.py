@@ -18,7 +18,8 @@ from optimer_hf.scoring.objective import Objective, Term, gains, is_feasible
 from optimer_hf.study.acquisition import climb, maximise
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
-from optimer_hf.study.space import from_unit, to_unit, within_total
+from optimer_hf.study.screening import searched_part
+from optimer_hf.study.space import columns_of, embed, from_unit, to_unit, within_total
 from optimer_hf.study.surrogate import Surrogate, fit_surrogate
 from optimer_hf.study.trials import Trial
 
@@ -141,21 +142,29 @@ def _find_term(terms: Sequence[Term], label: str) -> Term:
 
 
 def predict(study: Study, target: Objective | Mapping[str, float] | None = None) -> Prediction:
-    """Return the weights with the largest posterior mean minus CAUTION standard deviations.
+    """Return the weights with the largest posterior mean minus CAUTION standard deviations. Vectors
+    that the study's screen leaves out stay at 0 for any target, since no trial says how far to go.
 
     `target` is an objective over recorded terms, or their weights by label; None stands for the
     study's own objective. Raises StudyError for a term that was not recorded.
     """
     config = _config_for(study, target)
     trials = study.trials
+    searched = searched_part(study.config, trials)
     posterior = fit_surrogate(config, trials)
     points = to_unit(config, [trial.weights for trial in trials])
     near = points[np.argsort(-posterior.ranking(points), kind="stable")[:5]]
+    near = near[:, columns_of(config, searched)]
     rng = np.random.default_rng(config.search.seed)
-    value, allowed = partial(posterior.ranking, caution=CAUTION), partial(within_total, config)
-    best = maximise(value, points.shape[1], rng, near, allowed=allowed)
+
+    def value(points: "Array") -> "Array":
+        return posterior.ranking(embed(config, searched, points), CAUTION)
+
+    allowed = partial(within_total, searched)
+    best = maximise(value, len(searched.free), rng, near, allowed=allowed)
     if posterior.has_gradients:
         best = climb(value, best, allowed=allowed)
+    best = embed(config, searched, best[None])[0]
     mean, variance = posterior.predict(best[None])
     return Prediction(
         from_unit(config, best),

@@ -17,7 +17,7 @@ from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Scored, run_trial
 from optimer_hf.searching.workers import Workers
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.prediction import reweight
+from optimer_hf.study.prediction import predict, reweight
 from optimer_hf.study.screening import screen_of, searched_part
 from optimer_hf.study.trials import Candidate
 from tests.support.landscapes import ValuesOnlyPool, config_of, outcome
@@ -185,6 +185,18 @@ def test_workers_wait_for_the_places_of_a_screen_and_try_each_of_the_kept_alone(
         assert {name for name, weight in trial.weights.items() if weight} <= set(names)
 
 
+    origins = [trial.origin for trial in sorted(study.trials, key=lambda trial: trial.number)]
+    assert origins[2:] == [*(f"{name} alone" for name in names), "average", "surrogate"]
+
+
+def test_a_prediction_stays_within_what_the_screen_of_the_study_keeps(tmp_path):
+    study = search(large(3, n_trials=6), tmp_path / "s", runner=InProcess(LargePool))
+    names = screen_of(study.config, study.trials).kept
+    for target in (None, {"t": 1.0}, {"u": 1.0}):
+        weights = predict(study, target).weights
+        assert list(weights) == NAMES
+        assert {name for name, weight in weights.items() if weight} <= set(names)
+    assert any(predict(study).weights.values())
 def test_a_study_goes_on_with_another_screen(tmp_path):
     search(large(None, "never", 5), tmp_path / "s", runner=InProcess(LargePool))
     study = search(large(3, "never", 9), tmp_path / "s", runner=InProcess(LargePool))
