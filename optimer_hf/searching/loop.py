@@ -34,11 +34,11 @@ from optimer_hf.study.directory import (
 )
 from optimer_hf.study.gradients import (
     N_PLACES,
+    N_TO_FIT,
     cost_ratio,
     n_trials_saved,
     needs_places,
     next_anchor,
-    places_of_screen,
     takes_gradients,
 )
 from optimer_hf.study.plugins import Sampler, refuse_missing_plugins
@@ -200,12 +200,17 @@ def _warn_of_config(config: StudyConfig) -> None:
     warn_of_reported_benchmarks(config.objective, config.test)
     if config.test is not None:
         warn_of_other_weights(config.objective, config.test)
-    first = len(anchors(config))
+    first, text = len(anchors(config)), "vectors alone and their average, which every search"
+    if takes_gradients(config, []):
+        if config.search.gradients != "always":
+            return  # what the gradients of the base say decides
+        first, text = min(N_TO_FIT, first), "the average, which every search with gradients"
     if config.search.n_trials <= first and config.free:
         logger.warning(
-            "search.n_trials: %d trials are the base, vectors alone and their average, which every "
-            "search starts with. From %d on, weights are searched",
+            "search.n_trials: %d trials are the base, %s starts with. From %d on, weights are "
+            "searched",
             config.search.n_trials,
+            text,
             first + 1,
         )
 
@@ -257,10 +262,7 @@ def _run_search(
             del running[finished.number]
             _check_sound(study, finished)
             study.log.append(finished)
-            if finished.number == 0:
-                _say_whether_gradients_pay(study, finished)
-            if finished in places_of_screen(study.trials)[-1:]:
-                _say_what_is_searched(study)
+            _say_what_gradients_tell(study, finished)
             rules.add(finished)
             plan.tell(finished)
             best.take(finished)
@@ -323,23 +325,37 @@ class _Plan:
             self._asker.tell(trial)
 
 
-def _say_whether_gradients_pay(study: Study, base: Trial) -> None:
-    """Log what the base says about the gradients that its trial took."""
-    config = study.config
-    if not takes_gradients(config, []):
-        return
-    if not base.gradients:
+def _say_what_gradients_tell(study: Study, finished: Trial) -> None:
+    """Log what the gradients of a trial decide, if it is the first one that has them or the last
+    one that a screen waits for; and a warning if the base has none.
+    """
+    config, trials = study.config, study.trials
+    if finished.number == 0 and not finished.gradients and takes_gradients(config, []):
+        name = "gradients" if config.search.gradients != "never" else "screen"
         logger.warning(
-            "search.gradients: found %r, but no term has a gradient at the base, so the search "
-            "goes on with scores alone",
-            config.search.gradients,
+            "search.%s: found %r, but no term has a gradient at the base, so the search goes on "
+            "with scores alone",
+            name,
+            getattr(config.search, name),
         )
+    n_deciding = 1 if config.search.screen is None else N_PLACES
+    deciding = [trial for trial in trials if trial.gradients][:n_deciding]
+    if finished in deciding[-1:] and len(deciding) == n_deciding:
+        _say_what_is_searched(study)
+        _say_whether_gradients_pay(searched_part(config, trials), deciding)
+
+
+def _say_whether_gradients_pay(searched: StudyConfig, trials: Sequence[Trial]) -> None:
+    """Log how long the first of these trials with gradients took, what it is worth, and whether
+    more of them follow.
+    """
+    if searched.search.gradients == "never":
         return
     logger.info(
         "search: with gradients a trial takes %.1f times as long and is worth %.1f without; %s",
-        cost_ratio(base),
-        n_trials_saved(config, base),
-        "it takes them" if takes_gradients(config, [base]) else "it goes on without them",
+        cost_ratio(trials[0]),
+        n_trials_saved(searched, trials[0]),
+        "it takes them" if takes_gradients(searched, trials) else "it goes on without them",
     )
 
 

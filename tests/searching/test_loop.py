@@ -445,6 +445,26 @@ def test_a_killed_search_with_gradients_resumes_to_the_same_trials(steered, tmp_
     assert outcome(resumed) == outcome(whole)
 
 
+@pytest.mark.parametrize(
+    ("settings", "n_trials", "said"),
+    [
+        ({}, 6, "vectors alone and their average, which every search starts with. From 7 on"),
+        ({}, 7, None),
+        ({"gradients": "always"}, 2, "the base, the average, which every search with gradients"),
+        ({"gradients": "always"}, 3, None),
+        ({"gradients": "auto"}, 6, None),
+        ({"screen": 2}, 6, None),
+    ],
+)
+def test_a_search_too_short_to_choose_weights_says_so(settings, n_trials, said, tmp_path, caplog):
+    config = config_of(search={"n_trials": n_trials, "rescore_top": 0} | settings)
+    study = search(config, tmp_path / "s", runner=InProcess(GradientPool))
+    assert ("search.n_trials: " in caplog.text) == (said is not None)
+    assert said is None or said in caplog.text
+    if "gradients" in settings or not settings:
+        assert any(trial.origin == "surrogate" for trial in study.trials) == (said is None)
+
+
 LIMIT_OF_Q = {"task": "q", "metric": "loss", "max_relative_to_base": 0.02}
 TERMS = [{"task": "t", "metric": "loss"}, {"task": "u", "metric": "loss"}]
 KINDS_OF_SEARCH = {

@@ -164,6 +164,8 @@ def test_a_screened_search_moves_the_kept_alone_and_resumes(gradients, screen, t
         assert set(trial.weights) == set(NAMES)
     said = f"the gradients of base and average choose {len(names)} of 12 vectors"
     assert caplog.text.count(said) == 1
+    assert ("times as long" in caplog.text) == (gradients != "never")
+    assert ("it goes on without them" in caplog.text) == (gradients == "auto" and not later)
     if not later:
         first = [*(f"{name} alone" for name in names), "average", "surrogate"][:6]
         assert [trial.origin for trial in whole.trials[2:]][: len(first)] == first
@@ -183,8 +185,6 @@ def test_workers_wait_for_the_places_of_a_screen_and_try_each_of_the_kept_alone(
     names = screen_of(config, study.trials).kept
     for trial in study.trials[2:]:
         assert {name for name, weight in trial.weights.items() if weight} <= set(names)
-
-
     origins = [trial.origin for trial in sorted(study.trials, key=lambda trial: trial.number)]
     assert origins[2:] == [*(f"{name} alone" for name in names), "average", "surrogate"]
 
@@ -197,6 +197,8 @@ def test_a_prediction_stays_within_what_the_screen_of_the_study_keeps(tmp_path):
         assert list(weights) == NAMES
         assert {name for name, weight in weights.items() if weight} <= set(names)
     assert any(predict(study).weights.values())
+
+
 def test_a_study_goes_on_with_another_screen(tmp_path):
     search(large(None, "never", 5), tmp_path / "s", runner=InProcess(LargePool))
     study = search(large(3, "never", 9), tmp_path / "s", runner=InProcess(LargePool))
