@@ -722,6 +722,13 @@ class StudyConfig(VersionedFile):
             yield ("search", "gradients"), f"found 'always', but {reason}"
         if search.screen is not None and (reason := self._why_no_gradients(search)):
             yield ("search", "screen"), f"it needs gradients, but {reason}"
+        for name, (low, high) in self.free.items() if search.screen is not None else ():
+            if not low <= 0 <= high:
+                yield (
+                    ("search", "screen"),
+                    f"vectors that it leaves out stay at 0, but the bounds of {name!r} are "
+                    f"[{low:g}, {high:g}]; let them include 0, or leave screen out",
+                )
         without = other.without if isinstance(other, SearchBaseline) else []
         if total is not None and (other is None or other.total is not None or without):
             left_out = [part for name in without for part in self.free_parts.get(name, [])]

@@ -58,19 +58,14 @@ def screen_of(config: StudyConfig, trials: Sequence[Trial]) -> Screen | None:
 
 def searched_part(config: StudyConfig, trials: Sequence[Trial]) -> StudyConfig:
     """Return the study with the weights that the screen leaves out, of vectors or of their groups,
-    fixed at 0, or at the bound that is closest to it.
+    fixed at 0.
     """
     screen = screen_of(config, trials)
     if screen is None or not screen.left_out:
         return config
-    resting = {name: _resting_weight(config, name) for name in screen.left_out}
+    resting = dict.fromkeys(screen.left_out, 0.0)
     vectors = {name: vector.with_fixed(name, resting) for name, vector in config.vectors.items()}
     return config.model_copy(update={"vectors": vectors})
-
-
-def _resting_weight(config: StudyConfig, name: str) -> float:
-    low, high = config.free[name]
-    return min(max(0.0, low), high)
 
 
 def _promises(
@@ -90,8 +85,7 @@ def _promises(
 
 
 def _rise(config: StudyConfig, name: str, slopes: Sequence[Slopes]) -> float:
-    low, high = (end - _resting_weight(config, name) for end in config.free[name])
-    return max(slope[name] * end for slope in slopes for end in (low, high) if end)
+    return max(slope[name] * end for slope in slopes for end in config.free[name] if end)
 
 
 def _choose(config: StudyConfig, promises: Sequence[Slopes]) -> list[str]:

@@ -1,6 +1,7 @@
 """screening.py: which vectors of a large pool are searched, by the slopes at two places."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -225,6 +226,24 @@ def test_a_screen_needs_what_can_take_gradients(tmp_path):
     data["search"]["gradients"] = "never"
     with pytest.raises(ConfigError, match=r"search\.screen.*engine vllm has no gradients"):
         parse(StudyConfig, data, tmp_path / "study.yaml")
+
+
+@pytest.mark.parametrize("bounds", [[0.2, 1.0], [-1.0, -0.2]])
+@pytest.mark.parametrize("total", [None, [1.0, 1.5]])
+def test_a_screen_needs_bounds_that_include_zero(bounds, total, tmp_path):
+    data = large(3, search={"total": total}).model_dump()
+    data["vectors"]["v5"]["bounds"] = bounds
+    shown = f"bounds of 'v5' are [{bounds[0]:g}, {bounds[1]:g}]; let them include 0"
+    with pytest.raises(ConfigError, match=rf"search\.screen: .* {re.escape(shown)}"):
+        parse(StudyConfig, data, tmp_path / "study.yaml")
+
+
+@pytest.mark.parametrize("gradients", ["always", "never"])
+def test_a_screened_search_keeps_the_total(gradients, tmp_path):
+    config = large(3, gradients, bounds=(0.0, 0.5), search={"total": [1.0, 1.2]})
+    study = search(config, tmp_path / "s", runner=InProcess(LargePool))
+    for trial in study.trials[1:]:
+        assert 1.0 - 4e-4 <= sum(trial.weights.values()) <= 1.2 + 4e-4
 
 
 def test_a_search_for_another_objective_screens_for_that(tmp_path):
