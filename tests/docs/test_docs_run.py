@@ -92,7 +92,8 @@ CHANGED = {
     "objective={": 'objective={"include_path": "tasks", ',
 }
 # The tasks that ship with lm-eval take ten seconds to find, so gsm8k is in a folder of the world.
-TASKS = (re.compile(r"^( *)terms:", flags=re.M), r"\1include_path: tasks\n\1terms:")
+TASK_PATH = "include_path: tasks"
+TASKS = (re.compile(r"^( *)terms:", flags=re.M), rf"\1{TASK_PATH}\n\1terms:")
 
 # What the words in capitals stand for in the world; OUT is new each time.
 PLACEHOLDERS = {
@@ -410,9 +411,16 @@ def bash(line: str) -> None:
 
 
 def write_yaml(text: str) -> None:
-    """Write a file that a section shows; it is valid as it is shown and as it is used."""
-    names = next(names for key, names in FILES.items() if key in yaml.safe_load(text))
-    for content in (text, TASKS[0].sub(TASKS[1], changed(text))):
+    """Write a file that a section shows; it is valid as it is shown and as it is used. A block with
+    `search` alone changes the study before it.
+    """
+    data = yaml.safe_load(text)
+    if list(data) == ["search"]:
+        data = yaml.safe_load(Path("study.yaml").read_text(encoding="utf-8")) | data
+        text = yaml.safe_dump(data, sort_keys=False)
+    names = next(names for key, names in FILES.items() if key in data)
+    used = changed(text) if TASK_PATH in text else TASKS[0].sub(TASKS[1], changed(text))
+    for content in (text, used):
         for name in names:
             Path(name).write_text(content, encoding="utf-8")
             optimer(f"optimer validate {name}")
