@@ -128,7 +128,7 @@ def test_a_name_that_is_neither_a_vector_nor_a_model_is_reported_with_its_line(m
 
 def test_a_model_of_other_vectors_is_scored_with_the_tokenizer_of_the_study(models, tmp_path):
     config = study_of(models, tmp_path, tokenizer_source="it")
-    other = with_pool(config, {"ties (1)": str(models["math"])})
+    other = with_pool(config, {"ties (1)": str(models["math"])}, {})
     assert StudyConfig.model_validate(other.model_dump()).tokenizer_reference == str(models["it"])
     assert set(other.vectors.values()) == {VectorConfig(source=str(models["math"]))}
 

@@ -178,7 +178,7 @@ def test_the_sealed_test_is_scored_in_the_engine_of_the_study(searched):
 
 def score_model_of(name: str, config: StudyConfig, asked) -> dict:
     """Score a model of the baselines at weight 1, in the engine of a config."""
-    pool = ResidentPool(with_pool(config, {name: config.baselines.models[name]}))
+    pool = ResidentPool(with_pool(config, {name: config.baselines.models[name]}, {}))
     return pool.score({name: 1.0}, asked).terms
 
 
