@@ -116,11 +116,19 @@ class SpinsPool(FunctionPool):
         return Scored({"t": TermScore([(score, 1.0)], False)}, {}, 0)
 
 
+def die() -> None:
+    """Kill this worker, but not so soon after its start that Dask takes it for one that cannot
+    start: it would give up on it, and take the trials of the next one along.
+    """
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class DeadlyPool(FunctionPool):
     """Kills its worker, as a lack of memory does."""
 
     def score(self, weights, asked, *, gradients=False):
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
 
 
 class GreedyPool(FunctionPool):
@@ -142,7 +150,7 @@ class DeadlyToOpenPool(FunctionPool):
     """Kills its worker before it is open."""
 
     def __init__(self, config):
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
 
 
 class OtherPool(FunctionPool):
@@ -421,7 +429,7 @@ class HeavyPool(FunctionPool):
         scored = super().score(weights, asked)
         if weights["w"] == 0.4:
             self.leave("heavy")
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         return scored
 
 
