@@ -108,12 +108,10 @@ def mix_runs(
     parts = [
         MixturePart(
             **corpus.model_dump(exclude={"share", "upsample"}),
-            share=share / total * part,
+            share=shares[key] / total * part,
             upsample=True,
         )
-        for key, share in shares.items()
-        if share > 0
-        for corpus, part in _corpora(trainings[key])
+        for key, corpus, part in _parts(trainings, shares)
     ]
     fields = first.model_dump(exclude={"corpus", "mixture", "name", "max_tokens"})
     return TrainConfig(**fields, name=name, mixture=parts, max_tokens=max_tokens)
@@ -121,7 +119,7 @@ def mix_runs(
 
 def owners_of_parts(trainings: Mapping[str, TrainConfig], shares: Mapping[str, float]) -> list[str]:
     """Return the run that each part of the mixture of `mix_runs` comes from, in their order."""
-    return [key for key, share in shares.items() if share > 0 for _ in _corpora(trainings[key])]
+    return [key for key, _, _ in _parts(trainings, shares)]
 
 
 def draw_shares(names: Sequence[str], n: int, *, seed: int) -> list[dict[str, float]]:
@@ -139,6 +137,18 @@ def budget_of(trainings: Mapping[str, TrainConfig], budget: Literal["all", "one"
     """
     n_tokens = sum(int(training.max_tokens or 0) for training in trainings.values())
     return n_tokens if budget == "all" else n_tokens // max(len(trainings), 1)
+
+
+def _parts(
+    trainings: Mapping[str, TrainConfig], shares: Mapping[str, float]
+) -> list[tuple[str, CorpusConfig, float]]:
+    """Return the corpora of a mixture, each with the name of its run and its share of that run."""
+    return [
+        (key, corpus, part)
+        for key, share in shares.items()
+        if share > 0
+        for corpus, part in _corpora(trainings[key])
+    ]
 
 
 def _corpora(training: TrainConfig) -> list[tuple[CorpusConfig, float]]:
