@@ -34,8 +34,7 @@ def has_own_tokens(vector: DistributionVector) -> bool:
     """Whether a vector has rows for the tokens of the tokenizer beside it; other deltas, and what
     has no tokenizer, have those of the base.
     """
-    is_of_base = isinstance(vector, DeltaVector) and vector.added_tokens is None
-    return not is_of_base and has_tokenizer(vector.path)
+    return not _is_delta_of_base_rows(vector) and has_tokenizer(vector.path)
 
 
 def own_vocabulary(
@@ -86,8 +85,12 @@ def _has_rows(vector: DistributionVector, name: str) -> bool:
     """Whether a vector stores the rows of a tensor as they are after training."""
     if isinstance(vector, AdapterVector):
         return isinstance(vector.parts.get(name), Trained | OnCopy)
-    is_of_base = isinstance(vector, DeltaVector) and vector.added_tokens is None
-    return not is_of_base
+    return not _is_delta_of_base_rows(vector)
+
+
+def _is_delta_of_base_rows(vector: DistributionVector) -> bool:
+    """Whether a vector is a delta whose rows are those of the base, with no tokens of its own."""
+    return isinstance(vector, DeltaVector) and vector.added_tokens is None
 
 
 def rows_of_base(
