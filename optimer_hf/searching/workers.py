@@ -52,6 +52,7 @@ WAIT_FOR_SCHEDULER = 10  # seconds
 WAIT_FOR_WORKERS = 600  # seconds without any worker, after which a search gives up
 SECONDS_BETWEEN_WARNINGS = 30
 ENVIRONMENT = "distributed.nanny.pre-spawn-environ"  # of workers on this machine
+SECURITY_LOADER = "distributed.client.security-loader"  # code of a site that makes keys for clients
 
 
 @dataclass(frozen=True)
@@ -363,10 +364,11 @@ def _connect(cluster: LocalCluster | str) -> Client:
     scheduler is asked for its identity before there is a client of it.
     """
     try:
-        if isinstance(cluster, str):
+        if isinstance(cluster, str) and not dask.config.get(SECURITY_LOADER, None):
             LoopRunner().run_sync(_identify, cluster)
         return Client(cluster, timeout=WAIT_FOR_SCHEDULER, set_as_default=False)
-    except (OSError, ValueError, AssertionError) as error:  # the last: Dask's own, on a timeout
+    # Dask's own: an AssertionError on a timeout, a TypeError for TLS without keys
+    except (OSError, ValueError, TypeError, AssertionError) as error:
         raise StudyError(
             f"scheduler {cluster!r}: no Dask scheduler answered within {WAIT_FOR_SCHEDULER} s "
             f"({error or type(error).__name__}). Start one with `dask scheduler` and give the "
@@ -375,7 +377,9 @@ def _connect(cluster: LocalCluster | str) -> Client:
 
 
 async def _identify(address: str) -> None:
-    async with rpc(address, timeout=WAIT_FOR_SCHEDULER) as scheduler:
+    """Ask a scheduler who it is, with the keys that Dask's configuration has for clients."""
+    keys = Security().get_connection_args("client")
+    async with rpc(address, timeout=WAIT_FOR_SCHEDULER, connection_args=keys) as scheduler:
         await scheduler.identity()
 
 

@@ -510,7 +510,7 @@ def test_a_scheduler_that_cannot_load_a_trial_is_told_what_to_install(tmp_path, 
 # -- what is not there -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nowhere"])
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nowhere", "tls://127.0.0.1:9", ""])
 def test_a_scheduler_that_does_not_answer_is_an_error_within_seconds(
     tmp_path, monkeypatch, address
 ):
@@ -526,6 +526,26 @@ def test_a_scheduler_that_does_not_answer_is_an_error_within_seconds(
     # neither a thread nor a client that the garbage collector would close in any other thread
     assert threading.active_count() == n_threads
     assert all(client.status == "closed" for client in gc.get_objects() if type(client) is Client)
+
+
+def test_a_scheduler_with_keys_is_reached_with_those_of_the_configuration(tmp_path):
+    made = Security.temporary()
+    options = {"n_workers": 0, "processes": False, "dashboard_address": "127.0.0.1:0"}
+    keys = {"ca-file": made.tls_ca_file}
+    keys |= {"client.cert": made.tls_client_cert, "client.key": made.tls_client_key}
+    settings = {f"distributed.comm.tls.{name}": key for name, key in keys.items()}
+    with LocalCluster(security=made, protocol="tls", **options) as guarded:
+        address = guarded.scheduler_address
+        with (
+            dask.config.set(settings),
+            Workers(scheduler=address, pool=FunctionPool).open(config_of(tmp_path)),
+        ):
+            pass
+        with (
+            pytest.raises(StudyError, match="TLS expects"),
+            Workers(scheduler=address, pool=FunctionPool).open(config_of(tmp_path)),
+        ):
+            pass
 
 
 def test_a_scheduler_without_workers_is_waited_for_and_then_an_error(
