@@ -42,6 +42,13 @@ class FileModel(BaseModel):
         """Yield contradictions between valid fields, which are all reported at once."""
         yield from ()
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield the fields that differ from their defaults, which is what a reader asks for."""
+        fields = type(self).model_fields
+        for name, value in super().__repr_args__():
+            if name not in fields or value != fields[name].get_default(call_default_factory=True):
+                yield name, value
+
     @model_validator(mode="after")
     def _refuse_mistakes(self) -> Self:
         mistakes = list(self.mistakes())

@@ -68,6 +68,16 @@ def pin(reference: str, commit: str | None) -> str:
     return reference if commit is None else f"{reference}@{commit}"
 
 
+def name_of_reference(reference: str) -> str:
+    """Return a reference for people: the last part of a local path, or a Hub id with a
+    short commit.
+    """
+    path = Reference(reference).path
+    if path is not None:
+        return path.name
+    return re.sub(rf"@({COMMIT.pattern})$", lambda match: f"@{match[1][:8]}", reference)
+
+
 def absolute_reference(text: str, folder: Path) -> str:
     """Make a local reference absolute, relative to `folder`; keep Hub ids, `hf://` and `pypi:`.
 

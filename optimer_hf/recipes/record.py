@@ -15,7 +15,13 @@ from pydantic import (
 
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.files.model import FileModel, Mistake, VersionedFile
-from optimer_hf.files.reference import AnyPath, ReferenceText, TokenizerSource, tokenizer_reference
+from optimer_hf.files.reference import (
+    AnyPath,
+    ReferenceText,
+    TokenizerSource,
+    name_of_reference,
+    tokenizer_reference,
+)
 from optimer_hf.files.text import summarize_numbers
 from optimer_hf.merging.mergekit_pool import INT8
 from optimer_hf.models.layout import MAX_SHARD_SIZE
@@ -29,6 +35,11 @@ from optimer_hf.vectors.record import QUANTISED
 LOCK = "recipe.lock.json"  # beside a built model
 MERGE_CONFIG, MADE_HERE = "optimer.yml", "# Written beside a recipe by optimer-hf.\n"
 
+TITLES: dict[Fidelity, str] = {  # of what a merge scored
+    "search": "items of the search",
+    "rescore": "re-scored items",
+    "sealed": "sealed test",
+}
 MOST_LAYERS = 10_000
 Weight = Annotated[float, Field(ge=-1e4, le=1e4)]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # in examples
@@ -269,6 +280,28 @@ class Recipe(Evidence, Composition):
     def path(self) -> Path | None:
         """File that the recipe was read from; its lock lies beside it."""
         return self._path
+
+    def __repr__(self) -> str:
+        weights = summarize_numbers(self.weights)
+        return f"Recipe({self.name!r}, {name_of_reference(self.base_model)} + {weights})"
+
+    def __str__(self) -> str:
+        """Return a line for each thing that decides the merge, and what it scored."""
+        lines = {
+            "base": name_of_reference(self.base_model),
+            "weights": summarize_numbers(self.weights, most=20),
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer_source,
+            "vocabulary": None if self.vocabulary == "base" else self.vocabulary,
+            "searched for": ", ".join(f"{name} ({m})" for name, m in self.metrics.items()),
+        }
+        lines |= {TITLES[fidelity]: score.summary for fidelity, score in self.scores.items()}
+        sealed = self.scores.get("sealed")
+        if sealed is not None and sealed.verdicts:
+            lines["against baselines"] = sealed.verdicts[0]
+        lines["file"] = None if self.path is None else str(self.path)
+        shown = [f"  {title}: {text}" for title, text in lines.items() if text]
+        return "\n".join([f"recipe {self.name!r}", *shown])
 
 
 def _is_empty(tokens: dict[str, AddedToken]) -> bool:

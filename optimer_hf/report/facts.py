@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.reading import parse_yaml
-from optimer_hf.files.reference import COMMIT, Reference
+from optimer_hf.files.reference import COMMIT, Reference, name_of_reference
 from optimer_hf.files.text import show_shares
 from optimer_hf.report.cells import Cell, Row, Table, head
 from optimer_hf.report.evidence import Evidence
@@ -56,16 +56,6 @@ def _count(n: int, what: str) -> str:
 
 
 # -- references ------------------------------------------------------------------------------------
-
-
-def name_of_reference(reference: str) -> str:
-    """Return a reference that others may read: the last part of a local path, or a Hub id with a
-    short commit.
-    """
-    path = Reference(reference).path
-    if path is not None:
-        return path.name
-    return re.sub(rf"@({COMMIT.pattern})$", lambda match: f"@{match[1][:8]}", reference)
 
 
 def link_of(reference: str) -> str | None:

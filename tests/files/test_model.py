@@ -141,3 +141,9 @@ def test_all_mistakes_in_a_study_file_are_listed_at_once_with_their_lines(tmp_pa
     assert {line.removeprefix(f"{path}:").split(":")[0] for line in lines} == {"5", "6", "10"}
     assert any("Did you mean 'weight'?" in line for line in lines)
     assert all(line.startswith(f"{path}:") for line in lines)
+
+
+def test_a_record_is_shown_with_what_differs_from_its_defaults():
+    example = Example(base_model="a/b", parts={"x": Part(source="a/x", share=1.0)})
+    assert repr(example) == "Example(base_model='a/b', parts={'x': Part(source='a/x')})"
+    assert str(Example(base_model="a/b", n_trials=4)) == "base_model='a/b' n_trials=4"
