@@ -23,8 +23,9 @@ from optimer_hf.errors import ConfigError, OptimerError
     help="Task of lm-eval to score merges on (metric: acc unless given).",
 )
 @click.option("--text", "texts", multiple=True, help="Held-out text to score merges on.")
+@click.option("--full", is_flag=True, help="Write every field with its explanation.")
 def init(out: Path, sources: tuple[str, ...], **options: Any) -> None:
-    """Write a study or a recipe folder, with every field explained.
+    """Write a study or a recipe folder with the fields that a first search needs.
 
     OUT is a .yaml file for a study, or a new folder for a recipe. Each of SOURCES is NAME=SOURCE: a
     fine-tune, an adapter or, for a recipe, a text file or a folder of texts to train a vector on.

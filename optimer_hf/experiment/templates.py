@@ -1,10 +1,10 @@
-"""Write a first study or recipe folder: what is known filled in, and every other field as a comment
-with its meaning, made from the file models.
+"""Write a first study or recipe folder: what is known filled in, and other fields as comments with
+their meaning, made from the file models.
 """
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,21 @@ TEXTS = re.compile(r".*\.(jsonl?|csv|tsv|txt|md|parquet|arrow)(\.(gz|xz|bz2|zst)
 HELD_OUT = "held-out.jsonl"
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 HEADER = (
-    "# Written by `optimer init`. Lines like `# NAME: ...` are fields that you may set,\n"
-    "# with their default or an example.\n"
+    "# Written by `optimer init`. Lines like `# NAME: ...` are fields that you may set, with\n"
+    "# their default or an example."
 )
+MORE = (
+    " `optimer init --full` writes all fields; reference/files.md in the\n"
+    "# documentation explains them, and `optimer validate` checks them."
+)
+OFTEN_SET: dict[type[BaseModel], tuple[str, ...]] = {  # shown in short files, too
+    StudyConfig: ("dtype",),
+    Objective: ("constraints", "limit"),
+    SearchConfig: ("gradients",),
+    Baselines: ("merge_methods",),
+    TrainConfig: ("block_size", "trainer"),
+    CorpusConfig: ("text_field",),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,13 @@ class Block:
     cls: type[BaseModel]
     values: Mapping[str, Any] = field(default_factory=dict)
 
+    def shown_fields(self, *, full: bool) -> Iterator[tuple[str, FieldInfo]]:
+        """Yield the fields to write: all of them, or those that are set, in `values` or often."""
+        wanted = {*self.values, *OFTEN_SET.get(self.cls, ())}
+        for name, info in self.cls.model_fields.items():
+            if name in wanted or (full and name != "format_version"):
+                yield name, info
+
 
 def init(
     out: Path,
@@ -49,13 +68,15 @@ def init(
     base: str,
     tasks: Sequence[str] = (),
     texts: Sequence[str] = (),
+    full: bool = False,
 ) -> list[Path]:
     """Write a study (`out` is a .yaml) or a recipe folder, and return the files.
 
     Each of `sources` is a vector or, for a recipe folder, a file or folder of texts to train on:
     NAME=SOURCE, or a source that is named by its last part. `tasks` are TASK or TASK=METRIC. Items
     are split by their hashes: one half for the search, the other for the sealed test. Paths are
-    seen from the working directory; the files name them as seen from their own folder.
+    seen from the working directory; the files name them as seen from their own folder. The files
+    are short, with the fields that most people set, unless `full` asks for all.
 
     Raises ConfigError for sources that cannot be named, OutputError if `out` has something in it.
     """
@@ -69,13 +90,14 @@ def init(
         for name, source in named.items()
     }
     base, texts = _seen_from(folder, base), [_seen_from(folder, x, is_path=True) for x in texts]
-    contents = {out if is_file else out / "study.yaml": _study_text(base, vectors, tasks, texts)}
+    blocks = {out if is_file else out / "study.yaml": _study_block(base, vectors, tasks, texts)}
     for name, text in corpora.items():
-        contents[out / files[name]] = _train_text(base, name, text)
+        blocks[out / files[name]] = _train_block(base, name, text)
     make_directory(folder)
-    for path, content in contents.items():
-        write_text(path, content)
-    return list(contents)
+    header = HEADER + ("" if full else MORE) + "\n"
+    for path, block in blocks.items():
+        write_text(path, header + _fields_text(block, full=full))
+    return list(blocks)
 
 
 def _check_place(out: Path, texts: Sequence[str], *, is_file: bool) -> None:
@@ -145,9 +167,9 @@ def _seen_from(folder: Path, text: str, *, is_path: bool = False) -> str:
     return relative_reference(here, folder.resolve())
 
 
-def _study_text(
+def _study_block(
     base: str, vectors: Mapping[str, Any], tasks: Sequence[str], texts: Sequence[str]
-) -> str:
+) -> Block:
     terms = [_task_term(task) for task in tasks]
     terms += [{"text": text} for text in texts or ([] if tasks else [HELD_OUT])]
     # every term has a list of its own: YAML would write a shared one once, as an anchor
@@ -160,7 +182,7 @@ def _study_text(
         "search": Block(SearchConfig, {"n_trials": 30}),
         "baselines": Block(Baselines, {"random_vectors": True}),
     }
-    return HEADER + _fields_text(Block(StudyConfig, values))
+    return Block(StudyConfig, values)
 
 
 def _task_term(task: str) -> dict[str, Any]:
@@ -168,7 +190,7 @@ def _task_term(task: str) -> dict[str, Any]:
     return {"task": name, "metric": metric or "acc"}
 
 
-def _train_text(base: str, name: str, text: str) -> str:
+def _train_block(base: str, name: str, text: str) -> Block:
     values = {
         "name": slug(name),
         "base_model": base,
@@ -176,7 +198,7 @@ def _train_text(base: str, name: str, text: str) -> str:
         "max_tokens": 1_000_000,
         "lora": LORA,
     }
-    return HEADER + _fields_text(Block(TrainConfig, values))
+    return Block(TrainConfig, values)
 
 
 # -- fields as text --------------------------------------------------------------------------------
@@ -187,30 +209,43 @@ INNER: dict[str, type[BaseModel]] = {
 }  # the fields of an entry, shown after the field
 
 
-def _fields_text(block: Block, indent: str = "") -> str:
-    """Return the YAML of a block. Every field has its meaning above it."""
+def _fields_text(block: Block, indent: str = "", *, full: bool) -> str:
+    """Return the YAML of a block. Every field has its meaning above it, in short files in one
+    sentence.
+    """
     parts = []
-    for name, info in block.cls.model_fields.items():
-        if name == "format_version":
-            continue
+    for name, info in block.shown_fields(full=full):
+        meaning = " ".join(str(info.description).split())
         parts.append("" if indent else "\n")
-        parts.append(_comment(str(info.description), indent))
+        parts.append(_comment(meaning if full else _first_sentence(meaning), indent))
         value = block.values.get(name)
         if isinstance(value, Block):
-            parts.append(f"{indent}{name}:\n{_fields_text(value, indent + '  ')}")
+            parts.append(f"{indent}{name}:\n{_fields_text(value, indent + '  ', full=full)}")
         elif name in block.values:
-            parts.append(textwrap.indent(yaml_text({name: value}), indent))
+            inline = isinstance(value, dict | list) and name != "vectors"
+            text = yaml_text({name: value}, inline=inline)
+            parts.append(textwrap.indent(text, indent))
         else:
             parts.append(f"{indent}# {name}: {_flow(_shown_value(info))}\n")
-        if name in INNER and name in block.values:
-            parts.append(_comment(f"Fields of each of the {name}:", f"{indent}  "))
-            inner = _fields_text(Block(INNER[name]), " ").replace("\n ", "\n").removeprefix(" ")
-            parts.append(textwrap.indent(inner, f"{indent}  #   ", lambda line: True))
+        if full and name in INNER and name in block.values:
+            parts.append(_inner_fields(name, indent))
     return "".join(parts)
 
 
+def _inner_fields(name: str, indent: str) -> str:
+    """Return all fields of each entry of a field as comments."""
+    title = _comment(f"Fields of each of the {name}:", f"{indent}  ")
+    text = _fields_text(Block(INNER[name]), " ", full=True)
+    text = text.replace("\n ", "\n").removeprefix(" ")
+    return title + textwrap.indent(text, f"{indent}  #   ", lambda line: True)
+
+
+def _first_sentence(text: str) -> str:
+    return text.partition(". ")[0].removesuffix(".") + "."
+
+
 def _comment(text: str, indent: str) -> str:
-    lines = textwrap.wrap(" ".join(text.split()), WIDTH - len(indent) - 3)
+    lines = textwrap.wrap(text, WIDTH - len(indent) - 3)
     return "".join(f"{indent}#  {line}\n" for line in lines)
 
 

@@ -48,9 +48,14 @@ def read_json(path: Path) -> Any:
     return _parse_json(_text_of(path, LARGEST_JSON), path)
 
 
-def yaml_text(data: Mapping[str, Any]) -> str:
-    """Return data as YAML, which `read_yaml` reads back unchanged."""
-    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def yaml_text(data: Mapping[str, Any], *, inline: bool = False) -> str:
+    """Return data as YAML, which `read_yaml` reads back unchanged. With `inline`, a list or mapping
+    that contains no other is written in one line.
+    """
+    flow = None if inline else False
+    return yaml.dump(
+        dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow
+    )
 
 
 def line_of(path: Path, location: Sequence[str | int]) -> int | None:

@@ -25,7 +25,7 @@ def test_a_study_is_valid_and_explains_every_field(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "study.yaml"
     task = "gsm8k=exact_match,flexible-extract"
-    arguments = ("math=you/math", "./code-lora", "--base", BASE, "--task", task)
+    arguments = ("math=you/math", "./code-lora", "--base", BASE, "--task", task, "--full")
     assert str(path) in optimer("init", path, *arguments).stdout
     assert "a valid study" in optimer("validate", path).stdout
     config = StudyConfig.read(path)
@@ -42,7 +42,7 @@ def test_a_study_is_valid_and_explains_every_field(tmp_path, monkeypatch):
 
 
 def test_every_line_that_is_a_field_is_valid_yaml_when_it_is_set(tmp_path):
-    init(tmp_path / "study.yaml", ["math=you/math"], base=BASE)
+    init(tmp_path / "study.yaml", ["math=you/math"], base=BASE, full=True)
     lines = re.findall(r"^ *# ([a-z_]+: .*)$", (tmp_path / "study.yaml").read_text("utf-8"), re.M)
     assert len(lines) > 20
     for line in lines:
@@ -51,7 +51,7 @@ def test_every_line_that_is_a_field_is_valid_yaml_when_it_is_set(tmp_path):
 
 @pytest.mark.parametrize("field", ["dtype: float32", "tokenizer_source: base", "engine: vllm"])
 def test_a_field_is_set_by_removing_its_mark(tmp_path, field):
-    path = init(tmp_path / "study.yaml", ["math=you/math"], base=BASE)[0]
+    path = init(tmp_path / "study.yaml", ["math=you/math"], base=BASE, full=True)[0]
     name = field.partition(":")[0]
     text, n = re.subn(rf"^# {name}: .*$", field, path.read_text("utf-8"), flags=re.M)
     path.write_text(text, "utf-8")
@@ -61,7 +61,8 @@ def test_a_field_is_set_by_removing_its_mark(tmp_path, field):
 def test_a_recipe_folder_is_one_that_runs(tmp_path):
     (tmp_path / "math.jsonl").write_text('{"text": "a"}\n', "utf-8")
     folder = tmp_path / "mine"
-    written = init(folder, [f"math={tmp_path}/math.jsonl", "chat=you/chat"], base=BASE)
+    sources = [f"math={tmp_path}/math.jsonl", "chat=you/chat"]
+    written = init(folder, sources, base=BASE, full=True)
     assert [path.name for path in written] == ["study.yaml", "train-math.yaml"]
     check_folder(run_of(folder))
     for path in written:
@@ -69,6 +70,23 @@ def test_a_recipe_folder_is_one_that_runs(tmp_path):
     names = names_in((folder / "train-math.yaml").read_text("utf-8"))
     for cls in (TrainConfig, CorpusConfig):
         assert set(cls.model_fields) - {"format_version"} <= names, cls.__name__
+
+
+@pytest.mark.parametrize("option", [(), ("--full",)])
+def test_a_short_file_has_what_one_needs_and_says_the_same(tmp_path, monkeypatch, option):
+    """Of the fields that are set, and in a length that fits a screen."""
+    monkeypatch.chdir(tmp_path)
+    Path("math.jsonl").write_text('{"text": "a"}\n', "utf-8")
+    arguments = ("math=math.jsonl", "chat=you/chat", "--base", BASE, "--task", "arc_easy")
+    assert "optimer validate" in optimer("init", "mine", *arguments, *option).stderr
+    texts = {path.name: path.read_text("utf-8") for path in Path("mine").iterdir()}
+    long, short = init(Path("all"), arguments[:2], base=BASE, tasks=["arc_easy"], full=True), texts
+    for path in long:
+        assert yaml.safe_load(path.read_text("utf-8")) == yaml.safe_load(short[path.name])
+        n_lines = len(short[path.name].splitlines())
+        assert (n_lines <= 60 and "--full" in short[path.name]) == (not option)
+        for line in re.findall(r"^ *# ([a-z_]+: .*)$", short[path.name], re.M):
+            assert len(yaml.safe_load(line)) == 1, line
 
 
 def test_several_terms_are_split_alike(tmp_path):
