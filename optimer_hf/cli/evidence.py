@@ -10,8 +10,8 @@ import click
 from optimer_hf.cli.options import (
     FORMAT,
     INPUT,
-    OBJECTIVE_FILE,
     PATH,
+    SCORED_FILE,
     STUDY,
     LoadingCommand,
     dtype,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     cls=LoadingCommand, epilog="Example: optimer evaluate google/gemma-3-270m objective.yaml"
 )
 @click.argument("model")
-@click.argument("objective", type=OBJECTIVE_FILE)
+@click.argument("objective", type=SCORED_FILE)
 @dtype("Dtype to load the model in.")
 @click.option(
     "--device-map",

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 MOST_TOKENS = 10**13  # as in a train file
+MISSING = f"{__name__}.missing"  # in the context of a command: the missing files, as lines
 FLOATS = ["bfloat16", "float16", "float32"]
 
 
@@ -24,9 +25,13 @@ def echo(message: object, *, err: bool = False, nl: bool = True) -> None:
 
 
 class LoadingCommand(click.Command):
-    """A command whose libraries take seconds to import: it says so at once, on stderr."""
+    """A command whose libraries take seconds to import: it says so at once, on stderr. Files that
+    its arguments need and that are missing are an error before.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
+        if missing := ctx.meta.get(MISSING):
+            raise ConfigError("\n".join(missing))
         program = ctx.find_root().command_path
         logger.info("%s: loading libraries", ctx.command_path.removeprefix(f"{program} "))
         return super().invoke(ctx)
@@ -49,20 +54,23 @@ class Existing(click.Path):
 
 class InputFile(Existing):
     """A file of a kind that has to exist. Mistakes in its fields are errors before any library
-    loads.
+    loads. If `needs_files`, so are the missing files that all arguments name, together.
     """
 
-    def __init__(self, kind: str, *, or_folder: bool = False) -> None:
+    def __init__(self, kind: str, *, or_folder: bool = False, needs_files: bool = False) -> None:
         super().__init__("no such file")
         self._kind = kind
         self._or_folder = or_folder
+        self._needs_files = needs_files
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from optimer_hf.experiment.checking import check_fields
 
         path = super().convert(value, param, ctx)
         if path.is_file() or (path.is_dir() and not self._or_folder):  # a pipe is read only once
-            check_fields(path, self._kind)
+            missing = check_fields(path, self._kind)
+            if missing and self._needs_files and ctx is not None:
+                ctx.meta.setdefault(MISSING, []).append(missing)
         return path
 
 
@@ -83,11 +91,12 @@ class Recipe(InputFile):
 
 PATH = click.Path(path_type=Path)
 INPUT = Existing("no such file")
-STUDY_FILE = InputFile("study")
+STUDY_FILE = InputFile("study", needs_files=True)
 STUDY_OR_FOLDER = InputFile("study", or_folder=True)
 TRAIN_FILE = InputFile("train")
 OBJECTIVE_FILE = InputFile("objective")
-MERGE_FILE = InputFile("merge config")
+SCORED_FILE = InputFile("objective", needs_files=True)
+MERGE_FILE = InputFile("merge config", needs_files=True)
 DIRECTORY = Existing("no such directory")
 RECIPE = Recipe("recipe")
 STUDY = Existing("no such directory. `optimer search STUDY.yaml STUDY_DIR` makes a study")

@@ -12,6 +12,7 @@ from optimer_hf.cli.options import (
     FORMAT,
     OBJECTIVE_FILE,
     PATH,
+    SCORED_FILE,
     STUDY,
     STUDY_FILE,
     LoadingCommand,
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 @click.argument("study", type=STUDY_FILE)
 @click.argument("study_dir", type=PATH)
 @click.option(
-    "--objective", type=OBJECTIVE_FILE, help="Objective file; needed when STUDY is a mergekit YAML."
+    "--objective", type=SCORED_FILE, help="Objective file; needed when STUDY is a mergekit YAML."
 )
 @click.option(
-    "--test", type=OBJECTIVE_FILE, help="Objective file of the sealed test of a mergekit YAML."
+    "--test", type=SCORED_FILE, help="Objective file of the sealed test of a mergekit YAML."
 )
 @n_trials("Trials in total; raise it to continue a search (default: the study's number, or 30).")
 @runners

@@ -9,8 +9,8 @@ import click
 from optimer_hf.cli.options import (
     FORMAT,
     INPUT,
-    OBJECTIVE_FILE,
     PATH,
+    SCORED_FILE,
     STUDY_FILE,
     TRAIN_FILE,
     LoadingCommand,
@@ -100,7 +100,7 @@ def extract(tuned: str, base: str, out: Path, **options: Any) -> None:
 )
 @click.option(
     "--objective",
-    type=OBJECTIVE_FILE,
+    type=SCORED_FILE,
     help="Objective file; needed for --sensitivity of a mergekit YAML.",
 )
 @FORMAT

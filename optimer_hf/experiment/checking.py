@@ -89,18 +89,21 @@ def _list_absent_beside_mistakes(path: Path) -> str:
     return list_absent_files_of_data(KINDS[kind_of_file(data)], data, path)
 
 
-def check_fields(path: Path, kind: str) -> None:
-    """Raise ConfigError for mistakes in the fields of a file that are found without a library that
-    takes seconds to import.
+def check_fields(path: Path, kind: str) -> str:
+    """Return one line for each missing local file that a file names, except models of baselines.
 
-    `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a study.
+    Raises ConfigError for mistakes in its fields that are found without a library that takes
+    seconds to import. `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a
+    study.
     """
+    from optimer_hf.merging.mergekit_models import list_absent_models
     from optimer_hf.merging.mergekit_yaml import known_keys, read_keys
 
     if kind == "merge config" or (kind == "study" and is_for_mergekit(read_yaml(path))):
         read_keys(path, known_keys())
-        return
-    _read_fields(path, kind)
+        return list_absent_models(read_yaml(path), path)
+    config = _read_fields(path, kind)
+    return list_absent_files(path, config.model_dump(exclude={"baselines"}))
 
 
 def _read_fields(path: Path, kind: str) -> VersionedFile:

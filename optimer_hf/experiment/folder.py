@@ -27,6 +27,9 @@ RESULTS = (  # files of a finished run; its model has figures, too
     *("merged/figures/captions.json", "results.json", "results.md"),
 )
 
+STUDY_INPUTS = {"base_model", "vectors", "tokenizer_source", "objective", "test", "baselines"}
+TRAINING_INPUTS = {"base_model", "corpus", "mixture", "replay"}  # fields that name files to read
+
 
 def _is_claimed(folder: Path) -> bool:
     """Whether a folder has the results of a run, and a run.json in it is no file of the user."""
@@ -148,8 +151,8 @@ class Inputs:
 
 
 def check_folder(run: Run) -> None:
-    """Raise ConfigError for a folder without a study.yaml, and for mistakes in the fields of its
-    files that are found without a library that takes seconds to import.
+    """Raise ConfigError for a folder without a study.yaml, for missing files, and for mistakes in
+    the fields of its files that are found without a library that takes seconds to import.
     """
     _read_files(run)
 
@@ -162,8 +165,6 @@ def load_inputs(run: Run) -> Inputs:
     from optimer_hf.training.checks import check_config
 
     config, read = _read_files(run)
-    scored = config.model_dump(include={"objective", "test"})
-    refuse_absent_files({run.folder / "study.yaml": scored})
     for file, training in read.values():
         check_config(training, file)
         for corpus in training.corpora:
@@ -226,7 +227,7 @@ def _add_seed(config: SeededT, seed: int) -> SeededT:
 
 def _read_files(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConfig]]]":
     """Return the study of a recipe folder, and for every vector to train its train file and its
-    config, all with the budget of the run.
+    config, all with the budget of the run. Every local file that they name is there.
     """
     from optimer_hf.study.config import StudyConfig
 
@@ -240,6 +241,8 @@ def _read_files(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConf
     read = _read_trainings(run.folder, data, changes)
     config = parse(StudyConfig, data, file)
     _check_study(config, {name: training for name, (_, training) in read.items()}, file)
+    named = {path: each.model_dump(include=TRAINING_INPUTS) for path, each in read.values()}
+    refuse_absent_files({file: config.model_dump(include=STUDY_INPUTS)} | named)
     return config, read
 
 

@@ -256,6 +256,44 @@ def test_a_command_says_something_before_it_loads_its_libraries(words, tmp_path)
     assert "LOADS" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        ("run .", {"train-v.yaml": ["base_model", "corpus.path"]}),
+        ("run .", {"study.yaml": ["base_model", "objective.terms.0.text", "test.terms.0.text"]}),
+        ("plan study.yaml", {"study.yaml": ["vectors.w.source", "objective.terms.0.text"]}),
+        ("search study.yaml s", {"study.yaml": ["vectors.w.source", "test.terms.0.text"]}),
+        (
+            "search m.yaml s --objective o.yaml",
+            {"o.yaml": ["terms.0.text"], "m.yaml": ["base_model"]},
+        ),
+        ("evaluate a/b o.yaml", {"o.yaml": ["terms.0.text"]}),
+        ("merge m.yaml out", {"m.yaml": ["base_model", "models.0.model"]}),
+    ],
+)
+def test_missing_files_are_named_before_a_library_loads(words, fields, tmp_path):
+    terms = {"terms": [{"text": "gone.jsonl"}]}
+    files = {
+        "study.yaml": {
+            **{"base_model": "./gone", "vectors": {"v": {"train": "train-v.yaml"}, "w": "./w"}},
+            **{"objective": terms, "test": {"terms": [{"text": "sealed.jsonl"}]}},
+        },
+        "train-v.yaml": {"name": "v", "base_model": "./gone", "corpus": "gone.jsonl"},
+        "o.yaml": terms,
+        "m.yaml": {
+            **{"merge_method": "task_arithmetic", "base_model": "./gone", "dtype": "float32"},
+            "models": [{"model": "./w", "parameters": {"weight": 1}}],
+        },
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_text(yaml.safe_dump(data), encoding="utf-8")
+    result = process("-c", NO_TORCH, *words.split(), cwd=tmp_path)
+    assert result.returncode == 1 and "LOADS" not in result.stderr
+    for file, named in fields.items():
+        for field in named:
+            assert re.search(rf"{file}:\d+: {field}: .*: no such file or dir", result.stderr)
+
+
 def test_every_command_with_libraries_is_one_that_says_so():
     silent = {each.name for each in commands() if not isinstance(each, LoadingCommand)}
     assert silent == WITHOUT_LIBRARIES

@@ -18,7 +18,7 @@ from tests.support.experiments import run_optimer
         ("train-xyz.yaml", {"corpus": {"path": "nowhere.jsonl"}}, "no such file"),
         ("train-xyz.yaml", {"base_model": "another/base"}, "Give both the same base"),
         ("study.yaml", {"retarget": {"x": {"klingon": 1}}}, "klingon"),
-        ("study.yaml", {"baselines": {"models": {"m": "./gone"}}}, "vector 'm': "),
+        ("study.yaml", {"baselines": {"models": {"m": "./gone"}}}, "baselines.models.m: "),
         (
             "study.yaml",
             {"search": {"report_to": ["tensorbord"]}},
@@ -67,5 +67,5 @@ def test_a_given_vector_that_is_not_there_ends_a_run_before_it_trains(recipe_dir
     study["vectors"]["it"] = {"source": "./gone", "fixed": 1.0}
     path.write_text(yaml.safe_dump(study))
     result = run_optimer("run", recipe_dir, tmp_path / "out")
-    assert result.exit_code == 1 and "vector 'it': " in result.output
+    assert result.exit_code == 1 and "vectors.it.source: " in result.output
     assert not (tmp_path / "out").exists()
