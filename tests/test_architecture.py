@@ -76,7 +76,7 @@ def test_the_command_line_prints_through_one_function():
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in ("click.echo", "click.secho", "print")
     ]
-    assert calls == ["click.echo(make_visible(str(message)), err=err, nl=nl)"]
+    assert calls == ["click.echo(make_visible(str(message)), file, err=err, nl=nl)"]
 
 
 ENGINES = ("torch", "transformers", "lm_eval", "mergekit", "smac", "dask", "distributed", "numba")

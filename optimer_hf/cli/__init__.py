@@ -18,6 +18,7 @@ import click
 from optimer_hf.cli.ending import TerminatedError, leave, raising_signals, what_is_kept
 from optimer_hf.cli.lazy import Entry, LazyGroup
 from optimer_hf.cli.options import echo
+from optimer_hf.cli.stdout import separate_from_descriptor
 from optimer_hf.errors import OptimerError
 from optimer_hf.models.spinning import choose_spins
 from optimer_hf.printable import VisibleFormatter
@@ -75,6 +76,7 @@ class Program(LazyGroup):
         """Run `arguments`, or the command line of this process, and then end the process."""
         if arguments or "args" in options:
             return self.main(*arguments, **options)
+        separate_from_descriptor()
         try:
             self.main(**options)
         except SystemExit as end:

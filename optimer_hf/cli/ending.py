@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from optimer_hf.cli.stdout import keep_for_results
+
 RESUMABLE = {"run", "train", "search", "compare", "retarget", "push", "pull"}
 
 
@@ -84,7 +86,8 @@ def leave(status: int) -> NoReturn:
 
     The rest, freeing every tensor and module and joining idle threads of libraries, takes seconds.
     """
-    atexit._run_exitfuncs()
+    with keep_for_results():
+        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from optimer_hf.cli.stdout import keep_for_results, result_stream
 from optimer_hf.errors import ConfigError
 from optimer_hf.printable import make_visible
 
@@ -21,12 +22,13 @@ FLOATS = ["bfloat16", "float16", "float32"]
 
 def echo(message: object, *, err: bool = False, nl: bool = True) -> None:
     """Print a text on stdout or stderr, see `make_visible`."""
-    click.echo(make_visible(str(message)), err=err, nl=nl)
+    file = None if err else result_stream()
+    click.echo(make_visible(str(message)), file, err=err, nl=nl)
 
 
 class LoadingCommand(click.Command):
-    """A command whose libraries take seconds to import: it says so at once, on stderr. Files that
-    its arguments need and that are missing are an error before.
+    """A command whose libraries take seconds to import: it says so at once, on stderr. What they
+    print goes there, too. Files that its arguments need and that are missing are an error before.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -34,7 +36,8 @@ class LoadingCommand(click.Command):
             raise ConfigError("\n".join(missing))
         program = ctx.find_root().command_path
         logger.info("%s: loading libraries", ctx.command_path.removeprefix(f"{program} "))
-        return super().invoke(ctx)
+        with keep_for_results():
+            return super().invoke(ctx)
 
 
 class Existing(click.Path):

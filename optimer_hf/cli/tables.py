@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from optimer_hf.cli.options import echo
+from optimer_hf.cli.stdout import result_stream
 from optimer_hf.printable import make_visible
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def echo_markdown(text: str, *, err: bool = False) -> None:
     """Print Markdown on stdout or stderr. On a terminal its tables and headings are drawn by rich;
     all other lines stay as they are.
     """
-    stream = sys.stderr if err else sys.stdout
+    stream = sys.stderr if err else result_stream()
     if not stream.isatty():
         echo(text, err=err)
         return
