@@ -143,7 +143,8 @@ class ResidentPool:
         backward = self._evaluator.backward_seconds if gradients else 0.0
         scores, slopes = self._differentiate(asked) if gradients else ({}, {})
         if not scores:
-            collect_memory()  # of a backward pass that failed
+            if gradients and self._has_gradients:
+                collect_memory()  # of a backward pass that failed
             scores = self._evaluator.evaluate(asked)
             self._has_gradients = self._has_gradients and not gradients  # the weights can be scored
         seconds = {
