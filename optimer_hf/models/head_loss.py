@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from optimer_hf.models.logit_summary import choose_summary
 from optimer_hf.models.placement import input_device, is_only_placed, resident_weight
 from optimer_hf.models.sharded import is_sharded, layer_class
 from optimer_hf.models.token_loss import TokenBlockLoss
@@ -255,23 +256,23 @@ def log_probabilities_in_few_passes(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `log_probabilities` returns, for devices on which passes over memory take longer
-    than arithmetic: logits stay in 16 bits, and one kernel turns them into a log-softmax in
-    float32. Its value at the largest logit gives the sum without cancellation.
+    than arithmetic: logits stay in 16 bits, and are read as few times as possible.
     """
     n = hidden.shape[0]
     target = hidden.new_zeros((n, 1), dtype=torch.float32)
     largest = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
     total = largest
+    summarize = choose_summary(n * len(weight), hidden.device.type)
     for start, rows in _blocks(weight, hidden):
         logits = hidden @ rows.T
-        if softcap is not None:
-            logits = torch.tanh(logits.float() / softcap) * softcap
         target = _pick(target, logits, labels, start)
-        peak, place = logits.max(1, keepdim=True)
-        of_peak = torch.log_softmax(logits, 1, dtype=torch.float32).gather(1, place)
-        total = torch.logaddexp(total, peak - of_peak)
+        normaliser, peak = summarize(logits, softcap)
+        total = torch.logaddexp(total, normaliser)
         largest = torch.maximum(largest, peak)
-    return (target - total)[:, 0], (target >= largest)[:, 0]
+    is_greedy = (target >= largest)[:, 0]  # a cap keeps the order
+    if softcap is not None:
+        target = torch.tanh(target / softcap) * softcap
+    return (target - total)[:, 0], is_greedy
 
 
 def _blocks(weight: torch.Tensor, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
