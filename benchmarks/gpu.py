@@ -1,6 +1,6 @@
 """What a GPU does with this package: training, trials and merges; a table for each.
 
-    python benchmarks/gpu.py [--seconds 300] [--arms "stock;ours"]
+    python benchmarks/gpu.py [--seconds 300] [--arms "stock;ours"] [--profile]
 
 The model has the shape of Gemma 3 270M and random weights, which changes no time. Training is timed
 on blocks of 512 tokens, 16 a step, in bfloat16 mixed precision, and each arm in its own process:
@@ -15,6 +15,8 @@ weights). Peaks are of memory allocated.
 
 A trial sets the weights of four LoRA vectors and scores 500 texts, about 33,000 tokens. The merge
 is shown beside a copy of the same tensors, which is what the memory of the device allows.
+
+With --profile, three more steps of each arm are profiled, and the kernels that took longest listed.
 
 Where there is no GPU, everything is done once with a tiny model, to see that it runs.
 """
@@ -36,6 +38,7 @@ IS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if IS_GPU else "cpu"
 BLOCK, BATCH = (512, 16) if IS_GPU else (32, 2)
 N_STEPS = 40 if IS_GPU else 12
+N_PROFILED, N_KERNELS = 3, 30
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 COMPILED = {"torch_compile": True}
 ARMS: dict[str, dict[str, Any]] = {  # name -> fields of a train file, or who trains; in order
@@ -93,8 +96,8 @@ def random_blocks(n: int, n_vocabulary: int) -> "np.ndarray[Any, Any]":
 # -- training --------------------------------------------------------------------------------------
 
 
-def train_arm(name: str, is_lora: bool, folder: Path) -> dict[str, Any]:
-    """Train with one arm and return its row."""
+def train_arm(name: str, is_lora: bool, folder: Path, n_profiled: int) -> dict[str, Any]:
+    """Train with one arm, profile some more steps, and return its row."""
     from transformers import AutoConfig, TrainerCallback
 
     from optimer_hf.models.flops import training_flops
@@ -106,12 +109,16 @@ def train_arm(name: str, is_lora: bool, folder: Path) -> dict[str, Any]:
     class Times(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[float] = []
+            self.profiler = torch.profiler.profile()
 
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
             if IS_GPU and state.global_step in (N_STEPS // 2, N_STEPS):  # steps may overlap
                 torch.cuda.synchronize()
             self.ends.append(perf_counter())
+            if n_profiled and state.global_step == N_STEPS:
+                self.profiler.start()
 
+    n_steps = N_STEPS + n_profiled
     options = dict(ARMS[name])
     by = options.pop("by", "ours")
     trainer_options = {
@@ -126,13 +133,13 @@ def train_arm(name: str, is_lora: bool, folder: Path) -> dict[str, Any]:
         base_model=str(folder / "base"),
         corpus={"path": "none"},
         block_size=BLOCK,
-        max_tokens=N_STEPS * BATCH * BLOCK,
+        max_tokens=n_steps * BATCH * BLOCK,
         lora=LORA if is_lora else None,
         trainer=trainer_options,
         **options,
     )
     n_vocabulary = AutoConfig.from_pretrained(folder / "base").vocab_size
-    packed = PackedCorpus(random_blocks(N_STEPS * BATCH, n_vocabulary), "")
+    packed = PackedCorpus(random_blocks(n_steps * BATCH, n_vocabulary), "")
     started, times = perf_counter(), Times()
     with tempfile.TemporaryDirectory() as out:
         trainer = build_ours(config, packed, Path(out), folder)
@@ -142,8 +149,10 @@ def train_arm(name: str, is_lora: bool, folder: Path) -> dict[str, Any]:
         if IS_GPU:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
+    if n_profiled:
+        list_kernels(times.profiler)
     half = N_STEPS // 2
-    ms = 1e3 * (times.ends[-1] - times.ends[half - 1]) / (N_STEPS - half)
+    ms = 1e3 * (times.ends[N_STEPS - 1] - times.ends[half - 1]) / (N_STEPS - half)
     rate = BATCH * BLOCK / ms * 1e3
     flops = training_flops(measure_sizes(trainer.model), BLOCK)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -159,6 +168,20 @@ def train_arm(name: str, is_lora: bool, folder: Path) -> dict[str, Any]:
         "loss": round(losses[-1], 4),
         "speed": None if speed is None else speed.model_dump(),
     }
+
+
+def list_kernels(profiler: Any) -> None:
+    """Print milliseconds and calls per step of the kernels that took longest."""
+    if IS_GPU:
+        torch.cuda.synchronize()
+    profiler.stop()
+    kernels = [each for each in profiler.key_averages() if each.self_device_time_total]
+    kernels.sort(key=lambda each: -each.self_device_time_total)
+    total = sum(each.self_device_time_total for each in kernels) / 1e3 / N_PROFILED
+    print(f"{total:9.2f} ms a step on the device", file=sys.stderr)
+    for each in kernels[:N_KERNELS]:
+        ms = each.self_device_time_total / 1e3 / N_PROFILED
+        print(f"{ms:9.3f} ms {each.count / N_PROFILED:6.0f} x {each.key[:110]}", file=sys.stderr)
 
 
 def build_ours(config: Any, packed: Any, out: Path, folder: Path) -> Any:
@@ -219,7 +242,7 @@ def time_trials(folder: Path) -> dict[str, Any]:
         scored = pool.score(weights, asked)
         rows.append((perf_counter() - started, merge, scored.seconds["forward"]))
     whole, merge, forward = np.median(rows[1:], axis=0)
-    tensors = list(pool._engine._resident._parameters.values())
+    tensors = list(pool._engine._resident.parameters.values())
     copies = [torch.empty_like(tensor) for tensor in tensors]
     clock(lambda: torch._foreach_copy_(copies, tensors))
     copy = np.median([clock(lambda: torch._foreach_copy_(copies, tensors)) for _ in range(5)])
@@ -291,13 +314,15 @@ def write_texts(file: Path, n: int) -> None:
 # -- all -------------------------------------------------------------------------------------------
 
 
-def run_arms(folder: Path, pairs: list[tuple[str, str]], until: float) -> Iterator[Any]:
+def run_arms(
+    folder: Path, pairs: list[tuple[str, str]], until: float, *options: str
+) -> Iterator[Any]:
     """Yield a row for each arm, each from its own process, one at a time; what would begin after
     the limit is left out.
 
     The processes start together, since importing takes longer than timing; each waits for its turn.
     """
-    waiting = [(name, mode, start_arm(folder, name, mode)) for name, mode in pairs]
+    waiting = [(name, mode, start_arm(folder, name, mode, *options)) for name, mode in pairs]
     for name, mode, process in waiting:
         if perf_counter() > until:
             process.kill()
@@ -307,13 +332,16 @@ def run_arms(folder: Path, pairs: list[tuple[str, str]], until: float) -> Iterat
         lines = [line for line in output.splitlines() if line.startswith("{")]
         if lines:
             yield json.loads(lines[-1])
+            if options:
+                print(f"{name}, {mode}\n{errors[errors.rfind('a step on the device') - 12:]}")
         else:
             print(f"{name}, {mode}: {errors[-1500:]}", file=sys.stderr)
 
 
-def start_arm(folder: Path, name: str, mode: str) -> "subprocess.Popen[str]":
+def start_arm(folder: Path, name: str, mode: str, *options: str) -> "subprocess.Popen[str]":
     """Start the process of an arm, which waits for a line before it does anything."""
     command = [sys.executable, __file__, "--arm", name, "--mode", mode, "--folder", str(folder)]
+    command += options
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
@@ -332,6 +360,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--arms", default="all", help="names, separated by ';'")
     parser.add_argument("--modes", default="LoRA,full")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -342,7 +371,11 @@ def main() -> None:
         sys.stdin.readline()
         is_lora, folder = options.mode == "LoRA", options.folder
         is_trial = options.arm == "trial"
-        row = time_trials(folder) if is_trial else train_arm(options.arm, is_lora, folder)
+        n_profiled = N_PROFILED if options.profile else 0
+        if is_trial:
+            row = time_trials(folder)
+        else:
+            row = train_arm(options.arm, is_lora, folder, n_profiled)
         print(json.dumps(row))
         return
     until = perf_counter() + options.seconds
@@ -353,7 +386,8 @@ def main() -> None:
         arms = list(ARMS) if options.arms == "all" else options.arms.split(";")
         pairs = [(arm, mode) for arm in arms for mode in options.modes.split(",")]
         trials, rows = [], []
-        for row in run_arms(folder, [("trial", "LoRA"), *pairs], until):
+        profile = ["--profile"] if options.profile else []
+        for row in run_arms(folder, [("trial", "LoRA"), *pairs], until, *profile):
             (rows if "arm" in row else trials).append(row)
             print(json.dumps(row), flush=True)
     for table in filter(None, (trials, rows)):
