@@ -327,20 +327,23 @@ def run(
     out: AnyPath | None = None,
     *,
     short: bool = False,
+    profile: str | None = None,
     tokens: int | None = None,
     n_seeds: int | None = None,
 ) -> Path:
     """Run a recipe folder from corpora to the compared merge, and return the directory with the
     results. Finished stages are skipped.
 
-    `out` is that directory (None: runs/NAME, with -short, -TOKENS or -seeds appended). `short`
-    uses the smaller budget of the folder. `tokens` is the number of tokens to train each vector on.
-    `n_seeds` is the number of seeds, with a whole run for each.
+    `out` is that directory (None: runs/NAME, with the profile, -TOKENS or -seeds appended).
+    `profile` names a YAML file of the folder that is laid over its others, and `short` is short for
+    the profile of that name, the smaller budget. `tokens` is the number of tokens to train each
+    vector on. `n_seeds` is the number of seeds, with a whole run for each.
     """
     from optimer_hf.experiment.commands import run_folder
 
     target = Path(out) if out is not None else None
-    done, _ = run_folder(Path(recipe_dir), target, short=short, tokens=tokens, n_seeds=n_seeds)
+    budget: dict[str, Any] = {"short": short, "profile": profile, "tokens": tokens}
+    done, _ = run_folder(Path(recipe_dir), target, n_seeds=n_seeds, **budget)
     return done.out
 
 

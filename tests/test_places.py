@@ -182,7 +182,7 @@ def test_results_of_a_run_within_its_folder_are_none_of_its_inputs(world):
     from optimer_hf.experiment.folder import Run
 
     folder = world / "recipes" / "tiny"
-    run = Run(folder, folder / "runs" / "tiny", short=False)
+    run = Run(folder, folder / "runs" / "tiny")
     before = run.inputs_digest()
     shutil.copytree(world / "runs" / "tiny", run.out)
     assert run.inputs_digest() == before

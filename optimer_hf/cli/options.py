@@ -116,6 +116,9 @@ TOKEN = click.option(
     "--token", help="Access token for the Hub (default: the one from `hf auth login`)."
 )
 SHORT = click.option("--short", is_flag=True, help="Use the smaller budget in short.yaml.")
+PROFILE = click.option(
+    "--profile", metavar="NAME", help="Lay NAME.yaml of the folder over its files, e.g. gpu."
+)
 TOKENS = click.option(
     "--tokens", help="Tokens to train each vector on, e.g. 1_000_000 (default: the folder's)."
 )

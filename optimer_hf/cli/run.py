@@ -8,6 +8,7 @@ import click
 from optimer_hf.cli.options import (
     FORMAT,
     PATH,
+    PROFILE,
     SEEDS,
     SHORT,
     STUDY_OR_FOLDER,
@@ -25,14 +26,15 @@ MFU = 0.4  # well-tuned training on one H100 reaches 40 to 50 % (nanochat)
 @click.argument("recipe_dir", type=PATH)
 @click.argument("out", type=PATH, required=False)
 @SHORT
+@PROFILE
 @TOKENS
 @SEEDS
 def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) -> None:
     """Run a recipe folder from corpora to the compared merge; resumes where it stopped.
 
     RECIPE_DIR contains a study.yaml and the train files of its vectors. The results go to OUT
-    (default: runs/NAME, with -short, -TOKENS or -seeds appended). With --seeds, OUT gets a whole
-    run in every seed-K, with K added to the seeds of all trainings and searches.
+    (default: runs/NAME, with the profile, -TOKENS or -seeds appended). With --seeds, OUT gets a
+    whole run in every seed-K, with K added to the seeds of all trainings and searches.
     """
     from optimer_hf.experiment.commands import run_folder
 
@@ -52,6 +54,7 @@ def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) 
 @click.argument("source", type=STUDY_OR_FOLDER)
 @click.argument("out", type=PATH, required=False)
 @SHORT
+@PROFILE
 @TOKENS
 @SEEDS
 @click.option("--fetch", is_flag=True, help="Download the base for the probe if it is missing.")

@@ -44,7 +44,7 @@ def _read_whole(path: Path) -> tuple[str, Any]:
     """Return what a file is, in words, and its fields with absolute local paths."""
     keys = set(read_yaml(path))
     if keys and keys <= {"train", "study"}:
-        return "short budget of a recipe", {}
+        return "profile of a recipe", {}
     if is_for_mergekit(keys):
         return "merge config", _read_merge_config(path)
     kind = kind_of_file(keys)

@@ -25,13 +25,21 @@ def run_folder(
     out: Path | None = None,
     *,
     short: bool = False,
+    profile: str | None = None,
     tokens: str | int | None = None,
     n_seeds: int | None = None,
 ) -> tuple[Run, str]:
     """Run a recipe folder, under `n_seeds` seeds if that is given, and return the run with its
     summary. If the run is finished, only read the summary. The arguments are those of `run_of`.
     """
-    run = run_of(recipe_dir, out, short=short, tokens=tokens, is_seeded=n_seeds is not None)
+    run = run_of(
+        recipe_dir,
+        out,
+        short=short,
+        profile=profile,
+        tokens=tokens,
+        is_seeded=n_seeds is not None,
+    )
     check_folder(run)
     from optimer_hf.experiment.run import finished_summary, run_recipe
     from optimer_hf.experiment.seeds import run_seeds
@@ -50,6 +58,7 @@ def plan_source(
     out: Path | None = None,
     *,
     short: bool = False,
+    profile: str | None = None,
     tokens: str | int | None = None,
     n_seeds: int | None = None,
     fetch: bool = False,
@@ -60,7 +69,14 @@ def plan_source(
     is that of the first seed. Raises ConfigError for options that do not go with the source.
     """
     if source.is_dir():
-        run = run_of(source, out, short=short, tokens=tokens, is_seeded=n_seeds is not None)
+        run = run_of(
+            source,
+            out,
+            short=short,
+            profile=profile,
+            tokens=tokens,
+            is_seeded=n_seeds is not None,
+        )
         check_folder(run)
         from optimer_hf.experiment.run import plan_run
         from optimer_hf.experiment.seeds import claim_seeds
@@ -70,8 +86,9 @@ def plan_source(
             return plan_run(run)
         with claim_seeds(run, n_seeds) as runs:
             return plan_run(runs[0])
-    if out is not None or short or tokens or n_seeds:
-        raise ConfigError(f"{source}: OUT, --short, --tokens and --seeds go with a recipe folder.")
+    if out is not None or short or profile or tokens or n_seeds:
+        options = "OUT, --short, --profile, --tokens and --seeds"
+        raise ConfigError(f"{source}: {options} go with a recipe folder.")
     from optimer_hf.study.config import StudyConfig
 
     config = StudyConfig.read(source)
@@ -88,6 +105,7 @@ def plan_elsewhere(
     *,
     utilisation: float,
     short: bool = False,
+    profile: str | None = None,
     tokens: str | int | None = None,
 ) -> "HardwarePlan":
     """Return the plan of a recipe folder or a study.yaml on devices such as `8xH100`, of whose peak
@@ -97,13 +115,14 @@ def plan_elsewhere(
     """
     n_devices, device = parse_devices(devices)
     if source.is_dir():
-        run = run_of(source, short=short, tokens=tokens)
+        run = run_of(source, short=short, profile=profile, tokens=tokens)
         check_folder(run)
         inputs = load_inputs(run)
         config, trainings = inputs.study, inputs.trainings
     else:
-        if short or tokens:
-            raise ConfigError(f"{source}: --short and --tokens go with a recipe folder.")
+        if short or profile or tokens:
+            options = "--short, --profile and --tokens"
+            raise ConfigError(f"{source}: {options} go with a recipe folder.")
         from optimer_hf.study.config import StudyConfig
 
         config, trainings = StudyConfig.read(source), {}

@@ -13,7 +13,7 @@ from optimer_hf.files.model import list_mistakes, parse, refuse_absent_files
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import expand_home, function_in_file, is_there
-from optimer_hf.files.text import slug
+from optimer_hf.files.text import did_you_mean, slug
 from optimer_hf.training.config import MOST_TOKENS, is_count_of_tokens
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from optimer_hf.training.config import TrainConfig
 
 SeededT = TypeVar("SeededT", "TrainConfig", "SearchConfig")
+
+STUDY = "study.yaml"
+SHORT = "short"  # the profile of --short
 
 RESULTS = (  # files of a finished run; its model has figures, too
     *(f"merged/{name}" for name in ("config.json", "recipe.yaml", "recipe.lock.json")),
@@ -42,13 +45,14 @@ def _is_claimed(folder: Path) -> bool:
 class Run:
     """A recipe folder, the directory for its results, and its budget.
 
-    `short` takes the smaller budget of the folder, `tokens` trains every vector on that many.
-    `seed` is added to the seeds of all trainings and searches.
+    `profile` names a YAML file of the folder with values that are laid over its others (short: the
+    smaller budget). `tokens` trains every vector on that many. `seed` is added to the seeds of all
+    trainings and searches.
     """
 
     folder: Path
     out: Path
-    short: bool
+    profile: str | None = None
     tokens: int | None = None
     seed: int = 0
 
@@ -90,8 +94,14 @@ class Run:
 
     def claim(self, *, seeds: bool = False) -> Claim:
         """Return the claim of this run, or of runs under several `seeds`, on its directory."""
+        is_short = self.profile == SHORT
         return Claim(
-            recipe=self.name, seeds=seeds, short=self.short, tokens=self.tokens, seed=self.seed
+            recipe=self.name,
+            seeds=seeds,
+            short=is_short,
+            profile=None if is_short else self.profile,
+            tokens=self.tokens,
+            seed=self.seed,
         )
 
 
@@ -100,23 +110,54 @@ def run_of(
     out: Path | None = None,
     *,
     short: bool = False,
+    profile: str | None = None,
     tokens: str | int | None = None,
     is_seeded: bool = False,
 ) -> Run:
     """Return the run of a recipe folder. Its results go to `out` (None: a folder under runs/ named
     after the recipe and its budget).
 
-    `tokens` may be a text such as 1_000_000. Raises ConfigError if there is no such folder, or if
-    `tokens` is no number.
+    `short` is short for the profile of that name. `tokens` may be a text such as 1_000_000. Raises
+    ConfigError if there is no such folder or profile, or if `tokens` is no number.
     """
     if not recipe_dir.is_dir():
         raise ConfigError(f"{recipe_dir}: no such recipe folder.")
     folder = recipe_dir.resolve()
+    if short and profile not in (None, SHORT):
+        raise ConfigError(f"--short is --profile {SHORT}, and --profile {profile} is another one.")
+    profile = SHORT if short else profile
+    _check_profile(folder, profile)
     n_tokens = _n_tokens(tokens)
-    suffix = ("-short" if short else "") + (f"-{n_tokens}" if n_tokens else "")
+    suffix = (f"-{profile}" if profile else "") + (f"-{n_tokens}" if n_tokens else "")
     suffix += "-seeds" if is_seeded else ""
     target = out or Path("runs") / (folder.name + suffix)
-    return Run(folder, target.resolve(), short, n_tokens)
+    return Run(folder, target.resolve(), profile, n_tokens)
+
+
+def _check_profile(folder: Path, profile: str | None) -> None:
+    """Raise ConfigError if a recipe folder has no such profile."""
+    if profile is None or profile in (names := _profiles_in(folder)):
+        return
+    hint = did_you_mean(profile, names) if names else " The folder has none."
+    raise ConfigError(
+        f"{folder}: no profile {profile!r}, which would be the file {profile}.yaml with the keys "
+        f"'train' and 'study'.{hint}"
+    )
+
+
+def _profiles_in(folder: Path) -> list[str]:
+    """Return the names of the YAML files in a recipe folder that belong to no other kind."""
+    files = (path for path in sorted(folder.glob("*.yaml")) if path.name != STUDY)
+    return [path.stem for path in files if _is_profile(path)]
+
+
+def _is_profile(path: Path) -> bool:
+    """Whether a file is a profile by its keys. One with mistakes is, so that they are named."""
+    try:
+        data = read_yaml(path)
+    except ConfigError:
+        return True
+    return not data.keys() & {"base_model", "terms", "name"}
 
 
 def _n_tokens(given: str | int | None) -> int | None:
@@ -171,7 +212,7 @@ def load_inputs(run: Run) -> Inputs:
             next(read_documents(corpus), None)
     singles = {name: training for name, (_, training) in read.items()}
     _check_tests(config)
-    _check_mixtures(config, singles, run.folder / "study.yaml")
+    _check_mixtures(config, singles, run.folder / STUDY)
     trainings = {
         name: _add_seed(training, run.seed)
         for name, training in (singles | _mix_vectors(config, singles)).items()
@@ -231,13 +272,12 @@ def _read_files(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConf
     """
     from optimer_hf.study.config import StudyConfig
 
-    file = run.folder / "study.yaml"
+    file = run.folder / STUDY
     if not file.exists():
         raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
-    short = read_yaml(run.folder / "short.yaml") if run.short else {}
-    _check_short(short, run.folder / "short.yaml")
-    changes = short.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
-    data = lay_over(read_yaml(file), short.get("study", {}))
+    profile = _read_profile(run)
+    changes = profile.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
+    data = lay_over(read_yaml(file), profile.get("study", {}), f"{run.profile}.yaml")
     read = _read_trainings(run.folder, data, changes)
     config = parse(StudyConfig, data, file)
     _check_study(config, {name: training for name, (_, training) in read.items()}, file)
@@ -257,7 +297,7 @@ def _read_trainings(
     for name, vector in vectors.items() if isinstance(vectors, dict) else ():
         if isinstance(vector, dict) and "train" in vector:
             file = folder / str(vector["train"])
-            training = parse(TrainConfig, lay_over(read_yaml(file), changes), file)
+            training = parse(TrainConfig, lay_over(read_yaml(file), changes, file.name), file)
             if mistakes := list_field_mistakes(training):
                 raise ConfigError(list_mistakes(file, mistakes))
             trainings[name] = file, training
@@ -410,33 +450,44 @@ def _check_parts(where: str, parts: Sequence[str], singles: Mapping[str, "TrainC
             )
 
 
-def _check_short(short: Mapping[str, Any], path: Path) -> None:
-    for key in short:
+def _read_profile(run: Run) -> dict[str, Any]:
+    """Return the profile of a run: what is laid over the train files and the study, by these keys.
+
+    Raises ConfigError for other keys.
+    """
+    if run.profile is None:
+        return {}
+    path = run.folder / f"{run.profile}.yaml"
+    profile = read_yaml(path)
+    for key in profile:
         if key not in ("format_version", "train", "study"):
             raise ConfigError(f"{path}: unknown field {key!r}. Known: study, train.")
     for key in ("train", "study"):
-        if not isinstance(short.get(key, {}), dict):
+        if not isinstance(profile.get(key, {}), dict):
             raise ConfigError(
-                f"{path}: {key}: found {short[key]!r}, expected a mapping of fields to values."
+                f"{path}: {key}: found {profile[key]!r}, expected a mapping of fields to values."
             )
+    return profile
 
 
-def lay_over(data: Any, changes: Any) -> Any:
-    """Return data with some values replaced by those of `changes`. In a list of named mappings,
-    `changes` goes by name.
+def lay_over(data: Any, changes: Any, file: str) -> Any:
+    """Return data with some values replaced by those of `changes`, which come from a file. In a
+    list of named mappings, `changes` goes by name.
     """
     if isinstance(data, list) and isinstance(changes, dict):
         names = [item.get("name") if isinstance(item, dict) else None for item in data]
         for name in changes:
             if name not in names:
                 raise ConfigError(
-                    f"short.yaml: nothing is named {name!r}; known: {', '.join(map(str, names))}."
+                    f"{file}: nothing is named {name!r}; known: {', '.join(map(str, names))}."
                 )
         pairs = zip(names, data, strict=True)
-        return [lay_over(item, changes[name]) if name in changes else item for name, item in pairs]
+        return [
+            lay_over(item, changes[name], file) if name in changes else item for name, item in pairs
+        ]
     if not isinstance(data, dict) or not isinstance(changes, dict):
         return changes
-    return data | {key: lay_over(data.get(key), value) for key, value in changes.items()}
+    return data | {key: lay_over(data.get(key), value, file) for key, value in changes.items()}
 
 
 def vector_dir(run: Run, name: str) -> Path:

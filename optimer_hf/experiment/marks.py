@@ -16,18 +16,20 @@ CLAIM_FILE, DONE_FILE = "run.json", "done.json"
 class Claim(VersionedFile):
     """run.json: the recipe folder and the budget that the results in a directory belong to.
 
-    `short`, `tokens` and `seed` are those of a `Run`; `seeds` marks a directory that holds whole
-    runs under several seeds.
+    `profile`, `tokens` and `seed` are those of a `Run`, and `short` stands for the profile of that
+    name; `seeds` marks a directory that holds whole runs under several seeds.
     """
 
     recipe: str
     seeds: bool = Field(default=False, exclude_if=lambda seeds: not seeds)
     short: bool = False
+    profile: str | None = Field(default=None, exclude_if=lambda profile: profile is None)
     tokens: int | None = Field(default=None, exclude_if=lambda tokens: not tokens)
     seed: int = Field(default=0, exclude_if=lambda seed: not seed)
 
     def __str__(self) -> str:
         options = ["--short"] * self.short + ["--seeds"] * self.seeds
+        options += [f"--profile {self.profile}"] if self.profile else []
         options += [f"--tokens {self.tokens}"] if self.tokens else []
         options += [f"seed {self.seed}"] if self.seed else []
         return f"{self.recipe!r} ({', '.join(options) or 'its own budget'})"
@@ -35,7 +37,8 @@ class Claim(VersionedFile):
     @property
     def budget(self) -> dict[str, Any]:
         """What the command line changes in the budget of the recipe folder, as JSON values."""
-        return self.model_dump(mode="json", include={"short", "tokens", "seed"})
+        fields = {"short", "profile", "tokens", "seed"}
+        return self.model_dump(mode="json", include=fields)
 
 
 def read_claim(directory: Path) -> Claim | None:

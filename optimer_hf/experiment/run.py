@@ -158,8 +158,8 @@ def _refuse_other_claim(out: Path, claim: Claim) -> bool:
         if marked != claim:
             raise OutputError(
                 f"{out}: holds results of another recipe, or of another budget (--short, "
-                f"--tokens, --seeds): found {marked}, expected {claim}. Give another output "
-                "directory."
+                f"--profile, --tokens, --seeds): found {marked}, expected {claim}. Give another "
+                "output directory."
             )
         return True
     if others := sorted(path.name for path in out.glob("[!.]*")):

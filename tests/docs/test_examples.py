@@ -35,11 +35,14 @@ def test_a_merge_config_runs_on_real_models(path: Path, tmp_path: Path, make_bas
 
 
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda path: path.name)
-def test_a_recipe_folder_is_valid_in_both_budgets(folder: Path, tmp_path: Path):
+def test_a_recipe_folder_is_valid_in_every_budget(folder: Path, tmp_path: Path):
     from optimer_hf.experiment.folder import Run, load_inputs
 
-    for short in (False, True):
-        inputs = load_inputs(Run(folder, tmp_path / "out", short))
+    for profile in (
+        None,
+        *(name for name in ("short", "gpu") if (folder / f"{name}.yaml").exists()),
+    ):
+        inputs = load_inputs(Run(folder, tmp_path / "out", profile))
         config = inputs.study
         assert set(inputs.trainings) <= set(config.vectors)
         for objective in (config.objective, config.test):

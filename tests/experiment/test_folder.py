@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from optimer_hf.experiment.folder import load_inputs, run_of
 from tests.support.experiments import run_optimer
 
 
@@ -59,6 +60,52 @@ def test_mistakes_of_the_short_budget_are_named(recipe_dir: Path, tmp_path, shor
     (recipe_dir / "short.yaml").write_text(yaml.safe_dump(short))
     result = run_optimer("run", recipe_dir, tmp_path / "out", "--short")
     assert result.exit_code == 1 and message in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--profile", "gpus"], "no profile 'gpus', which would be the file gpus.yaml"),
+        (["--profile", "gpus"], "Did you mean 'gpu'?"),
+        (["--profile", "study"], "Known: gpu, short."),
+        (["--profile", "../tiny/gpu"], "Known: gpu, short."),
+        (["--short", "--profile", "gpu"], "--short is --profile short, and --profile gpu is"),
+        (["--profile", "gpu"], "gpu.yaml: nothing is named 'klingon'; known: aaa, xyz, mix"),
+    ],
+)
+def test_mistakes_with_profiles_are_named(recipe_dir: Path, tmp_path, options, message):
+    change = {"objective": {"terms": {"klingon": {"weight": 2}}}}
+    (recipe_dir / "gpu.yaml").write_text(yaml.safe_dump({"study": change}))
+    for command in ("run", "plan"):
+        result = run_optimer(command, recipe_dir, tmp_path / "out", *options)
+        assert result.exit_code == 1 and message in result.output
+
+
+def test_a_profile_is_laid_over_the_files_of_a_folder_and_has_results_of_its_own(recipe_dir: Path):
+    terms = [{"name": "xyz", "text": str(recipe_dir / "items.jsonl")}]  # a list replaces a list
+    (recipe_dir / "items.jsonl").write_text('{"text": "aaa aaa aaa"}\n')
+    profile = {
+        "train": {"max_tokens": 512, "trainer": {"per_device_train_batch_size": 2}},
+        "study": {"objective": {"terms": terms}},
+    }
+    (recipe_dir / "gpu.yaml").write_text(yaml.safe_dump(profile))
+    plain, short, gpu = (
+        run_of(recipe_dir),
+        run_of(recipe_dir, short=True),
+        run_of(recipe_dir, profile="gpu"),
+    )
+    assert [run.out.name for run in (plain, short, gpu)] == ["tiny", "tiny-short", "tiny-gpu"]
+    assert run_of(recipe_dir, profile="short") == short
+    assert len({run.inputs_digest() for run in (plain, short, gpu)}) == 3
+    inputs = load_inputs(gpu)
+    assert inputs.study.objective.limit == 4, "what the profile does not name stays"
+    assert [term.label for term in inputs.study.objective.terms] == ["xyz"]
+    for training in inputs.trainings.values():
+        assert training.max_tokens == 512 and training.trainer["learning_rate"] == 2e-2
+        assert training.trainer["per_device_train_batch_size"] == 2
+    assert (
+        load_inputs(run_of(recipe_dir, profile="gpu", tokens=64)).trainings["aaa"].max_tokens == 64
+    )
 
 
 def test_a_given_vector_that_is_not_there_ends_a_run_before_it_trains(recipe_dir: Path, tmp_path):

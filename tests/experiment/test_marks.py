@@ -16,6 +16,7 @@ from tests.support.experiments import run_optimer
     [
         ({}, {"short": False}),
         ({"short": True, "tokens": 512}, {"short": True, "tokens": 512}),
+        ({"profile": "gpu"}, {"short": False, "profile": "gpu"}),
         ({"seeds": True}, {"seeds": True, "short": False}),
         ({"seed": 3}, {"short": False, "seed": 3}),
     ],

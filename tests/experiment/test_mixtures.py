@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,20 +55,24 @@ def mixed_run(recipe_dir: Path, tmp_path: Path) -> Path:
 
 def run_killed(recipe_dir: Path, out: Path, training: str) -> Path:
     """Run a recipe, kill the run in the middle of one training, finish it, and return `out`."""
+    kill_at(recipe_dir, out, f"{training}/checkpoints/checkpoint-*/trainer_state.json")
+    result = run_optimer("run", recipe_dir, out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def kill_at(recipe_dir: Path, out: Path, mark: str) -> None:
+    """Run a recipe, and kill the run as soon as a file that matches `mark` is there."""
     command = [sys.executable, "-m", "optimer_hf", "run", str(recipe_dir), str(out)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    mark = f"{training}/checkpoints/checkpoint-*/trainer_state.json"
     deadline = time.monotonic() + 120
     while not list(out.glob(mark)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert process.poll() is None, "it was killed while it trained"
+    assert process.poll() is None, "it was killed before its end"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    result = run_optimer("run", recipe_dir, out)
-    assert result.exit_code == 0, result.output
-    return out
 
 
 def test_a_mixture_is_a_vector_like_any_other(mixed_run: Path, recipe_dir: Path):
@@ -186,6 +191,37 @@ def test_a_given_mixture_without_a_record_is_named_before_anything_is_trained(re
     )
     with pytest.raises(ConfigError, match=r"'mix'.*does not say how many tokens"):
         load_inputs(run_of(recipe_dir))
+
+
+def test_a_run_that_is_copied_to_other_machines_goes_on_where_it_was(recipe_dir, tmp_path: Path):
+    baselines = {"mixtures": {"more aaa": {"shares": {"aaa": 3, "xyz": 1}}}}
+    change_study(recipe_dir, vectors={"mix": MIX}, baselines=baselines)
+    marks = ["study/trials.jsonl", "mixtures/*/checkpoints/checkpoint-*/trainer_state.json"]
+    kept: dict[str, bytes] = {}  # what no machine may do again
+    for number, mark in enumerate([*marks, None]):
+        machine = tmp_path / f"machine-{number}"
+        shutil.copytree(recipe_dir, machine / "tiny")
+        if number:
+            before = tmp_path / f"machine-{number - 1}"
+            shutil.copytree(before / "out", machine / "out")
+            shutil.rmtree(before)
+        if mark is not None:
+            kill_at(machine / "tiny", machine / "out", mark)
+        else:
+            result = run_optimer("run", machine / "tiny", machine / "out")
+            assert result.exit_code == 0, result.output
+        out = machine / "out"
+        for name, content in kept.items():
+            assert (out / name).read_bytes().startswith(content), name
+        files = [*out.rglob("training.json"), *out.glob("study/*.jsonl")]
+        whole = {str(each.relative_to(out)): each.read_bytes() for each in files}
+        kept = {name: text[: text.rfind(b"\n") + 1] for name, text in whole.items()}
+    assert {"more aaa", "searched merge"} <= {
+        row["name"] for row in json.loads((out / "results.json").read_text())["rows"]
+    }
+    assert str(tmp_path) not in "".join(
+        path.read_text() for path in out.glob("study/*.json*") if "base" not in path.name
+    ), "no path of a machine"
 
 
 # -- attempts at equal cost ------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_a_study_of_ready_vectors_has_a_plan_of_its_search(finished: Path, tmp_p
 
 
 def test_other_searches_and_mixtures_are_counted(recipe_dir: Path, tmp_path: Path):
-    inputs = load_inputs(Run(recipe_dir, tmp_path / "out", False))
+    inputs = load_inputs(Run(recipe_dir, tmp_path / "out"))
     config, trainings = inputs.study, inputs.trainings
     more = config.model_dump() | {
         "baselines": {
@@ -84,7 +84,7 @@ def test_the_probe_trains_as_many_steps_as_it_says_at_the_batch_of_a_run(
     changes: dict[str, int],
     blocks: int,
 ):
-    trainings = load_inputs(Run(recipe_dir, tmp_path / "out", False)).trainings
+    trainings = load_inputs(Run(recipe_dir, tmp_path / "out")).trainings
     config = trainings["aaa"].model_copy(update={"trainer": {"bf16": False, **changes}})
     planning._measure_training(config, tmp_path / "probe")
     record = json.loads((tmp_path / "probe" / "training.json").read_text())["training"]
@@ -111,7 +111,7 @@ def test_what_does_not_fit_into_an_accelerator_is_said_of_the_stage_that_does_no
     def full(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    inputs = load_inputs(Run(recipe_dir, tmp_path / "out", False))
+    inputs = load_inputs(Run(recipe_dir, tmp_path / "out"))
     config, trainings = inputs.study, inputs.trainings
     monkeypatch.setattr(planning, failing, full)
     monkeypatch.setattr(planning, "open_vector", lambda *arguments: None)

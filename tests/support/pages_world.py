@@ -175,9 +175,9 @@ def _shrink(folder: Path, vectors: tuple[str, ...]) -> None:
     fast = {"learning_rate": 1e-2, "save_strategy": "no"}
     for file in folder.glob("train-*.yaml"):
         text = file.read_text(encoding="utf-8").replace(DEMO_BASE, BASE)
-        _write_yaml(file, lay_over(yaml.safe_load(text), {"block_size": 64, "trainer": fast}))
+        _write_yaml(file, lay_over(yaml.safe_load(text), {"block_size": 64, "trainer": fast}, ""))
     text = (folder / "study.yaml").read_text(encoding="utf-8").replace(DEMO_BASE, BASE)
-    study = lay_over(yaml.safe_load(text), short["study"])
+    study = lay_over(yaml.safe_load(text), short["study"], "")
     study["vectors"] = {name: study["vectors"][name] for name in vectors}
     study["search"]["n_trials"] = 6
     _write_yaml(folder / "study.yaml", study)
