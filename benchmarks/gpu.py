@@ -333,7 +333,7 @@ def run_arms(
         if lines:
             yield json.loads(lines[-1])
             if options:
-                print(f"{name}, {mode}\n{errors[errors.rfind('a step on the device') - 12:]}")
+                print(f"{name}, {mode}\n{errors[errors.rfind('a step on the device') - 12 :]}")
         else:
             print(f"{name}, {mode}: {errors[-1500:]}", file=sys.stderr)
 
