@@ -173,16 +173,18 @@ def _find_largest(
     acquisition: Callable[["Array"], "Array"],
     *,
     climbs: bool,
+    upper: Callable[["Array"], "Array"] | None = None,
 ) -> "Array":
     """Return the point of the searched weights where an acquisition over all free weights is
-    largest.
+    largest; `upper` is a bound of it that costs less.
     """
 
     def value(points: "Array") -> "Array":
         return acquisition(embed(config, searched, points))
 
     allowed = partial(within_total, searched)
-    best = maximise(value, len(searched.free), rng, near, allowed=allowed)
+    bound = None if upper is None else lambda points: upper(embed(config, searched, points))
+    best = maximise(value, len(searched.free), rng, near, allowed=allowed, bound=bound)
     return climb(value, best, allowed=allowed) if climbs else best
 
 
@@ -216,7 +218,7 @@ class Maximiser(AbstractAcquisitionMaximizer):
         pending = to_unit(config, record.pending)
         tried = np.vstack([fitted.points, pending])
         ranking = fitted.ranking(tried)
-        acquisition.best = float(fitted.predict(tried)[0][np.argmax(ranking)])
+        acquisition.best = float(fitted.mean(tried)[np.argmax(ranking)])
         acquisition.posterior = fitted.condition_on(pending)
         n_trials = n_trials_worth(searched, record.trials)
         acquisition.log_prior = partial(log_prior_of_total, config, n_trials)
@@ -231,7 +233,9 @@ class Maximiser(AbstractAcquisitionMaximizer):
             in_part[np.argsort(-ranking, kind="stable")[:5]],
             climbs=knows_surroundings,
         )
-        best = find(partial(_cautious, acquisition)) if knows_surroundings else None
+        best = None
+        if knows_surroundings:
+            best = find(partial(_cautious, acquisition), upper=acquisition.posterior.mean)
         if best is None or _is_near(best, in_part):
             best = find(lambda points: acquisition._compute(points)[:, 0])
         untried = self._step_off_tried(searched, best, rng)

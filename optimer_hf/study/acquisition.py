@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 N_CANDIDATES = 1024
-N_REFINEMENTS = 4
+N_REFINEMENTS, N_BEST = 4, 5  # rounds, and the candidates around which they look
+N_PROMISING = 50  # candidates with the largest bounds
 N_STEPS, DIFFERENCE = 30, 1e-5  # of a climb
 
 
@@ -41,12 +42,14 @@ def maximise(
     near: "Array",
     *,
     allowed: Callable[["Array"], "Array"] = lambda points: points,
+    bound: Callable[["Array"], "Array"] | None = None,
 ) -> "Array":
     """Return the point [d] of the unit box with the largest acquisition among random candidates,
     after refinements in ever smaller steps.
 
     Candidates are uniform draws, scaled Dirichlet draws (blends of a given sum), and perturbations
     of the points `near` [n, d]. `allowed` moves points into the part of the box that is searched.
+    A `bound` that the acquisition is never above spares it where it cannot be among the largest.
     """
     uniform = rng.random((N_CANDIDATES // 2, d))
     blends = rng.dirichlet(np.full(d, 0.7), N_CANDIDATES // 2) * rng.uniform(
@@ -55,14 +58,33 @@ def maximise(
     steps = 10 ** rng.uniform(-2.5, -0.5, (len(near), N_CANDIDATES // 8, 1))
     around = near[:, None] + steps * rng.normal(size=(len(near), N_CANDIDATES // 8, d))
     candidates = allowed(np.clip(np.vstack([uniform, blends, around.reshape(-1, d), near]), 0, 1))
-    values = acquisition(candidates)
+    values = _largest_values(acquisition, candidates, bound)
     for number in range(N_REFINEMENTS):
-        best = candidates[np.argsort(-values)[:5]]
+        best = candidates[np.argsort(-values)[:N_BEST]]
         moves = 0.15 * 0.5**number * rng.normal(size=(48, len(best), d))
         moves *= rng.random(moves.shape) < 0.6
         candidates = allowed(np.clip(np.vstack([best, (best + moves).reshape(-1, d)]), 0, 1))
-        values = acquisition(candidates)
+        values = _largest_values(acquisition, candidates, bound)
     return np.asarray(candidates[np.argmax(values)])
+
+
+def _largest_values(
+    acquisition: Callable[["Array"], "Array"],
+    points: "Array",
+    bound: Callable[["Array"], "Array"] | None,
+) -> "Array":
+    """Return the acquisition [n] at points, or its bound where that is below the N_BEST largest."""
+    if bound is None:
+        return acquisition(points)
+    values = bound(points)
+    order = np.argsort(-values)
+    promising, others = order[:N_PROMISING], order[N_PROMISING:]
+    values[promising] = acquisition(points[promising])
+    least = np.sort(values[promising])[-N_BEST]
+    others = others[values[others] >= least]
+    if len(others):
+        values[others] = acquisition(points[others])
+    return values
 
 
 def climb(

@@ -15,6 +15,7 @@ from optimer_hf.study.kernel import (
     Hyperparameters,
     correlate,
     cross_covariance,
+    cross_product,
     joint_quadratic,
     noise_of,
     squared_distances,
@@ -33,6 +34,7 @@ BEST, NEWEST = 0.4, 0.25  # shares of them
 N_DERIVATIVES, N_GRADIENTS = 256, (12, 32)
 # the same of the fit of its hyperparameters
 N_ROWS_OF_FIT, N_SCORES_OF_FIT, N_GRADIENTS_OF_FIT = 160, 60, (4, 16)
+FIT_TOLERANCE = 1e-5  # of the log posterior density, relative, at which that fit ends
 GRADIENT_NOISE = 3e-3  # variance that is expected of it, in variances of the scores
 
 
@@ -64,6 +66,15 @@ class GaussianProcess:
     cholesky: "NDArray[np.floating]"
     coefficients: "Array"
     slopes: "Indices" = field(default_factory=_no_slopes)
+
+    def mean(self, points: "Array") -> "Array":
+        """Return the posterior mean at points [n, d], in the units of the scores, in a fraction of
+        the time that `predict` takes; with gradients the last bits differ.
+        """
+        expected = cross_product(
+            points, self.points, self.slopes, self.hyperparameters, self.coefficients
+        )
+        return self.center + self.spread * expected
 
     def predict(self, points: "Array") -> tuple["Array", "Array"]:
         """Return posterior mean and variance at points [n, d], in the units of the scores."""
@@ -192,8 +203,8 @@ def _most_likely(points: "Array", slopes: "Indices", y: "Array") -> Hyperparamet
     def loss(vector: "Array") -> tuple[float, "Array"]:
         h = _hyperparameters(vector, d)
         correlation, pull_back = correlations(h.scales)
-        noise = np.diag(noise_of(n, len(y) - n, h))
-        kernel = h.matern * correlation + h.quadratic * quadratic + noise
+        kernel = h.matern * correlation + h.quadratic * quadratic
+        np.einsum("ii->i", kernel)[:] += noise_of(n, len(y) - n, h)
         try:
             lower = np.linalg.cholesky(kernel)
         except np.linalg.LinAlgError:
@@ -204,7 +215,7 @@ def _most_likely(points: "Array", slopes: "Indices", y: "Array") -> Hyperparamet
             inverse = cho_solve((lower, True), np.eye(n), check_finite=False)
         alpha = inverse @ y
         value = 0.5 * y @ alpha + np.log(np.diag(lower)).sum()
-        inner = inverse - np.outer(alpha, alpha)  # d value / d kernel, times two
+        inner = inverse - np.multiply.outer(alpha, alpha)  # d value / d kernel, times two
         gradient = np.empty_like(vector)
         gradient[0] = 0.5 * h.matern * (inner * correlation).sum()
         gradient[1] = 0.5 * h.quadratic * (inner * quadratic).sum()
@@ -216,17 +227,19 @@ def _most_likely(points: "Array", slopes: "Indices", y: "Array") -> Hyperparamet
 
     # losses on fixed items can be smooth to e^-16 of their variance; JITTER is e^-18.4
     bounds = [(-8, 4), (-8, 5), (-16, 2)] + [(-4, 4)] * (d + 1) + [(-16, 4)] * (len(mean) - d - 4)
-    options = {"maxiter": 60 if len(y) == n else 30}
+    options = {"maxiter": 30, "ftol": FIT_TOLERANCE} if len(slopes) else {"maxiter": 60}
     best = minimize(loss, mean, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return _hyperparameters(best.x, d)
 
 
 def _inverse(lower: "NDArray[np.floating]") -> "Array":
-    """Return the inverse of a matrix from its Cholesky factor, in a third of the time that solving
-    for every column takes; the last bits differ.
+    """Return the inverse of a matrix from its Cholesky factor, in a fraction of the time that
+    solving for every column takes; the last bits differ.
     """
-    inverse, _ = dpotri(lower, lower=True)
-    return np.asarray(np.tril(inverse) + np.tril(inverse, -1).T)
+    half, _ = dpotri(lower.T, lower=False)  # LAPACK's order of a transposed array is ours
+    inverse = half + half.T  # the other half is 0, as that of the factor is
+    np.einsum("ii->i", inverse)[:] *= 0.5
+    return np.asarray(inverse)
 
 
 def _hyperparameters(vector: "Array", d: int) -> Hyperparameters:
@@ -239,6 +252,11 @@ class WeightedSum:
 
     processes: Sequence[GaussianProcess]
     weights: "Array"
+
+    def mean(self, points: "Array") -> "Array":
+        """Return the posterior mean of the sum at points [n, d]."""
+        means = np.array([process.mean(points) for process in self.processes])
+        return np.asarray(self.weights @ means)
 
     def predict(self, points: "Array") -> tuple["Array", "Array"]:
         """Return posterior mean and variance of the sum at points [n, d]."""

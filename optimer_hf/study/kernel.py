@@ -109,7 +109,11 @@ def matern(a: "Array", b: "Array", scales: "Array") -> tuple["Array", "Array"]:
     """Return the Matern 5/2 correlation of all pairs, and the factor that its derivatives in the
     log scales have in common.
     """
-    squared = squared_distances(a, b, scales)
+    return _matern_of(squared_distances(a, b, scales))
+
+
+def _matern_of(squared: "Array") -> tuple["Array", "Array"]:
+    """Return what `matern` does, from squared distances."""
     r = np.sqrt(5.0 * squared + 1e-16)
     decay = np.exp(-r)
     return (1 + r + r**2 / 3) * decay, 5.0 / 3.0 * (1 + r) * decay
@@ -144,10 +148,10 @@ def correlate(points: "Array", slopes: "Indices") -> "Correlate":
     function that takes a symmetric matrix of that shape and returns, for every log scale, the sum
     of its products with the derivatives of the correlations.
     """
-    scores = _correlate_scores(points)
     if not len(slopes):
-        return scores
-    cross, derivatives = (
+        return _correlate_scores(points)
+    scores, cross, derivatives = (
+        _correlate_scores_fast(points),
         _correlate_cross(points, points[slopes]),
         _correlate_derivatives(points[slopes]),
     )
@@ -174,6 +178,22 @@ def _correlate_scores(points: "Array") -> "Correlate":
         correlation, slope = matern(at, at, scales)
         return correlation, lambda inner: np.asarray(
             np.einsum("ij,ijk->k", inner * slope, distances) / scales**2
+        )
+
+    return block
+
+
+def _correlate_scores_fast(points: "Array") -> "Correlate":
+    """Return what `_correlate_scores` does up to the last bits, which searches without gradients
+    keep from version to version.
+    """
+    at = features(points)
+    squares = (at[:, None] - at) ** 2
+
+    def block(scales: "Array") -> tuple["Array", "PullBack"]:
+        correlation, slope = _matern_of(squares @ scales**-2)
+        return correlation, lambda inner: np.asarray(
+            np.tensordot(inner * slope, squares) / scales**2
         )
 
     return block
@@ -251,19 +271,45 @@ def cross_covariance(
     """Return the covariance of scores at points [n, d] with the rows of a process that was fitted
     to the scores at `fitted` and the gradients at fitted[slopes].
     """
-    correlation, _ = matern(features(points), features(fitted), h.scales)
-    cross = h.matern * correlation + h.quadratic * quadratic(points, fitted)
+    cross, first = _cross_scores(points, fitted, h)
     if not len(slopes):
-        return np.asarray(cross)
-    return np.hstack([cross, _cross_derivatives(points, fitted[slopes], h)])
+        return cross
+    return np.hstack([cross, _cross_derivatives(points, fitted[slopes], first[:, slopes], h)])
 
 
-def _cross_derivatives(points: "Array", at: "Array", h: Hyperparameters) -> "Array":
+def cross_product(
+    points: "Array", fitted: "Array", slopes: "Indices", h: Hyperparameters, coefficients: "Array"
+) -> "Array":
+    """Return the product [n] of `cross_covariance` with coefficients, one for each row of the
+    process, without the large array of derivatives.
+    """
+    n, d = fitted.shape
+    cross, first = _cross_scores(points, fitted, h)
+    product = cross @ coefficients[:n]
+    if not len(slopes):
+        return np.asarray(product)
+    at, of_gradients = fitted[slopes], coefficients[n:].reshape(-1, d)
+    along = of_gradients @ _metric(d, h.scales)
+    radial = -2 * h.matern * first[:, slopes] * (points @ along.T - (at * along).sum(axis=1))
+    inner = 4 * h.quadratic * (1.0 + 2.0 * (points - CENTER) @ (at - CENTER).T)
+    product += (radial + inner * ((points - CENTER) @ of_gradients.T)).sum(axis=1)
+    return np.asarray(product)
+
+
+def _cross_scores(points: "Array", fitted: "Array", h: Hyperparameters) -> tuple["Array", "Array"]:
+    """Return the covariance of scores at points with those at fitted points, and the derivative of
+    the correlation in the squared distance.
+    """
+    squared = squared_distances(features(points), features(fitted), h.scales)
+    correlation, slope = _matern_of(squared)
+    return h.matern * correlation + h.quadratic * quadratic(points, fitted), -0.5 * slope
+
+
+def _cross_derivatives(points: "Array", at: "Array", first: "Array", h: Hyperparameters) -> "Array":
     """Return the covariance of scores at points with derivatives `at` others. It equals the blocks
     that a fit uses, but passes over the large array three times only.
     """
-    squared = squared_distances(features(points), features(at), h.scales)
-    first, moved, metric = _radial(squared)[0], points - CENTER, _metric(points.shape[1], h.scales)
+    moved, metric = points - CENTER, _metric(points.shape[1], h.scales)
     side = (points @ metric)[:, None] - at @ metric
     side *= (-2 * h.matern * first)[..., None]
     inner = 4 * h.quadratic * (1.0 + 2.0 * moved @ (at - CENTER).T)

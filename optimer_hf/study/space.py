@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 def to_unit(config: StudyConfig, weight_sets: Sequence[Mapping[str, float]]) -> "Array":
     """Return the free weights, scaled by their bounds to [0, 1], as points [n, d]."""
-    low, high = np.array(list(config.free.values())).T
-    points = np.array([[weights[name] for name in config.free] for weights in weight_sets])
-    points = points.reshape(-1, len(config.free))
+    free = config.free
+    low, high = np.array(list(free.values())).T
+    points = np.array([[weights[name] for name in free] for weights in weight_sets])
+    points = points.reshape(-1, len(free))
     return np.asarray((points - low) / (high - low), dtype=np.float64)
 
 

@@ -1,6 +1,6 @@
 """Recorded trials -> a surrogate, which predicts the objective at weights that were not tried."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,8 @@ def column_gradients(config: StudyConfig, trials: Sequence[Trial], table: "Array
     base, objective = trials[0].terms, config.objective
     is_relative = objective.combine != "weighted_mean"
     counting = [term.label for term in objective.terms_at("search") if term.weight > 0]
-    result = np.full((*table.shape, len(config.free)), np.nan)
+    free = config.free
+    result = np.full((*table.shape, len(free)), np.nan)
     for row, trial in enumerate(trials):
         labels = counting if trial.gradients else []
         if objective.combine == "worst" and labels:
@@ -76,17 +77,17 @@ def column_gradients(config: StudyConfig, trials: Sequence[Trial], table: "Array
             labels = [min(counting, key=lambda label: each[label])]
         for column, label in enumerate(labels):
             per_score = gain_per_score(base[label], is_relative=is_relative)
-            result[row, column] = per_score * _score_gradient(config, trial, label)
+            result[row, column] = per_score * _score_gradient(free, trial, label)
     result[table <= _floor(table)] = np.nan
     return result
 
 
-def _score_gradient(config: StudyConfig, trial: Trial, label: str) -> "Array":
-    """Return the gradient [d] of a score along the sides of the unit box, NaN if unknown."""
+def _score_gradient(free: Mapping[str, tuple[float, float]], trial: Trial, label: str) -> "Array":
+    """Return the gradient [d] of a score along the sides of the unit box, NaN if unknown; `free`
+    are the bounds of the searched weights.
+    """
     gradient = trial.gradients.get(label, {})
-    return np.array(
-        [gradient.get(name, np.nan) * (high - low) for name, (low, high) in config.free.items()]
-    )
+    return np.array([gradient.get(name, np.nan) * (b - a) for name, (a, b) in free.items()])
 
 
 def _surrogate_gains(objective: Objective, scores: Scores, base: Scores) -> dict[str, float]:
@@ -122,6 +123,10 @@ class Surrogate:
     def predict(self, points: "Array") -> tuple["Array", "Array"]:
         """Return posterior mean and variance [n] of the objective at points [n, d]."""
         return self.objective.predict(points)
+
+    def mean(self, points: "Array") -> "Array":
+        """Return the posterior mean [n] of the objective at points [n, d]."""
+        return self.objective.mean(points)
 
     def log_feasibility(self, points: "Array") -> "Array":
         """Return the log probability [n] that points [n, d] keep every constraint."""
@@ -213,10 +218,11 @@ def headroom_gradients(config: StudyConfig, trials: Sequence[Trial], table: "Arr
     """
     base = trials[0].terms
     known = [c.label for c in config.objective.constraints if c.label in base]
-    result = np.full((*table.shape, len(config.free)), np.nan)
+    free = config.free
+    result = np.full((*table.shape, len(free)), np.nan)
     for column, label in enumerate(known):
         slope = (1.0 if base[label].higher_is_better else -1.0) / (abs(base[label].score) or 1.0)
         for row, trial in enumerate(trials):
-            result[row, column] = slope * _score_gradient(config, trial, label)
+            result[row, column] = slope * _score_gradient(free, trial, label)
         result[table[:, column] <= _floor(table[:, column]), column] = np.nan
     return result

@@ -1,5 +1,7 @@
 """acquisition.py: expected improvement against Monte Carlo and an integral; the maximiser."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -59,6 +61,27 @@ def test_maximise_never_loses_a_point_that_it_was_given():
         lambda x: -(np.abs(x - peak).sum(1) ** 0.1), 3, np.random.default_rng(0), peak[None]
     )
     assert (best == peak).all()
+
+
+@pytest.mark.parametrize("d", [1, 4, 16])
+def test_a_bound_spares_the_acquisition_and_changes_nothing(d):
+    target = np.random.default_rng(d).uniform(0.05, 0.4, d)
+    counts = {"all": 0, "spared": 0}
+
+    def bound(x):
+        return -((x - target) ** 2).sum(1)
+
+    def acquisition(name, x):
+        counts[name] += len(x)
+        return bound(x) - 0.05 * np.abs(np.sin(40 * x)).sum(1) / d
+
+    best = [
+        maximise(partial(acquisition, name), d, np.random.default_rng(0), near, bound=upper)
+        for near in [np.full((3, d), 0.3)]
+        for name, upper in (("all", None), ("spared", bound))
+    ]
+    assert (best[0] == best[1]).all()
+    assert counts["spared"] < counts["all"] / 2
 
 
 @pytest.mark.parametrize("d", [1, 4, 16, 64])

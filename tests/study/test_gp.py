@@ -190,6 +190,7 @@ def test_conditioning_keeps_the_mean_and_shrinks_the_variance_near_the_points():
     told = process.condition_on(pending)
     mean, variance = process.predict(elsewhere)
     told_mean, told_variance = told.predict(elsewhere)
+    assert (process.mean(elsewhere) == mean).all()  # without gradients bit for bit
     assert told_mean == pytest.approx(mean, abs=1e-4)
     assert (told_variance <= variance + 1e-9).all()
     assert (told.predict(pending)[1] < 0.7 * process.predict(pending)[1]).all()
@@ -311,6 +312,7 @@ def test_a_process_with_gradients_is_conditioned_like_any_other():
     told = process.condition_on(pending)
     mean, variance = process.predict(elsewhere)
     told_mean, told_variance = told.predict(elsewhere)
+    assert process.mean(elsewhere) == pytest.approx(mean, rel=1e-9, abs=1e-12)
     assert told_mean == pytest.approx(mean, abs=1e-4)
     assert (told_variance <= variance + 1e-9).all()
     assert (told.predict(pending)[1] < 0.7 * process.predict(pending)[1]).all()
