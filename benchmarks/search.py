@@ -13,6 +13,7 @@ recommendations, too, and a run fails where one of them beats it.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -25,9 +26,9 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -65,6 +66,8 @@ BAR = f"tpe@{TPE_TRIALS}"
 RETARGET_TRIALS, N_OBJECTIVES = 60, 5
 RETARGET_BARS = {("smooth", 4): 1, ("smooth", 8): 3, ("accuracy", 4): 3, ("accuracy", 8): 8}
 ITEMS_BAR = 1 / 5
+ASKING_BAR = 0.3  # CPU seconds
+ASKED = ((8, 100, False), (4, 2000, True), (16, 2000, True))  # vectors, trials, with gradients
 GRADIENT_COST = 2.5  # forwards that a trial with gradients takes
 GRADIENT_BUDGETS = (20, 40)  # forwards
 GRADIENT_BARS = {(4, 20): 1.0, (8, 20): 1 / 2, (16, 40): 1 / 5}  # of the regret without
@@ -551,21 +554,14 @@ def recommended_by(name: str, job: "Job") -> dict[tuple[str, int], "Array"]:
         landscape = landscape_of(job.kind, job.d, job.seed)
         observed = (OTHERS | MODELS | STOCK_SMAC)[name](landscape, job.seed, max(counts))
         kept[key] = [[round(w, 6) for w in observed.recommended(n)] for n in counts]
-        if job.others:
-            with open(
-                job.others, "a", encoding="utf-8"
-            ) as file:  # a short line: whole or not at all
-                file.write(json.dumps({key: kept[key]}) + "\n")
+        keep(job.others, key, kept[key])
     return {(name, n): np.array(point) for n, point in zip(counts, kept[key], strict=True)}
 
 
 @cache
 def kept_by_others(file: Path | None) -> dict[str, list[list[float]]]:
     """Return recommendations that an earlier run kept."""
-    if file is None or not file.exists():
-        return {}
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return {key: points for line in lines for key, points in json.loads(line).items()}
+    return read_kept(file)
 
 
 # -- ours ------------------------------------------------------------------------------------------
@@ -711,6 +707,15 @@ class Job:
     others: Path | None = None
     with_gradients: bool = False
     gradient_cost: float = GRADIENT_COST
+    sampler: str = ""
+
+    @property
+    def key(self) -> str:
+        """What the result depends on, but for our code."""
+        settings = " with SMAC" * self.with_smac + " with gradients" * self.with_gradients
+        if self.gradient_cost != GRADIENT_COST:
+            settings += f" at {self.gradient_cost:g}"
+        return f"{self.kind} {self.d} {self.seed}{settings}"
 
 
 def run_jobs(
@@ -723,28 +728,48 @@ def run_jobs(
     """Run jobs in one or more processes, each on one thread, and return their results in order. A
     file `kept` takes every result as it comes; those that are there are not run again.
     """
-    started, keys = perf_counter(), [f"{name} {job.kind} {job.d} {job.seed}" for job in jobs]
-    results = kept_results(kept)
+    started, keys = perf_counter(), [f"{name} {job.key}" for job in jobs]
+    results = read_kept(kept)
     todo = [(key, job) for key, job in zip(keys, jobs, strict=True) if key not in results]
     with multiprocessing.get_context("spawn").Pool(processes, initializer=one_thread) as pool:
-        found = pool.imap(function, [job for _, job in todo])
-        for number, ((key, _), result) in enumerate(zip(todo, found, strict=True), start=1):
+        ended = pool.imap_unordered(partial(run_job, function), todo)
+        for number, (key, result) in enumerate(ended, start=1):
             results[key] = result
-            if kept is not None:
-                with open(kept, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({key: result}) + "\n")
+            keep(kept, key, result)
             seconds = perf_counter() - started
             print(f"\r{name}: {number}/{len(todo)}, {seconds:.0f} s", end="", file=sys.stderr)
     print(file=sys.stderr)
     return [results[key] for key in keys]
 
 
-def kept_results(file: Path | None) -> dict[str, dict[str, Any]]:
-    """Return the results in a file, by the key of their job."""
-    if file is None or not file.exists():
-        return {}
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return {key: result for line in lines for key, result in json.loads(line).items()}
+def run_job(
+    function: Callable[[Job], dict[str, Any]], keyed: tuple[str, Job]
+) -> tuple[str, dict[str, Any]]:
+    """Return the result of a job beside its key."""
+    key, job = keyed
+    return key, function(job)
+
+
+def keep(file: Path | None, key: str, value: Any) -> None:
+    """Append a line to a file in one write, so that several runs can share it; what a killed run
+    left of a line stays a line of its own.
+    """
+    if file is None:
+        return
+    with open(file, "ab+", buffering=0) as kept:
+        kept.seek(max(kept.seek(0, os.SEEK_END) - 1, 0))
+        is_torn = kept.read(1) not in (b"", b"\n")
+        kept.write(("\n" * is_torn + json.dumps({key: value}) + "\n").encode())
+
+
+def read_kept(file: Path | None) -> dict[str, Any]:
+    """Return what a file keeps, by key; a torn line is skipped."""
+    kept: dict[str, Any] = {}
+    lines = file.read_text(encoding="utf-8").splitlines() if file and file.exists() else []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            kept |= json.loads(line)
+    return kept
 
 
 def one_thread() -> None:
@@ -831,7 +856,7 @@ def compare_pairs(
     jobs = [
         Job(kind, d, seed, others=options.others) for kind, d in rows for seed in range(n_seeds)
     ]
-    results = run_jobs(name, function, jobs, options.processes)
+    results = run_jobs(name, function, jobs, options.processes, options.kept)
     table = {}
     for kind, d in rows:
         both = np.array([r["regret"] for r in results if (r["kind"], r["d"]) == (kind, d)]).T
@@ -895,7 +920,7 @@ def compare(options: Options, rows: Sequence[tuple[str, int]], name: str) -> dic
         for seed in range(options.seeds)
         for kind, d in rows
     ]
-    runs = run_jobs(name, compare_samplers, jobs, options.processes)
+    runs = run_jobs(name, compare_samplers, jobs, options.processes, options.kept)
     columns = list({column: None for result in runs for column in result["regret"]})
     print(f"  {'':19}" + "".join(f"{column:>{len(column) + 2}}" for column in columns))
     table = {}
@@ -1001,7 +1026,7 @@ def items(options: Options) -> dict[str, Any]:
     """Items evaluated until our search on a third of the items is as good as TPE's 100 trials."""
     dimensions = [d for _, d in options.chosen(("items", d) for d in DIMENSIONS)]
     jobs = [Job("items", d, seed) for d in dimensions for seed in range(options.seeds)]
-    results = run_jobs("items", spend_items, jobs, options.processes)
+    results = run_jobs("items", spend_items, jobs, options.processes, options.kept)
     print(
         f"\nitems: those evaluated until as good as {TPE_TRIALS} trials of TPE, which take", end=""
     )
@@ -1076,6 +1101,26 @@ def cost_until(
     return next((n * cost for n, r in zip(counts, regrets, strict=True) if r <= REACHED), math.inf)
 
 
+def recommend(job: Job) -> dict[str, Any]:
+    """Let one sampler recommend, which `job.others` keeps."""
+    return {"counts": [n for _, n in recommended_by(job.sampler, job)]}
+
+
+def others(options: Options) -> dict[str, Any]:
+    """Let the samplers that gradients is compared with recommend, slow ones too, for `--others`."""
+    kept, rows = kept_by_others(options.others), options.chosen(gradient_rows())
+    jobs = [
+        Job(kind, d, seed, others=options.others, sampler=name)
+        for seed in range(options.seeds)
+        for kind, d in rows
+        for name in OTHERS | MODELS
+        if f"{name} {kind} {d} {seed}" not in kept
+    ]
+    print(f"\nothers: {len(jobs)} runs of other samplers, kept in {options.others}")
+    run_jobs("others", recommend, jobs, options.processes)
+    return {}
+
+
 def gradients(options: Options) -> dict[str, Any]:
     """Our search with gradients against ours without, at equal cost in forwards."""
     print("\ngradients: regret in % of the gain at equal cost; one with gradients costs ", end="")
@@ -1090,8 +1135,8 @@ def gradients(options: Options) -> dict[str, Any]:
             others=options.others,
             gradient_cost=options.gradient_cost,
         )
-        for kind, d in rows
         for seed in range(options.seeds)
+        for kind, d in rows
     ]
     runs = run_jobs("gradients", compare_with_gradients, jobs, options.processes, options.kept)
     return {"table": print_medians(rows, runs, verdict_on), "runs": runs}
@@ -1129,8 +1174,8 @@ def large(options: Options) -> dict[str, Any]:
     rows = options.chosen(("domains", d) for d in LARGE_DIMENSIONS)
     jobs = [
         Job(kind, d, seed, others=options.others, gradient_cost=options.gradient_cost)
-        for kind, d in rows
         for seed in range(options.seeds)
+        for kind, d in rows
     ]
     runs = run_jobs("large", compare_large, jobs, options.processes, options.kept)
     return {"table": print_medians(rows, runs, lambda *_: ""), "runs": runs}
@@ -1234,7 +1279,7 @@ def retarget(options: Options) -> dict[str, Any]:
         for kind, d in rows
         for seed in range(options.seeds)
     ]
-    results = run_jobs("retarget", retarget_study, jobs, options.processes)
+    results = run_jobs("retarget", retarget_study, jobs, options.processes, options.kept)
     print(f"\nretarget: regret in % for new objectives after {RETARGET_TRIALS} trials", end="")
     if options.with_gradients:
         n_trials = count_with_gradients(RETARGET_TRIALS, options.gradient_cost)
@@ -1268,34 +1313,56 @@ def median_interval(by_study: "Array") -> tuple[float, float]:
 
 
 def asking(options: Options) -> dict[str, Any]:
-    """Seconds of an ask with 100 recorded trials, 8 vectors and 4 terms, on one core."""
+    """CPU seconds of an ask after many recorded trials, with 4 terms, on one core."""
+    print(f"\nasking: CPU seconds of an ask, {N_TERMS} terms, one core")
+    table = {}
+    for d, n_trials, with_gradients in ASKED:
+        seconds = seconds_of_asks(d, n_trials, max(3, options.seeds // 4), with_gradients)
+        median = statistics.median(seconds)
+        name = f"{d} vectors, {n_trials:,} trials" + ", all with gradients" * with_gradients
+        table[name] = seconds
+        print(f"  {name}: {median:.3f} (of {len(seconds)}: ", end="")
+        bar = missed(median, ASKING_BAR) if with_gradients else ""
+        print(f"{min(seconds):.3f} to {max(seconds):.3f}; bar {ASKING_BAR:g}{bar})")
+    return {"seconds": table}
+
+
+def seconds_of_asks(d: int, n_trials: int, n_asks: int, with_gradients: bool) -> list[float]:
+    """Return the CPU seconds of asks after so many recorded trials and a few more."""
+    landscape, rng = landscape_of("smooth", d, 0), noise_of("optimer", 0)
+    config = config_of(landscape, 0, n_trials, gradients=with_gradients)
+    points = [point_of(weights) for _, weights in anchors(config)]
+    points.extend(blends(rng, n_trials + n_asks - len(points), d))
     seconds = []
-    with threadpool_limits(1):
-        for seed in range(max(3, options.seeds // 4) + 1):
-            landscape = landscape_of("smooth", 8, seed)
-            config = config_of(landscape, seed, 100)
-            rng = noise_of("optimer", seed)
-            points = [point_of(weights) for _, weights in anchors(config)]
-            points.extend(blends(rng, 100 - len(points), 8))
-            with tempfile.TemporaryDirectory() as scratch:
-                asker = Asker(config, Path(scratch))
-                for number, point in enumerate(points):
-                    weights = dict(zip(config.free, map(float, point), strict=True))
-                    scores = term_scores(landscape, landscape.observe(point, rng))
-                    asker.tell(Trial(number, "told", "search", weights, "ok", scores, {}))
-                started = perf_counter()
-                asker.ask(len(points))
-                seconds.append(perf_counter() - started)
-    seconds = seconds[1:]  # the first one imports
-    median = statistics.median(seconds)
-    print(f"\nasking: {median:.3f} s an ask at 100 trials, 8 vectors, 4 terms, one core ", end="")
-    print(f"(of {len(seconds)}: {min(seconds):.3f} to {max(seconds):.3f})")
-    return {"median": median, "seconds": seconds}
+    with threadpool_limits(1), tempfile.TemporaryDirectory() as scratch:
+        asker = Asker(config, Path(scratch))
+        for number, point in enumerate(points):
+            weights = dict(zip(config.free, map(float, point), strict=True))
+            scores = term_scores(landscape, landscape.observe(point, rng))
+            slopes = term_gradients(landscape, weights, rng) if with_gradients else {}
+            candidate = Candidate(number, "told", weights, with_gradients=with_gradients)
+            asker.tell(candidate.to_trial(scores, {}, 0, slopes))
+            if number + 1 >= n_trials:
+                started = process_time()
+                asker.ask(number + 1)
+                seconds.append(process_time() - started)
+    return seconds[1:]  # the first one imports
 
 
 MEASUREMENTS = {
     function.__name__: function
-    for function in (samplers, paired, parallel, real, items, retarget, asking, gradients, large)
+    for function in (
+        samplers,
+        paired,
+        parallel,
+        real,
+        items,
+        retarget,
+        asking,
+        others,
+        gradients,
+        large,
+    )
 }
 
 
@@ -1325,8 +1392,8 @@ def main() -> None:
     parser.add_argument(
         "--kept",
         type=Path,
-        help="Keep the result of every landscape of gradients and large, and take from here what "
-        "an earlier run of the same code kept.",
+        help="Keep the result of every landscape, and take from here what an earlier run of the "
+        "same code kept. Runs may share the file, and files may be joined.",
     )
     parser.add_argument("--quick", action="store_true", help="Two seeds and no stock SMAC.")
     parser.add_argument(
@@ -1338,12 +1405,19 @@ def main() -> None:
     parser.add_argument(
         "--with-gradients", action="store_true", help="Re-target from trials with gradients."
     )
-    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=MEASUREMENTS,
+        default=[name for name in MEASUREMENTS if name != "others"],
+    )
     parser.add_argument(
         "--rows", nargs="+", choices=row_names(), default=[], help="Only these landscapes."
     )
     parsed = parser.parse_args()
     check_installed()
+    if "others" in parsed.only and parsed.others is None:
+        parser.error("--only others: say with --others where to keep what they recommend.")
     if min(parsed.seeds, parsed.paired_seeds) < 2:
         parser.error("--seeds and --paired-seeds: an interval needs two or more.")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
