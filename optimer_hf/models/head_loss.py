@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimer_hf.models.logit_summary import choose_summary
+from optimer_hf.models.logit_summary import choose_summary, columns_at_a_time
 from optimer_hf.models.placement import input_device, is_only_placed, resident_weight
 from optimer_hf.models.sharded import is_sharded, layer_class
 from optimer_hf.models.token_loss import TokenBlockLoss
@@ -263,8 +263,9 @@ def log_probabilities_in_few_passes(
     largest = hidden.new_full((n, 1), -torch.inf, dtype=torch.float32)
     total = largest
     summarize = choose_summary(n * len(weight), hidden.device.type)
-    for start, rows in _blocks(weight, hidden):
-        logits = hidden @ rows.T
+    step = columns_at_a_time(n, len(weight))
+    for start in range(0, len(weight), step):
+        logits = hidden @ weight[start : start + step].to(hidden.dtype).T
         target = _pick(target, logits, labels, start)
         normaliser, peak = summarize(logits, softcap)
         total = torch.logaddexp(total, normaliser)

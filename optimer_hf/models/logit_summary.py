@@ -11,6 +11,7 @@ from optimer_hf.models.memory import lacks_memory
 logger = logging.getLogger(__name__)
 
 WORTH_COMPILING = 2**28  # logits of a batch; compiling takes some seconds, once
+LOGITS_AT_ONCE = 2**28  # on a GPU, 512 MiB in 16 bits
 
 Summary = Callable[[torch.Tensor, float | None], tuple[torch.Tensor, torch.Tensor]]
 
@@ -22,6 +23,14 @@ def choose_summary(n_logits: int, device: str) -> Summary:
     """
     is_large = device == "cuda" and n_logits >= WORTH_COMPILING
     return summarize_in_one_pass if is_large else summarize
+
+
+def columns_at_a_time(n: int, n_vocabulary: int) -> int:
+    """Return how many columns a block of logits has for n hidden states: a power of two, because
+    code is compiled for each width, and is fast only for rows that begin at aligned addresses.
+    """
+    room = max(1, LOGITS_AT_ONCE // max(1, n))
+    return 1 << (min(room, n_vocabulary).bit_length() - 1)
 
 
 def summarize(logits: torch.Tensor, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,9 +63,12 @@ _COMPILED: list[Summary] = []
 def summarize_in_one_pass(
     logits: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `summarize` returns, by compiled code; without a compiler, by `summarize`."""
+    """Return what `summarize` returns, by compiled code, the same for any number of rows; without a
+    compiler, by `summarize`.
+    """
+    torch._dynamo.maybe_mark_dynamic(logits, 0)
     if not _COMPILED:
-        compiled: Summary = torch.compile(compute_summary, dynamic=True)
+        compiled: Summary = torch.compile(compute_summary)
         try:
             compiled(logits, softcap)
         except Exception as error:

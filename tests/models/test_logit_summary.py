@@ -7,8 +7,10 @@ import torch
 
 from optimer_hf.models import logit_summary
 from optimer_hf.models.logit_summary import (
+    LOGITS_AT_ONCE,
     WORTH_COMPILING,
     choose_summary,
+    columns_at_a_time,
     compute_summary,
     summarize,
     summarize_in_one_pass,
@@ -20,7 +22,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and DEVICE == "cpu", reason="torch.compile needs a compiler"
 )
-WAYS = [summarize, compute_summary, pytest.param(summarize_in_one_pass, marks=needs_compiler)]
 
 
 @pytest.fixture(autouse=True)
@@ -33,18 +34,29 @@ def block(n: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return (20 * torch.randn(n, width, generator=generator)).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("way", WAYS)
+def check(way, logits: torch.Tensor, softcap: float | None) -> None:
+    """Assert that a way to summarize logits gives what float64 gives."""
+    normaliser, peak = way(logits, softcap)
+    exact = logits.double()
+    capped = exact if softcap is None else softcap * torch.tanh(exact / softcap)
+    assert normaliser.dtype == peak.dtype == torch.float32
+    assert torch.equal(peak.double(), exact.amax(1, keepdim=True))
+    expected = torch.logsumexp(capped, 1, keepdim=True)
+    torch.testing.assert_close(normaliser.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [summarize, compute_summary])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_summary_is_the_log_of_the_sum_and_the_largest_logit(way, softcap, dtype):
-    for logits in (block(7, 300, dtype), block(8, 77, dtype)):  # one code for all sizes
-        normaliser, peak = way(logits, softcap)
-        exact = logits.double()
-        capped = exact if softcap is None else softcap * torch.tanh(exact / softcap)
-        expected = torch.logsumexp(capped, 1, keepdim=True)
-        assert normaliser.dtype == peak.dtype == torch.float32
-        assert torch.equal(peak.double(), exact.amax(1, keepdim=True))
-        torch.testing.assert_close(normaliser.double(), expected, rtol=1e-6, atol=1e-5)
+    check(way, block(7, 300, dtype), softcap)
+
+
+@needs_compiler
+def test_compiled_code_gives_the_same_for_any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    for n in (8, 9, 640):
+        check(summarize_in_one_pass, block(n, 64, torch.bfloat16), 30.0)
 
 
 def test_without_a_compiler_a_batch_is_scored_all_the_same(monkeypatch):
@@ -64,3 +76,11 @@ def test_only_large_batches_on_a_gpu_are_worth_compiling():
     assert choose_summary(WORTH_COMPILING, "cuda") is summarize_in_one_pass
     assert choose_summary(WORTH_COMPILING - 1, "cuda") is summarize
     assert choose_summary(WORTH_COMPILING, "cpu") is summarize
+
+
+@pytest.mark.parametrize("n", [1, 3, 1000, 32613, 2**16])
+@pytest.mark.parametrize("n_vocabulary", [10, 50257, 2**18])
+def test_blocks_are_as_wide_as_memory_allows(n, n_vocabulary):
+    width = columns_at_a_time(n, n_vocabulary)
+    assert width.bit_count() == 1 and width <= n_vocabulary and n * width <= LOGITS_AT_ONCE
+    assert 2 * width > n_vocabulary or 2 * n * width > LOGITS_AT_ONCE
