@@ -112,13 +112,11 @@ class Likelihoods:
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         if inputs:
             parts = self._budget.answer(inputs, self._cut, self._score)
-            # on the host: wait for the device once, not for each item
-            values, greedy = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
             indices = [index for tokens in in_order for index in asked[tokens]]
             lengths = [len(requests[index][2]) for index in indices]
-            ends = zip(torch.split(values, lengths), torch.split(greedy, lengths), strict=True)
-            for index, (value, is_greedy) in zip(indices, ends, strict=True):
-                answers[index] = value.sum().item(), bool(is_greedy.all())
+            values, greedy = (torch.cat(each) for each in zip(*parts, strict=True))
+            for index, answer in zip(indices, _join(values, greedy, lengths), strict=True):
+                answers[index] = answer
         return answers, sum(map(len, in_order))
 
     def differentiate(
@@ -278,6 +276,26 @@ class Likelihoods:
             torch.from_numpy(np.concatenate(places)).to(device),
             torch.from_numpy(np.concatenate(targets)).to(device),
         )
+
+
+def _join(
+    values: torch.Tensor, greedy: torch.Tensor, lengths: Sequence[int]
+) -> list[tuple[float, bool]]:
+    """Return the sum of the values and whether all are greedy for continuations of some lengths."""
+    if values.device.type != "cpu":
+        return _join_on_device(values, greedy, lengths)
+    ends = zip(torch.split(values, lengths), torch.split(greedy, lengths), strict=True)
+    return [(value.sum().item(), bool(flags.all())) for value, flags in ends]
+
+
+def _join_on_device(
+    values: torch.Tensor, greedy: torch.Tensor, lengths: Sequence[int]
+) -> list[tuple[float, bool]]:
+    """Do as `_join` with one kernel for all sums, so that the host waits once."""
+    sizes = torch.tensor(lengths, device=values.device)
+    sums = torch.segment_reduce(values, "sum", lengths=sizes)
+    least = torch.segment_reduce(greedy.float(), "min", lengths=sizes)
+    return list(zip(sums.tolist(), least.bool().tolist(), strict=True))
 
 
 def _item_value(item: Item, values: Mapping[int, torch.Tensor]) -> torch.Tensor:

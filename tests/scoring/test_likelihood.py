@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from optimer_hf.scoring import likelihood
 from optimer_hf.scoring.batching import Budget
 from optimer_hf.scoring.likelihood import Likelihoods
 from tests.support.tiny import VOCABULARY, tiny_model
@@ -110,3 +111,16 @@ def test_scores_follow_the_weights_although_batches_are_kept():
 
 def test_no_requests_have_no_answers():
     assert Likelihoods(tiny_model().eval(), WINDOW, shares_rows=True).of([]) == ([], 0)
+
+
+def test_sums_on_a_device_are_those_on_the_host():
+    lengths = [3, 0, 1, 40]
+    values = torch.randn(44, generator=torch.Generator().manual_seed(0))
+    greedy = values > -2
+    greedy[:4] = torch.tensor([True, False, True, True])
+    on_device = likelihood._join_on_device(values, greedy, lengths)
+    on_host = likelihood._join(values, greedy, lengths)
+    assert [flag for _, flag in on_device] == [flag for _, flag in on_host]
+    assert [flag for _, flag in on_host[:3]] == [False, True, True]
+    for (one, _), (other, _) in zip(on_device, on_host, strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
