@@ -175,7 +175,8 @@ def list_kernels(profiler: Any) -> None:
     if IS_GPU:
         torch.cuda.synchronize()
     profiler.stop()
-    kernels = [each for each in profiler.key_averages() if each.self_device_time_total]
+    is_kernel = torch.autograd.DeviceType.CUDA
+    kernels = [each for each in profiler.key_averages() if each.device_type == is_kernel]
     kernels.sort(key=lambda each: -each.self_device_time_total)
     total = sum(each.self_device_time_total for each in kernels) / 1e3 / N_PROFILED
     print(f"{total:9.2f} ms a step on the device", file=sys.stderr)
