@@ -284,7 +284,7 @@ def _join(
     """Return the sum of the values and whether all are greedy for continuations of some lengths."""
     if values.device.type != "cpu":
         return _join_on_device(values, greedy, lengths)
-    ends = zip(torch.split(values, lengths), torch.split(greedy, lengths), strict=True)
+    ends = zip(torch.split(values, [*lengths]), torch.split(greedy, [*lengths]), strict=True)
     return [(value.sum().item(), bool(flags.all())) for value, flags in ends]
 
 
