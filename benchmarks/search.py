@@ -25,7 +25,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from time import perf_counter, process_time
@@ -45,7 +45,7 @@ from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.trial import Scored
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
-from optimer_hf.study.gradients import next_anchor
+from optimer_hf.study.gradients import N_PLACES, next_anchor, takes_gradients
 from optimer_hf.study.prediction import predict
 from optimer_hf.study.screening import searched_part
 from optimer_hf.study.space import anchors
@@ -66,14 +66,22 @@ BAR = f"tpe@{TPE_TRIALS}"
 RETARGET_TRIALS, N_OBJECTIVES = 60, 5
 RETARGET_BARS = {("smooth", 4): 1, ("smooth", 8): 3, ("accuracy", 4): 3, ("accuracy", 8): 8}
 ITEMS_BAR = 1 / 5
+GRADIENT_ITEMS_BAR, MOST_WITH_GRADIENTS = 1 / 20, 16  # of TPE's items; trials
 ASKING_BAR = 0.3  # CPU seconds
 ASKED = ((8, 100, False), (4, 2000, True), (16, 2000, True))  # vectors, trials, with gradients
 GRADIENT_COST = 2.5  # forwards that a trial with gradients takes
 GRADIENT_BUDGETS = (20, 40)  # forwards
 GRADIENT_BARS = {(4, 20): 1.0, (8, 20): 1 / 2, (16, 40): 1 / 5}  # of the regret without
+WORTH_TRIALS, WORTH_FACTORS = (4, 8), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
 GRADIENT_DIMENSIONS = (4, 8, 16)
 LARGE_DIMENSIONS, N_DOMAINS = (16, 32, 64), 8  # vectors of a large pool, and what they are of
-SCREENS: tuple[int | Literal["auto"], ...] = (8, "auto")
+LARGE_ARMS: tuple[tuple[bool, int | Literal["", "auto"]], ...] = (
+    (False, ""),
+    (False, 8),
+    (False, "auto"),
+    (True, ""),
+    (True, 8),
+)  # with gradients, and the screen; with gradients `auto` leaves nothing out
 GRADIENT_STEP = 0.01  # of a weight, by which a recorded gradient becomes a point
 REACHED, REACHED_BAR = 2.0, 1 / 2  # % of regret, and the share of the forwards until there
 POOLS = Path(__file__).parent / "real_pool.json"
@@ -88,7 +96,8 @@ class Landscape:
 
     `scores` maps points [n, d] to noise-free scores [n, n_terms]; `observe` draws the items of one
     evaluation of one point [d], [n_terms, n_items], whose means are the observed scores.
-    `gradient_noise` [n_terms, 1] is the standard deviation of an observed derivative.
+    `gradient_noise` [n_terms, 1] is the standard deviation of an observed derivative. `companion`
+    are scores of the items of a search that have gradients where accuracies have none.
     """
 
     d: int
@@ -96,6 +105,7 @@ class Landscape:
     observe: "Callable[[Array, np.random.Generator], Array]"
     higher_is_better: bool
     gradient_noise: "float | Array" = 0.0
+    companion: "Scores | None" = None
 
     def gains(self, points: "Array") -> "Array":
         """Return the noise-free gain of every term over the base, [n, n_terms]: points for
@@ -271,7 +281,12 @@ def accuracy(smooth: "Scores", d: int, rng: np.random.Generator, *, fixed_items:
         solved = (luck < low[:, None]) | (solved & (luck < high[:, None]))
         return solved.astype(np.float64)
 
-    return Landscape(d, scores, observe, higher_is_better=True)
+    def log_probability(points: "Array") -> "Array":
+        shown = thresholds[:, :N_ITEMS_SEARCH] - smooth(points)[..., None]
+        shown = shown - np.einsum("tid,nd->nti", slopes[:, :N_ITEMS_SEARCH], points)
+        return np.asarray(-np.logaddexp(0, -shown / width[:, None]).mean(axis=2))
+
+    return Landscape(d, scores, observe, higher_is_better=True, companion=log_probability)
 
 
 def recorded(name: str) -> Landscape:
@@ -622,8 +637,12 @@ def term_gradients(
     }
 
 
-def gradient_trials(landscape: Landscape, config: StudyConfig) -> list[Trial]:
-    """Run our search with gradients in every trial, without a study directory."""
+def gradient_trials(
+    landscape: Landscape, config: StudyConfig, *, n_items: int = N_ITEMS
+) -> list[Trial]:
+    """Run our search without a study directory, on the first items of every term, with gradients
+    in every trial or, where the study takes none, in those that a screen waits for.
+    """
     trials, rng = list[Trial](), noise_of("optimer", config.search.seed)
     of_gradients = noise_of("gradients", config.search.seed)
     with tempfile.TemporaryDirectory() as scratch:
@@ -631,9 +650,10 @@ def gradient_trials(landscape: Landscape, config: StudyConfig) -> list[Trial]:
         for number in range(config.search.n_trials):
             planned = next_anchor(searched_part(config, trials), number, trials)
             origin, weights = planned or ("surrogate", asker.ask(number))
-            scores = term_scores(landscape, landscape.observe(point_of(weights), rng))
-            gradients = term_gradients(landscape, weights, of_gradients)
-            candidate = Candidate(number, origin, weights, with_gradients=True)
+            scores = term_scores(landscape, landscape.observe(point_of(weights), rng)[:, :n_items])
+            takes = takes_gradients(config, trials)
+            gradients = term_gradients(landscape, weights, of_gradients) if takes else {}
+            candidate = Candidate(number, origin, weights, with_gradients=takes)
             trials.append(candidate.to_trial(scores, {}, 0, gradients))
             asker.tell(trials[-1])
     return trials
@@ -1001,6 +1021,72 @@ def spend_items(job: Job) -> dict[str, Any]:
     }
 
 
+def spend_items_with_gradients(job: Job) -> dict[str, Any]:
+    """Return the share of the items of TPE's trials after which a search with gradients is as good,
+    on one landscape: on a third of the items, nothing re-scored. Accuracies are searched by the
+    log-probabilities of the right answers.
+    """
+    landscape = searched = landscape_of(job.kind, job.d, job.seed)
+    more_noise = math.sqrt(N_ITEMS / N_ITEMS_SEARCH)
+    if landscape.companion is not None:
+        scores = landscape.companion
+        searched = Landscape(
+            job.d, scores, lambda point, rng: scores(point[None])[0][:, None], True
+        )
+    searched = replace(searched, gradient_noise=searched.gradient_noise * more_noise)
+    config = config_of(searched, job.seed, MOST_WITH_GRADIENTS, gradients=True)
+    trials = gradient_trials(searched, config, n_items=N_ITEMS_SEARCH)
+    counts = range(2, len(trials) + 1)
+    ours = [ranked(config, trials[:n])[0] for n in counts]
+    theirs = recommended_by("tpe", job)["tpe", TPE_TRIALS]
+    *regrets, target = uniform_regrets(landscape, [*ours, theirs])
+    each = job.gradient_cost * N_ITEMS_SEARCH / (TPE_TRIALS * N_ITEMS)  # share of a trial
+    reached = (n * each for n, regret in zip(counts, regrets, strict=True) if regret <= target)
+    return {
+        "kind": job.kind,
+        "d": job.d,
+        "seed": job.seed,
+        "share": next(reached, None),
+        "tpe_regret": target,
+        "regrets": {f"{n * each:.4f}": r for n, r in zip(counts, regrets, strict=True)},
+    }
+
+
+def gradient_items(options: Options) -> dict[str, Any]:
+    """Items evaluated until a search with gradients on a third of them is as good as TPE."""
+    print(f"\ngradient_items: share of the items of {TPE_TRIALS} trials of TPE after which ours ")
+    print(f"  with gradients on {N_ITEMS_SEARCH} of {N_ITEMS} a term is as good; ", end="")
+    print(f"{options.seeds} landscapes a row")
+    rows = options.chosen((kind, d) for kind in ("smooth", "items") for d in DIMENSIONS)
+    jobs = [
+        Job(kind, d, seed, others=options.others, gradient_cost=options.gradient_cost)
+        for seed in range(options.seeds)
+        for kind, d in rows
+    ]
+    name, function = "gradient_items", spend_items_with_gradients
+    results = run_jobs(name, function, jobs, options.processes, options.kept)
+    table = {}
+    for kind, d in rows:
+        runs = [run for run in results if (run["kind"], run["d"]) == (kind, d)]
+        shares = [run["share"] or math.inf for run in runs]
+        ratio, target = statistics.median(shares), statistics.median(r["tpe_regret"] for r in runs)
+        medians = {c: statistics.median(r["regrets"][c] for r in runs) for c in runs[0]["regrets"]}
+        together = next((float(c) for c, r in medians.items() if r <= target), math.inf)
+        within = [c for c in medians if float(c) <= GRADIENT_ITEMS_BAR]
+        table[f"{kind} {d}"] = {"ratio": ratio, "together": together, "tpe_regret": target}
+        label = "accuracy by its companion" if kind == "items" else "loss"
+        print(
+            f"  {label}, {d} vectors: {ratio:.3f}, median of runs (bar {GRADIENT_ITEMS_BAR:g}",
+            end="",
+        )
+        print(
+            f"{missed(ratio, GRADIENT_ITEMS_BAR)}); {together:.3f} until the median is TPE's, ",
+            end="",
+        )
+        print(f"{target:.2f} %; {medians[within[-1]]:.2f} % at {within[-1]}")
+    return {"table": table, "runs": results}
+
+
 def summary_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return medians over runs as shares of the items of TPE's trials; None is never."""
     whole, n_runs = runs[0]["tpe_items"], len(runs)
@@ -1091,6 +1177,47 @@ def count_with_gradients(budget: float, cost: float) -> int:
     return int(budget / cost)
 
 
+def worth_of_gradients(job: Job) -> dict[str, Any]:
+    """Return the regret after WORTH_TRIALS with gradients, and after WORTH_FACTORS times as many
+    without.
+    """
+    landscape = landscape_of(job.kind, job.d, job.seed)
+    most = int(max(WORTH_TRIALS) * max(WORTH_FACTORS))
+    without = optimer_trials(landscape, config_of(landscape, job.seed, most))
+    config = config_of(landscape, job.seed, max(WORTH_TRIALS), gradients=True)
+    told = gradient_trials(landscape, config)
+    recommended = {}
+    for n in WORTH_TRIALS:
+        recommended[f"gradients@{n}"] = ranked(config, told[:n])[0]
+        for factor in WORTH_FACTORS:
+            recommended[f"values@{n * factor:g}"] = ranked(config, without[: int(n * factor)])[0]
+    regrets = uniform_regrets(landscape, list(recommended.values()))
+    result = dict(zip(recommended, regrets, strict=True))
+    return {"kind": job.kind, "d": job.d, "seed": job.seed, "regret": result}
+
+
+def worth(options: Options) -> dict[str, Any]:
+    """How many trials without gradients reach what one with them does."""
+    print("\nworth: trials without gradients whose median regret is no larger, for one with them; ")
+    print(f"  {options.seeds} landscapes a row")
+    rows = options.chosen(gradient_rows())
+    jobs = [Job(kind, d, seed) for seed in range(options.seeds) for kind, d in rows]
+    runs = run_jobs("worth", worth_of_gradients, jobs, options.processes, options.kept)
+    table = {}
+    for kind, d in rows:
+        regrets = [r["regret"] for r in runs if (r["kind"], r["d"]) == (kind, d)]
+        medians = {c: statistics.median(r[c] for r in regrets) for c in regrets[0]}
+        print(f"  {kind}, {d} vectors: ", end="")
+        for n in WORTH_TRIALS:
+            target = medians[f"gradients@{n}"]
+            reached = (f for f in WORTH_FACTORS if medians[f"values@{n * f:g}"] <= target)
+            factor = table[f"{kind} {d} {n}"] = next(reached, math.inf)
+            text = f"{factor:g}" if factor < math.inf else f"more than {max(WORTH_FACTORS)}"
+            print(f"{text} at {n} ({target:.2f} %); ", end="")
+        print()
+    return {"table": table, "medians": runs}
+
+
 def cost_until(
     landscape: Landscape, config: StudyConfig, trials: Sequence[Trial], cost: float
 ) -> float:
@@ -1147,18 +1274,20 @@ def compare_large(job: Job) -> dict[str, Any]:
     them over the vectors that a screen keeps.
     """
     landscape = landscape_of(job.kind, job.d, job.seed)
-    n_trials = count_with_gradients(max(GRADIENT_BUDGETS), job.gradient_cost)
-    without = config_of(landscape, job.seed, max(GRADIENT_BUDGETS))
-    runs = {"values": (without, optimer_trials(landscape, without), 1.0)}
-    for screen in (None, *SCREENS):
-        config = config_of(landscape, job.seed, n_trials, gradients=True, screen=screen)
-        name = "gradients" if screen is None else f"screen-{screen}"
-        runs[name] = config, gradient_trials(landscape, config), job.gradient_cost
-    recommended = {
-        (name, budget): ranked(config, trials[: count_with_gradients(budget, cost)])[0]
-        for budget in GRADIENT_BUDGETS
-        for name, (config, trials, cost) in runs.items()
-    }
+    recommended = {}
+    for gradients, screen in LARGE_ARMS:
+        name = ("gradients" if gradients else "values") + (f"-screen-{screen}" if screen else "")
+        cost, extra = (job.gradient_cost, 0.0) if gradients else (1.0, 0.0)
+        if screen and not gradients:  # the two places take gradients
+            extra = N_PLACES * (job.gradient_cost - 1)
+        counts = [int((budget - extra) / cost) for budget in GRADIENT_BUDGETS]
+        config = config_of(
+            landscape, job.seed, max(counts), gradients=gradients, screen=screen or None
+        )
+        run = gradient_trials if gradients or screen else optimer_trials
+        trials = run(landscape, config)
+        for budget, n in zip(GRADIENT_BUDGETS, counts, strict=True):
+            recommended[name, budget] = ranked(config, trials[:n])[0]
     for name in OTHERS:
         recommended |= recommended_by(name, job)
     regrets = uniform_regrets(landscape, list(recommended.values()))
@@ -1361,6 +1490,8 @@ MEASUREMENTS = {
         asking,
         others,
         gradients,
+        worth,
+        gradient_items,
         large,
     )
 }

@@ -44,7 +44,7 @@ from optimer_hf.study.gradients import (
 from optimer_hf.study.plugins import Sampler, refuse_missing_plugins
 from optimer_hf.study.prediction import PREDICTION, predict
 from optimer_hf.study.records import Rules, mistake_of_gain, mistakes_of_score
-from optimer_hf.study.screening import screen_of, searched_part
+from optimer_hf.study.screening import keeps_all, screen_of, searched_part
 from optimer_hf.study.space import anchors
 from optimer_hf.study.trials import (
     INPUTS_FILE,
@@ -362,6 +362,8 @@ def _say_whether_gradients_pay(searched: StudyConfig, trials: Sequence[Trial]) -
 def _say_what_is_searched(study: Study) -> None:
     """Log what the screen of a large pool has chosen, once it has."""
     screen = screen_of(study.config, study.trials)
+    if keeps_all(study.config, study.trials):
+        logger.info("search: the trials take gradients, so search.screen auto leaves nothing out")
     if screen is not None:
         logger.info(
             "search: the gradients of %s choose %d of %d vectors: %s; the others stay at 0",

@@ -313,9 +313,10 @@ class SearchConfig(FileModel):
     )
     """Number of vectors to search in a large pool. The base and the average take gradients,
     whatever `gradients` says, and the vectors that promise most by their slopes are searched: in
-    turn for the objective and for each term. The others stay at 0. auto: those with which the
-    objective rises at one of the two, at most sixteen. Each group of a vector with `by` counts as
-    a vector. A study can raise the number and go on. Default: all vectors.
+    turn for the objective and for each term. The others stay at 0. auto: all where later trials
+    take gradients; else those with which the objective rises at one of the two, at most sixteen.
+    Each group of a vector with `by` counts as a vector. A study can raise the number and go on.
+    Default: all vectors.
     """
     seed: int = Field(default=0, ge=0, lt=2**32, examples=[1])
     """Seed of the search, of random vectors and of DARE's masks."""

@@ -17,6 +17,7 @@ from optimer_hf.study.gradients import (
     differentiable_part,
     gain_gradients,
     places_of_screen,
+    takes_gradients,
     value_gradient,
 )
 from optimer_hf.study.trials import Trial
@@ -40,9 +41,10 @@ class Screen:
 def screen_of(config: StudyConfig, trials: Sequence[Trial]) -> Screen | None:
     """Return what `search.screen` chooses, given the search trials on record; None without that
     setting, while there are too few trials with gradients, or if no term has one in all of them.
+    `auto` chooses nothing where later trials take gradients, see `keeps_all`.
     """
     places = places_of_screen(trials)
-    if config.search.screen is None or len(places) < N_PLACES:
+    if config.search.screen is None or len(places) < N_PLACES or keeps_all(config, trials):
         return None
     objective = differentiable_part(config.objective, places)
     if objective is None:
@@ -54,6 +56,14 @@ def screen_of(config: StudyConfig, trials: Sequence[Trial]) -> Screen | None:
         [name for name in config.free if name in chosen],
         {name: rise for name, rise in promises[0].items() if name not in chosen},
     )
+
+
+def keeps_all(config: StudyConfig, trials: Sequence[Trial]) -> bool:
+    """Whether `auto` searches all vectors, given the trials at the places: if later ones take
+    gradients. Those tell of every vector at the same cost, and what a screen leaves out is lost.
+    Scores alone tell little of dozens of vectors, so that fewer are found sooner.
+    """
+    return config.search.screen == "auto" and takes_gradients(config, trials)
 
 
 def searched_part(config: StudyConfig, trials: Sequence[Trial]) -> StudyConfig:

@@ -88,8 +88,19 @@ def test_the_steepest_of_the_objective_and_of_each_term_are_kept():
 
 
 def test_auto_keeps_those_with_which_the_objective_rises():
-    config = large("auto")
+    config = large("auto", "never")
     assert kept(config, places(config)) == {*GOOD["t"]}  # u falls with what t gains
+
+
+@pytest.mark.parametrize("gradients", ["always", "auto"])
+def test_auto_searches_all_vectors_where_the_trials_have_gradients(gradients, tmp_path, caplog):
+    caplog.set_level("INFO")
+    study = search(large("auto", gradients), tmp_path / "a", runner=InProcess(LargePool))
+    whole = search(large(None, gradients), tmp_path / "n", runner=InProcess(LargePool))
+    assert screen_of(study.config, study.trials) is None
+    assert outcome(study) == outcome(whole)
+    assert caplog.text.count("search.screen auto leaves nothing out") == 1
+    assert caplog.text.count("it takes them") == 2 * (gradients == "auto") or gradients == "always"
 
 
 def test_a_promise_counts_within_the_bounds():
@@ -147,8 +158,9 @@ def test_groups_that_are_left_out_stay_at_0(by):
     assert part.fixed == config.fixed | dict.fromkeys(left_out, 0.0)
 
 
-@pytest.mark.parametrize("gradients", ["always", "auto", "never"])
-@pytest.mark.parametrize("screen", [4, "auto"])
+@pytest.mark.parametrize(
+    ("gradients", "screen"), [("always", 4), ("auto", 4), ("never", 4), ("never", "auto")]
+)
 def test_a_screened_search_moves_the_kept_alone_and_resumes(gradients, screen, tmp_path, caplog):
     caplog.set_level("INFO")
     config = large(screen, gradients)
@@ -157,8 +169,7 @@ def test_a_screened_search_moves_the_kept_alone_and_resumes(gradients, screen, t
     names = screen_found.kept
     assert len(names) == (4 if screen == 4 else 3)
     assert [trial.origin for trial in whole.trials[:2]] == ["base", "average"]
-    # of three vectors, a trial with gradients is worth less than the two that it costs
-    later = gradients == "always" or (gradients == "auto" and screen == 4)
+    later = gradients != "never"
     assert [bool(trial.gradients) for trial in whole.trials] == [True] * 2 + [later] * 6
     for trial in whole.trials[2:]:
         assert {name for name, weight in trial.weights.items() if weight} <= set(names)
@@ -166,7 +177,6 @@ def test_a_screened_search_moves_the_kept_alone_and_resumes(gradients, screen, t
     said = f"the gradients of base and average choose {len(names)} of 12 vectors"
     assert caplog.text.count(said) == 1
     assert ("times as long" in caplog.text) == (gradients != "never")
-    assert ("it goes on without them" in caplog.text) == (gradients == "auto" and not later)
     if not later:
         first = [*(f"{name} alone" for name in names), "average", "surrogate"][:6]
         assert [trial.origin for trial in whole.trials[2:]][: len(first)] == first
