@@ -58,6 +58,19 @@ def yaml_text(data: Mapping[str, Any], *, inline: bool = False) -> str:
     )
 
 
+def flow_text(value: Any) -> str:
+    """Return a value as YAML that can stand anywhere in a line: {a: 1, b: [2, 3]}."""
+    text = yaml.dump(
+        [value],
+        Dumper=_Dumper,
+        default_flow_style=True,
+        sort_keys=False,
+        allow_unicode=True,
+        width=float("inf"),
+    )
+    return str(text).strip()[1:-1]
+
+
 def line_of(path: Path, location: Sequence[str | int]) -> int | None:
     """Return the line of a field in a YAML file that `read_yaml` accepts.
 
