@@ -154,7 +154,7 @@ def search(
     where = runner or InProcess(partial(ResidentPool, functions=functions))
     if isinstance(config, str | os.PathLike):
         target, sealed = (None if each is None else Path(each) for each in (objective, test))
-        study = read_study(Path(config), objective=target, test=sealed)
+        study = read_study(Path(config), objective=target, test=sealed, study_dir=Path(out))
         return run_search(study, Path(out), runner=where, ask=ask)
     for name, given in (("objective", objective), ("test", test)):
         if given is not None:

@@ -73,16 +73,9 @@ def search(
 def _print_merge_config(given: Path, result: "Study", merge_config: Mapping[str, Any]) -> None:
     """Print a mergekit YAML; whatever else stdout gets is a comment."""
     from optimer_hf.comparison.summary import headline
-    from optimer_hf.files.reading import yaml_text
-    from optimer_hf.merging.mergekit_pool import mergekit_command
-    from optimer_hf.searching.study_file import opening_comments
+    from optimer_hf.searching.study_file import merge_text
 
-    for line in opening_comments(given):
-        echo(line)
-    echo(f"# {headline(result)}")
-    command = mergekit_command(merge_config, "THIS.yml")
-    echo(f"# Save it beside {given.name} as THIS.yml. Run: {command}")
-    echo(yaml_text(merge_config))
+    echo(merge_text(given, merge_config, headline(result)).rstrip("\r\n"))
 
 
 @click.command(cls=LoadingCommand, epilog="Example: optimer retarget my-study other-objective.yaml")

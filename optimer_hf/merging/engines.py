@@ -33,9 +33,10 @@ from optimer_hf.models.resolve import (
     resolve_model,
 )
 from optimer_hf.models.union import Vocabulary
+from optimer_hf.vectors.groups import weights_of_parts
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import QUANTISED, read_record
-from optimer_hf.vectors.splitting import split_pool
+from optimer_hf.vectors.splitting import layers_for, split_pool
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +89,12 @@ def _fits(linear: LinearMerge, path: Path, engine: str | None) -> bool:
     """Whether the writer is the one to run a merge. Raises ConfigError if it is told to and cannot
     tell the weights of the layers.
     """
-    if not _interpolates(linear):  # mergekit drops rows without a token, and warns of idle filters
+    if not _skips_values(linear):  # mergekit drops rows without a token, and warns of idle filters
         return engine == "native" or _needs_writer(linear)
     if engine == "native":
         raise ConfigError(
-            f"{path}: only mergekit interpolates a gradient. Give a weight for each layer of the "
-            "base, or leave out --engine native."
+            f"{path}: a gradient has more values than the base has layers, and only mergekit skips "
+            "some. Give fewer, or leave out --engine native."
         )
     return False
 
@@ -111,12 +112,10 @@ def _needs_writer(linear: LinearMerge) -> bool:
     return bool(linear.groups) and any(each and each.dtype == QUANTISED for each in records)
 
 
-def _interpolates(linear: LinearMerge) -> bool:
-    """Whether a gradient has not one value for each layer of the base, so that mergekit has to
-    interpolate it.
-    """
-    numbers = {each.n_layer_groups for each in linear.groups.values() if each.n_layer_groups}
-    return bool(numbers) and numbers != {count_layers(resolve_model(linear.base_model).path)}
+def _skips_values(linear: LinearMerge) -> bool:
+    """Whether a gradient has more values than the base has layers."""
+    most = max((each.n_anchors for each in linear.groups.values()), default=0)
+    return most > 0 and most > count_layers(resolve_model(linear.base_model).path)
 
 
 def merge_with_flags(
@@ -165,7 +164,7 @@ def _write(
     write_merged(
         base,
         split_pool(vectors, linear.groups, base, allows_idle=True),
-        linear.weights,
+        weights_of_parts(linear.weights, linear.groups, layers_for(linear.groups, base)),
         out,
         out_dtype=linear.out_dtype,
         tokenizer=tokenizer,

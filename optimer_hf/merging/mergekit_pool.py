@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.files.model import list_mistakes
+from optimer_hf.files.paths import Place
 from optimer_hf.files.reference import Reference
-from optimer_hf.files.text import quote
+from optimer_hf.files.text import field_path
 from optimer_hf.merging.mergekit_keys import METHOD
 from optimer_hf.merging.mergekit_models import ModelName, model_name, with_models
-from optimer_hf.vectors.groups import ELSE, LAYER_KEY, LAYERS, Groups, weights_of_groups
-from optimer_hf.vectors.record import read_record
+from optimer_hf.vectors.groups import ELSE, GRADIENT, Groups, is_filter, weights_of_groups
 
 INT8 = "int8"  # kind of the deltas that mergekit cannot read
 WRITTEN_DTYPES = {"bfloat16", "float16", "float32"}  # by the streaming writer
@@ -24,8 +25,6 @@ WRITTEN_DTYPES = {"bfloat16", "float16", "float32"}  # by the streaming writer
 class LinearMerge:
     """A merge that the streaming writer can run: one number per vector or per group of its tensors,
     and the tokenizer of a model (None: of the base) or, with `is_union`, the tokens of all.
-
-    A gradient is read as groups of one layer each, which it is if it has a value for each layer.
     """
 
     base_model: str
@@ -48,31 +47,37 @@ def pool_of(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]
             f"{path}: field 'base_model' is missing. Name the model that all others were trained "
             "from."
         )
-    for layered in ("slices", "modules"):
-        if config.get(layered):
-            raise ConfigError(
-                f"{path}: {layered}: has weights for each layer, or none, instead of one for each "
-                "model. List the vectors under `models:` to search their weights. In a study.yaml, "
-                "`by: {layers: 3}` searches one for each of three groups of layers."
-            )
+    if config.get("modules"):
+        raise _mistake(
+            path,
+            ("modules",),
+            "has the models of each part of a model, and the layers of several parts cannot be "
+            "told apart. List the vectors under `models:` to search their weights.",
+        )
     for where, name in _entries_for_mergekit(config, path):
-        at = f"{path}: {where}: found {str(name)!r}"
+        found = f"found {str(name)!r}"
         if name.architecture is not None:
-            raise ConfigError(
-                f"{at} with override_architecture, which only mergekit reads. Leave it out; a "
-                "vector has the architecture of its base."
+            raise _mistake(
+                path,
+                where,
+                f"{found} with override_architecture, which only mergekit reads. Leave it out; a "
+                "vector has the architecture of its base.",
             )
-        raise ConfigError(
-            f"{at}, an adapter of another model than base_model ({_base_of(config, path)}), "
-            "expected BASE or BASE+ADAPTER. Merge the adapter into its model and give the result."
+        raise _mistake(
+            path,
+            where,
+            f"{found}, an adapter of another model than base_model ({base_of(config, path)}), "
+            "expected BASE or BASE+ADAPTER. Merge the adapter into its model and give the result.",
         )
-    base = _base_of(config, path).model
-    sources = name_sources([name.parts[-1] for name in _vectors_of(config, path)])
+    base, sources = base_of(config, path).model, vector_names(config, path)
     if not sources:
-        raise ConfigError(
-            f"{path}: models: found only the base. Give at least one model to merge into it."
-        )
-    return base, sources
+        at = "slices" if config.get("slices") else "models"
+        raise _mistake(path, (at,), "found only the base. Give at least one model to merge into it")
+    return base, {name: model.parts[-1] for name, model in sources.items()}
+
+
+def _mistake(path: Path, where: Place, message: str) -> ConfigError:
+    return ConfigError(list_mistakes(path, [(where, f"{field_path(where)}: {message}")]))
 
 
 def model_name_in(value: Any, path: Path) -> ModelName:
@@ -80,28 +85,45 @@ def model_name_in(value: Any, path: Path) -> ModelName:
     return model_name(value, path.resolve().parent)
 
 
-def _base_of(config: Mapping[str, Any], path: Path) -> ModelName:
+def base_of(config: Mapping[str, Any], path: Path) -> ModelName:
+    """Return the `base_model` of a config."""
     return model_name_in(config["base_model"], path)
 
 
-def _vectors_of(config: Mapping[str, Any], path: Path) -> list[ModelName]:
-    """Return the entries of `models` that are not the base."""
-    names = [model_name_in(entry["model"], path) for entry in config.get("models") or []]
-    return [name for name in names if name != _base_of(config, path)]
+def entries_of(config: Mapping[str, Any]) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """Yield the entries of `models`, or the sources of all slices, each with its place."""
+    for index, entry in enumerate(config.get("models") or []):
+        yield ("models", index), entry
+    for number, piece in enumerate(config.get("slices") or []):
+        for index, source in enumerate(piece["sources"]):
+            yield ("slices", number, "sources", index), source
 
 
-def _entries_for_mergekit(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, ModelName]]:
-    """Yield field and name of every model that only mergekit can read: an adapter of another model
+def vector_names(config: Mapping[str, Any], path: Path) -> dict[str, ModelName]:
+    """Return the models of a config that are not its base, by name; one that stands in several
+    slices once.
+    """
+    base = base_of(config, path)
+    names = [model_name_in(entry["model"], path) for _, entry in entries_of(config)]
+    names = [name for name in names if name != base]
+    names = list(dict.fromkeys(names)) if config.get("slices") else names
+    return dict(zip(name_sources([name.parts[-1] for name in names]), names, strict=True))
+
+
+def _entries_for_mergekit(
+    config: Mapping[str, Any], path: Path
+) -> Iterator[tuple[Place, ModelName]]:
+    """Yield place and name of every model that only mergekit can read: an adapter of another model
     than the base, or a model with an overridden architecture.
     """
-    base = _base_of(config, path)
+    base = base_of(config, path)
     if base != ModelName(base.model):
-        yield "base_model", base
+        yield ("base_model",), base
         return
-    for index, entry in enumerate(config.get("models") or []):
+    for place, entry in entries_of(config):
         name = model_name_in(entry["model"], path)
         if name.architecture or (name.adapter and name.model != base.model):
-            yield f"models.{index}.model", name
+            yield (*place, "model"), name
 
 
 def name_sources(sources: Iterable[str]) -> dict[str, str]:
@@ -125,7 +147,7 @@ def tokenizer_of(config: Mapping[str, Any], path: Path) -> str | None:
         return None
     reference = model_name_in(source, path).model
     base = config.get("base_model")
-    return None if base and reference == _base_of(config, path).model else reference
+    return None if base and reference == base_of(config, path).model else reference
 
 
 def makes_tokenizer(config: Mapping[str, Any]) -> bool:
@@ -153,119 +175,6 @@ def _tokenizer_source(config: Mapping[str, Any]) -> Any:
     return config.get("tokenizer_source") or "base"
 
 
-def pool_to_search(config: Mapping[str, Any], path: Path) -> tuple[str, dict[str, str]]:
-    """Return the base model and the vectors of a config whose weights are to be searched.
-
-    Raises ConfigError for a delta directory without our vector.json, which would be mistaken for a
-    model.
-    """
-    base, sources = pool_of(config, path)
-    for entry in config.get("models") or []:
-        name = model_name_in(entry["model"], path)
-        source = Path(name.parts[-1])
-        if not (entry.get("parameters") or {}).get("delta"):
-            continue
-        record = read_record(source) if source.is_dir() else None
-        if record is None or record.kind != "delta":
-            raise ConfigError(
-                f"{path}: models: {_text(entry['model'])}: parameters.delta: this directory has no "
-                "vector.json, by which a search recognises a delta. Write the delta with `optimer "
-                "extract`."
-            )
-    return base, sources
-
-
-def groups_to_search(config: Mapping[str, Any], path: Path) -> dict[str, Groups]:
-    """Return the groups of the vectors whose weights are given by filters, by vector: a search
-    gives each a weight of its own.
-    """
-    base, groups = _base_of(config, path), {}
-    entries = [e for e in config["models"] if model_name_in(e["model"], path) != base]
-    for name, entry in zip(pool_of(config, path)[1], entries, strict=True):
-        values = _values_of_filters((entry.get("parameters") or {}).get("weight"))
-        if len(values) > 1:
-            groups[name] = Groups.of_keys(values)
-    return groups
-
-
-def _values_of_filters(setting: Any) -> dict[str, float]:
-    """Return the number of each filter of a parameter; none if it is given in another way."""
-    if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
-        return read_setting(setting) or {}
-    return {}
-
-
-def unsearched_settings(config: Mapping[str, Any]) -> list[str]:
-    """Return the settings of a config that a search ignores, by field: everything beyond one number
-    per vector or filter and the tokenizer of a model or of all.
-    """
-    ignored = []
-    if config["merge_method"] not in ("optimer", "task_arithmetic", "linear"):
-        ignored.append(f"merge_method: {config['merge_method']}")
-    entries = config.get("models") or []
-    blocks = {f"models: {_text(entry['model'])}": entry for entry in entries}
-    for where, block in {"": config, **blocks}.items():
-        for name, value in (block.get("parameters") or {}).items():
-            if _is_unsearched(name, value):
-                ignored.append(f"{where}: parameters.{name}".removeprefix(": "))
-    if makes_tokenizer(config) and not is_union(config):
-        field = "tokenizer" if config.get("tokenizer") else "tokenizer_source"
-        ignored.append(f"{field}: {quote(config.get(field))}")
-    if config.get("chat_template"):
-        ignored.append(f"chat_template: {quote(config['chat_template'])}")
-    return ignored
-
-
-def _is_unsearched(name: str, value: Any) -> bool:
-    if name == "int8_mask" or (name == "normalize" and value is False):
-        return False  # a search does not normalise, either
-    if name == "weight" and len(_values_of_filters(value)) > 1:
-        return False
-    return name not in ("weight", "delta") or isinstance(value, list | dict)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else quote(value)
-
-
-def with_weights(
-    config: Mapping[str, Any], path: Path, weights: Mapping[str, float], kinds: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return a mergekit config with these weights, with its models as they are written in it.
-    Vectors whose weights it gives by filters have a weight for each.
-
-    `kinds` has the kind of each vector. The method is `task_arithmetic`, which stock mergekit has
-    and which gives the same merge, unless there are deltas or `mergekit_can_merge` says no; then it
-    is `optimer`. Tokenizer and chat template are kept; parameters of other methods (density, ...)
-    are not.
-    """
-    _, sources = pool_of(config, path)
-    base = _base_of(config, path)
-    entries = [e for e in config["models"] if model_name_in(e["model"], path) != base]
-    references = [base.model, *sources.values()]
-    settings = settings_of(sources, weights, groups_to_search(config, path), None)
-    is_plain = "delta" not in kinds.values() and mergekit_can_merge(
-        references, kinds.values(), joins_tokens=is_union(config)
-    )
-    models = [
-        {
-            "model": _as_written(config, entry["model"], path, kinds[name] if is_plain else ""),
-            "parameters": {"weight": settings[name]},
-        }
-        for name, entry in zip(sources, entries, strict=True)
-    ]
-    ours = {
-        "merge_method": "task_arithmetic" if is_plain else METHOD,
-        "base_model": config["base_model"],
-        "models": models,
-        **({"parameters": {"normalize": False}} if is_plain else {}),
-        "dtype": "float32",
-        "out_dtype": config.get("out_dtype") or config.get("dtype") or "bfloat16",
-    }
-    kept = ("tokenizer", "tokenizer_source", "chat_template", "name")
-    return ours | {key: config[key] for key in kept if config.get(key) is not None}
-
-
 def mergekit_can_merge(
     references: Iterable[str], kinds: Collection[str], *, joins_tokens: bool
 ) -> bool:
@@ -276,18 +185,6 @@ def mergekit_can_merge(
     if any(Reference(text).package is not None for text in references) or INT8 in kinds:
         return False
     return not joins_tokens or set(kinds) <= {"checkpoint"}
-
-
-def _as_written(config: Mapping[str, Any], model: Any, path: Path, kind: str) -> Any:
-    """Return a model as a config names it; an adapter on its own together with the base, as
-    mergekit needs it.
-    """
-    if kind != "adapter" or model_name_in(model, path).adapter is not None:
-        return model
-    base = config["base_model"]
-    if isinstance(base, str) and isinstance(model, str) and "+" not in base + model:
-        return f"{base}+{model}"
-    return ModelName(_base_of(config, path).model, model_name_in(model, path).model).long_form
 
 
 def _shortest_form(name: ModelName) -> Any:
@@ -342,19 +239,15 @@ def _weights_and_groups(
     """Return the weights by name and the groups by vector; None when only mergekit reads them."""
     weights: dict[str, float] = {}
     groups: dict[str, Groups] = {}
-    entries = [
-        entry
-        for entry in config["models"]
-        if model_name_in(entry["model"], path) != _base_of(config, path)
-    ]
-    for name, entry in zip(names, entries, strict=True):
+    base = base_of(config, path)
+    entries = [pair for pair in entries_of(config) if model_name_in(pair[1]["model"], path) != base]
+    for name, (place, entry) in zip(names, entries, strict=True):
         parameters = entry.get("parameters") or {}
         if parameters.get("delta"):
             return None  # somebody else's delta directory, without our vector.json
         if "weight" not in parameters:
-            raise ConfigError(
-                f"{path}: models: {name}: parameters.weight is missing. Give this vector a weight."
-            )
+            message = f"models: {name}: parameters.weight is missing. Give this vector a weight."
+            raise ConfigError(list_mistakes(path, [(place, message)]))
         setting = parameters["weight"]
         if not isinstance(setting, list | dict):
             weights[name] = float(setting)
@@ -373,12 +266,12 @@ def read_setting(setting: list[Any] | Mapping[str, Any]) -> dict[str, float] | N
     """
     items = setting if isinstance(setting, list) else [setting]
     if not any(isinstance(item, Mapping) for item in items):
-        return {f"{LAYERS}.{number + 1}": float(value) for number, value in enumerate(items)}
+        return {f"{GRADIENT}.{number + 1}": float(value) for number, value in enumerate(items)}
     values: dict[str, float] = {}
     for item in items:
         key, value = item.get("filter"), item["value"]
         key = ELSE if key in (None, "*") else str(key)
-        if isinstance(value, list) or LAYER_KEY.fullmatch(key) or ELSE in (item.get("filter"),):
+        if isinstance(value, list) or not is_filter(key) or ELSE in (item.get("filter"),):
             return None
         values.setdefault(key, float(value))
         if key == ELSE:
@@ -434,7 +327,7 @@ def settings_of(
 ) -> dict[str, Setting]:
     """Return the parameter `weight` of each vector as mergekit knows it. Groups by names are
     filters; tensors outside of all have weight 0. Groups of layers are a gradient with a value for
-    each of `n_layers`, which mergekit takes as they are.
+    each of `n_layers`, which mergekit takes as they are. A gradient is one.
     """
     settings: dict[str, Setting] = {}
     for name in names:
@@ -444,10 +337,12 @@ def settings_of(
         elif groups[name].filters:
             filters = [{"filter": key, "value": value} for key, value in own.items() if key != ELSE]
             settings[name] = [*filters, {"value": own.get(ELSE, 0.0)}]
+        elif groups[name].n_anchors:
+            settings[name] = list(own.values())
         else:
             assert n_layers is not None  # whoever has weights by layers knows their number
-            keys = (groups[name].group_of_layer(layer, n_layers) for layer in range(n_layers))
-            settings[name] = [own[key] for key in keys]
+            shares = (groups[name].shares(layer, n_layers) for layer in range(n_layers))
+            settings[name] = [own[key] for (key,) in shares]
     return settings
 
 
@@ -559,7 +454,7 @@ def mergekit_command(config: Mapping[str, Any], name: str, *, out: str = "OUT") 
     """
     has_adapters = any(
         entry["model"].get("lora") if isinstance(entry["model"], Mapping) else "+" in entry["model"]
-        for entry in config["models"]
+        for _, entry in entries_of(config)
     )
     if config["merge_method"] == METHOD:
         return f"optimer merge {name} {out}"

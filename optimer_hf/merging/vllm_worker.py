@@ -47,12 +47,10 @@ class MergeWorker:
             logging.getLogger(f"{RELOADING}.{name}").setLevel(logging.ERROR)
         _end_after(owner)
         resolved, group = ResolvedModel(Path(base), reference), get_tp_group()
+        opened = {path: open_vector(path, path, resolved) for path, *_ in pool.values()}
         self._merge_pool = SharedPool(
             resolved,
-            [
-                restrict(open_vector(name, path, resolved), name, tensors)
-                for name, (path, *tensors) in pool.items()
-            ],
+            [restrict(opened[path], name, tensors) for name, (path, *tensors) in pool.items()],
             dtype=dtype,
             device=str(self.device),
             rank=group.rank_in_group,

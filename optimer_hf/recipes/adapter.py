@@ -16,10 +16,11 @@ from optimer_hf.models.resolve import resolve_model
 from optimer_hf.recipes.build import read_lock
 from optimer_hf.recipes.record import Ingredient, Recipe
 from optimer_hf.vectors.delta import describe_vector
+from optimer_hf.vectors.groups import weights_of_parts
 from optimer_hf.vectors.lora import Product, read_products
 from optimer_hf.vectors.lora_config import read_options
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import split_pool
+from optimer_hf.vectors.splitting import layers_for, split_pool
 from optimer_hf.vectors.vector import DistributionVector
 
 
@@ -120,8 +121,10 @@ def _weights_by_tensor(
     own, groups = ingredient.weights_of(vector.name), ingredient.groups
     if groups is None:
         return dict.fromkeys(names, own[vector.name])
-    pool = split_pool([vector], {vector.name: groups}, base)
-    return {tensor: own[part.name] for part in pool for tensor in part.names}
+    split = {vector.name: groups}
+    weights = weights_of_parts(own, split, layers_for(split, base))
+    pool = split_pool([vector], split, base)
+    return {tensor: weights[part.name] for part in pool for tensor in part.names}
 
 
 def _name_of_base(reference: str) -> dict[str, str | None]:

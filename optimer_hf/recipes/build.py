@@ -28,8 +28,9 @@ from optimer_hf.models.union import UnionRecord
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.recipes.write import digests_of_tokenizer
 from optimer_hf.report.captions import CAPTIONS, CARD_FILES
+from optimer_hf.vectors.groups import weights_of_parts
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import split_pool
+from optimer_hf.vectors.splitting import layers_for, split_pool
 from optimer_hf.vectors.vector import AdapterVector
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def build(
         write_merged,
         base,
         vectors,
-        recipe.weights,
+        weights_of_parts(recipe.weights, recipe.groups, layers_for(recipe.groups, base)),
         out,
         out_dtype=out_dtype or recipe.dtype,
         tokenizer=tokenizer,

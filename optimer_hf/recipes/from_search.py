@@ -8,7 +8,12 @@ from optimer_hf.recipes.record import LOCK, Lock
 from optimer_hf.recipes.write import write_recipe
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import Runner
-from optimer_hf.searching.study_file import merge_config_of_study, naming_terms, read_study
+from optimer_hf.searching.study_file import (
+    merge_config_of_study,
+    naming_groups,
+    naming_terms,
+    read_study,
+)
 from optimer_hf.study.directory import Study
 
 
@@ -27,8 +32,10 @@ def search_study(
     `read_study` reads the file; `objective`, `test` and `n_trials` go to it.
     `searching.loop.search` runs the trials with `runner`.
     """
-    config = read_study(path, objective=objective, test=test, n_trials=n_trials)
-    with naming_terms(objective or path, test):
+    config = read_study(
+        path, objective=objective, test=test, n_trials=n_trials, study_dir=study_dir
+    )
+    with naming_terms(objective or path, test), naming_groups(path):
         study = search(config, study_dir, runner=runner)
     write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger_of_study(study))
     kinds = Lock.read(study_dir / LOCK).stored_kinds

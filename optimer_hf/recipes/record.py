@@ -67,7 +67,8 @@ class Ingredient(FileModel):
     )
     """Instead of `weight`, that of each group of tensors: a tensor belongs to the first group that
     is a part of its name, and `else` is the rest. Or layers.1, layers.2, ...: that many groups of
-    neighbouring layers, the first with what is in no layer.
+    neighbouring layers, the first with what is in no layer; layers.0:8, layers.8:24: the same with
+    their ends. Or gradient.1, gradient.2, ...: weights along the layers, interpolated between them.
     """
     mixture: dict[str, Share] | None = Field(
         default=None,
@@ -83,6 +84,8 @@ class Ingredient(FileModel):
             yield ("weight",), f"{fault}; give the weight, or in 'weights' that of each group"
         elif self.groups is not None and self.groups.keys != list(self.weights or ()):
             yield ("weights",), f"expected the groups {', '.join(self.groups.keys)}, in this order"
+        elif self.groups is not None and list(self.groups.ends) != sorted({*self.groups.ends}):
+            yield ("weights",), "expected groups of layers in order"
 
     @property
     def groups(self) -> Groups | None:

@@ -49,7 +49,7 @@ def write_vanilla(
     vectors = [
         open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()
     ]
-    by_layers = any(groups.n_layer_groups for groups in config.groups.values())
+    by_layers = any(groups.needs_layers for groups in config.groups.values())
     n_layers = count_layers(base.path) if by_layers else None
     settings = settings_of(config.sources, weights, config.groups, n_layers)
     merge_config = None

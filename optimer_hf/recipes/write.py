@@ -119,7 +119,7 @@ def _ingredients_of(
 
 def _n_layers_of(config: StudyConfig, base: ResolvedModel) -> int | None:
     """Return the number of layers of the base, if weights are those of groups of layers."""
-    is_by_layers = any(groups.n_layer_groups for groups in config.groups.values())
+    is_by_layers = any(groups.needs_layers for groups in config.groups.values())
     return count_layers(base.path) if is_by_layers else None
 
 

@@ -10,21 +10,29 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from optimer_hf.errors import ConfigError, EvaluationError
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError
 from optimer_hf.files.model import list_mistakes, parse, refuse_absent_files
 from optimer_hf.files.paths import Place
-from optimer_hf.files.reading import read_yaml
+from optimer_hf.files.reading import read_yaml, yaml_text
 from optimer_hf.files.reference import relative_reference
 from optimer_hf.merging.mergekit_keys import is_for_mergekit
 from optimer_hf.merging.mergekit_pool import (
-    groups_to_search,
     is_union,
     merge_config_of,
+    mergekit_command,
     plain_config_of,
-    pool_to_search,
     tokenizer_of,
-    unsearched_settings,
     with_absolute_references,
+)
+from optimer_hf.merging.mergekit_search import (
+    SPLIT,
+    Layers,
+    place_of_vector,
+    pool_to_search,
+    refuse_other_depth,
+    splits_to_search,
+    text_with,
+    unsearched_settings,
     with_weights,
 )
 from optimer_hf.merging.mergekit_yaml import read_merge_config
@@ -32,6 +40,7 @@ from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.study.config import SearchConfig, StudyConfig
+from optimer_hf.study.trials import STUDY_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +51,11 @@ def read_study(
     objective: Path | None = None,
     test: Path | None = None,
     n_trials: int | None = None,
+    study_dir: Path | None = None,
 ) -> StudyConfig:
     """Return the study of a study.yaml, or of a mergekit YAML, whose models become the pool, with
     the objective files `objective` and (for its sealed test) `test`. `n_trials` replaces the number
-    in the file.
+    in the file. A study that was begun in `study_dir` keeps the groups that it began with.
 
     Raises ConfigError for a mistake in one of the files, and for a local file that is missing.
     """
@@ -56,6 +66,8 @@ def read_study(
                 "--objective OBJECTIVE.yaml."
             )
         config = study_of_merge_config(path, objective, test)
+        if study_dir is not None:
+            config = _keep_as_begun(config, study_dir / STUDY_FILE)
     elif objective is not None or test is not None:
         raise ConfigError(
             f"{path}: has its own objective. Leave --objective and --test out; they are for a "
@@ -78,19 +90,16 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     data = read_merge_config(path)
     target = _read_objective(objective)
     refuse_absent_files({path: with_absolute_references(data, path), objective: target})
-    (base, sources), groups = pool_to_search(data, path), groups_to_search(data, path)
+    (base, sources), splits = pool_to_search(data, path), splits_to_search(data, path)
+    if data.get("slices"):
+        refuse_other_depth(data, path, count_layers(resolve_model(base).path))
     if dropped := unsearched_settings(data):
-        logger.warning(
-            "%s: one weight is searched for each model, or each filter of a weight. Ignored: %s",
-            path,
-            ", ".join(dropped),
-        )
+        logger.warning("%s: %s. Ignored: %s", path, SPLIT, ", ".join(dropped))
     fields = {
         "base_model": base,
         "dtype": data.get("out_dtype") or data.get("dtype") or "bfloat16",
         "vectors": {
-            name: {"source": source, "by": list(groups[name].keys) if name in groups else None}
-            for name, source in sources.items()
+            name: {"source": source, "by": splits.get(name)} for name, source in sources.items()
         },
         "objective": target,
     }
@@ -103,6 +112,17 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
         by_source = {source: name for name, source in sources.items()}
         fields["tokenizer_source"] = by_source.get(reference, reference)
     return parse(StudyConfig, fields, path)
+
+
+def _keep_as_begun(config: StudyConfig, record: Path) -> StudyConfig:
+    """Return the study of a mergekit YAML with whole vectors if it has a `record` with such: it was
+    begun when a search gave each model one weight, whatever the YAML gave it.
+    """
+    begun = StudyConfig.read_record(record).vectors if record.exists() else {}
+    if not begun or any(vector.by is not None for vector in begun.values()):
+        return config
+    whole = {name: each.model_copy(update={"by": None}) for name, each in config.vectors.items()}
+    return config.model_copy(update={"vectors": whole})
 
 
 def _read_objective(path: Path) -> dict[str, Any]:
@@ -133,6 +153,21 @@ def naming_terms(path: Path, test: Path | None = None) -> Iterator[None]:
         raise EvaluationError(list_mistakes(file, [(place, str(error))])) from error
 
 
+@contextmanager
+def naming_groups(path: Path) -> Iterator[None]:
+    """Put the file and the line before an error about the groups of one of its vectors."""
+    try:
+        yield
+    except ModelError as error:
+        named = re.match(r"vectors\.(.+?)\.by: ", str(error))
+        if named is None:
+            raise
+        place: Place | None = ("vectors", named[1], "by")
+        if is_for_mergekit(read_yaml(path)):
+            place = place_of_vector(read_merge_config(path, warns=False), path, named[1])
+        raise ModelError(list_mistakes(path, [(place or (), str(error))])) from error
+
+
 def _place_of_term(path: Path, label: str, *, in_test: bool) -> Place | None:
     """Return where a file has the term or constraint of a label: an objective file, or a study, in
     its objective or in its test.
@@ -159,24 +194,43 @@ def merge_config_of_study(
     is a mergekit YAML, it comes back with its models as they are written there. For a study.yaml,
     local models are seen from its folder.
     """
+    needs_layers = any(groups.needs_layers for groups in config.groups.values())
+    base = resolve_model(config.base_model).path if needs_layers else None
+    n_layers = None if base is None else count_layers(base)
     if is_for_mergekit(read_yaml(path)):
-        return with_weights(read_merge_config(path, warns=False), path, weights, kinds)
-    is_by_layers = any(groups.n_layer_groups for groups in config.groups.values())
-    n_layers = count_layers(resolve_model(config.base_model).path) if is_by_layers else None
+        from optimer_hf.vectors.splitting import stack_of  # imports torch
+
+        given = read_merge_config(path, warns=False)
+        stack = None if base is None else stack_of(base)
+        layers = Layers(config.groups, n_layers, stack)
+        return with_weights(given, path, weights, kinds, layers)
     folder = path.resolve().parent
     vectors = {
         name: vector.model_copy(update={"source": relative_reference(str(vector.source), folder)})
         for name, vector in config.vectors.items()
     }
-    base = relative_reference(config.base_model, folder)
-    here = config.model_copy(update={"base_model": base, "vectors": vectors})
+    reference = relative_reference(config.base_model, folder)
+    here = config.model_copy(update={"base_model": reference, "vectors": vectors})
     plain = plain_config_of(here, weights, kinds, n_layers)
     return plain or merge_config_of(here, weights, n_layers)
 
 
+def merge_text(path: Path, merge_config: Mapping[str, Any], note: str) -> str:
+    """Return what `merge_config_of_study` made of the file at `path` as the text of a mergekit
+    YAML: that file with its comments, if it is one. A `note` follows its opening comments, with the
+    command that runs the text as THIS.yml.
+    """
+    command = mergekit_command(merge_config, "THIS.yml")
+    note = f"# {note}\n# Save it beside {path.name} as THIS.yml. Run: {command}\n"
+    is_ours = not is_for_mergekit(read_yaml(path))
+    edited = None if is_ours else text_with(merge_config, path)
+    opening = "" if is_ours else "".join(opening_comments(path))
+    if edited is None:
+        return f"{opening}{note}{yaml_text(merge_config)}"
+    return f"{opening}{note}{edited.removeprefix(opening)}"
+
+
 def opening_comments(path: Path) -> list[str]:
-    """Return the comments at the top of a mergekit YAML; none of another file."""
-    if not is_for_mergekit(read_yaml(path)):
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return list(takewhile(lambda line: line.startswith("#"), lines))
+    """Return the lines of comments at the top of a YAML file."""
+    with path.open(encoding="utf-8-sig") as file:
+        return list(takewhile(lambda line: line.startswith("#"), file))

@@ -39,8 +39,9 @@ from optimer_hf.searching.engine import (
 from optimer_hf.searching.faults import is_environmental
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.trials import ENGINE, Candidate, Trial
+from optimer_hf.vectors.groups import slopes_of_groups, weights_of_parts
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import split_pool
+from optimer_hf.vectors.splitting import layers_for, split_pool
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class ResidentPool:
         vectors = [open_vector(name, source, base) for name, source in _sources(config).items()]
         self._paths = {vector.name: vector.path for vector in vectors}
         self.vectors = split_pool(vectors, config.groups, base)
+        self._groups, self._n_layers = config.groups, layers_for(config.groups, base)
         self.base, self._reference = base, config.tokenizer_reference
         self._free, self._has_gradients = frozenset(config.free), True
         self._objectives = {"objective": config.objective}
@@ -137,7 +139,7 @@ class ResidentPool:
     ) -> Scored:
         """Merge in place and evaluate; see Pool."""
         started = perf_counter()
-        self._engine.set_weights(weights)
+        self._engine.set_weights(weights_of_parts(weights, self._groups, self._n_layers))
         merged = perf_counter()
         forward, tokens = self._evaluator.forward_seconds, self._evaluator.n_tokens
         backward = self._evaluator.backward_seconds if gradients else 0.0
@@ -174,9 +176,13 @@ class ResidentPool:
             logger.warning("no gradients: the backward pass failed (%s)", first_line(error))
             logger.debug("the backward pass failed", exc_info=True)
             return {}, {}
+        by_group = {
+            label: slopes_of_groups(gradient, self._groups, self._n_layers)
+            for label, gradient in slopes.items()
+        }
         return scores, {
             label: {name: slope for name, slope in gradient.items() if name in self._free}
-            for label, gradient in slopes.items()
+            for label, gradient in by_group.items()
         }
 
 

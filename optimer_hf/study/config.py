@@ -22,7 +22,14 @@ from optimer_hf.files.text import did_you_mean, quote
 from optimer_hf.models.union import Vocabulary
 from optimer_hf.scoring.objective import Objective, Term, split_of
 from optimer_hf.study.engine import TRANSFORMERS, EngineEntry
-from optimer_hf.vectors.groups import ELSE, LAYER_KEY, LAYERS, Groups, confusable_names
+from optimer_hf.vectors.groups import (
+    ELSE,
+    GRADIENT,
+    LAYERS,
+    Groups,
+    confusable_names,
+    is_filter,
+)
 
 LARGEST_WEIGHT = 1000.0  # of one vector; merges break long before
 LARGEST_SEARCH, LARGEST_LIMIT = 10_000, 10**7  # trials; items
@@ -80,24 +87,30 @@ class GroupConfig(FileModel):
         examples=[3],
         json_schema_extra={"unit": "groups"},
     )
-    """Under `layers` alone: the number of groups of neighbouring layers."""
+    """Under `layers` or `gradient` alone: the number of groups of neighbouring layers, or of values
+    along the layers.
+    """
 
     def mistakes(self) -> Iterator[Mistake]:
         if self.bounds is not None:
             yield from _mistakes_of_bounds(self.bounds)
 
 
+COUNTED = (LAYERS, GRADIENT)  # groups that are given by their number
+
+
 def _expand_groups(value: Any) -> Any:
     """Return groups as a mapping: a list names them, an empty group has the defaults, and a number
-    under `layers` is that of its groups.
+    under `layers` or `gradient` is that of its groups.
     """
     if isinstance(value, list) and all(isinstance(key, str) for key in value):
         value = dict.fromkeys(value)
     if not isinstance(value, dict):
         return value
     expanded = {key: {} if group is None else group for key, group in value.items()}
-    if isinstance(n_groups := expanded.get(LAYERS), int | float):
-        expanded[LAYERS] = {"groups": n_groups}
+    for key in COUNTED:
+        if isinstance(n_groups := expanded.get(key), int | float):
+            expanded[key] = {"groups": n_groups}
     return expanded
 
 
@@ -158,8 +171,10 @@ class VectorConfig(FileModel):
     """Split the vector into groups of tensors, each with a weight of its own. By names, as with
     mergekit's filters: a tensor belongs to the first group that is a part of its name, and `else`,
     the last one, takes the rest; each may have its own `bounds` or `fixed`. Or {layers: N}: N
-    groups of neighbouring layers, the first with what is in no layer. Two or three groups are
-    enough to begin with, as each is one more weight to search.
+    groups of neighbouring layers, the first with what is in no layer; or [layers.0:8, layers.8:24],
+    with the ends of each. Or {gradient: N}: N weights along the layers, between which those of the
+    layers are interpolated, as with mergekit's gradients. Two or three groups are enough to begin
+    with, as each is one more weight to search.
     """
 
     def mistakes(self) -> Iterator[Mistake]:
@@ -178,34 +193,50 @@ class VectorConfig(FileModel):
     def _mistakes_of_groups(self, by: By) -> Iterator[Mistake]:
         if self.fixed is not None:
             yield ("fixed",), "with 'by', each group has its own; give it there"
-        if self._n_layer_groups is not None:
+        if self._counted is not None:
             if len(by) > 1:
-                yield ("by",), f"'{LAYERS}' splits the whole vector; leave the other groups out"
+                message = f"'{self._counted}' splits the whole vector; leave the other groups out"
+                yield ("by",), message
             return
         for key, group in by.items():
             if group.groups is not None:
-                yield ("by", key, "groups"), f"only '{LAYERS}' has groups of its own; leave it out"
-            is_name = key.isprintable() and key.strip() and "/" not in key and key != "*"
-            if not is_name or LAYER_KEY.fullmatch(key):
-                message = f"found the group {key[:80]!r}; expected part of a tensor's name"
-                yield ("by", key), f"{message}, or '{ELSE}' for the rest"
+                message = f"only '{LAYERS}' and '{GRADIENT}' have groups of their own; leave it out"
+                yield ("by", key, "groups"), message
         if len(by) == 1:
             yield ("by",), "one group is the whole vector; give two, or leave 'by' out"
+        groups = Groups.of_keys(by)
+        if groups.filters:
+            yield from self._mistakes_of_filters(by)
+        elif groups.keys != list(by) or list(groups.ends) != sorted({*groups.ends}):
+            message = f"found {', '.join(by)}; expected each layer in one group, in order"
+            yield ("by",), message
+
+    def _mistakes_of_filters(self, by: By) -> Iterator[Mistake]:
+        for key in by:
+            if not is_filter(key):
+                message = f"found the group {key[:80]!r}; expected part of a tensor's name"
+                yield ("by", key), f"{message}, or '{ELSE}' for the rest"
         if ELSE in list(by)[:-1]:
             yield ("by", ELSE), "it takes every tensor, so it has to be the last group"
 
     @property
-    def _n_layer_groups(self) -> int | None:
-        layers = (self.by or {}).get(LAYERS)
-        return None if layers is None else layers.groups
+    def _counted(self) -> str | None:
+        """What splits the vector into a number of groups, if that is given."""
+        given = [key for key in COUNTED if key in (self.by or {}) and self._number_of(key)]
+        return given[0] if given else None
+
+    def _number_of(self, key: str) -> int:
+        return (self.by or {})[key].groups or 0
 
     @property
     def groups(self) -> Groups | None:
         """How the vector is split; None: it is whole."""
         if self.by is None:
             return None
-        if self._n_layer_groups is not None:
-            return Groups(n_layer_groups=self._n_layer_groups)
+        if self._counted == LAYERS:
+            return Groups(n_layer_groups=self._number_of(LAYERS))
+        if self._counted == GRADIENT:
+            return Groups(n_anchors=self._number_of(GRADIENT))
         return Groups.of_keys(list(self.by))
 
     def weights_of(self, name: str) -> "dict[str, Range]":
@@ -216,7 +247,9 @@ class VectorConfig(FileModel):
             return {name: (self.bounds, self.fixed)}
         given = {key: (group.bounds or self.bounds, group.fixed) for key, group in self.by.items()}
         names = self.groups.names_of(name)
-        return {weight: given.get(key) or given[LAYERS] for key, weight in names.items()}
+        return {
+            weight: given.get(key) or given[str(self._counted)] for key, weight in names.items()
+        }
 
     def with_fixed(self, name: str, weights: Mapping[str, float]) -> "VectorConfig":
         """Return the vector with those of its weights fixed that `weights` has, by name; `name` is

@@ -4,12 +4,13 @@ tensors of its group alone.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from optimer_hf.errors import ModelError
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.loader import count_layers
-from optimer_hf.vectors.groups import ELSE, LAYERS, Groups
+from optimer_hf.vectors.groups import ELSE, GRADIENT, LAYERS, OF_LAYER, Groups
 from optimer_hf.vectors.vector import (
     AdapterVector,
     CheckpointVector,
@@ -25,8 +26,8 @@ def split_pool(
     *,
     allows_idle: bool = False,
 ) -> list[DistributionVector]:
-    """Return a pool with each vector that has `groups` (by its name) as one vector per group, which
-    moves the tensors of the group and has the name of its weight.
+    """Return a pool with each vector that has `groups` (by its name) as one vector per part, which
+    moves the tensors of the part and has the name of its weight (see `weights_of_parts`).
 
     Raises ModelError for a group without tensors, unless it `allows_idle` ones, and for tensors
     without a group.
@@ -37,9 +38,8 @@ def split_pool(
         if own is None:
             pool.append(vector)
             continue
-        names = own.names_of(vector.name)
         split = _split_names(vector.name, own, vector.names, base, allows_idle)
-        pool.extend(restrict(vector, names[key], part) for key, part in split.items())
+        pool.extend(restrict(vector, f"{vector.name}.{key}", part) for key, part in split.items())
     return pool
 
 
@@ -67,8 +67,9 @@ def _split_names(
         split = groups.split(names, _count_layers(where, groups, base))
     except ValueError as error:
         raise ModelError(f"{where}: {error}.") from None
+    is_idle_refused = not allows_idle and not groups.n_anchors
     for key, own in split.items():
-        if not own and not allows_idle:
+        if not own and is_idle_refused:
             raise ModelError(f"{where}: {_why_empty(key, groups, names)}")
     if rest := split.pop("", []):
         raise ModelError(
@@ -89,17 +90,35 @@ def refuse_unknown_groups(vector: str, groups: Groups, base: ResolvedModel) -> N
             raise ModelError(f"{where}: {_why_empty(key, groups, names)}")
 
 
+def layers_for(groups: Mapping[str, Groups], base: ResolvedModel) -> int:
+    """Return the number of layers of a base, or 0 if no groups need it."""
+    return count_layers(base.path) if any(each.needs_layers for each in groups.values()) else 0
+
+
+def stack_of(base: Path) -> str | None:
+    """Return what the names of a model's tensors in layers begin with, such as `model.layers.`;
+    None for a model without layers.
+    """
+    numbered = (OF_LAYER.match(name) for name in Checkpoint(base).names)
+    return next((match["stack"] for match in numbered if match and match["stack"]), None)
+
+
 def _count_layers(where: str, groups: Groups, base: ResolvedModel) -> int:
     """Return the number of layers of a base, if groups need it. Raises ModelError for fewer layers
-    than groups.
+    than groups, and for runs of layers that end elsewhere.
     """
-    if not groups.n_layer_groups:
-        return 0
-    n_layers = count_layers(base.path)
-    if groups.n_layer_groups > n_layers:
+    n_layers = layers_for({where: groups}, base)
+    if groups.least_layers > n_layers:
+        kind = GRADIENT if groups.n_anchors else LAYERS
+        number = groups.keys[-1] if groups.ends else groups.least_layers
         raise ModelError(
-            f"{where}: found layers: {groups.n_layer_groups}, but the base has {n_layers} layers. "
-            "Give a smaller number."
+            f"{where}: found {kind}: {number}, but the base has {n_layers} layers. Give a smaller "
+            "number."
+        )
+    if groups.ends and groups.ends[-1] < n_layers:
+        raise ModelError(
+            f"{where}: the groups end at layer {groups.ends[-1]}, but the base has {n_layers} "
+            "layers. Make the last one end there."
         )
     return n_layers
 
@@ -107,7 +126,7 @@ def _count_layers(where: str, groups: Groups, base: ResolvedModel) -> int:
 def _why_empty(key: str, groups: Groups, names: Iterable[str]) -> str:
     if key == ELSE:
         return f"'{ELSE}' has no tensors, as the other groups take all. Leave it out."
-    if groups.n_layer_groups:
+    if groups.needs_layers:
         return f"the vector moves nothing in the layers of group '{key}'. Give fewer groups."
     example = next((name for name in sorted(names) if key in name), None)
     if example is None:

@@ -21,7 +21,8 @@ from optimer_hf.errors import ConfigError, HubError, ModelError, StudyError
 from optimer_hf.hub.publication import choose_files
 from optimer_hf.hub.untrusted import check_pulled
 from optimer_hf.merging.engines import merge
-from optimer_hf.merging.mergekit_pool import linear_merge_of, unsearched_settings, with_weights
+from optimer_hf.merging.mergekit_pool import linear_merge_of
+from optimer_hf.merging.mergekit_search import unsearched_settings, with_weights
 from optimer_hf.merging.tokenizer import open_tokenizer
 from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.recipes.build import build, verify

@@ -175,3 +175,40 @@ def test_settings_of_another_search_are_named_as_before():
     """Their digest names the directory of a baseline, which a later version has to find again."""
     settings = SearchBaseline(surrogate="random")
     assert digest(settings.model_dump(mode="json"))[:6] == "593879"
+
+
+@pytest.mark.parametrize(
+    ("by", "weights"),
+    [
+        ({"layers": 2}, ["w.layers.1", "w.layers.2"]),
+        ({"gradient": 2}, ["w.gradient.1", "w.gradient.2"]),
+        (["layers.0:8", "layers.8:24"], ["w.layers.0:8", "w.layers.8:24"]),
+        ({"gradient.1": {"fixed": 0.5}, "gradient.2": None}, ["w.gradient.1", "w.gradient.2"]),
+    ],
+)
+def test_a_vector_is_split_along_its_layers_in_several_ways(by, weights):
+    config = StudyConfig(**FIELDS, vectors={"w": {"source": "a/w", "by": by}})
+    assert config.weight_names == weights
+    fixed = config.vectors["w"].with_fixed("w", {weights[0]: 0.25})
+    again = StudyConfig(**FIELDS, vectors={"w": fixed.model_dump()})
+    assert again.fixed == config.fixed | {weights[0]: 0.25} and again.weight_names == weights
+
+
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        ({"layers": 2, "else": {}}, "'layers' splits the whole vector"),
+        ({"gradient": 2, "layers": 3}, "splits the whole vector"),
+        ({"mlp": {"groups": 2}, "else": {}}, "only 'layers' and 'gradient' have groups"),
+        (["layers.0:8", "layers.9:24"], "expected each layer in one group, in order"),
+        (["layers.0:8", "layers.8:4"], "expected each layer in one group, in order"),
+        (["gradient.2", "gradient.1"], "expected each layer in one group, in order"),
+        (["mlp", "layers.0:8"], "found the group 'layers.0:8'"),
+        (["mlp", "gradient.1"], "found the group 'gradient.1'"),
+        (["else", "mlp"], "it takes every tensor"),
+        (["mlp"], "one group is the whole vector"),
+    ],
+)
+def test_groups_that_do_not_go_together_are_refused(by, message):
+    with pytest.raises(ValueError, match=message):
+        StudyConfig(**FIELDS, vectors={"w": {"source": "a/w", "by": by}})

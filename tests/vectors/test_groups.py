@@ -1,8 +1,9 @@
 """groups.py: which tensors belong to which group."""
 
+import numpy as np
 import pytest
 
-from optimer_hf.vectors.groups import Groups
+from optimer_hf.vectors.groups import Groups, slopes_of_groups, weights_of_parts
 
 NAMES = [
     "model.embed_tokens.weight",
@@ -38,7 +39,8 @@ def test_layers_are_split_into_runs_and_the_first_has_what_is_in_no_layer(n_grou
 
 
 def test_a_layer_for_multi_token_prediction_belongs_to_the_last_group():
-    assert Groups(n_layer_groups=2).group_of_layer(5, 5) == "layers.2"
+    assert Groups(n_layer_groups=2).shares(5, 5) == {"layers.2": 1}
+    assert Groups(n_anchors=2).shares(5, 5) == {"gradient.2": 1}
 
 
 def test_two_stacks_of_layers_cannot_be_split():
@@ -47,6 +49,39 @@ def test_two_stacks_of_layers_cannot_be_split():
         Groups(n_layer_groups=2).split(names, 4)
 
 
-@pytest.mark.parametrize("groups", [Groups(("mlp", "else")), Groups(n_layer_groups=3)])
+def test_a_gradient_is_interpolated_and_its_derivatives_are_shared_out_alike():
+    groups, n_layers = {"math": Groups(n_anchors=3), "ja": Groups(("mlp", "else"))}, 6
+    values = np.array([0.2, -0.4, 1.0])
+    weights = {f"math.gradient.{n + 1}": value for n, value in enumerate(values)}
+    parts = weights_of_parts(weights | {"ja.mlp": 0.5, "ja.else": 0.0}, groups, n_layers)
+    layers = np.linspace(0, 1, n_layers)
+    expected = np.interp(layers, [0, 0.5, 1], values)
+    assert [parts.pop(f"math.layers.{n + 1}") for n in range(n_layers)] == pytest.approx(expected)
+    assert parts == {"ja.mlp": 0.5, "ja.else": 0.0}
+    assert weights_of_parts({}, groups, n_layers)["math.layers.1"] == 0
+
+    slopes = {f"math.layers.{n + 1}": float(n * n) for n in range(n_layers)}
+    gathered = slopes_of_groups(slopes | {"ja.mlp": 3.0}, groups, n_layers)
+    hats = [np.interp(layers, [0, 0.5, 1], row) for row in np.eye(3)]
+    expected = [hat @ [*slopes.values()] for hat in hats]
+    assert [gathered.pop(name) for name in weights] == pytest.approx(expected)
+    assert gathered == {"ja.mlp": 3.0}
+
+
+def test_runs_of_layers_end_where_they_say():
+    groups = Groups.of_keys(["layers.0:1", "layers.1:5"])
+    assert [*map(layers_of, groups.split(NAMES, 5).values())] == [{"0"}, {*"1234"}]
+    assert "lm_head.weight" in groups.split(NAMES, 5)["layers.0:1"]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        Groups(("mlp", "else")),
+        Groups(n_layer_groups=3),
+        Groups(ends=(2, 5)),
+        Groups(n_anchors=3),
+    ],
+)
 def test_keys_say_which_groups_they_are(groups):
     assert Groups.of_keys(groups.keys) == groups

@@ -9,7 +9,7 @@ from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.vectors.delta import extract
-from optimer_hf.vectors.groups import Groups
+from optimer_hf.vectors.groups import Groups, weights_of_parts
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.splitting import refuse_unknown_groups, split_pool
 from tests.support.merges import assert_same_bits, tensors_in
@@ -17,9 +17,13 @@ from tests.support.tiny import VOCABULARY, whole_delta
 
 BY_NAME = Groups(("self_attn", "mlp", "else"))
 BY_LAYER = Groups(n_layer_groups=2)
+BY_RUN = Groups(ends=(1, 2))
+BY_GRADIENT = Groups(n_anchors=2)
 WEIGHTS = {
     BY_NAME: {"math.self_attn": 0.3, "math.mlp": -0.8, "math.else": 1.1},
     BY_LAYER: {"math.layers.1": 0.3, "math.layers.2": -0.8},
+    BY_RUN: {"math.layers.0:1": 0.3, "math.layers.1:2": -0.8},
+    BY_GRADIENT: {"math.gradient.1": 0.3, "math.gradient.2": -0.8},
 }
 KINDS = ["checkpoint", "adapter", "delta", "int8"]
 
@@ -27,7 +31,7 @@ KINDS = ["checkpoint", "adapter", "delta", "int8"]
 def weight_of(groups: Groups, name: str) -> float:
     """The weight of a tensor, told from its name without the code under test."""
     weights = list(WEIGHTS[groups].values())
-    if groups is BY_LAYER:
+    if groups is not BY_NAME:
         return weights[".layers.1." in name]
     return weights[0] if "self_attn" in name else weights[1] if "mlp" in name else weights[2]
 
@@ -57,7 +61,7 @@ def groups_for(groups: Groups, kind: str) -> Groups:
     return Groups(("self_attn", "mlp")) if kind == "adapter" and groups.filters else groups
 
 
-@pytest.mark.parametrize("groups", [BY_NAME, BY_LAYER], ids=["names", "layers"])
+@pytest.mark.parametrize("groups", WEIGHTS, ids=["names", "layers", "runs", "gradient"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_with_a_weight_for_each_group_is_the_sum_in_float64(
     make_pool, kind, groups, tmp_path
@@ -65,7 +69,8 @@ def test_a_merge_with_a_weight_for_each_group_is_the_sum_in_float64(
     base, (math, ja) = make_pool(kind)
     pool = split_pool([math, ja], {"math": groups_for(groups, kind)}, base)
     assert {vector.kind for vector in pool} == {math.kind, ja.kind}
-    weights = {vector.name: WEIGHTS[groups].get(vector.name, 0.5) for vector in pool}
+    own = weights_of_parts(WEIGHTS[groups], {"math": groups}, 2)
+    weights = {vector.name: own.get(vector.name, 0.5) for vector in pool}
     assert len(weights) == len(pool) > 2
     write_merged(base, pool, weights, tmp_path / "merged")
     checkpoint, merged = Checkpoint(base.path), tensors_in(tmp_path / "merged")
@@ -128,6 +133,9 @@ def test_derivatives_of_groups_sum_to_that_of_the_vector_and_match_differences(m
         (Groups(("self_attn", "mlp")), r"no group takes 'lm_head.weight'.*'else'"),
         (Groups(("model", "lm_head", "else")), r"'else' has no tensors, as the other groups"),
         (Groups(n_layer_groups=9), r"found layers: 9, but the base has 2 layers"),
+        (Groups(n_anchors=9), r"found gradient: 9, but the base has 2 layers"),
+        (Groups(ends=(1, 3)), r"found layers: layers.1:3, but the base has 2 layers"),
+        (Groups(ends=(1,)), r"the groups end at layer 1, but the base has 2 layers"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(make_pool, groups, message):

@@ -1,0 +1,355 @@
+"""mergekit_search.py: what a search reads of a mergekit YAML, and the YAML that comes back."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mergekit.architecture.auto import infer_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.merging.mergekit_search import pool_to_search, unsearched_settings
+from optimer_hf.merging.writer import write_merged
+from optimer_hf.models.checkpoint import Checkpoint
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.recipes.from_search import search_study
+from optimer_hf.searching.study_file import (
+    merge_config_of_study,
+    merge_text,
+    read_study,
+    study_of_merge_config,
+)
+from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.groups import weights_of_parts
+from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.splitting import layers_for, split_pool
+from tests.support.merges import optimer_yaml, tensors_in, write_config
+from tests.support.tiny import GROUPED, ulps_apart
+
+N_LAYERS = 5
+HEAD = "base_model: ./base   # theirs\nmerge_method: ties\ndtype: bfloat16\n"
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def folder(request, tmp_path_factory, save_model, make_tuned, make_adapter, corpus_dir) -> Path:
+    """A folder with a base of five layers, two fine-tunes, an adapter and an objective."""
+    out = tmp_path_factory.mktemp("layered")
+    torch.manual_seed(0)
+    sizes = GROUPED | {"num_hidden_layers": N_LAYERS, "max_position_embeddings": 64}
+    if request.param == "llama":  # mergekit knows where its head is, and infers Gemma's
+        model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
+    else:
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=16, query_pre_attn_scalar=16))
+    path = save_model(model.to(torch.bfloat16), "five-layers")
+    base = ResolvedModel(path, "base")
+    shutil.copytree(path, out / "base")
+    for name, seed in (("math", 1), ("code", 2)):
+        shutil.copytree(make_tuned(base, request.param, seed), out / name)
+    shutil.copytree(make_adapter(base, 3), out / "lora")
+    (out / "obj.yaml").write_text(f"terms: [{{text: {corpus_dir / 'aaa.search.jsonl'}}}]\n")
+    return out
+
+
+def share_of_layer(name: str) -> float:
+    """Return how far along the layers a tensor is, from 0 to 1; 0 for one in no layer."""
+    layer = re.search(r"layers\.(\d+)\.", name)
+    return int(layer[1]) / (N_LAYERS - 1) if layer else 0.0
+
+
+def interpolate(values: list[float], name: str) -> float:
+    place = share_of_layer(name) * (len(values) - 1)
+    low = min(int(place), len(values) - 2)
+    return values[low] + (place - low) * (values[low + 1] - values[low])
+
+
+def layer_of(name: str) -> int:
+    return round(share_of_layer(name) * (N_LAYERS - 1))
+
+
+CASES = {
+    "a gradient": (
+        """models:
+  - model: ./math  # m
+    parameters:
+      density: [1, 0.5]   # d
+      weight: [0, 0.3, 1]  # w
+  - {model: ./code, parameters: {weight: 0.5, density: 0.2}}  # c
+""",
+        ["math.gradient.1", "math.gradient.2", "math.gradient.3", "code"],
+        lambda w, v, t: w["code"] if v == "code" else interpolate([*w.values()][:3], t),
+        ["# theirs", "# m", "# w", "# c", "weight: [0.2, 0.5, 0.8]"],
+    ),
+    "a long gradient, and one for all": (
+        """parameters:
+  weight: [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]   # all
+models:
+- model: ./base   # not needed
+- model: ./math
+- model: ./code   # last
+  parameters:
+    weight: 0.3
+""",
+        ["math.gradient.1", "math.gradient.2", "math.gradient.3", "math.gradient.4", "code"],
+        lambda w, v, t: w["code"] if v == "code" else interpolate([*w.values()][:4], t),
+        ["# not needed", "# last"],
+    ),
+    "filters, with gradients and an anchor": (
+        """x-weights: &weights
+  - filter: self_attn   # attention
+    value: [0, 0.5]     # along the layers
+  - {filter: mlp, value: 0.25}
+  - value: 0.1          # the rest
+models:
+  - model: ./math
+    parameters:
+      weight: *weights
+  - model: "./base+./lora"   # an adapter
+    parameters: {weight: 1.0}
+""",
+        ["math.self_attn", "math.mlp", "math.else", "lora"],
+        lambda w, v, t: (
+            w["lora"]
+            if v == "lora"
+            else w[
+                "math.self_attn" if "self_attn" in t else "math.mlp" if "mlp" in t else "math.else"
+            ]
+        ),
+        ["# attention", "# along the layers", "# the rest", "# an adapter"],
+    ),
+    "slices": (
+        """slices:
+  # the lower layers
+  - sources:
+      - model: ./base
+        layer_range: [0, 2]
+      - model: ./math
+        layer_range: [0, 2]
+        parameters: {weight: 0.3, density: 0.5}   # low
+      - {model: ./code, layer_range: [0, 2], parameters: {weight: 0.1}}
+  - sources:
+      - {model: ./base, layer_range: [2, 5]}
+      - {model: ./math, layer_range: [2, 5], parameters: {weight: 0.7}}   # high
+""",
+        ["math.layers.0:2", "math.layers.2:5", "code.layers.0:2", "code.layers.2:5"],
+        lambda w, v, t: w[f"{v}.layers.{'0:2' if layer_of(t) < 2 else '2:5'}"],
+        ["# the lower layers", "# low", "# high"],
+    ),
+    "five slices of two models, without the base": (
+        "slices:\n"
+        + "".join(
+            f"- sources:\n  - {{model: ./math, layer_range: [{n}, {n + 1}]}}  # m{n}\n"
+            f"  - model: ./lora\n    layer_range: [{n}, {n + 1}]\n"
+            for n in range(N_LAYERS)
+        ),
+        [f"{v}.layers.{r}" for v in ("math", "lora") for r in ("0:2", "2:3", "3:4", "4:5")],
+        lambda w, v, t: w[f"{v}.layers.{('0:2', '0:2', '2:3', '3:4', '4:5')[layer_of(t)]}"],
+        [f"# m{n}" for n in range(N_LAYERS)],
+    ),
+    "one slice of all layers, a merge key": (
+        """x-all: &all {layer_range: [0, 5]}
+slices:
+  - sources:
+      - <<: *all
+        model: ./math   # m
+        parameters: {weight: [0, 1]}
+      - <<: *all
+        model: ./base   # b
+""",
+        ["math.gradient.1", "math.gradient.2"],
+        lambda w, v, t: interpolate([*w.values()], t),
+        ["# m", "# b", "<<: *all"],
+    ),
+}
+
+
+def weights_for(config) -> dict[str, float]:
+    """Return a weight for each name; fixed ones as they are."""
+    numbers = (0.2 + 0.3 * index for index in range(99))
+    return {
+        name: config.fixed[name] if name in config.fixed else round(next(numbers), 1)
+        for name in config.weight_names
+    }
+
+
+def build(config, weights: dict[str, float], out: Path) -> None:
+    """Build what a trial with these weights scores."""
+    base = ResolvedModel(Path(config.base_model), "base")
+    vectors = [open_vector(name, source, base) for name, source in config.sources.items()]
+    parts = weights_of_parts(weights, config.groups, layers_for(config.groups, base))
+    write_merged(base, split_pool(vectors, config.groups, base), parts, out, out_dtype="bfloat16")
+
+
+def run_plain_mergekit(text: str, folder: Path, out: Path) -> None:
+    """Run a config with mergekit and nothing of ours, in the folder where it lies."""
+    LoaderCache().loaders = {}  # of another folder
+    infer_architecture_info.cache_clear()
+    config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    options = {"lora_merge_cache": str(out) + "-lora", "lora_merge_dtype": "float32"}
+    run_merge(config, str(out), MergeOptions(quiet=True, copy_tokenizer=False, **options))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_each_number_is_searched_and_comes_back_into_the_text(case, folder, tmp_path, monkeypatch):
+    text, names, weight_of, kept = case
+    monkeypatch.chdir(folder)
+    path = folder / "merge.yml"
+    path.write_text("# Mine.\n" + HEAD + text)
+    config = study_of_merge_config(path, folder / "obj.yaml")
+    assert config.weight_names == names
+    weights = weights_for(config)
+    build(config, weights, tmp_path / "ours")
+
+    base = Checkpoint(folder / "base")
+    for name, merged in tensors_in(tmp_path / "ours").items():
+        total = base.read(name).double()
+        for vector, source in config.sources.items():
+            opened = open_vector(vector, source, ResolvedModel(folder / "base", "base"))
+            if name in opened.names:
+                total += weight_of(weights, vector, name) * delta_of(opened, name, base)
+        assert torch.allclose(merged.double(), total, rtol=2**-8, atol=1e-6), name
+
+    kinds = {name: "adapter" if name == "lora" else "checkpoint" for name in config.vectors}
+    merge_config = merge_config_of_study(config, weights, path, kinds)
+    printed = merge_text(path, merge_config, "note")
+    assert yaml.safe_load(printed).items() >= merge_config.items()
+    assert all(comment in printed for comment in kept), printed
+    assert printed.startswith("# Mine.\n# note\n# Save it beside merge.yml as THIS.yml. Run: merge")
+    run_plain_mergekit(printed, folder, tmp_path / "theirs")
+    ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        apart = ulps_apart(tensor, theirs[name])
+        if "lora" in config.vectors:  # mergekit rounds W + BA, and subtracts W again
+            assert (apart <= 1).double().mean() > 0.999, name
+        else:
+            assert not apart.any(), name
+
+
+def delta_of(vector, name: str, base: Checkpoint) -> torch.Tensor:
+    """Return a delta in float64, without the code that merges."""
+    if vector.kind == "adapter":
+        part = vector.parts[name]
+        return part.scale * part.b.double() @ part.a.double()
+    return Checkpoint(vector.path).read(name).double() - base.read(name).double()
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "of somebody else"])
+def test_a_delta_directory_is_searched_with_our_record_only(pool, tmp_path, ours):
+    base, sources = pool("llama", "checkpoint", torch.bfloat16)
+    extract(open_vector("ja", str(sources["ja"]), base), base, tmp_path / "ja")
+    if not ours:
+        (tmp_path / "ja" / "vector.json").unlink()
+    models = [{"model": "./ja", "parameters": {"weight": 0.5, "delta": True}}]
+    config = optimer_yaml(base_model=str(base.path), models=models)
+    path = write_config(tmp_path / "c.yml", config)
+    if ours:
+        assert pool_to_search(config, path)[1] == {"ja": str(tmp_path / "ja")}
+        return
+    with pytest.raises(
+        ConfigError, match=r"c\.yml:\d+: models: \./ja: parameters\.delta: .*extract"
+    ):
+        pool_to_search(config, path)
+
+
+def test_a_search_names_what_it_does_not_keep_of_a_config():
+    filters = [{"filter": "mlp", "value": [0, 1]}, {"value": 1}]
+    config = optimer_yaml(
+        merge_method="ties",
+        parameters={"density": 0.5, "weight": 1.0},
+        models=[
+            {"model": "a", "parameters": {"weight": [0, 1]}},
+            {"model": "b", "parameters": {"weight": 0.5, "delta": True}},
+            {"model": "c", "parameters": {"weight": [{"filter": "mlp", "value": 1}], "t": 1}},
+            {"model": "d", "parameters": {"weight": [0, 1, 2, 3, 4]}},
+            {"model": "e", "parameters": {"weight": filters}},
+            {"model": "f"},
+        ],
+    )
+    assert unsearched_settings(config) == [
+        "merge_method: ties",
+        "parameters.density",
+        "models: c: parameters.weight (filters that do not split the model)",
+        "models: c: parameters.t",
+        "models: d: parameters.weight (5 values)",
+        "models: e: parameters.weight (gradients within filters)",
+    ]
+    assert unsearched_settings(optimer_yaml()) == []
+
+
+def sliced(*pieces: str, base: str = "base_model: ./base") -> str:
+    lines = "".join(f"  - {{sources: [{piece}]}}\n" for piece in pieces)
+    return f"merge_method: linear\n{base}\ndtype: bfloat16\nslices:\n{lines}"
+
+
+LOW, HIGH = "{model: ./math, layer_range: [0, 2]}", "{model: ./math, layer_range: [2, 5]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            sliced(HIGH, LOW),
+            r"c.yml:5: slices: layer_range: found \[2, 5\], expected the layers from 0",
+        ),
+        (
+            sliced(LOW, LOW),
+            r"c.yml:6: slices: layer_range: found \[0, 2\], expected the layers from 2",
+        ),
+        (sliced(f"{LOW}, {{model: ./base, layer_range: [1, 3]}}"), "c.yml:5: slices: layer_range"),
+        (sliced(f"{LOW}, {LOW}", HIGH), "c.yml:5: slices: .*math is there twice"),
+        (sliced(LOW), "c.yml:5: slices: ends at layer 2, but the base has 5 layers"),
+        (
+            sliced(LOW, HIGH).replace("]}\n", "], residual_weight: 0.5}\n", 1),
+            "c.yml:5: slices: residual_weight: only mergekit reads it",
+        ),
+        (sliced(LOW, HIGH, base="# base"), "field 'base_model' is missing"),
+        (
+            sliced().replace("slices:", "modules: {text: {models: [{model: ./math}]}}"),
+            "c.yml:4: modules: has the models of each part",
+        ),
+    ],
+)
+def test_slices_that_are_no_layers_in_order_are_refused(folder, text, message):
+    path = folder / "c.yml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        study_of_merge_config(path, folder / "obj.yaml")
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (
+            "[{filter: attn, value: 1}, {filter: atn, value: 1}, {value: 0}]",
+            "c.yml:4: .*'atn' in its",
+        ),
+        ("[{filter: attn, value: 1}, {filter: mlp, value: 1}]", "c.yml:4: .*no group takes"),
+    ],
+)
+def test_a_filter_that_fits_no_tensor_is_named_with_its_line(folder, tmp_path, weight, message):
+    path = folder / "c.yml"
+    models = f"models:\n- {{model: ./math, parameters: {{weight: {weight}}}}}\n"
+    path.write_text(f"merge_method: linear\nbase_model: ./base\n{models}")
+    with pytest.raises(ModelError, match=message):
+        search_study(path, tmp_path / "s", objective=folder / "obj.yaml")
+
+
+def test_a_study_that_began_with_one_weight_for_a_gradient_goes_on_so(folder, tmp_path):
+    path = folder / "c.yml"
+    models = "models: [{model: ./math, parameters: {weight: 0.5}}]  # m\n"
+    path.write_text(f"merge_method: linear\nbase_model: ./base\n{models}")
+    objective = {"objective": folder / "obj.yaml", "n_trials": 3}
+    search_study(path, tmp_path / "s", **objective)
+    path.write_text(path.read_text().replace("0.5", "[0, 1]"))
+    assert read_study(path, **objective).weight_names == ["math.gradient.1", "math.gradient.2"]
+    study, merge_config = search_study(path, tmp_path / "s", **objective)
+    assert study.config.weight_names == ["math"]
+    assert isinstance(merge_config["models"][0]["parameters"]["weight"], float)
+    assert "# m" in merge_text(path, merge_config, "note")
