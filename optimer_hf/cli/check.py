@@ -40,10 +40,10 @@ def init(out: Path, sources: tuple[str, ...], **options: Any) -> None:
 
 
 @click.command(epilog="Example: optimer validate study.yaml train-*.yaml")
-@click.option("--strict", is_flag=True, help="Fail when a local file is missing.")
+@click.option("--strict", is_flag=True, help="Fail when a local file or a task is missing.")
 @click.argument("files", type=PATH, nargs=-1, required=True)
 def validate(files: tuple[Path, ...], strict: bool) -> None:
-    """Check fields and values of YAML files, and name local files that are missing.
+    """Check fields and values of YAML files, and name local files and tasks that are missing.
 
     FILES are studies, train files, objectives, recipes and mergekit YAMLs. Models and tasks are not
     opened.

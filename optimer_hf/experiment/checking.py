@@ -1,7 +1,8 @@
-"""Check a YAML file that a person wrote: its fields, and the local files that it names."""
+"""Check a YAML file that a person wrote: its fields, and the files and tasks that it names."""
 
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from optimer_hf.files.model import (
     list_absent_files_of_data,
     list_mistakes,
 )
+from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
+from optimer_hf.files.text import prefix_field
 from optimer_hf.merging.mergekit_keys import is_for_mergekit
+from optimer_hf.recipes.record import Recipe
+from optimer_hf.scoring.objective import Objective, ObjectiveFile
+from optimer_hf.scoring.task_names import list_unknown_tasks
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.plugins import refuse_missing_plugins
 from optimer_hf.training.config import TrainConfig
@@ -24,29 +30,30 @@ logger = logging.getLogger(__name__)
 
 
 def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
-    """Return what a YAML file is, in words, and one line for each missing local file that it names.
-    Models and tasks are not opened.
+    """Return what a YAML file is, in words, and one line for each missing local file or task of
+    lm-eval that it names. Models and tasks are not opened.
 
-    Raises ConfigError with one line for each mistake. With `strict`, missing files are mistakes.
+    Raises ConfigError with one line for each mistake. With `strict`, what is missing is a mistake.
     """
     try:
-        what, fields = _read_whole(path)
+        what, missing = _read_whole(path)
     except ConfigError as error:
         missing = _list_absent_beside_mistakes(path) if strict else ""
         raise ConfigError("\n".join(filter(None, [str(error), missing]))) from error
-    missing = list_absent_files(path, fields)
     if strict and missing:
         raise ConfigError(missing)
     return what, missing.splitlines()
 
 
-def _read_whole(path: Path) -> tuple[str, Any]:
-    """Return what a file is, in words, and its fields with absolute local paths."""
+def _read_whole(path: Path) -> tuple[str, str]:
+    """Return what a file is, in words, and one line for each thing that it names and that is
+    missing.
+    """
     keys = set(read_yaml(path))
     if keys and keys <= {"train", "study"}:
-        return "profile of a recipe", {}
+        return "profile of a recipe", ""
     if is_for_mergekit(keys):
-        return "merge config", _read_merge_config(path)
+        return "merge config", list_absent_files(path, _read_merge_config(path))
     kind = kind_of_file(keys)
     config = _read_fields(path, kind)
     if isinstance(config, TrainConfig) and not is_settled(config):
@@ -55,12 +62,37 @@ def _read_whole(path: Path) -> tuple[str, Any]:
         from optimer_hf.training.checks import check_config  # takes seconds to import
 
         check_config(config, path)
-    # the tasks of a recipe need not be on this disk
-    fields = config.model_dump(exclude={"objective"} if kind == "recipe" else None)
-    for vector in fields["vectors"].values() if kind == "study" else ():
-        if vector["train"] is not None:
-            vector["train"] = str(path.resolve().parent / vector["train"])
-    return "train config" if kind == "train" else kind, fields
+    return "train config" if kind == "train" else kind, list_missing_inputs(path, config)
+
+
+def list_missing_inputs(path: Path, config: VersionedFile, *, baselines: bool = True) -> str:
+    """Return one line for each missing local file or task of lm-eval that a config, read from
+    `path`, names. The objective of a recipe need not be here, nor models of baselines on request.
+    """
+    if isinstance(config, Recipe):
+        return list_absent_files(path, config.model_dump(exclude={"objective"}))
+    fields = config.model_dump(exclude=set() if baselines else {"baselines"})
+    if isinstance(config, StudyConfig):
+        for vector in fields["vectors"].values():
+            if vector["train"] is not None:
+                vector["train"] = str(path.resolve().parent / vector["train"])
+    unknown = [
+        (where, prefix_field(where, fault))
+        for at, objective in _objectives_of(config)
+        for where, fault in list_unknown_tasks(objective, at)
+    ]
+    parts = (list_absent_files(path, fields), list_mistakes(path, unknown))
+    return "\n".join(filter(None, parts))
+
+
+def _objectives_of(config: VersionedFile) -> Iterator[tuple[Place, Objective]]:
+    """Yield the objectives in a config, each with its place."""
+    if isinstance(config, ObjectiveFile):
+        yield (), config
+    elif isinstance(config, StudyConfig):
+        yield ("objective",), config.objective
+        if config.test is not None:
+            yield ("test",), config.test
 
 
 def _read_merge_config(path: Path) -> dict[str, Any]:
@@ -90,7 +122,8 @@ def _list_absent_beside_mistakes(path: Path) -> str:
 
 
 def check_fields(path: Path, kind: str) -> str:
-    """Return one line for each missing local file that a file names, except models of baselines.
+    """Return one line for each missing local file or task of lm-eval that a file names, except
+    models of baselines.
 
     Raises ConfigError for mistakes in its fields that are found without a library that takes
     seconds to import. `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a
@@ -102,8 +135,7 @@ def check_fields(path: Path, kind: str) -> str:
     if kind == "merge config" or (kind == "study" and is_for_mergekit(read_yaml(path))):
         read_keys(path, known_keys())
         return list_absent_models(read_yaml(path), path)
-    config = _read_fields(path, kind)
-    return list_absent_files(path, config.model_dump(exclude={"baselines"}))
+    return list_missing_inputs(path, _read_fields(path, kind), baselines=False)
 
 
 def _read_fields(path: Path, kind: str) -> VersionedFile:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.experiment.checking import list_missing_inputs
 from optimer_hf.experiment.folder import Run, check_folder, load_inputs, run_of
-from optimer_hf.files.model import refuse_absent_files
 from optimer_hf.models.devices import parse_devices
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def plan_source(
     from optimer_hf.study.config import StudyConfig
 
     config = StudyConfig.read(source)
-    refuse_absent_files({source: config.model_dump(exclude={"baselines"})})
+    if missing := list_missing_inputs(source, config, baselines=False):
+        raise ConfigError(missing)
     from optimer_hf.experiment.planning import make_plan
 
     _check_base(config, fetch)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.experiment.checking import list_missing_inputs
 from optimer_hf.experiment.marks import CLAIM_FILE, Claim, read_claim
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
-from optimer_hf.files.model import list_mistakes, parse, refuse_absent_files
+from optimer_hf.files.model import list_absent_files, list_mistakes, parse
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import expand_home, function_in_file, is_there
@@ -30,7 +31,6 @@ RESULTS = (  # files of a finished run; its model has figures, too
     *("merged/figures/captions.json", "results.json", "results.md"),
 )
 
-STUDY_INPUTS = {"base_model", "vectors", "tokenizer_source", "objective", "test", "baselines"}
 TRAINING_INPUTS = {"base_model", "corpus", "mixture", "replay"}  # fields that name files to read
 
 
@@ -268,7 +268,7 @@ def _add_seed(config: SeededT, seed: int) -> SeededT:
 
 def _read_files(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConfig]]]":
     """Return the study of a recipe folder, and for every vector to train its train file and its
-    config, all with the budget of the run. Every local file that they name is there.
+    config, all with the budget of the run. All that they name is there.
     """
     from optimer_hf.study.config import StudyConfig
 
@@ -281,8 +281,11 @@ def _read_files(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConf
     read = _read_trainings(run.folder, data, changes)
     config = parse(StudyConfig, data, file)
     _check_study(config, {name: training for name, (_, training) in read.items()}, file)
-    named = {path: each.model_dump(include=TRAINING_INPUTS) for path, each in read.values()}
-    refuse_absent_files({file: config.model_dump(include=STUDY_INPUTS)} | named)
+    missing = [list_missing_inputs(file, config)]
+    for path, training in read.values():
+        missing.append(list_absent_files(path, training.model_dump(include=TRAINING_INPUTS)))
+    if any(missing):
+        raise ConfigError("\n".join(filter(None, missing)))
     return config, read
 
 

@@ -21,6 +21,7 @@ from optimer_hf.printable import warn_once
 from optimer_hf.scoring.generation import generation_settings
 from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
 from optimer_hf.scoring.objective import Constraint, Objective, Term, naming_test
+from optimer_hf.scoring.task_names import fault_of_task, folders_of_tasks, read_task_names
 
 logger = logging.getLogger(__name__)
 
@@ -171,32 +172,24 @@ def _check_text(term: Term, path: Path) -> None:
         raise EvaluationError(f"term {term.label!r}: {path}: holds no text to score.")
 
 
-def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, Any]:
+def _open_manager(terms: Sequence[Term], include_path: Path | None) -> Any:
+    """Return lm-eval's index of the folders in which the tasks of some terms are defined. That of
+    all its tasks would take seven seconds. Raises EvaluationError for tasks that do not exist.
+    """
     from lm_eval.tasks import TaskManager
 
-    named = [term for term in terms if term.task is not None]
     if include_path is not None and not include_path.is_dir():
         raise EvaluationError(f"include_path: {include_path}: no such directory of tasks.")
-    include = None if include_path is None else str(include_path)
-    manager = TaskManager(include_path=include, include_defaults=False)
-    groups = {*manager.all_groups, *manager.all_tags}
-    absent = [str(t.task) for t in named if t.task not in {*manager.all_subtasks, *groups}]
-    if absent:
-        # ten seconds, which only tasks that ship with lm-eval are worth
-        logger.info("looking for %s among the tasks of lm-eval", ", ".join(absent))
-        manager = TaskManager(include_path=include)
+    own, named = read_task_names(include_path), [term for term in terms if term.task is not None]
     for term in named:
-        if term.task in {*manager.all_groups, *manager.all_tags}:
-            raise EvaluationError(
-                f"term {term.label!r}: {term.task!r} is a group of tasks in lm-eval. Name its "
-                "tasks, each in a term of its own."
-            )
-        if term.task not in manager.all_subtasks:
-            where = f" or {include_path}" if include_path is not None else ""
-            hint = did_you_mean(str(term.task), list(manager.all_subtasks))
-            raise EvaluationError(
-                f"term {term.label!r}: no task named {term.task!r} in lm-eval{where}.{hint}"
-            )
+        if fault := fault_of_task(str(term.task), own):
+            raise EvaluationError(f"term {term.label!r}: {fault}")
+    folders = folders_of_tasks([str(term.task) for term in named], own)
+    return TaskManager(include_path=[*folders], include_defaults=False)
+
+
+def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, Any]:
+    manager = _open_manager(terms, include_path)
     loaded: dict[str, Any] = {}
     for term in terms:
         spec: Any = _text_task(term) if term.text is not None else term.task

@@ -14,7 +14,7 @@ def test_validate_names_the_kind_of_each_good_file(folder, tmp_path):
     study = {
         "base_model": "a/b",
         "vectors": {"w": {"source": "a/w"}},
-        "objective": {"terms": [{"task": "t"}]},
+        "objective": {"terms": [{"task": "arc_easy"}]},
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     lines = optimer(

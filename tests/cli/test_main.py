@@ -172,7 +172,7 @@ def test_a_wrong_option_is_a_usage_error():
 STUDY = {
     "base_model": "a/b",
     "vectors": {"w": {"source": "a/w"}},
-    "objective": {"terms": [{"task": "t"}]},
+    "objective": {"terms": [{"task": "arc_easy"}]},
 }
 
 
@@ -257,22 +257,20 @@ def test_a_command_says_something_before_it_loads_its_libraries(words, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("words", "fields"),
+    ("words", "missing"),
     [
-        ("run .", {"train-v.yaml": ["base_model", "corpus.path"]}),
-        ("run .", {"study.yaml": ["base_model", "objective.terms.0.text", "test.terms.0.text"]}),
-        ("plan study.yaml", {"study.yaml": ["vectors.w.source", "objective.terms.0.text"]}),
-        ("search study.yaml s", {"study.yaml": ["vectors.w.source", "test.terms.0.text"]}),
-        (
-            "search m.yaml s --objective o.yaml",
-            {"o.yaml": ["terms.0.text"], "m.yaml": ["base_model"]},
-        ),
-        ("evaluate a/b o.yaml", {"o.yaml": ["terms.0.text"]}),
-        ("merge m.yaml out", {"m.yaml": ["base_model", "models.0.model"]}),
+        ("run .", {"train-v.yaml": "base_model corpus.path"}),
+        ("run .", {"study.yaml": "base_model test.terms.0.text objective.terms.1.task"}),
+        ("plan study.yaml", {"study.yaml": "vectors.w.source objective.terms.1.task"}),
+        ("search study.yaml s", {"study.yaml": "vectors.w.source test.terms.0.text"}),
+        ("search m.yaml s --objective o.yaml", {"o.yaml": "terms.0.text terms.1.task"}),
+        ("search m.yaml s --objective o.yaml", {"m.yaml": "base_model models.0.model"}),
+        ("evaluate a/b o.yaml", {"o.yaml": "terms.0.text terms.1.task"}),
+        ("merge m.yaml out", {"m.yaml": "base_model models.0.model"}),
     ],
 )
-def test_missing_files_are_named_before_a_library_loads(words, fields, tmp_path):
-    terms = {"terms": [{"text": "gone.jsonl"}]}
+def test_missing_files_and_tasks_are_named_before_a_library_loads(words, missing, tmp_path):
+    terms = {"terms": [{"text": "gone.jsonl"}, {"task": "gsm9k", "metric": "exact_match"}]}
     files = {
         "study.yaml": {
             **{"base_model": "./gone", "vectors": {"v": {"train": "train-v.yaml"}, "w": "./w"}},
@@ -289,9 +287,10 @@ def test_missing_files_are_named_before_a_library_loads(words, fields, tmp_path)
         (tmp_path / name).write_text(yaml.safe_dump(data), encoding="utf-8")
     result = process("-c", NO_TORCH, *words.split(), cwd=tmp_path)
     assert result.returncode == 1 and "LOADS" not in result.stderr
-    for file, named in fields.items():
-        for field in named:
-            assert re.search(rf"{file}:\d+: {field}: .*: no such file or dir", result.stderr)
+    for file, fields in missing.items():
+        for field in fields.split():
+            fault = "no task named 'gsm9k'" if field.endswith("task") else ".*: no such file or dir"
+            assert re.search(rf"{file}:\d+: {field}: {fault}", result.stderr)
 
 
 def test_every_command_with_libraries_is_one_that_says_so():
