@@ -76,6 +76,8 @@ def _print_push(done: "Push", dry_run: bool) -> None:
     size = f"{len(done.sent)} files, {sum(done.sent.values()):,} bytes"
     if dry_run:
         echo(f"{done.card}\nwould send {size} to {done.repo_id}; nothing was sent")
+        for line in done.unchecked:
+            echo(f"not checked: {line}")
     elif done.pull_request:
         echo(f"{'proposed' if done.sent else 'already proposed'}: {done.pull_request}")
     elif not done.sent and not done.deleted:

@@ -211,7 +211,7 @@ def strictest_licence(licences: Mapping[str, str | None]) -> str | None:
 def metadata_of(
     kind: str,
     relation: str,
-    licence: str,
+    licence: str | None,
     origins: Origins,
     name: str = "",
     results: Sequence[EvalResult] = (),

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from optimer_hf.errors import HubError
 from optimer_hf.files.digest import sha256_file
 from optimer_hf.files.reading import read_json
-from optimer_hf.files.reference import Reference
+from optimer_hf.files.reference import Reference, is_pinned, pin
 from optimer_hf.hub.client import describe_input, retry
 from optimer_hf.models.layout import (
     ADAPTER_CONFIG,
@@ -30,6 +30,7 @@ from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.vectors.record import VectorFile
 
 BASE = "base_model"
+NOT_YET = "0" * 40  # stands for a commit that is not known yet
 BASE_NAMES = ("base_model_name_or_path", "revision")  # fields that no weight depends on
 
 
@@ -103,7 +104,29 @@ def find_on_hub(
 
     Raises HubError if the weights there are not the locked ones.
     """
-    placed = {}
+    return {
+        name: place_on_hub(api, option, inputs[name], Reference(reference))
+        for name, option, reference in _named_inputs(inputs, at)
+    }
+
+
+def assume_on_hub(inputs: Mapping[str, LocalInput], at: Mapping[str, str]) -> dict[str, Placed]:
+    """Return what `find_on_hub` does without asking the Hub whether it is true."""
+    named = _named_inputs(inputs, at)
+    places = {
+        name: text if is_pinned(text) else pin(Reference(text).repo[0], NOT_YET)
+        for name, _, text in named
+    }
+    return {name: Placed(reference) for name, reference in places.items()}
+
+
+def _named_inputs(
+    inputs: Mapping[str, LocalInput], at: Mapping[str, str]
+) -> list[tuple[str, str, str]]:
+    """Return name, option and repository of each input that a person placed. Raises HubError for
+    names of none.
+    """
+    named = []
     for given, reference in at.items():
         name = BASE if given == "base" and given not in inputs else given
         if name not in inputs:
@@ -111,9 +134,8 @@ def find_on_hub(
                 f"--at {given}={reference}: found no input of that name on this machine, expected "
                 f"one of {', '.join(inputs) or 'none, since all are on the Hub'}."
             )
-        option = f"--at {given}={reference}"
-        placed[name] = place_on_hub(api, option, inputs[name], Reference(reference))
-    return placed
+        named.append((name, f"--at {given}={reference}", reference))
+    return named
 
 
 def place_on_hub(api: HfApi, option: str, local: LocalInput, ref: Reference) -> Placed:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from httpx2 import TransportError
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -25,6 +26,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -43,7 +45,7 @@ from optimer_hf.hub.client import (
     retry,
     values_in_card,
 )
-from optimer_hf.hub.local_inputs import BASE, Placed, find_on_hub, local_inputs
+from optimer_hf.hub.local_inputs import BASE, Placed, assume_on_hub, find_on_hub, local_inputs
 from optimer_hf.hub.publication import (
     CARD,
     BaseModel,
@@ -60,6 +62,7 @@ from optimer_hf.hub.publication import (
 from optimer_hf.hub.readers import describe_uses
 from optimer_hf.hub.uploads import base_of, find_earlier_uploads, uploads_of
 from optimer_hf.merging.mergekit_pool import mergekit_command
+from optimer_hf.models.hub_answers import checking_answers
 from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.report.captions import (
     CAPTIONS,
@@ -80,7 +83,8 @@ MOST_FILES = 250  # in one commit
 @dataclass(frozen=True)
 class Push:
     """What a push did, or would do if `commit` is None. `sent` maps files to sizes in bytes.
-    `readers` says what others can do with the repository at `url`.
+    `readers` says what others can do with the repository at `url`. `unchecked` says what a dry run
+    could not ask the Hub.
     """
 
     repo_id: str
@@ -91,6 +95,7 @@ class Push:
     card: str
     url: str = ""
     readers: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
     commit: str | None = None
     pull_request: str | None = None
     vectors: tuple["Push", ...] = ()
@@ -118,8 +123,9 @@ def push(
     missing. `tag` is set last. `licence` None takes that of the card on the Hub, or of the inputs.
     `vectors` pushes the local base and vectors of a recipe first, each to `<repo_id>-<name>`, and
     pins the recipe to them. `at` maps the names of local inputs (`base`, or a vector) to Hub
-    repositories that have the same weights, which are compared by sha256. `dry_run` sends nothing.
-    Raises HubError that says what to do, before anything is sent where that is possible.
+    repositories that have the same weights, which are compared by sha256. `dry_run` sends nothing,
+    and needs no Hub: what only a Hub can tell is then named as not checked. Raises HubError that
+    says what to do, before anything is sent where that is possible.
     """
     if create_pr:
         _refuse_beside_pull_request(tag, vectors)
@@ -136,14 +142,33 @@ def push(
                 f"{folder}: has no recipe.yaml, and --vectors and --at go with a recipe."
             )
         logger.info("push: asking the Hub about %s", repo_id)
-        placed = find_on_hub(target.api, local_inputs(folder), at) if at else {}
+        if dry_run:
+            target = replace(target, silence=_find_silence(target))
+        placed = _place_inputs(target, folder, at) if at else {}
         if vectors:
-            return _push_with_inputs(folder, target, options, placed)
-        publication, info = choose_files(folder, placed), target.fetch_info()
-        _refuse_other_visibility(target, info, private)
-        _check(target, info, publication, options)
-        _announce(target, publication, options)
-        return _commit(target, publication, options)
+            done = _push_with_inputs(folder, target, options, placed)
+        else:
+            done = _push_alone(folder, target, options, placed)
+    if not (at and _is_unreachable(target)):
+        return done
+    weights = f"whether {', '.join(at.values())} have the weights of {', '.join(at)}"
+    return replace(done, unchecked=(*done.unchecked, weights))
+
+
+def _push_alone(
+    folder: Path, target: "_Repository", options: "_Options", placed: Mapping[str, Placed]
+) -> Push:
+    publication, info = choose_files(folder, placed), target.fetch_info()
+    _refuse_other_visibility(target, info, options.private)
+    _check(target, info, publication, options)
+    _announce(target, publication, options)
+    return _commit(target, publication, options)
+
+
+def _place_inputs(target: "_Repository", folder: Path, at: Mapping[str, str]) -> dict[str, Placed]:
+    if _is_unreachable(target):
+        return assume_on_hub(local_inputs(folder), at)
+    return find_on_hub(target.api, local_inputs(folder), at)
 
 
 def _refuse_beside_pull_request(tag: str | None, vectors: bool) -> None:
@@ -190,15 +215,16 @@ def _announce(target: "_Repository", publication: Publication, options: _Options
 
 
 def _push_with_inputs(
-    directory: Path, target: "_Repository", options: _Options, placed: Mapping[str, Placed]
+    directory: Path, target: "_Repository", options: _Options, placed: dict[str, Placed]
 ) -> Push:
     """Check the recipe and its local inputs. Then send the base, then the vectors, then the recipe
     pinned to them. Inputs that are `placed` on the Hub already are not sent.
     """
     info = target.fetch_info()
     is_private = bool(options.private if info is None else info.private)
-    earlier = find_earlier_uploads(target.api, directory, target.repo_id, is_private=is_private)
-    placed = {**earlier, **placed}
+    if target.silence is None:
+        api, repo_id = target.api, target.repo_id
+        placed = find_earlier_uploads(api, directory, repo_id, is_private=is_private) | placed
     uploads = uploads_of(directory, target.repo_id, placed)
     targets = {n: replace(target, repo_id=u.repo_id, revision=None) for n, u in uploads.items()}
     places = {**placed, **{name: upload.place for name, upload in uploads.items()}}
@@ -272,12 +298,53 @@ def _check(
 
 
 @dataclass(frozen=True)
+class _Silence:
+    """Why the Hub says nothing about the repository of a dry run; `is_total`: nor about inputs."""
+
+    reason: str
+    is_total: bool
+
+
+def _find_silence(target: "_Repository") -> _Silence | None:
+    """Ask the Hub once about a repository, and return why it does not answer if it does not."""
+    try:
+        with checking_answers():
+            target.api.model_info(target.repo_id)
+    except OfflineModeIsEnabled:
+        return _Silence("HF_HUB_OFFLINE is set", is_total=True)
+    except (TransportError, ConnectionError):
+        return _Silence("the Hub cannot be reached", is_total=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401 and not isinstance(error, GatedRepoError):
+            return _Silence("no token, or a wrong one", is_total=False)
+    return None
+
+
+def _is_unreachable(target: "_Repository") -> bool:
+    return target.silence is not None and target.silence.is_total
+
+
+def _unchecked(
+    target: "_Repository", publication: Publication, foreseen: Collection[str]
+) -> Iterator[str]:
+    """Yield what a dry run would have asked the Hub, but for inputs that are to be uploaded."""
+    if target.silence is None:
+        return
+    why = target.silence.reason
+    yield f"whether {target.repo_id} is new, and you may write to it ({why})"
+    inputs = ", ".join(x.partition("@")[0] for x in publication.inputs if x not in foreseen)
+    if target.silence.is_total and inputs:
+        yield f"whether others can see {inputs}, and under which licences ({why})"
+
+
+@dataclass(frozen=True)
 class _Repository:
-    """A repository to push to."""
+    """A repository to push to. If there is a `silence`, the Hub is not asked about it."""
 
     api: HfApi
     repo_id: str
     revision: str | None
+    silence: _Silence | None = None
 
     @property
     def url(self) -> str:
@@ -290,8 +357,10 @@ class _Repository:
 
     def fetch_info(self) -> ModelInfo | None:
         """Return what the Hub says about the branch, or about the default branch if that one is
-        missing. None: there is no repository yet.
+        missing. None: there is no repository yet, as far as the Hub says.
         """
+        if self.silence is not None:
+            return None
         for revision in (self.revision, None):
             request = partial(self.api.model_info, self.repo_id, revision=revision)
             try:
@@ -395,7 +464,8 @@ def _card_metadata(
         _refuse_other_content(target, info, publication)
     existing = target.read_card(info.sha) if info is not None else None
     is_private = bool(info.private if info is not None else options.private)
-    origins = _read_origins(target.api, publication, is_private, foreseen)
+    unseen = publication.inputs if _is_unreachable(target) else foreseen
+    origins = _read_origins(target.api, publication, is_private, unseen)
     relation, results = "merge", list[EvalResult]()
     if isinstance(publication.record, VectorFile):
         relation = card.RELATIONS[publication.record.kind]
@@ -403,7 +473,9 @@ def _card_metadata(
         origins = replace(origins, datasets=tuple(datasets))
     elif isinstance(publication.record, Recipe):
         results = _sealed_results(publication.record)
-    licence = _choose_licence(target.repo_id, existing, origins, options.licence)
+    licence = options.licence  # nobody else can say if the Hub does not
+    if not _is_unreachable(target):
+        licence = _choose_licence(target.repo_id, existing, origins, options.licence)
     return card.metadata_of(
         publication.kind, relation, licence, origins, _name_of(target.repo_id), results
     ), existing
@@ -565,7 +637,8 @@ def _commit(
         there = target.list_files(info.sha) if info is not None and info.sha is not None else {}
         done, operations = _changes(target.repo_id, publication.kind, files, there)
         uses = tuple(describe_uses(publication, target.repo_id))
-        done = replace(done, card=text, url=target.url, readers=uses)
+        unchecked = tuple(_unchecked(target, publication, foreseen))
+        done = replace(done, card=text, url=target.url, readers=uses, unchecked=unchecked)
         if options.dry_run or info is None:
             return done
         if not options.create_pr:

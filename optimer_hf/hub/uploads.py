@@ -16,6 +16,7 @@ from optimer_hf.hub.client import describe_repo, retry
 from optimer_hf.hub.completing import base_of_vectors, describe_local
 from optimer_hf.hub.local_inputs import (
     BASE,
+    NOT_YET,
     LocalInput,
     Placed,
     adapter_config_naming,
@@ -34,8 +35,6 @@ from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.vectors.record import VectorFile, read_record
 
 logger = logging.getLogger(__name__)
-
-NOT_YET = "0" * 40  # stands for the commit of what is still to be pushed
 
 
 @dataclass(frozen=True)

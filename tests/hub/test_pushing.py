@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from safetensors.torch import load_file
 
 from optimer_hf import hub as hubs
@@ -149,6 +149,53 @@ def test_a_dry_run_sends_nothing_and_shows_the_card(hub, make_vector, name):
     assert "adapter_model.safetensors" in done.sent
     assert "license: gemma" in done.card
     assert not hub.calls("^(POST|PUT) ")
+
+
+@pytest.fixture(params=["offline", "unreachable", "no token"])
+def silent_hub(hub, request, monkeypatch):
+    """A Hub that says nothing about a repository; returns the reason."""
+    if request.param == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        return "HF_HUB_OFFLINE is set"
+    if request.param == "no token":
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        return "no token, or a wrong one"
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    return "the Hub cannot be reached"
+
+
+@pytest.mark.parametrize("options", [{}, {"licence": "mit"}, {"at": {"v0": "alice/zero"}}])
+def test_a_dry_run_needs_no_hub_and_says_what_it_did_not_ask(
+    make_recipe, name, silent_hub, options
+):
+    folder, repo_id = make_recipe("adapter"), f"alice/{name}"
+    token = None if silent_hub.startswith("no token") else ALICE
+    if token is None:  # what others have is public
+        options = {key: value for key, value in options.items() if key != "at"}
+    done = hubs.push(folder, repo_id, token=token, vectors=True, dry_run=True, **options)
+    sent = [part.repo_id for part in (*done.vectors, done)]
+    ours = [f"{repo_id}-v0"] * ("at" not in options) + [f"{repo_id}-v1", repo_id]
+    assert sent == ours and "recipe.yaml" in done.sent and done.commit is None
+    licence = options.get("licence") or ("gemma" if token is None else None)
+    assert split_card(done.card)[0].get("license") == licence
+    first, *others = done.unchecked
+    assert first == f"whether {repo_id} is new, and you may write to it ({silent_hub})"
+    inputs = "alice/base, alice/zero" if "at" in options else "alice/base"
+    seen = f"whether others can see {inputs}, and under which licences ({silent_hub})"
+    weights = ["whether alice/zero have the weights of v0"] * ("at" in options)
+    assert others == ([] if token is None else [seen, *weights])
+
+
+def test_a_dry_run_of_an_unknown_input_and_a_push_still_need_the_hub(
+    hub, make_recipe, name, monkeypatch
+):
+    folder = make_recipe("adapter")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="found no input of that name"):
+        hubs.push(folder, f"alice/{name}", at={"v9": "alice/nine"}, dry_run=True)
+    with pytest.raises(HubError, match="the Hub is offline"):
+        hubs.push(folder, f"alice/{name}", token=ALICE, vectors=True)
 
 
 def test_the_card_of_a_recipe_shows_the_results_beside_it(hub, make_recipe, name):
