@@ -1,15 +1,17 @@
-"""Large pools of LoRA vectors on a small model: searched with and without gradients and a screen.
+"""Large pools of LoRA vectors: searched with and without gradients, and with a screen.
 
     python benchmarks/large_pool.py [--vectors 16 32 64] [--forwards 40] [--seeds 3]
+    python benchmarks/large_pool.py --study study.yaml     # a pool of your own, on its base
 
 Trains a Llama of a quarter million parameters on a mixture of four made-up languages (Markov
 chains of letters), and then LoRA vectors of rank 4, each on another sample of one of them. The
-objective is the bits per byte of held-out text of all four. The search without gradients runs as
-many trials as `--forwards`. One with gradients runs as many as these would pay for, by the median
-of what its trials say that they cost. The gain over the base of the best trial of each counts.
+objective is the bits per byte of held-out text of all four. Every search may spend `--forwards`; a
+trial with gradients spends what its record says that it cost, the median of them. The gain over the
+base of the best trial of each search counts.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import tempfile
@@ -35,7 +37,8 @@ BASE_STEPS, VECTOR_STEPS = 300, 80
 ARMS: dict[str, dict[str, Any]] = {
     "without": {"gradients": "never"},
     "with gradients": {"gradients": "always"},
-    "screen 8": {"gradients": "always", "screen": 8},
+    "with gradients, screen 8": {"gradients": "always", "screen": 8},
+    "without, screen 8": {"gradients": "never", "screen": 8},
 }
 
 
@@ -121,12 +124,14 @@ def compare(fields: dict[str, Any], n_forwards: int, seed: int, folder: Path) ->
     row: dict[str, Any] = {"seed": seed}
     for arm, choices in ARMS.items():
         settings = {"n_trials": n_forwards, "rescore_top": 0, "seed": seed} | choices
-        if arm != "without":
+        if choices["gradients"] == "always":
             settings["n_trials"] = n_forwards // 2
         config = StudyConfig.model_validate(fields | {"search": settings})
         study = search(config, folder / f"{arm}-{seed}")
-        cost = median(cost_ratio(trial) for trial in study.trials)
-        n_paid = max(int(n_forwards / cost), 1)
+        dear = [cost_ratio(trial) for trial in study.trials if trial.gradients]
+        cost = median(dear) if dear else 1.0
+        spent = np.cumsum([cost if trial.gradients else 1.0 for trial in study.trials])
+        n_paid = max(int((spent <= n_forwards).sum()), 1)
         row[arm] = round(max(gains_of(study)[:n_paid]), 3)
         row[f"cost {arm}"] = round(cost, 2)
     return row
@@ -138,19 +143,27 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--forwards", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--study", type=Path, help="A study whose pool and objective are taken.")
+    parser.add_argument("--keep", type=Path, help="Keep the studies here, and go on with them.")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     print(f"gain over the base in % after {options.forwards} forwards")
-    for n_vectors in options.vectors:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            fields = make_pool(folder, n_vectors)
+    for n_vectors in options.vectors if options.study is None else [0]:
+        with contextlib.ExitStack() as stack:
+            folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if options.study is None:
+                folder = folder / str(n_vectors)
+                folder.mkdir(exist_ok=True, parents=True)
+                fields = make_pool(folder, n_vectors)
+            else:
+                fields = StudyConfig.read(options.study).model_dump()
             rows = []
             for seed in range(options.seeds):
                 rows.append(compare(fields, options.forwards, seed, folder))
                 print(f"  {json.dumps(rows[-1])}", flush=True)
-        medians = ", ".join(f"{median(row[arm] for row in rows):.2f} {arm}" for arm in ARMS)
-        print(f"{n_vectors} vectors, median of {options.seeds}: {medians}", flush=True)
+        medians = "; ".join(f"{median(row[arm] for row in rows):.2f} {arm}" for arm in ARMS)
+        n_weights = len(StudyConfig.model_validate(fields).free)
+        print(f"{n_weights} weights, median of {options.seeds}: {medians}", flush=True)
 
 
 if __name__ == "__main__":

@@ -708,7 +708,6 @@ class Options:
     others: Path | None = None
     kept: Path | None = None
     rows: Sequence[str] = ()
-    with_gradients: bool = False
     gradient_cost: float = GRADIENT_COST
 
     def chosen(self, rows: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -1393,42 +1392,52 @@ def retarget_study(job: Job) -> dict[str, Any]:
 
 
 def retarget(options: Options) -> dict[str, Any]:
-    """Regret of weights predicted for new objectives from 60 recorded trials, no new ones."""
+    """Regret of weights predicted for new objectives from recorded trials, no new ones: 60 of them,
+    and of losses also as many as these pay for with gradients.
+    """
     rows = options.chosen((kind, d) for kind in ("smooth", "accuracy", "items") for d in DIMENSIONS)
-    if options.with_gradients:  # accuracies have none
-        rows = [(kind, d) for kind, d in rows if kind == "smooth"]
     jobs = [
-        Job(
-            kind,
-            d,
-            seed,
-            with_gradients=options.with_gradients,
-            gradient_cost=options.gradient_cost,
-        )
-        for kind, d in rows
+        Job(kind, d, seed, with_gradients=has_them, gradient_cost=options.gradient_cost)
         for seed in range(options.seeds)
+        for kind, d in rows
+        for has_them in ((False, True) if kind == "smooth" else (False,))  # accuracies have none
     ]
     results = run_jobs("retarget", retarget_study, jobs, options.processes, options.kept)
-    print(f"\nretarget: regret in % for new objectives after {RETARGET_TRIALS} trials", end="")
-    if options.with_gradients:
-        n_trials = count_with_gradients(RETARGET_TRIALS, options.gradient_cost)
-        print(f", paid for {n_trials} with gradients", end="")
-    print("; ", end="")
-    print(f"medians, their 95 % bootstrap intervals; {options.seeds} studies a row")
+    n_trials = count_with_gradients(RETARGET_TRIALS, options.gradient_cost)
+    print(
+        f"\nretarget: regret in % for new objectives after {RETARGET_TRIALS} trials, or after the "
+    )
+    print(f"  {n_trials} with gradients that these pay for; medians, their 95 % bootstrap ", end="")
+    print(f"intervals; {options.seeds} studies a row")
     table = {}
     for kind, d in rows:
-        runs = [run for run in results if (run["kind"], run["d"]) == (kind, d)]
-        regrets_of = np.array([run["regret"] for run in runs])
-        predicted, interval = float(np.median(regrets_of)), median_interval(regrets_of)
-        kept = statistics.median(regret for run in runs for regret in run["incumbent"])
-        table[f"{kind} {d}"] = {"predicted": predicted, "interval": interval, "incumbent": kept}
-        bar = RETARGET_BARS.get((kind, d))
-        note = "no bar" if bar is None else f"bar {bar}{missed(predicted, bar)}"
-        name = {"smooth": "loss", "items": "accuracy, fixed items"}.get(kind, kind)
-        print(f"  {name:21} {d} vectors {predicted:6.2f} ", end="")
-        print("[{:.2f}, {:.2f}] ".format(*interval), end="")
-        print(f"({note}); old incumbent {kept:6.2f}")
+        of_row = [
+            (job.with_gradients, result)
+            for job, result in zip(jobs, results, strict=True)
+            if (job.kind, job.d) == (kind, d)
+        ]
+        for has_them in dict.fromkeys(each for each, _ in of_row):
+            runs = [result for each, result in of_row if each == has_them]
+            label = {"smooth": "loss", "items": "accuracy, fixed items"}.get(kind, kind)
+            label += ", with gradients" * has_them
+            table[f"{d} vectors, {label}"] = print_predicted(label, kind, d, runs)
     return {"table": table, "runs": results}
+
+
+def print_predicted(
+    label: str, kind: str, d: int, runs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Print and return the median regret of what is predicted, next to the old incumbent's."""
+    regrets_of = np.array([run["regret"] for run in runs])
+    predicted, interval = float(np.median(regrets_of)), median_interval(regrets_of)
+    kept = statistics.median(regret for run in runs for regret in run["incumbent"])
+    bar = RETARGET_BARS.get((kind, d))
+    note = "no bar" if bar is None else f"bar {bar}{missed(predicted, bar)}"
+    print(
+        f"  {label:21} {d} vectors {predicted:6.2f} [{interval[0]:.2f}, {interval[1]:.2f}] ", end=""
+    )
+    print(f"({note}); old incumbent {kept:6.2f}")
+    return {"predicted": predicted, "interval": interval, "incumbent": kept}
 
 
 def median_interval(by_study: "Array") -> tuple[float, float]:
@@ -1534,9 +1543,6 @@ def main() -> None:
         help="Forwards that a trial with gradients takes.",
     )
     parser.add_argument(
-        "--with-gradients", action="store_true", help="Re-target from trials with gradients."
-    )
-    parser.add_argument(
         "--only",
         nargs="+",
         choices=MEASUREMENTS,
@@ -1561,7 +1567,6 @@ def main() -> None:
         others=parsed.others,
         kept=parsed.kept,
         rows=parsed.rows,
-        with_gradients=parsed.with_gradients,
         gradient_cost=parsed.gradient_cost,
     )
     print(f"{options.seeds} seeds ({options.smac_seeds} for stock SMAC), medians")

@@ -13,9 +13,8 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.space import anchors
 from optimer_hf.study.trials import Trial
 
-WORTH = (
-    0.3  # of a derivative, in scores of a term; measured on simulated landscapes, 2 to 8 weights
-)
+WORTH = 0.7  # of a derivative, in scores of a term; `benchmarks/search.py --only worth`
+WORTH_FOR_PRIOR = 0.3  # the same where trials are counted that speak against the prior of the total
 N_TO_FIT = 2  # trials that a surrogate with gradients needs
 N_PLACES = 2  # trials whose gradients choose the vectors of a large pool, see `screening`
 
@@ -114,9 +113,9 @@ def n_trials_saved(config: StudyConfig, measured: Trial) -> float:
 
 
 def n_trials_worth(config: StudyConfig, trials: Sequence[Trial]) -> float:
-    """Return how many trials without gradients these are worth, see WORTH."""
+    """Return as how many trials without gradients these count against the search's prior."""
     n_with = sum(bool(trial.gradients) for trial in trials)
-    return len(trials) + WORTH * len(config.free) * n_with
+    return len(trials) + WORTH_FOR_PRIOR * len(config.free) * n_with
 
 
 def has_all_gradients(config: StudyConfig, trials: Sequence[Trial]) -> bool:

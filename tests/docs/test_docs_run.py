@@ -66,7 +66,7 @@ NOT_RUN = {
 }
 NO_COMMANDS = {
     "theta(w) = ": "a formula",
-    "1 / (1 - s + s / (1 + 0.3 K))": "a formula",
+    "1 / (1 - s + s / (1 + 0.7 K))": "a formula",
     "google/gemma-3-27b-pt (27 billion": "a plan; test_27b.py compares it with that of its script",
     "device_map: auto": "two lines of a study.yaml",
     "runs/gemma-3-270m-demo/": "a listing; a test below looks for its files",

@@ -158,6 +158,24 @@ def test_groups_that_are_left_out_stay_at_0(by):
     assert part.fixed == config.fixed | dict.fromkeys(left_out, 0.0)
 
 
+class DearLargePool(LargePool):
+    """Gradients take twenty times as long as the scores."""
+
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(weights, asked, gradients=gradients)
+        dear = {"evaluate": 21.0, "backward": 20.0} if scored.gradients else {}
+        return replace(scored, seconds=scored.seconds | dear)
+
+
+def test_auto_screens_where_gradients_cost_too_much(tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = large("auto", "auto", n_trials=5)
+    study = search(config, tmp_path / "s", runner=InProcess(DearLargePool))
+    assert kept(config, study.trials) == {*GOOD["t"]}
+    assert [bool(trial.gradients) for trial in study.trials] == [True] * 2 + [False] * 3
+    assert "it goes on without them" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("gradients", "screen"), [("always", 4), ("auto", 4), ("never", 4), ("never", "auto")]
 )
