@@ -28,7 +28,7 @@ from optimer_hf.errors import ConfigError
 @click.option(
     "--vanilla",
     is_flag=True,
-    help="Add mergekit_config.yml for unmodified mergekit-yaml, with deltas/ if it needs them.",
+    help="Write mergekit_config.yml, for mergekit alone, even if that needs deltas/ beside it.",
 )
 @click.option(
     "--pick",
@@ -39,15 +39,15 @@ from optimer_hf.errors import ConfigError
     "--derived-from", metavar="REPO@COMMIT", help="Recipe on the Hub that this one continues."
 )
 def recipe(study_dir: Path, recipe_yaml: Path, **options: Any) -> None:
-    """Write the best merge of a study as recipe.yaml with its lock, merge config and figures.
+    """Write the best merge of a study as recipe.yaml with its lock, merge configs and figures.
 
     STUDY_DIR contains the study. RECIPE_YAML is the file to write; the others go beside it.
     """
     from optimer_hf.recipes.from_study import recipe_of_study
 
-    beside = recipe_of_study(study_dir, recipe_yaml, **options)
+    written = recipe_of_study(study_dir, recipe_yaml, **options)
     echo(recipe_yaml)
-    echo(f"beside it: {', '.join(beside)}", err=True)
+    echo(written.describe(), err=True)
 
 
 @click.command(cls=LoadingCommand, epilog="Example: optimer build recipe.yaml merged")

@@ -1,18 +1,41 @@
 """Write the recipe of a study directory, with the evidence that the study holds."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.errors import StudyError
-from optimer_hf.recipes.record import MERGE_CONFIG, Recipe
-from optimer_hf.recipes.write import write_recipe
+from optimer_hf.files.reading import read_yaml, yaml_text
+from optimer_hf.files.staging import write_text
+from optimer_hf.merging.mergekit_pool import mergekit_command, plain_config_of
+from optimer_hf.recipes.record import (
+    LOCAL_PATHS,
+    MERGE_CONFIG,
+    VANILLA_CONFIG,
+    Lock,
+    Recipe,
+)
+from optimer_hf.recipes.write import refuse_foreign, write_recipe
 from optimer_hf.report.captions import FIGURES
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.prediction import front
 from optimer_hf.study.trials import Trial
 
-VANILLA_CONFIG = "mergekit_config.yml"
+
+@dataclass(frozen=True)
+class WrittenRecipe:
+    """What lies beside a recipe, by name, and how mergekit alone makes its merge."""
+
+    beside: list[str]
+    command: str | None
+
+    def describe(self) -> str:
+        """Return lines for the person who wrote the recipe."""
+        alone = f"with mergekit alone: {self.command}"
+        if self.command is None:
+            alone = "mergekit alone cannot make this merge; --vanilla writes a config that it can"
+        return f"beside it: {', '.join(self.beside)}\n{alone}"
 
 
 def recipe_of_study(
@@ -22,25 +45,46 @@ def recipe_of_study(
     vanilla: bool = False,
     pick: int | None = None,
     derived_from: str | None = None,
-) -> list[str]:
-    """Write the recipe of a study with its lock, merge config and figures, and return the names of
-    the files beside it.
+) -> WrittenRecipe:
+    """Write the recipe of a study with its lock, figures and merge configs: optimer.yml and, if
+    mergekit alone can make the merge, mergekit_config.yml.
 
     The merge is that of the best trial, or of point `pick` of the Pareto front, counted from 1.
-    `vanilla` adds a config for unmodified mergekit. Raises StudyError if there is no such point.
+    With `vanilla`, vectors that mergekit cannot read are written as deltas for it. Raises
+    StudyError if there is no such point.
     """
     study = load_study(study_dir)
     trial = _pick_trial(study, pick, study_dir)
     name = study_dir.resolve().name
-    write_with_evidence(study, recipe_yaml, name=name, pick=trial, derived_from=derived_from)
-    folder = recipe_yaml.resolve().parent
+    vanilla_yml = recipe_yaml.resolve().parent / VANILLA_CONFIG
+    refuse_foreign(vanilla_yml, LOCAL_PATHS)
+    recipe = write_with_evidence(
+        study, recipe_yaml, name=name, pick=trial, derived_from=derived_from
+    )
     beside = [f"{recipe_yaml.stem}.lock.json", MERGE_CONFIG]
+    lock = Lock.read(recipe_yaml.with_suffix(".lock.json"))
+    command = write_plain_config(recipe, lock, vanilla_yml)
     if vanilla:
         from optimer_hf.recipes.vanilla import write_vanilla  # imports torch
 
-        write_vanilla(study, folder / VANILLA_CONFIG, pick=trial, may_write_deltas=True)
-        beside.append(f"{VANILLA_CONFIG}, with deltas/ where it needs them")
-    return beside
+        write_vanilla(study, vanilla_yml, pick=trial, may_write_deltas=True)
+        command = mergekit_command(read_yaml(vanilla_yml), str(vanilla_yml))
+    if command is not None:
+        beside.append(f"{VANILLA_CONFIG}{', with deltas/ where it needs them' * vanilla}")
+    return WrittenRecipe(beside, command)
+
+
+def write_plain_config(recipe: Recipe, lock: Lock, path: Path) -> str | None:
+    """Write the config with which mergekit alone makes the merge of a recipe, and return the
+    command; if there is none, take away the one of an earlier recipe and return None.
+    """
+    config = plain_config_of(recipe, recipe.weights, lock.stored_kinds, recipe.n_layers)
+    if config is None:
+        path.unlink(missing_ok=True)
+        return None
+    header = f"{LOCAL_PATHS} Run: {mergekit_command(config, path.name)}\n"
+    write_text(path, header + yaml_text(config))
+    return mergekit_command(config, str(path))
 
 
 def write_with_evidence(

@@ -40,6 +40,9 @@ TITLES: dict[Fidelity, str] = {  # of what a merge scored
     "rescore": "re-scored items",
     "sealed": "sealed test",
 }
+VANILLA_CONFIG = "mergekit_config.yml"  # for mergekit alone, if it can make the merge
+LOCAL_PATHS = "# The paths are those of this machine."  # it begins so
+
 MOST_LAYERS = 10_000
 Weight = Annotated[float, Field(ge=-1e4, le=1e4)]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # in examples

@@ -16,7 +16,7 @@ from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.union import UnionRecord
-from optimer_hf.recipes.record import tokenizer_note
+from optimer_hf.recipes.record import LOCAL_PATHS, tokenizer_note
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.delta import extract, measure_norms
@@ -71,7 +71,7 @@ def write_vanilla(
         )
     assert merge_config is not None  # a pool of deltas alone has one
     command = mergekit_command(merge_config, path.name)
-    header = f"# The paths are those of this machine. Run: {command}\n"
+    header = f"{LOCAL_PATHS} Run: {command}\n"
     if tokenizer is not None:
         header += tokenizer_note(str(tokenizer.path))
     write_text(path, header + yaml_text(merge_config))

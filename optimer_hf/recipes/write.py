@@ -194,19 +194,26 @@ def digests_of_tokenizer(reference: str | None) -> dict[str, str]:
 
 def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
     """Raise OutputError if a file of a recipe would replace one of somebody else."""
-    foreign = None
-    if is_there(recipe):
-        try:
-            Recipe.read(recipe)
-        except ConfigError:
-            foreign = recipe
-    elif is_there(merge_config) and not merge_config.read_bytes().startswith(MADE_HERE.encode()):
-        foreign = merge_config
-    if foreign is not None:
-        raise OutputError(
-            f"{foreign}: exists and was not written with a recipe. Move it, or give the recipe a "
-            "folder of its own."
-        )
+    if not is_there(recipe):
+        refuse_foreign(merge_config, MADE_HERE)
+        return
+    try:
+        Recipe.read(recipe)
+    except ConfigError:
+        raise _foreign_error(recipe) from None
+
+
+def refuse_foreign(path: Path, beginning: str) -> None:
+    """Raise OutputError if a file that is to be written is there and does not begin as ours do."""
+    if is_there(path) and not path.read_bytes().startswith(beginning.encode()):
+        raise _foreign_error(path)
+
+
+def _foreign_error(path: Path) -> OutputError:
+    return OutputError(
+        f"{path}: exists and was not written with a recipe. Move it, or give the recipe a folder "
+        "of its own."
+    )
 
 
 def evidence_of(

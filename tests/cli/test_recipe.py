@@ -21,6 +21,30 @@ def test_recipe_of_a_study_also_comes_as_a_config_for_unmodified_mergekit(folder
     )
 
 
+def test_a_recipe_says_whether_mergekit_alone_makes_its_merge(folder, tmp_path):
+    search_merge(folder, tmp_path / "s", 2)
+    plain, recipe = tmp_path / "r" / "mergekit_config.yml", tmp_path / "r" / "recipe.yaml"
+    said = optimer("recipe", tmp_path / "s", recipe).stderr
+    assert f"with mergekit alone: mergekit-yaml {plain} OUT\n" in said
+    assert "optimer.yml, mergekit_config.yml\n" in said
+    first, config = plain.read_text(encoding="utf-8").split("\n", 1)
+    assert first.endswith("Run: mergekit-yaml mergekit_config.yml OUT")
+    assert yaml.safe_load(config)["merge_method"] == "task_arithmetic"
+
+    study = tmp_path / "s" / "study.json"
+    data = json.loads(study.read_text(encoding="utf-8"))
+    data["tokenizer_source"] = next(iter(data["vectors"]))
+    study.write_text(json.dumps(data), encoding="utf-8")
+    said = optimer("recipe", tmp_path / "s", recipe).stderr
+    assert "mergekit alone cannot make this merge; --vanilla" in said and not plain.exists()
+
+    write_text(plain, "merge_method: ties\n")
+    assert (
+        "was not written with a recipe"
+        in optimer("recipe", tmp_path / "s", recipe, ok=False).stderr
+    )
+
+
 def test_verify_refuses_a_model_that_was_changed(folder, tmp_path):
     search_merge(folder, tmp_path / "s", 1)
     recipe = tmp_path / "s" / "recipe.yaml"

@@ -20,8 +20,8 @@ CONFIG = """\
 merge_method: ties
 base_model: ./models/base
 models:
-  - model: ./models/math
-    parameters: {weight: 0.5, density: 0.4}
+  - model: ./models/math   # the best of mine
+    parameters: {weight: 0.5, density: 0.4}   # by hand
   - model: ./models/base+./my-code-lora
     parameters: {weight: 0.3}
   - model: ./more-lora
@@ -54,8 +54,12 @@ def run_mergekit(command: str, folder: Path) -> None:
 def assert_mergekit_makes(printed: str, folder: Path, built: Path) -> None:
     """Run what `optimer search` printed as it says, and compare with a built model."""
     (folder / "THIS.yml").write_text(printed)
+    assert_command_makes(re.search(r"Run: (mergekit-yaml .*)", printed)[1], folder, built)
+
+
+def assert_command_makes(command: str, folder: Path, built: Path) -> None:
     shutil.rmtree(folder / "OUT", ignore_errors=True)
-    run_mergekit(re.search(r"Run: (mergekit-yaml .*)", printed)[1], folder)
+    run_mergekit(command, folder)
     ours = load_file(built / "model.safetensors")
     (file,) = (folder / "OUT").glob("*.safetensors")
     theirs = load_file(file)
@@ -69,6 +73,7 @@ def test_the_printed_config_runs_in_mergekit_alone_and_gives_the_built_model(fol
     result = merger.types(SEARCH)
     printed = result.stdout
     assert printed.startswith("# Mine, and the second line of it.\n# ")
+    assert "./models/math   # the best of mine\n" in printed and "}   # by hand\n" in printed
     config = yaml.safe_load(printed)
     assert [entry["model"] for entry in config["models"]] == [
         "./models/math",
@@ -135,5 +140,7 @@ def test_weights_by_group_are_searched_published_and_run_in_mergekit_alone(
         assert row in compared
     merger.runs("optimer report groups report.html")
     assert "self_attn" in (folder / "report.html").read_text(encoding="utf-8")
-    merger.runs("optimer recipe groups recipe/recipe.yaml")
+    said = merger.runs("optimer recipe groups recipe/recipe.yaml").stderr
+    command = re.search(r"with mergekit alone: (mergekit-yaml .*)", said)[1]
+    assert_command_makes(command, folder, folder / "split")
     merger.runs("optimer search study.yaml groups --n-trials 11")  # resumes
