@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from optimer_hf.merging import shared_pool
+from optimer_hf.merging import shared_pool, writer
 from optimer_hf.merging.shared_pool import SharedPool, names_with_neighbours
 from optimer_hf.merging.writer import write_merged
+from optimer_hf.models.blocks import matrix_shape
 from optimer_hf.models.checkpoint import Checkpoint
 from tests.support.merges import open_pool, read_all
 from tests.support.tiny import bits
@@ -68,6 +69,35 @@ def test_a_pool_that_does_not_fit_into_memory_reads_the_base_from_disk(pool, mon
     monkeypatch.setattr(shared_pool, "free_memory", lambda device: 0)
     found = merge_together(base, vectors, WEIGHTS[2], "bfloat16", 2)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("n_ranks", [1, 3])
+def test_setting_weights_adds_up_every_block_once_and_reads_no_file(pool, n_ranks, monkeypatch):
+    base, vectors = pool
+    added = []
+
+    def merge_rows(rows_of_base, name, rows, *arguments, **options) -> torch.Tensor:
+        added.append((name, rows.start, rows.stop))
+        return writer.merge_rows(rows_of_base, name, rows, *arguments, **options)
+
+    monkeypatch.setattr("optimer_hf.models.blocks.CHUNK_ELEMENTS", 32 * 5)
+    monkeypatch.setattr(shared_pool, "merge_rows", merge_rows)
+    options = {"dtype": "bfloat16", "device": "cpu", "n_ranks": n_ranks}
+    loaded = [vector.load_to("cpu") for vector in vectors]
+    pools = [
+        SharedPool(
+            base, loaded, **options, rank=rank, gather=lambda part: torch.cat([part] * n_ranks)
+        )
+        for rank in range(n_ranks)
+    ]
+    monkeypatch.setattr(Checkpoint, "read_rows", None)
+    for each in pools:
+        list(each.merged_tensors({"lora": 0.7, "tuned": 0.1}))
+    assert added and len(set(added)) == len(added)
+    shapes = {name: Checkpoint(base.path).shape(name) for name in pools[0].names}
+    for name, shape in shapes.items():
+        n_rows = sum(stop - start for other, start, stop in added if other == name)
+        assert n_rows == matrix_shape(shape)[0], name
 
 
 @pytest.mark.parametrize("place", [0, 3, -1], ids=["first", "fourth", "last"])

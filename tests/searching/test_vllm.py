@@ -25,12 +25,13 @@ from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.scoring.tasks import load_tasks
+from optimer_hf.scoring.vllm_model import _naming_vllm, make_vllm_model
 from optimer_hf.searching.engine import keep_engine, open_engine
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.one_model import score_model
 from optimer_hf.searching.trial import ResidentPool
 from optimer_hf.study.config import StudyConfig
-from optimer_hf.study.engine import TRANSFORMERS, EngineConfig
+from optimer_hf.study.engine import OWN_OPTIONS, TRANSFORMERS, EngineConfig
 from optimer_hf.vectors.extraction import extract_vector
 from optimer_hf.vectors.opening import open_vector
 from tests.support.added_tokens import (
@@ -267,6 +268,30 @@ def _dense(delta, parameter):
     if isinstance(delta, LowRank):
         return delta.scale * (delta.b.double() @ delta.a.double())
     return delta.tensor.double() - parameter.double()
+
+
+def test_every_option_of_llm_reaches_it(study_file, monkeypatch):
+    """All but those that follow from the rest of the study, which are refused."""
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    given = {field.name: 7 for field in fields(EngineArgs) if field.name not in OWN_OPTIONS}
+    config = EngineConfig.model_validate({"name": "vllm"} | given)
+
+    class StartedError(Exception):
+        pass
+
+    def start(**options):
+        assert {name: options[name] for name in given} == given
+        raise StartedError
+
+    path = Path(yaml.safe_load(study_file.read_text())["base_model"])
+    with pytest.raises(StartedError), monkeypatch.context() as patch:
+        with _naming_vllm():
+            patch.setattr("lm_eval.models.vllm_causallms.LLM", start)
+        make_vllm_model(path, None, config.options)
+    assert len(given) > 100
 
 
 # -- tokens that the base lacks --------------------------------------------------------------------
