@@ -64,6 +64,7 @@ def test_a_recipe_folder_is_one_that_runs(tmp_path):
     sources = [f"math={tmp_path}/math.jsonl", "chat=you/chat"]
     written = init(folder, sources, base=BASE, full=True)
     assert [path.name for path in written] == ["study.yaml", "train-math.yaml"]
+    (folder / "held-out.jsonl").touch()  # which the person still has to write
     check_folder(run_of(folder))
     for path in written:
         assert "a valid" in optimer("validate", path).stdout
