@@ -60,9 +60,14 @@ OF_ONE_VECTOR: tuple[RowKind, ...] = ("alone", "best_scale")
 
 
 def title_of(kind: RowKind, subject: str) -> str:
-    """Return the title of a row, without its weights."""
-    named = count(int(subject), "data mixture") if kind in OF_ATTEMPTS else subject
-    return TITLES[kind].format(named)
+    """Return the title of a row, without its weights. Beside `uniform average`, the name of a
+    mixture alone would not say that it is one.
+    """
+    if kind in OF_ATTEMPTS:
+        subject = count(int(subject), "data mixture")
+    elif kind in OF_MIXTURES and "mixture" not in subject.lower():
+        subject = f"mixture: {subject}"
+    return TITLES[kind].format(subject)
 
 
 def mark_title(title: str, chosen_after_seal: bool) -> str:

@@ -278,7 +278,7 @@ def check_scaled_mixture(out: Path, rows) -> None:
 
 def check_rows_of_trained_mixtures(out: Path, rows) -> None:
     """A later comparison has the rows of all mixtures, with their models there or not."""
-    names = [name for name in rows if name.startswith(("uniform mixture", "found ratios"))]
+    names = [name for name in rows if name.startswith(("uniform mixture", "mixture: found ratios"))]
     assert len(names) == 4
     other = f"mixed={out / 'vectors' / 'aaa'}"
     for is_there in (True, False):

@@ -9,6 +9,7 @@ import pytest
 
 from optimer_hf.comparison.result import table, verdicts
 from optimer_hf.comparison.results_file import results_of
+from optimer_hf.comparison.rows import title_of
 from optimer_hf.comparison.sealed import compare, list_own_contenders
 from optimer_hf.comparison.sealed_file import SealedLog
 from optimer_hf.comparison.tables import to_markdown
@@ -47,6 +48,21 @@ def no_pool(config):
 @pytest.fixture
 def study(tmp_path):
     return search(with_test(), tmp_path / "s", runner=InProcess(TellingPool))
+
+
+@pytest.mark.parametrize(
+    ("kind", "subject", "title"),
+    [
+        ("mixture", "uniform", "mixture: uniform"),
+        ("scaled_mixture", "half ja", "mixture: half ja at its best scale"),
+        ("mixture", "Mixture, uniform", "Mixture, uniform"),
+        ("model", "uniform", "uniform"),
+        ("average", "", "uniform average"),
+        ("attempts", "4", "best of 4 data mixtures at equal cost"),
+    ],
+)
+def test_the_title_of_a_mixture_says_that_it_is_one(kind, subject, title):
+    assert title_of(kind, subject) == title
 
 
 def test_the_title_of_a_row_has_the_weight_that_is_searched_not_that_of_fixed_groups(tmp_path):
