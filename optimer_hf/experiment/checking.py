@@ -16,7 +16,7 @@ from optimer_hf.files.model import (
 )
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.files.text import prefix_field
+from optimer_hf.files.text import first_line, prefix_field
 from optimer_hf.merging.mergekit_keys import is_for_mergekit
 from optimer_hf.recipes.record import Recipe
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
@@ -53,7 +53,8 @@ def _read_whole(path: Path) -> tuple[str, str]:
     if keys and keys <= {"train", "study"}:
         return "profile of a recipe", ""
     if is_for_mergekit(keys):
-        return "merge config", list_absent_files(path, _read_merge_config(path))
+        what, fields = _read_merge_config(path)
+        return what, list_absent_files(path, fields)
     kind = kind_of_file(keys)
     config = _read_fields(path, kind)
     if isinstance(config, TrainConfig) and not is_settled(config):
@@ -95,15 +96,23 @@ def _objectives_of(config: VersionedFile) -> Iterator[tuple[Place, Objective]]:
             yield ("test",), config.test
 
 
-def _read_merge_config(path: Path) -> dict[str, Any]:
+def _read_merge_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return what a mergekit YAML is good for, in words, and its fields."""
     if "mergekit.config" not in sys.modules:
         logger.info("%s: loading mergekit, which checks it", path)
     from optimer_hf.merging.mergekit_pool import linear_merge_of, with_absolute_references
+    from optimer_hf.merging.mergekit_search import pool_to_search, splits_to_search
     from optimer_hf.merging.mergekit_yaml import read_merge_config
 
     config = read_merge_config(path)
     linear_merge_of(config, path)
-    return with_absolute_references(config, path)
+    what = "merge config"
+    try:
+        pool_to_search(config, path), splits_to_search(config, path)
+    except ConfigError as error:
+        reason = first_line(error).removeprefix(str(path)).partition(": ")[2]
+        what += f" for `optimer merge`; `optimer search` refuses it: {reason}"
+    return what, with_absolute_references(config, path)
 
 
 def _list_absent_beside_mistakes(path: Path) -> str:

@@ -1,9 +1,10 @@
 """Run a study: choose weights, score them, log both."""
 
+import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -49,6 +50,7 @@ from optimer_hf.study.space import anchors
 from optimer_hf.study.trials import (
     INPUTS_FILE,
     SAMPLER,
+    STUDY_FILE,
     TRIALS_FILE,
     Candidate,
     Trial,
@@ -170,7 +172,8 @@ def search(
             f"search.gradients: found {config.search.gradients!r}, but only the surrogate uses "
             "gradients, and `ask` chooses the weights. Leave one of them out."
         )
-    with lock_directory(directory):
+    is_new = not directory.exists()
+    with lock_directory(directory), _leaving_no_idle_study(directory, is_new=is_new):
         study = open_study(config, directory)
         config = study.config
         study.decide(to_disk=True)
@@ -191,6 +194,27 @@ def search(
     if warns:
         warn_of_uninformative_items(study)
     return study
+
+
+@contextlib.contextmanager
+def _leaving_no_idle_study(directory: Path, *, is_new: bool) -> Iterator[None]:
+    """If a search ends in an error before its first trial, remove the records that it began, and
+    its directory if that `is_new`. The directory is held by this process.
+    """
+    written = [
+        file for name in (STUDY_FILE, INPUTS_FILE) if not (file := directory / name).exists()
+    ]
+    try:
+        yield
+    except BaseException:
+        if not (directory / TRIALS_FILE).exists():
+            with contextlib.suppress(OSError):
+                for file in written:
+                    file.unlink(missing_ok=True)
+                if is_new and [path.name for path in directory.iterdir()] == [".lock"]:
+                    (directory / ".lock").unlink()
+                    directory.rmdir()
+        raise
 
 
 def _warn_of_config(config: StudyConfig) -> None:

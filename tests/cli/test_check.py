@@ -27,6 +27,32 @@ def test_validate_names_the_kind_of_each_good_file(folder, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"merge_method": "linear", "base_model": None}, "field 'base_model' is missing. "),
+        ({"models": None, "slices": [0]}, "slices: layer_range: found [1, 2], expected"),
+        ({}, None),
+    ],
+)
+def test_validate_says_what_search_will_refuse(tmp_path, changes, reason):
+    model = {"model": "you/a", "parameters": {"weight": 0.5}}
+    config = {
+        **{"merge_method": "task_arithmetic", "base_model": "you/b", "dtype": "float32"},
+        **{"models": [model], "slices": None, **changes},
+    }
+    if config["slices"]:
+        config["slices"] = [{"sources": [{**model, "layer_range": [1, 2]}]}]
+    path = tmp_path / "m.yml"
+    path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v}), encoding="utf-8")
+    said = optimer("validate", path).stdout.strip()
+    if reason is None:
+        assert said == f"{path}: a valid merge config"
+    else:
+        expected = "a valid merge config for `optimer merge`; `optimer search` refuses it: "
+        assert said.startswith(f"{path}: {expected}{reason}")
+
+
 def test_validate_reports_all_bad_files_and_still_the_good_ones(folder, tmp_path):
     (tmp_path / "a.yaml").write_text("terms: []\n", encoding="utf-8")
     (tmp_path / "b.yaml").write_text(
@@ -120,7 +146,9 @@ def test_validate_names_local_files_that_are_not_there(tmp_path):
         "study.yaml:8: test.include_path: tasks: no such file or directory.",
         "train.yaml: a valid train config",
         "train.yaml:3: corpus.path: corpus.jsonl: no such file or directory.",
-        "m.yml: a valid merge config",
+        "m.yml: a valid merge config for `optimer merge`; `optimer search` refuses it: "
+        "models.1.model: found 'org/a+org/b', an adapter of another model than base_model (base), "
+        "expected BASE or BASE+ADAPTER. Merge the adapter into its model and give the result.",
         "m.yml:2: base_model: base: no such file or directory.",
         "m.yml:4: models.0.model: tuned: no such file or directory.",
     ]

@@ -87,6 +87,26 @@ def test_a_smooth_landscape_is_searched_to_near_its_optimum_in_24_trials(tmp_pat
     assert reached - start > 0.93 * (optimum - start)
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_search_that_fails_before_its_first_trial_leaves_nothing(tmp_path, is_there):
+    folder = tmp_path / "deep" / "s"
+    if is_there:
+        folder.mkdir(parents=True)
+
+    def refuse(config):
+        raise ModelError("vector 'w' does not fit the base.")
+
+    with pytest.raises(ModelError, match="does not fit"):
+        search(config_of(), folder, runner=InProcess(refuse))
+    assert folder.exists() == is_there and not list(folder.glob("[!.]*"))
+    study = search(config_of(), folder, runner=InProcess(FunctionPool))
+    more = study.config.search.model_copy(update={"n_trials": 13})
+    longer = study.config.model_copy(update={"search": more})
+    with pytest.raises(ModelError, match="does not fit"):
+        search(longer, folder, runner=InProcess(refuse))
+    assert load_study(folder, unfinished=True).trials == study.trials
+
+
 def test_trials_record_their_origin_number_and_all_items(uninterrupted):
     trials = uninterrupted.log.trials_at("search")
     assert [trial.number for trial in trials] == list(range(12))
