@@ -18,6 +18,7 @@ from optimer_hf.scoring.functions import (
 )
 from optimer_hf.scoring.generation import refuse_too_long
 from optimer_hf.scoring.gradients import Derivatives, Differentiation, Sum, sum_of
+from optimer_hf.scoring.harness import quiet_lm_eval
 from optimer_hf.scoring.items import (
     drop_addresses,
     hash_item,
@@ -25,7 +26,6 @@ from optimer_hf.scoring.items import (
     row_text,
     spread_indices,
 )
-from optimer_hf.scoring.lm_eval_model import make_lm_eval_model, quiet_lm_eval
 from optimer_hf.scoring.objective import (
     N_PROMPTS,
     TASK_FIELDS,
@@ -58,6 +58,8 @@ class Evaluator:
         Raises EvaluationError for a task, metric, file or function that does not exist, and for a
         task that generates more than the model's window holds.
         """
+        from optimer_hf.scoring.lm_eval_model import make_lm_eval_model  # takes seconds to import
+
         self._open(
             make_lm_eval_model(model, tokenizer), load_tasks(objectives), objectives, functions
         )

@@ -15,7 +15,7 @@ from typing import Any
 from optimer_hf.errors import EvaluationError
 from optimer_hf.files.text import did_you_mean, first_line, quote
 from optimer_hf.printable import warn_once
-from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
+from optimer_hf.scoring.harness import quiet_lm_eval
 from optimer_hf.scoring.objective import LENGTHS, Term
 
 logger = logging.getLogger(__name__)

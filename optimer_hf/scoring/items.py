@@ -91,7 +91,7 @@ def _row_numbers(task: Any, split: str, raw: Any, items: Sequence[Any]) -> list[
 
 def _items_from(task: Any, split: str, rows: Any) -> list[Any]:
     """Return the items that a task makes of other rows; none if its code does not bear them."""
-    from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
+    from optimer_hf.scoring.harness import quiet_lm_eval
 
     other = copy(task)
     other.dataset = {**task.dataset, split: rows}

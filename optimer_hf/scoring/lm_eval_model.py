@@ -1,193 +1,159 @@
 """A live model + its tokenizer -> an lm-eval model, which scores without materialising logits.
 
 lm-eval's stock class puts BOS twice before a rolling document, and takes the log-softmax in the
-dtype of the model. This one does neither.
+dtype of the model. This one does neither. The module takes seconds to import.
 """
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from optimer_hf.models.head_loss import is_plain_head
 from optimer_hf.models.placement import devices_of, input_device
-from optimer_hf.printable import warn_once
 from optimer_hf.scoring.batching import Budget, budget_for, padded_batches
+from optimer_hf.scoring.harness import Windows, quiet_lm_eval, rolling_windows, warn_of_cut_prompts
 from optimer_hf.scoring.likelihood import Likelihoods
 
 if TYPE_CHECKING:
     from optimer_hf.scoring.gradients import Differentiation
 
-logger = logging.getLogger(__name__)
-
 Answer = TypeVar("Answer")
-Windows = list[tuple[None, list[int], list[int]]]
 
 
-@contextlib.contextmanager
-def quiet_lm_eval() -> Iterator[None]:
-    """Silence lm-eval, its progress bars and those of `datasets` for a while; our own progress bar
-    shows the trials.
-    """
-    import datasets
-    from lm_eval.api import task
-
-    loggers = [
-        logging.getLogger(name) for name in ("lm_eval", "lm-eval", "lm_eval.evaluator", "datasets")
-    ]
-    levels = [log.level for log in loggers]
-    had_bars, bar = datasets.is_progress_bar_enabled(), task.tqdm
-    datasets.disable_progress_bars()
-    task.tqdm = partial(bar, disable=True)  # lm-eval has no switch for the bar of its prompts
-    for log in loggers:
-        log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)
-        task.tqdm = bar
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-def make_lm_eval_model(model: Any, tokenizer: Any) -> Any:
+def make_lm_eval_model(model: Any, tokenizer: Any) -> "HarnessModel":
     """Return an lm-eval model that scores with a live transformers model, without materialising
     logits.
     """
-    from time import perf_counter
-
-    from lm_eval.models.huggingface import HFLM
-
-    class HarnessModel(HFLM):
-        """HFLM, but with scores in float32 from blocks of the vocabulary, batches of similar
-        length, and one BOS before a document.
-        """
-
-        def __init__(self) -> None:
-            super().__init__(
-                pretrained=model, tokenizer=tokenizer, batch_size=8, trust_remote_code=False
-            )
-            self._device = input_device(model)  # HFLM takes that of the first parameter
-            self.forward_seconds = 0.0
-            self.n_tokens = 0
-            self.follows_memory = self.device.type == "cuda"  # on a CPU, batches of eight
-            self._likelihoods = (
-                Likelihoods(model, self.max_length, shares_rows=self.follows_memory)
-                if is_plain_head(model)
-                else None
-            )
-            self.differentiation: Differentiation | None = None  # of the evaluation that runs
-            self._instances: list[Any] = []  # those behind the requests for tokens
-            self._encoded: dict[tuple[str, bool | None], list[int]] = {}
-            self._windows: dict[str, Windows] = {}
-
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-        ) -> list[int]:
-            key = (string, add_special_tokens)
-            if kwargs:
-                return list(
-                    super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
-                )
-            if key not in self._encoded:
-                self._encoded[key] = list(
-                    super().tok_encode(string, add_special_tokens=add_special_tokens)
-                )
-            return self._encoded[key]
-
-        def loglikelihood(
-            self, requests: list[Any], disable_tqdm: bool = False
-        ) -> list[tuple[float, bool]]:
-            self._instances = _once_each(requests)
-            return list(super().loglikelihood(requests, disable_tqdm=True))
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            warn_of_cut_prompts(self, requests)
-            if not self.follows_memory:
-                return list(super().generate_until(requests, disable_tqdm=True))
-            answers: dict[int, str] = {}
-            for indices in _indices_by_settings(requests):
-                own = [requests[index] for index in indices]
-                run = partial(HFLM.generate_until, self, disable_tqdm=True)
-                lengths = [_generated_length(self, request) for request in own]
-                texts = _answer_in_batches(self, own, lengths, self._generation_budget, run)
-                answers |= zip(indices, texts, strict=True)
-            return [answers[index] for index in range(len(requests))]
-
-        @cached_property
-        def _generation_budget(self) -> Budget:
-            settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
-            return budget_for(lambda ids: model.generate(ids, **settings), devices_of(model))
-
-        @cached_property
-        def _logits_budget(self) -> Budget:
-            return budget_for(
-                lambda ids: torch.log_softmax(model(input_ids=ids).logits, -1), devices_of(model)
-            )
-
-        def loglikelihood_rolling(
-            self, requests: list[Any], disable_tqdm: bool = False
-        ) -> list[float]:
-            windows = [self._windows_of(request.args[0]) for request in requests]
-            pairs = zip(_once_each(requests), windows, strict=True)
-            self._instances = [instance for instance, own in pairs for _ in own]
-            values = iter(self._loglikelihood_tokens([each for own in windows for each in own]))
-            return [sum(next(values)[0] for _ in own) for own in windows]
-
-        def _windows_of(self, text: str) -> Windows:
-            if text not in self._windows:
-                self._windows[text] = rolling_windows(self, text, self.max_length)
-            return self._windows[text]
-
-        def _loglikelihood_tokens(
-            self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
-        ) -> list[tuple[float, bool]]:
-            started = perf_counter()
-            before = self.backward_seconds
-            if self._likelihoods is not None and self.differentiation is not None:
-                answers, n_tokens = self.differentiation.answer(
-                    self._likelihoods, requests, self._instances
-                )
-            elif self._likelihoods is not None:
-                answers, n_tokens = self._likelihoods.of(requests)
-            else:
-                n_tokens = sum(len(a) + len(b) for _, a, b in requests)
-                run = partial(HFLM._loglikelihood_tokens, self, disable_tqdm=True, **kwargs)
-                answers = self._likelihoods_of_logits(requests, run)
-            self.n_tokens += n_tokens
-            passed = perf_counter() - started
-            self.forward_seconds += passed - (self.backward_seconds - before)
-            return answers
-
-        @property
-        def can_differentiate(self) -> bool:
-            """Whether log-likelihoods have gradients: only if the head is a single product."""
-            return self._likelihoods is not None
-
-        @property
-        def backward_seconds(self) -> float:
-            """Seconds spent in backward passes so far."""
-            return 0.0 if self._likelihoods is None else self._likelihoods.backward_seconds
-
-        def _likelihoods_of_logits(self, requests: list[Any], run: Any) -> list[Any]:
-            if not self.follows_memory:
-                return list(run(requests))
-            lengths = [min(len(a) + len(b), self.max_length) for _, a, b in requests]
-            return _answer_in_batches(self, requests, lengths, self._logits_budget, run)
-
-        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            started = perf_counter()
-            generated = super()._model_generate(context, *args, **kwargs)
-            self.forward_seconds += perf_counter() - started
-            self.n_tokens += generated.numel()
-            return generated
-
     with quiet_lm_eval():
-        return HarnessModel()
+        return HarnessModel(model, tokenizer)
+
+
+class HarnessModel(HFLM):
+    """HFLM, but with scores in float32 from blocks of the vocabulary, batches of similar
+    length, and one BOS before a document.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=8, trust_remote_code=False
+        )
+        self._live = model
+        self._device = input_device(model)  # HFLM takes that of the first parameter
+        self.forward_seconds = 0.0
+        self.n_tokens = 0
+        self.follows_memory = self.device.type == "cuda"  # on a CPU, batches of eight
+        self._likelihoods = (
+            Likelihoods(model, self.max_length, shares_rows=self.follows_memory)
+            if is_plain_head(model)
+            else None
+        )
+        self.differentiation: Differentiation | None = None  # of the evaluation that runs
+        self._instances: list[Any] = []  # those behind the requests for tokens
+        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
+        self._windows: dict[str, Windows] = {}
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        key = (string, add_special_tokens)
+        if kwargs:
+            return list(super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs))
+        if key not in self._encoded:
+            self._encoded[key] = list(
+                super().tok_encode(string, add_special_tokens=add_special_tokens)
+            )
+        return self._encoded[key]
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        self._instances = _once_each(requests)
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        warn_of_cut_prompts(self, requests)
+        if not self.follows_memory:
+            return list(super().generate_until(requests, disable_tqdm=True))
+        answers: dict[int, str] = {}
+        for indices in _indices_by_settings(requests):
+            own = [requests[index] for index in indices]
+            run = partial(HFLM.generate_until, self, disable_tqdm=True)
+            lengths = [_generated_length(self, request) for request in own]
+            texts = _answer_in_batches(self, own, lengths, self._generation_budget, run)
+            answers |= zip(indices, texts, strict=True)
+        return [answers[index] for index in range(len(requests))]
+
+    @cached_property
+    def _generation_budget(self) -> Budget:
+        settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+        return budget_for(lambda ids: self._live.generate(ids, **settings), devices_of(self._live))
+
+    @cached_property
+    def _logits_budget(self) -> Budget:
+        return budget_for(
+            lambda ids: torch.log_softmax(self._live(input_ids=ids).logits, -1),
+            devices_of(self._live),
+        )
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        windows = [self._windows_of(request.args[0]) for request in requests]
+        pairs = zip(_once_each(requests), windows, strict=True)
+        self._instances = [instance for instance, own in pairs for _ in own]
+        values = iter(self._loglikelihood_tokens([each for own in windows for each in own]))
+        return [sum(next(values)[0] for _ in own) for own in windows]
+
+    def _windows_of(self, text: str) -> Windows:
+        if text not in self._windows:
+            self._windows[text] = rolling_windows(self, text, self.max_length)
+        return self._windows[text]
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        started = perf_counter()
+        before = self.backward_seconds
+        if self._likelihoods is not None and self.differentiation is not None:
+            answers, n_tokens = self.differentiation.answer(
+                self._likelihoods, requests, self._instances
+            )
+        elif self._likelihoods is not None:
+            answers, n_tokens = self._likelihoods.of(requests)
+        else:
+            n_tokens = sum(len(a) + len(b) for _, a, b in requests)
+            run = partial(HFLM._loglikelihood_tokens, self, disable_tqdm=True, **kwargs)
+            answers = self._likelihoods_of_logits(requests, run)
+        self.n_tokens += n_tokens
+        passed = perf_counter() - started
+        self.forward_seconds += passed - (self.backward_seconds - before)
+        return answers
+
+    @property
+    def can_differentiate(self) -> bool:
+        """Whether log-likelihoods have gradients: only if the head is a single product."""
+        return self._likelihoods is not None
+
+    @property
+    def backward_seconds(self) -> float:
+        """Seconds spent in backward passes so far."""
+        return 0.0 if self._likelihoods is None else self._likelihoods.backward_seconds
+
+    def _likelihoods_of_logits(self, requests: list[Any], run: Any) -> list[Any]:
+        if not self.follows_memory:
+            return list(run(requests))
+        lengths = [min(len(a) + len(b), self.max_length) for _, a, b in requests]
+        return _answer_in_batches(self, requests, lengths, self._logits_budget, run)
+
+    def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+        started = perf_counter()
+        generated = super()._model_generate(context, *args, **kwargs)
+        self.forward_seconds += perf_counter() - started
+        self.n_tokens += generated.numel()
+        return generated
 
 
 def _once_each(requests: Sequence[Any]) -> list[Any]:
@@ -226,46 +192,6 @@ def _indices_by_settings(requests: Sequence[Any]) -> list[list[int]]:
 
 def _generated_length(lm: Any, request: Any) -> int:
     """Return how many tokens of the cache a request takes: prompt and answer, for every beam."""
-    from lm_eval.models.utils import normalize_gen_kwargs
-
     settings = normalize_gen_kwargs(request.args[1], lm.max_gen_toks)
     n_tokens = len(lm.tok_encode(request.args[0])) + int(settings["max_gen_toks"])
     return min(n_tokens, int(lm.max_length)) * int(settings.get("num_beams") or 1)
-
-
-def rolling_windows(lm: Any, text: str, max_seq_len: int) -> Windows:
-    """Return the windows (None, context, continuation) of a document, each of which asks for at
-    most `max_seq_len` tokens after one of context.
-    """
-    from lm_eval import utils
-
-    # add_special_tokens=False: the rolling windows put BOS first themselves
-    rolling = utils.get_rolling_token_windows(
-        token_list=lm.tok_encode(text, add_special_tokens=False),
-        prefix_token=lm.prefix_token_id,
-        max_seq_len=max_seq_len,
-        context_len=1,
-    )
-    return [(None, *window) for window in map(utils.make_disjoint_window, rolling)]
-
-
-def warn_of_cut_prompts(lm: Any, requests: Sequence[Any]) -> None:
-    """Log a warning for each task with prompts whose beginning lm-eval cuts off, because the
-    model's window does not hold the whole prompt and the answer.
-    """
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    by_task: dict[str, list[Any]] = {}
-    for request in requests:
-        by_task.setdefault(request.task_name, []).append(request)
-    for name, own in by_task.items():
-        n_new = int(normalize_gen_kwargs(own[0].args[1], lm.max_gen_toks)["max_gen_toks"])
-        room = lm.max_length - n_new
-        n_cut = sum(len(lm.tok_encode(request.args[0])) > room for request in own)
-        if n_cut:
-            warn_once(
-                logger,
-                f"task {name!r}: {n_cut:,} of {len(own):,} prompts lose their beginning: the "
-                f"model's window holds {lm.max_length:,} tokens, and {n_new:,} of them are for "
-                "the answer. Lower max_gen_toks or num_fewshot, or use another model",
-            )

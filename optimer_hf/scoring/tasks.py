@@ -19,7 +19,7 @@ from optimer_hf.errors import CorpusError, EvaluationError
 from optimer_hf.files.text import did_you_mean
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.generation import generation_settings
-from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
+from optimer_hf.scoring.harness import quiet_lm_eval
 from optimer_hf.scoring.objective import Constraint, Objective, Term, naming_test
 from optimer_hf.scoring.task_names import fault_of_task, folders_of_tasks, read_task_names
 

@@ -21,7 +21,7 @@ import psutil
 
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.files.text import did_you_mean, first_line
-from optimer_hf.scoring.lm_eval_model import quiet_lm_eval, rolling_windows, warn_of_cut_prompts
+from optimer_hf.scoring.harness import quiet_lm_eval, rolling_windows, warn_of_cut_prompts
 from optimer_hf.scoring.objective import Term
 
 SECONDS_BETWEEN_LOOKS = 1.0

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optimer_hf.scoring.harness import quiet_lm_eval
 from optimer_hf.scoring.items import indices_within, spread_indices
-from optimer_hf.scoring.lm_eval_model import quiet_lm_eval
 from optimer_hf.scoring.objective import Objective, Term
 from optimer_hf.scoring.tasks import load_tasks
 

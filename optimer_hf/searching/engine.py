@@ -23,7 +23,6 @@ from optimer_hf.models.layout import GENERATION_CONFIG, ResolvedModel
 from optimer_hf.models.live import default_device
 from optimer_hf.models.placement import Placement
 from optimer_hf.printable import warn_once
-from optimer_hf.scoring.lm_eval_model import make_lm_eval_model
 from optimer_hf.scoring.objective import Objective, naming_test
 from optimer_hf.scoring.vllm_model import (
     call_engine,
@@ -167,6 +166,8 @@ class _TransformersEngine:
         )
         if tokenizer is not None:
             set_generation_config(self._resident.model, tokenizer)
+        from optimer_hf.scoring.lm_eval_model import make_lm_eval_model  # takes seconds to import
+
         self.lm = make_lm_eval_model(self._resident.model, scoring_tokenizer)
         self._is_spread = placement is not None
         self._derivatives: Derivatives | None = None

@@ -8,7 +8,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from optimer_hf.scoring.batching import Budget
-from optimer_hf.scoring.lm_eval_model import make_lm_eval_model, quiet_lm_eval
+from optimer_hf.scoring.harness import quiet_lm_eval
+from optimer_hf.scoring.lm_eval_model import make_lm_eval_model
 from tests.support.tiny import tiny_model
 
 SETTINGS = [
