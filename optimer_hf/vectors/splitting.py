@@ -74,7 +74,7 @@ def _split_names(
     if rest := split.pop("", []):
         raise ModelError(
             f"{where}: no group takes {rest[0]!r} ({len(rest)} tensors in all). Add a group "
-            f"'{ELSE}' at the end, which takes the rest."
+            f"'{ELSE}' at the end, which takes the rest (in a mergekit YAML, `- value: 0`)."
         )
     return split
 

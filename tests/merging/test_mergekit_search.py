@@ -283,6 +283,132 @@ def test_a_search_names_what_it_does_not_keep_of_a_config():
     assert unsearched_settings(optimer_yaml()) == []
 
 
+REPORTS = {  # the forms of configs in mergekit's issues 482, 284, 428, 469 and 23
+    "slerp over one slice": (
+        """slices:
+- sources:
+  - model: ./base
+    layer_range:
+    - 0
+    - 5
+  - model: ./math
+    layer_range:
+    - 0
+    - 5
+merge_method: slerp
+base_model: ./base
+parameters:
+  t:
+  - filter: self_attn
+    value:
+    - 0
+    - 0.5
+    - 1
+  - value: 0.5
+dtype: bfloat16
+""",
+        ["math"],
+        "Ignored: merge_method: slerp, parameters.t",
+    ),
+    "gradients of weight and density": (
+        """models:
+  - model: ./base
+  - model: ./math
+    parameters:
+      density: [0, 0.25, 0.5, 0.75, 1]
+      weight: [0, 0.25, 0.5, 0.75, 1]
+merge_method: dare_ties
+base_model: ./base
+parameters:
+  int8_mask: true
+dtype: bfloat16
+""",
+        ["math.gradient.1", "math.gradient.2", "math.gradient.3", "math.gradient.4"],
+        "density, models: ./math: parameters.weight (5 values)",
+    ),
+    "the base with a weight, and its tokenizer": (
+        """base_model: ./base
+dtype: bfloat16
+merge_method: ties
+models:
+- model: ./base
+  parameters:
+    density: 0.5
+    weight: 0.5
+- model: ./math
+  parameters:
+    density: 0.5
+    weight: 0.5
+parameters:
+  int8_mask: true
+  normalize: false
+tokenizer_source: base
+""",
+        ["math"],
+        "Ignored: merge_method: ties, models: ./base: parameters.density",
+    ),
+    "a chat template and no weights": (
+        """models:
+  - model: ./base
+  - model: ./math
+base_model: ./base
+merge_method: slerp
+dtype: bfloat16
+tokenizer_source: "base"
+chat_template: "chatml"
+parameters:
+  t: [0, 0.5, 1, 0.5, 0]
+""",
+        ["math"],
+        "parameters.t, chat_template: 'chatml'",
+    ),
+    "each kind of weight": (
+        """models:
+  - model: ./math
+    parameters:
+      density: [1, 0.7, 0.1] # density gradient
+      weight: 1.0
+  - model: ./code
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: ./base
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: bfloat16
+""",
+        ["math", "code.mlp", "code.else"],
+        "Ignored: merge_method: ties, parameters.normalize",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REPORTS.values(), ids=REPORTS)
+def test_configs_of_public_reports_are_searched_and_run(
+    case, folder, tmp_path, monkeypatch, caplog
+):
+    text, names, said = case
+    monkeypatch.chdir(folder)
+    path = folder / "merge.yml"
+    path.write_text(text)
+    config = study_of_merge_config(path, folder / "obj.yaml")
+    assert config.weight_names == names and said in caplog.text
+    weights = weights_for(config)
+    kinds = dict.fromkeys(config.vectors, "checkpoint")
+    printed = merge_text(path, merge_config_of_study(config, weights, path, kinds), "note")
+    assert all(line in printed for line in text.splitlines() if "base" in line)
+    build(config, weights, tmp_path / "ours")
+    run_plain_mergekit(printed, folder, tmp_path / "theirs")
+    ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert not any(ulps_apart(ours[name], theirs[name]).any() for name in ours)
+
+
 def sliced(*pieces: str, base: str = "base_model: ./base") -> str:
     lines = "".join(f"  - {{sources: [{piece}]}}\n" for piece in pieces)
     return f"merge_method: linear\n{base}\ndtype: bfloat16\nslices:\n{lines}"

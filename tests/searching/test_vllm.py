@@ -294,6 +294,45 @@ def test_every_option_of_llm_reaches_it(study_file, monkeypatch):
     assert len(given) > 100
 
 
+# -- a weight for each group -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("by", "of_lora"),
+    [
+        (["self_attn", "mlp", "else"], ["q_proj", "else"]),
+        ({"layers": 2}, {"gradient": 2}),
+        ({"gradient": 2}, ["layers.0:1", "layers.1:2"]),
+    ],
+)
+def test_groups_in_vllm_score_what_transformers_scores(
+    by, of_lora, tmp_path, save_model, make_adapter, corpus_dir
+):
+    path = save_model(engine_model("llama"), "groups-base")
+    base = ResolvedModel(path, path.name)
+    save_tuned(base, tmp_path / "math", AutoTokenizer.from_pretrained(path), seed=1)
+    data = {
+        "base_model": str(path),
+        "dtype": "float32",
+        "engine": ENGINE,
+        "vectors": {
+            "math": {"source": str(tmp_path / "math"), "by": by},
+            "lora": {"source": str(make_adapter(base, 1)), "by": of_lora},
+        },
+        "objective": {"terms": [{"text": str(corpus_dir / "aaa.search.jsonl"), "limit": 4}]},
+    }
+    config = StudyConfig.model_validate(data)
+    asked = config.objective.asked_terms("search")
+    weights = {name: (-1) ** n * (0.4 + 0.3 * n) for n, name in enumerate(config.weight_names)}
+    plain = ResidentPool(config.model_copy(update={"engine": TRANSFORMERS}))
+    with keep_engine():
+        pool = ResidentPool(config)
+        for each in ({}, weights, dict.fromkeys(weights, 0.5)):
+            expected = [top for top, _ in plain.score(each, asked).terms["aaa"].items]
+            tops = [top for top, _ in pool.score(each, asked).terms["aaa"].items]
+            assert tops == pytest.approx(expected, **CLOSE)
+
+
 # -- tokens that the base lacks --------------------------------------------------------------------
 
 
