@@ -12,6 +12,7 @@ from optimer_hf.files.text import first_line
 from optimer_hf.models.live import compute_dtype, default_device
 from optimer_hf.training.checkpoints import CHECKPOINTS
 from optimer_hf.training.config import AUTO, TrainConfig
+from optimer_hf.training.fields import with_installed_names
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,7 +59,8 @@ def training_arguments(config: TrainConfig, out: Path) -> "TrainingArguments":
     if compiles_layers(config):
         fields["torch_compile"] = False  # transformers would compile the model as a whole
     try:
-        arguments = TrainingArguments(**fields)
+        names = TrainingArguments.__dataclass_fields__
+        arguments = TrainingArguments(**with_installed_names(fields, names))
     except Exception as error:  # TrainingArguments raises errors of many kinds
         reason = first_line(error)
         raise ConfigError(f"train config {config.name!r}: trainer: {reason}") from error

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -60,6 +60,10 @@ CHOICES: dict[str, list[Any]] = {  # values that transformers or torch check lat
         *("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
     ],
     "train_sampling_strategy": ["random", "sequential", "group_by_length", "batch_rebalance"],
+}
+RENAMED = {  # fields of TrainingArguments with one name in old releases, and another in new ones
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 LORA_UNUSABLE = {
     **dict.fromkeys(
@@ -156,7 +160,7 @@ def list_field_mistakes(config: TrainConfig) -> list[Mistake]:
     mistakes: list[Mistake] = []
     for section, given in (("lora", lora), ("trainer", trainer)):
         cls = SOURCES[section][-1][2]
-        known = field_types(section) if given else {}
+        known = with_both_names(field_types(section)) if given else {}
         mistakes += list_type_mistakes((section,), given, known, cls)
     for field, value in trainer.items():
         mistakes += _mistakes_of_trainer(field, value)
@@ -167,6 +171,21 @@ def list_field_mistakes(config: TrainConfig) -> list[Mistake]:
             message = f"found {quote(value)}. {LORA_UNUSABLE[field]}; leave it out."
             mistakes.append((("lora", field), message))
     return name_fields(mistakes)
+
+
+def with_both_names(types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the types of fields, and of those in RENAMED by their other name, too."""
+    other = {old: types[new] for old, new in RENAMED.items() if new in types}
+    other |= {new: types[old] for old, new in RENAMED.items() if old in types}
+    return {**other, **types}
+
+
+def with_installed_names(given: Mapping[str, Any], installed: Collection[str]) -> dict[str, Any]:
+    """Return fields by the names that the installed release has for them, see RENAMED."""
+    names = {old: new for old, new in RENAMED.items() if new in installed}
+    names |= {new: old for old, new in RENAMED.items() if new not in installed}
+    names = {name: other for name, other in names.items() if other not in given}
+    return {names.get(name, name): value for name, value in given.items()}
 
 
 def name_fields(mistakes: Iterable[Mistake]) -> list[Mistake]:

@@ -20,6 +20,8 @@ from optimer_hf.training.fields import (
     field_types,
     is_settled,
     types_of,
+    with_both_names,
+    with_installed_names,
 )
 
 CLASSES = {"lora": LoraConfig, "trainer": TrainingArguments}
@@ -43,6 +45,19 @@ def test_a_class_that_is_not_in_its_file_is_imported(monkeypatch, section):
         assert field_types(section) == types_of(CLASSES[section])
     finally:
         field_types.cache_clear()
+
+
+OLD, NEW = {"gradient_checkpointing"}, {"activation_checkpointing"}
+
+
+@pytest.mark.parametrize("installed", [OLD, NEW, OLD | NEW], ids=["old", "new", "both"])
+@pytest.mark.parametrize("given", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_renamed_field_is_taken_by_both_names(given, installed):
+    assert with_both_names(dict.fromkeys(installed, bool)).keys() == OLD | NEW
+    named = with_installed_names({given: True, "seed": 1}, installed | {"seed"})
+    assert named.keys() <= installed | {"seed"} and [*named.values()] == [True, 1]
+    both = dict.fromkeys(OLD | NEW, True)
+    assert with_installed_names(both, installed) == both  # for the package to judge
 
 
 @pytest.mark.parametrize(
