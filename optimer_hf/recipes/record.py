@@ -203,6 +203,10 @@ class Score(FileModel):
     """Score of every term, in the unit of its metric."""
     higher_is_better: dict[str, bool] = Field(default={}, examples=[{"math": False}])
     """Direction of every term; not in recipes of 0.1.0."""
+    metrics: dict[str, str] = Field(
+        default={}, examples=[{"law": "bits_per_byte"}], exclude_if=lambda metrics: not metrics
+    )
+    """Metric of each term that the objective does not have, as a term of the test only."""
     verdicts: list[str] | None = Field(
         default=None, examples=[["searched merge minus the best of the others: +0.85 points"]]
     )
@@ -261,9 +265,10 @@ class Evidence(FileModel):
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Metric of every term of the objective, by label."""
+        """Metric of every term of the objective, and of those that only the test has, by label."""
         terms = [] if self.objective is None else self.objective.scored_terms
-        return {term.label: term.metric for term in terms}
+        of_test = self.scores["sealed"].metrics if "sealed" in self.scores else {}
+        return of_test | {term.label: term.metric for term in terms}
 
 
 class Recipe(Evidence, Composition):
@@ -299,7 +304,11 @@ class Recipe(Evidence, Composition):
             "dtype": self.dtype,
             "tokenizer": self.tokenizer_source,
             "vocabulary": None if self.vocabulary == "base" else self.vocabulary,
-            "searched for": ", ".join(f"{name} ({m})" for name, m in self.metrics.items()),
+            "searched for": ", ".join(
+                f"{term.label} ({term.metric})" for term in self.objective.scored_terms
+            )
+            if self.objective
+            else None,
         }
         lines |= {TITLES[fidelity]: score.summary for fidelity, score in self.scores.items()}
         sealed = self.scores.get("sealed")

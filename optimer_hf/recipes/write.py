@@ -265,6 +265,7 @@ def _scores(study: Study, trial: Trial, sealed: Comparison | None) -> dict[Fidel
     }
     if sealed is not None:
         merge = sealed.merge
+        searched = {term.label for term in study.config.objective.scored_terms}
         gain = describe_interval(
             sealed.interval(merge, sealed.base), Unit.of(sealed.objective), is_gain=True
         )
@@ -273,6 +274,11 @@ def _scores(study: Study, trial: Trial, sealed: Comparison | None) -> dict[Fidel
             summary=f"over the base {gain}",
             terms={label: score.score for label, score in merge.scores.items()},
             higher_is_better=_higher_is_better(merge.scores),
+            metrics={
+                term.label: term.metric
+                for term in sealed.objective.scored_terms
+                if term.label in merge.scores and term.label not in searched
+            },
             verdicts=verdicts(sealed),
         )
     return scores

@@ -102,7 +102,7 @@ class Term(FileModel):
     )
     """Use only the items whose hash, as a number in [0, 1), lies in [low, high). With [0, 0.5] in
     the objective and [0.5, 1] in the test, one task serves both, and so do several tasks that read
-    the same rows, with the exception in `split_by`. Items in both are refused in any case.
+    the same rows, with the exception in `split_by`. Other items in both are refused.
     """
     rescore_only: bool = Field(default=False, examples=[True])
     """Skip the term in the search and score it only when the best trials are scored again; for
@@ -298,7 +298,7 @@ class Objective(FileModel):
     the same rows agree which of them the test gets, even if they filter or reorder them. If the
     process_docs of a task does not tell which row an item is made from, a warning says so, and what
     it makes of the row is hashed. prompt: the prompt and its answer, as in studies from before this
-    field, which keep it.
+    field, which keep it; a row that two tasks share may then be in both parts, with a warning.
     """
 
     @model_serializer(mode="wrap")

@@ -109,7 +109,12 @@ def test_scores_have_their_unit_and_direction_and_the_sealed_ones_come_first():
     direction = {"ja": False, "mc": True}
     scores = {
         "search": Score(terms={"ja": 1.25}, value=0.1, summary="over the base +10.00 %"),
-        "sealed": Score(terms={"ja": 1.5, "mc": 0.5}, value=0.05, higher_is_better=direction),
+        "sealed": Score(
+            terms={"ja": 1.5, "mc": 0.5, "law": 0.25},
+            value=0.05,
+            higher_is_better=direction | {"law": False},
+            metrics={"law": "byte_perplexity"},  # of a term that only the test has
+        ),
     }
     terms = [{"text": "/ja.jsonl"}, {"task": "mc", "metric": "acc"}]
     recipe = recipe_of(scores=scores, objective={"terms": terms})
@@ -119,6 +124,7 @@ def test_scores_have_their_unit_and_direction_and_the_sealed_ones_come_first():
         "| --- | --- | --- | --- |",
         "| ja | bits per byte, lower is better | 1.5000 | 1.2500 |",
         "| mc | acc, higher is better | 0.5000 |  |",
+        "| law | byte perplexity, lower is better | 0.2500 |  |",
     ]
     (sealed, _), (search, value) = facts.values
     assert "after the search" in sealed and "flatters" in search and "+10.00 %" in value

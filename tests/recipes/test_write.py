@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from optimer_hf.comparison.sealed import compare
 from optimer_hf.errors import ModelError
 from optimer_hf.recipes import write
 from optimer_hf.recipes.build import build, verify
@@ -90,3 +91,17 @@ def test_a_recipe_whose_rewriting_was_stopped_is_whole_or_refused_and_then_mende
     assert Recipe.read(path).weights == other.weights
     build(path, tmp_path / "mended")
     verify(path, tmp_path / "mended")
+
+
+@pytest.mark.parametrize("label", ["t", "q"])
+def test_the_metric_of_a_sealed_term_is_on_record_if_the_objective_lacks_it(tmp_path, label):
+    """Else a card could not say in which unit the term is scored."""
+    objective = {"terms": [{"task": name, "metric": "loss"} for name in "tu"], "limit": 4}
+    test = {"terms": [{"task": "sealed", "name": label, "metric": "bits"}]}
+    config = config_of(objective=objective, test=test, search={"n_trials": 6, "rescore_top": 0})
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
+    evidence = write.evidence_of(study, study.best_trial, compare(study, pool=FunctionPool), None)
+    own = {"q": "bits"} if label == "q" else {}
+    assert evidence.scores["sealed"].metrics == own
+    assert evidence.metrics == {"t": "loss", "u": "loss"} | own
+    assert ("metrics" in evidence.scores["sealed"].model_dump()) == bool(own)

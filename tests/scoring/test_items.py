@@ -177,11 +177,14 @@ def test_rows_that_the_search_scores_are_no_sealed_ones_whatever_either_is_split
                 check_disjoint(objective, test, tasks)
 
 
-def test_a_split_by_prompts_stays_what_it_was(folder):
+def test_a_split_by_prompts_stays_what_it_was(folder, caplog):
     plain = GENERATE.replace("process_docs: !function prepare.answer\n", "")
     (folder / "generate.yaml").write_text(plain.replace("{{answer}}", "{{choices[label]}}"))
     objective, test, tasks = halves(folder, split_by="prompt")
     low = {name: indices_within(tasks[name], LOW, "prompt") for name in tasks}
     assert low["my_choice"] != low["my_generate"]
+    check_disjoint(objective, test, tasks)
+    assert "are items of the search, too" in caplog.text and "with other prompts" in caplog.text
+    same = test.model_copy(update={"terms": objective.terms})
     with pytest.raises(EvaluationError, match="are items of the search, too"):
-        check_disjoint(objective, test, tasks)
+        check_disjoint(objective, same, tasks)
