@@ -54,7 +54,7 @@ def test_a_mergekit_yaml_is_searched_and_comes_back_as_a_yaml_with_weights(folde
 
 def test_an_objective_beside_a_study_that_has_its_own_is_refused(folder, tmp_path):
     (tmp_path / "study.yaml").write_text(
-        "base_model: a/b\nvectors: {w: {source: a/w}}\nobjective: {terms: [{task: t}]}\n",
+        "base_model: a/b\nvectors: {w: {source: a/w}}\nobjective: {terms: [{task: piqa}]}\n",
         encoding="utf-8",
     )
     arguments = [
