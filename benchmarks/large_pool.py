@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from optimer_hf.study.gradients import cost_ratio
 
 LETTERS, LENGTH, N_LANGUAGES = "abcdefghijklmnopqrstuvwxyz ", 96, 4
 N_HELD_OUT, BATCH = 24, 16
+MISSED = 2  # % of the largest gain
 BASE_STEPS, VECTOR_STEPS = 300, 80
 ARMS: dict[str, dict[str, Any]] = {
     "without": {"gradients": "never"},
@@ -120,8 +122,11 @@ def gains_of(study: Study) -> list[float]:
 
 
 def compare(fields: dict[str, Any], n_forwards: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Return the gain of the best trial of every arm after equal costs, and what trials cost."""
+    """Return for every arm the gain of the best trial, what a trial with gradients costs, and the
+    forwards until the best trial misses no more than MISSED % of the largest gain of all arms.
+    """
     row: dict[str, Any] = {"seed": seed}
+    gains, spent = {}, {}
     for arm, choices in ARMS.items():
         settings = {"n_trials": n_forwards, "rescore_top": 0, "seed": seed} | choices
         if choices["gradients"] == "always":
@@ -130,11 +135,28 @@ def compare(fields: dict[str, Any], n_forwards: int, seed: int, folder: Path) ->
         study = search(config, folder / f"{arm}-{seed}")
         dear = [cost_ratio(trial) for trial in study.trials if trial.gradients]
         cost = median(dear) if dear else 1.0
-        spent = np.cumsum([cost if trial.gradients else 1.0 for trial in study.trials])
-        n_paid = max(int((spent <= n_forwards).sum()), 1)
-        row[arm] = round(max(gains_of(study)[:n_paid]), 3)
+        spent[arm] = np.cumsum([cost if trial.gradients else 1.0 for trial in study.trials])
+        n_paid = max(int((spent[arm] <= n_forwards).sum()), 1)
+        gains[arm] = gains_of(study)[:n_paid]
+        row[arm] = round(max(gains[arm]), 3)
         row[f"cost {arm}"] = round(cost, 2)
+    enough = (1 - MISSED / 100) * max(max(each) for each in gains.values())
+    for arm, each in gains.items():
+        reached = [
+            float(cost) for cost, gain in zip(spent[arm], each, strict=False) if gain >= enough
+        ]
+        row[f"until {arm}"] = round(reached[0], 1) if reached else None
     return row
+
+
+def say_medians(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the median gain of every arm, and how many forwards it takes."""
+    texts = []
+    for arm in ARMS:
+        until = median(row[f"until {arm}"] or math.inf for row in rows)
+        within = f"{until:g} forwards" if until < math.inf else "never"
+        texts.append(f"{median(row[arm] for row in rows):.2f} {arm} ({within})")
+    return "; ".join(texts)
 
 
 def main() -> None:
@@ -147,7 +169,11 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="Keep the studies here, and go on with them.")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    print(f"gain over the base in % after {options.forwards} forwards")
+    print(
+        f"gain over the base in % after {options.forwards} forwards (and the forwards until ",
+        end="",
+    )
+    print(f"{MISSED} % of the largest gain of all searches or less is missed)")
     for n_vectors in options.vectors if options.study is None else [0]:
         with contextlib.ExitStack() as stack:
             folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -161,9 +187,8 @@ def main() -> None:
             for seed in range(options.seeds):
                 rows.append(compare(fields, options.forwards, seed, folder))
                 print(f"  {json.dumps(rows[-1])}", flush=True)
-        medians = "; ".join(f"{median(row[arm] for row in rows):.2f} {arm}" for arm in ARMS)
         n_weights = len(StudyConfig.model_validate(fields).free)
-        print(f"{n_weights} weights, median of {options.seeds}: {medians}", flush=True)
+        print(f"{n_weights} weights, median of {options.seeds}: {say_medians(rows)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1166,6 +1166,17 @@ def compare_with_gradients(job: Job) -> dict[str, Any]:
     return run
 
 
+def with_models(run: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Return a result with the slow samplers that recommended after it was kept."""
+    later = [m for m in MODELS if takes_part(m, job) and not any(m in c for c in run["regret"])]
+    if not later:
+        return run
+    recommended = {key: point for m in later for key, point in recommended_by(m, job).items()}
+    regrets = uniform_regrets(landscape_of(job.kind, job.d, job.seed), list(recommended.values()))
+    added = {f"{m}@{n}": r for (m, n), r in zip(recommended, regrets, strict=True)}
+    return run | {"regret": run["regret"] | added}
+
+
 def takes_part(name: str, job: Job) -> bool:
     """Whether a slow sampler runs on a landscape: with stock SMAC, or where `--others` keeps it."""
     return job.with_smac or f"{name} {job.kind} {job.d} {job.seed}" in kept_by_others(job.others)
@@ -1265,6 +1276,7 @@ def gradients(options: Options) -> dict[str, Any]:
         for kind, d in rows
     ]
     runs = run_jobs("gradients", compare_with_gradients, jobs, options.processes, options.kept)
+    runs = [with_models(run, job) for run, job in zip(runs, jobs, strict=True)]
     return {"table": print_medians(rows, runs, verdict_on), "runs": runs}
 
 
