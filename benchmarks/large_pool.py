@@ -121,13 +121,16 @@ def gains_of(study: Study) -> list[float]:
     return [100 * (study.value(trial) - base) for trial in study.trials]
 
 
-def compare(fields: dict[str, Any], n_forwards: int, seed: int, folder: Path) -> dict[str, Any]:
+def compare(
+    fields: dict[str, Any], n_forwards: int, seed: int, folder: Path, arms: Sequence[str]
+) -> dict[str, Any]:
     """Return for every arm the gain of the best trial, what a trial with gradients costs, and the
     forwards until the best trial misses no more than MISSED % of the largest gain of all arms.
     """
     row: dict[str, Any] = {"seed": seed}
     gains, spent = {}, {}
-    for arm, choices in ARMS.items():
+    for arm in arms:
+        choices = ARMS[arm]
         settings = {"n_trials": n_forwards, "rescore_top": 0, "seed": seed} | choices
         if choices["gradients"] == "always":
             settings["n_trials"] = n_forwards // 2
@@ -149,10 +152,10 @@ def compare(fields: dict[str, Any], n_forwards: int, seed: int, folder: Path) ->
     return row
 
 
-def say_medians(rows: Sequence[dict[str, Any]]) -> str:
+def say_medians(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
     """Return the median gain of every arm, and how many forwards it takes."""
     texts = []
-    for arm in ARMS:
+    for arm in arms:
         until = median(row[f"until {arm}"] or math.inf for row in rows)
         within = f"{until:g} forwards" if until < math.inf else "never"
         texts.append(f"{median(row[arm] for row in rows):.2f} {arm} ({within})")
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--forwards", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--study", type=Path, help="A study whose pool and objective are taken.")
     parser.add_argument("--keep", type=Path, help="Keep the studies here, and go on with them.")
     options = parser.parse_args()
@@ -185,10 +189,13 @@ def main() -> None:
                 fields = StudyConfig.read(options.study).model_dump()
             rows = []
             for seed in range(options.seeds):
-                rows.append(compare(fields, options.forwards, seed, folder))
+                rows.append(compare(fields, options.forwards, seed, folder, options.arms))
                 print(f"  {json.dumps(rows[-1])}", flush=True)
         n_weights = len(StudyConfig.model_validate(fields).free)
-        print(f"{n_weights} weights, median of {options.seeds}: {say_medians(rows)}", flush=True)
+        print(
+            f"{n_weights} weights, median of {options.seeds}: {say_medians(rows, options.arms)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
