@@ -9,6 +9,7 @@ not attend to each other: their positions restart, and there is no cache.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -28,8 +29,10 @@ from optimer_hf.files.reference import is_there
 from optimer_hf.files.staging import make_directory, sync_all
 from optimer_hf.files.versions import versions
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.models.live import default_device, empty_model, load_tokenizer
+from optimer_hf.models.layout import ResolvedModel, tokenizer_digests
+from optimer_hf.models.live import default_device, empty_model
+from optimer_hf.models.loader import read_tokenizer
+from optimer_hf.models.memory import collect_memory
 from optimer_hf.models.resolve import resolve_base
 from optimer_hf.models.sharded import gather_adapter, is_sharded, write_gathered
 from optimer_hf.models.ties import ties_of
@@ -144,6 +147,7 @@ def train(config: TrainConfig, out: Path) -> Path:
             packed = _prepare_under_lock(config, out)
         if packed is not None:  # None: another run has just finished it
             _run(config, out, packed, state)
+            collect_memory()  # of captured steps, which nothing else can use until it is given back
     return out
 
 
@@ -284,7 +288,7 @@ def _check_base(config: TrainConfig) -> Any:
     Loads no weights.
     """
     base = resolve_base(config.base_model)
-    tokenizer = load_tokenizer(base)
+    tokenizer = _tokenizer(base.path, tuple(sorted(tokenizer_digests(base.path).items())))
     adapted = add_lora(empty_model(base), config, base)
     check_targets(config, adapted)
     refuse_unpassable(config, adapted)
@@ -292,6 +296,14 @@ def _check_base(config: TrainConfig) -> Any:
     if config.lora is not None:
         refuse_unmergeable_adapter(adapted, config, base)
     return tokenizer
+
+
+@functools.lru_cache(maxsize=1)  # the runs of a recipe have one base; a large vocabulary takes long
+def _tokenizer(path: Path, state: tuple[tuple[str, str], ...]) -> Any:
+    """Return the tokenizer in a directory, which nobody may change; `state` is part of the key, to
+    notice changed files.
+    """
+    return read_tokenizer(path)
 
 
 def _read_blocks(record: StartedRecord, out: Path) -> PackedCorpus | None:

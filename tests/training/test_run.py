@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -28,6 +29,7 @@ from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError, CorpusError, ModelError, OutputError
 from optimer_hf.training import run as run_module
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
+from optimer_hf.training.captured import CapturedTrainer
 from optimer_hf.training.checks import check_config
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import pack
@@ -118,6 +120,37 @@ def test_the_same_config_gives_the_same_losses_and_another_seed_others(make_conf
     assert (
         losses_of(tmp_path / "one") == losses_of(tmp_path / "two") != losses_of(tmp_path / "other")
     )
+
+
+def test_a_run_gives_its_memory_back_once_nothing_holds_the_model(
+    make_config, tmp_path, monkeypatch
+):
+    """On a GPU a captured step has memory of its own, which is of no use to the next run."""
+    started: list[weakref.ref[object]] = []
+    stock, seen = CapturedTrainer.train, []
+
+    def note(self, *args, **options):
+        started.extend((weakref.ref(self), weakref.ref(self.model)))
+        return stock(self, *args, **options)
+
+    monkeypatch.setattr(CapturedTrainer, "train", note)
+    monkeypatch.setattr(run_module, "collect_memory", lambda: seen.append([r() for r in started]))
+    train(make_config(), tmp_path / "out")
+    assert seen == [[None, None]]
+
+
+def test_the_runs_of_a_recipe_load_their_tokenizer_once(make_config, tmp_path, monkeypatch):
+    config, loaded, stock = make_config(), [], run_module.read_tokenizer
+    run_module._tokenizer.cache_clear()
+
+    def note(path):
+        loaded.append(path)
+        return stock(path)
+
+    monkeypatch.setattr(run_module, "read_tokenizer", note)
+    for number in range(2):
+        prepare(config, tmp_path / f"run-{number}")
+    assert len(loaded) == 1
 
 
 def test_a_finished_run_is_not_touched_by_a_second_call(make_config, tmp_path):
