@@ -55,6 +55,7 @@ NOT_RUN = {
     "python benchmarks/demo.py": "minutes, and the base of the demo",
     "python benchmarks/merge.py": "minutes, and gigabytes of weights",
     "python benchmarks/search.py": "hours",
+    "python benchmarks/large_pool.py": "minutes, and vectors of the demo's base",
     "python benchmarks/precision.py": "the base of the demo",
     "python benchmarks/gradients.py": "minutes",
     "python benchmarks/gpu.py": "a GPU",
