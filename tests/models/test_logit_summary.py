@@ -53,10 +53,10 @@ def test_a_summary_is_the_log_of_the_sum_and_the_largest_logit(way, softcap, dty
 
 
 @needs_compiler
-def test_compiled_code_gives_the_same_for_any_number_of_rows(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    for n in (8, 9, 640):
-        check(summarize_in_one_pass, block(n, 64, torch.bfloat16), 30.0)
+def test_compiled_code_gives_the_same_for_any_number_of_rows():
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (8, 9, 640):
+            check(summarize_in_one_pass, block(n, 64, torch.bfloat16), 30.0)
 
 
 def test_without_a_compiler_a_batch_is_scored_all_the_same(monkeypatch):
