@@ -41,7 +41,7 @@ def serve_steps(n_tokens: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from optimer_hf.models.head_loss import fuse_loss
+    from optimer_hf.models.fused_loss import fuse_loss
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPES))

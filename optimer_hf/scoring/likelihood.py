@@ -17,14 +17,10 @@ import torch
 
 from optimer_hf.errors import EvaluationError
 from optimer_hf.models.activations import activation_bytes, recompute_layers
-from optimer_hf.models.head_loss import (
-    differentiable_log_probabilities,
-    keeps_documents_apart,
-    log_probabilities,
-    plain_weight,
-    softcap_of,
-)
+from optimer_hf.models.head_loss import differentiable_log_probabilities, log_probabilities
 from optimer_hf.models.placement import devices_of, input_device
+from optimer_hf.models.plain_head import plain_weight, softcap_of
+from optimer_hf.models.probes import keeps_documents_apart
 from optimer_hf.scoring.batching import (
     Budget,
     budget_for,

@@ -13,8 +13,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from optimer_hf.models.head_loss import is_plain_head
 from optimer_hf.models.placement import devices_of, input_device
+from optimer_hf.models.plain_head import is_plain_head
 from optimer_hf.scoring.batching import Budget, budget_for, padded_batches
 from optimer_hf.scoring.harness import Windows, quiet_lm_eval, rolling_windows, warn_of_cut_prompts
 from optimer_hf.scoring.likelihood import Likelihoods

@@ -18,7 +18,8 @@ import torch
 from transformers import Trainer
 
 from optimer_hf.files.text import first_line
-from optimer_hf.models.head_loss import blocked_loss, fuse_loss, is_fused
+from optimer_hf.models.fused_loss import fuse_loss, is_fused
+from optimer_hf.models.head_loss import blocked_loss
 from optimer_hf.models.memory import lacks_memory
 from optimer_hf.vectors.training_record import Speed
 

@@ -11,17 +11,10 @@ from typing import Any
 import torch
 
 from optimer_hf.files.text import first_line
-from optimer_hf.models.head_loss import (
-    Loss,
-    blocked_loss,
-    fuse_loss,
-    fuse_sharded_loss,
-    is_plain_head,
-    plain_weight,
-    restore_stock_loss,
-    softcap_of,
-)
+from optimer_hf.models.fused_loss import fuse_loss, fuse_sharded_loss, restore_stock_loss
+from optimer_hf.models.head_loss import Loss, blocked_loss
 from optimer_hf.models.memory import lacks_memory
+from optimer_hf.models.plain_head import is_plain_head, plain_weight, softcap_of
 from optimer_hf.models.token_loss import liger_loss, stock_loss
 from optimer_hf.vectors.training_record import Head, Speed
 

@@ -4,7 +4,7 @@ A LoRA run writes a PEFT adapter to `out`. A full-parameter run writes a float32
 small deltas do not survive bfloat16. `training.json` is written last and marks the directory as
 complete. An interrupted run resumes from its last complete checkpoint.
 
-The loss is computed by `head_loss.fuse_loss`, without logits. Documents packed into one block do
+The loss is computed by `fused_loss.fuse_loss`, without logits. Documents packed into one block do
 not attend to each other: their positions restart, and there is no cache.
 """
 

@@ -12,13 +12,10 @@ from optimer_hf.files.patterns import ends_with, is_literal, matches
 from optimer_hf.files.text import did_you_mean, first_line
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.flops import training_flops
-from optimer_hf.models.head_loss import (
-    fuse_loss,
-    keeps_documents_apart,
-    sharded_keeps_documents_apart,
-)
+from optimer_hf.models.fused_loss import fuse_loss
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import load_model
+from optimer_hf.models.probes import keeps_documents_apart, sharded_keeps_documents_apart
 from optimer_hf.models.sharded import is_sharded, layer_class
 from optimer_hf.models.sizes import measure_sizes
 from optimer_hf.models.ties import Ties

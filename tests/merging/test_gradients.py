@@ -11,12 +11,9 @@ from optimer_hf.merging.gradients import Derivatives
 from optimer_hf.merging.resident import ResidentModel
 from optimer_hf.merging.union import open_base
 from optimer_hf.merging.writer import write_merged
-from optimer_hf.models.head_loss import (
-    differentiable_log_probabilities,
-    plain_weight,
-    softcap_of,
-)
+from optimer_hf.models.head_loss import differentiable_log_probabilities
 from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.plain_head import plain_weight, softcap_of
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.extraction import extract_vector
 from optimer_hf.vectors.opening import open_vector

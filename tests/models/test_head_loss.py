@@ -3,25 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from peft import LoraConfig, get_peft_model
 
 from optimer_hf.models.head_loss import (
     GPU_LOGITS,
-    IGNORED_LABEL,
     TAIL,
     VOCABULARY_BLOCK,
     HeadLoss,
     differentiable_log_probabilities,
-    fuse_loss,
-    is_plain_head,
-    keeps_documents_apart,
     log_probabilities,
     log_probabilities_in_few_passes,
     rows_at_a_time,
-    softcap_of,
 )
-from tests.support.tiny import EOS, VOCABULARY, tiny_model
 
 SIZES = [
     100,
@@ -181,199 +173,6 @@ def test_log_probabilities_in_bfloat16_differ_only_by_the_rounding_of_the_logits
     logits = (hidden @ weight.T).float()
     expected = torch.log_softmax(logits, -1).gather(1, labels.unsqueeze(1))[:, 0]
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
-
-
-# -- models ----------------------------------------------------------------------------------------
-
-
-def batch() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(3, VOCABULARY, (2, 40), generator=generator)
-    labels = ids.clone()
-    labels[0, :5] = labels[1, 20:] = IGNORED_LABEL
-    return {"input_ids": ids, "labels": labels}
-
-
-def losses_and_gradients(model, **options):
-    loss = model(**batch(), **options).loss
-    loss.backward()
-    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": torch.tensor(91)}])
-def test_the_fused_loss_and_its_gradients_equal_those_of_the_stock_forward(kind, options):
-    fused = tiny_model(kind)
-    assert fuse_loss(fused)
-    expected, expected_gradients = losses_and_gradients(tiny_model(kind), **options)
-    loss, gradients = losses_and_gradients(fused, **options)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_a_softcapped_model_is_fused_with_its_cap():
-    models = [tiny_model("gemma"), tiny_model("gemma")]
-    for model in models:
-        model.config.final_logit_softcapping = 0.5
-    assert fuse_loss(models[1])
-    assert softcap_of(models[1]) == 0.5
-    stock, fused = (losses_and_gradients(model) for model in models)
-    assert fused[0].item() == pytest.approx(stock[0].item(), rel=1e-6)
-    assert softcap_of(tiny_model("llama")) is None
-
-
-def test_a_head_with_a_bias_keeps_its_stock_forward():
-    model = tiny_model("llama")
-    model.lm_head = torch.nn.Linear(32, VOCABULARY, bias=True)
-    stock = model.forward
-    assert not fuse_loss(model)
-    assert model.forward == stock
-    assert model(**batch()).logits.shape == (2, 40, VOCABULARY)
-
-
-def adapt_with_bias(model):
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
-
-
-def adapt_with_hook(model):
-    model.lm_head.register_forward_hook(lambda layer, given, logits: 2 * logits)
-
-
-def adapt_with_pre_hook(model):
-    model.lm_head.register_forward_pre_hook(lambda layer, given: (2 * given[0],))
-
-
-def adapt_with_another_forward(model):
-    stock = model.lm_head.forward
-    model.lm_head.forward = lambda hidden: 2 * stock(hidden)
-
-
-def adapt_with_parametrisation(model):
-    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
-
-
-HEADS = {  # ways to adapt a head: options of LoraConfig, or a function
-    "lora": {"target_modules": ["q_proj", "lm_head"]},
-    "rslora": {"target_modules": ["lm_head"], "use_rslora": True, "rank_pattern": {"lm_head": 2}},
-    "dora": {"target_modules": ["lm_head"], "use_dora": True},
-    "lora with a bias": {"target_modules": ["lm_head"], "lora_bias": True},
-    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 6, 7]}},
-    "tokens of both": {
-        "target_modules": ["q_proj"],
-        "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [5, 9]},
-    },
-    "bias": adapt_with_bias,
-    "hook": adapt_with_hook,
-    "pre-hook": adapt_with_pre_hook,
-    "another forward": adapt_with_another_forward,
-    "parametrisation": adapt_with_parametrisation,
-}
-
-
-def adapted(way, fused: bool):
-    """Return a Llama whose head is adapted after its loss was fused, every factor moved."""
-    model = tiny_model("llama")
-    if fused:
-        assert fuse_loss(model)
-    torch.manual_seed(3)
-    if not isinstance(way, dict):
-        way(model)
-        return model
-    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **way)
-    whole = get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
-    return whole
-
-
-@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed:peft.utils.warning.PeftWarning")
-@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": torch.tensor(91)}])
-@pytest.mark.parametrize("way", HEADS.values(), ids=HEADS)
-def test_an_adapted_head_gets_the_loss_and_the_gradients_of_the_stock_forward(way, options):
-    expected, expected_gradients = losses_and_gradients(adapted(way, fused=False), **options)
-    loss, gradients = losses_and_gradients(adapted(way, fused=True), **options)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for name, gradient in expected_gradients.items():
-        if gradient is None:
-            assert gradients[name] is None, name
-        else:
-            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-    trained = [gradients[name] for name in gradients if "lm_head" in name]
-    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in trained)
-
-
-def test_a_head_saved_as_a_whole_keeps_the_fused_loss():
-    model = adapted(HEADS["saved"], fused=True)
-    assert model(**batch()).get("logits") is None
-    with model.disable_adapter():
-        assert model(**batch()).get("logits") is None
-
-
-@pytest.mark.parametrize("way", HEADS.values(), ids=HEADS)
-@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed:peft.utils.warning.PeftWarning")
-def test_an_adapted_head_is_scored_through_its_adapter(way):
-    model = adapted(way, fused=False)
-    inner = model.get_base_model() if isinstance(way, dict) else model
-    assert is_plain_head(inner) == (way is HEADS["saved"])
-
-
-def test_scaled_logits_are_noticed():
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    options = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "eos_token_id": EOS,
-    }
-    torch.manual_seed(0)
-    config = GraniteConfig(**options, logits_scaling=8.0, initializer_range=1.0)
-    assert not is_plain_head(GraniteForCausalLM(config))
-    config.logits_scaling = 1.0
-    assert is_plain_head(GraniteForCausalLM(config))
-
-
-# -- packed documents ------------------------------------------------------------------------------
-
-
-def test_attention_keeps_packed_documents_apart(kind):
-    assert keeps_documents_apart(tiny_model(kind))
-    assert keeps_documents_apart(tiny_model(kind, dtype=torch.bfloat16))
-
-
-@pytest.mark.parametrize("architecture", ["Qwen3NextForCausalLM", "Lfm2ForCausalLM"])
-def test_recurrent_and_convolutional_layers_are_noticed(architecture):
-    options = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    configs = {
-        "Qwen3NextForCausalLM": lambda: transformers.Qwen3NextConfig(
-            **options,
-            head_dim=8,
-            linear_num_value_heads=2,
-            linear_num_key_heads=2,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            num_experts=0,
-            mlp_only_layers=[0, 1, 2, 3],
-        ),
-        "Lfm2ForCausalLM": lambda: transformers.Lfm2Config(**options, full_attn_idxs=[1, 3]),
-    }
-    torch.manual_seed(0)
-    model = getattr(transformers, architecture)(configs[architecture]()).eval()
-    assert not keeps_documents_apart(model)
 
 
 # -- devices ---------------------------------------------------------------------------------------

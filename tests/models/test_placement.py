@@ -6,7 +6,6 @@ from accelerate import cpu_offload, disk_offload
 from transformers import AutoModelForCausalLM
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.models.head_loss import is_plain_head, plain_weight
 from optimer_hf.models.live import load_model
 from optimer_hf.models.placement import (
     Placement,
@@ -15,6 +14,7 @@ from optimer_hf.models.placement import (
     is_only_placed,
     live_state,
 )
+from optimer_hf.models.plain_head import is_plain_head, plain_weight
 from optimer_hf.models.stored import stored_views
 from tests.support.tiny import bits, tiny_model
 

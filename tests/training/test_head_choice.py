@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from optimer_hf.models import head_loss
-from optimer_hf.models.head_loss import blocked_loss, is_fused, loss_by_tokens
+from optimer_hf.models.fused_loss import fuse_loss, is_fused
+from optimer_hf.models.head_loss import IGNORED_LABEL, blocked_loss, loss_by_tokens
 from optimer_hf.models.token_loss import stock_loss
 from optimer_hf.training import head_choice
 from optimer_hf.training.head_choice import choose_fastest, install_head, measure_loss
@@ -15,7 +15,7 @@ from tests.support.tiny import VOCABULARY, tiny_model
 def batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(7))
     labels = ids.clone()
-    labels[0, :5] = labels[1, 20:] = head_loss.IGNORED_LABEL
+    labels[0, :5] = labels[1, 20:] = IGNORED_LABEL
     return {"input_ids": ids, "labels": labels}
 
 
@@ -26,7 +26,7 @@ def test_every_loss_is_that_of_the_stock_forward(loss, softcap, dtype):
     stock, ours = tiny_model("gemma", dtype=dtype), tiny_model("gemma", dtype=dtype)
     for model in (stock, ours):
         model.config.final_logit_softcapping = softcap
-    assert head_loss.fuse_loss(ours, loss)
+    assert fuse_loss(ours, loss)
     expected, found = (model(**batch()).loss for model in (stock, ours))
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     found.backward()

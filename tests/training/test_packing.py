@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.corpus.documents import SHUFFLE_BUFFER, read_documents, shuffle
 from optimer_hf.errors import CorpusError
-from optimer_hf.models.head_loss import IGNORED_LABEL, fuse_loss
+from optimer_hf.models.fused_loss import fuse_loss
+from optimer_hf.models.head_loss import IGNORED_LABEL
 from optimer_hf.training.config import MixturePart
 from optimer_hf.training.packing import deal_out, pack, pack_mixture, segments
 from optimer_hf.vectors.training_record import Part
