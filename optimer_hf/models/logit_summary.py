@@ -63,12 +63,12 @@ _COMPILED: list[Summary] = []
 def summarize_in_one_pass(
     logits: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `summarize` returns, by compiled code, the same for any number of rows; without a
-    compiler, by `summarize`.
+    """Return what `summarize` returns, by compiled code: one for each width, whatever was scored
+    before, and for any number of rows. Without a compiler, by `summarize`.
     """
     torch._dynamo.maybe_mark_dynamic(logits, 0)
     if not _COMPILED:
-        compiled: Summary = torch.compile(compute_summary)
+        compiled: Summary = torch.compile(compute_summary, dynamic=False)
         try:
             compiled(logits, softcap)
         except Exception as error:

@@ -1,6 +1,7 @@
 """The summary of a block of logits, compiled and not, against float64."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -57,6 +58,29 @@ def test_compiled_code_gives_the_same_for_any_number_of_rows():
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (8, 9, 640):
             check(summarize_in_one_pass, block(n, 64, torch.bfloat16), 30.0)
+
+
+def test_what_was_scored_before_does_not_choose_the_code(monkeypatch):
+    """torch would compile the second width for any width, and then take that for the first, too."""
+    graphs, calls = [], []
+
+    def backend(module, _):
+        number = len(graphs)
+        graphs.append(module)
+
+        def run(*inputs):
+            calls.append(number)
+            return module.forward(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    summarize_in_one_pass(block(8, 64, torch.float32), None)  # compiles
+    calls.clear()
+    for n, width in ((8, 64), (640, 64), (8, 16), (9, 64), (70, 16)):
+        summarize_in_one_pass(block(n, width, torch.float32), None)
+    assert calls == [0, 0, 1, 0, 1]
 
 
 def test_without_a_compiler_a_batch_is_scored_all_the_same(monkeypatch):
