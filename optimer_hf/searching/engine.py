@@ -24,14 +24,13 @@ from optimer_hf.models.live import default_device
 from optimer_hf.models.placement import Placement
 from optimer_hf.printable import warn_once
 from optimer_hf.scoring.objective import Objective, naming_test
-from optimer_hf.scoring.vllm_model import (
-    call_engine,
-    make_vllm_model,
+from optimer_hf.scoring.vllm_options import (
     refuse_missing_vllm,
     refuse_unknown_sampling,
     refuse_unusable_options,
     vllm_version,
 )
+from optimer_hf.scoring.vllm_processes import call_engine
 from optimer_hf.study.engine import EngineConfig
 from optimer_hf.vectors.vector import DistributionVector
 
@@ -213,6 +212,8 @@ class _VllmEngine:
         scoring_tokenizer: Any,
         options: Mapping[str, Any],
     ) -> None:
+        from optimer_hf.scoring.vllm_model import make_vllm_model
+
         self._base, self._dtype, self._names = base, dtype, frozenset[str]()
         self.lm = make_vllm_model(base.path, scoring_tokenizer, options)
 

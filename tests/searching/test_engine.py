@@ -1,10 +1,10 @@
-"""engine.py, vllm_model.py: what is refused before an engine starts; no vLLM is needed."""
+"""engine.py, vllm_options.py: what is refused before an engine starts; no vLLM is needed."""
 
 import pytest
 import yaml
 
 from optimer_hf.errors import ConfigError, StudyError
-from optimer_hf.scoring.vllm_model import sampling_settings
+from optimer_hf.scoring.vllm_options import sampling_settings
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.searching.workers import Workers
@@ -15,7 +15,7 @@ from tests.support.landscapes import FunctionPool, config_of
 @pytest.fixture
 def no_vllm(monkeypatch):
     """A machine without vLLM."""
-    monkeypatch.setattr("optimer_hf.scoring.vllm_model.find_spec", lambda name: None)
+    monkeypatch.setattr("optimer_hf.scoring.vllm_options.find_spec", lambda name: None)
 
 
 def test_vllm_without_its_extra_is_refused_before_a_model_is_looked_for(no_vllm, tmp_path):

@@ -25,7 +25,6 @@ from optimer_hf.recipes.write import write_recipe
 from optimer_hf.scoring.evaluator import Evaluator
 from optimer_hf.scoring.objective import Objective
 from optimer_hf.scoring.tasks import load_tasks
-from optimer_hf.scoring.vllm_model import _naming_vllm, make_vllm_model
 from optimer_hf.searching.engine import keep_engine, open_engine
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.one_model import score_model
@@ -276,6 +275,8 @@ def test_every_option_of_llm_reaches_it(study_file, monkeypatch):
 
     from vllm.engine.arg_utils import EngineArgs
 
+    from optimer_hf.scoring.vllm_model import make_vllm_model
+
     given = {field.name: 7 for field in fields(EngineArgs) if field.name not in OWN_OPTIONS}
     config = EngineConfig.model_validate({"name": "vllm"} | given)
 
@@ -288,8 +289,7 @@ def test_every_option_of_llm_reaches_it(study_file, monkeypatch):
 
     path = Path(yaml.safe_load(study_file.read_text())["base_model"])
     with pytest.raises(StartedError), monkeypatch.context() as patch:
-        with _naming_vllm():
-            patch.setattr("lm_eval.models.vllm_causallms.LLM", start)
+        patch.setattr("lm_eval.models.vllm_causallms.LLM", start)
         make_vllm_model(path, None, config.options)
     assert len(given) > 100
 
