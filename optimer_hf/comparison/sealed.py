@@ -33,6 +33,7 @@ from optimer_hf.files.digest import digest
 from optimer_hf.files.reference import absolute_reference
 from optimer_hf.files.text import slug
 from optimer_hf.progress import Meter, announce
+from optimer_hf.scoring.objective import Objective
 from optimer_hf.searching.engine import keep_engine
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
@@ -93,13 +94,8 @@ def compare(
     of the study has trained). Raises ConfigError if the study has no `test`, or two rows the same
     title; EvaluationError if a row cannot be scored.
     """
-    objective = study.config.test
     mixtures = read_mixtures(study.directory) if mixtures is None else mixtures
-    if objective is None:
-        raise ConfigError(
-            f"{study.directory}: study.yaml has no `test:` section, so there is no sealed test to "
-            "compare on. Add one, and search again."
-        )
+    objective = _find_test(study)
     check_titles(study.config)
 
     @cache
@@ -114,17 +110,11 @@ def compare(
         models = baselines.list_models(study, mixtures, of_plugins=models_of_plugins)
         log = SealedLog(study.directory, study.config)
         searches = _run_searches(study, open_pool)
-        if study.config.baselines.attempts:
-            open_pool.cache_clear()  # one model at a time
-            models += choose_attempts(study, pool)
-        if to_scale := _list_to_scale(study, models):
-            open_pool.cache_clear()  # one model at a time
-            models += [_scale_mixture(study, model, pool) for model in to_scale]
+        models += _fit_mixtures(study, models, pool, close_pool=open_pool.cache_clear)
         recalled = _recall_mixtures(study, models, log)
         contenders = _list_contenders(study, [*searches, *of_plugins, *models, *recalled])
         planned = log.open_seal(contenders)
-        known = {row.key for row in log.rows}
-        to_score = [each for each in _last_by_weights(contenders) if each.key not in known]
+        to_score = _list_unscored(contenders, log)
         built = {each.key: each for each in models}
         own = [each for each in to_score if each.key not in built]
         if own:
@@ -164,9 +154,21 @@ def _parse_model(text: str) -> tuple[str, str]:
     return name, absolute_reference(source, Path.cwd())
 
 
-def _last_by_weights(contenders: Sequence[Contender]) -> list[Contender]:
-    """Return one contender for each weight set: the last of those that have it."""
-    return list({each.key: each for each in contenders}.values())
+def _find_test(study: Study) -> Objective:
+    """Return the objective of the sealed test. Raises ConfigError if there is none."""
+    if study.config.test is None:
+        raise ConfigError(
+            f"{study.directory}: study.yaml has no `test:` section, so there is no sealed test to "
+            "compare on. Add one, and search again."
+        )
+    return study.config.test
+
+
+def _list_unscored(contenders: Sequence[Contender], log: SealedLog) -> list[Contender]:
+    """Return one contender for each weight set without scores: the last of those that have it."""
+    known = {row.key for row in log.rows}
+    last = {each.key: each for each in contenders}
+    return [each for each in last.values() if each.key not in known]
 
 
 def _score_models(
@@ -238,6 +240,27 @@ def _list_contenders(study: Study, others: Sequence[Contender]) -> list[Contende
 
 
 # -- mixtures --------------------------------------------------------------------------------------
+
+
+def _fit_mixtures(
+    study: Study,
+    models: Sequence[baselines.ModelContender],
+    pool: Callable[[StudyConfig], Pool],
+    *,
+    close_pool: Callable[[], None],
+) -> list[baselines.ModelContender]:
+    """Return the rows that are chosen on the items of the search: the best of several attempts at
+    a mixture, and mixtures at their best scale. Before, the pool of the study is closed, so that
+    there is one model at a time.
+    """
+    fitted: list[baselines.ModelContender] = []
+    if study.config.baselines.attempts:
+        close_pool()
+        fitted += choose_attempts(study, pool)
+    if to_scale := _list_to_scale(study, [*models, *fitted]):
+        close_pool()
+        fitted += [_scale_mixture(study, model, pool) for model in to_scale]
+    return fitted
 
 
 def _list_to_scale(
@@ -319,9 +342,7 @@ def _score(
     planned: frozenset[str],
 ) -> None:
     """Score rows on the sealed test; each is on disk before the next."""
-    objective = study.config.test
-    assert objective is not None  # `compare` has checked it
-    asked = objective.asked_terms("rescore")
+    asked = _find_test(study).asked_terms("rescore")
     n_known = len(study.log.trials)
     name = f", {contenders[0].title}" if len(contenders) == 1 else ""
     with Meter(f"sealed test{name}", len(contenders), "rows") as meter:

@@ -79,8 +79,9 @@ def plan_for_hardware(
     downloads = list_downloads(config)
     base_bytes = _bytes_on_disk(base.path) or stored * sizes.total
     given = _list_source_bytes(config, trainings, downloads)
-    vector_bytes = sum(each.vector_bytes for each in estimates.values())
-    vector_bytes += sum(base_bytes if each is None else each for each in given.values())
+    trained = [each.vector_bytes for each in estimates.values()]
+    known = [base_bytes if each is None else each for each in given.values()]
+    vector_bytes = sum(trained) + sum(known)
     model_bytes = N_BYTES[config.dtype] * sizes.total
     model = TrialModel(sizes, model_bytes, stored * sizes.total + vector_bytes)
     works = _count_work(config, base, empty)
@@ -89,10 +90,9 @@ def plan_for_hardware(
     costs = {training_key(each): Cost(estimates[n].seconds) for n, each in trainings.items()}
     probe = replace(probe, token_costs=costs)
     stages = make_stages(config, trainings, probe, is_run)
-    results = sum(each.vector_bytes for each in estimates.values())
+    results = sum(trained)
     if is_run:
-        largest = max((each.vector_bytes for each in estimates.values()), default=0)
-        results += model_bytes + largest * config.baselines.n_trained_models
+        results += model_bytes + max(trained, default=0) * config.baselines.n_trained_models
     return HardwarePlan(
         device=hardware.device.name,
         n_devices=hardware.n_devices,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
+RECIPE = "recipe.yaml"
 
 
 def finished_summary(run: Run) -> str | None:
@@ -62,11 +63,6 @@ def run_recipe(run: Run) -> str:
     from optimer_hf.comparison.sealed import compare
     from optimer_hf.experiment.mixtures import train_attempts, train_mixtures
     from optimer_hf.models.memory import peak_memory
-    from optimer_hf.recipes.build import build
-    from optimer_hf.recipes.vanilla import write_vanilla
-    from optimer_hf.recipes.write import write_recipe
-    from optimer_hf.report.captions import FIGURES
-    from optimer_hf.report.page import write_report
     from optimer_hf.searching.loop import search
 
     started = perf_counter()
@@ -86,13 +82,10 @@ def run_recipe(run: Run) -> str:
         comparison = compare(study, mixtures=mixtures)
         _announce(stages, "report and recipe")
         spent = ledger_of_run(run, study, list(inputs.trainings))
-        recipe_file = run.out / "recipe.yaml"
-        write_recipe(study, recipe_file, name=run.name, sealed=comparison, ledger=spent)
-        write_report(study, run.out / "report.html", figures=run.out / FIGURES)
+        _write_recipe_and_report(run, study, comparison, spent)
         _announce(stages, "build the model")
         writing = perf_counter()
-        build(recipe_file, run.out / "merged", replace=True)
-        write_vanilla(study, run.out / "mergekit_config.yml")
+        _write_model(run, study)
         write = StageCost(seconds=round(perf_counter() - writing, 1))
         whole = StageCost(seconds=round(perf_counter() - started, 1), peak_bytes=peak_memory())
         spent = spent.model_copy(update={"write": write, "this_invocation": whole})
@@ -101,6 +94,26 @@ def run_recipe(run: Run) -> str:
         write_text(run.out / "results.md", _results_text(run, comparison, study, spent))
         Done(inputs_sha256=run.inputs_digest()).write(run.out / DONE_FILE)
     return read_summary(run)
+
+
+def _write_recipe_and_report(
+    run: Run, study: "Study", comparison: "Comparison", spent: "Ledger"
+) -> None:
+    from optimer_hf.recipes.write import write_recipe
+    from optimer_hf.report.captions import FIGURES
+    from optimer_hf.report.page import write_report
+
+    write_recipe(study, run.out / RECIPE, name=run.name, sealed=comparison, ledger=spent)
+    write_report(study, run.out / "report.html", figures=run.out / FIGURES)
+
+
+def _write_model(run: Run, study: "Study") -> None:
+    """Build the model of the recipe, and write the config with which mergekit builds it."""
+    from optimer_hf.recipes.build import build
+    from optimer_hf.recipes.vanilla import write_vanilla
+
+    build(run.out / RECIPE, run.out / "merged", replace=True)
+    write_vanilla(study, run.out / "mergekit_config.yml")
 
 
 def _number_stages(inputs: Inputs) -> dict[str, str]:

@@ -336,19 +336,8 @@ def _recipe_publication(
     lock = _lock_on_hub(lock, placed)
     if placed:
         files[LOCK] = _json_text(lock.model_dump(mode="json"))
-    data = recipe.model_dump(mode="json", exclude_none=True)
-    data |= drop_folders({key: data[key] for key in ("objective",) if key in data})
-    header = "# Build it with: optimer build recipe.yaml OUT\n"
-    files["recipe.yaml"] = (header + yaml_text(data)).encode()
-    files["optimer.yml"] = yaml_text(
-        merge_config_of(recipe, recipe.weights, recipe.n_layers)
-    ).encode()
     files.pop("mergekit_config.yml", None)
-    vanilla = vanilla_config_of(recipe, lock)
-    if vanilla is not None:
-        command = mergekit_command(vanilla, "mergekit_config.yml")
-        header = f"# Run: {command}\n{_note_for_mergekit(recipe)}"
-        files["mergekit_config.yml"] = (header + yaml_text(vanilla)).encode()
+    files |= _write_configs(recipe, lock)
     fingerprints = _fingerprints_on_hub(directory, placed)
     for name in STUDY_FILES & files.keys():
         path = files[name]
@@ -361,6 +350,24 @@ def _recipe_publication(
     inputs += [] if lender is None else [lender]
     results = _read_results(directory, files) if evidence is None else evidence.results
     return Publication(kind, files, recipe, tuple(inputs), lender, results, evidence)
+
+
+def _write_configs(recipe: Recipe, lock: Lock) -> dict[str, bytes]:
+    """Return the files to build a recipe from: its own, ours for mergekit, and a plain one for
+    mergekit if that can build it.
+    """
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    data |= drop_folders({key: data[key] for key in ("objective",) if key in data})
+    texts = {
+        "recipe.yaml": "# Build it with: optimer build recipe.yaml OUT\n" + yaml_text(data),
+        "optimer.yml": yaml_text(merge_config_of(recipe, recipe.weights, recipe.n_layers)),
+    }
+    vanilla = vanilla_config_of(recipe, lock)
+    if vanilla is not None:
+        command = mergekit_command(vanilla, "mergekit_config.yml")
+        header = f"# Run: {command}\n{_note_for_mergekit(recipe)}"
+        texts["mergekit_config.yml"] = header + yaml_text(vanilla)
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def _recipe_on_hub(recipe: Recipe, placed: Mapping[str, Placed]) -> Recipe:

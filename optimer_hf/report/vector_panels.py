@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optimer_hf.comparison.ledger import Ledger
 from optimer_hf.errors import OptimerError
@@ -53,6 +54,19 @@ def cosines_panel(evidence: Evidence) -> Panel | None:
     table = np.eye(len(names))
     for a, b, value in measured.cosines:
         table[names.index(a), names.index(b)] = table[names.index(b), names.index(a)] = value
+    a, b, value = max(measured.cosines, key=lambda pair: abs(pair[2]))
+    relation = _describe_angle(value, is_only=len(measured.cosines) == 1)
+    return Panel(
+        "cosines",
+        "Angles between the vectors",
+        f"{a} and {b} (cosine {signed(value, 2)}) {relation}.",
+        "Cosines: " + "; ".join(f"{a}, {b} {signed(v, 3)}" for a, b, v in measured.cosines) + ".",
+        _draw_cosines(names, table),
+    )
+
+
+def _draw_cosines(names: Sequence[str], table: NDArray[np.float64]) -> "Figure":
+    """Return a square of cosines [n, n] whose shades show their size, and colours their sign."""
     figure, axes = make_figure(1.0 + 0.45 * len(names))
     axes[0].set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
     for i, j in itertools.product(range(len(names)), repeat=2):
@@ -61,21 +75,16 @@ def cosines_panel(evidence: Evidence) -> Panel | None:
         axes[0].text(j, i, signed(table[i, j], 2), ha="center", va="center")
     axes[0].set_xticks(range(len(names)), names)
     axes[0].set_yticks(range(len(names)), names)
-    a, b, value = max(measured.cosines, key=lambda pair: abs(pair[2]))
-    relation = (
-        "point in similar directions, so their weights compete"
-        if value > NEARLY_PARALLEL
-        else "work against each other"
-        if value < -NEARLY_PARALLEL
-        else "are nearly orthogonal" + ", and so are all others" * (len(measured.cosines) > 1)
-    )
-    return Panel(
-        "cosines",
-        "Angles between the vectors",
-        f"{a} and {b} (cosine {signed(value, 2)}) {relation}.",
-        "Cosines: " + "; ".join(f"{a}, {b} {signed(v, 3)}" for a, b, v in measured.cosines) + ".",
-        figure,
-    )
+    return figure
+
+
+def _describe_angle(largest: float, *, is_only: bool) -> str:
+    """Say how the two vectors with the largest cosine relate."""
+    if largest > NEARLY_PARALLEL:
+        return "point in similar directions, so their weights compete"
+    if largest < -NEARLY_PARALLEL:
+        return "work against each other"
+    return "are nearly orthogonal" + ("" if is_only else ", and so are all others")
 
 
 def losses_panel(evidence: Evidence) -> Panel | None:

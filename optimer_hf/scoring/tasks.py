@@ -206,8 +206,8 @@ def _load_tasks(terms: Sequence[Term], include_path: Path | None) -> dict[str, A
 
 
 def _with_settings(task: Any, term: Term) -> Any:
-    """Return a task with the few-shot and generation settings of its term. It builds the requests
-    for the same items only once.
+    """Return a task with the few-shot and generation settings of its term. It reads and builds the
+    same items only once.
     """
     if getattr(task, "UNSAFE_CODE", False):  # only such tasks have the attribute
         raise EvaluationError(
@@ -228,6 +228,13 @@ def _with_settings(task: Any, term: Term) -> Any:
         )
     _draw_examples_by_item(task)
     _add_choice_metric(task)
+    _keep_requests(task)
+    _keep_items(task)
+    return task
+
+
+def _keep_requests(task: Any) -> None:
+    """Make a task build the requests for the same items only once."""
     build, built = task.build_all_requests, dict[str, list[Any]]()
 
     def build_once(**settings: Any) -> None:
@@ -239,17 +246,22 @@ def _with_settings(task: Any, term: Term) -> Any:
             instance.resps, instance.filtered_resps = [], {}
         task._instances = built[key]
 
+    task.build_all_requests = build_once
+
+
+def _keep_items(task: Any) -> None:
+    """Make a task read the same items only once. lm-eval reads all rows of a data set anew to find
+    a few of them.
+    """
     walk, walked = task.doc_iterator, dict[str, list[tuple[int, Any]]]()
 
     def walk_once(**settings: Any) -> Iterator[tuple[int, Any]]:
-        """Yield the items. lm-eval reads all rows of a data set anew to find a few of them."""
         key = repr(settings["samples"])
         if key not in walked:
             walked[key] = list(walk(**settings))
         return ((number, copy(doc)) for number, doc in walked[key])
 
-    task.build_all_requests, task.doc_iterator = build_once, walk_once
-    return task
+    task.doc_iterator = walk_once
 
 
 def _refuse_sealed_examples(term: Term, task: Any) -> None:

@@ -69,6 +69,7 @@ from optimer_hf.vectors.training_record import (
     TRAINING_FILE,
     CorpusRecord,
     RunRecord,
+    Speed,
     TrainingRecord,
     read_training,
 )
@@ -413,15 +414,13 @@ def _training_record(
     inputs: Mapping[str, str],
 ) -> TrainingRecord:
     """Return the content of training.json. It names no path of this machine."""
-    from optimer_hf.training.callback import tokens_per_step, utilisation
+    from optimer_hf.training.callback import tokens_per_step
 
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     norms = {entry["step"]: entry["norm"] for entry in history if "norm" in entry}
     n_tokens = trainer.state.global_step * tokens_per_step(config, trainer.args)
     n_tokens = min(n_tokens, math.ceil(trainer.state.epoch or 1) * packed.n_tokens)  # a last batch
-    rate, speed = n_tokens / max(spent.seconds, 1e-9), trainer.speed
-    mfu = utilisation(rate, trainer.flops_per_token, speed.device, trainer.args.world_size)
     return TrainingRecord(
         config_sha256=config.digest(),
         name=config.name,
@@ -443,13 +442,18 @@ def _training_record(
             norm_steps=[*norms] or None,
             seconds=round(spent.seconds, 2),
             cpu_seconds=round(spent.cpu_seconds, 2),
-            speed=speed.model_copy(
-                update={
-                    "tokens_per_second": round(rate),
-                    "mfu": None if mfu is None else round(mfu, 3),
-                }
-            ),
+            speed=_measure_speed(trainer, n_tokens / max(spent.seconds, 1e-9)),
         ),
         versions=versions(),
         inputs=dict(inputs),
     )
+
+
+def _measure_speed(trainer: "CapturedTrainer", rate: float) -> Speed:
+    """Return the speed of a training that has read `rate` tokens per second."""
+    from optimer_hf.training.callback import utilisation
+
+    speed = trainer.speed
+    mfu = utilisation(rate, trainer.flops_per_token, speed.device, trainer.args.world_size)
+    rounded = None if mfu is None else round(mfu, 3)
+    return speed.model_copy(update={"tokens_per_second": round(rate), "mfu": rounded})
