@@ -53,6 +53,7 @@ def one_arm(
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     batch = config.trainer["per_device_train_batch_size"]
     tokens = steps * batch * config.block_size
+    assert config.corpus is not None  # the demo has no mixtures
     blocks = pack(
         config.corpus,
         tokenizer,

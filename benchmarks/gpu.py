@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -100,6 +101,7 @@ def train_arm(name: str, is_lora: bool, folder: Path, n_profiled: int) -> dict[s
     """Train with one arm, profile some more steps, and return its row."""
     from transformers import AutoConfig, TrainerCallback
 
+    from optimer_hf.corpus.config import CorpusConfig
     from optimer_hf.models.flops import training_flops
     from optimer_hf.models.sizes import measure_sizes
     from optimer_hf.training.callback import utilisation
@@ -131,7 +133,7 @@ def train_arm(name: str, is_lora: bool, folder: Path, n_profiled: int) -> dict[s
         format_version=1,
         name="benchmark",
         base_model=str(folder / "base"),
-        corpus={"path": "none"},
+        corpus=CorpusConfig(path=Path("none")),
         block_size=BLOCK,
         max_tokens=n_steps * BATCH * BLOCK,
         lora=LORA if is_lora else None,
@@ -175,8 +177,7 @@ def list_kernels(profiler: Any) -> None:
     if IS_GPU:
         torch.cuda.synchronize()
     profiler.stop()
-    is_kernel = torch.autograd.DeviceType.CUDA
-    kernels = [each for each in profiler.key_averages() if each.device_type == is_kernel]
+    kernels = [each for each in profiler.key_averages() if each.device_type.name == "CUDA"]
     kernels.sort(key=lambda each: -each.self_device_time_total)
     total = sum(each.self_device_time_total for each in kernels) / 1e3 / N_PROFILED
     print(f"{total:9.2f} ms a step on the device", file=sys.stderr)
@@ -221,6 +222,7 @@ def device_name() -> str:
 
 def time_trials(folder: Path) -> dict[str, Any]:
     """Return the milliseconds of a trial and of its parts."""
+    from optimer_hf.searching.engine import _TransformersEngine
     from optimer_hf.searching.trial import ResidentPool
     from optimer_hf.study.config import StudyConfig
 
@@ -238,11 +240,12 @@ def time_trials(folder: Path) -> dict[str, Any]:
     rows = []
     for number in range(6):
         weights = {f"v{n}": 0.1 * (number + n) for n in range(4)}
-        merge = clock(lambda weights=weights: pool._engine.set_weights(weights))
+        merge = clock(partial(pool._engine.set_weights, weights))
         started = perf_counter()
         scored = pool.score(weights, asked)
         rows.append((perf_counter() - started, merge, scored.seconds["forward"]))
     whole, merge, forward = np.median(rows[1:], axis=0)
+    assert isinstance(pool._engine, _TransformersEngine)
     tensors = list(pool._engine._resident.parameters.values())
     copies = [torch.empty_like(tensor) for tensor in tensors]
     clock(lambda: torch._foreach_copy_(copies, tensors))
@@ -386,7 +389,8 @@ def main() -> None:
         write_model(folder / "base")
         arms = list(ARMS) if options.arms == "all" else options.arms.split(";")
         pairs = [(arm, mode) for arm in arms for mode in options.modes.split(",")]
-        trials, rows = [], []
+        trials: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         profile = ["--profile"] if options.profile else []
         for row in run_arms(folder, [("trial", "LoRA"), *pairs], until, *profile):
             (rows if "arm" in row else trials).append(row)

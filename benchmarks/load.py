@@ -210,12 +210,18 @@ def interval(options: Options) -> Iterator[str]:
 
 # -- coverage --------------------------------------------------------------------------------------
 
+
+def solve(rng: np.random.Generator, n_items: int, share: float) -> "Array":
+    """Return 1.0 for items that are solved, each with a probability of `share`, and 0.0."""
+    return (rng.random(n_items) < share).astype(np.float64)
+
+
 Draw = Callable[[np.random.Generator, int], tuple["Array", "Array"]]
 WORLDS: dict[str, tuple[Draw, float]] = {  # items of two sides; the mean of their differences
     "normal": (lambda rng, n: (rng.normal(1, 1, n), np.zeros(n)), 1.0),
     "skewed": (lambda rng, n: (rng.exponential(1, n), np.zeros(n)), 1.0),
-    "right or wrong": (lambda rng, n: (1.0 * (rng.random(n) < 0.6), rng.random(n) < 0.4), 0.2),
-    "rarely wrong": (lambda rng, n: (1.0 * (rng.random(n) < 0.97), rng.random(n) < 0.9), 0.07),
+    "right or wrong": (lambda rng, n: (solve(rng, n, 0.6), solve(rng, n, 0.4)), 0.2),
+    "rarely wrong": (lambda rng, n: (solve(rng, n, 0.97), solve(rng, n, 0.9)), 0.07),
 }
 
 

@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -104,23 +106,11 @@ def write_adapter(out: Path, base: Path, seed: int) -> None:
 
 def child(kind: str, base: Path, sources: list[Path], out: Path, device: str) -> float:
     """Run one merge and return its seconds."""
+    if kind == "native":
+        return merge_natively(base, sources, out, device)
     if kind == "torch":
-        use_plain_torch()
-    if kind in ("native", "torch"):
-        from optimer_hf.merging.kernel import add_weighted
-        from optimer_hf.merging.writer import write_merged
-        from optimer_hf.models.layout import ResolvedModel
-        from optimer_hf.vectors.opening import open_vector
-
-        add_weighted(torch.ones(1), [torch.ones(1)], [1.0])  # loads what was compiled: 0.4 s
-        if any((source / "adapter_config.json").exists() for source in sources):
-            import peft  # noqa: F401  # imports are not part of the merge
-        started = perf_counter()
-        model = ResolvedModel(base, base.name)
-        pool = [open_vector(source.name, str(source), model) for source in sources]
-        weights = dict(zip((vector.name for vector in pool), WEIGHTS, strict=True))
-        write_merged(model, pool, weights, out, device=device)
-        return perf_counter() - started
+        with plain_torch():
+            return merge_natively(base, sources, out, device)
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -154,22 +144,36 @@ def child(kind: str, base: Path, sources: list[Path], out: Path, device: str) ->
     return seconds
 
 
-def use_plain_torch() -> Callable[[], None]:
+def merge_natively(base: Path, sources: list[Path], out: Path, device: str) -> float:
+    """Run one merge of optimer and return its seconds, without those of imports."""
+    from optimer_hf.merging.kernel import add_weighted
+    from optimer_hf.merging.writer import write_merged
+    from optimer_hf.models.layout import ResolvedModel
+    from optimer_hf.vectors.opening import open_vector
+
+    add_weighted(torch.ones(1), [torch.ones(1)], [1.0])  # loads what was compiled: 0.4 s
+    if any((source / "adapter_config.json").exists() for source in sources):
+        import peft  # noqa: F401
+    started = perf_counter()
+    model = ResolvedModel(base, base.name)
+    pool = [open_vector(source.name, str(source), model) for source in sources]
+    weights = dict(zip((vector.name for vector in pool), WEIGHTS, strict=True))
+    write_merged(model, pool, weights, out, device=device)
+    return perf_counter() - started
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
     """Make merges on the CPU use torch operations instead of numba's loops, which give the same
-    bits; return a function that takes this back.
+    bits.
     """
     from optimer_hf.merging import kernel
 
-    compiled = kernel.add_in_one_pass
-
-    def add_in_steps(base: Any, deltas: Any, weights: Any, out: torch.Tensor) -> torch.Tensor:
+    def add_in_one_pass(base: Any, deltas: Any, weights: Any, out: torch.Tensor) -> torch.Tensor:
         return out.copy_(kernel.add_in_steps(base, deltas, weights, out.dtype))
 
-    def restore() -> None:
-        kernel.add_in_one_pass = compiled
-
-    kernel.add_in_one_pass = add_in_steps
-    return restore
+    with patch.object(kernel, "add_in_one_pass", add_in_one_pass):
+        yield
 
 
 def run_child(
@@ -368,18 +372,21 @@ def switch(inputs: Inputs) -> dict[str, Any]:
             synchronize(inputs.device)
             return {"seconds": perf_counter() - started}
 
-        def without_numba(set_weights: Any = set_weights) -> dict[str, float]:
-            restore = use_plain_torch()
-            measured = set_weights()
-            restore()
-            return measured
+        def without_numba(
+            set_weights: Callable[[], dict[str, float]] = set_weights,
+        ) -> dict[str, float]:
+            with plain_torch():
+                return set_weights()
+
+        def copy(n_bytes: int = moved + held) -> dict[str, float]:
+            return copy_bytes(n_bytes, inputs.device)
 
         set_weights()
         ours, plain, copies = repeat(
             max(9, inputs.rounds),
             set_weights,
             without_numba,
-            lambda n=moved + held: copy_bytes(n, inputs.device),
+            copy,
         )
         seconds_by_kind[kind] = ours | {"copies": copies["seconds"], "held_bytes": held}
         seconds_by_kind[kind]["without_numba"] = plain["seconds"]

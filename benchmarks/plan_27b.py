@@ -93,7 +93,7 @@ def write_recipe(folder: Path, training: dict[str, Any], *, generates: bool = Fa
 def make_plans(folder: Path, devices: str = "8xH100") -> dict[str, HardwarePlan]:
     """Return the plans by their titles."""
     checkpointing = {"trainer": {"activation_checkpointing": True}}
-    variants = {
+    variants: dict[str, tuple[dict[str, Any], bool]] = {
         "LoRA": ({"lora": LORA} | checkpointing, False),
         "all parameters": (checkpointing, False),
         "LoRA, generated answers": ({"lora": LORA} | checkpointing, True),

@@ -164,7 +164,7 @@ def valley(rng: np.random.Generator, d: int) -> "Scores":
         clashes = np.einsum("ni,tij,nj->nt", points, clash, points)
         gained = drop * np.exp(-(points @ shared.T) / decay)
         gained += reward * np.exp(-2.0 * (points @ special.T))
-        return level + gained + rise * beyond**1.5 + clashes
+        return np.asarray(level + gained + rise * beyond**1.5 + clashes)
 
     return losses
 
@@ -186,7 +186,7 @@ def skewed(rng: np.random.Generator, d: int) -> "Scores":
         moved = moved + skew * (np.sqrt(moved**2 + 0.01) - 0.1)
         distance = np.sqrt((moved**2).sum(-1) + 4e-4)
         ripple = 0.04 * depth * np.sin(points @ waves.T + phase)
-        return level + depth * distance**power + ripple
+        return np.asarray(level + depth * distance**power + ripple)
 
     return losses
 
@@ -233,13 +233,13 @@ def synthetic(kind: str, d: int, seed: int) -> Landscape:
 
     def with_cliff(points: "Array") -> "Array":
         beyond = np.maximum(points.sum(axis=1, keepdims=True) - edge, 0.0)
-        return smooth(points) + 3.0 * np.tanh((beyond / 0.3) ** 2)
+        return np.asarray(smooth(points) + 3.0 * np.tanh((beyond / 0.3) ** 2))
 
     scores = with_cliff if kind == "cliff" else smooth
 
     def observe(point: "Array", rng: np.random.Generator) -> "Array":
         noise = deviation * rng.normal(size=(N_TERMS, N_ITEMS))
-        return scores(point[None])[0][:, None] + noise
+        return np.asarray(scores(point[None])[0][:, None] + noise)
 
     share = deviation / np.sqrt(N_ITEMS) / smooth(probes).std(axis=0)[:, None]
     noise = share * root_mean_square_slope(smooth, d, probes[:64])
@@ -267,7 +267,7 @@ def accuracy(smooth: "Scores", d: int, rng: np.random.Generator, *, fixed_items:
 
     def scores(points: "Array") -> "Array":
         spread = np.sqrt(width**2 + (points**2).sum(axis=1, keepdims=True) * own_slope**2)
-        return low + (high - low) * norm.cdf((middle - smooth(points)) / spread)
+        return np.asarray(low + (high - low) * norm.cdf((middle - smooth(points)) / spread))
 
     luck = rng.random((N_TERMS, N_ITEMS))
     slopes = own_slope[:, None, None] * rng.normal(size=(N_TERMS, N_ITEMS, d))
@@ -276,10 +276,10 @@ def accuracy(smooth: "Scores", d: int, rng: np.random.Generator, *, fixed_items:
     def observe(point: "Array", rng: np.random.Generator) -> "Array":
         if not fixed_items:
             drawn = rng.random((N_TERMS, N_ITEMS))
-            return (drawn < scores(point[None])[0][:, None]).astype(np.float64)
+            return np.asarray(drawn < scores(point[None])[0][:, None], np.float64)
         solved = smooth(point[None])[0][:, None] + slopes @ point <= thresholds
         solved = (luck < low[:, None]) | (solved & (luck < high[:, None]))
-        return solved.astype(np.float64)
+        return np.asarray(solved, np.float64)
 
     def log_probability(points: "Array") -> "Array":
         shown = thresholds[:, :N_ITEMS_SEARCH] - smooth(points)[..., None]
@@ -461,9 +461,8 @@ def qlognei(landscape: Landscape, seed: int, n_trials: int) -> Observations:
     from gpytorch.mlls import ExactMarginalLogLikelihood
 
     d = landscape.d
-    first = torch.quasirandom.SobolEngine(d, scramble=True, seed=seed).draw(
-        min(2 * d, n_trials // 2), dtype=torch.double
-    )
+    sobol: Any = torch.quasirandom.SobolEngine
+    first = sobol(d, scramble=True, seed=seed).draw(min(2 * d, n_trials // 2), dtype=torch.double)
     rng, observations = noise_of("qlognei", seed), Observations([], [])
     torch.manual_seed(seed)
     bounds = torch.stack([torch.zeros(d), torch.ones(d)]).double()
@@ -561,7 +560,9 @@ def recommended_by(name: str, job: "Job") -> dict[tuple[str, int], "Array"]:
     """Return what another sampler recommends at the checkpoints, [d] each; a line of `job.others`,
     if given, keeps it.
     """
-    counts = GRADIENT_BUDGETS if name in MODELS or job.d >= LARGE_DIMENSIONS[0] else CHECKPOINTS
+    counts: tuple[int, ...] = CHECKPOINTS
+    if name in MODELS or job.d >= LARGE_DIMENSIONS[0]:
+        counts = GRADIENT_BUDGETS
     counts = (*counts, TPE_TRIALS) if name == "tpe" else counts
     key = f"{name} {job.kind} {job.d} {job.seed}"
     kept = kept_by_others(job.others)
