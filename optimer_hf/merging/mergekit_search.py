@@ -370,25 +370,21 @@ def _slice_with(
     path: Path,
     written: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return a slice with its weights. The base is added where it is missing, and so are vectors
-    that have a weight there.
+    """Return a slice with its weights, and with every vector and the base, wherever it has them:
+    the last slice of mergekit loses sources of the norm and the head that the first one lacks.
     """
     base, names = base_of(config, path), {m: n for n, m in vector_names(config, path).items()}
     models = [model_name_in(source["model"], path) for source in piece["sources"]]
+    given = dict(zip(models, (source["model"] for source in piece["sources"]), strict=True))
     sources = []
-    for model, source in zip(models, piece["sources"], strict=True):
+    for model in [*models, *(each for each in (*names, base) if each not in given)]:
         name = names.get(model)
-        changed = {"model": source["model"] if name is None else written[name]}
-        changed["layer_range"] = _range_of(piece)
+        as_given = given.get(model, config["base_model"])
+        source = {"model": as_given if name is None else written[name]}
+        source["layer_range"] = _range_of(piece)
         if name is not None:
-            changed["parameters"] = {"weight": table[name]}
-        sources.append(changed)
-    for name, model in vector_names(config, path).items():
-        if model not in models and table[name] != 0:
-            added = {"model": written[name], "layer_range": _range_of(piece)}
-            sources.append(added | {"parameters": {"weight": table[name]}})
-    if base not in models:
-        sources.append({"model": config["base_model"], "layer_range": _range_of(piece)})
+            source["parameters"] = {"weight": table[name]}
+        sources.append(source)
     return {"sources": sources} | {key: piece[key] for key in ("base_model",) if piece.get(key)}
 
 

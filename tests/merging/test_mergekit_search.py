@@ -73,6 +73,17 @@ def layer_of(name: str) -> int:
     return round(share_of_layer(name) * (N_LAYERS - 1))
 
 
+def more_in_the_last_slice(place_of_base: str) -> str:
+    """Return slices of which the last has a model that the first one lacks."""
+    text = "slices:\n"
+    for layers, models in (("[0, 2]", ["math"]), ("[2, 5]", ["code", "math"])):
+        first, last = ["base"] * (place_of_base == "first"), ["base"] * (place_of_base == "last")
+        text += "- sources:\n"
+        for name in (*first, *models, *last):
+            text += f"  - {{model: ./{name}, layer_range: {layers}}}   # {name[0]}\n"
+    return text
+
+
 CASES = {
     "a gradient": (
         """models:
@@ -152,6 +163,15 @@ models:
         lambda w, v, t: w[f"{v}.layers.{('0:2', '0:2', '2:3', '3:4', '4:5')[layer_of(t)]}"],
         [f"# m{n}" for n in range(N_LAYERS)],
     ),
+    **{
+        f"a last slice with more models, base {place}": (
+            more_in_the_last_slice(place),
+            ["math.layers.0:2", "math.layers.2:5", "code.layers.0:2", "code.layers.2:5"],
+            lambda w, v, t: w[f"{v}.layers.{'0:2' if layer_of(t) < 2 else '2:5'}"],
+            ["# c", "# m"],
+        )
+        for place in ("first", "last", "nowhere")
+    },
     "one slice of all layers, a merge key": (
         """x-all: &all {layer_range: [0, 5]}
 slices:
