@@ -147,9 +147,35 @@ def _settings_of_models(config: Mapping[str, Any], path: Path) -> dict[str, Any]
     return dict(zip(vector_names(config, path), settings, strict=True))
 
 
+def vectors_once_whole(config: Mapping[str, Any], path: Path) -> set[str]:
+    """Return the vectors that an older version gave one weight whatever the config gave them: it
+    ignored gradients, also within filters, and a weight for all models. It refused slices.
+    """
+    if config.get("slices"):
+        return set()
+    base = base_of(config, path)
+    entries = [e for _, e in entries_of(config) if model_name_in(e["model"], path) != base]
+    names = vector_names(config, path)
+    return {
+        name
+        for name, entry in zip(names, entries, strict=True)
+        if not _has_plain_filters((entry.get("parameters") or {}).get("weight"))
+    }
+
+
+def _has_plain_filters(setting: Any) -> bool:
+    """Whether a `weight` has filters, each with one number."""
+    values = [item.get("value") for item in _items(setting) if isinstance(item, Mapping)]
+    return bool(values) and not any(isinstance(value, list) for value in values)
+
+
+def _items(setting: Any) -> list[Any]:
+    return setting if isinstance(setting, list) else [setting]
+
+
 def _by_setting(setting: Any) -> By | None:
     """Return the groups for a `weight`; None for one number."""
-    items = setting if isinstance(setting, list) else [setting]
+    items = _items(setting)
     if not any(isinstance(item, Mapping) for item in items):
         n = min(len(items), MOST_SEARCHED)
         return {GRADIENT: {"groups": n}} if n > 1 else None
@@ -240,7 +266,7 @@ def _what_is_unsearched(name: str, value: Any, n_slices: int) -> str | None:
         return ""
     if not isinstance(value, list | Mapping):
         return None
-    items = value if isinstance(value, list) else [value]
+    items = _items(value)
     if n_slices > 1:
         return " (more than one number in a slice)"
     if not any(isinstance(item, Mapping) for item in items):

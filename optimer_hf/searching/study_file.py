@@ -33,6 +33,7 @@ from optimer_hf.merging.mergekit_search import (
     splits_to_search,
     text_with,
     unsearched_settings,
+    vectors_once_whole,
     with_weights,
 )
 from optimer_hf.merging.mergekit_yaml import read_merge_config
@@ -55,7 +56,8 @@ def read_study(
 ) -> StudyConfig:
     """Return the study of a study.yaml, or of a mergekit YAML, whose models become the pool, with
     the objective files `objective` and (for its sealed test) `test`. `n_trials` replaces the number
-    in the file. A study that was begun in `study_dir` keeps the groups that it began with.
+    in the file. A vector that began whole in `study_dir` stays so if an older version ignored what
+    the YAML gives it.
 
     Raises ConfigError for a mistake in one of the files, and for a local file that is missing.
     """
@@ -67,7 +69,7 @@ def read_study(
             )
         config = study_of_merge_config(path, objective, test)
         if study_dir is not None:
-            config = _keep_as_begun(config, study_dir / STUDY_FILE)
+            config = _keep_as_begun(config, path, study_dir / STUDY_FILE)
     elif objective is not None or test is not None:
         raise ConfigError(
             f"{path}: has its own objective. Leave --objective and --test out; they are for a "
@@ -114,15 +116,28 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     return parse(StudyConfig, fields, path)
 
 
-def _keep_as_begun(config: StudyConfig, record: Path) -> StudyConfig:
-    """Return the study of a mergekit YAML with whole vectors if it has a `record` with such: it was
-    begun when a search gave each model one weight, whatever the YAML gave it.
+def _keep_as_begun(config: StudyConfig, path: Path, record: Path) -> StudyConfig:
+    """Return the study of a mergekit YAML with those vectors whole that its `record`, if there is
+    one, has whole because it was begun when a search ignored what the YAML gave them.
     """
     begun = StudyConfig.read_record(record).vectors if record.exists() else {}
-    if not begun or any(vector.by is not None for vector in begun.values()):
+    once_whole = vectors_once_whole(read_merge_config(path, warns=False), path)
+    kept = [
+        name
+        for name, vector in config.vectors.items()
+        if vector.by is not None and name in once_whole and name in begun and begun[name].by is None
+    ]
+    if not kept:
         return config
-    whole = {name: each.model_copy(update={"by": None}) for name, each in config.vectors.items()}
-    return config.model_copy(update={"vectors": whole})
+    logger.warning(
+        "%s: the study in %s began with one weight for %s, and goes on so. Search in another "
+        "directory for each of its values.",
+        path,
+        record.parent,
+        ", ".join(kept),
+    )
+    whole = {name: config.vectors[name].model_copy(update={"by": None}) for name in kept}
+    return config.model_copy(update={"vectors": config.vectors | whole})
 
 
 def _read_objective(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from optimer_hf.errors import ConfigError, ModelError
+from optimer_hf.errors import ConfigError, ModelError, StudyError
 from optimer_hf.merging.mergekit_search import pool_to_search, unsearched_settings
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
@@ -487,15 +487,44 @@ def test_a_filter_that_fits_no_tensor_is_named_with_its_line(folder, tmp_path, w
         search_study(path, tmp_path / "s", objective=folder / "obj.yaml")
 
 
-def test_a_study_that_began_with_one_weight_for_a_gradient_goes_on_so(folder, tmp_path):
+PLAIN = "[{filter: self_attn, value: 0.2}, {value: 0.3}]"
+INSIDE = "[{filter: self_attn, value: [0, 1]}, {value: 0.3}]"
+
+
+def write_pool(path: Path, math: str, code: str = "0.5") -> dict:
+    """Write a config with two weights, and return the other arguments of a short search."""
+    models = f"- {{model: ./math, parameters: {{weight: {math}}}}}  # m\n"
+    models += f"- {{model: ./code, parameters: {{weight: {code}}}}}\n"
+    path.write_text(f"merge_method: linear\nbase_model: ./base\nmodels:\n{models}")
+    return {"objective": path.parent / "obj.yaml", "n_trials": 3}
+
+
+@pytest.mark.parametrize(
+    ("math", "began", "code"),
+    [
+        ("0.5", ["math"], "[0, 1]"),
+        ("0.5", ["math"], INSIDE),
+        (PLAIN, ["math.self_attn", "math.else"], "[0, 1]"),
+    ],
+    ids=["a gradient", "gradients within filters", "a gradient beside filters"],
+)
+def test_a_study_that_began_with_one_weight_for_a_gradient_goes_on_so(
+    folder, tmp_path, caplog, math, began, code
+):
     path = folder / "c.yml"
-    models = "models: [{model: ./math, parameters: {weight: 0.5}}]  # m\n"
-    path.write_text(f"merge_method: linear\nbase_model: ./base\n{models}")
-    objective = {"objective": folder / "obj.yaml", "n_trials": 3}
-    search_study(path, tmp_path / "s", **objective)
-    path.write_text(path.read_text().replace("0.5", "[0, 1]"))
-    assert read_study(path, **objective).weight_names == ["math.gradient.1", "math.gradient.2"]
+    search_study(path, tmp_path / "s", **write_pool(path, math))
+    objective = write_pool(path, math, code)
+    assert len(read_study(path, **objective).weight_names) == len(began) + 2
+    assert "began" not in caplog.text
     study, merge_config = search_study(path, tmp_path / "s", **objective)
-    assert study.config.weight_names == ["math"]
-    assert isinstance(merge_config["models"][0]["parameters"]["weight"], float)
+    assert study.config.weight_names == [*began, "code"]
+    assert isinstance(merge_config["models"][1]["parameters"]["weight"], float)
     assert "# m" in merge_text(path, merge_config, "note")
+    assert "began with one weight for code, and goes on so" in caplog.text
+
+
+def test_a_study_that_began_with_one_weight_is_not_one_of_filters(folder, tmp_path):
+    path = folder / "c.yml"
+    search_study(path, tmp_path / "s", **write_pool(path, "0.5"))
+    with pytest.raises(StudyError, match=r"vectors.math.by: found .*self_attn"):
+        search_study(path, tmp_path / "s", **write_pool(path, PLAIN))
