@@ -216,7 +216,7 @@ def test_a_run_that_is_copied_to_other_machines_goes_on_where_it_was(recipe_dir,
         files = [*out.rglob("training.json"), *out.glob("study/*.jsonl")]
         whole = {str(each.relative_to(out)): each.read_bytes() for each in files}
         kept = {name: text[: text.rfind(b"\n") + 1] for name, text in whole.items()}
-    assert {"more aaa", "searched merge"} <= {
+    assert {"mixture: more aaa", "searched merge"} <= {
         row["name"] for row in json.loads((out / "results.json").read_text())["rows"]
     }
     assert str(tmp_path) not in "".join(
