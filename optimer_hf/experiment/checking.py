@@ -8,6 +8,7 @@ from typing import Any
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.inputs import KINDS, kind_of_file
+from optimer_hf.files.layered import Origin, file_of
 from optimer_hf.files.model import (
     VersionedFile,
     list_absent_files,
@@ -66,23 +67,23 @@ def _read_whole(path: Path) -> tuple[str, str]:
     return "train config" if kind == "train" else kind, list_missing_inputs(path, config)
 
 
-def list_missing_inputs(path: Path, config: VersionedFile, *, baselines: bool = True) -> str:
+def list_missing_inputs(origin: Origin, config: VersionedFile, *, baselines: bool = True) -> str:
     """Return one line for each missing local file or task of lm-eval that a config, read from
-    `path`, names. The objective of a recipe need not be here, nor models of baselines on request.
+    `origin`, names. The objective of a recipe need not be here, nor models of baselines on request.
     """
     if isinstance(config, Recipe):
-        return list_absent_files(path, config.model_dump(exclude={"objective"}))
+        return list_absent_files(origin, config.model_dump(exclude={"objective"}))
     fields = config.model_dump(exclude=set() if baselines else {"baselines"})
     if isinstance(config, StudyConfig):
         for vector in fields["vectors"].values():
             if vector["train"] is not None:
-                vector["train"] = str(path.resolve().parent / vector["train"])
+                vector["train"] = str(file_of(origin).resolve().parent / vector["train"])
     unknown = [
         (where, prefix_field(where, fault))
         for at, objective in _objectives_of(config)
         for where, fault in list_unknown_tasks(objective, at)
     ]
-    parts = (list_absent_files(path, fields), list_mistakes(path, unknown))
+    parts = (list_absent_files(origin, fields), list_mistakes(origin, unknown))
     return "\n".join(filter(None, parts))
 
 

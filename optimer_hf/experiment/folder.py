@@ -4,12 +4,14 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.checking import list_missing_inputs
 from optimer_hf.experiment.marks import CLAIM_FILE, Claim, read_claim
+from optimer_hf.experiment.profile import lay_over, read_profile
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
+from optimer_hf.files.layered import Layered
 from optimer_hf.files.model import list_absent_files, list_mistakes, parse
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
@@ -205,12 +207,12 @@ def load_inputs(run: Run) -> Inputs:
     from optimer_hf.corpus.documents import read_documents
     from optimer_hf.training.checks import check_config
 
-    config, read = _read_files(run)
-    for file, training in read.values():
-        check_config(training, file)
+    files = _read_files(run)
+    config, singles = files.study, files.trainings
+    for name, training in singles.items():
+        check_config(training, files.train_files[name])
         for corpus in training.corpora:
             next(read_documents(corpus), None)
-    singles = {name: training for name, (_, training) in read.items()}
     _check_tests(config)
     _check_mixtures(config, singles, run.folder / STUDY)
     trainings = {
@@ -266,51 +268,58 @@ def _add_seed(config: SeededT, seed: int) -> SeededT:
     return config.model_copy(update={"seed": (config.seed + seed) % 2**32})
 
 
-def _read_files(run: Run) -> "tuple[StudyConfig, dict[str, tuple[Path, TrainConfig]]]":
-    """Return the study of a recipe folder, and for every vector to train its train file and its
-    config, all with the budget of the run. All that they name is there.
+@dataclass(frozen=True)
+class _Files:
+    """The files of a recipe folder with the budget of a run, and their configs: of the study, and
+    of every vector to train.
     """
-    from optimer_hf.study.config import StudyConfig
 
-    file = run.folder / STUDY
-    if not file.exists():
-        raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
-    profile = _read_profile(run)
-    changes = profile.get("train", {}) | ({"max_tokens": run.tokens} if run.tokens else {})
-    data = lay_over(read_yaml(file), profile.get("study", {}), f"{run.profile}.yaml")
-    read = _read_trainings(run.folder, data, changes)
-    config = parse(StudyConfig, data, file)
-    _check_study(config, {name: training for name, (_, training) in read.items()}, file)
-    missing = [list_missing_inputs(file, config)]
-    for path, training in read.values():
-        missing.append(list_absent_files(path, training.model_dump(include=TRAINING_INPUTS)))
+    file: Layered
+    study: "StudyConfig"
+    train_files: dict[str, Layered]
+    trainings: "dict[str, TrainConfig]"
+
+
+def _read_files(run: Run) -> _Files:
+    """Return the files of a recipe folder with the budget of a run. All that they name is there."""
+    files = _parse_files(run)
+    _check_study(files)
+    missing = [list_missing_inputs(files.file, files.study)]
+    for name, training in files.trainings.items():
+        named = training.model_dump(include=TRAINING_INPUTS)
+        missing.append(list_absent_files(files.train_files[name], named))
     if any(missing):
         raise ConfigError("\n".join(filter(None, missing)))
-    return config, read
+    return files
 
 
-def _read_trainings(
-    folder: Path, study: Mapping[str, Any], changes: Mapping[str, Any]
-) -> "dict[str, tuple[Path, TrainConfig]]":
-    """Return the train file and the config of every vector to train, changed to the budget."""
+def _parse_files(run: Run) -> _Files:
+    """Return the files of a recipe folder. Raises ConfigError for mistakes in their fields."""
+    from optimer_hf.study.config import StudyConfig
     from optimer_hf.training.config import TrainConfig
     from optimer_hf.training.fields import list_field_mistakes
 
-    vectors, trainings = study.get("vectors"), {}
+    if not (run.folder / STUDY).exists():
+        raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
+    profile = read_profile(run.folder / f"{run.profile}.yaml") if run.profile else None
+    study = lay_over(run.folder / STUDY, profile, "study")
+    vectors, files, trainings = study.data.get("vectors"), {}, {}
     for name, vector in vectors.items() if isinstance(vectors, dict) else ():
         if isinstance(vector, dict) and "train" in vector:
-            file = folder / str(vector["train"])
-            training = parse(TrainConfig, lay_over(read_yaml(file), changes, file.name), file)
+            file = lay_over(run.folder / str(vector["train"]), profile, "train")
+            budget = {"max_tokens": run.tokens} if run.tokens else {}
+            training = parse(TrainConfig, {**file.data, **budget}, file)
             if mistakes := list_field_mistakes(training):
                 raise ConfigError(list_mistakes(file, mistakes))
-            trainings[name] = file, training
-    return trainings
+            files[name], trainings[name] = file, training
+    return _Files(study, parse(StudyConfig, study.data, study), files, trainings)
 
 
-def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], file: Path) -> None:
+def _check_study(files: _Files) -> None:
     """Raise ConfigError for a study that `optimer run` cannot run."""
     from optimer_hf.comparison.rows import check_titles
 
+    config, trainings, file = files.study, files.trainings, files.file
     scored = [
         term for part in (config.objective, config.test) if part for term in part.scored_terms
     ]
@@ -327,15 +336,17 @@ def _check_study(config: "StudyConfig", trainings: Mapping[str, "TrainConfig"], 
         )
     for name, training in trainings.items():
         if training.base_model != config.base_model:
-            raise ConfigError(
-                f"{file}: vectors.{name} is trained from {training.base_model!r}, but base_model "
-                f"is {config.base_model!r}. Give both the same base."
+            message = (
+                f"vectors.{name} is trained from {training.base_model!r}, but base_model is "
+                f"{config.base_model!r}. Give both the same base."
             )
+            raise ConfigError(list_mistakes(file, [(("base_model",), message)]))
     if config.tokenizer_source in {*trainings, *config.mixtures}:
-        raise ConfigError(
-            f"{file}: tokenizer_source: the vector {config.tokenizer_source!r} is trained here, "
-            "with the tokenizer of the base. Leave the field out, or name another model."
+        message = (
+            f"tokenizer_source: the vector {config.tokenizer_source!r} is trained here, with the "
+            "tokenizer of the base. Leave the field out, or name another model."
         )
+        raise ConfigError(list_mistakes(file, [(("tokenizer_source",), message)]))
     check_titles(config)
 
 
@@ -451,46 +462,6 @@ def _check_parts(where: str, parts: Sequence[str], singles: Mapping[str, "TrainC
                 f"{where}: vector {part!r} is not trained here with max_tokens, so no mixture can "
                 "contain its text. Train it in this folder, or leave it out of the mixture."
             )
-
-
-def _read_profile(run: Run) -> dict[str, Any]:
-    """Return the profile of a run: what is laid over the train files and the study, by these keys.
-
-    Raises ConfigError for other keys.
-    """
-    if run.profile is None:
-        return {}
-    path = run.folder / f"{run.profile}.yaml"
-    profile = read_yaml(path)
-    for key in profile:
-        if key not in ("format_version", "train", "study"):
-            raise ConfigError(f"{path}: unknown field {key!r}. Known: study, train.")
-    for key in ("train", "study"):
-        if not isinstance(profile.get(key, {}), dict):
-            raise ConfigError(
-                f"{path}: {key}: found {profile[key]!r}, expected a mapping of fields to values."
-            )
-    return profile
-
-
-def lay_over(data: Any, changes: Any, file: str) -> Any:
-    """Return data with some values replaced by those of `changes`, which come from a file. In a
-    list of named mappings, `changes` goes by name.
-    """
-    if isinstance(data, list) and isinstance(changes, dict):
-        names = [item.get("name") if isinstance(item, dict) else None for item in data]
-        for name in changes:
-            if name not in names:
-                raise ConfigError(
-                    f"{file}: nothing is named {name!r}; known: {', '.join(map(str, names))}."
-                )
-        pairs = zip(names, data, strict=True)
-        return [
-            lay_over(item, changes[name], file) if name in changes else item for name, item in pairs
-        ]
-    if not isinstance(data, dict) or not isinstance(changes, dict):
-        return changes
-    return data | {key: lay_over(data.get(key), value, file) for key, value in changes.items()}
 
 
 def vector_dir(run: Run, name: str) -> Path:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.files.layered import Layered, Origin, file_of
 from optimer_hf.files.paths import Place, strings_in
 from optimer_hf.files.reading import line_of
 from optimer_hf.files.reading import read_yaml as read_yaml
@@ -81,30 +82,39 @@ class VersionedFile(FileModel):
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def parse(cls: type[ModelT], data: Mapping[str, Any], path: Path) -> ModelT:
-    """Validate `data`, read from `path`, as a `cls`.
+def parse(cls: type[ModelT], data: Mapping[str, Any], origin: Origin) -> ModelT:
+    """Validate `data`, read from `origin`, as a `cls`.
 
     Raises one ConfigError that names every mistake.
     """
     try:
-        return cls.model_validate(data, context={"folder": path.resolve().parent})
+        return cls.model_validate(data, context={"folder": file_of(origin).resolve().parent})
     except ValidationError as error:
         mistakes = [each for mistake in error.errors() for each in _explain(cls, mistake)]
-        raise ConfigError(list_mistakes(path, mistakes)) from None
+        raise ConfigError(list_mistakes(origin, mistakes)) from None
 
 
-def list_mistakes(origin: Path | str, mistakes: Iterable[Mistake]) -> str:
-    """Return one line per mistake: the file and its line (or another origin), and what is wrong."""
-    return "\n".join(f"{origin}{_at_line(origin, where)}: {message}" for where, message in mistakes)
+def list_mistakes(origin: Origin | str, mistakes: Iterable[Mistake]) -> str:
+    """Return one line per mistake: the file that sets the field and its line (or another origin),
+    and what is wrong.
+    """
+    return "\n".join(f"{_locate(origin, where)}: {message}" for where, message in mistakes)
 
 
-def list_absent_files(path: Path, config: Any) -> str:
-    """Return the missing local files that a config, read from `path`, names.
+def _locate(origin: Origin | str, where: Place) -> str:
+    """Return where a field stands: the file, with its line if it is YAML, or another origin."""
+    if isinstance(origin, Layered):
+        origin, where = origin.locate(where)
+    return f"{origin}{_at_line(origin, where)}"
+
+
+def list_absent_files(origin: Origin, config: Any) -> str:
+    """Return the missing local files that a config, read from `origin`, names.
 
     The lines look like those of `list_mistakes`; the text is empty if no file is missing.
     """
     return list_mistakes(
-        path,
+        origin,
         (
             (at, f"{field_path(at)}: {text}: no such file or directory.")
             for at, text in strings_in(config)

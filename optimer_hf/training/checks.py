@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from optimer_hf.errors import ConfigError
+from optimer_hf.files.layered import Origin
 from optimer_hf.files.model import Mistake, list_mistakes
 from optimer_hf.files.text import first_line, quote
 from optimer_hf.models.live import default_device
@@ -47,13 +48,13 @@ LORA_FIX = "Such an adapter cannot be merged. Change the field or leave it out."
 # -- the run ---------------------------------------------------------------------------------------
 
 
-def check_config(config: TrainConfig, path: Path | None = None) -> None:
+def check_config(config: TrainConfig, source: Origin | None = None) -> None:
     """Raise ConfigError for everything that LoraConfig, TrainingArguments, the optimizer, the
     scheduler or gradient checkpointing would refuse. Loads no model.
 
-    `path` is the train file, for the line numbers in the error.
+    `source` is the train file, for the line numbers in the error.
     """
-    origin = path or f"train config {config.name!r}"
+    origin = source or f"train config {config.name!r}"
     check_fields(config, origin)
     arguments = training_arguments(config, Path("unused"))
     _check_optimizer(config, arguments, origin)
@@ -64,7 +65,7 @@ def check_config(config: TrainConfig, path: Path | None = None) -> None:
             raise ConfigError(f"train config {config.name!r}: lora: {reason}. {LORA_FIX}")
 
 
-def check_fields(config: TrainConfig, origin: Path | str) -> None:
+def check_fields(config: TrainConfig, origin: Origin | str) -> None:
     """Raise ConfigError that lists every field or value that is wrong on its own."""
     mistakes = [
         *list_field_mistakes(config),
@@ -148,7 +149,7 @@ def _mistakes_of_accelerator(given: Any) -> Iterator[Mistake]:
             )
 
 
-def _check_sampling(config: TrainConfig, origin: Path | str) -> None:
+def _check_sampling(config: TrainConfig, origin: Origin | str) -> None:
     """Raise ConfigError for sampling by length: all packed blocks have the same length."""
     if config.trainer.get("train_sampling_strategy") in ("group_by_length", "batch_rebalance"):
         at = ("trainer", "train_sampling_strategy")
@@ -157,7 +158,7 @@ def _check_sampling(config: TrainConfig, origin: Path | str) -> None:
 
 
 def _check_optimizer(
-    config: TrainConfig, arguments: "TrainingArguments", origin: Path | str
+    config: TrainConfig, arguments: "TrainingArguments", origin: Origin | str
 ) -> None:
     """Build the optimizer and the scheduler of a run for a single number, and raise ConfigError for
     what they refuse. The Trainer would raise it only after loading the model and packing the text.

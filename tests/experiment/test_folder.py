@@ -48,11 +48,11 @@ def test_bad_input_is_refused_before_anything_is_trained(
 @pytest.mark.parametrize(
     ("short", "message"),
     [
-        ({"trian": {}}, "short.yaml: unknown field 'trian'. Known: study, train."),
-        ({"train": "x"}, "short.yaml: train: found 'x', expected a mapping"),
+        ({"trian": {}}, "short.yaml:1: unknown field 'trian'. Did you mean 'train'?"),
+        ({"train": "x"}, "short.yaml:1: train: found 'x', expected a mapping"),
         (
             {"study": {"objective": {"terms": {"klingon": {"weight": 2}}}}},
-            "short.yaml: nothing is named 'klingon'; known: aaa, xyz, mix",
+            "short.yaml:4: nothing is named 'klingon'; known: aaa, xyz, mix",
         ),
     ],
 )
@@ -70,7 +70,7 @@ def test_mistakes_of_the_short_budget_are_named(recipe_dir: Path, tmp_path, shor
         (["--profile", "study"], "Known: gpu, short."),
         (["--profile", "../tiny/gpu"], "Known: gpu, short."),
         (["--short", "--profile", "gpu"], "--short is --profile short, and --profile gpu is"),
-        (["--profile", "gpu"], "gpu.yaml: nothing is named 'klingon'; known: aaa, xyz, mix"),
+        (["--profile", "gpu"], "gpu.yaml:4: nothing is named 'klingon'; known: aaa, xyz, mix"),
     ],
 )
 def test_mistakes_with_profiles_are_named(recipe_dir: Path, tmp_path, options, message):

@@ -14,7 +14,7 @@ import lm_eval
 import yaml
 from huggingface_hub import HfApi
 
-from optimer_hf.experiment.folder import lay_over
+from optimer_hf.experiment.profile import Profile, lay_over, read_profile
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import train
 from tests.support.pages import ROOT
@@ -171,13 +171,15 @@ def _write_gsm8k(out: Path) -> None:
 
 def _shrink(folder: Path, vectors: tuple[str, ...]) -> None:
     """Give a copy of the demo a tiny base, fewer vectors, short texts and a very small budget."""
-    short = yaml.safe_load((folder / "short.yaml").read_text(encoding="utf-8"))
-    fast = {"learning_rate": 1e-2, "save_strategy": "no"}
-    for file in folder.glob("train-*.yaml"):
+    short = read_profile(folder / "short.yaml")
+    fast = {"block_size": 64, "trainer": {"learning_rate": 1e-2, "save_strategy": "no"}}
+    tiny = Profile(short.path, {"train": fast, "study": short.sections["study"]})
+    for file in (folder / "study.yaml", *folder.glob("train-*.yaml")):
         text = file.read_text(encoding="utf-8").replace(DEMO_BASE, BASE)
-        _write_yaml(file, lay_over(yaml.safe_load(text), {"block_size": 64, "trainer": fast}, ""))
-    text = (folder / "study.yaml").read_text(encoding="utf-8").replace(DEMO_BASE, BASE)
-    study = lay_over(yaml.safe_load(text), short["study"], "")
+        file.write_text(text, encoding="utf-8")
+        section = "study" if file.stem == "study" else "train"
+        _write_yaml(file, dict(lay_over(file, tiny, section).data))
+    study = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
     study["vectors"] = {name: study["vectors"][name] for name in vectors}
     study["search"]["n_trials"] = 6
     _write_yaml(folder / "study.yaml", study)

@@ -1,0 +1,56 @@
+"""profile.py: mistakes in a profile are named with the profile and their line in it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.experiments import run_optimer
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "study:\n  objective:\n    limt: 3\n",
+            "gpu.yaml:3: unknown field 'objective.limt'. Did you mean 'limit'?",
+        ),
+        (
+            "train:\n  max_tokns: 5\n",
+            "gpu.yaml:2: unknown field 'max_tokns'. Did you mean 'max_tokens'?",
+        ),
+        ("train:\n  trainer:\n    lerning_rate: 1\n", "gpu.yaml:3: trainer.lerning_rate: unknown"),
+        (
+            "train:\n  trainer: {neftune_noise_alpha: 1}\n  max_tokens: many\n",
+            "gpu.yaml:3: max_tokens: found 'many'",
+        ),
+        ("train:\n  block_size: 64\n  replay: {path: gone.jsonl, share: 0.1}\n", "gpu.yaml:3: "),
+        (
+            "study:\n  objective:\n    terms:\n      xyz:\n        text: gone.jsonl\n",
+            "gpu.yaml:5: objective.terms.1.text: ",
+        ),
+        (
+            "study:\n  search: {n_trials: 2}\n  vectors:\n    new:\n      fixed: 1.0\n",
+            "gpu.yaml:4: ",
+        ),
+        ("study:\n  base_model: another/base\n", "gpu.yaml:2: vectors.aaa is trained from"),
+        ("study:\n  search: {n_trials: 2}\n  tokenizer_source: aaa\n", "gpu.yaml:3: tokenizer_s"),
+        ("study: {}\ntrain:\n", "gpu.yaml:2: train: found nothing, expected a mapping"),
+    ],
+)
+def test_a_mistake_in_a_profile_is_named_with_its_line_in_the_profile(
+    recipe_dir: Path, tmp_path: Path, text: str, message: str
+):
+    (recipe_dir / "gpu.yaml").write_text(text)
+    result = run_optimer("run", recipe_dir, tmp_path / "out", "--profile", "gpu")
+    assert result.exit_code == 1
+    assert f"error: {recipe_dir / 'gpu.yaml'}" in result.output, result.output
+    assert message in result.output
+    assert "study.yaml" not in result.output and "train-" not in result.output
+
+
+def test_a_mistake_in_a_file_below_a_profile_is_named_with_that_file(recipe_dir, tmp_path):
+    (recipe_dir / "gpu.yaml").write_text("study: {objective: {limit: 2}}\n")
+    file = recipe_dir / "study.yaml"
+    file.write_text(f"serch: {{}}\n{file.read_text()}")
+    result = run_optimer("run", recipe_dir, tmp_path / "out", "--profile", "gpu")
+    assert f"error: {file}:1: unknown field 'serch'" in result.output
