@@ -1,5 +1,6 @@
 """Profiles of a recipe folder: values that are laid over its study.yaml and its train files."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from optimer_hf.files.model import list_mistakes
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.text import did_you_mean, quote
+from optimer_hf.scoring.objective import Term
 
 SECTIONS = ("study", "train")  # the key of what goes over study.yaml, and over every train file
+
+NAMING = ("name", "task", "text", "function")  # fields of a term that can name it
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,9 @@ def read_profile(path: Path) -> Profile:
 
 
 def lay_over(path: Path, profile: Profile | None, section: str) -> Layered:
-    """Read a file, and lay the values in a section of a profile over its own."""
+    """Read a file, and lay the values in a section of a profile over its own. Where these are a
+    list of terms, a mapping in the profile goes by what tables call each.
+    """
     data = read_yaml(path)
     if profile is None:
         return Layered(path, data)
@@ -47,15 +53,13 @@ def lay_over(path: Path, profile: Profile | None, section: str) -> Layered:
 
     def replace(below: Any, above: Any, at: tuple[str, ...], place: tuple[Any, ...]) -> Any:
         if isinstance(below, list) and isinstance(above, dict):
-            names = [item.get("name") if isinstance(item, dict) else None for item in below]
-            for name in above:
-                if name not in names:
-                    known = ", ".join(map(str, names))
-                    message = f"nothing is named {name!r}; known: {known}."
-                    raise ConfigError(list_mistakes(profile.path, [((*place, name), message)]))
+            labels = [_label_of(item) for item in below]
+            _refuse_other_labels(above, labels, profile.path, place)
             return [
-                replace(item, above[name], (*at, str(i)), (*place, name)) if name in above else item
-                for i, (name, item) in enumerate(zip(names, below, strict=True))
+                replace(item, above[label], (*at, str(i)), (*place, label))
+                if label in above
+                else item
+                for i, (label, item) in enumerate(zip(labels, below, strict=True))
             ]
         if isinstance(below, dict) and isinstance(above, dict):
             return below | {
@@ -67,3 +71,31 @@ def lay_over(path: Path, profile: Profile | None, section: str) -> Layered:
 
     fields = replace(data, profile.sections[section], (), (section,))
     return Layered(path, fields, profile.path, places)
+
+
+def _label_of(item: Any) -> str | None:
+    """Return what tables call a term that is written in a file; None for any other item."""
+    given = item if isinstance(item, dict) else {}
+    fields: dict[str, Any] = {key: str(given[key]) for key in NAMING if given.get(key) is not None}
+    if "text" in fields:
+        fields["text"] = Path(fields["text"])
+    return Term.model_construct(None, **fields).label if fields else None
+
+
+def _refuse_other_labels(
+    changes: Mapping[str, Any], labels: Sequence[str | None], path: Path, at: Place
+) -> None:
+    """Raise ConfigError for values, at a place in a profile, of items that a list lacks."""
+    known = [label for label in labels if label is not None]
+    if not known:
+        message = (
+            f"{at[-1]}: found a mapping, but the items of this list have no names. Give a list."
+        )
+        raise ConfigError(list_mistakes(path, [(at, message)]))
+    unknown = [
+        ((*at, label), f"nothing is named {label!r}; known: {', '.join(known)}.")
+        for label in changes
+        if label not in known
+    ]
+    if unknown:
+        raise ConfigError(list_mistakes(path, unknown))

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from optimer_hf.experiment.profile import lay_over, read_profile
+from optimer_hf.scoring.objective import Objective
 from tests.support.experiments import run_optimer
 
 
@@ -34,6 +37,10 @@ from tests.support.experiments import run_optimer
         ),
         ("study:\n  base_model: another/base\n", "gpu.yaml:2: vectors.aaa is trained from"),
         ("study:\n  search: {n_trials: 2}\n  tokenizer_source: aaa\n", "gpu.yaml:3: tokenizer_s"),
+        (
+            "study:\n  objective:\n    terms:\n      klingon: {limit: 2}\n      xyz: {limit: 2}\n",
+            "gpu.yaml:4: nothing is named 'klingon'; known: aaa, xyz, mix.",
+        ),
         ("study: {}\ntrain:\n", "gpu.yaml:2: train: found nothing, expected a mapping"),
     ],
 )
@@ -54,3 +61,35 @@ def test_a_mistake_in_a_file_below_a_profile_is_named_with_that_file(recipe_dir,
     file.write_text(f"serch: {{}}\n{file.read_text()}")
     result = run_optimer("run", recipe_dir, tmp_path / "out", "--profile", "gpu")
     assert f"error: {file}:1: unknown field 'serch'" in result.output
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"text": "data/mix.val.jsonl"},
+        {"text": "a.jsonl", "name": "mix"},
+        {"task": "mix"},
+        {"function": "my_metrics.py:mix", "higher_is_better": True},
+        {"function": "mix", "higher_is_better": True},
+    ],
+)
+def test_a_profile_goes_by_what_tables_call_a_term(recipe_dir: Path, source):
+    study = yaml.safe_load((recipe_dir / "study.yaml").read_text())
+    study["objective"]["terms"] = [{"text": "other.jsonl"}, source]
+    (recipe_dir / "study.yaml").write_text(yaml.safe_dump(study))
+    (recipe_dir / "gpu.yaml").write_text("study: {objective: {terms: {mix: {limit: 3}}}}")
+    profile = read_profile(recipe_dir / "gpu.yaml")
+    terms = lay_over(recipe_dir / "study.yaml", profile, "study").data["objective"]["terms"]
+    assert terms == [{"text": "other.jsonl"}, source | {"limit": 3}]
+    objective = Objective.model_validate({"terms": terms})
+    assert objective.terms[1].label == "mix", "the label of the record, by which the profile went"
+
+
+def test_a_list_without_names_takes_no_mapping(recipe_dir: Path, tmp_path: Path):
+    study = yaml.safe_load((recipe_dir / "study.yaml").read_text())
+    study["search"]["report_to"] = ["tensorboard"]
+    (recipe_dir / "study.yaml").write_text(yaml.safe_dump(study))
+    (recipe_dir / "gpu.yaml").write_text("study:\n  search: {report_to: {wandb: 1}}\n")
+    result = run_optimer("run", recipe_dir, tmp_path / "out", "--profile", "gpu")
+    file = recipe_dir / "gpu.yaml"
+    assert f"error: {file}:2: report_to: found a mapping, but the items" in result.output
