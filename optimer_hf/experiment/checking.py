@@ -8,6 +8,7 @@ from typing import Any
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.inputs import KINDS, kind_of_file
+from optimer_hf.experiment.profile import RecipeFiles, check_profile, is_profile
 from optimer_hf.files.layered import Origin, file_of
 from optimer_hf.files.model import (
     VersionedFile,
@@ -28,6 +29,8 @@ from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.fields import is_settled, list_field_mistakes
 
 logger = logging.getLogger(__name__)
+
+TRAINING_INPUTS = {"base_model", "corpus", "mixture", "replay"}  # fields that name files to read
 
 
 def check_file(path: Path, *, strict: bool = False) -> tuple[str, list[str]]:
@@ -51,8 +54,11 @@ def _read_whole(path: Path) -> tuple[str, str]:
     missing.
     """
     keys = set(read_yaml(path))
-    if keys and keys <= {"train", "study"}:
-        return "profile of a recipe", ""
+    if is_profile(keys):
+        files = check_profile(path)
+        missing = "" if files is None else list_missing_inputs_of_recipe(files)
+        own = [line for line in missing.splitlines() if line.startswith(f"{path}:")]
+        return "profile of a recipe", "\n".join(own)
     if is_for_mergekit(keys):
         what, fields = _read_merge_config(path)
         return what, list_absent_files(path, fields)
@@ -85,6 +91,15 @@ def list_missing_inputs(origin: Origin, config: VersionedFile, *, baselines: boo
     ]
     parts = (list_absent_files(origin, fields), list_mistakes(origin, unknown))
     return "\n".join(filter(None, parts))
+
+
+def list_missing_inputs_of_recipe(files: RecipeFiles) -> str:
+    """Return one line for each missing local file or task that the files of a folder name."""
+    missing = [list_missing_inputs(files.file, files.study)]
+    for name, training in files.trainings.items():
+        named = training.model_dump(include=TRAINING_INPUTS)
+        missing.append(list_absent_files(files.train_files[name], named))
+    return "\n".join(filter(None, missing))
 
 
 def _objectives_of(config: VersionedFile) -> Iterator[tuple[Place, Objective]]:

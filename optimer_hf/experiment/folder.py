@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.experiment.checking import list_missing_inputs
+from optimer_hf.experiment.checking import list_missing_inputs_of_recipe
 from optimer_hf.experiment.marks import CLAIM_FILE, Claim, read_claim
-from optimer_hf.experiment.profile import lay_over, read_profile
+from optimer_hf.experiment.profile import STUDY, RecipeFiles, read_profile, read_recipe_files
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
-from optimer_hf.files.layered import Layered
-from optimer_hf.files.model import list_absent_files, list_mistakes, parse
+from optimer_hf.files.model import list_mistakes
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import expand_home, function_in_file, is_there
@@ -25,15 +24,12 @@ if TYPE_CHECKING:
 
 SeededT = TypeVar("SeededT", "TrainConfig", "SearchConfig")
 
-STUDY = "study.yaml"
 SHORT = "short"  # the profile of --short
 
 RESULTS = (  # files of a finished run; its model has figures, too
     *(f"merged/{name}" for name in ("config.json", "recipe.yaml", "recipe.lock.json")),
     *("merged/figures/captions.json", "results.json", "results.md"),
 )
-
-TRAINING_INPUTS = {"base_model", "corpus", "mixture", "replay"}  # fields that name files to read
 
 
 def _is_claimed(folder: Path) -> bool:
@@ -268,54 +264,19 @@ def _add_seed(config: SeededT, seed: int) -> SeededT:
     return config.model_copy(update={"seed": (config.seed + seed) % 2**32})
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files of a recipe folder with the budget of a run, and their configs: of the study, and
-    of every vector to train.
-    """
-
-    file: Layered
-    study: "StudyConfig"
-    train_files: dict[str, Layered]
-    trainings: "dict[str, TrainConfig]"
-
-
-def _read_files(run: Run) -> _Files:
+def _read_files(run: Run) -> RecipeFiles:
     """Return the files of a recipe folder with the budget of a run. All that they name is there."""
-    files = _parse_files(run)
-    _check_study(files)
-    missing = [list_missing_inputs(files.file, files.study)]
-    for name, training in files.trainings.items():
-        named = training.model_dump(include=TRAINING_INPUTS)
-        missing.append(list_absent_files(files.train_files[name], named))
-    if any(missing):
-        raise ConfigError("\n".join(filter(None, missing)))
-    return files
-
-
-def _parse_files(run: Run) -> _Files:
-    """Return the files of a recipe folder. Raises ConfigError for mistakes in their fields."""
-    from optimer_hf.study.config import StudyConfig
-    from optimer_hf.training.config import TrainConfig
-    from optimer_hf.training.fields import list_field_mistakes
-
     if not (run.folder / STUDY).exists():
         raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
     profile = read_profile(run.folder / f"{run.profile}.yaml") if run.profile else None
-    study = lay_over(run.folder / STUDY, profile, "study")
-    vectors, files, trainings = study.data.get("vectors"), {}, {}
-    for name, vector in vectors.items() if isinstance(vectors, dict) else ():
-        if isinstance(vector, dict) and "train" in vector:
-            file = lay_over(run.folder / str(vector["train"]), profile, "train")
-            budget = {"max_tokens": run.tokens} if run.tokens else {}
-            training = parse(TrainConfig, {**file.data, **budget}, file)
-            if mistakes := list_field_mistakes(training):
-                raise ConfigError(list_mistakes(file, mistakes))
-            files[name], trainings[name] = file, training
-    return _Files(study, parse(StudyConfig, study.data, study), files, trainings)
+    files = read_recipe_files(run.folder, profile, run.tokens)
+    _check_study(files)
+    if missing := list_missing_inputs_of_recipe(files):
+        raise ConfigError(missing)
+    return files
 
 
-def _check_study(files: _Files) -> None:
+def _check_study(files: RecipeFiles) -> None:
     """Raise ConfigError for a study that `optimer run` cannot run."""
     from optimer_hf.comparison.rows import check_titles
 

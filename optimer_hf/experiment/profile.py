@@ -1,21 +1,28 @@
 """Profiles of a recipe folder: values that are laid over its study.yaml and its train files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from optimer_hf.errors import ConfigError
 from optimer_hf.files.layered import Layered
-from optimer_hf.files.model import list_mistakes
+from optimer_hf.files.model import list_mistakes, list_unknown_fields, parse
 from optimer_hf.files.paths import Place
 from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.text import did_you_mean, quote
 from optimer_hf.scoring.objective import Term
+from optimer_hf.study.config import StudyConfig
+from optimer_hf.training.config import TrainConfig
+from optimer_hf.training.fields import list_field_mistakes
 
+STUDY = "study.yaml"
 SECTIONS = ("study", "train")  # the key of what goes over study.yaml, and over every train file
 
 NAMING = ("name", "task", "text", "function")  # fields of a term that can name it
+
+
+ELSEWHERE = {"base_model", "name", "objective", "scores", "terms", "vectors"}  # of other files
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,11 @@ class Profile:
 
     path: Path
     sections: dict[str, dict[str, Any]]
+
+
+def is_profile(keys: Set[str]) -> bool:
+    """Whether a file with these keys is a profile, perhaps with mistakes."""
+    return bool(keys & set(SECTIONS)) and not keys & ELSEWHERE
 
 
 def read_profile(path: Path) -> Profile:
@@ -99,3 +111,51 @@ def _refuse_other_labels(
     ]
     if unknown:
         raise ConfigError(list_mistakes(path, unknown))
+
+
+@dataclass(frozen=True)
+class RecipeFiles:
+    """The files of a recipe folder with the values of a profile, and their configs: of the study,
+    and of every vector to train.
+    """
+
+    file: Layered
+    study: StudyConfig
+    train_files: dict[str, Layered]
+    trainings: dict[str, TrainConfig]
+
+
+def read_recipe_files(
+    folder: Path, profile: Profile | None, tokens: int | None = None
+) -> RecipeFiles:
+    """Read a recipe folder; every vector is trained on `tokens` if they are given. Raises
+    ConfigError for mistakes in the fields.
+    """
+    study = lay_over(folder / STUDY, profile, "study")
+    vectors, files, trainings = study.data.get("vectors"), {}, {}
+    for name, vector in vectors.items() if isinstance(vectors, dict) else ():
+        if isinstance(vector, dict) and "train" in vector:
+            file = lay_over(folder / str(vector["train"]), profile, "train")
+            budget = {"max_tokens": tokens} if tokens else {}
+            training = parse(TrainConfig, {**file.data, **budget}, file)
+            if mistakes := list_field_mistakes(training):
+                raise ConfigError(list_mistakes(file, mistakes))
+            files[name], trainings[name] = file, training
+    return RecipeFiles(study, parse(StudyConfig, study.data, study), files, trainings)
+
+
+def check_profile(path: Path) -> RecipeFiles | None:
+    """Return the files of the recipe folder that a profile lies in, with its values; None without
+    a study.yaml beside it. Raises ConfigError for mistakes in the fields.
+    """
+    profile = read_profile(path)
+    if (path.parent / STUDY).exists():
+        return read_recipe_files(path.parent, profile)
+    unknown = [
+        list_unknown_fields(cls, data, Layered(path, data, path, {(): (section,)}))
+        for section, cls in (("study", StudyConfig), ("train", TrainConfig))
+        for data in (profile.sections[section],)
+    ]
+    if any(unknown):
+        raise ConfigError("\n".join(filter(None, unknown)))
+    return None

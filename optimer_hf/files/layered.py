@@ -25,7 +25,7 @@ class Layered:
 
     def locate(self, where: Place) -> tuple[Path, Place]:
         """Return the file that sets a field, and the place of the field in that file."""
-        for length in range(len(where), 0, -1):
+        for length in range(len(where), -1, -1):
             place = self.places.get(tuple(map(str, where[:length])))
             if place is not None and self.upper is not None:
                 return self.upper, (*place, *where[length:])

@@ -94,6 +94,16 @@ def parse(cls: type[ModelT], data: Mapping[str, Any], origin: Origin) -> ModelT:
         raise ConfigError(list_mistakes(origin, mistakes)) from None
 
 
+def list_unknown_fields(cls: type[BaseModel], data: Mapping[str, Any], origin: Origin) -> str:
+    """Return one line for each field of data, which may lack some, that a `cls` does not have."""
+    try:
+        cls.model_validate(data, context={"folder": file_of(origin).resolve().parent})
+    except ValidationError as error:
+        unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
+        return list_mistakes(origin, [line for each in unknown for line in _explain(cls, each)])
+    return ""
+
+
 def list_mistakes(origin: Origin | str, mistakes: Iterable[Mistake]) -> str:
     """Return one line per mistake: the file that sets the field and its line (or another origin),
     and what is wrong.

@@ -48,10 +48,10 @@ def test_a_mistake_in_a_profile_is_named_with_its_line_in_the_profile(
     recipe_dir: Path, tmp_path: Path, text: str, message: str
 ):
     (recipe_dir / "gpu.yaml").write_text(text)
+    file = recipe_dir / "gpu.yaml"
     result = run_optimer("run", recipe_dir, tmp_path / "out", "--profile", "gpu")
     assert result.exit_code == 1
-    assert f"error: {recipe_dir / 'gpu.yaml'}" in result.output, result.output
-    assert message in result.output
+    assert f"error: {file}" in result.output and message in result.output
     assert "study.yaml" not in result.output and "train-" not in result.output
 
 
@@ -93,3 +93,49 @@ def test_a_list_without_names_takes_no_mapping(recipe_dir: Path, tmp_path: Path)
     result = run_optimer("run", recipe_dir, tmp_path / "out", "--profile", "gpu")
     file = recipe_dir / "gpu.yaml"
     assert f"error: {file}:2: report_to: found a mapping, but the items" in result.output
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["in its folder", "alone"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study:\n  objective:\n    limt: 3\n", ":3: unknown field 'objective.limt'."),
+        ("train:\n  max_tokns: 5\n", ":2: unknown field 'max_tokns'."),
+        ("study: {}\ntrain:\n", ":2: train: found nothing, expected a mapping"),
+        ("study:\ntrain: {}\n", ":1: study: found nothing, expected a mapping"),
+        ("study: {}\ntrian: {}\n", ":2: unknown field 'trian'. Did you mean 'train'?"),
+    ],
+)
+def test_validate_refuses_what_a_run_refuses(recipe_dir, tmp_path, beside, text, message):
+    file = (recipe_dir if beside else tmp_path) / "gpu.yaml"
+    file.write_text(text)
+    assert f"error: {file}{message}" in run_optimer("validate", file).output
+    if beside:
+        run = run_optimer("run", recipe_dir, tmp_path / "out", "--profile", "gpu")
+        assert f"error: {file}{message}" in run.output
+
+
+@pytest.mark.parametrize("text", ["format_version: 1\ntrain: {max_tokens: 64}\n", "study: {}\n"])
+def test_validate_knows_a_profile(recipe_dir: Path, tmp_path: Path, text: str):
+    for file in (recipe_dir / "gpu.yaml", tmp_path / "gpu.yaml"):
+        file.write_text(text)
+        assert f"{file}: a valid profile of a recipe" in run_optimer("validate", file).output
+
+
+def test_validate_reads_the_folder_with_the_values_of_the_profile(recipe_dir: Path):
+    file = recipe_dir / "gpu.yaml"
+    file.write_text("study:\n  objective:\n    terms:\n      xyz: {limit: -1}\n")
+    output = run_optimer("validate", file).output
+    assert f"error: {file}:4: objective.terms.1.limit: found -1" in output
+
+
+def test_validate_names_the_missing_files_of_a_profile_and_no_others(recipe_dir: Path):
+    study = yaml.safe_load((recipe_dir / "study.yaml").read_text())
+    study["test"]["terms"].append({"text": "lost.jsonl"})
+    (recipe_dir / "study.yaml").write_text(yaml.safe_dump(study))
+    file = recipe_dir / "gpu.yaml"
+    file.write_text("study:\n  objective: {terms: {xyz: {text: gone.jsonl}}}\n")
+    output = run_optimer("validate", file).output
+    assert f"{file}:2: objective.terms.1.text: {recipe_dir / 'gone.jsonl'}: no such" in output
+    assert "lost.jsonl" not in output
+    assert run_optimer("validate", "--strict", file).exit_code == 1
