@@ -5,7 +5,7 @@ from typing import Any
 
 from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.recipes.record import LOCK, Lock
-from optimer_hf.recipes.write import write_recipe
+from optimer_hf.recipes.write import refuse_foreign_files, write_recipe
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import Runner
 from optimer_hf.searching.study_file import (
@@ -35,8 +35,10 @@ def search_study(
     config = read_study(
         path, objective=objective, test=test, n_trials=n_trials, study_dir=study_dir
     )
+    recipe_yaml = study_dir / "recipe.yaml"
+    refuse_foreign_files(recipe_yaml)  # before any trial
     with naming_terms(objective or path, test), naming_groups(path):
         study = search(config, study_dir, runner=runner)
-    write_recipe(study, study_dir / "recipe.yaml", name=path.stem, ledger=ledger_of_study(study))
+    write_recipe(study, recipe_yaml, name=path.stem, ledger=ledger_of_study(study))
     kinds = Lock.read(study_dir / LOCK).stored_kinds
     return study, merge_config_of_study(config, study.best_trial.weights, path, kinds)

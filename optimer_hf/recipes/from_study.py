@@ -6,17 +6,10 @@ from pathlib import Path
 from optimer_hf.comparison.costs import ledger_of_study
 from optimer_hf.comparison.sealed_file import read_comparison
 from optimer_hf.errors import StudyError
-from optimer_hf.files.reading import read_yaml, yaml_text
-from optimer_hf.files.staging import write_text
-from optimer_hf.merging.mergekit_pool import mergekit_command, plain_config_of
-from optimer_hf.recipes.record import (
-    LOCAL_PATHS,
-    MERGE_CONFIG,
-    VANILLA_CONFIG,
-    Lock,
-    Recipe,
-)
-from optimer_hf.recipes.write import refuse_foreign, write_recipe
+from optimer_hf.files.reading import read_yaml
+from optimer_hf.merging.mergekit_pool import mergekit_command
+from optimer_hf.recipes.record import MERGE_CONFIG, VANILLA_CONFIG, Recipe
+from optimer_hf.recipes.write import write_recipe
 from optimer_hf.report.captions import FIGURES
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.prediction import front
@@ -57,34 +50,17 @@ def recipe_of_study(
     trial = _pick_trial(study, pick, study_dir)
     name = study_dir.resolve().name
     vanilla_yml = recipe_yaml.resolve().parent / VANILLA_CONFIG
-    refuse_foreign(vanilla_yml, LOCAL_PATHS)
-    recipe = write_with_evidence(
-        study, recipe_yaml, name=name, pick=trial, derived_from=derived_from
-    )
+    write_with_evidence(study, recipe_yaml, name=name, pick=trial, derived_from=derived_from)
     beside = [f"{recipe_yaml.stem}.lock.json", MERGE_CONFIG]
-    lock = Lock.read(recipe_yaml.with_suffix(".lock.json"))
-    command = write_plain_config(recipe, lock, vanilla_yml)
     if vanilla:
         from optimer_hf.recipes.vanilla import write_vanilla  # imports torch
 
         write_vanilla(study, vanilla_yml, pick=trial, may_write_deltas=True)
+    command = None
+    if vanilla_yml.exists():
         command = mergekit_command(read_yaml(vanilla_yml), str(vanilla_yml))
-    if command is not None:
         beside.append(f"{VANILLA_CONFIG}{', with deltas/ where it needs them' * vanilla}")
     return WrittenRecipe(beside, command)
-
-
-def write_plain_config(recipe: Recipe, lock: Lock, path: Path) -> str | None:
-    """Write the config with which mergekit alone makes the merge of a recipe, and return the
-    command; if there is none, take away the one of an earlier recipe and return None.
-    """
-    config = plain_config_of(recipe, recipe.weights, lock.stored_kinds, recipe.n_layers)
-    if config is None:
-        path.unlink(missing_ok=True)
-        return None
-    header = f"{LOCAL_PATHS} Run: {mergekit_command(config, path.name)}\n"
-    write_text(path, header + yaml_text(config))
-    return mergekit_command(config, str(path))
 
 
 def write_with_evidence(

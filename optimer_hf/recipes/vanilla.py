@@ -2,21 +2,16 @@
 
 from pathlib import Path
 
-from optimer_hf.files.reading import yaml_text
-from optimer_hf.files.staging import finish_move, write_text
-from optimer_hf.merging.mergekit_pool import (
-    is_zero,
-    mergekit_command,
-    settings_of,
-    vanilla_config,
-)
+from optimer_hf.files.staging import finish_move
+from optimer_hf.merging.mergekit_pool import is_zero, settings_of, vanilla_config
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
 from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.union import UnionRecord
-from optimer_hf.recipes.record import LOCAL_PATHS, tokenizer_note
+from optimer_hf.recipes.plain_config import write_for_mergekit
+from optimer_hf.recipes.record import tokenizer_note
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.delta import extract, measure_norms
@@ -70,11 +65,8 @@ def write_vanilla(
             str(base.path), deltas, {name: settings[name] for name in deltas}, config.dtype, kinds
         )
     assert merge_config is not None  # a pool of deltas alone has one
-    command = mergekit_command(merge_config, path.name)
-    header = f"{LOCAL_PATHS} Run: {command}\n"
-    if tokenizer is not None:
-        header += tokenizer_note(str(tokenizer.path))
-    write_text(path, header + yaml_text(merge_config))
+    note = "" if tokenizer is None else tokenizer_note(str(tokenizer.path))
+    write_for_mergekit(merge_config, path, note)
     return True
 
 

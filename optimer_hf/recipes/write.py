@@ -1,4 +1,5 @@
-"""Write the recipe of a finished study: recipe.yaml, its lock, and optimer.yml.
+"""Write the recipe of a finished study: recipe.yaml, its lock, optimer.yml and, if mergekit alone
+can make the merge, mergekit_config.yml.
 
 Weights are hashed and not read, so nothing here imports torch, unless the base is a GGUF file or
 the merge has the tokens of its vectors.
@@ -19,9 +20,12 @@ from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_dig
 from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
 from optimer_hf.models.union import AddedToken, UnionRecord
+from optimer_hf.recipes.plain_config import write_plain_config
 from optimer_hf.recipes.record import (
+    LOCAL_PATHS,
     MADE_HERE,
     MERGE_CONFIG,
+    VANILLA_CONFIG,
     Evidence,
     Ingredient,
     Lock,
@@ -48,13 +52,17 @@ def write_recipe(
     pick: Trial | None = None,
     derived_from: str | None = None,
 ) -> Recipe:
-    """Write recipe.yaml at `path`, its lock and `optimer.yml` beside it, and return the recipe.
+    """Write recipe.yaml at `path` with its lock and merge configs beside it, and return the recipe.
+
+    The merge configs are optimer.yml and, if mergekit alone can make the merge,
+    mergekit_config.yml; otherwise that of an earlier recipe is taken away.
 
     `pick` is the trial to write (None: the best one), for instance one of the front.
     `derived_from` is the recipe that this one continues, org/name@commit.
 
-    The recipe comes last. If it replaces another one and the command is killed, the new lock lies
-    beside the old recipe; `build` and `verify` then refuse them until the recipe is written again.
+    The recipe comes after its lock. If it replaces another one and the command is killed, the new
+    lock lies beside the old recipe; `build` and `verify` then refuse them until the recipe is
+    written again.
 
     Raises ConfigError if `derived_from` is not pinned, OutputError if files of somebody else would
     be lost, StudyError if weights are no longer those that the trials scored.
@@ -62,7 +70,7 @@ def write_recipe(
     _refuse_unpinned(derived_from)
     config, trial = study.config, pick or study.best_trial
     folder = path.resolve().parent
-    _refuse_foreign(path, folder / MERGE_CONFIG)
+    refuse_foreign_files(path)
     base = resolve_model(config.base_model)
     sources = {key: resolve_model(str(vector.source)) for key, vector in config.vectors.items()}
     _check_inputs(study, base, sources)
@@ -84,8 +92,11 @@ def write_recipe(
     write_text(folder / MERGE_CONFIG, MADE_HERE + yaml_text(merge_config))
     header = f"# Build it with: optimer build {path.name} OUT\n"
     data = recipe.model_dump(mode="json", exclude_none=True, context={"folder": folder})
+    (folder / VANILLA_CONFIG).unlink(missing_ok=True)  # that of an earlier merge
     write_text(path, header + yaml_text(data))
-    return Recipe.read(path)
+    recipe = Recipe.read(path)
+    write_plain_config(recipe, lock, folder / VANILLA_CONFIG)
+    return recipe
 
 
 def _refuse_unpinned(derived_from: str | None) -> None:
@@ -192,10 +203,12 @@ def digests_of_tokenizer(reference: str | None) -> dict[str, str]:
     return {} if reference is None else tokenizer_digests(resolve_tokenizer(reference).path)
 
 
-def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
-    """Raise OutputError if a file of a recipe would replace one of somebody else."""
+def refuse_foreign_files(recipe: Path) -> None:
+    """Raise OutputError if a recipe or a file beside it would replace one of somebody else."""
+    folder = recipe.resolve().parent
+    _refuse_foreign(folder / VANILLA_CONFIG, LOCAL_PATHS)
     if not is_there(recipe):
-        refuse_foreign(merge_config, MADE_HERE)
+        _refuse_foreign(folder / MERGE_CONFIG, MADE_HERE)
         return
     try:
         Recipe.read(recipe)
@@ -203,7 +216,7 @@ def _refuse_foreign(recipe: Path, merge_config: Path) -> None:
         raise _foreign_error(recipe) from None
 
 
-def refuse_foreign(path: Path, beginning: str) -> None:
+def _refuse_foreign(path: Path, beginning: str) -> None:
     """Raise OutputError if a file that is to be written is there and does not begin as ours do."""
     if is_there(path) and not path.read_bytes().startswith(beginning.encode()):
         raise _foreign_error(path)
