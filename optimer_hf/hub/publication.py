@@ -47,7 +47,7 @@ from optimer_hf.models.layout import (
     role_of,
     weight_digests,
 )
-from optimer_hf.recipes.record import LOCK, Lock, Recipe, tokenizer_note
+from optimer_hf.recipes.record import HUB_RUN, LOCK, Lock, Recipe, tokenizer_note
 from optimer_hf.report.captions import (
     CAPTIONS,
     CARD_FILES,
@@ -365,7 +365,7 @@ def _write_configs(recipe: Recipe, lock: Lock) -> dict[str, bytes]:
     vanilla = vanilla_config_of(recipe, lock)
     if vanilla is not None:
         command = mergekit_command(vanilla, "mergekit_config.yml")
-        header = f"# Run: {command}\n{_note_for_mergekit(recipe)}"
+        header = f"{HUB_RUN}{command}\n{_note_for_mergekit(recipe)}"
         texts["mergekit_config.yml"] = header + yaml_text(vanilla)
     return {name: text.encode() for name, text in texts.items()}
 

@@ -7,7 +7,7 @@ from typing import Any
 from optimer_hf.files.reading import yaml_text
 from optimer_hf.files.staging import write_text
 from optimer_hf.merging.mergekit_pool import mergekit_command, plain_config_of
-from optimer_hf.recipes.record import LOCAL_PATHS, Lock, Recipe
+from optimer_hf.recipes.record import LOCAL_RUN, Lock, Recipe
 
 
 def write_plain_config(recipe: Recipe, lock: Lock, path: Path) -> bool:
@@ -24,5 +24,5 @@ def write_plain_config(recipe: Recipe, lock: Lock, path: Path) -> bool:
 
 def write_for_mergekit(config: Mapping[str, Any], path: Path, note: str = "") -> None:
     """Write a config for mergekit alone with local paths, below its command and a `note`."""
-    header = f"{LOCAL_PATHS} Run: {mergekit_command(config, path.name)}\n"
+    header = f"{LOCAL_RUN}{mergekit_command(config, path.name)}\n"
     write_text(path, header + note + yaml_text(config))

@@ -41,7 +41,10 @@ TITLES: dict[Fidelity, str] = {  # of what a merge scored
     "sealed": "sealed test",
 }
 VANILLA_CONFIG = "mergekit_config.yml"  # for mergekit alone, if it can make the merge
-LOCAL_PATHS = "# The paths are those of this machine."  # it begins so
+LOCAL_RUN = "# The paths are those of this machine. Run: "  # it begins so, before its command,
+HUB_RUN = "# Run: "  # or so if it was published
+RUN_OF_0_1_0 = "# Paths are of this machine. Run: "
+BEGINNINGS = tuple(f"{run}mergekit-yaml " for run in (LOCAL_RUN, HUB_RUN, RUN_OF_0_1_0))
 
 MOST_LAYERS = 10_000
 Weight = Annotated[float, Field(ge=-1e4, le=1e4)]

@@ -22,7 +22,7 @@ from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
 from optimer_hf.models.union import AddedToken, UnionRecord
 from optimer_hf.recipes.plain_config import write_plain_config
 from optimer_hf.recipes.record import (
-    LOCAL_PATHS,
+    BEGINNINGS,
     MADE_HERE,
     MERGE_CONFIG,
     VANILLA_CONFIG,
@@ -206,7 +206,7 @@ def digests_of_tokenizer(reference: str | None) -> dict[str, str]:
 def refuse_foreign_files(recipe: Path) -> None:
     """Raise OutputError if a recipe or a file beside it would replace one of somebody else."""
     folder = recipe.resolve().parent
-    _refuse_foreign(folder / VANILLA_CONFIG, LOCAL_PATHS)
+    _refuse_foreign(folder / VANILLA_CONFIG, *BEGINNINGS)
     if not is_there(recipe):
         _refuse_foreign(folder / MERGE_CONFIG, MADE_HERE)
         return
@@ -216,9 +216,10 @@ def refuse_foreign_files(recipe: Path) -> None:
         raise _foreign_error(recipe) from None
 
 
-def _refuse_foreign(path: Path, beginning: str) -> None:
-    """Raise OutputError if a file that is to be written is there and does not begin as ours do."""
-    if is_there(path) and not path.read_bytes().startswith(beginning.encode()):
+def _refuse_foreign(path: Path, *beginnings: str) -> None:
+    """Raise OutputError if a file that is to be written is there and begins as none of ours."""
+    ours = tuple(each.encode() for each in beginnings)
+    if is_there(path) and not path.read_bytes().startswith(ours):
         raise _foreign_error(path)
 
 

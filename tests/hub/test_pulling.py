@@ -15,7 +15,8 @@ from optimer_hf.hub import pulling as pulls
 from optimer_hf.models.layout import weight_digests
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.recipes.build import build
-from optimer_hf.recipes.record import Lock, Recipe
+from optimer_hf.recipes.record import VANILLA_CONFIG, Lock, Recipe
+from optimer_hf.recipes.write import write_recipe
 from optimer_hf.study.config import StudyConfig
 from tests.support.hub import ALICE, change_record, run_cli
 
@@ -283,7 +284,9 @@ def test_no_token_is_in_any_file(hub, make_recipe, name, tmp_path):
         assert not path.is_file() or ALICE.encode() not in path.read_bytes()
 
 
-def test_a_pulled_study_is_retargeted_without_its_data(hub, make_recipe, name, tmp_path):
+def test_a_pulled_study_opens_without_its_data_and_its_recipe_is_written_again(
+    hub, make_recipe, name, tmp_path
+):
     """The record travels with a recipe: its study opens where neither data nor vectors are."""
     from optimer_hf.study.directory import load_study
     from optimer_hf.study.trials import Trial
@@ -323,3 +326,9 @@ def test_a_pulled_study_is_retargeted_without_its_data(hub, make_recipe, name, t
     opened = load_study(study)
     assert [trial.weights["v1"] for trial in opened.log.trials] == [0.0, 0.2, 0.2, 0.2]
     assert isinstance(opened.log.trials[0], Trial)
+    theirs = tmp_path / "theirs" / "recipe.yaml"
+    plain = theirs.with_name(VANILLA_CONFIG)
+    assert plain.read_text().startswith("# Run: mergekit-yaml ")
+    write_recipe(opened, theirs, name="again", pick=opened.log.trials[1])
+    models = yaml.safe_load(plain.read_text())["models"]
+    assert [each["parameters"]["weight"] for each in models][-2:] == [0.1, 0.2]

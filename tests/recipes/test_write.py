@@ -1,22 +1,25 @@
 """write.py: a recipe beside its lock, also when an older recipe was there and the command stops."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from optimer_hf.comparison.sealed import compare
-from optimer_hf.errors import ModelError
+from optimer_hf.errors import ModelError, OutputError
 from optimer_hf.recipes import write
 from optimer_hf.recipes.build import build, verify
-from optimer_hf.recipes.record import Lock, Recipe
-from optimer_hf.recipes.write import write_recipe
+from optimer_hf.recipes.record import VANILLA_CONFIG, Lock, Recipe
+from optimer_hf.recipes.write import refuse_foreign_files, write_recipe
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import Study
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
 from tests.support.landscapes import FunctionPool, config_of
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0"
 
 
 class Stopped(BaseException):
@@ -91,6 +94,21 @@ def test_a_recipe_whose_rewriting_was_stopped_is_whole_or_refused_and_then_mende
     assert Recipe.read(path).weights == other.weights
     build(path, tmp_path / "mended")
     verify(path, tmp_path / "mended")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_ours"),
+    [
+        ((GOLDEN / "runs" / "tiny" / VANILLA_CONFIG).read_text(), True),  # of 0.1.0
+        ("# Run: mergekit-yaml mergekit_config.yml OUT\nmodels: []\n", True),  # of the Hub
+        ("# Run: it\nmodels: []\n", False),
+        ("models: []\n", False),
+    ],
+)
+def test_a_config_for_mergekit_is_replaced_only_if_it_is_ours(tmp_path, text, is_ours):
+    (tmp_path / VANILLA_CONFIG).write_text(text)
+    with nullcontext() if is_ours else pytest.raises(OutputError, match="not written with a"):
+        refuse_foreign_files(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("label", ["t", "q"])
