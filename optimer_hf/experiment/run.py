@@ -110,10 +110,11 @@ def _write_recipe_and_report(
 def _write_model(run: Run, study: "Study") -> None:
     """Build the model of the recipe, and write the config with which mergekit builds it."""
     from optimer_hf.recipes.build import build
+    from optimer_hf.recipes.record import VANILLA_CONFIG
     from optimer_hf.recipes.vanilla import write_vanilla
 
     build(run.out / RECIPE, run.out / "merged", replace=True)
-    write_vanilla(study, run.out / "mergekit_config.yml")
+    write_vanilla(study, run.out / VANILLA_CONFIG)
 
 
 def _number_stages(inputs: Inputs) -> dict[str, str]:

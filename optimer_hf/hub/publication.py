@@ -47,7 +47,15 @@ from optimer_hf.models.layout import (
     role_of,
     weight_digests,
 )
-from optimer_hf.recipes.record import HUB_RUN, LOCK, Lock, Recipe, tokenizer_note
+from optimer_hf.recipes.record import (
+    HUB_RUN,
+    LOCK,
+    MERGE_CONFIG,
+    VANILLA_CONFIG,
+    Lock,
+    Recipe,
+    tokenizer_note,
+)
 from optimer_hf.report.captions import (
     CAPTIONS,
     CARD_FILES,
@@ -68,7 +76,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["vector", "recipe", "model", "base"]
 CARD = "README.md"
-RECIPE_FILES = frozenset({"recipe.yaml", LOCK, "optimer.yml", "mergekit_config.yml"})
+RECIPE_FILES = frozenset({"recipe.yaml", LOCK, MERGE_CONFIG, VANILLA_CONFIG})
 STUDY_FILES = frozenset(
     {
         "study/study.json",
@@ -336,7 +344,7 @@ def _recipe_publication(
     lock = _lock_on_hub(lock, placed)
     if placed:
         files[LOCK] = _json_text(lock.model_dump(mode="json"))
-    files.pop("mergekit_config.yml", None)
+    files.pop(VANILLA_CONFIG, None)
     files |= _write_configs(recipe, lock)
     fingerprints = _fingerprints_on_hub(directory, placed)
     for name in STUDY_FILES & files.keys():
@@ -360,13 +368,13 @@ def _write_configs(recipe: Recipe, lock: Lock) -> dict[str, bytes]:
     data |= drop_folders({key: data[key] for key in ("objective",) if key in data})
     texts = {
         "recipe.yaml": "# Build it with: optimer build recipe.yaml OUT\n" + yaml_text(data),
-        "optimer.yml": yaml_text(merge_config_of(recipe, recipe.weights, recipe.n_layers)),
+        MERGE_CONFIG: yaml_text(merge_config_of(recipe, recipe.weights, recipe.n_layers)),
     }
     vanilla = vanilla_config_of(recipe, lock)
     if vanilla is not None:
-        command = mergekit_command(vanilla, "mergekit_config.yml")
+        command = mergekit_command(vanilla, VANILLA_CONFIG)
         header = f"{HUB_RUN}{command}\n{_note_for_mergekit(recipe)}"
-        texts["mergekit_config.yml"] = header + yaml_text(vanilla)
+        texts[VANILLA_CONFIG] = header + yaml_text(vanilla)
     return {name: text.encode() for name, text in texts.items()}
 
 

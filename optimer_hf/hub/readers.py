@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from optimer_hf.hub.publication import BaseModel, Publication
-from optimer_hf.recipes.record import LOCK, Lock, Recipe
+from optimer_hf.recipes.record import LOCK, VANILLA_CONFIG, Lock, Recipe
 from optimer_hf.report.captions import REPORT
 from optimer_hf.vectors.record import VectorFile
 
@@ -30,8 +30,8 @@ def _uses_of_merge(publication: Publication, recipe: Recipe, repo_id: str) -> It
         yield f"can verify it: optimer verify {out}/recipe.yaml MODEL"
     else:
         yield "cannot verify it: no model was built. Run `optimer build`, and push again"
-    if "mergekit_config.yml" in publication.files:
-        yield "can merge it with mergekit alone, as mergekit_config.yml says"
+    if VANILLA_CONFIG in publication.files:
+        yield f"can merge it with mergekit alone, as {VANILLA_CONFIG} says"
     n_trials = publication.text("study/trials.jsonl").count("\n")
     if n_trials:
         yield f"can re-target it from its {n_trials} trials: optimer retarget {out} OBJECTIVE.yaml"
