@@ -18,6 +18,7 @@ from optimer_hf.errors import ConfigError, EvaluationError, OptimerError
 from optimer_hf.files.text import first_line
 from optimer_hf.merging.tokenizer import scoring_tokenizer
 from optimer_hf.merging.union import open_base
+from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, model_digests
 from optimer_hf.models.memory import collect_memory
 from optimer_hf.models.placement import Placement
@@ -39,6 +40,7 @@ from optimer_hf.searching.engine import (
 from optimer_hf.searching.faults import is_environmental
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.trials import ENGINE, Candidate, Trial
+from optimer_hf.vectors.delta import measure_norms
 from optimer_hf.vectors.groups import slopes_of_groups, weights_of_parts
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.splitting import layers_for, split_pool
@@ -102,6 +104,7 @@ class ResidentPool:
         self._groups, self._n_layers = config.groups, layers_for(config.groups, base)
         self.base, self._reference = base, config.tokenizer_reference
         self._free, self._has_gradients = frozenset(config.free), True
+        self._are_finite = False
         self._objectives = {"objective": config.objective}
         if config.test is not None:
             self._objectives["test"] = config.test
@@ -137,7 +140,28 @@ class ResidentPool:
     def score(
         self, weights: Mapping[str, float], asked: Sequence[Asked], *, gradients: bool = False
     ) -> Scored:
-        """Merge in place and evaluate; see Pool."""
+        """Merge in place and evaluate; see Pool.
+
+        Raises ModelError for a vector with values that are not finite: no weights are at fault.
+        """
+        try:
+            return self._score(weights, asked, gradients)
+        except EvaluationError:
+            self._refuse_not_finite()
+            raise
+
+    def _refuse_not_finite(self) -> None:
+        """Raise ModelError that names a vector with values that are not finite; looks only once."""
+        if self._are_finite:
+            return
+        base = Checkpoint(self.base.path)
+        for vector in self.vectors:
+            measure_norms(vector, base)
+        self._are_finite = True
+
+    def _score(
+        self, weights: Mapping[str, float], asked: Sequence[Asked], gradients: bool
+    ) -> Scored:
         started = perf_counter()
         self._engine.set_weights(weights_of_parts(weights, self._groups, self._n_layers))
         merged = perf_counter()

@@ -1,18 +1,20 @@
 """trial.py, faults.py: which failures are the fault of the weights."""
 
 import errno
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from distributed.comm import CommClosedError
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from optimer_hf.errors import ConfigError, EvaluationError
+from optimer_hf.errors import ConfigError, EvaluationError, ModelError
 from optimer_hf.searching import trial as pool_module
 from optimer_hf.searching.one_model import score_model
 from optimer_hf.searching.trial import ResidentPool, run_trial
-from optimer_hf.study.config import StudyConfig
+from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.trials import Candidate
 from tests.support.landscapes import config_of, failing_at
 
@@ -167,3 +169,19 @@ def test_gradients_that_cannot_be_had_give_way_to_a_plain_trial(config, monkeypa
         assert scored.terms == plain.terms
         assert scored.gradients == {}
     assert calls == [place, "collected"]  # the next trial does not try again
+
+
+def test_a_vector_that_is_not_finite_ends_the_search_with_its_name(config, tmp_path):
+    """Otherwise each trial that has the vector would crash, as if its weights were at fault."""
+    broken = tmp_path / "broken"
+    shutil.copytree(config.vectors["v2"].source, broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    name = next(name for name in sorted(tensors) if "lora_B" in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, broken / "adapter_model.safetensors")
+    vectors = config.vectors | {"v2": VectorConfig(source=str(broken))}
+    pool = ResidentPool(config.model_copy(update={"vectors": vectors}))
+    asked = config.objective.asked_terms("search")
+    assert run_trial(pool, Candidate(1, "anchor", {"v1": 1.0}), asked).status == "ok"
+    with pytest.raises(ModelError, match=r"vector 'v2': its delta holds NaN"):
+        run_trial(pool, Candidate(2, "anchor", {"v2": 1.0}), asked)
