@@ -133,7 +133,8 @@ def _notes(evidence: Evidence) -> Iterator[str]:
     """Yield the search score in its own words, and whatever limits the verdict."""
     study, best = evidence.study, evidence.study.best_trial
     gain = evidence.unit.show(study.over_base(best).difference)
-    again = ", scored again on more items" * (best.fidelity == "rescore")
+    is_again = best.fidelity == "rescore" and bool(study.terms_to_rescore())
+    again = ", scored again on more items" * is_again
     yield (
         f"In the search it scored {gain} over {study.baseline} (trial {best.number} of "
         f"{len(study.trials)}{again}). That score chose the weights, so it flatters them"
@@ -223,7 +224,9 @@ def _commands(evidence: Evidence) -> Iterator[Command]:
     if evidence.comparison is None and study.config.test is not None:
         yield Command("Test it", f"optimer compare {inside}")
     if (evidence.folder / "recipe.yaml").exists():
-        yield Command("Build it", f"optimer build {folder} merged")
+        yield Command(
+            f"Build it, in the folder that has {evidence.name}", f"optimer build {folder} merged"
+        )
     else:
         recipe = f"optimer recipe {inside} recipe.yaml"
         yield Command("Build it", f"{recipe}\noptimer build recipe.yaml merged")
