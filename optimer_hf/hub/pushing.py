@@ -186,9 +186,10 @@ def _refuse_beside_pull_request(tag: str | None, vectors: bool) -> None:
 def _warn_of_unbuilt(lock: Path) -> None:
     if lock.exists() and not Lock.read(lock).output:
         logger.warning(
-            "%s: records no built model, so nobody can verify theirs. Run `optimer build` before "
-            "you push.",
+            "%s: records no built model, so nobody can verify theirs. Run `optimer build %s OUT` "
+            "before you push.",
             lock,
+            lock.parent,
         )
 
 
