@@ -102,24 +102,36 @@ def _mark(mark: Any) -> Any:
 # -- what changes ----------------------------------------------------------------------------------
 
 
+_Change = tuple[int, int, str]  # text[start:stop] becomes the new text
+
+
 class _Editor:
     """Collects the changes of a text."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._newline = "\r\n" if "\r\n" in text else "\n"
-        self._changes: list[tuple[int, int, str]] = []
+        self._changes: list[_Change] = []
         self._anchored: dict[str, Any] = {}  # what each anchor stands for in the new text
 
     def edited_text(self) -> str:
         """Return the text with all changes."""
         text, end = self._text, len(self._text) + 1
-        in_order = sorted(self._changes, key=lambda each: each[0])
+        in_order = sorted(map(self._behind_dropped, self._changes), key=lambda each: each[:2])
         for start, stop, new in reversed(in_order):
             if stop > end:
                 raise _CannotEditError
             text, end = text[:start] + new + text[stop:], start
         return text
+
+    def _behind_dropped(self, change: _Change) -> _Change:
+        """Return a change, but lines that are added inside of dropped ones behind them."""
+        place, stop, new = change
+        for start, end, other in self._changes:
+            ends_line = self._text[:end].endswith("\n")
+            if place == stop and other == "" and start < place < end + (not ends_line):
+                return end, end, new.removeprefix("\n") + "\n" * ends_line
+        return change
 
     def change(self, node: _Node, old: Any, new: Any) -> None:
         """Change the text of a value from `old` to `new`."""

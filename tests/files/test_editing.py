@@ -97,6 +97,13 @@ def test_all_but_the_changed_values_stays_as_it_is(newline):
             {"b": 2},
             "--- # d\na: |\n  x\n  y\n\nb: 2\n...\n",
         ),
+        ("a: 1\nb:\n  c: 1 # c\n  d: 2\n", {"b": {"c": 3}, "e": 4}, "a: 1\nb:\n  c: 3 # c\ne: 4\n"),
+        ("a:\n  c: 1\n  d: 2 # d", {"a": {"c": 1}, "e": 4}, "a:\n  c: 1\ne: 4"),
+        (
+            "a:\n- b:\n    c: 1 # c\n    d: 2\n    e: 3\n# end\n",
+            {"a": [{"b": {"c": 5, "f": 6}}], "g": 7},
+            "a:\n- b:\n    c: 5 # c\n    f: 6\ng: 7\n# end\n",
+        ),
         ("a: !!str 1\nb: yes\n", {"a": "2"}, "a: '2'\nb: yes\n"),
     ],
 )
