@@ -75,7 +75,7 @@ def _print_merge_config(given: Path, result: "Study", merge_config: Mapping[str,
     from optimer_hf.comparison.summary import headline
     from optimer_hf.searching.study_file import merge_text
 
-    echo(merge_text(given, merge_config, headline(result)).rstrip("\r\n"))
+    echo(merge_text(given, merge_config, headline(result)).rstrip("\n"))
 
 
 @click.command(cls=LoadingCommand, epilog="Example: optimer retarget my-study other-objective.yaml")

@@ -24,7 +24,7 @@ class _CannotEditError(Exception):
 def edit_yaml(text: str, data: Mapping[str, Any]) -> str | None:
     """Return a text that reads as `data` and differs from the given one, which `parse_yaml` reads
     as a mapping, only where a value does; None if there is none and the file has to be written
-    anew.
+    anew. Lines end with a line feed alone, as Python reads them.
     """
     try:
         editor, root = _Editor(text), _root_of(text)
@@ -110,7 +110,6 @@ class _Editor:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._newline = "\r\n" if "\r\n" in text else "\n"
         self._changes: list[_Change] = []
         self._anchored: dict[str, Any] = {}  # what each anchor stands for in the new text
 
@@ -214,7 +213,7 @@ class _Editor:
         if node.is_flow:
             new = "".join(f", {flow_text(key)}: {flow_text(added[key])}" for key in added)
         else:
-            start = f"{self._newline}{' ' * node.pairs[0][0].column}"
+            start = f"\n{' ' * node.pairs[0][0].column}"
             new = "".join(f"{start}{flow_text(key)}: {flow_text(added[key])}" for key in added)
             end = self._end_of_line(end)
         if new:
@@ -226,7 +225,7 @@ class _Editor:
             end = node.items[-1].end
             new = "".join(f", {flow_text(item)}" for item in items)
         else:
-            start = f"{self._newline}{' ' * node.column}- "
+            start = f"\n{' ' * node.column}- "
             end = self._end_of_line(node.end)
             new = "".join(f"{start}{flow_text(item)}" for item in items)
         self._changes.append((end, end, new))
@@ -236,4 +235,4 @@ class _Editor:
         newline = self._text.find("\n", place)
         if newline < 0:
             return len(self._text)
-        return newline + 1 if with_newline else newline - (self._text[newline - 1] == "\r")
+        return newline + with_newline
