@@ -330,7 +330,11 @@ def check_sources(inputs: Inputs) -> None:
     from optimer_hf.searching.engine import refuse_missing_engine, refuse_unusable_engine
     from optimer_hf.searching.tracking import make_callbacks
     from optimer_hf.vectors.opening import open_vector
-    from optimer_hf.vectors.splitting import refuse_unknown_groups, split_pool
+    from optimer_hf.vectors.splitting import (
+        idle_weights,
+        refuse_unknown_groups,
+        split_pool,
+    )
 
     config = inputs.study
     refuse_missing_engine(config.engine)
@@ -348,7 +352,8 @@ def check_sources(inputs: Inputs) -> None:
     scoring_tokenizer(base, tokenizer, apply_chat_template=templated)
     for name, source in config.baselines.models.items():
         open_vector(name, str(source), base)
-    split_pool([open_vector(n, str(each), base) for n, each in given.items()], config.groups, base)
+    opened = [open_vector(n, str(each), base) for n, each in given.items()]
+    split_pool(opened, config.groups, base, idle=idle_weights(config.fixed))
     for name, groups in config.groups.items():
         if name in inputs.trainings:
             refuse_unknown_groups(name, groups, base)

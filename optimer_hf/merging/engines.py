@@ -163,7 +163,7 @@ def _write(
     vectors = [open_vector(name, source, base) for name, source in linear.sources.items()]
     write_merged(
         base,
-        split_pool(vectors, linear.groups, base, allows_idle=True),
+        split_pool(vectors, linear.groups, base, idle=linear.weights),
         weights_of_parts(linear.weights, linear.groups, layers_for(linear.groups, base)),
         out,
         out_dtype=linear.out_dtype,

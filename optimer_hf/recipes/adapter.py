@@ -20,7 +20,7 @@ from optimer_hf.vectors.groups import weights_of_parts
 from optimer_hf.vectors.lora import Product, read_products
 from optimer_hf.vectors.lora_config import read_options
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import layers_for, split_pool
+from optimer_hf.vectors.splitting import idle_weights, layers_for, split_pool
 from optimer_hf.vectors.vector import DistributionVector
 
 
@@ -123,7 +123,7 @@ def _weights_by_tensor(
         return dict.fromkeys(names, own[vector.name])
     split = {vector.name: groups}
     weights = weights_of_parts(own, split, layers_for(split, base))
-    pool = split_pool([vector], split, base)
+    pool = split_pool([vector], split, base, idle=idle_weights(own))
     return {tensor: weights[part.name] for part in pool for tensor in part.names}
 
 

@@ -30,7 +30,7 @@ from optimer_hf.recipes.write import digests_of_tokenizer
 from optimer_hf.report.captions import CAPTIONS, CARD_FILES
 from optimer_hf.vectors.groups import weights_of_parts
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import layers_for, split_pool
+from optimer_hf.vectors.splitting import idle_weights, layers_for, split_pool
 from optimer_hf.vectors.vector import AdapterVector
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def build(
     opened = [
         open_vector(name, ingredient.source, base) for name, ingredient in recipe.vectors.items()
     ]
-    vectors = split_pool(opened, recipe.groups, base)
+    vectors = split_pool(opened, recipe.groups, base, idle=idle_weights(recipe.weights))
     write = partial(
         write_merged,
         base,

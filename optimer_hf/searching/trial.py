@@ -43,7 +43,7 @@ from optimer_hf.study.trials import ENGINE, Candidate, Trial
 from optimer_hf.vectors.delta import measure_norms
 from optimer_hf.vectors.groups import slopes_of_groups, weights_of_parts
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import layers_for, split_pool
+from optimer_hf.vectors.splitting import idle_weights, layers_for, split_pool
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class ResidentPool:
         )
         vectors = [open_vector(name, source, base) for name, source in _sources(config).items()]
         self._paths = {vector.name: vector.path for vector in vectors}
-        self.vectors = split_pool(vectors, config.groups, base)
+        self.vectors = split_pool(vectors, config.groups, base, idle=idle_weights(config.fixed))
         self._groups, self._n_layers = config.groups, layers_for(config.groups, base)
         self.base, self._reference = base, config.tokenizer_reference
         self._free, self._has_gradients = frozenset(config.free), True

@@ -2,7 +2,7 @@
 tensors of its group alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def split_pool(
     groups: Mapping[str, Groups],
     base: ResolvedModel,
     *,
-    allows_idle: bool = False,
+    idle: Collection[str] = (),
 ) -> list[DistributionVector]:
     """Return a pool with each vector that has `groups` (by its name) as one vector per part, which
     moves the tensors of the part and has the name of its weight (see `weights_of_parts`).
 
-    Raises ModelError for a group without tensors, unless it `allows_idle` ones, and for tensors
-    without a group.
+    Raises ModelError for a group without tensors, unless its weight is among the `idle` ones, which
+    nothing has to depend on, and for tensors without a group.
     """
     pool: list[DistributionVector] = []
     for vector in vectors:
@@ -38,7 +38,7 @@ def split_pool(
         if own is None:
             pool.append(vector)
             continue
-        split = _split_names(vector.name, own, vector.names, base, allows_idle)
+        split = _split_names(vector.name, own, vector.names, base, idle)
         pool.extend(restrict(vector, f"{vector.name}.{key}", part) for key, part in split.items())
     return pool
 
@@ -59,7 +59,7 @@ def restrict(vector: DistributionVector, name: str, tensors: Iterable[str]) -> D
 
 
 def _split_names(
-    vector: str, groups: Groups, names: Iterable[str], base: ResolvedModel, allows_idle: bool
+    vector: str, groups: Groups, names: Iterable[str], base: ResolvedModel, idle: Collection[str]
 ) -> dict[str, list[str]]:
     """Return the tensors in each group of a vector that moves `names` of a base."""
     where = f"vectors.{vector}.by"
@@ -67,9 +67,8 @@ def _split_names(
         split = groups.split(names, _count_layers(where, groups, base))
     except ValueError as error:
         raise ModelError(f"{where}: {error}.") from None
-    is_idle_refused = not allows_idle and not groups.n_anchors
-    for key, own in split.items():
-        if not own and is_idle_refused:
+    for key, weight in groups.names_of(vector).items():
+        if not groups.n_anchors and not split[key] and weight not in idle:
             raise ModelError(f"{where}: {_why_empty(key, groups, names)}")
     if rest := split.pop("", []):
         raise ModelError(
@@ -88,6 +87,11 @@ def refuse_unknown_groups(vector: str, groups: Groups, base: ResolvedModel) -> N
     for key in groups.filters:
         if key != ELSE and not any(key in name for name in names):
             raise ModelError(f"{where}: {_why_empty(key, groups, names)}")
+
+
+def idle_weights(weights: Mapping[str, float]) -> set[str]:
+    """Return the names of weights that are 0: what they scale may be nothing."""
+    return {name for name, weight in weights.items() if weight == 0}
 
 
 def layers_for(groups: Mapping[str, Groups], base: ResolvedModel) -> int:

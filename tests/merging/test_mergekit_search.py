@@ -1,5 +1,6 @@
 """mergekit_search.py: what a search reads of a mergekit YAML, and the YAML that comes back."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from optimer_hf.errors import ConfigError, ModelError, StudyError
@@ -19,6 +21,7 @@ from optimer_hf.merging.mergekit_search import pool_to_search, unsearched_settin
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.recipes.build import build as build_recipe
 from optimer_hf.recipes.from_search import search_study
 from optimer_hf.searching.study_file import (
     merge_config_of_study,
@@ -30,7 +33,7 @@ from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.groups import weights_of_parts
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.splitting import layers_for, split_pool
-from tests.support.merges import optimer_yaml, tensors_in, write_config
+from tests.support.merges import assert_same_bits, optimer_yaml, tensors_in, write_config
 from tests.support.tiny import GROUPED, ulps_apart
 
 N_LAYERS = 5
@@ -203,7 +206,8 @@ def build(config, weights: dict[str, float], out: Path) -> None:
     base = ResolvedModel(Path(config.base_model), "base")
     vectors = [open_vector(name, source, base) for name, source in config.sources.items()]
     parts = weights_of_parts(weights, config.groups, layers_for(config.groups, base))
-    write_merged(base, split_pool(vectors, config.groups, base), parts, out, out_dtype="bfloat16")
+    pool = split_pool(vectors, config.groups, base, idle=config.fixed)
+    write_merged(base, pool, parts, out, out_dtype="bfloat16")
 
 
 def run_plain_mergekit(text: str, folder: Path, out: Path) -> None:
@@ -485,6 +489,36 @@ def test_a_filter_that_fits_no_tensor_is_named_with_its_line(folder, tmp_path, w
     path.write_text(f"merge_method: linear\nbase_model: ./base\n{models}")
     with pytest.raises(ModelError, match=message):
         search_study(path, tmp_path / "s", objective=folder / "obj.yaml")
+
+
+@pytest.mark.parametrize("has_weight", [False, True], ids=["left out", "with a weight"])
+def test_an_adapter_of_some_layers_is_searched_with_the_slice_that_has_it(
+    folder, tmp_path, monkeypatch, has_weight
+):
+    monkeypatch.chdir(folder)
+    shutil.copytree(folder / "lora", folder / "part", dirs_exist_ok=True)
+    tensors = load_file(folder / "part" / "adapter_model.safetensors")
+    high = {name: tensor for name, tensor in tensors.items() if layer_of(name) in (2, 3)}
+    save_file(high, folder / "part" / "adapter_model.safetensors")
+    settings = json.loads((folder / "part" / "adapter_config.json").read_text())
+    settings["layers_to_transform"] = [2, 3]
+    (folder / "part" / "adapter_config.json").write_text(json.dumps(settings))
+    path = folder / "c.yml"
+    low = "{model: ./math, layer_range: [0, 2]}"
+    low += ", {model: ./part, layer_range: [0, 2]}" * has_weight
+    high = "{model: ./math, layer_range: [2, 5]}, {model: ./part, layer_range: [2, 5]}"
+    path.write_text(sliced(low, high))
+    arguments = {"objective": folder / "obj.yaml", "n_trials": 4}
+    if has_weight:
+        with pytest.raises(ModelError, match=r"c.yml:5: .*moves nothing in the layers of group"):
+            search_study(path, tmp_path / "s", **arguments)
+        return
+    study, _ = search_study(path, tmp_path / "s", **arguments)
+    assert study.config.fixed == {"part.layers.0:2": 0.0}
+    build_recipe(tmp_path / "s" / "recipe.yaml", tmp_path / "m")
+    build_of_trial = tmp_path / "trial"
+    build(study.config, study.best_trial.weights, build_of_trial)
+    assert_same_bits(tensors_in(tmp_path / "m"), tensors_in(build_of_trial))
 
 
 PLAIN = "[{filter: self_attn, value: 0.2}, {value: 0.3}]"
