@@ -90,7 +90,7 @@ class Ingredient(FileModel):
             yield ("weight",), f"{fault}; give the weight, or in 'weights' that of each group"
         elif self.groups is not None and self.groups.keys != list(self.weights or ()):
             yield ("weights",), f"expected the groups {', '.join(self.groups.keys)}, in this order"
-        elif self.groups is not None and list(self.groups.ends) != sorted({*self.groups.ends}):
+        elif self.groups is not None and not self.groups.is_in_order:
             yield ("weights",), "expected groups of layers in order"
 
     @property

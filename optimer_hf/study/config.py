@@ -207,7 +207,7 @@ class VectorConfig(FileModel):
         groups = Groups.of_keys(by)
         if groups.filters:
             yield from self._mistakes_of_filters(by)
-        elif groups.keys != list(by) or list(groups.ends) != sorted({*groups.ends}):
+        elif groups.keys != list(by) or not groups.is_in_order:
             message = f"found {', '.join(by)}; expected each layer in one group, in order"
             yield ("by",), message
 

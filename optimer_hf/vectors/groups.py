@@ -9,6 +9,7 @@ a group or, of a gradient, a layer, whose weight lies between those of two group
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 ELSE, LAYERS, GRADIENT = "else", "layers", "gradient"
 LAYER_KEY = re.compile(rf"{LAYERS}\.\d+")
@@ -57,6 +58,11 @@ class Groups:
     @property
     def _anchors(self) -> list[str]:
         return [f"{GRADIENT}.{number + 1}" for number in range(self.n_anchors)]
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether each run of layers has layers."""
+        return all(start < end for start, end in pairwise((0, *self.ends)))
 
     @property
     def needs_layers(self) -> bool:

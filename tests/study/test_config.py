@@ -202,6 +202,7 @@ def test_a_vector_is_split_along_its_layers_in_several_ways(by, weights):
         ({"mlp": {"groups": 2}, "else": {}}, "only 'layers' and 'gradient' have groups"),
         (["layers.0:8", "layers.9:24"], "expected each layer in one group, in order"),
         (["layers.0:8", "layers.8:4"], "expected each layer in one group, in order"),
+        (["layers.0:0", "layers.0:8"], "expected each layer in one group, in order"),
         (["gradient.2", "gradient.1"], "expected each layer in one group, in order"),
         (["mlp", "layers.0:8"], "found the group 'layers.0:8'"),
         (["mlp", "gradient.1"], "found the group 'gradient.1'"),
