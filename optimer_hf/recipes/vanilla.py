@@ -7,7 +7,6 @@ from optimer_hf.merging.mergekit_pool import is_zero, settings_of, vanilla_confi
 from optimer_hf.merging.union import open_base
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel, weight_digests
-from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.models.union import UnionRecord
 from optimer_hf.recipes.plain_config import write_for_mergekit
@@ -17,6 +16,7 @@ from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.delta import extract, measure_norms
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
+from optimer_hf.vectors.splitting import layers_for
 from optimer_hf.vectors.vector import DeltaVector, DistributionVector
 
 # relative norm of a delta; rounded by at most 2^-8, it moves 6 % of a bfloat16 output by one ulp
@@ -44,8 +44,7 @@ def write_vanilla(
     vectors = [
         open_vector(name, str(vector.source), base) for name, vector in config.vectors.items()
     ]
-    by_layers = any(groups.needs_layers for groups in config.groups.values())
-    n_layers = count_layers(base.path) if by_layers else None
+    n_layers = layers_for(config.groups, base)
     settings = settings_of(config.sources, weights, config.groups, n_layers)
     merge_config = None
     is_grown = base.path != original.path  # mergekit would cut rows without a token from the base

@@ -17,7 +17,6 @@ from optimer_hf.files.staging import write_text
 from optimer_hf.files.versions import versions
 from optimer_hf.merging.mergekit_pool import merge_config_of
 from optimer_hf.models.layout import ResolvedModel, model_digests, tokenizer_digests, weight_digests
-from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model, resolve_tokenizer
 from optimer_hf.models.union import AddedToken, UnionRecord
 from optimer_hf.recipes.plain_config import write_plain_config
@@ -67,6 +66,8 @@ def write_recipe(
     Raises ConfigError if `derived_from` is not pinned, OutputError if files of somebody else would
     be lost, StudyError if weights are no longer those that the trials scored.
     """
+    from optimer_hf.vectors.splitting import layers_for  # imports torch
+
     _refuse_unpinned(derived_from)
     config, trial = study.config, pick or study.best_trial
     folder = path.resolve().parent
@@ -81,7 +82,7 @@ def write_recipe(
         vectors=_ingredients_of(config, sources, trial.weights, folder),
         tokenizer_source=_tokenizer_source(config, folder),
         vocabulary=config.vocabulary,
-        n_layers=_n_layers_of(config, base),
+        n_layers=layers_for(config.groups, base) or None,
         **dict(evidence_of(study, trial, sealed, ledger)),
         versions=versions() | _version_of_engine(study),
         derived_from=derived_from,
@@ -126,12 +127,6 @@ def _ingredients_of(
         )
         for name, source in sources.items()
     }
-
-
-def _n_layers_of(config: StudyConfig, base: ResolvedModel) -> int | None:
-    """Return the number of layers of the base, if weights are those of groups of layers."""
-    is_by_layers = any(groups.needs_layers for groups in config.groups.values())
-    return count_layers(base.path) if is_by_layers else None
 
 
 def _version_of_engine(study: Study) -> dict[str, str]:

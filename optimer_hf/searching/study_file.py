@@ -209,14 +209,13 @@ def merge_config_of_study(
     is a mergekit YAML, it comes back with its models as they are written there. For a study.yaml,
     local models are seen from its folder.
     """
-    needs_layers = any(groups.needs_layers for groups in config.groups.values())
-    base = resolve_model(config.base_model).path if needs_layers else None
-    n_layers = None if base is None else count_layers(base)
-    if is_for_mergekit(read_yaml(path)):
-        from optimer_hf.vectors.splitting import stack_of  # imports torch
+    from optimer_hf.vectors.splitting import layers_for, stack_of  # imports torch
 
+    base = resolve_model(config.base_model)
+    n_layers = layers_for(config.groups, base) or None
+    if is_for_mergekit(read_yaml(path)):
         given = read_merge_config(path, warns=False)
-        stack = None if base is None else stack_of(base)
+        stack = stack_of(base.path) if n_layers else None
         layers = Layers(config.groups, n_layers, stack)
         return with_weights(given, path, weights, kinds, layers)
     folder = path.resolve().parent
