@@ -5,6 +5,7 @@ replaced. (A round trip through ruamel.yaml would also write other spaces and li
 result is read back; a text that does not read as it should is given up.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +103,7 @@ def _mark(mark: Any) -> Any:
 # -- what changes ----------------------------------------------------------------------------------
 
 
+_ANCHOR = re.compile(r"&\S+\s+(#.*\s+)*(?=[^\s#])")  # with the comments behind it
 _Change = tuple[int, int, str]  # text[start:stop] becomes the new text
 
 
@@ -151,6 +153,9 @@ class _Editor:
             self._anchored[node.anchor] = new
 
     def _replace(self, node: _Node, new: Any) -> None:
+        if node.kind == "scalar" and (kept := _ANCHOR.match(self._text, node.start, node.end)):
+            self._changes.append((kept.end(), node.end, flow_text(new)))
+            return
         anchor = "" if node.anchor is None else f"&{node.anchor} "
         line = self._text.rfind("\n", 0, node.start) + 1
         begins_line = node.kind == "sequence" and not self._text[line : node.start].strip()
@@ -200,7 +205,7 @@ class _Editor:
             line = self._text.rfind("\n", 0, key.start) + 1
             if not node.is_flow and not self._text[line : key.start].strip():
                 end = self._end_of_line(value.end, with_newline=True)
-                self._changes.append((line, end, ""))
+                self._changes.append((self._start_of_comments(line, key.column), end, ""))
             elif later:
                 if index == 0 or kept[index - 1]:  # a run of pairs goes at once
                     self._changes.append((key.start, node.pairs[later[0]][0].start, ""))
@@ -229,6 +234,13 @@ class _Editor:
             end = self._end_of_line(node.end)
             new = "".join(f"{start}{flow_text(item)}" for item in items)
         self._changes.append((end, end, new))
+
+    def _start_of_comments(self, line: int, column: int) -> int:
+        """Return where the comments begin that stand in a column directly above a line."""
+        above = self._text.rfind("\n", 0, max(line - 1, 0)) + 1
+        if above < line and self._text[above:line].startswith(" " * column + "#"):
+            return self._start_of_comments(above, column)
+        return line
 
     def _end_of_line(self, place: int, *, with_newline: bool = False) -> int:
         """Return where the line ends that a value ends on."""

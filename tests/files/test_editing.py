@@ -43,7 +43,6 @@ models:
   - model: ./base
   - model: ./math   # maths
     parameters:
-      # denser is worse
       weight: 0.25   # by hand
   - model: './code'
     parameters: {weight: 0.5}
@@ -101,6 +100,13 @@ def test_all_but_the_changed_values_stays_as_it_is():
             "a:\n- b:\n    c: 1 # c\n    d: 2\n    e: 3\n# end\n",
             {"a": [{"b": {"c": 5, "f": 6}}], "g": 7},
             "a:\n- b:\n    c: 5 # c\n    f: 6\ng: 7\n# end\n",
+        ),
+        ("a: &w # there\n  0.5\nb: *w\n", {"a": 1, "b": 1}, "a: &w # there\n  1\nb: *w\n"),
+        ("a: &w !!str 1 # w\n", {"a": 2}, "a: &w 2 # w\n"),
+        (
+            "# top\n\na:\n  # of c\n  c: 1\n # of both\n  # of d\n  # too\n  d: 1\n",
+            {"a": {"c": 2}},
+            "# top\n\na:\n  # of c\n  c: 2\n # of both\n",
         ),
         ("a: !!str 1\nb: yes\n", {"a": "2"}, "a: '2'\nb: yes\n"),
     ],
