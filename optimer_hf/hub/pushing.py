@@ -326,9 +326,14 @@ def _is_unreachable(target: "_Repository") -> bool:
 
 
 def _unchecked(
-    target: "_Repository", publication: Publication, foreseen: Collection[str]
+    target: "_Repository",
+    publication: Publication,
+    foreseen: Collection[str],
+    licence: str | None,
 ) -> Iterator[str]:
-    """Yield what a dry run would have asked the Hub, but for inputs that are to be uploaded."""
+    """Yield what a dry run would have asked the Hub, but for inputs that are to be uploaded.
+    `licence` is the one that was given.
+    """
     if target.silence is None:
         return
     why = target.silence.reason
@@ -336,6 +341,11 @@ def _unchecked(
     inputs = ", ".join(x.partition("@")[0] for x in publication.inputs if x not in foreseen)
     if target.silence.is_total and inputs:
         yield f"whether others can see {inputs}, and under which licences ({why})"
+    if target.silence.is_total and licence is None:
+        yield (
+            "which licence the card names: without --license, that of the card on the Hub, or of "
+            f"the inputs; a push that finds none is refused ({why})"
+        )
 
 
 @dataclass(frozen=True)
@@ -638,7 +648,7 @@ def _commit(
         there = target.list_files(info.sha) if info is not None and info.sha is not None else {}
         done, operations = _changes(target.repo_id, publication.kind, files, there)
         uses = tuple(describe_uses(publication, target.repo_id))
-        unchecked = tuple(_unchecked(target, publication, foreseen))
+        unchecked = tuple(_unchecked(target, publication, foreseen, options.licence))
         done = replace(done, card=text, url=target.url, readers=uses, unchecked=unchecked)
         if options.dry_run or info is None:
             return done

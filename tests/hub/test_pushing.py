@@ -183,8 +183,15 @@ def test_a_dry_run_needs_no_hub_and_says_what_it_did_not_ask(
     assert first == f"whether {repo_id} is new, and you may write to it ({silent_hub})"
     inputs = "alice/base, alice/zero" if "at" in options else "alice/base"
     seen = f"whether others can see {inputs}, and under which licences ({silent_hub})"
+    unlicensed = (
+        "which licence the card names: without --license, that of the card on the Hub, or of the "
+        f"inputs; a push that finds none is refused ({silent_hub})"
+    )
+    licence_line = [unlicensed] * ("licence" not in options)
     weights = ["whether alice/zero have the weights of v0"] * ("at" in options)
-    assert others == ([] if token is None else [seen, *weights])
+    assert others == ([] if token is None else [seen, *licence_line, *weights])
+    parts = [unlicensed in part.unchecked for part in done.vectors]
+    assert parts == [token is not None and "licence" not in options] * len(parts)
 
 
 def test_a_dry_run_of_an_unknown_input_and_a_push_still_need_the_hub(
