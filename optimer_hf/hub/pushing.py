@@ -45,7 +45,14 @@ from optimer_hf.hub.client import (
     retry,
     values_in_card,
 )
-from optimer_hf.hub.local_inputs import BASE, Placed, assume_on_hub, find_on_hub, local_inputs
+from optimer_hf.hub.local_inputs import (
+    BASE,
+    NOT_YET,
+    Placed,
+    assume_on_hub,
+    find_on_hub,
+    local_inputs,
+)
 from optimer_hf.hub.publication import (
     CARD,
     BaseModel,
@@ -84,7 +91,7 @@ MOST_FILES = 250  # in one commit
 class Push:
     """What a push did, or would do if `commit` is None. `sent` maps files to sizes in bytes.
     `readers` says what others can do with the repository at `url`. `unchecked` says what a dry run
-    could not ask the Hub.
+    could not ask the Hub, or cannot know yet.
     """
 
     repo_id: str
@@ -332,8 +339,12 @@ def _unchecked(
     licence: str | None,
 ) -> Iterator[str]:
     """Yield what a dry run would have asked the Hub, but for inputs that are to be uploaded.
-    `licence` is the one that was given.
+    `licence` is the one that was given. Commits that nobody knows yet come first.
     """
+    awaited = [x.partition("@")[0] for x in publication.inputs if x.endswith(f"@{NOT_YET}")]
+    if awaited:
+        names = ", ".join(awaited)
+        yield f"the commits of {names}, for which the card has {NOT_YET} until the push"
     if target.silence is None:
         return
     why = target.silence.reason
@@ -648,10 +659,10 @@ def _commit(
         there = target.list_files(info.sha) if info is not None and info.sha is not None else {}
         done, operations = _changes(target.repo_id, publication.kind, files, there)
         uses = tuple(describe_uses(publication, target.repo_id))
-        unchecked = tuple(_unchecked(target, publication, foreseen, options.licence))
-        done = replace(done, card=text, url=target.url, readers=uses, unchecked=unchecked)
+        done = replace(done, card=text, url=target.url, readers=uses)
         if options.dry_run or info is None:
-            return done
+            unchecked = tuple(_unchecked(target, publication, foreseen, options.licence))
+            return replace(done, unchecked=unchecked)
         if not options.create_pr:
             target.create_branch_if_missing()
         _refuse_moved_tag(target, options.tag, bool(operations), info.sha)

@@ -147,7 +147,7 @@ def test_a_dry_run_sends_nothing_and_shows_the_card(hub, make_vector, name):
     done = hubs.push(make_vector("adapter"), f"alice/{name}", token=ALICE, dry_run=True)
     assert done.commit is None
     assert "adapter_model.safetensors" in done.sent
-    assert "license: gemma" in done.card
+    assert "license: gemma" in done.card and not done.unchecked
     assert not hub.calls("^(POST|PUT) ")
 
 
@@ -179,7 +179,13 @@ def test_a_dry_run_needs_no_hub_and_says_what_it_did_not_ask(
     assert sent == ours and "recipe.yaml" in done.sent and done.commit is None
     licence = options.get("licence") or ("gemma" if token is None else None)
     assert split_card(done.card)[0].get("license") == licence
-    first, *others = done.unchecked
+    commits, first, *others = done.unchecked
+    places = [options["at"]["v0"] if "at" in options else f"{repo_id}-v0", f"{repo_id}-v1"]
+    assert (
+        commits
+        == f"the commits of {', '.join(places)}, for which the card has {'0' * 40} until the push"
+    )
+    assert all(f"{place}@{'0' * 40}" in done.card for place in places)
     assert first == f"whether {repo_id} is new, and you may write to it ({silent_hub})"
     inputs = "alice/base, alice/zero" if "at" in options else "alice/base"
     seen = f"whether others can see {inputs}, and under which licences ({silent_hub})"
