@@ -70,7 +70,7 @@ from optimer_hf.hub.readers import describe_uses
 from optimer_hf.hub.uploads import base_of, find_earlier_uploads, uploads_of
 from optimer_hf.merging.mergekit_pool import mergekit_command
 from optimer_hf.models.hub_answers import checking_answers
-from optimer_hf.recipes.record import LOCK, Lock, Recipe
+from optimer_hf.recipes.record import LOCK, MERGE_CONFIG, VANILLA_CONFIG, Lock, Recipe
 from optimer_hf.report.captions import (
     CAPTIONS,
     CARD_FIGURES,
@@ -612,12 +612,12 @@ def _merge_configs(publication: Publication) -> Iterator[card.MergeConfig]:
     """Yield the configs for mergekit in a repository, with the commands that run them once it was
     pulled into `merge`.
     """
-    if text := publication.text("optimer.yml").strip():
+    if text := publication.text(MERGE_CONFIG).strip():
         title = "Merge config for mergekit with optimer-hf installed"
-        yield card.MergeConfig(title, "optimer merge merge/optimer.yml merged", text)
-    if text := publication.text("mergekit_config.yml").strip():
-        config = parse_yaml(text, "mergekit_config.yml")
-        command = mergekit_command(config, "merge/mergekit_config.yml", out="merged")
+        yield card.MergeConfig(title, f"optimer merge merge/{MERGE_CONFIG} merged", text)
+    if text := publication.text(VANILLA_CONFIG).strip():
+        config = parse_yaml(text, VANILLA_CONFIG)
+        command = mergekit_command(config, f"merge/{VANILLA_CONFIG}", out="merged")
         yield card.MergeConfig("Merge config for mergekit alone", command, text)
 
 
