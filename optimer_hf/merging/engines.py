@@ -34,9 +34,10 @@ from optimer_hf.models.resolve import (
 )
 from optimer_hf.models.union import Vocabulary
 from optimer_hf.vectors.groups import weights_of_parts
+from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import QUANTISED, read_record
-from optimer_hf.vectors.splitting import layers_for, split_pool
+from optimer_hf.vectors.splitting import split_pool
 
 logger = logging.getLogger(__name__)
 

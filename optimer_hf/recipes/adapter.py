@@ -17,10 +17,11 @@ from optimer_hf.recipes.build import read_lock
 from optimer_hf.recipes.record import Ingredient, Recipe
 from optimer_hf.vectors.delta import describe_vector
 from optimer_hf.vectors.groups import weights_of_parts
+from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.lora import Product, read_products
 from optimer_hf.vectors.lora_config import read_options
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import idle_weights, layers_for, split_pool
+from optimer_hf.vectors.splitting import idle_weights, split_pool
 from optimer_hf.vectors.vector import DistributionVector
 
 

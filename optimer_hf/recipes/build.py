@@ -29,8 +29,9 @@ from optimer_hf.recipes.record import LOCK, Lock, Recipe
 from optimer_hf.recipes.write import digests_of_tokenizer
 from optimer_hf.report.captions import CAPTIONS, CARD_FILES
 from optimer_hf.vectors.groups import weights_of_parts
+from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import idle_weights, layers_for, split_pool
+from optimer_hf.vectors.splitting import idle_weights, split_pool
 from optimer_hf.vectors.vector import AdapterVector
 
 logger = logging.getLogger(__name__)

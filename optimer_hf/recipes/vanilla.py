@@ -14,9 +14,9 @@ from optimer_hf.recipes.record import tokenizer_note
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import Trial
 from optimer_hf.vectors.delta import extract, measure_norms
+from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
-from optimer_hf.vectors.splitting import layers_for
 from optimer_hf.vectors.vector import DeltaVector, DistributionVector
 
 # relative norm of a delta; rounded by at most 2^-8, it moves 6 % of a bfloat16 output by one ulp

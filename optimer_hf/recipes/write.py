@@ -38,6 +38,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
 from optimer_hf.study.trials import ENGINE, Fidelity, Trial
 from optimer_hf.vectors.groups import weights_of_groups
+from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.record import read_record
 
 
@@ -66,8 +67,6 @@ def write_recipe(
     Raises ConfigError if `derived_from` is not pinned, OutputError if files of somebody else would
     be lost, StudyError if weights are no longer those that the trials scored.
     """
-    from optimer_hf.vectors.splitting import layers_for  # imports torch
-
     _refuse_unpinned(derived_from)
     config, trial = study.config, pick or study.best_trial
     folder = path.resolve().parent

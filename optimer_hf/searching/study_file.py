@@ -209,7 +209,8 @@ def merge_config_of_study(
     is a mergekit YAML, it comes back with its models as they are written there. For a study.yaml,
     local models are seen from its folder.
     """
-    from optimer_hf.vectors.splitting import layers_for, stack_of  # imports torch
+    from optimer_hf.vectors.layers import layers_for
+    from optimer_hf.vectors.splitting import stack_of  # imports torch
 
     base = resolve_model(config.base_model)
     n_layers = layers_for(config.groups, base) or None

@@ -42,8 +42,9 @@ from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.trials import ENGINE, Candidate, Trial
 from optimer_hf.vectors.delta import measure_norms
 from optimer_hf.vectors.groups import slopes_of_groups, weights_of_parts
+from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import idle_weights, layers_for, split_pool
+from optimer_hf.vectors.splitting import idle_weights, split_pool
 
 logger = logging.getLogger(__name__)
 

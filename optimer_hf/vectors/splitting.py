@@ -9,8 +9,8 @@ from pathlib import Path
 from optimer_hf.errors import ModelError
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
-from optimer_hf.models.loader import count_layers
 from optimer_hf.vectors.groups import ELSE, GRADIENT, LAYERS, OF_LAYER, Groups
+from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.vector import (
     AdapterVector,
     CheckpointVector,
@@ -92,11 +92,6 @@ def refuse_unknown_groups(vector: str, groups: Groups, base: ResolvedModel) -> N
 def idle_weights(weights: Mapping[str, float]) -> set[str]:
     """Return the names of weights that are 0: what they scale may be nothing."""
     return {name for name, weight in weights.items() if weight == 0}
-
-
-def layers_for(groups: Mapping[str, Groups], base: ResolvedModel) -> int:
-    """Return the number of layers of a base, or 0 if no groups need it."""
-    return count_layers(base.path) if any(each.needs_layers for each in groups.values()) else 0
 
 
 def stack_of(base: Path) -> str | None:

@@ -31,8 +31,9 @@ from optimer_hf.searching.study_file import (
 )
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.groups import weights_of_parts
+from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import layers_for, split_pool
+from optimer_hf.vectors.splitting import split_pool
 from tests.support.merges import assert_same_bits, optimer_yaml, tensors_in, write_config
 from tests.support.tiny import GROUPED, ulps_apart
 
