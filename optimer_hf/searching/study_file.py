@@ -42,6 +42,7 @@ from optimer_hf.models.resolve import resolve_model
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
 from optimer_hf.study.config import SearchConfig, StudyConfig
 from optimer_hf.study.trials import STUDY_FILE
+from optimer_hf.vectors.layers import layers_for
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,6 @@ def merge_config_of_study(
     is a mergekit YAML, it comes back with its models as they are written there. For a study.yaml,
     local models are seen from its folder.
     """
-    from optimer_hf.vectors.layers import layers_for
     from optimer_hf.vectors.splitting import stack_of  # imports torch
 
     base = resolve_model(config.base_model)
