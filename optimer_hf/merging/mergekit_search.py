@@ -5,7 +5,7 @@ value along the layers. Along the layers there are at most MOST_SEARCHED: more g
 that become so many, and more slices share weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,8 @@ def _mistake(path: Path, place: Place, message: str) -> ConfigError:
 def splits_to_search(config: Mapping[str, Any], path: Path) -> dict[str, By]:
     """Return how vectors are split, by name, that have more than one weight to search."""
     if len(config.get("slices") or []) > 1:
-        return {name: _by_slices(config, path, model) for name, model in _vectors(config, path)}
+        models = vector_names(config, path)
+        return {name: _by_slices(config, path, model) for name, model in models.items()}
     settings = _settings_of_models(config, path)
     splits = {name: _by_setting(setting) for name, setting in settings.items()}
     return {name: by for name, by in splits.items() if by is not None}
@@ -129,8 +130,11 @@ def place_of_vector(config: Mapping[str, Any], path: Path, vector: str) -> Place
     return next(places, None)
 
 
-def _vectors(config: Mapping[str, Any], path: Path) -> Iterator[tuple[str, ModelName]]:
-    yield from vector_names(config, path).items()
+def _entries_by_vector(config: Mapping[str, Any], path: Path) -> dict[str, Mapping[str, Any]]:
+    """Return the entry of each vector, by name, of a config with at most one slice."""
+    base = base_of(config, path)
+    entries = [each for _, each in entries_of(config) if model_name_in(each["model"], path) != base]
+    return dict(zip(vector_names(config, path), entries, strict=True))
 
 
 def _settings_of_models(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -138,13 +142,11 @@ def _settings_of_models(config: Mapping[str, Any], path: Path) -> dict[str, Any]
     of the slice or that of all.
     """
     piece = (config.get("slices") or [{}])[0]
-    base = base_of(config, path)
-    settings = []
-    for _, entry in entries_of(config):
-        if model_name_in(entry["model"], path) != base:
-            blocks = [(each.get("parameters") or {}) for each in (entry, piece, config)]
-            settings.append(next((b["weight"] for b in blocks if "weight" in b), None))
-    return dict(zip(vector_names(config, path), settings, strict=True))
+    settings = {}
+    for name, entry in _entries_by_vector(config, path).items():
+        blocks = [(each.get("parameters") or {}) for each in (entry, piece, config)]
+        settings[name] = next((b["weight"] for b in blocks if "weight" in b), None)
+    return settings
 
 
 def vectors_once_whole(config: Mapping[str, Any], path: Path) -> set[str]:
@@ -153,12 +155,9 @@ def vectors_once_whole(config: Mapping[str, Any], path: Path) -> set[str]:
     """
     if config.get("slices"):
         return set()
-    base = base_of(config, path)
-    entries = [e for _, e in entries_of(config) if model_name_in(e["model"], path) != base]
-    names = vector_names(config, path)
     return {
         name
-        for name, entry in zip(names, entries, strict=True)
+        for name, entry in _entries_by_vector(config, path).items()
         if not _has_plain_filters((entry.get("parameters") or {}).get("weight"))
     }
 
@@ -335,13 +334,13 @@ def with_weights(
 
 def _first_models(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return each vector as it is written where it stands first, by name."""
-    entries = [
+    if not config.get("slices"):
+        entries = _entries_by_vector(config, path)
+        return {name: entry["model"] for name, entry in entries.items()}
+    written = [
         (model_name_in(each["model"], path), each["model"]) for _, each in entries_of(config)
     ]
-    if not config.get("slices"):
-        models = [written for name, written in entries if name != base_of(config, path)]
-        return dict(zip(vector_names(config, path), models, strict=True))
-    first = dict(reversed(entries))
+    first = dict(reversed(written))
     return {key: first[name] for key, name in vector_names(config, path).items()}
 
 
