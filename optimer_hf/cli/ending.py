@@ -88,7 +88,7 @@ def leave(status: int) -> NoReturn:
     """
     with keep_for_results():
         atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller
         try:
             stream.flush()
         except (OSError, ValueError):  # a full disk or a closed pipe; Python itself ends with 120

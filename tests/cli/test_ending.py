@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -111,3 +113,11 @@ def test_no_token_is_shown_with_the_command_that_resumes(monkeypatch, given, sho
     result = optimer("pull", "a/b", ok=False)
     assert result.exit_code == 130
     assert result.stderr.endswith(f"to resume: {shown}")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_is_no_error(closed):
+    command = f"{shlex.quote(sys.executable)} -m optimer_hf schema study {closed}"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert ended.returncode == 0 and not ended.stderr
+    assert ended.stdout.startswith("{") == (closed == "2>&-")
