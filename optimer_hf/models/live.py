@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import platform
 import tempfile
 from typing import Any
 
@@ -57,8 +58,8 @@ def default_device() -> str:
 def compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """Return `dtype` if a device has fast matrix products for it, else float32.
 
-    A CPU without AVX-512 or similar has no kernels for 16 bits, and PyTorch's fallback is 6 to 90
-    times slower than float32 (benchmarks/precision.py). GPUs before Ampere have none for bfloat16.
+    Without them, PyTorch's fallbacks are 3 to 90 times slower than float32
+    (benchmarks/precision.py). GPUs before Ampere have none for bfloat16.
     """
     if dtype == torch.float32:
         return dtype
@@ -69,10 +70,22 @@ def compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     elif not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         has_kernels = False
     elif dtype == torch.bfloat16:
-        has_kernels = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        has_kernels = _multiplies_bfloat16()
     else:
         has_kernels = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return dtype if has_kernels else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions that multiply bfloat16. oneDNN supports it on every
+    x86 processor with AVX-512, but emulates it where they are missing.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def load_tokenizer(base: ResolvedModel) -> Any:

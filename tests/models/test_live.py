@@ -1,5 +1,6 @@
 """Models as they are loaded: errors name the model, and slow dtypes are avoided."""
 
+import platform
 import shutil
 
 import pytest
@@ -38,8 +39,29 @@ def test_sixteen_bits_are_multiplied_in_float32_where_the_processor_has_no_kerne
 ):
     name = f"_is_mkldnn_{flag}_supported"
     monkeypatch.setattr(torch.ops.mkldnn, name, lambda: supported, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert compute_dtype(dtype, "cpu") == (dtype if supported else torch.float32)
     assert compute_dtype(torch.float32, "cpu") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512", "amx", "expected"),
+    [
+        ("x86_64", False, False, torch.float32),  # AVX-512 alone: oneDNN emulates
+        ("AMD64", False, False, torch.float32),
+        ("x86_64", True, False, torch.bfloat16),
+        ("x86_64", False, True, torch.bfloat16),
+        ("aarch64", False, False, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_multiplied_in_float32_where_it_would_be_emulated(
+    monkeypatch, machine, avx512, amx, expected
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert compute_dtype(torch.bfloat16, "cpu") == expected
 
 
 def test_a_build_without_mkldnn_multiplies_in_float32(monkeypatch):
