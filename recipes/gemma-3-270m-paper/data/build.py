@@ -114,6 +114,15 @@ def build_domain(corpora: Path, domain: str) -> None:
         trained.update(*(ngrams(row["text"], N) for row in found))
     for half in ("search", "test"):
         files[f"{domain}.{half}"] = items(domain, split[half], trained)
+    if domain == "en":  # general text for `replay:`, from the paragraphs that are no items
+        held_out = [row for half in ("search", "test") for row in files[f"{domain}.{half}"]]
+        docs = {row["doc"] for row in held_out}
+        seen: set[Ngram] = set().union(*(ngrams(row["text"], N) for row in held_out))
+        files[f"{domain}.train"] = [
+            row
+            for row in (*split["search"], *split["test"])
+            if row["doc"] not in docs and not ngrams(row["text"], N) & seen
+        ]
     for name, found in files.items():
         write(name, found)
 
