@@ -37,11 +37,12 @@ def test_a_merge_config_runs_on_real_models(path: Path, tmp_path: Path, make_bas
 @pytest.mark.parametrize("folder", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_folder_is_valid_in_every_budget(folder: Path, tmp_path: Path):
     from optimer_hf.experiment.folder import Run, load_inputs
+    from optimer_hf.experiment.profile import is_profile
+    from optimer_hf.files.reading import read_yaml
 
-    for profile in (
-        None,
-        *(name for name in ("short", "gpu") if (folder / f"{name}.yaml").exists()),
-    ):
+    files = [path for path in sorted(folder.glob("*.yaml")) if is_profile(set(read_yaml(path)))]
+    assert folder / "short.yaml" in files
+    for profile in (None, *(path.stem for path in files)):
         inputs = load_inputs(Run(folder, tmp_path / "out", profile))
         config = inputs.study
         assert set(inputs.trainings) <= set(config.vectors)
