@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from optimer_hf.errors import StudyError
 from optimer_hf.files.disk import naming_disk_errors
@@ -48,16 +48,31 @@ def read_lines(path: Path, *, repair: bool) -> list[bytes]:
     if incomplete and repair:
         logger.warning("%s: a crash left the last line incomplete; it is dropped", path.name)
         with open(path, "r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in lines))
+            _cut_incomplete_line(file)
     return lines
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append a line; it is on disk when this returns."""
-    with naming_disk_errors(path, "All lines before this one are kept"), open(path, "ab") as file:
-        file.write(text.encode() + b"\n")
+    """Append a line; it is on disk when this returns. Only the holder of the lock may call this, so
+    an incomplete last line is what a crash left, and goes. Half of a surrogate pair, as in the name
+    of a file that is not UTF-8, becomes a question mark.
+    """
+    with naming_disk_errors(path, "All lines before this one are kept"), open(path, "a+b") as file:
+        _cut_incomplete_line(file)
+        file.write(text.encode(errors="replace") + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _cut_incomplete_line(file: BinaryIO) -> None:
+    """Remove what follows the last line break of a file, if anything does."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 # -- trials ----------------------------------------------------------------------------------------

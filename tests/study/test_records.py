@@ -32,7 +32,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study, load_study
 from optimer_hf.study.gp import fit
 from optimer_hf.study.prediction import front, predict
-from optimer_hf.study.trials import TrialLog
+from optimer_hf.study.trials import Candidate, TrialLog
 
 N_TRIALS = 7
 Lines = list[dict[str, Any]]
@@ -326,6 +326,22 @@ def test_a_torn_last_line_is_left_out_by_readers(finished, copy, name, keep):
     search(config_of(), copy, runner=InProcess(no_pool))
     compare(load_study(copy), pool=no_pool)
     assert (copy / name).read_bytes() == whole
+
+
+def test_a_row_that_is_decided_after_a_torn_line_does_not_join_it(tmp_path):
+    study = search(config_of(), tmp_path / "s", runner=InProcess(Pool))
+    decisions = study.directory / "decisions.jsonl"
+    whole = decisions.read_bytes()
+    decisions.write_bytes(whole + whole.splitlines(keepends=True)[-1][:40])
+    compare(load_study(study.directory), pool=Pool)
+    assert decisions.read_bytes().startswith(whole)
+    assert load_study(study.directory).decision.rows
+
+
+def test_a_line_with_half_a_character_is_written_and_read(tmp_path):
+    log = TrialLog(tmp_path / "trials.jsonl")
+    log.append(Candidate(0, "base", {"x": 0.0}).to_crashed_trial("OSError: \udcff.jsonl"))
+    assert TrialLog(log.path).trials[0].error == "OSError: ?.jsonl"
 
 
 @pytest.mark.parametrize("command", ["report", "recipe", "retarget", "ratios", "compare"])
