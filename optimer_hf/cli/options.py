@@ -129,6 +129,12 @@ SEEDS = click.option(
     help="Number of seeds to run with, to see how much the results vary.",
 )
 
+SEED = click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=999),
+    help="Run this one of the seeds alone, e.g. on a machine of its own; --seeds N joins them.",
+)
+
 
 def n_trials(help_text: str) -> Callable[[CommandT], CommandT]:
     """Return the option --n-trials."""

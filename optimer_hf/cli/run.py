@@ -9,6 +9,7 @@ from optimer_hf.cli.options import (
     FORMAT,
     PATH,
     PROFILE,
+    SEED,
     SEEDS,
     SHORT,
     STUDY_OR_FOLDER,
@@ -29,16 +30,20 @@ MFU = 0.4  # well-tuned training on one H100 reaches 40 to 50 % (nanochat)
 @PROFILE
 @TOKENS
 @SEEDS
-def run(recipe_dir: Path, out: Path | None, n_seeds: int | None, **budget: Any) -> None:
+@SEED
+def run(
+    recipe_dir: Path, out: Path | None, n_seeds: int | None, seed: int | None, **budget: Any
+) -> None:
     """Run a recipe folder from corpora to the compared merge; resumes where it stopped.
 
     RECIPE_DIR contains a study.yaml and the train files of its vectors. The results go to OUT
     (default: runs/NAME, with the profile, -TOKENS or -seeds appended). With --seeds, OUT gets a
-    whole run in every seed-K, with K added to the seeds of all trainings and searches.
+    whole run in every seed-K, with K added to the seeds of all trainings and searches. --seed K
+    does only that one, so that several machines can share them.
     """
     from optimer_hf.experiment.commands import run_folder
 
-    job, summary = run_folder(recipe_dir, out, n_seeds=n_seeds, **budget)
+    job, summary = run_folder(recipe_dir, out, n_seeds=n_seeds, seed=seed, **budget)
     echo_markdown(summary)
     shown = job.out.relative_to(Path.cwd()) if job.out.is_relative_to(Path.cwd()) else job.out
     if n_seeds is not None:

@@ -85,13 +85,15 @@ class Results(VersionedFile):
     """results.json of a run: the rows with the base first, in `unit`, and the verdicts.
 
     `limited` has the labels of the terms that were scored on some of their items. Files of version
-    0.1.0 lack both; `read_results` adds them.
+    0.1.0 lack both; `read_results` adds them. `rank_correlation` is that of `check_ratios`, if the
+    run has trained enough attempts at a mixture.
     """
 
     rows: list[RowResult] = Field(min_length=1)
     verdicts: list[str] = []
     unit: Unit = PERCENT
     limited: list[str] = []
+    rank_correlation: float | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
     def by_key(self) -> dict[tuple[RowKind, str], RowResult]:
@@ -104,14 +106,15 @@ class Results(VersionedFile):
         return self.by_key["merge", ""]
 
 
-def results_of(comparison: Comparison) -> Results:
-    """Return the record of a comparison."""
+def results_of(comparison: Comparison, rank_correlation: float | None = None) -> Results:
+    """Return the record of a comparison, and of a check of the ratios."""
     objective = comparison.objective
     return Results(
         rows=[_result_of(comparison, row) for row in comparison.rows],
         verdicts=verdicts(comparison),
         unit=Unit.of(objective),
         limited=limited_terms(objective),
+        rank_correlation=rank_correlation,
     )
 
 

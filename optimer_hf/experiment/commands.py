@@ -28,24 +28,35 @@ def run_folder(
     profile: str | None = None,
     tokens: str | int | None = None,
     n_seeds: int | None = None,
+    seed: int | None = None,
 ) -> tuple[Run, str]:
-    """Run a recipe folder, under `n_seeds` seeds if that is given, and return the run with its
-    summary. If the run is finished, only read the summary. The arguments are those of `run_of`.
+    """Run a recipe folder, under `n_seeds` seeds or as the one with this `seed` if that is given,
+    and return the run with its summary. If the run is finished, only read the summary. The other
+    arguments are those of `run_of`.
+
+    Raises ConfigError for `n_seeds` and `seed` together.
     """
+    if n_seeds is not None and seed is not None:
+        raise ConfigError(
+            f"--seeds {n_seeds}, --seed {seed}: expected one of them. --seed {seed} runs that one "
+            "alone, --seeds runs those that are missing and joins all."
+        )
     run = run_of(
         recipe_dir,
         out,
         short=short,
         profile=profile,
         tokens=tokens,
-        is_seeded=n_seeds is not None,
+        is_seeded=n_seeds is not None or seed is not None,
     )
     check_folder(run)
     from optimer_hf.experiment.run import finished_summary, run_recipe
-    from optimer_hf.experiment.seeds import run_seeds
+    from optimer_hf.experiment.seeds import mark_seeds, run_seeds
 
     if n_seeds is not None:
         return run, run_seeds(run, n_seeds)
+    if seed is not None:
+        run = mark_seeds(run, seed)
     summary = finished_summary(run)
     if summary is None:
         return run, run_recipe(run)

@@ -39,12 +39,15 @@ def finished_summary(run: Run) -> str | None:
     """Return the summary of a finished run, or None if something is left to do. Only small files
     are read.
     """
+    return read_summary(run) if is_finished(run) else None
+
+
+def is_finished(run: Run, *, needed: Sequence[str] = RESULTS) -> bool:
+    """Whether a run has finished with these inputs, and the files are there that are needed."""
     file = run.out / DONE_FILE
-    if not file.exists():
-        return None
-    done = Done.read(file)
-    is_whole = all((run.out / name).exists() for name in RESULTS)
-    return read_summary(run) if is_whole and done.inputs_sha256 == run.inputs_digest() else None
+    if not file.exists() or not all((run.out / name).exists() for name in needed):
+        return False
+    return Done.read(file).inputs_sha256 == run.inputs_digest()
 
 
 def read_summary(run: Run) -> str:
@@ -59,6 +62,7 @@ def run_recipe(run: Run) -> str:
     holds something else, StudyError if another process holds it.
     """
     from optimer_hf.comparison.ledger import StageCost, write_ledger
+    from optimer_hf.comparison.ratio_check import check_ratios
     from optimer_hf.comparison.results_file import results_of
     from optimer_hf.comparison.sealed import compare
     from optimer_hf.experiment.mixtures import train_attempts, train_mixtures
@@ -89,7 +93,9 @@ def run_recipe(run: Run) -> str:
         write = StageCost(seconds=round(perf_counter() - writing, 1))
         whole = StageCost(seconds=round(perf_counter() - started, 1), peak_bytes=peak_memory())
         spent = spent.model_copy(update={"write": write, "this_invocation": whole})
-        results_of(comparison).write(run.out / "results.json")
+        check = check_ratios(study)
+        correlation = None if check is None else check.correlation
+        results_of(comparison, correlation).write(run.out / "results.json")
         write_ledger(spent, run.out / "ledger.json")
         write_text(run.out / "results.md", _results_text(run, comparison, study, spent))
         Done(inputs_sha256=run.inputs_digest()).write(run.out / DONE_FILE)
@@ -161,6 +167,15 @@ def claim_directory(out: Path, claim: Claim) -> Iterator[None]:
         if not _refuse_other_claim(out, claim):
             claim.write(out / CLAIM_FILE)
         yield
+
+
+def mark_directory(out: Path, claim: Claim) -> None:
+    """Mark an output directory with its claim, and let other processes use it, too.
+
+    Raises OutputError if it holds something else, and then leaves it as it is.
+    """
+    if not _refuse_other_claim(out, claim):
+        claim.write(out / CLAIM_FILE)
 
 
 def _refuse_other_claim(out: Path, claim: Claim) -> bool:

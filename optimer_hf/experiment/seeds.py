@@ -1,12 +1,13 @@
 """Run a recipe folder under several seeds, and measure how much its results depend on them.
 
-    OUT/  seed-0/  seed-1/  ...      whole runs; finished ones are skipped the next time
+    OUT/  seed-0/  seed-1/  ...      whole runs; finished ones are skipped the next time, and of
+                                     those only done.json and results.json are needed
           results.md  results.json   the gain of every row by seed, means, intervals over the seeds
           attempts.png               the gain of the best of R mixtures at equal cost, if asked for
 
 The intervals of one run are over test items. Only runs with other seeds show how much of a
 difference is due to chance in a training or a search. The run in OUT/seed-0 has the seeds of the
-folder itself.
+folder itself. One of the runs can be done alone, by a machine of its own.
 """
 
 import logging
@@ -14,17 +15,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from optimer_hf.comparison.ratio_check import check_ratios
 from optimer_hf.comparison.results_file import Results, read_results
 from optimer_hf.comparison.rows import OF_ATTEMPTS, mark_title, title_of
 from optimer_hf.experiment.attempts_figure import write_attempts_figure
 from optimer_hf.experiment.folder import Run, load_inputs
-from optimer_hf.experiment.run import claim_directory, finished_summary, run_recipe
+from optimer_hf.experiment.run import (
+    claim_directory,
+    is_finished,
+    mark_directory,
+    run_recipe,
+)
 from optimer_hf.experiment.seeds_file import SeededRow, SeedResults, Spread
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import markdown_table
 from optimer_hf.scoring.formatting import OF_TERMS, Unit
-from optimer_hf.study.directory import load_study
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +45,11 @@ def run_seeds(run: Run, n_seeds: int) -> str:
     with claim_seeds(run, n_seeds) as runs:
         for each in runs:
             logger.info("%s of %d seeds", each.out.name, n_seeds)
-            if finished_summary(each) is None:
+            if not is_finished(each, needed=("results.json",)):
                 run_recipe(each)
         results = [read_results(each.out / "results.json", config) for each in runs]
         rows, merges = join_rows(results), [result.merge.weights for result in results]
-        checks = [check_ratios(load_study(each.out / "study")) for each in runs]
-        known = [each.correlation for each in checks if each is not None]
+        known = [result.rank_correlation for result in results]
         correlations = [each for each in known if each is not None]
         spread = Spread(values=correlations) if len(correlations) == len(runs) else None
         text = f"# {run.name}\n\n{to_markdown(rows, merges, unit)}{terms_to_markdown(rows)}"
@@ -67,7 +70,19 @@ def claim_seeds(run: Run, n_seeds: int) -> Iterator[list[Run]]:
     Raises OutputError if it holds something else, StudyError if another process holds it.
     """
     with claim_directory(run.out, run.claim(seeds=True)):
-        yield [replace(run, out=run.out / f"seed-{seed}", seed=seed) for seed in range(n_seeds)]
+        yield [_under(run, seed) for seed in range(n_seeds)]
+
+
+def mark_seeds(run: Run, seed: int) -> Run:
+    """Mark `run.out` as that of runs under several seeds, and return the one under `seed`, for a
+    process of its own. Raises OutputError if it holds something else.
+    """
+    mark_directory(run.out, run.claim(seeds=True))
+    return _under(run, seed)
+
+
+def _under(run: Run, seed: int) -> Run:
+    return replace(run, out=run.out / f"seed-{seed}", seed=seed)
 
 
 def join_rows(results: Sequence[Results]) -> list[SeededRow]:

@@ -62,6 +62,7 @@ NOT_RUN = {
     "python benchmarks/spin.py": "minutes, and a machine of its own",
     "python benchmarks/plan_27b.py": "test_27b.py runs it",
     "optimer run my-recipe": "a million tokens; tests/journeys/test_pretraining.py has fewer",
+    "optimer run recipes/mine out": "a GPU; tests/experiment/test_seeds.py does it",
     "optimer plan recipes/mine --on": "a base of 27 B parameters; benchmarks/plan_27b.py does it",
     'python3 -m venv "${VENV:-.venv}"': "the two blocks that .ci/run has, too",
 }

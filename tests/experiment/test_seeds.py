@@ -1,6 +1,7 @@
 """A recipe folder under several seeds: whole runs, more seeds later, means with intervals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,9 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
     assert first.exit_code == 0, first.output
     assert "Memory: planned" in (out / "seed-0" / "results.md").read_text()
     kept = {path: path.stat().st_mtime_ns for path in (out / "seed-0").rglob("*") if path.is_file()}
+    second = run_optimer("run", recipe_dir, out, "--short", "--seed", "1")  # by another machine
+    assert second.exit_code == 0, second.output
+    assert "share it: optimer push" in second.output and "seed-1" in second.output
     both = run_optimer("run", recipe_dir, out, "--short", "--seeds", "2")
     assert both.exit_code == 0, both.output
     assert kept == {
@@ -154,3 +158,30 @@ def test_seeds_are_whole_runs_that_stay_when_more_are_asked_for(recipe_dir: Path
         told = run_optimer(name, out, *["me/it"] * (name == "push"), *options)
         assert told.exit_code == 1
         assert f"It holds whole runs: give one of them, e.g. {out / 'seed-0'}." in told.output
+
+    joined = (out / "results.md").read_text()
+    for seed in (0, 1):  # what another machine has to send
+        for path in (out / f"seed-{seed}").iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in ("run.json", "done.json", "results.json"):
+                path.unlink()
+    again = run_optimer("run", recipe_dir, out, "--short", "--seeds", "2")
+    assert again.exit_code == 0, again.output
+    assert (out / "results.md").read_text() == joined
+
+
+def test_one_seed_and_all_seeds_are_not_asked_for_together(recipe_dir: Path, tmp_path: Path):
+    refused = run_optimer("run", recipe_dir, tmp_path / "out", "--seeds", "2", "--seed", "1")
+    assert refused.exit_code == 1
+    assert "--seeds 2, --seed 1: expected one of them." in refused.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_seed_does_not_go_into_the_folder_of_another_run(recipe_dir: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused = run_optimer("run", recipe_dir, out, "--short", "--seed", "1")
+    assert refused.exit_code == 1 and "was not made by `optimer run`" in refused.output
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
