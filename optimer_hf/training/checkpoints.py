@@ -120,26 +120,32 @@ def drop_damaged(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def refuse_other_sharding(folder: Path, sharding: str | None) -> None:
+def refuse_other_processes(folder: Path, sharding: str | None, n_processes: int) -> None:
     """Raise OutputError when a run cannot resume from a folder of checkpoints, because they were
-    written by one that was sharded in another way.
+    written by one that was sharded in another way, or by more or fewer processes: it would skip
+    other blocks than those it has seen, and follow another schedule.
     """
     for path in _checkpoints_in(folder)[:1]:
-        if (written := _sharding_of(path)) != sharding:
-            was, now = (
-                f"sharded with {kind}" if kind else "not sharded" for kind in (written, sharding)
+        written, now = _processes_of(path), (sharding, n_processes)
+        if written != now:
+            was, is_now = (
+                f"{n} process{'es' * (n > 1)}, {f'sharded with {kind}' if kind else 'not sharded'}"
+                for kind, n in (written, now)
             )
             raise OutputError(
-                f"{path}: was written by a run that was {was}, and this one is {now}. Start it as "
+                f"{path}: was written by a run of {was}, and this is one of {is_now}. Start it as "
                 f"before, or remove {folder} to start again."
             )
 
 
-def _sharding_of(checkpoint: Path) -> str | None:
-    """Return what a checkpoint was sharded with: "FSDP", "DeepSpeed" or None."""
+def _processes_of(checkpoint: Path) -> tuple[str | None, int]:
+    """Return what a checkpoint was sharded with ("FSDP", "DeepSpeed" or None), and how many
+    processes wrote it: each of several has a state of its random numbers.
+    """
+    n_processes = max(1, len([*checkpoint.glob("rng_state_*.pth")]))
     if any(path.is_dir() for path in checkpoint.glob("pytorch_model_fsdp_*")):
-        return "FSDP"
-    return "DeepSpeed" if any(checkpoint.glob("global_step*")) else None
+        return "FSDP", n_processes
+    return "DeepSpeed" if any(checkpoint.glob("global_step*")) else None, n_processes
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:

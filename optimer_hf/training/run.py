@@ -46,7 +46,7 @@ from optimer_hf.training.checkpoints import (
     newest_checkpoint,
     read_spent,
     read_started,
-    refuse_other_sharding,
+    refuse_other_processes,
 )
 from optimer_hf.training.checks import check_config, check_fields, check_targets
 from optimer_hf.training.config import TrainConfig
@@ -186,7 +186,7 @@ def _run(config: TrainConfig, out: Path, packed: PackedCorpus, state: Any) -> No
     if state.is_main_process:
         drop_damaged(out / CHECKPOINTS)
     state.wait_for_everyone()
-    refuse_other_sharding(out / CHECKPOINTS, requested_sharding())
+    refuse_other_processes(out / CHECKPOINTS, requested_sharding(), state.num_processes)
     base = resolve_base(config.base_model)
     checkpoint = newest_checkpoint(out / CHECKPOINTS)  # reads all of it
     spent = read_spent(checkpoint)

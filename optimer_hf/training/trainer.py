@@ -87,12 +87,14 @@ def build_trainer(
 
 def _speed_of(config: TrainConfig, recorded: Speed | None, device: torch.device) -> Speed:
     """Return the choices that a train file makes, and those of the run so far if it goes on on the
-    same kind of device; the rest is None.
+    same kind of device; the rest is None. The batch size stays on any device, since the steps and
+    the schedule of a run count batches.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     requested = _requested_speed(config)
     if recorded is None or recorded.device != name:
-        return requested.model_copy(update={"device": name})
+        batch_size = None if recorded is None else recorded.batch_size
+        return requested.model_copy(update={"device": name, "batch_size": batch_size})
     decided = {"cuda_graph": requested.cuda_graph, "compiled": requested.compiled}
     return recorded.model_copy(
         update={field: value for field, value in decided.items() if value is not None}

@@ -30,11 +30,13 @@ from optimer_hf.errors import ConfigError, CorpusError, ModelError, OutputError
 from optimer_hf.training import run as run_module
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
 from optimer_hf.training.captured import CapturedTrainer
+from optimer_hf.training.checkpoints import SpentRecord
 from optimer_hf.training.checks import check_config
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.packing import pack
 from optimer_hf.training.run import is_trained, prepare, train
 from optimer_hf.training.trainer import build_trainer
+from optimer_hf.vectors.training_record import Speed
 from tests.support.training import FAST, LORA, losses_of, record_of
 
 ROOT = Path(__file__).parents[2]
@@ -591,6 +593,17 @@ def test_one_process_uses_one_of_several_gpus(make_config, make_base, tmp_path, 
     assert isinstance(trainer.args, OnTwoGPUs)
     assert trainer.args.n_gpu == 1
     assert trainer.args.train_batch_size == trainer.args.per_device_train_batch_size
+
+
+def test_a_batch_size_that_was_found_stays_on_another_device(make_config, make_base, tmp_path):
+    config = make_config(trainer={**FAST, "per_device_train_batch_size": "auto"})
+    packed = prepare(config, tmp_path / "out")
+    assert packed is not None
+    speed = Speed(device="another GPU", batch_size=2, head="liger")
+    base, spent = make_base("gemma", torch.float32), SpentRecord(speed=speed)
+    trainer = build_trainer(config, base, packed, tmp_path / "out", spent)
+    assert trainer.args.train_batch_size == 2
+    assert trainer.speed.head == "blocked"
 
 
 @pytest.mark.parametrize(("asked", "seconds"), [({}, 6 * 3600), ({"ddp_timeout": 60}, 60)])

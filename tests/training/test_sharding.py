@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError, OutputError
 from optimer_hf.models.live import empty_model
-from optimer_hf.training.checkpoints import refuse_other_sharding
+from optimer_hf.training.checkpoints import refuse_other_processes
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.run import train, train_and_record
 from optimer_hf.training.sharding import FLAGS, check_sharding, refuse_unpassable
@@ -206,21 +206,43 @@ def test_a_killed_sharded_run_resumes_to_the_same_vector(make_config, tmp_path, 
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+ONE, TWO = ["rng_state.pth"], ["rng_state_0.pth", "rng_state_1.pth"]  # as transformers calls them
+FSDP_FILES, DEEPSPEED_FILES = ["pytorch_model_fsdp_0/x", *TWO], ["global_step2/x", *TWO]
+
+
 @pytest.mark.parametrize(
-    ("folder", "sharding", "message"),
+    ("files", "sharding", "n_processes", "message"),
     [
-        ("pytorch_model_fsdp_0", None, "was sharded with FSDP, and this one is not sharded"),
-        ("pytorch_model_fsdp_0", "DeepSpeed", "with FSDP, and this one is sharded with DeepSpeed"),
-        ("global_step2", "FSDP", "with DeepSpeed, and this one is sharded with FSDP"),
-        (".", "FSDP", "was not sharded, and this one is sharded with FSDP"),
+        (FSDP_FILES, None, 1, "2 processes, sharded with FSDP, .* 1 process, not sharded"),
+        (FSDP_FILES, "DeepSpeed", 2, "sharded with FSDP, and .* sharded with DeepSpeed"),
+        (DEEPSPEED_FILES, "FSDP", 2, "sharded with DeepSpeed, and .* sharded with FSDP"),
+        (ONE, "FSDP", 1, "not sharded, and .* sharded with FSDP"),
+        (FSDP_FILES, "FSDP", 4, "2 processes, .* 4 processes, sharded with FSDP"),
+        (TWO, None, 1, "2 processes, not sharded, .* 1 process, not sharded"),
+        (ONE, None, 2, "1 process, not sharded, .* 2 processes, not sharded"),
     ],
 )
 def test_a_run_does_not_resume_from_checkpoints_of_another_kind(
-    tmp_path, folder, sharding, message
+    tmp_path, files, sharding, n_processes, message
 ):
-    (tmp_path / "checkpoint-2" / folder).mkdir(parents=True)
+    for name in files:
+        file = tmp_path / "checkpoint-2" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     with pytest.raises(OutputError, match=rf"checkpoint-2: .*{message}\. Start it as before, or"):
-        refuse_other_sharding(tmp_path, sharding)
+        refuse_other_processes(tmp_path, sharding, n_processes)
+
+
+@pytest.mark.parametrize(
+    ("files", "sharding", "n_processes"),
+    [(ONE, None, 1), (TWO, None, 2), (FSDP_FILES, "FSDP", 2), (DEEPSPEED_FILES, "DeepSpeed", 2)],
+)
+def test_a_run_resumes_from_its_own_checkpoints(tmp_path, files, sharding, n_processes):
+    for name in files:
+        file = tmp_path / "checkpoint-2" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    refuse_other_processes(tmp_path, sharding, n_processes)
 
 
 # -- what is refused -------------------------------------------------------------------------------
