@@ -124,7 +124,9 @@ class TrainConfig(VersionedFile):
     block_size: int = Field(
         default=1024, ge=8, le=2**20, examples=[2048], json_schema_extra={"unit": "tokens"}
     )
-    """Length of a training example in tokens. Documents are packed into blocks without padding."""
+    """Length of a training example in tokens. Documents are packed into blocks without padding, and
+    cut where a block ends or the context of the base does.
+    """
     max_tokens: int | None = Field(
         default=None,
         gt=0,

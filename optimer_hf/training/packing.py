@@ -61,13 +61,19 @@ class PackedCorpus:
 
 
 def segments(
-    token_lists: Iterable[list[int]], *, bos: int | None, eos: int | None, block_size: int
+    token_lists: Iterable[list[int]],
+    *,
+    bos: int | None,
+    eos: int | None,
+    block_size: int,
+    context: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yield blocks, each a list of segments whose lengths sum to `block_size`.
 
     Each segment starts with BOS, if the tokenizer has one; the last segment of a document ends with
-    EOS. A gap too small for BOS and one token takes the next token without BOS, so nothing is ever
-    padded. Tokens that do not fill the last block are dropped.
+    EOS. A segment has at most `context` tokens, as many as the model reads at once. A gap too small
+    for BOS and one token takes the next token without BOS, so nothing is ever padded. Tokens that
+    do not fill the last block are dropped.
     """
     head = [] if bos is None else [bos]
     tail = [] if eos is None else [eos]
@@ -77,8 +83,9 @@ def segments(
         document = tokens + tail
         start = 0
         while start < len(document):
-            prefix = head if room > len(head) else []
-            stop = start + room - len(prefix)
+            most = min(room, context or room)
+            prefix = head if most > len(head) else []
+            stop = start + most - len(prefix)
             segment = prefix + document[start:stop]
             start = stop
             block.append(segment)
@@ -96,18 +103,21 @@ def pack(
     max_tokens: int | None,
     seed: int,
     out: Path,
+    context: int | None = None,
 ) -> PackedCorpus:
     """Tokenise a corpus in shuffled order into `out` (a .npy file), reading only as much as needed.
+    `context` is the longest text that the model reads, in tokens (None: any).
 
     Packs `max_tokens // block_size` blocks, or everything when `max_tokens` is None. Raises
     CorpusError when the corpus is empty or too small.
     """
     wanted = None if max_tokens is None else max(max_tokens // block_size, 1)
-    part = _pack(config, tokenizer, block_size, wanted, seed, out)
+    part = _pack(config, _Packing(tokenizer, block_size, seed, context), wanted, out)
     if part.n_tokens < (wanted or 1) * block_size:
+        is_short = wanted is not None and wanted > 1
+        field, n = ("max_tokens", max_tokens) if is_short else ("block_size", block_size)
         raise CorpusError(
-            f"{_size_of(part)}, but max_tokens asks for {max_tokens or block_size:,}. Add text or "
-            "lower max_tokens."
+            f"{_size_of(part)}, but {field} asks for {n:,}. Add text or lower {field}."
         )
     return load_packed(out, [part])
 
@@ -120,13 +130,16 @@ def pack_mixture(
     max_tokens: int,
     seed: int,
     out: Path,
+    context: int | None = None,
 ) -> PackedCorpus:
     """Pack several corpora into `out`, each with its share of `max_tokens`, exact to a block.
+    `context` is the longest text that the model reads, in tokens (None: any).
 
     Blocks of one corpus stay together, because the Trainer shuffles all blocks. Raises CorpusError
     when a corpus is smaller than its share and may not be repeated.
     """
     counts = deal_out([part.share for part in mixture], max(max_tokens // block_size, 1))
+    packing = _Packing(tokenizer, block_size, seed, context)
     files, parts = [], []
     for number, (config, n_blocks) in enumerate(zip(mixture, counts, strict=True)):
         if n_blocks == 0:
@@ -134,9 +147,7 @@ def pack_mixture(
             parts.append(Part(config.name, 0, 0))
             continue
         files.append(out.with_name(f"{out.stem}.{number}.npy"))
-        part = _pack(
-            config, tokenizer, block_size, n_blocks, seed, files[-1], repeat=config.upsample
-        )
+        part = _pack(config, packing, n_blocks, files[-1], repeat=config.upsample)
         if part.n_tokens < n_blocks * block_size:
             raise CorpusError(
                 f"{_size_of(part)}, but its share of {config.share:g} asks for "
@@ -159,26 +170,30 @@ def deal_out(shares: Sequence[float], n: int) -> list[int]:
     return [int(count) for count in counts]
 
 
+@dataclass(frozen=True)
+class _Packing:
+    """How the corpora of a run are packed."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    block_size: int
+    seed: int
+    context: int | None
+
+
 def _pack(
-    config: CorpusConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    block_size: int,
-    wanted: int | None,
-    seed: int,
-    out: Path,
-    *,
-    repeat: bool = False,
+    config: CorpusConfig, packing: _Packing, wanted: int | None, out: Path, *, repeat: bool = False
 ) -> Part:
     """Write up to `wanted` blocks and return what is in them. With `repeat`, read the corpus again,
     in another order, until there are enough.
     """
+    tokenizer, block_size, context = packing.tokenizer, packing.block_size, packing.context
     n_documents, n_repeats = 0, 0
 
     def token_lists() -> Iterator[list[int]]:
         nonlocal n_documents, n_repeats
         n_passes = 0
         while n_passes == 0 or (repeat and n_documents):
-            for text in shuffle(read_documents(config), seed + n_passes):
+            for text in shuffle(read_documents(config), packing.seed + n_passes):
                 tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 if tokens:
                     n_documents += n_passes == 0
@@ -187,7 +202,8 @@ def _pack(
             n_passes += 1
 
     bos = tokenizer.bos_token_id if _starts_with_bos(tokenizer) else None
-    blocks = segments(token_lists(), bos=bos, eos=tokenizer.eos_token_id, block_size=block_size)
+    eos = tokenizer.eos_token_id
+    blocks = segments(token_lists(), bos=bos, eos=eos, block_size=block_size, context=context)
     n_blocks = _write_blocks(blocks, wanted, block_size, out)
     if n_documents == 0:
         raise CorpusError(f"{config.name}: has no text. Give a corpus with at least one document.")

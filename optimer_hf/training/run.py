@@ -248,7 +248,7 @@ def _prepare_under_lock(config: TrainConfig, out: Path) -> PackedCorpus | None:
         return _begin(config, out)
     packed = _read_blocks(record, out)
     if packed is None or _has_other_text(record, packed):  # lost or damaged
-        packed = _pack_text(config, _check_base(config), out / BLOCKS)
+        packed = _pack_text(config, *_check_base(config), out / BLOCKS)
     if _has_other_text(record, packed):
         (out / BLOCKS).unlink()
         raise OutputError(
@@ -260,12 +260,12 @@ def _prepare_under_lock(config: TrainConfig, out: Path) -> PackedCorpus | None:
 
 def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
     """Pack the corpus of a new run. Leaves no files behind if that fails."""
-    tokenizer = _check_base(config)
+    tokenizer, context = _check_base(config)
     is_new = not out.exists()
     make_directory(out)
     try:
         with naming_disk_errors(out, "Nothing was left behind"):
-            packed = _pack_text(config, tokenizer, out / BLOCKS)
+            packed = _pack_text(config, tokenizer, context, out / BLOCKS)
         StartedRecord(
             config_sha256=config.digest(),
             training=config.settings,
@@ -283,20 +283,29 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
     return load_packed(out / BLOCKS, packed.parts)
 
 
-def _check_base(config: TrainConfig) -> Any:
-    """Check the base and the LoRA of a run as its vector will be checked, and return the tokenizer.
+def _check_base(config: TrainConfig) -> tuple[Any, int | None]:
+    """Check the base and the LoRA of a run as its vector will be checked. Return the tokenizer, and
+    the longest text that the base reads, in tokens (None: any).
 
     Loads no weights.
     """
     base = resolve_base(config.base_model)
     tokenizer = _tokenizer(base.path, tuple(sorted(tokenizer_digests(base.path).items())))
-    adapted = add_lora(empty_model(base), config, base)
+    model = empty_model(base)
+    context = _context_of(model)
+    adapted = add_lora(model, config, base)
     check_targets(config, adapted)
     refuse_unpassable(config, adapted)
     refuse_untied_copies(config, ties_of(Checkpoint(base.path)))
     if config.lora is not None:
         refuse_unmergeable_adapter(adapted, config, base)
-    return tokenizer
+    return tokenizer, context
+
+
+def _context_of(model: Any) -> int | None:
+    """Return the longest text that a model reads, in tokens, by its config; None: any."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a recipe have one base; a large vocabulary takes long
@@ -319,7 +328,7 @@ def _has_other_text(record: StartedRecord, packed: PackedCorpus) -> bool:
     return record.blocks_sha256 not in (None, packed.sha256)
 
 
-def _pack_text(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
+def _pack_text(config: TrainConfig, tokenizer: Any, context: int | None, out: Path) -> PackedCorpus:
     """Pack the corpus or the mixture of a run, with its replay, and warn of repeated documents."""
     if config.corpus is not None and config.replay is None:
         return pack(
@@ -329,6 +338,7 @@ def _pack_text(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
             max_tokens=config.max_tokens,
             seed=config.seed,
             out=out,
+            context=context,
         )
     packed = pack_mixture(
         config.parts or [],
@@ -337,6 +347,7 @@ def _pack_text(config: TrainConfig, tokenizer: Any, out: Path) -> PackedCorpus:
         max_tokens=config.max_tokens or 0,
         seed=config.seed,
         out=out,
+        context=context,
     )
     for part in packed.parts:
         if part.n_repeats:

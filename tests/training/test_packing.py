@@ -29,10 +29,16 @@ TOKENS = st.lists(st.lists(st.integers(3, 99), min_size=1, max_size=30), max_siz
 BLOCK_SIZES = st.integers(2, 17)
 
 
-def naive_blocks(token_lists: list[list[int]], bos: int | None, eos: int | None, block_size: int):
-    """Pack token by token: a document, or a block, opens a segment; BOS opens it where a token
-    still fits behind.
+CONTEXTS = st.none() | st.integers(1, 20)
+
+
+def naive_blocks(
+    token_lists: list[list[int]], bos: int | None, eos: int | None, block_size: int, context=None
+):
+    """Pack token by token: a document, a block or a full context opens a segment; BOS opens it
+    where a token still fits behind.
     """
+    context = context or block_size
     done: list[list[list[int]]] = []
     block: list[list[int]] = []
     for tokens in token_lists:
@@ -40,12 +46,15 @@ def naive_blocks(token_lists: list[list[int]], bos: int | None, eos: int | None,
         for token in [*tokens, *([] if eos is None else [eos])]:
             if opens:
                 room = block_size - sum(map(len, block))
-                block.append([bos] if bos is not None and room >= 2 else [])
+                has_room = min(room, context) >= 2
+                block.append([bos] if bos is not None and has_room else [])
                 opens = False
             block[-1].append(token)
             if sum(map(len, block)) == block_size:
                 done.append(block)
                 block, opens = [], True
+            elif len(block[-1]) == context:
+                opens = True
     return done
 
 
@@ -63,10 +72,10 @@ def no_bos_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-@given(TOKENS, st.sampled_from([BOS, None]), st.sampled_from([EOS, None]), BLOCK_SIZES)
-def test_packing_equals_a_naive_token_by_token_loop(token_lists, bos, eos, block_size):
-    packed = list(segments(token_lists, bos=bos, eos=eos, block_size=block_size))
-    assert packed == naive_blocks(token_lists, bos, eos, block_size)
+@given(TOKENS, st.sampled_from([BOS, None]), st.sampled_from([EOS, None]), BLOCK_SIZES, CONTEXTS)
+def test_packing_equals_a_naive_token_by_token_loop(token_lists, bos, eos, block_size, context):
+    packed = list(segments(token_lists, bos=bos, eos=eos, block_size=block_size, context=context))
+    assert packed == naive_blocks(token_lists, bos, eos, block_size, context)
 
 
 @given(TOKENS, BLOCK_SIZES)
@@ -200,8 +209,13 @@ def test_a_corpus_with_fewer_tokens_than_requested_is_refused_with_both_counts(t
 
 def test_a_corpus_that_does_not_fill_one_block_is_refused(tmp_path, tokenizer):
     config = write_jsonl(tmp_path / "a.jsonl", ["abc"])
-    with pytest.raises(CorpusError, match="1 document fills whole blocks with 0 tokens"):
-        pack(config, tokenizer, block_size=64, max_tokens=None, seed=0, out=tmp_path / "blocks.npy")
+    message = (
+        "1 document fills whole blocks with 0 tokens, but block_size asks for 64. .* block_size"
+    )
+    for max_tokens in (None, 3, 100):  # less than two blocks are one
+        settings = {"block_size": 64, "max_tokens": max_tokens, "seed": 0}
+        with pytest.raises(CorpusError, match=message):
+            pack(config, tokenizer, **settings, out=tmp_path / "blocks.npy")
 
 
 def test_a_text_longer_than_the_context_of_the_model_is_packed_without_a_warning(
