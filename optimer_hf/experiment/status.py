@@ -124,7 +124,7 @@ def _parts_of_run(directory: Path) -> Iterator[Progress]:
 
 def _progress_of_training(directory: Path, part: str) -> Progress:
     if (directory / TRAINING_FILE).exists():
-        tokens = TrainingRecord.read(directory / TRAINING_FILE).corpus.n_tokens
+        tokens = TrainingRecord.read(directory / TRAINING_FILE).training.n_tokens
         return Progress(part, f"trained on {count(tokens, 'token')}", True)
     steps = [
         int(path.name.rpartition("-")[2])

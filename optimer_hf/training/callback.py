@@ -1,6 +1,7 @@
 """What happens between the steps of a run: progress, seals of checkpoints, norms of the vector."""
 
 import logging
+import math
 from collections import deque
 from pathlib import Path
 from time import perf_counter
@@ -108,6 +109,17 @@ def tokens_per_step(config: TrainConfig, args: TrainingArguments) -> int:
     """Return how many tokens one step of all processes together trains on."""
     n_blocks = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return int(n_blocks * config.block_size)
+
+
+def count_blocks(args: TrainingArguments, n_steps: int, n_blocks: int) -> int:
+    """Return on how many blocks all processes together have trained after so many steps; an epoch
+    has `n_blocks`, so its last batch, and its last step, may have fewer than the others.
+    """
+    in_batch = args.train_batch_size * args.world_size
+    in_step = in_batch * args.gradient_accumulation_steps
+    in_epoch = n_blocks - (n_blocks % in_batch if args.dataloader_drop_last else 0)
+    n_epochs, rest = divmod(n_steps, max(1, math.ceil(in_epoch / in_step)))
+    return n_epochs * in_epoch + rest * in_step
 
 
 def utilisation(

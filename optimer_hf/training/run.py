@@ -11,7 +11,6 @@ not attend to each other: their positions restart, and there is no cache.
 import contextlib
 import functools
 import logging
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -80,7 +79,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-LEFTOVERS = (ATOMIC_PREFIX, "blocks.")  # of a run that was killed while packing
+PACKED = "blocks."  # what packing writes begins so
+LEFTOVERS = (ATOMIC_PREFIX, PACKED)  # of a run that was killed while packing
 LONGEST_WAIT = 6 * 3600  # seconds; packing a billion tokens takes half an hour
 
 
@@ -274,8 +274,7 @@ def _begin(config: TrainConfig, out: Path) -> PackedCorpus:
             blocks_sha256=packed.sha256,
         ).write(out / STARTED)
     except BaseException:
-        for path in out.glob(f"{LEFTOVERS[1]}*"):
-            path.unlink(missing_ok=True)
+        _remove_packed(out)
         if is_new:
             with contextlib.suppress(OSError):
                 out.rmdir()
@@ -410,10 +409,16 @@ def _save_model(
 def _tidy(out: Path) -> None:
     """Remove the files that only the training needed, and the locks of killed runs."""
     (out / STARTED).unlink(missing_ok=True)
-    (out / BLOCKS).unlink(missing_ok=True)
+    _remove_packed(out)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     for folder in (out, Path(os.path.realpath(out)).parent):
         remove_dead_locks(folder)
+
+
+def _remove_packed(out: Path) -> None:
+    """Remove what packing wrote, also for another corpus by a run that was killed."""
+    for path in out.glob(f"{PACKED}*"):
+        path.unlink(missing_ok=True)
 
 
 def _training_record(
@@ -425,13 +430,13 @@ def _training_record(
     inputs: Mapping[str, str],
 ) -> TrainingRecord:
     """Return the content of training.json. It names no path of this machine."""
-    from optimer_hf.training.callback import tokens_per_step
+    from optimer_hf.training.callback import count_blocks
 
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     norms = {entry["step"]: entry["norm"] for entry in history if "norm" in entry}
-    n_tokens = trainer.state.global_step * tokens_per_step(config, trainer.args)
-    n_tokens = min(n_tokens, math.ceil(trainer.state.epoch or 1) * packed.n_tokens)  # a last batch
+    n_blocks = count_blocks(trainer.args, trainer.state.global_step, len(packed))
+    n_tokens = n_blocks * config.block_size
     return TrainingRecord(
         config_sha256=config.digest(),
         name=config.name,

@@ -2,6 +2,7 @@
 survives a kill.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -11,9 +12,12 @@ import sys
 import weakref
 from pathlib import Path
 from time import monotonic, sleep
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import (
@@ -27,8 +31,10 @@ from transformers import (
 
 from optimer_hf.corpus.config import CorpusConfig
 from optimer_hf.errors import ConfigError, CorpusError, ModelError, OutputError
+from optimer_hf.experiment.status import status_of
 from optimer_hf.training import run as run_module
 from optimer_hf.training.arguments import TRAINER_DEFAULTS
+from optimer_hf.training.callback import count_blocks
 from optimer_hf.training.captured import CapturedTrainer
 from optimer_hf.training.checkpoints import SpentRecord
 from optimer_hf.training.checks import check_config
@@ -408,6 +414,43 @@ def test_a_document_is_cut_where_the_context_of_the_base_ends(make_base, make_co
     assert packed is not None
     assert packed.blocks.shape == (6, 2, 32)
     assert packed.blocks[:, 1].max() == 11
+
+
+def test_what_was_packed_for_another_corpus_does_not_stay(make_config, tmp_path):
+    (tmp_path / "blocks.2.npy").write_bytes(b"of a mixture whose run was killed")
+    train(make_config(max_tokens=32), tmp_path)
+    assert "blocks.2.npy" not in names_in(tmp_path)
+
+
+def test_the_tokens_of_a_last_smaller_batch_are_counted_as_they_are(make_config, tmp_path):
+    trainer = {**FAST, "per_device_train_batch_size": 4, "max_steps": 3}
+    train(make_config(trainer=trainer, max_tokens=6 * 32), tmp_path / "out")
+    assert record_of(tmp_path / "out")["training"]["n_tokens"] == (4 + 2 + 4) * 32
+    (part,) = status_of(tmp_path / "out").parts
+    assert part.state == "trained on 320 tokens"
+
+
+@given(
+    st.builds(
+        SimpleNamespace,
+        train_batch_size=st.integers(1, 4),
+        world_size=st.integers(1, 3),
+        gradient_accumulation_steps=st.integers(1, 3),
+        dataloader_drop_last=st.booleans(),
+    ),
+    st.integers(1, 12),
+    st.integers(1, 50),
+)
+def test_blocks_are_counted_as_a_loop_over_epochs_batches_and_steps_does(args, n_steps, n_blocks):
+    in_batch = args.train_batch_size * args.world_size
+    batches = [min(in_batch, n_blocks - at) for at in range(0, n_blocks, in_batch)]
+    if args.dataloader_drop_last:
+        batches = [n for n in batches if n == in_batch]
+    assume(batches)
+    n = args.gradient_accumulation_steps
+    steps = [sum(batches[at : at + n]) for at in range(0, len(batches), n)]
+    expected = sum(itertools.islice(itertools.cycle(steps), n_steps))
+    assert count_blocks(args, n_steps, n_blocks) == expected
 
 
 # -- kill and go on --------------------------------------------------------------------------------
