@@ -15,7 +15,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,7 +34,7 @@ WILDCARDS = re.compile(r"[*?\[]")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may contain these, but no tokenizer accepts them
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 ABOUT = re.compile(r"(readme|licen[cs]e)\b", re.IGNORECASE)  # texts about a corpus
-POINTER = "version https://git-lfs.github.com/spec/"  # the file itself was not fetched
+POINTER = b"version https://git-lfs.github.com/spec/"  # the file itself was not fetched
 HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|dev|valid|validation|held-?out)(?![a-z])")
 PLAIN = (".txt", ".md")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -237,6 +237,7 @@ def _format(file: Path) -> str | None:
 def _texts_of_file(file: Path, field: str) -> Iterator[str]:
     kind, n_null = _format(file), 0
     try:
+        _refuse_pointer(file)
         if kind in PLAIN:
             with _open_text(file) as text:
                 yield from _parts(text, file)
@@ -246,10 +247,19 @@ def _texts_of_file(file: Path, field: str) -> Iterator[str]:
             n_null += document is None
             if document is not None:
                 yield document
-    except (OSError, EOFError, UnicodeError, lzma.LZMAError, zlib.error, csv.Error) as error:
+    except UnicodeError as error:
         raise CorpusError(f"{file}: cannot be read as UTF-8 text ({error}).") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise CorpusError(f"{file}: cannot be read ({error}).") from error
     finally:
         warn_of_null_texts(file.name, field, n_null)
+
+
+def _refuse_pointer(file: Path) -> None:
+    """Raise CorpusError for a file that Git LFS has not fetched, of any format."""
+    with open(file, "rb") as raw:
+        if raw.read(len(POINTER)) == POINTER:
+            raise CorpusError(f"{file}: is a Git LFS pointer. Fetch the file: git lfs pull.")
 
 
 def warn_of_null_texts(name: str, field: str, n_null: int) -> None:
@@ -291,9 +301,7 @@ def _parts(text: TextIO, file: Path) -> Iterator[str]:
     """Yield plain text as one document, or cut at line ends into parts of about LONGEST_TEXT."""
     part: list[str] = []
     n_characters = 0
-    for number, line in _lines(text, file):
-        if number == 1 and line.startswith(POINTER):
-            raise CorpusError(f"{file}: is a Git LFS pointer. Fetch the file: git lfs pull.")
+    for _, line in _lines(text, file):
         if part and n_characters + len(line) > LONGEST_TEXT:
             yield "".join(part)
             part, n_characters = [], 0
@@ -373,20 +381,32 @@ def _csv_rows(
     csv.field_size_limit(LONGEST_ROW)  # for the whole process; the default is 131,072
     lines = (line for _, line in _lines(text, file))
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-    names = reader.fieldnames or []
+    try:
+        names = reader.fieldnames or []
+        _refuse_other_columns(file, field, names)
+        for row in reader:
+            where = f"{file}:{reader.line_num}"
+            if None in row:
+                raise CorpusError(
+                    f"{where}: has more values than the {len(names)} columns. Quote texts that "
+                    "contain a separator."
+                )
+            yield row, where
+    except csv.Error as error:
+        raise CorpusError(
+            f"{file}:{reader.reader.line_num}: not valid CSV ({error}). Quote texts that contain a "
+            "separator, and write a quote in them twice."
+        ) from None
+
+
+def _refuse_other_columns(file: Path, field: str, names: Sequence[str]) -> None:
+    """Raise CorpusError unless one of the columns of a table is the text."""
     if names and field not in names:
         raise CorpusError(
             f"{file}: no text in field {field!r}; found {list(names)}. Set `text_field`."
         )
     if names.count(field) > 1:
         raise CorpusError(f"{file}: has {names.count(field)} columns {field!r}, expected one.")
-    for row in reader:
-        if None in row:
-            raise CorpusError(
-                f"{file}:{reader.line_num}: has more values than the {len(names)} columns. Quote "
-                "texts that contain a separator."
-            )
-        yield row, f"{file}:{reader.line_num}"
 
 
 def _table_rows(file: Path, kind: str) -> Iterator[tuple[Mapping[str, Any], str]]:
