@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from optimer_hf.errors import CorpusError
 from optimer_hf.files.digest import digest, fingerprint
-from optimer_hf.files.reference import is_there
+from optimer_hf.files.reference import is_there, match_pattern
 from optimer_hf.printable import warn_once
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 LONGEST_ROW = 64 * 2**20  # characters; a longer row means a damaged or hostile file
 LONGEST_TEXT = 4 * 2**20  # characters; longer plain text files become several documents
 CHUNK = 2**20  # characters
-WILDCARDS = re.compile(r"[*?\[]")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may contain these, but no tokenizer accepts them
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 ABOUT = re.compile(r"(readme|licen[cs]e)\b", re.IGNORECASE)  # texts about a corpus
@@ -87,9 +86,8 @@ def find_files(path: Path) -> list[Path]:
         if not path.is_file():
             raise CorpusError(f"{path}: is not a regular file.")
         files = [path]
-    elif WILDCARDS.search(str(path)):
-        matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
-        files = _drop_duplicates(sorted(file for file in matches if _is_file(file)))
+    elif (matches := match_pattern(path)) is not None:
+        files = _drop_duplicates([file for file in matches if _is_file(file)])
         if not files:
             raise CorpusError(f"{path}: no file matches this pattern.")
     else:

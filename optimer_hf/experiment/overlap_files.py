@@ -28,7 +28,7 @@ def sort_files(
     for path in files:
         keys = set(read_yaml(path)) if path.suffix in (".yaml", ".yml") else None
         if keys is None:
-            corpora.append(CorpusConfig(path=path.resolve(), text_field=text_field))
+            corpora.append(CorpusConfig(path=path, text_field=text_field))
         elif "objective" in keys and "scores" not in keys:  # a recipe has both
             study = StudyConfig.read(path)
             objectives[f"{path} objective"] = study.objective

@@ -1,7 +1,6 @@
 """Strict file models: read YAML or JSON into a record, or raise an error that names the field."""
 
 import contextlib
-import glob
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from optimer_hf.files.layered import Layered, Origin, file_of
 from optimer_hf.files.paths import Place, strings_in
 from optimer_hf.files.reading import line_of
 from optimer_hf.files.reading import read_yaml as read_yaml
-from optimer_hf.files.reference import AnyPath, function_in_file, is_there
+from optimer_hf.files.reference import AnyPath, function_in_file, is_there, match_pattern
 from optimer_hf.files.staging import write_text
 from optimer_hf.files.text import did_you_mean, field_path, prefix_field, quote
 
@@ -151,7 +150,7 @@ def _exists(text: str) -> bool:
     """Whether a path exists, or is a pattern that matches a file; of FILE.py:NAME, the file."""
     if (function := function_in_file(text)) is not None:
         return is_there(function[0])
-    return is_there(Path(text)) or bool(glob.has_magic(text) and glob.glob(text, recursive=True))  # noqa: PTH207
+    return is_there(Path(text)) or bool(match_pattern(Path(text)))
 
 
 def refuse_absent_files(configs: Mapping[Path, Any]) -> None:

@@ -4,6 +4,7 @@ Local ones are absolute in memory and relative to the file that names them on di
 can be moved: the types of this module read and write them so.
 """
 
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -86,10 +87,20 @@ def absolute_reference(text: str, folder: Path) -> str:
     """
     if text.startswith(("hf://", "pypi:")):
         return text
-    path = folder / expand_home(Path(text))
     name = text.partition("@")[0]  # a revision may contain slashes: org/name@refs/pr/1
     looks_local = text.startswith((".", "/", "~")) or name.count("/") != 1
-    return str(path.resolve()) if looks_local or is_there(path) else text
+    path = absolute_path(Path(text), folder)
+    return str(path) if looks_local or is_there(path) else text
+
+
+def absolute_path(path: Path, folder: Path) -> Path:
+    """Return a path as seen from a folder, with all links followed but one to a file: its own name
+    says what is in it, while the target may have none, as in the cache of the Hub.
+    """
+    whole = folder / expand_home(path)
+    if os.path.islink(whole) and not os.path.isdir(whole):  # noqa: PTH112, PTH114 - never raise
+        return whole.parent.resolve() / whole.name
+    return whole.resolve()
 
 
 def relative_reference(text: str, folder: Path) -> str:
@@ -110,7 +121,7 @@ def reference_from_here(given: AnyPath) -> str:
     directory, and a path object never is a Hub id.
     """
     if isinstance(given, os.PathLike):
-        return str((Path.cwd() / expand_home(Path(given))).resolve())
+        return str(absolute_path(Path(given), Path.cwd()))
     return absolute_reference(given, Path.cwd())
 
 
@@ -128,6 +139,17 @@ def is_there(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # ValueError: the path contains a null byte
         return False
+
+
+def match_pattern(pattern: Path) -> list[Path] | None:
+    """Return the paths that match a pattern with wildcards, sorted; None if it has none. A folder
+    that is there is called as it is called, also `data [1]`.
+    """
+    root = next((folder for folder in pattern.parents if is_there(folder)), Path())
+    rest = str(pattern.relative_to(root))
+    if not glob.has_magic(rest):
+        return None
+    return sorted(root / name for name in glob.glob(rest, root_dir=root, recursive=True))  # noqa: PTH207
 
 
 def _folder(info: ValidationInfo) -> Path:
@@ -153,7 +175,7 @@ def _text_of_path(value: Any, info: ValidationInfo) -> Any:
     """Turn a path object into absolute text, since it is no Hub id; keep any other value."""
     if not isinstance(value, os.PathLike):
         return value
-    return str((_folder(info) / expand_home(Path(value))).resolve())
+    return str(absolute_path(Path(value), _folder(info)))
 
 
 ReferenceText = Annotated[
@@ -196,7 +218,7 @@ def tokenizer_reference(named: str | None, sources: Mapping[str, str | None]) ->
 
 
 def _local_path(path: Path, info: ValidationInfo) -> Path:
-    return Path(_note_path(info, str(path), str((_folder(info) / expand_home(path)).resolve())))
+    return Path(_note_path(info, str(path), str(absolute_path(path, _folder(info)))))
 
 
 LocalPath = Annotated[Path, AfterValidator(_local_path), WRITTEN_RELATIVE]

@@ -388,6 +388,30 @@ def test_a_file_that_git_lfs_has_not_fetched_is_named(tmp_path, name):
         texts(tmp_path / name)
 
 
+def test_wildcards_in_the_names_of_folders_that_are_there_are_letters(tmp_path):
+    folder = tmp_path / "run [1]" / "all*"
+    (folder / "deep").mkdir(parents=True)
+    write_any(folder / "a.jsonl", '{"text": "x"}\n')
+    write_any(folder / "deep" / "b.jsonl", '{"text": "y"}\n')
+    assert texts(folder / "*.jsonl") == ["x"]
+    assert texts(folder / "**" / "[ab].jsonl") == ["x", "y"]
+    with pytest.raises(CorpusError, match=r"c\.jsonl: no such file"):
+        texts(folder / "c.jsonl")
+
+
+def test_a_link_to_a_file_without_an_ending_has_the_format_of_its_own_name(tmp_path, monkeypatch):
+    """As the cache of the Hub stores files."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123").write_text('{"text": "x"}\n')
+    link = tmp_path / "snapshots" / "a.jsonl"
+    link.parent.mkdir()
+    link.symlink_to("../blobs/0123")
+    monkeypatch.chdir(link.parent)
+    for given in (link, "a.jsonl", "./../snapshots/a.jsonl"):
+        config = CorpusConfig(path=given)
+        assert (config.name, list(read_documents(config))) == ("a.jsonl", ["x"])
+
+
 def test_plain_text_may_have_testing_in_its_name(tmp_path):
     for name in ("guide.md", "install.md", "testing.md"):
         write_any(tmp_path / name, name)

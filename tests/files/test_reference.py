@@ -35,6 +35,16 @@ def test_org_and_name_is_a_local_path_only_when_it_exists(tmp_path):
     assert absolute_reference("vectors/ja", tmp_path) == str((tmp_path / "vectors/ja").resolve())
 
 
+def test_links_are_followed_but_a_link_to_a_file_keeps_its_name(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "0123").touch()
+    (tmp_path / "newest").symlink_to("model")
+    (tmp_path / "newest" / "model.gguf").symlink_to("0123")
+    root = tmp_path.resolve()
+    assert absolute_reference("./newest", tmp_path) == str(root / "model")
+    assert absolute_reference("newest/model.gguf", tmp_path) == str(root / "model" / "model.gguf")
+
+
 def test_an_unknown_home_and_a_name_that_is_too_long_are_names_like_any_other(tmp_path):
     assert absolute_reference("~nobody-at-all/m", tmp_path) == str(tmp_path / "~nobody-at-all/m")
     assert Reference("~nobody-at-all/m").path is None
