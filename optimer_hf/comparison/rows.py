@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optimer_hf.errors import ConfigError
-from optimer_hf.files.text import count
+from optimer_hf.files.layered import Origin
+from optimer_hf.files.model import list_mistakes
+from optimer_hf.files.text import count, prefix_field
 from optimer_hf.scoring.scores import STRICT_RECORD, TermScore
 from optimer_hf.study.config import StudyConfig
 
@@ -22,6 +24,7 @@ RowKind = Literal[
     "best_scale",
     "average",
     "sum",
+    "weights",
     "plugin",
     "method",
     "random",
@@ -41,6 +44,7 @@ TITLES: dict[RowKind, str] = {  # {} is the subject
     "best_scale": "{} at its best scale",
     "average": "uniform average",
     "sum": "uniform sum",
+    "weights": "{}",
     "plugin": "{}",
     "method": "{}",
     "random": "random vectors of equal norm",
@@ -85,6 +89,7 @@ def list_rows(config: StudyConfig) -> list[tuple[RowKind, str]]:
     rows += [("alone", name) for name in free]
     rows += [("best_scale", name) for name in free]
     rows += [("average", ""), ("sum", "")] if len(singles) > 1 else []
+    rows += [("weights", name) for name in baselines.weights]
     rows += [("other_search", name) for name in baselines.searches]
     rows += [("plugin", name) for name in baselines.plugins]
     rows += [("method", method) for method in baselines.merge_methods]
@@ -97,14 +102,30 @@ def list_rows(config: StudyConfig) -> list[tuple[RowKind, str]]:
     return [*rows, ("merge", ""), *(("retargeted", name) for name in config.retarget)]
 
 
-def check_titles(config: StudyConfig) -> None:
-    """Raise ConfigError if two rows of a comparison would have the same title."""
-    counts = Counter(title_of(kind, subject) for kind, subject in list_rows(config))
-    for title, n in counts.items():
-        if n > 1:
-            raise ConfigError(
-                f"baselines: {title!r} is the title of another row. Choose another name."
-            )
+NAMED_BY: dict[RowKind, tuple[str, ...]] = {  # where a study names the subjects of a kind
+    "weights": ("baselines", "weights"),
+    "other_search": ("baselines", "searches"),
+    "plugin": ("baselines", "plugins"),
+    "model": ("baselines", "models"),
+    **dict.fromkeys(("mixture", "scaled_mixture"), ("baselines", "mixtures")),
+    "retargeted": ("retarget",),
+}
+
+
+def check_titles(config: StudyConfig, origin: Origin | str) -> None:
+    """Raise ConfigError if two rows of the comparison of a study, read from `origin`, would have
+    the same title.
+    """
+    rows = [(title_of(kind, subject), kind, subject) for kind, subject in list_rows(config)]
+    counts = Counter(title for title, _, _ in rows)
+    mistakes = [
+        ((*NAMED_BY[kind], subject), f"{title!r} is the title of another row. Choose another name.")
+        for title, kind, subject in rows
+        if counts[title] > 1 and kind in NAMED_BY
+    ]
+    if mistakes:
+        named = [(place, prefix_field(place, message)) for place, message in mistakes]
+        raise ConfigError(list_mistakes(origin, named))
 
 
 @dataclass(frozen=True)

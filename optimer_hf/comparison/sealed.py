@@ -50,7 +50,8 @@ SCALED = "the mixture"  # name of the vector in the search for its scale
 
 def list_own_contenders(study: Study) -> list[Contender]:
     """Return the rows with weights of the study's own pool: the base, each vector alone at 1.0 and
-    at its best scale, the average, the sum, the merge, and the re-targeted merges.
+    at its best scale, the average, the sum, weights that somebody has guessed, the merge, and the
+    re-targeted merges.
     """
     config = study.config
     free, fixed, parts = list(config.free), config.fixed, config.free_parts
@@ -70,6 +71,8 @@ def list_own_contenders(study: Study) -> list[Contender]:
         average = nothing | dict.fromkeys(own, 1 / len(singles)) | fixed
         rows.append(Contender("average", "", average))
         rows.append(Contender("sum", "", nothing | dict.fromkeys(own, 1.0) | fixed))
+    for name, given in config.baselines.weights.items():
+        rows.append(Contender("weights", name, config.fill_weights(given)))
     rows.append(Contender("merge", "", study.best_trial.weights))
     for name, target in config.retarget.items():
         row = ChosenRow("retargeted", name, target)
@@ -96,7 +99,7 @@ def compare(
     """
     mixtures = read_mixtures(study.directory) if mixtures is None else mixtures
     objective = _find_test(study)
-    check_titles(study.config)
+    check_titles(study.config, str(study.directory))
 
     @cache
     def open_pool() -> Pool:

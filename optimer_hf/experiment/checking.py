@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from optimer_hf.comparison.rows import check_titles
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.inputs import KINDS, kind_of_file
 from optimer_hf.experiment.profile import RecipeFiles, check_profile, is_profile
@@ -168,6 +169,7 @@ def _read_fields(path: Path, kind: str) -> VersionedFile:
     _refuse_other_kind(path, kind)
     config = KINDS[kind].read(path)
     if isinstance(config, StudyConfig):
+        check_titles(config, path)
         try:
             refuse_missing_plugins(config)
         except ConfigError as error:

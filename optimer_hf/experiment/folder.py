@@ -308,7 +308,7 @@ def _check_study(files: RecipeFiles) -> None:
             "tokenizer of the base. Leave the field out, or name another model."
         )
         raise ConfigError(list_mistakes(file, [(("tokenizer_source",), message)]))
-    check_titles(config)
+    check_titles(config, file)
 
 
 def _check_tests(config: "StudyConfig") -> None:

@@ -151,7 +151,8 @@ def _settings_of_models(config: Mapping[str, Any], path: Path) -> dict[str, Any]
 
 def vectors_once_whole(config: Mapping[str, Any], path: Path) -> set[str]:
     """Return the vectors that an older version gave one weight whatever the config gave them: it
-    ignored gradients, also within filters, and a weight for all models. It refused slices.
+    ignored gradients, also within filters, the filter `*`, and a weight for all models. It refused
+    slices.
     """
     if config.get("slices"):
         return set()
@@ -163,9 +164,11 @@ def vectors_once_whole(config: Mapping[str, Any], path: Path) -> set[str]:
 
 
 def _has_plain_filters(setting: Any) -> bool:
-    """Whether a `weight` has filters, each with one number."""
-    values = [item.get("value") for item in _items(setting) if isinstance(item, Mapping)]
-    return bool(values) and not any(isinstance(value, list) for value in values)
+    """Whether a `weight` has filters, each with one number, and none for the rest by a name."""
+    filters = [item for item in _items(setting) if isinstance(item, Mapping)]
+    return bool(filters) and not any(
+        isinstance(item.get("value"), list) or item.get("filter") == "*" for item in filters
+    )
 
 
 def _items(setting: Any) -> list[Any]:
@@ -180,11 +183,12 @@ def _by_setting(setting: Any) -> By | None:
         return {GRADIENT: {"groups": n}} if n > 1 else None
     keys: dict[str, dict[str, Any]] = {}
     for item in items:
-        key = item.get("filter")
-        if key == ELSE or not is_filter(key or ELSE):
+        given = item.get("filter")
+        key = ELSE if given in (None, "*") else given
+        if given == ELSE or not is_filter(key):
             return None
-        keys[ELSE if key in (None, "*") else key] = {}
-        if ELSE in keys:
+        keys[key] = {}
+        if key == ELSE:
             break  # nothing is left for later filters
     return keys if len(keys) > 1 else None
 

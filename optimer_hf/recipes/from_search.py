@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from optimer_hf.comparison.costs import ledger_of_study
+from optimer_hf.comparison.rows import check_titles
 from optimer_hf.recipes.record import LOCK, Lock
 from optimer_hf.recipes.write import refuse_foreign_files, write_recipe
 from optimer_hf.searching.loop import search
@@ -35,6 +36,7 @@ def search_study(
     config = read_study(
         path, objective=objective, test=test, n_trials=n_trials, study_dir=study_dir
     )
+    check_titles(config, path)
     recipe_yaml = study_dir / "recipe.yaml"
     refuse_foreign_files(recipe_yaml)  # before any trial
     with naming_terms(objective or path, test), naming_groups(path):

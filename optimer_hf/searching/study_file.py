@@ -4,6 +4,7 @@ mergekit YAML.
 
 import logging
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
@@ -26,6 +27,7 @@ from optimer_hf.merging.mergekit_pool import (
 )
 from optimer_hf.merging.mergekit_search import (
     SPLIT,
+    By,
     Layers,
     place_of_vector,
     pool_to_search,
@@ -36,11 +38,12 @@ from optimer_hf.merging.mergekit_search import (
     vectors_once_whole,
     with_weights,
 )
+from optimer_hf.merging.mergekit_weights import lacks_weights, weights_of_config
 from optimer_hf.merging.mergekit_yaml import read_merge_config
 from optimer_hf.models.loader import count_layers
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.scoring.objective import Objective, ObjectiveFile
-from optimer_hf.study.config import SearchConfig, StudyConfig
+from optimer_hf.study.config import LARGEST_WEIGHT, Baselines, SearchConfig, StudyConfig
 from optimer_hf.study.trials import STUDY_FILE
 from optimer_hf.vectors.layers import layers_for
 
@@ -109,12 +112,35 @@ def study_of_merge_config(path: Path, objective: Path, test: Path | None = None)
     if test is not None:
         fields["test"] = _read_objective(test)
         refuse_absent_files({test: fields["test"]})
+        fields["baselines"] = {"weights": _rows_of_own_weights(data, path, splits)}
     if is_union(data):
         fields["vocabulary"] = "union"
     if (reference := tokenizer_of(data, path)) is not None:
         by_source = {source: name for name, source in sources.items()}
         fields["tokenizer_source"] = by_source.get(reference, reference)
     return parse(StudyConfig, fields, path)
+
+
+def _rows_of_own_weights(
+    config: Mapping[str, Any], path: Path, splits: Mapping[str, By]
+) -> dict[str, dict[str, float]]:
+    """Return the row of the sealed test for what a mergekit YAML merges as it stands; none if it
+    leaves weights out. Logs how to compare with its merge if no weights of the search give it.
+    """
+    title = f"as in {path.name}"
+    weights = weights_of_config(config, path, splits)
+    if weights is not None and all(abs(each) <= LARGEST_WEIGHT for each in weights.values()):
+        return {title: weights}
+    if not lacks_weights(config, path):
+        logger.warning(
+            "%s: no weights of this search give its own merge, so the sealed test has no row for "
+            "it. To compare with it: optimer merge %s MODEL, then optimer compare STUDY_DIR "
+            "--model %s",
+            path,
+            shlex.quote(str(path)),
+            shlex.quote(f"{title}=MODEL"),
+        )
+    return {}
 
 
 def _keep_as_begun(config: StudyConfig, path: Path, record: Path) -> StudyConfig:
@@ -138,7 +164,8 @@ def _keep_as_begun(config: StudyConfig, path: Path, record: Path) -> StudyConfig
         ", ".join(kept),
     )
     whole = {name: config.vectors[name].model_copy(update={"by": None}) for name in kept}
-    return config.model_copy(update={"vectors": config.vectors | whole})
+    changes = {"vectors": config.vectors | whole, "baselines": Baselines()}  # that name the groups
+    return config.model_copy(update=changes)
 
 
 def _read_objective(path: Path) -> dict[str, Any]:

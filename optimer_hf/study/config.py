@@ -417,6 +417,17 @@ class Baselines(FileModel):
     same vectors.
     """
 
+    weights: dict[str, Annotated[dict[str, Weight], Field(min_length=1)]] = Field(
+        default={},
+        exclude_if=lambda rows: not rows,
+        examples=[{"by hand": {"math": 0.5, "code": 0.5}}],
+        json_schema_extra={"unit": "weight"},
+    )
+    """Weights that somebody has guessed, as {vector: weight}, each set under the name of its row in
+    the tables. A vector that is left out has weight 0, and a fixed one its own. With groups (`by`),
+    the name of a vector stands for all of its searched groups, and `math.mlp` for one. A search
+    from a mergekit YAML has such a row for the weights in it.
+    """
     plugins: list[PluginName] = Field(default=[], examples=[["my-baseline"]])
     """Installed baselines: names of entry points of the group optimer.baselines. Each returns
     weights of the same vectors, or a model.
@@ -722,18 +733,42 @@ class StudyConfig(VersionedFile):
         for number in sorted({each for each in attempts if attempts.count(each) > 1}):
             yield ("baselines", "attempts"), f"found {number} twice; give each number once"
         names: set[str] = set()
-        for group in ("plugins", "searches", "models", "mixtures"):
+        for group in ("weights", "plugins", "searches", "models", "mixtures"):
             for name in getattr(self.baselines, group):
                 if name in names:
                     message = f"two are called {name!r}; give each its own name"
                     yield ("baselines", group, name), message
                 names.add(name)
+        yield from self._mistakes_of_guesses()
         for name, mixture in self.baselines.mixtures.items():
             if mixture.shares == "searched" and self.groups:
                 message = "found 'searched', but a vector with groups ('by') has no one weight"
                 yield ("baselines", "mixtures", name, "shares"), f"{message}; give the shares"
             for vector, message in self._unknown_parts(mixture.shares):
                 yield ("baselines", "mixtures", name, "shares", vector), message
+
+    def _mistakes_of_guesses(self) -> Iterator[Mistake]:
+        known = [*self.free_parts, *(name for name in self.weight_names if name in self.free)]
+        fixed = self.fixed
+        for row, given in self.baselines.weights.items():
+            for name, weight in given.items():
+                at = ("baselines", "weights", row, name)
+                if name in known or fixed.get(name) == weight:
+                    continue
+                if name in fixed or name in self.vectors:
+                    yield at, f"{name!r} is fixed, so every row has it as it is; leave it out"
+                else:
+                    hint = did_you_mean(name, list(dict.fromkeys(known)))
+                    yield at, f"no vector is called {name!r}.{hint}"
+
+    def fill_weights(self, given: Mapping[str, float]) -> dict[str, float]:
+        """Return all weights of a merge, of which `given` has some: by name, or of all searched
+        groups of a vector by its name. The other searched ones are 0.
+        """
+        parts = {name: own for name, own in self.free_parts.items() if name in given}
+        whole = {weight: given[name] for name, own in parts.items() for weight in own}
+        own = {name: weight for name, weight in given.items() if name in self.free}
+        return dict.fromkeys(self.free, 0.0) | whole | own | self.fixed
 
     def _mistakes_of_search(self, other: SearchConfig | None = None) -> Iterator[Mistake]:
         """Yield what is wrong with the search, or with `other` settings over the same objective."""

@@ -332,7 +332,8 @@ def test_a_model_cannot_take_the_name_of_another_row(name, tmp_path):
         config_of(**SEALED, retarget=retarget), tmp_path / "s", runner=InProcess(FunctionPool)
     )
     joined = study.config.model_copy(update={"baselines": Baselines(models={name: "you/model"})})
-    with pytest.raises(ConfigError, match="is the title of another row"):
+    place = rf"baselines\.models\.{name}: '{name}' is the title of another row"
+    with pytest.raises(ConfigError, match=place):
         compare(replace(study, config=joined), pool=no_pool_for("nothing"))
     with pytest.raises(ValueError, match="two are called 'm'"):
         config_of(baselines={"models": {"m": "you/m"}, "mixtures": {"m": {}}})

@@ -9,7 +9,7 @@ import pytest
 
 from optimer_hf.comparison.result import table, verdicts
 from optimer_hf.comparison.results_file import results_of
-from optimer_hf.comparison.rows import title_of
+from optimer_hf.comparison.rows import list_rows, title_of
 from optimer_hf.comparison.sealed import compare, list_own_contenders
 from optimer_hf.comparison.sealed_file import SealedLog
 from optimer_hf.comparison.tables import to_markdown
@@ -100,6 +100,29 @@ def test_all_baselines_stand_beside_the_merge(study):
         titles
     )
     assert sum("at its best scale, " in title for title in titles) == 4
+
+
+def test_guessed_weights_are_rows_with_the_rest_at_0_and_fixed_ones_as_they_are(tmp_path):
+    by = {"mlp": {}, "self_attn": {}, "else": {"fixed": 0.5}}
+    vectors = {"x": {"source": "a/x", "by": by}, "f": {"source": "a/f", "fixed": 0.75}}
+    weights = {
+        "by hand": {"x": 1.75},  # beyond the bounds, which are those of the search
+        "attention": {"x": 0.25, "x.self_attn": -0.5, "f": 0.75},
+        "mlp": {"x.mlp": 0.25},
+    }
+    config = with_test(vectors=vectors, baselines={"weights": weights})
+    study = search(config, tmp_path / "s", runner=InProcess(TellingPool))
+    comparison = compare(study, pool=CountingPool)
+    rows = {row.title: row.weights for row in comparison.rows if row.kind == "weights"}
+    expected = {"by hand": (1.75, 1.75), "attention": (0.25, -0.5), "mlp": (0.25, 0.0)}
+    assert rows == {
+        title: {"x.mlp": mlp, "x.self_attn": attention, "x.else": 0.5, "f": 0.75}
+        for title, (mlp, attention) in expected.items()
+    }
+    scored = [weights for weights, _, _ in CountingPool.opened[0].calls]
+    assert all(weights in scored for weights in rows.values())
+    assert len(list_rows(config)) == len(comparison.rows)
+    assert "| by hand |" in to_markdown(comparison)
 
 
 def test_every_row_is_scored_once_and_read_from_disk_the_second_time(study):

@@ -1,13 +1,17 @@
-"""Pools of two vectors of each kind."""
+"""Pools of two vectors of each kind, and a folder for configs of mergekit."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
+from tests.support.merges import N_LAYERS
+from tests.support.tiny import GROUPED
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +61,24 @@ def world(models, tmp_path):
     for path in models.iterdir():
         (tmp_path / path.name).symlink_to(path.resolve())
     return tmp_path
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def folder(request, tmp_path_factory, save_model, make_tuned, make_adapter, corpus_dir) -> Path:
+    """A folder with a base of five layers, two fine-tunes, an adapter, an objective and a test."""
+    out = tmp_path_factory.mktemp("layered")
+    torch.manual_seed(0)
+    sizes = GROUPED | {"num_hidden_layers": N_LAYERS, "max_position_embeddings": 64}
+    if request.param == "llama":  # mergekit knows where its head is, and infers Gemma's
+        model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
+    else:
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=16, query_pre_attn_scalar=16))
+    path = save_model(model.to(torch.bfloat16), "five-layers")
+    base = ResolvedModel(path, "base")
+    shutil.copytree(path, out / "base")
+    for name, seed in (("math", 1), ("code", 2)):
+        shutil.copytree(make_tuned(base, request.param, seed), out / name)
+    shutil.copytree(make_adapter(base, 3), out / "lora")
+    for file, name in (("obj.yaml", "aaa.search.jsonl"), ("test.yaml", "aaa.test.jsonl")):
+        (out / file).write_text(f"terms: [{{text: {corpus_dir / name}}}]\n")
+    return out

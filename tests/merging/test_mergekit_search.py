@@ -8,17 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from mergekit.architecture.auto import infer_architecture_info
-from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from optimer_hf.errors import ConfigError, ModelError, StudyError
 from optimer_hf.merging.mergekit_search import pool_to_search, unsearched_settings
-from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.recipes.build import build as build_recipe
@@ -30,35 +23,19 @@ from optimer_hf.searching.study_file import (
     study_of_merge_config,
 )
 from optimer_hf.vectors.delta import extract
-from optimer_hf.vectors.groups import weights_of_parts
-from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.opening import open_vector
-from optimer_hf.vectors.splitting import split_pool
-from tests.support.merges import assert_same_bits, optimer_yaml, tensors_in, write_config
-from tests.support.tiny import GROUPED, ulps_apart
+from tests.support.merges import (
+    N_LAYERS,
+    assert_same_bits,
+    build_study,
+    optimer_yaml,
+    run_plain_mergekit,
+    tensors_in,
+    write_config,
+)
+from tests.support.tiny import ulps_apart
 
-N_LAYERS = 5
 HEAD = "base_model: ./base   # theirs\nmerge_method: ties\ndtype: bfloat16\n"
-
-
-@pytest.fixture(scope="module", params=["llama", "gemma"])
-def folder(request, tmp_path_factory, save_model, make_tuned, make_adapter, corpus_dir) -> Path:
-    """A folder with a base of five layers, two fine-tunes, an adapter and an objective."""
-    out = tmp_path_factory.mktemp("layered")
-    torch.manual_seed(0)
-    sizes = GROUPED | {"num_hidden_layers": N_LAYERS, "max_position_embeddings": 64}
-    if request.param == "llama":  # mergekit knows where its head is, and infers Gemma's
-        model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
-    else:
-        model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=16, query_pre_attn_scalar=16))
-    path = save_model(model.to(torch.bfloat16), "five-layers")
-    base = ResolvedModel(path, "base")
-    shutil.copytree(path, out / "base")
-    for name, seed in (("math", 1), ("code", 2)):
-        shutil.copytree(make_tuned(base, request.param, seed), out / name)
-    shutil.copytree(make_adapter(base, 3), out / "lora")
-    (out / "obj.yaml").write_text(f"terms: [{{text: {corpus_dir / 'aaa.search.jsonl'}}}]\n")
-    return out
 
 
 def share_of_layer(name: str) -> float:
@@ -202,24 +179,6 @@ def weights_for(config) -> dict[str, float]:
     }
 
 
-def build(config, weights: dict[str, float], out: Path) -> None:
-    """Build what a trial with these weights scores."""
-    base = ResolvedModel(Path(config.base_model), "base")
-    vectors = [open_vector(name, source, base) for name, source in config.sources.items()]
-    parts = weights_of_parts(weights, config.groups, layers_for(config.groups, base))
-    pool = split_pool(vectors, config.groups, base, idle=config.fixed)
-    write_merged(base, pool, parts, out, out_dtype="bfloat16")
-
-
-def run_plain_mergekit(text: str, folder: Path, out: Path) -> None:
-    """Run a config with mergekit and nothing of ours, in the folder where it lies."""
-    LoaderCache().loaders = {}  # of another folder
-    infer_architecture_info.cache_clear()
-    config = MergeConfiguration.model_validate(yaml.safe_load(text))
-    options = {"lora_merge_cache": str(out) + "-lora", "lora_merge_dtype": "float32"}
-    run_merge(config, str(out), MergeOptions(quiet=True, copy_tokenizer=False, **options))
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_each_number_is_searched_and_comes_back_into_the_text(case, folder, tmp_path, monkeypatch):
     text, names, weight_of, kept = case
@@ -229,7 +188,7 @@ def test_each_number_is_searched_and_comes_back_into_the_text(case, folder, tmp_
     config = study_of_merge_config(path, folder / "obj.yaml")
     assert config.weight_names == names
     weights = weights_for(config)
-    build(config, weights, tmp_path / "ours")
+    build_study(config, weights, tmp_path / "ours")
 
     base = Checkpoint(folder / "base")
     for name, merged in tensors_in(tmp_path / "ours").items():
@@ -246,7 +205,7 @@ def test_each_number_is_searched_and_comes_back_into_the_text(case, folder, tmp_
     assert yaml.safe_load(printed).items() >= merge_config.items()
     assert all(comment in printed for comment in kept), printed
     assert printed.startswith("# Mine.\n# note\n# Save it beside merge.yml as THIS.yml. Run: merge")
-    run_plain_mergekit(printed, folder, tmp_path / "theirs")
+    run_plain_mergekit(printed, tmp_path / "theirs")
     ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
     assert theirs.keys() == ours.keys()
     for name, tensor in ours.items():
@@ -427,8 +386,8 @@ def test_configs_of_public_reports_are_searched_and_run(
     kinds = dict.fromkeys(config.vectors, "checkpoint")
     printed = merge_text(path, merge_config_of_study(config, weights, path, kinds), "note")
     assert all(line in printed for line in text.splitlines() if "base" in line)
-    build(config, weights, tmp_path / "ours")
-    run_plain_mergekit(printed, folder, tmp_path / "theirs")
+    build_study(config, weights, tmp_path / "ours")
+    run_plain_mergekit(printed, tmp_path / "theirs")
     ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
     assert not any(ulps_apart(ours[name], theirs[name]).any() for name in ours)
@@ -518,7 +477,7 @@ def test_an_adapter_of_some_layers_is_searched_with_the_slice_that_has_it(
     assert study.config.fixed == {"part.layers.0:2": 0.0}
     build_recipe(tmp_path / "s" / "recipe.yaml", tmp_path / "m")
     build_of_trial = tmp_path / "trial"
-    build(study.config, study.best_trial.weights, build_of_trial)
+    build_study(study.config, study.best_trial.weights, build_of_trial)
     assert_same_bits(tensors_in(tmp_path / "m"), tensors_in(build_of_trial))
 
 

@@ -71,6 +71,11 @@ def test_what_is_neither_a_source_nor_fields_is_refused_by_name(tmp_path):
         StudyConfig.read(file)
 
 
+VECTORS_OF_GUESSES = (
+    "{math: {source: a/w, by: {mlp: {}, else: {fixed: 0}}}, it: {source: a/i, fixed: 1}}"
+)
+
+
 @pytest.mark.parametrize("name", ["", "a/b", ".."])
 def test_a_vector_whose_name_is_no_file_name_is_refused(name):
     with pytest.raises(ValueError, match="Expected one without '/'"):
@@ -119,6 +124,20 @@ def test_a_vector_whose_name_is_no_file_name_is_refused(name):
         (
             "vectors: {w: {source: a/w}}\nbaselines: {searches: {s: {limit: 1000000000}}}",
             r"limit: found 1000000000",
+        ),
+        *(
+            (
+                f"vectors: {VECTORS_OF_GUESSES}\nbaselines: {{weights: {{g: {given}}}}}",
+                rf"study\.yaml:4: baselines\.weights\.g{message}",
+            )
+            for given, message in [
+                ("{mat: 1}", r"\.mat: no vector is called 'mat'\. Did you mean 'math'\?"),
+                ("{math.mpl: 1}", r"\.math\.mpl: no vector .*\. Did you mean 'math\.mlp'\?"),
+                ("{it: 0.5}", r"\.it: 'it' is fixed, so every row has it as it is"),
+                ("{math.else: 0.5}", r"\.math\.else: 'math\.else' is fixed"),
+                ("{math: 1e9}", r"\.math: found 1000000000"),
+                ("{}", ": .*at least 1 item"),
+            ]
         ),
     ],
 )

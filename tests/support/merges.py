@@ -4,14 +4,24 @@ from pathlib import Path
 
 import torch
 import yaml
+from mergekit.architecture.auto import infer_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from optimer_hf.merging.engines import merge
+from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.vectors.groups import weights_of_parts
+from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.splitting import split_pool
 from tests.support.tiny import bits
 
+N_LAYERS = 5  # of the base that lies beside configs of mergekit
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -80,3 +90,21 @@ def without_tokenizer(base: Path) -> None:
 
 def with_broken_tokenizer(base: Path) -> None:
     (base / "tokenizer.json").write_text('{"x"', encoding="utf-8")
+
+
+def build_study(config, weights: dict[str, float], out: Path) -> None:
+    """Build what a trial of a study with these weights scores."""
+    base = ResolvedModel(Path(config.base_model), "base")
+    vectors = [open_vector(name, source, base) for name, source in config.sources.items()]
+    parts = weights_of_parts(weights, config.groups, layers_for(config.groups, base))
+    pool = split_pool(vectors, config.groups, base, idle=config.fixed)
+    write_merged(base, pool, parts, out, out_dtype=config.dtype)
+
+
+def run_plain_mergekit(text: str, out: Path) -> None:
+    """Run a config, which lies in the working directory, with mergekit and nothing of ours."""
+    LoaderCache().loaders = {}  # of another folder
+    infer_architecture_info.cache_clear()
+    config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    options = {"lora_merge_cache": str(out) + "-lora", "lora_merge_dtype": "float32"}
+    run_merge(config, str(out), MergeOptions(quiet=True, copy_tokenizer=False, **options))
