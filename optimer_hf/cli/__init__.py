@@ -15,7 +15,13 @@ from typing import Any, NoReturn
 
 import click
 
-from optimer_hf.cli.ending import TerminatedError, leave, raising_signals, what_is_kept
+from optimer_hf.cli.ending import (
+    TerminatedError,
+    explain_disk_error,
+    leave,
+    raising_signals,
+    what_is_kept,
+)
 from optimer_hf.cli.lazy import Entry, LazyGroup
 from optimer_hf.cli.options import echo
 from optimer_hf.cli.stdout import separate_from_descriptor
@@ -83,6 +89,11 @@ class Program(LazyGroup):
             if isinstance(end.code, int | None):
                 leave(end.code or 0)
             raise
+        except OSError as error:  # of --help and --version, which print before any command runs
+            if (text := explain_disk_error(error)) is None:
+                raise
+            echo(f"error: {text}", err=True)
+            leave(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -91,12 +102,9 @@ class Program(LazyGroup):
         except OptimerError as error:
             self.fail(ctx, error, str(error))
         except OSError as error:
-            from optimer_hf.files.disk import DISK_ERRORS
-
-            if error.errno not in DISK_ERRORS or error.filename is None:
+            if (text := explain_disk_error(error)) is None:
                 raise
-            remedy = "Free space there, allow access, or give another place."
-            self.fail(ctx, error, f"{error.filename}: {error.strerror}. {remedy}")
+            self.fail(ctx, error, text)
         except KeyboardInterrupt as error:
             text = f"\ninterrupted. {what_is_kept(ctx.invoked_subcommand, sys.argv[1:])}"
             with contextlib.suppress(OSError):  # after SIGHUP there is no terminal

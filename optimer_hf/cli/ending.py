@@ -91,6 +91,29 @@ def leave(status: int) -> NoReturn:
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller
         try:
             stream.flush()
-        except (OSError, ValueError):  # a full disk or a closed pipe; Python itself ends with 120
-            status = status or 120
+        except (OSError, ValueError) as error:  # a full disk or a closed pipe
+            if status == 0:  # else the error is printed already
+                _say_what_is_lost(error)
+            status = status or 120  # as Python itself
     os._exit(status)
+
+
+def _say_what_is_lost(error: Exception) -> None:
+    """Print why the last results are not where they should be, if there is a place for it."""
+    text = explain_disk_error(error) if isinstance(error, OSError) else None
+    if text is not None and sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"error: {text}\n")
+            sys.stderr.flush()
+
+
+def explain_disk_error(error: OSError) -> str | None:
+    """Return the message for a file, or stdout, that cannot be written, and None for other errors,
+    also where a pipe was closed by its reader, who has all that it wants.
+    """
+    from optimer_hf.files.disk import DISK_ERRORS
+
+    if error.errno not in DISK_ERRORS or error.filename is None:
+        return None
+    remedy = "Free space there, allow access, or give another place."
+    return f"{error.filename}: {error.strerror}. {remedy}"

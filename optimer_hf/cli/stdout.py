@@ -10,7 +10,30 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TextIO
 
+STDOUT = "stdout"  # in errors, where others have a file
+
 _results: ContextVar[TextIO | None] = ContextVar("results", default=None)
+
+
+class Results(io.TextIOWrapper):
+    """Stdout. An OSError that it raises names it, as those of files do."""
+
+    def write(self, text: str, /) -> int:
+        with _naming_stdout():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _naming_stdout():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _naming_stdout() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = STDOUT
+        raise
 
 
 def result_stream() -> TextIO:
@@ -48,7 +71,7 @@ def separate_from_descriptor() -> None:
     except (AttributeError, OSError, ValueError):
         return
     unbuffered = stream.write_through
-    sys.stdout = io.TextIOWrapper(
+    sys.stdout = Results(
         os.fdopen(own, "wb", buffering=0 if unbuffered else -1),
         encoding=stream.encoding,
         errors=stream.errors,

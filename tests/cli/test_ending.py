@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -121,3 +122,50 @@ def test_a_closed_stream_is_no_error(closed):
     ended = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert ended.returncode == 0 and not ended.stderr
     assert ended.stdout.startswith("{") == (closed == "2>&-")
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command", ["--help", "--version", "schema --help", "schema study", "cache", "validate o.yaml"]
+)
+def test_a_full_stdout_is_one_line(command, unbuffered, tmp_path):
+    (tmp_path / "o.yaml").write_text("terms: [{text: o.yaml}]")
+    settings = {"PYTHONUNBUFFERED": unbuffered, "OPTIMER_CACHE": str(tmp_path)}
+    with FULL.open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "optimer_hf", *command.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | settings,
+        )
+    assert ended.stderr.startswith("error: stdout: No space left on device. Free space there")
+    assert ended.stderr.count("\n") == 1 and ended.returncode == 1
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_results_that_are_lost_in_the_end_are_named():
+    code = "import sys; from optimer_hf.cli.stdout import separate_from_descriptor; "
+    code += "from optimer_hf.cli.ending import leave; separate_from_descriptor(); "
+    code += "print('held back'); leave(0)"
+    with FULL.open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )
+    assert ended.stderr.startswith("error: stdout: No space left on device")
+    assert ended.returncode == 120
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = f"{shlex.quote(sys.executable)} -m optimer_hf schema study | head -c 9"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert not ended.stderr and len(ended.stdout) == 9
