@@ -9,7 +9,14 @@ from typing import Any
 from optimer_hf.comparison.rows import check_titles
 from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.inputs import KINDS, kind_of_file
-from optimer_hf.experiment.profile import RecipeFiles, check_profile, is_profile
+from optimer_hf.experiment.profile import (
+    STUDY,
+    RecipeFiles,
+    check_profile,
+    is_profile,
+    read_recipe_files,
+)
+from optimer_hf.experiment.recipe_checks import check_mixtures, check_study
 from optimer_hf.files.layered import Origin, file_of
 from optimer_hf.files.model import (
     VersionedFile,
@@ -57,6 +64,8 @@ def _read_whole(path: Path) -> tuple[str, str]:
     keys = set(read_yaml(path))
     if is_profile(keys):
         files = check_profile(path)
+        if files is not None:
+            _check_recipe(files)
         missing = "" if files is None else list_missing_inputs_of_recipe(files)
         own = [line for line in missing.splitlines() if line.startswith(f"{path}:")]
         return "profile of a recipe", "\n".join(own)
@@ -65,13 +74,46 @@ def _read_whole(path: Path) -> tuple[str, str]:
         return what, list_absent_files(path, fields)
     kind = kind_of_file(keys)
     config = _read_fields(path, kind)
-    if isinstance(config, TrainConfig) and not is_settled(config):
-        if "transformers" not in sys.modules:
-            logger.info("%s: loading the libraries that check it", path)
-        from optimer_hf.training.checks import check_config  # takes seconds to import
-
-        check_config(config, path)
+    if isinstance(config, TrainConfig):
+        _check_training(config, path)
+    if isinstance(config, StudyConfig):
+        _check_for_run(config, path)
     return "train config" if kind == "train" else kind, list_missing_inputs(path, config)
+
+
+def _check_recipe(files: RecipeFiles) -> None:
+    """Raise ConfigError for what `optimer run` would refuse of the files of a recipe folder before
+    it opens what they name.
+    """
+    check_study(files)
+    check_mixtures(files)
+    for name, training in files.trainings.items():
+        _check_training(training, files.train_files[name])
+
+
+def _check_training(config: TrainConfig, origin: Origin) -> None:
+    """Raise ConfigError for a training that a library would refuse."""
+    if is_settled(config):
+        return
+    if "transformers" not in sys.modules:
+        logger.info("%s: loading the libraries that check it", origin)
+    from optimer_hf.training.checks import check_config  # takes seconds to import
+
+    check_config(config, origin)
+
+
+def _check_for_run(config: StudyConfig, path: Path) -> None:
+    """Raise ConfigError for the study.yaml of a recipe folder that `optimer run` would refuse, if
+    its train files are here; they are checked on their own.
+    """
+    if path.name != STUDY or all(vector.source is not None for vector in config.vectors.values()):
+        return
+    try:
+        files = read_recipe_files(path.parent, None)
+    except ConfigError:
+        return
+    check_study(files)
+    check_mixtures(files)
 
 
 def list_missing_inputs(origin: Origin, config: VersionedFile, *, baselines: bool = True) -> str:
@@ -170,10 +212,7 @@ def _read_fields(path: Path, kind: str) -> VersionedFile:
     config = KINDS[kind].read(path)
     if isinstance(config, StudyConfig):
         check_titles(config, path)
-        try:
-            refuse_missing_plugins(config)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        refuse_missing_plugins(config, path)
     if isinstance(config, TrainConfig) and (mistakes := list_field_mistakes(config)):
         raise ConfigError(list_mistakes(path, mistakes))
     return config

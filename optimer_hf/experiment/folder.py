@@ -1,7 +1,7 @@
 """Read a recipe folder: the trainings, the study and the baselines of a run, all checked."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -10,12 +10,12 @@ from optimer_hf.errors import ConfigError
 from optimer_hf.experiment.checking import list_missing_inputs_of_recipe
 from optimer_hf.experiment.marks import CLAIM_FILE, Claim, read_claim
 from optimer_hf.experiment.profile import STUDY, RecipeFiles, read_profile, read_recipe_files
+from optimer_hf.experiment.recipe_checks import check_mixtures, check_study, mix_vectors
 from optimer_hf.files.digest import digest, fingerprint, sha256_file
-from optimer_hf.files.model import list_mistakes
 from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reading import read_yaml
-from optimer_hf.files.reference import expand_home, function_in_file, is_there
-from optimer_hf.files.text import did_you_mean, slug
+from optimer_hf.files.reference import expand_home, is_there
+from optimer_hf.files.text import did_you_mean
 from optimer_hf.training.config import MOST_TOKENS, is_count_of_tokens
 
 if TYPE_CHECKING:
@@ -210,10 +210,10 @@ def load_inputs(run: Run) -> Inputs:
         for corpus in training.corpora:
             next(read_documents(corpus), None)
     _check_tests(config)
-    _check_mixtures(config, singles, run.folder / STUDY)
+    check_mixtures(files)
     trainings = {
         name: _add_seed(training, run.seed)
-        for name, training in (singles | _mix_vectors(config, singles)).items()
+        for name, training in (singles | mix_vectors(files)).items()
     }
     sources = {
         name: _locate(vector, vector_dir(run, name), singles) if vector.source is None else vector
@@ -239,26 +239,6 @@ def _locate(
     return vector.model_copy(update=changes)
 
 
-def _mix_vectors(
-    config: "StudyConfig", singles: Mapping[str, "TrainConfig"]
-) -> "dict[str, TrainConfig]":
-    """Return the trainings of the mixtures in the pool; `singles` are those of the other vectors.
-
-    Raises ConfigError if the runs that it mixes are not alike.
-    """
-    from optimer_hf.training.mixture import budget_of, mix_runs
-
-    mixed = {}
-    for name, vector in config.vectors.items():
-        if vector.mixture is not None and vector.source is None:
-            shares = vector.mixture
-            if not isinstance(shares, dict):
-                shares = dict.fromkeys(singles, 1.0)
-            n_tokens = budget_of(singles, vector.budget)
-            mixed[name] = mix_runs(singles, shares, name=slug(name), max_tokens=n_tokens)
-    return mixed
-
-
 def _add_seed(config: SeededT, seed: int) -> SeededT:
     """Return a training or a search with `seed` added to its own seed."""
     return config.model_copy(update={"seed": (config.seed + seed) % 2**32})
@@ -270,45 +250,10 @@ def _read_files(run: Run) -> RecipeFiles:
         raise ConfigError(f"{run.folder}: not a recipe folder (it has no study.yaml).")
     profile = read_profile(run.folder / f"{run.profile}.yaml") if run.profile else None
     files = read_recipe_files(run.folder, profile, run.tokens)
-    _check_study(files)
+    check_study(files)
     if missing := list_missing_inputs_of_recipe(files):
         raise ConfigError(missing)
     return files
-
-
-def _check_study(files: RecipeFiles) -> None:
-    """Raise ConfigError for a study that `optimer run` cannot run."""
-    from optimer_hf.comparison.rows import check_titles
-
-    config, trainings, file = files.study, files.trainings, files.file
-    scored = [
-        term for part in (config.objective, config.test) if part for term in part.scored_terms
-    ]
-    for term in scored:
-        if term.function is not None and function_in_file(term.function) is None:
-            raise ConfigError(
-                f"{file}: term {term.label!r}: found the function {term.function!r}, which only "
-                f"Python can give. Name its file: `function: my_metrics.py:{term.function}`."
-            )
-    if config.test is None:
-        raise ConfigError(
-            f"{file}: field 'test' is missing. A run ends with the sealed test. Name its terms, or "
-            "use `optimer search`."
-        )
-    for name, training in trainings.items():
-        if training.base_model != config.base_model:
-            message = (
-                f"vectors.{name} is trained from {training.base_model!r}, but base_model is "
-                f"{config.base_model!r}. Give both the same base."
-            )
-            raise ConfigError(list_mistakes(file, [(("base_model",), message)]))
-    if config.tokenizer_source in {*trainings, *config.mixtures}:
-        message = (
-            f"tokenizer_source: the vector {config.tokenizer_source!r} is trained here, with the "
-            "tokenizer of the base. Leave the field out, or name another model."
-        )
-        raise ConfigError(list_mistakes(file, [(("tokenizer_source",), message)]))
-    check_titles(config, file)
 
 
 def _check_tests(config: "StudyConfig") -> None:
@@ -357,77 +302,6 @@ def check_sources(inputs: Inputs) -> None:
     for name, groups in config.groups.items():
         if name in inputs.trainings:
             refuse_unknown_groups(name, groups, base)
-
-
-def _check_mixtures(
-    config: "StudyConfig", singles: Mapping[str, "TrainConfig"], path: Path
-) -> None:
-    """Raise ConfigError for mixtures that cannot be trained: those in the pool, and the baselines,
-    which are trained after the search.
-    """
-    from optimer_hf.training.mixture import mix_runs, training_tokens
-
-    if any(each.shares == "searched" for each in config.baselines.mixtures.values()):
-        training_tokens(
-            {
-                name: vector.source
-                for name, vector in config.vectors.items()
-                if vector.mixture is not None and vector.source is not None
-            }
-        )
-    for name, vector in config.vectors.items():
-        if vector.mixture is not None and vector.source is None:
-            shares = vector.mixture
-            parts = list(shares) if isinstance(shares, dict) else list(singles)
-            _check_parts(f"{path}: vectors.{name}.mixture", parts, singles)
-    if not config.baselines.n_trained_models:
-        return
-    parts = [name for name, vector in config.vectors.items() if vector.mixture is None]
-    _check_parts(f"{path}: baselines.mixtures", parts, singles)
-    for name, baseline in config.baselines.mixtures.items():
-        given = baseline.shares
-        shares = given if isinstance(given, dict) else dict.fromkeys(singles, 1.0)
-        mix_runs(singles, shares, name=slug(name), max_tokens=1)
-    if config.baselines.attempts:
-        _check_attempts(f"{path}: baselines.attempts", config, singles)
-
-
-def _check_attempts(
-    where: str, config: "StudyConfig", singles: Mapping[str, "TrainConfig"]
-) -> None:
-    """Raise ConfigError if the attempts at a mixture cannot share the tokens of all vectors, or if
-    one of these is in every merge, and so would be in each attempt twice.
-    """
-    from optimer_hf.training.mixture import budget_of, mix_runs
-
-    if fixed := [name for name in singles if name in config.fixed_parts]:
-        raise ConfigError(
-            f"{where}: vector {fixed[0]!r} is trained here and fixed, so it is added to each "
-            "attempt, which has its text already. Search its weight, or leave the attempts out."
-        )
-    n = max(config.baselines.attempts)
-    n_tokens = budget_of(singles, "all") // n
-    shares = dict.fromkeys(singles, 1.0)
-    block_size = mix_runs(singles, shares, name="attempt", max_tokens=1).block_size
-    if n_tokens < block_size:
-        raise ConfigError(
-            f"{where}: {n} attempts leave {n_tokens} tokens for each, less than a block of "
-            f"{block_size}. Give fewer attempts, or more tokens to the vectors."
-        )
-
-
-def _check_parts(where: str, parts: Sequence[str], singles: Mapping[str, "TrainConfig"]) -> None:
-    """Raise ConfigError unless all parts of a mixture are trained here, on so many tokens."""
-    if not parts:
-        raise ConfigError(
-            f"{where}: no other vector has a 'train' file, so there is nothing to mix."
-        )
-    for part in parts:
-        if part not in singles or singles[part].max_tokens is None:
-            raise ConfigError(
-                f"{where}: vector {part!r} is not trained here with max_tokens, so no mixture can "
-                "contain its text. Train it in this folder, or leave it out of the mixture."
-            )
 
 
 def vector_dir(run: Run, name: str) -> Path:

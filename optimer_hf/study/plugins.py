@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimer_hf.errors import ConfigError, StudyError
-from optimer_hf.files.text import did_you_mean, first_line, quote
+from optimer_hf.files.layered import Origin
+from optimer_hf.files.model import list_mistakes
+from optimer_hf.files.paths import Place
+from optimer_hf.files.text import did_you_mean, field_path, first_line, quote
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.trials import Trial
 
@@ -58,15 +61,22 @@ def load_baseline(name: str) -> Baseline:
     return baseline
 
 
-def refuse_missing_plugins(config: StudyConfig) -> None:
-    """Raise ConfigError if a study names a sampler or baseline that is not installed. Nothing is
-    imported.
+def refuse_missing_plugins(config: StudyConfig, origin: Origin | None = None) -> None:
+    """Raise ConfigError if a study, read from `origin` if that is given, names a sampler or
+    baseline that is not installed. Nothing is imported.
     """
-    for search in (config.search, *config.baselines.searches.values()):
-        if search.sampler is not None:
-            _find(SAMPLERS, "search.sampler", search.sampler)
-    for name in config.baselines.plugins:
-        _find(BASELINES, "baselines.plugins", name)
+    others = config.baselines.searches.items()
+    samplers: list[tuple[Place, str | None]] = [(("search", "sampler"), config.search.sampler)]
+    samplers += [(("baselines", "searches", n, "sampler"), each.sampler) for n, each in others]
+    named = [(at, SAMPLERS, name) for at, name in samplers if name is not None]
+    named += [(("baselines", "plugins"), BASELINES, name) for name in config.baselines.plugins]
+    for place, group, name in named:
+        try:
+            _find(group, field_path(place), name)
+        except ConfigError as error:
+            if origin is None:
+                raise
+            raise ConfigError(list_mistakes(origin, [(place, str(error))])) from None
 
 
 def check_weights(

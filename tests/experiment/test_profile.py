@@ -115,6 +115,64 @@ def test_validate_refuses_what_a_run_refuses(recipe_dir, tmp_path, beside, text,
         assert f"error: {file}{message}" in run.output
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study:\n  base_model: another/base\n", ":2: vectors.aaa is trained from"),
+        ("study:\n  test: null\n", ":2: field 'test' is missing. A run ends with"),
+        ("study:\n  search: {n_trials: 2}\n  tokenizer_source: aaa\n", ":3: tokenizer_source: "),
+        ("study:\n  search: {sampler: nobody}\n", ":2: search.sampler: found 'nobody'"),
+        (
+            "study:\n  baselines:\n    models: {base: you/model}\n",
+            ":3: baselines.models.base: 'base' is the title of another row.",
+        ),
+        (
+            "study:\n  test:\n    terms:\n      xyz: {text: null, function: f, "
+            "higher_is_better: true, name: xyz}\n",
+            ":4: term 'xyz': found the function 'f', which only Python can give.",
+        ),
+        (
+            "train: {max_tokens: 64}\nstudy:\n  baselines:\n    attempts: [8]\n",
+            ":4: baselines.attempts: 8 attempts leave 16 tokens for each, less than a block of 32. "
+            "Give fewer attempts, or more tokens to the vectors (max_tokens in gpu.yaml).",
+        ),
+        (
+            "study:\n  vectors: {aaa: {fixed: 0.5}}\n  baselines:\n    attempts: [2]\n",
+            ":4: baselines.attempts: vector 'aaa' is trained here and fixed",
+        ),
+        ("train:\n  trainer:\n    optim: adam_w\n", ":3: trainer.optim: "),
+    ],
+)
+def test_validate_of_a_profile_makes_the_checks_of_a_run(recipe_dir, tmp_path, text, message):
+    file = recipe_dir / "gpu.yaml"
+    file.write_text(text)
+    run = run_optimer("run", recipe_dir, tmp_path / "out", "--profile", "gpu").output
+    found = run_optimer("validate", file).output
+    assert f"error: {file}{message}" in run
+    assert [line for line in run.splitlines() if "error: " in line] == [
+        line for line in found.splitlines() if "error: " in line
+    ]
+    assert "study.yaml" not in run and "study.yaml" not in found
+
+
+def test_an_error_about_two_files_names_both(recipe_dir: Path, tmp_path: Path):
+    study = recipe_dir / "study.yaml"
+    study.write_text(f"baselines: {{attempts: [8]}}\n{study.read_text()}")
+    (recipe_dir / "gpu.yaml").write_text("train: {max_tokens: 64}\n")
+    found = run_optimer("validate", recipe_dir / "gpu.yaml").output
+    assert f"error: {study}:1: baselines.attempts: 8 attempts leave" in found
+    assert "(max_tokens in gpu.yaml)" in found
+
+
+def test_validate_refuses_the_study_of_a_folder_that_no_run_takes(recipe_dir: Path):
+    study = recipe_dir / "study.yaml"
+    data = yaml.safe_load(study.read_text())
+    study.write_text(yaml.safe_dump(data | {"test": None}))
+    assert "field 'test' is missing. A run ends" in run_optimer("validate", study).output
+    next(recipe_dir.glob("train-*.yaml")).unlink()
+    assert "a valid study" in run_optimer("validate", study).output
+
+
 @pytest.mark.parametrize("text", ["format_version: 1\ntrain: {max_tokens: 64}\n", "study: {}\n"])
 def test_validate_knows_a_profile(recipe_dir: Path, tmp_path: Path, text: str):
     for file in (recipe_dir / "gpu.yaml", tmp_path / "gpu.yaml"):
