@@ -9,8 +9,14 @@ from pathlib import Path
 import torch
 
 from optimer_hf.errors import ModelError, VocabularyError
+from optimer_hf.files.reference import expand_home
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel, has_tokenizer, weight_digests
+from optimer_hf.models.layout import (
+    ResolvedModel,
+    has_tokenizer,
+    weight_digests,
+    weights_fingerprint,
+)
 from optimer_hf.models.live import load_tokenizer
 from optimer_hf.models.loader import read_settings
 from optimer_hf.models.names import Match, match, names_in, summarize_names, vocabulary_names
@@ -185,21 +191,36 @@ def read_record_for_base(
 
 
 def warn_of_another_base(name: str, path: Path, base: ResolvedModel) -> None:
-    """Warn if an adapter names another Hub model as its base.
+    """Warn if an adapter names another model as its base: another Hub id, or a local model that is
+    there and has other weights.
 
-    A name proves nothing: QLoRA names the quantised copy, others name a mirror. A local path is
-    ignored.
+    A name proves nothing: QLoRA names the quantised copy, others name a mirror.
     """
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     declared = str(config.get("base_model_name_or_path") or "")
     is_hub_id = declared.count("/") == 1 and not declared.startswith((".", "/", "~"))
-    if is_hub_id and base.commit is not None and declared != base.reference:
+    if is_hub_id and base.commit is not None:
+        is_another = declared != base.reference
+    else:
+        is_another = bool(declared) and _is_another_model(expand_home(Path(declared)), base)
+    if is_another:
         warn_once(
             logger,
             f"vector {name!r} ({path}): its adapter_config.json names {declared} as its base, and "
             f"base_model is {base.reference}. Its shapes fit. That is fine if one is a mirror or "
             "a quantised copy (QLoRA) of the other; otherwise train the adapter again.",
         )
+
+
+def _is_another_model(path: Path, base: ResolvedModel) -> bool:
+    """Whether there is a model at `path` whose weights are not those of the base, as far as a part
+    of each file tells.
+    """
+    if not (path / "config.json").is_file() or path.resolve() == base.path.resolve():
+        return False
+    union = UnionRecord.of(base.path)
+    own = weights_fingerprint(base.path) if union is None else union.fingerprint
+    return weights_fingerprint(path) != own
 
 
 def _rename_to_base(name: str, tuned: Checkpoint, base: Checkpoint) -> Checkpoint:

@@ -91,6 +91,34 @@ def declaring(adapter: Path, declared: str, out: Path) -> Path:
     return out
 
 
+@pytest.mark.parametrize("is_absolute", [True, False])
+@pytest.mark.parametrize("published", [True, False], ids=["Hub base", "local base"])
+def test_an_adapter_that_names_another_local_base_is_opened_with_one_warning(
+    base, adapter, save_model, tmp_path, monkeypatch, caplog, published, is_absolute
+):
+    other = save_model(tiny_model("llama", seed=9, dtype=torch.bfloat16), "other-again")
+    monkeypatch.chdir(other.parent)
+    declared = str(other) if is_absolute else f"./{other.name}"
+    given = ResolvedModel(base.path, "org/base", "0" * 40) if published else base
+    copy = declaring(adapter, declared, tmp_path / "ja")
+    for _ in range(2):
+        open_vector("ja", str(copy), given)
+    (record,) = caplog.records
+    assert f"names {declared} as its base" in record.message and given.reference in record.message
+
+
+@pytest.mark.parametrize("declared", ["the base", "a copy", "nothing there", "no model", ""])
+def test_an_adapter_that_names_its_base_or_nothing_known_is_opened_without_a_word(
+    base, adapter, tmp_path, caplog, declared
+):
+    copied = tmp_path / "a copy"
+    shutil.copytree(base.path, copied)
+    (tmp_path / "no model").mkdir()
+    named = {"the base": str(base.path), "": ""}.get(declared, str(tmp_path / declared))
+    open_vector("ja", str(declaring(adapter, named, tmp_path / "ja")), base)
+    assert not caplog.records
+
+
 def test_an_adapter_that_names_another_base_and_fits_is_opened_with_one_warning(
     base, adapter, make_base, tmp_path, caplog
 ):
