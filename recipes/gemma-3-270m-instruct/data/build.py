@@ -1,8 +1,9 @@
 """Make the chats of this folder: `pip install reasoning-gym==0.1.25 && python build.py`.
 
-Questions and answers come from the generators of reasoning-gym (Apache-2.0), with fixed seeds. Training,
-search and test have different kinds of questions, so what the held-out items measure is answering in the
-format of a chat, not the kind. The generators that are made from GSM8K are left out.
+Questions and answers come from the generators of reasoning-gym (Apache-2.0), with fixed seeds.
+Training, search and test have different kinds of questions, so what the held-out items measure is
+answering in the format of a chat, not the kind. The generators that are made from GSM8K are left
+out.
 """
 
 import json
@@ -36,7 +37,9 @@ KINDS = {
     "test": ["count_bits", "decimal_chain_sum", "lcm", "word_sequence_reversal"],
 }
 N_ITEMS = {"train": 120, "search": 20, "test": 30}  # of each kind
-CHAT = "<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n{solution}<end_of_turn>\n"
+CHAT = (
+    "<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n{solution}<end_of_turn>\n"
+)
 LONGEST = 600  # characters of a question
 
 
