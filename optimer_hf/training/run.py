@@ -328,7 +328,16 @@ def _has_other_text(record: StartedRecord, packed: PackedCorpus) -> bool:
 
 
 def _pack_text(config: TrainConfig, tokenizer: Any, context: int | None, out: Path) -> PackedCorpus:
-    """Pack the corpus or the mixture of a run, with its replay, and warn of repeated documents."""
+    """Pack the corpus or the mixture of a run, with its replay. Warn of documents that are cut
+    where the context of the base ends, and of repeated ones.
+    """
+    if context is not None and context < config.block_size:
+        logger.warning(
+            "block_size is %s, but the base reads at most %s tokens (max_position_embeddings of "
+            "its config.json): documents are cut there",
+            f"{config.block_size:,}",
+            f"{context:,}",
+        )
     if config.corpus is not None and config.replay is None:
         return pack(
             config.corpus,

@@ -405,7 +405,9 @@ def test_a_corpus_that_is_too_small_leaves_no_directory(make_config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_document_is_cut_where_the_context_of_the_base_ends(make_base, make_config, tmp_path):
+def test_a_document_is_cut_where_the_context_of_the_base_ends(
+    make_base, make_config, tmp_path, caplog
+):
     base = shutil.copytree(make_base("llama", torch.float32).path, tmp_path / "base")
     settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (base / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 12}))
@@ -414,6 +416,7 @@ def test_a_document_is_cut_where_the_context_of_the_base_ends(make_base, make_co
     assert packed is not None
     assert packed.blocks.shape == (6, 2, 32)
     assert packed.blocks[:, 1].max() == 11
+    assert "block_size is 32, but the base reads at most 12 tokens" in caplog.text
 
 
 def test_what_was_packed_for_another_corpus_does_not_stay(make_config, tmp_path):
