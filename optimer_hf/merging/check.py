@@ -22,6 +22,7 @@ from optimer_hf.models.loader import (
     read_settings,
     read_tokenizer,
 )
+from optimer_hf.models.names import names_kept_wide
 from optimer_hf.models.ties import ties_of
 
 
@@ -66,10 +67,11 @@ def _faults(out: Path, promise: Promise) -> Iterator[str]:
 
 def _dtype_faults(merged: Checkpoint, promise: Promise) -> Iterator[str]:
     expected = DTYPES.get(promise.out_dtype or "")
-    for name in merged.names if expected is not None else ():
-        dtype = merged.dtype(name)
-        if dtype.is_floating_point and dtype != expected:
-            yield f"tensor {name!r} was written as {dtype}, expected {expected}."
+    if expected is not None:
+        dtypes = {name: merged.dtype(name) for name in merged.names}
+        others = [n for n, each in dtypes.items() if each.is_floating_point and each != expected]
+        for name in sorted({*others} - names_kept_wide(merged, expected)) if others else ():
+            yield f"tensor {name!r} was written as {dtypes[name]}, expected {expected}."
     settings = read_settings(merged.path / CONFIG)
     named = settings.get("dtype", settings.get("torch_dtype"))
     if promise.dtype is not None and named != promise.dtype:

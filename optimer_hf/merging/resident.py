@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from optimer_hf.errors import ModelError
-from optimer_hf.merging.writer import merge_rows
+from optimer_hf.merging.writer import merge_rows, merged_dtypes
 from optimer_hf.models.blocks import compute_ahead, matrix_rows, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint, LoadedTensors
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.live import compute_dtype, load_model
 from optimer_hf.models.memory import free_memory
-from optimer_hf.models.names import ClassNames, summarize_names, views_in
+from optimer_hf.models.names import ClassNames, keeps_wide, summarize_names, views_in
 from optimer_hf.models.placement import Placement, live_state
 from optimer_hf.models.resolve import AnyModel, base_from_here
 from optimer_hf.printable import warn_once
@@ -52,8 +52,8 @@ class ResidentModel:
         a `placement`, to several; the weights start at zero.
 
         On a device that cannot multiply in `dtype`, the parameters are held in float32, but still
-        rounded to `dtype`. Raises ModelError when a vector moves a tensor that the loaded model
-        holds in another form.
+        rounded to `dtype`, apart from those that `merged_dtypes` excepts. Raises ModelError when a
+        vector moves a tensor that the loaded model holds in another form.
         """
         base = base_from_here(base)
         self.dtype = DTYPES[dtype]
@@ -68,6 +68,7 @@ class ResidentModel:
             views[name].data_ptr(): name for name in sorted(moved, key=places.__getitem__)[::-1]
         }
         self.parameters = {name: views[name] for name in by_place.values()}
+        self._dtypes = merged_dtypes(Checkpoint(base.path), self.dtype)
         devices = {name: str(view.device) for name, view in self.parameters.items()}
         # as stored: a float32 base is rounded once, after the sum
         self._base = _place_base(Checkpoint(base.path), devices)
@@ -122,9 +123,9 @@ class ResidentModel:
 
     def _set_rows(self, name: str, rows: slice) -> None:
         target = matrix_rows(self.parameters[name], rows)
-        base_rows = self.base_rows(name, rows)
-        out = target if target.dtype == self.dtype else None
-        merged = merge_rows(base_rows, name, rows, self.vectors, self.weights, self.dtype, out=out)
+        base_rows, dtype = self.base_rows(name, rows), self._dtypes[name]
+        out = target if target.dtype == dtype else None
+        merged = merge_rows(base_rows, name, rows, self.vectors, self.weights, dtype, out=out)
         if out is None:
             target.copy_(merged)
 
@@ -138,8 +139,9 @@ def _load_rounded(
     if placement is None:
         model = model.to(device)
     if held_in != dtype:
-        for tensor in live_state(model).values():
-            if tensor.is_floating_point():
+        is_kept = keeps_wide(model, dtype)
+        for name, tensor in live_state(model).items():
+            if tensor.is_floating_point() and not is_kept(name):
                 tensor.copy_(tensor.to(dtype))
     return model
 

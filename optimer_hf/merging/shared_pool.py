@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 
 from optimer_hf.merging.resident import LARGEST_SHARE, LARGEST_SHARE_OF_BASE
-from optimer_hf.merging.writer import merge_rows
+from optimer_hf.merging.writer import merge_rows, merged_dtypes
 from optimer_hf.models.blocks import compute_ahead, matrix_shape, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import ResolvedModel
@@ -46,7 +46,7 @@ class SharedPool:
         equally long parts of all processes along their first axis, in the order of their ranks.
         """
         self._checkpoint = Checkpoint(base.path)
-        self._dtype, self._device = DTYPES[dtype], device
+        self._dtypes, self._device = merged_dtypes(self._checkpoint, DTYPES[dtype]), device
         self._rank, self._n_ranks, self._gather = rank, n_ranks, gather
         stored = set(self._checkpoint.names) - ties_of(self._checkpoint).copies
         moved = frozenset[str]().union(*(vector.names for vector in vectors)) & stored
@@ -135,9 +135,7 @@ class SharedPool:
         _, *columns = matrix_shape(self._checkpoint.shape(name))
         blocks = row_blocks(self._checkpoint.shape(name), self._device)
         n_rows = math.ceil(len(blocks) / self._n_ranks) * (blocks[0].stop - blocks[0].start)
-        dtype = self._checkpoint.dtype(name)
-        dtype = self._dtype if dtype.is_floating_point else dtype
-        return torch.empty(n_rows, *columns, dtype=dtype, device=self._device)
+        return torch.empty(n_rows, *columns, dtype=self._dtypes[name], device=self._device)
 
     def _merge_into(
         self, out: torch.Tensor, name: str, rows: slice, weights: Mapping[str, float]
@@ -147,7 +145,7 @@ class SharedPool:
             base_rows = self._checkpoint.read_rows(name, rows)
         base_rows = base_rows.to(self._device)
         if base_rows.is_floating_point():
-            merge_rows(base_rows, name, rows, self._vectors, weights, self._dtype, out=out)
+            merge_rows(base_rows, name, rows, self._vectors, weights, out.dtype, out=out)
         else:
             out.copy_(base_rows)
 

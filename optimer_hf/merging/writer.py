@@ -19,6 +19,7 @@ from optimer_hf.merging.kernel import add_weighted
 from optimer_hf.models.blocks import compute_ahead, row_blocks
 from optimer_hf.models.checkpoint import DTYPES, Checkpoint
 from optimer_hf.models.layout import MAX_SHARD_SIZE, ResolvedModel, copy_beside_weights
+from optimer_hf.models.names import names_kept_wide
 from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
 from optimer_hf.vectors.delta import not_finite_error
@@ -68,11 +69,11 @@ def write_merged(
 ) -> None:
     """Write base + sum_i w_i v_i as a model directory that `from_pretrained` loads.
 
-    Every tensor keeps the dtype of the base unless `out_dtype` is given. Config and licence files
-    come from the base; tokenizer, chat template and generation config come from `tokenizer`, or
-    from the base if it is None. `complete` may add files to the staging directory. `out` appears
-    whole or not at all; with `replace` it takes the place of an existing directory. `device` does
-    the arithmetic. Needs memory for a few row blocks, not for the model.
+    Every tensor keeps the dtype of the base unless `out_dtype` is given (see `merged_dtypes`).
+    Config and licence files come from the base; tokenizer, chat template and generation config come
+    from `tokenizer`, or from the base if it is None. `complete` may add files to the staging
+    directory. `out` appears whole or not at all; with `replace` it takes the place of an existing
+    directory. `device` does the arithmetic. Needs memory for a few row blocks, not for the model.
 
     Raises ModelError that names tensor and vector for values that are not finite.
     """
@@ -108,9 +109,25 @@ def _specs_of(
     """Return dtype and shape of every tensor of a merge, by name."""
     left_out = ties_of(base).copies  # tied heads, which the model class fills in
     return {
-        name: (_output_dtype(base.dtype(name), out_dtype), base.shape(name))
-        for name in base.names
+        name: (dtype, base.shape(name))
+        for name, dtype in merged_dtypes(base, DTYPES[out_dtype] if out_dtype else None).items()
         if name not in left_out
+    }
+
+
+def merged_dtypes(base: Checkpoint, wanted: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Return the dtype of every tensor of a merge, by name: `wanted`, or that of the base if None.
+
+    Whole numbers keep theirs, and so does what the class computes with in float32 whatever the
+    dtype of the model, such as the bias that chooses the experts of DeepSeek-V3 and GLM-4.5.
+    """
+    stored = {name: base.dtype(name) for name in base.names}
+    if wanted is None or set(stored.values()) == {wanted}:
+        return stored
+    kept = names_kept_wide(base, wanted)
+    return {
+        name: wanted if dtype.is_floating_point and name not in kept else dtype
+        for name, dtype in stored.items()
     }
 
 
@@ -149,11 +166,12 @@ def surviving_share(
     used = [vector for vector in vectors if weights[vector.name] != 0]
     names = sorted(frozenset[str]().union(*(vector.names for vector in used)))
     blocks = [(name, rows) for name in names for rows in row_blocks(base.shape(name))]
+    dtypes = merged_dtypes(base, DTYPES[out_dtype] if out_dtype else None)
 
     def squares_of(name: str, rows: slice) -> tuple[float, float]:
         base_rows = base.read_rows(name, rows).float()
         merged = merge_rows(base_rows, name, rows, used, weights, torch.float32)
-        lost = merged.to(_output_dtype(base.dtype(name), out_dtype)).float() - merged
+        lost = merged.to(dtypes[name]).float() - merged
         return (merged - base_rows).square().sum().item(), lost.square().sum().item()
 
     sample = blocks[:: -(-len(blocks) // SURVIVAL_BLOCKS)] if blocks else []
@@ -183,10 +201,6 @@ def _explain_not_finite(
         f"tensor {name!r}: the merged values are too large for {dtype}. Use smaller weights or "
         "another --out-dtype."
     )
-
-
-def _output_dtype(stored: torch.dtype, out_dtype: str | None) -> torch.dtype:
-    return DTYPES[out_dtype] if out_dtype and stored.is_floating_point else stored
 
 
 def _set_config_dtype(path: Path, dtype: str) -> None:

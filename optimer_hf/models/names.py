@@ -9,7 +9,7 @@ equal on both sides need no class.
 
 import functools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,6 +250,33 @@ def vocabulary_names(base: Checkpoint) -> frozenset[str]:
         return frozenset(name for name in base.names if "embed" in name or "lm_head" in name)
     keys = base_class.keys(base.names)
     return frozenset(name for name in keys if keys[name].parameter in base_class.whole.vocabulary)
+
+
+def names_kept_wide(base: Checkpoint, dtype: torch.dtype) -> frozenset[str]:
+    """Return the tensors in a base that its class keeps in float32 when it is loaded in `dtype`."""
+    if dtype == torch.float32:
+        return frozenset()
+    try:
+        base_class = base_class_of(base.path)
+    except ModelError:
+        return frozenset()
+    is_kept = keeps_wide(base_class.whole.model, dtype)
+    return frozenset(
+        name for name, key in base_class.keys(base.names).items() if is_kept(key.parameter)
+    )
+
+
+def keeps_wide(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Return whether transformers keeps a parameter of a model in float32 when it loads the model
+    in `dtype`, as a function of the parameter's name.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: False
+    pattern, _, _ = build_glob_alternation(list(plan))
+    return lambda name: pattern.search(name) is not None
 
 
 # -- two files -------------------------------------------------------------------------------------

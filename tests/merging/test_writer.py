@@ -11,6 +11,8 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,10 +23,12 @@ from optimer_hf.merging.mergekit_pool import (
     vanilla_config,
 )
 from optimer_hf.merging.resident import ResidentModel
+from optimer_hf.merging.shared_pool import SharedPool
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models import blocks as blocks_module
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.names import views_in
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
 from tests.support.merges import (
@@ -34,7 +38,7 @@ from tests.support.merges import (
     open_pool,
     read_all,
 )
-from tests.support.tiny import ulps_apart
+from tests.support.tiny import GROUPED, qwen35_multimodal, ulps_apart
 
 # dtype of the files, `dtype` and `out_dtype` of the config
 DTYPE_CASES = [
@@ -227,6 +231,29 @@ def test_another_output_dtype_is_what_the_config_says_and_what_loads(pool, tmp_p
     assert {tensor.dtype for tensor in read_all(tmp_path / "out").values()} == {torch.float16}
 
 
+def test_the_parts_of_a_multimodal_model_are_said_to_have_the_output_dtype(save_model, tmp_path):
+    """Their class loads the language part alone, whose own dtype counts then."""
+    model = transformers.Qwen3_5ForConditionalGeneration(qwen35_multimodal())
+    base = ResolvedModel(save_model(model.to(torch.bfloat16), "multimodal"), "base")
+    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["torch_dtype"] = "bfloat16"
+    (base.path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_merged(base, [], {}, tmp_path / "out", out_dtype="float32")
+    for cls in (AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        assert cls.from_pretrained(tmp_path / "out").dtype == torch.float32
+
+
+def test_a_merge_keeps_every_chat_template(make_base, tmp_path):
+    source = make_base("llama")
+    shutil.copytree(source.path, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
+    tokenizer.save_pretrained(tmp_path / "base")
+    write_merged(ResolvedModel(tmp_path / "base", "base"), [], {}, tmp_path / "out")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert merged.chat_template == {"default": "plain", "tool_use": "with tools"}
+
+
 def test_shards_hold_the_bits_of_the_single_file_and_load(pool, kind, tmp_path):
     base, sources = pool(kind, "checkpoint", torch.bfloat16)
     weights = {"ja": 0.7, "math": 0.2}
@@ -292,6 +319,7 @@ STALLING_WRITE = r"""
 import sys, time
 from pathlib import Path
 from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.merging.shared_pool import SharedPool
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.vectors.delta import extract
 from optimer_hf.vectors.opening import open_vector
@@ -377,3 +405,84 @@ def test_a_sum_that_overflows_while_its_values_do_not_is_no_error(make_base, tmp
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     write_merged(ResolvedModel(tmp_path / "base", "base"), [], {}, tmp_path / "out")
     assert_same_bits(read_all(tmp_path / "out"), tensors)
+
+
+ROUTED = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+WIDE_PARTS = {  # class, its config, the dtype, and what transformers keeps in float32 then
+    "router of GLM 4.5": (
+        "Glm4MoeForCausalLM",
+        lambda: transformers.Glm4MoeConfig(**GROUPED, **ROUTED, head_dim=8),
+        "bfloat16",
+        "e_score_correction_bias",
+    ),
+    "router of DeepSeek V3": (
+        "DeepseekV3ForCausalLM",
+        lambda: transformers.DeepseekV3Config(
+            **GROUPED, **ROUTED, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8
+        ),
+        "float16",
+        "e_score_correction_bias",
+    ),
+    "norms of gpt-oss": (
+        "GptOssForCausalLM",
+        lambda: transformers.GptOssConfig(
+            **GROUPED, head_dim=8, num_local_experts=3, num_experts_per_tok=2
+        ),
+        "float16",
+        "norm",
+    ),
+}
+
+
+@pytest.fixture(params=WIDE_PARTS.values(), ids=WIDE_PARTS.keys())
+def wide_part(request, tmp_path):
+    """A base in float32, a fine-tune, an adapter, the dtype and what is kept in float32."""
+    name, config, dtype, kept = request.param
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config())
+    for folder in ("base", "tuned"):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.add_(0.1 * torch.rand_like(tensor))
+        model.save_pretrained(tmp_path / folder)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    return ResolvedModel(tmp_path / "base", "base"), dtype, kept
+
+
+@pytest.mark.parametrize("source", ["tuned", "adapter"])
+@pytest.mark.parametrize("held", ["as asked", "float32"])
+def test_what_a_class_keeps_in_float32_is_not_rounded(
+    wide_part, source, held, tmp_path, monkeypatch
+):
+    base, dtype, kept = wide_part
+    origin = tmp_path / ("tuned" if source == "tuned" else "base")
+    cls = transformers.AutoModelForCausalLM  # as transformers loads and saves it in that dtype
+    cls.from_pretrained(origin, dtype=TORCH_DTYPES[dtype]).save_pretrained(tmp_path / "expected")
+    expected = read_all(tmp_path / "expected")
+    vectors = open_pool(base, {"v": tmp_path / source})
+    write_merged(base, vectors, {"v": 1.0}, tmp_path / "out", out_dtype=dtype)
+    written = read_all(tmp_path / "out")
+    wide = [name for name in expected if kept in name]
+    assert wide
+    assert {expected[name].dtype for name in wide} == {torch.float32}
+    for name in wide:
+        assert torch.equal(written[name], expected[name]), name
+    assert {str(written[name].dtype) for name in written.keys() - {*wide}} == {f"torch.{dtype}"}
+
+    chosen = TORCH_DTYPES[dtype] if held == "as asked" else torch.float32
+    monkeypatch.setattr("optimer_hf.merging.resident.compute_dtype", lambda dtype, device: chosen)
+    resident = ResidentModel(base, vectors, dtype=dtype)
+    resident.set_weights({"v": 1.0})
+    views = views_in(Checkpoint(base.path), resident.model)
+    for name, tensor in views.items():
+        assert torch.equal(tensor.float(), written[name].float()), name
+    pool = SharedPool(base, vectors, dtype=dtype, device="cpu")
+    assert_same_bits(dict(pool.merged_tensors({"v": 1.0})), {n: written[n] for n in pool.names})
