@@ -205,6 +205,8 @@ def _explain_not_finite(
 
 def _set_config_dtype(path: Path, dtype: str) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
+    for part in (config, *(each for each in config.values() if isinstance(each, dict))):
+        if part is config or {"dtype", "torch_dtype"} & part.keys():  # the language part, say
+            part.pop("torch_dtype", None)
+            part["dtype"] = dtype
     write_text(path, json.dumps(config, indent=2))
