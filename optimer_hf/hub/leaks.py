@@ -34,7 +34,8 @@ def refuse_private(where: Path, content: Path | bytes) -> None:
     if where.suffix == ".png":
         return
     text, secrets = _text(content), own_secrets()
-    is_vocabulary = role_of(where.name) in ("vocabulary", "tokens", "template")
+    names = (where.name, "/".join(where.parts[-2:]))  # a template may lie in a folder
+    is_vocabulary = any(role_of(name) in ("vocabulary", "tokens", "template") for name in names)
     for number, line in enumerate(text.splitlines(), start=1):
         leaks = _tokens(line, secrets) if is_vocabulary else _secrets(line, secrets)
         for what, secret in leaks:

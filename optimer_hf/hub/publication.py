@@ -40,6 +40,7 @@ from optimer_hf.merging.mergekit_pool import (
 from optimer_hf.models.layout import (
     ADAPTER_CONFIG,
     COPIED,
+    MORE_TEMPLATES,
     OF_TOKENIZER,
     VECTOR_FILE,
     Role,
@@ -223,7 +224,7 @@ def is_run_alike(directory: Path, files: Iterable[RepoSibling]) -> bool:
     """Whether a repository with these files has the config and the tokenizer, with the chat
     template, that are published of a base or vector in a directory.
     """
-    here: dict[str, Path | bytes] = {x.name: x for x in files_with_role(directory, *HOW_TO_RUN)}
+    here: dict[str, Path | bytes] = {**files_with_role(directory, *HOW_TO_RUN)}
     here |= _config_without_origin(here)
     there = {file.rfilename: file for file in files if role_of(file.rfilename) in HOW_TO_RUN}
     return here.keys() == there.keys() and all(is_same(here[name], there[name]) for name in here)
@@ -290,7 +291,8 @@ def _files(directory: Path) -> dict[str, Path]:
     """
     named = {}
     is_study = (directory / STUDY_FILE).exists()
-    for folder in (directory, directory / "study", directory / FIGURES):
+    folders = ("", "study", FIGURES, MORE_TEMPLATES)
+    for folder in (directory / name for name in folders):
         if folder.is_dir():
             for path in sorted(path for path in folder.iterdir() if path.is_file()):
                 named[str(path.relative_to(directory))] = path

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from optimer_hf.merging.mergekit_yaml import (
 from optimer_hf.merging.union import open_base
 from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.layout import (
+    MORE_TEMPLATES,
     ResolvedModel,
     tokenizer_digests,
 )
@@ -156,6 +158,7 @@ def _write(
         if not options.copy_tokenizer:
             for name in tokenizer_digests(staging):
                 (staging / name).unlink()
+            shutil.rmtree(staging / MORE_TEMPLATES, ignore_errors=True)
         dtype = linear.out_dtype
         check_merged(staging, Promise(base.path, dtype, dtype, options.copy_tokenizer))
         if options.write_model_card:

@@ -170,7 +170,7 @@ class _Union:
         return digest(
             [
                 [FORMAT, transformers.__version__, weights_fingerprint(self.base.path)],
-                {file.name: sha256_file(file) for file in beside},
+                {name: sha256_file(file) for name, file in beside.items()},
                 [
                     [vector.name, weights_fingerprint(vector.path), tokenizer_digests(vector.path)]
                     for vector in (member.vector for member in self.members)
@@ -215,7 +215,7 @@ def _write(union: _Union, out: Path) -> None:
     write_vocabulary_size(out, union.n_rows)
     ids = union.tokenizer.get_vocab()
     if ids != load_tokenizer(union.root).get_vocab():  # otherwise the files are those of the root
-        for file in files_with_role(out, "tokenizer", "vocabulary", "tokens"):
+        for file in files_with_role(out, "tokenizer", "vocabulary", "tokens").values():
             file.unlink()
         union.tokenizer.save_pretrained(out)
     if load_tokenizer(ResolvedModel(out, union.base.reference)).get_vocab() != ids:

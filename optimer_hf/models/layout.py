@@ -42,6 +42,7 @@ Role = Literal[
     "licence",
     "data",
 ]
+MORE_TEMPLATES = "additional_chat_templates"  # transformers' folder for all but the default one
 NUMBER = "[0-9]" * 5  # of a shard, in a pattern
 TEXTS = ("", ".txt", ".md", ".rst", ".html")  # endings of a licence
 
@@ -88,10 +89,12 @@ RUNNABLE: tuple[Role, ...] = ("code", "pickle", "state")  # never fetched, copie
 def role_of(name: str) -> Role | None:
     """Return what a file in a model directory is for, by its name.
 
-    It is None for an unknown file, and for one in a folder below.
+    It is None for an unknown file, and for one in a folder below, apart from a chat template.
     """
     if "/" in name:
-        return None
+        folder, _, file = name.partition("/")
+        is_template = folder == MORE_TEMPLATES and "/" not in file and file.endswith(".jinja")
+        return "template" if is_template else None
     for role, names in FILES.items():
         if any(fnmatchcase(name, pattern) for pattern in names):
             return None if role == "licence" and NO_LICENCE.fullmatch(name) else role
@@ -115,9 +118,11 @@ def patterns(*roles: Role) -> list[str]:
     return [pattern for role in roles for pattern in FILES[role]]
 
 
-def files_with_role(path: Path, *roles: Role) -> list[Path]:
-    """Return the files in a directory that have one of these roles, sorted by name."""
-    return sorted(file for file in path.glob("*") if role_of(file.name) in roles and file.is_file())
+def files_with_role(path: Path, *roles: Role) -> dict[str, Path]:
+    """Return the files in a directory that have one of these roles, by name, sorted."""
+    files = (*path.glob("*"), *path.glob(f"{MORE_TEMPLATES}/*"))
+    named = {file.relative_to(path).as_posix(): file for file in sorted(files) if file.is_file()}
+    return {name: file for name, file in named.items() if role_of(name) in roles}
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -233,10 +238,10 @@ def tokenizer_digests(path: Path) -> dict[str, str]:
     These include the chat template and generation_config.json, which lists the tokens that end an
     answer.
     """
-    return {file.name: sha256_file(file) for file in _files_of_tokenizer(path)}
+    return {name: sha256_file(file) for name, file in _files_of_tokenizer(path).items()}
 
 
-def _files_of_tokenizer(path: Path) -> list[Path]:
+def _files_of_tokenizer(path: Path) -> dict[str, Path]:
     return files_with_role(path, *OF_TOKENIZER, "generation")
 
 
@@ -260,27 +265,31 @@ def weight_names(path: Path) -> list[str]:
     return sorted(set(_weight_map(index).values())) if index.exists() else [ANY_WEIGHTS]
 
 
-def files_beside_weights(source: Path, *, tokenizer: Path | None = None) -> list[Path]:
-    """Return a model's config, tokenizer, chat template and licence files.
+def files_beside_weights(source: Path, *, tokenizer: Path | None = None) -> dict[str, Path]:
+    """Return a model's config, tokenizer, chat template and licence files, by name.
 
     If `tokenizer` is given, the `tokenizer_digests` come from that directory.
     """
     if tokenizer is None:
         return files_with_role(source, *COPIED)
     own = [role for role in COPIED if role not in OF_TOKENIZER]
-    return [*files_with_role(source, *own), *_files_of_tokenizer(tokenizer)]
+    return files_with_role(source, *own) | _files_of_tokenizer(tokenizer)
 
 
 def copy_beside_weights(source: Path, out: Path, *, tokenizer: Path | None = None) -> None:
     """Copy a model's `files_beside_weights` to `out`."""
-    for path in files_beside_weights(source, tokenizer=tokenizer):
-        shutil.copyfile(path, out / path.name)
+    _copy(files_beside_weights(source, tokenizer=tokenizer), out)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy the files of `tokenizer_digests` to `out`."""
-    for path in _files_of_tokenizer(source):
-        shutil.copyfile(path, out / path.name)
+    _copy(_files_of_tokenizer(source), out)
+
+
+def _copy(files: Mapping[str, Path], out: Path) -> None:
+    for name, file in files.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, out / name)
 
 
 def model_digests(

@@ -88,7 +88,7 @@ def build(
     asked = {"dtype": out_dtype or recipe.dtype, "max_shard_size": n_bytes}
     beside = files_beside_weights(base.path, tokenizer=tokenizer.path if tokenizer else None)
     finish_move(out)
-    built = _lock_of_built(lock, out, asked, [file.name for file in beside])
+    built = _lock_of_built(lock, out, asked, [*beside])
     if built is None:
         built = _write_locked(write, recipe, path.parent, lock, asked, out)
     else:

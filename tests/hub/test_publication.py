@@ -32,10 +32,12 @@ def test_only_files_on_the_allow_list_are_pushed(hub, make_vector, name):
     [
         *("LICENSE-MODEL", "LICENCE", "COPYING", "LICENSE.rst", "USE_POLICY.txt", "NOTICE.md"),
         *("spiece.model", "vocab.bpe", "chat_template.json", "qwen.tiktoken", "tekken.json"),
+        "additional_chat_templates/tool_use.jinja",
     ],
 )
 def test_what_a_build_copies_beside_weights_is_published(make_vector, tmp_path, file):
     vector = make_vector("adapter")
+    (vector / file).parent.mkdir(exist_ok=True)
     (vector / file).write_text("{}")
     copy_beside_weights(vector, tmp_path)
     assert (tmp_path / file).is_file()

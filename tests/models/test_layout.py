@@ -72,7 +72,9 @@ FILES = {
     "anything.txt": "fetched",
     "anything.jinja": "fetched",
     "onnx/config.json": "fetched",
-    "additional_chat_templates/tools.jinja": "fetched",
+    "additional_chat_templates/tools.jinja": "fetched copied digested pushed any",
+    "additional_chat_templates/tools.py": "",
+    "additional_chat_templates/more/tools.jinja": "fetched",
     "onnx/model.safetensors": "",
     "README.md": "",
     "image.png": "",
@@ -108,6 +110,11 @@ def files_with(mark: str) -> set[str]:
     return {name for name, marks in FILES.items() if mark in marks.split()}
 
 
+def texts_below(path: Path) -> dict[str, str]:
+    files = (file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): file.read_text() for file in files}
+
+
 def test_files_beside_the_weights_are_fetched_before_them(monkeypatch, tmp_path, folder):
     calls: list[set[str]] = []
 
@@ -126,14 +133,15 @@ def test_files_beside_the_weights_are_fetched_before_them(monkeypatch, tmp_path,
 def test_the_size_of_a_download_counts_the_weights_but_not_a_second_copy():
     weights = {name for name in FILES if name.endswith(".safetensors")}
     counted = files_with("fetched") | weights - {"consolidated.safetensors"}
-    left_out = {"LICENSE_check.rb", *(name for name in FILES if "/" in name)}
+    below = {name for name in FILES if "/" in name} - files_with("copied")
+    left_out = {"LICENSE_check.rb", *below}
     assert {name for name in FILES if may_fetch(name)} == counted - left_out
 
 
 def test_config_tokenizer_and_licence_are_copied_and_code_never_is(folder, tmp_path):
     (tmp_path / "out").mkdir()
     copy_beside_weights(folder, tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == files_with("copied")
+    assert texts_below(tmp_path / "out").keys() == files_with("copied")
 
 
 def test_a_merge_may_take_its_tokenizer_from_another_model(folder, tmp_path):
@@ -143,7 +151,7 @@ def test_a_merge_may_take_its_tokenizer_from_another_model(folder, tmp_path):
     for name in ("tokenizer.json", "chat_template.jinja", "config.json", "LICENSE"):
         (other / name).write_text("other")
     copy_beside_weights(folder, tmp_path / "out", tokenizer=other)
-    copied = {file.name: file.read_text() for file in (tmp_path / "out").iterdir()}
+    copied = texts_below(tmp_path / "out")
     own = files_with("copied") - files_with("digested") | {"generation_config.json"}
     assert {name for name, text in copied.items() if text == "{}"} == own
     assert copied.keys() - own == {"tokenizer.json", "chat_template.jinja"}
