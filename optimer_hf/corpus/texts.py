@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from optimer_hf.errors import CorpusError
 from optimer_hf.files.digest import digest, fingerprint
 from optimer_hf.files.reference import is_there, match_pattern
+from optimer_hf.files.text import LFS_POINTER
 from optimer_hf.printable import warn_once
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ CHUNK = 2**20  # characters
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may contain these, but no tokenizer accepts them
 BETWEEN_ROWS = re.compile(r"[\s,]*")
 ABOUT = re.compile(r"(readme|licen[cs]e)\b", re.IGNORECASE)  # texts about a corpus
-POINTER = b"version https://git-lfs.github.com/spec/"  # the file itself was not fetched
 HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|dev|valid|validation|held-?out)(?![a-z])")
 PLAIN = (".txt", ".md")
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -256,7 +256,7 @@ def _texts_of_file(file: Path, field: str) -> Iterator[str]:
 def _refuse_pointer(file: Path) -> None:
     """Raise CorpusError for a file that Git LFS has not fetched, of any format."""
     with open(file, "rb") as raw:
-        if raw.read(len(POINTER)) == POINTER:
+        if raw.read(len(LFS_POINTER)) == LFS_POINTER:
             raise CorpusError(f"{file}: is a Git LFS pointer. Fetch the file: git lfs pull.")
 
 

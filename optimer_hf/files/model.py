@@ -181,6 +181,10 @@ def _explain(cls: type[BaseModel], mistake: Mapping[str, Any]) -> Iterator[Mista
         yield where, f"unknown field {field!r}.{hint}"
     elif mistake["type"] == "missing":
         yield where, f"field {field!r} is missing."
+    elif where and where[-1] == "[key]" and not isinstance(mistake["input"], str):
+        place, found = where[:-2], quote(mistake["input"])
+        message = f"found the name {found}, which is no text in YAML. Put it in quotes, as in 'no'."
+        yield place, f"{field_path(place)}: {message}"
     else:
         hint = ""
         if mistake["type"] == "literal_error" and isinstance(mistake["input"], str):

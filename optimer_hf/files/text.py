@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the file itself was not fetched
+
 
 def field_path(where: Sequence[str | int]) -> str:
     """Return the place of a field in a file as dotted text."""

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from optimer_hf.errors import ModelError
-from optimer_hf.files.text import first_line
+from optimer_hf.files.text import LFS_POINTER, first_line
 from optimer_hf.models.blocks import matrix_rows, matrix_shape, row_blocks
 from optimer_hf.models.layout import INDEX, find_weights_files, read_index
 from optimer_hf.printable import warn_once
@@ -255,6 +255,8 @@ def _read_header(file: Path) -> dict[str, _Location]:
             size = int.from_bytes(opened.read(8), "little")
             text = opened.read(min(size, LARGEST_HEADER + 1))
             status = os.fstat(opened.fileno())
+        if (size.to_bytes(8, "little") + text[:64]).startswith(LFS_POINTER):
+            raise ModelError(f"{file}: is a Git LFS pointer. Fetch the file: git lfs pull.")
         if len(text) > LARGEST_HEADER or text.count(b'"data_offsets"') > MOST_TENSORS:
             raise ValueError(
                 f"its header names more than {MOST_TENSORS:,} tensors or has more than "
@@ -265,7 +267,7 @@ def _read_header(file: Path) -> dict[str, _Location]:
         entries = json.loads(text, object_pairs_hook=_mapping_of_pairs)
         entries.pop("__metadata__", None)
         return {name: _locate(file, entry, 8 + size, status) for name, entry in entries.items()}
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError, ModelError):
         raise
     except Exception as error:  # a header that safetensors accepts can still have any form
         raise ModelError(

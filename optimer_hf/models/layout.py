@@ -150,7 +150,11 @@ def find_weights_files(path: Path, prefix: str, weight_map: Mapping[str, str] | 
     files = sorted(path.glob(ANY_WEIGHTS))
     if not files:
         refuse_pickled(str(path), sorted(file.name for file in path.glob("*")))
-        raise ModelError(f"{path}: found no safetensors weights in this directory.")
+        below = sorted({file.parent.name for file in path.glob(f"*/{ANY_WEIGHTS}")})
+        raise ModelError(
+            f"{path}: found no safetensors weights in this directory."
+            + (f" Give the folder that has them: {', '.join(below[:5])}." if below else "")
+        )
     return files
 
 

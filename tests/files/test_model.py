@@ -36,6 +36,14 @@ def test_unknown_key_that_resembles_none_lists_the_known_ones(tmp_path):
     assert "Known: base_model, corpus" in mistakes(tmp_path, "base_model: a/b\nqqqqqq: 1\n")
 
 
+@pytest.mark.parametrize("name", ["no", "2024", "1.5", "2024-01-01"])
+def test_a_name_that_yaml_does_not_read_as_text_is_said_to_need_quotes(tmp_path, name):
+    message = mistakes(tmp_path, f"base_model: a/b\nparts:\n  {name}: {{source: a/b}}\n")
+    assert "example.yaml:2: parts: found the name" in message and "Put it in quotes" in message
+    read = write_example(tmp_path, f"base_model: a/b\nparts:\n  '{name}': {{source: a/b}}\n")
+    assert [*Example.read(read).parts] == [name]
+
+
 def test_missing_field_is_named(tmp_path):
     assert mistakes(tmp_path, "n_trials: 3\n").endswith("field 'base_model' is missing.")
 

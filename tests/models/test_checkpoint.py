@@ -125,6 +125,14 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
+def test_a_directory_whose_weights_are_in_a_folder_below_says_where(tmp_path):
+    """As PEFT saves adapters that have names, and trainers their checkpoints."""
+    (tmp_path / "math").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "math" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"no safetensors weights.*Give the folder.*: math\."):
+        Checkpoint(tmp_path)
+
+
 def test_a_directory_of_pickles_alone_is_refused(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     message = r"no safetensors weights.*pytorch_model\.bin.*`save_pretrained\(DIRECTORY\)`"
@@ -140,6 +148,13 @@ def test_a_truncated_file_is_refused_by_name(tmp_path):
     save_file({"x": torch.ones(100)}, file)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors: not a readable safetensors file"):
+        Checkpoint(tmp_path)
+
+
+def test_a_git_lfs_pointer_in_place_of_weights_is_named(tmp_path):
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 536223056\n"
+    (tmp_path / "model.safetensors").write_text(text)
+    with pytest.raises(ModelError, match=r"model\.safetensors: is a Git LFS pointer.*git lfs pull"):
         Checkpoint(tmp_path)
 
 
