@@ -10,6 +10,7 @@ import torch
 
 from optimer_hf.errors import ModelError, VocabularyError
 from optimer_hf.files.reference import expand_home
+from optimer_hf.models.aligned import AlignedTensors
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import (
     ResolvedModel,
@@ -81,6 +82,7 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
         vector = replace(vector, padding=_padding(name, vector.tuned, checkpoint))
     check_shapes(vector, checkpoint)
     if union is None:
+        vector = _without_spare_rows(vector, checkpoint)
         _refuse_other_rows(vector)
     if vector.kind == "checkpoint":
         _check_settings(name, resolved.path, base.path)
@@ -471,3 +473,30 @@ def _shape_of(vector: DistributionVector, name: str) -> tuple[int, ...]:
         return vector.stored.shape(name)
     assert isinstance(vector, AdapterVector)
     return vector.parts[name].shape
+def _without_spare_rows(vector: CheckpointVector, base: Checkpoint) -> CheckpointVector:
+    """Return a fine-tune without the rows of its embedding and head that the base lacks, if none of
+    them belongs to a token: programs round the size of a vocabulary up.
+    """
+    tuned = vector.tuned
+    longer = [
+        key
+        for key in tuned.names
+        if tuned.shape(key)[1:] == base.shape(key)[1:]
+        and tuned.shape(key)[:1] > base.shape(key)[:1]
+    ]
+    names = vocabulary_names(base).intersection(longer) if longer else frozenset[str]()
+    if not names or not has_tokenizer(vector.path) or isinstance(tuned, AlignedTensors):
+        return vector
+    n_rows = base.shape(min(names))[0]
+    tokens = load_tokenizer(ResolvedModel(vector.path, vector.path.name)).get_vocab()
+    if max(tokens.values(), default=0) >= n_rows:
+        return vector  # `check_shapes` refuses it
+    warn_once(
+        logger,
+        f"vector {vector.name!r} ({vector.path}): leaves out {tuned.shape(min(names))[0] - n_rows} "
+        f"rows of {', '.join(sorted(names))} that the base does not have, since none belongs to a "
+        "token",
+    )
+    return replace(vector, tuned=AlignedTensors(tuned, names, torch.arange(n_rows)))
+
+
