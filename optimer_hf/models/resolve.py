@@ -128,6 +128,12 @@ def refuse_other_than_models(resolved: ResolvedModel) -> None:
     """Raise ModelError for an adapter, a delta, or a directory without a config."""
     path, text = resolved.path, resolved.reference
     if (path / "adapter_config.json").exists():
+        if (path / "model.safetensors").exists() or (path / f"model{INDEX}").exists():
+            raise ModelError(
+                f"{text}: has an adapter_config.json beside the weights of a whole model, and "
+                "transformers would put that adapter on top. Take the files of the adapter out of "
+                "the directory."
+            )
         raise ModelError(f"{text}: is an adapter, not a model. Merge it into its base first.")
     if not (path / "config.json").exists():
         raise ModelError(f"{text}: not a model directory (it has no config.json).")

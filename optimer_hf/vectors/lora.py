@@ -19,7 +19,7 @@ from torch.nn import Embedding, Linear
 
 from optimer_hf.errors import ModelError
 from optimer_hf.models.checkpoint import Checkpoint
-from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.layout import INDEX, ResolvedModel
 from optimer_hf.models.live import empty_model
 from optimer_hf.models.names import names_in, summarize_names
 from optimer_hf.models.ties import Ties, ties_of
@@ -236,11 +236,40 @@ def _summarize_layers(names: Iterable[str]) -> str:
 
 
 def open_adapter(path: Path, where: str) -> Checkpoint:
-    """Open the tensors of an adapter; raises ModelError if there are none."""
+    """Open the tensors of an adapter; raises ModelError if there are none, if one is empty, or if
+    the weights beside its config are those of a model.
+    """
+    has_model, has_adapter = (
+        any((path / f"{prefix}{end}").exists() for end in (".safetensors", INDEX))
+        for prefix in ("model", "adapter_model")
+    )
+    if has_model and not has_adapter:
+        raise ModelError(
+            f"{where}: has an adapter_config.json, but the weights of a whole model and none of an "
+            "adapter. If the model is meant, take adapter_config.json out of its directory."
+        )
+    if has_model:
+        warn_once(
+            logger,
+            f"{where}: has the weights of an adapter and of a whole model. The adapter is read; if "
+            "the model is meant, take the files of the adapter out of its directory.",
+        )
     stored = Checkpoint(path, "adapter_model")
     if not stored.names:
         raise ModelError(f"{where}: holds no tensors, so it moves nothing. Fetch it again.")
+    for name in stored.names:
+        if 0 in stored.shape(name):
+            raise empty_tensor_error(where, name)
     return stored
+
+
+def empty_tensor_error(where: str, name: str) -> ModelError:
+    """Return the error for a tensor without elements."""
+    return ModelError(
+        f"{where}: tensor {name!r} is empty. DeepSpeed ZeRO-3 leaves it so where the weights were "
+        "saved without being gathered. Save them with `stage3_gather_16bit_weights_on_model_save`, "
+        "or convert the checkpoint of the training with its zero_to_fp32.py."
+    )
 
 
 def _check_prefix(names: Sequence[str], where: str) -> None:

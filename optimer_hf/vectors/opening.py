@@ -30,7 +30,7 @@ from optimer_hf.printable import warn_once
 from optimer_hf.vectors.alignment import align_vector, own_vocabulary
 from optimer_hf.vectors.forms import OnCopy
 from optimer_hf.vectors.int8 import SCALES, n_blocks
-from optimer_hf.vectors.lora import changed_copy_error, read_adapter
+from optimer_hf.vectors.lora import changed_copy_error, empty_tensor_error, read_adapter
 from optimer_hf.vectors.record import QUANTISED, VectorFile, read_record
 from optimer_hf.vectors.vector import (
     AdapterVector,
@@ -51,6 +51,8 @@ OTHER_TOKENS = (
     "The vocabularies differ: the fine-tune added, removed or moved tokens. In a study or recipe, "
     "`vocabulary: union` matches rows by token; in a mergekit config, `tokenizer:` does."
 )
+
+QUANTIZATION = "quantization_config"
 
 
 # -- opening ---------------------------------------------------------------------------------------
@@ -80,9 +82,9 @@ def open_vector(name: str, source: str, base: ResolvedModel) -> DistributionVect
         vector = align_vector(vector, ids, checkpoint, union.added)
     elif isinstance(vector, CheckpointVector):
         vector = replace(vector, padding=_padding(name, vector.tuned, checkpoint))
+        vector = _without_spare_rows(vector, checkpoint)
     check_shapes(vector, checkpoint)
     if union is None:
-        vector = _without_spare_rows(vector, checkpoint)
         _refuse_other_rows(vector)
     if vector.kind == "checkpoint":
         _check_settings(name, resolved.path, base.path)
@@ -359,6 +361,10 @@ def check_shapes(
         shape = _shape_of(vector, name)
         if shape == base.shape(name):
             continue
+        if 0 in shape:
+            raise empty_tensor_error(f"vector {vector.name!r} ({vector.path})", name)
+        if 0 in base.shape(name):
+            raise empty_tensor_error(f"base_model {base.path}", name)
         differs = (
             f"vector {vector.name!r}: tensor {name!r} has shape {list(shape)}, the base has "
             f"{list(base.shape(name))}."
@@ -410,9 +416,14 @@ def _warn_of_leftover_quantization(name: str, tuned: Path, base: Path) -> None:
 
 
 def _quantization_of(path: Path) -> str:
-    """Return the method in the quantization_config of a model, or an empty text."""
+    """Return the method in the quantization_config of a model or of its language part, or an empty
+    text.
+    """
     file = path / "config.json"
-    config = read_settings(file).get("quantization_config") if file.exists() else None
+    settings = read_settings(file) if file.exists() else {}
+    text = settings.get("text_config")
+    parts = (settings, text if isinstance(text, dict) else {})
+    config = next((part[QUANTIZATION] for part in parts if part.get(QUANTIZATION)), None)
     return str(config.get("quant_method") if isinstance(config, dict) else config or "")[:80]
 
 
@@ -466,13 +477,6 @@ def _padding(name: str, tuned: Tensors, base: Checkpoint) -> Checkpoint | None:
     return base.rename({key: key for key in padded})
 
 
-def _shape_of(vector: DistributionVector, name: str) -> tuple[int, ...]:
-    if isinstance(vector, CheckpointVector):
-        return vector.shape(name)
-    if isinstance(vector, DeltaVector):
-        return vector.stored.shape(name)
-    assert isinstance(vector, AdapterVector)
-    return vector.parts[name].shape
 def _without_spare_rows(vector: CheckpointVector, base: Checkpoint) -> CheckpointVector:
     """Return a fine-tune without the rows of its embedding and head that the base lacks, if none of
     them belongs to a token: programs round the size of a vocabulary up.
@@ -500,3 +504,10 @@ def _without_spare_rows(vector: CheckpointVector, base: Checkpoint) -> Checkpoin
     return replace(vector, tuned=AlignedTensors(tuned, names, torch.arange(n_rows)))
 
 
+def _shape_of(vector: DistributionVector, name: str) -> tuple[int, ...]:
+    if isinstance(vector, CheckpointVector):
+        return vector.shape(name)
+    if isinstance(vector, DeltaVector):
+        return vector.stored.shape(name)
+    assert isinstance(vector, AdapterVector)
+    return vector.parts[name].shape

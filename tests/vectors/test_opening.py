@@ -9,14 +9,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from optimer_hf.errors import ModelError, OptimerError
+from optimer_hf.merging.resident import ResidentModel
+from optimer_hf.merging.writer import write_merged
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.models.resolve import resolve_base
 from optimer_hf.vectors.delta import extract, extract_any_adapter, write_record
 from optimer_hf.vectors.opening import open_vector
+from tests.support.added_tokens import with_tokens
 from tests.support.damage import TEXTS, damage
-from tests.support.tiny import VOCABULARY, tiny_model, whole_delta
+from tests.support.tiny import VOCABULARY, WIDE, tiny_model, whole_delta
 from tests.support.weights import edit_weights
 
 
@@ -191,11 +197,14 @@ def test_a_quantised_model_is_refused_as_a_vector(base, tuned, tmp_path):
         open_vector("it", str(broken), base)
 
 
-def asking_to_be_quantised(model: Path, out: Path) -> Path:
-    """Return a copy of a model of plain floats whose config.json has a quantization_config."""
+def asking_to_be_quantised(model: Path, out: Path, part: str = "") -> Path:
+    """Return a copy of a model of plain floats whose config.json has a quantization_config, in a
+    part of it if one is given.
+    """
     shutil.copytree(model, out)
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    place = config.setdefault(part, {}) if part else config
+    place["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (out / "config.json").write_text(json.dumps(config))
     return out
 
@@ -213,8 +222,11 @@ def test_floats_of_a_fine_tune_that_asks_to_be_quantised_are_merged_with_one_war
     assert len(said) == 1 and "(bitsandbytes)" in said[0] and "the merge is not" in said[0]
 
 
-def test_a_base_of_floats_that_asks_to_be_quantised_is_refused(base, tuned, adapter, tmp_path):
-    path = asking_to_be_quantised(base.path, tmp_path / "base")
+@pytest.mark.parametrize("part", ["", "text_config"])
+def test_a_base_of_floats_that_asks_to_be_quantised_is_refused(
+    base, tuned, adapter, part, tmp_path
+):
+    path = asking_to_be_quantised(base.path, tmp_path / "base", part)
     for source in (tuned, adapter):
         with pytest.raises(
             ModelError, match=r"base_model b: its config\.json has a quantization_c"
@@ -255,10 +267,84 @@ def test_a_head_that_differs_from_what_it_is_tied_to_is_refused(
 def test_a_larger_vocabulary_is_refused_and_the_error_says_how_to_align_it(base, save_model):
     model = tiny_model("llama")
     model.resize_token_embeddings(VOCABULARY + 5)
-    with pytest.raises(
-        ModelError, match=r"(?s)vector 'it'.*\[264, 32\], the base has \[259, 32\].*tokenizer:"
-    ):
-        open_vector("it", str(save_model(model, "larger")), base)
+    larger = save_model(model, "larger")
+    with_tokens(base.path, ["<tool>"]).save_pretrained(larger)
+    for _ in range(2):
+        with pytest.raises(
+            ModelError, match=r"(?s)vector 'it'.*\[264, 32\], the base has \[259, 32\].*tokenizer:"
+        ):
+            open_vector("it", str(larger), base)
+        for file in larger.glob("tokenizer*"):  # nothing says that no row belongs to a token
+            file.unlink()
+
+
+@pytest.mark.parametrize("head", ["with a bias", "without"])
+def test_rows_of_a_fine_tune_that_belong_to_no_token_are_left_out(
+    head, save_model, tmp_path, caplog
+):
+    """As after `resize_token_embeddings` with `pad_to_multiple_of`."""
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(**WIDE)) if head == "with a bias" else tiny_model("llama")
+    base = ResolvedModel(save_model(model, "base"), "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
+    source = save_model(model, "padded")
+    vector = open_vector("it", str(source), base)
+    assert sum("leaves out 61 rows of lm_head" in message for message in caplog.messages) == 1
+    extract(vector, base, tmp_path / "delta", dtype="float32")
+    ids = torch.tensor([[2, 70, 71, 9]])
+    expected = model.eval()(ids).logits[..., :VOCABULARY]
+    for number, each in enumerate((vector, open_vector("it", str(tmp_path / "delta"), base))):
+        write_merged(base, [each], {"it": 1.0}, tmp_path / str(number))
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    resident = ResidentModel(base, [vector], dtype="float32")
+    resident.set_weights({"it": 1.0})
+    torch.testing.assert_close(resident.model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def emptied(source: Path, out: Path, file: str) -> Path:
+    """Return a copy whose tensors are as ZeRO-3 leaves them in a process that does not gather."""
+    shutil.copytree(source, out)
+    empty = {name: torch.zeros(0) for name in load_file(out / file)}
+    save_file(empty, out / file, metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("part", ["adapter", "tuned", "base"])
+def test_tensors_that_were_saved_without_being_gathered_are_named(
+    base, tuned, adapter, part, tmp_path
+):
+    source, named = {"adapter": adapter, "tuned": tuned, "base": tuned}[part], base
+    if part == "base":
+        named = ResolvedModel(emptied(base.path, tmp_path / "b", "model.safetensors"), "b")
+    else:
+        file = "adapter_model.safetensors" if part == "adapter" else "model.safetensors"
+        source = emptied(source, tmp_path / "v", file)
+    where = "base_model .*/b" if part == "base" else "vector 'it'.*/v"
+    with pytest.raises(ModelError, match=rf"{where}.*is empty\. DeepSpeed ZeRO-3.*zero_to_fp32"):
+        open_vector("it", str(source), named)
+
+
+def test_an_adapter_beside_a_whole_model_is_never_mistaken_for_it(
+    base, tuned, adapter, tmp_path, caplog
+):
+    """As in a directory into which a merged model was saved after the adapter."""
+    both = tmp_path / "both"
+    shutil.copytree(tuned, both)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / file, both)
+    with pytest.raises(ModelError, match=r"both: has an adapter_config\.json beside the weigh"):
+        resolve_base(str(both))
+    found, expected = (open_vector("it", str(path), base) for path in (both, adapter))
+    assert found.kind == "adapter"
+    assert found.names == expected.names
+    assert sum("The adapter is read" in message for message in caplog.messages) == 1
+    (both / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"weights of a whole model and none of an adapter"):
+        open_vector("it", str(both), base)
 
 
 def test_another_width_is_not_taken_for_another_vocabulary(base, save_model):
