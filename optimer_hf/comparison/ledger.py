@@ -212,10 +212,12 @@ def _describe_trials(cost: TrialCost) -> str:
         return f"{count(cost.n, 'merge')}, whose scores were known"
     phases = {
         "in the model": cost.forward,
+        "in its gradients": cost.backward,
         "in the rest of the scoring": cost.harness,
         "merging": cost.merge,
         "choosing weights": cost.ask,
     }
-    shares = [(phase, 100 * spent / (cost.seconds or 1)) for phase, spent in phases.items()]
+    total = sum(phases.values()) or 1  # `seconds` is rounded to tenths, which few trials may take
+    shares = [(phase, 100 * spent / total) for phase, spent in phases.items()]
     shown = [f"{share:.0f} % {phase}" for phase, share in shares if share >= 0.5]
     return f"{done}: {', '.join(shown)}" if shown else done

@@ -1,7 +1,10 @@
 """ledger.py: ledger.json is read as it was written, also by version 0.1.0."""
 
 import json
+import re
 from pathlib import Path
+
+import pytest
 
 from optimer_hf.comparison.ledger import (
     TITLES,
@@ -60,3 +63,21 @@ def test_a_ledger_in_words_has_no_names_of_fields_and_leaves_out_what_took_nothi
         ],
         ["this call of `optimer run`", "4.2 s", "at most 1.23 GB of memory"],
     ]
+
+
+@pytest.mark.parametrize("backward", [0.0, 0.2])
+def test_the_shares_of_few_trials_sum_to_a_hundred_percent(backward):
+    """Their seconds are rounded to tenths, so the phases may sum to more, or to less."""
+    cost = TrialCost(
+        n=2,
+        items=4,
+        tokens=9,
+        seconds=0.1,
+        forward=0.1,
+        backward=backward,
+        harness=0.03,
+        merge=0.02,
+    )
+    ((_, _, text),) = describe_ledger(Ledger(search=cost))
+    shares = [int(share) for share in re.findall(r"(\d+) %", text)]
+    assert len(shares) == 3 + bool(backward) and abs(sum(shares) - 100) <= 1
