@@ -51,6 +51,7 @@ from optimer_hf.models.layout import (
 from optimer_hf.recipes.record import (
     HUB_RUN,
     LOCK,
+    MADE_HERE,
     MERGE_CONFIG,
     VANILLA_CONFIG,
     Lock,
@@ -368,9 +369,10 @@ def _write_configs(recipe: Recipe, lock: Lock) -> dict[str, bytes]:
     """
     data = recipe.model_dump(mode="json", exclude_none=True)
     data |= drop_folders({key: data[key] for key in ("objective",) if key in data})
+    own = merge_config_of(recipe, recipe.weights, recipe.n_layers)
     texts = {
         "recipe.yaml": "# Build it with: optimer build recipe.yaml OUT\n" + yaml_text(data),
-        MERGE_CONFIG: yaml_text(merge_config_of(recipe, recipe.weights, recipe.n_layers)),
+        MERGE_CONFIG: MADE_HERE + yaml_text(own),
     }
     vanilla = vanilla_config_of(recipe, lock)
     if vanilla is not None:

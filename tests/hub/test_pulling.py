@@ -16,7 +16,7 @@ from optimer_hf.models.layout import weight_digests
 from optimer_hf.models.resolve import resolve_model
 from optimer_hf.recipes.build import build
 from optimer_hf.recipes.record import VANILLA_CONFIG, Lock, Recipe
-from optimer_hf.recipes.write import write_recipe
+from optimer_hf.recipes.write import refuse_foreign_files, write_recipe
 from optimer_hf.study.config import StudyConfig
 from tests.support.hub import ALICE, change_record, run_cli
 
@@ -329,6 +329,7 @@ def test_a_pulled_study_opens_without_its_data_and_its_recipe_is_written_again(
     theirs = tmp_path / "theirs" / "recipe.yaml"
     plain = theirs.with_name(VANILLA_CONFIG)
     assert plain.read_text().startswith("# Run: mergekit-yaml ")
+    refuse_foreign_files(theirs.with_name("second.yaml"))  # what lies beside it is ours
     write_recipe(opened, theirs, name="again", pick=opened.log.trials[1])
     models = yaml.safe_load(plain.read_text())["models"]
     assert [each["parameters"]["weight"] for each in models][-2:] == [0.1, 0.2]
