@@ -35,6 +35,7 @@ from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.plugins import refuse_missing_plugins
 from optimer_hf.training.config import TrainConfig
 from optimer_hf.training.fields import is_settled, list_field_mistakes
+from optimer_hf.vectors.shapes import refuse_other_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -194,16 +195,23 @@ def check_fields(path: Path, kind: str) -> str:
     models of baselines.
 
     Raises ConfigError for mistakes in its fields that are found without a library that takes
-    seconds to import. `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a
-    study.
+    seconds to import, and ModelError for vectors whose headers show that they do not fit the base.
+    `kind` is a key of KINDS, or "merge config". A mergekit YAML passes as a study.
     """
     from optimer_hf.merging.mergekit_models import list_absent_models
+    from optimer_hf.merging.mergekit_pool import pool_of
     from optimer_hf.merging.mergekit_yaml import known_keys, read_keys
 
     if kind == "merge config" or (kind == "study" and is_for_mergekit(read_yaml(path))):
         read_keys(path, known_keys())
+        if kind == "study":
+            refuse_other_shapes(*pool_of(read_yaml(path), path))
         return list_absent_models(read_yaml(path), path)
-    return list_missing_inputs(path, _read_fields(path, kind), baselines=False)
+    config = _read_fields(path, kind)
+    if isinstance(config, StudyConfig):
+        given = {n: str(v.source) for n, v in config.vectors.items() if v.source is not None}
+        refuse_other_shapes(config.base_model, given)
+    return list_missing_inputs(path, config, baselines=False)
 
 
 def _read_fields(path: Path, kind: str) -> VersionedFile:

@@ -17,6 +17,7 @@ from optimer_hf.files.reading import read_yaml
 from optimer_hf.files.reference import expand_home, is_there
 from optimer_hf.files.text import did_you_mean
 from optimer_hf.training.config import MOST_TOKENS, is_count_of_tokens
+from optimer_hf.vectors.shapes import refuse_other_shapes
 
 if TYPE_CHECKING:
     from optimer_hf.study.config import SearchConfig, StudyConfig, VectorConfig
@@ -253,6 +254,8 @@ def _read_files(run: Run) -> RecipeFiles:
     check_study(files)
     if missing := list_missing_inputs_of_recipe(files):
         raise ConfigError(missing)
+    given = {n: str(v.source) for n, v in files.study.vectors.items() if v.source is not None}
+    refuse_other_shapes(files.study.base_model, given)
     return files
 
 

@@ -1,0 +1,89 @@
+"""shapes.py: what the headers of files tell, against what `open_vector` says."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from optimer_hf.errors import ModelError
+from optimer_hf.models.headers import read_shapes
+from optimer_hf.models.layout import ResolvedModel
+from optimer_hf.vectors.delta import extract
+from optimer_hf.vectors.opening import open_vector
+from optimer_hf.vectors.shapes import refuse_other_shapes
+from tests.support.cli import process
+from tests.support.tiny import GROUPED
+from tests.support.weights import edit_weights
+
+
+@pytest.fixture
+def other(save_model) -> ResolvedModel:
+    """A base with the names of another one, and with wider layers."""
+    sizes = GROUPED | {"intermediate_size": 96, "max_position_embeddings": 256}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
+    return ResolvedModel(save_model(model.to(torch.bfloat16), "wider"), "wider")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+def test_a_vector_of_another_width_is_refused_by_its_headers(
+    kind, base, other, tuned, adapter, make_tuned, make_adapter
+):
+    fits = {"v": str(tuned if kind == "checkpoint" else adapter)}
+    refuse_other_shapes(str(base.path), fits)
+    differs = make_tuned(other, "llama", 1) if kind == "checkpoint" else make_adapter(other, 1)
+    for check in (
+        lambda: refuse_other_shapes(str(base.path), fits | {"w": str(differs)}),
+        lambda: open_vector("w", str(differs), base),
+    ):
+        with pytest.raises(ModelError, match=r"vector 'w'.* has shape \["):
+            check()
+
+
+def cut_vocabulary(tensors) -> None:
+    for name in [name for name in tensors if "embed" in name or "lm_head" in name]:
+        tensors[name] = tensors[name][:-1].contiguous()
+
+
+def test_what_opens_passes_and_what_headers_cannot_tell_is_left_to_opening(
+    base, tuned, adapter, tmp_path, other
+):
+    extract(open_vector("v", str(tuned), base), base, tmp_path / "delta", dtype="int8")
+    damaged, quantised = tmp_path / "damaged", tmp_path / "quantised"
+    for copy in (damaged, quantised):
+        shutil.copytree(tuned, copy)
+    (damaged / "model.safetensors").write_bytes(b"\xff" * 20)
+    rows = edit_weights(tuned, tmp_path / "rows", cut_vocabulary)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (quantised / "config.json").write_text(json.dumps(config))
+    stored = load_file(quantised / "model.safetensors")
+    halves = {k: v[: len(v) // 2].contiguous() for k, v in stored.items()}
+    save_file(halves, quantised / "model.safetensors")
+    sources = [tuned, adapter, tmp_path / "delta", damaged, rows, quantised, "you/model"]
+    refuse_other_shapes(str(base.path), {str(n): str(each) for n, each in enumerate(sources)})
+    refuse_other_shapes("google/base", {"v": str(adapter)})
+
+
+def test_headers_have_the_shapes_that_safetensors_reads(base):
+    stored = load_file(base.path / "model.safetensors")
+    assert read_shapes(base.path) == {name: tuple(t.shape) for name, t in stored.items()}
+
+
+def test_a_search_refuses_another_width_before_it_loads_a_library(
+    base, other, make_adapter, corpus_dir, tmp_path
+):
+    study = {
+        "base_model": str(base.path),
+        "vectors": {"w": str(make_adapter(other, 1))},
+        "objective": {"terms": [{"text": str(corpus_dir / "aaa.search.jsonl")}]},
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    code = "import sys; from optimer_hf.cli import main\n"
+    code += f"sys.argv = ['optimer', 'search', {str(tmp_path / 'study.yaml')!r}, 's']\n"
+    code += "import atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))"
+    ended = process("-c", code + "\nmain()")
+    assert ended.returncode == 1 and "error: vector 'w': tensor" in ended.stderr
+    assert "loading libraries" not in ended.stderr and ended.stderr.endswith("False\n")
