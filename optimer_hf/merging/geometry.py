@@ -24,7 +24,7 @@ from optimer_hf.models.blocks import compute_ahead, row_blocks
 from optimer_hf.models.checkpoint import Checkpoint
 from optimer_hf.models.layout import ResolvedModel
 from optimer_hf.models.resolve import resolve_base
-from optimer_hf.vectors.delta import not_finite_error
+from optimer_hf.vectors.delta import not_finite_error, warn_of_norm
 from optimer_hf.vectors.forms import LowRank
 from optimer_hf.vectors.opening import open_vector
 from optimer_hf.vectors.record import read_record
@@ -108,7 +108,10 @@ def measure_sources(
     resolved = resolve_base(absolute_reference(base, Path.cwd()))
     sources = name_sources([absolute_reference(text, Path.cwd()) for text in references])
     pool, refusals = open_pool(sources, resolved)
-    return measure(pool, resolved, dtype), refusals
+    geometry = measure(pool, resolved, dtype)
+    for name, norm in geometry.norms.items():
+        warn_of_norm(name, norm, geometry.relative_norms[name])
+    return geometry, refusals
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from optimer_hf.searching.engine import (
 from optimer_hf.searching.faults import is_environmental
 from optimer_hf.study.config import StudyConfig, VectorConfig
 from optimer_hf.study.trials import ENGINE, Candidate, Trial
-from optimer_hf.vectors.delta import measure_norms
+from optimer_hf.vectors.delta import measure_norms, warn_of_norms
 from optimer_hf.vectors.groups import slopes_of_groups, weights_of_parts
 from optimer_hf.vectors.layers import layers_for
 from optimer_hf.vectors.opening import open_vector
@@ -100,6 +100,7 @@ class ResidentPool:
             base, self._tokenizer, apply_chat_template=config.objective.apply_chat_template
         )
         vectors = [open_vector(name, source, base) for name, source in _sources(config).items()]
+        warn_of_norms(vectors, Checkpoint(base.path))
         self._paths = {vector.name: vector.path for vector in vectors}
         self.vectors = split_pool(vectors, config.groups, base, idle=idle_weights(config.fixed))
         self._groups, self._n_layers = config.groups, layers_for(config.groups, base)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from optimer_hf.models.shards import write_sharded
 from optimer_hf.models.ties import ties_of
 from optimer_hf.models.union import UnionRecord
 from optimer_hf.models.vocabulary import write_vocabulary_size
+from optimer_hf.printable import warn_once
 from optimer_hf.vectors.alignment import rows_of_base, subtract_from, token_tensors
 from optimer_hf.vectors.int8 import BLOCK_SIZE, SCALES, n_blocks, quantize
 from optimer_hf.vectors.opening import open_vector, read_record_for_base, warn_of_another_base
@@ -34,6 +35,8 @@ from optimer_hf.vectors.training_record import read_training
 from optimer_hf.vectors.vector import DeltaVector, DistributionVector, Tensors, dense_rows
 
 logger = logging.getLogger(__name__)
+
+N_SAMPLED = 8  # row blocks that tell the size of a vector well enough for a warning
 
 
 # -- size and storage ------------------------------------------------------------------------------
@@ -66,20 +69,45 @@ def measure_norms(vector: DistributionVector, base: Tensors) -> tuple[float, flo
             raise not_finite_error(vector, name)
         squares += here
     relative = math.sqrt(squares / max(base_squares, 1e-30))
-    if relative > 1:
-        logger.warning(
-            "vector %s: its delta is larger than the base tensors it moves (%.0f %%). Check that "
-            "this is its base, and that the learning rate was not too high.",
-            vector.name,
-            100 * relative,
-        )
-    if squares == 0:
-        logger.warning(
-            "vector %s: it is zero and moves nothing. Check that it was trained: a run of very few "
-            "steps can end before its learning rate has risen above zero.",
-            vector.name,
-        )
+    warn_of_norm(vector.name, math.sqrt(squares), relative)
     return math.sqrt(squares), relative
+
+
+def warn_of_norm(name: str, norm: float, relative: float) -> None:
+    """Warn of a vector that is larger than the base tensors it moves, and of one that is zero."""
+    if relative > 1:
+        warn_once(
+            logger,
+            f"vector {name}: its delta is larger than the base tensors it moves "
+            f"({100 * relative:.0f} %). Check that this is its base, and that the learning rate "
+            "was not too high.",
+        )
+    if norm == 0:
+        warn_once(
+            logger,
+            f"vector {name}: it is zero and moves nothing. Check that it was trained: a run of "
+            "very few steps can end before its learning rate has risen above zero.",
+        )
+
+
+def warn_of_norms(vectors: Sequence[DistributionVector], base: Tensors) -> None:
+    """Warn of vectors as `warn_of_norm` does, judging each by N_SAMPLED pieces that are spread over
+    its tensors, so only of one that is at least twice as large there. One that is zero there is
+    read whole.
+    """
+    for vector in vectors:
+        names = sorted(vector.names)
+        step = -(-len(names) // N_SAMPLED) or 1
+        squares = base_squares = 0.0
+        for name in names[::step]:
+            delta, base_rows = next(delta_blocks(vector, base, name))
+            squares += _sum_of_squares(delta)
+            base_squares += _sum_of_squares(base_rows)
+        if squares == 0:
+            measure_norms(vector, base)
+        elif math.isfinite(squares) and math.isfinite(base_squares):
+            relative = math.sqrt(squares / max(base_squares, 1e-30))
+            warn_of_norm(vector.name, math.sqrt(squares), relative if relative > 2 else 0.0)
 
 
 def _sum_of_squares(tensor: torch.Tensor) -> float:

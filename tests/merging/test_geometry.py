@@ -12,6 +12,7 @@ from optimer_hf.merging.geometry import (
     effective_rank,
     group_of,
     measure,
+    measure_sources,
     open_pool,
     to_json,
     to_markdown,
@@ -64,6 +65,14 @@ def test_norms_and_cosines_are_those_of_the_flat_vectors(base, sources, monkeypa
     assert len(geometry.cosines) == 3
     assert geometry.group_norms.keys() == {"attention", "embedding", "head", "mlp", "norm"}
     assert geometry.effective_ranks.keys() == {"ja"}
+
+
+def test_a_vector_of_an_unlikely_size_is_said(base, sources, make_tuned, caplog):
+    huge = make_tuned(base, "llama", 3, torch.float32, scale=10.0)
+    measure_sources([sources["math"], str(base.path), str(huge)], str(base.path), "bfloat16")
+    one, other = (record.message for record in caplog.records)
+    assert one.startswith(f"vector {base.path.name}: it is zero and moves nothing.")
+    assert other.startswith(f"vector {huge.name}: its delta is larger than the base tensors it")
 
 
 def test_a_vector_lies_along_itself_and_against_its_negative(base, sources, tmp_path):

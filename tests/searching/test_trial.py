@@ -185,3 +185,20 @@ def test_a_vector_that_is_not_finite_ends_the_search_with_its_name(config, tmp_p
     assert run_trial(pool, Candidate(1, "anchor", {"v1": 1.0}), asked).status == "ok"
     with pytest.raises(ModelError, match=r"vector 'v2': its delta holds NaN"):
         run_trial(pool, Candidate(2, "anchor", {"v2": 1.0}), asked)
+
+
+def test_a_vector_of_an_unlikely_size_is_named_before_the_first_trial(
+    config, tmp_path, caplog, kind
+):
+    factors = {f"zero-{kind}": 0.0, f"huge-{kind}": 1e4}  # each warning is given once a process
+    for name, factor in factors.items():
+        shutil.copytree(config.vectors["v2"].source, tmp_path / name)
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        scaled = {key: t * factor if "lora_B" in key else t for key, t in tensors.items()}
+        save_file(scaled, tmp_path / name / "adapter_model.safetensors")
+    added = {name: VectorConfig(source=str(tmp_path / name)) for name in factors}
+    for _ in range(2):
+        ResidentPool(config.model_copy(update={"vectors": config.vectors | added}))
+    zero, huge = (record.message for record in caplog.records)
+    assert zero.startswith(f"vector zero-{kind}: it is zero and moves nothing")
+    assert huge.startswith(f"vector huge-{kind}: its delta is larger than the base tensors it")
