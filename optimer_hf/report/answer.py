@@ -150,12 +150,18 @@ def _notes(evidence: Evidence) -> Iterator[str]:
 # -- bars ------------------------------------------------------------------------------------------
 
 
-def _bars(comparison: Comparison) -> list[Bar]:
-    """Return the gain over the best baseline and over the base, on one axis."""
+def leading_intervals(comparison: Comparison) -> dict[str, Interval]:
+    """Return the gains of the merge over the best baseline and over the base, in words."""
     merge, best, base = comparison.merge, comparison.best_baseline(), comparison.base
     intervals = {f"over {name_of(best)}, the best baseline": comparison.interval(merge, best)}
     if best != base:
         intervals["over the base"] = comparison.interval(merge, base)
+    return intervals
+
+
+def _bars(comparison: Comparison) -> list[Bar]:
+    """Return the gain over the best baseline and over the base, on one axis."""
+    intervals = leading_intervals(comparison)
     values = [0.0]
     for interval in intervals.values():
         ends = [] if interval.kind == "none" else [interval.low, interval.high]

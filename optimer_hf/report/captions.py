@@ -6,7 +6,7 @@ FIGURES = "figures"  # the folder of a card's figures, beside recipe.yaml
 CAPTIONS = f"{FIGURES}/captions.json"
 REPORT = "report.html"  # the page, beside recipe.yaml
 
-CARD_FIGURES = ("sealed", "terms", "weights", "progress", "slices", "front", "cosines")
+CARD_FIGURES = ("answer", "sealed", "terms", "weights", "progress", "slices", "front", "cosines")
 
 
 def light_file(name: str) -> str:

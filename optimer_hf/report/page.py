@@ -40,7 +40,7 @@ from optimer_hf.report.facts import (
     inputs_table,
     objective_in_words,
 )
-from optimer_hf.report.score_panels import sealed_panel, terms_panel
+from optimer_hf.report.score_panels import answer_panel, sealed_panel, terms_panel
 from optimer_hf.report.search_panels import (
     front_panel,
     progress_panel,
@@ -135,6 +135,9 @@ def report_study(
 
 
 def _write_figures(evidence: Evidence, panels: Sequence[Panel], folder: Path) -> None:
+    comparison = evidence.comparison
+    if comparison is not None:  # the page has it as its first screen
+        panels = [answer_panel(comparison), *panels]
     for panel in panels:
         light, dark = (folder / Path(of(panel.name)).name for of in (light_file, dark_file))
         write_pictures(panel, light, dark)
@@ -142,7 +145,6 @@ def _write_figures(evidence: Evidence, panels: Sequence[Panel], folder: Path) ->
         panel.name: Caption(title=panel.title, conclusion=panel.conclusion, shows=panel.shows)
         for panel in panels
     }
-    comparison = evidence.comparison
     record = Captions(
         weights=evidence.study.best_trial.weights,
         verdict="" if comparison is None else verdict_of(comparison),

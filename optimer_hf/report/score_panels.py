@@ -1,14 +1,17 @@
 """Panels about scores: the gains of the merge and of others, by term and in total."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from optimer_hf.comparison.result import Comparison
 from optimer_hf.comparison.rows import RowKind, SealedRow, weights_key
+from optimer_hf.report.answer import leading_intervals, verdict_of
 from optimer_hf.report.drawing import (
     INK,
     LOOKS,
+    MERGE,
     Panel,
     Part,
     add_key,
@@ -149,6 +152,37 @@ def _row_of_trial(trial: Trial, kind: RowKind, subject: str) -> SealedRow:
 
 
 # -- in total --------------------------------------------------------------------------------------
+
+
+def answer_panel(comparison: Comparison) -> Panel:
+    """Show the gains of the merge over the best baseline and over the base as bars with their
+    intervals, like the first screen of a report. A hollow bar may as well be nothing.
+    """
+    unit, intervals = Unit.of(comparison.objective), leading_intervals(comparison)
+    figure, axes = make_figure(0.7 + 0.6 * len(intervals))
+    shown = []
+    for at, (name, interval) in enumerate(intervals.items()):
+        value = (unit.show if at else unit.show_difference)(interval.difference)
+        face = MERGE if interval.excludes_zero else "none"
+        axes[0].barh(at, unit.factor * interval.difference, 0.35, facecolor=face, edgecolor=MERGE)
+        if interval.kind != "none":
+            value = f"{value} {unit.show_interval(interval)}"
+            ends = [unit.factor * end for end in (interval.low, interval.high)]
+            axes[0].plot(ends, [at, at], "|-", color=INK, linewidth=1.4, markersize=9)
+        shown.append((name, value))
+    axes[0].axvline(0, color=INK, linewidth=0.7, zorder=0)
+    labels = ["\n".join([*textwrap.wrap(name, 30), value]) for name, value in shown]
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].set_ylim(len(labels) - 0.4, -0.6)
+    axes[0].tick_params(axis="y", length=0, pad=8)
+    axes[0].set_xlabel(f"sealed score, gain of the merge: {unit.sign}")
+    return Panel(
+        "answer",
+        "Gain of the merge, 95 % intervals",
+        verdict_of(comparison),
+        f"Gains of the merge: {'; '.join(f'{name} {value}' for name, value in shown)}.",
+        figure,
+    )
 
 
 def sealed_panel(comparison: Comparison) -> Panel:

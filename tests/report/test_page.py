@@ -17,8 +17,10 @@ from matplotlib.image import imread
 from optimer_hf.cli import main
 from optimer_hf.comparison.sealed import compare
 from optimer_hf.comparison.sealed_file import read_comparison
+from optimer_hf.report.answer import answer_of
 from optimer_hf.report.captions import CARD_FIGURES, Captions
 from optimer_hf.report.drawing import DARK, INK, PAPER
+from optimer_hf.report.evidence import read_evidence
 from optimer_hf.report.page import write_figures, write_report
 from optimer_hf.scoring.formatting import Unit
 from optimer_hf.searching.loop import search
@@ -29,6 +31,7 @@ from tests.support.landscapes import FunctionPool, TellingPool, config_of, faili
 
 SVG, TITLE = "{http://www.w3.org/2000/svg}svg", "{http://www.w3.org/2000/svg}title"
 FIGURES = ["terms", "sealed", "progress", "weights", "slices", "front"]
+FILES = ["answer", *FIGURES]  # the page draws the first one as its first screen
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +257,7 @@ def test_figures_are_written_as_png(study, tmp_path):
     result = CliRunner().invoke(main, [*arguments, "--figures", str(tmp_path / "figures")])
     assert result.exit_code == 0, result.output
     pictures = {path.stem: path.read_bytes() for path in (tmp_path / "figures").glob("*.png")}
-    assert set(pictures) == {name + end for name in FIGURES for end in ("", "-dark")}
+    assert set(pictures) == {name + end for name in FILES for end in ("", "-dark")}
     for name, content in pictures.items():
         width, height, colours = size_and_colours(content)
         assert content.startswith(b"\x89PNG") and width == 1664 and height > 300
@@ -263,7 +266,10 @@ def test_figures_are_written_as_png(study, tmp_path):
         assert not name.endswith("-dark") or PAPER not in colours
     record = Captions.read(tmp_path / "figures" / "captions.json")
     assert record.weights == study.best_trial.weights
-    assert list(record.captions) == FIGURES
+    assert list(record.captions) == FILES
+    answer, bars = record.captions["answer"], answer_of(read_evidence(study)).bars
+    assert answer.conclusion == record.verdict
+    assert all(f"{bar.label} {bar.text}" in answer.shows for bar in bars) and len(bars) == 2
 
 
 def test_figures_of_a_card_are_the_same_bytes_whoever_draws_them(study, tmp_path):
@@ -271,7 +277,7 @@ def test_figures_of_a_card_are_the_same_bytes_whoever_draws_them(study, tmp_path
     for folder in ("once", "twice"):
         write_figures(study, tmp_path / folder)
     drawn = {path.name for path in (tmp_path / "once").glob("*.png")}
-    shown = [name for name in FIGURES if name in CARD_FIGURES]
+    shown = [name for name in FILES if name in CARD_FIGURES]
     assert drawn == {f"{name}{end}.png" for name in shown for end in ("", "-dark")}
     for name in drawn:
         contents = {path.read_bytes() for path in tmp_path.glob(f"*/{name}")}
