@@ -115,8 +115,8 @@ def count_blocks(args: TrainingArguments, n_steps: int, n_blocks: int) -> int:
     """Return on how many blocks all processes together have trained after so many steps; an epoch
     has `n_blocks`, so its last batch, and its last step, may have fewer than the others.
     """
-    in_batch = args.train_batch_size * args.world_size
-    in_step = in_batch * args.gradient_accumulation_steps
+    in_batch: int = args.train_batch_size * args.world_size
+    in_step: int = in_batch * args.gradient_accumulation_steps
     in_epoch = n_blocks - (n_blocks % in_batch if args.dataloader_drop_last else 0)
     n_epochs, rest = divmod(n_steps, max(1, math.ceil(in_epoch / in_step)))
     return n_epochs * in_epoch + rest * in_step
