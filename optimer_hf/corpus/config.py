@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BeforeValidator, Field
 
-from optimer_hf.corpus.texts import fingerprint_texts
+from optimer_hf.corpus.texts import fingerprint_named, fingerprint_texts
 from optimer_hf.files.model import FileModel, Mistake
+from optimer_hf.files.paths import strings_in
 from optimer_hf.files.reference import LocalPath, LocalText
 
 DataFiles = LocalText | list[LocalText] | dict[str, LocalText | list[LocalText]]
@@ -50,8 +51,14 @@ class CorpusConfig(FileModel):
         return Path(dataset).name if Path(dataset).is_absolute() else dataset
 
     def fingerprint(self) -> str | None:
-        """Return a digest of the local files, or None if there are none."""
-        return None if self.path is None else fingerprint_texts(self.path)
+        """Return a digest of the local files, also of those of a local data set, or None if there
+        are none.
+        """
+        if self.path is not None:
+            return fingerprint_texts(self.path)
+        named = [self.dataset, *(text for _, text in strings_in(self.data_files))]
+        paths = map(Path, filter(None, named))
+        return fingerprint_named(path for path in paths if path.is_absolute())
 
 
 def _expand_path(value: Any) -> Any:

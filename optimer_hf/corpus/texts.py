@@ -15,7 +15,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -65,8 +65,24 @@ def fingerprint_texts(path: Path) -> str | None:
         files = find_files(path)
     except CorpusError:
         return None
-    if files == [path]:
-        return fingerprint(path)
+    return fingerprint(path) if files == [path] else _fingerprint_files(files)
+
+
+def fingerprint_named(paths: Iterable[Path]) -> str | None:
+    """Return a digest of all files that paths name: themselves, those below a folder, those that
+    match a pattern. None if there are none.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += path.rglob("*")
+        else:
+            files += match_pattern(path) or [path]
+    there = sorted({file for file in files if file.is_file()})
+    return _fingerprint_files(there) if there else None
+
+
+def _fingerprint_files(files: Sequence[Path]) -> str:
     folder = os.path.commonpath([file.parent for file in files])
     return digest({file.relative_to(folder).as_posix(): fingerprint(file) for file in files})
 

@@ -1,5 +1,7 @@
 """The source of a corpus: its fields, its name and its fingerprint."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
@@ -31,3 +33,27 @@ def test_a_changed_text_changes_the_fingerprint_of_its_corpus(tmp_path):
     (tmp_path / "a.jsonl").write_text("{} ")
     assert None not in (before, config.fingerprint())
     assert before != config.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dataset": "./data"},
+        {"dataset": "json", "data_files": "./data/deep/*.jsonl"},
+        {"dataset": "json", "data_files": {"train": ["./data/deep/a.jsonl"]}},
+    ],
+)
+def test_other_text_in_a_local_data_set_changes_its_fingerprint(tmp_path, monkeypatch, fields):
+    monkeypatch.chdir(tmp_path)
+    assert CorpusConfig(**fields).fingerprint() is None
+    file = tmp_path / "data" / "deep" / "a.jsonl"
+    file.parent.mkdir(parents=True)
+    digests = set()
+    for text in ("x", "y"):
+        file.write_text(json.dumps({"text": text}))
+        digests.add(CorpusConfig(**fields).fingerprint())
+    assert len(digests) == 2 and None not in digests
+
+
+def test_a_data_set_on_the_hub_has_no_fingerprint():
+    assert CorpusConfig(dataset="org/name", data_files="data/*.parquet").fingerprint() is None
