@@ -7,7 +7,7 @@ are looked for there.
 import json
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ def refuse_private(where: Path, content: Path | bytes) -> None:
     if where.suffix == ".png":
         return
     text, secrets = _text(content), own_secrets()
+    lines = text.split("\n")  # splitlines also splits at marks that JSON keeps within a line
     names = (where.name, "/".join(where.parts[-2:]))  # a template may lie in a folder
     is_vocabulary = any(role_of(name) in ("vocabulary", "tokens", "template") for name in names)
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         leaks = _tokens(line, secrets) if is_vocabulary else _secrets(line, secrets)
         for what, secret in leaks:
             raise HubError(
@@ -45,7 +46,7 @@ def refuse_private(where: Path, content: Path | bytes) -> None:
             )
     if is_vocabulary or where.suffix not in STRUCTURED:
         return
-    for field, value in _values(where.suffix, text):
+    for field, value in _values(where.suffix, lines):
         if SECRET_FIELD.search(field) and len(value) >= SHORTEST_SECRET:
             raise HubError(
                 f"{where}: {field}: contains a secret, judging by its name ({value[:3]}...), which "
@@ -87,12 +88,14 @@ def _secrets(line: str, secrets: Mapping[str, str]) -> Iterator[tuple[str, str]]
         yield "the name of this machine", host
 
 
-def _values(suffix: str, text: str) -> Iterator[tuple[str, str]]:
+def _values(suffix: str, lines: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield field and value of every string in a structured file, except free text."""
     if suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
-            yield from _strings(json.loads(line), f"line {number}")
-    elif text.strip():
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield from _strings(json.loads(line), f"line {number}")
+    elif any(map(str.strip, lines)):
+        text = "\n".join(lines)
         is_json = suffix in (".json", ".safetensors")
         yield from _strings(json.loads(text) if is_json else parse_yaml(text, "file"), "")
 

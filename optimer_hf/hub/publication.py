@@ -528,15 +528,13 @@ def _is_local(reference: Any) -> bool:
 
 def _trials(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the trials of a log, without a last line that was cut off."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path, repair=False), start=1):
         try:
             yield json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise HubError(
-                    f"{path}: line {number} is not a trial. Restore the file, or search again."
-                ) from None
+        except ValueError:
+            raise HubError(
+                f"{path}: line {number} is not a trial. Restore the file, or search again."
+            ) from None
 
 
 def _refuse_unpinned(where: str, reference: str, remedy: str) -> None:

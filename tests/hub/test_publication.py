@@ -81,10 +81,12 @@ def test_a_torn_record_is_pushed_without_its_torn_line(make_recipe, make_vector)
     folder = make_recipe()
     (folder / "study").mkdir()
     crash = {"number": 1, "worker": "tcp://node7:1", "error": "RuntimeError: on node7\nTraceback"}
-    lines = [json.dumps({"number": 0, "error": "  "}), json.dumps(crash), '{"number": 2, "wei']
+    first = {"number": 0, "error": "  ", "note": "one\u2028line\x85"}
+    lines = [json.dumps(first, ensure_ascii=False), json.dumps(crash), '{"number": 2, "wei']
     (folder / "study" / "trials.jsonl").write_text("\n".join(lines))
     pushed = {f"v{n}": Placed(f"alice/v{n}@{'0' * 40}") for n in range(2)}
-    written = choose_files(folder, pushed).text("study/trials.jsonl").splitlines()
+    written = choose_files(folder, pushed).text("study/trials.jsonl").rstrip("\n").split("\n")
+    assert json.loads(written[0])["note"] == first["note"]
     assert [json.loads(line)["error"] for line in written] == [None, "RuntimeError"]
     (folder / "study" / "trials.jsonl").write_text("\n".join([lines[2], lines[0]]))
     with pytest.raises(HubError, match="line 1 is not a trial"):
