@@ -20,7 +20,7 @@ def parse_size(text: str) -> int:
     """Return a number of parameters, which may be written as 500000, 500k, 200M or 5B."""
     unit = UNITS.get(text[-1:].lower(), 1)
     digits = text if unit == 1 else text[:-1]
-    size = int(digits) * unit if digits.isnumeric() and len(digits) < 20 else 0
+    size = int(digits) * unit if digits.isdecimal() and len(digits) < 20 else 0
     if not 0 < size <= LARGEST_SHARD:
         raise click.BadParameter(f"found {text!r}, expected a number such as 200M or 5B.")
     return size

@@ -99,6 +99,12 @@ def test_a_size_is_what_mergekit_reads(text):
     assert parse_size(text) == parse_kmb(text)
 
 
+@pytest.mark.parametrize("text", ["", "M", "0", "-5", "\N{SUPERSCRIPT TWO}M", "1" * 20])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(click.BadParameter, match=r"expected a number such as 200M or 5B"):
+        parse_size(text)
+
+
 def test_only_the_flags_that_are_given_are_handed_on(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(
