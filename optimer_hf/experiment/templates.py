@@ -119,7 +119,8 @@ def _name_sources(sources: Sequence[str], folder: Path) -> tuple[dict[str, str],
     corpora: dict[str, str] = {}
     for source in sources:
         name, _, reference = source.rpartition("=")
-        name = name or Path(reference.partition("@")[0]).name.partition(".")[0]
+        last = Path(reference.partition("@")[0]).name
+        name = name or (last.partition(".")[0] if TEXTS.fullmatch(last) else last)
         if not name or name in named:
             raise ConfigError(f"{source}: found no name of its own. Give it as NAME={reference}.")
         is_corpus = _is_corpus(reference)

@@ -153,6 +153,17 @@ def test_vectors_that_would_share_a_train_file_are_refused(tmp_path, names):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_version_in_the_name_of_a_model_is_no_ending(tmp_path):
+    models = ["you/Qwen2.5-1.5B-math@main", "you/Qwen2.5-1.5B-code", "./lora.v2"]
+    (study,) = init(tmp_path / "study.yaml", models, base=BASE)
+    names = ["Qwen2.5-1.5B-math", "Qwen2.5-1.5B-code", "lora.v2"]
+    assert [*StudyConfig.read(study).vectors] == names
+    (tmp_path / "more.train.jsonl.gz").touch()
+    assert init(tmp_path / "out", [str(tmp_path / "more.train.jsonl.gz")], base=BASE)[1].stem == (
+        "train-more"
+    )
+
+
 @pytest.mark.parametrize(
     ("out", "sources", "message"),
     [
