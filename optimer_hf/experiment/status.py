@@ -14,6 +14,7 @@ from typing import Any
 from optimer_hf.comparison.sealed_file import SealedLog
 from optimer_hf.errors import StudyError
 from optimer_hf.experiment.marks import DONE_FILE, read_claim
+from optimer_hf.files.locks import lock_of_place
 from optimer_hf.files.text import count, markdown_table, show_seconds
 from optimer_hf.study.config import StudyConfig
 from optimer_hf.study.directory import Study
@@ -164,18 +165,23 @@ def _progress_of_search(study: Study) -> Progress:
 
 
 def _holder_of(directory: Path) -> int | None:
-    """Return the process that holds the lock of a directory; None if nobody does, or if the system
-    does not say. The lock itself is not touched: a command that starts now would be refused.
+    """Return the process that holds a lock of a directory; None if nobody does, or if the system
+    does not say. The locks themselves are not touched: a command that starts now would be refused.
 
-    An inode has its number on one file system only, so the device is compared, too. Some file
-    systems (btrfs, overlay) show files another device than the kernel names: nobody is found there.
+    A training locks its directory from beside it, or from inside where it must. An inode has its
+    number on one file system only, so the device is compared, too. Some file systems (btrfs,
+    overlay) show files another device than the kernel names: nobody is found there.
     """
+    place, held = Path(os.path.realpath(directory)), set()
+    for file in (place / ".lock", lock_of_place(place), lock_of_place(place, place)):
+        with contextlib.suppress(OSError):
+            lock = file.stat()
+            device = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}"
+            held.add(f"{device}:{lock.st_ino}")
     with contextlib.suppress(OSError, ValueError):
-        lock = (directory / ".lock").stat()
-        file = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
         for line in LOCKS.read_text(encoding="ascii").splitlines():
             fields = line.split()
-            if "->" not in fields and fields[5] == file:
+            if "->" not in fields and fields[5] in held:
                 return int(fields[4])
     return None
 

@@ -31,9 +31,8 @@ def hold_place(place: Path, *, wait: bool = False, beside: Path | None = None) -
 
     Raises OutputError if another process holds the place; with `wait`, only after WAIT_SECONDS.
     """
-    folder = place.parent if beside is None else beside
-    file = folder / hidden_name(place.name, ".lock")
-    for each in {folder, place.parent}:
+    file = lock_of_place(place, beside)
+    for each in {file.parent, place.parent}:
         remove_dead_locks(each)
     with contextlib.ExitStack() as stack:
         try:
@@ -47,6 +46,11 @@ def hold_place(place: Path, *, wait: bool = False, beside: Path | None = None) -
         finally:
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
+
+
+def lock_of_place(place: Path, beside: Path | None = None) -> Path:
+    """Return the lock file of `hold_place`."""
+    return (place.parent if beside is None else beside) / hidden_name(place.name, ".lock")
 
 
 def remove_dead_locks(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from optimer_hf.files.locks import locking
+from optimer_hf.files.locks import hold_place, locking
 from tests.support.cli import optimer
 
 
@@ -134,6 +134,20 @@ def test_a_lock_on_another_file_system_is_not_that_of_the_directory(run, monkeyp
     holder = f"2: FLOCK  ADVISORY  WRITE 33 {major:02x}:{minor:02x}:{inode} 0 EOF\n"
     locks.write_text(stranger + waiting + holder, "ascii")
     assert status(run)["process"] == 33
+
+
+def test_the_process_that_trains_a_vector_is_named(run, monkeypatch, tmp_path):
+    vector, locks = run / "vectors" / "aaa", tmp_path / "locks"
+    monkeypatch.setattr("optimer_hf.experiment.status.LOCKS", locks)
+    for beside in (None, vector):  # inside it, where its folder is read-only
+        with hold_place(vector, beside=beside):
+            (lock,) = (beside or vector.parent).glob(".partial-*.lock")
+            major, minor = device_of(lock)
+            inode = lock.stat().st_ino
+            line = f"1: FLOCK  ADVISORY  WRITE 44 {major:02x}:{minor:02x}:{inode} 0 EOF\n"
+            locks.write_text(line, "ascii")
+            assert status(vector)["process"] == 44
+    assert status(vector)["process"] is None
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
