@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     Indices = NDArray[np.intp]
     PullBack = Callable[[Array], Array]
     Correlate = Callable[[Array], tuple[Array, PullBack]]
+    Distances = Callable[[Array, Array, Array], Array]
 
 
 JITTER = 1e-8
@@ -105,6 +107,13 @@ def _add_up(summand: Callable[[int], "Array"], n: int) -> "Array":
     return total
 
 
+def _squared_distances_fast(a: "Array", b: "Array", scales: "Array") -> "Array":
+    """Return what `squared_distances` does up to the last bits, which searches without gradients
+    keep from version to version.
+    """
+    return np.asarray(cdist(a / scales, b / scales, "sqeuclidean"))
+
+
 def matern(a: "Array", b: "Array", scales: "Array") -> tuple["Array", "Array"]:
     """Return the Matern 5/2 correlation of all pairs, and the factor that its derivatives in the
     log scales have in common.
@@ -165,9 +174,17 @@ def correlate(points: "Array", slopes: "Indices") -> "Correlate":
         def pull_back(inner: "Array") -> "Array":
             return of_top(inner[:n, :n]) + 2 * of_side(inner[:n, n:]) + of_bottom(inner[n:, n:])
 
-        return np.block([[top, side], [side.T, bottom]]), pull_back
+        return _join(top, side, bottom), pull_back
 
     return joint
+
+
+def _join(top: "Array", side: "Array", bottom: "Array") -> "Array":
+    """Return the symmetric matrix of its blocks, a few times as fast as `np.block` does."""
+    n, size = len(top), len(top) + len(bottom)
+    whole = np.empty((size, size))
+    whole[:n, :n], whole[:n, n:], whole[n:, :n], whole[n:, n:] = top, side, side.T, bottom
+    return whole
 
 
 def _correlate_scores(points: "Array") -> "Correlate":
@@ -255,8 +272,9 @@ def joint_quadratic(points: "Array", slopes: "Indices") -> "Array":
     moved, own = at - CENTER, 4 * (1.0 + 2.0 * (at - CENTER) @ (at - CENTER).T)
     bottom = 8 * moved.T[None, :, :, None] * moved[:, None, None, :]
     bottom = bottom + own[:, None, :, None] * np.eye(d)[None, :, None, :]
-    side, size = _quadratic_cross(points, at), len(at) * d
-    return np.block([[quadratic(points, points), side], [side.T, bottom.reshape(size, size)]])
+    size = len(at) * d
+    side = _quadratic_cross(points, at)
+    return _join(quadratic(points, points), side, bottom.reshape(size, size))
 
 
 def _quadratic_cross(points: "Array", at: "Array") -> "Array":
@@ -271,9 +289,9 @@ def cross_covariance(
     """Return the covariance of scores at points [n, d] with the rows of a process that was fitted
     to the scores at `fitted` and the gradients at fitted[slopes].
     """
-    cross, first = _cross_scores(points, fitted, h)
     if not len(slopes):
-        return cross
+        return _cross_scores(squared_distances, points, fitted, h)[0]
+    cross, first = _cross_scores(_squared_distances_fast, points, fitted, h)
     return np.hstack([cross, _cross_derivatives(points, fitted[slopes], first[:, slopes], h)])
 
 
@@ -284,10 +302,10 @@ def cross_product(
     process, without the large array of derivatives.
     """
     n, d = fitted.shape
-    cross, first = _cross_scores(points, fitted, h)
-    product = cross @ coefficients[:n]
     if not len(slopes):
-        return np.asarray(product)
+        return _cross_scores(squared_distances, points, fitted, h)[0] @ coefficients[:n]
+    cross, first = _cross_scores(_squared_distances_fast, points, fitted, h)
+    product = cross @ coefficients[:n]
     at, of_gradients = fitted[slopes], coefficients[n:].reshape(-1, d)
     along = of_gradients @ _metric(d, h.scales)
     radial = -2 * h.matern * first[:, slopes] * (points @ along.T - (at * along).sum(axis=1))
@@ -296,11 +314,13 @@ def cross_product(
     return np.asarray(product)
 
 
-def _cross_scores(points: "Array", fitted: "Array", h: Hyperparameters) -> tuple["Array", "Array"]:
+def _cross_scores(
+    distances: "Distances", points: "Array", fitted: "Array", h: Hyperparameters
+) -> tuple["Array", "Array"]:
     """Return the covariance of scores at points with those at fitted points, and the derivative of
     the correlation in the squared distance.
     """
-    squared = squared_distances(features(points), features(fitted), h.scales)
+    squared = distances(features(points), features(fitted), h.scales)
     correlation, slope = _matern_of(squared)
     return h.matern * correlation + h.quadratic * quadratic(points, fitted), -0.5 * slope
 

@@ -65,6 +65,17 @@ def test_new_points_vary_with_the_rows_of_a_process_as_its_own_points_do():
     assert cross_covariance(points, points, slopes, h) == pytest.approx(own[:6])
 
 
+@pytest.mark.parametrize("d", [1, 4, 16])
+def test_scores_vary_together_as_much_with_gradients_as_without(d):
+    rng = np.random.default_rng(d)
+    fitted, none = rng.random((40, d)), np.empty(0, dtype=np.intp)
+    points = np.vstack([fitted, fitted + 1e-9, rng.random((40, d))])
+    h = Hyperparameters(np.log([0.7, 0.4, 1e-3, *(0.2 + rng.random(d + 1))]))
+    without = cross_covariance(points, fitted, none, h)
+    with_gradients = cross_covariance(points, fitted, np.array([0, 7]), h)
+    assert np.allclose(with_gradients[:, :40], without, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("slopes", [[], [1], [0, 2, 3]])
 def test_what_is_pulled_back_equals_finite_differences_in_the_log_scales(slopes):
     rng = np.random.default_rng(0)
