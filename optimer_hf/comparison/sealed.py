@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
@@ -46,6 +46,19 @@ from optimer_hf.study.trials import ENGINE, OF_TEST, Candidate, ChosenRow
 logger = logging.getLogger(__name__)
 
 SCALED = "the mixture"  # name of the vector in the search for its scale
+NEEDED = ("base", "fixed", "merge", "retargeted")  # kinds of rows without which nothing is compared
+
+
+@dataclass(frozen=True)
+class _Sealing:
+    """A sealed test that is open: where its rows go, the weights that were chosen before it was
+    opened, and those of the rows that it needs, both by key.
+    """
+
+    study: Study
+    log: SealedLog
+    planned: frozenset[str]
+    needed: frozenset[str]
 
 
 def list_own_contenders(study: Study) -> list[Contender]:
@@ -95,7 +108,8 @@ def compare(
 
     `mixtures` maps the names of `baselines.mixtures` to the trained models (None: those that a run
     of the study has trained). Raises ConfigError if the study has no `test`, or two rows the same
-    title; EvaluationError if a row cannot be scored.
+    title; EvaluationError if the base or a merge cannot be scored. Baselines that cannot are left
+    out with a warning.
     """
     mixtures = read_mixtures(study.directory) if mixtures is None else mixtures
     objective = _find_test(study)
@@ -116,17 +130,18 @@ def compare(
         models += _fit_mixtures(study, models, pool, close_pool=open_pool.cache_clear)
         recalled = _recall_mixtures(study, models, log)
         contenders = _list_contenders(study, [*searches, *of_plugins, *models, *recalled])
-        planned = log.open_seal(contenders)
+        needed = frozenset(each.key for each in contenders if each.kind in NEEDED)
+        sealing = _Sealing(study, log, log.open_seal(contenders), needed)
         to_score = _list_unscored(contenders, log)
         built = {each.key: each for each in models}
         own = [each for each in to_score if each.key not in built]
         if own:
-            _score(study, own, log, open_pool(), planned)
+            _score(sealing, own, open_pool())
         open_pool.cache_clear()
         others = [(each, built[each.key]) for each in to_score if each.key in built]
-        _score_models(study, others, log, pool, planned)
+        _score_models(sealing, others, pool)
         scored = {row.key: row for row in log.scored}
-        rows = [give_scores(each, scored[each.key]) for each in contenders]
+        rows = [give_scores(each, scored[each.key]) for each in contenders if each.key in scored]
         log.append_equals(rows)
     return Comparison(rows, objective, study.config.retarget)
 
@@ -175,23 +190,19 @@ def _list_unscored(contenders: Sequence[Contender], log: SealedLog) -> list[Cont
 
 
 def _score_models(
-    study: Study,
+    sealing: _Sealing,
     contenders: Sequence[tuple[Contender, baselines.ModelContender]],
-    log: SealedLog,
     pool: Callable[[StudyConfig], Pool],
-    planned: frozenset[str],
 ) -> None:
     """Build each model that is not a merge of the study's pool, and score it."""
-    with _scratch_directory(study) as scratch:
+    with _scratch_directory(sealing.study) as scratch:
         for contender, model in contenders:
             gc.collect()  # the harness keeps the previous model alive in a cycle
-            made = with_pool(study.config, model.make(scratch), model.splits)
-            _score_other(study, contender, log, pool(made), planned)  # not held any longer
+            made = with_pool(sealing.study.config, model.make(scratch), model.splits)
+            _score_other(sealing, contender, pool(made))  # not held any longer
 
 
-def _score_other(
-    study: Study, contender: Contender, log: SealedLog, pool: Pool, planned: frozenset[str]
-) -> None:
+def _score_other(sealing: _Sealing, contender: Contender, pool: Pool) -> None:
     """Score a row with vectors from outside the pool of the study.
 
     Raises StudyError unless base, tokenizer and sealed items are those of the study.
@@ -201,8 +212,8 @@ def _score_other(
         for key, digest in pool.inputs.items()
         if key.startswith(OF_TEST) or key in ("base_model", "tokenizer_source", ENGINE)
     }
-    study.check_inputs(common)
-    _score(study, [contender], log, pool, planned)
+    sealing.study.check_inputs(common)
+    _score(sealing, [contender], pool)
 
 
 @contextmanager
@@ -337,32 +348,30 @@ def with_pool(
     return config.model_copy(update=changes)
 
 
-def _score(
-    study: Study,
-    contenders: Sequence[Contender],
-    log: SealedLog,
-    pool: Pool,
-    planned: frozenset[str],
-) -> None:
+def _score(sealing: _Sealing, contenders: Sequence[Contender], pool: Pool) -> None:
     """Score rows on the sealed test; each is on disk before the next."""
+    study, log = sealing.study, sealing.log
     asked = _find_test(study).asked_terms("rescore")
     n_known = len(study.log.trials)
     name = f", {contenders[0].title}" if len(contenders) == 1 else ""
     with Meter(f"sealed test{name}", len(contenders), "rows") as meter:
         for each in contenders:
             trial = run_trial(pool, Candidate(n_known, each.title, each.weights), asked)
-            if trial.status == "crashed":
-                reason = str(trial.error).partition("\n")[0]
-                raise EvaluationError(f"sealed test: row {each.title!r} cannot be scored: {reason}")
             row = SealedRow(
                 each.kind,
                 each.subject,
                 each.weights,
                 scores=trial.terms,
-                chosen_after_seal=each.key not in planned,
+                chosen_after_seal=each.key not in sealing.planned,
                 n_trials_known=n_known,
                 seconds=trial.seconds,
                 n_tokens=trial.n_tokens,
             )
-            log.append(row)
+            error = str(trial.error).partition("\n")[0] if trial.status == "crashed" else None
+            if (reason := error or log.mistake_of(row)) is None:
+                log.append(row)
+            elif each.key in sealing.needed:
+                raise EvaluationError(f"sealed test: row {each.title!r} cannot be scored: {reason}")
+            else:
+                logger.warning("sealed test: %s is left out: %s", each.title, reason)
             meter.advance(1)

@@ -58,6 +58,9 @@ class SealedLog:
         """
         self.path = directory / SEALED_FILE
         self._seal = directory / "sealed.json"
+        self._labels = (
+            [term.label for term in config.test.terms_at("rescore")] if config.test else None
+        )
         self.rows: list[SealedRow] = []
         lines = [line.decode(errors="replace") for line in read_lines(self.path, repair=repair)]
         trials = _trials_of_0_1_0(self.path, lines)
@@ -67,8 +70,16 @@ class SealedLog:
                 row = _row_of(trials[number], config, planned)
             else:
                 row = _parse(self.path, number, line)
-            self._check(number, row, config)
+            if (wrong := self.mistake_of(row)) is not None:
+                raise StudyError(
+                    f"{self.path}:{number}: row {quote(row.subject or row.kind)}: {wrong}. Restore "
+                    "the line, or remove it to go on without that row."
+                )
             self.rows.append(row)
+
+    def mistake_of(self, row: SealedRow) -> str | None:
+        """Return what is wrong with the next row, or None: what was found and what was expected."""
+        return None if self._labels is None else next(_mistakes(row, self.rows, self._labels), None)
 
     def append(self, row: SealedRow) -> None:
         """Write one row to disk before returning."""
@@ -84,10 +95,13 @@ class SealedLog:
         return list(scored.values())
 
     def append_equals(self, rows: Sequence[SealedRow]) -> None:
-        """Write the rows that got the scores of equal weights, so that readers find them, too."""
-        known = {(row.kind, row.subject, row.key) for row in self.rows}
+        """Write the rows that got the scores of equal weights, so that readers find them, too. Of
+        those with one kind and subject the last one counts: a longer search may choose the weights
+        again that it chose before last.
+        """
+        last = {(row.kind, row.subject): row.key for row in self.rows}
         for row in rows:
-            if (row.kind, row.subject, row.key) not in known:
+            if last.get((row.kind, row.subject)) != row.key:
                 self.append(replace(row, seconds={}, n_tokens=0))
 
     def open_seal(self, contenders: Sequence[Contender]) -> frozenset[str]:
@@ -108,16 +122,6 @@ class SealedLog:
             weights_key(trial.weights) for trial in trials.values() if trial.number == first.number
         )
 
-    def _check(self, number: int, row: SealedRow, config: StudyConfig) -> None:
-        if config.test is None:
-            return
-        labels = [term.label for term in config.test.terms_at("rescore")]
-        for wrong in _mistakes(row, self.rows, labels):
-            raise StudyError(
-                f"{self.path}:{number}: row {quote(row.subject or row.kind)}: {wrong}. Restore the "
-                "line, or remove it to go on without that row."
-            )
-
 
 def _mistakes(row: SealedRow, before: Sequence[SealedRow], labels: Sequence[str]) -> Iterator[str]:
     """Yield what is wrong with a row, given the rows before it."""
@@ -126,10 +130,10 @@ def _mistakes(row: SealedRow, before: Sequence[SealedRow], labels: Sequence[str]
     yield from mistakes_of_size(row.weights)
     if row.kind in OF_ONE_VECTOR and not row.own_weights:
         yield f"found no weight of {row.subject!r}, expected one"
-    equals = [other for other in before if other.weights == row.weights]
-    if any((row.kind, row.subject) == (each.kind, each.subject) for each in equals):
+    last = {(each.kind, each.subject): each.weights for each in before}
+    if last.get((row.kind, row.subject)) == row.weights:
         yield "found weights that were sealed before"
-    elif any(row.scores != each.scores for each in equals):
+    elif any(row.scores != each.scores for each in before if each.weights == row.weights):
         yield "found weights that were sealed before, with other scores"
     yield from mistakes_of_cost(row.seconds, row.n_tokens, row.scores)
     yield from mistakes_of_terms(row.scores, labels, before[0].scores if before else {})

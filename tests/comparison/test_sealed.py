@@ -3,6 +3,7 @@ predict.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from optimer_hf.comparison.result import table, verdicts
 from optimer_hf.comparison.results_file import results_of
 from optimer_hf.comparison.rows import list_rows, title_of
 from optimer_hf.comparison.sealed import compare, list_own_contenders
-from optimer_hf.comparison.sealed_file import SealedLog
+from optimer_hf.comparison.sealed_file import SealedLog, read_comparison
 from optimer_hf.comparison.tables import to_markdown
 from optimer_hf.errors import ConfigError, EvaluationError, StudyError
 from optimer_hf.searching.loop import search
@@ -135,10 +136,8 @@ def test_every_row_is_scored_once_and_read_from_disk_the_second_time(study):
 
 
 def test_rows_that_are_missing_after_a_crash_are_the_only_ones_scored_again(study):
-    with pytest.raises(
-        EvaluationError, match=r"sealed test: row 'z at 1.0' cannot be scored: RuntimeError: no"
-    ):
-        compare(study, pool=failing_at({4: RuntimeError("no")}))
+    with pytest.raises(EvaluationError, match=r"OSError: no, twice"):
+        compare(study, pool=failing_at({4: OSError("no"), 5: OSError("no")}))
     assert len(SealedLog(study.directory, study.config).rows) == 4
     comparison = compare(study, pool=CountingPool)
     assert (
@@ -146,6 +145,37 @@ def test_rows_that_are_missing_after_a_crash_are_the_only_ones_scored_again(stud
         == len({json.dumps(row.weights) for row in comparison.rows}) - 4
     )
     assert not any(row.chosen_after_seal for row in comparison.rows)
+
+
+class HugePool(FunctionPool):
+    """Scores one vector alone with a number that no record may hold."""
+
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(weights, asked)
+        if weights["z"] != 1 or sum(weights.values()) != 1:
+            return scored
+        terms = {
+            label: replace(term, items=[(1e300, 1.0)] * 4) for label, term in scored.terms.items()
+        }
+        return replace(scored, terms=terms)
+
+
+@pytest.mark.parametrize("pool", [failing_at({4: RuntimeError("no")}), HugePool])
+def test_a_baseline_that_cannot_be_scored_is_left_out_and_tried_again(study, pool, caplog):
+    comparison = compare(study, pool=pool)
+    rows = [(row.kind, row.subject) for row in comparison.rows]
+    assert ("alone", "z") not in rows and {("alone", "y"), ("sum", ""), ("merge", "")} <= {*rows}
+    assert "sealed test: z at 1.0 is left out: " in caplog.text
+    assert results_of(comparison) and read_comparison(study).merge == comparison.merge
+    assert compare(study, pool=CountingPool).row("alone", "z")
+    assert len(CountingPool.opened[0].calls) == 1
+
+
+def test_a_merge_that_cannot_be_scored_ends_the_sealed_test(study):
+    n_others = len({row.key for row in list_own_contenders(study) if row.kind != "merge"})
+    message = "sealed test: row 'searched merge' cannot be scored: RuntimeError: no"
+    with pytest.raises(EvaluationError, match=message):
+        compare(study, pool=failing_at({n_others: RuntimeError("no")}))
 
 
 def test_the_sealed_test_scores_the_terms_of_the_test_section(tmp_path):

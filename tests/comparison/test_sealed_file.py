@@ -1,7 +1,7 @@
 """sealed_file.py: rows on disk, and those that version 0.1.0 wrote as trials."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -72,6 +72,16 @@ def test_a_row_with_the_weights_of_another_is_read_with_its_scores(study):
     log = SealedLog(study.directory, study.config)
     assert [row.key for row in log.scored] == list(dict.fromkeys(row.key for row in log.rows))
     assert all(row.seconds for row in log.scored)
+
+
+def test_weights_that_a_longer_search_chooses_again_are_those_of_the_row(study):
+    before = read_comparison(study)
+    log = SealedLog(study.directory, study.config)
+    log.append(replace(before.merge, weights=before.merge.weights | {"w": 1.23}))
+    assert read_comparison(study) is None, "the best trial was not tested"
+    compared = compare(study, pool=no_pool_for("everything"))
+    assert compared.merge == before.merge
+    assert read_comparison(study).merge.weights == before.merge.weights
 
 
 @pytest.mark.parametrize("n", [None, 3])
