@@ -109,15 +109,15 @@ def list_trials(
 
 def trials_to_markdown(study: "Study", rows: Sequence[TrialRow]) -> str:
     """Return rows of `list_trials` as a Markdown table: weights, gains over the base, seconds."""
-    vectors, terms = study.config.weight_names, list(study.trials[0].terms)
-    base = study.value(study.trials[0])
-    header = ["trial", "origin", *(f"weight {name}" for name in vectors), *terms]
+    base = study.log.first(rows[0].trial.fidelity if rows else "search")
+    weights = [f"weight {name}" for name in study.config.weight_names]
+    header = ["trial", "origin", *weights, *base.terms]
     lines = [_cells_of_row(study, row, base) for row in rows]
     return markdown_table([*header, "objective", "seconds"], lines)
 
 
-def _cells_of_row(study: "Study", row: TrialRow, base: float) -> list[str]:
-    """Return a row as text; `base` is the value of the objective there."""
+def _cells_of_row(study: "Study", row: TrialRow, base: Trial) -> list[str]:
+    """Return a row as text; `base` was scored on the same items."""
     trial, unit = row.trial, Unit.of(study.config.objective)
     mark = "" if row.is_feasible or not row.is_sound else " (breaks a constraint)"
     seconds = sum(trial.seconds.get(phase, 0.0) for phase in ("merge", "evaluate"))
@@ -125,8 +125,8 @@ def _cells_of_row(study: "Study", row: TrialRow, base: float) -> list[str]:
         f"{trial.number}{' *' * row.is_best}",
         trial.origin,
         *(f"{trial.weights[name]:.3g}" for name in study.config.weight_names),
-        *(OF_TERMS.show(row.gains[x]) if row.is_sound else "" for x in study.trials[0].terms),
-        unit.show(row.objective - base) + mark if row.is_sound else "crashed",
+        *(OF_TERMS.show(row.gains[label]) if row.is_sound else "" for label in base.terms),
+        unit.show(row.objective - study.value(base)) + mark if row.is_sound else "crashed",
         f"{seconds:.1f}",
     ]
 

@@ -12,8 +12,14 @@ from optimer_hf.scoring.objective import gains
 from optimer_hf.searching.loop import search
 from optimer_hf.searching.runner import InProcess
 from optimer_hf.study.directory import open_study
-from optimer_hf.study.tables import list_trials
-from tests.support.landscapes import TellingPool, failing_at, with_test
+from optimer_hf.study.tables import list_trials, trials_to_markdown
+from tests.support.landscapes import (
+    FunctionPool,
+    TellingPool,
+    config_of,
+    failing_at,
+    with_test,
+)
 
 CRASHED = 3
 
@@ -70,6 +76,33 @@ def test_a_row_of_the_frame_is_a_trial(study):
         assert row["score/t"] == trial.terms["t"].score
         assert row["gain/u"] == gains(trial.terms, study.base)["u"]
     assert len(study.to_dataframe("rescore")) == len(study.log.trials_at("rescore"))
+
+
+class HarderPool(FunctionPool):
+    """Adds one to the losses of items that only re-scoring sees."""
+
+    def score(self, weights, asked, *, gradients=False):
+        scored = super().score(weights, asked)
+        more = float(asked[0].limit is None)
+        terms = {
+            label: replace(term, items=[(top + more, bottom) for top, bottom in term.items])
+            for label, term in scored.terms.items()
+        }
+        return replace(scored, terms=terms)
+
+
+def test_trials_that_were_scored_again_are_shown_over_the_base_on_their_own_items(tmp_path):
+    config = config_of()
+    mean = config.objective.model_copy(update={"combine": "weighted_mean"})
+    config = config.model_copy(update={"objective": mean})
+    study = search(config, tmp_path / "s", runner=InProcess(HarderPool))
+    rows = list_trials(study, "rescore", sort="trial")
+    _, _, first, *others = trials_to_markdown(study, rows).splitlines()
+    assert "| +0.0000 loss |" in first
+    gains = [study.value(row.trial) - study.value(rows[0].trial) for row in rows[1:]]
+    shown = zip(gains, others, strict=True)
+    assert all(f"| {gain:+.4f} loss |" in line for gain, line in shown)
+    assert all(gain > 0 for gain in gains)
 
 
 def test_a_row_of_the_list_has_the_trial_and_the_numbers_of_the_frame(study):
