@@ -98,7 +98,7 @@ def _surrogate_gains(objective: Objective, scores: Scores, base: Scores) -> dict
     if objective.combine != "weighted_mean":
         return each
     return {
-        label: g if base[label].higher_is_better else g * abs(base[label].score)
+        label: g if base[label].higher_is_better else g * (abs(base[label].score) or 1.0)
         for label, g in each.items()
     }
 

@@ -41,6 +41,8 @@ def test_the_surrogate_of_a_weighted_mean_learns_losses_in_their_own_unit():
 
     table = columns(config_of(objective=objective), [trial(100.0, 1.0), trial(90.0, 0.5)])
     assert table[1] == pytest.approx([10.0, 0.5])
+    table = columns(config_of(objective=objective), [trial(0.0, 1.0), trial(0.25, 0.5)])
+    assert table[1] == pytest.approx([-0.25, 0.5])
 
 
 # -- gradients -------------------------------------------------------------------------------------
