@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
-SCALE_STEP = 0.05
+SCALE_STEP, FEWEST_SCALES = 0.05, 20
 CAUTION = 0.5  # standard deviations: far from all trials, the mean can be high by chance
 PREDICTION = "prediction"  # origin of the trial that verifies one
 
@@ -199,11 +199,14 @@ def _terms_at(config: StudyConfig, posterior: Surrogate, point: "Array") -> dict
 
 def best_scale(study: Study, name: str) -> dict[str, float]:
     """Return the weights of one vector alone, at the scale with the largest posterior mean on a
-    grid of SCALE_STEP. All its groups have that weight, within the bounds of all of them together.
+    grid of SCALE_STEP, or finer between narrow bounds, with both bounds. All its groups have that
+    weight, within the bounds of all of them together.
     """
     config, own = study.config, study.config.free_parts[name]
     lows, highs = zip(*(config.free[part] for part in own), strict=True)
-    scales = np.arange(min(lows), max(highs) + 1e-9, SCALE_STEP)
+    low, high = min(lows), max(highs)
+    step = min(SCALE_STEP, (high - low) / FEWEST_SCALES)
+    scales = [*np.arange(low, high, step), high]
     sets = [
         {other: float(s) * (other in own) for other in config.free} | config.fixed for s in scales
     ]

@@ -270,6 +270,14 @@ def test_a_vector_that_only_subtracts_has_a_best_scale(tmp_path):
     assert -1.0 <= best_scale(study, "w")["w"] <= -0.2
 
 
+@pytest.mark.parametrize("high", [0.04, 0.18])
+def test_the_best_scale_may_be_the_end_of_narrow_bounds(high, tmp_path):
+    vectors = {"w": {"source": "a/w", "bounds": [0.0, high]}}  # its optimum is at 0.25
+    config = config_of(vectors=vectors, search={"n_trials": 6, "rescore_top": 0})
+    study = search(config, tmp_path / "s", runner=InProcess(FunctionPool))
+    assert best_scale(study, "w")["w"] == high
+
+
 def test_uncertainty_is_larger_far_from_what_was_tried(study):
     from optimer_hf.study.space import to_unit
     from optimer_hf.study.surrogate import fit_surrogate
